@@ -1,0 +1,200 @@
+"""The frozen bins: T_eff × [M/H] on the Hertzsprung-Russell side, snr_norm on the noise side.
+
+Design: a `Grid` is a value (frozen, comparable, JSON-ready) and is part of every model; the array work is in
+`moefast.kernels.binning`. Stars outside the grid are edge-clamped to the nearest bin for training, routing
+and full-coverage scores; `Grid.covered` tells which stars needed no clamping.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from moefast.errors import InputError, LabelError, ModelError
+from moefast.kernels import binning
+
+__all__ = [
+    "METAL_POOR",
+    "M_H_EDGES",
+    "PHYSICAL_GRID",
+    "SNR_NORM_EDGES",
+    "SNR_NORM_NAMES",
+    "T_EFF_EDGES",
+    "Grid",
+    "assign_snr_bins",
+    "uniform",
+]
+
+T_EFF_EDGES = (3750.0, 4500.0, 5250.0, 6000.0)
+"""Edges in effective temperature [K]."""
+
+M_H_EDGES = (-2.0, -1.0, 0.0, 0.5)
+"""Edges in metallicity [M/H] [dex]."""
+
+METAL_POOR = -1.0
+"""A star is metal-poor where [M/H] < −1 dex."""
+
+SNR_NORM_EDGES = (2.0, 4.0, 7.0)
+"""Edges in snr_norm = ‖flux‖₂/‖error‖₂ (not snr_median); each bin includes its upper edge."""
+
+SNR_NORM_NAMES = ("X", "L", "M", "H")
+"""X: snr_norm ≤ 2, L: (2, 4], M: (4, 7], H: > 7."""
+
+_T_EFF_NAMES = ("cool", "warm", "hot")
+_M_H_NAMES = ("poor", "mid", "rich")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A rectangular grid of bins, row-major in T_eff: bin = n_MH · i_Teff + i_MH.
+
+    Intervals are half-open, [a, b); the last edge belongs to the last interval.
+
+    Parameters
+    ----------
+    t_eff_edges : tuple of float
+        Strictly increasing edges in effective temperature [K], at least two.
+    m_h_edges : tuple of float
+        Strictly increasing edges in [M/H] [dex], at least two.
+
+    Raises
+    ------
+    ValueError
+        The edges are too few, not finite or not increasing, or there would be more than 32 767 bins.
+    """
+
+    t_eff_edges: tuple[float, ...] = T_EFF_EDGES
+    m_h_edges: tuple[float, ...] = M_H_EDGES
+
+    def __post_init__(self) -> None:
+        for name in ("t_eff_edges", "m_h_edges"):
+            edges = tuple(float(edge) for edge in getattr(self, name))
+            if len(edges) < 2 or not np.isfinite(edges).all() or (np.diff(edges) <= 0).any():
+                raise ValueError(
+                    f"{name} must be two or more finite, strictly increasing edges; found {edges}"
+                )
+            object.__setattr__(self, name, edges)
+        if self.n_bins > binning.MAX_BINS:
+            raise ValueError(f"a grid may have at most {binning.MAX_BINS} bins; found {self.n_bins}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Number of intervals in (T_eff, [M/H])."""
+        return len(self.t_eff_edges) - 1, len(self.m_h_edges) - 1
+
+    @property
+    def n_bins(self) -> int:
+        """Number of bins."""
+        n_t_eff, n_m_h = self.shape
+        return n_t_eff * n_m_h
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """One name per bin: "cool-poor" … "hot-rich" on a 3 × 3 grid, else the ranges themselves."""
+        if self.shape == (3, 3):
+            return tuple(f"{t}-{m}" for t in _T_EFF_NAMES for m in _M_H_NAMES)
+        t_eff = [f"{a:.0f}-{b:.0f}K" for a, b in zip(self.t_eff_edges, self.t_eff_edges[1:], strict=False)]
+        m_h = [f"{a:+.2f}..{b:+.2f}" for a, b in zip(self.m_h_edges, self.m_h_edges[1:], strict=False)]
+        return tuple(f"{t}/{m}" for t in t_eff for m in m_h)
+
+    def assign(self, t_eff: ArrayLike, m_h: ArrayLike) -> NDArray[np.int16]:
+        """Bin of each star, edge-clamped: a star outside the grid gets the nearest bin.
+
+        Parameters
+        ----------
+        t_eff : array of shape (n,)
+            Effective temperature [K].
+        m_h : array of shape (n,)
+            [M/H] [dex].
+
+        Returns
+        -------
+        array of shape (n,), int16
+
+        Raises
+        ------
+        LabelError
+            A label is not finite or the lengths differ.
+        """
+        try:
+            return binning.assign_bins(t_eff, m_h, self.t_eff_edges, self.m_h_edges)
+        except ValueError as error:
+            raise LabelError(f"cannot place stars on the T_eff (teff) × M_H (mh) grid: {error}") from error
+
+    def covered(self, t_eff: ArrayLike, m_h: ArrayLike) -> NDArray[np.bool_]:
+        """Whether each star lies on the grid, outer edges included; a NaN label is not covered.
+
+        Parameters
+        ----------
+        t_eff : array of shape (n,)
+            Effective temperature [K].
+        m_h : array of shape (n,)
+            [M/H] [dex].
+
+        Returns
+        -------
+        array of shape (n,), bool
+        """
+        t = np.asarray(t_eff, dtype=np.float64)
+        m = np.asarray(m_h, dtype=np.float64)
+        inside_t = (t >= self.t_eff_edges[0]) & (t <= self.t_eff_edges[-1])
+        inside_m = (m >= self.m_h_edges[0]) & (m <= self.m_h_edges[-1])
+        return inside_t & inside_m
+
+    def to_dict(self) -> dict[str, list[float]]:
+        """JSON-ready form: edges in K and dex."""
+        return {"t_eff_edges": list(self.t_eff_edges), "m_h_edges": list(self.m_h_edges)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Grid:
+        """Inverse of `to_dict`; raises ModelError if the content is not a grid."""
+        try:
+            return cls(tuple(data["t_eff_edges"]), tuple(data["m_h_edges"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelError(
+                f"expected a grid with t_eff_edges and m_h_edges, two or more increasing numbers each; "
+                f"found {data!r} ({error})"
+            ) from error
+
+
+PHYSICAL_GRID = Grid()
+"""The nine bins of the frozen protocol, 0 cool-poor … 8 hot-rich."""
+
+
+def uniform(n_t_eff: int, n_m_h: int) -> Grid:
+    """Grid of n_t_eff × n_m_h equal cells over the protocol's box, 3750-6000 K × −2…0.5 dex."""
+    if n_t_eff < 1 or n_m_h < 1:
+        raise ValueError(f"a grid needs at least one interval each way; found {n_t_eff} × {n_m_h}")
+    return Grid(
+        tuple(np.linspace(T_EFF_EDGES[0], T_EFF_EDGES[-1], n_t_eff + 1).tolist()),
+        tuple(np.linspace(M_H_EDGES[0], M_H_EDGES[-1], n_m_h + 1).tolist()),
+    )
+
+
+def assign_snr_bins(snr_norm: ArrayLike, edges: tuple[float, ...] = SNR_NORM_EDGES) -> NDArray[np.int16]:
+    """Bin of each spectrum by snr_norm: 0 X (≤ 2), 1 L (2, 4], 2 M (4, 7], 3 H (> 7).
+
+    Parameters
+    ----------
+    snr_norm : array of shape (n,)
+        ‖flux‖₂/‖error‖₂ per spectrum.
+    edges : tuple of float
+        Upper edges of all bins but the last.
+
+    Returns
+    -------
+    array of shape (n,), int16
+
+    Raises
+    ------
+    InputError
+        An SNR is not finite (spectra without data have none: leave them out first).
+    """
+    try:
+        return binning.assign_snr_bins(snr_norm, edges)
+    except ValueError as error:
+        raise InputError(f"cannot bin spectra by snr_norm: {error}") from error
