@@ -1,0 +1,87 @@
+"""Files that are complete or absent under their final name.
+
+Design: everything is written to `.<name>.<pid>.partial` in the folder of the final file, so that the last
+step is a rename inside one file system. What a killed process leaves behind is recognised by its dead pid and
+removed by the next writer of the same name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from pathlib import Path
+
+from moefast.errors import OutputError
+
+__all__ = ["partial_path", "publish"]
+
+
+def _alive(pid: int) -> bool:
+    if os.name == "nt":
+        # os.kill(pid, 0) ends the process on Windows.
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def partial_path(path: Path, *, overwrite: bool) -> Path:
+    """Name to write to before `path` is complete; stale ones of ended processes are removed.
+
+    Parameters
+    ----------
+    path : Path
+        Final name.
+    overwrite : bool
+        Whether an existing final file may be replaced.
+
+    Returns
+    -------
+    Path
+        `.<name>.<pid>.partial` in the same folder.
+
+    Raises
+    ------
+    OutputError
+        If `path` exists and may not be replaced, is a folder, or its folder does not exist.
+    """
+    if path.is_dir():
+        raise OutputError(f"{path}: is a folder; give the name of a file")
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path}: exists already; choose another name or allow overwriting")
+    if not path.parent.is_dir():
+        raise OutputError(f"{path}: the folder {path.parent} does not exist; create it first")
+    pattern = re.compile(re.escape(f".{path.name}.") + r"(\d+)\.partial")
+    for other in path.parent.iterdir():
+        match = pattern.fullmatch(other.name)
+        if match and (int(match[1]) == os.getpid() or not _alive(int(match[1]))):
+            with contextlib.suppress(OSError):
+                other.unlink()
+    return path.parent / f".{path.name}.{os.getpid()}.partial"
+
+
+def publish(partial: Path, path: Path) -> None:
+    """Make a finished `partial` durable and give it its final name.
+
+    Raises
+    ------
+    OutputError
+        If the file cannot be synchronised or renamed.
+    """
+    try:
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        if os.name != "nt":
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except OSError as error:
+        raise OutputError(f"{path}: could not be completed: {error}") from error

@@ -1,0 +1,1160 @@
+"""Spectrum files in the layout of the PFS simulator, read as they are: shards in, blocks of rows out.
+
+Design: one shard is one HDF5 file. Arrays that lie uncompressed on the disk (contiguous, or in chunks as wide
+as a spectrum) are read past the HDF5 library, straight from their offset into the block that is handed out;
+reading instead of mapping, because a file that shrinks under a map ends the process (SIGBUS) and one that
+shrinks under a read is an error with a name. Compressed chunks are decoded once each, in slabs of whole
+chunks from which the blocks are cut. Conversion to float32 happens in pieces that fit the cache. A block
+never spans two shards, so everything made from blocks is a pure function of a shard.
+
+Layout::
+
+    dataset/arrays/flux/value    (n, p) float   clean flux
+    dataset/arrays/error/value   (n, p) float   1σ per pixel, same units
+    dataset/arrays/mask/value    (n, p) int     optional, not 0 = bad
+    dataset/arrays/noisy/value   (n, p) float   optional, flux with its noise
+    spectrumdataset/wave         (p,)  float    Å
+    dataset/params               optional table of labels and conditions, one row per spectrum
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import queue
+import re
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import h5py
+import numpy as np
+
+from moefast.errors import InputError, LabelError, OutputError, WaveGridError
+from moefast.spectra.atomic import partial_path, publish
+from moefast.spectra.params import ParamColumn, create_params_table, param_columns, read_columns
+
+__all__ = [
+    "Block",
+    "Failure",
+    "Shard",
+    "SpectrumSet",
+    "SpectrumWriter",
+    "find_files",
+    "open_spectra",
+    "same_wave",
+]
+
+ARRAYS = ("flux", "error", "mask", "noisy")
+_SUFFIXES = (".h5", ".hdf5")
+_STAGING_BYTES = 1 << 20
+_SLAB_BYTES = 1 << 25
+_FINGERPRINT_ROWS = 16
+_FINGERPRINT_CHUNK_BYTES = 1 << 16
+OnError = Literal["raise", "skip"]
+
+
+def _natural(path: str | Path) -> list[tuple[int, int, str]]:
+    pieces = re.split(r"(\d+)", str(path))
+    return [(1, int(piece), "") if piece.isdigit() else (0, 0, piece) for piece in pieces]
+
+
+def find_files(paths: str | Path | Iterable[str | Path]) -> list[Path]:
+    """Spectrum files meant by files, folders and glob patterns.
+
+    Folders are searched recursively for ``*.h5`` and ``*.hdf5``. What one folder or pattern yields is in
+    natural order (shard 2 before shard 10); the order of the arguments is kept and duplicates are dropped.
+
+    Raises
+    ------
+    InputError
+        If an argument names nothing.
+    """
+    if isinstance(paths, str | Path):
+        paths = [paths]
+    found: dict[Path, Path] = {}
+    looked_for = []
+    for given in paths:
+        path = Path(given).expanduser()
+        looked_for.append(str(given))
+        if path.is_dir():
+            matches = [p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file()]
+            if not matches:
+                raise InputError(f"{given}: no file *.h5 or *.hdf5 in this folder or below it")
+        elif path.exists():
+            matches = [path]
+        elif glob.has_magic(str(path)):
+            matches = [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]
+            if not matches:
+                raise InputError(f"{given}: no file matches this pattern (working folder {Path.cwd()})")
+        else:
+            raise InputError(f"{given}: no such file or folder (working folder {Path.cwd()})")
+        for match in sorted(matches, key=_natural):
+            found.setdefault(match.resolve(), match)
+    if not found:
+        raise InputError("no spectrum files given: name files, folders or patterns (train_*/dataset.h5)")
+    return list(found.values())
+
+
+def _describe_wave(wave: np.ndarray) -> str:
+    step = (wave[-1] - wave[0]) / (len(wave) - 1) if len(wave) > 1 else float("nan")
+    return f"{len(wave)} pixels, {wave[0]:.3f} to {wave[-1]:.3f} Å, mean step {step:.5f} Å"
+
+
+def same_wave(first: np.ndarray, second: np.ndarray) -> bool:
+    """Whether two wave grids, arrays of shape (p,) in Å, agree to 0.01 pixel everywhere."""
+    if len(first) != len(second):
+        return False
+    step = np.abs(np.gradient(first)) if len(first) > 1 else np.ones(1)
+    return bool(np.all(np.abs(first - second) < 0.01 * step))
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where one (n, p) array lies.
+
+    `access` is "offset" (rows follow each other from `offset` on), "chunks" (uncompressed, each chunk holds
+    `chunk_rows` whole rows) or "library" (everything else, through HDF5 in slabs of `slab_rows`).
+    """
+
+    dataset: str
+    dtype: np.dtype
+    n_rows: int
+    n_pixels: int
+    layout: str
+    access: str
+    offset: int = 0
+    chunk_rows: int = 0
+    slab_rows: int = 0
+    filtered: bool = False
+
+    @property
+    def row_bytes(self) -> int:
+        return self.n_pixels * self.dtype.itemsize
+
+
+@dataclass
+class Block:
+    """Consecutive rows of one shard.
+
+    Attributes
+    ----------
+    first_row : int
+        Row of the set (not of the shard) that the block starts with.
+    shard : int
+        Index of the shard.
+    flux, error : array of shape (n, p), float32, C-contiguous
+        Flux and its 1σ. Freely writable by the consumer.
+    mask : array of shape (n, p), bool, or None
+        True where a pixel is bad. None if no pixel of the block is masked.
+    params : dict of str to array of shape (n,)
+        The columns asked for.
+    """
+
+    first_row: int
+    shard: int
+    flux: np.ndarray
+    error: np.ndarray
+    mask: np.ndarray | None = None
+    params: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.flux)
+
+    @property
+    def rows(self) -> slice:
+        """The rows of the set that the block holds."""
+        return slice(self.first_row, self.first_row + len(self.flux))
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Rows that could not be read.
+
+    Attributes
+    ----------
+    path : Path
+        The file.
+    rows : tuple of int, or None
+        First row and the one after the last, rows of the set; None if the file was left out as a whole and
+        its rows are not counted.
+    error : InputError
+        Why.
+    """
+
+    path: Path
+    rows: tuple[int, int] | None
+    error: InputError
+
+
+def _lost_rows(path: Path, length: int, expected: int) -> str:
+    """Say what a file cut off at `length` bytes has lost, as far as its metadata survive."""
+
+    class Padded:
+        """The file with zeros where it ends too early: HDF5 refuses to open it otherwise."""
+
+        def __init__(self) -> None:
+            self.file = open(path, "rb")  # noqa: SIM115
+            self.position = 0
+
+        def seek(self, offset: int, whence: int = 0) -> int:
+            self.position = offset + (0, self.position, expected)[whence]
+            return self.position
+
+        def tell(self) -> int:
+            return self.position
+
+        def readinto(self, buffer: Any) -> int:
+            self.file.seek(self.position)
+            view = memoryview(buffer).cast("B")
+            n = self.file.readinto(view)
+            view[n:] = bytes(len(view) - n)
+            self.position += len(view)
+            return len(view)
+
+        def read(self, size: int = -1) -> bytes:
+            data = bytearray(size)
+            self.readinto(data)
+            return bytes(data)
+
+    lost = []
+    padded = Padded()
+    try:
+        with h5py.File(padded, "r") as file:
+            for name in ARRAYS:
+                dataset = file.get(f"dataset/arrays/{name}/value")
+                if not isinstance(dataset, h5py.Dataset) or dataset.ndim != 2 or not dataset.size:
+                    continue
+                offset = dataset.id.get_offset() if dataset.chunks is None else None
+                if offset is None:
+                    continue
+                row_bytes = dataset.dtype.itemsize * dataset.shape[1]
+                whole = max(0, min(dataset.shape[0], (length - offset) // row_bytes))
+                if whole < dataset.shape[0]:
+                    lost.append(f"{dataset.name} ends in row {whole} of {dataset.shape[0]}")
+    except Exception:
+        # Zeros in place of metadata make HDF5 raise nearly anything; the length alone is then the answer.
+        return ""
+    finally:
+        padded.file.close()
+    return ": " + "; ".join(lost) if lost else ""
+
+
+def _open_hdf5(path: Path) -> h5py.File:
+    try:
+        return h5py.File(path, "r", rdcc_nbytes=_STAGING_BYTES, locking="best-effort")
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except IsADirectoryError as error:
+        raise InputError(f"{path}: is a folder, expected an HDF5 file") from error
+    except OSError as error:
+        cut = re.search(r"truncated file: eof = (\d+).*stored_eof = (\d+)", str(error))
+        if cut:
+            length, expected = int(cut[1]), int(cut[2])
+            raise InputError(
+                f"{path}: truncated file: {length} bytes of {expected}{_lost_rows(path, length, expected)}; "
+                "copy or produce it again"
+            ) from error
+        try:
+            with open(path, "rb") as file:
+                head = file.read(8)
+        except OSError:
+            head = b""
+        if head != b"\x89HDF\r\n\x1a\n":
+            raise InputError(f"{path}: not an HDF5 file (it starts with {head!r})") from error
+        raise InputError(f"{path}: cannot be opened as HDF5, it may be damaged: {error}") from error
+
+
+def _contents(file: h5py.File) -> str:
+    found: list[str] = []
+
+    def visit(name: str, node: Any) -> None:
+        if isinstance(node, h5py.Dataset) and "/_i_table/" not in name and len(found) < 12:
+            found.append(f"{name} {node.shape}")
+
+    file.visititems(visit)
+    return ", ".join(found) or "nothing"
+
+
+class Shard:
+    """One spectrum file.
+
+    Metadata are read at once; data on demand. Usable from several threads.
+
+    Attributes
+    ----------
+    path : Path
+        The file.
+    n_rows, n_pixels : int
+        Shape of its arrays.
+    wave : array of shape (p,), float64
+        Wavelength of the pixels in Å.
+    arrays : tuple of str
+        Which of flux, error, mask, noisy it has.
+    dtypes : dict of str to dtype
+        As stored.
+    layout : dict of str to str
+        "contiguous" or "chunked".
+    columns : tuple of str
+        Readable columns of its params table.
+    unreadable : dict of str to str
+        Columns that are there and cannot be read, with the reason.
+    attrs : dict
+        Attributes of the file's root that are numbers or text.
+
+    Raises
+    ------
+    InputError
+        If the file is missing, truncated, damaged, empty, or lacks what it must have.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._lock = threading.RLock()
+        self._hdf5: h5py.File | None = None
+        self._raw: Any = None
+        self._slabs: dict[tuple[str, str], tuple[int, np.ndarray]] = {}
+        file = _open_hdf5(self.path)
+        try:
+            self._size = self.path.stat().st_size
+            self._stored = self._find_arrays(file)
+            self.wave = self._find_wave(file)
+            self._columns = self._find_columns(file)
+            self.attrs = {
+                name: value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+                for name, value in file.attrs.items()
+                if isinstance(value, bytes | str | np.number | np.bool_)
+                and name not in {"CLASS", "TITLE", "VERSION", "PYTABLES_FORMAT_VERSION"}
+            }
+        except (OSError, RuntimeError, KeyError) as error:
+            raise InputError(f"{self.path}: metadata cannot be read, damaged? {error}") from error
+        finally:
+            file.close()
+        first = next(iter(self._stored.values()))
+        self.n_rows, self.n_pixels = first.n_rows, first.n_pixels
+        self.arrays = tuple(self._stored)
+        self.dtypes = {name: stored.dtype for name, stored in self._stored.items()}
+        self.layout = {name: stored.layout for name, stored in self._stored.items()}
+        self.columns = tuple(name for name, column in self._columns.items() if not column.problem)
+        self.unreadable = {name: column.problem for name, column in self._columns.items() if column.problem}
+
+    def __repr__(self) -> str:
+        return (
+            f"Shard({str(self.path)!r}, n_rows={self.n_rows}, n_pixels={self.n_pixels}, arrays={self.arrays})"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["path"])  # type: ignore[misc]
+
+    # -- what is in the file -------------------------------------------------------------------------------
+
+    def _find_arrays(self, file: h5py.File) -> dict[str, _Stored]:
+        datasets = {}
+        for name in ARRAYS:
+            node = file.get(f"dataset/arrays/{name}/value")
+            if isinstance(node, h5py.Dataset):
+                datasets[name] = node
+        flux = "flux" if "flux" in datasets else "noisy"
+        for name in (flux if flux in datasets else "flux", "error"):
+            if name not in datasets:
+                raise InputError(
+                    f"{self.path}: dataset dataset/arrays/{name}/value is missing; found {_contents(file)}. "
+                    "Expected a spectrum dataset with arrays flux (or noisy) and error"
+                )
+        shape = datasets[flux].shape
+        for dataset in datasets.values():
+            if dataset.ndim != 2:
+                raise InputError(
+                    f"{self.path}: {dataset.name} has shape {dataset.shape}, expected (rows, pixels)"
+                )
+            if dataset.shape != shape:
+                raise InputError(
+                    f"{self.path}: {dataset.name} has shape {dataset.shape}, {datasets[flux].name} {shape}"
+                )
+            if dataset.dtype.kind not in "fiub":
+                raise InputError(f"{self.path}: {dataset.name} has type {dataset.dtype}, expected numbers")
+        if 0 in shape:
+            raise InputError(f"{self.path}: holds no spectra ({datasets[flux].name} has shape {shape})")
+        return {name: self._locate(dataset, file.userblock_size) for name, dataset in datasets.items()}
+
+    def _locate(self, dataset: h5py.Dataset, userblock: int) -> _Stored:
+        n_rows, n_pixels = dataset.shape
+        creation = dataset.id.get_create_plist()
+        filtered = creation.get_nfilters() > 0
+        common = (dataset.name, dataset.dtype, n_rows, n_pixels)
+        # HDF5 versions disagree on whether offsets count a user block in.
+        direct = userblock == 0 and not dataset.is_virtual
+        if dataset.chunks is None:
+            layout = "contiguous"
+            if direct and creation.get_layout() == h5py.h5d.CONTIGUOUS and not dataset.external:
+                offset = dataset.id.get_offset()
+                if offset is None:
+                    raise InputError(f"{self.path}: {dataset.name} was created and never written")
+                row_bytes = n_pixels * dataset.dtype.itemsize
+                if offset + n_rows * row_bytes > self._size:
+                    whole = max(0, (self._size - offset) // row_bytes)
+                    raise InputError(
+                        f"{self.path}: truncated file: {dataset.name} ends in row {whole} of {n_rows}; "
+                        "copy or produce it again"
+                    )
+                return _Stored(*common, layout, "offset", offset=offset)
+            slab = max(1, _SLAB_BYTES // (4 * n_pixels))
+            return _Stored(*common, layout, "library", slab_rows=min(slab, n_rows))
+        chunk_rows = dataset.chunks[0]
+        if direct and not filtered and dataset.chunks[1] == n_pixels:
+            return _Stored(*common, "chunked", "chunks", chunk_rows=chunk_rows)
+        slab = max(1, _SLAB_BYTES // (4 * n_pixels * chunk_rows)) * chunk_rows
+        return _Stored(
+            *common,
+            "chunked",
+            "library",
+            chunk_rows=chunk_rows,
+            slab_rows=min(slab, n_rows),
+            filtered=filtered,
+        )
+
+    def _find_wave(self, file: h5py.File) -> np.ndarray:
+        node = file.get("spectrumdataset/wave")
+        if not isinstance(node, h5py.Dataset):
+            raise InputError(f"{self.path}: dataset spectrumdataset/wave is missing; found {_contents(file)}")
+        n_pixels = next(iter(self._stored.values())).n_pixels
+        wave = np.asarray(node[()], dtype=np.float64)
+        if wave.shape != (n_pixels,):
+            raise InputError(
+                f"{self.path}: {node.name} has shape {wave.shape}, but the spectra have {n_pixels} pixels"
+            )
+        if not np.all(np.isfinite(wave)) or np.any(np.diff(wave) <= 0):
+            raise InputError(f"{self.path}: {node.name} must be finite and increasing (Å)")
+        return wave
+
+    def _find_columns(self, file: h5py.File) -> dict[str, ParamColumn]:
+        columns = param_columns(file)
+        n_rows = next(iter(self._stored.values())).n_rows
+        for column in columns.values():
+            if not column.problem and column.n_rows != n_rows:
+                raise InputError(
+                    f"{self.path}: {column.dataset} has {column.n_rows} rows, but there are {n_rows} spectra"
+                )
+        return columns
+
+    # -- data ----------------------------------------------------------------------------------------------
+
+    def _file(self) -> h5py.File:
+        if self._hdf5 is None:
+            self._hdf5 = _open_hdf5(self.path)
+        return self._hdf5
+
+    def close(self) -> None:
+        """Release file handles and cached slabs; the shard stays usable."""
+        with self._lock:
+            self._slabs.clear()
+            if self._hdf5 is not None:
+                self._hdf5.close()
+                self._hdf5 = None
+            if self._raw is not None:
+                self._raw.close()
+                self._raw = None
+
+    def __del__(self) -> None:
+        raw = getattr(self, "_raw", None)
+        if raw is not None:
+            raw.close()
+
+    def _stored_array(self, array: str) -> _Stored:
+        try:
+            return self._stored[array]
+        except KeyError:
+            raise InputError(
+                f"{self.path}: has no array {array!r}; it has {', '.join(self._stored)}"
+            ) from None
+
+    def read(self, array: str, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        """Rows `start` to `stop` of an array.
+
+        Parameters
+        ----------
+        array : {"flux", "error", "noisy", "mask"}
+            Which one.
+        start, stop : int
+            Rows of this shard.
+        out : array of shape (stop - start, p), float32 or bool, C-contiguous, optional
+            Filled and returned. With bool, each value becomes "is not 0".
+
+        Returns
+        -------
+        array of shape (stop - start, p)
+            float32; bool for the mask (True = bad).
+
+        Raises
+        ------
+        InputError
+            If the rows cannot be read.
+        """
+        stored = self._stored_array(array)
+        if not 0 <= start <= stop <= self.n_rows:
+            raise ValueError(f"rows {start} to {stop} asked for, the shard has {self.n_rows}")
+        if out is None:
+            out = np.empty((stop - start, self.n_pixels), bool if array == "mask" else np.float32)
+        elif (
+            out.shape != (stop - start, self.n_pixels)
+            or out.dtype not in (np.float32, np.bool_)
+            or not out.flags.c_contiguous
+        ):
+            raise ValueError(
+                f"out must be C-contiguous float32 or bool of shape ({stop - start}, {self.n_pixels}), "
+                f"found {out.dtype} {out.shape}"
+            )
+        try:
+            with self._lock, np.errstate(all="ignore"):
+                if stored.access == "offset":
+                    self._read_raw(stored, stored.offset + start * stored.row_bytes, out)
+                elif stored.access == "chunks":
+                    self._read_chunks(stored, start, out)
+                else:
+                    self._read_slabs(array, stored, start, out)
+        except (OSError, RuntimeError, EOFError) as error:
+            raise InputError(
+                f"{self.path}: {stored.dataset}: rows {start} to {stop - 1} cannot be read, the file is "
+                f"truncated or damaged: {error}"
+            ) from error
+        return out
+
+    def _fill(self, view: memoryview, offset: int) -> None:
+        if self._raw is None:
+            self._raw = open(self.path, "rb", buffering=0)  # noqa: SIM115
+        self._raw.seek(offset)
+        done = 0
+        while done < len(view):
+            n = self._raw.readinto(view[done:])
+            if not n:
+                raise EOFError(f"file ends at byte {offset + done}")
+            done += n
+
+    def _read_raw(self, stored: _Stored, offset: int, out: np.ndarray) -> None:
+        if not out.size:
+            return
+        if stored.dtype == out.dtype and out.dtype != np.bool_:
+            self._fill(out.view(np.uint8).data.cast("B"), offset)
+            return
+        step = max(1, _STAGING_BYTES // stored.row_bytes)
+        staging = np.empty((min(step, len(out)), stored.n_pixels), stored.dtype)
+        for first in range(0, len(out), step):
+            target = out[first : first + step]
+            piece = staging[: len(target)]
+            self._fill(piece.view(np.uint8).data.cast("B"), offset + first * stored.row_bytes)
+            _convert(piece, target)
+
+    def _read_chunks(self, stored: _Stored, start: int, out: np.ndarray) -> None:
+        dataset = self._file()[stored.dataset]
+        row, stop = start, start + len(out)
+        while row < stop:
+            chunk_start = row - row % stored.chunk_rows
+            end = min(stop, chunk_start + stored.chunk_rows)
+            target = out[row - start : end - start]
+            offset = dataset.id.get_chunk_info_by_coord((chunk_start, 0)).byte_offset
+            if offset is None:
+                target[...] = dataset.fillvalue
+            else:
+                self._read_raw(stored, offset + (row - chunk_start) * stored.row_bytes, target)
+            row = end
+
+    def _read_slabs(self, array: str, stored: _Stored, start: int, out: np.ndarray) -> None:
+        row, stop = start, start + len(out)
+        while row < stop:
+            slab_start = row - row % stored.slab_rows
+            end = min(stop, slab_start + stored.slab_rows)
+            key = (array, out.dtype.kind)
+            held = self._slabs.get(key)
+            if held is None or held[0] != slab_start:
+                # The old slab goes first: with one chunk of 2 GB there is no room for two.
+                self._slabs.pop(key, None)
+                del held
+                slab = np.empty((min(stored.slab_rows, self.n_rows - slab_start), self.n_pixels), out.dtype)
+                dataset = self._file()[stored.dataset]
+                if out.dtype == np.bool_:
+                    _convert(dataset[slab_start : slab_start + len(slab)], slab)
+                else:
+                    dataset.read_direct(slab, np.s_[slab_start : slab_start + len(slab)])
+                held = self._slabs[key] = (slab_start, slab)
+            out[row - start : end - start] = held[1][row - slab_start : end - slab_start]
+            row = end
+
+    def params(
+        self, names: Iterable[str] | None = None, start: int = 0, stop: int | None = None
+    ) -> dict[str, np.ndarray]:
+        """Columns of the params table.
+
+        Parameters
+        ----------
+        names : iterable of str, optional
+            Which; all readable ones if None.
+        start, stop : int
+            Rows of this shard.
+
+        Returns
+        -------
+        dict of str to array of shape (stop - start,)
+            Numbers as stored, in native byte order; strings as text.
+
+        Raises
+        ------
+        InputError
+            If a column is absent or cannot be read.
+        """
+        wanted = list(self.columns if names is None else names)
+        for name in wanted:
+            if name in self.unreadable:
+                raise InputError(f"{self.path}: dataset/params: column {name!r} {self.unreadable[name]}")
+            if name not in self._columns:
+                raise InputError(
+                    f"{self.path}: dataset/params has no column {name!r}; it has "
+                    f"{', '.join(self.columns) or 'no readable column'}"
+                )
+        stop = self.n_rows if stop is None else stop
+        if not 0 <= start <= stop <= self.n_rows:
+            raise ValueError(f"rows {start} to {stop} asked for, the shard has {self.n_rows}")
+        try:
+            with self._lock:
+                return read_columns(self._file(), {name: self._columns[name] for name in wanted}, start, stop)
+        except (OSError, RuntimeError) as error:
+            raise InputError(
+                f"{self.path}: dataset/params: rows {start} to {stop - 1} cannot be read, the file is "
+                f"truncated or damaged: {error}"
+            ) from error
+
+    def fingerprint(self) -> str:
+        """SHA-256, as hex digits, that identifies the content at the cost of reading a few rows.
+
+        It covers names, shapes and types of the arrays, the wave grid, the size of the file, and the values
+        of up to 16 rows spread evenly from the first to the last, of every array and of the numeric params.
+        Of a compressed array it takes the first 64 kB of up to 16 chunks as stored. A change of single
+        values elsewhere is not seen. Name and time of the file do not matter.
+        """
+        digest = hashlib.sha256()
+        header = {
+            "size": self._size,
+            "arrays": {name: [s.n_rows, s.n_pixels, s.dtype.str] for name, s in self._stored.items()},
+            "columns": sorted(self.columns),
+        }
+        digest.update(json.dumps(header, sort_keys=True).encode())
+        digest.update(self.wave.astype("<f8").tobytes())
+        rows = np.unique(np.linspace(0, self.n_rows - 1, _FINGERPRINT_ROWS).astype(np.int64))
+        for name, stored in self._stored.items():
+            if stored.filtered:
+                self._hash_chunks(stored, digest)
+                continue
+            for row in rows:
+                digest.update(self.read(name, int(row), int(row) + 1).tobytes())
+        columns = self.params()
+        for name in sorted(columns):
+            if columns[name].dtype.kind in "biuf":
+                digest.update(columns[name][rows].tobytes())
+        return digest.hexdigest()
+
+    def _hash_chunks(self, stored: _Stored, digest: Any) -> None:
+        with self._lock:
+            try:
+                dataset = self._file()[stored.dataset]
+                n_chunks = dataset.id.get_num_chunks()
+                for index in np.unique(np.linspace(0, n_chunks - 1, _FINGERPRINT_ROWS).astype(np.int64)):
+                    chunk = dataset.id.get_chunk_info(int(index))
+                    piece = bytearray(min(chunk.size, _FINGERPRINT_CHUNK_BYTES))
+                    self._fill(memoryview(piece), chunk.byte_offset)
+                    digest.update(piece)
+            except (OSError, RuntimeError, EOFError) as error:
+                raise InputError(f"{self.path}: {stored.dataset} cannot be read: {error}") from error
+
+
+def _convert(source: np.ndarray, target: np.ndarray) -> None:
+    if target.dtype == np.bool_:
+        np.not_equal(source, 0, out=target)
+    else:
+        np.copyto(target, source, casting="unsafe")
+
+
+class SpectrumSet:
+    """Spectra of one or more shards on one wave grid, numbered through in the order of the shards.
+
+    Attributes
+    ----------
+    shards : tuple of Shard
+        The files.
+    n_rows, n_pixels : int
+        Spectra in all shards, and pixels of each.
+    wave : array of shape (p,), float64
+        Wavelength of the pixels in Å.
+    first_rows : array of shape (len(shards) + 1,), int64
+        First row of each shard, and the number of rows at the end.
+    failures : list of Failure
+        Files left out when the set was opened, and blocks left out by `blocks`, with ``on_error="skip"``.
+
+    Raises
+    ------
+    WaveGridError
+        If the shards lie on different wave grids.
+    """
+
+    def __init__(self, shards: Sequence[Shard], failures: Sequence[Failure] = ()) -> None:
+        if not shards:
+            raise InputError("a set of spectra needs at least one file")
+        for shard in shards[1:]:
+            _check_wave(shard, shards[0])
+        self.shards = tuple(shards)
+        self.wave = shards[0].wave
+        self.n_pixels = shards[0].n_pixels
+        self.first_rows = np.cumsum([0, *(shard.n_rows for shard in shards)], dtype=np.int64)
+        self.n_rows = int(self.first_rows[-1])
+        self.failures: list[Failure] = list(failures)
+
+    def __len__(self) -> int:
+        return self.n_rows
+
+    def __repr__(self) -> str:
+        return f"SpectrumSet({self.n_rows} spectra in {len(self.shards)} files, {_describe_wave(self.wave)})"
+
+    def close(self) -> None:
+        """Release file handles and caches; the set stays usable."""
+        for shard in self.shards:
+            shard.close()
+
+    def fingerprint(self) -> str:
+        """SHA-256, as hex digits, of the fingerprints of the shards in their order."""
+        return hashlib.sha256("".join(shard.fingerprint() for shard in self.shards).encode()).hexdigest()
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Params columns that every shard has."""
+        return tuple(
+            name for name in self.shards[0].columns if all(name in shard.columns for shard in self.shards)
+        )
+
+    def params(self, names: Iterable[str]) -> dict[str, np.ndarray]:
+        """Params columns of all shards, each an array of shape (n_rows,)."""
+        names = list(names)
+        pieces = [shard.params(names) for shard in self.shards]
+        return {name: np.concatenate([piece[name] for piece in pieces]) for name in names}
+
+    def labels(self, names: Sequence[str] = ("T_eff", "log_g", "M_H")) -> dict[str, np.ndarray]:
+        """Labels of every spectrum.
+
+        Parameters
+        ----------
+        names : sequence of str
+            Columns of the params table: T_eff in K, log_g and M_H in dex, …
+
+        Returns
+        -------
+        dict of str to array of shape (n_rows,), float64
+
+        Raises
+        ------
+        LabelError
+            If a file lacks a column, or a value is not finite.
+        """
+        out = {name: np.empty(self.n_rows) for name in names}
+        for shard, first in zip(self.shards, self.first_rows, strict=False):
+            missing = [name for name in names if name not in shard.columns]
+            if missing:
+                reasons = "".join(f"; {n!r} {shard.unreadable[n]}" for n in missing if n in shard.unreadable)
+                raise LabelError(
+                    f"{shard.path}: dataset/params lacks {', '.join(missing)}{reasons}; it has "
+                    f"{', '.join(shard.columns) or 'no readable column'}. Labels are needed here"
+                )
+            for name, values in shard.params(names).items():
+                if values.dtype.kind not in "biuf":
+                    raise LabelError(
+                        f"{shard.path}: dataset/params: label {name} is {values.dtype}, not a number"
+                    )
+                bad = np.flatnonzero(~np.isfinite(values))
+                if len(bad):
+                    raise LabelError(
+                        f"{shard.path}: dataset/params: {name} is not finite in {len(bad)} of {len(values)} "
+                        f"rows, the first of them {', '.join(map(str, bad[:5]))}"
+                    )
+                out[name][first : first + len(values)] = values
+        return out
+
+    def has_labels(self, names: Sequence[str] = ("T_eff", "log_g", "M_H")) -> bool:
+        """Whether `labels` would succeed."""
+        try:
+            self.labels(names)
+        except LabelError:
+            return False
+        return True
+
+    def blocks(
+        self,
+        block_rows: int,
+        *,
+        array: Literal["auto", "flux", "noisy"] = "auto",
+        rows: tuple[int, int] | None = None,
+        params: Sequence[str] = (),
+        prefetch: bool = True,
+        on_error: OnError = "raise",
+    ) -> Iterator[Block]:
+        """Iterate over the spectra, block by block, in order.
+
+        Parameters
+        ----------
+        block_rows : int
+            Rows per block; the last block of a shard may be shorter.
+        array : {"auto", "flux", "noisy"}
+            What becomes `Block.flux`; "auto" is noisy where a file has it and flux elsewhere.
+        rows : tuple of int, optional
+            First row and the one after the last, rows of the set; all if None.
+        params : sequence of str
+            Columns to hand out with each block.
+        prefetch : bool
+            Whether a thread reads up to two blocks ahead.
+        on_error : {"raise", "skip"}
+            Whether unreadable rows end the iteration, or are left out and noted in `failures`; the other
+            blocks keep their row numbers.
+
+        Raises
+        ------
+        InputError
+            If rows, an array or a column cannot be read.
+        """
+        start, stop = (0, self.n_rows) if rows is None else rows
+        if block_rows < 1:
+            raise ValueError(f"block_rows must be at least 1, found {block_rows}")
+        if not 0 <= start <= stop <= self.n_rows:
+            raise ValueError(f"rows {start} to {stop} asked for, the set has {self.n_rows}")
+        if array not in {"auto", "flux", "noisy"}:
+            raise ValueError(f"array must be 'auto', 'flux' or 'noisy', found {array!r}")
+        if on_error not in {"raise", "skip"}:
+            raise ValueError(f"on_error must be 'raise' or 'skip', found {on_error!r}")
+        source = self._read_blocks(block_rows, array, (start, stop), list(params), on_error)
+        return _ahead(source) if prefetch else source
+
+    def _read_blocks(
+        self, block_rows: int, array: str, rows: tuple[int, int], names: list[str], on_error: OnError
+    ) -> Iterator[Block]:
+        start, stop = rows
+        for index, shard in enumerate(self.shards):
+            base = int(self.first_rows[index])
+            first, last = max(start - base, 0), min(stop - base, shard.n_rows)
+            if first >= last:
+                continue
+            which = array if array != "auto" else ("noisy" if "noisy" in shard.arrays else "flux")
+            try:
+                for row in range(first, last, block_rows):
+                    end = min(row + block_rows, last)
+                    try:
+                        yield self._read_block(index, which, row, end, names)
+                    except InputError as error:
+                        if on_error == "raise":
+                            raise
+                        self.failures.append(Failure(shard.path, (base + row, base + end), error))
+            finally:
+                shard.close()
+
+    def _read_block(self, index: int, array: str, row: int, end: int, names: list[str]) -> Block:
+        shard = self.shards[index]
+        flux = shard.read(array, row, end)
+        error = shard.read("error", row, end)
+        mask = shard.read("mask", row, end) if "mask" in shard.arrays else None
+        if mask is not None and not mask.any():
+            mask = None
+        params = shard.params(names, row, end) if names else {}
+        return Block(int(self.first_rows[index]) + row, index, flux, error, mask, params)
+
+
+def _ahead(source: Iterator[Block]) -> Iterator[Block]:
+    """Pass blocks on from a thread that reads ahead of the consumer."""
+    blocks: queue.Queue[tuple[Block | None, BaseException | None]] = queue.Queue(maxsize=1)
+    stopped = threading.Event()
+
+    def work() -> None:
+        failure: BaseException | None = None
+        try:
+            for block in source:
+                blocks.put((block, None))
+                del block
+                if stopped.is_set():
+                    break
+        except BaseException as error:
+            failure = error
+        finally:
+            source.close()  # type: ignore[attr-defined]
+            blocks.put((None, failure))
+
+    thread = threading.Thread(target=work, name="moefast-reader", daemon=True)
+    thread.start()
+    try:
+        while True:
+            block, failure = blocks.get()
+            if failure is not None:
+                raise failure
+            if block is None:
+                return
+            yield block
+            # The consumer is done with it; keeping the name would keep a third block in memory.
+            del block
+    finally:
+        stopped.set()
+        while thread.is_alive():
+            try:
+                blocks.get(timeout=0.02)
+            except queue.Empty:
+                continue
+        thread.join()
+
+
+def _check_wave(shard: Shard, first: Shard) -> None:
+    if not same_wave(first.wave, shard.wave):
+        raise WaveGridError(
+            f"{shard.path}: another wave grid ({_describe_wave(shard.wave)}) than {first.path} "
+            f"({_describe_wave(first.wave)}). Spectra of one run must share a grid"
+        )
+
+
+def open_spectra(paths: str | Path | Iterable[str | Path], *, on_error: OnError = "raise") -> SpectrumSet:
+    """Open spectrum files as one set.
+
+    Parameters
+    ----------
+    paths : str, Path or iterable of them
+        Files, folders and patterns, see `find_files`.
+    on_error : {"raise", "skip"}
+        Whether a file that cannot be used is an error, or is left out and noted in `SpectrumSet.failures`.
+
+    Raises
+    ------
+    InputError
+        If a file (with "skip": every file) cannot be used.
+    WaveGridError
+        If the files lie on different wave grids.
+    """
+    if on_error not in {"raise", "skip"}:
+        raise ValueError(f"on_error must be 'raise' or 'skip', found {on_error!r}")
+    given = [paths] if isinstance(paths, str | Path) else list(paths)
+    if on_error == "raise":
+        return SpectrumSet([Shard(path) for path in find_files(given)])
+    failures: list[Failure] = []
+    shards: list[Shard] = []
+    files: list[Path] = []
+    for path in given:
+        try:
+            files.extend(find_files([path]))
+        except InputError as error:
+            failures.append(Failure(Path(path), None, error))
+    for file in find_files(files) if files else []:
+        try:
+            shard = Shard(file)
+            if shards:
+                _check_wave(shard, shards[0])
+            shards.append(shard)
+        except InputError as error:
+            failures.append(Failure(file, None, error))
+    if not shards:
+        reasons = "\n".join(f"  {failure.error}" for failure in failures)
+        raise InputError(f"none of the files can be used:\n{reasons}" if failures else "no files given")
+    return SpectrumSet(shards, failures)
+
+
+class SpectrumWriter:
+    """Write a spectrum file in the layout that `open_spectra` and the simulator's own tools read.
+
+    Arrays become contiguous float32 datasets (the mask uint8), params a table that ``pandas.read_hdf(path,
+    "dataset/params")`` reads. The file has its final name only once it is complete.
+
+    Parameters
+    ----------
+    path : str or Path
+        Final name.
+    n_rows : int
+        Number of spectra.
+    wave : array of shape (p,)
+        Wavelength of the pixels in Å.
+    wave_edges : array of shape (p + 1,)
+        Edges of the pixels in Å.
+    arrays : sequence of str
+        Which of flux, error, mask, noisy will be written.
+    params : mapping of str to dtype
+        Columns of the params table, numbers, bool or byte strings ("S8").
+    attrs : mapping, optional
+        Attributes of the root: numbers and text; anything else is stored as JSON.
+    overwrite : bool
+        Whether an existing file may be replaced.
+
+    Raises
+    ------
+    OutputError
+        If the file exists, cannot be written, or rows are missing at the end.
+
+    Examples
+    --------
+    ::
+
+        with SpectrumWriter(path, n_rows=n, wave=wave, wave_edges=edges, params={"log_g": "f8"}) as writer:
+            writer.write(0, params={"log_g": log_g}, flux=flux, error=error)
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        n_rows: int,
+        wave: np.ndarray,
+        wave_edges: np.ndarray,
+        arrays: Sequence[str] = ("flux", "error"),
+        params: Mapping[str, Any] | None = None,
+        attrs: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        wave, wave_edges = np.asarray(wave, dtype=np.float64), np.asarray(wave_edges, dtype=np.float64)
+        if n_rows < 1:
+            raise ValueError(f"n_rows must be at least 1, found {n_rows}")
+        if wave.ndim != 1 or wave_edges.shape != (len(wave) + 1,):
+            raise ValueError(
+                f"wave of shape (p,) and wave_edges (p + 1,), not {wave.shape}, {wave_edges.shape}"
+            )
+        if not set(arrays) <= set(ARRAYS) or not arrays:
+            raise ValueError(f"arrays must be of {', '.join(ARRAYS)}, found {', '.join(arrays)}")
+        columns = {name: np.dtype(dtype) for name, dtype in (params or {}).items()}
+        for name, dtype in columns.items():
+            if dtype.kind not in "biufS" or (dtype.kind == "S" and not dtype.itemsize):
+                raise ValueError(f"params column {name!r} is {dtype}, expected a number, bool or 'S<length>'")
+            if not name.isidentifier() or name == "index":
+                raise ValueError(f"params column {name!r}: a name must be an identifier, and not 'index'")
+        self.n_rows, self.n_pixels = int(n_rows), len(wave)
+        self.arrays, self.columns = tuple(arrays), columns
+        self._written = np.zeros(self.n_rows, bool)
+        self._lock = threading.Lock()
+        self._partial = partial_path(self.path, overwrite=overwrite)
+        try:
+            # Data that start on a page can be mapped and read without an unaligned first piece.
+            self._file = h5py.File(
+                self._partial,
+                "w",
+                libver=("earliest", "v110"),
+                alignment_threshold=1 << 16,
+                alignment_interval=4096,
+            )
+        except OSError as error:
+            raise OutputError(f"{self.path}: cannot be written: {error}") from error
+        try:
+            self._create(wave, wave_edges, attrs or {})
+        except BaseException:
+            self.abort()
+            raise
+
+    def _create(self, wave: np.ndarray, wave_edges: np.ndarray, attrs: Mapping[str, Any]) -> None:
+        file = self._file
+        for name, value in attrs.items():
+            plain = isinstance(value, str | bool | int | float | np.number | np.bool_)
+            file.attrs[name] = value if plain else json.dumps(value, default=str)
+        file["spectrumdataset/wave"] = wave
+        file["spectrumdataset/wave_edges"] = wave_edges
+        self._datasets = {
+            name: file.create_dataset(
+                f"dataset/arrays/{name}/value",
+                (self.n_rows, self.n_pixels),
+                np.uint8 if name == "mask" else np.float32,
+            )
+            for name in self.arrays
+        }
+        self._table = create_params_table(file, self.n_rows, self.columns) if self.columns else None
+
+    def write(self, first_row: int, *, params: Mapping[str, Any] | None = None, **arrays: np.ndarray) -> None:
+        """Write consecutive rows; calls may come in any order and from several threads.
+
+        Parameters
+        ----------
+        first_row : int
+            Row of the first spectrum.
+        params : mapping of str to array of shape (n,)
+            Every column of the table.
+        **arrays : array of shape (n, p)
+            Every array of the file.
+
+        Raises
+        ------
+        OutputError
+            If the rows were written before, or the disk refuses.
+        """
+        params = params or {}
+        if set(arrays) != set(self.arrays):
+            raise ValueError(f"arrays {', '.join(self.arrays)} expected, found {', '.join(arrays) or None}")
+        if set(params) != set(self.columns):
+            raise ValueError(f"params {', '.join(self.columns)} expected, found {', '.join(params) or None}")
+        n = len(next(iter(arrays.values())))
+        stop = first_row + n
+        if not 0 <= first_row <= stop <= self.n_rows:
+            raise ValueError(f"rows {first_row} to {stop} do not fit a file of {self.n_rows}")
+        for name, array in arrays.items():
+            if np.shape(array) != (n, self.n_pixels):
+                raise ValueError(f"{name}: shape ({n}, {self.n_pixels}) expected, found {np.shape(array)}")
+        if self._table is not None:
+            rows = np.zeros(n, self._table.dtype)
+            rows["index"] = np.arange(first_row, stop)
+            for name, dtype in self.columns.items():
+                values = np.asarray(params[name])
+                if values.shape != (n,):
+                    raise ValueError(f"params {name}: shape ({n},) expected, found {values.shape}")
+                if values.dtype.kind == "U":
+                    values = np.char.encode(values, "utf-8")
+                if values.dtype.kind == "S" and values.dtype.itemsize > dtype.itemsize:
+                    raise ValueError(f"params {name}: {dtype.itemsize} bytes do not hold {values.dtype}")
+                rows[name] = values
+        with self._lock:
+            if self._written[first_row:stop].any():
+                raise OutputError(f"{self.path}: rows {first_row} to {stop - 1} have been written before")
+            try:
+                for name, array in arrays.items():
+                    values = np.asarray(array)
+                    dataset = self._datasets[name]
+                    values = values != 0 if name == "mask" else values
+                    dataset[first_row:stop] = values.astype(dataset.dtype, copy=False)
+                if self._table is not None:
+                    self._table[first_row:stop] = rows
+            except OSError as error:
+                raise OutputError(f"{self.path}: rows {first_row} to {stop - 1}: {error}") from error
+            self._written[first_row:stop] = True
+
+    def abort(self) -> None:
+        """Give up: close and remove what has been written."""
+        self._file.close()
+        self._partial.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Complete the file and give it its final name.
+
+        Raises
+        ------
+        OutputError
+            If rows are missing; nothing is left then.
+        """
+        missing = np.flatnonzero(~self._written)
+        if len(missing):
+            self.abort()
+            raise OutputError(f"{self.path}: {len(missing)} rows were not written, the first is {missing[0]}")
+        try:
+            try:
+                self._file.close()
+            except (OSError, RuntimeError) as error:
+                raise OutputError(f"{self.path}: could not be completed: {error}") from error
+            publish(self._partial, self.path)
+        except BaseException:
+            self._partial.unlink(missing_ok=True)
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()

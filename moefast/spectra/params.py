@@ -1,0 +1,329 @@
+"""The params table of a spectrum file: one value per spectrum and column, in any of the shapes found.
+
+Design: pandas stores the *names* of its columns as pickles in HDF5 attributes. Unpickling runs code, so the
+names are taken from the opcodes of the pickle by a stack machine that knows lists of strings and nothing
+else; anything more makes those columns unreadable, with the reason, and leaves the others alone. Column
+order and presence are never assumed.
+
+Four shapes are understood, all below ``dataset/params``: a pandas "table" (group with a compound dataset
+``table``), a pandas "fixed" frame (``axis0``, ``block0_items``, ``block0_values``, …), a plain compound
+dataset, a group of one-dimensional datasets.
+"""
+
+from __future__ import annotations
+
+import pickletools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import h5py
+import numpy as np
+
+__all__ = ["ParamColumn", "create_params_table", "names_from_pickle", "param_columns", "read_columns"]
+
+_STRING_OPCODES = frozenset(
+    {"STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"}
+)
+_MARK = object()
+
+
+@dataclass(frozen=True)
+class ParamColumn:
+    """Where one column lies.
+
+    Attributes
+    ----------
+    dataset : str
+        Full name of the HDF5 dataset.
+    field : str or None
+        Field of a compound dataset.
+    position : int or None
+        Column of a two-dimensional dataset or field.
+    n_rows : int
+        Number of rows stored.
+    stored_as : str
+        What pandas noted as the type, "" where it did not ("bool", "datetime64[ns]", "bytes8", …).
+    problem : str
+        Why the column cannot be read; "" if it can.
+    """
+
+    dataset: str
+    field: str | None = None
+    position: int | None = None
+    n_rows: int = 0
+    stored_as: str = ""
+    problem: str = ""
+
+
+def names_from_pickle(data: bytes) -> list[str]:
+    """Names in a pickled list of strings, read from its opcodes without unpickling.
+
+    Parameters
+    ----------
+    data : bytes
+        A pickle of any protocol.
+
+    Raises
+    ------
+    ValueError
+        If the pickle holds anything other than one list of strings.
+    """
+    stack: list[Any] = []
+    memo: dict[int, Any] = {}
+    try:
+        for opcode, argument, _ in pickletools.genops(bytes(data)):
+            name = opcode.name
+            slot = argument if isinstance(argument, int) else -1
+            if name in _STRING_OPCODES:
+                stack.append(argument)
+            elif name == "MARK":
+                stack.append(_MARK)
+            elif name == "EMPTY_LIST":
+                stack.append([])
+            elif name in {"LIST", "APPENDS"}:
+                mark = len(stack) - 1 - stack[::-1].index(_MARK)
+                items = stack[mark + 1 :]
+                del stack[mark:]
+                if name == "LIST":
+                    stack.append(items)
+                else:
+                    stack[-1].extend(items)
+            elif name == "APPEND":
+                item = stack.pop()
+                stack[-1].append(item)
+            elif name in {"PUT", "BINPUT", "LONG_BINPUT"}:
+                memo[slot] = stack[-1]
+            elif name == "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            elif name in {"GET", "BINGET", "LONG_BINGET"}:
+                stack.append(memo[slot])
+            elif name == "STOP":
+                break
+            elif name not in {"PROTO", "FRAME"}:
+                raise ValueError(f"opcode {name} has no place in a list of names")
+    except (IndexError, KeyError, AttributeError, UnicodeDecodeError) as error:
+        raise ValueError("malformed pickle") from error
+    if len(stack) != 1 or not isinstance(stack[0], list) or not all(isinstance(x, str) for x in stack[0]):
+        raise ValueError("not one list of strings")
+    return stack[0]
+
+
+def _attribute_text(owner: Any, name: str) -> str:
+    value = _attribute_bytes(owner, name)
+    return "" if value is None else value.decode("utf-8", errors="replace")
+
+
+def _attribute_bytes(owner: Any, name: str) -> bytes | None:
+    try:
+        value = owner.attrs[name]
+    except (KeyError, OSError, TypeError, ValueError):
+        return None
+    if isinstance(value, bytes):
+        return bytes(value)
+    return value.encode("utf-8", errors="surrogatepass") if isinstance(value, str) else None
+
+
+def _one_dimensional(dtype: np.dtype) -> str:
+    return "" if dtype.kind in "biufS" else f"has type {dtype}, neither a number nor a fixed-length string"
+
+
+def _table_columns(table: h5py.Dataset, group: h5py.Group | None) -> dict[str, ParamColumn]:
+    columns: dict[str, ParamColumn] = {}
+    n_rows = table.shape[0] if table.ndim else 0
+    is_pandas = group is not None and ("pandas_type" in group.attrs or "index_cols" in group.attrs)
+    for field in table.dtype.names or ():
+        if is_pandas and field == "index":
+            continue
+        dtype = table.dtype[field]
+        stored_as = _attribute_text(table, f"{field}_dtype")
+        problem = _one_dimensional(dtype.base)
+        if "category" in _attribute_text(table, f"{field}_meta"):
+            problem = "is a pandas category, stored as codes whose meaning lies elsewhere"
+        names: list[str] | None = None
+        kind = _attribute_bytes(table, f"{field}_kind")
+        if kind is not None:
+            try:
+                names = names_from_pickle(kind)
+            except ValueError as error:
+                if dtype.shape:
+                    problem = f"has column names that cannot be read safely ({error})"
+        width = int(np.prod(dtype.shape)) if dtype.shape else 1
+        if dtype.shape and names is None:
+            problem = problem or "has several values per row and no column names"
+        elif names is not None and len(names) != width:
+            problem = problem or f"has {width} columns but {len(names)} names"
+            names = None
+        if len(dtype.shape) > 1:
+            problem = problem or f"has values of shape {dtype.shape}"
+        if names is None or problem:
+            for name in names or [field]:
+                columns[name] = ParamColumn(table.name, field, None, n_rows, stored_as, problem)
+            continue
+        for position, name in enumerate(names):
+            columns[name] = ParamColumn(
+                table.name, field, position if dtype.shape else None, n_rows, stored_as, problem
+            )
+    return columns
+
+
+def _fixed_columns(group: h5py.Group) -> dict[str, ParamColumn]:
+    columns: dict[str, ParamColumn] = {}
+    block = 0
+    while f"block{block}_items" in group:
+        items, values = group[f"block{block}_items"], group.get(f"block{block}_values")
+        label = f"block{block}_values"
+        block += 1
+        if items.dtype.kind != "S" or not isinstance(values, h5py.Dataset):
+            problem = "has column names that are not plain strings"
+            columns[label] = ParamColumn(f"{group.name}/{label}", problem=problem)
+            continue
+        names = [name.decode("utf-8", errors="replace") for name in np.atleast_1d(items[()])]
+        problem = _one_dimensional(values.dtype)
+        shape = values.shape
+        stored_as = _attribute_text(values, "value_type")
+        if not problem and not (len(shape) == 2 and shape[1] == len(names)):
+            problem = f"has shape {shape} for {len(names)} columns"
+        n_rows = shape[0] if shape and not problem else 0
+        for position, name in enumerate(names):
+            columns[name] = ParamColumn(values.name, None, position, n_rows, stored_as, problem)
+    return columns
+
+
+def param_columns(file: h5py.File) -> dict[str, ParamColumn]:
+    """Columns of the params table of an open file, by name; empty where the file has none."""
+    node = file.get("dataset/params")
+    if isinstance(node, h5py.Dataset):
+        return _table_columns(node, None) if node.dtype.names else {}
+    if not isinstance(node, h5py.Group):
+        return {}
+    table = node.get("table")
+    if isinstance(table, h5py.Dataset) and table.dtype.names:
+        return _table_columns(table, node)
+    if "block0_items" in node:
+        return _fixed_columns(node)
+    return {
+        name: ParamColumn(child.name, None, None, child.shape[0], "", _one_dimensional(child.dtype))
+        for name, child in node.items()
+        if isinstance(child, h5py.Dataset) and child.ndim == 1 and not child.dtype.names
+    }
+
+
+def _as_seen(values: np.ndarray, stored_as: str) -> np.ndarray:
+    """Values in the type that their writer meant, native byte order."""
+    if values.dtype.kind == "S":
+        return np.char.decode(values, "utf-8", "replace") if values.size else values.astype("U1")
+    values = values.astype(values.dtype.newbyteorder("="), copy=False)
+    if stored_as == "bool":
+        return values.astype(bool)
+    if stored_as.startswith("datetime64") and values.dtype == np.int64:
+        return values.view(stored_as if "[" in stored_as else "datetime64[ns]")
+    return values
+
+
+def read_columns(
+    file: h5py.File, columns: Mapping[str, ParamColumn], start: int, stop: int
+) -> dict[str, np.ndarray]:
+    """Rows `start` to `stop` of readable columns, each an array of shape (stop - start,)."""
+    blocks: dict[tuple[str, str | None], np.ndarray] = {}
+    out = {}
+    for name, column in columns.items():
+        key = (column.dataset, column.field)
+        if key not in blocks:
+            dataset = file[column.dataset]
+            source = dataset if column.field is None else dataset.fields(column.field)
+            blocks[key] = source[start:stop]
+        values = blocks[key]
+        if column.position is not None:
+            values = np.ascontiguousarray(values[:, column.position])
+        out[name] = _as_seen(values, column.stored_as)
+    return out
+
+
+def _pickled_names(names: Sequence[str]) -> np.bytes_:
+    """Spell out the protocol-0 pickle of a list of names, which is what pandas wants to find."""
+    items = "".join(f"V{name}\na" for name in names)
+    return np.bytes_(f"(l{items}.".encode("raw_unicode_escape"))
+
+
+def _pandas_type(dtype: np.dtype) -> str:
+    return f"bytes{8 * dtype.itemsize}" if dtype.kind == "S" else dtype.name
+
+
+def _set_attribute(owner: Any, name: str, value: Any) -> None:
+    if isinstance(value, str):
+        # PyTables gives back text only for fixed-length UTF-8; ASCII comes back as bytes and is unpickled
+        # where it ends in a full stop.
+        owner.attrs.create(name, value.encode(), dtype=h5py.string_dtype("utf-8", len(value.encode())))
+    else:
+        owner.attrs[name] = value
+
+
+def create_params_table(file: h5py.File, n_rows: int, columns: Mapping[str, np.dtype]) -> h5py.Dataset:
+    """Create ``dataset/params`` as a table that pandas and PyTables read, one field per column.
+
+    Parameters
+    ----------
+    file : h5py.File
+        Open for writing.
+    n_rows : int
+        Number of rows.
+    columns : mapping of str to dtype
+        Names and types (numbers, bool or fixed-length byte strings) of the columns.
+
+    Returns
+    -------
+    h5py.Dataset
+        The compound dataset, with the index filled in.
+    """
+    names = list(columns)
+    stored = {name: np.dtype("u1") if columns[name].kind == "b" else columns[name] for name in names}
+    row = np.dtype([("index", "<i8"), *((name, stored[name]) for name in names)])
+    for group_name in ("/", "dataset", "dataset/params"):
+        group = file.require_group(group_name)
+        group.attrs["CLASS"] = np.bytes_("GROUP")
+        group.attrs["TITLE"] = np.bytes_("")
+        group.attrs["VERSION"] = np.bytes_("1.0")
+    file.attrs["PYTABLES_FORMAT_VERSION"] = np.bytes_("2.1")
+
+    # PyTables takes a compound dataset for a table only if it is chunked.
+    chunk = min(n_rows, max(1, (1 << 18) // row.itemsize))
+    table = group.create_dataset("table", (n_rows,), row, chunks=(chunk,), maxshape=(None,))
+    attributes: dict[str, Any] = {
+        "CLASS": np.bytes_("TABLE"),
+        "TITLE": np.bytes_(""),
+        "VERSION": np.bytes_("2.7"),
+        "NROWS": np.int64(n_rows),
+        "index_kind": "integer",
+    }
+    for position, name in enumerate(row.names or ()):
+        attributes[f"FIELD_{position}_NAME"] = np.bytes_(name.encode())
+    for name in names:
+        attributes[f"{name}_dtype"] = _pandas_type(columns[name])
+        attributes[f"{name}_kind"] = _pickled_names([name])
+        attributes[f"{name}_meta"] = np.bytes_("N.")
+    for key, value in attributes.items():
+        _set_attribute(table, key, value)
+    for start in range(0, n_rows, chunk):
+        stop = min(start + chunk, n_rows)
+        rows = np.zeros(stop - start, row)
+        rows["index"] = np.arange(start, stop)
+        table[start:stop] = rows
+
+    group_attributes: dict[str, Any] = {
+        "pandas_type": "frame_table",
+        "pandas_version": "0.15.2",
+        "table_type": "appendable_frame",
+        "encoding": "UTF-8",
+        "errors": "strict",
+        "nan_rep": "nan",
+        "levels": np.int64(1),
+        "info": np.bytes_("(dp0\n."),
+        "index_cols": np.bytes_("(l(I0\nVindex\nta."),
+        "data_columns": _pickled_names(names),
+        "values_cols": _pickled_names(names),
+        "non_index_axes": np.bytes_(b"(l(I1\n" + bytes(_pickled_names(names))[:-1] + b"ta."),
+    }
+    for key, value in group_attributes.items():
+        _set_attribute(group, key, value)
+    return table
