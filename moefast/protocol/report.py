@@ -1,0 +1,640 @@
+"""The frozen protocol as one report: a JSON-ready dict, its text for a terminal, its file.
+
+Design: every model enters by the same door, `evaluate_predictions`, which needs predictions and labels only
+and knows nothing of models or files. The report is a pure function of its arguments: values are rounded to
+ten significant digits, because the last bits of a matrix product depend on the number of threads, and what
+does not exist is null (NaN is not JSON).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from moefast.errors import LabelError, OutputError
+from moefast.protocol import metrics
+from moefast.protocol.bins import (
+    METAL_POOR,
+    PHYSICAL_GRID,
+    SNR_NORM_EDGES,
+    SNR_NORM_NAMES,
+    Grid,
+    assign_snr_bins,
+)
+
+__all__ = [
+    "N_OCTILES",
+    "SCHEMA_VERSION",
+    "assign_octiles",
+    "evaluate_predictions",
+    "format_text",
+    "octile_edges",
+    "write_atomically",
+    "write_json",
+]
+
+SCHEMA_VERSION = 1
+N_OCTILES = 8
+
+PUBLISHED = "published-ridge"
+"""Reference against which the closed gap is measured."""
+
+GLOBAL = "global-ridge"
+"""Reference that stands for one global model in ρ."""
+
+ORACLE = "oracle"
+"""Start of the name of the reference that stands for the oracle in ρ; the first such one is taken."""
+
+_SIGNIFICANT_DIGITS = 10
+
+
+def octile_edges(snr_median: ArrayLike) -> NDArray[np.float64]:
+    """Quantiles 0, 1/8 … 1 of the finite values (linear interpolation), shape (9,); NaN if there are none."""
+    rows = np.asarray(snr_median, dtype=np.float64)
+    rows = rows[np.isfinite(rows)]
+    if rows.size == 0:
+        return np.full(N_OCTILES + 1, np.nan)
+    return np.quantile(rows, np.arange(N_OCTILES + 1) / N_OCTILES)
+
+
+def assign_octiles(snr_median: ArrayLike, edges: ArrayLike) -> NDArray[np.int16]:
+    """Octile 0 … 7 of each spectrum, [a, b) with the last edge included; −1 where the SNR is not finite.
+
+    Equal values stay together, so octiles of data with ties differ in size.
+    """
+    rows = np.asarray(snr_median, dtype=np.float64)
+    inner = np.asarray(edges, dtype=np.float64)[1:-1]
+    octile = np.searchsorted(inner, rows, side="right").astype(np.int16)
+    octile[~np.isfinite(rows)] = -1
+    return octile
+
+
+def evaluate_predictions(
+    y: ArrayLike,
+    yhat: ArrayLike,
+    err: ArrayLike | None,
+    *,
+    t_eff: ArrayLike,
+    m_h: ArrayLike,
+    snr_norm: ArrayLike,
+    snr_median: ArrayLike,
+    data_set: str,
+    fingerprint: str,
+    weights: ArrayLike | None = None,
+    expert_grid: Grid | None = None,
+    references: Mapping[str, ArrayLike] | None = None,
+    global_reference: str = GLOBAL,
+    oracle_reference: str | None = None,
+    ceilings: Mapping[str, float] | None = None,
+    noise_level: float | None = None,
+    noise_seed: int | None = None,
+    model: Mapping[str, Any] | None = None,
+    throughput: Mapping[str, Any] | None = None,
+    n_resamples: int = metrics.N_RESAMPLES,
+    seed: int = metrics.SEED,
+) -> dict[str, Any]:
+    """Score one set of predictions by the frozen protocol.
+
+    Parameters
+    ----------
+    y, yhat : array of shape (n,)
+        True and predicted log g [dex]. A prediction that is not finite counts as the mean label of the whole
+        set, in every group, and is reported.
+    err : array of shape (n,) or None
+        Claimed 1σ error [dex].
+    t_eff, m_h : array of shape (n,)
+        True T_eff [K] and [M/H] [dex]; they define the bins (edge-clamped) and the covered part.
+    snr_norm, snr_median : array of shape (n,)
+        ‖flux‖₂/‖error‖₂ and median(flux/error); a value that is not finite leaves the star out of the groups
+        by that SNR, and only there, and is counted.
+    data_set, fingerprint : str
+        Name and content fingerprint of the test set.
+    weights : array of shape (n, n_experts), optional
+        Gate weights, for the routing summary.
+    expert_grid : Grid, optional
+        Grid whose bins are the experts; gives the accuracy of the routing.
+    references : mapping of str to array of shape (n,), optional
+        Predictions of reference models for the same stars and the same noise, by name.
+    global_reference, oracle_reference : str
+        Which references enter ρ; the oracle defaults to the first whose name starts with "oracle".
+    ceilings : mapping of str to float, optional
+        R² ceilings of this test set by name ("bayes", "fisher median", …): adds efficiency and closed gap.
+    noise_level, noise_seed
+        Of the noise drawn on the test set.
+    model, throughput : mapping, optional
+        Written into the report as they are (JSON values); throughput["spectra_per_second"] heads the text.
+    n_resamples, seed
+        Of the bootstrap.
+
+    Returns
+    -------
+    dict
+        JSON-ready: str, int, float, bool, None, list, dict only.
+
+    Raises
+    ------
+    LabelError
+        A label is missing or not finite, or label columns differ in length.
+    ValueError
+        Another argument has the wrong shape, or an oracle or global reference named here does not exist.
+    """
+    truth = np.asarray(y, dtype=np.float64)
+    filled, missing = metrics.fill_missing(truth, yhat)
+    n = truth.size
+    sigma = None if err is None else _column("err", err, n)
+    temperature, metallicity = _column("t_eff", t_eff, n), _column("m_h", m_h, n)
+    norm, median = _column("snr_norm", snr_norm, n), _column("snr_median", snr_median, n)
+    bins = PHYSICAL_GRID.assign(temperature, metallicity)
+    covered = PHYSICAL_GRID.covered(temperature, metallicity)
+
+    norm_bins = np.full(n, -1, dtype=np.int16)
+    norm_bins[np.isfinite(norm)] = assign_snr_bins(norm[np.isfinite(norm)])
+    edges = octile_edges(median)
+    octiles = assign_octiles(median, edges)
+    poor = metallicity < METAL_POOR
+
+    def group(name: str, members: NDArray[np.bool_], **extra: Any) -> dict[str, Any]:
+        interval = metrics.bootstrap(truth[members], filled[members], n_resamples=n_resamples, seed=seed)
+        return {
+            "name": name,
+            **extra,
+            **metrics.scores(truth[members], filled[members]),
+            "n_nan": int(missing[members].sum()),
+            "r2_interval": [interval.low, interval.high],
+        }
+
+    def error_coverage(members: NDArray[np.bool_]) -> dict[str, Any] | None:
+        if sigma is None:
+            return None
+        predicted = np.where(missing, np.nan, filled)
+        return metrics.coverage(truth[members], predicted[members], sigma[members])
+
+    everyone = np.ones(n, dtype=bool)
+    overall = group("overall", everyone)
+    for statistic in metrics.STATISTICS:
+        interval = metrics.bootstrap(truth, filled, statistic, n_resamples=n_resamples, seed=seed)
+        overall[f"{statistic}_interval"] = [interval.low, interval.high]
+    overall["error_coverage"] = error_coverage(everyone)
+
+    by_norm = [
+        group(name, norm_bins == k, range=_snr_range(k), error_coverage=error_coverage(norm_bins == k))
+        for k, name in enumerate(SNR_NORM_NAMES)
+    ]
+    by_octile = [
+        group(
+            f"octile {k + 1}",
+            octiles == k,
+            range=edges[k : k + 2],
+            centre=np.median(median[octiles == k]) if (octiles == k).any() else None,
+        )
+        for k in range(N_OCTILES)
+    ]
+    by_bin = [
+        group(name, bins == k, n_covered=int(covered[bins == k].sum()))
+        for k, name in enumerate(PHYSICAL_GRID.names)
+    ]
+    by_metal = [group("[M/H] < -1", poor), group("[M/H] >= -1", ~poor)]
+
+    report: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "data_set": {
+            "name": data_set,
+            "fingerprint": fingerprint,
+            "n": n,
+            "noise_level": noise_level,
+            "noise_seed": noise_seed,
+        },
+        "model": dict(model or {}),
+        "protocol": {
+            "grid": PHYSICAL_GRID.to_dict(),
+            "snr_norm_edges": list(SNR_NORM_EDGES),
+            "metal_poor_below": METAL_POOR,
+            "n_octiles": N_OCTILES,
+            "n_resamples": n_resamples,
+            "seed": seed,
+            "level": metrics.LEVEL,
+            "coverage_levels": list(metrics.COVERAGE_LEVELS),
+            "r2": "1 - SS_res/SS_tot",
+            "outside_grid": "edge-clamped to the nearest bin",
+            "not_finite": "counts as the mean label of the whole set",
+        },
+        "overall": overall,
+        "covered": group("covered only", covered),
+        "snr_norm": {"n_unassigned": int((norm_bins < 0).sum()), "groups": by_norm},
+        "snr_median": {"n_unassigned": int((octiles < 0).sum()), "edges": edges, "groups": by_octile},
+        "grid": {"groups": by_bin},
+        "metallicity": {"groups": by_metal},
+        "routing": None if weights is None else _routing(weights, n, expert_grid, temperature, metallicity),
+        "throughput": dict(throughput or {}),
+    }
+
+    others: dict[str, NDArray[np.float64]] = {}
+    report["references"] = {}
+    for name, prediction in (references or {}).items():
+        others[name], absent = metrics.fill_missing(truth, prediction)
+        other = others[name]
+        alone = metrics.bootstrap(truth, other, n_resamples=n_resamples, seed=seed)
+        versus = metrics.bootstrap_difference(truth, filled, other, n_resamples=n_resamples, seed=seed)
+        report["references"][name] = {
+            **metrics.scores(truth, other),
+            "n_nan": int(absent.sum()),
+            "r2_interval": [alone.low, alone.high],
+            "r2_gain": versus.value,
+            "r2_gain_interval": [versus.low, versus.high],
+            "r2_snr_norm": _r2_by(truth, other, norm_bins, len(SNR_NORM_NAMES)),
+            "r2_snr_median": _r2_by(truth, other, octiles, N_OCTILES),
+            "r2_grid": _r2_by(truth, other, bins, PHYSICAL_GRID.n_bins),
+            "r2_metallicity": _r2_by(truth, other, (~poor).astype(np.int16), 2),
+        }
+
+    report["rho"] = _rho(truth, filled, others, global_reference, oracle_reference, n_resamples, seed)
+    report["ceilings"] = {
+        name: _against_ceiling(truth, filled, others.get(PUBLISHED), float(ceiling), n_resamples, seed)
+        for name, ceiling in (ceilings or {}).items()
+    }
+    ready: dict[str, Any] = _json_ready(report)
+    return ready
+
+
+def write_json(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write the report as UTF-8 JSON; the final name is absent or complete.
+
+    Raises
+    ------
+    OutputError
+        The file could not be written.
+    """
+    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomically(path, (text + "\n").encode())
+
+
+def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write to a temporary name in the same folder, fsync, rename.
+
+    Raises
+    ------
+    OutputError
+        The folder does not exist, is read-only or full; no temporary file is left behind.
+    """
+    target = Path(path)
+    temporary = None
+    try:
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+            # mkstemp makes files private; a result is as readable as any file the user writes.
+            umask = os.umask(0)
+            os.umask(umask)
+            os.fchmod(stream.fileno(), 0o666 & ~umask)
+        os.replace(temporary, target)
+    except OSError as error:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+        raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
+
+
+def format_text(report: Mapping[str, Any]) -> str:
+    """Plain-text report for a terminal, headline first, at most 100 columns wide.
+
+    Parameters
+    ----------
+    report : mapping
+        From `evaluate_predictions`, or read back from its JSON.
+
+    Returns
+    -------
+    str
+        Without a final newline.
+    """
+    lines = _headline(report)
+    if report["references"]:
+        lines += ["", *_what_helped(report)]
+    if report["ceilings"]:
+        lines += ["", *_ceilings(report)]
+    lines += ["", *_groups(report)]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+# --- parts of the report -------------------------------------------------------------------------------
+
+
+def _column(name: str, values: ArrayLike, n: int) -> NDArray[np.float64]:
+    column = np.asarray(values, dtype=np.float64)
+    if column.shape != (n,):
+        message = f"{name} must have shape ({n},), one value per star; found {column.shape}"
+        raise LabelError(message) if name in ("t_eff", "m_h") else ValueError(message)
+    return column
+
+
+def _snr_range(k: int) -> list[float | None]:
+    cuts = [None, *SNR_NORM_EDGES, None]
+    return cuts[k : k + 2]
+
+
+def _r2_by(
+    y: NDArray[np.float64], yhat: NDArray[np.float64], bins: NDArray[np.int16], n_bins: int
+) -> list[float]:
+    return [metrics.r2(y[bins == k], yhat[bins == k]) for k in range(n_bins)]
+
+
+def _routing(
+    weights: ArrayLike,
+    n: int,
+    grid: Grid | None,
+    t_eff: NDArray[np.float64],
+    m_h: NDArray[np.float64],
+) -> dict[str, Any]:
+    gate = np.asarray(weights, dtype=np.float64)
+    if gate.ndim != 2 or len(gate) != n:
+        raise ValueError(f"weights must have shape ({n}, n_experts); found {gate.shape}")
+    n_experts = gate.shape[1]
+    if grid is not None and grid.n_bins != n_experts:
+        raise ValueError(f"expert_grid has {grid.n_bins} bins and weights {n_experts} columns")
+    routed = np.isfinite(gate).all(axis=1)
+    gate = gate[routed]
+    expert = gate.argmax(axis=1)
+    usage = np.bincount(expert, minlength=n_experts) / max(len(gate), 1)
+    accuracy = None
+    if grid is not None and len(gate):
+        accuracy = float((expert == grid.assign(t_eff[routed], m_h[routed])).mean())
+    return {
+        "n_experts": n_experts,
+        "n_unrouted": int((~routed).sum()),
+        "accuracy": accuracy,
+        "mean_largest_weight": gate.max(axis=1).mean() if len(gate) else None,
+        "usage": usage,
+        "mean_weight": gate.mean(axis=0) if len(gate) else [None] * n_experts,
+    }
+
+
+def _rho(
+    y: NDArray[np.float64],
+    yhat: NDArray[np.float64],
+    others: Mapping[str, NDArray[np.float64]],
+    global_name: str,
+    oracle_name: str | None,
+    n_resamples: int,
+    seed: int,
+) -> dict[str, Any] | None:
+    if oracle_name is None:
+        oracle_name = next((name for name in others if name.startswith(ORACLE)), None)
+    elif oracle_name not in others:
+        raise ValueError(f"oracle_reference {oracle_name!r} is not among the references {list(others)}")
+    if global_name != GLOBAL and global_name not in others:
+        raise ValueError(f"global_reference {global_name!r} is not among the references {list(others)}")
+    if oracle_name is None or global_name not in others:
+        return None
+    base, oracle = others[global_name], others[oracle_name]
+    point = metrics.rho(metrics.r2(y, yhat), metrics.r2(y, base), metrics.r2(y, oracle))
+    interval = metrics.bootstrap_rho(y, yhat, base, oracle, n_resamples=n_resamples, seed=seed)
+    return {
+        "value": point.value,
+        "interval": [interval.low, interval.high],
+        "n_undefined": interval.n_undefined,
+        "reason": point.reason,
+        "global": global_name,
+        "oracle": oracle_name,
+    }
+
+
+def _against_ceiling(
+    y: NDArray[np.float64],
+    yhat: NDArray[np.float64],
+    published: NDArray[np.float64] | None,
+    ceiling: float,
+    n_resamples: int,
+    seed: int,
+) -> dict[str, Any]:
+    own = metrics.r2(y, yhat)
+    efficiency = metrics.efficiency(own, ceiling)
+    out: dict[str, Any] = {
+        "r2": ceiling,
+        "efficiency": efficiency.value,
+        "efficiency_reason": efficiency.reason,
+        "gap_closed": None,
+        "gap_closed_interval": None,
+        "gap_closed_reason": f"no predictions of {PUBLISHED} were given",
+    }
+    if published is not None:
+        gap = metrics.gap_closed(own, metrics.r2(y, published), ceiling)
+        interval = metrics.bootstrap_gap_closed(
+            y, yhat, published, ceiling, n_resamples=n_resamples, seed=seed
+        )
+        out["gap_closed"] = gap.value
+        out["gap_closed_interval"] = [interval.low, interval.high]
+        out["gap_closed_reason"] = gap.reason
+    return out
+
+
+def _json_ready(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _json_ready(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return _json_ready(value.tolist())
+    if isinstance(value, list | tuple):
+        return [_json_ready(item) for item in value]
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    if isinstance(value, int | np.integer):
+        return int(value)
+    if isinstance(value, float | np.floating):
+        number = float(value)
+        return float(f"{number:.{_SIGNIFICANT_DIGITS}g}") if math.isfinite(number) else None
+    if value is None or isinstance(value, str):
+        return value
+    raise TypeError(f"a report holds JSON values only; found {type(value).__name__}")
+
+
+# --- text ------------------------------------------------------------------------------------------------
+
+
+def _number(value: float | None, digits: int = 3, sign: bool = False) -> str:
+    if value is None:
+        return "–"
+    return f"{value:{'+' if sign else ''}.{digits}f}"
+
+
+def _bracket(interval: Sequence[float | None] | None, digits: int = 3, sign: bool = False) -> str:
+    if interval is None or None in interval:
+        return ""
+    return f"[{_number(interval[0], digits, sign)}, {_number(interval[1], digits, sign)}]"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """Columns padded to their widest cell; the first `left` flush left, the others flush right."""
+    cells = [list(header), *[list(row) for row in rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    return [
+        "  "
+        + "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in cells
+    ]
+
+
+def _headline(report: Mapping[str, Any]) -> list[str]:
+    data, overall, covered = report["data_set"], report["overall"], report["covered"]
+    noise = "" if data["noise_level"] is None else f", noise level {data['noise_level']:g}"
+    if data["noise_seed"] is not None:
+        noise += f" (seed {data['noise_seed']})"
+    model = report["model"].get("recipe") or report["model"].get("name")
+    level = f"{100 * report['protocol']['level']:g} %"
+    lines = [
+        f"log g on {data['name']}: {data['n']} stars{noise}",
+        f"fingerprint {data['fingerprint']}" + (f", model {model}" if model else ""),
+        "",
+    ]
+    rows = [
+        ("R²", _number(overall["r2"], 4), _bracket(overall["r2_interval"], 4), "full coverage"),
+        ("MAE", _number(overall["mae"], 4), _bracket(overall["mae_interval"], 4), "dex"),
+        ("RMSE", _number(overall["rmse"], 4), _bracket(overall["rmse_interval"], 4), "dex"),
+        ("bias", _number(overall["bias"], 4, True), _bracket(overall["bias_interval"], 4, True), "dex"),
+        (
+            "R², covered only",
+            _number(covered["r2"], 4),
+            _bracket(covered["r2_interval"], 4),
+            f"{covered['n']} stars on the grid",
+        ),
+    ]
+    rho = report["rho"]
+    if rho is not None:
+        remark = rho["reason"] or f"from {rho['global']} to {rho['oracle']}"
+        rows.append(("ρ", _number(rho["value"]), _bracket(rho["interval"]), remark))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    lines += [
+        f"  {name:<{widths[0]}}  {value:>{widths[1]}}  {interval:<{widths[2]}}  {remark}"
+        for name, value, interval, remark in rows
+    ]
+    if overall["error_coverage"] is not None:
+        shares = ", ".join(
+            f"{_percent(row['fraction'])} within {row['z']:.2f} σ (expected {_percent(row['expected'])})"
+            for row in overall["error_coverage"]["levels"]
+        )
+        lines.append(f"  {'errors':<{widths[0]}}  {shares}")
+    rate = report["throughput"].get("spectra_per_second")
+    if rate is not None:
+        where = report["throughput"].get("device") or report["throughput"].get("backend")
+        lines.append(
+            f"  {'throughput':<{widths[0]}}  {rate:,.0f} spectra/s" + (f" on {where}" if where else "")
+        )
+    routing = report["routing"]
+    if routing is not None:
+        accuracy = "" if routing["accuracy"] is None else f", true bin in {_percent(routing['accuracy'])}"
+        lines.append(
+            f"  {'gate':<{widths[0]}}  {routing['n_experts']} experts, mean largest weight "
+            f"{_number(routing['mean_largest_weight'], 2)}{accuracy}"
+        )
+    if overall["n_nan"]:
+        lines.append(f"  {overall['n_nan']} predictions are not finite: each counts as the mean label")
+    lines.append(
+        f"  (brackets: {level} bootstrap intervals over stars, {report['protocol']['n_resamples']} resamples)"
+    )
+    return lines
+
+
+def _what_helped(report: Mapping[str, Any]) -> list[str]:
+    rows = [
+        (
+            name,
+            _number(reference["r2"]),
+            _bracket(reference["r2_interval"]),
+            _number(reference["r2_gain"], 3, True),
+            _bracket(reference["r2_gain_interval"], 3, True),
+        )
+        for name, reference in report["references"].items()
+    ]
+    rows.append(
+        ("this model", _number(report["overall"]["r2"]), _bracket(report["overall"]["r2_interval"]), "", "")
+    )
+    return [
+        "What helped: references on the same stars, and how much this model is above each (paired)",
+        *_table(("reference", "R²", "interval", "gain", "interval"), rows),
+    ]
+
+
+def _ceilings(report: Mapping[str, Any]) -> list[str]:
+    rows = [
+        (
+            name,
+            _number(ceiling["r2"]),
+            _number(ceiling["efficiency"]),
+            _number(ceiling["gap_closed"]),
+            _bracket(ceiling["gap_closed_interval"]),
+        )
+        for name, ceiling in report["ceilings"].items()
+    ]
+    reasons = [
+        f"  {name}: {ceiling[key]}"
+        for name, ceiling in report["ceilings"].items()
+        for key in ("efficiency_reason", "gap_closed_reason")
+        if ceiling[key]
+    ]
+    return ["Ceilings", *_table(("ceiling", "R²", "efficiency", "gap closed", "interval"), rows), *reasons]
+
+
+def _groups(report: Mapping[str, Any]) -> list[str]:
+    sections = [
+        ("By snr_norm", report["snr_norm"]["groups"], _norm_label),
+        ("By snr_median", report["snr_median"]["groups"], _octile_label),
+        ("By T_eff × [M/H]", report["grid"]["groups"], lambda group: group["name"]),
+        ("By metallicity", report["metallicity"]["groups"], lambda group: group["name"]),
+    ]
+    header = ("", "n", "R²", "interval", "MAE", "RMSE", "bias")
+    # One table, so that the columns of all sections stand under each other.
+    rows: list[tuple[str, ...]] = []
+    titles: dict[int, str] = {}
+    for title, groups, label in sections:
+        titles[len(rows)] = title
+        rows += [
+            (
+                label(group),
+                str(group["n"]),
+                _number(group["r2"]),
+                _bracket(group["r2_interval"]),
+                _number(group["mae"]),
+                _number(group["rmse"]),
+                _number(group["bias"], 3, True),
+            )
+            for group in groups
+        ]
+    head, *body = _table(header, rows)
+    lines = []
+    for i, line in enumerate(body):
+        if i in titles:
+            title = titles[i]
+            lines += [*([""] if i else []), title + head[len(title) :]]
+        lines.append(line)
+    for key in ("snr_norm", "snr_median"):
+        if report[key]["n_unassigned"]:
+            lines.append(
+                f"  {report[key]['n_unassigned']} stars have no finite {key} and are in no group of it"
+            )
+    return lines
+
+
+def _norm_label(group: Mapping[str, Any]) -> str:
+    low, high = group["range"]
+    if low is None:
+        return f"{group['name']}  ≤ {high:g}"
+    return f"{group['name']}  > {low:g}" if high is None else f"{group['name']}  ({low:g}, {high:g}]"
+
+
+def _octile_label(group: Mapping[str, Any]) -> str:
+    low, high = group["range"]
+    return group["name"] if low is None else f"{low:.2f} – {high:.2f}"
