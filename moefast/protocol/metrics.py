@@ -62,6 +62,9 @@ _DRAWS_PER_BLOCK = 1 << 20
 # A resample that repeats one star has no variance but for rounding; far below any real one.
 _NO_VARIANCE = 1e-12
 
+# Equal predictions in different columns of one matrix product differ by rounding: that is no uplift.
+_NO_UPLIFT = 1e-12
+
 
 class Interval(NamedTuple):
     """A statistic with its bootstrap percentile interval.
@@ -416,13 +419,13 @@ def _interval(value: float, resampled: NDArray[np.float64], level: float) -> Int
 def _quotient(top: Any, base: Any, ceiling: Any) -> Any:
     """(top − base)/(ceiling − base), NaN where the denominator is not above zero."""
     denominator = ceiling - base
-    exists = denominator > 0
+    exists = denominator > _NO_UPLIFT
     return np.where(exists, (top - base) / np.where(exists, denominator, 1), np.nan)
 
 
 def _ratio(numerator: float, denominator: float, reason: str) -> Ratio:
     if not (math.isfinite(numerator) and math.isfinite(denominator)):
         return Ratio(math.nan, "an R² that enters does not exist")
-    if denominator <= 0:
+    if denominator <= _NO_UPLIFT:
         return Ratio(math.nan, f"{reason} (denominator {denominator:+.4f})")
     return Ratio(numerator / denominator)

@@ -2,8 +2,8 @@
 
 Design: every model enters by the same door, `evaluate_predictions`, which needs predictions and labels only
 and knows nothing of models or files. The report is a pure function of its arguments: values are rounded to
-ten significant digits, because the last bits of a matrix product depend on the number of threads, and what
-does not exist is null (NaN is not JSON).
+ten significant digits (and to zero below 1e-12), because the last bits of a matrix product depend on the
+number of threads, and what does not exist is null (NaN is not JSON).
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ ORACLE = "oracle"
 """Start of the name of the reference that stands for the oracle in ρ; the first such one is taken."""
 
 _SIGNIFICANT_DIGITS = 10
+_ROUNDING = 1e-12
 
 
 def octile_edges(snr_median: ArrayLike) -> NDArray[np.float64]:
@@ -255,9 +256,19 @@ def evaluate_predictions(
             "r2_metallicity": _r2_by(truth, other, (~poor).astype(np.int16), 2),
         }
 
-    report["rho"] = _rho(truth, filled, others, global_reference, oracle_reference, n_resamples, seed)
+    report["rho"] = _rho(
+        truth,
+        filled,
+        others,
+        global_name=global_reference,
+        oracle_name=oracle_reference,
+        n_resamples=n_resamples,
+        seed=seed,
+    )
     report["ceilings"] = {
-        name: _against_ceiling(truth, filled, others.get(PUBLISHED), float(ceiling), n_resamples, seed)
+        name: _against_ceiling(
+            truth, filled, others.get(PUBLISHED), float(ceiling), n_resamples=n_resamples, seed=seed
+        )
         for name, ceiling in (ceilings or {}).items()
     }
     ready: dict[str, Any] = _json_ready(report)
@@ -304,7 +315,7 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
 
 
 def format_text(report: Mapping[str, Any]) -> str:
-    """Plain-text report for a terminal, headline first, at most 100 columns wide.
+    """Plain-text report for a terminal, headline first, within 100 columns unless names are long.
 
     Parameters
     ----------
@@ -381,6 +392,7 @@ def _rho(
     y: NDArray[np.float64],
     yhat: NDArray[np.float64],
     others: Mapping[str, NDArray[np.float64]],
+    *,
     global_name: str,
     oracle_name: str | None,
     n_resamples: int,
@@ -412,6 +424,7 @@ def _against_ceiling(
     yhat: NDArray[np.float64],
     published: NDArray[np.float64] | None,
     ceiling: float,
+    *,
     n_resamples: int,
     seed: int,
 ) -> dict[str, Any]:
@@ -449,7 +462,9 @@ def _json_ready(value: Any) -> Any:
         return int(value)
     if isinstance(value, float | np.floating):
         number = float(value)
-        return float(f"{number:.{_SIGNIFICANT_DIGITS}g}") if math.isfinite(number) else None
+        if not math.isfinite(number):
+            return None
+        return 0.0 if abs(number) < _ROUNDING else float(f"{number:.{_SIGNIFICANT_DIGITS}g}")
     if value is None or isinstance(value, str):
         return value
     raise TypeError(f"a report holds JSON values only; found {type(value).__name__}")

@@ -1,0 +1,248 @@
+"""The report: groups add up, JSON is deterministic and complete, text and picture come out of it."""
+
+import json
+
+import numpy as np
+import pytest
+from sklearn.metrics import r2_score
+
+from moefast.errors import LabelError, OutputError
+from moefast.protocol import bins, figures, metrics, report
+
+N = 1201
+
+
+@pytest.fixture(scope="module")
+def sample():
+    rng = np.random.default_rng(4)
+    y = rng.uniform(1, 5, N)
+    snr_median = np.exp(rng.normal(2.1, 0.4, N))
+    yhat = y + rng.normal(0, 3 / snr_median)
+    yhat[:3] = np.nan
+    return {
+        "y": y,
+        "yhat": yhat,
+        "err": 3 / snr_median,
+        "t_eff": rng.uniform(3750, 6000, N),
+        "m_h": rng.uniform(-2.5, 0.75, N),
+        "snr_norm": 0.4 * snr_median,
+        "snr_median": snr_median,
+        "data_set": "fake",
+        "fingerprint": "sha256:0123456789abcdef",
+        "weights": rng.dirichlet(np.ones(9), N),
+        "expert_grid": bins.PHYSICAL_GRID,
+        "references": {
+            "published-ridge": y + rng.normal(0, 0.9, N),
+            "global-ridge": y + rng.normal(0, 0.7, N),
+            "oracle phys-moe": y + rng.normal(0, 0.3, N),
+        },
+        "ceilings": {"bayes": 0.9},
+        "noise_level": 1.0,
+        "noise_seed": 11,
+        "model": {"recipe": "phys-moe"},
+        "throughput": {"spectra_per_second": 12345.6, "device": "CPU"},
+        "n_resamples": 100,
+    }
+
+
+@pytest.fixture(scope="module")
+def result(sample):
+    return report.evaluate_predictions(**sample)
+
+
+def test_json_is_deterministic_and_strict(sample, result, tmp_path):
+    again = report.evaluate_predictions(**{key: value for key, value in sample.items()})
+    assert json.dumps(again, allow_nan=False) == json.dumps(result, allow_nan=False)
+    report.write_json(result, tmp_path / "report.json")
+    report.write_json(again, tmp_path / "again.json")
+    assert (tmp_path / "report.json").read_bytes() == (tmp_path / "again.json").read_bytes()
+    assert json.loads((tmp_path / "report.json").read_text()) == result
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again.json", "report.json"]
+
+
+def test_headline_matches_scikit_learn_with_the_mean_rule(sample, result):
+    filled = np.where(np.isfinite(sample["yhat"]), sample["yhat"], sample["y"].mean())
+    assert result["schema_version"] == 1
+    assert result["overall"]["n_nan"] == 3
+    assert result["overall"]["r2"] == pytest.approx(r2_score(sample["y"], filled), rel=1e-9)
+    low, high = result["overall"]["r2_interval"]
+    assert low < result["overall"]["r2"] < high
+    covered = bins.PHYSICAL_GRID.covered(sample["t_eff"], sample["m_h"])
+    assert result["covered"]["n"] == covered.sum()
+    assert result["covered"]["r2"] == pytest.approx(r2_score(sample["y"][covered], filled[covered]), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("key", "size"), [("snr_norm", 4), ("snr_median", 8), ("grid", 9), ("metallicity", 2)]
+)
+def test_every_star_is_in_one_group_of_each_kind(result, key, size):
+    groups = result[key]["groups"]
+    assert len(groups) == size
+    assert sum(group["n"] for group in groups) == N
+    assert sum(group["n_nan"] for group in groups) == 3
+    # Residual sums of squares add up to the whole.
+    total = sum(group["n"] * group["rmse"] ** 2 for group in groups if group["n"])
+    assert total == pytest.approx(N * result["overall"]["rmse"] ** 2, rel=1e-8)
+
+
+def test_groups_select_the_right_stars(sample, result):
+    norm, m_h = sample["snr_norm"], sample["m_h"]
+    assert [group["n"] for group in result["snr_norm"]["groups"]] == [
+        (norm <= 2).sum(),
+        ((norm > 2) & (norm <= 4)).sum(),
+        ((norm > 4) & (norm <= 7)).sum(),
+        (norm > 7).sum(),
+    ]
+    assert result["metallicity"]["groups"][0]["n"] == (m_h < -1).sum()
+    poor_cool = (m_h < -1) & (sample["t_eff"] < 4500)
+    assert result["grid"]["groups"][0]["name"] == "cool-poor"
+    assert result["grid"]["groups"][0]["n"] == poor_cool.sum()
+    assert result["grid"]["groups"][0]["n_covered"] == (poor_cool & (m_h >= -2)).sum()
+
+
+def test_octiles_of_a_known_sample():
+    edges = report.octile_edges(np.arange(17.0))
+    np.testing.assert_allclose(edges, np.arange(0, 17, 2))
+    octiles = report.assign_octiles([0.0, 1.9, 2.0, 13.9, 14.0, 16.0, np.nan], edges)
+    np.testing.assert_array_equal(octiles, [0, 0, 1, 6, 7, 7, -1])
+    assert np.isnan(report.octile_edges([np.nan])).all()
+
+
+def test_octile_edges_are_reported(sample, result):
+    np.testing.assert_allclose(
+        result["snr_median"]["edges"], np.percentile(sample["snr_median"], 12.5 * np.arange(9)), rtol=1e-9
+    )
+    sizes = [group["n"] for group in result["snr_median"]["groups"]]
+    assert max(sizes) - min(sizes) <= 1
+    for group in result["snr_median"]["groups"]:
+        assert group["range"][0] <= group["centre"] <= group["range"][1]
+
+
+def test_references_rho_and_ceilings(sample, result):
+    references = result["references"]
+    assert list(references) == list(sample["references"])
+    published = references["published-ridge"]
+    assert published["r2_gain"] == pytest.approx(result["overall"]["r2"] - published["r2"], abs=1e-9)
+    assert published["r2_gain_interval"][0] < published["r2_gain"] < published["r2_gain_interval"][1]
+    assert [len(published[f"r2_{key}"]) for key in ("snr_norm", "snr_median", "grid")] == [4, 8, 9]
+    rho = metrics.rho(
+        result["overall"]["r2"], references["global-ridge"]["r2"], references["oracle phys-moe"]["r2"]
+    )
+    assert result["rho"]["value"] == pytest.approx(rho.value, rel=1e-7)
+    assert result["rho"]["oracle"] == "oracle phys-moe"
+    bayes = result["ceilings"]["bayes"]
+    assert bayes["efficiency"] == pytest.approx(result["overall"]["r2"] / 0.9, rel=1e-8)
+    gap = metrics.gap_closed(result["overall"]["r2"], published["r2"], 0.9)
+    assert bayes["gap_closed"] == pytest.approx(gap.value, rel=1e-7)
+
+
+def test_routing_summary(sample, result):
+    gate = sample["weights"]
+    expected = (gate.argmax(axis=1) == bins.PHYSICAL_GRID.assign(sample["t_eff"], sample["m_h"])).mean()
+    assert result["routing"]["accuracy"] == pytest.approx(expected)
+    assert sum(result["routing"]["usage"]) == pytest.approx(1)
+    assert sum(result["routing"]["mean_weight"]) == pytest.approx(1)
+
+
+def test_calibrated_errors_cover_as_they_should(result):
+    one, two = result["overall"]["error_coverage"]["levels"]
+    assert one["fraction"] == pytest.approx(0.6827, abs=0.05)
+    assert two["fraction"] == pytest.approx(0.95, abs=0.025)
+    assert result["overall"]["error_coverage"]["n_undefined"] == 3
+    assert sum(group["error_coverage"]["n"] for group in result["snr_norm"]["groups"]) == N
+
+
+def minimal(sample, rows, **changes):
+    columns = ("y", "yhat", "t_eff", "m_h", "snr_norm", "snr_median")
+    arguments = {key: np.array(sample[key][rows]) for key in columns}
+    arguments |= {"err": None, "data_set": "fake", "fingerprint": "0", "n_resamples": 20}
+    return report.evaluate_predictions(**(arguments | changes))
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 9])
+def test_tiny_sets_give_a_report_text_and_picture(sample, n, tmp_path):
+    found = minimal(sample, slice(100, 100 + n))
+    json.dumps(found, allow_nan=False)
+    assert found["rho"] is None
+    assert found["routing"] is None
+    assert found["references"] == found["ceilings"] == {}
+    assert (found["overall"]["r2"] is None) == (n < 2)
+    assert "log g on fake" in report.format_text(found)
+    rows = slice(100, 100 + n)
+    figures.figure(found, sample["y"][rows], sample["yhat"][rows], tmp_path / "tiny.png")
+    assert (tmp_path / "tiny.png").stat().st_size > 10_000
+
+
+def test_stars_without_snr_stay_in_the_headline(sample):
+    snr = sample["snr_norm"][:50].copy()
+    snr[[3, 7]] = np.nan
+    found = minimal(sample, slice(50), snr_norm=snr, snr_median=snr)
+    assert found["overall"]["n"] == 50
+    assert found["snr_norm"]["n_unassigned"] == found["snr_median"]["n_unassigned"] == 2
+    assert sum(group["n"] for group in found["snr_median"]["groups"]) == 48
+    assert "2 stars have no finite snr_norm" in report.format_text(found)
+
+
+def test_an_oracle_without_uplift_is_said_aloud(sample):
+    y = sample["y"][:50]
+    references = {"global-ridge": y + 0.1, "oracle-ridge": y + 0.2}
+    found = minimal(sample, slice(50), references=references)
+    assert found["rho"]["value"] is None
+    assert "the oracle is no better" in found["rho"]["reason"]
+    assert "the oracle is no better" in report.format_text(found)
+
+
+def test_a_ceiling_without_the_published_ridge_says_why_there_is_no_gap(sample):
+    found = minimal(sample, slice(50), ceilings={"bayes": 0.8})
+    assert found["ceilings"]["bayes"]["gap_closed"] is None
+    assert "no predictions of published-ridge" in report.format_text(found)
+
+
+def test_wrong_arguments_are_named(sample):
+    with pytest.raises(LabelError, match="t_eff must have shape"):
+        minimal(sample, slice(50), t_eff=np.ones(3))
+    with pytest.raises(LabelError, match="must be finite"):
+        minimal(sample, slice(50), m_h=np.full(50, np.nan))
+    with pytest.raises(ValueError, match="snr_norm must have shape"):
+        minimal(sample, slice(50), snr_norm=np.ones(3))
+    with pytest.raises(ValueError, match="weights must have shape"):
+        minimal(sample, slice(50), weights=np.ones(50))
+    with pytest.raises(ValueError, match="9 bins and weights 4"):
+        minimal(sample, slice(50), weights=np.ones((50, 4)), expert_grid=bins.PHYSICAL_GRID)
+    with pytest.raises(ValueError, match="oracle_reference 'x'"):
+        minimal(sample, slice(50), oracle_reference="x")
+    with pytest.raises(ValueError, match="global_reference 'x'"):
+        minimal(sample, slice(50), global_reference="x")
+    with pytest.raises(TypeError, match="JSON values only; found object"):
+        minimal(sample, slice(50), model={"recipe": object()})
+
+
+def test_text_leads_with_the_headline_and_lines_up(result):
+    text = report.format_text(result)
+    lines = text.splitlines()
+    assert lines[0] == "log g on fake: 1201 stars, noise level 1 (seed 11)"
+    assert lines[3].split()[0] == "R²"
+    assert f"{result['overall']['r2']:.4f}" in lines[3]
+    assert "12,346 spectra/s on CPU" in text
+    assert "3 predictions are not finite" in text
+    assert max(len(line) for line in lines) <= 100
+    rows = [line for line in lines if line.startswith(("  cool", "  warm", "  hot"))]
+    assert len(rows) == 9
+    assert len({len(row) for row in rows}) == 1
+    assert report.format_text(json.loads(json.dumps(result))) == text
+
+
+def test_figure_is_a_png_and_touches_no_global_state(sample, result, tmp_path):
+    figures.figure(result, sample["y"], sample["yhat"], tmp_path / "a.png")
+    figures.figure(result, sample["y"], sample["yhat"], tmp_path / "b.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert (tmp_path / "a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_failed_writes_are_named_and_leave_nothing(result, tmp_path):
+    with pytest.raises(OutputError, match=r"missing/report\.json"):
+        report.write_json(result, tmp_path / "missing" / "report.json")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OutputError, match="folder"):
+        report.write_json(result, tmp_path / "folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
