@@ -1,1 +1,1 @@
-"""To be written."""
+"""Linear experts: sufficient statistics and the solvers that live on them."""

@@ -1,1 +1,1 @@
-"""To be written."""
+"""The soft gate: features, networks."""

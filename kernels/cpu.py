@@ -1,0 +1,155 @@
+"""CPU kernels: BLAS where it is a matrix product, Numba where it is fusion.
+
+Design: a row's numbers depend on that row alone, to the last bit. Matrix products therefore always have the same
+shape (`PROJECT_ROWS` rows, the last block padded with zeros), and rows with bad pixels are first treated like all
+others and then mended by a kernel of their own, so that a bad neighbour changes no instruction that a good row sees.
+Kernels neither check nor allocate; `moefast.kernels` does both.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit, prange
+
+__all__ = ["PROJECT_ROWS", "add_normal_equations", "centre", "mend_rows", "perceptron", "soft_mix"]
+
+PROJECT_ROWS = 512
+"""Rows of one matrix product in `project`: centred flux and variance of a block stay in the last-level cache."""
+
+# NaN and infinity must keep their meaning, so "nnan" and "ninf" are left out.
+_FAST = {"reassoc", "contract", "arcp", "nsz"}
+
+
+@njit(parallel=True, cache=True)
+def _add_packed_upper(square, packed):
+    p = square.shape[0]
+    for i in prange(p):
+        start = i * p - (i * (i - 1)) // 2
+        for j in range(i, p):
+            packed[start + j - i] += square[i, j]
+
+
+def add_normal_equations(x, y, order, offsets, sums, gram, square):
+    """Add the rows of `x`, grouped by `order` and `offsets`, to the totals of their groups.
+
+    The product of one group is float32 BLAS (`syrk`, which NumPy uses for aᵀa), the totals are float64. `square` is
+    scratch of shape (p, p).
+    """
+    n, sum_x, sum_y, sum_yy, sum_xy = sums
+    for k in range(len(offsets) - 1):
+        rows = order[offsets[k] : offsets[k + 1]]
+        if rows.size == 0:
+            continue
+        xk = x[rows]
+        yk = y[rows]
+        n[k] += rows.size
+        sum_x[k] += xk.sum(0, dtype=np.float64)
+        sum_y[k] += yk.sum()
+        sum_yy[k] += yk @ yk
+        sum_xy[k] += yk.astype(np.float32) @ xk
+        np.matmul(xk.T, xk, out=square)
+        _add_packed_upper(square, gram[k])
+
+
+@njit(parallel=True, cache=True, fastmath=_FAST, error_model="numpy")
+def centre(flux, error, reference, noise_shape, inverse_shape, residual, x, v, log_level, energy, expected):
+    """x = flux − reference and v = error², with each row's noise level, energy Σx²/D and its expectation."""
+    n, p = flux.shape
+    for i in prange(n):
+        information = np.float32(0.0)
+        power = np.float32(0.0)
+        noise = np.float32(0.0)
+        for j in range(p):
+            d = flux[i, j] - reference[j]
+            s = error[i, j] * error[i, j]
+            x[i, j] = d
+            v[i, j] = s
+            information += noise_shape[j] / s
+            power += d * d * inverse_shape[j]
+            noise += s * residual[j]
+        log_level[i] = -0.5 * math.log(information / p)
+        energy[i] = power
+        expected[i] = noise
+
+
+@njit(cache=True, fastmath=_FAST, error_model="numpy")
+def mend_rows(
+    rows,
+    good,
+    flux,
+    error,
+    reference,
+    noise_shape,
+    inverse_shape,
+    residual,
+    x,
+    v,
+    log_level,
+    energy,
+    expected,
+):
+    """The same as `centre` for the given rows, with zero weight for their bad pixels."""
+    p = flux.shape[1]
+    for r in range(rows.size):
+        i = rows[r]
+        information = 0.0
+        power = 0.0
+        noise = 0.0
+        n_good = 0
+        for j in range(p):
+            if good[i, j]:
+                d = flux[i, j] - reference[j]
+                s = error[i, j] * error[i, j]
+                x[i, j] = d
+                v[i, j] = s
+                n_good += 1
+                information += noise_shape[j] / s
+                power += d * d * inverse_shape[j]
+                noise += s * residual[j]
+            else:
+                x[i, j] = 0.0
+                v[i, j] = 0.0
+        log_level[i] = -0.5 * math.log(information / n_good) if information > 0.0 else 0.0
+        energy[i] = power
+        expected[i] = noise
+
+
+@njit(inline="always")
+def _layers(features, i, w1, b1, w2, out):
+    """Add tanh(f W₁ + b₁) W₂ of row i to `out`."""
+    for h in range(w2.shape[0]):
+        total = b1[h]
+        for f in range(features.shape[1]):
+            total += features[i, f] * w1[f, h]
+        active = np.float32(math.tanh(total))
+        for k in range(w2.shape[1]):
+            out[k] += active * w2[h, k]
+
+
+@njit(parallel=True, cache=True)
+def perceptron(features, w1, b1, w2, b2, out):
+    """tanh(f W₁ + b₁) W₂ + b₂; one row at a time."""
+    for i in prange(features.shape[0]):
+        out[i] = b2
+        _layers(features, i, w1, b1, w2, out[i])
+
+
+@njit(parallel=True, cache=True)
+def soft_mix(features, values, w1, b1, w2, b2, gate, mixed):
+    """softmax(tanh(f W₁ + b₁) W₂ + b₂), and the mixture of `values` it gives; one row at a time."""
+    for i in prange(features.shape[0]):
+        row = gate[i]
+        row[:] = b2
+        _layers(features, i, w1, b1, w2, row)
+        top = row.max()
+        norm = np.float32(0.0)
+        for k in range(row.size):
+            row[k] = np.float32(math.exp(row[k] - top))
+            norm += row[k]
+        total = np.float32(0.0)
+        for k in range(row.size):
+            row[k] /= norm
+            total += row[k] * values[i, k]
+        mixed[i] = total

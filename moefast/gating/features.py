@@ -1,0 +1,119 @@
+"""Line features of the gate: depths and equivalent widths of Ca II and Na I lines, linear in flux until the last step.
+
+Design: a line needs three numbers that are linear in flux: the mean over its core, the integral over its window
+and the continuum from two sidebands. They are columns of the same projection as everything else, so a spectrum is
+read once. What is not linear (two divisions) works on a dozen numbers per star.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["LINES", "LINE_FEATURES", "Line", "line_columns", "line_features"]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A spectral line: window and two continuum sidebands in Å (air); the core is 3 Å around the centre."""
+
+    name: str
+    centre: float
+    window: tuple[float, float]
+    blue: tuple[float, float]
+    red: tuple[float, float]
+
+
+CORE_WIDTH = 3.0
+LINES = (
+    Line("CaII_8498", 8498.02, (8490.0, 8510.0), (8474.0, 8489.0), (8562.0, 8577.0)),
+    Line("CaII_8542", 8542.09, (8530.0, 8555.0), (8474.0, 8489.0), (8562.0, 8577.0)),
+    Line("CaII_8662", 8662.14, (8650.0, 8675.0), (8618.0, 8642.0), (8700.0, 8725.0)),
+    Line("NaI_8190", 8189.0, (8180.0, 8200.0), (8140.0, 8175.0), (8203.0, 8230.0)),
+)
+"""Windows as published; sidebands are stretches with few strong lines between them."""
+
+LINE_FEATURES = (
+    "CaII_8498_depth",
+    "CaII_8498_EW",
+    "CaII_8542_depth",
+    "CaII_8542_EW",
+    "CaII_8662_depth",
+    "CaII_8662_EW",
+    "CaT_EW",
+    "NaI_8190_depth",
+    "NaI_8190_EW",
+)
+
+LEAST_CONTINUUM = 0.05
+"""Continua (flux units) below this are noise; the bound keeps the division finite and is part of the model."""
+
+
+def line_columns(wave: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Columns that turn a spectrum into core, window and continuum of each line.
+
+    Parameters
+    ----------
+    wave : array of shape (p,), Å
+
+    Returns
+    -------
+    array of shape (p, 3 × 4), float64
+        Per line: mean over the core; integral over the window in Å; continuum at the line's centre, the straight
+        line through the mean fluxes of both sidebands.
+
+    Raises
+    ------
+    ValueError
+        A window or sideband lies outside the wave grid.
+    """
+    step = np.gradient(wave)
+    columns = np.zeros((wave.size, 3 * len(LINES)))
+
+    def inside(low: float, high: float, name: str) -> NDArray[np.bool_]:
+        chosen = (wave >= low) & (wave < high)
+        if not chosen.any():
+            raise ValueError(
+                f"{name}: no pixel in {low}-{high} Å; the wave grid covers {wave[0]:.1f}-{wave[-1]:.1f} Å"
+            )
+        return chosen
+
+    for i, line in enumerate(LINES):
+        core = inside(line.centre - CORE_WIDTH / 2, line.centre + CORE_WIDTH / 2, line.name)
+        window = inside(*line.window, line.name)
+        blue, red = inside(*line.blue, line.name), inside(*line.red, line.name)
+        columns[core, 3 * i] = 1.0 / core.sum()
+        columns[window, 3 * i + 1] = step[window]
+        blue_centre, red_centre = wave[blue].mean(), wave[red].mean()
+        share = (line.centre - blue_centre) / (red_centre - blue_centre)
+        columns[blue, 3 * i + 2] += (1 - share) / blue.sum()
+        columns[red, 3 * i + 2] += share / red.sum()
+    return columns
+
+
+def line_features(projected: NDArray, widths: NDArray) -> NDArray:
+    """Depths and equivalent widths [Å] from what `line_columns` gives for the whole flux (reference included).
+
+    depth = 1 − core/continuum;  EW = width − integral/continuum;  CaT_EW is the sum of the three Ca II lines.
+
+    Parameters
+    ----------
+    projected : array of shape (n, 12)
+    widths : array of shape (4,)
+        Width of each window in Å as sampled by the pixels.
+
+    Returns
+    -------
+    array of shape (n, 9), dtype of `projected`, in the order of `LINE_FEATURES`
+    """
+    core, integral, continuum = projected[:, 0::3], projected[:, 1::3], projected[:, 2::3]
+    continuum = np.maximum(continuum, np.array(LEAST_CONTINUUM, projected.dtype))
+    depth = 1 - core / continuum
+    width = np.asarray(widths, projected.dtype) - integral / continuum
+    out = np.empty((len(projected), len(LINE_FEATURES)), projected.dtype)
+    out[:, 0:6:2], out[:, 1:6:2] = depth[:, :3], width[:, :3]
+    out[:, 6] = width[:, :3].sum(1)
+    out[:, 7], out[:, 8] = depth[:, 3], width[:, 3]
+    return out
