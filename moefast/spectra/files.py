@@ -25,6 +25,7 @@ import json
 import queue
 import re
 import threading
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +54,7 @@ ARRAYS = ("flux", "error", "mask", "noisy")
 _SUFFIXES = (".h5", ".hdf5")
 _STAGING_BYTES = 1 << 20
 _SLAB_BYTES = 1 << 25
+_FREE_MEMORY = 12
 _FINGERPRINT_ROWS = 16
 _FINGERPRINT_CHUNK_BYTES = 1 << 16
 OnError = Literal["raise", "skip"]
@@ -278,6 +280,35 @@ def _contents(file: h5py.File) -> str:
 
     file.visititems(visit)
     return ", ".join(found) or "nothing"
+
+
+class _Memory:
+    """Memory for blocks, used again once no array refers to it.
+
+    Fresh memory costs a page fault per page, several times what it costs to read a file that the system has
+    in its cache. The memory under an array goes back when the last view of it is gone, never earlier.
+    """
+
+    def __init__(self) -> None:
+        self.free: list[memoryview] = []
+
+    def array(self, shape: tuple[int, int], dtype: type) -> np.ndarray:
+        """Uninitialised C-contiguous array."""
+        size = shape[0] * shape[1] * np.dtype(dtype).itemsize
+        memory = next((held for held in self.free if size <= held.nbytes < 2 * size + 8192), None)
+        if memory is None:
+            raw = np.empty(size + 64, np.uint8)
+            memory = raw[-raw.ctypes.data % 64 :].data
+        else:
+            self.free.remove(memory)
+        # Views of an array on a memoryview keep that array as their base, so its end is the end of them all.
+        owner = np.frombuffer(memory, np.uint8)
+        weakref.finalize(owner, self._give_back, memory).atexit = False
+        return owner[:size].view(dtype).reshape(shape)
+
+    def _give_back(self, memory: memoryview) -> None:
+        if len(self.free) < _FREE_MEMORY:
+            self.free.append(memory)
 
 
 class Shard:
@@ -838,6 +869,7 @@ class SpectrumSet:
         self, block_rows: int, array: str, rows: tuple[int, int], names: list[str], on_error: OnError
     ) -> Iterator[Block]:
         start, stop = rows
+        memory = _Memory()
         for index, shard in enumerate(self.shards):
             base = int(self.first_rows[index])
             first, last = max(start - base, 0), min(stop - base, shard.n_rows)
@@ -848,7 +880,7 @@ class SpectrumSet:
                 for row in range(first, last, block_rows):
                     end = min(row + block_rows, last)
                     try:
-                        yield self._read_block(index, which, row, end, names)
+                        yield self._read_block(memory, index, which, (row, end), names)
                     except InputError as error:
                         if on_error == "raise":
                             raise
@@ -856,15 +888,20 @@ class SpectrumSet:
             finally:
                 shard.close()
 
-    def _read_block(self, index: int, array: str, row: int, end: int, names: list[str]) -> Block:
+    def _read_block(
+        self, memory: _Memory, index: int, array: str, rows: tuple[int, int], names: list[str]
+    ) -> Block:
         shard = self.shards[index]
-        flux = shard.read(array, row, end)
-        error = shard.read("error", row, end)
-        mask = shard.read("mask", row, end) if "mask" in shard.arrays else None
-        if mask is not None and not mask.any():
-            mask = None
-        params = shard.params(names, row, end) if names else {}
-        return Block(int(self.first_rows[index]) + row, index, flux, error, mask, params)
+        shape = (rows[1] - rows[0], self.n_pixels)
+        flux = shard.read(array, *rows, out=memory.array(shape, np.float32))
+        error = shard.read("error", *rows, out=memory.array(shape, np.float32))
+        mask = None
+        if "mask" in shard.arrays:
+            mask = shard.read("mask", *rows, out=memory.array(shape, np.bool_))
+            if not mask.any():
+                mask = None
+        params = shard.params(names, *rows) if names else {}
+        return Block(int(self.first_rows[index]) + rows[0], index, flux, error, mask, params)
 
 
 def _ahead(source: Iterator[Block]) -> Iterator[Block]:
