@@ -302,7 +302,7 @@ def _quantile(values, n, q, keys):  # type: ignore[no-untyped-def]  # pragma: no
 
 
 @numba.njit(cache=True, parallel=True, error_model="numpy", fastmath={"reassoc"})
-def _assess(  # type: ignore[no-untyped-def]  # noqa: PLR0917  # pragma: no cover
+def _assess(  # type: ignore[no-untyped-def]  # pragma: no cover
     flux, error, good, mask, snr_norm, snr_median, n_good, flag
 ):
     n, p = flux.shape
