@@ -55,7 +55,7 @@ def add_normal_equations(x, y, order, offsets, sums, gram, square):
 
 @njit(parallel=True, cache=True, fastmath=_FAST, error_model="numpy")
 def centre(flux, error, reference, noise_shape, inverse_shape, residual, x, v, log_level, energy, expected):
-    """x = flux − reference and v = error², with each row's noise level, energy Σx²/D and its expectation."""
+    """X = flux − reference and v = error², with each row's noise level, energy Σx²/D and its expectation."""
     n, p = flux.shape
     for i in prange(n):
         information = np.float32(0.0)

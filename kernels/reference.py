@@ -66,7 +66,7 @@ def centre_reference(
 
 
 def project_reference(x: NDArray, v: NDArray, matrix: NDArray, variance_matrix: NDArray) -> tuple[F64, F64]:
-    """x W and v W₂: the linear part of every prediction, and of every propagated variance."""
+    """X W and v W₂: the linear part of every prediction, and of every propagated variance."""
     return np.asarray(x, np.float64) @ matrix, np.asarray(v, np.float64) @ variance_matrix
 
 

@@ -1,3 +1,37 @@
-"""moefast: surface gravities for millions of faint stellar spectra."""
+"""moefast: surface gravities for millions of faint stellar spectra.
+
+Five public names: `load` a model, `fit` one, `predict` with it, `evaluate` it, and the `Model` itself.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+__all__ = ["Model", "evaluate", "fit", "load", "predict"]
+
+if TYPE_CHECKING:
+    from moefast.model import Model
+    from moefast.protocol.evaluate import evaluate
+    from moefast.recipes import fit
+    from moefast.scoring import predict
+
+    load = Model.load
+
+# Imported on first use: `moefast --help` must not wait for Numba.
+_HOMES = {
+    "Model": "moefast.model",
+    "evaluate": "moefast.protocol.evaluate",
+    "fit": "moefast.recipes",
+    "predict": "moefast.scoring",
+}
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name == "load":
+        return import_module("moefast.model").Model.load
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'moefast' has no attribute {name!r}")

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from moefast.errors import InputError, LabelError
 from moefast.experts.normal_equations import NormalEquations
 from moefast.experts.ridge import NoisePath, Subspace, principal_subspace, ridge
-from moefast.gating.features import line_columns
 from moefast.gating.mlp import fit_error_model, fit_gate, softmax
 from moefast.mixture import N_GATE_COMPONENTS, N_GATE_FEATURES, Mixture, hat_weights
 from moefast.noise import fold_of_rows, standard_normals

@@ -239,7 +239,7 @@ class Mixture:
         )
 
     def _levels(self, log_level: NDArray, dtype: type) -> tuple[NDArray, NDArray]:
-        knots = self.knots.astype(dtype)
+        knots: NDArray = self.knots.astype(dtype)
         level = np.clip(log_level, knots[0], knots[-1])
         return level, hat_weights(level, knots)
 

@@ -315,7 +315,7 @@ class NormalEquations:
                 file,
                 header=np.frombuffer(header.encode(), np.uint8),
                 reference=self.reference,
-                **{name: getattr(self, name) for name in _TOTALS},  # type: ignore[arg-type]
+                **{name: getattr(self, name) for name in _TOTALS},
             )
 
     @classmethod

@@ -117,7 +117,7 @@ class NoisePath:
 
 
 def ridge(moments: Moments, alpha: float, noise: F64 | float = 0.0) -> tuple[F64, float]:
-    """w = (G + α I + n diag(v))⁻¹ b in pixel space by Cholesky, with an unpenalised intercept.
+    """W = (G + α I + n diag(v))⁻¹ b in pixel space by Cholesky, with an unpenalised intercept.
 
     Parameters
     ----------

@@ -171,7 +171,7 @@ def fit_error_model(
     seed: int = 0,
     max_iterations: int = 300,
 ) -> Perceptron:
-    """ln σ(f) of a Gaussian with the greatest likelihood of the residuals: min mean (ln σ + r²/2σ²).
+    """Ln σ(f) of a Gaussian with the greatest likelihood of the residuals: min mean (ln σ + r²/2σ²).
 
     Parameters
     ----------

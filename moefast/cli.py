@@ -1,0 +1,415 @@
+"""The command line: parse, call, print.
+
+Design: no numerics here, and heavy imports only inside the command that needs them, so that `moefast --help` is quick.
+People read standard output; `--json` gives machines the same facts. Progress and notes go to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+import moefast
+from moefast.errors import MoefastError
+
+__all__ = ["cli", "main"]
+
+EXIT_CODES = """\b
+Exit codes:
+  0  done
+  1  something unforeseen; please report it
+  2  the command line was not understood
+  3  a file is missing, damaged or lacks a dataset (with several files: the others were still done)
+  4  a file is on another wave grid than the model
+  5  labels are needed and missing or not finite
+  6  the model folder is incomplete, altered or of another version
+  7  the backend asked for cannot be used here
+  8  the result cannot be written
+  130  interrupted; nothing half-written is left under the name of the result
+"""
+
+
+class Progress:
+    """Rows done with rate and time to go: one changing line on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._quiet, self._live = quiet, sys.stderr.isatty()
+        self._stage, self._begin, self._last, self._shown = "", time.monotonic(), 0.0, 0
+
+    def stage(self, stage: str, done: int, total: int) -> None:
+        """Report `done` of `total` rows of a named stage."""
+        if self._quiet:
+            return
+        now = time.monotonic()
+        if stage != self._stage:
+            self.close()
+            self._stage, self._begin, self._last = stage, now, 0.0
+        every = 0.2 if self._live else 10.0
+        if now - self._last < every and done < total:
+            return
+        self._last = now
+        spent = max(now - self._begin, 1e-9)
+        rate = done / spent
+        left = (total - done) / rate if rate else 0.0
+        ending = f"{spent:.0f} s" if done == total else f"{left:.0f} s left"
+        text = f"{stage}: {done:,} of {total:,} spectra ({100 * done / max(total, 1):.0f} %), {rate:,.0f}/s, {ending}"
+        if self._live:
+            click.echo("\r" + text.ljust(self._shown), err=True, nl=False)
+            self._shown = len(text)
+        else:
+            click.echo(text, err=True)
+
+    def rows(self, stage: str) -> Callable[[int, int], None]:
+        """A callback for work that has a single stage."""
+        return lambda done, total: self.stage(stage, done, total)
+
+    def close(self) -> None:
+        """End the changing line."""
+        if self._live and self._shown:
+            click.echo("", err=True)
+            self._shown = 0
+
+
+class _Group(click.Group):
+    """Turns our errors into one message and their exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except MoefastError as error:
+            click.echo(f"\nmoefast: error: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("\nmoefast: interrupted; nothing was written", err=True)
+            ctx.exit(130)
+
+
+def _rows(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    try:
+        first, last = value.split(":")
+        return int(first), int(last)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not FIRST:LAST, for example 0:1000") from None
+
+
+def _shard(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    try:
+        index, count = (int(part) for part in value.split("/"))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not i/N, for example 0/8") from None
+    if not 0 <= index < count:
+        raise click.BadParameter(f"{value!r}: i counts from 0 and must be less than N")
+    return index, count
+
+
+def _grid(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    try:
+        rows, columns = (int(part) for part in value.lower().split("x"))
+        if rows < 1 or columns < 1:
+            raise ValueError
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not TxM, for example 3x3") from None
+    return rows, columns
+
+
+FILES = click.argument("files", nargs=-1, required=True, metavar="FILE…")
+MODEL = click.option("-m", "--model", metavar="FOLDER", help="Model folder; the shipped model if absent.")
+BACKEND = click.option(
+    "--backend",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where to compute. auto takes a GPU if there is a usable one and says so; cuda fails without one.",
+)
+JSON = click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
+QUIET = click.option("-q", "--quiet", is_flag=True, help="No progress.")
+OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
+
+
+@click.group(cls=_Group, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(moefast.__version__, "-V", "--version", prog_name="moefast")
+def cli() -> None:
+    """Surface gravities (log g) for faint stellar spectra, from the survey's own HDF5 files.
+
+    \b
+    Score spectra with the model that comes with moefast:
+        moefast predict spectra.h5 -o log_g.h5
+    Fit and measure your own:
+        moefast simulate train.h5 -n 20000 --seed 1
+        moefast simulate test.h5 -n 5000 --seed 2
+        moefast fit train.h5 -o model/
+        moefast evaluate test.h5 -m model/ -o report/
+
+    FILE may be a file, a folder of shards, or a quoted pattern; several are read in the order given.
+    """
+
+
+@cli.command()
+@click.argument("out", type=click.Path(dir_okay=False))
+@click.option("-n", "--number", type=click.IntRange(1), required=True, help="How many spectra.")
+@click.option("--seed", type=click.IntRange(0), required=True, help="Seed; row i is the same for any number of rows.")
+@click.option("--mag", nargs=2, type=float, help="Faint and bright limit of the HSC i magnitude.  [default: 20.5 22.5]")
+@click.option("--noise-level", type=float, default=1.0, show_default=True, help="Factor on the physical noise.")
+@click.option("--noisy/--clean", default=True, show_default=True, help="Also store the array with noise added.")
+@OVERWRITE
+@QUIET
+def simulate(
+    out: str, number: int, seed: int, mag: tuple[float, float] | None, noise_level: float, noisy: bool,
+    overwrite: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Simulate spectra of the PFS medium-resolution red arm, with labels, and write them to OUT.
+
+    Labels are uniform in T_eff 3750-6000 K, log g 1-5, [M/H] -2.5…0.75, [a/M] -0.3…0.5, [C/M] -0.5…0.5. The file
+    has the layout of the survey's simulator: clean flux, its 1σ error and, unless --clean, the flux with noise.
+    """
+    from moefast.simulate import Settings, simulate_file
+
+    if mag:
+        if not mag[0] < mag[1]:
+            raise click.BadParameter(f"{mag[0]} {mag[1]}: the brighter limit comes first", param_hint="--mag")
+        settings = Settings(noise_level=noise_level, mag=mag)
+    else:
+        settings = Settings(noise_level=noise_level)
+    progress = Progress(quiet)
+    report = progress.rows("simulate")
+    simulate_file(
+        out, number, seed=seed, settings=settings, noisy=noisy, overwrite=overwrite,
+        progress=lambda done: report(done, number),
+    )  # fmt: skip
+    progress.close()
+    click.echo(f"{out}: {number:,} spectra, seed {seed}, {'flux, error, noisy' if noisy else 'flux, error'}")
+
+
+@cli.command()
+@FILES
+@click.option("--picture", type=click.Path(dir_okay=False), help="Draw a few spectra and the SNR histograms to a PNG.")
+@click.option("--limit", type=click.IntRange(1), help="Look at so many rows at most.")
+@JSON
+def inspect(files: tuple[str, ...], picture: str | None, limit: int | None, as_json: bool) -> None:
+    """Show what is in spectrum files: arrays, wave grid, labels, SNR percentiles, bad rows."""
+    from moefast.spectra.files import open_spectra
+    from moefast.spectra.summary import format_text, summarise
+    from moefast.spectra.summary import picture as draw
+
+    spectra = open_spectra(files, on_error="skip")
+    facts = summarise(spectra, max_rows=limit)
+    click.echo(json.dumps(facts, indent=1) if as_json else format_text(facts))
+    if picture:
+        draw(spectra, picture)
+        click.echo(f"picture: {picture}", err=True)
+    _tell_failures(spectra.failures)
+
+
+@cli.command()
+@FILES
+@click.option("-o", "--out", required=True, metavar="FOLDER", help="Model folder to write.")
+@click.option("--recipe", default="phys-moe", show_default=True, help="phys-moe or global-ridge.")
+@click.option("--grid", callback=_grid, metavar="TxM", help="Bins in T_eff and [M/H], instead of the recipe's.")
+@click.option(
+    "--noise",
+    type=click.Choice(["closed-form", "sampled", "observed"]),
+    default="closed-form",
+    show_default=True,
+    help="closed-form: flux is clean, noise enters the normal equations exactly. sampled: flux is clean, one draw "
+    "of noise per spectrum. observed: the spectra are noisy already.",
+)
+@click.option("--noise-level", type=float, default=1.0, show_default=True, help="Factor on the errors of the files.")
+@click.option("--references/--no-references", default=True, show_default=True,
+              help="Also fit the published-style ridge to compare with (doubles the first pass).")  # fmt: skip
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of folds, draws and networks.")
+@OVERWRITE
+@QUIET
+@JSON
+def fit(
+    files: tuple[str, ...], out: str, recipe: str, grid: tuple[int, int] | None, noise: str, noise_level: float,
+    references: bool, seed: int, overwrite: bool, quiet: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Fit a model on labelled spectra (T_eff, log_g, M_H in dataset/params) and write it to a folder."""
+    from moefast.model import check_target
+    from moefast.protocol.bins import uniform
+    from moefast.recipes import fit as run
+
+    check_target(Path(out), overwrite)
+    progress = Progress(quiet)
+    begin = time.monotonic()
+    model = run(
+        files, recipe=recipe, grid=uniform(*grid) if grid else None, noise=noise,  # type: ignore[arg-type]
+        noise_level=noise_level, references=references, seed=seed, progress=progress.stage,
+    )  # fmt: skip
+    progress.close()
+    model = model.save(out, overwrite=overwrite)
+    facts = {"model": str(out), "seconds": time.monotonic() - begin, **model.manifest["fit"]}
+    if as_json:
+        click.echo(json.dumps(facts, indent=1))
+        return
+    check = facts["cross_validation"]
+    click.echo(f"{out}: {model.manifest['recipe']}, {facts['rows']['used']:,} spectra, {facts['seconds']:.0f} s")
+    if facts["rows"]["left_out"]:
+        click.echo(f"  {facts['rows']['left_out']:,} spectra with fewer than half of their pixels good were left out")
+    click.echo(f"  {facts['solver']}")
+    click.echo(
+        f"  rows held back: R² {check['r2']:.3f} (with true bins {check['r2_true_bins']:.3f}), "
+        f"1σ holds {100 * check['coverage_68']:.1f} %, 1.96σ {100 * check['coverage_95']:.1f} %"
+    )
+    click.echo("  measure it on spectra it has not seen: moefast evaluate TEST… -m " + str(out))
+
+
+@cli.command()
+@FILES
+@MODEL
+@click.option("-o", "--out", metavar="FOLDER", help="Write report.json, report.txt and report.png to this folder.")
+@click.option(
+    "--noise", type=click.Choice(["auto", "draw", "none"]), default="auto", show_default=True,
+    help="auto: the array noisy where a file has it, else noise from the stored seed. draw: always a draw on flux. "
+    "none: flux as it is, for observed spectra.",
+)  # fmt: skip
+@click.option("--noise-level", type=float, default=1.0, show_default=True, help="Factor on the errors of the files.")
+@click.option("--name", help="Name of the test set in the report.")
+@BACKEND
+@OVERWRITE
+@QUIET
+@JSON
+def evaluate(
+    files: tuple[str, ...], model: str | None, out: str | None, noise: str, noise_level: float, name: str | None,
+    backend: str, overwrite: bool, quiet: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Measure a model on labelled spectra: R² with intervals, by SNR and bin, beside simpler fits."""
+    from moefast.protocol.evaluate import check_report_folder, write_report
+    from moefast.protocol.evaluate import evaluate as run
+    from moefast.protocol.report import format_text
+
+    if out:
+        check_report_folder(out, overwrite)
+    progress = Progress(quiet)
+    result = run(
+        files, model, noise=noise, noise_level=noise_level, backend=backend, name=name,  # type: ignore[arg-type]
+        progress=progress.rows("evaluate"),
+    )  # fmt: skip
+    progress.close()
+    click.echo(json.dumps(result.report, indent=1) if as_json else format_text(result.report))
+    if out:
+        written = write_report(result, out, overwrite=overwrite)
+        click.echo("written: " + ", ".join(str(path) for path in written), err=True)
+
+
+@cli.command()
+@click.argument("model", metavar="MODEL")
+@click.option("-o", "--out", required=True, type=click.Path(dir_okay=False), help="ONNX file to write.")
+@click.option("--part", default="mixture", show_default=True, help="mixture, gate, or expert-0, expert-1, …")
+@OVERWRITE
+def export(model: str, out: str, part: str, overwrite: bool) -> None:
+    """Write a model folder, or a part of it, as one ONNX file, verified against the model first.
+
+    Inputs flux and error (n, pixels) float32; outputs log_g, log_g_err, weights, expert_log_g and more. The file
+    runs in plain ONNX Runtime. MODEL is a model folder, or "shipped" for the model that comes with moefast.
+    """
+    from moefast.errors import OutputError
+    from moefast.export import export_model
+    from moefast.model import Model
+
+    if Path(out).exists() and not overwrite:
+        raise OutputError(f"{out}: exists already; choose another name, or replace it with --overwrite")
+    chosen = Model.load(None if model == "shipped" else model)
+    differences = export_model(chosen.mixture, out, part=part, metadata={"recipe": chosen.manifest["recipe"]})
+    size = Path(out).stat().st_size / 1e6
+    largest = ", ".join(f"{name} {value:.1e}" for name, value in differences.items() if isinstance(value, float))
+    click.echo(f"{out}: {part}, {size:.1f} MB; largest difference from the model in float64: {largest}")
+
+
+@cli.command()
+@FILES
+@MODEL
+@click.option("-o", "--out", metavar="TABLE", help="Table to write: .h5, .parquet or .fits.  [default: <FILE>.log_g.h5]")
+@click.option("--array", type=click.Choice(["auto", "flux", "noisy"]), default="auto", show_default=True,
+              help="Array to score; auto is noisy where a file has it.")  # fmt: skip
+@BACKEND
+@click.option("--rows", callback=_rows, metavar="FIRST:LAST", help="Score these rows only, LAST not included.")
+@click.option("--limit", type=click.IntRange(1), help="Score at most so many rows.")
+@click.option("--shard", callback=_shard, metavar="i/N", help="Score part i (from 0) of N equal parts.")
+@OVERWRITE
+@QUIET
+@JSON
+def predict(
+    files: tuple[str, ...], model: str | None, out: str | None, array: str, backend: str,
+    rows: tuple[int, int] | None, limit: int | None, shard: tuple[int, int] | None,
+    overwrite: bool, quiet: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Predict log g for every spectrum and write a table: one row per spectrum, in order.
+
+    Columns: row, identifiers of the input, log_g [dex], log_g_err (calibrated 1σ), log_g_err_raw (pixel noise
+    alone), weight_k (gate), expert, snr_norm, snr_median, chi2, flag. Spectra without data get NaN and a flag,
+    never a missing row. If the files have labels, R² is printed.
+    """
+    from moefast.scoring import predict as run
+
+    target = Path(out) if out else Path(files[0]).with_suffix(".log_g.h5").name
+    progress = Progress(quiet or as_json)
+    summary = run(
+        files, model, target, array=array, backend=backend, rows=rows, limit=limit,  # type: ignore[arg-type]
+        shard=shard, overwrite=overwrite, progress=progress.rows("predict"),
+    )  # fmt: skip
+    progress.close()
+    facts = {
+        "table": str(target), "rows": summary.n_rows, "seconds": summary.seconds,
+        "spectra_per_second": summary.spectra_per_second, "r2": summary.r2, "array": summary.array,
+        "backend": summary.backend, "device": summary.device, "flags": summary.flags, "notes": summary.notes,
+        "failures": [str(failure.error) for failure in summary.failures],
+    }  # fmt: skip
+    if as_json:
+        click.echo(json.dumps(facts, indent=1))
+    else:
+        click.echo(f"{target}: {summary.n_rows:,} spectra, array {summary.array}")
+        speed = f"{summary.spectra_per_second:,.0f} spectra/s"
+        r2 = "no labels, so no R²" if summary.r2 is None else f"R² {summary.r2:.3f}"
+        click.echo(f"  {speed} on {summary.backend} ({summary.device}), {r2}")
+        if summary.flags:
+            click.echo("  flags: " + ", ".join(f"{name} {count:,}" for name, count in summary.flags.items()))
+        for note in summary.notes:
+            click.echo(f"  note: {note}")
+    _tell_failures(summary.failures)
+
+
+@cli.command()
+@JSON
+def doctor(as_json: bool) -> None:
+    """Say what this machine has, what moefast will use, and why not more."""
+    from moefast.doctor import examine, format_text
+
+    facts = examine()
+    click.echo(json.dumps(facts, indent=1) if as_json else format_text(facts))
+    if facts["problems"]:
+        sys.exit(1)
+
+
+def _tell_failures(failures: Any) -> None:
+    """Name what could not be read and leave with the exit code of the first failure."""
+    for failure in failures:
+        click.echo(f"moefast: error: {failure.error}", err=True)
+    if failures:
+        sys.exit(failures[0].error.exit_code)
+
+
+def main() -> None:
+    """Entry point of the `moefast` command."""
+    if hasattr(signal, "SIGPIPE"):
+        # `moefast inspect … | head` must end quietly.
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    cli()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""What this machine has, what moefast will use, and why not more."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib import metadata
+from typing import Any
+
+import moefast
+from moefast.backend import cpu_count, cpu_name, cuda_devices, resolve_backend
+from moefast.errors import MoefastError
+
+__all__ = ["examine", "format_text"]
+
+PACKAGES = ("numpy", "scipy", "numba", "h5py", "onnx", "onnxruntime-gpu", "onnxruntime", "astropy", "pyarrow", "click")
+
+
+def examine() -> dict[str, Any]:
+    """Facts for `moefast doctor`, JSON-ready; `problems` is empty if everything works."""
+    problems: list[str] = []
+    versions: dict[str, str] = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            if name not in {"onnxruntime", "onnxruntime-gpu"}:
+                problems.append(f"package {name} is not installed; reinstall moefast")
+    if {"onnxruntime", "onnxruntime-gpu"} <= versions.keys():
+        problems.append("onnxruntime and onnxruntime-gpu are both installed and overwrite each other; keep one")
+    if not {"onnxruntime", "onnxruntime-gpu"} & versions.keys():
+        problems.append("neither onnxruntime-gpu nor onnxruntime is installed; reinstall moefast")
+    devices, reason = cuda_devices()
+    providers: list[str] = []
+    model: dict[str, Any] = {}
+    try:
+        import onnxruntime
+
+        providers = list(onnxruntime.get_available_providers())
+    except ImportError as error:
+        problems.append(f"onnxruntime does not import ({error})")
+    try:
+        from moefast.model import Model
+
+        shipped = Model.load()
+        training = shipped.manifest["training"]
+        model = {
+            "recipe": shipped.manifest["recipe"],
+            "fitted_on": f"{training['n_spectra']:,} spectra",
+            "pixels": shipped.mixture.n_pixels,
+            "wave": [float(shipped.mixture.wave[0]), float(shipped.mixture.wave[-1])],
+            "sha256": shipped.hash,
+        }
+    except MoefastError as error:
+        problems.append(str(error))
+    chosen = resolve_backend("auto")
+    return {
+        "moefast": moefast.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "cores": cpu_count(),
+        "memory_bytes": _memory(),
+        "cuda_devices": devices,
+        "why_no_cuda": reason,
+        "onnxruntime_providers": providers,
+        "backend": chosen.name,
+        "backend_device": chosen.device,
+        "packages": versions,
+        "shipped_model": model,
+        "problems": problems,
+    }
+
+
+def _memory() -> int:
+    if sys.platform == "win32":
+        return 0
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def format_text(facts: dict[str, Any]) -> str:
+    """The same for people."""
+    model = facts["shipped_model"]
+    gpu = ", ".join(facts["cuda_devices"]) or f"none: {facts['why_no_cuda']}"
+    memory = f", {facts['memory_bytes'] / 2**30:.0f} GiB memory" if facts["memory_bytes"] else ""
+    lines = [
+        f"moefast {facts['moefast']}, Python {facts['python']}, {facts['platform']}",
+        f"  CPU      {facts['cpu']}, {facts['cores']} cores{memory}",
+        f"  GPU      {gpu}",
+        f"  backend  auto will use {facts['backend']} ({facts['backend_device']})",
+        "  packages " + ", ".join(f"{name} {version}" for name, version in facts["packages"].items()),
+    ]
+    if model:
+        low, high = model["wave"]
+        lines.append(
+            f"  model    {model['recipe']}, fitted on {model['fitted_on']}, "
+            f"{model['pixels']} pixels {low:.1f}-{high:.1f} Å, sha256 {model['sha256'][:12]}…"
+        )
+    lines += [f"  problem  {problem}" for problem in facts["problems"]] or ["  no problems found"]
+    return "\n".join(lines)

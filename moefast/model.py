@@ -1,0 +1,293 @@
+"""A fitted model as a folder: `model.onnx` holds every number, `manifest.json` says what they are.
+
+Design: nothing in the folder is executable. The ONNX file is the only home of the weights: other programs run it,
+moefast reads its initializers. The manifest lists every file with its SHA-256; sizes and hashes are checked before
+anything is parsed. A folder is written beside its final name and renamed, so it is complete or absent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import moefast
+from moefast.errors import ModelError, OutputError, WaveGridError
+from moefast.fitting import Fit, LinearForm
+from moefast.mixture import Mixture
+from moefast.protocol.bins import Grid
+from moefast.spectra.files import same_wave
+
+__all__ = ["MANIFEST", "SCHEMA", "Model", "check_target", "shipped_path"]
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+ONNX = "model.onnx"
+REFERENCES = "references.npz"
+LARGEST_MANIFEST = 16 * 2**20
+_PACKAGES = ("numpy", "scipy", "numba", "h5py", "onnx")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A fitted mixture with its manifest.
+
+    Attributes
+    ----------
+    mixture : Mixture
+    manifest : dict
+        Everything about the model that is not a weight.
+    references : dict of str to LinearForm
+        Simpler fits of the same training set, to compare with; may be empty.
+    path : Path or None
+        The folder it came from.
+    """
+
+    mixture: Mixture
+    manifest: dict[str, Any]
+    references: dict[str, LinearForm]
+    path: Path | None = None
+
+    @classmethod
+    def from_fit(cls, fit: Fit, *, recipe: str, grid: Grid, training: dict[str, Any]) -> Model:
+        """Make a model of a fit; `training` says what it was fitted on."""
+        wave = fit.mixture.wave
+        label_spread = float(training["log_g_std"])
+        manifest = {
+            "schema": SCHEMA,
+            "what": "moefast model",
+            "moefast_version": moefast.__version__,
+            "recipe": recipe,
+            "grid": grid.to_dict(),
+            "wave": {
+                "unit": "Angstrom",
+                "pixels": wave.size,
+                "first": float(wave[0]),
+                "last": float(wave[-1]),
+                "sha256": _wave_hash(wave),
+                "values": wave.tolist(),
+            },
+            "preprocessing": {
+                "flux": "normalised to a median near 1, as the survey's files are; a reference spectrum is subtracted",
+                "bad_pixels": "zero weight: not finite, error <= 0, or masked",
+            },
+            "label_range": list(fit.mixture.label_range),
+            "limits": {
+                "chi2": fit.summary["chi2_limit"],
+                "log_g_err": 0.8 * label_spread,
+                "log_level": [float(fit.mixture.knots[0]), float(fit.mixture.knots[-1])],
+            },
+            "training": training,
+            "fit": fit.summary,
+            "packages": {name: metadata.version(name) for name in _PACKAGES},
+        }
+        return cls(fit.mixture, manifest, fit.references)
+
+    @property
+    def grid(self) -> Grid:
+        """Bins of the experts."""
+        return Grid.from_dict(self.manifest["grid"])
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the manifest, which holds those of all other files; empty for a model never saved."""
+        return hashlib.sha256((self.path / MANIFEST).read_bytes()).hexdigest() if self.path else ""
+
+    @property
+    def name(self) -> str:
+        """The model in a few words."""
+        origin = "shipped with moefast" if self.path == shipped_path() else str(self.path or "not saved")
+        return f"{self.manifest['recipe']} ({origin})"
+
+    def check_wave(self, wave: NDArray[np.float64], where: str) -> None:
+        """Refuse spectra on another wave grid.
+
+        Raises
+        ------
+        WaveGridError
+            With both grids in the message.
+        """
+        mine = self.mixture.wave
+        if not same_wave(mine, wave):
+
+            def words(w: NDArray[np.float64]) -> str:
+                step = (w[-1] - w[0]) / max(1, w.size - 1)
+                return f"{w.size} pixels, {w[0]:.3f}-{w[-1]:.3f} Å, step {step:.5f} Å"
+
+            raise WaveGridError(
+                f"{where}: spectrumdataset/wave has {words(wave)}; the model {self.name} was fitted on {words(mine)}. "
+                "Fit a model on spectra of this grid, or choose one with -m"
+            )
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Model:
+        """Write the model folder, verified against ONNX Runtime first; returns the model as read back.
+
+        Raises
+        ------
+        OutputError
+            The folder exists and is not to be replaced, is not a model folder, or cannot be written.
+        ModelError
+            The ONNX graph does not give the numbers of the mixture.
+        """
+        from moefast.export import export_model
+
+        target = Path(folder)
+        check_target(target, overwrite)
+        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        try:
+            partial.mkdir(parents=True)
+            export_model(self.mixture, partial / ONNX, metadata={"recipe": self.manifest["recipe"]})
+            if self.references:
+                _write_references(partial / REFERENCES, self.references)
+            files = {
+                item.name: {"sha256": _hash(item), "bytes": item.stat().st_size}
+                for item in sorted(partial.iterdir())
+            }
+            text = json.dumps({**self.manifest, "files": files}, indent=1, allow_nan=False)
+            (partial / MANIFEST).write_text(text + "\n", encoding="utf-8")
+            for item in partial.iterdir():
+                with item.open("rb") as file:
+                    os.fsync(file.fileno())
+            if target.exists():
+                shutil.rmtree(target)
+            partial.rename(target)
+        except OSError as error:
+            raise OutputError(f"{target}: cannot be written ({error.strerror})") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return Model.load(target)
+
+    @classmethod
+    def load(cls, folder: str | Path | None = None) -> Model:
+        """Read a model folder, or the model shipped with moefast if none is named.
+
+        Raises
+        ------
+        ModelError
+            The folder is missing, incomplete, altered since it was written, or of another schema.
+        """
+        from moefast.export import load, read_mixture
+
+        path = shipped_path() if folder is None else Path(folder)
+        if not (path / MANIFEST).is_file():
+            raise ModelError(
+                f"{path}: no {MANIFEST} here, so this is no model folder; "
+                "make one with `moefast fit TRAIN… -o model/`"
+            )
+        if (path / MANIFEST).stat().st_size > LARGEST_MANIFEST:
+            raise ModelError(
+                f"{path / MANIFEST}: larger than {LARGEST_MANIFEST} bytes; not a manifest of moefast"
+            )
+        try:
+            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            schema, files = manifest["schema"], manifest["files"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ModelError(
+                f"{path / MANIFEST}: not a manifest of moefast ({error}); fit the model again"
+            ) from error
+        if schema != SCHEMA:
+            raise ModelError(
+                f"{path / MANIFEST}: schema {schema} found, this moefast reads schema {SCHEMA}; "
+                "fit the model again or install the moefast that wrote it "
+                f"({manifest.get('moefast_version', 'unknown')})"
+            )
+        if ONNX not in files:
+            raise ModelError(f"{path / MANIFEST}: {ONNX} is not listed; fit the model again")
+        for name, expected in files.items():
+            _check_file(path, name, expected)
+        try:
+            wave = np.array(manifest["wave"]["values"], np.float64)
+            if _wave_hash(wave) != manifest["wave"]["sha256"]:
+                raise ModelError(f"{path / MANIFEST}: the wave grid was altered; fit the model again")
+            Grid.from_dict(manifest["grid"])
+            limits = manifest["limits"]
+            _ = (float(limits["chi2"]), float(limits["log_g_err"]), [float(v) for v in limits["log_level"]])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelError(
+                f"{path / MANIFEST}: {error!r} is missing or of the wrong type; fit the model again"
+            ) from error
+        mixture = read_mixture(load(path / ONNX), wave)
+        references = _read_references(path / REFERENCES) if REFERENCES in files else {}
+        return cls(mixture, manifest, references, path)
+
+
+def shipped_path() -> Path:
+    """Folder of the model shipped with moefast."""
+    return Path(str(resources.files("moefast"))) / "shipped"
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """Refuse a folder that must not be written: known before hours of fitting, not after.
+
+    Raises
+    ------
+    OutputError
+        The folder exists and is not to be replaced, or is not a model folder, or has no parent.
+    """
+    if not target.absolute().parent.is_dir():
+        raise OutputError(f"{target}: the folder {target.absolute().parent} does not exist; create it first")
+    if not target.exists():
+        return
+    if not overwrite:
+        raise OutputError(f"{target}: exists already; choose another name, or replace it with --overwrite")
+    if not target.is_dir() or (not (target / MANIFEST).is_file() and any(target.iterdir())):
+        raise OutputError(f"{target}: exists and is not a model folder; it will not be replaced")
+
+
+def _wave_hash(wave: NDArray[np.float64]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(wave, "<f8").tobytes()).hexdigest()
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_file(folder: Path, name: str, expected: dict[str, Any]) -> None:
+    path = folder / name
+    if Path(name).name != name:
+        raise ModelError(
+            f"{folder / MANIFEST}: {name!r} points outside the model folder; do not trust this model"
+        )
+    if not path.is_file():
+        raise ModelError(f"{path}: missing; the model folder is incomplete, copy it again")
+    size = path.stat().st_size
+    if size != expected["bytes"]:
+        raise ModelError(f"{path}: {size} bytes found, {expected['bytes']} expected; copy the model again")
+    if _hash(path) != expected["sha256"]:
+        raise ModelError(
+            f"{path}: its SHA-256 differs from the manifest's; it was altered, copy the model again"
+        )
+
+
+def _write_references(path: Path, references: dict[str, LinearForm]) -> None:
+    arrays: dict[str, NDArray] = {}
+    for i, (name, form) in enumerate(references.items()):
+        arrays[f"{i}.name"] = np.frombuffer(name.encode(), np.uint8)
+        arrays[f"{i}.weights"], arrays[f"{i}.intercepts"], arrays[f"{i}.levels"] = (
+            form.weights,
+            form.intercepts,
+            form.levels,
+        )
+        arrays[f"{i}.clipped"] = np.array(form.clipped)
+    with path.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def _read_references(path: Path) -> dict[str, LinearForm]:
+    with np.load(path, allow_pickle=False) as file:
+        count = sum(key.endswith(".name") for key in file.files)
+        return {
+            file[f"{i}.name"].tobytes().decode(): LinearForm(
+                file[f"{i}.weights"], file[f"{i}.intercepts"], file[f"{i}.levels"], bool(file[f"{i}.clipped"])
+            )
+            for i in range(count)
+        }

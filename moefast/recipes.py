@@ -1,0 +1,98 @@
+"""Named recipes: which experts and which gate make which model.
+
+Design: a recipe is a set of options for `moefast.fitting.fit_mixture`; a global fit is a mixture with one expert. The
+published-style ridge is no recipe but a reference that every fit carries along, so that it is always compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moefast.errors import InputError
+from moefast.fitting import Noise, Options, fit_mixture
+from moefast.model import Model
+from moefast.protocol.bins import PHYSICAL_GRID, Grid, uniform
+from moefast.spectra.files import open_spectra
+
+__all__ = ["DEFAULT", "RECIPES", "Recipe", "fit"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named model: its grid of experts and what it is, in one line."""
+
+    grid: Grid
+    what: str
+
+
+RECIPES: dict[str, Recipe] = {
+    "phys-moe": Recipe(PHYSICAL_GRID, "9 linear experts per noise level, soft gate on line and PCA features"),
+    "global-ridge": Recipe(uniform(1, 1), "one linear expert per noise level, no gate"),
+}
+DEFAULT = "phys-moe"
+
+
+def fit(
+    paths: str | Path | Iterable[str | Path],
+    *,
+    recipe: str = DEFAULT,
+    grid: Grid | None = None,
+    noise: Noise = "closed-form",
+    noise_level: float = 1.0,
+    references: bool = True,
+    seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Model:
+    """Fit a model on labelled spectra.
+
+    Parameters
+    ----------
+    paths : path, folder, pattern, or several
+        Training spectra with labels T_eff [K], log_g [dex], M_H [dex].
+    recipe : str
+        A name in `RECIPES`.
+    grid : Grid, optional
+        Bins of the experts, instead of the recipe's.
+    noise : "closed-form", "sampled" or "observed"
+        Clean flux, noise in closed form; clean flux, one noise draw per row; flux that is noisy already.
+    noise_level : float
+        Factor on the errors of the files.
+    references : bool
+        Also fit the published-style ridge to compare with.
+    seed : int
+        Of folds, noise draws and networks.
+    progress : callable, optional
+        Called with the name of a stage, rows done and rows in all.
+
+    Returns
+    -------
+    Model
+        Not saved yet.
+
+    Raises
+    ------
+    InputError, LabelError, WaveGridError
+    """
+    if recipe not in RECIPES:
+        raise InputError(f"recipe {recipe!r} is unknown; choose one of {', '.join(RECIPES)}")
+    chosen = grid or RECIPES[recipe].grid
+    spectra = open_spectra(paths)
+    options = Options(grid=chosen, noise=noise, noise_level=noise_level, references=references, seed=seed)
+    fitted = fit_mixture(spectra, options, progress)
+    labels = spectra.labels(("T_eff", "log_g", "M_H"))
+    training: dict[str, Any] = {
+        "files": [shard.path.name for shard in spectra.shards],
+        "fingerprint": spectra.fingerprint(),
+        "n_spectra": spectra.n_rows,
+        "noise": noise,
+        "noise_level": noise_level,
+        "seed": seed,
+        "labels": {name: [float(v.min()), float(v.max())] for name, v in labels.items()},
+        "log_g_std": float(np.std(labels["log_g"])),
+    }
+    return Model.from_fit(fitted, recipe=recipe, grid=chosen, training=training)

@@ -1,0 +1,455 @@
+"""Streaming prediction: blocks of spectra in, rows of a table out, one for one and in order.
+
+Design: a reader thread is one block ahead while this one computes; a block is scored as a whole, flagged, and appended
+to a table that gets its final name only when it is complete. Memory does not grow with the number of spectra. A row's
+numbers depend on the row alone, so `--rows`, `--shard` and bad neighbours change nothing.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+import moefast
+from moefast.backend import Backend, resolve_backend
+from moefast.errors import BackendError, InputError, MoefastError
+from moefast.kernels import PROJECT_ROWS
+from moefast.mixture import Mixture, Prediction
+from moefast.model import Model
+from moefast.spectra.files import Block, Failure, SpectrumSet, open_spectra
+from moefast.spectra.quality import Flag, Quality, assess, good_pixels
+from moefast.spectra.tables import Column, open_table
+
+__all__ = ["Summary", "choose_rows", "make_engine", "predict", "score_block"]
+
+BLOCK_ROWS = 4 * PROJECT_ROWS
+NOISE_FREE_CHI2 = 0.1
+_ID = re.compile(r"id|\w+_id|(obj|cat|source|star|target|fiber|fibre)id", re.IGNORECASE)
+_LABEL = "log_g"
+
+
+class Engine(Protocol):
+    """Scores a block: flux, error (n, p) float32, good (n, p) bool or None, index of its first row."""
+
+    def __call__(
+        self, flux: NDArray, error: NDArray, good: NDArray[np.bool_] | None, first_row: int
+    ) -> Prediction: ...
+
+
+@dataclass
+class Summary:
+    """What a prediction run did.
+
+    Attributes
+    ----------
+    n_rows : int
+        Rows scored, bad ones included.
+    seconds, spectra_per_second : float
+        Wall time from the first read to the closed table.
+    backend, device : str
+        Really used.
+    array : str
+        Which array was scored.
+    r2 : float or None
+        If labels are present; rows without a prediction count as the label mean.
+    flags : dict of str to int
+        Rows per flag.
+    failures : list of Failure
+        Files or rows that could not be read.
+    notes : list of str
+        What the user should know before using the numbers.
+    columns : dict of arrays
+        The table itself, if it was not written to a file.
+    """
+
+    n_rows: int = 0
+    seconds: float = 0.0
+    spectra_per_second: float = 0.0
+    backend: str = ""
+    device: str = ""
+    array: str = ""
+    r2: float | None = None
+    flags: dict[str, int] = field(default_factory=dict)
+    failures: list[Failure] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    columns: dict[str, NDArray] = field(default_factory=dict)
+
+
+def make_engine(mixture: Mixture, backend: Backend) -> Engine:
+    """Score on the CPU kernels, or on a GPU through ONNX Runtime with the exported graph.
+
+    Raises
+    ------
+    BackendError
+        The GPU cannot be used after all.
+    """
+    if backend.name == "cpu":
+        return lambda flux, error, good, first_row: mixture.predict(flux, error, good, first_row=first_row)
+
+    from moefast.export import build, open_session
+
+    session = open_session(build(mixture), backend="cuda")
+    names = ("log_g", "log_g_err", "log_g_err_raw", "weights", "expert_log_g", "chi2", "log_level")
+
+    def score(flux: NDArray, error: NDArray, good: NDArray[np.bool_] | None, first_row: int) -> Prediction:
+        if good is not None:
+            # The graph treats a pixel without an error as bad.
+            error = np.where(good, error, np.float32(np.nan))
+        return Prediction(*session.run(list(names), {"flux": flux, "error": error}))
+
+    return score
+
+
+def score_block(
+    model: Model, engine: Engine, block: Block, first_row: int
+) -> tuple[dict[str, NDArray], NDArray]:
+    """Table columns of one block, and its χ².
+
+    Parameters
+    ----------
+    model : Model
+    engine : Engine
+    block : Block
+    first_row : int
+        Index of the block's first row in its file.
+    """
+    good = good_pixels(block.flux, block.error, block.mask)
+    quality: Quality = assess(block.flux, block.error, good, block.mask)
+    result = engine(block.flux, block.error, good, first_row)
+    limits = model.manifest["limits"]
+    flag = quality.flag.copy()
+    empty = (flag & np.uint32(Flag.NO_DATA)) != 0
+    low, high = model.mixture.label_range
+    outside = (result.log_g <= low) | (result.log_g >= high)
+    outside |= (result.log_level < limits["log_level"][0]) | (result.log_level > limits["log_level"][1])
+    expert = result.weights.argmax(1).astype(np.int16)
+    for bit, rows in (
+        (Flag.OUT_OF_GRID, outside),
+        (Flag.LOW_CONFIDENCE, result.log_g_err > limits["log_g_err"]),
+        (Flag.UNLIKE_TRAINING, result.chi2 > limits["chi2"]),
+    ):
+        flag[rows & ~empty] |= np.uint32(bit)
+    columns = {
+        "log_g": result.log_g,
+        "log_g_err": result.log_g_err,
+        "log_g_err_raw": result.log_g_err_raw,
+        **{f"weight_{k}": result.weights[:, k] for k in range(model.mixture.n_experts)},
+        "expert": expert,
+        "snr_norm": quality.snr_norm,
+        "snr_median": quality.snr_median,
+        "chi2": result.chi2,
+        "flag": flag,
+    }
+    if empty.any():
+        for name, column in columns.items():
+            if column.dtype.kind == "f":
+                columns[name] = np.where(empty, np.float32(np.nan), column)
+        columns["expert"] = np.where(empty, np.int16(-1), expert)
+    return columns, columns["chi2"]
+
+
+def table_columns(n_experts: int, ids: Mapping[str, np.dtype], several: bool) -> list[Column]:
+    """Columns of a prediction table, in order."""
+    columns = [Column("row", np.dtype("int64"), "", "row of the input file, from 0")]
+    if several:
+        columns.insert(
+            0, Column("file", np.dtype("int32"), "", "index of the input file in the attribute inputs")
+        )
+    columns += [Column(name, dtype, "", "identifier of the input") for name, dtype in ids.items()]
+    f4 = np.dtype("float32")
+    return [
+        *columns,
+        Column("log_g", f4, "dex", "surface gravity, log10 of cm s^-2"),
+        Column("log_g_err", f4, "dex", "calibrated 1 sigma"),
+        Column("log_g_err_raw", f4, "dex", "propagated pixel noise alone"),
+        *[Column(f"weight_{k}", f4, "", f"gate weight of expert {k}") for k in range(n_experts)],
+        Column("expert", np.dtype("int16"), "", "expert with the largest weight, -1 without data"),
+        Column("snr_norm", f4, "", "norm of flux over norm of error"),
+        Column("snr_median", f4, "", "median of flux over error"),
+        Column("chi2", f4, "", "reduced chi square against the model's principal components"),
+        Column("flag", np.dtype("uint32"), "", ", ".join(f"{f.value} {f.name}" for f in Flag)),
+    ]
+
+
+def choose_rows(
+    n_rows: int,
+    rows: tuple[int, int] | None = None,
+    limit: int | None = None,
+    shard: tuple[int, int] | None = None,
+) -> tuple[int, int]:
+    """First row and the one after the last, of `rows`, cut to `limit`, or of part i of N.
+
+    Raises
+    ------
+    InputError
+        The rows lie outside the set or the parts make no sense.
+    """
+    start, stop = rows or (0, n_rows)
+    if not 0 <= start < stop <= n_rows:
+        raise InputError(f"rows {start}:{stop} asked for; the input has rows 0:{n_rows}")
+    if shard is not None:
+        index, count = shard
+        if not 0 <= index < count:
+            raise InputError(f"--shard {index}/{count}: the part must lie in 0…{count - 1}")
+        size = stop - start
+        start, stop = start + size * index // count, start + size * (index + 1) // count
+    if limit is not None:
+        if limit < 1:
+            raise InputError(f"--limit {limit}: at least one row must be asked for")
+        stop = min(stop, start + limit)
+    return start, stop
+
+
+class _R2:
+    """1 − SS_res/SS_tot in one pass; a missing prediction counts as the label mean."""
+
+    def __init__(self) -> None:
+        self.n = self.shift = self.residual = self.sum_y = self.sum_yy = self.missing = self.missing_y = 0.0
+        self.missing_yy = 0.0
+
+    def add(self, y: NDArray, yhat: NDArray) -> None:
+        if not self.n and y.size:
+            self.shift = float(y[0])
+        d = y - self.shift
+        gone = ~np.isfinite(yhat)
+        self.residual += float(np.sum((y[~gone] - yhat[~gone]) ** 2))
+        self.n, self.sum_y, self.sum_yy = (
+            self.n + y.size,
+            self.sum_y + float(d.sum()),
+            self.sum_yy + float(d @ d),
+        )
+        self.missing += int(gone.sum())
+        self.missing_y += float(d[gone].sum())
+        self.missing_yy += float(d[gone] @ d[gone])
+
+    def value(self) -> float | None:
+        if self.n < 2:
+            return None
+        mean = self.sum_y / self.n
+        total = self.sum_yy - self.n * mean**2
+        residual = self.residual + self.missing_yy - 2 * mean * self.missing_y + self.missing * mean**2
+        return 1 - residual / total if total > 0 else None
+
+
+def predict(
+    paths: str | Path | Iterable[str | Path],
+    model: Model | str | Path | None = None,
+    out: str | Path | None = None,
+    *,
+    array: Literal["auto", "flux", "noisy"] = "auto",
+    backend: str = "auto",
+    rows: tuple[int, int] | None = None,
+    limit: int | None = None,
+    shard: tuple[int, int] | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Summary:
+    """Predict log g for every spectrum of one or more files.
+
+    Parameters
+    ----------
+    paths : path, folder, pattern, or several
+        Spectrum files on the model's wave grid.
+    model : Model or path of a model folder, optional
+        The model shipped with moefast if absent.
+    out : path, optional
+        Table to write: .h5, .parquet or .fits. Without it the table is returned in `Summary.columns`.
+    array : "auto", "flux" or "noisy"
+        Which array to score; "auto" is `noisy` where a file has it.
+    backend : "auto", "cpu" or "cuda"
+    rows : tuple of int, optional
+        First row and the one after the last.
+    limit : int, optional
+        Score at most so many rows.
+    shard : tuple of int, optional
+        (i, N): score part i of N equal parts.
+    overwrite : bool
+        Replace an existing table.
+    progress : callable, optional
+        Called with rows done and rows in all.
+
+    Raises
+    ------
+    InputError, WaveGridError, ModelError, BackendError, OutputError
+        With one file; with several, a file that cannot be read is left out and named in `Summary.failures`.
+    """
+    chosen = model if isinstance(model, Model) else Model.load(model)
+    where = resolve_backend(backend)
+    try:
+        engine = make_engine(chosen.mixture, where)
+    except BackendError:
+        if backend != "auto":
+            raise
+        where = Backend(
+            "cpu", resolve_backend("cpu").device, f"{where.device} was found but ONNX Runtime cannot use it"
+        )
+        engine = make_engine(chosen.mixture, where)
+    spectra, failures = _open(paths, chosen)
+    several = len(spectra.shards) > 1 or bool(failures)
+    start, stop = choose_rows(spectra.n_rows, rows, limit, shard)
+    scored = sorted({"noisy" if array != "flux" and "noisy" in s.arrays else "flux" for s in spectra.shards})
+    if array == "noisy" and scored != ["noisy"]:
+        lacking = next(s.path for s in spectra.shards if "noisy" not in s.arrays)
+        raise InputError(f"{lacking}: dataset/arrays/noisy/value is missing; use --array flux or auto")
+    ids = {name: _id_dtype(spectra, name) for name in spectra.columns if _ID.fullmatch(name)}
+    labelled = spectra.has_labels((_LABEL,))
+    attrs: dict[str, Any] = {
+        "moefast_version": moefast.__version__,
+        "model": chosen.name,
+        "model_sha256": chosen.hash,
+        "inputs": [str(s.path) for s in spectra.shards],
+        "input_sha256": spectra.fingerprint(),
+        "array": "+".join(scored),
+        "rows": f"{start}:{stop}",
+        "backend": where.name,
+        "device": where.device,
+    }
+    summary = Summary(backend=where.name, device=where.device, array="+".join(scored), failures=failures)
+    sink = _Sink(out, stop - start, table_columns(chosen.mixture.n_experts, ids, several), attrs, overwrite)
+    r2, chi2_sample, unlike = _R2(), [], 0
+    wanted = [*ids, _LABEL] if labelled else list(ids)
+    begin = time.perf_counter()
+    with sink:
+        position = start
+        blocks = spectra.blocks(BLOCK_ROWS, array=array, rows=(start, stop), params=wanted, on_error="skip")
+        for block in blocks:
+            base = int(spectra.first_rows[block.shard])
+            _fill_gap(sink, spectra, position, block.first_row, ids, several, several)
+            columns, chi2 = score_block(chosen, engine, block, block.first_row - base)
+            here = np.arange(block.first_row - base, block.first_row - base + len(block), dtype=np.int64)
+            lead: dict[str, NDArray] = {"row": here, **{name: block.params[name] for name in ids}}
+            if several:
+                lead["file"] = np.full(len(block), block.shard, np.int32)
+            sink.write({**lead, **columns})
+            if labelled:
+                r2.add(np.asarray(block.params[_LABEL], np.float64), columns["log_g"].astype(np.float64))
+            chi2_sample.append(chi2[:64])
+            unlike += int(np.count_nonzero(columns["flag"] & np.uint32(Flag.UNLIKE_TRAINING)))
+            for f in Flag:
+                count = int(np.count_nonzero(columns["flag"] & np.uint32(f)))
+                if count:
+                    summary.flags[str(f.name)] = summary.flags.get(str(f.name), 0) + count
+            position = block.first_row + len(block)
+            if progress is not None:
+                progress(position - start, stop - start)
+        summary.failures = list(spectra.failures)
+        if not several and summary.failures:
+            raise summary.failures[0].error
+        _fill_gap(sink, spectra, position, stop, ids, several, several)
+        summary.n_rows = stop - start
+        summary.seconds = time.perf_counter() - begin
+        summary.spectra_per_second = summary.n_rows / summary.seconds
+        summary.r2 = r2.value() if labelled else None
+        summary.notes = _notes(chi2_sample, unlike, summary)
+        sink.attrs.update(
+            seconds=summary.seconds,
+            spectra_per_second=summary.spectra_per_second,
+            notes=summary.notes,
+            failures=[str(failure.error) for failure in summary.failures],
+        )
+        if summary.r2 is not None:
+            sink.attrs["r2"] = summary.r2
+    summary.columns = sink.columns
+    return summary
+
+
+def _open(paths: str | Path | Iterable[str | Path], model: Model) -> tuple[SpectrumSet, list[Failure]]:
+    """Open the files; with several, those that cannot be used are left out."""
+    spectra = open_spectra(paths, on_error="skip")
+    if spectra.failures and len(spectra.shards) + len(spectra.failures) == 1:
+        raise spectra.failures[0].error
+    model.check_wave(spectra.wave, str(spectra.shards[0].path))
+    return spectra, list(spectra.failures)
+
+
+def _id_dtype(spectra: SpectrumSet, name: str) -> np.dtype:
+    return np.result_type(*(shard.params([name], 0, 1)[name].dtype for shard in spectra.shards))
+
+
+def _fill_gap(sink, spectra, first, stop, ids, several, allowed):  # type: ignore[no-untyped-def]
+    """Write rows that could not be read: NaN and NO_DATA, so that no row is lost."""
+    if first == stop or not allowed:
+        return
+    for index, base in enumerate(spectra.first_rows[:-1]):
+        low, high = max(first, int(base)), min(stop, int(spectra.first_rows[index + 1]))
+        if low >= high:
+            continue
+        n = high - low
+        row: dict[str, NDArray] = {}
+        for column in sink.layout:
+            kind = column.dtype.kind
+            row[column.name] = np.full(n, np.nan, column.dtype) if kind == "f" else np.zeros(n, column.dtype)
+        row["row"] = np.arange(low - base, high - base, dtype=np.int64)
+        row["expert"][:] = -1
+        row["flag"][:] = np.uint32(Flag.NO_DATA | Flag.FEW_GOOD_PIXELS)
+        if several:
+            row["file"][:] = index
+        for name in ids:
+            try:
+                row[name] = spectra.shards[index].params([name], low - base, high - base)[name]
+            except MoefastError:
+                continue
+        sink.write(row)
+
+
+def _notes(chi2_sample: list[NDArray], unlike: int, summary: Summary) -> list[str]:
+    notes = []
+    chi2 = np.concatenate(chi2_sample) if chi2_sample else np.empty(0)
+    chi2 = chi2[np.isfinite(chi2)]
+    if chi2.size and np.median(chi2) < NOISE_FREE_CHI2:
+        notes.append(
+            f"the array {summary.array!r} looks noise-free (median chi2 {np.median(chi2):.2g}): R² and scatter are "
+            "better here than observed spectra with these errors will give; `moefast evaluate` adds the noise"
+        )
+    if summary.n_rows and unlike > summary.n_rows / 2:
+        notes.append(
+            f"{unlike} of {summary.n_rows} spectra are flagged UNLIKE_TRAINING: check that flux is normalised to a "
+            "median near 1 and in the units of its error, or fit a model on spectra like these"
+        )
+    return notes
+
+
+class _Sink:
+    """A table file, or columns in memory when no file is wanted."""
+
+    def __init__(
+        self,
+        path: str | Path | None,
+        n_rows: int,
+        layout: list[Column],
+        attrs: dict[str, Any],
+        overwrite: bool,
+    ) -> None:
+        self.layout, self.columns, self._done = layout, {}, 0
+        self._table = None
+        if path is None:
+            self.attrs = dict(attrs)
+            self.columns = {c.name: np.empty(n_rows, c.dtype) for c in layout}
+        else:
+            self._table = open_table(path, n_rows, layout, attrs, overwrite=overwrite)
+            self.attrs = self._table.attrs
+
+    def __enter__(self) -> _Sink:
+        if self._table is not None:
+            self._table.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._table is not None:
+            self._table.__exit__(*exception)
+
+    def write(self, columns: dict[str, NDArray]) -> None:
+        n = len(columns["row"])
+        if self._table is not None:
+            self._table.write(self._done, columns)
+        else:
+            for name, values in columns.items():
+                self.columns[name][self._done : self._done + n] = values
+        self._done += n
