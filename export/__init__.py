@@ -1,1 +1,7 @@
-"""To be written."""
+"""Fitted mixtures as ONNX: written, read back, verified, run."""
+
+from moefast.export.graph import build, load, read_mixture, save
+from moefast.export.parity import export_model, verify
+from moefast.export.session import open_session
+
+__all__ = ["build", "export_model", "load", "open_session", "read_mixture", "save", "verify"]

@@ -1,0 +1,659 @@
+"""The fitted mixture as an ONNX graph, and back.
+
+Design: the graph repeats `Mixture.predict_reference` step by step in float32, with standard operators only. Every
+number of the mixture is one named initializer, stored once and exactly: what follows from others (squared expert
+weights, the share of the noise that the basis leaves over) is computed in the graph, where runtimes fold it into
+constants. So the file is at once the program that others run and the place from which moefast reads its model.
+Bad pixels are found in the graph: whoever runs it feeds flux and error as they are.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+import moefast
+from moefast.errors import ModelError, OutputError
+from moefast.gating.features import LEAST_CONTINUUM, LINE_FEATURES, LINES
+from moefast.mixture import LEAST_SPREAD, N_GATE_COMPONENTS, Mixture
+
+__all__ = ["IR_VERSION", "OPSET", "build", "check", "load", "part_of", "read_mixture", "save"]
+
+OPSET = 17
+"""The newest opset of ONNX 1.12 (2022): ONNX Runtime 1.12, TensorRT 8.5, OpenVINO 2022.3 and all later ones run it.
+
+Nothing here needs a newer one; from 18 on reductions are written in another way, which older runtimes refuse."""
+IR_VERSION = 8
+"""The file format of ONNX 1.12. Writers put their own newest version unless told, which older runtimes refuse."""
+LARGEST_FILE = 2**31 - 1
+"""Bytes; the bound of protobuf."""
+
+# fmt: off
+_OPERATORS = frozenset([
+    "Abs", "Add", "And", "Cast", "Concat", "Div", "Exp", "Gemm", "Greater", "LessOrEqual",
+    "Log", "MatMul", "Max", "Min", "Mul", "ReduceMax", "ReduceMin", "ReduceSum", "Reshape", "Slice",
+    "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "Unsqueeze", "Where",
+])
+# fmt: on
+_EXPERT_PART = re.compile(r"expert-(\d+)")
+
+
+class _Graph:
+    """Nodes and initializers on their way to a model; an initializer is stored when a step first asks for it."""
+
+    def __init__(self) -> None:
+        self.nodes: list[NodeProto] = []
+        self.initializers: dict[str, TensorProto] = {}
+
+    def number(self, name: str, value: NDArray) -> str:
+        """Name of an initializer with this value."""
+        if name not in self.initializers:
+            self.initializers[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
+        return name
+
+    def scalar(self, name: str, value: float) -> str:
+        """Name of a float32 scalar."""
+        return self.number(f"constant.{name}", np.array(value, np.float32))
+
+    def shape(self, name: str, values: Sequence[int]) -> str:
+        """Name of an int64 vector: a shape, a list of sizes or of axes."""
+        return self.number(f"constant.{name}", np.array(values, np.int64))
+
+    def axis(self, index: int) -> str:
+        """Name of the vector that holds one axis."""
+        return self.shape(f"axis_{index}", [index])
+
+    def add(self, operator: str, inputs: Sequence[str], name: str, **attributes: Any) -> str:
+        """Add a node with one output, which bears the node's name."""
+        return self.add_many(operator, inputs, name, [name], **attributes)[0]
+
+    def add_many(
+        self, operator: str, inputs: Sequence[str], name: str, outputs: Sequence[str], **attributes: Any
+    ) -> list[str]:
+        """Add a node with several outputs."""
+        self.nodes.append(helper.make_node(operator, inputs, outputs, name=name, **attributes))
+        return list(outputs)
+
+    def total(self, value: str, axis: int, name: str, *, keep: bool = False) -> str:
+        """Σ along one axis."""
+        return self.add("ReduceSum", [value, self.axis(axis)], name, keepdims=int(keep))
+
+    def column(self, value: str, name: str) -> str:
+        """(n,) as (n, 1)."""
+        return self.add("Unsqueeze", [value, self.axis(1)], name)
+
+
+class _Steps:
+    """The steps of `Mixture.predict_reference` on `flux` and `error`; each returns names of values in the graph."""
+
+    def __init__(self, mixture: Mixture) -> None:
+        self.mixture = mixture
+        self.graph = _Graph()
+        self._pixels()
+
+    def _weight(self, name: str, value: NDArray) -> str:
+        if value.dtype != np.float32:
+            raise ModelError(
+                f"{name} of the mixture is {value.dtype}, float32 expected; cast it before the export"
+            )
+        return self.graph.number(name, value)
+
+    def _pixels(self) -> None:
+        """Good pixels, centred flux x, noise level."""
+        g = self.graph
+        zero, one = g.scalar("zero", 0.0), g.scalar("one", 1.0)
+        # NaN fails every comparison, so these three leave finite numbers only, on every runtime.
+        largest = g.scalar("largest", float(np.finfo(np.float32).max))
+        size = g.add("Abs", ["flux"], "pixels/flux_size")
+        finite_flux = g.add("LessOrEqual", [size, largest], "pixels/flux_is_finite")
+        finite_error = g.add("LessOrEqual", ["error", largest], "pixels/error_is_finite")
+        positive_error = g.add("Greater", ["error", zero], "pixels/error_is_positive")
+        finite = g.add("And", [finite_flux, finite_error], "pixels/both_are_finite")
+        self.good = g.add("And", [finite, positive_error], "pixels/good")
+        n_good = g.total(
+            g.add("Cast", [self.good], "pixels/weight", to=TensorProto.FLOAT), 1, "pixels/n_good"
+        )
+        self.has_data = g.add("Greater", [n_good, zero], "pixels/has_data")
+
+        difference = g.add(
+            "Sub", ["flux", self._weight("reference", self.mixture.reference)], "flux/difference"
+        )
+        self.x = g.add("Where", [self.good, difference, zero], "flux/centred")
+
+        self.noise_shape = self._weight("noise_shape", self.mixture.noise_shape)
+        self.variance = g.add("Mul", ["error", "error"], "noise/variance_of_all_pixels")
+        ratio = g.add("Div", [self.noise_shape, self.variance], "noise/information_of_all_pixels")
+        information = g.total(
+            g.add("Where", [self.good, ratio, zero], "noise/information"), 1, "noise/information_sum"
+        )
+        mean = g.add(
+            "Div", [information, g.add("Max", [n_good, one], "noise/n_good_or_one")], "noise/information_mean"
+        )
+        informed = g.add("Greater", [mean, zero], "noise/is_informed")
+        safe = g.add("Where", [informed, mean, one], "noise/information_or_one")
+        log_information = g.add("Log", [safe], "noise/log_information")
+        self.log_level = g.add("Mul", [log_information, g.scalar("minus_half", -0.5)], "noise/log_level")
+
+        knots = self._weight("knots", self.mixture.knots)
+        self.first_knot = g.add("ReduceMin", [knots], "level/first_knot", keepdims=0)
+        self.last_knot = g.add("ReduceMax", [knots], "level/last_knot", keepdims=0)
+        above = g.add("Max", [self.log_level, self.first_knot], "level/at_least_first")
+        self.level = g.column(g.add("Min", [above, self.last_knot], "level/within_knots"), "level/column")
+
+    def hat(self) -> str:
+        """Weights (n, 1, M) of the noise levels."""
+        g = self.graph
+        span = g.add("Sub", [self.last_knot, self.first_knot], "level/knot_span")
+        step = g.add("Div", [span, g.scalar("n_intervals", self.mixture.knots.size - 1)], "level/knot_step")
+        away = g.add("Abs", [g.add("Sub", [self.level, "knots"], "level/minus_knots")], "level/distance")
+        steps = g.add("Div", [away, step], "level/distance_in_steps")
+        share = g.add("Sub", [g.scalar("one", 1.0), steps], "level/share")
+        hat = g.add("Max", [share, g.scalar("zero", 0.0)], "level/hat")
+        return g.add("Unsqueeze", [hat, g.axis(1)], "level/hat_of_every_expert")
+
+    def project(self, experts: bool, gate: bool) -> list[str]:
+        """Product of x with the columns of experts (n, K·M), components (n, r) and lines (n, 12), as asked for."""
+        g, mixture = self.graph, self.mixture
+        columns: list[tuple[str, str, int]] = []
+        if experts:
+            flat = mixture.expert_weights.reshape(mixture.n_pixels, -1)
+            columns += [("experts", self._weight("experts.weights", flat), flat.shape[1])]
+        if gate:
+            columns += [
+                ("components", self._weight("basis", mixture.basis), mixture.basis.shape[1]),
+                ("lines", self._weight("lines.columns", mixture.line_columns), 3 * len(LINES)),
+            ]
+        if len(columns) == 1:
+            return [g.add("MatMul", [self.x, columns[0][1]], "project/experts")]
+        matrix = g.add("Concat", [name for _, name, _ in columns], "project/matrix", axis=1)
+        values = g.add("MatMul", [self.x, matrix], "project/values")
+        sizes = g.shape("project_sizes", [size for _, _, size in columns])
+        return g.add_many(
+            "Split", [values, sizes], "project/split", [f"project/{name}" for name, _, _ in columns], axis=1
+        )
+
+    def propagate(self) -> tuple[str, str]:
+        """σ² times the squared expert weights (n, K·M), and times what the basis leaves of the noise (n,)."""
+        g = self.graph
+        good_variance = g.add("Where", [self.good, self.variance, g.scalar("zero", 0.0)], "noise/variance")
+        squared = g.add("Mul", ["experts.weights", "experts.weights"], "propagate/squared_weights")
+        self.inverse_shape = g.add("Div", [g.scalar("one", 1.0), self.noise_shape], "noise/inverse_shape")
+        captured = g.total(g.add("Mul", ["basis", "basis"], "noise/basis_squared"), 1, "noise/captured")
+        left = g.column(g.add("Sub", [self.inverse_shape, captured], "noise/left"), "noise/left_column")
+        matrix = g.add("Concat", [squared, left], "propagate/matrix", axis=1)
+        values = g.add("MatMul", [good_variance, matrix], "propagate/values")
+        flat, expected = g.add_many(
+            "Split",
+            [values, g.shape("propagate_sizes", [self.mixture.expert_intercepts.size, 1])],
+            "propagate/split",
+            ["propagate/experts", "propagate/expected_column"],
+            axis=1,
+        )
+        return flat, g.add("Squeeze", [expected, g.axis(1)], "propagate/expected")
+
+    def at_level(self, flat: str, hat: str, stem: str, intercepts: NDArray | None = None) -> str:
+        """Interpolate (n, K·M) between the noise levels, after the intercepts if any: (n, K)."""
+        g = self.graph
+        shape = g.shape("experts_by_levels", [0, *self.mixture.expert_intercepts.shape])
+        cube = g.add("Reshape", [flat, shape], f"{stem}/by_level")
+        if intercepts is not None:
+            cube = g.add(
+                "Add", [cube, self._weight("experts.intercepts", intercepts)], f"{stem}/with_intercepts"
+            )
+        return g.total(g.add("Mul", [cube, hat], f"{stem}/shares"), 2, f"{stem}/at_level")
+
+    def expert_log_g(self, flat: str, hat: str) -> str:
+        """Predictions of the experts, (n, K)."""
+        return self.at_level(flat, hat, "experts", self.mixture.expert_intercepts)
+
+    def chi2(self, components: str, expected: str) -> str:
+        """Energy outside the components over its expectation, (n,)."""
+        g = self.graph
+        squared = g.add("Mul", [self.x, self.x], "chi2/flux_squared")
+        energy = g.add("MatMul", [squared, self.inverse_shape], "chi2/energy")
+        inside = g.total(
+            g.add("Mul", [components, components], "chi2/components_squared"), 1, "chi2/energy_inside"
+        )
+        outside = g.add("Sub", [energy, inside], "chi2/energy_outside")
+        bound = g.add("Max", [expected, g.scalar("tiny", 1e-30)], "chi2/expected")
+        return g.add("Div", [outside, bound], "chi2/ratio")
+
+    def features(self, components: str, lines: str) -> str:
+        """Features of the gate, (n, 14): lines, the first components, noise level."""
+        g, mixture, n_lines = self.graph, self.mixture, len(LINES)
+        whole = g.add(
+            "Add", [lines, self._weight("lines.offsets", mixture.line_offsets)], "lines/of_whole_flux"
+        )
+        cube = g.add("Reshape", [whole, g.shape("lines_by_kind", [0, n_lines, 3])], "lines/by_kind")
+        ones = g.shape("lines_kinds", [1, 1, 1])
+        kinds = ["lines/core", "lines/integral", "lines/continuum_as_found"]
+        core, integral, continuum = g.add_many("Split", [cube, ones], "lines/split", kinds, axis=2)
+        continuum = g.add("Max", [continuum, g.scalar("least_continuum", LEAST_CONTINUUM)], "lines/continuum")
+        one = g.scalar("one", 1.0)
+        depth = g.add("Sub", [one, g.add("Div", [core, continuum], "lines/core_ratio")], "lines/depth")
+        widths = self._weight("lines.widths", mixture.line_widths[:, None])
+        missing = g.add("Div", [integral, continuum], "lines/integral_ratio")
+        width = g.add("Sub", [widths, missing], "lines/equivalent_width")
+        pairs = g.add("Concat", [depth, width], "lines/pairs", axis=2)
+        row = g.add("Reshape", [pairs, g.shape("lines_in_a_row", [0, 2 * n_lines])], "lines/in_a_row")
+        # LINE_FEATURES puts the sum of the three calcium widths between calcium and sodium.
+        calcium, sodium = g.add_many(
+            "Split",
+            [row, g.shape("lines_of_elements", [6, 2])],
+            "lines/elements",
+            ["lines/Ca", "lines/Na"],
+            axis=1,
+        )
+        three = [g.shape("first", [0]), g.shape("three", [3]), g.axis(1)]
+        triplet = g.total(g.add("Slice", [width, *three], "lines/CaT_widths"), 1, "lines/CaT_EW")
+        first = [g.shape("first", [0]), g.shape("n_components", [N_GATE_COMPONENTS]), g.axis(1)]
+        leading = g.add("Slice", [components, *first], "gate/first_components")
+        return g.add("Concat", [calcium, triplet, sodium, leading, self.level], "gate/features", axis=1)
+
+    def perceptron(self, features: str, layers: Sequence[NDArray], name: str) -> str:
+        """tanh(f W₁ + b₁) W₂ + b₂."""
+        g = self.graph
+        w1, b1, w2, b2 = (
+            self._weight(f"{name}.{layer}", value) for layer, value in zip(_LAYERS, layers, strict=True)
+        )
+        hidden = g.add("Tanh", [g.add("Gemm", [features, w1, b1], f"{name}/hidden_sum")], f"{name}/hidden")
+        return g.add("Gemm", [hidden, w2, b2], f"{name}/output")
+
+    def gate(self, features: str) -> str:
+        """Weights of the experts, (n, K)."""
+        logits = self.perceptron(features, self.mixture.gate, "gate")
+        return self.graph.add("Softmax", [logits], "gate/softmax", axis=1)
+
+    def mix(self, features: str, weights: str, experts: str, noise: str) -> tuple[str, str, str]:
+        """The mixture's log g, its calibrated error, and the noise propagated into it, each (n,)."""
+        g = self.graph
+        mixed = g.total(g.add("Mul", [weights, experts], "mix/shares"), 1, "mix/unclipped")
+        limits = g.number("label_range", np.array(self.mixture.label_range, np.float64))
+        limits = g.add("Cast", [limits], "mix/limits", to=TensorProto.FLOAT)
+        low = g.add("ReduceMin", [limits], "mix/lowest", keepdims=0)
+        high = g.add("ReduceMax", [limits], "mix/highest", keepdims=0)
+        log_g = g.add("Min", [g.add("Max", [mixed, low], "mix/at_least_lowest"), high], "mix/log_g")
+
+        raw = g.total(g.add("Mul", [weights, noise], "error/noise_shares"), 1, "error/raw")
+        apart = g.add("Sub", [experts, g.column(mixed, "error/mixed_column")], "error/apart")
+        squares = g.add("Mul", [apart, apart], "error/apart_squared")
+        spread2 = g.total(g.add("Mul", [weights, squares], "error/spread_shares"), 1, "error/spread_squared")
+        spread = g.add("Sqrt", [spread2], "error/spread")
+        floor = g.scalar("least_spread", LEAST_SPREAD)
+        extra = [
+            log_g,
+            g.add("Log", [g.add("Max", [raw, floor], "error/raw_or_floor")], "error/log_raw"),
+            g.add("Log", [g.add("Max", [spread, floor], "error/spread_or_floor")], "error/log_spread"),
+        ]
+        columns = [g.column(value, f"{value}_column") for value in extra]
+        inputs = g.add("Concat", [features, *columns], "error/features", axis=1)
+        log_error = self.perceptron(inputs, self.mixture.error_model, "error_model")
+        return (
+            log_g,
+            g.add("Exp", [g.add("Squeeze", [log_error, g.axis(1)], "error/log")], "error/calibrated"),
+            raw,
+        )
+
+    def deliver(self, value: str, output: str, *, columns: bool = False) -> None:
+        """Name an output: the value, and NaN in rows without a good pixel."""
+        g = self.graph
+        has_data = self.has_data
+        if columns:
+            has_data = "pixels/has_data_column"
+            if all(node.name != has_data for node in g.nodes):
+                g.column(self.has_data, has_data)
+        nothing = g.scalar("nan", float("nan"))
+        g.add_many("Where", [has_data, value, nothing], f"deliver/{output}", [output])
+
+
+_LAYERS = ("w1", "b1", "w2", "b2")
+_OUTPUTS = {
+    "log_g": "surface gravity, dex (cgs)",
+    "log_g_err": "calibrated 1 sigma of log_g, dex",
+    "weights": "weights of the experts; rows sum to 1",
+    "expert_log_g": "log g of each expert at the star's noise level, dex, not clipped",
+    "log_g_err_raw": "noise propagated through the experts, dex",
+    "chi2": "energy outside the model's components over its expectation from the noise",
+    "log_level": "ln of the noise level relative to the training set",
+}
+_BY_EXPERT = ("weights", "expert_log_g")
+_INPUTS = {
+    "flux": "flux per pixel, in the unit of the training set (median near 1)",
+    "error": "1 sigma per pixel in the unit of flux; pixels that are not finite or have error <= 0 get zero weight",
+}
+
+
+def build(mixture: Mixture, part: str = "mixture", metadata: dict[str, str] | None = None) -> ModelProto:
+    """Write a mixture, its gate or one of its experts as an ONNX model.
+
+    Inputs are `flux` and `error`, float32 of shape (n, p) with any n. Pixels that are not finite or whose error is
+    not positive get zero weight; rows without a good pixel get NaN in every output.
+
+    Parameters
+    ----------
+    mixture : Mixture
+    part : "mixture", "gate" or "expert-k"
+        The mixture gives `log_g`, `log_g_err`, `weights`, `expert_log_g`, `log_g_err_raw`, `chi2` and `log_level`
+        (see `moefast.mixture.Prediction`), the gate `weights`, expert k = 0 … K − 1 its `log_g` (not clipped).
+    metadata : dict of str to str, optional
+        Added to the model's metadata.
+
+    Raises
+    ------
+    ModelError
+        Unknown part, a name in `metadata` that moefast sets itself, or arrays that do not fit.
+    """
+    if part not in ("mixture", "gate"):
+        mixture = _only_expert(mixture, part)
+    if mixture.error_model[2].shape[1] != 1:
+        raise ModelError(f"the error model must give one number, it gives {mixture.error_model[2].shape[1]}")
+    steps = _Steps(mixture)
+    if part == "gate":
+        components, lines = steps.project(experts=False, gate=True)
+        outputs = ["weights"]
+        steps.deliver(steps.gate(steps.features(components, lines)), "weights", columns=True)
+    elif part != "mixture":
+        (flat,) = steps.project(experts=True, gate=False)
+        column = steps.expert_log_g(flat, steps.hat())
+        outputs = ["log_g"]
+        steps.deliver(steps.graph.add("Squeeze", [column, steps.graph.axis(1)], "experts/only"), "log_g")
+    else:
+        flat, components, lines = steps.project(experts=True, gate=True)
+        flat_noise, expected = steps.propagate()
+        hat = steps.hat()
+        experts = steps.expert_log_g(flat, hat)
+        noise = steps.graph.add("Sqrt", [steps.at_level(flat_noise, hat, "propagate")], "propagate/noise")
+        features = steps.features(components, lines)
+        weights = steps.gate(features)
+        log_g, log_g_err, raw = steps.mix(features, weights, experts, noise)
+        values = (log_g, log_g_err, weights, experts, raw, steps.chi2(components, expected), steps.log_level)
+        outputs = list(_OUTPUTS)
+        for output, value in zip(outputs, values, strict=True):
+            steps.deliver(value, output, columns=output in _BY_EXPERT)
+    return _model(steps, part, outputs, metadata or {})
+
+
+def _only_expert(mixture: Mixture, part: str) -> Mixture:
+    found = _EXPERT_PART.fullmatch(part)
+    if found is None or int(found[1]) >= mixture.n_experts:
+        raise ModelError(
+            f"part {part!r} is unknown; choose mixture, gate, or expert-0 … expert-{mixture.n_experts - 1}"
+        )
+    k = int(found[1])
+    w1, b1, w2, b2 = mixture.gate
+    return Mixture(
+        wave=mixture.wave,
+        reference=mixture.reference,
+        noise_shape=mixture.noise_shape,
+        knots=mixture.knots,
+        expert_weights=mixture.expert_weights[:, k : k + 1],
+        expert_intercepts=mixture.expert_intercepts[k : k + 1],
+        basis=mixture.basis,
+        gate=(w1, b1, w2[:, k : k + 1], b2[k : k + 1]),
+        error_model=mixture.error_model,
+        label_range=mixture.label_range,
+    )
+
+
+def _model(steps: _Steps, part: str, outputs: Sequence[str], metadata: dict[str, str]) -> ModelProto:
+    mixture = steps.mixture
+    own = {
+        "moefast_version": moefast.__version__,
+        "part": part,
+        "wave_first": repr(float(mixture.wave[0])),
+        "wave_last": repr(float(mixture.wave[-1])),
+        "wave_pixels": str(mixture.n_pixels),
+        "wave_unit": "Angstrom",
+        "flux_unit": "that of the training set: median near 1",
+        "log_g_unit": "dex (cgs)",
+    }
+    if taken := sorted(own.keys() & metadata.keys()):
+        raise ModelError(f"metadata {', '.join(taken)} are set by moefast itself; choose other names")
+    p, k = mixture.n_pixels, mixture.n_experts
+    graph = helper.make_graph(
+        steps.graph.nodes,
+        f"moefast-{part}",
+        [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", p], text)
+            for name, text in _INPUTS.items()
+        ],
+        [
+            helper.make_tensor_value_info(
+                name, TensorProto.FLOAT, ["n", k] if name in _BY_EXPERT else ["n"], _OUTPUTS[name]
+            )
+            for name in outputs
+        ],
+        list(steps.graph.initializers.values()),
+        doc_string=f"Gate features: {', '.join(LINE_FEATURES)}, {N_GATE_COMPONENTS} components, ln noise level.",
+    )
+    model = helper.make_model(
+        graph,
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        ir_version=IR_VERSION,
+        producer_name="moefast",
+        producer_version=moefast.__version__,
+        doc_string=(
+            f"Surface gravity of stars from spectra of {p} pixels, {mixture.wave[0]:.2f}-{mixture.wave[-1]:.2f} "
+            f"Angstrom: {'a mixture of ' + str(k) + ' linear experts' if part == 'mixture' else part}."
+        ),
+    )
+    helper.set_model_props(model, {**own, **metadata})
+    return model
+
+
+def part_of(model: ModelProto) -> str:
+    """Which part of a mixture the model holds, as its metadata say; empty if they do not."""
+    return next((entry.value for entry in model.metadata_props if entry.key == "part"), "")
+
+
+def read_mixture(model: ModelProto, wave: NDArray[np.float64]) -> Mixture:
+    """Read a mixture from the initializers of its ONNX model: the inverse of `build`, to the last bit.
+
+    Parameters
+    ----------
+    model : ModelProto
+        Made by `build` with part "mixture".
+    wave : array of shape (p,), Å
+        The wave grid that the mixture was fitted on; the model's line columns must be those of this grid.
+
+    Raises
+    ------
+    ModelError
+        An initializer is missing, has another shape or type, or is not finite; the wave grid is another one.
+    """
+    check(model, "the ONNX model")
+    part = part_of(model)
+    if part != "mixture":
+        raise ModelError(
+            f"the ONNX model holds {part or 'something unknown'}, a whole mixture is needed; export that"
+        )
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+
+    def read(name: str, *shape: int | None, dtype: type = np.float32) -> NDArray:
+        words = f"({', '.join('any' if size is None else str(size) for size in shape)})"
+        if name not in tensors:
+            raise ModelError(
+                f"the ONNX model lacks the initializer {name!r}; write it again with this moefast"
+            )
+        # The sizes are compared before the numbers are read: a tampered shape is never allocated.
+        dims = tuple(tensors[name].dims)
+        fits = len(dims) == len(shape) and all(
+            want in (None, size) for want, size in zip(shape, dims, strict=True)
+        )
+        kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+        if not fits or tensors[name].data_type != kind:
+            found = TensorProto.DataType.Name(tensors[name].data_type)
+            raise ModelError(
+                f"initializer {name!r} of the ONNX model is {found} {dims}, {TensorProto.DataType.Name(kind)} "
+                f"{words} expected; write the model again with this moefast"
+            )
+        try:
+            value = numpy_helper.to_array(tensors[name])
+        except (ValueError, TypeError) as error:
+            raise ModelError(f"initializer {name!r} of the ONNX model cannot be read: {error}") from error
+        if not np.isfinite(value).all():
+            raise ModelError(f"initializer {name!r} of the ONNX model is not finite; do not use this model")
+        return value.copy()
+
+    def layers(
+        name: str, n_features: int | None, n_outputs: int
+    ) -> tuple[NDArray, NDArray, NDArray, NDArray]:
+        w1 = read(f"{name}.w1", n_features, None)
+        hidden = w1.shape[1]
+        return (
+            w1,
+            read(f"{name}.b1", hidden),
+            read(f"{name}.w2", hidden, n_outputs),
+            read(f"{name}.b2", n_outputs),
+        )
+
+    wave = np.ascontiguousarray(wave, np.float64)
+    p = wave.size
+    intercepts = read("experts.intercepts", None, None)
+    k, m = intercepts.shape
+    noise_shape = read("noise_shape", p)
+    if not (noise_shape > 0).all():
+        raise ModelError(
+            "initializer 'noise_shape' of the ONNX model must be positive; do not use this model"
+        )
+    limits = read("label_range", 2, dtype=np.float64)
+    try:
+        mixture = Mixture(
+            wave=wave,
+            reference=read("reference", p),
+            noise_shape=noise_shape,
+            knots=read("knots", m),
+            expert_weights=read("experts.weights", p, k * m).reshape(p, k, m),
+            expert_intercepts=intercepts,
+            basis=read("basis", p, None),
+            gate=layers("gate", None, k),
+            error_model=layers("error_model", None, 1),
+            label_range=(float(limits[0]), float(limits[1])),
+        )
+        columns = mixture.line_columns
+    except ValueError as error:
+        raise ModelError(f"the ONNX model and this moefast do not fit together: {error}") from error
+    # Equal up to rounding: sums over a window may be added in another order on another machine.
+    if not np.allclose(read("lines.columns", p, 3 * len(LINES)), columns, rtol=1e-4, atol=1e-6):
+        raise ModelError(
+            "the line windows of the ONNX model do not lie on this wave grid "
+            f"({p} pixels, {wave[0]:.2f}-{wave[-1]:.2f} Å); use the grid that the model was fitted on"
+        )
+    return mixture
+
+
+def check(model: ModelProto, where: str) -> None:
+    """Refuse a model that moefast did not write as it is, before anything runs it.
+
+    Raises
+    ------
+    ModelError
+        Another opset, IR version or operator domain; external data; functions, subgraphs or sparse tensors; operators
+        that moefast does not use; a graph that breaks the rules of ONNX.
+    """
+    remedy = "write the model again with this moefast"
+    opsets = [(entry.domain, entry.version) for entry in model.opset_import]
+    if any(domain not in ("", "ai.onnx") for domain, _ in opsets):
+        raise ModelError(
+            f"{where}: custom operator domains {opsets}; moefast runs standard operators only: {remedy}"
+        )
+    if opsets != [("", OPSET)]:
+        raise ModelError(f"{where}: opset {opsets} found, {OPSET} expected; {remedy}")
+    if model.ir_version != IR_VERSION:
+        raise ModelError(f"{where}: IR version {model.ir_version} found, {IR_VERSION} expected; {remedy}")
+    graph = model.graph
+    if model.functions or model.training_info or graph.sparse_initializer:
+        raise ModelError(f"{where}: functions, training graphs and sparse tensors are not allowed; {remedy}")
+    tensors = list(graph.initializer)
+    for node in graph.node:
+        if node.domain or node.op_type not in _OPERATORS:
+            raise ModelError(
+                f"{where}: operator {node.domain}:{node.op_type} ({node.name}) is not one of ours; {remedy}"
+            )
+        for attribute in node.attribute:
+            if attribute.type in _UNSAFE_ATTRIBUTES:
+                raise ModelError(f"{where}: node {node.name} holds a graph or a tensor; {remedy}")
+    for tensor in tensors:
+        if tensor.data_location == TensorProto.EXTERNAL or tensor.external_data:
+            raise ModelError(
+                f"{where}: the initializer {tensor.name!r} lies in an external file, which is refused; "
+                "embed all weights in the one file (onnx.save_model without save_as_external_data)"
+            )
+    try:
+        onnx.checker.check_model(model)
+    except (onnx.checker.ValidationError, ValueError) as error:
+        raise ModelError(
+            f"{where}: not a valid ONNX model ({str(error).splitlines()[0]}); {remedy}"
+        ) from error
+
+
+_UNSAFE_ATTRIBUTES = (
+    onnx.AttributeProto.TENSOR,
+    onnx.AttributeProto.TENSORS,
+    onnx.AttributeProto.SPARSE_TENSOR,
+    onnx.AttributeProto.SPARSE_TENSORS,
+    onnx.AttributeProto.GRAPH,
+    onnx.AttributeProto.GRAPHS,
+)
+
+
+def load(path: str | Path) -> ModelProto:
+    """Read an ONNX file of moefast; see `check` for what is refused.
+
+    Raises
+    ------
+    ModelError
+        The file is missing, too large, truncated, corrupt, or refused by `check`.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        if size > LARGEST_FILE:
+            raise ModelError(
+                f"{path}: {size} bytes; an ONNX file with embedded weights has {LARGEST_FILE} at most"
+            )
+        data = path.read_bytes()
+    except OSError as error:
+        raise ModelError(
+            f"{path}: cannot be read ({error.strerror}); name an ONNX file of moefast"
+        ) from error
+    try:
+        model = ModelProto.FromString(data)
+    except DecodeError as error:
+        raise ModelError(f"{path}: truncated, or not an ONNX file; copy it again") from error
+    check(model, str(path))
+    return model
+
+
+def save(model: ModelProto, path: str | Path) -> None:
+    """Write a model under a temporary name in the same folder, then rename it: the file is complete or absent.
+
+    Raises
+    ------
+    OutputError
+        The file cannot be written.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with partial.open("xb") as file:
+            file.write(model.SerializeToString(deterministic=True))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
