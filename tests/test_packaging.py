@@ -1,0 +1,70 @@
+"""The list of packages in pyproject.toml is the tree, and what is installed is what the list promises."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from importlib import import_module, metadata
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _config() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+
+
+def _tree() -> set[str]:
+    found = set()
+    for name, folder in (("moefast", "moefast"), ("moefast.kernels", "kernels"), ("moefast.export", "export")):
+        for init in (ROOT / folder).rglob("__init__.py"):
+            found.add(".".join([name, *init.parent.relative_to(ROOT / folder).parts]))
+    return found
+
+
+def test_packages_listed_are_the_tree() -> None:
+    tree = _tree()
+    assert {"moefast", "moefast.kernels", "moefast.export", "moefast.spectra"} <= tree
+    assert set(_config()["packages"]) == tree
+
+
+def test_every_folder_with_code_is_a_package() -> None:
+    folders = {path.parent for top in ("moefast", "kernels", "export") for path in (ROOT / top).rglob("*.py")}
+    assert folders
+    assert [str(folder) for folder in folders if not (folder / "__init__.py").exists()] == []
+
+
+@pytest.mark.wheel
+def test_listed_packages_import() -> None:
+    for name in _config()["packages"]:
+        if not name.endswith(".build"):
+            assert import_module(name).__doc__, f"{name} says nothing about itself"
+
+
+@pytest.mark.wheel
+def test_version_is_the_installed_one() -> None:
+    import moefast
+
+    assert metadata.version("moefast") == moefast.__version__
+
+
+@pytest.mark.wheel
+def test_package_data_is_installed() -> None:
+    import moefast
+
+    home = Path(moefast.__file__).parent
+    for name in ("py.typed", "shipped/model.onnx", "shipped/manifest.json", "simulate/data/emulator.npz"):
+        assert (home / name).is_file(), name
+
+
+@pytest.mark.wheel
+@pytest.mark.skipif("MOEFAST_WHEEL" not in os.environ, reason="only where a wheel is installed")
+def test_wheel_is_what_runs() -> None:
+    import moefast
+    import moefast.export
+    import moefast.kernels
+
+    for module in (moefast, moefast.kernels, moefast.export):
+        assert "site-packages" in str(module.__file__)
