@@ -19,21 +19,26 @@ from moefast.spectra.quality import (
     quality_features,
     repair,
 )
+from moefast.spectra.tables import Column, TableWriter, open_table, read_table
 
 __all__ = [
     "QUALITY_FEATURES",
     "Block",
+    "Column",
     "Failure",
     "Flag",
     "Quality",
     "Shard",
     "SpectrumSet",
     "SpectrumWriter",
+    "TableWriter",
     "assess",
     "find_files",
     "good_pixels",
     "open_spectra",
+    "open_table",
     "quality_features",
+    "read_table",
     "repair",
     "same_wave",
 ]

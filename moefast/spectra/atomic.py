@@ -56,7 +56,7 @@ def partial_path(path: Path, *, overwrite: bool) -> Path:
         raise OutputError(f"{path}: exists already; choose another name or allow overwriting")
     if not path.parent.is_dir():
         raise OutputError(f"{path}: the folder {path.parent} does not exist; create it first")
-    pattern = re.compile(re.escape(f".{path.name}.") + r"(\d+)\.partial")
+    pattern = re.compile(re.escape(f".{path.name}.") + r"(\d+)\.partial(\.wide)?")
     for other in path.parent.iterdir():
         match = pattern.fullmatch(other.name)
         if match and (int(match[1]) == os.getpid() or not _alive(int(match[1]))):

@@ -1,0 +1,619 @@
+"""Prediction tables: one row per input row, in HDF5, Parquet or FITS.
+
+Design: one writer per format, chosen by the suffix; all share the checks, the order of rows and the way a file
+comes to its final name (see `moefast.spectra.atomic`). Rows are appended block by block, so memory does not
+grow with the table. Attributes may change until the table is closed, because throughput and R² are known only
+then; FITS keeps room for them at the head of the file.
+
+Numbers and text are attributes as they are; lists, mappings and None are stored as JSON text and come back as
+what they were. FITS knows no lower case: there the names of attributes come back in lower case.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import h5py
+import numpy as np
+
+from moefast.errors import InputError, OutputError
+from moefast.spectra.atomic import partial_path, publish
+
+__all__ = ["GROUP", "READERS", "WRITERS", "Column", "TableWriter", "open_table", "read_table"]
+
+GROUP = "predictions"
+"""HDF5 group, and FITS extension, that holds the columns."""
+
+_ROW_GROUP = 1 << 16
+_HEADER_UNIT = 2880
+_HEADER_ROOM = 5 * _HEADER_UNIT
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table.
+
+    Attributes
+    ----------
+    name : str
+        Its name.
+    dtype : dtype
+        Numbers, bool, or text of a fixed length ("U8", "S8").
+    unit : str
+        Unit in FITS notation, "" if there is none.
+    description : str
+        What it is, in one line.
+    """
+
+    name: str
+    dtype: np.dtype
+    unit: str = ""
+    description: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", np.dtype(self.dtype))
+        if self.dtype.kind not in "biufSU" or not self.dtype.itemsize:
+            raise ValueError(f"column {self.name!r}: no table holds type {self.dtype}")
+        if not self.name:
+            raise ValueError("a column needs a name")
+
+    @property
+    def text_bytes(self) -> int:
+        """Bytes kept for text; 0 for numbers."""
+        return self.dtype.itemsize if self.dtype.kind in "SU" else 0
+
+
+def _plain(value: Any) -> str | bool | int | float | None:
+    """The value, if it is a number or text; None if it must become JSON."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    return value if isinstance(value, str | bool | int | float) else None
+
+
+def _to_json(value: Any) -> str:
+    def other(item: Any) -> Any:
+        if isinstance(item, np.generic):
+            return item.item()
+        return item.tolist() if isinstance(item, np.ndarray) else str(item)
+
+    return json.dumps(value, default=other)
+
+
+def _from_text(text: str) -> Any:
+    if text[:1] in {"[", "{"} or text == "null":
+        with contextlib.suppress(ValueError):
+            return json.loads(text)
+    return text
+
+
+class TableWriter:
+    """A table being written; use it as a context manager, see `open_table`.
+
+    Attributes
+    ----------
+    path : Path
+        Final name.
+    n_rows : int
+        Rows that the table will have.
+    columns : tuple of Column
+        Its columns.
+    attrs : dict
+        Attributes; may be changed until the table is closed.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        n_rows: int,
+        columns: Sequence[Column],
+        attrs: Mapping[str, Any] | None = None,
+        *,
+        overwrite: bool = False,
+    ) -> None:
+        names = [column.name for column in columns]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"columns need names that differ, found {names}")
+        if n_rows < 0:
+            raise ValueError(f"n_rows must not be negative, found {n_rows}")
+        self.path = Path(path)
+        self.n_rows, self.columns, self.attrs = int(n_rows), tuple(columns), dict(attrs or {})
+        self._done = 0
+        self._partial = partial_path(self.path, overwrite=overwrite)
+        try:
+            self._begin()
+        except OSError as error:
+            self._give_up()
+            raise OutputError(f"{self.path}: cannot be written: {error}") from error
+        except BaseException:
+            self._give_up()
+            raise
+
+    def write(self, first_row: int, columns: Mapping[str, Any]) -> None:
+        """Append rows.
+
+        Parameters
+        ----------
+        first_row : int
+            Row of the first of them: the number of rows written so far.
+        columns : mapping of str to array of shape (n,)
+            Every column.
+
+        Raises
+        ------
+        OutputError
+            If the rows cannot be written, or text does not fit its column.
+        """
+        if first_row != self._done:
+            raise ValueError(f"rows come in order: row {self._done} expected next, found {first_row}")
+        if set(columns) != {column.name for column in self.columns}:
+            names = [column.name for column in self.columns]
+            missing, extra = sorted(set(names) - set(columns)), sorted(set(columns) - set(names))
+            raise ValueError(f"columns of the table expected; missing {missing}, unknown {extra}")
+        rows: dict[str, np.ndarray] = {}
+        n = len(next(iter(columns.values())))
+        if first_row + n > self.n_rows:
+            raise ValueError(f"rows {first_row} to {first_row + n} do not fit a table of {self.n_rows}")
+        for column in self.columns:
+            values = np.asarray(columns[column.name])
+            if values.shape != (n,):
+                raise ValueError(f"column {column.name!r}: shape ({n},) expected, found {values.shape}")
+            rows[column.name] = self._text(column, values) if column.text_bytes else _cast(column, values)
+        try:
+            self._append(first_row, rows)
+        except OSError as error:
+            raise OutputError(f"{self.path}: rows {first_row} to {first_row + n - 1}: {error}") from error
+        self._done += n
+
+    def _text(self, column: Column, values: np.ndarray) -> np.ndarray:
+        if values.dtype.kind != "S":
+            values = np.char.encode(values.astype(str), "utf-8")
+        if values.dtype.itemsize > column.text_bytes:
+            longest = int(np.char.str_len(values).max(initial=0))
+            if longest > column.text_bytes:
+                raise OutputError(
+                    f"{self.path}: column {column.name!r} keeps {column.text_bytes} bytes of text, found {longest}"
+                )
+        return values.astype(f"S{column.text_bytes}")
+
+    def close(self) -> None:
+        """Complete the table and give it its final name.
+
+        Raises
+        ------
+        OutputError
+            If rows are missing or the disk refuses; nothing is left then.
+        """
+        try:
+            if self._done != self.n_rows:
+                raise OutputError(f"{self.path}: {self._done} of {self.n_rows} rows were written")
+            try:
+                self._end()
+            except OSError as error:
+                raise OutputError(f"{self.path}: could not be completed: {error}") from error
+            publish(self._partial, self.path)
+        except BaseException:
+            self._give_up()
+            raise
+
+    def _give_up(self) -> None:
+        with contextlib.suppress(Exception):
+            self._abort()
+        self._partial.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._give_up()
+
+    def _begin(self) -> None:
+        """Create the partial file."""
+        raise NotImplementedError
+
+    def _append(self, first_row: int, rows: dict[str, np.ndarray]) -> None:
+        """Write checked rows; text comes as UTF-8 bytes."""
+        raise NotImplementedError
+
+    def _end(self) -> None:
+        """Write the attributes and close the partial file."""
+        raise NotImplementedError
+
+    def _abort(self) -> None:
+        """Close the partial file, whatever its state."""
+        raise NotImplementedError
+
+
+def _cast(column: Column, values: np.ndarray) -> np.ndarray:
+    if values.dtype == column.dtype:
+        return values
+    try:
+        return values.astype(column.dtype, casting="same_kind")
+    except TypeError as error:
+        raise ValueError(f"column {column.name!r} is {column.dtype}, found {values.dtype}") from error
+
+
+class _Hdf5Table(TableWriter):
+    """One dataset per column in the group `predictions`; attributes on the root."""
+
+    def _begin(self) -> None:
+        # Attributes of more than 64 kB need the storage of HDF5 1.8.
+        self._file = h5py.File(self._partial, "w", libver=("v108", "latest"))
+        group = self._file.create_group(GROUP)
+        for column in self.columns:
+            dtype = h5py.string_dtype("utf-8", column.text_bytes) if column.text_bytes else column.dtype
+            dataset = group.create_dataset(column.name, (self.n_rows,), dtype)
+            dataset.attrs["unit"] = column.unit
+            dataset.attrs["description"] = column.description
+        group.attrs["columns"] = json.dumps([column.name for column in self.columns])
+
+    def _append(self, first_row: int, rows: dict[str, np.ndarray]) -> None:
+        group = self._file[GROUP]
+        for name, values in rows.items():
+            if len(values):
+                dataset = group[name]
+                # HDF5 does not convert text between character sets; the view carries the dataset's own.
+                dataset[first_row : first_row + len(values)] = values.view(dataset.dtype)
+
+    def _end(self) -> None:
+        for name, value in self.attrs.items():
+            plain = _plain(value)
+            self._file.attrs[name] = _to_json(value) if plain is None else plain
+        self._file.close()
+
+    def _abort(self) -> None:
+        self._file.close()
+
+
+def _read_hdf5(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    with h5py.File(path, "r") as file:
+        if GROUP not in file:
+            raise InputError(f"{path}: no group {GROUP!r}: not a prediction table")
+        group = file[GROUP]
+        columns = {}
+        for name in json.loads(group.attrs["columns"]):
+            dataset = group[name]
+            columns[name] = dataset[()] if dataset.dtype.kind != "S" else _decode(dataset[()])
+        attrs = {}
+        for name, value in file.attrs.items():
+            plain = _plain(value)
+            attrs[name] = _from_text(plain) if isinstance(plain, str) else plain
+    return columns, attrs
+
+
+def _decode(values: np.ndarray) -> np.ndarray:
+    return np.char.decode(values.astype("S"), "utf-8") if values.size else values.astype("U1")
+
+
+class _ParquetTable(TableWriter):
+    """One file with row groups of 65536 rows; units in the fields' metadata, attributes in the file's."""
+
+    def _begin(self) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self._schema = pa.schema(
+            [
+                pa.field(
+                    column.name,
+                    pa.string() if column.text_bytes else pa.from_numpy_dtype(column.dtype),
+                    nullable=False,
+                    metadata={"unit": column.unit, "description": column.description},
+                )
+                for column in self.columns
+            ]
+        )
+        self._writer = pq.ParquetWriter(self._partial, self._schema)
+        self._waiting: list[dict[str, np.ndarray]] = []
+        self._n_waiting = 0
+
+    def _append(self, first_row: int, rows: dict[str, np.ndarray]) -> None:
+        # Row groups are written later: the caller may use the memory of its arrays again.
+        self._waiting.append({name: np.array(values) for name, values in rows.items()})
+        self._n_waiting += len(next(iter(rows.values())))
+        if self._n_waiting >= _ROW_GROUP:
+            self._flush()
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+
+        if not self._n_waiting:
+            return
+        arrays = []
+        for column, schema_field in zip(self.columns, self._schema, strict=True):
+            values = np.concatenate([rows[column.name] for rows in self._waiting])
+            arrays.append(pa.array(_decode(values) if column.text_bytes else values, type=schema_field.type))
+        self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema), row_group_size=_ROW_GROUP)
+        self._waiting, self._n_waiting = [], 0
+
+    def _end(self) -> None:
+        self._flush()
+        self._writer.add_key_value_metadata({name: _to_json(value) for name, value in self.attrs.items()})
+        self._writer.close()
+
+    def _abort(self) -> None:
+        self._writer.close()
+
+
+def _read_parquet(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        table = file.read()
+        stored = file.metadata.metadata or {}
+    columns = {}
+    for name in table.column_names:
+        column = table.column(name)
+        values = column.to_numpy()
+        columns[name] = values.astype(str) if pa.types.is_string(column.type) else values
+    attrs = {}
+    for key, value in stored.items():
+        name, text = key.decode(), value.decode()
+        if name not in {"ARROW:schema", "pandas"}:
+            try:
+                attrs[name] = json.loads(text)
+            except ValueError:
+                attrs[name] = text
+    return columns, attrs
+
+
+_FITS_FORMATS: dict[str, tuple[str, str, int]] = {
+    # kind and size: code, stored type, offset that FITS adds for types it has not
+    "b1": ("L", "S1", 0),
+    "i1": ("I", ">i2", 0),
+    "u1": ("B", ">u1", 0),
+    "i2": ("I", ">i2", 0),
+    "u2": ("I", ">i2", 1 << 15),
+    "i4": ("J", ">i4", 0),
+    "u4": ("J", ">i4", 1 << 31),
+    "i8": ("K", ">i8", 0),
+    "u8": ("K", ">i8", 1 << 63),
+    "f2": ("E", ">f4", 0),
+    "f4": ("E", ">f4", 0),
+    "f8": ("D", ">f8", 0),
+}
+
+
+class _FitsTable(TableWriter):
+    """A binary table extension; attributes in the primary header, which has room kept for them."""
+
+    def _begin(self) -> None:
+        from astropy.io import fits
+
+        self._file: Any = None
+        row = []
+        header = fits.Header()
+        header["XTENSION"] = ("BINTABLE", "binary table extension")
+        header["BITPIX"] = 8
+        header["NAXIS"] = 2
+        header["NAXIS1"] = (0, "bytes per row")
+        header["NAXIS2"] = (self.n_rows, "rows")
+        header["PCOUNT"] = 0
+        header["GCOUNT"] = 1
+        header["TFIELDS"] = len(self.columns)
+        header["EXTNAME"] = GROUP.upper()
+        for number, column in enumerate(self.columns, 1):
+            if column.text_bytes:
+                code, stored, offset = f"{column.text_bytes}A", f"S{column.text_bytes}", 0
+            else:
+                key = f"{column.dtype.kind}{column.dtype.itemsize}"
+                if key not in _FITS_FORMATS:
+                    raise ValueError(f"column {column.name!r}: FITS has no type for {column.dtype}")
+                code, stored, offset = _FITS_FORMATS[key]
+            row.append((f"c{number}", stored))
+            header[f"TTYPE{number}"] = column.name
+            header[f"TFORM{number}"] = code
+            if column.unit:
+                header[f"TUNIT{number}"] = column.unit
+            if offset:
+                header[f"TSCAL{number}"] = 1
+                header[f"TZERO{number}"] = offset
+            if column.description:
+                header[f"TCOMM{number}"] = _fits_text(column.description)
+        self._row = np.dtype(row)
+        header["NAXIS1"] = self._row.itemsize
+        self._table_header = header.tostring().encode("ascii")
+        self._room = _padded(len(self._primary().tostring(padding=False)) + _HEADER_ROOM)
+        self._file = open(self._partial, "wb+")  # noqa: SIM115
+        self._file.write(b" " * self._room + self._table_header)
+
+    def _append(self, first_row: int, rows: dict[str, np.ndarray]) -> None:
+        out = np.zeros(len(next(iter(rows.values()))), self._row)
+        for number, column in enumerate(self.columns, 1):
+            values, target = rows[column.name], out[f"c{number}"]
+            if column.text_bytes:
+                if any(max(text, default=0) > 126 for text in values.tolist()):
+                    raise OutputError(
+                        f"{self.path}: column {column.name!r} holds text beyond ASCII, which FITS cannot keep; "
+                        "write .h5 or .parquet"
+                    )
+                target[...] = values
+            elif column.dtype.kind == "b":
+                target[...] = np.where(values, b"T", b"F")
+            elif column.dtype.kind == "u" and column.dtype.itemsize > 1:
+                # Flipping the highest bit is the subtraction of TZERO.
+                top = column.dtype.type(1 << (8 * column.dtype.itemsize - 1))
+                target[...] = (values ^ top).view(f"i{column.dtype.itemsize}")
+            else:
+                target[...] = values
+        self._file.write(out.data)
+
+    def _primary(self) -> Any:
+        from astropy.io import fits
+
+        header = fits.Header()
+        header["SIMPLE"] = True
+        header["BITPIX"] = 8
+        header["NAXIS"] = 0
+        header["EXTEND"] = True
+        for name, value in self.attrs.items():
+            plain = _plain(value)
+            if isinstance(plain, float) and not math.isfinite(plain):
+                plain = json.dumps(plain)
+            text = plain if plain is not None else _to_json(value)
+            _set_card(header, name, _fits_text(text) if isinstance(text, str) else text)
+        return header
+
+    def _end(self) -> None:
+        size = self.n_rows * self._row.itemsize
+        self._file.write(bytes(_padded(size) - size))
+        head = self._primary().tostring(endcard=False, padding=False).encode("ascii")
+        if len(head) + 80 > self._room:
+            self._make_room(_padded(len(head) + 80))
+        self._file.seek(0)
+        self._file.write(head.ljust(self._room - 80) + b"END".ljust(80))
+        self._file.close()
+
+    def _make_room(self, room: int) -> None:
+        wider = self._partial.with_name(self._partial.name + ".wide")
+        try:
+            with open(wider, "wb") as out:
+                out.write(b" " * room)
+                self._file.seek(self._room)
+                shutil.copyfileobj(self._file, out, 1 << 22)
+            self._file.close()
+            os.replace(wider, self._partial)
+        finally:
+            wider.unlink(missing_ok=True)
+        self._file = open(self._partial, "rb+")  # noqa: SIM115
+        self._room = room
+
+    def _abort(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+_RESERVED = {"SIMPLE", "BITPIX", "NAXIS", "EXTEND", "END", "COMMENT", "HISTORY", "CONTINUE", "HIERARCH"}
+
+
+def _padded(size: int) -> int:
+    return -(-size // _HEADER_UNIT) * _HEADER_UNIT
+
+
+def _fits_text(text: str) -> str:
+    """Text as FITS headers may hold it: anything beyond printable ASCII is escaped as in JSON."""
+    return text if text.isascii() and text.isprintable() else json.dumps(text)
+
+
+def _set_card(header: Any, name: str, value: Any) -> None:
+    reserved = name.upper() in _RESERVED
+    if (
+        not reserved
+        and len(name) <= 8
+        and name.isascii()
+        and name.replace("_", "").replace("-", "").isalnum()
+    ):
+        header[name.upper()] = value
+        return
+    text_room = 80 - len(f"HIERARCH {name} = ''")
+    if not reserved and (not isinstance(value, str) or len(value.replace("'", "''")) <= text_room):
+        header[f"HIERARCH {name.upper()}"] = value
+        return
+    # Long text continues over several cards under a standard keyword only.
+    number = 1 + sum(1 for keyword in header if keyword.startswith("LONG"))
+    header[f"LONG{number}"] = f"{name}={value}"
+
+
+def _read_fits(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    from astropy.io import fits
+
+    with fits.open(path, memmap=False) as file:
+        table = file[GROUP.upper()]
+        columns = {}
+        for name in table.columns.names:
+            values = np.asarray(table.data[name])
+            if values.dtype.kind in "SU":
+                columns[name] = values.astype(str)
+            else:
+                columns[name] = values.astype(values.dtype.newbyteorder("="))
+        attrs = {}
+        for card in file[0].header.cards:
+            name, value = card.keyword, card.value
+            if name in _RESERVED or not name:
+                continue
+            if name.startswith("LONG") and name[4:].isdigit():
+                name, _, value = value.partition("=")
+            if isinstance(value, str):
+                if value[:1] == '"' or value in {"NaN", "Infinity", "-Infinity"}:
+                    with contextlib.suppress(ValueError):
+                        value = json.loads(value)
+                value = _from_text(value) if isinstance(value, str) else value
+            attrs[name.lower()] = value
+    return columns, attrs
+
+
+WRITERS: dict[str, type[TableWriter]] = {
+    ".h5": _Hdf5Table,
+    ".hdf5": _Hdf5Table,
+    ".parquet": _ParquetTable,
+    ".fits": _FitsTable,
+}
+READERS = {".h5": _read_hdf5, ".hdf5": _read_hdf5, ".parquet": _read_parquet, ".fits": _read_fits}
+
+
+def open_table(
+    path: str | Path,
+    n_rows: int,
+    columns: Sequence[Column],
+    attrs: Mapping[str, Any] | None = None,
+    *,
+    overwrite: bool = False,
+) -> TableWriter:
+    """Start a table whose format follows from its suffix: .h5, .hdf5, .parquet or .fits.
+
+    Parameters
+    ----------
+    path : str or Path
+        Final name; it exists only once the table is complete.
+    n_rows : int
+        Rows that will be written.
+    columns : sequence of Column
+        The columns, in order.
+    attrs : mapping, optional
+        Attributes; more may be set on the result until it is closed.
+    overwrite : bool
+        Whether an existing file may be replaced.
+
+    Raises
+    ------
+    OutputError
+        If the suffix is unknown, the file exists, or its folder does not.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in WRITERS:
+        raise OutputError(f"{path}: unknown table format {suffix!r}; use {', '.join(WRITERS)}")
+    return WRITERS[suffix](path, n_rows, columns, attrs, overwrite=overwrite)
+
+
+def read_table(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Columns, each an array of shape (n_rows,), and attributes of a table that `open_table` wrote.
+
+    Raises
+    ------
+    InputError
+        If the file is missing, damaged, or not such a table.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in READERS:
+        raise InputError(f"{path}: unknown table format {suffix!r}; expected {', '.join(READERS)}")
+    try:
+        return READERS[suffix](path)
+    except (OSError, KeyError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as a table: {error}") from error
