@@ -19,6 +19,7 @@ from moefast.spectra.quality import (
     quality_features,
     repair,
 )
+from moefast.spectra.summary import picture, summarise
 from moefast.spectra.tables import Column, TableWriter, open_table, read_table
 
 __all__ = [
@@ -37,8 +38,10 @@ __all__ = [
     "good_pixels",
     "open_spectra",
     "open_table",
+    "picture",
     "quality_features",
     "read_table",
     "repair",
     "same_wave",
+    "summarise",
 ]

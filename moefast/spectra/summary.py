@@ -1,0 +1,278 @@
+"""What is in a set of spectra: numbers and a picture for `moefast inspect`.
+
+Design: one pass over the data, block by block, keeping a few numbers per spectrum; whatever is wrong is counted
+and its first rows are named, so that a file can be judged before anything is fitted to or predicted from it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moefast.errors import InputError, OutputError
+from moefast.spectra.atomic import partial_path, publish
+from moefast.spectra.files import SpectrumSet
+from moefast.spectra.quality import Flag, assess, good_pixels
+
+__all__ = ["picture", "summarise"]
+
+PERCENTILES = (5, 25, 50, 75, 95)
+_BLOCK_ROWS = 2048
+_FIRST_BAD = 10
+_LABELS = {"T_eff": "K", "log_g": "dex", "M_H": "dex", "a_M": "dex", "C_M": "dex"}
+
+
+def _median_of(values: np.ndarray) -> float | None:
+    finite = values[np.isfinite(values)]
+    return float(np.median(finite)) if len(finite) else None
+
+
+def _percentiles(values: np.ndarray) -> dict[str, float] | None:
+    finite = values[np.isfinite(values)]
+    if not len(finite):
+        return None
+    return {str(p): float(v) for p, v in zip(PERCENTILES, np.percentile(finite, PERCENTILES), strict=True)}
+
+
+def _files(spectra: SpectrumSet) -> list[dict[str, Any]]:
+    files = []
+    for shard in spectra.shards:
+        ranges: dict[str, Any] = {}
+        for name, values in shard.params().items():
+            if values.dtype.kind not in "iuf":
+                continue
+            finite = values[np.isfinite(values)]
+            ranges[name] = {
+                "unit": _LABELS.get(name, ""),
+                "minimum": float(finite.min()) if len(finite) else None,
+                "maximum": float(finite.max()) if len(finite) else None,
+                "not_finite": int(len(values) - len(finite)),
+            }
+        files.append(
+            {
+                "path": str(shard.path),
+                "rows": shard.n_rows,
+                "arrays": {
+                    name: {"dtype": str(shard.dtypes[name]), "layout": shard.layout[name]}
+                    for name in shard.arrays
+                },
+                "columns": list(shard.columns),
+                "unreadable_columns": dict(shard.unreadable),
+                "ranges": ranges,
+                "attributes": {name: _native(value) for name, value in shard.attrs.items()},
+            }
+        )
+    return files
+
+
+def _native(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def summarise(spectra: SpectrumSet, *, max_rows: int | None = None) -> dict[str, Any]:
+    """Describe a set of spectra.
+
+    Parameters
+    ----------
+    spectra : SpectrumSet
+        The spectra.
+    max_rows : int, optional
+        Look at the flux of that many rows at most, taken in runs spread evenly over the set.
+
+    Returns
+    -------
+    dict
+        Plain Python values that JSON can hold:
+
+        - ``files``: per file its rows, arrays with dtype and layout, columns and their ranges;
+        - ``rows``, ``rows_examined``, ``rows_unreadable``;
+        - ``wave``: ``pixels``, ``first``, ``last`` and ``step`` in Å;
+        - ``snr_norm``, ``snr_median``: percentiles 5, 25, 50, 75, 95, or None;
+        - ``flags``: rows with each flag;
+        - ``bad_rows``: the first rows that carry a flag, with its names;
+        - ``masked_fraction``, ``bad_fraction``: share of pixels masked, and not good for any reason;
+        - ``flux_median``: median over the rows of the median flux (1 for normalised flux), ``error_median``
+          likewise;
+        - ``failures``: what could not be read.
+    """
+    runs = _runs(spectra.n_rows, max_rows)
+    snr_norm: list[np.ndarray] = []
+    snr_median: list[np.ndarray] = []
+    flux_level: list[float] = []
+    error_level: list[float] = []
+    flags = {str(flag.name): 0 for flag in (Flag.NO_DATA, Flag.FEW_GOOD_PIXELS, Flag.BAD_ERROR)}
+    bad_rows: list[dict[str, Any]] = []
+    n_masked = n_good = n_rows = 0
+    n_failures = len(spectra.failures)
+    for run in runs:
+        for block in spectra.blocks(_BLOCK_ROWS, rows=run, on_error="skip"):
+            good = good_pixels(block.flux, block.error, block.mask)
+            quality = assess(block.flux, block.error, good, block.mask)
+            snr_norm.append(quality.snr_norm)
+            snr_median.append(quality.snr_median)
+            n_good += int(quality.n_good.sum())
+            n_rows += len(block)
+            n_masked += 0 if block.mask is None else int(block.mask.sum())
+            for flag in flags:
+                flags[flag] += int(np.count_nonzero(quality.flag & np.uint32(Flag[flag])))
+            for i in np.flatnonzero(quality.flag)[: _FIRST_BAD - len(bad_rows)]:
+                names = [name for name in flags if quality.flag[i] & np.uint32(Flag[name])]
+                shard = spectra.shards[block.shard]
+                first = int(spectra.first_rows[block.shard])
+                bad_rows.append(
+                    {"file": str(shard.path), "row": int(block.first_row - first + i), "flags": names}
+                )
+            levels = slice(None, None, max(1, len(block) // 64))
+            for array, out in ((block.flux, flux_level), (block.error, error_level)):
+                for row in array[levels]:
+                    finite = row[np.isfinite(row)]
+                    out.append(float(np.median(finite)) if len(finite) else np.nan)
+    pixels = max(1, n_rows * spectra.n_pixels)
+    wave = spectra.wave
+    return {
+        "files": _files(spectra),
+        "rows": spectra.n_rows,
+        "rows_examined": n_rows,
+        "rows_unreadable": sum(f.rows[1] - f.rows[0] for f in spectra.failures[n_failures:] if f.rows),
+        "wave": {
+            "pixels": len(wave),
+            "first": float(wave[0]),
+            "last": float(wave[-1]),
+            "step": float((wave[-1] - wave[0]) / max(1, len(wave) - 1)),
+        },
+        "snr_norm": _percentiles(np.concatenate(snr_norm or [np.empty(0)])),
+        "snr_median": _percentiles(np.concatenate(snr_median or [np.empty(0)])),
+        "flags": flags,
+        "bad_rows": bad_rows,
+        "masked_fraction": n_masked / pixels,
+        "bad_fraction": 1 - n_good / pixels if n_rows else 0.0,
+        "flux_median": _median_of(np.array(flux_level)),
+        "error_median": _median_of(np.array(error_level)),
+        "failures": [
+            {"path": str(failure.path), "rows": failure.rows, "message": str(failure.error)}
+            for failure in spectra.failures
+        ],
+    }
+
+
+def _runs(n_rows: int, max_rows: int | None) -> list[tuple[int, int]]:
+    """Runs of rows to look at: all, or up to 16 of equal length."""
+    if max_rows is None or max_rows >= n_rows:
+        return [(0, n_rows)]
+    if max_rows < 1:
+        raise ValueError(f"max_rows must be at least 1, found {max_rows}")
+    n_runs = min(16, max_rows)
+    length = max_rows // n_runs
+    starts = np.linspace(0, n_rows - length, n_runs).astype(int)
+    return [(int(start), int(start) + length) for start in starts]
+
+
+def picture(
+    spectra: SpectrumSet, path: str | Path, *, max_rows: int | None = 20_000, overwrite: bool = True
+) -> Path:
+    """Draw a few spectra with their 1σ band, and the histograms of both signal-to-noise ratios.
+
+    Parameters
+    ----------
+    spectra : SpectrumSet
+        The spectra.
+    path : str or Path
+        PNG file to write.
+    max_rows : int, optional
+        Rows that the histograms are made of at most, spread evenly over the set.
+    overwrite : bool
+        Whether an existing file may be replaced.
+
+    Returns
+    -------
+    Path
+        The file.
+
+    Raises
+    ------
+    OutputError
+        If the file cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    path = Path(path)
+    norms, medians = [np.empty(0, np.float32)], [np.empty(0, np.float32)]
+    for run in _runs(spectra.n_rows, max_rows):
+        for block in spectra.blocks(_BLOCK_ROWS, rows=run, on_error="skip"):
+            good = good_pixels(block.flux, block.error, block.mask)
+            quality = assess(block.flux, block.error, good, block.mask)
+            norms.append(quality.snr_norm)
+            medians.append(quality.snr_median)
+    snr_norm, snr_median = np.concatenate(norms), np.concatenate(medians)
+
+    chosen = np.unique(np.linspace(0, spectra.n_rows - 1, 4).astype(int))
+    figure = Figure(figsize=(11, 2.1 * len(chosen) + 3.4), layout="constrained", dpi=120)
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(len(chosen) + 1, 2, height_ratios=[*[1.0] * len(chosen), 1.35])
+    titled: list[str] = [name for name in ("T_eff", "log_g", "M_H") if name in spectra.columns]
+    axes: list[Any] = []
+    for k, row in enumerate(chosen):
+        axis = figure.add_subplot(grid[k, :], sharex=axes[0] if axes else None)
+        axes.append(axis)
+        _draw_spectrum(axis, spectra, int(row), titled)
+        axis.set_ylabel("flux ± 1σ")
+        axis.tick_params(labelbottom=k == len(chosen) - 1)
+    axes[-1].set_xlabel("wavelength [Å]")
+    for k, (values, name) in enumerate(
+        ((snr_norm, "snr_norm = ‖flux‖₂ / ‖error‖₂"), (snr_median, "snr_median = median(flux / error)"))
+    ):
+        axis = figure.add_subplot(grid[-1, k])
+        finite = values[np.isfinite(values)]
+        if len(finite):
+            low, high = np.percentile(finite, [0, 99.5])
+            n_bins = int(np.clip(2 * np.sqrt(len(finite)), 8, 40))
+            edges = np.linspace(low, max(high, low + 1e-3), n_bins + 1).tolist()
+            axis.hist(np.clip(finite, edges[0], edges[-1]), edges, color="#4c78a8", edgecolor="white", lw=0.4)
+            middle = float(np.median(finite))
+            axis.axvline(middle, color="#e45756", lw=1.2, label=f"median {middle:.2f}")
+            axis.legend(frameon=False, fontsize=8)
+        axis.set_xlabel(f"{name}  [no unit]")
+        axis.set_ylabel("spectra")
+        axis.spines[["top", "right"]].set_visible(False)
+    files = f"{len(spectra.shards)} files" if len(spectra.shards) > 1 else str(spectra.shards[0].path.name)
+    figure.suptitle(f"{files}: {spectra.n_rows} spectra, {spectra.n_pixels} pixels", fontsize=11)
+    partial = partial_path(path, overwrite=overwrite)
+    try:
+        figure.savefig(partial, format="png")
+        publish(partial, path)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def _draw_spectrum(axis: Any, spectra: SpectrumSet, row: int, titled: list[str]) -> None:
+    try:
+        block = next(iter(spectra.blocks(1, rows=(row, row + 1), params=titled, prefetch=False)))
+    except InputError:
+        axis.set_title(f"row {row} cannot be read", fontsize=9, loc="left")
+        return
+    good = good_pixels(block.flux, block.error, block.mask)
+    flux, error = block.flux[0].astype(float), block.error[0].astype(float)
+    if good is not None:
+        flux[~good[0]] = np.nan
+        error[~good[0]] = np.nan
+    axis.fill_between(spectra.wave, flux - error, flux + error, color="#4c78a8", alpha=0.3, lw=0)
+    axis.plot(spectra.wave, flux, color="#1f3b5c", lw=0.6)
+    finite = flux[np.isfinite(flux)]
+    if len(finite):
+        low, high = np.percentile(finite, [0.2, 99.8])
+        margin = max(0.25 * (high - low), 1e-3 * max(abs(high), 1.0))
+        axis.set_ylim(low - margin, high + margin)
+    labels = ", ".join(
+        f"{name} {float(block.params[name][0]):.4g}{' K' if name == 'T_eff' else ''}"
+        for name in titled
+        if np.isfinite(block.params[name][0])
+    )
+    axis.set_title(f"row {row}" + (f":  {labels}" if labels else ""), fontsize=9, loc="left")
+    axis.set_xlim(spectra.wave[0], spectra.wave[-1])
+    axis.spines[["top", "right"]].set_visible(False)
