@@ -221,7 +221,10 @@ class _Steps:
         """Energy outside the components over its expectation, (n,)."""
         g = self.graph
         squared = g.add("Mul", [self.x, self.x], "chi2/flux_squared")
-        energy = g.add("MatMul", [squared, self.inverse_shape], "chi2/energy")
+        # A column, not a vector: ONNX Runtime cannot multiply an empty batch with a vector.
+        inverse = g.column(self.inverse_shape, "noise/inverse_shape_column")
+        energy = g.add("MatMul", [squared, inverse], "chi2/energy_column")
+        energy = g.add("Squeeze", [energy, g.axis(1)], "chi2/energy")
         inside = g.total(
             g.add("Mul", [components, components], "chi2/components_squared"), 1, "chi2/energy_inside"
         )
