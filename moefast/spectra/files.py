@@ -651,6 +651,8 @@ class Shard:
         stop = self.n_rows if stop is None else stop
         if not 0 <= start <= stop <= self.n_rows:
             raise ValueError(f"rows {start} to {stop} asked for, the shard has {self.n_rows}")
+        if not wanted:
+            return {}
         try:
             with self._lock:
                 return read_columns(self._file(), {name: self._columns[name] for name in wanted}, start, stop)
@@ -757,7 +759,12 @@ class SpectrumSet:
 
     def fingerprint(self) -> str:
         """SHA-256, as hex digits, of the fingerprints of the shards in their order."""
-        return hashlib.sha256("".join(shard.fingerprint() for shard in self.shards).encode()).hexdigest()
+        digest = hashlib.sha256()
+        for shard in self.shards:
+            digest.update(shard.fingerprint().encode())
+            # Thousands of shards must not hold thousands of open files.
+            shard.close()
+        return digest.hexdigest()
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -769,7 +776,10 @@ class SpectrumSet:
     def params(self, names: Iterable[str]) -> dict[str, np.ndarray]:
         """Params columns of all shards, each an array of shape (n_rows,)."""
         names = list(names)
-        pieces = [shard.params(names) for shard in self.shards]
+        pieces = []
+        for shard in self.shards:
+            pieces.append(shard.params(names))
+            shard.close()
         return {name: np.concatenate([piece[name] for piece in pieces]) for name in names}
 
     def labels(self, names: Sequence[str] = ("T_eff", "log_g", "M_H")) -> dict[str, np.ndarray]:
@@ -798,7 +808,9 @@ class SpectrumSet:
                     f"{shard.path}: dataset/params lacks {', '.join(missing)}{reasons}; it has "
                     f"{', '.join(shard.columns) or 'no readable column'}. Labels are needed here"
                 )
-            for name, values in shard.params(names).items():
+            values_of = shard.params(names)
+            shard.close()
+            for name, values in values_of.items():
                 if values.dtype.kind not in "biuf":
                     raise LabelError(
                         f"{shard.path}: dataset/params: label {name} is {values.dtype}, not a number"

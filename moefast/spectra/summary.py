@@ -40,7 +40,14 @@ def _files(spectra: SpectrumSet) -> list[dict[str, Any]]:
     files = []
     for shard in spectra.shards:
         ranges: dict[str, Any] = {}
-        for name, values in shard.params().items():
+        problem = ""
+        params: dict[str, np.ndarray] = {}
+        try:
+            params = shard.params()
+        except InputError as error:
+            problem = str(error)
+        shard.close()
+        for name, values in params.items():
             if values.dtype.kind not in "iuf":
                 continue
             finite = values[np.isfinite(values)]
@@ -61,6 +68,7 @@ def _files(spectra: SpectrumSet) -> list[dict[str, Any]]:
                 "columns": list(shard.columns),
                 "unreadable_columns": dict(shard.unreadable),
                 "ranges": ranges,
+                "problem": problem,
                 "attributes": {name: _native(value) for name, value in shard.attrs.items()},
             }
         )
@@ -86,7 +94,8 @@ def summarise(spectra: SpectrumSet, *, max_rows: int | None = None) -> dict[str,
     dict
         Plain Python values that JSON can hold:
 
-        - ``files``: per file its rows, arrays with dtype and layout, columns and their ranges;
+        - ``files``: per file its rows, arrays with dtype and layout, columns and their ranges, and the
+          ``problem`` with reading them ("" if none);
         - ``rows``, ``rows_examined``, ``rows_unreadable``;
         - ``wave``: ``pixels``, ``first``, ``last`` and ``step`` in Å;
         - ``snr_norm``, ``snr_median``: percentiles 5, 25, 50, 75, 95, or None;

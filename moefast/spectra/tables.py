@@ -301,7 +301,7 @@ def _decode(values: np.ndarray) -> np.ndarray:
 
 
 class _ParquetTable(TableWriter):
-    """One file with row groups of 65536 rows; units in the fields' metadata, attributes in the file's."""
+    """Row groups of at least 65536 rows but for the last; units in the fields' metadata, attributes in the file's."""
 
     def _begin(self) -> None:
         import pyarrow as pa
@@ -338,7 +338,9 @@ class _ParquetTable(TableWriter):
         for column, schema_field in zip(self.columns, self._schema, strict=True):
             values = np.concatenate([rows[column.name] for rows in self._waiting])
             arrays.append(pa.array(_decode(values) if column.text_bytes else values, type=schema_field.type))
-        self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema), row_group_size=_ROW_GROUP)
+        self._writer.write_table(
+            pa.Table.from_arrays(arrays, schema=self._schema), row_group_size=2 * _ROW_GROUP
+        )
         self._waiting, self._n_waiting = [], 0
 
     def _end(self) -> None:
@@ -507,8 +509,12 @@ def _padded(size: int) -> int:
 
 
 def _fits_text(text: str) -> str:
-    """Text as FITS headers may hold it: anything beyond printable ASCII is escaped as in JSON."""
-    return text if text.isascii() and text.isprintable() else json.dumps(text)
+    """Text as FITS headers may hold it, as JSON where plain text would come back changed.
+
+    They hold printable ASCII, lose blanks at the end and take an ampersand there for a continuation.
+    """
+    plain = text.isascii() and text.isprintable() and not text.endswith((" ", "&")) and text[:1] != '"'
+    return text if plain else json.dumps(text)
 
 
 def _set_card(header: Any, name: str, value: Any) -> None:

@@ -1,0 +1,279 @@
+"""Prediction tables: every format gives back what was written, complete or not at all."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import warnings
+
+import h5py
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from astropy.io import fits
+
+from moefast.errors import InputError, OutputError
+from moefast.spectra import Column, open_table, read_table
+from moefast.spectra.tables import WRITERS
+
+SUFFIXES = list(WRITERS)
+COLUMNS = [
+    Column("row", np.dtype("i8"), "", "row of the input"),
+    Column("id", np.dtype("U6"), "", "identifier"),
+    Column("log_g", np.dtype("f4"), "dex", "surface gravity"),
+    Column("T_eff", np.dtype("f8"), "K", "effective temperature"),
+    Column("flag", np.dtype("u4"), "", "bits"),
+    Column("expert", np.dtype("i2"), "", "expert with the largest weight"),
+    Column("big", np.dtype("u8")),
+    Column("covered", np.dtype("?")),
+]
+ATTRS = {"moefast_version": "0.1", "inputs": ["a.h5", "b'c.h5"], "backend": "cpu", "r2": None}
+
+
+def rows(n, seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "row": np.arange(n),
+        "id": np.array([f"s{k % 1000}" for k in range(n)]),
+        "log_g": np.where(rng.random(n) < 0.1, np.nan, rng.random(n)).astype("f4"),
+        "T_eff": rng.random(n),
+        "flag": rng.integers(0, 2**32, n, dtype="u4"),
+        "expert": rng.integers(-1, 9, n).astype("i2"),
+        "big": rng.integers(0, 2**64, n, dtype="u8"),
+        "covered": rng.random(n) > 0.5,
+    }
+
+
+def write(path, data, block, attrs=None, **options):
+    n = len(data["row"])
+    with open_table(path, n, COLUMNS, ATTRS if attrs is None else attrs, **options) as table:
+        for start in range(0, n, block):
+            table.write(start, {name: values[start : start + block] for name, values in data.items()})
+        table.attrs.update(r2=0.73, spectra_per_second=1.5e5)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize(("n", "block"), [(0, 1), (1, 1), (100, 7), (100, 100), (70_001, 20_000)])
+def test_what_was_written_is_read(tmp_path, suffix, n, block):
+    path, data = tmp_path / f"out{suffix}", rows(n)
+    write(path, data, block)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    columns, attrs = read_table(path)
+    assert list(columns) == [column.name for column in COLUMNS]
+    for column in COLUMNS:
+        np.testing.assert_array_equal(columns[column.name], data[column.name])
+        assert columns[column.name].dtype == column.dtype or column.name == "id"
+        assert columns[column.name].dtype.isnative
+    assert attrs == ATTRS | {"r2": 0.73, "spectra_per_second": 1.5e5}
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_attributes_of_every_kind_and_length(tmp_path, suffix):
+    attrs = {
+        "short": "x",
+        "a_long_name_for_it": "y",
+        "long": "it's " * 3000,
+        "a_long_name_and_text": "z's " * 30_000,
+        "number": np.int64(3),
+        "real": np.float32(0.5),
+        "nan": float("nan"),
+        "infinite": float("inf"),
+        "yes": True,
+        "array": np.arange(3),
+        "nested": {"a": [1, None, "ü"]},
+        "unicode": "Å\nand more",
+        "end": "an end",
+        "comment": "a comment",
+        "empty": "",
+        "ampersand": "this & that &",
+        "quoted": '"so"',
+    }
+    path = tmp_path / f"out{suffix}"
+    write(path, rows(5), 5, attrs={})
+    write(path, rows(5), 5, attrs=attrs, overwrite=True)
+    columns, found = read_table(path)
+    np.testing.assert_array_equal(columns["T_eff"], rows(5)["T_eff"])
+    assert np.isnan(found.pop("nan"))
+    expected = attrs | {"array": [0, 1, 2], "r2": 0.73, "spectra_per_second": 1.5e5}
+    del expected["nan"]
+    assert found == expected
+    assert found["yes"] is True
+
+
+@pytest.mark.parametrize("n_attrs", [0, 10, 50, 59, 60, 61, 200])
+def test_fits_makes_room_for_late_attributes(tmp_path, n_attrs):
+    path = tmp_path / "out.fits"
+    with open_table(path, 3, COLUMNS) as table:
+        table.write(0, rows(3))
+        for k in range(n_attrs):
+            table.attrs[f"failure_{k}"] = "it could not be read " * 30
+    columns, attrs = read_table(path)
+    assert len(attrs) == n_attrs
+    np.testing.assert_array_equal(columns["flag"], rows(3)["flag"])
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_others_read_units_and_descriptions(tmp_path):
+    data = rows(20)
+    for suffix in (".h5", ".parquet", ".fits"):
+        write(tmp_path / f"out{suffix}", data, 6)
+    with h5py.File(tmp_path / "out.h5") as file:
+        assert file["predictions/T_eff"].attrs["unit"] == "K"
+        assert file["predictions/log_g"].attrs["description"] == "surface gravity"
+        assert file["predictions/id"].asstr()[3] == "s3"
+        assert file.attrs["backend"] == "cpu"
+    schema = pq.read_schema(tmp_path / "out.parquet")
+    assert schema.field("T_eff").metadata[b"unit"] == b"K"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with fits.open(tmp_path / "out.fits") as file:
+            file.verify("exception")
+            assert file["PREDICTIONS"].columns["T_eff"].unit == "K"
+            assert file["PREDICTIONS"].header["TCOMM3"] == "surface gravity"
+            assert file[0].header["BACKEND"] == "cpu"
+            assert file[0].header["moefast_version"] == "0.1"
+            np.testing.assert_array_equal(file["PREDICTIONS"].data["log_g"], data["log_g"])
+    assert (tmp_path / "out.fits").stat().st_size % 2880 == 0
+
+
+def test_parquet_has_few_row_groups(tmp_path):
+    write(tmp_path / "out.parquet", rows(140_000), 1000)
+    assert pq.ParquetFile(tmp_path / "out.parquet").num_row_groups <= 4
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_blocks_may_use_their_memory_again(tmp_path, suffix):
+    data = rows(30)
+    buffer = {name: values[:10].copy() for name, values in data.items()}
+    with open_table(tmp_path / f"out{suffix}", 30, COLUMNS) as table:
+        for start in (0, 10, 20):
+            for name, values in data.items():
+                buffer[name][...] = values[start : start + 10]
+            table.write(start, buffer)
+    columns, _ = read_table(tmp_path / f"out{suffix}")
+    np.testing.assert_array_equal(columns["T_eff"], data["T_eff"])
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_nothing_remains_after_an_exception(tmp_path, suffix):
+    def fail():
+        with open_table(tmp_path / f"out{suffix}", 10, COLUMNS) as table:
+            table.write(0, rows(5))
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_missing_rows(tmp_path, suffix):
+    table = open_table(tmp_path / f"out{suffix}", 10, COLUMNS)
+    table.write(0, rows(9))
+    with pytest.raises(OutputError, match="9 of 10 rows"):
+        table.close()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_existing_tables_are_kept_unless_told_otherwise(tmp_path, suffix):
+    path = tmp_path / f"out{suffix}"
+    path.write_text("precious")
+    with pytest.raises(OutputError, match="exists already"):
+        open_table(path, 1, COLUMNS)
+    assert path.read_text() == "precious"
+    write(path, rows(3), 3, overwrite=True)
+    assert len(read_table(path)[0]["row"]) == 3
+
+
+def test_where_tables_cannot_be_written(tmp_path):
+    with pytest.raises(OutputError, match=r"unknown table format '.csv'; use .h5"):
+        open_table(tmp_path / "a.csv", 1, COLUMNS)
+    with pytest.raises(OutputError, match="does not exist"):
+        open_table(tmp_path / "absent" / "a.h5", 1, COLUMNS)
+    (tmp_path / "x.h5").mkdir()
+    with pytest.raises(OutputError, match="is a folder"):
+        open_table(tmp_path / "x.h5", 1, COLUMNS)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_rows_are_checked(tmp_path, suffix):
+    with open_table(tmp_path / f"out{suffix}", 5, COLUMNS) as table:
+        table.write(0, rows(2))
+        with pytest.raises(ValueError, match="row 2 expected next, found 3"):
+            table.write(3, rows(2))
+        with pytest.raises(ValueError, match="do not fit"):
+            table.write(2, rows(4))
+        with pytest.raises(ValueError, match=r"missing \['flag'\]"):
+            table.write(2, {k: v for k, v in rows(3).items() if k != "flag"})
+        with pytest.raises(ValueError, match="column 'expert' is int16, found float64"):
+            table.write(2, rows(3) | {"expert": np.ones(3)})
+        with pytest.raises(ValueError, match=r"column 'T_eff': shape \(3,\)"):
+            table.write(2, rows(3) | {"T_eff": np.ones(2)})
+        with pytest.raises(OutputError, match="column 'id' keeps 24 bytes of text, found 40"):
+            table.write(2, rows(3) | {"id": np.array(["x" * 40] * 3)})
+        table.write(2, rows(3))
+    assert list(read_table(tmp_path / f"out{suffix}")[0]["row"]) == [0, 1, 0, 1, 2]
+
+
+def test_text_beyond_ascii(tmp_path):
+    data = rows(2) | {"id": np.array(["Å", "b"])}
+    for suffix in (".h5", ".parquet"):
+        write(tmp_path / f"out{suffix}", data, 2)
+        assert list(read_table(tmp_path / f"out{suffix}")[0]["id"]) == ["Å", "b"]
+    with pytest.raises(OutputError, match="beyond ASCII"):
+        write(tmp_path / "out.fits", data, 2)
+    assert not (tmp_path / "out.fits").exists()
+
+
+def test_bad_columns():
+    with pytest.raises(ValueError, match="no table holds"):
+        Column("a", np.dtype("c8"))
+    with pytest.raises(ValueError, match="needs a name"):
+        Column("", np.dtype("f4"))
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_unreadable_tables(tmp_path, suffix):
+    with pytest.raises(InputError, match="absent"):
+        read_table(tmp_path / f"absent{suffix}")
+    (tmp_path / f"bad{suffix}").write_bytes(b"nothing of the kind" * 300)
+    with pytest.raises(InputError, match="bad"):
+        read_table(tmp_path / f"bad{suffix}")
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
+@pytest.mark.parametrize("suffix", [".h5", ".parquet", ".fits"])
+def test_a_killed_process_leaves_no_final_name_and_the_next_one_tidies_up(tmp_path, suffix):
+    path = tmp_path / f"out{suffix}"
+    script = textwrap.dedent(
+        """
+        import sys
+        import numpy as np
+        from moefast.spectra.tables import Column, open_table
+        table = open_table(sys.argv[1], 100, [Column("row", np.dtype("i8"))])
+        table.write(0, {"row": np.arange(50)})
+        print("half", flush=True)
+        sys.stdin.read()
+        """
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "half\n"
+    # While the other process lives, its file is not touched.
+    write(tmp_path / f"out2{suffix}", rows(2), 2)
+    write(path, rows(2), 2)
+    path.unlink()
+    partial = tmp_path / f".out{suffix}.{process.pid}.partial"
+    assert partial.exists()
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not path.exists()
+    assert partial.exists()
+    write(path, rows(4), 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"out{suffix}", f"out2{suffix}"]
+    assert len(read_table(path)[0]["row"]) == 4
