@@ -41,7 +41,7 @@ class Progress:
 
     def __init__(self, quiet: bool = False) -> None:
         self._quiet, self._live = quiet, sys.stderr.isatty()
-        self._stage, self._begin, self._last, self._shown = "", time.monotonic(), 0.0, 0
+        self._stage, self._begin, self._first, self._last, self._shown = "", 0.0, 0, 0.0, 0
 
     def stage(self, stage: str, done: int, total: int) -> None:
         """Report `done` of `total` rows of a named stage."""
@@ -50,16 +50,16 @@ class Progress:
         now = time.monotonic()
         if stage != self._stage:
             self.close()
-            self._stage, self._begin, self._last = stage, now, 0.0
+            # The first report of a stage starts its clock: what came before it is not known here.
+            self._stage, self._begin, self._first, self._last = stage, now, done, 0.0
         every = 0.2 if self._live else 10.0
         if now - self._last < every and done < total:
             return
         self._last = now
-        spent = max(now - self._begin, 1e-9)
-        rate = done / spent
-        left = (total - done) / rate if rate else 0.0
-        ending = f"{spent:.0f} s" if done == total else f"{left:.0f} s left"
-        text = f"{stage}: {done:,} of {total:,} spectra ({100 * done / max(total, 1):.0f} %), {rate:,.0f}/s, {ending}"
+        text = f"{stage}: {done:,} of {total:,} spectra ({100 * done / max(total, 1):.0f} %)"
+        if done > self._first and now > self._begin:
+            rate = (done - self._first) / (now - self._begin)
+            text += f", {rate:,.0f}/s" + (f", {(total - done) / rate:.0f} s left" if done < total else "")
         if self._live:
             click.echo("\r" + text.ljust(self._shown), err=True, nl=False)
             self._shown = len(text)
