@@ -41,11 +41,11 @@ class Flag(enum.IntFlag):
     BAD_ERROR = 4
     """At least one pixel has a finite flux and no mask, but an error that is not finite or not positive."""
     OUT_OF_GRID = 8
-    """The answer lies outside the parameter range that the model was fitted on."""
+    """log g lies at the edge of the labels that the model was fitted on, or the noise level outside its range."""
     LOW_CONFIDENCE = 16
-    """The gate is not sure which expert is responsible."""
+    """log_g_err is above 0.8 of the scatter of log g in the training set: the spectrum says next to nothing."""
     UNLIKE_TRAINING = 32
-    """The spectrum is farther from the training set than the training spectra are from each other."""
+    """chi2 is above the limit of the model: no combination of its principal components gives this spectrum."""
 
 
 QUALITY_FEATURES = ("mean", "std", "min", "max", "median", "sum", "q25", "q75", "skewness", "kurtosis")
