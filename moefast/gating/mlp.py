@@ -24,6 +24,8 @@ Loss = Callable[[F32, NDArray[np.intp]], tuple[float, F32]]
 """Outputs (n, k) and row indices -> sum of the losses of these rows, and its slope for each output (n, k)."""
 
 PIECE_ROWS = 2048
+LEAST_VARIATION = 1e-4
+"""A feature that varies by less than this fraction of its mean is a constant: float32 cannot tell its values apart."""
 
 
 def softmax(logits: NDArray) -> NDArray:
@@ -105,13 +107,20 @@ def _fit(
     """Minimise mean loss + decay·‖W‖²/2 on the rows not held back; keep the iterate that is best on those that are."""
     mean = features.mean(0)
     scale = features.std(0)
-    scale[scale == 0] = 1.0
-    standard = ((features - mean) / scale).astype(np.float32)
+    # The deviation of equal numbers is rounding, not zero: dividing by it would make weights of 1e15.
+    constant = scale <= LEAST_VARIATION * np.abs(mean)
+    scale[constant] = 1.0
+    standard = np.where(constant, 0, (features - mean) / scale).astype(np.float32)
     train, check = np.flatnonzero(~held_back), np.flatnonzero(held_back)
+    if train.size == 0 or check.size == 0:
+        raise ValueError(f"rows to fit and rows held back are needed; found {train.size} and {check.size}")
     rng = np.random.default_rng(seed)
     layers = Layers(features.shape[1], hidden, n_out)
+    w1 = rng.standard_normal((layers.n_in, hidden)) / np.sqrt(layers.n_in)
+    # Untrained weights of a constant feature would speak up when it varies later.
+    w1[constant] = 0
     start = layers.pack(
-        rng.standard_normal((layers.n_in, hidden)) / np.sqrt(layers.n_in),
+        w1,
         np.zeros(hidden),
         0.1 * rng.standard_normal((hidden, n_out)) / np.sqrt(hidden),
         np.zeros(n_out) if bias is None else bias,
