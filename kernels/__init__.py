@@ -18,6 +18,7 @@ __all__ = [
     "PROJECT_ROWS",
     "Projected",
     "Projection",
+    "add_rows",
     "assign_bins",
     "assign_snr_bins",
     "normal_equations",
@@ -109,6 +110,32 @@ def normal_equations(
     return out
 
 
+def add_rows(values: F32, group: NDArray[np.integer], totals: F64) -> None:
+    """Add Σ values of each group to `totals`, row by row in their order.
+
+    Sums of many calls are those of one call, to the last bit.
+
+    Parameters
+    ----------
+    values : array of shape (n, p), float32
+    group : array of shape (n,), integer in 0 … n_groups−1
+    totals : array of shape (n_groups, p), float64
+        Changed in place.
+
+    Raises
+    ------
+    ValueError
+        Shapes that do not fit, or a group outside its range.
+    """
+    if values.ndim != 2 or group.shape != (len(values),) or totals.shape[1:] != values.shape[1:]:
+        raise ValueError(
+            f"values (n, p), group (n,), totals (g, p) expected; found {values.shape}, {group.shape}, {totals.shape}"
+        )
+    if len(group) and not 0 <= group.min() <= group.max() < len(totals):
+        raise ValueError(f"groups must lie in 0 … {len(totals) - 1}; found {group.min()} … {group.max()}")
+    cpu.add_rows(np.ascontiguousarray(values, np.float32), np.ascontiguousarray(group, np.int64), totals)
+
+
 @dataclass(frozen=True)
 class Projection:
     """Everything that is linear in flux, or in variance, as two matrices.
@@ -195,6 +222,7 @@ def project(
         raise ValueError(f"flux and error must have shape (n, {p}); found {flux.shape} and {error.shape}")
     if good is not None and good.shape != flux.shape:
         raise ValueError(f"good must have shape {flux.shape}, found {good.shape}")
+    flux, error = np.ascontiguousarray(flux, np.float32), np.ascontiguousarray(error, np.float32)
     n, rows = len(flux), PROJECT_ROWS
     out = Projected(
         np.empty((n, plan.matrix.shape[1]), np.float32),

@@ -10,6 +10,9 @@ multiplied when it is full: the result does not depend on the blocks in which th
 from __future__ import annotations
 
 import json
+import math
+import os
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefast.errors import ModelError
-from moefast.kernels import normal_equations, packed_size, unpack_symmetric
+from moefast.kernels import add_rows, normal_equations, packed_size, unpack_symmetric
 
 __all__ = ["Moments", "NormalEquations"]
 
@@ -25,7 +28,10 @@ F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
 SCHEMA = 1
+WHAT = "moefast normal equations"
 BUFFER_ROWS = 16384
+LARGEST = 1e15
+"""Largest |value| of a row: squares of larger ones overflow float32 sums."""
 _TOTALS = ("count", "sum_x", "sum_y", "sum_yy", "sum_xy", "gram", "sum_v")
 
 
@@ -149,7 +155,8 @@ class NormalEquations:
         Raises
         ------
         ValueError
-            Shapes that do not fit, values that are not finite, or a bin or fold out of range.
+            Shapes that do not fit, a value that is not finite or beyond ±`LARGEST`, or a bin or fold out of range;
+            nothing has been added then.
         """
         n = len(x)
         if (
@@ -163,11 +170,12 @@ class NormalEquations:
         if n and not (0 <= k.min() <= k.max() < self.n_bins and 0 <= f.min() <= f.max() < self.n_folds):
             raise ValueError(f"bins must lie in 0…{self.n_bins - 1} and folds in 0…{self.n_folds - 1}")
         group = k * self.n_folds + f
+        for name, values in (("flux", x), ("label", y), ("variance", variance)):
+            # Refused before anything is changed; comparisons with NaN are false.
+            if n and values is not None and not (values.min() > -LARGEST and values.max() < LARGEST):
+                raise ValueError(f"a row with NaN, infinite or absurdly large {name} cannot be added")
         if variance is not None:
-            # One small matrix product: sums of σ² per group.
-            member = np.zeros((self.count.size, n), np.float32)
-            member[group, np.arange(n)] = 1.0
-            self.sum_v += (member @ np.asarray(variance, np.float32)).reshape(self.sum_v.shape)
+            add_rows(variance, group, self.sum_v.reshape(-1, self.n_pixels))
         if self._rows is None:
             self._rows = np.empty((BUFFER_ROWS, self.n_pixels), np.float32)
         reference = self.reference.astype(np.float32)
@@ -196,8 +204,6 @@ class NormalEquations:
             self.gram.reshape(self.count.size, -1),
         )
         normal_equations(self._rows[:m], self._labels[:m], self._groups[:m], self.count.size, out=out)
-        if not (np.isfinite(self.sum_xy).all() and np.isfinite(self.sum_x).all()):
-            raise ValueError("a row with NaN or infinite flux or label reached the normal equations")
 
     def finish(self) -> NormalEquations:
         """Multiply the rows still waiting and free the buffer; more rows may be added later."""
@@ -233,14 +239,14 @@ class NormalEquations:
         return self._combine(other, -1)
 
     def fold(self, index: int) -> NormalEquations:
-        """The totals of one fold (a view), with all its bins."""
+        """The totals of one fold (a copy), with all its bins."""
         self._flush()
-        return _like(self, {name: getattr(self, name)[:, index : index + 1] for name in _TOTALS})
+        return _like(self, {name: getattr(self, name)[:, [index]] for name in _TOTALS})
 
     def bin(self, index: int) -> NormalEquations:
-        """The totals of one bin (a view), with all its folds."""
+        """The totals of one bin (a copy), with all its folds."""
         self._flush()
-        return _like(self, {name: getattr(self, name)[index : index + 1] for name in _TOTALS})
+        return _like(self, {name: getattr(self, name)[[index]] for name in _TOTALS})
 
     def pooled(self) -> NormalEquations:
         """All bins and folds added up: the statistics of the global fit."""
@@ -299,7 +305,8 @@ class NormalEquations:
         mean_x, mean_y = sum_x / n, float(sum_y) / n
         gram = unpack_symmetric(packed, p)
         del packed
-        gram -= np.multiply.outer(n * mean_x, mean_x)
+        root = math.sqrt(n) * mean_x
+        gram -= np.multiply.outer(root, root)
         return Moments(
             n, mean_x, mean_y, gram, sum_xy - mean_x * float(sum_y), float(sum_yy) - n * mean_y**2, sum_v / n
         )
@@ -307,16 +314,24 @@ class NormalEquations:
     # -- files --------------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
-        """Write the totals as one .npz (no pickle)."""
+        """Write the totals as one .npz (no pickle); the final name is absent or complete."""
         self._flush()
-        header = json.dumps({"schema": SCHEMA, "what": "moefast normal equations"})
-        with Path(path).open("wb") as file:
-            np.savez(
-                file,
-                header=np.frombuffer(header.encode(), np.uint8),
-                reference=self.reference,
-                **{name: getattr(self, name) for name in _TOTALS},
-            )
+        header = json.dumps({"schema": SCHEMA, "what": WHAT})
+        target = Path(path)
+        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        try:
+            with partial.open("wb") as file:
+                np.savez(
+                    file,
+                    header=np.frombuffer(header.encode(), np.uint8),
+                    reference=self.reference,
+                    **{name: getattr(self, name) for name in _TOTALS},
+                )
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> NormalEquations:
@@ -328,17 +343,25 @@ class NormalEquations:
             The file is not such a file, is cut off, or has another schema.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
+            # Opened here, because np.load leaves the file open if it is no archive.
+            with Path(path).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 header = json.loads(file["header"].tobytes())
-                arrays = {name: file[name] for name in ("reference", *_TOTALS)}
-        except (OSError, ValueError, KeyError, EOFError) as error:
+                if header["what"] != WHAT:
+                    raise ValueError(f"it holds {header['what']!r}")
+                if header["schema"] != SCHEMA:
+                    raise ModelError(f"{path}: schema {header['schema']} found, {SCHEMA} expected; fit again")
+                reference = file["reference"]
+                result = cls(reference, *file["count"].shape)
+                for name in _TOTALS:
+                    array, expected = file[name], getattr(result, name)
+                    if array.shape != expected.shape or array.dtype != expected.dtype:
+                        raise ValueError(f"{name} is {array.dtype} of shape {array.shape}")
+                    setattr(result, name, array)
+        # A cut-off archive raises BadZipFile, a lone .npy array TypeError.
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
             raise ModelError(
                 f"{path}: not a complete file of normal equations ({error}); write it again"
             ) from error
-        if header.get("schema") != SCHEMA:
-            raise ModelError(f"{path}: schema {header.get('schema')} found, {SCHEMA} expected; fit again")
-        result = cls.__new__(cls)
-        _fill(result, arrays.pop("reference"), arrays)
         return result
 
 
