@@ -25,7 +25,14 @@ def standard_normals(seed: int, rows: NDArray[np.integer], n_pixels: int) -> NDA
     rows : array of shape (n,), integer ≥ 0
         Index of each row in its set.
     n_pixels : int
+
+    Raises
+    ------
+    ValueError
+        The seed or a row is out of range.
     """
+    if not 0 <= seed < 2**64 or (len(rows) and rows.min() < 0):
+        raise ValueError(f"a seed in 0 … 2⁶⁴ − 1 and rows from 0 on are needed; found seed {seed}")
     out = np.empty((len(rows), n_pixels), np.float32)
 
     def fill(part: range) -> None:
