@@ -17,7 +17,7 @@ __all__ = ["LINES", "LINE_FEATURES", "Line", "line_columns", "line_features"]
 
 @dataclass(frozen=True)
 class Line:
-    """A spectral line: window and two continuum sidebands in Å (air); the core is 3 Å around the centre."""
+    """A spectral line: window and two continuum sidebands in Å (vacuum); the core is 3 Å around the centre."""
 
     name: str
     centre: float
@@ -28,12 +28,14 @@ class Line:
 
 CORE_WIDTH = 3.0
 LINES = (
-    Line("CaII_8498", 8498.02, (8490.0, 8510.0), (8474.0, 8489.0), (8562.0, 8577.0)),
-    Line("CaII_8542", 8542.09, (8530.0, 8555.0), (8474.0, 8489.0), (8562.0, 8577.0)),
-    Line("CaII_8662", 8662.14, (8650.0, 8675.0), (8618.0, 8642.0), (8700.0, 8725.0)),
-    Line("NaI_8190", 8189.0, (8180.0, 8200.0), (8140.0, 8175.0), (8203.0, 8230.0)),
+    Line("CaII_8498", 8500.36, (8490.0, 8510.0), (8474.0, 8489.0), (8562.0, 8577.0)),
+    Line("CaII_8542", 8544.44, (8530.0, 8555.0), (8474.0, 8489.0), (8562.0, 8577.0)),
+    Line("CaII_8662", 8664.52, (8650.0, 8675.0), (8618.0, 8642.0), (8700.0, 8725.0)),
+    Line("NaI_8190", 8197.08, (8180.0, 8200.0), (8140.0, 8175.0), (8203.0, 8230.0)),
 )
-"""Windows as published; sidebands are stretches with few strong lines between them."""
+"""Names as is usual, by wavelength in air; the survey's wave grid is in vacuum, and so are the numbers. Windows as
+published; sidebands are stretches with few strong lines. The Na I core is that of the stronger line of the doublet.
+"""
 
 LINE_FEATURES = (
     "CaII_8498_depth",
