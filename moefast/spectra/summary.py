@@ -6,6 +6,7 @@ and its first rows are named, so that a file can be judged before anything is fi
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from moefast.spectra.atomic import partial_path, publish
 from moefast.spectra.files import SpectrumSet
 from moefast.spectra.quality import Flag, assess, good_pixels
 
-__all__ = ["picture", "summarise"]
+__all__ = ["format_text", "picture", "summarise"]
 
 PERCENTILES = (5, 25, 50, 75, 95)
 _BLOCK_ROWS = 2048
 _FIRST_BAD = 10
+_MOST_FILES = 12
+_NORMALISED = (0.8, 1.25)
 _LABELS = {"T_eff": "K", "log_g": "dex", "M_H": "dex", "a_M": "dex", "C_M": "dex"}
 
 
@@ -176,6 +179,109 @@ def _runs(n_rows: int, max_rows: int | None) -> list[tuple[int, int]]:
     length = max_rows // n_runs
     starts = np.linspace(0, n_rows - length, n_runs).astype(int)
     return [(int(start), int(start) + length) for start in starts]
+
+
+def format_text(facts: Mapping[str, Any]) -> str:
+    """What `summarise` returns, for people."""
+    files, wave = facts["files"], facts["wave"]
+    several = len(files) > 1
+    lines = [
+        f"{facts['rows']:,} spectra in {_count(len(files), 'file')}, {wave['pixels']} pixels "
+        f"{wave['first']:.3f}-{wave['last']:.3f} Å, mean step {wave['step']:.5f} Å"
+    ]
+    if facts["rows_examined"] != facts["rows"]:
+        lines[0] += f"; looked at {facts['rows_examined']:,} of them"
+    lines += _format_files(files) + _format_ranges(files)
+    lines += ["", "  signal to noise  " + "".join(f"{p:>7} %" for p in PERCENTILES)]
+    for name in ("snr_norm", "snr_median"):
+        values = facts[name]
+        row = "".join(f"{values[str(p)]:>9.2f}" for p in PERCENTILES) if values else "  no good pixel"
+        lines.append(f"  {name:<17}{row}")
+    bad = ", ".join(f"{name} {count:,}" for name, count in facts["flags"].items() if count)
+    lines += ["", f"  bad rows         {bad or 'none'}"]
+    for row in facts["bad_rows"]:
+        where = f"{row['file']} " if several else ""
+        lines.append(f"    {where}row {row['row']}: {', '.join(row['flags'])}")
+    if facts["bad_rows"] and len(facts["bad_rows"]) >= _FIRST_BAD:
+        lines.append("    … the first of them")
+    share = f"{_share(facts['bad_fraction'])} not usable, {_share(facts['masked_fraction'])} masked"
+    lines.append(f"  pixels           {share}")
+    flux, error = facts["flux_median"], facts["error_median"]
+    if flux is not None:
+        level = "" if error is None else f", median error {error:.4g}"
+        lines.append(f"  level            median flux {flux:.4g}{level}")
+        if not _NORMALISED[0] <= flux <= _NORMALISED[1]:
+            lines.append(
+                "  note             flux is not normalised to a median near 1, as models expect: divide flux and "
+                "error of each spectrum by its median flux"
+            )
+    for failure in facts["failures"]:
+        rows = f"rows {failure['rows'][0]} to {failure['rows'][1] - 1}: " if failure["rows"] else ""
+        lines.append(f"  cannot be read   {rows}{failure['message']}")
+    return "\n".join(lines)
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
+
+
+def _share(fraction: float) -> str:
+    return "none" if fraction == 0 else "all" if fraction == 1 else f"{100 * fraction:.2g} %"
+
+
+def _format_files(files: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Paths with rows, and the arrays: once where all files store them alike."""
+    kinds = [_format_arrays(file["arrays"]) for file in files]
+    alike = len(set(kinds)) == 1
+    shown = files[:_MOST_FILES]
+    width = max(len(f"{file['rows']:,}") for file in shown)
+    lines = []
+    for file, kind in zip(shown, kinds, strict=False):
+        lines.append(f"  {file['rows']:>{width},} in {file['path']}" + ("" if alike else f": {kind}"))
+        if file["problem"]:
+            lines.append(f"    params cannot be read: {file['problem']}")
+        lines += [f"    column {name} {why}" for name, why in file["unreadable_columns"].items()]
+    if len(files) > len(shown):
+        lines.append(f"  … and {_count(len(files) - len(shown), 'more file')}")
+    if alike:
+        lines.append(f"  arrays           {kinds[0]}")
+    return lines
+
+
+def _format_arrays(arrays: Mapping[str, Mapping[str, str]]) -> str:
+    """`flux, error (float32, contiguous); mask (uint8, chunked)`."""
+    groups: dict[str, list[str]] = {}
+    for name, array in arrays.items():
+        groups.setdefault(f"({array['dtype']}, {array['layout']})", []).append(name)
+    return "; ".join(f"{', '.join(names)} {kind}" for kind, names in groups.items())
+
+
+def _format_ranges(files: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Least and largest value of each column over all files; text columns by name."""
+    merged: dict[str, list[Mapping[str, Any]]] = {}
+    for file in files:
+        for name, values in file["ranges"].items():
+            merged.setdefault(name, []).append(values)
+    texts = dict.fromkeys(name for file in files for name in file["columns"] if name not in merged)
+    if not merged and not texts:
+        return ["  params           none, so no labels"]
+    rows = []
+    for name, parts in merged.items():
+        lows = [part["minimum"] for part in parts if part["minimum"] is not None]
+        highs = [part["maximum"] for part in parts if part["maximum"] is not None]
+        broken = sum(part["not_finite"] for part in parts)
+        notes = [f"{broken:,} not finite"] if broken else []
+        if len(parts) < len(files):
+            notes.append(f"in {len(parts)} of {len(files)} files")
+        low, high = (f"{min(lows):.6g}", f"{max(highs):.6g}") if lows else ("-", "-")
+        rows.append((name, low, high, parts[0]["unit"], "; ".join(notes)))
+    width = max(15, *(len(name) for name, *_ in rows)) if rows else 15
+    lines = ["", f"  {'params':<{width}}  {'least':>12}{'largest':>12}"] if rows else []
+    for name, low, high, unit, note in rows:
+        lines.append(f"  {name:<{width}}  {low:>12}{high:>12} {unit:<3} {note}".rstrip())
+    if texts:
+        lines.append(f"  {'text':<{width}}  {', '.join(texts)}")
+    return lines
 
 
 def picture(
