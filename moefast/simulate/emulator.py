@@ -3,7 +3,7 @@
     flux(labels) = mean + sum_k c_k(labels) basis_k,
     c(labels) = polynomial(x) W_p + matern52(|x - x_j| / scale) W_m,
 
-with x the labels mapped to about [-1, 1] (T_eff as 5040 K / T_eff). Everything comes from
+with x seven coordinates made of the labels (`coordinates`), mapped to about [-1, 1]. Everything comes from
 ``data/emulator.npz``; `moefast.simulate.build` makes it.
 
 Design: one Numba loop per row with a fixed order of operations, so that a row's bits do not depend on
@@ -26,14 +26,28 @@ from moefast.errors import MoefastError
 LABELS = ("T_eff", "log_g", "M_H", "a_M", "C_M")
 ROWS_PER_GROUP = 8
 PIXELS_PER_TILE = 512
-SCHEMA = 1
+SCHEMA = 2
 
 
-def scale_labels(labels: np.ndarray, centre: np.ndarray, half_range: np.ndarray) -> np.ndarray:
-    """Map labels (n, 5) to about [-1, 1]; T_eff enters as theta = 5040 K / T_eff."""
-    x = np.array(labels, dtype=float)
-    x[:, 0] = 5040.0 / x[:, 0]
-    return (x - centre) / half_range
+def coordinates(labels: np.ndarray) -> np.ndarray:
+    """What the regression sees of the labels, shape (n, 7); complex labels give complex coordinates.
+
+    theta = 5040 K / T_eff, the other labels, and the logarithms of the shares of oxygen and carbon that CO
+    leaves free in a typical layer (0.78 T_eff). Spectra of cool stars turn over within 0.1 dex where
+    carbon begins to outnumber oxygen; in these two coordinates they are smooth.
+    """
+    t_eff, log_g, m_h, a_m, c_m = labels.T
+    theta = 5040.0 / t_eff
+    ten = math.log(10.0)
+    carbon = np.exp(ten * (c_m - a_m - 0.26))  # per oxygen atom; solar ratio 10^-0.26
+    # Dissociation constant of CO over the density of oxygen; gas pressure taken as 10^(3 + log g / 2).
+    k = np.exp(ten * (26.9 - 11.09 * theta / 0.78 - (m_h + a_m - 3.31) - (15.3 + 0.5 * log_g)))
+    difference = 1.0 - carbon - k
+    root = np.sqrt(difference * difference + 4.0 * k)
+    # Of the two equal forms of the root the one without cancellation.
+    free_oxygen = np.where(difference.real > 0, 0.5 * (difference + root), 2.0 * k / (root - difference))
+    free_carbon = k / (k + free_oxygen)
+    return np.stack([theta, log_g, m_h, a_m, c_m, np.log(free_oxygen), np.log(free_carbon)], axis=1)
 
 
 def polynomial_terms(powers: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -48,23 +62,31 @@ def matern52(distance: np.ndarray) -> np.ndarray:
 
 
 @njit(cache=True, fastmath=True)
-def _coefficients(x, powers, polynomial, nodes, weights, out):
-    """c of one row; `nodes` is (5, n_nodes) and, like x here, divided by the length scales."""
+def _coefficients(
+    x: np.ndarray,
+    powers: np.ndarray,
+    polynomial: np.ndarray,
+    nodes: np.ndarray,
+    weights: np.ndarray,
+    out: np.ndarray,
+) -> None:
+    """Coefficients c of one row; `nodes` is (n_inputs, n_nodes), already divided by the length scales."""
     n_terms, n_components = polynomial.shape
+    n_inputs = powers.shape[1]
     for k in range(n_components):
         out[k] = 0.0
     for t in range(n_terms):
         value = 1.0
-        for i in range(5):
+        for i in range(n_inputs):
             for _ in range(powers[t, i]):
                 value *= x[i]
         for k in range(n_components):
             out[k] += value * polynomial[t, k]
-    # x arrives with the length scales as x[5:].
+    # The second half of x is the first divided by the length scales.
     for j in range(nodes.shape[1]):
         r2 = 0.0
-        for i in range(5):
-            difference = x[5 + i] - nodes[i, j]
+        for i in range(n_inputs):
+            difference = x[n_inputs + i] - nodes[i, j]
             r2 += difference * difference
         s = math.sqrt(5.0 * r2)
         value = (1.0 + s + s * s / 3.0) * math.exp(-s)
@@ -72,8 +94,28 @@ def _coefficients(x, powers, polynomial, nodes, weights, out):
             out[k] += value * weights[j, k]
 
 
+@njit(cache=True, fastmath=True)
+def _mix_tile(c: np.ndarray, mean: np.ndarray, basis: np.ndarray, out: np.ndarray) -> None:
+    """Fill out = mean + c @ basis; four components at a time, so that the compiler keeps `out` in registers."""
+    out[:] = mean
+    for k in range(0, basis.shape[0], 4):
+        c0, c1, c2, c3 = np.float32(c[k]), np.float32(c[k + 1]), np.float32(c[k + 2]), np.float32(c[k + 3])
+        b0, b1, b2, b3 = basis[k], basis[k + 1], basis[k + 2], basis[k + 3]
+        for pixel in range(out.shape[0]):
+            out[pixel] += c0 * b0[pixel] + c1 * b1[pixel] + c2 * b2[pixel] + c3 * b3[pixel]
+
+
 @njit(cache=True, parallel=True, fastmath=True)
-def _mix(x, powers, polynomial, nodes, weights, mean, basis, flux):
+def _mix(
+    x: np.ndarray,
+    powers: np.ndarray,
+    polynomial: np.ndarray,
+    nodes: np.ndarray,
+    weights: np.ndarray,
+    mean: np.ndarray,
+    basis: np.ndarray,
+    flux: np.ndarray,
+) -> None:
     """Fill flux (n, p) float32; rows in groups, pixels in tiles."""
     n, p = flux.shape
     n_components = basis.shape[0]
@@ -86,12 +128,7 @@ def _mix(x, powers, polynomial, nodes, weights, mean, basis, flux):
         for start in range(0, p, PIXELS_PER_TILE):
             stop = min(p, start + PIXELS_PER_TILE)
             for row in range(first, last):
-                for pixel in range(start, stop):
-                    flux[row, pixel] = mean[pixel]
-                for k in range(n_components):
-                    value = np.float32(c[row - first, k])
-                    for pixel in range(start, stop):
-                        flux[row, pixel] += value * basis[k, pixel]
+                _mix_tile(c[row - first], mean[start:stop], basis[:, start:stop], flux[row, start:stop])
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,24 +242,28 @@ class Emulator:
             d flux / d label, per K and per dex.
         """
         x = self._scaled(labels)
+        labels = np.asarray(labels, dtype=float)
         result = np.empty((len(x), 5, len(self.wave)))
         basis = self._basis.astype(float)
-        jacobian = np.full((len(x), 5), 1.0) / self._half_range
-        jacobian[:, 0] *= -5040.0 / np.asarray(labels, dtype=float)[:, 0] ** 2
         nodes = self._nodes.T
+        # d coordinates / d labels by complex steps: exact to rounding.
+        jacobian = np.empty((len(x), 5, x.shape[1]))
+        for i in range(5):
+            step = labels.astype(complex)
+            step[:, i] += 1e-30j
+            jacobian[:, i] = coordinates(step).imag / 1e-30 / self._half_range
         for row, point in enumerate(x):
             difference = point / self._scales - nodes
-            distance = np.sqrt((difference**2).sum(axis=1))
-            s = math.sqrt(5.0) * distance
-            # d/dr^2 of the kernel is -(5/6) (1 + s) exp(-s): no division by the distance.
+            s = math.sqrt(5.0) * np.sqrt((difference**2).sum(axis=1))
+            # Twice the kernel's derivative by the squared distance: no division by the distance.
             slope = -(5.0 / 3.0) * (1.0 + s) * np.exp(-s)
             gradient = (slope[:, None] * difference / self._scales).T @ self._weights
-            for i in range(5):
+            for i in range(x.shape[1]):
                 lowered = self._powers.copy()
                 lowered[:, i] = np.maximum(lowered[:, i] - 1, 0)
                 terms = self._powers[:, i] * polynomial_terms(lowered, point[None, :])[0]
                 gradient[i] += terms @ self._polynomial
-            result[row] = (jacobian[row][:, None] * gradient) @ basis
+            result[row] = (jacobian[row] @ gradient) @ basis
         return result
 
     def _scaled(self, labels: np.ndarray) -> np.ndarray:
@@ -236,7 +277,7 @@ class Emulator:
                 f"labels: {LABELS[column]} of row {row} is {labels[row, column]:g}, expected "
                 f"{self._low[column]:g} to {self._high[column]:g}"
             )
-        return scale_labels(labels, self._centre, self._half_range)
+        return (coordinates(labels) - self._centre) / self._half_range
 
 
 @lru_cache(maxsize=1)

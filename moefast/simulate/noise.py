@@ -66,15 +66,15 @@ class Exposure:
 
 @dataclass(frozen=True)
 class OHBand:
-    """One Meinel band: levels, the P1(3) line that fixes its position [Å, air], intensity [Rayleigh]."""
+    """One Meinel band: levels, the P1(2) line that fixes its position [Å, air], intensity [Rayleigh]."""
 
     upper: int
     lower: int
-    p1_3: float
+    p1_2: float
     rayleigh: float
 
 
-# P1(3) lines from Osterbrock et al. (1996, PASP 108, 277); intensities rounded from Krassovsky, Shefov &
+# P1(2) lines from Osterbrock et al. (1996, PASP 108, 277); intensities rounded from Krassovsky, Shefov &
 # Yarin (1962, Planet. Space Sci. 9, 883).
 OH_BANDS = (
     OHBand(8, 3, 7316.282, 350.0),
@@ -106,16 +106,18 @@ def _oh_levels(v: int, j: np.ndarray, ladder: int) -> np.ndarray:
     return b * (square - 1.0 + (root if ladder == 2 else -root)) - 1.9e-3 * (square - 0.25) ** 2
 
 
-def oh_lines(bands: tuple[OHBand, ...] = OH_BANDS, temperature: float = 195.0) -> tuple[np.ndarray, np.ndarray]:
+def oh_lines(
+    bands: tuple[OHBand, ...] = OH_BANDS, temperature: float = 195.0
+) -> tuple[np.ndarray, np.ndarray]:
     """Vacuum wavelengths [Å] and intensities [Rayleigh] of the OH lines.
 
     Rotational line strengths are those of Hund's case a; populations are thermal at `temperature`.
     """
     waves, intensities = [], []
     for band in bands:
-        anchor = 1e8 / (band.p1_3 * 1.0002745)  # air to vacuum, good to 0.01 Å here
-        # P1(3) ends at N'' = 3, J'' = 7/2.
-        origin = anchor - _oh_levels(band.upper, np.array(2.5), 1) + _oh_levels(band.lower, np.array(3.5), 1)
+        anchor = 1e8 / (band.p1_2 * 1.0002745)  # air to vacuum, good to 0.01 Å here
+        # P1(2) goes from N' = 1, J' = 3/2 to N'' = 2, J'' = 5/2.
+        origin = anchor - _oh_levels(band.upper, np.array(1.5), 1) + _oh_levels(band.lower, np.array(2.5), 1)
         band_waves, band_strengths = [], []
         for ladder, omega in ((1, 1.5), (2, 0.5)):
             j = np.arange(omega, 12.0)
@@ -137,7 +139,17 @@ def oh_lines(bands: tuple[OHBand, ...] = OH_BANDS, temperature: float = 195.0) -
 
 
 @njit(cache=True, parallel=True, fastmath=True)
-def _sigma(flux, scale, response, sky_variance, band, band_weight, noise_level, error, snr):
+def _sigma(
+    flux: np.ndarray,
+    scale: np.ndarray,
+    response: np.ndarray,
+    sky_variance: np.ndarray,
+    band: np.ndarray,
+    band_weight: np.ndarray,
+    noise_level: float,
+    error: np.ndarray,
+    snr: np.ndarray,
+) -> None:
     """Errors (n, p) and median signal-to-noise ratios (n,)."""
     n, p = flux.shape
     for i in prange(n):

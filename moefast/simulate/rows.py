@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +52,9 @@ class Settings:
         for name in ("mag", "seeing", "t_eff", "log_g", "m_h", "a_m", "c_m"):
             low, high = getattr(self, name)
             if not (math.isfinite(low) and math.isfinite(high) and low <= high):
-                raise MoefastError(f"{name}: expected two finite numbers in rising order, found {low:g}, {high:g}")
+                raise MoefastError(
+                    f"{name}: expected two finite numbers in rising order, found {low:g}, {high:g}"
+                )
         if self.seeing[0] <= 0:
             raise MoefastError(f"seeing: expected a positive FWHM in arcsec, found {self.seeing[0]:g}")
         if not (math.isfinite(self.noise_level) and self.noise_level >= 0):
@@ -122,7 +125,7 @@ def simulate_rows(
     noisy = np.empty_like(flux)
     if len(flux):
         add_noise(first, np.uint64(seed), flux, error, noisy)
-    params = {"id": np.arange(first, stop, dtype=np.int64)}
+    params: dict[str, np.ndarray] = {"id": np.arange(first, stop, dtype=np.int64)}
     params |= {name: labels[:, i].copy() for i, name in enumerate(LABELS)}
     params |= {"mag": mag.copy(), "seeing": seeing.copy(), "redshift": np.zeros(len(flux)), "snr": snr}
     return SimulatedBlock(first, params, flux, error, noisy)
@@ -139,9 +142,12 @@ def _seeing(uniform: np.ndarray, limits: Range) -> np.ndarray:
 
 def noise_model(emulator: Emulator, settings: Settings) -> NoiseModel:
     """The noise model that `settings` describe, on the emulator's wave grid."""
-    return NoiseModel(
-        emulator.wave_edges, instrument=settings.instrument, sky=settings.sky, exposure=settings.exposure
-    )
+    return _noise_model(emulator.wave_edges.tobytes(), settings.instrument, settings.sky, settings.exposure)
+
+
+@lru_cache(maxsize=4)
+def _noise_model(wave_edges: bytes, instrument: Instrument, sky: Sky, exposure: Exposure) -> NoiseModel:
+    return NoiseModel(np.frombuffer(wave_edges), instrument=instrument, sky=sky, exposure=exposure)
 
 
 def simulate_file(

@@ -7,6 +7,7 @@ seed) and a 128-bit counter (block within the stream, stream, row).
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numba import njit, prange, uint32, uint64
@@ -16,7 +17,7 @@ NOISE_STREAM = 1
 
 
 @njit(inline="always")
-def _philox(c0, c1, c2, c3, k0, k1):
+def _philox(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> tuple[Any, Any, Any, Any]:
     """Ten rounds; all words are uint64 holding 32 bits (mixing widths would promote to float64)."""
     mask = uint64(0xFFFFFFFF)
     for _ in range(10):
@@ -34,14 +35,14 @@ def _philox(c0, c1, c2, c3, k0, k1):
 
 
 @njit(cache=True)
-def philox_words(c0, c1, c2, c3, k0, k1):
+def philox_words(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> tuple[Any, Any, Any, Any]:
     """The four words of one counter and key, for checks against published vectors."""
     words = _philox(uint64(c0), uint64(c1), uint64(c2), uint64(c3), uint64(k0), uint64(k1))
     return uint32(words[0]), uint32(words[1]), uint32(words[2]), uint32(words[3])
 
 
 @njit(cache=True)
-def _fill_uniforms(first, seed, stream, out):
+def _fill_uniforms(first: Any, seed: Any, stream: Any, out: np.ndarray) -> None:
     mask = uint64(0xFFFFFFFF)
     k0, k1 = uint64(seed) & mask, uint64(seed) >> uint64(32)
     for i in range(out.shape[0]):
@@ -61,8 +62,8 @@ def row_uniforms(first: int, stop: int, count: int, *, seed: int, stream: int = 
 
 
 @njit(cache=True, parallel=True)
-def add_noise(first, seed, flux, error, noisy):
-    """noisy = flux + error * normal, arrays of shape (n, p) float32; Box-Muller on Philox words."""
+def add_noise(first: Any, seed: Any, flux: np.ndarray, error: np.ndarray, noisy: np.ndarray) -> None:
+    """Fill noisy = flux + error * normal, arrays of shape (n, p) float32; Box-Muller on Philox words."""
     mask = uint64(0xFFFFFFFF)
     k0, k1 = uint64(seed) & mask, uint64(seed) >> uint64(32)
     n_pixels = flux.shape[1]

@@ -5,7 +5,8 @@ between atoms, CO, SiO, OH and H2O, nitrogen between atoms and N2; CN and TiO fo
 Left out: TiO2, polyatomic carbon molecules.
 
 Dissociation energies and spectroscopic constants: Huber & Herzberg (1979, "Constants of Diatomic
-Molecules"), vibrations and rotation of H2O: Herzberg (1966); D0(CN) 7.72 eV and D0(TiO) 6.87 eV as used by Barklem & Collet (2016, A&A 588, A96).
+Molecules"); vibrations and rotation of H2O: Herzberg (1966); D0(CN) 7.72 eV and D0(TiO) 6.87 eV as in
+Barklem & Collet (2016, A&A 588, A96).
 """
 
 from __future__ import annotations
@@ -18,18 +19,21 @@ from numba import njit
 from .constants import ATOMIC_MASS, BOLTZMANN, ELECTRON_MASS, ELECTRON_VOLT, EV_PER_KELVIN, LIGHT, PLANCK
 from .elements import INDEX
 
-H, HE, C, N, O, SI, TI = (INDEX[name] for name in ("H", "He", "C", "N", "O", "Si", "Ti"))
+H, C, N, SI, TI = (INDEX[name] for name in ("H", "C", "N", "Si", "Ti"))
+OXYGEN = INDEX["O"]
 
 
 @njit(cache=True)
-def rigid_partition(temperature, b, omega, electronic_weight, symmetry):
+def rigid_partition(
+    temperature: float, b: float, omega: float, electronic_weight: float, symmetry: float
+) -> float:
     """Rotation and vibration of a diatomic molecule: rigid rotor, harmonic oscillator; B, omega in cm^-1."""
     hc_kt = PLANCK * LIGHT / (BOLTZMANN * temperature)
     return electronic_weight / (symmetry * hc_kt * b) / (1.0 - math.exp(-hc_kt * omega))
 
 
 @njit(cache=True)
-def tio_partition(temperature):
+def tio_partition(temperature: float) -> float:
     """Partition function of TiO: ground triplet X 3Delta with its spin splitting, and the a 1Delta state."""
     kt = EV_PER_KELVIN * temperature / 1.239842e-4
     spin = 2.0 * (1.0 + math.exp(-97.9 / kt) + math.exp(-197.4 / kt))
@@ -37,14 +41,16 @@ def tio_partition(temperature):
 
 
 @njit(cache=True)
-def cn_partition(temperature):
+def cn_partition(temperature: float) -> float:
     """Partition function of CN: X 2Sigma+ and the A 2Pi state at 9115 cm^-1."""
     kt = EV_PER_KELVIN * temperature / 1.239842e-4
     return rigid_partition(temperature, 1.891, 2062.0, 2.0 + 4.0 * math.exp(-9115.0 / kt), 1.0)
 
 
 @njit(cache=True)
-def dissociation(temperature, reduced_mass, u_a, u_b, q_ab, energy):
+def dissociation(
+    temperature: float, reduced_mass: float, u_a: float, u_b: float, q_ab: float, energy: float
+) -> float:
     """n(A) n(B) / n(AB) in cm^-3 (Guldberg-Waage constant); reduced mass in u, energy in eV."""
     kt = BOLTZMANN * temperature
     translation = (2.0 * math.pi * reduced_mass * ATOMIC_MASS * kt / PLANCK**2) ** 1.5
@@ -52,7 +58,7 @@ def dissociation(temperature, reduced_mass, u_a, u_b, q_ab, energy):
 
 
 @njit(cache=True)
-def water_dissociation(temperature, u_oxygen):
+def water_dissociation(temperature: float, u_oxygen: float) -> float:
     """n(H)^2 n(O) / n(H2O) in cm^-6: rigid asymmetric rotor with three harmonic vibrations."""
     kt = BOLTZMANN * temperature
     hc_kt = PLANCK * LIGHT / kt
@@ -66,7 +72,16 @@ def water_dissociation(temperature, u_oxygen):
 
 
 @njit(cache=True)
-def equation_of_state(temperature, pg, log_pe, per_h, u, chi, state, saha):
+def equation_of_state(
+    temperature: np.ndarray,
+    pg: np.ndarray,
+    log_pe: np.ndarray,
+    per_h: np.ndarray,
+    u: np.ndarray,
+    chi: np.ndarray,
+    state: np.ndarray,
+    saha: np.ndarray,
+) -> None:
     """Fill `state` and `saha` for every depth.
 
     Parameters
@@ -110,17 +125,19 @@ def equation_of_state(temperature, pg, log_pe, per_h, u, chi, state, saha):
                 break
         state[d, 0], state[d, 1], state[d, 2], state[d, 3] = ne, nuclei, neutral, h2
 
-        carbon, oxygen, nitrogen = nuclei * per_h[C], nuclei * per_h[O], nuclei * per_h[N]
+        carbon, oxygen, nitrogen = nuclei * per_h[C], nuclei * per_h[OXYGEN], nuclei * per_h[N]
         silicon = nuclei * per_h[SI] / (1.0 + saha[d, SI] / ne)
         k_co = dissociation(
-            t, 6.857, u[d, C, 0], u[d, O, 0], rigid_partition(t, 1.9226, 2170.0, 1.0, 1.0), 11.09
+            t, 6.857, u[d, C, 0], u[d, OXYGEN, 0], rigid_partition(t, 1.9226, 2170.0, 1.0, 1.0), 11.09
         )
         k_sio = dissociation(
-            t, 10.18, u[d, SI, 0], u[d, O, 0], rigid_partition(t, 0.7242, 1241.6, 1.0, 1.0), 8.26
+            t, 10.18, u[d, SI, 0], u[d, OXYGEN, 0], rigid_partition(t, 0.7242, 1241.6, 1.0, 1.0), 8.26
         )
-        k_oh = dissociation(t, 0.948, 2.0, u[d, O, 0], rigid_partition(t, 18.55, 3737.8, 4.0, 1.0), 4.392)
+        k_oh = dissociation(
+            t, 0.948, 2.0, u[d, OXYGEN, 0], rigid_partition(t, 18.55, 3737.8, 4.0, 1.0), 4.392
+        )
         # Oxygen not in CO, SiO, OH, H2O: the balance rises monotonically with free_o, so bisect its logarithm.
-        held = 1.0 + neutral / k_oh + neutral**2 / water_dissociation(t, u[d, O, 0])
+        held = 1.0 + neutral / k_oh + neutral**2 / water_dissociation(t, u[d, OXYGEN, 0])
         low, high = -60.0, 0.0
         for _ in range(60):
             middle = 0.5 * (low + high)
@@ -136,7 +153,7 @@ def equation_of_state(temperature, pg, log_pe, per_h, u, chi, state, saha):
             t, 7.002, u[d, N, 0], u[d, N, 0], rigid_partition(t, 1.998, 2358.6, 1.0, 2.0), 9.759
         )
         free_n = 2.0 * nitrogen / (1.0 + math.sqrt(1.0 + 8.0 * nitrogen / k_n2))
-        k_tio = dissociation(t, 11.99, u[d, TI, 0], u[d, O, 0], tio_partition(t), 6.87)
+        k_tio = dissociation(t, 11.99, u[d, TI, 0], u[d, OXYGEN, 0], tio_partition(t), 6.87)
         k_cn = dissociation(t, 6.466, u[d, C, 0], u[d, N, 0], cn_partition(t), 7.72)
         neutral_ti = nuclei * per_h[TI] / (1.0 + saha[d, TI] / ne + free_o / k_tio)
         state[d, 4] = neutral_ti * free_o / k_tio

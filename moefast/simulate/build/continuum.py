@@ -31,7 +31,7 @@ KRAMERS = 1.0449e-26  # cm2 Å^-3: bound-free cross-section of hydrogen = KRAMER
 
 
 @njit(cache=True)
-def level_survival(n, ne):
+def level_survival(n: float, ne: float) -> float:
     """Probability that level n of hydrogen is not dissolved by the electric field of its neighbours.
 
     A smooth step at the Inglis & Teller (1939, ApJ 90, 439) limit, log n_e = 23.26 - 7.5 log n.
@@ -40,7 +40,7 @@ def level_survival(n, ne):
 
 
 @njit(cache=True)
-def hydrogen_minus(wave, temperature, ne, neutral):
+def hydrogen_minus(wave: float, temperature: float, ne: float, neutral: float) -> float:
     """Bound-free plus free-free absorption by H-, cm^-1, with stimulated emission."""
     micron = wave * 1e-4
     x = 1.0 / micron - 1.0 / 1.6419
@@ -62,7 +62,7 @@ def hydrogen_minus(wave, temperature, ne, neutral):
 
 
 @njit(cache=True)
-def continuum(wave, temperature, ne, neutral, h2):
+def continuum(wave: float, temperature: float, ne: float, neutral: float, h2: float) -> float:
     """Absorption coefficient, cm^-1.
 
     Parameters

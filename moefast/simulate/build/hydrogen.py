@@ -22,7 +22,9 @@ WING_SCALE = 2.50  # b: c b^(5/2) = 1.496 with c = 1 / (2.6426 b)
 
 
 @njit(cache=True)
-def add_paschen_lines(opacity, wave, scale, temperature, state):
+def add_paschen_lines(
+    opacity: np.ndarray, wave: np.ndarray, scale: np.ndarray, temperature: np.ndarray, state: np.ndarray
+) -> None:
     """Add the lines Pa 9 to Pa 30 to `opacity`.
 
     Parameters

@@ -55,7 +55,7 @@ def synthesize_library(
 
 def load_library(name: str, folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """Labels (n, 5) and fluxes (n, 4096) of the chunks present, up to the first gap."""
-    blocks = []
+    blocks: list[np.ndarray] = []
     while (path := folder / f"{name}-{len(blocks) * CHUNK:05d}.npy").exists():
         blocks.append(np.load(path))
     flux = np.concatenate(blocks).astype(float)

