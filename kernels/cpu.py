@@ -12,6 +12,7 @@ import math
 
 import numpy as np
 from numba import njit, prange
+from scipy.linalg.blas import ssyrk
 
 __all__ = [
     "PROJECT_ROWS",
@@ -58,7 +59,8 @@ def add_rows(values, group, totals):
 def add_normal_equations(x, y, order, offsets, sums, gram, square):
     """Add the rows of `x`, grouped by `order` and `offsets`, to the totals of their groups.
 
-    The product of one group is float32 BLAS (`syrk`, which NumPy uses for aᵀa), the totals are float64. `square` is
+    The product of one group is float32 BLAS `syrk`, the totals are float64. SciPy's call leaves the other triangle
+    alone; NumPy's aᵀa would fill it too, which for a few hundred rows takes as long as the product. `square` is
     scratch of shape (p, p).
     """
     n, sum_x, sum_y, sum_yy, sum_xy = sums
@@ -73,7 +75,8 @@ def add_normal_equations(x, y, order, offsets, sums, gram, square):
         sum_y[k] += yk.sum()
         sum_yy[k] += yk @ yk
         sum_xy[k] += yk.astype(np.float32) @ xk
-        np.matmul(xk.T, xk, out=square)
+        # Column-major lower is row-major upper.
+        ssyrk(1.0, xk.T, lower=1, c=square.T, overwrite_c=1)
         _add_packed_upper(square, gram[k])
 
 
