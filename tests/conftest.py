@@ -1,5 +1,89 @@
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moefast.noise import standard_normals
+from moefast.spectra.files import SpectrumWriter
 
 # `from tolerances import assert_close` in any folder; appended, so that nothing installed is shadowed.
 sys.path.append(str(Path(__file__).parent))
+
+# Pixels of 2.7 Å: the narrowest stretch that the gate measures, 3 Å, holds one at least.
+N_PIXELS = 640
+
+
+@dataclass(frozen=True)
+class Toy:
+    """Spectra of low rank whose response to log g changes sign along T_eff: one linear fit cannot see it."""
+
+    wave: np.ndarray
+    flux: np.ndarray
+    error: np.ndarray
+    labels: dict
+
+    def noisy(self, seed=999):
+        draw = standard_normals(seed, np.arange(len(self.flux)), self.flux.shape[1])
+        return self.flux + self.error * draw
+
+    def write(self, path, rows=slice(None), **changes):
+        arrays = {"flux": self.flux, "error": self.error, **changes.pop("arrays", {})}
+        arrays = {name: a[rows] for name, a in arrays.items()}
+        labels = {name: np.asarray(v)[rows] for name, v in (self.labels | changes).items()}
+        step = self.wave[1] - self.wave[0]
+        with SpectrumWriter(
+            path,
+            n_rows=len(arrays["flux"]),
+            wave=self.wave,
+            wave_edges=np.append(self.wave, self.wave[-1] + step) - step / 2,
+            arrays=tuple(arrays),
+            params=dict.fromkeys(labels, "f8"),
+        ) as writer:
+            writer.write(0, params=labels, **arrays)
+        return path
+
+
+def toy(n, seed):
+    rng = np.random.default_rng(seed)
+    t_eff, log_g, m_h = rng.uniform(3750, 6000, n), rng.uniform(1, 5, n), rng.uniform(-2.5, 0.75, n)
+    t, g, m = (t_eff - 4875) / 1125, (log_g - 3) / 2, (m_h + 0.875) / 1.625
+    wave = np.linspace(7100.2, 8849.8, N_PIXELS)
+    fixed = np.random.default_rng(0)
+    phase = (wave - wave[0]) / (wave[-1] - wave[0])
+    waves = [np.sin(2 * np.pi * (k * phase + fixed.random())) for k in fixed.permutation(np.arange(2, 26))]
+    terms = [t, m, 0.35 * g, 1.1 * g * t, 0.4 * g * m, t * m, t**2, m**2]
+    flux = 1 + sum(0.03 * c[:, None] * np.add(*waves[2 * k : 2 * k + 2]) for k, c in enumerate(terms))
+    strength = 0.15 * np.exp(0.5 * m - 0.4 * t)
+    for centre in (8189.0, 8498.02, 8542.09, 8662.14):
+        width = 2.5 * np.exp(0.3 * g)[:, None]
+        flux -= strength[:, None] * np.exp(-0.5 * ((wave - centre) / width) ** 2)
+    shape = 0.1 * (1 + 0.5 * np.sin(7 * phase) + 3 * (fixed.random(N_PIXELS) < 0.05))
+    error = shape * np.exp(rng.normal(0, 0.6, (n, 1)))
+    return Toy(
+        wave,
+        flux.astype(np.float32),
+        error.astype(np.float32),
+        {"T_eff": t_eff, "log_g": log_g, "M_H": m_h},
+    )
+
+
+@pytest.fixture(scope="session")
+def train_toy():
+    return toy(3000, 1)
+
+
+@pytest.fixture(scope="session")
+def test_toy():
+    return toy(1000, 2)
+
+
+@pytest.fixture(scope="session")
+def make_toy():
+    return toy
+
+
+@pytest.fixture(scope="session")
+def train_file(train_toy, tmp_path_factory):
+    return train_toy.write(tmp_path_factory.mktemp("train") / "train.h5")

@@ -1,0 +1,321 @@
+"""The fit in two passes on a toy whose answer is known: what it gains, what it refuses, what it never depends on."""
+
+import dataclasses
+import functools
+
+import numpy as np
+import pytest
+
+from moefast import fitting
+from moefast.errors import InputError, LabelError
+from moefast.experts import normal_equations
+from moefast.fitting import Options, fit_mixture
+from moefast.mixture import hat_weights
+from moefast.noise import fold_of_rows
+from moefast.protocol.bins import Grid, uniform
+from moefast.protocol.metrics import r2
+from moefast.spectra.files import open_spectra
+
+GRID = uniform(3, 2)
+QUICK = {"grid": uniform(2, 1), "n_levels": 4, "n_components": 16, "sample_draws": 1, "references": False}
+
+
+def fitted(path, progress=None, **options):
+    return fit_mixture(open_spectra(path), Options(**options), progress)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Few iterations of the networks, where their quality is not the question."""
+    for name in ("fit_gate", "fit_error_model"):
+        monkeypatch.setattr(
+            fitting, name, functools.partial(getattr(fitting, name), hidden=4, max_iterations=15)
+        )
+
+
+@pytest.fixture(scope="module")
+def whole(train_file):
+    stages = {}
+
+    def progress(stage, done, total):
+        assert 0 < done <= total
+        assert stages.get(stage, (0, total)) <= (done, total)
+        stages[stage] = (done, total)
+
+    fit = fitted(train_file, progress, grid=GRID, sample_draws=1, n_components=32)
+    assert stages == {
+        name: (n, n)
+        for name, n in {
+            "reference": 512,
+            "normal equations": 3000,
+            "noise levels": 3000,
+            "gate sample": 3000,
+        }.items()
+    }
+    return fit
+
+
+def linear_r2(form, fit, toy, bins):
+    """R² of a reference fit on noisy spectra."""
+    mixture = fit.mixture
+    flux = toy.noisy()
+    x = (np.maximum(flux, 0) if form.clipped else flux) - mixture.reference
+    values = np.einsum("np,pkm->nkm", x, form.weights, optimize=True) + form.intercepts
+    if form.levels.size > 1:
+        level = mixture.prepare(flux, toy.error).log_level
+        hat = hat_weights(np.clip(level, form.levels[0], form.levels[-1]), form.levels)
+        values = (values * hat[:, None]).sum(2)
+    else:
+        values = values[:, :, 0]
+    chosen = values[:, 0] if values.shape[1] == 1 else values[np.arange(len(x)), bins]
+    return r2(toy.labels["log_g"], np.clip(chosen, *mixture.label_range))
+
+
+def score(fit, toy):
+    return r2(toy.labels["log_g"], fit.mixture.predict(toy.noisy(), toy.error).log_g)
+
+
+def test_each_step_of_the_method_is_worth_something(whole, test_toy):
+    bins = GRID.assign(test_toy.labels["T_eff"], test_toy.labels["M_H"])
+    found = {name: linear_r2(form, whole, test_toy, bins) for name, form in whole.references.items()}
+    mixture = score(whole, test_toy)
+    assert 0 < found["published-ridge"] < found["global-ridge, average noise"] - 0.01
+    assert found["global-ridge, average noise"] < found["global-ridge"] - 0.005
+    assert found["global-ridge"] < found["oracle-ridge, average noise"] - 0.05
+    assert found["global-ridge"] < mixture - 0.05
+    # Cross-validated promises are kept on stars never seen.
+    promised = whole.summary["cross_validation"]
+    assert promised["r2"] == pytest.approx(mixture, abs=0.04)
+    prediction = whole.mixture.predict(test_toy.noisy(), test_toy.error)
+    oracle = r2(test_toy.labels["log_g"], prediction.expert_log_g[np.arange(1000), bins])
+    assert promised["r2_true_bins"] == pytest.approx(oracle, abs=0.04)
+    assert promised["gate_accuracy"] == pytest.approx(np.mean(prediction.weights.argmax(1) == bins), abs=0.05)
+
+
+def test_errors_are_calibrated_on_stars_never_seen(whole, test_toy):
+    found = whole.mixture.predict(test_toy.noisy(), test_toy.error)
+    ratio = np.abs(test_toy.labels["log_g"] - found.log_g) / found.log_g_err
+    assert np.mean(ratio < 1) == pytest.approx(0.683, abs=0.06)
+    assert np.mean(ratio < 2) == pytest.approx(0.954, abs=0.03)
+    wrong = np.abs(test_toy.labels["log_g"] - found.log_g)
+    sure = found.log_g_err < np.median(found.log_g_err)
+    assert wrong[sure].mean() < 0.7 * wrong[~sure].mean()
+
+
+def test_a_global_fit_is_a_mixture_of_one_with_calibrated_errors(train_file, test_toy, whole):
+    fit = fitted(train_file, grid=uniform(1, 1), sample_draws=1)
+    found = fit.mixture.predict(test_toy.noisy(), test_toy.error)
+    assert (found.weights == 1).all()
+    expected = linear_r2(whole.references["global-ridge"], whole, test_toy, None)
+    assert score(fit, test_toy) == pytest.approx(expected, abs=0.01)
+    ratio = np.abs(test_toy.labels["log_g"] - found.log_g) / found.log_g_err
+    assert np.mean(ratio < 1) == pytest.approx(0.683, abs=0.06)
+    assert np.abs(fit.mixture.error_model[0]).max() < 1e4
+    reference = fit.mixture.predict_reference(test_toy.noisy(), test_toy.error)
+    np.testing.assert_allclose(found.log_g_err, reference.log_g_err, rtol=1e-3)
+
+
+def test_the_summary_says_what_was_done(whole):
+    summary = whole.summary
+    assert summary["rows"] == {"used": 3000, "left_out": 0}
+    assert sum(b["n"] for b in summary["bins"].values()) == 3000
+    assert list(summary["bins"]) == list(GRID.names)
+    assert all(b["alpha"] in fitting.ALPHAS and b["condition"] >= 1 for b in summary["bins"].values())
+    np.testing.assert_allclose(np.diff(np.log(summary["noise_levels"]), 2), 0, atol=1e-12)
+    assert summary["chi2_limit"] > 1
+    assert summary["discarded_variance"] < 1e-2
+
+
+def test_spectra_like_the_training_set_have_chi2_one(whole, test_toy):
+    chi2 = whole.mixture.predict(test_toy.noisy(), test_toy.error).chi2
+    assert np.median(chi2) == pytest.approx(1, abs=0.03)
+    assert np.mean(chi2 > whole.summary["chi2_limit"]) < 0.01
+    strange = test_toy.noisy() + 0.5 * np.sign(np.sin(np.arange(640)))
+    assert np.median(whole.mixture.predict(strange, test_toy.error).chi2) > 2 * whole.summary["chi2_limit"]
+
+
+@pytest.mark.usefixtures("quick")
+class TestBits:
+    def arrays(self, fit):
+        for item in dataclasses.fields(fit.mixture):
+            value = getattr(fit.mixture, item.name)
+            yield from [(item.name, v) for v in value] if isinstance(value, tuple) else [(item.name, value)]
+
+    def assert_same(self, one, two):
+        for (name, a), (_, b) in zip(self.arrays(one), self.arrays(two), strict=True):
+            np.testing.assert_array_equal(a, b, err_msg=name)
+        assert one.summary == two.summary
+
+    def test_the_same_seed_gives_the_same_model(self, train_file):
+        self.assert_same(fitted(train_file, **QUICK), fitted(train_file, **QUICK))
+
+    def test_another_seed_gives_another_gate(self, train_file):
+        one, two = fitted(train_file, **QUICK), fitted(train_file, seed=1, **QUICK)
+        assert not np.array_equal(one.mixture.gate[0], two.mixture.gate[0])
+        np.testing.assert_allclose(one.mixture.knots, two.mixture.knots)
+
+    @pytest.mark.parametrize("noise", ["closed-form", "sampled"])
+    def test_experts_do_not_depend_on_the_blocks(self, train_file, monkeypatch, noise):
+        monkeypatch.setattr(normal_equations, "BUFFER_ROWS", 1000)
+        one = fitted(train_file, noise=noise, **QUICK)
+        monkeypatch.setattr(fitting, "BLOCK_ROWS", 333)
+        two = fitted(train_file, noise=noise, **QUICK)
+        for name in ("reference", "noise_shape", "expert_weights", "expert_intercepts", "basis", "knots"):
+            np.testing.assert_array_equal(
+                getattr(one.mixture, name), getattr(two.mixture, name), err_msg=name
+            )
+        # A sampled row's place in its matrix product differs, and with it the last bit of its features.
+        np.testing.assert_allclose(two.mixture.gate[0], one.mixture.gate[0], rtol=0.02, atol=0.02)
+
+    def test_shards_are_one_set(self, train_toy, train_file, tmp_path):
+        shards = [
+            train_toy.write(tmp_path / f"part_{i}.h5", rows=slice(a, b))
+            for i, (a, b) in enumerate([(0, 700), (700, 701), (701, 3000)])
+        ]
+        one, two = fitted(train_file, **QUICK), fitted(shards, **QUICK)
+        np.testing.assert_array_equal(one.mixture.expert_weights, two.mixture.expert_weights)
+
+    def test_only_a_sample_is_read_twice(self, train_file):
+        seen = {}
+
+        def progress(stage, done, total):
+            seen[stage] = (done, total)
+
+        fit = fitted(train_file, progress, sample_rows=1100, **QUICK)
+        assert seen["gate sample"] == (1024, 1024)
+        assert seen["normal equations"] == (3000, 3000)
+        assert 0 < fit.summary["cross_validation"]["rows"] < 1024
+
+    @pytest.mark.parametrize("noise", ["closed-form", "sampled", "observed"])
+    def test_every_way_to_treat_noise_learns_the_same(self, train_toy, test_toy, tmp_path, noise):
+        path = train_toy.write(tmp_path / "noisy.h5", arrays={"noisy": train_toy.noisy(seed=5)})
+        fit = fitted(path, noise=noise, **(QUICK | {"grid": uniform(1, 1)}))
+        assert fit.summary["rows"]["used"] == 3000
+        limit = {"closed-form": 0.30, "sampled": 0.25, "observed": 0.25}[noise]
+        assert score(fit, test_toy) > limit
+
+    def test_sampled_noise_is_not_the_stored_noise(self, train_toy, tmp_path):
+        path = train_toy.write(tmp_path / "noisy.h5", arrays={"noisy": train_toy.noisy(seed=5)})
+        one, two = fitted(path, noise="sampled", **QUICK), fitted(path, noise="observed", **QUICK)
+        assert not np.array_equal(one.mixture.expert_weights, two.mixture.expert_weights)
+
+    def test_noise_level_scales_the_errors(self, train_toy, train_file, tmp_path):
+        louder = train_toy.write(tmp_path / "louder.h5", arrays={"error": 2 * train_toy.error})
+        one, two = fitted(train_file, noise_level=2.0, **QUICK), fitted(louder, **QUICK)
+        self.assert_same(one, two)
+
+    def test_bad_pixels_and_rows_are_left_out(self, train_toy, train_file, test_toy, tmp_path):
+        flux, error = train_toy.flux.copy(), train_toy.error.copy()
+        rng = np.random.default_rng(0)
+        flux[rng.random(flux.shape) < 0.002] = np.nan
+        error[rng.random(flux.shape) < 0.002] = 0
+        flux[[5, 2999]] = np.inf
+        path = train_toy.write(tmp_path / "bad.h5", arrays={"flux": flux, "error": error})
+        fit = fitted(path, **(QUICK | {"sample_draws": 3}))
+        assert fit.summary["rows"] == {"used": 2998, "left_out": 2}
+        assert all(np.isfinite(a).all() for _, a in self.arrays(fit))
+        assert score(fit, test_toy) == pytest.approx(score(fitted(train_file, **QUICK), test_toy), abs=0.03)
+
+    def test_a_set_of_one_noise_level_fits(self, train_toy, test_toy, tmp_path):
+        error = np.broadcast_to(train_toy.error[0], train_toy.error.shape)
+        fit = fitted(train_toy.write(tmp_path / "same.h5", arrays={"error": error}), **QUICK)
+        assert all(np.abs(a).max() < 1e5 for name, a in self.arrays(fit) if name in {"gate", "error_model"})
+        found = fit.mixture.predict(test_toy.noisy(), test_toy.error)
+        assert np.isfinite(found.log_g_err).all()
+
+    def test_experts_never_saw_the_rows_they_are_judged_by(self, make_toy, tmp_path):
+        toy = make_toy(500, 3)
+        shuffled = np.random.default_rng(0).permutation(toy.labels["log_g"])
+        noisy = toy.noisy()
+        path = toy.write(tmp_path / "shuffled.h5", log_g=shuffled, arrays={"flux": noisy})
+        fit = fitted(path, noise="observed", **(QUICK | {"grid": uniform(1, 1)}))
+        # There is nothing to learn, and yet the rows of the fit itself seem to be explained.
+        own = fit.mixture.predict(noisy, toy.error).expert_log_g[:, 0]
+        assert r2(shuffled, own) > 0.1
+        assert fit.summary["cross_validation"]["r2"] < 0.02
+
+    def test_cross_fitted_values_are_those_of_a_fit_without_the_fold(self, train_file, monkeypatch):
+        # The penalty is chosen with all folds; one choice leaves the weights alone to be looked at.
+        monkeypatch.setattr(fitting, "ALPHAS", (0.01,))
+        fitter = fitting._Fitter(open_spectra(train_file), Options(**QUICK), lambda *_: None)
+        seen = {}
+        original = fitter.train
+
+        def train(mixture, features, values, noise, rows):
+            seen.update(values=values, rows=rows, mixture=mixture, features=features)
+            return original(mixture, features, values, noise, rows)
+
+        fitter.train = train
+        fitter.run()
+        np.testing.assert_array_equal(np.unique(seen["rows"]), np.arange(3000))
+        folds = fold_of_rows(seen["rows"], 3, 0)
+        y = fitter.y[seen["rows"]]
+        # Shifting the labels of one fold must move the values of the other folds only.
+        shifted = fitting._Fitter(open_spectra(train_file), Options(**QUICK), lambda *_: None)
+        shifted.y = np.where(shifted.folds == 1, shifted.y + 1, shifted.y)
+        before = dict(seen)
+        original, shifted.train = shifted.train, train
+        shifted.run()
+        moved = seen["values"] - before["values"]
+        assert np.abs(moved[folds == 1]).max() < 1e-6
+        assert np.abs(moved[folds != 1]).mean() > 0.2
+        assert np.isfinite(y).all()
+
+
+def test_constant_labels_are_refused(train_toy, tmp_path):
+    path = train_toy.write(tmp_path / "constant.h5", log_g=np.full(3000, 4.4))
+    with pytest.raises(LabelError, match="log_g is the same in every row"):
+        fitted(path)
+
+
+def test_labels_that_are_not_finite_are_refused(train_toy, tmp_path):
+    log_g = train_toy.labels["log_g"].copy()
+    log_g[17] = np.nan
+    with pytest.raises(LabelError, match="log_g is not finite in 1 of 3000 rows"):
+        fitted(train_toy.write(tmp_path / "nan.h5", log_g=log_g))
+
+
+def test_an_empty_bin_is_refused_by_name(train_file):
+    grid = Grid((3750.0, 6000.0, 7000.0, 8000.0), (-2.0, 0.5))
+    with pytest.raises(
+        InputError, match=r"6000-7000K/.*7000-8000K/.*hold fewer than two rows outside a fold"
+    ):
+        fitted(train_file, grid=grid)
+
+
+def test_a_set_without_a_usable_row_is_refused(train_toy, tmp_path):
+    path = train_toy.write(tmp_path / "bad.h5", arrays={"error": np.zeros_like(train_toy.error)})
+    with pytest.raises(InputError, match="no usable row"):
+        fitted(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"noise": "imagined"}, "noise must be one of"),
+        ({"noise_level": 0.0}, "noise_level must be positive"),
+        ({"noise_level": float("nan")}, "noise_level must be positive"),
+        ({"n_folds": 1}, "at least two folds"),
+        ({"n_levels": 1}, "two noise levels"),
+    ],
+)
+def test_options_are_checked(change, message):
+    with pytest.raises(ValueError, match=message):
+        Options(**change)
+
+
+def test_spectra_without_variety_are_refused(train_toy, tmp_path):
+    flux = 1 + 0.1 * np.outer(train_toy.labels["log_g"], np.sin(np.arange(640)))
+    with pytest.raises(InputError, match="span only .* components; the gate needs 4"):
+        fitted(train_toy.write(tmp_path / "line.h5", arrays={"flux": flux.astype(np.float32)}), **QUICK)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_fold_without_rows_of_a_bin_does_not_stop_the_fit(make_toy, tmp_path):
+    toy = make_toy(60, 4)
+    bins = QUICK["grid"].assign(toy.labels["T_eff"], toy.labels["M_H"])
+    counts = np.zeros((2, 16), int)
+    np.add.at(counts, (bins, fold_of_rows(np.arange(60), 16)), 1)
+    assert (counts == 0).any()
+    fit = fitted(toy.write(tmp_path / "few.h5"), n_folds=16, **QUICK)
+    assert np.isfinite(fit.mixture.predict(toy.noisy(), toy.error).log_g).all()
