@@ -306,7 +306,7 @@ def test_options_are_checked(change, message):
 
 def test_spectra_without_variety_are_refused(train_toy, tmp_path):
     flux = 1 + 0.1 * np.outer(train_toy.labels["log_g"], np.sin(np.arange(640)))
-    with pytest.raises(InputError, match="span only .* components; the gate needs 4"):
+    with pytest.raises(InputError, match=r"span only .* components; the gate needs 4"):
         fitted(train_toy.write(tmp_path / "line.h5", arrays={"flux": flux.astype(np.float32)}), **QUICK)
 
 
