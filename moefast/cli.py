@@ -161,10 +161,18 @@ def cli() -> None:
 @cli.command()
 @click.argument("out", type=click.Path(dir_okay=False))
 @click.option("-n", "--number", type=click.IntRange(1), required=True, help="How many spectra.")
-@click.option("--seed", type=click.IntRange(0), required=True, help="Seed; row i is the same for any number of rows.")
-@click.option("--mag", nargs=2, type=float, help="Faint and bright limit of the HSC i magnitude.  [default: 20.5 22.5]")
-@click.option("--noise-level", type=float, default=1.0, show_default=True, help="Factor on the physical noise.")
-@click.option("--noisy/--clean", default=True, show_default=True, help="Also store the array with noise added.")
+@click.option(
+    "--seed", type=click.IntRange(0), required=True, help="Seed; row i is the same for any number of rows."
+)
+@click.option(
+    "--mag", nargs=2, type=float, help="Faint and bright limit of the HSC i magnitude.  [default: 20.5 22.5]"
+)
+@click.option(
+    "--noise-level", type=float, default=1.0, show_default=True, help="Factor on the physical noise."
+)
+@click.option(
+    "--noisy/--clean", default=True, show_default=True, help="Also store the array with noise added."
+)
 @OVERWRITE
 @QUIET
 def simulate(
@@ -196,7 +204,9 @@ def simulate(
 
 @cli.command()
 @FILES
-@click.option("--picture", type=click.Path(dir_okay=False), help="Draw a few spectra and the SNR histograms to a PNG.")
+@click.option(
+    "--picture", type=click.Path(dir_okay=False), help="Draw a few spectra and the SNR histograms to a PNG."
+)
 @click.option("--limit", type=click.IntRange(1), help="Look at so many rows at most.")
 @JSON
 def inspect(files: tuple[str, ...], picture: str | None, limit: int | None, as_json: bool) -> None:
@@ -218,7 +228,9 @@ def inspect(files: tuple[str, ...], picture: str | None, limit: int | None, as_j
 @FILES
 @click.option("-o", "--out", required=True, metavar="FOLDER", help="Model folder to write.")
 @click.option("--recipe", default="phys-moe", show_default=True, help="phys-moe or global-ridge.")
-@click.option("--grid", callback=_grid, metavar="TxM", help="Bins in T_eff and [M/H], instead of the recipe's.")
+@click.option(
+    "--grid", callback=_grid, metavar="TxM", help="Bins in T_eff and [M/H], instead of the recipe's."
+)
 @click.option(
     "--noise",
     type=click.Choice(["closed-form", "sampled", "observed"]),
@@ -227,10 +239,14 @@ def inspect(files: tuple[str, ...], picture: str | None, limit: int | None, as_j
     help="closed-form: flux is clean, noise enters the normal equations exactly. sampled: flux is clean, one draw "
     "of noise per spectrum. observed: the spectra are noisy already.",
 )
-@click.option("--noise-level", type=float, default=1.0, show_default=True, help="Factor on the errors of the files.")
+@click.option(
+    "--noise-level", type=float, default=1.0, show_default=True, help="Factor on the errors of the files."
+)
 @click.option("--references/--no-references", default=True, show_default=True,
               help="Also fit the published-style ridge to compare with (doubles the first pass).")  # fmt: skip
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of folds, draws and networks.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of folds, draws and networks."
+)
 @OVERWRITE
 @QUIET
 @JSON
@@ -257,9 +273,13 @@ def fit(
         click.echo(json.dumps(facts, indent=1))
         return
     check = facts["cross_validation"]
-    click.echo(f"{out}: {model.manifest['recipe']}, {facts['rows']['used']:,} spectra, {facts['seconds']:.0f} s")
+    click.echo(
+        f"{out}: {model.manifest['recipe']}, {facts['rows']['used']:,} spectra, {facts['seconds']:.0f} s"
+    )
     if facts["rows"]["left_out"]:
-        click.echo(f"  {facts['rows']['left_out']:,} spectra with fewer than half of their pixels good were left out")
+        click.echo(
+            f"  {facts['rows']['left_out']:,} spectra with fewer than half of their pixels good were left out"
+        )
     click.echo(f"  {facts['solver']}")
     click.echo(
         f"  rows held back: R² {check['r2']:.3f} (with true bins {check['r2_true_bins']:.3f}), "
@@ -271,13 +291,17 @@ def fit(
 @cli.command()
 @FILES
 @MODEL
-@click.option("-o", "--out", metavar="FOLDER", help="Write report.json, report.txt and report.png to this folder.")
+@click.option(
+    "-o", "--out", metavar="FOLDER", help="Write report.json, report.txt and report.png to this folder."
+)
 @click.option(
     "--noise", type=click.Choice(["auto", "draw", "none"]), default="auto", show_default=True,
     help="auto: the array noisy where a file has it, else noise from the stored seed. draw: always a draw on flux. "
     "none: flux as it is, for observed spectra.",
 )  # fmt: skip
-@click.option("--noise-level", type=float, default=1.0, show_default=True, help="Factor on the errors of the files.")
+@click.option(
+    "--noise-level", type=float, default=1.0, show_default=True, help="Factor on the errors of the files."
+)
 @click.option("--name", help="Name of the test set in the report.")
 @BACKEND
 @OVERWRITE
@@ -326,18 +350,23 @@ def export(model: str, out: str, part: str, overwrite: bool) -> None:
     chosen = Model.load(None if model == "shipped" else model)
     differences = export_model(chosen.mixture, out, part=part, metadata={"recipe": chosen.manifest["recipe"]})
     size = Path(out).stat().st_size / 1e6
-    largest = ", ".join(f"{name} {value:.1e}" for name, value in differences.items() if isinstance(value, float))
+    largest = ", ".join(
+        f"{name} {value:.1e}" for name, value in differences.items() if isinstance(value, float)
+    )
     click.echo(f"{out}: {part}, {size:.1f} MB; largest difference from the model in float64: {largest}")
 
 
 @cli.command()
 @FILES
 @MODEL
-@click.option("-o", "--out", metavar="TABLE", help="Table to write: .h5, .parquet or .fits.  [default: <FILE>.log_g.h5]")
+@click.option("-o", "--out", metavar="TABLE",
+              help="Table to write: .h5, .parquet or .fits.  [default: <FILE>.log_g.h5 in this folder]")  # fmt: skip
 @click.option("--array", type=click.Choice(["auto", "flux", "noisy"]), default="auto", show_default=True,
               help="Array to score; auto is noisy where a file has it.")  # fmt: skip
 @BACKEND
-@click.option("--rows", callback=_rows, metavar="FIRST:LAST", help="Score these rows only, LAST not included.")
+@click.option(
+    "--rows", callback=_rows, metavar="FIRST:LAST", help="Score these rows only, LAST not included."
+)
 @click.option("--limit", type=click.IntRange(1), help="Score at most so many rows.")
 @click.option("--shard", callback=_shard, metavar="i/N", help="Score part i (from 0) of N equal parts.")
 @OVERWRITE

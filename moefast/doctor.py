@@ -14,7 +14,18 @@ from moefast.errors import MoefastError
 
 __all__ = ["examine", "format_text"]
 
-PACKAGES = ("numpy", "scipy", "numba", "h5py", "onnx", "onnxruntime-gpu", "onnxruntime", "astropy", "pyarrow", "click")
+PACKAGES = (
+    "numpy",
+    "scipy",
+    "numba",
+    "h5py",
+    "onnx",
+    "onnxruntime-gpu",
+    "onnxruntime",
+    "astropy",
+    "pyarrow",
+    "click",
+)
 
 
 def examine() -> dict[str, Any]:
@@ -28,7 +39,9 @@ def examine() -> dict[str, Any]:
             if name not in {"onnxruntime", "onnxruntime-gpu"}:
                 problems.append(f"package {name} is not installed; reinstall moefast")
     if {"onnxruntime", "onnxruntime-gpu"} <= versions.keys():
-        problems.append("onnxruntime and onnxruntime-gpu are both installed and overwrite each other; keep one")
+        problems.append(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other; keep one"
+        )
     if not {"onnxruntime", "onnxruntime-gpu"} & versions.keys():
         problems.append("neither onnxruntime-gpu nor onnxruntime is installed; reinstall moefast")
     devices, reason = cuda_devices()

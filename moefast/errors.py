@@ -7,7 +7,15 @@ dataset and row, what was expected, what was found, and what to do.
 
 from __future__ import annotations
 
-__all__ = ["BackendError", "InputError", "LabelError", "ModelError", "MoefastError", "OutputError", "WaveGridError"]
+__all__ = [
+    "BackendError",
+    "InputError",
+    "LabelError",
+    "ModelError",
+    "MoefastError",
+    "OutputError",
+    "WaveGridError",
+]
 
 
 class MoefastError(Exception):

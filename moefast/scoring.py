@@ -19,15 +19,15 @@ from numpy.typing import NDArray
 
 import moefast
 from moefast.backend import Backend, resolve_backend
-from moefast.errors import BackendError, InputError, MoefastError
+from moefast.errors import BackendError, InputError, MoefastError, OutputError
 from moefast.kernels import PROJECT_ROWS
 from moefast.mixture import Mixture, Prediction
 from moefast.model import Model
-from moefast.spectra.files import Block, Failure, SpectrumSet, open_spectra
+from moefast.spectra.files import Block, Failure, Shard, SpectrumSet, find_files, open_spectra
 from moefast.spectra.quality import Flag, Quality, assess, good_pixels
 from moefast.spectra.tables import Column, open_table
 
-__all__ = ["Summary", "choose_rows", "make_engine", "predict", "score_block"]
+__all__ = ["Summary", "choose_rows", "make_engine", "open_engine", "predict", "score_block"]
 
 BLOCK_ROWS = 4 * PROJECT_ROWS
 NOISE_FREE_CHI2 = 0.1
@@ -55,6 +55,8 @@ class Summary:
         Wall time from the first read to the closed table.
     backend, device : str
         Really used.
+    reason : str
+        Why this backend.
     array : str
         Which array was scored.
     r2 : float or None
@@ -74,6 +76,7 @@ class Summary:
     spectra_per_second: float = 0.0
     backend: str = ""
     device: str = ""
+    reason: str = ""
     array: str = ""
     r2: float | None = None
     flags: dict[str, int] = field(default_factory=dict)
@@ -107,6 +110,25 @@ def make_engine(mixture: Mixture, backend: Backend) -> Engine:
     return score
 
 
+def open_engine(mixture: Mixture, backend: str = "auto") -> tuple[Engine, Backend]:
+    """The engine for a backend asked for, and the backend it really runs on; "auto" falls back to the CPU.
+
+    Raises
+    ------
+    BackendError
+        "cuda" was asked for and cannot be used.
+    """
+    where = resolve_backend(backend)
+    try:
+        return make_engine(mixture, where), where
+    except BackendError as error:
+        if backend != "auto":
+            raise
+        reason = f"{where.device} was found but cannot be used: {error}"
+        where = Backend("cpu", resolve_backend("cpu").device, reason)
+        return make_engine(mixture, where), where
+
+
 def score_block(
     model: Model, engine: Engine, block: Block, first_row: int
 ) -> tuple[dict[str, NDArray], NDArray]:
@@ -127,13 +149,14 @@ def score_block(
     flag = quality.flag.copy()
     empty = (flag & np.uint32(Flag.NO_DATA)) != 0
     low, high = model.mixture.label_range
-    outside = (result.log_g <= low) | (result.log_g >= high)
-    outside |= (result.log_level < limits["log_level"][0]) | (result.log_level > limits["log_level"][1])
+    # Numbers that overflowed to NaN compare false with everything: the flags say "not within", never "beyond".
+    outside = ~((result.log_g > low) & (result.log_g < high))
+    outside |= ~((result.log_level >= limits["log_level"][0]) & (result.log_level <= limits["log_level"][1]))
     expert = result.weights.argmax(1).astype(np.int16)
     for bit, rows in (
         (Flag.OUT_OF_GRID, outside),
-        (Flag.LOW_CONFIDENCE, result.log_g_err > limits["log_g_err"]),
-        (Flag.UNLIKE_TRAINING, result.chi2 > limits["chi2"]),
+        (Flag.LOW_CONFIDENCE, ~(result.log_g_err <= limits["log_g_err"])),
+        (Flag.UNLIKE_TRAINING, ~(result.chi2 <= limits["chi2"])),
     ):
         flag[rows & ~empty] |= np.uint32(bit)
     columns = {
@@ -281,17 +304,10 @@ def predict(
         With one file; with several, a file that cannot be read is left out and named in `Summary.failures`.
     """
     chosen = model if isinstance(model, Model) else Model.load(model)
-    where = resolve_backend(backend)
-    try:
-        engine = make_engine(chosen.mixture, where)
-    except BackendError:
-        if backend != "auto":
-            raise
-        where = Backend(
-            "cpu", resolve_backend("cpu").device, f"{where.device} was found but ONNX Runtime cannot use it"
-        )
-        engine = make_engine(chosen.mixture, where)
+    engine, where = open_engine(chosen.mixture, backend)
     spectra, failures = _open(paths, chosen)
+    if out is not None and any(_same_file(out, shard.path) for shard in spectra.shards):
+        raise OutputError(f"{out}: is one of the inputs; choose another name for the table")
     several = len(spectra.shards) > 1 or bool(failures)
     start, stop = choose_rows(spectra.n_rows, rows, limit, shard)
     scored = sorted({"noisy" if array != "flux" and "noisy" in s.arrays else "flux" for s in spectra.shards})
@@ -310,8 +326,15 @@ def predict(
         "rows": f"{start}:{stop}",
         "backend": where.name,
         "device": where.device,
+        "backend_reason": where.reason,
     }
-    summary = Summary(backend=where.name, device=where.device, array="+".join(scored), failures=failures)
+    summary = Summary(
+        backend=where.name,
+        device=where.device,
+        reason=where.reason,
+        array="+".join(scored),
+        failures=failures,
+    )
     sink = _Sink(out, stop - start, table_columns(chosen.mixture.n_experts, ids, several), attrs, overwrite)
     r2, chi2_sample, unlike = _R2(), [], 0
     wanted = [*ids, _LABEL] if labelled else list(ids)
@@ -362,15 +385,36 @@ def predict(
 
 def _open(paths: str | Path | Iterable[str | Path], model: Model) -> tuple[SpectrumSet, list[Failure]]:
     """Open the files; with several, those that cannot be used are left out."""
-    spectra = open_spectra(paths, on_error="skip")
-    if spectra.failures and len(spectra.shards) + len(spectra.failures) == 1:
-        raise spectra.failures[0].error
-    model.check_wave(spectra.wave, str(spectra.shards[0].path))
+    given = [paths] if isinstance(paths, str | Path) else list(paths)
+    try:
+        alone = len(find_files(given)) == 1
+    except InputError:
+        alone = len(given) == 1
+
+    def usable(shard: Shard) -> None:
+        model.check_wave(shard.wave, str(shard.path))
+
+    spectra = open_spectra(given, on_error="raise" if alone else "skip", check=usable)
     return spectra, list(spectra.failures)
 
 
+def _same_file(first: str | Path, second: Path) -> bool:
+    try:
+        return Path(first).samefile(second)
+    except OSError:
+        return False
+
+
 def _id_dtype(spectra: SpectrumSet, name: str) -> np.dtype:
-    return np.result_type(*(shard.params([name], 0, 1)[name].dtype for shard in spectra.shards))
+    """Type that holds the identifiers of all files."""
+    kinds = []
+    for shard in spectra.shards:
+        kind = shard.params([name], 0, 1)[name].dtype
+        if kind.kind == "U":
+            # Text comes as long as the longest of the rows read: one row says nothing about the others.
+            kind = shard.params([name])[name].dtype
+        kinds.append(kind)
+    return np.result_type(*kinds)
 
 
 def _fill_gap(sink, spectra, first, stop, ids, several, allowed):  # type: ignore[no-untyped-def]

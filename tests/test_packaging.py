@@ -18,7 +18,11 @@ def _config() -> dict:
 
 def _tree() -> set[str]:
     found = set()
-    for name, folder in (("moefast", "moefast"), ("moefast.kernels", "kernels"), ("moefast.export", "export")):
+    for name, folder in (
+        ("moefast", "moefast"),
+        ("moefast.kernels", "kernels"),
+        ("moefast.export", "export"),
+    ):
         for init in (ROOT / folder).rglob("__init__.py"):
             found.add(".".join([name, *init.parent.relative_to(ROOT / folder).parts]))
     return found

@@ -16,14 +16,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from moefast.backend import resolve_backend
 from moefast.errors import InputError, OutputError
 from moefast.fitting import LinearForm
 from moefast.mixture import hat_weights
 from moefast.model import Model
 from moefast.noise import standard_normals
 from moefast.protocol.report import evaluate_predictions, format_text, write_atomically, write_json
-from moefast.scoring import BLOCK_ROWS, make_engine, score_block
+from moefast.scoring import BLOCK_ROWS, open_engine, score_block
 from moefast.spectra.files import Block, open_spectra
 from moefast.spectra.quality import good_pixels
 
@@ -83,8 +82,7 @@ def evaluate(
     chosen = model if isinstance(model, Model) else Model.load(model)
     if not noise_level > 0:
         raise InputError(f"the noise level must be positive, found {noise_level}")
-    where = resolve_backend(backend)
-    engine = make_engine(chosen.mixture, where)
+    engine, where = open_engine(chosen.mixture, backend)
     spectra = open_spectra(paths)
     chosen.check_wave(spectra.wave, str(spectra.shards[0].path))
     labels = spectra.labels(("T_eff", "log_g", "M_H"))

@@ -26,7 +26,7 @@ import queue
 import re
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -828,7 +828,7 @@ class SpectrumSet:
         """Whether `labels` would succeed."""
         try:
             self.labels(names)
-        except LabelError:
+        except InputError:
             return False
         return True
 
@@ -965,7 +965,12 @@ def _check_wave(shard: Shard, first: Shard) -> None:
         )
 
 
-def open_spectra(paths: str | Path | Iterable[str | Path], *, on_error: OnError = "raise") -> SpectrumSet:
+def open_spectra(
+    paths: str | Path | Iterable[str | Path],
+    *,
+    on_error: OnError = "raise",
+    check: Callable[[Shard], None] | None = None,
+) -> SpectrumSet:
     """Open spectrum files as one set.
 
     Parameters
@@ -974,19 +979,25 @@ def open_spectra(paths: str | Path | Iterable[str | Path], *, on_error: OnError 
         Files, folders and patterns, see `find_files`.
     on_error : {"raise", "skip"}
         Whether a file that cannot be used is an error, or is left out and noted in `SpectrumSet.failures`.
+    check : callable, optional
+        Called with each shard; an `InputError` from it says that the file cannot be used.
 
     Raises
     ------
     InputError
-        If a file (with "skip": every file) cannot be used.
+        If a file (with "skip": every file) cannot be used; of the kind that all files have in common.
     WaveGridError
         If the files lie on different wave grids.
     """
     if on_error not in {"raise", "skip"}:
         raise ValueError(f"on_error must be 'raise' or 'skip', found {on_error!r}")
     given = [paths] if isinstance(paths, str | Path) else list(paths)
+    check = check or (lambda shard: None)
     if on_error == "raise":
-        return SpectrumSet([Shard(path) for path in find_files(given)])
+        found = [Shard(path) for path in find_files(given)]
+        for shard in found:
+            check(shard)
+        return SpectrumSet(found)
     failures: list[Failure] = []
     shards: list[Shard] = []
     files: list[Path] = []
@@ -998,14 +1009,18 @@ def open_spectra(paths: str | Path | Iterable[str | Path], *, on_error: OnError 
     for file in find_files(files) if files else []:
         try:
             shard = Shard(file)
+            check(shard)
             if shards:
                 _check_wave(shard, shards[0])
             shards.append(shard)
         except InputError as error:
             failures.append(Failure(file, None, error))
     if not shards:
-        reasons = "\n".join(f"  {failure.error}" for failure in failures)
-        raise InputError(f"none of the files can be used:\n{reasons}" if failures else "no files given")
+        if not failures:
+            raise InputError("no files given")
+        kinds = {type(failure.error) for failure in failures}
+        kind = kinds.pop() if len(kinds) == 1 else InputError
+        raise kind("\n".join(["none of the files can be used:", *(f"  {f.error}" for f in failures)]))
     return SpectrumSet(shards, failures)
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from moefast.kernels import binning
 from moefast.kernels import reference_binning as reference
 
