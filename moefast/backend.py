@@ -14,7 +14,15 @@ from dataclasses import dataclass
 
 from moefast.errors import BackendError
 
-__all__ = ["BACKENDS", "Backend", "cuda_devices", "resolve_backend"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "cpu_count",
+    "cpu_name",
+    "cuda_devices",
+    "physical_memory",
+    "resolve_backend",
+]
 
 BACKENDS = ("auto", "cpu", "cuda")
 
@@ -64,6 +72,13 @@ def cpu_name() -> str:
 def cpu_count() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def physical_memory() -> int:
+    """Memory of this machine in bytes; 0 where the system does not tell."""
+    if not hasattr(os, "sysconf"):
+        return 0
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def resolve_backend(name: str = "auto") -> Backend:

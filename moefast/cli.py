@@ -7,6 +7,7 @@ People read standard output; `--json` gives machines the same facts. Progress an
 from __future__ import annotations
 
 import json
+import math
 import signal
 import sys
 import time
@@ -114,6 +115,12 @@ def _shard(_: click.Context, __: click.Parameter, value: str | None) -> tuple[in
     return index, count
 
 
+def _positive(_: click.Context, __: click.Parameter, value: float) -> float:
+    if not 0 < value < math.inf:
+        raise click.BadParameter(f"{value:g} is not a positive number")
+    return value
+
+
 def _grid(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:
     if value is None:
         return None
@@ -168,7 +175,12 @@ def cli() -> None:
     "--mag", nargs=2, type=float, help="Faint and bright limit of the HSC i magnitude.  [default: 20.5 22.5]"
 )
 @click.option(
-    "--noise-level", type=float, default=1.0, show_default=True, help="Factor on the physical noise."
+    "--noise-level",
+    type=float,
+    callback=_positive,
+    default=1.0,
+    show_default=True,
+    help="Factor on the physical noise.",
 )
 @click.option(
     "--noisy/--clean", default=True, show_default=True, help="Also store the array with noise added."
@@ -240,7 +252,12 @@ def inspect(files: tuple[str, ...], picture: str | None, limit: int | None, as_j
     "of noise per spectrum. observed: the spectra are noisy already.",
 )
 @click.option(
-    "--noise-level", type=float, default=1.0, show_default=True, help="Factor on the errors of the files."
+    "--noise-level",
+    type=float,
+    callback=_positive,
+    default=1.0,
+    show_default=True,
+    help="Factor on the errors of the files.",
 )
 @click.option("--references/--no-references", default=True, show_default=True,
               help="Also fit the published-style ridge to compare with (doubles the first pass).")  # fmt: skip
@@ -257,8 +274,13 @@ def fit(
     """Fit a model on labelled spectra (T_eff, log_g, M_H in dataset/params) and write it to a folder."""
     from moefast.model import check_target
     from moefast.protocol.bins import uniform
+    from moefast.recipes import RECIPES
     from moefast.recipes import fit as run
 
+    if recipe not in RECIPES:
+        raise click.BadParameter(
+            f"{recipe!r} is unknown; choose one of {', '.join(RECIPES)}", param_hint="--recipe"
+        )
     check_target(Path(out), overwrite)
     progress = Progress(quiet)
     begin = time.monotonic()
@@ -300,7 +322,12 @@ def fit(
     "none: flux as it is, for observed spectra.",
 )  # fmt: skip
 @click.option(
-    "--noise-level", type=float, default=1.0, show_default=True, help="Factor on the errors of the files."
+    "--noise-level",
+    type=float,
+    callback=_positive,
+    default=1.0,
+    show_default=True,
+    help="Factor on the errors of the files.",
 )
 @click.option("--name", help="Name of the test set in the report.")
 @BACKEND
@@ -360,7 +387,7 @@ def export(model: str, out: str, part: str, overwrite: bool) -> None:
 @FILES
 @MODEL
 @click.option("-o", "--out", metavar="TABLE",
-              help="Table to write: .h5, .parquet or .fits.  [default: <FILE>.log_g.h5 in this folder]")  # fmt: skip
+              help="Table to write: .h5, .parquet or .fits.  [default: <FILE>.log_g.h5 in this folder, <FILE>.log_g.i-of-N.h5 with --shard]")  # fmt: skip
 @click.option("--array", type=click.Choice(["auto", "flux", "noisy"]), default="auto", show_default=True,
               help="Array to score; auto is noisy where a file has it.")  # fmt: skip
 @BACKEND
@@ -385,7 +412,9 @@ def predict(
     """
     from moefast.scoring import predict as run
 
-    target = Path(out) if out else Path(files[0]).with_suffix(".log_g.h5").name
+    # Parts that run at the same time must not write to one name.
+    part = f".{shard[0]}-of-{shard[1]}" if shard else ""
+    target = Path(out) if out else Path(f"{Path(files[0]).resolve().stem}.log_g{part}.h5")
     progress = Progress(quiet or as_json)
     summary = run(
         files, model, target, array=array, backend=backend, rows=rows, limit=limit,  # type: ignore[arg-type]
@@ -395,7 +424,7 @@ def predict(
     facts = {
         "table": str(target), "rows": summary.n_rows, "seconds": summary.seconds,
         "spectra_per_second": summary.spectra_per_second, "r2": summary.r2, "array": summary.array,
-        "backend": summary.backend, "device": summary.device, "flags": summary.flags, "notes": summary.notes,
+        "backend": summary.backend, "device": summary.device, "reason": summary.reason, "flags": summary.flags, "notes": summary.notes,
         "failures": [str(failure.error) for failure in summary.failures],
     }  # fmt: skip
     if as_json:
@@ -405,6 +434,7 @@ def predict(
         speed = f"{summary.spectra_per_second:,.0f} spectra/s"
         r2 = "no labels, so no R²" if summary.r2 is None else f"R² {summary.r2:.3f}"
         click.echo(f"  {speed} on {summary.backend} ({summary.device}), {r2}")
+        click.echo(f"  backend {summary.backend}: {summary.reason}")
         if summary.flags:
             click.echo("  flags: " + ", ".join(f"{name} {count:,}" for name, count in summary.flags.items()))
         for note in summary.notes:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import platform
-import sys
 from importlib import metadata
 from typing import Any
 
 import moefast
-from moefast.backend import cpu_count, cpu_name, cuda_devices, resolve_backend
+from moefast.backend import cpu_count, cpu_name, cuda_devices, physical_memory, resolve_backend
 from moefast.errors import MoefastError
 
 __all__ = ["examine", "format_text"]
@@ -74,7 +72,7 @@ def examine() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": cpu_name(),
         "cores": cpu_count(),
-        "memory_bytes": _memory(),
+        "memory_bytes": physical_memory(),
         "cuda_devices": devices,
         "why_no_cuda": reason,
         "onnxruntime_providers": providers,
@@ -84,12 +82,6 @@ def examine() -> dict[str, Any]:
         "shipped_model": model,
         "problems": problems,
     }
-
-
-def _memory() -> int:
-    if sys.platform == "win32":
-        return 0
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def format_text(facts: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from moefast.backend import physical_memory
 from moefast.errors import InputError, LabelError
 from moefast.experts.normal_equations import NormalEquations
 from moefast.experts.ridge import NoisePath, Subspace, principal_subspace, ridge
@@ -227,6 +228,12 @@ class _Fitter:
     def gather(self) -> tuple[NormalEquations, NormalEquations | None, dict[str, int]]:
         options = self.options
         self.reference = self.find_reference()
+        needed = NormalEquations.memory(self.reference.size, options.grid.n_bins, options.n_folds)
+        if 0 < physical_memory() < 1.3 * needed:
+            raise InputError(
+                f"{options.grid.n_bins} bins in {options.n_folds} folds need {needed / 1e9:.1f} GB for their normal "
+                f"equations; this machine has {physical_memory() / 1e9:.1f} GB. Fit a coarser grid"
+            )
         equations = NormalEquations(self.reference, options.grid.n_bins, options.n_folds)
         published = NormalEquations(self.reference) if options.references else None
         left_out = 0
