@@ -32,6 +32,7 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 ONNX = "model.onnx"
 REFERENCES = "references.npz"
+WHAT = "moefast model"
 LARGEST_MANIFEST = 16 * 2**20
 _PACKAGES = ("numpy", "scipy", "numba", "h5py", "onnx")
 
@@ -63,7 +64,7 @@ class Model:
         label_spread = float(training["log_g_std"])
         manifest = {
             "schema": SCHEMA,
-            "what": "moefast model",
+            "what": WHAT,
             "moefast_version": moefast.__version__,
             "recipe": recipe,
             "grid": grid.to_dict(),
@@ -141,9 +142,13 @@ class Model:
 
         target = Path(folder)
         check_target(target, overwrite)
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        partial, old = (
+            target.with_name(f".{target.name}.{os.getpid()}.{ending}") for ending in ("partial", "old")
+        )
         try:
-            partial.mkdir(parents=True)
+            # What an ended process of the same number left behind.
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
             export_model(self.mixture, partial / ONNX, metadata={"recipe": self.manifest["recipe"]})
             if self.references:
                 _write_references(partial / REFERENCES, self.references)
@@ -151,18 +156,28 @@ class Model:
                 item.name: {"sha256": _hash(item), "bytes": item.stat().st_size}
                 for item in sorted(partial.iterdir())
             }
-            text = json.dumps({**self.manifest, "files": files}, indent=1, allow_nan=False)
+            # As it will be read: the checksum must not depend on what JSON does to keys and tuples.
+            manifest = json.loads(json.dumps({**self.manifest, "files": files}, allow_nan=False))
+            manifest["checksum"] = _checksum(manifest)
+            text = json.dumps(manifest, indent=1, allow_nan=False)
             (partial / MANIFEST).write_text(text + "\n", encoding="utf-8")
             for item in partial.iterdir():
                 with item.open("rb") as file:
                     os.fsync(file.fileno())
             if target.exists():
-                shutil.rmtree(target)
-            partial.rename(target)
+                target.rename(old)
+            try:
+                partial.rename(target)
+            except BaseException:
+                if old.exists():
+                    old.rename(target)
+                raise
         except OSError as error:
             raise OutputError(f"{target}: cannot be written ({error.strerror})") from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+            if target.exists():
+                shutil.rmtree(old, ignore_errors=True)
         return Model.load(target)
 
     @classmethod
@@ -188,8 +203,12 @@ class Model:
             )
         try:
             manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-            schema, files = manifest["schema"], manifest["files"]
-        except (ValueError, KeyError, TypeError) as error:
+            schema = manifest["schema"]
+            files = {
+                str(name): (int(entry["bytes"]), str(entry["sha256"]))
+                for name, entry in dict(manifest["files"]).items()
+            }
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ModelError(
                 f"{path / MANIFEST}: not a manifest of moefast ({error}); fit the model again"
             ) from error
@@ -199,10 +218,14 @@ class Model:
                 "fit the model again or install the moefast that wrote it "
                 f"({manifest.get('moefast_version', 'unknown')})"
             )
+        if manifest.get("checksum") != _checksum(manifest):
+            raise ModelError(
+                f"{path / MANIFEST}: its checksum does not fit; it was altered, copy the model again"
+            )
         if ONNX not in files:
             raise ModelError(f"{path / MANIFEST}: {ONNX} is not listed; fit the model again")
-        for name, expected in files.items():
-            _check_file(path, name, expected)
+        for name, (size, digest) in files.items():
+            _check_file(path, name, size, digest)
         try:
             wave = np.array(manifest["wave"]["values"], np.float64)
             if _wave_hash(wave) != manifest["wave"]["sha256"]:
@@ -238,8 +261,23 @@ def check_target(target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise OutputError(f"{target}: exists already; choose another name, or replace it with --overwrite")
-    if not target.is_dir() or (not (target / MANIFEST).is_file() and any(target.iterdir())):
-        raise OutputError(f"{target}: exists and is not a model folder; it will not be replaced")
+    if not target.is_dir() or target.is_symlink():
+        raise OutputError(f"{target}: exists and is not a folder; it will not be replaced")
+    # Replacing removes everything inside: a manifest.json of something else, or a stray file, must be safe.
+    others = sorted({item.name for item in target.iterdir()} - {MANIFEST, ONNX, REFERENCES})
+    if others:
+        raise OutputError(
+            f"{target}: is not a model folder, or holds more than a model ({others[0]}); it will not be replaced"
+        )
+    if (target / MANIFEST).exists() and not _is_ours(target / MANIFEST):
+        raise OutputError(f"{target}: {MANIFEST} is not that of a model; it will not be replaced")
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        return bool(json.loads(path.read_text(encoding="utf-8"))["what"] == WHAT)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _wave_hash(wave: NDArray[np.float64]) -> str:
@@ -251,7 +289,13 @@ def _hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_file(folder: Path, name: str, expected: dict[str, Any]) -> None:
+def _checksum(manifest: dict[str, Any]) -> str:
+    """SHA-256 of all that a manifest says, but for this number itself."""
+    said = {key: value for key, value in manifest.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _check_file(folder: Path, name: str, n_bytes: int, digest: str) -> None:
     path = folder / name
     if Path(name).name != name:
         raise ModelError(
@@ -260,9 +304,9 @@ def _check_file(folder: Path, name: str, expected: dict[str, Any]) -> None:
     if not path.is_file():
         raise ModelError(f"{path}: missing; the model folder is incomplete, copy it again")
     size = path.stat().st_size
-    if size != expected["bytes"]:
-        raise ModelError(f"{path}: {size} bytes found, {expected['bytes']} expected; copy the model again")
-    if _hash(path) != expected["sha256"]:
+    if size != n_bytes:
+        raise ModelError(f"{path}: {size} bytes found, {n_bytes} expected; copy the model again")
+    if _hash(path) != digest:
         raise ModelError(
             f"{path}: its SHA-256 differs from the manifest's; it was altered, copy the model again"
         )
