@@ -45,6 +45,7 @@ def examine() -> dict[str, Any]:
     devices, reason = cuda_devices()
     providers: list[str] = []
     model: dict[str, Any] = {}
+    chosen = resolve_backend("auto")
     try:
         import onnxruntime
 
@@ -53,6 +54,7 @@ def examine() -> dict[str, Any]:
         problems.append(f"onnxruntime does not import ({error})")
     try:
         from moefast.model import Model
+        from moefast.scoring import open_engine
 
         shipped = Model.load()
         training = shipped.manifest["training"]
@@ -63,9 +65,10 @@ def examine() -> dict[str, Any]:
             "wave": [float(shipped.mixture.wave[0]), float(shipped.mixture.wave[-1])],
             "sha256": shipped.hash,
         }
+        # A device alone is not enough: what the first prediction would find out is found out here.
+        _, chosen = open_engine(shipped.mixture, "auto")
     except MoefastError as error:
         problems.append(str(error))
-    chosen = resolve_backend("auto")
     return {
         "moefast": moefast.__version__,
         "python": platform.python_version(),
@@ -78,6 +81,7 @@ def examine() -> dict[str, Any]:
         "onnxruntime_providers": providers,
         "backend": chosen.name,
         "backend_device": chosen.device,
+        "backend_reason": chosen.reason,
         "packages": versions,
         "shipped_model": model,
         "problems": problems,
@@ -93,7 +97,7 @@ def format_text(facts: dict[str, Any]) -> str:
         f"moefast {facts['moefast']}, Python {facts['python']}, {facts['platform']}",
         f"  CPU      {facts['cpu']}, {facts['cores']} cores{memory}",
         f"  GPU      {gpu}",
-        f"  backend  auto will use {facts['backend']} ({facts['backend_device']})",
+        f"  backend  auto will use {facts['backend']} ({facts['backend_device']}): {facts['backend_reason']}",
         "  packages " + ", ".join(f"{name} {version}" for name, version in facts["packages"].items()),
     ]
     if model:
