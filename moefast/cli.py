@@ -387,7 +387,8 @@ def export(model: str, out: str, part: str, overwrite: bool) -> None:
 @FILES
 @MODEL
 @click.option("-o", "--out", metavar="TABLE",
-              help="Table to write: .h5, .parquet or .fits.  [default: <FILE>.log_g.h5 in this folder, <FILE>.log_g.i-of-N.h5 with --shard]")  # fmt: skip
+              help="Table to write: .h5, .parquet or .fits.  [default: <FILE>.log_g.h5 in this folder; with --shard "
+              "<FILE>.log_g.i-of-N.h5]")  # fmt: skip
 @click.option("--array", type=click.Choice(["auto", "flux", "noisy"]), default="auto", show_default=True,
               help="Array to score; auto is noisy where a file has it.")  # fmt: skip
 @BACKEND
@@ -424,7 +425,8 @@ def predict(
     facts = {
         "table": str(target), "rows": summary.n_rows, "seconds": summary.seconds,
         "spectra_per_second": summary.spectra_per_second, "r2": summary.r2, "array": summary.array,
-        "backend": summary.backend, "device": summary.device, "reason": summary.reason, "flags": summary.flags, "notes": summary.notes,
+        "backend": summary.backend, "device": summary.device, "reason": summary.reason,
+        "flags": summary.flags, "notes": summary.notes,
         "failures": [str(failure.error) for failure in summary.failures],
     }  # fmt: skip
     if as_json:
