@@ -33,6 +33,7 @@ BLOCK_ROWS = 4 * PROJECT_ROWS
 NOISE_FREE_CHI2 = 0.1
 _ID = re.compile(r"id|\w+_id|(obj|cat|source|star|target|fiber|fibre)id", re.IGNORECASE)
 _LABEL = "log_g"
+_LOST = (Flag.NO_DATA, Flag.FEW_GOOD_PIXELS)
 
 
 class Engine(Protocol):
@@ -338,13 +339,24 @@ def predict(
     sink = _Sink(out, stop - start, table_columns(chosen.mixture.n_experts, ids, several), attrs, overwrite)
     r2, chi2_sample, unlike = _R2(), [], 0
     wanted = [*ids, _LABEL] if labelled else list(ids)
+
+    def fill(first: int, last: int) -> None:
+        """Account for rows that could not be read; of a single file they end the run instead."""
+        if first == last or not several:
+            return
+        _fill_gap(sink, spectra, first, last, ids, several)
+        for f in _LOST:
+            summary.flags[str(f.name)] = summary.flags.get(str(f.name), 0) + last - first
+        if labelled:
+            r2.add(spectra.labels((_LABEL,))[_LABEL][first:last], np.full(last - first, np.nan))
+
     begin = time.perf_counter()
     with sink:
         position = start
         blocks = spectra.blocks(BLOCK_ROWS, array=array, rows=(start, stop), params=wanted, on_error="skip")
         for block in blocks:
             base = int(spectra.first_rows[block.shard])
-            _fill_gap(sink, spectra, position, block.first_row, ids, several, several)
+            fill(position, block.first_row)
             columns, chi2 = score_block(chosen, engine, block, block.first_row - base)
             here = np.arange(block.first_row - base, block.first_row - base + len(block), dtype=np.int64)
             lead: dict[str, NDArray] = {"row": here, **{name: block.params[name] for name in ids}}
@@ -365,7 +377,7 @@ def predict(
         summary.failures = list(spectra.failures)
         if not several and summary.failures:
             raise summary.failures[0].error
-        _fill_gap(sink, spectra, position, stop, ids, several, several)
+        fill(position, stop)
         summary.n_rows = stop - start
         summary.seconds = time.perf_counter() - begin
         summary.spectra_per_second = summary.n_rows / summary.seconds
@@ -417,10 +429,8 @@ def _id_dtype(spectra: SpectrumSet, name: str) -> np.dtype:
     return np.result_type(*kinds)
 
 
-def _fill_gap(sink, spectra, first, stop, ids, several, allowed):  # type: ignore[no-untyped-def]
+def _fill_gap(sink, spectra, first, stop, ids, several):  # type: ignore[no-untyped-def]
     """Write rows that could not be read: NaN and NO_DATA, so that no row is lost."""
-    if first == stop or not allowed:
-        return
     for index, base in enumerate(spectra.first_rows[:-1]):
         low, high = max(first, int(base)), min(stop, int(spectra.first_rows[index + 1]))
         if low >= high:
@@ -432,7 +442,7 @@ def _fill_gap(sink, spectra, first, stop, ids, several, allowed):  # type: ignor
             row[column.name] = np.full(n, np.nan, column.dtype) if kind == "f" else np.zeros(n, column.dtype)
         row["row"] = np.arange(low - base, high - base, dtype=np.int64)
         row["expert"][:] = -1
-        row["flag"][:] = np.uint32(Flag.NO_DATA | Flag.FEW_GOOD_PIXELS)
+        row["flag"][:] = np.uint32(sum(_LOST))
         if several:
             row["file"][:] = index
         for name in ids:
