@@ -87,3 +87,46 @@ def make_toy():
 @pytest.fixture(scope="session")
 def train_file(train_toy, tmp_path_factory):
     return train_toy.write(tmp_path_factory.mktemp("train") / "train.h5")
+
+
+@pytest.fixture(scope="session")
+def stars():
+    import small
+
+    return small.stars(2600, seed=12)
+
+
+@pytest.fixture(scope="session")
+def stars_file(stars, tmp_path_factory):
+    return stars.write(tmp_path_factory.mktemp("stars") / "night.h5", arrays=("flux", "error", "noisy"))
+
+
+@pytest.fixture(scope="session")
+def labelled_file(tmp_path_factory):
+    import small
+
+    return small.stars(1500, seed=11).write(tmp_path_factory.mktemp("labelled") / "train.h5")
+
+
+@pytest.fixture(scope="session")
+def model_folder(labelled_file, tmp_path_factory):
+    from moefast.recipes import fit
+
+    folder = tmp_path_factory.mktemp("fitted") / "model"
+    fit(labelled_file).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model(model_folder):
+    from moefast.model import Model
+
+    return Model.load(model_folder)
+
+
+@pytest.fixture(scope="session")
+def whole(model, stars_file):
+    """The table of all rows of `stars_file`, in memory."""
+    from moefast.scoring import predict
+
+    return predict(stars_file, model)

@@ -1,0 +1,415 @@
+"""Prediction: one row out per row in, in order, whatever the blocks, parts, files and formats."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import h5py
+import numpy as np
+import pytest
+from sklearn.metrics import r2_score
+from small import same_rows
+
+import moefast
+from moefast import scoring
+from moefast.errors import InputError, LabelError, MoefastError, OutputError, WaveGridError
+from moefast.protocol.metrics import r2
+from moefast.scoring import choose_rows, predict
+from moefast.spectra import Flag, open_spectra, read_table
+
+FORMATS = (".h5", ".parquet", ".fits")
+
+
+# -- rows and columns ------------------------------------------------------------------------------------------
+
+
+def test_one_row_out_per_row_in_and_the_gravities_are_right(whole, stars, model):
+    columns = whole.columns
+    assert whole.n_rows == len(stars)
+    np.testing.assert_array_equal(columns["row"], np.arange(len(stars)))
+    np.testing.assert_array_equal(columns["id"], stars.params["id"])
+    assert {len(values) for values in columns.values()} == {len(stars)}
+    weights = np.column_stack([columns[f"weight_{k}"] for k in range(model.mixture.n_experts)])
+    np.testing.assert_allclose(weights.sum(1), 1, atol=1e-5)
+    np.testing.assert_array_equal(columns["expert"], weights.argmax(1))
+    assert whole.r2 > 0.65
+    assert not columns["flag"].astype(np.uint32).max() >> np.uint32(16)
+    residual = np.abs(columns["log_g"] - stars.params["log_g"])
+    assert 0.6 < np.mean(residual < columns["log_g_err"]) < 0.76
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_formats_hold_the_same_columns_and_attributes(suffix, whole, stars_file, model, tmp_path):
+    out = tmp_path / f"table{suffix}"
+    summary = predict(stars_file, model, out)
+    columns, attrs = read_table(out)
+    assert list(columns) == list(whole.columns)
+    same_rows(columns, whole.columns, but=())
+    assert attrs["moefast_version"] == moefast.__version__
+    assert attrs["model_sha256"] == model.hash
+    assert len(model.hash) == 64
+    assert attrs["inputs"] == [str(stars_file)]
+    assert attrs["input_sha256"] == open_spectra(stars_file).fingerprint()
+    assert (attrs["backend"], attrs["device"]) == (summary.backend, summary.device)
+    assert attrs["backend_reason"] == summary.reason != ""
+    assert attrs["array"] == "noisy"
+    assert attrs["rows"] == "0:2600"
+    assert attrs["spectra_per_second"] == pytest.approx(summary.n_rows / summary.seconds)
+    assert attrs["r2"] == summary.r2 == whole.r2
+    assert attrs["failures"] == []
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+
+
+def test_no_r2_without_labels(stars, model, tmp_path):
+    path = stars.take(slice(0, 20)).write(tmp_path / "x.h5", params=("id",))
+    summary = predict(path, model, tmp_path / "t.h5")
+    assert summary.r2 is None
+    assert "r2" not in read_table(tmp_path / "t.h5")[1]
+    bare = stars.take(slice(0, 20)).write(tmp_path / "y.h5", params=())
+    assert "id" not in predict(bare, model).columns
+
+
+@pytest.mark.parametrize("suffix", [None, *FORMATS])
+def test_text_identifiers_are_joined_whole(suffix, stars, model, tmp_path):
+    few = stars.take(slice(0, 600))
+    names = np.array([f"star {i}" + "x" * (i % 29) for i in range(600)])
+    assert len(names[0]) < len(names[28])
+    few.params["obj_id"] = names
+    path = few.write(tmp_path / "x.h5")
+    summary = predict(path, model, suffix and tmp_path / f"t{suffix}")
+    columns = read_table(tmp_path / f"t{suffix}")[0] if suffix else summary.columns
+    np.testing.assert_array_equal(columns["obj_id"].astype(str), names)
+    np.testing.assert_array_equal(columns["id"], few.params["id"])
+
+
+def test_large_integer_identifiers_are_exact(stars, model, tmp_path):
+    few = stars.take(slice(0, 3))
+    few.params["obj_id"] = np.array([2**62 + 1, 2**53 + 1, -1])
+    path = few.write(tmp_path / "x.h5")
+    predict(path, model, tmp_path / "t.fits")
+    np.testing.assert_array_equal(read_table(tmp_path / "t.fits")[0]["obj_id"], few.params["obj_id"])
+
+
+def test_flux_or_noisy(stars, stars_file, model, whole):
+    clean = predict(stars_file, model, array="flux")
+    assert clean.array == "flux"
+    assert clean.r2 > whole.r2
+    assert "noise-free" in " ".join(clean.notes)
+    assert not whole.notes
+
+
+def test_noisy_asked_for_and_not_there(stars, model, tmp_path):
+    path = stars.take(slice(0, 5)).write(tmp_path / "x.h5")
+    with pytest.raises(InputError, match=r"x\.h5: .*noisy.* is missing"):
+        predict(path, model, array="noisy")
+
+
+# -- R² --------------------------------------------------------------------------------------------------------
+
+
+def test_streamed_r2_is_that_of_scikit_learn(whole, stars):
+    found = whole.columns["log_g"]
+    assert np.isfinite(found).all()
+    assert whole.r2 == pytest.approx(r2_score(stars.params["log_g"], found), abs=1e-12)
+
+
+@pytest.mark.parametrize("block", [1, 7, 100])
+def test_streamed_r2_counts_missing_rows_as_the_label_mean(block):
+    rng = np.random.default_rng(3)
+    y = 100 + rng.normal(size=500)
+    yhat = y + rng.normal(size=500)
+    yhat[rng.random(500) < 0.2] = np.nan
+    yhat[:block] = np.nan
+    running = scoring._R2()
+    for start in range(0, 500, block):
+        running.add(y[start : start + block], yhat[start : start + block])
+    assert running.value() == pytest.approx(r2(y, yhat), abs=1e-12)
+    filled = np.where(np.isnan(yhat), y.mean(), yhat)
+    assert running.value() == pytest.approx(r2_score(y, filled), abs=1e-12)
+
+
+def test_r2_of_a_file_with_rows_without_data(stars, model, tmp_path):
+    some = stars.take(slice(0, 300)).observed()
+    some.flux[5] = np.nan
+    some.error[200] = 0
+    summary = predict(some.write(tmp_path / "x.h5"), model)
+    assert np.flatnonzero(np.isnan(summary.columns["log_g"])).tolist() == [5, 200]
+    assert summary.r2 == pytest.approx(r2(some.params["log_g"], summary.columns["log_g"]), abs=1e-12)
+
+
+@pytest.mark.parametrize("values", [(), (3.0,), (3.0, 3.0)])
+def test_r2_that_does_not_exist(values):
+    running = scoring._R2()
+    running.add(np.array(values), np.array(values))
+    assert running.value() is None
+
+
+# -- parts -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block_rows", [1, 512, 513, 2049, 10_000])
+def test_blocks_change_nothing(block_rows, stars_file, model, whole, monkeypatch):
+    monkeypatch.setattr(scoring, "BLOCK_ROWS", block_rows)
+    rows = (500, 560) if block_rows == 1 else None
+    found = predict(stars_file, model, rows=rows)
+    same_rows(found.columns, whole.columns, slice(None), other_rows=slice(*rows or (None,)))
+
+
+@pytest.mark.parametrize("rows", [(0, 1), (511, 513), (700, 1213), (2599, 2600)])
+def test_rows_change_nothing(rows, stars_file, model, whole):
+    found = predict(stars_file, model, rows=rows)
+    np.testing.assert_array_equal(found.columns["row"], np.arange(*rows))
+    same_rows(found.columns, whole.columns, slice(None), other_rows=slice(*rows))
+
+
+def test_limit_changes_nothing(stars_file, model, whole):
+    same_rows(predict(stars_file, model, limit=777).columns, whole.columns, slice(0, 777))
+    found = predict(stars_file, model, rows=(100, 300), limit=50)
+    same_rows(found.columns, whole.columns, slice(None), other_rows=slice(100, 150))
+    assert predict(stars_file, model, limit=10_000).n_rows == 2600
+
+
+@pytest.mark.parametrize("count", [1, 3, 7])
+def test_parts_joined_are_the_whole(count, stars_file, model, whole, tmp_path):
+    parts = []
+    for index in range(count):
+        out = tmp_path / f"{index}.h5"
+        predict(stars_file, model, out, shard=(index, count))
+        parts.append(read_table(out)[0])
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    same_rows(joined, whole.columns, but=())
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_more_parts_than_rows(suffix, stars, model, tmp_path):
+    path = stars.take(slice(0, 2)).write(tmp_path / "x.h5")
+    sizes = []
+    for index in range(3):
+        out = tmp_path / f"{index}{suffix}"
+        predict(path, model, out, shard=(index, 3))
+        sizes.append(len(read_table(out)[0]["log_g"]))
+    assert sorted(sizes) == [0, 1, 1]
+
+
+def test_parts_cover_every_row_once():
+    for n, count in ((1, 3), (10, 3), (2600, 7), (5, 5)):
+        edges = [choose_rows(n, shard=(i, count)) for i in range(count)]
+        assert edges[0][0] == 0
+        assert edges[-1][1] == n
+        assert all(a[1] == b[0] for a, b in pairwise(edges))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        ({"rows": (5, 5)}, "rows 5:5"),
+        ({"rows": (0, 11)}, "0:11 asked for; the input has rows 0:10"),
+        ({"rows": (-1, 3)}, "-1:3"),
+        ({"shard": (3, 3)}, "3/3"),
+        ({"limit": 0}, "limit 0"),
+    ],
+)
+def test_rows_that_make_no_sense(wrong, match):
+    with pytest.raises(InputError, match=match):
+        choose_rows(10, **wrong)
+
+
+# -- several files ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shards(stars, tmp_path):
+    folder = tmp_path / "night"
+    folder.mkdir()
+    for k, rows in enumerate((slice(0, 700), slice(700, 701), slice(701, 2000))):
+        stars.take(rows).observed().write(folder / f"part_{k}.h5")
+    return folder
+
+
+@pytest.mark.parametrize("how", ["list", "folder", "pattern"])
+def test_several_files(how, shards, model, stars, tmp_path):
+    paths = {
+        "list": sorted(shards.iterdir()),
+        "folder": shards,
+        "pattern": str(shards / "part_*.h5"),
+    }[how]
+    out = tmp_path / "t.parquet"
+    summary = predict(paths, model, out)
+    columns, attrs = read_table(out)
+    assert next(iter(columns)) == "file"
+    np.testing.assert_array_equal(columns["file"], np.repeat([0, 1, 2], [700, 1, 1299]))
+    np.testing.assert_array_equal(columns["row"], [*range(700), 0, *range(1299)])
+    np.testing.assert_array_equal(columns["id"], stars.params["id"][:2000])
+    assert attrs["inputs"] == [str(path) for path in sorted(shards.iterdir())]
+    assert summary.r2 == pytest.approx(r2(stars.params["log_g"][:2000], columns["log_g"]), abs=1e-12)
+    for k, path in enumerate(sorted(shards.iterdir())):
+        alone = predict(path, model).columns
+        same_rows(columns, alone, columns["file"] == k, other_rows=slice(None))
+
+
+def test_parts_of_several_files_joined_are_the_whole(shards, model):
+    every = predict(shards, model).columns
+    parts = [predict(shards, model, shard=(i, 4)).columns for i in range(4)]
+    same_rows({n: np.concatenate([p[n] for p in parts]) for n in every}, every, but=())
+
+
+def test_one_file_has_no_file_column(stars_file, model):
+    assert "file" not in predict([stars_file], model, limit=3).columns
+
+
+@pytest.mark.parametrize("position", [0, 1])
+def test_a_damaged_file_is_named_and_the_others_are_done(position, shards, model, tmp_path):
+    files = sorted(shards.iterdir())
+    expected = [predict(path, model).columns for path in (files[0], files[2])]
+    broken = tmp_path / "broken.h5"
+    broken.write_bytes(files[2].read_bytes()[:200_000])
+    given = [files[0], files[2]]
+    given.insert(position, broken)
+    out = tmp_path / "t.h5"
+    summary = predict(given, model, out)
+    columns, attrs = read_table(out)
+    for k in (0, 1):
+        same_rows(columns, expected[k], columns["file"] == k, other_rows=slice(None))
+    assert [failure.path for failure in summary.failures] == [broken]
+    assert isinstance(summary.failures[0].error, InputError)
+    assert str(broken) in attrs["failures"][0]
+    assert attrs["inputs"] == [str(files[0]), str(files[2])]
+
+
+@pytest.mark.parametrize("position", [0, 1])
+def test_a_file_on_another_grid_is_left_out_wherever_it_stands(position, stars, model, tmp_path):
+    few = stars.take(slice(0, 9))
+    good = few.write(tmp_path / "good.h5")
+    other = replace(few, wave=few.wave + 1.0).write(tmp_path / "other.h5")
+    given = [good]
+    given.insert(position, other)
+    summary = predict(given, model)
+    assert summary.n_rows == 9
+    assert isinstance(summary.failures[0].error, WaveGridError)
+    assert summary.failures[0].path == other
+    same_rows(summary.columns, predict(good, model).columns)
+
+
+def test_rows_that_cannot_be_read_keep_their_place(stars, model, tmp_path, monkeypatch):
+    """A chunk that does not decompress, in one of two files: NaN and NO_DATA there, everything else as it was."""
+    monkeypatch.setattr(scoring, "BLOCK_ROWS", 64)
+    first = stars.take(slice(0, 64)).write(tmp_path / "a.h5")
+    second = stars.take(slice(64, 264)).write(tmp_path / "b.h5", chunks=(8, 256), compression="gzip")
+    clean = predict([first, second], model).columns
+    with h5py.File(second, "r") as file:
+        chunk = file["dataset/arrays/flux/value"].id.get_chunk_info_by_coord((104, 0))
+    with open(second, "rb+") as file:
+        file.seek(chunk.byte_offset)
+        file.write(b"\xff" * chunk.size)
+    # The slab that holds the damaged chunk is all of this small file.
+    summary = predict([first, second], model, tmp_path / "t.h5")
+    columns, attrs = read_table(tmp_path / "t.h5")
+    lost = np.flatnonzero(np.isnan(columns["log_g"]))
+    assert set(lost) <= set(range(64, 264))
+    assert 64 + 104 in lost
+    kept = np.setdiff1d(np.arange(264), lost)
+    same_rows(columns, clean, kept)
+    np.testing.assert_array_equal(columns["row"], clean["row"])
+    np.testing.assert_array_equal(columns["file"], clean["file"])
+    np.testing.assert_array_equal(columns["id"], clean["id"])
+    assert (columns["flag"][lost] & np.uint32(Flag.NO_DATA)).all()
+    assert (columns["expert"][lost] == -1).all()
+    assert summary.flags["NO_DATA"] == len(lost)
+    labels = stars.params["log_g"][:264]
+    assert summary.r2 == pytest.approx(r2(labels, columns["log_g"]), abs=1e-12)
+    assert "b.h5" in attrs["failures"][0]
+    with pytest.raises(InputError, match=r"b\.h5"):
+        predict(second, model, tmp_path / "alone.h5")
+    assert not (tmp_path / "alone.h5").exists()
+    assert not list(tmp_path.glob(".*partial*"))
+
+
+def test_no_file_at_all(model, tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        predict(tmp_path / "absent.h5", model)
+    with pytest.raises(InputError, match=r"(?s)none of the files.*one\.h5.*two\.h5"):
+        predict([tmp_path / "one.h5", tmp_path / "two.h5"], model)
+    with pytest.raises(InputError, match="no files given"):
+        predict([], model)
+
+
+# -- the output ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_scoring(monkeypatch):
+    def refuse(*_, **__):
+        pytest.fail("spectra were scored before the output was refused")
+
+    monkeypatch.setattr(scoring, "score_block", refuse)
+
+
+@pytest.mark.usefixtures("no_scoring")
+def test_unknown_suffix_is_refused_before_any_work(stars_file, model, tmp_path):
+    with pytest.raises(OutputError, match=r"unknown table format '\.csv'; use \.h5"):
+        predict(stars_file, model, tmp_path / "t.csv")
+
+
+@pytest.mark.usefixtures("no_scoring")
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_an_existing_table_is_kept(suffix, stars_file, model, tmp_path):
+    out = tmp_path / f"t{suffix}"
+    out.write_bytes(b"precious")
+    with pytest.raises(OutputError, match="exists already"):
+        predict(stars_file, model, out)
+    assert out.read_bytes() == b"precious"
+
+
+@pytest.mark.usefixtures("no_scoring")
+def test_an_input_is_never_the_output(stars, model, tmp_path):
+    path = stars.take(slice(0, 4)).write(tmp_path / "x.h5")
+    before = path.read_bytes()
+    (tmp_path / "y.h5").symlink_to(path)
+    for out in (path, tmp_path / "y.h5"):
+        with pytest.raises(OutputError, match="is one of the inputs"):
+            predict(path, model, out, overwrite=True)
+    assert path.read_bytes() == before
+
+
+def test_replaced_only_when_complete(stars_file, model, tmp_path, monkeypatch):
+    out = tmp_path / "t.h5"
+    predict(stars_file, model, out, limit=5)
+    before = out.read_bytes()
+    calls = iter([scoring.score_block, None])
+
+    def once(*args):
+        work = next(calls)
+        if work is None:
+            raise MoefastError("midway")
+        assert out.read_bytes() == before
+        return work(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, "score_block", once)
+        with pytest.raises(MoefastError, match="midway"):
+            predict(stars_file, model, out, overwrite=True)
+    assert out.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["t.h5"]
+    predict(stars_file, model, out, overwrite=True)
+    assert len(read_table(out)[0]["log_g"]) == 2600
+    assert [path.name for path in tmp_path.iterdir()] == ["t.h5"]
+
+
+def test_progress_counts_every_row(stars_file, model):
+    seen = []
+    predict(stars_file, model, rows=(10, 2600), progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(2048, 2590), (2590, 2590)]
+
+
+def test_fit_and_evaluate_need_labels(stars, model, tmp_path):
+    few = stars.take(slice(0, 50))
+    bare = few.write(tmp_path / "bare.h5", params=("id", "T_eff"))
+    few.params["M_H"][7] = np.nan
+    broken = few.write(tmp_path / "broken.h5")
+    for work in (moefast.fit, lambda path: moefast.evaluate(path, model)):
+        with pytest.raises(LabelError, match=r"bare\.h5: dataset/params lacks log_g, M_H"):
+            work(bare)
+        with pytest.raises(LabelError, match=r"M_H is not finite in 1 of 50 rows, the first of them 7"):
+            work(broken)
+    assert LabelError.exit_code == 5
