@@ -133,17 +133,13 @@ class _Steps:
 
         self.noise_shape = self._weight("noise_shape", self.mixture.noise_shape)
         self.variance = g.add("Mul", ["error", "error"], "noise/variance_of_all_pixels")
-        ratio = g.add("Div", [self.noise_shape, self.variance], "noise/information_of_all_pixels")
-        information = g.total(
-            g.add("Where", [self.good, ratio, zero], "noise/information"), 1, "noise/information_sum"
-        )
-        mean = g.add(
-            "Div", [information, g.add("Max", [n_good, one], "noise/n_good_or_one")], "noise/information_mean"
-        )
-        informed = g.add("Greater", [mean, zero], "noise/is_informed")
-        safe = g.add("Where", [informed, mean, one], "noise/information_or_one")
-        log_information = g.add("Log", [safe], "noise/log_information")
-        self.log_level = g.add("Mul", [log_information, g.scalar("minus_half", -0.5)], "noise/log_level")
+        ratio = g.add("Div", [self.variance, self.noise_shape], "noise/ratio_of_all_pixels")
+        total = g.total(g.add("Where", [self.good, ratio, zero], "noise/ratio"), 1, "noise/ratio_sum")
+        mean = g.add("Div", [total, g.add("Max", [n_good, one], "noise/n_good_or_one")], "noise/ratio_mean")
+        noisy = g.add("Greater", [mean, zero], "noise/is_noisy")
+        safe = g.add("Where", [noisy, mean, one], "noise/ratio_or_one")
+        log_ratio = g.add("Log", [safe], "noise/log_ratio")
+        self.log_level = g.add("Mul", [log_ratio, g.scalar("half", 0.5)], "noise/log_level")
 
         knots = self._weight("knots", self.mixture.knots)
         self.first_knot = g.add("ReduceMin", [knots], "level/first_knot", keepdims=0)

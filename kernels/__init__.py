@@ -145,7 +145,7 @@ class Projection:
     reference : array of shape (p,), float32
         Subtracted from the flux first.
     noise_shape : array of shape (p,), float32
-        D, the mean noise variance per pixel; a star's noise level s is s⁻² = mean(D/σ²) over good pixels.
+        D, the mean noise variance per pixel; a star's noise level s is s² = mean(σ²/D) over good pixels.
     matrix : array of shape (p, c), float32
         Columns that multiply the centred flux.
     variance_matrix : array of shape (p, v), float32
@@ -235,7 +235,7 @@ def project(
     v = np.empty((rows, p), np.float32)
     values = np.empty((rows, plan.matrix.shape[1]), np.float32)
     variances = np.empty((rows, plan.variance_matrix.shape[1]), np.float32)
-    vectors = (plan.reference, plan.noise_shape, plan.inverse_shape, plan.residual)
+    vectors = (plan.reference, plan.inverse_shape, plan.residual)
     start = 0
     while start < n:
         top = (first_row + start) % rows

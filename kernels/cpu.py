@@ -81,11 +81,11 @@ def add_normal_equations(x, y, order, offsets, sums, gram, square):
 
 
 @njit(parallel=True, cache=True, fastmath=_FAST, error_model="numpy")
-def centre(flux, error, reference, noise_shape, inverse_shape, residual, x, v, log_level, energy, expected):
+def centre(flux, error, reference, inverse_shape, residual, x, v, log_level, energy, expected):
     """X = flux − reference and v = error², with each row's noise level, energy Σx²/D and its expectation."""
     n, p = flux.shape
     for i in prange(n):
-        information = np.float32(0.0)
+        level = np.float32(0.0)
         power = np.float32(0.0)
         noise = np.float32(0.0)
         for j in range(p):
@@ -93,10 +93,10 @@ def centre(flux, error, reference, noise_shape, inverse_shape, residual, x, v, l
             s = error[i, j] * error[i, j]
             x[i, j] = d
             v[i, j] = s
-            information += noise_shape[j] / s
+            level += s * inverse_shape[j]
             power += d * d * inverse_shape[j]
             noise += s * residual[j]
-        log_level[i] = -0.5 * math.log(information / p)
+        log_level[i] = 0.5 * math.log(level / p)
         energy[i] = power
         expected[i] = noise
 
@@ -108,7 +108,6 @@ def mend_rows(
     flux,
     error,
     reference,
-    noise_shape,
     inverse_shape,
     residual,
     x,
@@ -121,7 +120,7 @@ def mend_rows(
     p = flux.shape[1]
     for r in range(rows.size):
         i = rows[r]
-        information = 0.0
+        level = 0.0
         power = 0.0
         noise = 0.0
         n_good = 0
@@ -132,13 +131,13 @@ def mend_rows(
                 x[i, j] = d
                 v[i, j] = s
                 n_good += 1
-                information += noise_shape[j] / s
+                level += s * inverse_shape[j]
                 power += d * d * inverse_shape[j]
                 noise += s * residual[j]
             else:
                 x[i, j] = 0.0
                 v[i, j] = 0.0
-        log_level[i] = -0.5 * math.log(information / n_good) if information > 0.0 else 0.0
+        log_level[i] = 0.5 * math.log(level / n_good) if level > 0.0 else 0.0
         energy[i] = power
         expected[i] = noise
 

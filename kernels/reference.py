@@ -57,9 +57,8 @@ def centre_reference(
     x = np.where(keep, np.asarray(flux, np.float64) - reference, 0.0)
     v = np.where(keep, np.asarray(error, np.float64) ** 2, 0.0)
     n_good = np.maximum(keep.sum(1), 1)
-    with np.errstate(divide="ignore"):
-        information = np.where(keep, noise_shape / np.where(keep, v, 1.0), 0.0).sum(1) / n_good
-        log_level = np.where(information > 0, -0.5 * np.log(np.where(information > 0, information, 1.0)), 0.0)
+    level = (v / noise_shape).sum(1) / n_good
+    log_level = np.where(level > 0, 0.5 * np.log(np.where(level > 0, level, 1.0)), 0.0)
     energy = (x * x / noise_shape).sum(1)
     expected = (v * (1.0 / noise_shape - captured)).sum(1)
     return x, v, log_level, energy, expected

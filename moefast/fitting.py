@@ -16,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefast.backend import physical_memory
-from moefast.errors import InputError, LabelError
+from moefast.errors import InputError, LabelError, WaveGridError
 from moefast.experts.normal_equations import NormalEquations
 from moefast.experts.ridge import NoisePath, Subspace, principal_subspace, ridge
+from moefast.gating.features import line_columns
 from moefast.gating.mlp import fit_error_model, fit_gate, softmax
 from moefast.mixture import N_GATE_COMPONENTS, N_GATE_FEATURES, Mixture, hat_weights
 from moefast.noise import fold_of_rows, standard_normals
@@ -35,11 +36,16 @@ Noise = Literal["closed-form", "sampled", "observed"]
 Progress = Callable[[str, int, int], None]
 
 BLOCK_ROWS = 2048
+STRETCH = 512
+"""Rows of one stretch of the sample."""
 ALPHAS = (0.0, 1e-4, 1e-3, 1e-2, 0.1, 1.0)
 """Ridge penalties tried per bin, in units of the mean noise variance per star."""
 PUBLISHED_ALPHA = 0.1
 """Ridge penalty per row of the published fit: 1e5 at one million stars."""
 CHI2_QUANTILE = 0.999
+LARGEST_RATIO = 1e3
+"""Pixels with more than this times the usual error, or this times the usual flux (1), are bad pixels to the fit."""
+Z_95 = 1.959964
 
 
 @dataclass(frozen=True)
@@ -81,11 +87,18 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.noise not in get_args(Noise):
-            raise ValueError(f"noise must be one of {get_args(Noise)}, found {self.noise!r}")
+            raise InputError(f"noise must be one of {get_args(Noise)}, found {self.noise!r}")
         if not self.noise_level > 0:
-            raise ValueError(f"noise_level must be positive, found {self.noise_level}")
+            raise InputError(f"the noise level must be positive, found {self.noise_level}")
+        if self.noise == "observed" and self.noise_level != 1:
+            raise InputError("observed spectra have the noise they have; leave the noise level at 1")
         if self.n_folds < 2 or self.n_levels < 2:
-            raise ValueError("at least two folds and two noise levels are needed")
+            raise InputError("at least two folds and two noise levels are needed")
+        if self.n_components < N_GATE_COMPONENTS or self.sample_rows < STRETCH or self.sample_draws < 1:
+            raise InputError(
+                f"at least {N_GATE_COMPONENTS} components, {STRETCH} sample rows and one draw are needed; "
+                f"found {self.n_components}, {self.sample_rows}, {self.sample_draws}"
+            )
 
 
 @dataclass(frozen=True)
@@ -141,7 +154,19 @@ class _Fitter:
         self.y: F64 = self.labels["log_g"]
         self.bins = options.grid.assign(self.labels["T_eff"], self.labels["M_H"]).astype(np.int64)
         self.folds = fold_of_rows(np.arange(spectra.n_rows), options.n_folds, options.seed)
-        self.array: Literal["auto", "flux"] = "auto" if options.noise == "observed" else "flux"
+        self.array: Literal["flux", "noisy"] = "flux"
+        if options.noise == "observed":
+            noisy = ["noisy" in shard.arrays for shard in spectra.shards]
+            if any(noisy) and not all(noisy):
+                lacking = spectra.shards[noisy.index(False)].path
+                raise InputError(
+                    f"{lacking}: dataset/arrays/noisy/value is missing, other files have it; fit them apart"
+                )
+            self.array = "noisy" if all(noisy) else "flux"
+        try:
+            line_columns(spectra.wave)
+        except ValueError as error:
+            raise WaveGridError(f"{spectra.shards[0].path}: spectrumdataset/wave: {error}") from error
         if np.ptp(self.y) == 0:
             raise LabelError("log_g is the same in every row; there is nothing to learn")
 
@@ -149,7 +174,12 @@ class _Fitter:
         equations, published, used = self.gather()
         pooled = equations.pooled()
         moments = pooled.moments()
-        noise_shape = moments.variance
+        # Σv holds nothing for bad pixels: divide by the rows in which a pixel was good.
+        seen = self.times_good > 0
+        noise_shape = np.divide(
+            moments.variance * moments.n, self.times_good, where=seen, out=np.zeros(seen.size)
+        )
+        noise_shape[~seen] = np.median(noise_shape[seen])
         subspace = principal_subspace(moments, noise_shape, seed=self.options.seed)
         small = equations.transform(subspace.basis)
         del equations
@@ -201,7 +231,13 @@ class _Fitter:
                 error = block.error
                 if self.options.noise_level != 1.0:
                     error = error * np.float32(self.options.noise_level)
-                if good is not None:
+                if (
+                    good is not None
+                    or error.max() > self.largest_error
+                    or np.abs(block.flux).max() > LARGEST_RATIO
+                ):
+                    sound = (error <= self.largest_error) & (np.abs(block.flux) <= LARGEST_RATIO)
+                    good = sound if good is None else good & sound
                     usable = good.mean(1) >= 0.5
                     np.copyto(block.flux, self.reference.astype(np.float32), where=~good)
                     np.copyto(error, np.float32(0), where=~good)
@@ -209,25 +245,35 @@ class _Fitter:
                 done += len(block)
                 self.progress(stage, done, total)
 
-    def find_reference(self) -> F64:
-        """Mean flux of a few rows spread over the set: any spectrum near the mean will do, but it must be fixed."""
-        self.reference = np.zeros(self.spectra.shards[0].n_pixels)
-        total, weight = np.zeros_like(self.reference), 0
-        starts = np.unique(np.linspace(0, max(0, self.spectra.n_rows - 64), 8).astype(int))
-        for _, flux, _, usable in self.blocks(
-            "reference", [(int(a), min(int(a) + 64, self.spectra.n_rows)) for a in starts]
+    def find_reference(self) -> tuple[F64, float]:
+        """Mean flux of a few rows spread over the set, and the largest error that still counts.
+
+        Any spectrum near the mean will do as reference, but it must be fixed. Errors above a thousand times the usual
+        one say "no information" in many surveys; one of them would swamp the mean noise of a pixel.
+        """
+        n, p = self.spectra.n_rows, self.spectra.n_pixels
+        self.reference, self.largest_error = np.zeros(p), np.inf
+        total, count, errors = np.zeros(p), np.zeros(p), []
+        starts = np.unique(np.linspace(0, max(0, n - 64), 8).astype(int))
+        for _, flux, error, usable in self.blocks(
+            "reference", [(int(a), min(int(a) + 64, n)) for a in starts]
         ):
-            total += flux[usable].sum(0, dtype=np.float64)
-            weight += int(usable.sum())
-        if weight == 0:
+            good = error[usable] > 0
+            total += np.where(good, flux[usable], 0).sum(0, dtype=np.float64)
+            count += good.sum(0)
+            errors.append(error[usable][good])
+        if not count.any():
             raise InputError(
                 "no usable row among those looked at first: fewer than half of the pixels are good"
             )
-        return total / weight
+        mean = np.divide(total, count, where=count > 0, out=np.full(p, np.nan))
+        return np.where(count > 0, mean, np.nanmedian(mean)), float(
+            LARGEST_RATIO * np.median(np.concatenate(errors))
+        )
 
     def gather(self) -> tuple[NormalEquations, NormalEquations | None, dict[str, int]]:
         options = self.options
-        self.reference = self.find_reference()
+        self.reference, self.largest_error = self.find_reference()
         needed = NormalEquations.memory(self.reference.size, options.grid.n_bins, options.n_folds)
         if 0 < physical_memory() < 1.3 * needed:
             raise InputError(
@@ -237,6 +283,7 @@ class _Fitter:
         equations = NormalEquations(self.reference, options.grid.n_bins, options.n_folds)
         published = NormalEquations(self.reference) if options.references else None
         left_out = 0
+        self.times_good = np.zeros(self.reference.size)
         for here, flux, error, usable in self.blocks("normal equations"):
             rows = np.arange(here.start, here.stop)
             if not usable.all():
@@ -248,6 +295,7 @@ class _Fitter:
                 noisy *= error
                 noisy += flux
             x = noisy if options.noise == "sampled" else flux
+            self.times_good += np.count_nonzero(error, axis=0)
             equations.add(x, self.y[rows], error * error, self.bins[rows], self.folds[rows])
             if published is not None:
                 published.add(np.maximum(noisy, 0), self.y[rows])
@@ -267,23 +315,22 @@ class _Fitter:
     # -- linear experts -----------------------------------------------------------------------------------------
 
     def sample_rows(self) -> list[tuple[int, int]]:
-        """Stretches of 512 rows spread evenly over the set: enough rows, read in long slices."""
-        n, stretch = self.spectra.n_rows, 512
+        """Stretches of rows spread evenly over the set: enough rows, read in long slices."""
+        n = self.spectra.n_rows
         if n <= self.options.sample_rows:
             return [(0, n)]
-        starts = np.unique(np.linspace(0, n - stretch, self.options.sample_rows // stretch).astype(int))
-        return [(int(a), int(a) + stretch) for a in starts]
+        starts = np.unique(np.linspace(0, n - STRETCH, self.options.sample_rows // STRETCH).astype(int))
+        return [(int(a), int(a) + STRETCH) for a in starts]
 
     def noise_levels(self, noise_shape: F64) -> F64:
         """Evenly spaced ln s from half the 0.1 % quantile to twice the 99.9 % quantile of the training set."""
         shape = noise_shape.astype(np.float32)
         found = []
         for _, _, error, usable in self.blocks("noise levels", self.sample_rows()):
-            with np.errstate(divide="ignore"):
-                information = shape / error[usable] ** 2
-            # Bad pixels were given zero error, hence infinite information; they do not count.
-            finite = np.isfinite(information)
-            found.append(-0.5 * np.log(np.where(finite, information, 0).sum(1) / finite.sum(1)))
+            chosen = error[usable]
+            # Bad pixels were given zero error; they do not count.
+            n_good = np.count_nonzero(chosen, axis=1)
+            found.append(0.5 * np.log((chosen * chosen / shape).sum(1) / n_good))
         low, high = np.quantile(np.concatenate(found), [0.001, 0.999])
         margin = np.log(2.0)
         self.log_levels = np.concatenate(found)
@@ -374,14 +421,20 @@ class _Fitter:
         return tuple(np.concatenate(columns) for columns in zip(*parts, strict=True))
 
     def train(self, mixture, features, values, noise, rows):  # type: ignore[no-untyped-def]
-        """Gate, then error model, then the factor that makes 1σ hold 68.27 % of the rows held back."""
-        y = self.y[rows]
-        held = fold_of_rows(rows, 5, self.options.seed + 1000) == 0
+        """Gate, error model and its factor; a tenth of the stars only measures the outcome.
+
+        Seven tenths of the stars train, two decide when to stop and set the factor, one is seen by none of these. The
+        experts saw none of them, but for the choice of α, which used all folds.
+        """
+        y, true = self.y[rows], self.bins[rows]
+        part = fold_of_rows(rows, 10, self.options.seed + 1000)
+        check = part == 0
+        held, fitted = np.isin(part, (1, 2))[~check], ~check
         features = features.astype(np.float64)
         if values.shape[1] == 1:
             gate = np.ones_like(values)
         else:
-            net = fit_gate(features, values, y, held, seed=self.options.seed)
+            net = fit_gate(features[fitted], values[fitted], y[fitted], held, seed=self.options.seed)
             gate = softmax(net(features))
             mixture = _replace(mixture, gate=_as_float32(net.folded()))
         mixed = (gate * values).sum(1)
@@ -389,20 +442,18 @@ class _Fitter:
         raw = (gate * noise).sum(1)
         spread = np.sqrt((gate * (values - mixed[:, None]) ** 2).sum(1))
         inputs = mixture.error_features(features, log_g, raw, spread)
-        net = fit_error_model(inputs, y - log_g, held, seed=self.options.seed)
-        sigma = np.exp(net(inputs)[:, 0])
-        ratio = np.abs(y - log_g)[held] / sigma[held]
-        factor = float(np.quantile(ratio, 0.6827))
+        net = fit_error_model(inputs[fitted], (y - log_g)[fitted], held, seed=self.options.seed)
+        ratio = np.abs(y - log_g) / np.exp(net(inputs)[:, 0])
+        factor = balanced_factor(ratio[fitted][held])
         w1, b1, w2, b2 = net.folded()
         mixture = _replace(mixture, error_model=_as_float32((w1, b1, w2, b2 + np.log(factor))))
-        true = self.bins[rows]
         quality = {
-            "rows": int(held.sum()),
-            "r2": r2(y[held], log_g[held]),
-            "r2_true_bins": r2(y[held], values[np.arange(len(y)), true][held]),
-            "coverage_68": float(np.mean(ratio <= factor)),
-            "coverage_95": float(np.mean(ratio <= 1.959964 * factor)),
-            "gate_accuracy": float(np.mean(gate.argmax(1)[held] == true[held])),
+            "rows": int(check.sum()),
+            "r2": r2(y[check], log_g[check]),
+            "r2_true_bins": r2(y[check], values[np.arange(len(y)), true][check]),
+            "coverage_68": float(np.mean(ratio[check] <= factor)),
+            "coverage_95": float(np.mean(ratio[check] <= Z_95 * factor)),
+            "gate_accuracy": float(np.mean(gate.argmax(1)[check] == true[check])),
         }
         return mixture, quality
 
@@ -442,6 +493,25 @@ class _Fitter:
             np.stack([subspace.basis @ w for w, _ in fixed], 1), np.array([[c] for _, c in fixed])
         )
         return forms
+
+
+def balanced_factor(ratio: NDArray) -> float:
+    """Factor on σ for which 1σ and 1.96σ hold as nearly 68.27 % and 95 % as one factor can make them.
+
+    min over c of max(|P(r ≤ c) − 0.6827|/2, |P(r ≤ 1.96 c) − 0.95|): errors within the box of labels have lighter
+    tails than a Gaussian, so one factor cannot make both exact.
+
+    Parameters
+    ----------
+    ratio : array of shape (n,)
+        |y − ŷ|/σ of rows that did not train the error model.
+    """
+    ordered = np.sort(ratio)
+    trial = np.quantile(ordered, np.linspace(0.5, 0.9, 401))
+    inner = np.searchsorted(ordered, trial, side="right") / ordered.size
+    outer = np.searchsorted(ordered, Z_95 * trial, side="right") / ordered.size
+    miss = np.maximum(np.abs(inner - 0.6827) / 2, np.abs(outer - 0.95))
+    return float(trial[miss.argmin()])
 
 
 def _idle(n_in: int, n_out: int) -> tuple[F32, F32, F32, F32]:

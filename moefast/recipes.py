@@ -83,11 +83,12 @@ def fit(
     chosen = grid or RECIPES[recipe].grid
     spectra = open_spectra(paths)
     options = Options(grid=chosen, noise=noise, noise_level=noise_level, references=references, seed=seed)
+    fingerprint = spectra.fingerprint()
     fitted = fit_mixture(spectra, options, progress)
     labels = spectra.labels(("T_eff", "log_g", "M_H"))
     training: dict[str, Any] = {
         "files": [shard.path.name for shard in spectra.shards],
-        "fingerprint": spectra.fingerprint(),
+        "fingerprint": fingerprint,
         "n_spectra": spectra.n_rows,
         "noise": noise,
         "noise_level": noise_level,

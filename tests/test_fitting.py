@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moefast import fitting
-from moefast.errors import InputError, LabelError
+from moefast.errors import InputError, LabelError, WaveGridError
 from moefast.experts import normal_equations
 from moefast.fitting import Options, fit_mixture
 from moefast.mixture import hat_weights
@@ -216,6 +216,27 @@ class TestBits:
         assert all(np.isfinite(a).all() for _, a in self.arrays(fit))
         assert score(fit, test_toy) == pytest.approx(score(fitted(train_file, **QUICK), test_toy), abs=0.03)
 
+    def test_a_pixel_bad_in_every_row_costs_only_itself(self, train_toy, train_file, test_toy, tmp_path):
+        error = train_toy.error.copy()
+        error[:, 300:304] = 0
+        error[::2, 310] = np.nan
+        fit = fitted(train_toy.write(tmp_path / "gap.h5", arrays={"error": error}), **QUICK)
+        whole = fitted(train_file, **QUICK)
+        # Half of the rows tell the noise of a pixel as well as all of them.
+        assert fit.mixture.noise_shape[310] == pytest.approx(whole.mixture.noise_shape[310], rel=0.1)
+        assert score(fit, test_toy) == pytest.approx(score(whole, test_toy), abs=0.03)
+
+    @pytest.mark.parametrize(
+        ("array", "value"), [("error", 1e3), ("error", 1e10), ("flux", 1e6), ("flux", -1e10)]
+    )
+    def test_one_absurd_value_spoils_nothing(self, train_toy, train_file, test_toy, tmp_path, array, value):
+        absurd = getattr(train_toy, array).copy()
+        absurd[1234, 77] = value
+        fit = fitted(train_toy.write(tmp_path / "absurd.h5", arrays={array: absurd}), **QUICK)
+        whole = fitted(train_file, **QUICK)
+        assert score(fit, test_toy) == pytest.approx(score(whole, test_toy), abs=0.01)
+        assert fit.summary["chi2_limit"] == pytest.approx(whole.summary["chi2_limit"], rel=0.05)
+
     def test_a_set_of_one_noise_level_fits(self, train_toy, test_toy, tmp_path):
         error = np.broadcast_to(train_toy.error[0], train_toy.error.shape)
         fit = fitted(train_toy.write(tmp_path / "same.h5", arrays={"error": error}), **QUICK)
@@ -293,15 +314,53 @@ def test_a_set_without_a_usable_row_is_refused(train_toy, tmp_path):
     ("change", "message"),
     [
         ({"noise": "imagined"}, "noise must be one of"),
-        ({"noise_level": 0.0}, "noise_level must be positive"),
-        ({"noise_level": float("nan")}, "noise_level must be positive"),
+        ({"noise_level": 0.0}, "noise level must be positive"),
+        ({"noise_level": float("nan")}, "noise level must be positive"),
+        ({"noise": "observed", "noise_level": 2.0}, "have the noise they have"),
         ({"n_folds": 1}, "at least two folds"),
         ({"n_levels": 1}, "two noise levels"),
+        ({"n_components": 3}, "at least 4 components"),
+        ({"sample_rows": 511}, "512 sample rows"),
     ],
 )
 def test_options_are_checked(change, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InputError, match=message):
         Options(**change)
+
+
+def test_the_factor_of_the_errors_serves_both_intervals():
+    rng = np.random.default_rng(0)
+    for ratio, exact in (
+        (np.abs(rng.standard_normal(20000)) * 0.7, 0.7),
+        (np.abs(rng.uniform(-1, 1, 20000)), None),
+    ):
+        factor = fitting.balanced_factor(ratio)
+        inner, outer = np.mean(ratio <= factor), np.mean(ratio <= 1.959964 * factor)
+        if exact:
+            assert factor == pytest.approx(exact, rel=0.02)
+        else:
+            # A box has no tails: too many within 1.96 σ, too few within 1 σ, in the same measure.
+            assert inner < 0.6827
+            assert outer > 0.95
+            assert (0.6827 - inner) / 2 == pytest.approx(outer - 0.95, abs=0.005)
+
+
+def test_a_wave_grid_without_the_lines_is_refused_at_once(train_toy, tmp_path):
+    elsewhere = dataclasses.replace(train_toy, wave=train_toy.wave - 1500)
+    with pytest.raises(WaveGridError, match=r"blue\.h5: spectrumdataset/wave: .*no pixel in"):
+        fitted(elsewhere.write(tmp_path / "blue.h5"))
+
+
+def test_observed_spectra_are_noisy_in_every_file_or_in_none(train_toy, train_file, tmp_path):
+    noisy = train_toy.write(tmp_path / "noisy.h5", arrays={"noisy": train_toy.noisy()})
+    with pytest.raises(InputError, match=r"train\.h5: dataset/arrays/noisy/value is missing"):
+        fitted([noisy, train_file], noise="observed")
+
+
+def test_statistics_that_do_not_fit_are_refused(train_file, monkeypatch):
+    monkeypatch.setattr(fitting, "physical_memory", lambda: 10_000_000)
+    with pytest.raises(InputError, match=r"this machine has 0\.0 GB\. Fit a coarser grid"):
+        fitted(train_file)
 
 
 def test_spectra_without_variety_are_refused(train_toy, tmp_path):
