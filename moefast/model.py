@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import zipfile
 from dataclasses import dataclass
 from importlib import metadata, resources
 from pathlib import Path
@@ -230,13 +231,21 @@ class Model:
             wave = np.array(manifest["wave"]["values"], np.float64)
             if _wave_hash(wave) != manifest["wave"]["sha256"]:
                 raise ModelError(f"{path / MANIFEST}: the wave grid was altered; fit the model again")
-            Grid.from_dict(manifest["grid"])
             limits = manifest["limits"]
-            _ = (float(limits["chi2"]), float(limits["log_g_err"]), [float(v) for v in limits["log_level"]])
+            _ = (
+                manifest["grid"],
+                float(limits["chi2"]),
+                float(limits["log_g_err"]),
+                [float(v) for v in limits["log_level"]],
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(
                 f"{path / MANIFEST}: {error!r} is missing or of the wrong type; fit the model again"
             ) from error
+        try:
+            Grid.from_dict(manifest["grid"])
+        except ModelError as error:
+            raise ModelError(f"{path / MANIFEST}: {error}") from error
         mixture = read_mixture(load(path / ONNX), wave)
         references = _read_references(path / REFERENCES) if REFERENCES in files else {}
         return cls(mixture, manifest, references, path)
@@ -327,11 +336,17 @@ def _write_references(path: Path, references: dict[str, LinearForm]) -> None:
 
 
 def _read_references(path: Path) -> dict[str, LinearForm]:
-    with np.load(path, allow_pickle=False) as file:
-        count = sum(key.endswith(".name") for key in file.files)
-        return {
-            file[f"{i}.name"].tobytes().decode(): LinearForm(
-                file[f"{i}.weights"], file[f"{i}.intercepts"], file[f"{i}.levels"], bool(file[f"{i}.clipped"])
-            )
-            for i in range(count)
-        }
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            count = sum(key.endswith(".name") for key in file.files)
+            return {
+                file[f"{i}.name"].tobytes().decode(): LinearForm(
+                    file[f"{i}.weights"],
+                    file[f"{i}.intercepts"],
+                    file[f"{i}.levels"],
+                    bool(file[f"{i}.clipped"]),
+                )
+                for i in range(count)
+            }
+    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+        raise ModelError(f"{path}: not the references of a model ({error}); fit the model again") from error

@@ -145,7 +145,9 @@ def score_block(
     """
     good = good_pixels(block.flux, block.error, block.mask)
     quality: Quality = assess(block.flux, block.error, good, block.mask)
-    result = engine(block.flux, block.error, good, first_row)
+    # Pixels near the end of float32 overflow in their own row, which the flags below tell.
+    with np.errstate(over="ignore", invalid="ignore"):
+        result = engine(block.flux, block.error, good, first_row)
     limits = model.manifest["limits"]
     flag = quality.flag.copy()
     empty = (flag & np.uint32(Flag.NO_DATA)) != 0
