@@ -9,13 +9,17 @@ import h5py
 import numpy as np
 import pytest
 from sklearn.metrics import r2_score
-from small import same_rows
+from small import Stars, same_rows
 
 import moefast
 from moefast import scoring
 from moefast.errors import InputError, LabelError, MoefastError, OutputError, WaveGridError
+from moefast.export.parity import synthetic_spectra
+from moefast.mixture import Mixture
+from moefast.model import Model
 from moefast.protocol.metrics import r2
 from moefast.scoring import choose_rows, predict
+from moefast.simulate import Emulator
 from moefast.spectra import Flag, open_spectra, read_table
 
 FORMATS = (".h5", ".parquet", ".fits")
@@ -213,6 +217,47 @@ def test_parts_cover_every_row_once():
 def test_rows_that_make_no_sense(wrong, match):
     with pytest.raises(InputError, match=match):
         choose_rows(10, **wrong)
+
+
+def _wide_model(seed=0):
+    """Random numbers on the survey's own 4096 pixels, nine experts at eight levels: the shapes of a real model."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape, scale=1.0):
+        return (scale * rng.standard_normal(shape)).astype(np.float32)
+
+    p, k, m = 4096, 9, 8
+    mixture = Mixture(
+        wave=Emulator.load().wave,
+        reference=1 + normal(p, scale=0.1),
+        noise_shape=np.exp(normal(p, scale=0.5)) / np.float32(100),
+        knots=np.linspace(-1.5, 1.5, m, dtype=np.float32),
+        expert_weights=normal(p, k, m, scale=p**-0.5),
+        expert_intercepts=3 + normal(k, m, scale=0.3),
+        basis=normal(p, 64, scale=0.1),
+        gate=(normal(14, 64, scale=0.1), normal(64), normal(64, k), normal(k)),
+        error_model=(normal(17, 8, scale=0.1), normal(8), normal(8, 1, scale=0.3), normal(1)),
+        label_range=(-1e6, 1e6),
+    )
+    limits = {"chi2": 2.0, "log_g_err": 1.0, "log_level": [-1.5, 1.5]}
+    return Model(mixture, {"recipe": "random", "limits": limits}, {})
+
+
+def test_4096_pixels_in_any_blocks_and_parts(tmp_path, monkeypatch):
+    model = _wide_model()
+    # Some of these rows have bad pixels of every kind, one good pixel, or none.
+    flux, error = synthetic_spectra(model.mixture, 1100)
+    stars = Stars(model.mixture.wave, flux, error, flux, {"id": np.arange(1100)})
+    path = stars.write(tmp_path / "x.h5")
+    every = predict(path, model).columns
+    assert np.isnan(every["log_g"]).sum() == 1
+    for block_rows in (300, 511, 1024):
+        monkeypatch.setattr(scoring, "BLOCK_ROWS", block_rows)
+        same_rows(predict(path, model).columns, every, but=())
+    for rows in ((0, 1), (510, 515), (1099, 1100)):
+        same_rows(predict(path, model, rows=rows).columns, every, slice(None), other_rows=slice(*rows))
+    parts = [predict(path, model, shard=(i, 3)).columns for i in range(3)]
+    same_rows({n: np.concatenate([p[n] for p in parts]) for n in every}, every, but=())
 
 
 # -- several files ---------------------------------------------------------------------------------------------

@@ -1,0 +1,185 @@
+"""The choice of backend: said aloud, never a silent fallback."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+
+from moefast import backend, doctor, scoring
+from moefast.backend import cuda_devices, resolve_backend
+from moefast.errors import BackendError
+from moefast.protocol.evaluate import evaluate
+from moefast.scoring import predict
+from moefast.spectra import read_table
+
+
+def _offer(monkeypatch, devices, reason=""):
+    monkeypatch.setattr(backend, "cuda_devices", lambda: (devices, reason))
+    monkeypatch.setattr(doctor, "cuda_devices", lambda: (devices, reason))
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    _offer(monkeypatch, [], "no NVIDIA driver (libcuda.so.1 not found)")
+
+
+@pytest.fixture
+def broken_gpu(monkeypatch):
+    """A driver that offers a device which ONNX Runtime cannot use."""
+    _offer(monkeypatch, ["Fake H100"])
+
+    def refuse(_, backend):
+        assert backend == "cuda"
+        raise BackendError("CUDAExecutionProvider does not start (cuDNN is missing)")
+
+    monkeypatch.setattr("moefast.export.open_session", refuse)
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_without_a_gpu():
+    auto = resolve_backend("auto")
+    assert auto.name == "cpu"
+    assert "no NVIDIA driver" in auto.reason
+    assert auto.device == resolve_backend("cpu").device
+    assert "cores" in auto.device
+    with pytest.raises(BackendError, match=r"--backend cuda: no NVIDIA driver .*; use --backend cpu"):
+        resolve_backend("cuda")
+
+
+def test_with_a_gpu(monkeypatch):
+    _offer(monkeypatch, ["First", "Second"])
+    assert resolve_backend("auto").device == "First"
+    assert resolve_backend("auto").name == resolve_backend("cuda").name == "cuda"
+    assert resolve_backend("cpu").name == "cpu"
+
+
+def test_unknown_backend():
+    with pytest.raises(BackendError, match="'tpu' is unknown; choose one of auto, cpu, cuda"):
+        resolve_backend("tpu")
+
+
+class _Driver:
+    """A CUDA driver as far as it is asked."""
+
+    def __init__(self, start=0, count=0, names=()):
+        self.start, self.count, self.names = start, count, names
+
+    def cuInit(self, _):
+        return self.start
+
+    def cuDeviceGetCount(self, out):
+        out._obj.value = len(self.names)
+        return self.count
+
+    def cuDeviceGet(self, out, index):
+        out._obj.value = index
+        return 0
+
+    def cuDeviceGetName(self, text, size, device):
+        text.value = self.names[device.value].encode()
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("driver", "names", "reason"),
+    [
+        (_Driver(start=100), [], "does not start (cuInit error 100)"),
+        (_Driver(), [], "offers no device"),
+        (_Driver(count=3, names=["x"]), [], "offers no device"),
+        (_Driver(names=["NVIDIA H100", "NVIDIA A100"]), ["NVIDIA H100", "NVIDIA A100"], ""),
+    ],
+)
+def test_what_the_driver_says(driver, names, reason, monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: driver)
+    found, why = cuda_devices()
+    assert found == names
+    assert reason in why
+    assert bool(why) != bool(found)
+
+
+def test_no_driver(monkeypatch):
+    def absent(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", absent)
+    assert cuda_devices() == ([], "no NVIDIA driver (libcuda.so.1 not found)")
+
+
+@pytest.mark.usefixtures("broken_gpu")
+def test_auto_falls_back_and_says_so(stars_file, model, whole, tmp_path):
+    summary = predict(stars_file, model, tmp_path / "t.h5", limit=100)
+    attrs = read_table(tmp_path / "t.h5")[1]
+    assert summary.backend == attrs["backend"] == "cpu"
+    assert "Fake" not in summary.device
+    for said in (summary.reason, attrs["backend_reason"]):
+        assert "Fake H100 was found but cannot be used" in said
+        assert "cuDNN is missing" in said
+    report = evaluate(stars_file, model).report
+    assert report["throughput"]["backend"] == "cpu"
+
+
+@pytest.mark.usefixtures("broken_gpu")
+def test_cuda_asked_for_is_cuda_or_an_error(stars_file, model, tmp_path):
+    with pytest.raises(BackendError, match="cuDNN is missing") as caught:
+        predict(stars_file, model, tmp_path / "t.h5", backend="cuda")
+    assert caught.value.exit_code == 7
+    assert not (tmp_path / "t.h5").exists()
+    with pytest.raises(BackendError, match="cuDNN is missing"):
+        evaluate(stars_file, model, backend="cuda")
+
+
+def test_a_device_without_a_provider(model, monkeypatch, stars_file):
+    """The real session code, on a machine whose driver claims a device."""
+    _offer(monkeypatch, ["Fake H100"])
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(BackendError, match="has no CUDAExecutionProvider"):
+        predict(stars_file, model, backend="cuda")
+    assert predict(stars_file, model, limit=2).backend == "cpu"
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_predict_without_a_gpu(stars_file, model):
+    assert "no NVIDIA driver" in predict(stars_file, model, limit=2).reason
+    assert predict(stars_file, model, limit=2, backend="cpu").reason == "as asked"
+    with pytest.raises(BackendError, match="no NVIDIA driver"):
+        predict(stars_file, model, backend="cuda")
+
+
+@pytest.mark.usefixtures("broken_gpu")
+def test_doctor_finds_out_what_predict_would(model, monkeypatch):
+    monkeypatch.setattr("moefast.model.shipped_path", lambda: model.path)
+    facts = doctor.examine()
+    assert facts["problems"] == []
+    assert facts["cuda_devices"] == ["Fake H100"]
+    assert facts["backend"] == "cpu"
+    text = doctor.format_text(facts)
+    assert "GPU      Fake H100" in text
+    assert "auto will use cpu" in text
+    assert "cuDNN is missing" in text
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_doctor_without_a_gpu(model, monkeypatch):
+    monkeypatch.setattr("moefast.model.shipped_path", lambda: model.path)
+    text = doctor.format_text(doctor.examine())
+    assert "GPU      none: no NVIDIA driver" in text
+    assert "no problems found" in text
+    assert "phys-moe, fitted on 1,500 spectra, 1024 pixels 7100.9-8849.1 Å" in text
+
+
+def test_doctor_names_problems(tmp_path, monkeypatch):
+    monkeypatch.setattr("moefast.model.shipped_path", lambda: tmp_path)
+    monkeypatch.setattr(doctor, "PACKAGES", ("numpy", "a-package-that-is-not-there"))
+    problems = " ".join(doctor.examine()["problems"])
+    for words in ("a-package-that-is-not-there is not installed", "neither onnxruntime", "no manifest.json"):
+        assert words in problems
+
+
+@pytest.mark.gpu
+def test_the_gpu_gives_the_numbers_of_the_cpu(stars_file, model, whole):
+    if not cuda_devices()[0]:
+        pytest.skip("no CUDA device")
+    found = predict(stars_file, model, backend="cuda").columns
+    assert abs(found["log_g"] - whole.columns["log_g"]).max() < 1e-4
+    assert scoring.resolve_backend("auto").name == "cuda"

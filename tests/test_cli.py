@@ -1,0 +1,381 @@
+"""The command line: what it says, what it leaves behind, and the code it ends with."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import h5py
+import numpy as np
+import onnxruntime
+import pytest
+from click.testing import CliRunner
+from small import same_rows
+
+import moefast
+from moefast import backend
+from moefast.cli import cli
+from moefast.errors import MoefastError
+from moefast.spectra import open_spectra, read_table
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Run a command in an empty folder; whatever goes wrong must be said in one message, without a traceback."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+
+    def invoke(*arguments, code=0):
+        result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
+        assert result.exit_code == code, result.output
+        assert "Traceback" not in result.output
+        if 3 <= code <= 8:
+            assert "moefast: error: " in result.stderr
+        return result
+
+    return invoke
+
+
+@pytest.fixture
+def few(stars, tmp_path):
+    return stars.take(slice(0, 40)).write(tmp_path / "few.h5", arrays=("flux", "error", "noisy"))
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(backend, "cuda_devices", lambda: ([], "no NVIDIA driver (libcuda.so.1 not found)"))
+
+
+# -- help ------------------------------------------------------------------------------------------------------
+
+HELP = {
+    "simulate": ("OUT", "--number", "--seed", "--mag", "--noise-level", "--overwrite", "log g 1-5"),
+    "inspect": ("FILE…", "--picture", "--limit", "--json", "SNR"),
+    "fit": ("FILE…", "--out", "--recipe", "phys-moe", "--grid", "--noise", "closed-form", "--references"),
+    "evaluate": ("FILE…", "--model", "--out", "--noise", "--backend", "R²", "report.json"),
+    "export": ("MODEL", "--part", "mixture", "expert-0", "ONNX", "verified"),
+    "predict": (
+        "FILE…", "--model", "--out", ".parquet", ".fits", "--rows", "--limit", "--shard", "--backend", "--array",
+        "--overwrite", "--json", "log_g_err", "flag", "one row per spectrum",
+    ),
+    "doctor": ("--json", "machine"),
+}  # fmt: skip
+
+
+def test_every_command_is_listed():
+    assert set(HELP) <= set(cli.commands)
+
+
+@pytest.mark.parametrize("command", sorted(cli.commands))
+def test_help(command, run):
+    text = " ".join(run(command, "--help").output.split())
+    for words in HELP.get(command, ()):
+        assert words in text
+    assert run(command, "-h").output == run(command, "--help").output
+    documented = [p for p in cli.commands[command].params if p.param_type_name == "option"]
+    assert all(option.help for option in documented)
+
+
+def test_main_help_says_how_to_start_and_every_exit_code(run):
+    text = run("--help").output
+    for code in (*range(9), 130):
+        assert f"\n    {code}  " in text, code
+    kinds = {kind.exit_code for kind in _kinds(MoefastError)}
+    assert kinds == {1, 3, 4, 5, 6, 7, 8}
+    assert "moefast predict spectra.h5" in text
+    assert run("--version").output.strip() == f"moefast, version {moefast.__version__}"
+
+
+def _kinds(kind):
+    yield kind
+    for other in kind.__subclasses__():
+        yield from _kinds(other)
+
+
+def test_help_does_not_wait_for_numba():
+    code = "import sys; from moefast.cli import cli; sys.exit(bool({'numba', 'h5py', 'onnx'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# -- work ------------------------------------------------------------------------------------------------------
+
+
+def test_simulate_inspect(run):
+    result = run("simulate", "x.h5", "-n", 5, "--seed", 3, "--mag", 20, 21)
+    assert result.stdout == "x.h5: 5 spectra, seed 3, flux, error, noisy\n"
+    mag = open_spectra("x.h5").params(["mag"])["mag"]
+    assert ((mag >= 20) & (mag <= 21)).all()
+    assert "exists already" in run("simulate", "x.h5", "-n", 5, "--seed", 3, code=8).stderr
+    run("simulate", "x.h5", "-n", 6, "--seed", 3, "--clean", "--overwrite", "-q")
+    assert open_spectra("x.h5").shards[0].arrays == ("flux", "error")
+    text = run("inspect", "x.h5", "--picture", "x.png").stdout
+    for words in ("6 spectra in 1 file, 4096 pixels 7100.2", "flux, error (float32, contiguous)", "T_eff"):
+        assert words in text
+    with open("x.png", "rb") as file:
+        assert file.read(4) == b"\x89PNG"
+    assert json.loads(run("inspect", "x.h5", "--json", "--limit", 2).stdout)["rows_examined"] == 2
+
+
+def test_inspect_names_what_is_wrong(run, stars, tmp_path):
+    some = stars.take(slice(0, 30))
+    some = replace(some, flux=some.flux * 1000, error=some.error * 1000, mask=np.zeros(some.flux.shape, bool))
+    some.flux[7] = np.nan
+    some.error[3, 5] = 0
+    some.mask[9, :600] = True
+    some.params["log_g"][4] = np.nan
+    some.params["name"] = np.full(30, "star")
+    path = some.write(tmp_path / "x.h5", arrays=("flux", "error", "mask"))
+    other = stars.take(slice(0, 10)).write(tmp_path / "y.h5", dtype="f8", params=())
+    broken = tmp_path / "broken.h5"
+    broken.write_bytes(b"nothing")
+    text = run("inspect", path).stdout
+    for words in (
+        "row 3: BAD_ERROR", "row 7: NO_DATA, FEW_GOOD_PIXELS", "row 9: FEW_GOOD_PIXELS", "1 not finite",
+        "bad rows         NO_DATA 1, FEW_GOOD_PIXELS 2, BAD_ERROR 1", "text", "name",
+        "flux is not normalised to a median near 1", "snr_norm", "snr_median",
+    ):  # fmt: skip
+        assert words in text, words
+    assert max(map(len, text.splitlines())) < 150
+    result = run("inspect", path, other, broken, code=3)
+    assert "40 spectra in 2 files" in result.stdout
+    assert f"30 in {path}: flux, error (float32, contiguous); mask (uint8, contiguous)" in result.stdout
+    assert f"{other}: flux, error (float64, contiguous)" in result.stdout
+    assert "in 1 of 2 files" in result.stdout
+    assert f"cannot be read   {broken}: not an HDF5 file" in result.stdout
+    assert "broken.h5: not an HDF5 file" in result.stderr
+    plain = run("inspect", other).stdout
+    assert "params           none, so no labels" in plain
+    assert "note" not in plain
+    assert "bad rows         none" in plain
+
+
+def test_fit_evaluate_export(run, labelled_file, few, model):
+    facts = json.loads(
+        run("fit", labelled_file, "-o", "model", "--grid", "1x1", "--no-references", "--json").stdout
+    )
+    assert facts["rows"] == {"used": 1500, "left_out": 0}
+    assert 0 < facts["cross_validation"]["r2"] < 1
+    result = run("fit", labelled_file, "-o", "model", code=8)
+    assert "exists already" in result.stderr
+    text = run("fit", labelled_file, "-o", "model", "--recipe", "global-ridge", "--overwrite", "-q").stdout
+    assert "1,500 spectra" in text
+    assert "R² 0." in text
+    text = run("evaluate", few, "-m", "model", "-o", "report", "--name", "forty stars").stdout
+    assert "log g on forty stars: 40 stars" in text
+    assert sorted(os.listdir("report")) == ["report.json", "report.png", "report.txt"]
+    assert "exists already" in run("evaluate", few, "-m", "model", "-o", "report", code=8).stderr
+    assert json.loads(run("evaluate", few, "-m", "model", "--json", "-q").stdout)["overall"]["n"] == 40
+    text = run("export", "model", "-o", "mixture.onnx").stdout
+    assert "mixture.onnx: mixture," in text
+    assert onnxruntime.InferenceSession("mixture.onnx").get_outputs()[0].name == "log_g"
+    assert "exists already" in run("export", "model", "-o", "mixture.onnx", code=8).stderr
+    run("export", "model", "-o", "mixture.onnx", "--overwrite", "--part", "expert-0")
+    assert (
+        "choose mixture, gate, or expert-0"
+        in run("export", "model", "-o", "e", "--part", "nil", code=6).stderr
+    )
+    assert not os.path.exists("e")
+
+
+def test_predict(run, few, model, model_folder):
+    result = run("predict", few, "-m", model_folder)
+    columns, attrs = read_table("few.log_g.h5")
+    assert len(columns["log_g"]) == 40
+    assert "few.log_g.h5: 40 spectra, array noisy" in result.stdout
+    assert f"R² {attrs['r2']:.3f}" in result.stdout
+    assert "spectra/s on cpu" in result.stdout
+    assert "backend cpu: no NVIDIA driver (libcuda.so.1 not found)" in result.stdout
+    assert "exists already" in run("predict", few, "-m", model_folder, code=8).stderr
+    facts = json.loads(
+        run("predict", few, "-m", model_folder, "--overwrite", "--json", "--backend", "cpu").stdout
+    )
+    assert facts["rows"] == 40
+    assert facts["r2"] == attrs["r2"]
+    assert facts["failures"] == []
+    assert facts["reason"] == "as asked"
+    same_rows(read_table("few.log_g.h5")[0], columns, but=())
+
+
+def test_predict_without_labels_says_so(run, stars, tmp_path, model_folder):
+    path = stars.take(slice(0, 4)).write(tmp_path / "x.h5", params=())
+    assert "no labels, so no R²" in run("predict", path, "-m", model_folder).stdout
+
+
+def test_parts_do_not_write_to_one_name(run, few, model_folder):
+    for i in range(3):
+        run("predict", few, "-m", model_folder, "--shard", f"{i}/3", "-q")
+    parts = [read_table(f"few.log_g.{i}-of-3.h5")[0]["row"] for i in range(3)]
+    assert np.concatenate(parts).tolist() == list(range(40))
+    run("predict", few, "-m", model_folder, "--rows", "5:9", "-o", "part.fits", "-q")
+    assert read_table("part.fits")[0]["row"].tolist() == [5, 6, 7, 8]
+    run("predict", few, "-m", model_folder, "--limit", "2", "-o", "part.parquet", "-q")
+    assert len(read_table("part.parquet")[0]["row"]) == 2
+
+
+def test_predict_the_folder_one_is_in(run, few, model_folder):
+    shutil.copy(few, "night.h5")
+    result = run("predict", ".", "-m", model_folder)
+    assert "here.log_g.h5: 40 spectra" in result.stdout
+
+
+def test_a_damaged_file_among_others(run, few, model_folder, tmp_path):
+    (tmp_path / "broken.h5").write_bytes(b"nothing")
+    result = run("predict", few, tmp_path / "broken.h5", "-m", model_folder, "-o", "t.h5", code=3)
+    assert "t.h5: 40 spectra" in result.stdout
+    assert "broken.h5: not an HDF5 file" in result.stderr
+    assert len(read_table("t.h5")[0]["log_g"]) == 40
+    result = run("predict", tmp_path / "broken.h5", "-m", model_folder, "-o", "u.h5", code=3)
+    assert os.listdir() == ["t.h5"]
+    assert result.stderr.count("moefast: error") == 1
+
+
+# -- exit codes ------------------------------------------------------------------------------------------------
+
+NONSENSE = [
+    ("nonsense",),
+    ("predict",),
+    ("predict", "FILE", "--rows", "a:b"),
+    ("predict", "FILE", "--rows", "5"),
+    ("predict", "FILE", "--shard", "3/3"),
+    ("predict", "FILE", "--shard", "1"),
+    ("predict", "FILE", "--limit", "0"),
+    ("predict", "FILE", "--backend", "tpu"),
+    ("predict", "FILE", "--array", "mask"),
+    ("simulate", "x.h5", "-n", "0", "--seed", "1"),
+    ("simulate", "x.h5", "-n", "5"),
+    ("simulate", "x.h5", "-n", "5", "--seed", "1", "--mag", "22", "21"),
+    ("simulate", "x.h5", "-n", "5", "--seed", "1", "--noise-level", "-1"),
+    ("fit", "FILE"),
+    ("fit", "FILE", "-o", "m", "--grid", "3"),
+    ("fit", "FILE", "-o", "m", "--grid", "0x3"),
+    ("fit", "FILE", "-o", "m", "--recipe", "best"),
+    ("fit", "FILE", "-o", "m", "--noise", "white"),
+    ("fit", "FILE", "-o", "m", "--noise-level", "0"),
+    ("fit", "FILE", "-o", "m", "--noise-level", "nan"),
+    ("evaluate", "FILE", "--noise-level", "inf"),
+    ("evaluate", "FILE", "--noise", "loud"),
+    ("inspect",),
+    ("export", "model"),
+]
+
+
+@pytest.mark.parametrize("arguments", NONSENSE, ids=" ".join)
+def test_nonsense_is_2_and_leaves_nothing(arguments, run, few):
+    result = run(*(few if a == "FILE" else a for a in arguments), code=2)
+    assert "Usage: " in result.stderr
+    assert "Error: " in result.stderr
+    assert os.listdir() == []
+
+
+def test_3_a_file_that_is_missing_or_lacks_a_dataset(run, few, model_folder):
+    for command in ("predict", "evaluate"):
+        assert "no such file" in run(command, "absent.h5", "-m", model_folder, code=3).stderr
+    assert "no such file" in run("fit", "absent.h5", "-o", "m", code=3).stderr
+    assert "no such file" in run("inspect", "absent.h5", code=3).stderr
+    with h5py.File(few, "r+") as file:
+        del file["dataset/arrays/error"]
+    assert "dataset/arrays/error/value is missing" in run("predict", few, "-m", model_folder, code=3).stderr
+    assert os.listdir() == []
+
+
+def test_3_rows_that_the_file_has_not(run, few, model_folder):
+    assert "rows 0:41 asked for" in run("predict", few, "-m", model_folder, "--rows", "0:41", code=3).stderr
+    run("predict", few, "-m", model_folder, "--rows", "7:7", code=3)
+
+
+def test_4_another_wave_grid(run, stars, tmp_path, model_folder):
+    some = stars.take(slice(0, 4))
+    path = replace(some, wave=some.wave + 5).write(tmp_path / "x.h5")
+    message = run("predict", path, "-m", model_folder, code=4).stderr
+    assert "7105.854" in message
+    assert "7100.854" in message
+    run("evaluate", path, "-m", model_folder, code=4)
+    assert os.listdir() == []
+
+
+def test_5_labels(run, stars, tmp_path, model_folder):
+    path = stars.take(slice(0, 4)).write(tmp_path / "x.h5", params=("id", "T_eff"))
+    assert "lacks log_g, M_H" in run("evaluate", path, "-m", model_folder, code=5).stderr
+    assert "lacks log_g, M_H" in run("fit", path, "-o", "m", code=5).stderr
+    assert os.listdir() == []
+
+
+def test_6_models(run, few, model_folder):
+    folder = shutil.copytree(model_folder, "altered")
+    data = bytearray((few.parent / "here" / folder / "model.onnx").read_bytes())
+    data[1000] ^= 1
+    with open("altered/model.onnx", "wb") as file:
+        file.write(data)
+    for command in (("predict", few, "-m"), ("evaluate", few, "-m"), ("export", "-o", "x.onnx")):
+        assert "it was altered" in run(*command, "altered", code=6).stderr
+        assert "no manifest.json" in run(*command, "absent", code=6).stderr
+    assert os.listdir() == ["altered"]
+
+
+def test_7_backend(run, few, model_folder):
+    for command in ("predict", "evaluate"):
+        message = run(command, few, "-m", model_folder, "--backend", "cuda", code=7).stderr
+        assert "--backend cuda: no NVIDIA driver" in message
+        assert "--backend cpu" in message
+    assert os.listdir() == []
+
+
+def test_8_outputs(run, few, model_folder):
+    for out, words in (("t.csv", "unknown table format"), ("absent/t.h5", "does not exist; create it first")):
+        assert words in run("predict", few, "-m", model_folder, "-o", out, code=8).stderr
+    assert (
+        "is one of the inputs"
+        in run("predict", few, "-m", model_folder, "-o", few, "--overwrite", code=8).stderr
+    )
+    assert open_spectra(few).n_rows == 40
+    assert "does not exist" in run("fit", few, "-o", "absent/model", code=8).stderr
+    assert "does not exist" in run("simulate", "absent/x.h5", "-n", 1, "--seed", 1, code=8).stderr
+    assert os.listdir() == []
+
+
+def test_130_interrupted(run, few, model_folder, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moefast.scoring.score_block", interrupt)
+    result = run("predict", few, "-m", model_folder, code=130)
+    assert "interrupted" in result.stderr
+    assert os.listdir() == []
+
+
+# -- doctor ----------------------------------------------------------------------------------------------------
+
+
+def test_doctor(run, model, monkeypatch):
+    monkeypatch.setattr("moefast.model.shipped_path", lambda: model.path)
+    text = run("doctor").stdout
+    for words in ("CPU", "GPU", "backend  auto will use cpu", "no problems found", "numpy", "phys-moe"):
+        assert words in text
+    facts = json.loads(run("doctor", "--json").stdout)
+    assert facts["problems"] == []
+    assert facts["moefast"] == moefast.__version__
+    assert facts["shipped_model"]["sha256"] == model.hash
+
+
+def test_doctor_ends_with_1_where_something_is_wrong(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("moefast.model.shipped_path", lambda: tmp_path / "absent")
+    result = run("doctor", code=1)
+    assert "problem  " in result.stdout
+    assert json.loads(run("doctor", "--json", code=1).stdout)["problems"]
+
+
+# -- progress --------------------------------------------------------------------------------------------------
+
+
+def test_progress_goes_to_standard_error(run, few, model_folder):
+    result = run("predict", few, "-m", model_folder)
+    assert "predict: 40 of 40 spectra (100 %)" in result.stderr
+    assert "predict: " not in result.stdout
+    assert run("predict", few, "-m", model_folder, "--overwrite", "-q").stderr == ""
+    assert run("predict", few, "-m", model_folder, "--overwrite", "--json").stderr == ""

@@ -1,0 +1,194 @@
+"""The protocol applied to a model: noise exactly once, the same stars for everyone, the same report twice."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from moefast.errors import InputError, OutputError
+from moefast.export import build, open_session
+from moefast.noise import standard_normals
+from moefast.protocol.evaluate import NOISE_SEED, check_report_folder, evaluate, write_report
+from moefast.protocol.metrics import r2
+from moefast.scoring import predict
+from moefast.spectra import open_spectra
+
+
+@pytest.fixture(scope="module")
+def few(stars):
+    return stars.take(slice(0, 700))
+
+
+@pytest.fixture(scope="module")
+def clean_file(few, tmp_path_factory):
+    return few.write(tmp_path_factory.mktemp("clean") / "clean.h5")
+
+
+@pytest.fixture(scope="module")
+def noisy_file(few, tmp_path_factory):
+    return few.write(tmp_path_factory.mktemp("noisy") / "noisy.h5", arrays=("flux", "error", "noisy"))
+
+
+@pytest.fixture(scope="module")
+def drawn(clean_file, model):
+    return evaluate(clean_file, model)
+
+
+@pytest.fixture(scope="module")
+def stored(noisy_file, model):
+    return evaluate(noisy_file, model)
+
+
+def _numbers(report):
+    return json.dumps({key: value for key, value in report.items() if key != "throughput"}, sort_keys=True)
+
+
+def _noise(evaluation):
+    data_set = evaluation.report["data_set"]
+    return data_set["noise_level"], data_set["noise_seed"]
+
+
+# -- noise -----------------------------------------------------------------------------------------------------
+
+
+def test_the_stored_noise_is_used(stored, noisy_file, model):
+    np.testing.assert_array_equal(stored.predicted, predict(noisy_file, model).columns["log_g"])
+    assert _noise(stored) == (1.0, None)
+
+
+def test_noise_is_drawn_from_the_stored_seed(drawn, few, model):
+    draw = standard_normals(NOISE_SEED, np.arange(len(few)), few.flux.shape[1])
+    noisy = (few.flux + draw * few.error).astype(np.float32)
+    expected = model.mixture.predict(noisy, few.error.astype(np.float32)).log_g
+    np.testing.assert_allclose(drawn.predicted, expected, atol=1e-4)
+    assert _noise(drawn) == (1.0, NOISE_SEED)
+
+
+def test_the_same_report_twice(drawn, clean_file, model):
+    again = evaluate(clean_file, model)
+    assert _numbers(again.report) == _numbers(drawn.report)
+    np.testing.assert_array_equal(again.predicted, drawn.predicted)
+    json.dumps(drawn.report, allow_nan=False)
+
+
+def test_noise_belongs_to_the_star_not_to_the_block(drawn, clean_file, model, monkeypatch):
+    monkeypatch.setattr("moefast.protocol.evaluate.BLOCK_ROWS", 100)
+    np.testing.assert_array_equal(evaluate(clean_file, model).predicted, drawn.predicted)
+
+
+def test_more_noise_is_worse_and_none_is_better(drawn, stored, clean_file, noisy_file, model):
+    louder = evaluate(noisy_file, model, noise_level=3.0)
+    silent = evaluate(noisy_file, model, noise="none")
+    r = {name: e.report["overall"]["r2"] for name, e in locals().items() if hasattr(e, "report")}
+    assert r["louder"] < r["stored"] - 0.1
+    assert r["silent"] > r["stored"] + 0.05
+    assert abs(r["stored"] - r["drawn"]) < 0.08
+    assert _noise(louder) == (3.0, NOISE_SEED)
+    assert _noise(silent) == (None, None)
+    # Stored noise fits level 1 only, so another level must not start from it.
+    np.testing.assert_array_equal(louder.predicted, evaluate(clean_file, model, noise_level=3.0).predicted)
+
+
+def test_drawing_can_be_asked_for(drawn, noisy_file, model):
+    np.testing.assert_array_equal(evaluate(noisy_file, model, noise="draw").predicted, drawn.predicted)
+    other = evaluate(noisy_file, model, noise="draw", noise_seed=1)
+    assert np.abs(other.predicted - drawn.predicted).max() > 0.1
+
+
+@pytest.mark.parametrize("level", [0.0, -1.0, np.nan])
+def test_impossible_noise_levels(level, clean_file, model):
+    with pytest.raises(InputError, match="noise level must be positive"):
+        evaluate(clean_file, model, noise_level=level)
+
+
+# -- numbers ---------------------------------------------------------------------------------------------------
+
+
+def test_scores_are_of_the_predictions(stored, few):
+    report = stored.report
+    assert report["overall"]["r2"] == pytest.approx(r2(few.params["log_g"], stored.predicted), abs=1e-9)
+    np.testing.assert_array_equal(stored.log_g, few.params["log_g"])
+    assert report["overall"]["n"] == report["data_set"]["n"] == 700
+    assert report["throughput"]["spectra_per_second"] > 0
+
+
+def test_references_and_oracle_are_scored_on_the_same_stars(stored, model, few):
+    references = stored.report["references"]
+    assert set(references) == set(model.references) | {"oracle-ridge"}
+    r = {name: entry["r2"] for name, entry in references.items()}
+    assert r["published-ridge"] < r["global-ridge"] < stored.report["overall"]["r2"]
+    assert r["oracle-ridge"] > r["global-ridge"]
+    form = model.references["published-ridge"]
+    assert form.clipped
+    x = np.maximum(few.noisy, 0).astype(np.float64) - model.mixture.reference
+    expected = np.clip(x @ form.weights[:, 0, 0] + form.intercepts[0, 0], *model.mixture.label_range)
+    assert r["published-ridge"] == pytest.approx(r2(few.params["log_g"], expected), abs=1e-5)
+    bins = model.grid.assign(few.params["T_eff"], few.params["M_H"])
+    experts = model.mixture.predict_reference(few.noisy, few.error).expert_log_g
+    oracle = np.clip(experts[np.arange(700), bins], *model.mixture.label_range)
+    assert r["oracle-ridge"] == pytest.approx(r2(few.params["log_g"], oracle), abs=1e-5)
+
+
+def test_a_global_model_has_no_oracle(labelled_file, noisy_file):
+    from moefast.recipes import fit
+
+    report = evaluate(noisy_file, fit(labelled_file, recipe="global-ridge", references=False)).report
+    assert not any("oracle" in name and "average" not in name for name in report["references"])
+    assert report["rho"] is None or report["rho"]["value"] is None
+    assert report["overall"]["r2"] > 0.45
+
+
+def test_rows_without_data_count_as_missing(few, model, tmp_path):
+    some = few.take(slice(0, 200))
+    some.flux[3] = np.nan
+    some.error[50, :100] = np.inf
+    found = evaluate(some.write(tmp_path / "x.h5"), model)
+    assert np.flatnonzero(np.isnan(found.predicted)).tolist() == [3]
+    assert found.report["overall"]["n_nan"] == 1
+
+
+def test_three_engines_agree(noisy_file, model):
+    """`predict` on the CPU, float64 NumPy, and ONNX Runtime with the exported graph."""
+    found = predict(noisy_file, model).columns
+    block = next(iter(open_spectra(noisy_file).blocks(1000, array="noisy")))
+    reference = model.mixture.predict_reference(block.flux, block.error)
+    session = open_session(build(model.mixture), "cpu")
+    onnx = dict(zip(
+        ("log_g", "log_g_err"),
+        session.run(["log_g", "log_g_err"], {"flux": block.flux, "error": block.error}),
+        strict=True,
+    ))  # fmt: skip
+    assert np.abs(found["log_g"] - reference.log_g).max() < 1e-4
+    assert np.abs(onnx["log_g"] - reference.log_g).max() < 1e-4
+    assert np.abs(found["log_g"] - onnx["log_g"]).max() < 1e-4
+    np.testing.assert_allclose(found["log_g_err"], reference.log_g_err, rtol=1e-3)
+    np.testing.assert_allclose(onnx["log_g_err"], reference.log_g_err, rtol=1e-3)
+
+
+# -- the report folder -----------------------------------------------------------------------------------------
+
+
+def test_a_report_folder(stored, tmp_path):
+    folder = tmp_path / "deep" / "report"
+    written = write_report(stored, folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["report.json", "report.png", "report.txt"]
+    assert written == [folder / name for name in ("report.json", "report.txt", "report.png")]
+    assert json.loads(written[0].read_text()) == json.loads(json.dumps(stored.report))
+    assert "R²" in written[1].read_text()
+    assert written[2].read_bytes().startswith(b"\x89PNG")
+    before = written[0].read_bytes()
+    with pytest.raises(OutputError, match="exists already"):
+        write_report(stored, folder)
+    assert written[0].read_bytes() == before
+    (folder / "notes.txt").write_text("kept")
+    write_report(stored, folder, overwrite=True)
+    assert (folder / "notes.txt").read_text() == "kept"
+
+
+def test_a_report_is_not_written_over_a_file(stored, tmp_path):
+    (tmp_path / "report").write_text("precious")
+    with pytest.raises(OutputError, match="is a file"):
+        check_report_folder(tmp_path / "report", True)
+    assert (tmp_path / "report").read_text() == "precious"
