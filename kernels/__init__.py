@@ -6,10 +6,14 @@ contract of each is in `moefast.kernels.reference`. Nothing here knows files, mo
 
 from __future__ import annotations
 
+import itertools
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import ThreadpoolController
 
 from moefast.kernels import cpu
 from moefast.kernels.binning import assign_bins, assign_snr_bins, sort_by_bin
@@ -33,6 +37,9 @@ __all__ = [
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 PROJECT_ROWS = cpu.PROJECT_ROWS
+
+_BLAS = ThreadpoolController()
+_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def packed_size(p: int) -> int:
@@ -231,33 +238,55 @@ def project(
         np.empty(n, np.float32),
         np.empty(n, np.float32),
     )
-    x = np.empty((rows, p), np.float32)
-    v = np.empty((rows, p), np.float32)
-    values = np.empty((rows, plan.matrix.shape[1]), np.float32)
-    variances = np.empty((rows, plan.variance_matrix.shape[1]), np.float32)
-    vectors = (plan.reference, plan.inverse_shape, plan.residual)
-    start = 0
-    while start < n:
-        top = (first_row + start) % rows
-        here = slice(start, min(start + rows - top, n))
-        there = slice(top, top + here.stop - here.start)
-        scalars = (out.log_level[here], out.energy[here], out.expected[here])
-        cpu.centre(flux[here], error[here], *vectors, x[there], v[there], *scalars)
-        if good is not None:
-            bad = np.flatnonzero(~good[here].all(1))
-            if bad.size:
-                cpu.mend_rows(
-                    bad, good[here], flux[here], error[here], *vectors, x[there], v[there], *scalars
-                )
-        for block in (x, v):
-            block[: there.start] = 0
-            block[there.stop :] = 0
-        np.matmul(x, plan.matrix, out=values)
-        np.matmul(v, plan.variance_matrix, out=variances)
-        out.values[here] = values[there]
-        out.variances[here] = variances[there]
-        start = here.stop
+    # Blocks end at multiples of PROJECT_ROWS in the file, so that a row is always at the same place in its product.
+    cuts = [0, *range(rows - first_row % rows, n, rows), n] if n else [0]
+    blocks = [slice(a, b) for a, b in itertools.pairwise(cuts)]
+
+    def run(part: list[slice]) -> None:
+        scratch = [
+            np.empty((rows, width), np.float32)
+            for width in (p, p, *out.values.shape[1:], *out.variances.shape[1:])
+        ]
+        for here in part:
+            _project_block(flux, error, good, plan, here, (first_row + here.start) % rows, out, scratch)
+
+    workers = min(_CORES, len(blocks))
+    with _BLAS.limit(limits=1, user_api="blas"):
+        if workers > 1:
+            with ThreadPoolExecutor(workers) as pool:
+                list(pool.map(run, [blocks[w::workers] for w in range(workers)]))
+        else:
+            run(blocks)
     return out
+
+
+def _project_block(
+    flux: F32,
+    error: F32,
+    good: NDArray[np.bool_] | None,
+    plan: Projection,
+    here: slice,
+    top: int,
+    out: Projected,
+    scratch: list[F32],
+) -> None:
+    """Project the rows `here`, placed at row `top` of products of PROJECT_ROWS rows."""
+    x, v, values, variances = scratch
+    there = slice(top, top + here.stop - here.start)
+    vectors = (plan.reference, plan.inverse_shape, plan.residual)
+    scalars = (out.log_level[here], out.energy[here], out.expected[here])
+    cpu.centre(flux[here], error[here], *vectors, x[there], v[there], *scalars)
+    if good is not None:
+        bad = np.flatnonzero(~good[here].all(1))
+        if bad.size:
+            cpu.mend_rows(bad, good[here], flux[here], error[here], *vectors, x[there], v[there], *scalars)
+    for block in (x, v):
+        block[: there.start] = 0
+        block[there.stop :] = 0
+    np.matmul(x, plan.matrix, out=values)
+    np.matmul(v, plan.variance_matrix, out=variances)
+    out.values[here] = values[there]
+    out.variances[here] = variances[there]
 
 
 def perceptron(features: F32, w1: F32, b1: F32, w2: F32, b2: F32) -> F32:

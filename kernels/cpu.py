@@ -1,9 +1,12 @@
 """CPU kernels: BLAS where it is a matrix product, Numba where it is fusion.
 
-Design: a row's numbers depend on that row alone, to the last bit. Matrix products therefore always have the same
-shape (`PROJECT_ROWS` rows, the last block padded with zeros), and rows with bad pixels are first treated like all
-others and then mended by a kernel of their own, so that a bad neighbour changes no instruction that a good row sees.
+Design: a row's numbers depend, to the last bit, on that row and its place in its file alone. Matrix products therefore
+always have the same shape (`PROJECT_ROWS` rows, padded with zeros), and rows with bad pixels are first treated like
+all others and then mended by a kernel of their own: a bad neighbour changes no instruction that a good row sees.
 Kernels neither check nor allocate; `moefast.kernels` does both.
+
+Threads: projection runs one block of rows per Python thread, with BLAS held to one thread each. A parallel kernel that
+alternates with a parallel product costs twice as much: each library's threads wait actively for the other's.
 """
 
 from __future__ import annotations
@@ -80,11 +83,11 @@ def add_normal_equations(x, y, order, offsets, sums, gram, square):
         _add_packed_upper(square, gram[k])
 
 
-@njit(parallel=True, cache=True, fastmath=_FAST, error_model="numpy")
+@njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
 def centre(flux, error, reference, inverse_shape, residual, x, v, log_level, energy, expected):
     """X = flux − reference and v = error², with each row's noise level, energy Σx²/D and its expectation."""
     n, p = flux.shape
-    for i in prange(n):
+    for i in range(n):
         level = np.float32(0.0)
         power = np.float32(0.0)
         noise = np.float32(0.0)
@@ -101,7 +104,7 @@ def centre(flux, error, reference, inverse_shape, residual, x, v, log_level, ene
         expected[i] = noise
 
 
-@njit(cache=True, fastmath=_FAST, error_model="numpy")
+@njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
 def mend_rows(
     rows,
     good,

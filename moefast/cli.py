@@ -466,6 +466,8 @@ def _tell_failures(failures: Any) -> None:
 
 def main() -> None:
     """Entry point of the `moefast` command."""
+    # Numba's threads must not wait actively while BLAS works, on the same cores; read when Numba starts them.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if hasattr(signal, "SIGPIPE"):
         # `moefast inspect … | head` must end quietly.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
