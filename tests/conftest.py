@@ -2,6 +2,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 
@@ -10,6 +11,10 @@ from moefast.spectra.files import SpectrumWriter
 
 # `from tolerances import assert_close` in any folder; appended, so that nothing installed is shadowed.
 sys.path.append(str(Path(__file__).parent))
+
+# The same examples every time: a test that fails must fail again.
+hypothesis.settings.register_profile("fixed", derandomize=True)
+hypothesis.settings.load_profile("fixed")
 
 # Pixels of 2.7 Å: the narrowest stretch that the gate measures, 3 Å, holds one at least.
 N_PIXELS = 640

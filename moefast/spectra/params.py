@@ -13,6 +13,7 @@ dataset, a group of one-dimensional datasets.
 from __future__ import annotations
 
 import pickletools
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +57,14 @@ class ParamColumn:
     problem: str = ""
 
 
+def _opcodes(data: bytes) -> list[tuple[pickletools.OpcodeInfo, Any]]:
+    """Opcodes and arguments of a pickle; nothing is executed."""
+    with warnings.catch_warnings():
+        # A damaged escape sequence in a string is refused or read, never announced.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return [(opcode, argument) for opcode, argument, _ in pickletools.genops(data)]
+
+
 def names_from_pickle(data: bytes) -> list[str]:
     """Names in a pickled list of strings, read from its opcodes without unpickling.
 
@@ -72,7 +81,7 @@ def names_from_pickle(data: bytes) -> list[str]:
     stack: list[Any] = []
     memo: dict[int, Any] = {}
     try:
-        for opcode, argument, _ in pickletools.genops(bytes(data)):
+        for opcode, argument in _opcodes(bytes(data)):
             name = opcode.name
             slot = argument if isinstance(argument, int) else -1
             if name in _STRING_OPCODES:
