@@ -27,6 +27,7 @@ import moefast
 from moefast.errors import ModelError, OutputError
 from moefast.gating.features import LEAST_CONTINUUM, LINE_FEATURES, LINES
 from moefast.mixture import LEAST_SPREAD, N_GATE_COMPONENTS, Mixture
+from moefast.spectra.quality import LARGEST_ERROR
 
 __all__ = ["IR_VERSION", "OPSET", "build", "check", "load", "part_of", "read_mixture", "save"]
 
@@ -117,7 +118,9 @@ class _Steps:
         largest = g.scalar("largest", float(np.finfo(np.float32).max))
         size = g.add("Abs", ["flux"], "pixels/flux_size")
         finite_flux = g.add("LessOrEqual", [size, largest], "pixels/flux_is_finite")
-        finite_error = g.add("LessOrEqual", ["error", largest], "pixels/error_is_finite")
+        finite_error = g.add(
+            "LessOrEqual", ["error", g.scalar("largest_error", LARGEST_ERROR)], "pixels/error_says_something"
+        )
         positive_error = g.add("Greater", ["error", zero], "pixels/error_is_positive")
         finite = g.add("And", [finite_flux, finite_error], "pixels/both_are_finite")
         self.good = g.add("And", [finite, positive_error], "pixels/good")

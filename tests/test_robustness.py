@@ -146,7 +146,7 @@ def test_bad_rows(kind, few, model, clean, tmp_path):
 def test_numbers_near_the_end_of_float32_are_never_silent(name, value, few, model, clean, tmp_path):
     found = _spoiled(few, model, tmp_path / "x.h5", _set(name, value))
     same_rows(found, clean, np.setdiff1d(np.arange(N), BAD))
-    warned = flags("OUT_OF_GRID", "LOW_CONFIDENCE", "UNLIKE_TRAINING")
+    warned = flags("BAD_ERROR", "OUT_OF_GRID", "LOW_CONFIDENCE", "UNLIKE_TRAINING")
     assert (found["flag"][list(BAD)] & warned != 0).all()
 
 
@@ -281,7 +281,8 @@ def test_killed_at_any_moment(stars, model_folder, model, tmp_path):
         )
         until = time.monotonic() + 60
         partial = tmp_path / f".{out.name}.{process.pid}.partial"
-        while not early and not partial.exists() and not out.exists() and time.monotonic() < until:
+        waiting = (lambda: False) if early else (lambda: not partial.exists() and process.poll() is None)
+        while waiting() and time.monotonic() < until:
             time.sleep(0.002)
         time.sleep(delay)
         begun = partial.exists()

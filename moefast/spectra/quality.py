@@ -18,6 +18,7 @@ import numba
 import numpy as np
 
 __all__ = [
+    "LARGEST_ERROR",
     "QUALITY_FEATURES",
     "Flag",
     "Quality",
@@ -28,6 +29,9 @@ __all__ = [
 ]
 
 _LARGEST = np.float32(np.finfo(np.float32).max)
+LARGEST_ERROR = 1e6
+"""Errors above this, where flux is about 1, are a way to say "no information": the pixel is bad."""
+_LARGEST_ERROR = np.float32(LARGEST_ERROR)
 _ZERO = np.float32(0)
 
 
@@ -39,7 +43,7 @@ class Flag(enum.IntFlag):
     FEW_GOOD_PIXELS = 2
     """Fewer than half of the pixels are good (true of NO_DATA rows, too)."""
     BAD_ERROR = 4
-    """At least one pixel has a finite flux and no mask, but an error that is not finite or not positive."""
+    """At least one pixel has a finite flux and no mask, but an error that is not positive or above 1e6."""
     OUT_OF_GRID = 8
     """log g lies at the edge of the labels that the model was fitted on, or the noise level outside its range."""
     LOW_CONFIDENCE = 16
@@ -90,7 +94,7 @@ def _pixels(pixels: np.ndarray, shape: tuple[int, ...], name: str) -> np.ndarray
 
 
 def good_pixels(flux: np.ndarray, error: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray | None:
-    """Pixels that carry information: flux finite, error finite and positive, not masked.
+    """Pixels that carry information: flux finite, error positive and at most 1e6, not masked.
 
     Parameters
     ----------
@@ -211,7 +215,7 @@ def _any_bad(flux, error):  # type: ignore[no-untyped-def]  # pragma: no cover
         for j in range(p):
             f, e = flux[i, j], error[i, j]
             # A comparison with NaN is false. Bits instead of `and` keep the loop free of branches.
-            ok = (abs(f) <= _LARGEST) & (e > _ZERO) & (e <= _LARGEST)
+            ok = (abs(f) <= _LARGEST) & (e > _ZERO) & (e <= _LARGEST_ERROR)
             bad += np.int32(not ok)
         n_bad += int(bad > 0)
     return n_bad > 0
@@ -227,13 +231,13 @@ def _mark_good(flux, error, mask, good):  # type: ignore[no-untyped-def]  # prag
         if masked:
             for j in range(p):
                 f, e = flux[i, j], error[i, j]
-                ok = (abs(f) <= _LARGEST) & (e > _ZERO) & (e <= _LARGEST) & (not mask[i, j])
+                ok = (abs(f) <= _LARGEST) & (e > _ZERO) & (e <= _LARGEST_ERROR) & (not mask[i, j])
                 good[i, j] = ok
                 bad += np.int32(not ok)
         else:
             for j in range(p):
                 f, e = flux[i, j], error[i, j]
-                ok = (abs(f) <= _LARGEST) & (e > _ZERO) & (e <= _LARGEST)
+                ok = (abs(f) <= _LARGEST) & (e > _ZERO) & (e <= _LARGEST_ERROR)
                 good[i, j] = ok
                 bad += np.int32(not ok)
         n_bad += int(bad > 0)
@@ -329,7 +333,11 @@ def _assess(  # type: ignore[no-untyped-def]  # pragma: no cover
                     noise += np.float64(e) * np.float64(e)
                     ratio[m] = f / e
                     m += 1
-                elif abs(f) <= _LARGEST and not (e > _ZERO and e <= _LARGEST) and not (masked and mask[i, j]):
+                elif (
+                    abs(f) <= _LARGEST
+                    and not (e > _ZERO and e <= _LARGEST_ERROR)
+                    and not (masked and mask[i, j])
+                ):
                     bits |= np.uint32(4)
         if 2 * m < p:
             bits |= np.uint32(2)

@@ -89,8 +89,15 @@ def test_one_bad_error(bad):
 
 def test_smallest_and_largest_numbers_are_good():
     flux = np.array([[0, -3.4e38, 3.4e38, 1e-45]], "f4")
-    error = np.array([[1e-45, 3.4e38, 1, 1]], "f4")
+    error = np.array([[1e-45, 1e6, 1, 1]], "f4")
     assert good_pixels(flux, error) is None
+
+
+def test_an_enormous_error_says_that_a_pixel_is_bad():
+    flux, error = np.ones((1, 4), "f4"), np.array([[0.1, 1.1e6, 1e10, 3.4e38]], "f4")
+    good = good_pixels(flux, error)
+    assert good.tolist() == [[True, False, False, False]]
+    assert assess(flux, error, good).flag[0] & 4
 
 
 @pytest.mark.parametrize(("n", "p"), [*SIZES, (200, 96)])
