@@ -355,7 +355,9 @@ def predict(
     begin = time.perf_counter()
     with sink:
         position = start
-        blocks = spectra.blocks(BLOCK_ROWS, array=array, rows=(start, stop), params=wanted, on_error="skip")
+        blocks = spectra.blocks(
+            BLOCK_ROWS, array=array, rows=(start, stop), params=wanted, on_error="skip" if several else "raise"
+        )
         for block in blocks:
             base = int(spectra.first_rows[block.shard])
             fill(position, block.first_row)
@@ -377,8 +379,6 @@ def predict(
             if progress is not None:
                 progress(position - start, stop - start)
         summary.failures = list(spectra.failures)
-        if not several and summary.failures:
-            raise summary.failures[0].error
         fill(position, stop)
         summary.n_rows = stop - start
         summary.seconds = time.perf_counter() - begin
