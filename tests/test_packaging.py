@@ -40,21 +40,18 @@ def test_every_folder_with_code_is_a_package() -> None:
     assert [str(folder) for folder in folders if not (folder / "__init__.py").exists()] == []
 
 
-@pytest.mark.wheel
 def test_listed_packages_import() -> None:
     for name in _config()["packages"]:
         if not name.endswith(".build"):
             assert import_module(name).__doc__, f"{name} says nothing about itself"
 
 
-@pytest.mark.wheel
 def test_version_is_the_installed_one() -> None:
     import moefast
 
     assert metadata.version("moefast") == moefast.__version__
 
 
-@pytest.mark.wheel
 def test_package_data_is_installed() -> None:
     import moefast
 
@@ -63,7 +60,6 @@ def test_package_data_is_installed() -> None:
         assert (home / name).is_file(), name
 
 
-@pytest.mark.wheel
 @pytest.mark.skipif("MOEFAST_WHEEL" not in os.environ, reason="only where a wheel is installed")
 def test_wheel_is_what_runs() -> None:
     import moefast
