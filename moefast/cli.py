@@ -6,6 +6,7 @@ People read standard output; `--json` gives machines the same facts. Progress an
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import os
@@ -98,10 +99,12 @@ def _rows(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int
     if value is None:
         return None
     try:
-        first, last = value.split(":")
-        return int(first), int(last)
+        first, last = (int(part) for part in value.split(":"))
     except ValueError:
         raise click.BadParameter(f"{value!r} is not FIRST:LAST, for example 0:1000") from None
+    if not 0 <= first < last:
+        raise click.BadParameter(f"{value!r}: FIRST counts from 0 and must be less than LAST")
+    return first, last
 
 
 def _shard(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:
@@ -157,7 +160,7 @@ def cli() -> None:
     Score spectra with the model that comes with moefast:
         moefast predict spectra.h5 -o log_g.h5
     Fit and measure your own:
-        moefast simulate train.h5 -n 20000 --seed 1
+        moefast simulate train.h5 -n 20000 --seed 1 --clean
         moefast simulate test.h5 -n 5000 --seed 2
         moefast fit train.h5 -o model/
         moefast evaluate test.h5 -m model/ -o report/
@@ -173,7 +176,7 @@ def cli() -> None:
     "--seed", type=click.IntRange(0), required=True, help="Seed; row i is the same for any number of rows."
 )
 @click.option(
-    "--mag", nargs=2, type=float, help="Faint and bright limit of the HSC i magnitude.  [default: 20.5 22.5]"
+    "--mag", nargs=2, type=float, help="Bright and faint limit of the HSC i magnitude.  [default: 20.5 22.5]"
 )
 @click.option(
     "--noise-level",
@@ -376,6 +379,9 @@ def export(model: str, out: str, part: str, overwrite: bool) -> None:
     if Path(out).exists() and not overwrite:
         raise OutputError(f"{out}: exists already; choose another name, or replace it with --overwrite")
     chosen = Model.load(None if model == "shipped" else model)
+    parts = ["mixture", "gate", *(f"expert-{k}" for k in range(chosen.mixture.n_experts))]
+    if part not in parts:
+        raise click.BadParameter(f"{part!r} is none of {', '.join(parts)}", param_hint="--part")
     differences = export_model(chosen.mixture, out, part=part, metadata={"recipe": chosen.manifest["recipe"]})
     size = Path(out).stat().st_size / 1e6
     largest = ", ".join(
@@ -416,7 +422,9 @@ def predict(
 
     # Parts that run at the same time must not write to one name.
     part = f".{shard[0]}-of-{shard[1]}" if shard else ""
-    target = Path(out) if out else Path(f"{Path(files[0]).resolve().stem}.log_g{part}.h5")
+    # A pattern has no name to take over.
+    stem = "spectra" if glob.has_magic(files[0]) else Path(files[0]).resolve().stem
+    target = Path(out) if out else Path(f"{stem}.log_g{part}.h5")
     progress = Progress(quiet or as_json)
     summary = run(
         files, model, target, array=array, backend=backend, rows=rows, limit=limit,  # type: ignore[arg-type]
@@ -435,7 +443,9 @@ def predict(
     else:
         click.echo(f"{target}: {summary.n_rows:,} spectra, array {summary.array}")
         speed = f"{summary.spectra_per_second:,.0f} spectra/s"
-        r2 = "no labels, so no R²" if summary.r2 is None else f"R² {summary.r2:.3f}"
+        nothing = summary.flags.get("NO_DATA", 0) == summary.n_rows
+        none = "nothing to measure R² on" if nothing else "no labels, so no R²"
+        r2 = none if summary.r2 is None else f"R² {summary.r2:.3f}"
         click.echo(f"  {speed} on {summary.backend} ({summary.device}), {r2}")
         click.echo(f"  backend {summary.backend}: {summary.reason}")
         if summary.flags:

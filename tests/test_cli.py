@@ -177,8 +177,8 @@ def test_fit_evaluate_export(run, labelled_file, few, model):
     assert "exists already" in run("export", "model", "-o", "mixture.onnx", code=8).stderr
     run("export", "model", "-o", "mixture.onnx", "--overwrite", "--part", "expert-0")
     assert (
-        "choose mixture, gate, or expert-0"
-        in run("export", "model", "-o", "e", "--part", "nil", code=6).stderr
+        "is none of mixture, gate, expert-0"
+        in run("export", "model", "-o", "e", "--part", "nil", code=2).stderr
     )
     assert not os.path.exists("e")
 
@@ -286,7 +286,24 @@ def test_3_a_file_that_is_missing_or_lacks_a_dataset(run, few, model_folder):
 
 def test_3_rows_that_the_file_has_not(run, few, model_folder):
     assert "rows 0:41 asked for" in run("predict", few, "-m", model_folder, "--rows", "0:41", code=3).stderr
-    run("predict", few, "-m", model_folder, "--rows", "7:7", code=3)
+    assert "less than LAST" in run("predict", few, "-m", model_folder, "--rows", "7:7", code=2).stderr
+
+
+def test_results_among_the_spectra_are_no_spectra(run, few, model_folder):
+    shutil.copy(few, "night.h5")
+    for _ in range(2):
+        run("predict", ".", "-m", model_folder, "-o", "mine.log_g.h5", "--overwrite", "-q")
+    run("predict", "*.h5", "-m", model_folder, "-q")
+    assert len(read_table("spectra.log_g.h5")[0]["row"]) == 40
+    assert "predictions" in run("predict", "mine.log_g.h5", "-m", model_folder, code=3).stderr
+
+
+def test_spectra_without_data_have_no_r2(run, few, model_folder):
+    with h5py.File(few, "r+") as file:
+        file["dataset/arrays/error/value"][:] = np.nan
+    found = run("predict", few, "-m", model_folder)
+    assert "40 of 40 spectra have no good pixel" in found.stdout
+    assert "R² 0" not in found.stdout
 
 
 def test_4_another_wave_grid(run, stars, tmp_path, model_folder):

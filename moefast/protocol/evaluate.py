@@ -22,7 +22,7 @@ from moefast.mixture import hat_weights
 from moefast.model import Model
 from moefast.noise import standard_normals
 from moefast.protocol.report import evaluate_predictions, format_text, write_atomically, write_json
-from moefast.scoring import BLOCK_ROWS, open_engine, score_block
+from moefast.scoring import BLOCK_ROWS, open_engine, score_block, warm_up
 from moefast.spectra.files import Block, open_spectra
 from moefast.spectra.quality import good_pixels
 
@@ -90,7 +90,8 @@ def evaluate(
     stored = noise == "auto" and noise_level == 1.0 and all("noisy" in s.arrays for s in spectra.shards)
     references: dict[str, list[NDArray]] = {key: [] for key in chosen.references}
     found: dict[str, list[NDArray]] = {}
-    scoring, warm = 0.0, False
+    scoring = 0.0
+    warm_up(engine, chosen.mixture.n_pixels)
     for block in spectra.blocks(BLOCK_ROWS, array="noisy" if stored else "flux"):
         rows = np.arange(block.first_row, block.first_row + len(block))
         if noise_level != 1.0:
@@ -100,10 +101,6 @@ def evaluate(
             draw *= block.error
             block.flux += draw
         base = int(spectra.first_rows[block.shard])
-        if not warm:
-            # Loading compiled code is no part of the throughput.
-            score_block(chosen, engine, block, block.first_row - base)
-            warm = True
         begin = time.perf_counter()
         columns, _ = score_block(chosen, engine, block, block.first_row - base)
         scoring += time.perf_counter() - begin

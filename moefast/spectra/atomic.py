@@ -53,7 +53,7 @@ def partial_path(path: Path, *, overwrite: bool) -> Path:
     if path.is_dir():
         raise OutputError(f"{path}: is a folder; give the name of a file")
     if path.exists() and not overwrite:
-        raise OutputError(f"{path}: exists already; choose another name or allow overwriting")
+        raise OutputError(f"{path}: exists already; choose another name, or replace it with --overwrite")
     if not path.parent.is_dir():
         raise OutputError(f"{path}: the folder {path.parent} does not exist; create it first")
     pattern = re.compile(re.escape(f".{path.name}.") + r"(\d+)\.partial(\.wide)?")

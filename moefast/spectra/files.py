@@ -65,11 +65,21 @@ def _natural(path: str | Path) -> list[tuple[int, int, str]]:
     return [(1, int(piece), "") if piece.isdigit() else (0, 0, piece) for piece in pieces]
 
 
+def _is_table(path: Path) -> bool:
+    """Whether a file is a prediction table; a file that cannot be opened is left to those who will say why."""
+    try:
+        with h5py.File(path, "r") as file:
+            return "predictions" in file and "dataset" not in file
+    except OSError:
+        return False
+
+
 def find_files(paths: str | Path | Iterable[str | Path]) -> list[Path]:
     """Spectrum files meant by files, folders and glob patterns.
 
     Folders are searched recursively for ``*.h5`` and ``*.hdf5``. What one folder or pattern yields is in
-    natural order (shard 2 before shard 10); the order of the arguments is kept and duplicates are dropped.
+    natural order (shard 2 before shard 10); the order of the arguments is kept and duplicates are dropped. Prediction
+    tables of moefast that lie among the spectra are passed over, unless they are named themselves.
 
     Raises
     ------
@@ -84,13 +94,18 @@ def find_files(paths: str | Path | Iterable[str | Path]) -> list[Path]:
         path = Path(given).expanduser()
         looked_for.append(str(given))
         if path.is_dir():
-            matches = [p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file()]
+            matches = [
+                p
+                for p in path.rglob("*")
+                if p.suffix.lower() in _SUFFIXES and p.is_file() and not _is_table(p)
+            ]
             if not matches:
                 raise InputError(f"{given}: no file *.h5 or *.hdf5 in this folder or below it")
         elif path.exists():
             matches = [path]
         elif glob.has_magic(str(path)):
-            matches = [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]
+            matches = [Path(p) for p in glob.glob(str(path), recursive=True)]
+            matches = [p for p in matches if p.is_file() and not _is_table(p)]
             if not matches:
                 raise InputError(f"{given}: no file matches this pattern (working folder {Path.cwd()})")
         else:
