@@ -9,7 +9,7 @@ and trains gate and error model on those. Time grows linearly with rows, memory 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -436,7 +436,7 @@ class _Fitter:
         else:
             net = fit_gate(features[fitted], values[fitted], y[fitted], held, seed=self.options.seed)
             gate = softmax(net(features))
-            mixture = _replace(mixture, gate=_as_float32(net.folded()))
+            mixture = replace(mixture, gate=_as_float32(net.folded()))
         mixed = (gate * values).sum(1)
         log_g = np.clip(mixed, *mixture.label_range)
         raw = (gate * noise).sum(1)
@@ -446,7 +446,7 @@ class _Fitter:
         ratio = np.abs(y - log_g) / np.exp(net(inputs)[:, 0])
         factor = balanced_factor(ratio[fitted][held])
         w1, b1, w2, b2 = net.folded()
-        mixture = _replace(mixture, error_model=_as_float32((w1, b1, w2, b2 + np.log(factor))))
+        mixture = replace(mixture, error_model=_as_float32((w1, b1, w2, b2 + np.log(factor))))
         quality = {
             "rows": int(check.sum()),
             "r2": r2(y[check], log_g[check]),
@@ -526,9 +526,3 @@ def _idle(n_in: int, n_out: int) -> tuple[F32, F32, F32, F32]:
 
 def _as_float32(arrays: tuple[F64, ...]) -> tuple[F32, ...]:
     return tuple(np.ascontiguousarray(a, np.float32) for a in arrays)
-
-
-def _replace(mixture: Mixture, **changes: Any) -> Mixture:
-    from dataclasses import replace
-
-    return replace(mixture, **changes)
