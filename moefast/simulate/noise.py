@@ -166,8 +166,18 @@ def _sigma(
         snr[i] = np.median(ratio)
 
 
+def _read_only(values: np.ndarray) -> np.ndarray:
+    values.flags.writeable = False
+    return values
+
+
 class NoiseModel:
     """Errors of spectra on one wave grid.
+
+        e_j   = s response_j / sum_k(band_weight_k f_k)         electrons per unit flux
+        var_j = max(f_j, 0) / e_j + sky_variance_j / e_j^2      in units of flux squared
+
+    with s = `electrons_per_flux(mag, seeing)`; `error` is `noise_level` sqrt(var).
 
     Parameters
     ----------
@@ -175,6 +185,16 @@ class NoiseModel:
         Pixel edges, Å in vacuum.
     instrument, sky, exposure
         What is observed with what.
+
+    Attributes
+    ----------
+    response : array of shape (p,), float64
+        Electrons of an AB star of magnitude 0 with all its light in the fibre, where its flux per unit
+        wavelength equals its mean over the i band.
+    sky_variance : array of shape (p,), float64
+        Variance of sky, sky subtraction and detector, electrons squared, all exposures together.
+    band_weight : array of shape (p,), float64
+        Weights of the mean over the i band: zero outside, sum 1.
     """
 
     def __init__(
@@ -200,7 +220,7 @@ class NoiseModel:
         self.sky_electrons = collected * fibre_area * (continuum + self._oh_photons(edges))
         per_exposure = tool.trace_rows * (tool.read_noise**2 + tool.dark * exposure.seconds)
         self.detector_variance = per_exposure * exposure.count
-        self.sky_variance = (
+        self.sky_variance = _read_only(
             self.sky_electrons + (self.sky.residual * self.sky_electrons) ** 2 + self.detector_variance
         )
         # The star: f_lambda = 1 corresponds, in the i band, to photons per pixel proportional to lambda.
@@ -208,10 +228,10 @@ class NoiseModel:
         self._band = np.array([inside[0], inside[-1] + 1])
         weight = np.zeros(len(wave))
         weight[inside] = wave[inside]
-        self._band_weight = weight / weight.sum()
+        self.band_weight = _read_only(weight / weight.sum())
         pivot = math.sqrt(np.sum(wave[inside]) / np.sum(1.0 / wave[inside]))
         # f_nu of an AB source is f_lambda lambda_pivot^2 / c, hence photons = f_lambda lambda / pivot^2.
-        self._response = PHOTONS_AB0 * collected * width * wave / pivot**2
+        self.response = _read_only(PHOTONS_AB0 * collected * width * wave / pivot**2)
 
     def _oh_photons(self, edges: np.ndarray) -> np.ndarray:
         """OH photons / s / cm2 / arcsec2 in each pixel after the line-spread function."""
@@ -222,6 +242,22 @@ class NoiseModel:
         for wave, sigma, strength in zip(waves, spread, rayleigh, strict=True):
             cumulative += 0.5 * strength * erf((edges - wave) / sigma).astype(float)
         return self.sky.oh_factor * RAYLEIGH * np.diff(cumulative)
+
+    def electrons_per_flux(self, mag: np.ndarray, seeing: np.ndarray) -> np.ndarray:
+        """Scale s of the electrons per unit flux, s response_j / (mean of the flux over the i band).
+
+        Parameters
+        ----------
+        mag, seeing : arrays of shape (n,)
+            AB magnitude in HSC i; FWHM in arcsec.
+
+        Returns
+        -------
+        array of shape (n,), float64
+            10^(-0.4 mag) times the fraction of the light that enters the fibre.
+        """
+        fraction = self.instrument.fibre_fraction(seeing)
+        return 10.0 ** (-0.4 * np.asarray(mag, dtype=float)) * fraction
 
     def error(
         self, flux: np.ndarray, mag: np.ndarray, seeing: np.ndarray, *, noise_level: float = 1.0
@@ -247,10 +283,8 @@ class NoiseModel:
         error = np.empty(flux.shape, dtype=np.float32)
         snr = np.empty(len(flux))
         if len(flux):
-            fraction = self.instrument.fibre_fraction(seeing)
-            scale = 10.0 ** (-0.4 * np.asarray(mag, dtype=float)) * fraction
             _sigma(
-                flux, scale, self._response, self.sky_variance, self._band, self._band_weight,
-                float(noise_level), error, snr,
+                flux, self.electrons_per_flux(mag, seeing), self.response, self.sky_variance, self._band,
+                self.band_weight, float(noise_level), error, snr,
             )  # fmt: skip
         return error, snr
