@@ -17,6 +17,7 @@ from threadpoolctl import ThreadpoolController
 
 from moefast.kernels import cpu
 from moefast.kernels.binning import assign_bins, assign_snr_bins, sort_by_bin
+from moefast.kernels.likelihood import gaussian_log_likelihood
 
 __all__ = [
     "PROJECT_ROWS",
@@ -25,6 +26,7 @@ __all__ = [
     "add_rows",
     "assign_bins",
     "assign_snr_bins",
+    "gaussian_log_likelihood",
     "normal_equations",
     "packed_size",
     "perceptron",
