@@ -1,11 +1,14 @@
 """The emulator: grid, physics, derivatives, refusals."""
 
+from concurrent.futures import ThreadPoolExecutor
+from importlib.resources import files
+
 import numpy as np
 import pytest
 
 from moefast.errors import MoefastError
 from moefast.simulate import LABELS, Emulator
-from moefast.simulate.emulator import SCHEMA, coordinates
+from moefast.simulate.emulator import ROWS_PER_TILE, SCHEMA, coordinates, matern52, polynomial_terms
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +44,74 @@ def test_flux_is_positive_with_median_one(emulator):
 
 
 def test_bits_do_not_depend_on_the_block(emulator):
-    labels = inside(37)
+    labels = inside(2 * ROWS_PER_TILE + 37)
     whole = emulator.flux(labels)
-    for first, stop in ((0, 1), (5, 13), (31, 37)):
-        np.testing.assert_array_equal(emulator.flux(labels[first:stop]), whole[first:stop])
+    for first, stop in ((0, 1), (5, 13), (1, 2 * ROWS_PER_TILE + 37), (ROWS_PER_TILE - 1, ROWS_PER_TILE + 1)):
+        part = emulator.flux(labels[first:stop], first_row=first)
+        np.testing.assert_array_equal(part, whole[first:stop])
     out = np.empty_like(whole)
-    assert emulator.flux(labels[::-1], out) is out
-    np.testing.assert_array_equal(out, whole[::-1])
+    assert emulator.flux(labels, out, first_row=2**40 * ROWS_PER_TILE) is out
+    np.testing.assert_array_equal(out, whole)
     assert emulator.flux(labels[:0]).shape == (0, 4096)
+
+
+def test_the_number_of_threads_changes_nothing(emulator, monkeypatch):
+    labels = inside(300)
+    flux, slopes = emulator.flux(labels), emulator.derivatives(labels[:70])
+    monkeypatch.setattr("moefast.simulate.emulator._CORES", 5)
+    np.testing.assert_array_equal(emulator.flux(labels), flux)
+    np.testing.assert_array_equal(emulator.derivatives(labels[:70]), slopes)
+
+
+def test_agrees_with_the_formula_in_float64(emulator):
+    labels = inside(50, seed=3)
+    with (files("moefast.simulate") / "data" / "emulator.npz").open("rb") as stream, np.load(stream) as data:
+        x = (coordinates(labels) - data["centre"]) / data["half_range"]
+        distance = np.linalg.norm((x[:, None] - data["nodes"]) / data["scales"], axis=2)
+        c = polynomial_terms(data["powers"], x) @ data["polynomial"] + matern52(distance) @ data["weights"]
+        expected = data["mean"] + c @ data["basis"]
+    np.testing.assert_allclose(emulator.coefficients(labels), c, rtol=0, atol=1e-8)
+    np.testing.assert_allclose(emulator.padded_flux(labels), expected, rtol=0, atol=3e-6)
+    np.testing.assert_allclose(
+        emulator.mean + emulator.coefficients(labels) @ emulator.basis, expected, rtol=0, atol=1e-8
+    )
+
+
+def test_coefficients_from_several_threads(emulator):
+    labels = inside(400, seed=4)
+    expected = emulator.coefficients(labels)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(emulator.coefficients, [labels] * 8):
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9)
+
+
+def padded(margin):
+    """The shipped arrays with `margin` pixels beyond each edge, known from where they were cut."""
+    emulator = Emulator.load()
+    with (files("moefast.simulate") / "data" / "emulator.npz").open("rb") as stream, np.load(stream) as data:
+        arrays = {key: data[key] for key in data.files}
+    cut = slice(margin, 4096 - margin)
+    low = emulator.margin
+    arrays |= {
+        "schema": np.array(3),
+        "margin": np.array(margin),
+        "wave_edges": emulator.wave_edges,
+        "mean": arrays["mean"][low : low + 4096],
+        "basis": arrays["basis"][:, low : low + 4096],
+    }
+    return Emulator.from_arrays(arrays), cut
+
+
+def test_the_margin_lies_beyond_the_pixels(emulator):
+    wider, cut = padded(16)
+    labels = inside(20, seed=5)
+    assert (wider.margin, len(wider.mean), len(wider.wave)) == (16, 4096, 4064)
+    np.testing.assert_array_equal(wider.wave, emulator.wave[cut])
+    np.testing.assert_allclose(wider.padded_flux(labels), emulator.flux(labels), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(wider.flux(labels), emulator.flux(labels)[:, cut], rtol=0, atol=1e-6)
+    slopes = wider.derivatives(labels, padded=True)
+    np.testing.assert_allclose(slopes, emulator.derivatives(labels), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(wider.derivatives(labels), slopes[..., cut], rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("label", range(5))
@@ -127,6 +190,12 @@ def test_refuses_bad_out_and_unknown_schema(emulator):
         emulator.flux(inside(2), np.empty((2, 4096)))
     with pytest.raises(MoefastError, match=f"schema {SCHEMA}"):
         Emulator.from_arrays({"schema": np.array(99)})
+    with (files("moefast.simulate") / "data" / "emulator.npz").open("rb") as stream, np.load(stream) as data:
+        arrays = {key: data[key] for key in data.files}
+    with pytest.raises(MoefastError, match="do not fit"):
+        Emulator.from_arrays(arrays | {"wave_edges": arrays["wave_edges"][1:]})
+    with pytest.raises(MoefastError, match="too short"):
+        Emulator.from_arrays(arrays | {"scales": arrays["scales"] / 50})
 
 
 def test_provenance_names_sources(emulator):
