@@ -41,7 +41,7 @@ NODES_PER_TILE = 256
 SCHEMA = 3
 READABLE = (2, 3)
 
-_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def coordinates(labels: np.ndarray) -> np.ndarray:
@@ -199,7 +199,7 @@ def _one_blas_thread() -> Iterator[None]:
 
 def _share(tiles: list[slice], work: Callable[[list[slice]], None]) -> None:
     """Do `work` on the tiles with one thread per core."""
-    workers = min(_CORES, len(tiles))
+    workers = min(CORES, len(tiles))
     with _one_blas_thread():
         if workers > 1:
             with ThreadPoolExecutor(workers) as pool:
@@ -209,7 +209,7 @@ def _share(tiles: list[slice], work: Callable[[list[slice]], None]) -> None:
 
 
 def _read_only(values: Any, dtype: type) -> np.ndarray:
-    array = np.array(values, dtype=dtype, order="C")
+    array: np.ndarray = np.array(values, dtype=dtype, order="C")
     array.flags.writeable = False
     return array
 

@@ -58,7 +58,7 @@ def test_bits_do_not_depend_on_the_block(emulator):
 def test_the_number_of_threads_changes_nothing(emulator, monkeypatch):
     labels = inside(300)
     flux, slopes = emulator.flux(labels), emulator.derivatives(labels[:70])
-    monkeypatch.setattr("moefast.simulate.emulator._CORES", 5)
+    monkeypatch.setattr("moefast.simulate.emulator.CORES", 5)
     np.testing.assert_array_equal(emulator.flux(labels), flux)
     np.testing.assert_array_equal(emulator.derivatives(labels[:70]), slopes)
 
