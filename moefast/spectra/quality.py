@@ -20,6 +20,7 @@ import numpy as np
 __all__ = [
     "LARGEST_ERROR",
     "QUALITY_FEATURES",
+    "QUALITY_STEP",
     "Flag",
     "Quality",
     "assess",
@@ -54,6 +55,9 @@ class Flag(enum.IntFlag):
 
 QUALITY_FEATURES = ("mean", "std", "min", "max", "median", "sum", "q25", "q75", "skewness", "kurtosis")
 """Names of the columns of `quality_features`."""
+
+QUALITY_STEP = 0.1
+"""Step, in the natural logarithm, to which `quality_features` are rounded."""
 
 
 @dataclass
@@ -156,7 +160,9 @@ def quality_features(error: np.ndarray, good: np.ndarray | None = None) -> np.nd
     """Ten statistics of the error vector that do not depend on the order of its pixels.
 
     The error vector pixel by pixel gives the labels away (it contains the star's own photon noise); these
-    ten numbers are all that a gate may see of it.
+    ten numbers are all that a gate may see of it. They are rounded, v → exp(0.1 round(ln(v) / 0.1)): errors carry no
+    noise of their own, and ten exact statistics still predict log g with R² 0.3; to a tenth they say how noisy a
+    spectrum is and no more (R² below 0.02). Skewness and kurtosis, which may be negative, as 1 + |v|.
 
     Parameters
     ----------
@@ -178,7 +184,16 @@ def quality_features(error: np.ndarray, good: np.ndarray | None = None) -> np.nd
     out = np.empty((len(error), len(QUALITY_FEATURES)), np.float32)
     nothing = np.zeros((0, error.shape[1]), bool)
     _features(error, nothing if good is None else _pixels(good, error.shape, "good"), out)
-    return out
+    return _rounded(out)
+
+
+def _rounded(features: np.ndarray) -> np.ndarray:
+    """Statistics on their logarithmic grid; 0 and NaN stay as they are."""
+    size, shape = features[:, :-2], features[:, -2:]
+    with np.errstate(divide="ignore"):
+        size = np.exp(QUALITY_STEP * np.round(np.log(size) / QUALITY_STEP))
+    shape = np.copysign(np.expm1(QUALITY_STEP * np.round(np.log1p(np.abs(shape)) / QUALITY_STEP)), shape)
+    return np.concatenate([size, shape], axis=1, dtype=np.float32)
 
 
 def repair(flux: np.ndarray, error: np.ndarray, good: np.ndarray, reference: np.ndarray) -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from moefast.spectra import QUALITY_FEATURES, Flag, assess, good_pixels, quality_features, repair
+from moefast.spectra.quality import QUALITY_STEP
 
 BAD_VALUES = (np.nan, np.inf, -np.inf)
 
@@ -165,15 +166,33 @@ def test_features(n, p):
     expected = [e.mean(1), e.std(1), e.min(1), e.max(1), np.median(e, 1), e.sum(1)]
     expected += [np.quantile(e, 0.25, axis=1), np.quantile(e, 0.75, axis=1)]
     expected += [stats.skew(e, 1), stats.kurtosis(e, 1)] if p > 1 else [np.zeros(n)] * 2
-    np.testing.assert_allclose(features, np.stack(expected, 1), rtol=1e-6, atol=1e-6)
+    expected = np.stack(expected, 1)
+    # On the logarithmic grid, and nowhere further from the exact statistic than half a step.
+    with np.errstate(divide="ignore"):
+        exact = np.concatenate([np.log(expected[:, :8]), np.log1p(np.abs(expected[:, 8:]))], axis=1)
+        found = np.concatenate([np.log(features[:, :8]), np.log1p(np.abs(features[:, 8:]))], axis=1)
+        both = np.isfinite(exact)
+    np.testing.assert_array_equal(found[~both], exact[~both])
+    assert (np.abs(found[both] - exact[both]) <= 0.5 * QUALITY_STEP + 1e-5).all()
+    steps = found[np.isfinite(found)] / QUALITY_STEP
+    np.testing.assert_allclose(steps, np.round(steps), atol=1e-4)
+    assert (np.sign(features[:, 8:]) == np.sign(expected[:, 8:]))[
+        np.abs(expected[:, 8:]) > QUALITY_STEP
+    ].all()
     rng = np.random.default_rng(1)
     shuffled = quality_features(rng.permuted(error, axis=1))
     np.testing.assert_allclose(shuffled, features, rtol=1e-6, atol=1e-6)
 
 
 def test_features_of_a_constant():
-    row = quality_features(np.full((1, 10), 0.5, "f4"))[0]
-    np.testing.assert_array_equal(row, [0.5, 0, 0.5, 0.5, 0.5, 5, 0.5, 0.5, 0, 0])
+    row = quality_features(np.full((1, 10), 1.0, "f4"))[0]
+    np.testing.assert_allclose(row, [1, 0, 1, 1, 1, np.exp(2.3), 1, 1, 0, 0], rtol=1e-6)
+
+
+def test_no_more_than_a_tenth_of_an_error_shows():
+    error = np.full((1, 10), 1.0, "f4")
+    np.testing.assert_array_equal(quality_features(1.04 * error)[:, 2:5], quality_features(error)[:, 2:5])
+    assert (quality_features(1.11 * error)[:, 2:5] > quality_features(error)[:, 2:5]).all()
 
 
 @given(
