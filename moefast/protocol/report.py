@@ -34,9 +34,13 @@ __all__ = [
     "N_OCTILES",
     "SCHEMA_VERSION",
     "assign_octiles",
+    "bracket",
     "evaluate_predictions",
     "format_text",
+    "number",
     "octile_edges",
+    "percent",
+    "table",
     "write_atomically",
     "write_json",
 ]
@@ -473,23 +477,26 @@ def _json_ready(value: Any) -> Any:
 # --- text ------------------------------------------------------------------------------------------------
 
 
-def _number(value: float | None, digits: int = 3, sign: bool = False) -> str:
+def number(value: float | None, digits: int = 3, sign: bool = False) -> str:
+    """A number for people; a dash for None."""
     if value is None:
         return "–"
     return f"{value:{'+' if sign else ''}.{digits}f}"
 
 
-def _bracket(interval: Sequence[float | None] | None, digits: int = 3, sign: bool = False) -> str:
+def bracket(interval: Sequence[float | None] | None, digits: int = 3, sign: bool = False) -> str:
+    """An interval in square brackets; nothing if there is none."""
     if interval is None or None in interval:
         return ""
-    return f"[{_number(interval[0], digits, sign)}, {_number(interval[1], digits, sign)}]"
+    return f"[{number(interval[0], digits, sign)}, {number(interval[1], digits, sign)}]"
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
+    """A share in percent; a dash for None."""
     return "–" if value is None else f"{100 * value:.1f} %"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
     """Columns padded to their widest cell; the first `left` flush left, the others flush right."""
     cells = [list(header), *[list(row) for row in rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
@@ -516,21 +523,21 @@ def _headline(report: Mapping[str, Any]) -> list[str]:
         "",
     ]
     rows = [
-        ("R²", _number(overall["r2"], 4), _bracket(overall["r2_interval"], 4), "full coverage"),
-        ("MAE", _number(overall["mae"], 4), _bracket(overall["mae_interval"], 4), "dex"),
-        ("RMSE", _number(overall["rmse"], 4), _bracket(overall["rmse_interval"], 4), "dex"),
-        ("bias", _number(overall["bias"], 4, True), _bracket(overall["bias_interval"], 4, True), "dex"),
+        ("R²", number(overall["r2"], 4), bracket(overall["r2_interval"], 4), "full coverage"),
+        ("MAE", number(overall["mae"], 4), bracket(overall["mae_interval"], 4), "dex"),
+        ("RMSE", number(overall["rmse"], 4), bracket(overall["rmse_interval"], 4), "dex"),
+        ("bias", number(overall["bias"], 4, True), bracket(overall["bias_interval"], 4, True), "dex"),
         (
             "R², covered only",
-            _number(covered["r2"], 4),
-            _bracket(covered["r2_interval"], 4),
+            number(covered["r2"], 4),
+            bracket(covered["r2_interval"], 4),
             f"{covered['n']} stars on the grid",
         ),
     ]
     rho = report["rho"]
     if rho is not None:
         remark = rho["reason"] or f"from {rho['global']} to {rho['oracle']}"
-        rows.append(("ρ", _number(rho["value"]), _bracket(rho["interval"]), remark))
+        rows.append(("ρ", number(rho["value"]), bracket(rho["interval"]), remark))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     lines += [
         f"  {name:<{widths[0]}}  {value:>{widths[1]}}  {interval:<{widths[2]}}  {remark}"
@@ -538,7 +545,7 @@ def _headline(report: Mapping[str, Any]) -> list[str]:
     ]
     if overall["error_coverage"] is not None:
         shares = ", ".join(
-            f"{_percent(row['fraction'])} within {row['z']:.2f} σ (expected {_percent(row['expected'])})"
+            f"{percent(row['fraction'])} within {row['z']:.2f} σ (expected {percent(row['expected'])})"
             for row in overall["error_coverage"]["levels"]
         )
         lines.append(f"  {'errors':<{widths[0]}}  {shares}")
@@ -550,10 +557,10 @@ def _headline(report: Mapping[str, Any]) -> list[str]:
         )
     routing = report["routing"]
     if routing is not None:
-        accuracy = "" if routing["accuracy"] is None else f", true bin in {_percent(routing['accuracy'])}"
+        accuracy = "" if routing["accuracy"] is None else f", true bin in {percent(routing['accuracy'])}"
         lines.append(
             f"  {'gate':<{widths[0]}}  {routing['n_experts']} experts, mean largest weight "
-            f"{_number(routing['mean_largest_weight'], 2)}{accuracy}"
+            f"{number(routing['mean_largest_weight'], 2)}{accuracy}"
         )
     if overall["n_nan"]:
         lines.append(f"  {overall['n_nan']} predictions are not finite: each counts as the mean label")
@@ -567,19 +574,19 @@ def _what_helped(report: Mapping[str, Any]) -> list[str]:
     rows = [
         (
             name,
-            _number(reference["r2"]),
-            _bracket(reference["r2_interval"]),
-            _number(reference["r2_gain"], 3, True),
-            _bracket(reference["r2_gain_interval"], 3, True),
+            number(reference["r2"]),
+            bracket(reference["r2_interval"]),
+            number(reference["r2_gain"], 3, True),
+            bracket(reference["r2_gain_interval"], 3, True),
         )
         for name, reference in report["references"].items()
     ]
     rows.append(
-        ("this model", _number(report["overall"]["r2"]), _bracket(report["overall"]["r2_interval"]), "", "")
+        ("this model", number(report["overall"]["r2"]), bracket(report["overall"]["r2_interval"]), "", "")
     )
     return [
         "What helped: references on the same stars, and how much this model is above each (paired)",
-        *_table(("reference", "R²", "interval", "gain", "interval"), rows),
+        *table(("reference", "R²", "interval", "gain", "interval"), rows),
     ]
 
 
@@ -587,10 +594,10 @@ def _ceilings(report: Mapping[str, Any]) -> list[str]:
     rows = [
         (
             name,
-            _number(ceiling["r2"]),
-            _number(ceiling["efficiency"]),
-            _number(ceiling["gap_closed"]),
-            _bracket(ceiling["gap_closed_interval"]),
+            number(ceiling["r2"]),
+            number(ceiling["efficiency"]),
+            number(ceiling["gap_closed"]),
+            bracket(ceiling["gap_closed_interval"]),
         )
         for name, ceiling in report["ceilings"].items()
     ]
@@ -600,7 +607,7 @@ def _ceilings(report: Mapping[str, Any]) -> list[str]:
         for key in ("efficiency_reason", "gap_closed_reason")
         if ceiling[key]
     ]
-    return ["Ceilings", *_table(("ceiling", "R²", "efficiency", "gap closed", "interval"), rows), *reasons]
+    return ["Ceilings", *table(("ceiling", "R²", "efficiency", "gap closed", "interval"), rows), *reasons]
 
 
 def _groups(report: Mapping[str, Any]) -> list[str]:
@@ -620,15 +627,15 @@ def _groups(report: Mapping[str, Any]) -> list[str]:
             (
                 label(group),
                 str(group["n"]),
-                _number(group["r2"]),
-                _bracket(group["r2_interval"]),
-                _number(group["mae"]),
-                _number(group["rmse"]),
-                _number(group["bias"], 3, True),
+                number(group["r2"]),
+                bracket(group["r2_interval"]),
+                number(group["mae"]),
+                number(group["rmse"]),
+                number(group["bias"], 3, True),
             )
             for group in groups
         ]
-    head, *body = _table(header, rows)
+    head, *body = table(header, rows)
     lines = []
     for i, line in enumerate(body):
         if i in titles:
