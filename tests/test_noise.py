@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from moefast.noise import fold_of_rows, standard_normals
+from moefast.noise import add_noise, fold_of_rows, philox_words, standard_normals
 
 
 def test_a_row_has_the_same_draw_in_any_block_and_order():
@@ -20,8 +20,42 @@ def test_a_row_has_the_same_draw_in_any_block_and_order():
 @pytest.mark.parametrize("workers", [1, 2, 7])
 def test_the_number_of_threads_changes_nothing(monkeypatch, workers):
     expected = standard_normals(3, np.arange(500), 9)
-    monkeypatch.setattr("os.cpu_count", lambda: workers)
+    monkeypatch.setattr("moefast.threads.CORES", workers)
     np.testing.assert_array_equal(standard_normals(3, np.arange(500), 9), expected)
+
+
+def test_draws_are_box_and_mullers_of_the_words():
+    # Pixels of a tile of 256: the first, second … word of 64 counters.
+    draws = standard_normals(7, np.array([2**33 + 5]), 256, stream=4)[0].astype(float).reshape(4, 64)
+    for counter in (0, 1, 31, 63):
+        words = [int(w) for w in philox_words(counter, 4, 5, 2, 7, 0)]
+        for pair in (0, 2):
+            radius = np.sqrt(-2 * np.log((words[pair] + 0.5) / 2**32))
+            angle = 2 * np.pi * words[pair + 1] / 2**32 - np.pi / 4
+            expected = radius * np.cos(angle), radius * np.sin(angle)
+            np.testing.assert_allclose(draws[pair : pair + 2, counter], expected, rtol=0, atol=2e-6)
+
+
+def test_a_pixel_is_the_same_for_any_number_of_pixels():
+    whole = standard_normals(3, np.arange(5), 1000)
+    for n_pixels in (1, 63, 64, 255, 256, 257, 999):
+        np.testing.assert_array_equal(standard_normals(3, np.arange(5), n_pixels), whole[:, :n_pixels])
+
+
+@pytest.mark.parametrize("n", [1, 130])
+def test_noise_is_added_in_one_pass(n):
+    rng = np.random.default_rng(n)
+    flux, error = rng.random((2, n, 300), dtype=np.float32)
+    rows = rng.permutation(1000)[:n]
+    expected = flux + error * standard_normals(11, rows, 300)
+    found = add_noise(flux, error, 11, rows)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(add_noise(flux, error, 11, rows, out=flux), found)
+    assert not np.allclose(add_noise(flux, error, 11, rows, stream=1), add_noise(flux, error, 11, rows))
+    with pytest.raises(ValueError, match="expected shape"):
+        add_noise(flux, error[:, 1:], 11, rows)
+    with pytest.raises(ValueError, match="C-contiguous"):
+        add_noise(flux, error, 11, rows, out=np.empty((n, 300)))
 
 
 def test_draws_are_standard_normal():
@@ -30,6 +64,9 @@ def test_draws_are_standard_normal():
     assert abs(draws.mean()) < 4 / np.sqrt(n)
     assert abs(draws.var() - 1) < 4 * np.sqrt(2 / n)
     assert scipy.stats.kstest(draws, "norm").pvalue > 1e-3
+    assert abs(scipy.stats.skew(draws)) < 4 * np.sqrt(6 / n)
+    assert abs(scipy.stats.kurtosis(draws)) < 4 * np.sqrt(24 / n)
+    assert 4.2 < np.abs(draws).max() < 6.0
 
 
 def test_rows_and_seeds_are_independent():

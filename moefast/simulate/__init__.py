@@ -2,7 +2,7 @@
 
 from .emulator import LABELS, Emulator
 from .noise import Exposure, Instrument, NoiseModel, Sky
-from .rows import Settings, SimulatedBlock, simulate_file, simulate_rows
+from .rows import Settings, SimulatedBlock, simulate_file, simulate_params, simulate_rows
 
 __all__ = [
     "LABELS",
@@ -14,5 +14,6 @@ __all__ = [
     "SimulatedBlock",
     "Sky",
     "simulate_file",
+    "simulate_params",
     "simulate_rows",
 ]

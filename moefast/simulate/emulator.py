@@ -16,13 +16,10 @@ this is what makes the bits of a row independent of the block in which it is com
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
-import os
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
@@ -30,9 +27,9 @@ from typing import Any
 
 import numpy as np
 from numba import njit
-from threadpoolctl import ThreadpoolController
 
 from moefast.errors import MoefastError
+from moefast.threads import in_threads, one_blas_thread
 
 LABELS = ("T_eff", "log_g", "M_H", "a_M", "C_M")
 ROWS_PER_TILE = 128
@@ -40,8 +37,10 @@ ROWS_PER_SLOPE_TILE = 32
 NODES_PER_TILE = 256
 SCHEMA = 3
 READABLE = (2, 3)
-
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+HASHED = (
+    "wave_edges", "margin", "mean", "basis", "centre", "half_range", "scales", "powers", "polynomial", "nodes",
+    "weights", "low", "high",
+)  # fmt: skip
 
 
 def coordinates(labels: np.ndarray) -> np.ndarray:
@@ -175,43 +174,19 @@ def _polynomial_slopes(x: np.ndarray, powers: np.ndarray, out: np.ndarray) -> No
                 out[row, i, t] = value
 
 
-_BLAS = ThreadpoolController()
-_LIMIT = threading.Lock()
-_limited: list[Any] = []
-
-
-@contextmanager
-def _one_blas_thread() -> Iterator[None]:
-    """Hold BLAS to one thread while any caller is inside.
-
-    The setting belongs to the process: two callers that each restored what they found would leave it at one.
-    """
-    with _LIMIT:
-        _limited.append(None if _limited else _BLAS.limit(limits=1, user_api="blas").__enter__())
-    try:
-        yield
-    finally:
-        with _LIMIT:
-            limiter = _limited.pop() if len(_limited) == 1 else _limited.pop(1)
-            if limiter is not None:
-                limiter.__exit__(None, None, None)
-
-
-def _share(tiles: list[slice], work: Callable[[list[slice]], None]) -> None:
-    """Do `work` on the tiles with one thread per core."""
-    workers = min(CORES, len(tiles))
-    with _one_blas_thread():
-        if workers > 1:
-            with ThreadPoolExecutor(workers) as pool:
-                list(pool.map(work, [tiles[w::workers] for w in range(workers)]))
-        elif tiles:
-            work(tiles)
-
-
 def _read_only(values: Any, dtype: type) -> np.ndarray:
     array: np.ndarray = np.array(values, dtype=dtype, order="C")
     array.flags.writeable = False
     return array
+
+
+def _hash(arrays: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {array.dtype.str.lstrip('<>|=')} {array.shape};".encode())
+        digest.update(array.astype(array.dtype.newbyteorder("<")).tobytes())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,6 +205,8 @@ class Emulator:
         Principal components; with `coefficients` they give the spectra.
     provenance : dict of str
         Where the emulator comes from and its held-out error.
+    sha256 : str
+        Hash of the arrays that spectra are made of, the same on every machine.
     """
 
     wave: np.ndarray
@@ -238,6 +215,7 @@ class Emulator:
     mean: np.ndarray
     basis: np.ndarray
     provenance: Mapping[str, str]
+    sha256: str
     _components: np.ndarray
     _centre: np.ndarray
     _half_range: np.ndarray
@@ -287,6 +265,7 @@ class Emulator:
             mean=mean,
             basis=basis,
             provenance=provenance,
+            sha256=_hash({name: data[name] for name in HASHED if name in data}),
             # The mean is one more component, whose coefficient is always 1.
             _components=np.concatenate([mean[None], basis]),
             _centre=np.asarray(data["centre"], dtype=float),
@@ -399,12 +378,13 @@ class Emulator:
         basis = self.basis[:, margin : len(self.mean) - margin].astype(float)
         result = np.empty((n, len(LABELS), basis.shape[1]))
         n_terms = len(self._powers)
+        tiles = [slice(a, min(a + ROWS_PER_SLOPE_TILE, n)) for a in range(0, n, ROWS_PER_SLOPE_TILE)]
 
-        def work(part: list[slice]) -> None:
+        def work(first: int, last: int) -> None:
             design = np.empty((ROWS_PER_SLOPE_TILE, n_inputs, len(self._weights)))
             terms = np.empty((ROWS_PER_SLOPE_TILE, n_inputs, n_terms))
             kernel = np.empty((ROWS_PER_SLOPE_TILE, n_inputs, len(self._weights) - n_terms))
-            for here in part:
+            for here in tiles[first:last]:
                 size = here.stop - here.start
                 _polynomial_slopes(x[here], self._powers, terms)
                 _matern_slopes(x[here] / self._scales, self._nodes, self._scales, kernel)
@@ -419,7 +399,8 @@ class Emulator:
                     out=result[here].reshape(-1, basis.shape[1]),
                 )
 
-        _share([slice(a, min(a + ROWS_PER_SLOPE_TILE, n)) for a in range(0, n, ROWS_PER_SLOPE_TILE)], work)
+        with one_blas_thread():
+            in_threads(len(tiles), work, least=1)
         return result
 
     def _design(self, x: np.ndarray, out: np.ndarray) -> None:
@@ -441,13 +422,14 @@ class Emulator:
             )
         result = out
         cuts = [0, *range(rows - first_row % rows, n, rows), n] if n else [0]
+        tiles = [slice(a, b) for a, b in itertools.pairwise(cuts)]
 
-        def work(part: list[slice]) -> None:
+        def work(first: int, last: int) -> None:
             design = np.zeros((rows, len(self._weights)))
             exact = np.empty((rows, len(self.basis)))
             c = np.ones((rows, len(self._components)), dtype=np.float32)
             edge = np.empty((0, width), dtype=np.float32)
-            for here in part:
+            for here in tiles[first:last]:
                 size = here.stop - here.start
                 top = (first_row + here.start) % rows
                 self._design(x[here], design[top : top + size])
@@ -461,7 +443,8 @@ class Emulator:
                     np.matmul(c, self._components[:, pixels], out=edge)
                     result[here] = edge[top : top + size]
 
-        _share([slice(a, b) for a, b in itertools.pairwise(cuts)], work)
+        with one_blas_thread():
+            in_threads(len(tiles), work, least=1)
         return out
 
     def _scaled(self, labels: np.ndarray) -> np.ndarray:

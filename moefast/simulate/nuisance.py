@@ -16,8 +16,6 @@ reddening, 9 for the calibration. Every row is computed by itself, in one order,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
@@ -25,8 +23,9 @@ import numpy as np
 from numba import njit
 
 from moefast.errors import MoefastError
+from moefast.threads import in_threads
 
-from .emulator import CORES, Emulator
+from .emulator import Emulator
 
 __all__ = [
     "LIGHT_SPEED",
@@ -123,7 +122,7 @@ def doppler(
         return out
     padded = np.ascontiguousarray(padded)
     weights = interpolation_weights().astype(np.float32)
-    _in_threads(n, lambda a, b: _shift(padded[a:b], rate[a:b], wave[0] / step, margin, weights, out[a:b]))
+    in_threads(n, lambda a, b: _shift(padded[a:b], rate[a:b], wave[0] / step, margin, weights, out[a:b]))
     return out
 
 
@@ -268,7 +267,7 @@ def redden(flux: np.ndarray, ebv: np.ndarray, wave: np.ndarray, out: np.ndarray 
     scale = (ebv / 2.0**halvings).astype(np.float32)
     shape = exponent.astype(np.float32)
     flux = np.ascontiguousarray(flux)
-    _in_threads(n, lambda a, b: _dim(flux[a:b], scale[a:b], halvings[a:b], shape, out[a:b]))
+    in_threads(n, lambda a, b: _dim(flux[a:b], scale[a:b], halvings[a:b], shape, out[a:b]))
     return out
 
 
@@ -358,7 +357,7 @@ def calibrate(
         )
     out = _output(out, n, p)
     flux = np.ascontiguousarray(flux)
-    _in_threads(n, lambda a, b: _bend(flux[a:b], amplitudes[a:b], shapes, out[a:b]))
+    in_threads(n, lambda a, b: _bend(flux[a:b], amplitudes[a:b], shapes, out[a:b]))
     return out
 
 
@@ -390,14 +389,3 @@ def _output(out: np.ndarray | None, n: int, p: int) -> np.ndarray:
             f"out: expected C-contiguous float32 of shape {(n, p)}, found {out.dtype} {out.shape}"
         )
     return out
-
-
-def _in_threads(n: int, work: Callable[[int, int], Any]) -> None:
-    """Do work(first, stop) on equal parts of n rows, one thread per core; small parts are not worth a thread."""
-    parts = max(1, min(CORES, n // 64))
-    cuts = [n * i // parts for i in range(parts + 1)]
-    if parts == 1:
-        work(0, n)
-        return
-    with ThreadPoolExecutor(parts) as pool:
-        list(pool.map(work, cuts[:-1], cuts[1:]))

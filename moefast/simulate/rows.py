@@ -4,26 +4,47 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+import types
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
+from scipy.special import ndtri
 
 from moefast.errors import MoefastError
+from moefast.noise import NOISE_STREAM, add_noise, row_uniforms
 
 from .emulator import LABELS, Emulator
 from .noise import Exposure, Instrument, NoiseModel, Sky
-from .streams import add_noise, row_uniforms
+from .nuisance import (
+    LIGHT_SPEED,
+    N_CALIBRATION,
+    calibrate,
+    calibration_basis,
+    doppler,
+    redden,
+    velocity_limit,
+)
 
-BLOCK_ROWS = 2048  # 100 MB of flux, error and noisy at 4096 pixels
+BLOCK_ROWS = 1024
+CALIBRATION = tuple(f"calibration_{k + 1}" for k in range(N_CALIBRATION))
 PARAMS = {"id": "int64"} | dict.fromkeys(
-    (*LABELS, "mag", "seeing", "redshift", "snr"), "float64"
-)  # fmt: skip
+    (*LABELS, "mag", "seeing", "redshift", "velocity", "ebv", *CALIBRATION, "snr"), "float64"
+)
+"""Columns of the params table, the same in every file: what is switched off is 0."""
 
 SEEING_MEDIAN = 0.75  # arcsec
 SEEING_SCATTER = 0.12
+SETTINGS_SCHEMA = 1
+LARGEST_NORMAL = 6.4
+"""Quantile of the last of 2^32 uniform numbers: a Gaussian drawn from one of them goes no further."""
+
+# Streams of `moefast.noise.row_uniforms`. One each, so that switching a nuisance on moves no other number.
+VELOCITY_STREAM, REDSHIFT_STREAM, REDDENING_STREAM, CALIBRATION_STREAM = 2, 3, 4, 5
 
 Range = tuple[float, float]
 
@@ -33,7 +54,18 @@ class Settings:
     """What is simulated: ranges of the labels and the observation (units: mag, arcsec, K, dex).
 
     Labels and magnitude are uniform in their ranges; seeing is log-normal (median `SEEING_MEDIAN`, scatter
-    `SEEING_SCATTER` in the natural logarithm), cut to its range.
+    `SEEING_SCATTER` in the natural logarithm), cut to its range. Each nuisance has a switch of its own:
+
+    Attributes
+    ----------
+    velocity_scatter : float
+        Standard deviation of Gaussian velocities about 0 [km/s]; 0 is off.
+    redshift : (float, float)
+        Range of a uniform redshift; (0, 0) is off.
+    reddening : (float, float)
+        Range of a uniform E(B-V) [mag]; (0, 0) is off.
+    calibration : float
+        rms of a smooth relative error of the flux calibration; 0 is off.
     """
 
     mag: Range = (20.5, 22.5)
@@ -43,13 +75,17 @@ class Settings:
     m_h: Range = (-2.5, 0.75)
     a_m: Range = (-0.3, 0.5)
     c_m: Range = (-0.5, 0.5)
+    velocity_scatter: float = 0.0
+    redshift: Range = (0.0, 0.0)
+    reddening: Range = (0.0, 0.0)
+    calibration: float = 0.0
     noise_level: float = 1.0
     exposure: Exposure = field(default_factory=Exposure)
     instrument: Instrument = field(default_factory=Instrument)
     sky: Sky = field(default_factory=Sky)
 
     def __post_init__(self) -> None:
-        for name in ("mag", "seeing", "t_eff", "log_g", "m_h", "a_m", "c_m"):
+        for name in ("mag", "seeing", "t_eff", "log_g", "m_h", "a_m", "c_m", "redshift", "reddening"):
             low, high = getattr(self, name)
             if not (math.isfinite(low) and math.isfinite(high) and low <= high):
                 raise MoefastError(
@@ -57,13 +93,77 @@ class Settings:
                 )
         if self.seeing[0] <= 0:
             raise MoefastError(f"seeing: expected a positive FWHM in arcsec, found {self.seeing[0]:g}")
-        if not (math.isfinite(self.noise_level) and self.noise_level >= 0):
-            raise MoefastError(f"noise_level: expected a number of at least 0, found {self.noise_level:g}")
+        for name in ("noise_level", "velocity_scatter", "calibration"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise MoefastError(f"{name}: expected a number of at least 0, found {value:g}")
 
     @property
     def label_ranges(self) -> tuple[Range, ...]:
         """Ranges in the order of `LABELS`."""
         return self.t_eff, self.log_g, self.m_h, self.a_m, self.c_m
+
+    @property
+    def moving(self) -> bool:
+        """Whether spectra are shifted at all."""
+        return self.velocity_scatter > 0 or any(self.redshift)
+
+    @property
+    def largest_velocity(self) -> float:
+        """Largest velocity, either way, that redshift and velocity can add up to [km/s]."""
+        velocity = LARGEST_NORMAL * self.velocity_scatter / LIGHT_SPEED
+        return LIGHT_SPEED * max(
+            abs((1.0 + z) * (1.0 + sign * velocity) - 1.0) for z in self.redshift for sign in (-1, 1)
+        )
+
+    def to_json(self) -> str:
+        """The settings as JSON text, which `from_json` reads."""
+        return json.dumps({"schema": SETTINGS_SCHEMA} | asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Settings:
+        """Settings from the text of `to_json`.
+
+        Raises
+        ------
+        MoefastError
+            If the text is not such JSON, of another schema, or has names or values that do not belong there.
+        """
+        try:
+            found = json.loads(text)
+        except ValueError as error:
+            raise MoefastError(f"settings: not JSON: {error}") from error
+        schema = found.pop("schema", None) if isinstance(found, dict) else None
+        if schema != SETTINGS_SCHEMA:
+            raise MoefastError(f"settings: expected schema {SETTINGS_SCHEMA}, found {schema}")
+        return _from_plain(cls, found, "settings")
+
+
+def _from_plain(kind: Any, value: Any, name: str) -> Any:
+    """What `asdict` and JSON made plain, as the declared type again."""
+    if is_dataclass(kind) and isinstance(kind, type):
+        names = {f.name for f in fields(kind) if f.init}
+        if not isinstance(value, dict) or set(value) != names:
+            found = sorted(value) if isinstance(value, dict) else value
+            raise MoefastError(f"{name}: expected the entries {', '.join(sorted(names))}, found {found}")
+        hints = get_type_hints(kind)
+        return kind(**{key: _from_plain(hints[key], value[key], f"{name}.{key}") for key in names})
+    if get_origin(kind) is tuple:
+        inner = get_args(kind)
+        inner = inner[:1] * len(value) if isinstance(value, list) and inner[-1] is Ellipsis else inner
+        if not isinstance(value, list) or len(value) != len(inner):
+            raise MoefastError(f"{name}: expected a list of {len(inner)} entries, found {value!r}")
+        return tuple(
+            _from_plain(k, v, f"{name}[{i}]") for i, (k, v) in enumerate(zip(inner, value, strict=True))
+        )
+    if get_origin(kind) is types.UnionType:
+        if value is None and type(None) in get_args(kind):
+            return None
+        kind = next(k for k in get_args(kind) if k is not type(None))
+    accepted = (int, float) if kind is float else kind
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        raise MoefastError(f"{name}: expected {kind.__name__}, found {value!r}")
+    return kind(value)
 
 
 @dataclass
@@ -74,16 +174,70 @@ class SimulatedBlock:
     ----------
     first_row : int
     params : dict of str to array of shape (n,)
-        id (the row), T_eff, log_g, M_H, a_M, C_M, mag, seeing, redshift (0), snr (median flux / error).
-    flux, error, noisy : arrays of shape (n, 4096), float32
-        noisy = flux + error * normal; error is noise_level times the physical sigma.
+        id (the row), T_eff [K], log_g, M_H, a_M, C_M [dex], mag, seeing [arcsec], redshift, velocity [km/s], ebv [mag],
+        calibration_1 … calibration_4 (a_j, in units of `calibration_basis` times the set's rms), snr (median of
+        flux / error, before the calibration error).
+    flux, error : arrays of shape (n, 4096), float32
+        Flux without noise; error is noise_level times the physical sigma. The calibration error multiplies the flux and
+        not the error: what it does is not in the variance that an observer knows.
+    noisy : array of shape (n, 4096), float32, or None
+        flux + error * normal; None if it was not asked for.
     """
 
     first_row: int
     params: dict[str, np.ndarray]
     flux: np.ndarray
     error: np.ndarray
-    noisy: np.ndarray
+    noisy: np.ndarray | None
+
+
+def simulate_params(
+    first: int, stop: int, *, seed: int, settings: Settings | None = None
+) -> dict[str, np.ndarray]:
+    """Labels, conditions and nuisances of rows `first` to `stop` - 1, all of `PARAMS` but snr.
+
+    Parameters
+    ----------
+    first, stop : int
+        Row numbers, 0 <= first <= stop.
+    seed : int
+        0 to 2^64 - 1.
+    settings : Settings, optional
+
+    Raises
+    ------
+    MoefastError
+        If rows or seed are out of range.
+    """
+    if not 0 <= first <= stop:
+        raise MoefastError(f"rows: expected 0 <= first <= stop, found {first}, {stop}")
+    if not 0 <= seed < 2**64:
+        raise MoefastError(f"seed: expected 0 to 2^64 - 1, found {seed}")
+    settings = settings or Settings()
+    n = stop - first
+
+    def uniforms(count: int, stream: int) -> np.ndarray:
+        return row_uniforms(first, stop, count, seed=seed, stream=stream)
+
+    def between(limits: Range, stream: int) -> np.ndarray:
+        if not any(limits):
+            return np.zeros(n)
+        return limits[0] + (limits[1] - limits[0]) * uniforms(1, stream)[:, 0]
+
+    uniform = row_uniforms(first, stop, 7, seed=seed)
+    ranges = np.array([*settings.label_ranges, settings.mag])
+    drawn = ranges[:, 0] + (ranges[:, 1] - ranges[:, 0]) * uniform[:, :6]
+    params: dict[str, np.ndarray] = {"id": np.arange(first, stop, dtype=np.int64)}
+    params |= {name: drawn[:, i].copy() for i, name in enumerate((*LABELS, "mag"))}
+    params["seeing"] = _seeing(uniform[:, 6], settings.seeing)
+    params["redshift"] = between(settings.redshift, REDSHIFT_STREAM)
+    scatter = settings.velocity_scatter
+    params["velocity"] = scatter * ndtri(uniforms(1, VELOCITY_STREAM)[:, 0]) if scatter else np.zeros(n)
+    params["ebv"] = between(settings.reddening, REDDENING_STREAM)
+    bent = np.zeros((n, N_CALIBRATION))
+    if settings.calibration:
+        bent = ndtri(uniforms(N_CALIBRATION, CALIBRATION_STREAM))
+    return params | {name: bent[:, k].copy() for k, name in enumerate(CALIBRATION)}
 
 
 def simulate_rows(
@@ -94,10 +248,11 @@ def simulate_rows(
     settings: Settings | None = None,
     emulator: Emulator | None = None,
     noise: NoiseModel | None = None,
+    noisy: bool = True,
 ) -> SimulatedBlock:
     """Rows `first` to `stop` - 1 of the survey with this seed.
 
-    A row is the same, bit for bit, in whatever block it is made. Block sizes around 2000 are fastest.
+    A row is the same, bit for bit, in whatever block it is made. Block sizes around 1000 are fastest.
 
     Parameters
     ----------
@@ -108,27 +263,45 @@ def simulate_rows(
     settings : Settings, optional
     emulator, noise : optional
         To be used instead of the shipped emulator and of the noise model that `settings` describe.
+    noisy : bool
+        Whether to draw the noise.
+
+    Raises
+    ------
+    MoefastError
+        If rows or seed are out of range, labels outside the emulator's, or velocities beyond its margin.
     """
-    if not 0 <= first <= stop:
-        raise MoefastError(f"rows: expected 0 <= first <= stop, found {first}, {stop}")
-    if not 0 <= seed < 2**64:
-        raise MoefastError(f"seed: expected 0 to 2^64 - 1, found {seed}")
     settings = settings or Settings()
     emulator = emulator or Emulator.load()
     noise = noise or noise_model(emulator, settings)
-    uniform = row_uniforms(first, stop, 7, seed=seed)
-    ranges = np.array([*settings.label_ranges, settings.mag])
-    drawn = ranges[:, 0] + (ranges[:, 1] - ranges[:, 0]) * uniform[:, :6]
-    labels, mag, seeing = drawn[:, :5], drawn[:, 5], _seeing(uniform[:, 6], settings.seeing)
-    flux = emulator.flux(labels)
-    error, snr = noise.error(flux, mag, seeing, noise_level=settings.noise_level)
-    noisy = np.empty_like(flux)
-    if len(flux):
-        add_noise(first, np.uint64(seed), flux, error, noisy)
-    params: dict[str, np.ndarray] = {"id": np.arange(first, stop, dtype=np.int64)}
-    params |= {name: labels[:, i].copy() for i, name in enumerate(LABELS)}
-    params |= {"mag": mag.copy(), "seeing": seeing.copy(), "redshift": np.zeros(len(flux)), "snr": snr}
-    return SimulatedBlock(first, params, flux, error, noisy)
+    params = simulate_params(first, stop, seed=seed, settings=settings)
+    labels = np.stack([params[name] for name in LABELS], axis=1)
+    if settings.moving:
+        _check_velocity(settings, emulator)
+        velocity = LIGHT_SPEED * ((1.0 + params["redshift"]) * (1.0 + params["velocity"] / LIGHT_SPEED) - 1.0)
+        flux = doppler(emulator.padded_flux(labels, first_row=first), velocity, emulator.wave)
+    else:
+        flux = emulator.flux(labels, first_row=first)
+    if any(settings.reddening):
+        redden(flux, params["ebv"], emulator.wave, out=flux)
+    error, snr = noise.error(flux, params["mag"], params["seeing"], noise_level=settings.noise_level)
+    if settings.calibration:
+        amplitudes = np.stack([params[name] for name in CALIBRATION], axis=1)
+        calibrate(flux, amplitudes, settings.calibration * calibration_basis(emulator.wave), out=flux)
+    draws = None
+    if noisy:
+        draws = add_noise(flux, error, seed, np.arange(first, stop), stream=NOISE_STREAM)
+    return SimulatedBlock(first, params | {"snr": snr}, flux, error, draws)
+
+
+def _check_velocity(settings: Settings, emulator: Emulator) -> None:
+    limit = velocity_limit(emulator)
+    if settings.largest_velocity > limit:
+        raise MoefastError(
+            f"velocities up to {settings.largest_velocity:.0f} km/s ({LARGEST_NORMAL:g} times the scatter "
+            f"{settings.velocity_scatter:g} km/s, redshift {settings.redshift[0]:g} to {settings.redshift[1]:g}) are "
+            f"asked for; the emulator's {emulator.margin} pixels beyond the detector allow {limit:.0f} km/s"
+        )
 
 
 def _seeing(uniform: np.ndarray, limits: Range) -> np.ndarray:
@@ -156,11 +329,15 @@ def simulate_file(
     *,
     seed: int,
     settings: Settings | None = None,
+    first_row: int = 0,
     noisy: bool = True,
     overwrite: bool = False,
+    attrs: Mapping[str, Any] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Write rows 0 to `n_rows` - 1 in the layout of the PFS simulator.
+    """Write `n_rows` rows of the survey with this seed in the layout of the PFS simulator.
+
+    A block is written while the next one is made; memory does not grow with the number of rows.
 
     Parameters
     ----------
@@ -169,12 +346,21 @@ def simulate_file(
     n_rows : int
     seed : int
     settings : Settings, optional
+    first_row : int
+        Row of the survey that the file begins with: a shard holds the same rows as one large file.
     noisy : bool
         Whether to store the noisy flux beside flux and error.
     overwrite : bool
         Whether an existing file may be replaced.
+    attrs : mapping, optional
+        Further attributes of the file.
     progress : callable, optional
         Called with the number of rows done after each block.
+
+    Raises
+    ------
+    MoefastError
+        If an argument is out of range or the file cannot be written.
     """
     from moefast.spectra.files import SpectrumWriter
 
@@ -182,27 +368,42 @@ def simulate_file(
         raise MoefastError(f"n_rows: expected at least 1, found {n_rows}")
     settings = settings or Settings()
     emulator = Emulator.load()
-    noise = noise_model(emulator, settings)
-    attrs = {
+    # What cannot be simulated must be known before the file is begun.
+    simulate_rows(first_row, first_row, seed=seed, settings=settings)
+    about = {
         "simulator": "moefast.simulate",
         "seed": str(seed),
-        "settings": json.dumps(asdict(settings), sort_keys=True),
+        "first_row": first_row,
+        "settings": settings.to_json(),
         "emulator": json.dumps(dict(emulator.provenance), sort_keys=True),
+        "emulator_sha256": emulator.sha256,
     }
     arrays = ("flux", "error", "noisy") if noisy else ("flux", "error")
-    with SpectrumWriter(
+    writer = SpectrumWriter(
         path,
         n_rows=n_rows,
         wave=emulator.wave,
         wave_edges=emulator.wave_edges,
         arrays=arrays,
         params=PARAMS,
-        attrs=attrs,
+        attrs=about | dict(attrs or {}),
         overwrite=overwrite,
-    ) as writer:
-        for first in range(0, n_rows, BLOCK_ROWS):
-            stop = min(first + BLOCK_ROWS, n_rows)
-            block = simulate_rows(first, stop, seed=seed, settings=settings, emulator=emulator, noise=noise)
-            writer.write(first, params=block.params, **{name: getattr(block, name) for name in arrays})
-            if progress is not None:
-                progress(stop)
+    )
+    with writer, ThreadPoolExecutor(1) as behind:
+        written: Future[None] | None = None
+        for start in range(0, n_rows, BLOCK_ROWS):
+            stop = min(start + BLOCK_ROWS, n_rows)
+            block = simulate_rows(
+                first_row + start, first_row + stop, seed=seed, settings=settings, noisy=noisy
+            )
+            if written is not None:
+                written.result()
+                if progress is not None:
+                    progress(start)
+            values = {name: getattr(block, name) for name in arrays}
+            written = behind.submit(writer.write, start, params=block.params, **values)
+            del block, values
+        if written is not None:
+            written.result()
+        if progress is not None:
+            progress(n_rows)

@@ -1,7 +1,6 @@
 """The emulator: grid, physics, derivatives, refusals."""
 
 from concurrent.futures import ThreadPoolExecutor
-from importlib.resources import files
 
 import numpy as np
 import pytest
@@ -58,18 +57,18 @@ def test_bits_do_not_depend_on_the_block(emulator):
 def test_the_number_of_threads_changes_nothing(emulator, monkeypatch):
     labels = inside(300)
     flux, slopes = emulator.flux(labels), emulator.derivatives(labels[:70])
-    monkeypatch.setattr("moefast.simulate.emulator.CORES", 5)
+    monkeypatch.setattr("moefast.threads.CORES", 5)
     np.testing.assert_array_equal(emulator.flux(labels), flux)
     np.testing.assert_array_equal(emulator.derivatives(labels[:70]), slopes)
 
 
-def test_agrees_with_the_formula_in_float64(emulator):
+def test_agrees_with_the_formula_in_float64(emulator, shipped_arrays):
     labels = inside(50, seed=3)
-    with (files("moefast.simulate") / "data" / "emulator.npz").open("rb") as stream, np.load(stream) as data:
-        x = (coordinates(labels) - data["centre"]) / data["half_range"]
-        distance = np.linalg.norm((x[:, None] - data["nodes"]) / data["scales"], axis=2)
-        c = polynomial_terms(data["powers"], x) @ data["polynomial"] + matern52(distance) @ data["weights"]
-        expected = data["mean"] + c @ data["basis"]
+    data = shipped_arrays
+    x = (coordinates(labels) - data["centre"]) / data["half_range"]
+    distance = np.linalg.norm((x[:, None] - data["nodes"]) / data["scales"], axis=2)
+    c = polynomial_terms(data["powers"], x) @ data["polynomial"] + matern52(distance) @ data["weights"]
+    expected = data["mean"] + c @ data["basis"]
     np.testing.assert_allclose(emulator.coefficients(labels), c, rtol=0, atol=1e-8)
     np.testing.assert_allclose(emulator.padded_flux(labels), expected, rtol=0, atol=3e-6)
     np.testing.assert_allclose(
@@ -85,33 +84,18 @@ def test_coefficients_from_several_threads(emulator):
             np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9)
 
 
-def padded(margin):
-    """The shipped arrays with `margin` pixels beyond each edge, known from where they were cut."""
-    emulator = Emulator.load()
-    with (files("moefast.simulate") / "data" / "emulator.npz").open("rb") as stream, np.load(stream) as data:
-        arrays = {key: data[key] for key in data.files}
-    cut = slice(margin, 4096 - margin)
-    low = emulator.margin
-    arrays |= {
-        "schema": np.array(3),
-        "margin": np.array(margin),
-        "wave_edges": emulator.wave_edges,
-        "mean": arrays["mean"][low : low + 4096],
-        "basis": arrays["basis"][:, low : low + 4096],
-    }
-    return Emulator.from_arrays(arrays), cut
-
-
-def test_the_margin_lies_beyond_the_pixels(emulator):
-    wider, cut = padded(16)
+def test_the_margin_lies_beyond_the_pixels(emulator, wide):
     labels = inside(20, seed=5)
-    assert (wider.margin, len(wider.mean), len(wider.wave)) == (16, 4096, 4064)
-    np.testing.assert_array_equal(wider.wave, emulator.wave[cut])
-    np.testing.assert_allclose(wider.padded_flux(labels), emulator.flux(labels), rtol=0, atol=1e-6)
-    np.testing.assert_allclose(wider.flux(labels), emulator.flux(labels)[:, cut], rtol=0, atol=1e-6)
-    slopes = wider.derivatives(labels, padded=True)
+    m = wide.margin
+    cut = slice(m, 4096 - m)
+    assert (m, len(wide.mean), len(wide.wave)) == (32, 4096, 4096 - 64)
+    np.testing.assert_array_equal(wide.wave, emulator.wave[cut])
+    np.testing.assert_allclose(wide.padded_flux(labels), emulator.flux(labels), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(wide.flux(labels), emulator.flux(labels)[:, cut], rtol=0, atol=1e-6)
+    slopes = wide.derivatives(labels, padded=True)
     np.testing.assert_allclose(slopes, emulator.derivatives(labels), rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(wider.derivatives(labels), slopes[..., cut], rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(wide.derivatives(labels), slopes[..., cut], rtol=1e-9, atol=1e-12)
+    assert wide.sha256 != emulator.sha256
 
 
 @pytest.mark.parametrize("label", range(5))
@@ -185,13 +169,12 @@ def test_refuses_bad_labels(emulator, labels, message):
         emulator.flux(np.array(labels))
 
 
-def test_refuses_bad_out_and_unknown_schema(emulator):
+def test_refuses_bad_out_and_unknown_schema(emulator, shipped_arrays):
     with pytest.raises(MoefastError, match="out"):
         emulator.flux(inside(2), np.empty((2, 4096)))
     with pytest.raises(MoefastError, match=f"schema {SCHEMA}"):
         Emulator.from_arrays({"schema": np.array(99)})
-    with (files("moefast.simulate") / "data" / "emulator.npz").open("rb") as stream, np.load(stream) as data:
-        arrays = {key: data[key] for key in data.files}
+    arrays = shipped_arrays
     with pytest.raises(MoefastError, match="do not fit"):
         Emulator.from_arrays(arrays | {"wave_edges": arrays["wave_edges"][1:]})
     with pytest.raises(MoefastError, match="too short"):

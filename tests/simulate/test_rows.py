@@ -1,19 +1,18 @@
 """Rows, noise and files."""
 
 import math
-from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+import scipy.stats
 
 from moefast.errors import MoefastError
-from moefast.simulate import Emulator, Exposure, Settings, simulate_file, simulate_rows
-from moefast.simulate.noise import Instrument, NoiseModel, Sky, oh_lines
-from moefast.simulate.streams import philox_words, row_uniforms
-
-ETC = Path(__file__).resolve().parents[3] / "shared" / "data" / "pfs_mr_etc.txt"
-PUBLISHED_SNR = [3.71, 5.29, 8.21, 12.53, 17.22]
+from moefast.noise import philox_words, row_uniforms
+from moefast.simulate import Emulator, Exposure, Settings, simulate_file, simulate_params, simulate_rows
+from moefast.simulate.emulator import LABELS
+from moefast.simulate.nuisance import LIGHT_SPEED, calibration_basis, doppler, extinction
+from moefast.simulate.rows import CALIBRATION, noise_model
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +71,7 @@ def test_labels_fill_their_ranges(block):
     assert np.all((block.params["seeing"] >= 0.5) & (block.params["seeing"] <= 1.5))
     assert abs(np.median(block.params["seeing"]) - 0.75) < 0.02
     np.testing.assert_array_equal(block.params["id"], np.arange(3000))
-    assert not block.params["redshift"].any()
+    assert not any(block.params[name].any() for name in ("redshift", "velocity", "ebv", *CALIBRATION))
 
 
 def test_noise_is_gaussian_with_the_stated_error(block):
@@ -83,17 +82,6 @@ def test_noise_is_gaussian_with_the_stated_error(block):
     assert 4.5 < np.abs(z).max() < 6.9
 
 
-def test_signal_to_noise_is_the_published_one(block):
-    np.testing.assert_allclose(
-        np.percentile(block.params["snr"], [5, 25, 50, 75, 95]), PUBLISHED_SNR, rtol=0.1
-    )
-    np.testing.assert_allclose(block.params["snr"], np.median(block.flux / block.error, axis=1), rtol=1e-5)
-    snr_norm = np.linalg.norm(block.flux, axis=1) / np.linalg.norm(block.error, axis=1)
-    assert 2.6 < np.median(snr_norm) < 3.2
-    assert 0.6 < snr_norm.min() < 1.4
-    assert 8 < snr_norm.max() < 11
-
-
 def test_noise_level_scales_the_error(block):
     doubled = simulate_rows(0, 20, seed=5, settings=Settings(noise_level=2.0))
     np.testing.assert_allclose(doubled.error, 2 * block.error[:20], rtol=1e-6)
@@ -102,58 +90,142 @@ def test_noise_level_scales_the_error(block):
     np.testing.assert_array_equal(silent.error, 0)
 
 
-def test_bright_stars_have_photon_noise():
-    emulator = Emulator.load()
-    model = NoiseModel(emulator.wave_edges, sky=Sky(residual=0.0))
-    flux = emulator.flux(np.array([[5000.0, 3.0, -1.0, 0.0, 0.0]]))
-    _, snr = model.error(np.repeat(flux, 2, 0), np.array([12.0, 13.0]), np.array([0.8, 0.8]))
-    assert snr[0] / snr[1] == pytest.approx(10**0.2, rel=0.01)
-    longer = NoiseModel(emulator.wave_edges, sky=Sky(residual=0.0), exposure=Exposure(900.0, 48))
-    assert longer.error(flux, np.array([22.0]), np.array([0.8]))[1] == pytest.approx(
-        2 * model.error(flux, np.array([22.0]), np.array([0.8]))[1], rel=1e-3
+SWITCHES = {
+    "velocity": {"velocity_scatter": 30.0},
+    "redshift": {"redshift": (-2e-4, 3e-4)},
+    "ebv": {"reddening": (0.0, 0.3)},
+    "calibration": {"calibration": 0.03},
+}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_a_nuisance_moves_no_other_number(wide, name):
+    plain = simulate_rows(0, 200, seed=5, emulator=wide)
+    block = simulate_rows(0, 200, seed=5, settings=Settings(**SWITCHES[name]), emulator=wide)
+    everything = {key: value for change in SWITCHES.values() for key, value in change.items()}
+    full = simulate_rows(0, 200, seed=5, settings=Settings(**everything), emulator=wide)
+    own = CALIBRATION if name == "calibration" else (name,)
+    for column, values in block.params.items():
+        if column in own:
+            assert values.std() > 0
+            np.testing.assert_array_equal(values, full.params[column])
+        elif column != "snr":
+            np.testing.assert_array_equal(values, plain.params[column])
+    assert np.abs(block.flux - plain.flux).max() > 1e-3
+    # The draws are the same: the noise that was added, in units of its error.
+    draws = [((b.noisy - b.flux) / b.error)[:, ::50] for b in (plain, block)]
+    np.testing.assert_allclose(*draws, atol=1e-4)
+
+
+def test_nuisances_have_their_distributions():
+    settings = Settings(velocity_scatter=30.0, redshift=(1e-4, 3e-4), reddening=(0.1, 0.3), calibration=0.03)
+    params = simulate_params(0, 20000, seed=8, settings=settings)
+    assert scipy.stats.kstest(params["velocity"] / 30, "norm").pvalue > 1e-3
+    assert scipy.stats.kstest((params["redshift"] - 1e-4) / 2e-4, "uniform").pvalue > 1e-3
+    assert scipy.stats.kstest((params["ebv"] - 0.1) / 0.2, "uniform").pvalue > 1e-3
+    for name in CALIBRATION:
+        assert scipy.stats.kstest(params[name], "norm").pvalue > 1e-3
+    columns = np.stack([v for name, v in params.items() if name != "id"])
+    correlation = np.corrcoef(columns) - np.eye(len(columns))
+    assert np.abs(correlation).max() < 5 / math.sqrt(20000)
+
+
+def test_nuisances_do_what_they_say(wide):
+    settings = Settings(velocity_scatter=30.0, redshift=(1e-4, 1e-4), reddening=(0.0, 0.3), calibration=0.03)
+    block = simulate_rows(40, 90, seed=2, settings=settings, emulator=wide)
+    labels = np.stack([block.params[name] for name in LABELS], axis=1)
+    velocity = LIGHT_SPEED * (1.0001 * (1 + block.params["velocity"] / LIGHT_SPEED) - 1)
+    flux = doppler(wide.padded_flux(labels, first_row=40), velocity, wide.wave)
+    seen = flux * 10.0 ** (-0.4 * np.outer(block.params["ebv"], extinction(wide.wave)))
+    bend = 0.03 * np.stack([block.params[name] for name in CALIBRATION], 1) @ calibration_basis(wide.wave)
+    np.testing.assert_allclose(block.flux, seen * (1 + bend), rtol=2e-6)
+    # The error is that of the light that arrives, whatever the calibration makes of it.
+    error, snr = noise_model(wide, settings).error(
+        seen.astype(np.float32), block.params["mag"], block.params["seeing"]
     )
+    np.testing.assert_allclose(block.error, error, rtol=1e-5)
+    np.testing.assert_allclose(block.params["snr"], snr, rtol=1e-4)
 
 
-def test_fibre_takes_less_in_bad_seeing():
-    fraction = Instrument().fibre_fraction(np.array([0.01, 0.5, 0.75, 1.5]))
-    assert np.all(np.diff(fraction) < 0)
-    assert fraction[0] > 0.999
+def test_bits_of_a_row_do_not_depend_on_the_block_with_nuisances(wide):
+    settings = Settings(velocity_scatter=30.0, redshift=(0, 1e-4), reddening=(0.0, 0.3), calibration=0.03)
+    whole = simulate_rows(0, 300, seed=2, settings=settings, emulator=wide)
+    for first, stop in ((0, 1), (100, 291), (299, 300)):
+        part = simulate_rows(first, stop, seed=2, settings=settings, emulator=wide)
+        for name in ("flux", "error", "noisy"):
+            np.testing.assert_array_equal(getattr(part, name), getattr(whole, name)[first:stop])
+        for name, values in part.params.items():
+            np.testing.assert_array_equal(values, whole.params[name][first:stop])
 
 
-def test_oh_lines_are_where_they_are_observed():
-    wave, intensity = oh_lines()
-    air = wave / 1.0002745
-    # Osterbrock et al. (1996, PASP 108, 277), Å in air; the P1(2) lines are anchors, these are not.
-    for observed in (
-        7276.405,
-        7340.885,
-        7750.640,
-        7821.503,
-        7913.708,
-        7993.332,
-        8344.602,
-        8430.174,
-        8827.096,
-    ):
-        assert np.abs(air - observed).min() < 0.3
-    assert intensity.min() >= 0
+def test_velocities_beyond_the_emulator_are_refused_before_anything_is_made(wide, tmp_path):
+    with pytest.raises(MoefastError, match=r"up to 384 km/s .* 32 pixels .* allow 37\d km/s"):
+        simulate_rows(0, 0, seed=1, settings=Settings(velocity_scatter=60.0), emulator=wide)
+    with pytest.raises(MoefastError, match=r"redshift 0 to 0\.01"):
+        simulate_file(tmp_path / "x.h5", 5, seed=1, settings=Settings(redshift=(0.0, 0.01)))
+    assert not list(tmp_path.iterdir())
 
 
-def test_sky_and_detector_resemble_the_exposure_time_calculator():
-    if not ETC.exists():
-        pytest.skip("the exposure time calculator's output is not in shared/data")
-    wave, variance = np.loadtxt(ETC, usecols=(2, 5)).T
-    emulator = Emulator.load()
-    # One exposure of 1200 s; the file's 1 % residual is coherent over its three exposures.
-    model = NoiseModel(
-        emulator.wave_edges, sky=Sky(residual=0.01 * math.sqrt(3.0)), exposure=Exposure(1200.0, 1)
+def test_settings_survive_json():
+    settings = Settings(
+        mag=(18.0, 19.5),
+        velocity_scatter=30.0,
+        calibration=0.03,
+        exposure=Exposure(600.0, 4),
+        reddening=(0.0, 0.25),
     )
-    # The file's wavelengths lie 5.5 Å above vacuum wavelengths of the OH lines.
-    theirs = np.interp(emulator.wave, wave * 10.0 - 5.5, np.log(variance))
-    ours = np.log(model.sky_variance)
-    assert np.corrcoef(theirs, ours)[0, 1] > 0.75
-    ratio = np.percentile(model.sky_variance, [10, 50, 90]) / np.percentile(variance, [10, 50, 90])
-    assert np.all((ratio > 0.6) & (ratio < 1.7))
+    text = settings.to_json()
+    assert Settings.from_json(text) == settings
+    assert Settings.from_json(text).to_json() == text
+    assert Settings.from_json(Settings().to_json()) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (None, "{", "not JSON"),
+        (None, "[]", "expected schema 1, found None"),
+        (None, '{"schema": 99}', "expected schema 1, found 99"),
+        (None, '{"schema": 1}', "expected the entries .*noise_level"),
+        ('"mag": [20.5, 22.5]', '"mag": [20.5]', "mag: expected a list of 2"),
+        ('"mag": [20.5, 22.5]', '"mag": [20.5, true]', r"mag\[1\]: expected float"),
+        ('"count": 12', '"count": "many"', "exposure.count: expected int"),
+        ('"noise_level": 1.0', '"noise_level": -1.0', "noise_level"),
+        ('"noise_level"', '"noise_levels"', "expected the entries"),
+    ],
+)
+def test_settings_refuse_other_json(old, new, message):
+    text = Settings().to_json()
+    assert old is None or old in text
+    with pytest.raises(MoefastError, match=message):
+        Settings.from_json(new if old is None else text.replace(old, new))
+
+
+def test_shards_hold_the_rows_of_one_file(tmp_path):
+    simulate_file(tmp_path / "shard.h5", 9, seed=9, first_row=2046)
+    block = simulate_rows(2046, 2055, seed=9)
+    with h5py.File(tmp_path / "shard.h5") as file:
+        for name in ("flux", "error", "noisy"):
+            np.testing.assert_array_equal(file[f"dataset/arrays/{name}/value"][:], getattr(block, name))
+        assert file.attrs["first_row"] == 2046
+        assert file.attrs["emulator_sha256"] == Emulator.load().sha256
+        assert Settings.from_json(file.attrs["settings"]) == Settings()
+
+
+def test_blocks_are_written_in_order(tmp_path, monkeypatch):
+    simulate_file(tmp_path / "one.h5", 41, seed=3)
+    monkeypatch.setattr("moefast.simulate.rows.BLOCK_ROWS", 8)
+    done = []
+    simulate_file(tmp_path / "many.h5", 41, seed=3, progress=done.append)
+    assert done == [8, 16, 24, 32, 40, 41]
+    assert (tmp_path / "one.h5").read_bytes() == (tmp_path / "many.h5").read_bytes()
+
+
+def test_without_noise_everything_else_is_the_same(block):
+    quiet = simulate_rows(0, 100, seed=5, noisy=False)
+    assert quiet.noisy is None
+    np.testing.assert_array_equal(quiet.flux, block.flux[:100])
+    np.testing.assert_array_equal(quiet.error, block.error[:100])
 
 
 def test_file_round_trip(tmp_path):
@@ -186,6 +258,10 @@ def test_file_round_trip(tmp_path):
         ({"seeing": (0.0, 1.0)}, "seeing"),
         ({"noise_level": -1.0}, "noise_level"),
         ({"log_g": (1.0, float("nan"))}, "log_g"),
+        ({"velocity_scatter": -3.0}, "velocity_scatter"),
+        ({"calibration": float("inf")}, "calibration"),
+        ({"redshift": (0.1, 0.0)}, "redshift"),
+        ({"reddening": (0.0, float("nan"))}, "reddening"),
     ],
 )
 def test_settings_refuse_nonsense(change, message):

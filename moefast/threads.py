@@ -1,0 +1,66 @@
+"""Rows shared out to the cores.
+
+Design: Python threads that run compiled code without the interpreter's lock, one contiguous part of the rows each. A
+parallel Numba kernel that alternates with a parallel matrix product costs twice as much, because each library's
+threads wait actively for the other's; therefore BLAS is held to one thread where every core has one already.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+from threadpoolctl import ThreadpoolController
+
+__all__ = ["CORES", "in_threads", "one_blas_thread"]
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+ROWS_PER_THREAD = 32
+"""Fewer rows than this are not worth a thread: starting one takes as long as a few rows."""
+
+_BLAS = ThreadpoolController()
+_LOCK = threading.Lock()
+_inside: list[Any] = []
+
+
+def in_threads(n: int, work: Callable[[int, int], Any], *, least: int = ROWS_PER_THREAD) -> None:
+    """Do work(first, stop) on equal parts of n rows, one thread per core.
+
+    Parameters
+    ----------
+    n : int
+        How many rows there are.
+    work : callable
+        Gets the first row of its part and the one after the last; an exception of any part is raised here.
+    least : int
+        Rows that are worth a thread of their own.
+    """
+    parts = max(1, min(CORES, n // least))
+    if parts == 1:
+        work(0, n)
+        return
+    cuts = [n * i // parts for i in range(parts + 1)]
+    with ThreadPoolExecutor(parts) as pool:
+        list(pool.map(work, cuts[:-1], cuts[1:]))
+
+
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Hold BLAS to one thread while any caller is inside.
+
+    The setting belongs to the process: of two callers that each restored what they had found, the last to leave would
+    restore what the other had set.
+    """
+    with _LOCK:
+        _inside.append(None if _inside else _BLAS.limit(limits=1, user_api="blas").__enter__())
+    try:
+        yield
+    finally:
+        with _LOCK:
+            limit = _inside.pop() if len(_inside) == 1 else _inside.pop(1)
+            if limit is not None:
+                limit.__exit__(None, None, None)
