@@ -1,55 +1,89 @@
-"""Noise of one spectrum: photons of the star, sky continuum, OH lines, detector.
+"""Noise of one spectrum: photons of the star, sky continuum, airglow lines, detector.
 
 Per pixel, in electrons summed over the exposures,
 
-    variance = star + sky + (sky_residual * sky)^2 + n_exposures * detector,
-    sigma = sqrt(variance) / electrons_per_unit_flux.
+    variance = star + sky + (residual * max(sky here and beside))^2 + n_exposures * detector,
+    error    = sqrt(variance) / (electrons per unit flux).
 
-The star enters through its magnitude in the i band (AB, HSC) and the fraction of a Moffat profile that
-falls into the fibre; the sky through a continuum surface brightness and the Meinel bands of OH computed
-from molecular constants. Two numbers were tuned to the published distribution of signal-to-noise ratios
-(see docs/simulator.md): `Instrument.efficiency` and `Sky.oh_factor`.
+The star enters through its magnitude in the i band (AB, HSC) and the fraction of its light that falls into
+the fibre; the sky through a continuum and the airglow lines of ``data/airglow.csv``. Where the numbers come
+from, and how the result compares with the exposure time calculator of PFS, is in ``docs/noise.md``.
+
+Design: all that depends on neither star nor seeing is computed once, in float64, by `NoiseModel`; what is
+left per pixel is one float32 square root and one division, in one pass over a row that stays in the cache;
+the median is found by counting (see `moefast.spectra.quality`).
 """
 
 from __future__ import annotations
 
+import csv
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files
 
 import numpy as np
 from numba import njit, prange
+from scipy.special import erf
 
 from moefast.errors import MoefastError
+from moefast.spectra.quality import _quantile
 
 PHOTONS_AB0 = 3.631e-20 / 6.62607015e-27  # photons / s / cm2 per unit ln(lambda), AB magnitude 0
 RAYLEIGH = 1e6 / (4.0 * math.pi) / 4.254517e10  # photons / s / cm2 / arcsec2
 I_BAND = (6970.0, 8530.0)  # Å, half-power points of HSC i
+CONTINUUM_WAVE = 7975.0  # Å, where the level of the sky continuum is given
+
+# Absorption by the Earth's atmosphere: first and last wavelength [Å, vacuum], transmission there. Means over
+# water vapour and over the R and P branches of the O2 A band, fitted to the calculator's counts of a star.
+TELLURIC_BANDS = (
+    (7165.0, 7345.0, 0.93, 0.93),
+    (7595.0, 7621.0, 0.31, 0.31),
+    (7624.0, 7690.0, 0.46, 0.98),
+    (8130.0, 8350.0, 0.94, 0.94),
+)
 
 
 @dataclass(frozen=True)
 class Instrument:
-    """Telescope, fibre and detector: round numbers of Subaru PFS, medium-resolution red arm.
+    """Telescope, fibre, spectrograph and detector: Subaru PFS, medium-resolution red arm.
 
-    Sources: Sugai et al. (2015, JATIS 1, 035001) and Tamura et al. (2016, SPIE 9908) for mirror, fibre and
-    detector; `efficiency` (atmosphere to detector, without fibre losses) is the tuned factor.
+    Defaults describe a fibre at three quarters of the field's radius. Mirror, fibre, vignetting, image quality
+    and detector are those of the calculator's configuration ``PFS.redMR``; `efficiency`, `efficiency_peak`,
+    `efficiency_curvature` and `lsf_sigma` are fitted to its output.
+
+    Source: Subaru-PFS/spt_ExposureTimeCalculator, ``config/PFS.redMR.dat``; Sugai et al. (2015, JATIS 1,
+    035001).
     """
 
-    area: float = 5.3e5  # cm2
-    fibre_diameter: float = 1.12  # arcsec
-    efficiency: float = 0.185
+    area: float = 5.15e5  # cm2: 8.3 m, a linear obstruction of 0.22
+    vignetting: float = 0.78  # fraction that passes; 0.94 at the field's centre, 0.71 at its edge
+    fibre_diameter: float = 1.045  # arcsec; 1.12 at the centre, 1.02 at the edge
+    telescope_fwhm: float = 0.27  # arcsec, 0.22 of image quality and a fibre 0.1 off the star
+    efficiency: float = 0.251  # atmosphere to detector at its peak, without vignetting and fibre losses
+    efficiency_peak: float = 8180.0  # Å
+    efficiency_curvature: float = 0.186  # relative loss 1000 Å away from the peak
+    lsf_sigma: float = 0.55  # Å, profile of a sky line
     read_noise: float = 4.0  # electrons per detector pixel
-    dark: float = 3.9e-4  # electrons / s per detector pixel
-    trace_rows: float = 5.5  # detector pixels summed across the trace
-    resolving_power: float = 5000.0
+    dark: float = 1e-4  # electrons / s per detector pixel
+    trace_rows: float = 5.0  # detector pixels summed across the trace
+    scattered: float = 0.015  # of the mean sky, in every pixel
 
     def throughput(self, wave: np.ndarray) -> np.ndarray:
-        """Efficiency at each wavelength [Å]: a shallow parabola around 7850 Å."""
-        return self.efficiency * (1.0 - 0.15 * ((wave - 7850.0) / 1000.0) ** 2)
+        """Electrons per photon that reaches the mirror, at each wavelength [Å], without fibre losses."""
+        away = (np.asarray(wave) - self.efficiency_peak) / 1000.0
+        return self.efficiency * self.vignetting * (1.0 - self.efficiency_curvature * away**2)
 
     def fibre_fraction(self, seeing: np.ndarray) -> np.ndarray:
-        """Fraction of a star's light in a centred fibre, Moffat profile with beta = 3, FWHM in arcsec."""
-        core = np.asarray(seeing, dtype=float) / (2.0 * math.sqrt(2.0 ** (1.0 / 3.0) - 1.0))
-        return 1.0 - (1.0 + (0.5 * self.fibre_diameter / core) ** 2) ** -2.0
+        """Fraction of a star's light in a centred fibre.
+
+        1 - (1 + (radius / core)^2)^(1 - beta): a Moffat profile of beta = 4.765, which is that of turbulence
+        (Trujillo et al. 2001, MNRAS 328, 977); FWHM in arcsec, `seeing` and telescope added in squares.
+        """
+        beta = 4.765
+        fwhm = np.hypot(np.asarray(seeing, dtype=float), self.telescope_fwhm)
+        core = fwhm / (2.0 * math.sqrt(2.0 ** (1.0 / beta) - 1.0))
+        return 1.0 - (1.0 + (0.5 * self.fibre_diameter / core) ** 2) ** (1.0 - beta)
 
 
 @dataclass(frozen=True)
@@ -65,110 +99,79 @@ class Exposure:
 
 
 @dataclass(frozen=True)
-class OHBand:
-    """One Meinel band: levels, the P1(2) line that fixes its position [Å, air], intensity [Rayleigh]."""
-
-    upper: int
-    lower: int
-    p1_2: float
-    rayleigh: float
-
-
-# P1(2) lines from Osterbrock et al. (1996, PASP 108, 277); intensities rounded from Krassovsky, Shefov &
-# Yarin (1962, Planet. Space Sci. 9, 883).
-OH_BANDS = (
-    OHBand(8, 3, 7316.282, 350.0),
-    OHBand(4, 0, 7571.746, 80.0),
-    OHBand(9, 4, 7794.112, 270.0),
-    OHBand(5, 1, 7964.650, 330.0),
-    OHBand(6, 2, 8399.170, 900.0),
-    OHBand(7, 3, 8885.850, 1100.0),
-)
-
-
-@dataclass(frozen=True)
 class Sky:
-    """Night sky: continuum (moonless, zodiacal light and airglow), OH strength and subtraction error."""
+    """Moonless night sky: continuum, strength of the airglow lines, error of sky subtraction.
 
-    continuum: float = 21.0  # AB magnitude per arcsec2 between the OH lines
-    oh_factor: float = 3.0  # times the intensities of OH_BANDS
-    residual: float = 0.01  # systematic error of sky subtraction, of the sky itself
-    rotational_temperature: float = 195.0  # K
-    bands: tuple[OHBand, ...] = field(default=OH_BANDS, repr=False)
-
-
-def _oh_levels(v: int, j: np.ndarray, ladder: int) -> np.ndarray:
-    """Rotational terms [cm^-1] of OH X 2Pi, ladder 1 (Omega 3/2) or 2 (1/2), Hill & Van Vleck's formula."""
-    b = 18.550 - 0.7150 * v
-    y = -139.1 / b
-    square = (j + 0.5) ** 2
-    root = 0.5 * np.sqrt(4.0 * square + y * (y - 4.0))
-    return b * (square - 1.0 + (root if ladder == 2 else -root)) - 1.9e-3 * (square - 0.25) ** 2
-
-
-def oh_lines(
-    bands: tuple[OHBand, ...] = OH_BANDS, temperature: float = 195.0
-) -> tuple[np.ndarray, np.ndarray]:
-    """Vacuum wavelengths [Å] and intensities [Rayleigh] of the OH lines.
-
-    Rotational line strengths are those of Hund's case a; populations are thermal at `temperature`.
+    `continuum` and `continuum_slope` are fitted to the calculator's output.
     """
-    waves, intensities = [], []
-    for band in bands:
-        anchor = 1e8 / (band.p1_2 * 1.0002745)  # air to vacuum, good to 0.01 Å here
-        # P1(2) goes from N' = 1, J' = 3/2 to N'' = 2, J'' = 5/2.
-        origin = anchor - _oh_levels(band.upper, np.array(1.5), 1) + _oh_levels(band.lower, np.array(2.5), 1)
-        band_waves, band_strengths = [], []
-        for ladder, omega in ((1, 1.5), (2, 0.5)):
-            j = np.arange(omega, 12.0)
-            term = _oh_levels(band.upper, j, ladder)
-            population = np.exp(-1.4388 * (term - _oh_levels(band.upper, np.array(1.5), 1)) / temperature)
-            for step, strength in (
-                (-1, (j * j - omega**2) / j),
-                (0, (2 * j + 1) * omega**2 / (j * (j + 1))),
-                (1, ((j + 1) ** 2 - omega**2) / (j + 1)),
-            ):
-                use = j + step >= omega
-                lower = _oh_levels(band.lower, (j + step)[use], ladder)
-                band_waves.append(1e8 / (origin + term[use] - lower))
-                band_strengths.append((population * strength)[use])
-        strengths = np.concatenate(band_strengths)
-        waves.append(np.concatenate(band_waves))
-        intensities.append(band.rayleigh * strengths / strengths.sum())
-    return np.concatenate(waves), np.concatenate(intensities)
+
+    continuum: float = 20.90  # AB magnitude per arcsec2 at 7975 Å, between the lines
+    continuum_slope: float = -0.18  # AB magnitude per 1000 Å
+    lines: float = 1.0  # times the intensities of data/airglow.csv
+    residual: float = 0.01  # systematic error of sky subtraction, of the brightest of three pixels
 
 
-@njit(cache=True, parallel=True, fastmath=True)
-def _sigma(
-    flux: np.ndarray,
-    scale: np.ndarray,
-    response: np.ndarray,
-    sky_variance: np.ndarray,
-    band: np.ndarray,
-    band_weight: np.ndarray,
-    noise_level: float,
-    error: np.ndarray,
-    snr: np.ndarray,
-) -> None:
-    """Errors (n, p) and median signal-to-noise ratios (n,)."""
-    n, p = flux.shape
-    for i in prange(n):
-        mean = 0.0
-        for j in range(band[0], band[1]):
-            mean += flux[i, j] * band_weight[j]
-        electrons = scale[i] / mean
-        ratio = np.empty(p, dtype=np.float32)
-        for j in range(p):
-            per_flux = electrons * response[j]
-            star = max(flux[i, j], 0.0) * per_flux
-            error[i, j] = noise_level * math.sqrt(star + sky_variance[j]) / per_flux
-            ratio[j] = flux[i, j] / error[i, j]
-        snr[i] = np.median(ratio)
+def telluric_transmission(wave: np.ndarray) -> np.ndarray:
+    """Transmission of `TELLURIC_BANDS` at each wavelength [Å, vacuum], linear within a band, else 1."""
+    wave = np.asarray(wave, dtype=float)
+    transmission = np.ones(wave.shape)
+    for first, last, start, stop in TELLURIC_BANDS:
+        inside = (wave >= first) & (wave <= last)
+        transmission[inside] = np.interp(wave[inside], (first, last), (start, stop))
+    return transmission
+
+
+@lru_cache(maxsize=1)
+def airglow_lines() -> tuple[np.ndarray, np.ndarray]:
+    """Vacuum wavelengths [Å] and intensities [Rayleigh] of the airglow lines between 7100 and 8870 Å.
+
+    Lines of at least 0.3 Rayleigh, 686 of them: 444 of OH, 220 of O2. Intensity = 1.0645 peak FWHM.
+
+    Source: C06 = Cosby et al. (2006, JGR 111, A12307), the supplement's table 1; H03, for 8540-8613 Å, which
+    it leaves out, = Hanuschik (2003, A&A 407, 1157). Measured at Paranal. Three lines stand there twice.
+    """
+    with files("moefast.simulate").joinpath("data/airglow.csv").open(encoding="utf-8") as lines:
+        rows = [(float(row["wave"]), float(row["rayleigh"])) for row in csv.DictReader(lines)]
+    wave, intensity = np.array(rows).T
+    return _read_only(wave), _read_only(intensity)
 
 
 def _read_only(values: np.ndarray) -> np.ndarray:
+    values = np.ascontiguousarray(values)
     values.flags.writeable = False
     return values
+
+
+@njit(cache=True, parallel=True, fastmath={"reassoc", "contract"}, error_model="numpy")
+def _errors(
+    flux: np.ndarray,
+    flux_unit: np.ndarray,
+    star: np.ndarray,
+    sky: np.ndarray,
+    first: int,
+    band_weight: np.ndarray,
+    noise_level: np.float32,
+    error: np.ndarray,
+    snr: np.ndarray,
+) -> None:
+    """Errors (n, p) and the medians (n,) of flux / error.
+
+    error = noise_level sqrt(max(flux, 0) star u + sky u^2), u = flux_unit * mean of the flux over the band.
+    """
+    n, p = flux.shape
+    for i in prange(n):
+        ratio = np.empty(p + 1, np.float32)
+        keys = np.empty(p + 2, np.int32)
+        mean = 0.0
+        for j in range(len(band_weight)):
+            mean += flux[i, first + j] * band_weight[j]
+        unit = np.float32(flux_unit[i] * mean)
+        for j in range(p):
+            light = max(flux[i, j], np.float32(0.0)) * star[j]
+            one_sigma = noise_level * np.sqrt(unit * (light + unit * sky[j]))
+            error[i, j] = one_sigma
+            ratio[j] = flux[i, j] / one_sigma
+        snr[i] = _quantile(ratio, p, 0.5, keys)
 
 
 class NoiseModel:
@@ -193,6 +196,8 @@ class NoiseModel:
         wavelength equals its mean over the i band.
     sky_variance : array of shape (p,), float64
         Variance of sky, sky subtraction and detector, electrons squared, all exposures together.
+    sky_electrons : array of shape (p,), float64
+        Electrons of the sky, all exposures together.
     band_weight : array of shape (p,), float64
         Weights of the mean over the i band: zero outside, sum 1.
     """
@@ -215,33 +220,50 @@ class NoiseModel:
         total = exposure.seconds * exposure.count
         collected = tool.area * tool.throughput(wave) * total
         fibre_area = math.pi * (0.5 * tool.fibre_diameter) ** 2
-        continuum = PHOTONS_AB0 * 10.0 ** (-0.4 * self.sky.continuum) * width / wave
-        # Electrons per pixel over all exposures.
-        self.sky_electrons = collected * fibre_area * (continuum + self._oh_photons(edges))
+        self.sky_electrons = _read_only(collected * fibre_area * self._sky_photons(edges))
+        brightest = self.sky_electrons.copy()
+        np.maximum(brightest[1:], self.sky_electrons[:-1], out=brightest[1:])
+        np.maximum(brightest[:-1], self.sky_electrons[1:], out=brightest[:-1])
         per_exposure = tool.trace_rows * (tool.read_noise**2 + tool.dark * exposure.seconds)
-        self.detector_variance = per_exposure * exposure.count
-        self.sky_variance = _read_only(
-            self.sky_electrons + (self.sky.residual * self.sky_electrons) ** 2 + self.detector_variance
-        )
+        detector = per_exposure * exposure.count + tool.scattered * self.sky_electrons.mean()
+        # The error of sky subtraction is the same in every exposure: it adds up, and is not averaged out.
+        self.sky_variance = _read_only(self.sky_electrons + (self.sky.residual * brightest) ** 2 + detector)
         # The star: f_lambda = 1 corresponds, in the i band, to photons per pixel proportional to lambda.
         inside = np.flatnonzero((wave > I_BAND[0]) & (wave < I_BAND[1]))
-        self._band = np.array([inside[0], inside[-1] + 1])
+        if not len(inside):
+            raise MoefastError(
+                f"wave_edges: expected pixels in the i band ({I_BAND[0]:g}-{I_BAND[1]:g} Å), "
+                f"found {edges[0]:g}-{edges[-1]:g} Å"
+            )
         weight = np.zeros(len(wave))
         weight[inside] = wave[inside]
         self.band_weight = _read_only(weight / weight.sum())
         pivot = math.sqrt(np.sum(wave[inside]) / np.sum(1.0 / wave[inside]))
         # f_nu of an AB source is f_lambda lambda_pivot^2 / c, hence photons = f_lambda lambda / pivot^2.
-        self.response = _read_only(PHOTONS_AB0 * collected * width * wave / pivot**2)
+        starlight = PHOTONS_AB0 * collected * telluric_transmission(wave)
+        self.response = _read_only(starlight * width * wave / pivot**2)
+        # In units of the largest response, so that float32 does not overflow for any magnitude up to 40.
+        self._largest = self.response.max()
+        relative = self._largest / self.response
+        self._star = relative.astype(np.float32)
+        self._sky = (self.sky_variance * relative**2).astype(np.float32)
+        self._band = int(inside[0]), np.ascontiguousarray(self.band_weight[inside[0] : inside[-1] + 1])
 
-    def _oh_photons(self, edges: np.ndarray) -> np.ndarray:
-        """OH photons / s / cm2 / arcsec2 in each pixel after the line-spread function."""
-        waves, rayleigh = oh_lines(self.sky.bands, self.sky.rotational_temperature)
-        spread = waves / self.instrument.resolving_power / 2.354820045 * math.sqrt(2.0)
-        cumulative = np.zeros(len(edges))
-        erf = np.frompyfunc(math.erf, 1, 1)
-        for wave, sigma, strength in zip(waves, spread, rayleigh, strict=True):
-            cumulative += 0.5 * strength * erf((edges - wave) / sigma).astype(float)
-        return self.sky.oh_factor * RAYLEIGH * np.diff(cumulative)
+    def _sky_photons(self, edges: np.ndarray) -> np.ndarray:
+        """Photons / s / cm2 / arcsec2 of continuum and lines in each pixel.
+
+        The lines are as bright as they were measured, below the absorbing air.
+        """
+        wave = 0.5 * (edges[1:] + edges[:-1])
+        sky, sigma = self.sky, self.instrument.lsf_sigma
+        mag = sky.continuum + sky.continuum_slope * (wave - CONTINUUM_WAVE) / 1000.0
+        photons = PHOTONS_AB0 * 10.0 ** (-0.4 * mag) * telluric_transmission(wave) * np.diff(edges) / wave
+        for line, intensity in zip(*airglow_lines(), strict=True):
+            first, last = np.searchsorted(edges, (line - 9.0 * sigma, line + 9.0 * sigma))
+            part = edges[max(first - 1, 0) : last + 1]
+            share = 0.5 * np.diff(erf((part - line) / (sigma * math.sqrt(2.0))))
+            photons[max(first - 1, 0) :][: len(share)] += sky.lines * RAYLEIGH * intensity * share
+        return photons
 
     def electrons_per_flux(self, mag: np.ndarray, seeing: np.ndarray) -> np.ndarray:
         """Scale s of the electrons per unit flux, s response_j / (mean of the flux over the i band).
@@ -264,6 +286,8 @@ class NoiseModel:
     ) -> tuple[np.ndarray, np.ndarray]:
         """One-sigma errors and signal-to-noise ratios.
 
+        A row's numbers depend on the row alone.
+
         Parameters
         ----------
         flux : array of shape (n, p), float32
@@ -279,12 +303,21 @@ class NoiseModel:
             In the units of `flux`.
         snr_median : array of shape (n,), float64
             median(flux / error) of each spectrum.
+
+        Raises
+        ------
+        MoefastError
+            If the shapes do not fit each other and the wave grid.
         """
-        error = np.empty(flux.shape, dtype=np.float32)
-        snr = np.empty(len(flux))
-        if len(flux):
-            _sigma(
-                flux, self.electrons_per_flux(mag, seeing), self.response, self.sky_variance, self._band,
-                self.band_weight, float(noise_level), error, snr,
-            )  # fmt: skip
+        flux = np.ascontiguousarray(flux, dtype=np.float32)
+        scale = self.electrons_per_flux(mag, seeing)
+        if flux.ndim != 2 or flux.shape[1] != len(self.response) or scale.shape != (len(flux),):
+            raise MoefastError(
+                f"flux: expected shape (n, {len(self.response)}) with n values of mag and of seeing, "
+                f"found {flux.shape} with {scale.shape}"
+            )
+        error, snr = np.empty_like(flux), np.empty(len(flux))
+        unit = 1.0 / (scale * self._largest)
+        level = np.float32(noise_level)
+        _errors(flux, unit, self._star, self._sky, *self._band, level, error, snr)
         return error, snr
