@@ -14,7 +14,6 @@ Cost: about 1500 likelihoods of 40 µs per star.
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -22,12 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtri
 from scipy.stats import qmc
-from threadpoolctl import threadpool_limits
 
 from moefast.kernels import gaussian_log_likelihood
 from moefast.protocol.posterior import sample_posterior
 from moefast.simulate.emulator import LABELS
 from moefast.simulate.forward import ForwardModel
+from moefast.simulate.rows import SEEING_MEDIAN
+from moefast.threads import CORES, one_blas_thread
 
 __all__ = ["Library", "StarPosteriors", "posteriors"]
 
@@ -60,13 +60,16 @@ class Library:
     _directions: F32
 
     @classmethod
-    def draw(cls, forward: ForwardModel, mag: float, seeing: float, *, size: int = LIBRARY_SIZE) -> Library:
-        """Draw from the prior; magnitude and seeing say for which noise to whiten."""
+    def draw(cls, forward: ForwardModel, *, size: int = LIBRARY_SIZE) -> Library:
+        """Draw from the prior; whiten for the noise of the middle magnitude and the usual seeing.
+
+        It depends on the settings alone, never on the stars that it will serve.
+        """
         sobol = qmc.Sobol(len(forward.names), scramble=True, rng=LIBRARY_SEED)
         z = ndtri(sobol.random(size))
         sample = forward.flux(forward.parameters(z[: min(size, 4096)]))
         mean = sample.mean(axis=0)
-        terms = forward.variance_terms(mag, seeing)
+        terms = forward.variance_terms(sum(forward.settings.mag) / 2, SEEING_MEDIAN)
         level = mean @ terms["band_weight"]
         variance = terms["constant"] + level * terms["linear"] * mean + level**2 * terms["quadratic"]
         whitener = (1.0 / np.sqrt(variance)).astype(np.float32)
@@ -80,10 +83,16 @@ class Library:
         _, vectors = np.linalg.eigh(white.T @ white)
         directions = np.ascontiguousarray(vectors[:, : -COMPONENTS - 1 : -1], dtype=np.float32)
         keys = np.empty((size, directions.shape[1]), dtype=np.float32)
-        for first in range(0, size, ROWS_AT_A_TIME):
+
+        def fill(first: int) -> None:
             rows = slice(first, first + ROWS_AT_A_TIME)
             flux = forward.flux(forward.parameters(z[rows]))
-            keys[rows] = ((flux - mean) * whitener) @ directions
+            flux -= mean
+            flux *= whitener
+            keys[rows] = flux @ directions
+
+        with one_blas_thread(), ThreadPoolExecutor(CORES) as pool:
+            list(pool.map(fill, range(0, size, ROWS_AT_A_TIME)))
         return cls(z, keys, (keys**2).sum(axis=1), mean, whitener, directions)
 
     def log_likelihood(self, data: F64, error: F64, good: NDArray[np.bool_] | None) -> F64:
@@ -183,8 +192,7 @@ def posteriors(
         ]
         return [*numbers, found.ess, found.n_likelihoods, *ranks]
 
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with threadpool_limits(1), ThreadPoolExecutor(threads or available) as pool:
+    with one_blas_thread(), ThreadPoolExecutor(threads or CORES) as pool:
         table = np.array(list(pool.map(one, range(len(rows))))).reshape(len(rows), 10)
     return StarPosteriors(
         table[:, 0], table[:, 1], table[:, 2], table[:, 3], table[:, 4].astype(np.int64), table[:, 5:]

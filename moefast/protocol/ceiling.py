@@ -14,6 +14,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -170,7 +171,7 @@ def compute(
             mag, seeing = observation["mag"][rows], observation["seeing"][rows]
             if library is None:
                 _check_errors(spectra, forward, here, block.error, mag, seeing)
-                library = bayes.Library.draw(forward, float(np.median(mag)), float(np.median(seeing)))
+                library = _library(settings)
             star = bayes.posteriors(
                 forward, library, rows, block.flux, block.error, mag, seeing, here,
                 good=good, target_ess=target_ess, seed=seed, threads=threads,
@@ -218,6 +219,11 @@ def compute(
         summary["bayes"] = _bayes_summary(table, seconds["bayes"], likelihoods, target_ess, seed)
     summary["groups"] = _groups(table)
     return Ceiling(summary, table)
+
+
+@lru_cache(maxsize=2)
+def _library(settings: Settings) -> bayes.Library:
+    return bayes.Library.draw(ForwardModel(settings))
 
 
 # --- what the files say --------------------------------------------------------------------------------

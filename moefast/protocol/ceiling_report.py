@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,31 +45,31 @@ def format_text(summary: Mapping[str, Any]) -> str:
     if bayes:
         sample, coverage = bayes["effective_sample_size"], bayes["error_coverage"]
         lines += [
-            f"  Bayes     R² {number(bayes['r2'], 4)} {bracket(bayes['r2_interval'], 4)}   "
+            f"  Bayes   R² {number(bayes['r2'], 4)} {bracket(bayes['r2_interval'], 4)}   "
             "1 − E[Var(log g | x)]/Var(log g)",
-            f"            R² {number(bayes['r2_of_posterior_means'], 4)} "
+            f"          R² {number(bayes['r2_of_posterior_means'], 4)} "
             f"{bracket(bayes['r2_of_posterior_means_interval'], 4)}   of the posterior means, "
             f"RMSE {bayes['rmse']:.3f} dex",
-            f"            effective sample size at least 200 for {percent(sample['share_of_stars_at_least_200'])} of the "
-            f"stars, median {sample['median']:.0f}, smallest {sample['smallest']:.0f}",
-            f"            Monte Carlo error of a mean {bayes['monte_carlo_error']['median']:.3f} dex (median); "
-            f"it costs the means {bayes['monte_carlo_error']['r2_lost']:.4f} of R²",
-            "            errors: "
+            "          errors: "
             + ", ".join(
                 f"{percent(row['fraction'])} within {row['z']:.2f} σ (expected {percent(row['expected'])})"
                 for row in coverage["levels"]
             ),
-            "            ranks of the truth uniform: p = "
-            + ", ".join(f"{rank['chi2_p']:.2f} ({name})" for name, rank in bayes["ranks"].items()),
-            f"            {bayes['seconds']:.0f} s, {bayes['likelihoods_per_star']:.0f} likelihoods per star",
+            f"          effective sample size ≥ 200 for {percent(sample['share_of_stars_at_least_200'])} of the "
+            f"stars; smallest {sample['smallest']:.0f}, median {sample['median']:.0f}",
+            f"          Monte Carlo error of a mean {bayes['monte_carlo_error']['median']:.3f} dex (median), "
+            f"costs {bayes['monte_carlo_error']['r2_lost']:.4f} of R²",
+            "          ranks of the truth uniform: p = "
+            + ", ".join(f"{rank['chi2_p']:.2f} {name}" for name, rank in bayes["ranks"].items()),
+            f"          {bayes['seconds']:.0f} s, {bayes['likelihoods_per_star']:.0f} likelihoods per star",
         ]
     if fisher:
         r2 = fisher["r2"]
         lines += [
-            f"  Fisher    R² {number(r2['median'], 4)} median, {number(r2['mean'], 4)} mean over stars; "
+            f"  Fisher  R² {number(r2['median'], 4)} median, {number(r2['mean'], 4)} mean over stars; "
             "no prior on the labels",
-            f"            R² {number(r2['median, with prior'], 4)} median, {number(r2['mean, with prior'], 4)} mean; "
-            "with the prior's information",
+            f"          R² {number(r2['median, with prior'], 4)} median, "
+            f"{number(r2['mean, with prior'], 4)} mean; with the prior's information",
         ]
         schur = fisher["schur"]
         steps = [
@@ -78,7 +79,12 @@ def format_text(summary: Mapping[str, Any]) -> str:
         lines += [
             "",
             "Information on log g that is left as other parameters become free (median over stars)",
-            "  " + " → ".join(["100 %", *steps]),
+            *textwrap.wrap(
+                " → ".join(["100 %", *(step.replace(" ", "\N{NO-BREAK SPACE}") for step in steps)]),
+                96,
+                initial_indent="  ",
+                subsequent_indent="  ",
+            ),
             "",
             "Fisher bound by magnitude, the same stars, median seeing, no prior",
             *table(
@@ -159,7 +165,7 @@ def _against_snr(axes: Axes, summary: Mapping[str, Any]) -> None:
             values = [group["fisher"][key] for group in groups]
             axes.plot(snr, values, "o--", color=colour, markersize=4, linewidth=1.4, label=label)
     if summary["bayes"]:
-        bounds = np.array([group["bayes_means_interval"] for group in groups], dtype=float)
+        bounds = np.array([group["bayes_means_interval"] for group in groups], dtype=float).reshape(-1, 2)
         axes.fill_between(snr, bounds[:, 0], bounds[:, 1], color=_BAYES, alpha=0.18, linewidth=0)
         values = [group["bayes"] for group in groups]
         axes.plot(snr, values, "o-", color=_BAYES, linewidth=2.4, label="Bayes (band: its means, 95 %)")

@@ -7,9 +7,9 @@ the information of the prior. The bracket is the Schur complement: what is left 
 other parameters must be found, too.
 
 It bounds unbiased estimators only. With P = 12/range² for a uniform label it is the bound of van Trees (1968) for a
-normal prior of that variance, which regression towards the mean respects. Nuisances (velocity, reddening, calibration)
-keep their prior information in both: nobody takes them as unbounded. The information that the variance itself carries is
-left out, as it is in the published curve.
+normal prior of that variance, which regression towards the mean respects. Nuisances (velocity, reddening,
+calibration) keep their prior information in both: nobody takes them as unbounded. The information that the variance
+itself carries is left out, as it is in the published curve.
 """
 
 from __future__ import annotations

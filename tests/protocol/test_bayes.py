@@ -5,6 +5,7 @@ import pytest
 
 from moefast.protocol import bayes
 from moefast.protocol.ceiling import rank_statistics
+from moefast.simulate import Settings
 from moefast.simulate.emulator import LABELS
 
 P, SIGMA, STARS = 80, 1.5, 120
@@ -15,6 +16,8 @@ class LinearModel:
 
     names = LABELS
     uniform = dict.fromkeys(LABELS, (0.0, 1.0))
+
+    settings = Settings(mag=(-1.0, 1.0))
 
     def __init__(self, shapes=None):
         rng = np.random.default_rng(0)
@@ -50,7 +53,7 @@ def toy():
     error = np.repeat(sigma[:, None], P, axis=1)
     covariance = np.stack([np.linalg.inv(np.eye(5) + model.matrix @ model.matrix.T / s**2) for s in sigma])
     mean = np.einsum("nij,nj->ni", covariance, (data - 1) @ model.matrix.T / sigma[:, None] ** 2)
-    library = bayes.Library.draw(model, 0.0, 0.75, size=8192)
+    library = bayes.Library.draw(model, size=8192)
 
     def run(rows, **options):
         chosen = {name: values[rows] for name, values in truth.items()}
@@ -112,7 +115,7 @@ def test_bad_pixels_count_for_nothing(toy):
     good = np.ones((4, P), bool)
     good[:, ::2] = False
     data[:, ::2] = np.nan
-    library = bayes.Library.draw(model, 0.0, 0.75, size=8192)
+    library = bayes.Library.draw(model, size=8192)
     zero = np.zeros(4)
     found = bayes.posteriors(
         model, library, np.arange(4), data, np.full((4, P), SIGMA), zero, zero + 1, truth, good=good
