@@ -1,0 +1,283 @@
+"""Reference sets: what every result is measured on, made anew on any machine from stored seeds.
+
+A set is a configuration and a seed per part. Sets share their seeds: star i of `survey` is star i of `z0` with a
+velocity, reddening and calibration error on top.
+
+Design: the identity of a part is its fingerprint, a hash of everything that decides its content: settings, seed, rows,
+the emulator's data, the noise model's curves and the parameters of every row. Numbers that pass through a mathematical
+library are rounded first, so that the last bits of another machine do not change it. A file is not believed: `identify`
+computes the fingerprint again from the parameters in the file and makes a few of its spectra anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from moefast.errors import InputError, MoefastError
+from moefast.spectra.files import Shard
+
+from .emulator import Emulator
+from .rows import PARAMS, Settings, noise_model, simulate_file, simulate_params, simulate_rows
+
+__all__ = [
+    "FINGERPRINTS",
+    "REFERENCE_SETS",
+    "Identity",
+    "Part",
+    "ReferenceSet",
+    "fingerprint",
+    "identify",
+    "simulate_set",
+]
+
+SCHEMA = 1
+ROWS_AT_ONCE = 65536
+ROWS_COMPARED = 5
+LARGEST_DIFFERENCE = 1e-4
+"""Relative to flux or error: far above what float32 does on another machine, far below any change of the simulator."""
+
+HASHED = tuple(name for name in PARAMS if name not in {"id", "snr"})
+RESOLUTION = {"T_eff": 1e-3, "velocity": 1e-4}
+"""Units to which parameters are rounded (K, km/s); 1e-7 for the others."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a set that belong together: their seed, and how many there are (None: as many as one wants)."""
+
+    seed: int
+    n_rows: int | None = None
+
+
+@dataclass(frozen=True)
+class ReferenceSet:
+    """A configuration under a name.
+
+    Attributes
+    ----------
+    what : str
+        What it is, in one line.
+    settings : Settings
+    parts : dict of str to Part
+    """
+
+    what: str
+    settings: Settings
+    parts: dict[str, Part]
+
+
+class Identity(NamedTuple):
+    """Which part of which reference set a file holds."""
+
+    reference_set: str
+    part: str
+    fingerprint: str
+
+
+PARTS = {
+    "train": Part(71_001),
+    "validation": Part(71_002),
+    "test_10k": Part(71_003, 10_000),
+    "test_1k": Part(71_004, 1_000),
+}
+_Z0 = Settings()
+REFERENCE_SETS: dict[str, ReferenceSet] = {
+    "z0": ReferenceSet("the published configuration, no nuisance", _Z0, PARTS),
+    "survey": ReferenceSet(
+        "the same stars with velocities of 30 km/s, E(B-V) 0 to 0.3 and 3 % calibration errors",
+        replace(_Z0, velocity_scatter=30.0, reddening=(0.0, 0.3), calibration=0.03),
+        PARTS,
+    ),
+}
+
+FINGERPRINTS: dict[tuple[str, str], str] = {
+    ("z0", "test_10k"): "4aa505d9f9295cb4cda4e1a5a4b4ff1b34450d661b79bd42d91b5751f0b5d686",
+    ("z0", "test_1k"): "13ec38283af4b1ee80d8737c1ebfc98e10877a3ab33455dac25134823233bc85",
+    ("survey", "test_10k"): "5002cdb20ba789ff63d7808f5b4bc32cea58d658583c3c2342c0ccc2a2980620",
+    ("survey", "test_1k"): "f73a0ce7201c1fe629f4a852544580578cf495600d14d648c4b53a58fbebb59c",
+}
+"""Of the parts that have a fixed number of rows, as they were when the sets were frozen."""
+
+
+def _part(name: str, part: str) -> tuple[ReferenceSet, Part]:
+    if name not in REFERENCE_SETS:
+        raise MoefastError(f"reference set {name!r} is unknown; choose one of {', '.join(REFERENCE_SETS)}")
+    chosen = REFERENCE_SETS[name]
+    if part not in chosen.parts:
+        raise MoefastError(f"{name} has no part {part!r}; it has {', '.join(chosen.parts)}")
+    return chosen, chosen.parts[part]
+
+
+def _rows(name: str, part: str, rows: tuple[int, int] | None) -> tuple[int, int]:
+    _, chosen = _part(name, part)
+    if chosen.n_rows is None:
+        if rows is None or not 0 <= rows[0] < rows[1]:
+            raise MoefastError(
+                f"{name} {part} has any number of rows: say which, 0 <= first < stop; found {rows}"
+            )
+        return rows
+    whole = (0, chosen.n_rows)
+    if rows not in {None, whole}:
+        raise MoefastError(
+            f"{name} {part} has {chosen.n_rows} rows and is made as a whole; found rows {rows}"
+        )
+    return whole
+
+
+def fingerprint(name: str, part: str, rows: tuple[int, int] | None = None) -> str:
+    """Hash of what decides the content of rows of a reference set.
+
+    Parameters
+    ----------
+    name : str
+        In `REFERENCE_SETS`.
+    part : str
+        One of its parts.
+    rows : tuple of int, optional
+        First row and the one after the last, for parts without a fixed size.
+
+    Returns
+    -------
+    str
+        SHA-256 as hex digits.
+
+    Raises
+    ------
+    MoefastError
+        The set, part or rows do not exist.
+    """
+    chosen, its_part = _part(name, part)
+    first, stop = _rows(name, part, rows)
+
+    def blocks() -> Iterator[dict[str, np.ndarray]]:
+        for start in range(first, stop, ROWS_AT_ONCE):
+            end = min(start + ROWS_AT_ONCE, stop)
+            yield simulate_params(start, end, seed=its_part.seed, settings=chosen.settings)
+
+    return _fingerprint(name, part, (first, stop), blocks())
+
+
+def _fingerprint(name: str, part: str, rows: tuple[int, int], blocks: Iterator[dict[str, np.ndarray]]) -> str:
+    chosen, its_part = _part(name, part)
+    emulator = Emulator.load()
+    noise = noise_model(emulator, chosen.settings)
+    header = {
+        "schema": SCHEMA,
+        "set": name,
+        "part": part,
+        "rows": list(rows),
+        "seed": its_part.seed,
+        "settings": chosen.settings.to_json(),
+        "emulator": emulator.sha256,
+        "columns": list(HASHED),
+    }
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for curve in (noise.response, noise.sky_variance):
+        digest.update(np.rint(np.log(curve) * 1e5).astype("<i8").tobytes())
+    for params in blocks:
+        columns = [np.rint(params[key] / RESOLUTION.get(key, 1e-7)) for key in HASHED]
+        digest.update(np.stack(columns, axis=1).astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def simulate_set(
+    path: str | Path,
+    name: str,
+    part: str,
+    *,
+    rows: tuple[int, int] | None = None,
+    noisy: bool | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Identity:
+    """Write a part of a reference set, with the attributes `reference_set`, `part` and `fingerprint`.
+
+    Parameters
+    ----------
+    path : str or Path
+    name, part : str
+    rows : tuple of int, optional
+        First row and the one after the last, for parts without a fixed size.
+    noisy : bool, optional
+        Whether to store noisy flux; parts of a fixed size do if this is absent.
+    overwrite : bool
+    progress : callable, optional
+        Called with the number of rows done.
+
+    Raises
+    ------
+    MoefastError
+        The set, part or rows do not exist, or the file cannot be written.
+    """
+    chosen, its_part = _part(name, part)
+    first, stop = _rows(name, part, rows)
+    identity = Identity(name, part, fingerprint(name, part, (first, stop)))
+    simulate_file(
+        path,
+        stop - first,
+        seed=its_part.seed,
+        settings=chosen.settings,
+        first_row=first,
+        noisy=its_part.n_rows is not None if noisy is None else noisy,
+        overwrite=overwrite,
+        attrs=identity._asdict(),
+        progress=progress,
+    )
+    return identity
+
+
+def identify(path: str | Path | Shard) -> Identity | None:
+    """Which part of which reference set a file holds, by its content.
+
+    The attributes say what the file claims to be. They count only if the parameters in the file give that fingerprint,
+    if it is the frozen one where there is one, and if a few spectra made anew are those of the file.
+
+    Parameters
+    ----------
+    path : str, Path or Shard
+
+    Returns
+    -------
+    Identity or None
+        None for any other file, damaged ones included.
+    """
+    try:
+        shard = path if isinstance(path, Shard) else Shard(path)
+        claim = Identity(*(str(shard.attrs[name]) for name in Identity._fields))
+        first = int(shard.attrs["first_row"])
+        rows = _rows(claim.reference_set, claim.part, (first, first + shard.n_rows))
+        found = _fingerprint(claim.reference_set, claim.part, rows, _stored(shard))
+        frozen = FINGERPRINTS.get((claim.reference_set, claim.part), found)
+        if not claim.fingerprint == found == frozen or not _same_spectra(shard, claim, first):
+            return None
+    except (MoefastError, KeyError, ValueError):
+        return None
+    return claim
+
+
+def _stored(shard: Shard) -> Iterator[dict[str, np.ndarray]]:
+    for start in range(0, shard.n_rows, ROWS_AT_ONCE):
+        yield shard.params(HASHED, start, min(start + ROWS_AT_ONCE, shard.n_rows))
+
+
+def _same_spectra(shard: Shard, claim: Identity, first: int) -> bool:
+    chosen, its_part = _part(claim.reference_set, claim.part)
+    if len(shard.wave) != len(Emulator.load().wave) or not np.allclose(
+        shard.wave, Emulator.load().wave, rtol=0, atol=1e-6
+    ):
+        raise InputError(f"{shard.path}: another wave grid")
+    for row in np.unique(np.linspace(0, shard.n_rows - 1, ROWS_COMPARED).astype(int)).tolist():
+        block = simulate_rows(first + row, first + row + 1, seed=its_part.seed, settings=chosen.settings)
+        for name, unit in (("flux", block.flux), ("error", block.error), ("noisy", block.error)):
+            if name in shard.arrays:
+                difference = np.abs(shard.read(name, row, row + 1) - getattr(block, name))
+                if not (difference <= LARGEST_DIFFERENCE * np.maximum(unit, 1e-2)).all():
+                    return False
+    return True
