@@ -104,10 +104,13 @@ def gaussian_log_likelihood(
         out = np.empty(n)
     elif out.shape != (n,) or out.dtype != np.float64:
         raise ValueError(f"out: expected float64 of shape ({n},), found {out.dtype} {out.shape}")
+    first, second, third = (np.ascontiguousarray(row, dtype=np.float32) for row in terms / normal)
     _log_likelihood(
         np.ascontiguousarray(flux),
         np.where(use, x, 0.0).astype(np.float32),
-        *(np.ascontiguousarray(row, dtype=np.float32) for row in terms / normal),
+        first,
+        second,
+        third,
         (use / normal).astype(np.float32),
         mean.astype(np.float32),
         band_weight is not None,
@@ -169,7 +172,7 @@ def _log_likelihood(
             # Slices of their own let the compiler see that every access is in step: two to three times faster.
             row, observed, factor = flux[i, start:][:size], data[start:][:size], scale[start:][:size]
             first, second, third = constant[start:][:size], linear[start:][:size], quadratic[start:][:size]
-            part = zero
+            part: Any = zero
             for j in range(size):
                 variance = first[j] + mean * second[j] * max(row[j], zero) + square * third[j]
                 ratio[j] = variance
