@@ -128,7 +128,8 @@ def airglow_lines() -> tuple[np.ndarray, np.ndarray]:
     Lines of at least 0.3 Rayleigh, 686 of them: 444 of OH, 220 of O2. Intensity = 1.0645 peak FWHM.
 
     Source: C06 = Cosby et al. (2006, JGR 111, A12307), the supplement's table 1; H03, for 8540-8613 Å, which
-    it leaves out, = Hanuschik (2003, A&A 407, 1157). Measured at Paranal. Four lines stand there twice: see docs/noise.md.
+    it leaves out, = Hanuschik (2003, A&A 407, 1157). Measured at Paranal. Four lines stand there twice: see
+    docs/noise.md.
     """
     with files("moefast.simulate").joinpath("data/airglow.csv").open(encoding="utf-8") as lines:
         rows = [(float(row["wave"]), float(row["rayleigh"])) for row in csv.DictReader(lines)]
