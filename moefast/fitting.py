@@ -1,4 +1,4 @@
-"""From files of spectra to a fitted mixture in two passes.
+"""From spectra, in files or simulated, to a fitted mixture in two passes.
 
 Design: the first pass gathers normal equations per bin and fold. Everything linear follows from them: the noise-white
 principal components, experts at every noise level, their penalties by cross-validation, the reference fits. The second
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +22,14 @@ from moefast.experts.ridge import NoisePath, Subspace, principal_subspace, ridge
 from moefast.gating.features import line_columns
 from moefast.gating.mlp import fit_error_model, fit_gate, softmax
 from moefast.mixture import N_GATE_COMPONENTS, N_GATE_FEATURES, Mixture, hat_weights
-from moefast.noise import fold_of_rows, standard_normals
+from moefast.noise import add_noise, fold_of_rows
 from moefast.protocol.bins import Grid
 from moefast.protocol.metrics import r2
 from moefast.spectra.files import SpectrumSet
 from moefast.spectra.quality import good_pixels
+
+if TYPE_CHECKING:
+    from moefast.simulate.source import SimulatedSpectra
 
 __all__ = ["Fit", "LinearForm", "Noise", "Options", "fit_mixture"]
 
@@ -124,12 +127,14 @@ class Fit:
     summary: dict[str, Any]
 
 
-def fit_mixture(spectra: SpectrumSet, options: Options, progress: Progress | None = None) -> Fit:
+def fit_mixture(
+    spectra: SpectrumSet | SimulatedSpectra, options: Options, progress: Progress | None = None
+) -> Fit:
     """Fit a mixture of linear experts, its gate and its error model.
 
     Parameters
     ----------
-    spectra : SpectrumSet
+    spectra : SpectrumSet or SimulatedSpectra
         With labels T_eff [K], log_g [dex], M_H [dex].
     options : Options
     progress : callable, optional
@@ -148,7 +153,7 @@ def fit_mixture(spectra: SpectrumSet, options: Options, progress: Progress | Non
 class _Fitter:
     """The stages of a fit, in order; each reads what the ones before it left."""
 
-    def __init__(self, spectra: SpectrumSet, options: Options, progress: Progress) -> None:
+    def __init__(self, spectra: SpectrumSet | SimulatedSpectra, options: Options, progress: Progress) -> None:
         self.spectra, self.options, self.progress = spectra, options, progress
         self.labels = spectra.labels(("T_eff", "log_g", "M_H"))
         self.y: F64 = self.labels["log_g"]
@@ -291,9 +296,7 @@ class _Fitter:
                 flux, error, rows = flux[usable], error[usable], rows[usable]
             noisy = flux
             if options.noise != "observed" and (options.references or options.noise == "sampled"):
-                noisy = standard_normals(options.seed, rows, flux.shape[1])
-                noisy *= error
-                noisy += flux
+                noisy = add_noise(flux, error, options.seed, rows)
             x = noisy if options.noise == "sampled" else flux
             self.times_good += np.count_nonzero(error, axis=0)
             equations.add(x, self.y[rows], error * error, self.bins[rows], self.folds[rows])
@@ -407,7 +410,7 @@ class _Fitter:
             for draw in range(draws):
                 x = flux
                 if options.noise != "observed":
-                    x = standard_normals(options.seed + 1 + draw, rows, flux.shape[1]) * error + flux
+                    x = add_noise(flux, error, options.seed + 1 + draw, rows)
                 prepared = mixture.prepare(x, error, None if good.all() else good)
                 z = np.where(good, x - mixture.reference, 0) @ basis
                 level = np.clip(prepared.log_level, mixture.knots[0], mixture.knots[-1])

@@ -17,7 +17,8 @@ from moefast.errors import InputError
 from moefast.fitting import Noise, Options, fit_mixture
 from moefast.model import Model
 from moefast.protocol.bins import PHYSICAL_GRID, Grid, uniform
-from moefast.spectra.files import open_spectra
+from moefast.simulate.source import SimulatedSpectra
+from moefast.spectra.files import SpectrumSet, open_spectra
 
 __all__ = ["DEFAULT", "RECIPES", "Recipe", "fit"]
 
@@ -38,7 +39,7 @@ DEFAULT = "phys-moe"
 
 
 def fit(
-    paths: str | Path | Iterable[str | Path],
+    paths: str | Path | Iterable[str | Path] | SpectrumSet | SimulatedSpectra,
     *,
     recipe: str = DEFAULT,
     grid: Grid | None = None,
@@ -52,8 +53,9 @@ def fit(
 
     Parameters
     ----------
-    paths : path, folder, pattern, or several
-        Training spectra with labels T_eff [K], log_g [dex], M_H [dex].
+    paths : path, folder, pattern, or several; SpectrumSet; SimulatedSpectra
+        Training spectra with labels T_eff [K], log_g [dex], M_H [dex]. Simulated spectra are generated as they are
+        needed, with no file between.
     recipe : str
         A name in `RECIPES`.
     grid : Grid, optional
@@ -81,7 +83,7 @@ def fit(
     if recipe not in RECIPES:
         raise InputError(f"recipe {recipe!r} is unknown; choose one of {', '.join(RECIPES)}")
     chosen = grid or RECIPES[recipe].grid
-    spectra = open_spectra(paths)
+    spectra = paths if isinstance(paths, SpectrumSet | SimulatedSpectra) else open_spectra(paths)
     options = Options(grid=chosen, noise=noise, noise_level=noise_level, references=references, seed=seed)
     fingerprint = spectra.fingerprint()
     fitted = fit_mixture(spectra, options, progress)

@@ -34,6 +34,7 @@ __all__ = [
     "ReferenceSet",
     "fingerprint",
     "identify",
+    "part_rows",
     "simulate_set",
 ]
 
@@ -115,20 +116,35 @@ def _part(name: str, part: str) -> tuple[ReferenceSet, Part]:
     return chosen, chosen.parts[part]
 
 
-def _rows(name: str, part: str, rows: tuple[int, int] | None) -> tuple[int, int]:
-    _, chosen = _part(name, part)
-    if chosen.n_rows is None:
+def part_rows(
+    name: str, part: str, rows: tuple[int, int] | None = None
+) -> tuple[ReferenceSet, Part, tuple[int, int]]:
+    """A set, one of its parts, and the rows that are meant.
+
+    Parameters
+    ----------
+    name, part : str
+    rows : tuple of int, optional
+        First row and the one after the last, for parts without a fixed size.
+
+    Raises
+    ------
+    MoefastError
+        The set, part or rows do not exist.
+    """
+    chosen, its_part = _part(name, part)
+    if its_part.n_rows is None:
         if rows is None or not 0 <= rows[0] < rows[1]:
             raise MoefastError(
                 f"{name} {part} has any number of rows: say which, 0 <= first < stop; found {rows}"
             )
-        return rows
-    whole = (0, chosen.n_rows)
+        return chosen, its_part, rows
+    whole = (0, its_part.n_rows)
     if rows not in {None, whole}:
         raise MoefastError(
-            f"{name} {part} has {chosen.n_rows} rows and is made as a whole; found rows {rows}"
+            f"{name} {part} has {its_part.n_rows} rows and is made as a whole; found rows {rows}"
         )
-    return whole
+    return chosen, its_part, whole
 
 
 def fingerprint(name: str, part: str, rows: tuple[int, int] | None = None) -> str:
@@ -153,8 +169,7 @@ def fingerprint(name: str, part: str, rows: tuple[int, int] | None = None) -> st
     MoefastError
         The set, part or rows do not exist.
     """
-    chosen, its_part = _part(name, part)
-    first, stop = _rows(name, part, rows)
+    chosen, its_part, (first, stop) = part_rows(name, part, rows)
 
     def blocks() -> Iterator[dict[str, np.ndarray]]:
         for start in range(first, stop, ROWS_AT_ONCE):
@@ -216,8 +231,7 @@ def simulate_set(
     MoefastError
         The set, part or rows do not exist, or the file cannot be written.
     """
-    chosen, its_part = _part(name, part)
-    first, stop = _rows(name, part, rows)
+    chosen, its_part, (first, stop) = part_rows(name, part, rows)
     identity = Identity(name, part, fingerprint(name, part, (first, stop)))
     simulate_file(
         path,
@@ -252,7 +266,7 @@ def identify(path: str | Path | Shard) -> Identity | None:
         shard = path if isinstance(path, Shard) else Shard(path)
         claim = Identity(*(str(shard.attrs[name]) for name in Identity._fields))
         first = int(shard.attrs["first_row"])
-        rows = _rows(claim.reference_set, claim.part, (first, first + shard.n_rows))
+        *_, rows = part_rows(claim.reference_set, claim.part, (first, first + shard.n_rows))
         found = _fingerprint(claim.reference_set, claim.part, rows, _stored(shard))
         frozen = FINGERPRINTS.get((claim.reference_set, claim.part), found)
         if not claim.fingerprint == found == frozen or not _same_spectra(shard, claim, first):

@@ -1,0 +1,234 @@
+"""Simulated spectra that never touch a disk: generated block by block for whoever reads them.
+
+Design: the reading interface of `moefast.spectra.files.SpectrumSet`, with the simulator in the place of the files. Rows
+are pure functions of seed and number, so a second pass generates them again instead of keeping them: memory does not
+grow with their number. Nothing is read ahead: generation keeps all cores busy by itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from moefast.errors import InputError, LabelError, MoefastError
+from moefast.spectra.files import Block, Failure
+
+from .emulator import Emulator
+from .rows import PARAMS, Settings, SimulatedBlock, noise_model, simulate_params, simulate_rows
+from .sets import Identity, fingerprint, part_rows
+
+__all__ = ["SimulatedSpectra"]
+
+
+class SimulatedSpectra:
+    """Rows of a simulated survey, to be read like a `SpectrumSet`.
+
+    Parameters
+    ----------
+    n_rows : int
+        How many.
+    seed : int
+        0 to 2^64 - 1.
+    settings : Settings, optional
+    first_row : int
+        Row of the survey that is row 0 here.
+    emulator : Emulator, optional
+        To be used instead of the shipped one.
+
+    Attributes
+    ----------
+    n_rows, n_pixels : int
+        Spectra, and pixels of each.
+    wave : array of shape (p,), float64
+        Wavelength of the pixels in Å.
+    arrays : tuple of str
+        flux, error, noisy.
+    columns : tuple of str
+        Columns of the params table.
+    identity : Identity or None
+        Which reference set it is.
+    path : Path
+        A name for messages and records; there is no such file.
+    shards : tuple
+        Itself: one shard, which is the whole.
+    first_rows : array of shape (2,), int64
+        0 and n_rows.
+    failures : list
+        Empty.
+
+    Raises
+    ------
+    MoefastError
+        If an argument is out of range or the settings cannot be simulated.
+
+    Examples
+    --------
+    ::
+
+        model = moefast.fit(SimulatedSpectra.of_set("z0", rows=(0, 200_000)))
+    """
+
+    arrays = ("flux", "error", "noisy")
+
+    def __init__(
+        self,
+        n_rows: int,
+        *,
+        seed: int,
+        settings: Settings | None = None,
+        first_row: int = 0,
+        emulator: Emulator | None = None,
+    ) -> None:
+        if n_rows < 1:
+            raise MoefastError(f"n_rows: expected at least 1, found {n_rows}")
+        self.settings = settings or Settings()
+        self.seed, self.first_row, self.n_rows = int(seed), int(first_row), int(n_rows)
+        self._emulator = emulator or Emulator.load()
+        self._noise = noise_model(self._emulator, self.settings)
+        # What cannot be simulated must be known before a long run.
+        self._simulate(0, 0)
+        self.wave = self._emulator.wave
+        self.n_pixels = len(self.wave)
+        self.columns = tuple(PARAMS)
+        self.identity: Identity | None = None
+        self.path = Path(f"simulated, seed {seed}, rows {first_row}:{first_row + n_rows}")
+        self.shards = (self,)
+        self.first_rows = np.array([0, n_rows], dtype=np.int64)
+        self.failures: list[Failure] = []
+
+    @classmethod
+    def of_set(cls, name: str, part: str = "train", rows: tuple[int, int] | None = None) -> SimulatedSpectra:
+        """Rows of a part of a reference set.
+
+        Parameters
+        ----------
+        name, part : str
+            See `moefast.simulate.sets.REFERENCE_SETS`.
+        rows : tuple of int, optional
+            First row and the one after the last, for parts without a fixed size.
+
+        Raises
+        ------
+        MoefastError
+            The set, part or rows do not exist.
+        """
+        chosen, its_part, (first, stop) = part_rows(name, part, rows)
+        spectra = cls(stop - first, seed=its_part.seed, settings=chosen.settings, first_row=first)
+        spectra.identity = Identity(name, part, fingerprint(name, part, (first, stop)))
+        spectra.path = Path(f"{name} {part}, rows {first}:{stop}")
+        return spectra
+
+    def __len__(self) -> int:
+        return self.n_rows
+
+    def __repr__(self) -> str:
+        return f"SimulatedSpectra({str(self.path)!r})"
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+    def fingerprint(self) -> str:
+        """SHA-256, as hex digits, of what decides the content; that of the reference set if it is one."""
+        if self.identity is not None:
+            return self.identity.fingerprint
+        header = {
+            "settings": self.settings.to_json(),
+            "seed": self.seed,
+            "rows": [self.first_row, self.first_row + self.n_rows],
+            "emulator": self._emulator.sha256,
+        }
+        return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
+
+    def params(self, names: Iterable[str]) -> dict[str, np.ndarray]:
+        """Columns of the params table, each an array of shape (n_rows,).
+
+        Raises
+        ------
+        InputError
+            If there is no such column, or it is snr, which is only known block by block.
+        """
+        wanted = list(names)
+        found = simulate_params(
+            self.first_row, self.first_row + self.n_rows, seed=self.seed, settings=self.settings
+        )
+        for name in wanted:
+            if name not in found:
+                raise InputError(f"{self.path}: has no column {name!r}; it has {', '.join(found)}")
+        return {name: found[name] for name in wanted}
+
+    def labels(self, names: Sequence[str] = ("T_eff", "log_g", "M_H")) -> dict[str, np.ndarray]:
+        """Labels of every spectrum, each an array of shape (n_rows,), float64.
+
+        Raises
+        ------
+        LabelError
+            If there is no such column.
+        """
+        try:
+            return {name: values.astype(np.float64) for name, values in self.params(names).items()}
+        except InputError as error:
+            raise LabelError(str(error)) from error
+
+    def has_labels(self, names: Sequence[str] = ("T_eff", "log_g", "M_H")) -> bool:
+        """Whether `labels` would succeed."""
+        return set(names) <= set(self.columns) - {"snr"}
+
+    def blocks(
+        self,
+        block_rows: int,
+        *,
+        array: Literal["auto", "flux", "noisy"] = "auto",
+        rows: tuple[int, int] | None = None,
+        params: Sequence[str] = (),
+        prefetch: bool = True,
+        on_error: Literal["raise", "skip"] = "raise",
+    ) -> Iterator[Block]:
+        """Iterate over the spectra, block by block, in order.
+
+        Parameters
+        ----------
+        block_rows : int
+            Rows per block; the last one may be shorter.
+        array : {"auto", "flux", "noisy"}
+            What becomes `Block.flux`; "auto" is noisy.
+        rows : tuple of int, optional
+            First row and the one after the last; all if None.
+        params : sequence of str
+            Columns to hand out with each block.
+        prefetch, on_error
+            As for files, where they matter.
+        """
+        start, stop = (0, self.n_rows) if rows is None else rows
+        if block_rows < 1:
+            raise ValueError(f"block_rows must be at least 1, found {block_rows}")
+        if not 0 <= start <= stop <= self.n_rows:
+            raise ValueError(f"rows {start} to {stop} asked for, the set has {self.n_rows}")
+        if array not in {"auto", "flux", "noisy"}:
+            raise ValueError(f"array must be 'auto', 'flux' or 'noisy', found {array!r}")
+        if unknown := [name for name in params if name not in PARAMS]:
+            raise InputError(f"{self.path}: has no column {unknown[0]!r}; it has {', '.join(PARAMS)}")
+        return self._blocks(block_rows, array != "flux", start, stop, list(params))
+
+    def _blocks(
+        self, block_rows: int, noisy: bool, start: int, stop: int, names: list[str]
+    ) -> Iterator[Block]:
+        for first in range(start, stop, block_rows):
+            made = self._simulate(first, min(first + block_rows, stop), noisy=noisy)
+            flux = made.noisy if made.noisy is not None else made.flux
+            yield Block(first, 0, flux, made.error, None, {name: made.params[name] for name in names})
+
+    def _simulate(self, first: int, stop: int, *, noisy: bool = False) -> SimulatedBlock:
+        return simulate_rows(
+            self.first_row + first,
+            self.first_row + stop,
+            seed=self.seed,
+            settings=self.settings,
+            emulator=self._emulator,
+            noise=self._noise,
+            noisy=noisy,
+        )
