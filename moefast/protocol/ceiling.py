@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,11 +37,12 @@ from moefast.protocol.report import (
 )
 from moefast.simulate.emulator import LABELS
 from moefast.simulate.forward import ForwardModel
-from moefast.simulate.rows import Settings
+from moefast.simulate.rows import SEEING_MEDIAN, Settings
+from moefast.simulate.sets import Identity, identify
 from moefast.spectra.files import SpectrumSet, open_spectra
 from moefast.spectra.quality import assess, good_pixels
 
-__all__ = ["PUBLISHED_CRLB", "Ceiling", "compute", "read", "write"]
+__all__ = ["PUBLISHED_CRLB", "Ceiling", "compute", "known", "read", "report_of_means", "write"]
 
 Method = Literal["auto", "both", "fisher", "bayes"]
 F64 = NDArray[np.float64]
@@ -125,6 +127,7 @@ def compute(
         A file cannot be read, or does not say what the Bayes ceiling needs.
     """
     spectra = open_spectra(paths)
+    identity = identify(spectra.shards[0]) if len(spectra.shards) == 1 else None
     settings = _settings(spectra, needed=method in {"both", "bayes"})
     forward = ForwardModel(settings or Settings())
     _check_wave(spectra, forward)
@@ -190,8 +193,9 @@ def compute(
     summary: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "data_set": {
-            "name": name or " + ".join(shard.path.name for shard in spectra.shards[:3]),
+            "name": name or _name(spectra, identity),
             "fingerprint": spectra.fingerprint(),
+            "reference_set": None if identity is None else identity._asdict(),
             "n": n,
             "n_rows": spectra.n_rows,
             "noise_seed": None if stored else NOISE_SEED,
@@ -219,6 +223,25 @@ def compute(
         summary["bayes"] = _bayes_summary(table, seconds["bayes"], likelihoods, target_ess, seed)
     summary["groups"] = _groups(table)
     return Ceiling(summary, table)
+
+
+def known(spectra: SpectrumSet) -> Ceiling | None:
+    """The ceiling that comes with the package, if `spectra` is a part of a reference set that has one."""
+    identity = identify(spectra.shards[0]) if len(spectra.shards) == 1 else None
+    if identity is None:
+        return None
+    source = files("moefast.protocol") / "ceilings" / f"{identity.reference_set}-{identity.part}.json.gz"
+    if not source.is_file():
+        return None
+    with as_file(source) as path:
+        found = read(path)
+    return found if found.summary["data_set"]["reference_set"] == identity._asdict() else None
+
+
+def _name(spectra: SpectrumSet, identity: Identity | None) -> str:
+    if identity is not None:
+        return f"{identity.reference_set} {identity.part}"
+    return " + ".join(shard.path.name for shard in spectra.shards[:3])
 
 
 @lru_cache(maxsize=2)
@@ -320,8 +343,6 @@ def _fisher_r2(table: Mapping[str, F64], members: NDArray[np.bool_]) -> dict[str
 
 def _by_magnitude(forward: ForwardModel, parameters: dict[str, F64], stars: int = 1000) -> list[dict]:
     """The bound for the same stars at fixed magnitudes and the median seeing, beside the published curve."""
-    from moefast.simulate.rows import SEEING_MEDIAN
-
     some = {key: values[:stars] for key, values in parameters.items()}
     n = len(some["log_g"])
     variance = parameters["log_g"].var()
@@ -493,7 +514,7 @@ def write(ceiling: Ceiling, path: str | Path) -> None:
 
 
 def _rounded(value: float) -> float | None:
-    return float(f"{value:.6g}") if np.isfinite(value) else None
+    return float(f"{value:.5g}") if np.isfinite(value) else None
 
 
 def read(path: str | Path) -> Ceiling:
