@@ -5,8 +5,8 @@ between atoms, CO, SiO, OH and H2O, nitrogen between atoms and N2; CN and TiO fo
 Left out: TiO2, polyatomic carbon molecules.
 
 Dissociation energies and spectroscopic constants: Huber & Herzberg (1979, "Constants of Diatomic
-Molecules"); vibrations and rotation of H2O: Herzberg (1966); D0(CN) 7.72 eV and D0(TiO) 6.87 eV as in
-Barklem & Collet (2016, A&A 588, A96).
+Molecules"); vibrations and rotation of H2O: Herzberg (1966); D0(CN) 7.724 eV as in linemake (Placco et al. 2021,
+RNAAS 5, 92); D0(TiO) 6.87 +- 0.07 eV from Loock et al. (1998, J. Chem. Phys. 109, 8980).
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def equation_of_state(
         )
         free_n = 2.0 * nitrogen / (1.0 + math.sqrt(1.0 + 8.0 * nitrogen / k_n2))
         k_tio = dissociation(t, 11.99, u[d, TI, 0], u[d, OXYGEN, 0], tio_partition(t), 6.87)
-        k_cn = dissociation(t, 6.466, u[d, C, 0], u[d, N, 0], cn_partition(t), 7.72)
+        k_cn = dissociation(t, 6.466, u[d, C, 0], u[d, N, 0], cn_partition(t), 7.724)
         neutral_ti = nuclei * per_h[TI] / (1.0 + saha[d, TI] / ne + free_o / k_tio)
         state[d, 4] = neutral_ti * free_o / k_tio
         state[d, 5] = free_c * free_n / k_cn

@@ -22,7 +22,7 @@ from .lines import AtomicLines, read_lines
 from .molecules import TEMPERATURES, cross_sections
 
 STEPS_PER_E_FOLD = 200_000.0  # samples per unit of ln lambda: 1.5 km/s, below every Doppler width
-FIRST_WAVE, LAST_WAVE = 7092.0, 8860.0
+FIRST_WAVE, LAST_WAVE = 7080.0, 8870.0  # Å, vacuum: the padded pixels and 5 sigma of the line-spread function
 REFERENCE = 8000.0  # Å, where the reference continuum is taken
 NEGLIGIBLE = 1.0e-3  # line opacity over continuum opacity where a wing is cut off
 DEEPEST_FOR_CUT = 44  # lg tau_Rosseland = 0.3
@@ -135,7 +135,8 @@ def _add_atomic_lines(
             continue
         centre = int((math.log(line) - log0) * steps)
         for direction in (-1, 1):
-            i = centre if direction == -1 else centre + 1
+            # A line beyond the end of the grid still reaches it with its wing.
+            i = min(centre, len(wave) - 1) if direction == -1 else max(centre + 1, 0)
             while 0 <= i < len(wave):
                 distance = abs(wave[i] / line - 1.0)
                 largest = 0.0
@@ -180,11 +181,11 @@ def _flux(
     mass_scale: np.ndarray,
     log_column: np.ndarray,
     opacity: np.ndarray,
+    mu: np.ndarray,
+    weight: np.ndarray,
     flux: np.ndarray,
 ) -> None:
-    """Emergent flux per unit wavelength (arbitrary scale); d tau = opacity mass_scale d ln(column)."""
-    mu = np.array([0.1127016654, 0.5, 0.8872983346])
-    weight = np.array([0.2777777778, 0.4444444444, 0.2777777778])
+    """Sum of weight x intensity over the angles, arbitrary scale; d tau = opacity mass_scale d ln(column)."""
     n_depths = len(temperature)
     tau = np.empty(n_depths)
     source = np.empty(n_depths)
@@ -203,7 +204,7 @@ def _flux(
                 bottom = d + 1
                 break
         total = 0.0
-        for m in range(3):
+        for m in range(len(mu)):
             transmitted = math.exp(-tau[0] / mu[m])
             intensity = source[0] * (1.0 - transmitted)
             for d in range(1, bottom):
@@ -221,13 +222,21 @@ def _flux(
                 if transmitted < 1e-7:
                     break
             intensity += transmitted * source[bottom - 1]
-            total += weight[m] * mu[m] * intensity
+            total += weight[m] * intensity
         flux[i] = 2e20 * total / wave[i] ** 5
 
 
 def microturbulence(log_g: float) -> float:
     """Microturbulent velocity, cm/s: 2.478 - 0.325 log g km/s (Holtzman et al. 2015, AJ 150, 148)."""
     return (2.478 - 0.325 * log_g) * 1e5
+
+
+# Cosine of the angle to the normal, and weight of its intensity in what is returned.
+FLUX = (
+    np.array([0.1127016654, 0.5, 0.8872983346]),
+    np.array([0.1127016654, 0.5, 0.8872983346]) * np.array([0.2777777778, 0.4444444444, 0.2777777778]),
+)
+DISK_CENTRE = (np.ones(1), np.ones(1))
 
 
 @dataclass
@@ -256,9 +265,18 @@ class Synthesizer:
         return cls(grid, wave, read_lines() if lines is None else lines, cross_sections(wave))
 
     def synthesize(
-        self, t_eff: float, log_g: float, m_h: float, a_m: float = 0.0, c_m: float = 0.0
+        self,
+        t_eff: float,
+        log_g: float,
+        m_h: float,
+        a_m: float = 0.0,
+        c_m: float = 0.0,
+        *,
+        angles: tuple[np.ndarray, np.ndarray] = FLUX,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Flux, shape (n_wave,), and central strength of each line, shape (n_lines,).
+
+        `angles` may be `DISK_CENTRE`, for the intensity there.
 
         The atmosphere's structure depends on T_eff, log g and [M/H] only; [a/M] and [C/M] change
         electrons, molecules and lines in it.
@@ -296,5 +314,5 @@ class Synthesizer:
             opacity,
         )
         flux = np.empty(len(self.wave))
-        _flux(self.wave, temperature, mass_scale, log_column, opacity, flux)
+        _flux(self.wave, temperature, mass_scale, log_column, opacity, *angles, flux)
         return flux, strongest

