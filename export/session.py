@@ -18,7 +18,7 @@ from moefast.backend import cpu_count
 from moefast.errors import BackendError, ModelError
 from moefast.export.graph import check, load
 
-__all__ = ["PROVIDERS", "open_session"]
+__all__ = ["PROVIDERS", "open_session", "start_session"]
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _ERRORS_ONLY = 3
@@ -50,9 +50,12 @@ def open_session(model: ModelProto | str | Path, backend: str = "cpu") -> onnxru
         raise BackendError(f"backend {backend!r} is unknown to ONNX sessions; choose cpu or cuda")
     if isinstance(model, ModelProto):
         check(model, "the ONNX model")
-        checked = model
-    else:
-        checked = load(model)
+        return start_session(model, backend)
+    return start_session(load(model), backend)
+
+
+def start_session(checked: ModelProto, backend: str) -> onnxruntime.InferenceSession:
+    """Start a session of a model that was checked before; see `open_session`."""
     provider = PROVIDERS[backend]
     offered = onnxruntime.get_available_providers()
     if provider not in offered:

@@ -10,7 +10,7 @@ import pytest
 from moefast.errors import InputError, OutputError
 from moefast.export import build, open_session
 from moefast.noise import standard_normals
-from moefast.protocol.evaluate import NOISE_SEED, check_report_folder, evaluate, write_report
+from moefast.protocol.evaluate import NOISE_SEED, REPORT_FILES, check_report_folder, evaluate, write_report
 from moefast.protocol.metrics import r2
 from moefast.scoring import predict
 from moefast.spectra import open_spectra
@@ -41,10 +41,6 @@ def stored(noisy_file, model):
     return evaluate(noisy_file, model)
 
 
-def _numbers(report):
-    return json.dumps({key: value for key, value in report.items() if key != "throughput"}, sort_keys=True)
-
-
 def _noise(evaluation):
     data_set = evaluation.report["data_set"]
     return data_set["noise_level"], data_set["noise_seed"]
@@ -68,9 +64,9 @@ def test_noise_is_drawn_from_the_stored_seed(drawn, few, model):
 
 def test_the_same_report_twice(drawn, clean_file, model):
     again = evaluate(clean_file, model)
-    assert _numbers(again.report) == _numbers(drawn.report)
-    np.testing.assert_array_equal(again.predicted, drawn.predicted)
-    json.dumps(drawn.report, allow_nan=False)
+    assert json.dumps(again.report, allow_nan=False) == json.dumps(drawn.report, allow_nan=False)
+    for name, values in again.stars.items():
+        assert values.tobytes() == drawn.stars[name].tobytes(), name
 
 
 def test_noise_belongs_to_the_star_not_to_the_block(drawn, clean_file, model, monkeypatch):
@@ -111,7 +107,8 @@ def test_scores_are_of_the_predictions(stored, few):
     assert report["overall"]["r2"] == pytest.approx(r2(few.params["log_g"], stored.predicted), abs=1e-9)
     np.testing.assert_array_equal(stored.log_g, few.params["log_g"])
     assert report["overall"]["n"] == report["data_set"]["n"] == 700
-    assert report["throughput"]["spectra_per_second"] > 0
+    assert stored.run["spectra_per_second"] > 0
+    assert stored.run["r2"] == report["overall"]["r2"]
 
 
 def test_references_and_oracle_are_scored_on_the_same_stars(stored, model, few):
@@ -173,11 +170,12 @@ def test_three_engines_agree(noisy_file, model):
 def test_a_report_folder(stored, tmp_path):
     folder = tmp_path / "deep" / "report"
     written = write_report(stored, folder)
-    assert sorted(path.name for path in folder.iterdir()) == ["report.json", "report.png", "report.txt"]
-    assert written == [folder / name for name in ("report.json", "report.txt", "report.png")]
-    assert json.loads(written[0].read_text()) == json.loads(json.dumps(stored.report))
-    assert "R²" in written[1].read_text()
-    assert written[2].read_bytes().startswith(b"\x89PNG")
+    assert sorted(folder.iterdir()) == sorted(written)
+    assert [path.name for path in written] == list(REPORT_FILES)
+    assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(stored.report))
+    assert json.loads((folder / "run.json").read_text()) == stored.run
+    assert "R²" in (folder / "report.txt").read_text()
+    assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
     before = written[0].read_bytes()
     with pytest.raises(OutputError, match="exists already"):
         write_report(stored, folder)

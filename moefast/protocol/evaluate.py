@@ -1,30 +1,39 @@
-"""Evaluate a model on labelled spectra by the frozen protocol.
+"""Evaluate anything that predicts log g on labelled spectra, by the frozen protocol.
 
 Design: one way to make a number. Test spectra carry noise exactly once: `noisy` where a file has it, otherwise a draw
 from the stored seed that belongs to the row, so that every model meets the same noisy stars. The simpler fits that a
 model folder carries are scored on the same stars in the same pass; the oracle is the model's experts with true bins.
+What a clock measured is kept apart from the report, so that evaluating twice gives the same report.
 """
 
 from __future__ import annotations
 
+import json
+import shlex
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+import moefast
 from moefast.errors import InputError, OutputError
 from moefast.fitting import LinearForm
 from moefast.mixture import hat_weights
 from moefast.model import Model
 from moefast.noise import standard_normals
+from moefast.protocol.predictions import write_kept
 from moefast.protocol.report import evaluate_predictions, format_text, write_atomically, write_json
-from moefast.scoring import BLOCK_ROWS, open_engine, score_block, warm_up
-from moefast.spectra.files import Block, open_spectra
-from moefast.spectra.quality import good_pixels
+from moefast.protocol.subject import ModelSubject, Subject, open_subject
+from moefast.scoring import BLOCK_ROWS
+from moefast.spectra.files import Block, SpectrumSet, open_spectra, same_wave
+from moefast.spectra.quality import assess, good_pixels
+
+if TYPE_CHECKING:
+    from moefast.protocol.ceiling import Ceiling
 
 __all__ = ["NOISE_SEED", "Evaluation", "check_report_folder", "evaluate", "write_report"]
 
@@ -34,11 +43,32 @@ NOISE_SEED = 20250102
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The report, as written to JSON, with the labels and predictions (n,) it was made of."""
+    """What an evaluation found.
+
+    Attributes
+    ----------
+    report : dict
+        See `moefast.protocol.report.evaluate_predictions`: the same for the same model and stars.
+    stars : dict of str to array of shape (n,)
+        row; log_g_true, log_g, log_g_err [dex] (if errors are claimed); T_eff [K], M_H [dex]; snr_norm, snr_median;
+        weight_k (if there is a gate).
+    run : dict
+        What belongs to this run alone: throughput with R² beside it, backend, device, versions, the command.
+    """
 
     report: dict[str, Any]
-    log_g: NDArray[np.float64]
-    predicted: NDArray[np.float64]
+    stars: dict[str, NDArray]
+    run: dict[str, Any]
+
+    @property
+    def log_g(self) -> NDArray[np.float64]:
+        """Labels [dex]."""
+        return self.stars["log_g_true"]
+
+    @property
+    def predicted(self) -> NDArray[np.float64]:
+        """Predictions [dex]; NaN where there is none."""
+        return self.stars["log_g"]
 
 
 def evaluate(
@@ -48,24 +78,29 @@ def evaluate(
     noise: Literal["auto", "draw", "none"] = "auto",
     noise_level: float = 1.0,
     noise_seed: int = NOISE_SEED,
+    ceiling: Ceiling | str | Path | None = None,
     backend: str = "auto",
     name: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Evaluate a model on labelled spectra.
+    """Evaluate a model, an ONNX file or a table of predictions on labelled spectra.
 
     Parameters
     ----------
     paths : path, folder, pattern, or several
         Labelled spectra (T_eff, log_g, M_H).
-    model : Model or path of a model folder, optional
-        The model shipped with moefast if absent.
+    model : Model or path, optional
+        A model folder; an ONNX file (.onnx) with inputs flux and error and an output log_g; or a table of predictions
+        (.h5, .parquet, .fits, .csv; see `moefast.protocol.predictions.read_predictions`). The model shipped with
+        moefast if absent or "shipped".
     noise : "auto", "draw" or "none"
         "auto" takes the array `noisy` where a file has it (at noise level 1) and else adds noise to `flux`; "draw"
         always adds noise to `flux`; "none" scores `flux` as it is, for spectra that are observed.
     noise_level : float
         Factor on the errors of the files.
     noise_seed : int
+    ceiling : Ceiling or path, optional
+        Ceilings of this test set, from `moefast ceiling`.
     backend : "auto", "cpu" or "cuda"
     name : str, optional
         Name of the test set in the report.
@@ -77,73 +112,136 @@ def evaluate(
     LabelError
         Labels are missing or not finite.
     InputError
-        A file cannot be read.
+        A file cannot be read; a table lacks, repeats or adds rows, or was made of other spectra or other noise; the
+        ceilings are those of another set.
+    ModelError
+        The model or ONNX file is refused.
     """
-    chosen = model if isinstance(model, Model) else Model.load(model)
     if not noise_level > 0:
         raise InputError(f"the noise level must be positive, found {noise_level}")
-    engine, where = open_engine(chosen.mixture, backend)
-    spectra = open_spectra(paths)
-    chosen.check_wave(spectra.wave, str(spectra.shards[0].path))
-    labels = spectra.labels(("T_eff", "log_g", "M_H"))
-    bins = chosen.grid.assign(labels["T_eff"], labels["M_H"])
+    given = [paths] if isinstance(paths, str | Path) else list(paths)
+    spectra = open_spectra(given)
     stored = noise == "auto" and noise_level == 1.0 and all("noisy" in s.arrays for s in spectra.shards)
-    references: dict[str, list[NDArray]] = {key: [] for key in chosen.references}
+    drawn = noise != "none" and not stored
+    about_noise: dict[str, Any] = {
+        "noise": "stored" if stored else "drawn" if drawn else "none",
+        "noise_level": None if noise == "none" else noise_level,
+        "noise_seed": noise_seed if drawn else None,
+    }
+    labels = spectra.labels(("T_eff", "log_g", "M_H"))
+    ceilings, group_ceilings = _ceilings(ceiling, spectra, about_noise)
+    subject = open_subject(model, spectra, backend=backend, noise=about_noise)
+    beside = _references_of(subject, spectra)
+    bins = (
+        beside.grid.assign(labels["T_eff"], labels["M_H"]) if beside else np.zeros(spectra.n_rows, np.int16)
+    )
     found: dict[str, list[NDArray]] = {}
+    references: dict[str, list[NDArray]] = {}
     scoring = 0.0
-    warm_up(engine, chosen.mixture.n_pixels)
     for block in spectra.blocks(BLOCK_ROWS, array="noisy" if stored else "flux"):
         rows = np.arange(block.first_row, block.first_row + len(block))
         if noise_level != 1.0:
             block.error *= np.float32(noise_level)
-        if noise != "none" and not stored:
+        if drawn:
             draw = standard_normals(noise_seed, rows, spectra.n_pixels)
             draw *= block.error
             block.flux += draw
-        base = int(spectra.first_rows[block.shard])
-        begin = time.perf_counter()
-        columns, _ = score_block(chosen, engine, block, block.first_row - base)
-        scoring += time.perf_counter() - begin
         good = good_pixels(block.flux, block.error, block.mask)
-        prepared = chosen.mixture.prepare(block.flux, block.error, good)
-        columns["oracle"] = prepared.expert_log_g[np.arange(len(block)), bins[rows]]
+        quality = assess(block.flux, block.error, good, block.mask)
+        begin = time.perf_counter()
+        columns = subject.predict(block, good, int(spectra.first_rows[block.shard]))
+        scoring += time.perf_counter() - begin
+        columns |= {"snr_norm": quality.snr_norm, "snr_median": quality.snr_median}
         for key, values in columns.items():
             found.setdefault(key, []).append(values)
-        for key, form in chosen.references.items():
-            references[key].append(_linear(form, chosen, block, good, prepared.log_level, bins[rows]))
+        if beside is not None:
+            for key, values in _reference_predictions(beside, subject, block, good, bins[rows]).items():
+                references.setdefault(key, []).append(values)
         if progress is not None:
             progress(int(rows[-1]) + 1, spectra.n_rows)
     table = {key: np.concatenate(parts) for key, parts in found.items()}
-    others = {key: np.concatenate(parts) for key, parts in references.items()}
-    if chosen.mixture.n_experts > 1:
-        others["oracle-ridge"] = np.clip(table["oracle"].astype(np.float64), *chosen.mixture.label_range)
-    weights = np.column_stack([table[f"weight_{k}"] for k in range(chosen.mixture.n_experts)])
-    predicted = table["log_g"].astype(np.float64)
+    n_experts = sum(key.startswith("weight_") for key in table)
+    several = n_experts > 1
+    own = isinstance(subject, ModelSubject)
     report = evaluate_predictions(
         labels["log_g"],
-        predicted,
-        table["log_g_err"],
+        table["log_g"].astype(np.float64),
+        table.get("log_g_err"),
         t_eff=labels["T_eff"],
         m_h=labels["M_H"],
         snr_norm=table["snr_norm"],
         snr_median=table["snr_median"],
         data_set=name or " + ".join(s.path.name for s in spectra.shards[:3]),
         fingerprint=spectra.fingerprint(),
-        weights=weights if chosen.mixture.n_experts > 1 else None,
-        expert_grid=chosen.grid if chosen.mixture.n_experts > 1 else None,
-        references=others,
-        oracle_reference="oracle-ridge" if chosen.mixture.n_experts > 1 else None,
-        noise_level=None if noise == "none" else noise_level,
-        noise_seed=None if stored or noise == "none" else noise_seed,
-        model={"name": chosen.manifest["recipe"], "sha256": chosen.hash},
-        throughput={
-            "spectra_per_second": spectra.n_rows / scoring,
-            "backend": where.name,
-            "device": where.device,
-            "what": "scoring alone, spectra in memory",
-        },
+        weights=np.column_stack([table[f"weight_{k}"] for k in range(n_experts)]) if several else None,
+        expert_grid=subject.expert_grid if several else None,
+        references={key: np.concatenate(parts) for key, parts in references.items()},
+        oracle_reference="oracle-ridge" if own and several else None,
+        ceilings=ceilings,
+        group_ceilings=group_ceilings,
+        **about_noise,
+        model={**subject.about, "references_of": _name(beside)},
     )
-    return Evaluation(report, labels["log_g"], predicted)
+    stars: dict[str, NDArray] = {
+        "row": np.arange(spectra.n_rows, dtype=np.int64),
+        "log_g_true": labels["log_g"].astype(np.float64),
+        "log_g": table["log_g"].astype(np.float64),
+        **({"log_g_err": table["log_g_err"].astype(np.float64)} if "log_g_err" in table else {}),
+        "T_eff": labels["T_eff"].astype(np.float64),
+        "M_H": labels["M_H"].astype(np.float64),
+        "snr_norm": table["snr_norm"],
+        "snr_median": table["snr_median"],
+        **{f"weight_{k}": table[f"weight_{k}"] for k in range(n_experts)},
+    }
+    run = {
+        "moefast_version": moefast.__version__,
+        "r2": report["overall"]["r2"],
+        "spectra_per_second": spectra.n_rows / scoring if subject.where else None,
+        "what": "scoring alone, spectra in memory" if subject.where else "computed elsewhere",
+        "backend": subject.where.name if subject.where else None,
+        "device": subject.where.device if subject.where else None,
+        "command": _command(
+            given,
+            model,
+            noise=noise,
+            noise_level=noise_level,
+            noise_seed=noise_seed,
+            ceiling=ceiling,
+            name=name,
+        ),
+    }
+    return Evaluation(report, stars, run)
+
+
+def _name(beside: Model | None) -> str | None:
+    return None if beside is None or not beside.references else str(beside.manifest["recipe"])
+
+
+def _references_of(subject: Subject, spectra: SpectrumSet) -> Model | None:
+    """The model whose simpler fits are scored beside: the subject itself, else the shipped one where it fits."""
+    if subject.model is not None:
+        return subject.model
+    shipped = Model.load()
+    return shipped if same_wave(shipped.mixture.wave, spectra.wave) else None
+
+
+def _reference_predictions(
+    beside: Model,
+    subject: Subject,
+    block: Block,
+    good: NDArray[np.bool_] | None,
+    bins: NDArray[np.integer],
+) -> dict[str, NDArray[np.float64]]:
+    """Simpler fits on the same noisy stars; for a model of moefast also its own experts with true bins."""
+    prepared = beside.mixture.prepare(block.flux, block.error, good)
+    out = {
+        key: _linear(form, beside, block, good, prepared.log_level, bins)
+        for key, form in beside.references.items()
+    }
+    if beside is subject.model and beside.mixture.n_experts > 1:
+        oracle = prepared.expert_log_g[np.arange(len(block)), bins].astype(np.float64)
+        out["oracle-ridge"] = np.clip(oracle, *beside.mixture.label_range)
+    return out
 
 
 def _linear(
@@ -170,7 +268,71 @@ def _linear(
     return np.clip(chosen, *model.mixture.label_range)
 
 
-REPORT_FILES = ("report.json", "report.txt", "report.png")
+def _ceilings(
+    ceiling: Ceiling | str | Path | None, spectra: SpectrumSet, noise: Mapping[str, Any]
+) -> tuple[dict[str, float], dict[str, list[dict[str, float]]] | None]:
+    """R² ceilings of the whole set, and of the groups if they were computed for all of its stars."""
+    if ceiling is None:
+        return {}, None
+    if isinstance(ceiling, str | Path):
+        from moefast.protocol.ceiling import read
+
+        where, ceiling = str(ceiling), read(ceiling)
+    else:
+        where = "the ceiling"
+    data = ceiling.summary["data_set"]
+    if data["fingerprint"] != spectra.fingerprint():
+        raise InputError(
+            f"{where}: belongs to the set {data['name']} (fingerprint {data['fingerprint'][:12]}); the test set has "
+            f"{spectra.fingerprint()[:12]}; compute its own with moefast ceiling"
+        )
+    if noise["noise"] == "none" or noise["noise_level"] != 1.0:
+        raise InputError(
+            f"{where}: holds for the noise of the files; evaluate at noise level 1, or without the ceiling"
+        )
+    if data["n"] != data["n_rows"]:
+        return ceiling.r2(), None
+    groups = {
+        kind: [_group_ceilings(entry) for entry in entries]
+        for kind, entries in ceiling.summary["groups"].items()
+    }
+    return ceiling.r2(), groups
+
+
+def _group_ceilings(entry: Mapping[str, Any]) -> dict[str, float]:
+    found = {"bayes": entry["bayes"]} if "bayes" in entry else {}
+    return found | {f"fisher {key}": value for key, value in entry.get("fisher", {}).items()}
+
+
+def _command(
+    paths: Sequence[str | Path],
+    model: Model | str | Path | None,
+    *,
+    noise: str,
+    noise_level: float,
+    noise_seed: int,
+    ceiling: Any,
+    name: str | None,
+) -> str | None:
+    """The command line that gives this report again; None where there is none (a model that was never saved)."""
+    words = ["moefast", "evaluate", *(str(path) for path in paths)]
+    folder = model.path if isinstance(model, Model) else model
+    if (isinstance(model, Model) and folder is None) or noise_seed != NOISE_SEED:
+        return None
+    if folder is not None and str(folder) != "shipped":
+        words += ["-m", str(folder)]
+    if noise != "auto":
+        words += ["--noise", noise]
+    if noise_level != 1.0:
+        words += ["--noise-level", f"{noise_level:g}"]
+    if isinstance(ceiling, str | Path):
+        words += ["--ceiling", str(ceiling)]
+    if name:
+        words += ["--name", name]
+    return shlex.join(words)
+
+
+REPORT_FILES = ("report.json", "report.txt", "report.png", "predictions.h5", "run.json")
 
 
 def check_report_folder(folder: str | Path, overwrite: bool) -> None:
@@ -189,7 +351,10 @@ def check_report_folder(folder: str | Path, overwrite: bool) -> None:
 
 
 def write_report(evaluation: Evaluation, folder: str | Path, *, overwrite: bool = False) -> list[Path]:
-    """Write report.json, report.txt and report.png to a folder, which is made if need be.
+    """Write the report to a folder, which is made if need be.
+
+    report.json (the numbers), report.txt, report.png, predictions.h5 (every star, for `moefast compare`) and run.json
+    (throughput, device, command).
 
     Raises
     ------
@@ -204,8 +369,24 @@ def write_report(evaluation: Evaluation, folder: str | Path, *, overwrite: bool 
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{target}: cannot be made ({error.strerror})") from error
+    report, run = evaluation.report, evaluation.run
+    data = report["data_set"]
+    attrs = {
+        "moefast_version": moefast.__version__,
+        "subject": report["model"]["name"],
+        "subject_sha256": report["model"]["sha256"],
+        "input_sha256": data["fingerprint"],
+        "data_set": data["name"],
+        "noise": data["noise"],
+        "noise_level": data["noise_level"],
+        "noise_seed": data["noise_seed"],
+        "expert_grid": report["routing"]["grid"] if report["routing"] else None,
+    }
     paths = [target / name for name in REPORT_FILES]
-    write_json(evaluation.report, paths[0])
-    write_atomically(paths[1], (format_text(evaluation.report) + "\n").encode())
-    figure(evaluation.report, evaluation.log_g, evaluation.predicted, paths[2])
+    write_kept(target / "predictions.h5", evaluation.stars, attrs, overwrite=True)
+    write_atomically(target / "report.txt", (format_text(report, run) + "\n").encode())
+    figure(report, evaluation.log_g, evaluation.predicted, target / "report.png")
+    write_atomically(target / "run.json", (json.dumps(run, indent=1, ensure_ascii=False) + "\n").encode())
+    # Last: where report.json is, the evaluation is whole.
+    write_json(report, target / "report.json")
     return paths

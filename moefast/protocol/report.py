@@ -3,7 +3,8 @@
 Design: every model enters by the same door, `evaluate_predictions`, which needs predictions and labels only
 and knows nothing of models or files. The report is a pure function of its arguments: values are rounded to
 ten significant digits (and to zero below 1e-12), because the last bits of a matrix product depend on the
-number of threads, and what does not exist is null (NaN is not JSON).
+number of threads, and what does not exist is null (NaN is not JSON). Nothing measured with a clock is in it: the same
+model on the same stars gives the same bytes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moefast.errors import LabelError, OutputError
-from moefast.protocol import metrics
+from moefast.protocol import distributions, metrics
 from moefast.protocol.bins import (
     METAL_POOR,
     PHYSICAL_GRID,
@@ -33,20 +34,30 @@ from moefast.protocol.bins import (
 __all__ = [
     "N_OCTILES",
     "SCHEMA_VERSION",
+    "Group",
     "assign_octiles",
     "bracket",
     "evaluate_predictions",
     "format_text",
+    "groups_of",
+    "norm_label",
     "number",
     "octile_edges",
+    "octile_label",
     "percent",
     "table",
     "write_atomically",
     "write_json",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 N_OCTILES = 8
+
+LOW_SNR_NORM = 4.0
+"""Stars up to this snr_norm, the bins X and L, are looked at by themselves."""
+
+Group = tuple[str, NDArray[np.bool_]]
+"""Name of a group of stars, and which stars are in it."""
 
 PUBLISHED = "published-ridge"
 """Reference against which the closed gap is measured."""
@@ -82,6 +93,41 @@ def assign_octiles(snr_median: ArrayLike, edges: ArrayLike) -> NDArray[np.int16]
     return octile
 
 
+def groups_of(
+    t_eff: ArrayLike, m_h: ArrayLike, snr_norm: ArrayLike, snr_median: ArrayLike
+) -> dict[str, list[Group]]:
+    """The groups of the protocol: "snr_norm" (4), "snr_median" (8), "grid" (9), "metallicity" (2).
+
+    Parameters
+    ----------
+    t_eff, m_h : array of shape (n,)
+        True T_eff [K] and [M/H] [dex].
+    snr_norm, snr_median : array of shape (n,)
+        A star whose SNR is not finite is in no group by that SNR.
+
+    Returns
+    -------
+    dict of str to list of (name, array of shape (n,), bool)
+
+    Raises
+    ------
+    LabelError
+        A label is not finite or the lengths differ.
+    """
+    norm, median = np.asarray(snr_norm, dtype=np.float64), np.asarray(snr_median, dtype=np.float64)
+    norm_bins = np.full(norm.size, -1, dtype=np.int16)
+    norm_bins[np.isfinite(norm)] = assign_snr_bins(norm[np.isfinite(norm)])
+    octiles = assign_octiles(median, octile_edges(median))
+    bins = PHYSICAL_GRID.assign(t_eff, m_h)
+    poor = np.asarray(m_h, dtype=np.float64) < METAL_POOR
+    return {
+        "snr_norm": [(name, norm_bins == k) for k, name in enumerate(SNR_NORM_NAMES)],
+        "snr_median": [(f"octile {k + 1}", octiles == k) for k in range(N_OCTILES)],
+        "grid": [(name, bins == k) for k, name in enumerate(PHYSICAL_GRID.names)],
+        "metallicity": [("[M/H] < -1", poor), ("[M/H] >= -1", ~poor)],
+    }
+
+
 def evaluate_predictions(
     y: ArrayLike,
     yhat: ArrayLike,
@@ -99,10 +145,11 @@ def evaluate_predictions(
     global_reference: str = GLOBAL,
     oracle_reference: str | None = None,
     ceilings: Mapping[str, float] | None = None,
+    group_ceilings: Mapping[str, Sequence[Mapping[str, float]]] | None = None,
+    noise: str | None = None,
     noise_level: float | None = None,
     noise_seed: int | None = None,
     model: Mapping[str, Any] | None = None,
-    throughput: Mapping[str, Any] | None = None,
     n_resamples: int = metrics.N_RESAMPLES,
     seed: int = metrics.SEED,
 ) -> dict[str, Any]:
@@ -132,10 +179,14 @@ def evaluate_predictions(
         Which references enter ρ; the oracle defaults to the first whose name starts with "oracle".
     ceilings : mapping of str to float, optional
         R² ceilings of this test set by name ("bayes", "fisher median", …): adds efficiency and closed gap.
+    group_ceilings : mapping of str to sequence of mapping, optional
+        R² ceilings by name within each group, in the order of `groups_of`.
+    noise : str, optional
+        Where the noise of the test set comes from: "stored", "drawn" or "none".
     noise_level, noise_seed
         Of the noise drawn on the test set.
-    model, throughput : mapping, optional
-        Written into the report as they are (JSON values); throughput["spectra_per_second"] heads the text.
+    model : mapping, optional
+        Written into the report as it is (JSON values).
     n_resamples, seed
         Of the bootstrap.
 
@@ -157,14 +208,10 @@ def evaluate_predictions(
     sigma = None if err is None else _column("err", err, n)
     temperature, metallicity = _column("t_eff", t_eff, n), _column("m_h", m_h, n)
     norm, median = _column("snr_norm", snr_norm, n), _column("snr_median", snr_median, n)
-    bins = PHYSICAL_GRID.assign(temperature, metallicity)
     covered = PHYSICAL_GRID.covered(temperature, metallicity)
 
-    norm_bins = np.full(n, -1, dtype=np.int16)
-    norm_bins[np.isfinite(norm)] = assign_snr_bins(norm[np.isfinite(norm)])
+    groups = groups_of(temperature, metallicity, norm, median)
     edges = octile_edges(median)
-    octiles = assign_octiles(median, edges)
-    poor = metallicity < METAL_POOR
 
     def group(name: str, members: NDArray[np.bool_], **extra: Any) -> dict[str, Any]:
         interval = metrics.bootstrap(truth[members], filled[members], n_resamples=n_resamples, seed=seed)
@@ -189,24 +236,31 @@ def evaluate_predictions(
         overall[f"{statistic}_interval"] = [interval.low, interval.high]
     overall["error_coverage"] = error_coverage(everyone)
 
-    by_norm = [
-        group(name, norm_bins == k, range=_snr_range(k), error_coverage=error_coverage(norm_bins == k))
-        for k, name in enumerate(SNR_NORM_NAMES)
-    ]
-    by_octile = [
-        group(
-            f"octile {k + 1}",
-            octiles == k,
-            range=edges[k : k + 2],
-            centre=np.median(median[octiles == k]) if (octiles == k).any() else None,
-        )
-        for k in range(N_OCTILES)
-    ]
-    by_bin = [
-        group(name, bins == k, n_covered=int(covered[bins == k].sum()))
-        for k, name in enumerate(PHYSICAL_GRID.names)
-    ]
-    by_metal = [group("[M/H] < -1", poor), group("[M/H] >= -1", ~poor)]
+    def of_kind(kind: str, extra: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        limits = (group_ceilings or {}).get(kind)
+        if limits is not None and len(limits) != len(groups[kind]):
+            raise ValueError(
+                f"group_ceilings[{kind!r}] must have {len(groups[kind])} entries; found {len(limits)}"
+            )
+        return [
+            group(name, members, **more, ceilings=dict(limits[k]) if limits else {})
+            for k, ((name, members), more) in enumerate(zip(groups[kind], extra, strict=True))
+        ]
+
+    by_norm = of_kind(
+        "snr_norm",
+        [
+            {"range": _snr_range(k), "error_coverage": error_coverage(members)}
+            for k, (_, members) in enumerate(groups["snr_norm"])
+        ],
+    )
+    centres = [np.median(median[members]) if members.any() else None for _, members in groups["snr_median"]]
+    by_octile = of_kind(
+        "snr_median", [{"range": edges[k : k + 2], "centre": centres[k]} for k in range(N_OCTILES)]
+    )
+    by_bin = of_kind("grid", [{"n_covered": int(covered[members].sum())} for _, members in groups["grid"]])
+    by_metal = of_kind("metallicity", [{}, {}])
+    low = norm <= LOW_SNR_NORM
 
     report: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
@@ -214,6 +268,7 @@ def evaluate_predictions(
             "name": data_set,
             "fingerprint": fingerprint,
             "n": n,
+            "noise": noise,
             "noise_level": noise_level,
             "noise_seed": noise_seed,
         },
@@ -233,12 +288,48 @@ def evaluate_predictions(
         },
         "overall": overall,
         "covered": group("covered only", covered),
-        "snr_norm": {"n_unassigned": int((norm_bins < 0).sum()), "groups": by_norm},
-        "snr_median": {"n_unassigned": int((octiles < 0).sum()), "edges": edges, "groups": by_octile},
+        "snr_norm": {"n_unassigned": int((~np.isfinite(norm)).sum()), "groups": by_norm},
+        "snr_median": {
+            "n_unassigned": int((~np.isfinite(median)).sum()),
+            "edges": edges,
+            "groups": by_octile,
+        },
         "grid": {"groups": by_bin},
-        "metallicity": {"groups": by_metal},
-        "routing": None if weights is None else _routing(weights, n, expert_grid, temperature, metallicity),
-        "throughput": dict(throughput or {}),
+        "metallicity": {
+            "groups": by_metal,
+            "by_snr_median": [
+                {
+                    "name": name,
+                    "groups": [
+                        group(octile, chosen & members, centre=centres[k])
+                        for k, (octile, members) in enumerate(groups["snr_median"])
+                    ],
+                }
+                for name, chosen in groups["metallicity"]
+            ],
+        },
+        "low_snr": {
+            "snr_norm_up_to": LOW_SNR_NORM,
+            "overall": group("low SNR", low),
+            "grid": [group(name, low & members) for name, members in groups["grid"]],
+            "metallicity": [group(name, low & members) for name, members in groups["metallicity"]],
+        },
+        "routing": None
+        if weights is None
+        else _routing(weights, n, expert_grid, temperature, metallicity, groups),
+        "density": distributions.density(truth, filled),
+        "residuals": {
+            name: distributions.residual_profile(values, filled - truth)
+            for name, values in (
+                ("log_g", truth),
+                ("T_eff", temperature),
+                ("M_H", metallicity),
+                ("snr_median", median),
+            )
+        },
+        "calibration": None
+        if sigma is None
+        else distributions.calibration(truth, np.where(missing, np.nan, filled), sigma),
     }
 
     others: dict[str, NDArray[np.float64]] = {}
@@ -254,10 +345,7 @@ def evaluate_predictions(
             "r2_interval": [alone.low, alone.high],
             "r2_gain": versus.value,
             "r2_gain_interval": [versus.low, versus.high],
-            "r2_snr_norm": _r2_by(truth, other, norm_bins, len(SNR_NORM_NAMES)),
-            "r2_snr_median": _r2_by(truth, other, octiles, N_OCTILES),
-            "r2_grid": _r2_by(truth, other, bins, PHYSICAL_GRID.n_bins),
-            "r2_metallicity": _r2_by(truth, other, (~poor).astype(np.int16), 2),
+            **{f"r2_{kind}": _r2_by(truth, other, members) for kind, members in groups.items()},
         }
 
     report["rho"] = _rho(
@@ -318,20 +406,22 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
         raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
 
 
-def format_text(report: Mapping[str, Any]) -> str:
+def format_text(report: Mapping[str, Any], throughput: Mapping[str, Any] | None = None) -> str:
     """Plain-text report for a terminal, headline first, within 100 columns unless names are long.
 
     Parameters
     ----------
     report : mapping
         From `evaluate_predictions`, or read back from its JSON.
+    throughput : mapping, optional
+        "spectra_per_second" and "device" or "backend", for the headline.
 
     Returns
     -------
     str
         Without a final newline.
     """
-    lines = _headline(report)
+    lines = _headline(report, throughput or {})
     if report["references"]:
         lines += ["", *_what_helped(report)]
     if report["ceilings"]:
@@ -356,10 +446,8 @@ def _snr_range(k: int) -> list[float | None]:
     return cuts[k : k + 2]
 
 
-def _r2_by(
-    y: NDArray[np.float64], yhat: NDArray[np.float64], bins: NDArray[np.int16], n_bins: int
-) -> list[float]:
-    return [metrics.r2(y[bins == k], yhat[bins == k]) for k in range(n_bins)]
+def _r2_by(y: NDArray[np.float64], yhat: NDArray[np.float64], groups: Sequence[Group]) -> list[float]:
+    return [metrics.r2(y[members], yhat[members]) for _, members in groups]
 
 
 def _routing(
@@ -368,6 +456,7 @@ def _routing(
     grid: Grid | None,
     t_eff: NDArray[np.float64],
     m_h: NDArray[np.float64],
+    groups: Mapping[str, Sequence[Group]],
 ) -> dict[str, Any]:
     gate = np.asarray(weights, dtype=np.float64)
     if gate.ndim != 2 or len(gate) != n:
@@ -375,13 +464,17 @@ def _routing(
     n_experts = gate.shape[1]
     if grid is not None and grid.n_bins != n_experts:
         raise ValueError(f"expert_grid has {grid.n_bins} bins and weights {n_experts} columns")
+    true_bin = None if grid is None else grid.assign(t_eff, m_h)
+    by_group = {
+        kind: distributions.routing_by_group(gate, true_bin, members) for kind, members in groups.items()
+    }
     routed = np.isfinite(gate).all(axis=1)
     gate = gate[routed]
     expert = gate.argmax(axis=1)
     usage = np.bincount(expert, minlength=n_experts) / max(len(gate), 1)
     accuracy = None
-    if grid is not None and len(gate):
-        accuracy = float((expert == grid.assign(t_eff[routed], m_h[routed])).mean())
+    if true_bin is not None and len(gate):
+        accuracy = float((expert == true_bin[routed]).mean())
     return {
         "n_experts": n_experts,
         "n_unrouted": int((~routed).sum()),
@@ -389,6 +482,9 @@ def _routing(
         "mean_largest_weight": gate.max(axis=1).mean() if len(gate) else None,
         "usage": usage,
         "mean_weight": gate.mean(axis=0) if len(gate) else [None] * n_experts,
+        "names": list(grid.names) if grid is not None else [f"expert {k}" for k in range(n_experts)],
+        "grid": None if grid is None else grid.to_dict(),
+        "by_group": by_group,
     }
 
 
@@ -510,7 +606,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -
     ]
 
 
-def _headline(report: Mapping[str, Any]) -> list[str]:
+def _headline(report: Mapping[str, Any], throughput: Mapping[str, Any]) -> list[str]:
     data, overall, covered = report["data_set"], report["overall"], report["covered"]
     noise = "" if data["noise_level"] is None else f", noise level {data['noise_level']:g}"
     if data["noise_seed"] is not None:
@@ -549,9 +645,12 @@ def _headline(report: Mapping[str, Any]) -> list[str]:
             for row in overall["error_coverage"]["levels"]
         )
         lines.append(f"  {'errors':<{widths[0]}}  {shares}")
-    rate = report["throughput"].get("spectra_per_second")
+        if report["calibration"] is not None:
+            scale = report["calibration"]["scale"]
+            lines.append(f"  {'':<{widths[0]}}  multiplied by {scale:.2f} they would cover 68.3 %")
+    rate = throughput.get("spectra_per_second")
     if rate is not None:
-        where = report["throughput"].get("device") or report["throughput"].get("backend")
+        where = throughput.get("device") or throughput.get("backend")
         lines.append(
             f"  {'throughput':<{widths[0]}}  {rate:,.0f} spectra/s" + (f" on {where}" if where else "")
         )
@@ -612,8 +711,8 @@ def _ceilings(report: Mapping[str, Any]) -> list[str]:
 
 def _groups(report: Mapping[str, Any]) -> list[str]:
     sections = [
-        ("By snr_norm", report["snr_norm"]["groups"], _norm_label),
-        ("By snr_median", report["snr_median"]["groups"], _octile_label),
+        ("By snr_norm", report["snr_norm"]["groups"], norm_label),
+        ("By snr_median", report["snr_median"]["groups"], octile_label),
         ("By T_eff × [M/H]", report["grid"]["groups"], lambda group: group["name"]),
         ("By metallicity", report["metallicity"]["groups"], lambda group: group["name"]),
     ]
@@ -650,13 +749,15 @@ def _groups(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _norm_label(group: Mapping[str, Any]) -> str:
+def norm_label(group: Mapping[str, Any]) -> str:
+    """Name of an snr_norm bin with its range."""
     low, high = group["range"]
     if low is None:
         return f"{group['name']}  ≤ {high:g}"
     return f"{group['name']}  > {low:g}" if high is None else f"{group['name']}  ({low:g}, {high:g}]"
 
 
-def _octile_label(group: Mapping[str, Any]) -> str:
+def octile_label(group: Mapping[str, Any]) -> str:
+    """Range of an snr_median octile."""
     low, high = group["range"]
     return group["name"] if low is None else f"{low:.2f} – {high:.2f}"

@@ -40,7 +40,6 @@ def sample():
         "noise_level": 1.0,
         "noise_seed": 11,
         "model": {"recipe": "phys-moe"},
-        "throughput": {"spectra_per_second": 12345.6, "device": "CPU"},
         "n_resamples": 100,
     }
 
@@ -62,7 +61,7 @@ def test_json_is_deterministic_and_strict(sample, result, tmp_path):
 
 def test_headline_matches_scikit_learn_with_the_mean_rule(sample, result):
     filled = np.where(np.isfinite(sample["yhat"]), sample["yhat"], sample["y"].mean())
-    assert result["schema_version"] == 1
+    assert result["schema_version"] == report.SCHEMA_VERSION == 2
     assert result["overall"]["n_nan"] == 3
     assert result["overall"]["r2"] == pytest.approx(r2_score(sample["y"], filled), rel=1e-9)
     low, high = result["overall"]["r2_interval"]
@@ -218,7 +217,8 @@ def test_wrong_arguments_are_named(sample):
 
 
 def test_text_leads_with_the_headline_and_lines_up(result):
-    text = report.format_text(result)
+    throughput = {"spectra_per_second": 12345.6, "device": "CPU"}
+    text = report.format_text(result, throughput)
     lines = text.splitlines()
     assert lines[0] == "log g on fake: 1201 stars, noise level 1 (seed 11)"
     assert lines[3].split()[0] == "R²"
@@ -229,7 +229,8 @@ def test_text_leads_with_the_headline_and_lines_up(result):
     rows = [line for line in lines if line.startswith(("  cool", "  warm", "  hot"))]
     assert len(rows) == 9
     assert len({len(row) for row in rows}) == 1
-    assert report.format_text(json.loads(json.dumps(result))) == text
+    assert report.format_text(json.loads(json.dumps(result)), throughput) == text
+    assert "spectra/s" not in report.format_text(result)
 
 
 def test_figure_is_a_png_and_touches_no_global_state(sample, result, tmp_path):

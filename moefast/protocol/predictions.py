@@ -1,0 +1,238 @@
+"""Tables of predictions: those of others, to be measured, and those an evaluation keeps, to be compared.
+
+Design: a prediction belongs to a row of the test set, and every row has exactly one. A table that lacks rows, repeats
+them or has more is refused with the rows named, never patched: a subset would be measured on easier stars. A prediction
+that is not finite stays what it is; the protocol counts it as the mean label.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moefast.errors import InputError
+from moefast.spectra.files import SpectrumSet
+from moefast.spectra.tables import READERS, Column, open_table, read_table
+
+__all__ = ["SUFFIXES", "PredictionTable", "kept_columns", "read_predictions", "write_kept"]
+
+SUFFIXES = (".csv", *READERS)
+"""Endings of a table of predictions."""
+
+_SHOWN = 10
+_F8, _F4 = np.dtype("float64"), np.dtype("float32")
+
+
+@dataclass(frozen=True)
+class PredictionTable:
+    """Predictions for every row of a test set, in its order.
+
+    Attributes
+    ----------
+    columns : dict of str to array of shape (n,)
+        log_g; log_g_err and weight_0 … weight_{K-1} where the table has them.
+    attrs : dict
+        What the table says about itself; empty for CSV.
+    n_experts : int
+        K; 0 without weights.
+    sha256 : str
+        Of the file.
+    """
+
+    columns: dict[str, NDArray]
+    attrs: dict[str, Any]
+    n_experts: int
+    sha256: str
+
+
+def read_predictions(path: str | Path, spectra: SpectrumSet) -> PredictionTable:
+    """Read a table of predictions and bring it into the order of the test set.
+
+    Parameters
+    ----------
+    path : path
+        .h5, .parquet or .fits as `moefast predict` writes them, or .csv with a line of names. Columns: `row` (row of
+        the spectrum, from 0; within its file where there is a column `file`, else of the whole set), `log_g` [dex],
+        and optionally `log_g_err` [dex] and `weight_0`, `weight_1`, …; all others are ignored.
+    spectra : SpectrumSet
+
+    Raises
+    ------
+    InputError
+        The table cannot be read, lacks a column, was made of other spectra, or its rows are not those of the test set.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; name a table of predictions ({', '.join(SUFFIXES)})")
+    found, attrs = _read_csv(path) if path.suffix.lower() == ".csv" else read_table(path)
+    for name in ("row", "log_g"):
+        if name not in found:
+            raise InputError(f"{path}: column {name} is missing; found {', '.join(found) or 'none'}")
+    made_of = attrs.get("input_sha256")
+    if made_of is not None and made_of != spectra.fingerprint():
+        raise InputError(
+            f"{path}: these are predictions for other spectra (fingerprint {str(made_of)[:12]}, the test set has "
+            f"{spectra.fingerprint()[:12]}); predict the test set itself"
+        )
+    order = _order(path, found, spectra)
+    weights = sorted(
+        (name for name in found if name.startswith("weight_") and name[7:].isdigit()),
+        key=lambda name: int(name[7:]),
+    )
+    if weights != [f"weight_{k}" for k in range(len(weights))]:
+        raise InputError(
+            f"{path}: weight_0 to weight_{len(weights) - 1} expected; found {', '.join(weights)}"
+        )
+    columns = {}
+    for name in ("log_g", "log_g_err", *weights):
+        if name not in found:
+            continue
+        values = np.asarray(found[name])
+        if values.dtype.kind not in "fiu":
+            raise InputError(f"{path}: column {name} must hold numbers; found {values.dtype}")
+        columns[name] = values[order] if values.dtype.kind == "f" else values[order].astype(np.float64)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return PredictionTable(columns, attrs, len(weights), digest)
+
+
+def _read_csv(path: Path) -> tuple[dict[str, NDArray], dict[str, Any]]:
+    """Columns that matter, as numbers; an empty field is NaN, lines that begin with # are comments."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            lines = [(i, line) for i, line in enumerate(file, 1) if line.strip() and not line.startswith("#")]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as CSV: {error}") from error
+    if not lines:
+        raise InputError(f"{path}: empty; a line of names and a line per spectrum expected")
+    try:
+        records = list(csv.reader((line for _, line in lines), strict=True))
+    except csv.Error as error:
+        raise InputError(f"{path}: cannot be read as CSV: {error}") from error
+    if len(records) != len(lines):
+        raise InputError(f"{path}: a quoted field goes over several lines; one line per spectrum expected")
+    names = [name.strip() for name in records[0]]
+    if len(set(names)) < len(names):
+        raise InputError(f"{path}: line {lines[0][0]}: column names must differ; found {', '.join(names)}")
+    if len(names) == 1:
+        raise InputError(
+            f"{path}: line {lines[0][0]}: names separated by commas expected; found {names[0]!r}"
+        )
+    wanted = {
+        name: i
+        for i, name in enumerate(names)
+        if name in {"row", "file", "log_g", "log_g_err"} or name.startswith("weight_")
+    }
+    out: dict[str, NDArray] = {}
+    for name, i in wanted.items():
+        values: list[float] = []
+        for (number, _), record in zip(lines[1:], records[1:], strict=True):
+            if len(record) != len(names):
+                raise InputError(f"{path}: line {number}: {len(names)} fields expected; found {len(record)}")
+            text = record[i].strip()
+            try:
+                values.append(float(text) if text else np.nan)
+            except ValueError:
+                raise InputError(f"{path}: line {number}: {name} must be a number; found {text!r}") from None
+        out[name] = np.array(values, np.float64)
+    return out, {}
+
+
+def _order(path: Path, found: Mapping[str, NDArray], spectra: SpectrumSet) -> NDArray[np.int64]:
+    """Which row of the table belongs to each row of the test set."""
+    row, n = np.asarray(found["row"]), spectra.n_rows
+    if row.dtype.kind not in "iuf" or row.ndim != 1:
+        raise InputError(f"{path}: column row must hold whole numbers; found {row.dtype}")
+    number = row.astype(np.float64)
+    whole = np.isfinite(number) & (number == np.floor(number))
+    if not whole.all():
+        first = int(np.argmin(whole))
+        raise InputError(
+            f"{path}: column row must hold whole numbers; found {number[first]:g} as number {first} of the column "
+            f"(from 0), {int((~whole).sum())} of the kind"
+        )
+    index = number.astype(np.int64)
+    by_file = "file" in found
+    if by_file:
+        file = np.nan_to_num(np.asarray(found["file"]).astype(np.float64), nan=-1.0)
+        known = np.isin(file, np.arange(len(spectra.shards)))
+        shard = np.where(known, file, 0).astype(np.int64)
+        extra = ~known | (index < 0) | (index >= np.diff(spectra.first_rows)[shard])
+        given = [f"{f:g}:{i}" for f, i in zip(file[extra], index[extra], strict=True)]
+        index = spectra.first_rows[shard] + index
+    else:
+        extra = (index < 0) | (index >= n)
+        given = [str(i) for i in index[extra]]
+    counts = np.bincount(index[~extra], minlength=n)
+    wrong = []
+    if (missing := np.flatnonzero(counts == 0)).size:
+        wrong.append(f"missing rows: {_named(_row_names(missing, spectra, by_file))}")
+    if (repeated := np.flatnonzero(counts > 1)).size:
+        wrong.append(f"rows given more than once: {_named(_row_names(repeated, spectra, by_file))}")
+    if given:
+        wrong.append(f"rows that the test set has not: {_named(given)}")
+    if wrong:
+        raise InputError(
+            f"{path}: one prediction for each of the {n} rows of the test set expected; {'; '.join(wrong)}. "
+            "Give a row without a prediction as NaN: it counts as the mean label"
+        )
+    order = np.empty(n, np.int64)
+    order[index] = np.arange(n)
+    return order
+
+
+def _row_names(rows: NDArray[np.int64], spectra: SpectrumSet, by_file: bool) -> list[str]:
+    if not by_file:
+        return [str(row) for row in rows]
+    shard = np.searchsorted(spectra.first_rows, rows, side="right") - 1
+    return [f"{s}:{row - spectra.first_rows[s]}" for s, row in zip(shard, rows, strict=True)]
+
+
+def _named(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_SHOWN])
+    return shown if len(names) <= _SHOWN else f"{shown}, … ({len(names)} in all)"
+
+
+# --- what an evaluation keeps --------------------------------------------------------------------------
+
+
+def kept_columns(n_experts: int, with_error: bool) -> list[Column]:
+    """Columns of the table that an evaluation keeps, in order; it can be evaluated itself."""
+    error = [Column("log_g_err", _F8, "dex", "claimed 1 sigma")] if with_error else []
+    return [
+        Column("row", np.dtype("int64"), "", "row of the test set, from 0"),
+        Column("log_g_true", _F8, "dex", "label"),
+        Column("log_g", _F8, "dex", "prediction; NaN counts as the mean label"),
+        *error,
+        Column("T_eff", _F8, "K", "label"),
+        Column("M_H", _F8, "dex", "label"),
+        Column("snr_norm", _F4, "", "norm of flux over norm of error"),
+        Column("snr_median", _F4, "", "median of flux over error"),
+        *[Column(f"weight_{k}", _F4, "", f"gate weight of expert {k}") for k in range(n_experts)],
+    ]
+
+
+def write_kept(
+    path: str | Path,
+    columns: Mapping[str, NDArray],
+    attrs: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write the per-star table of an evaluation (see `kept_columns`).
+
+    Raises
+    ------
+    OutputError
+    """
+    n_experts = sum(name.startswith("weight_") for name in columns)
+    layout = kept_columns(n_experts, "log_g_err" in columns)
+    with open_table(path, len(columns["row"]), layout, attrs, overwrite=overwrite) as table:
+        table.write(0, {column.name: columns[column.name] for column in layout})
