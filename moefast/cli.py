@@ -125,6 +125,10 @@ def _positive(_: click.Context, __: click.Parameter, value: float) -> float:
     return value
 
 
+def _positive_if_given(context: click.Context, option: click.Parameter, value: float | None) -> float | None:
+    return None if value is None else _positive(context, option, value)
+
+
 def _grid(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:
     if value is None:
         return None
@@ -170,52 +174,145 @@ def cli() -> None:
 
 
 @cli.command()
-@click.argument("out", type=click.Path(dir_okay=False))
-@click.option("-n", "--number", type=click.IntRange(1), required=True, help="How many spectra.")
+@click.argument("out", required=False, type=click.Path(dir_okay=False))
+@click.option("-n", "--number", type=click.IntRange(1), help="How many spectra.")
 @click.option(
-    "--seed", type=click.IntRange(0), required=True, help="Seed; row i is the same for any number of rows."
+    "--rows",
+    callback=_rows,
+    metavar="FIRST:LAST",
+    help="Which rows of the survey, for shards; instead of -n.",
 )
+@click.option("--seed", type=click.IntRange(0), help="Seed; row i is the same for any number of rows.")
+@click.option(
+    "--set", "name", metavar="NAME", help="A reference set, z0 or survey, instead of a seed and settings."
+)
+@click.option("--part", metavar="PART", help="Part of the set: train, validation, test_10k or test_1k.")
+@click.option("--list-sets", is_flag=True, help="Show the reference sets and their fingerprints.")
 @click.option(
     "--mag", nargs=2, type=float, help="Bright and faint limit of the HSC i magnitude.  [default: 20.5 22.5]"
 )
 @click.option(
-    "--noise-level",
+    "--velocity",
     type=float,
-    callback=_positive,
-    default=1.0,
-    show_default=True,
-    help="Factor on the physical noise.",
+    callback=_positive_if_given,
+    metavar="KM/S",
+    help="Scatter of radial velocities [off].",
+)
+@click.option("--redshift", nargs=2, type=float, metavar="LOW HIGH", help="Range of redshifts [off].")
+@click.option(
+    "--reddening", nargs=2, type=float, metavar="LOW HIGH", help="Range of E(B-V) in magnitudes [off]."
 )
 @click.option(
-    "--noisy/--clean", default=True, show_default=True, help="Also store the array with noise added."
+    "--calibration", type=float, callback=_positive_if_given, metavar="RMS",
+    help="Smooth relative error of the flux calibration, 0.03 for 3 % [off].",
+)  # fmt: skip
+@click.option(
+    "--noise-level",
+    type=float,
+    callback=_positive_if_given,
+    help="Factor on the physical noise.  [default: 1]",
 )
+@click.option(
+    "--noisy/--clean", default=None,
+    help="Whether to store the array with noise added.  [default: noisy, but clean for train and validation parts]",
+)  # fmt: skip
 @OVERWRITE
 @QUIET
 def simulate(
-    out: str, number: int, seed: int, mag: tuple[float, float] | None, noise_level: float, noisy: bool,
-    overwrite: bool, quiet: bool,
+    out: str | None, number: int | None, rows: tuple[int, int] | None, seed: int | None, name: str | None,
+    part: str | None, list_sets: bool, mag: tuple[float, float] | None, velocity: float | None,
+    redshift: tuple[float, float] | None, reddening: tuple[float, float] | None, calibration: float | None,
+    noise_level: float | None, noisy: bool | None, overwrite: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Simulate spectra of the PFS medium-resolution red arm, with labels, and write them to OUT.
 
     Labels are uniform in T_eff 3750-6000 K, log g 1-5, [M/H] -2.5…0.75, [a/M] -0.3…0.5, [C/M] -0.5…0.5. The file
-    has the layout of the survey's simulator: clean flux, its 1σ error and, unless --clean, the flux with noise.
-    """
-    from moefast.simulate import Settings, simulate_file
+    has the layout of the survey's simulator: flux without noise, its 1σ error and, unless --clean, the flux with noise.
+    Velocity, redshift, reddening and calibration are switches: each changes nothing but what it says.
 
-    if mag:
-        if not mag[0] < mag[1]:
-            raise click.BadParameter(f"{mag[0]} {mag[1]}: the brighter limit comes first", param_hint="--mag")
-        settings = Settings(noise_level=noise_level, mag=mag)
-    else:
-        settings = Settings(noise_level=noise_level)
+    \b
+        moefast simulate train.h5 -n 20000 --seed 1 --clean
+        moefast simulate test.h5 --set z0 --part test_10k
+        moefast simulate shard-3.h5 --set survey --part train --rows 300000:400000
+    """
+    from moefast.simulate import REFERENCE_SETS, Settings, simulate_file, simulate_rows, simulate_set
+    from moefast.simulate.sets import FINGERPRINTS, format_sets, part_rows
+
+    if list_sets:
+        click.echo(format_sets())
+        return
+    if out is None:
+        raise click.UsageError("name the file to write: moefast simulate OUT …")
+    if number and rows:
+        raise click.UsageError("-n and --rows both say which rows to make; give one of them")
+    span = rows or ((0, number) if number else None)
     progress = Progress(quiet)
     report = progress.rows("simulate")
+    own = {
+        "mag": mag, "velocity_scatter": velocity, "redshift": redshift, "reddening": reddening,
+        "calibration": calibration, "noise_level": noise_level,
+    }  # fmt: skip
+    own = {key: value for key, value in own.items() if value is not None}
+    if name is not None:
+        flags = ("--seed",) * (seed is not None) + tuple(
+            "--" + key.split("_scatter")[0].replace("_", "-") for key in own
+        )
+        if flags:
+            raise click.UsageError(
+                f"{', '.join(flags)}: a reference set is what it is; leave --set away to choose"
+            )
+        if name not in REFERENCE_SETS:
+            raise click.BadParameter(
+                f"{name!r} is unknown; choose one of {', '.join(REFERENCE_SETS)}", param_hint="--set"
+            )
+        parts = REFERENCE_SETS[name].parts
+        if part not in parts:
+            found = f"{part!r} is unknown" if part else "a reference set has several"
+            raise click.BadParameter(f"{found}; choose one of {', '.join(parts)}", param_hint="--part")
+        if parts[part].n_rows is not None and span is not None:
+            raise click.UsageError(
+                f"{name} {part} has {parts[part].n_rows:,} spectra; leave -n and --rows away"
+            )
+        if parts[part].n_rows is None and span is None:
+            raise click.UsageError(
+                f"{name} {part} has any number of rows: say how many with -n, or which with --rows"
+            )
+        total = part_rows(name, part, span)[2]
+        identity = simulate_set(
+            out, name, part, rows=span, noisy=noisy, overwrite=overwrite,
+            progress=lambda done: report(done, total[1] - total[0]),
+        )  # fmt: skip
+        progress.close()
+        frozen = " (as frozen)" if identity.fingerprint == FINGERPRINTS.get((name, part)) else ""
+        click.echo(f"{out}: {total[1] - total[0]:,} spectra, {name} {part}")
+        click.echo(f"  fingerprint {identity.fingerprint}{frozen}")
+        return
+    if part is not None:
+        raise click.UsageError("--part is a part of a reference set; say which with --set")
+    if span is None or seed is None:
+        raise click.UsageError(
+            "a free set needs -n (or --rows) and --seed; a reference set needs --set and --part"
+        )
+    for key in ("mag", "redshift", "reddening"):
+        low, high = own.get(key, (0.0, 1.0))
+        if low > high or (key == "mag" and low == high):
+            first = "brighter" if key == "mag" else "lower"
+            raise click.BadParameter(f"{low} {high}: the {first} limit comes first", param_hint=f"--{key}")
+    first, last = span
+    try:
+        settings = Settings(**own)
+        simulate_rows(first, first, seed=seed, settings=settings)
+    except MoefastError as error:
+        raise click.UsageError(str(error)) from error
+    noisy = noisy is None or noisy
     simulate_file(
-        out, number, seed=seed, settings=settings, noisy=noisy, overwrite=overwrite,
-        progress=lambda done: report(done, number),
+        out, last - first, seed=seed, settings=settings, first_row=first, noisy=noisy, overwrite=overwrite,
+        progress=lambda done: report(done, last - first),
     )  # fmt: skip
     progress.close()
-    click.echo(f"{out}: {number:,} spectra, seed {seed}, {'flux, error, noisy' if noisy else 'flux, error'}")
+    shard = f", rows {first}:{last}" if first else ""
+    arrays = "flux, error, noisy" if noisy else "flux, error"
+    click.echo(f"{out}: {last - first:,} spectra, seed {seed}{shard}, {arrays}")
 
 
 @cli.command()
@@ -241,8 +338,13 @@ def inspect(files: tuple[str, ...], picture: str | None, limit: int | None, as_j
 
 
 @cli.command()
-@FILES
+@click.argument("files", nargs=-1, metavar="[FILE…]")
 @click.option("-o", "--out", required=True, metavar="FOLDER", help="Model folder to write.")
+@click.option(
+    "--simulate", type=click.IntRange(1), metavar="N",
+    help="Fit N spectra that are simulated as they are needed, with no file between; instead of FILE.",
+)  # fmt: skip
+@click.option("--set", "name", metavar="NAME", help="Reference set to simulate, part train.  [default: z0]")
 @click.option("--recipe", default="phys-moe", show_default=True, help="phys-moe or global-ridge.")
 @click.option(
     "--grid", callback=_grid, metavar="TxM", help="Bins in T_eff and [M/H], instead of the recipe's."
@@ -272,24 +374,36 @@ def inspect(files: tuple[str, ...], picture: str | None, limit: int | None, as_j
 @QUIET
 @JSON
 def fit(
-    files: tuple[str, ...], out: str, recipe: str, grid: tuple[int, int] | None, noise: str, noise_level: float,
+    files: tuple[str, ...], out: str, simulate: int | None, name: str | None, recipe: str,
+    grid: tuple[int, int] | None, noise: str, noise_level: float,
     references: bool, seed: int, overwrite: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Fit a model on labelled spectra (T_eff, log_g, M_H in dataset/params) and write it to a folder."""
+    """Fit a model on labelled spectra (T_eff, log_g, M_H in dataset/params) and write it to a folder.
+
+    \b
+        moefast fit train.h5 -o model/
+        moefast fit --simulate 200000 --set z0 -o model/
+    """
     from moefast.model import check_target
     from moefast.protocol.bins import uniform
     from moefast.recipes import RECIPES
     from moefast.recipes import fit as run
+    from moefast.simulate import SimulatedSpectra
 
     if recipe not in RECIPES:
         raise click.BadParameter(
             f"{recipe!r} is unknown; choose one of {', '.join(RECIPES)}", param_hint="--recipe"
         )
+    if bool(files) == bool(simulate):
+        raise click.UsageError("name the files to fit, or say how many spectra to simulate with --simulate N")
+    if name is not None and not simulate:
+        raise click.UsageError("--set says what to simulate; say how many with --simulate N")
     check_target(Path(out), overwrite)
+    spectra = SimulatedSpectra.of_set(name or "z0", rows=(0, simulate)) if simulate else files
     progress = Progress(quiet)
     begin = time.monotonic()
     model = run(
-        files, recipe=recipe, grid=uniform(*grid) if grid else None, noise=noise,  # type: ignore[arg-type]
+        spectra, recipe=recipe, grid=uniform(*grid) if grid else None, noise=noise,  # type: ignore[arg-type]
         noise_level=noise_level, references=references, seed=seed, progress=progress.stage,
     )  # fmt: skip
     progress.close()
