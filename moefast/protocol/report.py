@@ -12,15 +12,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moefast.errors import LabelError, OutputError
+from moefast.errors import LabelError
 from moefast.protocol import distributions, metrics
 from moefast.protocol.bins import (
     METAL_POOR,
@@ -30,6 +28,7 @@ from moefast.protocol.bins import (
     Grid,
     assign_snr_bins,
 )
+from moefast.spectra.atomic import write_atomically
 
 __all__ = [
     "N_OCTILES",
@@ -377,33 +376,6 @@ def write_json(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
     write_atomically(path, (text + "\n").encode())
-
-
-def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write to a temporary name in the same folder, fsync, rename.
-
-    Raises
-    ------
-    OutputError
-        The folder does not exist, is read-only or full; no temporary file is left behind.
-    """
-    target = Path(path)
-    temporary = None
-    try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-            # mkstemp makes files private; a result is as readable as any file the user writes.
-            umask = os.umask(0)
-            os.umask(umask)
-            os.fchmod(stream.fileno(), 0o666 & ~umask)
-        os.replace(temporary, target)
-    except OSError as error:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
-        raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
 
 
 def format_text(report: Mapping[str, Any], throughput: Mapping[str, Any] | None = None) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from moefast.errors import OutputError
 
-__all__ = ["partial_path", "publish"]
+__all__ = ["partial_path", "publish", "write_atomically"]
 
 
 def _alive(pid: int) -> bool:
@@ -85,3 +85,22 @@ def publish(partial: Path, path: Path) -> None:
                 os.close(folder)
     except OSError as error:
         raise OutputError(f"{path}: could not be completed: {error}") from error
+
+
+def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a whole file; one that exists is replaced.
+
+    Raises
+    ------
+    OutputError
+        The folder does not exist, is read-only or full; no partial file is left behind.
+    """
+    target = Path(path)
+    partial = partial_path(target, overwrite=True)
+    try:
+        partial.write_bytes(content)
+        publish(partial, target)
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
