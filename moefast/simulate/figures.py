@@ -194,18 +194,21 @@ def emulator_figure(labels: np.ndarray, error: np.ndarray) -> Figure:
     figure = _figure(12.5, 8.5)
     panels = figure.subplots(2, 2, sharex=True, sharey="row")
     for column, name in enumerate(("median over the pixels", "99th percentile of the pixels")):
-        values = percent[:, column]
+        # The worst are drawn last, over the others.
+        order = np.argsort(percent[:, column])
+        values, stars = percent[order, column], labels[order]
         scale = LogNorm(*np.percentile(values, [1, 99.5]))
         for axes, label, unit in (
             (panels[0, column], 1, "log g [dex]"),
             (panels[1, column], 2, "[M/H] [dex]"),
         ):
             points = axes.scatter(
-                labels[:, 0], labels[:, label], c=values, s=52, cmap="cividis", norm=scale, linewidth=0
+                stars[:, 0], stars[:, label], c=values, s=52, cmap="cividis", norm=scale, linewidth=0
             )
             axes.set(ylabel=unit if column == 0 else "")
         panels[0, column].set_title(
-            f"{name}: {np.median(values):.3f} % in the middle, {values.max():.2g} % at worst", fontsize=11
+            f"{name}: half of the spectra below {np.median(values):.2g} %, worst {values.max():.2g} %",
+            fontsize=10,
         )
         panels[1, column].set_xlabel("T_eff [K]")
         colours = figure.colorbar(points, ax=panels[:, column], location="bottom", aspect=45)
