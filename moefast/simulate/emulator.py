@@ -36,7 +36,6 @@ ROWS_PER_TILE = 128
 ROWS_PER_SLOPE_TILE = 32
 NODES_PER_TILE = 256
 SCHEMA = 3
-READABLE = (2, 3)
 HASHED = (
     "wave_edges", "margin", "mean", "basis", "centre", "half_range", "scales", "powers", "polynomial", "nodes",
     "weights", "low", "high",
@@ -241,9 +240,9 @@ class Emulator:
             If the arrays are of another schema or do not fit each other.
         """
         schema = int(data["schema"]) if "schema" in data else None
-        if schema not in READABLE:
+        if schema != SCHEMA:
             raise MoefastError(f"emulator file: expected schema {SCHEMA}, found {schema}; reinstall moefast")
-        margin = int(data["margin"]) if "margin" in data else 0
+        margin = int(data["margin"])
         padded_edges = np.asarray(data["wave_edges"], dtype=float)
         mean, basis = _read_only(data["mean"], np.float32), _read_only(data["basis"], np.float32)
         if padded_edges.shape != (len(mean) + 1,) or basis.shape[1:] != mean.shape:
@@ -265,7 +264,7 @@ class Emulator:
             mean=mean,
             basis=basis,
             provenance=provenance,
-            sha256=_hash({name: data[name] for name in HASHED if name in data}),
+            sha256=_hash({name: data[name] for name in HASHED}),
             # The mean is one more component, whose coefficient is always 1.
             _components=np.concatenate([mean[None], basis]),
             _centre=np.asarray(data["centre"], dtype=float),

@@ -22,7 +22,6 @@ def wide(shipped_arrays):
     emulator = Emulator.load()
     inner = slice(emulator.margin, emulator.margin + 4096)
     arrays = shipped_arrays | {
-        "schema": np.array(3),
         "margin": np.array(MARGIN),
         "wave_edges": emulator.wave_edges,
         "mean": shipped_arrays["mean"][inner],

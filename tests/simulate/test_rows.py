@@ -99,11 +99,11 @@ SWITCHES = {
 
 
 @pytest.mark.parametrize("name", SWITCHES)
-def test_a_nuisance_moves_no_other_number(wide, name):
-    plain = simulate_rows(0, 200, seed=5, emulator=wide)
-    block = simulate_rows(0, 200, seed=5, settings=Settings(**SWITCHES[name]), emulator=wide)
+def test_a_nuisance_moves_no_other_number(name):
+    plain = simulate_rows(0, 200, seed=5)
+    block = simulate_rows(0, 200, seed=5, settings=Settings(**SWITCHES[name]))
     everything = {key: value for change in SWITCHES.values() for key, value in change.items()}
-    full = simulate_rows(0, 200, seed=5, settings=Settings(**everything), emulator=wide)
+    full = simulate_rows(0, 200, seed=5, settings=Settings(**everything))
     own = CALIBRATION if name == "calibration" else (name,)
     for column, values in block.params.items():
         if column in own:
@@ -130,37 +130,38 @@ def test_nuisances_have_their_distributions():
     assert np.abs(correlation).max() < 5 / math.sqrt(20000)
 
 
-def test_nuisances_do_what_they_say(wide):
+def test_nuisances_do_what_they_say():
     settings = Settings(velocity_scatter=30.0, redshift=(1e-4, 1e-4), reddening=(0.0, 0.3), calibration=0.03)
-    block = simulate_rows(40, 90, seed=2, settings=settings, emulator=wide)
+    emulator = Emulator.load()
+    block = simulate_rows(40, 90, seed=2, settings=settings)
     labels = np.stack([block.params[name] for name in LABELS], axis=1)
     velocity = LIGHT_SPEED * (1.0001 * (1 + block.params["velocity"] / LIGHT_SPEED) - 1)
-    flux = doppler(wide.padded_flux(labels, first_row=40), velocity, wide.wave)
-    seen = flux * 10.0 ** (-0.4 * np.outer(block.params["ebv"], extinction(wide.wave)))
-    bend = 0.03 * np.stack([block.params[name] for name in CALIBRATION], 1) @ calibration_basis(wide.wave)
+    flux = doppler(emulator.padded_flux(labels, first_row=40), velocity)
+    seen = flux * 10.0 ** (-0.4 * np.outer(block.params["ebv"], extinction(emulator.wave)))
+    bend = 0.03 * np.stack([block.params[name] for name in CALIBRATION], 1) @ calibration_basis(emulator.wave)
     np.testing.assert_allclose(block.flux, seen * (1 + bend), rtol=2e-6)
     # The error is that of the light that arrives, whatever the calibration makes of it.
-    error, snr = noise_model(wide, settings).error(
+    error, snr = noise_model(emulator, settings).error(
         seen.astype(np.float32), block.params["mag"], block.params["seeing"]
     )
     np.testing.assert_allclose(block.error, error, rtol=1e-5)
     np.testing.assert_allclose(block.params["snr"], snr, rtol=1e-4)
 
 
-def test_bits_of_a_row_do_not_depend_on_the_block_with_nuisances(wide):
+def test_bits_of_a_row_do_not_depend_on_the_block_with_nuisances():
     settings = Settings(velocity_scatter=30.0, redshift=(0, 1e-4), reddening=(0.0, 0.3), calibration=0.03)
-    whole = simulate_rows(0, 300, seed=2, settings=settings, emulator=wide)
+    whole = simulate_rows(0, 300, seed=2, settings=settings)
     for first, stop in ((0, 1), (100, 291), (299, 300)):
-        part = simulate_rows(first, stop, seed=2, settings=settings, emulator=wide)
+        part = simulate_rows(first, stop, seed=2, settings=settings)
         for name in ("flux", "error", "noisy"):
             np.testing.assert_array_equal(getattr(part, name), getattr(whole, name)[first:stop])
         for name, values in part.params.items():
             np.testing.assert_array_equal(values, whole.params[name][first:stop])
 
 
-def test_velocities_beyond_the_emulator_are_refused_before_anything_is_made(wide, tmp_path):
+def test_velocities_beyond_the_emulator_are_refused_before_anything_is_made(tmp_path):
     with pytest.raises(MoefastError, match=r"up to 384 km/s .* 32 pixels .* allow 37\d km/s"):
-        simulate_rows(0, 0, seed=1, settings=Settings(velocity_scatter=60.0), emulator=wide)
+        simulate_rows(0, 0, seed=1, settings=Settings(velocity_scatter=60.0))
     with pytest.raises(MoefastError, match=r"redshift 0 to 0\.01"):
         simulate_file(tmp_path / "x.h5", 5, seed=1, settings=Settings(redshift=(0.0, 0.01)))
     assert not list(tmp_path.iterdir())
