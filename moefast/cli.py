@@ -533,6 +533,31 @@ def ceiling(
 
 
 @cli.command()
+@click.argument("reports", nargs=-1, metavar="REPORT…")
+@click.option("-o", "--out", metavar="FILE", help="Write the verdicts with all their numbers as JSON.")
+@OVERWRITE
+@JSON
+def milestones(reports: tuple[str, ...], out: str | None, overwrite: bool, as_json: bool) -> None:
+    """Judge the milestones C0 to C4 by evaluations: published mark, our number, pass, fail or not run.
+
+    REPORT is a folder that moefast evaluate -o wrote, its report.json, or a folder of such folders. Test sets are kept
+    apart. What no evaluation holds is not run, never passed; without any REPORT the marks and the commands are shown.
+    """
+    from moefast.errors import OutputError
+    from moefast.protocol.milestones import judge, read_reports
+    from moefast.protocol.milestones_report import format_text
+    from moefast.protocol.report import write_json
+
+    if out and Path(out).exists() and not overwrite:
+        raise OutputError(f"{out}: exists already; choose another name, or replace it with --overwrite")
+    found = judge(read_reports(reports))
+    click.echo(json.dumps(found, indent=1, ensure_ascii=False) if as_json else format_text(found))
+    if out:
+        write_json(found, out)
+        click.echo(f"written: {out}", err=True)
+
+
+@cli.command()
 @click.argument("model", metavar="MODEL")
 @click.option("-o", "--out", required=True, type=click.Path(dir_okay=False), help="ONNX file to write.")
 @click.option("--part", default="mixture", show_default=True, help="mixture, gate, or expert-0, expert-1, …")
