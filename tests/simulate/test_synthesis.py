@@ -24,7 +24,7 @@ def shared(name):
     return path
 
 
-# log gf of well-measured lines as NIST gives them; those of Ca II as a public model atom quotes them, the others recalled.
+# log gf of well-measured lines as NIST gives them: Ca II as a public model atom quotes it, the others recalled.
 @pytest.mark.parametrize(
     ("species", "wave", "log_gf", "tolerance"),
     [
