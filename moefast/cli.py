@@ -430,10 +430,15 @@ def fit(
 
 @cli.command()
 @FILES
-@MODEL
 @click.option(
-    "-o", "--out", metavar="FOLDER", help="Write report.json, report.txt and report.png to this folder."
-)
+    "-m", "--model", metavar="WHAT",
+    help="What is measured: a model folder, an ONNX file (.onnx) with inputs flux and error and an output log_g, or a "
+    "table of predictions (.h5, .parquet, .fits, .csv) with columns row and log_g. The shipped model if absent.",
+)  # fmt: skip
+@click.option(
+    "-o", "--out", metavar="FOLDER",
+    help="Write report.json, report.txt, report.png, predictions.h5 and run.json to this folder.",
+)  # fmt: skip
 @click.option(
     "--noise", type=click.Choice(["auto", "draw", "none"]), default="auto", show_default=True,
     help="auto: the array noisy where a file has it, else noise from the stored seed. draw: always a draw on flux. "
@@ -447,16 +452,22 @@ def fit(
     show_default=True,
     help="Factor on the errors of the files.",
 )
+@click.option("--ceiling", metavar="FILE", help="Ceilings of this test set, written by moefast ceiling -o.")
 @click.option("--name", help="Name of the test set in the report.")
 @BACKEND
 @OVERWRITE
 @QUIET
 @JSON
 def evaluate(
-    files: tuple[str, ...], model: str | None, out: str | None, noise: str, noise_level: float, name: str | None,
-    backend: str, overwrite: bool, quiet: bool, as_json: bool,
+    files: tuple[str, ...], model: str | None, out: str | None, noise: str, noise_level: float, ceiling: str | None,
+    name: str | None, backend: str, overwrite: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Measure a model on labelled spectra: R² with intervals, by SNR and bin, beside simpler fits."""
+    """Measure a model on labelled spectra: R² with intervals, by SNR and bin, beside simpler fits.
+
+    Models of others are measured by the same rules: as an ONNX file, or as a table with one prediction for each row of
+    the test set. A table must have been made of the noise that is measured with: of the array noisy, which moefast
+    simulate writes, or of observed flux with --noise none. A prediction that is NaN counts as the mean label.
+    """
     from moefast.protocol.evaluate import check_report_folder, write_report
     from moefast.protocol.evaluate import evaluate as run
     from moefast.protocol.report import format_text
@@ -465,14 +476,42 @@ def evaluate(
         check_report_folder(out, overwrite)
     progress = Progress(quiet)
     result = run(
-        files, model, noise=noise, noise_level=noise_level, backend=backend, name=name,  # type: ignore[arg-type]
+        files, model, noise=noise, noise_level=noise_level, ceiling=ceiling, backend=backend, name=name,  # type: ignore[arg-type]
         progress=progress.rows("evaluate"),
     )  # fmt: skip
     progress.close()
-    click.echo(json.dumps(result.report, indent=1) if as_json else format_text(result.report))
+    click.echo(json.dumps(result.report, indent=1) if as_json else format_text(result.report, result.run))
+    if as_json and not quiet and result.run["spectra_per_second"]:
+        click.echo(f"{result.run['spectra_per_second']:,.0f} spectra/s on {result.run['device']}", err=True)
     if out:
         written = write_report(result, out, overwrite=overwrite)
         click.echo("written: " + ", ".join(str(path) for path in written), err=True)
+
+
+@cli.command()
+@click.argument("reports", nargs=-1, required=True, metavar="REPORT…")
+@click.option("-o", "--out", metavar="FILE", help="Write all numbers as JSON.")
+@OVERWRITE
+@JSON
+def compare(reports: tuple[str, ...], out: str | None, overwrite: bool, as_json: bool) -> None:
+    """Is one model better than another? Paired differences of two or more evaluations on the same stars.
+
+    REPORT is a folder that moefast evaluate -o wrote; the first is what the others are compared with. Per group of
+    stars: the difference of R² with its interval, and better, worse or no difference. Evaluations of other stars or
+    other noise are refused.
+    """
+    from moefast.errors import OutputError
+    from moefast.protocol.compare import compare as run
+    from moefast.protocol.compare import format_text
+    from moefast.protocol.report import write_json
+
+    if out and Path(out).exists() and not overwrite:
+        raise OutputError(f"{out}: exists already; choose another name, or replace it with --overwrite")
+    found = run(reports)
+    click.echo(json.dumps(found, indent=1) if as_json else format_text(found))
+    if out:
+        write_json(found, out)
+        click.echo(f"written: {out}", err=True)
 
 
 @cli.command()

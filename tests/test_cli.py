@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -20,6 +21,7 @@ import moefast
 from moefast import backend
 from moefast.cli import cli
 from moefast.errors import MoefastError
+from moefast.protocol.evaluate import REPORT_FILES
 from moefast.spectra import open_spectra, read_table
 
 
@@ -59,6 +61,7 @@ HELP = {
     "inspect": ("FILE…", "--picture", "--limit", "--json", "SNR"),
     "fit": ("FILE…", "--out", "--recipe", "phys-moe", "--grid", "--noise", "closed-form", "--references"),
     "evaluate": ("FILE…", "--model", "--out", "--noise", "--backend", "R²", "report.json"),
+    "compare": ("REPORT…", "--out", "better, worse or no difference"),
     "export": ("MODEL", "--part", "mixture", "expert-0", "ONNX", "verified"),
     "predict": (
         "FILE…", "--model", "--out", ".parquet", ".fits", "--rows", "--limit", "--shard", "--backend", "--array",
@@ -168,9 +171,21 @@ def test_fit_evaluate_export(run, labelled_file, few, model):
     assert "R² 0." in text
     text = run("evaluate", few, "-m", "model", "-o", "report", "--name", "forty stars").stdout
     assert "log g on forty stars: 40 stars" in text
-    assert sorted(os.listdir("report")) == ["report.json", "report.png", "report.txt"]
+    assert sorted(os.listdir("report")) == sorted(REPORT_FILES)
     assert "exists already" in run("evaluate", few, "-m", "model", "-o", "report", code=8).stderr
     assert json.loads(run("evaluate", few, "-m", "model", "--json", "-q").stdout)["overall"]["n"] == 40
+    assert (
+        run("evaluate", few, "-m", "model", "--json", "-q").stdout
+        == run("evaluate", few, "-m", "model", "--json", "-q").stdout
+    )
+    run("evaluate", few, "-m", "report/predictions.h5", "-o", "table", "-q")
+    assert "B is neither better nor worse" in run("compare", "report", "table", "-o", "compare.json").stdout
+    assert (
+        json.loads(Path("compare.json").read_text())["comparisons"][0]["overall"]["r2"]["verdict"]
+        == "no difference"
+    )
+    assert "exists already" in run("compare", "report", "table", "-o", "compare.json", code=8).stderr
+    assert "two or more" in run("compare", "report", code=3).stderr
     text = run("export", "model", "-o", "mixture.onnx").stdout
     assert "mixture.onnx: mixture," in text
     assert onnxruntime.InferenceSession("mixture.onnx").get_outputs()[0].name == "log_g"

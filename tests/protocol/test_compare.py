@@ -1,0 +1,217 @@
+"""Comparisons: paired over the same stars, refused for others, verdicts that do not hang on the last bit."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from moefast.errors import InputError
+from moefast.protocol import compare as comparing
+from moefast.protocol import metrics, report
+from moefast.protocol.compare import Kept, compare, format_text, read_evaluation
+from moefast.protocol.evaluate import evaluate, write_report
+
+N = 900
+
+
+def kept(path, predicted, seed=4, **data_set):
+    """An evaluation of predictions of fake stars; the stars are the same for the same seed."""
+    rng = np.random.default_rng(seed)
+    snr = np.exp(rng.normal(2.1, 0.4, N))
+    stars = {
+        "row": np.arange(N),
+        "log_g_true": rng.uniform(1, 5, N),
+        "T_eff": rng.uniform(3750, 6000, N),
+        "M_H": rng.uniform(-2.5, 0.75, N),
+        "snr_norm": (0.4 * snr).astype(np.float32),
+        "snr_median": snr.astype(np.float32),
+    }
+    stars["log_g"] = predicted(stars["log_g_true"], stars)
+    found = report.evaluate_predictions(
+        stars["log_g_true"],
+        stars["log_g"],
+        None,
+        t_eff=stars["T_eff"],
+        m_h=stars["M_H"],
+        snr_norm=stars["snr_norm"],
+        snr_median=stars["snr_median"],
+        **{"data_set": "fake", "fingerprint": "abc", "noise": "stored", "noise_level": 1.0} | data_set,
+        model={"name": str(path)},
+        n_resamples=50,
+    )
+    return Kept(path, found, stars)
+
+
+def noisy(scale, seed):
+    return lambda y, _: y + np.random.default_rng(seed).normal(0, scale, N)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return kept(tmp_path_factory.mktemp("a"), noisy(0.5, 1))
+
+
+def test_better_worse_and_neither(base, tmp_path):
+    # As good on the whole, better for metal-rich stars, worse for metal-poor ones.
+    mixed = kept(
+        tmp_path / "mixed",
+        lambda y, stars: y + (base.stars["log_g"] - y) * np.where(stars["M_H"] < -1, 1.2, 0.7),
+    )
+    better = kept(tmp_path / "better", lambda y, _: y + 0.6 * (base.stars["log_g"] - y))
+    alike = kept(tmp_path / "alike", noisy(0.5, 2))
+    found = compare([base, better, alike, mixed], n_resamples=200)
+    json.dumps(found, allow_nan=False)
+    first, second, third = found["comparisons"]
+    assert {entry["verdict"] for entry in first["overall"].values()} == {"better"}
+    assert {entry["verdict"] for kind in first["groups"].values() for entry in kind} == {"better"}
+    assert {entry["verdict"] for entry in second["overall"].values()} == {"no difference"}
+    assert [entry["verdict"] for entry in third["groups"]["metallicity"]] == ["worse", "better"]
+    assert (compare([better, base], n_resamples=200)["comparisons"][0]["overall"]["r2"]["verdict"]) == "worse"
+    for entry, y in ((first["overall"]["r2"], base.stars["log_g_true"]),):
+        assert entry["from"] == pytest.approx(metrics.r2(y, base.stars["log_g"]), abs=1e-9)
+        assert entry["to"] == pytest.approx(metrics.r2(y, better.stars["log_g"]), abs=1e-9)
+        assert entry["difference"] == pytest.approx(entry["to"] - entry["from"], abs=1e-9)
+    assert first["overall"]["mae"]["difference"] < 0
+
+
+def test_pairing_is_what_tells_small_differences(base, tmp_path):
+    """A difference far below either interval is found, because both err on the same stars."""
+    slightly = kept(tmp_path / "b", lambda y, _: y + 0.97 * (base.stars["log_g"] - y))
+    entry = compare([base, slightly])["comparisons"][0]["overall"]["r2"]
+    own = metrics.bootstrap(base.stars["log_g_true"], base.stars["log_g"])
+    assert entry["verdict"] == "better"
+    assert entry["difference"] < 0.5 * (own.high - own.low)
+    assert entry["interval"][1] - entry["interval"][0] < 0.2 * (own.high - own.low)
+
+
+def test_intervals_are_those_of_the_metrics(base, tmp_path):
+    other = kept(tmp_path / "b", noisy(0.4, 3))
+    found = compare([base, other])["comparisons"][0]
+    members = base.stars["M_H"] < -1
+    y, a, b = (v[members] for v in (base.stars["log_g_true"], base.stars["log_g"], other.stars["log_g"]))
+    expected = metrics.bootstrap_difference(y, b, a)
+    entry = found["groups"]["metallicity"][0]
+    assert entry["n"] == members.sum()
+    assert entry["interval"] == pytest.approx([expected.low, expected.high], abs=1e-9)
+    assert [len(found["groups"][kind]) for kind in ("snr_norm", "snr_median", "grid", "metallicity")] == [
+        4,
+        8,
+        9,
+        2,
+    ]
+
+
+def test_the_same_predictions_are_no_difference(base):
+    entry = compare([base, base])["comparisons"][0]
+    for found in (*entry["overall"].values(), *(g for kind in entry["groups"].values() for g in kind)):
+        assert found["difference"] in {0.0, None}
+        assert found["verdict"] in {"no difference", "undefined"}
+
+
+def test_missing_predictions_count_as_the_mean_label(base, tmp_path):
+    def some(y, _):
+        values = base.stars["log_g"].copy()
+        values[:300] = np.nan
+        return values
+
+    found = compare([base, kept(tmp_path / "b", some)], n_resamples=100)
+    assert found["evaluations"][1]["n_nan"] == 300
+    assert found["comparisons"][0]["overall"]["r2"]["verdict"] == "worse"
+    assert found["comparisons"][0]["overall"]["r2"]["n"] == N
+    assert "300 without prediction" in format_text(found)
+
+
+def test_text(base, tmp_path):
+    found = compare([base, kept(tmp_path / "b", noisy(0.3, 5))], n_resamples=100)
+    text = format_text(found)
+    assert f"{N} stars, fingerprint abc" in text
+    assert "B against A: B is better by +0." in text
+    assert "groups are called different; about 1." in text
+    rows = [line for line in text.splitlines() if line.startswith(("  cool", "  warm", "  hot"))]
+    assert len(rows) == 9
+    assert format_text(json.loads(json.dumps(found))) == text
+    alike = compare([base, kept(tmp_path / "c", noisy(0.5, 6))], n_resamples=100)
+    assert "B is neither better nor worse" in format_text(alike)
+
+
+# -- refused -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"fingerprint": "def"}, "different test sets, abc and def"),
+        ({"noise": "drawn"}, "different kinds of noise"),
+        ({"noise_level": 2.0}, "different noise levels, 1.0 and 2.0"),
+        ({"noise_seed": 5}, "different noise seeds, None and 5"),
+        ({"seed": 8}, "log_g_true differs in 900 rows, first in row 0"),
+    ],
+)
+def test_other_stars_or_other_noise(changes, words, base, tmp_path):
+    seed = changes.pop("seed", 4)
+    with pytest.raises(InputError, match=words):
+        compare([base, kept(tmp_path / "b", noisy(0.5, 1), seed=seed, **changes)])
+
+
+def test_noise_that_shows_in_the_snr(base, tmp_path):
+    other = kept(tmp_path / "b", noisy(0.5, 1))
+    other.stars["snr_median"][7] *= 1.05
+    with pytest.raises(InputError, match="snr_median differs, so the noise was not the same"):
+        compare([base, other])
+
+
+def test_one_is_no_comparison(base):
+    with pytest.raises(InputError, match="two or more"):
+        compare([base])
+
+
+# -- folders -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folders(stars, model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluations")
+    path = stars.take(slice(0, 300)).write(folder / "set.h5", arrays=("flux", "error", "noisy"))
+    write_report(evaluate(path, model), folder / "moe")
+    table = folder / "ridge.csv"
+    rows = evaluate(path, model).stars
+    values = 0.5 * rows["log_g"] + 1.5
+    table.write_text("row,log_g\n" + "".join(f"{i},{v!r}\n" for i, v in enumerate(values.tolist())))
+    write_report(evaluate(path, table), folder / "ridge")
+    return folder
+
+
+def test_folders(folders):
+    found = compare([folders / "moe", folders / "ridge" / "report.json"])
+    assert found["comparisons"][0]["overall"]["r2"]["verdict"] == "worse"
+    assert found["evaluations"][1]["model"]["kind"] == "table"
+    assert compare([folders / "moe", folders / "ridge"]) == found
+
+
+def test_folders_that_are_no_evaluations(folders, tmp_path):
+    with pytest.raises(InputError, match="no evaluation"):
+        read_evaluation(tmp_path)
+    source = folders / "moe"
+    for name in ("report.json", "predictions.h5"):
+        (tmp_path / name).write_bytes((source / name).read_bytes())
+    assert read_evaluation(tmp_path).report["overall"]["n"] == 300
+    told = json.loads((source / "report.json").read_text())
+    (tmp_path / "report.json").write_text(json.dumps(told | {"schema_version": 1}))
+    with pytest.raises(InputError, match="schema 1 found, 2 expected"):
+        read_evaluation(tmp_path)
+    told["overall"]["r2"] += 0.01
+    (tmp_path / "report.json").write_text(json.dumps(told))
+    with pytest.raises(InputError, match="different evaluations"):
+        read_evaluation(tmp_path)
+    (tmp_path / "predictions.h5").unlink()
+    with pytest.raises(InputError, match=r"predictions\.h5 is missing"):
+        read_evaluation(tmp_path)
+    (tmp_path / "report.json").write_text("nonsense")
+    with pytest.raises(InputError, match="no evaluation"):
+        read_evaluation(tmp_path)
+
+
+def test_statistics_are_those_of_the_metrics():
+    assert set(comparing.STATISTICS) < set(metrics.STATISTICS)
