@@ -46,6 +46,7 @@ __all__ = [
     "Rule",
     "Verdict",
     "judge",
+    "judge_alone",
     "read_reports",
 ]
 
@@ -289,6 +290,21 @@ def _read(path: Path) -> Report:
             f"{path}: expected an evaluation of schema {report.SCHEMA_VERSION}, found {content['schema_version']}; "
             "evaluate again with this version"
         )
+    deviation = _deviation(content["protocol"])
+    if deviation:
+        raise InputError(
+            f"{path}: was not made by the frozen protocol: {deviation}; evaluate again with moefast evaluate"
+        )
+    found = Report(str(path), hashlib.sha256(raw).hexdigest(), content)
+    if found.training.get("fingerprint", "") == content["data_set"]["fingerprint"]:
+        raise InputError(
+            f"{path}: the model was fitted on its own test set; evaluate it on spectra it has not seen"
+        )
+    return found
+
+
+def _deviation(protocol: Mapping[str, Any]) -> str:
+    """In what a report's protocol is not the frozen one."""
     frozen = {
         "grid": PHYSICAL_GRID.to_dict(),
         "snr_norm_edges": list(SNR_NORM_EDGES),
@@ -297,13 +313,8 @@ def _read(path: Path) -> Report:
         "seed": metrics.SEED,
         "level": metrics.LEVEL,
     }
-    for key, value in frozen.items():
-        if content["protocol"].get(key) != value:
-            raise InputError(
-                f"{path}: was not made by the frozen protocol: expected {key} = {value}, found "
-                f"{content['protocol'].get(key)}; evaluate again with moefast evaluate"
-            )
-    return Report(str(path), hashlib.sha256(raw).hexdigest(), content)
+    wrong = [key for key, value in frozen.items() if protocol.get(key) != value]
+    return f"expected {wrong[0]} = {frozen[wrong[0]]}, found {protocol.get(wrong[0])}" if wrong else ""
 
 
 @dataclass(frozen=True)
@@ -742,6 +753,22 @@ def judge(reports: Sequence[Report], milestones: Sequence[Milestone] = MILESTONE
     return {"schema_version": SCHEMA_VERSION, "what": "moefast milestones", "sections": sections}
 
 
+def judge_alone(content: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What one evaluation says by itself, for a section of its own report.
+
+    Parameters
+    ----------
+    content : mapping
+        From `evaluate_predictions`.
+
+    Returns
+    -------
+    dict or None
+        As from `judge`; None if the evaluation was not made by the frozen protocol.
+    """
+    return None if _deviation(content["protocol"]) else judge([Report("this evaluation", "", content)])
+
+
 def _section(reports: Sequence[Report], milestones: Sequence[Milestone]) -> dict[str, Any]:
     scored = _protocol_noise(reports)
     name, part = _identity(reports)
@@ -752,8 +779,8 @@ def _section(reports: Sequence[Report], milestones: Sequence[Milestone]) -> dict
     for recipe, n in Counter(one.recipe for one in scored).items():
         if n > 1:
             notes.append(f"of {n} evaluations of {recipe} the weakest counts, in each check")
-    if reports and name is None:
-        notes.append("this is no reference set, so the marks for reference sets are not run")
+    if reports and part != TEST_PART:
+        notes.append(f"this is not {TEST_PART} of a reference set, so the marks for any set are not run")
     data = reports[0].content["data_set"] if reports else None
     return {
         "data_set": None
@@ -786,8 +813,12 @@ def _identity(reports: Sequence[Report]) -> tuple[str | None, str | None]:
 
 def _row(milestone: Milestone, section: Section) -> dict[str, Any]:
     reference = milestone.reference.run(section)
-    if section.reference_set is None and reference["verdict"] != "not run":
-        reference |= {"verdict": "not run", "reason": "the test set is no reference set"}
+    if section.part != TEST_PART and reference["verdict"] != "not run":
+        found = f"{section.reference_set} {section.part}" if section.reference_set else "no reference set"
+        reference |= {
+            "verdict": "not run",
+            "reason": f"needs {TEST_PART} of a reference set, this is {found}",
+        }
     ours = {"what": milestone.ours.what, "value": None, "interval": None, "reason": "", "note": ""}
     try:
         ours |= _plain(milestone.ours.worst(section, "≥"))

@@ -8,41 +8,70 @@ from typing import Any
 
 from moefast.protocol.report import bracket, number, table
 
-__all__ = ["format_text"]
+__all__ = ["format_section", "format_text"]
 
 _WIDTH = 100
 _TIE = "\N{NO-BREAK SPACE}"
 
 
-def format_text(result: Mapping[str, Any], *, details: bool = True) -> str:
+def format_text(result: Mapping[str, Any]) -> str:
     """Plain text within 100 columns, names and paths permitting: a table per test set, then every check.
 
     Parameters
     ----------
     result : mapping
         From `judge`.
-    details : bool
-        Also the checks with their numbers, the evaluations and the commands. Without them it is a section of a report.
 
     Returns
     -------
     str
         Without a final newline.
     """
-    blocks = [_format_section(section, details) for section in result["sections"]]
-    return "\n\n".join("\n".join(line.rstrip() for line in lines) for lines in blocks)
+    blocks = []
+    for section in result["sections"]:
+        lines = [*_head(section), "", *_summary(section["milestones"])]
+        for note in section["notes"]:
+            lines += _wrapped(f"  {note}", "  ")
+        before: Sequence[str] = ()
+        for row in section["milestones"]:
+            lines += ["", *_format_row(row)]
+            if row["commands"] != before:
+                lines += ["  commands:", *(line for one in row["commands"] for line in _command(one))]
+            before = row["commands"]
+        if section["evaluations"]:
+            lines += [
+                "",
+                "Evaluations",
+                *(f"  {one['path']}: {one['recipe']}" for one in section["evaluations"]),
+            ]
+        blocks.append("\n".join(line.rstrip() for line in lines))
+    return "\n\n".join(blocks)
 
 
-def _format_section(section: Mapping[str, Any], details: bool) -> list[str]:
+def format_section(result: Mapping[str, Any]) -> list[str]:
+    """Lines for the report of an evaluation: the milestones that it bears on; none if there are none.
+
+    Parameters
+    ----------
+    result : mapping
+        From `judge_alone`.
+    """
+    rows = [row for row in result["sections"][0]["milestones"] if row["ours"]["value"] is not None]
+    return ["Milestones (moefast milestones shows every check)", *_summary(rows)] if rows else []
+
+
+def _head(section: Mapping[str, Any]) -> list[str]:
     data = section["data_set"]
     if data is None:
-        lines = ["Milestones: no evaluation was given, so none was run"]
-    else:
-        level = "" if data["noise_level"] is None else f", noise level {data['noise_level']:g}"
-        name = f"{data['reference_set']} {data['part']}" if data["reference_set"] else data["name"]
-        lines = [f"Milestones on {name}: {data['n']:,} stars{level}", f"fingerprint {data['fingerprint']}"]
+        return ["Milestones: no evaluation was given, so none was run"]
+    level = "" if data["noise_level"] is None else f", noise level {data['noise_level']:g}"
+    name = f"{data['reference_set']} {data['part']}" if data["reference_set"] else data["name"]
+    return [f"Milestones on {name}: {data['n']:,} stars{level}", f"fingerprint {data['fingerprint']}"]
+
+
+def _summary(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     header = ("", "published R²", "our R²", "interval", "their mark", "any set")
-    rows = [
+    cells = [
         (
             row["id"],
             row["published"],
@@ -51,22 +80,9 @@ def _format_section(section: Mapping[str, Any], details: bool) -> list[str]:
             row["absolute"]["verdict"],
             row["reference"]["verdict"],
         )
-        for row in section["milestones"]
+        for row in rows
     ]
-    lines += ["", *table(header, rows, left=2)]
-    for note in section["notes"]:
-        lines += _wrapped(f"  {note}", "  ")
-    if details:
-        before: Sequence[str] = ()
-        for row in section["milestones"]:
-            lines += ["", *_format_row(row)]
-            if row["commands"] != before:
-                lines += ["  commands:", *(line for one in row["commands"] for line in _command(one))]
-            before = row["commands"]
-        if section["evaluations"]:
-            lines += ["", "Evaluations"]
-            lines += [f"  {one['path']}: {one['recipe']}" for one in section["evaluations"]]
-    return lines
+    return table(header, cells, left=2)
 
 
 def _format_row(row: Mapping[str, Any]) -> list[str]:

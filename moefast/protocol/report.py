@@ -393,12 +393,20 @@ def format_text(report: Mapping[str, Any], throughput: Mapping[str, Any] | None 
     str
         Without a final newline.
     """
+    # They read reports, too.
+    from moefast.protocol.milestones import judge_alone
+    from moefast.protocol.milestones_report import format_section
+
     lines = _headline(report, throughput or {})
     if report["references"]:
         lines += ["", *_what_helped(report)]
     if report["ceilings"]:
         lines += ["", *_ceilings(report)]
     lines += ["", *_groups(report)]
+    judged = judge_alone(report)
+    section = format_section(judged) if judged else []
+    if section:
+        lines += ["", *section]
     return "\n".join(line.rstrip() for line in lines)
 
 

@@ -63,7 +63,10 @@ def evaluation(recipe, r2, *, references=(), data_set="z0 test_10k", fingerprint
         noise_level=noise_level,
         noise_seed=noise_seed,
         model={"name": recipe, "sha256": "0" * 64, "training": dict(training)},
+        n_resamples=50,
     )
+    # Fifty resamples are as good as a thousand to test with, and much quicker.
+    content["protocol"]["n_resamples"] = metrics.N_RESAMPLES
     content["data_set"] |= {"n": n, "reference_set": Z0 if reference_set else None}
     return json.dumps(content)
 
@@ -325,6 +328,25 @@ def test_marks_for_reference_sets_need_a_reference_set(tmp_path):
     assert row["reference"]["verdict"] == "not run"
 
 
+def test_the_small_part_of_a_reference_set_passes_nothing(tmp_path):
+    content = json.loads(evaluation("heads", 0.94, references=(("published-ridge", 0.5),)))
+    part = "test_1k"
+    content["data_set"]["reference_set"] = {
+        "reference_set": "z0",
+        "part": part,
+        "fingerprint": FINGERPRINTS["z0", part],
+    }
+    row = row_of(judge(read_reports(write(tmp_path, json.dumps(content)))), "C3")
+    assert row["reference"]["verdict"] == "not run"
+    assert row["reference"]["reason"] == "needs test_10k of a reference set, this is z0 test_1k"
+
+
+def test_a_model_fitted_on_its_test_set_is_refused(tmp_path):
+    content = evaluation("heads", 0.99, training=(("fingerprint", "f" * 64),))
+    with pytest.raises(InputError, match="fitted on its own test set"):
+        read_reports(write(tmp_path, content))
+
+
 def test_tables_of_predictions_are_of_no_recipe(tmp_path):
     content = json.loads(evaluation("heads", 0.94))
     content["model"]["kind"] = "table"
@@ -412,9 +434,18 @@ def test_text_names_set_fingerprint_marks_and_commands(tmp_path):
         "moefast fit train.h5 -o heads/ --recipe heads",
     ):
         assert expected in text
-    section = format_text(judge(read_reports([tmp_path])), details=False)
-    assert "moefast fit" not in section
-    assert len(section.splitlines()) < 20
+
+
+def test_a_report_has_a_section_of_the_milestones_it_bears_on():
+    text = report.format_text(json.loads(evaluation("phys-moe", 0.63, references=PHYS)))
+    head, *rows = text.partition("\nMilestones ")[2].splitlines()[1:]
+    assert head.split()[-4:] == ["their", "mark", "any", "set"]
+    assert [row.split()[0] for row in rows] == ["C0", "C2"]
+    assert rows[1].split()[-2:] == ["fail", "fail"]
+    # Numbers that were not made by the frozen protocol are judged by nothing.
+    other = json.loads(evaluation("phys-moe", 0.63, references=PHYS))
+    other["protocol"]["n_resamples"] = 10
+    assert "Milestones" not in report.format_text(other)
 
 
 def test_commands_are_commands_of_this_version(monkeypatch):
