@@ -100,7 +100,7 @@ def evaluate(
         Factor on the errors of the files.
     noise_seed : int
     ceiling : Ceiling or path, optional
-        Ceilings of this test set, from `moefast ceiling`.
+        Ceilings of this test set, from `moefast ceiling`; those of the reference sets come with the package.
     backend : "auto", "cpu" or "cuda"
     name : str, optional
         Name of the test set in the report.
@@ -272,16 +272,20 @@ def _ceilings(
     ceiling: Ceiling | str | Path | None, spectra: SpectrumSet, noise: Mapping[str, Any]
 ) -> tuple[dict[str, float], dict[str, list[dict[str, float]]] | None]:
     """R² ceilings of the whole set, and of the groups if they were computed for all of its stars."""
-    if ceiling is None:
-        return {}, None
-    if isinstance(ceiling, str | Path):
-        from moefast.protocol.ceiling import read
+    from moefast.protocol.ceiling import known, read
 
+    shipped = ceiling is None
+    if ceiling is None:
+        # That of a reference set comes with the package; it is for the noise stored with the set.
+        ceiling = known(spectra) if noise["noise"] == "stored" else None
+        if ceiling is None:
+            return {}, None
+    where = "the ceiling"
+    if isinstance(ceiling, str | Path):
         where, ceiling = str(ceiling), read(ceiling)
-    else:
-        where = "the ceiling"
     data = ceiling.summary["data_set"]
-    if data["fingerprint"] != spectra.fingerprint():
+    # A shipped one was found by what the file holds; other machines may write other last bits.
+    if not shipped and data["fingerprint"] != spectra.fingerprint():
         raise InputError(
             f"{where}: belongs to the set {data['name']} (fingerprint {data['fingerprint'][:12]}); the test set has "
             f"{spectra.fingerprint()[:12]}; compute its own with moefast ceiling"
