@@ -248,7 +248,7 @@ def simulate(
     span = rows or ((0, number) if number else None)
     progress = Progress(quiet)
     report = progress.rows("simulate")
-    own = {
+    own: dict[str, Any] = {
         "mag": mag, "velocity_scatter": velocity, "redshift": redshift, "reddening": reddening,
         "calibration": calibration, "noise_level": noise_level,
     }  # fmt: skip
@@ -283,9 +283,12 @@ def simulate(
             progress=lambda done: report(done, total[1] - total[0]),
         )  # fmt: skip
         progress.close()
-        frozen = " (as frozen)" if identity.fingerprint == FINGERPRINTS.get((name, part)) else ""
+        frozen = FINGERPRINTS.get((name, part), "")
+        as_frozen = " (as frozen)" if identity.fingerprint == frozen else ""
         click.echo(f"{out}: {total[1] - total[0]:,} spectra, {name} {part}")
-        click.echo(f"  fingerprint {identity.fingerprint}{frozen}")
+        click.echo(f"  fingerprint {identity.fingerprint}{as_frozen}")
+        if frozen and not as_frozen:
+            click.echo(f"  this is NOT the frozen {name} {part}, whose fingerprint is {frozen}", err=True)
         return
     if part is not None:
         raise click.UsageError("--part is a part of a reference set; say which with --set")
@@ -296,8 +299,8 @@ def simulate(
     for key in ("mag", "redshift", "reddening"):
         low, high = own.get(key, (0.0, 1.0))
         if low > high or (key == "mag" and low == high):
-            first = "brighter" if key == "mag" else "lower"
-            raise click.BadParameter(f"{low} {high}: the {first} limit comes first", param_hint=f"--{key}")
+            which = "brighter" if key == "mag" else "lower"
+            raise click.BadParameter(f"{low} {high}: the {which} limit comes first", param_hint=f"--{key}")
     first, last = span
     try:
         settings = Settings(**own)

@@ -50,7 +50,7 @@ def in_threads(n: int, work: Callable[[int, int], Any], *, least: int = ROWS_PER
 
 @contextmanager
 def one_blas_thread() -> Iterator[None]:
-    """Hold BLAS to one thread while any caller is inside.
+    """Hold NumPy's BLAS to one thread while any caller is inside.
 
     The setting belongs to the process: of two callers that each restored what they had found, the last to leave would
     restore what the other had set.
