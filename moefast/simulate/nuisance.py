@@ -9,7 +9,7 @@ Design: a shift is a local interpolation. Pixels are equidistant in wavelength, 
 of pixels that grows along the spectrum (16.6 to 20.7 at 300 km/s). A row is cut into runs in which the whole part of
 the shift is constant; inside a run the weights of the twelve pixels around are polynomials in the fraction, evaluated
 in float32 SIMD. They are the weights of least error for what the spectrograph lets through (`interpolation_weights`);
-Lagrange's with eight pixels were off by up to 1e-3 of flux. Floor per pixel: 85 operations for the shift, 12 for the
+Lagrange's with eight pixels were off by up to 1e-3 of flux. Floor per pixel: 108 operations for the shift, 12 for the
 reddening, 9 for the calibration. Every row is computed by itself, in one order, so its bits do not depend on the block.
 """
 
