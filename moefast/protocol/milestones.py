@@ -780,7 +780,9 @@ def _section(reports: Sequence[Report], milestones: Sequence[Milestone]) -> dict
         if n > 1:
             notes.append(f"of {n} evaluations of {recipe} the weakest counts, in each check")
     if reports and part != TEST_PART:
-        notes.append(f"this is not {TEST_PART} of a reference set, so the marks for any set are not run")
+        notes.append(
+            f"no report shows that this is {TEST_PART} of a reference set: marks for any set are not run"
+        )
     data = reports[0].content["data_set"] if reports else None
     return {
         "data_set": None
@@ -814,7 +816,7 @@ def _identity(reports: Sequence[Report]) -> tuple[str | None, str | None]:
 def _row(milestone: Milestone, section: Section) -> dict[str, Any]:
     reference = milestone.reference.run(section)
     if section.part != TEST_PART and reference["verdict"] != "not run":
-        found = f"{section.reference_set} {section.part}" if section.reference_set else "no reference set"
+        found = f"{section.reference_set} {section.part}" if section.reference_set else "not known to be one"
         reference |= {
             "verdict": "not run",
             "reason": f"needs {TEST_PART} of a reference set, this is {found}",
