@@ -14,6 +14,7 @@ import re
 import secrets
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ _OPERATORS = frozenset([
     "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "Unsqueeze", "Where",
 ])
 # fmt: on
+LEAST_FLUX = "least_flux"
 _EXPERT_PART = re.compile(r"expert-(\d+)")
 
 
@@ -129,8 +131,13 @@ class _Steps:
         )
         self.has_data = g.add("Greater", [n_good, zero], "pixels/has_data")
 
+        flux = "flux"
+        if self.mixture.clipped:
+            # In the graph of such mixtures alone: its presence tells a reader that flux is clipped.
+            least = g.number(LEAST_FLUX, np.zeros(1, np.float32))
+            flux = g.add("Max", ["flux", least], "flux/clipped")
         difference = g.add(
-            "Sub", ["flux", self._weight("reference", self.mixture.reference)], "flux/difference"
+            "Sub", [flux, self._weight("reference", self.mixture.reference)], "flux/difference"
         )
         self.x = g.add("Where", [self.good, difference, zero], "flux/centred")
 
@@ -394,17 +401,11 @@ def _only_expert(mixture: Mixture, part: str) -> Mixture:
         )
     k = int(found[1])
     w1, b1, w2, b2 = mixture.gate
-    return Mixture(
-        wave=mixture.wave,
-        reference=mixture.reference,
-        noise_shape=mixture.noise_shape,
-        knots=mixture.knots,
+    return replace(
+        mixture,
         expert_weights=mixture.expert_weights[:, k : k + 1],
         expert_intercepts=mixture.expert_intercepts[k : k + 1],
-        basis=mixture.basis,
         gate=(w1, b1, w2[:, k : k + 1], b2[k : k + 1]),
-        error_model=mixture.error_model,
-        label_range=mixture.label_range,
     )
 
 
@@ -530,6 +531,11 @@ def read_mixture(model: ModelProto, wave: NDArray[np.float64]) -> Mixture:
             "initializer 'noise_shape' of the ONNX model must be positive; do not use this model"
         )
     limits = read("label_range", 2, dtype=np.float64)
+    clipped = LEAST_FLUX in tensors
+    if clipped and read(LEAST_FLUX, 1) != 0:
+        raise ModelError(
+            f"initializer {LEAST_FLUX!r} of the ONNX model must be 0; write the model again with this moefast"
+        )
     try:
         mixture = Mixture(
             wave=wave,
@@ -542,6 +548,7 @@ def read_mixture(model: ModelProto, wave: NDArray[np.float64]) -> Mixture:
             gate=layers("gate", None, k),
             error_model=layers("error_model", None, 1),
             label_range=(float(limits[0]), float(limits[1])),
+            clipped=clipped,
         )
         columns = mixture.line_columns
     except ValueError as error:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
+import scipy.sparse.linalg
 from numpy.typing import NDArray
 
 from moefast.backend import physical_memory
@@ -64,6 +65,13 @@ class Options:
         or flux that is noisy already (`noisy` where a file has it).
     noise_level : float
         Factor on the errors of the files.
+    clipped : bool
+        Flux is set to zero where it is negative, by the fit and by the model, as published. Noise in closed form is
+        that of flux as it is: clipped flux must be sampled or observed.
+    alpha : float, optional
+        Ridge penalty per row, in flux² (scikit-learn's alpha over n), of experts in pixel space that are the same at
+        every noise level. If None, the penalty of each bin is chosen by cross-validation and its expert is solved
+        for each noise level.
     n_levels : int
         Noise levels per expert.
     n_components : int
@@ -80,6 +88,8 @@ class Options:
     grid: Grid = field(default_factory=Grid)
     noise: Noise = "closed-form"
     noise_level: float = 1.0
+    clipped: bool = False
+    alpha: float | None = None
     n_levels: int = 8
     n_components: int = 64
     n_folds: int = 3
@@ -95,6 +105,10 @@ class Options:
             raise InputError(f"the noise level must be positive, found {self.noise_level}")
         if self.noise == "observed" and self.noise_level != 1:
             raise InputError("observed spectra have the noise they have; leave the noise level at 1")
+        if self.clipped and self.noise == "closed-form":
+            raise InputError("noise in closed form is that of flux as it is; clip sampled or observed flux")
+        if self.alpha is not None and not self.alpha > 0:
+            raise InputError(f"alpha must be positive, or None to have it chosen; found {self.alpha}")
         if self.n_folds < 2 or self.n_levels < 2:
             raise InputError("at least two folds and two noise levels are needed")
         if self.n_components < N_GATE_COMPONENTS or self.sample_rows < STRETCH or self.sample_draws < 1:
@@ -116,6 +130,24 @@ class LinearForm:
     intercepts: F32
     levels: F32
     clipped: bool = False
+
+
+@dataclass(frozen=True)
+class _Experts:
+    """K linear experts at M noise levels in z = Cᵀ(x − reference), and the same fitted without each of F folds.
+
+    `columns` C (p, c) are principal components, or weights in pixel space; `weights` (K, M, c), `intercepts` (K, M),
+    `fold_weights` (F, K, M, c), `fold_intercepts` (F, K, M). `alphas` and `conditions` (K,) and `solver` say how.
+    """
+
+    columns: F64
+    weights: F64
+    intercepts: F64
+    fold_weights: F64
+    fold_intercepts: F64
+    alphas: list[float]
+    conditions: list[float]
+    solver: str
 
 
 @dataclass(frozen=True)
@@ -186,33 +218,26 @@ class _Fitter:
         )
         noise_shape[~seen] = np.median(noise_shape[seen])
         subspace = principal_subspace(moments, noise_shape, seed=self.options.seed)
-        small = equations.transform(subspace.basis)
-        del equations
-        inside = 0.0 if self.options.noise == "closed-form" else 1.0
         knots = self.noise_levels(noise_shape)
         levels = np.exp(knots)
-        paths = [NoisePath(small.moments(k), inside) for k in range(self.options.grid.n_bins)]
-        alphas = self.choose_alphas(small, levels, inside)
-        experts = [[path.solve(s, a) for s in levels] for path, a in zip(paths, alphas, strict=True)]
+        small = equations.transform(subspace.basis)
+        if self.options.alpha is None:
+            experts = self.noise_conditional(small, subspace, levels)
+        else:
+            experts = self.fixed(equations, levels.size, self.options.alpha)
+        del equations
         mixture = self.assemble(pooled.reference, subspace, knots, experts)
-        features, values, chi2, raw_noise, rows = self.sample(
-            mixture, small, subspace, levels, alphas, inside
-        )
+        features, values, chi2, raw_noise, rows = self.sample(mixture, experts)
         mixture, quality = self.train(mixture, features, values, raw_noise, rows)
-        references = self.reference_forms(
-            moments, published, small, subspace, mixture, levels, alphas, inside
+        references = self.reference_forms(moments, published, small, subspace, mixture, levels, experts)
+        bins = zip(
+            self.options.grid.names, small.count.sum(1), experts.alphas, experts.conditions, strict=True
         )
         summary = {
             "rows": used,
-            "bins": {
-                name: {
-                    "n": path.moments.n,
-                    "alpha": alpha,
-                    "condition": path.condition(levels[0], alpha),
-                }
-                for name, path, alpha in zip(self.options.grid.names, paths, alphas, strict=True)
-            },
-            "solver": f"eigendecomposition in {subspace.basis.shape[1]} noise-white principal components",
+            "bins": {name: {"n": int(n), "alpha": a, "condition": c} for name, n, a, c in bins},
+            "solver": experts.solver,
+            "clipped": self.options.clipped,
             "discarded_variance": subspace.discarded,
             "noise_levels": levels.tolist(),
             "chi2_limit": float(1 + 2 * max(np.quantile(chi2, CHI2_QUANTILE) - 1, 0.1)),
@@ -286,7 +311,9 @@ class _Fitter:
                 f"equations; this machine has {physical_memory() / 1e9:.1f} GB. Fit a coarser grid"
             )
         equations = NormalEquations(self.reference, options.grid.n_bins, options.n_folds)
-        published = NormalEquations(self.reference) if options.references else None
+        # Clipped draws are what the published-style ridge is fitted on, so the totals of the experts hold it.
+        apart = options.references and not options.clipped
+        published = NormalEquations(self.reference) if apart else None
         left_out = 0
         self.times_good = np.zeros(self.reference.size)
         for here, flux, error, usable in self.blocks("normal equations"):
@@ -295,9 +322,11 @@ class _Fitter:
                 left_out += int((~usable).sum())
                 flux, error, rows = flux[usable], error[usable], rows[usable]
             noisy = flux
-            if options.noise != "observed" and (options.references or options.noise == "sampled"):
+            if options.noise != "observed" and (published is not None or options.noise == "sampled"):
                 noisy = add_noise(flux, error, options.seed, rows)
             x = noisy if options.noise == "sampled" else flux
+            if options.clipped:
+                x = np.maximum(x, 0)
             self.times_good += np.count_nonzero(error, axis=0)
             equations.add(x, self.y[rows], error * error, self.bins[rows], self.folds[rows])
             if published is not None:
@@ -359,11 +388,57 @@ class _Fitter:
             chosen.append(ALPHAS[int(loss.argmin())])
         return chosen
 
-    def assemble(self, reference: F64, subspace: Subspace, knots: F64, experts: list) -> Mixture:
+    def noise_conditional(self, small: NormalEquations, subspace: Subspace, levels: F64) -> _Experts:
+        """Experts solved for every noise level in the principal components."""
+        # Totals of noisy rows hold the noise already.
+        inside = 0.0 if self.options.noise == "closed-form" else 1.0
+        alphas = self.choose_alphas(small, levels, inside)
+        shape = (self.options.n_folds + 1, self.options.grid.n_bins, levels.size)
+        weights, intercepts = np.empty((*shape, subspace.basis.shape[1])), np.empty(shape)
+        conditions = []
+        for k, alpha in enumerate(alphas):
+            for f in range(shape[0]):
+                # The last of them leaves no fold out.
+                path = NoisePath(
+                    small.moments(k, without_fold=f if f < self.options.n_folds else None), inside
+                )
+                for m, s in enumerate(levels):
+                    weights[f, k, m], intercepts[f, k, m] = path.solve(s, alpha)
+            conditions.append(path.condition(levels[0], alpha))
+        return _Experts(
+            subspace.basis, weights[-1], intercepts[-1], weights[:-1], intercepts[:-1], alphas, conditions,
+            f"eigendecomposition in {subspace.basis.shape[1]} noise-white principal components",
+        )  # fmt: skip
+
+    def fixed(self, equations: NormalEquations, n_levels: int, alpha: float) -> _Experts:
+        """Experts in pixel space with a given penalty per row, the same at every noise level."""
+        closed = self.options.noise == "closed-form"
+        n_bins, n_solves = self.options.grid.n_bins, self.options.n_folds + 1
+        columns = np.empty((self.reference.size, n_bins, n_solves))
+        intercepts = np.empty((n_solves, n_bins))
+        conditions = []
+        for k in range(n_bins):
+            for f in range(n_solves):
+                moments = equations.moments(k, without_fold=f if f < self.options.n_folds else None)
+                noise = moments.variance if closed else 0.0
+                columns[:, k, f], intercepts[f, k] = ridge(moments, alpha * moments.n, noise)
+            # A bound: the penalty stands for the smallest eigenvalue.
+            largest = scipy.sparse.linalg.eigsh(
+                moments.gram, k=1, v0=np.ones(len(columns)), return_eigenvectors=False
+            )[0]
+            conditions.append(float(1 + (largest / moments.n + np.max(noise)) / alpha))
+        # Each weight vector is a column: an expert picks its own.
+        picks = np.eye(n_bins * n_solves).reshape(n_bins, n_solves, -1).swapaxes(0, 1)
+        weights = np.repeat(picks[:, :, None], n_levels, axis=2)
+        spread = np.repeat(intercepts[:, :, None], n_levels, axis=2)
+        return _Experts(
+            columns.reshape(len(columns), -1), weights[-1], spread[-1], weights[:-1], spread[:-1],
+            n_bins * [alpha], conditions, f"Cholesky decomposition in {self.reference.size} pixels",
+        )  # fmt: skip
+
+    def assemble(self, reference: F64, subspace: Subspace, knots: F64, experts: _Experts) -> Mixture:
         """A mixture with its experts and an idle gate and error model."""
-        k = len(experts)
-        weights = np.array([[w for w, _ in path] for path in experts])
-        intercepts = np.array([[c for _, c in path] for path in experts])
+        k = len(experts.weights)
         keep = min(self.options.n_components, subspace.basis.shape[1])
         if keep < N_GATE_COMPONENTS:
             raise InputError(f"the spectra span only {keep} components; the gate needs {N_GATE_COMPONENTS}")
@@ -372,27 +447,22 @@ class _Fitter:
             reference=reference.astype(np.float32),
             noise_shape=subspace.noise_shape.astype(np.float32),
             knots=knots.astype(np.float32),
-            expert_weights=np.einsum("pr,kmr->pkm", subspace.basis, weights, optimize=True).astype(
+            expert_weights=np.einsum("pc,kmc->pkm", experts.columns, experts.weights, optimize=True).astype(
                 np.float32
             ),
-            expert_intercepts=intercepts.astype(np.float32),
+            expert_intercepts=experts.intercepts.astype(np.float32),
             basis=subspace.basis[:, :keep].astype(np.float32),
             gate=_idle(N_GATE_FEATURES, k),
             error_model=_idle(N_GATE_FEATURES + 3, 1),
             label_range=(float(self.y.min()), float(self.y.max())),
+            clipped=self.options.clipped,
         )
 
     # -- second pass --------------------------------------------------------------------------------------------
 
-    def sample(self, mixture, small, subspace, levels, alphas, inside):  # type: ignore[no-untyped-def]
+    def sample(self, mixture: Mixture, experts: _Experts) -> tuple[NDArray, ...]:
         """Gate features and cross-fitted expert values of the sample rows, each with fresh noise."""
         options = self.options
-        weights = np.empty((options.n_folds, options.grid.n_bins, levels.size, subspace.basis.shape[1]))
-        intercepts = np.empty(weights.shape[:3])
-        for f, k in np.ndindex(*weights.shape[:2]):
-            path = NoisePath(small.moments(k, without_fold=f), inside)
-            for m, s in enumerate(levels):
-                weights[f, k, m], intercepts[f, k, m] = path.solve(s, alphas[k])
         stretches = self.sample_rows()
         n = sum(b - a for a, b in stretches)
         draws = (
@@ -400,7 +470,7 @@ class _Fitter:
             if options.noise == "observed"
             else int(np.clip(options.sample_rows // n, 1, options.sample_draws))
         )
-        basis = subspace.basis.astype(np.float32)
+        matrix = experts.columns.astype(np.float32)
         parts: list[tuple] = []
         for here, flux, error, usable in self.blocks("gate sample", stretches):
             rows = np.arange(here.start, here.stop)[usable]
@@ -412,13 +482,14 @@ class _Fitter:
                 if options.noise != "observed":
                     x = add_noise(flux, error, options.seed + 1 + draw, rows)
                 prepared = mixture.prepare(x, error, None if good.all() else good)
-                z = np.where(good, x - mixture.reference, 0) @ basis
+                z = np.where(good, mixture.seen(x) - mixture.reference, 0) @ matrix
                 level = np.clip(prepared.log_level, mixture.knots[0], mixture.knots[-1])
                 hat = hat_weights(level, mixture.knots)
                 values = np.empty((len(rows), options.grid.n_bins))
                 for f in range(options.n_folds):
                     mine = self.folds[rows] == f
-                    each = np.einsum("nr,kmr->nkm", z[mine], weights[f], optimize=True) + intercepts[f]
+                    each = np.einsum("nc,kmc->nkm", z[mine], experts.fold_weights[f], optimize=True)
+                    each += experts.fold_intercepts[f]
                     values[mine] = (each * hat[mine][:, None]).sum(2)
                 parts.append((prepared.features, values, prepared.chi2, prepared.expert_noise, rows))
         return tuple(np.concatenate(columns) for columns in zip(*parts, strict=True))
@@ -462,13 +533,16 @@ class _Fitter:
 
     # -- what to compare with -----------------------------------------------------------------------------------
 
-    def reference_forms(self, moments, published, small, subspace, mixture, levels, alphas, inside):  # type: ignore[no-untyped-def]
+    def reference_forms(self, moments, published, small, subspace, mixture, levels, experts):  # type: ignore[no-untyped-def]
         """The fits that show what each step of the method is worth."""
         forms: dict[str, LinearForm] = {}
         one = np.zeros(1, np.float32)
 
         def single(
-            weights: F64, intercept: NDArray | float, levels: F32 = one, clipped: bool = False
+            weights: F64,
+            intercept: NDArray | float,
+            levels: F32 = one,
+            clipped: bool = self.options.clipped,
         ) -> LinearForm:
             k = np.atleast_2d(intercept).shape
             return LinearForm(
@@ -478,9 +552,12 @@ class _Fitter:
                 clipped,
             )
 
-        if published is not None:
-            seen = published.moments()
+        if self.options.references:
+            seen = moments if published is None else published.moments()
             forms["published-ridge"] = single(*ridge(seen, PUBLISHED_ALPHA * seen.n), clipped=True)
+        if self.options.alpha is not None:
+            return forms
+        inside = 0.0 if self.options.noise == "closed-form" else 1.0
         pooled = NoisePath(small.moments(), inside)
         mean_level = 1.0
         w, c = pooled.solve(mean_level)
@@ -491,7 +568,9 @@ class _Fitter:
             np.array([[c for _, c in path]]),
             mixture.knots,
         )
-        fixed = [NoisePath(small.moments(k), inside).solve(mean_level, a) for k, a in enumerate(alphas)]
+        fixed = [
+            NoisePath(small.moments(k), inside).solve(mean_level, a) for k, a in enumerate(experts.alphas)
+        ]
         forms["oracle-ridge, average noise"] = single(
             np.stack([subspace.basis @ w for w, _ in fixed], 1), np.array([[c] for _, c in fixed])
         )

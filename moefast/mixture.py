@@ -112,6 +112,8 @@ class Mixture:
         Takes the gate features, log g, ln σ_raw and ln spread; gives ln σ.
     label_range : tuple of float
         Predictions are clipped to it, dex.
+    clipped : bool
+        Flux below zero counts as zero. `log_g_err_raw` is then an upper bound: it is the noise before the cut.
     """
 
     wave: F64
@@ -124,6 +126,7 @@ class Mixture:
     gate: tuple[F32, F32, F32, F32]
     error_model: tuple[F32, F32, F32, F32]
     label_range: tuple[float, float]
+    clipped: bool = False
 
     def __post_init__(self) -> None:
         p, k, m = self.expert_weights.shape
@@ -193,11 +196,15 @@ class Mixture:
         """
         return self.mix(self.prepare(flux, error, good, first_row=first_row))
 
+    def seen(self, flux: NDArray) -> NDArray:
+        """Flux as the experts see it; NaN stays NaN."""
+        return np.maximum(flux, flux.dtype.type(0)) if self.clipped else flux
+
     def prepare(
         self, flux: F32, error: F32, good: NDArray[np.bool_] | None = None, *, first_row: int = 0
     ) -> Prepared:
         """Everything up to the gate; see `predict` for the parameters."""
-        linear = project(flux, error, good, self.projection, first_row=first_row)
+        linear = project(self.seen(flux), error, good, self.projection, first_row=first_row)
         return self._prepare(linear, np.float32)
 
     def mix(self, prepared: Prepared) -> Prediction:
@@ -210,7 +217,7 @@ class Mixture:
         """The same in plain NumPy and float64: the contract of `predict` and of the ONNX graph."""
         plan = self.projection
         x, v, log_level, energy, expected = centre_reference(
-            flux,
+            self.seen(flux),
             error,
             good,
             *(a.astype(np.float64) for a in (plan.reference, plan.noise_shape, plan.captured)),

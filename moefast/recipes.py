@@ -1,20 +1,20 @@
 """Named recipes: which experts and which gate make which model.
 
-Design: a recipe is a set of options for `moefast.fitting.fit_mixture`; a global fit is a mixture with one expert. The
-published-style ridge is no recipe but a reference that every fit carries along, so that it is always compared with.
+Design: a recipe is a grid of experts and options for `moefast.fitting.fit_mixture`; a global fit is a mixture with one
+expert. The published-style ridge is also a reference that every fit carries along: always compared with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moefast.errors import InputError
-from moefast.fitting import Noise, Options, fit_mixture
+from moefast.fitting import PUBLISHED_ALPHA, Noise, Options, fit_mixture
 from moefast.model import Model
 from moefast.protocol.bins import PHYSICAL_GRID, Grid, uniform
 from moefast.simulate.source import SimulatedSpectra
@@ -25,15 +25,21 @@ __all__ = ["DEFAULT", "RECIPES", "Recipe", "fit"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """A named model: its grid of experts and what it is, in one line."""
+    """A named model: its grid of experts, what it is in one line, and what it asks of `Options` besides."""
 
     grid: Grid
     what: str
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 RECIPES: dict[str, Recipe] = {
     "phys-moe": Recipe(PHYSICAL_GRID, "9 linear experts per noise level, soft gate on line and PCA features"),
     "global-ridge": Recipe(uniform(1, 1), "one linear expert per noise level, no gate"),
+    "published-ridge": Recipe(
+        uniform(1, 1),
+        "one ridge as published: flux with one draw of noise, clipped at 0, penalty 0.1 per star",
+        {"clipped": True, "alpha": PUBLISHED_ALPHA, "n_levels": 2},
+    ),
 }
 DEFAULT = "phys-moe"
 
@@ -61,7 +67,8 @@ def fit(
     grid : Grid, optional
         Bins of the experts, instead of the recipe's.
     noise : "closed-form", "sampled" or "observed"
-        Clean flux, noise in closed form; clean flux, one noise draw per row; flux that is noisy already.
+        Clean flux, noise in closed form; clean flux, one noise draw per row; flux that is noisy already. There is no
+        closed form for clipped flux: a recipe that clips draws noise instead, and the manifest says so.
     noise_level : float
         Factor on the errors of the files.
     references : bool
@@ -82,9 +89,13 @@ def fit(
     """
     if recipe not in RECIPES:
         raise InputError(f"recipe {recipe!r} is unknown; choose one of {', '.join(RECIPES)}")
-    chosen = grid or RECIPES[recipe].grid
+    chosen, own = grid or RECIPES[recipe].grid, RECIPES[recipe].options
+    if own.get("clipped") and noise == "closed-form":
+        noise = "sampled"
     spectra = paths if isinstance(paths, SpectrumSet | SimulatedSpectra) else open_spectra(paths)
-    options = Options(grid=chosen, noise=noise, noise_level=noise_level, references=references, seed=seed)
+    options = Options(
+        grid=chosen, noise=noise, noise_level=noise_level, references=references, seed=seed, **own
+    )
     fingerprint = spectra.fingerprint()
     fitted = fit_mixture(spectra, options, progress)
     labels = spectra.labels(("T_eff", "log_g", "M_H"))

@@ -11,7 +11,7 @@ from moefast.errors import InputError, LabelError, WaveGridError
 from moefast.experts import normal_equations
 from moefast.fitting import Options, fit_mixture
 from moefast.mixture import hat_weights
-from moefast.noise import fold_of_rows
+from moefast.noise import add_noise, fold_of_rows
 from moefast.protocol.bins import Grid, uniform
 from moefast.protocol.metrics import r2
 from moefast.spectra.files import open_spectra
@@ -113,6 +113,81 @@ def test_a_global_fit_is_a_mixture_of_one_with_calibrated_errors(train_file, tes
     assert np.abs(fit.mixture.error_model[0]).max() < 1e4
     reference = fit.mixture.predict_reference(test_toy.noisy(), test_toy.error)
     np.testing.assert_allclose(found.log_g_err, reference.log_g_err, rtol=1e-3)
+
+
+PUBLISHED = {"grid": uniform(1, 1), "noise": "sampled", "clipped": True, "alpha": 0.1, "n_levels": 2}
+
+
+@pytest.fixture(scope="module")
+def published(train_file):
+    return fitted(train_file, sample_draws=1, **PUBLISHED)
+
+
+def test_the_published_ridge_is_the_reference_that_others_carry(published, whole, test_toy):
+    assert list(published.references) == ["published-ridge"]
+    own, carried = published.references["published-ridge"], whole.references["published-ridge"]
+    assert own.clipped
+    assert carried.clipped
+    np.testing.assert_allclose(own.weights, carried.weights, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(published.mixture.expert_weights[:, :, 0], own.weights[:, :, 0], rtol=1e-5)
+    # The same expert at every noise level, and the same numbers as the reference gives.
+    np.testing.assert_array_equal(
+        published.mixture.expert_weights[:, :, 0], published.mixture.expert_weights[:, :, 1]
+    )
+    assert score(published, test_toy) == pytest.approx(linear_r2(own, published, test_toy, None), abs=1e-5)
+
+
+def test_the_published_ridge_is_that_of_scikit_learn(published, train_toy, test_toy):
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    noisy = add_noise(train_toy.flux, train_toy.error, 0, np.arange(3000))
+    assert (noisy < 0).any()
+    judge = linear_model.Ridge(alpha=0.1 * 3000).fit(
+        np.maximum(noisy, 0).astype(np.float64), train_toy.labels["log_g"]
+    )
+    flux = test_toy.noisy() - np.float32(0.8)
+    assert (flux < 0).mean() > 0.05
+    found = published.mixture.predict(flux, test_toy.error).expert_log_g[:, 0]
+    np.testing.assert_allclose(found, judge.predict(np.maximum(flux, 0).astype(np.float64)), atol=2e-4)
+
+
+def test_the_published_ridge_knows_its_error(published, test_toy):
+    found = published.mixture.predict(test_toy.noisy(), test_toy.error)
+    ratio = np.abs(test_toy.labels["log_g"] - found.log_g) / found.log_g_err
+    promised = published.summary["cross_validation"]
+    assert promised["r2"] == pytest.approx(score(published, test_toy), abs=0.04)
+    # A fit that explains a third of the variance errs like the box of labels, not like a Gaussian: see balanced_factor.
+    assert np.mean(ratio < 1) == pytest.approx(promised["coverage_68"], abs=0.05)
+    assert np.mean(ratio < 1.96) == pytest.approx(promised["coverage_95"], abs=0.03)
+    assert 0.55 < promised["coverage_68"] < 0.683
+    assert 0.95 < promised["coverage_95"] < 1
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_given_penalty_in_closed_form_adds_the_mean_variance_of_each_bin(train_toy, train_file):
+    fit = fitted(train_file, **(QUICK | {"alpha": 0.1}))
+    assert fit.references == {}
+    bins = QUICK["grid"].assign(train_toy.labels["T_eff"], train_toy.labels["M_H"])
+    for k in range(2):
+        x = train_toy.flux[bins == k].astype(np.float64) - fit.mixture.reference
+        y, variance = train_toy.labels["log_g"][bins == k], train_toy.error[bins == k] ** 2
+        centred = x - x.mean(0)
+        system = centred.T @ centred + np.diag(variance.sum(0, dtype=np.float64) + 0.1 * len(x))
+        weights = np.linalg.solve(system, centred.T @ y)
+        for m in range(4):
+            np.testing.assert_allclose(fit.mixture.expert_weights[:, k, m], weights, rtol=1e-3, atol=1e-5)
+            assert fit.mixture.expert_intercepts[k, m] == pytest.approx(
+                y.mean() - weights @ x.mean(0), abs=1e-4
+            )
+
+
+def test_the_condition_of_a_given_penalty_is_a_bound(published, train_toy):
+    noisy = np.maximum(add_noise(train_toy.flux, train_toy.error, 0, np.arange(3000)), 0).astype(np.float64)
+    values = np.linalg.eigvalsh(np.cov(noisy.T, bias=True)) + 0.1
+    (bin_,) = published.summary["bins"].values()
+    assert bin_["alpha"] == 0.1
+    assert bin_["n"] == 3000
+    assert 0.9 * bin_["condition"] < values[-1] / values[0] <= bin_["condition"] * (1 + 1e-6)
+    assert published.summary["solver"] == "Cholesky decomposition in 640 pixels"
 
 
 def test_the_summary_says_what_was_done(whole):
@@ -317,6 +392,9 @@ def test_a_set_without_a_usable_row_is_refused(train_toy, tmp_path):
         ({"noise_level": 0.0}, "noise level must be positive"),
         ({"noise_level": float("nan")}, "noise level must be positive"),
         ({"noise": "observed", "noise_level": 2.0}, "have the noise they have"),
+        ({"clipped": True}, "clip sampled or observed flux"),
+        ({"alpha": 0.0}, "alpha must be positive"),
+        ({"alpha": float("nan")}, "alpha must be positive"),
         ({"n_folds": 1}, "at least two folds"),
         ({"n_levels": 1}, "two noise levels"),
         ({"n_components": 3}, "at least 4 components"),

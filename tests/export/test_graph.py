@@ -1,5 +1,5 @@
 import os
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import onnx
@@ -101,12 +101,15 @@ def test_other_types_are_refused_rather_than_rounded(mixture):
         build(type(mixture)(**wide))
 
 
-def test_round_trip_is_exact(mixture, model, tmp_path):
+@pytest.mark.parametrize("clipped", [False, True])
+def test_round_trip_is_exact(mixture, tmp_path, clipped):
+    mixture = replace(mixture, clipped=clipped)
+    model = build(mixture)
     save(model, tmp_path / "model.onnx")
     back = read_mixture(load(tmp_path / "model.onnx"), mixture.wave)
     for field in fields(mixture):
         a, b = getattr(mixture, field.name), getattr(back, field.name)
-        if field.name == "label_range":
+        if field.name in {"label_range", "clipped"}:
             assert a == b
         elif isinstance(a, tuple):
             assert all(same_bits(x, y) for x, y in zip(a, b, strict=True)), field.name
@@ -114,6 +117,16 @@ def test_round_trip_is_exact(mixture, model, tmp_path):
             assert same_bits(a, b), field.name
     again = build(back)
     assert again.SerializeToString(deterministic=True) == model.SerializeToString(deterministic=True)
+
+
+def test_flux_is_clipped_at_zero_and_nowhere_else(mixture):
+    model = build(replace(mixture, clipped=True))
+    assert numpy_helper.to_array(initializer(model, "least_flux")) == 0
+    initializer(model, "least_flux").CopyFrom(
+        numpy_helper.from_array(np.full(1, 0.5, np.float32), "least_flux")
+    )
+    with pytest.raises(ModelError, match="'least_flux' of the ONNX model must be 0"):
+        read_mixture(model, mixture.wave)
 
 
 def test_arrays_read_from_a_file_are_free_of_it(mixture, model):

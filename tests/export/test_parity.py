@@ -78,6 +78,20 @@ def test_graph_equals_the_float64_contract(mixture, session, spectra, n):
     assert_close(found, expected)
 
 
+def test_clipped_flux_is_clipped_alike_everywhere(mixture, spectra):
+    clipped = replace(mixture, clipped=True)
+    flux, error = (a.copy() for a in spectra)
+    flux[::5, ::3] -= 2
+    assert (flux[0] < 0).any()
+    found = run(open_session(build(clipped)), flux, error)
+    assert_close(found, expected_outputs(clipped, flux, error))
+    np.testing.assert_allclose(
+        clipped.predict(flux[::5], error[::5]).log_g, found["log_g"][::5], atol=TOLERANCES["log_g"]
+    )
+    as_is = expected_outputs(mixture, np.maximum(flux, 0), error)
+    np.testing.assert_allclose(found["expert_log_g"][0], as_is["expert_log_g"][0], atol=1e-4)
+
+
 def test_graph_equals_predict(mixture, session, spectra):
     flux, error = spectra
     good = np.isfinite(flux) & np.isfinite(error) & (np.nan_to_num(error) > 0)
