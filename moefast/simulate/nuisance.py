@@ -9,7 +9,7 @@ Design: a shift is a local interpolation. Pixels are equidistant in wavelength, 
 of pixels that grows along the spectrum (16.6 to 20.7 at 300 km/s). A row is cut into runs in which the whole part of
 the shift is constant; inside a run the weights of the twelve pixels around are polynomials in the fraction, evaluated
 in float32 SIMD. They are the weights of least error for what the spectrograph lets through (`interpolation_weights`);
-Lagrange's with eight pixels were off by up to 1e-3 of flux. Floor per pixel: 108 operations for the shift, 12 for the
+Lagrange's with eight pixels were off by up to 1e-3 of flux. Floor per pixel: 105 operations for the shift, 12 for the
 reddening, 9 for the calibration. Every row is computed by itself, in one order, so its bits do not depend on the block.
 """
 
@@ -181,18 +181,24 @@ def _shift(
             size = last - first
             target = out[row, first:last]
             target[:] = np.float32(0.0)
-            for i in range(weights.shape[0]):
+            # Two pairs of pixels at a time: fewer passes over the result, and registers for all coefficients.
+            for i in range(0, STENCIL, 2):
                 blue = padded[row, left - i : left - i + size]
                 red = padded[row, left + 1 + i : left + 1 + i + size]
+                bluer = padded[row, left - i - 1 : left - i - 1 + size]
+                redder = padded[row, left + 2 + i : left + 2 + i + size]
                 e0, e2, e4 = weights[i, 0], weights[i, 1], weights[i, 2]
                 o1, o3, o5 = weights[i, 3], weights[i, 4], weights[i, 5]
+                f0, f2, f4 = weights[i + 1, 0], weights[i + 1, 1], weights[i + 1, 2]
+                p1, p3, p5 = weights[i + 1, 3], weights[i + 1, 4], weights[i + 1, 5]
                 for j in range(size):
                     u = fraction + np.float32(j) * change
                     square = u * u
-                    both, difference = red[j] + blue[j], red[j] - blue[j]
-                    even = (e4 * square + e2) * square + e0
-                    odd = ((o5 * square + o3) * square + o1) * u
-                    target[j] += even * both + odd * difference
+                    near = ((e4 * square + e2) * square + e0) * (red[j] + blue[j])
+                    near += ((o5 * square + o3) * square + o1) * u * (red[j] - blue[j])
+                    far = ((f4 * square + f2) * square + f0) * (redder[j] + bluer[j])
+                    far += ((p5 * square + p3) * square + p1) * u * (redder[j] - bluer[j])
+                    target[j] += near + far
             first = last
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import types
@@ -31,6 +32,7 @@ from .nuisance import (
 )
 
 BLOCK_ROWS = 1024
+ROWS_AT_REST = 256
 CALIBRATION = tuple(f"calibration_{k + 1}" for k in range(N_CALIBRATION))
 PARAMS = {"id": "int64"} | dict.fromkeys(
     (*LABELS, "mag", "seeing", "redshift", "velocity", "ebv", *CALIBRATION, "snr"), "float64"
@@ -249,6 +251,7 @@ def simulate_rows(
     emulator: Emulator | None = None,
     noise: NoiseModel | None = None,
     noisy: bool = True,
+    out: np.ndarray | None = None,
 ) -> SimulatedBlock:
     """Rows `first` to `stop` - 1 of the survey with this seed.
 
@@ -265,6 +268,9 @@ def simulate_rows(
         To be used instead of the shipped emulator and of the noise model that `settings` describe.
     noisy : bool
         Whether to draw the noise.
+    out : array of shape (stop - first, 4096), float32, C-contiguous, optional
+        Where to put the flux. Block after block in the same memory is up to half as fast again: fresh memory costs a
+        page fault per page.
 
     Raises
     ------
@@ -279,9 +285,9 @@ def simulate_rows(
     if settings.moving:
         _check_velocity(settings, emulator)
         velocity = LIGHT_SPEED * ((1.0 + params["redshift"]) * (1.0 + params["velocity"] / LIGHT_SPEED) - 1.0)
-        flux = doppler(emulator.padded_flux(labels, first_row=first), velocity, emulator.wave)
+        flux = _shifted(emulator, labels, velocity, first, out)
     else:
-        flux = emulator.flux(labels, first_row=first)
+        flux = emulator.flux(labels, out, first_row=first)
     if any(settings.reddening):
         redden(flux, params["ebv"], emulator.wave, out=flux)
     error, snr = noise.error(flux, params["mag"], params["seeing"], noise_level=settings.noise_level)
@@ -292,6 +298,21 @@ def simulate_rows(
     if noisy:
         draws = add_noise(flux, error, seed, np.arange(first, stop), stream=NOISE_STREAM)
     return SimulatedBlock(first, params | {"snr": snr}, flux, error, draws)
+
+
+def _shifted(
+    emulator: Emulator, labels: np.ndarray, velocity: np.ndarray, first_row: int, out: np.ndarray | None
+) -> np.ndarray:
+    """Emulated spectra in motion, a few at a time: those at rest stay in the cache."""
+    n = len(labels)
+    flux = np.empty((n, len(emulator.wave)), dtype=np.float32) if out is None else out
+    padded = np.empty((min(n, ROWS_AT_REST), len(emulator.mean)), dtype=np.float32)
+    # Parts end where the emulator's tiles do.
+    cuts = [0, *range(ROWS_AT_REST - first_row % ROWS_AT_REST, n, ROWS_AT_REST), n] if n else [0]
+    for a, b in itertools.pairwise(cuts):
+        rest = emulator.padded_flux(labels[a:b], padded[: b - a], first_row=first_row + a)
+        doppler(rest, velocity[a:b], emulator.wave, flux[a:b])
+    return flux
 
 
 def _check_velocity(settings: Settings, emulator: Emulator) -> None:
@@ -389,12 +410,15 @@ def simulate_file(
         attrs=about | dict(attrs or {}),
         overwrite=overwrite,
     )
+    # One block is made while the other is written.
+    memory = np.empty((2, min(n_rows, BLOCK_ROWS), len(emulator.wave)), dtype=np.float32)
     with writer, ThreadPoolExecutor(1) as behind:
         written: Future[None] | None = None
         for start in range(0, n_rows, BLOCK_ROWS):
             stop = min(start + BLOCK_ROWS, n_rows)
+            flux = memory[start // BLOCK_ROWS % 2, : stop - start]
             block = simulate_rows(
-                first_row + start, first_row + stop, seed=seed, settings=settings, noisy=noisy
+                first_row + start, first_row + stop, seed=seed, settings=settings, noisy=noisy, out=flux
             )
             if written is not None:
                 written.result()

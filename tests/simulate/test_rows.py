@@ -151,7 +151,7 @@ def test_nuisances_do_what_they_say():
 def test_bits_of_a_row_do_not_depend_on_the_block_with_nuisances():
     settings = Settings(velocity_scatter=30.0, redshift=(0, 1e-4), reddening=(0.0, 0.3), calibration=0.03)
     whole = simulate_rows(0, 300, seed=2, settings=settings)
-    for first, stop in ((0, 1), (100, 291), (299, 300)):
+    for first, stop in ((0, 1), (100, 291), (250, 300), (299, 300)):
         part = simulate_rows(first, stop, seed=2, settings=settings)
         for name in ("flux", "error", "noisy"):
             np.testing.assert_array_equal(getattr(part, name), getattr(whole, name)[first:stop])
@@ -220,6 +220,17 @@ def test_blocks_are_written_in_order(tmp_path, monkeypatch):
     simulate_file(tmp_path / "many.h5", 41, seed=3, progress=done.append)
     assert done == [8, 16, 24, 32, 40, 41]
     assert (tmp_path / "one.h5").read_bytes() == (tmp_path / "many.h5").read_bytes()
+
+
+@pytest.mark.parametrize("settings", [Settings(), Settings(velocity_scatter=30.0)])
+def test_flux_goes_where_it_is_wanted(settings):
+    out = np.empty((40, 4096), np.float32)
+    block = simulate_rows(3, 43, seed=5, settings=settings, out=out)
+    assert block.flux is out
+    np.testing.assert_array_equal(out, simulate_rows(3, 43, seed=5, settings=settings).flux)
+    for refused in (out[1:], out.astype(float), np.empty((4096, 40), np.float32).T):
+        with pytest.raises(MoefastError, match="out"):
+            simulate_rows(3, 43, seed=5, settings=settings, out=refused)
 
 
 def test_without_noise_everything_else_is_the_same(block):
