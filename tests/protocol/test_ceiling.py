@@ -1,6 +1,7 @@
 """Ceilings of files: what is computed, stored, printed, and refused."""
 
 import json
+from importlib.resources import as_file, files
 
 import h5py
 import numpy as np
@@ -10,6 +11,8 @@ from moefast.errors import InputError
 from moefast.protocol import ceiling, metrics
 from moefast.protocol.ceiling_report import figure, format_text
 from moefast.simulate import Settings, simulate_file
+from moefast.simulate.sets import FINGERPRINTS, REFERENCE_SETS, simulate_set
+from moefast.spectra.files import open_spectra
 
 N = 24
 
@@ -163,3 +166,33 @@ def test_what_is_no_ceiling(tmp_path, content, message):
 
 def test_settings_travel_in_the_file(found):
     assert Settings.from_json(json.dumps(found.summary["data_set"]["settings"])) == Settings()
+
+
+@pytest.mark.parametrize(("name", "part"), FINGERPRINTS)
+def test_shipped_ceilings_are_those_of_the_frozen_sets(name, part):
+    path = files("moefast.protocol") / "ceilings" / f"{name}-{part}.json.gz"
+    with as_file(path) as file:
+        shipped = ceiling.read(file)
+    data, bayes, stars = shipped.summary["data_set"], shipped.summary["bayes"], shipped.stars
+    assert data["reference_set"]["fingerprint"] == FINGERPRINTS[name, part]
+    assert data["n"] == data["n_rows"] == REFERENCE_SETS[name].parts[part].n_rows == len(stars["bayes"])
+    assert bayes["effective_sample_size"]["share_of_stars_at_least_200"] >= 0.99
+    assert (stars["ess"] >= 200).mean() >= 0.99
+    assert bayes["r2"] == pytest.approx(1 - (stars["bayes_sd"] ** 2).mean() / stars["log_g"].var(), abs=1e-4)
+
+
+def test_a_reference_set_finds_its_ceiling(tmp_path):
+    path = tmp_path / "test_1k.h5"
+    simulate_set(path, "z0", "test_1k")
+    found = ceiling.known(open_spectra(path))
+    assert found is not None
+    labels = open_spectra(path).labels(("log_g",))["log_g"]
+    np.testing.assert_allclose(found.stars["log_g"], labels, rtol=1e-4)
+    # A star of it, computed here, is the one that is shipped: same posterior within its Monte Carlo error.
+    few = ceiling.compute(path, method="bayes", stars=6)
+    error = np.hypot(few.stars["monte_carlo_error"], found.stars["monte_carlo_error"][:6])
+    assert (np.abs(few.stars["bayes"] - found.stars["bayes"][:6]) < 5 * error).all()
+
+
+def test_other_files_have_no_shipped_ceiling(file):
+    assert ceiling.known(open_spectra(file)) is None
