@@ -440,8 +440,10 @@ def fit(
 )  # fmt: skip
 @click.option(
     "-o", "--out", metavar="FOLDER",
-    help="Write report.json, report.txt, report.png, predictions.h5 and run.json to this folder.",
+    help="Write report.json, report.html with all figures, the figures as PNG, report.txt, predictions.h5 (every star) "
+    "and run.json to this folder.",
 )  # fmt: skip
+@click.option("--pictures/--no-pictures", default=True, show_default=True, help="Draw report.html and the PNG files.")
 @click.option(
     "--noise", type=click.Choice(["auto", "draw", "none"]), default="auto", show_default=True,
     help="auto: the array noisy where a file has it, else noise from the stored seed. draw: always a draw on flux. "
@@ -462,8 +464,8 @@ def fit(
 @QUIET
 @JSON
 def evaluate(
-    files: tuple[str, ...], model: str | None, out: str | None, noise: str, noise_level: float, ceiling: str | None,
-    name: str | None, backend: str, overwrite: bool, quiet: bool, as_json: bool,
+    files: tuple[str, ...], model: str | None, out: str | None, pictures: bool, noise: str, noise_level: float,
+    ceiling: str | None, name: str | None, backend: str, overwrite: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure a model on labelled spectra: R² with intervals, by SNR and bin, beside simpler fits.
 
@@ -487,7 +489,7 @@ def evaluate(
     if as_json and not quiet and result.run["spectra_per_second"]:
         click.echo(f"{result.run['spectra_per_second']:,.0f} spectra/s on {result.run['device']}", err=True)
     if out:
-        written = write_report(result, out, overwrite=overwrite)
+        written = write_report(result, out, pictures=pictures, overwrite=overwrite)
         click.echo("written: " + ", ".join(str(path) for path in written), err=True)
 
 

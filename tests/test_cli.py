@@ -178,7 +178,7 @@ def test_fit_evaluate_export(run, labelled_file, few, model):
         run("evaluate", few, "-m", "model", "--json", "-q").stdout
         == run("evaluate", few, "-m", "model", "--json", "-q").stdout
     )
-    run("evaluate", few, "-m", "report/predictions.h5", "-o", "table", "-q")
+    run("evaluate", few, "-m", "report/predictions.h5", "-o", "table", "-q", "--no-pictures")
     assert "B is neither better nor worse" in run("compare", "report", "table", "-o", "compare.json").stdout
     assert (
         json.loads(Path("compare.json").read_text())["comparisons"][0]["overall"]["r2"]["verdict"]

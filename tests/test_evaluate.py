@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 
+import h5py
 import numpy as np
 import pytest
 
 from moefast.errors import InputError, OutputError
 from moefast.export import build, open_session
 from moefast.noise import standard_normals
+from moefast.protocol import ceiling
 from moefast.protocol.evaluate import NOISE_SEED, REPORT_FILES, check_report_folder, evaluate, write_report
+from moefast.protocol.figures import FIGURES
 from moefast.protocol.metrics import r2
 from moefast.scoring import predict
+from moefast.simulate import simulate_set
 from moefast.spectra import open_spectra
 
 
@@ -175,14 +179,24 @@ def test_a_report_folder(stored, tmp_path):
     assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(stored.report))
     assert json.loads((folder / "run.json").read_text()) == stored.run
     assert "R²" in (folder / "report.txt").read_text()
+    assert "<!DOCTYPE html>" in (folder / "report.html").read_text()
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
-    before = written[0].read_bytes()
+    assert {path.stem for path in (folder / "figures").iterdir()} == set(FIGURES)
+    before = (folder / "report.json").read_bytes()
     with pytest.raises(OutputError, match="exists already"):
         write_report(stored, folder)
-    assert written[0].read_bytes() == before
-    (folder / "notes.txt").write_text("kept")
-    write_report(stored, folder, overwrite=True)
-    assert (folder / "notes.txt").read_text() == "kept"
+    assert (folder / "report.json").read_bytes() == before
+
+
+def test_a_report_replaced_without_pictures_keeps_no_old_ones(stored, tmp_path):
+    folder = tmp_path / "report"
+    (folder / "figures").mkdir(parents=True)
+    for name in ("report.html", "report.png", "figures/r2-by-bin.png", "figures/mine.png", "notes.txt"):
+        (folder / name).write_text("old")
+    written = write_report(stored, folder, pictures=False, overwrite=True)
+    assert [path.name for path in written] == list(REPORT_FILES[:4])
+    left = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    assert left == sorted([*REPORT_FILES[:4], "figures/mine.png", "notes.txt"])
 
 
 def test_a_report_is_not_written_over_a_file(stored, tmp_path):
@@ -190,3 +204,76 @@ def test_a_report_is_not_written_over_a_file(stored, tmp_path):
     with pytest.raises(OutputError, match="is a file"):
         check_report_folder(tmp_path / "report", True)
     assert (tmp_path / "report").read_text() == "precious"
+
+
+# -- reference sets and ceilings ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory):
+    path = tmp_path_factory.mktemp("z0") / "part.h5"
+    simulate_set(path, "z0", "train", rows=(100, 160), noisy=True)
+    return path
+
+
+@pytest.fixture(scope="module")
+def ceiling_file(simulated):
+    path = simulated.with_name("ceiling.json")
+    ceiling.write(ceiling.compute(simulated, method="fisher"), path)
+    return path
+
+
+def test_a_reference_set_is_known_by_its_content(simulated, tmp_path):
+    renamed = tmp_path / "night.h5"
+    renamed.write_bytes(simulated.read_bytes())
+    data = evaluate(renamed).report["data_set"]
+    assert data["name"] == "z0 train"
+    assert data["reference_set"]["part"] == "train"
+    assert evaluate(renamed, name="mine").report["data_set"]["name"] == "mine"
+    with h5py.File(renamed, "r+") as file:
+        file["dataset/arrays/flux/value"][0] *= 1.1
+    assert evaluate(renamed).report["data_set"]["reference_set"] is None
+
+
+def test_ceilings_of_the_set_and_its_groups(simulated, ceiling_file):
+    found = evaluate(simulated, ceiling=ceiling_file)
+    expected = ceiling.read(ceiling_file)
+    assert {name: entry["r2"] for name, entry in found.report["ceilings"].items()} == pytest.approx(
+        expected.r2()
+    )
+    for kind, entries in expected.summary["groups"].items():
+        for group, entry in zip(found.report[kind]["groups"], entries, strict=True):
+            assert group["name"] == entry["name"]
+            assert group["n"] == entry["n"]
+            assert group["ceilings"].get("fisher median") == pytest.approx(
+                entry.get("fisher", {}).get("median")
+            )
+    assert evaluate(simulated, ceiling=expected).report == found.report
+    assert evaluate(simulated).report["ceilings"] == {}
+    assert found.run["command"].endswith(f"--ceiling {ceiling_file}")
+
+
+def test_ceilings_of_other_stars_or_other_noise(simulated, ceiling_file, noisy_file, model, tmp_path):
+    with pytest.raises(InputError, match="belongs to the set"):
+        evaluate(noisy_file, model, ceiling=ceiling_file)
+    for changes in ({"noise": "none"}, {"noise_level": 2.0}):
+        with pytest.raises(InputError, match="holds for the noise of the files"):
+            evaluate(simulated, ceiling=ceiling_file, **changes)
+    with pytest.raises(InputError, match="no readable ceiling"):
+        evaluate(simulated, ceiling=tmp_path / "absent.json")
+    part = tmp_path / "part.json"
+    ceiling.write(ceiling.compute(simulated, method="fisher", stars=20), part)
+    found = evaluate(simulated, ceiling=part).report
+    assert found["ceilings"]
+    assert all(group["ceilings"] == {} for group in found["grid"]["groups"])
+
+
+def test_tables_are_measured_beside_the_shipped_fits(simulated, tmp_path):
+    own = evaluate(simulated)
+    table = tmp_path / "t.csv"
+    table.write_text("row,log_g\n" + "".join(f"{i},{v!r}\n" for i, v in enumerate(own.predicted.tolist())))
+    report = evaluate(simulated, table).report
+    assert report["model"]["references_of"] == "phys-moe"
+    for name, entry in report["references"].items():
+        assert entry == own.report["references"][name]
+    assert "oracle-ridge" not in report["references"]

@@ -26,9 +26,11 @@ from moefast.mixture import hat_weights
 from moefast.model import Model
 from moefast.noise import standard_normals
 from moefast.protocol.predictions import write_kept
-from moefast.protocol.report import evaluate_predictions, format_text, write_atomically, write_json
+from moefast.protocol.report import evaluate_predictions, format_text, write_json
 from moefast.protocol.subject import ModelSubject, Subject, open_subject
 from moefast.scoring import BLOCK_ROWS
+from moefast.simulate.sets import Identity, identify
+from moefast.spectra.atomic import write_atomically
 from moefast.spectra.files import Block, SpectrumSet, open_spectra, same_wave
 from moefast.spectra.quality import assess, good_pixels
 
@@ -129,6 +131,7 @@ def evaluate(
         "noise_seed": noise_seed if drawn else None,
     }
     labels = spectra.labels(("T_eff", "log_g", "M_H"))
+    identity = identify(spectra.shards[0]) if len(spectra.shards) == 1 else None
     ceilings, group_ceilings = _ceilings(ceiling, spectra, about_noise)
     subject = open_subject(model, spectra, backend=backend, noise=about_noise)
     beside = _references_of(subject, spectra)
@@ -171,8 +174,9 @@ def evaluate(
         m_h=labels["M_H"],
         snr_norm=table["snr_norm"],
         snr_median=table["snr_median"],
-        data_set=name or " + ".join(s.path.name for s in spectra.shards[:3]),
+        data_set=name or _set_name(spectra, identity),
         fingerprint=spectra.fingerprint(),
+        reference_set=None if identity is None else identity._asdict(),
         weights=np.column_stack([table[f"weight_{k}"] for k in range(n_experts)]) if several else None,
         expert_grid=subject.expert_grid if several else None,
         references={key: np.concatenate(parts) for key, parts in references.items()},
@@ -211,6 +215,12 @@ def evaluate(
         ),
     }
     return Evaluation(report, stars, run)
+
+
+def _set_name(spectra: SpectrumSet, identity: Identity | None) -> str:
+    if identity is not None:
+        return f"{identity.reference_set} {identity.part}"
+    return " + ".join(s.path.name for s in spectra.shards[:3])
 
 
 def _name(beside: Model | None) -> str | None:
@@ -336,7 +346,18 @@ def _command(
     return shlex.join(words)
 
 
-REPORT_FILES = ("report.json", "report.txt", "report.png", "predictions.h5", "run.json")
+REPORT_FILES = (
+    "report.json",
+    "report.txt",
+    "predictions.h5",
+    "run.json",
+    "report.html",
+    "report.png",
+    "figures",
+)
+"""What a report folder holds; the last three are pictures."""
+
+_PICTURES = 3
 
 
 def check_report_folder(folder: str | Path, overwrite: bool) -> None:
@@ -354,25 +375,36 @@ def check_report_folder(folder: str | Path, overwrite: bool) -> None:
         raise OutputError(f"{target / there[0]}: exists already; choose another folder or use --overwrite")
 
 
-def write_report(evaluation: Evaluation, folder: str | Path, *, overwrite: bool = False) -> list[Path]:
+def write_report(
+    evaluation: Evaluation, folder: str | Path, *, pictures: bool = True, overwrite: bool = False
+) -> list[Path]:
     """Write the report to a folder, which is made if need be.
 
-    report.json (the numbers), report.txt, report.png, predictions.h5 (every star, for `moefast compare`) and run.json
-    (throughput, device, command).
+    report.json (the numbers), report.txt, predictions.h5 (every star, for `moefast compare`) and run.json (throughput,
+    device, command); report.html (all figures and tables in one file), report.png (the main figures) and figures/
+    (each by itself).
+
+    Parameters
+    ----------
+    evaluation : Evaluation
+    folder : path
+    pictures : bool
+        Whether to draw: the last three of `REPORT_FILES`. Drawing takes a few seconds.
+    overwrite : bool
+        Whether a report may be replaced; pictures of it that are not drawn again are removed.
+
+    Returns
+    -------
+    list of Path
+        What was written.
 
     Raises
     ------
     OutputError
         A report is there already, or the folder cannot be written.
     """
-    from moefast.protocol.figures import figure
-
     check_report_folder(folder, overwrite)
     target = Path(folder)
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{target}: cannot be made ({error.strerror})") from error
     report, run = evaluation.report, evaluation.run
     data = report["data_set"]
     attrs = {
@@ -386,11 +418,46 @@ def write_report(evaluation: Evaluation, folder: str | Path, *, overwrite: bool 
         "noise_seed": data["noise_seed"],
         "expert_grid": report["routing"]["grid"] if report["routing"] else None,
     }
-    paths = [target / name for name in REPORT_FILES]
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        # Pictures of an earlier report must not stand beside this one's numbers.
+        for name in REPORT_FILES[-_PICTURES:]:
+            _remove(target / name)
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be made or cleared ({error.strerror})") from error
     write_kept(target / "predictions.h5", evaluation.stars, attrs, overwrite=True)
     write_atomically(target / "report.txt", (format_text(report, run) + "\n").encode())
-    figure(report, evaluation.log_g, evaluation.predicted, target / "report.png")
     write_atomically(target / "run.json", (json.dumps(run, indent=1, ensure_ascii=False) + "\n").encode())
+    if pictures:
+        _draw(report, run, target)
     # Last: where report.json is, the evaluation is whole.
     write_json(report, target / "report.json")
-    return paths
+    return [target / name for name in (REPORT_FILES if pictures else REPORT_FILES[:-_PICTURES])]
+
+
+def _draw(report: Mapping[str, Any], run: Mapping[str, Any], target: Path) -> None:
+    from moefast.protocol.figures import FIGURES, overview, png
+    from moefast.protocol.html import write_page
+
+    try:
+        (target / "figures").mkdir(exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{target / 'figures'}: cannot be made ({error.strerror})") from error
+    for name, drawing in FIGURES.items():
+        if drawing.exists(report):
+            png(report, name, target / "figures" / f"{name}.png")
+    overview(report, target / "report.png")
+    write_page(report, run, target / "report.html")
+
+
+def _remove(path: Path) -> None:
+    """Remove a picture, or the folder of them; only what a report holds."""
+    from moefast.protocol.figures import FIGURES
+
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    for name in FIGURES:
+        (path / f"{name}.png").unlink(missing_ok=True)
+    if not any(path.iterdir()):
+        path.rmdir()

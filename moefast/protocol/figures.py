@@ -1,28 +1,47 @@
-"""The report as one picture: predictions against truth, R² against SNR, R² over the grid of bins.
+"""The report as pictures, each a function of the report alone: PNG files, and SVG for the HTML report.
 
-Design: drawn with matplotlib's Agg canvas directly, so that no global backend or pyplot state of the caller
-is touched and no display is needed. Legends stand beside the data, never over it.
+Design: one drawing per figure for both formats. Colours are roles ("ink", "own"); for SVG each role is drawn in a
+colour that nothing else has and replaced by a CSS variable afterwards, so that a page can be light or dark. Drawn with
+canvases of matplotlib directly: no global backend or pyplot state of the caller is touched and no display is needed.
+Axes have a fixed place, legends stand below the data, never over it.
 """
 
 from __future__ import annotations
 
+import html
 import io
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LogNorm
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
-from numpy.typing import ArrayLike, NDArray
+from matplotlib.patches import PathPatch, Rectangle
+from matplotlib.path import Path as Outline
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+from matplotlib.transforms import ScaledTranslation
+from numpy.typing import NDArray
 
-from moefast.protocol.report import write_atomically
+from moefast.spectra.atomic import write_atomically
 
-__all__ = ["PUBLISHED_RIDGE_OCTILES", "PUBLISHED_VIT_OCTILES", "figure"]
+__all__ = [
+    "DARK",
+    "FIGURES",
+    "LIGHT",
+    "PUBLISHED_RIDGE_OCTILES",
+    "PUBLISHED_VIT_OCTILES",
+    "Drawing",
+    "overview",
+    "png",
+    "svg",
+]
 
 PUBLISHED_RIDGE_OCTILES = (
     (3.8, 0.195),
@@ -46,23 +65,99 @@ PUBLISHED_VIT_OCTILES = tuple(
 """(snr_median, R²) of a vision transformer per octile, as published; the SNRs between the first and the last, which
 alone are given, are spaced evenly in the logarithm."""
 
-_OURS = "#0b4f8a"
-_REFERENCES = ("#d1701e", "#3c8d5a", "#8f5aa8", "#a8323c", "#6b6b6b", "#b39420")
+Palette = Mapping[str, str]
+Report = Mapping[str, Any]
+
+# After Okabe & Ito: told apart by every kind of colour vision. Never the only difference: markers differ, too.
+LIGHT: Palette = {
+    "ink": "#1c2127",
+    "muted": "#5b6570",
+    "grid": "#d5dae0",
+    "surface": "#ffffff",
+    "own": "#0b5ea8",
+    "first": "#b35309",
+    "second": "#0a7d5a",
+    "third": "#a3397a",
+    "ceiling": "#1c2127",
+}
+DARK: Palette = {
+    "ink": "#e7eaee",
+    "muted": "#a3adb8",
+    "grid": "#3a434d",
+    "surface": "#171b20",
+    "own": "#6ab4f5",
+    "first": "#f0a35c",
+    "second": "#4fc79f",
+    "third": "#e58abf",
+    "ceiling": "#e7eaee",
+}
+_SENTINEL: Palette = {role: f"#0102{number:02x}" for number, role in enumerate(LIGHT, 0xA0)}
+
+# Inches: width of a figure; left, right and upper margin, height of the axes, room below them, a line of the legend.
+_WIDTH, _LEFT, _RIGHT, _TOP, _HEIGHT, _BELOW, _LINE = 4.7, 0.64, 0.2, 0.1, 2.75, 0.52, 0.19
+_DPI = 150
+_OVERVIEW = (
+    "r2-against-snr",
+    "r2-by-bin",
+    "predicted-against-true",
+    "metal-poor",
+    "residuals-log_g",
+    "error-calibration",
+)
+_SHADES = 10
+_STYLE = {
+    "font.family": ["sans-serif"],
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 9,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "legend.fontsize": 8.5,
+    "axes.linewidth": 0.8,
+    "axes.unicode_minus": True,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "moefast",
+}
 
 
-def figure(
-    report: Mapping[str, Any], y: ArrayLike, yhat: ArrayLike, path_png: str | os.PathLike[str]
-) -> None:
-    """Draw the report into a PNG file.
+@dataclass(frozen=True)
+class Drawing:
+    """One figure.
+
+    Attributes
+    ----------
+    title, caption : str
+        What it shows, and how it is read.
+    draw : callable
+        Draws the report into axes with the colours of a palette.
+    describe : callable
+        The same in words, for those who cannot see it.
+    exists : callable
+        Whether the report has what it shows.
+    lines : int
+        Lines of the legend, below the axes.
+    left : float
+        Room for tick labels in inches.
+    """
+
+    title: str
+    caption: str
+    draw: Callable[[Axes, Report, Palette], None]
+    describe: Callable[[Report], str]
+    exists: Callable[[Report], bool] = lambda report: True
+    lines: int = 1
+    left: float = _LEFT
+
+
+def png(report: Report, name: str, path: str | os.PathLike[str]) -> None:
+    """Draw one figure of `FIGURES` into a PNG file.
 
     Parameters
     ----------
     report : mapping
-        From `moefast.protocol.report.evaluate_predictions`.
-    y, yhat : array of shape (n,)
-        The labels and predictions that it was made from, log g [dex]; predictions that are not finite are
-        left out of the first panel (their number is in its title) and count everywhere else.
-    path_png : path
+        From `moefast.protocol.report.evaluate_predictions`, or read back from its JSON.
+    name : str
+    path : path
         Output; absent or complete.
 
     Raises
@@ -70,117 +165,640 @@ def figure(
     OutputError
         The file could not be written.
     """
-    canvas = Figure(figsize=(16.5, 6.2), dpi=110, layout=ConstrainedLayoutEngine(wspace=0.04))
-    FigureCanvasAgg(canvas)
-    panels = canvas.subplots(1, 3, gridspec_kw={"width_ratios": [1.1, 1.1, 1.0]})
-    _predictions(panels[0], report, np.asarray(y, np.float64), np.asarray(yhat, np.float64))
-    _against_snr(panels[1], report)
-    _over_grid(panels[2], report)
-    data = report["data_set"]
-    model = report["model"].get("recipe") or report["model"].get("name") or "model"
-    fingerprint = data["fingerprint"].rpartition(":")[2][:12]
-    canvas.suptitle(f"{model} on {data['name']} (fingerprint {fingerprint}, {data['n']} stars)")
     stream = io.BytesIO()
-    canvas.savefig(stream, format="png", metadata={"Software": None})
-    write_atomically(path_png, stream.getvalue())
+    with mpl.rc_context(_style(LIGHT)):
+        canvas = _single(report, FIGURES[name], LIGHT)
+        FigureCanvasAgg(canvas)
+        canvas.savefig(stream, format="png", dpi=_DPI, metadata={"Software": None})
+    write_atomically(path, stream.getvalue())
 
 
-def _predictions(axes: Axes, report: Mapping[str, Any], y: Any, yhat: Any) -> None:
-    shown = np.isfinite(y) & np.isfinite(yhat)
-    truth, predicted = y[shown], yhat[shown]
-    overall = report["overall"]
-    limits = (0.0, 6.0)
-    if truth.size:
-        low, high = float(truth.min()), float(truth.max())
-        margin = max(0.25, 0.08 * (high - low))
-        limits = (low - margin, high + margin)
-        # Predictions beyond the frame are drawn at its edge, not lost.
-        image = axes.hist2d(
-            truth,
-            np.clip(predicted, limits[0] + 1e-6, limits[1] - 1e-6),
-            bins=60,
-            range=[limits, limits],
-            norm=LogNorm(vmin=1),
-            cmap="viridis",
-            cmin=1,
-        )[3]
-        axes.figure.colorbar(image, ax=axes, label="stars per cell", pad=0.02, format="%g")
-    axes.plot(limits, limits, color="black", linewidth=1.2, linestyle="--", label="1:1")
-    axes.set(xlim=limits, ylim=limits, xlabel="true log g [dex]", ylabel="predicted log g [dex]")
-    interval = overall["r2_interval"]
-    bracket = "" if None in interval else f"  [{interval[0]:.3f}, {interval[1]:.3f}]"
-    axes.set_title(f"R² = {_text(overall['r2'])}{bracket}", fontsize=11)
-    note = [f"{name.upper()} {_text(overall[name])} dex" for name in ("mae", "rmse")]
-    note.append(f"bias {_text(overall['bias'])} dex")
-    if overall["n_nan"]:
-        note.append(f"{overall['n_nan']} without prediction")
-    box = {"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 3}
-    axes.text(0.03, 0.97, "\n".join(note), transform=axes.transAxes, va="top", fontsize=9, bbox=box)
-    axes.legend(loc="lower right", fontsize=9)
+def svg(report: Report, name: str) -> str:
+    """One figure of `FIGURES` as an <svg> element whose colours are CSS variables, for a page that sets them.
+
+    The variables are "--" and the roles of `LIGHT`. The same report gives the same text.
+    """
+    stream = io.StringIO()
+    with mpl.rc_context(_style(_SENTINEL)):
+        canvas = _single(report, FIGURES[name], _SENTINEL)
+        FigureCanvasSVG(canvas)
+        canvas.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    drawing = FIGURES[name]
+    return _for_page(stream.getvalue(), name, drawing.title, drawing.describe(report))
 
 
-def _against_snr(axes: Axes, report: Mapping[str, Any]) -> None:
+def overview(report: Report, path: str | os.PathLike[str]) -> None:
+    """Draw the six figures that say most into one PNG file.
+
+    Raises
+    ------
+    OutputError
+        The file could not be written.
+    """
+    stream = io.BytesIO()
+    with mpl.rc_context(_style(LIGHT)):
+        canvas = Figure(
+            figsize=(15.6, 9.4), layout=ConstrainedLayoutEngine(wspace=0.05, hspace=0.06), facecolor="white"
+        )
+        FigureCanvasAgg(canvas)
+        for axes, name in zip(canvas.subplots(2, 3).flat, _OVERVIEW, strict=True):
+            drawing = FIGURES[name]
+            if drawing.exists(report):
+                drawing.draw(axes, report, LIGHT)
+                axes.set_title(drawing.title, fontsize=10.5)
+            else:
+                axes.set_axis_off()
+        data, overall = report["data_set"], report["overall"]
+        name = report["model"].get("name") or report["model"].get("recipe") or "model"
+        fingerprint = data["fingerprint"].rpartition(":")[2][:12]
+        canvas.suptitle(
+            f"{name} on {data['name']}: R² {_text(overall['r2'])}{_bracket(overall['r2_interval'])}, "
+            f"{data['n']:,} stars, fingerprint {fingerprint}"
+        )
+        canvas.savefig(stream, format="png", dpi=110, metadata={"Software": None})
+    write_atomically(path, stream.getvalue())
+
+
+def _style(palette: Palette) -> dict[Any, Any]:
+    ink, muted = palette["ink"], palette["muted"]
+    return _STYLE | {
+        "text.color": ink,
+        "axes.labelcolor": ink,
+        "axes.edgecolor": muted,
+        "axes.facecolor": "none",
+        "xtick.color": muted,
+        "ytick.color": muted,
+        "xtick.labelcolor": ink,
+        "ytick.labelcolor": ink,
+        "grid.color": palette["grid"],
+        "legend.labelcolor": ink,
+    }
+
+
+def _single(report: Report, drawing: Drawing, palette: Palette) -> Figure:
+    below = _BELOW + _LINE * drawing.lines
+    height = _TOP + _HEIGHT + below
+    canvas = Figure(figsize=(_WIDTH, height), facecolor="white" if palette is LIGHT else "none")
+    width = _WIDTH - drawing.left - _RIGHT
+    box = (drawing.left / _WIDTH, below / height, width / _WIDTH, _HEIGHT / height)
+    drawing.draw(canvas.add_axes(box), report, palette)
+    return canvas
+
+
+def _for_page(text: str, name: str, title: str, words: str) -> str:
+    """An SVG file as an element: no fixed size, no names that clash with other figures, roles as CSS variables."""
+    body = text[text.index("<svg") :]
+    body = re.sub(r"<metadata>.*?</metadata>\s*", "", body, flags=re.DOTALL)
+    body = re.sub(r"<!--.*?-->\s*", "", body, flags=re.DOTALL)
+    box = re.search(r'viewBox="([^"]+)"', body)
+    assert box is not None
+    body = body[body.index(">") + 1 :]
+    # Two decimals of a point are finer than any screen. Inside tags only: numbers that are read stay as they are.
+    body = re.sub(r"<[^>]+>", lambda tag: re.sub(r"-?\d+\.\d{3,}", _short_number, tag[0]), body)
+    body = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', body)
+    body = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{name}-", body)
+    body = body.replace("xlink:href", "href")
+    # The page chooses the typeface; sizes stay.
+    body = re.sub(r"font(?:-family)?: ?([\d.]+px )?'DejaVu Sans'[^;\"]*", _font, body)
+    for role, colour in _SENTINEL.items():
+        body = body.replace(colour, f"var(--{role})")
+    body = re.sub(r"\n\s*", "\n", body)
+    head = (
+        f'<svg viewBox="{box[1]}" role="img" aria-labelledby="{name}-title {name}-words">'
+        f'<title id="{name}-title">{html.escape(title)}</title>'
+        f'<desc id="{name}-words">{html.escape(words)}</desc>'
+    )
+    return head + body.strip()
+
+
+def _short_number(match: re.Match[str]) -> str:
+    return f"{float(match[0]):.2f}".rstrip("0").rstrip(".")
+
+
+def _font(match: re.Match[str]) -> str:
+    return f"font-size: {match[1].strip()}" if match[1] else "font-family: inherit"
+
+
+# --- drawings ------------------------------------------------------------------------------------------
+
+
+def _against_snr(axes: Axes, report: Report, palette: Palette) -> None:
     groups = report["snr_median"]["groups"]
     centres = _floats(group["centre"] for group in groups)
-    own = _floats(group["r2"] for group in groups)
-    low = _floats(group["r2_interval"][0] for group in groups)
-    high = _floats(group["r2_interval"][1] for group in groups)
-    level = 100 * report["protocol"]["level"]
-    axes.fill_between(centres, low, high, color=_OURS, alpha=0.18, linewidth=0)
-    own_label = f"this model ({level:g} % interval)"
-    axes.plot(centres, own, "o-", color=_OURS, markersize=5, linewidth=2.4, label=own_label, zorder=3)
-    lowest = [*own, *np.array(PUBLISHED_RIDGE_OCTILES)[:, 1]]
-    for i, (name, reference) in enumerate(report["references"].items()):
-        values = _floats(reference["r2_snr_median"])
-        colour = _REFERENCES[i % len(_REFERENCES)]
-        axes.plot(centres, values, "o-", label=name, color=colour, markersize=3.5, linewidth=1.2)
+    lowest = [*_own_line(axes, groups, palette, _level(report)), PUBLISHED_RIDGE_OCTILES[0][1]]
+    # Variants have a comma in their name; they are in the table.
+    shown = [name for name in report["references"] if "," not in name][:3]
+    for name, role, marker in zip(shown, ("first", "second", "third"), "sDv", strict=False):
+        values = _floats(report["references"][name]["r2_snr_median"])
+        axes.plot(
+            centres, values, f"{marker}-", color=palette[role], label=name, markersize=3.5, linewidth=1.2
+        )
         lowest += [*values]
-    published_label = "published ridge (other data)"
-    axes.plot(*np.array(PUBLISHED_RIDGE_OCTILES).T, "x", color="black", markersize=6, label=published_label)
-    for i, (name, ceiling) in enumerate(report["ceilings"].items()):
-        if ceiling["r2"] is not None:
-            label = f"{name} ceiling, all stars: {ceiling['r2']:.3f}"
-            axes.axhline(ceiling["r2"], color="grey", linestyle=(":", "--", "-.")[i % 3], label=label)
-    axes.set(xlabel="snr_median (median of the octile)", ylabel="R² within the octile")
-    # One hopeless octile (R² far below zero) must not flatten all the others.
-    axes.set_ylim(max(-1.0, min(0.0, np.floor(10 * np.nanmin(lowest)) / 10)), 1.0)
+    for name, style in (("bayes", "--"), ("fisher median", ":")):
+        values = _floats(group["ceilings"].get(name) for group in groups)
+        label = f"{'Bayes' if name == 'bayes' else 'Fisher'} ceiling{', median' if 'median' in name else ''}"
+        if np.isfinite(values).any():
+            axes.plot(centres, values, style, color=palette["ceiling"], linewidth=1.5, label=label)
+        elif report["ceilings"].get(name, {}).get("r2") is not None:
+            value = report["ceilings"][name]["r2"]
+            axes.axhline(value, linestyle=style, color=palette["ceiling"], label=f"{label} (all stars)")
+    muted = palette["muted"]
+    axes.plot(*np.array(PUBLISHED_RIDGE_OCTILES).T, "x", color=muted, markersize=5, label="published ridge*")
+    axes.plot(*np.array(PUBLISHED_VIT_OCTILES).T, "^", color=muted, markersize=4, label="published ViT*")
+    _snr_axis(axes)
+    _r2_axis(axes, lowest)
+    _legend(axes)
+
+
+def _metal_poor(axes: Axes, report: Report, palette: Palette) -> None:
+    lowest: list[float] = []
+    parts = report["metallicity"]["by_snr_median"]
+    for part, role, marker, label in zip(
+        parts, ("first", "own"), "sD", ("metal-poor, [M/H] < −1", "the rest, [M/H] ≥ −1"), strict=True
+    ):
+        lowest += _line(axes, part["groups"], palette[role], marker, label)
+    for overall, role in zip(report["metallicity"]["groups"], ("first", "own"), strict=True):
+        if overall["ceilings"].get("bayes") is not None:
+            axes.axhline(
+                overall["ceilings"]["bayes"], color=palette[role], linestyle="--", linewidth=1,
+                label=f"Bayes ceiling, all SNRs: {overall['ceilings']['bayes']:.3f}",
+            )  # fmt: skip
+    _snr_axis(axes)
+    _r2_axis(axes, lowest)
+    _legend(axes)
+
+
+def _over_grid(axes: Axes, report: Report, palette: Palette) -> None:
+    _grid_map(axes, report, report["grid"]["groups"])
+
+
+def _low_snr(axes: Axes, report: Report, palette: Palette) -> None:
+    _grid_map(axes, report, report["low_snr"]["grid"])
+
+
+def _predictions(axes: Axes, report: Report, palette: Palette) -> None:
+    edges = _floats(report["density"]["edges"])
+    cells = np.array(report["density"]["cells"], dtype=int).reshape(-1, 3)
+    if not cells.size:
+        return
+    shade = np.log1p(cells[:, 2]) / np.log1p(cells[:, 2].max())
+    step = np.ceil(shade * _SHADES).astype(int)
+    for k in range(1, _SHADES + 1):
+        members = cells[step == k]
+        if not members.size:
+            continue
+        # One outline per shade: a few paths instead of a thousand.
+        x, y, size = edges[members[:, 0]], edges[members[:, 1]], edges[1] - edges[0]
+        corners = np.stack(
+            [np.column_stack([x + a * size, y + b * size]) for a, b in ((0, 0), (1, 0), (1, 1), (0, 1))],
+            axis=1,
+        )
+        closed = np.concatenate([corners, corners[:, :1]], axis=1).reshape(-1, 2)
+        codes = np.tile(
+            [Outline.MOVETO, Outline.LINETO, Outline.LINETO, Outline.LINETO, Outline.CLOSEPOLY], len(x)
+        )
+        patch = PathPatch(Outline(closed, codes), facecolor=palette["own"], edgecolor="none")
+        patch.set_alpha(0.08 + 0.92 * (k / _SHADES) ** 1.4)
+        axes.add_patch(patch)
+    limits = (edges[0], edges[-1])
+    axes.plot(limits, limits, color=palette["ink"], linewidth=1, linestyle="--", label="equal")
+    axes.set(xlim=limits, ylim=limits, xlabel="true log g [dex]", ylabel="predicted log g [dex]")
+    overall = report["overall"]
+    notes = [
+        f"R² {_text(overall['r2'])}{_bracket(overall['r2_interval'])}; RMSE {_text(overall['rmse'])}, "
+        f"MAE {_text(overall['mae'])}, bias {_text(overall['bias'])} dex",
+        f"shade: 1 to {cells[:, 2].max():,} stars per cell, logarithmic",
+    ]
+    if overall["n_nan"]:
+        notes[1] += f"; {overall['n_nan']:,} without prediction, at the mean label"
+    for k, note in enumerate(notes):
+        axes.annotate(
+            note,
+            (0, 0),
+            (-36, -46 - 13.5 * k),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            fontsize=8,
+        )
+
+
+def _residuals(label: str, unit: str) -> Callable[[Axes, Report, Palette], None]:
+    def draw(axes: Axes, report: Report, palette: Palette) -> None:
+        rows = report["residuals"][label]
+        x = [row["centre"] for row in rows]
+        p16, median, p84, mean = (
+            _floats(row[key] for row in rows) for key in ("p16", "median", "p84", "mean")
+        )
+        axes.axhline(0, color=palette["ink"], linewidth=0.9, linestyle="--")
+        axes.fill_between(
+            x, p16, p84, color=palette["own"], alpha=0.2, linewidth=0, label="16 to 84 % of stars"
+        )
+        axes.plot(x, median, "o-", color=palette["own"], markersize=4, linewidth=1.8, label="median")
+        axes.plot(x, mean, "s", color=palette["first"], markersize=4, label="mean (bias)")
+        axes.set(xlabel=unit, ylabel="predicted − true log g [dex]")
+        if label == "snr_median":
+            _snr_axis(axes)
+        # The same scale in all of them: twice the largest half-width, never less than 0.2 dex.
+        every = [
+            abs(row[key]) for other in report["residuals"].values() for row in other for key in ("p16", "p84")
+        ]
+        limit = max(0.2, 1.15 * max(every, default=0.2))
+        axes.set_ylim(-limit, limit)
+        axes.grid(alpha=0.7, linewidth=0.6)
+        _legend(axes)
+
+    return draw
+
+
+def _calibration(axes: Axes, report: Report, palette: Palette) -> None:
+    levels = report["calibration"]["levels"]
+    axes.plot([0, 1], [0, 1], color=palette["ink"], linewidth=1, linestyle="--", label="as claimed")
+    expected = [0.0, *(row["expected"] for row in levels), 1.0]
+    found = [0.0, *(row["fraction"] for row in levels), 1.0]
+    axes.plot(expected, found, "o-", color=palette["own"], markersize=3.5, linewidth=1.8, label="found")
+    axes.set(xlim=(0, 1), ylim=(0, 1.01), xlabel="expected share of stars within z·σ", ylabel="found share")
+    axes.grid(alpha=0.7, linewidth=0.6)
+    _legend(axes)
+
+
+def _error_size(axes: Axes, report: Report, palette: Palette) -> None:
+    rows = report["calibration"]["by_error"]
+    claimed, made = _floats(row["err"] for row in rows), _floats(row["rmse"] for row in rows)
+    high = 1.08 * float(max(claimed.max(), made.max()))
+    axes.plot([0, high], [0, high], color=palette["ink"], linewidth=1, linestyle="--", label="as claimed")
+    axes.plot(
+        claimed, made, "o-", color=palette["own"], markersize=4, linewidth=1.8, label="tenths of the stars"
+    )
+    axes.set(xlim=(0, high), ylim=(0, high), xlabel="claimed σ, root mean square [dex]", ylabel="RMSE [dex]")
+    axes.grid(alpha=0.7, linewidth=0.6)
+    _legend(axes)
+
+
+def _gate(kind: str) -> Callable[[Axes, Report, Palette], None]:
+    def draw(axes: Axes, report: Report, palette: Palette) -> None:
+        routing = report["routing"]
+        groups = routing["by_group"][kind]
+        names = [group["name"] for group in groups]
+        if kind == "snr_median":
+            names = [_short(group["centre"]) for group in report["snr_median"]["groups"]]
+        values = np.array(
+            [
+                [np.nan] * routing["n_experts"] if g["mean_weight"] is None else g["mean_weight"]
+                for g in groups
+            ],
+            dtype=np.float64,
+        )
+        top = 1.0 if np.isnan(values).all() else max(0.2, float(np.nanmax(values)))
+        _cells(axes, values.T, 0.0, top, text=routing["n_experts"] <= 12, digits=2, least=0.005)
+        axes.set_xticks(
+            np.arange(len(names)), names, rotation=0 if kind == "snr_median" else 40,
+            ha="center" if kind == "snr_median" else "right", rotation_mode="anchor",
+        )  # fmt: skip
+        if routing["n_experts"] <= 12:
+            axes.set_yticks(np.arange(routing["n_experts"]), routing["names"])
+        axes.set_xlabel("snr_median" if kind == "snr_median" else "true bin")
+        axes.set_ylabel("expert" if routing["n_experts"] > 12 else "")
+
+    return draw
+
+
+def _ladder(axes: Axes, report: Report, palette: Palette) -> None:
+    overall = report["overall"]
+    rows = [
+        (name, entry["r2"], entry["r2_interval"], "muted") for name, entry in report["references"].items()
+    ]
+    rows.append(("this model", overall["r2"], overall["r2_interval"], "own"))
+    rows += [
+        (f"ceiling: {name}", entry["r2"], [None, None], "ceiling")
+        for name, entry in report["ceilings"].items()
+        if name in {"bayes", "fisher mean", "fisher median"}
+    ]
+    rows = [row for row in rows if row[1] is not None]
+    rows.sort(key=lambda row: row[1])
+    for k, (_, value, interval, role) in enumerate(rows):
+        if None not in interval:
+            axes.plot(interval, [k, k], color=palette[role], linewidth=3, alpha=0.45, solid_capstyle="butt")
+        marker = {"own": "o", "ceiling": "d"}.get(role, "s")
+        axes.plot([value], [k], marker, color=palette[role], markersize=6 if role == "own" else 5)
+        right = max([value, *(v for v in interval if v is not None)])
+        axes.annotate(
+            f"{value:.3f}".replace("-", "−"), (right, k), (6, 0), textcoords="offset points", va="center",
+            fontsize=8.5, color=palette["ink"], fontweight="bold" if role == "own" else "normal",
+        )  # fmt: skip
+    values = [row[1] for row in rows]
+    span = max(values) - min(values)
+    axes.set_xlim(min(values) - max(0.04, 0.08 * span), max(values) + max(0.12, 0.3 * span))
+    axes.set_ylim(-0.7, len(rows) - 0.3)
+    axes.set_yticks(np.arange(len(rows)), [row[0] for row in rows])
+    axes.set_xlabel("R², all stars")
+    axes.grid(axis="x", alpha=0.7, linewidth=0.6)
+
+
+# --- parts of drawings ---------------------------------------------------------------------------------
+
+
+def _own_line(axes: Axes, groups: Sequence[Report], palette: Palette, level: float) -> list[float]:
+    return _line(axes, groups, palette["own"], "o", f"this model ({level:g} %)", width=2.2)
+
+
+def _line(
+    axes: Axes, groups: Sequence[Report], colour: str, marker: str, label: str, width: float = 1.8
+) -> list[float]:
+    x = _floats(group["centre"] for group in groups)
+    y = _floats(group["r2"] for group in groups)
+    low, high = (_floats(group["r2_interval"][i] for group in groups) for i in (0, 1))
+    axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+    axes.plot(x, y, f"{marker}-", color=colour, markersize=4.5, linewidth=width, label=label, zorder=3)
+    return [*y]
+
+
+def _snr_axis(axes: Axes) -> None:
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8)))
-    axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    ticks = [1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 50, 100, 200, 500]
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.grid(alpha=0.25)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, fontsize=8.5, frameon=False)
-    axes.set_title("R² against signal-to-noise", fontsize=11)
+    axes.set_xlabel("snr_median (median of the octile)")
 
 
-def _over_grid(axes: Axes, report: Mapping[str, Any]) -> None:
+def _r2_axis(axes: Axes, lowest: Iterable[float]) -> None:
+    known = [value for value in lowest if np.isfinite(value)]
+    bottom = np.floor(10 * min(known, default=0.0)) / 10
+    # One hopeless octile (R² far below zero) must not flatten all the others.
+    axes.set_ylim(max(-1.0, min(0.0, bottom)), 1.0)
+    axes.set_ylabel("R² within the octile")
+    axes.grid(alpha=0.7, linewidth=0.6)
+
+
+def _legend(axes: Axes) -> None:
+    # In points below the axes, so that their height does not matter.
+    place = axes.transAxes + ScaledTranslation(-36 / 72, -33 / 72, axes.figure.dpi_scale_trans)
+    axes.legend(
+        loc="upper left", bbox_to_anchor=(0, 0), bbox_transform=place, ncols=2, frameon=False, borderaxespad=0.2,
+        columnspacing=1.4, handlelength=1.9,
+    )  # fmt: skip
+
+
+def _grid_map(axes: Axes, report: Report, groups: Sequence[Report]) -> None:
     grid = report["protocol"]["grid"]
     t_eff, m_h = grid["t_eff_edges"], grid["m_h_edges"]
     shape = (len(t_eff) - 1, len(m_h) - 1)
-    groups = report["grid"]["groups"]
-    table = _floats(group["r2"] for group in groups).reshape(shape)
-    counts = np.array([group["n"] for group in groups]).reshape(shape)
-    defined = table[np.isfinite(table)]
-    bottom = float(np.clip(np.floor(10 * defined.min()) / 10, 0, 0.9)) if defined.size else 0.0
-    top = float(np.clip(np.ceil(10 * defined.max()) / 10, bottom + 0.1, 1)) if defined.size else 1.0
-    image = axes.imshow(table.T, origin="lower", cmap="cividis", vmin=bottom, vmax=top, aspect="auto")
-    for i in range(shape[0]):
-        for k in range(shape[1]):
-            value = table[i, k]
-            red, green, blue = image.cmap(image.norm(value))[:3] if np.isfinite(value) else (1, 1, 1)
-            colour = "black" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "white"
-            label = f"{_text(value if np.isfinite(value) else None)}\nn = {counts[i, k]}"
-            axes.text(i, k, label, ha="center", va="center", color=colour, fontsize=10.5)
+    values = _floats(group["r2"] for group in groups).reshape(shape)
+    below = []
+    for group in groups:
+        limit = group.get("ceilings", {}).get("bayes")
+        line = f"n = {group['n']:,}"
+        if None not in group["r2_interval"]:
+            half = 0.5 * (group["r2_interval"][1] - group["r2_interval"][0])
+            line = f"± {half:.3f}, {line}"
+        below.append(line + ("" if limit is None else f"\nBayes {limit:.3f}"))
+    _cells(axes, values.T, 0.0, 1.0, digits=3, below=np.array(below, object).reshape(shape).T)
     axes.set_xticks(np.arange(len(t_eff)) - 0.5, [f"{edge:.0f}" for edge in t_eff])
     axes.set_yticks(np.arange(len(m_h)) - 0.5, [f"{edge:g}".replace("-", "−") for edge in m_h])
     axes.set(xlabel=r"$T_\mathrm{eff}$ [K]", ylabel="[M/H] [dex]")
-    axes.set_title("R² per bin (outer bins include the stars beyond)", fontsize=11)
-    axes.figure.colorbar(image, ax=axes, label="R² within the bin", pad=0.02)
+
+
+def _cells(
+    axes: Axes,
+    values: NDArray[np.float64],
+    bottom: float,
+    top: float,
+    *,
+    text: bool = True,
+    digits: int = 3,
+    least: float = -np.inf,
+    below: NDArray[Any] | None = None,
+) -> None:
+    """A map of cells, values[row, column], with their numbers; vectors, so that it stays sharp."""
+    colours = mpl.colormaps["cividis"]
+    small = 9.5 if values.size <= 9 else 7.0
+    for (row, column), value in np.ndenumerate(values):
+        known = bool(np.isfinite(value))
+        share = float(np.clip((value - bottom) / (top - bottom), 0, 1)) if known else 0.5
+        colour = np.array(colours(share)[:3] if known else (0.55, 0.56, 0.58))
+        axes.add_patch(
+            Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=colour, edgecolor=colour, linewidth=0.4)
+        )
+        if not text or (known and value < least):
+            continue
+        tone = "#000000" if colour @ (0.299, 0.587, 0.114) > 0.45 else "#ffffff"
+        words = f"{value:.{digits}f}".replace("-", "−") if known else "–"
+        shift = 0.0 if below is None else 0.12
+        axes.text(column, row + shift, words, ha="center", va="center", color=tone, fontsize=small)
+        if below is not None:
+            axes.text(
+                column, row - 0.05, str(below[row, column]), ha="center", va="top", color=tone, fontsize=7.3
+            )
+    axes.set(xlim=(-0.5, values.shape[1] - 0.5), ylim=(-0.5, values.shape[0] - 0.5))
+    axes.tick_params(length=0, pad=5)
+    for side in axes.spines.values():
+        side.set_visible(False)
 
 
 def _floats(items: Iterable[float | None]) -> NDArray[np.float64]:
     return np.array([np.nan if item is None else item for item in items], dtype=np.float64)
 
 
+def _level(report: Report) -> float:
+    return float(100 * report["protocol"]["level"])
+
+
 def _text(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}".replace("-", "−")
+
+
+def _bracket(interval: Sequence[float | None]) -> str:
+    return "" if None in interval else f" [{_text(interval[0])}, {_text(interval[1])}]"
+
+
+def _short(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
+
+
+# --- in words ------------------------------------------------------------------------------------------
+
+
+def _says_groups(what: str, kind: str) -> Callable[[Report], str]:
+    def describe(report: Report) -> str:
+        label = (lambda g: f"{_short(g['centre'])}") if kind == "snr_median" else (lambda g: g["name"])
+        return f"{what}: " + ", ".join(f"{label(g)}: {_text(g['r2'])}" for g in report[kind]["groups"]) + "."
+
+    return describe
+
+
+def _says_residuals(label: str) -> Callable[[Report], str]:
+    def describe(report: Report) -> str:
+        rows = report["residuals"][label]
+        return f"Median of predicted minus true log g along {label}: " + ", ".join(
+            f"{row['centre']:.4g}: {_text(row['median'])} dex" for row in rows
+        )
+
+    return describe
+
+
+def _says_metal_poor(report: Report) -> str:
+    return "; ".join(
+        f"{part['name']}: " + ", ".join(f"{_short(g['centre'])}: {_text(g['r2'])}" for g in part["groups"])
+        for part in report["metallicity"]["by_snr_median"]
+    )
+
+
+def _says_low_snr(report: Report) -> str:
+    return "R² of stars with snr_norm up to 4: " + ", ".join(
+        f"{g['name']} {_text(g['r2'])}" for g in report["low_snr"]["grid"]
+    )
+
+
+def _says_density(report: Report) -> str:
+    overall = report["overall"]
+    return f"Density of predicted against true log g; R² {_text(overall['r2'])}, bias {_text(overall['bias'])} dex."
+
+
+def _says_calibration(report: Report) -> str:
+    return "Expected and found share of stars: " + ", ".join(
+        f"{row['expected']:.2f}: {row['fraction']:.3f}" for row in report["calibration"]["levels"][1::4]
+    )
+
+
+def _says_error_size(report: Report) -> str:
+    return "Claimed error and RMSE in dex: " + ", ".join(
+        f"{row['err']:.3f}: {row['rmse']:.3f}" for row in report["calibration"]["by_error"]
+    )
+
+
+def _says_gate(kind: str) -> Callable[[Report], str]:
+    def describe(report: Report) -> str:
+        routing = report["routing"]
+        parts = []
+        for group in routing["by_group"][kind]:
+            if group["mean_weight"] is not None:
+                k = int(np.argmax(group["mean_weight"]))
+                parts.append(f"{group['name']}: most to {routing['names'][k]}, {group['mean_weight'][k]:.2f}")
+        return "Mean weights: " + "; ".join(parts)
+
+    return describe
+
+
+def _says_ladder(report: Report) -> str:
+    rows = [f"{name} {_text(entry['r2'])}" for name, entry in report["references"].items()]
+    rows.append(f"this model {_text(report['overall']['r2'])}")
+    rows += [f"{name} ceiling {_text(entry['r2'])}" for name, entry in report["ceilings"].items()]
+    return "R² on all stars: " + ", ".join(rows)
+
+
+def _has_calibration(report: Report) -> bool:
+    return report["calibration"] is not None
+
+
+def _has_gate(report: Report) -> bool:
+    return report["routing"] is not None
+
+
+FIGURES: Mapping[str, Drawing] = {
+    "r2-against-snr": Drawing(
+        "R² against signal-to-noise",
+        "Octiles of snr_median; the band is the bootstrap interval. * Published for other data, which are not public.",
+        _against_snr,
+        _says_groups("R² by median snr_median of the octile", "snr_median"),
+        lines=4,
+    ),
+    "what-helped": Drawing(
+        "What helped",
+        "Simpler fits on the same stars with their intervals, and what the physics allows.",
+        _ladder,
+        _says_ladder,
+        lambda report: bool(report["references"] or report["ceilings"]),
+        lines=0,
+        left=1.95,
+    ),
+    "r2-by-bin": Drawing(
+        "R² per bin of T_eff and [M/H]",
+        "R², half the width of its interval, number of stars; outer bins include the stars beyond the grid.",
+        _over_grid,
+        _says_groups("R² per bin", "grid"),
+        lines=0,
+    ),
+    "low-snr": Drawing(
+        "R² per bin at low SNR",
+        "The same for stars with snr_norm up to 4, the bins X and L.",
+        _low_snr,
+        _says_low_snr,
+        lines=0,
+    ),
+    "metal-poor": Drawing(
+        "Metal-poor stars against the rest",
+        "Octiles of snr_median; bands are bootstrap intervals, dashed lines the Bayes ceilings where they are known.",
+        _metal_poor,
+        _says_metal_poor,
+        lines=2,
+    ),
+    "predicted-against-true": Drawing(
+        "Predicted against true log g",
+        "Predictions beyond the frame are drawn at its edge.",
+        _predictions,
+        _says_density,
+        lines=2,
+    ),
+    "residuals-log_g": Drawing(
+        "Residuals along log g",
+        "A slope is regression towards the mean: what a noisy spectrum cannot tell, the prior does.",
+        _residuals("log_g", "true log g [dex]"),
+        _says_residuals("log_g"),
+        lines=2,
+    ),
+    "residuals-T_eff": Drawing(
+        "Residuals along T_eff",
+        "Twelve steps of equal numbers of stars.",
+        _residuals("T_eff", r"true $T_\mathrm{eff}$ [K]"),
+        _says_residuals("T_eff"),
+        lines=2,
+    ),
+    "residuals-M_H": Drawing(
+        "Residuals along [M/H]",
+        "Twelve steps of equal numbers of stars.",
+        _residuals("M_H", "true [M/H] [dex]"),
+        _says_residuals("M_H"),
+        lines=2,
+    ),
+    "residuals-snr": Drawing(
+        "Residuals along signal-to-noise",
+        "Twelve steps of equal numbers of stars.",
+        _residuals("snr_median", "snr_median"),
+        _says_residuals("snr_median"),
+        lines=2,
+    ),
+    "error-calibration": Drawing(
+        "Do the errors cover as they should?",
+        "Above the line errors are too large, below it too small.",
+        _calibration,
+        _says_calibration,
+        _has_calibration,
+    ),
+    "error-size": Drawing(
+        "Claimed against real errors",
+        "Stars in ten steps of their claimed error: the root mean square of the claims and of the residuals.",
+        _error_size,
+        _says_error_size,
+        _has_calibration,
+    ),
+    "gate-by-bin": Drawing(
+        "Gate weights by bin",
+        "Mean weight of each expert (row) over the stars of each true bin (column).",
+        _gate("grid"),
+        _says_gate("grid"),
+        _has_gate,
+        lines=2,
+        left=1.05,
+    ),
+    "gate-by-snr": Drawing(
+        "Gate weights by signal-to-noise",
+        "Mean weight of each expert (row) over the stars of each octile of snr_median (column).",
+        _gate("snr_median"),
+        _says_gate("snr_median"),
+        _has_gate,
+        lines=0,
+        left=1.05,
+    ),
+}
+"""All figures by name, in the order of the report."""

@@ -145,6 +145,7 @@ def evaluate_predictions(
     oracle_reference: str | None = None,
     ceilings: Mapping[str, float] | None = None,
     group_ceilings: Mapping[str, Sequence[Mapping[str, float]]] | None = None,
+    reference_set: Mapping[str, str] | None = None,
     noise: str | None = None,
     noise_level: float | None = None,
     noise_seed: int | None = None,
@@ -180,6 +181,8 @@ def evaluate_predictions(
         R² ceilings of this test set by name ("bayes", "fisher median", …): adds efficiency and closed gap.
     group_ceilings : mapping of str to sequence of mapping, optional
         R² ceilings by name within each group, in the order of `groups_of`.
+    reference_set : mapping, optional
+        reference_set, part and fingerprint (`moefast.simulate.identify`), if the test set is part of one.
     noise : str, optional
         Where the noise of the test set comes from: "stored", "drawn" or "none".
     noise_level, noise_seed
@@ -267,6 +270,7 @@ def evaluate_predictions(
             "name": data_set,
             "fingerprint": fingerprint,
             "n": n,
+            "reference_set": None if reference_set is None else dict(reference_set),
             "noise": noise,
             "noise_level": noise_level,
             "noise_seed": noise_seed,

@@ -174,12 +174,12 @@ def test_one_is_no_comparison(base):
 def folders(stars, model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluations")
     path = stars.take(slice(0, 300)).write(folder / "set.h5", arrays=("flux", "error", "noisy"))
-    write_report(evaluate(path, model), folder / "moe")
+    write_report(evaluate(path, model), folder / "moe", pictures=False)
     table = folder / "ridge.csv"
     rows = evaluate(path, model).stars
     values = 0.5 * rows["log_g"] + 1.5
     table.write_text("row,log_g\n" + "".join(f"{i},{v!r}\n" for i, v in enumerate(values.tolist())))
-    write_report(evaluate(path, table), folder / "ridge")
+    write_report(evaluate(path, table), folder / "ridge", pictures=False)
     return folder
 
 

@@ -7,7 +7,7 @@ import pytest
 from sklearn.metrics import r2_score
 
 from moefast.errors import LabelError, OutputError
-from moefast.protocol import bins, figures, metrics, report
+from moefast.protocol import bins, figures, html, metrics, report
 
 N = 1201
 
@@ -167,8 +167,8 @@ def test_tiny_sets_give_a_report_text_and_picture(sample, n, tmp_path):
     assert found["references"] == found["ceilings"] == {}
     assert (found["overall"]["r2"] is None) == (n < 2)
     assert "log g on fake" in report.format_text(found)
-    rows = slice(100, 100 + n)
-    figures.figure(found, sample["y"][rows], sample["yhat"][rows], tmp_path / "tiny.png")
+    figures.overview(found, tmp_path / "tiny.png")
+    assert f"{n:,} stars" in html.page(found)
     assert (tmp_path / "tiny.png").stat().st_size > 10_000
 
 
@@ -231,13 +231,6 @@ def test_text_leads_with_the_headline_and_lines_up(result):
     assert len({len(row) for row in rows}) == 1
     assert report.format_text(json.loads(json.dumps(result)), throughput) == text
     assert "spectra/s" not in report.format_text(result)
-
-
-def test_figure_is_a_png_and_touches_no_global_state(sample, result, tmp_path):
-    figures.figure(result, sample["y"], sample["yhat"], tmp_path / "a.png")
-    figures.figure(result, sample["y"], sample["yhat"], tmp_path / "b.png")
-    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-    assert (tmp_path / "a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
 def test_failed_writes_are_named_and_leave_nothing(result, tmp_path):
