@@ -443,7 +443,9 @@ def fit(
     help="Write report.json, report.html with all figures, the figures as PNG, report.txt, predictions.h5 (every star) "
     "and run.json to this folder.",
 )  # fmt: skip
-@click.option("--pictures/--no-pictures", default=True, show_default=True, help="Draw report.html and the PNG files.")
+@click.option(
+    "--pictures/--no-pictures", default=True, show_default=True, help="Draw report.html and the PNG files."
+)
 @click.option(
     "--noise", type=click.Choice(["auto", "draw", "none"]), default="auto", show_default=True,
     help="auto: the array noisy where a file has it, else noise from the stored seed. draw: always a draw on flux. "
