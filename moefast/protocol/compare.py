@@ -27,6 +27,9 @@ __all__ = ["SCHEMA_VERSION", "Kept", "compare", "format_text", "read_evaluation"
 
 SCHEMA_VERSION = 1
 
+LEAST_DIFFERENCE = 1e-4
+"""Of R², or in dex: the agreement that is asked of two engines of one model. Less is rounding, however sure."""
+
 STATISTICS = ("r2", "mae", "rmse")
 """What is compared over all stars; the groups are compared by R² alone."""
 
@@ -144,7 +147,7 @@ def compare(
         JSON-ready: data_set, protocol, evaluations (name, model, overall R² with interval, n_nan), and per further
         evaluation a comparison: overall (r2, mae, rmse) and groups (R²), each with the value of the first (`from`), of
         the other (`to`), difference (to − from), interval and verdict: "better" or "worse" where the interval leaves
-        out zero, else "no difference"; "undefined" where a value does not exist.
+        out zero and the difference is no rounding, else "no difference"; "undefined" where a value does not exist.
 
     Raises
     ------
@@ -174,7 +177,7 @@ def compare(
             "to": _ready(score(y, b)),
             "difference": difference,
             "interval": [low, high],
-            "verdict": _verdict(low, high, higher_is_better=statistic == "r2"),
+            "verdict": _verdict(difference, low, high, higher_is_better=statistic == "r2"),
         }
 
     def of_kind(i: int, members_of: Sequence[Group]) -> list[dict[str, Any]]:
@@ -183,7 +186,12 @@ def compare(
     return {
         "schema_version": SCHEMA_VERSION,
         "data_set": first.report["data_set"],
-        "protocol": {"n_resamples": n_resamples, "seed": seed, "level": metrics.LEVEL},
+        "protocol": {
+            "n_resamples": n_resamples,
+            "seed": seed,
+            "level": metrics.LEVEL,
+            "least_difference": LEAST_DIFFERENCE,
+        },
         "evaluations": [
             {
                 "path": str(item.path),
@@ -213,10 +221,12 @@ def _ready(value: float) -> float | None:
     return 0.0 if abs(value) < 1e-12 else float(f"{value:.10g}")
 
 
-def _verdict(low: float | None, high: float | None, *, higher_is_better: bool) -> str:
-    if low is None or high is None:
+def _verdict(
+    difference: float | None, low: float | None, high: float | None, *, higher_is_better: bool
+) -> str:
+    if difference is None or low is None or high is None:
         return "undefined"
-    if low <= 0 <= high:
+    if abs(difference) < LEAST_DIFFERENCE or low <= 0 <= high:
         return "no difference"
     return "better" if (low > 0) == higher_is_better else "worse"
 
@@ -272,7 +282,7 @@ def format_text(comparison: dict[str, Any]) -> str:
         "",
         f"  (brackets: {level:g} % bootstrap intervals, for differences paired over the same stars, "
         f"{comparison['protocol']['n_resamples']} resamples;",
-        "   better or worse: the interval leaves out zero)",
+        f"   better or worse: the interval leaves out zero and the difference is at least {LEAST_DIFFERENCE:g})",
     ]
     return "\n".join(line.rstrip() for line in lines)
 

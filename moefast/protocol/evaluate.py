@@ -26,7 +26,7 @@ from moefast.mixture import hat_weights
 from moefast.model import Model
 from moefast.noise import standard_normals
 from moefast.protocol.predictions import write_kept
-from moefast.protocol.report import evaluate_predictions, format_text, write_json
+from moefast.protocol.report import ORACLE, evaluate_predictions, format_text, write_json
 from moefast.protocol.subject import ModelSubject, Subject, open_subject
 from moefast.scoring import BLOCK_ROWS
 from moefast.simulate.sets import Identity, identify
@@ -244,11 +244,14 @@ def _reference_predictions(
 ) -> dict[str, NDArray[np.float64]]:
     """Simpler fits on the same noisy stars; for a model of moefast also its own experts with true bins."""
     prepared = beside.mixture.prepare(block.flux, block.error, good)
+    own = beside is subject.model
     out = {
         key: _linear(form, beside, block, good, prepared.log_level, bins)
         for key, form in beside.references.items()
+        # An oracle knows the true bins: it says what a better gate could gain, and only of the model that it is of.
+        if own or not key.startswith(ORACLE)
     }
-    if beside is subject.model and beside.mixture.n_experts > 1:
+    if own and beside.mixture.n_experts > 1:
         oracle = prepared.expert_log_g[np.arange(len(block)), bins].astype(np.float64)
         out["oracle-ridge"] = np.clip(oracle, *beside.mixture.label_range)
     return out

@@ -110,6 +110,15 @@ def test_the_same_predictions_are_no_difference(base):
         assert found["verdict"] in {"no difference", "undefined"}
 
 
+def test_rounding_is_no_difference_however_sure(base, tmp_path):
+    """Two engines of one model differ in the last bits, all in one direction if chance will have it."""
+    rounded = kept(tmp_path / "b", lambda y, _: y + (1 - 1e-6) * (base.stars["log_g"] - y))
+    entry = compare([base, rounded], n_resamples=100)["comparisons"][0]
+    assert entry["overall"]["r2"]["interval"][0] > 0
+    verdicts = {found["verdict"] for kind in entry["groups"].values() for found in kind}
+    assert verdicts == {entry["overall"]["r2"]["verdict"]} == {"no difference"}
+
+
 def test_missing_predictions_count_as_the_mean_label(base, tmp_path):
     def some(y, _):
         values = base.stars["log_g"].copy()
