@@ -76,6 +76,10 @@ class Subject(Protocol):
         ...
 
 
+TRAINING = ("files", "fingerprint", "n_spectra", "noise", "noise_level", "seed")
+"""What a report says of the training set, from the manifest of the model."""
+
+
 @dataclass(frozen=True)
 class ModelSubject:
     """A model of moefast; see `Subject`."""
@@ -91,7 +95,14 @@ class ModelSubject:
         """Ready to score, compiled code loaded."""
         engine, where = open_engine(model.mixture, backend)
         warm_up(engine, model.mixture.n_pixels)
-        about = {"kind": "model", "name": model.manifest["recipe"], "sha256": model.hash}
+        training = model.manifest.get("training", {})
+        about = {
+            "kind": "model",
+            "name": model.manifest["recipe"],
+            "sha256": model.hash,
+            # What the milestones need: runs of one recipe differ in what they were fitted on.
+            "training": {key: training[key] for key in TRAINING if key in training},
+        }
         return cls(model, about, model.grid if model.mixture.n_experts > 1 else None, where, engine)
 
     def predict(self, block: Block, good: NDArray[np.bool_] | None, base: int) -> dict[str, NDArray]:
