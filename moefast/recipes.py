@@ -17,6 +17,7 @@ from moefast.errors import InputError
 from moefast.fitting import PUBLISHED_ALPHA, Noise, Options, fit_mixture
 from moefast.model import Model
 from moefast.protocol.bins import PHYSICAL_GRID, Grid, uniform
+from moefast.protocol.overlap import sketch
 from moefast.simulate.source import SimulatedSpectra
 from moefast.spectra.files import SpectrumSet, open_spectra
 
@@ -108,5 +109,6 @@ def fit(
         "seed": seed,
         "labels": {name: [float(v.min()), float(v.max())] for name, v in labels.items()},
         "log_g_std": float(np.std(labels["log_g"])),
+        "row_sketch": sketch(labels),
     }
     return Model.from_fit(fitted, recipe=recipe, grid=chosen, training=training)

@@ -25,6 +25,7 @@ from moefast.fitting import LinearForm
 from moefast.mixture import hat_weights
 from moefast.model import Model
 from moefast.noise import standard_normals
+from moefast.protocol.overlap import share_seen
 from moefast.protocol.predictions import write_kept
 from moefast.protocol.report import ORACLE, evaluate_predictions, format_text, write_json
 from moefast.protocol.subject import ModelSubject, Subject, open_subject
@@ -184,7 +185,7 @@ def evaluate(
         ceilings=ceilings,
         group_ceilings=group_ceilings,
         **about_noise,
-        model={**subject.about, "references_of": _name(beside)},
+        model={**subject.about, "references_of": _name(beside), "share_seen": _share_seen(subject, labels)},
     )
     stars: dict[str, NDArray] = {
         "row": np.arange(spectra.n_rows, dtype=np.int64),
@@ -221,6 +222,14 @@ def _set_name(spectra: SpectrumSet, identity: Identity | None) -> str:
     if identity is not None:
         return f"{identity.reference_set} {identity.part}"
     return " + ".join(s.path.name for s in spectra.shards[:3])
+
+
+def _share_seen(subject: Subject, labels: Mapping[str, NDArray]) -> float | None:
+    """Estimated share of the test stars that the model was fitted on; None where the model does not tell."""
+    if subject.model is None:
+        return None
+    known = subject.model.manifest.get("training", {}).get("row_sketch")
+    return None if known is None else share_seen(known, labels)
 
 
 def _name(beside: Model | None) -> str | None:

@@ -234,6 +234,12 @@ def _notes(report: Report) -> str:
             notes.append(
                 f"{report[kind]['n_unassigned']:,} stars have no finite {kind} and are in no group of it."
             )
+    if seen := report["model"].get("share_seen"):
+        notes.insert(
+            0,
+            f"Warning: {100 * seen:.1f} % of these stars are in the training set of the model. This is no measure of "
+            "what it does elsewhere.",
+        )
     return "\n".join(f'<p class="note">{escape(note)}</p>' for note in notes)
 
 

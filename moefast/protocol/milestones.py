@@ -296,9 +296,10 @@ def _read(path: Path) -> Report:
             f"{path}: was not made by the frozen protocol: {deviation}; evaluate again with moefast evaluate"
         )
     found = Report(str(path), hashlib.sha256(raw).hexdigest(), content)
-    if found.training.get("fingerprint", "") == content["data_set"]["fingerprint"]:
+    same = found.training.get("fingerprint", "") == content["data_set"]["fingerprint"]
+    if same or content["model"].get("share_seen"):
         raise InputError(
-            f"{path}: the model was fitted on its own test set; evaluate it on spectra it has not seen"
+            f"{path}: the model was fitted on stars of its test set; evaluate it on spectra it has not seen"
         )
     return found
 

@@ -600,8 +600,13 @@ def _headline(report: Mapping[str, Any], throughput: Mapping[str, Any]) -> list[
     lines = [
         f"log g on {data['name']}: {data['n']} stars{noise}",
         f"fingerprint {data['fingerprint']}" + (f", model {model}" if model else ""),
-        "",
     ]
+    if report["model"].get("share_seen"):
+        lines.append(
+            f"WARNING: {percent(report['model']['share_seen'])} of these stars are in the training set of the model: "
+            "no measure of what it does elsewhere"
+        )
+    lines.append("")
     rows = [
         ("R²", number(overall["r2"], 4), bracket(overall["r2_interval"], 4), "full coverage"),
         ("MAE", number(overall["mae"], 4), bracket(overall["mae_interval"], 4), "dex"),

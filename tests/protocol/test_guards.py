@@ -6,9 +6,14 @@ import numpy as np
 import pytest
 
 from moefast.export import build, open_session
+from moefast.model import Model
 from moefast.protocol.bins import uniform
 from moefast.protocol.evaluate import evaluate
+from moefast.protocol.overlap import share_seen
+from moefast.protocol.report import format_text
 from moefast.recipes import fit
+from moefast.simulate.rows import simulate_params
+from moefast.simulate.sets import REFERENCE_SETS
 
 
 def test_models_of_permuted_labels_know_nothing(stars, tmp_path):
@@ -91,3 +96,23 @@ def test_evaluating_twice_gives_the_same_bytes(stars_file, model, tmp_path):
         write_report(evaluate(stars_file, model), tmp_path / name, pictures=False)
     for name in ("report.json", "predictions.h5"):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes(), name
+
+
+def test_training_stars_among_the_test_stars_are_told(stars, tmp_path):
+    """A copy of the training file under another name, half of it mixed with new stars, and new stars alone."""
+    model = fit(stars.take(slice(0, 300)).write(tmp_path / "train.h5"), grid=uniform(1, 1), references=False)
+    for first, stop, share in ((0, 300, 1.0), (150, 450, 0.5), (300, 600, 0.0)):
+        test = stars.take(slice(first, stop)).write(
+            tmp_path / f"new_{first}.h5", arrays=("flux", "error", "noisy")
+        )
+        found = evaluate(test, model)
+        assert found.report["model"]["share_seen"] == pytest.approx(share)
+        assert ("WARNING" in format_text(found.report)) == (share > 0)
+
+
+def test_no_test_star_of_a_reference_set_is_in_the_shipped_model():
+    known = Model.load().manifest["training"]["row_sketch"]
+    for reference in REFERENCE_SETS.values():
+        for name, part in reference.parts.items():
+            labels = simulate_params(0, part.n_rows or 1000, seed=part.seed, settings=reference.settings)
+            assert share_seen(known, labels) in ({1.0, None} if name == "train" else {0.0, None})

@@ -343,8 +343,15 @@ def test_the_small_part_of_a_reference_set_passes_nothing(tmp_path):
 
 def test_a_model_fitted_on_its_test_set_is_refused(tmp_path):
     content = evaluation("heads", 0.99, training=(("fingerprint", "f" * 64),))
-    with pytest.raises(InputError, match="fitted on its own test set"):
+    with pytest.raises(InputError, match="fitted on stars of its test set"):
         read_reports(write(tmp_path, content))
+
+
+def test_a_model_fitted_on_some_of_its_test_stars_is_refused(tmp_path):
+    content = json.loads(evaluation("heads", 0.99))
+    content["model"]["share_seen"] = 0.02
+    with pytest.raises(InputError, match="fitted on stars of its test set"):
+        read_reports(write(tmp_path, json.dumps(content)))
 
 
 def test_tables_of_predictions_are_of_no_recipe(tmp_path):
