@@ -459,7 +459,10 @@ def fit(
     show_default=True,
     help="Factor on the errors of the files.",
 )
-@click.option("--ceiling", metavar="FILE", help="Ceilings of this test set, written by moefast ceiling -o.")
+@click.option(
+    "--ceiling", metavar="FILE",
+    help="Ceilings of this test set, written by moefast ceiling -o; those of the reference sets come with moefast.",
+)  # fmt: skip
 @click.option("--name", help="Name of the test set in the report.")
 @BACKEND
 @OVERWRITE
@@ -552,7 +555,7 @@ def ceiling(
 ) -> None:  # fmt: skip
     """What the physics allows: R² ceilings of labelled spectra, by Fisher information and by Bayes.
 
-    The Bayes ceiling is the R² of the exact posterior mean: no method does better on these stars. It takes about 50 ms
+    The Bayes ceiling is the R² of the exact posterior mean: no method does better on these stars. It takes 40 to 130 ms
     per star on two cores. The ceilings of the reference sets come with moefast; evaluate finds them by itself.
     """
     from moefast.errors import OutputError
