@@ -1,0 +1,724 @@
+"""C0, the ruler: is it stable, and what explains the published R²? `python benchmarks/c0.py --train N --out FOLDER`.
+
+Design: training seed k is rows k·n … (k + 1)·n of a set's part `train` with noise of seed k, generated in memory; noise
+seeds are the stored noise of the test stars and further draws. One pass per training seed gathers normal equations, one
+for each way to see a spectrum; all penalties, the smaller training set and everything linear that is done to spectra
+follow from them. Predictions of all fits for one draw of noise are one matrix product. A penalty is chosen on stars of
+the part `validation`, never on test stars: test R² along a path is shown, not used. Every R² is `moefast.protocol`'s.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import ndtr
+
+from moefast.experts.normal_equations import Moments, NormalEquations
+from moefast.experts.ridge import NoisePath, principal_subspace, ridge
+from moefast.fitting import PUBLISHED_ALPHA
+from moefast.mixture import hat_weights
+from moefast.noise import add_noise
+from moefast.protocol.evaluate import NOISE_SEED
+from moefast.protocol.metrics import r2
+from moefast.protocol.report import assign_octiles, evaluate_predictions, octile_edges, write_json
+from moefast.simulate import SimulatedSpectra
+from moefast.spectra.quality import assess
+
+sys.path.append(str(Path(__file__).parent))
+from environment import describe
+
+__all__ = ["measure_set", "rectified", "tables"]
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+Source = Callable[[str, str, tuple[int, int] | None], SimulatedSpectra]
+"""Set, part, rows -> spectra."""
+
+SETS = ("z0", "survey")
+TESTS = ("test_10k", "test_1k")
+PUBLISHED_R2 = 0.4957
+PUBLISHED_OCTILES = (0.195, 0.386, 0.466, 0.518, 0.556, 0.592, 0.611, 0.647)
+"""R² of the published ridge, whole and per octile of snr_median, on a test set that is not public."""
+STABLE = 0.01
+"""Half the spread of R² over all seeds that a ruler may have."""
+
+PENALTIES = 10.0 ** np.arange(-7, 0.25, 0.5)
+"""α/n of the path of `published-ridge`, in flux²."""
+OTHER_PENALTIES = 10.0 ** np.arange(-4, 3.25, 0.5)
+"""α/n where flux is brought to another unit, in that unit squared."""
+NOISE_PENALTIES = np.array([0.0, *10.0 ** np.arange(-3, 2.25, 0.5)])
+"""α/n of `global-ridge`, in units of the mean noise variance."""
+N_LEVELS = 8
+BLOCK_ROWS = 2048
+ROWS_FOR_LEVELS = 8192
+
+
+# --- ways to see a spectrum --------------------------------------------------------------------------------
+
+
+def clipped(flux: F32, error: F32) -> F32:
+    """Flux, zero where it is negative: as published."""
+    return np.maximum(flux, np.float32(0))
+
+
+def as_it_is(flux: F32, error: F32) -> F32:
+    """Flux."""
+    return flux
+
+
+def over_error(flux: F32, error: F32) -> F32:
+    """Clipped flux over the star's own error. The error holds the star's photon noise, and so its labels."""
+    return clipped(flux, error) / error
+
+
+def standard_spectrum(flux: F32, error: F32) -> F32:
+    """(x − mean)/standard deviation of the clipped spectrum."""
+    x = clipped(flux, error)
+    x = x - x.mean(1, keepdims=True)
+    return x / x.std(1, keepdims=True)
+
+
+VIEWS = {view.__name__: view for view in (clipped, as_it_is, over_error, standard_spectrum)}
+
+
+def rectified(flux: F32, error: F32) -> tuple[F32, F32]:
+    """Mean xΦ(t) + σφ(t) and variance of max(x + σε, 0) with ε ~ N(0, 1) and t = x/σ: clipping in closed form.
+
+    Parameters
+    ----------
+    flux, error : array of shape (n, p), float32
+
+    Returns
+    -------
+    mean, variance : array of shape (n, p), float32
+    """
+    mean, variance = flux.copy(), error * error
+    # Six σ above zero nothing is cut.
+    near = flux < 6 * error
+    x, s = flux[near].astype(np.float64), error[near].astype(np.float64)
+    t = x / s
+    below, density = ndtr(t), np.exp(-0.5 * t * t) / math.sqrt(2 * math.pi)
+    m = x * below + s * density
+    mean[near] = m
+    variance[near] = np.maximum((x * x + s * s) * below + x * s * density - m * m, 0)
+    return mean, variance
+
+
+# --- fits --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fits:
+    """Linear fits of one view, side by side: log g = (view − reference) W + c; W (p, c), c (c,)."""
+
+    weights: F64
+    intercepts: F64
+
+    def __add__(self, other: Fits) -> Fits:
+        return Fits(
+            np.concatenate([self.weights, other.weights], 1),
+            np.concatenate([self.intercepts, other.intercepts]),
+        )
+
+
+def path(
+    moments: Moments,
+    penalties: Sequence[float] | F64,
+    *,
+    closed: bool = False,
+    scale: F64 | None = None,
+    centre: bool = False,
+) -> Fits:
+    """Ridge fits for every α/n; with `closed` the mean noise variance is added to the normal equations.
+
+    `scale` multiplies the pixels first, `centre` takes off each spectrum's mean first: linear maps, so the normal
+    equations of the mapped spectra follow. The weights are those for spectra that are not mapped.
+    """
+    gram, cross = moments.gram, moments.cross
+    if scale is not None:
+        gram, cross = gram * scale[:, None] * scale, cross * scale
+    if centre:
+        gram = gram - gram.mean(0)
+        gram -= gram.mean(1, keepdims=True)
+        cross = cross - cross.mean()
+    mapped = replace(moments, gram=gram, cross=cross)
+    noise = moments.variance if closed else 0.0
+    weights = np.full((moments.mean_x.size, len(penalties)), np.nan)
+    for i, alpha in enumerate(penalties):
+        # Too small a penalty for so few rows gives no fit: predictions of NaN, which score 0.
+        with suppress(np.linalg.LinAlgError):
+            weights[:, i] = ridge(mapped, alpha * moments.n, noise)[0]
+    if scale is not None:
+        weights *= scale[:, None]
+    if centre:
+        weights -= weights.mean(0)
+    return Fits(weights, moments.mean_y - moments.mean_x @ weights)
+
+
+@dataclass(frozen=True)
+class NoiseConditional:
+    """`global-ridge` for several penalties: weights (r, A, M) in the basis T (p, r), intercepts (A, M), knots (M,)."""
+
+    basis: F32
+    noise_shape: F64
+    knots: F64
+    weights: F64
+    intercepts: F64
+
+    @classmethod
+    def of(cls, equations: NormalEquations, errors: F32, penalties: F64) -> NoiseConditional:
+        """Solve as `moefast.fitting` does, for every penalty instead of the cross-validated one."""
+        moments = equations.moments()
+        subspace = principal_subspace(moments, moments.variance)
+        small = NoisePath(equations.transform(subspace.basis).moments())
+        low, high = np.quantile(log_levels(errors, moments.variance), [0.001, 0.999])
+        knots = np.linspace(low - math.log(2), high + math.log(2), N_LEVELS)
+        solved = [[small.solve(math.exp(knot), alpha) for knot in knots] for alpha in penalties]
+        weights = np.array([[w for w, _ in row] for row in solved]).transpose(2, 0, 1)
+        intercepts = np.array([[c for _, c in row] for row in solved])
+        return cls(subspace.basis.astype(np.float32), moments.variance, knots, weights, intercepts)
+
+    def predict(self, x: F32, levels: F64) -> F64:
+        """(n, A) from flux less the reference and ln s."""
+        hat = hat_weights(np.clip(levels, self.knots[0], self.knots[-1]), self.knots)
+        values = np.einsum("nr,ram->nam", x @ self.basis, self.weights, optimize=True) + self.intercepts
+        return np.einsum("nam,nm->na", values, hat)
+
+
+def log_levels(error: F32, noise_shape: F64) -> F64:
+    """Noise level ln s of each star: s² = mean(σ²/D)."""
+    return 0.5 * np.log((error * error) @ (1 / noise_shape) / noise_shape.size)
+
+
+@dataclass
+class Gathered:
+    """Normal equations of one training seed, by name: a view's name, "closed" (clean flux) or "rectified"."""
+
+    equations: dict[str, NormalEquations]
+    errors: F32
+    labels: tuple[float, float]
+
+    def moments(self, name: str, **which: Any) -> Moments:
+        """See `NormalEquations.moments`; the first fifth of the rows is fold 0."""
+        return self.equations[name].moments(**which)
+
+
+def gather(
+    spectra: SimulatedSpectra, seed: int, names: Sequence[str], references: Mapping[str, F64]
+) -> Gathered:
+    """One pass over training spectra. Noise is the draw that `moefast fit --noise sampled --seed SEED` makes."""
+    y = spectra.labels(("log_g",))["log_g"]
+    equations = {name: NormalEquations(references[name], n_folds=2) for name in names}
+    errors = []
+    for block in spectra.blocks(BLOCK_ROWS, array="flux"):
+        rows = np.arange(block.first_row, block.first_row + len(block))
+        folds = (rows >= spectra.n_rows // 5).astype(np.int64)
+        noisy = add_noise(block.flux, block.error, seed, rows)
+        for name, x, variance in seen(names, block.flux, block.error, noisy):
+            equations[name].add(x, y[rows], variance, folds=folds)
+        if block.first_row < ROWS_FOR_LEVELS:
+            errors.append(block.error)
+    for total in equations.values():
+        total.finish()
+    return Gathered(equations, np.concatenate(errors), (float(y.min()), float(y.max())))
+
+
+def seen(names: Sequence[str], flux: F32, error: F32, noisy: F32) -> Iterator[tuple[str, F32, F32]]:
+    """Name, rows and noise variance for each of the names."""
+    for name in names:
+        if name == "closed":
+            yield name, flux, error * error
+        elif name == "rectified":
+            yield name, *rectified(flux, error)
+        else:
+            yield name, VIEWS[name](noisy, error), error * error
+
+
+def find_references(spectra: SimulatedSpectra, names: Sequence[str]) -> dict[str, F64]:
+    """Mean row of the first block, per name; "closed" and "rectified" share those of the flux that they stand for."""
+    block = next(spectra.blocks(BLOCK_ROWS, array="flux"))
+    noisy = add_noise(block.flux, block.error, 0, np.arange(len(block)))
+    found = {name: x.mean(0, dtype=np.float64) for name, x, _ in seen(names, block.flux, block.error, noisy)}
+    stands_for = {"closed": "as_it_is", "rectified": "clipped"}
+    return {name: found.get(stands_for.get(name, name), found[name]) for name in names}
+
+
+# --- stars to score ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Stars:
+    """A part that is scored, in memory."""
+
+    spectra: SimulatedSpectra
+    flux: F32
+    error: F32
+    stored: F32
+    labels: dict[str, F64]
+
+    @classmethod
+    def of(cls, spectra: SimulatedSpectra) -> Stars:
+        """Make the stars."""
+        clean = list(spectra.blocks(BLOCK_ROWS, array="flux"))
+        return cls(
+            spectra,
+            np.concatenate([block.flux for block in clean]),
+            np.concatenate([block.error for block in clean]),
+            np.concatenate([block.flux for block in spectra.blocks(BLOCK_ROWS, array="noisy")]),
+            spectra.labels(("T_eff", "log_g", "M_H")),
+        )
+
+    def noisy(self, seed: int | None) -> F32:
+        """Stored noise, or the draw of `moefast.protocol.evaluate` with this seed."""
+        if seed is None:
+            return self.stored
+        return add_noise(self.flux, self.error, seed, np.arange(len(self.flux)))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes and seeds of a run."""
+
+    train: int
+    validation: int = 10_000
+    n_training: int = 5
+    noise_seeds: tuple[int | None, ...] = (None, *(NOISE_SEED + k for k in range(1, 5)))
+    penalties: tuple[float, ...] = tuple(PENALTIES)
+    other_penalties: tuple[float, ...] = tuple(OTHER_PENALTIES)
+    noise_penalties: tuple[float, ...] = tuple(NOISE_PENALTIES)
+
+
+def at_published(penalties: Sequence[float]) -> int:
+    """Where the published penalty is on a path."""
+    found = int(np.abs(np.log(np.array(penalties) / PUBLISHED_ALPHA)).argmin())
+    if not math.isclose(penalties[found], PUBLISHED_ALPHA):
+        raise ValueError(f"the path lacks the published penalty {PUBLISHED_ALPHA}: {penalties}")
+    return found
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One thing done otherwise than published: equations and view it needs, and how `path` is to treat them."""
+
+    what: str
+    equations: str
+    view: str
+    treat: Mapping[str, Any]
+    other_unit: bool = False
+
+
+def choices(moments: Moments) -> list[Choice]:
+    """The published configuration first, then one change each; `moments` are those of the published configuration."""
+    deviation, noise = np.sqrt(np.diag(moments.gram) / moments.n), np.sqrt(moments.variance)
+    return [
+        Choice("as published", "clipped", "clipped", {}),
+        Choice("flux not clipped", "as_it_is", "as_it_is", {}),
+        Choice("noise in closed form", "rectified", "clipped", {"closed": True}),
+        Choice("noise in closed form, flux not clipped", "closed", "as_it_is", {"closed": True}),
+        Choice("each pixel standardised", "clipped", "clipped", {"scale": 1 / deviation}, True),
+        Choice("each pixel over its mean noise", "clipped", "clipped", {"scale": 1 / noise}, True),
+        Choice("mean of each spectrum taken off", "clipped", "clipped", {"centre": True}),
+        Choice("each spectrum standardised", "standard_spectrum", "standard_spectrum", {}, True),
+        Choice("each pixel over the star's own error", "over_error", "over_error", {}, True),
+    ]
+
+
+# --- one set -----------------------------------------------------------------------------------------------
+
+
+def measure_set(
+    name: str, source: Source, plan: Plan, say: Callable[[str], None], reports: Path | None = None
+) -> dict[str, Any]:
+    """All of C0 on one reference set.
+
+    Parameters
+    ----------
+    name : str
+    source : callable
+        Makes spectra of set, part and rows.
+    plan : Plan
+    say : callable
+        Told what is being done.
+    reports : Path, optional
+        Folder to which evaluations of `published-ridge` are written, for `moefast milestones`.
+
+    Returns
+    -------
+    dict
+        JSON-ready.
+    """
+    parts = {part: Stars.of(source(name, part, None)) for part in TESTS}
+    parts["validation"] = Stars.of(source(name, "validation", (0, plan.validation)))
+    basic = ("clipped", "closed")
+    every = ("clipped", "closed", "as_it_is", "rectified", "over_error", "standard_spectrum")
+    fits: dict[str, Fits] = {}
+    places: dict[Any, tuple[str, slice]] = {}
+    conditional, training, labels = [], [], []
+
+    def keep(key: Any, view: str, new: Fits) -> None:
+        start = fits[view].intercepts.size if view in fits else 0
+        fits[view] = fits[view] + new if view in fits else new
+        places[key] = (view, slice(start, start + new.intercepts.size))
+
+    references: dict[str, F64] = {}
+    for k in range(plan.n_training):
+        spectra = source(name, "train", (k * plan.train, (k + 1) * plan.train))
+        references = references or find_references(spectra, every)
+        found = gather(spectra, k, every if k == 0 else basic, references)
+        say(f"{name}: training seed {k}, normal equations")
+        training.append(
+            {"rows": [k * plan.train, (k + 1) * plan.train], "fingerprint": spectra.fingerprint(), "seed": k}
+        )
+        labels.append(found.labels)
+        moments = found.moments("clipped")
+        keep(("path", k), "clipped", path(moments, plan.penalties))
+        conditional.append(
+            NoiseConditional.of(found.equations["closed"], found.errors, np.array(plan.noise_penalties))
+        )
+        if k == 0:
+            fewer = found.moments("clipped", without_fold=1)
+            keep("fewer", "clipped", path(fewer, plan.penalties))
+            listed = choices(moments)
+            for choice in listed[1:]:
+                its = found.moments(choice.equations)
+                penalties = plan.other_penalties if choice.other_unit else plan.penalties
+                keep(choice.what, choice.view, path(its, penalties, **choice.treat))
+                del its
+        say(f"{name}: training seed {k}, fits")
+        del found, moments
+
+    # R² of every fit, for every draw; predictions clipped to the training labels as `evaluate` does.
+    n_all = {view: each.intercepts.size for view, each in fits.items()}
+    draws = {part: plan.noise_seeds if part in TESTS else (None,) for part in parts}
+    scores = {
+        part: {v: np.empty((len(draws[part]), n)) for v, n in n_all.items() if v in fits} for part in parts
+    }
+    unclipped = {part: np.empty((len(draws[part]), len(plan.penalties))) for part in parts}
+    levelled = {
+        part: np.empty((plan.n_training, len(draws[part]), len(plan.noise_penalties))) for part in parts
+    }
+    published: dict[tuple[str, int, int], F64] = {}
+    octiles: dict[str, list[F64]] = {"published": [], "chosen": [], "global-ridge": []}
+    kept: dict[tuple[int, str], F64] = {}
+    low, high = labels[0]
+    where = at_published(plan.penalties)
+    for part, stars in parts.items():
+        y = stars.labels["log_g"]
+        for d, seed in enumerate(draws[part]):
+            noisy = stars.noisy(seed)
+            for view, each in fits.items():
+                x = VIEWS[view](noisy, stars.error) - references[view].astype(np.float32)
+                raw = (x @ each.weights.astype(np.float32)).astype(np.float64) + each.intercepts
+                held = np.clip(raw, low, high)
+                if view == "clipped":
+                    # Each training seed has its own range of labels.
+                    for k in range(plan.n_training):
+                        here = places["path", k][1]
+                        held[:, here] = np.clip(raw[:, here], *labels[k])
+                        if part in TESTS:
+                            published[part, k, d] = held[:, here][:, where].copy()
+                    own = raw[:, places["path", 0][1]]
+                    unclipped[part][d] = [r2(y, column) for column in own.T]
+                    if part == TESTS[0]:
+                        kept[d, "path"] = held[:, places["path", 0][1]].copy()
+                scores[part][view][d] = [r2(y, column) for column in held.T]
+            x = noisy - references["closed"].astype(np.float32)
+            for k, model in enumerate(conditional):
+                predicted = np.clip(model.predict(x, log_levels(stars.error, model.noise_shape)), *labels[k])
+                levelled[part][k, d] = [r2(y, column) for column in predicted.T]
+                if part == TESTS[0] and k == 0:
+                    kept[d, "levelled"] = predicted
+        say(f"{name}: {part} scored")
+
+    def of(key: Any, part: str) -> F64:
+        view, here = places[key]
+        return scores[part][view][:, here]
+
+    chosen = [int(of(("path", k), "validation")[0].argmax()) for k in range(plan.n_training)]
+    chosen_level = [int(levelled["validation"][k, 0].argmax()) for k in range(plan.n_training)]
+    main = parts[TESTS[0]]
+    snr = assess(main.stored, main.error, None, None)
+    assigned = assign_octiles(snr.snr_median, octile_edges(snr.snr_median))
+    y = main.labels["log_g"]
+    for d in range(len(plan.noise_seeds)):
+        for what, column in (
+            ("published", kept[d, "path"][:, where]),
+            ("chosen", kept[d, "path"][:, chosen[0]]),
+            ("global-ridge", kept[d, "levelled"][:, chosen_level[0]]),
+        ):
+            octiles[what].append(np.array([r2(y[assigned == o], column[assigned == o]) for o in range(8)]))
+
+    def spread(values: F64) -> dict[str, Any]:
+        """Of R² (training seeds, noise seeds)."""
+        half = float(values.max() - values.min()) / 2
+        return {
+            "r2": values.tolist(),
+            "mean": float(values.mean()),
+            "half_spread": half,
+            "deviation_of_training_seeds": float(values.mean(1).std(ddof=1)),
+            "deviation_of_noise_seeds": float(values.mean(0).std(ddof=1)),
+            "stable": half <= STABLE,
+        }
+
+    recipes = {
+        "published-ridge": {
+            part: spread(np.array([of(("path", k), part)[:, where] for k in range(plan.n_training)]))
+            for part in TESTS
+        },
+        "global-ridge": {
+            part: spread(np.array([levelled[part][k][:, c] for k, c in enumerate(chosen_level)]))
+            for part in TESTS
+        },
+    }
+    table = []
+    for what in [*(choice.what for choice in listed), "fewer", "unclipped"]:
+        key = ("path", 0) if what in {listed[0].what, "unclipped"} else what
+        test = unclipped[TESTS[0]] if what == "unclipped" else of(key, TESTS[0])
+        best = int((unclipped["validation"] if what == "unclipped" else of(key, "validation"))[0].argmax())
+        other = any(choice.other_unit for choice in listed if choice.what == what)
+        penalties = plan.other_penalties if other else plan.penalties
+        words = {
+            "fewer": f"{plan.train // 5:,} training stars instead of {plan.train:,}",
+            "unclipped": "predictions not clipped to the range of labels",
+        }
+        table.append(
+            {
+                "what": words.get(what, what),
+                "r2_published_penalty": test[:, at_published(penalties)].tolist(),
+                "penalty_chosen": penalties[best],
+                "at_the_end_of_the_path": best in {0, len(penalties) - 1},
+                "r2_penalty_chosen": test[:, best].tolist(),
+            }
+        )
+    if reports is not None:
+        for (part, k, d), predicted in published.items():
+            if part == TESTS[0] and 0 in {k, d}:
+                content = evaluation(name, parts[part], predicted, plan, training[k], plan.noise_seeds[d])
+                folder = reports / f"{name}-training-{k}-noise-{d}"
+                folder.mkdir(parents=True, exist_ok=True)
+                write_json(content, folder / "report.json")
+        say(f"{name}: reports written")
+    return {
+        "fingerprints": {
+            "train": training,
+            **{part: stars.spectra.fingerprint() for part, stars in parts.items()},
+        },
+        "recipes": recipes,
+        "paths": {
+            "published-ridge": {
+                "penalties": list(plan.penalties),
+                "unit": "flux² per star",
+                "chosen": [plan.penalties[c] for c in chosen],
+                "validation": [of(("path", k), "validation")[0].tolist() for k in range(plan.n_training)],
+                **{part: [of(("path", k), part).tolist() for k in range(plan.n_training)] for part in TESTS},
+            },
+            "global-ridge": {
+                "penalties": list(plan.noise_penalties),
+                "unit": "mean noise variance per star",
+                "chosen": [plan.noise_penalties[c] for c in chosen_level],
+                "validation": levelled["validation"][:, 0].tolist(),
+                **{part: levelled[part].tolist() for part in TESTS},
+            },
+        },
+        "choices": table,
+        "octiles": {
+            "snr_median": [float(np.median(snr.snr_median[assigned == o])) for o in range(8)],
+            **{what: np.mean(found, axis=0).tolist() for what, found in octiles.items()},
+        },
+    }
+
+
+def evaluation(
+    name: str, stars: Stars, predicted: F64, plan: Plan, training: Mapping[str, Any], seed: int | None
+) -> dict[str, Any]:
+    """The evaluation of one fit of `published-ridge`, as `moefast evaluate` writes it."""
+    quality = assess(stars.noisy(seed), stars.error, None, None)
+    identity = stars.spectra.identity
+    return evaluate_predictions(
+        stars.labels["log_g"], predicted, None,
+        t_eff=stars.labels["T_eff"], m_h=stars.labels["M_H"],
+        snr_norm=quality.snr_norm, snr_median=quality.snr_median,
+        data_set=f"{name} {TESTS[0]}", fingerprint=stars.spectra.fingerprint(),
+        reference_set=None if identity is None else identity._asdict(),
+        noise="stored" if seed is None else "drawn", noise_level=1.0, noise_seed=seed,
+        model={
+            "kind": "model", "name": "published-ridge", "recipe": "published-ridge",
+            "training": {"fingerprint": training["fingerprint"], "n_spectra": plan.train, "seed": training["seed"]},
+        },
+    )  # fmt: skip
+
+
+# --- what people read --------------------------------------------------------------------------------------
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _power(value: float) -> str:
+    return "0" if value == 0 else f"10^{math.log10(value):g}"
+
+
+def _where(path_: Mapping[str, Any], mark: float) -> str:
+    """α/n at which the mean R² of the path on the test set crosses the mark."""
+    x, y = np.log10(path_["penalties"]), np.mean(path_[TESTS[0]], axis=(0, 1)) - mark
+    crossed = [
+        x[i] + (x[i + 1] - x[i]) * y[i] / (y[i] - y[i + 1]) for i in range(len(x) - 1) if y[i] * y[i + 1] < 0
+    ]
+    return " and ".join(f"10^{value:.2f}" for value in crossed) or "none"
+
+
+def tables(result: Mapping[str, Any]) -> dict[str, str]:
+    """Markdown tables of a result, by what they show."""
+    sets = result["sets"]
+    stability = [
+        [name, recipe, part, f"{one['mean']:.4f}", f"{one['half_spread']:.4f}",
+         f"{one['deviation_of_training_seeds']:.4f}", f"{one['deviation_of_noise_seeds']:.4f}",
+         "yes" if one["stable"] else "no"]
+        for name, found in sets.items()
+        for recipe, by_part in found["recipes"].items()
+        for part, one in by_part.items()
+    ]  # fmt: skip
+    some = list(sets.values())
+    penalties = some[0]["paths"]["published-ridge"]["penalties"]
+    noise_penalties = some[0]["paths"]["global-ridge"]["penalties"]
+
+    def paths(recipe: str, values: Sequence[float]) -> str:
+        rows = [
+            [_power(alpha)]
+            + [
+                f"{np.mean(np.array(found['paths'][recipe][part])[..., i]):.3f}"
+                for found in some
+                for part in ("validation", *TESTS)
+            ]
+            for i, alpha in enumerate(values)
+        ]
+        return _table(["α/n", *(f"{name} {part}" for name in sets for part in ("validation", *TESTS))], rows)
+
+    changed = []
+    for i, first in enumerate(some[0]["choices"]):
+        row = [first["what"]]
+        for found in some:
+            one, base = found["choices"][i], found["choices"][0]
+            value = np.array(one["r2_published_penalty"])
+            gain = value - base["r2_published_penalty"]
+            row += [f"{value.mean():.3f}", f"{gain.mean():+.3f}" if i else ""]
+            row += [f"{np.mean(one['r2_penalty_chosen']):.3f} ({_power(one['penalty_chosen'])})"]
+        changed.append(row)
+    header = ["changed"]
+    for name in sets:
+        header += [f"{name}, α = 0.1 n", "gain", f"{name}, α chosen (α/n)"]
+    octiles = [["published, other data", *(f"{value:.3f}" for value in PUBLISHED_OCTILES)]]
+    for name, found in sets.items():
+        octiles += [[f"{name}: snr_median", *(f"{value:.1f}" for value in found["octiles"]["snr_median"])]]
+        words = {
+            "published": "published-ridge",
+            "chosen": "the same, α chosen",
+            "global-ridge": "global-ridge",
+        }
+        octiles += [
+            [f"{name}: {words[what]}", *(f"{value:.3f}" for value in found["octiles"][what])]
+            for what in words
+        ]
+    crossing = [
+        [name, _where(found["paths"]["published-ridge"], PUBLISHED_R2)] for name, found in sets.items()
+    ]
+    return {
+        "stability": _table(
+            ["set", "recipe", "test set", "R², mean", "half spread", "σ training", "σ noise", "within ±0.01"],
+            stability,
+        ),
+        "path of published-ridge": paths("published-ridge", penalties),
+        "path of global-ridge": paths("global-ridge", noise_penalties),
+        "choices": _table(header, changed),
+        "octiles": _table(["R² per octile of snr_median", *"12345678"], octiles),
+        "crossing": _table(["set", f"α/n at which R² on test_10k is {PUBLISHED_R2}"], crossing),
+    }
+
+
+def picture(result: Mapping[str, Any], target: Path) -> None:
+    """R² on test_10k along both paths, bands over training and noise seeds, one panel per set."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    panels = figure.subplots(1, len(result["sets"]), sharey=True, squeeze=False)[0]
+    for axes, (name, found) in zip(panels, result["sets"].items(), strict=True):
+        for part, colour in zip(TESTS[::-1], ("tab:orange", "tab:blue"), strict=True):
+            one = found["paths"]["published-ridge"]
+            values = np.array(one[part]).reshape(-1, len(one["penalties"]))
+            axes.fill_between(one["penalties"], values.min(0), values.max(0), color=colour, alpha=0.35)
+            axes.plot(one["penalties"], values.mean(0), color=colour, label=f"published-ridge, {part}")
+        best = found["recipes"]["global-ridge"][TESTS[0]]["mean"]
+        axes.axhline(best, color="tab:green", label="global-ridge, test_10k")
+        axes.axhline(PUBLISHED_R2, color="black", linestyle=":", label="published, other data")
+        axes.axvline(PUBLISHED_ALPHA, color="grey", linestyle="--", label="published α/n")
+        for chosen in set(one["chosen"]):
+            axes.axvline(chosen, color="tab:red", linewidth=1, label="chosen on held-out stars")
+        axes.set(xscale="log", xlabel="α/n  [flux²]", title=name, ylim=(0, None))
+    panels[0].set_ylabel("R² of log g")
+    panels[0].legend(fontsize=8, loc="lower left")
+    figure.savefig(target, dpi=110)
+
+
+@click.command()
+@click.option(
+    "--train", default=100_000, show_default=True, help="Training stars of each of the five training seeds."
+)
+@click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder to write to.")
+@click.option("--quick", is_flag=True, help="8000 training stars, two seeds of each kind, a coarse path.")
+@click.option(
+    "--reports/--no-reports", default=True, show_default=True, help="Write evaluations for milestones."
+)
+def main(train: int, out: str, quick: bool, reports: bool) -> None:
+    """Measure C0 on z0 and survey: c0.json, c0.md, c0.png, and evaluations for moefast milestones in c0/."""
+    begin = time.monotonic()
+    plan = Plan(train)
+    if quick:
+        plan = Plan(8000, 1000, 2, plan.noise_seeds[:2], (1e-4, 0.1), (0.1, 10.0), (0.0, 1.0))
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def say(what: str) -> None:
+        click.echo(f"{time.monotonic() - begin:6.0f} s  {what}", err=True)
+
+    found = {
+        name: measure_set(
+            name,
+            SimulatedSpectra.of_set,
+            plan,
+            say,
+            folder / "c0" if reports else None,
+        )
+        for name in SETS
+    }
+    result = {
+        "what": "C0",
+        "train": plan.train,
+        "validation": plan.validation,
+        "noise_seeds": list(plan.noise_seeds),
+        "published": {"r2": PUBLISHED_R2, "alpha_per_star": PUBLISHED_ALPHA},
+        "seconds": round(time.monotonic() - begin),
+        "environment": describe(),
+        "sets": found,
+    }
+    (folder / "c0.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
+    text = "\n\n".join(f"## {what}\n\n{table}" for what, table in tables(result).items())
+    (folder / "c0.md").write_text(text + "\n", encoding="utf-8")
+    picture(result, folder / "c0.png")
+    click.echo(text)
+
+
+if __name__ == "__main__":
+    main()
