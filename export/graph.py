@@ -2,8 +2,8 @@
 
 Design: the graph repeats `Mixture.predict_reference` step by step in float32, with standard operators only. Every
 number of the mixture is one named initializer, stored once and exactly: what follows from others (squared expert
-weights, the share of the noise that the basis leaves over) is computed in the graph, where runtimes fold it into
-constants. So the file is at once the program that others run and the place from which moefast reads its model.
+weights in cells, the share of the noise that the basis leaves over) is computed in the graph, where runtimes fold it
+into constants. So the file is at once the program that others run and the place from which moefast reads its model.
 Bad pixels are found in the graph: whoever runs it feeds flux and error as they are.
 """
 
@@ -27,6 +27,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 import moefast
 from moefast.errors import ModelError, OutputError
 from moefast.gating.features import LEAST_CONTINUUM, LINE_FEATURES, LINES
+from moefast.kernels import cell_size
 from moefast.mixture import LEAST_SPREAD, N_GATE_COMPONENTS, Mixture
 from moefast.spectra.quality import LARGEST_ERROR
 
@@ -144,7 +145,8 @@ class _Steps:
         self.noise_shape = self._weight("noise_shape", self.mixture.noise_shape)
         self.variance = g.add("Mul", ["error", "error"], "noise/variance_of_all_pixels")
         ratio = g.add("Div", [self.variance, self.noise_shape], "noise/ratio_of_all_pixels")
-        total = g.total(g.add("Where", [self.good, ratio, zero], "noise/ratio"), 1, "noise/ratio_sum")
+        self.ratio = g.add("Where", [self.good, ratio, zero], "noise/ratio")
+        total = g.total(self.ratio, 1, "noise/ratio_sum")
         mean = g.add("Div", [total, g.add("Max", [n_good, one], "noise/n_good_or_one")], "noise/ratio_mean")
         noisy = g.add("Greater", [mean, zero], "noise/is_noisy")
         safe = g.add("Where", [noisy, mean, one], "noise/ratio_or_one")
@@ -168,44 +170,62 @@ class _Steps:
         hat = g.add("Max", [share, g.scalar("zero", 0.0)], "level/hat")
         return g.add("Unsqueeze", [hat, g.axis(1)], "level/hat_of_every_expert")
 
-    def project(self, experts: bool, gate: bool) -> list[str]:
-        """Product of x with the columns of experts (n, K·M), components (n, r) and lines (n, 12), as asked for."""
+    def columns(self) -> str:
+        """What the experts see of a spectrum, (p, c)."""
         g, mixture = self.graph, self.mixture
-        columns: list[tuple[str, str, int]] = []
-        if experts:
-            flat = mixture.expert_weights.reshape(mixture.n_pixels, -1)
-            columns += [("experts", self._weight("experts.weights", flat), flat.shape[1])]
-        if gate:
-            columns += [
-                ("components", self._weight("basis", mixture.basis), mixture.basis.shape[1]),
-                ("lines", self._weight("lines.columns", mixture.line_columns), 3 * len(LINES)),
-            ]
-        if len(columns) == 1:
-            return [g.add("MatMul", [self.x, columns[0][1]], "project/experts")]
-        matrix = g.add("Concat", [name for _, name, _ in columns], "project/matrix", axis=1)
+        basis = self._weight("basis", mixture.basis)
+        others = mixture.columns[:, mixture.n_basis :]
+        if others.shape[1] == 0:
+            return basis
+        return g.add("Concat", [basis, self._weight("directions", others)], "project/columns", axis=1)
+
+    def project(self, lines: bool) -> list[str]:
+        """Product of x with the columns (n, c) and, if asked for, the lines (n, 12)."""
+        g, mixture = self.graph, self.mixture
+        self.matrix = self.columns()
+        if not lines:
+            return [g.add("MatMul", [self.x, self.matrix], "project/values")]
+        own = self._weight("lines.columns", mixture.line_columns)
+        matrix = g.add("Concat", [self.matrix, own], "project/matrix", axis=1)
         values = g.add("MatMul", [self.x, matrix], "project/values")
-        sizes = g.shape("project_sizes", [size for _, _, size in columns])
+        sizes = g.shape("project_sizes", [mixture.columns.shape[1], 3 * len(LINES)])
         return g.add_many(
-            "Split", [values, sizes], "project/split", [f"project/{name}" for name, _, _ in columns], axis=1
+            "Split", [values, sizes], "project/split", ["project/columns_of_x", "project/lines_of_x"], axis=1
         )
 
+    def components(self, columns: str) -> str:
+        """The first columns, which are principal components."""
+        g, r = self.graph, self.mixture.n_basis
+        if r == self.mixture.columns.shape[1]:
+            return columns
+        ends = [g.shape("first", [0]), g.shape("n_basis", [r]), g.axis(1)]
+        return g.add("Slice", [columns, *ends], "project/components")
+
+    def weights(self) -> str:
+        """Weights of the experts, (c, K·M)."""
+        weights = self.mixture.expert_weights
+        return self._weight("experts.weights", weights.transpose(2, 0, 1).reshape(weights.shape[2], -1))
+
     def propagate(self) -> tuple[str, str]:
-        """σ² times the squared expert weights (n, K·M), and times what the basis leaves of the noise (n,)."""
-        g = self.graph
+        """Noise of the experts, cell by cell, (n, K·M), and what the basis leaves of the noise (n,)."""
+        g, p = self.graph, self.mixture.n_pixels
+        cell = cell_size(p)
+        by_cell = g.add("Reshape", [self.ratio, g.shape("by_cell", [0, p // cell, cell])], "noise/by_cell")
+        share = g.scalar("share_of_cell", 1 / cell)
+        cells = g.add("Mul", [g.total(by_cell, 2, "noise/cell_sums"), share], "noise/cells")
+        in_pixels = g.add("MatMul", [self.matrix, self.weights()], "propagate/pixel_weights")
+        squared = g.add("Mul", [in_pixels, in_pixels], "propagate/squared_weights")
+        shape = g.column(self.noise_shape, "noise/shape_column")
+        white = g.add("Mul", [squared, shape], "propagate/white")
+        sizes = g.shape("weights_by_cell", [p // cell, cell, self.mixture.expert_intercepts.size])
+        matrix = g.total(g.add("Reshape", [white, sizes], "propagate/by_cell"), 1, "propagate/matrix")
+        flat = g.add("MatMul", [cells, matrix], "propagate/experts")
+
         good_variance = g.add("Where", [self.good, self.variance, g.scalar("zero", 0.0)], "noise/variance")
-        squared = g.add("Mul", ["experts.weights", "experts.weights"], "propagate/squared_weights")
         self.inverse_shape = g.add("Div", [g.scalar("one", 1.0), self.noise_shape], "noise/inverse_shape")
         captured = g.total(g.add("Mul", ["basis", "basis"], "noise/basis_squared"), 1, "noise/captured")
         left = g.column(g.add("Sub", [self.inverse_shape, captured], "noise/left"), "noise/left_column")
-        matrix = g.add("Concat", [squared, left], "propagate/matrix", axis=1)
-        values = g.add("MatMul", [good_variance, matrix], "propagate/values")
-        flat, expected = g.add_many(
-            "Split",
-            [values, g.shape("propagate_sizes", [self.mixture.expert_intercepts.size, 1])],
-            "propagate/split",
-            ["propagate/experts", "propagate/expected_column"],
-            axis=1,
-        )
+        expected = g.add("MatMul", [good_variance, left], "propagate/expected_column")
         return flat, g.add("Squeeze", [expected, g.axis(1)], "propagate/expected")
 
     def at_level(self, flat: str, hat: str, stem: str, intercepts: NDArray | None = None) -> str:
@@ -219,8 +239,9 @@ class _Steps:
             )
         return g.total(g.add("Mul", [cube, hat], f"{stem}/shares"), 2, f"{stem}/at_level")
 
-    def expert_log_g(self, flat: str, hat: str) -> str:
+    def expert_log_g(self, columns: str, hat: str) -> str:
         """Predictions of the experts, (n, K)."""
+        flat = self.graph.add("MatMul", [columns, self.weights()], "experts/at_knots")
         return self.at_level(flat, hat, "experts", self.mixture.expert_intercepts)
 
     def chi2(self, components: str, expected: str) -> str:
@@ -369,19 +390,21 @@ def build(mixture: Mixture, part: str = "mixture", metadata: dict[str, str] | No
         raise ModelError(f"the error model must give one number, it gives {mixture.error_model[2].shape[1]}")
     steps = _Steps(mixture)
     if part == "gate":
-        components, lines = steps.project(experts=False, gate=True)
+        columns, lines = steps.project(lines=True)
+        components = steps.components(columns)
         outputs = ["weights"]
         steps.deliver(steps.gate(steps.features(components, lines)), "weights", columns=True)
     elif part != "mixture":
-        (flat,) = steps.project(experts=True, gate=False)
-        column = steps.expert_log_g(flat, steps.hat())
+        (columns,) = steps.project(lines=False)
+        column = steps.expert_log_g(columns, steps.hat())
         outputs = ["log_g"]
         steps.deliver(steps.graph.add("Squeeze", [column, steps.graph.axis(1)], "experts/only"), "log_g")
     else:
-        flat, components, lines = steps.project(experts=True, gate=True)
+        columns, lines = steps.project(lines=True)
+        components = steps.components(columns)
         flat_noise, expected = steps.propagate()
         hat = steps.hat()
-        experts = steps.expert_log_g(flat, hat)
+        experts = steps.expert_log_g(columns, hat)
         noise = steps.graph.add("Sqrt", [steps.at_level(flat_noise, hat, "propagate")], "propagate/noise")
         features = steps.features(components, lines)
         weights = steps.gate(features)
@@ -403,7 +426,7 @@ def _only_expert(mixture: Mixture, part: str) -> Mixture:
     w1, b1, w2, b2 = mixture.gate
     return replace(
         mixture,
-        expert_weights=mixture.expert_weights[:, k : k + 1],
+        expert_weights=mixture.expert_weights[k : k + 1],
         expert_intercepts=mixture.expert_intercepts[k : k + 1],
         gate=(w1, b1, w2[:, k : k + 1], b2[k : k + 1]),
     )
@@ -531,6 +554,12 @@ def read_mixture(model: ModelProto, wave: NDArray[np.float64]) -> Mixture:
             "initializer 'noise_shape' of the ONNX model must be positive; do not use this model"
         )
     limits = read("label_range", 2, dtype=np.float64)
+    basis = read("basis", p, None)
+    columns = (
+        np.concatenate([basis, read("directions", p, None)], axis=1) if "directions" in tensors else basis
+    )
+    c = columns.shape[1]
+    weights = read("experts.weights", c, k * m)
     clipped = LEAST_FLUX in tensors
     if clipped and read(LEAST_FLUX, 1) != 0:
         raise ModelError(
@@ -542,19 +571,20 @@ def read_mixture(model: ModelProto, wave: NDArray[np.float64]) -> Mixture:
             reference=read("reference", p),
             noise_shape=noise_shape,
             knots=read("knots", m),
-            expert_weights=read("experts.weights", p, k * m).reshape(p, k, m),
+            columns=columns,
+            n_basis=basis.shape[1],
+            expert_weights=np.ascontiguousarray(weights.reshape(c, k, m).transpose(1, 2, 0)),
             expert_intercepts=intercepts,
-            basis=read("basis", p, None),
             gate=layers("gate", None, k),
             error_model=layers("error_model", None, 1),
             label_range=(float(limits[0]), float(limits[1])),
             clipped=clipped,
         )
-        columns = mixture.line_columns
+        lines = mixture.line_columns
     except ValueError as error:
         raise ModelError(f"the ONNX model and this moefast do not fit together: {error}") from error
     # Equal up to rounding: sums over a window may be added in another order on another machine.
-    if not np.allclose(read("lines.columns", p, 3 * len(LINES)), columns, rtol=1e-4, atol=1e-6):
+    if not np.allclose(read("lines.columns", p, 3 * len(LINES)), lines, rtol=1e-4, atol=1e-6):
         raise ModelError(
             "the line windows of the ONNX model do not lie on this wave grid "
             f"({p} pixels, {wave[0]:.2f}-{wave[-1]:.2f} Å); use the grid that the model was fitted on"

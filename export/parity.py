@@ -68,7 +68,7 @@ def expected_outputs(
 ) -> dict[str, NDArray[np.float64]]:
     """What the graph of a part must give: `Mixture.predict_reference`, and NaN in rows without a good pixel."""
     good = good_pixels(flux, error)
-    prediction = mixture.predict_reference(flux, error, good)
+    prediction = mixture.predict_reference(flux, error)
     values = {name: getattr(prediction, name).copy() for name in TOLERANCES}
     if good is not None:
         for value in values.values():

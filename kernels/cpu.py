@@ -1,11 +1,13 @@
 """CPU kernels: BLAS where it is a matrix product, Numba where it is fusion.
 
 Design: a row's numbers depend, to the last bit, on that row and its place in its file alone. Matrix products therefore
-always have the same shape (`PROJECT_ROWS` rows, padded with zeros), and rows with bad pixels are first treated like
-all others and then mended by a kernel of their own: a bad neighbour changes no instruction that a good row sees.
+always have the same shape (`PROJECT_ROWS` rows, padded with zeros), and a row with bad pixels is first treated like
+all others and then mended by a function of its own: a bad neighbour changes no instruction that a good row sees, and
+the search for bad pixels costs nothing where there are none. All that a row gives besides the product (noise level,
+energies, SNRs, noise by cells, line windows) is made in one pass while it lies in the nearest cache.
 Kernels neither check nor allocate; `moefast.kernels` does both.
 
-Threads: projection runs one block of rows per Python thread, with BLAS held to one thread each. A parallel kernel that
+Threads: one block of rows per Python thread, with BLAS held to one thread each. A parallel kernel that
 alternates with a parallel product costs twice as much: each library's threads wait actively for the other's.
 """
 
@@ -17,18 +19,25 @@ import numpy as np
 from numba import njit, prange
 from scipy.linalg.blas import ssyrk
 
+from moefast.kernels.quality import (
+    LARGEST32,
+    LARGEST_ERROR32,
+    NO_GUESS,
+    ZERO32,
+    quantile,
+    quantile_scratch,
+)
+
 __all__ = [
     "PROJECT_ROWS",
     "add_normal_equations",
     "add_rows",
     "centre",
-    "mend_rows",
-    "perceptron",
     "soft_mix",
 ]
 
-PROJECT_ROWS = 512
-"""Rows of one matrix product in `project`: centred flux and variance of a block stay in the last-level cache."""
+PROJECT_ROWS = 256
+"""Rows of one matrix product in `project`: flux, error and centred flux of a block stay in the last-level cache."""
 
 _PIXELS = 512
 """Pixels of one task of `add_rows`: its totals, 4 kB per group, stay in the nearest cache."""
@@ -83,102 +92,258 @@ def add_normal_equations(x, y, order, offsets, sums, gram, square):
         _add_packed_upper(square, gram[k])
 
 
+@njit(cache=True, inline="always")
+def _add_cells(ratio, cell, cells):
+    """Mean of each `cell` neighbours of `ratio`."""
+    share = np.float32(1.0 / cell)
+    if cell == 8:
+        # Written out: a loop of unknown length would not become SIMD.
+        for g in range(cells.size):
+            r = ratio[8 * g : 8 * g + 8]
+            cells[g] = share * (((r[0] + r[1]) + (r[2] + r[3])) + ((r[4] + r[5]) + (r[6] + r[7])))
+    else:
+        for g in range(cells.size):
+            total = np.float32(0.0)
+            for j in range(g * cell, (g + 1) * cell):
+                total += ratio[j]
+            cells[g] = share * total
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _mend_row(
+    flux, error, mask, masked, clipped, reference, inverse_shape, residual, x, ratio, quotient, keys, scratch
+):
+    """Do the same as `centre` for a row with bad pixels, which get zero weight; sums are float64.
+
+    Returns noise level, energy and its expectation, snr_norm, snr_median, number of good pixels, flag bits.
+    """
+    p = flux.size
+    level, power, noise, signal, square = 0.0, 0.0, 0.0, 0.0, 0.0
+    n_good = 0
+    bits = np.uint32(0)
+    for j in range(p):
+        f, e = flux[j], error[j]
+        shown = not (masked and mask[j])
+        finite = abs(f) <= LARGEST32
+        sound = (e > ZERO32) and (e <= LARGEST_ERROR32)
+        x[j] = ZERO32
+        ratio[j] = ZERO32
+        if finite and sound and shown:
+            d = (max(f, ZERO32) if clipped else f) - reference[j]
+            s = e * e
+            x[j] = d
+            ratio[j] = s * inverse_shape[j]
+            level += ratio[j]
+            power += np.float64(d) * np.float64(d) * inverse_shape[j]
+            noise += np.float64(s) * residual[j]
+            signal += np.float64(f) * np.float64(f)
+            square += np.float64(e) * np.float64(e)
+            quotient[n_good] = f / e
+            n_good += 1
+        elif finite and shown and not sound:
+            bits |= np.uint32(4)
+    if 2 * n_good < p:
+        bits |= np.uint32(2)
+    if n_good == 0:
+        return 0.0, 0.0, 0.0, np.nan, np.nan, 0, bits | np.uint32(1)
+    median = quantile(quotient, n_good, 0.5, keys, scratch, NO_GUESS)
+    log_level = 0.5 * math.log(level / n_good) if level > 0.0 else 0.0
+    return log_level, power, noise, math.sqrt(signal / square), median, n_good, bits
+
+
 @njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
-def centre(flux, error, reference, inverse_shape, residual, x, v, log_level, energy, expected):
-    """X = flux − reference and v = error², with each row's noise level, energy Σx²/D and its expectation."""
+def centre(
+    flux, error, mask, clipped, reference, inverse_shape, residual, cell, lines, starts, stops,
+    x, cells, windows, log_level, energy, expected, snr_norm, snr_median, n_good, flag,
+):  # fmt: skip
+    """X = flux − reference, and all else that one look at flux and error gives, row by row.
+
+    Noise level ln s, energy Σx²/D and its expectation, σ²/D in cells, line windows, both SNRs, flags.
+    """
     n, p = flux.shape
+    masked = mask.shape[0] > 0
+    ratio, quotient = np.empty(p, np.float32), np.empty(p + 1, np.float32)
+    keys, scratch = np.empty(p + 2, np.int32), quantile_scratch()
+    # Median over mean of flux/error hardly differs between stars: it tells where to look for the next median.
+    usual = np.float32(1.0)
     for i in range(n):
-        level = np.float32(0.0)
-        power = np.float32(0.0)
-        noise = np.float32(0.0)
+        level, power, noise, signal, square, mean = ZERO32, ZERO32, ZERO32, ZERO32, ZERO32, ZERO32
+        bad = np.int32(0)
+        row, one_sigma, centred = flux[i], error[i], x[i]
         for j in range(p):
-            d = flux[i, j] - reference[j]
-            s = error[i, j] * error[i, j]
-            x[i, j] = d
-            v[i, j] = s
-            level += s * inverse_shape[j]
+            f, e = row[j], one_sigma[j]
+            # A comparison with NaN is false. Bits instead of `and` keep the loop free of branches.
+            good = (abs(f) <= LARGEST32) & (e > ZERO32) & (e <= LARGEST_ERROR32)
+            bad = np.int32(bad + np.int32(not good))
+            d = (max(f, ZERO32) if clipped else f) - reference[j]
+            s = e * e
+            r = s * inverse_shape[j]
+            q = f / e
+            centred[j] = d
+            ratio[j] = r
+            quotient[j] = q
+            level += r
             power += d * d * inverse_shape[j]
             noise += s * residual[j]
-        log_level[i] = 0.5 * math.log(level / p)
-        energy[i] = power
-        expected[i] = noise
+            signal += f * f
+            square += s
+            mean += q
+        if masked:
+            hidden = np.int32(0)
+            for j in range(p):
+                hidden = np.int32(hidden + np.int32(mask[i, j]))
+            bad += hidden
+        # Squares of absurd numbers overflow float32; the other way of adding does not.
+        if bad > 0 or not (signal <= LARGEST32):
+            found = _mend_row(
+                row, one_sigma, mask[i] if masked else mask.reshape(-1), masked, clipped,
+                reference, inverse_shape, residual, centred, ratio, quotient, keys, scratch,
+            )  # fmt: skip
+            log_level[i], energy[i], expected[i] = found[0], found[1], found[2]
+            snr_norm[i], snr_median[i], n_good[i], flag[i] = found[3], found[4], found[5], found[6]
+        else:
+            log_level[i] = 0.5 * math.log(level / p)
+            energy[i] = power
+            expected[i] = noise
+            snr_norm[i] = math.sqrt(signal / square)
+            mean /= np.float32(p)
+            median = np.float32(quantile(quotient, p, 0.5, keys, scratch, usual * mean))
+            snr_median[i] = median
+            if mean > ZERO32 and median > ZERO32:
+                usual = median / mean
+            n_good[i] = p
+            flag[i] = 0
+        _add_cells(ratio, cell, cells[i])
+        for w in range(lines.shape[0]):
+            total = ZERO32
+            for j in range(starts[w], stops[w]):
+                total += centred[j] * lines[w, j]
+            windows[i, w] = total
+
+
+@njit(cache=True, inline="always")
+def _exp(x):
+    """Exponential in float32 to 2 units of the last place, in SIMD: 2^k e^r with |r| ≤ ln 2 / 2, a series in r."""
+    x = min(max(x, np.float32(-87.0)), np.float32(88.0))
+    k = np.int32(math.floor(x * np.float32(1.4426950408889634) + np.float32(0.5)))
+    # ln 2 in two parts, of which the first has few digits: the difference is exact.
+    r = x - np.float32(k) * np.float32(0.693359375)
+    r -= np.float32(k) * np.float32(-2.12194440e-4)
+    series = np.float32(1.0 / 5040.0)
+    series = series * r + np.float32(1.0 / 720.0)
+    series = series * r + np.float32(1.0 / 120.0)
+    series = series * r + np.float32(1.0 / 24.0)
+    series = series * r + np.float32(1.0 / 6.0)
+    series = series * r + np.float32(0.5)
+    series = series * r + np.float32(1.0)
+    series = series * r + np.float32(1.0)
+    return series * np.int32(np.int32(k + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+@njit(cache=True, inline="always")
+def _hidden(features, w1, b1, active):
+    """Active = tanh(f W₁ + b₁)."""
+    for h in range(active.size):
+        active[h] = b1[h]
+    for f in range(features.size):
+        feature = features[f]
+        for h in range(active.size):
+            active[h] += feature * w1[f, h]
+    for h in range(active.size):
+        # The exponential is bounded, so NaN must be kept by hand.
+        a = active[h]
+        power = _exp(np.float32(2.0) * a)
+        t = (power - np.float32(1.0)) / (power + np.float32(1.0))
+        active[h] = a if math.isnan(a) else t
+
+
+@njit(cache=True, inline="always")
+def _dot(a, b):
+    total = ZERO32
+    for j in range(a.size):
+        total += a[j] * b[j]
+    return total
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
-def mend_rows(
-    rows,
-    good,
-    flux,
-    error,
-    reference,
-    inverse_shape,
-    residual,
-    x,
-    v,
-    log_level,
-    energy,
-    expected,
-):
-    """The same as `centre` for the given rows, with zero weight for their bad pixels."""
-    p = flux.shape[1]
-    for r in range(rows.size):
-        i = rows[r]
-        level = 0.0
-        power = 0.0
-        noise = 0.0
-        n_good = 0
-        for j in range(p):
-            if good[i, j]:
-                d = flux[i, j] - reference[j]
-                s = error[i, j] * error[i, j]
-                x[i, j] = d
-                v[i, j] = s
-                n_good += 1
-                level += s * inverse_shape[j]
-                power += d * d * inverse_shape[j]
-                noise += s * residual[j]
-            else:
-                x[i, j] = 0.0
-                v[i, j] = 0.0
-        log_level[i] = 0.5 * math.log(level / n_good) if level > 0.0 else 0.0
-        energy[i] = power
-        expected[i] = noise
+def soft_mix(
+    columns, windows, variances, log_level, energy, expected,
+    n_basis, n_leading, knots, expert_weights, intercepts, offsets, widths, least_continuum,
+    gate_w1, gate_b1, gate_w2t, gate_b2, error_w1, error_b1, error_w2t, error_b2, least_spread, low, high,
+    log_g, log_g_err, log_g_err_raw, weights, expert_log_g, chi2,
+):  # fmt: skip
+    """From projected spectra to the mixture's answer, row by row: levels, features, gate, mix, error."""
+    n, (n_levels, n_experts) = len(columns), intercepts.shape
+    first = knots[0]
+    step = (knots[n_levels - 1] - first) / np.float32(n_levels - 1)
+    n_lines = widths.size
+    n_features = 2 * n_lines + 1 + n_leading + 1
+    features = np.empty(n_features + 3, np.float32)
+    of_gate = features[:n_features]
+    active, active_of_error = np.empty(gate_b1.size, np.float32), np.empty(error_b1.size, np.float32)
+    floor = least_spread
+    for i in range(n):
+        # Noise level, and its place between two knots.
+        level = log_level[i]
+        level = first if math.isnan(level) else min(max(level, first), knots[n_levels - 1])
+        m = min(int((level - first) / step), n_levels - 2)
+        upper = min(max((level - first) / step - np.float32(m), np.float32(0.0)), np.float32(1.0))
+        lower = np.float32(1.0) - upper
 
+        z = columns[i]
+        inside = ZERO32
+        for c in range(n_basis):
+            inside += z[c] * z[c]
+        chi2[i] = (energy[i] - inside) / max(expected[i], np.float32(1e-30))
 
-@njit(inline="always")
-def _layers(features, i, w1, b1, w2, out):
-    """Add tanh(f W₁ + b₁) W₂ of row i to `out`."""
-    for h in range(w2.shape[0]):
-        total = b1[h]
-        for f in range(features.shape[1]):
-            total += features[i, f] * w1[f, h]
-        active = np.float32(math.tanh(total))
-        for k in range(w2.shape[1]):
-            out[k] += active * w2[h, k]
+        # Depths and equivalent widths; the sum of all widths but the last line's stands before the last line.
+        triplet = ZERO32
+        for w in range(n_lines):
+            core = windows[i, 3 * w] + offsets[3 * w]
+            integral = windows[i, 3 * w + 1] + offsets[3 * w + 1]
+            continuum = max(windows[i, 3 * w + 2] + offsets[3 * w + 2], least_continuum)
+            width = widths[w] - integral / continuum
+            place = 2 * w if w < n_lines - 1 else 2 * w + 1
+            features[place] = np.float32(1.0) - core / continuum
+            features[place + 1] = width
+            if w < n_lines - 1:
+                triplet += width
+        features[2 * n_lines - 2] = triplet
+        for c in range(n_leading):
+            features[2 * n_lines + 1 + c] = z[c]
+        features[n_features - 1] = level
 
+        _hidden(of_gate, gate_w1, gate_b1, active)
+        gate, each = weights[i], expert_log_g[i]
+        top = np.float32(-np.inf)
+        for k in range(n_experts):
+            gate[k] = gate_b2[k] + _dot(active, gate_w2t[k])
+            top = max(top, gate[k])
+        norm = ZERO32
+        for k in range(n_experts):
+            power = _exp(gate[k] - top)
+            gate[k] = gate[k] if math.isnan(gate[k]) else power
+            norm += gate[k]
+        mixed, raw = ZERO32, ZERO32
+        for k in range(n_experts):
+            gate[k] /= norm
+            below = _dot(z, expert_weights[m, k]) + intercepts[m, k]
+            above = _dot(z, expert_weights[m + 1, k]) + intercepts[m + 1, k]
+            each[k] = lower * below + upper * above
+            mixed += gate[k] * each[k]
+            variance = lower * variances[i, m * n_experts + k] + upper * variances[i, (m + 1) * n_experts + k]
+            raw += gate[k] * math.sqrt(variance)
+        spread = ZERO32
+        for k in range(n_experts):
+            apart = each[k] - mixed
+            spread += gate[k] * apart * apart
 
-@njit(parallel=True, cache=True)
-def perceptron(features, w1, b1, w2, b2, out):
-    """tanh(f W₁ + b₁) W₂ + b₂; one row at a time."""
-    for i in prange(features.shape[0]):
-        out[i] = b2
-        _layers(features, i, w1, b1, w2, out[i])
-
-
-@njit(parallel=True, cache=True)
-def soft_mix(features, values, w1, b1, w2, b2, gate, mixed):
-    """softmax(tanh(f W₁ + b₁) W₂ + b₂), and the mixture of `values` it gives; one row at a time."""
-    for i in prange(features.shape[0]):
-        row = gate[i]
-        row[:] = b2
-        _layers(features, i, w1, b1, w2, row)
-        top = row.max()
-        norm = np.float32(0.0)
-        for k in range(row.size):
-            row[k] = np.float32(math.exp(row[k] - top))
-            norm += row[k]
-        total = np.float32(0.0)
-        for k in range(row.size):
-            row[k] /= norm
-            total += row[k] * values[i, k]
-        mixed[i] = total
+        answer = mixed if math.isnan(mixed) else min(max(mixed, low), high)
+        log_g[i] = answer
+        log_g_err_raw[i] = raw
+        features[n_features] = answer
+        features[n_features + 1] = math.log(max(raw, floor))
+        features[n_features + 2] = math.log(max(math.sqrt(spread), floor))
+        _hidden(features, error_w1, error_b1, active_of_error)
+        log_error = error_b2[0] + _dot(active_of_error, error_w2t[0])
+        log_g_err[i] = math.exp(log_error)

@@ -9,10 +9,17 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from moefast.kernels.quality import LARGEST_ERROR
+from moefast.kernels.scoring import Mixed, Mixing, Projected, Projection
+
 __all__ = [
-    "centre_reference",
+    "error_inputs",
+    "gate_reference",
+    "hat_weights",
+    "line_features",
     "normal_equations_reference",
     "perceptron_reference",
+    "prepare_reference",
     "project_reference",
     "soft_mix_reference",
 ]
@@ -44,29 +51,86 @@ def normal_equations_reference(
     return n, sum_x, sum_y, sum_yy, sum_xy, gram
 
 
-def centre_reference(
-    flux: NDArray,
-    error: NDArray,
-    good: NDArray[np.bool_] | None,
-    reference: F64,
-    noise_shape: F64,
-    captured: F64,
-) -> tuple[F64, F64, F64, F64, F64]:
-    """Centred flux, variance, log noise level, Σx²/D and its expectation; bad pixels weigh nothing."""
-    keep = np.ones(flux.shape, bool) if good is None else good
-    x = np.where(keep, np.asarray(flux, np.float64) - reference, 0.0)
-    v = np.where(keep, np.asarray(error, np.float64) ** 2, 0.0)
-    n_good = np.maximum(keep.sum(1), 1)
-    level = (v / noise_shape).sum(1) / n_good
+def project_reference(
+    flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None, plan: Projection
+) -> Projected:
+    """All that `moefast.kernels.project` gives; bad pixels weigh nothing."""
+    flux, error = np.asarray(flux, np.float64), np.asarray(error, np.float64)
+    sound = (error > 0) & (error <= LARGEST_ERROR)
+    finite = np.isfinite(flux) & (True if mask is None else ~mask)
+    good = finite & sound
+    f, e = np.where(good, flux, 0.0), np.where(good, error, 0.0)
+    shape, p = plan.noise_shape.astype(np.float64), plan.reference.size
+    x = np.where(good, (np.maximum(f, 0) if plan.clipped else f) - plan.reference, 0.0)
+    ratio = e * e / shape
+    n_good = good.sum(1)
+    level = ratio.sum(1) / np.maximum(n_good, 1)
     log_level = np.where(level > 0, 0.5 * np.log(np.where(level > 0, level, 1.0)), 0.0)
-    energy = (x * x / noise_shape).sum(1)
-    expected = (v * (1.0 / noise_shape - captured)).sum(1)
-    return x, v, log_level, energy, expected
+    empty = n_good == 0
+    with np.errstate(invalid="ignore", divide="ignore"):
+        snr_norm = np.where(empty, np.nan, np.sqrt((f * f).sum(1) / (e * e).sum(1)))
+    snr_median = np.array(
+        [np.median(a[g] / b[g]) if g.any() else np.nan for a, b, g in zip(f, e, good, strict=True)]
+    )
+    flag = 1 * empty + 2 * (2 * n_good < p) + 4 * (finite & ~sound).any(1)
+    cells = ratio.reshape(len(x), p // plan.cell, plan.cell).mean(2)
+    return Projected(
+        x @ plan.matrix,
+        x @ plan.lines,
+        cells @ plan.cell_matrix,
+        log_level,
+        (x * x / shape).sum(1),
+        (e * e * (1.0 / shape - plan.captured)).sum(1),
+        snr_norm,
+        snr_median,
+        n_good.astype(np.int32),
+        flag.astype(np.uint32),
+    )
 
 
-def project_reference(x: NDArray, v: NDArray, matrix: NDArray, variance_matrix: NDArray) -> tuple[F64, F64]:
-    """X W and v W₂: the linear part of every prediction, and of every propagated variance."""
-    return np.asarray(x, np.float64) @ matrix, np.asarray(v, np.float64) @ variance_matrix
+def hat_weights(level: NDArray, knots: NDArray) -> NDArray:
+    """Weights (n, M) of linear interpolation between evenly spaced knots; `level` lies between the outer ones."""
+    step = (knots[-1] - knots[0]) / knots.dtype.type(knots.size - 1)
+    return np.maximum(knots.dtype.type(0), knots.dtype.type(1) - np.abs(level[:, None] - knots) / step)
+
+
+def line_features(projected: NDArray, widths: NDArray, least_continuum: float) -> NDArray:
+    """Depths 1 − core/continuum and equivalent widths (width − integral/continuum), and the sum of the first widths.
+
+    `projected` (n, 3w) holds core, integral and continuum of each line. The sum of all widths but the last line's
+    stands before the last line: (n, 2w + 1), in the dtype of `projected`.
+    """
+    core, integral, continuum = projected[:, 0::3], projected[:, 1::3], projected[:, 2::3]
+    continuum = np.maximum(continuum, projected.dtype.type(least_continuum))
+    depth = 1 - core / continuum
+    width = np.asarray(widths, projected.dtype) - integral / continuum
+    w = depth.shape[1]
+    out = np.empty((len(projected), 2 * w + 1), projected.dtype)
+    out[:, 0 : 2 * w - 2 : 2], out[:, 1 : 2 * w - 2 : 2] = depth[:, :-1], width[:, :-1]
+    out[:, 2 * w - 2] = width[:, :-1].sum(1)
+    out[:, 2 * w - 1], out[:, 2 * w] = depth[:, -1], width[:, -1]
+    return out
+
+
+def prepare_reference(projected: Projected, plan: Mixing) -> tuple[NDArray, NDArray, NDArray, NDArray]:
+    """Gate features (n, f), expert values and their noise (n, K), χ² (n,), in the dtype of `projected`."""
+    z, (k, m, _) = projected.columns, plan.expert_weights.shape
+    n, dtype = len(z), z.dtype
+    knots = plan.knots.astype(dtype)
+    level = np.clip(projected.log_level, knots[0], knots[-1])
+    hat = hat_weights(level, knots)[:, :, None]
+    weights, intercepts = plan.expert_weights.astype(dtype), plan.intercepts.astype(dtype)
+    at_knots = np.einsum("nc,kmc->nmk", z, weights, optimize=True) + intercepts.T
+    inside = (z[:, : plan.n_basis] ** 2).sum(1)
+    lines = line_features(
+        projected.windows + plan.line_offsets.astype(dtype), plan.line_widths, plan.least_continuum
+    )
+    return (
+        np.concatenate([lines, z[:, : plan.n_leading], level[:, None]], axis=1),
+        (at_knots * hat).sum(1),
+        np.sqrt((projected.variances.reshape(n, m, k) * hat).sum(1)),
+        (projected.energy - inside) / np.maximum(projected.expected, dtype.type(1e-30)),
+    )
 
 
 def perceptron_reference(features: NDArray, w1: NDArray, b1: NDArray, w2: NDArray, b2: NDArray) -> F64:
@@ -74,12 +138,29 @@ def perceptron_reference(features: NDArray, w1: NDArray, b1: NDArray, w2: NDArra
     return np.tanh(np.asarray(features, np.float64) @ w1 + b1) @ w2 + b2
 
 
-def soft_mix_reference(
-    features: NDArray, values: NDArray, w1: NDArray, b1: NDArray, w2: NDArray, b2: NDArray
-) -> tuple[F64, F64]:
-    """softmax(tanh(f W₁ + b₁) W₂ + b₂) and the mixture Σ_k g_k y_k it gives."""
-    logits = perceptron_reference(features, w1, b1, w2, b2)
+def gate_reference(features: NDArray, layers: tuple[NDArray, ...]) -> F64:
+    """softmax(tanh(f W₁ + b₁) W₂ + b₂)."""
+    logits = perceptron_reference(features, *layers)
     logits -= logits.max(1, keepdims=True)
     gate = np.exp(logits)
-    gate /= gate.sum(1, keepdims=True)
-    return gate, (gate * values).sum(1)
+    return gate / gate.sum(1, keepdims=True)
+
+
+def error_inputs(features: NDArray, log_g: NDArray, raw: NDArray, spread: NDArray, floor: float) -> NDArray:
+    """What the error model sees: gate features, log g, ln σ_raw, ln spread."""
+    least = features.dtype.type(floor)
+    extra = [log_g, np.log(np.maximum(raw, least)), np.log(np.maximum(spread, least))]
+    return np.column_stack([features, *extra])
+
+
+def soft_mix_reference(projected: Projected, plan: Mixing) -> Mixed:
+    """ŷ = Σ_k g_k y_k with its propagated noise Σ_k g_k σ_k, spread and calibrated error."""
+    features, experts, noise, chi2 = prepare_reference(projected, plan)
+    gate = gate_reference(features, plan.gate)
+    mixed = (gate * experts).sum(1)
+    log_g = np.clip(mixed, *plan.label_range)
+    raw = (gate * noise).sum(1)
+    spread = np.sqrt((gate * (experts - mixed[:, None]) ** 2).sum(1))
+    inputs = error_inputs(features, log_g, raw, spread, plan.least_spread)
+    log_error = perceptron_reference(inputs, *plan.error_model)[:, 0]
+    return Mixed(log_g, np.exp(log_error), raw, gate, experts, chi2)

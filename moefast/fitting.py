@@ -44,6 +44,11 @@ STRETCH = 512
 """Rows of one stretch of the sample."""
 ALPHAS = (0.0, 1e-4, 1e-3, 1e-2, 0.1, 1.0)
 """Ridge penalties tried per bin, in units of the mean noise variance per star."""
+RANK_STEP = 16
+RANK_LOSS = 3e-4
+"""R² that may be lost by leaving out the last principal components."""
+N_COMPONENTS = 48
+"""Principal components for gate and χ² of a fit in pixel space."""
 PUBLISHED_ALPHA = 0.1
 """Ridge penalty per row of the published fit: 1e5 at one million stars."""
 CHI2_QUANTILE = 0.999
@@ -74,8 +79,8 @@ class Options:
         for each noise level.
     n_levels : int
         Noise levels per expert.
-    n_components : int
-        Principal components kept for χ².
+    n_components : int, optional
+        Principal components of a spectrum that experts see at most. If None, as many as their cross-validated R² needs.
     n_folds : int
         Folds for cross-validation and cross-fitting.
     sample_rows, sample_draws : int
@@ -91,7 +96,7 @@ class Options:
     clipped: bool = False
     alpha: float | None = None
     n_levels: int = 8
-    n_components: int = 64
+    n_components: int | None = None
     n_folds: int = 3
     sample_rows: int = 60_000
     sample_draws: int = 4
@@ -111,7 +116,8 @@ class Options:
             raise InputError(f"alpha must be positive, or None to have it chosen; found {self.alpha}")
         if self.n_folds < 2 or self.n_levels < 2:
             raise InputError("at least two folds and two noise levels are needed")
-        if self.n_components < N_GATE_COMPONENTS or self.sample_rows < STRETCH or self.sample_draws < 1:
+        few = self.n_components is not None and self.n_components < N_GATE_COMPONENTS
+        if few or self.sample_rows < STRETCH or self.sample_draws < 1:
             raise InputError(
                 f"at least {N_GATE_COMPONENTS} components, {STRETCH} sample rows and one draw are needed; "
                 f"found {self.n_components}, {self.sample_rows}, {self.sample_draws}"
@@ -222,7 +228,10 @@ class _Fitter:
         levels = np.exp(knots)
         small = equations.transform(subspace.basis)
         if self.options.alpha is None:
-            experts = self.noise_conditional(small, subspace, levels)
+            rank = self.choose_rank(small, levels)
+            experts = self.noise_conditional(
+                small.transform(np.eye(len(subspace.variance), rank)), subspace, levels
+            )
         else:
             experts = self.fixed(equations, levels.size, self.options.alpha)
         del equations
@@ -368,46 +377,70 @@ class _Fitter:
         self.log_levels = np.concatenate(found)
         return np.linspace(low - margin, high + margin, self.options.n_levels)
 
-    def choose_alphas(self, small: NormalEquations, levels: F64, inside: float) -> list[float]:
-        """The penalty of each bin with the least cross-validated squared error at the noise levels that occur."""
+    def level_shares(self, levels: F64) -> F64:
+        """Share of the sampled stars whose noise is nearest to each level."""
         nearest = np.abs(self.log_levels[:, None] - np.log(levels)).argmin(1)
-        share = np.bincount(nearest, minlength=levels.size) / nearest.size
-        chosen = []
-        for k in range(self.options.grid.n_bins):
-            loss = np.zeros(len(ALPHAS))
-            for f in range(self.options.n_folds):
-                if small.count[k, f] == 0:
-                    continue
-                path = NoisePath(small.moments(k, without_fold=f), inside)
-                held = small.moments(k, fold=f)
-                for a, alpha in enumerate(ALPHAS):
-                    for s, weight in zip(levels, share, strict=True):
-                        if weight:
-                            # Held-out rows already contain `inside` of the noise.
-                            loss[a] += weight * held.sse(*path.solve(s, alpha), noise=s * s - inside)
-            chosen.append(ALPHAS[int(loss.argmin())])
-        return chosen
+        return np.bincount(nearest, minlength=levels.size) / nearest.size
+
+    @property
+    def inside(self) -> float:
+        """Mean squared noise level that the totals contain: those of noisy rows hold the noise already."""
+        return 0.0 if self.options.noise == "closed-form" else 1.0
+
+    def held_out(self, small: NormalEquations, bin_: int, levels: F64, alphas: tuple[float, ...]) -> F64:
+        """Cross-validated squared error of a bin for each penalty, over the noise levels as they occur."""
+        shares, loss = self.level_shares(levels), np.zeros(len(alphas))
+        for f in range(self.options.n_folds):
+            if small.count[bin_, f] == 0:
+                continue
+            path = NoisePath(small.moments(bin_, without_fold=f), self.inside)
+            held = small.moments(bin_, fold=f)
+            for a, alpha in enumerate(alphas):
+                for s, share in zip(levels, shares, strict=True):
+                    if share:
+                        # Held-out rows already contain `inside` of the noise.
+                        loss[a] += share * held.sse(*path.solve(s, alpha), noise=s * s - self.inside)
+        return loss
+
+    def choose_rank(self, small: NormalEquations, levels: F64) -> int:
+        """The least number of leading components, in steps of `RANK_STEP`, that costs no more than `RANK_LOSS` of R².
+
+        Scoring takes time in proportion to them, and the last of many carry next to nothing.
+        """
+        full = small.n_pixels
+        if self.options.n_components is not None:
+            return min(self.options.n_components, full)
+
+        def loss(rank: int) -> float:
+            leading = small.transform(np.eye(full, rank))
+            return float(sum(self.held_out(leading, k, levels, (0.0,))[0] for k in range(small.n_bins)))
+
+        allowed = loss(full) + RANK_LOSS * small.moments().sum_yy
+        return next((rank for rank in range(RANK_STEP, full, RANK_STEP) if loss(rank) <= allowed), full)
+
+    def choose_alphas(self, small: NormalEquations, levels: F64) -> list[float]:
+        """The penalty of each bin with the least cross-validated squared error at the noise levels that occur."""
+        bins = range(self.options.grid.n_bins)
+        return [ALPHAS[int(self.held_out(small, k, levels, ALPHAS).argmin())] for k in bins]
 
     def noise_conditional(self, small: NormalEquations, subspace: Subspace, levels: F64) -> _Experts:
-        """Experts solved for every noise level in the principal components."""
-        # Totals of noisy rows hold the noise already.
-        inside = 0.0 if self.options.noise == "closed-form" else 1.0
-        alphas = self.choose_alphas(small, levels, inside)
+        """Experts solved for every noise level in the leading principal components, those of `small`."""
+        alphas, rank = self.choose_alphas(small, levels), small.n_pixels
         shape = (self.options.n_folds + 1, self.options.grid.n_bins, levels.size)
-        weights, intercepts = np.empty((*shape, subspace.basis.shape[1])), np.empty(shape)
+        weights, intercepts = np.empty((*shape, rank)), np.empty(shape)
         conditions = []
         for k, alpha in enumerate(alphas):
             for f in range(shape[0]):
                 # The last of them leaves no fold out.
                 path = NoisePath(
-                    small.moments(k, without_fold=f if f < self.options.n_folds else None), inside
+                    small.moments(k, without_fold=f if f < self.options.n_folds else None), self.inside
                 )
                 for m, s in enumerate(levels):
                     weights[f, k, m], intercepts[f, k, m] = path.solve(s, alpha)
             conditions.append(path.condition(levels[0], alpha))
         return _Experts(
-            subspace.basis, weights[-1], intercepts[-1], weights[:-1], intercepts[:-1], alphas, conditions,
-            f"eigendecomposition in {subspace.basis.shape[1]} noise-white principal components",
+            subspace.basis[:, :rank], weights[-1], intercepts[-1], weights[:-1], intercepts[:-1], alphas, conditions,
+            f"eigendecomposition in {rank} noise-white principal components",
         )  # fmt: skip
 
     def fixed(self, equations: NormalEquations, n_levels: int, alpha: float) -> _Experts:
@@ -438,8 +471,15 @@ class _Fitter:
 
     def assemble(self, reference: F64, subspace: Subspace, knots: F64, experts: _Experts) -> Mixture:
         """A mixture with its experts and an idle gate and error model."""
-        k = len(experts.weights)
-        keep = min(self.options.n_components, subspace.basis.shape[1])
+        k, columns, weights = len(experts.weights), experts.columns, experts.weights
+        keep = columns.shape[1]
+        if self.options.alpha is not None:
+            # Experts in pixel space see one direction each; the components stand before these, for gate and χ².
+            keep = min(self.options.n_components or N_COMPONENTS, subspace.basis.shape[1])
+            own = columns.reshape(len(columns), k, -1)[:, :, -1]
+            columns = np.concatenate([subspace.basis[:, :keep], own], axis=1)
+            picks = np.eye(k, k + keep, keep)
+            weights = np.repeat(picks[:, None], weights.shape[1], axis=1)
         if keep < N_GATE_COMPONENTS:
             raise InputError(f"the spectra span only {keep} components; the gate needs {N_GATE_COMPONENTS}")
         return Mixture(
@@ -447,11 +487,10 @@ class _Fitter:
             reference=reference.astype(np.float32),
             noise_shape=subspace.noise_shape.astype(np.float32),
             knots=knots.astype(np.float32),
-            expert_weights=np.einsum("pc,kmc->pkm", experts.columns, experts.weights, optimize=True).astype(
-                np.float32
-            ),
+            columns=columns.astype(np.float32),
+            n_basis=keep,
+            expert_weights=weights.astype(np.float32),
             expert_intercepts=experts.intercepts.astype(np.float32),
-            basis=subspace.basis[:, :keep].astype(np.float32),
             gate=_idle(N_GATE_FEATURES, k),
             error_model=_idle(N_GATE_FEATURES + 3, 1),
             label_range=(float(self.y.min()), float(self.y.max())),
@@ -476,13 +515,13 @@ class _Fitter:
             rows = np.arange(here.start, here.stop)[usable]
             flux, error = flux[usable], error[usable]
             good = error > 0
-            error = np.where(good, error, 1)
             for draw in range(draws):
                 x = flux
                 if options.noise != "observed":
                     x = add_noise(flux, error, options.seed + 1 + draw, rows)
-                prepared = mixture.prepare(x, error, None if good.all() else good)
-                z = np.where(good, mixture.seen(x) - mixture.reference, 0) @ matrix
+                prepared = mixture.prepare(x, error)
+                seen = np.maximum(x, 0) if mixture.clipped else x
+                z = np.where(good, seen - mixture.reference, 0) @ matrix
                 level = np.clip(prepared.log_level, mixture.knots[0], mixture.knots[-1])
                 hat = hat_weights(level, mixture.knots)
                 values = np.empty((len(rows), options.grid.n_bins))
@@ -557,8 +596,7 @@ class _Fitter:
             forms["published-ridge"] = single(*ridge(seen, PUBLISHED_ALPHA * seen.n), clipped=True)
         if self.options.alpha is not None:
             return forms
-        inside = 0.0 if self.options.noise == "closed-form" else 1.0
-        pooled = NoisePath(small.moments(), inside)
+        pooled = NoisePath(small.moments(), self.inside)
         mean_level = 1.0
         w, c = pooled.solve(mean_level)
         forms["global-ridge, average noise"] = single(subspace.basis @ w, c)
@@ -569,7 +607,8 @@ class _Fitter:
             mixture.knots,
         )
         fixed = [
-            NoisePath(small.moments(k), inside).solve(mean_level, a) for k, a in enumerate(experts.alphas)
+            NoisePath(small.moments(k), self.inside).solve(mean_level, a)
+            for k, a in enumerate(experts.alphas)
         ]
         forms["oracle-ridge, average noise"] = single(
             np.stack([subspace.basis @ w for w, _ in fixed], 1), np.array([[c] for _, c in fixed])

@@ -1,29 +1,35 @@
 """The fitted mixture: arrays, and the way from a block of spectra to log g.
 
-Design: everything linear in flux or in variance is one projection (`moefast.kernels.project`). What follows works on a
-few dozen numbers per star: interpolate each expert between its noise levels, form the gate's features, mix, and
-turn the spread and the propagated noise into a calibrated error. `Mixture.predict` runs it in float32 on the
-kernels, `Mixture.predict_reference` in plain float64 NumPy, and `moefast.export` writes the same steps as ONNX;
-the three are held together by tests.
+Design: everything linear in flux or in variance is one projection (`moefast.kernels.project`). Experts live in a few
+dozen columns of it, the noise-white principal components: what follows works on these numbers alone
+(`moefast.kernels.soft_mix`): interpolate each expert between its noise levels, form the gate's features, mix, and turn
+the spread and the propagated noise into a calibrated error. `Mixture.predict` runs it in float32 on the kernels,
+`Mixture.predict_reference` in plain float64 NumPy, and `moefast.export` writes the same steps as ONNX; the three are
+held together by tests.
+
+The noise of an expert, Σ_j w_j² σ_j², is propagated in cells of a few pixels, as Σ_g r_g Σ_{j in g} w_j² D_j with r_g
+the mean of σ²/D over cell g: exact for noise of the training set's shape D times anything smooth. On simulated spectra
+it is within 0.2 % rms of the sum over pixels; on spectra of another sky, within 9 %.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moefast.gating.features import LINE_FEATURES, line_columns, line_features
-from moefast.kernels import Projected, Projection, perceptron, project, soft_mix
+from moefast.gating.features import LEAST_CONTINUUM, LINE_FEATURES, line_columns
+from moefast.kernels import Mixed, Mixing, Projected, Projection, cell_size, project, soft_mix
 from moefast.kernels.reference import (
-    centre_reference,
-    perceptron_reference,
+    error_inputs,
+    hat_weights,
+    prepare_reference,
     project_reference,
     soft_mix_reference,
 )
+from moefast.spectra.quality import Quality
 
 __all__ = ["N_GATE_COMPONENTS", "Mixture", "Prediction", "Prepared", "hat_weights"]
 
@@ -72,21 +78,14 @@ class Prepared:
     """A block of n stars on its way to the gate.
 
     `features` (n, 14) of the gate; `expert_log_g` (n, K) and its propagated noise `expert_noise` (n, K) at each star's
-    noise level; `components` (n, r), the noise-white principal components; `chi2` and `log_level` as in `Prediction`.
+    noise level; `chi2` and `log_level` as in `Prediction`.
     """
 
     features: NDArray
     expert_log_g: NDArray
     expert_noise: NDArray
-    components: NDArray
     chi2: NDArray
     log_level: NDArray
-
-
-def hat_weights(level: NDArray, knots: NDArray) -> NDArray:
-    """Weights (n, M) of linear interpolation between evenly spaced knots; `level` lies between the outer ones."""
-    step = (knots[-1] - knots[0]) / knots.dtype.type(knots.size - 1)
-    return np.maximum(knots.dtype.type(0), knots.dtype.type(1) - np.abs(level[:, None] - knots) / step)
 
 
 @dataclass(frozen=True)
@@ -102,10 +101,13 @@ class Mixture:
         Mean noise variance D per pixel.
     knots : array of shape (M,)
         ln s of the noise levels, evenly spaced, M ≥ 2.
-    expert_weights : array of shape (p, K, M)
+    columns : array of shape (p, c)
+        What the experts see of a spectrum: noise-white principal components T first, other directions after them.
+    n_basis : int
+        How many of the columns are principal components.
+    expert_weights : array of shape (K, M, c)
+        In the columns; `pixel_weights` has them in pixels.
     expert_intercepts : array of shape (K, M), dex
-    basis : array of shape (p, r)
-        Noise-white principal components T.
     gate : tuple of arrays W₁, b₁, W₂, b₂
         Takes the 14 raw gate features.
     error_model : tuple of arrays W₁, b₁, W₂, b₂
@@ -120,24 +122,30 @@ class Mixture:
     reference: F32
     noise_shape: F32
     knots: F32
+    columns: F32
+    n_basis: int
     expert_weights: F32
     expert_intercepts: F32
-    basis: F32
     gate: tuple[F32, F32, F32, F32]
     error_model: tuple[F32, F32, F32, F32]
     label_range: tuple[float, float]
     clipped: bool = False
 
     def __post_init__(self) -> None:
-        p, k, m = self.expert_weights.shape
-        if self.wave.shape != (p,) or self.basis.shape[0] != p or self.expert_intercepts.shape != (k, m):
+        k, m, c = self.expert_weights.shape
+        p = self.wave.size
+        if self.columns.shape != (p, c) or self.expert_intercepts.shape != (k, m):
             raise ValueError(
                 f"experts {self.expert_weights.shape}, intercepts {self.expert_intercepts.shape}, "
-                f"basis {self.basis.shape} and wave {self.wave.shape} do not fit together"
+                f"columns {self.columns.shape} and wave {self.wave.shape} do not fit together"
             )
         if self.knots.shape != (m,) or m < 2:
             raise ValueError(
                 f"two noise levels at least, and as many as the experts have; found {self.knots.shape}"
+            )
+        if not N_GATE_COMPONENTS <= self.n_basis <= c:
+            raise ValueError(
+                f"{N_GATE_COMPONENTS} to {c} principal components expected; found {self.n_basis}"
             )
         if self.gate[0].shape[0] != N_GATE_FEATURES or self.gate[2].shape[1] != k:
             raise ValueError(f"the gate must take {N_GATE_FEATURES} features and give {k} weights")
@@ -153,6 +161,18 @@ class Mixture:
     def n_experts(self) -> int:
         """Number of experts K."""
         return self.expert_intercepts.shape[0]
+
+    @property
+    def basis(self) -> F32:
+        """Noise-white principal components T, (p, r)."""
+        return self.columns[:, : self.n_basis]
+
+    @cached_property
+    def pixel_weights(self) -> F64:
+        """Weights of the experts in pixels, (p, K, M), float64."""
+        return np.einsum(
+            "pc,kmc->pkm", *(a.astype(np.float64) for a in (self.columns, self.expert_weights)), optimize=True
+        )
 
     @cached_property
     def line_columns(self) -> F32:
@@ -175,94 +195,76 @@ class Mixture:
         return (self.basis.astype(np.float64) ** 2).sum(1).astype(np.float32)
 
     @cached_property
+    def cell_matrix(self) -> F32:
+        """Σ w² D of each expert and noise level over the pixels of a cell, (p / cell, M · K)."""
+        noise = self.pixel_weights**2 * self.noise_shape[:, None, None]
+        cells = noise.reshape(-1, cell_size(self.n_pixels), *noise.shape[1:]).sum(1)
+        return cells.transpose(0, 2, 1).reshape(len(cells), -1).astype(np.float32)
+
+    @cached_property
     def projection(self) -> Projection:
-        """All columns: experts × noise levels, principal components, lines; and the squared expert weights."""
-        flat = self.expert_weights.reshape(self.n_pixels, -1)
-        matrix = np.concatenate([flat, self.basis, self.line_columns], axis=1)
-        return Projection(self.reference, self.noise_shape, matrix, flat * flat, self.captured)
+        """What is done to a spectrum: see `moefast.kernels.Projection`."""
+        return Projection(
+            self.reference, self.noise_shape, self.columns, self.line_columns, self.cell_matrix, self.captured,
+            self.clipped,
+        )  # fmt: skip
+
+    @cached_property
+    def mixing(self) -> Mixing:
+        """What is done to its projection: see `moefast.kernels.Mixing`."""
+        return Mixing(
+            self.knots, self.expert_weights, self.expert_intercepts, self.n_basis, N_GATE_COMPONENTS,
+            self.line_offsets, self.line_widths, LEAST_CONTINUUM, LEAST_SPREAD, self.gate, self.error_model,
+            self.label_range,
+        )  # fmt: skip
 
     def predict(
-        self, flux: F32, error: F32, good: NDArray[np.bool_] | None = None, *, first_row: int = 0
+        self, flux: F32, error: F32, mask: NDArray[np.bool_] | None = None, *, first_row: int = 0
     ) -> Prediction:
         """Predictions in float32 on the CPU kernels.
+
+        Pixels whose flux is not finite, or whose error is not positive or above 1e6, have no weight.
 
         Parameters
         ----------
         flux, error : array of shape (n, p), float32
-        good : array of shape (n, p), bool, optional
-            Pixels to use; None says all. Rows without a good pixel get numbers that mean nothing.
+        mask : array of shape (n, p), bool, optional
+            True where a pixel is bad whatever it holds. Rows without a good pixel get numbers that mean nothing.
         first_row : int
             Index of the first row in its file (see `moefast.kernels.project`).
         """
-        return self.mix(self.prepare(flux, error, good, first_row=first_row))
+        return self.score(flux, error, mask, first_row=first_row)[0]
 
-    def seen(self, flux: NDArray) -> NDArray:
-        """Flux as the experts see it; NaN stays NaN."""
-        return np.maximum(flux, flux.dtype.type(0)) if self.clipped else flux
+    def score(
+        self, flux: F32, error: F32, mask: NDArray[np.bool_] | None = None, *, first_row: int = 0
+    ) -> tuple[Prediction, Quality]:
+        """Predictions, and the quality of the spectra that the same look at them gives; see `predict`."""
+        linear = project(flux, error, mask, self.projection, first_row=first_row)
+        quality = Quality(linear.snr_norm, linear.snr_median, linear.n_good, linear.flag)
+        return _prediction(soft_mix(linear, self.mixing), linear), quality
 
     def prepare(
-        self, flux: F32, error: F32, good: NDArray[np.bool_] | None = None, *, first_row: int = 0
+        self, flux: F32, error: F32, mask: NDArray[np.bool_] | None = None, *, first_row: int = 0
     ) -> Prepared:
         """Everything up to the gate; see `predict` for the parameters."""
-        linear = project(self.seen(flux), error, good, self.projection, first_row=first_row)
-        return self._prepare(linear, np.float32)
-
-    def mix(self, prepared: Prepared) -> Prediction:
-        """From the gate to the calibrated error."""
-        return self._mix(prepared, soft_mix, perceptron, np.float32)
+        linear = project(flux, error, mask, self.projection, first_row=first_row)
+        features, experts, noise, chi2 = prepare_reference(linear, self.mixing)
+        return Prepared(features, experts, noise, chi2, linear.log_level)
 
     def predict_reference(
-        self, flux: NDArray, error: NDArray, good: NDArray[np.bool_] | None = None
+        self, flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None = None
     ) -> Prediction:
-        """The same in plain NumPy and float64: the contract of `predict` and of the ONNX graph."""
-        plan = self.projection
-        x, v, log_level, energy, expected = centre_reference(
-            self.seen(flux),
-            error,
-            good,
-            *(a.astype(np.float64) for a in (plan.reference, plan.noise_shape, plan.captured)),
-        )
-        values, variances = project_reference(x, v, plan.matrix, plan.variance_matrix)
-        linear = Projected(values, variances, log_level, energy, expected)  # type: ignore[arg-type]
-        return self._mix(
-            self._prepare(linear, np.float64), soft_mix_reference, perceptron_reference, np.float64
-        )
-
-    def _prepare(self, linear: Projected, dtype: type) -> Prepared:
-        n, (k, m), r = len(linear.values), self.expert_intercepts.shape, self.basis.shape[1]
-        level, hat = self._levels(linear.log_level, dtype)
-        experts, z, lines = np.split(linear.values, [k * m, k * m + r], axis=1)
-        z_energy = (z * z).sum(1)
-        features = line_features(lines + self.line_offsets.astype(dtype), self.line_widths)
-        return Prepared(
-            features=np.concatenate([features, z[:, :N_GATE_COMPONENTS], level[:, None]], axis=1),
-            expert_log_g=(
-                (experts.reshape(n, k, m) + self.expert_intercepts.astype(dtype)) * hat[:, None]
-            ).sum(2),
-            expert_noise=np.sqrt((linear.variances.reshape(n, k, m) * hat[:, None]).sum(2)),
-            components=z,
-            chi2=(linear.energy - z_energy) / np.maximum(linear.expected, dtype(1e-30)),
-            log_level=linear.log_level,
-        )
-
-    def _levels(self, log_level: NDArray, dtype: type) -> tuple[NDArray, NDArray]:
-        knots: NDArray = self.knots.astype(dtype)
-        level = np.clip(log_level, knots[0], knots[-1])
-        return level, hat_weights(level, knots)
+        """The same as `predict` in plain NumPy and float64: the contract of it and of the ONNX graph."""
+        linear = project_reference(flux, error, mask, self.projection)
+        return _prediction(soft_mix_reference(linear, self.mixing), linear)
 
     def error_features(self, features: NDArray, log_g: NDArray, raw: NDArray, spread: NDArray) -> NDArray:
         """What the error model sees: gate features, log g, ln σ_raw, ln spread."""
-        floor = features.dtype.type(LEAST_SPREAD)
-        extra = [log_g, np.log(np.maximum(raw, floor)), np.log(np.maximum(spread, floor))]
-        return np.column_stack([features, *extra])
+        return error_inputs(features, log_g, raw, spread, LEAST_SPREAD)
 
-    def _mix(self, prepared: Prepared, mix: Callable, layers: Callable, dtype: type) -> Prediction:
-        experts = prepared.expert_log_g
-        gate, mixed = mix(prepared.features, experts, *self.gate)
-        log_g = np.clip(mixed, dtype(self.label_range[0]), dtype(self.label_range[1]))
-        raw = (gate * prepared.expert_noise).sum(1)
-        spread = np.sqrt((gate * (experts - mixed[:, None]) ** 2).sum(1))
-        log_error = layers(self.error_features(prepared.features, log_g, raw, spread), *self.error_model)
-        return Prediction(
-            log_g, np.exp(log_error[:, 0]), raw, gate, experts, prepared.chi2, prepared.log_level
-        )
+
+def _prediction(mixed: Mixed, linear: Projected) -> Prediction:
+    return Prediction(
+        mixed.log_g, mixed.log_g_err, mixed.log_g_err_raw, mixed.weights, mixed.expert_log_g, mixed.chi2,
+        linear.log_level,
+    )  # fmt: skip

@@ -1,8 +1,9 @@
 """Streaming prediction: blocks of spectra in, rows of a table out, one for one and in order.
 
-Design: a reader thread is one block ahead while this one computes; a block is scored as a whole, flagged, and appended
-to a table that gets its final name only when it is complete. Memory does not grow with the number of spectra. A row's
-numbers depend on the row alone, so `--rows`, `--shard` and bad neighbours change nothing.
+Design: on a CPU every core reads a small block and scores it while it lies in its cache; reading takes turns, so that
+files are read in order. What comes out, two hundred bytes a spectrum, is gathered, flagged and appended to a table
+that gets its final name only when it is complete. Memory does not grow with the number of spectra. A row's numbers
+depend on the row alone, so `--rows`, `--shard` and bad neighbours change nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -26,22 +27,77 @@ from moefast.model import Model
 from moefast.spectra.files import Block, Failure, Shard, SpectrumSet, find_files, open_spectra
 from moefast.spectra.quality import Flag, Quality, assess, good_pixels
 from moefast.spectra.tables import Column, open_table
+from moefast.threads import CORES, map_in_order, one_blas_thread
 
-__all__ = ["Summary", "choose_rows", "make_engine", "open_engine", "predict", "score_block"]
+__all__ = ["Summary", "choose_rows", "columns_of", "make_engine", "open_engine", "predict", "score_block"]
 
-BLOCK_ROWS = 4 * PROJECT_ROWS
+BLOCK_ROWS = 2048
+"""Rows of a block for those who look at spectra one block after the other."""
+TABLE_ROWS = 16384
+"""Rows that are flagged and written to the table together: a few bytes each, many calls otherwise."""
 NOISE_FREE_CHI2 = 0.1
+CHI2_EVERY = 32
+"""One of so many rows is looked at to tell noise-free spectra."""
 _ID = re.compile(r"id|\w+_id|(obj|cat|source|star|target|fiber|fibre)id", re.IGNORECASE)
 _LABEL = "log_g"
 _LOST = (Flag.NO_DATA, Flag.FEW_GOOD_PIXELS)
 
 
 class Engine(Protocol):
-    """Scores a block: flux, error (n, p) float32, good (n, p) bool or None, index of its first row."""
+    """Scores a block: flux, error (n, p) float32, mask (n, p) bool (True = bad) or None, index of its first row.
+
+    Attributes
+    ----------
+    block_rows : int
+        Rows that it likes best at a time.
+    workers : int
+        Threads that may call it at the same time.
+    """
+
+    block_rows: int
+    workers: int
 
     def __call__(
-        self, flux: NDArray, error: NDArray, good: NDArray[np.bool_] | None, first_row: int
-    ) -> Prediction: ...
+        self, flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None, first_row: int
+    ) -> tuple[Prediction, Quality]: ...
+
+
+@dataclass(frozen=True)
+class CpuEngine:
+    """The CPU kernels."""
+
+    mixture: Mixture
+    block_rows: int = PROJECT_ROWS
+    workers: int = CORES
+
+    def __call__(
+        self, flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None, first_row: int
+    ) -> tuple[Prediction, Quality]:
+        """See `Engine`."""
+        return self.mixture.score(flux, error, mask, first_row=first_row)
+
+
+class OnnxEngine:
+    """The exported graph in ONNX Runtime on a GPU."""
+
+    block_rows = BLOCK_ROWS
+    workers = 1
+    _outputs = ("log_g", "log_g_err", "log_g_err_raw", "weights", "expert_log_g", "chi2", "log_level")
+
+    def __init__(self, mixture: Mixture) -> None:
+        from moefast.export import build, open_session
+
+        self._session = open_session(build(mixture), backend="cuda")
+
+    def __call__(
+        self, flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None, first_row: int
+    ) -> tuple[Prediction, Quality]:
+        """See `Engine`."""
+        quality = assess(flux, error, good_pixels(flux, error, mask), mask)
+        if mask is not None:
+            # The graph treats a pixel without an error as bad.
+            error = np.where(mask, np.float32(np.nan), error)
+        return Prediction(*self._session.run(list(self._outputs), {"flux": flux, "error": error})), quality
 
 
 @dataclass
@@ -94,21 +150,7 @@ def make_engine(mixture: Mixture, backend: Backend) -> Engine:
     BackendError
         The GPU cannot be used after all.
     """
-    if backend.name == "cpu":
-        return lambda flux, error, good, first_row: mixture.predict(flux, error, good, first_row=first_row)
-
-    from moefast.export import build, open_session
-
-    session = open_session(build(mixture), backend="cuda")
-    names = ("log_g", "log_g_err", "log_g_err_raw", "weights", "expert_log_g", "chi2", "log_level")
-
-    def score(flux: NDArray, error: NDArray, good: NDArray[np.bool_] | None, first_row: int) -> Prediction:
-        if good is not None:
-            # The graph treats a pixel without an error as bad.
-            error = np.where(good, error, np.float32(np.nan))
-        return Prediction(*session.run(list(names), {"flux": flux, "error": error}))
-
-    return score
+    return CpuEngine(mixture) if backend.name == "cpu" else OnnxEngine(mixture)
 
 
 def open_engine(mixture: Mixture, backend: str = "auto") -> tuple[Engine, Backend]:
@@ -133,28 +175,33 @@ def open_engine(mixture: Mixture, backend: str = "auto") -> tuple[Engine, Backen
 def warm_up(engine: Engine, n_pixels: int) -> None:
     """Load compiled code before the clock starts: it is no part of the throughput."""
     ones = np.ones((1, n_pixels), np.float32)
-    assess(ones, ones, good_pixels(ones, ones))
     engine(ones, ones, None, 0)
 
 
-def score_block(
-    model: Model, engine: Engine, block: Block, first_row: int
-) -> tuple[dict[str, NDArray], NDArray]:
-    """Table columns of one block, and its χ².
+def score_block(engine: Engine, block: Block, first_row: int) -> tuple[Prediction, Quality]:
+    """What an engine gives for a block.
 
     Parameters
     ----------
-    model : Model
     engine : Engine
     block : Block
     first_row : int
         Index of the block's first row in its file.
     """
-    good = good_pixels(block.flux, block.error, block.mask)
-    quality: Quality = assess(block.flux, block.error, good, block.mask)
-    # Pixels near the end of float32 overflow in their own row, which the flags below tell.
+    # Pixels near the end of float32 overflow in their own row, which the flags tell.
     with np.errstate(over="ignore", invalid="ignore"):
-        result = engine(block.flux, block.error, good, first_row)
+        return engine(block.flux, block.error, block.mask, first_row)
+
+
+def columns_of(model: Model, result: Prediction, quality: Quality) -> dict[str, NDArray]:
+    """Table columns of scored rows, flags included.
+
+    Parameters
+    ----------
+    model : Model
+    result : Prediction
+    quality : Quality
+    """
     limits = model.manifest["limits"]
     flag = quality.flag.copy()
     empty = (flag & np.uint32(Flag.NO_DATA)) != 0
@@ -185,7 +232,13 @@ def score_block(
             if column.dtype.kind == "f":
                 columns[name] = np.where(empty, np.float32(np.nan), column)
         columns["expert"] = np.where(empty, np.int16(-1), expert)
-    return columns, columns["chi2"]
+    return columns
+
+
+def _joined(parts: list[Any]) -> Any:
+    """One dataclass of arrays for several."""
+    names = [item.name for item in fields(parts[0])]
+    return type(parts[0])(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
 
 def table_columns(n_experts: int, ids: Mapping[str, np.dtype], several: bool) -> list[Column]:
@@ -359,37 +412,62 @@ def predict(
         if labelled:
             r2.add(spectra.labels((_LABEL,))[_LABEL][first:last], np.full(last - first, np.nan))
 
+    def score(block: Block) -> _Scored:
+        base = int(spectra.first_rows[block.shard])
+        found = score_block(engine, block, block.first_row - base)
+        return _Scored(block.first_row, block.shard, block.params, *found)
+
+    def keep(parts: list[_Scored]) -> None:
+        """Flag rows of one file that follow each other, and write them."""
+        nonlocal unlike
+        if not parts:
+            return
+        first, shard = parts[0].first_row, parts[0].shard
+        columns = columns_of(chosen, _joined([p.result for p in parts]), _joined([p.quality for p in parts]))
+        params = {name: np.concatenate([p.params[name] for p in parts]) for name in wanted}
+        n, begin = len(columns["log_g"]), first - int(spectra.first_rows[shard])
+        lead: dict[str, NDArray] = {"row": np.arange(begin, begin + n, dtype=np.int64)}
+        lead |= {name: params[name] for name in ids}
+        if several:
+            lead["file"] = np.full(n, shard, np.int32)
+        sink.write({**lead, **columns})
+        if labelled:
+            r2.add(np.asarray(params[_LABEL], np.float64), columns["log_g"].astype(np.float64))
+        chi2_sample.append(columns["chi2"][::CHI2_EVERY])
+        unlike += int(np.count_nonzero(columns["flag"] & np.uint32(Flag.UNLIKE_TRAINING)))
+        for f in Flag:
+            count = int(np.count_nonzero(columns["flag"] & np.uint32(f)))
+            if count:
+                summary.flags[str(f.name)] = summary.flags.get(str(f.name), 0) + count
+        parts.clear()
+
     warm_up(engine, chosen.mixture.n_pixels)
     begin = time.perf_counter()
-    with sink:
-        position = start
+    with sink, one_blas_thread():
+        position, waiting = start, list[_Scored]()
         blocks = spectra.blocks(
-            BLOCK_ROWS,
+            engine.block_rows,
             array=array,
             rows=(start, stop),
             params=wanted,
+            # Workers read for themselves; a single one reads ahead.
+            prefetch=engine.workers == 1,
             on_error="skip" if several else "raise",
         )
-        for block in blocks:
-            base = int(spectra.first_rows[block.shard])
-            fill(position, block.first_row)
-            columns, chi2 = score_block(chosen, engine, block, block.first_row - base)
-            here = np.arange(block.first_row - base, block.first_row - base + len(block), dtype=np.int64)
-            lead: dict[str, NDArray] = {"row": here, **{name: block.params[name] for name in ids}}
-            if several:
-                lead["file"] = np.full(len(block), block.shard, np.int32)
-            sink.write({**lead, **columns})
-            if labelled:
-                r2.add(np.asarray(block.params[_LABEL], np.float64), columns["log_g"].astype(np.float64))
-            chi2_sample.append(chi2[:64])
-            unlike += int(np.count_nonzero(columns["flag"] & np.uint32(Flag.UNLIKE_TRAINING)))
-            for f in Flag:
-                count = int(np.count_nonzero(columns["flag"] & np.uint32(f)))
-                if count:
-                    summary.flags[str(f.name)] = summary.flags.get(str(f.name), 0) + count
-            position = block.first_row + len(block)
+        for part in map_in_order(score, blocks, engine.workers):
+            n_waiting = position - waiting[0].first_row if waiting else 0
+            if (
+                part.first_row != position
+                or n_waiting >= TABLE_ROWS
+                or (waiting and waiting[0].shard != part.shard)
+            ):
+                keep(waiting)
+                fill(position, part.first_row)
+            waiting.append(part)
+            position = part.first_row + len(part.result.log_g)
             if progress is not None:
                 progress(position - start, stop - start)
+        keep(waiting)
         summary.failures = list(spectra.failures)
         fill(position, stop)
         summary.n_rows = stop - start
@@ -486,6 +564,17 @@ def _notes(chi2_sample: list[NDArray], unlike: int, summary: Summary) -> list[st
             "median near 1 and in the units of its error, or fit a model on spectra like these"
         )
     return notes
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """A scored block: its first row in the set, its shard, params, and what the engine gave."""
+
+    first_row: int
+    shard: int
+    params: dict[str, NDArray]
+    result: Prediction
+    quality: Quality
 
 
 class _Sink:

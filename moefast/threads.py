@@ -7,16 +7,20 @@ threads wait actively for the other's; therefore BLAS is held to one thread wher
 
 from __future__ import annotations
 
+import collections
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from threadpoolctl import ThreadpoolController
 
-__all__ = ["CORES", "in_threads", "one_blas_thread"]
+__all__ = ["CORES", "in_threads", "map_in_order", "one_blas_thread"]
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 ROWS_PER_THREAD = 32
@@ -46,6 +50,50 @@ def in_threads(n: int, work: Callable[[int, int], Any], *, least: int = ROWS_PER
     cuts = [n * i // parts for i in range(parts + 1)]
     with ThreadPoolExecutor(parts) as pool:
         list(pool.map(work, cuts[:-1], cuts[1:]))
+
+
+def map_in_order(
+    work: Callable[[Item], Result], items: Iterable[Item], workers: int = CORES
+) -> Iterator[Result]:
+    """Results of work(item), in the order of the items, with several threads at work.
+
+    An item is made (read from a file, say) by the thread that works on it, while its memory is still in that core's
+    cache; items are made one at a time, in their order. Results wait for their turn, two per thread at most.
+
+    Parameters
+    ----------
+    work : callable
+    items : iterable
+        An exception that it raises, or `work`, is raised here in the place of the result; the rest is given up.
+    workers : int
+        Threads.
+    """
+    source, lock = enumerate(items), threading.Lock()
+
+    def step() -> tuple[int, Result] | None:
+        with lock:
+            try:
+                index, item = next(source)
+            except StopIteration:
+                return None
+        return index, work(item)
+
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="moefast-worker")
+    try:
+        waiting = collections.deque(pool.submit(step) for _ in range(2 * workers))
+        done: dict[int, Result] = {}
+        turn = 0
+        while waiting:
+            found = waiting.popleft().result()
+            if found is None:
+                continue
+            waiting.append(pool.submit(step))
+            done[found[0]] = found[1]
+            while turn in done:
+                yield done.pop(turn)
+                turn += 1
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 @contextmanager

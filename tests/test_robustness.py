@@ -243,7 +243,7 @@ def test_no_rows(few, model, tmp_path):
 
 
 def test_a_file_that_shrinks_while_it_is_read(few, model, tmp_path, monkeypatch):
-    monkeypatch.setattr(scoring, "BLOCK_ROWS", 64)
+    monkeypatch.setattr(scoring, "make_engine", lambda mixture, _: scoring.CpuEngine(mixture, 64))
     path = few.write(tmp_path / "x.h5")
     score = scoring.score_block
 

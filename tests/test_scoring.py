@@ -232,9 +232,10 @@ def _wide_model(seed=0):
         reference=1 + normal(p, scale=0.1),
         noise_shape=np.exp(normal(p, scale=0.5)) / np.float32(100),
         knots=np.linspace(-1.5, 1.5, m, dtype=np.float32),
-        expert_weights=normal(p, k, m, scale=p**-0.5),
+        columns=normal(p, 48, scale=0.1),
+        n_basis=48,
+        expert_weights=normal(k, m, 48, scale=0.2),
         expert_intercepts=3 + normal(k, m, scale=0.3),
-        basis=normal(p, 64, scale=0.1),
         gate=(normal(14, 64, scale=0.1), normal(64), normal(64, k), normal(k)),
         error_model=(normal(17, 8, scale=0.1), normal(8), normal(8, 1, scale=0.3), normal(1)),
         label_range=(-1e6, 1e6),
@@ -251,8 +252,9 @@ def test_4096_pixels_in_any_blocks_and_parts(tmp_path, monkeypatch):
     path = stars.write(tmp_path / "x.h5")
     every = predict(path, model).columns
     assert np.isnan(every["log_g"]).sum() == 1
-    for block_rows in (300, 511, 1024):
-        monkeypatch.setattr(scoring, "BLOCK_ROWS", block_rows)
+    for block_rows, workers in ((300, 1), (511, 2), (1024, 3)):
+        engine = scoring.CpuEngine(model.mixture, block_rows, workers)
+        monkeypatch.setattr(scoring, "make_engine", lambda *_, engine=engine: engine)
         same_rows(predict(path, model).columns, every, but=())
     for rows in ((0, 1), (510, 515), (1099, 1100)):
         same_rows(predict(path, model, rows=rows).columns, every, slice(None), other_rows=slice(*rows))
@@ -444,7 +446,9 @@ def test_replaced_only_when_complete(stars_file, model, tmp_path, monkeypatch):
 def test_progress_counts_every_row(stars_file, model):
     seen = []
     predict(stars_file, model, rows=(10, 2600), progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(2048, 2590), (2590, 2590)]
+    assert seen[-1] == (2590, 2590)
+    assert {total for _, total in seen} == {2590}
+    assert [done for done, _ in seen] == [*range(246, 2590, 256), 2590]
 
 
 def test_fit_and_evaluate_need_labels(stars, model, tmp_path):

@@ -1,12 +1,12 @@
 """Rows are shared out whole, and the setting of BLAS comes back."""
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
 
 import numpy as np
 import pytest
 
-from moefast.threads import _BLAS, in_threads, one_blas_thread
+from moefast.threads import _BLAS, in_threads, map_in_order, one_blas_thread
 
 
 @pytest.mark.parametrize("cores", [1, 2, 7])
@@ -41,7 +41,7 @@ def blas_threads():
 def test_blas_is_held_to_one_thread_until_the_last_has_left():
     before = blas_threads()
     assert before
-    both = Barrier(2)
+    both = threading.Barrier(2)
 
     def enter(_):
         with one_blas_thread():
@@ -57,3 +57,49 @@ def test_blas_is_held_to_one_thread_until_the_last_has_left():
     with pytest.raises(KeyError), one_blas_thread():
         raise KeyError
     assert blas_threads() == before
+
+
+def test_results_come_in_the_order_of_the_items():
+    barrier = threading.Barrier(2, timeout=20)
+
+    def work(i):
+        if i < 2:
+            # Both threads are at work, and the second may well be done first.
+            barrier.wait()
+        return 10 * i
+
+    assert list(map_in_order(work, range(50), workers=2)) == [10 * i for i in range(50)]
+    assert list(map_in_order(work, [], workers=2)) == []
+
+
+def test_items_are_made_one_at_a_time_and_not_far_ahead():
+    making, made = threading.Lock(), []
+
+    def items():
+        for i in range(40):
+            assert making.acquire(blocking=False)
+            made.append(i)
+            making.release()
+            yield i
+
+    results = map_in_order(lambda i: i, items(), workers=3)
+    assert next(results) == 0
+    results.close()
+    assert len(made) <= 14
+
+
+@pytest.mark.parametrize("where", ["item", "work"])
+def test_what_a_worker_raises_is_raised(where):
+    def items():
+        yield 1
+        if where == "item":
+            raise OSError("no more")
+        yield 2
+
+    def work(i):
+        if where == "work" and i == 2:
+            raise OSError("no more")
+        return i
+
+    with pytest.raises(OSError, match="no more"):
+        list(map_in_order(work, items(), workers=2))

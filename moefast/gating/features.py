@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["LINES", "LINE_FEATURES", "Line", "line_columns", "line_features"]
+__all__ = ["LEAST_CONTINUUM", "LINES", "LINE_FEATURES", "Line", "line_columns"]
 
 
 @dataclass(frozen=True)
@@ -93,29 +93,3 @@ def line_columns(wave: NDArray[np.float64]) -> NDArray[np.float64]:
         columns[blue, 3 * i + 2] += (1 - share) / blue.sum()
         columns[red, 3 * i + 2] += share / red.sum()
     return columns
-
-
-def line_features(projected: NDArray, widths: NDArray) -> NDArray:
-    """Depths and equivalent widths [Å] from what `line_columns` gives for the whole flux (reference included).
-
-    depth = 1 − core/continuum;  EW = width − integral/continuum;  CaT_EW is the sum of the three Ca II lines.
-
-    Parameters
-    ----------
-    projected : array of shape (n, 12)
-    widths : array of shape (4,)
-        Width of each window in Å as sampled by the pixels.
-
-    Returns
-    -------
-    array of shape (n, 9), dtype of `projected`, in the order of `LINE_FEATURES`
-    """
-    core, integral, continuum = projected[:, 0::3], projected[:, 1::3], projected[:, 2::3]
-    continuum = np.maximum(continuum, np.array(LEAST_CONTINUUM, projected.dtype))
-    depth = 1 - core / continuum
-    width = np.asarray(widths, projected.dtype) - integral / continuum
-    out = np.empty((len(projected), len(LINE_FEATURES)), projected.dtype)
-    out[:, 0:6:2], out[:, 1:6:2] = depth[:, :3], width[:, :3]
-    out[:, 6] = width[:, :3].sum(1)
-    out[:, 7], out[:, 8] = depth[:, 3], width[:, 3]
-    return out

@@ -252,7 +252,7 @@ def _reference_predictions(
     bins: NDArray[np.integer],
 ) -> dict[str, NDArray[np.float64]]:
     """Simpler fits on the same noisy stars; for a model of moefast also its own experts with true bins."""
-    prepared = beside.mixture.prepare(block.flux, block.error, good)
+    prepared = beside.mixture.prepare(block.flux, block.error, block.mask)
     own = beside is subject.model
     out = {
         key: _linear(form, beside, block, good, prepared.log_level, bins)

@@ -19,7 +19,7 @@ from moefast.errors import BackendError, InputError, ModelError, WaveGridError
 from moefast.model import Model
 from moefast.protocol.bins import Grid
 from moefast.protocol.predictions import SUFFIXES, PredictionTable, read_predictions
-from moefast.scoring import open_engine, score_block, warm_up
+from moefast.scoring import columns_of, open_engine, score_block, warm_up
 from moefast.spectra.files import Block, SpectrumSet
 
 __all__ = ["ModelSubject", "OnnxSubject", "Subject", "TableSubject", "open_subject"]
@@ -107,7 +107,7 @@ class ModelSubject:
 
     def predict(self, block: Block, good: NDArray[np.bool_] | None, base: int) -> dict[str, NDArray]:
         """See `Subject.predict`."""
-        columns, _ = score_block(self.model, self._engine, block, block.first_row - base)
+        columns = columns_of(self.model, *score_block(self._engine, block, block.first_row - base))
         return {
             name: columns[name] for name in columns if name in {"log_g", "log_g_err"} or "weight_" in name
         }

@@ -27,7 +27,7 @@ from numba import njit, prange
 from scipy.special import erf
 
 from moefast.errors import MoefastError
-from moefast.spectra.quality import _quantile
+from moefast.kernels.quality import NO_GUESS, quantile, quantile_scratch
 
 PHOTONS_AB0 = 3.631e-20 / 6.62607015e-27  # photons / s / cm2 per unit ln(lambda), AB magnitude 0
 RAYLEIGH = 1e6 / (4.0 * math.pi) / 4.254517e10  # photons / s / cm2 / arcsec2
@@ -162,7 +162,7 @@ def _errors(
     n, p = flux.shape
     for i in prange(n):
         ratio = np.empty(p + 1, np.float32)
-        keys = np.empty(p + 2, np.int32)
+        keys, scratch = np.empty(p + 2, np.int32), quantile_scratch()
         mean = 0.0
         for j in range(len(band_weight)):
             mean += flux[i, first + j] * band_weight[j]
@@ -172,7 +172,7 @@ def _errors(
             one_sigma = noise_level * np.sqrt(unit * (light + unit * sky[j]))
             error[i, j] = one_sigma
             ratio[j] = flux[i, j] / one_sigma
-        snr[i] = _quantile(ratio, p, 0.5, keys)
+        snr[i] = quantile(ratio, p, 0.5, keys, scratch, NO_GUESS)
 
 
 class NoiseModel:

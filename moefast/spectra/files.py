@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import itertools
 import json
 import queue
 import re
@@ -55,6 +56,7 @@ _SUFFIXES = (".h5", ".hdf5")
 _STAGING_BYTES = 1 << 20
 _SLAB_BYTES = 1 << 25
 _FREE_MEMORY = 12
+_TABLE_ROWS = 16384
 _FINGERPRINT_ROWS = 16
 _FINGERPRINT_CHUNK_BYTES = 1 << 16
 OnError = Literal["raise", "skip"]
@@ -324,6 +326,28 @@ class _Memory:
     def _give_back(self, memory: memoryview) -> None:
         if len(self.free) < _FREE_MEMORY:
             self.free.append(memory)
+
+
+class _Table:
+    """Columns of the params tables, read in longer pieces than blocks are: a call of HDF5 takes as long as a block."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+        self.shard: Shard | None = None
+        self.first = self.stop = 0
+        self.held: dict[str, np.ndarray] = {}
+
+    def rows(self, shard: Shard, start: int, stop: int) -> dict[str, np.ndarray]:
+        """The columns in rows of a shard; later calls never ask for earlier rows."""
+        if not self.names:
+            return {}
+        if shard is not self.shard or not self.first <= start <= stop <= self.stop:
+            self.shard = None
+            self.first, self.stop = start, min(max(stop, start + _TABLE_ROWS), shard.n_rows)
+            self.held = shard.params(self.names, self.first, self.stop)
+            self.shard = shard
+        here = slice(start - self.first, stop - self.first)
+        return {name: values[here] for name, values in self.held.items()}
 
 
 class Shard:
@@ -862,7 +886,7 @@ class SpectrumSet:
         Parameters
         ----------
         block_rows : int
-            Rows per block; the last block of a shard may be shorter.
+            Rows per block. Blocks end at multiples of it in their shard; the first and the last may be shorter.
         array : {"auto", "flux", "noisy"}
             What becomes `Block.flux`; "auto" is noisy where a file has it and flux elsewhere.
         rows : tuple of int, optional
@@ -896,7 +920,7 @@ class SpectrumSet:
         self, block_rows: int, array: str, rows: tuple[int, int], names: list[str], on_error: OnError
     ) -> Iterator[Block]:
         start, stop = rows
-        memory = _Memory()
+        memory, table = _Memory(), _Table(names)
         for index, shard in enumerate(self.shards):
             base = int(self.first_rows[index])
             first, last = max(start - base, 0), min(stop - base, shard.n_rows)
@@ -904,10 +928,10 @@ class SpectrumSet:
                 continue
             which = array if array != "auto" else ("noisy" if "noisy" in shard.arrays else "flux")
             try:
-                for row in range(first, last, block_rows):
-                    end = min(row + block_rows, last)
+                edges = [first, *range(first - first % block_rows + block_rows, last, block_rows), last]
+                for row, end in itertools.pairwise(edges):
                     try:
-                        yield self._read_block(memory, index, which, (row, end), names)
+                        yield self._read_block(memory, table, index, which, (row, end))
                     except InputError as error:
                         if on_error == "raise":
                             raise
@@ -916,7 +940,7 @@ class SpectrumSet:
                 shard.close()
 
     def _read_block(
-        self, memory: _Memory, index: int, array: str, rows: tuple[int, int], names: list[str]
+        self, memory: _Memory, table: _Table, index: int, array: str, rows: tuple[int, int]
     ) -> Block:
         shard = self.shards[index]
         shape = (rows[1] - rows[0], self.n_pixels)
@@ -927,7 +951,7 @@ class SpectrumSet:
             mask = shard.read("mask", *rows, out=memory.array(shape, np.bool_))
             if not mask.any():
                 mask = None
-        params = shard.params(names, *rows) if names else {}
+        params = table.rows(shard, *rows)
         return Block(int(self.first_rows[index]) + rows[0], index, flux, error, mask, params)
 
 

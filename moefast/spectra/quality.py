@@ -11,11 +11,12 @@ Two ratios are in use and must not be confused: ``snr_norm = ‖flux‖₂ / ‖
 from __future__ import annotations
 
 import enum
-import math
 from dataclasses import dataclass
 
-import numba
 import numpy as np
+
+from moefast.kernels import quality as loops
+from moefast.kernels.quality import LARGEST_ERROR
 
 __all__ = [
     "LARGEST_ERROR",
@@ -28,12 +29,6 @@ __all__ = [
     "quality_features",
     "repair",
 ]
-
-_LARGEST = np.float32(np.finfo(np.float32).max)
-LARGEST_ERROR = 1e6
-"""Errors above this, where flux is about 1, are a way to say "no information": the pixel is bad."""
-_LARGEST_ERROR = np.float32(LARGEST_ERROR)
-_ZERO = np.float32(0)
 
 
 class Flag(enum.IntFlag):
@@ -114,13 +109,13 @@ def good_pixels(flux: np.ndarray, error: np.ndarray, mask: np.ndarray | None = N
     """
     flux, error = _spectra(flux, error)
     if mask is None:
-        if not _any_bad(flux, error):
+        if not loops.any_bad(flux, error):
             return None
         mask = np.zeros((0, flux.shape[1]), bool)
     else:
         mask = _pixels(mask, flux.shape, "mask")
     good = np.empty(flux.shape, bool)
-    return good if _mark_good(flux, error, mask, good) else None
+    return good if loops.mark_good(flux, error, mask, good) else None
 
 
 def assess(
@@ -143,7 +138,7 @@ def assess(
         np.empty(n, np.float32), np.empty(n, np.float32), np.empty(n, np.int32), np.empty(n, np.uint32)
     )
     nothing = np.zeros((0, flux.shape[1]), bool)
-    _assess(
+    loops.assess(
         flux,
         error,
         nothing if good is None else _pixels(good, flux.shape, "good"),
@@ -183,7 +178,7 @@ def quality_features(error: np.ndarray, good: np.ndarray | None = None) -> np.nd
         raise ValueError(f"error must have shape (n, p), found {error.shape}")
     out = np.empty((len(error), len(QUALITY_FEATURES)), np.float32)
     nothing = np.zeros((0, error.shape[1]), bool)
-    _features(error, nothing if good is None else _pixels(good, error.shape, "good"), out)
+    loops.error_statistics(error, nothing if good is None else _pixels(good, error.shape, "good"), out)
     return _rounded(out)
 
 
@@ -218,192 +213,4 @@ def repair(flux: np.ndarray, error: np.ndarray, good: np.ndarray, reference: np.
     reference = np.ascontiguousarray(reference, dtype=np.float32)
     if reference.shape != flux.shape[1:]:
         raise ValueError(f"reference must have shape {flux.shape[1:]}, found {reference.shape}")
-    _repair(flux, error, _pixels(good, flux.shape, "good"), reference)
-
-
-@numba.njit(cache=True, parallel=True)
-def _any_bad(flux, error):  # type: ignore[no-untyped-def]  # pragma: no cover
-    n, p = flux.shape
-    n_bad = 0
-    for i in numba.prange(n):
-        bad = np.int32(0)
-        for j in range(p):
-            f, e = flux[i, j], error[i, j]
-            # A comparison with NaN is false. Bits instead of `and` keep the loop free of branches.
-            ok = (abs(f) <= _LARGEST) & (e > _ZERO) & (e <= _LARGEST_ERROR)
-            bad += np.int32(not ok)
-        n_bad += int(bad > 0)
-    return n_bad > 0
-
-
-@numba.njit(cache=True, parallel=True)
-def _mark_good(flux, error, mask, good):  # type: ignore[no-untyped-def]  # pragma: no cover
-    n, p = flux.shape
-    masked = mask.shape[0] > 0
-    n_bad = 0
-    for i in numba.prange(n):
-        bad = np.int32(0)
-        if masked:
-            for j in range(p):
-                f, e = flux[i, j], error[i, j]
-                ok = (abs(f) <= _LARGEST) & (e > _ZERO) & (e <= _LARGEST_ERROR) & (not mask[i, j])
-                good[i, j] = ok
-                bad += np.int32(not ok)
-        else:
-            for j in range(p):
-                f, e = flux[i, j], error[i, j]
-                ok = (abs(f) <= _LARGEST) & (e > _ZERO) & (e <= _LARGEST_ERROR)
-                good[i, j] = ok
-                bad += np.int32(not ok)
-        n_bad += int(bad > 0)
-    return n_bad > 0
-
-
-@numba.njit(cache=True, parallel=True)
-def _repair(flux, error, good, reference):  # type: ignore[no-untyped-def]  # pragma: no cover
-    n, p = flux.shape
-    for i in numba.prange(n):
-        for j in range(p):
-            if not good[i, j]:
-                flux[i, j] = reference[j]
-                error[i, j] = np.float32(1)
-
-
-@numba.njit(cache=True, inline="always")
-def _ordered(bits):  # type: ignore[no-untyped-def]  # pragma: no cover
-    """Map the bits of a float32 to an int32 of the same order; its own inverse."""
-    return bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))
-
-
-@numba.njit(cache=True, inline="never")
-def _quantile(values, n, q, keys):  # type: ignore[no-untyped-def]  # pragma: no cover
-    """Return quantile q of values[:n] (float32 without NaN, n > 0), interpolated linearly.
-
-    The k-th smallest is found by halving the range of the values' bits: some thirty counts of the row, each
-    without a branch, are several times faster than partitioning it, and take the same time for any row.
-    """
-    position = q * (n - 1)
-    k = int(position)
-    fraction = position - k
-    bits = values.view(np.int32)
-    low, high = np.int32(0x7FFFFFFF), np.int32(-0x7FFFFFFF)
-    for j in range(n):
-        key = _ordered(bits[j])
-        keys[j] = key
-        low = min(low, key)
-        high = max(high, key)
-    while low < high:
-        # The sum of two int32 may overflow.
-        middle = np.int32((np.int64(low) + np.int64(high)) >> 1)
-        # Numba widens sums of int32: unless it is narrowed at every step, the count runs at half speed.
-        count = np.int32(0)
-        for j in range(np.uint32(n)):
-            count = np.int32(count + np.int32(keys[j] <= middle))
-        if count > k:
-            high = middle
-        else:
-            low = np.int32(middle + 1)
-    first = second = low
-    if fraction > 0.0:
-        # The next in rank: the same value if it occurs often enough, else the smallest above it.
-        count = np.int32(0)
-        above = np.int32(0x7FFFFFFF)
-        for j in range(np.uint32(n)):
-            count = np.int32(count + np.int32(keys[j] <= first))
-            above = min(above, keys[j] if keys[j] > first else np.int32(0x7FFFFFFF))
-        if count <= k + 1:
-            second = above
-    keys[0] = _ordered(first)
-    keys[1] = _ordered(second)
-    found = keys.view(np.float32)
-    start, end = np.float64(found[0]), np.float64(found[1])
-    return start + fraction * (end - start)
-
-
-@numba.njit(cache=True, parallel=True, error_model="numpy", fastmath={"reassoc"})
-def _assess(  # type: ignore[no-untyped-def]  # pragma: no cover
-    flux, error, good, mask, snr_norm, snr_median, n_good, flag
-):
-    n, p = flux.shape
-    all_good = good.shape[0] == 0
-    masked = mask.shape[0] > 0
-    for i in numba.prange(n):
-        ratio = np.empty(p + 1, np.float32)
-        keys = np.empty(p + 2, np.int32)
-        signal, noise = 0.0, 0.0
-        bits = np.uint32(0)
-        m = p
-        if all_good:
-            for j in range(p):
-                f, e = np.float64(flux[i, j]), np.float64(error[i, j])
-                signal += f * f
-                noise += e * e
-                ratio[j] = flux[i, j] / error[i, j]
-        else:
-            m = 0
-            for j in range(p):
-                f, e = flux[i, j], error[i, j]
-                if good[i, j]:
-                    signal += np.float64(f) * np.float64(f)
-                    noise += np.float64(e) * np.float64(e)
-                    ratio[m] = f / e
-                    m += 1
-                elif (
-                    abs(f) <= _LARGEST
-                    and not (e > _ZERO and e <= _LARGEST_ERROR)
-                    and not (masked and mask[i, j])
-                ):
-                    bits |= np.uint32(4)
-        if 2 * m < p:
-            bits |= np.uint32(2)
-        if m == 0:
-            bits |= np.uint32(1)
-            snr_norm[i] = np.nan
-            snr_median[i] = np.nan
-        else:
-            snr_norm[i] = math.sqrt(signal / noise)
-            snr_median[i] = _quantile(ratio, m, 0.5, keys)
-        n_good[i] = m
-        flag[i] = bits
-
-
-@numba.njit(cache=True, parallel=True, error_model="numpy", fastmath={"reassoc"})
-def _features(error, good, out):  # type: ignore[no-untyped-def]  # pragma: no cover
-    n, p = error.shape
-    all_good = good.shape[0] == 0
-    for i in numba.prange(n):
-        values = np.empty(p + 1, np.float32)
-        keys = np.empty(p + 2, np.int32)
-        m = 0
-        total = 0.0
-        smallest, largest = np.float32(np.inf), np.float32(-np.inf)
-        for j in range(p):
-            if all_good or good[i, j]:
-                value = error[i, j]
-                values[m] = value
-                m += 1
-                total += np.float64(value)
-                smallest = min(smallest, value)
-                largest = max(largest, value)
-        if m == 0:
-            out[i, :] = np.nan
-            continue
-        mean = total / m
-        second, third, fourth = 0.0, 0.0, 0.0
-        for j in range(m):
-            x = np.float64(values[j]) - mean
-            second += x * x
-            third += x * x * x
-            fourth += x * x * x * x
-        second /= m
-        spread = smallest < largest
-        out[i, 0] = mean
-        out[i, 1] = math.sqrt(second) if spread else 0.0
-        out[i, 2] = smallest
-        out[i, 3] = largest
-        out[i, 4] = _quantile(values, m, 0.5, keys)
-        out[i, 5] = total
-        out[i, 6] = _quantile(values, m, 0.25, keys)
-        out[i, 7] = _quantile(values, m, 0.75, keys)
-        out[i, 8] = third / m / (second * math.sqrt(second)) if spread else 0.0
-        out[i, 9] = fourth / m / (second * second) - 3.0 if spread else 0.0
+    loops.repair(flux, error, _pixels(good, flux.shape, "good"), reference)

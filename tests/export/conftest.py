@@ -4,7 +4,7 @@ import pytest
 from moefast.mixture import Mixture
 
 
-def random_mixture(n_pixels=512, n_experts=5, n_levels=4, n_components=12, hidden=16, seed=0):
+def random_mixture(n_pixels=512, n_experts=5, n_levels=4, n_components=12, n_others=0, hidden=16, seed=0):
     """A mixture of random numbers whose predictions are of order one and react to every input."""
     rng = np.random.default_rng(seed)
 
@@ -18,9 +18,12 @@ def random_mixture(n_pixels=512, n_experts=5, n_levels=4, n_components=12, hidde
         reference=np.float32(1) + normal(n_pixels, scale=0.1),
         noise_shape=noise_shape,
         knots=np.linspace(-1.5, 1.5, n_levels).astype(np.float32),
-        expert_weights=normal(n_pixels, n_experts, n_levels, scale=n_pixels**-0.5),
+        columns=np.concatenate(
+            [orthogonal / np.sqrt(noise_shape)[:, None], normal(n_pixels, n_others)], axis=1
+        ).astype(np.float32),
+        n_basis=n_components,
+        expert_weights=normal(n_experts, n_levels, n_components + n_others, scale=n_pixels**-0.5),
         expert_intercepts=3 + normal(n_experts, n_levels, scale=0.3),
-        basis=(orthogonal / np.sqrt(noise_shape)[:, None]).astype(np.float32),
         gate=(normal(14, hidden, scale=0.1), normal(hidden), normal(hidden, n_experts), normal(n_experts)),
         error_model=(normal(17, 8, scale=0.1), normal(8), normal(8, 1, scale=0.3), normal(1, scale=0.3)),
         # Not numbers that float32 holds: the file must keep them exactly all the same.

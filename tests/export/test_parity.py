@@ -96,7 +96,7 @@ def test_graph_equals_predict(mixture, session, spectra):
     flux, error = spectra
     good = np.isfinite(flux) & np.isfinite(error) & (np.nan_to_num(error) > 0)
     some = good.any(1)
-    prediction = mixture.predict(flux[some], error[some], good[some])
+    prediction = mixture.predict(flux[some], error[some])
     found = run(session, flux[some], error[some])
     assert_close(found, {name: getattr(prediction, name) for name in OUTPUTS})
 

@@ -4,14 +4,17 @@ import numpy as np
 import pytest
 from tolerances import assert_close
 
-from moefast.gating.features import LEAST_CONTINUUM, LINE_FEATURES, LINES, line_columns, line_features
+from moefast.gating.features import LEAST_CONTINUUM, LINE_FEATURES, LINES, line_columns
+from moefast.kernels.reference import line_features
 
 WAVE = np.linspace(7100.2, 8849.8, 4096)
 
 
 def measured(flux, wave=WAVE, dtype=np.float64):
     columns = line_columns(wave)
-    found = line_features((np.atleast_2d(flux) @ columns).astype(dtype), columns[:, 1::3].sum(0))
+    found = line_features(
+        (np.atleast_2d(flux) @ columns).astype(dtype), columns[:, 1::3].sum(0), LEAST_CONTINUUM
+    )
     return {name: found[:, i] for i, name in enumerate(LINE_FEATURES)}
 
 
@@ -75,8 +78,11 @@ def test_a_low_continuum_stays_finite(level):
 def test_the_precision_is_that_of_the_input():
     columns = line_columns(WAVE)
     projected = (np.ones((2, WAVE.size)) @ columns).astype(np.float32)
-    assert line_features(projected, columns[:, 1::3].sum(0)).dtype == np.float32
-    assert line_features(projected[:0], columns[:, 1::3].sum(0)).shape == (0, len(LINE_FEATURES))
+    assert line_features(projected, columns[:, 1::3].sum(0), LEAST_CONTINUUM).dtype == np.float32
+    assert line_features(projected[:0], columns[:, 1::3].sum(0), LEAST_CONTINUUM).shape == (
+        0,
+        len(LINE_FEATURES),
+    )
 
 
 @pytest.mark.parametrize(("low", "high"), [(7100, 8100), (8300, 8850), (8100, 8690), (3800, 6500)])
