@@ -260,14 +260,17 @@ def project(
     flux, error = np.ascontiguousarray(flux, np.float32), np.ascontiguousarray(error, np.float32)
     hidden = _NO_MASK if mask is None else np.ascontiguousarray(mask)
     n, rows = len(flux), PROJECT_ROWS
-    scalars = [np.empty(n, np.float32) for _ in range(5)]
     out = Projected(
-        np.empty((n, plan.matrix.shape[1]), np.float32),
-        np.empty((n, plan.lines.shape[1]), np.float32),
-        np.empty((n, plan.cell_matrix.shape[1]), np.float32),
-        *scalars,
-        np.empty(n, np.int32),
-        np.empty(n, np.uint32),
+        columns=np.empty((n, plan.matrix.shape[1]), np.float32),
+        windows=np.empty((n, plan.lines.shape[1]), np.float32),
+        variances=np.empty((n, plan.cell_matrix.shape[1]), np.float32),
+        log_level=np.empty(n, np.float32),
+        energy=np.empty(n, np.float32),
+        expected=np.empty(n, np.float32),
+        snr_norm=np.empty(n, np.float32),
+        snr_median=np.empty(n, np.float32),
+        n_good=np.empty(n, np.int32),
+        flag=np.empty(n, np.uint32),
     )
     # Blocks end at multiples of PROJECT_ROWS in the file, so that a row is always at the same place in its product.
     cuts = [0, *range(rows - first_row % rows, n, rows), n] if n else [0]
@@ -337,8 +340,14 @@ def soft_mix(projected: Projected, plan: Mixing) -> Mixed:
     found = (projected.columns.shape, projected.windows.shape, projected.variances.shape)
     if found != expected:
         raise ValueError(f"columns, windows and variances of shapes {expected} expected; found {found}")
-    vectors = [np.empty(n, np.float32) for _ in range(3)]
-    out = Mixed(*vectors, np.empty((n, k), np.float32), np.empty((n, k), np.float32), np.empty(n, np.float32))
+    out = Mixed(
+        log_g=np.empty(n, np.float32),
+        log_g_err=np.empty(n, np.float32),
+        log_g_err_raw=np.empty(n, np.float32),
+        weights=np.empty((n, k), np.float32),
+        expert_log_g=np.empty((n, k), np.float32),
+        chi2=np.empty(n, np.float32),
+    )
     inputs = (
         projected.columns, projected.windows, projected.variances,
         projected.log_level, projected.energy, projected.expected,

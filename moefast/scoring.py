@@ -54,12 +54,21 @@ class Engine(Protocol):
         Threads that may call it at the same time.
     """
 
-    block_rows: int
-    workers: int
+    @property
+    def block_rows(self) -> int:
+        """See above."""
+        ...
+
+    @property
+    def workers(self) -> int:
+        """See above."""
+        ...
 
     def __call__(
         self, flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None, first_row: int
-    ) -> tuple[Prediction, Quality]: ...
+    ) -> tuple[Prediction, Quality]:
+        """What becomes of a block."""
+        ...
 
 
 @dataclass(frozen=True)
