@@ -22,8 +22,8 @@ from scipy.linalg.blas import ssyrk
 from moefast.kernels.quality import (
     LARGEST32,
     LARGEST_ERROR32,
-    NO_GUESS,
     ZERO32,
+    median_near,
     quantile,
     quantile_scratch,
 )
@@ -97,10 +97,14 @@ def _add_cells(ratio, cell, cells):
     """Mean of each `cell` neighbours of `ratio`."""
     share = np.float32(1.0 / cell)
     if cell == 8:
-        # Written out: a loop of unknown length would not become SIMD.
-        for g in range(cells.size):
-            r = ratio[8 * g : 8 * g + 8]
-            cells[g] = share * (((r[0] + r[1]) + (r[2] + r[3])) + ((r[4] + r[5]) + (r[6] + r[7])))
+        # In pairs, pairs of pairs, …, in place: each loop becomes SIMD, one over eight neighbours would not.
+        n = ratio.size
+        while n > cells.size:
+            n //= 2
+            for g in range(n):
+                ratio[g] = ratio[2 * g] + ratio[2 * g + 1]
+        for g in range(n):
+            cells[g] = share * ratio[g]
     else:
         for g in range(cells.size):
             total = np.float32(0.0)
@@ -146,7 +150,7 @@ def _mend_row(
         bits |= np.uint32(2)
     if n_good == 0:
         return 0.0, 0.0, 0.0, np.nan, np.nan, 0, bits | np.uint32(1)
-    median = quantile(quotient, n_good, 0.5, keys, scratch, NO_GUESS)
+    median = quantile(quotient, n_good, 0.5, keys, scratch)
     log_level = 0.5 * math.log(level / n_good) if level > 0.0 else 0.0
     return log_level, power, noise, math.sqrt(signal / square), median, n_good, bits
 
@@ -164,10 +168,11 @@ def centre(
     masked = mask.shape[0] > 0
     ratio, quotient = np.empty(p, np.float32), np.empty(p + 1, np.float32)
     keys, scratch = np.empty(p + 2, np.int32), quantile_scratch()
-    # Median over mean of flux/error hardly differs between stars: it tells where to look for the next median.
+    # Median of flux/error over mean flux by mean error differs by a per cent between stars: it tells where to look.
     usual = np.float32(1.0)
     for i in range(n):
-        level, power, noise, signal, square, mean = ZERO32, ZERO32, ZERO32, ZERO32, ZERO32, ZERO32
+        level, power, noise, signal, square = ZERO32, ZERO32, ZERO32, ZERO32, ZERO32
+        light, dark = ZERO32, ZERO32
         bad = np.int32(0)
         row, one_sigma, centred = flux[i], error[i], x[i]
         for j in range(p):
@@ -178,16 +183,16 @@ def centre(
             d = (max(f, ZERO32) if clipped else f) - reference[j]
             s = e * e
             r = s * inverse_shape[j]
-            q = f / e
             centred[j] = d
             ratio[j] = r
-            quotient[j] = q
+            quotient[j] = f / e
             level += r
             power += d * d * inverse_shape[j]
             noise += s * residual[j]
             signal += f * f
             square += s
-            mean += q
+            light += f
+            dark += e
         if masked:
             hidden = np.int32(0)
             for j in range(p):
@@ -206,11 +211,11 @@ def centre(
             energy[i] = power
             expected[i] = noise
             snr_norm[i] = math.sqrt(signal / square)
-            mean /= np.float32(p)
-            median = np.float32(quantile(quotient, p, 0.5, keys, scratch, usual * mean))
+            ratio_of_means = light / dark
+            median = np.float32(median_near(quotient, p, usual * ratio_of_means, keys, scratch))
             snr_median[i] = median
-            if mean > ZERO32 and median > ZERO32:
-                usual = median / mean
+            if ratio_of_means > ZERO32 and median > ZERO32:
+                usual += np.float32(0.1) * (median / ratio_of_means - usual)
             n_good[i] = p
             flag[i] = 0
         _add_cells(ratio, cell, cells[i])

@@ -32,9 +32,8 @@ FEW = 6
 """Values that are put in order one by one: narrowing further would take longer."""
 STRIP = 256
 """Values of a row that are looked at together for one that lies within a range."""
-GUESS_SPREAD = 150_000
-"""Of keys on either side of a guess: 1 to 2 %."""
-NO_GUESS = np.float32(np.finfo(np.float32).max)
+GUESS_SPREAD = 250_000
+"""Of the bits of a float32 on either side of a guess: 1.5 to 3 %."""
 
 
 @njit(cache=True, parallel=True)
@@ -159,26 +158,23 @@ def _few_between(keys, n, low, high, found):
     _insert(keys, strips * STRIP, n, low, high, found, m)
 
 
-@njit(cache=True, inline="never")
-def _rank(keys, n, k, low, high, guess, found):
-    """Return the k-th smallest of keys[:n], counted from 0; low … high are the smallest and the largest.
-
-    `guess` is a key near which it is looked for first; a wrong guess costs time, nothing else.
-    """
-    below, upto = 0, n
-    for side in (-GUESS_SPREAD, GUESS_SPREAD):
-        if low <= guess + side < high:
-            pivot = np.int32(guess + side)
-            count = _count_to(keys, n, pivot)
-            if count > k:
-                high, upto = pivot, count
-                break
-            low, below = np.int32(pivot + 1), count
+@njit(cache=True)
+def _pick(keys, n, k, low, below, high, upto, found):
+    """Return the k-th smallest of keys[:n], counted from 0, which lies within low … high; see `_narrow`."""
     low, below, high, _ = _narrow(keys, n, k, low, below, high, upto)
     if low == high:
-        return low
+        return np.int32(low)
     _few_between(keys, n, np.int32(low), np.int32(high), found)
     return found[k - below]
+
+
+@njit(cache=True)
+def _next_above(keys, n, first):
+    """Return the smallest of keys[:n] above `first`, the largest int32 if there is none."""
+    above = np.int32(0x7FFFFFFF)
+    for j in range(np.uint32(n)):
+        above = min(above, keys[j] if keys[j] > first else np.int32(0x7FFFFFFF))
+    return above
 
 
 @njit(cache=True, inline="always")
@@ -188,10 +184,8 @@ def quantile_scratch():
 
 
 @njit(cache=True, inline="never")
-def quantile(values, n, q, keys, scratch, guess):
+def quantile(values, n, q, keys, scratch):
     """Return quantile q of values[:n] (float32 without NaN, n > 0), interpolated linearly.
-
-    `guess` (float32) is where it may lie, which saves time where it is within a per cent; it changes no result.
 
     `keys` is int32 scratch of n + 1 numbers at least, `scratch` that of `quantile_scratch`. Counts of the row, each
     without a branch, narrow the range down to a few values, which are put in order.
@@ -206,18 +200,37 @@ def quantile(values, n, q, keys, scratch, guess):
         keys[j] = key
         low = min(low, key)
         high = max(high, key)
-    keys.view(np.float32)[n] = guess
-    first = second = _rank(keys, n, k, low, high, np.int64(_ordered(keys[n])), scratch)
+    first = second = _pick(keys, n, k, low, 0, high, n, scratch)
     if fraction > 0.0 and _count_to(keys, n, first) <= k + 1:
-        # The next in rank is the smallest above it.
-        second = np.int32(0x7FFFFFFF)
-        for j in range(np.uint32(n)):
-            second = min(second, keys[j] if keys[j] > first else np.int32(0x7FFFFFFF))
+        second = _next_above(keys, n, first)
     keys[0] = _ordered(first)
     keys[1] = _ordered(second)
     pair = keys.view(np.float32)
     start, end = np.float64(pair[0]), np.float64(pair[1])
     return start + fraction * (end - start)
+
+
+@njit(cache=True, inline="never")
+def median_near(values, n, guess, keys, scratch):
+    """Return the median of values[:n], the same number as `quantile` gives, faster if it is positive and near `guess`."""
+    # Positive floats are in the order of their bits, and negative ones below them all: nothing needs to be mapped.
+    bits = values.view(np.int32)
+    k, odd = (n - 1) // 2, n % 2 == 1
+    keys.view(np.float32)[0] = guess
+    middle = np.int64(keys[0])
+    if middle <= GUESS_SPREAD or middle >= 0x7F000000:
+        return quantile(values, n, 0.5, keys, scratch)
+    low, high = np.int32(middle - GUESS_SPREAD), np.int32(middle + GUESS_SPREAD)
+    below, upto = _count_to(bits, n, np.int32(low - 1)), _count_to(bits, n, high)
+    if not below <= k < upto:
+        return quantile(values, n, 0.5, keys, scratch)
+    first = second = _pick(bits, n, k, low, below, high, upto, scratch)
+    if not odd and _count_to(bits, n, first) <= k + 1:
+        second = _next_above(bits, n, first)
+    keys[0], keys[1] = first, second
+    pair = keys.view(np.float32)
+    start, end = np.float64(pair[0]), np.float64(pair[1])
+    return start + 0.5 * (end - start) if not odd else start
 
 
 @njit(cache=True, parallel=True, error_model="numpy", fastmath={"reassoc"})
@@ -261,7 +274,7 @@ def assess(flux, error, good, mask, snr_norm, snr_median, n_good, flag):
             snr_median[i] = np.nan
         else:
             snr_norm[i] = math.sqrt(signal / noise)
-            snr_median[i] = quantile(ratio, m, 0.5, keys, scratch, NO_GUESS)
+            snr_median[i] = quantile(ratio, m, 0.5, keys, scratch)
         n_good[i] = m
         flag[i] = bits
 
@@ -301,9 +314,9 @@ def error_statistics(error, good, out):
         out[i, 1] = math.sqrt(second) if spread else 0.0
         out[i, 2] = smallest
         out[i, 3] = largest
-        out[i, 4] = quantile(values, m, 0.5, keys, scratch, NO_GUESS)
+        out[i, 4] = quantile(values, m, 0.5, keys, scratch)
         out[i, 5] = total
-        out[i, 6] = quantile(values, m, 0.25, keys, scratch, NO_GUESS)
-        out[i, 7] = quantile(values, m, 0.75, keys, scratch, NO_GUESS)
+        out[i, 6] = quantile(values, m, 0.25, keys, scratch)
+        out[i, 7] = quantile(values, m, 0.75, keys, scratch)
         out[i, 8] = third / m / (second * math.sqrt(second)) if spread else 0.0
         out[i, 9] = fourth / m / (second * second) - 3.0 if spread else 0.0

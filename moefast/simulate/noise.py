@@ -27,7 +27,7 @@ from numba import njit, prange
 from scipy.special import erf
 
 from moefast.errors import MoefastError
-from moefast.kernels.quality import NO_GUESS, quantile, quantile_scratch
+from moefast.kernels.quality import quantile, quantile_scratch
 
 PHOTONS_AB0 = 3.631e-20 / 6.62607015e-27  # photons / s / cm2 per unit ln(lambda), AB magnitude 0
 RAYLEIGH = 1e6 / (4.0 * math.pi) / 4.254517e10  # photons / s / cm2 / arcsec2
@@ -172,7 +172,7 @@ def _errors(
             one_sigma = noise_level * np.sqrt(unit * (light + unit * sky[j]))
             error[i, j] = one_sigma
             ratio[j] = flux[i, j] / one_sigma
-        snr[i] = quantile(ratio, p, 0.5, keys, scratch, NO_GUESS)
+        snr[i] = quantile(ratio, p, 0.5, keys, scratch)
 
 
 class NoiseModel:
