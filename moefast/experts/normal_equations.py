@@ -3,8 +3,9 @@
 Design: for rows x (a fixed reference spectrum subtracted), target y, noise variance v, bin k and fold f, the totals
 n, Σx, Σy, Σy², Σxy, Σxxᵀ, Σv are all that ridge regression, PCA, whitening, the α path, every noise level and
 hold-out errors ever need. Totals of disjoint rows add, so shards, nodes and nights merge with `+`, and a fold is left
-out with `-`. Products are float32 BLAS over a few thousand rows, totals float64. Rows are gathered in a buffer and
-multiplied when it is full: the result does not depend on the blocks in which they arrived.
+out with `-`. Products are float32 BLAS over two thousand rows at most, totals float64. Each bin and fold gathers its rows
+in a buffer of its own, the reference subtracted on the way, and multiplies them when it is full: every row is written
+once, and the result depends neither on the blocks in which rows arrived nor on the number of cores.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefast.errors import ModelError
-from moefast.kernels import add_rows, normal_equations, packed_size, unpack_symmetric
+from moefast.kernels import GRAM_ROWS, add_gram, all_within, collect_rows, packed_size, unpack_symmetric
 
 __all__ = ["Moments", "NormalEquations"]
 
@@ -29,7 +30,10 @@ F64 = NDArray[np.float64]
 
 SCHEMA = 1
 WHAT = "moefast normal equations"
-BUFFER_ROWS = 16384
+BUFFER_ROWS = GRAM_ROWS
+"""Rows of each bin and fold that are gathered before they are multiplied, if memory allows."""
+BUFFER_BYTES = 2**30
+"""Memory for the rows that wait, of all bins and folds together."""
 LARGEST = 1e15
 """Largest |value| of a row: squares of larger ones overflow float32 sums."""
 _TOTALS = ("count", "sum_x", "sum_y", "sum_yy", "sum_xy", "gram", "sum_v")
@@ -96,9 +100,7 @@ class NormalEquations:
         self.gram: F64 = np.zeros((*shape, packed_size(p)))
         self.sum_v: F64 = np.zeros((*shape, p))
         self._rows: F32 | None = None
-        self._labels: F64 = np.empty(BUFFER_ROWS)
-        self._groups: NDArray[np.int64] = np.empty(BUFFER_ROWS, np.int64)
-        self._waiting = 0
+        self._waiting: NDArray[np.int64] = np.zeros(n_bins * n_folds, np.int64)
 
     @property
     def n_pixels(self) -> int:
@@ -117,8 +119,8 @@ class NormalEquations:
 
     @property
     def n_rows(self) -> int:
-        """Rows seen, those still in the buffer included."""
-        return int(self.count.sum()) + self._waiting
+        """Rows seen."""
+        return int(self.count.sum())
 
     @property
     def nbytes(self) -> int:
@@ -127,8 +129,10 @@ class NormalEquations:
 
     @staticmethod
     def memory(n_pixels: int, n_bins: int, n_folds: int) -> int:
-        """Bytes that totals of this size take: 67 MB per bin and fold at 4096 pixels."""
-        return 8 * n_bins * n_folds * (packed_size(n_pixels) + 3 * n_pixels + 3)
+        """Bytes while rows are added: totals, 67 MB per bin and fold at 4096 pixels, and at most 1 GiB of rows."""
+        groups = n_bins * n_folds
+        totals = 8 * groups * (packed_size(n_pixels) + 3 * n_pixels + 3)
+        return totals + 4 * groups * _buffer_rows(n_pixels, groups) * n_pixels
 
     # -- rows in ------------------------------------------------------------------------------------------------
 
@@ -139,6 +143,9 @@ class NormalEquations:
         variance: NDArray | None = None,
         bins: NDArray | None = None,
         folds: NDArray | None = None,
+        *,
+        error: NDArray | None = None,
+        clipped: bool = False,
     ) -> None:
         """Add rows.
 
@@ -151,6 +158,10 @@ class NormalEquations:
             Noise variance σ² of each pixel; zero if absent.
         bins, folds : array of shape (n,), integer, optional
             0 if absent.
+        error : array of shape (n, p), optional
+            Noise 1σ of each pixel, instead of its variance: saves the caller an array of squares.
+        clipped : bool
+            Count negative flux as zero.
 
         Raises
         ------
@@ -163,50 +174,53 @@ class NormalEquations:
             x.shape != (n, self.n_pixels)
             or y.shape != (n,)
             or (variance is not None and variance.shape != x.shape)
+            or (error is not None and error.shape != x.shape)
         ):
             raise ValueError(f"rows of {self.n_pixels} pixels expected; found x {x.shape}, y {y.shape}")
+        if variance is not None and error is not None:
+            raise ValueError("variance and error say the same; give one of them")
         k = np.zeros(n, np.int64) if bins is None else np.asarray(bins, np.int64)
         f = np.zeros(n, np.int64) if folds is None else np.asarray(folds, np.int64)
         if n and not (0 <= k.min() <= k.max() < self.n_bins and 0 <= f.min() <= f.max() < self.n_folds):
             raise ValueError(f"bins must lie in 0…{self.n_bins - 1} and folds in 0…{self.n_folds - 1}")
-        group = k * self.n_folds + f
-        for name, values in (("flux", x), ("label", y), ("variance", variance)):
-            # Refused before anything is changed; comparisons with NaN are false.
-            if n and values is not None and not (values.min() > -LARGEST and values.max() < LARGEST):
+        for name, values in (("flux", x), ("label", y[:, None]), ("variance", variance), ("error", error)):
+            # Refused before anything is changed.
+            if values is not None and not all_within(values, LARGEST):
                 raise ValueError(f"a row with NaN, infinite or absurdly large {name} cannot be added")
-        if variance is not None:
-            add_rows(variance, group, self.sum_v.reshape(-1, self.n_pixels))
         if self._rows is None:
-            self._rows = np.empty((BUFFER_ROWS, self.n_pixels), np.float32)
+            self._rows = np.empty(
+                (self.count.size, _buffer_rows(self.n_pixels, self.count.size), self.n_pixels), np.float32
+            )
         reference = self.reference.astype(np.float32)
-        done = 0
-        while done < n:
-            m = min(n - done, BUFFER_ROWS - self._waiting)
-            here = slice(self._waiting, self._waiting + m)
-            np.subtract(x[done : done + m], reference, out=self._rows[here])
-            self._labels[here] = y[done : done + m]
-            self._groups[here] = group[done : done + m]
-            self._waiting += m
-            done += m
-            if self._waiting == BUFFER_ROWS:
-                self._flush()
-
-    def _flush(self) -> None:
-        if self._rows is None or self._waiting == 0:
-            return
-        m, self._waiting = self._waiting, 0
-        out = (
+        totals = (
             self.count.reshape(-1),
             self.sum_x.reshape(-1, self.n_pixels),
             self.sum_y.reshape(-1),
             self.sum_yy.reshape(-1),
             self.sum_xy.reshape(-1, self.n_pixels),
-            self.gram.reshape(self.count.size, -1),
+            self.sum_v.reshape(-1, self.n_pixels),
         )
-        normal_equations(self._rows[:m], self._labels[:m], self._groups[:m], self.count.size, out=out)
+        group, done = k * self.n_folds + f, 0
+        while done < n:
+            done = collect_rows(
+                x, y, group, done, reference, self._rows, self._waiting, totals,
+                variance=variance, error=error, floor=0 if clipped else -np.inf,
+            )  # fmt: skip
+            for full in np.flatnonzero(self._waiting == self._rows.shape[1]):
+                self._multiply(full)
+
+    def _multiply(self, group: int) -> None:
+        """Add the products of the rows that wait in a group's buffer, and empty it."""
+        if self._rows is not None and self._waiting[group]:
+            add_gram(self._rows[group, : self._waiting[group]], self.gram.reshape(self.count.size, -1)[group])
+        self._waiting[group] = 0
+
+    def _flush(self) -> None:
+        for group in range(self.count.size):
+            self._multiply(group)
 
     def finish(self) -> NormalEquations:
-        """Multiply the rows still waiting and free the buffer; more rows may be added later."""
+        """Multiply the rows still waiting and free the buffers; more rows may be added later."""
         self._flush()
         self._rows = None
         return self
@@ -222,10 +236,8 @@ class NormalEquations:
             raise ValueError(
                 f"normal equations of {self.count.shape} and {other.count.shape} bins and folds cannot be combined"
             )
-        result = _like(self, {})
-        for name in _TOTALS:
-            a, b = getattr(self, name), getattr(other, name)
-            setattr(result, name, a + b if sign > 0 else a - b)
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in _TOTALS}
+        result = _like(self, {name: a + b if sign > 0 else a - b for name, (a, b) in pairs.items()})
         if (result.count < 0).any():
             raise ValueError(
                 "cannot subtract more rows than there are: the second set is no part of the first"
@@ -365,15 +377,15 @@ class NormalEquations:
         return result
 
 
-def _fill(target: NormalEquations, reference: F64, arrays: dict[str, NDArray]) -> None:
-    target.reference = reference
-    target._rows, target._waiting = None, 0
-    target._labels, target._groups = np.empty(BUFFER_ROWS), np.empty(BUFFER_ROWS, np.int64)
-    for name, value in arrays.items():
-        setattr(target, name, value)
+def _buffer_rows(n_pixels: int, n_groups: int) -> int:
+    """Rows in the buffer of each group."""
+    return max(1, min(BUFFER_ROWS, BUFFER_BYTES // (4 * n_pixels * n_groups)))
 
 
-def _like(source: NormalEquations, arrays: dict[str, NDArray]) -> NormalEquations:
+def _like(source: NormalEquations, totals: dict[str, NDArray]) -> NormalEquations:
     result = NormalEquations.__new__(NormalEquations)
-    _fill(result, source.reference, arrays)
+    result.reference, result._rows = source.reference, None
+    result._waiting = np.zeros(totals["count"].size, np.int64)
+    for name, value in totals.items():
+        setattr(result, name, value)
     return result
