@@ -147,12 +147,16 @@ def add_gram(rows: F32, packed: F64) -> None:
         raise ValueError(f"rows (n, p) and packed (p(p+1)/2,) expected; found {rows.shape}, {packed.shape}")
     rows = np.ascontiguousarray(rows, np.float32)
     n, p = rows.shape
-    corners = range(0, p, cpu.GRAM_TILE)
-    # The small tiles of the diagonal come last, so that all cores end together.
-    tiles = deque(
-        sorted(((i, j) for i in corners for j in corners if i <= j), key=lambda tile: tile[0] == tile[1])
-    )
-    scratch = np.empty((CORES, min(p, cpu.GRAM_TILE), min(p, cpu.GRAM_TILE)), np.float32)
+    side, corners = min(p, cpu.GRAM_TILE), range(0, p, cpu.GRAM_TILE)
+    # Large tiles first, those of the diagonal count half: so all cores end together.
+    work_of = {
+        (i, j): min(side, p - i) * min(side, p - j) * (1 if i == j else 2)
+        for i in corners
+        for j in corners
+        if i <= j
+    }
+    tiles = deque(sorted(work_of, key=lambda tile: -work_of[tile]))
+    scratch = np.empty((CORES, side, side), np.float32)
 
     def work(first: int, stop: int) -> None:
         for product in scratch[first:stop]:

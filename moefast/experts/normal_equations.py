@@ -3,7 +3,7 @@
 Design: for rows x (a fixed reference spectrum subtracted), target y, noise variance v, bin k and fold f, the totals
 n, Σx, Σy, Σy², Σxy, Σxxᵀ, Σv are all that ridge regression, PCA, whitening, the α path, every noise level and
 hold-out errors ever need. Totals of disjoint rows add, so shards, nodes and nights merge with `+`, and a fold is left
-out with `-`. Products are float32 BLAS over two thousand rows at most, totals float64. Each bin and fold gathers its rows
+out with `-`. Products are float32 BLAS over 4096 rows at most, totals float64. Each bin and fold gathers its rows
 in a buffer of its own, the reference subtracted on the way, and multiplies them when it is full: every row is written
 once, and the result depends neither on the blocks in which rows arrived nor on the number of cores.
 """
