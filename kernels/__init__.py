@@ -267,12 +267,19 @@ def _collect(
     )  # fmt: skip
 
 
-def all_within(values: NDArray, limit: float) -> bool:
-    """Whether every |value| of an array of shape (n, p), float32, is below `limit`; NaN is not."""
+def all_within(values: NDArray, low: float, high: float) -> bool:
+    """Whether low < value < high for every one of an array of shape (n, p), float32; NaN is not.
+
+    Raises
+    ------
+    ValueError
+        The array has not two axes.
+    """
     if values.ndim != 2:
         raise ValueError(f"values (n, p) expected; found {values.shape}")
     values, inside = np.ascontiguousarray(values, np.float32), []
-    in_threads(len(values), lambda a, b: inside.append(cpu.within(values[a:b], np.float32(limit))))
+    limits = np.float32(low), np.float32(high)
+    in_threads(len(values), lambda a, b: inside.append(cpu.within(values[a:b], *limits)))
     return all(inside)
 
 

@@ -3,11 +3,13 @@
 Design: the first pass gathers normal equations per bin and fold. Everything linear follows from them: the noise-white
 principal components, experts at every noise level, their penalties by cross-validation, the reference fits. The second
 pass reads a bounded sample of rows, gives each a few noise draws and the predictions of experts that never saw it,
-and trains gate and error model on those. Time grows linearly with rows, memory not at all.
+and trains gate and error model on those. Time grows linearly with rows, memory not at all. The first pass, which takes
+nearly all of the time of a large fit, can be kept in a checkpoint.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -17,17 +19,20 @@ import scipy.sparse.linalg
 from numpy.typing import NDArray
 
 from moefast.backend import physical_memory
+from moefast.checkpoint import Checkpoint
 from moefast.errors import InputError, LabelError, WaveGridError
 from moefast.experts.normal_equations import NormalEquations
 from moefast.experts.ridge import NoisePath, Subspace, principal_subspace, ridge
 from moefast.gating.features import line_columns
 from moefast.gating.mlp import fit_error_model, fit_gate, softmax
+from moefast.kernels import all_within
 from moefast.mixture import N_GATE_COMPONENTS, N_GATE_FEATURES, Mixture, hat_weights
 from moefast.noise import add_noise, fold_of_rows
 from moefast.protocol.bins import Grid
 from moefast.protocol.metrics import r2
 from moefast.spectra.files import SpectrumSet
 from moefast.spectra.quality import good_pixels
+from moefast.threads import one_blas_thread
 
 if TYPE_CHECKING:
     from moefast.simulate.source import SimulatedSpectra
@@ -160,7 +165,10 @@ class Fit:
 
 
 def fit_mixture(
-    spectra: SpectrumSet | SimulatedSpectra, options: Options, progress: Progress | None = None
+    spectra: SpectrumSet | SimulatedSpectra,
+    options: Options,
+    progress: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Fit:
     """Fit a mixture of linear experts, its gate and its error model.
 
@@ -170,23 +178,68 @@ def fit_mixture(
         With labels T_eff [K], log_g [dex], M_H [dex].
     options : Options
     progress : callable, optional
-        Called with the name of a stage, rows done and rows in all.
+        Called with the name of a stage, rows (or steps) done and rows in all.
+    checkpoint : Checkpoint, optional
+        Where the first pass is kept; goes on from what is there, with the same bits. The caller removes it.
 
     Raises
     ------
     LabelError
         Labels are missing or not finite.
     InputError
-        Too few usable rows.
+        Too few usable rows, or the checkpoint is of another fit.
+    OutputError
+        There is no room for checkpoints.
     """
-    return _Fitter(spectra, options, progress or (lambda *_: None)).run()
+    return _Fitter(spectra, options, progress or (lambda *_: None), checkpoint).run()
+
+
+@dataclass
+class _FirstPass:
+    """What the first pass has gathered from the first `rows` rows: all that its rest depends on.
+
+    `times_good` (p,) counts the rows in which a pixel was good; `saved` are the rows that a checkpoint holds.
+    """
+
+    equations: NormalEquations
+    published: NormalEquations | None
+    times_good: F64
+    largest_error: float
+    left_out: int = 0
+    rows: int = 0
+    saved: int = 0
+
+    def arrays(self) -> dict[str, NDArray]:
+        """Everything but `rows` by name; views of what is here."""
+        found = {"times_good": self.times_good, "rest": np.array([self.largest_error, self.left_out])}
+        found |= {f"equations/{name}": array for name, array in self.equations.state().items()}
+        if self.published is not None:
+            found |= {f"published/{name}": array for name, array in self.published.state().items()}
+        return found
+
+    @classmethod
+    def restored(cls, rows: int, read: Callable[[str], NDArray], apart: bool) -> _FirstPass:
+        """From the names of `arrays`; raises KeyError or ValueError where one is not what it should be."""
+        equations = NormalEquations.from_state(lambda name: read(f"equations/{name}"))
+        published = NormalEquations.from_state(lambda name: read(f"published/{name}")) if apart else None
+        largest_error, left_out = read("rest").tolist()
+        times_good = read("times_good")
+        if times_good.shape != equations.reference.shape or equations.n_rows + left_out != rows:
+            raise ValueError(f"{equations.n_rows} rows and {left_out:.0f} left out are not {rows}")
+        return cls(equations, published, times_good, largest_error, int(left_out), rows, rows)
 
 
 class _Fitter:
     """The stages of a fit, in order; each reads what the ones before it left."""
 
-    def __init__(self, spectra: SpectrumSet | SimulatedSpectra, options: Options, progress: Progress) -> None:
-        self.spectra, self.options, self.progress = spectra, options, progress
+    def __init__(
+        self,
+        spectra: SpectrumSet | SimulatedSpectra,
+        options: Options,
+        progress: Progress,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        self.spectra, self.options, self.progress, self.checkpoint = spectra, options, progress, checkpoint
         self.labels = spectra.labels(("T_eff", "log_g", "M_H"))
         self.y: F64 = self.labels["log_g"]
         self.bins = options.grid.assign(self.labels["T_eff"], self.labels["M_H"]).astype(np.int64)
@@ -248,24 +301,28 @@ class _Fitter:
     # -- first pass ---------------------------------------------------------------------------------------------
 
     def blocks(
-        self, stage: str, rows: list[tuple[int, int]] | None = None
+        self, stage: str, rows: list[tuple[int, int]] | None = None, done: int = 0
     ) -> Iterator[tuple[slice, F32, F32, NDArray]]:
-        """Rows with at least half of their pixels good; bad pixels hold the reference and no variance."""
-        total = self.spectra.n_rows if rows is None else sum(b - a for a, b in rows)
-        done = 0
+        """Rows with at least half of their pixels good; bad pixels hold the reference and no variance.
+
+        `done` rows of the stage were done before.
+        """
+        total = self.spectra.n_rows if rows is None else done + sum(b - a for a, b in rows)
         for part in [None] if rows is None else rows:
             for block in self.spectra.blocks(BLOCK_ROWS, array=self.array, rows=part):
-                good = good_pixels(block.flux, block.error, block.mask)
                 here = slice(block.first_row, block.first_row + len(block))
                 usable = np.ones(len(block), bool)
                 error = block.error
                 if self.options.noise_level != 1.0:
                     error = error * np.float32(self.options.noise_level)
-                if (
-                    good is not None
-                    or error.max() > self.largest_error
-                    or np.abs(block.flux).max() > LARGEST_RATIO
+                if not (
+                    # Most blocks have nothing wrong, and two reads of them tell so.
+                    block.mask is None
+                    and self.largest_error < np.inf
+                    and all_within(error, 0, self.largest_error)
+                    and all_within(block.flux, -LARGEST_RATIO, LARGEST_RATIO)
                 ):
+                    good = good_pixels(block.flux, block.error, block.mask)
                     sound = (error <= self.largest_error) & (np.abs(block.flux) <= LARGEST_RATIO)
                     good = sound if good is None else good & sound
                     usable = good.mean(1) >= 0.5
@@ -302,38 +359,37 @@ class _Fitter:
         )
 
     def gather(self) -> tuple[NormalEquations, NormalEquations | None, dict[str, int]]:
+        """Normal equations of the experts and of the published-style ridge, and how many rows they hold."""
         options = self.options
-        self.reference, self.largest_error = self.find_reference()
-        needed = NormalEquations.memory(self.reference.size, options.grid.n_bins, options.n_folds)
+        # Clipped draws are what the published-style ridge is fitted on, so the totals of the experts hold it.
+        apart = options.references and not options.clipped
+        needed = NormalEquations.memory(self.spectra.n_pixels, options.grid.n_bins, options.n_folds)
+        if apart:
+            needed += NormalEquations.memory(self.spectra.n_pixels, 1, 1)
         if 0 < physical_memory() < 1.3 * needed:
             raise InputError(
                 f"{options.grid.n_bins} bins in {options.n_folds} folds need {needed / 1e9:.1f} GB for their normal "
                 f"equations; this machine has {physical_memory() / 1e9:.1f} GB. Fit a coarser grid"
             )
-        equations = NormalEquations(self.reference, options.grid.n_bins, options.n_folds)
-        # Clipped draws are what the published-style ridge is fitted on, so the totals of the experts hold it.
-        apart = options.references and not options.clipped
-        published = NormalEquations(self.reference) if apart else None
-        left_out = 0
-        self.times_good = np.zeros(self.reference.size)
-        for here, flux, error, usable in self.blocks("normal equations"):
-            rows = np.arange(here.start, here.stop)
-            if not usable.all():
-                left_out += int((~usable).sum())
-                flux, error, rows = flux[usable], error[usable], rows[usable]
-            noisy = flux
-            if options.noise != "observed" and (published is not None or options.noise == "sampled"):
-                noisy = add_noise(flux, error, options.seed, rows)
-            x = noisy if options.noise == "sampled" else flux
-            if options.clipped:
-                x = np.maximum(x, 0)
-            self.times_good += np.count_nonzero(error, axis=0)
-            equations.add(x, self.y[rows], error * error, self.bins[rows], self.folds[rows])
-            if published is not None:
-                published.add(np.maximum(noisy, 0), self.y[rows])
-        equations.finish()
+        pass_ = self.resume(needed, apart)
+        if pass_ is None:
+            self.reference, self.largest_error = self.find_reference()
+            pass_ = _FirstPass(
+                NormalEquations(self.reference, options.grid.n_bins, options.n_folds),
+                NormalEquations(self.reference) if apart else None,
+                np.zeros(self.reference.size),
+                self.largest_error,
+            )
+        self.reference, self.largest_error = pass_.equations.reference, pass_.largest_error
+        # Every pass over the rows below has a thread per core of its own; BLAS must not add its threads to them.
+        with one_blas_thread():
+            self.add_rows(pass_)
+        self.times_good = pass_.times_good
+        equations, published = pass_.equations.finish(), pass_.published
         if published is not None:
             published.finish()
+        if self.checkpoint is not None and pass_.rows > pass_.saved:
+            self.checkpoint.save(pass_.rows, pass_.arrays())
         empty = [
             n for n, c in zip(options.grid.names, equations.count, strict=True) if (c.sum() - c < 2).any()
         ]
@@ -342,7 +398,40 @@ class _Fitter:
                 f"too few rows to fit: bins {', '.join(empty)} hold fewer than two rows outside a fold; "
                 "add training spectra there or fit a coarser grid"
             )
-        return equations, published, {"used": equations.n_rows, "left_out": left_out}
+        return equations, published, {"used": equations.n_rows, "left_out": pass_.left_out}
+
+    def resume(self, nbytes: int, apart: bool) -> _FirstPass | None:
+        """The first pass of a fit that was stopped, if there is a checkpoint of it."""
+        if self.checkpoint is None:
+            return None
+        options = dataclasses.asdict(self.options)
+        self.checkpoint.begin({"spectra": self.spectra.fingerprint(), "options": options}, nbytes)
+        return self.checkpoint.load(lambda rows, read: _FirstPass.restored(rows, read, apart))
+
+    def add_rows(self, pass_: _FirstPass) -> None:
+        """Add all rows that the first pass lacks, saving its state now and then."""
+        options, n = self.options, self.spectra.n_rows
+        draws = options.noise == "sampled" or (options.noise != "observed" and pass_.published is not None)
+        # Fresh memory for every block costs a page fault per page.
+        memory = np.empty((BLOCK_ROWS if draws else 0, self.reference.size), np.float32)
+        for here, flux, error, usable in self.blocks("normal equations", [(pass_.rows, n)], pass_.rows):
+            rows = np.arange(here.start, here.stop)
+            if not usable.all():
+                pass_.left_out += int((~usable).sum())
+                flux, error, rows = flux[usable], error[usable], rows[usable]
+            noisy = flux
+            if draws:
+                noisy = add_noise(flux, error, options.seed, rows, out=memory[: len(rows)])
+            x = noisy if options.noise == "sampled" else flux
+            y, bins, folds = self.y[rows], self.bins[rows], self.folds[rows]
+            pass_.times_good += len(rows) if all_within(error, 0, np.inf) else np.count_nonzero(error, axis=0)
+            pass_.equations.add(x, y, None, bins, folds, error=error, clipped=options.clipped)
+            if pass_.published is not None:
+                pass_.published.add(noisy, y, clipped=True)
+            pass_.rows = here.stop
+            if self.checkpoint is not None and self.checkpoint.due:
+                self.checkpoint.save(pass_.rows, pass_.arrays())
+                pass_.saved = pass_.rows
 
     # -- linear experts -----------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -185,12 +186,10 @@ class NormalEquations:
             raise ValueError(f"bins must lie in 0…{self.n_bins - 1} and folds in 0…{self.n_folds - 1}")
         for name, values in (("flux", x), ("label", y[:, None]), ("variance", variance), ("error", error)):
             # Refused before anything is changed.
-            if values is not None and not all_within(values, LARGEST):
+            if values is not None and not all_within(values, -LARGEST, LARGEST):
                 raise ValueError(f"a row with NaN, infinite or absurdly large {name} cannot be added")
         if self._rows is None:
-            self._rows = np.empty(
-                (self.count.size, _buffer_rows(self.n_pixels, self.count.size), self.n_pixels), np.float32
-            )
+            self._rows = self._buffers()
         reference = self.reference.astype(np.float32)
         totals = (
             self.count.reshape(-1),
@@ -207,7 +206,7 @@ class NormalEquations:
                 variance=variance, error=error, floor=0 if clipped else -np.inf,
             )  # fmt: skip
             for full in np.flatnonzero(self._waiting == self._rows.shape[1]):
-                self._multiply(full)
+                self._multiply(int(full))
 
     def _multiply(self, group: int) -> None:
         """Add the products of the rows that wait in a group's buffer, and empty it."""
@@ -224,6 +223,46 @@ class NormalEquations:
         self._flush()
         self._rows = None
         return self
+
+    def state(self) -> dict[str, NDArray]:
+        """Everything by name, the rows still waiting included: `from_state` goes on from it to the last bit.
+
+        Arrays are views: use them before the next row is added.
+        """
+        arrays: dict[str, NDArray] = {"reference": self.reference, "waiting": self._waiting}
+        arrays |= {name: getattr(self, name) for name in _TOTALS}
+        if self._rows is not None:
+            arrays |= {f"rows/{g}": self._rows[g, : self._waiting[g]] for g in np.flatnonzero(self._waiting)}
+        return arrays
+
+    @classmethod
+    def from_state(cls, read: Callable[[str], NDArray]) -> NormalEquations:
+        """Go on from what `state` gave; `read` gives the array of a name.
+
+        Raises
+        ------
+        ValueError
+            An array has another shape or type than such a state has.
+        """
+        reference, count = read("reference"), read("count")
+        if reference.ndim != 1 or reference.dtype != np.float64 or count.ndim != 2:
+            raise ValueError(f"reference {reference.shape} and count {count.shape} are not those of a state")
+        result = cls(reference, *count.shape)
+        for name in _TOTALS:
+            setattr(result, name, _expected(name, read(name), getattr(result, name)))
+        result._waiting = _expected("waiting", read("waiting"), result._waiting)
+        if result._waiting.any():
+            result._rows = result._buffers()
+            if not (result._waiting >= 0).all() or result._waiting.max() >= result._rows.shape[1]:
+                raise ValueError(f"more than {result._rows.shape[1]} rows of a group are waiting")
+            for g in np.flatnonzero(result._waiting):
+                here = result._rows[g, : result._waiting[g]]
+                here[:] = _expected("rows", read(f"rows/{g}"), here)
+        return result
+
+    def _buffers(self) -> F32:
+        n_groups = self.count.size
+        return np.empty((n_groups, _buffer_rows(self.n_pixels, n_groups), self.n_pixels), np.float32)
 
     # -- arithmetic ---------------------------------------------------------------------------------------------
 
@@ -365,10 +404,7 @@ class NormalEquations:
                 reference = file["reference"]
                 result = cls(reference, *file["count"].shape)
                 for name in _TOTALS:
-                    array, expected = file[name], getattr(result, name)
-                    if array.shape != expected.shape or array.dtype != expected.dtype:
-                        raise ValueError(f"{name} is {array.dtype} of shape {array.shape}")
-                    setattr(result, name, array)
+                    setattr(result, name, _expected(name, file[name], getattr(result, name)))
         # A cut-off archive raises BadZipFile, a lone .npy array TypeError.
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
             raise ModelError(
@@ -380,6 +416,12 @@ class NormalEquations:
 def _buffer_rows(n_pixels: int, n_groups: int) -> int:
     """Rows in the buffer of each group."""
     return max(1, min(BUFFER_ROWS, BUFFER_BYTES // (4 * n_pixels * n_groups)))
+
+
+def _expected(name: str, array: NDArray, like: NDArray) -> NDArray:
+    if array.shape != like.shape or array.dtype != like.dtype:
+        raise ValueError(f"{name} is {array.dtype} of shape {array.shape}")
+    return array
 
 
 def _like(source: NormalEquations, totals: dict[str, NDArray]) -> NormalEquations:
