@@ -298,6 +298,10 @@ class _Fitter:
         }
         return Fit(mixture, references, summary)
 
+    def steps(self, stage: str) -> Callable[[int, int], None]:
+        """Progress of a stage that has steps of its own."""
+        return lambda done, total: self.progress(stage, done, total)
+
     # -- first pass ---------------------------------------------------------------------------------------------
 
     def blocks(
@@ -597,7 +601,14 @@ class _Fitter:
         if values.shape[1] == 1:
             gate = np.ones_like(values)
         else:
-            net = fit_gate(features[fitted], values[fitted], y[fitted], held, seed=self.options.seed)
+            net = fit_gate(
+                features[fitted],
+                values[fitted],
+                y[fitted],
+                held,
+                seed=self.options.seed,
+                progress=self.steps("gate"),
+            )
             gate = softmax(net(features))
             mixture = replace(mixture, gate=_as_float32(net.folded()))
         mixed = (gate * values).sum(1)
@@ -605,7 +616,13 @@ class _Fitter:
         raw = (gate * noise).sum(1)
         spread = np.sqrt((gate * (values - mixed[:, None]) ** 2).sum(1))
         inputs = mixture.error_features(features, log_g, raw, spread)
-        net = fit_error_model(inputs[fitted], (y - log_g)[fitted], held, seed=self.options.seed)
+        net = fit_error_model(
+            inputs[fitted],
+            (y - log_g)[fitted],
+            held,
+            seed=self.options.seed,
+            progress=self.steps("error model"),
+        )
         ratio = np.abs(y - log_g) / np.exp(net(inputs)[:, 0])
         factor = balanced_factor(ratio[fitted][held])
         w1, b1, w2, b2 = net.folded()
