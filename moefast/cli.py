@@ -39,6 +39,10 @@ Exit codes:
 """
 
 
+STEPS = {"experts", "gate", "error model", "simpler fits"}
+"""Stages of a fit that go through steps, not through spectra."""
+
+
 class Progress:
     """Rows done with rate and time to go: one changing line on a terminal, a line now and then elsewhere."""
 
@@ -47,7 +51,7 @@ class Progress:
         self._stage, self._begin, self._first, self._last, self._shown = "", 0.0, 0, 0.0, 0
 
     def stage(self, stage: str, done: int, total: int) -> None:
-        """Report `done` of `total` rows of a named stage."""
+        """Report `done` of `total` rows, or steps, of a named stage."""
         if self._quiet:
             return
         now = time.monotonic()
@@ -59,10 +63,12 @@ class Progress:
         if now - self._last < every and done < total:
             return
         self._last = now
-        text = f"{stage}: {done:,} of {total:,} spectra ({100 * done / max(total, 1):.0f} %)"
+        unit = "steps" if stage in STEPS else "spectra"
+        text = f"{stage}: {done:,} of {total:,} {unit} ({100 * done / max(total, 1):.0f} %)"
         if done > self._first and now > self._begin:
             rate = (done - self._first) / (now - self._begin)
-            text += f", {rate:,.0f}/s" + (f", {(total - done) / rate:.0f} s left" if done < total else "")
+            text += f", {rate:,.0f}/s" if unit == "spectra" else ""
+            text += f", {(total - done) / rate:.0f} s left" if done < total else ""
         if self._live:
             click.echo("\r" + text.ljust(self._shown), err=True, nl=False)
             self._shown = len(text)

@@ -10,8 +10,10 @@ nearly all of the time of a large fit, can be kept in a checkpoint.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -271,13 +273,18 @@ class _Fitter:
         )
         noise_shape[~seen] = np.median(noise_shape[seen])
         subspace = principal_subspace(moments, noise_shape, seed=self.options.seed)
+        expert_step = self.steps(
+            "experts", 2 + self.options.grid.n_bins * (2 if self.options.alpha is None else 1)
+        )
+        expert_step()
         knots = self.noise_levels(noise_shape)
         levels = np.exp(knots)
         small = equations.transform(subspace.basis)
+        expert_step()
         if self.options.alpha is None:
-            experts = self.noise_conditional(small, subspace, levels)
+            experts = self.noise_conditional(small, subspace, levels, expert_step)
         else:
-            experts = self.fixed(equations, levels.size, self.options.alpha)
+            experts = self.fixed(equations, levels.size, self.options.alpha, expert_step)
         del equations
         mixture = self.assemble(pooled.reference, subspace, knots, experts)
         features, values, chi2, raw_noise, rows = self.sample(mixture, experts)
@@ -298,9 +305,10 @@ class _Fitter:
         }
         return Fit(mixture, references, summary)
 
-    def steps(self, stage: str) -> Callable[[int, int], None]:
-        """Progress of a stage that has steps of its own."""
-        return lambda done, total: self.progress(stage, done, total)
+    def steps(self, stage: str, total: int) -> Callable[[], None]:
+        """Reports the next of so many steps of a stage each time it is called."""
+        done = itertools.count(1)
+        return lambda: self.progress(stage, next(done), total)
 
     # -- first pass ---------------------------------------------------------------------------------------------
 
@@ -347,7 +355,7 @@ class _Fitter:
         total, count, errors = np.zeros(p), np.zeros(p), []
         starts = np.unique(np.linspace(0, max(0, n - 64), 8).astype(int))
         for _, flux, error, usable in self.blocks(
-            "reference", [(int(a), min(int(a) + 64, n)) for a in starts]
+            "mean spectrum", [(int(a), min(int(a) + 64, n)) for a in starts]
         ):
             good = error[usable] > 0
             total += np.where(good, flux[usable], 0).sum(0, dtype=np.float64)
@@ -461,7 +469,9 @@ class _Fitter:
         self.log_levels = np.concatenate(found)
         return np.linspace(low - margin, high + margin, self.options.n_levels)
 
-    def choose_alphas(self, small: NormalEquations, levels: F64, inside: float) -> list[float]:
+    def choose_alphas(
+        self, small: NormalEquations, levels: F64, inside: float, step: Callable[[], None]
+    ) -> list[float]:
         """The penalty of each bin with the least cross-validated squared error at the noise levels that occur."""
         nearest = np.abs(self.log_levels[:, None] - np.log(levels)).argmin(1)
         share = np.bincount(nearest, minlength=levels.size) / nearest.size
@@ -479,13 +489,16 @@ class _Fitter:
                             # Held-out rows already contain `inside` of the noise.
                             loss[a] += weight * held.sse(*path.solve(s, alpha), noise=s * s - inside)
             chosen.append(ALPHAS[int(loss.argmin())])
+            step()
         return chosen
 
-    def noise_conditional(self, small: NormalEquations, subspace: Subspace, levels: F64) -> _Experts:
+    def noise_conditional(
+        self, small: NormalEquations, subspace: Subspace, levels: F64, step: Callable[[], None]
+    ) -> _Experts:
         """Experts solved for every noise level in the principal components."""
         # Totals of noisy rows hold the noise already.
         inside = 0.0 if self.options.noise == "closed-form" else 1.0
-        alphas = self.choose_alphas(small, levels, inside)
+        alphas = self.choose_alphas(small, levels, inside, step)
         shape = (self.options.n_folds + 1, self.options.grid.n_bins, levels.size)
         weights, intercepts = np.empty((*shape, subspace.basis.shape[1])), np.empty(shape)
         conditions = []
@@ -498,12 +511,15 @@ class _Fitter:
                 for m, s in enumerate(levels):
                     weights[f, k, m], intercepts[f, k, m] = path.solve(s, alpha)
             conditions.append(path.condition(levels[0], alpha))
+            step()
         return _Experts(
             subspace.basis, weights[-1], intercepts[-1], weights[:-1], intercepts[:-1], alphas, conditions,
             f"eigendecomposition in {subspace.basis.shape[1]} noise-white principal components",
         )  # fmt: skip
 
-    def fixed(self, equations: NormalEquations, n_levels: int, alpha: float) -> _Experts:
+    def fixed(
+        self, equations: NormalEquations, n_levels: int, alpha: float, step: Callable[[], None]
+    ) -> _Experts:
         """Experts in pixel space with a given penalty per row, the same at every noise level."""
         closed = self.options.noise == "closed-form"
         n_bins, n_solves = self.options.grid.n_bins, self.options.n_folds + 1
@@ -520,6 +536,7 @@ class _Fitter:
                 moments.gram, k=1, v0=np.ones(len(columns)), return_eigenvectors=False
             )[0]
             conditions.append(float(1 + (largest / moments.n + np.max(noise)) / alpha))
+            step()
         # Each weight vector is a column: an expert picks its own.
         picks = np.eye(n_bins * n_solves).reshape(n_bins, n_solves, -1).swapaxes(0, 1)
         weights = np.repeat(picks[:, :, None], n_levels, axis=2)
@@ -607,7 +624,7 @@ class _Fitter:
                 y[fitted],
                 held,
                 seed=self.options.seed,
-                progress=self.steps("gate"),
+                progress=partial(self.progress, "gate"),
             )
             gate = softmax(net(features))
             mixture = replace(mixture, gate=_as_float32(net.folded()))
@@ -621,7 +638,7 @@ class _Fitter:
             (y - log_g)[fitted],
             held,
             seed=self.options.seed,
-            progress=self.steps("error model"),
+            progress=partial(self.progress, "error model"),
         )
         ratio = np.abs(y - log_g) / np.exp(net(inputs)[:, 0])
         factor = balanced_factor(ratio[fitted][held])
@@ -643,6 +660,8 @@ class _Fitter:
         """The fits that show what each step of the method is worth."""
         forms: dict[str, LinearForm] = {}
         one = np.zeros(1, np.float32)
+        conditional = self.options.alpha is None
+        step = self.steps("simpler fits", int(self.options.references) + (3 if conditional else 0))
 
         def single(
             weights: F64,
@@ -661,25 +680,29 @@ class _Fitter:
         if self.options.references:
             seen = moments if published is None else published.moments()
             forms["published-ridge"] = single(*ridge(seen, PUBLISHED_ALPHA * seen.n), clipped=True)
-        if self.options.alpha is not None:
+            step()
+        if not conditional:
             return forms
         inside = 0.0 if self.options.noise == "closed-form" else 1.0
         pooled = NoisePath(small.moments(), inside)
         mean_level = 1.0
         w, c = pooled.solve(mean_level)
         forms["global-ridge, average noise"] = single(subspace.basis @ w, c)
+        step()
         path = [pooled.solve(s) for s in levels]
         forms["global-ridge"] = single(
             np.stack([subspace.basis @ w for w, _ in path], 1),
             np.array([[c for _, c in path]]),
             mixture.knots,
         )
+        step()
         fixed = [
             NoisePath(small.moments(k), inside).solve(mean_level, a) for k, a in enumerate(experts.alphas)
         ]
         forms["oracle-ridge, average noise"] = single(
             np.stack([subspace.basis @ w for w, _ in fixed], 1), np.array([[c] for _, c in fixed])
         )
+        step()
         return forms
 
 

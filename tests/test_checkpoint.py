@@ -112,7 +112,7 @@ def test_a_killed_fit_goes_on_to_the_same_bits(toy_file, tmp_path, noise, caplog
     model = fit(toy_file, noise=noise, progress=stages(seen), checkpoint=folder)
     # The checkpoint is written before a block is reported: the kill came right after.
     assert "1,900 spectra are done, the fit goes on from there" in caplog.text
-    assert "reference" not in seen
+    assert "mean spectrum" not in seen
     assert seen["normal equations"][-1] == (ROWS, ROWS)
     assert min(done for done, _ in seen["normal equations"]) > 1900
     assert model.manifest["fit"]["rows"] == {"used": ROWS - 1, "left_out": 1}
