@@ -212,7 +212,7 @@ def quantile(values, n, q, keys, scratch):
 
 @njit(cache=True, inline="never")
 def median_near(values, n, guess, keys, scratch):
-    """Return the median of values[:n], the same number as `quantile` gives, faster if it is positive and near `guess`."""
+    """Return the median of values[:n], the number that `quantile` gives, faster if positive and near `guess`."""
     # Positive floats are in the order of their bits, and negative ones below them all: nothing needs to be mapped.
     bits = values.view(np.int32)
     k, odd = (n - 1) // 2, n % 2 == 1

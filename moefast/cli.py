@@ -39,6 +39,10 @@ Exit codes:
 """
 
 
+STEPS = {"experts", "gate", "error model", "simpler fits"}
+"""Stages of a fit that go through steps, not through spectra."""
+
+
 class Progress:
     """Rows done with rate and time to go: one changing line on a terminal, a line now and then elsewhere."""
 
@@ -47,7 +51,7 @@ class Progress:
         self._stage, self._begin, self._first, self._last, self._shown = "", 0.0, 0, 0.0, 0
 
     def stage(self, stage: str, done: int, total: int) -> None:
-        """Report `done` of `total` rows of a named stage."""
+        """Report `done` of `total` rows, or steps, of a named stage."""
         if self._quiet:
             return
         now = time.monotonic()
@@ -59,10 +63,12 @@ class Progress:
         if now - self._last < every and done < total:
             return
         self._last = now
-        text = f"{stage}: {done:,} of {total:,} spectra ({100 * done / max(total, 1):.0f} %)"
+        unit = "steps" if stage in STEPS else "spectra"
+        text = f"{stage}: {done:,} of {total:,} {unit} ({100 * done / max(total, 1):.0f} %)"
         if done > self._first and now > self._begin:
             rate = (done - self._first) / (now - self._begin)
-            text += f", {rate:,.0f}/s" + (f", {(total - done) / rate:.0f} s left" if done < total else "")
+            text += f", {rate:,.0f}/s" if unit == "spectra" else ""
+            text += f", {(total - done) / rate:.0f} s left" if done < total else ""
         if self._live:
             click.echo("\r" + text.ljust(self._shown), err=True, nl=False)
             self._shown = len(text)
@@ -72,6 +78,11 @@ class Progress:
     def rows(self, stage: str) -> Callable[[int, int], None]:
         """A callback for work that has a single stage."""
         return lambda done, total: self.stage(stage, done, total)
+
+    def note(self, text: str) -> None:
+        """Say something between two reports; with --quiet, too, for it is no progress."""
+        self.close()
+        click.echo(text, err=True)
 
     def close(self) -> None:
         """End the changing line."""
@@ -373,20 +384,27 @@ def inspect(files: tuple[str, ...], picture: str | None, limit: int | None, as_j
 @click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of folds, draws and networks."
 )
+@click.option(
+    "--checkpoint", metavar="FOLDER",
+    help="Keep the statistics here every two minutes (up to 3 GB with nine bins, twice that while they are replaced): "
+    "the same command goes on where a killed one stood, to the same model. Cleared once the model is written.",
+)  # fmt: skip
 @OVERWRITE
 @QUIET
 @JSON
 def fit(
     files: tuple[str, ...], out: str, simulate: int | None, name: str | None, recipe: str,
     grid: tuple[int, int] | None, noise: str, noise_level: float,
-    references: bool, seed: int, overwrite: bool, quiet: bool, as_json: bool,
+    references: bool, seed: int, checkpoint: str | None, overwrite: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Fit a model on labelled spectra (T_eff, log_g, M_H in dataset/params) and write it to a folder.
 
     \b
         moefast fit train.h5 -o model/
         moefast fit --simulate 200000 --set z0 -o model/
+        moefast fit train/ -o model/ --checkpoint fit-so-far/
     """
+    from moefast.checkpoint import Checkpoint
     from moefast.model import check_target
     from moefast.protocol.bins import uniform
     from moefast.recipes import RECIPES
@@ -404,13 +422,16 @@ def fit(
     check_target(Path(out), overwrite)
     spectra = SimulatedSpectra.of_set(name or "z0", rows=(0, simulate)) if simulate else files
     progress = Progress(quiet)
+    kept = Checkpoint(checkpoint, tell=progress.note) if checkpoint else None
     begin = time.monotonic()
     model = run(
         spectra, recipe=recipe, grid=uniform(*grid) if grid else None, noise=noise,  # type: ignore[arg-type]
-        noise_level=noise_level, references=references, seed=seed, progress=progress.stage,
+        noise_level=noise_level, references=references, seed=seed, progress=progress.stage, checkpoint=kept,
     )  # fmt: skip
     progress.close()
     model = model.save(out, overwrite=overwrite)
+    if kept is not None:
+        kept.remove()
     facts = {"model": str(out), "seconds": time.monotonic() - begin, **model.manifest["fit"]}
     if as_json:
         click.echo(json.dumps(facts, indent=1))

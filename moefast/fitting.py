@@ -3,13 +3,17 @@
 Design: the first pass gathers normal equations per bin and fold. Everything linear follows from them: the noise-white
 principal components, experts at every noise level, their penalties by cross-validation, the reference fits. The second
 pass reads a bounded sample of rows, gives each a few noise draws and the predictions of experts that never saw it,
-and trains gate and error model on those. Time grows linearly with rows, memory not at all.
+and trains gate and error model on those. Time grows linearly with rows, memory not at all. The first pass, which takes
+nearly all of the time of a large fit, can be kept in a checkpoint.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -17,17 +21,20 @@ import scipy.sparse.linalg
 from numpy.typing import NDArray
 
 from moefast.backend import physical_memory
+from moefast.checkpoint import Checkpoint
 from moefast.errors import InputError, LabelError, WaveGridError
 from moefast.experts.normal_equations import NormalEquations
 from moefast.experts.ridge import NoisePath, Subspace, principal_subspace, ridge
 from moefast.gating.features import line_columns
 from moefast.gating.mlp import fit_error_model, fit_gate, softmax
+from moefast.kernels import all_within
 from moefast.mixture import N_GATE_COMPONENTS, N_GATE_FEATURES, Mixture, hat_weights
 from moefast.noise import add_noise, fold_of_rows
 from moefast.protocol.bins import Grid
 from moefast.protocol.metrics import r2
 from moefast.spectra.files import SpectrumSet
 from moefast.spectra.quality import good_pixels
+from moefast.threads import one_blas_thread
 
 if TYPE_CHECKING:
     from moefast.simulate.source import SimulatedSpectra
@@ -166,7 +173,10 @@ class Fit:
 
 
 def fit_mixture(
-    spectra: SpectrumSet | SimulatedSpectra, options: Options, progress: Progress | None = None
+    spectra: SpectrumSet | SimulatedSpectra,
+    options: Options,
+    progress: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Fit:
     """Fit a mixture of linear experts, its gate and its error model.
 
@@ -176,23 +186,68 @@ def fit_mixture(
         With labels T_eff [K], log_g [dex], M_H [dex].
     options : Options
     progress : callable, optional
-        Called with the name of a stage, rows done and rows in all.
+        Called with the name of a stage, rows (or steps) done and rows in all.
+    checkpoint : Checkpoint, optional
+        Where the first pass is kept; goes on from what is there, with the same bits. The caller removes it.
 
     Raises
     ------
     LabelError
         Labels are missing or not finite.
     InputError
-        Too few usable rows.
+        Too few usable rows, or the checkpoint is of another fit.
+    OutputError
+        There is no room for checkpoints.
     """
-    return _Fitter(spectra, options, progress or (lambda *_: None)).run()
+    return _Fitter(spectra, options, progress or (lambda *_: None), checkpoint).run()
+
+
+@dataclass
+class _FirstPass:
+    """What the first pass has gathered from the first `rows` rows: all that its rest depends on.
+
+    `times_good` (p,) counts the rows in which a pixel was good; `saved` are the rows that a checkpoint holds.
+    """
+
+    equations: NormalEquations
+    published: NormalEquations | None
+    times_good: F64
+    largest_error: float
+    left_out: int = 0
+    rows: int = 0
+    saved: int = 0
+
+    def arrays(self) -> dict[str, NDArray]:
+        """Everything but `rows` by name; views of what is here."""
+        found = {"times_good": self.times_good, "rest": np.array([self.largest_error, self.left_out])}
+        found |= {f"equations/{name}": array for name, array in self.equations.state().items()}
+        if self.published is not None:
+            found |= {f"published/{name}": array for name, array in self.published.state().items()}
+        return found
+
+    @classmethod
+    def restored(cls, rows: int, read: Callable[[str], NDArray], apart: bool) -> _FirstPass:
+        """From the names of `arrays`; raises KeyError or ValueError where one is not what it should be."""
+        equations = NormalEquations.from_state(lambda name: read(f"equations/{name}"))
+        published = NormalEquations.from_state(lambda name: read(f"published/{name}")) if apart else None
+        largest_error, left_out = read("rest").tolist()
+        times_good = read("times_good")
+        if times_good.shape != equations.reference.shape or equations.n_rows + left_out != rows:
+            raise ValueError(f"{equations.n_rows} rows and {left_out:.0f} left out are not {rows}")
+        return cls(equations, published, times_good, largest_error, int(left_out), rows, rows)
 
 
 class _Fitter:
     """The stages of a fit, in order; each reads what the ones before it left."""
 
-    def __init__(self, spectra: SpectrumSet | SimulatedSpectra, options: Options, progress: Progress) -> None:
-        self.spectra, self.options, self.progress = spectra, options, progress
+    def __init__(
+        self,
+        spectra: SpectrumSet | SimulatedSpectra,
+        options: Options,
+        progress: Progress,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        self.spectra, self.options, self.progress, self.checkpoint = spectra, options, progress, checkpoint
         self.labels = spectra.labels(("T_eff", "log_g", "M_H"))
         self.y: F64 = self.labels["log_g"]
         self.bins = options.grid.assign(self.labels["T_eff"], self.labels["M_H"]).astype(np.int64)
@@ -224,16 +279,20 @@ class _Fitter:
         )
         noise_shape[~seen] = np.median(noise_shape[seen])
         subspace = principal_subspace(moments, noise_shape, seed=self.options.seed)
+        expert_step = self.steps(
+            "experts", 2 + self.options.grid.n_bins * (2 if self.options.alpha is None else 1)
+        )
+        expert_step()
         knots = self.noise_levels(noise_shape)
         levels = np.exp(knots)
         small = equations.transform(subspace.basis)
+        expert_step()
         if self.options.alpha is None:
             rank = self.choose_rank(small, levels)
-            experts = self.noise_conditional(
-                small.transform(np.eye(len(subspace.variance), rank)), subspace, levels
-            )
+            leading = small.transform(np.eye(len(subspace.variance), rank))
+            experts = self.noise_conditional(leading, subspace, levels, expert_step)
         else:
-            experts = self.fixed(equations, levels.size, self.options.alpha)
+            experts = self.fixed(equations, levels.size, self.options.alpha, expert_step)
         del equations
         mixture = self.assemble(pooled.reference, subspace, knots, experts)
         features, values, chi2, raw_noise, rows = self.sample(mixture, experts)
@@ -254,27 +313,36 @@ class _Fitter:
         }
         return Fit(mixture, references, summary)
 
+    def steps(self, stage: str, total: int) -> Callable[[], None]:
+        """Reports the next of so many steps of a stage each time it is called."""
+        done = itertools.count(1)
+        return lambda: self.progress(stage, next(done), total)
+
     # -- first pass ---------------------------------------------------------------------------------------------
 
     def blocks(
-        self, stage: str, rows: list[tuple[int, int]] | None = None
+        self, stage: str, rows: list[tuple[int, int]] | None = None, done: int = 0
     ) -> Iterator[tuple[slice, F32, F32, NDArray]]:
-        """Rows with at least half of their pixels good; bad pixels hold the reference and no variance."""
-        total = self.spectra.n_rows if rows is None else sum(b - a for a, b in rows)
-        done = 0
+        """Rows with at least half of their pixels good; bad pixels hold the reference and no variance.
+
+        `done` rows of the stage were done before.
+        """
+        total = self.spectra.n_rows if rows is None else done + sum(b - a for a, b in rows)
         for part in [None] if rows is None else rows:
             for block in self.spectra.blocks(BLOCK_ROWS, array=self.array, rows=part):
-                good = good_pixels(block.flux, block.error, block.mask)
                 here = slice(block.first_row, block.first_row + len(block))
                 usable = np.ones(len(block), bool)
                 error = block.error
                 if self.options.noise_level != 1.0:
                     error = error * np.float32(self.options.noise_level)
-                if (
-                    good is not None
-                    or error.max() > self.largest_error
-                    or np.abs(block.flux).max() > LARGEST_RATIO
+                if not (
+                    # Most blocks have nothing wrong, and two reads of them tell so.
+                    block.mask is None
+                    and self.largest_error < np.inf
+                    and all_within(error, 0, self.largest_error)
+                    and all_within(block.flux, -LARGEST_RATIO, LARGEST_RATIO)
                 ):
+                    good = good_pixels(block.flux, block.error, block.mask)
                     sound = (error <= self.largest_error) & (np.abs(block.flux) <= LARGEST_RATIO)
                     good = sound if good is None else good & sound
                     usable = good.mean(1) >= 0.5
@@ -295,7 +363,7 @@ class _Fitter:
         total, count, errors = np.zeros(p), np.zeros(p), []
         starts = np.unique(np.linspace(0, max(0, n - 64), 8).astype(int))
         for _, flux, error, usable in self.blocks(
-            "reference", [(int(a), min(int(a) + 64, n)) for a in starts]
+            "mean spectrum", [(int(a), min(int(a) + 64, n)) for a in starts]
         ):
             good = error[usable] > 0
             total += np.where(good, flux[usable], 0).sum(0, dtype=np.float64)
@@ -311,38 +379,37 @@ class _Fitter:
         )
 
     def gather(self) -> tuple[NormalEquations, NormalEquations | None, dict[str, int]]:
+        """Normal equations of the experts and of the published-style ridge, and how many rows they hold."""
         options = self.options
-        self.reference, self.largest_error = self.find_reference()
-        needed = NormalEquations.memory(self.reference.size, options.grid.n_bins, options.n_folds)
+        # Clipped draws are what the published-style ridge is fitted on, so the totals of the experts hold it.
+        apart = options.references and not options.clipped
+        needed = NormalEquations.memory(self.spectra.n_pixels, options.grid.n_bins, options.n_folds)
+        if apart:
+            needed += NormalEquations.memory(self.spectra.n_pixels, 1, 1)
         if 0 < physical_memory() < 1.3 * needed:
             raise InputError(
                 f"{options.grid.n_bins} bins in {options.n_folds} folds need {needed / 1e9:.1f} GB for their normal "
                 f"equations; this machine has {physical_memory() / 1e9:.1f} GB. Fit a coarser grid"
             )
-        equations = NormalEquations(self.reference, options.grid.n_bins, options.n_folds)
-        # Clipped draws are what the published-style ridge is fitted on, so the totals of the experts hold it.
-        apart = options.references and not options.clipped
-        published = NormalEquations(self.reference) if apart else None
-        left_out = 0
-        self.times_good = np.zeros(self.reference.size)
-        for here, flux, error, usable in self.blocks("normal equations"):
-            rows = np.arange(here.start, here.stop)
-            if not usable.all():
-                left_out += int((~usable).sum())
-                flux, error, rows = flux[usable], error[usable], rows[usable]
-            noisy = flux
-            if options.noise != "observed" and (published is not None or options.noise == "sampled"):
-                noisy = add_noise(flux, error, options.seed, rows)
-            x = noisy if options.noise == "sampled" else flux
-            if options.clipped:
-                x = np.maximum(x, 0)
-            self.times_good += np.count_nonzero(error, axis=0)
-            equations.add(x, self.y[rows], error * error, self.bins[rows], self.folds[rows])
-            if published is not None:
-                published.add(np.maximum(noisy, 0), self.y[rows])
-        equations.finish()
+        pass_ = self.resume(needed, apart)
+        if pass_ is None:
+            self.reference, self.largest_error = self.find_reference()
+            pass_ = _FirstPass(
+                NormalEquations(self.reference, options.grid.n_bins, options.n_folds),
+                NormalEquations(self.reference) if apart else None,
+                np.zeros(self.reference.size),
+                self.largest_error,
+            )
+        self.reference, self.largest_error = pass_.equations.reference, pass_.largest_error
+        # Every pass over the rows below has a thread per core of its own; BLAS must not add its threads to them.
+        with one_blas_thread():
+            self.add_rows(pass_)
+        self.times_good = pass_.times_good
+        equations, published = pass_.equations.finish(), pass_.published
         if published is not None:
             published.finish()
+        if self.checkpoint is not None and pass_.rows > pass_.saved:
+            self.checkpoint.save(pass_.rows, pass_.arrays())
         empty = [
             n for n, c in zip(options.grid.names, equations.count, strict=True) if (c.sum() - c < 2).any()
         ]
@@ -351,7 +418,40 @@ class _Fitter:
                 f"too few rows to fit: bins {', '.join(empty)} hold fewer than two rows outside a fold; "
                 "add training spectra there or fit a coarser grid"
             )
-        return equations, published, {"used": equations.n_rows, "left_out": left_out}
+        return equations, published, {"used": equations.n_rows, "left_out": pass_.left_out}
+
+    def resume(self, nbytes: int, apart: bool) -> _FirstPass | None:
+        """The first pass of a fit that was stopped, if there is a checkpoint of it."""
+        if self.checkpoint is None:
+            return None
+        options = dataclasses.asdict(self.options)
+        self.checkpoint.begin({"spectra": self.spectra.fingerprint(), "options": options}, nbytes)
+        return self.checkpoint.load(lambda rows, read: _FirstPass.restored(rows, read, apart))
+
+    def add_rows(self, pass_: _FirstPass) -> None:
+        """Add all rows that the first pass lacks, saving its state now and then."""
+        options, n = self.options, self.spectra.n_rows
+        draws = options.noise == "sampled" or (options.noise != "observed" and pass_.published is not None)
+        # Fresh memory for every block costs a page fault per page.
+        memory = np.empty((BLOCK_ROWS if draws else 0, self.reference.size), np.float32)
+        for here, flux, error, usable in self.blocks("normal equations", [(pass_.rows, n)], pass_.rows):
+            rows = np.arange(here.start, here.stop)
+            if not usable.all():
+                pass_.left_out += int((~usable).sum())
+                flux, error, rows = flux[usable], error[usable], rows[usable]
+            noisy = flux
+            if draws:
+                noisy = add_noise(flux, error, options.seed, rows, out=memory[: len(rows)])
+            x = noisy if options.noise == "sampled" else flux
+            y, bins, folds = self.y[rows], self.bins[rows], self.folds[rows]
+            pass_.times_good += len(rows) if all_within(error, 0, np.inf) else np.count_nonzero(error, axis=0)
+            pass_.equations.add(x, y, None, bins, folds, error=error, clipped=options.clipped)
+            if pass_.published is not None:
+                pass_.published.add(noisy, y, clipped=True)
+            pass_.rows = here.stop
+            if self.checkpoint is not None and self.checkpoint.due:
+                self.checkpoint.save(pass_.rows, pass_.arrays())
+                pass_.saved = pass_.rows
 
     # -- linear experts -----------------------------------------------------------------------------------------
 
@@ -418,14 +518,19 @@ class _Fitter:
         allowed = loss(full) + RANK_LOSS * small.moments().sum_yy
         return next((rank for rank in range(RANK_STEP, full, RANK_STEP) if loss(rank) <= allowed), full)
 
-    def choose_alphas(self, small: NormalEquations, levels: F64) -> list[float]:
+    def choose_alphas(self, small: NormalEquations, levels: F64, step: Callable[[], None]) -> list[float]:
         """The penalty of each bin with the least cross-validated squared error at the noise levels that occur."""
-        bins = range(self.options.grid.n_bins)
-        return [ALPHAS[int(self.held_out(small, k, levels, ALPHAS).argmin())] for k in bins]
+        chosen = []
+        for k in range(self.options.grid.n_bins):
+            chosen.append(ALPHAS[int(self.held_out(small, k, levels, ALPHAS).argmin())])
+            step()
+        return chosen
 
-    def noise_conditional(self, small: NormalEquations, subspace: Subspace, levels: F64) -> _Experts:
+    def noise_conditional(
+        self, small: NormalEquations, subspace: Subspace, levels: F64, step: Callable[[], None]
+    ) -> _Experts:
         """Experts solved for every noise level in the leading principal components, those of `small`."""
-        alphas, rank = self.choose_alphas(small, levels), small.n_pixels
+        alphas, rank = self.choose_alphas(small, levels, step), small.n_pixels
         shape = (self.options.n_folds + 1, self.options.grid.n_bins, levels.size)
         weights, intercepts = np.empty((*shape, rank)), np.empty(shape)
         conditions = []
@@ -438,12 +543,15 @@ class _Fitter:
                 for m, s in enumerate(levels):
                     weights[f, k, m], intercepts[f, k, m] = path.solve(s, alpha)
             conditions.append(path.condition(levels[0], alpha))
+            step()
         return _Experts(
             subspace.basis[:, :rank], weights[-1], intercepts[-1], weights[:-1], intercepts[:-1], alphas, conditions,
             f"eigendecomposition in {rank} noise-white principal components",
         )  # fmt: skip
 
-    def fixed(self, equations: NormalEquations, n_levels: int, alpha: float) -> _Experts:
+    def fixed(
+        self, equations: NormalEquations, n_levels: int, alpha: float, step: Callable[[], None]
+    ) -> _Experts:
         """Experts in pixel space with a given penalty per row, the same at every noise level."""
         closed = self.options.noise == "closed-form"
         n_bins, n_solves = self.options.grid.n_bins, self.options.n_folds + 1
@@ -460,6 +568,7 @@ class _Fitter:
                 moments.gram, k=1, v0=np.ones(len(columns)), return_eigenvectors=False
             )[0]
             conditions.append(float(1 + (largest / moments.n + np.max(noise)) / alpha))
+            step()
         # Each weight vector is a column: an expert picks its own.
         picks = np.eye(n_bins * n_solves).reshape(n_bins, n_solves, -1).swapaxes(0, 1)
         weights = np.repeat(picks[:, :, None], n_levels, axis=2)
@@ -547,7 +656,14 @@ class _Fitter:
         if values.shape[1] == 1:
             gate = np.ones_like(values)
         else:
-            net = fit_gate(features[fitted], values[fitted], y[fitted], held, seed=self.options.seed)
+            net = fit_gate(
+                features[fitted],
+                values[fitted],
+                y[fitted],
+                held,
+                seed=self.options.seed,
+                progress=partial(self.progress, "gate"),
+            )
             gate = softmax(net(features))
             mixture = replace(mixture, gate=_as_float32(net.folded()))
         mixed = (gate * values).sum(1)
@@ -555,7 +671,13 @@ class _Fitter:
         raw = (gate * noise).sum(1)
         spread = np.sqrt((gate * (values - mixed[:, None]) ** 2).sum(1))
         inputs = mixture.error_features(features, log_g, raw, spread)
-        net = fit_error_model(inputs[fitted], (y - log_g)[fitted], held, seed=self.options.seed)
+        net = fit_error_model(
+            inputs[fitted],
+            (y - log_g)[fitted],
+            held,
+            seed=self.options.seed,
+            progress=partial(self.progress, "error model"),
+        )
         ratio = np.abs(y - log_g) / np.exp(net(inputs)[:, 0])
         factor = balanced_factor(ratio[fitted][held])
         w1, b1, w2, b2 = net.folded()
@@ -576,6 +698,8 @@ class _Fitter:
         """The fits that show what each step of the method is worth."""
         forms: dict[str, LinearForm] = {}
         one = np.zeros(1, np.float32)
+        conditional = self.options.alpha is None
+        step = self.steps("simpler fits", int(self.options.references) + (3 if conditional else 0))
 
         def single(
             weights: F64,
@@ -594,18 +718,21 @@ class _Fitter:
         if self.options.references:
             seen = moments if published is None else published.moments()
             forms["published-ridge"] = single(*ridge(seen, PUBLISHED_ALPHA * seen.n), clipped=True)
-        if self.options.alpha is not None:
+            step()
+        if not conditional:
             return forms
         pooled = NoisePath(small.moments(), self.inside)
         mean_level = 1.0
         w, c = pooled.solve(mean_level)
         forms["global-ridge, average noise"] = single(subspace.basis @ w, c)
+        step()
         path = [pooled.solve(s) for s in levels]
         forms["global-ridge"] = single(
             np.stack([subspace.basis @ w for w, _ in path], 1),
             np.array([[c for _, c in path]]),
             mixture.knots,
         )
+        step()
         fixed = [
             NoisePath(small.moments(k), self.inside).solve(mean_level, a)
             for k, a in enumerate(experts.alphas)
@@ -613,6 +740,7 @@ class _Fitter:
         forms["oracle-ridge, average noise"] = single(
             np.stack([subspace.basis @ w for w, _ in fixed], 1), np.array([[c] for _, c in fixed])
         )
+        step()
         return forms
 
 

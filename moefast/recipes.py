@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from moefast.checkpoint import Checkpoint
 from moefast.errors import InputError
 from moefast.fitting import PUBLISHED_ALPHA, Noise, Options, fit_mixture
 from moefast.model import Model
@@ -55,6 +56,7 @@ def fit(
     references: bool = True,
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
+    checkpoint: str | Path | Checkpoint | None = None,
 ) -> Model:
     """Fit a model on labelled spectra.
 
@@ -77,7 +79,11 @@ def fit(
     seed : int
         Of folds, noise draws and networks.
     progress : callable, optional
-        Called with the name of a stage, rows done and rows in all.
+        Called with the name of a stage, rows (or steps) done and rows in all.
+    checkpoint : path or Checkpoint, optional
+        Folder in which the statistics are kept every two minutes, so that a fit that is killed goes on where it stood
+        when it is repeated, to a model with the same bits. A folder given by its path is cleared once the fit is
+        complete; a Checkpoint is left to the caller, who can keep it until the model is saved.
 
     Returns
     -------
@@ -87,6 +93,9 @@ def fit(
     Raises
     ------
     InputError, LabelError, WaveGridError
+        InputError also if the checkpoint is of other spectra, options or another version.
+    OutputError
+        The checkpoint has no room on its disk.
     """
     if recipe not in RECIPES:
         raise InputError(f"recipe {recipe!r} is unknown; choose one of {', '.join(RECIPES)}")
@@ -98,7 +107,8 @@ def fit(
         grid=chosen, noise=noise, noise_level=noise_level, references=references, seed=seed, **own
     )
     fingerprint = spectra.fingerprint()
-    fitted = fit_mixture(spectra, options, progress)
+    kept = Checkpoint(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint
+    fitted = fit_mixture(spectra, options, progress, kept)
     labels = spectra.labels(("T_eff", "log_g", "M_H"))
     training: dict[str, Any] = {
         "files": [shard.path.name for shard in spectra.shards],
@@ -111,4 +121,7 @@ def fit(
         "log_g_std": float(np.std(labels["log_g"])),
         "row_sketch": sketch(labels),
     }
-    return Model.from_fit(fitted, recipe=recipe, grid=chosen, training=training)
+    model = Model.from_fit(fitted, recipe=recipe, grid=chosen, training=training)
+    if kept is not None and kept is not checkpoint:
+        kept.remove()
+    return model

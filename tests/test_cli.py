@@ -59,7 +59,9 @@ def no_gpu(monkeypatch):
 HELP = {
     "simulate": ("OUT", "--number", "--seed", "--mag", "--noise-level", "--overwrite", "log g 1-5"),
     "inspect": ("FILE…", "--picture", "--limit", "--json", "SNR"),
-    "fit": ("FILE…", "--out", "--recipe", "phys-moe", "--grid", "--noise", "closed-form", "--references"),
+    "fit": (
+        "FILE…", "--out", "--recipe", "phys-moe", "--grid", "--noise", "closed-form", "--references", "--checkpoint",
+    ),
     "evaluate": ("FILE…", "--model", "--out", "--noise", "--backend", "R²", "report.json"),
     "compare": ("REPORT…", "--out", "better, worse or no difference"),
     "export": ("MODEL", "--part", "mixture", "expert-0", "ONNX", "verified"),
@@ -156,6 +158,69 @@ def test_inspect_names_what_is_wrong(run, stars, tmp_path):
     assert "params           none, so no labels" in plain
     assert "note" not in plain
     assert "bad rows         none" in plain
+
+
+def test_a_fit_that_was_stopped_goes_on(run, labelled_file, monkeypatch):
+    command = (
+        "fit",
+        labelled_file,
+        "-o",
+        "model",
+        "--grid",
+        "1x1",
+        "--no-references",
+        "--checkpoint",
+        "so-far",
+    )
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("moefast.fitting.principal_subspace", stop)
+        result = run(*command, code=130)
+    assert "interrupted; nothing was written" in result.stderr
+    assert os.listdir("so-far") == ["first-pass.npz"]
+    result = run(*command, "--seed", "1", code=3)
+    assert "the checkpoint is of another fit (options.seed was 0, is 1)" in result.stderr
+    result = run(*command, "-q")
+    assert "so-far/first-pass.npz: 1,500 spectra are done, the fit goes on from there" in result.stderr
+    assert "1,500 spectra" in result.stdout
+    assert sorted(os.listdir()) == ["model"]
+    # Damaged, it is told and made anew.
+    os.mkdir("so-far")
+    Path("so-far/first-pass.npz").write_text("hello")
+    result = run(*command, "--overwrite")
+    assert "so-far/first-pass.npz: not a complete checkpoint" in result.stderr
+    for stage in ("mean spectrum", "normal equations", "noise levels", "gate sample"):
+        assert f"{stage}: " in result.stderr
+    assert "error model: 300 of 300 steps (100 %)\n" in result.stderr
+    assert "experts: 4 of 4 steps (100 %)" in result.stderr
+    assert not os.path.exists("so-far")
+
+
+def test_a_checkpoint_stays_if_the_model_cannot_be_written(run, labelled_file, monkeypatch):
+    from moefast.errors import OutputError
+    from moefast.model import Model
+
+    def fail(*_, **__):
+        raise OutputError("disk full")
+
+    monkeypatch.setattr(Model, "save", fail)
+    run(
+        "fit",
+        labelled_file,
+        "-o",
+        "m",
+        "--grid",
+        "1x1",
+        "--no-references",
+        "-q",
+        "--checkpoint",
+        "so-far",
+        code=8,
+    )
+    assert os.listdir("so-far") == ["first-pass.npz"]
 
 
 def test_fit_evaluate_export(run, labelled_file, few, model):

@@ -46,10 +46,14 @@ def whole(train_file):
     assert stages == {
         name: (n, n)
         for name, n in {
-            "reference": 512,
+            "mean spectrum": 512,
             "normal equations": 3000,
+            "experts": 2 + 2 * 6,
             "noise levels": 3000,
             "gate sample": 3000,
+            "gate": 400,
+            "error model": 300,
+            "simpler fits": 4,
         }.items()
     }
     return fit

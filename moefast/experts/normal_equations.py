@@ -3,8 +3,9 @@
 Design: for rows x (a fixed reference spectrum subtracted), target y, noise variance v, bin k and fold f, the totals
 n, Σx, Σy, Σy², Σxy, Σxxᵀ, Σv are all that ridge regression, PCA, whitening, the α path, every noise level and
 hold-out errors ever need. Totals of disjoint rows add, so shards, nodes and nights merge with `+`, and a fold is left
-out with `-`. Products are float32 BLAS over a few thousand rows, totals float64. Rows are gathered in a buffer and
-multiplied when it is full: the result does not depend on the blocks in which they arrived.
+out with `-`. Products are float32 BLAS over 4096 rows at most, totals float64. Each bin and fold gathers its rows
+in a buffer of its own, the reference subtracted on the way, and multiplies them when it is full: every row is written
+once, and the result depends neither on the blocks in which rows arrived nor on the number of cores.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import math
 import os
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefast.errors import ModelError
-from moefast.kernels import add_rows, normal_equations, packed_size, unpack_symmetric
+from moefast.kernels import GRAM_ROWS, add_gram, all_within, collect_rows, packed_size, unpack_symmetric
 
 __all__ = ["Moments", "NormalEquations"]
 
@@ -29,7 +31,10 @@ F64 = NDArray[np.float64]
 
 SCHEMA = 1
 WHAT = "moefast normal equations"
-BUFFER_ROWS = 16384
+BUFFER_ROWS = GRAM_ROWS
+"""Rows of each bin and fold that are gathered before they are multiplied, if memory allows."""
+BUFFER_BYTES = 2**30
+"""Memory for the rows that wait, of all bins and folds together."""
 LARGEST = 1e15
 """Largest |value| of a row: squares of larger ones overflow float32 sums."""
 _TOTALS = ("count", "sum_x", "sum_y", "sum_yy", "sum_xy", "gram", "sum_v")
@@ -96,9 +101,7 @@ class NormalEquations:
         self.gram: F64 = np.zeros((*shape, packed_size(p)))
         self.sum_v: F64 = np.zeros((*shape, p))
         self._rows: F32 | None = None
-        self._labels: F64 = np.empty(BUFFER_ROWS)
-        self._groups: NDArray[np.int64] = np.empty(BUFFER_ROWS, np.int64)
-        self._waiting = 0
+        self._waiting: NDArray[np.int64] = np.zeros(n_bins * n_folds, np.int64)
 
     @property
     def n_pixels(self) -> int:
@@ -117,8 +120,8 @@ class NormalEquations:
 
     @property
     def n_rows(self) -> int:
-        """Rows seen, those still in the buffer included."""
-        return int(self.count.sum()) + self._waiting
+        """Rows seen."""
+        return int(self.count.sum())
 
     @property
     def nbytes(self) -> int:
@@ -127,8 +130,10 @@ class NormalEquations:
 
     @staticmethod
     def memory(n_pixels: int, n_bins: int, n_folds: int) -> int:
-        """Bytes that totals of this size take: 67 MB per bin and fold at 4096 pixels."""
-        return 8 * n_bins * n_folds * (packed_size(n_pixels) + 3 * n_pixels + 3)
+        """Bytes while rows are added: totals, 67 MB per bin and fold at 4096 pixels, and at most 1 GiB of rows."""
+        groups = n_bins * n_folds
+        totals = 8 * groups * (packed_size(n_pixels) + 3 * n_pixels + 3)
+        return totals + 4 * groups * _buffer_rows(n_pixels, groups) * n_pixels
 
     # -- rows in ------------------------------------------------------------------------------------------------
 
@@ -139,6 +144,9 @@ class NormalEquations:
         variance: NDArray | None = None,
         bins: NDArray | None = None,
         folds: NDArray | None = None,
+        *,
+        error: NDArray | None = None,
+        clipped: bool = False,
     ) -> None:
         """Add rows.
 
@@ -151,6 +159,10 @@ class NormalEquations:
             Noise variance σ² of each pixel; zero if absent.
         bins, folds : array of shape (n,), integer, optional
             0 if absent.
+        error : array of shape (n, p), optional
+            Noise 1σ of each pixel, instead of its variance: saves the caller an array of squares.
+        clipped : bool
+            Count negative flux as zero.
 
         Raises
         ------
@@ -163,53 +175,94 @@ class NormalEquations:
             x.shape != (n, self.n_pixels)
             or y.shape != (n,)
             or (variance is not None and variance.shape != x.shape)
+            or (error is not None and error.shape != x.shape)
         ):
             raise ValueError(f"rows of {self.n_pixels} pixels expected; found x {x.shape}, y {y.shape}")
+        if variance is not None and error is not None:
+            raise ValueError("variance and error say the same; give one of them")
         k = np.zeros(n, np.int64) if bins is None else np.asarray(bins, np.int64)
         f = np.zeros(n, np.int64) if folds is None else np.asarray(folds, np.int64)
         if n and not (0 <= k.min() <= k.max() < self.n_bins and 0 <= f.min() <= f.max() < self.n_folds):
             raise ValueError(f"bins must lie in 0…{self.n_bins - 1} and folds in 0…{self.n_folds - 1}")
-        group = k * self.n_folds + f
-        for name, values in (("flux", x), ("label", y), ("variance", variance)):
-            # Refused before anything is changed; comparisons with NaN are false.
-            if n and values is not None and not (values.min() > -LARGEST and values.max() < LARGEST):
+        for name, values in (("flux", x), ("label", y[:, None]), ("variance", variance), ("error", error)):
+            # Refused before anything is changed.
+            if values is not None and not all_within(values, -LARGEST, LARGEST):
                 raise ValueError(f"a row with NaN, infinite or absurdly large {name} cannot be added")
-        if variance is not None:
-            add_rows(variance, group, self.sum_v.reshape(-1, self.n_pixels))
         if self._rows is None:
-            self._rows = np.empty((BUFFER_ROWS, self.n_pixels), np.float32)
+            self._rows = self._buffers()
         reference = self.reference.astype(np.float32)
-        done = 0
-        while done < n:
-            m = min(n - done, BUFFER_ROWS - self._waiting)
-            here = slice(self._waiting, self._waiting + m)
-            np.subtract(x[done : done + m], reference, out=self._rows[here])
-            self._labels[here] = y[done : done + m]
-            self._groups[here] = group[done : done + m]
-            self._waiting += m
-            done += m
-            if self._waiting == BUFFER_ROWS:
-                self._flush()
-
-    def _flush(self) -> None:
-        if self._rows is None or self._waiting == 0:
-            return
-        m, self._waiting = self._waiting, 0
-        out = (
+        totals = (
             self.count.reshape(-1),
             self.sum_x.reshape(-1, self.n_pixels),
             self.sum_y.reshape(-1),
             self.sum_yy.reshape(-1),
             self.sum_xy.reshape(-1, self.n_pixels),
-            self.gram.reshape(self.count.size, -1),
+            self.sum_v.reshape(-1, self.n_pixels),
         )
-        normal_equations(self._rows[:m], self._labels[:m], self._groups[:m], self.count.size, out=out)
+        group, done = k * self.n_folds + f, 0
+        while done < n:
+            done = collect_rows(
+                x, y, group, done, reference, self._rows, self._waiting, totals,
+                variance=variance, error=error, floor=0 if clipped else -np.inf,
+            )  # fmt: skip
+            for full in np.flatnonzero(self._waiting == self._rows.shape[1]):
+                self._multiply(int(full))
+
+    def _multiply(self, group: int) -> None:
+        """Add the products of the rows that wait in a group's buffer, and empty it."""
+        if self._rows is not None and self._waiting[group]:
+            add_gram(self._rows[group, : self._waiting[group]], self.gram.reshape(self.count.size, -1)[group])
+        self._waiting[group] = 0
+
+    def _flush(self) -> None:
+        for group in range(self.count.size):
+            self._multiply(group)
 
     def finish(self) -> NormalEquations:
-        """Multiply the rows still waiting and free the buffer; more rows may be added later."""
+        """Multiply the rows still waiting and free the buffers; more rows may be added later."""
         self._flush()
         self._rows = None
         return self
+
+    def state(self) -> dict[str, NDArray]:
+        """Everything by name, the rows still waiting included: `from_state` goes on from it to the last bit.
+
+        Arrays are views: use them before the next row is added.
+        """
+        arrays: dict[str, NDArray] = {"reference": self.reference, "waiting": self._waiting}
+        arrays |= {name: getattr(self, name) for name in _TOTALS}
+        if self._rows is not None:
+            arrays |= {f"rows/{g}": self._rows[g, : self._waiting[g]] for g in np.flatnonzero(self._waiting)}
+        return arrays
+
+    @classmethod
+    def from_state(cls, read: Callable[[str], NDArray]) -> NormalEquations:
+        """Go on from what `state` gave; `read` gives the array of a name.
+
+        Raises
+        ------
+        ValueError
+            An array has another shape or type than such a state has.
+        """
+        reference, count = read("reference"), read("count")
+        if reference.ndim != 1 or reference.dtype != np.float64 or count.ndim != 2:
+            raise ValueError(f"reference {reference.shape} and count {count.shape} are not those of a state")
+        result = cls(reference, *count.shape)
+        for name in _TOTALS:
+            setattr(result, name, _expected(name, read(name), getattr(result, name)))
+        result._waiting = _expected("waiting", read("waiting"), result._waiting)
+        if result._waiting.any():
+            result._rows = result._buffers()
+            if not (result._waiting >= 0).all() or result._waiting.max() >= result._rows.shape[1]:
+                raise ValueError(f"more than {result._rows.shape[1]} rows of a group are waiting")
+            for g in np.flatnonzero(result._waiting):
+                here = result._rows[g, : result._waiting[g]]
+                here[:] = _expected("rows", read(f"rows/{g}"), here)
+        return result
+
+    def _buffers(self) -> F32:
+        n_groups = self.count.size
+        return np.empty((n_groups, _buffer_rows(self.n_pixels, n_groups), self.n_pixels), np.float32)
 
     # -- arithmetic ---------------------------------------------------------------------------------------------
 
@@ -222,10 +275,8 @@ class NormalEquations:
             raise ValueError(
                 f"normal equations of {self.count.shape} and {other.count.shape} bins and folds cannot be combined"
             )
-        result = _like(self, {})
-        for name in _TOTALS:
-            a, b = getattr(self, name), getattr(other, name)
-            setattr(result, name, a + b if sign > 0 else a - b)
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in _TOTALS}
+        result = _like(self, {name: a + b if sign > 0 else a - b for name, (a, b) in pairs.items()})
         if (result.count < 0).any():
             raise ValueError(
                 "cannot subtract more rows than there are: the second set is no part of the first"
@@ -353,10 +404,7 @@ class NormalEquations:
                 reference = file["reference"]
                 result = cls(reference, *file["count"].shape)
                 for name in _TOTALS:
-                    array, expected = file[name], getattr(result, name)
-                    if array.shape != expected.shape or array.dtype != expected.dtype:
-                        raise ValueError(f"{name} is {array.dtype} of shape {array.shape}")
-                    setattr(result, name, array)
+                    setattr(result, name, _expected(name, file[name], getattr(result, name)))
         # A cut-off archive raises BadZipFile, a lone .npy array TypeError.
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
             raise ModelError(
@@ -365,15 +413,21 @@ class NormalEquations:
         return result
 
 
-def _fill(target: NormalEquations, reference: F64, arrays: dict[str, NDArray]) -> None:
-    target.reference = reference
-    target._rows, target._waiting = None, 0
-    target._labels, target._groups = np.empty(BUFFER_ROWS), np.empty(BUFFER_ROWS, np.int64)
-    for name, value in arrays.items():
-        setattr(target, name, value)
+def _buffer_rows(n_pixels: int, n_groups: int) -> int:
+    """Rows in the buffer of each group."""
+    return max(1, min(BUFFER_ROWS, BUFFER_BYTES // (4 * n_pixels * n_groups)))
 
 
-def _like(source: NormalEquations, arrays: dict[str, NDArray]) -> NormalEquations:
+def _expected(name: str, array: NDArray, like: NDArray) -> NDArray:
+    if array.shape != like.shape or array.dtype != like.dtype:
+        raise ValueError(f"{name} is {array.dtype} of shape {array.shape}")
+    return array
+
+
+def _like(source: NormalEquations, totals: dict[str, NDArray]) -> NormalEquations:
     result = NormalEquations.__new__(NormalEquations)
-    _fill(result, source.reference, arrays)
+    result.reference, result._rows = source.reference, None
+    result._waiting = np.zeros(totals["count"].size, np.int64)
+    for name, value in totals.items():
+        setattr(result, name, value)
     return result

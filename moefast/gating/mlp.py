@@ -23,6 +23,9 @@ F32 = NDArray[np.float32]
 Loss = Callable[[F32, NDArray[np.intp]], tuple[float, F32]]
 """Outputs (n, k) and row indices -> sum of the losses of these rows, and its slope for each output (n, k)."""
 
+Progress = Callable[[int, int], None]
+"""Called with the steps done and the steps there may be; the last call says that they are all done."""
+
 PIECE_ROWS = 2048
 LEAST_VARIATION = 1e-4
 """A feature that varies by less than this fraction of its mean is a constant: float32 cannot tell its values apart."""
@@ -103,6 +106,7 @@ def _fit(
     decay: float,
     seed: int,
     max_iterations: int,
+    progress: Progress | None,
 ) -> Perceptron:
     """Minimise mean loss + decay·‖W‖²/2 on the rows not held back; keep the iterate that is best on those that are."""
     mean = features.mean(0)
@@ -125,14 +129,17 @@ def _fit(
         0.1 * rng.standard_normal((hidden, n_out)) / np.sqrt(hidden),
         np.zeros(n_out) if bias is None else bias,
     )
-    best = (np.inf, start)
+    best, steps = (np.inf, start), 0
 
     def objective(theta: F64) -> tuple[float, F64]:
         return penalised_loss(theta, layers, standard, train, loss, decay)
 
     def watch(intermediate_result: scipy.optimize.OptimizeResult) -> None:
-        nonlocal best
+        nonlocal best, steps
         theta = intermediate_result.x
+        steps += 1
+        if progress is not None and steps < max_iterations:
+            progress(steps, max_iterations)
         value, _ = penalised_loss(theta, layers, standard, check, loss, 0.0, gradient=False)
         if value < best[0]:
             best = (value, theta.copy())
@@ -146,6 +153,8 @@ def _fit(
             callback=watch,
             options={"maxiter": max_iterations, "maxcor": 20},
         )
+    if progress is not None:
+        progress(max_iterations, max_iterations)
     return Perceptron(mean, scale, *layers.unpack(best[1]))
 
 
@@ -211,6 +220,7 @@ def fit_gate(
     decay: float = 1e-5,
     seed: int = 0,
     max_iterations: int = 400,
+    progress: Progress | None = None,
 ) -> Perceptron:
     """Gate whose softmax mixes expert values with the least squared error: min mean (Σ_k g_k v_k − y)².
 
@@ -222,6 +232,8 @@ def fit_gate(
     y : array of shape (n,)
     held_back : array of shape (n,), bool
         Rows that decide when to stop.
+    progress : callable, optional
+        Called after every step.
 
     Raises
     ------
@@ -231,6 +243,7 @@ def fit_gate(
     return _fit(
         features, values.shape[1], _gate_loss(values, y), held_back,
         hidden=hidden, bias=None, decay=decay, seed=seed, max_iterations=max_iterations,
+        progress=progress,
     )  # fmt: skip
 
 
@@ -243,6 +256,7 @@ def fit_error_model(
     decay: float = 1e-5,
     seed: int = 0,
     max_iterations: int = 300,
+    progress: Progress | None = None,
 ) -> Perceptron:
     """Ln σ(f) of a Gaussian with the greatest likelihood of the residuals: min mean (ln σ + r²/2σ²).
 
@@ -253,6 +267,8 @@ def fit_error_model(
         y − ŷ on rows that the predictor did not see.
     held_back : array of shape (n,), bool
         Rows that decide when to stop.
+    progress : callable, optional
+        Called after every step.
 
     Raises
     ------
@@ -263,4 +279,5 @@ def fit_error_model(
     return _fit(
         features, 1, _error_loss(residual), held_back,
         hidden=hidden, bias=bias, decay=decay, seed=seed, max_iterations=max_iterations,
+        progress=progress,
     )  # fmt: skip

@@ -151,8 +151,9 @@ def test_rows_still_waiting_are_counted_and_used(data, reference):
     total = NormalEquations(reference)
     total.add(x[:100], y[:100], v[:100])
     assert total.n_rows == 100
-    assert total.count.sum() == 0
+    assert not total.gram.any()
     assert total.moments().n == 100
+    assert total.gram.any()
     total.finish()
     total.add(x[100:], y[100:], v[100:])
     assert total.moments().n == N
@@ -235,11 +236,75 @@ def test_transform_leaves_empty_cells_empty(data, reference):
     assert not small.gram[1].any()
 
 
+def test_errors_are_squared_here_and_negative_flux_may_count_as_zero(data, reference):
+    x, y, v, bins, folds = data
+    error = np.sqrt(v)
+    one, two = NormalEquations(reference, BINS, FOLDS), NormalEquations(reference, BINS, FOLDS)
+    assert (x < 0.2).any()
+    one.add(x - np.float32(0.2), y, bins=bins, folds=folds, error=error, clipped=True)
+    two.add(np.maximum(x - np.float32(0.2), 0), y, error * error, bins, folds)
+    assert_equal_totals(one.finish(), two.finish())
+    with pytest.raises(ValueError, match="variance and error say the same"):
+        one.add(x, y, v, bins, folds, error=error)
+    with pytest.raises(ValueError, match="absurdly large error"):
+        one.add(x, y, bins=bins, folds=folds, error=np.full_like(error, np.nan))
+    assert_equal_totals(one, two)
+
+
+@pytest.mark.parametrize("cores", [1, 5])
+def test_totals_do_not_depend_on_the_number_of_cores(data, reference, monkeypatch, cores):
+    expected = gathered(data, reference)
+    monkeypatch.setattr("moefast.threads.CORES", cores)
+    monkeypatch.setattr("moefast.kernels.CORES", cores)
+    assert_equal_totals(gathered(data, reference), expected)
+
+
+def test_many_bins_share_the_memory_for_waiting_rows(data, reference, monkeypatch):
+    monkeypatch.setattr(module, "BUFFER_BYTES", 4 * P * BINS * FOLDS * 20)
+    total = NormalEquations(reference, BINS, FOLDS)
+    total.add(*data)
+    assert total._rows.nbytes == module.BUFFER_BYTES
+    assert_equal_totals(total.finish(), gathered(data, reference, blocks=(13,) * 60), exact=True)
+    monkeypatch.undo()
+    assert_equal_totals(total, gathered(data, reference), exact=False)
+    # However little there is, a row at a time can be multiplied.
+    monkeypatch.setattr(module, "BUFFER_BYTES", 1)
+    assert_equal_totals(gathered(data, reference), total, exact=False)
+
+
+def test_a_million_rows_are_exact_to_a_millionth():
+    """Against the float64 Gram matrix of the centred rows themselves, with a reference that is a little off."""
+    p, n, part = 24, 1_000_000, 50_000
+    rng = np.random.default_rng(5)
+    mixing = rng.standard_normal((4, p)) * 0.1
+    hidden, noise = rng.standard_normal((n, 4)), rng.standard_normal((n, p)) * 0.02
+    x = (1 + hidden @ mixing + noise).astype(np.float32)
+    reference = x[:512].mean(0, dtype=np.float64)
+    total = NormalEquations(reference, 2, 2)
+    rows = np.arange(n)
+    for a in range(0, n, part):
+        here = slice(a, a + part)
+        total.add(x[here], hidden[here, 0], bins=rows[here] % 3 % 2, folds=rows[here] % 2)
+    moments = total.finish().moments()
+    centred = x.astype(np.float64) - x.mean(0, dtype=np.float64)
+    gram = centred.T @ centred
+    scale = np.sqrt(np.outer(np.diag(gram), np.diag(gram)))
+    worst = np.abs((moments.gram - gram) / scale).max()
+    cross = centred.T @ hidden[:, 0]
+    worst_cross = np.abs((moments.cross - cross) / np.sqrt(np.diag(gram) * n)).max()
+    print(
+        f"relative error at {n:,} rows: {worst:.1e} of the Gram matrix, {worst_cross:.1e} of the products with y"
+    )
+    assert worst < 1e-6
+    assert worst_cross < 1e-6
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1), (37, 3, 2), (64, 9, 3)])
 def test_memory_is_that_of_the_arrays(shape):
     p, bins, folds = shape
     total = NormalEquations(np.zeros(p), bins, folds)
-    assert NormalEquations.memory(p, bins, folds) == total.nbytes
+    total.add(np.ones((1, p), np.float32), np.ones(1))
+    assert NormalEquations.memory(p, bins, folds) == total.nbytes + total._rows.nbytes
     assert (total.n_pixels, total.n_bins, total.n_folds) == shape
 
 

@@ -191,3 +191,21 @@ def test_rows_on_both_sides_are_needed(back):
         fit_gate(rng.standard_normal((20, 2)), rng.standard_normal((20, 2)), rng.standard_normal(20), back)
     with pytest.raises(ValueError, match="rows to fit and rows held back"):
         fit_error_model(rng.standard_normal((20, 2)), rng.standard_normal(20), back)
+
+
+@pytest.mark.parametrize("max_iterations", [3, 200])
+def test_steps_are_told_to_the_last(max_iterations):
+    rng = np.random.default_rng(0)
+    features, y = rng.standard_normal((200, 3)), rng.standard_normal(200)
+    told = []
+
+    def progress(done, total):
+        told.append((done, total))
+
+    options = {"hidden": 2, "max_iterations": max_iterations}
+    net = fit_error_model(features, y, held(200), progress=progress, **options)
+    assert told[0] == (1, max_iterations)
+    assert told[-1] == (max_iterations, max_iterations)
+    assert [done for done, _ in told] == sorted({done for done, _ in told})
+    silent = fit_error_model(features, y, held(200), **options)
+    np.testing.assert_array_equal(net.w1, silent.w1)
