@@ -41,6 +41,8 @@ PUBLIC = {
     "assign_bins": "moefast.kernels.cuda.binning",
     "assign_snr_bins": "moefast.kernels.cuda.binning",
     "sort_by_bin": "moefast.kernels.cuda.binning",
+    "normal_equations": "moefast.kernels.cuda.accumulator",
+    "NormalEquationsAccumulator": "moefast.kernels.cuda.accumulator",
 }
 """Public functions and classes, and the modules that hold them: imported when first used."""
 

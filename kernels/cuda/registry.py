@@ -15,7 +15,10 @@ from numba import config, cuda
 
 __all__ = ["KERNELS", "MODULES", "Kernel", "kernel", "load"]
 
-MODULES = ("moefast.kernels.cuda.binning",)
+MODULES = (
+    "moefast.kernels.cuda.binning",
+    "moefast.kernels.cuda.gram",
+)
 """Modules with kernels; importing them fills `KERNELS`."""
 
 
