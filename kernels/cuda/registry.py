@@ -18,6 +18,7 @@ __all__ = ["KERNELS", "MODULES", "Kernel", "kernel", "load"]
 MODULES = (
     "moefast.kernels.cuda.binning",
     "moefast.kernels.cuda.gram",
+    "moefast.kernels.cuda.tensor",
 )
 """Modules with kernels; importing them fills `KERNELS`."""
 
