@@ -42,7 +42,8 @@ class Totals(NamedTuple):
     triangle, row by row) and `sum_v` (g, p), all float64.
     """
 
-    count: NDArray[np.int64]
+    # A tuple has a method of this name, which the totals of a fit do not need.
+    count: NDArray[np.int64]  # type: ignore[assignment]
     sum_x: F64
     sum_y: F64
     sum_yy: F64
@@ -87,7 +88,7 @@ def normal_equations(
     if out is None:
         return found[:6]
     for total, part in zip(out, found[:6], strict=True):
-        total += part
+        np.add(total, part, out=total)
     return out
 
 

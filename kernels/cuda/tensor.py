@@ -35,8 +35,8 @@ from importlib import util
 from typing import Any
 
 import numpy as np
-from numba import cuda, float32, float64, int64
-from numba.types import float16
+from numba import cuda, float32, float64, int32, int64
+from numba.types import float16  # type: ignore[attr-defined]
 
 from moefast.kernels.cuda import gram
 from moefast.kernels.cuda.registry import kernel
@@ -48,8 +48,8 @@ PANEL = 16
 """Rows in one buffer: two buffers of four pieces take 32 kB, within what every launch may use."""
 STEP_ROWS = 2 * PANEL
 """Rows that tensor cores add up before float32 additions take over; groups are padded to a multiple of it."""
-THREADS = 512
-"""Threads per block of the product: with 256, the sums of a thread would not fit in its registers."""
+THREADS = 256
+"""Threads per block of the product: each holds 64 sums of a step and 64 partial sums in registers."""
 ALIGNMENT = 16
 """Bytes: copies move 16 at a time, so that rows are padded to a multiple of TILE pixels."""
 TOP = 14
@@ -154,6 +154,7 @@ def make_kernel(matmul: Any) -> Callable[..., None]:
         )
         right_low_1 = make_tensor(shared[stage + 2 * left_size + right_size : 2 * stage], right_layout)
 
+        corner = cuda.shared.array(3, int32)
         sums_buffer = cuda.local.array(sums_size, float32, alignment=ALIGNMENT)
         partial = cuda.local.array(sums_size, float32)
         sums = make_tensor(sums_buffer, sums_layout)
@@ -169,6 +170,10 @@ def make_kernel(matmul: Any) -> Callable[..., None]:
             row_tile += 1
         left = row_tile * TILE
         right = (row_tile + pair) * TILE
+        if cuda.threadIdx.x == 0:
+            corner[0] = left
+            corner[1] = right
+            corner[2] = 0
         group = cuda.blockIdx.y
         begin = padded[group]
         end = padded[group + 1]
@@ -206,10 +211,13 @@ def make_kernel(matmul: Any) -> Callable[..., None]:
                 matmul.execute(left_low_1, right_high_1, sums)
                 for i in range(sums_size):
                     partial[i] += sums_buffer[i]
+            # Corner and index are read anew behind a barrier, so that the compiler makes one place at a time; otherwise
+            # it keeps all of them in registers throughout, and registers spill.
             for i in range(sums_size):
-                row, column = places.map_fragment_index(i)
-                row += left
-                column += right
+                cuda.syncthreads()
+                row, column = places.map_fragment_index(int32(i + corner[2]))
+                row += corner[0]
+                column += corner[1]
                 if row <= column < p:
                     value = float64(partial[i]) * float64(inverse[row]) * float64(inverse[column])
                     totals[group, row * p - row * (row + 1) // 2 + column] += value
