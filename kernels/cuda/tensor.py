@@ -48,8 +48,9 @@ PANEL = 16
 """Rows in one buffer: two buffers of four pieces take 32 kB, within what every launch may use."""
 STEP_ROWS = 2 * PANEL
 """Rows that tensor cores add up before float32 additions take over; groups are padded to a multiple of it."""
-THREADS = 256
-"""Threads per block of the product: each holds 64 sums of a step and 64 partial sums in registers."""
+THREADS = 512
+"""Threads per block of the product: each holds 32 sums of a step and 32 partial sums; with 256 threads and twice as many
+sums each, registers spill."""
 ALIGNMENT = 16
 """Bytes: copies move 16 at a time, so that rows are padded to a multiple of TILE pixels."""
 TOP = 14
@@ -197,7 +198,9 @@ def make_kernel(matmul: Any) -> Callable[..., None]:
                 copy(make_tensor(high[rows, right:], matmul.get_layout_gmem_b(width)), right_high_1)
                 copy(make_tensor(low[rows, right:], matmul.get_layout_gmem_b(width)), right_low_1)
                 matmul.execute(left_high_0, right_high_0, sums)
+                cuda.syncthreads()
                 matmul.execute(left_high_0, right_low_0, sums)
+                cuda.syncthreads()
                 matmul.execute(left_low_0, right_high_0, sums)
                 copy_wait()
                 if step + STEP_ROWS < end:
@@ -207,7 +210,9 @@ def make_kernel(matmul: Any) -> Callable[..., None]:
                     copy(make_tensor(high[rows, right:], matmul.get_layout_gmem_b(width)), right_high_0)
                     copy(make_tensor(low[rows, right:], matmul.get_layout_gmem_b(width)), right_low_0)
                 matmul.execute(left_high_1, right_high_1, sums)
+                cuda.syncthreads()
                 matmul.execute(left_high_1, right_low_1, sums)
+                cuda.syncthreads()
                 matmul.execute(left_low_1, right_high_1, sums)
                 for i in range(sums_size):
                     partial[i] += sums_buffer[i]
