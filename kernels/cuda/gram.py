@@ -80,9 +80,9 @@ def set_zero(array: Any, stream: Any) -> None:
     clear[blocks, SUM_THREADS, stream](flat)
 
 
-def tile_pairs(p: int) -> int:
-    """Number of tiles on and above the diagonal of a (p, p) matrix."""
-    tiles = -(-p // TILE)
+def tile_pairs(p: int, side: int = TILE) -> int:
+    """Number of tiles of side × side numbers on and above the diagonal of a (p, p) matrix."""
+    tiles = -(-p // side)
     return tiles * (tiles + 1) // 2
 
 

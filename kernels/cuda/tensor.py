@@ -43,14 +43,15 @@ from moefast.kernels.cuda.registry import kernel
 
 __all__ = ["SIGNATURE", "STEP_ROWS", "THREADS", "TensorProducts", "make_kernel", "make_matmul"]
 
-TILE = gram.TILE
+TILE = 64
+"""Pixels along each side of a block's tile. Tiles of 128 would read half as much, but spill registers: 460 bytes with
+256 threads, 352 with 512."""
 PANEL = 16
-"""Rows in one buffer: two buffers of four pieces take 32 kB, within what every launch may use."""
+"""Rows in one buffer: two buffers of four pieces take 16 kB, within what every launch may use."""
 STEP_ROWS = 2 * PANEL
 """Rows that tensor cores add up before float32 additions take over; groups are padded to a multiple of it."""
-THREADS = 512
-"""Threads per block of the product: each holds 32 sums of a step and 32 partial sums; with 256 threads and twice as many
-sums each, registers spill."""
+THREADS = 128
+"""Threads per block of the product: each holds 32 sums of a step and 32 partial sums in registers."""
 ALIGNMENT = 16
 """Bytes: copies move 16 at a time, so that rows are padded to a multiple of TILE pixels."""
 TOP = 14
@@ -130,8 +131,8 @@ def split_rows(x, order, offsets, padded, scale, high, low):  # type: ignore[no-
 def make_kernel(matmul: Any) -> Callable[..., None]:
     """The Python function of the kernel that multiplies, around an nvmath `Matmul` of one target.
 
-    Launch: (tile_pairs(p), n_groups) blocks of THREADS threads, with 32 kB of dynamic shared memory. Its arguments are
-    `high`, `low`, `padded`, `inverse` as `split_rows` and `make_scales` left them, and the packed totals.
+    Launch: (tile_pairs(p, TILE), n_groups) blocks of THREADS threads, with 16 kB of dynamic shared memory. Its
+    arguments are `high`, `low`, `padded`, `inverse` as `split_rows` and `make_scales` left them, and the packed totals.
     """
     from nvmath.device import copy, copy_wait, make_tensor
 
@@ -198,9 +199,7 @@ def make_kernel(matmul: Any) -> Callable[..., None]:
                 copy(make_tensor(high[rows, right:], matmul.get_layout_gmem_b(width)), right_high_1)
                 copy(make_tensor(low[rows, right:], matmul.get_layout_gmem_b(width)), right_low_1)
                 matmul.execute(left_high_0, right_high_0, sums)
-                cuda.syncthreads()
                 matmul.execute(left_high_0, right_low_0, sums)
-                cuda.syncthreads()
                 matmul.execute(left_low_0, right_high_0, sums)
                 copy_wait()
                 if step + STEP_ROWS < end:
@@ -210,9 +209,7 @@ def make_kernel(matmul: Any) -> Callable[..., None]:
                     copy(make_tensor(high[rows, right:], matmul.get_layout_gmem_b(width)), right_high_0)
                     copy(make_tensor(low[rows, right:], matmul.get_layout_gmem_b(width)), right_low_0)
                 matmul.execute(left_high_1, right_high_1, sums)
-                cuda.syncthreads()
                 matmul.execute(left_high_1, right_low_1, sums)
-                cuda.syncthreads()
                 matmul.execute(left_low_1, right_high_1, sums)
                 for i in range(sums_size):
                     partial[i] += sums_buffer[i]
@@ -295,5 +292,5 @@ class TensorProducts:
 
     def _multiply(self, totals: Any, stream: Any) -> None:
         launch, shared = _built()
-        grid = (gram.tile_pairs(self.inverse.size), len(totals))
+        grid = (gram.tile_pairs(self.inverse.size, TILE), len(totals))
         launch[grid, THREADS, stream, shared](self.high, self.low, self.padded, self.inverse, totals)
