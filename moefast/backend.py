@@ -22,6 +22,7 @@ __all__ = [
     "cuda_devices",
     "physical_memory",
     "resolve_backend",
+    "resolve_kernels",
 ]
 
 BACKENDS = ("auto", "cpu", "cuda")
@@ -79,6 +80,33 @@ def physical_memory() -> int:
     if not hasattr(os, "sysconf"):
         return 0
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def resolve_kernels(name: str = "auto") -> Backend:
+    """Choose the backend of our own kernels: a GPU needs a CUDA device and the packages of the extra moefast[cuda].
+
+    Parameters
+    ----------
+    name : "auto", "cpu" or "cuda"
+
+    Raises
+    ------
+    BackendError
+        "cuda" was asked for and cannot be used, or the name is unknown.
+    """
+    where = resolve_backend(name)
+    if where.name == "cpu":
+        return where
+    from moefast.kernels.cuda.device import require_device
+
+    try:
+        require_device()
+    except BackendError as error:
+        if name == "cuda":
+            raise
+        reason = f"{where.device} was found but cannot be used: {error}"
+        return Backend("cpu", resolve_backend("cpu").device, reason)
+    return where
 
 
 def resolve_backend(name: str = "auto") -> Backend:

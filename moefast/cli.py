@@ -359,7 +359,9 @@ def inspect(files: tuple[str, ...], picture: str | None, limit: int | None, as_j
     help="Fit N spectra that are simulated as they are needed, with no file between; instead of FILE.",
 )  # fmt: skip
 @click.option("--set", "name", metavar="NAME", help="Reference set to simulate, part train.  [default: z0]")
-@click.option("--recipe", default="phys-moe", show_default=True, help="phys-moe or global-ridge.")
+@click.option(
+    "--recipe", default="phys-moe", show_default=True, help="phys-moe, global-ridge or published-ridge."
+)
 @click.option(
     "--grid", callback=_grid, metavar="TxM", help="Bins in T_eff and [M/H], instead of the recipe's."
 )
@@ -389,13 +391,14 @@ def inspect(files: tuple[str, ...], picture: str | None, limit: int | None, as_j
     help="Keep the statistics here every two minutes (up to 3 GB with nine bins, twice that while they are replaced): "
     "the same command goes on where a killed one stood, to the same model. Cleared once the model is written.",
 )  # fmt: skip
+@BACKEND
 @OVERWRITE
 @QUIET
 @JSON
 def fit(
     files: tuple[str, ...], out: str, simulate: int | None, name: str | None, recipe: str,
     grid: tuple[int, int] | None, noise: str, noise_level: float,
-    references: bool, seed: int, checkpoint: str | None, overwrite: bool, quiet: bool, as_json: bool,
+    references: bool, seed: int, checkpoint: str | None, backend: str, overwrite: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Fit a model on labelled spectra (T_eff, log_g, M_H in dataset/params) and write it to a folder.
 
@@ -427,18 +430,23 @@ def fit(
     model = run(
         spectra, recipe=recipe, grid=uniform(*grid) if grid else None, noise=noise,  # type: ignore[arg-type]
         noise_level=noise_level, references=references, seed=seed, progress=progress.stage, checkpoint=kept,
+        backend=backend,
     )  # fmt: skip
     progress.close()
     model = model.save(out, overwrite=overwrite)
     if kept is not None:
         kept.remove()
-    facts = {"model": str(out), "seconds": time.monotonic() - begin, **model.manifest["fit"]}
+    facts = {
+        "model": str(out), "seconds": time.monotonic() - begin, "backend": model.manifest["training"]["backend"],
+        **model.manifest["fit"],
+    }  # fmt: skip
     if as_json:
         click.echo(json.dumps(facts, indent=1))
         return
     check = facts["cross_validation"]
     click.echo(
-        f"{out}: {model.manifest['recipe']}, {facts['rows']['used']:,} spectra, {facts['seconds']:.0f} s"
+        f"{out}: {model.manifest['recipe']}, {facts['rows']['used']:,} spectra, {facts['seconds']:.0f} s on "
+        f"{facts['backend']}"
     )
     if facts["rows"]["left_out"]:
         click.echo(

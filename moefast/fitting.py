@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from moefast.backend import physical_memory
 from moefast.checkpoint import Checkpoint
 from moefast.errors import InputError, LabelError, WaveGridError
+from moefast.experts.device import DeviceEquations
 from moefast.experts.normal_equations import NormalEquations
 from moefast.experts.ridge import NoisePath, Subspace, principal_subspace, ridge
 from moefast.gating.features import line_columns
@@ -177,6 +178,7 @@ def fit_mixture(
     options: Options,
     progress: Progress | None = None,
     checkpoint: Checkpoint | None = None,
+    backend: Literal["cpu", "cuda"] = "cpu",
 ) -> Fit:
     """Fit a mixture of linear experts, its gate and its error model.
 
@@ -189,6 +191,8 @@ def fit_mixture(
         Called with the name of a stage, rows (or steps) done and rows in all.
     checkpoint : Checkpoint, optional
         Where the first pass is kept; goes on from what is there, with the same bits. The caller removes it.
+    backend : "cpu" or "cuda"
+        Where the normal equations are gathered.
 
     Raises
     ------
@@ -198,8 +202,10 @@ def fit_mixture(
         Too few usable rows, or the checkpoint is of another fit.
     OutputError
         There is no room for checkpoints.
+    BackendError
+        There is no usable GPU, or its memory is too small.
     """
-    return _Fitter(spectra, options, progress or (lambda *_: None), checkpoint).run()
+    return _Fitter(spectra, options, progress or (lambda *_: None), checkpoint, backend).run()
 
 
 @dataclass
@@ -209,8 +215,8 @@ class _FirstPass:
     `times_good` (p,) counts the rows in which a pixel was good; `saved` are the rows that a checkpoint holds.
     """
 
-    equations: NormalEquations
-    published: NormalEquations | None
+    equations: NormalEquations | DeviceEquations
+    published: NormalEquations | DeviceEquations | None
     times_good: F64
     largest_error: float
     left_out: int = 0
@@ -226,10 +232,16 @@ class _FirstPass:
         return found
 
     @classmethod
-    def restored(cls, rows: int, read: Callable[[str], NDArray], apart: bool) -> _FirstPass:
+    def restored(
+        cls,
+        rows: int,
+        read: Callable[[str], NDArray],
+        apart: bool,
+        on: Callable[[NormalEquations], NormalEquations | DeviceEquations],
+    ) -> _FirstPass:
         """From the names of `arrays`; raises KeyError or ValueError where one is not what it should be."""
-        equations = NormalEquations.from_state(lambda name: read(f"equations/{name}"))
-        published = NormalEquations.from_state(lambda name: read(f"published/{name}")) if apart else None
+        equations = on(NormalEquations.from_state(lambda name: read(f"equations/{name}")))
+        published = on(NormalEquations.from_state(lambda name: read(f"published/{name}"))) if apart else None
         largest_error, left_out = read("rest").tolist()
         times_good = read("times_good")
         if times_good.shape != equations.reference.shape or equations.n_rows + left_out != rows:
@@ -246,7 +258,9 @@ class _Fitter:
         options: Options,
         progress: Progress,
         checkpoint: Checkpoint | None = None,
+        backend: Literal["cpu", "cuda"] = "cpu",
     ) -> None:
+        self.device = backend == "cuda"
         self.spectra, self.options, self.progress, self.checkpoint = spectra, options, progress, checkpoint
         self.labels = spectra.labels(("T_eff", "log_g", "M_H"))
         self.y: F64 = self.labels["log_g"]
@@ -391,12 +405,13 @@ class _Fitter:
                 f"{options.grid.n_bins} bins in {options.n_folds} folds need {needed / 1e9:.1f} GB for their normal "
                 f"equations; this machine has {physical_memory() / 1e9:.1f} GB. Fit a coarser grid"
             )
+        equations_of = DeviceEquations if self.device else NormalEquations
         pass_ = self.resume(needed, apart)
         if pass_ is None:
             self.reference, self.largest_error = self.find_reference()
             pass_ = _FirstPass(
-                NormalEquations(self.reference, options.grid.n_bins, options.n_folds),
-                NormalEquations(self.reference) if apart else None,
+                equations_of(self.reference, options.grid.n_bins, options.n_folds),
+                equations_of(self.reference) if apart else None,
                 np.zeros(self.reference.size),
                 self.largest_error,
             )
@@ -405,9 +420,8 @@ class _Fitter:
         with one_blas_thread():
             self.add_rows(pass_)
         self.times_good = pass_.times_good
-        equations, published = pass_.equations.finish(), pass_.published
-        if published is not None:
-            published.finish()
+        equations = pass_.equations.finish()
+        published = None if pass_.published is None else pass_.published.finish()
         if self.checkpoint is not None and pass_.rows > pass_.saved:
             self.checkpoint.save(pass_.rows, pass_.arrays())
         empty = [
@@ -425,8 +439,12 @@ class _Fitter:
         if self.checkpoint is None:
             return None
         options = dataclasses.asdict(self.options)
-        self.checkpoint.begin({"spectra": self.spectra.fingerprint(), "options": options}, nbytes)
-        return self.checkpoint.load(lambda rows, read: _FirstPass.restored(rows, read, apart))
+        where = "cuda" if self.device else "cpu"
+        self.checkpoint.begin(
+            {"spectra": self.spectra.fingerprint(), "options": options, "backend": where}, nbytes
+        )
+        on = DeviceEquations.of if self.device else lambda found: found
+        return self.checkpoint.load(lambda rows, read: _FirstPass.restored(rows, read, apart, on))
 
     def add_rows(self, pass_: _FirstPass) -> None:
         """Add all rows that the first pass lacks, saving its state now and then."""

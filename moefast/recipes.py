@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from moefast.backend import resolve_kernels
 from moefast.checkpoint import Checkpoint
 from moefast.errors import InputError
 from moefast.fitting import PUBLISHED_ALPHA, Noise, Options, fit_mixture
@@ -57,6 +58,7 @@ def fit(
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
     checkpoint: str | Path | Checkpoint | None = None,
+    backend: str = "auto",
 ) -> Model:
     """Fit a model on labelled spectra.
 
@@ -84,6 +86,8 @@ def fit(
         Folder in which the statistics are kept every two minutes, so that a fit that is killed goes on where it stood
         when it is repeated, to a model with the same bits. A folder given by its path is cleared once the fit is
         complete; a Checkpoint is left to the caller, who can keep it until the model is saved.
+    backend : "auto", "cpu" or "cuda"
+        Where the normal equations are gathered; the manifest says which was taken.
 
     Returns
     -------
@@ -96,6 +100,8 @@ def fit(
         InputError also if the checkpoint is of other spectra, options or another version.
     OutputError
         The checkpoint has no room on its disk.
+    BackendError
+        "cuda" was asked for and cannot be used.
     """
     if recipe not in RECIPES:
         raise InputError(f"recipe {recipe!r} is unknown; choose one of {', '.join(RECIPES)}")
@@ -108,7 +114,8 @@ def fit(
     )
     fingerprint = spectra.fingerprint()
     kept = Checkpoint(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint
-    fitted = fit_mixture(spectra, options, progress, kept)
+    where = resolve_kernels(backend)
+    fitted = fit_mixture(spectra, options, progress, kept, "cuda" if where.name == "cuda" else "cpu")
     labels = spectra.labels(("T_eff", "log_g", "M_H"))
     training: dict[str, Any] = {
         "files": [shard.path.name for shard in spectra.shards],
@@ -117,6 +124,7 @@ def fit(
         "noise": noise,
         "noise_level": noise_level,
         "seed": seed,
+        "backend": where.name,
         "labels": {name: [float(v.min()), float(v.max())] for name, v in labels.items()},
         "log_g_std": float(np.std(labels["log_g"])),
         "row_sketch": sketch(labels),

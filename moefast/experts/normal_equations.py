@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from moefast.errors import ModelError
 from moefast.kernels import GRAM_ROWS, add_gram, all_within, collect_rows, packed_size, unpack_symmetric
 
-__all__ = ["Moments", "NormalEquations"]
+__all__ = ["Moments", "NormalEquations", "checked_groups"]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -123,6 +123,21 @@ class NormalEquations:
         """Rows seen."""
         return int(self.count.sum())
 
+    @classmethod
+    def of_totals(cls, reference: F64, shape: tuple[int, int], totals: dict[str, NDArray]) -> NormalEquations:
+        """From totals that were gathered elsewhere: arrays by name, one entry per group bin · n_folds + fold.
+
+        Raises
+        ------
+        ValueError
+            An array has another shape or type.
+        """
+        result = cls(reference, *shape)
+        for name in _TOTALS:
+            own = getattr(result, name)
+            setattr(result, name, _expected(name, totals[name].reshape(own.shape), own))
+        return result
+
     @property
     def nbytes(self) -> int:
         """Memory of the totals in bytes."""
@@ -171,23 +186,8 @@ class NormalEquations:
             nothing has been added then.
         """
         n = len(x)
-        if (
-            x.shape != (n, self.n_pixels)
-            or y.shape != (n,)
-            or (variance is not None and variance.shape != x.shape)
-            or (error is not None and error.shape != x.shape)
-        ):
-            raise ValueError(f"rows of {self.n_pixels} pixels expected; found x {x.shape}, y {y.shape}")
-        if variance is not None and error is not None:
-            raise ValueError("variance and error say the same; give one of them")
-        k = np.zeros(n, np.int64) if bins is None else np.asarray(bins, np.int64)
-        f = np.zeros(n, np.int64) if folds is None else np.asarray(folds, np.int64)
-        if n and not (0 <= k.min() <= k.max() < self.n_bins and 0 <= f.min() <= f.max() < self.n_folds):
-            raise ValueError(f"bins must lie in 0…{self.n_bins - 1} and folds in 0…{self.n_folds - 1}")
-        for name, values in (("flux", x), ("label", y[:, None]), ("variance", variance), ("error", error)):
-            # Refused before anything is changed.
-            if values is not None and not all_within(values, -LARGEST, LARGEST):
-                raise ValueError(f"a row with NaN, infinite or absurdly large {name} cannot be added")
+        # Refused before anything is changed.
+        group = checked_groups(self.n_pixels, self.count.shape, x, y, variance, bins, folds, error)
         if self._rows is None:
             self._rows = self._buffers()
         reference = self.reference.astype(np.float32)
@@ -199,7 +199,7 @@ class NormalEquations:
             self.sum_xy.reshape(-1, self.n_pixels),
             self.sum_v.reshape(-1, self.n_pixels),
         )
-        group, done = k * self.n_folds + f, 0
+        done = 0
         while done < n:
             done = collect_rows(
                 x, y, group, done, reference, self._rows, self._waiting, totals,
@@ -411,6 +411,39 @@ class NormalEquations:
                 f"{path}: not a complete file of normal equations ({error}); write it again"
             ) from error
         return result
+
+
+def checked_groups(
+    n_pixels: int,
+    shape: tuple[int, ...],
+    x: NDArray,
+    y: NDArray,
+    variance: NDArray | None,
+    bins: NDArray | None,
+    folds: NDArray | None,
+    error: NDArray | None,
+) -> NDArray[np.int64]:
+    """Group bin · n_folds + fold of each row, if the arguments of `NormalEquations.add` are what they should be.
+
+    Raises
+    ------
+    ValueError
+        They are not.
+    """
+    n, (n_bins, n_folds) = len(x), shape
+    noise = [a for a in (variance, error) if a is not None]
+    if x.shape != (n, n_pixels) or y.shape != (n,) or any(a.shape != x.shape for a in noise):
+        raise ValueError(f"rows of {n_pixels} pixels expected; found x {x.shape}, y {y.shape}")
+    if len(noise) == 2:
+        raise ValueError("variance and error say the same; give one of them")
+    k = np.zeros(n, np.int64) if bins is None else np.asarray(bins, np.int64)
+    f = np.zeros(n, np.int64) if folds is None else np.asarray(folds, np.int64)
+    if n and not (0 <= k.min() <= k.max() < n_bins and 0 <= f.min() <= f.max() < n_folds):
+        raise ValueError(f"bins must lie in 0…{n_bins - 1} and folds in 0…{n_folds - 1}")
+    for name, values in (("flux", x), ("label", y[:, None]), ("variance", variance), ("error", error)):
+        if values is not None and not all_within(values, -LARGEST, LARGEST):
+            raise ValueError(f"a row with NaN, infinite or absurdly large {name} cannot be added")
+    return k * n_folds + f
 
 
 def _buffer_rows(n_pixels: int, n_groups: int) -> int:
