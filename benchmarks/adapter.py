@@ -1,8 +1,8 @@
 """What an engine is: a name, what it needs, and a way to get to work.
 
 Design: an adapter's `make` does everything that is not timed (load, convert, copy to a device, compile) and returns
-`Work`, whose `run` is what is timed: from the data to the answer, synchronised. Heavy and optional packages are imported
-inside `make`; what is not there is said in words, and is never an error.
+`Work`, whose `run` is what is timed: from the data to the answer, synchronised. Heavy and optional packages are
+imported inside `make`; what is not there is said in words, and is never an error.
 """
 
 from __future__ import annotations

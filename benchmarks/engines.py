@@ -1,4 +1,4 @@
-"""The registry of engines: tests and the command line iterate over it, so a new engine is tested the day it is added."""
+"""The registry of engines. Tests and the command line iterate over it: a new engine is tested the day it is added."""
 
 from __future__ import annotations
 

@@ -1,15 +1,15 @@
 """The task `fit`: nine ridges, a path of penalties, K folds with hold-out errors, from arrays in memory.
 
-Design: rows x are clean spectra with the mean spectrum subtracted, in units of the mean noise of each pixel; the noise of
-a star is then a ridge penalty (idea B of the method), so the same problem is "an expert per noise level" for us and
-"refit for every bin, penalty and fold" for a library without it. For bin k with n_k rows, penalty a and fold f
+Design: rows x are clean spectra with the mean spectrum subtracted, in units of the mean noise of each pixel. The noise
+of a star is then a ridge penalty (noise in closed form), so the same problem is "an expert per noise level" for us and
+"refit for every bin, penalty and fold" for a library without that. For bin k with n_k rows, penalty a and fold f
 
     (w, c) = argmin Σ_{rows of k outside f} (y − wᵀx − c)² + α_a n_k |w|²
     e_ka   = mean over f of [ mean_{rows of k in f} (y − wᵀx − c)² + |w|² ]
 
-e is the expected squared error of stars with noise; |w|² is the noise's part. The penalty with the least e is fitted again
-on all rows of the bin. Every engine first solves a reduced problem, whose answer is found in float64 by least squares on
-augmented rows, with no normal equations at all.
+e is the expected squared error of stars with noise; |w|² is the noise's part. The penalty with the least e is fitted
+again on all rows of the bin. Every engine first solves a reduced problem, whose answer is found in float64 by least
+squares on augmented rows, with no normal equations at all.
 """
 
 from __future__ import annotations
@@ -197,9 +197,7 @@ def compare(problem: FitProblem, found: Answer, expected: Answer) -> float:
         worst = max(worst, float(np.nanmax(np.abs(found.errors[k] - expected.errors[k])) / y.var()))
         # Two penalties may be as good as each other: then either choice is right.
         if found.chosen[k] == expected.chosen[k]:
-            mine, theirs = (
-                problem.x[rows] @ a.weights[k] + a.intercepts[k] for a in (found, expected)
-            )
+            mine, theirs = (problem.x[rows] @ a.weights[k] + a.intercepts[k] for a in (found, expected))
             worst = max(worst, float(np.abs(mine - theirs).max() / y.std()))
         else:
             best = expected.errors[k].min()
@@ -245,9 +243,7 @@ def _own_cuda(problem: FitProblem) -> Work:
         begin = time.perf_counter()
         totals = cuda.normal_equations(problem.x, problem.y, group, problem.n_bins * N_FOLDS)
         equations = NormalEquations(np.zeros(problem.x.shape[1]), problem.n_bins, N_FOLDS)
-        for name, total in zip(
-            ("count", "sum_x", "sum_y", "sum_yy", "sum_xy", "gram"), totals, strict=True
-        ):
+        for name, total in zip(("count", "sum_x", "sum_y", "sum_yy", "sum_xy", "gram"), totals, strict=True):
             setattr(equations, name, total.reshape(getattr(equations, name).shape))
         phases["normal equations"] = time.perf_counter() - begin
         answer = _solve_own(problem, equations)
@@ -322,7 +318,7 @@ def by_normal_equations(
             rest = tuple(a - b for a, b in zip(whole, totals[f], strict=True))
             y, row = problem.y[rows], []
             for alpha in alphas:
-                w, c = fit(rest, n - len(rows), sum(sums) - sums[f], alpha)  # type: ignore[arg-type]
+                w, c = fit(rest, n - len(rows), sum(sums) - sums[f], alpha)
                 g, b, s = totals[f]
                 # Σ(y − c − wᵀx)² without another look at the rows.
                 sse = w @ (g @ w) - 2 * (w @ b) + 2 * c * (w @ s) + float(((y - c) ** 2).sum())
@@ -330,48 +326,84 @@ def by_normal_equations(
             folds.append(row)
         errors[k] = np.mean(folds, 0)
         chosen[k] = a = int(errors[k].argmin())
-        w, intercepts[k] = fit(whole, n, sum(sums), alphas[a])  # type: ignore[arg-type]
+        w, intercepts[k] = fit(whole, n, sum(sums), alphas[a])
         weights[k] = host(w)
         phases["solve"] += time.perf_counter() - begin
     return Answer(errors, chosen, weights, intercepts)
 
 
+def from_few_rows(
+    mapped: Callable[[F32], Any], solve: Callable[[Any, Any, float], Any], host: Callable[[Any], NDArray]
+) -> Callable[[F32, F64, F64], tuple[NDArray, NDArray]]:
+    """Fit by w = xᵀ (x xᵀ + αI)⁻¹ y, for fewer rows than pixels: a system of the size of the rows.
+
+    `mapped` brings an array to the library; `solve` and `host` are those of `by_normal_equations`.
+    """
+
+    def fit(x: F32, y: F64, alphas: F64) -> tuple[NDArray, NDArray]:
+        mean_x, mean_y = x.mean(0, dtype=np.float64).astype(np.float32), y.mean()
+        rows, target = mapped(x - mean_x), mapped((y - mean_y).astype(np.float32))
+        kernel = rows @ rows.T
+        weights = np.stack([host(rows.T @ solve(kernel, target, alpha)) for alpha in alphas], 1)
+        return weights, mean_y - mean_x @ weights
+
+    return fit
+
+
+def _few_rows(problem: FitProblem) -> bool:
+    """Whether no bin has as many rows as pixels."""
+    return int(np.bincount(problem.bins).max()) < problem.x.shape[1]
+
+
 def _numpy(problem: FitProblem) -> Work:
-    """Normal equations in plain NumPy: float32 products, float64 systems."""
+    """Normal equations in plain NumPy: float32 products, float64 systems; of the rows where those are fewer."""
 
     def gram(x: F32, y: F64) -> tuple[F64, F64, F64]:
         return (x.T @ x).astype(np.float64), x.T.astype(np.float64) @ y, x.sum(0, dtype=np.float64)
 
-    def solve(g: F64, b: F64, alpha: float) -> F64:
-        return np.linalg.solve(g + alpha * np.eye(len(b)), b)
+    def solve(g: NDArray, b: NDArray, alpha: float) -> NDArray:
+        system = g.astype(np.float64)
+        system[np.diag_indices_from(system)] += alpha
+        return np.linalg.solve(system, b.astype(np.float64)).astype(b.dtype)
 
     phases: dict[str, float] = {}
+    if _few_rows(problem):
+        fit = from_few_rows(np.asarray, solve, np.asarray)
+        return Work(lambda: by_refits(problem, fit))
     return Work(lambda: by_normal_equations(problem, gram, solve, np.asarray, phases), phases=phases)
 
 
 def _torch(problem: FitProblem, device: str) -> Work:
-    """Normal equations in torch: float32 products without TF32, float64 Cholesky."""
+    """Normal equations in torch: float32 products without TF32, float64 Cholesky; of the rows where those are fewer."""
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
         raise BackendError(f"torch {torch.__version__} finds no CUDA device")
     torch.backends.cuda.matmul.allow_tf32 = False
 
+    def there(array: NDArray) -> Any:
+        return torch.from_numpy(array).to(device)
+
     def gram(x: F32, y: F64) -> tuple[Any, Any, Any]:
-        rows, labels = torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)
+        rows = there(x)
         wide = rows.double()
-        return (rows.T @ rows).double(), wide.T @ labels, wide.sum(0)
+        return (rows.T @ rows).double(), wide.T @ there(y), wide.sum(0)
 
     def solve(g: Any, b: Any, alpha: float) -> Any:
-        system = g.clone()
+        system = g.to(torch.float64, copy=True)
         system.diagonal().add_(alpha)
-        return torch.cholesky_solve(b[:, None], torch.linalg.cholesky(system))[:, 0]
+        w = torch.cholesky_solve(b.double()[:, None], torch.linalg.cholesky(system))[:, 0]
+        return w.to(b.dtype)
+
+    def host(w: Any) -> NDArray:
+        # What comes back to the host waits for the device, so the clock needs nothing more.
+        return w.cpu().numpy()
 
     phases: dict[str, float] = {}
-    # Numbers that come back to the host wait for the device, so the clock needs nothing more.
-    return Work(
-        lambda: by_normal_equations(problem, gram, solve, lambda w: w.cpu().numpy(), phases), phases=phases
-    )
+    if _few_rows(problem):
+        fit = from_few_rows(there, solve, host)
+        return Work(lambda: by_refits(problem, fit))
+    return Work(lambda: by_normal_equations(problem, gram, solve, host, phases), phases=phases)
 
 
 def _sklearn(problem: FitProblem) -> Work:
@@ -410,7 +442,7 @@ def _sklearn_cv(problem: FitProblem) -> Work:
 
 
 def _himalaya(problem: FitProblem, backend: str) -> Work:
-    """himalaya with one target per penalty: one decomposition per bin and fold serves the whole path.
+    """One target of himalaya per penalty: one decomposition per bin and fold serves the whole path.
 
     Its kernel ridge where there are fewer rows than pixels, as the library advises.
     """
@@ -447,7 +479,9 @@ def _engines() -> Iterator[Engine]:
         environment=OWN_ENVIRONMENT,
     )  # fmt: skip
     yield Engine("numpy", "NumPy normal equations", "fit", _numpy, floor="ssyrk")
-    yield Engine("torch", "torch normal equations", "fit", lambda p: _torch(p, "cpu"), ("torch",), floor="ssyrk")
+    yield Engine(
+        "torch", "torch normal equations", "fit", lambda p: _torch(p, "cpu"), ("torch",), floor="ssyrk"
+    )
     yield Engine(
         "torch-cuda", "torch normal equations, GPU", "fit", lambda p: _torch(p, "cuda"), ("torch",), "cuda",
         "sgemm, GPU",

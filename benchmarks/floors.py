@@ -64,7 +64,9 @@ def measure_floors(path: Path | None, n_pixels: int, samples: int) -> dict[str, 
     """
     found: dict[str, dict[str, Any]] = {}
 
-    def note(name: str, work: Callable[[], Any], amount: float, before: Callable[[], None] | None = None) -> None:
+    def note(
+        name: str, work: Callable[[], Any], amount: float, before: Callable[[], None] | None = None
+    ) -> None:
         if before is None:
             work()
         rates = []
@@ -181,7 +183,9 @@ def peak_memory() -> int:
         return peak
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if os.uname().sysname == "Darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if os.uname().sysname == "Darwin" else 1024
+    )
 
 
 def _status(name: str) -> int:

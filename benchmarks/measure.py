@@ -105,7 +105,9 @@ def _score(engine: Engine, spec: Spec) -> dict[str, Any]:
             difference = np.abs(answer[: len(expected)] - expected)
             worst = float(np.where(np.isnan(difference), np.inf, difference).max())
             if worst > SCORE_TOLERANCE:
-                return {"wrong": f"log g differs by {worst:.1e} dex from the reference; {SCORE_TOLERANCE:g} is allowed"}
+                return {
+                    "wrong": f"log g differs by {worst:.1e} dex from the reference; {SCORE_TOLERANCE:g} is allowed"
+                }
             row |= {"difference": worst, "checked_rows": len(expected)}
     seconds, _ = _samples(work, spec)
     return row | _row(work, seconds, data, base)

@@ -8,13 +8,14 @@ fitted growth instead of a clock is marked `extrapolated`.
 
 from __future__ import annotations
 
-import math
+import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,9 @@ SEED = 20260202
 BLOCK_ROWS = 2048
 CHECKED_ROWS = 20_000
 """Rows whose log g is compared with the float64 reference."""
+N_PIXELS = 4096
 LARGEST_SHARE = 0.6
-"""Data may take this share of the machine's memory; engines need room of their own."""
+"""Data may take this share of the machine's memory, and of what is free on the disk; engines need room of their own."""
 
 Measure = Callable[[Engine, Spec, float], dict[str, Any]]
 Say = Callable[[str], None]
@@ -61,7 +63,7 @@ def prepare(folder: Path, n: int, tasks: Sequence[str], model: Model, say: Say) 
     """
     spectra = SimulatedSpectra(n, seed=SEED)
     labels = spectra.labels()
-    facts = {"seed": SEED, "n_pixels": spectra.n_pixels, "sha256": spectra.fingerprint()}
+    facts = {f"{task}_sha256": spectra.fingerprint() for task in tasks}
     if "score" in tasks:
         if not np.array_equal(model.mixture.wave, spectra.wave):
             raise WaveGridError(
@@ -84,7 +86,10 @@ def prepare(folder: Path, n: int, tasks: Sequence[str], model: Model, say: Say) 
                 here = slice(block.first_row, block.first_row + len(block))
                 # As an observed file has it: the noise is in the flux.
                 writer.write(
-                    block.first_row, params={"log_g": labels["log_g"][here]}, flux=block.flux, error=block.error
+                    block.first_row,
+                    params={"log_g": labels["log_g"][here]},
+                    flux=block.flux,
+                    error=block.error,
                 )
                 if block.first_row < CHECKED_ROWS:
                     expected.append(model.mixture.predict_reference(block.flux, block.error).log_g)
@@ -132,8 +137,6 @@ def _child(spec: Spec, environment: Any, limit: float) -> dict[str, Any] | str:
         if done.returncode != 0 or not out.exists():
             lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
             return f"failed: {lines[-1]}"
-        import json
-
         result: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
         return result
 
@@ -195,15 +198,33 @@ def benchmark(
     sizes = sorted(set(growth))
     least = 200
     if min([n, *sizes]) < least:
-        raise InputError(f"{min([n, *sizes])} spectra asked for; {least} at least, so that every bin has some")
+        raise InputError(
+            f"{min([n, *sizes])} spectra asked for; {least} at least, so that every bin has some"
+        )
     model = Model.load(model_path)
     environment = describe()
-    sizes_that_fit = [size for size in sizes if not _too_large(size, tasks)]
-    with tempfile.TemporaryDirectory(prefix="moefast-bench-", dir=scratch) as name:
+    where = scratch or tempfile.gettempdir()
+    # Decided once, before anything is written: writing changes what is free.
+    too_large = {
+        (engine.task, engine.name, size): _too_large(size, engine, where)
+        for engine in chosen
+        for size in {n, *sizes}
+    }
+    with tempfile.TemporaryDirectory(prefix="moefast-bench-", dir=where) as name:
         folder = Path(name)
-        data = prepare(folder, max([n, *sizes_that_fit]), tasks, model, say)
+        data: dict[str, Any] = {"seed": SEED, "n_pixels": N_PIXELS}
+        for task in tasks:
+            fitting = [key[2] for key, reason in too_large.items() if key[0] == task and not reason]
+            if n not in fitting:
+                raise InputError(
+                    f"-n {n:,}: too many spectra for this machine and {where}; take fewer, or another --scratch"
+                )
+            data |= prepare(folder, max(fitting), [task], model, say)
 
         def one(engine: Engine, size: int, count: int) -> dict[str, Any]:
+            if reason := too_large[engine.task, engine.name, size]:
+                about = {"task": engine.task, "engine": engine.name, "title": engine.title, "n": size}
+                return about | {"unavailable": reason}
             spec = Spec(engine.task, engine.name, name, size, count, budget, model_path)
             row = finish(measure(engine, spec, limit))
             say(f"{engine.task} {engine.name}, n = {size:,}: {_outcome(row)}")
@@ -219,7 +240,11 @@ def benchmark(
             first = next(row for row in rows if (row["task"], row["engine"]) == (engine.task, engine.name))
             if "seconds" in first or first.get("unavailable", "").startswith(("stopped", "killed")):
                 curves[f"{engine.task} {engine.name}"] = _grow(
-                    engine, sizes, first, limit, lambda size, engine=engine: one(engine, size, min(samples, 3))  # type: ignore[misc]
+                    engine,
+                    sizes,
+                    first,
+                    limit,
+                    lambda size, engine=engine: one(engine, size, min(samples, 3)),  # type: ignore[misc]
                 )
     _share_of_floors(rows, floors, chosen, data["n_pixels"])
     _compare_fits(rows)
@@ -260,11 +285,13 @@ def _tolerances() -> dict[str, float]:
     return {"score": score.TOLERANCE, "fit": fit.TOLERANCE}
 
 
-def _too_large(n: int, tasks: Iterable[str], n_pixels: int = 4096) -> str:
-    """Why data of this size are not made; empty if they are."""
-    needed = n * n_pixels * (8 if "score" in tasks else 4)
-    memory = physical_memory()
-    if memory and needed > LARGEST_SHARE * memory:
+def _too_large(n: int, engine: Engine, scratch: str) -> str:
+    """Why data of this size are not made for this engine; empty if they are."""
+    needed = n * N_PIXELS * (8 if engine.task == "score" else 4)
+    memory, disk = physical_memory(), shutil.disk_usage(scratch).free
+    if needed > LARGEST_SHARE * disk:
+        return f"the data take {needed / 2**30:.0f} GiB, {scratch} has {disk / 2**30:.0f} GiB free"
+    if engine.in_memory and memory and needed > LARGEST_SHARE * memory:
         return f"the data take {needed / 2**30:.0f} GiB, this machine has {memory / 2**30:.0f} GiB of memory"
     return ""
 
@@ -277,14 +304,12 @@ def _grow(
     one: Callable[[int], dict[str, Any]],
 ) -> dict[str, Any]:
     """Measure sizes from small to large while they fit; the others follow from the exponent and are marked."""
-    rows, skipped = [], {}
+    rows: list[dict[str, Any]] = []
+    skipped: dict[int, str] = {}
     for size in sizes:
-        if reason := _too_large(size, [engine.task]):
-            skipped[size] = reason
-            continue
         if rows and rows[-1]["seconds"] and min(rows[-1]["seconds"]) * size / rows[-1]["n"] > limit / 2:
             # A check and a timed run must both fit.
-            skipped[size] = f"more than {limit:.0f} s expected"
+            skipped[size] = f"more than the limit of {limit:.0f} s is expected"
             continue
         row = first if size == first["n"] else one(size)
         if "seconds" in row:
@@ -301,10 +326,12 @@ def _grow(
         "not_measured": {str(size): reason for size, reason in skipped.items()},
         "extrapolated": [],
     }
-    if exponent is not None:
+    if rows:
         last = rows[-1]
+        # What costs the same at any size makes an exponent too small to be carried on: nothing is faster than linear.
+        steep = max(1.0, exponent or 1.0)
         curve["extrapolated"] = [
-            {"n": size, "seconds": min(last["seconds"]) * (size / last["n"]) ** exponent}
+            {"n": size, "seconds": min(last["seconds"]) * (size / last["n"]) ** steep, "exponent": steep}
             for size in skipped
             if size > last["n"]
         ]
@@ -346,7 +373,8 @@ def _compare_fits(rows: list[dict[str, Any]]) -> None:
         difference = abs(row["r2"] - fits[0]["r2"])
         if not difference <= TOLERANCE:
             row["wrong"] = (
-                f"hold-out R² {row['r2']:.5f} where {fits[0]['title']} finds {fits[0]['r2']:.5f}; {TOLERANCE:g} is allowed"
+                f"hold-out R² {row['r2']:.5f}, where {fits[0]['title']} finds {fits[0]['r2']:.5f}; "
+                f"{TOLERANCE:g} is allowed"
             )
 
 
@@ -354,8 +382,3 @@ def wrong_answers(result: dict[str, Any]) -> list[str]:
     """One sentence for each engine whose answer is not the reference's."""
     rows = [*result["results"], *(row for curve in result["growth"].values() for row in curve["rows"])]
     return [f"{row['task']} {row['engine']}: {row['wrong']}" for row in rows if "wrong" in row]
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value can be shown as a number."""
-    return isinstance(value, int | float) and math.isfinite(value)

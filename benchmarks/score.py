@@ -1,8 +1,9 @@
 """The task `score`: flux and error to log g, by the same fitted mixture in every engine.
 
-Design: what other engines need of a mixture is taken out of it in one place, `mixture_arrays`. They compute log g alone;
-ours and the exported graph give errors, weights and χ² in the same time. Data are seen in blocks of `BLOCK_ROWS`, as
-`moefast predict` does. LightGBM cannot hold a mixture: it is a model of its own.
+Design: what other engines need of a mixture is taken out of it in one place, `mixture_arrays`. They compute log g
+alone; ours and the exported graph give errors, weights and χ² in the same time, and `numpy-full` shows what those cost.
+Data are seen in blocks of `BLOCK_ROWS`, as `moefast predict` does. LightGBM cannot hold a mixture: it is a model of its
+own.
 """
 
 from __future__ import annotations
@@ -29,7 +30,15 @@ from moefast.model import Model
 from moefast.protocol.metrics import r2
 from moefast.spectra.files import open_spectra
 
-__all__ = ["BLOCK_ROWS", "SCORE", "TOLERANCE", "MixtureArrays", "ScoreProblem", "drop_cache", "mixture_arrays"]
+__all__ = [
+    "BLOCK_ROWS",
+    "SCORE",
+    "TOLERANCE",
+    "MixtureArrays",
+    "ScoreProblem",
+    "drop_cache",
+    "mixture_arrays",
+]
 
 F32 = NDArray[np.float32]
 
@@ -37,16 +46,17 @@ BLOCK_ROWS = 2048
 TOLERANCE = 1e-4
 """Largest difference in log g (dex) from the mixture in float64: a two-hundredth of the smallest error that we give."""
 LIGHTGBM_SEED = 20260203
-LIGHTGBM_ROWS = 4000
-"""Stars that LightGBM is trained on: enough for a fair speed, not for its best R²."""
+LIGHTGBM_ROWS, LIGHTGBM_TREES = 4000, 100
+"""Stars that LightGBM is trained on, and its trees: enough for a fair speed, not for its best R²."""
 
 
 @dataclass(frozen=True)
 class MixtureArrays:
     """The arrays that log g comes from, in pixel space, float32.
 
-    `reference` and `noise_shape` (p,), `knots` (M,), `experts` (p, K, M), `intercepts` (K, M), `components` (p, 4),
-    `lines` (p, 12), `line_offsets` (12,), `line_widths` (4,), `gate` (W₁, b₁, W₂, b₂).
+    `reference` and `noise_shape` (p,), `knots` (M,), `experts` (p, K, M), `intercepts` (K, M), `basis` (p, r), of whose
+    components the gate sees the first four, `lines` (p, 12), `line_offsets` (12,), `line_widths` (4,), and two networks
+    (W₁, b₁, W₂, b₂): `gate`, and `error_model`, which only errors need.
     """
 
     reference: F32
@@ -54,19 +64,19 @@ class MixtureArrays:
     knots: F32
     experts: F32
     intercepts: F32
-    components: F32
+    basis: F32
     lines: F32
     line_offsets: F32
     line_widths: F32
     gate: tuple[F32, F32, F32, F32]
+    error_model: tuple[F32, F32, F32, F32]
     label_range: tuple[float, float]
     clipped: bool
 
-    @property
-    def columns(self) -> F32:
-        """Everything that multiplies the centred flux, (p, K·M + 4 + 12)."""
+    def columns(self, n_components: int = N_GATE_COMPONENTS) -> F32:
+        """Everything that multiplies the centred flux, (p, K·M + n_components + 12); the gate needs four components."""
         flat = self.experts.reshape(len(self.reference), -1)
-        return np.ascontiguousarray(np.concatenate([flat, self.components, self.lines], 1))
+        return np.ascontiguousarray(np.concatenate([flat, self.basis[:, :n_components], self.lines], 1))
 
 
 def mixture_arrays(mixture: Mixture) -> MixtureArrays:
@@ -77,11 +87,12 @@ def mixture_arrays(mixture: Mixture) -> MixtureArrays:
         knots=mixture.knots,
         experts=mixture.expert_weights,
         intercepts=mixture.expert_intercepts,
-        components=mixture.basis[:, :N_GATE_COMPONENTS],
+        basis=mixture.basis,
         lines=mixture.line_columns,
         line_offsets=mixture.line_offsets,
         line_widths=mixture.line_widths,
         gate=mixture.gate,
+        error_model=mixture.error_model,
         label_range=mixture.label_range,
         clipped=mixture.clipped,
     )
@@ -258,8 +269,10 @@ def _share_in_memory(path: Path) -> float:
         # The mapping cannot be closed while an array looks at it.
         del start
     if status != 0:
-        raise BackendError(f"mincore fails with error {ctypes.get_errno()}, so that nothing says what is cold")
-    return float((np.frombuffer(seen, np.uint8) & 1).mean())
+        raise BackendError(
+            f"mincore fails with error {ctypes.get_errno()}, so that nothing says what is cold"
+        )
+    return float((np.frombuffer(bytes(seen), np.uint8) & 1).mean())
 
 
 # --- the exported graph --------------------------------------------------------------------------------------
@@ -269,9 +282,7 @@ def _onnx(problem: ScoreProblem, backend: str) -> Work:
     from moefast.export import build, open_session
 
     session = open_session(build(problem.mixture), backend=backend)
-    return in_blocks(
-        problem, lambda flux, error: session.run(["log_g"], {"flux": flux, "error": error})[0]
-    )
+    return in_blocks(problem, lambda flux, error: session.run(["log_g"], {"flux": flux, "error": error})[0])
 
 
 # --- the mixture in other libraries --------------------------------------------------------------------------
@@ -280,25 +291,61 @@ def _onnx(problem: ScoreProblem, backend: str) -> Work:
 def _numpy(problem: ScoreProblem) -> Work:
     """The mixture in plain NumPy, float32."""
     a = mixture_arrays(problem.mixture)
-    columns, inverse = a.columns, 1 / a.noise_shape
-    w1, b1, w2, b2 = a.gate
+    columns, inverse = a.columns(), 1 / a.noise_shape
 
     def score(flux: F32, error: F32) -> F32:
         flux = np.maximum(flux, 0) if a.clipped else flux
         linear = (flux - a.reference) @ columns
-        experts, features = _after_the_product(a, linear, (error * error) @ inverse)
-        logits = np.tanh(features @ w1 + b1) @ w2 + b2
-        weights = np.exp(logits - logits.max(1, keepdims=True))
-        weights /= weights.sum(1, keepdims=True)
+        experts, features, _ = _after_the_product(a, linear, (error * error) @ inverse)
+        weights = _softmax(_network(features, a.gate))
         return np.clip((weights * experts).sum(1), *a.label_range)
 
     return in_blocks(problem, score)
 
 
-def _after_the_product(a: MixtureArrays, linear: F32, noise: F32) -> tuple[F32, F32]:
-    """Expert values (n, K) between noise levels, and the 14 gate features, in NumPy."""
-    (k, m), c = a.intercepts.shape, a.components.shape[1]
-    experts, components, lines = np.split(linear, [k * m, k * m + c], axis=1)
+def _numpy_full(problem: ScoreProblem) -> Work:
+    """The same with everything that `Mixture.predict` gives: errors, propagated noise, χ²."""
+    a = mixture_arrays(problem.mixture)
+    (k, m), r = a.intercepts.shape, a.basis.shape[1]
+    columns, inverse = a.columns(r), 1 / a.noise_shape
+    squares = a.experts.reshape(len(a.reference), -1) ** 2
+    outside = inverse - (a.basis**2).sum(1)
+    error_features = problem.mixture.error_features
+
+    def score(flux: F32, error: F32) -> F32:
+        flux = np.maximum(flux, 0) if a.clipped else flux
+        x, variance = flux - a.reference, error * error
+        linear = x @ columns
+        experts, features, hat = _after_the_product(a, linear, variance @ inverse)
+        weights = _softmax(_network(features, a.gate))
+        mixed = (weights * experts).sum(1)
+        log_g = np.clip(mixed, *a.label_range)
+        noise = np.sqrt(((variance @ squares).reshape(-1, k, m) * hat[:, None]).sum(2))
+        raw = (weights * noise).sum(1)
+        spread = np.sqrt((weights * (experts - mixed[:, None]) ** 2).sum(1))
+        log_g_err = np.exp(_network(error_features(features, log_g, raw, spread), a.error_model)[:, 0])
+        z = linear[:, k * m : k * m + r]
+        chi2 = ((x * x) @ inverse - (z * z).sum(1)) / np.maximum(variance @ outside, np.float32(1e-30))
+        return np.stack([log_g, log_g_err, raw, chi2])[0]
+
+    return in_blocks(problem, score)
+
+
+def _network(features: F32, layers: tuple[F32, F32, F32, F32]) -> F32:
+    w1, b1, w2, b2 = layers
+    return np.tanh(features @ w1 + b1) @ w2 + b2
+
+
+def _softmax(logits: F32) -> F32:
+    weights = np.exp(logits - logits.max(1, keepdims=True))
+    return weights / weights.sum(1, keepdims=True)
+
+
+def _after_the_product(a: MixtureArrays, linear: NDArray, noise: NDArray) -> tuple[NDArray, NDArray, NDArray]:
+    """Expert values (n, K) between noise levels, the 14 gate features, the weights (n, M) of the levels, in NumPy."""
+    k, m = a.intercepts.shape
+    experts, lines = linear[:, : k * m], linear[:, -len(a.line_offsets) :]
+    components = linear[:, k * m : k * m + N_GATE_COMPONENTS]
     level = np.clip(np.float32(0.5) * np.log(noise / np.float32(len(a.reference))), a.knots[0], a.knots[-1])
     step = (a.knots[-1] - a.knots[0]) / np.float32(m - 1)
     hat = np.maximum(0, 1 - np.abs(level[:, None] - a.knots) / step)
@@ -309,7 +356,8 @@ def _after_the_product(a: MixtureArrays, linear: F32, noise: F32) -> tuple[F32, 
     width = a.line_widths - lines[:, 1::3] / continuum
     pairs = np.stack([depth, width], 2).reshape(len(linear), -1)
     calcium = width[:, :3].sum(1, keepdims=True)
-    return values, np.concatenate([pairs[:, :6], calcium, pairs[:, 6:], components, level[:, None]], 1)
+    features = np.concatenate([pairs[:, :6], calcium, pairs[:, 6:], components, level[:, None]], 1)
+    return values, features, hat
 
 
 def _sklearn(problem: ScoreProblem) -> Work:
@@ -319,7 +367,7 @@ def _sklearn(problem: ScoreProblem) -> Work:
     from sklearn.preprocessing import LabelBinarizer
 
     a = mixture_arrays(problem.mixture)
-    columns = a.columns
+    columns = a.columns()
     linear, noise = Ridge(), Ridge(fit_intercept=False)
     linear.coef_ = np.ascontiguousarray(columns.T)
     linear.intercept_ = -(a.reference @ columns)
@@ -333,7 +381,7 @@ def _sklearn(problem: ScoreProblem) -> Work:
 
     def score(flux: F32, error: F32) -> NDArray:
         flux = np.maximum(flux, 0) if a.clipped else flux
-        experts, features = _after_the_product(a, linear.predict(flux), noise.predict(error * error))
+        experts, features, _ = _after_the_product(a, linear.predict(flux), noise.predict(error * error))
         return np.clip((gate.predict_proba(features) * experts).sum(1), *a.label_range)
 
     return in_blocks(problem, score)
@@ -347,12 +395,12 @@ def _torch(problem: ScoreProblem, device: str, resident: bool = False) -> Work:
         raise BackendError(f"torch {torch.__version__} finds no CUDA device")
     torch.backends.cuda.matmul.allow_tf32 = False
     a = mixture_arrays(problem.mixture)
-    (k, m), c = a.intercepts.shape, a.components.shape[1]
+    (k, m), c = a.intercepts.shape, N_GATE_COMPONENTS
 
     def there(array: Any) -> Any:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
-    reference, inverse, columns = there(a.reference), there(1 / a.noise_shape), there(a.columns)
+    reference, inverse, columns = there(a.reference), there(1 / a.noise_shape), there(a.columns())
     knots, intercepts = there(a.knots), there(a.intercepts)
     offsets, widths = there(a.line_offsets), there(a.line_widths)
     w1, b1, w2, b2 = (there(layer) for layer in a.gate)
@@ -395,15 +443,21 @@ def _lightgbm(problem: ScoreProblem) -> Work:
 
     from moefast.simulate import simulate_rows
 
-    made = simulate_rows(0, LIGHTGBM_ROWS, seed=LIGHTGBM_SEED, noisy=True)
-    settings = {
-        "objective": "regression", "max_depth": 5, "num_leaves": 20, "learning_rate": 0.1, "feature_fraction": 0.1,
-        "bagging_fraction": 0.7, "bagging_freq": 1, "min_child_samples": 50, "reg_alpha": 1.0, "reg_lambda": 1.0,
-        "max_bin": 63, "seed": 0, "verbose": -1,
-    }  # fmt: skip
-    trees = lightgbm.train(settings, lightgbm.Dataset(made.noisy, made.params["log_g"]), num_boost_round=100)
-    work = in_blocks(problem, lambda flux, _: trees.predict(flux))
-    work.facts["trained_on"] = LIGHTGBM_ROWS
+    kept = problem.folder / "lightgbm.txt"
+    if kept.exists():
+        trees = lightgbm.Booster(model_file=kept)
+    else:
+        made = simulate_rows(0, LIGHTGBM_ROWS, seed=LIGHTGBM_SEED, noisy=True)
+        settings = {
+            "objective": "regression", "max_depth": 5, "num_leaves": 20, "learning_rate": 0.1,
+            "feature_fraction": 0.03, "bagging_fraction": 0.7, "bagging_freq": 1, "min_child_samples": 50,
+            "reg_alpha": 1.0, "reg_lambda": 1.0, "max_bin": 63, "force_col_wise": True, "seed": 0, "verbose": -1,
+        }  # fmt: skip
+        data = lightgbm.Dataset(made.noisy, made.params["log_g"], params=settings)
+        trees = lightgbm.train(settings, data, num_boost_round=LIGHTGBM_TREES)
+        trees.save_model(kept)
+    work = in_blocks(problem, lambda flux, _: np.asarray(trees.predict(flux)))
+    work.facts.update(trained_on=LIGHTGBM_ROWS, trees=LIGHTGBM_TREES)
     return work
 
 
@@ -414,17 +468,24 @@ def _engines() -> Iterator[Engine]:
     yield Engine("read-file-cold", "read flux and error, cold file", make=_read_cold, is_floor=True, **file)
     yield Engine("predict", "moefast predict, warm file to table", make=_predict, floor="read-file", **file)
     yield Engine(
-        "predict-cold", "moefast predict, cold file to table", make=_predict_cold, floor="read-file-cold", **file
+        "predict-cold",
+        "moefast predict, cold file to table",
+        make=_predict_cold,
+        floor="read-file-cold",
+        **file,
     )
     yield Engine(
         "predict-cuda", "moefast predict, GPU", make=_predict_cuda, floor="read-file", device="cuda", **file
     )
     yield Engine("moefast", "moefast kernels", make=_own, floor="memory read", **own)
+    yield Engine("moefast-cuda", "moefast, GPU", make=_own_cuda, floor="host to device", device="cuda", **own)
     yield Engine(
-        "moefast-cuda", "moefast, GPU", make=_own_cuda, floor="host to device", device="cuda", **own
-    )
-    yield Engine(
-        "onnxruntime", "ONNX Runtime", "score", lambda p: _onnx(p, "cpu"), ("onnxruntime",), floor="memory read"
+        "onnxruntime",
+        "ONNX Runtime",
+        "score",
+        lambda p: _onnx(p, "cpu"),
+        ("onnxruntime",),
+        floor="memory read",
     )
     yield Engine(
         "onnxruntime-cuda", "ONNX Runtime, GPU", "score", lambda p: _onnx(p, "cuda"), ("onnxruntime",), "cuda",
@@ -439,9 +500,16 @@ def _engines() -> Iterator[Engine]:
         "cuda", "device copy",
     )  # fmt: skip
     yield Engine("numpy", "NumPy", "score", _numpy, floor="memory read")
+    yield Engine("numpy-full", "NumPy, errors and χ² too", "score", _numpy_full, floor="memory read")
     yield Engine("sklearn", "scikit-learn", "score", _sklearn, ("sklearn",), floor="memory read")
     yield Engine(
-        "lightgbm", "LightGBM (its own model)", "score", _lightgbm, ("lightgbm",), floor="memory read", same=False
+        "lightgbm",
+        "LightGBM (its own model)",
+        "score",
+        _lightgbm,
+        ("lightgbm",),
+        floor="memory read",
+        same=False,
     )
 
 
