@@ -23,7 +23,7 @@ __all__ = ["FLOORS", "measure_floors", "per_spectrum"]
 BYTES = 256 << 20
 """Size of the arrays that are copied and read: larger than any cache."""
 DISK_BLOCK = 8 << 20
-GEMM_ROWS = 4096
+GEMM_ROWS = 2048
 
 FLOORS = {
     "memory copy": "B/s",

@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -240,10 +240,10 @@ def benchmark(
             first = next(row for row in rows if (row["task"], row["engine"]) == (engine.task, engine.name))
             if "seconds" in first or first.get("unavailable", "").startswith(("stopped", "killed")):
                 curves[f"{engine.task} {engine.name}"] = _grow(
-                    engine,
                     sizes,
                     first,
                     limit,
+                    {size: too_large[engine.task, engine.name, size] for size in sizes},
                     lambda size, engine=engine: one(engine, size, min(samples, 3)),  # type: ignore[misc]
                 )
     _share_of_floors(rows, floors, chosen, data["n_pixels"])
@@ -297,17 +297,20 @@ def _too_large(n: int, engine: Engine, scratch: str) -> str:
 
 
 def _grow(
-    engine: Engine,
     sizes: Sequence[int],
     first: dict[str, Any],
     limit: float,
+    barred: Mapping[int, str],
     one: Callable[[int], dict[str, Any]],
 ) -> dict[str, Any]:
     """Measure sizes from small to large while they fit; the others follow from the exponent and are marked."""
     rows: list[dict[str, Any]] = []
     skipped: dict[int, str] = {}
     for size in sizes:
-        if rows and rows[-1]["seconds"] and min(rows[-1]["seconds"]) * size / rows[-1]["n"] > limit / 2:
+        if reason := barred.get(size):
+            skipped[size] = reason
+            continue
+        if rows and min(rows[-1]["seconds"]) * size / rows[-1]["n"] > limit / 2:
             # A check and a timed run must both fit.
             skipped[size] = f"more than the limit of {limit:.0f} s is expected"
             continue
