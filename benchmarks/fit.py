@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -234,7 +235,8 @@ def _own(problem: FitProblem) -> Work:
 def _own_cuda(problem: FitProblem) -> Work:
     """The same with Σxxᵀ from the CUDA kernel."""
     from moefast.experts.normal_equations import NormalEquations
-    from moefast.kernels import cuda  # type: ignore[attr-defined]
+
+    cuda = import_module("moefast.kernels.cuda")
 
     phases: dict[str, float] = {}
     group = problem.bins * N_FOLDS + problem.folds
