@@ -13,6 +13,7 @@ _TASKS = {
     "score": "score: flux and error to log g",
     "fit": "fit: nine ridges, three penalties, three folds, hold-out errors",
 }
+_SHORT = {"score": "score: flux and error to log g", "fit": "fit: nine ridges, path, folds"}
 _OWN, _OTHER, _FLOOR, _INK, _FAINT = "#1f6f8b", "#a9b4bd", "#e3e6e8", "#222222", "#8a8f94"
 _LINES = (
     "#1f6f8b",
@@ -197,7 +198,7 @@ def _bars(axes: Any, result: Mapping[str, Any], task: str) -> None:
     axes.tick_params(axis="y", length=0)
     axes.tick_params(axis="x", labelsize=8)
     axes.set_xlabel(f"spectra per second{scale} (bar: best, tick: median)", fontsize=8)
-    axes.set_title(f"{_TASKS[task]}; n = {result['n']:,}", fontsize=10, loc="left", color=_INK)
+    axes.set_title(f"{_SHORT[task]}, n = {result['n']:,}", fontsize=10, loc="left", color=_INK)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.set_axisbelow(True)
@@ -205,6 +206,9 @@ def _bars(axes: Any, result: Mapping[str, Any], task: str) -> None:
 
 
 def _curves(axes: Any, result: Mapping[str, Any], task: str) -> None:
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
+
+    sizes: set[int] = set()
     titles = {(row["task"], row["engine"]): row for row in result["results"]}
     ends = []
     place = 0
@@ -217,6 +221,7 @@ def _curves(axes: Any, result: Mapping[str, Any], task: str) -> None:
         n = [point["n"] for point in curve["rows"]]
         seconds = [min(point["seconds"]) for point in curve["rows"]]
         own = engine.startswith(("moefast", "predict"))
+        sizes.update(n, (point["n"] for point in curve["extrapolated"]))
         axes.plot(n, seconds, "o-", color=colour, markersize=3.5, linewidth=2.0 if own else 1.0)
         beyond = [(point["n"], point["seconds"]) for point in curve["extrapolated"]]
         if beyond:
@@ -228,6 +233,9 @@ def _curves(axes: Any, result: Mapping[str, Any], task: str) -> None:
         ends.append((last, f"{row['title']}{exponent}", colour))
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.xaxis.set_major_locator(FixedLocator(sorted(sizes)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:,.0f}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("spectra n (open circles: extrapolated)", fontsize=8)
     axes.set_ylabel("seconds", fontsize=8)
     axes.tick_params(labelsize=8)

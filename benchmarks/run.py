@@ -310,7 +310,7 @@ def _grow(
         if reason := barred.get(size):
             skipped[size] = reason
             continue
-        if rows and min(rows[-1]["seconds"]) * size / rows[-1]["n"] > limit / 2:
+        if size != first["n"] and rows and min(rows[-1]["seconds"]) * size / rows[-1]["n"] > limit / 2:
             # A check and a timed run must both fit.
             skipped[size] = f"more than the limit of {limit:.0f} s is expected"
             continue

@@ -234,6 +234,15 @@ def test_what_does_not_fit_is_extrapolated_and_says_so():
     assert [point["seconds"] for point in curve["extrapolated"]] == pytest.approx([4, 8, 50])
 
 
+def test_a_size_that_was_measured_is_not_expected_to_be_too_slow():
+    def one(size):
+        return {"n": size, "seconds": [size * 1e-3], "working_bytes": 0}
+
+    curve = running._grow([1000, 5000], one(5000), 3.0, {}, one)
+    assert [row["n"] for row in curve["rows"]] == [1000, 5000]
+    assert curve["not_measured"] == {}
+
+
 def test_nothing_is_extrapolated_to_be_faster_than_linear():
     def one(size):
         return {"n": size, "seconds": [1 + size * 1e-6], "working_bytes": 0}
