@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -24,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr
 
+from moefast.benchmarks.environment import describe
 from moefast.experts.normal_equations import Moments, NormalEquations
 from moefast.experts.ridge import NoisePath, principal_subspace, ridge
 from moefast.fitting import PUBLISHED_ALPHA
@@ -34,9 +34,6 @@ from moefast.protocol.metrics import r2
 from moefast.protocol.report import assign_octiles, evaluate_predictions, octile_edges, write_json
 from moefast.simulate import SimulatedSpectra
 from moefast.spectra.quality import assess
-
-sys.path.append(str(Path(__file__).parent))
-from environment import describe
 
 __all__ = ["measure_set", "rectified", "tables"]
 

@@ -1,44 +1,38 @@
-"""One adapter per way to score spectra: each is made from a mixture and turns flux and error into log g."""
+"""The registry of engines. Tests and the command line iterate over it: a new engine is tested the day it is added."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
+from moefast.benchmarks.adapter import TASKS, Engine
+from moefast.benchmarks.fit import FIT
+from moefast.benchmarks.score import SCORE
+from moefast.errors import InputError
 
-from moefast.backend import cpu_count
-from moefast.export import build, open_session
-from moefast.mixture import Mixture
+__all__ = ["ENGINES", "choose"]
 
-Score = Callable[[NDArray[np.float32], NDArray[np.float32]], NDArray]
-
-
-def kernels(mixture: Mixture) -> Score:
-    """Our CPU kernels, as `moefast predict` uses them."""
-    return lambda flux, error: mixture.predict(flux, error).log_g
+ENGINES: dict[str, dict[str, Engine]] = {"score": SCORE, "fit": FIT}
+"""Task -> name -> engine."""
 
 
-def onnxruntime_cpu(mixture: Mixture) -> Score:
-    """The exported graph in ONNX Runtime on the CPU."""
-    session = open_session(build(mixture), backend="cpu")
-    return lambda flux, error: session.run(["log_g"], {"flux": flux, "error": error})[0]
+def choose(tasks: Sequence[str], names: Sequence[str] = ()) -> list[Engine]:
+    """Engines of the tasks, all or those named, in the order of the registry.
 
-
-def numpy_products(mixture: Mixture) -> Score:
-    """The two matrix products alone, in NumPy with all threads: the floor of any scoring on this CPU."""
-    plan = mixture.projection
-
-    def score(flux: NDArray[np.float32], error: NDArray[np.float32]) -> NDArray:
-        return (flux @ plan.matrix)[:, 0] + (error @ plan.variance_matrix)[:, 0]
-
-    return score
-
-
-ENGINES: dict[str, Callable[[Mixture], Score]] = {
-    f"moefast kernels ({cpu_count()} cores)": kernels,
-    "ONNX Runtime, CPU": onnxruntime_cpu,
-    "NumPy, the products alone": numpy_products,
-}
-FLOORS = {"NumPy, the products alone"}
-"""Engines that give no log g."""
+    Raises
+    ------
+    InputError
+        A name that no task has.
+    """
+    known = {name for task in tasks for name in ENGINES[task]}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise InputError(
+            f"engine {', '.join(unknown)} is unknown to {' and '.join(tasks)}; choose of {', '.join(sorted(known))}"
+        )
+    return [
+        engine
+        for task in TASKS
+        if task in tasks
+        for engine in ENGINES[task].values()
+        if not names or engine.name in names
+    ]

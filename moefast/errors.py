@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = [
     "BackendError",
+    "BenchmarkError",
     "InputError",
     "LabelError",
     "ModelError",
@@ -58,3 +59,9 @@ class OutputError(MoefastError):
     """A result could not be written."""
 
     exit_code = 8
+
+
+class BenchmarkError(MoefastError):
+    """An engine of a benchmark gives another answer than the reference, or the benchmark cannot be carried out."""
+
+    exit_code = 9

@@ -1,8 +1,7 @@
 """The measurement of the ruler: numbers are those of the recipes, shortcuts are exact, the document is the result."""
 
 import json
-import sys
-from importlib import import_module, resources
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +9,13 @@ import pytest
 from click.testing import CliRunner
 
 import moefast
+from moefast.benchmarks import c0
 from moefast.experts.normal_equations import NormalEquations
 from moefast.protocol.metrics import r2
 from moefast.protocol.milestones import judge, read_reports
 from moefast.simulate import REFERENCE_SETS, Emulator, SimulatedSpectra
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "benchmarks"))
-c0 = import_module("c0")
 
 ROWS = {"test_10k": 500, "test_1k": 200}
 PLAN = c0.Plan(1500, 300, 2, (None, 5), (1e-3, 1e-2, 0.1, 1.0), (0.1, 1.0, 10.0), (0.0, 0.1, 10.0))

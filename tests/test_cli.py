@@ -89,10 +89,10 @@ def test_help(command, run):
 
 def test_main_help_says_how_to_start_and_every_exit_code(run):
     text = run("--help").output
-    for code in (*range(9), 130):
+    for code in (*range(10), 130):
         assert f"\n    {code}  " in text, code
     kinds = {kind.exit_code for kind in _kinds(MoefastError)}
-    assert kinds == {1, 3, 4, 5, 6, 7, 8}
+    assert kinds == {1, 3, 4, 5, 6, 7, 8, 9}
     assert "moefast predict spectra.h5" in text
     assert run("--version").output.strip() == f"moefast, version {moefast.__version__}"
 

@@ -10,6 +10,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+ROOMS = {
+    "moefast": "moefast",
+    "moefast.kernels": "kernels",
+    "moefast.export": "export",
+    "moefast.benchmarks": "benchmarks",
+}
 
 
 def _config() -> dict:
@@ -18,11 +24,7 @@ def _config() -> dict:
 
 def _tree() -> set[str]:
     found = set()
-    for name, folder in (
-        ("moefast", "moefast"),
-        ("moefast.kernels", "kernels"),
-        ("moefast.export", "export"),
-    ):
+    for name, folder in ROOMS.items():
         for init in (ROOT / folder).rglob("__init__.py"):
             found.add(".".join([name, *init.parent.relative_to(ROOT / folder).parts]))
     return found
@@ -30,12 +32,12 @@ def _tree() -> set[str]:
 
 def test_packages_listed_are_the_tree() -> None:
     tree = _tree()
-    assert {"moefast", "moefast.kernels", "moefast.export", "moefast.spectra"} <= tree
+    assert {*ROOMS, "moefast.spectra"} <= tree
     assert set(_config()["packages"]) == tree
 
 
 def test_every_folder_with_code_is_a_package() -> None:
-    folders = {path.parent for top in ("moefast", "kernels", "export") for path in (ROOT / top).rglob("*.py")}
+    folders = {path.parent for top in ROOMS.values() for path in (ROOT / top).rglob("*.py")}
     assert folders
     assert [str(folder) for folder in folders if not (folder / "__init__.py").exists()] == []
 
@@ -62,9 +64,5 @@ def test_package_data_is_installed() -> None:
 
 @pytest.mark.skipif("MOEFAST_WHEEL" not in os.environ, reason="only where a wheel is installed")
 def test_wheel_is_what_runs() -> None:
-    import moefast
-    import moefast.export
-    import moefast.kernels
-
-    for module in (moefast, moefast.kernels, moefast.export):
-        assert "site-packages" in str(module.__file__)
+    for name in ROOMS:
+        assert "site-packages" in str(import_module(name).__file__)

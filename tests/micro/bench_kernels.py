@@ -1,0 +1,293 @@
+"""Each CPU kernel against plain NumPy that gives the same result.
+
+    OMP_WAIT_POLICY=passive pytest tests/micro/bench_kernels.py --benchmark-json=result.json
+
+Plain `pytest` does not collect this file. What is judged is the ratio of the fastest sample of the kernel to the
+fastest sample of its baseline. The two take turns, and a sample lasts a tenth of a second at least, so that a busy
+machine slows both. A bound is about three times the ratio on two cores: several times slower fails, noise does not.
+"""
+
+import math
+import time
+
+import numpy as np
+import pytest
+
+import moefast.kernels
+from moefast import kernels
+from moefast.spectra.quality import assess, good_pixels
+
+SAMPLE = 0.1
+"""Seconds that a sample lasts at least."""
+ROUNDS = 5
+P = 4096
+
+
+def rng():
+    return np.random.default_rng(20260204)
+
+
+def spectra(n):
+    draw = rng()
+    error = draw.uniform(0.05, 0.3, (n, P)).astype(np.float32)
+    return (1 + error * draw.standard_normal((n, P))).astype(np.float32), error
+
+
+# --- cases: name -> (kernel, baseline, bound on the ratio) -----------------------------------------------------
+
+
+def normal_equations():
+    n, p, groups = 4096, 1024, 9
+    draw = rng()
+    x, y = draw.standard_normal((n, p), dtype=np.float32), draw.standard_normal(n)
+    group = draw.integers(0, groups, n)
+    upper = np.triu_indices(p)
+
+    def baseline():
+        out = [np.zeros(groups, np.int64), np.zeros((groups, p)), np.zeros(groups), np.zeros(groups)]
+        cross, gram = np.zeros((groups, p)), np.zeros((groups, upper[0].size))
+        for k in range(groups):
+            rows, labels = x[group == k], y[group == k]
+            out[0][k], out[1][k] = len(rows), rows.sum(0, dtype=np.float64)
+            out[2][k], out[3][k] = labels.sum(), labels @ labels
+            cross[k] = labels.astype(np.float32) @ rows
+            gram[k] = (rows.T @ rows)[upper]
+        return [*out, cross, gram]
+
+    return lambda: kernels.normal_equations(x, y, group, groups), baseline
+
+
+def add_rows():
+    n, groups = 2048, 9
+    draw = rng()
+    values, group = draw.standard_normal((n, P), dtype=np.float32), draw.integers(0, groups, n)
+
+    def kernel():
+        totals = np.zeros((groups, P))
+        kernels.add_rows(values, group, totals)
+        return totals
+
+    return kernel, lambda: np.stack([values[group == k].sum(0, dtype=np.float64) for k in range(groups)])
+
+
+def project():
+    flux, error = spectra(2048)
+    draw = rng()
+    plan = kernels.Projection(
+        reference=np.ones(P, np.float32),
+        noise_shape=draw.uniform(0.01, 0.05, P),
+        matrix=draw.standard_normal((P, 96)),
+        variance_matrix=draw.uniform(0, 1, (P, 72)),
+        captured=draw.uniform(0, 1, P),
+    )
+
+    def baseline():
+        x, v = flux - plan.reference, error * error
+        level = np.float32(0.5) * np.log((v @ plan.inverse_shape) / np.float32(P))
+        energy, expected = (x * x) @ plan.inverse_shape, v @ plan.residual
+        return [x @ plan.matrix, v @ plan.variance_matrix, level, energy, expected]
+
+    def kernel():
+        out = kernels.project(flux, error, None, plan)
+        return [out.values, out.variances, out.log_level, out.energy, out.expected]
+
+    return kernel, baseline
+
+
+def layers(n):
+    draw = rng()
+    features = draw.standard_normal((n, 14), dtype=np.float32)
+    shapes = ((14, 64), (64,), (64, 9), (9,))
+    return features, [draw.standard_normal(shape, dtype=np.float32) / 4 for shape in shapes]
+
+
+def perceptron():
+    features, (w1, b1, w2, b2) = layers(20_000)
+    return (
+        lambda: kernels.perceptron(features, w1, b1, w2, b2),
+        lambda: np.tanh(features @ w1 + b1) @ w2 + b2,
+    )
+
+
+def soft_mix():
+    features, (w1, b1, w2, b2) = layers(20_000)
+    values = rng().uniform(1, 5, (len(features), 9)).astype(np.float32)
+
+    def baseline():
+        logits = np.tanh(features @ w1 + b1) @ w2 + b2
+        gate = np.exp(logits - logits.max(1, keepdims=True))
+        gate /= gate.sum(1, keepdims=True)
+        return [gate, (gate * values).sum(1)]
+
+    return lambda: kernels.soft_mix(features, values, w1, b1, w2, b2), baseline
+
+
+def assign_bins():
+    draw = rng()
+    t_eff, m_h = draw.uniform(3500, 6500, 500_000), draw.uniform(-2.5, 0.75, 500_000)
+    t_edges, m_edges = (3750.0, 4500.0, 5250.0, 6000.0), (-2.0, -1.0, 0.0, 0.5)
+
+    def baseline():
+        i = np.clip(np.searchsorted(t_edges, t_eff, "right") - 1, 0, 2)
+        k = np.clip(np.searchsorted(m_edges, m_h, "right") - 1, 0, 2)
+        return (3 * i + k).astype(np.int16)
+
+    return lambda: kernels.assign_bins(t_eff, m_h, t_edges, m_edges), baseline
+
+
+def assign_snr_bins():
+    snr, edges = rng().uniform(1, 9, 500_000), (2.0, 4.0, 7.0)
+    return (
+        lambda: kernels.assign_snr_bins(snr, edges),
+        lambda: np.searchsorted(edges, snr, "left").astype(np.int16),
+    )
+
+
+def sort_by_bin():
+    bins = rng().integers(0, 49, 500_000).astype(np.int16)
+
+    def baseline():
+        offsets = np.concatenate([[0], np.cumsum(np.bincount(bins, minlength=49))])
+        return [np.argsort(bins, kind="stable"), offsets]
+
+    return lambda: kernels.sort_by_bin(bins, 49), baseline
+
+
+def gaussian_log_likelihood():
+    flux, error = spectra(512)
+    data, constant = flux[0].astype(np.float64), (error[0].astype(np.float64)) ** 2
+    weight, logs = (1 / constant).astype(np.float32), np.log(constant).sum()
+    observed = data.astype(np.float32)
+
+    def baseline():
+        x = observed - flux
+        return -0.5 * ((x * x) @ weight + logs)
+
+    return lambda: kernels.gaussian_log_likelihood(flux, data, constant=constant), baseline
+
+
+def good_pixels_all_good():
+    flux, error = spectra(2048)
+
+    def baseline():
+        good = np.isfinite(flux) & (error > 0) & (error <= np.float32(1e6))
+        return None if good.all() else good
+
+    return lambda: good_pixels(flux, error), baseline
+
+
+def good_pixels_masked():
+    flux, error = spectra(2048)
+    mask = (rng().random(flux.shape) < 0.01).astype(np.uint8)
+
+    def baseline():
+        good = np.isfinite(flux) & (error > 0) & (error <= np.float32(1e6)) & (mask == 0)
+        return None if good.all() else good
+
+    return lambda: good_pixels(flux, error, mask), baseline
+
+
+def assess_all_good():
+    flux, error = spectra(512)
+
+    def baseline():
+        norm = np.sqrt((flux * flux).sum(1) / (error * error).sum(1))
+        return [norm, np.median(flux / error, axis=1)]
+
+    def kernel():
+        quality = assess(flux, error, None)
+        return [quality.snr_norm, quality.snr_median]
+
+    return kernel, baseline
+
+
+CASES = {
+    normal_equations: 5.0,
+    add_rows: 8.0,
+    project: 2.0,
+    perceptron: 15.0,
+    soft_mix: 10.0,
+    assign_bins: 0.5,
+    assign_snr_bins: 0.6,
+    sort_by_bin: 2.0,
+    gaussian_log_likelihood: 2.5,
+    good_pixels_all_good: 4.0,
+    good_pixels_masked: 4.0,
+    assess_all_good: 0.6,
+}
+"""Largest ratio of the kernel's time to the baseline's."""
+
+NO_KERNELS = {"PROJECT_ROWS", "Projected", "Projection", "packed_size", "unpack_symmetric"}
+
+
+# --- the measurement ---------------------------------------------------------------------------------------------
+
+
+def repeated(work):
+    """`work` as often as a sample needs, and how often that is."""
+    work()
+    once = math.inf
+    for _ in range(3):
+        begin = time.perf_counter()
+        work()
+        once = min(once, time.perf_counter() - begin)
+    # A call on its own is slower than one of many.
+    count = max(1, math.ceil(1.5 * SAMPLE / once))
+
+    def sample():
+        for _ in range(count):
+            work()
+
+    return sample, count
+
+
+def ratio_of(benchmark, kernel, baseline):
+    """Fastest kernel call over fastest baseline call; every sample of the one follows one of the other."""
+    (many, count), (many_baseline, baseline_count) = repeated(kernel), repeated(baseline)
+    seconds = []
+
+    def take_turns():
+        begin = time.perf_counter()
+        many_baseline()
+        seconds.append((time.perf_counter() - begin) / baseline_count)
+
+    benchmark.pedantic(many, setup=take_turns, rounds=ROUNDS, iterations=1)
+    samples = [second / count for second in benchmark.stats.stats.data]
+    ratio = min(samples) / min(seconds)
+    benchmark.extra_info.update(
+        ratio=ratio, kernel_seconds=samples, baseline_seconds=seconds, kernel_calls_per_sample=count
+    )
+    return ratio
+
+
+def assert_same(found, expected):
+    if expected is None:
+        assert found is None
+        return
+    several = isinstance(expected, list)
+    for mine, theirs in zip(found if several else [found], expected if several else [expected], strict=True):
+        largest = float(np.abs(np.asarray(theirs, np.float64)).max())
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-4 * largest)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_kernel_is_not_several_times_slower(benchmark, case):
+    kernel, baseline = case()
+    assert_same(kernel(), baseline())
+    bound = CASES[case]
+    benchmark.extra_info["bound"] = bound
+    ratio = ratio_of(benchmark, kernel, baseline)
+    print(f"{case.__name__}: {ratio:.2f} of NumPy's time, {bound:g} allowed")
+    assert ratio <= bound
+
+
+def test_a_kernel_that_became_slow_is_seen(benchmark):
+    _, baseline = sort_by_bin()
+    usual = CASES[sort_by_bin]
+    # Several times slower than the baseline, by construction.
+    slow = ratio_of(benchmark, lambda: [baseline() for _ in range(2 * math.ceil(usual))], baseline)
+    assert slow > usual
+
+
+def test_every_kernel_has_a_case():
+    assert set(moefast.kernels.__all__) - NO_KERNELS <= {case.__name__ for case in CASES}
