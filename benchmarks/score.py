@@ -52,19 +52,23 @@ LIGHTGBM_ROWS, LIGHTGBM_TREES = 4000, 100
 
 @dataclass(frozen=True)
 class MixtureArrays:
-    """The arrays that log g comes from, in pixel space, float32.
+    """The arrays that log g comes from, float32.
 
-    `reference` and `noise_shape` (p,), `knots` (M,), `experts` (p, K, M), `intercepts` (K, M), `basis` (p, r), of whose
-    components the gate sees the first four, `lines` (p, 12), `line_offsets` (12,), `line_widths` (4,), and two networks
+    `reference` and `noise_shape` (p,), `knots` (M,), `components` (p, c), of which the gate sees the first four,
+    `experts` (c, K·M) in these, `intercepts` (K, M), `cells` (p / cell, M·K) for their noise, `captured` (p,) of χ²,
+    `lines` (p, 12), `line_offsets` (12,), `line_widths` (4,), and two networks
     (W₁, b₁, W₂, b₂): `gate`, and `error_model`, which only errors need.
     """
 
     reference: F32
     noise_shape: F32
     knots: F32
+    components: F32
     experts: F32
     intercepts: F32
-    basis: F32
+    cells: F32
+    captured: F32
+    n_basis: int
     lines: F32
     line_offsets: F32
     line_widths: F32
@@ -73,10 +77,10 @@ class MixtureArrays:
     label_range: tuple[float, float]
     clipped: bool
 
-    def columns(self, n_components: int = N_GATE_COMPONENTS) -> F32:
-        """Everything that multiplies the centred flux, (p, K·M + n_components + 12); the gate needs four components."""
-        flat = self.experts.reshape(len(self.reference), -1)
-        return np.ascontiguousarray(np.concatenate([flat, self.basis[:, :n_components], self.lines], 1))
+    @property
+    def columns(self) -> F32:
+        """Everything that multiplies the centred flux, (p, c + 12)."""
+        return np.ascontiguousarray(np.concatenate([self.components, self.lines], 1))
 
 
 def mixture_arrays(mixture: Mixture) -> MixtureArrays:
@@ -85,9 +89,14 @@ def mixture_arrays(mixture: Mixture) -> MixtureArrays:
         reference=mixture.reference,
         noise_shape=mixture.noise_shape,
         knots=mixture.knots,
-        experts=mixture.expert_weights,
+        components=mixture.columns,
+        experts=np.ascontiguousarray(mixture.expert_weights.transpose(2, 0, 1)).reshape(
+            mixture.columns.shape[1], -1
+        ),
         intercepts=mixture.expert_intercepts,
-        basis=mixture.basis,
+        cells=mixture.cell_matrix,
+        captured=mixture.captured,
+        n_basis=mixture.n_basis,
         lines=mixture.line_columns,
         line_offsets=mixture.line_offsets,
         line_widths=mixture.line_widths,
@@ -189,7 +198,7 @@ def _own_cuda(problem: ScoreProblem) -> Work:
     from moefast.scoring import open_engine
 
     engine, where = open_engine(problem.mixture, "cuda")
-    work = in_blocks(problem, lambda flux, error: engine(flux, error, None, 0).log_g)
+    work = in_blocks(problem, lambda flux, error: engine(flux, error, None, 0)[0].log_g)
     work.facts["device"] = where.device
     return work
 
@@ -291,7 +300,7 @@ def _onnx(problem: ScoreProblem, backend: str) -> Work:
 def _numpy(problem: ScoreProblem) -> Work:
     """The mixture in plain NumPy, float32."""
     a = mixture_arrays(problem.mixture)
-    columns, inverse = a.columns(), 1 / a.noise_shape
+    columns, inverse = a.columns, 1 / a.noise_shape
 
     def score(flux: F32, error: F32) -> F32:
         flux = np.maximum(flux, 0) if a.clipped else flux
@@ -306,25 +315,25 @@ def _numpy(problem: ScoreProblem) -> Work:
 def _numpy_full(problem: ScoreProblem) -> Work:
     """The same with everything that `Mixture.predict` gives: errors, propagated noise, χ²."""
     a = mixture_arrays(problem.mixture)
-    (k, m), r = a.intercepts.shape, a.basis.shape[1]
-    columns, inverse = a.columns(r), 1 / a.noise_shape
-    squares = a.experts.reshape(len(a.reference), -1) ** 2
-    outside = inverse - (a.basis**2).sum(1)
+    (k, m), n_cells = a.intercepts.shape, len(a.cells)
+    columns, inverse = a.columns, 1 / a.noise_shape
+    outside = inverse - a.captured
     error_features = problem.mixture.error_features
 
     def score(flux: F32, error: F32) -> F32:
         flux = np.maximum(flux, 0) if a.clipped else flux
         x, variance = flux - a.reference, error * error
-        linear = x @ columns
-        experts, features, hat = _after_the_product(a, linear, variance @ inverse)
+        linear, ratio = x @ columns, variance * inverse
+        experts, features, hat = _after_the_product(a, linear, ratio.sum(1))
         weights = _softmax(_network(features, a.gate))
         mixed = (weights * experts).sum(1)
         log_g = np.clip(mixed, *a.label_range)
-        noise = np.sqrt(((variance @ squares).reshape(-1, k, m) * hat[:, None]).sum(2))
+        cells = ratio.reshape(len(x), n_cells, -1).mean(2)
+        noise = np.sqrt(((cells @ a.cells).reshape(-1, m, k) * hat[:, :, None]).sum(1))
         raw = (weights * noise).sum(1)
         spread = np.sqrt((weights * (experts - mixed[:, None]) ** 2).sum(1))
         log_g_err = np.exp(_network(error_features(features, log_g, raw, spread), a.error_model)[:, 0])
-        z = linear[:, k * m : k * m + r]
+        z = linear[:, : a.n_basis]
         chi2 = ((x * x) @ inverse - (z * z).sum(1)) / np.maximum(variance @ outside, np.float32(1e-30))
         return np.stack([log_g, log_g_err, raw, chi2])[0]
 
@@ -344,8 +353,8 @@ def _softmax(logits: F32) -> F32:
 def _after_the_product(a: MixtureArrays, linear: NDArray, noise: NDArray) -> tuple[NDArray, NDArray, NDArray]:
     """Expert values (n, K) between noise levels, the 14 gate features, the weights (n, M) of the levels, in NumPy."""
     k, m = a.intercepts.shape
-    experts, lines = linear[:, : k * m], linear[:, -len(a.line_offsets) :]
-    components = linear[:, k * m : k * m + N_GATE_COMPONENTS]
+    z, lines = np.split(linear, [a.components.shape[1]], axis=1)
+    experts, components = z @ a.experts, z[:, :N_GATE_COMPONENTS]
     level = np.clip(np.float32(0.5) * np.log(noise / np.float32(len(a.reference))), a.knots[0], a.knots[-1])
     step = (a.knots[-1] - a.knots[0]) / np.float32(m - 1)
     hat = np.maximum(0, 1 - np.abs(level[:, None] - a.knots) / step)
@@ -367,7 +376,7 @@ def _sklearn(problem: ScoreProblem) -> Work:
     from sklearn.preprocessing import LabelBinarizer
 
     a = mixture_arrays(problem.mixture)
-    columns = a.columns()
+    columns = a.columns
     linear, noise = Ridge(), Ridge(fit_intercept=False)
     linear.coef_ = np.ascontiguousarray(columns.T)
     linear.intercept_ = -(a.reference @ columns)
@@ -395,20 +404,21 @@ def _torch(problem: ScoreProblem, device: str, resident: bool = False) -> Work:
         raise BackendError(f"torch {torch.__version__} finds no CUDA device")
     torch.backends.cuda.matmul.allow_tf32 = False
     a = mixture_arrays(problem.mixture)
-    (k, m), c = a.intercepts.shape, N_GATE_COMPONENTS
+    (k, m), c = a.intercepts.shape, a.components.shape[1]
 
     def there(array: Any) -> Any:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
-    reference, inverse, columns = there(a.reference), there(1 / a.noise_shape), there(a.columns())
-    knots, intercepts = there(a.knots), there(a.intercepts)
+    reference, inverse, columns = there(a.reference), there(1 / a.noise_shape), there(a.columns)
+    knots, intercepts, weights_of = there(a.knots), there(a.intercepts), there(a.experts)
     offsets, widths = there(a.line_offsets), there(a.line_widths)
     w1, b1, w2, b2 = (there(layer) for layer in a.gate)
     step = (knots[-1] - knots[0]) / (m - 1)
 
     def score(flux: Any, error: Any) -> Any:
         flux = flux.clamp(min=0) if a.clipped else flux
-        experts, components, lines = ((flux - reference) @ columns).split([k * m, c, len(offsets)], 1)
+        z, lines = ((flux - reference) @ columns).split([c, len(offsets)], 1)
+        experts, components = z @ weights_of, z[:, :N_GATE_COMPONENTS]
         level = (0.5 * torch.log((error * error) @ inverse / len(reference))).clamp(knots[0], knots[-1])
         hat = (1 - (level[:, None] - knots).abs() / step).clamp(min=0)
         values = ((experts.reshape(-1, k, m) + intercepts) * hat[:, None]).sum(2)

@@ -15,6 +15,8 @@ import pytest
 
 import moefast.kernels
 from moefast import kernels
+from moefast.kernels.reference import soft_mix_reference
+from moefast.mixture import Mixture
 from moefast.spectra.quality import assess, good_pixels
 
 SAMPLE = 0.1
@@ -57,69 +59,119 @@ def normal_equations():
     return lambda: kernels.normal_equations(x, y, group, groups), baseline
 
 
-def add_rows():
+def collect_rows():
     n, groups = 2048, 9
     draw = rng()
-    values, group = draw.standard_normal((n, P), dtype=np.float32), draw.integers(0, groups, n)
+    x, group = draw.standard_normal((n, P), dtype=np.float32), draw.integers(0, groups, n)
+    y, error, reference = draw.standard_normal(n), np.abs(x), np.ones(P, np.float32)
+    buffers = np.empty((groups, n, P), np.float32)
 
     def kernel():
-        totals = np.zeros((groups, P))
-        kernels.add_rows(values, group, totals)
-        return totals
-
-    return kernel, lambda: np.stack([values[group == k].sum(0, dtype=np.float64) for k in range(groups)])
-
-
-def project():
-    flux, error = spectra(2048)
-    draw = rng()
-    plan = kernels.Projection(
-        reference=np.ones(P, np.float32),
-        noise_shape=draw.uniform(0.01, 0.05, P),
-        matrix=draw.standard_normal((P, 96)),
-        variance_matrix=draw.uniform(0, 1, (P, 72)),
-        captured=draw.uniform(0, 1, P),
-    )
+        totals = (
+            np.zeros(groups, np.int64), np.zeros((groups, P)), np.zeros(groups), np.zeros(groups),
+            np.zeros((groups, P)), np.zeros((groups, P)),
+        )  # fmt: skip
+        waiting = np.zeros(groups, np.int64)
+        kernels.collect_rows(x, y, group, 0, reference, buffers, waiting, totals, error=error)
+        return [totals[1], totals[4], totals[5]]
 
     def baseline():
-        x, v = flux - plan.reference, error * error
-        level = np.float32(0.5) * np.log((v @ plan.inverse_shape) / np.float32(P))
-        energy, expected = (x * x) @ plan.inverse_shape, v @ plan.residual
-        return [x @ plan.matrix, v @ plan.variance_matrix, level, energy, expected]
-
-    def kernel():
-        out = kernels.project(flux, error, None, plan)
-        return [out.values, out.variances, out.log_level, out.energy, out.expected]
+        out = [np.empty((groups, P)) for _ in range(3)]
+        for k in range(groups):
+            rows = buffers[k, : np.count_nonzero(group == k)]
+            np.subtract(x[group == k], reference, out=rows)
+            out[0][k], out[1][k] = rows.sum(0, dtype=np.float64), y[group == k] @ rows
+            out[2][k] = (error[group == k] ** 2).sum(0, dtype=np.float64)
+        return out
 
     return kernel, baseline
 
 
-def layers(n):
-    draw = rng()
-    features = draw.standard_normal((n, 14), dtype=np.float32)
-    shapes = ((14, 64), (64,), (64, 9), (9,))
-    return features, [draw.standard_normal(shape, dtype=np.float32) / 4 for shape in shapes]
+def add_gram():
+    n, p = 4096, 1536
+    rows, upper = rng().standard_normal((n, p), dtype=np.float32), np.triu_indices(p)
+
+    def kernel():
+        packed = np.zeros(p * (p + 1) // 2)
+        kernels.add_gram(rows, packed)
+        return packed
+
+    return kernel, lambda: (rows.T @ rows)[upper]
 
 
-def perceptron():
-    features, (w1, b1, w2, b2) = layers(20_000)
+def all_within():
+    values = rng().standard_normal((2048, P), dtype=np.float32)
     return (
-        lambda: kernels.perceptron(features, w1, b1, w2, b2),
-        lambda: np.tanh(features @ w1 + b1) @ w2 + b2,
+        lambda: np.array(kernels.all_within(values, -1e15, 1e15)),
+        lambda: np.array(((values > -1e15) & (values < 1e15)).all()),
     )
 
 
-def soft_mix():
-    features, (w1, b1, w2, b2) = layers(20_000)
-    values = rng().uniform(1, 5, (len(features), 9)).astype(np.float32)
+def random_mixture():
+    """A mixture of the size of the shipped one."""
+    draw = rng()
+
+    def normal(*shape, scale=1.0):
+        return (scale * draw.standard_normal(shape)).astype(np.float32)
+
+    k, m, c = 9, 8, 48
+    return Mixture(
+        wave=np.linspace(7100.2, 8849.8, P),
+        reference=1 + normal(P, scale=0.1),
+        noise_shape=draw.uniform(0.01, 0.05, P).astype(np.float32),
+        knots=np.linspace(-1.5, 1.5, m, dtype=np.float32),
+        columns=normal(P, c, scale=0.1),
+        n_basis=c,
+        expert_weights=normal(k, m, c, scale=0.1),
+        expert_intercepts=3 + normal(k, m, scale=0.3),
+        gate=(normal(14, 64, scale=0.1), normal(64), normal(64, k), normal(k)),
+        error_model=(normal(17, 32, scale=0.1), normal(32), normal(32, 1, scale=0.1), normal(1)),
+        label_range=(1.0, 5.0),
+    )
+
+
+def project():
+    flux, error = spectra(2048)
+    plan = random_mixture().projection
 
     def baseline():
-        logits = np.tanh(features @ w1 + b1) @ w2 + b2
-        gate = np.exp(logits - logits.max(1, keepdims=True))
-        gate /= gate.sum(1, keepdims=True)
-        return [gate, (gate * values).sum(1)]
+        x, ratio = flux - plan.reference, error * error * plan.inverse_shape
+        level = np.float32(0.5) * np.log(ratio.mean(1))
+        energy, expected = (x * x) @ plan.inverse_shape, (error * error) @ plan.residual
+        cells = ratio.reshape(len(x), -1, plan.cell).mean(2)
+        norm = np.sqrt((flux * flux).sum(1) / (error * error).sum(1))
+        median = np.median(flux / error, axis=1)
+        products = [x @ plan.matrix, x @ plan.lines, cells @ plan.cell_matrix]
+        return [*products, level, energy, expected, norm, median]
 
-    return lambda: kernels.soft_mix(features, values, w1, b1, w2, b2), baseline
+    def kernel():
+        out = kernels.project(flux, error, None, plan)
+        return [
+            out.columns, out.windows, out.variances, out.log_level, out.energy, out.expected, out.snr_norm,
+            out.snr_median,
+        ]  # fmt: skip
+
+    return kernel, baseline
+
+
+def soft_mix():
+    mixture, (flux, error) = random_mixture(), spectra(8192)
+    rows = kernels.project(flux, error, None, mixture.projection)
+
+    def outputs(mixed):
+        return [
+            mixed.log_g,
+            mixed.log_g_err,
+            mixed.log_g_err_raw,
+            mixed.weights,
+            mixed.expert_log_g,
+            mixed.chi2,
+        ]
+
+    return (
+        lambda: outputs(kernels.soft_mix(rows, mixture.mixing)),
+        lambda: outputs(soft_mix_reference(rows, mixture.mixing)),
+    )
 
 
 def assign_bins():
@@ -203,10 +255,11 @@ def assess_all_good():
 
 CASES = {
     normal_equations: 5.0,
-    add_rows: 8.0,
-    project: 2.0,
-    perceptron: 15.0,
-    soft_mix: 10.0,
+    collect_rows: 2.0,
+    add_gram: 4.0,
+    all_within: 2.0,
+    project: 0.6,
+    soft_mix: 1.0,
     assign_bins: 0.5,
     assign_snr_bins: 0.6,
     sort_by_bin: 2.0,
@@ -217,7 +270,10 @@ CASES = {
 }
 """Largest ratio of the kernel's time to the baseline's."""
 
-NO_KERNELS = {"PROJECT_ROWS", "Projected", "Projection", "packed_size", "unpack_symmetric"}
+NO_KERNELS = {
+    "GRAM_ROWS", "PROJECT_ROWS", "Mixed", "Mixing", "Projected", "Projection", "cell_size", "packed_size",
+    "unpack_symmetric",
+}  # fmt: skip
 
 
 # --- the measurement ---------------------------------------------------------------------------------------------
