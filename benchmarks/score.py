@@ -379,7 +379,7 @@ def _sklearn(problem: ScoreProblem) -> Work:
     columns = a.columns
     linear, noise = Ridge(), Ridge(fit_intercept=False)
     linear.coef_ = np.ascontiguousarray(columns.T)
-    linear.intercept_ = -(a.reference @ columns)
+    linear.intercept_ = np.float32(0)
     noise.coef_, noise.intercept_ = 1 / a.noise_shape, np.float32(0)
     k = a.intercepts.shape[0]
     gate = MLPClassifier((a.gate[1].size,), activation="tanh")
@@ -390,7 +390,9 @@ def _sklearn(problem: ScoreProblem) -> Work:
 
     def score(flux: F32, error: F32) -> NDArray:
         flux = np.maximum(flux, 0) if a.clipped else flux
-        experts, features, _ = _after_the_product(a, linear.predict(flux), noise.predict(error * error))
+        experts, features, _ = _after_the_product(
+            a, linear.predict(flux - a.reference), noise.predict(error * error)
+        )
         return np.clip((gate.predict_proba(features) * experts).sum(1), *a.label_range)
 
     return in_blocks(problem, score)

@@ -141,7 +141,7 @@ def ridge(moments: Moments, alpha: float, noise: F64 | float = 0.0) -> tuple[F64
     """
     system = moments.gram.copy()
     system[np.diag_indices_from(system)] += alpha + moments.n * np.broadcast_to(noise, moments.mean_x.shape)
-    # Its transpose is the same matrix in the order of LAPACK, whose upper triangle OpenBLAS factors several times faster.
+    # Its transpose is the same matrix in the order of LAPACK, and OpenBLAS is several times faster on the upper half.
     factor = scipy.linalg.cho_factor(system.T, lower=False, overwrite_a=True, check_finite=False)
     weights = scipy.linalg.cho_solve(factor, moments.cross, check_finite=False)
     return weights, moments.mean_y - float(weights @ moments.mean_x)
