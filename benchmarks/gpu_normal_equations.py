@@ -1,6 +1,6 @@
 """Σxxᵀ on the GPU: accuracy and speed of every method beside cuBLAS, in one run.
 
-`python benchmarks/gpu_normal_equations.py [-o FILE] [--samples N] [--small]`; exit code 7 where there is no usable GPU.
+`python -m moefast.benchmarks.gpu_normal_equations [-o FILE] [--samples N] [--small]`; exit code 7 where there is no usable GPU.
 
 Accuracy is the largest error of G_ij in units of √(G_ii G_jj) against float64 on the CPU; the goal is 1e-6. Speed
 counts n p (p + 1) operations, those of a symmetric product, whatever an engine really makes. Data are on the device for
@@ -22,10 +22,8 @@ import click
 import numpy as np
 
 from moefast.backend import cuda_devices
+from moefast.benchmarks.environment import describe
 from moefast.errors import BackendError
-
-sys.path.append(str(Path(__file__).parent))
-from environment import describe
 
 RESULTS = Path(__file__).parent / "results"
 GOAL = 1e-6
@@ -44,7 +42,7 @@ AGREE = 5e-6
 def rows(n: int, p: int, n_groups: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rows like centred spectra (shared components and noise), labels and groups."""
     rng = np.random.default_rng(seed)
-    strength = rng.standard_normal((n, 3), np.float32) * np.float32([0.1, 0.03, 0.01])
+    strength = rng.standard_normal((n, 3), np.float32) * np.array([0.1, 0.03, 0.01], np.float32)
     x = strength @ np.random.default_rng(SEED).standard_normal((3, p), np.float32)
     x += np.float32(0.1) * rng.standard_normal((n, p), np.float32)
     return x, 3 + rng.standard_normal(n), rng.integers(0, n_groups, n)
@@ -106,12 +104,12 @@ def own_engine(
     n, p = x.shape
     order, bounds = sort_by_bin(group, n_groups)
     products = METHODS[name](n, p, n_groups)
-    arrays = [cuda.to_device(a) for a in (x, order, bounds)]
+    rows, places, offsets = (cuda.to_device(a) for a in (x, order, bounds))
     totals = cuda.device_array((n_groups, p * (p + 1) // 2), np.float64)
     stream = cuda.stream()
 
     def multiply() -> None:
-        products.add(*arrays, bounds, totals, stream)
+        products.add(rows, places, offsets, bounds, totals, stream)
         stream.synchronize()
 
     def result() -> np.ndarray:
@@ -252,8 +250,8 @@ def main(samples: int, small: bool, out: Path | None) -> None:
     click.echo(f"{device}: methods {', '.join(methods)}")
     for name, lack in missing.items():
         click.echo(f"  not {name}: {lack}")
-    for name, error in broken.items():
-        click.echo(f"  {name} FAILS: {error}")
+    for name, reason in broken.items():
+        click.echo(f"  {name} FAILS: {reason}")
     report: dict[str, Any] = {
         "what": "normal equations on the GPU",
         "device": device,

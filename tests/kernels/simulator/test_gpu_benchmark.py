@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).resolve().parents[3] / "benchmarks" / "gpu_normal_equati
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
+def script(monkeypatch):
     spec = importlib.util.spec_from_file_location("gpu_normal_equations", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -27,11 +27,11 @@ def benchmark(monkeypatch):
     return module
 
 
-def test_the_report(benchmark, tmp_path):
+def test_the_report(script, tmp_path):
     out = tmp_path / "report.json"
-    done = CliRunner().invoke(benchmark.main, ["--small", "--samples", "1", "-o", str(out)])
+    done = CliRunner().invoke(script.main, ["--small", "--samples", "1", "-o", str(out)])
     report = json.loads(out.read_text())
-    assert report["accuracy"][0]["worst_error"]["numba"] < benchmark.GOAL
+    assert report["accuracy"][0]["worst_error"]["numba"] < script.GOAL
     assert report["speed"][0]["engines"]["numba"]["agrees"]
     assert len(report["speed"][0]["engines"]["numba"]["seconds"]) == 1
     assert report["speed"][0]["auto"]["method"] == "numba"
@@ -41,8 +41,8 @@ def test_the_report(benchmark, tmp_path):
     assert done.exit_code == int(bool(report["methods_broken"]))
 
 
-def test_a_wrong_product_is_a_failure(benchmark, tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark, "worst_error", lambda packed, exact: 2e-6)
-    done = CliRunner().invoke(benchmark.main, ["--small", "--samples", "1", "-o", str(tmp_path / "r.json")])
+def test_a_wrong_product_is_a_failure(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "worst_error", lambda packed, exact: 2e-6)
+    done = CliRunner().invoke(script.main, ["--small", "--samples", "1", "-o", str(tmp_path / "r.json")])
     assert done.exit_code == 1
     assert "off by more than the goal of 1e-06: numba" in done.output
