@@ -1,6 +1,6 @@
 """Σxxᵀ on the GPU: accuracy and speed of every method beside cuBLAS, in one run.
 
-`python -m moefast.benchmarks.gpu_normal_equations [-o FILE] [--samples N] [--small]`; exit code 7 where there is no usable GPU.
+`python -m moefast.benchmarks.gpu_normal_equations [-o FILE] [--samples N] [--small]`; exit code 7 without a usable GPU.
 
 Accuracy is the largest error of G_ij in units of √(G_ii G_jj) against float64 on the CPU; the goal is 1e-6. Speed
 counts n p (p + 1) operations, those of a symmetric product, whatever an engine really makes. Data are on the device for
@@ -126,6 +126,8 @@ def torch_engine(x: np.ndarray, upper_only: bool) -> tuple[Callable[[], None], C
 
     from moefast.kernels.cuda.products import multiply_upper
 
+    if not torch.cuda.is_available():
+        raise ImportError("torch sees no CUDA device")
     torch.backends.cuda.matmul.allow_tf32 = False
     values = torch.from_numpy(x).cuda()
     square = torch.empty((x.shape[1], x.shape[1]), device="cuda")
