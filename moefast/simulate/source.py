@@ -8,6 +8,7 @@ grow with their number. Nothing is read ahead: generation keeps all cores busy b
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -193,7 +194,7 @@ class SimulatedSpectra:
         Parameters
         ----------
         block_rows : int
-            Rows per block; the last one may be shorter.
+            Rows per block. Blocks end at multiples of it; the first and the last may be shorter.
         array : {"auto", "flux", "noisy"}
             What becomes `Block.flux`; "auto" is noisy.
         rows : tuple of int, optional
@@ -217,8 +218,10 @@ class SimulatedSpectra:
     def _blocks(
         self, block_rows: int, noisy: bool, start: int, stop: int, names: list[str]
     ) -> Iterator[Block]:
-        for first in range(start, stop, block_rows):
-            made = self._simulate(first, min(first + block_rows, stop), noisy=noisy)
+        edges = [start, *range(start - start % block_rows + block_rows, stop, block_rows), stop]
+        edges = edges if start < stop else []
+        for first, last in itertools.pairwise(edges):
+            made = self._simulate(first, last, noisy=noisy)
             flux = made.noisy if made.noisy is not None else made.flux
             yield Block(first, 0, flux, made.error, None, {name: made.params[name] for name in names})
 

@@ -255,7 +255,7 @@ def test_errors_are_squared_here_and_negative_flux_may_count_as_zero(data, refer
 def test_totals_do_not_depend_on_the_number_of_cores(data, reference, monkeypatch, cores):
     expected = gathered(data, reference)
     monkeypatch.setattr("moefast.threads.CORES", cores)
-    monkeypatch.setattr("moefast.kernels.CORES", cores)
+    monkeypatch.setattr("moefast.kernels.gram.CORES", cores)
     assert_equal_totals(gathered(data, reference), expected)
 
 

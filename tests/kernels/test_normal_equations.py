@@ -192,7 +192,7 @@ def test_products_have_the_same_bits_on_any_number_of_cores(n, p, monkeypatch):
     found = []
     for cores in (1, 2, 5):
         monkeypatch.setattr("moefast.threads.CORES", cores)
-        monkeypatch.setattr("moefast.kernels.CORES", cores)
+        monkeypatch.setattr("moefast.kernels.gram.CORES", cores)
         found.append(np.ones(packed_size(p)))
         add_gram(x, found[-1])
         np.testing.assert_array_equal(found[-1], found[0])
