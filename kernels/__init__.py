@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from moefast.kernels import cpu
 from moefast.kernels.binning import assign_bins, assign_snr_bins, sort_by_bin
+from moefast.kernels.dispatch import on_cuda
 from moefast.kernels.likelihood import gaussian_log_likelihood
 from moefast.kernels.scoring import (
     PROJECT_ROWS,
@@ -75,6 +76,8 @@ def normal_equations(
     *,
     out: tuple[NDArray[np.int64], F64, F64, F64, F64, F64] | None = None,
     square: F32 | None = None,
+    backend: str = "cpu",
+    method: str = "auto",
 ) -> tuple[NDArray[np.int64], F64, F64, F64, F64, F64]:
     """Sufficient statistics of linear regression, per group of rows.
 
@@ -90,7 +93,11 @@ def normal_equations(
     out : tuple of arrays, optional
         Totals to add to: shapes (g,), (g, p), (g,), (g,), (g, p), (g, p(p+1)/2).
     square : array of shape (p, p), float32, optional
-        Scratch, so that a caller with many blocks does not allocate it anew.
+        Scratch of the CPU, so that a caller with many blocks does not allocate it anew.
+    backend : "cpu" or "cuda"
+    method : "auto", "numba", "tensor" or "cublas"
+        How the GPU multiplies; see `moefast.kernels.cuda.products`. Blocks in a loop are better streamed through a
+        `moefast.kernels.cuda.NormalEquationsAccumulator`, whose totals stay on the device.
 
     Returns
     -------
@@ -101,7 +108,11 @@ def normal_equations(
     ------
     ValueError
         Shapes that do not fit, or a group outside its range.
+    BackendError
+        The backend is unknown, or there is no usable CUDA device.
     """
+    if backend != "cpu":
+        return on_cuda("normal_equations", backend)(x, y, group, n_groups, out=out, method=method)
     if x.ndim != 2 or y.shape != (len(x),) or group.shape != (len(x),):
         raise ValueError(f"x (n, p), y (n,), group (n,) expected; found {x.shape}, {y.shape}, {group.shape}")
     p = x.shape[1]

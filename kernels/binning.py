@@ -15,13 +15,21 @@ import numpy as np
 from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
+from moefast.kernels.dispatch import on_cuda
+
 __all__ = ["assign_bins", "assign_snr_bins", "sort_by_bin"]
 
+F64 = NDArray[np.float64]
 MAX_BINS = np.iinfo(np.int16).max
 
 
 def assign_bins(
-    teff: ArrayLike, mh: ArrayLike, teff_edges: Sequence[float], mh_edges: Sequence[float]
+    teff: ArrayLike,
+    mh: ArrayLike,
+    teff_edges: Sequence[float],
+    mh_edges: Sequence[float],
+    *,
+    backend: str = "cpu",
 ) -> NDArray[np.int16]:
     """Bin index of each row on a rectangular T_eff × [M/H] grid, edge-clamped.
 
@@ -38,6 +46,7 @@ def assign_bins(
         Metallicity [M/H] in dex.
     teff_edges, mh_edges : sequence of float
         Strictly increasing edges, at least two each, in K and dex.
+    backend : "cpu" or "cuda"
 
     Returns
     -------
@@ -47,7 +56,21 @@ def assign_bins(
     ------
     ValueError
         A label is not finite (the first row is named), shapes differ, or the edges are unusable.
+    BackendError
+        The backend is unknown, or there is no usable CUDA device.
     """
+    if backend != "cpu":
+        return on_cuda("assign_bins", backend)(teff, mh, teff_edges, mh_edges)
+    t_eff, m_h, inner_t, inner_m = check_grid(teff, mh, teff_edges, mh_edges)
+    out = np.empty(t_eff.size, dtype=np.int16)
+    _assign_bins(t_eff, m_h, inner_t, inner_m, out)
+    return out
+
+
+def check_grid(
+    teff: ArrayLike, mh: ArrayLike, teff_edges: Sequence[float], mh_edges: Sequence[float]
+) -> tuple[F64, F64, F64, F64]:
+    """The arguments of `assign_bins` as float64 arrays, edges without the outermost, or a ValueError."""
     t_eff = _finite_rows("teff", teff)
     m_h = _finite_rows("mh", mh)
     if t_eff.shape != m_h.shape:
@@ -57,12 +80,10 @@ def assign_bins(
     n_bins = (inner_t.size - 1) * (inner_m.size - 1)
     if n_bins > MAX_BINS:
         raise ValueError(f"a grid may have at most {MAX_BINS} bins (int16); found {n_bins}")
-    out = np.empty(t_eff.size, dtype=np.int16)
-    _assign_bins(t_eff, m_h, inner_t[1:-1], inner_m[1:-1], out)
-    return out
+    return t_eff, m_h, inner_t[1:-1], inner_m[1:-1]
 
 
-def assign_snr_bins(snr: ArrayLike, edges: Sequence[float]) -> NDArray[np.int16]:
+def assign_snr_bins(snr: ArrayLike, edges: Sequence[float], *, backend: str = "cpu") -> NDArray[np.int16]:
     """Bin index of each row by its SNR: bin = #{j : e_j < snr}.
 
     Intervals are open on the left and closed on the right, as the frozen protocol has them: with edges
@@ -74,6 +95,7 @@ def assign_snr_bins(snr: ArrayLike, edges: Sequence[float]) -> NDArray[np.int16]
         Signal-to-noise ratio (either definition; the edges must be of the same one).
     edges : sequence of float
         Strictly increasing; m edges make m + 1 bins.
+    backend : "cpu" or "cuda"
 
     Returns
     -------
@@ -83,17 +105,29 @@ def assign_snr_bins(snr: ArrayLike, edges: Sequence[float]) -> NDArray[np.int16]
     ------
     ValueError
         An SNR is not finite (the first row is named) or the edges are unusable.
+    BackendError
+        The backend is unknown, or there is no usable CUDA device.
     """
-    rows = _finite_rows("snr", snr)
-    cuts = _edges("edges", edges, 1)
-    if cuts.size >= MAX_BINS:
-        raise ValueError(f"there may be at most {MAX_BINS} bins (int16); found {cuts.size + 1}")
+    if backend != "cpu":
+        return on_cuda("assign_snr_bins", backend)(snr, edges)
+    rows, cuts = check_snr(snr, edges)
     out = np.empty(rows.size, dtype=np.int16)
     _assign_right_closed(rows, cuts, out)
     return out
 
 
-def sort_by_bin(bins: ArrayLike, n_bins: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def check_snr(snr: ArrayLike, edges: Sequence[float]) -> tuple[F64, F64]:
+    """The arguments of `assign_snr_bins` as float64 arrays, or a ValueError."""
+    rows = _finite_rows("snr", snr)
+    cuts = _edges("edges", edges, 1)
+    if cuts.size >= MAX_BINS:
+        raise ValueError(f"there may be at most {MAX_BINS} bins (int16); found {cuts.size + 1}")
+    return rows, cuts
+
+
+def sort_by_bin(
+    bins: ArrayLike, n_bins: int, *, backend: str = "cpu"
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Group rows by bin with a stable counting sort (histogram, scan, scatter).
 
     Rows of bin k are order[offsets[k] : offsets[k + 1]], in their input order.
@@ -104,6 +138,7 @@ def sort_by_bin(bins: ArrayLike, n_bins: int) -> tuple[NDArray[np.int64], NDArra
         Bin of each row, 0 … n_bins − 1.
     n_bins : int
         Number of bins; empty bins are allowed.
+    backend : "cpu" or "cuda"
 
     Returns
     -------
@@ -114,7 +149,20 @@ def sort_by_bin(bins: ArrayLike, n_bins: int) -> tuple[NDArray[np.int64], NDArra
     ------
     ValueError
         A bin lies outside 0 … n_bins − 1 (the first row is named), or `bins` is not a vector of integers.
+    BackendError
+        The backend is unknown, or there is no usable CUDA device.
     """
+    if backend != "cpu":
+        return on_cuda("sort_by_bin", backend)(bins, n_bins)
+    rows = check_bins(bins, n_bins)
+    order = np.empty(rows.size, dtype=np.int64)
+    offsets = np.zeros(n_bins + 1, dtype=np.int64)
+    _counting_sort(rows, offsets, np.empty(n_bins, dtype=np.int64), order)
+    return order, offsets
+
+
+def check_bins(bins: ArrayLike, n_bins: int) -> NDArray[np.int64]:
+    """The bins as int64, or a ValueError that names the first row outside 0 … n_bins − 1."""
     rows = np.asarray(bins)
     if rows.ndim != 1 or not (np.issubdtype(rows.dtype, np.integer) or rows.size == 0):
         raise ValueError(f"bins must be a vector of integers; found {rows.dtype} of shape {rows.shape}")
@@ -124,10 +172,7 @@ def sort_by_bin(bins: ArrayLike, n_bins: int) -> tuple[NDArray[np.int64], NDArra
     if bad.any():
         row = int(np.argmax(bad))
         raise ValueError(f"bins must lie in 0 … {n_bins - 1}; found {rows[row]} in row {row}")
-    order = np.empty(rows.size, dtype=np.int64)
-    offsets = np.zeros(n_bins + 1, dtype=np.int64)
-    _counting_sort(rows.astype(np.int64, copy=False), offsets, np.empty(n_bins, dtype=np.int64), order)
-    return order, offsets
+    return rows.astype(np.int64, copy=False)
 
 
 def _finite_rows(name: str, values: ArrayLike) -> NDArray[np.float64]:

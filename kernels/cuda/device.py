@@ -1,0 +1,47 @@
+"""Is there a GPU that can be used, and what happens when its memory runs out.
+
+Design: every public CUDA function asks here first, so that a machine without driver, device or package gives one clear
+error, and never a silent run on the CPU.
+"""
+
+from __future__ import annotations
+
+from importlib import util
+
+from moefast.errors import BackendError
+
+__all__ = ["DeviceMemoryError", "out_of_memory", "require_device"]
+
+OUT_OF_MEMORY = 2
+"""CUDA_ERROR_OUT_OF_MEMORY, the driver's number."""
+
+
+class DeviceMemoryError(BackendError):
+    """The GPU has too little free memory for the smallest useful block."""
+
+
+def require_device() -> None:
+    """Return if CUDA kernels can be launched.
+
+    Raises
+    ------
+    BackendError
+        A package, the driver or the device is missing.
+    """
+    if util.find_spec("numba_cuda") is None:
+        raise BackendError(
+            "backend cuda: numba-cuda is not installed; pip install 'moefast[cuda]', or use cpu"
+        )
+    from numba import cuda
+    from numba.cuda.cudadrv.error import CudaSupportError
+
+    try:
+        cuda.current_context()
+    except CudaSupportError as error:
+        reason = " ".join(str(error).split())
+        raise BackendError(f"backend cuda: no usable CUDA device ({reason}); use backend cpu") from error
+
+
+def out_of_memory(error: Exception) -> bool:
+    """True if an error of the driver says that device memory ran out."""
+    return getattr(error, "code", None) == OUT_OF_MEMORY

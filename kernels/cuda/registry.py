@@ -1,0 +1,86 @@
+"""Every CUDA kernel of the house, with the types it is launched with.
+
+Design: a dict that tests and tools iterate over, filled by one decorator where the kernel is written, so that a new
+kernel is compiled for all targets the day it is added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from numba import config, cuda
+
+__all__ = ["KERNELS", "MODULES", "Kernel", "kernel", "load"]
+
+MODULES = (
+    "moefast.kernels.cuda.binning",
+    "moefast.kernels.cuda.gram",
+)
+"""Modules with kernels; importing them fills `KERNELS`."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel as the compiler sees it.
+
+    Attributes
+    ----------
+    name : str
+        Name of the function, without the leading underscore.
+    function : callable
+        The Python function.
+    signature : str
+        Types of its arguments, as Numba writes them.
+    launch_bounds : (int, int)
+        Threads per block, and blocks that must fit on one multiprocessor: they cap the registers of a thread.
+    serves : tuple of str
+        Public functions that launch it.
+    """
+
+    name: str
+    function: Callable[..., None]
+    signature: str
+    launch_bounds: tuple[int, int]
+    serves: tuple[str, ...]
+
+
+KERNELS: dict[str, Kernel] = {}
+
+
+def kernel(
+    signature: str, *, threads: int, serves: tuple[str, ...], blocks: int = 1
+) -> Callable[[Callable[..., None]], Any]:
+    """Compile a function as a kernel when it is first launched, and enter it in `KERNELS`.
+
+    Parameters
+    ----------
+    signature : str
+        Types of the arguments as the public function passes them, for instance "void(float32[:,::1], int64)".
+    threads : int
+        Largest number of threads per block it is launched with.
+    serves : tuple of str
+        Public functions that launch it.
+    blocks : int
+        Blocks that must fit on one multiprocessor together.
+    """
+
+    def register(function: Callable[..., None]) -> Any:
+        name = function.__name__.lstrip("_")
+        if name in KERNELS:
+            raise ValueError(f"two kernels are called {name}: {KERNELS[name].function} and {function}")
+        KERNELS[name] = Kernel(name, function, signature, (threads, blocks), serves)
+        # The simulator knows no launch bounds.
+        options = {} if config.ENABLE_CUDASIM else {"launch_bounds": (threads, blocks)}  # type: ignore[attr-defined]
+        return cuda.jit(**options)(function)
+
+    return register
+
+
+def load() -> dict[str, Kernel]:
+    """Import all `MODULES` and return the filled registry."""
+    for module in MODULES:
+        import_module(module)
+    return KERNELS

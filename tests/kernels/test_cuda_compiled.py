@@ -1,0 +1,65 @@
+"""Every CUDA kernel compiles for every target, spills nothing, and belongs to a public function; no GPU is needed."""
+
+import subprocess
+import sys
+
+import pytest
+
+import moefast.kernels.cuda as package
+
+pytest.importorskip("numba_cuda")
+pytest.importorskip("cuda.bindings")
+
+from moefast.kernels.cuda import assembly, registry
+
+KERNELS = registry.load()
+
+
+@pytest.mark.parametrize("target", assembly.TARGETS, ids=lambda target: f"sm_{target[0]}{target[1]}")
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernel_compiles_without_spills(name, target):
+    found = assembly.assemble(KERNELS[name], target)
+    assert found.registers > 0
+    assert (found.spill_stores, found.spill_loads) == (0, 0), assembly.format_table([found])
+
+
+def test_every_public_function_has_kernels_and_every_kernel_a_function():
+    functions = {name for name in package.PUBLIC if name[0].islower()}
+    assert functions
+    served = {name for kernel in KERNELS.values() for name in kernel.serves}
+    assert functions == served
+
+
+def test_the_registry_holds_every_kernel_of_its_modules():
+    from numba.cuda.dispatcher import CUDADispatcher
+
+    listed = {kernel.function for kernel in KERNELS.values()}
+    for module in registry.MODULES:
+        for value in vars(sys.modules[module]).values():
+            if isinstance(value, CUDADispatcher) and not value.targetoptions.get("device"):
+                assert value.py_func in listed
+
+
+def test_two_kernels_of_one_name_are_refused():
+    name = next(iter(KERNELS))
+
+    def again(x):
+        x[0] = 0
+
+    again.__name__ = f"_{name}"
+    with pytest.raises(ValueError, match=f"two kernels are called {name}"):
+        registry.kernel("void(float32[::1])", threads=32, serves=())(again)
+
+
+def test_the_kernels_import_no_cuda_until_asked():
+    code = "import sys, moefast.kernels; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert "moefast.kernels" in loaded
+    assert not loaded & {"numba.cuda", "cuda.bindings", "moefast.kernels.cuda", "nvmath"}
+
+
+def test_unknown_names_are_no_attributes():
+    with pytest.raises(AttributeError, match="no attribute 'fast'"):
+        package.fast  # noqa: B018
+    assert callable(package.sort_by_bin)
