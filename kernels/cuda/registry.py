@@ -18,6 +18,9 @@ __all__ = ["KERNELS", "MODULES", "Kernel", "kernel", "load"]
 MODULES = (
     "moefast.kernels.cuda.binning",
     "moefast.kernels.cuda.gram",
+    "moefast.kernels.cuda.project",
+    "moefast.kernels.cuda.mix",
+    "moefast.kernels.cuda.median",
 )
 """Modules with kernels; importing them fills `KERNELS`."""
 
