@@ -23,6 +23,7 @@ from moefast.kernels.scoring import (
     project,
     soft_mix,
 )
+from moefast.kernels.template import TemplatePosterior, template_posterior
 
 __all__ = [
     "PROJECT_ROWS",
@@ -30,6 +31,7 @@ __all__ = [
     "Mixing",
     "Projected",
     "Projection",
+    "TemplatePosterior",
     "add_rows",
     "assign_bins",
     "assign_snr_bins",
@@ -40,6 +42,7 @@ __all__ = [
     "project",
     "soft_mix",
     "sort_by_bin",
+    "template_posterior",
     "unpack_symmetric",
 ]
 

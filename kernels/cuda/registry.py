@@ -21,6 +21,7 @@ MODULES = (
     "moefast.kernels.cuda.project",
     "moefast.kernels.cuda.mix",
     "moefast.kernels.cuda.median",
+    "moefast.kernels.cuda.template",
 )
 """Modules with kernels; importing them fills `KERNELS`."""
 
