@@ -33,7 +33,6 @@ BLOCK_ROWS = 16384
 """Rows per block: 268 MB for 4096 pixels, in each of two slots, and again if noise variances come with the rows."""
 FLOOR_ROWS = 1024
 """Smallest block: below it, launches would take longer than products."""
-CLEAR_BLOCKS = 1024
 
 
 class Totals(NamedTuple):
@@ -43,7 +42,8 @@ class Totals(NamedTuple):
     triangle, row by row) and `sum_v` (g, p), all float64.
     """
 
-    count: NDArray[np.int64]
+    # A tuple has a method of this name, which the totals of a fit do not need.
+    count: NDArray[np.int64]  # type: ignore[assignment]
     sum_x: F64
     sum_y: F64
     sum_yy: F64
@@ -88,7 +88,7 @@ def normal_equations(
     if out is None:
         return found[:6]
     for total, part in zip(out, found[:6], strict=True):
-        total += part
+        np.add(total, part, out=total)
     return out
 
 
@@ -168,7 +168,7 @@ class NormalEquationsAccumulator:
         g, p, rows = self.n_groups, self.n_pixels, self.block_rows
         self._totals = _DeviceTotals(g, p)
         self._slots = [_Slot(rows, p, g, self.with_variance) for _ in range(2)]
-        self._products = METHODS[self.choice.method](rows, p)
+        self._products = METHODS[self.choice.method](rows, p, g)
 
     def _shortage(self) -> str:
         g, p = self.n_groups, self.n_pixels
@@ -230,17 +230,15 @@ class NormalEquationsAccumulator:
             self._multiplied.wait(slot.stream)
         order, stream, p = arrays["order"], slot.stream, self.n_pixels
         totals, threads = self._totals, gram.SUM_THREADS
-        columns = (-(-p // threads), self.n_groups)
+        columns = (-(-p // gram.COLUMNS), self.n_groups), (gram.COLUMNS, gram.LANES)
         gram.add_labels[self.n_groups, threads, stream](
             arrays["y"], order, slot.offsets, totals.count, totals.sum_y, totals.sum_yy
         )
-        gram.add_columns[columns, threads, stream](
+        gram.add_columns[*columns, stream](
             arrays["x"], arrays["y"], order, slot.offsets, totals.sum_x, totals.sum_xy
         )
         if variance is not None:
-            gram.add_variances[columns, threads, stream](
-                arrays["variance"], order, slot.offsets, totals.sum_v
-            )
+            gram.add_variances[*columns, stream](arrays["variance"], order, slot.offsets, totals.sum_v)
         bounds = np.concatenate([[0], np.cumsum(np.bincount(group, minlength=self.n_groups))])
         self._products.add(arrays["x"], order, slot.offsets, bounds, totals.gram, stream)
         self._multiplied = slot.done
@@ -268,9 +266,7 @@ class _DeviceTotals:
 
 def _zeros(shape: tuple[int, ...]) -> Any:
     array = cuda.device_array(shape, np.float64)
-    flat = array.reshape(array.size)
-    blocks = min(CLEAR_BLOCKS, -(-flat.size // gram.SUM_THREADS))
-    gram.clear[blocks, gram.SUM_THREADS](flat)
+    gram.set_zero(array, cuda.default_stream())
     # The slots' streams do not wait for the default stream.
     cuda.synchronize()
     return array

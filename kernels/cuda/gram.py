@@ -18,11 +18,15 @@ on the CPU that makes the same operations in the same order. All other totals ar
 
 from __future__ import annotations
 
+from typing import Any
+
 from numba import config, cuda, float32, float64, int32
 
 from moefast.kernels.cuda.registry import kernel
 
 __all__ = [
+    "COLUMNS",
+    "LANES",
     "PARTIAL_ROWS",
     "SUM_THREADS",
     "THREADS",
@@ -34,6 +38,7 @@ __all__ = [
     "add_variances",
     "clear",
     "gather_rows",
+    "set_zero",
     "tile_pairs",
 ]
 
@@ -50,8 +55,13 @@ PARTIAL_ROWS = 512
 BLOCKS_TOGETHER = 2
 """Blocks of `add_gram` on one multiprocessor: while one waits for rows, the other multiplies."""
 SUM_THREADS = 128
-"""Threads per block of the other kernels."""
-
+"""Threads per block of the other kernels, but for the two that sum columns:"""
+COLUMNS = 32
+"""pixels of their blocks, one warp wide,"""
+LANES = 16
+"""and threads that share the rows of a pixel: one thread alone would wait for one row after the other."""
+CLEAR_BLOCKS = 1024
+"""Most blocks of `clear`."""
 ALIGNED = None if config.ENABLE_CUDASIM else 16  # type: ignore[attr-defined]
 """Bytes to which shared memory is aligned, for vectors of four; the simulator knows no alignment."""
 
@@ -63,9 +73,16 @@ STEP = THREADS // TILE
 """Rows of a panel that all threads fetch at once."""
 
 
-def tile_pairs(p: int) -> int:
-    """Number of tiles on and above the diagonal of a (p, p) matrix."""
-    tiles = -(-p // TILE)
+def set_zero(array: Any, stream: Any) -> None:
+    """Set a contiguous float64 device array to zero, in `stream`, without waiting."""
+    flat = array.reshape(array.size)
+    blocks = min(CLEAR_BLOCKS, -(-flat.size // SUM_THREADS))
+    clear[blocks, SUM_THREADS, stream](flat)
+
+
+def tile_pairs(p: int, side: int = TILE) -> int:
+    """Number of tiles of side × side numbers on and above the diagonal of a (p, p) matrix."""
+    tiles = -(-p // side)
     return tiles * (tiles + 1) // 2
 
 
@@ -168,41 +185,60 @@ def add_gram(x, order, offsets, gram):  # type: ignore[no-untyped-def]
 
 @kernel(
     "void(float32[:,::1], float64[::1], int64[::1], int64[::1], float64[:,::1], float64[:,::1])",
-    threads=SUM_THREADS,
+    threads=COLUMNS * LANES,
     serves=("normal_equations",),
 )
 def add_columns(x, y, order, offsets, sum_x, sum_xy):  # type: ignore[no-untyped-def]
     """Add Σ x and Σ x y of each group, in float64.
 
-    Launch: (⌈p / SUM_THREADS⌉, n_groups) blocks of SUM_THREADS threads; a thread owns a pixel of a group.
+    Launch: (⌈p / COLUMNS⌉, n_groups) blocks of (COLUMNS, LANES) threads. A thread adds up every LANES-th row of one
+    pixel; the first lane of a pixel then adds up the others, in their order.
     """
-    column = cuda.grid(1)
+    sums = cuda.shared.array((2, LANES, COLUMNS), float64)
+    lane = cuda.threadIdx.y
+    place = cuda.threadIdx.x
+    column = cuda.blockIdx.x * COLUMNS + place
     group = cuda.blockIdx.y
+    total = float64(0)
+    with_y = float64(0)
     if column < x.shape[1]:
-        total = float64(0)
-        with_y = float64(0)
-        for here in range(offsets[group], offsets[group + 1]):
+        for here in range(offsets[group] + lane, offsets[group + 1], LANES):
             row = order[here]
             value = float64(x[row, column])
             total += value
             with_y += value * y[row]
+    sums[0, lane, place] = total
+    sums[1, lane, place] = with_y
+    cuda.syncthreads()
+    if lane == 0 and column < x.shape[1]:
+        for other in range(1, LANES):
+            total += sums[0, other, place]
+            with_y += sums[1, other, place]
         sum_x[group, column] += total
         sum_xy[group, column] += with_y
 
 
 @kernel(
     "void(float32[:,::1], int64[::1], int64[::1], float64[:,::1])",
-    threads=SUM_THREADS,
+    threads=COLUMNS * LANES,
     serves=("normal_equations",),
 )
 def add_variances(v, order, offsets, sum_v):  # type: ignore[no-untyped-def]
     """Add Σ v of each group, in float64. Launch: as `add_columns`."""
-    column = cuda.grid(1)
+    sums = cuda.shared.array((LANES, COLUMNS), float64)
+    lane = cuda.threadIdx.y
+    place = cuda.threadIdx.x
+    column = cuda.blockIdx.x * COLUMNS + place
     group = cuda.blockIdx.y
+    total = float64(0)
     if column < v.shape[1]:
-        total = float64(0)
-        for here in range(offsets[group], offsets[group + 1]):
+        for here in range(offsets[group] + lane, offsets[group + 1], LANES):
             total += float64(v[order[here], column])
+    sums[lane, place] = total
+    cuda.syncthreads()
+    if lane == 0 and column < v.shape[1]:
+        for other in range(1, LANES):
+            total += sums[other, place]
         sum_v[group, column] += total
 
 

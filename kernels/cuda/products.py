@@ -4,6 +4,7 @@ Design: a registry of classes with one method, `add`, so that accumulator, tests
 float32 sums of at most PARTIAL_ROWS rows to the same packed float64 triangles.
 
     numba    `gram.add_gram`: register tiles, float32 multiply-add
+    tensor   `tensor`: cuBLASDx inside a Numba kernel, two float16 numbers per pixel; needs nvmath-python
     cublas   SGEMM of torch on gathered rows, block rows of the upper triangle, without TF32; needs torch with CUDA
 """
 
@@ -19,6 +20,7 @@ from numba import cuda
 
 from moefast.errors import BackendError
 from moefast.kernels.cuda import gram
+from moefast.kernels.cuda.tensor import TensorProducts
 
 __all__ = ["METHODS", "Choice", "CublasProducts", "NumbaProducts", "Products", "choose", "multiply_upper"]
 
@@ -35,8 +37,8 @@ class Products(Protocol):
 
     name: str
 
-    def __init__(self, rows: int, p: int) -> None:
-        """Allocate scratch for blocks of up to `rows` rows of `p` pixels."""
+    def __init__(self, rows: int, p: int, n_groups: int) -> None:
+        """Allocate scratch for blocks of up to `rows` rows of `p` pixels in `n_groups` groups."""
 
     @staticmethod
     def missing() -> str:
@@ -62,7 +64,7 @@ class NumbaProducts:
 
     name = "numba"
 
-    def __init__(self, rows: int, p: int) -> None:
+    def __init__(self, rows: int, p: int, n_groups: int) -> None:
         self.pairs = gram.tile_pairs(p)
 
     @staticmethod
@@ -80,7 +82,7 @@ class CublasProducts:
 
     name = "cublas"
 
-    def __init__(self, rows: int, p: int) -> None:
+    def __init__(self, rows: int, p: int, n_groups: int) -> None:
         self.sorted = cuda.device_array((rows, p), np.float32)
         self.square = cuda.device_array((p, p), np.float32)
         self.matrices = self._matrices()
@@ -133,7 +135,11 @@ def multiply_upper(torch: Any, rows: Any, square: Any) -> None:
         torch.mm(rows[:, start:stop].T, rows[:, start:], out=square[start:stop, start:])
 
 
-METHODS: dict[str, type[Products]] = {"numba": NumbaProducts, "cublas": CublasProducts}
+METHODS: dict[str, type[Products]] = {
+    "numba": NumbaProducts,
+    "tensor": TensorProducts,
+    "cublas": CublasProducts,
+}
 
 
 @dataclass(frozen=True)
@@ -176,7 +182,7 @@ def choose(method: str, p: int) -> Choice:
 
 def _trial(method: type[Products], p: int) -> float:
     """Seconds of the fastest of TRIAL_ROUNDS products, after one that is not counted."""
-    products = method(TRIAL_ROWS, p)
+    products = method(TRIAL_ROWS, p, 1)
     x = cuda.to_device(np.random.default_rng(0).standard_normal((TRIAL_ROWS, p), np.float32))
     order = cuda.to_device(np.arange(TRIAL_ROWS))
     bounds = np.array([0, TRIAL_ROWS])

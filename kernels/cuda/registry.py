@@ -22,6 +22,7 @@ MODULES = (
     "moefast.kernels.cuda.mix",
     "moefast.kernels.cuda.median",
     "moefast.kernels.cuda.template",
+    "moefast.kernels.cuda.tensor",
 )
 """Modules with kernels; importing them fills `KERNELS`."""
 

@@ -1,4 +1,4 @@
-"""How far float32 sums of PARTIAL_ROWS rows leave Σxxᵀ from float64: the kernel's operations, in its order, on the CPU."""
+"""How far float32 sums of PARTIAL_ROWS rows leave Σxxᵀ from float64: the kernel's operations, made on the CPU."""
 
 import numpy as np
 import pytest

@@ -1,5 +1,6 @@
 """Every CUDA kernel compiles for every target, spills nothing, and belongs to a public function; no GPU is needed."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -38,6 +39,20 @@ def test_the_registry_holds_every_kernel_of_its_modules():
         for value in vars(sys.modules[module]).values():
             if isinstance(value, CUDADispatcher) and not value.targetoptions.get("device"):
                 assert value.py_func in listed
+
+
+def test_a_kernel_that_spills_is_seen():
+    """The judge judged: as many blocks on a multiprocessor as leave a thread 64 registers."""
+    tight = dataclasses.replace(KERNELS["add_gram"], launch_bounds=(256, 4))
+    found = assembly.assemble(tight, (9, 0))
+    assert found.spill_stores > 0
+    assert found.stack > 0
+    assert "add_gram" in assembly.format_table([found])
+
+
+def test_a_log_without_numbers_is_refused():
+    with pytest.raises(ValueError, match=r"one kernel's numbers expected in the log, found 0"):
+        assembly.resources("x", (9, 0), "nothing")
 
 
 def test_two_kernels_of_one_name_are_refused():

@@ -16,6 +16,8 @@ from moefast.kernels.reference import normal_equations_reference
 def few_threads(monkeypatch):
     """A simulated thread takes a millisecond to start: small blocks, but for `add_gram`, whose block is its tile."""
     monkeypatch.setattr(gram, "SUM_THREADS", 8)
+    monkeypatch.setattr(gram, "COLUMNS", 4)
+    monkeypatch.setattr(gram, "LANES", 3)
     monkeypatch.setattr(binning, "THREADS", 8)
     monkeypatch.setattr(binning, "SCAN_THREADS", 8)
 
