@@ -1,8 +1,9 @@
-"""Random plans of a small mixture, and spectra for them, for the tests of every engine that scores."""
+"""Random mixtures, random plans of small ones, and spectra for them, for the tests of every engine that scores."""
 
 import numpy as np
 
 from moefast.kernels import Mixing, Projection, cell_size
+from moefast.mixture import Mixture
 
 
 def layers(rng, n_in, hidden, n_out, scale=0.3):
@@ -29,7 +30,8 @@ def random_plans(p=132, c=17, w=2, n_experts=3, n_levels=4, hidden=7, clipped=Fa
         matrix=matrix,
         lines=lines,
         cell_matrix=rng.uniform(0, 1, (p // cell_size(p), n_levels * n_experts)),
-        captured=(basis**2).sum(1),
+        # Less than the basis takes up, so that something is left even of a single pixel.
+        captured=0.8 * (basis**2).sum(1) / max(1, n_basis / p),
         clipped=clipped,
     )
     leading = min(4, n_basis)
@@ -58,3 +60,30 @@ def spectra(n, plan, seed=0):
     error = np.sqrt(plan.noise_shape) * np.exp(rng.normal(0, 0.8, (n, 1))) * rng.uniform(0.8, 1.2, (n, p))
     flux = plan.reference + 0.05 * rng.standard_normal((n, 1)) + error * rng.standard_normal((n, p))
     return flux.astype(np.float32), error.astype(np.float32)
+
+
+def random_mixture(n_pixels=512, n_experts=5, n_levels=4, n_components=12, n_others=0, hidden=16, seed=0):
+    """A mixture of random numbers whose predictions are of order one and react to every input."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape, scale=1.0):
+        return (scale * rng.standard_normal(shape)).astype(np.float32)
+
+    noise_shape = (0.01 * np.exp(0.5 * rng.standard_normal(n_pixels))).astype(np.float32)
+    orthogonal, _ = np.linalg.qr(rng.standard_normal((n_pixels, n_components)))
+    return Mixture(
+        wave=np.linspace(7100.2, 8849.8, n_pixels),
+        reference=np.float32(1) + normal(n_pixels, scale=0.1),
+        noise_shape=noise_shape,
+        knots=np.linspace(-1.5, 1.5, n_levels).astype(np.float32),
+        columns=np.concatenate(
+            [orthogonal / np.sqrt(noise_shape)[:, None], normal(n_pixels, n_others)], axis=1
+        ).astype(np.float32),
+        n_basis=n_components,
+        expert_weights=normal(n_experts, n_levels, n_components + n_others, scale=n_pixels**-0.5),
+        expert_intercepts=3 + normal(n_experts, n_levels, scale=0.3),
+        gate=(normal(14, hidden, scale=0.1), normal(hidden), normal(hidden, n_experts), normal(n_experts)),
+        error_model=(normal(17, 8, scale=0.1), normal(8), normal(8, 1, scale=0.3), normal(1, scale=0.3)),
+        # Not numbers that float32 holds: the file must keep them exactly all the same.
+        label_range=(2.6180339, 3.1415926),
+    )
