@@ -17,7 +17,8 @@ def random_plans(p=132, c=17, w=2, n_experts=3, n_levels=4, hidden=7, clipped=Fa
     shape = np.exp(rng.normal(-4, 0.7, p))
     n_basis = max(1, c - 2)
     basis = np.linalg.qr(rng.standard_normal((p, min(n_basis, p))))[0]
-    basis = np.resize(basis, (p, n_basis)) / np.sqrt(shape)[:, None]
+    # A little short, so that something is left even of a single pixel.
+    basis = 0.9 * np.resize(basis, (p, n_basis)) / np.sqrt(shape)[:, None]
     lines = np.zeros((p, 3 * w))
     for column in range(3 * w):
         start = rng.integers(0, p)
@@ -30,8 +31,7 @@ def random_plans(p=132, c=17, w=2, n_experts=3, n_levels=4, hidden=7, clipped=Fa
         matrix=matrix,
         lines=lines,
         cell_matrix=rng.uniform(0, 1, (p // cell_size(p), n_levels * n_experts)),
-        # Less than the basis takes up, so that something is left even of a single pixel.
-        captured=0.8 * (basis**2).sum(1) / max(1, n_basis / p),
+        captured=(basis**2).sum(1) / max(1, n_basis / p),
         clipped=clipped,
     )
     leading = min(4, n_basis)

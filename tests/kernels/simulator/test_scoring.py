@@ -21,10 +21,9 @@ OF_PROJECT = ("log_level", "snr_norm", "snr_median", "n_good", "flag")
 
 @pytest.fixture(autouse=True)
 def few_threads(monkeypatch):
-    """A simulated thread takes a millisecond to start: small blocks, but for `project_rows`, whose block is its tile."""
-    monkeypatch.setattr(scoring, "THREADS", 4)
-    monkeypatch.setattr(scoring, "LANES", 4)
-    monkeypatch.setattr(mix, "LANES", 4)
+    """A simulated thread takes a millisecond to start: small blocks, but for `project_rows`, whose block is a tile."""
+    for module, name in ((scoring, "THREADS"), (scoring, "LANES"), (mix, "LANES")):
+        monkeypatch.setattr(module, name, 2)
 
 
 def assert_scores(found, flux, error, mask, plans, rows=slice(None)):
@@ -47,7 +46,7 @@ def assert_scores(found, flux, error, mask, plans, rows=slice(None)):
             assert_close(np.nan_to_num(a), np.nan_to_num(other), made_in=np.float32, factor=3)
 
 
-@pytest.mark.parametrize("n", [0, 1, 31, 33, 128, 131])
+@pytest.mark.parametrize("n", [0, 1, 31, 32, 33, 131])
 def test_matches_reference_and_twin(n):
     plans = random_plans(p=31, c=5, w=1, n_experts=2, n_levels=2, hidden=3)
     flux, error = spectra(n, plans[0])
@@ -106,14 +105,15 @@ def test_bad_pixels_weigh_nothing_and_keep_to_themselves():
         np.testing.assert_array_equal(getattr(nowhere, name), getattr(clean, name)[12:])
 
 
+@pytest.mark.filterwarnings("ignore:.*overflow encountered:RuntimeWarning")
 @pytest.mark.filterwarnings(
-    "ignore:.* encountered in scalar:RuntimeWarning"
+    "ignore:.*invalid value encountered:RuntimeWarning"
 )  # NumPy's floats say it, a device's do not
 def test_absurd_flux_stays_in_its_row():
     plans = random_plans(p=40)
     flux, error = spectra(3, plans[0])
     clean = score(flux, error, None, *plans)
-    flux[1, 3] = 3e38
+    flux[1, 3] = 1e38
     found = score(flux, error, None, *plans)
     # Its square does not fit float32; the SNRs do not mind.
     expected = project_reference(flux, error, None, plans[0])
@@ -126,15 +126,15 @@ def test_absurd_flux_stays_in_its_row():
 
 def test_a_row_has_the_same_bits_wherever_it_is_and_however_it_lies():
     plans = random_plans(p=24, c=6, w=1)
-    flux, error = spectra(40, plans[0])
+    flux, error = spectra(11, plans[0])
     whole = score(flux, error, None, *plans)
-    wide = np.zeros((80, 72), np.float32)
+    wide = np.zeros((22, 72), np.float32)
     wide[::2, ::3] = flux
     for other in (np.asfortranarray(flux), wide[::2, ::3], flux.astype(np.float64)):
         again = score(other, np.asfortranarray(error), None, *plans)
         for name in scoring.Scores._fields:
             np.testing.assert_array_equal(getattr(again, name), getattr(whole, name))
-    for i in (0, 31, 39):
+    for i in (0, 5, 10):
         alone = score(flux[i : i + 1], error[i : i + 1], None, *plans)
         for name in scoring.Scores._fields:
             np.testing.assert_array_equal(getattr(alone, name)[0], getattr(whole, name)[i])
@@ -171,16 +171,17 @@ def test_blocks_pass_through_both_slots():
     real = scoring._Slot.start
 
     def start(slot):
-        used.append(slot)
+        used.append((slot, slot.n))
         return real(slot)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scoring._Slot, "start", start)
         found = scorer(flux, error, mask)
-    assert [slot.n for slot in used] == [5, 5, 5, 5, 3]
-    assert used[0] is used[2] is used[4]
-    assert used[1] is used[3]
-    assert used[0] is not used[1]
+    slots, rows = zip(*used, strict=True)
+    assert rows == (5, 5, 5, 5, 3)
+    assert slots[0] is slots[2] is slots[4]
+    assert slots[1] is slots[3]
+    assert slots[0] is not slots[1]
     assert_scores(found, flux, error, mask, plans)
     # A block without a mask after one with a mask.
     assert_scores(scorer(flux[:4], error[:4]), flux[:4], error[:4], None, plans)
@@ -335,4 +336,4 @@ def test_an_engine_without_memory_is_a_backend_error(monkeypatch):
 
     monkeypatch.setattr(scoring, "_Slot", full)
     with pytest.raises(BackendError, match="device memory"):
-        CudaEngine()
+        CudaEngine(random_mixture())
