@@ -159,7 +159,7 @@ def check_posterior(
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
-def _add_differences(star, keys, first, scale, chi2):
+def _add_differences(star, keys, first, scale, chi2):  # type: ignore[no-untyped-def]
     """chi2[j] = Σ_c (z_c − scale_j k_cj)² of the templates from `first` on."""
     size = chi2.size
     for j in range(size):
@@ -176,7 +176,7 @@ def _add_differences(star, keys, first, scale, chi2):
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
-def _add_plain_differences(star, keys, first, chi2):
+def _add_plain_differences(star, keys, first, chi2):  # type: ignore[no-untyped-def]
     """The same with a scale of 1, which saves half the multiplications."""
     size = chi2.size
     for j in range(size):
@@ -191,7 +191,7 @@ def _add_plain_differences(star, keys, first, chi2):
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
-def _best_scales(star, keys, first, scale):
+def _best_scales(star, keys, first, scale):  # type: ignore[no-untyped-def]
     """scale[j] = zᵀk_j for templates of length 1."""
     size = scale.size
     for j in range(size):
@@ -205,7 +205,7 @@ def _best_scales(star, keys, first, scale):
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
-def _largest(values):
+def _largest(values):  # type: ignore[no-untyped-def]
     largest = values[0]
     for j in range(values.size):
         largest = max(largest, values[j])
@@ -213,7 +213,7 @@ def _largest(values):
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
-def _weigh(exponents, top):
+def _weigh(exponents, top):  # type: ignore[no-untyped-def]
     """Replace each exponent by its exponential above `top`; sum and sum of squares."""
     total, square = np.float32(0.0), np.float32(0.0)
     for j in range(exponents.size):
@@ -225,7 +225,7 @@ def _weigh(exponents, top):
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
-def _product(a, b):
+def _product(a, b):  # type: ignore[no-untyped-def]
     total = np.float32(0.0)
     for j in range(a.size):
         total += a[j] * b[j]
@@ -233,7 +233,7 @@ def _product(a, b):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _posterior(z, weight, keys, values, free_scale, mean, log_evidence, effective):
+def _posterior(z, weight, keys, values, free_scale, mean, log_evidence, effective):  # type: ignore[no-untyped-def]
     """Posterior of each row; `z` (n, r), `weight` (n,) = −1/(2 s²), `keys` (r, m), `values` (q, m)."""
     (n, _), (q, m) = z.shape, values.shape
     tile, scales = np.empty(TILE, np.float32), np.empty(TILE, np.float32)

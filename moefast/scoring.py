@@ -55,8 +55,11 @@ class Engine(Protocol):
         Threads that may call it at the same time.
     """
 
-    block_rows: int
-    workers: int
+    @property
+    def block_rows(self) -> int: ...
+
+    @property
+    def workers(self) -> int: ...
 
     def __call__(
         self, flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None, first_row: int

@@ -73,14 +73,14 @@ class Scores(NamedTuple):
     log_level: NDArray
     snr_norm: NDArray
     snr_median: NDArray
-    n_good: NDArray[np.int32]
-    flag: NDArray[np.uint32]
+    n_good: NDArray
+    flag: NDArray
 
 
-def _kinds(rows: int, n_experts: int) -> Scores:
+def _kinds(rows: int, n_experts: int) -> list[tuple[tuple[int, ...], type]]:
     """Shape and dtype of each array of `Scores`."""
     vector, matrix = ((rows,), np.float32), ((rows, n_experts), np.float32)
-    return Scores(*([vector] * 3), matrix, matrix, *([vector] * 4), ((rows,), np.int32), ((rows,), np.uint32))  # type: ignore[arg-type]
+    return [vector, vector, vector, matrix, matrix, *[vector] * 4, ((rows,), np.int32), ((rows,), np.uint32)]
 
 
 class DevicePlan:
@@ -170,7 +170,7 @@ def launch(
     stream: Any,
     *,
     median: bool = True,
-) -> Scores:
+) -> Any:
     """Score n > 0 spectra that are on the device, in `stream`, without waiting; nothing is checked.
 
     Parameters
