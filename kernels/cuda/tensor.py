@@ -50,8 +50,8 @@ PANEL = 16
 """Rows in one buffer: two buffers of four pieces take 16 kB, within what every launch may use."""
 STEP_ROWS = 2 * PANEL
 """Rows that tensor cores add up before float32 additions take over; groups are padded to a multiple of it."""
-THREADS = 128
-"""Threads per block of the product: each holds 32 sums of a step and 32 partial sums in registers."""
+THREADS = 256
+"""Threads per block of the product: each holds 16 sums of a step and 16 partial sums in registers."""
 ALIGNMENT = 16
 """Bytes: copies move 16 at a time, so that rows are padded to a multiple of TILE pixels."""
 TOP = 14
