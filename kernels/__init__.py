@@ -25,6 +25,7 @@ from moefast.kernels.scoring import (
     project,
     soft_mix,
 )
+from moefast.kernels.template import TemplatePosterior, template_posterior
 
 __all__ = [
     "GRAM_ROWS",
@@ -33,6 +34,7 @@ __all__ = [
     "Mixing",
     "Projected",
     "Projection",
+    "TemplatePosterior",
     "add_gram",
     "all_within",
     "assign_bins",
@@ -45,5 +47,6 @@ __all__ = [
     "project",
     "soft_mix",
     "sort_by_bin",
+    "template_posterior",
     "unpack_symmetric",
 ]

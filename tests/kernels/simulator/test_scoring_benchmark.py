@@ -1,0 +1,76 @@
+"""The benchmark of scoring runs from end to end at tiny sizes, and tells what is wrong."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from click.testing import CliRunner
+from plans import random_plans, spectra
+
+from moefast.errors import BackendError
+from moefast.kernels import project, soft_mix
+from moefast.kernels.cuda import mix, scoring
+
+SCRIPT = Path(__file__).resolve().parents[3] / "benchmarks" / "gpu_scoring.py"
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    spec = importlib.util.spec_from_file_location("gpu_scoring", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for owner, name in ((scoring, "THREADS"), (scoring, "LANES"), (mix, "LANES")):
+        monkeypatch.setattr(owner, name, 2)
+    projection, mixing = random_plans(p=24, c=6, w=1)
+    flux, error = spectra(3, projection)
+    # All that the benchmark asks of a mixture, in a size that the simulator manages.
+    mixture = SimpleNamespace(
+        projection=projection,
+        mixing=mixing,
+        n_pixels=24,
+        n_experts=3,
+        predict=lambda flux, error: soft_mix(project(flux, error, None, projection), mixing),
+    )
+    truth = mixture.predict(flux, error).log_g + [0.01, -0.01, 0.02]
+
+    def no_provider(*_):
+        raise BackendError("this ONNX Runtime has no CUDAExecutionProvider")
+
+    monkeypatch.setattr(module, "onnx_runtime", no_provider)
+    monkeypatch.setattr(module.Model, "load", lambda path: SimpleNamespace(mixture=mixture, hash="abc"))
+    monkeypatch.setattr(module, "stars", lambda model, small: (flux, error, truth))
+    monkeypatch.setattr(module, "SMALL_ROWS", 4)
+    monkeypatch.setattr(module, "SMALL_LIBRARY", {"n": 3, "m": 5, "r": 2, "q": 1})
+    return module
+
+
+def run(benchmark, out):
+    done = CliRunner().invoke(benchmark.main, ["--small", "--samples", "1", "-o", str(out)])
+    return done, json.loads(out.read_text())
+
+
+def test_the_report(benchmark, tmp_path):
+    done, report = run(benchmark, tmp_path / "report.json")
+    assert done.exit_code == 0, done.output
+    engines = report["scoring"]["engines"]
+    for name in ("moefast, project and mix", "moefast, with snr_median", "moefast, from host memory"):
+        assert engines[name]["agrees"]
+        assert 0.5 < engines[name]["r2"] < 1
+        assert len(engines[name]["seconds"]) == 1
+        assert engines[name]["share"] > 0
+    assert "CUDAExecutionProvider" in engines["ONNX Runtime, CUDA"]["error"]
+    assert set(report["scoring"]["copies"]) == {"device copy", "pinned host to device"}
+    library = report["template_posterior"]["engines"]
+    assert library["moefast"]["agrees"]
+    assert library["moefast, free scale"]["pairs_per_second"] > 0
+    assert "spectra/s" in done.output
+
+
+def test_wrong_numbers_are_a_failure(benchmark, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "TOLERANCE", -1.0)
+    done, _ = run(benchmark, tmp_path / "report.json")
+    assert done.exit_code == 1
+    assert "failed, or off by more than" in done.output
+    assert "moefast, from host memory" in done.output.splitlines()[-1]

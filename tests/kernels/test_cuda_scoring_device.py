@@ -1,0 +1,167 @@
+"""Scoring and template posteriors on a real device. Run by `pytest -m gpu` where there is one."""
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from plans import random_mixture, random_plans, spectra
+from tolerances import assert_close
+
+from moefast.backend import cuda_devices
+from moefast.errors import BackendError
+from moefast.kernels import project, soft_mix, template_posterior
+from moefast.kernels.reference import project_reference, soft_mix_reference
+from moefast.kernels.reference_template import template_posterior_reference
+
+OF_MIX = ("log_g", "log_g_err", "log_g_err_raw", "weights", "expert_log_g", "chi2")
+OF_PROJECT = ("log_level", "snr_norm", "snr_median", "n_good", "flag")
+
+
+@pytest.fixture
+def device():
+    """Skip without a device; with one, everything must work."""
+    names, reason = cuda_devices()
+    if not names:
+        pytest.skip(reason)
+    pytest.importorskip("numba_cuda")
+    return names[0]
+
+
+def assert_scores(found, flux, error, mask, plans):
+    linear = project_reference(flux, error, mask, plans[0])
+    expected = soft_mix_reference(linear, plans[1])
+    twin = project(flux, error, mask, plans[0])
+    mixed = soft_mix(twin, plans[1])
+    for name in (*OF_MIX, *OF_PROJECT):
+        a = getattr(found, name)
+        b = getattr(expected if name in OF_MIX else linear, name)
+        c = getattr(mixed if name in OF_MIX else twin, name)
+        assert a.dtype == c.dtype
+        if name in ("n_good", "flag", "snr_median"):
+            np.testing.assert_array_equal(a, c, err_msg=name)
+        np.testing.assert_array_equal(np.isnan(a), np.isnan(b), err_msg=name)
+        for other in (b, c):
+            # Logits of order 10 carry a float32 rounding of 1e-6 each into the exponential.
+            assert_close(np.nan_to_num(a), np.nan_to_num(other), made_in=np.float32, factor=3)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("n", [0, 1, 31, 127, 128, 129, 1009])
+@pytest.mark.parametrize(
+    ("p", "changes"),
+    [
+        (1, {"c": 1, "w": 1, "n_experts": 1, "n_levels": 2, "hidden": 1}),
+        (17, {"c": 49, "w": 5}),
+        (131, {"c": 100, "w": 9, "n_experts": 49}),
+        (4096, {"c": 48, "w": 4, "n_experts": 9, "n_levels": 8, "hidden": 64}),
+        (5000, {}),
+    ],
+)
+def test_scores(n, p, changes):
+    from moefast.kernels.cuda import score
+
+    plans = random_plans(p=p, **changes)
+    flux, error = spectra(n, plans[0])
+    rng = np.random.default_rng(n)
+    mask = rng.random(flux.shape) < 0.01
+    flux[rng.random(flux.shape) < 0.003] = np.nan
+    error[rng.random(flux.shape) < 0.003] = -1
+    assert_scores(score(flux, error, mask, *plans), flux, error, mask, plans)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("device")
+def test_blocks_threads_and_layouts_change_no_bit():
+    from moefast.kernels.cuda import CudaScorer
+
+    plans = random_plans(p=512, c=48, w=4, n_experts=9, n_levels=8, hidden=64)
+    flux, error = spectra(5003, plans[0])
+    expected = CudaScorer(*plans)(flux, error)
+    scorer = CudaScorer(*plans, block_rows=300)
+    cuts = list(range(0, 5003, 611))
+    with ThreadPoolExecutor(5) as pool:
+        parts = pool.map(lambda i: scorer(np.asfortranarray(flux[i : i + 611]), error[i : i + 611]), cuts)
+        for i, part in zip(cuts, parts, strict=True):
+            for name in part._fields:
+                np.testing.assert_array_equal(getattr(part, name), getattr(expected, name)[i : i + 611])
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("device")
+def test_a_bad_row_leaves_its_neighbours_alone():
+    from moefast.kernels.cuda import score
+
+    plans = random_plans(p=264)
+    flux, error = spectra(300, plans[0])
+    clean = score(flux, error, None, *plans)
+    flux[7], error[8], flux[9, 3] = np.nan, np.inf, 3e38
+    found = score(flux, error, None, *plans)
+    good = np.setdiff1d(np.arange(300), [7, 8, 9])
+    for name in found._fields:
+        np.testing.assert_array_equal(getattr(found, name)[good], getattr(clean, name)[good])
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("device")
+def test_the_engine():
+    from moefast.scoring import CudaEngine
+
+    mixture = random_mixture(n_pixels=4096)
+    flux, error = spectra(700, mixture.projection)
+    found, quality = CudaEngine(mixture)(flux, error, None, 0)
+    expected, same = mixture.score(flux, error)
+    assert np.abs(found.log_g - expected.log_g).max() < 1e-4
+    np.testing.assert_array_equal(quality.snr_median, same.snr_median)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("free_scale", [False, True])
+@pytest.mark.parametrize(
+    ("n", "m", "r", "q"), [(0, 3, 2, 1), (1, 1, 1, 1), (63, 65, 17, 9), (1009, 5003, 48, 3)]
+)
+def test_template_posterior(n, m, r, q, free_scale):
+    rng = np.random.default_rng(n)
+    keys = rng.standard_normal((m, r)) * np.linspace(3, 0.3, r)
+    level = rng.uniform(0.3, 3, n)
+    z = keys[rng.integers(0, m, n)] + level[:, None] * rng.standard_normal((n, r))
+    rows = tuple(a.astype(np.float32) for a in (z, level, keys, rng.uniform(1, 5, (m, q))))
+    found = template_posterior(*rows, free_scale=free_scale, backend="cuda")
+    twin = template_posterior(*rows, free_scale=free_scale)
+    few = slice(0, 50)
+    expected = template_posterior_reference(rows[0][few], rows[1][few], *rows[2:], free_scale=free_scale)
+    for name, reference in zip(("mean", "log_evidence", "effective"), expected, strict=True):
+        # An exponent of order 100 carries a rounding of 1e-5 into the exponential.
+        assert_close(getattr(found, name), getattr(twin, name), factor=3)
+        assert_close(getattr(found, name)[few], reference, made_in=np.float32, factor=3)
+
+
+def test_without_a_device_the_kernels_say_so():
+    if cuda_devices()[0]:
+        pytest.skip("there is a device")
+    from moefast.kernels.cuda import CudaScorer, score
+
+    plans = random_plans(p=16, c=3, w=1)
+    ones = np.ones((2, 16), np.float32)
+    for call in (
+        lambda: score(ones, ones, None, *plans),
+        lambda: CudaScorer(*plans),
+        lambda: template_posterior(ones, np.ones(2), ones, np.ones(2), backend="cuda"),
+    ):
+        with pytest.raises(BackendError, match=r"backend cuda: (no usable CUDA device|numba-cuda is not)"):
+            call()
+
+
+def test_the_benchmark_without_a_device(tmp_path):
+    if cuda_devices()[0]:
+        pytest.skip("there is a device")
+    script = Path(__file__).parents[2] / "benchmarks" / "gpu_scoring.py"
+    command = [sys.executable, str(script), "-o", str(tmp_path / "x.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 7
+    assert "not measured: backend cuda: no" in done.stderr
+    assert not (tmp_path / "x.json").exists()

@@ -1,0 +1,89 @@
+"""Random mixtures, random plans of small ones, and spectra for them, for the tests of every engine that scores."""
+
+import numpy as np
+
+from moefast.kernels import Mixing, Projection, cell_size
+from moefast.mixture import Mixture
+
+
+def layers(rng, n_in, hidden, n_out, scale=0.3):
+    shapes = ((n_in, hidden), (hidden,), (hidden, n_out), (n_out,))
+    return tuple((scale * rng.standard_normal(shape)).astype(np.float32) for shape in shapes)
+
+
+def random_plans(p=132, c=17, w=2, n_experts=3, n_levels=4, hidden=7, clipped=False, seed=0):
+    """A projection and a mixing that fit each other: c columns, w lines."""
+    rng = np.random.default_rng(seed)
+    shape = np.exp(rng.normal(-4, 0.7, p))
+    n_basis = max(1, c - 2)
+    basis = np.linalg.qr(rng.standard_normal((p, min(n_basis, p))))[0]
+    # A little short, so that something is left even of a single pixel.
+    basis = 0.9 * np.resize(basis, (p, n_basis)) / np.sqrt(shape)[:, None]
+    lines = np.zeros((p, 3 * w))
+    for column in range(3 * w):
+        start = rng.integers(0, p)
+        stop = min(p, start + 1 + int(rng.integers(0, 30)))
+        lines[start:stop, column] = rng.standard_normal(stop - start)
+    matrix = np.concatenate([basis, rng.standard_normal((p, c - n_basis))], axis=1)
+    projection = Projection(
+        reference=rng.uniform(0.5, 1.5, p),
+        noise_shape=shape,
+        matrix=matrix,
+        lines=lines,
+        cell_matrix=rng.uniform(0, 1, (p // cell_size(p), n_levels * n_experts)),
+        captured=(basis**2).sum(1) / max(1, n_basis / p),
+        clipped=clipped,
+    )
+    leading = min(4, n_basis)
+    features = 2 * w + 1 + leading + 1
+    mixing = Mixing(
+        knots=np.linspace(-1.5, 1.5, n_levels).astype(np.float32),
+        expert_weights=rng.normal(0, 0.3 / p**0.5, (n_experts, n_levels, c)).astype(np.float32),
+        intercepts=rng.normal(3, 0.3, (n_experts, n_levels)).astype(np.float32),
+        n_basis=n_basis,
+        n_leading=leading,
+        line_offsets=rng.uniform(2, 3, 3 * w).astype(np.float32),
+        line_widths=rng.uniform(10, 20, w).astype(np.float32),
+        least_continuum=0.05,
+        least_spread=1e-4,
+        gate=layers(rng, features, hidden, n_experts, 0.1),
+        error_model=layers(rng, features + 3, 5, 1, 0.05),
+        label_range=(2.6, 3.4),
+    )
+    return projection, mixing
+
+
+def spectra(n, plan, seed=0):
+    """Flux and error of stars at many noise levels."""
+    rng = np.random.default_rng(seed)
+    p = plan.reference.size
+    error = np.sqrt(plan.noise_shape) * np.exp(rng.normal(0, 0.8, (n, 1))) * rng.uniform(0.8, 1.2, (n, p))
+    flux = plan.reference + 0.05 * rng.standard_normal((n, 1)) + error * rng.standard_normal((n, p))
+    return flux.astype(np.float32), error.astype(np.float32)
+
+
+def random_mixture(n_pixels=512, n_experts=5, n_levels=4, n_components=12, n_others=0, hidden=16, seed=0):
+    """A mixture of random numbers whose predictions are of order one and react to every input."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape, scale=1.0):
+        return (scale * rng.standard_normal(shape)).astype(np.float32)
+
+    noise_shape = (0.01 * np.exp(0.5 * rng.standard_normal(n_pixels))).astype(np.float32)
+    orthogonal, _ = np.linalg.qr(rng.standard_normal((n_pixels, n_components)))
+    return Mixture(
+        wave=np.linspace(7100.2, 8849.8, n_pixels),
+        reference=np.float32(1) + normal(n_pixels, scale=0.1),
+        noise_shape=noise_shape,
+        knots=np.linspace(-1.5, 1.5, n_levels).astype(np.float32),
+        columns=np.concatenate(
+            [orthogonal / np.sqrt(noise_shape)[:, None], normal(n_pixels, n_others)], axis=1
+        ).astype(np.float32),
+        n_basis=n_components,
+        expert_weights=normal(n_experts, n_levels, n_components + n_others, scale=n_pixels**-0.5),
+        expert_intercepts=3 + normal(n_experts, n_levels, scale=0.3),
+        gate=(normal(14, hidden, scale=0.1), normal(hidden), normal(hidden, n_experts), normal(n_experts)),
+        error_model=(normal(17, 8, scale=0.1), normal(8), normal(8, 1, scale=0.3), normal(1, scale=0.3)),
+        # Not numbers that float32 holds: the file must keep them exactly all the same.
+        label_range=(2.6180339, 3.1415926),
+    )
