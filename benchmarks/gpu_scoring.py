@@ -250,8 +250,8 @@ def measure(model: Model, samples: int, small: bool) -> dict[str, Any]:
     try:
         engine = CudaEngine(mixture)
         result = engine(many_flux, many_error, None, 0)[0].log_g
-        note("moefast, from host memory", rows, sampled(lambda: engine(many_flux, many_error, None, 0), samples), result,
-             "pinned host to device")  # fmt: skip
+        seconds = sampled(lambda: engine(many_flux, many_error, None, 0), samples)
+        note("moefast, from host memory", rows, seconds, result, "pinned host to device")
     except Exception as problem:
         found["moefast, from host memory"] = failure(problem)
     try:

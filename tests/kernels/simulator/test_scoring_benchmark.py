@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).resolve().parents[3] / "benchmarks" / "gpu_scoring.py"
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
+def script(monkeypatch):
     spec = importlib.util.spec_from_file_location("gpu_scoring", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -46,13 +46,13 @@ def benchmark(monkeypatch):
     return module
 
 
-def run(benchmark, out):
-    done = CliRunner().invoke(benchmark.main, ["--small", "--samples", "1", "-o", str(out)])
+def run(script, out):
+    done = CliRunner().invoke(script.main, ["--small", "--samples", "1", "-o", str(out)])
     return done, json.loads(out.read_text())
 
 
-def test_the_report(benchmark, tmp_path):
-    done, report = run(benchmark, tmp_path / "report.json")
+def test_the_report(script, tmp_path):
+    done, report = run(script, tmp_path / "report.json")
     assert done.exit_code == 0, done.output
     engines = report["scoring"]["engines"]
     for name in ("moefast, project and mix", "moefast, with snr_median", "moefast, from host memory"):
@@ -68,9 +68,9 @@ def test_the_report(benchmark, tmp_path):
     assert "spectra/s" in done.output
 
 
-def test_wrong_numbers_are_a_failure(benchmark, tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark, "TOLERANCE", -1.0)
-    done, _ = run(benchmark, tmp_path / "report.json")
+def test_wrong_numbers_are_a_failure(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "TOLERANCE", -1.0)
+    done, _ = run(script, tmp_path / "report.json")
     assert done.exit_code == 1
     assert "failed, or off by more than" in done.output
     assert "moefast, from host memory" in done.output.splitlines()[-1]
