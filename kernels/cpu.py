@@ -56,7 +56,7 @@ GRAM_TILE = 1152
 with 1152 a thirtieth, and the product, 5 MB, is still in the last cache when it is added to the totals."""
 
 # NaN and infinity must keep their meaning, so "nnan" and "ninf" are left out.
-_FAST = {"reassoc", "contract", "arcp", "nsz"}
+FAST = {"reassoc", "contract", "arcp", "nsz"}
 
 
 @njit(nogil=True, cache=True)
@@ -198,7 +198,7 @@ def _mend_row(
     return log_level, power, noise, math.sqrt(signal / square), median, n_good, bits
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
 def centre(
     flux, error, mask, clipped, reference, inverse_shape, residual, cell, lines, starts, stops,
     x, cells, windows, log_level, energy, expected, snr_norm, snr_median, n_good, flag,
@@ -270,7 +270,7 @@ def centre(
 
 
 @njit(cache=True, inline="always")
-def _exp(x):
+def exp32(x):
     """Exponential in float32 to 2 units of the last place, in SIMD: 2^k e^r with |r| ≤ ln 2 / 2, a series in r."""
     x = min(max(x, np.float32(-87.0)), np.float32(88.0))
     k = np.int32(math.floor(x * np.float32(1.4426950408889634) + np.float32(0.5)))
@@ -300,7 +300,7 @@ def _hidden(features, w1, b1, active):
     for h in range(active.size):
         # The exponential is bounded, so NaN must be kept by hand.
         a = active[h]
-        power = _exp(np.float32(2.0) * a)
+        power = exp32(np.float32(2.0) * a)
         t = (power - np.float32(1.0)) / (power + np.float32(1.0))
         active[h] = a if math.isnan(a) else t
 
@@ -313,7 +313,7 @@ def _dot(a, b):
     return total
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
 def soft_mix(
     columns, windows, variances, log_level, energy, expected,
     n_basis, n_leading, knots, expert_weights, intercepts, offsets, widths, least_continuum,
@@ -369,7 +369,7 @@ def soft_mix(
             top = max(top, gate[k])
         norm = ZERO32
         for k in range(n_experts):
-            power = _exp(gate[k] - top)
+            power = exp32(gate[k] - top)
             gate[k] = gate[k] if math.isnan(gate[k]) else power
             norm += gate[k]
         mixed, raw = ZERO32, ZERO32

@@ -27,7 +27,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
-from moefast.kernels.cpu import _FAST, _exp
+from moefast.kernels.cpu import FAST, exp32
 from moefast.kernels.dispatch import on_cuda
 from moefast.threads import in_threads
 
@@ -159,7 +159,7 @@ def check_posterior(
     return padded, weight, across, np.ascontiguousarray(labels.reshape(m, -1).T)
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
 def _add_differences(star, keys, first, scale, chi2):  # type: ignore[no-untyped-def]
     """chi2[j] = Σ_c (z_c − scale_j k_cj)² of the templates from `first` on."""
     size = chi2.size
@@ -176,7 +176,7 @@ def _add_differences(star, keys, first, scale, chi2):  # type: ignore[no-untyped
             chi2[j] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
 def _add_plain_differences(star, keys, first, chi2):  # type: ignore[no-untyped-def]
     """The same with a scale of 1, which saves half the multiplications."""
     size = chi2.size
@@ -191,7 +191,7 @@ def _add_plain_differences(star, keys, first, chi2):  # type: ignore[no-untyped-
             chi2[j] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
 def _best_scales(star, keys, first, scale):  # type: ignore[no-untyped-def]
     """scale[j] = zᵀk_j for templates of length 1."""
     size = scale.size
@@ -205,7 +205,7 @@ def _best_scales(star, keys, first, scale):  # type: ignore[no-untyped-def]
             scale[j] += (z0 * k0[j] + z1 * k1[j]) + (z2 * k2[j] + z3 * k3[j])
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
 def _largest(values):  # type: ignore[no-untyped-def]
     largest = values[0]
     for j in range(values.size):
@@ -213,19 +213,19 @@ def _largest(values):  # type: ignore[no-untyped-def]
     return largest
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
 def _weigh(exponents, top):  # type: ignore[no-untyped-def]
     """Replace each exponent by its exponential above `top`; sum and sum of squares."""
     total, square = np.float32(0.0), np.float32(0.0)
     for j in range(exponents.size):
-        share = _exp(exponents[j] - top)
+        share = exp32(exponents[j] - top)
         exponents[j] = share
         total += share
         square += share * share
     return total, square
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
 def _product(a, b):  # type: ignore[no-untyped-def]
     total = np.float32(0.0)
     for j in range(a.size):

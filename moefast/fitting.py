@@ -521,7 +521,7 @@ class _Fitter:
         return loss
 
     def choose_rank(self, small: NormalEquations, levels: F64) -> int:
-        """The least number of leading components, in steps of `RANK_STEP`, that costs no more than `RANK_LOSS` of R².
+        """The least number of leading components, in steps of `RANK_STEP`, within `RANK_LOSS` of the best R².
 
         Scoring takes time in proportion to them, and the last of many carry next to nothing.
         """
@@ -533,8 +533,10 @@ class _Fitter:
             leading = small.transform(np.eye(full, rank))
             return float(sum(self.held_out(leading, k, levels, (0.0,))[0] for k in range(small.n_bins)))
 
-        allowed = loss(full) + RANK_LOSS * small.moments().sum_yy
-        return next((rank for rank in range(RANK_STEP, full, RANK_STEP) if loss(rank) <= allowed), full)
+        losses = {rank: loss(rank) for rank in (*range(RANK_STEP, full, RANK_STEP), full)}
+        # The best, not the full number: with few noisy rows the last components do harm.
+        allowed = min(losses.values()) + RANK_LOSS * small.moments().sum_yy
+        return next(rank for rank, found in losses.items() if found <= allowed)
 
     def choose_alphas(self, small: NormalEquations, levels: F64, step: Callable[[], None]) -> list[float]:
         """The penalty of each bin with the least cross-validated squared error at the noise levels that occur."""

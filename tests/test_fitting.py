@@ -362,6 +362,37 @@ class TestBits:
         assert np.isfinite(y).all()
 
 
+@pytest.mark.parametrize("noise", ["closed-form", "sampled"])
+def test_as_few_components_as_the_best_r2_needs(train_file, noise):
+    """Clean spectra span few directions, and a fit to few noisy rows is better without the last of its directions."""
+    fitter = fitting._Fitter(open_spectra(train_file), Options(**QUICK, noise=noise), lambda *_: None)
+    equations, _, _ = fitter.gather()
+    pooled = equations.pooled().moments()
+    shape = pooled.variance
+    levels = np.exp(fitter.noise_levels(shape))
+    small = equations.transform(fitting.principal_subspace(pooled, shape).basis)
+
+    def loss(rank):
+        leading = small.transform(np.eye(small.n_pixels, rank))
+        return sum(fitter.held_out(leading, k, levels, (0.0,))[0] for k in range(2))
+
+    rank = fitter.choose_rank(small, levels)
+    assert 0 < rank < small.n_pixels
+    ranks = [*range(fitting.RANK_STEP, small.n_pixels, fitting.RANK_STEP), small.n_pixels]
+    least = min(loss(r) for r in ranks)
+    total = small.moments().sum_yy
+    assert (loss(rank) - least) / total <= fitting.RANK_LOSS
+    assert all((loss(r) - least) / total > fitting.RANK_LOSS for r in ranks if r < rank)
+    if noise == "sampled":
+        assert loss(rank) < loss(small.n_pixels)
+
+
+def test_a_given_number_of_components_is_kept(train_file, quick):
+    fit = fitted(train_file, **QUICK, n_components=7)
+    assert fit.mixture.columns.shape == (640, 7)
+    assert fit.mixture.n_basis == 7
+
+
 def test_constant_labels_are_refused(train_toy, tmp_path):
     path = train_toy.write(tmp_path / "constant.h5", log_g=np.full(3000, 4.4))
     with pytest.raises(LabelError, match="log_g is the same in every row"):
