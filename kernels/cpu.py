@@ -29,6 +29,7 @@ from moefast.kernels.quality import (
 )
 
 __all__ = [
+    "FAST",
     "GRAM_ROWS",
     "GRAM_TILE",
     "PIXELS",
@@ -36,6 +37,7 @@ __all__ = [
     "add_tile",
     "centre",
     "collect_rows",
+    "exp32",
     "find_places",
     "multiply_tile",
     "soft_mix",

@@ -31,6 +31,8 @@ __all__ = [
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 GRAM_ROWS = cpu.GRAM_ROWS
+MIRRORED = 128
+"""Side of the blocks in which a triangle is mirrored."""
 
 
 def packed_size(p: int) -> int:
@@ -49,8 +51,16 @@ def unpack_symmetric(packed: F64, p: int) -> F64:
     for i in range(p):
         row = packed[start : start + p - i]
         square[i, i:] = row
-        square[i:, i] = row
         start += p - i
+    # Mirrored block by block: column by column, each number would come from a cache line of its own.
+    for i in range(0, p, MIRRORED):
+        for j in range(0, i + MIRRORED, MIRRORED):
+            block = square[j : j + MIRRORED, i : i + MIRRORED]
+            if j < i:
+                square[i : i + MIRRORED, j : j + MIRRORED] = block.T
+            else:
+                lower = np.tril_indices(len(block), -1)
+                block[lower] = block.T[lower]
     return square
 
 

@@ -29,7 +29,8 @@ from moefast.spectra.files import same_wave
 
 __all__ = ["MANIFEST", "SCHEMA", "Model", "check_target", "shipped_path"]
 
-SCHEMA = 1
+SCHEMA = 2
+"""2: experts in principal components."""
 MANIFEST = "manifest.json"
 ONNX = "model.onnx"
 REFERENCES = "references.npz"

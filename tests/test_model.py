@@ -157,7 +157,7 @@ TAMPERINGS = {
     "file entry not a table": (_put("files", "model.onnx", value=3), "not a manifest"),
     "files a list": (_put("files", value=["model.onnx"]), "not a manifest"),
     "weights not listed": (_manifest(lambda m: m["files"].pop("model.onnx"), True), "is not listed"),
-    "schema of tomorrow": (_put("schema", value=999), "schema 999 found, this moefast reads schema 1"),
+    "schema of tomorrow": (_put("schema", value=999), "schema 999 found, this moefast reads schema 2"),
     "file above": (_rename_file("../references.npz"), "points outside"),
     "file elsewhere": (_rename_file("/etc/hostname"), "points outside"),
     "wave grid altered": (_put("wave", "values", 7, value=7000.0, checksum=True), "wave grid was altered"),
