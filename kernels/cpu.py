@@ -5,7 +5,7 @@ always have the same shape (`PROJECT_ROWS` rows, padded with zeros), and a row w
 all others and then mended by a function of its own: a bad neighbour changes no instruction that a good row sees, and
 the search for bad pixels costs nothing where there are none. All that a row gives besides the product (noise level,
 energies, SNRs, noise by cells, line windows) is made in one pass while it lies in the nearest cache.
-Kernels neither check nor allocate; `moefast.kernels` does both.
+Kernels check nothing and allocate nothing but scratch for a row; `moefast.kernels` does both.
 
 Threads: projection runs one block of rows per Python thread, Σxxᵀ one tile, with BLAS held to one thread each. A
 parallel kernel that alternates with a parallel product costs twice as much: each library's threads wait actively for
@@ -51,11 +51,14 @@ PIXELS = 512
 """Pixels that are worth a thread in `collect_rows`; a thread's pixels are neighbours, which memory likes best."""
 
 GRAM_ROWS = 4096
-"""Rows of one float32 product in Σxxᵀ at most: the totals of a million rows are still exact to 1e-8."""
+"""Rows of one float32 product in Σxxᵀ at most: the totals of a million rows are still within 1e-8."""
 
 GRAM_TILE = 1152
 """Columns of one tile of Σxxᵀ. BLAS packs the rows of every tile anew: with 512 columns that costs a fifth of the time,
 with 1152 a thirtieth, and the product, 5 MB, is still in the last cache when it is added to the totals."""
+
+LEAST_SUM = np.float32(1e-30)
+"""Sums of squares below this have lost digits to underflow."""
 
 # NaN and infinity must keep their meaning, so "nnan" and "ninf" are left out.
 FAST = {"reassoc", "contract", "arcp", "nsz"}
@@ -182,9 +185,9 @@ def _mend_row(
             s = e * e
             x[j] = d
             ratio[j] = s * inverse_shape[j]
-            level += ratio[j]
+            level += np.float64(e) * np.float64(e) * inverse_shape[j]
             power += np.float64(d) * np.float64(d) * inverse_shape[j]
-            noise += np.float64(s) * residual[j]
+            noise += np.float64(e) * np.float64(e) * residual[j]
             signal += np.float64(f) * np.float64(f)
             square += np.float64(e) * np.float64(e)
             quotient[n_good] = f / e
@@ -243,8 +246,8 @@ def centre(
             for j in range(p):
                 hidden = np.int32(hidden + np.int32(mask[i, j]))
             bad += hidden
-        # Squares of absurd numbers overflow float32; the other way of adding does not.
-        if bad > 0 or not (signal <= LARGEST32):
+        # Squares of absurdly large or small numbers do not fit float32; the other way of adding does not mind.
+        if bad > 0 or not (signal <= LARGEST32) or not (signal >= LEAST_SUM) or not (square >= LEAST_SUM):
             found = _mend_row(
                 row, one_sigma, mask[i] if masked else mask.reshape(-1), masked, clipped,
                 reference, inverse_shape, residual, centred, ratio, quotient, keys, scratch,

@@ -159,7 +159,8 @@ def add_gram(rows: F32, packed: F64) -> None:
         if i <= j
     }
     tiles = deque(sorted(work_of, key=lambda tile: -work_of[tile]))
-    scratch = np.empty((CORES, side, side), np.float32)
+    workers = min(CORES, len(tiles))
+    scratch = np.empty((workers, side, side), np.float32)
 
     def work(first: int, stop: int) -> None:
         for product in scratch[first:stop]:
@@ -173,7 +174,7 @@ def add_gram(rows: F32, packed: F64) -> None:
                     cpu.add_tile(tile, i, j, p, packed)
 
     with one_blas_thread():
-        in_threads(CORES, work, least=1)
+        in_threads(workers, work, least=1)
 
 
 def collect_rows(
@@ -223,6 +224,8 @@ def collect_rows(
     ValueError
         Shapes that do not fit, a group outside its range, or a buffer that is full already.
     """
+    if buffers.dtype != np.float32 or not buffers.flags.c_contiguous:
+        raise ValueError(f"buffers: C-contiguous float32 expected, found {buffers.dtype} {buffers.strides}")
     n_groups, capacity, p = buffers.shape
     noise = variance if variance is not None else error
     if x.shape != (len(x), p) or {y.shape, group.shape} != {(len(x),)} or reference.shape != (p,):

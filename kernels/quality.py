@@ -20,7 +20,6 @@ __all__ = [
     "mark_good",
     "quantile",
     "quantile_scratch",
-    "repair",
 ]
 
 LARGEST_ERROR = 1e6
@@ -74,17 +73,6 @@ def mark_good(flux, error, mask, good):
                 bad += np.int32(not ok)
         n_bad += int(bad > 0)
     return n_bad > 0
-
-
-@njit(cache=True, parallel=True)
-def repair(flux, error, good, reference):
-    """Put `reference` and an error of 1 into the pixels that are not good."""
-    n, p = flux.shape
-    for i in prange(n):
-        for j in range(p):
-            if not good[i, j]:
-                flux[i, j] = reference[j]
-                error[i, j] = np.float32(1)
 
 
 @njit(cache=True, inline="always")

@@ -286,7 +286,10 @@ def project(
 
 
 def _scratch(p: int, c: int, v: int) -> tuple[F32, F32, F32, F32]:
-    """Memory of one thread for the products of a block, kept: fresh pages cost as much as reading a file."""
+    """Memory of one thread for the products of a block, kept as long as the thread lives.
+
+    Fresh pages cost as much as reading a file.
+    """
     key = (p, c, v)
     if getattr(_local, "key", None) != key:
         widths = (p, p // cell_size(p), c, v)
@@ -336,10 +339,17 @@ def soft_mix(projected: Projected, plan: Mixing) -> Mixed:
         Shapes that do not fit.
     """
     n, (k, m, c) = len(projected.columns), plan.expert_weights.shape
-    expected = ((n, c), (n, plan.line_offsets.size), (n, k * m))
-    found = (projected.columns.shape, projected.windows.shape, projected.variances.shape)
+    inputs = (
+        projected.columns, projected.windows, projected.variances,
+        projected.log_level, projected.energy, projected.expected,
+    )  # fmt: skip
+    expected = ((n, c), (n, plan.line_offsets.size), (n, k * m), (n,), (n,), (n,))
+    found = tuple(a.shape for a in inputs)
     if found != expected:
-        raise ValueError(f"columns, windows and variances of shapes {expected} expected; found {found}")
+        raise ValueError(
+            f"columns, windows, variances, levels and energies of shapes {expected} expected; found {found}"
+        )
+    arrays = [np.ascontiguousarray(a, np.float32) for a in inputs]
     out = Mixed(
         log_g=np.empty(n, np.float32),
         log_g_err=np.empty(n, np.float32),
@@ -348,14 +358,10 @@ def soft_mix(projected: Projected, plan: Mixing) -> Mixed:
         expert_log_g=np.empty((n, k), np.float32),
         chi2=np.empty(n, np.float32),
     )
-    inputs = (
-        projected.columns, projected.windows, projected.variances,
-        projected.log_level, projected.energy, projected.expected,
-    )  # fmt: skip
     outputs = (out.log_g, out.log_g_err, out.log_g_err_raw, out.weights, out.expert_log_g, out.chi2)
 
     def run(a: int, b: int) -> None:
-        cpu.soft_mix(*(v[a:b] for v in inputs), *plan.arrays, *(v[a:b] for v in outputs))
+        cpu.soft_mix(*(v[a:b] for v in arrays), *plan.arrays, *(v[a:b] for v in outputs))
 
     # Two microseconds a row: fewer are not worth starting threads.
     in_threads(n, run, least=2 * PROJECT_ROWS)

@@ -97,10 +97,10 @@ def resolve_kernels(name: str = "auto") -> Backend:
     where = resolve_backend(name)
     if where.name == "cpu":
         return where
-    from moefast.kernels.cuda.device import require_device
+    from moefast.kernels.cuda.device import require_kernels
 
     try:
-        require_device()
+        require_kernels()
     except BackendError as error:
         if name == "cuda":
             raise

@@ -190,7 +190,7 @@ def fit_mixture(
     progress : callable, optional
         Called with the name of a stage, rows (or steps) done and rows in all.
     checkpoint : Checkpoint, optional
-        Where the first pass is kept; goes on from what is there, with the same bits. The caller removes it.
+        Where the first pass is kept; goes on from what is there, on a CPU with the same bits. The caller removes it.
     backend : "cpu" or "cuda"
         Where the normal equations are gathered.
 

@@ -84,8 +84,8 @@ def fit(
         Called with the name of a stage, rows (or steps) done and rows in all.
     checkpoint : path or Checkpoint, optional
         Folder in which the statistics are kept every two minutes, so that a fit that is killed goes on where it stood
-        when it is repeated, to a model with the same bits. A folder given by its path is cleared once the fit is
-        complete; a Checkpoint is left to the caller, who can keep it until the model is saved.
+        when it is repeated, on a CPU to a model with the same bits. A folder given by its path is cleared once the fit
+        is complete; a Checkpoint is left to the caller, who can keep it until the model is saved.
     backend : "auto", "cpu" or "cuda"
         Where the normal equations are gathered; the manifest says which was taken.
 

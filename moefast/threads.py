@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -58,13 +58,14 @@ def map_in_order(
     """Results of work(item), in the order of the items, with several threads at work.
 
     An item is made (read from a file, say) by the thread that works on it, while its memory is still in that core's
-    cache; items are made one at a time, in their order. Results wait for their turn, two per thread at most.
+    cache; items are made one at a time, in their order. Results wait for their turn, a few per thread.
 
     Parameters
     ----------
     work : callable
     items : iterable
-        An exception that it raises, or `work`, is raised here in the place of the result; the rest is given up.
+        An exception that it raises, or `work`, is raised here, and all that is not done yet is given up. A generator
+        is closed.
     workers : int
         Threads.
     """
@@ -94,6 +95,8 @@ def map_in_order(
                 turn += 1
     finally:
         pool.shutdown(cancel_futures=True)
+        if isinstance(items, Generator):
+            items.close()
 
 
 @contextmanager

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from importlib import util
 
+import numpy as np
+
 from moefast.errors import BackendError
 
-__all__ = ["DeviceMemoryError", "out_of_memory", "require_device"]
+__all__ = ["DeviceMemoryError", "out_of_memory", "require_device", "require_kernels"]
 
 OUT_OF_MEMORY = 2
 """CUDA_ERROR_OUT_OF_MEMORY, the driver's number."""
@@ -40,6 +42,33 @@ def require_device() -> None:
     except CudaSupportError as error:
         reason = " ".join(str(error).split())
         raise BackendError(f"backend cuda: no usable CUDA device ({reason}); use backend cpu") from error
+
+
+def require_kernels() -> None:
+    """Return if CUDA kernels run: a few rows go through the normal equations.
+
+    Compilers and drivers that do not fit each other show when a kernel is first launched.
+
+    Raises
+    ------
+    BackendError
+        A package, the driver or the device is missing, or the kernels do not run.
+    """
+    require_device()
+    from moefast.kernels.cuda.accumulator import NormalEquationsAccumulator
+
+    try:
+        totals = NormalEquationsAccumulator(2, 1, method="numba", block_rows=4)
+        totals.add_block(np.ones((3, 2), np.float32), np.ones(3), np.zeros(3, np.int64))
+        totals.fetch()
+    except BackendError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise BackendError(
+            f"backend cuda: the kernels do not run here ({reason}); update the NVIDIA driver or "
+            "pip install --upgrade 'moefast[cuda]', or use backend cpu"
+        ) from error
 
 
 def out_of_memory(error: Exception) -> bool:

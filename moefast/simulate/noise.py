@@ -11,7 +11,7 @@ from, and how the result compares with the exposure time calculator of PFS, is i
 
 Design: all that depends on neither star nor seeing is computed once, in float64, by `NoiseModel`; what is
 left per pixel is one float32 square root and one division, in one pass over a row that stays in the cache;
-the median is found by counting (see `moefast.spectra.quality`).
+the median is found by counting (see `moefast.kernels.quality`).
 """
 
 from __future__ import annotations

@@ -17,7 +17,6 @@ from moefast.spectra.quality import (
     assess,
     good_pixels,
     quality_features,
-    repair,
 )
 from moefast.spectra.summary import picture, summarise
 from moefast.spectra.tables import Column, TableWriter, open_table, read_table
@@ -41,7 +40,6 @@ __all__ = [
     "picture",
     "quality_features",
     "read_table",
-    "repair",
     "same_wave",
     "summarise",
 ]

@@ -39,6 +39,7 @@ import numpy as np
 from moefast.errors import InputError, LabelError, OutputError, WaveGridError
 from moefast.spectra.atomic import partial_path, publish
 from moefast.spectra.params import ParamColumn, create_params_table, param_columns, read_columns
+from moefast.threads import CORES
 
 __all__ = [
     "Block",
@@ -55,7 +56,8 @@ ARRAYS = ("flux", "error", "mask", "noisy")
 _SUFFIXES = (".h5", ".hdf5")
 _STAGING_BYTES = 1 << 20
 _SLAB_BYTES = 1 << 25
-_FREE_MEMORY = 12
+_FREE_MEMORY = max(12, 4 * CORES)
+"""Arrays kept to be used again: each of the threads that read and work has two or three."""
 _TABLE_ROWS = 16384
 _FINGERPRINT_ROWS = 16
 _FINGERPRINT_CHUNK_BYTES = 1 << 16
@@ -344,7 +346,12 @@ class _Table:
         if shard is not self.shard or not self.first <= start <= stop <= self.stop:
             self.shard = None
             self.first, self.stop = start, min(max(stop, start + _TABLE_ROWS), shard.n_rows)
-            self.held = shard.params(self.names, self.first, self.stop)
+            try:
+                self.held = shard.params(self.names, self.first, self.stop)
+            except InputError:
+                # Damage further on must not cost the rows before it.
+                self.stop = stop
+                self.held = shard.params(self.names, start, stop)
             self.shard = shard
         here = slice(start - self.first, stop - self.first)
         return {name: values[here] for name, values in self.held.items()}

@@ -27,7 +27,6 @@ __all__ = [
     "assess",
     "good_pixels",
     "quality_features",
-    "repair",
 ]
 
 
@@ -126,7 +125,7 @@ def assess(
     Parameters
     ----------
     flux, error : array of shape (n, p), float32
-        Flux and its 1σ, before any `repair`.
+        Flux and its 1σ.
     good : array of shape (n, p), bool, or None
         From `good_pixels`; None = all good.
     mask : array of shape (n, p), optional
@@ -189,28 +188,3 @@ def _rounded(features: np.ndarray) -> np.ndarray:
         size = np.exp(QUALITY_STEP * np.round(np.log(size) / QUALITY_STEP))
     shape = np.copysign(np.expm1(QUALITY_STEP * np.round(np.log1p(np.abs(shape)) / QUALITY_STEP)), shape)
     return np.concatenate([size, shape], axis=1, dtype=np.float32)
-
-
-def repair(flux: np.ndarray, error: np.ndarray, good: np.ndarray, reference: np.ndarray) -> None:
-    """Replace bad pixels in place, so that arithmetic stays finite: flux by a reference, error by 1.
-
-    The weight of these pixels must be set to 0 elsewhere.
-
-    Parameters
-    ----------
-    flux, error : array of shape (n, p), float32, C-contiguous
-        Changed in place.
-    good : array of shape (n, p), bool
-        From `good_pixels`.
-    reference : array of shape (p,)
-        Finite flux to put in.
-    """
-    for name, array in (("flux", flux), ("error", error)):
-        if array.dtype != np.float32 or array.ndim != 2 or not array.flags.c_contiguous:
-            raise ValueError(f"{name} must be C-contiguous float32 of shape (n, p), found {array.dtype}")
-    if flux.shape != error.shape:
-        raise ValueError(f"flux and error must share a shape, found {flux.shape} and {error.shape}")
-    reference = np.ascontiguousarray(reference, dtype=np.float32)
-    if reference.shape != flux.shape[1:]:
-        raise ValueError(f"reference must have shape {flux.shape[1:]}, found {reference.shape}")
-    loops.repair(flux, error, _pixels(good, flux.shape, "good"), reference)

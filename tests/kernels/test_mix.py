@@ -127,8 +127,10 @@ def test_a_row_has_the_same_bits_alone_and_a_bad_row_keeps_to_itself():
 def test_shapes_are_checked():
     plan = mixing()
     rows = projected(3, plan)
-    with pytest.raises(ValueError, match="columns, windows and variances of shapes"):
+    with pytest.raises(ValueError, match="columns, windows, variances, levels and energies of shapes"):
         soft_mix(replace(rows, columns=rows.columns[:, 1:]), plan)
+    with pytest.raises(ValueError, match="levels and energies of shapes"):
+        soft_mix(replace(rows, energy=rows.energy[1:]), plan)
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,16 @@ def test_absurd_flux_stays_in_its_row(plan):
     assert found.flag[11] == 0
 
 
+def test_flux_in_tiny_units_is_as_noisy_as_it_is(plan):
+    flux, error = spectra(5, plan)
+    flux[2], error[2] = np.float32(1e-23) * flux[2], np.float32(1e-23) * error[2]
+    flux[3] = 0
+    found, expected = project(flux, error, None, plan), project_reference(flux, error, None, plan)
+    for name in ("snr_norm", "snr_median", "log_level"):
+        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-5)
+    assert found.log_level[2] < -40
+
+
 def test_any_layout_and_precision_gives_the_same_bits(plan):
     flux, error = spectra(70, plan)
     expected = project(flux, error, None, plan)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from moefast.spectra import QUALITY_FEATURES, Flag, assess, good_pixels, quality_features, repair
+from moefast.spectra import QUALITY_FEATURES, Flag, assess, good_pixels, quality_features
 from moefast.spectra.quality import QUALITY_STEP
 
 BAD_VALUES = (np.nan, np.inf, -np.inf)
@@ -238,21 +238,6 @@ def test_no_rows():
     assert good_pixels(flux, flux) is None
     assert assess(flux, flux, None).snr_norm.shape == (0,)
     assert quality_features(flux).shape == (0, 10)
-
-
-def test_repair_touches_bad_pixels_only():
-    flux, error, mask = spoiled(30, 50)
-    good = good_pixels(flux, error, mask)
-    before = flux.copy(), error.copy()
-    reference = np.linspace(0.5, 1.5, 50)
-    repair(flux, error, good, reference)
-    assert np.isfinite(flux).all()
-    np.testing.assert_array_equal(flux, np.where(good, before[0], reference.astype("f4")))
-    np.testing.assert_array_equal(error, np.where(good, before[1], np.float32(1)))
-    with pytest.raises(ValueError, match="reference must have shape"):
-        repair(flux, error, good, reference[1:])
-    with pytest.raises(ValueError, match="float32"):
-        repair(flux.astype("f8"), error, good, reference)
 
 
 def test_flags_are_bits_below_16():
