@@ -408,6 +408,7 @@ def fit(
         moefast fit --simulate 200000 --set z0 -o model/
         moefast fit train/ -o model/ --checkpoint fit-so-far/
     """
+    from moefast.backend import resolve_kernels
     from moefast.checkpoint import Checkpoint
     from moefast.model import check_target
     from moefast.protocol.bins import uniform
@@ -427,11 +428,13 @@ def fit(
     spectra = SimulatedSpectra.of_set(name or "z0", rows=(0, simulate)) if simulate else files
     progress = Progress(quiet)
     kept = Checkpoint(checkpoint, tell=progress.note) if checkpoint else None
+    where = resolve_kernels(backend)
+    progress.note(f"backend {where.name} ({where.device}): {where.reason}")
     begin = time.monotonic()
     model = run(
         spectra, recipe=recipe, grid=uniform(*grid) if grid else None, noise=noise,  # type: ignore[arg-type]
         noise_level=noise_level, references=references, seed=seed, progress=progress.stage, checkpoint=kept,
-        backend=backend,
+        backend=where.name,
     )  # fmt: skip
     progress.close()
     model = model.save(out, overwrite=overwrite)
