@@ -97,25 +97,16 @@ class CudaEngine:
     """
 
     def __init__(self, mixture: Mixture) -> None:
-        from moefast.kernels.cuda.device import require_device
+        from moefast.kernels.cuda.device import first_launch, require_device
 
         require_device()
         # Only now: the CUDA packages are optional.
         from moefast.kernels.cuda.scoring import SLOTS, CudaScorer
 
         ones = np.ones((1, mixture.n_pixels), np.float32)
-        try:
+        with first_launch():
             self._scorer = CudaScorer(mixture.projection, mixture.mixing)
-            # Compilers and drivers that do not fit each other show when a kernel is first launched.
             self._scorer(ones, ones)
-        except MoefastError:
-            raise
-        except Exception as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            raise BackendError(
-                f"backend cuda: the kernels do not run here ({reason}); update the NVIDIA driver or "
-                "pip install --upgrade 'moefast[cuda]', or use backend cpu"
-            ) from error
         self.block_rows = self._scorer.block_rows
         # One reads a file, while the others have a slot each.
         self.workers = SLOTS + 1

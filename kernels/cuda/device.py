@@ -6,13 +6,15 @@ error, and never a silent run on the CPU.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import util
 
 import numpy as np
 
-from moefast.errors import BackendError
+from moefast.errors import BackendError, MoefastError
 
-__all__ = ["DeviceMemoryError", "out_of_memory", "require_device", "require_kernels"]
+__all__ = ["DeviceMemoryError", "first_launch", "out_of_memory", "require_device", "require_kernels"]
 
 OUT_OF_MEMORY = 2
 """CUDA_ERROR_OUT_OF_MEMORY, the driver's number."""
@@ -44,10 +46,29 @@ def require_device() -> None:
         raise BackendError(f"backend cuda: no usable CUDA device ({reason}); use backend cpu") from error
 
 
+@contextmanager
+def first_launch() -> Iterator[None]:
+    """Say in words what goes wrong when a kernel is first launched: compilers and drivers that do not fit show there.
+
+    Raises
+    ------
+    BackendError
+        Whatever is raised inside that is not one of our own errors.
+    """
+    try:
+        yield
+    except MoefastError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise BackendError(
+            f"backend cuda: the kernels do not run here ({reason}); update the NVIDIA driver or "
+            "pip install --upgrade 'moefast[cuda]', or use backend cpu"
+        ) from error
+
+
 def require_kernels() -> None:
     """Return if CUDA kernels run: a few rows go through the normal equations.
-
-    Compilers and drivers that do not fit each other show when a kernel is first launched.
 
     Raises
     ------
@@ -57,18 +78,10 @@ def require_kernels() -> None:
     require_device()
     from moefast.kernels.cuda.accumulator import NormalEquationsAccumulator
 
-    try:
+    with first_launch():
         totals = NormalEquationsAccumulator(2, 1, method="numba", block_rows=4)
         totals.add_block(np.ones((3, 2), np.float32), np.ones(3), np.zeros(3, np.int64))
         totals.fetch()
-    except BackendError:
-        raise
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise BackendError(
-            f"backend cuda: the kernels do not run here ({reason}); update the NVIDIA driver or "
-            "pip install --upgrade 'moefast[cuda]', or use backend cpu"
-        ) from error
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -8,7 +8,6 @@ grow with their number. Nothing is read ahead: generation keeps all cores busy b
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Literal
 import numpy as np
 
 from moefast.errors import InputError, LabelError, MoefastError
-from moefast.spectra.files import Block, Failure
+from moefast.spectra.files import Block, Failure, block_edges
 
 from .emulator import Emulator
 from .rows import PARAMS, Settings, SimulatedBlock, noise_model, simulate_params, simulate_rows
@@ -218,9 +217,7 @@ class SimulatedSpectra:
     def _blocks(
         self, block_rows: int, noisy: bool, start: int, stop: int, names: list[str]
     ) -> Iterator[Block]:
-        edges = [start, *range(start - start % block_rows + block_rows, stop, block_rows), stop]
-        edges = edges if start < stop else []
-        for first, last in itertools.pairwise(edges):
+        for first, last in block_edges(start, stop, block_rows):
             made = self._simulate(first, last, noisy=noisy)
             flux = made.noisy if made.noisy is not None else made.flux
             yield Block(first, 0, flux, made.error, None, {name: made.params[name] for name in names})

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import itertools
 import json
 import queue
 import re
@@ -47,6 +46,7 @@ __all__ = [
     "Shard",
     "SpectrumSet",
     "SpectrumWriter",
+    "block_edges",
     "find_files",
     "open_spectra",
     "same_wave",
@@ -935,8 +935,7 @@ class SpectrumSet:
                 continue
             which = array if array != "auto" else ("noisy" if "noisy" in shard.arrays else "flux")
             try:
-                edges = [first, *range(first - first % block_rows + block_rows, last, block_rows), last]
-                for row, end in itertools.pairwise(edges):
+                for row, end in block_edges(first, last, block_rows):
                     try:
                         yield self._read_block(memory, table, index, which, (row, end))
                     except InputError as error:
@@ -960,6 +959,14 @@ class SpectrumSet:
                 mask = None
         params = table.rows(shard, *rows)
         return Block(int(self.first_rows[index]) + rows[0], index, flux, error, mask, params)
+
+
+def block_edges(start: int, stop: int, block_rows: int) -> Iterator[tuple[int, int]]:
+    """First row and the one after the last of each block of start … stop; blocks end at multiples of `block_rows`."""
+    while start < stop:
+        end = min(stop, start - start % block_rows + block_rows)
+        yield start, end
+        start = end
 
 
 def _ahead(source: Iterator[Block]) -> Iterator[Block]:
