@@ -1,6 +1,10 @@
 import sys
 
+import numpy as np
 import pytest
+from numba.core import types
+from numba.cuda.simulator.kernelapi import FakeCUDAShared
+from numba.np.numpy_support import as_dtype
 
 
 @pytest.fixture(autouse=True)
@@ -10,3 +14,23 @@ def quick_turns():
     sys.setswitchinterval(1e-4)
     yield
     sys.setswitchinterval(usual)
+
+
+@pytest.fixture(autouse=True)
+def one_shared_array_per_block(monkeypatch):
+    """The simulator looks for a shared array and then makes it, so that two threads can make one each: let one win."""
+    plain = FakeCUDAShared.array
+
+    def array(self, shape, dtype, alignment=None):
+        if shape == 0:
+            return plain(self, shape, dtype, alignment)
+        caller = sys._getframe(1)
+        place = caller.f_code.co_filename, caller.f_lineno
+        found = self._allocations.get(place)
+        if found is None:
+            dtype = as_dtype(dtype) if isinstance(dtype, types.Type) else dtype
+            # One step for the interpreter: whoever comes second gets the array of the first.
+            found = self._allocations.setdefault(place, np.empty(shape, dtype))
+        return found
+
+    monkeypatch.setattr(FakeCUDAShared, "array", array)
