@@ -1,0 +1,81 @@
+"""What an expert may see of a star, and what an expert that is not linear must be able to do.
+
+Design: linear experts and template libraries are arrays of the mixture, which the kernels know. Every other family is one class with
+the protocol below: it predicts, it has a plain float64 twin, it writes itself as ONNX nodes and is read back from their
+initializers, so that the ONNX file stays the only home of a model's numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from typing import Self
+
+__all__ = ["Expert", "Inputs"]
+
+
+class Inputs(NamedTuple):
+    """What experts may see of n stars.
+
+    Attributes
+    ----------
+    z : array of shape (n, r), float32
+        Noise-white principal components.
+    log_level : array of shape (n,), float32
+        ln s, the noise level over that of the training set.
+    lines : array of shape (n, 9), float32
+        `moefast.gating.features.LINE_FEATURES`.
+    x : array of shape (n, p), float32, or None
+        Flux, with the reference spectrum in the place of bad pixels; only for experts with `needs_flux`.
+    """
+
+    z: NDArray
+    log_level: NDArray
+    lines: NDArray
+    x: NDArray | None = None
+
+
+class Expert(Protocol):
+    """An expert that is neither linear nor a template library; log g in dex."""
+
+    family: ClassVar[str]
+    needs_flux: ClassVar[bool]
+
+    def predict(self, inputs: Inputs) -> NDArray:
+        """Log g of each star, (n,), float32."""
+        ...
+
+    def predict_reference(self, inputs: Inputs) -> NDArray:
+        """The same in plain NumPy and float64, (n,): the contract of `predict` and of the ONNX nodes."""
+        ...
+
+    def arrays(self) -> dict[str, NDArray]:
+        """Everything that it is made of, float32 or int64, by name."""
+        ...
+
+    @classmethod
+    def from_arrays(cls, read: Callable[[str], NDArray]) -> Self:
+        """The inverse of `arrays`; ValueError where they do not fit together."""
+        ...
+
+    def add_nodes(self, graph: Any, inputs: Mapping[str, str], stem: str) -> str:
+        """Write itself into an ONNX graph.
+
+        Parameters
+        ----------
+        graph : moefast.export graph
+        inputs : dict of str to str
+            Names of the values z (n, r), log_level (n, 1), lines (n, 9) and x (n, p).
+        stem : str
+            Its initializers are named `{stem}.{name}` after `arrays`.
+
+        Returns
+        -------
+        str
+            Name of a value (n, 1).
+        """
+        ...
