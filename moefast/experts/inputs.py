@@ -1,8 +1,8 @@
 """What an expert may see of a star, and what an expert that is not linear must be able to do.
 
-Design: linear experts and template libraries are arrays of the mixture, which the kernels know. Every other family is one class with
-the protocol below: it predicts, it has a plain float64 twin, it writes itself as ONNX nodes and is read back from their
-initializers, so that the ONNX file stays the only home of a model's numbers.
+Design: linear experts and template libraries are arrays of the mixture, which the kernels know. Every other family is
+one class with the protocol below: it predicts, it has a plain float64 twin, it writes itself as ONNX nodes and is read
+back from their initializers, so that the ONNX file stays the only home of a model's numbers.
 """
 
 from __future__ import annotations
