@@ -27,8 +27,8 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 import moefast
 from moefast.errors import ModelError, OutputError
 from moefast.gating.features import LEAST_CONTINUUM, LINE_FEATURES, LINES
-from moefast.kernels import cell_size
-from moefast.mixture import LEAST_SPREAD, N_GATE_COMPONENTS, Mixture
+from moefast.kernels import Library, cell_size
+from moefast.mixture import LEAST_SPREAD, Mixture, n_gate_features
 from moefast.spectra.quality import LARGEST_ERROR
 
 __all__ = ["IR_VERSION", "OPSET", "build", "check", "load", "part_of", "read_mixture", "save"]
@@ -46,7 +46,7 @@ LARGEST_FILE = 2**31 - 1
 _OPERATORS = frozenset([
     "Abs", "Add", "And", "Cast", "Concat", "Div", "Exp", "Gemm", "Greater", "LessOrEqual",
     "Log", "MatMul", "Max", "Min", "Mul", "ReduceMax", "ReduceMin", "ReduceSum", "Reshape", "Slice",
-    "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "Unsqueeze", "Where",
+    "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze", "Where",
 ])
 # fmt: on
 LEAST_FLUX = "least_flux"
@@ -260,7 +260,7 @@ class _Steps:
         return g.add("Div", [outside, bound], "chi2/ratio")
 
     def features(self, components: str, lines: str) -> str:
-        """Features of the gate, (n, 14): lines, the first components, noise level."""
+        """Features of the gate, (n, f): lines, the first components, noise level."""
         g, mixture, n_lines = self.graph, self.mixture, len(LINES)
         whole = g.add(
             "Add", [lines, self._weight("lines.offsets", mixture.line_offsets)], "lines/of_whole_flux"
@@ -287,7 +287,7 @@ class _Steps:
         )
         three = [g.shape("first", [0]), g.shape("three", [3]), g.axis(1)]
         triplet = g.total(g.add("Slice", [width, *three], "lines/CaT_widths"), 1, "lines/CaT_EW")
-        first = [g.shape("first", [0]), g.shape("n_components", [N_GATE_COMPONENTS]), g.axis(1)]
+        first = [g.shape("first", [0]), g.shape("n_components", [mixture.n_gate]), g.axis(1)]
         leading = g.add("Slice", [components, *first], "gate/first_components")
         return g.add("Concat", [calcium, triplet, sodium, leading, self.level], "gate/features", axis=1)
 
@@ -300,10 +300,146 @@ class _Steps:
         hidden = g.add("Tanh", [g.add("Gemm", [features, w1, b1], f"{name}/hidden_sum")], f"{name}/hidden")
         return g.add("Gemm", [hidden, w2, b2], f"{name}/output")
 
-    def gate(self, features: str) -> str:
+    def gate(self, features: str, evidence: str | None) -> str:
         """Weights of the experts, (n, K)."""
         logits = self.perceptron(features, self.mixture.gate, "gate")
+        if evidence is not None:
+            logits = self.graph.add("Add", [logits, evidence], "gate/with_evidence")
         return self.graph.add("Softmax", [logits], "gate/softmax", axis=1)
+
+    def posterior(self, components: str) -> tuple[str, str, str]:
+        """Posterior mean, its 1σ and the log evidence (less the largest) of each expert of the library, (n, K).
+
+        In double precision until the exponentials: distances are differences of large numbers here.
+        """
+        g, library = self.graph, self.mixture.library
+        assert library is not None
+        m, t, r = library.tangents.shape
+
+        def double(value: str, name: str) -> str:
+            return g.add("Cast", [value], f"library/{name}", to=TensorProto.DOUBLE)
+
+        def own(name: str) -> str:
+            return double(self._weight(f"library.{name}", getattr(library, name)), name)
+
+        def number(name: str, value: float) -> str:
+            return g.number(f"constant.{name}", np.array(value, np.float64))
+
+        def last(name: str, value: str) -> str:
+            """(…, a) as (…, 1, a): one more axis before the last."""
+            return g.add("Unsqueeze", [value, g.shape("before_last", [-2])], f"library/{name}")
+
+        z, keys, tangents = double(components, "z"), own("keys"), own("tangents")
+        # u = q (z − k), and what of |z − k|² lies outside of the tangents.
+        flat = g.add("Reshape", [tangents, g.shape("tangents_in_a_row", [m * t, r])], "library/flat")
+        matrix = g.add("Transpose", [flat], "library/matrix", perm=[1, 0])
+        offset = g.total(
+            g.add("Mul", [tangents, last("keys_row", keys)], "library/key_shares"), 2, "library/offset"
+        )
+        along = g.add("MatMul", [z, matrix], "library/z_along")
+        along = g.add("Reshape", [along, g.shape("by_cloud", [0, m, t])], "library/z_by_cloud")
+        along = g.add("Sub", [along, offset], "library/along")
+        along2 = g.add("Mul", [along, along], "library/along_squared")
+        length = g.total(g.add("Mul", [z, z], "library/z_squared"), 1, "library/z_length", keep=True)
+        reach = g.total(g.add("Mul", [keys, keys], "library/keys_squared"), 1, "library/key_length")
+        across = g.add("Transpose", [keys], "library/keys_across", perm=[1, 0])
+        cross = g.add("MatMul", [z, across], "library/cross")
+        cross = g.add("Mul", [cross, number("two", 2.0)], "library/twice_cross")
+        apart = g.add("Sub", [g.add("Add", [length, reach], "library/lengths"), cross], "library/apart")
+        outside = g.add("Sub", [apart, g.total(along2, 2, "library/inside")], "library/outside_as_found")
+        outside = g.add("Max", [outside, number("zero_double", 0.0)], "library/outside")
+
+        twice = g.add("Mul", [self.log_level, g.scalar("two", 2.0)], "library/twice_log_level")
+        noise = double(g.add("Exp", [g.column(twice, "library/level_column")], "library/noise32"), "noise")
+        rest = g.add("Add", [noise, own("rest")], "library/outside_variance")
+        variance = g.add("Add", [last("noise_cube", noise), own("variances")], "library/along_variance")
+        chi2 = g.add(
+            "Add",
+            [
+                g.add("Div", [outside, rest], "library/outside_chi2"),
+                g.total(g.add("Div", [along2, variance], "library/along_chi2s"), 2, "library/along_chi2"),
+            ],
+            "library/chi2",
+        )
+        volume = g.add(
+            "Add",
+            [
+                g.add(
+                    "Mul",
+                    [g.add("Log", [rest], "library/log_rest"), number("n_outside", r - t)],
+                    "library/volume_outside",
+                ),
+                g.total(g.add("Log", [variance], "library/log_variances"), 2, "library/volume_along"),
+            ],
+            "library/volume",
+        )
+        half = g.add(
+            "Mul",
+            [g.add("Add", [chi2, volume], "library/twice_exponent"), number("minus_half", -0.5)],
+            "library/half",
+        )
+        exponent = g.add("Add", [half, own("log_weights")], "library/exponent")
+        gains = own("gains")
+        slope = g.add("Div", [gains, variance], "library/slope")
+        shift = g.total(g.add("Mul", [slope, along], "library/shifts"), 2, "library/shift")
+        each = g.add("Add", [shift, own("log_g")], "library/mean_of_each")
+        known = g.total(g.add("Mul", [slope, gains], "library/known_shares"), 2, "library/known")
+        left = g.add("Sub", [own("scatter"), known], "library/left_as_found")
+        left = g.add("Max", [left, number("zero_double", 0.0)], "library/variance_of_each")
+
+        sizes = g.number("library.sizes", np.diff(library.first))
+        k = self.mixture.n_experts
+        parts = [
+            g.add_many(
+                "Split",
+                [value, sizes],
+                f"library/{name}_split",
+                [f"library/{name}_{i}" for i in range(k)],
+                axis=1,
+            )
+            for name, value in (("exponent", exponent), ("each", each), ("left", left))
+        ]
+        means, deviations, evidences = [], [], []
+        for i, (e, mean_of, left_of) in enumerate(zip(*parts, strict=True)):
+            stem = f"library/expert_{i}"
+            top = g.add("ReduceMax", [e], f"{stem}_top", axes=[1], keepdims=1)
+            weight = g.add("Exp", [g.add("Sub", [e, top], f"{stem}_below_top")], f"{stem}_weight")
+            total = g.total(weight, 1, f"{stem}_total", keep=True)
+            share = g.add("Div", [weight, total], f"{stem}_share")
+            mean = g.total(g.add("Mul", [share, mean_of], f"{stem}_shares"), 1, f"{stem}_mean", keep=True)
+            off = g.add("Sub", [mean_of, mean], f"{stem}_off")
+            square = g.add("Add", [g.add("Mul", [off, off], f"{stem}_off2"), left_of], f"{stem}_square")
+            spread = g.total(
+                g.add("Mul", [share, square], f"{stem}_squares"), 1, f"{stem}_variance", keep=True
+            )
+            means.append(mean)
+            deviations.append(g.add("Sqrt", [spread], f"{stem}_sd"))
+            evidences.append(
+                g.add("Add", [g.add("Log", [total], f"{stem}_log_total"), top], f"{stem}_evidence")
+            )
+
+        def joined(values: list[str], name: str) -> str:
+            return g.add("Concat", values, f"library/{name}", axis=1)
+
+        def single(value: str, name: str) -> str:
+            return g.add("Cast", [value], f"library/{name}32", to=TensorProto.FLOAT)
+
+        evidence = joined(evidences, "evidence")
+        best = g.add("ReduceMax", [evidence], "library/best_evidence", axes=[1], keepdims=1)
+        relative = g.add("Sub", [evidence, best], "library/relative_evidence")
+        return (
+            single(joined(means, "mean"), "mean"),
+            single(joined(deviations, "sd"), "sd"),
+            single(relative, "logits"),
+        )
+
+    def instead(self, values: str, others: str, name: str) -> str:
+        """(n, K) with the library's column where an expert is the library's."""
+        g, mixture = self.graph, self.mixture
+        if all(mixture.from_library):
+            return others
+        marks = g.number("experts.from_library", np.array(mixture.from_library))
+        return g.add("Where", [marks, others, values], name)
 
     def mix(self, features: str, weights: str, experts: str, noise: str) -> tuple[str, str, str]:
         """The mixture's log g, its calibrated error, and the noise propagated into it, each (n,)."""
@@ -348,6 +484,7 @@ class _Steps:
 
 
 _LAYERS = ("w1", "b1", "w2", "b2")
+_OF_CLOUDS = ("variances", "gains", "rest", "log_weights", "log_g", "scatter")
 _OUTPUTS = {
     "log_g": "surface gravity, dex (cgs)",
     "log_g_err": "calibrated 1 sigma of log_g, dex",
@@ -393,10 +530,14 @@ def build(mixture: Mixture, part: str = "mixture", metadata: dict[str, str] | No
         columns, lines = steps.project(lines=True)
         components = steps.components(columns)
         outputs = ["weights"]
-        steps.deliver(steps.gate(steps.features(components, lines)), "weights", columns=True)
+        evidence = None if mixture.library is None else steps.posterior(components)[2]
+        steps.deliver(steps.gate(steps.features(components, lines), evidence), "weights", columns=True)
     elif part != "mixture":
         (columns,) = steps.project(lines=False)
-        column = steps.expert_log_g(columns, steps.hat())
+        if mixture.library is not None and mixture.from_library[0]:
+            column = steps.posterior(steps.components(columns))[0]
+        else:
+            column = steps.expert_log_g(columns, steps.hat())
         outputs = ["log_g"]
         steps.deliver(steps.graph.add("Squeeze", [column, steps.graph.axis(1)], "experts/only"), "log_g")
     else:
@@ -406,8 +547,13 @@ def build(mixture: Mixture, part: str = "mixture", metadata: dict[str, str] | No
         hat = steps.hat()
         experts = steps.expert_log_g(columns, hat)
         noise = steps.graph.add("Sqrt", [steps.at_level(flat_noise, hat, "propagate")], "propagate/noise")
+        evidence = None
+        if mixture.library is not None:
+            means, deviations, evidence = steps.posterior(components)
+            experts = steps.instead(experts, means, "experts/of_all_kinds")
+            noise = steps.instead(noise, deviations, "propagate/noise_of_all_kinds")
         features = steps.features(components, lines)
-        weights = steps.gate(features)
+        weights = steps.gate(features, evidence)
         log_g, log_g_err, raw = steps.mix(features, weights, experts, noise)
         values = (log_g, log_g_err, weights, experts, raw, steps.chi2(components, expected), steps.log_level)
         outputs = list(_OUTPUTS)
@@ -429,7 +575,16 @@ def _only_expert(mixture: Mixture, part: str) -> Mixture:
         expert_weights=mixture.expert_weights[k : k + 1],
         expert_intercepts=mixture.expert_intercepts[k : k + 1],
         gate=(w1, b1, w2[:, k : k + 1], b2[k : k + 1]),
+        library=None if mixture.library is None else _clouds_of(mixture.library, k),
+        from_library=mixture.from_library[k : k + 1],
     )
+
+
+def _clouds_of(library: Library, k: int) -> Library:
+    """The library of one expert."""
+    here = slice(library.first[k], library.first[k + 1])
+    numbers = {name: getattr(library, name)[here] for name in ("keys", "tangents", *_OF_CLOUDS)}
+    return Library(**numbers, first=np.array([0, here.stop - here.start]))
 
 
 def _model(steps: _Steps, part: str, outputs: Sequence[str], metadata: dict[str, str]) -> ModelProto:
@@ -461,7 +616,7 @@ def _model(steps: _Steps, part: str, outputs: Sequence[str], metadata: dict[str,
             for name in outputs
         ],
         list(steps.graph.initializers.values()),
-        doc_string=f"Gate features: {', '.join(LINE_FEATURES)}, {N_GATE_COMPONENTS} components, ln noise level.",
+        doc_string=f"Gate features: {', '.join(LINE_FEATURES)}, {mixture.n_gate} components, ln noise level.",
     )
     model = helper.make_model(
         graph,
@@ -560,6 +715,22 @@ def read_mixture(model: ModelProto, wave: NDArray[np.float64]) -> Mixture:
     )
     c = columns.shape[1]
     weights = read("experts.weights", c, k * m)
+    gate = layers("gate", None, k)
+    library, from_library = None, ()
+    if "library.keys" in tensors:
+        keys = read("library.keys", None, basis.shape[1])
+        clouds, r = keys.shape
+        tangents = read("library.tangents", clouds, None, r)
+        shapes = {"variances": tangents.shape[:2], "gains": tangents.shape[:2]}
+        rest = {name: read(f"library.{name}", *shapes.get(name, (clouds,))) for name in _OF_CLOUDS}
+        sizes = read("library.sizes", k, dtype=np.int64)
+        try:
+            library = Library(keys, tangents, **rest, first=np.concatenate([[0], np.cumsum(sizes)]))
+        except ValueError as error:
+            raise ModelError(f"the library of the ONNX model does not fit together: {error}") from error
+        from_library = (True,) * k
+        if "experts.from_library" in tensors:
+            from_library = tuple(read("experts.from_library", k, dtype=np.bool_).tolist())
     clipped = LEAST_FLUX in tensors
     if clipped and read(LEAST_FLUX, 1) != 0:
         raise ModelError(
@@ -575,10 +746,13 @@ def read_mixture(model: ModelProto, wave: NDArray[np.float64]) -> Mixture:
             n_basis=basis.shape[1],
             expert_weights=np.ascontiguousarray(weights.reshape(c, k, m).transpose(1, 2, 0)),
             expert_intercepts=intercepts,
-            gate=layers("gate", None, k),
+            gate=gate,
             error_model=layers("error_model", None, 1),
             label_range=(float(limits[0]), float(limits[1])),
             clipped=clipped,
+            n_gate=gate[0].shape[0] - n_gate_features(0),
+            library=library,
+            from_library=from_library,
         )
         lines = mixture.line_columns
     except ValueError as error:
