@@ -307,8 +307,8 @@ class _Steps:
             logits = self.graph.add("Add", [logits, evidence], "gate/with_evidence")
         return self.graph.add("Softmax", [logits], "gate/softmax", axis=1)
 
-    def posterior(self, components: str) -> tuple[str, str, str]:
-        """Posterior mean, its 1σ and the log evidence (less the largest) of each expert of the library, (n, K).
+    def posterior(self, components: str, wanted: Sequence[str]) -> list[str]:
+        """Of each expert of the library, (n, K): "mean", its "sd", and "evidence", its logarithm less the largest.
 
         In double precision until the exponentials: distances are differences of large numbers here.
         """
@@ -323,7 +323,7 @@ class _Steps:
             return double(self._weight(f"library.{name}", getattr(library, name)), name)
 
         def number(name: str, value: float) -> str:
-            return g.number(f"constant.{name}", np.array(value, np.float64))
+            return g.number(f"constant.double_{name}", np.array(value, np.float64))
 
         def last(name: str, value: str) -> str:
             """(…, a) as (…, 1, a): one more axis before the last."""
@@ -347,7 +347,7 @@ class _Steps:
         cross = g.add("Mul", [cross, number("two", 2.0)], "library/twice_cross")
         apart = g.add("Sub", [g.add("Add", [length, reach], "library/lengths"), cross], "library/apart")
         outside = g.add("Sub", [apart, g.total(along2, 2, "library/inside")], "library/outside_as_found")
-        outside = g.add("Max", [outside, number("zero_double", 0.0)], "library/outside")
+        outside = g.add("Max", [outside, number("zero", 0.0)], "library/outside")
 
         twice = g.add("Mul", [self.log_level, g.scalar("two", 2.0)], "library/twice_log_level")
         noise = double(g.add("Exp", [g.column(twice, "library/level_column")], "library/noise32"), "noise")
@@ -379,67 +379,59 @@ class _Steps:
             "library/half",
         )
         exponent = g.add("Add", [half, own("log_weights")], "library/exponent")
-        gains = own("gains")
-        slope = g.add("Div", [gains, variance], "library/slope")
-        shift = g.total(g.add("Mul", [slope, along], "library/shifts"), 2, "library/shift")
-        each = g.add("Add", [shift, own("log_g")], "library/mean_of_each")
-        known = g.total(g.add("Mul", [slope, gains], "library/known_shares"), 2, "library/known")
-        left = g.add("Sub", [own("scatter"), known], "library/left_as_found")
-        left = g.add("Max", [left, number("zero_double", 0.0)], "library/variance_of_each")
-
         sizes = g.number("library.sizes", np.diff(library.first))
         k = self.mixture.n_experts
-        parts = [
-            g.add_many(
-                "Split",
-                [value, sizes],
-                f"library/{name}_split",
-                [f"library/{name}_{i}" for i in range(k)],
-                axis=1,
-            )
-            for name, value in (("exponent", exponent), ("each", each), ("left", left))
-        ]
-        means, deviations, evidences = [], [], []
-        for i, (e, mean_of, left_of) in enumerate(zip(*parts, strict=True)):
+
+        def by_expert(value: str, name: str) -> list[str]:
+            outputs = [f"library/{name}_{i}" for i in range(k)]
+            return g.add_many("Split", [value, sizes], f"library/{name}_split", outputs, axis=1)
+
+        found: dict[str, list[str]] = {name: [] for name in wanted}
+        gains = own("gains") if {"mean", "sd"} & set(wanted) else ""
+        means, left = [""] * k, [""] * k
+        if gains:
+            slope = g.add("Div", [gains, variance], "library/slope")
+            shift = g.total(g.add("Mul", [slope, along], "library/shifts"), 2, "library/shift")
+            means = by_expert(g.add("Add", [shift, own("log_g")], "library/means"), "mean")
+        if "sd" in wanted:
+            known = g.total(g.add("Mul", [slope, gains], "library/known_shares"), 2, "library/known")
+            unknown = g.add("Sub", [own("scatter"), known], "library/left_as_found")
+            left = by_expert(g.add("Max", [unknown, number("zero", 0.0)], "library/left"), "left")
+        exponents = by_expert(exponent, "exponent")
+        for i in range(k):
             stem = f"library/expert_{i}"
-            top = g.add("ReduceMax", [e], f"{stem}_top", axes=[1], keepdims=1)
-            weight = g.add("Exp", [g.add("Sub", [e, top], f"{stem}_below_top")], f"{stem}_weight")
+            top = g.add("ReduceMax", [exponents[i]], f"{stem}_top", axes=[1], keepdims=1)
+            weight = g.add("Exp", [g.add("Sub", [exponents[i], top], f"{stem}_below_top")], f"{stem}_weight")
             total = g.total(weight, 1, f"{stem}_total", keep=True)
-            share = g.add("Div", [weight, total], f"{stem}_share")
-            mean = g.total(g.add("Mul", [share, mean_of], f"{stem}_shares"), 1, f"{stem}_mean", keep=True)
-            off = g.add("Sub", [mean_of, mean], f"{stem}_off")
-            square = g.add("Add", [g.add("Mul", [off, off], f"{stem}_off2"), left_of], f"{stem}_square")
-            spread = g.total(
-                g.add("Mul", [share, square], f"{stem}_squares"), 1, f"{stem}_variance", keep=True
-            )
-            means.append(mean)
-            deviations.append(g.add("Sqrt", [spread], f"{stem}_sd"))
-            evidences.append(
-                g.add("Add", [g.add("Log", [total], f"{stem}_log_total"), top], f"{stem}_evidence")
-            )
-
-        def joined(values: list[str], name: str) -> str:
-            return g.add("Concat", values, f"library/{name}", axis=1)
-
-        def single(value: str, name: str) -> str:
-            return g.add("Cast", [value], f"library/{name}32", to=TensorProto.FLOAT)
-
-        evidence = joined(evidences, "evidence")
-        best = g.add("ReduceMax", [evidence], "library/best_evidence", axes=[1], keepdims=1)
-        relative = g.add("Sub", [evidence, best], "library/relative_evidence")
-        return (
-            single(joined(means, "mean"), "mean"),
-            single(joined(deviations, "sd"), "sd"),
-            single(relative, "logits"),
-        )
+            if "evidence" in wanted:
+                log_total = g.add("Log", [total], f"{stem}_log_total")
+                found["evidence"].append(g.add("Add", [log_total, top], f"{stem}_evidence"))
+            if gains:
+                share = g.add("Div", [weight, total], f"{stem}_share")
+                mean = g.total(
+                    g.add("Mul", [share, means[i]], f"{stem}_shares"), 1, f"{stem}_mean", keep=True
+                )
+                found["mean"].append(mean)
+            if "sd" in wanted:
+                off = g.add("Sub", [means[i], mean], f"{stem}_off")
+                square = g.add("Add", [g.add("Mul", [off, off], f"{stem}_off2"), left[i]], f"{stem}_square")
+                squares = g.add("Mul", [share, square], f"{stem}_squares")
+                found["sd"].append(
+                    g.add("Sqrt", [g.total(squares, 1, f"{stem}_variance", keep=True)], f"{stem}_sd")
+                )
+        out = []
+        for name in wanted:
+            value = g.add("Concat", found[name], f"library/{name}", axis=1)
+            if name == "evidence":
+                best = g.add("ReduceMax", [value], "library/best_evidence", axes=[1], keepdims=1)
+                value = g.add("Sub", [value, best], "library/relative_evidence")
+            out.append(g.add("Cast", [value], f"library/{name}32", to=TensorProto.FLOAT))
+        return out
 
     def instead(self, values: str, others: str, name: str) -> str:
         """(n, K) with the library's column where an expert is the library's."""
-        g, mixture = self.graph, self.mixture
-        if all(mixture.from_library):
-            return others
-        marks = g.number("experts.from_library", np.array(mixture.from_library))
-        return g.add("Where", [marks, others, values], name)
+        marks = self.graph.number("experts.from_library", np.array(self.mixture.from_library))
+        return self.graph.add("Where", [marks, others, values], name)
 
     def mix(self, features: str, weights: str, experts: str, noise: str) -> tuple[str, str, str]:
         """The mixture's log g, its calibrated error, and the noise propagated into it, each (n,)."""
@@ -530,12 +522,12 @@ def build(mixture: Mixture, part: str = "mixture", metadata: dict[str, str] | No
         columns, lines = steps.project(lines=True)
         components = steps.components(columns)
         outputs = ["weights"]
-        evidence = None if mixture.library is None else steps.posterior(components)[2]
+        evidence = None if mixture.library is None else steps.posterior(components, ["evidence"])[0]
         steps.deliver(steps.gate(steps.features(components, lines), evidence), "weights", columns=True)
     elif part != "mixture":
         (columns,) = steps.project(lines=False)
         if mixture.library is not None and mixture.from_library[0]:
-            column = steps.posterior(steps.components(columns))[0]
+            (column,) = steps.posterior(steps.components(columns), ["mean"])
         else:
             column = steps.expert_log_g(columns, steps.hat())
         outputs = ["log_g"]
@@ -549,7 +541,7 @@ def build(mixture: Mixture, part: str = "mixture", metadata: dict[str, str] | No
         noise = steps.graph.add("Sqrt", [steps.at_level(flat_noise, hat, "propagate")], "propagate/noise")
         evidence = None
         if mixture.library is not None:
-            means, deviations, evidence = steps.posterior(components)
+            means, deviations, evidence = steps.posterior(components, ["mean", "sd", "evidence"])
             experts = steps.instead(experts, means, "experts/of_all_kinds")
             noise = steps.instead(noise, deviations, "propagate/noise_of_all_kinds")
         features = steps.features(components, lines)
@@ -728,9 +720,7 @@ def read_mixture(model: ModelProto, wave: NDArray[np.float64]) -> Mixture:
             library = Library(keys, tangents, **rest, first=np.concatenate([[0], np.cumsum(sizes)]))
         except ValueError as error:
             raise ModelError(f"the library of the ONNX model does not fit together: {error}") from error
-        from_library = (True,) * k
-        if "experts.from_library" in tensors:
-            from_library = tuple(read("experts.from_library", k, dtype=np.bool_).tolist())
+        from_library = tuple(read("experts.from_library", k, dtype=np.bool_).tolist())
     clipped = LEAST_FLUX in tensors
     if clipped and read(LEAST_FLUX, 1) != 0:
         raise ModelError(

@@ -29,7 +29,6 @@ from moefast.experts.inputs import Inputs
 from moefast.experts.normal_equations import Moments, NormalEquations
 from moefast.experts.ridge import NoisePath, Subspace, principal_subspace, ridge
 from moefast.experts.template import choose_library, fit_library
-from moefast.experts.trees import Trees, fit_trees
 from moefast.gating.features import line_columns
 from moefast.gating.mlp import fit_error_model, fit_gate, softmax
 from moefast.kernels import Library, all_within, project, tangent_posterior
@@ -43,6 +42,7 @@ from moefast.spectra.quality import good_pixels
 from moefast.threads import one_blas_thread
 
 if TYPE_CHECKING:
+    from moefast.experts.trees import Trees
     from moefast.simulate.source import SimulatedSpectra
 
 __all__ = ["Fit", "LinearForm", "Noise", "Options", "fit_mixture"]
@@ -894,6 +894,8 @@ class _Fitter:
         options, names = self.options, self.options.grid.names
         forests: dict[int, Trees] = {}
         if "trees" in options.families:
+            from moefast.experts.trees import fit_trees
+
             inputs, rows = self.inputs(mixture, "forest stars", self.other_rows(FOREST_ROWS), noisy=True)
             step = self.steps("forests", options.grid.n_bins)
             sample.values["trees"] = np.empty_like(sample.values["linear"])

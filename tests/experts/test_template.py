@@ -85,7 +85,9 @@ def test_every_bin_has_clouds_in_proportion_to_its_stars():
     np.testing.assert_allclose([shares[:30].sum(), shares[30:].sum()], [0.75, 0.25], rtol=1e-6)
     assert library.tangents.shape == (40, 2, RANK)
     np.testing.assert_allclose(
-        np.einsum("mtr,mur->mtu", library.tangents, library.tangents), np.tile(np.eye(2), (40, 1, 1)), atol=1e-5
+        np.einsum("mtr,mur->mtu", library.tangents, library.tangents),
+        np.tile(np.eye(2), (40, 1, 1)),
+        atol=1e-5,
     )
 
 
