@@ -15,6 +15,7 @@ import secrets
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -153,16 +154,24 @@ class _Steps:
         log_ratio = g.add("Log", [safe], "noise/log_ratio")
         self.log_level = g.add("Mul", [log_ratio, g.scalar("half", 0.5)], "noise/log_level")
 
+    @cached_property
+    def knots(self) -> tuple[str, str]:
+        """The first and the last noise level, ln s."""
         knots = self._weight("knots", self.mixture.knots)
-        self.first_knot = g.add("ReduceMin", [knots], "level/first_knot", keepdims=0)
-        self.last_knot = g.add("ReduceMax", [knots], "level/last_knot", keepdims=0)
-        above = g.add("Max", [self.log_level, self.first_knot], "level/at_least_first")
-        self.level = g.column(g.add("Min", [above, self.last_knot], "level/within_knots"), "level/column")
+        first = self.graph.add("ReduceMin", [knots], "level/first_knot", keepdims=0)
+        return first, self.graph.add("ReduceMax", [knots], "level/last_knot", keepdims=0)
+
+    @cached_property
+    def level(self) -> str:
+        """The noise level ln s within the knots, (n, 1)."""
+        g, (first, last) = self.graph, self.knots
+        above = g.add("Max", [self.log_level, first], "level/at_least_first")
+        return g.column(g.add("Min", [above, last], "level/within_knots"), "level/column")
 
     def hat(self) -> str:
         """Weights (n, 1, M) of the noise levels."""
-        g = self.graph
-        span = g.add("Sub", [self.last_knot, self.first_knot], "level/knot_span")
+        g, (first, last) = self.graph, self.knots
+        span = g.add("Sub", [last, first], "level/knot_span")
         step = g.add("Div", [span, g.scalar("n_intervals", self.mixture.knots.size - 1)], "level/knot_step")
         away = g.add("Abs", [g.add("Sub", [self.level, "knots"], "level/minus_knots")], "level/distance")
         steps = g.add("Div", [away, step], "level/distance_in_steps")

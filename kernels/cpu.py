@@ -416,7 +416,8 @@ def soft_mix(
             each[k] = lower * below + upper * above
             variance = lower * variances[i, m * n_experts + k] + upper * variances[i, (m + 1) * n_experts + k]
             sigma = math.sqrt(variance)
-            if given is not None:
+            # Numba leaves a branch out of the compiled code only if nothing but None is asked for.
+            if given is not None:  # noqa: SIM102
                 if not math.isnan(given[i, k]):
                     each[k] = given[i, k]
                     sigma = given_noise[i, k]

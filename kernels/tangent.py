@@ -16,9 +16,9 @@ the numbers of a cloud are factors that stand in registers while the stars pass.
 lanes are stars, and a star's numbers depend on that star and the library alone: a block is filled up with zeros.
 
 δ is formed before it is multiplied, in float32: the product form q·z − q·k loses the digits that ‖z‖ has above ‖δ‖,
-many units of the exponent for a star far brighter than its noise. Variances are taken relative to w, v_t/w = 1 + (d_jt² −
-ε_j²)/w; their logarithm is that of the product of their mantissas, and the sum of their binary exponents, which cannot
-overflow. Floor: r (t + 1) multiply-adds per star and cloud.
+many units of the exponent for a star far brighter than its noise. The logarithm of all v_t/w is that of the product of
+their mantissas, plus the sum of their binary exponents, which cannot overflow.
+Floor: r (t + 1) multiply-adds per star and cloud.
 """
 
 from __future__ import annotations
@@ -178,9 +178,9 @@ def tangent_posterior(
     Returns
     -------
     TangentPosterior
-        NaN for a star with a coordinate that is not finite, or beyond 1e15, or a level that is not finite or whose square
-        does not fit float32. An expert all of whose clouds are so far away that the exponent does not fit float32 has no
-        evidence (−∞) and no mean.
+        NaN for a star with a coordinate that is not finite, or beyond 1e15, or a level s that is not finite, or s² not
+        between 1e-18 and 1e15. An expert all of whose clouds are so far away that the exponent does not fit float32
+        has no evidence (−∞) and no mean.
 
     Raises
     ------
@@ -197,10 +197,9 @@ def tangent_posterior(
 
     def run(first: int, stop: int) -> None:
         here = slice(first * BLOCK, stop * BLOCK)
-        _posterior(
-            stars[here], square[here], *library.arrays,
-            out.mean[here], out.sd[here], out.log_evidence[here], out.effective[here],
-        )  # fmt: skip
+        rows = (stars[here], square[here])
+        found = (out.mean[here], out.sd[here], out.log_evidence[here], out.effective[here])
+        _posterior(*(*rows, *library.arrays, *found))
 
     in_threads(-(-n // BLOCK), run, least=1)
     return out
@@ -292,7 +291,7 @@ def _add_pair(  # type: ignore[no-untyped-def]
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
 def _begin(noise, rest, inverse, chi2, mean, known, mantissa, exponent):  # type: ignore[no-untyped-def]
-    """inverse = 1/w, and empty sums."""
+    """Fill inverse = 1/w, and empty all sums."""
     for i in range(BLOCK):
         inverse[i] = np.float32(1.0) / (rest + noise[i])
         chi2[i] = np.float32(0.0)
