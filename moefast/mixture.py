@@ -360,8 +360,10 @@ class Mixture:
                 good = good_pixels(flux, error, mask)
                 x = flux if good is None else np.where(good, flux, self.reference.astype(flux.dtype))
             inputs = self.inputs(linear)._replace(x=x)
+            own = prepare_reference(linear, self.mixing)[2]
             for k, expert in self.others.items():
                 values[:, k] = expert.predict_reference(inputs) if reference else expert.predict(inputs)
+                noise[:, k] = own[:, k]
         return Given(values, noise, logits)
 
     def inputs(self, linear: Projected) -> Inputs:
