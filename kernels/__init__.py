@@ -5,6 +5,7 @@ contract of each is in `moefast.kernels.reference`. Nothing here knows files, mo
 """
 
 from moefast.kernels.binning import assign_bins, assign_snr_bins, sort_by_bin
+from moefast.kernels.forest import Forest, forest_predict
 from moefast.kernels.gram import (
     GRAM_ROWS,
     add_gram,
@@ -30,6 +31,7 @@ from moefast.kernels.template import TemplatePosterior, template_posterior
 __all__ = [
     "GRAM_ROWS",
     "PROJECT_ROWS",
+    "Forest",
     "Mixed",
     "Mixing",
     "Projected",
@@ -41,6 +43,7 @@ __all__ = [
     "assign_snr_bins",
     "cell_size",
     "collect_rows",
+    "forest_predict",
     "gaussian_log_likelihood",
     "normal_equations",
     "packed_size",
