@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
@@ -40,6 +40,9 @@ OPSET = 17
 Nothing here needs a newer one; from 18 on reductions are written in another way, which older runtimes refuse."""
 IR_VERSION = 8
 """The file format of ONNX 1.12. Writers put their own newest version unless told, which older runtimes refuse."""
+TREES_DOMAIN = "ai.onnx.ml"
+TREES_OPSET = 3
+"""The version of ONNX 1.12 as well. Only models with trees import this domain."""
 LARGEST_FILE = 2**31 - 1
 """Bytes; the bound of protobuf."""
 
@@ -50,6 +53,7 @@ _OPERATORS = frozenset([
     "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze", "Where",
 ])
 # fmt: on
+_OPERATORS_OF = {"": _OPERATORS, TREES_DOMAIN: frozenset(["TreeEnsembleRegressor"])}
 LEAST_FLUX = "least_flux"
 _EXPERT_PART = re.compile(r"expert-(\d+)")
 
@@ -621,7 +625,7 @@ def _model(steps: _Steps, part: str, outputs: Sequence[str], metadata: dict[str,
     )
     model = helper.make_model(
         graph,
-        opset_imports=[helper.make_opsetid("", OPSET)],
+        opset_imports=[helper.make_opsetid(*opset) for opset in _opsets(steps.graph.nodes)],
         ir_version=IR_VERSION,
         producer_name="moefast",
         producer_version=moefast.__version__,
@@ -632,6 +636,12 @@ def _model(steps: _Steps, part: str, outputs: Sequence[str], metadata: dict[str,
     )
     helper.set_model_props(model, {**own, **metadata})
     return model
+
+
+def _opsets(nodes: Iterable[NodeProto]) -> list[tuple[str, int]]:
+    """Domains, with versions, that a graph of these nodes imports."""
+    own = [("", OPSET)]
+    return [*own, (TREES_DOMAIN, TREES_OPSET)] if any(node.domain == TREES_DOMAIN for node in nodes) else own
 
 
 def part_of(model: ModelProto) -> str:
@@ -776,12 +786,12 @@ def check(model: ModelProto, where: str) -> None:
     """
     remedy = "write the model again with this moefast"
     opsets = [(entry.domain, entry.version) for entry in model.opset_import]
-    if any(domain not in ("", "ai.onnx") for domain, _ in opsets):
+    if any(domain not in ("", "ai.onnx", TREES_DOMAIN) for domain, _ in opsets):
         raise ModelError(
             f"{where}: custom operator domains {opsets}; moefast runs standard operators only: {remedy}"
         )
-    if opsets != [("", OPSET)]:
-        raise ModelError(f"{where}: opset {opsets} found, {OPSET} expected; {remedy}")
+    if opsets != (expected := _opsets(model.graph.node)):
+        raise ModelError(f"{where}: opset {opsets} found, {expected} expected; {remedy}")
     if model.ir_version != IR_VERSION:
         raise ModelError(f"{where}: IR version {model.ir_version} found, {IR_VERSION} expected; {remedy}")
     graph = model.graph
@@ -789,7 +799,7 @@ def check(model: ModelProto, where: str) -> None:
         raise ModelError(f"{where}: functions, training graphs and sparse tensors are not allowed; {remedy}")
     tensors = list(graph.initializer)
     for node in graph.node:
-        if node.domain or node.op_type not in _OPERATORS:
+        if node.op_type not in _OPERATORS_OF.get(node.domain, ()):
             raise ModelError(
                 f"{where}: operator {node.domain}:{node.op_type} ({node.name}) is not one of ours; {remedy}"
             )
