@@ -5,6 +5,7 @@ contract of each is in `moefast.kernels.reference`. Nothing here knows files, mo
 """
 
 from moefast.kernels.binning import assign_bins, assign_snr_bins, sort_by_bin
+from moefast.kernels.forest import Forest, forest_predict
 from moefast.kernels.gram import (
     GRAM_ROWS,
     add_gram,
@@ -17,6 +18,7 @@ from moefast.kernels.gram import (
 from moefast.kernels.likelihood import gaussian_log_likelihood
 from moefast.kernels.scoring import (
     PROJECT_ROWS,
+    Given,
     Mixed,
     Mixing,
     Projected,
@@ -25,15 +27,20 @@ from moefast.kernels.scoring import (
     project,
     soft_mix,
 )
+from moefast.kernels.tangent import Library, TangentPosterior, tangent_posterior
 from moefast.kernels.template import TemplatePosterior, template_posterior
 
 __all__ = [
     "GRAM_ROWS",
     "PROJECT_ROWS",
+    "Forest",
+    "Given",
+    "Library",
     "Mixed",
     "Mixing",
     "Projected",
     "Projection",
+    "TangentPosterior",
     "TemplatePosterior",
     "add_gram",
     "all_within",
@@ -41,12 +48,14 @@ __all__ = [
     "assign_snr_bins",
     "cell_size",
     "collect_rows",
+    "forest_predict",
     "gaussian_log_likelihood",
     "normal_equations",
     "packed_size",
     "project",
     "soft_mix",
     "sort_by_bin",
+    "tangent_posterior",
     "template_posterior",
     "unpack_symmetric",
 ]
