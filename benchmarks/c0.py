@@ -35,7 +35,7 @@ from moefast.protocol.report import assign_octiles, evaluate_predictions, octile
 from moefast.simulate import SimulatedSpectra
 from moefast.spectra.quality import assess
 
-__all__ = ["measure_set", "rectified", "tables"]
+__all__ = ["markdown", "measure_set", "rectified", "tables"]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -559,7 +559,8 @@ def evaluation(
 # --- what people read --------------------------------------------------------------------------------------
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -602,7 +603,9 @@ def tables(result: Mapping[str, Any]) -> dict[str, str]:
             ]
             for i, alpha in enumerate(values)
         ]
-        return _table(["α/n", *(f"{name} {part}" for name in sets for part in ("validation", *TESTS))], rows)
+        return markdown(
+            ["α/n", *(f"{name} {part}" for name in sets for part in ("validation", *TESTS))], rows
+        )
 
     changed = []
     for i, first in enumerate(some[0]["choices"]):
@@ -633,15 +636,15 @@ def tables(result: Mapping[str, Any]) -> dict[str, str]:
         [name, _where(found["paths"]["published-ridge"], PUBLISHED_R2)] for name, found in sets.items()
     ]
     return {
-        "stability": _table(
+        "stability": markdown(
             ["set", "recipe", "test set", "R², mean", "half spread", "σ training", "σ noise", "within ±0.01"],
             stability,
         ),
         "path of published-ridge": paths("published-ridge", penalties),
         "path of global-ridge": paths("global-ridge", noise_penalties),
-        "choices": _table(header, changed),
-        "octiles": _table(["R² per octile of snr_median", *"12345678"], octiles),
-        "crossing": _table(["set", f"α/n at which R² on test_10k is {PUBLISHED_R2}"], crossing),
+        "choices": markdown(header, changed),
+        "octiles": markdown(["R² per octile of snr_median", *"12345678"], octiles),
+        "crossing": markdown(["set", f"α/n at which R² on test_10k is {PUBLISHED_R2}"], crossing),
     }
 
 

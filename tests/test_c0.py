@@ -1,11 +1,11 @@
 """The measurement of the ruler: numbers are those of the recipes, shortcuts are exact, the document is the result."""
 
 import json
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import pytest
+import small
 from click.testing import CliRunner
 
 import moefast
@@ -13,7 +13,7 @@ from moefast.benchmarks import c0
 from moefast.experts.normal_equations import NormalEquations
 from moefast.protocol.metrics import r2
 from moefast.protocol.milestones import judge, read_reports
-from moefast.simulate import REFERENCE_SETS, Emulator, SimulatedSpectra
+from moefast.simulate import REFERENCE_SETS, SimulatedSpectra
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -24,15 +24,7 @@ PLAN = c0.Plan(1500, 300, 2, (None, 5), (1e-3, 1e-2, 0.1, 1.0), (0.1, 1.0, 10.0)
 @pytest.fixture(scope="module")
 def source():
     """Reference sets in bins of four pixels, with fewer rows."""
-    with np.load(str(resources.files("moefast.simulate") / "data" / "emulator.npz")) as file:
-        arrays = dict(file)
-    shipped = Emulator.load()
-    inner = slice(shipped.margin, shipped.margin + 4096)
-    for name in ("mean", "basis"):
-        binned = arrays[name][..., inner]
-        arrays[name] = binned.reshape(*binned.shape[:-1], -1, 4).mean(-1)
-    arrays |= {"wave_edges": shipped.wave_edges[::4], "margin": np.array(0)}
-    emulator = Emulator.from_arrays(arrays)
+    emulator = small.emulator()
 
     def make(name, part, rows=None):
         its = REFERENCE_SETS[name].parts[part]
