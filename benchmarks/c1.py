@@ -103,6 +103,8 @@ def main(sets: tuple[str, ...], only: tuple[str, ...], quick: bool, out: str) ->
         measured = measure(name, SimulatedSpectra.of_set, plan, folder / name, say, only)
         found[name] = summarise(name, *measured)
     result = {"what": "C1", "plan": asdict(plan), "environment": describe(), "sets": found}
+    # Five digits are more than the stars can tell, and keep the file small.
+    result = json.loads(json.dumps(result), parse_float=lambda text: round(float(text), 5))
     (folder / "c1.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
     text = "\n\n".join(f"## {what}\n\n{table}" for what, table in tables(result).items())
     (folder / "c1.md").write_text(text + "\n", encoding="utf-8")
