@@ -148,11 +148,10 @@ class Options:
             raise InputError(
                 f"families must be of {', '.join(FAMILIES)}, linear among them if several; found {self.families}"
             )
-        if self.families != ("linear",) and (
-            self.alpha is not None or self.clipped or self.noise == "sampled"
-        ):
+        if self.families != ("linear",) and (self.alpha is not None or self.noise != "closed-form"):
             raise InputError(
-                "experts that are not linear live in principal components of clean or observed flux that is not clipped"
+                "templates and trees need clean training spectra, with noise in closed form, and experts in principal "
+                "components; for other spectra fit phys-moe"
             )
         few = self.n_components is not None and self.n_components < self.n_gate
         if few or self.sample_rows < STRETCH or self.sample_draws < 1:
@@ -749,7 +748,7 @@ class _Fitter:
         for here, flux, error, usable in self.blocks(stage, stretches):
             rows = np.arange(here.start, here.stop)[usable]
             x, sigma = flux[usable], error[usable]
-            if noisy and self.options.noise != "observed":
+            if noisy:
                 x = add_noise(x, sigma, self.options.seed + 1, rows)
             parts.append((*mixture.inputs(project(x, sigma, None, mixture.projection))[:3], rows))
         *found, rows = (np.concatenate(column) for column in zip(*parts, strict=True))
@@ -757,15 +756,13 @@ class _Fitter:
 
     def templates(self, mixture: Mixture) -> tuple[Library, dict[str, float]]:
         """A library of stars that are not in the sample, and the R² of what was tried on noisy stars of the sample."""
-        observed = self.options.noise == "observed"
-        stars, rows = self.inputs(mixture, "templates", self.other_rows(LIBRARY_ROWS), noisy=observed)
+        stars, rows = self.inputs(mixture, "templates", self.other_rows(LIBRARY_ROWS), noisy=False)
         labels = np.column_stack([self.labels[name][rows] for name in ("T_eff", "log_g", "M_H")])
-        inside = float(np.mean(np.exp(2 * stars.log_level))) if observed else 0.0
 
         def fit(n_clouds: int, n_tangents: int) -> Library:
             return fit_library(
                 stars.z, labels, self.y[rows], self.bins[rows], self.options.grid.n_bins,
-                n_clouds=n_clouds, n_tangents=n_tangents, noise=inside, seed=self.options.seed,
+                n_clouds=n_clouds, n_tangents=n_tangents, seed=self.options.seed,
             )  # fmt: skip
 
         sample = self.sample_rows()
@@ -894,7 +891,7 @@ class _Fitter:
         options, names = self.options, self.options.grid.names
         forests: dict[int, Trees] = {}
         if "trees" in options.families:
-            from moefast.experts.trees import fit_trees
+            from moefast.experts.trees import fit_trees, stacking
 
             inputs, rows = self.inputs(mixture, "forest stars", self.other_rows(FOREST_ROWS), noisy=True)
             step = self.steps("forests", options.grid.n_bins)
@@ -902,8 +899,8 @@ class _Fitter:
             sample.noise["trees"] = sample.noise["linear"]
             for k in range(options.grid.n_bins):
                 here = self.bins[rows] == k
-                mine = Inputs(*(a[here] for a in inputs[:3]))
-                forests[k] = fit_trees(mine, self.y[rows[here]], seed=options.seed)
+                mine = stacking(Inputs(*(a[here] for a in inputs[:3])))
+                forests[k] = fit_trees(mine, self.y[rows[here]], sees="stacking", seed=options.seed)
                 sample.values["trees"][:, k] = forests[k].predict(sample.inputs)
                 step()
         seen = fold_of_rows(sample.rows, 10, options.seed + 1000) != 0

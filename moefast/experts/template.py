@@ -53,7 +53,6 @@ def fit_library(
     *,
     n_clouds: int,
     n_tangents: int,
-    noise: float = 0.0,
     seed: int = 0,
 ) -> Library:
     """Clouds of the stars of each bin, as many as its share of the stars.
@@ -61,7 +60,7 @@ def fit_library(
     Parameters
     ----------
     z : array of shape (n, r), float32
-        Stars in noise-white components (noise variance s² in each).
+        Stars in noise-white components, without noise. (Clouds of noisy stars would be noise in most directions.)
     labels : array of shape (n, l)
         What a cloud should be small in; any scale.
     log_g : array of shape (n,), dex
@@ -70,9 +69,6 @@ def fit_library(
     n_experts : int
     n_clouds, n_tangents : int
         Clouds in all, and tangents of each.
-    noise : float
-        Mean s² that z contains; 0 for clean spectra. It is taken off the clouds' variances, and clouds are found by
-        labels alone then.
     seed : int
 
     Returns
@@ -89,10 +85,10 @@ def fit_library(
         raise ValueError(f"no star in bin {int(counts.argmin())}; a library needs some in each")
     rng = np.random.default_rng(seed)
     spread = labels.std(0)
-    points = LABEL_WEIGHT * (labels - labels.mean(0)) / np.where(spread > 0, spread, 1.0)
-    if noise == 0.0:
-        points = np.concatenate([z / np.sqrt(z.var(0, dtype=np.float64) + 1.0), points], axis=1)
-    points = points.astype(np.float32)
+    scaled = LABEL_WEIGHT * (labels - labels.mean(0)) / np.where(spread > 0, spread, 1.0)
+    points = np.concatenate([z / np.sqrt(z.var(0, dtype=np.float64) + 1.0), scaled], axis=1).astype(
+        np.float32
+    )
     parts = []
     first = [0]
     for k in range(n_experts):
@@ -102,7 +98,7 @@ def fit_library(
         order = np.argsort(nearest, kind="stable")
         cuts = np.searchsorted(nearest[order], np.arange(share + 1))
         clouds = [rows[order[a:b]] for a, b in itertools.pairwise(cuts) if b > a]
-        parts += [_cloud(z[cloud], log_g[cloud], n_tangents, noise, len(bins)) for cloud in clouds]
+        parts += [_cloud(z[cloud], log_g[cloud], n_tangents, len(bins)) for cloud in clouds]
         first.append(first[-1] + len(clouds))
     return Library(
         *(np.array(column, np.float32) for column in zip(*parts, strict=True)),
@@ -110,7 +106,7 @@ def fit_library(
     )
 
 
-def _cloud(z: F32, y: F64, n_tangents: int, noise: float, n_all: int) -> tuple:
+def _cloud(z: F32, y: F64, n_tangents: int, n_all: int) -> tuple:
     """Mean, tangents, their variances and gains, the other variance, ln share, mean and variance of log g."""
     n, r = z.shape
     t = min(n_tangents, r)
@@ -122,9 +118,9 @@ def _cloud(z: F32, y: F64, n_tangents: int, noise: float, n_all: int) -> tuple:
     # Fewer stars than tangents span fewer.
     kept = min(t, n - 1)
     tangents[:kept] = vectors.T[::-1][:kept]
-    variances[:kept] = np.maximum(found[::-1][:kept] - noise, 0)
+    variances[:kept] = np.maximum(found[::-1][:kept], 0)
     gains[:kept] = tangents[:kept] @ (apart.T @ dy / n)
-    rest = max(float(np.maximum(found[: r - kept], 0).mean()) - noise, 0.0) if r > kept else 0.0
+    rest = float(np.maximum(found[: r - kept], 0).mean()) if r > kept else 0.0
     variances[kept:] = rest
     return mean, tangents, variances, gains, rest, np.log(n / n_all), y.mean(), dy @ dy / n
 

@@ -63,19 +63,6 @@ def test_clouds_follow_what_no_plane_can():
     assert error(1) > 5 * error(60)
 
 
-def test_noise_inside_the_training_stars_is_taken_off():
-    z, labels, y = gaussian(40_000)
-    with_noise = noisy(z, 0.7, seed=3)[0]
-    clean = fit_library(z, labels, y, no_bins(z), 1, n_clouds=1, n_tangents=3)
-    found = fit_library(with_noise, labels, y, no_bins(z), 1, n_clouds=1, n_tangents=3, noise=0.7**2)
-    np.testing.assert_allclose(found.variances, clean.variances, rtol=0.03)
-    assert found.rest[0] < 0.02 * 0.7**2
-    stars, levels = noisy(z[:200], 1.0)
-    np.testing.assert_allclose(
-        library_mean(stars, levels, found), library_mean(stars, levels, clean), atol=0.02
-    )
-
-
 def test_every_bin_has_clouds_in_proportion_to_its_stars():
     z, labels, y = gaussian(4000)
     bins = (np.arange(len(z)) % 4 == 0).astype(np.int64)
