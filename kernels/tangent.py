@@ -11,12 +11,15 @@ and expert k, to which clouds j ∈ k belong, weighs them by ω_j = exp(e_j − 
     log Z_k = ln Σ_{j∈k} exp e_j,    mean_k = Σ ω_j mean_j,    sd_k² = Σ ω_j [var_j + (mean_j − mean_k)²].
 
 Design: the contract is `tangent_posterior_reference`. `BLOCK` stars lie side by side, a coordinate of all of them in a
-row of memory, and meet one cloud after the other, whose numbers are factors that stand in registers while the stars pass. All loops run over stars, so the SIMD
-lanes are stars, and a star's numbers depend on that star and the library alone: a block is filled up with zeros.
+row of memory, and meet one cloud after the other, whose numbers are factors that stand in registers while the stars
+pass. All loops run over stars, so the SIMD lanes are stars, and a star's numbers depend on that star and the library
+alone: a block is filled up with zeros. Clouds that are far from a star cannot be left out: on simulated spectra a third
+of an expert's clouds have a say in it, and half have to be multiplied before that is known.
 
 δ is formed before it is multiplied, in float32: the product form q·z − q·k loses the digits that ‖z‖ has above ‖δ‖,
 many units of the exponent for a star far brighter than its noise. The logarithm of all v_t/w is that of the product of
-their mantissas, plus the sum of their binary exponents, which cannot overflow.
+their mantissas, plus the sum of their binary exponents, which cannot overflow. What is left is the rounding of
+‖δ‖² − Σ u_t², 1e-7 of ‖δ‖²: an exponent is off by 0.01 where the star lies a hundred noise levels along a tangent.
 Floor: r (t + 1) multiply-adds per star and cloud.
 """
 
