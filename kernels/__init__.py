@@ -5,6 +5,7 @@ contract of each is in `moefast.kernels.reference`. Nothing here knows files, mo
 """
 
 from moefast.kernels.binning import assign_bins, assign_snr_bins, sort_by_bin
+from moefast.kernels.forest import Forest, forest_predict
 from moefast.kernels.gram import (
     GRAM_ROWS,
     add_gram,
@@ -32,6 +33,7 @@ from moefast.kernels.template import TemplatePosterior, template_posterior
 __all__ = [
     "GRAM_ROWS",
     "PROJECT_ROWS",
+    "Forest",
     "Given",
     "Library",
     "Mixed",
@@ -46,6 +48,7 @@ __all__ = [
     "assign_snr_bins",
     "cell_size",
     "collect_rows",
+    "forest_predict",
     "gaussian_log_likelihood",
     "normal_equations",
     "packed_size",

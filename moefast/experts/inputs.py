@@ -1,8 +1,9 @@
 """What an expert may see of a star, and what an expert that is not linear must be able to do.
 
-Design: linear experts and template libraries are arrays of the mixture, which the kernels know. Every other family is one class with
-the protocol below: it predicts, it has a plain float64 twin, it writes itself as ONNX nodes and is read back from their
-initializers, so that the ONNX file stays the only home of a model's numbers.
+Design: linear experts and template libraries are arrays of the mixture, which the kernels know. Every other family is
+one class with the protocol below: it predicts, it has a plain float64 twin, it writes itself as ONNX nodes and is read
+back from these, so that the ONNX file stays the only home of a model's numbers. Where in the nodes they lie is the
+family's own business: most operators take them as initializers, tree ensembles as attributes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from typing import Self
+
+    from onnx import ModelProto
 
 __all__ = ["Expert", "Inputs"]
 
@@ -30,7 +33,7 @@ class Inputs(NamedTuple):
     lines : array of shape (n, 9), float32
         `moefast.gating.features.LINE_FEATURES`.
     x : array of shape (n, p), float32, or None
-        Flux, with the reference spectrum in the place of bad pixels; only for experts with `needs_flux`.
+        Flux as it is, with the reference spectrum in the place of bad pixels; only for experts with `needs_flux`.
     """
 
     z: NDArray
@@ -43,7 +46,11 @@ class Expert(Protocol):
     """An expert that is neither linear nor a template library; log g in dex."""
 
     family: ClassVar[str]
-    needs_flux: ClassVar[bool]
+
+    @property
+    def needs_flux(self) -> bool:
+        """Whether `Inputs.x` must be given."""
+        ...
 
     def predict(self, inputs: Inputs) -> NDArray:
         """Log g of each star, (n,), float32."""
@@ -69,13 +76,18 @@ class Expert(Protocol):
         ----------
         graph : moefast.export graph
         inputs : dict of str to str
-            Names of the values z (n, r), log_level (n, 1), lines (n, 9) and x (n, p).
+            Names of the values z (n, r), log_level (n, 1), lines (n, 9) and x (n, p), as in `Inputs`.
         stem : str
-            Its initializers are named `{stem}.{name}` after `arrays`.
+            What the names of its nodes and initializers begin with.
 
         Returns
         -------
         str
             Name of a value (n, 1).
         """
+        ...
+
+    @classmethod
+    def read_nodes(cls, model: ModelProto, stem: str) -> Self:
+        """The inverse of `add_nodes`, to the last bit; ModelError where the nodes are not as it writes them."""
         ...

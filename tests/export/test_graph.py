@@ -5,12 +5,14 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from plans import random_library, random_mixture
 
 import moefast
 from moefast.errors import ModelError, OutputError
 from moefast.export import build, load, read_mixture, save
 from moefast.export.graph import _OPERATORS, IR_VERSION, OPSET, check, part_of
 
+CLOUDS = ("keys", "tangents", "variances", "gains", "rest", "log_weights", "log_g", "scatter")
 PARTS = ("mixture", "gate", "expert-0", "expert-4")
 
 
@@ -58,8 +60,12 @@ def test_nothing_in_the_graph_is_unused_unnamed_or_stored_twice(mixture, part):
     assert len({node.name for node in model.graph.node}) == len(model.graph.node)
 
 
-def test_the_list_of_allowed_operators_is_the_list_of_those_in_use(mixture):
-    assert {node.op_type for part in PARTS for node in build(mixture, part).graph.node} == _OPERATORS
+def test_the_list_of_allowed_operators_is_the_list_of_those_in_use():
+    mixtures = random_mixture(), replace(random_mixture(), library=random_library())
+    used = {
+        node.op_type for mixture in mixtures for part in PARTS for node in build(mixture, part).graph.node
+    }
+    assert used == _OPERATORS
 
 
 def test_outputs_of_each_part(mixture):
@@ -73,7 +79,9 @@ def test_outputs_of_each_part(mixture):
 def test_the_file_holds_the_expert_weights_once(mixture):
     size = build(mixture).ByteSize()
     pixels = mixture.columns.nbytes + mixture.line_columns.nbytes + 2 * mixture.reference.nbytes
-    assert size < pixels + mixture.expert_weights.nbytes + 30_000
+    clouds = 0 if mixture.library is None else sum(getattr(mixture.library, name).nbytes for name in CLOUDS)
+    # Nodes of the library are a page or two, and it has tens of them for every expert.
+    assert size < pixels + mixture.expert_weights.nbytes + clouds + (60_000 if clouds else 30_000)
 
 
 def test_metadata_say_where_the_model_comes_from(mixture):
@@ -109,8 +117,12 @@ def test_round_trip_is_exact(mixture, tmp_path, clipped):
     back = read_mixture(load(tmp_path / "model.onnx"), mixture.wave)
     for field in fields(mixture):
         a, b = getattr(mixture, field.name), getattr(back, field.name)
-        if field.name in {"label_range", "clipped", "n_basis"}:
+        if field.name in {"label_range", "clipped", "n_basis", "n_gate", "from_library", "others"}:
             assert a == b
+        elif field.name == "library":
+            assert (a is None) == (b is None)
+            for name in () if a is None else (*CLOUDS, "first"):
+                assert same_bits(getattr(a, name), getattr(b, name)), name
         elif isinstance(a, tuple):
             assert all(same_bits(x, y) for x, y in zip(a, b, strict=True)), field.name
         else:

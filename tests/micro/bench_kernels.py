@@ -12,10 +12,12 @@ import time
 
 import numpy as np
 import pytest
+from made_forest import forest
 
 import moefast.kernels
 from moefast import kernels
 from moefast.kernels.reference import soft_mix_reference
+from moefast.kernels.reference_forest import forest_predict_reference
 from moefast.mixture import Mixture
 from moefast.spectra.quality import assess, good_pixels
 
@@ -264,6 +266,11 @@ def tangent_posterior():
     return kernel, baseline
 
 
+def forest_predict():
+    trees, x = forest([20] * 100, P), rng().standard_normal((1024, P), dtype=np.float32)
+    return lambda: kernels.forest_predict(x, trees), lambda: forest_predict_reference(x, trees)
+
+
 def gaussian_log_likelihood():
     flux, error = spectra(512)
     data, constant = flux[0].astype(np.float64), (error[0].astype(np.float64)) ** 2
@@ -325,6 +332,7 @@ CASES = {
     gaussian_log_likelihood: 6.0,
     template_posterior: 2.0,
     tangent_posterior: 0.25,
+    forest_predict: 0.5,
     good_pixels_all_good: 4.0,
     good_pixels_masked: 4.0,
     assess_all_good: 0.6,
@@ -332,8 +340,8 @@ CASES = {
 """Largest ratio of the kernel's time to the baseline's."""
 
 NO_KERNELS = {
-    "GRAM_ROWS", "PROJECT_ROWS", "Given", "Library", "Mixed", "Mixing", "Projected", "Projection", "TangentPosterior",
-    "TemplatePosterior", "cell_size", "packed_size", "unpack_symmetric",
+    "GRAM_ROWS", "PROJECT_ROWS", "Forest", "Given", "Library", "Mixed", "Mixing", "Projected", "Projection",
+    "TangentPosterior", "TemplatePosterior", "cell_size", "packed_size", "unpack_symmetric",
 }  # fmt: skip
 
 

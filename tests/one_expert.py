@@ -1,0 +1,64 @@
+"""One expert that is not linear as an ONNX model of its own, and stars for it to see."""
+
+import numpy as np
+from onnx import TensorProto, helper
+
+from moefast.experts.inputs import Inputs
+from moefast.export.graph import IR_VERSION, _Graph, _opsets
+
+N_COMPONENTS, N_PIXELS = 6, 64
+
+
+def inputs(n, seed=0, p=N_PIXELS):
+    draw = np.random.default_rng(seed)
+
+    def normal(*shape):
+        return draw.standard_normal(shape).astype(np.float32)
+
+    flux = 1 + np.float32(0.3) * normal(n, p)
+    return Inputs(normal(n, N_COMPONENTS), normal(n), normal(n, 9), flux)
+
+
+def feeds(seen):
+    return {"z": seen.z, "log_level": seen.log_level[:, None], "lines": seen.lines, "x": seen.x}
+
+
+def model_of(expert, stem="others.2", p=N_PIXELS):
+    """Inputs as in `feeds`, output `log_g` (n, 1)."""
+    graph = _Graph()
+    names = {"z": N_COMPONENTS, "log_level": 1, "lines": 9, "x": p}
+    value = expert.add_nodes(graph, {name: name for name in names}, stem)
+    used = {name for node in graph.nodes for name in node.input}
+    nodes = [
+        *graph.nodes,
+        helper.make_node("Reshape", [value, graph.shape("column", [-1, 1])], ["log_g"], "end"),
+    ]
+
+    def info(name, width):
+        return helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", width])
+
+    made = helper.make_graph(
+        nodes,
+        "one-expert",
+        [info(name, width) for name, width in names.items() if name in used],
+        [info("log_g", 1)],
+        list(graph.initializers.values()),
+    )
+    opsets = [helper.make_opsetid(*opset) for opset in _opsets(nodes)]
+    return helper.make_model(made, opset_imports=opsets, ir_version=IR_VERSION)
+
+
+def run(session, seen):
+    wanted = {value.name for value in session.get_inputs()}
+    (found,) = session.run(["log_g"], {name: value for name, value in feeds(seen).items() if name in wanted})
+    assert found.shape == (len(seen.z), 1)
+    return found[:, 0]
+
+
+def same_arrays(a, b):
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        assert value.dtype == b[name].dtype, name
+        assert value.dtype in (np.float32, np.int64), name
+        assert value.shape == b[name].shape, name
+        assert value.tobytes() == b[name].tobytes(), name
