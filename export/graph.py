@@ -184,9 +184,14 @@ class _Steps:
     @cached_property
     def level(self) -> str:
         """The noise level ln s within the knots, (n, 1)."""
-        g, (first, last) = self.graph, self.knots
-        above = g.add("Max", [self.log_level, first], "level/at_least_first")
-        return g.column(g.add("Min", [above, last], "level/within_knots"), "level/column")
+        last = self.knots[1]
+        within = self.graph.add("Min", [self.level_at_least_first, last], "level/within_knots")
+        return self.graph.column(within, "level/column")
+
+    @cached_property
+    def level_at_least_first(self) -> str:
+        """The noise level, not below the first knot, (n,)."""
+        return self.graph.add("Max", [self.log_level, self.knots[0]], "level/at_least_first")
 
     def hat(self) -> str:
         """Weights (n, 1, M) of the noise levels."""
@@ -383,7 +388,7 @@ class _Steps:
         outside = g.add("Sub", [apart, g.total(along2, 2, "library/inside")], "library/outside_as_found")
         outside = g.add("Max", [outside, number("zero", 0.0)], "library/outside")
 
-        twice = g.add("Mul", [self.log_level, g.scalar("two", 2.0)], "library/twice_log_level")
+        twice = g.add("Mul", [self.level_at_least_first, g.scalar("two", 2.0)], "library/twice_log_level")
         noise = double(g.add("Exp", [g.column(twice, "library/level_column")], "library/noise32"), "noise")
         rest = g.add("Add", [noise, own("rest")], "library/outside_variance")
         variance = g.add("Add", [last("noise_cube", noise), own("variances")], "library/along_variance")

@@ -345,10 +345,12 @@ class Mixture:
         values, noise = np.full(shape, np.nan, z.dtype), np.full(shape, np.nan, z.dtype)
         logits = np.zeros(shape, z.dtype)
         if self.library is not None:
+            # Below the noise that was seen in training, the spectra differ from the library by more than noise.
+            level = np.maximum(linear.log_level, self.knots[0])
             found = (
-                TangentPosterior(*tangent_posterior_reference(z, linear.log_level, self.library))
+                TangentPosterior(*tangent_posterior_reference(z, level, self.library))
                 if reference
-                else tangent_posterior(z, linear.log_level, self.library)
+                else tangent_posterior(z, level, self.library)
             )
             # Relative to the best: in float32, large ones would lose the digits that matter.
             logits = found.log_evidence - found.log_evidence.max(1, keepdims=True)
