@@ -47,8 +47,8 @@ LARGEST_FILE = 2**31 - 1
 
 # fmt: off
 _OPERATORS = frozenset([
-    "Abs", "Add", "And", "Cast", "Concat", "Div", "Exp", "Gemm", "Greater", "LessOrEqual",
-    "Log", "MatMul", "Max", "Min", "Mul", "ReduceMax", "ReduceMin", "ReduceSum", "Reshape", "Slice",
+    "Abs", "Add", "And", "Cast", "Concat", "Conv", "Div", "Exp", "Gemm", "Greater", "LessOrEqual",
+    "Log", "MatMul", "Max", "Min", "Mul", "ReduceMax", "ReduceMin", "ReduceSum", "Relu", "Reshape", "Slice",
     "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "Unsqueeze", "Where",
 ])
 # fmt: on
