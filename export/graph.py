@@ -12,9 +12,10 @@ from __future__ import annotations
 import os
 import re
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,12 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 import moefast
 from moefast.errors import ModelError, OutputError
+from moefast.experts.cnn import ConvNet
+from moefast.experts.inputs import Expert
+from moefast.experts.trees import Trees
 from moefast.gating.features import LEAST_CONTINUUM, LINE_FEATURES, LINES
-from moefast.kernels import cell_size
-from moefast.mixture import LEAST_SPREAD, N_GATE_COMPONENTS, Mixture
+from moefast.kernels import Library, cell_size
+from moefast.mixture import LEAST_SPREAD, Mixture, n_gate_features
 from moefast.spectra.quality import LARGEST_ERROR
 
 __all__ = ["IR_VERSION", "OPSET", "build", "check", "load", "part_of", "read_mixture", "save"]
@@ -49,11 +53,14 @@ LARGEST_FILE = 2**31 - 1
 _OPERATORS = frozenset([
     "Abs", "Add", "And", "Cast", "Concat", "Conv", "Div", "Exp", "Gemm", "Greater", "LessOrEqual",
     "Log", "MatMul", "Max", "Min", "Mul", "ReduceMax", "ReduceMin", "ReduceSum", "Relu", "Reshape", "Slice",
-    "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "Unsqueeze", "Where",
+    "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze", "Where",
 ])
 # fmt: on
 _OPERATORS_OF = {"": _OPERATORS, TREES_DOMAIN: frozenset(["TreeEnsembleRegressor"])}
 LEAST_FLUX = "least_flux"
+OTHERS: dict[str, type[Expert]] = {cls.family: cls for cls in (ConvNet, Trees)}
+"""Families that write themselves into a graph."""
+_OTHER = re.compile(rf"experts\.(\d+)\.({'|'.join(OTHERS)})")
 _EXPERT_PART = re.compile(r"expert-(\d+)")
 
 
@@ -63,6 +70,16 @@ class _Graph:
     def __init__(self) -> None:
         self.nodes: list[NodeProto] = []
         self.initializers: dict[str, TensorProto] = {}
+
+    def drop_unused(self, outputs: Sequence[str]) -> None:
+        """Keep what leads to these values alone."""
+        needed, kept = set(outputs), []
+        for node in reversed(self.nodes):
+            if needed & set(node.output):
+                kept.append(node)
+                needed |= set(node.input)
+        self.nodes = kept[::-1]
+        self.initializers = {name: value for name, value in self.initializers.items() if name in needed}
 
     def number(self, name: str, value: NDArray) -> str:
         """Name of an initializer with this value."""
@@ -108,6 +125,7 @@ class _Steps:
     def __init__(self, mixture: Mixture) -> None:
         self.mixture = mixture
         self.graph = _Graph()
+        self._lines: str | None = None
         self._pixels()
 
     def _weight(self, name: str, value: NDArray) -> str:
@@ -157,16 +175,24 @@ class _Steps:
         log_ratio = g.add("Log", [safe], "noise/log_ratio")
         self.log_level = g.add("Mul", [log_ratio, g.scalar("half", 0.5)], "noise/log_level")
 
+    @cached_property
+    def knots(self) -> tuple[str, str]:
+        """The first and the last noise level, ln s."""
         knots = self._weight("knots", self.mixture.knots)
-        self.first_knot = g.add("ReduceMin", [knots], "level/first_knot", keepdims=0)
-        self.last_knot = g.add("ReduceMax", [knots], "level/last_knot", keepdims=0)
-        above = g.add("Max", [self.log_level, self.first_knot], "level/at_least_first")
-        self.level = g.column(g.add("Min", [above, self.last_knot], "level/within_knots"), "level/column")
+        first = self.graph.add("ReduceMin", [knots], "level/first_knot", keepdims=0)
+        return first, self.graph.add("ReduceMax", [knots], "level/last_knot", keepdims=0)
+
+    @cached_property
+    def level(self) -> str:
+        """The noise level ln s within the knots, (n, 1)."""
+        g, (first, last) = self.graph, self.knots
+        above = g.add("Max", [self.log_level, first], "level/at_least_first")
+        return g.column(g.add("Min", [above, last], "level/within_knots"), "level/column")
 
     def hat(self) -> str:
         """Weights (n, 1, M) of the noise levels."""
-        g = self.graph
-        span = g.add("Sub", [self.last_knot, self.first_knot], "level/knot_span")
+        g, (first, last) = self.graph, self.knots
+        span = g.add("Sub", [last, first], "level/knot_span")
         step = g.add("Div", [span, g.scalar("n_intervals", self.mixture.knots.size - 1)], "level/knot_step")
         away = g.add("Abs", [g.add("Sub", [self.level, "knots"], "level/minus_knots")], "level/distance")
         steps = g.add("Div", [away, step], "level/distance_in_steps")
@@ -263,8 +289,8 @@ class _Steps:
         bound = g.add("Max", [expected, g.scalar("tiny", 1e-30)], "chi2/expected")
         return g.add("Div", [outside, bound], "chi2/ratio")
 
-    def features(self, components: str, lines: str) -> str:
-        """Features of the gate, (n, 14): lines, the first components, noise level."""
+    def line_features(self, lines: str) -> str:
+        """Depths and equivalent widths, (n, 9)."""
         g, mixture, n_lines = self.graph, self.mixture, len(LINES)
         whole = g.add(
             "Add", [lines, self._weight("lines.offsets", mixture.line_offsets)], "lines/of_whole_flux"
@@ -291,9 +317,14 @@ class _Steps:
         )
         three = [g.shape("first", [0]), g.shape("three", [3]), g.axis(1)]
         triplet = g.total(g.add("Slice", [width, *three], "lines/CaT_widths"), 1, "lines/CaT_EW")
-        first = [g.shape("first", [0]), g.shape("n_components", [N_GATE_COMPONENTS]), g.axis(1)]
+        return g.add("Concat", [calcium, triplet, sodium], "lines/features", axis=1)
+
+    def features(self, components: str, lines: str) -> str:
+        """Features of the gate, (n, f): lines, the first components, noise level."""
+        g = self.graph
+        first = [g.shape("first", [0]), g.shape("n_components", [self.mixture.n_gate]), g.axis(1)]
         leading = g.add("Slice", [components, *first], "gate/first_components")
-        return g.add("Concat", [calcium, triplet, sodium, leading, self.level], "gate/features", axis=1)
+        return g.add("Concat", [lines, leading, self.level], "gate/features", axis=1)
 
     def perceptron(self, features: str, layers: Sequence[NDArray], name: str) -> str:
         """tanh(f W₁ + b₁) W₂ + b₂."""
@@ -304,10 +335,138 @@ class _Steps:
         hidden = g.add("Tanh", [g.add("Gemm", [features, w1, b1], f"{name}/hidden_sum")], f"{name}/hidden")
         return g.add("Gemm", [hidden, w2, b2], f"{name}/output")
 
-    def gate(self, features: str) -> str:
+    def gate(self, features: str, evidence: str | None) -> str:
         """Weights of the experts, (n, K)."""
         logits = self.perceptron(features, self.mixture.gate, "gate")
+        if evidence is not None:
+            logits = self.graph.add("Add", [logits, evidence], "gate/with_evidence")
         return self.graph.add("Softmax", [logits], "gate/softmax", axis=1)
+
+    def posterior(self, components: str, wanted: Sequence[str]) -> list[str]:
+        """Of each expert of the library, (n, K): "mean", its "sd", and "evidence", its logarithm less the largest.
+
+        In double precision until the exponentials: distances are differences of large numbers here.
+        """
+        g, library = self.graph, self.mixture.library
+        assert library is not None
+        m, t, r = library.tangents.shape
+
+        def double(value: str, name: str) -> str:
+            return g.add("Cast", [value], f"library/{name}", to=TensorProto.DOUBLE)
+
+        def own(name: str) -> str:
+            return double(self._weight(f"library.{name}", getattr(library, name)), name)
+
+        def number(name: str, value: float) -> str:
+            return g.number(f"constant.double_{name}", np.array(value, np.float64))
+
+        def last(name: str, value: str) -> str:
+            """(…, a) as (…, 1, a): one more axis before the last."""
+            return g.add("Unsqueeze", [value, g.shape("before_last", [-2])], f"library/{name}")
+
+        z, keys, tangents = double(components, "z"), own("keys"), own("tangents")
+        # u = q (z − k), and what of |z − k|² lies outside of the tangents.
+        flat = g.add("Reshape", [tangents, g.shape("tangents_in_a_row", [m * t, r])], "library/flat")
+        matrix = g.add("Transpose", [flat], "library/matrix", perm=[1, 0])
+        offset = g.total(
+            g.add("Mul", [tangents, last("keys_row", keys)], "library/key_shares"), 2, "library/offset"
+        )
+        along = g.add("MatMul", [z, matrix], "library/z_along")
+        along = g.add("Reshape", [along, g.shape("by_cloud", [0, m, t])], "library/z_by_cloud")
+        along = g.add("Sub", [along, offset], "library/along")
+        along2 = g.add("Mul", [along, along], "library/along_squared")
+        length = g.total(g.add("Mul", [z, z], "library/z_squared"), 1, "library/z_length", keep=True)
+        reach = g.total(g.add("Mul", [keys, keys], "library/keys_squared"), 1, "library/key_length")
+        across = g.add("Transpose", [keys], "library/keys_across", perm=[1, 0])
+        cross = g.add("MatMul", [z, across], "library/cross")
+        cross = g.add("Mul", [cross, number("two", 2.0)], "library/twice_cross")
+        apart = g.add("Sub", [g.add("Add", [length, reach], "library/lengths"), cross], "library/apart")
+        outside = g.add("Sub", [apart, g.total(along2, 2, "library/inside")], "library/outside_as_found")
+        outside = g.add("Max", [outside, number("zero", 0.0)], "library/outside")
+
+        twice = g.add("Mul", [self.log_level, g.scalar("two", 2.0)], "library/twice_log_level")
+        noise = double(g.add("Exp", [g.column(twice, "library/level_column")], "library/noise32"), "noise")
+        rest = g.add("Add", [noise, own("rest")], "library/outside_variance")
+        variance = g.add("Add", [last("noise_cube", noise), own("variances")], "library/along_variance")
+        chi2 = g.add(
+            "Add",
+            [
+                g.add("Div", [outside, rest], "library/outside_chi2"),
+                g.total(g.add("Div", [along2, variance], "library/along_chi2s"), 2, "library/along_chi2"),
+            ],
+            "library/chi2",
+        )
+        volume = g.add(
+            "Add",
+            [
+                g.add(
+                    "Mul",
+                    [g.add("Log", [rest], "library/log_rest"), number("n_outside", r - t)],
+                    "library/volume_outside",
+                ),
+                g.total(g.add("Log", [variance], "library/log_variances"), 2, "library/volume_along"),
+            ],
+            "library/volume",
+        )
+        half = g.add(
+            "Mul",
+            [g.add("Add", [chi2, volume], "library/twice_exponent"), number("minus_half", -0.5)],
+            "library/half",
+        )
+        exponent = g.add("Add", [half, own("log_weights")], "library/exponent")
+        sizes = g.number("library.sizes", np.diff(library.first))
+        k = self.mixture.n_experts
+
+        def by_expert(value: str, name: str) -> list[str]:
+            outputs = [f"library/{name}_{i}" for i in range(k)]
+            return g.add_many("Split", [value, sizes], f"library/{name}_split", outputs, axis=1)
+
+        found: dict[str, list[str]] = {name: [] for name in wanted}
+        gains = own("gains") if {"mean", "sd"} & set(wanted) else ""
+        means, left = [""] * k, [""] * k
+        if gains:
+            slope = g.add("Div", [gains, variance], "library/slope")
+            shift = g.total(g.add("Mul", [slope, along], "library/shifts"), 2, "library/shift")
+            means = by_expert(g.add("Add", [shift, own("log_g")], "library/means"), "mean")
+        if "sd" in wanted:
+            known = g.total(g.add("Mul", [slope, gains], "library/known_shares"), 2, "library/known")
+            unknown = g.add("Sub", [own("scatter"), known], "library/left_as_found")
+            left = by_expert(g.add("Max", [unknown, number("zero", 0.0)], "library/left"), "left")
+        exponents = by_expert(exponent, "exponent")
+        for i in range(k):
+            stem = f"library/expert_{i}"
+            top = g.add("ReduceMax", [exponents[i]], f"{stem}_top", axes=[1], keepdims=1)
+            weight = g.add("Exp", [g.add("Sub", [exponents[i], top], f"{stem}_below_top")], f"{stem}_weight")
+            total = g.total(weight, 1, f"{stem}_total", keep=True)
+            if "evidence" in wanted:
+                log_total = g.add("Log", [total], f"{stem}_log_total")
+                found["evidence"].append(g.add("Add", [log_total, top], f"{stem}_evidence"))
+            if gains:
+                share = g.add("Div", [weight, total], f"{stem}_share")
+                mean = g.total(
+                    g.add("Mul", [share, means[i]], f"{stem}_shares"), 1, f"{stem}_mean", keep=True
+                )
+                found["mean"].append(mean)
+            if "sd" in wanted:
+                off = g.add("Sub", [means[i], mean], f"{stem}_off")
+                square = g.add("Add", [g.add("Mul", [off, off], f"{stem}_off2"), left[i]], f"{stem}_square")
+                squares = g.add("Mul", [share, square], f"{stem}_squares")
+                found["sd"].append(
+                    g.add("Sqrt", [g.total(squares, 1, f"{stem}_variance", keep=True)], f"{stem}_sd")
+                )
+        out = []
+        for name in wanted:
+            value = g.add("Concat", found[name], f"library/{name}", axis=1)
+            if name == "evidence":
+                best = g.add("ReduceMax", [value], "library/best_evidence", axes=[1], keepdims=1)
+                value = g.add("Sub", [value, best], "library/relative_evidence")
+            out.append(g.add("Cast", [value], f"library/{name}32", to=TensorProto.FLOAT))
+        return out
+
+    def instead(self, values: str, others: str, name: str) -> str:
+        """(n, K) with the library's column where an expert is the library's."""
+        marks = self.graph.number("experts.from_library", np.array(self.mixture.from_library))
+        return self.graph.add("Where", [marks, others, values], name)
 
     def mix(self, features: str, weights: str, experts: str, noise: str) -> tuple[str, str, str]:
         """The mixture's log g, its calibrated error, and the noise propagated into it, each (n,)."""
@@ -339,6 +498,41 @@ class _Steps:
             raw,
         )
 
+    def other(self, k: int, components: str, lines: str) -> str:
+        """Log g of an expert of another family, (n, 1), from components and the products of the line columns."""
+        inputs = _OnDemand(
+            z=lambda: components,
+            lines=lambda: self.of_lines(lines),
+            log_level=lambda: self.level_column,
+            x=lambda: self.whole_flux,
+        )
+        return self.mixture.others[k].add_nodes(self.graph, inputs, f"experts.{k}")
+
+    def with_others(self, values: str, components: str, lines: str) -> str:
+        """(n, K) with the columns of experts of other families."""
+        g = self.graph
+        for k, expert in self.mixture.others.items():
+            # Its name tells a reader of which family it is.
+            mark = g.number(f"experts.{k}.{expert.family}", np.arange(self.mixture.n_experts) == k)
+            values = g.add("Where", [mark, self.other(k, components, lines), values], f"experts.{k}/in_place")
+        return values
+
+    @cached_property
+    def level_column(self) -> str:
+        """The noise level ln s as it is, (n, 1)."""
+        return self.graph.column(self.log_level, "level/of_others")
+
+    @cached_property
+    def whole_flux(self) -> str:
+        """Flux with the reference in the place of bad pixels, (n, p)."""
+        return self.graph.add("Where", [self.good, "flux", "reference"], "flux/whole")
+
+    def of_lines(self, lines: str) -> str:
+        """Depths and equivalent widths, (n, 9)."""
+        if self._lines is None:
+            self._lines = self.line_features(lines)
+        return self._lines
+
     def deliver(self, value: str, output: str, *, columns: bool = False) -> None:
         """Name an output: the value, and NaN in rows without a good pixel."""
         g = self.graph
@@ -351,7 +545,24 @@ class _Steps:
         g.add_many("Where", [has_data, value, nothing], f"deliver/{output}", [output])
 
 
+class _OnDemand(Mapping[str, str]):
+    """Values by name, whose nodes are made when they are first asked for."""
+
+    def __init__(self, **makers: Callable[[], str]) -> None:
+        self._makers = makers
+
+    def __getitem__(self, name: str) -> str:
+        return self._makers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+
 _LAYERS = ("w1", "b1", "w2", "b2")
+_OF_CLOUDS = ("variances", "gains", "rest", "log_weights", "log_g", "scatter")
 _OUTPUTS = {
     "log_g": "surface gravity, dex (cgs)",
     "log_g_err": "calibrated 1 sigma of log_g, dex",
@@ -397,10 +608,19 @@ def build(mixture: Mixture, part: str = "mixture", metadata: dict[str, str] | No
         columns, lines = steps.project(lines=True)
         components = steps.components(columns)
         outputs = ["weights"]
-        steps.deliver(steps.gate(steps.features(components, lines)), "weights", columns=True)
+        evidence = None if mixture.library is None else steps.posterior(components, ["evidence"])[0]
+        features = steps.features(components, steps.of_lines(lines))
+        steps.deliver(steps.gate(features, evidence), "weights", columns=True)
     elif part != "mixture":
-        (columns,) = steps.project(lines=False)
-        column = steps.expert_log_g(columns, steps.hat())
+        if mixture.others:
+            columns, lines = steps.project(lines=True)
+            column = steps.other(0, steps.components(columns), lines)
+        elif mixture.library is not None and mixture.from_library[0]:
+            (columns,) = steps.project(lines=False)
+            (column,) = steps.posterior(steps.components(columns), ["mean"])
+        else:
+            (columns,) = steps.project(lines=False)
+            column = steps.expert_log_g(columns, steps.hat())
         outputs = ["log_g"]
         steps.deliver(steps.graph.add("Squeeze", [column, steps.graph.axis(1)], "experts/only"), "log_g")
     else:
@@ -410,13 +630,20 @@ def build(mixture: Mixture, part: str = "mixture", metadata: dict[str, str] | No
         hat = steps.hat()
         experts = steps.expert_log_g(columns, hat)
         noise = steps.graph.add("Sqrt", [steps.at_level(flat_noise, hat, "propagate")], "propagate/noise")
-        features = steps.features(components, lines)
-        weights = steps.gate(features)
+        evidence = None
+        if mixture.library is not None:
+            means, deviations, evidence = steps.posterior(components, ["mean", "sd", "evidence"])
+            experts = steps.instead(experts, means, "experts/of_all_kinds")
+            noise = steps.instead(noise, deviations, "propagate/noise_of_all_kinds")
+        experts = steps.with_others(experts, components, lines)
+        features = steps.features(components, steps.of_lines(lines))
+        weights = steps.gate(features, evidence)
         log_g, log_g_err, raw = steps.mix(features, weights, experts, noise)
         values = (log_g, log_g_err, weights, experts, raw, steps.chi2(components, expected), steps.log_level)
         outputs = list(_OUTPUTS)
         for output, value in zip(outputs, values, strict=True):
             steps.deliver(value, output, columns=output in _BY_EXPERT)
+    steps.graph.drop_unused(outputs)
     return _model(steps, part, outputs, metadata or {})
 
 
@@ -433,7 +660,17 @@ def _only_expert(mixture: Mixture, part: str) -> Mixture:
         expert_weights=mixture.expert_weights[k : k + 1],
         expert_intercepts=mixture.expert_intercepts[k : k + 1],
         gate=(w1, b1, w2[:, k : k + 1], b2[k : k + 1]),
+        library=None if mixture.library is None else _clouds_of(mixture.library, k),
+        from_library=mixture.from_library[k : k + 1],
+        others={0: mixture.others[k]} if k in mixture.others else {},
     )
+
+
+def _clouds_of(library: Library, k: int) -> Library:
+    """The library of one expert."""
+    here = slice(library.first[k], library.first[k + 1])
+    numbers = {name: getattr(library, name)[here] for name in ("keys", "tangents", *_OF_CLOUDS)}
+    return Library(**numbers, first=np.array([0, here.stop - here.start]))
 
 
 def _model(steps: _Steps, part: str, outputs: Sequence[str], metadata: dict[str, str]) -> ModelProto:
@@ -465,7 +702,7 @@ def _model(steps: _Steps, part: str, outputs: Sequence[str], metadata: dict[str,
             for name in outputs
         ],
         list(steps.graph.initializers.values()),
-        doc_string=f"Gate features: {', '.join(LINE_FEATURES)}, {N_GATE_COMPONENTS} components, ln noise level.",
+        doc_string=f"Gate features: {', '.join(LINE_FEATURES)}, {mixture.n_gate} components, ln noise level.",
     )
     model = helper.make_model(
         graph,
@@ -570,6 +807,25 @@ def read_mixture(model: ModelProto, wave: NDArray[np.float64]) -> Mixture:
     )
     c = columns.shape[1]
     weights = read("experts.weights", c, k * m)
+    gate = layers("gate", None, k)
+    library, from_library = None, ()
+    if "library.keys" in tensors:
+        keys = read("library.keys", None, basis.shape[1])
+        clouds, r = keys.shape
+        tangents = read("library.tangents", clouds, None, r)
+        shapes = {"variances": tangents.shape[:2], "gains": tangents.shape[:2]}
+        rest = {name: read(f"library.{name}", *shapes.get(name, (clouds,))) for name in _OF_CLOUDS}
+        sizes = read("library.sizes", k, dtype=np.int64)
+        try:
+            library = Library(keys, tangents, **rest, first=np.concatenate([[0], np.cumsum(sizes)]))
+        except ValueError as error:
+            raise ModelError(f"the library of the ONNX model does not fit together: {error}") from error
+        from_library = tuple(read("experts.from_library", k, dtype=np.bool_).tolist())
+    others = {
+        int(found[1]): OTHERS[found[2]].read_nodes(model, f"experts.{found[1]}")
+        for found in map(_OTHER.fullmatch, tensors)
+        if found
+    }
     clipped = LEAST_FLUX in tensors
     if clipped and read(LEAST_FLUX, 1) != 0:
         raise ModelError(
@@ -585,10 +841,14 @@ def read_mixture(model: ModelProto, wave: NDArray[np.float64]) -> Mixture:
             n_basis=basis.shape[1],
             expert_weights=np.ascontiguousarray(weights.reshape(c, k, m).transpose(1, 2, 0)),
             expert_intercepts=intercepts,
-            gate=layers("gate", None, k),
+            gate=gate,
             error_model=layers("error_model", None, 1),
             label_range=(float(limits[0]), float(limits[1])),
             clipped=clipped,
+            n_gate=gate[0].shape[0] - n_gate_features(0),
+            library=library,
+            from_library=from_library,
+            others=others,
         )
         lines = mixture.line_columns
     except ValueError as error:

@@ -41,14 +41,20 @@ def synthetic_spectra(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Flux and error of `n` noisy spectra like those of the training set.
 
-    x = D T a + s √D ε with a ~ N(0, 3²) and ln s from half a unit below to half a unit above the mixture's knots. Of
-    five rows, the second has bad pixels of every kind and the third none but one good; the fourth of all has none.
+    x = D T a + s √D ε with a ~ N(0, 3²), or from the clouds of the mixture's library, and ln s from half a unit below
+    to half a unit above the mixture's knots. Of five rows, the second has bad pixels of every kind and the third none
+    but one good; the fourth of all has none.
     """
     rng = np.random.default_rng(seed)
     shape = mixture.noise_shape.astype(np.float64)
     level = rng.uniform(mixture.knots[0] - 0.5, mixture.knots[-1] + 0.5, (n, 1))
     error = np.exp(level) * np.sqrt(shape) * np.exp(0.1 * rng.standard_normal((n, mixture.n_pixels)))
-    stars = 3 * rng.standard_normal((n, mixture.basis.shape[1])) @ mixture.basis.T.astype(np.float64) * shape
+    z = 3 * rng.standard_normal((n, mixture.basis.shape[1]))
+    if (library := mixture.library) is not None:
+        cloud = rng.integers(0, len(library.keys), n)
+        along = np.sqrt(library.variances[cloud]) * rng.standard_normal((n, library.variances.shape[1]))
+        z = library.keys[cloud] + np.einsum("nt,ntr->nr", along, library.tangents[cloud])
+    stars = z @ mixture.basis.T.astype(np.float64) * shape
     flux = mixture.reference + stars + error * rng.standard_normal(error.shape)
     flux32, error32 = flux.astype(np.float32), error.astype(np.float32)
     bad = rng.random(flux.shape) < 0.1

@@ -18,6 +18,7 @@ from moefast.kernels.gram import (
 from moefast.kernels.likelihood import gaussian_log_likelihood
 from moefast.kernels.scoring import (
     PROJECT_ROWS,
+    Given,
     Mixed,
     Mixing,
     Projected,
@@ -26,16 +27,20 @@ from moefast.kernels.scoring import (
     project,
     soft_mix,
 )
+from moefast.kernels.tangent import Library, TangentPosterior, tangent_posterior
 from moefast.kernels.template import TemplatePosterior, template_posterior
 
 __all__ = [
     "GRAM_ROWS",
     "PROJECT_ROWS",
     "Forest",
+    "Given",
+    "Library",
     "Mixed",
     "Mixing",
     "Projected",
     "Projection",
+    "TangentPosterior",
     "TemplatePosterior",
     "add_gram",
     "all_within",
@@ -50,6 +55,7 @@ __all__ = [
     "project",
     "soft_mix",
     "sort_by_bin",
+    "tangent_posterior",
     "template_posterior",
     "unpack_symmetric",
 ]

@@ -39,6 +39,7 @@ __all__ = [
     "collect_rows",
     "exp32",
     "find_places",
+    "log32",
     "multiply_tile",
     "soft_mix",
     "within",
@@ -294,6 +295,27 @@ def exp32(x):
 
 
 @njit(cache=True, inline="always")
+def log32(x):
+    """Logarithm of positive normal numbers in float32, in SIMD: x = 2^k m, ln m = 2 artanh f with f = (m − 1)/(m + 1).
+
+    With m between √½ and √2 the series in f² breaks off at 3e-9.
+    """
+    bits = np.float32(x).view(np.int32)
+    # Counted from √½: a mantissa above √2 belongs to the next power of two.
+    k = np.int32(np.int32(bits - np.int32(0x3F3504F3)) >> np.int32(23))
+    m = np.int32(bits - np.int32(k << np.int32(23))).view(np.float32)
+    f = (m - np.float32(1.0)) / (m + np.float32(1.0))
+    square = f * f
+    series = np.float32(2.0 / 9.0)
+    series = series * square + np.float32(2.0 / 7.0)
+    series = series * square + np.float32(2.0 / 5.0)
+    series = series * square + np.float32(2.0 / 3.0)
+    # ln 2 in two parts, as in `exp32`.
+    small = f * square * series + np.float32(k) * np.float32(-2.12194440e-4)
+    return np.float32(k) * np.float32(0.693359375) + (np.float32(2.0) * f + small)
+
+
+@njit(cache=True, inline="always")
 def _hidden(features, w1, b1, active):
     """Active = tanh(f W₁ + b₁)."""
     for h in range(active.size):
@@ -323,9 +345,13 @@ def soft_mix(
     columns, windows, variances, log_level, energy, expected,
     n_basis, n_leading, knots, expert_weights, intercepts, offsets, widths, least_continuum,
     gate_w1, gate_b1, gate_w2t, gate_b2, error_w1, error_b1, error_w2t, error_b2, least_spread, low, high,
+    given, given_noise, given_logits,
     log_g, log_g_err, log_g_err_raw, weights, expert_log_g, chi2,
 ):  # fmt: skip
-    """From projected spectra to the mixture's answer, row by row: levels, features, gate, mix, error."""
+    """From projected spectra to the mixture's answer, row by row: levels, features, gate, mix, error.
+
+    `given`, with its noise and logits (n, K), or None, which is compiled on its own: as if nothing could be given.
+    """
     n, (n_levels, n_experts) = len(columns), intercepts.shape
     first = knots[0]
     step = (knots[n_levels - 1] - first) / np.float32(n_levels - 1)
@@ -371,10 +397,15 @@ def soft_mix(
         top = np.float32(-np.inf)
         for k in range(n_experts):
             gate[k] = gate_b2[k] + _dot(active, gate_w2t[k])
+            if given is not None:
+                gate[k] += given_logits[i, k]
             top = max(top, gate[k])
         norm = ZERO32
         for k in range(n_experts):
             power = exp32(gate[k] - top)
+            if given is not None:
+                # The exponential is bounded from below.
+                power = ZERO32 if gate[k] == np.float32(-np.inf) else power
             gate[k] = gate[k] if math.isnan(gate[k]) else power
             norm += gate[k]
         mixed, raw = ZERO32, ZERO32
@@ -383,9 +414,15 @@ def soft_mix(
             below = _dot(z, expert_weights[m, k]) + intercepts[m, k]
             above = _dot(z, expert_weights[m + 1, k]) + intercepts[m + 1, k]
             each[k] = lower * below + upper * above
-            mixed += gate[k] * each[k]
             variance = lower * variances[i, m * n_experts + k] + upper * variances[i, (m + 1) * n_experts + k]
-            raw += gate[k] * math.sqrt(variance)
+            sigma = math.sqrt(variance)
+            # Numba leaves a branch out of the compiled code only if nothing but None is asked for.
+            if given is not None:  # noqa: SIM102
+                if not math.isnan(given[i, k]):
+                    each[k] = given[i, k]
+                    sigma = given_noise[i, k]
+            mixed += gate[k] * each[k]
+            raw += gate[k] * sigma
         spread = ZERO32
         for k in range(n_experts):
             apart = each[k] - mixed

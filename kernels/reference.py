@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefast.kernels.quality import LARGEST_ERROR
-from moefast.kernels.scoring import Mixed, Mixing, Projected, Projection
+from moefast.kernels.scoring import Given, Mixed, Mixing, Projected, Projection
 
 __all__ = [
     "error_inputs",
@@ -112,8 +112,13 @@ def line_features(projected: NDArray, widths: NDArray, least_continuum: float) -
     return out
 
 
-def prepare_reference(projected: Projected, plan: Mixing) -> tuple[NDArray, NDArray, NDArray, NDArray]:
-    """Gate features (n, f), expert values and their noise (n, K), χ² (n,), in the dtype of `projected`."""
+def prepare_reference(
+    projected: Projected, plan: Mixing, given: Given | None = None
+) -> tuple[NDArray, NDArray, NDArray, NDArray]:
+    """Gate features (n, f), expert values and their noise (n, K), χ² (n,), in the dtype of `projected`.
+
+    Values that are `given` take the place of the linear experts'.
+    """
     z, (k, m, _) = projected.columns, plan.expert_weights.shape
     n, dtype = len(z), z.dtype
     knots = plan.knots.astype(dtype)
@@ -125,10 +130,16 @@ def prepare_reference(projected: Projected, plan: Mixing) -> tuple[NDArray, NDAr
     lines = line_features(
         projected.windows + plan.line_offsets.astype(dtype), plan.line_widths, plan.least_continuum
     )
+    experts = (at_knots * hat).sum(1)
+    noise = np.sqrt((projected.variances.reshape(n, m, k) * hat).sum(1))
+    if given is not None:
+        there = ~np.isnan(given.values)
+        experts = np.where(there, given.values, experts).astype(dtype)
+        noise = np.where(there, given.noise, noise).astype(dtype)
     return (
         np.concatenate([lines, z[:, : plan.n_leading], level[:, None]], axis=1),
-        (at_knots * hat).sum(1),
-        np.sqrt((projected.variances.reshape(n, m, k) * hat).sum(1)),
+        experts,
+        noise,
         (projected.energy - inside) / np.maximum(projected.expected, dtype.type(1e-30)),
     )
 
@@ -138,9 +149,11 @@ def perceptron_reference(features: NDArray, w1: NDArray, b1: NDArray, w2: NDArra
     return np.tanh(np.asarray(features, np.float64) @ w1 + b1) @ w2 + b2
 
 
-def gate_reference(features: NDArray, layers: tuple[NDArray, ...]) -> F64:
-    """softmax(tanh(f W₁ + b₁) W₂ + b₂)."""
+def gate_reference(features: NDArray, layers: tuple[NDArray, ...], added: NDArray | None = None) -> F64:
+    """softmax(tanh(f W₁ + b₁) W₂ + b₂ + added logits)."""
     logits = perceptron_reference(features, *layers)
+    if added is not None:
+        logits += added
     logits -= logits.max(1, keepdims=True)
     gate = np.exp(logits)
     return gate / gate.sum(1, keepdims=True)
@@ -153,10 +166,10 @@ def error_inputs(features: NDArray, log_g: NDArray, raw: NDArray, spread: NDArra
     return np.column_stack([features, *extra])
 
 
-def soft_mix_reference(projected: Projected, plan: Mixing) -> Mixed:
+def soft_mix_reference(projected: Projected, plan: Mixing, given: Given | None = None) -> Mixed:
     """ŷ = Σ_k g_k y_k with its propagated noise Σ_k g_k σ_k, spread and calibrated error."""
-    features, experts, noise, chi2 = prepare_reference(projected, plan)
-    gate = gate_reference(features, plan.gate)
+    features, experts, noise, chi2 = prepare_reference(projected, plan, given)
+    gate = gate_reference(features, plan.gate, None if given is None else given.logits)
     mixed = (gate * experts).sum(1)
     log_g = np.clip(mixed, *plan.label_range)
     raw = (gate * noise).sum(1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import threading
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +21,13 @@ from moefast.threads import in_threads, one_blas_thread
 __all__ = [
     "LARGEST_CELL",
     "PROJECT_ROWS",
+    "Given",
     "Mixed",
     "Mixing",
     "Projected",
     "Projection",
     "cell_size",
+    "check_given",
     "project",
     "soft_mix",
 ]
@@ -217,6 +220,24 @@ class Mixing:
         return self.intercepts.shape[0]
 
 
+class Given(NamedTuple):
+    """What other experts say, beside or instead of the linear ones of a `Mixing`.
+
+    Attributes
+    ----------
+    values : array of shape (n, K), float32, dex
+        Log g instead of the linear expert's; NaN leaves the linear expert's.
+    noise : array of shape (n, K), float32, dex
+        Pixel noise propagated through that expert, 1σ, where `values` is not NaN.
+    logits : array of shape (n, K), float32
+        Added to the gate's logits before the softmax. −∞ silences an expert; one per row must be finite.
+    """
+
+    values: F32
+    noise: F32
+    logits: F32
+
+
 @dataclass(frozen=True)
 class Mixed:
     """What `soft_mix` returns: `log_g`, `log_g_err`, `log_g_err_raw`, `chi2` (n,), `weights`, `expert_log_g` (n, K)."""
@@ -322,7 +343,23 @@ def _project_block(
     out.variances[here] = variances[there]
 
 
-def soft_mix(projected: Projected, plan: Mixing) -> Mixed:
+def check_given(given: Given | None, n: int, k: int) -> Given | None:
+    """Contiguous float32 arrays, or None where nothing is given.
+
+    Raises
+    ------
+    ValueError
+        Shapes other than (n, k).
+    """
+    if given is None:
+        return None
+    found = tuple(np.shape(a) for a in given)
+    if found != ((n, k),) * 3:
+        raise ValueError(f"given values, noise and logits of shape ({n}, {k}) expected; found {found}")
+    return Given(*(np.ascontiguousarray(a, np.float32) for a in given))
+
+
+def soft_mix(projected: Projected, plan: Mixing, given: Given | None = None) -> Mixed:
     """ŷ = Σ_k g_k (w_k(s)ᵀz + c_k(s)): experts at the star's noise level, gate, mixture, calibrated error.
 
     g = softmax(tanh(f W₁ + b₁) W₂ + b₂) of the features f; the numbers of a row depend on that row alone.
@@ -332,6 +369,10 @@ def soft_mix(projected: Projected, plan: Mixing) -> Mixed:
     projected : Projected
         With float32 arrays, as `project` gives them.
     plan : Mixing
+    given : Given, optional
+        Experts that are not linear: where `given.values` is not NaN it takes the place of w_kᵀz + c_k, and
+        `given.noise` that of its propagated noise; `given.logits` are added to the gate's. A row of logits without a
+        finite one has no answer.
 
     Raises
     ------
@@ -350,6 +391,7 @@ def soft_mix(projected: Projected, plan: Mixing) -> Mixed:
             f"columns, windows, variances, levels and energies of shapes {expected} expected; found {found}"
         )
     arrays = [np.ascontiguousarray(a, np.float32) for a in inputs]
+    others = check_given(given, n, k)
     out = Mixed(
         log_g=np.empty(n, np.float32),
         log_g_err=np.empty(n, np.float32),
@@ -361,7 +403,8 @@ def soft_mix(projected: Projected, plan: Mixing) -> Mixed:
     outputs = (out.log_g, out.log_g_err, out.log_g_err_raw, out.weights, out.expert_log_g, out.chi2)
 
     def run(a: int, b: int) -> None:
-        cpu.soft_mix(*(v[a:b] for v in arrays), *plan.arrays, *(v[a:b] for v in outputs))
+        here = (None, None, None) if others is None else tuple(v[a:b] for v in others)
+        cpu.soft_mix(*(v[a:b] for v in arrays), *plan.arrays, *here, *(v[a:b] for v in outputs))
 
     # Two microseconds a row: fewer are not worth starting threads.
     in_threads(n, run, least=2 * PROJECT_ROWS)

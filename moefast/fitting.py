@@ -14,7 +14,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import scipy.sparse.linalg
@@ -23,13 +23,17 @@ from numpy.typing import NDArray
 from moefast.backend import physical_memory
 from moefast.checkpoint import Checkpoint
 from moefast.errors import InputError, LabelError, WaveGridError
+from moefast.experts.choice import choose
 from moefast.experts.device import DeviceEquations
-from moefast.experts.normal_equations import NormalEquations
+from moefast.experts.inputs import Inputs
+from moefast.experts.normal_equations import Moments, NormalEquations
 from moefast.experts.ridge import NoisePath, Subspace, principal_subspace, ridge
+from moefast.experts.template import choose_library, fit_library
 from moefast.gating.features import line_columns
 from moefast.gating.mlp import fit_error_model, fit_gate, softmax
-from moefast.kernels import all_within
-from moefast.mixture import N_GATE_COMPONENTS, N_GATE_FEATURES, Mixture, hat_weights
+from moefast.kernels import Library, all_within, project, tangent_posterior
+from moefast.kernels.reference import prepare_reference
+from moefast.mixture import N_GATE_COMPONENTS, Mixture, hat_weights, n_gate_features
 from moefast.noise import add_noise, fold_of_rows
 from moefast.protocol.bins import Grid
 from moefast.protocol.metrics import r2
@@ -38,6 +42,7 @@ from moefast.spectra.quality import good_pixels
 from moefast.threads import one_blas_thread
 
 if TYPE_CHECKING:
+    from moefast.experts.trees import Trees
     from moefast.simulate.source import SimulatedSpectra
 
 __all__ = ["Fit", "LinearForm", "Noise", "Options", "fit_mixture"]
@@ -45,6 +50,7 @@ __all__ = ["Fit", "LinearForm", "Noise", "Options", "fit_mixture"]
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 Noise = Literal["closed-form", "sampled", "observed"]
+FAMILIES = ("linear", "template", "trees")
 Progress = Callable[[str, int, int], None]
 
 BLOCK_ROWS = 2048
@@ -59,6 +65,12 @@ N_COMPONENTS = 48
 """Principal components for gate and χ² of a fit in pixel space."""
 PUBLISHED_ALPHA = 0.1
 """Ridge penalty per row of the published fit: 1e5 at one million stars."""
+LIBRARY_ROWS = 200_000
+"""Stars that a library is made of at most: a thousand clouds of two hundred."""
+FOREST_ROWS = 100_000
+"""Stars that the forests of all bins are grown on at most."""
+CHOICE_ROWS = 8_000
+"""Noisy stars on which its size is chosen."""
 CHI2_QUANTILE = 0.999
 LARGEST_RATIO = 1e3
 """Pixels with more than this times the usual error, or this times the usual flux (1), are bad pixels to the fit."""
@@ -89,6 +101,11 @@ class Options:
         Noise levels per expert.
     n_components : int, optional
         Principal components of a spectrum that experts see at most. If None, as many as their cross-validated R² needs.
+    families : tuple of str
+        Kinds of experts: "linear", "template" (posterior means over a library of templates, stars of the training set,
+        whose evidence is the gate) and "trees". Of several, "linear" among them, each bin gets the best.
+    n_gate : int
+        Principal components among the features of the gate.
     n_folds : int
         Folds for cross-validation and cross-fitting.
     sample_rows, sample_draws : int
@@ -105,6 +122,8 @@ class Options:
     alpha: float | None = None
     n_levels: int = 8
     n_components: int | None = None
+    families: tuple[str, ...] = ("linear",)
+    n_gate: int = N_GATE_COMPONENTS
     n_folds: int = 3
     sample_rows: int = 60_000
     sample_draws: int = 4
@@ -124,10 +143,20 @@ class Options:
             raise InputError(f"alpha must be positive, or None to have it chosen; found {self.alpha}")
         if self.n_folds < 2 or self.n_levels < 2:
             raise InputError("at least two folds and two noise levels are needed")
-        few = self.n_components is not None and self.n_components < N_GATE_COMPONENTS
+        unknown = set(self.families) - set(FAMILIES)
+        if unknown or not self.families or (len(self.families) > 1 and "linear" not in self.families):
+            raise InputError(
+                f"families must be of {', '.join(FAMILIES)}, linear among them if several; found {self.families}"
+            )
+        if self.families != ("linear",) and (self.alpha is not None or self.noise != "closed-form"):
+            raise InputError(
+                "templates and trees need clean training spectra, with noise in closed form, and experts in principal "
+                "components; for other spectra fit phys-moe"
+            )
+        few = self.n_components is not None and self.n_components < self.n_gate
         if few or self.sample_rows < STRETCH or self.sample_draws < 1:
             raise InputError(
-                f"at least {N_GATE_COMPONENTS} components, {STRETCH} sample rows and one draw are needed; "
+                f"at least {self.n_gate} components, {STRETCH} sample rows and one draw are needed; "
                 f"found {self.n_components}, {self.sample_rows}, {self.sample_draws}"
             )
 
@@ -162,6 +191,34 @@ class _Experts:
     alphas: list[float]
     conditions: list[float]
     solver: str
+
+
+class _Solved(NamedTuple):
+    """What the normal equations give: `moments` of all rows in pixels, `small` in the components, `knots` = ln s."""
+
+    reference: F64
+    moments: Moments
+    subspace: Subspace
+    knots: F64
+    small: NormalEquations
+    experts: _Experts
+
+
+class _Sample(NamedTuple):
+    """What gate and error model are trained on: n noise draws of stars.
+
+    `features` (n, f) of the gate; `chi2` (n,); `rows` (n,) of the training set; `inputs` of experts not linear;
+    by family, `values` (n, K) of experts that did not see the star, and their propagated `noise` (n, K); `logits`
+    (n, K), the library's evidence, if there is a library.
+    """
+
+    features: NDArray
+    chi2: NDArray
+    rows: NDArray[np.int64]
+    inputs: Inputs
+    values: dict[str, NDArray]
+    noise: dict[str, NDArray]
+    logits: NDArray | None
 
 
 @dataclass(frozen=True)
@@ -205,7 +262,16 @@ def fit_mixture(
     BackendError
         There is no usable GPU, or its memory is too small.
     """
-    return _Fitter(spectra, options, progress or (lambda *_: None), checkpoint, backend).run()
+    report = progress or (lambda *_: None)
+    found = _Fitter(spectra, options, report, checkpoint, backend).run()
+    if len(options.families) > 1 and options.references and options.noise == "closed-form":
+        # What the choice of families is compared with: one noise draw per star, as published.
+        sampled = replace(options, noise="sampled", families=("linear",), references=False)
+        again = _Fitter(
+            spectra, sampled, lambda stage, *steps: report(f"{stage}, sampled", *steps), None, backend
+        )
+        found.references["oracle-ridge, sampled"] = again.sampled_oracle()
+    return found
 
 
 @dataclass
@@ -284,34 +350,19 @@ class _Fitter:
 
     def run(self) -> Fit:
         equations, published, used = self.gather()
-        pooled = equations.pooled()
-        moments = pooled.moments()
-        # Σv holds nothing for bad pixels: divide by the rows in which a pixel was good.
-        seen = self.times_good > 0
-        noise_shape = np.divide(
-            moments.variance * moments.n, self.times_good, where=seen, out=np.zeros(seen.size)
-        )
-        noise_shape[~seen] = np.median(noise_shape[seen])
-        subspace = principal_subspace(moments, noise_shape, seed=self.options.seed)
-        expert_step = self.steps(
-            "experts", 2 + self.options.grid.n_bins * (2 if self.options.alpha is None else 1)
-        )
-        expert_step()
-        knots = self.noise_levels(noise_shape)
-        levels = np.exp(knots)
-        small = equations.transform(subspace.basis)
-        expert_step()
-        if self.options.alpha is None:
-            rank = self.choose_rank(small, levels)
-            leading = small.transform(np.eye(len(subspace.variance), rank))
-            experts = self.noise_conditional(leading, subspace, levels, expert_step)
-        else:
-            experts = self.fixed(equations, levels.size, self.options.alpha, expert_step)
+        solved = self.solve(equations)
         del equations
-        mixture = self.assemble(pooled.reference, subspace, knots, experts)
-        features, values, chi2, raw_noise, rows = self.sample(mixture, experts)
-        mixture, quality = self.train(mixture, features, values, raw_noise, rows)
-        references = self.reference_forms(moments, published, small, subspace, mixture, levels, experts)
+        small, experts = solved.small, solved.experts
+        mixture = self.assemble(solved)
+        tried, chosen = {}, {}
+        if "template" in self.options.families:
+            library, tried = self.templates(mixture)
+            mixture = replace(mixture, library=library)
+        sample = self.sample(mixture, experts)
+        if len(self.options.families) > 1:
+            mixture, chosen = self.choose_families(mixture, sample)
+        mixture, quality = self.train(mixture, sample)
+        references = self.reference_forms(published, solved, mixture)
         bins = zip(
             self.options.grid.names, small.count.sum(1), experts.alphas, experts.conditions, strict=True
         )
@@ -320,17 +371,32 @@ class _Fitter:
             "bins": {name: {"n": int(n), "alpha": a, "condition": c} for name, n, a, c in bins},
             "solver": experts.solver,
             "clipped": self.options.clipped,
-            "discarded_variance": subspace.discarded,
-            "noise_levels": levels.tolist(),
-            "chi2_limit": float(1 + 2 * max(np.quantile(chi2, CHI2_QUANTILE) - 1, 0.1)),
+            "discarded_variance": solved.subspace.discarded,
+            "noise_levels": np.exp(solved.knots).tolist(),
+            "chi2_limit": float(1 + 2 * max(np.quantile(sample.chi2, CHI2_QUANTILE) - 1, 0.1)),
             "cross_validation": quality,
         }
+        if mixture.library is not None:
+            summary["library"] = {
+                "clouds": len(mixture.library.keys),
+                "tangents": mixture.library.variances.shape[1],
+                "r2_held_out": tried,
+            }
+        if chosen:
+            summary["families"] = chosen
         return Fit(mixture, references, summary)
 
     def steps(self, stage: str, total: int) -> Callable[[], None]:
         """Reports the next of so many steps of a stage each time it is called."""
         done = itertools.count(1)
         return lambda: self.progress(stage, next(done), total)
+
+    def sampled_oracle(self) -> LinearForm:
+        """The experts of the first pass alone, as a reference fit."""
+        solved = self.solve(self.gather()[0])
+        weights = np.einsum("pc,kmc->pkm", solved.experts.columns, solved.experts.weights, optimize=True)
+        knots = solved.knots.astype(np.float32)
+        return LinearForm(weights.astype(np.float32), solved.experts.intercepts.astype(np.float32), knots)
 
     # -- first pass ---------------------------------------------------------------------------------------------
 
@@ -473,13 +539,46 @@ class _Fitter:
 
     # -- linear experts -----------------------------------------------------------------------------------------
 
+    def solve(self, equations: NormalEquations) -> _Solved:
+        """Principal components, noise levels, and the experts in them."""
+        pooled = equations.pooled()
+        moments = pooled.moments()
+        # Σv holds nothing for bad pixels: divide by the rows in which a pixel was good.
+        seen = self.times_good > 0
+        noise_shape = np.divide(
+            moments.variance * moments.n, self.times_good, where=seen, out=np.zeros(seen.size)
+        )
+        noise_shape[~seen] = np.median(noise_shape[seen])
+        subspace = principal_subspace(moments, noise_shape, seed=self.options.seed)
+        expert_step = self.steps(
+            "experts", 2 + self.options.grid.n_bins * (2 if self.options.alpha is None else 1)
+        )
+        expert_step()
+        knots = self.noise_levels(noise_shape)
+        levels = np.exp(knots)
+        small = equations.transform(subspace.basis)
+        expert_step()
+        if self.options.alpha is None:
+            rank = self.choose_rank(small, levels)
+            leading = small.transform(np.eye(len(subspace.variance), rank))
+            experts = self.noise_conditional(leading, subspace, levels, expert_step)
+        else:
+            experts = self.fixed(equations, levels.size, self.options.alpha, expert_step)
+        return _Solved(pooled.reference, moments, subspace, knots, small, experts)
+
     def sample_rows(self) -> list[tuple[int, int]]:
-        """Stretches of rows spread evenly over the set: enough rows, read in long slices."""
+        """Stretches of rows spread evenly over the set: enough rows, read in long slices.
+
+        What a library of templates is made of must not be among them: it leaves a third of the rows at most.
+        """
         n = self.spectra.n_rows
-        if n <= self.options.sample_rows:
+        most, length = self.options.sample_rows, STRETCH
+        if self.options.families != ("linear",):
+            most, length = min(most, n // 3), min(length, max(1, n // 30))
+        if n <= most:
             return [(0, n)]
-        starts = np.unique(np.linspace(0, n - STRETCH, self.options.sample_rows // STRETCH).astype(int))
-        return [(int(a), int(a) + STRETCH) for a in starts]
+        starts = np.unique(np.linspace(0, n - length, max(1, most // length)).astype(int))
+        return [(int(a), int(a) + length) for a in starts]
 
     def noise_levels(self, noise_shape: F64) -> F64:
         """Evenly spaced ln s from half the 0.1 % quantile to twice the 99.9 % quantile of the training set."""
@@ -598,8 +697,9 @@ class _Fitter:
             n_bins * [alpha], conditions, f"Cholesky decomposition in {self.reference.size} pixels",
         )  # fmt: skip
 
-    def assemble(self, reference: F64, subspace: Subspace, knots: F64, experts: _Experts) -> Mixture:
-        """A mixture with its experts and an idle gate and error model."""
+    def assemble(self, solved: _Solved) -> Mixture:
+        """A mixture with its linear experts and an idle gate and error model."""
+        subspace, experts = solved.subspace, solved.experts
         k, columns, weights = len(experts.weights), experts.columns, experts.weights
         keep = columns.shape[1]
         if self.options.alpha is not None:
@@ -609,27 +709,72 @@ class _Fitter:
             columns = np.concatenate([subspace.basis[:, :keep], own], axis=1)
             picks = np.eye(k, k + keep, keep)
             weights = np.repeat(picks[:, None], weights.shape[1], axis=1)
-        if keep < N_GATE_COMPONENTS:
-            raise InputError(f"the spectra span only {keep} components; the gate needs {N_GATE_COMPONENTS}")
+        if keep < self.options.n_gate:
+            raise InputError(f"the spectra span only {keep} components; the gate needs {self.options.n_gate}")
         return Mixture(
             wave=self.spectra.wave,
-            reference=reference.astype(np.float32),
+            reference=solved.reference.astype(np.float32),
             noise_shape=subspace.noise_shape.astype(np.float32),
-            knots=knots.astype(np.float32),
+            knots=solved.knots.astype(np.float32),
             columns=columns.astype(np.float32),
             n_basis=keep,
             expert_weights=weights.astype(np.float32),
             expert_intercepts=experts.intercepts.astype(np.float32),
-            gate=_idle(N_GATE_FEATURES, k),
-            error_model=_idle(N_GATE_FEATURES + 3, 1),
+            gate=_idle(n_gate_features(self.options.n_gate), k),
+            error_model=_idle(n_gate_features(self.options.n_gate) + 3, 1),
             label_range=(float(self.y.min()), float(self.y.max())),
             clipped=self.options.clipped,
+            n_gate=self.options.n_gate,
         )
 
     # -- second pass --------------------------------------------------------------------------------------------
 
-    def sample(self, mixture: Mixture, experts: _Experts) -> tuple[NDArray, ...]:
-        """Gate features and cross-fitted expert values of the sample rows, each with fresh noise."""
+    def other_rows(self, most: int) -> list[tuple[int, int]]:
+        """Stretches of rows that are not in the sample, about `most` of them."""
+        sample, n = self.sample_rows(), self.spectra.n_rows
+        ends = [0, *(b for _, b in sample)], [*(a for a, _ in sample), n]
+        rest = [(a, b) for a, b in zip(*ends, strict=True) if b > a]
+        count = len(rest) * most // max(1, sum(b - a for a, b in rest))
+        if count < len(rest):
+            mixed = np.random.default_rng(self.options.seed).permutation(len(rest))
+            rest = [rest[i] for i in np.sort(mixed[: max(1, count)])]
+        return rest
+
+    def inputs(
+        self, mixture: Mixture, stage: str, stretches: list[tuple[int, int]], *, noisy: bool
+    ) -> tuple[Inputs, NDArray[np.int64]]:
+        """What experts that are not linear see of stars, and their rows; `noisy` with the noise of their first draw."""
+        parts = []
+        for here, flux, error, usable in self.blocks(stage, stretches):
+            rows = np.arange(here.start, here.stop)[usable]
+            x, sigma = flux[usable], error[usable]
+            if noisy:
+                x = add_noise(x, sigma, self.options.seed + 1, rows)
+            parts.append((*mixture.inputs(project(x, sigma, None, mixture.projection))[:3], rows))
+        *found, rows = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return Inputs(*found), rows
+
+    def templates(self, mixture: Mixture) -> tuple[Library, dict[str, float]]:
+        """A library of stars that are not in the sample, and the R² of what was tried on noisy stars of the sample."""
+        stars, rows = self.inputs(mixture, "templates", self.other_rows(LIBRARY_ROWS), noisy=False)
+        labels = np.column_stack([self.labels[name][rows] for name in ("T_eff", "log_g", "M_H")])
+
+        def fit(n_clouds: int, n_tangents: int) -> Library:
+            return fit_library(
+                stars.z, labels, self.y[rows], self.bins[rows], self.options.grid.n_bins,
+                n_clouds=n_clouds, n_tangents=n_tangents, seed=self.options.seed,
+            )  # fmt: skip
+
+        sample = self.sample_rows()
+        held = sample[:: max(1, sum(b - a for a, b in sample) // CHOICE_ROWS)]
+        judges, of_judges = self.inputs(mixture, "held-out stars", held, noisy=True)
+        return choose_library(
+            fit, judges.z, judges.log_level, self.y[of_judges],
+            n_stars=len(rows), progress=partial(self.progress, "library"),
+        )  # fmt: skip
+
+    def sample(self, mixture: Mixture, experts: _Experts) -> _Sample:
+        """Gate features and values of the sample rows by experts that did not see them, each with fresh noise."""
         options = self.options
         stretches = self.sample_rows()
         n = sum(b - a for a, b in stretches)
@@ -648,10 +793,11 @@ class _Fitter:
                 x = flux
                 if options.noise != "observed":
                     x = add_noise(flux, error, options.seed + 1 + draw, rows)
-                prepared = mixture.prepare(x, error)
+                found = project(x, error, None, mixture.projection)
+                features, _, noise, chi2 = prepare_reference(found, mixture.mixing)
                 seen = np.maximum(x, 0) if mixture.clipped else x
                 z = np.where(good, seen - mixture.reference, 0) @ matrix
-                level = np.clip(prepared.log_level, mixture.knots[0], mixture.knots[-1])
+                level = np.clip(found.log_level, mixture.knots[0], mixture.knots[-1])
                 hat = hat_weights(level, mixture.knots)
                 values = np.empty((len(rows), options.grid.n_bins))
                 for f in range(options.n_folds):
@@ -659,22 +805,39 @@ class _Fitter:
                     each = np.einsum("nc,kmc->nkm", z[mine], experts.fold_weights[f], optimize=True)
                     each += experts.fold_intercepts[f]
                     values[mine] = (each * hat[mine][:, None]).sum(2)
-                parts.append((prepared.features, values, prepared.chi2, prepared.expert_noise, rows))
-        return tuple(np.concatenate(columns) for columns in zip(*parts, strict=True))
+                parts.append((features, chi2, rows, values, noise, *mixture.inputs(found)[:3]))
+        features, chi2, rows, values, noise, *own = (
+            np.concatenate(columns) for columns in zip(*parts, strict=True)
+        )
+        sample = _Sample(features, chi2, rows, Inputs(*own), {"linear": values}, {"linear": noise}, None)
+        if mixture.library is not None:
+            found = tangent_posterior(sample.inputs.z, sample.inputs.log_level, mixture.library)
+            sample.values["template"] = found.mean.astype(np.float64)
+            sample.noise["template"] = found.sd
+            sample = sample._replace(logits=found.log_evidence.astype(np.float64))
+        return sample
 
-    def train(self, mixture, features, values, noise, rows):  # type: ignore[no-untyped-def]
+    def train(self, mixture: Mixture, sample: _Sample) -> tuple[Mixture, dict[str, float]]:
         """Gate, error model and its factor; a tenth of the stars only measures the outcome.
 
         Seven tenths of the stars train, two decide when to stop and set the factor, one is seen by none of these. The
-        experts saw none of them, but for the choice of α, which used all folds.
+        experts saw none of them, but for the choice of α, of the library's size and of families.
         """
+        features, rows = sample.features.astype(np.float64), sample.rows
         y, true = self.y[rows], self.bins[rows]
         part = fold_of_rows(rows, 10, self.options.seed + 1000)
         check = part == 0
         held, fitted = np.isin(part, (1, 2))[~check], ~check
-        features = features.astype(np.float64)
+        families = self.families_of(mixture)
+        values, noise = (
+            np.column_stack([of_family[families[k]][:, k] for k in range(len(families))])
+            for of_family in (sample.values, sample.noise)
+        )
         if values.shape[1] == 1:
             gate = np.ones_like(values)
+        elif sample.logits is not None:
+            # Bayes' rule needs no training.
+            gate = softmax(sample.logits)
         else:
             net = fit_gate(
                 features[fitted],
@@ -712,10 +875,62 @@ class _Fitter:
         }
         return mixture, quality
 
+    def families_of(self, mixture: Mixture) -> list[str]:
+        """Family of each expert of a mixture."""
+        marks = mixture.from_library or (False,) * mixture.n_experts
+        found = ["template" if mark else "linear" for mark in marks]
+        for k, expert in mixture.others.items():
+            found[k] = expert.family
+        return found
+
+    def choose_families(self, mixture: Mixture, sample: _Sample) -> tuple[Mixture, dict[str, Any]]:
+        """The family of each bin that is best, beyond doubt, on stars of the sample that do not measure the outcome.
+
+        Forests are grown on the library's stars, with one draw of noise.
+        """
+        options, names = self.options, self.options.grid.names
+        forests: dict[int, Trees] = {}
+        if "trees" in options.families:
+            from moefast.experts.trees import fit_trees, stacking
+
+            inputs, rows = self.inputs(mixture, "forest stars", self.other_rows(FOREST_ROWS), noisy=True)
+            step = self.steps("forests", options.grid.n_bins)
+            sample.values["trees"] = np.empty_like(sample.values["linear"])
+            sample.noise["trees"] = sample.noise["linear"]
+            for k in range(options.grid.n_bins):
+                here = self.bins[rows] == k
+                mine = stacking(Inputs(*(a[here] for a in inputs[:3])))
+                forests[k] = fit_trees(mine, self.y[rows[here]], sees="stacking", seed=options.seed)
+                sample.values["trees"][:, k] = forests[k].predict(sample.inputs)
+                step()
+        seen = fold_of_rows(sample.rows, 10, options.seed + 1000) != 0
+        bins = self.bins[sample.rows[seen]]
+        own = np.arange(len(sample.rows)), self.bins[sample.rows]
+        candidates = {name: sample.values[name][own][seen] for name in options.families}
+        choice = choose(self.y[sample.rows[seen]], candidates, bins, "linear", n_bins=options.grid.n_bins)
+        mixture = replace(
+            mixture,
+            from_library=tuple(name == "template" for name in choice.families),
+            others={k: forests[k] for k, name in enumerate(choice.families) if name == "trees"},
+        )
+        table = {
+            names[k]: {
+                "family": choice.families[k],
+                "n": int(choice.n[k]),
+                "gain": dict(zip(choice.names, choice.gain[k].tolist(), strict=True)),
+                "standard_error": dict(zip(choice.names, choice.standard_error[k].tolist(), strict=True)),
+            }
+            for k in range(options.grid.n_bins)
+        }
+        return mixture, table
+
     # -- what to compare with -----------------------------------------------------------------------------------
 
-    def reference_forms(self, moments, published, small, subspace, mixture, levels, experts):  # type: ignore[no-untyped-def]
+    def reference_forms(
+        self, published: NormalEquations | None, solved: _Solved, mixture: Mixture
+    ) -> dict[str, LinearForm]:
         """The fits that show what each step of the method is worth."""
+        _, moments, subspace, knots, small, experts = solved
         forms: dict[str, LinearForm] = {}
         one = np.zeros(1, np.float32)
         conditional = self.options.alpha is None
@@ -746,7 +961,7 @@ class _Fitter:
         w, c = pooled.solve(mean_level)
         forms["global-ridge, average noise"] = single(subspace.basis @ w, c)
         step()
-        path = [pooled.solve(s) for s in levels]
+        path = [pooled.solve(s) for s in np.exp(knots)]
         forms["global-ridge"] = single(
             np.stack([subspace.basis @ w for w, _ in path], 1),
             np.array([[c for _, c in path]]),

@@ -7,6 +7,10 @@ the spread and the propagated noise into a calibrated error. `Mixture.predict` r
 `Mixture.predict_reference` in plain float64 NumPy, and `moefast.export` writes the same steps as ONNX; the three are
 held together by tests.
 
+Experts of other kinds stand in for linear ones: posterior means over a library of templates
+(`moefast.kernels.tangent_posterior`), or any family with the protocol of `moefast.experts.inputs`. Their values are
+handed to the mixture from outside, and so are logits for the gate: the library's evidence, Bayes' rule for the bin.
+
 The noise of an expert, Σ_j w_j² σ_j², is propagated in cells of a few pixels, as Σ_g r_g Σ_{j in g} w_j² D_j with r_g
 the mean of σ²/D over cell g: exact for noise of the training set's shape D times anything smooth. On simulated spectra
 it is within 0.2 % rms of the sum over pixels; on spectra of another sky, within 9 %.
@@ -14,33 +18,53 @@ it is within 0.2 % rms of the sum over pixels; on spectra of another sky, within
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moefast.experts.inputs import Expert, Inputs
 from moefast.gating.features import LEAST_CONTINUUM, LINE_FEATURES, line_columns
-from moefast.kernels import Mixed, Mixing, Projected, Projection, cell_size, project, soft_mix
+from moefast.kernels import (
+    Given,
+    Library,
+    Mixed,
+    Mixing,
+    Projected,
+    Projection,
+    TangentPosterior,
+    cell_size,
+    project,
+    soft_mix,
+    tangent_posterior,
+)
 from moefast.kernels.reference import (
     error_inputs,
     hat_weights,
+    line_features,
     prepare_reference,
     project_reference,
     soft_mix_reference,
 )
-from moefast.spectra.quality import Quality
+from moefast.kernels.reference_tangent import tangent_posterior_reference
+from moefast.spectra.quality import Quality, good_pixels
 
-__all__ = ["N_GATE_COMPONENTS", "Mixture", "Prediction", "Prepared", "hat_weights"]
+__all__ = ["N_GATE_COMPONENTS", "Mixture", "Prediction", "Prepared", "hat_weights", "n_gate_features"]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
 N_GATE_COMPONENTS = 4
-"""Principal components among the gate's features."""
-N_GATE_FEATURES = len(LINE_FEATURES) + N_GATE_COMPONENTS + 1
+"""Principal components among the features of the published gate."""
 LEAST_SPREAD = 1e-4
 """Floor in dex of spread and propagated noise before their logarithms are taken."""
+
+
+def n_gate_features(n_components: int) -> int:
+    """Features of a gate that sees so many components: the lines, these, the noise level."""
+    return len(LINE_FEATURES) + n_components + 1
 
 
 @dataclass(frozen=True)
@@ -77,20 +101,21 @@ class Prediction:
 class Prepared:
     """A block of n stars on its way to the gate.
 
-    `features` (n, 14) of the gate; `expert_log_g` (n, K) and its propagated noise `expert_noise` (n, K) at each star's
-    noise level; `chi2` and `log_level` as in `Prediction`.
+    `features` (n, f) of the gate; `expert_log_g` (n, K) and its propagated noise `expert_noise` (n, K) at each star's
+    noise level; `linear_log_g` (n, K) of the linear experts alone; `chi2` and `log_level` as in `Prediction`.
     """
 
     features: NDArray
     expert_log_g: NDArray
     expert_noise: NDArray
+    linear_log_g: NDArray
     chi2: NDArray
     log_level: NDArray
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """K linear experts at M noise levels, a gate, an error model.
+    """K experts, linear at M noise levels unless others stand in for them, a gate, an error model.
 
     Attributes
     ----------
@@ -109,13 +134,21 @@ class Mixture:
         In the columns; `pixel_weights` has them in pixels.
     expert_intercepts : array of shape (K, M), dex
     gate : tuple of arrays W₁, b₁, W₂, b₂
-        Takes the 14 raw gate features.
+        Takes the raw gate features: 9 of lines, `n_gate` components, the noise level.
     error_model : tuple of arrays W₁, b₁, W₂, b₂
         Takes the gate features, log g, ln σ_raw and ln spread; gives ln σ.
     label_range : tuple of float
         Predictions are clipped to it, dex.
     clipped : bool
         Flux below zero counts as zero. `log_g_err_raw` is then an upper bound: it is the noise before the cut.
+    n_gate : int
+        Principal components among the features of the gate.
+    library : Library, optional
+        Templates of K experts in the principal components. Their evidence for each is added to the gate's logits.
+    from_library : tuple of bool
+        Which experts are posterior means over the library; all of them if it is empty and there is a library.
+    others : dict of int to Expert
+        Experts of other families; their propagated noise is that of the linear expert in whose place they stand.
     """
 
     wave: F64
@@ -130,6 +163,10 @@ class Mixture:
     error_model: tuple[F32, F32, F32, F32]
     label_range: tuple[float, float]
     clipped: bool = False
+    n_gate: int = N_GATE_COMPONENTS
+    library: Library | None = None
+    from_library: tuple[bool, ...] = ()
+    others: Mapping[int, Expert] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         k, m, c = self.expert_weights.shape
@@ -143,14 +180,25 @@ class Mixture:
             raise ValueError(
                 f"two noise levels at least, and as many as the experts have; found {self.knots.shape}"
             )
-        if not N_GATE_COMPONENTS <= self.n_basis <= c:
-            raise ValueError(
-                f"{N_GATE_COMPONENTS} to {c} principal components expected; found {self.n_basis}"
-            )
-        if self.gate[0].shape[0] != N_GATE_FEATURES or self.gate[2].shape[1] != k:
-            raise ValueError(f"the gate must take {N_GATE_FEATURES} features and give {k} weights")
-        if self.error_model[0].shape[0] != N_GATE_FEATURES + 3:
-            raise ValueError(f"the error model must take {N_GATE_FEATURES + 3} features")
+        if not self.n_gate <= self.n_basis <= c:
+            raise ValueError(f"{self.n_gate} to {c} principal components expected; found {self.n_basis}")
+        features = n_gate_features(self.n_gate)
+        if self.gate[0].shape[0] != features or self.gate[2].shape[1] != k:
+            raise ValueError(f"the gate must take {features} features and give {k} weights")
+        if self.error_model[0].shape[0] != features + 3:
+            raise ValueError(f"the error model must take {features + 3} features")
+        if self.library is not None:
+            if self.library.n_experts != k or self.library.keys.shape[1] != self.n_basis:
+                raise ValueError(
+                    f"a library of {k} experts in {self.n_basis} components expected; found "
+                    f"{self.library.n_experts} in {self.library.keys.shape[1]}"
+                )
+            if not self.from_library:
+                object.__setattr__(self, "from_library", (True,) * k)
+        if self.from_library and (self.library is None or len(self.from_library) != k):
+            raise ValueError(f"experts from a library need one, and {k} marks; found {self.from_library}")
+        if not all(0 <= i < k for i in self.others):
+            raise ValueError(f"experts 0 … {k - 1} can be replaced; found {sorted(self.others)}")
 
     @property
     def n_pixels(self) -> int:
@@ -161,6 +209,11 @@ class Mixture:
     def n_experts(self) -> int:
         """Number of experts K."""
         return self.expert_intercepts.shape[0]
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether all experts are linear."""
+        return self.library is None and not self.others
 
     @property
     def basis(self) -> F32:
@@ -213,7 +266,7 @@ class Mixture:
     def mixing(self) -> Mixing:
         """What is done to its projection: see `moefast.kernels.Mixing`."""
         return Mixing(
-            self.knots, self.expert_weights, self.expert_intercepts, self.n_basis, N_GATE_COMPONENTS,
+            self.knots, self.expert_weights, self.expert_intercepts, self.n_basis, self.n_gate,
             self.line_offsets, self.line_widths, LEAST_CONTINUUM, LEAST_SPREAD, self.gate, self.error_model,
             self.label_range,
         )  # fmt: skip
@@ -241,22 +294,83 @@ class Mixture:
         """Predictions, and the quality of the spectra that the same look at them gives; see `predict`."""
         linear = project(flux, error, mask, self.projection, first_row=first_row)
         quality = Quality(linear.snr_norm, linear.snr_median, linear.n_good, linear.flag)
-        return _prediction(soft_mix(linear, self.mixing), linear), quality
+        given = self.given(linear, flux, error, mask)
+        return _prediction(soft_mix(linear, self.mixing, given), linear), quality
 
     def prepare(
         self, flux: F32, error: F32, mask: NDArray[np.bool_] | None = None, *, first_row: int = 0
     ) -> Prepared:
         """Everything up to the gate; see `predict` for the parameters."""
         linear = project(flux, error, mask, self.projection, first_row=first_row)
-        features, experts, noise, chi2 = prepare_reference(linear, self.mixing)
-        return Prepared(features, experts, noise, chi2, linear.log_level)
+        given = self.given(linear, flux, error, mask)
+        own = prepare_reference(linear, self.mixing)[1]
+        features, experts, noise, chi2 = prepare_reference(linear, self.mixing, given)
+        return Prepared(features, experts, noise, own, chi2, linear.log_level)
 
     def predict_reference(
         self, flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None = None
     ) -> Prediction:
         """The same as `predict` in plain NumPy and float64: the contract of it and of the ONNX graph."""
         linear = project_reference(flux, error, mask, self.projection)
-        return _prediction(soft_mix_reference(linear, self.mixing), linear)
+        given = self.given(linear, flux, error, mask, reference=True)
+        return _prediction(soft_mix_reference(linear, self.mixing, given), linear)
+
+    def given(
+        self,
+        linear: Projected,
+        flux: NDArray,
+        error: NDArray,
+        mask: NDArray[np.bool_] | None,
+        *,
+        reference: bool = False,
+    ) -> Given | None:
+        """What experts that are not linear say of projected stars, and what is added to the gate's logits.
+
+        Parameters
+        ----------
+        linear : Projected
+        flux, error, mask
+            The spectra that it comes from.
+        reference : bool
+            In float64, without compiled code.
+
+        Returns
+        -------
+        Given or None
+            None for a mixture of linear experts and a plain gate.
+        """
+        if self.is_linear:
+            return None
+        z, shape = linear.columns[:, : self.n_basis], (len(linear.columns), self.n_experts)
+        values, noise = np.full(shape, np.nan, z.dtype), np.full(shape, np.nan, z.dtype)
+        logits = np.zeros(shape, z.dtype)
+        if self.library is not None:
+            found = (
+                TangentPosterior(*tangent_posterior_reference(z, linear.log_level, self.library))
+                if reference
+                else tangent_posterior(z, linear.log_level, self.library)
+            )
+            # Relative to the best: in float32, large ones would lose the digits that matter.
+            logits = found.log_evidence - found.log_evidence.max(1, keepdims=True)
+            mine = np.array(self.from_library)
+            values[:, mine], noise[:, mine] = found.mean[:, mine], found.sd[:, mine]
+        if self.others:
+            x = None
+            if any(expert.needs_flux for expert in self.others.values()):
+                good = good_pixels(flux, error, mask)
+                x = flux if good is None else np.where(good, flux, self.reference.astype(flux.dtype))
+            inputs = self.inputs(linear)._replace(x=x)
+            own = prepare_reference(linear, self.mixing)[2]
+            for k, expert in self.others.items():
+                values[:, k] = expert.predict_reference(inputs) if reference else expert.predict(inputs)
+                noise[:, k] = own[:, k]
+        return Given(values, noise, logits)
+
+    def inputs(self, linear: Projected) -> Inputs:
+        """What experts that are not linear see of projected stars, but for the flux."""
+        z = linear.columns[:, : self.n_basis]
+        windows = linear.windows + self.line_offsets.astype(z.dtype)
+        return Inputs(z, linear.log_level, line_features(windows, self.line_widths, LEAST_CONTINUUM))
 
     def error_features(self, features: NDArray, log_g: NDArray, raw: NDArray, spread: NDArray) -> NDArray:
         """What the error model sees: gate features, log g, ln σ_raw, ln spread."""

@@ -37,6 +37,16 @@ class Recipe:
 
 RECIPES: dict[str, Recipe] = {
     "phys-moe": Recipe(PHYSICAL_GRID, "9 linear experts per noise level, soft gate on line and PCA features"),
+    "template": Recipe(
+        PHYSICAL_GRID,
+        "posterior mean over a library of templates with tangents, grouped in 9 bins, weighed by evidence",
+        {"families": ("template",)},
+    ),
+    "hybrid-moe": Recipe(
+        PHYSICAL_GRID,
+        "9 experts, each of the family (linear, template, trees) that is best in its bin; soft gate by evidence",
+        {"families": ("linear", "template", "trees")},
+    ),
     "global-ridge": Recipe(uniform(1, 1), "one linear expert per noise level, no gate"),
     "published-ridge": Recipe(
         uniform(1, 1),

@@ -1,8 +1,12 @@
 """Random mixtures, random plans of small ones, and spectra for them, for the tests of every engine that scores."""
 
-import numpy as np
+import dataclasses
 
-from moefast.kernels import Mixing, Projection, cell_size
+import numpy as np
+from made_forest import forest
+
+from moefast.experts.trees import Trees
+from moefast.kernels import Library, Mixing, Projection, cell_size
 from moefast.mixture import Mixture
 
 
@@ -87,3 +91,30 @@ def random_mixture(n_pixels=512, n_experts=5, n_levels=4, n_components=12, n_oth
         # Not numbers that float32 holds: the file must keep them exactly all the same.
         label_range=(2.6180339, 3.1415926),
     )
+
+
+def random_library(n_experts=5, rank=12, n_tangents=3, clouds=4, seed=0, spread=3.0):
+    """Clouds of random numbers, `clouds` and one more for every further expert: their evidence decides between them."""
+    rng = np.random.default_rng(seed)
+    sizes = clouds + np.arange(n_experts)
+    m = int(sizes.sum())
+    tangents = np.linalg.qr(rng.standard_normal((m, rank, n_tangents)))[0].transpose(0, 2, 1)
+    return Library(
+        keys=(spread * rng.standard_normal((m, rank))).astype(np.float32),
+        tangents=np.ascontiguousarray(tangents, np.float32),
+        variances=rng.uniform(0.5, 4, (m, n_tangents)).astype(np.float32),
+        gains=(0.2 * rng.standard_normal((m, n_tangents))).astype(np.float32),
+        rest=rng.uniform(0.01, 0.2, m).astype(np.float32),
+        log_weights=np.log(rng.dirichlet(np.ones(m))).astype(np.float32),
+        log_g=rng.normal(3, 0.3, m).astype(np.float32),
+        scatter=rng.uniform(0.3, 0.5, m).astype(np.float32),
+        first=np.concatenate([[0], np.cumsum(sizes)]),
+    )
+
+
+def random_trees(n_features, sees="stacking", n_trees=20, seed=0):
+    """Trees of twenty leaves whose splits lie where features are; each leaf is worth about a hundredth of a dex."""
+    made = forest([20] * n_trees, n_features, seed)
+    threshold = made.threshold + (1 if sees == "flux" else 0)
+    value = (0.01 * np.random.default_rng(seed).standard_normal(made.value.shape)).astype(np.float32)
+    return Trees(dataclasses.replace(made, threshold=threshold.astype(np.float32), value=value), sees)

@@ -218,6 +218,8 @@ class TestBits:
     def arrays(self, fit):
         for item in dataclasses.fields(fit.mixture):
             value = getattr(fit.mixture, item.name)
+            if item.name in {"library", "others"}:
+                continue
             yield from [(item.name, v) for v in value] if isinstance(value, tuple) else [(item.name, value)]
 
     def assert_same(self, one, two):
@@ -341,9 +343,9 @@ class TestBits:
         seen = {}
         original = fitter.train
 
-        def train(mixture, features, values, noise, rows):
-            seen.update(values=values, rows=rows, mixture=mixture, features=features)
-            return original(mixture, features, values, noise, rows)
+        def train(mixture, sample):
+            seen.update(values=sample.values["linear"], rows=sample.rows)
+            return original(mixture, sample)
 
         fitter.train = train
         fitter.run()
@@ -492,3 +494,93 @@ def test_a_fold_without_rows_of_a_bin_does_not_stop_the_fit(make_toy, tmp_path):
     assert (counts == 0).any()
     fit = fitted(toy.write(tmp_path / "few.h5"), n_folds=16, **QUICK)
     assert np.isfinite(fit.mixture.predict(toy.noisy(), toy.error).log_g).all()
+
+
+@pytest.fixture(scope="module")
+def templates(train_file):
+    return fitted(train_file, grid=GRID, sample_draws=1, families=("template",))
+
+
+def test_a_library_of_templates_is_better_than_linear_experts_and_its_evidence_is_the_gate(
+    templates, whole, test_toy
+):
+    mixture, bins = templates.mixture, GRID.assign(test_toy.labels["T_eff"], test_toy.labels["M_H"])
+    found = mixture.predict(test_toy.noisy(), test_toy.error)
+    assert r2(test_toy.labels["log_g"], found.log_g) > score(whole, test_toy) + 0.01
+    assert all(mixture.from_library)
+    assert templates.summary["library"]["clouds"] == len(mixture.library.keys)
+    promised = max(templates.summary["library"]["r2_held_out"].values())
+    assert promised == pytest.approx(score(templates, test_toy), abs=0.04)
+    # Weights are probabilities of bins: they say how often they are right.
+    assert found.weights.max(1).mean() == pytest.approx(np.mean(found.weights.argmax(1) == bins), abs=0.05)
+    ratio = np.abs(test_toy.labels["log_g"] - found.log_g) / found.log_g_err
+    assert np.mean(ratio < 1) == pytest.approx(0.683, abs=0.06)
+    # The posterior's own width is already close to the calibrated error.
+    raw = np.abs(test_toy.labels["log_g"] - found.log_g) / found.log_g_err_raw
+    assert 0.6 < np.mean(raw < 1) < 0.75
+
+
+def test_compiled_code_and_contract_of_a_library_agree(templates, test_toy):
+    spectra = test_toy.noisy()[:300], test_toy.error[:300]
+    found, expected = templates.mixture.predict(*spectra), templates.mixture.predict_reference(*spectra)
+    for name, tolerance in {"log_g": 1e-4, "expert_log_g": 1e-3, "weights": 2e-4, "log_g_err": 1e-3}.items():
+        np.testing.assert_allclose(
+            getattr(found, name), getattr(expected, name), atol=tolerance, err_msg=name
+        )
+
+
+def test_stars_of_the_sample_are_not_in_the_library(train_file, monkeypatch):
+    taken = {}
+
+    class Stopped(Exception):
+        pass
+
+    def look(self, mixture, stage, stretches, *, noisy):
+        taken[stage] = {row for a, b in stretches for row in range(a, b)}
+        raise Stopped
+
+    monkeypatch.setattr(fitting._Fitter, "inputs", look)
+    fitter = fitting._Fitter(
+        open_spectra(train_file), Options(families=("template",), sample_rows=600), lambda *_: None
+    )
+    with pytest.raises(Stopped):
+        fitter.templates(None)
+    sample = {row for a, b in fitter.sample_rows() for row in range(a, b)}
+    assert not taken["templates"] & sample
+    assert len(taken["templates"]) + len(sample) == 3000
+    few = {row for a, b in fitter.other_rows(700) for row in range(a, b)}
+    assert few < taken["templates"]
+    assert 400 < len(few) < 900
+
+
+def test_every_bin_of_a_hybrid_has_the_best_family(train_file, test_toy, templates):
+    fit = fitted(train_file, grid=GRID, sample_draws=1, families=("linear", "template", "trees"))
+    chosen = fit.summary["families"]
+    assert {entry["family"] for entry in chosen.values()} <= {"linear", "template", "trees"}
+    for entry in chosen.values():
+        gain, family = entry["gain"], entry["family"]
+        assert gain["linear"] == 0
+        assert gain[family] == max(0 if g < entry["standard_error"][f] else g for f, g in gain.items())
+    # A library beats a plane where lines bend.
+    assert sum(entry["family"] == "template" for entry in chosen.values()) >= 4
+    assert score(fit, test_toy) > score(templates, test_toy) - 0.01
+    form = fit.references["oracle-ridge, sampled"]
+    bins = GRID.assign(test_toy.labels["T_eff"], test_toy.labels["M_H"])
+    oracle = fit.mixture.prepare(test_toy.noisy(), test_toy.error).linear_log_g[np.arange(1000), bins]
+    assert linear_r2(form, fit, test_toy, bins) < r2(test_toy.labels["log_g"], oracle)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"families": ("forest",)}, "families must be of linear, template, trees"),
+        ({"families": ()}, "families must be of"),
+        ({"families": ("template", "trees")}, "linear among them"),
+        ({"families": ("template",), "noise": "sampled"}, "noise in closed form"),
+        ({"families": ("linear", "trees"), "noise": "observed"}, "fit phys-moe"),
+        ({"families": ("template",), "alpha": 0.1}, "noise in closed form"),
+    ],
+)
+def test_families_that_cannot_be_are_refused(options, match):
+    with pytest.raises(InputError, match=match):
+        Options(**options)

@@ -181,7 +181,7 @@ def evaluate(
         weights=np.column_stack([table[f"weight_{k}"] for k in range(n_experts)]) if several else None,
         expert_grid=subject.expert_grid if several else None,
         references={key: np.concatenate(parts) for key, parts in references.items()},
-        oracle_reference="oracle-ridge" if own and several else None,
+        oracle_reference=_oracle(subject.model) if own and several and subject.model else None,
         ceilings=ceilings,
         group_ceilings=group_ceilings,
         **about_noise,
@@ -261,9 +261,18 @@ def _reference_predictions(
         if own or not key.startswith(ORACLE)
     }
     if own and beside.mixture.n_experts > 1:
-        oracle = prepared.expert_log_g[np.arange(len(block)), bins].astype(np.float64)
-        out["oracle-ridge"] = np.clip(oracle, *beside.mixture.label_range)
+        here = np.arange(len(block)), bins
+        values = {"oracle-ridge": prepared.linear_log_g, _oracle(beside): prepared.expert_log_g}
+        out |= {
+            key: np.clip(each[here].astype(np.float64), *beside.mixture.label_range)
+            for key, each in values.items()
+        }
     return out
+
+
+def _oracle(model: Model) -> str:
+    """Name of the model's own experts with true bins."""
+    return "oracle-ridge" if model.mixture.is_linear else "oracle-hybrid"
 
 
 def _linear(

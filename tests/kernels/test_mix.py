@@ -7,7 +7,7 @@ import pytest
 from sklearn.neural_network import MLPRegressor
 from tolerances import assert_close
 
-from moefast.kernels import Mixed, Mixing, Projected, soft_mix
+from moefast.kernels import Given, Mixed, Mixing, Projected, soft_mix
 from moefast.kernels.reference import gate_reference, perceptron_reference, soft_mix_reference
 
 C, LINES = 11, 4
@@ -54,6 +54,17 @@ def projected(n, plan, seed=0):
     )  # fmt: skip
 
 
+def others(n, k, seed=0):
+    """Log g, noise and logits of other experts, some of which say nothing."""
+    rng = np.random.default_rng(seed)
+    values, noise = rng.uniform(1, 5, (n, k)), rng.uniform(0.05, 0.5, (n, k))
+    logits = rng.normal(0, 2, (n, k))
+    values[rng.random((n, k)) < 0.4] = np.nan
+    noise[np.isnan(values)] = np.nan
+    logits[:, 1:][rng.random((n, k - 1)) < 0.3] = -np.inf
+    return Given(*(a.astype(np.float32) for a in (values, noise, logits)))
+
+
 def wide(rows):
     values = {field.name: getattr(rows, field.name) for field in fields(rows)}
     return Projected(**{n: v.astype(np.float64) if v.dtype == np.float32 else v for n, v in values.items()})
@@ -74,6 +85,59 @@ def test_matches_the_reference(n, n_experts, n_levels, hidden):
         # Logits of order 10 carry a float32 rounding of 1e-6 each into the exponential.
         assert_close(getattr(found, name), getattr(expected, name), factor=3)
     assert_close(found.weights.sum(1), np.ones(n))
+
+
+@pytest.mark.parametrize("n", [0, 1, 33, 1031])
+@pytest.mark.parametrize(("n_experts", "n_levels", "hidden"), [(9, 8, 64), (1, 2, 1), (5, 3, 17)])
+def test_matches_the_reference_with_other_experts(n, n_experts, n_levels, hidden):
+    plan = mixing(n_experts, n_levels, hidden)
+    rows, given = projected(n, plan), others(n, n_experts)
+    found, expected = soft_mix(rows, plan, given), soft_mix_reference(wide(rows), plan, given)
+    for name in NAMES:
+        # As above.
+        assert_close(getattr(found, name), getattr(expected, name), factor=3)
+    there = ~np.isnan(given.values)
+    np.testing.assert_array_equal(found.expert_log_g[there], given.values[there])
+    assert (found.weights[given.logits == -np.inf] == 0).all()
+    assert_close(found.weights.sum(1), np.ones(n))
+
+
+def test_other_experts_that_say_nothing_change_nothing():
+    plan = mixing()
+    rows = projected(600, plan)
+    nothing = np.full((600, 9), np.nan, np.float32)
+    found, expected = (
+        soft_mix(rows, plan, Given(nothing, nothing, np.zeros_like(nothing))),
+        soft_mix(rows, plan),
+    )
+    for name in NAMES:
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+
+
+def test_the_gate_takes_evidence_as_logits():
+    """With a gate that says nothing, the weights are the softmax of what is added: posterior shares of the experts."""
+    w1, b1, w2, b2 = mixing(3).gate
+    plan = mixing(3, gate=(w1, b1, np.zeros_like(w2), np.zeros_like(b2)))
+    shares = np.array([[0.2, 0.8, 0.0], [1.0, 0.0, 0.0]])
+    with np.errstate(divide="ignore"):
+        logits = (np.log(shares) - 500).astype(np.float32)
+    values = np.array([[2.0, 4.0, np.nan], [3.0, np.nan, np.nan]], np.float32)
+    noise = np.array([[0.5, 0.1, np.nan], [0.3, np.nan, np.nan]], np.float32)
+    found = soft_mix(projected(2, plan), plan, Given(values, noise, logits))
+    # Logits of 500 carry a rounding of 3e-5.
+    assert_close(found.weights, shares, factor=4)
+    assert_close(found.log_g, [3.6, 3.0], factor=4)
+    assert_close(found.log_g_err_raw, [0.18, 0.3], factor=4)
+
+
+def test_no_finite_logit_is_no_answer():
+    plan = mixing()
+    rows, given = projected(3, plan), others(3, 9)
+    spoiled = given._replace(logits=given.logits.copy())
+    spoiled.logits[1] = -np.inf
+    found, clean = soft_mix(rows, plan, spoiled), soft_mix(rows, plan, given)
+    assert np.isnan(found.log_g[1])
+    np.testing.assert_array_equal(found.log_g[[0, 2]], clean.log_g[[0, 2]])
 
 
 def test_the_perceptron_is_scikit_learns():
@@ -131,6 +195,9 @@ def test_shapes_are_checked():
         soft_mix(replace(rows, columns=rows.columns[:, 1:]), plan)
     with pytest.raises(ValueError, match="levels and energies of shapes"):
         soft_mix(replace(rows, energy=rows.energy[1:]), plan)
+    given = others(3, 9)
+    with pytest.raises(ValueError, match=r"given values, noise and logits of shape \(3, 9\) expected"):
+        soft_mix(rows, plan, given._replace(noise=given.noise[:, 1:]))
 
 
 @pytest.mark.parametrize(
