@@ -414,7 +414,7 @@ def _fit(
         if done == total or time.monotonic() >= end:
             break
         pace = done / (time.monotonic() - begun)
-        total = min(total, done + max(1, int(pace * (end - time.monotonic()))))
+        total = min(epochs * len(starts), done + max(1, int(pace * (end - time.monotonic()))))
     own = {name: value.detach().numpy().astype(np.float64) for name, value in weights.items()}
     own["v2"], own["c2"] = own["v2"] * spread, own["c2"] * spread + mean
     return ConvNet(centre, scale, **{name: value.astype(np.float32) for name, value in own.items()})
