@@ -27,6 +27,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 import moefast
 from moefast.errors import ModelError, OutputError
+from moefast.experts.cnn import ConvNet
 from moefast.experts.inputs import Expert
 from moefast.experts.trees import Trees
 from moefast.gating.features import LEAST_CONTINUUM, LINE_FEATURES, LINES
@@ -50,14 +51,14 @@ LARGEST_FILE = 2**31 - 1
 
 # fmt: off
 _OPERATORS = frozenset([
-    "Abs", "Add", "And", "Cast", "Concat", "Div", "Exp", "Gemm", "Greater", "LessOrEqual",
-    "Log", "MatMul", "Max", "Min", "Mul", "ReduceMax", "ReduceMin", "ReduceSum", "Reshape", "Slice",
+    "Abs", "Add", "And", "Cast", "Concat", "Conv", "Div", "Exp", "Gemm", "Greater", "LessOrEqual",
+    "Log", "MatMul", "Max", "Min", "Mul", "ReduceMax", "ReduceMin", "ReduceSum", "Relu", "Reshape", "Slice",
     "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze", "Where",
 ])
 # fmt: on
 _OPERATORS_OF = {"": _OPERATORS, TREES_DOMAIN: frozenset(["TreeEnsembleRegressor"])}
 LEAST_FLUX = "least_flux"
-OTHERS: dict[str, type[Expert]] = {cls.family: cls for cls in (Trees,)}
+OTHERS: dict[str, type[Expert]] = {cls.family: cls for cls in (ConvNet, Trees)}
 """Families that write themselves into a graph."""
 _OTHER = re.compile(rf"experts\.(\d+)\.({'|'.join(OTHERS)})")
 _EXPERT_PART = re.compile(r"expert-(\d+)")
