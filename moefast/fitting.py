@@ -354,7 +354,8 @@ class _Fitter:
         del equations
         small, experts = solved.small, solved.experts
         mixture = self.assemble(solved)
-        tried, chosen = {}, {}
+        tried: dict[str, float] = {}
+        chosen: dict[str, Any] = {}
         if "template" in self.options.families:
             library, tried = self.templates(mixture)
             mixture = replace(mixture, library=library)
@@ -811,10 +812,10 @@ class _Fitter:
         )
         sample = _Sample(features, chi2, rows, Inputs(*own), {"linear": values}, {"linear": noise}, None)
         if mixture.library is not None:
-            found = tangent_posterior(sample.inputs.z, sample.inputs.log_level, mixture.library)
-            sample.values["template"] = found.mean.astype(np.float64)
-            sample.noise["template"] = found.sd
-            sample = sample._replace(logits=found.log_evidence.astype(np.float64))
+            posterior = tangent_posterior(sample.inputs.z, sample.inputs.log_level, mixture.library)
+            sample.values["template"] = posterior.mean.astype(np.float64)
+            sample.noise["template"] = posterior.sd
+            sample = sample._replace(logits=posterior.log_evidence.astype(np.float64))
         return sample
 
     def train(self, mixture: Mixture, sample: _Sample) -> tuple[Mixture, dict[str, float]]:
@@ -1008,5 +1009,6 @@ def _idle(n_in: int, n_out: int) -> tuple[F32, F32, F32, F32]:
     )
 
 
-def _as_float32(arrays: tuple[F64, ...]) -> tuple[F32, ...]:
-    return tuple(np.ascontiguousarray(a, np.float32) for a in arrays)
+def _as_float32(layers: tuple[F64, F64, F64, F64]) -> tuple[F32, F32, F32, F32]:
+    w1, b1, w2, b2 = (np.ascontiguousarray(a, np.float32) for a in layers)
+    return w1, b1, w2, b2

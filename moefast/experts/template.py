@@ -100,10 +100,10 @@ def fit_library(
         clouds = [rows[order[a:b]] for a, b in itertools.pairwise(cuts) if b > a]
         parts += [_cloud(z[cloud], log_g[cloud], n_tangents, len(bins)) for cloud in clouds]
         first.append(first[-1] + len(clouds))
-    return Library(
-        *(np.array(column, np.float32) for column in zip(*parts, strict=True)),
-        first=np.array(first, np.int64),
-    )
+    names = ("keys", "tangents", "variances", "gains", "rest", "log_weights", "log_g", "scatter")
+    columns = zip(*parts, strict=True)
+    arrays = {name: np.array(column, np.float32) for name, column in zip(names, columns, strict=True)}
+    return Library(**arrays, first=np.array(first, np.int64))
 
 
 def _cloud(z: F32, y: F64, n_tangents: int, n_all: int) -> tuple:
