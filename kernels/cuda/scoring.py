@@ -150,6 +150,7 @@ class DevicePlan:
         self.mixing = tuple(cuda.to_device(a) if isinstance(a, np.ndarray) else a for a in arrays)
         self.no_mask = cuda.to_device(_NO_MASK)
         self.library, taken = None, np.zeros(0, np.bool_)
+        self.least_level = float(mixing.knots[0])
         if library is not None:
             r = library.keys.shape[1]
             taken = np.array(from_library, np.bool_) if len(from_library) else np.ones(k, np.bool_)
@@ -226,7 +227,7 @@ def launch(
     given = plan.nothing_given
     if plan.library is not None and work.clouds is not None:
         # The first columns are the components in which the noise is white.
-        given = work.clouds.launch(plan.library, columns, scores.log_level, n, stream)
+        given = work.clouds.launch(plan.library, columns, scores.log_level, n, stream, least=plan.least_level)
     mix_rows[n, LANES, stream, plan.shared](
         columns, windows, cells, scores.log_level, energy, expected, plan.cell_matrix, *plan.mixing,
         given, plan.taken,

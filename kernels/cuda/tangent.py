@@ -139,14 +139,19 @@ class Clouds:
         """Device memory of a star."""
         return 4 * (library.wide + 1 + PLACES * library.n_experts)
 
-    def launch(self, library: DeviceLibrary, z: Any, log_level: Any, n: int, stream: Any) -> Any:
+    def launch(
+        self, library: DeviceLibrary, z: Any, log_level: Any, n: int, stream: Any, *, least: float = -np.inf
+    ) -> Any:
         """Posteriors of n > 0 stars on the device, in `stream`, without waiting; nothing is checked.
 
-        `z` (n, r or more columns) and `log_level` (n,) are device arrays. Returns `found`, cut to n rows.
+        `z` (n, r or more columns) and `log_level` (n,) are device arrays; levels below `least` count as that. Returns
+        `found`, cut to n rows.
         """
         found = self.found[:n]
         blocks = -(-n // ROWS)
-        lay_stars[blocks, LAY_THREADS, stream](z, log_level, n, library.r, self.stars, self.noise)
+        lay_stars[blocks, LAY_THREADS, stream](
+            z, log_level, np.float32(least), n, library.r, self.stars, self.noise
+        )
         weigh_clouds[(blocks, library.n_experts), THREADS, stream](
             self.stars, self.noise, *library.arrays, library.groups, np.float32(library.r), found
         )
@@ -192,12 +197,14 @@ def _effective(log_evidence: NDArray, concentration: NDArray) -> NDArray:
 
 
 @kernel(
-    "void(float32[:,::1], float32[::1], int64, int64, float32[:,::1], float32[::1])",
+    "void(float32[:,::1], float32[::1], float32, int64, int64, float32[:,::1], float32[::1])",
     threads=LAY_THREADS,
     serves=("tangent_posterior", "score"),
 )
-def lay_stars(z, log_level, n, r, stars, noise):  # type: ignore[no-untyped-def]
+def lay_stars(z, log_level, least, n, r, stars, noise):  # type: ignore[no-untyped-def]
     """Turn the first r columns of `z`, (n, …), into `stars`, (whole panels, …), and ln s into noise variances s².
+
+    Levels below `least` count as that.
 
     Stars without an answer get coordinates of zero where theirs are not finite, and a noise of NaN. Coordinates beyond
     r are zero.
@@ -225,6 +232,9 @@ def lay_stars(z, log_level, n, r, stars, noise):  # type: ignore[no-untyped-def]
         for other in range(LAY_PARTS):
             bad |= sound[other, lane]
         level = log_level[row]
+        # Not max(), which on a device is not NaN where one of the two is.
+        if level < least:  # noqa: PLR1730
+            level = least
         # The exponential is not asked for what does not fit.
         square = math.exp(float32(2) * level) if abs(level) < float32(40) else NAN
         good = bad == 0 and square >= LEAST_VARIANCE and square < LARGEST
