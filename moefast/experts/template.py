@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moefast.kernels import Library, tangent_posterior
 
-__all__ = ["choose_library", "fit_library", "library_mean"]
+__all__ = ["choose_library", "fit_library", "library_mean", "with_fewer_tangents"]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -146,6 +147,32 @@ def _k_means(points: F32, m: int, rng: np.random.Generator) -> NDArray[np.intp]:
     return nearest
 
 
+def with_fewer_tangents(library: Library, n_tangents: int) -> Library:
+    """The library whose clouds keep their first tangents; the variance along the others joins the rest.
+
+    Parameters
+    ----------
+    library : Library
+        As `fit_library` makes it: tangents of descending variance.
+    n_tangents : int
+        Not more than it has.
+    """
+    r, t = library.keys.shape[1], library.variances.shape[1]
+    if n_tangents == t:
+        return library
+    left = library.variances[:, n_tangents:].sum(1, dtype=np.float64) + library.rest * (r - t)
+    # Tangents that are not there count as the rest of the cloud.
+    rest = (left / (r - n_tangents)).astype(np.float32)
+    missing = (library.tangents[:, :n_tangents] == 0).all(2)
+    return replace(
+        library,
+        tangents=library.tangents[:, :n_tangents],
+        variances=np.where(missing, rest[:, None], library.variances[:, :n_tangents]),
+        gains=library.gains[:, :n_tangents],
+        rest=rest,
+    )
+
+
 def library_mean(z: F32, log_level: F32, library: Library) -> F64:
     """Posterior mean of log g over the whole library, (n,), dex: experts mixed by their evidence."""
     found = tangent_posterior(z, log_level, library)
@@ -193,10 +220,14 @@ def choose_library(
     # The best of the first round is part of the second.
     total = len(ranks) + len(possible) - 1
     tried: dict[tuple[int, int], tuple[float, Library]] = {}
+    whole: dict[int, Library] = {}
 
     def score(m: int, t: int) -> float:
+        if m not in whole:
+            # What is chosen later needs no more tangents than were chosen first.
+            whole[m] = fit(m, t if tried else ranks[-1])
         if (m, t) not in tried:
-            library = fit(m, t)
+            library = with_fewer_tangents(whole[m], t)
             apart = log_g - library_mean(z, log_level, library)
             tried[m, t] = 1 - float(apart @ apart) / (len(log_g) * log_g.var()), library
             progress(len(tried), total)
