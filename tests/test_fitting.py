@@ -28,9 +28,7 @@ def fitted(path, progress=None, **options):
 def quick(monkeypatch):
     """Few iterations of the networks, where their quality is not the question."""
     for name in ("fit_gate", "fit_error_model"):
-        monkeypatch.setattr(
-            fitting, name, functools.partial(getattr(fitting, name), hidden=4, max_iterations=15)
-        )
+        monkeypatch.setattr(fitting, name, functools.partial(getattr(fitting, name), hidden=4, steps=150))
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +49,8 @@ def whole(train_file):
             "experts": 2 + 2 * 6,
             "noise levels": 3000,
             "gate sample": 3000,
-            "gate": 400,
-            "error model": 300,
+            "gate": 1000,
+            "error model": 1000,
             "simpler fits": 4,
         }.items()
     }
@@ -93,7 +91,8 @@ def test_each_step_of_the_method_is_worth_something(whole, test_toy):
     prediction = whole.mixture.predict(test_toy.noisy(), test_toy.error)
     oracle = r2(test_toy.labels["log_g"], prediction.expert_log_g[np.arange(1000), bins])
     assert promised["r2_true_bins"] == pytest.approx(oracle, abs=0.04)
-    assert promised["gate_accuracy"] == pytest.approx(np.mean(prediction.weights.argmax(1) == bins), abs=0.05)
+    # Three hundred stars on one side, a thousand on the other: 0.03 is one standard error.
+    assert promised["gate_accuracy"] == pytest.approx(np.mean(prediction.weights.argmax(1) == bins), abs=0.08)
 
 
 def test_errors_are_calibrated_on_stars_never_seen(whole, test_toy):
