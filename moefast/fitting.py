@@ -33,7 +33,7 @@ from moefast.gating.features import line_columns
 from moefast.gating.mlp import fit_error_model, fit_gate, softmax
 from moefast.kernels import Library, all_within, project, tangent_posterior
 from moefast.kernels.reference import prepare_reference
-from moefast.mixture import N_GATE_COMPONENTS, Mixture, hat_weights, n_gate_features
+from moefast.mixture import Mixture, hat_weights, n_gate_features
 from moefast.noise import add_noise, fold_of_rows
 from moefast.protocol.bins import Grid
 from moefast.protocol.metrics import r2
@@ -65,6 +65,10 @@ N_COMPONENTS = 48
 """Principal components for gate and χ² of a fit in pixel space."""
 PUBLISHED_ALPHA = 0.1
 """Ridge penalty per row of the published fit: 1e5 at one million stars."""
+LEVEL_ROWS = 30_000
+"""Rows that say which noise levels there are."""
+NOISY_ROWS = 400_000
+"""Noisy rows for gate and error model: a gate of fifty features gains until there are some hundred thousand."""
 LIBRARY_ROWS = 200_000
 """Stars that a library is made of at most: a thousand clouds of two hundred."""
 FOREST_ROWS = 100_000
@@ -105,11 +109,11 @@ class Options:
         Kinds of experts: "linear", "template" (posterior means over a library of templates, stars of the training set,
         whose evidence is the gate) and "trees". Of several, "linear" among them, each bin gets the best.
     n_gate : int
-        Principal components among the features of the gate.
+        Principal components among the features of the gate, at most.
     n_folds : int
         Folds for cross-validation and cross-fitting.
     sample_rows, sample_draws : int
-        Rows and noise draws (at most) for gate and error model.
+        Rows, and noise draws of each, for gate and error model, at most; of few rows more draws are taken.
     references : bool
         Also fit the published-style ridge that results are compared with; doubles the work of the first pass.
     seed : int
@@ -123,10 +127,10 @@ class Options:
     n_levels: int = 8
     n_components: int | None = None
     families: tuple[str, ...] = ("linear",)
-    n_gate: int = N_GATE_COMPONENTS
+    n_gate: int = 48
     n_folds: int = 3
-    sample_rows: int = 60_000
-    sample_draws: int = 4
+    sample_rows: int = 120_000
+    sample_draws: int = 24
     references: bool = True
     seed: int = 0
 
@@ -153,11 +157,11 @@ class Options:
                 "templates and trees need clean training spectra, with noise in closed form, and experts in principal "
                 "components; for other spectra fit phys-moe"
             )
-        few = self.n_components is not None and self.n_components < self.n_gate
-        if few or self.sample_rows < STRETCH or self.sample_draws < 1:
+        few = self.n_components is not None and self.n_components < 1
+        if few or self.n_gate < 1 or self.sample_rows < STRETCH or self.sample_draws < 1:
             raise InputError(
-                f"at least {self.n_gate} components, {STRETCH} sample rows and one draw are needed; "
-                f"found {self.n_components}, {self.sample_rows}, {self.sample_draws}"
+                f"at least one component, also for the gate, {STRETCH} sample rows and one draw are needed; found "
+                f"{self.n_components}, {self.n_gate}, {self.sample_rows}, {self.sample_draws}"
             )
 
 
@@ -585,7 +589,9 @@ class _Fitter:
         """Evenly spaced ln s from half the 0.1 % quantile to twice the 99.9 % quantile of the training set."""
         shape = noise_shape.astype(np.float32)
         found = []
-        for _, _, error, usable in self.blocks("noise levels", self.sample_rows()):
+        sample = self.sample_rows()
+        some = sample[:: max(1, sum(b - a for a, b in sample) // LEVEL_ROWS)]
+        for _, _, error, usable in self.blocks("noise levels", some):
             chosen = error[usable]
             # Bad pixels were given zero error; they do not count.
             n_good = np.count_nonzero(chosen, axis=1)
@@ -710,8 +716,7 @@ class _Fitter:
             columns = np.concatenate([subspace.basis[:, :keep], own], axis=1)
             picks = np.eye(k, k + keep, keep)
             weights = np.repeat(picks[:, None], weights.shape[1], axis=1)
-        if keep < self.options.n_gate:
-            raise InputError(f"the spectra span only {keep} components; the gate needs {self.options.n_gate}")
+        n_gate = min(self.options.n_gate, keep)
         return Mixture(
             wave=self.spectra.wave,
             reference=solved.reference.astype(np.float32),
@@ -721,11 +726,11 @@ class _Fitter:
             n_basis=keep,
             expert_weights=weights.astype(np.float32),
             expert_intercepts=experts.intercepts.astype(np.float32),
-            gate=_idle(n_gate_features(self.options.n_gate), k),
-            error_model=_idle(n_gate_features(self.options.n_gate) + 3, 1),
+            gate=_idle(n_gate_features(n_gate), k),
+            error_model=_idle(n_gate_features(n_gate) + 3, 1),
             label_range=(float(self.y.min()), float(self.y.max())),
             clipped=self.options.clipped,
-            n_gate=self.options.n_gate,
+            n_gate=n_gate,
         )
 
     # -- second pass --------------------------------------------------------------------------------------------
@@ -779,11 +784,7 @@ class _Fitter:
         options = self.options
         stretches = self.sample_rows()
         n = sum(b - a for a, b in stretches)
-        draws = (
-            1
-            if options.noise == "observed"
-            else int(np.clip(options.sample_rows // n, 1, options.sample_draws))
-        )
+        draws = 1 if options.noise == "observed" else int(np.clip(NOISY_ROWS // n, 1, options.sample_draws))
         matrix = experts.columns.astype(np.float32)
         parts: list[tuple] = []
         for here, flux, error, usable in self.blocks("gate sample", stretches):
@@ -815,7 +816,8 @@ class _Fitter:
             posterior = tangent_posterior(sample.inputs.z, sample.inputs.log_level, mixture.library)
             sample.values["template"] = posterior.mean.astype(np.float64)
             sample.noise["template"] = posterior.sd
-            sample = sample._replace(logits=posterior.log_evidence.astype(np.float64))
+            evidence = posterior.log_evidence.astype(np.float64)
+            sample = sample._replace(logits=evidence - evidence.max(1, keepdims=True))
         return sample
 
     def train(self, mixture: Mixture, sample: _Sample) -> tuple[Mixture, dict[str, float]]:
@@ -824,7 +826,7 @@ class _Fitter:
         Seven tenths of the stars train, two decide when to stop and set the factor, one is seen by none of these. The
         experts saw none of them, but for the choice of α, of the library's size and of families.
         """
-        features, rows = sample.features.astype(np.float64), sample.rows
+        features, rows = sample.features, sample.rows
         y, true = self.y[rows], self.bins[rows]
         part = fold_of_rows(rows, 10, self.options.seed + 1000)
         check = part == 0
@@ -834,22 +836,23 @@ class _Fitter:
             np.column_stack([of_family[families[k]][:, k] for k in range(len(families))])
             for of_family in (sample.values, sample.noise)
         )
-        if values.shape[1] == 1:
-            gate = np.ones_like(values)
-        elif sample.logits is not None:
-            # Bayes' rule needs no training.
-            gate = softmax(sample.logits)
-        else:
+        plain = np.zeros_like(values) if sample.logits is None else sample.logits
+        gate = softmax(plain)
+        if values.shape[1] > 1:
             net = fit_gate(
                 features[fitted],
                 values[fitted],
                 y[fitted],
                 held,
+                given=None if sample.logits is None else sample.logits[fitted],
                 seed=self.options.seed,
                 progress=partial(self.progress, "gate"),
             )
-            gate = softmax(net(features))
-            mixture = replace(mixture, gate=_as_float32(net.folded()))
+            learnt = softmax(plain + net(features))
+            # Bayes' rule needs no training; what was learnt is added to it only where it is better beyond doubt.
+            judges = np.flatnonzero(fitted)[held]
+            if sample.logits is None or _is_better(learnt, gate, values, y, rows, judges):
+                gate, mixture = learnt, replace(mixture, gate=_as_float32(net.folded()))
         mixed = (gate * values).sum(1)
         log_g = np.clip(mixed, *mixture.label_range)
         raw = (gate * noise).sum(1)
@@ -873,6 +876,7 @@ class _Fitter:
             "coverage_68": float(np.mean(ratio[check] <= factor)),
             "coverage_95": float(np.mean(ratio[check] <= Z_95 * factor)),
             "gate_accuracy": float(np.mean(gate.argmax(1)[check] == true[check])),
+            "gate_learnt": bool(np.any(mixture.gate[2])),
         }
         return mixture, quality
 
@@ -978,6 +982,15 @@ class _Fitter:
         )
         step()
         return forms
+
+
+def _is_better(gate: F64, other: F64, values: F64, y: F64, star: NDArray, judges: NDArray[np.intp]) -> bool:
+    """Whether a gate's mixture is better than another's by more than a standard error over the stars of some rows."""
+    wrong, base = ((((each * values).sum(1) - y)[judges]) ** 2 for each in (gate, other))
+    # Draws of one star's noise are no stars of their own.
+    _, which = np.unique(star[judges], return_inverse=True)
+    gain = np.bincount(which, base - wrong) / np.bincount(which)
+    return bool(gain.mean() > gain.std() / np.sqrt(len(gain)))
 
 
 def balanced_factor(ratio: NDArray) -> float:
