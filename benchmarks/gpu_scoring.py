@@ -16,15 +16,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
+from numpy.typing import NDArray
 
 from moefast.backend import cuda_devices
 from moefast.benchmarks.environment import describe
 from moefast.errors import BackendError
+from moefast.kernels import Library
 from moefast.mixture import Mixture
 from moefast.model import Model
 from moefast.protocol.metrics import r2
@@ -40,6 +43,13 @@ STARS = 4096
 RESIDENT, HOST, SMALL_ROWS = 131_072, 65_536, 256
 LIBRARY = {"n": 65_536, "m": 20_000, "r": 48, "q": 3}
 SMALL_LIBRARY = {"n": 96, "m": 70, "r": 5, "q": 2}
+CLOUDS = {
+    "z0": {"n": 65_536, "m": 300, "r": 48, "t": 8},
+    "survey": {"n": 65_536, "m": 1000, "r": 160, "t": 24},
+}
+"""Libraries of clouds of the size of those of the reference sets, shared by EXPERTS experts."""
+SMALL_CLOUDS = {"small": {"n": 96, "m": 20, "r": 5, "t": 2}}
+EXPERTS = 9
 CHECKED = 64
 """Stars whose posterior is made in float64, too."""
 
@@ -98,14 +108,14 @@ def bandwidths(n_bytes: int, samples: int) -> dict[str, Any]:
 
 
 def resident(
-    mixture: Mixture, flux: np.ndarray, error: np.ndarray, n: int, samples: int
+    mixture: Mixture, flux: np.ndarray, error: np.ndarray, n: int, library: Library | None
 ) -> tuple[dict[str, Callable[[], None]], Callable[[], np.ndarray]]:
     """Ways to score n rows that are on the device, and log g of the last run."""
     from numba import cuda
 
     from moefast.kernels.cuda.scoring import DevicePlan, Work, launch
 
-    plan, p = DevicePlan(mixture.projection, mixture.mixing), mixture.n_pixels
+    plan, p = DevicePlan(mixture.projection, mixture.mixing, library), mixture.n_pixels
     device_flux, device_error = (cuda.device_array(n * p, np.float32) for _ in range(2))
     for target, rows in ((device_flux, flux), (device_error, error)):
         for start in range(0, n, len(rows)):
@@ -121,10 +131,25 @@ def resident(
         there: Any = work.scores.log_g
         return there.copy_to_host()[: len(flux)]
 
+    if library is not None:
+        return {f"moefast, project, {len(library.keys)} clouds, mix": lambda: run(False)}, log_g
     return {
         "moefast, project and mix": lambda: run(False),
         "moefast, with snr_median": lambda: run(True),
     }, log_g
+
+
+def with_clouds(mixture: Mixture, flux: np.ndarray, error: np.ndarray) -> tuple[Library, np.ndarray]:
+    """A library of clouds around some of these stars, and log g of all of them by the CPU kernels with it."""
+    from moefast.kernels import Given, project, soft_mix, tangent_posterior
+
+    linear = project(flux, error, None, mixture.projection)
+    z = linear.columns[:, : mixture.mixing.n_basis]
+    shape = CLOUDS["z0"]
+    library = random_clouds(z[: shape["m"]], min(shape["t"], z.shape[1]), mixture.n_experts)
+    found = tangent_posterior(z, linear.log_level, library)
+    logits = found.log_evidence - found.log_evidence.max(1, keepdims=True)
+    return library, soft_mix(linear, mixture.mixing, Given(found.mean, found.sd, logits)).log_g
 
 
 def torch_products(mixture: Mixture, flux: np.ndarray, error: np.ndarray, n: int) -> Callable[[], None]:
@@ -210,6 +235,67 @@ def posterior(samples: int, n: int, m: int, r: int, q: int) -> dict[str, Any]:
     return {"n": n, "m": m, "r": r, "q": q, "engines": found}
 
 
+def random_clouds(keys: np.ndarray, t: int, n_experts: int) -> Library:
+    """A library of clouds around these means, in t random directions each."""
+    rng, (m, r) = np.random.default_rng(SEED), keys.shape
+    variances = np.linspace(2, 0.1, t) ** 2 * np.ones((m, 1))
+    gains = 0.1 * rng.standard_normal((m, t)) * np.sqrt(variances)
+
+    def f32(values: Any) -> NDArray[np.float32]:
+        return np.asarray(values, np.float32)
+
+    return Library(
+        keys=f32(keys),
+        tangents=f32(np.linalg.qr(rng.standard_normal((m, r, t)))[0].transpose(0, 2, 1)),
+        variances=f32(variances),
+        gains=f32(gains),
+        rest=f32(np.full(m, 1e-3)),
+        log_weights=f32(np.full(m, -np.log(m))),
+        log_g=f32(rng.uniform(1, 5, m)),
+        scatter=f32((gains**2 / variances).sum(1) + 0.01),
+        first=np.linspace(0, m, n_experts + 1).astype(np.int64),
+    )
+
+
+def weighed_clouds(samples: int, n: int, m: int, r: int, t: int) -> dict[str, Any]:
+    """Posteriors over clouds, copies included, on GPU and CPU; difference of the mean log g from float64."""
+    from moefast.kernels import tangent_posterior
+    from moefast.kernels.reference_tangent import tangent_posterior_reference
+
+    rng = np.random.default_rng(SEED)
+    library = random_clouds(rng.standard_normal((m, r)) * np.linspace(3, 0.1, r), t, EXPERTS)
+    level = rng.uniform(0.3, 3, n)
+    z = library.keys[rng.integers(0, m, n)] + level[:, None] * rng.standard_normal((n, r))
+    z, log_level = z.astype(np.float32), np.log(level).astype(np.float32)
+    few = slice(0, min(n, CHECKED))
+
+    def mixed(mean: np.ndarray, log_evidence: np.ndarray) -> np.ndarray:
+        weights = np.exp(log_evidence - log_evidence.max(1, keepdims=True))
+        return (weights * mean).sum(1) / weights.sum(1)
+
+    exact = tangent_posterior_reference(z[few], log_level[few], library)
+    expected = mixed(exact[0], exact[2])
+    found: dict[str, Any] = {}
+    for name, backend, rows in (("moefast", "cuda", n), ("moefast, on the CPU", "cpu", min(n, 4096))):
+        work = partial(tangent_posterior, z[:rows], log_level[:rows], library, backend=backend)
+        try:
+            answer = work()
+            seconds = sampled(work, samples)
+        except Exception as error:  # the other is to be measured all the same
+            found[name] = failure(error)
+            continue
+        difference = float(np.abs(mixed(answer.mean, answer.log_evidence)[few] - expected).max())
+        found[name] = {
+            "rows": rows,
+            "seconds": seconds,
+            "rows_per_second": rows / min(seconds),
+            "tflops": 2e-12 * m * r * (t + 1) * rows / min(seconds),
+            "difference": difference,
+            "agrees": difference < TOLERANCE,
+        }
+    return {"n": n, "m": m, "r": r, "t": t, "engines": found}
+
+
 def failure(error: Exception) -> dict[str, Any]:
     """An engine that did not run: a missing package is no failure."""
     return {"error": f"{type(error).__name__}: {error}", "failed": not isinstance(error, ImportError)}
@@ -217,6 +303,7 @@ def failure(error: Exception) -> dict[str, Any]:
 
 def measure(model: Model, samples: int, small: bool) -> dict[str, Any]:
     """All engines that score."""
+    from moefast.kernels import project, soft_mix
     from moefast.scoring import CudaEngine
 
     mixture = model.mixture
@@ -224,9 +311,13 @@ def measure(model: Model, samples: int, small: bool) -> dict[str, Any]:
     n, p = (SMALL_ROWS if small else RESIDENT), mixture.n_pixels
     copies = bandwidths(8 * n * p // 2, samples)
     expected = mixture.predict(flux, error).log_g
+    plain = soft_mix(project(flux, error, None, mixture.projection), mixture.mixing).log_g
     found: dict[str, Any] = {}
 
-    def note(name: str, rows: int, seconds: list[float], log_g: np.ndarray | None, floor: str = "") -> None:
+    def note(
+        name: str, rows: int, seconds: list[float], log_g: np.ndarray | None, floor: str = "",
+        expected: np.ndarray = expected,
+    ) -> None:  # fmt: skip
         entry: dict[str, Any] = {"rows": rows, "seconds": seconds, "rows_per_second": rows / min(seconds)}
         if floor:
             entry["share"] = 8 * p * entry["rows_per_second"] / 1e9 / copies[floor]["gb_per_second"]
@@ -239,12 +330,15 @@ def measure(model: Model, samples: int, small: bool) -> dict[str, Any]:
             entry["agrees"] = entry["difference"] < TOLERANCE
         found[name] = entry
 
-    try:
-        ways, log_g = resident(mixture, flux, error, n, samples)
-        for name, work in ways.items():
-            note(name, n, sampled(work, samples), log_g(), "device copy")
-    except Exception as problem:  # the others are to be measured all the same
-        found["moefast, resident"] = failure(problem)
+    # The model without its library, if it has one, and with clouds of the size of that of `z0`.
+    for several in (False, True):
+        try:
+            library, right = with_clouds(mixture, flux, error) if several else (None, plain)
+            ways, log_g = resident(mixture, flux, error, n, library)
+            for name, work in ways.items():
+                note(name, n, sampled(work, samples), log_g(), "device copy", right)
+        except Exception as problem:  # the others are to be measured all the same
+            found[f"moefast, resident{', with clouds' if several else ''}"] = failure(problem)
     rows = SMALL_ROWS if small else HOST
     many_flux, many_error = (np.tile(a, (-(-rows // len(a)), 1))[:rows] for a in (flux, error))
     try:
@@ -295,6 +389,10 @@ def main(model: Path | None, samples: int, small: bool, out: Path | None) -> Non
         "goal": GOAL,
         "scoring": measure(chosen, samples, small),
         "template_posterior": posterior(samples, **(SMALL_LIBRARY if small else LIBRARY)),
+        "tangent_posterior": {
+            name: weighed_clouds(samples, **shape)
+            for name, shape in (SMALL_CLOUDS if small else CLOUDS).items()
+        },
     }
     click.echo(f"{device}, {report['scoring']['pixels']} pixels")
     for name, entry in report["scoring"]["copies"].items():
@@ -314,10 +412,25 @@ def main(model: Path | None, samples: int, small: bool, out: Path | None) -> Non
     for name, entry in library["engines"].items():
         text = entry.get("error") or f"{entry['pairs_per_second'] / 1e9:>12,.2f} pairs/ns"
         click.echo(f"  {name:<40}{text}")
+    clouds = report["tangent_posterior"]
+    for size in clouds.values():
+        click.echo(f"posteriors over {size['m']} clouds of {size['t']} tangents in {size['r']} coordinates")
+        for name, entry in size["engines"].items():
+            text = entry.get("error") or (
+                f"{entry['rows_per_second']:>12,.0f} stars/s, {entry['tflops']:.2f} TFLOP/s, off by "
+                f"{entry['difference']:.1e} dex"
+            )
+            click.echo(f"  {name:<40}{text}")
     path = out or RESULTS / f"{report['environment']['date']}-gpu-scoring.json"
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     click.echo(f"wrote {path}")
-    engines = {**report["scoring"]["engines"], **library["engines"]}
+    engines = {
+        **report["scoring"]["engines"],
+        **library["engines"],
+        **{
+            f"clouds of {size}, {k}": e for size, found in clouds.items() for k, e in found["engines"].items()
+        },
+    }
     failed = [name for name, entry in engines.items() if entry.get("failed") or not entry.get("agrees", True)]
     if failed:
         click.echo(f"failed, or off by more than {TOLERANCE:.0e}: {', '.join(sorted(failed))}", err=True)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,8 @@ import moefast
 from moefast.benchmarks.adapter import OWN_ENVIRONMENT, Engine, Work
 from moefast.errors import BackendError
 from moefast.gating.features import LEAST_CONTINUUM
-from moefast.mixture import N_GATE_COMPONENTS, Mixture
+from moefast.kernels import Library
+from moefast.mixture import Mixture
 from moefast.model import Model
 from moefast.protocol.metrics import r2
 from moefast.spectra.files import open_spectra
@@ -57,7 +58,8 @@ class MixtureArrays:
     `reference` and `noise_shape` (p,), `knots` (M,), `components` (p, c), of which the gate sees the first four,
     `experts` (c, K·M) in these, `intercepts` (K, M), `cells` (p / cell, M·K) for their noise, `captured` (p,) of χ²,
     `lines` (p, 12), `line_offsets` (12,), `line_widths` (4,), and two networks
-    (W₁, b₁, W₂, b₂): `gate`, and `error_model`, which only errors need.
+    (W₁, b₁, W₂, b₂): `gate`, and `error_model`, which only errors need. Of the components the gate sees `n_gate`;
+    `library` holds the templates of all experts, if there are any.
     """
 
     reference: F32
@@ -76,6 +78,8 @@ class MixtureArrays:
     error_model: tuple[F32, F32, F32, F32]
     label_range: tuple[float, float]
     clipped: bool
+    n_gate: int
+    library: Library | None
 
     @property
     def columns(self) -> F32:
@@ -84,7 +88,15 @@ class MixtureArrays:
 
 
 def mixture_arrays(mixture: Mixture) -> MixtureArrays:
-    """Take a mixture apart: the only place here that knows how it stores its experts."""
+    """Take a mixture apart: the only place here that knows how it stores its experts.
+
+    Raises
+    ------
+    BackendError
+        Its experts are of several families, which only our own engines and the ONNX graph know.
+    """
+    if mixture.others or len(set(mixture.from_library)) > 1:
+        raise BackendError("experts of several families are not written down for this engine")
     return MixtureArrays(
         reference=mixture.reference,
         noise_shape=mixture.noise_shape,
@@ -104,6 +116,8 @@ def mixture_arrays(mixture: Mixture) -> MixtureArrays:
         error_model=mixture.error_model,
         label_range=mixture.label_range,
         clipped=mixture.clipped,
+        n_gate=mixture.n_gate,
+        library=mixture.library,
     )
 
 
@@ -305,8 +319,8 @@ def _numpy(problem: ScoreProblem) -> Work:
     def score(flux: F32, error: F32) -> F32:
         flux = np.maximum(flux, 0) if a.clipped else flux
         linear = (flux - a.reference) @ columns
-        experts, features, _ = _after_the_product(a, linear, (error * error) @ inverse)
-        weights = _softmax(_network(features, a.gate))
+        experts, features, _, posterior = _after_the_product(a, linear, (error * error) @ inverse)
+        weights = _softmax(_network(features, a.gate) + posterior.logits)
         return np.clip((weights * experts).sum(1), *a.label_range)
 
     return in_blocks(problem, score)
@@ -324,12 +338,13 @@ def _numpy_full(problem: ScoreProblem) -> Work:
         flux = np.maximum(flux, 0) if a.clipped else flux
         x, variance = flux - a.reference, error * error
         linear, ratio = x @ columns, variance * inverse
-        experts, features, hat = _after_the_product(a, linear, ratio.sum(1))
-        weights = _softmax(_network(features, a.gate))
+        experts, features, hat, posterior = _after_the_product(a, linear, ratio.sum(1))
+        weights = _softmax(_network(features, a.gate) + posterior.logits)
         mixed = (weights * experts).sum(1)
         log_g = np.clip(mixed, *a.label_range)
         cells = ratio.reshape(len(x), n_cells, -1).mean(2)
         noise = np.sqrt(((cells @ a.cells).reshape(-1, m, k) * hat[:, :, None]).sum(1))
+        noise = noise if posterior.sd is None else posterior.sd
         raw = (weights * noise).sum(1)
         spread = np.sqrt((weights * (experts - mixed[:, None]) ** 2).sum(1))
         log_g_err = np.exp(_network(error_features(features, log_g, raw, spread), a.error_model)[:, 0])
@@ -350,15 +365,55 @@ def _softmax(logits: F32) -> F32:
     return weights / weights.sum(1, keepdims=True)
 
 
-def _after_the_product(a: MixtureArrays, linear: NDArray, noise: NDArray) -> tuple[NDArray, NDArray, NDArray]:
-    """Expert values (n, K) between noise levels, the 14 gate features, the weights (n, M) of the levels, in NumPy."""
+class _Posterior(NamedTuple):
+    """What a library says: `mean` and `sd` (n, K), or None without one; `logits` for the gate, or 0."""
+
+    mean: NDArray | None
+    sd: NDArray | None
+    logits: Any
+
+
+def _posterior(library: Library | None, z: NDArray, log_level: NDArray) -> _Posterior:
+    """`moefast.kernels.tangent_posterior` in matrix products, in float64: these lose digits."""
+    if library is None:
+        return _Posterior(None, None, 0)
+    (m, r), (_, t) = library.keys.shape, library.variances.shape
+    z, keys, tangents = (a.astype(np.float64) for a in (z, library.keys, library.tangents))
+    noise = np.exp(2 * log_level.astype(np.float64))[:, None]
+    along, outside = library.variances + noise[:, :, None], library.rest + noise
+    u = (z @ tangents.reshape(m * t, r).T).reshape(-1, m, t) - np.einsum("mtr,mr->mt", tangents, keys)
+    apart = (z * z).sum(1)[:, None] + (keys * keys).sum(1) - 2 * z @ keys.T
+    chi2 = (apart - (u * u).sum(2)) / outside + (u * u / along).sum(2)
+    exponent = library.log_weights - 0.5 * (chi2 + (r - t) * np.log(outside) + np.log(along).sum(2))
+    each = library.log_g + (library.gains * u / along).sum(2)
+    left = np.maximum(library.scatter - (library.gains**2 / along).sum(2), 0)
+    first = library.first[:-1]
+    top = np.maximum.reduceat(exponent, first, axis=1)
+    cloud = np.repeat(np.arange(len(first)), np.diff(library.first))
+    weights = np.exp(exponent - top[:, cloud])
+    total = np.add.reduceat(weights, first, axis=1)
+    weights /= total[:, cloud]
+    mean = np.add.reduceat(weights * each, first, axis=1)
+    sd = np.sqrt(np.add.reduceat(weights * (left + (each - mean[:, cloud]) ** 2), first, axis=1))
+    evidence = top + np.log(total)
+    return _Posterior(mean, sd, evidence - evidence.max(1, keepdims=True))
+
+
+def _after_the_product(
+    a: MixtureArrays, linear: NDArray, noise: NDArray
+) -> tuple[NDArray, NDArray, NDArray, _Posterior]:
+    """Values of the experts (n, K), gate features, weights (n, M) of the noise levels, the library's part, in NumPy."""
     k, m = a.intercepts.shape
     z, lines = np.split(linear, [a.components.shape[1]], axis=1)
-    experts, components = z @ a.experts, z[:, :N_GATE_COMPONENTS]
-    level = np.clip(np.float32(0.5) * np.log(noise / np.float32(len(a.reference))), a.knots[0], a.knots[-1])
+    components = z[:, : a.n_gate]
+    log_level = np.float32(0.5) * np.log(noise / np.float32(len(a.reference)))
+    level = np.clip(log_level, a.knots[0], a.knots[-1])
     step = (a.knots[-1] - a.knots[0]) / np.float32(m - 1)
     hat = np.maximum(0, 1 - np.abs(level[:, None] - a.knots) / step)
-    values = ((experts.reshape(-1, k, m) + a.intercepts) * hat[:, None]).sum(2)
+    posterior = _posterior(a.library, z[:, : a.n_basis], log_level)
+    values = posterior.mean
+    if values is None:
+        values = (((z @ a.experts).reshape(-1, k, m) + a.intercepts) * hat[:, None]).sum(2)
     lines = lines + a.line_offsets
     continuum = np.maximum(lines[:, 2::3], np.float32(LEAST_CONTINUUM))
     depth = 1 - lines[:, 0::3] / continuum
@@ -366,7 +421,7 @@ def _after_the_product(a: MixtureArrays, linear: NDArray, noise: NDArray) -> tup
     pairs = np.stack([depth, width], 2).reshape(len(linear), -1)
     calcium = width[:, :3].sum(1, keepdims=True)
     features = np.concatenate([pairs[:, :6], calcium, pairs[:, 6:], components, level[:, None]], 1)
-    return values, features, hat
+    return values, features, hat, posterior
 
 
 def _sklearn(problem: ScoreProblem) -> Work:
@@ -390,10 +445,13 @@ def _sklearn(problem: ScoreProblem) -> Work:
 
     def score(flux: F32, error: F32) -> NDArray:
         flux = np.maximum(flux, 0) if a.clipped else flux
-        experts, features, _ = _after_the_product(
+        experts, features, _, posterior = _after_the_product(
             a, linear.predict(flux - a.reference), noise.predict(error * error)
         )
-        return np.clip((gate.predict_proba(features) * experts).sum(1), *a.label_range)
+        weights = gate.predict_proba(features)
+        if a.library is not None:
+            weights = _softmax(np.log(weights) + posterior.logits)
+        return np.clip((weights * experts).sum(1), *a.label_range)
 
     return in_blocks(problem, score)
 
@@ -416,21 +474,27 @@ def _torch(problem: ScoreProblem, device: str, resident: bool = False) -> Work:
     offsets, widths = there(a.line_offsets), there(a.line_widths)
     w1, b1, w2, b2 = (there(layer) for layer in a.gate)
     step = (knots[-1] - knots[0]) / (m - 1)
+    library = None if a.library is None else _torch_posterior(a.library, there)
 
     def score(flux: Any, error: Any) -> Any:
         flux = flux.clamp(min=0) if a.clipped else flux
         z, lines = ((flux - reference) @ columns).split([c, len(offsets)], 1)
-        experts, components = z @ weights_of, z[:, :N_GATE_COMPONENTS]
-        level = (0.5 * torch.log((error * error) @ inverse / len(reference))).clamp(knots[0], knots[-1])
-        hat = (1 - (level[:, None] - knots).abs() / step).clamp(min=0)
-        values = ((experts.reshape(-1, k, m) + intercepts) * hat[:, None]).sum(2)
+        components = z[:, : a.n_gate]
+        log_level = 0.5 * torch.log((error * error) @ inverse / len(reference))
+        level = log_level.clamp(knots[0], knots[-1])
+        if library is None:
+            hat = (1 - (level[:, None] - knots).abs() / step).clamp(min=0)
+            values = (((z @ weights_of).reshape(-1, k, m) + intercepts) * hat[:, None]).sum(2)
+            logits = 0
+        else:
+            values, logits = library(z[:, : a.n_basis], log_level)
         lines = lines + offsets
         continuum = lines[:, 2::3].clamp(min=LEAST_CONTINUUM)
         depth, width = 1 - lines[:, 0::3] / continuum, widths - lines[:, 1::3] / continuum
         pairs = torch.stack([depth, width], 2).reshape(len(flux), -1)
         calcium = width[:, :3].sum(1, keepdim=True)
         features = torch.cat([pairs[:, :6], calcium, pairs[:, 6:], components, level[:, None]], 1)
-        weights = torch.softmax(torch.tanh(features @ w1 + b1) @ w2 + b2, 1)
+        weights = torch.softmax(torch.tanh(features @ w1 + b1) @ w2 + b2 + logits, 1)
         return (weights * values).sum(1).clamp(*a.label_range)
 
     flux, error = torch.from_numpy(problem.flux), torch.from_numpy(problem.error)
@@ -447,6 +511,33 @@ def _torch(problem: ScoreProblem, device: str, resident: bool = False) -> Work:
             return torch.cat(parts).cpu().numpy()
 
     return Work(run, facts={"threads": torch.get_num_threads()} if device == "cpu" else {})
+
+
+def _torch_posterior(library: Library, there: Callable[[Any], Any]) -> Callable[[Any, Any], tuple[Any, Any]]:
+    """Posterior means and logits as `_posterior` has them."""
+    import torch
+
+    (m, r), (_, t) = library.keys.shape, library.variances.shape
+    keys, tangents = there(library.keys.astype(np.float64)), there(library.tangents.astype(np.float64))
+    variances, gains, rest = (there(a) for a in (library.variances, library.gains, library.rest))
+    log_weights, log_g = there(library.log_weights), there(library.log_g)
+    matrix, offset = tangents.reshape(m * t, r).T.contiguous(), torch.einsum("mtr,mr->mt", tangents, keys)
+    length, sizes = (keys * keys).sum(1), np.diff(library.first).tolist()
+
+    def posterior(z: Any, log_level: Any) -> tuple[Any, Any]:
+        z, noise = z.double(), torch.exp(2 * log_level.double())[:, None]
+        along, outside = variances + noise[:, :, None], rest + noise
+        u = (z @ matrix).reshape(-1, m, t) - offset
+        apart = (z * z).sum(1, keepdim=True) + length - 2 * z @ keys.T
+        chi2 = (apart - (u * u).sum(2)) / outside + (u * u / along).sum(2)
+        exponent = log_weights - 0.5 * (chi2 + (r - t) * torch.log(outside) + torch.log(along).sum(2))
+        each = log_g + (gains * u / along).sum(2)
+        parts = list(zip(exponent.split(sizes, 1), each.split(sizes, 1), strict=True))
+        means = [(torch.softmax(e, 1) * value).sum(1) for e, value in parts]
+        evidence = torch.stack([torch.logsumexp(e, 1) for e, _ in parts], 1)
+        return torch.stack(means, 1), evidence
+
+    return posterior
 
 
 def _lightgbm(problem: ScoreProblem) -> Work:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
@@ -27,6 +27,9 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 import moefast
 from moefast.errors import ModelError, OutputError
+from moefast.experts.cnn import ConvNet
+from moefast.experts.inputs import Expert
+from moefast.experts.trees import Trees
 from moefast.gating.features import LEAST_CONTINUUM, LINE_FEATURES, LINES
 from moefast.kernels import Library, cell_size
 from moefast.mixture import LEAST_SPREAD, Mixture, n_gate_features
@@ -48,13 +51,16 @@ LARGEST_FILE = 2**31 - 1
 
 # fmt: off
 _OPERATORS = frozenset([
-    "Abs", "Add", "And", "Cast", "Concat", "Div", "Exp", "Gemm", "Greater", "LessOrEqual",
-    "Log", "MatMul", "Max", "Min", "Mul", "ReduceMax", "ReduceMin", "ReduceSum", "Reshape", "Slice",
+    "Abs", "Add", "And", "Cast", "Concat", "Conv", "Div", "Exp", "Gemm", "Greater", "LessOrEqual",
+    "Log", "MatMul", "Max", "Min", "Mul", "ReduceMax", "ReduceMin", "ReduceSum", "Relu", "Reshape", "Slice",
     "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze", "Where",
 ])
 # fmt: on
 _OPERATORS_OF = {"": _OPERATORS, TREES_DOMAIN: frozenset(["TreeEnsembleRegressor"])}
 LEAST_FLUX = "least_flux"
+OTHERS: dict[str, type[Expert]] = {cls.family: cls for cls in (ConvNet, Trees)}
+"""Families that write themselves into a graph."""
+_OTHER = re.compile(rf"experts\.(\d+)\.({'|'.join(OTHERS)})")
 _EXPERT_PART = re.compile(r"expert-(\d+)")
 
 
@@ -64,6 +70,16 @@ class _Graph:
     def __init__(self) -> None:
         self.nodes: list[NodeProto] = []
         self.initializers: dict[str, TensorProto] = {}
+
+    def drop_unused(self, outputs: Sequence[str]) -> None:
+        """Keep what leads to these values alone."""
+        needed, kept = set(outputs), []
+        for node in reversed(self.nodes):
+            if needed & set(node.output):
+                kept.append(node)
+                needed |= set(node.input)
+        self.nodes = kept[::-1]
+        self.initializers = {name: value for name, value in self.initializers.items() if name in needed}
 
     def number(self, name: str, value: NDArray) -> str:
         """Name of an initializer with this value."""
@@ -109,6 +125,7 @@ class _Steps:
     def __init__(self, mixture: Mixture) -> None:
         self.mixture = mixture
         self.graph = _Graph()
+        self._lines: str | None = None
         self._pixels()
 
     def _weight(self, name: str, value: NDArray) -> str:
@@ -168,9 +185,14 @@ class _Steps:
     @cached_property
     def level(self) -> str:
         """The noise level ln s within the knots, (n, 1)."""
-        g, (first, last) = self.graph, self.knots
-        above = g.add("Max", [self.log_level, first], "level/at_least_first")
-        return g.column(g.add("Min", [above, last], "level/within_knots"), "level/column")
+        last = self.knots[1]
+        within = self.graph.add("Min", [self.level_at_least_first, last], "level/within_knots")
+        return self.graph.column(within, "level/column")
+
+    @cached_property
+    def level_at_least_first(self) -> str:
+        """The noise level, not below the first knot, (n,)."""
+        return self.graph.add("Max", [self.log_level, self.knots[0]], "level/at_least_first")
 
     def hat(self) -> str:
         """Weights (n, 1, M) of the noise levels."""
@@ -272,8 +294,8 @@ class _Steps:
         bound = g.add("Max", [expected, g.scalar("tiny", 1e-30)], "chi2/expected")
         return g.add("Div", [outside, bound], "chi2/ratio")
 
-    def features(self, components: str, lines: str) -> str:
-        """Features of the gate, (n, f): lines, the first components, noise level."""
+    def line_features(self, lines: str) -> str:
+        """Depths and equivalent widths, (n, 9)."""
         g, mixture, n_lines = self.graph, self.mixture, len(LINES)
         whole = g.add(
             "Add", [lines, self._weight("lines.offsets", mixture.line_offsets)], "lines/of_whole_flux"
@@ -300,9 +322,14 @@ class _Steps:
         )
         three = [g.shape("first", [0]), g.shape("three", [3]), g.axis(1)]
         triplet = g.total(g.add("Slice", [width, *three], "lines/CaT_widths"), 1, "lines/CaT_EW")
-        first = [g.shape("first", [0]), g.shape("n_components", [mixture.n_gate]), g.axis(1)]
+        return g.add("Concat", [calcium, triplet, sodium], "lines/features", axis=1)
+
+    def features(self, components: str, lines: str) -> str:
+        """Features of the gate, (n, f): lines, the first components, noise level."""
+        g = self.graph
+        first = [g.shape("first", [0]), g.shape("n_components", [self.mixture.n_gate]), g.axis(1)]
         leading = g.add("Slice", [components, *first], "gate/first_components")
-        return g.add("Concat", [calcium, triplet, sodium, leading, self.level], "gate/features", axis=1)
+        return g.add("Concat", [lines, leading, self.level], "gate/features", axis=1)
 
     def perceptron(self, features: str, layers: Sequence[NDArray], name: str) -> str:
         """tanh(f W₁ + b₁) W₂ + b₂."""
@@ -362,7 +389,7 @@ class _Steps:
         outside = g.add("Sub", [apart, g.total(along2, 2, "library/inside")], "library/outside_as_found")
         outside = g.add("Max", [outside, number("zero", 0.0)], "library/outside")
 
-        twice = g.add("Mul", [self.log_level, g.scalar("two", 2.0)], "library/twice_log_level")
+        twice = g.add("Mul", [self.level_at_least_first, g.scalar("two", 2.0)], "library/twice_log_level")
         noise = double(g.add("Exp", [g.column(twice, "library/level_column")], "library/noise32"), "noise")
         rest = g.add("Add", [noise, own("rest")], "library/outside_variance")
         variance = g.add("Add", [last("noise_cube", noise), own("variances")], "library/along_variance")
@@ -476,6 +503,41 @@ class _Steps:
             raw,
         )
 
+    def other(self, k: int, components: str, lines: str) -> str:
+        """Log g of an expert of another family, (n, 1), from components and the products of the line columns."""
+        inputs = _OnDemand(
+            z=lambda: components,
+            lines=lambda: self.of_lines(lines),
+            log_level=lambda: self.level_column,
+            x=lambda: self.whole_flux,
+        )
+        return self.mixture.others[k].add_nodes(self.graph, inputs, f"experts.{k}")
+
+    def with_others(self, values: str, components: str, lines: str) -> str:
+        """(n, K) with the columns of experts of other families."""
+        g = self.graph
+        for k, expert in self.mixture.others.items():
+            # Its name tells a reader of which family it is.
+            mark = g.number(f"experts.{k}.{expert.family}", np.arange(self.mixture.n_experts) == k)
+            values = g.add("Where", [mark, self.other(k, components, lines), values], f"experts.{k}/in_place")
+        return values
+
+    @cached_property
+    def level_column(self) -> str:
+        """The noise level ln s as it is, (n, 1)."""
+        return self.graph.column(self.log_level, "level/of_others")
+
+    @cached_property
+    def whole_flux(self) -> str:
+        """Flux with the reference in the place of bad pixels, (n, p)."""
+        return self.graph.add("Where", [self.good, "flux", "reference"], "flux/whole")
+
+    def of_lines(self, lines: str) -> str:
+        """Depths and equivalent widths, (n, 9)."""
+        if self._lines is None:
+            self._lines = self.line_features(lines)
+        return self._lines
+
     def deliver(self, value: str, output: str, *, columns: bool = False) -> None:
         """Name an output: the value, and NaN in rows without a good pixel."""
         g = self.graph
@@ -486,6 +548,22 @@ class _Steps:
                 g.column(self.has_data, has_data)
         nothing = g.scalar("nan", float("nan"))
         g.add_many("Where", [has_data, value, nothing], f"deliver/{output}", [output])
+
+
+class _OnDemand(Mapping[str, str]):
+    """Values by name, whose nodes are made when they are first asked for."""
+
+    def __init__(self, **makers: Callable[[], str]) -> None:
+        self._makers = makers
+
+    def __getitem__(self, name: str) -> str:
+        return self._makers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
 
 
 _LAYERS = ("w1", "b1", "w2", "b2")
@@ -536,12 +614,17 @@ def build(mixture: Mixture, part: str = "mixture", metadata: dict[str, str] | No
         components = steps.components(columns)
         outputs = ["weights"]
         evidence = None if mixture.library is None else steps.posterior(components, ["evidence"])[0]
-        steps.deliver(steps.gate(steps.features(components, lines), evidence), "weights", columns=True)
+        features = steps.features(components, steps.of_lines(lines))
+        steps.deliver(steps.gate(features, evidence), "weights", columns=True)
     elif part != "mixture":
-        (columns,) = steps.project(lines=False)
-        if mixture.library is not None and mixture.from_library[0]:
+        if mixture.others:
+            columns, lines = steps.project(lines=True)
+            column = steps.other(0, steps.components(columns), lines)
+        elif mixture.library is not None and mixture.from_library[0]:
+            (columns,) = steps.project(lines=False)
             (column,) = steps.posterior(steps.components(columns), ["mean"])
         else:
+            (columns,) = steps.project(lines=False)
             column = steps.expert_log_g(columns, steps.hat())
         outputs = ["log_g"]
         steps.deliver(steps.graph.add("Squeeze", [column, steps.graph.axis(1)], "experts/only"), "log_g")
@@ -557,13 +640,15 @@ def build(mixture: Mixture, part: str = "mixture", metadata: dict[str, str] | No
             means, deviations, evidence = steps.posterior(components, ["mean", "sd", "evidence"])
             experts = steps.instead(experts, means, "experts/of_all_kinds")
             noise = steps.instead(noise, deviations, "propagate/noise_of_all_kinds")
-        features = steps.features(components, lines)
+        experts = steps.with_others(experts, components, lines)
+        features = steps.features(components, steps.of_lines(lines))
         weights = steps.gate(features, evidence)
         log_g, log_g_err, raw = steps.mix(features, weights, experts, noise)
         values = (log_g, log_g_err, weights, experts, raw, steps.chi2(components, expected), steps.log_level)
         outputs = list(_OUTPUTS)
         for output, value in zip(outputs, values, strict=True):
             steps.deliver(value, output, columns=output in _BY_EXPERT)
+    steps.graph.drop_unused(outputs)
     return _model(steps, part, outputs, metadata or {})
 
 
@@ -582,6 +667,7 @@ def _only_expert(mixture: Mixture, part: str) -> Mixture:
         gate=(w1, b1, w2[:, k : k + 1], b2[k : k + 1]),
         library=None if mixture.library is None else _clouds_of(mixture.library, k),
         from_library=mixture.from_library[k : k + 1],
+        others={0: mixture.others[k]} if k in mixture.others else {},
     )
 
 
@@ -740,6 +826,11 @@ def read_mixture(model: ModelProto, wave: NDArray[np.float64]) -> Mixture:
         except ValueError as error:
             raise ModelError(f"the library of the ONNX model does not fit together: {error}") from error
         from_library = tuple(read("experts.from_library", k, dtype=np.bool_).tolist())
+    others = {
+        int(found[1]): OTHERS[found[2]].read_nodes(model, f"experts.{found[1]}")
+        for found in map(_OTHER.fullmatch, tensors)
+        if found
+    }
     clipped = LEAST_FLUX in tensors
     if clipped and read(LEAST_FLUX, 1) != 0:
         raise ModelError(
@@ -762,6 +853,7 @@ def read_mixture(model: ModelProto, wave: NDArray[np.float64]) -> Mixture:
             n_gate=gate[0].shape[0] - n_gate_features(0),
             library=library,
             from_library=from_library,
+            others=others,
         )
         lines = mixture.line_columns
     except ValueError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,10 +14,17 @@ __all__ = ["tangent_posterior_reference"]
 F64 = NDArray[np.float64]
 
 
-def tangent_posterior_reference(
-    z: NDArray, log_level: NDArray, library: Library
-) -> tuple[F64, F64, F64, F64]:
+class ReferencePosterior(NamedTuple):
     """Posterior mean, standard deviation, log evidence (n, K) and effective number of clouds (n,)."""
+
+    mean: F64
+    sd: F64
+    log_evidence: F64
+    effective: F64
+
+
+def tangent_posterior_reference(z: NDArray, log_level: NDArray, library: Library) -> ReferencePosterior:
+    """What `moefast.kernels.tangent_posterior` returns."""
     stars, level = np.array(z, np.float64), np.array(log_level, np.float64)
     bad = ~(np.isfinite(stars).all(1) & np.isfinite(level))
     stars[bad], level[bad] = 0.0, 0.0
@@ -52,4 +61,5 @@ def tangent_posterior_reference(
     effective = 1.0 / (shares**2).sum(1)
     for array in (*found, effective):
         array[bad] = np.nan
-    return found[0], found[1], found[2], effective
+    mean, sd, evidence = found
+    return ReferencePosterior(mean, sd, evidence, effective)

@@ -33,7 +33,7 @@ from moefast.gating.features import line_columns
 from moefast.gating.mlp import fit_error_model, fit_gate, softmax
 from moefast.kernels import Library, all_within, project, tangent_posterior
 from moefast.kernels.reference import prepare_reference
-from moefast.mixture import N_GATE_COMPONENTS, Mixture, hat_weights, n_gate_features
+from moefast.mixture import Mixture, hat_weights, n_gate_features
 from moefast.noise import add_noise, fold_of_rows
 from moefast.protocol.bins import Grid
 from moefast.protocol.metrics import r2
@@ -65,6 +65,10 @@ N_COMPONENTS = 48
 """Principal components for gate and χ² of a fit in pixel space."""
 PUBLISHED_ALPHA = 0.1
 """Ridge penalty per row of the published fit: 1e5 at one million stars."""
+LEVEL_ROWS = 30_000
+"""Rows that say which noise levels there are."""
+NOISY_ROWS = 400_000
+"""Noisy rows for gate and error model: a gate of fifty features gains until there are some hundred thousand."""
 LIBRARY_ROWS = 200_000
 """Stars that a library is made of at most: a thousand clouds of two hundred."""
 FOREST_ROWS = 100_000
@@ -105,11 +109,11 @@ class Options:
         Kinds of experts: "linear", "template" (posterior means over a library of templates, stars of the training set,
         whose evidence is the gate) and "trees". Of several, "linear" among them, each bin gets the best.
     n_gate : int
-        Principal components among the features of the gate.
+        Principal components among the features of the gate, at most.
     n_folds : int
         Folds for cross-validation and cross-fitting.
     sample_rows, sample_draws : int
-        Rows and noise draws (at most) for gate and error model.
+        Rows, and noise draws of each, for gate and error model, at most; of few rows more draws are taken.
     references : bool
         Also fit the published-style ridge that results are compared with; doubles the work of the first pass.
     seed : int
@@ -123,10 +127,10 @@ class Options:
     n_levels: int = 8
     n_components: int | None = None
     families: tuple[str, ...] = ("linear",)
-    n_gate: int = N_GATE_COMPONENTS
+    n_gate: int = 48
     n_folds: int = 3
-    sample_rows: int = 60_000
-    sample_draws: int = 4
+    sample_rows: int = 120_000
+    sample_draws: int = 24
     references: bool = True
     seed: int = 0
 
@@ -148,17 +152,16 @@ class Options:
             raise InputError(
                 f"families must be of {', '.join(FAMILIES)}, linear among them if several; found {self.families}"
             )
-        if self.families != ("linear",) and (
-            self.alpha is not None or self.clipped or self.noise == "sampled"
-        ):
+        if self.families != ("linear",) and (self.alpha is not None or self.noise != "closed-form"):
             raise InputError(
-                "experts that are not linear live in principal components of clean or observed flux that is not clipped"
+                "templates and trees need clean training spectra, with noise in closed form, and experts in principal "
+                "components; for other spectra fit phys-moe"
             )
-        few = self.n_components is not None and self.n_components < self.n_gate
-        if few or self.sample_rows < STRETCH or self.sample_draws < 1:
+        few = self.n_components is not None and self.n_components < 1
+        if few or self.n_gate < 1 or self.sample_rows < STRETCH or self.sample_draws < 1:
             raise InputError(
-                f"at least {self.n_gate} components, {STRETCH} sample rows and one draw are needed; "
-                f"found {self.n_components}, {self.sample_rows}, {self.sample_draws}"
+                f"at least one component, also for the gate, {STRETCH} sample rows and one draw are needed; found "
+                f"{self.n_components}, {self.n_gate}, {self.sample_rows}, {self.sample_draws}"
             )
 
 
@@ -355,7 +358,8 @@ class _Fitter:
         del equations
         small, experts = solved.small, solved.experts
         mixture = self.assemble(solved)
-        tried, chosen = {}, {}
+        tried: dict[str, float] = {}
+        chosen: dict[str, Any] = {}
         if "template" in self.options.families:
             library, tried = self.templates(mixture)
             mixture = replace(mixture, library=library)
@@ -585,7 +589,9 @@ class _Fitter:
         """Evenly spaced ln s from half the 0.1 % quantile to twice the 99.9 % quantile of the training set."""
         shape = noise_shape.astype(np.float32)
         found = []
-        for _, _, error, usable in self.blocks("noise levels", self.sample_rows()):
+        sample = self.sample_rows()
+        some = sample[:: max(1, sum(b - a for a, b in sample) // LEVEL_ROWS)]
+        for _, _, error, usable in self.blocks("noise levels", some):
             chosen = error[usable]
             # Bad pixels were given zero error; they do not count.
             n_good = np.count_nonzero(chosen, axis=1)
@@ -710,8 +716,7 @@ class _Fitter:
             columns = np.concatenate([subspace.basis[:, :keep], own], axis=1)
             picks = np.eye(k, k + keep, keep)
             weights = np.repeat(picks[:, None], weights.shape[1], axis=1)
-        if keep < self.options.n_gate:
-            raise InputError(f"the spectra span only {keep} components; the gate needs {self.options.n_gate}")
+        n_gate = min(self.options.n_gate, keep)
         return Mixture(
             wave=self.spectra.wave,
             reference=solved.reference.astype(np.float32),
@@ -721,11 +726,11 @@ class _Fitter:
             n_basis=keep,
             expert_weights=weights.astype(np.float32),
             expert_intercepts=experts.intercepts.astype(np.float32),
-            gate=_idle(n_gate_features(self.options.n_gate), k),
-            error_model=_idle(n_gate_features(self.options.n_gate) + 3, 1),
+            gate=_idle(n_gate_features(n_gate), k),
+            error_model=_idle(n_gate_features(n_gate) + 3, 1),
             label_range=(float(self.y.min()), float(self.y.max())),
             clipped=self.options.clipped,
-            n_gate=self.options.n_gate,
+            n_gate=n_gate,
         )
 
     # -- second pass --------------------------------------------------------------------------------------------
@@ -749,7 +754,7 @@ class _Fitter:
         for here, flux, error, usable in self.blocks(stage, stretches):
             rows = np.arange(here.start, here.stop)[usable]
             x, sigma = flux[usable], error[usable]
-            if noisy and self.options.noise != "observed":
+            if noisy:
                 x = add_noise(x, sigma, self.options.seed + 1, rows)
             parts.append((*mixture.inputs(project(x, sigma, None, mixture.projection))[:3], rows))
         *found, rows = (np.concatenate(column) for column in zip(*parts, strict=True))
@@ -757,15 +762,13 @@ class _Fitter:
 
     def templates(self, mixture: Mixture) -> tuple[Library, dict[str, float]]:
         """A library of stars that are not in the sample, and the R² of what was tried on noisy stars of the sample."""
-        observed = self.options.noise == "observed"
-        stars, rows = self.inputs(mixture, "templates", self.other_rows(LIBRARY_ROWS), noisy=observed)
+        stars, rows = self.inputs(mixture, "templates", self.other_rows(LIBRARY_ROWS), noisy=False)
         labels = np.column_stack([self.labels[name][rows] for name in ("T_eff", "log_g", "M_H")])
-        inside = float(np.mean(np.exp(2 * stars.log_level))) if observed else 0.0
 
         def fit(n_clouds: int, n_tangents: int) -> Library:
             return fit_library(
                 stars.z, labels, self.y[rows], self.bins[rows], self.options.grid.n_bins,
-                n_clouds=n_clouds, n_tangents=n_tangents, noise=inside, seed=self.options.seed,
+                n_clouds=n_clouds, n_tangents=n_tangents, seed=self.options.seed,
             )  # fmt: skip
 
         sample = self.sample_rows()
@@ -781,11 +784,7 @@ class _Fitter:
         options = self.options
         stretches = self.sample_rows()
         n = sum(b - a for a, b in stretches)
-        draws = (
-            1
-            if options.noise == "observed"
-            else int(np.clip(options.sample_rows // n, 1, options.sample_draws))
-        )
+        draws = 1 if options.noise == "observed" else int(np.clip(NOISY_ROWS // n, 1, options.sample_draws))
         matrix = experts.columns.astype(np.float32)
         parts: list[tuple] = []
         for here, flux, error, usable in self.blocks("gate sample", stretches):
@@ -814,10 +813,11 @@ class _Fitter:
         )
         sample = _Sample(features, chi2, rows, Inputs(*own), {"linear": values}, {"linear": noise}, None)
         if mixture.library is not None:
-            found = tangent_posterior(sample.inputs.z, sample.inputs.log_level, mixture.library)
-            sample.values["template"] = found.mean.astype(np.float64)
-            sample.noise["template"] = found.sd
-            sample = sample._replace(logits=found.log_evidence.astype(np.float64))
+            posterior = tangent_posterior(sample.inputs.z, sample.inputs.log_level, mixture.library)
+            sample.values["template"] = posterior.mean.astype(np.float64)
+            sample.noise["template"] = posterior.sd
+            evidence = posterior.log_evidence.astype(np.float64)
+            sample = sample._replace(logits=evidence - evidence.max(1, keepdims=True))
         return sample
 
     def train(self, mixture: Mixture, sample: _Sample) -> tuple[Mixture, dict[str, float]]:
@@ -826,7 +826,7 @@ class _Fitter:
         Seven tenths of the stars train, two decide when to stop and set the factor, one is seen by none of these. The
         experts saw none of them, but for the choice of α, of the library's size and of families.
         """
-        features, rows = sample.features.astype(np.float64), sample.rows
+        features, rows = sample.features, sample.rows
         y, true = self.y[rows], self.bins[rows]
         part = fold_of_rows(rows, 10, self.options.seed + 1000)
         check = part == 0
@@ -836,22 +836,23 @@ class _Fitter:
             np.column_stack([of_family[families[k]][:, k] for k in range(len(families))])
             for of_family in (sample.values, sample.noise)
         )
-        if values.shape[1] == 1:
-            gate = np.ones_like(values)
-        elif sample.logits is not None:
-            # Bayes' rule needs no training.
-            gate = softmax(sample.logits)
-        else:
+        plain = np.zeros_like(values) if sample.logits is None else sample.logits
+        gate = softmax(plain)
+        if values.shape[1] > 1:
             net = fit_gate(
                 features[fitted],
                 values[fitted],
                 y[fitted],
                 held,
+                given=None if sample.logits is None else sample.logits[fitted],
                 seed=self.options.seed,
                 progress=partial(self.progress, "gate"),
             )
-            gate = softmax(net(features))
-            mixture = replace(mixture, gate=_as_float32(net.folded()))
+            learnt = softmax(plain + net(features))
+            # Bayes' rule needs no training; what was learnt is added to it only where it is better beyond doubt.
+            judges = np.flatnonzero(fitted)[held]
+            if sample.logits is None or _is_better(learnt, gate, values, y, rows, judges):
+                gate, mixture = learnt, replace(mixture, gate=_as_float32(net.folded()))
         mixed = (gate * values).sum(1)
         log_g = np.clip(mixed, *mixture.label_range)
         raw = (gate * noise).sum(1)
@@ -875,6 +876,7 @@ class _Fitter:
             "coverage_68": float(np.mean(ratio[check] <= factor)),
             "coverage_95": float(np.mean(ratio[check] <= Z_95 * factor)),
             "gate_accuracy": float(np.mean(gate.argmax(1)[check] == true[check])),
+            "gate_learnt": bool(np.any(mixture.gate[2])),
         }
         return mixture, quality
 
@@ -894,7 +896,7 @@ class _Fitter:
         options, names = self.options, self.options.grid.names
         forests: dict[int, Trees] = {}
         if "trees" in options.families:
-            from moefast.experts.trees import fit_trees
+            from moefast.experts.trees import fit_trees, stacking
 
             inputs, rows = self.inputs(mixture, "forest stars", self.other_rows(FOREST_ROWS), noisy=True)
             step = self.steps("forests", options.grid.n_bins)
@@ -902,8 +904,8 @@ class _Fitter:
             sample.noise["trees"] = sample.noise["linear"]
             for k in range(options.grid.n_bins):
                 here = self.bins[rows] == k
-                mine = Inputs(*(a[here] for a in inputs[:3]))
-                forests[k] = fit_trees(mine, self.y[rows[here]], seed=options.seed)
+                mine = stacking(Inputs(*(a[here] for a in inputs[:3])))
+                forests[k] = fit_trees(mine, self.y[rows[here]], sees="stacking", seed=options.seed)
                 sample.values["trees"][:, k] = forests[k].predict(sample.inputs)
                 step()
         seen = fold_of_rows(sample.rows, 10, options.seed + 1000) != 0
@@ -982,6 +984,15 @@ class _Fitter:
         return forms
 
 
+def _is_better(gate: F64, other: F64, values: F64, y: F64, star: NDArray, judges: NDArray[np.intp]) -> bool:
+    """Whether a gate's mixture is better than another's by more than a standard error over the stars of some rows."""
+    wrong, base = ((((each * values).sum(1) - y)[judges]) ** 2 for each in (gate, other))
+    # Draws of one star's noise are no stars of their own.
+    _, which = np.unique(star[judges], return_inverse=True)
+    gain = np.bincount(which, base - wrong) / np.bincount(which)
+    return bool(gain.mean() > gain.std() / np.sqrt(len(gain)))
+
+
 def balanced_factor(ratio: NDArray) -> float:
     """Factor on σ for which 1σ and 1.96σ hold as nearly 68.27 % and 95 % as one factor can make them.
 
@@ -1011,5 +1022,6 @@ def _idle(n_in: int, n_out: int) -> tuple[F32, F32, F32, F32]:
     )
 
 
-def _as_float32(arrays: tuple[F64, ...]) -> tuple[F32, ...]:
-    return tuple(np.ascontiguousarray(a, np.float32) for a in arrays)
+def _as_float32(layers: tuple[F64, F64, F64, F64]) -> tuple[F32, F32, F32, F32]:
+    w1, b1, w2, b2 = (np.ascontiguousarray(a, np.float32) for a in layers)
+    return w1, b1, w2, b2

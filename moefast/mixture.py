@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +35,6 @@ from moefast.kernels import (
     Mixing,
     Projected,
     Projection,
-    TangentPosterior,
     cell_size,
     project,
     soft_mix,
@@ -345,11 +345,10 @@ class Mixture:
         values, noise = np.full(shape, np.nan, z.dtype), np.full(shape, np.nan, z.dtype)
         logits = np.zeros(shape, z.dtype)
         if self.library is not None:
-            found = (
-                TangentPosterior(*tangent_posterior_reference(z, linear.log_level, self.library))
-                if reference
-                else tangent_posterior(z, linear.log_level, self.library)
-            )
+            # Below the noise that was seen in training, the spectra differ from the library by more than noise.
+            level = np.maximum(linear.log_level, self.knots[0])
+            posterior: Any = tangent_posterior_reference if reference else tangent_posterior
+            found = posterior(z, level, self.library)
             # Relative to the best: in float32, large ones would lose the digits that matter.
             logits = found.log_evidence - found.log_evidence.max(1, keepdims=True)
             mine = np.array(self.from_library)

@@ -93,10 +93,15 @@ class CudaEngine:
     Raises
     ------
     BackendError
-        The kernels do not run here.
+        The kernels do not run here, or the mixture has experts that they do not know.
     """
 
     def __init__(self, mixture: Mixture) -> None:
+        if mixture.others:
+            families = sorted({expert.family for expert in mixture.others.values()})
+            raise BackendError(
+                f"backend cuda: there are no kernels for experts of the family {' or '.join(families)}; use backend cpu"
+            )
         from moefast.kernels.cuda.device import first_launch, require_device
 
         require_device()
@@ -105,7 +110,9 @@ class CudaEngine:
 
         ones = np.ones((1, mixture.n_pixels), np.float32)
         with first_launch():
-            self._scorer = CudaScorer(mixture.projection, mixture.mixing)
+            self._scorer = CudaScorer(
+                mixture.projection, mixture.mixing, mixture.library, mixture.from_library
+            )
             self._scorer(ones, ones)
         self.block_rows = self._scorer.block_rows
         # One reads a file, while the others have a slot each.

@@ -3,6 +3,7 @@
 import numpy as np
 from onnx import TensorProto, helper
 
+from moefast.experts.cnn import ConvNet, n_places
 from moefast.experts.inputs import Inputs
 from moefast.export.graph import IR_VERSION, _Graph, _opsets
 
@@ -17,6 +18,22 @@ def inputs(n, seed=0, p=N_PIXELS):
 
     flux = 1 + np.float32(0.3) * normal(n, p)
     return Inputs(normal(n, N_COMPONENTS), normal(n), normal(n, 9), flux)
+
+
+def network(p=320, seed=0, kernels=(16, 8, 8), channels=(5, 7, 3), hidden=4):
+    """A network with random weights."""
+    draw = np.random.default_rng(seed)
+
+    def normal(*shape):
+        return (draw.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
+
+    arrays, before = {"reference": 1 + normal(p, 1)[:, 0] / 9, "scale": 2 + np.abs(normal(p, 1)[:, 0])}, 1
+    for layer, (count, kernel) in enumerate(zip(channels, kernels, strict=True), 1):
+        arrays |= {f"w{layer}": 2 * normal(count, before, kernel), f"b{layer}": normal(count)}
+        before = count
+    size = before * n_places(p, kernels) + 1
+    arrays |= {"v1": normal(size, hidden), "c1": normal(hidden), "v2": normal(hidden, 1), "c2": normal(1) + 3}
+    return ConvNet(**{name: value.astype(np.float32) for name, value in arrays.items()})
 
 
 def feeds(seen):

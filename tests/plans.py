@@ -1,7 +1,11 @@
 """Random mixtures, random plans of small ones, and spectra for them, for the tests of every engine that scores."""
 
-import numpy as np
+import dataclasses
 
+import numpy as np
+from made_forest import forest
+
+from moefast.experts.trees import Trees
 from moefast.kernels import Library, Mixing, Projection, cell_size
 from moefast.mixture import Mixture
 
@@ -106,3 +110,11 @@ def random_library(n_experts=5, rank=12, n_tangents=3, clouds=4, seed=0, spread=
         scatter=rng.uniform(0.3, 0.5, m).astype(np.float32),
         first=np.concatenate([[0], np.cumsum(sizes)]),
     )
+
+
+def random_trees(n_features, sees="stacking", n_trees=20, seed=0):
+    """Trees of twenty leaves whose splits lie where features are; each leaf is worth about a hundredth of a dex."""
+    made = forest([20] * n_trees, n_features, seed)
+    threshold = made.threshold + (1 if sees == "flux" else 0)
+    value = (0.01 * np.random.default_rng(seed).standard_normal(made.value.shape)).astype(np.float32)
+    return Trees(dataclasses.replace(made, threshold=threshold.astype(np.float32), value=value), sees)

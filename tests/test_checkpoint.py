@@ -48,9 +48,7 @@ fit(path, noise=noise, progress=progress, checkpoint=folder)
 def quick(monkeypatch):
     """Few iterations of the networks, whose quality is not the question, and buffers that a toy fills."""
     for name in ("fit_gate", "fit_error_model"):
-        monkeypatch.setattr(
-            fitting, name, functools.partial(getattr(fitting, name), hidden=4, max_iterations=10)
-        )
+        monkeypatch.setattr(fitting, name, functools.partial(getattr(fitting, name), hidden=4, steps=100))
     monkeypatch.setattr(normal_equations, "BUFFER_ROWS", 64)
 
 

@@ -28,9 +28,7 @@ def fitted(path, progress=None, **options):
 def quick(monkeypatch):
     """Few iterations of the networks, where their quality is not the question."""
     for name in ("fit_gate", "fit_error_model"):
-        monkeypatch.setattr(
-            fitting, name, functools.partial(getattr(fitting, name), hidden=4, max_iterations=15)
-        )
+        monkeypatch.setattr(fitting, name, functools.partial(getattr(fitting, name), hidden=4, steps=150))
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +49,8 @@ def whole(train_file):
             "experts": 2 + 2 * 6,
             "noise levels": 3000,
             "gate sample": 3000,
-            "gate": 400,
-            "error model": 300,
+            "gate": 1000,
+            "error model": 1000,
             "simpler fits": 4,
         }.items()
     }
@@ -93,7 +91,8 @@ def test_each_step_of_the_method_is_worth_something(whole, test_toy):
     prediction = whole.mixture.predict(test_toy.noisy(), test_toy.error)
     oracle = r2(test_toy.labels["log_g"], prediction.expert_log_g[np.arange(1000), bins])
     assert promised["r2_true_bins"] == pytest.approx(oracle, abs=0.04)
-    assert promised["gate_accuracy"] == pytest.approx(np.mean(prediction.weights.argmax(1) == bins), abs=0.05)
+    # Three hundred stars on one side, a thousand on the other: 0.03 is one standard error.
+    assert promised["gate_accuracy"] == pytest.approx(np.mean(prediction.weights.argmax(1) == bins), abs=0.08)
 
 
 def test_errors_are_calibrated_on_stars_never_seen(whole, test_toy):
@@ -218,6 +217,8 @@ class TestBits:
     def arrays(self, fit):
         for item in dataclasses.fields(fit.mixture):
             value = getattr(fit.mixture, item.name)
+            if item.name in {"library", "others"}:
+                continue
             yield from [(item.name, v) for v in value] if isinstance(value, tuple) else [(item.name, value)]
 
     def assert_same(self, one, two):
@@ -341,9 +342,9 @@ class TestBits:
         seen = {}
         original = fitter.train
 
-        def train(mixture, features, values, noise, rows):
-            seen.update(values=values, rows=rows, mixture=mixture, features=features)
-            return original(mixture, features, values, noise, rows)
+        def train(mixture, sample):
+            seen.update(values=sample.values["linear"], rows=sample.rows)
+            return original(mixture, sample)
 
         fitter.train = train
         fitter.run()
@@ -433,7 +434,8 @@ def test_a_set_without_a_usable_row_is_refused(train_toy, tmp_path):
         ({"alpha": float("nan")}, "alpha must be positive"),
         ({"n_folds": 1}, "at least two folds"),
         ({"n_levels": 1}, "two noise levels"),
-        ({"n_components": 3}, "at least 4 components"),
+        ({"n_components": 0}, "at least one component"),
+        ({"n_gate": 0}, "at least one component, also for the gate"),
         ({"sample_rows": 511}, "512 sample rows"),
     ],
 )
@@ -477,10 +479,13 @@ def test_statistics_that_do_not_fit_are_refused(train_file, monkeypatch):
         fitted(train_file)
 
 
-def test_spectra_without_variety_are_refused(train_toy, tmp_path):
+def test_spectra_that_differ_in_one_direction_give_a_gate_with_one_component(train_toy, test_toy, tmp_path):
     flux = 1 + 0.1 * np.outer(train_toy.labels["log_g"], np.sin(np.arange(640)))
-    with pytest.raises(InputError, match=r"span only .* components; the gate needs 4"):
-        fitted(train_toy.write(tmp_path / "line.h5", arrays={"flux": flux.astype(np.float32)}), **QUICK)
+    fit = fitted(train_toy.write(tmp_path / "line.h5", arrays={"flux": flux.astype(np.float32)}), **QUICK)
+    assert (fit.mixture.n_basis, fit.mixture.n_gate) == (1, 1)
+    same = 1 + 0.1 * np.outer(test_toy.labels["log_g"], np.sin(np.arange(640)))
+    found = fit.mixture.predict(same.astype(np.float32), test_toy.error)
+    assert r2(test_toy.labels["log_g"], found.log_g) > 0.9
 
 
 @pytest.mark.usefixtures("quick")
@@ -492,3 +497,96 @@ def test_a_fold_without_rows_of_a_bin_does_not_stop_the_fit(make_toy, tmp_path):
     assert (counts == 0).any()
     fit = fitted(toy.write(tmp_path / "few.h5"), n_folds=16, **QUICK)
     assert np.isfinite(fit.mixture.predict(toy.noisy(), toy.error).log_g).all()
+
+
+@pytest.fixture(scope="module")
+def templates(train_file):
+    return fitted(train_file, grid=GRID, sample_draws=1, families=("template",))
+
+
+def test_a_library_of_templates_is_better_than_linear_experts_and_its_evidence_is_the_gate(
+    templates, whole, test_toy
+):
+    mixture, bins = templates.mixture, GRID.assign(test_toy.labels["T_eff"], test_toy.labels["M_H"])
+    found = mixture.predict(test_toy.noisy(), test_toy.error)
+    assert r2(test_toy.labels["log_g"], found.log_g) > score(whole, test_toy) + 0.01
+    assert all(mixture.from_library)
+    assert templates.summary["library"]["clouds"] == len(mixture.library.keys)
+    promised = max(templates.summary["library"]["r2_held_out"].values())
+    assert promised == pytest.approx(score(templates, test_toy), abs=0.04)
+    # By Bayes' rule alone, weights are probabilities of bins: they say how often they are right.
+    w1, b1, w2, b2 = mixture.gate
+    alone = dataclasses.replace(mixture, gate=(w1, b1, 0 * w2, 0 * b2))
+    weights = alone.predict(test_toy.noisy(), test_toy.error).weights
+    assert weights.max(1).mean() == pytest.approx(np.mean(weights.argmax(1) == bins), abs=0.05)
+    ratio = np.abs(test_toy.labels["log_g"] - found.log_g) / found.log_g_err
+    assert np.mean(ratio < 1) == pytest.approx(0.683, abs=0.06)
+    # The posterior's own width is already close to the calibrated error.
+    raw = np.abs(test_toy.labels["log_g"] - found.log_g) / found.log_g_err_raw
+    assert 0.6 < np.mean(raw < 1) < 0.75
+
+
+def test_compiled_code_and_contract_of_a_library_agree(templates, test_toy):
+    spectra = test_toy.noisy()[:300], test_toy.error[:300]
+    found, expected = templates.mixture.predict(*spectra), templates.mixture.predict_reference(*spectra)
+    for name, tolerance in {"log_g": 1e-4, "expert_log_g": 1e-3, "weights": 2e-4, "log_g_err": 1e-3}.items():
+        np.testing.assert_allclose(
+            getattr(found, name), getattr(expected, name), atol=tolerance, err_msg=name
+        )
+
+
+def test_stars_of_the_sample_are_not_in_the_library(train_file, monkeypatch):
+    taken = {}
+
+    class Stopped(Exception):
+        pass
+
+    def look(self, mixture, stage, stretches, *, noisy):
+        taken[stage] = {row for a, b in stretches for row in range(a, b)}
+        raise Stopped
+
+    monkeypatch.setattr(fitting._Fitter, "inputs", look)
+    fitter = fitting._Fitter(
+        open_spectra(train_file), Options(families=("template",), sample_rows=600), lambda *_: None
+    )
+    with pytest.raises(Stopped):
+        fitter.templates(None)
+    sample = {row for a, b in fitter.sample_rows() for row in range(a, b)}
+    assert not taken["templates"] & sample
+    assert len(taken["templates"]) + len(sample) == 3000
+    few = {row for a, b in fitter.other_rows(700) for row in range(a, b)}
+    assert few < taken["templates"]
+    assert 400 < len(few) < 900
+
+
+def test_every_bin_of_a_hybrid_has_the_best_family(train_file, test_toy, templates):
+    fit = fitted(train_file, grid=GRID, sample_draws=1, families=("linear", "template", "trees"))
+    chosen = fit.summary["families"]
+    assert {entry["family"] for entry in chosen.values()} <= {"linear", "template", "trees"}
+    for entry in chosen.values():
+        gain, family = entry["gain"], entry["family"]
+        assert gain["linear"] == 0
+        assert gain[family] == max(0 if g < entry["standard_error"][f] else g for f, g in gain.items())
+    # A library beats a plane where lines bend.
+    assert sum(entry["family"] == "template" for entry in chosen.values()) >= 4
+    assert score(fit, test_toy) > score(templates, test_toy) - 0.01
+    form = fit.references["oracle-ridge, sampled"]
+    bins = GRID.assign(test_toy.labels["T_eff"], test_toy.labels["M_H"])
+    oracle = fit.mixture.prepare(test_toy.noisy(), test_toy.error).linear_log_g[np.arange(1000), bins]
+    assert linear_r2(form, fit, test_toy, bins) < r2(test_toy.labels["log_g"], oracle)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"families": ("forest",)}, "families must be of linear, template, trees"),
+        ({"families": ()}, "families must be of"),
+        ({"families": ("template", "trees")}, "linear among them"),
+        ({"families": ("template",), "noise": "sampled"}, "noise in closed form"),
+        ({"families": ("linear", "trees"), "noise": "observed"}, "fit phys-moe"),
+        ({"families": ("template",), "alpha": 0.1}, "noise in closed form"),
+    ],
+)
+def test_families_that_cannot_be_are_refused(options, match):
+    with pytest.raises(InputError, match=match):
+        Options(**options)

@@ -43,6 +43,7 @@ PUBLIC = {
     "sort_by_bin": "moefast.kernels.cuda.binning",
     "normal_equations": "moefast.kernels.cuda.accumulator",
     "NormalEquationsAccumulator": "moefast.kernels.cuda.accumulator",
+    "tangent_posterior": "moefast.kernels.cuda.tangent",
     "template_posterior": "moefast.kernels.cuda.template",
     "score": "moefast.kernels.cuda.scoring",
     "CudaScorer": "moefast.kernels.cuda.scoring",

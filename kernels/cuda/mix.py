@@ -21,12 +21,14 @@ from numba import cuda, float32, int64
 from moefast.kernels.cuda.lanes import SCRATCH, sum_of_warp
 from moefast.kernels.cuda.registry import kernel
 
-__all__ = ["LANES", "mix_rows", "shared_bytes"]
+__all__ = ["LANES", "LOGIT", "NOISE", "VALUE", "mix_rows", "shared_bytes"]
 
 LANES = 32
 """Threads of a block: one warp."""
 BLOCKS_TOGETHER = 24
 NOT_NEGATIVE = 0x7FFFFFFFFFFFFFFF
+VALUE, NOISE, LOGIT = range(3)
+"""Places in what other experts say."""
 LEAST_EXPECTED = np.float32(1e-30)
 
 
@@ -59,6 +61,7 @@ def _perceptron(numbers, n_features, w1, b1, w2, active, out, lane, scratch):  #
     " int64, int64, float32[::1], float32[:,::1], float32[:,::1], float32[::1], float32[::1], float32,"
     " float32[:,::1], float32[::1], float32[:,::1], float32[::1],"
     " float32[:,::1], float32[::1], float32[:,::1], float32[::1], float32, float32, float32,"
+    " float32[:,:,::1], boolean[::1],"
     " float32[::1], float32[::1], float32[::1], float32[:,::1], float32[:,::1], float32[::1])",
     threads=LANES,
     blocks=BLOCKS_TOGETHER,
@@ -68,12 +71,15 @@ def mix_rows(  # type: ignore[no-untyped-def]
     columns, windows, cells, log_level, energy, expected, cell_matrix,
     n_basis, n_leading, knots, expert_weights, intercepts, offsets, widths, least_continuum,
     gate_w1, gate_b1, gate_w2t, gate_b2, error_w1, error_b1, error_w2t, error_b2, least_spread, low, high,
+    given, taken,
     log_g, log_g_err, log_g_err_raw, weights, expert_log_g, chi2,
 ):  # fmt: skip
     """Mix the experts of each star; arguments as `moefast.kernels.cpu.soft_mix`.
 
     `cells` holds sums of σ²/D over cells, and `cell_matrix` (M · K, cells) its weights, divided by the pixels of a
-    cell.
+    cell. What other experts say is in `given` (n, at least 3, K): log g, its noise, and what is added to the logits of
+    the gate, less the largest; `taken` (K,) says whose log g takes the place of the linear expert's, where it is not
+    NaN. It is empty if there are no others.
 
     Launch: n blocks of LANES threads, with `shared_bytes` of dynamic shared memory. A loop over rows inside would make
     the compiler keep the addresses of all arguments in registers, which spill.
@@ -127,6 +133,13 @@ def mix_rows(  # type: ignore[no-untyped-def]
     cuda.syncthreads()
 
     _perceptron(numbers, n_features, gate_w1, gate_b1, gate_w2t, active, gate, lane, scratch)
+    if taken.size > 0:
+        best = float32(-np.inf)
+        for k in range(n_experts):
+            best = max(best, given[row, LOGIT, k])
+        for k in range(lane, n_experts, LANES):
+            # Relative to the best: large ones would lose the digits that matter.
+            numbers[gate + k] += given[row, LOGIT, k] - best
     below = m * n_experts
     above = below + n_experts
     for k in range(n_experts):
@@ -135,16 +148,23 @@ def mix_rows(  # type: ignore[no-untyped-def]
             weight = lower * expert_weights[below + k, c] + upper * expert_weights[above + k, c]
             value += columns[row, c] * weight
         value = sum_of_warp(value, scratch)
+        value += lower * intercepts[m, k] + upper * intercepts[m + 1, k]
+        # Chosen by all lanes: a branch inside that of the first one takes registers until they spill.
+        if taken.size > 0 and taken[k] and not math.isnan(given[row, VALUE, k]):
+            value = given[row, VALUE, k]
         if lane == 0:
-            numbers[each + k] = value + lower * intercepts[m, k] + upper * intercepts[m + 1, k]
+            numbers[each + k] = value
     for k in range(n_experts):
         variance = float32(0)
         for g in range(lane, cells.shape[1], LANES):
             weight = lower * cell_matrix[below + k, g] + upper * cell_matrix[above + k, g]
             variance += cells[row, g] * weight
         variance = sum_of_warp(variance, scratch)
+        sigma = math.sqrt(variance)
+        if taken.size > 0 and taken[k] and not math.isnan(given[row, VALUE, k]):
+            sigma = given[row, NOISE, k]
         if lane == 0:
-            numbers[noise + k] = math.sqrt(variance)
+            numbers[noise + k] = sigma
     cuda.syncthreads()
 
     top = float32(-np.inf)

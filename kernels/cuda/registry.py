@@ -21,6 +21,7 @@ MODULES = (
     "moefast.kernels.cuda.project",
     "moefast.kernels.cuda.mix",
     "moefast.kernels.cuda.median",
+    "moefast.kernels.cuda.tangent",
     "moefast.kernels.cuda.template",
     "moefast.kernels.cuda.tensor",
 )

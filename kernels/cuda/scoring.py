@@ -2,8 +2,9 @@
 
 Design: three kernels read what the plans of `moefast.kernels.scoring` hold: `project_rows` (each spectrum once),
 `mix_rows` (a few dozen numbers per star) and `median_rows` (flux and error again; only for those who ask for
-`snr_median`). `CudaScorer` keeps the plans on the device and streams blocks through two slots, each with a stream,
-pinned host buffers and their device twins:
+`snr_median`). Between the first two, `moefast.kernels.cuda.tangent` weighs the clouds of a library, if there is one.
+`CudaScorer` keeps the plans on the device and streams blocks through two slots, each with a stream, pinned host buffers
+and their device twins:
 
     slot 0   fill | copy in | kernels | copy out |      fill | copy in | kernels | copy out
     slot 1          fill | copy in | kernels | copy out |      fill | copy in | …
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +30,9 @@ from moefast.kernels.cuda.median import THREADS, median_rows
 from moefast.kernels.cuda.mix import LANES, mix_rows, shared_bytes
 from moefast.kernels.cuda.project import COLUMNS, LINES, PANEL, ROWS, project_rows
 from moefast.kernels.cuda.project import THREADS as PROJECT_THREADS
+from moefast.kernels.cuda.tangent import Clouds, DeviceLibrary
 from moefast.kernels.scoring import Mixing, Projection
+from moefast.kernels.tangent import Library
 
 __all__ = [
     "BLOCK_ROWS",
@@ -54,6 +58,7 @@ SLOTS = 2
 MOST_SHARED = 48 * 1024
 """Dynamic shared memory that every device gives a block."""
 _NO_MASK = np.zeros(0, np.bool_)
+_NOTHING_GIVEN = np.zeros((1, 1, 1), np.float32)
 
 
 class Scores(NamedTuple):
@@ -84,15 +89,21 @@ def _kinds(rows: int, n_experts: int) -> list[tuple[tuple[int, ...], type]]:
 
 
 class DevicePlan:
-    """A projection and a mixing on the device, laid out as the kernels read them.
+    """A projection, a mixing and maybe a library on the device, laid out as the kernels read them.
 
     Raises
     ------
     ValueError
-        The two do not fit each other, or the mixing needs more shared memory than a block has.
+        They do not fit each other, or the mixing needs more shared memory than a block has.
     """
 
-    def __init__(self, projection: Projection, mixing: Mixing) -> None:
+    def __init__(
+        self,
+        projection: Projection,
+        mixing: Mixing,
+        library: Library | None = None,
+        from_library: Sequence[bool] = (),
+    ) -> None:
         p, c = projection.matrix.shape
         k, m, columns = mixing.expert_weights.shape
         shapes = (columns, mixing.line_offsets.size, k * m)
@@ -138,6 +149,18 @@ class DevicePlan:
         ]
         self.mixing = tuple(cuda.to_device(a) if isinstance(a, np.ndarray) else a for a in arrays)
         self.no_mask = cuda.to_device(_NO_MASK)
+        self.library, taken = None, np.zeros(0, np.bool_)
+        self.least_level = float(mixing.knots[0])
+        if library is not None:
+            r = library.keys.shape[1]
+            taken = np.array(from_library, np.bool_) if len(from_library) else np.ones(k, np.bool_)
+            if library.n_experts != k or r > mixing.n_basis or taken.size != k:
+                raise ValueError(
+                    f"a library of {k} experts in at most {mixing.n_basis} components and a mark for each expert "
+                    f"expected; found {library.n_experts} in {r}, and {taken.size} marks"
+                )
+            self.library = DeviceLibrary(library)
+        self.taken, self.nothing_given = cuda.to_device(taken), cuda.to_device(_NOTHING_GIVEN)
 
 
 class Work:
@@ -150,14 +173,16 @@ class Work:
         self.energy = cuda.device_array(rows, np.float32)
         self.expected = cuda.device_array(rows, np.float32)
         self.scores = Scores(*(cuda.device_array(*kind) for kind in _kinds(rows, plan.n_experts)))
+        self.clouds = None if plan.library is None else Clouds(rows, plan.library)
 
     @staticmethod
     def bytes_per_row(plan: DevicePlan) -> int:
         """Device memory of a row, flux, error and mask included."""
+        of_clouds = 0 if plan.library is None else Clouds.bytes_per_row(plan.library)
         numbers = (
             2 * plan.n_pixels + plan.n_columns + plan.n_lines + plan.n_cells + 2 + 9 + 2 * plan.n_experts
         )
-        return 4 * numbers + plan.n_pixels
+        return 4 * numbers + plan.n_pixels + of_clouds
 
 
 def launch(
@@ -199,8 +224,13 @@ def launch(
         flux, error, hidden, plan.clipped, *plan.projection, plan.n_pixels, plan.cell,
         columns, windows, cells, scores.log_level, energy, expected, scores.snr_norm, scores.n_good, scores.flag,
     )  # fmt: skip
+    given = plan.nothing_given
+    if plan.library is not None and work.clouds is not None:
+        # The first columns are the components in which the noise is white.
+        given = work.clouds.launch(plan.library, columns, scores.log_level, n, stream, least=plan.least_level)
     mix_rows[n, LANES, stream, plan.shared](
         columns, windows, cells, scores.log_level, energy, expected, plan.cell_matrix, *plan.mixing,
+        given, plan.taken,
         scores.log_g, scores.log_g_err, scores.log_g_err_raw, scores.weights, scores.expert_log_g, scores.chi2,
     )  # fmt: skip
     if median:
@@ -209,7 +239,13 @@ def launch(
 
 
 def score(
-    flux: F32, error: F32, mask: NDArray[np.bool_] | None, projection: Projection, mixing: Mixing
+    flux: F32,
+    error: F32,
+    mask: NDArray[np.bool_] | None,
+    projection: Projection,
+    mixing: Mixing,
+    library: Library | None = None,
+    from_library: Sequence[bool] = (),
 ) -> Scores:
     """Log g and all that belongs to it of spectra on the host: `project` and `soft_mix` of the CPU in one.
 
@@ -220,8 +256,8 @@ def score(
     flux, error : array of shape (n, p), float32
     mask : array of shape (n, p), bool, or None
         True where a pixel is bad whatever it holds.
-    projection : Projection
-    mixing : Mixing
+    projection, mixing, library, from_library
+        See `CudaScorer`.
 
     Raises
     ------
@@ -230,7 +266,8 @@ def score(
     BackendError
         There is no usable device, or its memory is too small.
     """
-    return CudaScorer(projection, mixing, block_rows=min(BLOCK_ROWS, max(len(flux), 1)))(flux, error, mask)
+    rows = min(BLOCK_ROWS, max(len(flux), 1))
+    return CudaScorer(projection, mixing, library, from_library, block_rows=rows)(flux, error, mask)
 
 
 class CudaScorer:
@@ -240,6 +277,12 @@ class CudaScorer:
     ----------
     projection : Projection
     mixing : Mixing
+    library : Library, optional
+        Clouds in the first columns of the projection. The log evidence of each expert, less that of the best, is added
+        to the gate's logits.
+    from_library : sequence of bool
+        Experts whose log g and noise are the posterior's mean and standard deviation; all of them if it is empty.
+        Experts without clouds keep the linear one's, with a weight of zero.
     block_rows : int
         Rows per block at most; fewer if FREE_SHARE of the free device memory does not hold two blocks.
 
@@ -264,11 +307,19 @@ class CudaScorer:
     ...     scores = scorer(flux, error)
     """
 
-    def __init__(self, projection: Projection, mixing: Mixing, *, block_rows: int = BLOCK_ROWS) -> None:
+    def __init__(
+        self,
+        projection: Projection,
+        mixing: Mixing,
+        library: Library | None = None,
+        from_library: Sequence[bool] = (),
+        *,
+        block_rows: int = BLOCK_ROWS,
+    ) -> None:
         if block_rows < 1:
             raise ValueError(f"block_rows must be at least 1; found {block_rows}")
         require_device()
-        self.plan = DevicePlan(projection, mixing)
+        self.plan = DevicePlan(projection, mixing, library, from_library)
         floor = min(FLOOR_ROWS, block_rows)
         free = cuda.current_context().get_memory_info().free
         fitting = FREE_SHARE * free / (SLOTS * Work.bytes_per_row(self.plan))

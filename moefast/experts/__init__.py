@@ -1,1 +1,1 @@
-"""Linear experts: sufficient statistics and the solvers that live on them."""
+"""Experts: linear ones with the sufficient statistics that they come from, trees, a convolutional network."""

@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moefast.kernels import Library, tangent_posterior
 
-__all__ = ["choose_library", "fit_library", "library_mean"]
+__all__ = ["choose_library", "fit_library", "library_mean", "with_fewer_tangents"]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -53,7 +54,6 @@ def fit_library(
     *,
     n_clouds: int,
     n_tangents: int,
-    noise: float = 0.0,
     seed: int = 0,
 ) -> Library:
     """Clouds of the stars of each bin, as many as its share of the stars.
@@ -61,7 +61,7 @@ def fit_library(
     Parameters
     ----------
     z : array of shape (n, r), float32
-        Stars in noise-white components (noise variance s² in each).
+        Stars in noise-white components, without noise. (Clouds of noisy stars would be noise in most directions.)
     labels : array of shape (n, l)
         What a cloud should be small in; any scale.
     log_g : array of shape (n,), dex
@@ -70,9 +70,6 @@ def fit_library(
     n_experts : int
     n_clouds, n_tangents : int
         Clouds in all, and tangents of each.
-    noise : float
-        Mean s² that z contains; 0 for clean spectra. It is taken off the clouds' variances, and clouds are found by
-        labels alone then.
     seed : int
 
     Returns
@@ -89,10 +86,10 @@ def fit_library(
         raise ValueError(f"no star in bin {int(counts.argmin())}; a library needs some in each")
     rng = np.random.default_rng(seed)
     spread = labels.std(0)
-    points = LABEL_WEIGHT * (labels - labels.mean(0)) / np.where(spread > 0, spread, 1.0)
-    if noise == 0.0:
-        points = np.concatenate([z / np.sqrt(z.var(0, dtype=np.float64) + 1.0), points], axis=1)
-    points = points.astype(np.float32)
+    scaled = LABEL_WEIGHT * (labels - labels.mean(0)) / np.where(spread > 0, spread, 1.0)
+    points = np.concatenate([z / np.sqrt(z.var(0, dtype=np.float64) + 1.0), scaled], axis=1).astype(
+        np.float32
+    )
     parts = []
     first = [0]
     for k in range(n_experts):
@@ -102,15 +99,15 @@ def fit_library(
         order = np.argsort(nearest, kind="stable")
         cuts = np.searchsorted(nearest[order], np.arange(share + 1))
         clouds = [rows[order[a:b]] for a, b in itertools.pairwise(cuts) if b > a]
-        parts += [_cloud(z[cloud], log_g[cloud], n_tangents, noise, len(bins)) for cloud in clouds]
+        parts += [_cloud(z[cloud], log_g[cloud], n_tangents, len(bins)) for cloud in clouds]
         first.append(first[-1] + len(clouds))
-    return Library(
-        *(np.array(column, np.float32) for column in zip(*parts, strict=True)),
-        first=np.array(first, np.int64),
-    )
+    names = ("keys", "tangents", "variances", "gains", "rest", "log_weights", "log_g", "scatter")
+    columns = zip(*parts, strict=True)
+    arrays = {name: np.array(column, np.float32) for name, column in zip(names, columns, strict=True)}
+    return Library(**arrays, first=np.array(first, np.int64))
 
 
-def _cloud(z: F32, y: F64, n_tangents: int, noise: float, n_all: int) -> tuple:
+def _cloud(z: F32, y: F64, n_tangents: int, n_all: int) -> tuple:
     """Mean, tangents, their variances and gains, the other variance, ln share, mean and variance of log g."""
     n, r = z.shape
     t = min(n_tangents, r)
@@ -122,9 +119,9 @@ def _cloud(z: F32, y: F64, n_tangents: int, noise: float, n_all: int) -> tuple:
     # Fewer stars than tangents span fewer.
     kept = min(t, n - 1)
     tangents[:kept] = vectors.T[::-1][:kept]
-    variances[:kept] = np.maximum(found[::-1][:kept] - noise, 0)
+    variances[:kept] = np.maximum(found[::-1][:kept], 0)
     gains[:kept] = tangents[:kept] @ (apart.T @ dy / n)
-    rest = max(float(np.maximum(found[: r - kept], 0).mean()) - noise, 0.0) if r > kept else 0.0
+    rest = float(np.maximum(found[: r - kept], 0).mean()) if r > kept else 0.0
     variances[kept:] = rest
     return mean, tangents, variances, gains, rest, np.log(n / n_all), y.mean(), dy @ dy / n
 
@@ -148,6 +145,32 @@ def _k_means(points: F32, m: int, rng: np.random.Generator) -> NDArray[np.intp]:
         # A centre without points starts again at one of them.
         centres[~there] = points[rng.choice(n, int((~there).sum()), replace=False)]
     return nearest
+
+
+def with_fewer_tangents(library: Library, n_tangents: int) -> Library:
+    """The library whose clouds keep their first tangents; the variance along the others joins the rest.
+
+    Parameters
+    ----------
+    library : Library
+        As `fit_library` makes it: tangents of descending variance.
+    n_tangents : int
+        Not more than it has.
+    """
+    r, t = library.keys.shape[1], library.variances.shape[1]
+    if n_tangents == t:
+        return library
+    left = library.variances[:, n_tangents:].sum(1, dtype=np.float64) + library.rest * (r - t)
+    # Tangents that are not there count as the rest of the cloud.
+    rest = (left / (r - n_tangents)).astype(np.float32)
+    missing = (library.tangents[:, :n_tangents] == 0).all(2)
+    return replace(
+        library,
+        tangents=library.tangents[:, :n_tangents],
+        variances=np.where(missing, rest[:, None], library.variances[:, :n_tangents]),
+        gains=library.gains[:, :n_tangents],
+        rest=rest,
+    )
 
 
 def library_mean(z: F32, log_level: F32, library: Library) -> F64:
@@ -197,10 +220,14 @@ def choose_library(
     # The best of the first round is part of the second.
     total = len(ranks) + len(possible) - 1
     tried: dict[tuple[int, int], tuple[float, Library]] = {}
+    whole: dict[int, Library] = {}
 
     def score(m: int, t: int) -> float:
+        if m not in whole:
+            # What is chosen later needs no more tangents than were chosen first.
+            whole[m] = fit(m, t if tried else ranks[-1])
         if (m, t) not in tried:
-            library = fit(m, t)
+            library = with_fewer_tangents(whole[m], t)
             apart = log_g - library_mean(z, log_level, library)
             tried[m, t] = 1 - float(apart @ apart) / (len(log_g) * log_g.var()), library
             progress(len(tried), total)

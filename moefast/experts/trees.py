@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from onnx import ModelProto
 
-__all__ = ["SEES", "Trees", "fit_trees", "float32_below", "read_booster"]
+__all__ = ["SEES", "Trees", "fit_trees", "float32_below", "read_booster", "stacking"]
 
 SEES = ("flux", "stacking")
 """What trees may see: raw flux, or line features, principal components and ln noise level, in this order."""
@@ -78,8 +78,7 @@ class Trees:
             Flux is needed and missing.
         """
         if self.sees == "stacking":
-            columns = [inputs.lines, inputs.z, np.asarray(inputs.log_level)[:, None]]
-            return np.concatenate(columns, axis=1, dtype=np.float32)
+            return stacking(inputs)
         if inputs.x is None:
             raise ValueError("these trees see flux, which the inputs lack; give x")
         return np.asarray(inputs.x, np.float32)
@@ -148,6 +147,12 @@ class Trees:
                 f"the trees {name!r} of the ONNX model are not as moefast writes them; write it again"
             )
         return cls(forest, "stacking" if node.input[0] == _features(stem) else "flux")
+
+
+def stacking(inputs: Inputs) -> NDArray[np.float32]:
+    """Line features, principal components and ln noise level of each star, (n, f), float32."""
+    columns = [inputs.lines, inputs.z, np.asarray(inputs.log_level)[:, None]]
+    return np.concatenate(columns, axis=1, dtype=np.float32)
 
 
 def _features(stem: str) -> str:

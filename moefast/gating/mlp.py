@@ -1,32 +1,61 @@
-"""A small perceptron with one hidden layer, fitted by L-BFGS: the regression gate and the error model.
+"""A small perceptron with one hidden layer, fitted by Adam on shuffled pieces: the regression gate and the error model.
 
-Design: a few thousand parameters and a few tens of thousands of rows are a smooth, full-batch problem. L-BFGS solves
-it in seconds, deterministically, without a deep-learning library; rows held back decide when to stop. Rows pass in
-float32 and in pieces that stay in the cache, on one thread: these products are too small to share, and threads that
-wait for each other on a busy machine cost more than they bring. Parameters and gradients are float64.
+Design: a few thousand parameters, and as many noisy rows as one wants to draw, up to a million. Steps on shuffled
+pieces of a thousand rows reach in a few passes what a full-batch method needs hundreds for; beyond a few ten thousand
+rows their number, and with it the time, does not depend on the number of rows. Their length falls along a cosine; rows
+held back choose among the nets passed on the way. Everything runs in float32 on one thread: these products are too
+small to share, and threads that wait for each other on a busy machine cost more than they bring.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.optimize
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-__all__ = ["Layers", "Perceptron", "fit_error_model", "fit_gate", "penalised_loss", "softmax"]
+__all__ = [
+    "Loss",
+    "Perceptron",
+    "Progress",
+    "descend",
+    "fit_error_model",
+    "fit_gate",
+    "fit_network",
+    "softmax",
+]
 
 F64 = NDArray[np.float64]
 F32 = NDArray[np.float32]
-Loss = Callable[[F32, NDArray[np.intp]], tuple[float, F32]]
+Layers = Sequence[NDArray]
+"""W₁ (f, h), b₁ (h,), W₂ (h, k), b₂ (k,)."""
+
+Loss = Callable[[NDArray, NDArray[np.intp]], tuple[float, NDArray]]
 """Outputs (n, k) and row indices -> sum of the losses of these rows, and its slope for each output (n, k)."""
 
 Progress = Callable[[int, int], None]
-"""Called with the steps done and the steps there may be; the last call says that they are all done."""
+"""Called with the steps done and the steps there are; the last call says that they are all done."""
 
-PIECE_ROWS = 2048
+PIECE_ROWS = 1024
+STEPS = (1000, 5000)
+"""At least and at most."""
+PASSES = 200
+"""Over the rows, where that is less than the most steps."""
+STEP = 1e-2
+"""Length of the first steps, in units in which features and outputs are of order one."""
+DECAY = 0.1
+"""Share of the step length by which weights shrink in every step: against too few noise draws."""
+WARM_UP = 100
+"""Steps until the length is reached, a twentieth of all steps at most."""
+MOMENTS = (0.9, 0.999)
+LEAST_SLOPE = 1e-8
+"""Keeps Adam's division finite."""
+N_CHECKS = 20
+MOST_CHECKED = 65_536
+"""Rows held back that are looked at in each check, at most."""
 LEAST_VARIATION = 1e-4
 """A feature that varies by less than this fraction of its mean is a constant: float32 cannot tell its values apart."""
 
@@ -66,12 +95,13 @@ class Perceptron:
         return w1, self.b1 - self.mean @ w1, self.w2, self.b2
 
 
-def _gate_loss(values: F64, y: F64) -> Loss:
-    """Mean (Σ_k g_k v_k − y)² of a softmax gate g, and its slope in the logits."""
+def _gate_loss(values: NDArray, y: NDArray, given: NDArray | None = None) -> Loss:
+    """Mean (Σ_k g_k v_k − y)² of a softmax gate g, and its slope in the logits; `given` logits are added to them."""
     experts, target = values.astype(np.float32), y.astype(np.float32)
+    added = None if given is None else given.astype(np.float32)
 
-    def loss(logits: F32, rows: NDArray[np.intp]) -> tuple[float, F32]:
-        gate = softmax(logits)
+    def loss(logits: NDArray, rows: NDArray[np.intp]) -> tuple[float, NDArray]:
+        gate = softmax(logits if added is None else logits + added[rows])
         each = experts[rows]
         mixed = (gate * each).sum(1)
         wrong = mixed - target[rows]
@@ -81,11 +111,11 @@ def _gate_loss(values: F64, y: F64) -> Loss:
     return loss
 
 
-def _error_loss(residual: F64) -> Loss:
+def _error_loss(residual: NDArray) -> Loss:
     """Mean (ln σ + r²/2σ²), and its slope in ln σ."""
     wrong = residual.astype(np.float32)
 
-    def loss(log_sigma: F32, rows: NDArray[np.intp]) -> tuple[float, F32]:
+    def loss(log_sigma: NDArray, rows: NDArray[np.intp]) -> tuple[float, NDArray]:
         # Within bounds no likely residual reaches, so that a bad step of the search cannot overflow.
         bounded = np.clip(log_sigma[:, 0], -7, 3)
         squared = wrong[rows] ** 2 * np.exp(-2 * bounded)
@@ -95,131 +125,162 @@ def _error_loss(residual: F64) -> Loss:
     return loss
 
 
-def _fit(
-    features: F64,
+def descend(layers: Layers, x: NDArray, loss: Loss, rows: NDArray[np.intp]) -> tuple[float, list[NDArray]]:
+    """Sum of the losses of the rows, and its slope for each array of the layers.
+
+    Parameters
+    ----------
+    layers : tuple of arrays W₁, b₁, W₂, b₂
+    x : array of shape (m, f)
+        Standardised features of the rows.
+    loss : callable
+    rows : array of shape (m,), int
+        Their numbers, for the loss.
+    """
+    w1, b1, w2, b2 = layers
+    active = np.tanh(x @ w1 + b1)
+    value, slope = loss(active @ w2 + b2, rows)
+    back = (slope @ w2.T) * (1 - active * active)
+    return value, [x.T @ back, back.sum(0), active.T @ slope, slope.sum(0)]
+
+
+def fit_network(
+    features: NDArray,
     n_out: int,
     loss: Loss,
     held_back: NDArray[np.bool_],
     *,
     hidden: int,
-    bias: F64 | None,
-    decay: float,
-    seed: int,
-    max_iterations: int,
-    progress: Progress | None,
+    bias: NDArray | None = None,
+    decay: float = DECAY,
+    seed: int = 0,
+    steps: int | None = None,
+    progress: Progress | None = None,
 ) -> Perceptron:
-    """Minimise mean loss + decay·‖W‖²/2 on the rows not held back; keep the iterate that is best on those that are."""
-    mean = features.mean(0)
-    scale = features.std(0)
-    # The deviation of equal numbers is rounding, not zero: dividing by it would make weights of 1e15.
-    constant = scale <= LEAST_VARIATION * np.abs(mean)
-    scale[constant] = 1.0
-    standard = np.where(constant, 0, (features - mean) / scale).astype(np.float32)
+    """Perceptron with the least mean loss on rows that are not held back.
+
+    Of the nets passed in `N_CHECKS` places of the way, the one that is best on the rows held back.
+
+    Parameters
+    ----------
+    features : array of shape (n, f)
+    n_out : int
+        Numbers that the net gives, k.
+    loss : callable
+        Of the outputs of some rows.
+    held_back : array of shape (n,), bool
+    hidden : int
+        Units of the hidden layer.
+    bias : array of shape (k,), optional
+        First guess of b₂.
+    decay : float
+        The weights shrink by this share of the step length in every step.
+    seed : int
+        Of first weights and order of the rows.
+    steps : int, optional
+        If None, `PASSES` over the rows, within the bounds of `STEPS`.
+    progress : callable, optional
+
+    Raises
+    ------
+    ValueError
+        No row is held back, or every row is.
+    """
     train, check = np.flatnonzero(~held_back), np.flatnonzero(held_back)
     if train.size == 0 or check.size == 0:
         raise ValueError(f"rows to fit and rows held back are needed; found {train.size} and {check.size}")
+    check = check[:: -(-check.size // MOST_CHECKED)]
+    if steps is None:
+        steps = min(max(PASSES * train.size // PIECE_ROWS, STEPS[0]), STEPS[1])
+    mean, scale, standard = _standardised(features)
     rng = np.random.default_rng(seed)
-    layers = Layers(features.shape[1], hidden, n_out)
-    w1 = rng.standard_normal((layers.n_in, hidden)) / np.sqrt(layers.n_in)
+    w1 = rng.standard_normal((mean.size, hidden)) / np.sqrt(mean.size)
     # Untrained weights of a constant feature would speak up when it varies later.
-    w1[constant] = 0
-    start = layers.pack(
-        w1,
-        np.zeros(hidden),
-        0.1 * rng.standard_normal((hidden, n_out)) / np.sqrt(hidden),
-        np.zeros(n_out) if bias is None else bias,
-    )
-    best, steps = (np.inf, start), 0
-
-    def objective(theta: F64) -> tuple[float, F64]:
-        return penalised_loss(theta, layers, standard, train, loss, decay)
-
-    def watch(intermediate_result: scipy.optimize.OptimizeResult) -> None:
-        nonlocal best, steps
-        theta = intermediate_result.x
-        steps += 1
-        if progress is not None and steps < max_iterations:
-            progress(steps, max_iterations)
-        value, _ = penalised_loss(theta, layers, standard, check, loss, 0.0, gradient=False)
-        if value < best[0]:
-            best = (value, theta.copy())
-
+    w1[~standard.any(0)] = 0
+    w2 = 0.1 * rng.standard_normal((hidden, n_out)) / np.sqrt(hidden)
+    start = [w1, np.zeros(hidden), w2, np.zeros(n_out) if bias is None else bias]
+    layers = [a.astype(np.float32) for a in start]
+    first, second = ([np.zeros_like(a) for a in layers] for _ in range(2))
+    checks = set(np.linspace(0, steps, N_CHECKS + 1).astype(int)[1:].tolist())
+    best = (np.inf, start)
+    pieces = _shuffled(train, rng)
     with threadpool_limits(1):
-        scipy.optimize.minimize(
-            objective,
-            start,
-            jac=True,
-            method="L-BFGS-B",
-            callback=watch,
-            options={"maxiter": max_iterations, "maxcor": 20},
-        )
-    if progress is not None:
-        progress(max_iterations, max_iterations)
-    return Perceptron(mean, scale, *layers.unpack(best[1]))
+        for step in range(1, steps + 1):
+            rows = next(pieces)
+            _, slopes = descend(layers, standard[rows], loss, rows)
+            length = np.float32(_step_length(step, steps))
+            fades = [np.float32(1 - moment**step) for moment in MOMENTS]
+            for array, slope, m, v in zip(layers, slopes, first, second, strict=True):
+                slope /= rows.size
+                m += (1 - MOMENTS[0]) * (slope - m)
+                v += (1 - MOMENTS[1]) * (slope * slope - v)
+                if array.ndim == 2:
+                    array *= 1 - length * np.float32(decay)
+                array -= length * (m / fades[0]) / (np.sqrt(v / fades[1]) + LEAST_SLOPE)
+            if step in checks:
+                value = _mean_loss(layers, standard, loss, check)
+                if value < best[0]:
+                    best = (value, [a.astype(np.float64) for a in layers])
+            if progress is not None:
+                progress(step, steps)
+    return Perceptron(mean, scale, *best[1])
 
 
-@dataclass(frozen=True)
-class Layers:
-    """Sizes of a perceptron, and its parameters as one vector."""
+def _standardised(features: NDArray) -> tuple[F64, F64, F32]:
+    """Mean and scale of each feature, and (f − mean)/scale in float32, 0 where a feature is constant.
 
-    n_in: int
-    hidden: int
-    n_out: int
+    In pieces: a copy of the features in float64 would be larger than all else that a fit holds by then.
+    """
+    n, pieces = len(features), range(0, len(features), MOST_CHECKED)
+    mean = features.mean(0, dtype=np.float64)
+    squares = sum(((features[a : a + MOST_CHECKED] - mean) ** 2).sum(0) for a in pieces)
+    scale = np.sqrt(squares / n)
+    # The deviation of equal numbers is rounding, not zero: dividing by it would make weights of 1e15.
+    constant = scale <= LEAST_VARIATION * np.abs(mean)
+    scale[constant] = 1.0
+    standard = np.empty(features.shape, np.float32)
+    for a in pieces:
+        standard[a : a + MOST_CHECKED] = (features[a : a + MOST_CHECKED] - mean) / scale
+    standard[:, constant] = 0
+    return mean, scale, standard
 
-    def pack(self, w1: NDArray, b1: NDArray, w2: NDArray, b2: NDArray) -> F64:
-        """W₁, b₁, W₂, b₂ as one vector."""
-        return np.concatenate([w1.ravel(), b1, w2.ravel(), b2]).astype(np.float64)
 
-    def unpack(self, theta: F64) -> tuple[F64, F64, F64, F64]:
-        """The arrays in a vector made by `pack`."""
-        f, h, k = self.n_in, self.hidden, self.n_out
-        w1, b1, w2, b2 = np.split(theta, np.cumsum([f * h, h, h * k]))
-        return w1.reshape(f, h), b1, w2.reshape(h, k), b2
+def _shuffled(rows: NDArray[np.intp], rng: np.random.Generator) -> Iterator[NDArray[np.intp]]:
+    """Pieces of the rows in a new order on every pass, without end; the last rows of a pass that fill none wait."""
+    size = min(PIECE_ROWS, rows.size)
+    while True:
+        order = rng.permutation(rows)
+        for a in range(0, rows.size - size + 1, size):
+            yield order[a : a + size]
 
 
-def penalised_loss(
-    theta: F64,
-    layers: Layers,
-    standard: F32,
-    rows: NDArray[np.intp],
-    loss: Loss,
-    decay: float,
-    *,
-    gradient: bool = True,
-) -> tuple[float, F64]:
-    """Mean loss over `rows` + decay·‖W‖²/2, and its gradient (zeros if not asked for)."""
-    exact = layers.unpack(theta)
-    w1, b1, w2, b2 = (a.astype(np.float32) for a in exact)
+def _step_length(step: int, steps: int) -> float:
+    """From 0 to `STEP` in the first steps, and down to 0 again along a cosine."""
+    rise = min(1.0, step / min(WARM_UP, 1 + steps // 20))
+    return STEP * rise * 0.5 * (1 + math.cos(math.pi * step / (steps + 1)))
+
+
+def _mean_loss(layers: Layers, standard: F32, loss: Loss, rows: NDArray[np.intp]) -> float:
+    """Mean loss of the rows, in pieces that stay in the cache."""
+    w1, b1, w2, b2 = layers
     total = 0.0
-    g_w1, g_b1, g_w2, g_b2 = (np.zeros_like(a) for a in exact)
-    for first in range(0, rows.size, PIECE_ROWS):
-        piece = rows[first : first + PIECE_ROWS]
-        x = standard[piece]
-        active = np.tanh(x @ w1 + b1)
-        value, slope = loss(active @ w2 + b2, piece)
-        total += value
-        if gradient:
-            back = (slope @ w2.T) * (1 - active * active)
-            g_w1 += x.T @ back
-            g_b1 += back.sum(0)
-            g_w2 += active.T @ slope
-            g_b2 += slope.sum(0)
-    n = max(rows.size, 1)
-    penalty = 0.5 * decay * float(np.sum(exact[0] ** 2) + np.sum(exact[2] ** 2))
-    slope_of_all = layers.pack(g_w1 / n + decay * exact[0], g_b1 / n, g_w2 / n + decay * exact[2], g_b2 / n)
-    return total / n + penalty, slope_of_all
+    for a in range(0, rows.size, PIECE_ROWS):
+        piece = rows[a : a + PIECE_ROWS]
+        total += loss(np.tanh(standard[piece] @ w1 + b1) @ w2 + b2, piece)[0]
+    return total / rows.size
 
 
 def fit_gate(
-    features: F64,
-    values: F64,
-    y: F64,
+    features: NDArray,
+    values: NDArray,
+    y: NDArray,
     held_back: NDArray[np.bool_],
     *,
+    given: NDArray | None = None,
     hidden: int = 64,
-    decay: float = 1e-5,
+    decay: float = DECAY,
     seed: int = 0,
-    max_iterations: int = 400,
+    steps: int | None = None,
     progress: Progress | None = None,
 ) -> Perceptron:
     """Gate whose softmax mixes expert values with the least squared error: min mean (Σ_k g_k v_k − y)².
@@ -231,31 +292,32 @@ def fit_gate(
         Predictions of experts that did not see these rows.
     y : array of shape (n,)
     held_back : array of shape (n,), bool
-        Rows that decide when to stop.
-    progress : callable, optional
-        Called after every step.
+        Rows that choose among the nets passed on the way.
+    given : array of shape (n, k), optional
+        Logits from elsewhere, to which those of this gate are added.
+    hidden, decay, seed, steps, progress
+        As in `fit_network`.
 
     Raises
     ------
     ValueError
         No row is held back, or every row is.
     """
-    return _fit(
-        features, values.shape[1], _gate_loss(values, y), held_back,
-        hidden=hidden, bias=None, decay=decay, seed=seed, max_iterations=max_iterations,
-        progress=progress,
+    return fit_network(
+        features, values.shape[1], _gate_loss(values, y, given), held_back,
+        hidden=hidden, decay=decay, seed=seed, steps=steps, progress=progress,
     )  # fmt: skip
 
 
 def fit_error_model(
-    features: F64,
-    residual: F64,
+    features: NDArray,
+    residual: NDArray,
     held_back: NDArray[np.bool_],
     *,
     hidden: int = 32,
-    decay: float = 1e-5,
+    decay: float = DECAY,
     seed: int = 0,
-    max_iterations: int = 300,
+    steps: int | None = None,
     progress: Progress | None = None,
 ) -> Perceptron:
     """Ln σ(f) of a Gaussian with the greatest likelihood of the residuals: min mean (ln σ + r²/2σ²).
@@ -266,18 +328,17 @@ def fit_error_model(
     residual : array of shape (n,), dex
         y − ŷ on rows that the predictor did not see.
     held_back : array of shape (n,), bool
-        Rows that decide when to stop.
-    progress : callable, optional
-        Called after every step.
+        Rows that choose among the nets passed on the way.
+    hidden, decay, seed, steps, progress
+        As in `fit_network`.
 
     Raises
     ------
     ValueError
         No row is held back, or every row is.
     """
-    bias = np.array([0.5 * np.log(np.mean(residual**2) + 1e-12)])
-    return _fit(
+    bias = np.array([0.5 * np.log(np.mean(residual**2, dtype=np.float64) + 1e-12)])
+    return fit_network(
         features, 1, _error_loss(residual), held_back,
-        hidden=hidden, bias=bias, decay=decay, seed=seed, max_iterations=max_iterations,
-        progress=progress,
+        hidden=hidden, bias=bias, decay=decay, seed=seed, steps=steps, progress=progress,
     )  # fmt: skip

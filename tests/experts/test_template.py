@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moefast.experts import template
-from moefast.experts.template import choose_library, fit_library, library_mean
+from moefast.experts.template import choose_library, fit_library, library_mean, with_fewer_tangents
 
 RANK = 6
 
@@ -61,19 +61,6 @@ def test_clouds_follow_what_no_plane_can():
     # Along the curve a noise of 0.5 is worth 4 · 0.5/90 dex.
     assert error(60) < 1.1 * 4 * 0.5 / 90
     assert error(1) > 5 * error(60)
-
-
-def test_noise_inside_the_training_stars_is_taken_off():
-    z, labels, y = gaussian(40_000)
-    with_noise = noisy(z, 0.7, seed=3)[0]
-    clean = fit_library(z, labels, y, no_bins(z), 1, n_clouds=1, n_tangents=3)
-    found = fit_library(with_noise, labels, y, no_bins(z), 1, n_clouds=1, n_tangents=3, noise=0.7**2)
-    np.testing.assert_allclose(found.variances, clean.variances, rtol=0.03)
-    assert found.rest[0] < 0.02 * 0.7**2
-    stars, levels = noisy(z[:200], 1.0)
-    np.testing.assert_allclose(
-        library_mean(stars, levels, found), library_mean(stars, levels, clean), atol=0.02
-    )
 
 
 def test_every_bin_has_clouds_in_proportion_to_its_stars():
@@ -138,4 +125,27 @@ def test_the_cheapest_library_within_the_loss_is_chosen():
     assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
     best = max(tried.values())
     assert tried["1 x 1"] < best - template.R2_LOSS <= tried["30 x 1"]
-    assert library is seen[30, 1]
+    assert set(seen) == {(30, 3), (1, 1), (60, 1)}
+    fewer = with_fewer_tangents(seen[30, 3], 1)
+    assert all(
+        (getattr(library, name) == getattr(fewer, name)).all() for name in ("keys", "variances", "rest")
+    )
+
+
+def test_a_library_with_fewer_tangents_is_the_one_fitted_with_fewer():
+    z, labels, y = gaussian(2 * template.LEAST_STARS + 3)
+    bins = no_bins(z)
+    # A bin of three stars has two tangents at most.
+    bins[:3] = 1
+    five, four, one = (
+        fit_library(z, labels, y, bins, 2, n_clouds=3, n_tangents=n_tangents) for n_tangents in (5, 4, 1)
+    )
+    assert with_fewer_tangents(five, 5) is five
+    for expected in (four, one):
+        found = with_fewer_tangents(five, expected.variances.shape[1])
+        for name in ("keys", "tangents", "gains", "log_weights", "log_g", "scatter"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
+        for name in ("variances", "rest"):
+            np.testing.assert_allclose(
+                getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-7, err_msg=name
+            )

@@ -1,7 +1,7 @@
 from dataclasses import replace
 
 import pytest
-from plans import random_library, random_mixture
+from plans import random_library, random_mixture, random_trees
 
 
 @pytest.fixture(scope="session", params=["linear", "library", "some of each"])
@@ -9,8 +9,13 @@ def mixture(request):
     made = random_mixture()
     if request.param == "linear":
         return made
-    marks = (True,) * 5 if request.param == "library" else (True, False, True, True, False)
-    return replace(made, library=random_library(), from_library=marks)
+    if request.param == "library":
+        return replace(made, library=random_library())
+    marks, others = (
+        (True, False, False, True, False),
+        {1: random_trees(9 + 12 + 1), 4: random_trees(512, "flux")},
+    )
+    return replace(made, library=random_library(), from_library=marks, others=others)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from dataclasses import fields, replace
 import numpy as np
 import onnx
 import pytest
+from one_expert import model_of, network
 from onnx import TensorProto, helper, numpy_helper
 from plans import random_library, random_mixture
 
@@ -37,7 +38,9 @@ def same_bits(a, b):
 def test_every_part_is_a_valid_model_of_the_stated_versions(mixture, part):
     model = build(mixture, part)
     onnx.checker.check_model(model, full_check=True)
-    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", OPSET)] == [("", 17)]
+    trees = [("ai.onnx.ml", 3)] if any(node.domain for node in model.graph.node) else []
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 17), *trees]
+    assert OPSET == 17
     assert model.ir_version == IR_VERSION == 8
     assert [value.name for value in model.graph.input] == ["flux", "error"]
     for value in model.graph.input:
@@ -62,10 +65,9 @@ def test_nothing_in_the_graph_is_unused_unnamed_or_stored_twice(mixture, part):
 
 def test_the_list_of_allowed_operators_is_the_list_of_those_in_use():
     mixtures = random_mixture(), replace(random_mixture(), library=random_library())
-    used = {
-        node.op_type for mixture in mixtures for part in PARTS for node in build(mixture, part).graph.node
-    }
-    assert used == _OPERATORS
+    models = [build(mixture, part) for mixture in mixtures for part in PARTS]
+    models.append(model_of(network(), p=320))
+    assert {node.op_type for model in models for node in model.graph.node} == _OPERATORS
 
 
 def test_outputs_of_each_part(mixture):
@@ -80,8 +82,11 @@ def test_the_file_holds_the_expert_weights_once(mixture):
     size = build(mixture).ByteSize()
     pixels = mixture.columns.nbytes + mixture.line_columns.nbytes + 2 * mixture.reference.nbytes
     clouds = 0 if mixture.library is None else sum(getattr(mixture.library, name).nbytes for name in CLOUDS)
-    # Nodes of the library are a page or two, and it has tens of them for every expert.
-    assert size < pixels + mixture.expert_weights.nbytes + clouds + (60_000 if clouds else 30_000)
+    # Nodes of the library are a page or two, and it has tens of them for every expert; a node of a tree takes 50 bytes.
+    nodes = (
+        30_000 + (30_000 if clouds else 0) + 50 * sum(39 * e.forest.n_trees for e in mixture.others.values())
+    )
+    assert size < pixels + mixture.expert_weights.nbytes + clouds + nodes
 
 
 def test_metadata_say_where_the_model_comes_from(mixture):
@@ -117,8 +122,13 @@ def test_round_trip_is_exact(mixture, tmp_path, clipped):
     back = read_mixture(load(tmp_path / "model.onnx"), mixture.wave)
     for field in fields(mixture):
         a, b = getattr(mixture, field.name), getattr(back, field.name)
-        if field.name in {"label_range", "clipped", "n_basis", "n_gate", "from_library", "others"}:
+        if field.name in {"label_range", "clipped", "n_basis", "n_gate", "from_library"}:
             assert a == b
+        elif field.name == "others":
+            assert list(a) == list(b)
+            for k, expert in a.items():
+                assert (type(b[k]), b[k].sees) == (type(expert), expert.sees)
+                assert all(same_bits(expert.arrays()[key], value) for key, value in b[k].arrays().items())
         elif field.name == "library":
             assert (a is None) == (b is None)
             for name in () if a is None else (*CLOUDS, "first"):

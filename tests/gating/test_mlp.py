@@ -37,53 +37,50 @@ def test_softmax_survives_large_logits():
     assert_close(gate[2], np.exp([1, 2, 3]) / np.exp([1, 2, 3]).sum())
 
 
-@pytest.mark.parametrize("which", ["gate", "error model"])
-@pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_gradients_are_those_of_finite_differences(which, decay, monkeypatch):
-    monkeypatch.setattr(mlp, "PIECE_ROWS", 16)
+@pytest.mark.parametrize("which", ["gate", "gate with given logits", "error model"])
+def test_gradients_are_those_of_finite_differences(which):
     rng = np.random.default_rng(4)
-    n, n_out = 50, (3 if which == "gate" else 1)
-    layers = mlp.Layers(4, 5, n_out)
-    y = rng.standard_normal(n)
-    loss = mlp._gate_loss(rng.standard_normal((n, 3)), y) if which == "gate" else mlp._error_loss(y)
-    x, rows = rng.standard_normal((n, 4)).astype(np.float32), rng.permutation(n)[:37]
+    n, n_out = 50, (1 if which == "error model" else 3)
+    y, given = rng.standard_normal(n), rng.standard_normal((n, 3))
+    if which == "error model":
+        loss = mlp._error_loss(y)
+    else:
+        loss = mlp._gate_loss(rng.standard_normal((n, 3)), y, given if "given" in which else None)
+    rows = rng.permutation(n)[:37]
+    x = rng.standard_normal((37, 4))
+    shapes = ((4, 5), (5,), (5, n_out), (n_out,))
 
-    def value(theta):
-        return mlp.penalised_loss(theta, layers, x, rows, loss, decay, gradient=False)[0]
+    def value(layers):
+        return mlp.descend(layers, x, loss, rows)[0]
 
     for _ in range(3):
-        theta = 0.7 * rng.standard_normal(4 * 5 + 5 + 5 * n_out + n_out)
-        found, gradient = mlp.penalised_loss(theta, layers, x, rows, loss, decay)
-        assert found == value(theta)
-        direction = rng.standard_normal((20, theta.size))
-        # The loss is float32: steps of 1e-2 leave rounding of 1e-5 and, by Richardson's rule, no curvature.
-        slopes = [
-            [(value(theta + h * d) - value(theta - h * d)) / (2 * h) for d in direction] for h in (0.01, 0.02)
-        ]
-        numerical = (4 * np.array(slopes[0]) - np.array(slopes[1])) / 3
-        np.testing.assert_allclose(direction @ gradient, numerical, atol=2e-3 * np.linalg.norm(gradient))
+        layers = tuple(0.7 * rng.standard_normal(shape) for shape in shapes)
+        slopes = mlp.descend(layers, x, loss, rows)[1]
+        scale = np.sqrt(sum(np.sum(slope**2) for slope in slopes))
+        for _ in range(20):
+            direction = [rng.standard_normal(shape) for shape in shapes]
+            up, down = (
+                value(tuple(a + h * d for a, d in zip(layers, direction, strict=True))) for h in (1e-5, -1e-5)
+            )
+            along = sum(np.sum(slope * d) for slope, d in zip(slopes, direction, strict=True))
+            np.testing.assert_allclose((up - down) / 2e-5, along, atol=1e-6 * scale)
 
 
-def test_the_loss_is_the_mean_over_rows_plus_the_penalty():
+def test_the_loss_is_the_sum_over_rows():
     rng = np.random.default_rng(0)
     values, y, x = rng.uniform(1, 5, (30, 3)), rng.uniform(1, 5, 30), rng.standard_normal((30, 14))
+    given = rng.standard_normal((30, 3))
     net = random_net()
-    layers = mlp.Layers(14, 8, 3)
-    theta = layers.pack(net.w1, net.b1, net.w2, net.b2)
-    for a, b in zip(layers.unpack(theta), (net.w1, net.b1, net.w2, net.b2), strict=True):
-        np.testing.assert_array_equal(a, b)
     rows = np.arange(0, 30, 2)
     out = perceptron_reference(x, net.w1, net.b1, net.w2, net.b2)
-    penalty = 0.05 * (np.sum(net.w1**2) + np.sum(net.w2**2))
-    mixed = (softmax(out) * values).sum(1)
-    found, _ = mlp.penalised_loss(theta, layers, x.astype(np.float32), rows, mlp._gate_loss(values, y), 0.1)
-    assert_close(found, np.mean((mixed - y)[rows] ** 2) + penalty, made_in=np.float32)
-    layers = mlp.Layers(14, 8, 1)
-    theta = layers.pack(net.w1, net.b1, net.w2[:, :1], net.b2[:1])
-    expected = np.mean((out[:, 0] + 0.5 * y**2 * np.exp(-2 * out[:, 0]))[rows]) + 0.05 * (
-        np.sum(net.w1**2) + np.sum(net.w2[:, :1] ** 2)
-    )
-    found, _ = mlp.penalised_loss(theta, layers, x.astype(np.float32), rows, mlp._error_loss(y), 0.1)
+    layers = (net.w1, net.b1, net.w2, net.b2)
+    for added in (None, given):
+        mixed = (softmax(out if added is None else out + added) * values).sum(1)
+        found, _ = mlp.descend(layers, x[rows], mlp._gate_loss(values, y, added), rows)
+        assert_close(found, np.sum((mixed - y)[rows] ** 2), made_in=np.float32)
+    layers = (net.w1, net.b1, net.w2[:, :1], net.b2[:1])
+    expected = np.sum((out[:, 0] + 0.5 * y**2 * np.exp(-2 * out[:, 0]))[rows])
+    found, _ = mlp.descend(layers, x[rows], mlp._error_loss(y), rows)
     assert_close(found, expected, made_in=np.float32)
 
 
@@ -102,7 +99,7 @@ def two_experts(n, seed=0):
 
 def test_a_gate_learns_which_expert_is_right_where():
     features, values, y, _ = two_experts(4000)
-    net = fit_gate(features, values, y, held(4000), hidden=16, max_iterations=200)
+    net = fit_gate(features, values, y, held(4000), hidden=16, decay=0, steps=2000)
     features, values, y, oracle = two_experts(4000, seed=1)
     gate = softmax(net(features))
     error = np.mean(((gate * values).sum(1) - y) ** 2)
@@ -110,6 +107,20 @@ def test_a_gate_learns_which_expert_is_right_where():
     assert best < 0.2 * np.mean((values.mean(1) - y) ** 2)
     assert error < 1.08 * best
     assert np.mean(gate.argmax(1) == (features[:, 0] >= 0)) > 0.97
+
+
+def test_given_logits_are_added_to_those_of_the_gate():
+    features, values, y, oracle = two_experts(2000)
+    right = 8 * np.where(features[:, :1] < 0, [1, -1], [-1, 1])
+    blind = np.random.default_rng(1).standard_normal((2000, 2))
+
+    def error(given):
+        net = fit_gate(blind, values, y, held(2000), given=given, hidden=4, steps=300)
+        return np.mean(((softmax(net(blind) + (0 if given is None else given)) * values).sum(1) - y) ** 2)
+
+    best = np.mean((oracle - y) ** 2)
+    assert error(right) < 1.01 * best
+    assert error(None) > 4 * best
 
 
 def heteroscedastic(n, seed):
@@ -121,12 +132,12 @@ def heteroscedastic(n, seed):
 
 def test_the_error_model_recovers_a_known_sigma():
     features, _, residual = heteroscedastic(12_000, 0)
-    net = fit_error_model(features, residual, held(12_000), hidden=8, max_iterations=100)
+    net = fit_error_model(features, residual, held(12_000), hidden=8, decay=0, steps=2000)
     features, sigma, _ = heteroscedastic(2000, 1)
     ratio = np.exp(net(features)[:, 0]) / sigma
     assert sigma.max() > 5 * sigma.min()
-    assert np.sqrt(np.mean((ratio - 1) ** 2)) < 0.05
-    assert np.quantile(np.abs(ratio - 1), 0.95) < 0.10
+    assert np.sqrt(np.mean((ratio - 1) ** 2)) < 0.08
+    assert np.quantile(np.abs(ratio - 1), 0.95) < 0.15
 
 
 def test_an_error_model_of_exact_predictions_is_small_and_finite():
@@ -136,7 +147,7 @@ def test_an_error_model_of_exact_predictions_is_small_and_finite():
 
 def test_the_same_seed_gives_the_same_net_and_another_seed_another():
     features, values, y, _ = two_experts(500)
-    options = {"hidden": 4, "max_iterations": 20}
+    options = {"hidden": 4, "steps": 20}
     one, two = (fit_gate(features, values, y, held(500), **options) for _ in range(2))
     other = fit_gate(features, values, y, held(500), seed=1, **options)
     for name in ("mean", "scale", "w1", "b1", "w2", "b2"):
@@ -146,7 +157,7 @@ def test_the_same_seed_gives_the_same_net_and_another_seed_another():
 
 def test_the_net_kept_is_the_best_on_the_rows_held_back():
     rng = np.random.default_rng(0)
-    # Pure noise: more iterations fit it, and the rows held back must notice.
+    # Pure noise: the longer it is fitted the worse for others, and the rows held back must notice.
     features, values, y = (
         rng.standard_normal((150, 10)),
         rng.standard_normal((150, 3)),
@@ -154,13 +165,15 @@ def test_the_net_kept_is_the_best_on_the_rows_held_back():
     )
     back = held(150)
 
-    def error(net, rows):
-        return np.mean(((softmax(net(features)) * values).sum(1) - y)[rows] ** 2)
+    def error(net):
+        return np.mean(((softmax(net(features)) * values).sum(1) - y)[back] ** 2)
 
-    short = [fit_gate(features, values, y, back, decay=0, max_iterations=m) for m in (1, 2, 5, 200)]
-    errors = [error(net, back) for net in short]
-    assert errors == sorted(errors, reverse=True)
-    assert error(short[-1], back) < 1.05 * error(short[0], back)
+    kept = fit_gate(features, values, y, back, decay=0, steps=1000)
+    # Where the rows held back are those fitted, the last net is the best.
+    twice = [np.concatenate([a[~back], a[~back]]) for a in (features, values, y)]
+    last = fit_gate(*twice, np.repeat([True, False], (~back).sum()), decay=0, steps=1000)
+    assert error(last) > 1.2 * error(kept)
+    assert error(kept) < 1.05 * np.mean((values.mean(1) - y)[back] ** 2)
 
 
 @pytest.mark.parametrize("value", [np.log(1e-4), 0.1, 0.0, -300.1])
@@ -170,7 +183,7 @@ def test_a_constant_feature_is_ignored_in_float32_too(value, spread):
     rng = np.random.default_rng(0)
     constant = value * (1 + spread * rng.standard_normal(1000))
     with_constant = np.column_stack([features, constant])
-    net = fit_gate(with_constant, values, y, held(1000), hidden=6, max_iterations=50)
+    net = fit_gate(with_constant, values, y, held(1000), hidden=6, steps=50)
     expected = net(with_constant)
     folded = [a.astype(np.float32) for a in net.folded()]
     assert max(np.abs(a).max() for a in folded) < 1e4
@@ -193,8 +206,8 @@ def test_rows_on_both_sides_are_needed(back):
         fit_error_model(rng.standard_normal((20, 2)), rng.standard_normal(20), back)
 
 
-@pytest.mark.parametrize("max_iterations", [3, 200])
-def test_steps_are_told_to_the_last(max_iterations):
+@pytest.mark.parametrize("steps", [3, 200])
+def test_steps_are_told_to_the_last(steps):
     rng = np.random.default_rng(0)
     features, y = rng.standard_normal((200, 3)), rng.standard_normal(200)
     told = []
@@ -202,10 +215,10 @@ def test_steps_are_told_to_the_last(max_iterations):
     def progress(done, total):
         told.append((done, total))
 
-    options = {"hidden": 2, "max_iterations": max_iterations}
+    options = {"hidden": 2, "steps": steps}
     net = fit_error_model(features, y, held(200), progress=progress, **options)
-    assert told[0] == (1, max_iterations)
-    assert told[-1] == (max_iterations, max_iterations)
+    assert told[0] == (1, steps)
+    assert told[-1] == (steps, steps)
     assert [done for done, _ in told] == sorted({done for done, _ in told})
     silent = fit_error_model(features, y, held(200), **options)
     np.testing.assert_array_equal(net.w1, silent.w1)

@@ -1,5 +1,6 @@
 """Scoring and template posteriors on a real device. Run by `pytest -m gpu` where there is one."""
 
+import dataclasses
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -7,13 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from plans import random_mixture, random_plans, spectra
+from clouds import clouds, stars_of
+from plans import random_library, random_mixture, random_plans, spectra
 from tolerances import assert_close
 
 from moefast.backend import cuda_devices
 from moefast.errors import BackendError
-from moefast.kernels import project, soft_mix, template_posterior
+from moefast.kernels import project, soft_mix, tangent_posterior, template_posterior
 from moefast.kernels.reference import project_reference, soft_mix_reference
+from moefast.kernels.reference_tangent import tangent_posterior_reference
 from moefast.kernels.reference_template import template_posterior_reference
 
 OF_MIX = ("log_g", "log_g_err", "log_g_err_raw", "weights", "expert_log_g", "chi2")
@@ -120,6 +123,50 @@ def test_the_engine():
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("marks", [(True,) * 9, (True, False, True) * 3])
+def test_the_engine_of_a_mixture_with_a_library(marks):
+    from moefast.scoring import CudaEngine
+
+    plain = random_mixture(n_pixels=4096, n_experts=9)
+    library = random_library(9, plain.n_basis, n_tangents=9, clouds=20)
+    mixture = dataclasses.replace(plain, library=library, from_library=marks)
+    flux, error = spectra(700, mixture.projection)
+    found, _ = CudaEngine(mixture)(flux, error, None, 0)
+    expected, _ = mixture.score(flux, error)
+    assert np.abs(found.log_g - expected.log_g).max() < 1e-4
+    assert np.abs(found.log_g - CudaEngine(plain)(flux, error, None, 0)[0].log_g).max() > 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize(
+    ("n", "m", "r", "t", "first"),
+    [
+        (0, 3, 2, 1, None),
+        (1, 1, 1, 0, None),
+        (63, 7, 15, 8, [0, 0, 7]),
+        (65, 17, 17, 9, [0, 9, 17, 17]),
+        (1009, 300, 48, 8, [0, 30, 70, 100, 130, 170, 200, 230, 270, 300]),
+        (257, 501, 160, 24, [0, 200, 501]),
+    ],
+)
+def test_tangent_posterior(n, m, r, t, first):
+    library = clouds(m, r, t, first)
+    z, level = stars_of(library, n)
+    found = tangent_posterior(z, level, library, backend="cuda")
+    twin = tangent_posterior(z, level, library)
+    expected = tangent_posterior_reference(z[:50], level[:50], library)
+    for name, reference in zip(("mean", "sd", "log_evidence", "effective"), expected, strict=True):
+        a, b = getattr(found, name), getattr(twin, name)
+        np.testing.assert_array_equal(np.isfinite(a), np.isfinite(b))
+        # An exponent of order 100 carries a rounding of 1e-5 into the exponential.
+        assert_close(a[np.isfinite(a)], b[np.isfinite(b)], factor=4)
+        here = np.isfinite(reference)
+        assert_close(a[:50][here], reference[here], made_in=np.float32, factor=4)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("free_scale", [False, True])
 @pytest.mark.parametrize(
     ("n", "m", "r", "q"), [(0, 3, 2, 1), (1, 1, 1, 1), (63, 65, 17, 9), (1009, 5003, 48, 3)]
@@ -151,6 +198,7 @@ def test_without_a_device_the_kernels_say_so():
         lambda: score(ones, ones, None, *plans),
         lambda: CudaScorer(*plans),
         lambda: template_posterior(ones, np.ones(2), ones, np.ones(2), backend="cuda"),
+        lambda: tangent_posterior(np.ones((2, 3)), np.ones(2), clouds(2, 3, 1), backend="cuda"),
     ):
         with pytest.raises(BackendError, match=r"backend cuda: (no usable CUDA device|numba-cuda is not)"):
             call()

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from clouds import clouds, stars_of
 from scipy.special import logsumexp, softmax
 from scipy.stats import multivariate_normal
 from tolerances import assert_close
@@ -14,36 +15,6 @@ from moefast.kernels.reference_tangent import tangent_posterior_reference
 from moefast.kernels.tangent import BLOCK, STEP
 
 NAMES = ("mean", "sd", "log_evidence", "effective")
-
-
-def clouds(m, r, t, first=None, seed=0, spread=1.0):
-    """Clouds whose tangents are orthonormal and explain a part of the scatter of log g."""
-    rng = np.random.default_rng(seed + m + 31 * r + 7 * t)
-    tangents = np.linalg.qr(rng.standard_normal((m, r, max(t, 1))))[0].transpose(0, 2, 1)[:, :t]
-    variances = rng.uniform(0.1, 3, (m, t)) ** 2
-    gains = 0.2 * rng.standard_normal((m, t)) * np.sqrt(variances)
-    return Library(
-        keys=spread * rng.standard_normal((m, r)) * np.linspace(3, 0.3, r),
-        tangents=tangents,
-        variances=variances,
-        gains=gains,
-        rest=rng.uniform(0, 0.2, m),
-        log_weights=np.log(rng.dirichlet(np.full(m, 5.0))),
-        log_g=rng.uniform(1, 5, m),
-        scatter=(gains**2 / variances).sum(1) + rng.uniform(0, 0.1, m),
-        first=np.array([0, m] if first is None else first),
-    )
-
-
-def stars(n, library, seed=0):
-    """Stars out of the clouds, with noise of their level."""
-    rng = np.random.default_rng(seed + n)
-    m, r = library.keys.shape
-    level, j = rng.uniform(0.3, 3, n), rng.integers(0, m, n)
-    along = rng.standard_normal((n, library.tangents.shape[1])) * np.sqrt(library.variances[j])
-    noise = np.sqrt(library.rest[j, None] + level[:, None] ** 2) * rng.standard_normal((n, r))
-    z = library.keys[j] + np.einsum("nt,ntr->nr", along, library.tangents[j]) + noise
-    return z.astype(np.float32), np.log(level).astype(np.float32)
 
 
 def assert_posterior(found, expected, factor=1):
@@ -71,7 +42,7 @@ def assert_posterior(found, expected, factor=1):
 )
 def test_matches_the_reference(n, m, r, t, first):
     library = clouds(m, r, t, first)
-    z, level = stars(n, library)
+    z, level = stars_of(library, n)
     found = tangent_posterior(z, level, library)
     assert found.mean.shape == (n, library.n_experts)
     # An exponent of order 100 carries a rounding of 1e-5 into the exponential.
@@ -80,7 +51,7 @@ def test_matches_the_reference(n, m, r, t, first):
 
 def test_scipy_and_the_conditional_gaussian_judge_the_reference():
     library = clouds(12, 6, 2, [0, 4, 4, 12])
-    z, log_level = stars(30, library)
+    z, log_level = stars_of(library, 30)
     exponents, means, variances = np.empty((3, 30, 12))
     for j in range(12):
         q = library.tangents[j].astype(np.float64)
@@ -121,7 +92,7 @@ def test_clouds_without_extent_are_templates(t):
         plain, variances=0 * plain.variances, gains=0 * plain.gains, rest=0 * plain.rest,
         log_weights=np.full(50, -np.log(50)),
     )  # fmt: skip
-    z, level = stars(70, library)
+    z, level = stars_of(library, 70)
     expected = template_posterior(z, np.exp(level), library.keys, library.log_g)
     found = tangent_posterior(z, level, library)
     assert_close(found.mean, expected.mean, factor=3)
@@ -158,7 +129,7 @@ def test_bright_stars_keep_their_exponents():
     library = clouds(60, 12, 2, [0, 30, 60], spread=0.3)
     rng = np.random.default_rng(1)
     far = replace(library, keys=library.keys + 300 * rng.standard_normal(12).astype(np.float32))
-    z, _ = stars(80, far)
+    z, _ = stars_of(far, 80)
     level = np.full(80, np.log(0.27), np.float32)
     product = (z**2).sum(1)[:, None] + (far.keys**2).sum(1) - 2 * z @ far.keys.T
     exact = ((z[:, None].astype(np.float64) - far.keys) ** 2).sum(2)
@@ -169,7 +140,7 @@ def test_bright_stars_keep_their_exponents():
 def test_a_narrow_posterior_far_from_all_means_keeps_its_width():
     """sd² is 1e-6 of (mean − log g of the clouds)²: the difference of two moments would lose it."""
     library = replace(clouds(8, 5, 2), gains=np.full((8, 2), 30.0), scatter=np.full(8, 1e3))
-    z, _ = stars(40, library)
+    z, _ = stars_of(library, 40)
     level = np.full(40, -4.0, np.float32)
     expected = tangent_posterior_reference(z, level, library)
     assert (expected[1] < np.abs(expected[0] - library.log_g.mean()))[:, 0].any()
@@ -178,7 +149,7 @@ def test_a_narrow_posterior_far_from_all_means_keeps_its_width():
 
 def test_a_row_has_the_same_bits_alone_and_bad_rows_keep_to_themselves():
     library = clouds(90, 7, 3, [0, 40, 40, 90])
-    z, level = stars(300, library)
+    z, level = stars_of(library, 300)
     clean = tangent_posterior(z, level, library)
     spoiled, levels = z.copy(), level.copy()
     spoiled[3, 2], spoiled[70], spoiled[74, 0] = np.nan, np.inf, 1e30
@@ -197,7 +168,7 @@ def test_a_row_has_the_same_bits_alone_and_bad_rows_keep_to_themselves():
 
 def test_any_layout_gives_the_same_bits():
     library = clouds(20, 6, 2)
-    z, level = stars(30, library)
+    z, level = stars_of(library, 30)
     expected = tangent_posterior(z, level, library)
     wide = np.zeros((60, 18), np.float32)
     wide[::2, ::3] = z
@@ -237,7 +208,7 @@ def test_stars_far_from_all_clouds_have_an_answer_or_no_evidence():
 def test_wide_ranges_of_variances_neither_overflow_nor_vanish():
     library = clouds(6, 30, 24)
     wild = replace(library, variances=np.logspace(-12, 12, 6 * 24).reshape(6, 24), rest=np.zeros(6))
-    z, _ = stars(5, library)
+    z, _ = stars_of(library, 5)
     for log_level in (-9.0, 0.0, 9.0):
         level = np.full(5, log_level, np.float32)
         found, expected = tangent_posterior(z, level, wild), tangent_posterior_reference(z, level, wild)
@@ -246,7 +217,7 @@ def test_wide_ranges_of_variances_neither_overflow_nor_vanish():
 
 def test_arguments_are_checked():
     library = clouds(9, 3, 2)
-    z, level = stars(4, library)
+    z, level = stars_of(library, 4)
     with pytest.raises(ValueError, match=r"z of shape \(n, 3\) expected"):
         tangent_posterior(z[:, 1:], level, library)
     with pytest.raises(ValueError, match=r"log_level of shape \(4,\) expected"):

@@ -1,18 +1,20 @@
 """Scoring as CUDA kernels, simulated: reference and CPU twin at block edges, bad pixels, slots, memory, the engine."""
 
+import dataclasses
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from plans import random_mixture, random_plans, spectra
+from plans import random_library, random_mixture, random_plans, random_trees, spectra
 from tolerances import assert_close
 
 from moefast.errors import BackendError
-from moefast.kernels import project, soft_mix
+from moefast.kernels import Given, project, soft_mix, tangent_posterior
 from moefast.kernels.cuda import CudaScorer, median, mix, score, scoring
 from moefast.kernels.cuda.device import DeviceMemoryError
 from moefast.kernels.reference import project_reference, soft_mix_reference
+from moefast.kernels.reference_tangent import tangent_posterior_reference
 from moefast.scoring import CudaEngine
 
 OF_MIX = ("log_g", "log_g_err", "log_g_err_raw", "weights", "expert_log_g", "chi2")
@@ -26,12 +28,30 @@ def few_threads(monkeypatch):
         monkeypatch.setattr(module, name, 2)
 
 
+def of_library(posterior, linear, mixing, library, taken):
+    """What the mixture makes of a library's posterior."""
+    level = np.maximum(linear.log_level, mixing.knots[0])
+    mean, sd, log_evidence = posterior(linear.columns[:, : library.keys.shape[1]], level, library)[:3]
+    there = np.where(taken, mean, np.nan)
+    return Given(there, np.where(taken, sd, np.nan), log_evidence - log_evidence.max(1, keepdims=True))
+
+
+def on_cpu(z, log_level, library):
+    found = tangent_posterior(z, log_level, library)
+    return found.mean, found.sd, found.log_evidence
+
+
 def assert_scores(found, flux, error, mask, plans, rows=slice(None)):
     """Close to the float64 reference and to the CPU twin; counts, flags and medians the same."""
     linear = project_reference(flux, error, mask, plans[0])
-    expected = soft_mix_reference(linear, plans[1])
     twin = project(flux, error, mask, plans[0])
-    twin_mixed = soft_mix(twin, plans[1])
+    given = twin_given = None
+    if len(plans) > 2:
+        taken = np.array(plans[3]) if len(plans) > 3 else True
+        given = of_library(tangent_posterior_reference, linear, *plans[1:3], taken)
+        twin_given = of_library(on_cpu, twin, *plans[1:3], taken)
+    expected = soft_mix_reference(linear, plans[1], given)
+    twin_mixed = soft_mix(twin, plans[1], twin_given)
     for name, reference, cpu in (
         *((name, expected, twin_mixed) for name in OF_MIX),
         *((name, linear, twin) for name in OF_PROJECT),
@@ -83,6 +103,57 @@ def test_blocks_as_large_as_on_a_device(monkeypatch):
     plans = random_plans(p=37, n_experts=33, n_levels=3, hidden=65)
     flux, error = spectra(2, plans[0])
     assert_scores(score(flux, error, None, *plans), flux, error, None, plans)
+
+
+def library_of(plans, n_experts, rank, t=2, clouds=2, seed=0):
+    """A library whose clouds are as wide as the projections of `spectra`."""
+    return random_library(n_experts, rank, min(t, rank), clouds, seed, spread=0.5)
+
+
+@pytest.mark.parametrize(
+    ("n", "p", "c", "n_experts", "taken"),
+    [(1, 1, 1, 1, ()), (65, 24, 5, 3, ()), (5, 40, 19, 3, (True, False, True)), (3, 24, 6, 3, (False,) * 3)],
+)
+def test_with_a_library(n, p, c, n_experts, taken):
+    plans = random_plans(p=p, c=c, w=1, n_experts=n_experts, n_levels=2, hidden=3)
+    library = library_of(plans, n_experts, plans[1].n_basis)
+    flux, error = spectra(n, plans[0])
+    whole = (*plans, library, taken) if taken else (*plans, library)
+    found = score(flux, error, None, *whole)
+    assert_scores(found, flux, error, None, whole)
+    plain = score(flux, error, None, *plans)
+    for k in range(n_experts):
+        same = np.array_equal(found.expert_log_g[:, k], plain.expert_log_g[:, k])
+        assert same == (len(taken) > 0 and not taken[k])
+    if n_experts > 1:
+        assert not np.array_equal(found.weights, plain.weights)
+
+
+def test_an_expert_without_clouds_is_silent_and_a_spectrum_without_data_has_the_clouds_of_the_reference():
+    plans = random_plans(p=24, c=6, w=1, n_experts=3, n_levels=2, hidden=3)
+    library = library_of(plans, 3, 3)
+    first = library.first.copy()
+    first[1] = 0
+    whole = (*plans, dataclasses.replace(library, first=first))
+    flux, error = spectra(4, plans[0])
+    error[2] = -1
+    found = score(flux, error, None, *whole)
+    assert_scores(found, flux, error, None, whole)
+    assert (found.weights[:, 0] == 0).all()
+    assert found.flag[2] & 1
+
+
+def test_a_library_that_does_not_fit_is_refused():
+    plans = random_plans(p=16, c=5, w=1)
+    for library, taken in (
+        (random_library(2, 3), ()),
+        (random_library(3, 4), ()),
+        (random_library(3, 3), (True,)),
+    ):
+        with pytest.raises(
+            ValueError, match="a library of 3 experts in at most 3 components and a mark for each"
+        ):
+            CudaScorer(*plans, library, taken)
 
 
 def test_bad_pixels_weigh_nothing_and_keep_to_themselves():
@@ -284,6 +355,12 @@ def test_the_block_is_what_a_share_of_the_free_memory_holds(monkeypatch):
     arrays = [*slot.device.values(), *slot.work.scores]
     arrays += [getattr(slot.work, name) for name in ("columns", "windows", "cells", "energy", "expected")]
     assert per_row == sum(a.nbytes for a in arrays)
+    # Stars that are turned for the library, and what it finds.
+    with_library = scoring.DevicePlan(*plans, random_library(2, 1, 1))
+    slot = scoring._Slot(1, with_library)
+    clouds = slot.work.clouds
+    more = sum(a.nbytes for a in (clouds.stars, clouds.noise, clouds.found))
+    assert scoring.Work.bytes_per_row(with_library) == per_row + more
     monkeypatch.setattr(scoring, "FLOOR_ROWS", 2)
 
     class Context:
@@ -316,6 +393,8 @@ def test_arguments_are_checked():
 def test_the_engine_gives_predictions_and_quality():
     mixture = random_mixture()
     flux, error = spectra(4, mixture.projection)
+    # Less noise than the training set has: a library sees it as the least of that.
+    error[3] *= 0.01
     mask = np.zeros(flux.shape, bool)
     mask[2, 100:] = True
     engine = CudaEngine(mixture)
@@ -337,3 +416,21 @@ def test_an_engine_without_memory_is_a_backend_error(monkeypatch):
     monkeypatch.setattr(scoring, "_Slot", full)
     with pytest.raises(BackendError, match="device memory"):
         CudaEngine(random_mixture())
+
+
+def test_the_engine_of_a_mixture_with_a_library():
+    mixture = random_mixture()
+    library = random_library(mixture.n_experts, mixture.n_basis)
+    mixture = dataclasses.replace(mixture, library=library, from_library=(True, False, True, True, True))
+    flux, error = spectra(2, mixture.projection)
+    found, _ = CudaEngine(mixture)(flux, error, None, 0)
+    expected, _ = mixture.score(flux, error)
+    for name in OF_MIX:
+        # As above.
+        assert_close(getattr(found, name), getattr(expected, name), factor=10)
+
+
+def test_an_engine_refuses_experts_that_have_no_kernel():
+    mixture = dataclasses.replace(random_mixture(n_pixels=64), others={1: random_trees(3)})
+    with pytest.raises(BackendError, match="no kernels for experts of the family trees; use backend cpu"):
+        CudaEngine(mixture)

@@ -1,0 +1,108 @@
+"""Every recipe from files to tables: fitted, saved, read back to the last bit, scored, evaluated, exported."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from moefast.errors import BackendError, InputError
+from moefast.export import build, open_session
+from moefast.model import Model
+from moefast.protocol.evaluate import evaluate
+from moefast.recipes import RECIPES, fit
+from moefast.scoring import CudaEngine, predict
+
+
+@pytest.fixture(scope="module")
+def fitted(labelled_file, tmp_path_factory):
+    """Each recipe fitted once, when it is first asked for."""
+    made, folder = {}, tmp_path_factory.mktemp("recipes")
+
+    def get(recipe):
+        if recipe not in made:
+            made[recipe] = fit(labelled_file, recipe=recipe, references=recipe == "hybrid-moe")
+            made[recipe].save(folder / recipe)
+        return made[recipe], folder / recipe
+
+    return get
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_folder_gives_the_numbers_of_the_fit(fitted, recipe, stars):
+    before, folder = fitted(recipe)
+    after = Model.load(folder)
+    assert after.manifest["recipe"] == recipe
+    found, expected = (m.mixture.score(stars.noisy[:40], stars.error[:40])[0] for m in (after, before))
+    for item in dataclasses.fields(found):
+        np.testing.assert_array_equal(
+            getattr(found, item.name), getattr(expected, item.name), err_msg=item.name
+        )
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_table_has_a_number_for_every_star_whatever_its_neighbours_are(fitted, recipe, stars, tmp_path):
+    _, folder = fitted(recipe)
+    clean = stars.take(slice(0, 300))
+    spoilt = stars.take(slice(0, 300))
+    spoilt.noisy[7, :] = np.nan
+    spoilt.noisy[200, 5] = 1e30
+    tables = [
+        predict(s.observed().write(tmp_path / name), folder).columns
+        for s, name in ((clean, "clean.h5"), (spoilt, "spoilt.h5"))
+    ]
+    assert np.isfinite(tables[0]["log_g"]).all()
+    assert tables[1]["flag"][7] & 1
+    assert tables[1]["flag"][200] != 0
+    others = np.setdiff1d(np.arange(300), (7, 200))
+    for name in tables[0]:
+        np.testing.assert_array_equal(tables[1][name][others], tables[0][name][others], err_msg=name)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_onnx_graph_gives_the_numbers_of_the_table(fitted, recipe, stars):
+    model, _ = fitted(recipe)
+    flux, error = stars.noisy[:100], stars.error[:100].astype(np.float32)
+    found = open_session(build(model.mixture)).run(["log_g", "weights"], {"flux": flux, "error": error})
+    expected = model.mixture.predict(flux, error)
+    apart = np.abs(found[0] - expected.log_g)
+    # A forest may send a star whose component lies on a threshold to another leaf.
+    assert np.mean(apart < 1e-3) > 0.97
+    assert apart.max() < 0.1
+    np.testing.assert_allclose(found[1], expected.weights, atol=2e-3)
+
+
+@pytest.mark.parametrize("recipe", ["template", "hybrid-moe"])
+def test_the_oracle_is_that_of_the_experts_and_the_ridges_stand_beside_it(fitted, recipe, stars, tmp_path):
+    model, folder = fitted(recipe)
+    few = stars.take(slice(0, 700))
+    report = evaluate(few.write(tmp_path / "test.h5", arrays=("flux", "error", "noisy")), folder).report
+    names = set(report["references"])
+    assert {"oracle-hybrid", "oracle-ridge"} <= names
+    assert ("oracle-ridge, sampled" in names) == (recipe == "hybrid-moe")
+    assert report["rho"]["oracle"] == "oracle-hybrid"
+    prepared = model.mixture.prepare(few.noisy, few.error)
+    bins = model.grid.assign(few.params["T_eff"], few.params["M_H"])
+    here = np.arange(700), bins
+    for name, values in (
+        ("oracle-hybrid", prepared.expert_log_g),
+        ("oracle-ridge", prepared.linear_log_g),
+    ):
+        wrong = np.clip(values[here], *model.mixture.label_range) - few.params["log_g"]
+        expected = 1 - (wrong @ wrong) / (700 * few.params["log_g"].var())
+        assert report["references"][name]["r2"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_libraries_need_clean_spectra(labelled_file):
+    with pytest.raises(InputError, match="clean training spectra"):
+        fit(labelled_file, recipe="template", noise="observed")
+
+
+def test_a_gpu_refuses_families_that_it_does_not_know(fitted):
+    model, _ = fitted("hybrid-moe")
+    mixture = model.mixture
+    if not mixture.others:
+        from plans import random_trees
+
+        mixture = dataclasses.replace(mixture, others={0: random_trees(10 + mixture.n_basis)})
+    with pytest.raises(BackendError, match="no kernels for experts of the family trees; use backend cpu"):
+        CudaEngine(mixture)
