@@ -30,7 +30,7 @@ from moefast.spectra.files import same_wave
 __all__ = ["MANIFEST", "SCHEMA", "Model", "check_target", "shipped_path"]
 
 SCHEMA = 2
-"""2: experts in principal components."""
+"""2: experts in principal components, of several families."""
 MANIFEST = "manifest.json"
 ONNX = "model.onnx"
 REFERENCES = "references.npz"

@@ -34,7 +34,7 @@ SIZES = (150, 300, 600, 1200)
 """Clouds of a library that are tried."""
 TANGENTS = (4, 8, 16, 24)
 """Tangents of a cloud that are tried."""
-R2_LOSS = 1e-3
+R2_LOSS = 2e-3
 """R² that may be lost to a smaller library, which takes less time."""
 LEAST_STARS = 40
 """Stars per cloud, at the least on average: a tangent is an average over them."""
