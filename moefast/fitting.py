@@ -797,8 +797,11 @@ class _Fitter:
                     x = add_noise(flux, error, options.seed + 1 + draw, rows)
                 found = project(x, error, None, mixture.projection)
                 features, _, noise, chi2 = prepare_reference(found, mixture.mixing)
-                seen = np.maximum(x, 0) if mixture.clipped else x
-                z = np.where(good, seen - mixture.reference, 0) @ matrix
+                z = found.columns
+                if options.alpha is not None:
+                    # Experts in pixel space have columns of their own for every fold.
+                    seen = np.maximum(x, 0) if mixture.clipped else x
+                    z = np.where(good, seen - mixture.reference, 0) @ matrix
                 level = np.clip(found.log_level, mixture.knots[0], mixture.knots[-1])
                 hat = hat_weights(level, mixture.knots)
                 values = np.empty((len(rows), options.grid.n_bins))
