@@ -67,7 +67,7 @@ PUBLISHED_ALPHA = 0.1
 """Ridge penalty per row of the published fit: 1e5 at one million stars."""
 LEVEL_ROWS = 30_000
 """Rows that say which noise levels there are."""
-NOISY_ROWS = 400_000
+NOISY_ROWS = 600_000
 """Noisy rows for gate and error model: a gate of fifty features gains until there are some hundred thousand."""
 LIBRARY_ROWS = 200_000
 """Stars that a library is made of at most: a thousand clouds of two hundred."""

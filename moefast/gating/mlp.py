@@ -40,7 +40,7 @@ Progress = Callable[[int, int], None]
 """Called with the steps done and the steps there are; the last call says that they are all done."""
 
 PIECE_ROWS = 1024
-STEPS = (1000, 5000)
+STEPS = (1000, 8000)
 """At least and at most."""
 PASSES = 200
 """Over the rows, where that is less than the most steps."""
