@@ -9,6 +9,7 @@ Bad pixels are found in the graph: whoever runs it feeds flux and error as they 
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import secrets
@@ -17,7 +18,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import onnx
@@ -31,6 +32,7 @@ from moefast.experts.cnn import ConvNet
 from moefast.experts.inputs import Expert
 from moefast.experts.trees import Trees
 from moefast.gating.features import LEAST_CONTINUUM, LINE_FEATURES, LINES
+from moefast.gating.tower import Sees, Tower
 from moefast.kernels import Library, cell_size
 from moefast.mixture import LEAST_SPREAD, Mixture, n_gate_features
 from moefast.spectra.quality import LARGEST_ERROR
@@ -51,9 +53,9 @@ LARGEST_FILE = 2**31 - 1
 
 # fmt: off
 _OPERATORS = frozenset([
-    "Abs", "Add", "And", "Cast", "Concat", "Conv", "Div", "Exp", "Gemm", "Greater", "LessOrEqual",
-    "Log", "MatMul", "Max", "Min", "Mul", "ReduceMax", "ReduceMin", "ReduceSum", "Relu", "Reshape", "Slice",
-    "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze", "Where",
+    "Abs", "Add", "And", "Cast", "Concat", "Conv", "Div", "Exp", "Floor", "GatherElements", "Gemm", "Greater",
+    "LessOrEqual", "Log", "MatMul", "Max", "Min", "Mul", "ReduceMax", "ReduceMin", "ReduceSum", "Relu", "Reshape",
+    "Round", "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "TopK", "Transpose", "Unsqueeze", "Where",
 ])
 # fmt: on
 _OPERATORS_OF = {"": _OPERATORS, TREES_DOMAIN: frozenset(["TreeEnsembleRegressor"])}
@@ -343,6 +345,15 @@ class _Steps:
     def gate(self, features: str, evidence: str | None) -> str:
         """Weights of the experts, (n, K)."""
         logits = self.perceptron(features, self.mixture.gate, "gate")
+        if self.mixture.tower is not None:
+            inputs = _OnDemand(
+                features=lambda: features,
+                snr_norm=lambda: self.snr_norm,
+                error=lambda: "error",
+                good=lambda: self.good,
+            )
+            own = self.mixture.tower.add_nodes(self.graph, inputs, self.mixture.n_pixels)
+            logits = self.graph.add("Add", [logits, own], "gate/with_tower")
         if evidence is not None:
             logits = self.graph.add("Add", [logits, evidence], "gate/with_evidence")
         return self.graph.add("Softmax", [logits], "gate/softmax", axis=1)
@@ -523,6 +534,19 @@ class _Steps:
         return values
 
     @cached_property
+    def snr_norm(self) -> str:
+        """‖flux‖/‖error‖ over the good pixels, (n, 1); sums in double precision, as the kernels have them."""
+        g, zero, sums = self.graph, self.graph.scalar("zero", 0.0), []
+        for name in ("flux", "error"):
+            good = g.add("Where", [self.good, name, zero], f"snr/{name}")
+            double = g.add("Cast", [good], f"snr/{name}_double", to=TensorProto.DOUBLE)
+            squared = g.add("Mul", [double, double], f"snr/{name}_squared")
+            sums.append(g.total(squared, 1, f"snr/{name}_sum", keep=True))
+        tiny = g.number("constant.double_tiny", np.array(1e-300))
+        ratio = g.add("Div", [sums[0], g.add("Max", [sums[1], tiny], "snr/noise")], "snr/squared")
+        return g.add("Cast", [g.add("Sqrt", [ratio], "snr/double")], "snr/snr_norm", to=TensorProto.FLOAT)
+
+    @cached_property
     def level_column(self) -> str:
         """The noise level ln s as it is, (n, 1)."""
         return self.graph.column(self.log_level, "level/of_others")
@@ -668,6 +692,7 @@ def _only_expert(mixture: Mixture, part: str) -> Mixture:
         library=None if mixture.library is None else _clouds_of(mixture.library, k),
         from_library=mixture.from_library[k : k + 1],
         others={0: mixture.others[k]} if k in mixture.others else {},
+        tower=None,
     )
 
 
@@ -796,6 +821,11 @@ def read_mixture(model: ModelProto, wave: NDArray[np.float64]) -> Mixture:
             read(f"{name}.b2", n_outputs),
         )
 
+    def tower(sees: Sees) -> Tower:
+        limited = f"tower.{sees}.limit" in tensors
+        limit = float(read(f"tower.{sees}.limit", 1)[0]) if limited else math.inf
+        return Tower(sees, layers(f"tower.{sees}", None, k), limit)
+
     wave = np.ascontiguousarray(wave, np.float64)
     p = wave.size
     intercepts = read("experts.intercepts", None, None)
@@ -854,6 +884,7 @@ def read_mixture(model: ModelProto, wave: NDArray[np.float64]) -> Mixture:
             library=library,
             from_library=from_library,
             others=others,
+            tower=next((tower(name) for name in get_args(Sees) if f"tower.{name}.w1" in tensors), None),
         )
         lines = mixture.line_columns
     except ValueError as error:

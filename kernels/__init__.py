@@ -24,6 +24,7 @@ from moefast.kernels.scoring import (
     Projected,
     Projection,
     cell_size,
+    perceptron,
     project,
     soft_mix,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "gaussian_log_likelihood",
     "normal_equations",
     "packed_size",
+    "perceptron",
     "project",
     "soft_mix",
     "sort_by_bin",

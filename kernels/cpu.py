@@ -341,6 +341,16 @@ def _dot(a, b):
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+def perceptron(features, w1, b1, w2t, b2, out):
+    """Out = tanh(f W₁ + b₁) W₂ + b₂, row by row."""
+    active = np.empty(b1.size, np.float32)
+    for i in range(len(features)):
+        _hidden(features[i], w1, b1, active)
+        for k in range(b2.size):
+            out[i, k] = b2[k] + _dot(active, w2t[k])
+
+
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
 def soft_mix(
     columns, windows, variances, log_level, energy, expected,
     n_basis, n_leading, knots, expert_weights, intercepts, offsets, widths, least_continuum,

@@ -28,6 +28,7 @@ __all__ = [
     "Projection",
     "cell_size",
     "check_given",
+    "perceptron",
     "project",
     "soft_mix",
 ]
@@ -357,6 +358,39 @@ def check_given(given: Given | None, n: int, k: int) -> Given | None:
     if found != ((n, k),) * 3:
         raise ValueError(f"given values, noise and logits of shape ({n}, {k}) expected; found {found}")
     return Given(*(np.ascontiguousarray(a, np.float32) for a in given))
+
+
+def perceptron(features: F32, layers: Layers) -> F32:
+    """tanh(f W₁ + b₁) W₂ + b₂; the numbers of a row depend on that row alone.
+
+    Parameters
+    ----------
+    features : array of shape (n, f), float32
+    layers : tuple of arrays of shapes (f, h), (h,), (h, k), (k,), float32
+
+    Returns
+    -------
+    array of shape (n, k), float32
+
+    Raises
+    ------
+    ValueError
+        Shapes that do not fit.
+    """
+    w1, b1, w2, b2 = (np.ascontiguousarray(a, np.float32) for a in layers)
+    h, k = b1.size, b2.size
+    if features.ndim != 2 or w1.shape != (features.shape[1], h) or w2.shape != (h, k):
+        raise ValueError(
+            f"layers {[np.shape(a) for a in layers]} do not fit together, or features {features.shape}"
+        )
+    x, w2t = np.ascontiguousarray(features, np.float32), np.ascontiguousarray(w2.T)
+    out = np.empty((len(x), k), np.float32)
+
+    def run(a: int, b: int) -> None:
+        cpu.perceptron(x[a:b], w1, b1, w2t, b2, out[a:b])
+
+    in_threads(len(x), run, least=2 * PROJECT_ROWS)
+    return out
 
 
 def soft_mix(projected: Projected, plan: Mixing, given: Given | None = None) -> Mixed:

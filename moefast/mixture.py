@@ -9,7 +9,8 @@ held together by tests.
 
 Experts of other kinds stand in for linear ones: posterior means over a library of templates
 (`moefast.kernels.tangent_posterior`), or any family with the protocol of `moefast.experts.inputs`. Their values are
-handed to the mixture from outside, and so are logits for the gate: the library's evidence, Bayes' rule for the bin.
+handed to the mixture from outside, and so are logits for the gate: the library's evidence, Bayes' rule for the bin, and
+those of a second tower (`moefast.gating.tower`).
 
 The noise of an expert, Σ_j w_j² σ_j², is propagated in cells of a few pixels, as Σ_g r_g Σ_{j in g} w_j² D_j with r_g
 the mean of σ²/D over cell g: exact for noise of the training set's shape D times anything smooth. On simulated spectra
@@ -18,7 +19,7 @@ it is within 0.2 % rms of the sum over pixels; on spectra of another sky, within
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -28,6 +29,7 @@ from numpy.typing import NDArray
 
 from moefast.experts.inputs import Expert, Inputs
 from moefast.gating.features import LEAST_CONTINUUM, LINE_FEATURES, line_columns
+from moefast.gating.tower import Tower, quality_logs
 from moefast.kernels import (
     Given,
     Library,
@@ -149,6 +151,8 @@ class Mixture:
         Which experts are posterior means over the library; all of them if it is empty and there is a library.
     others : dict of int to Expert
         Experts of other families; their propagated noise is that of the linear expert in whose place they stand.
+    tower : Tower, optional
+        A second tower of the gate, whose logits are added to those of `gate`.
     """
 
     wave: F64
@@ -167,6 +171,7 @@ class Mixture:
     library: Library | None = None
     from_library: tuple[bool, ...] = ()
     others: Mapping[int, Expert] = field(default_factory=dict)
+    tower: Tower | None = None
 
     def __post_init__(self) -> None:
         k, m, c = self.expert_weights.shape
@@ -199,6 +204,13 @@ class Mixture:
             raise ValueError(f"experts from a library need one, and {k} marks; found {self.from_library}")
         if not all(0 <= i < k for i in self.others):
             raise ValueError(f"experts 0 … {k - 1} can be replaced; found {sorted(self.others)}")
+        if (tower := self.tower) is not None and (
+            tower.n_experts != k or (tower.sees == "features" and tower.n_features != features)
+        ):
+            raise ValueError(
+                f"a tower of {features} features for {k} experts expected; "
+                f"found {tower.n_features} and {tower.n_experts}"
+            )
 
     @property
     def n_pixels(self) -> int:
@@ -339,7 +351,7 @@ class Mixture:
         Given or None
             None for a mixture of linear experts and a plain gate.
         """
-        if self.is_linear:
+        if self.is_linear and self.tower is None:
             return None
         z, shape = linear.columns[:, : self.n_basis], (len(linear.columns), self.n_experts)
         values, noise = np.full(shape, np.nan, z.dtype), np.full(shape, np.nan, z.dtype)
@@ -363,7 +375,28 @@ class Mixture:
             for k, expert in self.others.items():
                 values[:, k] = expert.predict_reference(inputs) if reference else expert.predict(inputs)
                 noise[:, k] = own[:, k]
+        if self.tower is not None:
+            view = self._view(self.tower, linear, flux, error, mask)
+            logits = logits + self.tower.logits(linear.snr_norm, view, reference=reference)
         return Given(values, noise, logits)
+
+    def _view(
+        self, tower: Tower, linear: Projected, flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None
+    ) -> Callable[[NDArray[np.intp]], NDArray]:
+        """What a tower sees of some rows."""
+
+        def quality(rows: NDArray[np.intp]) -> NDArray:
+            hidden = None if mask is None else mask[rows]
+            return quality_logs(error[rows], good_pixels(flux[rows], error[rows], hidden))
+
+        def features(rows: NDArray[np.intp]) -> NDArray:
+            windows = linear.windows[rows] + self.line_offsets.astype(linear.windows.dtype)
+            lines = line_features(windows, self.line_widths, LEAST_CONTINUUM)
+            knots = self.knots.astype(linear.log_level.dtype)
+            level = np.clip(linear.log_level[rows], knots[0], knots[-1])
+            return np.concatenate([lines, linear.columns[rows, : self.n_gate], level[:, None]], axis=1)
+
+        return quality if tower.sees == "quality" else features
 
     def inputs(self, linear: Projected) -> Inputs:
         """What experts that are not linear see of projected stars, but for the flux."""

@@ -102,6 +102,10 @@ class CudaEngine:
             raise BackendError(
                 f"backend cuda: there are no kernels for experts of the family {' or '.join(families)}; use backend cpu"
             )
+        if mixture.tower is not None:
+            raise BackendError(
+                "backend cuda: there is no kernel for the second tower of a gate; use backend cpu"
+            )
         from moefast.kernels.cuda.device import first_launch, require_device
 
         require_device()

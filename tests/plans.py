@@ -6,6 +6,7 @@ import numpy as np
 from made_forest import forest
 
 from moefast.experts.trees import Trees
+from moefast.gating.tower import Tower
 from moefast.kernels import Library, Mixing, Projection, cell_size
 from moefast.mixture import Mixture
 
@@ -118,3 +119,10 @@ def random_trees(n_features, sees="stacking", n_trees=20, seed=0):
     threshold = made.threshold + (1 if sees == "flux" else 0)
     value = (0.01 * np.random.default_rng(seed).standard_normal(made.value.shape)).astype(np.float32)
     return Trees(dataclasses.replace(made, threshold=threshold.astype(np.float32), value=value), sees)
+
+
+def random_tower(n_features, n_experts, sees="features", limit=np.inf, seed=0):
+    """A tower whose logits are of order one."""
+    scale = 1 / np.sqrt(n_features)
+    w1, b1, w2, b2 = layers(np.random.default_rng(seed), n_features, 12, n_experts, 1.0)
+    return Tower(sees, (np.float32(scale) * w1, b1, np.float32(0.5) * w2, b2), limit)

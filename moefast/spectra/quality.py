@@ -183,6 +183,8 @@ def quality_features(error: np.ndarray, good: np.ndarray | None = None) -> np.nd
 
 def _rounded(features: np.ndarray) -> np.ndarray:
     """Statistics on their logarithmic grid; 0 and NaN stay as they are."""
+    # In float32 the logarithm of one number in ten thousand would fall on the other side of a step.
+    features = features.astype(np.float64)
     size, shape = features[:, :-2], features[:, -2:]
     with np.errstate(divide="ignore"):
         size = np.exp(QUALITY_STEP * np.round(np.log(size) / QUALITY_STEP))

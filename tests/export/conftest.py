@@ -1,14 +1,18 @@
 from dataclasses import replace
 
 import pytest
-from plans import random_library, random_mixture, random_trees
+from plans import random_library, random_mixture, random_tower, random_trees
 
 
-@pytest.fixture(scope="session", params=["linear", "library", "some of each"])
+@pytest.fixture(scope="session", params=["linear", "library", "some of each", "dual", "conditional"])
 def mixture(request):
     made = random_mixture()
     if request.param == "linear":
         return made
+    if request.param == "dual":
+        return replace(made, tower=random_tower(10, 5, "quality"))
+    if request.param == "conditional":
+        return replace(made, tower=random_tower(14, 5, "features", 6.0))
     if request.param == "library":
         return replace(made, library=random_library())
     marks, others = (

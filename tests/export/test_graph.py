@@ -6,7 +6,7 @@ import onnx
 import pytest
 from one_expert import model_of, network
 from onnx import TensorProto, helper, numpy_helper
-from plans import random_library, random_mixture
+from plans import random_library, random_mixture, random_tower
 
 import moefast
 from moefast.errors import ModelError, OutputError
@@ -57,14 +57,17 @@ def test_nothing_in_the_graph_is_unused_unnamed_or_stored_twice(mixture, part):
     made = [name for node in model.graph.node for name in node.output]
     names = [tensor.name for tensor in model.graph.initializer]
     assert set(names) <= used
-    assert set(made) <= used
+    # TopK gives the order whether it is wanted or not.
+    assert set(made) - {"quality/order"} <= used
     assert len(set(names)) == len(names)
     assert all(node.name for node in model.graph.node)
     assert len({node.name for node in model.graph.node}) == len(model.graph.node)
 
 
 def test_the_list_of_allowed_operators_is_the_list_of_those_in_use():
-    mixtures = random_mixture(), replace(random_mixture(), library=random_library())
+    plain = random_mixture()
+    tower = random_tower(10, 5, "quality")
+    mixtures = plain, replace(plain, library=random_library()), replace(plain, tower=tower)
     models = [build(mixture, part) for mixture in mixtures for part in PARTS]
     models.append(model_of(network(), p=320))
     assert {node.op_type for model in models for node in model.graph.node} == _OPERATORS
@@ -133,6 +136,11 @@ def test_round_trip_is_exact(mixture, tmp_path, clipped):
             assert (a is None) == (b is None)
             for name in () if a is None else (*CLOUDS, "first"):
                 assert same_bits(getattr(a, name), getattr(b, name)), name
+        elif field.name == "tower":
+            assert (a is None) == (b is None)
+            if a is not None:
+                assert (a.sees, a.limit) == (b.sees, b.limit)
+                assert all(same_bits(x, y) for x, y in zip(a.layers, b.layers, strict=True))
         elif isinstance(a, tuple):
             assert all(same_bits(x, y) for x, y in zip(a, b, strict=True)), field.name
         else:

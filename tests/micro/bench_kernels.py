@@ -16,7 +16,7 @@ from made_forest import forest
 
 import moefast.kernels
 from moefast import kernels
-from moefast.kernels.reference import soft_mix_reference
+from moefast.kernels.reference import perceptron_reference, soft_mix_reference
 from moefast.kernels.reference_forest import forest_predict_reference
 from moefast.mixture import Mixture
 from moefast.spectra.quality import assess, good_pixels
@@ -176,6 +176,14 @@ def soft_mix():
     )
 
 
+def perceptron():
+    draw = rng()
+    shapes = ((58, 256), (256,), (256, 9), (9,))
+    net = tuple(draw.normal(0, 0.2, shape).astype(np.float32) for shape in shapes)
+    features = draw.standard_normal((8192, 58), dtype=np.float32)
+    return lambda: kernels.perceptron(features, net), lambda: perceptron_reference(features, *net)
+
+
 def assign_bins():
     draw = rng()
     t_eff, m_h = draw.uniform(3500, 6500, 500_000), draw.uniform(-2.5, 0.75, 500_000)
@@ -326,6 +334,7 @@ CASES = {
     all_within: 2.0,
     project: 0.6,
     soft_mix: 1.0,
+    perceptron: 1.0,
     assign_bins: 0.5,
     assign_snr_bins: 0.6,
     sort_by_bin: 2.0,

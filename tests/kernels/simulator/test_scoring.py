@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from plans import random_library, random_mixture, random_plans, random_trees, spectra
+from plans import random_library, random_mixture, random_plans, random_tower, random_trees, spectra
 from tolerances import assert_close
 
 from moefast.errors import BackendError
@@ -434,3 +434,10 @@ def test_an_engine_refuses_experts_that_have_no_kernel():
     mixture = dataclasses.replace(random_mixture(n_pixels=64), others={1: random_trees(3)})
     with pytest.raises(BackendError, match="no kernels for experts of the family trees; use backend cpu"):
         CudaEngine(mixture)
+
+
+def test_an_engine_refuses_a_second_tower():
+    mixture = random_mixture(n_pixels=64)
+    tower = random_tower(10, mixture.n_experts, "quality")
+    with pytest.raises(BackendError, match="no kernel for the second tower"):
+        CudaEngine(dataclasses.replace(mixture, tower=tower))
