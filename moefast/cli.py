@@ -40,7 +40,16 @@ Exit codes:
 """
 
 
-STEPS = {"experts", "gate", "error model", "simpler fits", "library", "forests", "experts, sampled"}
+STEPS = {
+    "experts",
+    "gate",
+    "error model",
+    "simpler fits",
+    "library",
+    "forests",
+    "experts, sampled",
+    "faint tower",
+}
 """Stages of a fit that go through steps, not through spectra."""
 
 
