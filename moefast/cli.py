@@ -40,16 +40,7 @@ Exit codes:
 """
 
 
-STEPS = {
-    "experts",
-    "gate",
-    "error model",
-    "simpler fits",
-    "library",
-    "forests",
-    "experts, sampled",
-    "faint tower",
-}
+STEPS = {"experts", "gate", "error model", "simpler fits", "library", "forests", "experts, sampled"}
 """Stages of a fit that go through steps, not through spectra."""
 
 

@@ -30,8 +30,7 @@ from moefast.experts.normal_equations import Moments, NormalEquations
 from moefast.experts.ridge import NoisePath, Subspace, principal_subspace, ridge
 from moefast.experts.template import choose_library, fit_library
 from moefast.gating.features import line_columns
-from moefast.gating.mlp import Perceptron, fit_error_model, fit_gate, softmax
-from moefast.gating.tower import Tower
+from moefast.gating.mlp import fit_error_model, fit_gate, softmax
 from moefast.kernels import Library, all_within, project, tangent_posterior
 from moefast.kernels.reference import prepare_reference
 from moefast.mixture import Mixture, hat_weights, n_gate_features
@@ -66,8 +65,6 @@ N_COMPONENTS = 48
 """Principal components for gate and χ² of a fit in pixel space."""
 PUBLISHED_ALPHA = 0.1
 """Ridge penalty per row of the published fit: 1e5 at one million stars."""
-FAINT_HIDDEN = 128
-"""Hidden units of the tower for faint stars: few stars pass through it."""
 LEVEL_ROWS = 30_000
 """Rows that say which noise levels there are."""
 NOISY_ROWS = 600_000
@@ -113,8 +110,6 @@ class Options:
         whose evidence is the gate) and "trees". Of several, "linear" among them, each bin gets the best.
     n_gate : int
         Principal components among the features of the gate, at most.
-    faint : float, optional
-        The gate of linear experts gets a second, wide tower for stars of an snr_norm up to this.
     n_folds : int
         Folds for cross-validation and cross-fitting.
     sample_rows, sample_draws : int
@@ -133,7 +128,6 @@ class Options:
     n_components: int | None = None
     families: tuple[str, ...] = ("linear",)
     n_gate: int = 48
-    faint: float | None = None
     n_folds: int = 3
     sample_rows: int = 120_000
     sample_draws: int = 24
@@ -162,12 +156,6 @@ class Options:
             raise InputError(
                 "templates and trees need clean training spectra, with noise in closed form, and experts in principal "
                 "components; for other spectra fit phys-moe"
-            )
-        if self.faint is not None and (
-            not self.faint > 0 or self.noise != "closed-form" or self.families != ("linear",)
-        ):
-            raise InputError(
-                "a second tower for faint stars needs a positive limit, noise in closed form and linear experts"
             )
         few = self.n_components is not None and self.n_components < 1
         if few or self.n_gate < 1 or self.sample_rows < STRETCH or self.sample_draws < 1:
@@ -223,15 +211,14 @@ class _Solved(NamedTuple):
 class _Sample(NamedTuple):
     """What gate and error model are trained on: n noise draws of stars.
 
-    `features` (n, f) of the gate; `chi2` and `snr_norm` (n,); `rows` (n,) of the training set; `inputs` of experts not
-    linear; by family, `values` (n, K) of experts that did not see the star, and their propagated `noise` (n, K);
-    `logits` (n, K), the library's evidence, if there is a library.
+    `features` (n, f) of the gate; `chi2` (n,); `rows` (n,) of the training set; `inputs` of experts not linear;
+    by family, `values` (n, K) of experts that did not see the star, and their propagated `noise` (n, K); `logits`
+    (n, K), the library's evidence, if there is a library.
     """
 
     features: NDArray
     chi2: NDArray
     rows: NDArray[np.int64]
-    snr_norm: NDArray
     inputs: Inputs
     values: dict[str, NDArray]
     noise: dict[str, NDArray]
@@ -379,11 +366,7 @@ class _Fitter:
         sample = self.sample(mixture, experts)
         if len(self.options.families) > 1:
             mixture, chosen = self.choose_families(mixture, sample)
-        faint, limit = None, self.options.faint
-        # Where no star is that faint, there is nothing to learn about such stars.
-        if limit is not None and (sample.snr_norm <= limit).any():
-            faint = self.faint_sample(mixture, experts, sample, limit)
-        mixture, quality = self.train(mixture, sample, faint)
+        mixture, quality = self.train(mixture, sample)
         references = self.reference_forms(published, solved, mixture)
         bins = zip(
             self.options.grid.names, small.count.sum(1), experts.alphas, experts.conditions, strict=True
@@ -798,34 +781,21 @@ class _Fitter:
 
     def sample(self, mixture: Mixture, experts: _Experts) -> _Sample:
         """Gate features and values of the sample rows by experts that did not see them, each with fresh noise."""
-        return self.drawn("gate sample", mixture, experts)
-
-    def faint_sample(self, mixture: Mixture, experts: _Experts, sample: _Sample, limit: float) -> _Sample:
-        """The sample once more, with so much noise that its stars are as faint as those below a limit of snr_norm."""
-        levels = sample.inputs.log_level[sample.snr_norm <= limit]
-        return self.drawn("faint stars", mixture, experts, levels)
-
-    def drawn(self, stage: str, mixture: Mixture, experts: _Experts, levels: F32 | None = None) -> _Sample:
-        """Noisy rows of the sample; the errors of each star scaled to one of the `levels`, if there are any."""
         options = self.options
         stretches = self.sample_rows()
         n = sum(b - a for a, b in stretches)
         draws = 1 if options.noise == "observed" else int(np.clip(NOISY_ROWS // n, 1, options.sample_draws))
-        rng = np.random.default_rng(options.seed)
         matrix = experts.columns.astype(np.float32)
         parts: list[tuple] = []
-        for here, flux, error, usable in self.blocks(stage, stretches):
+        for here, flux, error, usable in self.blocks("gate sample", stretches):
             rows = np.arange(here.start, here.stop)[usable]
             flux, error = flux[usable], error[usable]
             good = error > 0
-            own = project(flux, error, None, mixture.projection).log_level if levels is not None else None
             for draw in range(draws):
-                x, sigma = flux, error
-                if levels is not None:
-                    sigma = error * np.exp(rng.choice(levels, len(rows)) - own)[:, None]
+                x = flux
                 if options.noise != "observed":
-                    x = add_noise(flux, sigma, options.seed + 1 + draw, rows)
-                found = project(x, sigma, None, mixture.projection)
+                    x = add_noise(flux, error, options.seed + 1 + draw, rows)
+                found = project(x, error, None, mixture.projection)
                 features, _, noise, chi2 = prepare_reference(found, mixture.mixing)
                 z = found.columns
                 if options.alpha is not None:
@@ -840,13 +810,11 @@ class _Fitter:
                     each = np.einsum("nc,kmc->nkm", z[mine], experts.fold_weights[f], optimize=True)
                     each += experts.fold_intercepts[f]
                     values[mine] = (each * hat[mine][:, None]).sum(2)
-                seen = mixture.inputs(found)[:3]
-                parts.append((features, chi2, rows, found.snr_norm, values, noise, *seen))
-        features, chi2, rows, snr_norm, values, noise, *seen = (
+                parts.append((features, chi2, rows, values, noise, *mixture.inputs(found)[:3]))
+        features, chi2, rows, values, noise, *own = (
             np.concatenate(columns) for columns in zip(*parts, strict=True)
         )
-        families = {"linear": values}, {"linear": noise}
-        sample = _Sample(features, chi2, rows, snr_norm, Inputs(*seen), *families, None)
+        sample = _Sample(features, chi2, rows, Inputs(*own), {"linear": values}, {"linear": noise}, None)
         if mixture.library is not None:
             posterior = tangent_posterior(sample.inputs.z, sample.inputs.log_level, mixture.library)
             sample.values["template"] = posterior.mean.astype(np.float64)
@@ -855,9 +823,7 @@ class _Fitter:
             sample = sample._replace(logits=evidence - evidence.max(1, keepdims=True))
         return sample
 
-    def train(
-        self, mixture: Mixture, sample: _Sample, faint: _Sample | None = None
-    ) -> tuple[Mixture, dict[str, float]]:
+    def train(self, mixture: Mixture, sample: _Sample) -> tuple[Mixture, dict[str, float]]:
         """Gate, error model and its factor; a tenth of the stars only measures the outcome.
 
         Seven tenths of the stars train, two decide when to stop and set the factor, one is seen by none of these. The
@@ -890,11 +856,6 @@ class _Fitter:
             judges = np.flatnonzero(fitted)[held]
             if sample.logits is None or _is_better(learnt, gate, values, y, rows, judges):
                 gate, mixture = learnt, replace(mixture, gate=_as_float32(net.folded()))
-            if faint is not None and self.options.faint is not None:
-                tower = self.faint_tower(net, faint, self.options.faint)
-                mixture = replace(mixture, tower=tower)
-                own = tower.logits(sample.snr_norm.astype(np.float64), lambda rows: features[rows])
-                gate = softmax(plain + net(features) + own)
         mixed = (gate * values).sum(1)
         log_g = np.clip(mixed, *mixture.label_range)
         raw = (gate * noise).sum(1)
@@ -919,25 +880,8 @@ class _Fitter:
             "coverage_95": float(np.mean(ratio[check] <= Z_95 * factor)),
             "gate_accuracy": float(np.mean(gate.argmax(1)[check] == true[check])),
             "gate_learnt": bool(np.any(mixture.gate[2])),
-            "faint_tower": mixture.tower is not None,
         }
         return mixture, quality
-
-    def faint_tower(self, net: Perceptron, faint: _Sample, limit: float) -> Tower:
-        """A wide second tower for faint stars, whose logits are added to those of the gate."""
-        part = fold_of_rows(faint.rows, 10, self.options.seed + 1000)
-        fitted = part != 0
-        own = fit_gate(
-            faint.features[fitted],
-            faint.values["linear"][fitted],
-            self.y[faint.rows[fitted]],
-            np.isin(part[fitted], (1, 2)),
-            given=net(faint.features[fitted]),
-            hidden=FAINT_HIDDEN,
-            seed=self.options.seed,
-            progress=partial(self.progress, "faint tower"),
-        )
-        return Tower("features", _as_float32(own.folded()), limit)
 
     def families_of(self, mixture: Mixture) -> list[str]:
         """Family of each expert of a mixture."""

@@ -37,11 +37,6 @@ class Recipe:
 
 RECIPES: dict[str, Recipe] = {
     "phys-moe": Recipe(PHYSICAL_GRID, "9 linear experts per noise level, soft gate on line and PCA features"),
-    "conditional-moe": Recipe(
-        PHYSICAL_GRID,
-        "phys-moe with a second, wide tower of the gate for stars of snr_norm up to 2",
-        {"faint": 2.0},
-    ),
     "template": Recipe(
         PHYSICAL_GRID,
         "posterior mean over a library of templates with tangents, grouped in 9 bins, weighed by evidence",

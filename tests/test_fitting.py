@@ -217,7 +217,7 @@ class TestBits:
     def arrays(self, fit):
         for item in dataclasses.fields(fit.mixture):
             value = getattr(fit.mixture, item.name)
-            if item.name in {"library", "others", "tower"}:
+            if item.name in {"library", "others"}:
                 continue
             yield from [(item.name, v) for v in value] if isinstance(value, tuple) else [(item.name, value)]
 
@@ -342,9 +342,9 @@ class TestBits:
         seen = {}
         original = fitter.train
 
-        def train(mixture, sample, faint):
+        def train(mixture, sample):
             seen.update(values=sample.values["linear"], rows=sample.rows)
-            return original(mixture, sample, faint)
+            return original(mixture, sample)
 
         fitter.train = train
         fitter.run()
@@ -576,32 +576,9 @@ def test_every_bin_of_a_hybrid_has_the_best_family(train_file, test_toy, templat
     assert linear_r2(form, fit, test_toy, bins) < r2(test_toy.labels["log_g"], oracle)
 
 
-def test_a_tower_for_faint_stars_changes_them_alone(train_file, test_toy):
-    options = {"grid": GRID, "sample_draws": 2, "references": False}
-    flux, error = test_toy.noisy(), test_toy.error
-    plain = fitted(train_file, **options).mixture
-    limit = float(np.median(plain.score(flux, error)[1].snr_norm))
-    mixture = fitted(train_file, faint=limit, **options).mixture
-    assert mixture.tower.limit == pytest.approx(limit)
-    one, two = plain.predict(flux, error), mixture.predict(flux, error)
-    bright = plain.score(flux, error)[1].snr_norm >= limit
-    assert 0.4 < bright.mean() < 0.6
-    np.testing.assert_array_equal(one.weights[bright], two.weights[bright])
-    assert np.abs(one.weights[~bright] - two.weights[~bright]).max() > 0.01
-    y = test_toy.labels["log_g"]
-    assert r2(y[~bright], two.log_g[~bright]) > r2(y[~bright], one.log_g[~bright]) - 0.01
-    expected = mixture.predict_reference(flux[:200], error[:200])
-    np.testing.assert_allclose(two.log_g[:200], expected.log_g, atol=1e-4)
-    none_so_faint = fitted(train_file, faint=1e-3, **options)
-    assert none_so_faint.mixture.tower is None
-    assert not none_so_faint.summary["cross_validation"]["faint_tower"]
-
-
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"faint": 0.0}, "positive limit"),
-        ({"faint": 2.0, "families": ("template",)}, "linear experts"),
         ({"families": ("forest",)}, "families must be of linear, template, trees"),
         ({"families": ()}, "families must be of"),
         ({"families": ("template", "trees")}, "linear among them"),
