@@ -40,7 +40,7 @@ Exit codes:
 """
 
 
-STEPS = {"experts", "gate", "error model", "simpler fits", "library", "forests", "experts, sampled"}
+STEPS = {"experts", "gate", "tower", "error model", "simpler fits", "library", "forests", "experts, sampled"}
 """Stages of a fit that go through steps, not through spectra."""
 
 

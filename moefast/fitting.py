@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -31,11 +32,12 @@ from moefast.experts.ridge import NoisePath, Subspace, principal_subspace, ridge
 from moefast.experts.template import choose_library, fit_library
 from moefast.gating.features import line_columns
 from moefast.gating.mlp import fit_error_model, fit_gate, softmax
-from moefast.kernels import Library, all_within, project, tangent_posterior
+from moefast.gating.tower import Sees, Tower, quality_logs
+from moefast.kernels import Library, Projected, all_within, perceptron, project, tangent_posterior
 from moefast.kernels.reference import prepare_reference
 from moefast.mixture import Mixture, hat_weights, n_gate_features
 from moefast.noise import add_noise, fold_of_rows
-from moefast.protocol.bins import Grid
+from moefast.protocol.bins import Grid, SnrGrid
 from moefast.protocol.metrics import r2
 from moefast.spectra.files import SpectrumSet
 from moefast.spectra.quality import good_pixels
@@ -69,6 +71,10 @@ LEVEL_ROWS = 30_000
 """Rows that say which noise levels there are."""
 NOISY_ROWS = 600_000
 """Noisy rows for gate and error model: a gate of fifty features gains until there are some hundred thousand."""
+TOWER_ROWS = 480_000
+"""Noisy rows of a tower for faint stars."""
+TOWER_HIDDEN = {"features": 128, "quality": 32}
+TOWER_STEPS = 6_000
 LIBRARY_ROWS = 200_000
 """Stars that a library is made of at most: a thousand clouds of two hundred."""
 FOREST_ROWS = 100_000
@@ -87,8 +93,8 @@ class Options:
 
     Attributes
     ----------
-    grid : Grid
-        One expert per bin of T_eff × [M/H]; a 1 × 1 grid is a global fit.
+    grid : Grid or SnrGrid
+        One expert per bin of T_eff × [M/H], or of snr_norm; a 1 × 1 grid is a global fit.
     noise : "closed-form", "sampled" or "observed"
         Clean flux with noise added to the normal equations in closed form; clean flux with one noise draw per row;
         or flux that is noisy already (`noisy` where a file has it).
@@ -110,6 +116,12 @@ class Options:
         whose evidence is the gate) and "trees". Of several, "linear" among them, each bin gets the best.
     n_gate : int
         Principal components among the features of the gate, at most.
+    first_tower : bool
+        Whether the gate learns from lines and components. If not, it is the second tower alone.
+    tower : "features" or "quality", optional
+        What a second tower of the gate sees, if there is to be one; see `moefast.gating.tower`.
+    tower_limit : float
+        Largest snr_norm of the stars that the second tower speaks to.
     n_folds : int
         Folds for cross-validation and cross-fitting.
     sample_rows, sample_draws : int
@@ -119,7 +131,7 @@ class Options:
     seed : int
     """
 
-    grid: Grid = field(default_factory=Grid)
+    grid: Grid | SnrGrid = field(default_factory=Grid)
     noise: Noise = "closed-form"
     noise_level: float = 1.0
     clipped: bool = False
@@ -128,6 +140,9 @@ class Options:
     n_components: int | None = None
     families: tuple[str, ...] = ("linear",)
     n_gate: int = 48
+    first_tower: bool = True
+    tower: Sees | None = None
+    tower_limit: float = math.inf
     n_folds: int = 3
     sample_rows: int = 120_000
     sample_draws: int = 24
@@ -156,6 +171,17 @@ class Options:
             raise InputError(
                 "templates and trees need clean training spectra, with noise in closed form, and experts in principal "
                 "components; for other spectra fit phys-moe"
+            )
+        if self.tower not in (None, *get_args(Sees)) or not self.tower_limit > 0:
+            raise InputError(
+                f"a second tower sees one of {get_args(Sees)} up to a positive snr_norm; "
+                f"found {self.tower!r} and {self.tower_limit}"
+            )
+        if not self.first_tower and (self.tower is None or self.tower_limit < math.inf):
+            raise InputError("a gate without its first tower needs a second one without a limit")
+        if (isinstance(self.grid, SnrGrid) or self.tower is not None) and self.families != ("linear",):
+            raise InputError(
+                "experts by snr_norm and gates of two towers are for linear experts; choose one or the other"
             )
         few = self.n_components is not None and self.n_components < 1
         if few or self.n_gate < 1 or self.sample_rows < STRETCH or self.sample_draws < 1:
@@ -213,7 +239,8 @@ class _Sample(NamedTuple):
 
     `features` (n, f) of the gate; `chi2` (n,); `rows` (n,) of the training set; `inputs` of experts not linear;
     by family, `values` (n, K) of experts that did not see the star, and their propagated `noise` (n, K); `logits`
-    (n, K), the library's evidence, if there is a library.
+    (n, K), the library's evidence, if there is a library; `snr_norm` (n,); `quality` (n, 10), the logarithms of the
+    quality features, empty unless a tower sees them.
     """
 
     features: NDArray
@@ -223,6 +250,20 @@ class _Sample(NamedTuple):
     values: dict[str, NDArray]
     noise: dict[str, NDArray]
     logits: NDArray | None
+    snr_norm: NDArray
+    quality: NDArray
+
+
+class _Faint(NamedTuple):
+    """What a second tower is trained on: noise draws of `rows` (n,) of the training set.
+
+    `seen` (n, f) by the tower, `values` (n, K) of the experts, `logits` (n, K) of the first tower.
+    """
+
+    rows: NDArray[np.int64]
+    seen: NDArray
+    values: NDArray
+    logits: NDArray
 
 
 @dataclass(frozen=True)
@@ -334,7 +375,12 @@ class _Fitter:
         self.spectra, self.options, self.progress, self.checkpoint = spectra, options, progress, checkpoint
         self.labels = spectra.labels(("T_eff", "log_g", "M_H"))
         self.y: F64 = self.labels["log_g"]
-        self.bins = options.grid.assign(self.labels["T_eff"], self.labels["M_H"]).astype(np.int64)
+        # Those of snr_norm are found when a row is read.
+        self.bins: NDArray[np.int64] = (
+            options.grid.assign(self.labels["T_eff"], self.labels["M_H"]).astype(np.int64)
+            if isinstance(options.grid, Grid)
+            else np.zeros(spectra.n_rows, np.int64)
+        )
         self.folds = fold_of_rows(np.arange(spectra.n_rows), options.n_folds, options.seed)
         self.array: Literal["flux", "noisy"] = "flux"
         if options.noise == "observed":
@@ -366,7 +412,7 @@ class _Fitter:
         sample = self.sample(mixture, experts)
         if len(self.options.families) > 1:
             mixture, chosen = self.choose_families(mixture, sample)
-        mixture, quality = self.train(mixture, sample)
+        mixture, quality = self.train(mixture, experts, sample)
         references = self.reference_forms(published, solved, mixture)
         bins = zip(
             self.options.grid.names, small.count.sum(1), experts.alphas, experts.conditions, strict=True
@@ -433,9 +479,18 @@ class _Fitter:
                     usable = good.mean(1) >= 0.5
                     np.copyto(block.flux, self.reference.astype(np.float32), where=~good)
                     np.copyto(error, np.float32(0), where=~good)
+                if isinstance(self.options.grid, SnrGrid):
+                    self.bins[here] = self.options.grid.assign(self.snr_norm(block.flux, error))
                 yield here, block.flux, error, usable
                 done += len(block)
                 self.progress(stage, done, total)
+
+    def snr_norm(self, flux: F32, error: F32) -> F64:
+        """‖flux‖/‖error‖ over good pixels; of clean flux, as it is expected with noise. 0 without good pixels."""
+        signal = np.einsum("np,np->n", np.where(error > 0, flux, 0), flux, dtype=np.float64)
+        noise = np.einsum("np,np->n", error, error, dtype=np.float64)
+        added = 0.0 if self.options.noise == "observed" else 1.0
+        return np.sqrt(np.divide(signal, noise, out=np.zeros_like(noise), where=noise > 0) + added)
 
     def find_reference(self) -> tuple[F64, float]:
         """Mean flux of a few rows spread over the set, and the largest error that still counts.
@@ -785,36 +840,23 @@ class _Fitter:
         stretches = self.sample_rows()
         n = sum(b - a for a, b in stretches)
         draws = 1 if options.noise == "observed" else int(np.clip(NOISY_ROWS // n, 1, options.sample_draws))
-        matrix = experts.columns.astype(np.float32)
         parts: list[tuple] = []
         for here, flux, error, usable in self.blocks("gate sample", stretches):
             rows = np.arange(here.start, here.stop)[usable]
             flux, error = flux[usable], error[usable]
-            good = error > 0
+            quality = (
+                quality_logs(error, error > 0) if options.tower == "quality" else np.empty((len(rows), 0))
+            )
             for draw in range(draws):
-                x = flux
-                if options.noise != "observed":
-                    x = add_noise(flux, error, options.seed + 1 + draw, rows)
-                found = project(x, error, None, mixture.projection)
-                features, _, noise, chi2 = prepare_reference(found, mixture.mixing)
-                z = found.columns
-                if options.alpha is not None:
-                    # Experts in pixel space have columns of their own for every fold.
-                    seen = np.maximum(x, 0) if mixture.clipped else x
-                    z = np.where(good, seen - mixture.reference, 0) @ matrix
-                level = np.clip(found.log_level, mixture.knots[0], mixture.knots[-1])
-                hat = hat_weights(level, mixture.knots)
-                values = np.empty((len(rows), options.grid.n_bins))
-                for f in range(options.n_folds):
-                    mine = self.folds[rows] == f
-                    each = np.einsum("nc,kmc->nkm", z[mine], experts.fold_weights[f], optimize=True)
-                    each += experts.fold_intercepts[f]
-                    values[mine] = (each * hat[mine][:, None]).sum(2)
-                parts.append((features, chi2, rows, values, noise, *mixture.inputs(found)[:3]))
-        features, chi2, rows, values, noise, *own = (
+                found, features, values, noise, chi2 = self.draw(mixture, experts, rows, flux, error, draw)
+                seen = (found.snr_norm, quality, *mixture.inputs(found)[:3])
+                parts.append((features, chi2, rows, values, noise, *seen))
+        features, chi2, rows, values, noise, snr_norm, quality, *own = (
             np.concatenate(columns) for columns in zip(*parts, strict=True)
         )
-        sample = _Sample(features, chi2, rows, Inputs(*own), {"linear": values}, {"linear": noise}, None)
+        sample = _Sample(
+            features, chi2, rows, Inputs(*own), {"linear": values}, {"linear": noise}, None, snr_norm, quality
+        )
         if mixture.library is not None:
             posterior = tangent_posterior(sample.inputs.z, sample.inputs.log_level, mixture.library)
             sample.values["template"] = posterior.mean.astype(np.float64)
@@ -823,7 +865,35 @@ class _Fitter:
             sample = sample._replace(logits=evidence - evidence.max(1, keepdims=True))
         return sample
 
-    def train(self, mixture: Mixture, sample: _Sample) -> tuple[Mixture, dict[str, float]]:
+    def draw(
+        self, mixture: Mixture, experts: _Experts, rows: NDArray[np.int64], flux: F32, error: F32, draw: int
+    ) -> tuple[Projected, NDArray, F64, NDArray, NDArray]:
+        """Rows with one draw of noise: projection, gate features, and values of experts that did not see them.
+
+        After these, propagated noise of the experts and χ².
+        """
+        options = self.options
+        x = flux
+        if options.noise != "observed":
+            x = add_noise(flux, error, options.seed + 1 + draw, rows)
+        found = project(x, error, None, mixture.projection)
+        features, _, noise, chi2 = prepare_reference(found, mixture.mixing)
+        z = found.columns
+        if options.alpha is not None:
+            # Experts in pixel space have columns of their own for every fold.
+            seen = np.maximum(x, 0) if mixture.clipped else x
+            z = np.where(error > 0, seen - mixture.reference, 0) @ experts.columns.astype(np.float32)
+        level = np.clip(found.log_level, mixture.knots[0], mixture.knots[-1])
+        hat = hat_weights(level, mixture.knots)
+        values = np.empty((len(rows), options.grid.n_bins))
+        for f in range(options.n_folds):
+            mine = self.folds[rows] == f
+            each = np.einsum("nc,kmc->nkm", z[mine], experts.fold_weights[f], optimize=True)
+            each += experts.fold_intercepts[f]
+            values[mine] = (each * hat[mine][:, None]).sum(2)
+        return found, features, values, noise, chi2
+
+    def train(self, mixture: Mixture, experts: _Experts, sample: _Sample) -> tuple[Mixture, dict[str, float]]:
         """Gate, error model and its factor; a tenth of the stars only measures the outcome.
 
         Seven tenths of the stars train, two decide when to stop and set the factor, one is seen by none of these. The
@@ -839,9 +909,8 @@ class _Fitter:
             np.column_stack([of_family[families[k]][:, k] for k in range(len(families))])
             for of_family in (sample.values, sample.noise)
         )
-        plain = np.zeros_like(values) if sample.logits is None else sample.logits
-        gate = softmax(plain)
-        if values.shape[1] > 1:
+        logits = np.zeros_like(values) if sample.logits is None else sample.logits
+        if values.shape[1] > 1 and self.options.first_tower:
             net = fit_gate(
                 features[fitted],
                 values[fitted],
@@ -851,11 +920,14 @@ class _Fitter:
                 seed=self.options.seed,
                 progress=partial(self.progress, "gate"),
             )
-            learnt = softmax(plain + net(features))
+            learnt = logits + net(features)
             # Bayes' rule needs no training; what was learnt is added to it only where it is better beyond doubt.
             judges = np.flatnonzero(fitted)[held]
-            if sample.logits is None or _is_better(learnt, gate, values, y, rows, judges):
-                gate, mixture = learnt, replace(mixture, gate=_as_float32(net.folded()))
+            if sample.logits is None or _is_better(softmax(learnt), softmax(logits), values, y, rows, judges):
+                logits, mixture = learnt, replace(mixture, gate=_as_float32(net.folded()))
+        if values.shape[1] > 1 and self.options.tower is not None:
+            mixture, logits = self.add_tower(mixture, experts, sample, logits)
+        gate = softmax(logits)
         mixed = (gate * values).sum(1)
         log_g = np.clip(mixed, *mixture.label_range)
         raw = (gate * noise).sum(1)
@@ -880,8 +952,75 @@ class _Fitter:
             "coverage_95": float(np.mean(ratio[check] <= Z_95 * factor)),
             "gate_accuracy": float(np.mean(gate.argmax(1)[check] == true[check])),
             "gate_learnt": bool(np.any(mixture.gate[2])),
+            "tower_learnt": mixture.tower is not None,
         }
         return mixture, quality
+
+    def add_tower(
+        self, mixture: Mixture, experts: _Experts, sample: _Sample, logits: NDArray
+    ) -> tuple[Mixture, NDArray]:
+        """The mixture with a second tower, and the logits of the sample with its own.
+
+        It is trained on what the first tower leaves, and kept where it is better beyond doubt on stars that neither
+        saw, or where there is no first one.
+        """
+        options, limit = self.options, self.options.tower_limit
+        assert options.tower is not None
+        near = np.flatnonzero(sample.snr_norm <= limit)
+        values, seen = sample.values["linear"], {"features": sample.features, "quality": sample.quality}
+        stars = _Faint(sample.rows[near], seen[options.tower][near], values[near], logits[near])
+        if options.tower == "features" and limit < math.inf and options.noise != "observed":
+            stars = self.faint_sample(mixture, experts)
+        part = fold_of_rows(stars.rows, 10, options.seed + 1000)
+        fitted, held = part != 0, np.isin(part, (1, 2))
+        if not held.any() or held[fitted].all():
+            return mixture, logits
+        net = fit_gate(
+            stars.seen[fitted],
+            stars.values[fitted],
+            self.y[stars.rows[fitted]],
+            held[fitted],
+            given=stars.logits[fitted],
+            hidden=TOWER_HIDDEN[options.tower],
+            steps=TOWER_STEPS,
+            seed=options.seed,
+            progress=partial(self.progress, "tower"),
+        )
+        tower = Tower(options.tower, _as_float32(net.folded()), limit)
+        added = logits + tower.logits(sample.snr_norm, lambda rows: seen[tower.sees][rows])
+        judges = near[np.isin(fold_of_rows(sample.rows[near], 10, options.seed + 1000), (1, 2))]
+        y, gates = self.y[sample.rows], (softmax(added), softmax(logits))
+        if options.first_tower and not (judges.size and _is_better(*gates, values, y, sample.rows, judges)):
+            return mixture, logits
+        return replace(mixture, tower=tower), added
+
+    def faint_sample(self, mixture: Mixture, experts: _Experts) -> _Faint:
+        """The sample's stars with the errors of stars below the tower's limit, each that of another in every draw.
+
+        There are few faint stars, and many draws of many stars are what a gate learns from.
+        """
+        options = self.options
+        stretches = self.sample_rows()
+        draws = int(np.clip(TOWER_ROWS // sum(b - a for a, b in stretches), 1, options.sample_draws))
+        nothing = np.empty((0, options.grid.n_bins), np.float32)
+        seen = np.empty((0, len(mixture.gate[0])), np.float32)
+        parts = [_Faint(np.empty(0, np.int64), seen, nothing, nothing)]
+        for here, flux, error, usable in self.blocks("faint stars", stretches):
+            rows = np.arange(here.start, here.stop)[usable]
+            faint = np.flatnonzero(usable & (self.snr_norm(flux, error) <= options.tower_limit))
+            if not faint.size:
+                continue
+            rng = np.random.default_rng([options.seed, here.start])
+            for draw in range(draws):
+                lent = error[rng.choice(faint, len(rows))]
+                x = np.where(lent > 0, flux[usable], self.reference.astype(np.float32))
+                found, features, values, *_ = self.draw(
+                    mixture, experts, rows, x, lent, options.sample_draws + draw
+                )
+                below = found.snr_norm <= options.tower_limit
+                logits = perceptron(features[below], mixture.gate)
+                parts.append(_Faint(rows[below], features[below], values[below].astype(np.float32), logits))
+        return _Faint(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
     def families_of(self, mixture: Mixture) -> list[str]:
         """Family of each expert of a mixture."""

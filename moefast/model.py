@@ -24,7 +24,7 @@ import moefast
 from moefast.errors import ModelError, OutputError, WaveGridError
 from moefast.fitting import Fit, LinearForm
 from moefast.mixture import Mixture
-from moefast.protocol.bins import Grid
+from moefast.protocol.bins import Grid, SnrGrid, read_grid
 from moefast.spectra.files import same_wave
 
 __all__ = ["MANIFEST", "SCHEMA", "Model", "check_target", "shipped_path"]
@@ -60,7 +60,7 @@ class Model:
     path: Path | None = None
 
     @classmethod
-    def from_fit(cls, fit: Fit, *, recipe: str, grid: Grid, training: dict[str, Any]) -> Model:
+    def from_fit(cls, fit: Fit, *, recipe: str, grid: Grid | SnrGrid, training: dict[str, Any]) -> Model:
         """Make a model of a fit; `training` says what it was fitted on."""
         wave = fit.mixture.wave
         label_spread = float(training["log_g_std"])
@@ -95,9 +95,9 @@ class Model:
         return cls(fit.mixture, manifest, fit.references)
 
     @property
-    def grid(self) -> Grid:
+    def grid(self) -> Grid | SnrGrid:
         """Bins of the experts."""
-        return Grid.from_dict(self.manifest["grid"])
+        return read_grid(self.manifest["grid"])
 
     @property
     def hash(self) -> str:
@@ -244,7 +244,7 @@ class Model:
                 f"{path / MANIFEST}: {error!r} is missing or of the wrong type; fit the model again"
             ) from error
         try:
-            Grid.from_dict(manifest["grid"])
+            read_grid(manifest["grid"])
         except ModelError as error:
             raise ModelError(f"{path / MANIFEST}: {error}") from error
         mixture = read_mixture(load(path / ONNX), wave)

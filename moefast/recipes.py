@@ -18,7 +18,7 @@ from moefast.checkpoint import Checkpoint
 from moefast.errors import InputError
 from moefast.fitting import PUBLISHED_ALPHA, Noise, Options, fit_mixture
 from moefast.model import Model
-from moefast.protocol.bins import PHYSICAL_GRID, Grid, uniform
+from moefast.protocol.bins import PHYSICAL_GRID, Grid, SnrGrid, uniform
 from moefast.protocol.overlap import sketch
 from moefast.simulate.source import SimulatedSpectra
 from moefast.spectra.files import SpectrumSet, open_spectra
@@ -30,7 +30,7 @@ __all__ = ["DEFAULT", "RECIPES", "Recipe", "fit"]
 class Recipe:
     """A named model: its grid of experts, what it is in one line, and what it asks of `Options` besides."""
 
-    grid: Grid
+    grid: Grid | SnrGrid
     what: str
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -46,6 +46,21 @@ RECIPES: dict[str, Recipe] = {
         PHYSICAL_GRID,
         "9 experts, each of the family (linear, template, trees) that is best in its bin; soft gate by evidence",
         {"families": ("linear", "template", "trees")},
+    ),
+    "conditional-moe": Recipe(
+        PHYSICAL_GRID,
+        "phys-moe, and a second, wide tower of the gate for stars with snr_norm up to 2",
+        {"tower": "features", "tower_limit": 2.0},
+    ),
+    "dual-moe": Recipe(
+        PHYSICAL_GRID,
+        "phys-moe, and a second tower of the gate on the quality features of the error",
+        {"tower": "quality"},
+    ),
+    "snr-moe": Recipe(
+        SnrGrid(),
+        "4 linear experts per noise level for bins of snr_norm, soft gate on the quality features of the error",
+        {"tower": "quality", "first_tower": False},
     ),
     "global-ridge": Recipe(uniform(1, 1), "one linear expert per noise level, no gate"),
     "published-ridge": Recipe(

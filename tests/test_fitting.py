@@ -217,7 +217,7 @@ class TestBits:
     def arrays(self, fit):
         for item in dataclasses.fields(fit.mixture):
             value = getattr(fit.mixture, item.name)
-            if item.name in {"library", "others"}:
+            if item.name in {"library", "others", "tower"}:
                 continue
             yield from [(item.name, v) for v in value] if isinstance(value, tuple) else [(item.name, value)]
 
@@ -342,9 +342,9 @@ class TestBits:
         seen = {}
         original = fitter.train
 
-        def train(mixture, sample):
+        def train(mixture, experts, sample):
             seen.update(values=sample.values["linear"], rows=sample.rows)
-            return original(mixture, sample)
+            return original(mixture, experts, sample)
 
         fitter.train = train
         fitter.run()
@@ -576,9 +576,31 @@ def test_every_bin_of_a_hybrid_has_the_best_family(train_file, test_toy, templat
     assert linear_r2(form, fit, test_toy, bins) < r2(test_toy.labels["log_g"], oracle)
 
 
+def test_a_tower_for_faint_stars_changes_them_alone(train_file, test_toy):
+    options = {"grid": GRID, "sample_draws": 2, "references": False}
+    flux, error = test_toy.noisy(), test_toy.error
+    plain = fitted(train_file, **options).mixture
+    limit = float(np.median(plain.score(flux, error)[1].snr_norm))
+    mixture = fitted(train_file, tower="features", tower_limit=limit, **options).mixture
+    one, two = plain.predict(flux, error), mixture.predict(flux, error)
+    bright = plain.score(flux, error)[1].snr_norm >= limit
+    assert 0.4 < bright.mean() < 0.6
+    np.testing.assert_array_equal(one.weights[bright], two.weights[bright])
+    y = test_toy.labels["log_g"]
+    assert r2(y[~bright], two.log_g[~bright]) > r2(y[~bright], one.log_g[~bright]) - 0.01
+    expected = mixture.predict_reference(flux[:200], error[:200])
+    np.testing.assert_allclose(two.log_g[:200], expected.log_g, atol=1e-4)
+    # Where no star is that faint, there is nothing to learn about such stars.
+    assert fitted(train_file, tower="features", tower_limit=1e-3, **options).mixture.tower is None
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
+        ({"tower": "colour"}, "a second tower sees one of"),
+        ({"tower": "quality", "tower_limit": 0.0}, "positive snr_norm"),
+        ({"first_tower": False}, "needs a second one without a limit"),
+        ({"tower": "quality", "families": ("template",)}, "for linear experts"),
         ({"families": ("forest",)}, "families must be of linear, template, trees"),
         ({"families": ()}, "families must be of"),
         ({"families": ("template", "trees")}, "linear among them"),

@@ -126,7 +126,10 @@ def test_hat_weights_interpolate_linearly():
         (lambda m: {"knots": m.knots[1:]}, "two noise levels at least"),
         (lambda m: {"gate": (m.gate[0][1:], *m.gate[1:])}, r"the gate must take \d+ features"),
         (lambda m: {"gate": (*m.gate[:2], m.gate[2][:, 1:], m.gate[3])}, "give 4 weights"),
-        (lambda m: {"error_model": (m.error_model[0][1:], *m.error_model[1:])}, r"error model must take \d+ features"),
+        (
+            lambda m: {"error_model": (m.error_model[0][1:], *m.error_model[1:])},
+            r"error model must take \d+ features",
+        ),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(mixture, change, message):

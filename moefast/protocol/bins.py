@@ -1,6 +1,6 @@
 """The frozen bins: T_eff × [M/H] on the Hertzsprung-Russell side, snr_norm on the noise side.
 
-Design: a `Grid` is a value (frozen, comparable, JSON-ready) and is part of every model; the array work is in
+Design: a grid is a value (frozen, comparable, JSON-ready) and is part of every model; the array work is in
 `moefast.kernels.binning`. Stars outside the grid are edge-clamped to the nearest bin for training, routing
 and full-coverage scores; `Grid.covered` tells which stars needed no clamping.
 """
@@ -25,7 +25,9 @@ __all__ = [
     "SNR_NORM_NAMES",
     "T_EFF_EDGES",
     "Grid",
+    "SnrGrid",
     "assign_snr_bins",
+    "read_grid",
     "uniform",
 ]
 
@@ -159,6 +161,58 @@ class Grid:
                 f"expected a grid with t_eff_edges and m_h_edges, two or more increasing numbers each; "
                 f"found {data!r} ({error})"
             ) from error
+
+
+@dataclass(frozen=True)
+class SnrGrid:
+    """Bins of snr_norm, X, L, M and H: what the experts of `snr-moe` are made for. Stars need no labels for it.
+
+    Parameters
+    ----------
+    edges : tuple of float
+        Upper edges of all bins but the last.
+
+    Raises
+    ------
+    ValueError
+        There are not three edges, or they are not finite and increasing.
+    """
+
+    edges: tuple[float, ...] = SNR_NORM_EDGES
+
+    def __post_init__(self) -> None:
+        edges = tuple(float(edge) for edge in self.edges)
+        if len(edges) != len(SNR_NORM_EDGES) or not np.isfinite(edges).all() or (np.diff(edges) <= 0).any():
+            raise ValueError(f"{len(SNR_NORM_EDGES)} finite, increasing edges expected; found {edges}")
+        object.__setattr__(self, "edges", edges)
+
+    @property
+    def n_bins(self) -> int:
+        """Number of bins."""
+        return len(self.edges) + 1
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """One name per bin."""
+        return SNR_NORM_NAMES
+
+    def assign(self, snr_norm: ArrayLike) -> NDArray[np.int16]:
+        """Bin of each spectrum, (n,), int16; see `assign_snr_bins`."""
+        return assign_snr_bins(snr_norm, self.edges)
+
+    def to_dict(self) -> dict[str, list[float]]:
+        """JSON-ready form."""
+        return {"snr_norm_edges": list(self.edges)}
+
+
+def read_grid(data: Mapping[str, Any]) -> Grid | SnrGrid:
+    """Inverse of `Grid.to_dict` and `SnrGrid.to_dict`; raises ModelError if the content is neither."""
+    if not isinstance(data, Mapping) or "snr_norm_edges" not in data:
+        return Grid.from_dict(data)
+    try:
+        return SnrGrid(tuple(data["snr_norm_edges"]))
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"expected a grid of snr_norm; found {data!r} ({error})") from error
 
 
 PHYSICAL_GRID = Grid()

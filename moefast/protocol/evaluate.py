@@ -25,6 +25,7 @@ from moefast.fitting import LinearForm
 from moefast.mixture import hat_weights
 from moefast.model import Model
 from moefast.noise import standard_normals
+from moefast.protocol.bins import Grid, SnrGrid
 from moefast.protocol.overlap import share_seen
 from moefast.protocol.predictions import write_kept
 from moefast.protocol.report import ORACLE, evaluate_predictions, format_text, write_json
@@ -136,9 +137,10 @@ def evaluate(
     ceilings, group_ceilings = _ceilings(ceiling, spectra, about_noise)
     subject = open_subject(model, spectra, backend=backend, noise=about_noise)
     beside = _references_of(subject, spectra)
-    bins = (
-        beside.grid.assign(labels["T_eff"], labels["M_H"]) if beside else np.zeros(spectra.n_rows, np.int16)
-    )
+    grid = beside.grid if beside else None
+    bins = np.zeros(spectra.n_rows, np.int16)
+    if isinstance(grid, Grid):
+        bins = grid.assign(labels["T_eff"], labels["M_H"])
     found: dict[str, list[NDArray]] = {}
     references: dict[str, list[NDArray]] = {}
     scoring = 0.0
@@ -158,6 +160,8 @@ def evaluate(
         columns |= {"snr_norm": quality.snr_norm, "snr_median": quality.snr_median}
         for key, values in columns.items():
             found.setdefault(key, []).append(values)
+        if isinstance(grid, SnrGrid):
+            bins[rows] = grid.assign(np.nan_to_num(quality.snr_norm))
         if beside is not None:
             for key, values in _reference_predictions(beside, subject, block, good, bins[rows]).items():
                 references.setdefault(key, []).append(values)

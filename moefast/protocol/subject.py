@@ -103,7 +103,8 @@ class ModelSubject:
             # What the milestones need: runs of one recipe differ in what they were fitted on.
             "training": {key: training[key] for key in TRAINING if key in training},
         }
-        return cls(model, about, model.grid if model.mixture.n_experts > 1 else None, where, engine)
+        grid = model.grid if model.mixture.n_experts > 1 and isinstance(model.grid, Grid) else None
+        return cls(model, about, grid, where, engine)
 
     def predict(self, block: Block, good: NDArray[np.bool_] | None, base: int) -> dict[str, NDArray]:
         """See `Subject.predict`."""
