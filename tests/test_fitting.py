@@ -12,7 +12,7 @@ from moefast.experts import normal_equations
 from moefast.fitting import Options, fit_mixture
 from moefast.mixture import hat_weights
 from moefast.noise import add_noise, fold_of_rows
-from moefast.protocol.bins import Grid, uniform
+from moefast.protocol.bins import Grid, SnrGrid, uniform
 from moefast.protocol.metrics import r2
 from moefast.spectra.files import open_spectra
 
@@ -576,24 +576,6 @@ def test_every_bin_of_a_hybrid_has_the_best_family(train_file, test_toy, templat
     assert linear_r2(form, fit, test_toy, bins) < r2(test_toy.labels["log_g"], oracle)
 
 
-def test_a_tower_for_faint_stars_changes_them_alone(train_file, test_toy):
-    options = {"grid": GRID, "sample_draws": 2, "references": False}
-    flux, error = test_toy.noisy(), test_toy.error
-    plain = fitted(train_file, **options).mixture
-    limit = float(np.median(plain.score(flux, error)[1].snr_norm))
-    mixture = fitted(train_file, tower="features", tower_limit=limit, **options).mixture
-    one, two = plain.predict(flux, error), mixture.predict(flux, error)
-    bright = plain.score(flux, error)[1].snr_norm >= limit
-    assert 0.4 < bright.mean() < 0.6
-    np.testing.assert_array_equal(one.weights[bright], two.weights[bright])
-    y = test_toy.labels["log_g"]
-    assert r2(y[~bright], two.log_g[~bright]) > r2(y[~bright], one.log_g[~bright]) - 0.01
-    expected = mixture.predict_reference(flux[:200], error[:200])
-    np.testing.assert_allclose(two.log_g[:200], expected.log_g, atol=1e-4)
-    # Where no star is that faint, there is nothing to learn about such stars.
-    assert fitted(train_file, tower="features", tower_limit=1e-3, **options).mixture.tower is None
-
-
 @pytest.mark.parametrize(
     ("options", "match"),
     [
@@ -610,5 +592,125 @@ def test_a_tower_for_faint_stars_changes_them_alone(train_file, test_toy):
     ],
 )
 def test_families_that_cannot_be_are_refused(options, match):
+    with pytest.raises(InputError, match=match):
+        Options(**options)
+
+
+# --- a second tower of the gate --------------------------------------------------------------------------------------
+
+TOWER = {"tower": "features", "tower_limit": 5.0}
+
+
+@pytest.fixture
+def decided(monkeypatch):
+    """Small towers, and what is decided about them."""
+    monkeypatch.setattr(fitting, "TOWER_STEPS", 150)
+    monkeypatch.setattr(fitting, "TOWER_HIDDEN", {"features": 4, "quality": 4})
+
+    def decide(better):
+        monkeypatch.setattr(fitting, "_is_better", lambda *_: better)
+
+    return decide
+
+
+def snr_norm_of(toy, flux):
+    return np.linalg.norm(flux, axis=1) / np.linalg.norm(toy.error, axis=1)
+
+
+@pytest.mark.parametrize("noise", ["closed-form", "sampled", "observed"])
+@pytest.mark.usefixtures("quick")
+def test_a_tower_with_a_limit_leaves_brighter_stars_alone(train_file, test_toy, decided, noise):
+    decided(True)
+    plain = fitted(train_file, **QUICK, noise=noise)
+    fit = fitted(train_file, **QUICK, **TOWER, noise=noise)
+    assert not plain.summary["cross_validation"]["tower_learnt"]
+    assert fit.summary["cross_validation"]["tower_learnt"]
+    assert (fit.mixture.tower.sees, fit.mixture.tower.limit) == ("features", 5)
+    flux = test_toy.noisy()
+    found, expected = (f.mixture.predict(flux, test_toy.error) for f in (fit, plain))
+    snr_norm = snr_norm_of(test_toy, flux)
+    beyond = snr_norm >= 5
+    assert 100 < beyond.sum() < 900
+    np.testing.assert_array_equal(found.log_g[beyond], expected.log_g[beyond])
+    assert (found.log_g[snr_norm < 4.9] != expected.log_g[snr_norm < 4.9]).mean() > 0.9
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_tower_that_is_no_better_is_left_out(train_file, decided):
+    decided(False)
+    for options in (TOWER, {"tower": "quality"}):
+        fit = fitted(train_file, **QUICK, **options)
+        assert fit.mixture.tower is None
+        assert not fit.summary["cross_validation"]["tower_learnt"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_tower_for_stars_that_there_are_not_is_left_out(train_file, decided):
+    decided(True)
+    fit = fitted(train_file, **QUICK, tower="features", tower_limit=0.5)
+    assert fit.mixture.tower is None
+
+
+@pytest.mark.usefixtures("quick")
+def test_experts_by_snr_norm_and_a_gate_on_the_quality_features_alone(train_file, train_toy, decided):
+    decided(False)
+    edges = (5.0, 8.0, 14.0)
+    fit = fitted(train_file, **QUICK | {"grid": SnrGrid(edges)}, tower="quality", first_tower=False)
+    expected = np.hypot(np.linalg.norm(train_toy.flux, axis=1) / np.linalg.norm(train_toy.error, axis=1), 1)
+    counts = np.bincount(SnrGrid(edges).assign(expected), minlength=4)
+    assert [one["n"] for one in fit.summary["bins"].values()] == counts.tolist()
+    assert (fit.mixture.gate[2] == 0).all()
+    assert (fit.mixture.tower.sees, fit.mixture.tower.limit) == ("quality", np.inf)
+
+
+def test_a_gate_on_the_quality_features_knows_how_noisy_a_star_is(train_file, test_toy):
+    fit = fitted(
+        train_file,
+        grid=SnrGrid((5.0, 8.0, 14.0)),
+        sample_draws=1,
+        references=False,
+        tower="quality",
+        first_tower=False,
+    )
+    found = fit.mixture.predict(test_toy.noisy(), test_toy.error)
+    # The first expert was fitted on the noisiest stars, the last on those with the least noise.
+    order = np.argsort(found.log_level)
+    assert found.weights[order[-200:], 0].mean() > found.weights[order[:200], 0].mean() + 0.1
+
+
+def test_faint_stars_are_made_of_all_stars_with_the_errors_of_faint_ones(train_file, train_toy, decided):
+    options = Options(**QUICK, **TOWER)
+    fitter = fitting._Fitter(open_spectra(train_file), options, lambda *_: None)
+    solved = fitter.solve(fitter.gather()[0])
+    mixture = fitter.assemble(solved)
+    found = fitter.faint_sample(mixture, solved.experts)
+    n = mixture.n_gate
+    assert found.seen.shape == (len(found.rows), 9 + n + 1)
+    assert found.values.shape == found.logits.shape == (len(found.rows), 2)
+    assert found.seen.dtype == found.logits.dtype == np.float32
+    clean = np.hypot(np.linalg.norm(train_toy.flux, axis=1) / np.linalg.norm(train_toy.error, axis=1), 1)
+    faint = clean <= 5
+    assert 0.02 < faint.mean() < 0.5
+    # Most stars are bright, and all of them take part.
+    assert len(np.unique(found.rows)) > 0.9 * len(clean)
+    shape = mixture.noise_shape.astype(np.float64)
+    level = 0.5 * np.log((train_toy.error.astype(np.float64) ** 2 / shape).mean(1))
+    assert found.seen[:, -1].min() > level[faint].min() - 1e-3
+    again = fitter.faint_sample(mixture, solved.experts)
+    np.testing.assert_array_equal(found.seen, again.seen)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"tower": "error"}, "sees one of"),
+        ({"tower": "quality", "tower_limit": 0.0}, "positive snr_norm"),
+        ({"first_tower": False}, "needs a second one"),
+        ({"first_tower": False, "tower": "quality", "tower_limit": 2.0}, "needs a second one"),
+        ({"tower": "quality", "families": ("template",)}, "are for linear experts"),
+        ({"grid": SnrGrid(), "families": ("template",)}, "are for linear experts"),
+    ],
+)
+def test_towers_that_cannot_be_are_refused(options, match):
     with pytest.raises(InputError, match=match):
         Options(**options)

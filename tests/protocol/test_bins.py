@@ -101,3 +101,24 @@ def test_snr_bins():
     assert "".join(names) == "XXLLMMH"
     with pytest.raises(InputError, match="row 0"):
         bins.assign_snr_bins([np.nan])
+
+
+def test_a_grid_of_snr_norm_is_read_back_and_assigns_what_its_edges_say():
+    grid = bins.SnrGrid()
+    assert (grid.n_bins, grid.names) == (4, bins.SNR_NORM_NAMES)
+    snr_norm = np.array([1, 2, 3, 7.5])
+    np.testing.assert_array_equal(grid.assign(snr_norm), bins.assign_snr_bins(snr_norm))
+    for one in (grid, bins.SnrGrid((1, 2, 3)), bins.PHYSICAL_GRID):
+        assert bins.read_grid(one.to_dict()) == one
+
+
+@pytest.mark.parametrize("edges", [(1.0, 2.0), (1.0, 2.0, 2.0), (1.0, 2.0, np.inf)])
+def test_unusable_edges_of_snr_norm(edges):
+    with pytest.raises(ValueError, match="3 finite, increasing edges"):
+        bins.SnrGrid(edges)
+
+
+@pytest.mark.parametrize("data", [{}, [], {"snr_norm_edges": [1, 2]}, {"snr_norm_edges": 4}])
+def test_broken_dicts_of_either_grid_are_model_errors(data):
+    with pytest.raises(ModelError, match="expected a grid"):
+        bins.read_grid(data)
