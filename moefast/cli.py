@@ -361,7 +361,11 @@ def inspect(files: tuple[str, ...], picture: str | None, limit: int | None, as_j
 )  # fmt: skip
 @click.option("--set", "name", metavar="NAME", help="Reference set to simulate, part train.  [default: z0]")
 @click.option(
-    "--recipe", default="phys-moe", show_default=True, help="phys-moe, global-ridge or published-ridge."
+    "--recipe",
+    default="phys-moe",
+    show_default=True,
+    help="template: the most accurate, for clean spectra. phys-moe: linear experts, for any spectra. Others: hybrid-moe, "
+    "conditional-moe, dual-moe, snr-moe, global-ridge, published-ridge.",
 )
 @click.option(
     "--grid", callback=_grid, metavar="TxM", help="Bins in T_eff and [M/H], instead of the recipe's."
@@ -405,7 +409,7 @@ def fit(
 
     \b
         moefast fit train.h5 -o model/
-        moefast fit --simulate 200000 --set z0 -o model/
+        moefast fit --simulate 200000 --set z0 --recipe template -o model/
         moefast fit train/ -o model/ --checkpoint fit-so-far/
     """
     from moefast.backend import resolve_kernels

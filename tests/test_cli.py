@@ -22,6 +22,7 @@ from moefast import backend
 from moefast.cli import cli
 from moefast.errors import MoefastError
 from moefast.protocol.evaluate import REPORT_FILES
+from moefast.recipes import RECIPES
 from moefast.spectra import open_spectra, read_table
 
 
@@ -60,7 +61,7 @@ HELP = {
     "simulate": ("OUT", "--number", "--seed", "--mag", "--noise-level", "--overwrite", "log g 1-5"),
     "inspect": ("FILE…", "--picture", "--limit", "--json", "SNR"),
     "fit": (
-        "FILE…", "--out", "--recipe", "phys-moe", "--grid", "--noise", "closed-form", "--references", "--checkpoint",
+        "FILE…", "--out", "--recipe", *RECIPES, "--grid", "--noise", "closed-form", "--references", "--checkpoint",
     ),
     "evaluate": ("FILE…", "--model", "--out", "--noise", "--backend", "R²", "report.json"),
     "compare": ("REPORT…", "--out", "better, worse or no difference"),
