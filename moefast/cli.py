@@ -364,8 +364,7 @@ def inspect(files: tuple[str, ...], picture: str | None, limit: int | None, as_j
     "--recipe",
     default="phys-moe",
     show_default=True,
-    help="template: the most accurate, for clean spectra. phys-moe: linear experts, for any spectra. Others: hybrid-moe, "
-    "conditional-moe, dual-moe, snr-moe, global-ridge, published-ridge.",
+    help="Which model: see above.",
 )
 @click.option(
     "--grid", callback=_grid, metavar="TxM", help="Bins in T_eff and [M/H], instead of the recipe's."
@@ -411,6 +410,18 @@ def fit(
         moefast fit train.h5 -o model/
         moefast fit --simulate 200000 --set z0 --recipe template -o model/
         moefast fit train/ -o model/ --checkpoint fit-so-far/
+
+    \b
+    Recipes:
+        template         posterior mean over templates; the most accurate,
+                         needs clean spectra
+        phys-moe         nine linear experts behind a gate; any spectra
+        hybrid-moe       the best of linear, template, trees in each bin
+        conditional-moe  phys-moe, its gate with a second part for faint stars
+        dual-moe         phys-moe, its gate also on statistics of the errors
+        snr-moe          linear experts for four bins of signal-to-noise
+        global-ridge     one linear expert
+        published-ridge  one ridge as published, to compare with
     """
     from moefast.backend import resolve_kernels
     from moefast.checkpoint import Checkpoint
