@@ -34,6 +34,7 @@ def script(monkeypatch):
         library=None,
         from_library=(),
         others={},
+        tower=None,
         predict=lambda flux, error: soft_mix(project(flux, error, None, projection), mixing),
     )
     truth = mixture.predict(flux, error).log_g + [0.01, -0.01, 0.02]
