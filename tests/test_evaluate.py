@@ -273,7 +273,7 @@ def test_tables_are_measured_beside_the_shipped_fits(simulated, tmp_path):
     table = tmp_path / "t.csv"
     table.write_text("row,log_g\n" + "".join(f"{i},{v!r}\n" for i, v in enumerate(own.predicted.tolist())))
     report = evaluate(simulated, table).report
-    assert report["model"]["references_of"] == "phys-moe"
+    assert report["model"]["references_of"] == "template"
     for name, entry in report["references"].items():
         assert entry == own.report["references"][name]
     assert not any(name.startswith("oracle") for name in report["references"])
