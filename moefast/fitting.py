@@ -71,10 +71,10 @@ LEVEL_ROWS = 30_000
 """Rows that say which noise levels there are."""
 NOISY_ROWS = 600_000
 """Noisy rows for gate and error model: a gate of fifty features gains until there are some hundred thousand."""
-TOWER_ROWS = 480_000
+TOWER_ROWS = 800_000
 """Noisy rows of a tower for faint stars."""
 TOWER_HIDDEN = {"features": 128, "quality": 32}
-TOWER_STEPS = 6_000
+TOWER_STEPS = 10_000
 LIBRARY_ROWS = 200_000
 """Stars that a library is made of at most: a thousand clouds of two hundred."""
 FOREST_ROWS = 100_000
