@@ -67,7 +67,8 @@ def test_every_engine_gives_the_answer_of_the_reference(engine, folder, fit_r2, 
             assert row["r2"] > 0.6
         else:
             assert row["r2"] == pytest.approx(fit_r2, abs=tolerance)
-    assert row["peak_bytes"] >= row["base_bytes"] > 0
+    # The kernel counts pages per core and adds them up now and then.
+    assert row["peak_bytes"] + (2 << 20) >= row["base_bytes"] > 0
 
 
 @pytest.mark.parametrize("engine", EVERY)
