@@ -318,7 +318,9 @@ def test_the_gate_cannot_read_log_g_from_the_errors(model):
     constant = np.ones_like(star.flux)
     seen = model.mixture.prepare(constant, star.error).features
     varies = np.ptp(seen, axis=0) > 1e-3
-    assert varies.tolist() == [False] * (varies.size - 1) + [True], "only the noise level may depend on the errors"
+    assert varies.tolist() == [False] * (varies.size - 1) + [True], (
+        "only the noise level may depend on the errors"
+    )
     for regressor in (
         LinearRegression(),
         make_pipeline(StandardScaler(), KNeighborsRegressor(50)),
