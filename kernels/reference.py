@@ -16,6 +16,7 @@ __all__ = [
     "error_inputs",
     "gate_reference",
     "hat_weights",
+    "in_place_of",
     "line_features",
     "normal_equations_reference",
     "perceptron_reference",
@@ -132,15 +133,23 @@ def prepare_reference(
     )
     experts = (at_knots * hat).sum(1)
     noise = np.sqrt((projected.variances.reshape(n, m, k) * hat).sum(1))
-    if given is not None:
-        there = ~np.isnan(given.values)
-        experts = np.where(there, given.values, experts).astype(dtype)
-        noise = np.where(there, given.noise, noise).astype(dtype)
+    experts, noise = in_place_of(experts, noise, given)
     return (
         np.concatenate([lines, z[:, : plan.n_leading], level[:, None]], axis=1),
         experts,
         noise,
         (projected.energy - inside) / np.maximum(projected.expected, dtype.type(1e-30)),
+    )
+
+
+def in_place_of(experts: NDArray, noise: NDArray, given: Given | None) -> tuple[NDArray, NDArray]:
+    """Expert values and their noise (n, K), with what is `given` in the place of the linear experts'."""
+    if given is None:
+        return experts, noise
+    there = ~np.isnan(given.values)
+    return (
+        np.where(there, given.values, experts).astype(experts.dtype),
+        np.where(there, given.noise, noise).astype(noise.dtype),
     )
 
 

@@ -901,7 +901,7 @@ class _Fitter:
         """
         features, rows = sample.features, sample.rows
         y, true = self.y[rows], self.bins[rows]
-        part = fold_of_rows(rows, 10, self.options.seed + 1000)
+        part = self.part_of(rows)
         check = part == 0
         held, fitted = np.isin(part, (1, 2))[~check], ~check
         families = self.families_of(mixture)
@@ -956,6 +956,10 @@ class _Fitter:
         }
         return mixture, quality
 
+    def part_of(self, rows: NDArray[np.int64]) -> NDArray[np.integer]:
+        """Tenth of the stars that a row belongs to: 0 only measures, 1 and 2 decide when to stop, the others train."""
+        return fold_of_rows(rows, 10, self.options.seed + 1000)
+
     def add_tower(
         self, mixture: Mixture, experts: _Experts, sample: _Sample, logits: NDArray
     ) -> tuple[Mixture, NDArray]:
@@ -971,7 +975,7 @@ class _Fitter:
         stars = _Faint(sample.rows[near], seen[options.tower][near], values[near], logits[near])
         if options.tower == "features" and limit < math.inf and options.noise != "observed":
             stars = self.faint_sample(mixture, experts)
-        part = fold_of_rows(stars.rows, 10, options.seed + 1000)
+        part = self.part_of(stars.rows)
         fitted, held = part != 0, np.isin(part, (1, 2))
         if not held.any() or held[fitted].all():
             return mixture, logits
@@ -988,7 +992,7 @@ class _Fitter:
         )
         tower = Tower(options.tower, _as_float32(net.folded()), limit)
         added = logits + tower.logits(sample.snr_norm, lambda rows: seen[tower.sees][rows])
-        judges = near[np.isin(fold_of_rows(sample.rows[near], 10, options.seed + 1000), (1, 2))]
+        judges = near[np.isin(self.part_of(sample.rows[near]), (1, 2))]
         y, gates = self.y[sample.rows], (softmax(added), softmax(logits))
         if options.first_tower and not (judges.size and _is_better(*gates, values, y, sample.rows, judges)):
             return mixture, logits
@@ -1050,7 +1054,7 @@ class _Fitter:
                 forests[k] = fit_trees(mine, self.y[rows[here]], sees="stacking", seed=options.seed)
                 sample.values["trees"][:, k] = forests[k].predict(sample.inputs)
                 step()
-        seen = fold_of_rows(sample.rows, 10, options.seed + 1000) != 0
+        seen = self.part_of(sample.rows) != 0
         bins = self.bins[sample.rows[seen]]
         own = np.arange(len(sample.rows)), self.bins[sample.rows]
         candidates = {name: sample.values[name][own][seen] for name in options.families}

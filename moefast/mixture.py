@@ -45,6 +45,7 @@ from moefast.kernels import (
 from moefast.kernels.reference import (
     error_inputs,
     hat_weights,
+    in_place_of,
     line_features,
     prepare_reference,
     project_reference,
@@ -315,8 +316,8 @@ class Mixture:
         """Everything up to the gate; see `predict` for the parameters."""
         linear = project(flux, error, mask, self.projection, first_row=first_row)
         given = self.given(linear, flux, error, mask)
-        own = prepare_reference(linear, self.mixing)[1]
-        features, experts, noise, chi2 = prepare_reference(linear, self.mixing, given)
+        features, own, noise, chi2 = prepare_reference(linear, self.mixing)
+        experts, noise = in_place_of(own, noise, given)
         return Prepared(features, experts, noise, own, chi2, linear.log_level)
 
     def predict_reference(
