@@ -36,6 +36,8 @@ from moefast.gating.tower import Sees, Tower
 from moefast.kernels import Library, cell_size
 from moefast.mixture import LEAST_SPREAD, Mixture, n_gate_features
 from moefast.spectra.quality import LARGEST_ERROR
+from moefast.trunks.heads import STEM, Heads
+from moefast.trunks.networks import KINDS
 
 __all__ = ["IR_VERSION", "OPSET", "build", "check", "load", "part_of", "read_mixture", "save"]
 
@@ -54,6 +56,7 @@ LARGEST_FILE = 2**31 - 1
 # fmt: off
 _OPERATORS = frozenset([
     "Abs", "Add", "And", "Cast", "Concat", "Conv", "Div", "Exp", "Floor", "GatherElements", "Gemm", "Greater",
+    "LayerNormalization",
     "LessOrEqual", "Log", "MatMul", "Max", "Min", "Mul", "ReduceMax", "ReduceMin", "ReduceSum", "Relu", "Reshape",
     "Round", "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "TopK", "Transpose", "Unsqueeze", "Where",
 ])
@@ -63,6 +66,7 @@ LEAST_FLUX = "least_flux"
 OTHERS: dict[str, type[Expert]] = {cls.family: cls for cls in (ConvNet, Trees)}
 """Families that write themselves into a graph."""
 _OTHER = re.compile(rf"experts\.(\d+)\.({'|'.join(OTHERS)})")
+_HEADS = re.compile(rf"{STEM}\.({'|'.join(KINDS)})\.(.+)")
 _EXPERT_PART = re.compile(r"expert-(\d+)")
 
 
@@ -480,8 +484,12 @@ class _Steps:
         return out
 
     def instead(self, values: str, others: str, name: str) -> str:
-        """(n, K) with the library's column where an expert is the library's."""
-        marks = self.graph.number("experts.from_library", np.array(self.mixture.from_library))
+        """(n, K) with another column where an expert is the library's, or the trunk's."""
+        if self.mixture.heads is not None:
+            # All of them; the linear experts stay in the graph, since the file is the home of their numbers.
+            marks = self.graph.number("experts.from_heads", np.ones(self.mixture.n_experts, np.bool_))
+        else:
+            marks = self.graph.number("experts.from_library", np.array(self.mixture.from_library))
         return self.graph.add("Where", [marks, others, values], name)
 
     def mix(self, features: str, weights: str, experts: str, noise: str) -> tuple[str, str, str]:
@@ -514,15 +522,23 @@ class _Steps:
             raw,
         )
 
-    def other(self, k: int, components: str, lines: str) -> str:
-        """Log g of an expert of another family, (n, 1), from components and the products of the line columns."""
-        inputs = _OnDemand(
+    def seen(self, components: str, lines: str) -> _OnDemand:
+        """What experts that are not linear see, from components and the products of the line columns."""
+        return _OnDemand(
             z=lambda: components,
             lines=lambda: self.of_lines(lines),
             log_level=lambda: self.level_column,
             x=lambda: self.whole_flux,
         )
-        return self.mixture.others[k].add_nodes(self.graph, inputs, f"experts.{k}")
+
+    def other(self, k: int, components: str, lines: str) -> str:
+        """Log g of an expert of another family, (n, 1)."""
+        return self.mixture.others[k].add_nodes(self.graph, self.seen(components, lines), f"experts.{k}")
+
+    def heads(self, components: str, lines: str) -> tuple[str, str, str]:
+        """Log g of each head, its 1σ and the logits of their gate, each (n, K)."""
+        assert self.mixture.heads is not None
+        return self.mixture.heads.add_nodes(self.graph, self.seen(components, lines))
 
     def with_others(self, values: str, components: str, lines: str) -> str:
         """(n, K) with the columns of experts of other families."""
@@ -628,7 +644,7 @@ def build(mixture: Mixture, part: str = "mixture", metadata: dict[str, str] | No
     ModelError
         Unknown part, a name in `metadata` that moefast sets itself, or arrays that do not fit.
     """
-    if part not in ("mixture", "gate"):
+    if part not in ("mixture", "gate") and mixture.heads is None:
         mixture = _only_expert(mixture, part)
     if mixture.error_model[2].shape[1] != 1:
         raise ModelError(f"the error model must give one number, it gives {mixture.error_model[2].shape[1]}")
@@ -638,10 +654,19 @@ def build(mixture: Mixture, part: str = "mixture", metadata: dict[str, str] | No
         components = steps.components(columns)
         outputs = ["weights"]
         evidence = None if mixture.library is None else steps.posterior(components, ["evidence"])[0]
+        if mixture.heads is not None:
+            evidence = steps.heads(components, lines)[2]
         features = steps.features(components, steps.of_lines(lines))
         steps.deliver(steps.gate(features, evidence), "weights", columns=True)
     elif part != "mixture":
-        if mixture.others:
+        if mixture.heads is not None:
+            k = _number_of(mixture, part)
+            columns, lines = steps.project(lines=True)
+            every = steps.heads(steps.components(columns), lines)[0]
+            g = steps.graph
+            ends = [g.shape(f"place_{k}", [k]), g.shape(f"place_{k + 1}", [k + 1]), g.axis(1)]
+            column = g.add("Slice", [every, *ends], "experts/only_column")
+        elif mixture.others:
             columns, lines = steps.project(lines=True)
             column = steps.other(0, steps.components(columns), lines)
         elif mixture.library is not None and mixture.from_library[0]:
@@ -664,6 +689,10 @@ def build(mixture: Mixture, part: str = "mixture", metadata: dict[str, str] | No
             means, deviations, evidence = steps.posterior(components, ["mean", "sd", "evidence"])
             experts = steps.instead(experts, means, "experts/of_all_kinds")
             noise = steps.instead(noise, deviations, "propagate/noise_of_all_kinds")
+        if mixture.heads is not None:
+            means, deviations, evidence = steps.heads(components, lines)
+            experts = steps.instead(experts, means, "experts/of_all_kinds")
+            noise = steps.instead(noise, deviations, "propagate/noise_of_all_kinds")
         experts = steps.with_others(experts, components, lines)
         features = steps.features(components, steps.of_lines(lines))
         weights = steps.gate(features, evidence)
@@ -676,13 +705,18 @@ def build(mixture: Mixture, part: str = "mixture", metadata: dict[str, str] | No
     return _model(steps, part, outputs, metadata or {})
 
 
-def _only_expert(mixture: Mixture, part: str) -> Mixture:
+def _number_of(mixture: Mixture, part: str) -> int:
+    """Number of the expert that a part is."""
     found = _EXPERT_PART.fullmatch(part)
     if found is None or int(found[1]) >= mixture.n_experts:
         raise ModelError(
             f"part {part!r} is unknown; choose mixture, gate, or expert-0 … expert-{mixture.n_experts - 1}"
         )
-    k = int(found[1])
+    return int(found[1])
+
+
+def _only_expert(mixture: Mixture, part: str) -> Mixture:
+    k = _number_of(mixture, part)
     w1, b1, w2, b2 = mixture.gate
     return replace(
         mixture,
@@ -861,6 +895,19 @@ def read_mixture(model: ModelProto, wave: NDArray[np.float64]) -> Mixture:
         for found in map(_OTHER.fullmatch, tensors)
         if found
     }
+    of_heads = {
+        found[2]: (found[1], name) for name, found in ((n, _HEADS.fullmatch(n)) for n in tensors) if found
+    }
+    heads = None
+    if of_heads:
+        kind = next(iter(of_heads.values()))[0]
+        sizes = {short: tuple(tensors[name].dims) for short, (_, name) in of_heads.items()}
+        try:
+            heads = Heads.read(
+                kind, sizes, lambda short: read(of_heads[short][1], *sizes[short])  # type: ignore[arg-type]
+            )  # fmt: skip
+        except (ValueError, KeyError) as error:
+            raise ModelError(f"the network of the ONNX model does not fit together: {error}") from error
     clipped = LEAST_FLUX in tensors
     if clipped and read(LEAST_FLUX, 1) != 0:
         raise ModelError(
@@ -885,6 +932,7 @@ def read_mixture(model: ModelProto, wave: NDArray[np.float64]) -> Mixture:
             from_library=from_library,
             others=others,
             tower=next((tower(name) for name in get_args(Sees) if f"tower.{name}.w1" in tensors), None),
+            heads=heads,
         )
         lines = mixture.line_columns
     except ValueError as error:

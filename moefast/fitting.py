@@ -23,25 +23,28 @@ from numpy.typing import NDArray
 
 from moefast.backend import physical_memory
 from moefast.checkpoint import Checkpoint
-from moefast.errors import InputError, LabelError, WaveGridError
+from moefast.errors import BackendError, InputError, LabelError, WaveGridError
 from moefast.experts.choice import choose
 from moefast.experts.device import DeviceEquations
 from moefast.experts.inputs import Inputs
 from moefast.experts.normal_equations import Moments, NormalEquations
 from moefast.experts.ridge import NoisePath, Subspace, principal_subspace, ridge
 from moefast.experts.template import choose_library, fit_library
-from moefast.gating.features import line_columns
+from moefast.gating.features import LEAST_CONTINUUM, line_columns
 from moefast.gating.mlp import fit_error_model, fit_gate, softmax
 from moefast.gating.tower import Sees, Tower, quality_logs
 from moefast.kernels import Library, Projected, all_within, perceptron, project, tangent_posterior
 from moefast.kernels.reference import prepare_reference
 from moefast.mixture import Mixture, hat_weights, n_gate_features
 from moefast.noise import add_noise, fold_of_rows
-from moefast.protocol.bins import Grid, SnrGrid
+from moefast.protocol.bins import METAL_POOR, Grid, SnrGrid
 from moefast.protocol.metrics import r2
 from moefast.spectra.files import SpectrumSet
 from moefast.spectra.quality import good_pixels
 from moefast.threads import one_blas_thread
+from moefast.trunks.heads import Heads
+from moefast.trunks.networks import KINDS, Kind, Plan, start
+from moefast.trunks.presets import PRESETS, SIZES, Size
 
 if TYPE_CHECKING:
     from moefast.experts.trees import Trees
@@ -52,7 +55,7 @@ __all__ = ["Fit", "LinearForm", "Noise", "Options", "fit_mixture"]
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 Noise = Literal["closed-form", "sampled", "observed"]
-FAMILIES = ("linear", "template", "trees")
+FAMILIES = ("linear", "template", "trees", "heads")
 Progress = Callable[[str, int, int], None]
 
 BLOCK_ROWS = 2048
@@ -80,7 +83,11 @@ LIBRARY_ROWS = 200_000
 FOREST_ROWS = 100_000
 """Stars that the forests of all bins are grown on at most."""
 CHOICE_ROWS = 8_000
-"""Noisy stars on which its size is chosen."""
+"""Noisy stars on which its size is chosen, and a network judged."""
+HALF_MEMORY = 0.5
+"""Share of the memory that the clean stars of a network may take."""
+LARGEST_HALF = 6e4
+"""Bound of numbers kept in half precision."""
 CHI2_QUANTILE = 0.999
 LARGEST_RATIO = 1e3
 """Pixels with more than this times the usual error, or this times the usual flux (1), are bad pixels to the fit."""
@@ -113,7 +120,14 @@ class Options:
         Principal components of a spectrum that experts see at most. If None, as many as their cross-validated R² needs.
     families : tuple of str
         Kinds of experts: "linear", "template" (posterior means over a library of templates, stars of the training set,
-        whose evidence is the gate) and "trees". Of several, "linear" among them, each bin gets the best.
+        whose evidence is the gate), "trees", or "heads" on one trunk, a network with its own gate, which stands alone. Of
+        several, "linear" among them, each bin gets the best.
+    trunk : "pca-mlp", "cnn" or "vit"
+        What the network of "heads" is; see `moefast.trunks.networks`.
+    size : "small" or "base"
+        Of that network: for a laptop or for a GPU.
+    steps : int, optional
+        Of its fit; what belongs to the size if None.
     n_gate : int
         Principal components among the features of the gate, at most.
     first_tower : bool
@@ -139,6 +153,9 @@ class Options:
     n_levels: int = 8
     n_components: int | None = None
     families: tuple[str, ...] = ("linear",)
+    trunk: Kind = "pca-mlp"
+    size: Size = "small"
+    steps: int | None = None
     n_gate: int = 48
     first_tower: bool = True
     tower: Sees | None = None
@@ -162,14 +179,22 @@ class Options:
             raise InputError(f"alpha must be positive, or None to have it chosen; found {self.alpha}")
         if self.n_folds < 2 or self.n_levels < 2:
             raise InputError("at least two folds and two noise levels are needed")
-        unknown = set(self.families) - set(FAMILIES)
-        if unknown or not self.families or (len(self.families) > 1 and "linear" not in self.families):
+        unknown, several = set(self.families) - set(FAMILIES), len(self.families) > 1
+        if (
+            unknown or not self.families or (several and "linear" not in self.families) or (several and "heads" in self.families)
+        ):  # fmt: skip
             raise InputError(
-                f"families must be of {', '.join(FAMILIES)}, linear among them if several; found {self.families}"
+                f"families must be of {', '.join(FAMILIES)}, linear among them if several, heads alone; "
+                f"found {self.families}"
+            )
+        if self.trunk not in KINDS or self.size not in SIZES or (self.steps is not None and self.steps < 1):
+            raise InputError(
+                f"a trunk is one of {', '.join(KINDS)}, its size one of {', '.join(SIZES)}, its steps positive; found "
+                f"{self.trunk!r}, {self.size!r}, {self.steps}"
             )
         if self.families != ("linear",) and (self.alpha is not None or self.noise != "closed-form"):
             raise InputError(
-                "templates and trees need clean training spectra, with noise in closed form, and experts in principal "
+                "templates, trees and networks need clean training spectra, with noise in closed form, and experts in principal "
                 "components; for other spectra fit phys-moe"
             )
         if self.tower not in (None, *get_args(Sees)) or not self.tower_limit > 0:
@@ -409,6 +434,10 @@ class _Fitter:
         if "template" in self.options.families:
             library, tried = self.templates(mixture)
             mixture = replace(mixture, library=library)
+        of_network: dict[str, Any] = {}
+        if "heads" in self.options.families:
+            heads, of_network = self.train_heads(mixture)
+            mixture = replace(mixture, heads=heads)
         sample = self.sample(mixture, experts)
         if len(self.options.families) > 1:
             mixture, chosen = self.choose_families(mixture, sample)
@@ -433,6 +462,8 @@ class _Fitter:
                 "tangents": mixture.library.variances.shape[1],
                 "r2_held_out": tried,
             }
+        if of_network:
+            summary["heads"] = of_network
         if chosen:
             summary["families"] = chosen
         return Fit(mixture, references, summary)
@@ -802,18 +833,25 @@ class _Fitter:
         return rest
 
     def inputs(
-        self, mixture: Mixture, stage: str, stretches: list[tuple[int, int]], *, noisy: bool
+        self,
+        mixture: Mixture,
+        stage: str,
+        stretches: list[tuple[int, int]],
+        *,
+        noisy: bool,
+        flux: bool = False,
     ) -> tuple[Inputs, NDArray[np.int64]]:
         """What experts that are not linear see of stars, and their rows; `noisy` with the noise of their first draw."""
         parts = []
-        for here, flux, error, usable in self.blocks(stage, stretches):
+        for here, x, sigma, usable in self.blocks(stage, stretches):
             rows = np.arange(here.start, here.stop)[usable]
-            x, sigma = flux[usable], error[usable]
+            x, sigma = x[usable], sigma[usable]
             if noisy:
                 x = add_noise(x, sigma, self.options.seed + 1, rows)
-            parts.append((*mixture.inputs(project(x, sigma, None, mixture.projection))[:3], rows))
-        *found, rows = (np.concatenate(column) for column in zip(*parts, strict=True))
-        return Inputs(*found), rows
+            found = mixture.inputs(project(x, sigma, None, mixture.projection))
+            parts.append((*found[:3], x if flux else x[:, :0], rows))
+        *seen, whole, rows = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return Inputs(*seen, whole if flux else None), rows
 
     def templates(self, mixture: Mixture) -> tuple[Library, dict[str, float]]:
         """A library of stars that are not in the sample, and the R² of what was tried on noisy stars of the sample."""
@@ -826,13 +864,121 @@ class _Fitter:
                 n_clouds=n_clouds, n_tangents=n_tangents, seed=self.options.seed,
             )  # fmt: skip
 
-        sample = self.sample_rows()
-        held = sample[:: max(1, sum(b - a for a, b in sample) // CHOICE_ROWS)]
-        judges, of_judges = self.inputs(mixture, "held-out stars", held, noisy=True)
+        judges, of_judges = self.inputs(mixture, "held-out stars", self.held_stretches(), noisy=True)
         return choose_library(
             fit, judges.z, judges.log_level, self.y[of_judges],
             n_stars=len(rows), progress=partial(self.progress, "library"),
         )  # fmt: skip
+
+    def train_heads(self, mixture: Mixture) -> tuple[Heads, dict[str, Any]]:
+        """A trunk with heads, fitted on the stars that are not in the sample, and how the fit went."""
+        from moefast.trunks import training
+
+        options, grid = self.options, self.options.grid
+        torch = training.load_torch()
+        if self.device and not torch.cuda.is_available():
+            raise BackendError(
+                f"backend cuda: this torch ({torch.__version__}) sees no GPU; install its build for CUDA, or use "
+                "backend cpu"
+            )
+        device = "cuda" if self.device else "cpu"
+        preset = PRESETS[options.trunk, options.size]
+        pixels = options.trunk != "pca-mlp"
+        plan = Plan(
+            options.trunk, mixture.n_pixels if pixels else mixture.n_basis, grid.n_bins, **preset.plan
+        )
+        schedule = replace(preset.schedule, seed=options.seed, steps=options.steps or preset.schedule.steps)
+        judges, of_judges = self.inputs(
+            mixture, "held-out stars", self.held_stretches(), noisy=True, flux=pixels
+        )
+        rows, level, z, windows, flux, error = self.clean_stars(mixture, pixels)
+        inverse = (1 / np.sqrt(mixture.noise_shape.astype(np.float64))).astype(np.float32)
+        scales: dict[str, NDArray] = {
+            "level.limits": mixture.knots[[0, -1]],
+            "level.scale": np.array([level.mean(), max(level.std(), 0.1)]),
+            "lines.scale": np.stack([judges.lines.mean(0), 2 * judges.lines.std(0) + 1e-6]),
+            "log_g.scale": np.array([self.y[rows].mean(), self.y[rows].std()]),
+            "metal_poor": np.zeros((grid.n_bins, 1)),
+        }
+        if isinstance(grid, Grid):
+            upper = np.tile(grid.m_h_edges[1:], grid.shape[0])
+            scales["metal_poor"] = (upper <= METAL_POOR)[:, None]
+        scales |= (
+            {"reference": mixture.reference, "inverse_noise": inverse} if pixels else {"variance": z.var(0)}
+        )
+        begin = training.scaled(Heads(plan, start(plan, options.seed)), scales)
+        stars: training.Stars
+        if pixels:
+            stars = training.Pixels(
+                torch, device, flux, error, level, mixture.reference, inverse, mixture.line_columns,
+                mixture.line_widths, LEAST_CONTINUUM,
+            )  # fmt: skip
+        else:
+            joint = np.concatenate([mixture.basis, mixture.line_columns], 1).astype(np.float64)
+            covariance = joint.T @ (mixture.noise_shape.astype(np.float64)[:, None] * joint)
+            stars = training.Components(
+                torch, device, z, windows, level, covariance, mixture.line_widths, LEAST_CONTINUUM
+            )
+        labels = training.Labels(
+            self.y[rows], np.column_stack([self.labels["T_eff"], self.labels["M_H"]])[rows], self.bins[rows]
+        )
+        seen = {"lines": judges.lines, "log_level": judges.log_level[:, None]}
+        seen |= {"x": judges.x} if pixels else {"z": judges.z}
+        heads, curve = training.fit_heads(
+            begin,
+            stars,
+            labels,
+            training.Judges(seen, self.y[of_judges]),
+            schedule,
+            device=device,
+            checkpoint=None if self.checkpoint is None else self.checkpoint.folder,
+            key=self.spectra.fingerprint(),
+            progress=partial(self.progress, "network"),
+        )
+        return heads, {
+            "trunk": options.trunk, "size": options.size, "stars": len(rows), "batch": schedule.batch,
+            "numbers": sum(array.size for array in heads.numbers.values()),
+            "r2_held_out": max(entry["r2"] for entry in curve), "curve": curve,
+        }  # fmt: skip
+
+    def held_stretches(self) -> list[tuple[int, int]]:
+        """Some stretches of the sample, `CHOICE_ROWS` rows in all."""
+        sample = self.sample_rows()
+        return sample[:: max(1, sum(b - a for a, b in sample) // CHOICE_ROWS)]
+
+    def clean_stars(
+        self, mixture: Mixture, pixels: bool
+    ) -> tuple[NDArray[np.int64], F32, F32, F32, NDArray[np.float16], NDArray[np.float16]]:
+        """Stars that are not in the sample, without noise: rows, ln s, components, line windows, flux and error.
+
+        Flux and error are those of a network that sees pixels, in units of the mean noise and in half precision, and empty for
+        others; components and windows are empty then.
+        """
+        stretches = self.other_rows(self.spectra.n_rows)
+        n, p = sum(b - a for a, b in stretches), mixture.n_pixels
+        needed = 4 * n * p if pixels else 0
+        if 0 < HALF_MEMORY * physical_memory() < needed:
+            raise InputError(
+                f"a network that sees pixels keeps its {n} training stars in memory, {needed / 1e9:.1f} GB; this machine "
+                f"has {physical_memory() / 1e9:.1f} GB. Fit it on fewer stars, or take the trunk pca-mlp"
+            )
+        inverse = 1 / np.sqrt(mixture.noise_shape)
+        flux, error = (np.empty((n if pixels else 0, p), np.float16) for _ in range(2))
+        parts, done = [], 0
+        for here, x, sigma, usable in self.blocks("stars of the network", stretches):
+            x, sigma = x[usable], sigma[usable]
+            found = project(x, sigma, None, mixture.projection)
+            z, windows = found.columns[:, : mixture.n_basis], found.windows + mixture.line_offsets
+            rows = np.arange(here.start, here.stop)[usable]
+            if pixels:
+                mine = slice(done, done + len(x))
+                flux[mine] = np.clip((x - mixture.reference) * inverse, -LARGEST_HALF, LARGEST_HALF)
+                error[mine] = np.minimum(sigma * inverse, LARGEST_HALF)
+                z, windows = z[:0], windows[:0]
+            done += len(x)
+            parts.append((rows, found.log_level, z, windows))
+        rows, level, z, windows = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return rows, level, z, windows, flux[:done], error[:done]
 
     def sample(self, mixture: Mixture, experts: _Experts) -> _Sample:
         """Gate features and values of the sample rows by experts that did not see them, each with fresh noise."""
@@ -848,15 +994,21 @@ class _Fitter:
                 quality_logs(error, error > 0) if options.tower == "quality" else np.empty((len(rows), 0))
             )
             for draw in range(draws):
-                found, features, values, noise, chi2 = self.draw(mixture, experts, rows, flux, error, draw)
+                found, features, values, noise, chi2, given = self.draw(
+                    mixture, experts, rows, flux, error, draw
+                )
                 seen = (found.snr_norm, quality, *mixture.inputs(found)[:3])
-                parts.append((features, chi2, rows, values, noise, *seen))
-        features, chi2, rows, values, noise, snr_norm, quality, *own = (
+                parts.append((features, chi2, rows, values, noise, *seen, *given))
+        features, chi2, rows, values, noise, snr_norm, quality, z, level, lines, *given = (
             np.concatenate(columns) for columns in zip(*parts, strict=True)
         )
+        inputs = Inputs(z, level, lines)
         sample = _Sample(
-            features, chi2, rows, Inputs(*own), {"linear": values}, {"linear": noise}, None, snr_norm, quality
+            features, chi2, rows, inputs, {"linear": values}, {"linear": noise}, None, snr_norm, quality
         )
+        if given:
+            sample.values["heads"], sample.noise["heads"] = given[0].astype(np.float64), given[1]
+            sample = sample._replace(logits=given[2].astype(np.float64))
         if mixture.library is not None:
             posterior = tangent_posterior(sample.inputs.z, sample.inputs.log_level, mixture.library)
             sample.values["template"] = posterior.mean.astype(np.float64)
@@ -867,10 +1019,10 @@ class _Fitter:
 
     def draw(
         self, mixture: Mixture, experts: _Experts, rows: NDArray[np.int64], flux: F32, error: F32, draw: int
-    ) -> tuple[Projected, NDArray, F64, NDArray, NDArray]:
+    ) -> tuple[Projected, NDArray, F64, NDArray, NDArray, tuple[F32, ...]]:
         """Rows with one draw of noise: projection, gate features, and values of experts that did not see them.
 
-        After these, propagated noise of the experts and χ².
+        After these, propagated noise of the experts, χ², and what a network says: values, 1σ and logits.
         """
         options = self.options
         x = flux
@@ -891,7 +1043,10 @@ class _Fitter:
             each = np.einsum("nc,kmc->nkm", z[mine], experts.fold_weights[f], optimize=True)
             each += experts.fold_intercepts[f]
             values[mine] = (each * hat[mine][:, None]).sum(2)
-        return found, features, values, noise, chi2
+        given: tuple[F32, ...] = ()
+        if mixture.heads is not None:
+            given = mixture.heads.predict(mixture.inputs(found)._replace(x=x))
+        return found, features, values, noise, chi2, given
 
     def train(self, mixture: Mixture, experts: _Experts, sample: _Sample) -> tuple[Mixture, dict[str, float]]:
         """Gate, error model and its factor; a tenth of the stars only measures the outcome.
@@ -1028,6 +1183,8 @@ class _Fitter:
 
     def families_of(self, mixture: Mixture) -> list[str]:
         """Family of each expert of a mixture."""
+        if mixture.heads is not None:
+            return ["heads"] * mixture.n_experts
         marks = mixture.from_library or (False,) * mixture.n_experts
         found = ["template" if mark else "linear" for mark in marks]
         for k, expert in mixture.others.items():

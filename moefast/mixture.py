@@ -8,9 +8,10 @@ the spread and the propagated noise into a calibrated error. `Mixture.predict` r
 held together by tests.
 
 Experts of other kinds stand in for linear ones: posterior means over a library of templates
-(`moefast.kernels.tangent_posterior`), or any family with the protocol of `moefast.experts.inputs`. Their values are
-handed to the mixture from outside, and so are logits for the gate: the library's evidence, Bayes' rule for the bin, and
-those of a second tower (`moefast.gating.tower`).
+(`moefast.kernels.tangent_posterior`), heads on one trunk (`moefast.trunks`), or any family with the protocol of
+`moefast.experts.inputs`. Their values are
+handed to the mixture from outside, and so are logits for the gate: the library's evidence, Bayes' rule for the bin, those
+of the trunk, and those of a second tower (`moefast.gating.tower`).
 
 The noise of an expert, Σ_j w_j² σ_j², is propagated in cells of a few pixels, as Σ_g r_g Σ_{j in g} w_j² D_j with r_g
 the mean of σ²/D over cell g: exact for noise of the training set's shape D times anything smooth. On simulated spectra
@@ -53,6 +54,7 @@ from moefast.kernels.reference import (
 )
 from moefast.kernels.reference_tangent import tangent_posterior_reference
 from moefast.spectra.quality import Quality, good_pixels
+from moefast.trunks.heads import Heads
 
 __all__ = ["N_GATE_COMPONENTS", "Mixture", "Prediction", "Prepared", "hat_weights", "n_gate_features"]
 
@@ -154,6 +156,8 @@ class Mixture:
         Experts of other families; their propagated noise is that of the linear expert in whose place they stand.
     tower : Tower, optional
         A second tower of the gate, whose logits are added to those of `gate`.
+    heads : Heads, optional
+        A trunk with a head for each expert, in the place of all linear ones; its logits are added to those of `gate`.
     """
 
     wave: F64
@@ -173,6 +177,7 @@ class Mixture:
     from_library: tuple[bool, ...] = ()
     others: Mapping[int, Expert] = field(default_factory=dict)
     tower: Tower | None = None
+    heads: Heads | None = None
 
     def __post_init__(self) -> None:
         k, m, c = self.expert_weights.shape
@@ -203,6 +208,13 @@ class Mixture:
                 object.__setattr__(self, "from_library", (True,) * k)
         if self.from_library and (self.library is None or len(self.from_library) != k):
             raise ValueError(f"experts from a library need one, and {k} marks; found {self.from_library}")
+        if (heads := self.heads) is not None:
+            size = p if heads.needs_flux else self.n_basis
+            if heads.n_experts != k or heads.plan.n_inputs != size or self.library is not None:
+                raise ValueError(
+                    f"a trunk for {size} {'pixels' if heads.needs_flux else 'components'} with {k} heads and no library "
+                    f"beside it expected; found {heads.plan.n_inputs} and {heads.n_experts}"
+                )
         if not all(0 <= i < k for i in self.others):
             raise ValueError(f"experts 0 … {k - 1} can be replaced; found {sorted(self.others)}")
         if (tower := self.tower) is not None and (
@@ -226,7 +238,7 @@ class Mixture:
     @property
     def is_linear(self) -> bool:
         """Whether all experts are linear."""
-        return self.library is None and not self.others
+        return self.library is None and self.heads is None and not self.others
 
     @property
     def basis(self) -> F32:
@@ -366,12 +378,18 @@ class Mixture:
             logits = found.log_evidence - found.log_evidence.max(1, keepdims=True)
             mine = np.array(self.from_library)
             values[:, mine], noise[:, mine] = found.mean[:, mine], found.sd[:, mine]
-        if self.others:
-            x = None
-            if any(expert.needs_flux for expert in self.others.values()):
+        if self.heads is not None or self.others:
+            inputs = self.inputs(linear)
+            if any(each.needs_flux for each in (*self.others.values(), self.heads) if each is not None):
                 good = good_pixels(flux, error, mask)
-                x = flux if good is None else np.where(good, flux, self.reference.astype(flux.dtype))
-            inputs = self.inputs(linear)._replace(x=x)
+                inputs = inputs._replace(
+                    x=flux if good is None else np.where(good, flux, self.reference.astype(flux.dtype))
+                )
+        if self.heads is not None:
+            values, noise, logits = (self.heads.predict_reference if reference else self.heads.predict)(
+                inputs
+            )
+        if self.others:
             own = prepare_reference(linear, self.mixing)[2]
             for k, expert in self.others.items():
                 values[:, k] = expert.predict_reference(inputs) if reference else expert.predict(inputs)

@@ -22,6 +22,7 @@ from moefast.protocol.bins import PHYSICAL_GRID, Grid, SnrGrid, uniform
 from moefast.protocol.overlap import sketch
 from moefast.simulate.source import SimulatedSpectra
 from moefast.spectra.files import SpectrumSet, open_spectra
+from moefast.trunks.presets import Size
 
 __all__ = ["DEFAULT", "RECIPES", "Recipe", "fit"]
 
@@ -62,6 +63,18 @@ RECIPES: dict[str, Recipe] = {
         "4 linear experts per noise level for bins of snr_norm, soft gate on the quality features of the error",
         {"tower": "quality", "first_tower": False},
     ),
+    **{
+        name: Recipe(
+            PHYSICAL_GRID,
+            what + ", 9 heads and a metal-poor one, gate on lines and embedding",
+            {"families": ("heads",), "trunk": trunk, "sample_rows": 20_000, "sample_draws": draws},
+        )
+        for name, trunk, draws, what in (
+            ("heads", "pca-mlp", 8, "a network on noise-white components"),
+            ("heads-cnn", "cnn", 2, "a convolutional network on the flux"),
+            ("heads-vit", "vit", 1, "a vision transformer on patches of the flux"),
+        )
+    },
     "global-ridge": Recipe(uniform(1, 1), "one linear expert per noise level, no gate"),
     "published-ridge": Recipe(
         uniform(1, 1),
@@ -79,6 +92,8 @@ def fit(
     grid: Grid | None = None,
     noise: Noise = "closed-form",
     noise_level: float = 1.0,
+    size: Size = "small",
+    steps: int | None = None,
     references: bool = True,
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
@@ -101,6 +116,10 @@ def fit(
         closed form for clipped flux: a recipe that clips draws noise instead, and the manifest says so.
     noise_level : float
         Factor on the errors of the files.
+    size : "small" or "base"
+        Of the network of recipes that have one: for a laptop or for a GPU.
+    steps : int, optional
+        Of its fit; what belongs to the size if None.
     references : bool
         Also fit the published-style ridge to compare with.
     seed : int
@@ -135,7 +154,14 @@ def fit(
         noise = "sampled"
     spectra = paths if isinstance(paths, SpectrumSet | SimulatedSpectra) else open_spectra(paths)
     options = Options(
-        grid=chosen, noise=noise, noise_level=noise_level, references=references, seed=seed, **own
+        grid=chosen,
+        noise=noise,
+        noise_level=noise_level,
+        references=references,
+        seed=seed,
+        size=size,
+        steps=steps,
+        **own,
     )
     fingerprint = spectra.fingerprint()
     kept = Checkpoint(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint

@@ -1,0 +1,335 @@
+"""One description of a network, three readers: NumPy scores it, torch fits it, ONNX carries it elsewhere.
+
+Design: a network is a plain function of an `Arithmetic` and of what the network sees (`moefast.trunks.networks`). The
+function never touches a number itself: it asks the arithmetic for products, norms and shapes. NumPy does them at once, torch keeps
+what their gradients need, ONNX writes them down as nodes. So the three cannot drift apart, and a new trunk is one
+function. Values have the star as their first axis; shapes are given without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+
+__all__ = ["Arithmetic", "NumPyArithmetic", "OnnxArithmetic", "TorchArithmetic"]
+
+EPSILON = 1e-5
+"""Added to the variance in `norm`."""
+
+
+class Arithmetic(Protocol):
+    """What a network may do with values (n, …) and its own numbers."""
+
+    def number(self, name: str) -> Any:
+        """An array of the network."""
+        ...
+
+    def constant(self, value: float) -> Any:
+        """A scalar."""
+        ...
+
+    def add(self, a: Any, b: Any) -> Any:
+        """A + b, broadcast."""
+        ...
+
+    def subtract(self, a: Any, b: Any) -> Any:
+        """A − b, broadcast."""
+        ...
+
+    def multiply(self, a: Any, b: Any) -> Any:
+        """A · b, broadcast."""
+        ...
+
+    def divide(self, a: Any, b: Any) -> Any:
+        """A / b, broadcast."""
+        ...
+
+    def product(self, a: Any, b: Any) -> Any:
+        """Matrix product of the last two axes."""
+        ...
+
+    def exp(self, a: Any) -> Any:
+        """Exponential."""
+        ...
+
+    def root(self, a: Any) -> Any:
+        """Square root."""
+        ...
+
+    def relu(self, a: Any) -> Any:
+        """max(0, a)."""
+        ...
+
+    def tanh(self, a: Any) -> Any:
+        """Hyperbolic tangent."""
+        ...
+
+    def clip(self, a: Any, low: Any, high: Any) -> Any:
+        """Between two numbers, given as `number` or `constant`."""
+        ...
+
+    def softmax(self, a: Any) -> Any:
+        """Over the last axis."""
+        ...
+
+    def norm(self, a: Any, scale: Any, shift: Any) -> Any:
+        """Scale · (a − mean)/√(variance + EPSILON) + shift over the last axis."""
+        ...
+
+    def convolve(self, a: Any, weights: Any, bias: Any, stride: int) -> Any:
+        """Of (n, c, length) with (c′, c, kernel), no padding."""
+        ...
+
+    def shaped(self, a: Any, shape: Sequence[int]) -> Any:
+        """Another shape for each star."""
+        ...
+
+    def ordered(self, a: Any, axes: Sequence[int]) -> Any:
+        """Axes in another order, the star's among them."""
+        ...
+
+    def joined(self, parts: Sequence[Any], axis: int) -> Any:
+        """One after the other along an axis."""
+        ...
+
+    def part(self, a: Any, axis: int, first: int, stop: int) -> Any:
+        """Some places of an axis."""
+        ...
+
+
+class NumPyArithmetic:
+    """In NumPy, in the precision of `dtype`.
+
+    Parameters
+    ----------
+    numbers : mapping of str to array
+    dtype : float32 or float64
+    """
+
+    def __init__(self, numbers: Mapping[str, NDArray], dtype: Any = np.float64) -> None:
+        self.dtype = np.dtype(dtype)
+        self._numbers = {name: np.asarray(array, self.dtype) for name, array in numbers.items()}
+
+    def number(self, name: str) -> NDArray:
+        return self._numbers[name]
+
+    def constant(self, value: float) -> Any:
+        return self.dtype.type(value)
+
+    def add(self, a: NDArray, b: NDArray) -> NDArray:
+        return a + b
+
+    def subtract(self, a: NDArray, b: NDArray) -> NDArray:
+        return a - b
+
+    def multiply(self, a: NDArray, b: NDArray) -> NDArray:
+        return a * b
+
+    def divide(self, a: NDArray, b: NDArray) -> NDArray:
+        return a / b
+
+    def product(self, a: NDArray, b: NDArray) -> NDArray:
+        return np.matmul(a, b)
+
+    def exp(self, a: NDArray) -> NDArray:
+        return np.exp(a)
+
+    def root(self, a: NDArray) -> NDArray:
+        return np.sqrt(a)
+
+    def relu(self, a: NDArray) -> NDArray:
+        return np.maximum(a, self.dtype.type(0))
+
+    def tanh(self, a: NDArray) -> NDArray:
+        return np.tanh(a)
+
+    def clip(self, a: NDArray, low: Any, high: Any) -> NDArray:
+        return np.minimum(np.maximum(a, low), high)
+
+    def softmax(self, a: NDArray) -> NDArray:
+        weights = np.exp(a - a.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        return weights
+
+    def norm(self, a: NDArray, scale: NDArray, shift: NDArray) -> NDArray:
+        apart = a - a.mean(-1, keepdims=True)
+        variance = np.einsum("...i,...i->...", apart, apart)[..., None] / self.dtype.type(a.shape[-1])
+        apart /= np.sqrt(variance + self.dtype.type(EPSILON))
+        apart *= scale
+        apart += shift
+        return apart
+
+    def convolve(self, a: NDArray, weights: NDArray, bias: NDArray, stride: int) -> NDArray:
+        c, _, kernel = weights.shape
+        windows = sliding_window_view(a, kernel, axis=2)[:, :, ::stride]
+        places = windows.transpose(0, 2, 1, 3).reshape(len(a), windows.shape[2], -1)
+        return np.swapaxes(np.matmul(places, weights.reshape(c, -1).T) + bias, 1, 2)
+
+    def shaped(self, a: NDArray, shape: Sequence[int]) -> NDArray:
+        return a.reshape(len(a), *shape)
+
+    def ordered(self, a: NDArray, axes: Sequence[int]) -> NDArray:
+        return a.transpose(axes)
+
+    def joined(self, parts: Sequence[NDArray], axis: int) -> NDArray:
+        return np.concatenate(parts, axis)
+
+    def part(self, a: NDArray, axis: int, first: int, stop: int) -> NDArray:
+        return a[(slice(None),) * axis + (slice(first, stop),)]
+
+
+class TorchArithmetic:
+    """In torch, on the device of its tensors; under autocast, matrix products are in its precision.
+
+    Parameters
+    ----------
+    torch : module
+    numbers : mapping of str to tensor
+    """
+
+    def __init__(self, torch: Any, numbers: Mapping[str, Any]) -> None:
+        self._torch, self._numbers = torch, numbers
+
+    def number(self, name: str) -> Any:
+        return self._numbers[name]
+
+    def constant(self, value: float) -> float:
+        return value
+
+    def add(self, a: Any, b: Any) -> Any:
+        return a + b
+
+    def subtract(self, a: Any, b: Any) -> Any:
+        return a - b
+
+    def multiply(self, a: Any, b: Any) -> Any:
+        return a * b
+
+    def divide(self, a: Any, b: Any) -> Any:
+        return a / b
+
+    def product(self, a: Any, b: Any) -> Any:
+        return a @ b
+
+    def exp(self, a: Any) -> Any:
+        return a.exp()
+
+    def root(self, a: Any) -> Any:
+        return a.sqrt()
+
+    def relu(self, a: Any) -> Any:
+        return a.relu()
+
+    def tanh(self, a: Any) -> Any:
+        return a.tanh()
+
+    def clip(self, a: Any, low: Any, high: Any) -> Any:
+        return a.clamp(low, high)
+
+    def softmax(self, a: Any) -> Any:
+        return a.softmax(-1)
+
+    def norm(self, a: Any, scale: Any, shift: Any) -> Any:
+        return self._torch.nn.functional.layer_norm(a, a.shape[-1:], scale, shift, EPSILON)
+
+    def convolve(self, a: Any, weights: Any, bias: Any, stride: int) -> Any:
+        return self._torch.nn.functional.conv1d(a, weights, bias, stride=stride)
+
+    def shaped(self, a: Any, shape: Sequence[int]) -> Any:
+        return a.reshape(a.shape[0], *shape)
+
+    def ordered(self, a: Any, axes: Sequence[int]) -> Any:
+        return a.permute(*axes)
+
+    def joined(self, parts: Sequence[Any], axis: int) -> Any:
+        return self._torch.cat(list(parts), axis)
+
+    def part(self, a: Any, axis: int, first: int, stop: int) -> Any:
+        return a.narrow(axis, first, stop - first)
+
+
+class OnnxArithmetic:
+    """As nodes of a graph; values are names.
+
+    Parameters
+    ----------
+    graph : moefast.export graph
+    numbers : mapping of str to array, float32
+    stem : str
+        What the names of nodes and initializers begin with.
+    """
+
+    def __init__(self, graph: Any, numbers: Mapping[str, NDArray], stem: str) -> None:
+        self._graph, self._numbers, self._stem, self._count = graph, numbers, stem, 0
+
+    def _add(self, operator: str, inputs: Sequence[str], **attributes: Any) -> str:
+        self._count += 1
+        name = f"{self._stem}/{self._count:03d}_{operator.lower()}"
+        return str(self._graph.add(operator, inputs, name, **attributes))
+
+    def number(self, name: str) -> str:
+        return str(self._graph.number(f"{self._stem}.{name}", self._numbers[name]))
+
+    def constant(self, value: float) -> str:
+        return str(self._graph.scalar(f"of_networks_{value!r}", value))
+
+    def add(self, a: str, b: str) -> str:
+        return self._add("Add", [a, b])
+
+    def subtract(self, a: str, b: str) -> str:
+        return self._add("Sub", [a, b])
+
+    def multiply(self, a: str, b: str) -> str:
+        return self._add("Mul", [a, b])
+
+    def divide(self, a: str, b: str) -> str:
+        return self._add("Div", [a, b])
+
+    def product(self, a: str, b: str) -> str:
+        return self._add("MatMul", [a, b])
+
+    def exp(self, a: str) -> str:
+        return self._add("Exp", [a])
+
+    def root(self, a: str) -> str:
+        return self._add("Sqrt", [a])
+
+    def relu(self, a: str) -> str:
+        return self._add("Relu", [a])
+
+    def tanh(self, a: str) -> str:
+        return self._add("Tanh", [a])
+
+    def clip(self, a: str, low: str, high: str) -> str:
+        return self._add("Min", [self._add("Max", [a, low]), high])
+
+    def softmax(self, a: str) -> str:
+        return self._add("Softmax", [a], axis=-1)
+
+    def norm(self, a: str, scale: str, shift: str) -> str:
+        return self._add("LayerNormalization", [a, scale, shift], axis=-1, epsilon=EPSILON)
+
+    def convolve(self, a: str, weights: str, bias: str, stride: int) -> str:
+        return self._add("Conv", [a, weights, bias], strides=[stride])
+
+    def shaped(self, a: str, shape: Sequence[int]) -> str:
+        words = "_".join(map(str, shape))
+        return self._add("Reshape", [a, self._graph.shape(f"each_star_{words}", [0, *shape])])
+
+    def ordered(self, a: str, axes: Sequence[int]) -> str:
+        return self._add("Transpose", [a], perm=list(axes))
+
+    def joined(self, parts: Sequence[str], axis: int) -> str:
+        return self._add("Concat", list(parts), axis=axis)
+
+    def part(self, a: str, axis: int, first: int, stop: int) -> str:
+        ends = (
+            self._graph.shape(f"place_{first}", [first]),
+            self._graph.shape(f"place_{stop}", [stop]),
+            self._graph.axis(axis),
+        )
+        return self._add("Slice", [a, *ends])
