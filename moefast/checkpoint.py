@@ -27,11 +27,13 @@ from numpy.typing import NDArray
 import moefast
 from moefast.errors import InputError, OutputError
 
-__all__ = ["Checkpoint"]
+__all__ = ["NETWORK_FILE", "Checkpoint"]
 
 SCHEMA = 1
 WHAT = "moefast checkpoint of a fit"
 FILE = "first-pass.npz"
+NETWORK_FILE = "heads.safetensors"
+"""State of the fit of a network, which `moefast.trunks.training` writes."""
 SECONDS = 120.0
 """Time between checkpoints."""
 SHARE = 0.05
@@ -167,8 +169,9 @@ class Checkpoint:
         self._pause = max(SECONDS, (self._last - begin) / SHARE)
 
     def remove(self) -> None:
-        """Remove the checkpoint, and the folder if that leaves it empty."""
-        self.path.unlink(missing_ok=True)
+        """Remove the checkpoint, and that of a network; and the folder if that leaves it empty."""
+        for path in (self.path, self.folder / NETWORK_FILE):
+            path.unlink(missing_ok=True)
         for left in self.folder.glob(f".{FILE}.*.partial"):
             left.unlink(missing_ok=True)
         if self.folder.exists() and not any(self.folder.iterdir()):

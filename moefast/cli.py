@@ -385,6 +385,13 @@ def inspect(files: tuple[str, ...], picture: str | None, limit: int | None, as_j
     show_default=True,
     help="Factor on the errors of the files.",
 )
+@click.option(
+    "--size", type=click.Choice(["small", "base"]), default="small", show_default=True,
+    help="Of the network of heads, heads-cnn and heads-vit: small for ten minutes of a laptop, base for a GPU.",
+)  # fmt: skip
+@click.option(
+    "--steps", type=click.IntRange(1), help="Of the network's fit, instead of what belongs to its size."
+)
 @click.option("--references/--no-references", default=True, show_default=True,
               help="Also fit the published-style ridge to compare with (doubles the first pass).")  # fmt: skip
 @click.option(
@@ -401,7 +408,7 @@ def inspect(files: tuple[str, ...], picture: str | None, limit: int | None, as_j
 @JSON
 def fit(
     files: tuple[str, ...], out: str, simulate: int | None, name: str | None, recipe: str,
-    grid: tuple[int, int] | None, noise: str, noise_level: float,
+    grid: tuple[int, int] | None, noise: str, noise_level: float, size: str, steps: int | None,
     references: bool, seed: int, checkpoint: str | None, backend: str, overwrite: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Fit a model on labelled spectra (T_eff, log_g, M_H in dataset/params) and write it to a folder.
@@ -419,6 +426,10 @@ def fit(
         hybrid-moe       the best of linear, template, trees in each bin
         conditional-moe  phys-moe, its gate with a second part for faint stars
         dual-moe         phys-moe, its gate also on statistics of the errors
+        heads            a network on components with nine heads and its gate;
+                         fitted by torch, scored without it
+        heads-cnn        the same, convolutions on the flux
+        heads-vit        the same, a vision transformer on the flux
         snr-moe          linear experts for four bins of signal-to-noise
         global-ridge     one linear expert
         published-ridge  one ridge as published, to compare with
@@ -448,8 +459,8 @@ def fit(
     begin = time.monotonic()
     model = run(
         spectra, recipe=recipe, grid=uniform(*grid) if grid else None, noise=noise,  # type: ignore[arg-type]
-        noise_level=noise_level, references=references, seed=seed, progress=progress.stage, checkpoint=kept,
-        backend=where.name,
+        noise_level=noise_level, size=size, steps=steps, references=references, seed=seed,  # type: ignore[arg-type]
+        progress=progress.stage, checkpoint=kept, backend=where.name,
     )  # fmt: skip
     progress.close()
     model = model.save(out, overwrite=overwrite)

@@ -120,8 +120,8 @@ class Options:
         Principal components of a spectrum that experts see at most. If None, as many as their cross-validated R² needs.
     families : tuple of str
         Kinds of experts: "linear", "template" (posterior means over a library of templates, stars of the training set,
-        whose evidence is the gate), "trees", or "heads" on one trunk, a network with its own gate, which stands alone. Of
-        several, "linear" among them, each bin gets the best.
+        whose evidence is the gate), "trees", or "heads" on one trunk, a network with its own gate, which stands alone.
+        Of several, "linear" among them, each bin gets the best.
     trunk : "pca-mlp", "cnn" or "vit"
         What the network of "heads" is; see `moefast.trunks.networks`.
     size : "small" or "base"
@@ -180,9 +180,8 @@ class Options:
         if self.n_folds < 2 or self.n_levels < 2:
             raise InputError("at least two folds and two noise levels are needed")
         unknown, several = set(self.families) - set(FAMILIES), len(self.families) > 1
-        if (
-            unknown or not self.families or (several and "linear" not in self.families) or (several and "heads" in self.families)
-        ):  # fmt: skip
+        apart = several and ("linear" not in self.families or "heads" in self.families)
+        if unknown or not self.families or apart:
             raise InputError(
                 f"families must be of {', '.join(FAMILIES)}, linear among them if several, heads alone; "
                 f"found {self.families}"
@@ -194,8 +193,8 @@ class Options:
             )
         if self.families != ("linear",) and (self.alpha is not None or self.noise != "closed-form"):
             raise InputError(
-                "templates, trees and networks need clean training spectra, with noise in closed form, and experts in principal "
-                "components; for other spectra fit phys-moe"
+                "templates, trees and networks need clean training spectra, with noise in closed form, and experts in "
+                "principal components; for other spectra fit phys-moe"
             )
         if self.tower not in (None, *get_args(Sees)) or not self.tower_limit > 0:
             raise InputError(
@@ -951,16 +950,16 @@ class _Fitter:
     ) -> tuple[NDArray[np.int64], F32, F32, F32, NDArray[np.float16], NDArray[np.float16]]:
         """Stars that are not in the sample, without noise: rows, ln s, components, line windows, flux and error.
 
-        Flux and error are those of a network that sees pixels, in units of the mean noise and in half precision, and empty for
-        others; components and windows are empty then.
+        Flux and error are those of a network that sees pixels, in units of the mean noise and in half precision, and
+        empty for others; components and windows are empty then.
         """
         stretches = self.other_rows(self.spectra.n_rows)
         n, p = sum(b - a for a, b in stretches), mixture.n_pixels
         needed = 4 * n * p if pixels else 0
         if 0 < HALF_MEMORY * physical_memory() < needed:
             raise InputError(
-                f"a network that sees pixels keeps its {n} training stars in memory, {needed / 1e9:.1f} GB; this machine "
-                f"has {physical_memory() / 1e9:.1f} GB. Fit it on fewer stars, or take the trunk pca-mlp"
+                f"a network that sees pixels keeps its {n} training stars in memory, {needed / 1e9:.1f} GB; this "
+                f"machine has {physical_memory() / 1e9:.1f} GB. Fit it on fewer stars, or take the trunk pca-mlp"
             )
         inverse = 1 / np.sqrt(mixture.noise_shape)
         flux, error = (np.empty((n if pixels else 0, p), np.float16) for _ in range(2))
@@ -1065,7 +1064,7 @@ class _Fitter:
             for of_family in (sample.values, sample.noise)
         )
         logits = np.zeros_like(values) if sample.logits is None else sample.logits
-        if values.shape[1] > 1 and self.options.first_tower:
+        if values.shape[1] > 1 and self.options.first_tower and mixture.heads is None:
             net = fit_gate(
                 features[fitted],
                 values[fitted],

@@ -9,9 +9,8 @@ held together by tests.
 
 Experts of other kinds stand in for linear ones: posterior means over a library of templates
 (`moefast.kernels.tangent_posterior`), heads on one trunk (`moefast.trunks`), or any family with the protocol of
-`moefast.experts.inputs`. Their values are
-handed to the mixture from outside, and so are logits for the gate: the library's evidence, Bayes' rule for the bin, those
-of the trunk, and those of a second tower (`moefast.gating.tower`).
+`moefast.experts.inputs`. Their values are handed to the mixture from outside, and so are logits for the gate: the
+library's evidence, Bayes' rule for the bin, those of the trunk, and those of a second tower (`moefast.gating.tower`).
 
 The noise of an expert, Σ_j w_j² σ_j², is propagated in cells of a few pixels, as Σ_g r_g Σ_{j in g} w_j² D_j with r_g
 the mean of σ²/D over cell g: exact for noise of the training set's shape D times anything smooth. On simulated spectra
@@ -212,8 +211,8 @@ class Mixture:
             size = p if heads.needs_flux else self.n_basis
             if heads.n_experts != k or heads.plan.n_inputs != size or self.library is not None:
                 raise ValueError(
-                    f"a trunk for {size} {'pixels' if heads.needs_flux else 'components'} with {k} heads and no library "
-                    f"beside it expected; found {heads.plan.n_inputs} and {heads.n_experts}"
+                    f"a trunk for {size} {'pixels' if heads.needs_flux else 'components'} with {k} heads, and no "
+                    f"library beside it, expected; found {heads.plan.n_inputs} and {heads.n_experts}"
                 )
         if not all(0 <= i < k for i in self.others):
             raise ValueError(f"experts 0 … {k - 1} can be replaced; found {sorted(self.others)}")

@@ -67,12 +67,12 @@ RECIPES: dict[str, Recipe] = {
         name: Recipe(
             PHYSICAL_GRID,
             what + ", 9 heads and a metal-poor one, gate on lines and embedding",
-            {"families": ("heads",), "trunk": trunk, "sample_rows": 20_000, "sample_draws": draws},
+            {"families": ("heads",), "trunk": trunk, "sample_rows": rows, "sample_draws": draws},
         )
-        for name, trunk, draws, what in (
-            ("heads", "pca-mlp", 8, "a network on noise-white components"),
-            ("heads-cnn", "cnn", 2, "a convolutional network on the flux"),
-            ("heads-vit", "vit", 1, "a vision transformer on patches of the flux"),
+        for name, trunk, rows, draws, what in (
+            ("heads", "pca-mlp", 20_000, 8, "a network on noise-white components"),
+            ("heads-cnn", "cnn", 20_000, 2, "a convolutional network on the flux"),
+            ("heads-vit", "vit", 10_000, 1, "a vision transformer on patches of the flux"),
         )
     },
     "global-ridge": Recipe(uniform(1, 1), "one linear expert per noise level, no gate"),

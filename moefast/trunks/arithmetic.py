@@ -1,9 +1,9 @@
 """One description of a network, three readers: NumPy scores it, torch fits it, ONNX carries it elsewhere.
 
 Design: a network is a plain function of an `Arithmetic` and of what the network sees (`moefast.trunks.networks`). The
-function never touches a number itself: it asks the arithmetic for products, norms and shapes. NumPy does them at once, torch keeps
-what their gradients need, ONNX writes them down as nodes. So the three cannot drift apart, and a new trunk is one
-function. Values have the star as their first axis; shapes are given without it.
+function never touches a number itself: it asks the arithmetic for products, norms and shapes. NumPy does them at once,
+torch keeps what their gradients need, ONNX writes them down as nodes. So the three cannot drift apart, and a new trunk
+is one function. Values have the star as their first axis; shapes are given without it.
 """
 
 from __future__ import annotations

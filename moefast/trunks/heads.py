@@ -1,8 +1,8 @@
 """A fitted trunk with its heads and gate: log g of every expert, its error, and how much each counts.
 
-Design: the mixture takes from it what it takes from a template library: values and errors in the place of the linear experts'
-and logits for the gate. Stars are scored in tiles of a fixed number of rows, the last one filled up, so that every product has
-the same shape: a star's number depends on that star alone. torch is not needed.
+Design: the mixture takes from it what it takes from a template library: values and errors in the place of the linear
+experts' and logits for the gate. Stars are scored in tiles of a fixed number of rows, the last one filled up, so that
+every product has the same shape: a star's number depends on that star alone. torch is not needed.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ class Heads:
             found = self.numbers[name]
             if found.shape != shape or found.dtype != np.float32 or not np.isfinite(found).all():
                 raise ValueError(
-                    f"{name} of a {self.plan.kind} must be finite, float32 and of shape {shape}; found {found.dtype} {found.shape}"
+                    f"{name} of a {self.plan.kind} must be finite, float32 and of shape {shape}; "
+                    f"found {found.dtype} {found.shape}"
                 )
 
     @property

@@ -180,7 +180,9 @@ def start(plan: Plan, seed: int) -> dict[str, F32]:
     return found
 
 
-FIXED = ("level.limits", "level.scale", "lines.scale", "log_g.scale", "metal_poor", "variance", "reference", "inverse_noise")  # fmt: skip
+FIXED = (
+    "level.limits", "level.scale", "lines.scale", "log_g.scale", "metal_poor", "variance", "reference", "inverse_noise",
+)  # fmt: skip
 """Numbers that are set, not fitted."""
 
 
@@ -212,8 +214,8 @@ def embed(a: Arithmetic, plan: Plan, seen: Mapping[str, Any]) -> tuple[Any, Any]
     a : Arithmetic
     plan : Plan
     seen : mapping
-        `log_level` (n, 1), and z (n, r) or x (n, p), flux with the reference in the place of bad pixels; instead of x, `scaled`
-        (n, p) if it is (x − reference) · inverse_noise already.
+        `log_level` (n, 1), and z (n, r) or x (n, p), flux with the reference in the place of bad pixels; instead of x,
+        `scaled` (n, p) if it is (x − reference) · inverse_noise already.
     """
     limits = a.number("level.limits")
     log_level = a.clip(seen["log_level"], a.part(limits, 0, 0, 1), a.part(limits, 0, 1, 2))

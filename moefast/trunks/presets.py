@@ -25,7 +25,7 @@ class Preset:
 
 PRESETS: dict[tuple[Kind, Size], Preset] = {
     ("pca-mlp", "small"): Preset({"width": 256, "depth": 2}, Schedule(8000, 512)),
-    ("pca-mlp", "base"): Preset({"width": 512, "depth": 3}, Schedule(30_000, 4096)),
+    ("pca-mlp", "base"): Preset({"width": 512, "depth": 3}, Schedule(16_000, 4096)),
     ("cnn", "small"): Preset({"width": 128, "depth": 16}, Schedule(3000, 128)),
     ("cnn", "base"): Preset({"width": 512, "depth": 64}, Schedule(20_000, 1024, 1e-3)),
     ("vit", "small"): Preset({"width": 64, "depth": 2, "patch": 64}, Schedule(2000, 64, 1e-3)),

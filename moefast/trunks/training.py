@@ -2,15 +2,15 @@
 
     loss = (y − Σ w_k μ_k)² − a ln Σ w_k N(y; μ_k, σ_k²) − b ln w_bin + c |(T_eff, [M/H]) − linear(e)|²
 
-with y and μ in units of the spread of log g. The first term is what R² measures, the second a proper score that makes the σ
-honest, the others say what the physics of a star is: they help where log g alone says little. The linear layer of the last is
-dropped after the fit.
+with y and μ in units of the spread of log g. The first term is what R² measures, the second a proper score that makes
+the σ honest, the others say what the physics of a star is: they help where log g alone says little. The linear layer of
+the last is dropped after the fit.
 
-Design: stars lie on the device as they are without noise, and each step draws some of them with noise of their own:
-in components, where noise is white, or in pixels (`Components`, `Pixels`). Draws depend on seed and step alone, so that a fit
-that goes on from a checkpoint takes the steps it would have taken. The search is AdamW with a warm-up and a cosine; what is kept is a
-running mean of the weights, at the step where it was best on stars that did not train. Half precision is used for the products of
-networks that see pixels, on a GPU.
+Design: stars lie on the device as they are without noise, and each step draws some of them with noise of their own: in
+components, where noise is white, or in pixels (`Components`, `Pixels`). Draws depend on seed and step alone, so that a
+fit that goes on from a checkpoint takes the steps it would have taken. The search is AdamW with a warm-up and a cosine;
+what is kept is a running mean of the weights, at the step where it was best on stars that did not train. Half precision
+is used for the products of networks that see pixels, on a GPU.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from moefast.checkpoint import NETWORK_FILE
 from moefast.errors import MoefastError
 from moefast.trunks.arithmetic import TorchArithmetic
 from moefast.trunks.heads import Heads
@@ -44,7 +45,6 @@ MEAN_OF = 0.999
 """Decay of the running mean of the weights, per step."""
 PATIENCE = 8
 """Looks at the held-out stars without a better one, after which a fit ends."""
-CHECKPOINT = "heads.safetensors"
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ class Stars(Protocol):
 class Components:
     """Stars in noise-white components; their lines get the noise that belongs to that of the components.
 
-    Noise of pixels √D ε gives the columns A = (T, lines) noise of covariance AᵀDA = LLᵀ; times s it is that of a star to within
-    what its noise differs in shape from D.
+    Noise of pixels √D ε gives the columns A = (T, lines) noise of covariance AᵀDA = LLᵀ; times s it is that of a star
+    to within what its noise differs in shape from D.
 
     Parameters
     ----------
@@ -132,6 +132,7 @@ class Components:
         return len(self._z)
 
     def draw(self, index: Any, random: Any) -> dict[str, Any]:
+        """See `Stars`."""
         torch, r = self._torch, self._z.shape[1]
         level = self._level[index]
         shape = (len(index), len(self._factor))
@@ -159,8 +160,8 @@ class Pixels:
     """
 
     def __init__(
-        self, torch: Any, device: Any, flux: NDArray, error: NDArray, log_level: F32, reference: F32, inverse_noise: F32,
-        columns: F32, widths: F32, least: float,
+        self, torch: Any, device: Any, flux: NDArray, error: NDArray, log_level: F32, reference: F32,
+        inverse_noise: F32, columns: F32, widths: F32, least: float,
     ) -> None:  # fmt: skip
         self._torch, self._device, self._least = torch, device, least
         matrix = (columns / inverse_noise[:, None]).astype(np.float32)
@@ -174,6 +175,7 @@ class Pixels:
         return len(self._flux)
 
     def draw(self, index: Any, random: Any) -> dict[str, Any]:
+        """See `Stars`."""
         torch = self._torch
         shape = (len(index), self._flux.shape[1])
         scaled = torch.randn(shape, generator=random, device=self._device)
@@ -203,8 +205,8 @@ def load_torch() -> Any:
         import torch
     except ImportError as error:
         raise MoefastError(
-            "networks are fitted by torch, which is not installed; install the build for your machine (pip install torch). "
-            "Scoring does not need it"
+            "networks are fitted by torch, which is not installed; install the build for your machine "
+            "(pip install torch). Scoring does not need it"
         ) from error
     return torch
 
@@ -254,7 +256,15 @@ def fit_heads(
         torch is not installed, or the loss is not finite.
     """
     torch = load_torch()
-    return _Training(torch, begin, stars, labels, judges, schedule, device, checkpoint, key, progress).run()
+    usual = torch.get_float32_matmul_precision()
+    # On a GPU, products of float32 in the tensor cores: ten bits of mantissa are enough for gradients.
+    torch.set_float32_matmul_precision("high")
+    try:
+        return _Training(
+            torch, begin, stars, labels, judges, schedule, device, checkpoint, key, progress
+        ).run()
+    finally:
+        torch.set_float32_matmul_precision(usual)
 
 
 class _Training:
@@ -266,7 +276,7 @@ class _Training:
     ) -> None:  # fmt: skip
         self.torch, self.plan, self.stars, self.schedule = torch, begin.plan, stars, schedule
         self.device, self.progress = torch.device(device), progress or (lambda done, total: None)
-        self.file = None if checkpoint is None else checkpoint / CHECKPOINT
+        self.file = None if checkpoint is None else checkpoint / NETWORK_FILE
         self.key = json.dumps([key, str(begin.plan), str(schedule), torch.__version__, device])
 
         def there(array: NDArray, dtype: Any = None) -> Any:
@@ -432,9 +442,8 @@ class _Training:
             }
 
 
-def scaled(plan_start: Heads, numbers: Mapping[str, NDArray]) -> Heads:
-    """The network with other scales; `numbers` by name, of any float type."""
+def scaled(heads: Heads, numbers: Mapping[str, NDArray]) -> Heads:
+    """The network with other scales; `numbers` by name, of any type."""
     return replace(
-        plan_start,
-        numbers={**plan_start.numbers, **{k: np.asarray(v, np.float32) for k, v in numbers.items()}},
+        heads, numbers={**heads.numbers, **{k: np.asarray(v, np.float32) for k, v in numbers.items()}}
     )
