@@ -52,6 +52,10 @@ class Arithmetic(Protocol):
         """Matrix product of the last two axes."""
         ...
 
+    def total(self, a: Any, axis: int) -> Any:
+        """Sum over an axis, which is gone then."""
+        ...
+
     def exp(self, a: Any) -> Any:
         """Exponential."""
         ...
@@ -135,6 +139,9 @@ class NumPyArithmetic:
     def product(self, a: NDArray, b: NDArray) -> NDArray:
         return np.matmul(a, b)
 
+    def total(self, a: NDArray, axis: int) -> NDArray:
+        return np.asarray(a.sum(axis))
+
     def exp(self, a: NDArray) -> NDArray:
         return np.exp(a)
 
@@ -215,6 +222,9 @@ class TorchArithmetic:
     def product(self, a: Any, b: Any) -> Any:
         return a @ b
 
+    def total(self, a: Any, axis: int) -> Any:
+        return a.sum(axis)
+
     def exp(self, a: Any) -> Any:
         return a.exp()
 
@@ -291,6 +301,9 @@ class OnnxArithmetic:
 
     def product(self, a: str, b: str) -> str:
         return self._add("MatMul", [a, b])
+
+    def total(self, a: str, axis: int) -> str:
+        return self._add("ReduceSum", [a, self._graph.axis(axis)], keepdims=0)
 
     def exp(self, a: str) -> str:
         return self._add("Exp", [a])

@@ -274,8 +274,9 @@ def answer(a: Arithmetic, plan: Plan, seen: Mapping[str, Any]) -> tuple[Any, Any
     bound = a.constant(LARGEST_LINE)
     lines = a.clip(_standardised(a, seen["lines"], "lines.scale"), a.constant(-LARGEST_LINE), bound)
     logits = _dense(a, a.tanh(_dense(a, a.joined([e, lines, level], 1), "gate.in")), "gate.out")
-    hidden = a.shaped(a.relu(_dense(a, e, "heads.in")), (k + 1, 1, plan.head))
-    every = a.add(a.shaped(a.product(hidden, a.number("heads.w")), (k + 1, 2)), a.number("heads.b"))
+    # A sum, not a product of matrices: ONNX Runtime cannot multiply an empty batch of them.
+    hidden = a.shaped(a.relu(_dense(a, e, "heads.in")), (k + 1, plan.head, 1))
+    every = a.add(a.total(a.multiply(hidden, a.number("heads.w")), 2), a.number("heads.b"))
     poor = a.multiply(a.part(every, 1, k, k + 1), a.number("metal_poor"))
     own = a.add(a.part(every, 1, 0, k), poor)
     scale = a.number("log_g.scale")
