@@ -1,0 +1,187 @@
+"""R² against the number of training stars: trees and a network on components, beside what is published.
+
+`python -m moefast.benchmarks.scaling [--set z0] [--sizes 10000,50000,200000,1000000] [-o FILE]`; torch and lightgbm are
+needed.
+
+Design: all stars are simulated once, projected to the noise-white components of a model that is fitted first, and kept
+without noise: each size takes the first of them. Trees see one draw of noise per star, the network another one in every
+step. All are judged on the same stars of the part `validation`, with the noise of their files.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+
+from moefast.benchmarks.environment import describe
+from moefast.experts.inputs import Inputs
+from moefast.fitting import Options, fit_mixture
+from moefast.gating.features import LEAST_CONTINUUM
+from moefast.kernels import project
+from moefast.kernels.reference import line_features
+from moefast.mixture import Mixture
+from moefast.noise import add_noise
+from moefast.protocol.bins import PHYSICAL_GRID
+from moefast.protocol.metrics import r2
+from moefast.simulate import SimulatedSpectra
+from moefast.trunks import training
+from moefast.trunks.heads import Heads
+from moefast.trunks.networks import Plan, start
+from moefast.trunks.presets import PRESETS, Size
+
+__all__ = ["PUBLISHED", "measure"]
+
+RESULTS = Path(__file__).parent / "results"
+PUBLISHED = {50_000: 0.434, 100_000: 0.596, 200_000: 0.673, 500_000: 0.709, 1_000_000: 0.711}
+"""R² of the published vision transformer by training stars, on other spectra, whose ceiling is 0.87."""
+BASIS_ROWS, JUDGES, BLOCK = 20_000, 10_000, 4096
+SEED = 20261127
+
+
+def stars_of(mixture: Mixture, spectra: SimulatedSpectra, noisy: bool) -> tuple[Inputs, NDArray]:
+    """What experts see of all stars of a set, and the line windows."""
+    parts = []
+    for block in spectra.blocks(BLOCK, array="flux"):
+        x = block.flux
+        if noisy:
+            x = add_noise(x, block.error, SEED, np.arange(block.first_row, block.first_row + len(x)))
+        found = project(x, block.error, None, mixture.projection)
+        parts.append((*mixture.inputs(found)[:3], found.windows + mixture.line_offsets))
+    z, level, lines, windows = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return Inputs(z, level, lines), windows
+
+
+def covariance(mixture: Mixture) -> NDArray:
+    """Noise of components and line windows at the mean noise, AᵀDA."""
+    joint = np.concatenate([mixture.basis, mixture.line_columns], 1).astype(np.float64)
+    return np.asarray(joint.T @ (mixture.noise_shape.astype(np.float64)[:, None] * joint))
+
+
+def grow_trees(
+    mixture: Mixture, stars: Inputs, windows: NDArray, labels: training.Labels
+) -> Callable[[Inputs], NDArray]:
+    """LightGBM on components, lines and noise level, with one draw of noise."""
+    from moefast.experts.trees import fit_trees, stacking
+
+    rng = np.random.default_rng(SEED)
+    factor = np.linalg.cholesky(covariance(mixture) + 1e-9 * np.eye(mixture.n_basis + windows.shape[1]))
+    noise = rng.standard_normal((len(windows), len(factor)), np.float32) @ factor.T.astype(np.float32)
+    noise *= np.exp(stars.log_level)[:, None]
+    z, there = stars.z + noise[:, : mixture.n_basis], windows + noise[:, mixture.n_basis :]
+    seen = Inputs(z, stars.log_level, line_features(there, mixture.line_widths, LEAST_CONTINUUM))
+    return fit_trees(stacking(seen), labels.log_g, sees="stacking", seed=SEED).predict
+
+
+def train(
+    mixture: Mixture, stars: Inputs, windows: NDArray, labels: training.Labels, judges: training.Judges, size: Size,
+    steps: int | None,
+) -> Callable[[Inputs], NDArray]:  # fmt: skip
+    """The network of the recipe `heads`."""
+    torch = training.load_torch()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    preset = PRESETS["pca-mlp", size]
+    plan = Plan("pca-mlp", mixture.n_basis, PHYSICAL_GRID.n_bins, **preset.plan)
+    level, log_g = stars.log_level, labels.log_g
+    begin = training.scaled(
+        Heads(plan, start(plan, SEED)),
+        {
+            "variance": stars.z.var(0), "level.limits": mixture.knots[[0, -1]],
+            "level.scale": np.array([level.mean(), level.std()]),
+            "lines.scale": np.stack([stars.lines.mean(0), 4 * stars.lines.std(0)]),
+            "log_g.scale": np.array([log_g.mean(), log_g.std()]),
+            "metal_poor": (np.arange(plan.n_experts) % 3 == 0)[:, None],
+        },
+    )  # fmt: skip
+    pool = training.Components(
+        torch, device, stars.z, windows, level, covariance(mixture), mixture.line_widths, LEAST_CONTINUUM
+    )
+    schedule = replace(preset.schedule, seed=SEED, steps=steps or preset.schedule.steps)
+    heads, _ = training.fit_heads(begin, pool, labels, judges, schedule, device=device)
+
+    def predict(seen: Inputs) -> NDArray:
+        log_g, _, logits = heads.predict(seen)
+        weights = np.exp(logits - logits.max(1, keepdims=True), dtype=np.float64)
+        return np.asarray((weights * log_g).sum(1) / weights.sum(1))
+
+    return predict
+
+
+def measure(
+    name: str,
+    sizes: list[int],
+    size: Size,
+    steps: int | None,
+    judges: int = JUDGES,
+    basis_rows: int = BASIS_ROWS,
+) -> dict[str, Any]:
+    """R² and seconds of every method at every size."""
+    basis = SimulatedSpectra.of_set(name, rows=(0, basis_rows))
+    mixture = fit_mixture(basis, Options(references=False)).mixture
+    train_set = SimulatedSpectra.of_set(name, rows=(0, max(sizes)))
+    stars, windows = stars_of(mixture, train_set, noisy=False)
+    found = train_set.labels()
+    bins = PHYSICAL_GRID.assign(found["T_eff"], found["M_H"]).astype(np.int64)
+    others = np.column_stack([found["T_eff"], found["M_H"]])
+    # One half says when to stop, the other is the measure.
+    held = SimulatedSpectra.of_set(name, "validation", rows=(0, 2 * judges))
+    seen, _ = stars_of(mixture, held, noisy=True)
+    log_g = held.labels()["log_g"]
+    first, second = slice(0, judges), slice(judges, None)
+    views = {"z": seen.z[first], "lines": seen.lines[first], "log_level": seen.log_level[first, None]}
+    stop = training.Judges(views, log_g[first])
+    judged = Inputs(*(a[second] for a in seen[:3]))
+    curves: dict[str, dict[str, Any]] = {"LightGBM": {}, "network": {}}
+    for n in sizes:
+        mine, some = Inputs(*(a[:n] for a in stars[:3])), windows[:n]
+        labels = training.Labels(found["log_g"][:n], others[:n], bins[:n])
+        for method, curve in curves.items():
+            begin = time.perf_counter()
+            if method == "network":
+                predict = train(mixture, mine, some, labels, stop, size, steps)
+            else:
+                predict = grow_trees(mixture, mine, some, labels)
+            seconds = time.perf_counter() - begin
+            curve[str(n)] = {"r2": r2(log_g[second], predict(judged)), "seconds": seconds}
+            click.echo(f"{method:<10} {n:>9,} stars: R² {curve[str(n)]['r2']:.4f}, {seconds:.0f} s")
+    return {
+        "set": name,
+        "judges": judges,
+        "components": mixture.n_basis,
+        "size": size,
+        "steps": steps,
+        "curves": curves,
+    }
+
+
+@click.command()
+@click.option("--set", "name", default="z0", show_default=True, help="Reference set.")
+@click.option("--sizes", default="10000,50000,200000,1000000", show_default=True, help="Training stars.")
+@click.option(
+    "--size", type=click.Choice(["small", "base"]), default="small", show_default=True, help="Of the network."
+)
+@click.option("--steps", type=int, help="Of its fit, instead of what belongs to its size.")
+@click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), help="JSON file to write.")
+def main(name: str, sizes: str, size: Size, steps: int | None, out: Path | None) -> None:
+    """Measure, print, and write JSON (by default into benchmarks/results/)."""
+    environment = describe()
+    report = {
+        "what": "R² against training stars",
+        "environment": environment,
+        **measure(name, [int(n) for n in sizes.split(",")], size, steps),
+        "published": {"vision transformer": PUBLISHED},
+    }
+    path = out or RESULTS / f"{environment['date']}-scaling-{name}.json"
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    click.echo(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
