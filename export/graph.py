@@ -39,7 +39,7 @@ from moefast.spectra.quality import LARGEST_ERROR
 from moefast.trunks.heads import STEM, Heads
 from moefast.trunks.networks import KINDS
 
-__all__ = ["IR_VERSION", "OPSET", "build", "check", "load", "part_of", "read_mixture", "save"]
+__all__ = ["IR_VERSION", "OPSET", "build", "check", "is_half", "load", "part_of", "read_mixture", "save"]
 
 OPSET = 17
 """The newest opset of ONNX 1.12 (2022): ONNX Runtime 1.12, TensorRT 8.5, OpenVINO 2022.3 and all later ones run it.
@@ -128,8 +128,8 @@ class _Graph:
 class _Steps:
     """The steps of `Mixture.predict_reference` on `flux` and `error`; each returns names of values in the graph."""
 
-    def __init__(self, mixture: Mixture) -> None:
-        self.mixture = mixture
+    def __init__(self, mixture: Mixture, half: bool = False) -> None:
+        self.mixture, self.half = mixture, half
         self.graph = _Graph()
         self._lines: str | None = None
         self._pixels()
@@ -538,7 +538,7 @@ class _Steps:
     def heads(self, components: str, lines: str) -> tuple[str, str, str]:
         """Log g of each head, its 1σ and the logits of their gate, each (n, K)."""
         assert self.mixture.heads is not None
-        return self.mixture.heads.add_nodes(self.graph, self.seen(components, lines))
+        return self.mixture.heads.add_nodes(self.graph, self.seen(components, lines), half=self.half)
 
     def with_others(self, values: str, components: str, lines: str) -> str:
         """(n, K) with the columns of experts of other families."""
@@ -624,7 +624,9 @@ _INPUTS = {
 }
 
 
-def build(mixture: Mixture, part: str = "mixture", metadata: dict[str, str] | None = None) -> ModelProto:
+def build(
+    mixture: Mixture, part: str = "mixture", metadata: dict[str, str] | None = None, *, half: bool = False
+) -> ModelProto:
     """Write a mixture, its gate or one of its experts as an ONNX model.
 
     Inputs are `flux` and `error`, float32 of shape (n, p) with any n. Pixels that are not finite or whose error is
@@ -638,17 +640,25 @@ def build(mixture: Mixture, part: str = "mixture", metadata: dict[str, str] | No
         (see `moefast.mixture.Prediction`), the gate `weights`, expert k = 0 … K − 1 its `log_g` (not clipped).
     metadata : dict of str to str, optional
         Added to the model's metadata.
+    half : bool
+        The network's matrices in half precision, for other programs: half the size, and fast where half precision is.
+        moefast does not read a mixture back from it.
 
     Raises
     ------
     ModelError
-        Unknown part, a name in `metadata` that moefast sets itself, or arrays that do not fit.
+        Unknown part, a name in `metadata` that moefast sets itself, arrays that do not fit, or half precision for a
+        mixture without a network.
     """
+    if half and mixture.heads is None:
+        raise ModelError(
+            "half precision is for networks, and this mixture has none; export it in single precision"
+        )
     if part not in ("mixture", "gate") and mixture.heads is None:
         mixture = _only_expert(mixture, part)
     if mixture.error_model[2].shape[1] != 1:
         raise ModelError(f"the error model must give one number, it gives {mixture.error_model[2].shape[1]}")
-    steps = _Steps(mixture)
+    steps = _Steps(mixture, half)
     if part == "gate":
         columns, lines = steps.project(lines=True)
         components = steps.components(columns)
@@ -742,6 +752,7 @@ def _model(steps: _Steps, part: str, outputs: Sequence[str], metadata: dict[str,
     own = {
         "moefast_version": moefast.__version__,
         "part": part,
+        "precision": "half" if steps.half else "single",
         "wave_first": repr(float(mixture.wave[0])),
         "wave_last": repr(float(mixture.wave[-1])),
         "wave_pixels": str(mixture.n_pixels),
@@ -791,7 +802,16 @@ def _opsets(nodes: Iterable[NodeProto]) -> list[tuple[str, int]]:
 
 def part_of(model: ModelProto) -> str:
     """Which part of a mixture the model holds, as its metadata say; empty if they do not."""
-    return next((entry.value for entry in model.metadata_props if entry.key == "part"), "")
+    return _said(model, "part")
+
+
+def is_half(model: ModelProto) -> bool:
+    """Whether matrices of the model are in half precision."""
+    return _said(model, "precision") == "half"
+
+
+def _said(model: ModelProto, key: str) -> str:
+    return next((entry.value for entry in model.metadata_props if entry.key == key), "")
 
 
 def read_mixture(model: ModelProto, wave: NDArray[np.float64]) -> Mixture:
@@ -814,6 +834,10 @@ def read_mixture(model: ModelProto, wave: NDArray[np.float64]) -> Mixture:
     if part != "mixture":
         raise ModelError(
             f"the ONNX model holds {part or 'something unknown'}, a whole mixture is needed; export that"
+        )
+    if is_half(model):
+        raise ModelError(
+            "the ONNX model is in half precision, from which a mixture cannot be read; use the folder"
         )
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
 

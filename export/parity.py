@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from moefast.errors import ModelError
-from moefast.export.graph import build, part_of, save
+from moefast.export.graph import build, is_half, part_of, save
 from moefast.export.session import open_session
 from moefast.mixture import Mixture
 from moefast.spectra.quality import good_pixels
@@ -33,6 +33,8 @@ TOLERANCES = {
 """Largest difference from `Mixture.predict_reference`: of log g and the experts in dex, of weights and ln s as they
 are, of errors and chi2 relative. An expert's beyond 1 dex is relative too: experts extrapolate far where their
 weight is nil."""
+HALF = 100.0
+"""Factor on these for networks in half precision."""
 _RELATIVE = ("log_g_err", "log_g_err_raw", "chi2")
 
 
@@ -133,6 +135,9 @@ def verify(
                 )
             differences[name] = max(differences[name], _difference(name, part, value, want))
     limits = TOLERANCES | {"log_g": tolerance}
+    if is_half(model):
+        # What half precision costs is told, not judged, but for what no rounding explains.
+        limits = {name: HALF * limit for name, limit in limits.items()}
     if worse := [name for name in names if not differences[name] <= limits[name]]:
         raise ModelError(
             "the ONNX model does not give the numbers of the mixture: "
@@ -155,7 +160,12 @@ def _difference(name: str, part: str, value: NDArray, want: NDArray) -> float:
 
 
 def export_model(
-    mixture: Mixture, path: str | Path, part: str = "mixture", metadata: dict[str, str] | None = None
+    mixture: Mixture,
+    path: str | Path,
+    part: str = "mixture",
+    metadata: dict[str, str] | None = None,
+    *,
+    half: bool = False,
 ) -> dict[str, float]:
     """Build a model, verify it against the mixture, and only then write it; see `build` and `verify`.
 
@@ -171,7 +181,7 @@ def export_model(
     OutputError
         The file cannot be written.
     """
-    model = build(mixture, part, metadata)
+    model = build(mixture, part, metadata, half=half)
     differences = verify(model, mixture)
     save(model, path)
     return differences

@@ -23,7 +23,11 @@ def fitted(labelled_file, tmp_path_factory):
             # These stars are binned, hence bright: with their own noise the faintest bin of snr-moe would be empty.
             noise_level = 2.0 if recipe == "snr-moe" else 1.0
             references = recipe == "hybrid-moe"
-            made[recipe] = fit(labelled_file, recipe=recipe, references=references, noise_level=noise_level)
+            if recipe.startswith("heads"):
+                pytest.importorskip("torch")
+            made[recipe] = fit(
+                labelled_file, recipe=recipe, references=references, noise_level=noise_level, steps=60
+            )
             made[recipe].save(folder / recipe)
         return made[recipe], folder / recipe
 
@@ -98,6 +102,14 @@ def test_the_oracle_is_that_of_the_experts_and_the_ridges_stand_beside_it(fitted
 def test_libraries_need_clean_spectra(labelled_file):
     with pytest.raises(InputError, match="clean training spectra"):
         fit(labelled_file, recipe="template", noise="observed")
+
+
+@pytest.mark.parametrize("recipe", ["heads", "heads-cnn", "heads-vit"])
+def test_a_fit_tells_how_its_network_was_fitted(fitted, recipe):
+    told = fitted(recipe)[0].manifest["fit"]["heads"]
+    assert told["trunk"] in recipe.replace("heads", "pca-mlp" if recipe == "heads" else "")
+    assert told["curve"][-1]["step"] == 60
+    assert told["r2_held_out"] == max(look["r2"] for look in told["curve"])
 
 
 def test_a_gpu_refuses_families_that_it_does_not_know(fitted):

@@ -15,10 +15,16 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-__all__ = ["Arithmetic", "NumPyArithmetic", "OnnxArithmetic", "TorchArithmetic"]
+__all__ = ["FIXED", "Arithmetic", "NumPyArithmetic", "OnnxArithmetic", "TorchArithmetic"]
 
 EPSILON = 1e-5
 """Added to the variance in `norm`."""
+FIXED = (
+    "level.limits", "level.scale", "lines.scale", "log_g.scale", "metal_poor", "variance", "reference", "inverse_noise",
+)  # fmt: skip
+"""Numbers that are set, not fitted: scales of what goes in and comes out."""
+FLOAT, HALF = 1, 10
+"""`onnx.TensorProto` types."""
 
 
 class Arithmetic(Protocol):
@@ -271,18 +277,33 @@ class OnnxArithmetic:
     numbers : mapping of str to array, float32
     stem : str
         What the names of nodes and initializers begin with.
+    half : bool
+        Matrices are stored in half precision, and their products made in it; sums of tokens, norms and weights of
+        attention stay in single precision.
     """
 
-    def __init__(self, graph: Any, numbers: Mapping[str, NDArray], stem: str) -> None:
+    def __init__(self, graph: Any, numbers: Mapping[str, NDArray], stem: str, half: bool = False) -> None:
         self._graph, self._numbers, self._stem, self._count = graph, numbers, stem, 0
+        self._half = half
+        self._stored: dict[str, str] = {}
+        """What is stored in half precision, by the value that is made of it."""
 
     def _add(self, operator: str, inputs: Sequence[str], **attributes: Any) -> str:
         self._count += 1
         name = f"{self._stem}/{self._count:03d}_{operator.lower()}"
         return str(self._graph.add(operator, inputs, name, **attributes))
 
+    def _cast(self, value: str, to: int) -> str:
+        return self._add("Cast", [value], to=to)
+
     def number(self, name: str) -> str:
-        return str(self._graph.number(f"{self._stem}.{name}", self._numbers[name]))
+        array = self._numbers[name]
+        if not self._half or array.ndim < 2 or name in FIXED:
+            return str(self._graph.number(f"{self._stem}.{name}", array))
+        stored = self._graph.number(f"{self._stem}.{name}", array.astype(np.float16))
+        value = self._cast(stored, FLOAT)
+        self._stored[value] = stored
+        return value
 
     def constant(self, value: float) -> str:
         return str(self._graph.scalar(f"of_networks_{value!r}", value))
@@ -300,7 +321,10 @@ class OnnxArithmetic:
         return self._add("Div", [a, b])
 
     def product(self, a: str, b: str) -> str:
-        return self._add("MatMul", [a, b])
+        if not self._half:
+            return self._add("MatMul", [a, b])
+        halves = [self._stored.get(value) or self._cast(value, HALF) for value in (a, b)]
+        return self._cast(self._add("MatMul", halves), FLOAT)
 
     def total(self, a: str, axis: int) -> str:
         return self._add("ReduceSum", [a, self._graph.axis(axis)], keepdims=0)

@@ -119,7 +119,7 @@ class Heads:
         seen = {name: spectrum, "log_level": inputs.log_level[:, None], "lines": inputs.lines}
         return {name: np.ascontiguousarray(value, dtype) for name, value in seen.items()}
 
-    def add_nodes(self, graph: Any, inputs: Mapping[str, str]) -> tuple[str, str, str]:
+    def add_nodes(self, graph: Any, inputs: Mapping[str, str], *, half: bool = False) -> tuple[str, str, str]:
         """Write itself into an ONNX graph; its numbers are the initializers `heads.{kind}.{name}`.
 
         Parameters
@@ -127,13 +127,15 @@ class Heads:
         graph : moefast.export graph
         inputs : dict of str to str
             Names of the values z (n, r), log_level (n, 1), lines (n, 9) and x (n, p), of which it takes what it needs.
+        half : bool
+            Matrices in half precision; what is written cannot be read back then.
 
         Returns
         -------
         tuple of str
             Names of values (n, K): log g, 1σ, logits.
         """
-        arithmetic = OnnxArithmetic(graph, self.numbers, f"{STEM}.{self.plan.kind}")
+        arithmetic = OnnxArithmetic(graph, self.numbers, f"{STEM}.{self.plan.kind}", half)
         return answer(arithmetic, self.plan, inputs)[:3]
 
     @classmethod

@@ -180,12 +180,6 @@ def start(plan: Plan, seed: int) -> dict[str, F32]:
     return found
 
 
-FIXED = (
-    "level.limits", "level.scale", "lines.scale", "log_g.scale", "metal_poor", "variance", "reference", "inverse_noise",
-)  # fmt: skip
-"""Numbers that are set, not fitted."""
-
-
 def _dense(a: Arithmetic, x: Any, name: str) -> Any:
     return a.add(a.product(x, a.number(f"{name}.w")), a.number(f"{name}.b"))
 

@@ -27,9 +27,9 @@ from numpy.typing import NDArray
 
 from moefast.checkpoint import NETWORK_FILE
 from moefast.errors import MoefastError
-from moefast.trunks.arithmetic import TorchArithmetic
+from moefast.trunks.arithmetic import FIXED, TorchArithmetic
 from moefast.trunks.heads import Heads
-from moefast.trunks.networks import FIXED, answer
+from moefast.trunks.networks import answer
 
 __all__ = ["Components", "Judges", "Labels", "Pixels", "Schedule", "fit_heads", "load_torch"]
 

@@ -186,3 +186,25 @@ def test_a_mixture_refuses_a_network_of_another_shape():
     heads = network(mixture, "pca-mlp")
     with pytest.raises(ValueError, match=r"a pca-mlp sees z of shape \(n, 12\)"):
         heads.predict(Inputs(np.zeros((2, 3)), np.zeros(2), np.zeros((2, 9))))
+
+
+def test_half_precision_costs_little_and_halves_the_file(mixture, tmp_path):
+    from moefast.export import export_model
+
+    found = {}
+    for half in (False, True):
+        export_model(mixture, tmp_path / f"{half}.onnx", half=half)
+        found[half] = (tmp_path / f"{half}.onnx").stat().st_size
+    matrices = sum(a.size for name, a in mixture.heads.numbers.items() if a.ndim > 1)
+    assert found[False] - found[True] > 1.5 * matrices
+    flux, error = spectra(50, mixture.projection)
+    (log_g,) = open_session(tmp_path / "True.onnx").run(["log_g"], {"flux": flux, "error": error})
+    apart = np.abs(log_g - mixture.predict_reference(flux, error).log_g)
+    assert 0 < apart.max() < 1e-2
+
+
+def test_a_model_in_half_precision_is_no_model_folder(mixture):
+    with pytest.raises(ModelError, match="half precision, from which a mixture cannot be read"):
+        read_mixture(build(mixture, half=True), mixture.wave)
+    with pytest.raises(ModelError, match="half precision is for networks"):
+        build(random_mixture(), half=True)
