@@ -104,11 +104,14 @@ def test_libraries_need_clean_spectra(labelled_file):
         fit(labelled_file, recipe="template", noise="observed")
 
 
-@pytest.mark.parametrize("recipe", ["heads", "heads-cnn", "heads-vit"])
-def test_a_fit_tells_how_its_network_was_fitted(fitted, recipe):
+@pytest.mark.parametrize(
+    ("recipe", "trunk"), [("heads", "pca-mlp"), ("heads-cnn", "cnn"), ("heads-vit", "vit")]
+)
+def test_a_fit_tells_how_its_network_was_fitted(fitted, recipe, trunk):
     told = fitted(recipe)[0].manifest["fit"]["heads"]
-    assert told["trunk"] in recipe.replace("heads", "pca-mlp" if recipe == "heads" else "")
-    assert told["curve"][-1]["step"] == 60
+    assert told["trunk"] == trunk
+    # Fewer than 60 if the last looks brought nothing.
+    assert 0 < told["curve"][-1]["step"] <= 60
     assert told["r2_held_out"] == max(look["r2"] for look in told["curve"])
 
 
