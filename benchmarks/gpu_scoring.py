@@ -15,7 +15,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -108,14 +108,15 @@ def bandwidths(n_bytes: int, samples: int) -> dict[str, Any]:
 
 
 def resident(
-    mixture: Mixture, flux: np.ndarray, error: np.ndarray, n: int, library: Library | None
+    mixture: Mixture, flux: np.ndarray, error: np.ndarray, n: int, library: Library | None,
+    from_library: Sequence[bool] = (),
 ) -> tuple[dict[str, Callable[[], None]], Callable[[], np.ndarray]]:
     """Ways to score n rows that are on the device, and log g of the last run."""
     from numba import cuda
 
     from moefast.kernels.cuda.scoring import DevicePlan, Work, launch
 
-    plan, p = DevicePlan(mixture.projection, mixture.mixing, library), mixture.n_pixels
+    plan, p = DevicePlan(mixture.projection, mixture.mixing, library, from_library), mixture.n_pixels
     device_flux, device_error = (cuda.device_array(n * p, np.float32) for _ in range(2))
     for target, rows in ((device_flux, flux), (device_error, error)):
         for start in range(0, n, len(rows)):
@@ -139,17 +140,27 @@ def resident(
     }, log_g
 
 
-def with_clouds(mixture: Mixture, flux: np.ndarray, error: np.ndarray) -> tuple[Library, np.ndarray]:
-    """A library of clouds around some of these stars, and log g of all of them by the CPU kernels with it."""
+def with_clouds(
+    mixture: Mixture, flux: np.ndarray, error: np.ndarray
+) -> tuple[Library, tuple[bool, ...], np.ndarray]:
+    """A library, the experts that it stands for, and log g of these stars by the CPU kernels with it.
+
+    The model's own, if it has one. Clouds around some of these stars otherwise, as wide as the stars are scattered:
+    between narrow ones, far from every star, a rounding of the projection would decide.
+    """
     from moefast.kernels import Given, project, soft_mix, tangent_posterior
 
+    if mixture.library is not None:
+        return mixture.library, mixture.from_library, mixture.predict(flux, error).log_g
     linear = project(flux, error, None, mixture.projection)
     z = linear.columns[:, : mixture.mixing.n_basis]
     shape = CLOUDS["z0"]
-    library = random_clouds(z[: shape["m"]], min(shape["t"], z.shape[1]), mixture.n_experts)
-    found = tangent_posterior(z, linear.log_level, library)
+    library = random_clouds(
+        z[: shape["m"]], min(shape["t"], z.shape[1]), mixture.n_experts, float(z.var(0).mean())
+    )
+    found = tangent_posterior(z, np.maximum(linear.log_level, mixture.mixing.knots[0]), library)
     logits = found.log_evidence - found.log_evidence.max(1, keepdims=True)
-    return library, soft_mix(linear, mixture.mixing, Given(found.mean, found.sd, logits)).log_g
+    return library, (), soft_mix(linear, mixture.mixing, Given(found.mean, found.sd, logits)).log_g
 
 
 def torch_products(mixture: Mixture, flux: np.ndarray, error: np.ndarray, n: int) -> Callable[[], None]:
@@ -235,8 +246,8 @@ def posterior(samples: int, n: int, m: int, r: int, q: int) -> dict[str, Any]:
     return {"n": n, "m": m, "r": r, "q": q, "engines": found}
 
 
-def random_clouds(keys: np.ndarray, t: int, n_experts: int) -> Library:
-    """A library of clouds around these means, in t random directions each."""
+def random_clouds(keys: np.ndarray, t: int, n_experts: int, rest: float = 1e-3) -> Library:
+    """A library of clouds around these means, in t random directions each, of variance `rest` in all others."""
     rng, (m, r) = np.random.default_rng(SEED), keys.shape
     variances = np.linspace(2, 0.1, t) ** 2 * np.ones((m, 1))
     gains = 0.1 * rng.standard_normal((m, t)) * np.sqrt(variances)
@@ -249,7 +260,7 @@ def random_clouds(keys: np.ndarray, t: int, n_experts: int) -> Library:
         tangents=f32(np.linalg.qr(rng.standard_normal((m, r, t)))[0].transpose(0, 2, 1)),
         variances=f32(variances),
         gains=f32(gains),
-        rest=f32(np.full(m, 1e-3)),
+        rest=f32(np.full(m, rest)),
         log_weights=f32(np.full(m, -np.log(m))),
         log_g=f32(rng.uniform(1, 5, m)),
         scatter=f32((gains**2 / variances).sum(1) + 0.01),
@@ -330,11 +341,11 @@ def measure(model: Model, samples: int, small: bool) -> dict[str, Any]:
             entry["agrees"] = entry["difference"] < TOLERANCE
         found[name] = entry
 
-    # The model without its library, if it has one, and with clouds of the size of that of `z0`.
+    # The model without its library, and with it; with clouds of the size of that of `z0` if it has none.
     for several in (False, True):
         try:
-            library, right = with_clouds(mixture, flux, error) if several else (None, plain)
-            ways, log_g = resident(mixture, flux, error, n, library)
+            library, own, right = with_clouds(mixture, flux, error) if several else (None, (), plain)
+            ways, log_g = resident(mixture, flux, error, n, library, own)
             for name, work in ways.items():
                 note(name, n, sampled(work, samples), log_g(), "device copy", right)
         except Exception as problem:  # the others are to be measured all the same

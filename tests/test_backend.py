@@ -154,6 +154,16 @@ def test_kernels_that_do_not_compile_are_a_reason_for_the_cpu(model, monkeypatch
     assert "unsupported toolchain" in found.reason
 
 
+def test_a_numpy_that_numba_cuda_does_not_know_is_named():
+    from moefast.kernels.cuda.device import first_launch
+
+    with pytest.raises(BackendError, match=r"does not fit numpy .*: pip install 'numpy<2.5', or use") as caught, first_launch():
+        raise AttributeError("module 'numpy' has no attribute 'row_stack'")
+    assert "driver" not in str(caught.value)
+    with pytest.raises(BackendError, match="update the NVIDIA driver or .*, or use backend cpu"), first_launch():
+        raise AttributeError("'Linker' has no attribute 'add'")
+
+
 @pytest.mark.usefixtures("no_gpu")
 def test_predict_without_a_gpu(stars_file, model):
     assert "no NVIDIA driver" in predict(stars_file, model, limit=2).reason
