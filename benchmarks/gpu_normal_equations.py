@@ -134,7 +134,7 @@ def torch_engine(x: np.ndarray, upper_only: bool) -> tuple[Callable[[], None], C
 
     def multiply() -> None:
         if upper_only:
-            multiply_upper(torch, values, square)
+            multiply_upper(torch, values[None], square[None])
         else:
             torch.mm(values.T, values, out=square)
         torch.cuda.synchronize()

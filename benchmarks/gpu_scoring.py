@@ -108,7 +108,11 @@ def bandwidths(n_bytes: int, samples: int) -> dict[str, Any]:
 
 
 def resident(
-    mixture: Mixture, flux: np.ndarray, error: np.ndarray, n: int, library: Library | None,
+    mixture: Mixture,
+    flux: np.ndarray,
+    error: np.ndarray,
+    n: int,
+    library: Library | None,
     from_library: Sequence[bool] = (),
 ) -> tuple[dict[str, Callable[[], None]], Callable[[], np.ndarray]]:
     """Ways to score n rows that are on the device, and log g of the last run."""

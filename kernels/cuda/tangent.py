@@ -11,7 +11,7 @@ adds half of the tile's clouds to what it has, running sums about a running mean
 difference of two large numbers; at the end the two are put together. Nothing of size n × m is ever in memory.
 
 Accuracy: ‖δ‖² is summed panel by panel, and the panels' sums are added: one float32 sum of 160 coordinates leaves the
-exponents of a cloud at χ² = 1000 off by 7·10⁻⁵ rms, this way 3·10⁻⁵, and a float32 number of that size is rounded by as much.
+exponents of clouds at χ² = 1000 off by 7·10⁻⁵ rms, this way 3·10⁻⁵, and the rounding of such a number alone is as much.
 
 Each expert's clouds are filled up to whole tiles with clouds of weight zero, coordinates and tangents with zeros.
 """
