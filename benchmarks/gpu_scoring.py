@@ -1,6 +1,7 @@
 """Scoring on the GPU: rate and R² beside the bandwidths of this machine, ONNX Runtime and torch, in one run.
 
-`python -m moefast.benchmarks.gpu_scoring [-o FILE] [-m MODEL] [--samples N] [--small]`; exit code 7 without a GPU.
+`python -m moefast.benchmarks.gpu_scoring [-o FILE] [-m MODEL] [--part PART]… [--samples N] [--small]`; exit code 7
+without a GPU.
 
 Three floors are measured, not looked up: a copy within device memory (read and written bytes both count), a copy from
 pinned host memory, and the matrix products alone in torch without TF32. Scoring resident data is compared with the
@@ -32,6 +33,7 @@ from moefast.mixture import Mixture
 from moefast.model import Model
 from moefast.protocol.metrics import r2
 
+PARTS = ("scoring", "templates", "clouds")
 RESULTS = Path(__file__).parent / "results"
 TOLERANCE = 1e-4
 """Largest difference of log g between engines, dex."""
@@ -384,8 +386,9 @@ def measure(model: Model, samples: int, small: bool) -> dict[str, Any]:
 )
 @click.option("--samples", default=7, show_default=True, help="Timed runs of each engine.")
 @click.option("--small", is_flag=True, help="Sizes of a test: seconds instead of minutes.")
+@click.option("--part", "parts", multiple=True, type=click.Choice(PARTS), help="By default all.")
 @click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), help="JSON file to write.")
-def main(model: Path | None, samples: int, small: bool, out: Path | None) -> None:
+def main(model: Path | None, samples: int, small: bool, parts: tuple[str, ...], out: Path | None) -> None:
     """Measure, print, and write JSON (by default into benchmarks/results/)."""
     from moefast.kernels.cuda.device import require_device
 
@@ -402,13 +405,18 @@ def main(model: Path | None, samples: int, small: bool, out: Path | None) -> Non
         "environment": describe(),
         "model_sha256": chosen.hash,
         "goal": GOAL,
-        "scoring": measure(chosen, samples, small),
-        "template_posterior": posterior(samples, **(SMALL_LIBRARY if small else LIBRARY)),
-        "tangent_posterior": {
-            name: weighed_clouds(samples, **shape)
-            for name, shape in (SMALL_CLOUDS if small else CLOUDS).items()
-        },
+        "scoring": {"pixels": chosen.mixture.n_pixels, "copies": {}, "engines": {}},
+        "template_posterior": {"engines": {}},
+        "tangent_posterior": {},
     }
+    wanted = set(parts or PARTS)
+    if "scoring" in wanted:
+        report["scoring"] = measure(chosen, samples, small)
+    if "templates" in wanted:
+        report["template_posterior"] = posterior(samples, **(SMALL_LIBRARY if small else LIBRARY))
+    if "clouds" in wanted:
+        for name, shape in (SMALL_CLOUDS if small else CLOUDS).items():
+            report["tangent_posterior"][name] = weighed_clouds(samples, **shape)
     click.echo(f"{device}, {report['scoring']['pixels']} pixels")
     for name, entry in report["scoring"]["copies"].items():
         click.echo(f"  {name:<40}{entry['gb_per_second']:>12,.1f} GB/s")
@@ -421,9 +429,9 @@ def main(model: Path | None, samples: int, small: bool, out: Path | None) -> Non
             text += f", R² {entry['r2']:.3f}, off by {entry['difference']:.1e} dex"
         click.echo(f"  {name:<40}{text}")
     library = report["template_posterior"]
-    click.echo(
-        f"posteriors of {library['n']} stars over {library['m']} templates of {library['r']} coordinates"
-    )
+    if library["engines"]:
+        sizes = f"{library['m']} templates of {library['r']} coordinates"
+        click.echo(f"posteriors of {library['n']} stars over {sizes}")
     for name, entry in library["engines"].items():
         text = entry.get("error") or f"{entry['pairs_per_second'] / 1e9:>12,.2f} pairs/ns"
         click.echo(f"  {name:<40}{text}")
