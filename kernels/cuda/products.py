@@ -32,8 +32,10 @@ from moefast.kernels.cuda.tensor import TensorProducts
 
 __all__ = ["METHODS", "Choice", "CublasProducts", "NumbaProducts", "Products", "choose", "multiply_upper"]
 
-UPPER_COLUMNS = 1024
-"""Columns of one product of the upper triangle: four products for 4096 pixels are 0.63 of the whole square."""
+UPPER_BLOCKS = 4
+"""Products that the upper triangle is made of: four block rows are 0.63 of the whole square."""
+UPPER_SIDE = 128
+"""Fewest rows of such a block."""
 GATHER_BLOCKS = 4096
 """Blocks along the rows of `gather_rows`, shared by the groups."""
 SQUARES_BYTES = 1 << 29
@@ -175,8 +177,10 @@ def multiply_upper(torch: Any, rows: Any, squares: Any) -> None:
     The rest of the squares is left as it was.
     """
     p = rows.shape[2]
-    for start in range(0, p, UPPER_COLUMNS):
-        stop = min(start + UPPER_COLUMNS, p)
+    # Whole multiples of eight pixels, for vectors.
+    side = max(UPPER_SIDE, 8 * -(-p // (8 * UPPER_BLOCKS)))
+    for start in range(0, p, side):
+        stop = min(start + side, p)
         left = rows[:, :, start:stop].swapaxes(1, 2)
         torch.bmm(left, rows[:, :, start:], out=squares[:, start:stop, start:])
 

@@ -175,7 +175,7 @@ def numpy_for_cublas(monkeypatch):
         assert height <= gram.PARTIAL_ROWS
         products.multiply_upper(_NumpyAsTorch, rows, self.squares._ary[:parts])
 
-    monkeypatch.setattr(products, "UPPER_COLUMNS", 8)
+    monkeypatch.setattr(products, "UPPER_SIDE", 8)
     monkeypatch.setattr(products.CublasProducts, "_matrices", lambda self: None)
     monkeypatch.setattr(products.CublasProducts, "_multiply", multiply)
     monkeypatch.setattr(products.CublasProducts, "missing", staticmethod(lambda: ""))
