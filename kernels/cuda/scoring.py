@@ -400,9 +400,11 @@ class CudaScorer:
                     slot.start()
                 slot.collect(out, here)
             finally:
-                # What was started before a failure still reads and writes the buffers.
-                slot.stream.synchronize()
-                self._free.put(slot)
+                try:
+                    # What was started before a failure still reads and writes the buffers.
+                    slot.stream.synchronize()
+                finally:
+                    self._free.put(slot)
 
         starts = range(0, n, self.block_rows)
         if len(starts) > 1:
