@@ -1,6 +1,7 @@
 """Σxxᵀ on the GPU: accuracy and speed of every method beside cuBLAS, in one run.
 
-`python -m moefast.benchmarks.gpu_normal_equations [-o FILE] [--samples N] [--small]`; exit code 7 without a usable GPU.
+`python -m moefast.benchmarks.gpu_normal_equations [-o FILE] [--part PART]… [--samples N] [--small]`; exit code 7
+without a usable GPU.
 
 Accuracy is the largest error of G_ij in units of √(G_ii G_jj) against float64 on the CPU; the goal is 1e-6. Speed
 counts n p (p + 1) operations, those of a symmetric product, whatever an engine really makes. Data are on the device for
@@ -25,6 +26,7 @@ from moefast.backend import cuda_devices
 from moefast.benchmarks.environment import describe
 from moefast.errors import BackendError
 
+PARTS = ("accuracy", "speed", "streamed")
 RESULTS = Path(__file__).parent / "results"
 GOAL = 1e-6
 SEED = 20261127
@@ -67,7 +69,8 @@ def usable_methods() -> tuple[list[str], dict[str, str], dict[str, str]]:
             try:
                 normal_equations(*rows(5, 3, 2, SEED), 2, backend="cuda", method=name)
             except Exception as error:  # the others are to be measured all the same
-                broken[name] = f"{type(error).__name__}: {error}"
+                # The first line: loaders go on with listings of folders.
+                broken[name] = f"{type(error).__name__}: {error}".splitlines()[0]
     return [name for name in METHODS if name not in missing and name not in broken], missing, broken
 
 
@@ -134,7 +137,7 @@ def torch_engine(x: np.ndarray, upper_only: bool) -> tuple[Callable[[], None], C
 
     def multiply() -> None:
         if upper_only:
-            multiply_upper(torch, values, square)
+            multiply_upper(torch, values[None], square[None])
         else:
             torch.mm(values.T, values, out=square)
         torch.cuda.synchronize()
@@ -235,8 +238,9 @@ def streamed(methods: list[str], n: int, p: int, n_groups: int, samples: int) ->
 @click.command()
 @click.option("--samples", default=7, show_default=True, help="Timed runs of each engine.")
 @click.option("--small", is_flag=True, help="Sizes of a test: seconds instead of minutes.")
+@click.option("--part", "parts", multiple=True, type=click.Choice(PARTS), help="By default all.")
 @click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), help="JSON file to write.")
-def main(samples: int, small: bool, out: Path | None) -> None:
+def main(samples: int, small: bool, parts: tuple[str, ...], out: Path | None) -> None:
     """Measure, print, and write JSON (by default into benchmarks/results/)."""
     from moefast.kernels.cuda.device import require_device
 
@@ -263,12 +267,13 @@ def main(samples: int, small: bool, out: Path | None) -> None:
         "accuracy": [],
         "speed": [],
     }
-    for n, p, n_groups in SMALL_ACCURACY if small else ACCURACY:
+    wanted = set(parts or PARTS)
+    for n, p, n_groups in (SMALL_ACCURACY if small else ACCURACY) if "accuracy" in wanted else ():
         report["accuracy"].append(accuracy(methods, n, p, n_groups))
         errors = report["accuracy"][-1]["worst_error"]
         text = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
         click.echo(f"worst error, {n} rows of {p} pixels, {n_groups} groups: {text} (goal {GOAL:.0e})")
-    for n, p, n_groups in SMALL_SPEED if small else SPEED:
+    for n, p, n_groups in (SMALL_SPEED if small else SPEED) if "speed" in wanted else ():
         report["speed"].append(speed(methods, n, p, n_groups, samples))
         report["speed"][-1]["auto"] = choose("auto", p).__dict__
         click.echo(f"{n} rows of {p} pixels, {n_groups} groups; auto: {report['speed'][-1]['auto']}")
@@ -278,9 +283,10 @@ def main(samples: int, small: bool, out: Path | None) -> None:
                 text = f"{1e3 * min(entry['seconds']):9.2f} ms {entry['tflops']:7.1f} TFLOP/s"
                 text += f", off by {entry['difference']:.1e}"
             click.echo(f"  {name:<32}{text}")
-    report["streamed"] = streamed(methods, *(SMALL_STREAMED if small else STREAMED), samples=samples)
-    for name, rates in report["streamed"]["rows_per_second"].items():
-        click.echo(f"streamed from the host, {name}: {max(rates):,.0f} rows/s")
+    if "streamed" in wanted:
+        report["streamed"] = streamed(methods, *(SMALL_STREAMED if small else STREAMED), samples=samples)
+        for name, rates in report["streamed"]["rows_per_second"].items():
+            click.echo(f"streamed from the host, {name}: {max(rates):,.0f} rows/s")
     path = out or RESULTS / f"{report['environment']['date']}-gpu-normal-equations.json"
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     click.echo(f"wrote {path}")

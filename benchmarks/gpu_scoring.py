@@ -1,6 +1,7 @@
 """Scoring on the GPU: rate and R² beside the bandwidths of this machine, ONNX Runtime and torch, in one run.
 
-`python -m moefast.benchmarks.gpu_scoring [-o FILE] [-m MODEL] [--samples N] [--small]`; exit code 7 without a GPU.
+`python -m moefast.benchmarks.gpu_scoring [-o FILE] [-m MODEL] [--part PART]… [--samples N] [--small]`; exit code 7
+without a GPU.
 
 Three floors are measured, not looked up: a copy within device memory (read and written bytes both count), a copy from
 pinned host memory, and the matrix products alone in torch without TF32. Scoring resident data is compared with the
@@ -15,7 +16,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from moefast.mixture import Mixture
 from moefast.model import Model
 from moefast.protocol.metrics import r2
 
+PARTS = ("scoring", "templates", "clouds")
 RESULTS = Path(__file__).parent / "results"
 TOLERANCE = 1e-4
 """Largest difference of log g between engines, dex."""
@@ -108,14 +110,19 @@ def bandwidths(n_bytes: int, samples: int) -> dict[str, Any]:
 
 
 def resident(
-    mixture: Mixture, flux: np.ndarray, error: np.ndarray, n: int, library: Library | None
+    mixture: Mixture,
+    flux: np.ndarray,
+    error: np.ndarray,
+    n: int,
+    library: Library | None,
+    from_library: Sequence[bool] = (),
 ) -> tuple[dict[str, Callable[[], None]], Callable[[], np.ndarray]]:
     """Ways to score n rows that are on the device, and log g of the last run."""
     from numba import cuda
 
     from moefast.kernels.cuda.scoring import DevicePlan, Work, launch
 
-    plan, p = DevicePlan(mixture.projection, mixture.mixing, library), mixture.n_pixels
+    plan, p = DevicePlan(mixture.projection, mixture.mixing, library, from_library), mixture.n_pixels
     device_flux, device_error = (cuda.device_array(n * p, np.float32) for _ in range(2))
     for target, rows in ((device_flux, flux), (device_error, error)):
         for start in range(0, n, len(rows)):
@@ -139,17 +146,27 @@ def resident(
     }, log_g
 
 
-def with_clouds(mixture: Mixture, flux: np.ndarray, error: np.ndarray) -> tuple[Library, np.ndarray]:
-    """A library of clouds around some of these stars, and log g of all of them by the CPU kernels with it."""
+def with_clouds(
+    mixture: Mixture, flux: np.ndarray, error: np.ndarray
+) -> tuple[Library, tuple[bool, ...], np.ndarray]:
+    """A library, the experts that it stands for, and log g of these stars by the CPU kernels with it.
+
+    The model's own, if it has one. Clouds around some of these stars otherwise, as wide as the stars are scattered:
+    between narrow ones, far from every star, a rounding of the projection would decide.
+    """
     from moefast.kernels import Given, project, soft_mix, tangent_posterior
 
+    if mixture.library is not None:
+        return mixture.library, mixture.from_library, mixture.predict(flux, error).log_g
     linear = project(flux, error, None, mixture.projection)
     z = linear.columns[:, : mixture.mixing.n_basis]
     shape = CLOUDS["z0"]
-    library = random_clouds(z[: shape["m"]], min(shape["t"], z.shape[1]), mixture.n_experts)
-    found = tangent_posterior(z, linear.log_level, library)
+    library = random_clouds(
+        z[: shape["m"]], min(shape["t"], z.shape[1]), mixture.n_experts, float(z.var(0).mean())
+    )
+    found = tangent_posterior(z, np.maximum(linear.log_level, mixture.mixing.knots[0]), library)
     logits = found.log_evidence - found.log_evidence.max(1, keepdims=True)
-    return library, soft_mix(linear, mixture.mixing, Given(found.mean, found.sd, logits)).log_g
+    return library, (), soft_mix(linear, mixture.mixing, Given(found.mean, found.sd, logits)).log_g
 
 
 def torch_products(mixture: Mixture, flux: np.ndarray, error: np.ndarray, n: int) -> Callable[[], None]:
@@ -235,8 +252,8 @@ def posterior(samples: int, n: int, m: int, r: int, q: int) -> dict[str, Any]:
     return {"n": n, "m": m, "r": r, "q": q, "engines": found}
 
 
-def random_clouds(keys: np.ndarray, t: int, n_experts: int) -> Library:
-    """A library of clouds around these means, in t random directions each."""
+def random_clouds(keys: np.ndarray, t: int, n_experts: int, rest: float = 1e-3) -> Library:
+    """A library of clouds around these means, in t random directions each, of variance `rest` in all others."""
     rng, (m, r) = np.random.default_rng(SEED), keys.shape
     variances = np.linspace(2, 0.1, t) ** 2 * np.ones((m, 1))
     gains = 0.1 * rng.standard_normal((m, t)) * np.sqrt(variances)
@@ -249,7 +266,7 @@ def random_clouds(keys: np.ndarray, t: int, n_experts: int) -> Library:
         tangents=f32(np.linalg.qr(rng.standard_normal((m, r, t)))[0].transpose(0, 2, 1)),
         variances=f32(variances),
         gains=f32(gains),
-        rest=f32(np.full(m, 1e-3)),
+        rest=f32(np.full(m, rest)),
         log_weights=f32(np.full(m, -np.log(m))),
         log_g=f32(rng.uniform(1, 5, m)),
         scatter=f32((gains**2 / variances).sum(1) + 0.01),
@@ -330,11 +347,11 @@ def measure(model: Model, samples: int, small: bool) -> dict[str, Any]:
             entry["agrees"] = entry["difference"] < TOLERANCE
         found[name] = entry
 
-    # The model without its library, if it has one, and with clouds of the size of that of `z0`.
+    # The model without its library, and with it; with clouds of the size of that of `z0` if it has none.
     for several in (False, True):
         try:
-            library, right = with_clouds(mixture, flux, error) if several else (None, plain)
-            ways, log_g = resident(mixture, flux, error, n, library)
+            library, own, right = with_clouds(mixture, flux, error) if several else (None, (), plain)
+            ways, log_g = resident(mixture, flux, error, n, library, own)
             for name, work in ways.items():
                 note(name, n, sampled(work, samples), log_g(), "device copy", right)
         except Exception as problem:  # the others are to be measured all the same
@@ -369,8 +386,9 @@ def measure(model: Model, samples: int, small: bool) -> dict[str, Any]:
 )
 @click.option("--samples", default=7, show_default=True, help="Timed runs of each engine.")
 @click.option("--small", is_flag=True, help="Sizes of a test: seconds instead of minutes.")
+@click.option("--part", "parts", multiple=True, type=click.Choice(PARTS), help="By default all.")
 @click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), help="JSON file to write.")
-def main(model: Path | None, samples: int, small: bool, out: Path | None) -> None:
+def main(model: Path | None, samples: int, small: bool, parts: tuple[str, ...], out: Path | None) -> None:
     """Measure, print, and write JSON (by default into benchmarks/results/)."""
     from moefast.kernels.cuda.device import require_device
 
@@ -387,13 +405,18 @@ def main(model: Path | None, samples: int, small: bool, out: Path | None) -> Non
         "environment": describe(),
         "model_sha256": chosen.hash,
         "goal": GOAL,
-        "scoring": measure(chosen, samples, small),
-        "template_posterior": posterior(samples, **(SMALL_LIBRARY if small else LIBRARY)),
-        "tangent_posterior": {
-            name: weighed_clouds(samples, **shape)
-            for name, shape in (SMALL_CLOUDS if small else CLOUDS).items()
-        },
+        "scoring": {"pixels": chosen.mixture.n_pixels, "copies": {}, "engines": {}},
+        "template_posterior": {"engines": {}},
+        "tangent_posterior": {},
     }
+    wanted = set(parts or PARTS)
+    if "scoring" in wanted:
+        report["scoring"] = measure(chosen, samples, small)
+    if "templates" in wanted:
+        report["template_posterior"] = posterior(samples, **(SMALL_LIBRARY if small else LIBRARY))
+    if "clouds" in wanted:
+        for name, shape in (SMALL_CLOUDS if small else CLOUDS).items():
+            report["tangent_posterior"][name] = weighed_clouds(samples, **shape)
     click.echo(f"{device}, {report['scoring']['pixels']} pixels")
     for name, entry in report["scoring"]["copies"].items():
         click.echo(f"  {name:<40}{entry['gb_per_second']:>12,.1f} GB/s")
@@ -406,9 +429,9 @@ def main(model: Path | None, samples: int, small: bool, out: Path | None) -> Non
             text += f", R² {entry['r2']:.3f}, off by {entry['difference']:.1e} dex"
         click.echo(f"  {name:<40}{text}")
     library = report["template_posterior"]
-    click.echo(
-        f"posteriors of {library['n']} stars over {library['m']} templates of {library['r']} coordinates"
-    )
+    if library["engines"]:
+        sizes = f"{library['m']} templates of {library['r']} coordinates"
+        click.echo(f"posteriors of {library['n']} stars over {sizes}")
     for name, entry in library["engines"].items():
         text = entry.get("error") or f"{entry['pairs_per_second'] / 1e9:>12,.2f} pairs/ns"
         click.echo(f"  {name:<40}{text}")

@@ -31,10 +31,10 @@ OPTIONAL = {"numba-cuda", "onnxruntime", "onnxruntime-gpu"}
 
 def why_no_kernels() -> str:
     """Why the CUDA kernels cannot be launched here, in words; empty if they can."""
-    from moefast.kernels.cuda.device import require_device
+    from moefast.kernels.cuda.device import require_kernels
 
     try:
-        require_device()
+        require_kernels()
     except BackendError as error:
         return str(error)
     return ""

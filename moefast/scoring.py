@@ -1,8 +1,8 @@
 """Streaming prediction: blocks of spectra in, rows of a table out, one for one and in order.
 
 Design: on a CPU every core reads a small block and scores it while it lies in its cache; reading takes turns, so that
-files are read in order. On a GPU large blocks follow one another through two slots of pinned memory: one thread reads
-while the others' blocks are copied and scored. What comes out, two hundred bytes a spectrum, is gathered, flagged and
+files are read in order. On a GPU large blocks follow one another through slots of pinned memory: one thread reads while
+the others' blocks are copied and scored. What comes out, two hundred bytes a spectrum, is gathered, flagged and
 appended to a table that gets its final name only when it is complete. Memory does not grow with the number of spectra.
 A row's numbers depend on the row alone, so `--rows`, `--shard` and bad neighbours change nothing.
 """
@@ -119,8 +119,8 @@ class CudaEngine:
             )
             self._scorer(ones, ones)
         self.block_rows = self._scorer.block_rows
-        # One reads a file, while the others have a slot each.
-        self.workers = SLOTS + 1
+        # One reads a file, while the others have a slot each; more would only wait for their turn to read.
+        self.workers = min(SLOTS, 4) + 1
 
     def __call__(
         self, flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None, first_row: int

@@ -144,14 +144,29 @@ def test_kernels_that_do_not_compile_are_a_reason_for_the_cpu(model, monkeypatch
             raise RuntimeError("PTX was compiled with\n an unsupported toolchain")
 
     _offer(monkeypatch, ["Fake H100"])
-    monkeypatch.setattr("moefast.kernels.cuda.device.require_device", lambda: None)
+    # First, for it imports the module, which would keep the other's stand-in for good.
     monkeypatch.setattr("moefast.kernels.cuda.scoring.CudaScorer", Broken)
+    monkeypatch.setattr("moefast.kernels.cuda.device.require_device", lambda: None)
     expected = "the kernels do not run here .RuntimeError: PTX was compiled with an unsupported toolchain"
     with pytest.raises(BackendError, match=expected):
         predict(stars_file, model, backend="cuda")
     found = predict(stars_file, model, limit=2)
     assert found.backend == "cpu"
     assert "unsupported toolchain" in found.reason
+
+
+def test_a_numpy_that_numba_cuda_does_not_know_is_named():
+    from moefast.kernels.cuda.device import first_launch
+
+    expected = r"does not fit numpy .*: pip install 'numpy<2\.5', or use backend cpu"
+    with pytest.raises(BackendError, match=expected) as caught, first_launch():
+        raise AttributeError("module 'numpy' has no attribute 'row_stack'")
+    assert "driver" not in str(caught.value)
+    with (
+        pytest.raises(BackendError, match=r"update the NVIDIA driver or .*, or use backend cpu"),
+        first_launch(),
+    ):
+        raise AttributeError("'Linker' has no attribute 'add'")
 
 
 @pytest.mark.usefixtures("no_gpu")

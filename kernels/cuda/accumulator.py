@@ -23,6 +23,7 @@ from moefast.kernels.cuda import gram
 from moefast.kernels.cuda.binning import sort_on_device, table_size
 from moefast.kernels.cuda.device import DeviceMemoryError, out_of_memory, require_device
 from moefast.kernels.cuda.products import METHODS, choose
+from moefast.threads import in_threads
 
 __all__ = ["BLOCK_ROWS", "FLOOR_ROWS", "NormalEquationsAccumulator", "Totals", "normal_equations"]
 
@@ -31,6 +32,8 @@ F64 = NDArray[np.float64]
 
 BLOCK_ROWS = 16384
 """Rows per block: 268 MB for 4096 pixels, in each of two slots, and again if noise variances come with the rows."""
+FILL_ROWS = 256
+"""Fewest rows that a thread of its own copies to a pinned buffer; one core alone would be slower than the products."""
 FLOOR_ROWS = 1024
 """Smallest block: below it, launches would take longer than products."""
 
@@ -299,9 +302,14 @@ class _Slot:
         if variance is not None:
             rows["variance"] = variance
         m = len(x)
+
+        def fill(first: int, stop: int) -> None:
+            for name, values in rows.items():
+                self.host[name][first:stop] = values[first:stop]
+
+        in_threads(m, fill, least=FILL_ROWS)
         found = {"order": self.order[:m]}
-        for name, values in rows.items():
-            self.host[name][:m] = values
+        for name in rows:
             found[name] = self.device[name][:m]
             found[name].copy_to_device(self.host[name][:m], stream=self.stream)
         return found

@@ -62,9 +62,15 @@ def first_launch() -> Iterator[None]:
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise BackendError(
-            f"backend cuda: the kernels do not run here ({reason}); update the NVIDIA driver or "
-            "pip install --upgrade 'moefast[cuda]', or use backend cpu"
+            f"backend cuda: the kernels do not run here ({reason}); {_remedy(error)}, or use backend cpu"
         ) from error
+
+
+def _remedy(error: Exception) -> str:
+    """What to do about an error of the compilers or of the driver."""
+    if isinstance(error, AttributeError | ImportError) and "numpy" in str(error):
+        return f"numba-cuda does not fit numpy {np.__version__}: pip install 'numpy<2.5'"
+    return "update the NVIDIA driver or pip install --upgrade 'moefast[cuda]'"
 
 
 def require_kernels() -> None:

@@ -34,11 +34,13 @@ __all__ = [
     "add_columns",
     "add_gram",
     "add_labels",
-    "add_square",
+    "add_shares",
+    "add_squares",
     "add_variances",
     "clear",
     "gather_rows",
     "set_zero",
+    "split_offsets",
     "tile_pairs",
 ]
 
@@ -281,36 +283,73 @@ def add_labels(y, order, offsets, count, sum_y, sum_yy):  # type: ignore[no-unty
 
 
 @kernel(
-    "void(float32[:,::1], int64[::1], float32[:,::1])",
+    "void(float32[:,::1], int64[::1], int64[::1], int64[::1], float32[:,::1])",
     threads=SUM_THREADS,
     serves=("normal_equations",),
 )
-def gather_rows(x, order, out):  # type: ignore[no-untyped-def]
-    """out[i] = x[order[i]], for libraries that want the rows of a group side by side.
+def gather_rows(x, order, offsets, padded, out):  # type: ignore[no-untyped-def]
+    """Rows of each group side by side from padded[g] on, and rows of zeros up to padded[g + 1].
 
-    Launch: (⌈p / SUM_THREADS⌉, any) blocks of SUM_THREADS threads; the blocks along the second axis share the rows.
+    Launch: (⌈p / SUM_THREADS⌉, any, n_groups) blocks of SUM_THREADS threads; the blocks along the second axis share the
+    rows of a group.
     """
     column = cuda.grid(1)
+    group = cuda.blockIdx.z
     if column < x.shape[1]:
-        for here in range(cuda.blockIdx.y, order.size, cuda.gridDim.y):
-            out[here, column] = x[order[here], column]
+        begin = offsets[group]
+        count = offsets[group + 1] - begin
+        for here in range(cuda.blockIdx.y, padded[group + 1] - padded[group], cuda.gridDim.y):
+            value = float32(0)
+            if here < count:
+                value = x[order[begin + here], column]
+            out[padded[group] + here, column] = value
 
 
 @kernel(
-    "void(float32[:,::1], float64[::1])",
+    "void(float32[:,:,::1], int64, float64[::1])",
     threads=SUM_THREADS,
     serves=("normal_equations",),
 )
-def add_square(square, packed):  # type: ignore[no-untyped-def]
-    """Add the upper triangle of a (p, p) float32 matrix to a packed float64 triangle.
+def add_squares(squares, n, packed):  # type: ignore[no-untyped-def]
+    """Add the upper triangles of the first n (p, p) float32 matrices to a packed float64 triangle.
 
-    Launch: (⌈p / SUM_THREADS⌉, p) blocks of SUM_THREADS threads: a block row per row of the matrix.
+    Launch: (⌈p / SUM_THREADS⌉, p) blocks of SUM_THREADS threads: a block row per row of the matrices.
     """
     column = cuda.grid(1)
     row = cuda.blockIdx.y
-    p = square.shape[0]
+    p = squares.shape[1]
     if row <= column < p:
-        packed[row * p - row * (row + 1) // 2 + column] += float64(square[row, column])
+        total = float64(0)
+        for part in range(n):
+            total += float64(squares[part, row, column])
+        packed[row * p - row * (row + 1) // 2 + column] += total
+
+
+@kernel("void(int64[::1], int64, int64[::1])", threads=SUM_THREADS, serves=("normal_equations",))
+def split_offsets(offsets, shares, finer):  # type: ignore[no-untyped-def]
+    """Cut the rows of each group in `shares` equal parts. Launch: one block of SUM_THREADS threads."""
+    groups = offsets.size - 1
+    for part in range(cuda.threadIdx.x, groups * shares, cuda.blockDim.x):
+        group = part // shares
+        begin = offsets[group]
+        finer[part] = begin + (offsets[group + 1] - begin) * (part - group * shares) // shares
+    if cuda.threadIdx.x == 0:
+        finer[groups * shares] = offsets[groups]
+
+
+@kernel("void(float64[:,::1], int64, float64[:,::1])", threads=SUM_THREADS, serves=("normal_equations",))
+def add_shares(parts, shares, totals):  # type: ignore[no-untyped-def]
+    """Add to each row of `totals` its `shares` rows of `parts`, in their order.
+
+    Launch: (⌈columns / SUM_THREADS⌉, rows of totals) blocks of SUM_THREADS threads.
+    """
+    place = cuda.grid(1)
+    group = cuda.blockIdx.y
+    if place < totals.shape[1]:
+        total = float64(0)
+        for part in range(group * shares, (group + 1) * shares):
+            total += parts[part, place]
+        totals[group, place] += total
 
 
 @kernel("void(float64[::1])", threads=SUM_THREADS, serves=("normal_equations",))

@@ -61,6 +61,10 @@ def kernel(
 ) -> Callable[[Callable[..., None]], Any]:
     """Compile a function as a kernel when it is first launched, and enter it in `KERNELS`.
 
+    Machine code is kept on disk beside that of the CPU kernels: the largest three take seconds each to compile. As
+    there, Numba looks at the kernel's own file only: after a change of a device function or of a constant in another
+    file, empty `__pycache__`.
+
     Parameters
     ----------
     signature : str
@@ -79,8 +83,8 @@ def kernel(
             raise ValueError(f"two kernels are called {name}: {KERNELS[name].function} and {function}")
         KERNELS[name] = Kernel(name, function, signature, (threads, blocks), serves)
         # The simulator knows no launch bounds.
-        options = {} if config.ENABLE_CUDASIM else {"launch_bounds": (threads, blocks)}  # type: ignore[attr-defined]
-        return cuda.jit(**options)(function)
+        options: dict[str, Any] = {"launch_bounds": (threads, blocks), "cache": True}
+        return cuda.jit(**({} if config.ENABLE_CUDASIM else options))(function)  # type: ignore[attr-defined]
 
     return register
 

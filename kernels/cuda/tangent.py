@@ -10,6 +10,9 @@ reason that `moefast.kernels.tangent` gives; more tangents go in further rounds.
 adds half of the tile's clouds to what it has, running sums about a running mean, so that the scatter is never the
 difference of two large numbers; at the end the two are put together. Nothing of size n × m is ever in memory.
 
+Accuracy: ‖δ‖² is summed panel by panel, and the panels' sums are added: one float32 sum of 160 coordinates leaves the
+exponents of clouds at χ² = 1000 off by 7·10⁻⁵ rms, this way 3·10⁻⁵, and the rounding of such a number alone is as much.
+
 Each expert's clouds are filled up to whole tiles with clouds of weight zero, coordinates and tangents with zeros.
 """
 
@@ -72,7 +75,7 @@ PADDED = ROWS + 1
 STATE = 5
 """Numbers that a thread keeps of a star: largest exponent, Σω, Σω², mean and scatter."""
 SO_FAR = 5
-"""Numbers that a thread adds up of a star and cloud over the tangents: Σu², and what they add to χ², the mean, the
+"""Numbers that a thread adds up of a star and cloud: ‖δ‖² − Σu², and what the tangents add to χ², the mean, the
 variance of log g that is explained, and the logarithm of all variances."""
 BLOCKS_TOGETHER = 4
 CONCENTRATION = 3
@@ -312,10 +315,11 @@ def weigh_clouds(  # type: ignore[no-untyped-def]
         # Without tangents, one round for the distance alone.
         for group in range(max(groups, 1)):
             for i in range(EACH):
-                square[i] = float32(0)
                 for t in range(TANGENTS):
                     u[i, t] = float32(0)
             for panel in range(0, wide, PANEL):
+                for i in range(EACH):
+                    square[i] = float32(0)
                 cuda.syncthreads()
                 for s in range(STAR_LOADS):
                     c = part + PARTS * s
@@ -338,6 +342,9 @@ def weigh_clouds(  # type: ignore[no-untyped-def]
                         square[i] += a[i] * a[i]
                         for t in range(TANGENTS):
                             u[i, t] += a[i] * b[t]
+                if group == 0:
+                    for i in range(EACH):
+                        so_far[0, i, thread] += square[i]
             if groups > 0:
                 corner = ((tile * groups + group) * CLOUDS + ty) * TANGENTS
                 for i in range(EACH):
@@ -367,7 +374,7 @@ def weigh_clouds(  # type: ignore[no-untyped-def]
                         b1 = float_bits(v1 * inverse)
                         mantissa *= _mantissa(b0) * _mantissa(b1)
                         exponent += (b0 >> int32(23)) + (b1 >> int32(23)) - int32(254)
-                    so_far[0, i, thread] += inside
+                    so_far[0, i, thread] -= inside
                     so_far[1, i, thread] += chi2
                     so_far[2, i, thread] += shift
                     so_far[3, i, thread] += known
@@ -377,7 +384,7 @@ def weigh_clouds(  # type: ignore[no-untyped-def]
         log_g = numbers[2, cloud]
         scatter = numbers[3, cloud]
         for i in range(EACH):
-            beyond = max(square[i] - so_far[0, i, thread], float32(0))
+            beyond = max(so_far[0, i, thread], float32(0))
             whole = so_far[1, i, thread] + beyond / (rest + variance[i]) + so_far[4, i, thread]
             whole += r * math.log(float32(1) + rest / variance[i])
             e = log_weight - float32(0.5) * whole

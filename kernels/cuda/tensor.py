@@ -31,7 +31,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
-from importlib import util
+from importlib import import_module, util
 from typing import Any
 
 import numpy as np
@@ -277,6 +277,11 @@ class TensorProducts:
                 return f"{package} is not installed (pip install 'moefast[tensor]')"
         if cuda.get_current_device().compute_capability < (8, 0):
             return "the device is older than compute capability 8.0"
+        try:
+            import_module("nvmath.device")
+        except (ImportError, RuntimeError) as error:
+            # Its loader raises a RuntimeError that goes on with listings of the folders where it looked.
+            return f"nvmath.device does not load ({next(iter(str(error).splitlines()), type(error).__name__)[:200]})"
         return ""
 
     def add(self, x: Any, order: Any, offsets: Any, bounds: np.ndarray, totals: Any, stream: Any) -> None:

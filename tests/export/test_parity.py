@@ -3,6 +3,7 @@ import sys
 from dataclasses import replace
 
 import numpy as np
+import onnxruntime
 import pytest
 from onnx import numpy_helper
 
@@ -10,6 +11,7 @@ from moefast.backend import cuda_devices
 from moefast.errors import ModelError
 from moefast.export import build, export_model, load, open_session, read_mixture, save, verify
 from moefast.export.parity import TOLERANCES, expected_outputs, synthetic_spectra
+from moefast.export.session import PROVIDERS
 
 OUTPUTS = tuple(TOLERANCES)
 
@@ -235,6 +237,10 @@ def test_export_model_writes_nothing_that_fails(mixture, tmp_path, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not cuda_devices()[0], reason="this machine has no CUDA device")
+@pytest.mark.skipif(
+    PROVIDERS["cuda"] not in onnxruntime.get_available_providers(),
+    reason=f"this ONNX Runtime {onnxruntime.__version__} has no {PROVIDERS['cuda']}",
+)
 def test_cuda_equals_the_float64_contract(mixture, spectra):
     flux, error = spectra
     found = run(open_session(build(mixture), "cuda"), flux, error)

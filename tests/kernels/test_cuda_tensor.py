@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -45,3 +46,30 @@ def test_unknown_targets_are_refused():
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "'sm_80', 'sm_90'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            RuntimeError('Failure finding "libmathdx.so.0"\n  listdir("/lib"):\n    libm.so'),
+            'finding "libmathdx.so.0"',
+        ),
+        (ImportError("nvmath.device needs more"), "needs more"),
+        (RuntimeError(), "RuntimeError"),
+    ],
+)
+def test_a_library_that_does_not_load_is_missing_in_one_line(error, said, monkeypatch):
+    from moefast.kernels.cuda import tensor
+
+    def broken(name):
+        raise error
+
+    device = SimpleNamespace(compute_capability=(9, 0))
+    monkeypatch.setattr(tensor.cuda, "get_current_device", lambda: device)
+    monkeypatch.setattr(tensor, "import_module", broken)
+    lack = tensor.TensorProducts.missing()
+    assert lack.startswith("nvmath.device does not load (")
+    assert said in lack
+    assert "\n" not in lack
+    assert "libm.so" not in lack

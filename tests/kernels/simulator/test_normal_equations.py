@@ -18,6 +18,7 @@ def few_threads(monkeypatch):
     monkeypatch.setattr(gram, "SUM_THREADS", 8)
     monkeypatch.setattr(gram, "COLUMNS", 4)
     monkeypatch.setattr(gram, "LANES", 3)
+    monkeypatch.setattr(products, "ENOUGH_BLOCKS", 1)
     monkeypatch.setattr(binning, "THREADS", 8)
     monkeypatch.setattr(binning, "SCAN_THREADS", 8)
 
@@ -55,6 +56,16 @@ def test_partial_sums_end_anywhere(monkeypatch):
     monkeypatch.setattr(gram, "PARTIAL_ROWS", 12)  # not a multiple of PANEL
     x, y, group = rows(53, 9, 2)
     assert_totals(normal_equations(x, y, group, 2, backend="cuda"), x, y, group, 2)
+
+
+@pytest.mark.parametrize(("n", "n_groups"), [(1, 1), (53, 2), (24, 1)])
+def test_rows_of_few_pixels_are_shared_out(n, n_groups, monkeypatch):
+    """Several blocks of threads share the rows of a tile; some get none."""
+    monkeypatch.setattr(products, "ENOUGH_BLOCKS", 5 * n_groups)
+    monkeypatch.setattr(gram, "PARTIAL_ROWS", 12)
+    x, y, group = rows(n, 9, n_groups)
+    assert products.NumbaProducts(53, 9, n_groups).shares == 5
+    assert_totals(normal_equations(x, y, group, n_groups, backend="cuda"), x, y, group, n_groups)
 
 
 def test_any_layout_of_rows_gives_the_same_totals():
@@ -153,16 +164,18 @@ def test_out_of_memory_halves_the_block(monkeypatch):
 
 class _NumpyAsTorch:
     @staticmethod
-    def mm(a, b, out):
+    def bmm(a, b, out):
         np.matmul(a, b, out=out)
 
 
 @pytest.fixture
 def numpy_for_cublas(monkeypatch):
-    def multiply(self, start, stop, stream):
-        products.multiply_upper(_NumpyAsTorch, self.sorted._ary[start:stop], self.square._ary)
+    def multiply(self, start, parts, height, stream):
+        rows = self.sorted._ary[start : start + parts * height].reshape(parts, height, -1)
+        assert height <= gram.PARTIAL_ROWS
+        products.multiply_upper(_NumpyAsTorch, rows, self.squares._ary[:parts])
 
-    monkeypatch.setattr(products, "UPPER_COLUMNS", 8)
+    monkeypatch.setattr(products, "UPPER_SIDE", 8)
     monkeypatch.setattr(products.CublasProducts, "_matrices", lambda self: None)
     monkeypatch.setattr(products.CublasProducts, "_multiply", multiply)
     monkeypatch.setattr(products.CublasProducts, "missing", staticmethod(lambda: ""))
@@ -171,8 +184,9 @@ def numpy_for_cublas(monkeypatch):
 @pytest.mark.usefixtures("numpy_for_cublas")
 @pytest.mark.parametrize(("n", "p"), [(0, 3), (1, 1), (31, 19), (40, 16)])
 def test_a_library_gives_the_same_totals(n, p, monkeypatch):
-    """Gathering, block rows and packing, with NumPy in the place of cuBLAS."""
-    monkeypatch.setattr(gram, "PARTIAL_ROWS", 8)
+    """Gathering, padding, batches of parts, block rows and packing, with NumPy in the place of cuBLAS."""
+    monkeypatch.setattr(gram, "PARTIAL_ROWS", 3)
+    monkeypatch.setattr(products, "SQUARES_BYTES", 2 * 4 * p * p)
     x, y, group = rows(n, p, 3)
     totals = NormalEquationsAccumulator(p, 3, method="cublas", block_rows=23)
     assert totals.choice.method == "cublas"
