@@ -26,7 +26,7 @@ from moefast.kernels import PROJECT_ROWS
 from moefast.mixture import Mixture, Prediction
 from moefast.model import Model
 from moefast.spectra.files import Block, Failure, Shard, SpectrumSet, find_files, open_spectra
-from moefast.spectra.quality import Flag, Quality
+from moefast.spectra.quality import Flag, Quality, assess, good_pixels
 from moefast.spectra.tables import Column, open_table
 from moefast.threads import CORES, map_in_order, one_blas_thread
 
@@ -39,6 +39,8 @@ TABLE_ROWS = 16384
 NOISE_FREE_CHI2 = 0.1
 CHI2_EVERY = 32
 """One of so many rows is looked at to tell noise-free spectra."""
+LEAST_ROWS = 16
+"""Spectra that a GPU must have room for: with less, halving a block does not help."""
 _ID = re.compile(r"id|\w+_id|(obj|cat|source|star|target|fiber|fibre)id", re.IGNORECASE)
 _LABEL = "log_g"
 _LOST = (Flag.NO_DATA, Flag.FEW_GOOD_PIXELS)
@@ -97,15 +99,8 @@ class CudaEngine:
     """
 
     def __init__(self, mixture: Mixture) -> None:
-        if mixture.others:
-            families = sorted({expert.family for expert in mixture.others.values()})
-            raise BackendError(
-                f"backend cuda: there are no kernels for experts of the family {' or '.join(families)}; use backend cpu"
-            )
-        if mixture.tower is not None:
-            raise BackendError(
-                "backend cuda: there is no kernel for the second tower of a gate; use backend cpu"
-            )
+        if lack := without_kernels(mixture):
+            raise BackendError(f"backend cuda: there are no kernels for {lack}; use backend cpu")
         from moefast.kernels.cuda.device import first_launch, require_device
 
         require_device()
@@ -134,6 +129,60 @@ class CudaEngine:
             ),
             Quality(found.snr_norm, found.snr_median, found.n_good, found.flag),
         )  # fmt: skip
+
+
+class OnnxEngine:
+    """The exported graph in ONNX Runtime, for what the CUDA kernels do not know; quality by the CPU kernels.
+
+    Parameters
+    ----------
+    mixture : Mixture
+    backend : "cpu" or "cuda"
+        Where ONNX Runtime runs it.
+
+    Raises
+    ------
+    BackendError
+        ONNX Runtime does not run there.
+    """
+
+    block_rows = 1024
+    # ONNX Runtime has threads of its own; one caller reads while another one waits for the device.
+    workers = 2
+
+    def __init__(self, mixture: Mixture, backend: str) -> None:
+        from moefast.export import build, open_session
+
+        self._session = open_session(build(mixture), backend)
+        self._names = [item.name for item in fields(Prediction)]
+
+    def __call__(
+        self, flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None, first_row: int
+    ) -> tuple[Prediction, Quality]:
+        """See `Engine`."""
+        quality = assess(flux, error, good_pixels(flux, error, mask), mask)
+        seen = error if mask is None else np.where(mask, np.float32(np.nan), error)
+        return self._run(flux, seen), quality
+
+    def _run(self, flux: NDArray, error: NDArray) -> Prediction:
+        try:
+            found = self._session.run(self._names, {"flux": flux, "error": error})
+        except Exception as problem:
+            # ONNX Runtime has no type of its own for memory that is short.
+            half = len(flux) // 2
+            if half < LEAST_ROWS or "allocate" not in str(problem):
+                raise BackendError(f"ONNX Runtime cannot score {len(flux)} spectra: {problem}") from problem
+            return _joined([self._run(flux[:half], error[:half]), self._run(flux[half:], error[half:])])
+        return Prediction(**dict(zip(self._names, found, strict=True)))
+
+
+def without_kernels(mixture: Mixture) -> str:
+    """What of a mixture the CUDA kernels do not know, in words; empty if they know it all."""
+    if mixture.heads is not None:
+        return f"a {mixture.heads.plan.kind} with heads"
+    if mixture.others:
+        return f"experts of the family {' or '.join(sorted({e.family for e in mixture.others.values()}))}"
+    return "" if mixture.tower is None else "the second tower of a gate"
 
 
 @dataclass
@@ -179,14 +228,16 @@ class Summary:
 
 
 def make_engine(mixture: Mixture, backend: Backend) -> Engine:
-    """Score on the CPU kernels or on the CUDA kernels.
+    """Score on the CPU kernels or on the CUDA kernels; what these do not know, in ONNX Runtime on the GPU.
 
     Raises
     ------
     BackendError
         The GPU cannot be used after all.
     """
-    return CpuEngine(mixture) if backend.name == "cpu" else CudaEngine(mixture)
+    if backend.name == "cpu":
+        return CpuEngine(mixture)
+    return OnnxEngine(mixture, "cuda") if without_kernels(mixture) else CudaEngine(mixture)
 
 
 def open_engine(mixture: Mixture, backend: str = "auto") -> tuple[Engine, Backend]:

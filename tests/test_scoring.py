@@ -8,17 +8,20 @@ from itertools import pairwise
 import h5py
 import numpy as np
 import pytest
+from made_network import with_heads
+from plans import random_mixture, spectra
 from sklearn.metrics import r2_score
 from small import Stars, same_rows
 
 import moefast
 from moefast import scoring
-from moefast.errors import InputError, LabelError, MoefastError, OutputError, WaveGridError
+from moefast.backend import Backend
+from moefast.errors import BackendError, InputError, LabelError, MoefastError, OutputError, WaveGridError
 from moefast.export.parity import synthetic_spectra
 from moefast.mixture import Mixture
 from moefast.model import Model
 from moefast.protocol.metrics import r2
-from moefast.scoring import choose_rows, predict
+from moefast.scoring import CpuEngine, CudaEngine, OnnxEngine, choose_rows, make_engine, predict
 from moefast.simulate import Emulator
 from moefast.spectra import Flag, open_spectra, read_table
 
@@ -462,3 +465,51 @@ def test_fit_and_evaluate_need_labels(stars, model, tmp_path):
         with pytest.raises(LabelError, match=r"M_H is not finite in 1 of 50 rows, the first of them 7"):
             work(broken)
     assert LabelError.exit_code == 5
+
+
+# --- what the CUDA kernels do not know --------------------------------------------------------------------------------
+
+
+def test_the_graph_as_an_engine_gives_what_the_kernels_give():
+    mixture = with_heads(random_mixture(), "pca-mlp")
+    flux, error = spectra(40, mixture.projection)
+    mask = np.random.default_rng(0).random(flux.shape) < 0.05
+    flux[3], error[4, 7] = np.nan, -1
+    found, quality = OnnxEngine(mixture, "cpu")(flux, error, mask, 0)
+    expected, right = CpuEngine(mixture)(flux, error, mask, 0)
+    np.testing.assert_array_equal(quality.flag, right.flag)
+    there = np.arange(40) != 3
+    for name in ("log_g", "log_g_err", "weights", "chi2"):
+        np.testing.assert_allclose(
+            getattr(found, name)[there], getattr(expected, name)[there], rtol=1e-3, atol=1e-4
+        )
+
+
+def test_a_gpu_that_is_short_of_memory_gets_half_of_the_block(monkeypatch):
+    mixture = with_heads(random_mixture(), "pca-mlp")
+    flux, error = spectra(100, mixture.projection)
+    engine = OnnxEngine(mixture, "cpu")
+    expected = engine(flux, error, None, 0)[0].log_g
+    run, sizes = engine._session.run, []
+
+    class Short:
+        def run(self, names, seen):
+            sizes.append(len(seen["flux"]))
+            if sizes[-1] > 30:
+                raise RuntimeError("Failed to allocate memory for requested buffer of size 1")
+            return run(names, seen)
+
+    engine._session = Short()
+    np.testing.assert_allclose(engine(flux, error, None, 0)[0].log_g, expected, rtol=1e-5)
+    assert sizes[:3] == [100, 50, 25]
+    with pytest.raises(BackendError, match="cannot score 31 spectra"):
+        engine(flux[:31], error[:31], None, 0)
+
+
+def test_a_gpu_scores_what_it_has_no_kernels_for_in_onnx_runtime(monkeypatch):
+    asked = []
+    monkeypatch.setattr("moefast.scoring.OnnxEngine", lambda mixture, backend: asked.append(backend))
+    make_engine(with_heads(random_mixture(), "pca-mlp"), Backend("cuda", "a GPU", "as asked"))
+    assert asked == ["cuda"]
+    with pytest.raises(BackendError, match="no kernels for a pca-mlp with heads; use backend cpu"):
+        CudaEngine(with_heads(random_mixture(), "pca-mlp"))

@@ -431,5 +431,5 @@ def test_an_engine_refuses_experts_that_have_no_kernel():
 def test_an_engine_refuses_a_second_tower():
     mixture = random_mixture(n_pixels=64)
     tower = random_tower(10, mixture.n_experts, "quality")
-    with pytest.raises(BackendError, match="no kernel for the second tower"):
+    with pytest.raises(BackendError, match="no kernels for the second tower"):
         CudaEngine(dataclasses.replace(mixture, tower=tower))
