@@ -15,7 +15,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-__all__ = ["FIXED", "Arithmetic", "NumPyArithmetic", "OnnxArithmetic", "TorchArithmetic"]
+__all__ = ["FIXED", "HEAD", "Arithmetic", "NumPyArithmetic", "OnnxArithmetic", "TorchArithmetic"]
 
 EPSILON = 1e-5
 """Added to the variance in `norm`."""
@@ -23,6 +23,8 @@ FIXED = (
     "level.limits", "level.scale", "lines.scale", "log_g.scale", "metal_poor", "variance", "reference", "inverse_noise",
 )  # fmt: skip
 """Numbers that are set, not fitted: scales of what goes in and comes out."""
+HEAD = 32
+"""Width of an attention head, d."""
 FLOAT, HALF = 1, 10
 """`onnx.TensorProto` types."""
 
@@ -82,8 +84,8 @@ class Arithmetic(Protocol):
         """Between two numbers, given as `number` or `constant`."""
         ...
 
-    def softmax(self, a: Any) -> Any:
-        """Over the last axis."""
+    def attention(self, queries: Any, keys: Any, values: Any) -> Any:
+        """softmax(q kᵀ/√d) v of each head, all (n, heads, tokens, d)."""
         ...
 
     def norm(self, a: Any, scale: Any, shift: Any) -> Any:
@@ -163,10 +165,12 @@ class NumPyArithmetic:
     def clip(self, a: NDArray, low: Any, high: Any) -> NDArray:
         return np.minimum(np.maximum(a, low), high)
 
-    def softmax(self, a: NDArray) -> NDArray:
-        weights = np.exp(a - a.max(-1, keepdims=True))
+    def attention(self, queries: NDArray, keys: NDArray, values: NDArray) -> NDArray:
+        weights = np.matmul(queries * self.dtype.type(keys.shape[-1] ** -0.5), np.swapaxes(keys, 2, 3))
+        weights -= weights.max(-1, keepdims=True)
+        np.exp(weights, out=weights)
         weights /= weights.sum(-1, keepdims=True)
-        return weights
+        return np.matmul(weights, values)
 
     def norm(self, a: NDArray, scale: NDArray, shift: NDArray) -> NDArray:
         apart = a - a.mean(-1, keepdims=True)
@@ -246,8 +250,9 @@ class TorchArithmetic:
     def clip(self, a: Any, low: Any, high: Any) -> Any:
         return a.clamp(low, high)
 
-    def softmax(self, a: Any) -> Any:
-        return a.softmax(-1)
+    def attention(self, queries: Any, keys: Any, values: Any) -> Any:
+        # Fused: the weights, a number for every pair of tokens, never go through memory.
+        return self._torch.nn.functional.scaled_dot_product_attention(queries, keys, values)
 
     def norm(self, a: Any, scale: Any, shift: Any) -> Any:
         return self._torch.nn.functional.layer_norm(a, a.shape[-1:], scale, shift, EPSILON)
@@ -344,8 +349,10 @@ class OnnxArithmetic:
     def clip(self, a: str, low: str, high: str) -> str:
         return self._add("Min", [self._add("Max", [a, low]), high])
 
-    def softmax(self, a: str) -> str:
-        return self._add("Softmax", [a], axis=-1)
+    def attention(self, queries: str, keys: str, values: str) -> str:
+        scaled = self.multiply(queries, self.constant(HEAD**-0.5))
+        weights = self._add("Softmax", [self.product(scaled, self.ordered(keys, (0, 1, 3, 2)))], axis=-1)
+        return self.product(weights, values)
 
     def norm(self, a: str, scale: str, shift: str) -> str:
         return self._add("LayerNormalization", [a, scale, shift], axis=-1, epsilon=EPSILON)

@@ -28,7 +28,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from moefast.trunks.arithmetic import Arithmetic
+from moefast.trunks.arithmetic import HEAD, Arithmetic
 
 __all__ = ["KINDS", "Kind", "Plan", "answer", "embed", "shapes", "start"]
 
@@ -36,8 +36,6 @@ F32 = NDArray[np.float32]
 Kind = Literal["pca-mlp", "cnn", "vit"]
 KINDS = get_args(Kind)
 
-HEAD = 32
-"""Width of an attention head."""
 KERNELS = (16, 8, 8)
 LARGEST_MEAN, LARGEST_LOG_SD, LEAST_LOG_SD = 3.0, 1.0, -6.0
 """Bounds of a head's answers, in units of the spread of log g: networks extrapolate without limit."""
@@ -241,15 +239,13 @@ def _vit(a: Arithmetic, plan: Plan, scaled: Any, level: Any) -> Any:
     t = _dense(a, a.shaped(scaled, (tokens, plan.patch)), "patch")
     t = a.add(t, a.number("positions"))
     t = a.joined([a.shaped(_dense(a, level, "first"), (1, w)), t], 1)
-    scale = a.constant(HEAD**-0.5)
     for i in range(plan.depth):
         inner = _norm(a, t, f"{i}.attention")
         queries, keys, values = (
-            a.shaped(_dense(a, inner, f"{i}.{name}"), of_heads) for name in ("queries", "keys", "values")
+            a.ordered(a.shaped(_dense(a, inner, f"{i}.{name}"), of_heads), (0, 2, 1, 3))
+            for name in ("queries", "keys", "values")
         )
-        queries = a.multiply(a.ordered(queries, (0, 2, 1, 3)), scale)
-        attention = a.softmax(a.product(queries, a.ordered(keys, (0, 2, 3, 1))))
-        found = a.ordered(a.product(attention, a.ordered(values, (0, 2, 1, 3))), (0, 2, 1, 3))
+        found = a.ordered(a.attention(queries, keys, values), (0, 2, 1, 3))
         t = a.add(t, _dense(a, a.shaped(found, (tokens + 1, w)), f"{i}.back"))
         t = _residual(a, t, i)
     return _norm(a, a.shaped(a.part(t, 1, 0, 1), (w,)), "out")
