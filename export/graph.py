@@ -925,10 +925,10 @@ def read_mixture(model: ModelProto, wave: NDArray[np.float64]) -> Mixture:
     heads = None
     if of_heads:
         kind = next(iter(of_heads.values()))[0]
-        sizes = {short: tuple(tensors[name].dims) for short, (_, name) in of_heads.items()}
+        dims = {short: tuple(tensors[name].dims) for short, (_, name) in of_heads.items()}
         try:
             heads = Heads.read(
-                kind, sizes, lambda short: read(of_heads[short][1], *sizes[short])  # type: ignore[arg-type]
+                kind, dims, lambda short: read(of_heads[short][1], *dims[short])  # type: ignore[arg-type]
             )  # fmt: skip
         except (ValueError, KeyError) as error:
             raise ModelError(f"the network of the ONNX model does not fit together: {error}") from error

@@ -849,8 +849,8 @@ class _Fitter:
                 x = add_noise(x, sigma, self.options.seed + 1, rows)
             found = mixture.inputs(project(x, sigma, None, mixture.projection))
             parts.append((*found[:3], x if flux else x[:, :0], rows))
-        *seen, whole, rows = (np.concatenate(column) for column in zip(*parts, strict=True))
-        return Inputs(*seen, whole if flux else None), rows
+        z, level, lines, whole, rows = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return Inputs(z, level, lines, whole if flux else None), rows
 
     def templates(self, mixture: Mixture) -> tuple[Library, dict[str, float]]:
         """A library of stars that are not in the sample, and the R² of what was tried on noisy stars of the sample."""
@@ -922,7 +922,10 @@ class _Fitter:
             self.y[rows], np.column_stack([self.labels["T_eff"], self.labels["M_H"]])[rows], self.bins[rows]
         )
         seen = {"lines": judges.lines, "log_level": judges.log_level[:, None]}
-        seen |= {"x": judges.x} if pixels else {"z": judges.z}
+        if judges.x is None:
+            seen["z"] = judges.z
+        else:
+            seen["x"] = judges.x
         heads, curve = training.fit_heads(
             begin,
             stars,
@@ -998,16 +1001,17 @@ class _Fitter:
                 )
                 seen = (found.snr_norm, quality, *mixture.inputs(found)[:3])
                 parts.append((features, chi2, rows, values, noise, *seen, *given))
-        features, chi2, rows, values, noise, snr_norm, quality, z, level, lines, *given = (
+        features, chi2, rows, values, noise, snr_norm, quality, z, level, lines, *of_network = (
             np.concatenate(columns) for columns in zip(*parts, strict=True)
         )
         inputs = Inputs(z, level, lines)
         sample = _Sample(
             features, chi2, rows, inputs, {"linear": values}, {"linear": noise}, None, snr_norm, quality
         )
-        if given:
-            sample.values["heads"], sample.noise["heads"] = given[0].astype(np.float64), given[1]
-            sample = sample._replace(logits=given[2].astype(np.float64))
+        if of_network:
+            log_g, sd, logits = of_network
+            sample.values["heads"], sample.noise["heads"] = log_g.astype(np.float64), sd
+            sample = sample._replace(logits=logits.astype(np.float64))
         if mixture.library is not None:
             posterior = tangent_posterior(sample.inputs.z, sample.inputs.log_level, mixture.library)
             sample.values["template"] = posterior.mean.astype(np.float64)

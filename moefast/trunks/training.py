@@ -360,7 +360,7 @@ class _Training:
         arithmetic = TorchArithmetic(self.torch, {**weights, **self.fixed})
         with self.torch.autocast(self.device.type, self.torch.bfloat16, enabled=self.half):
             found = answer(arithmetic, self.plan, seen)
-        return tuple(value.float() for value in found)  # type: ignore[return-value]
+        return tuple(value.float() for value in found)
 
     def loss(self, seen: Mapping[str, Any], index: Any) -> Any:
         torch = self.torch
@@ -400,7 +400,7 @@ class _Training:
 
     def state(self) -> dict[str, Any]:
         """Everything that changes, as tensors by name."""
-        found = {}
+        found: dict[str, Any] = {}
         for name, value in self.weights.items():
             moments = self.search.state[value]
             found |= {

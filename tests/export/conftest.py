@@ -1,10 +1,13 @@
 from dataclasses import replace
 
 import pytest
+from made_network import with_heads
 from plans import random_library, random_mixture, random_tower, random_trees
 
 
-@pytest.fixture(scope="session", params=["linear", "library", "some of each", "dual", "conditional"])
+@pytest.fixture(
+    scope="session", params=["linear", "library", "some of each", "dual", "conditional", "pca-mlp", "vit"]
+)
 def mixture(request):
     made = random_mixture()
     if request.param == "linear":
@@ -13,6 +16,8 @@ def mixture(request):
         return replace(made, tower=random_tower(10, 5, "quality"))
     if request.param == "conditional":
         return replace(made, tower=random_tower(14, 5, "features", 6.0))
+    if request.param in {"pca-mlp", "vit"}:
+        return with_heads(made, request.param)
     if request.param == "library":
         return replace(made, library=random_library())
     marks, others = (

@@ -4,6 +4,7 @@ from dataclasses import fields, replace
 import numpy as np
 import onnx
 import pytest
+from made_network import with_heads
 from one_expert import model_of, network
 from onnx import TensorProto, helper, numpy_helper
 from plans import random_library, random_mixture, random_tower
@@ -69,7 +70,7 @@ def test_the_list_of_allowed_operators_is_the_list_of_those_in_use():
     tower = random_tower(10, 5, "quality")
     mixtures = plain, replace(plain, library=random_library()), replace(plain, tower=tower)
     models = [build(mixture, part) for mixture in mixtures for part in PARTS]
-    models.append(model_of(network(), p=320))
+    models += [model_of(network(), p=320), build(with_heads(plain, "pca-mlp"))]
     assert {node.op_type for model in models for node in model.graph.node} == _OPERATORS
 
 
@@ -89,7 +90,10 @@ def test_the_file_holds_the_expert_weights_once(mixture):
     nodes = (
         30_000 + (30_000 if clouds else 0) + 50 * sum(39 * e.forest.n_trees for e in mixture.others.values())
     )
-    assert size < pixels + mixture.expert_weights.nbytes + clouds + nodes
+    numbers = 0
+    if mixture.heads is not None:
+        numbers = sum(array.nbytes for array in mixture.heads.numbers.values()) + 20_000
+    assert size < pixels + mixture.expert_weights.nbytes + clouds + nodes + numbers
 
 
 def test_metadata_say_where_the_model_comes_from(mixture):
@@ -141,6 +145,11 @@ def test_round_trip_is_exact(mixture, tmp_path, clipped):
             if a is not None:
                 assert (a.sees, a.limit) == (b.sees, b.limit)
                 assert all(same_bits(x, y) for x, y in zip(a.layers, b.layers, strict=True))
+        elif field.name == "heads":
+            assert (a is None) == (b is None)
+            if a is not None:
+                assert a.plan == b.plan
+                assert all(same_bits(b.numbers[name], value) for name, value in a.numbers.items())
         elif isinstance(a, tuple):
             assert all(same_bits(x, y) for x, y in zip(a, b, strict=True)), field.name
         else:
