@@ -570,7 +570,8 @@ class _Steps:
     @cached_property
     def whole_flux(self) -> str:
         """Flux with the reference in the place of bad pixels, (n, p)."""
-        return self.graph.add("Where", [self.good, "flux", "reference"], "flux/whole")
+        flux = "flux/clipped" if self.mixture.clipped else "flux"
+        return self.graph.add("Where", [self.good, flux, "reference"], "flux/whole")
 
     def of_lines(self, lines: str) -> str:
         """Depths and equivalent widths, (n, 9)."""
@@ -671,8 +672,9 @@ def build(
     elif part != "mixture":
         if mixture.heads is not None:
             k = _number_of(mixture, part)
-            columns, lines = steps.project(lines=True)
-            every = steps.heads(steps.components(columns), lines)[0]
+            # What the gate would make of the lines is dropped with the gate.
+            (columns,) = steps.project(lines=False)
+            every = steps.heads(steps.components(columns), "")[0]
             g = steps.graph
             ends = [g.shape(f"place_{k}", [k]), g.shape(f"place_{k + 1}", [k + 1]), g.axis(1)]
             column = g.add("Slice", [every, *ends], "experts/only_column")

@@ -380,9 +380,9 @@ class Mixture:
         if self.heads is not None or self.others:
             inputs = self.inputs(linear)
             if any(each.needs_flux for each in (*self.others.values(), self.heads) if each is not None):
-                good = good_pixels(flux, error, mask)
+                good, x = good_pixels(flux, error, mask), np.maximum(flux, 0) if self.clipped else flux
                 inputs = inputs._replace(
-                    x=flux if good is None else np.where(good, flux, self.reference.astype(flux.dtype))
+                    x=x if good is None else np.where(good, x, self.reference.astype(x.dtype))
                 )
         if self.heads is not None:
             values, noise, logits = (self.heads.predict_reference if reference else self.heads.predict)(

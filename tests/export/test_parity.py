@@ -229,7 +229,7 @@ def test_export_model_writes_what_it_verified(mixture, tmp_path):
 
 def test_export_model_writes_nothing_that_fails(mixture, tmp_path, monkeypatch):
     other = replace(mixture, reference=mixture.reference + np.float32(0.1))
-    monkeypatch.setattr("moefast.export.parity.build", lambda *_: build(other))
+    monkeypatch.setattr("moefast.export.parity.build", lambda *_, **__: build(other))
     with pytest.raises(ModelError, match="does not give the numbers"):
         export_model(mixture, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
