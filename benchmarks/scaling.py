@@ -42,6 +42,7 @@ __all__ = ["PUBLISHED", "measure"]
 RESULTS = Path(__file__).parent / "results"
 PUBLISHED = {50_000: 0.434, 100_000: 0.596, 200_000: 0.673, 500_000: 0.709, 1_000_000: 0.711}
 """R² of the published vision transformer by training stars, on other spectra, whose ceiling is 0.87."""
+METHODS = ("LightGBM", "network")
 BASIS_ROWS, JUDGES, BLOCK = 20_000, 10_000, 4096
 SEED = 20261127
 
@@ -115,13 +116,9 @@ def train(
 
 
 def measure(
-    name: str,
-    sizes: list[int],
-    size: Size,
-    steps: int | None,
-    judges: int = JUDGES,
-    basis_rows: int = BASIS_ROWS,
-) -> dict[str, Any]:
+    name: str, sizes: list[int], size: Size, steps: int | None, judges: int = JUDGES, basis_rows: int = BASIS_ROWS,
+    methods: tuple[str, ...] = METHODS,
+) -> dict[str, Any]:  # fmt: skip
     """R² and seconds of every method at every size."""
     basis = SimulatedSpectra.of_set(name, rows=(0, basis_rows))
     mixture = fit_mixture(basis, Options(references=False)).mixture
@@ -138,7 +135,7 @@ def measure(
     views = {"z": seen.z[first], "lines": seen.lines[first], "log_level": seen.log_level[first, None]}
     stop = training.Judges(views, log_g[first])
     judged = Inputs(*(a[second] for a in seen[:3]))
-    curves: dict[str, dict[str, Any]] = {"LightGBM": {}, "network": {}}
+    curves: dict[str, dict[str, Any]] = {method: {} for method in methods}
     for n in sizes:
         mine, some = Inputs(*(a[:n] for a in stars[:3])), windows[:n]
         labels = training.Labels(found["log_g"][:n], others[:n], bins[:n])
@@ -168,14 +165,17 @@ def measure(
     "--size", type=click.Choice(["small", "base"]), default="small", show_default=True, help="Of the network."
 )
 @click.option("--steps", type=int, help="Of its fit, instead of what belongs to its size.")
+@click.option("--method", "methods", multiple=True, type=click.Choice(METHODS), help="By default all.")
 @click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), help="JSON file to write.")
-def main(name: str, sizes: str, size: Size, steps: int | None, out: Path | None) -> None:
+def main(
+    name: str, sizes: str, size: Size, steps: int | None, methods: tuple[str, ...], out: Path | None
+) -> None:
     """Measure, print, and write JSON (by default into benchmarks/results/)."""
     environment = describe()
     report = {
         "what": "R² against training stars",
         "environment": environment,
-        **measure(name, [int(n) for n in sizes.split(",")], size, steps),
+        **measure(name, [int(n) for n in sizes.split(",")], size, steps, methods=methods or METHODS),
         "published": {"vision transformer": PUBLISHED},
     }
     path = out or RESULTS / f"{environment['date']}-scaling-{name}.json"
