@@ -9,7 +9,7 @@ Design: one library of prior draws for all stars, seen in a whitened principal-c
 importance sampler per star (`posterior`); the likelihood is the full one over all pixels (`kernels`), with the variance
 of the star supposed. Stars are independent and have generators of their own, so results do not depend on the number of
 threads. One Python thread per core, BLAS on one: nearly all work releases the GIL.
-Cost: about 1500 likelihoods of 40 µs per star.
+Cost: 3000 likelihoods and 0.15 s of a core per star without nuisances, 5800 and 0.47 s with those of `survey`.
 """
 
 from __future__ import annotations

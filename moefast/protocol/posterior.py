@@ -8,8 +8,12 @@ quantile, which also turns the walls of the box into tails.
 Design: adaptive multiple importance sampling (Cornuet et al. 2012, Scand. J. Stat. 39, 798) with tempering. Proposals
 are kernel estimates, Student t kernels on centres resampled from the draws so far, the first from a library of prior
 draws with approximate likelihoods. For the choice of centres the likelihood enters with an exponent that is as high as
-the draws can bear. Every draw counts, weighted by the mixture of all proposals: a bad one costs draws, not truth, and
-what an early, wide one found is not lost when later ones are narrow.
+the draws can bear. Draws are weighted by the mixture of all proposals: a bad one costs draws, not truth, and what an
+early, wide one found is not lost when later ones are narrow.
+The draws that shaped the proposals do not count: a draw that became a centre lies on the peak of its own kernel, which
+takes weight from it, and stopping once they look sufficient favours those that have not met a wing. Counted are
+independent draws from the mixture as it then stands, as many as its efficiency asks for. If they fall short of the
+effective sample size, they shape proposals in their turn and others are drawn.
 """
 
 from __future__ import annotations
@@ -27,9 +31,11 @@ __all__ = ["Posterior", "effective_sample_size", "sample_posterior"]
 F64 = NDArray[np.float64]
 
 CENTRES = 96
-WIDE_SHARE = 0.1
+WIDE_SHARE = 0.3
 WIDE_FACTOR = 2.5
-"""A tenth of the draws use kernels two and a half times as wide: they find what the centres have missed."""
+"""Three tenths of the draws use kernels two and a half times as wide: they find what the centres have missed."""
+RESERVE = 1.25
+"""Draws that count, in units of what the efficiency of the way there promises to suffice."""
 FIRST_POPULATION = 4096
 WINDOW = 1.0
 """Width of the window that sees a centre's neighbours, in standard deviations of the population."""
@@ -92,7 +98,7 @@ def sample_posterior(
     *,
     target_ess: float = 300.0,
     batch: int = 512,
-    max_batches: int = 40,
+    max_batches: int = 80,
 ) -> Posterior:
     """Draw from the posterior of z ~ N(0, I) given a likelihood until the effective sample size is reached.
 
@@ -106,11 +112,11 @@ def sample_posterior(
         Their log-likelihoods, approximate ones will do.
     rng : Generator
     target_ess : float
-        Where to stop.
+        Effective sample size that is wanted.
     batch : int
         Likelihoods per call.
     max_batches : int
-        Where to give up; the effective sample size then tells.
+        Where to give up, at least 2; the effective sample size then tells. Up to half of them shape the proposals.
 
     Returns
     -------
@@ -122,23 +128,46 @@ def sample_posterior(
     proposals = [_Kernels.around(start[best], exponent * start_log_likelihood[best], rng)]
     z = np.empty((0, start.shape[1]))
     log_likelihoods, mixture = np.empty(0), np.empty(0)
+    left = max_batches
     while True:
-        new = proposals[-1].draw(batch, rng)
-        # Density of all draws under all proposals: the newest at the old draws, all at the new.
-        mixture = np.concatenate(
-            [mixture + proposals[-1].density(z), np.sum([each.density(new) for each in proposals], axis=0)]
-        )
+        while True:
+            new = proposals[-1].draw(batch, rng)
+            # Density of all draws under all proposals: the newest at the old draws, all at the new.
+            mixture = np.concatenate([mixture + proposals[-1].density(z), _sum_of_densities(proposals, new)])
+            z = np.concatenate([z, new])
+            log_likelihoods = np.concatenate([log_likelihoods, log_likelihood(new)])
+            left -= 1
+            base = -0.5 * (z**2).sum(axis=1) - np.log(mixture)
+            reached = effective_sample_size(base + log_likelihoods)
+            if reached >= target_ess or left <= max_batches // 2:
+                break
+            exponent = _highest_exponent(base, log_likelihoods)
+            proposals.append(_Kernels.around(z, base + exponent * log_likelihoods, rng))
+        wanted = math.ceil(RESERVE * target_ess * len(z) / max(reached, 1.0) / batch)
+        n_batches = max(1, min(wanted, left))
+        # Equal shares, so that the density of the draws is the mean of the proposals' exactly.
+        share = math.ceil(n_batches * batch / len(proposals))
+        new = np.concatenate([each.draw(share, rng) for each in proposals])
+        new_mixture = _sum_of_densities(proposals, new)
+        parts = np.array_split(new, math.ceil(len(new) / batch))
+        new_log_likelihoods = np.concatenate([log_likelihood(part) for part in parts])
+        left -= n_batches
+        log_weights = -0.5 * (new**2).sum(axis=1) - np.log(new_mixture) + new_log_likelihoods
+        reached = effective_sample_size(log_weights)
         z = np.concatenate([z, new])
-        log_likelihoods = np.concatenate([log_likelihoods, log_likelihood(new)])
-        base = -0.5 * (z**2).sum(axis=1) - np.log(mixture)
-        reached = effective_sample_size(base + log_likelihoods)
-        if reached >= target_ess or len(proposals) == max_batches:
+        if reached >= target_ess or left <= n_batches:
             break
+        mixture = np.concatenate([mixture, new_mixture])
+        log_likelihoods = np.concatenate([log_likelihoods, new_log_likelihoods])
+        base = -0.5 * (z**2).sum(axis=1) - np.log(mixture)
         exponent = _highest_exponent(base, log_likelihoods)
         proposals.append(_Kernels.around(z, base + exponent * log_likelihoods, rng))
-    log_weights = base + log_likelihoods
     weights = np.exp(log_weights - log_weights.max())
-    return Posterior(z, weights / weights.sum(), reached, len(z))
+    return Posterior(new, weights / weights.sum(), reached, len(z))
+
+
+def _sum_of_densities(proposals: list[_Kernels], z: F64) -> F64:
+    return np.sum([each.density(z) for each in proposals], axis=0)
 
 
 def _highest_exponent(base: F64, log_likelihoods: F64) -> float:
