@@ -30,6 +30,7 @@ import moefast
 from moefast.errors import ModelError, OutputError
 from moefast.experts.cnn import ConvNet
 from moefast.experts.inputs import Expert
+from moefast.experts.residual import RidgeResidual
 from moefast.experts.trees import Trees
 from moefast.gating.features import LEAST_CONTINUUM, LINE_FEATURES, LINES
 from moefast.gating.tower import Sees, Tower
@@ -60,9 +61,10 @@ _OPERATORS = frozenset([
 # fmt: on
 _OPERATORS_OF = {"": _OPERATORS, TREES_DOMAIN: frozenset(["TreeEnsembleRegressor"])}
 LEAST_FLUX = "least_flux"
-OTHERS: dict[str, type[Expert]] = {cls.family: cls for cls in (ConvNet, Trees)}
+OTHERS: dict[str, type[Expert]] = {cls.family: cls for cls in (ConvNet, Trees, RidgeResidual)}
 """Families that write themselves into a graph."""
 _OTHER = re.compile(rf"experts\.(\d+)\.({'|'.join(OTHERS)})")
+_RESIDUAL = re.compile(rf"residuals\.(\d+)\.({'|'.join(OTHERS)})")
 _EXPERT_PART = re.compile(r"expert-(\d+)")
 
 
@@ -514,15 +516,30 @@ class _Steps:
             raw,
         )
 
-    def other(self, k: int, components: str, lines: str) -> str:
-        """Log g of an expert of another family, (n, 1), from components and the products of the line columns."""
-        inputs = _OnDemand(
+    def expert_inputs(self, components: str, lines: str) -> Mapping[str, str]:
+        """What experts of other families see, from components and the products of the line columns."""
+        return _OnDemand(
             z=lambda: components,
             lines=lambda: self.of_lines(lines),
             log_level=lambda: self.level_column,
             x=lambda: self.whole_flux,
         )
+
+    def other(self, k: int, components: str, lines: str) -> str:
+        """Log g of an expert of another family, (n, 1)."""
+        inputs = self.expert_inputs(components, lines)
         return self.mixture.others[k].add_nodes(self.graph, inputs, f"experts.{k}")
+
+    def with_residuals(self, values: str, components: str, lines: str) -> str:
+        """(n, K) with the residuals of experts added to their columns."""
+        g, zero = self.graph, self.graph.scalar("zero", 0.0)
+        for k, expert in self.mixture.residuals.items():
+            # As for experts of other families, the name of this mark tells a reader of which family it is.
+            mark = g.number(f"residuals.{k}.{expert.family}", np.arange(self.mixture.n_experts) == k)
+            own = expert.add_nodes(g, self.expert_inputs(components, lines), f"residuals.{k}")
+            share = g.add("Where", [mark, own, zero], f"residuals.{k}/in_place")
+            values = g.add("Add", [values, share], f"residuals.{k}/added")
+        return values
 
     def with_others(self, values: str, components: str, lines: str) -> str:
         """(n, K) with the columns of experts of other families."""
@@ -641,15 +658,16 @@ def build(mixture: Mixture, part: str = "mixture", metadata: dict[str, str] | No
         features = steps.features(components, steps.of_lines(lines))
         steps.deliver(steps.gate(features, evidence), "weights", columns=True)
     elif part != "mixture":
+        columns, *lines = steps.project(lines=bool(mixture.others or mixture.residuals))
+        components = steps.components(columns)
         if mixture.others:
-            columns, lines = steps.project(lines=True)
-            column = steps.other(0, steps.components(columns), lines)
+            column = steps.other(0, components, *lines)
         elif mixture.library is not None and mixture.from_library[0]:
-            (columns,) = steps.project(lines=False)
-            (column,) = steps.posterior(steps.components(columns), ["mean"])
+            (column,) = steps.posterior(components, ["mean"])
         else:
-            (columns,) = steps.project(lines=False)
             column = steps.expert_log_g(columns, steps.hat())
+        if mixture.residuals:
+            column = steps.with_residuals(column, components, *lines)
         outputs = ["log_g"]
         steps.deliver(steps.graph.add("Squeeze", [column, steps.graph.axis(1)], "experts/only"), "log_g")
     else:
@@ -665,6 +683,7 @@ def build(mixture: Mixture, part: str = "mixture", metadata: dict[str, str] | No
             experts = steps.instead(experts, means, "experts/of_all_kinds")
             noise = steps.instead(noise, deviations, "propagate/noise_of_all_kinds")
         experts = steps.with_others(experts, components, lines)
+        experts = steps.with_residuals(experts, components, lines)
         features = steps.features(components, steps.of_lines(lines))
         weights = steps.gate(features, evidence)
         log_g, log_g_err, raw = steps.mix(features, weights, experts, noise)
@@ -692,6 +711,7 @@ def _only_expert(mixture: Mixture, part: str) -> Mixture:
         library=None if mixture.library is None else _clouds_of(mixture.library, k),
         from_library=mixture.from_library[k : k + 1],
         others={0: mixture.others[k]} if k in mixture.others else {},
+        residuals={0: mixture.residuals[k]} if k in mixture.residuals else {},
         tower=None,
     )
 
@@ -856,11 +876,14 @@ def read_mixture(model: ModelProto, wave: NDArray[np.float64]) -> Mixture:
         except ValueError as error:
             raise ModelError(f"the library of the ONNX model does not fit together: {error}") from error
         from_library = tuple(read("experts.from_library", k, dtype=np.bool_).tolist())
-    others = {
-        int(found[1]): OTHERS[found[2]].read_nodes(model, f"experts.{found[1]}")
-        for found in map(_OTHER.fullmatch, tensors)
-        if found
-    }
+    others, residuals = (
+        {
+            int(found[1]): OTHERS[found[2]].read_nodes(model, f"{kind}.{found[1]}")
+            for found in map(pattern.fullmatch, tensors)
+            if found
+        }
+        for kind, pattern in (("experts", _OTHER), ("residuals", _RESIDUAL))
+    )
     clipped = LEAST_FLUX in tensors
     if clipped and read(LEAST_FLUX, 1) != 0:
         raise ModelError(
@@ -884,6 +907,7 @@ def read_mixture(model: ModelProto, wave: NDArray[np.float64]) -> Mixture:
             library=library,
             from_library=from_library,
             others=others,
+            residuals=residuals,
             tower=next((tower(name) for name in get_args(Sees) if f"tower.{name}.w1" in tensors), None),
         )
         lines = mixture.line_columns

@@ -417,6 +417,8 @@ def fit(
                          needs clean spectra
         phys-moe         nine linear experts behind a gate; any spectra
         hybrid-moe       the best of linear, template, trees in each bin
+        residual-moe     template, and what it gets wrong on average learnt
+                         beside it, where that helps beyond doubt
         conditional-moe  phys-moe, its gate with a second part for faint stars
         dual-moe         phys-moe, its gate also on statistics of the errors
         snr-moe          linear experts for four bins of signal-to-noise

@@ -10,7 +10,8 @@ held together by tests.
 Experts of other kinds stand in for linear ones: posterior means over a library of templates
 (`moefast.kernels.tangent_posterior`), or any family with the protocol of `moefast.experts.inputs`. Their values are
 handed to the mixture from outside, and so are logits for the gate: the library's evidence, Bayes' rule for the bin, and
-those of a second tower (`moefast.gating.tower`).
+those of a second tower (`moefast.gating.tower`). An expert of any kind may have a residual beside it
+(`moefast.experts.residual`), which is added to its value.
 
 The noise of an expert, Σ_j w_j² σ_j², is propagated in cells of a few pixels, as Σ_g r_g Σ_{j in g} w_j² D_j with r_g
 the mean of σ²/D over cell g: exact for noise of the training set's shape D times anything smooth. On simulated spectra
@@ -154,6 +155,8 @@ class Mixture:
         Experts of other families; their propagated noise is that of the linear expert in whose place they stand.
     tower : Tower, optional
         A second tower of the gate, whose logits are added to those of `gate`.
+    residuals : dict of int to Expert
+        What is added to the value of an expert of whatever family; its propagated noise stays that of the expert alone.
     """
 
     wave: F64
@@ -173,6 +176,7 @@ class Mixture:
     from_library: tuple[bool, ...] = ()
     others: Mapping[int, Expert] = field(default_factory=dict)
     tower: Tower | None = None
+    residuals: Mapping[int, Expert] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         k, m, c = self.expert_weights.shape
@@ -205,6 +209,8 @@ class Mixture:
             raise ValueError(f"experts from a library need one, and {k} marks; found {self.from_library}")
         if not all(0 <= i < k for i in self.others):
             raise ValueError(f"experts 0 … {k - 1} can be replaced; found {sorted(self.others)}")
+        if not all(0 <= i < k for i in self.residuals):
+            raise ValueError(f"experts 0 … {k - 1} can have residuals; found {sorted(self.residuals)}")
         if (tower := self.tower) is not None and (
             tower.n_experts != k or (tower.sees == "features" and tower.n_features != features)
         ):
@@ -226,7 +232,7 @@ class Mixture:
     @property
     def is_linear(self) -> bool:
         """Whether all experts are linear."""
-        return self.library is None and not self.others
+        return self.library is None and not self.others and not self.residuals
 
     @property
     def basis(self) -> F32:
@@ -366,16 +372,23 @@ class Mixture:
             logits = found.log_evidence - found.log_evidence.max(1, keepdims=True)
             mine = np.array(self.from_library)
             values[:, mine], noise[:, mine] = found.mean[:, mine], found.sd[:, mine]
-        if self.others:
+        if self.others or self.residuals:
             x = None
-            if any(expert.needs_flux for expert in self.others.values()):
+            if any(e.needs_flux for e in (*self.others.values(), *self.residuals.values())):
                 good = good_pixels(flux, error, mask)
                 x = flux if good is None else np.where(good, flux, self.reference.astype(flux.dtype))
             inputs = self.inputs(linear)._replace(x=x)
-            own = prepare_reference(linear, self.mixing)[2]
+            marks = self.from_library or (False,) * self.n_experts
+            beside = [k for k in self.residuals if not marks[k] and k not in self.others]
+            if self.others or beside:
+                _, own_values, own_noise, _ = prepare_reference(linear, self.mixing)
+            for k in beside:
+                values[:, k], noise[:, k] = own_values[:, k], own_noise[:, k]
             for k, expert in self.others.items():
                 values[:, k] = expert.predict_reference(inputs) if reference else expert.predict(inputs)
-                noise[:, k] = own[:, k]
+                noise[:, k] = own_noise[:, k]
+            for k, expert in self.residuals.items():
+                values[:, k] += expert.predict_reference(inputs) if reference else expert.predict(inputs)
         if self.tower is not None:
             view = self._view(self.tower, linear, flux, error, mask)
             logits = logits + self.tower.logits(linear.snr_norm, view, reference=reference)

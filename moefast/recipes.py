@@ -47,6 +47,11 @@ RECIPES: dict[str, Recipe] = {
         "9 experts, each of the family (linear, template, trees) that is best in its bin; soft gate by evidence",
         {"families": ("linear", "template", "trees")},
     ),
+    "residual-moe": Recipe(
+        PHYSICAL_GRID,
+        "template, and beside its experts residuals (ridge, trees) where validation says beyond doubt that they help",
+        {"families": ("template",), "residuals": ("ridge", "trees")},
+    ),
     "conditional-moe": Recipe(
         PHYSICAL_GRID,
         "phys-moe, and a second, wide tower of the gate for stars with snr_norm up to 2",

@@ -102,6 +102,8 @@ class CudaEngine:
             raise BackendError(
                 f"backend cuda: there are no kernels for experts of the family {' or '.join(families)}; use backend cpu"
             )
+        if mixture.residuals:
+            raise BackendError("backend cuda: there are no kernels for residuals of experts; use backend cpu")
         if mixture.tower is not None:
             raise BackendError(
                 "backend cuda: there is no kernel for the second tower of a gate; use backend cpu"
