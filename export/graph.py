@@ -658,16 +658,16 @@ def build(mixture: Mixture, part: str = "mixture", metadata: dict[str, str] | No
         features = steps.features(components, steps.of_lines(lines))
         steps.deliver(steps.gate(features, evidence), "weights", columns=True)
     elif part != "mixture":
-        columns, *lines = steps.project(lines=bool(mixture.others or mixture.residuals))
-        components = steps.components(columns)
+        projected, *of_lines = steps.project(lines=bool(mixture.others or mixture.residuals))
+        components = steps.components(projected)
         if mixture.others:
-            column = steps.other(0, components, *lines)
+            column = steps.other(0, components, *of_lines)
         elif mixture.library is not None and mixture.from_library[0]:
             (column,) = steps.posterior(components, ["mean"])
         else:
-            column = steps.expert_log_g(columns, steps.hat())
+            column = steps.expert_log_g(projected, steps.hat())
         if mixture.residuals:
-            column = steps.with_residuals(column, components, *lines)
+            column = steps.with_residuals(column, components, *of_lines)
         outputs = ["log_g"]
         steps.deliver(steps.graph.add("Squeeze", [column, steps.graph.axis(1)], "experts/only"), "log_g")
     else:

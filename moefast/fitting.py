@@ -81,8 +81,8 @@ LIBRARY_ROWS = 200_000
 """Stars that a library is made of at most: a thousand clouds of two hundred."""
 FOREST_ROWS = 100_000
 """Stars that the forests of all bins are grown on at most."""
-RESIDUAL_TREES = {"n_trees": 100, "rate": 0.05, "least_stars": 500}
-"""Of the forest of one residual: a strong answer leaves little to find, and much noise to fall for."""
+RESIDUAL_TREES, RESIDUAL_LEAF = 100, 500
+"""Trees of a residual, and rows in a leaf: a strong answer leaves little to find, and much noise to fall for."""
 LEAST_WEIGHT = 0.02
 """Gate weight of an expert from which on a star counts in its residual's forest."""
 LEAST_RESIDUAL_STARS = 200
@@ -1023,8 +1023,9 @@ class _Fitter:
         few = slice(None, None, -(-len(rows) // FOREST_ROWS))
         features = stacking(Inputs(*(a[few] for a in seen[:3])))
         return fit_trees(
-            features, wrong[few], weight[few], sees="stacking", seed=self.options.seed, **RESIDUAL_TREES
-        )
+            features, wrong[few], weight[few], sees="stacking", seed=self.options.seed,
+            n_trees=RESIDUAL_TREES, least_stars=RESIDUAL_LEAF,
+        )  # fmt: skip
 
     def part_of(self, rows: NDArray[np.int64]) -> NDArray[np.integer]:
         """Tenth of the stars that a row belongs to: 0 only measures, 1 and 2 decide when to stop, the others train."""

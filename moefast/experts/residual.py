@@ -57,6 +57,8 @@ METAL_POOR = -1.0
 """[M/H] below which a star counts as metal-poor, dex."""
 LEAST_SHARE = 1e-3
 """Of a feature's variance that is due to the stars, at the least: noise that was measured too high must not hide it."""
+LEAST_VARIATION = 1e-10
+"""Share of a feature's mean square that must be variance: less is rounding."""
 BLOCK = 16_384
 
 
@@ -239,16 +241,17 @@ def fit_ridge_residual(inputs: Inputs, residual: F64, weight: F64, penalty: floa
         here = slice(a, a + BLOCK)
         x = _design(_rows(inputs, here), mean, noise, levels)
         weighed = x * weight[here, None]
-        total += weight[here].sum()
+        total += float(weight[here].sum())
         sum_x += weighed.sum(0)
-        sum_e += weight[here] @ residual[here]
+        sum_e += float(weight[here] @ residual[here])
         gram += weighed.T @ x
         moment += weighed.T @ residual[here]
+    squares = np.diag(gram) / total
     gram = gram / total - np.outer(sum_x, sum_x) / total**2
     moment = moment / total - sum_x * sum_e / total**2
-    scale = np.sqrt(np.maximum(np.diag(gram), 0))
-    # A feature that does not vary has no weight.
-    scale[scale == 0] = np.inf
+    # A feature that does not vary, but for rounding, has no weight.
+    varies = np.diag(gram) > LEAST_VARIATION * squares
+    scale = np.sqrt(np.where(varies, np.diag(gram), np.inf))
     correlation = gram / np.outer(scale, scale) + penalty * np.eye(width)
     beta = scipy.linalg.solve(correlation, moment / scale, assume_a="pos") / scale
     free = RidgeResidual(
