@@ -53,6 +53,12 @@ __all__ = [
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
+SURE = 2.0
+"""Standard errors by which all residuals together must be better, and a region worse, for that not to be chance: some
+twenty residuals are tried, and harm is looked for in some fifteen regions."""
+NEGLIGIBLE = 1e-3
+"""Share of a region's mean squared error below which harm is none: by the tail of the gate's weights every residual
+touches every region a little, and how many standard errors that is does not depend on how little."""
 METAL_POOR = -1.0
 """[M/H] below which a star counts as metal-poor, dex."""
 LEAST_SHARE = 1e-3
@@ -329,19 +335,20 @@ def regions(
 
 
 class Gain(NamedTuple):
-    """How much smaller the mean squared error is, dex², the standard error of that over `stars` stars."""
+    """How much smaller the mean squared error is, its standard error over `stars` stars, and what it was; dex²."""
 
     gain: float
     standard_error: float
     stars: int
+    before: float
 
-    def better(self, margin: float = MARGIN) -> bool:
-        """Beyond doubt."""
+    def better(self, margin: float) -> bool:
+        """By more than so many standard errors."""
         return self.stars > 1 and self.gain > margin * self.standard_error
 
-    def worse(self, margin: float = MARGIN) -> bool:
-        """Beyond noise."""
-        return self.stars > 1 and self.gain < -margin * self.standard_error
+    def worse(self, margin: float) -> bool:
+        """By more than so many standard errors, and more than is negligible."""
+        return self.stars > 1 and self.gain < -max(margin * self.standard_error, NEGLIGIBLE * self.before)
 
 
 @dataclass(frozen=True)
@@ -355,7 +362,8 @@ class KeptResiduals:
     steps : dict of int to Gain
         What each of them gained when it was taken.
     dropped : dict of int to str
-        Those that were taken and dropped again, and the region that came out worse with them.
+        Those that were taken and dropped again, and the region that came out worse with them; "" where there was none
+        and all together were no better beyond doubt.
     total : Gain
         Of all together.
     regions : dict of str to Gain
@@ -365,7 +373,7 @@ class KeptResiduals:
     kept: dict[int, str] = field(default_factory=dict)
     steps: dict[int, Gain] = field(default_factory=dict)
     dropped: dict[int, str] = field(default_factory=dict)
-    total: Gain = field(default_factory=lambda: Gain(0.0, 0.0, 0))
+    total: Gain = field(default_factory=lambda: Gain(0.0, 0.0, 0, 0.0))
     regions: dict[str, Gain] = field(default_factory=dict)
 
     def summary(self, names: Sequence[str]) -> dict[str, Any]:
@@ -375,7 +383,10 @@ class KeptResiduals:
                 names[k]: {"residual": name, **self.steps[k]._asdict()}
                 for k, name in sorted(self.kept.items())
             },
-            "dropped": {names[k]: f"made {region} worse" for k, region in sorted(self.dropped.items())},
+            "dropped": {
+                names[k]: f"made {region} worse" if region else "no better beyond doubt"
+                for k, region in sorted(self.dropped.items())
+            },
             "all": self.total._asdict(),
             "regions": {name: gain._asdict() for name, gain in self.regions.items()},
         }
@@ -391,14 +402,16 @@ def choose_residuals(
     label_range: tuple[float, float],
     *,
     margin: float = MARGIN,
+    sure: float = SURE,
 ) -> KeptResiduals:
     """Residuals that make judging stars better beyond doubt, and no region of them worse beyond noise.
 
         Δ_i = (y_i − ŷ_i)² − (y_i − ŷ_i − w_ik r_k(i))², averaged over the draws of a star
 
     The best is taken first and the others are judged beside it, as long as mean Δ > margin · SE. Then, while a region
-    is worse than without any residual by more than margin · SE, the residual to which it owes most of that is dropped.
-    So on these stars what is kept is better than the strong answer alone, or nothing is kept.
+    is worse than without any residual by more than sure · SE and a thousandth, or all stars are not better by sure · SE,
+    the residual to which that is owed is dropped. So on these stars what is kept is better than the strong answer alone,
+    or nothing is.
 
     Parameters
     ----------
@@ -416,13 +429,13 @@ def choose_residuals(
         Regions.
     label_range : tuple of float, dex
         Predictions are clipped to it, as the mixture's are.
-    margin : float
+    margin, sure : float
         Not negative.
 
     Raises
     ------
     ValueError
-        Shapes differ, a number is not finite, an expert is unknown, or the margin is negative.
+        Shapes differ, a number is not finite, an expert is unknown, or a margin is negative.
     """
     n, n_experts = gate.shape
     columns = {
@@ -435,8 +448,10 @@ def choose_residuals(
     for name, column in columns.items():
         if np.shape(column) != (n,) or not np.isfinite(column).all():
             raise ValueError(f"{name}: {n} finite values expected; found {np.shape(column)}")
-    if not all(0 <= k < n_experts for each in candidates.values() for k in each) or not margin >= 0:
-        raise ValueError(f"experts 0 … {n_experts - 1} and a margin of 0 or more expected; found {margin}")
+    if not all(0 <= k < n_experts for each in candidates.values() for k in each):
+        raise ValueError(f"residuals of experts 0 … {n_experts - 1} expected")
+    if not (margin >= 0 and sure >= 0):
+        raise ValueError(f"margins must not be negative; found {margin} and {sure}")
     if n == 0:
         return KeptResiduals()
     judge = _Judge(y, strong, star, label_range)
@@ -446,22 +461,22 @@ def choose_residuals(
     now = strong
     while free := [key for key in shares if key[0] not in kept]:
         gains = {key: judge.gain(now, now + shares[key]) for key in free}
-        sure = [key for key in free if gains[key].better(margin)]
-        if not sure:
+        helping = [key for key in free if gains[key].better(margin)]
+        if not helping:
             break
-        k, name = best = max(sure, key=lambda key: gains[key].gain)
+        k, name = best = max(helping, key=lambda key: gains[key].gain)
         kept[k], steps[k] = name, gains[best]
         now = now + shares[best]
     dropped: dict[int, str] = {}
     while kept:
         with_all = strong + sum(shares[item] for item in kept.items())
         found = {name: judge.gain(strong, with_all, mask) for name, mask in where.items()}
-        bad = [name for name in found if found[name].worse(margin)]
+        bad = [name for name in found if found[name].worse(sure)]
         total = judge.gain(strong, with_all)
-        if not bad and total.better(margin):
+        if not bad and total.better(sure):
             return KeptResiduals(kept, steps, dropped, total, found)
         # Without a bad region, what is left is no better than nothing as a whole.
-        region = min(bad, key=lambda name: found[name].gain / found[name].standard_error) if bad else "all"
+        region = min(bad, key=lambda name: found[name].gain) if bad else ""
         mask = where.get(region)
         k = min(kept, key=lambda k: judge.gain(with_all - shares[k, kept[k]], with_all, mask).gain)
         dropped[k] = region
@@ -482,7 +497,9 @@ class _Judge:
         off, now = (np.clip(each[rows], *self.label_range) - y for each in (before, after))
         count = np.bincount(star)
         there = count > 0
-        each = np.bincount(star, off**2 - now**2)[there] / count[there]
-        if each.size < 2:
-            return Gain(float(each.sum()), 0.0, each.size)
-        return Gain(float(each.mean()), float(each.std(ddof=1) / np.sqrt(each.size)), each.size)
+        old, new = (np.bincount(star, e * e)[there] / count[there] for e in (off, now))
+        if old.size == 0:
+            return Gain(0.0, 0.0, 0, 0.0)
+        each = old - new
+        error = float(each.std(ddof=1) / np.sqrt(each.size)) if each.size > 1 else 0.0
+        return Gain(float(each.mean()), error, each.size, float(old.mean()))
