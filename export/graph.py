@@ -16,7 +16,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -30,7 +30,7 @@ import moefast
 from moefast.errors import ModelError, OutputError
 from moefast.experts.cnn import ConvNet
 from moefast.experts.inputs import Expert
-from moefast.experts.residual import RidgeResidual
+from moefast.experts.residual import RESIDUALS, LinearResidual
 from moefast.experts.trees import Trees
 from moefast.gating.features import LEAST_CONTINUUM, LINE_FEATURES, LINES
 from moefast.gating.tower import Sees, Tower
@@ -61,7 +61,7 @@ _OPERATORS = frozenset([
 # fmt: on
 _OPERATORS_OF = {"": _OPERATORS, TREES_DOMAIN: frozenset(["TreeEnsembleRegressor"])}
 LEAST_FLUX = "least_flux"
-OTHERS: dict[str, type[Expert]] = {cls.family: cls for cls in (ConvNet, Trees, RidgeResidual)}
+OTHERS: dict[str, type[Expert]] = {cls.family: cls for cls in (ConvNet, Trees, *RESIDUALS)}
 """Families that write themselves into a graph."""
 _OTHER = re.compile(rf"experts\.(\d+)\.({'|'.join(OTHERS)})")
 _RESIDUAL = re.compile(rf"residuals\.(\d+)\.({'|'.join(OTHERS)})")
@@ -516,9 +516,10 @@ class _Steps:
             raw,
         )
 
-    def expert_inputs(self, components: str, lines: str) -> Mapping[str, str]:
+    def expert_inputs(self, components: str, lines: str, **own: Callable[[], str]) -> Mapping[str, str]:
         """What experts of other families see, from components and the products of the line columns."""
         return _OnDemand(
+            **own,
             z=lambda: components,
             lines=lambda: self.of_lines(lines),
             log_level=lambda: self.level_column,
@@ -530,13 +531,27 @@ class _Steps:
         inputs = self.expert_inputs(components, lines)
         return self.mixture.others[k].add_nodes(self.graph, inputs, f"experts.{k}")
 
-    def with_residuals(self, values: str, components: str, lines: str) -> str:
-        """(n, K) with the residuals of experts added to their columns."""
-        g, zero = self.graph, self.graph.scalar("zero", 0.0)
+    def with_residuals(self, values: str, components: str, lines: str, linear: Callable[[], str]) -> str:
+        """(n, K) with the residuals of experts added to their columns; `linear` makes those of the linear experts."""
+        g, zero, plain = self.graph, self.graph.scalar("zero", 0.0), values
+
+        def column(of: str, k: int, name: str) -> str:
+            ends = [g.shape(f"expert_{i}", [i]) for i in (k, k + 1)]
+            return g.add("Slice", [of, *ends, g.axis(1)], f"residuals.{k}/{name}")
+
+        def of_linear(k: int) -> str:
+            return column(linear(), k, "linear")
+
         for k, expert in self.mixture.residuals.items():
             # As for experts of other families, the name of this mark tells a reader of which family it is.
             mark = g.number(f"residuals.{k}.{expert.family}", np.arange(self.mixture.n_experts) == k)
-            own = expert.add_nodes(g, self.expert_inputs(components, lines), f"residuals.{k}")
+            inputs = self.expert_inputs(
+                components,
+                lines,
+                value=partial(column, plain, k, "value"),
+                linear=partial(of_linear, k),
+            )
+            own = expert.add_nodes(g, inputs, f"residuals.{k}")
             share = g.add("Where", [mark, own, zero], f"residuals.{k}/in_place")
             values = g.add("Add", [values, share], f"residuals.{k}/added")
         return values
@@ -658,16 +673,21 @@ def build(mixture: Mixture, part: str = "mixture", metadata: dict[str, str] | No
         features = steps.features(components, steps.of_lines(lines))
         steps.deliver(steps.gate(features, evidence), "weights", columns=True)
     elif part != "mixture":
-        projected, *of_lines = steps.project(lines=bool(mixture.others or mixture.residuals))
+        seers = [*mixture.others.values(), *mixture.residuals.values()]
+        projected, lines = (*steps.project(lines=any(sees_lines(expert) for expert in seers)), "")[:2]
         components = steps.components(projected)
+
+        @cache
+        def linear() -> str:
+            return steps.expert_log_g(projected, steps.hat())
+
         if mixture.others:
-            column = steps.other(0, components, *of_lines)
+            column = steps.other(0, components, lines)
         elif mixture.library is not None and mixture.from_library[0]:
             (column,) = steps.posterior(components, ["mean"])
         else:
-            column = steps.expert_log_g(projected, steps.hat())
-        if mixture.residuals:
-            column = steps.with_residuals(column, components, *of_lines)
+            column = linear()
+        column = steps.with_residuals(column, components, lines, linear)
         outputs = ["log_g"]
         steps.deliver(steps.graph.add("Squeeze", [column, steps.graph.axis(1)], "experts/only"), "log_g")
     else:
@@ -675,7 +695,7 @@ def build(mixture: Mixture, part: str = "mixture", metadata: dict[str, str] | No
         components = steps.components(columns)
         flat_noise, expected = steps.propagate()
         hat = steps.hat()
-        experts = steps.expert_log_g(columns, hat)
+        linear_experts = experts = steps.expert_log_g(columns, hat)
         noise = steps.graph.add("Sqrt", [steps.at_level(flat_noise, hat, "propagate")], "propagate/noise")
         evidence = None
         if mixture.library is not None:
@@ -683,7 +703,7 @@ def build(mixture: Mixture, part: str = "mixture", metadata: dict[str, str] | No
             experts = steps.instead(experts, means, "experts/of_all_kinds")
             noise = steps.instead(noise, deviations, "propagate/noise_of_all_kinds")
         experts = steps.with_others(experts, components, lines)
-        experts = steps.with_residuals(experts, components, lines)
+        experts = steps.with_residuals(experts, components, lines, lambda: linear_experts)
         features = steps.features(components, steps.of_lines(lines))
         weights = steps.gate(features, evidence)
         log_g, log_g_err, raw = steps.mix(features, weights, experts, noise)
@@ -693,6 +713,11 @@ def build(mixture: Mixture, part: str = "mixture", metadata: dict[str, str] | No
             steps.deliver(value, output, columns=output in _BY_EXPERT)
     steps.graph.drop_unused(outputs)
     return _model(steps, part, outputs, metadata or {})
+
+
+def sees_lines(expert: Expert) -> bool:
+    """Whether an expert needs the line features."""
+    return not (expert.needs_flux or isinstance(expert, LinearResidual))
 
 
 def _only_expert(mixture: Mixture, part: str) -> Mixture:

@@ -28,7 +28,7 @@ from moefast.experts.choice import choose
 from moefast.experts.device import DeviceEquations
 from moefast.experts.inputs import Expert, Inputs
 from moefast.experts.normal_equations import Moments, NormalEquations
-from moefast.experts.residual import choose_residuals, fit_ridge_residual, regions
+from moefast.experts.residual import choose_residuals, fit_linear_residual, fit_ridge_residual, regions
 from moefast.experts.ridge import NoisePath, Subspace, principal_subspace, ridge
 from moefast.experts.template import choose_library, fit_library
 from moefast.gating.features import line_columns
@@ -54,7 +54,7 @@ F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 Noise = Literal["closed-form", "sampled", "observed"]
 FAMILIES = ("linear", "template", "trees")
-RESIDUALS = ("ridge", "trees")
+RESIDUALS = ("linear", "ridge", "trees")
 Progress = Callable[[str, int, int], None]
 
 BLOCK_ROWS = 2048
@@ -125,7 +125,8 @@ class Options:
         Kinds of experts: "linear", "template" (posterior means over a library of templates, stars of the training set,
         whose evidence is the gate) and "trees". Of several, "linear" among them, each bin gets the best.
     residuals : tuple of str
-        Kinds of residuals that are tried beside each expert, "ridge" and "trees"; see `moefast.experts.residual`.
+        Kinds of residuals that are tried beside each expert, of "linear", "ridge" and "trees"; see
+        `moefast.experts.residual`.
     n_gate : int
         Principal components among the features of the gate, at most.
     first_tower : bool
@@ -981,21 +982,25 @@ class _Fitter:
         """The mixture with the residuals that are kept, and the sample's values of its experts with them."""
         options, rows = self.options, sample.rows
         part, y, strong = self.part_of(rows), self.y[rows], (gate * values).sum(1)
+        families = self.families_of(mixture)
+
+        def seen(k: int, some: NDArray | slice) -> Inputs:
+            own = Inputs(*(a[some] for a in sample.inputs[:3]))
+            return own._replace(value=values[some, k], linear=sample.values["linear"][some, k])
+
         fitted, judges = np.flatnonzero(part > 2), np.isin(part, (1, 2))
         experts: dict[str, dict[int, Expert]] = {name: {} for name in options.residuals}
         step = self.steps("residuals", len(experts) * options.grid.n_bins)
         for name, k in itertools.product(experts, range(options.grid.n_bins)):
             # Far from its bin an expert has next to no say; forests take all rows alike for the time that they take.
             near = fitted[gate[fitted, k] > LEAST_WEIGHT]
-            if len(np.unique(rows[near])) > LEAST_RESIDUAL_STARS:
-                experts[name][k] = self.fit_residual(
-                    name, sample.inputs, near, (y - strong)[near], gate[near, k]
-                )
+            enough = len(np.unique(rows[near])) > LEAST_RESIDUAL_STARS
+            if enough and (name, families[k]) != ("linear", "linear"):
+                experts[name][k] = self.fit_residual(name, seen(k, near), (y - strong)[near], gate[near, k])
             step()
-        judged = Inputs(*(a[judges] for a in sample.inputs[:3]))
         kept = choose_residuals(
             y[judges], strong[judges], gate[judges],
-            {name: {k: e.predict(judged) for k, e in each.items()} for name, each in experts.items()},
+            {name: {k: e.predict(seen(k, judges)) for k, e in each.items()} for name, each in experts.items()},
             rows[judges],
             regions(
                 self.bins[rows[judges]], options.grid.names, self.labels["M_H"][rows[judges]],
@@ -1008,19 +1013,18 @@ class _Fitter:
         if chosen:
             values = values.copy()
         for k, expert in chosen.items():
-            values[:, k] += expert.predict(sample.inputs)
+            values[:, k] += expert.predict(seen(k, slice(None)))
         return replace(mixture, residuals=chosen), values
 
-    def fit_residual(
-        self, name: str, inputs: Inputs, rows: NDArray[np.intp], wrong: F64, weight: F64
-    ) -> Expert:
-        """A residual of one kind on rows of the sample."""
-        seen = Inputs(*(a[rows] for a in inputs[:3]))
+    def fit_residual(self, name: str, seen: Inputs, wrong: F64, weight: F64) -> Expert:
+        """A residual of one kind."""
+        if name == "linear":
+            return fit_linear_residual(seen, wrong, weight)
         if name == "ridge":
             return fit_ridge_residual(seen, wrong, weight, RESIDUAL_PENALTY)
         from moefast.experts.trees import fit_trees, stacking
 
-        few = slice(None, None, -(-len(rows) // FOREST_ROWS))
+        few = slice(None, None, -(-len(wrong) // FOREST_ROWS))
         features = stacking(Inputs(*(a[few] for a in seen[:3])))
         return fit_trees(
             features, wrong[few], weight[few], sees="stacking", seed=self.options.seed,

@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefast.experts.inputs import Expert, Inputs
+from moefast.experts.residual import LinearResidual
 from moefast.gating.features import LEAST_CONTINUUM, LINE_FEATURES, line_columns
 from moefast.gating.tower import Tower, quality_logs
 from moefast.kernels import (
@@ -380,7 +381,7 @@ class Mixture:
             inputs = self.inputs(linear)._replace(x=x)
             marks = self.from_library or (False,) * self.n_experts
             beside = [k for k in self.residuals if not marks[k] and k not in self.others]
-            if self.others or beside:
+            if self.others or beside or any(isinstance(r, LinearResidual) for r in self.residuals.values()):
                 _, own_values, own_noise, _ = prepare_reference(linear, self.mixing)
             for k in beside:
                 values[:, k], noise[:, k] = own_values[:, k], own_noise[:, k]
@@ -388,6 +389,8 @@ class Mixture:
                 values[:, k] = expert.predict_reference(inputs) if reference else expert.predict(inputs)
                 noise[:, k] = own_noise[:, k]
             for k, expert in self.residuals.items():
+                if isinstance(expert, LinearResidual):
+                    inputs = inputs._replace(value=values[:, k], linear=own_values[:, k])
                 values[:, k] += expert.predict_reference(inputs) if reference else expert.predict(inputs)
         if self.tower is not None:
             view = self._view(self.tower, linear, flux, error, mask)

@@ -49,8 +49,8 @@ RECIPES: dict[str, Recipe] = {
     ),
     "residual-moe": Recipe(
         PHYSICAL_GRID,
-        "template, and beside its experts residuals (ridge, trees) where validation says beyond doubt that they help",
-        {"families": ("template",), "residuals": ("ridge", "trees")},
+        "template, and residuals (linear, ridge, trees) beside its experts where they help beyond doubt",
+        {"families": ("template",), "residuals": ("linear", "ridge", "trees")},
     ),
     "conditional-moe": Recipe(
         PHYSICAL_GRID,

@@ -13,7 +13,9 @@ one by one, the best first, while they are better beyond doubt on judging stars,
 bin, metal-poor stars, a range of snr_norm) came out worse. Draws of one star's noise are no stars of their own: every
 mean and standard error is over stars.
 
-The ridge sees features relative to their means and shrunk by what noise leaves of them,
+Three kinds are tried. The simplest leans on the linear expert of the bin, ℓ_k, which was fitted on all stars with noise
+in closed form: r_k = b + a (ℓ_k − v_k), two numbers. Forests are those of `moefast.experts.trees`. The ridge sees
+features relative to their means and shrunk by what noise leaves of them,
 
     φ_j(s) = (f_j − m_j) / (1 + c_j s²),    c_j = noise variance at s = 1 over the variance of the stars themselves,
 
@@ -25,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import scipy.linalg
@@ -112,12 +114,7 @@ class RidgeResidual:
             "levels": (2,),
             "limits": (2,),
         }
-        for name, shape in shapes.items():
-            value = getattr(self, name)
-            if value.shape != shape or value.dtype != np.float32 or not np.isfinite(value).all():
-                raise ValueError(
-                    f"{name}: finite float32 {shape} expected; found {value.dtype} {value.shape}"
-                )
+        _check_arrays(self, shapes)
         if (self.noise < 0).any():
             raise ValueError(f"noise over signal must not be negative; found {self.noise.min()}")
 
@@ -154,13 +151,7 @@ class RidgeResidual:
         """One matrix product of shrunk features; see `moefast.experts.inputs.Expert`."""
         own = {name: graph.number(f"{stem}.{name}", array) for name, array in self.arrays().items()}
 
-        def within(value: str, bounds: str) -> str:
-            low = graph.add("ReduceMin", [own[bounds]], f"{stem}/least_of_{bounds}", keepdims=0)
-            high = graph.add("ReduceMax", [own[bounds]], f"{stem}/largest_of_{bounds}", keepdims=0)
-            above = graph.add("Max", [value, low], f"{stem}/above_{bounds}")
-            return str(graph.add("Min", [above, high], f"{stem}/within_{bounds}"))
-
-        level = within(inputs["log_level"], "levels")
+        level = _within(graph, inputs["log_level"], own["levels"], f"{stem}/levels")
         features = graph.add("Concat", [inputs["lines"], inputs["z"]], f"{stem}/features", axis=1)
         centred = graph.add("Sub", [features, own["mean"]], f"{stem}/centred")
         twice = graph.add("Mul", [level, graph.scalar("two", 2.0)], f"{stem}/twice_log_level")
@@ -170,7 +161,7 @@ class RidgeResidual:
         shrunk = graph.add("Div", [centred, share], f"{stem}/shrunk")
         seen = graph.add("Concat", [shrunk, level], f"{stem}/seen", axis=1)
         value = graph.add("Gemm", [seen, own["weights"], own["intercept"]], f"{stem}/as_found")
-        return within(value, "limits")
+        return _within(graph, value, own["limits"], f"{stem}/limits")
 
     @classmethod
     def read_nodes(cls, model: ModelProto, stem: str) -> Self:
@@ -181,25 +172,127 @@ class RidgeResidual:
         ModelError
             An initializer is missing, or they do not fit together.
         """
-        from onnx import numpy_helper
-
-        tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-
-        def read(name: str) -> NDArray:
-            tensor = tensors.get(f"{stem}.{name}")
-            if tensor is None:
-                raise ModelError(
-                    f"the ONNX model lacks the initializer '{stem}.{name}'; write it again with this moefast"
-                )
-            return np.array(numpy_helper.to_array(tensor))
-
-        try:
-            return cls.from_arrays(read)
-        except (ValueError, TypeError) as error:
-            raise ModelError(f"the residual {stem!r} of the ONNX model cannot be read: {error}") from error
+        return _read(cls.from_arrays, model, stem)
 
 
+@dataclass(frozen=True)
+class LinearResidual:
+    """r = min(max(b + a (ℓ − v), lowest), highest): the expert's value v leans on that of the linear expert, ℓ.
+
+    Attributes
+    ----------
+    share : array of shape (1,), float32
+        a.
+    intercept : array of shape (1,), float32, dex
+        b.
+    limits : array of shape (2,), float32, dex
+        Lowest and highest value.
+
+    Raises
+    ------
+    ValueError
+        Shapes do not fit, or a number is not finite.
+    """
+
+    share: F32
+    intercept: F32
+    limits: F32
+
+    family: ClassVar[str] = "linear"
+    needs_flux: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _check_arrays(self, {"share": (1,), "intercept": (1,), "limits": (2,)})
+
+    def predict(self, inputs: Inputs) -> F32:
+        """Addition to log g of each star, (n,), dex."""
+        return self._value(inputs, np.float32).astype(np.float32)
+
+    def predict_reference(self, inputs: Inputs) -> F64:
+        """The same in float64, (n,)."""
+        return self._value(inputs, np.float64)
+
+    def _value(self, inputs: Inputs, dtype: type) -> NDArray:
+        if inputs.value is None or inputs.linear is None:
+            raise ValueError(
+                "this residual sees its expert's value and the linear expert's; give value and linear"
+            )
+        a, b, limits = (getattr(self, name).astype(dtype) for name in ("share", "intercept", "limits"))
+        return np.clip(b + a * (inputs.linear.astype(dtype) - inputs.value.astype(dtype)), *limits)
+
+    def arrays(self) -> dict[str, NDArray]:
+        """All arrays by name."""
+        return {name: getattr(self, name) for name in ("share", "intercept", "limits")}
+
+    @classmethod
+    def from_arrays(cls, read: Callable[[str], NDArray]) -> Self:
+        """The inverse of `arrays`.
+
+        Raises
+        ------
+        ValueError
+            They do not fit together.
+        """
+        return cls(**{name: read(name) for name in ("share", "intercept", "limits")})
+
+    def add_nodes(self, graph: Any, inputs: Mapping[str, str], stem: str) -> str:
+        """A product and a sum; see `moefast.experts.inputs.Expert`."""
+        own = {name: graph.number(f"{stem}.{name}", array) for name, array in self.arrays().items()}
+        apart = graph.add("Sub", [inputs["linear"], inputs["value"]], f"{stem}/apart")
+        shared = graph.add("Mul", [apart, own["share"]], f"{stem}/shared")
+        value = graph.add("Add", [shared, own["intercept"]], f"{stem}/as_found")
+        return _within(graph, value, own["limits"], f"{stem}/limits")
+
+    @classmethod
+    def read_nodes(cls, model: ModelProto, stem: str) -> Self:
+        """The inverse of `add_nodes`, to the last bit.
+
+        Raises
+        ------
+        ModelError
+            An initializer is missing, or they do not fit together.
+        """
+        return _read(cls.from_arrays, model, stem)
+
+
+Own = TypeVar("Own")
+RESIDUALS = (RidgeResidual, LinearResidual)
+"""Families that are only residuals."""
 _ARRAYS = ("mean", "noise", "weights", "intercept", "levels", "limits")
+
+
+def _check_arrays(residual: RidgeResidual | LinearResidual, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    for name, shape in shapes.items():
+        value = getattr(residual, name)
+        if value.shape != shape or value.dtype != np.float32 or not np.isfinite(value).all():
+            raise ValueError(f"{name}: finite float32 {shape} expected; found {value.dtype} {value.shape}")
+
+
+def _within(graph: Any, value: str, bounds: str, stem: str) -> str:
+    """Nodes that hold a value within the two numbers of an initializer."""
+    low = graph.add("ReduceMin", [bounds], f"{stem}/least", keepdims=0)
+    high = graph.add("ReduceMax", [bounds], f"{stem}/largest", keepdims=0)
+    above = graph.add("Max", [value, low], f"{stem}/above")
+    return str(graph.add("Min", [above, high], f"{stem}/within"))
+
+
+def _read(make: Callable[[Callable[[str], NDArray]], Own], model: ModelProto, stem: str) -> Own:
+    from onnx import numpy_helper
+
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+
+    def read(name: str) -> NDArray:
+        tensor = tensors.get(f"{stem}.{name}")
+        if tensor is None:
+            raise ModelError(
+                f"the ONNX model lacks the initializer '{stem}.{name}'; write it again with this moefast"
+            )
+        return np.array(numpy_helper.to_array(tensor))
+
+    try:
+        return make(read)
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"the residual {stem!r} of the ONNX model cannot be read: {error}") from error
 
 
 def _shrunk(inputs: Inputs, level: NDArray, mean: NDArray, noise: NDArray) -> NDArray:
@@ -231,12 +324,9 @@ def fit_ridge_residual(inputs: Inputs, residual: F64, weight: F64, penalty: floa
         Shapes differ, a number is not finite, weights are negative or all zero, or the penalty is not positive.
     """
     n = len(inputs.z)
-    if residual.shape != (n,) or weight.shape != (n,):
-        raise ValueError(f"{n} residuals and weights expected; found {residual.shape} and {weight.shape}")
-    if not np.isfinite(residual).all() or not np.isfinite(weight).all():
-        raise ValueError("residuals and weights must be finite")
-    if not penalty > 0 or (weight < 0).any() or not weight.any():
-        raise ValueError(f"a positive penalty and weights that are not all zero expected; found {penalty}")
+    _check_sample(n, residual, weight)
+    if not penalty > 0:
+        raise ValueError(f"a positive penalty expected; found {penalty}")
     level = np.asarray(inputs.log_level, np.float64)
     levels = np.array([level.min(), level.max()], np.float32)
     mean, noise = _signal(inputs, level, weight)
@@ -273,6 +363,46 @@ def fit_ridge_residual(inputs: Inputs, residual: F64, weight: F64, penalty: floa
     found = free.predict(_rows(inputs, own))
     limits = np.array([found.min(), found.max()], np.float32)
     return RidgeResidual(**{**free.arrays(), "limits": limits})
+
+
+def fit_linear_residual(inputs: Inputs, residual: F64, weight: F64) -> LinearResidual:
+    """The lean of one expert: min Σ_i w_i (e_i − b − a (ℓ_i − v_i))² with 0 ≤ a ≤ 1.
+
+    Parameters
+    ----------
+    inputs : Inputs
+        With `value` and `linear`, of n noisy stars that neither of the two experts saw.
+    residual, weight : array of shape (n,)
+        As for `fit_ridge_residual`.
+
+    Raises
+    ------
+    ValueError
+        Values are missing, shapes differ, a number is not finite, or weights are negative or all zero.
+    """
+    if inputs.value is None or inputs.linear is None:
+        raise ValueError("the expert's value and the linear expert's are needed; give value and linear")
+    _check_sample(len(inputs.value), residual, weight)
+    apart = inputs.linear.astype(np.float64) - inputs.value
+    total = weight.sum()
+    centre, level = weight @ apart / total, weight @ residual / total
+    off = weight * (apart - centre)
+    square = float(off @ apart)
+    varies = square > LEAST_VARIATION * float(weight @ apart**2)
+    a = float(np.clip(off @ residual / square, 0, 1)) if varies else 0.0
+    own = apart[weight > 0.5 * weight.max()]
+    ends = level + a * (np.array([own.min(), own.max()]) - centre)
+    numbers = [a], [level - a * centre], ends
+    return LinearResidual(*(np.array(number, np.float32) for number in numbers))
+
+
+def _check_sample(n: int, residual: F64, weight: F64) -> None:
+    if residual.shape != (n,) or weight.shape != (n,):
+        raise ValueError(f"{n} residuals and weights expected; found {residual.shape} and {weight.shape}")
+    if not np.isfinite(residual).all() or not np.isfinite(weight).all():
+        raise ValueError("residuals and weights must be finite")
+    if (weight < 0).any() or not weight.any():
+        raise ValueError("weights that are not negative, and not all zero, expected")
 
 
 def _rows(inputs: Inputs, rows: slice | NDArray) -> Inputs:
@@ -409,9 +539,9 @@ def choose_residuals(
         Δ_i = (y_i − ŷ_i)² − (y_i − ŷ_i − w_ik r_k(i))², averaged over the draws of a star
 
     The best is taken first and the others are judged beside it, as long as mean Δ > margin · SE. Then, while a region
-    is worse than without any residual by more than sure · SE and a thousandth, or all stars are not better by sure · SE,
-    the residual to which that is owed is dropped. So on these stars what is kept is better than the strong answer alone,
-    or nothing is.
+    is worse than without any residual by more than sure · SE and a thousandth, or all stars are not better by as much,
+    the residual to which that is owed is dropped. So on these stars what is kept is better than the strong answer
+    alone, or nothing is.
 
     Parameters
     ----------
