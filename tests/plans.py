@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 from made_forest import forest
 
-from moefast.experts.residual import RidgeResidual
+from moefast.experts.residual import LinearResidual, RidgeResidual
 from moefast.experts.trees import Trees
 from moefast.gating.tower import Tower
 from moefast.kernels import Library, Mixing, Projection, cell_size
@@ -136,6 +136,12 @@ def random_ridge(n_features, seed=0):
         weights=normal(n_features + 1, 1, scale=0.1),
         **{name: np.array(value, np.float32) for name, value in numbers.items()},
     )
+
+
+def random_lean():
+    """A residual that leans on the linear expert, and meets its limits."""
+    numbers = {"share": [0.2], "intercept": [-0.03], "limits": [-0.1, 0.2]}
+    return LinearResidual(**{name: np.array(value, np.float32) for name, value in numbers.items()})
 
 
 def random_tower(n_features, n_experts, sees="features", limit=np.inf, seed=0):

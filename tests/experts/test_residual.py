@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from one_expert import inputs, model_of, run, same_arrays
-from plans import random_ridge
+from plans import random_lean, random_ridge
 from tolerances import assert_close
 
 from moefast.errors import ModelError
@@ -17,8 +17,10 @@ from moefast.experts.residual import (
     NEGLIGIBLE,
     Gain,
     KeptResiduals,
+    LinearResidual,
     RidgeResidual,
     choose_residuals,
+    fit_linear_residual,
     fit_ridge_residual,
     regions,
 )
@@ -188,6 +190,75 @@ def test_what_cannot_be_fitted_is_refused(change, match):
     given_ = {"residual": np.zeros(4), "weight": np.ones(4), "penalty": 1.0, **change}
     with pytest.raises(ValueError, match=match):
         fit_ridge_residual(inputs(4), **given_)
+
+
+# --- leaning on the linear expert ------------------------------------------------------------------------------------
+
+
+def two_values(n, seed=0):
+    """An expert and a linear one whose errors are of 0.3 and 0.6 dex and independent."""
+    rng = np.random.default_rng(seed)
+    y = rng.uniform(1, 5, n)
+    value, linear = y + rng.normal(0, 0.3, n) - 0.1, y + rng.normal(0, 0.6, n)
+    seen = inputs(n)._replace(value=value.astype(np.float32), linear=linear.astype(np.float32))
+    return y, seen
+
+
+def test_leaning_is_its_equation():
+    _, seen = two_values(500)
+    expert = random_lean()
+    apart = seen.linear.astype(float) - seen.value
+    expected = np.clip(np.float32(-0.03) + float(np.float32(0.2)) * apart, *expert.limits.astype(float))
+    assert 0.2 < np.isin(expected, expert.limits.astype(float)).mean() < 0.9
+    assert_close(expert.predict_reference(seen), expected)
+    assert_close(expert.predict(seen), expected, made_in=np.float32)
+
+
+def test_two_independent_answers_are_weighed_by_their_precision():
+    y, seen = two_values(40_000)
+    found = fit_linear_residual(seen, y - seen.value, np.ones(40_000))
+    # 0.3² / (0.3² + 0.6²), and the expert is 0.1 low where the linear one is not.
+    assert found.share[0] == pytest.approx(0.2, abs=0.01)
+    assert found.intercept[0] == pytest.approx(0.1 - 0.2 * 0.1, abs=0.01)
+    left = y - seen.value - found.predict(seen)
+    assert left.std() == pytest.approx(np.sqrt(0.3**2 * 0.8), rel=0.02)
+    own = found.predict(seen)
+    assert (own.min(), own.max()) == pytest.approx(tuple(found.limits), abs=1e-6)
+
+
+def test_only_the_stars_of_an_expert_count():
+    y, seen = two_values(2000)
+    weight = (np.arange(2000) < 500).astype(float)
+    wild = seen.linear.copy()
+    wild[500:] += 100
+    found = fit_linear_residual(seen._replace(linear=wild), y - seen.value, weight)
+    few = Inputs(*(a[:500] for a in seen))
+    same_arrays(found.arrays(), fit_linear_residual(few, (y - seen.value)[:500], np.ones(500)).arrays())
+
+
+def test_a_worse_answer_that_errs_alike_gets_no_share():
+    y, seen = two_values(2000)
+    twice = (y + 2 * (seen.value - y)).astype(np.float32)
+    assert fit_linear_residual(seen._replace(linear=twice), y - seen.value, np.ones(2000)).share == 0
+    same = fit_linear_residual(seen._replace(linear=seen.value), np.full(2000, 0.1), np.ones(2000))
+    assert same.share == 0
+    np.testing.assert_allclose(same.predict(seen), 0.1, atol=1e-6)
+
+
+def test_leaning_needs_both_values():
+    _, seen = two_values(3)
+    for missing in ("value", "linear"):
+        with pytest.raises(ValueError, match="give value and linear"):
+            random_lean().predict(seen._replace(**{missing: None}))
+        with pytest.raises(ValueError, match="give value and linear"):
+            fit_linear_residual(seen._replace(**{missing: None}), np.zeros(3), np.ones(3))
+
+
+def test_numbers_of_leaning_come_back_from_a_file_or_are_refused():
+    expert = random_lean()
+    same_arrays(LinearResidual.from_arrays(expert.arrays().__getitem__).arrays(), expert.arrays())
+    with pytest.raises(ValueError, match="share: finite"):
+        replace(expert, share=np.array([np.nan], np.float32))
 
 
 # --- the choice ------------------------------------------------------------------------------------------------------

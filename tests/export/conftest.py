@@ -1,7 +1,7 @@
 from dataclasses import replace
 
 import pytest
-from plans import random_library, random_mixture, random_ridge, random_tower, random_trees
+from plans import random_lean, random_library, random_mixture, random_ridge, random_tower, random_trees
 
 
 @pytest.fixture(
@@ -26,6 +26,7 @@ def mixture(request):
         # Beside an expert of the library, trees, and linear ones.
         residuals = {
             0: random_ridge(9 + 12),
+            3: random_lean(),
             1: random_ridge(9 + 12, seed=1),
             2: random_trees(9 + 12 + 1, seed=2),
             4: random_trees(512, "flux", seed=3),
