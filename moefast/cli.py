@@ -40,7 +40,9 @@ Exit codes:
 """
 
 
-STEPS = {"experts", "gate", "tower", "error model", "simpler fits", "library", "forests", "experts, sampled"}
+STEPS = {
+    "experts", "gate", "tower", "error model", "simpler fits", "library", "forests", "residuals", "experts, sampled",
+}  # fmt: skip
 """Stages of a fit that go through steps, not through spectra."""
 
 
