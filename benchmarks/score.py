@@ -93,10 +93,12 @@ def mixture_arrays(mixture: Mixture) -> MixtureArrays:
     Raises
     ------
     BackendError
-        Its experts are of several families, which only our own engines and the ONNX graph know.
+        Its experts are of several families or have residuals, which only our own engines and the ONNX graph know.
     """
-    if mixture.others or len(set(mixture.from_library)) > 1:
-        raise BackendError("experts of several families are not written down for this engine")
+    if mixture.heads is not None or mixture.others or mixture.residuals or len(set(mixture.from_library)) > 1:
+        raise BackendError(
+            "experts of several families, or with residuals, are not written down for this engine"
+        )
     return MixtureArrays(
         reference=mixture.reference,
         noise_shape=mixture.noise_shape,

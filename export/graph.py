@@ -16,7 +16,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -30,6 +30,7 @@ import moefast
 from moefast.errors import ModelError, OutputError
 from moefast.experts.cnn import ConvNet
 from moefast.experts.inputs import Expert
+from moefast.experts.residual import RESIDUALS, LinearResidual
 from moefast.experts.trees import Trees
 from moefast.gating.features import LEAST_CONTINUUM, LINE_FEATURES, LINES
 from moefast.gating.tower import Sees, Tower
@@ -63,10 +64,11 @@ _OPERATORS = frozenset([
 # fmt: on
 _OPERATORS_OF = {"": _OPERATORS, TREES_DOMAIN: frozenset(["TreeEnsembleRegressor"])}
 LEAST_FLUX = "least_flux"
-OTHERS: dict[str, type[Expert]] = {cls.family: cls for cls in (ConvNet, Trees)}
+OTHERS: dict[str, type[Expert]] = {cls.family: cls for cls in (ConvNet, Trees, *RESIDUALS)}
 """Families that write themselves into a graph."""
 _OTHER = re.compile(rf"experts\.(\d+)\.({'|'.join(OTHERS)})")
 _HEADS = re.compile(rf"{STEM}\.({'|'.join(KINDS)})\.(.+)")
+_RESIDUAL = re.compile(rf"residuals\.(\d+)\.({'|'.join(OTHERS)})")
 _EXPERT_PART = re.compile(r"expert-(\d+)")
 
 
@@ -522,9 +524,10 @@ class _Steps:
             raw,
         )
 
-    def seen(self, components: str, lines: str) -> _OnDemand:
+    def seen(self, components: str, lines: str, **own: Callable[[], str]) -> _OnDemand:
         """What experts that are not linear see, from components and the products of the line columns."""
         return _OnDemand(
+            **own,
             z=lambda: components,
             lines=lambda: self.of_lines(lines),
             log_level=lambda: self.level_column,
@@ -539,6 +542,31 @@ class _Steps:
         """Log g of each head, its 1σ and the logits of their gate, each (n, K)."""
         assert self.mixture.heads is not None
         return self.mixture.heads.add_nodes(self.graph, self.seen(components, lines), half=self.half)
+
+    def with_residuals(self, values: str, components: str, lines: str, linear: Callable[[], str]) -> str:
+        """(n, K) with the residuals of experts added to their columns; `linear` makes those of the linear experts."""
+        g, zero, plain = self.graph, self.graph.scalar("zero", 0.0), values
+
+        def column(of: str, k: int, name: str) -> str:
+            ends = [g.shape(f"expert_{i}", [i]) for i in (k, k + 1)]
+            return g.add("Slice", [of, *ends, g.axis(1)], f"residuals.{k}/{name}")
+
+        def of_linear(k: int) -> str:
+            return column(linear(), k, "linear")
+
+        for k, expert in self.mixture.residuals.items():
+            # As for experts of other families, the name of this mark tells a reader of which family it is.
+            mark = g.number(f"residuals.{k}.{expert.family}", np.arange(self.mixture.n_experts) == k)
+            inputs = self.seen(
+                components,
+                lines,
+                value=partial(column, plain, k, "value"),
+                linear=partial(of_linear, k),
+            )
+            own = expert.add_nodes(g, inputs, f"residuals.{k}")
+            share = g.add("Where", [mark, own, zero], f"residuals.{k}/in_place")
+            values = g.add("Add", [values, share], f"residuals.{k}/added")
+        return values
 
     def with_others(self, values: str, components: str, lines: str) -> str:
         """(n, K) with the columns of experts of other families."""
@@ -655,7 +683,7 @@ def build(
         raise ModelError(
             "half precision is for networks, and this mixture has none; export it in single precision"
         )
-    if part not in ("mixture", "gate") and mixture.heads is None:
+    if part not in ("mixture", "gate"):
         mixture = _only_expert(mixture, part)
     if mixture.error_model[2].shape[1] != 1:
         raise ModelError(f"the error model must give one number, it gives {mixture.error_model[2].shape[1]}")
@@ -670,23 +698,28 @@ def build(
         features = steps.features(components, steps.of_lines(lines))
         steps.deliver(steps.gate(features, evidence), "weights", columns=True)
     elif part != "mixture":
+        seers = [*mixture.others.values(), *mixture.residuals.values()]
+        projected, lines = (*steps.project(lines=any(sees_lines(expert) for expert in seers)), "")[:2]
+        components = steps.components(projected)
+
+        @cache
+        def linear() -> str:
+            return steps.expert_log_g(projected, steps.hat())
+
         if mixture.heads is not None:
-            k = _number_of(mixture, part)
-            # What the gate would make of the lines is dropped with the gate.
-            (columns,) = steps.project(lines=False)
-            every = steps.heads(steps.components(columns), "")[0]
-            g = steps.graph
+            # A trunk has no parts: all of its heads but one are left out again, and what its gate makes of the lines.
+            every = steps.with_residuals(steps.heads(components, lines)[0], components, lines, linear)
+            g, k = steps.graph, _number_of(mixture, part)
             ends = [g.shape(f"place_{k}", [k]), g.shape(f"place_{k + 1}", [k + 1]), g.axis(1)]
             column = g.add("Slice", [every, *ends], "experts/only_column")
         elif mixture.others:
-            columns, lines = steps.project(lines=True)
-            column = steps.other(0, steps.components(columns), lines)
+            column = steps.other(0, components, lines)
         elif mixture.library is not None and mixture.from_library[0]:
-            (columns,) = steps.project(lines=False)
-            (column,) = steps.posterior(steps.components(columns), ["mean"])
+            (column,) = steps.posterior(components, ["mean"])
         else:
-            (columns,) = steps.project(lines=False)
-            column = steps.expert_log_g(columns, steps.hat())
+            column = linear()
+        if mixture.heads is None:
+            column = steps.with_residuals(column, components, lines, linear)
         outputs = ["log_g"]
         steps.deliver(steps.graph.add("Squeeze", [column, steps.graph.axis(1)], "experts/only"), "log_g")
     else:
@@ -694,7 +727,7 @@ def build(
         components = steps.components(columns)
         flat_noise, expected = steps.propagate()
         hat = steps.hat()
-        experts = steps.expert_log_g(columns, hat)
+        linear_experts = experts = steps.expert_log_g(columns, hat)
         noise = steps.graph.add("Sqrt", [steps.at_level(flat_noise, hat, "propagate")], "propagate/noise")
         evidence = None
         if mixture.library is not None:
@@ -706,6 +739,7 @@ def build(
             experts = steps.instead(experts, means, "experts/of_all_kinds")
             noise = steps.instead(noise, deviations, "propagate/noise_of_all_kinds")
         experts = steps.with_others(experts, components, lines)
+        experts = steps.with_residuals(experts, components, lines, lambda: linear_experts)
         features = steps.features(components, steps.of_lines(lines))
         weights = steps.gate(features, evidence)
         log_g, log_g_err, raw = steps.mix(features, weights, experts, noise)
@@ -715,6 +749,11 @@ def build(
             steps.deliver(value, output, columns=output in _BY_EXPERT)
     steps.graph.drop_unused(outputs)
     return _model(steps, part, outputs, metadata or {})
+
+
+def sees_lines(expert: Expert) -> bool:
+    """Whether an expert needs the line features."""
+    return not (expert.needs_flux or isinstance(expert, LinearResidual))
 
 
 def _number_of(mixture: Mixture, part: str) -> int:
@@ -729,6 +768,8 @@ def _number_of(mixture: Mixture, part: str) -> int:
 
 def _only_expert(mixture: Mixture, part: str) -> Mixture:
     k = _number_of(mixture, part)
+    if mixture.heads is not None:
+        return replace(mixture, residuals={i: e for i, e in mixture.residuals.items() if i == k})
     w1, b1, w2, b2 = mixture.gate
     return replace(
         mixture,
@@ -738,6 +779,7 @@ def _only_expert(mixture: Mixture, part: str) -> Mixture:
         library=None if mixture.library is None else _clouds_of(mixture.library, k),
         from_library=mixture.from_library[k : k + 1],
         others={0: mixture.others[k]} if k in mixture.others else {},
+        residuals={0: mixture.residuals[k]} if k in mixture.residuals else {},
         tower=None,
     )
 
@@ -916,11 +958,14 @@ def read_mixture(model: ModelProto, wave: NDArray[np.float64]) -> Mixture:
         except ValueError as error:
             raise ModelError(f"the library of the ONNX model does not fit together: {error}") from error
         from_library = tuple(read("experts.from_library", k, dtype=np.bool_).tolist())
-    others = {
-        int(found[1]): OTHERS[found[2]].read_nodes(model, f"experts.{found[1]}")
-        for found in map(_OTHER.fullmatch, tensors)
-        if found
-    }
+    others, residuals = (
+        {
+            int(found[1]): OTHERS[found[2]].read_nodes(model, f"{kind}.{found[1]}")
+            for found in map(pattern.fullmatch, tensors)
+            if found
+        }
+        for kind, pattern in (("experts", _OTHER), ("residuals", _RESIDUAL))
+    )
     of_heads = {
         found[2]: (found[1], name) for name, found in ((n, _HEADS.fullmatch(n)) for n in tensors) if found
     }
@@ -957,6 +1002,7 @@ def read_mixture(model: ModelProto, wave: NDArray[np.float64]) -> Mixture:
             library=library,
             from_library=from_library,
             others=others,
+            residuals=residuals,
             tower=next((tower(name) for name in get_args(Sees) if f"tower.{name}.w1" in tensors), None),
             heads=heads,
         )

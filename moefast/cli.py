@@ -40,7 +40,9 @@ Exit codes:
 """
 
 
-STEPS = {"experts", "gate", "tower", "error model", "simpler fits", "library", "forests", "experts, sampled"}
+STEPS = {
+    "experts", "gate", "tower", "error model", "simpler fits", "library", "forests", "residuals", "experts, sampled",
+}  # fmt: skip
 """Stages of a fit that go through steps, not through spectra."""
 
 
@@ -420,10 +422,12 @@ def fit(
 
     \b
     Recipes:
-        template         posterior mean over templates; the most accurate,
+        template         posterior mean over templates, the shipped recipe;
                          needs clean spectra
         phys-moe         nine linear experts behind a gate; any spectra
         hybrid-moe       the best of linear, template, trees in each bin
+        residual-moe     heads, and what they get wrong on average learnt
+                         beside them, where that helps beyond doubt
         conditional-moe  phys-moe, its gate with a second part for faint stars
         dual-moe         phys-moe, its gate also on statistics of the errors
         heads            a network on components with nine heads and its gate;

@@ -26,8 +26,9 @@ from moefast.checkpoint import Checkpoint
 from moefast.errors import BackendError, InputError, LabelError, WaveGridError
 from moefast.experts.choice import choose
 from moefast.experts.device import DeviceEquations
-from moefast.experts.inputs import Inputs
+from moefast.experts.inputs import Expert, Inputs
 from moefast.experts.normal_equations import Moments, NormalEquations
+from moefast.experts.residual import choose_residuals, fit_linear_residual, fit_ridge_residual, regions
 from moefast.experts.ridge import NoisePath, Subspace, principal_subspace, ridge
 from moefast.experts.template import choose_library, fit_library
 from moefast.gating.features import LEAST_CONTINUUM, line_columns
@@ -37,7 +38,7 @@ from moefast.kernels import Library, Projected, all_within, perceptron, project,
 from moefast.kernels.reference import prepare_reference
 from moefast.mixture import Mixture, hat_weights, n_gate_features
 from moefast.noise import add_noise, fold_of_rows
-from moefast.protocol.bins import METAL_POOR, Grid, SnrGrid
+from moefast.protocol.bins import METAL_POOR, SNR_NORM_NAMES, Grid, SnrGrid, assign_snr_bins
 from moefast.protocol.metrics import r2
 from moefast.spectra.files import SpectrumSet
 from moefast.spectra.quality import good_pixels
@@ -56,6 +57,7 @@ F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 Noise = Literal["closed-form", "sampled", "observed"]
 FAMILIES = ("linear", "template", "trees", "heads")
+RESIDUALS = ("linear", "ridge", "trees")
 Progress = Callable[[str, int, int], None]
 
 BLOCK_ROWS = 2048
@@ -82,6 +84,14 @@ LIBRARY_ROWS = 200_000
 """Stars that a library is made of at most: a thousand clouds of two hundred."""
 FOREST_ROWS = 100_000
 """Stars that the forests of all bins are grown on at most."""
+RESIDUAL_TREES, RESIDUAL_LEAF = 100, 500
+"""Trees of a residual, and rows in a leaf: a strong answer leaves little to find, and much noise to fall for."""
+LEAST_WEIGHT = 0.02
+"""Gate weight of an expert from which on a star counts in its residual's forest."""
+LEAST_RESIDUAL_STARS = 200
+"""Stars that a residual is fitted on at the least."""
+RESIDUAL_PENALTY = 0.1
+"""Of the ridge, as a share of each feature's variance."""
 CHOICE_ROWS = 8_000
 """Noisy stars on which its size is chosen, and a network judged."""
 HALF_MEMORY = 0.5
@@ -128,6 +138,9 @@ class Options:
         Of that network: for a laptop or for a GPU.
     steps : int, optional
         Of its fit; what belongs to the size if None.
+    residuals : tuple of str
+        Kinds of residuals that are tried beside each expert, of "linear", "ridge" and "trees"; see
+        `moefast.experts.residual`.
     n_gate : int
         Principal components among the features of the gate, at most.
     first_tower : bool
@@ -156,6 +169,7 @@ class Options:
     trunk: Kind = "pca-mlp"
     size: Size = "small"
     steps: int | None = None
+    residuals: tuple[str, ...] = ()
     n_gate: int = 48
     first_tower: bool = True
     tower: Sees | None = None
@@ -196,6 +210,8 @@ class Options:
                 "templates, trees and networks need clean training spectra, with noise in closed form, and experts in "
                 "principal components; for other spectra fit phys-moe"
             )
+        if set(self.residuals) - set(RESIDUALS):
+            raise InputError(f"residuals must be of {', '.join(RESIDUALS)}; found {self.residuals}")
         if self.tower not in (None, *get_args(Sees)) or not self.tower_limit > 0:
             raise InputError(
                 f"a second tower sees one of {get_args(Sees)} up to a positive snr_norm; "
@@ -465,6 +481,8 @@ class _Fitter:
             summary["heads"] = of_network
         if chosen:
             summary["families"] = chosen
+        if self.options.residuals:
+            summary["residuals"] = self.of_residuals
         return Fit(mixture, references, summary)
 
     def steps(self, stage: str, total: int) -> Callable[[], None]:
@@ -1086,6 +1104,8 @@ class _Fitter:
         if values.shape[1] > 1 and self.options.tower is not None:
             mixture, logits = self.add_tower(mixture, experts, sample, logits)
         gate = softmax(logits)
+        if self.options.residuals:
+            mixture, values = self.add_residuals(mixture, sample, values, gate)
         mixed = (gate * values).sum(1)
         log_g = np.clip(mixed, *mixture.label_range)
         raw = (gate * noise).sum(1)
@@ -1113,6 +1133,61 @@ class _Fitter:
             "tower_learnt": mixture.tower is not None,
         }
         return mixture, quality
+
+    def add_residuals(
+        self, mixture: Mixture, sample: _Sample, values: NDArray, gate: F64
+    ) -> tuple[Mixture, NDArray]:
+        """The mixture with the residuals that are kept, and the sample's values of its experts with them."""
+        options, rows = self.options, sample.rows
+        part, y, strong = self.part_of(rows), self.y[rows], (gate * values).sum(1)
+        families = self.families_of(mixture)
+
+        def seen(k: int, some: NDArray | slice) -> Inputs:
+            own = Inputs(*(a[some] for a in sample.inputs[:3]))
+            return own._replace(value=values[some, k], linear=sample.values["linear"][some, k])
+
+        fitted, judges = np.flatnonzero(part > 2), np.isin(part, (1, 2))
+        experts: dict[str, dict[int, Expert]] = {name: {} for name in options.residuals}
+        step = self.steps("residuals", len(experts) * options.grid.n_bins)
+        for name, k in itertools.product(experts, range(options.grid.n_bins)):
+            # Far from its bin an expert has next to no say; forests take all rows alike for the time that they take.
+            near = fitted[gate[fitted, k] > LEAST_WEIGHT]
+            enough = len(np.unique(rows[near])) > LEAST_RESIDUAL_STARS
+            if enough and (name, families[k]) != ("linear", "linear"):
+                experts[name][k] = self.fit_residual(name, seen(k, near), (y - strong)[near], gate[near, k])
+            step()
+        kept = choose_residuals(
+            y[judges], strong[judges], gate[judges],
+            {name: {k: e.predict(seen(k, judges)) for k, e in each.items()} for name, each in experts.items()},
+            rows[judges],
+            regions(
+                self.bins[rows[judges]], options.grid.names, self.labels["M_H"][rows[judges]],
+                assign_snr_bins(sample.snr_norm[judges]), SNR_NORM_NAMES,
+            ),
+            mixture.label_range,
+        )  # fmt: skip
+        self.of_residuals = kept.summary(options.grid.names)
+        chosen = {k: experts[name][k] for k, name in sorted(kept.kept.items())}
+        if chosen:
+            values = values.copy()
+        for k, expert in chosen.items():
+            values[:, k] += expert.predict(seen(k, slice(None)))
+        return replace(mixture, residuals=chosen), values
+
+    def fit_residual(self, name: str, seen: Inputs, wrong: F64, weight: F64) -> Expert:
+        """A residual of one kind."""
+        if name == "linear":
+            return fit_linear_residual(seen, wrong, weight)
+        if name == "ridge":
+            return fit_ridge_residual(seen, wrong, weight, RESIDUAL_PENALTY)
+        from moefast.experts.trees import fit_trees, stacking
+
+        few = slice(None, None, -(-len(wrong) // FOREST_ROWS))
+        features = stacking(Inputs(*(a[few] for a in seen[:3])))
+        return fit_trees(
+            features, wrong[few], weight[few], sees="stacking", seed=self.options.seed,
+            n_trees=RESIDUAL_TREES, least_stars=RESIDUAL_LEAF,
+        )  # fmt: skip
 
     def part_of(self, rows: NDArray[np.int64]) -> NDArray[np.integer]:
         """Tenth of the stars that a row belongs to: 0 only measures, 1 and 2 decide when to stop, the others train."""

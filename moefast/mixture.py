@@ -11,6 +11,7 @@ Experts of other kinds stand in for linear ones: posterior means over a library 
 (`moefast.kernels.tangent_posterior`), heads on one trunk (`moefast.trunks`), or any family with the protocol of
 `moefast.experts.inputs`. Their values are handed to the mixture from outside, and so are logits for the gate: the
 library's evidence, Bayes' rule for the bin, those of the trunk, and those of a second tower (`moefast.gating.tower`).
+An expert of any kind may have a residual beside it (`moefast.experts.residual`), which is added to its value.
 
 The noise of an expert, Σ_j w_j² σ_j², is propagated in cells of a few pixels, as Σ_g r_g Σ_{j in g} w_j² D_j with r_g
 the mean of σ²/D over cell g: exact for noise of the training set's shape D times anything smooth. On simulated spectra
@@ -28,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefast.experts.inputs import Expert, Inputs
+from moefast.experts.residual import LinearResidual
 from moefast.gating.features import LEAST_CONTINUUM, LINE_FEATURES, line_columns
 from moefast.gating.tower import Tower, quality_logs
 from moefast.kernels import (
@@ -157,6 +159,8 @@ class Mixture:
         A second tower of the gate, whose logits are added to those of `gate`.
     heads : Heads, optional
         A trunk with a head for each expert, in the place of all linear ones; its logits are added to those of `gate`.
+    residuals : dict of int to Expert
+        What is added to the value of an expert of whatever family; its propagated noise stays that of the expert alone.
     """
 
     wave: F64
@@ -177,6 +181,7 @@ class Mixture:
     others: Mapping[int, Expert] = field(default_factory=dict)
     tower: Tower | None = None
     heads: Heads | None = None
+    residuals: Mapping[int, Expert] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         k, m, c = self.expert_weights.shape
@@ -216,6 +221,8 @@ class Mixture:
                 )
         if not all(0 <= i < k for i in self.others):
             raise ValueError(f"experts 0 … {k - 1} can be replaced; found {sorted(self.others)}")
+        if not all(0 <= i < k for i in self.residuals):
+            raise ValueError(f"experts 0 … {k - 1} can have residuals; found {sorted(self.residuals)}")
         if (tower := self.tower) is not None and (
             tower.n_experts != k or (tower.sees == "features" and tower.n_features != features)
         ):
@@ -237,7 +244,8 @@ class Mixture:
     @property
     def is_linear(self) -> bool:
         """Whether all experts are linear."""
-        return self.library is None and self.heads is None and not self.others
+        experts = self.others or self.residuals
+        return self.library is None and self.heads is None and not experts
 
     @property
     def basis(self) -> F32:
@@ -377,9 +385,10 @@ class Mixture:
             logits = found.log_evidence - found.log_evidence.max(1, keepdims=True)
             mine = np.array(self.from_library)
             values[:, mine], noise[:, mine] = found.mean[:, mine], found.sd[:, mine]
-        if self.heads is not None or self.others:
+        if self.heads is not None or self.others or self.residuals:
             inputs = self.inputs(linear)
-            if any(each.needs_flux for each in (*self.others.values(), self.heads) if each is not None):
+            seers = (*self.others.values(), *self.residuals.values(), self.heads)
+            if any(each.needs_flux for each in seers if each is not None):
                 good, x = good_pixels(flux, error, mask), np.maximum(flux, 0) if self.clipped else flux
                 inputs = inputs._replace(
                     x=x if good is None else np.where(good, x, self.reference.astype(x.dtype))
@@ -388,11 +397,20 @@ class Mixture:
             values, noise, logits = (self.heads.predict_reference if reference else self.heads.predict)(
                 inputs
             )
-        if self.others:
-            own = prepare_reference(linear, self.mixing)[2]
+        if self.others or self.residuals:
+            marks = self.from_library or (self.heads is not None,) * self.n_experts
+            beside = [k for k in self.residuals if not marks[k] and k not in self.others]
+            if self.others or beside or any(isinstance(r, LinearResidual) for r in self.residuals.values()):
+                _, own_values, own_noise, _ = prepare_reference(linear, self.mixing)
+            for k in beside:
+                values[:, k], noise[:, k] = own_values[:, k], own_noise[:, k]
             for k, expert in self.others.items():
                 values[:, k] = expert.predict_reference(inputs) if reference else expert.predict(inputs)
-                noise[:, k] = own[:, k]
+                noise[:, k] = own_noise[:, k]
+            for k, expert in self.residuals.items():
+                if isinstance(expert, LinearResidual):
+                    inputs = inputs._replace(value=values[:, k], linear=own_values[:, k])
+                values[:, k] += expert.predict_reference(inputs) if reference else expert.predict(inputs)
         if self.tower is not None:
             view = self._view(self.tower, linear, flux, error, mask)
             logits = logits + self.tower.logits(linear.snr_norm, view, reference=reference)

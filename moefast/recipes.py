@@ -48,6 +48,17 @@ RECIPES: dict[str, Recipe] = {
         "9 experts, each of the family (linear, template, trees) that is best in its bin; soft gate by evidence",
         {"families": ("linear", "template", "trees")},
     ),
+    "residual-moe": Recipe(
+        PHYSICAL_GRID,
+        "heads, and residuals (linear, ridge, trees) beside them where they help beyond doubt",
+        {
+            "families": ("heads",),
+            "trunk": "pca-mlp",
+            "sample_rows": 20_000,
+            "sample_draws": 8,
+            "residuals": ("linear", "ridge", "trees"),
+        },
+    ),
     "conditional-moe": Recipe(
         PHYSICAL_GRID,
         "phys-moe, and a second, wide tower of the gate for stars with snr_norm up to 2",

@@ -182,6 +182,8 @@ def without_kernels(mixture: Mixture) -> str:
         return f"a {mixture.heads.plan.kind} with heads"
     if mixture.others:
         return f"experts of the family {' or '.join(sorted({e.family for e in mixture.others.values()}))}"
+    if mixture.residuals:
+        return "residuals of experts"
     return "" if mixture.tower is None else "the second tower of a gate"
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 from made_forest import forest
 
+from moefast.experts.residual import LinearResidual, RidgeResidual
 from moefast.experts.trees import Trees
 from moefast.gating.tower import Tower
 from moefast.kernels import Library, Mixing, Projection, cell_size
@@ -119,6 +120,28 @@ def random_trees(n_features, sees="stacking", n_trees=20, seed=0):
     threshold = made.threshold + (1 if sees == "flux" else 0)
     value = (0.01 * np.random.default_rng(seed).standard_normal(made.value.shape)).astype(np.float32)
     return Trees(dataclasses.replace(made, threshold=threshold.astype(np.float32), value=value), sees)
+
+
+def random_ridge(n_features, seed=0):
+    """A ridge residual of a few tenths of a dex that sees so many lines and components, and meets its limits."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape, scale=1.0):
+        return (scale * rng.standard_normal(shape)).astype(np.float32)
+
+    numbers = {"levels": [-1, 1], "limits": [-0.3, 0.4], "intercept": [0.05]}
+    return RidgeResidual(
+        mean=normal(n_features, scale=0.2),
+        noise=np.abs(normal(n_features)),
+        weights=normal(n_features + 1, 1, scale=0.1),
+        **{name: np.array(value, np.float32) for name, value in numbers.items()},
+    )
+
+
+def random_lean():
+    """A residual that leans on the linear expert, and meets its limits."""
+    numbers = {"share": [0.2], "intercept": [-0.03], "limits": [-0.1, 0.2]}
+    return LinearResidual(**{name: np.array(value, np.float32) for name, value in numbers.items()})
 
 
 def random_tower(n_features, n_experts, sees="features", limit=np.inf, seed=0):

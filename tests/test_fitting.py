@@ -596,6 +596,52 @@ def test_families_that_cannot_be_are_refused(options, match):
         Options(**options)
 
 
+# --- residuals -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("quick")
+def test_forests_find_what_one_linear_expert_gets_wrong_and_every_region_stays_as_good(train_file, test_toy):
+    plain = fitted(train_file, **QUICK)
+    fit = fitted(train_file, **QUICK, residuals=("linear", "ridge", "trees"))
+    said = fit.summary["residuals"]
+    # A linear expert has nothing to lean on.
+    assert {"trees"} <= {entry["residual"] for entry in said["kept"].values()} <= {"ridge", "trees"}
+    assert len(fit.mixture.residuals) == len(said["kept"]) > 0
+    assert said["all"]["gain"] > 2 * said["all"]["standard_error"]
+    for name, region in said["regions"].items():
+        assert region["gain"] >= -max(2 * region["standard_error"], 1e-3 * region["before"]), name
+    assert score(fit, test_toy) > score(plain, test_toy) + 0.003
+    # The error model knows of them.
+    found = fit.mixture.predict(test_toy.noisy(), test_toy.error)
+    ratio = np.abs(test_toy.labels["log_g"] - found.log_g) / found.log_g_err
+    assert np.mean(ratio < 1) == pytest.approx(0.683, abs=0.07)
+    spectra = test_toy.noisy()[:300], test_toy.error[:300]
+    found, expected = fit.mixture.predict(*spectra), fit.mixture.predict_reference(*spectra)
+    apart = np.abs(found.expert_log_g - expected.expert_log_g)
+    # A forest may send a star whose component lies on a threshold to another leaf.
+    assert np.mean(apart < 1e-4) > 0.97
+    without = dataclasses.replace(fit.mixture, residuals={}).predict(*spectra)
+    np.testing.assert_array_equal(without.expert_log_g, plain.mixture.predict(*spectra).expert_log_g)
+
+
+@pytest.mark.usefixtures("quick")
+def test_residuals_that_help_nowhere_are_left_out_and_the_fit_says_so(train_file, test_toy, monkeypatch):
+    monkeypatch.setattr(fitting, "choose_residuals", functools.partial(fitting.choose_residuals, margin=1e9))
+    options = {"grid": GRID, "sample_draws": 1, "families": ("template",), "references": False}
+    fit = fitted(train_file, **options, residuals=("ridge",))
+    assert fit.mixture.residuals == {}
+    assert fit.summary["residuals"]["kept"] == {}
+    np.testing.assert_array_equal(
+        fit.mixture.predict(test_toy.noisy(), test_toy.error).log_g,
+        fitted(train_file, **options).mixture.predict(test_toy.noisy(), test_toy.error).log_g,
+    )
+
+
+def test_unknown_residuals_are_refused():
+    with pytest.raises(InputError, match="residuals must be of linear, ridge, trees"):
+        Options(residuals=("network",))
+
+
 # --- a second tower of the gate --------------------------------------------------------------------------------------
 
 TOWER = {"tower": "features", "tower_limit": 5.0}

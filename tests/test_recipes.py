@@ -23,7 +23,7 @@ def fitted(labelled_file, tmp_path_factory):
             # These stars are binned, hence bright: with their own noise the faintest bin of snr-moe would be empty.
             noise_level = 2.0 if recipe == "snr-moe" else 1.0
             references = recipe == "hybrid-moe"
-            if recipe.startswith("heads"):
+            if RECIPES[recipe].options.get("families") == ("heads",):
                 pytest.importorskip("torch")
             made[recipe] = fit(
                 labelled_file, recipe=recipe, references=references, noise_level=noise_level, steps=60
@@ -124,3 +124,20 @@ def test_a_gpu_refuses_families_that_it_does_not_know(fitted):
         mixture = dataclasses.replace(mixture, others={0: random_trees(10 + mixture.n_basis)})
     with pytest.raises(BackendError, match="no kernels for experts of the family trees; use backend cpu"):
         CudaEngine(mixture)
+
+
+def test_a_gpu_refuses_residuals(fitted):
+    from plans import random_ridge
+
+    mixture = fitted("template")[0].mixture
+    residuals = {2: random_ridge(9 + mixture.n_basis)}
+    with pytest.raises(BackendError, match="no kernels for residuals of experts; use backend cpu"):
+        CudaEngine(dataclasses.replace(mixture, residuals=residuals))
+
+
+def test_the_manifest_of_a_residual_mixture_says_what_was_kept(fitted):
+    model, _ = fitted("residual-moe")
+    said = model.manifest["fit"]["residuals"]
+    assert set(said) == {"kept", "dropped", "all", "regions"}
+    kept = {model.grid.names.index(name): entry["residual"] for name, entry in said["kept"].items()}
+    assert kept == {k: residual.family for k, residual in model.mixture.residuals.items()}

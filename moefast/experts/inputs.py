@@ -34,12 +34,17 @@ class Inputs(NamedTuple):
         `moefast.gating.features.LINE_FEATURES`.
     x : array of shape (n, p), float32, or None
         Flux as it is, with the reference spectrum in the place of bad pixels; only for experts with `needs_flux`.
+    value, linear : array of shape (n,), float32, dex, or None
+        Log g of the expert beside which a residual stands, and of the linear expert of the same bin; only for residuals
+        that say so.
     """
 
     z: NDArray
     log_level: NDArray
     lines: NDArray
     x: NDArray | None = None
+    value: NDArray | None = None
+    linear: NDArray | None = None
 
 
 class Expert(Protocol):
@@ -76,7 +81,8 @@ class Expert(Protocol):
         ----------
         graph : moefast.export graph
         inputs : dict of str to str
-            Names of the values z (n, r), log_level (n, 1), lines (n, 9) and x (n, p), as in `Inputs`.
+            Names of the values z (n, r), log_level (n, 1), lines (n, 9), x (n, p), and value and linear (n, 1), as in
+            `Inputs`.
         stem : str
             What the names of its nodes and initializers begin with.
 

@@ -252,6 +252,7 @@ def float32_below(values: ArrayLike) -> NDArray[np.float32]:
 def fit_trees(
     features: NDArray,
     y: NDArray,
+    weight: NDArray | None = None,
     *,
     sees: str = "flux",
     seed: int = 0,
@@ -273,6 +274,8 @@ def fit_trees(
         As they are scored: noisy flux, never standardised, or what `Trees.features` gives for "stacking".
     y : array of shape (n,), dex
         Log g.
+    weight : array of shape (n,), optional
+        What each star counts, not negative; each one, if None. `least_stars` counts stars all the same.
     sees : str
         Which of `SEES` the features are.
     seed : int
@@ -287,7 +290,8 @@ def fit_trees(
     Raises
     ------
     ValueError
-        Shapes do not fit, or a number is not finite: trees are fitted without missing values.
+        Shapes do not fit, a number is not finite (trees are fitted without missing values), a weight is negative, or
+        all are zero.
     MoefastError
         LightGBM is not installed.
     """
@@ -296,6 +300,12 @@ def fit_trees(
         raise ValueError(f"features (n, f) and y (n,) expected; found {x.shape} and {target.shape}")
     if not np.isfinite(x).all() or not np.isfinite(target).all():
         raise ValueError("features and y must be finite")
+    if weight is not None and (
+        np.shape(weight) != target.shape
+        or not np.all((weight >= 0) & np.isfinite(weight))
+        or not np.any(weight)
+    ):
+        raise ValueError(f"{target.size} weights that are not negative expected; found {np.shape(weight)}")
     try:
         import lightgbm
     except ImportError as error:
@@ -308,8 +318,8 @@ def fit_trees(
         "reg_alpha": 1.0, "reg_lambda": 1.0, "boost_from_average": False, "use_missing": False,
         "deterministic": True, "force_col_wise": True, "num_threads": threads, "seed": seed, "verbosity": -1,
     }  # fmt: skip
-    base = np.float32(target.mean())
-    data = lightgbm.Dataset(x, target - base, params=settings)
+    base = np.float32(np.average(target, weights=weight))
+    data = lightgbm.Dataset(x, target - base, weight=weight, params=settings)
     return read_booster(lightgbm.train(settings, data, num_boost_round=n_trees), base=float(base), sees=sees)
 
 

@@ -2,12 +2,12 @@ from dataclasses import replace
 
 import pytest
 from made_network import with_heads
-from plans import random_library, random_mixture, random_tower, random_trees
+from plans import random_lean, random_library, random_mixture, random_ridge, random_tower, random_trees
+
+KINDS = ["linear", "library", "some of each", "residuals", "dual", "conditional", "pca-mlp", "vit"]
 
 
-@pytest.fixture(
-    scope="session", params=["linear", "library", "some of each", "dual", "conditional", "pca-mlp", "vit"]
-)
+@pytest.fixture(scope="session", params=KINDS)
 def mixture(request):
     made = random_mixture()
     if request.param == "linear":
@@ -24,7 +24,18 @@ def mixture(request):
         (True, False, False, True, False),
         {1: random_trees(9 + 12 + 1), 4: random_trees(512, "flux")},
     )
-    return replace(made, library=random_library(), from_library=marks, others=others)
+    made = replace(made, library=random_library(), from_library=marks, others=others)
+    if request.param == "residuals":
+        # Beside an expert of the library, trees, and linear ones.
+        residuals = {
+            0: random_ridge(9 + 12),
+            3: random_lean(),
+            1: random_ridge(9 + 12, seed=1),
+            2: random_trees(9 + 12 + 1, seed=2),
+            4: random_trees(512, "flux", seed=3),
+        }
+        return replace(made, others={1: others[1]}, residuals=residuals)
+    return made
 
 
 @pytest.fixture

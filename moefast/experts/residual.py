@@ -1,0 +1,635 @@
+"""Residuals beside a strong answer: what it gets wrong on average, learnt expert by expert and kept where it helps.
+
+    y = y_strong + Σ_k w_k r_k(f),    y_strong = Σ_k w_k v_k    ⇒    y = Σ_k w_k (v_k + r_k)
+
+with w_k the gate's weights, v_k the experts' values, and f what experts may see of a star: line features, principal
+components, noise level. As the weights add up to one, a residual is an addition to the value of its expert, whatever
+family that is of, and a mixture with residuals remains a mixture.
+
+Design: r_k is fitted on e = y − y_strong of stars that the strong answer did not see, each counted w_k times: then
+Σ_k w_k r_k estimates E[e | f] however the weights overlap, and still does for the experts that keep theirs if others
+lose theirs. A good answer leaves little to find, and a fit to what is nearly noise does harm: so residuals are taken
+one by one, the best first, while they are better beyond doubt on judging stars, and dropped again where a region (a
+bin, metal-poor stars, a range of snr_norm) came out worse. Draws of one star's noise are no stars of their own: every
+mean and standard error is over stars.
+
+Three kinds are tried. The simplest leans on the linear expert of the bin, ℓ_k, which was fitted on all stars with noise
+in closed form: r_k = b + a (ℓ_k − v_k), two numbers. Forests are those of `moefast.experts.trees`. The ridge sees
+features relative to their means and shrunk by what noise leaves of them,
+
+    φ_j(s) = (f_j − m_j) / (1 + c_j s²),    c_j = noise variance at s = 1 over the variance of the stars themselves,
+
+as the best linear estimate of a clean feature from a noisy one is: one weight per feature then serves every noise
+level. Its answer is held within the range that it took on the stars of the fit: features of damaged spectra know none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+
+import numpy as np
+import scipy.linalg
+from numpy.typing import NDArray
+
+from moefast.errors import ModelError
+from moefast.experts.choice import MARGIN
+from moefast.experts.inputs import Inputs
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from onnx import ModelProto
+
+__all__ = [
+    "METAL_POOR",
+    "Gain",
+    "KeptResiduals",
+    "RidgeResidual",
+    "choose_residuals",
+    "fit_ridge_residual",
+    "regions",
+]
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+
+SURE = 2.0
+"""Standard errors by which all residuals together must be better, and a region worse, for that not to be chance: some
+twenty residuals are tried, and harm is looked for in some fifteen regions."""
+NEGLIGIBLE = 1e-3
+"""Share of a region's mean squared error below which harm is none: by the tail of the gate's weights every residual
+touches every region a little, and how many standard errors that is does not depend on how little."""
+METAL_POOR = -1.0
+"""[M/H] below which a star counts as metal-poor, dex."""
+LEAST_SHARE = 1e-3
+"""Of a feature's variance that is due to the stars, at the least: noise that was measured too high must not hide it."""
+LEAST_VARIATION = 1e-10
+"""Share of a feature's mean square that must be variance: less is rounding."""
+BLOCK = 16_384
+
+
+@dataclass(frozen=True)
+class RidgeResidual:
+    """r(f, s) = min(max(b + Σ_j β_j (f_j − m_j)/(1 + c_j s²) + β_s ln s, lowest), highest).
+
+    f are the 9 line features and the r principal components; ln s is held within the levels of the fit.
+
+    Attributes
+    ----------
+    mean, noise : arrays of shape (9 + r,), float32
+        m and c ≥ 0.
+    weights : array of shape (9 + r + 1, 1), float32
+        β, and β_s last.
+    intercept : array of shape (1,), float32, dex
+    levels : array of shape (2,), float32
+        Least and largest ln s.
+    limits : array of shape (2,), float32, dex
+        Lowest and highest value.
+
+    Raises
+    ------
+    ValueError
+        Shapes do not fit, a number is not finite, or c is negative.
+    """
+
+    mean: F32
+    noise: F32
+    weights: F32
+    intercept: F32
+    levels: F32
+    limits: F32
+
+    family: ClassVar[str] = "ridge"
+    needs_flux: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        m = self.mean.size
+        shapes = {
+            "mean": (m,),
+            "noise": (m,),
+            "weights": (m + 1, 1),
+            "intercept": (1,),
+            "levels": (2,),
+            "limits": (2,),
+        }
+        _check_arrays(self, shapes)
+        if (self.noise < 0).any():
+            raise ValueError(f"noise over signal must not be negative; found {self.noise.min()}")
+
+    def predict(self, inputs: Inputs) -> F32:
+        """Addition to log g of each star, (n,), dex."""
+        return self._value(inputs, np.float32).astype(np.float32)
+
+    def predict_reference(self, inputs: Inputs) -> F64:
+        """The same in float64, (n,)."""
+        return self._value(inputs, np.float64)
+
+    def _value(self, inputs: Inputs, dtype: type) -> NDArray:
+        m, c, w, b, levels, limits = (getattr(self, name).astype(dtype) for name in _ARRAYS)
+        level = np.clip(np.asarray(inputs.log_level, dtype), *levels)
+        found = _shrunk(inputs, level, m, c) @ w[:-1, 0] + w[-1, 0] * level + b
+        return np.clip(found, *limits)
+
+    def arrays(self) -> dict[str, NDArray]:
+        """All arrays by name."""
+        return {name: getattr(self, name) for name in _ARRAYS}
+
+    @classmethod
+    def from_arrays(cls, read: Callable[[str], NDArray]) -> Self:
+        """The inverse of `arrays`.
+
+        Raises
+        ------
+        ValueError
+            They do not fit together.
+        """
+        return cls(**{name: read(name) for name in _ARRAYS})
+
+    def add_nodes(self, graph: Any, inputs: Mapping[str, str], stem: str) -> str:
+        """One matrix product of shrunk features; see `moefast.experts.inputs.Expert`."""
+        own = {name: graph.number(f"{stem}.{name}", array) for name, array in self.arrays().items()}
+
+        level = _within(graph, inputs["log_level"], own["levels"], f"{stem}/levels")
+        features = graph.add("Concat", [inputs["lines"], inputs["z"]], f"{stem}/features", axis=1)
+        centred = graph.add("Sub", [features, own["mean"]], f"{stem}/centred")
+        twice = graph.add("Mul", [level, graph.scalar("two", 2.0)], f"{stem}/twice_log_level")
+        variance = graph.add("Exp", [twice], f"{stem}/noise_variance")
+        ratio = graph.add("Mul", [variance, own["noise"]], f"{stem}/noise_over_signal")
+        share = graph.add("Add", [ratio, graph.scalar("one", 1.0)], f"{stem}/share")
+        shrunk = graph.add("Div", [centred, share], f"{stem}/shrunk")
+        seen = graph.add("Concat", [shrunk, level], f"{stem}/seen", axis=1)
+        value = graph.add("Gemm", [seen, own["weights"], own["intercept"]], f"{stem}/as_found")
+        return _within(graph, value, own["limits"], f"{stem}/limits")
+
+    @classmethod
+    def read_nodes(cls, model: ModelProto, stem: str) -> Self:
+        """The inverse of `add_nodes`, to the last bit.
+
+        Raises
+        ------
+        ModelError
+            An initializer is missing, or they do not fit together.
+        """
+        return _read(cls.from_arrays, model, stem)
+
+
+@dataclass(frozen=True)
+class LinearResidual:
+    """r = min(max(b + a (ℓ − v), lowest), highest): the expert's value v leans on that of the linear expert, ℓ.
+
+    Attributes
+    ----------
+    share : array of shape (1,), float32
+        a.
+    intercept : array of shape (1,), float32, dex
+        b.
+    limits : array of shape (2,), float32, dex
+        Lowest and highest value.
+
+    Raises
+    ------
+    ValueError
+        Shapes do not fit, or a number is not finite.
+    """
+
+    share: F32
+    intercept: F32
+    limits: F32
+
+    family: ClassVar[str] = "linear"
+    needs_flux: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _check_arrays(self, {"share": (1,), "intercept": (1,), "limits": (2,)})
+
+    def predict(self, inputs: Inputs) -> F32:
+        """Addition to log g of each star, (n,), dex."""
+        return self._value(inputs, np.float32).astype(np.float32)
+
+    def predict_reference(self, inputs: Inputs) -> F64:
+        """The same in float64, (n,)."""
+        return self._value(inputs, np.float64)
+
+    def _value(self, inputs: Inputs, dtype: type) -> NDArray:
+        if inputs.value is None or inputs.linear is None:
+            raise ValueError(
+                "this residual sees its expert's value and the linear expert's; give value and linear"
+            )
+        a, b, limits = (getattr(self, name).astype(dtype) for name in ("share", "intercept", "limits"))
+        return np.clip(b + a * (inputs.linear.astype(dtype) - inputs.value.astype(dtype)), *limits)
+
+    def arrays(self) -> dict[str, NDArray]:
+        """All arrays by name."""
+        return {name: getattr(self, name) for name in ("share", "intercept", "limits")}
+
+    @classmethod
+    def from_arrays(cls, read: Callable[[str], NDArray]) -> Self:
+        """The inverse of `arrays`.
+
+        Raises
+        ------
+        ValueError
+            They do not fit together.
+        """
+        return cls(**{name: read(name) for name in ("share", "intercept", "limits")})
+
+    def add_nodes(self, graph: Any, inputs: Mapping[str, str], stem: str) -> str:
+        """A product and a sum; see `moefast.experts.inputs.Expert`."""
+        own = {name: graph.number(f"{stem}.{name}", array) for name, array in self.arrays().items()}
+        apart = graph.add("Sub", [inputs["linear"], inputs["value"]], f"{stem}/apart")
+        shared = graph.add("Mul", [apart, own["share"]], f"{stem}/shared")
+        value = graph.add("Add", [shared, own["intercept"]], f"{stem}/as_found")
+        return _within(graph, value, own["limits"], f"{stem}/limits")
+
+    @classmethod
+    def read_nodes(cls, model: ModelProto, stem: str) -> Self:
+        """The inverse of `add_nodes`, to the last bit.
+
+        Raises
+        ------
+        ModelError
+            An initializer is missing, or they do not fit together.
+        """
+        return _read(cls.from_arrays, model, stem)
+
+
+Own = TypeVar("Own")
+RESIDUALS = (RidgeResidual, LinearResidual)
+"""Families that are only residuals."""
+_ARRAYS = ("mean", "noise", "weights", "intercept", "levels", "limits")
+
+
+def _check_arrays(residual: RidgeResidual | LinearResidual, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    for name, shape in shapes.items():
+        value = getattr(residual, name)
+        if value.shape != shape or value.dtype != np.float32 or not np.isfinite(value).all():
+            raise ValueError(f"{name}: finite float32 {shape} expected; found {value.dtype} {value.shape}")
+
+
+def _within(graph: Any, value: str, bounds: str, stem: str) -> str:
+    """Nodes that hold a value within the two numbers of an initializer."""
+    low = graph.add("ReduceMin", [bounds], f"{stem}/least", keepdims=0)
+    high = graph.add("ReduceMax", [bounds], f"{stem}/largest", keepdims=0)
+    above = graph.add("Max", [value, low], f"{stem}/above")
+    return str(graph.add("Min", [above, high], f"{stem}/within"))
+
+
+def _read(make: Callable[[Callable[[str], NDArray]], Own], model: ModelProto, stem: str) -> Own:
+    from onnx import numpy_helper
+
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+
+    def read(name: str) -> NDArray:
+        tensor = tensors.get(f"{stem}.{name}")
+        if tensor is None:
+            raise ModelError(
+                f"the ONNX model lacks the initializer '{stem}.{name}'; write it again with this moefast"
+            )
+        return np.array(numpy_helper.to_array(tensor))
+
+    try:
+        return make(read)
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"the residual {stem!r} of the ONNX model cannot be read: {error}") from error
+
+
+def _shrunk(inputs: Inputs, level: NDArray, mean: NDArray, noise: NDArray) -> NDArray:
+    """φ of n stars, (n, 9 + r)."""
+    features = np.concatenate([inputs.lines, inputs.z], axis=1).astype(mean.dtype)
+    return (features - mean) / (1 + noise * np.exp(2 * level)[:, None])
+
+
+# --- fitting ---------------------------------------------------------------------------------------------------
+
+
+def fit_ridge_residual(inputs: Inputs, residual: F64, weight: F64, penalty: float) -> RidgeResidual:
+    """The ridge of one expert: min Σ_i w_i (e_i − b − φ_i·β)² + penalty · Σ_i w_i · Σ_j β_j² Var(φ_j).
+
+    Parameters
+    ----------
+    inputs : Inputs
+        Of n noisy stars that the strong answer did not see.
+    residual : array of shape (n,), dex
+        e = y − y_strong.
+    weight : array of shape (n,)
+        Of each star; the gate's weight of the expert. Not all zero.
+    penalty : float
+        Positive: a share of each feature's own variance, so that units do not matter.
+
+    Raises
+    ------
+    ValueError
+        Shapes differ, a number is not finite, weights are negative or all zero, or the penalty is not positive.
+    """
+    n = len(inputs.z)
+    _check_sample(n, residual, weight)
+    if not penalty > 0:
+        raise ValueError(f"a positive penalty expected; found {penalty}")
+    level = np.asarray(inputs.log_level, np.float64)
+    levels = np.array([level.min(), level.max()], np.float32)
+    mean, noise = _signal(inputs, level, weight)
+    width = mean.size + 1
+    total, sum_x, sum_e = 0.0, np.zeros(width), 0.0
+    gram, moment = np.zeros((width, width)), np.zeros(width)
+    for a in range(0, n, BLOCK):
+        here = slice(a, a + BLOCK)
+        x = _design(_rows(inputs, here), mean, noise, levels)
+        weighed = x * weight[here, None]
+        total += float(weight[here].sum())
+        sum_x += weighed.sum(0)
+        sum_e += float(weight[here] @ residual[here])
+        gram += weighed.T @ x
+        moment += weighed.T @ residual[here]
+    squares = np.diag(gram) / total
+    gram = gram / total - np.outer(sum_x, sum_x) / total**2
+    moment = moment / total - sum_x * sum_e / total**2
+    # A feature that does not vary, but for rounding, has no weight.
+    varies = np.diag(gram) > LEAST_VARIATION * squares
+    scale = np.sqrt(np.where(varies, np.diag(gram), np.inf))
+    correlation = gram / np.outer(scale, scale) + penalty * np.eye(width)
+    beta = scipy.linalg.solve(correlation, moment / scale, assume_a="pos") / scale
+    free = RidgeResidual(
+        mean.astype(np.float32),
+        noise.astype(np.float32),
+        beta.astype(np.float32)[:, None],
+        np.array([(sum_e - sum_x @ beta) / total], np.float32),
+        levels,
+        np.array([-1, 1], np.float32) * np.finfo(np.float32).max,
+    )
+    # Of the stars that count: those of other bins may lie far outside.
+    own = np.flatnonzero(weight > 0.5 * weight.max())
+    found = free.predict(_rows(inputs, own))
+    limits = np.array([found.min(), found.max()], np.float32)
+    return RidgeResidual(**{**free.arrays(), "limits": limits})
+
+
+def fit_linear_residual(inputs: Inputs, residual: F64, weight: F64) -> LinearResidual:
+    """The lean of one expert: min Σ_i w_i (e_i − b − a (ℓ_i − v_i))² with 0 ≤ a ≤ 1.
+
+    Parameters
+    ----------
+    inputs : Inputs
+        With `value` and `linear`, of n noisy stars that neither of the two experts saw.
+    residual, weight : array of shape (n,)
+        As for `fit_ridge_residual`.
+
+    Raises
+    ------
+    ValueError
+        Values are missing, shapes differ, a number is not finite, or weights are negative or all zero.
+    """
+    if inputs.value is None or inputs.linear is None:
+        raise ValueError("the expert's value and the linear expert's are needed; give value and linear")
+    _check_sample(len(inputs.value), residual, weight)
+    apart = inputs.linear.astype(np.float64) - inputs.value
+    total = weight.sum()
+    centre, level = weight @ apart / total, weight @ residual / total
+    off = weight * (apart - centre)
+    square = float(off @ apart)
+    varies = square > LEAST_VARIATION * float(weight @ apart**2)
+    a = float(np.clip(off @ residual / square, 0, 1)) if varies else 0.0
+    own = apart[weight > 0.5 * weight.max()]
+    ends = level + a * (np.array([own.min(), own.max()]) - centre)
+    numbers = [a], [level - a * centre], ends
+    return LinearResidual(*(np.array(number, np.float32) for number in numbers))
+
+
+def _check_sample(n: int, residual: F64, weight: F64) -> None:
+    if residual.shape != (n,) or weight.shape != (n,):
+        raise ValueError(f"{n} residuals and weights expected; found {residual.shape} and {weight.shape}")
+    if not np.isfinite(residual).all() or not np.isfinite(weight).all():
+        raise ValueError("residuals and weights must be finite")
+    if (weight < 0).any() or not weight.any():
+        raise ValueError("weights that are not negative, and not all zero, expected")
+
+
+def _rows(inputs: Inputs, rows: slice | NDArray) -> Inputs:
+    return Inputs(inputs.z[rows], inputs.log_level[rows], inputs.lines[rows])
+
+
+def _design(inputs: Inputs, mean: F64, noise: F64, levels: F32) -> F64:
+    level = np.clip(np.asarray(inputs.log_level, np.float64), *levels)
+    return np.column_stack([_shrunk(inputs, level, mean, noise), level])
+
+
+def _signal(inputs: Inputs, level: F64, weight: F64) -> tuple[F64, F64]:
+    """Mean of each feature, and its noise variance at s = 1 over that of the stars: Var(f | s) = a + b s², c = b/a."""
+    variance = np.exp(2 * level)
+    features = np.concatenate([inputs.lines, inputs.z], axis=1)
+    total = weight.sum()
+    mean = weight @ features / total
+    at = weight @ variance / total
+    spread, slope, squares = np.zeros(mean.size), np.zeros(mean.size), 0.0
+    for a in range(0, len(features), BLOCK):
+        here = slice(a, a + BLOCK)
+        off = (features[here] - mean) ** 2
+        spread += weight[here] @ off
+        slope += (weight[here] * (variance[here] - at)) @ off
+        squares += weight[here] @ (variance[here] - at) ** 2
+    spread /= total
+    b = np.maximum(slope / squares, 0) if squares > 0 else np.zeros_like(slope)
+    a_ = np.maximum(spread - b * at, LEAST_SHARE * spread)
+    return mean, np.divide(b, a_, out=np.zeros_like(b), where=a_ > 0)
+
+
+# --- choice ----------------------------------------------------------------------------------------------------
+
+
+def regions(
+    bins: NDArray[np.integer],
+    names: Sequence[str],
+    m_h: F64,
+    snr_bins: NDArray[np.integer],
+    snr_names: Sequence[str],
+) -> dict[str, NDArray[np.bool_]]:
+    """Where residuals must do no harm: each bin, metal-poor stars and the rest, each range of snr_norm; masks (n,).
+
+    Parameters
+    ----------
+    bins : array of shape (n,), int
+        True bin of each star.
+    names : sequence of str
+        Of the bins.
+    m_h : array of shape (n,), dex
+    snr_bins : array of shape (n,), int
+        Range of snr_norm that each star lies in.
+    snr_names : sequence of str
+        Of the ranges.
+    """
+    poor = m_h < METAL_POOR
+    found = {name: bins == k for k, name in enumerate(names)}
+    found |= {"metal-poor": poor, "not metal-poor": ~poor}
+    return found | {f"snr_norm {name}": snr_bins == k for k, name in enumerate(snr_names)}
+
+
+class Gain(NamedTuple):
+    """How much smaller the mean squared error is, its standard error over `stars` stars, and what it was; dex²."""
+
+    gain: float
+    standard_error: float
+    stars: int
+    before: float
+
+    def better(self, margin: float) -> bool:
+        """By more than so many standard errors."""
+        return self.stars > 1 and self.gain > margin * self.standard_error
+
+    def worse(self, margin: float) -> bool:
+        """By more than so many standard errors, and more than is negligible."""
+        return self.stars > 1 and self.gain < -max(margin * self.standard_error, NEGLIGIBLE * self.before)
+
+
+@dataclass(frozen=True)
+class KeptResiduals:
+    """What was kept, and why.
+
+    Attributes
+    ----------
+    kept : dict of int to str
+        Name of the candidate of each expert that keeps a residual.
+    steps : dict of int to Gain
+        What each of them gained when it was taken.
+    dropped : dict of int to str
+        Those that were taken and dropped again, and the region that came out worse with them; "" where there was none
+        and all together were no better beyond doubt.
+    total : Gain
+        Of all together.
+    regions : dict of str to Gain
+        Of all together in each region.
+    """
+
+    kept: dict[int, str] = field(default_factory=dict)
+    steps: dict[int, Gain] = field(default_factory=dict)
+    dropped: dict[int, str] = field(default_factory=dict)
+    total: Gain = field(default_factory=lambda: Gain(0.0, 0.0, 0, 0.0))
+    regions: dict[str, Gain] = field(default_factory=dict)
+
+    def summary(self, names: Sequence[str]) -> dict[str, Any]:
+        """In words and numbers for a manifest; `names` are those of the bins."""
+        return {
+            "kept": {
+                names[k]: {"residual": name, **self.steps[k]._asdict()}
+                for k, name in sorted(self.kept.items())
+            },
+            "dropped": {
+                names[k]: f"made {region} worse" if region else "no better beyond doubt"
+                for k, region in sorted(self.dropped.items())
+            },
+            "all": self.total._asdict(),
+            "regions": {name: gain._asdict() for name, gain in self.regions.items()},
+        }
+
+
+def choose_residuals(
+    y: F64,
+    strong: F64,
+    gate: F64,
+    candidates: Mapping[str, Mapping[int, NDArray]],
+    star: NDArray[np.integer],
+    where: Mapping[str, NDArray[np.bool_]],
+    label_range: tuple[float, float],
+    *,
+    margin: float = MARGIN,
+    sure: float = SURE,
+) -> KeptResiduals:
+    """Residuals that make judging stars better beyond doubt, and no region of them worse beyond noise.
+
+        Δ_i = (y_i − ŷ_i)² − (y_i − ŷ_i − w_ik r_k(i))², averaged over the draws of a star
+
+    The best is taken first and the others are judged beside it, as long as mean Δ > margin · SE. Then, while a region
+    is worse than without any residual by more than sure · SE and a thousandth, or all stars are not better by as much,
+    the residual to which that is owed is dropped. So on these stars what is kept is better than the strong answer
+    alone, or nothing is.
+
+    Parameters
+    ----------
+    y : array of shape (n,), dex
+        True log g of noisy stars on which neither the strong answer nor the candidates were fitted.
+    strong : array of shape (n,), dex
+        Σ_k w_k v_k.
+    gate : array of shape (n, K)
+        w_k.
+    candidates : dict of str to dict of int to array of shape (n,), dex
+        By name and expert, what a residual says of every star.
+    star : array of shape (n,), int
+        Which rows are of one star.
+    where : dict of str to array of shape (n,), bool
+        Regions.
+    label_range : tuple of float, dex
+        Predictions are clipped to it, as the mixture's are.
+    margin, sure : float
+        Not negative.
+
+    Raises
+    ------
+    ValueError
+        Shapes differ, a number is not finite, an expert is unknown, or a margin is negative.
+    """
+    n, n_experts = gate.shape
+    columns = {
+        "y": y,
+        "strong": strong,
+        "star": star,
+        **{f"residual {k} of {name}": r for name, each in candidates.items() for k, r in each.items()},
+        **where,
+    }
+    for name, column in columns.items():
+        if np.shape(column) != (n,) or not np.isfinite(column).all():
+            raise ValueError(f"{name}: {n} finite values expected; found {np.shape(column)}")
+    if not all(0 <= k < n_experts for each in candidates.values() for k in each):
+        raise ValueError(f"residuals of experts 0 … {n_experts - 1} expected")
+    if not (margin >= 0 and sure >= 0):
+        raise ValueError(f"margins must not be negative; found {margin} and {sure}")
+    if n == 0:
+        return KeptResiduals()
+    judge = _Judge(y, strong, star, label_range)
+    shares = {(k, name): gate[:, k] * r for name, each in candidates.items() for k, r in each.items()}
+    kept: dict[int, str] = {}
+    steps: dict[int, Gain] = {}
+    now = strong
+    while free := [key for key in shares if key[0] not in kept]:
+        gains = {key: judge.gain(now, now + shares[key]) for key in free}
+        helping = [key for key in free if gains[key].better(margin)]
+        if not helping:
+            break
+        k, name = best = max(helping, key=lambda key: gains[key].gain)
+        kept[k], steps[k] = name, gains[best]
+        now = now + shares[best]
+    dropped: dict[int, str] = {}
+    while kept:
+        with_all = strong + sum(shares[item] for item in kept.items())
+        found = {name: judge.gain(strong, with_all, mask) for name, mask in where.items()}
+        bad = [name for name in found if found[name].worse(sure)]
+        total = judge.gain(strong, with_all)
+        if not bad and total.better(sure):
+            return KeptResiduals(kept, steps, dropped, total, found)
+        # Without a bad region, what is left is no better than nothing as a whole.
+        region = min(bad, key=lambda name: found[name].gain) if bad else ""
+        mask = where.get(region)
+        k = min(kept, key=lambda k: judge.gain(with_all - shares[k, kept[k]], with_all, mask).gain)
+        dropped[k] = region
+        del kept[k], steps[k]
+    return KeptResiduals(dropped=dropped)
+
+
+class _Judge:
+    """Paired differences of squared errors, by star."""
+
+    def __init__(self, y: F64, strong: F64, star: NDArray, label_range: tuple[float, float]) -> None:
+        self.y, self.label_range = y, label_range
+        self.star = np.unique(star, return_inverse=True)[1]
+
+    def gain(self, before: F64, after: F64, mask: NDArray[np.bool_] | None = None) -> Gain:
+        rows = slice(None) if mask is None else mask
+        y, star = self.y[rows], self.star[rows]
+        off, now = (np.clip(each[rows], *self.label_range) - y for each in (before, after))
+        count = np.bincount(star)
+        there = count > 0
+        old, new = (np.bincount(star, e * e)[there] / count[there] for e in (off, now))
+        if old.size == 0:
+            return Gain(0.0, 0.0, 0, 0.0)
+        each = old - new
+        error = float(each.std(ddof=1) / np.sqrt(each.size)) if each.size > 1 else 0.0
+        return Gain(float(each.mean()), error, each.size, float(old.mean()))
