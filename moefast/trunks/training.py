@@ -19,6 +19,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -277,6 +278,11 @@ class _Training:
         self.torch, self.plan, self.stars, self.schedule = torch, begin.plan, stars, schedule
         self.device, self.progress = torch.device(device), progress or (lambda done, total: None)
         self.file = None if checkpoint is None else checkpoint / NETWORK_FILE
+        if self.file is not None and find_spec("safetensors") is None:
+            raise MoefastError(
+                "checkpoints of networks are written by safetensors, which is not installed; "
+                "pip install 'moefast[networks]', or fit without --checkpoint"
+            )
         self.key = json.dumps([key, str(begin.plan), str(schedule), torch.__version__, device])
 
         def there(array: NDArray, dtype: Any = None) -> Any:

@@ -1,5 +1,7 @@
 """Fitting a network: noise that is what it should be, steps that can be repeated and gone on from, and stars learnt."""
 
+import sys
+
 import numpy as np
 import pytest
 from tolerances import assert_close
@@ -174,3 +176,15 @@ def test_torch_is_left_as_it_was():
     before = torch.get_float32_matmul_precision()
     fitted()
     assert torch.get_float32_matmul_precision() == before
+
+
+def test_without_safetensors_a_checkpoint_is_refused_before_the_fit(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "find_spec", lambda name: None)
+    with pytest.raises(MoefastError, match=r"moefast\[networks\]"):
+        fitted(tmp_path)
+
+
+def test_without_torch_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(MoefastError, match="pip install torch"):
+        training.load_torch()
