@@ -1,7 +1,7 @@
 """R² against the number of training stars: trees and a network on components, beside what is published.
 
-`python -m moefast.benchmarks.scaling [--set z0] [--sizes 10000,50000,200000,1000000] [-o FILE]`; torch and lightgbm are
-needed.
+`python -m moefast.benchmarks.scaling [--set z0] [--sizes 10000,50000] [-o FILE]` (torch and lightgbm are needed), and
+`… --from FILE --picture PNG` to draw what was measured.
 
 Design: all stars are simulated once, projected to the noise-white components of a model that is fitted first, and kept
 without noise: each size takes the first of them. Trees see one draw of noise per star, the network another one in every
@@ -14,6 +14,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,13 @@ from moefast.kernels.reference import line_features
 from moefast.mixture import Mixture
 from moefast.noise import add_noise
 from moefast.protocol.bins import PHYSICAL_GRID
+from moefast.protocol.ceiling import read
 from moefast.protocol.metrics import r2
 from moefast.simulate import SimulatedSpectra
 from moefast.trunks import training
 from moefast.trunks.heads import Heads
 from moefast.trunks.networks import Plan, start
-from moefast.trunks.presets import PRESETS, Size
+from moefast.trunks.presets import PRESETS, SIZES, Size
 
 __all__ = ["PUBLISHED", "measure"]
 
@@ -158,29 +160,86 @@ def measure(
     }
 
 
+def draw(found: dict[str, Any], networks: dict[str, Any], ceiling: float, path: Path) -> None:
+    """R² against training stars, and the learning curves of networks that were fitted on a GPU.
+
+    Parameters
+    ----------
+    found : dict
+        What `measure` gives.
+    networks : dict
+        Of `benchmarks/results/*-gpu-networks.json`.
+    ceiling : float
+        Bayes ceiling of the set.
+    path : path
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for method, curve in found["curves"].items():
+        left.plot([int(n) for n in curve], [entry["r2"] for entry in curve.values()], "o-", label=method)
+    same = [n for n in networks.values() if n["set"] == found["set"]]
+    base = sorted((n["training_rows"], n["r2_validation"]) for n in same if n["trunk"] == "pca-mlp")
+    left.plot(*zip(*base, strict=True), "s-", label="heads, base (GPU)")
+    left.plot(
+        list(PUBLISHED), list(PUBLISHED.values()), "^:", color="grey", label="published ViT, other spectra"
+    )
+    left.axhline(ceiling, color="black", linestyle="--", label=f"Bayes ceiling of {found['set']}, test stars")
+    left.axhline(0.87, color="grey", linestyle=":", label="published ceiling, other spectra")
+    left.set(xscale="log", xlabel="training stars", ylabel="R²", title=f"{found['set']}, validation stars")
+    left.legend(fontsize=8)
+    for name, network in networks.items():
+        steps = [look["step"] * network["batch"] / 1e6 for look in network["curve"]]
+        right.plot(steps, [look["r2"] for look in network["curve"]], label=name)
+    right.set(
+        xscale="log", xlabel="stars drawn, millions", ylabel="R², held-out stars", ylim=(0.4, 0.8),
+        title="networks on a GPU",
+    )  # fmt: skip
+    right.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 @click.command()
 @click.option("--set", "name", default="z0", show_default=True, help="Reference set.")
 @click.option("--sizes", default="10000,50000,200000,1000000", show_default=True, help="Training stars.")
-@click.option(
-    "--size", type=click.Choice(["small", "base"]), default="small", show_default=True, help="Of the network."
-)
+@click.option("--size", type=click.Choice(SIZES), default="small", show_default=True, help="Of the network.")
 @click.option("--steps", type=int, help="Of its fit, instead of what belongs to its size.")
 @click.option("--method", "methods", multiple=True, type=click.Choice(METHODS), help="By default all.")
+@click.option(
+    "--from", "stored", type=click.Path(exists=True, path_type=Path), help="Results to draw, not to measure."
+)
+@click.option(
+    "--picture", type=click.Path(dir_okay=False, path_type=Path),
+    help="Draw these, and the networks of the newest results of a GPU.",
+)  # fmt: skip
 @click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), help="JSON file to write.")
 def main(
-    name: str, sizes: str, size: Size, steps: int | None, methods: tuple[str, ...], out: Path | None
-) -> None:
+    name: str, sizes: str, size: Size, steps: int | None, methods: tuple[str, ...], stored: Path | None,
+    picture: Path | None, out: Path | None,
+) -> None:  # fmt: skip
     """Measure, print, and write JSON (by default into benchmarks/results/)."""
-    environment = describe()
-    report = {
-        "what": "R² against training stars",
-        "environment": environment,
-        **measure(name, [int(n) for n in sizes.split(",")], size, steps, methods=methods or METHODS),
-        "published": {"vision transformer": PUBLISHED},
-    }
-    path = out or RESULTS / f"{environment['date']}-scaling-{name}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    click.echo(f"wrote {path}")
+    if stored is not None:
+        report = json.loads(stored.read_text(encoding="utf-8"))
+    else:
+        report = {
+            "what": "R² against training stars",
+            "environment": describe(),
+            **measure(name, [int(n) for n in sizes.split(",")], size, steps, methods=methods or METHODS),
+            "published": {"vision transformer": PUBLISHED},
+        }
+        path = out or RESULTS / f"{report['environment']['date']}-scaling-{name}.json"
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        click.echo(f"wrote {path}")
+    if picture is not None:
+        networks = json.loads(sorted(RESULTS.glob("*-gpu-networks.json"))[-1].read_text(encoding="utf-8"))
+        ceilings = Path(str(resources.files("moefast.protocol"))) / "ceilings"
+        ceiling = read(ceilings / f"{report['set']}-test_10k.json.gz").r2()["bayes"]
+        draw(report, networks["networks"], ceiling, picture)
+        click.echo(f"drew {picture}")
 
 
 if __name__ == "__main__":
