@@ -439,6 +439,9 @@ class _Fitter:
             raise LabelError("log_g is the same in every row; there is nothing to learn")
 
     def run(self) -> Fit:
+        if "heads" in self.options.families:
+            # What a network lacks must be known before the first pass, not after.
+            self.check_network()
         equations, published, used = self.gather()
         solved = self.solve(equations)
         del equations
@@ -893,11 +896,6 @@ class _Fitter:
 
         options, grid = self.options, self.options.grid
         torch = training.load_torch()
-        if self.device and not torch.cuda.is_available():
-            raise BackendError(
-                f"backend cuda: this torch ({torch.__version__}) sees no GPU; install its build for CUDA, or use "
-                "backend cpu"
-            )
         device = "cuda" if self.device else "cpu"
         preset = PRESETS[options.trunk, options.size]
         pixels = options.trunk != "pca-mlp"
@@ -961,6 +959,26 @@ class _Fitter:
             "r2_held_out": max(entry["r2"] for entry in curve), "curve": curve,
         }  # fmt: skip
 
+    def check_network(self) -> None:
+        """Refuse a network that cannot be fitted here."""
+        from moefast.trunks.training import check_checkpoints, load_torch
+
+        torch = load_torch()
+        if self.device and not torch.cuda.is_available():
+            raise BackendError(
+                f"backend cuda: this torch ({torch.__version__}) sees no GPU; install its build for CUDA, or use "
+                "backend cpu"
+            )
+        if self.checkpoint is not None:
+            check_checkpoints()
+        n = sum(b - a for a, b in self.other_rows(self.spectra.n_rows))
+        needed = 4 * n * self.spectra.n_pixels if self.options.trunk != "pca-mlp" else 0
+        if 0 < HALF_MEMORY * physical_memory() < needed:
+            raise InputError(
+                f"a network that sees pixels keeps its {n} training stars in memory, {needed / 1e9:.1f} GB; this "
+                f"machine has {physical_memory() / 1e9:.1f} GB. Fit it on fewer stars, or take the trunk pca-mlp"
+            )
+
     def held_stretches(self) -> list[tuple[int, int]]:
         """Some stretches of the sample, `CHOICE_ROWS` rows in all."""
         sample = self.sample_rows()
@@ -976,12 +994,6 @@ class _Fitter:
         """
         stretches = self.other_rows(self.spectra.n_rows)
         n, p = sum(b - a for a, b in stretches), mixture.n_pixels
-        needed = 4 * n * p if pixels else 0
-        if 0 < HALF_MEMORY * physical_memory() < needed:
-            raise InputError(
-                f"a network that sees pixels keeps its {n} training stars in memory, {needed / 1e9:.1f} GB; this "
-                f"machine has {physical_memory() / 1e9:.1f} GB. Fit it on fewer stars, or take the trunk pca-mlp"
-            )
         inverse = 1 / np.sqrt(mixture.noise_shape)
         flux, error = (np.empty((n if pixels else 0, p), np.float16) for _ in range(2))
         parts, done = [], 0

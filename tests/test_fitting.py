@@ -2,14 +2,16 @@
 
 import dataclasses
 import functools
+import sys
 
 import numpy as np
 import pytest
 
 from moefast import fitting
-from moefast.errors import InputError, LabelError, WaveGridError
+from moefast.checkpoint import Checkpoint
+from moefast.errors import BackendError, InputError, LabelError, MoefastError, WaveGridError
 from moefast.experts import normal_equations
-from moefast.fitting import Options, fit_mixture
+from moefast.fitting import Options, _Fitter, fit_mixture
 from moefast.mixture import hat_weights
 from moefast.noise import add_noise, fold_of_rows
 from moefast.protocol.bins import Grid, SnrGrid, uniform
@@ -758,5 +760,56 @@ def test_faint_stars_are_made_of_all_stars_with_the_errors_of_faint_ones(train_f
     ],
 )
 def test_towers_that_cannot_be_are_refused(options, match):
+    with pytest.raises(InputError, match=match):
+        Options(**options)
+
+
+# --- networks --------------------------------------------------------------------------------------------------------
+
+
+class _Untouched:
+    """A set of spectra of which nothing but labels may be read."""
+
+    def __init__(self, spectra):
+        self._spectra = spectra
+
+    def __getattr__(self, name):
+        assert name != "blocks"
+        return getattr(self._spectra, name)
+
+
+@pytest.mark.parametrize("lack", ["torch", "safetensors", "memory", "device"])
+def test_what_a_network_lacks_is_known_before_the_first_pass(train_file, tmp_path, monkeypatch, lack):
+    options = Options(families=("heads",), trunk="vit", sample_rows=600)
+    checkpoint, device, error, match = None, "cpu", MoefastError, lack
+    if lack == "torch":
+        monkeypatch.setitem(sys.modules, "torch", None)
+    else:
+        pytest.importorskip("torch")
+    if lack == "safetensors":
+        checkpoint = Checkpoint(tmp_path)
+        monkeypatch.setattr("moefast.trunks.training.find_spec", lambda name: None)
+    if lack == "memory":
+        monkeypatch.setattr("moefast.fitting.physical_memory", lambda: 1000)
+        error, match = InputError, "training stars in memory"
+    if lack == "device":
+        device, error, match = "cuda", BackendError, "sees no GPU"
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    fitter = _Fitter(_Untouched(open_spectra(train_file)), options, lambda *_: None, checkpoint, device)
+    with pytest.raises(error, match=match):
+        fitter.run()
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"families": ("linear", "heads")}, "heads alone"),
+        ({"families": ("heads",), "trunk": "rnn"}, "a trunk is one of pca-mlp, cnn, vit"),
+        ({"families": ("heads",), "size": "huge"}, "its size one of small, base"),
+        ({"families": ("heads",), "steps": 0}, "its steps positive"),
+        ({"families": ("heads",), "noise": "observed"}, "networks need clean training spectra"),
+    ],
+)
+def test_networks_that_cannot_be_are_refused(options, match):
     with pytest.raises(InputError, match=match):
         Options(**options)

@@ -32,7 +32,16 @@ from moefast.trunks.arithmetic import FIXED, TorchArithmetic
 from moefast.trunks.heads import Heads
 from moefast.trunks.networks import answer
 
-__all__ = ["Components", "Judges", "Labels", "Pixels", "Schedule", "fit_heads", "load_torch"]
+__all__ = [
+    "Components",
+    "Judges",
+    "Labels",
+    "Pixels",
+    "Schedule",
+    "check_checkpoints",
+    "fit_heads",
+    "load_torch",
+]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -212,6 +221,21 @@ def load_torch() -> Any:
     return torch
 
 
+def check_checkpoints() -> None:
+    """Refuse checkpoints that cannot be written.
+
+    Raises
+    ------
+    MoefastError
+        safetensors is not installed.
+    """
+    if find_spec("safetensors") is None:
+        raise MoefastError(
+            "checkpoints of networks are written by safetensors, which is not installed; "
+            "pip install 'moefast[networks]', or fit without --checkpoint"
+        )
+
+
 def fit_heads(
     begin: Heads,
     stars: Stars,
@@ -278,11 +302,8 @@ class _Training:
         self.torch, self.plan, self.stars, self.schedule = torch, begin.plan, stars, schedule
         self.device, self.progress = torch.device(device), progress or (lambda done, total: None)
         self.file = None if checkpoint is None else checkpoint / NETWORK_FILE
-        if self.file is not None and find_spec("safetensors") is None:
-            raise MoefastError(
-                "checkpoints of networks are written by safetensors, which is not installed; "
-                "pip install 'moefast[networks]', or fit without --checkpoint"
-            )
+        if self.file is not None:
+            check_checkpoints()
         self.key = json.dumps([key, str(begin.plan), str(schedule), torch.__version__, device])
 
         def there(array: NDArray, dtype: Any = None) -> Any:
