@@ -389,7 +389,7 @@ def inspect(files: tuple[str, ...], picture: str | None, limit: int | None, as_j
 )
 @click.option(
     "--size", type=click.Choice(["small", "base"]), default="small", show_default=True,
-    help="Of the network of heads, heads-cnn and heads-vit: small for ten minutes of a laptop, base for a GPU.",
+    help="Of a recipe's network: small for ten minutes of a laptop, base for a GPU.",
 )  # fmt: skip
 @click.option(
     "--steps", type=click.IntRange(1), help="Of the network's fit, instead of what belongs to its size."
@@ -674,7 +674,7 @@ def milestones(reports: tuple[str, ...], out: str | None, overwrite: bool, as_js
 @click.option("-o", "--out", required=True, type=click.Path(dir_okay=False), help="ONNX file to write.")
 @click.option("--part", default="mixture", show_default=True, help="mixture, gate, or expert-0, expert-1, …")
 @click.option(
-    "--half", is_flag=True, help="Matrices of a network in half precision: half the size, faster on GPUs."
+    "--half", is_flag=True, help="Matrices of a network in half precision: half the size."
 )
 @OVERWRITE
 def export(model: str, out: str, part: str, half: bool, overwrite: bool) -> None:
