@@ -33,7 +33,9 @@ def script(monkeypatch):
         n_experts=3,
         library=None,
         from_library=(),
+        heads=None,
         others={},
+        residuals={},
         tower=None,
         predict=lambda flux, error: soft_mix(project(flux, error, None, projection), mixing),
     )
