@@ -195,7 +195,7 @@ def draw(found: dict[str, Any], networks: dict[str, Any], ceiling: float, path: 
         steps = [look["step"] * network["batch"] / 1e6 for look in network["curve"]]
         right.plot(steps, [look["r2"] for look in network["curve"]], label=name)
     right.set(
-        xscale="log", xlabel="stars drawn, millions", ylabel="R², held-out stars", ylim=(0.4, 0.8),
+        xscale="log", xlabel="stars drawn, millions", ylabel="R², held-out stars", xlim=(0.1, None), ylim=(0.4, 0.8),
         title="networks on a GPU",
     )  # fmt: skip
     right.legend(fontsize=8)
