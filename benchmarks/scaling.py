@@ -26,6 +26,7 @@ from moefast.benchmarks.environment import describe
 from moefast.experts.inputs import Inputs
 from moefast.fitting import Options, fit_mixture
 from moefast.gating.features import LEAST_CONTINUUM
+from moefast.gating.mlp import softmax
 from moefast.kernels import project
 from moefast.kernels.reference import line_features
 from moefast.mixture import Mixture
@@ -63,9 +64,8 @@ def stars_of(mixture: Mixture, spectra: SimulatedSpectra, noisy: bool) -> tuple[
 
 
 def covariance(mixture: Mixture) -> NDArray:
-    """Noise of components and line windows at the mean noise, AᵀDA."""
-    joint = np.concatenate([mixture.basis, mixture.line_columns], 1).astype(np.float64)
-    return np.asarray(joint.T @ (mixture.noise_shape.astype(np.float64)[:, None] * joint))
+    """Noise of components and line windows at the mean noise."""
+    return training.component_covariance(mixture.basis, mixture.line_columns, mixture.noise_shape)
 
 
 def grow_trees(
@@ -111,8 +111,7 @@ def train(
 
     def predict(seen: Inputs) -> NDArray:
         log_g, _, logits = heads.predict(seen)
-        weights = np.exp(logits - logits.max(1, keepdims=True), dtype=np.float64)
-        return np.asarray((weights * log_g).sum(1) / weights.sum(1))
+        return np.asarray((softmax(logits.astype(np.float64)) * log_g).sum(1))
 
     return predict
 

@@ -929,8 +929,9 @@ class _Fitter:
                 mixture.line_widths, LEAST_CONTINUUM,
             )  # fmt: skip
         else:
-            joint = np.concatenate([mixture.basis, mixture.line_columns], 1).astype(np.float64)
-            covariance = joint.T @ (mixture.noise_shape.astype(np.float64)[:, None] * joint)
+            covariance = training.component_covariance(
+                mixture.basis, mixture.line_columns, mixture.noise_shape
+            )
             stars = training.Components(
                 torch, device, z, windows, level, covariance, mixture.line_widths, LEAST_CONTINUUM
             )

@@ -25,8 +25,8 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from moefast.errors import ModelError, MoefastError
-from moefast.experts.inputs import Inputs
+from moefast.errors import MoefastError
+from moefast.experts.inputs import Inputs, read_initializers
 from moefast.noise import DRAW_STREAM, add_noise
 from moefast.threads import in_threads, one_blas_thread
 
@@ -250,24 +250,7 @@ class ConvNet:
         ModelError
             An initializer is missing, or they do not fit together.
         """
-        from onnx import numpy_helper
-
-        tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-
-        def read(name: str) -> NDArray:
-            tensor = tensors.get(f"{stem}.{name}")
-            if tensor is None:
-                raise ModelError(
-                    f"the ONNX model lacks the initializer '{stem}.{name}'; write it again with this moefast"
-                )
-            return numpy_helper.to_array(tensor).copy()
-
-        try:
-            return cls.from_arrays(read)
-        except (ValueError, TypeError) as error:
-            raise ModelError(
-                f"the network {stem!r} of the ONNX model cannot be read: {error}; write it again"
-            ) from error
+        return read_initializers(cls.from_arrays, model, stem, "network")
 
 
 # --- fitting ---------------------------------------------------------------------------------------------------

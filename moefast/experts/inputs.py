@@ -9,16 +9,21 @@ family's own business: most operators take them as initializers, tree ensembles 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar
 
+import numpy as np
 from numpy.typing import NDArray
+
+from moefast.errors import ModelError
 
 if TYPE_CHECKING:
     from typing import Self
 
     from onnx import ModelProto
 
-__all__ = ["Expert", "Inputs"]
+__all__ = ["Expert", "Inputs", "read_initializers"]
+
+Own = TypeVar("Own")
 
 
 class Inputs(NamedTuple):
@@ -97,3 +102,42 @@ class Expert(Protocol):
     def read_nodes(cls, model: ModelProto, stem: str) -> Self:
         """The inverse of `add_nodes`, to the last bit; ModelError where the nodes are not as it writes them."""
         ...
+
+
+def read_initializers(
+    make: Callable[[Callable[[str], NDArray]], Own], model: ModelProto, stem: str, what: str
+) -> Own:
+    """What `make(read)` makes of the initializers `{stem}.{name}`, `read(name)` giving an array.
+
+    Parameters
+    ----------
+    make : callable
+        Raises ValueError or TypeError where they do not fit together.
+    model : ModelProto
+    stem : str
+    what : str
+        What is read, for messages.
+
+    Raises
+    ------
+    ModelError
+        An initializer is missing, or they do not fit together.
+    """
+    from onnx import numpy_helper
+
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+
+    def read(name: str) -> NDArray:
+        tensor = tensors.get(f"{stem}.{name}")
+        if tensor is None:
+            raise ModelError(
+                f"the ONNX model lacks the initializer '{stem}.{name}'; write it again with this moefast"
+            )
+        return np.array(numpy_helper.to_array(tensor))
+
+    try:
+        return make(read)
+    except (ValueError, TypeError) as error:
+        raise ModelError(
+            f"the {what} {stem!r} of the ONNX model cannot be read: {error}; write it again"
+        ) from error

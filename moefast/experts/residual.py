@@ -27,15 +27,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
 
-from moefast.errors import ModelError
 from moefast.experts.choice import MARGIN
-from moefast.experts.inputs import Inputs
+from moefast.experts.inputs import Inputs, read_initializers
 
 if TYPE_CHECKING:
     from typing import Self
@@ -172,7 +171,7 @@ class RidgeResidual:
         ModelError
             An initializer is missing, or they do not fit together.
         """
-        return _read(cls.from_arrays, model, stem)
+        return read_initializers(cls.from_arrays, model, stem, "residual")
 
 
 @dataclass(frozen=True)
@@ -252,10 +251,9 @@ class LinearResidual:
         ModelError
             An initializer is missing, or they do not fit together.
         """
-        return _read(cls.from_arrays, model, stem)
+        return read_initializers(cls.from_arrays, model, stem, "residual")
 
 
-Own = TypeVar("Own")
 RESIDUALS = (RidgeResidual, LinearResidual)
 """Families that are only residuals."""
 _ARRAYS = ("mean", "noise", "weights", "intercept", "levels", "limits")
@@ -274,25 +272,6 @@ def _within(graph: Any, value: str, bounds: str, stem: str) -> str:
     high = graph.add("ReduceMax", [bounds], f"{stem}/largest", keepdims=0)
     above = graph.add("Max", [value, low], f"{stem}/above")
     return str(graph.add("Min", [above, high], f"{stem}/within"))
-
-
-def _read(make: Callable[[Callable[[str], NDArray]], Own], model: ModelProto, stem: str) -> Own:
-    from onnx import numpy_helper
-
-    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-
-    def read(name: str) -> NDArray:
-        tensor = tensors.get(f"{stem}.{name}")
-        if tensor is None:
-            raise ModelError(
-                f"the ONNX model lacks the initializer '{stem}.{name}'; write it again with this moefast"
-            )
-        return np.array(numpy_helper.to_array(tensor))
-
-    try:
-        return make(read)
-    except (ValueError, TypeError) as error:
-        raise ModelError(f"the residual {stem!r} of the ONNX model cannot be read: {error}") from error
 
 
 def _shrunk(inputs: Inputs, level: NDArray, mean: NDArray, noise: NDArray) -> NDArray:

@@ -39,6 +39,7 @@ __all__ = [
     "Pixels",
     "Schedule",
     "check_checkpoints",
+    "component_covariance",
     "fit_heads",
     "load_torch",
 ]
@@ -193,6 +194,20 @@ class Pixels:
         scaled += self._flux[index]
         lines = lines_of(torch, scaled @ self._matrix + self._offsets, self._widths, self._least)
         return {"scaled": scaled, "log_level": self._level[index][:, None], "lines": lines}
+
+
+def component_covariance(basis: F32, columns: F32, noise_shape: F32) -> F64:
+    """Noise of components and line windows at the mean noise: AᵀDA, (r + 12, r + 12).
+
+    Parameters
+    ----------
+    basis, columns : array of shape (p, r), (p, 12)
+        The two parts of A.
+    noise_shape : array of shape (p,)
+        D.
+    """
+    joint = np.concatenate([basis, columns], axis=1).astype(np.float64)
+    return np.asarray(joint.T @ (noise_shape.astype(np.float64)[:, None] * joint))
 
 
 def lines_of(torch: Any, windows: Any, widths: Any, least: float) -> Any:
