@@ -107,7 +107,7 @@ def train(
         torch, device, stars.z, windows, level, covariance(mixture), mixture.line_widths, LEAST_CONTINUUM
     )
     schedule = replace(preset.schedule, seed=SEED, steps=steps or preset.schedule.steps)
-    heads, _ = training.fit_heads(begin, pool, labels, judges, schedule, device=device)
+    heads = training.fit_heads(begin, pool, labels, judges, schedule, device=device).heads
 
     def predict(seen: Inputs) -> NDArray:
         log_g, _, logits = heads.predict(seen)

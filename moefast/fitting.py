@@ -943,7 +943,7 @@ class _Fitter:
             seen["z"] = judges.z
         else:
             seen["x"] = judges.x
-        heads, curve = training.fit_heads(
+        heads, curve, kernels = training.fit_heads(
             begin,
             stars,
             labels,
@@ -957,7 +957,7 @@ class _Fitter:
         return heads, {
             "trunk": options.trunk, "size": options.size, "stars": len(rows), "batch": schedule.batch,
             "numbers": sum(array.size for array in heads.numbers.values()),
-            "r2_held_out": max(entry["r2"] for entry in curve), "curve": curve,
+            "kernels": kernels, "r2_held_out": max(entry["r2"] for entry in curve), "curve": curve,
         }  # fmt: skip
 
     def check_network(self) -> None:

@@ -7,11 +7,18 @@ kernel is compiled for all targets the day it is added.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 from numba import config, cuda
+
+# A small file makes a small grid: nothing that whoever scores it could change.
+with suppress(ImportError):  # the simulator has no settings of its own
+    from numba.cuda.core import config as of_cuda
+
+    of_cuda.CUDA_LOW_OCCUPANCY_WARNINGS = 0
 
 __all__ = ["KERNELS", "MODULES", "Kernel", "kernel", "load"]
 

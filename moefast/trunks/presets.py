@@ -28,6 +28,6 @@ PRESETS: dict[tuple[Kind, Size], Preset] = {
     ("pca-mlp", "base"): Preset({"width": 512, "depth": 3}, Schedule(16_000, 4096)),
     ("cnn", "small"): Preset({"width": 128, "depth": 16}, Schedule(3000, 128)),
     ("cnn", "base"): Preset({"width": 512, "depth": 64}, Schedule(20_000, 1024, 1e-3)),
-    ("vit", "small"): Preset({"width": 64, "depth": 2, "patch": 64}, Schedule(2000, 64, 1e-3)),
-    ("vit", "base"): Preset({"width": 256, "depth": 6, "patch": 32}, Schedule(20_000, 512, 5e-4)),
+    ("vit", "small"): Preset({"width": 64, "depth": 2, "patch": 64}, Schedule(2000, 64, 3e-3)),
+    ("vit", "base"): Preset({"width": 256, "depth": 6, "patch": 32}, Schedule(20_000, 512, 1e-3)),
 }

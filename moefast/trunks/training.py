@@ -10,7 +10,8 @@ Design: stars lie on the device as they are without noise, and each step draws s
 components, where noise is white, or in pixels (`Components`, `Pixels`). Draws depend on seed and step alone, so that a
 fit that goes on from a checkpoint takes the steps it would have taken. The search is AdamW with a warm-up and a cosine;
 what is kept is a running mean of the weights, at the step where it was best on stars that did not train. Half precision
-is used for the products of networks that see pixels, on a GPU.
+is used for the products of networks that see pixels, on a GPU; there, loss and gradients are fused kernels if torch can
+compile them (`torch.compile`), since what a network does between its products is bound by memory.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from moefast.trunks.networks import answer
 
 __all__ = [
     "Components",
+    "Fitted",
     "Judges",
     "Labels",
     "Pixels",
@@ -93,6 +95,24 @@ class Judges(NamedTuple):
 
     seen: Mapping[str, F32]
     log_g: F64
+
+
+class Fitted(NamedTuple):
+    """What a fit gives.
+
+    Attributes
+    ----------
+    heads : Heads
+        The best running mean of the weights.
+    curve : list of dict
+        At every look: step, loss, R² of the judges, step size.
+    kernels : str
+        "fused", or "plain", with the reason if it is not that the fit ran on the CPU.
+    """
+
+    heads: Heads
+    curve: list[dict[str, float]]
+    kernels: str
 
 
 class Stars(Protocol):
@@ -261,8 +281,9 @@ def fit_heads(
     device: str = "cpu",
     checkpoint: Path | None = None,
     key: str = "",
+    fused: bool = True,
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[Heads, list[dict[str, float]]]:
+) -> Fitted:
     """Fit a network; see the module for the loss.
 
     Parameters
@@ -280,15 +301,14 @@ def fit_heads(
         Folder where the state is kept at every look; a fit with the same `key` goes on from there.
     key : str
         What the fit depends on besides the plan and the schedule.
+    fused : bool
+        Whether loss and gradients are compiled on a GPU.
     progress : callable, optional
         Called with steps done and steps in all.
 
     Returns
     -------
-    Heads
-        The best running mean of the weights.
-    list of dict
-        At every look: step, loss, R² of the judges, step size.
+    Fitted
 
     Raises
     ------
@@ -301,7 +321,7 @@ def fit_heads(
     torch.set_float32_matmul_precision("high")
     try:
         return _Training(
-            torch, begin, stars, labels, judges, schedule, device, checkpoint, key, progress
+            torch, begin, stars, labels, judges, schedule, device, checkpoint, key, fused, progress
         ).run()
     finally:
         torch.set_float32_matmul_precision(usual)
@@ -312,7 +332,7 @@ class _Training:
 
     def __init__(
         self, torch: Any, begin: Heads, stars: Stars, labels: Labels, judges: Judges, schedule: Schedule, device: str,
-        checkpoint: Path | None, key: str, progress: Callable[[int, int], None] | None,
+        checkpoint: Path | None, key: str, fused: bool, progress: Callable[[int, int], None] | None,
     ) -> None:  # fmt: skip
         self.torch, self.plan, self.stars, self.schedule = torch, begin.plan, stars, schedule
         self.device, self.progress = torch.device(device), progress or (lambda done, total: None)
@@ -352,8 +372,11 @@ class _Training:
         self.random = torch.Generator(self.device)
         self.half = self.device.type == "cuda" and begin.plan.sees_flux
         self.step, self.curve = 0, list[dict[str, float]]()
+        self.kernels, self._fused = "plain", None
+        if fused and self.device.type == "cuda":
+            self.kernels, self._fused = "fused", torch.compile(self.loss, dynamic=False)
 
-    def run(self) -> tuple[Heads, list[dict[str, float]]]:
+    def run(self) -> Fitted:
         self.resume()
         torch, schedule = self.torch, self.schedule
         every = max(1, schedule.steps // schedule.looks)
@@ -368,16 +391,14 @@ class _Training:
             rate = self.rate(self.step / schedule.steps)
             for group in self.search.param_groups:
                 group["lr"] = rate
-            self.search.zero_grad(set_to_none=True)
-            loss = self.loss(seen, index)
-            loss.backward()
+            loss = self.descend(seen, (self.log_g[index], self.others[index], self.bins[index]))
             torch.nn.utils.clip_grad_norm_(list(self.weights.values()), LARGEST_GRADIENT)
             self.search.step()
             self.step += 1
             keep = min(MEAN_OF, self.step / (self.step + 10))
             with torch.no_grad():
                 torch._foreach_lerp_(list(self.mean.values()), list(self.weights.values()), 1 - keep)
-            total, count = total + loss.detach(), count + 1
+            total, count = total + loss, count + 1
             if self.step % every == 0 or self.step == schedule.steps:
                 self.look(float(total) / count, rate)
                 total, count = torch.zeros((), device=self.device), 0
@@ -385,7 +406,7 @@ class _Training:
             name: value.cpu().numpy() for name, value in self.best.items() if not name.startswith("labels.")
         }
         fixed = {name: value.cpu().numpy() for name, value in self.fixed.items()}
-        return Heads(self.plan, {**own, **fixed}), self.curve
+        return Fitted(Heads(self.plan, {**own, **fixed}), self.curve, self.kernels)
 
     def rate(self, share: float) -> float:
         """Step size after this share of the fit."""
@@ -404,17 +425,36 @@ class _Training:
             found = answer(arithmetic, self.plan, seen)
         return tuple(value.float() for value in found)
 
-    def loss(self, seen: Mapping[str, Any], index: Any) -> Any:
+    def descend(self, seen: Mapping[str, Any], labels: tuple[Any, Any, Any]) -> Any:
+        """Loss, with its gradients left at the weights; fused where that works."""
+        if self._fused is not None:
+            self.search.zero_grad(set_to_none=True)
+            try:
+                loss = self._fused(seen, *labels)
+                loss.backward()
+                return loss.detach()
+            except self.torch.cuda.OutOfMemoryError:
+                raise
+            except Exception as error:
+                reason = " ".join(str(error).split())[:200] or type(error).__name__
+                self.kernels, self._fused = f"plain: torch.compile failed ({reason})", None
+        self.search.zero_grad(set_to_none=True)
+        loss = self.loss(seen, *labels)
+        loss.backward()
+        return loss.detach()
+
+    def loss(self, seen: Mapping[str, Any], y: Any, others: Any, bins: Any) -> Any:
+        """Of a network that has `self.weights`; labels are log g, standardised others and bins."""
         torch = self.torch
         log_g, sd, logits, e = self.forward(self.weights, seen)
         mean, spread = self.fixed["log_g.scale"]
-        y, mu, sigma = (self.log_g[index] - mean) / spread, (log_g - mean) / spread, sd / spread
+        y, mu, sigma = (y - mean) / spread, (log_g - mean) / spread, sd / spread
         log_weights = logits.log_softmax(1)
         mixed = (log_weights.exp() * mu).sum(1)
         apart = (y[:, None] - mu) / sigma
         score = -torch.logsumexp(log_weights - sigma.log() - 0.5 * apart * apart, 1)
-        right = -log_weights.gather(1, self.bins[index][:, None])
-        of_labels = (self.others[index] - e @ self.weights["labels.w"] - self.weights["labels.b"]) ** 2
+        right = -log_weights.gather(1, bins[:, None])
+        of_labels = (others - e @ self.weights["labels.w"] - self.weights["labels.b"]) ** 2
         return (
             ((y - mixed) ** 2).mean() + SCORE * score.mean() + BIN * right.mean() + LABELS * of_labels.mean()
         )

@@ -127,11 +127,12 @@ def test_noise_of_pixels_is_that_of_the_file():
 
 
 def test_a_fit_learns_what_no_line_can_say():
-    heads, curve = fitted(schedule=training.Schedule(steps=400, batch=128, looks=10, seed=1))
+    heads, curve, kernels = fitted(schedule=training.Schedule(steps=400, batch=128, looks=10, seed=1))
     assert [look["step"] for look in curve] == list(range(40, 401, 40))
     assert curve[-1]["r2"] > 0.5  # noise of a third to one, of a signal of three; a line explains 0.15 of it
     assert curve[-1]["r2"] > curve[0]["r2"]
     assert "labels.w" not in heads.numbers
+    assert kernels == "plain"
 
 
 def test_the_same_seed_gives_the_same_network_and_another_another_one():
@@ -141,11 +142,11 @@ def test_the_same_seed_gives_the_same_network_and_another_another_one():
 
 
 def test_a_fit_that_was_stopped_goes_on_to_the_same_network(tmp_path, monkeypatch):
-    whole, curve = fitted()
+    whole, curve, _ = fitted()
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         fitted(tmp_path, stop_after=2, monkeypatch=patch)
     assert (tmp_path / "heads.safetensors").exists()
-    again, found = fitted(tmp_path)
+    again, found, _ = fitted(tmp_path)
     assert_same(again, whole)
     assert found == curve
     assert not list(tmp_path.glob(".*"))
@@ -161,7 +162,7 @@ def test_a_checkpoint_of_another_fit_is_not_used(tmp_path):
 
 def test_a_fit_that_no_longer_gains_ends():
     schedule = training.Schedule(steps=4000, batch=8, rate=1e-9, looks=400, seed=5)
-    _, curve = fitted(schedule=schedule)
+    curve = fitted(schedule=schedule).curve
     best = max(range(len(curve)), key=lambda i: curve[i]["r2"])
     assert len(curve) < 400
     assert len(curve) - 1 - best >= training.PATIENCE - 1
@@ -170,6 +171,37 @@ def test_a_fit_that_no_longer_gains_ends():
 def test_a_fit_that_breaks_down_says_so():
     with pytest.raises(MoefastError, match="broke down at step"):
         fitted(schedule=training.Schedule(steps=40, batch=64, rate=1e30, looks=4, seed=5))
+
+
+def fused_by(backend, monkeypatch):
+    """Fit as on a GPU: loss and gradients compiled, in one piece, by a backend of `torch.compile`."""
+
+    class Fused(training._Training):
+        def __init__(self, *told):
+            super().__init__(*told)
+            self.kernels, self._fused = "fused", torch.compile(self.loss, fullgraph=True, backend=backend)
+
+    monkeypatch.setattr(training, "_Training", Fused)
+    torch.compiler.reset()
+    return fitted()
+
+
+def test_loss_and_gradients_can_be_compiled_in_one_piece(monkeypatch):
+    plain = fitted()
+    fused = fused_by("aot_eager", monkeypatch)
+    assert fused.kernels == "fused"
+    assert_same(fused.heads, plain.heads)
+
+
+def test_without_a_compiler_a_fit_is_plain_and_says_why(monkeypatch):
+    def broken(graph, examples):
+        raise RuntimeError("no compiler here")
+
+    plain = fitted()
+    found = fused_by(broken, monkeypatch)
+    assert found.kernels.startswith("plain: torch.compile failed")
+    assert "no compiler here" in found.kernels
+    assert_same(found.heads, plain.heads)
 
 
 def test_torch_is_left_as_it_was():
