@@ -564,9 +564,16 @@ def evaluate(
 @cli.command()
 @click.argument("reports", nargs=-1, required=True, metavar="REPORT…")
 @click.option("-o", "--out", metavar="FILE", help="Write all numbers as JSON.")
+@click.option(
+    "--picture",
+    metavar="FILE",
+    help="Draw R² of all of them against SNR, beside the Bayes ceiling, to a PNG.",
+)
 @OVERWRITE
 @JSON
-def compare(reports: tuple[str, ...], out: str | None, overwrite: bool, as_json: bool) -> None:
+def compare(
+    reports: tuple[str, ...], out: str | None, picture: str | None, overwrite: bool, as_json: bool
+) -> None:
     """Is one model better than another? Paired differences of two or more evaluations on the same stars.
 
     REPORT is a folder that moefast evaluate -o wrote; the first is what the others are compared with. Per group of
@@ -575,16 +582,31 @@ def compare(reports: tuple[str, ...], out: str | None, overwrite: bool, as_json:
     """
     from moefast.errors import OutputError
     from moefast.protocol.compare import compare as run
-    from moefast.protocol.compare import format_text
+    from moefast.protocol.compare import format_text, read_evaluation
     from moefast.protocol.report import write_json
 
-    if out and Path(out).exists() and not overwrite:
-        raise OutputError(f"{out}: exists already; choose another name, or replace it with --overwrite")
+    for target in (out, picture):
+        if target and Path(target).exists() and not overwrite:
+            raise OutputError(
+                f"{target}: exists already; choose another name, or replace it with --overwrite"
+            )
     found = run(reports)
     click.echo(json.dumps(found, indent=1) if as_json else format_text(found))
     if out:
         write_json(found, out)
         click.echo(f"written: {out}", err=True)
+    if picture:
+        # Only now: drawing takes a second to import.
+        from moefast.protocol.figures import compared
+
+        compared({_short_name(folder): read_evaluation(folder).report for folder in reports}, picture)
+        click.echo(f"written: {picture}", err=True)
+
+
+def _short_name(folder: str) -> str:
+    """A folder without those above it, also if its report was named."""
+    path = Path(folder).resolve()
+    return path.parent.name if path.name == "report.json" else path.name
 
 
 @cli.command()

@@ -38,6 +38,7 @@ __all__ = [
     "PUBLISHED_RIDGE_OCTILES",
     "PUBLISHED_VIT_OCTILES",
     "Drawing",
+    "compared",
     "overview",
     "png",
     "svg",
@@ -216,6 +217,61 @@ def overview(report: Report, path: str | os.PathLike[str]) -> None:
             f"{data['n']:,} stars, fingerprint {fingerprint}"
         )
         canvas.savefig(stream, format="png", dpi=110, metadata={"Software": None})
+    write_atomically(path, stream.getvalue())
+
+
+def compared(reports: Mapping[str, Report], path: str | os.PathLike[str]) -> None:
+    """Draw R² of several models against SNR, and what each lacks to the Bayes ceiling, into a PNG file.
+
+    Without a ceiling the second panel shows what each lacks to the first model.
+
+    Parameters
+    ----------
+    reports : mapping of str to mapping
+        Of the same stars, by the name in the legend.
+    path : path
+        Output; absent or complete.
+
+    Raises
+    ------
+    OutputError
+        The file could not be written.
+    """
+    stream, palette = io.BytesIO(), LIGHT
+    with mpl.rc_context(_style(palette)):
+        canvas = Figure(figsize=(2 * _WIDTH, 4.1), layout="constrained", facecolor=palette["surface"])
+        FigureCanvasAgg(canvas)
+        left, right = canvas.subplots(1, 2)
+        groups = [report["snr_median"]["groups"] for report in reports.values()]
+        limits = _floats(group.get("ceilings", {}).get("bayes") for group in groups[0])
+        known = bool(np.isfinite(limits).any())
+        aim = limits if known else _floats(group["r2"] for group in groups[0])
+        roles = ("own", "first", "second", "third", "muted", "ink")
+        lowest: list[float] = []
+        for i, (name, mine) in enumerate(zip(reports, groups, strict=True)):
+            colour, marker = palette[roles[i % len(roles)]], "osDv^X"[(i + i // len(roles)) % 6]
+            whole = reports[name]["overall"]["r2"]
+            label = f"{name}: {_text(whole)}"
+            lowest += _line(left, mine, colour, marker, label, width=1.4, band=i == 0)
+            right.plot(
+                _floats(group["centre"] for group in mine), aim - _floats(group["r2"] for group in mine),
+                f"{marker}-", color=colour, markersize=4, linewidth=1.4, label=label,
+            )  # fmt: skip
+        if known:
+            centres = _floats(group["centre"] for group in groups[0])
+            left.plot(centres, limits, "--", color=palette["ceiling"], linewidth=1.5, label="Bayes ceiling")
+        right.axhline(0, color=palette["ceiling"], linestyle="--", linewidth=1)
+        right.grid(alpha=0.7, linewidth=0.6)
+        right.set_ylabel(
+            "R² lacking to the Bayes ceiling" if known else f"R² lacking to {next(iter(reports))}"
+        )
+        for axes in (left, right):
+            _snr_axis(axes)
+        _r2_axis(left, lowest)
+        left.legend(loc="lower right", frameon=False)
+        data = next(iter(reports.values()))["data_set"]
+        canvas.suptitle(f"{data['name']}, {data['n']:,} stars", fontsize=10.5)
+        canvas.savefig(stream, format="png", dpi=_DPI, metadata={"Software": None})
     write_atomically(path, stream.getvalue())
 
 
@@ -502,12 +558,13 @@ def _own_line(axes: Axes, groups: Sequence[Report], palette: Palette, level: flo
 
 
 def _line(
-    axes: Axes, groups: Sequence[Report], colour: str, marker: str, label: str, width: float = 1.8
-) -> list[float]:
+    axes: Axes, groups: Sequence[Report], colour: str, marker: str, label: str, width: float = 1.8, band: bool = True
+) -> list[float]:  # fmt: skip
     x = _floats(group["centre"] for group in groups)
     y = _floats(group["r2"] for group in groups)
     low, high = (_floats(group["r2_interval"][i] for group in groups) for i in (0, 1))
-    axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+    if band:
+        axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
     axes.plot(x, y, f"{marker}-", color=colour, markersize=4.5, linewidth=width, label=label, zorder=3)
     return [*y]
 

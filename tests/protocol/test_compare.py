@@ -6,10 +6,12 @@ import json
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from moefast.cli import cli
 from moefast.errors import InputError
 from moefast.protocol import compare as comparing
-from moefast.protocol import metrics, report
+from moefast.protocol import figures, metrics, report
 from moefast.protocol.compare import Kept, compare, format_text, read_evaluation
 from moefast.protocol.evaluate import evaluate, write_report
 
@@ -197,6 +199,46 @@ def test_folders(folders):
     assert found["comparisons"][0]["overall"]["r2"]["verdict"] == "worse"
     assert found["evaluations"][1]["model"]["kind"] == "table"
     assert compare([folders / "moe", folders / "ridge"]) == found
+
+
+def test_the_picture(folders, tmp_path):
+    picture = tmp_path / "both.png"
+    command = [
+        "compare",
+        str(folders / "moe"),
+        str(folders / "ridge" / "report.json"),
+        "--picture",
+        str(picture),
+    ]
+    done = CliRunner().invoke(cli, command)
+    assert done.exit_code == 0, done.output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert CliRunner().invoke(cli, command).exit_code != 0, "it is not replaced unasked"
+
+
+def test_the_picture_has_every_model_and_the_ceiling_if_it_is_known(folders, monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(figures, "write_atomically", lambda path, data: None)
+    savefig = figures.Figure.savefig
+    monkeypatch.setattr(
+        figures.Figure, "savefig", lambda self, *a, **k: (drawn.append(self), savefig(self, *a, **k))
+    )
+    report = read_evaluation(folders / "moe").report
+    for group in report["snr_median"]["groups"]:
+        group["ceilings"] = {"bayes": group["r2"] + 0.01}
+    without = read_evaluation(folders / "ridge").report
+    figures.compared({str(i): report for i in range(8)}, tmp_path / "a.png")
+    figures.compared({"ridge": without, "moe": report}, tmp_path / "b.png")
+    (left, right), (_, beside) = (figure.axes for figure in drawn)
+    looks = {(line.get_color(), line.get_marker()) for line in left.lines}
+    assert len(looks) == len(left.lines) == 9  # eight models that can be told apart, and the ceiling
+    np.testing.assert_allclose(right.lines[0].get_ydata(), 0.01)
+    expected = [
+        a["r2"] - b["r2"]
+        for a, b in zip(*(r["snr_median"]["groups"] for r in (without, report)), strict=True)
+    ]
+    np.testing.assert_allclose(beside.lines[1].get_ydata(), expected)
+    assert beside.get_ylabel() == "R² lacking to ridge"
 
 
 def test_folders_that_are_no_evaluations(folders, tmp_path):
