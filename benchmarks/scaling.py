@@ -1,11 +1,11 @@
-"""R² against the number of training stars: trees and a network on components, beside what is published.
+"""R² against the number of training stars: ridge, trees and a network on components, beside what is published.
 
 `python -m moefast.benchmarks.scaling [--set z0] [--sizes 10000,50000] [-o FILE]` (torch and lightgbm are needed), and
 `… --from FILE --picture PNG` to draw what was measured.
 
 Design: all stars are simulated once, projected to the noise-white components of a model that is fitted first, and kept
-without noise: each size takes the first of them. Trees see one draw of noise per star, the network another one in every
-step. All are judged on the same stars of the part `validation`, with the noise of their files.
+without noise: each size takes the first of them. Ridge and trees see one draw of noise per star, the network another one
+in every step. All are judged on the same stars of the part `validation`, with the noise of their files.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from moefast.benchmarks.environment import describe
 from moefast.experts.inputs import Inputs
+from moefast.experts.trees import fit_trees, stacking
 from moefast.fitting import Options, fit_mixture
 from moefast.gating.features import LEAST_CONTINUUM
 from moefast.gating.mlp import softmax
@@ -31,7 +32,7 @@ from moefast.kernels import project
 from moefast.kernels.reference import line_features
 from moefast.mixture import Mixture
 from moefast.noise import add_noise
-from moefast.protocol.bins import PHYSICAL_GRID
+from moefast.protocol.bins import METAL_POOR, PHYSICAL_GRID
 from moefast.protocol.ceiling import read
 from moefast.protocol.metrics import r2
 from moefast.simulate import SimulatedSpectra
@@ -45,7 +46,9 @@ __all__ = ["PUBLISHED", "measure"]
 RESULTS = Path(__file__).parent / "results"
 PUBLISHED = {50_000: 0.434, 100_000: 0.596, 200_000: 0.673, 500_000: 0.709, 1_000_000: 0.711}
 """R² of the published vision transformer by training stars, on other spectra, whose ceiling is 0.87."""
-METHODS = ("LightGBM", "network")
+METHODS = ("ridge", "LightGBM", "network")
+RIDGE_ALPHA = 1e-3
+"""Penalty per star, of standardised inputs."""
 BASIS_ROWS, JUDGES, BLOCK = 20_000, 10_000, 4096
 SEED = 20261127
 
@@ -68,18 +71,29 @@ def covariance(mixture: Mixture) -> NDArray:
     return training.component_covariance(mixture.basis, mixture.line_columns, mixture.noise_shape)
 
 
-def grow_trees(
-    mixture: Mixture, stars: Inputs, windows: NDArray, labels: training.Labels
-) -> Callable[[Inputs], NDArray]:
-    """LightGBM on components, lines and noise level, with one draw of noise."""
-    from moefast.experts.trees import fit_trees, stacking
-
+def noisy(mixture: Mixture, stars: Inputs, windows: NDArray) -> Inputs:
+    """The same stars with one draw of noise."""
     rng = np.random.default_rng(SEED)
     factor = np.linalg.cholesky(covariance(mixture) + 1e-9 * np.eye(mixture.n_basis + windows.shape[1]))
     noise = rng.standard_normal((len(windows), len(factor)), np.float32) @ factor.T.astype(np.float32)
     noise *= np.exp(stars.log_level)[:, None]
     z, there = stars.z + noise[:, : mixture.n_basis], windows + noise[:, mixture.n_basis :]
-    seen = Inputs(z, stars.log_level, line_features(there, mixture.line_widths, LEAST_CONTINUUM))
+    return Inputs(z, stars.log_level, line_features(there, mixture.line_widths, LEAST_CONTINUUM))
+
+
+def solve_ridge(seen: Inputs, labels: training.Labels) -> Callable[[Inputs], NDArray]:
+    """One linear fit to components, lines and noise level."""
+    x = stacking(seen).astype(np.float64)
+    mean, spread, centre = x.mean(0), x.std(0), labels.log_g.mean()
+    x = (x - mean) / spread
+    weights = np.linalg.solve(
+        x.T @ x + RIDGE_ALPHA * len(x) * np.eye(x.shape[1]), x.T @ (labels.log_g - centre)
+    )
+    return lambda others: (stacking(others) - mean) / spread @ weights + centre
+
+
+def grow_trees(seen: Inputs, labels: training.Labels) -> Callable[[Inputs], NDArray]:
+    """LightGBM on the same."""
     return fit_trees(stacking(seen), labels.log_g, sees="stacking", seed=SEED).predict
 
 
@@ -92,19 +106,18 @@ def train(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     preset = PRESETS["pca-mlp", size]
     plan = Plan("pca-mlp", mixture.n_basis, PHYSICAL_GRID.n_bins, **preset.plan)
-    level, log_g = stars.log_level, labels.log_g
-    begin = training.scaled(
-        Heads(plan, start(plan, SEED)),
-        {
-            "variance": stars.z.var(0), "level.limits": mixture.knots[[0, -1]],
-            "level.scale": np.array([level.mean(), level.std()]),
-            "lines.scale": np.stack([stars.lines.mean(0), 4 * stars.lines.std(0)]),
-            "log_g.scale": np.array([log_g.mean(), log_g.std()]),
-            "metal_poor": (np.arange(plan.n_experts) % 3 == 0)[:, None],
-        },
-    )  # fmt: skip
+    poor = np.tile(PHYSICAL_GRID.m_h_edges[1:], PHYSICAL_GRID.shape[0]) <= METAL_POOR
+    scales = training.scales_of(labels.log_g, stars.log_level, judges.seen["lines"], mixture.knots, poor)
+    begin = training.scaled(Heads(plan, start(plan, SEED)), scales | {"variance": stars.z.var(0)})
     pool = training.Components(
-        torch, device, stars.z, windows, level, covariance(mixture), mixture.line_widths, LEAST_CONTINUUM
+        torch,
+        device,
+        stars.z,
+        windows,
+        stars.log_level,
+        covariance(mixture),
+        mixture.line_widths,
+        LEAST_CONTINUUM,
     )
     schedule = replace(preset.schedule, seed=SEED, steps=steps or preset.schedule.steps)
     heads = training.fit_heads(begin, pool, labels, judges, schedule, device=device).heads
@@ -145,7 +158,8 @@ def measure(
             if method == "network":
                 predict = train(mixture, mine, some, labels, stop, size, steps)
             else:
-                predict = grow_trees(mixture, mine, some, labels)
+                fit = solve_ridge if method == "ridge" else grow_trees
+                predict = fit(noisy(mixture, mine, some), labels)
             seconds = time.perf_counter() - begin
             curve[str(n)] = {"r2": r2(log_g[second], predict(judged)), "seconds": seconds}
             click.echo(f"{method:<10} {n:>9,} stars: R² {curve[str(n)]['r2']:.4f}, {seconds:.0f} s")
@@ -204,7 +218,9 @@ def draw(found: dict[str, Any], networks: dict[str, Any], ceiling: float, path: 
 
 @click.command()
 @click.option("--set", "name", default="z0", show_default=True, help="Reference set.")
-@click.option("--sizes", default="10000,50000,200000,1000000", show_default=True, help="Training stars.")
+@click.option(
+    "--sizes", default="10000,50000,100000,200000,500000,1000000", show_default=True, help="Training stars."
+)
 @click.option("--size", type=click.Choice(SIZES), default="small", show_default=True, help="Of the network.")
 @click.option("--steps", type=int, help="Of its fit, instead of what belongs to its size.")
 @click.option("--method", "methods", multiple=True, type=click.Choice(METHODS), help="By default all.")

@@ -908,16 +908,12 @@ class _Fitter:
         )
         rows, level, z, windows, flux, error = self.clean_stars(mixture, pixels)
         inverse = (1 / np.sqrt(mixture.noise_shape.astype(np.float64))).astype(np.float32)
-        scales: dict[str, NDArray] = {
-            "level.limits": mixture.knots[[0, -1]],
-            "level.scale": np.array([level.mean(), max(level.std(), 0.1)]),
-            "lines.scale": np.stack([judges.lines.mean(0), 2 * judges.lines.std(0) + 1e-6]),
-            "log_g.scale": np.array([self.y[rows].mean(), self.y[rows].std()]),
-            "metal_poor": np.zeros((grid.n_bins, 1)),
-        }
-        if isinstance(grid, Grid):
-            upper = np.tile(grid.m_h_edges[1:], grid.shape[0])
-            scales["metal_poor"] = (upper <= METAL_POOR)[:, None]
+        poor = (
+            np.tile(grid.m_h_edges[1:], grid.shape[0]) <= METAL_POOR
+            if isinstance(grid, Grid)
+            else np.zeros(grid.n_bins, bool)
+        )
+        scales = training.scales_of(self.y[rows], level, judges.lines, mixture.knots, poor)
         scales |= (
             {"reference": mixture.reference, "inverse_noise": inverse} if pixels else {"variance": z.var(0)}
         )

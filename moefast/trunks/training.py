@@ -524,6 +524,31 @@ class _Training:
             }
 
 
+def scales_of(
+    log_g: F64, log_level: F32, noisy_lines: NDArray, knots: NDArray, metal_poor: NDArray[np.bool_]
+) -> dict[str, NDArray]:
+    """Scales of what every network sees and says; those of its spectra come beside them.
+
+    Parameters
+    ----------
+    log_g, log_level : array of shape (n,)
+        Of the stars that it is fitted on.
+    noisy_lines : array of shape (m, 9)
+        Line features of stars with noise.
+    knots : array of shape (M,)
+        ln s of the noise levels, in order.
+    metal_poor : array of shape (K,)
+        Which bins are.
+    """
+    return {
+        "level.limits": knots[[0, -1]],
+        "level.scale": np.array([log_level.mean(), max(log_level.std(), 0.1)]),
+        "lines.scale": np.stack([noisy_lines.mean(0), 2 * noisy_lines.std(0) + 1e-6]),
+        "log_g.scale": np.array([log_g.mean(), log_g.std()]),
+        "metal_poor": metal_poor[:, None],
+    }
+
+
 def scaled(heads: Heads, numbers: Mapping[str, NDArray]) -> Heads:
     """The network with other scales; `numbers` by name, of any type."""
     return replace(
