@@ -973,10 +973,14 @@ def read_mixture(model: ModelProto, wave: NDArray[np.float64]) -> Mixture:
     if of_heads:
         kind = next(iter(of_heads.values()))[0]
         dims = {short: tuple(tensors[name].dims) for short, (_, name) in of_heads.items()}
+
+        def number_of_network(short: str) -> NDArray:
+            name = of_heads[short][1]
+            half = len(dims[short]) > 1 and tensors[name].data_type == TensorProto.FLOAT16
+            return read(name, *dims[short], dtype=np.float16 if half else np.float32).astype(np.float32)
+
         try:
-            heads = Heads.read(
-                kind, dims, lambda short: read(of_heads[short][1], *dims[short])  # type: ignore[arg-type]
-            )  # fmt: skip
+            heads = Heads.read(kind, dims, number_of_network)  # type: ignore[arg-type]
         except (ValueError, KeyError) as error:
             raise ModelError(f"the network of the ONNX model does not fit together: {error}") from error
     clipped = LEAST_FLUX in tensors

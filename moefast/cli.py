@@ -156,7 +156,13 @@ def _grid(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int
 
 
 FILES = click.argument("files", nargs=-1, required=True, metavar="FILE…")
-MODEL = click.option("-m", "--model", metavar="FOLDER", help="Model folder; the shipped model if absent.")
+MODEL = click.option(
+    "-m",
+    "--model",
+    metavar="MODEL",
+    help="Model folder, or a shipped model: z0 (stars at rest; the default) or survey (with "
+    "velocities, reddening and calibration errors).",
+)
 BACKEND = click.option(
     "--backend",
     type=click.Choice(["auto", "cpu", "cuda"]),
@@ -499,7 +505,8 @@ def fit(
 @click.option(
     "-m", "--model", metavar="WHAT",
     help="What is measured: a model folder, an ONNX file (.onnx) with inputs flux and error and an output log_g, or a "
-    "table of predictions (.h5, .parquet, .fits, .csv) with columns row and log_g. The shipped model if absent.",
+    "table of predictions (.h5, .parquet, .fits, .csv) with columns row and log_g; or a shipped model, z0 (the "
+    "default) or survey.",
 )  # fmt: skip
 @click.option(
     "-o", "--out", metavar="FOLDER",
@@ -701,7 +708,7 @@ def export(model: str, out: str, part: str, half: bool, overwrite: bool) -> None
     """Write a model folder, or a part of it, as one ONNX file, verified against the model first.
 
     Inputs flux and error (n, pixels) float32; outputs log_g, log_g_err, weights, expert_log_g and more. The file
-    runs in plain ONNX Runtime. MODEL is a model folder, or "shipped" for the model that comes with moefast. What
+    runs in plain ONNX Runtime. MODEL is a model folder, or a shipped model: z0 or survey. What
     half precision costs in R² tells: moefast evaluate TEST -m OUT
     """
     from moefast.errors import OutputError
@@ -710,7 +717,7 @@ def export(model: str, out: str, part: str, half: bool, overwrite: bool) -> None
 
     if Path(out).exists() and not overwrite:
         raise OutputError(f"{out}: exists already; choose another name, or replace it with --overwrite")
-    chosen = Model.load(None if model == "shipped" else model)
+    chosen = Model.load(model)
     parts = ["mixture", "gate", *(f"expert-{k}" for k in range(chosen.mixture.n_experts))]
     if part not in parts:
         raise click.BadParameter(f"{part!r} is none of {', '.join(parts)}", param_hint="--part")

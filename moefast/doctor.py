@@ -58,7 +58,7 @@ def examine() -> dict[str, Any]:
         problems.append("neither onnxruntime-gpu nor onnxruntime is installed; reinstall moefast")
     devices, reason = cuda_devices()
     providers: list[str] = []
-    model: dict[str, Any] = {}
+    models: dict[str, dict[str, Any]] = {}
     chosen = resolve_backend("auto")
     try:
         import onnxruntime
@@ -67,20 +67,20 @@ def examine() -> dict[str, Any]:
     except ImportError as error:
         problems.append(f"onnxruntime does not import ({error})")
     try:
-        from moefast.model import Model
+        from moefast.model import SHIPPED, Model, shipped_path
         from moefast.scoring import open_engine
 
-        shipped = Model.load()
-        training = shipped.manifest["training"]
-        model = {
-            "recipe": shipped.manifest["recipe"],
-            "fitted_on": f"{training['n_spectra']:,} spectra",
-            "pixels": shipped.mixture.n_pixels,
-            "wave": [float(shipped.mixture.wave[0]), float(shipped.mixture.wave[-1])],
-            "sha256": shipped.hash,
-        }
+        for name in SHIPPED:
+            model = Model.load(shipped_path(name))
+            models[name] = {
+                "recipe": model.manifest["recipe"],
+                "fitted_on": f"{model.manifest['training']['n_spectra']:,} spectra",
+                "pixels": model.mixture.n_pixels,
+                "wave": [float(model.mixture.wave[0]), float(model.mixture.wave[-1])],
+                "sha256": model.hash,
+            }
         # A device alone is not enough: what the first prediction would find out is found out here.
-        _, chosen = open_engine(shipped.mixture, "auto")
+        _, chosen = open_engine(Model.load().mixture, "auto")
     except MoefastError as error:
         problems.append(str(error))
     return {
@@ -98,14 +98,13 @@ def examine() -> dict[str, Any]:
         "backend_device": chosen.device,
         "backend_reason": chosen.reason,
         "packages": versions,
-        "shipped_model": model,
+        "shipped_models": models,
         "problems": problems,
     }
 
 
 def format_text(facts: dict[str, Any]) -> str:
     """The same for people."""
-    model = facts["shipped_model"]
     gpu = ", ".join(facts["cuda_devices"]) or f"none: {facts['why_no_cuda']}"
     memory = f", {facts['memory_bytes'] / 2**30:.0f} GiB memory" if facts["memory_bytes"] else ""
     lines = [
@@ -116,10 +115,10 @@ def format_text(facts: dict[str, Any]) -> str:
         f"  backend  auto will use {facts['backend']} ({facts['backend_device']}): {facts['backend_reason']}",
         "  packages " + ", ".join(f"{name} {version}" for name, version in facts["packages"].items()),
     ]
-    if model:
+    for name, model in facts["shipped_models"].items():
         low, high = model["wave"]
         lines.append(
-            f"  model    {model['recipe']}, fitted on {model['fitted_on']}, "
+            f"  model    {name}: {model['recipe']}, fitted on {model['fitted_on']}, "
             f"{model['pixels']} pixels {low:.1f}-{high:.1f} Å, sha256 {model['sha256'][:12]}…"
         )
     lines += [f"  problem  {problem}" for problem in facts["problems"]] or ["  no problems found"]

@@ -27,7 +27,10 @@ from moefast.mixture import Mixture
 from moefast.protocol.bins import Grid, SnrGrid, read_grid
 from moefast.spectra.files import same_wave
 
-__all__ = ["MANIFEST", "SCHEMA", "Model", "check_target", "shipped_path"]
+__all__ = ["MANIFEST", "SCHEMA", "SHIPPED", "Model", "check_target", "shipped_path"]
+
+SHIPPED = ("z0", "survey")
+"""Models that come with moefast, by the reference set that they were fitted on."""
 
 SCHEMA = 2
 """2: experts in principal components, of several families."""
@@ -107,7 +110,12 @@ class Model:
     @property
     def name(self) -> str:
         """The model in a few words."""
-        origin = "shipped with moefast" if self.path == shipped_path() else str(self.path or "not saved")
+        shipped = self.path is not None and self.path.parent == shipped_path().parent
+        origin = (
+            f"{self.path.name}, shipped with moefast"
+            if shipped and self.path
+            else str(self.path or "not saved")
+        )
         return f"{self.manifest['recipe']} ({origin})"
 
     def check_wave(self, wave: NDArray[np.float64], where: str) -> None:
@@ -184,7 +192,12 @@ class Model:
 
     @classmethod
     def load(cls, folder: str | Path | None = None) -> Model:
-        """Read a model folder, or the model shipped with moefast if none is named.
+        """Read a model folder, or a model shipped with moefast.
+
+        Parameters
+        ----------
+        folder : path or one of `SHIPPED`, optional
+            A folder of that name is meant first; the first of `SHIPPED` if absent.
 
         Raises
         ------
@@ -193,11 +206,16 @@ class Model:
         """
         from moefast.export import load, read_mixture
 
-        path = shipped_path() if folder is None else Path(folder)
+        if folder is None:
+            path = shipped_path()
+        elif str(folder) in SHIPPED and not Path(folder).exists():
+            path = shipped_path(str(folder))
+        else:
+            path = Path(folder)
         if not (path / MANIFEST).is_file():
             raise ModelError(
-                f"{path}: no {MANIFEST} here, so this is no model folder; "
-                "make one with `moefast fit TRAIN… -o model/`"
+                f"{path}: no {MANIFEST} here, so this is no model folder; make one with "
+                f"`moefast fit TRAIN… -o model/`, or name a shipped model: {', '.join(SHIPPED)}"
             )
         if (path / MANIFEST).stat().st_size > LARGEST_MANIFEST:
             raise ModelError(
@@ -252,9 +270,9 @@ class Model:
         return cls(mixture, manifest, references, path)
 
 
-def shipped_path() -> Path:
-    """Folder of the model shipped with moefast."""
-    return Path(str(resources.files("moefast"))) / "shipped"
+def shipped_path(name: str = SHIPPED[0]) -> Path:
+    """Folder of a model shipped with moefast."""
+    return Path(str(resources.files("moefast"))) / "shipped" / name
 
 
 def check_target(target: Path, overwrite: bool) -> None:

@@ -24,7 +24,7 @@ from moefast.backend import Backend, resolve_backend
 from moefast.errors import BackendError, InputError, MoefastError, OutputError
 from moefast.kernels import PROJECT_ROWS
 from moefast.mixture import Mixture, Prediction
-from moefast.model import Model
+from moefast.model import Model, shipped_path
 from moefast.spectra.files import Block, Failure, Shard, SpectrumSet, find_files, open_spectra
 from moefast.spectra.quality import Flag, Quality, assess, good_pixels
 from moefast.spectra.tables import Column, open_table
@@ -37,8 +37,10 @@ BLOCK_ROWS = 2048
 TABLE_ROWS = 16384
 """Rows that are flagged and written to the table together: a few bytes each, many calls otherwise."""
 NOISE_FREE_CHI2 = 0.1
-CHI2_EVERY = 32
-"""One of so many rows is looked at to tell noise-free spectra."""
+LOOKED_AT = 50_000
+"""Rows, about, whose χ² tells whether spectra as a whole are what the model knows."""
+LEAST_MISFIT, SURE = 0.01, 5.0
+"""How much larger χ² of the brighter half must be, and by how many standard errors, to be told."""
 LEAST_ROWS = 16
 """Spectra that a GPU must have room for: with less, halving a block does not help."""
 _ID = re.compile(r"id|\w+_id|(obj|cat|source|star|target|fiber|fibre)id", re.IGNORECASE)
@@ -432,8 +434,8 @@ def predict(
     ----------
     paths : path, folder, pattern, or several
         Spectrum files on the model's wave grid.
-    model : Model or path of a model folder, optional
-        The model shipped with moefast if absent.
+    model : Model, path of a model folder, or name of a shipped model, optional
+        See `Model.load`; the first that is shipped if absent.
     out : path, optional
         Table to write: .h5, .parquet or .fits. Without it the table is returned in `Summary.columns`.
     array : "auto", "flux" or "noisy"
@@ -488,7 +490,8 @@ def predict(
         failures=failures,
     )
     sink = _Sink(out, stop - start, table_columns(chosen.mixture.n_experts, ids, several), attrs, overwrite)
-    r2, chi2_sample, unlike = _R2(), [], 0
+    r2, looked_at, unlike = _R2(), list[tuple[NDArray, NDArray]](), 0
+    every = 1 + (stop - start) // LOOKED_AT
     wanted = [*ids, _LABEL] if labelled else list(ids)
 
     def fill(first: int, last: int) -> None:
@@ -522,7 +525,7 @@ def predict(
         sink.write({**lead, **columns})
         if labelled:
             r2.add(np.asarray(params[_LABEL], np.float64), columns["log_g"].astype(np.float64))
-        chi2_sample.append(columns["chi2"][::CHI2_EVERY])
+        looked_at.append((columns["chi2"][::every], columns["snr_norm"][::every]))
         unlike += int(np.count_nonzero(columns["flag"] & np.uint32(Flag.UNLIKE_TRAINING)))
         for f in Flag:
             count = int(np.count_nonzero(columns["flag"] & np.uint32(f)))
@@ -563,7 +566,7 @@ def predict(
         summary.seconds = time.perf_counter() - begin
         summary.spectra_per_second = summary.n_rows / summary.seconds
         summary.r2 = r2.value() if labelled else None
-        summary.notes = _notes(chi2_sample, unlike, summary)
+        summary.notes = _notes(looked_at, unlike, summary, chosen)
         sink.attrs.update(
             seconds=summary.seconds,
             spectra_per_second=summary.spectra_per_second,
@@ -634,14 +637,20 @@ def _fill_gap(sink, spectra, first, stop, ids, several):  # type: ignore[no-unty
         sink.write(row)
 
 
-def _notes(chi2_sample: list[NDArray], unlike: int, summary: Summary) -> list[str]:
+def _notes(
+    looked_at: list[tuple[NDArray, NDArray]], unlike: int, summary: Summary, model: Model
+) -> list[str]:
     notes = []
     lost = summary.flags.get(str(Flag.NO_DATA.name), 0)
     if lost:
         counted = "; each counts as the label mean in R²" if summary.r2 is not None else ""
         notes.append(f"{lost} of {summary.n_rows} spectra have no good pixel and got no prediction{counted}")
-    chi2 = np.concatenate(chi2_sample) if chi2_sample else np.empty(0)
-    chi2 = chi2[np.isfinite(chi2)]
+    chi2, snr = (
+        (np.concatenate(column) for column in zip(*looked_at, strict=True))
+        if looked_at
+        else 2 * [np.empty(0)]
+    )
+    chi2, snr = chi2[np.isfinite(chi2)], snr[np.isfinite(chi2)]
     if chi2.size and np.median(chi2) < NOISE_FREE_CHI2:
         notes.append(
             f"the array {summary.array!r} looks noise-free (median chi2 {np.median(chi2):.2g}): R² and scatter are "
@@ -652,7 +661,30 @@ def _notes(chi2_sample: list[NDArray], unlike: int, summary: Summary) -> list[st
             f"{unlike} of {summary.n_rows} spectra are flagged UNLIKE_TRAINING: check that flux is normalised to a "
             "median near 1 and in the units of its error, or fit a model on spectra like these"
         )
+    elif (found := _misfit(chi2, snr)) is not None:
+        notes.append(
+            f"the brighter half of the spectra fits the model worse than the fainter one (median chi2 {found[0]:.3f}, "
+            f"{found[1]:.3f}), so they hold what it has not seen: velocities, reddening or calibration errors? "
+            + ("Try -m survey, or fit" if model.path == shipped_path() else "Fit")
+            + " a model on spectra like these"
+        )
     return notes
+
+
+def _misfit(chi2: NDArray, snr: NDArray) -> tuple[float, float] | None:
+    """Median χ² of the brighter and of the fainter half, if the first is larger beyond doubt.
+
+    Errors that are wrong by a factor raise both alike; light that the components cannot give counts by the square of
+    the SNR. It is lost in the noise of one spectrum, not in that of thousands.
+    """
+    bright = snr > np.median(snr) if snr.size else np.empty(0, bool)
+    halves = chi2[bright], chi2[~bright]
+    if min(half.size for half in halves) < 2:
+        return None
+    a, b = (float(np.median(half)) for half in halves)
+    # Of a median, 1.2533 times that of a mean; spreads from quartiles, which no odd spectrum moves.
+    spread = [np.subtract(*np.quantile(half, (0.75, 0.25))) / 1.349 / np.sqrt(half.size) for half in halves]
+    return (a, b) if a - b > max(LEAST_MISFIT, SURE * 1.2533 * float(np.hypot(*spread))) else None
 
 
 @dataclass(frozen=True)

@@ -179,7 +179,7 @@ def test_predict_without_a_gpu(stars_file, model):
 
 @pytest.mark.usefixtures("broken_gpu")
 def test_doctor_finds_out_what_predict_would(model, monkeypatch):
-    monkeypatch.setattr("moefast.model.shipped_path", lambda: model.path)
+    monkeypatch.setattr("moefast.model.shipped_path", lambda *_: model.path)
     facts = doctor.examine()
     assert facts["problems"] == []
     assert facts["cuda_devices"] == ["Fake H100"]
@@ -193,7 +193,7 @@ def test_doctor_finds_out_what_predict_would(model, monkeypatch):
 
 @pytest.mark.usefixtures("no_gpu")
 def test_doctor_without_a_gpu(model, monkeypatch):
-    monkeypatch.setattr("moefast.model.shipped_path", lambda: model.path)
+    monkeypatch.setattr("moefast.model.shipped_path", lambda *_: model.path)
     text = doctor.format_text(doctor.examine())
     assert "GPU      none: no NVIDIA driver" in text
     assert "kernels  backend cuda: " in text or "kernels  the CUDA kernels can be used" in text
@@ -202,7 +202,7 @@ def test_doctor_without_a_gpu(model, monkeypatch):
 
 
 def test_doctor_names_problems(tmp_path, monkeypatch):
-    monkeypatch.setattr("moefast.model.shipped_path", lambda: tmp_path)
+    monkeypatch.setattr("moefast.model.shipped_path", lambda *_: tmp_path)
     monkeypatch.setattr(doctor, "PACKAGES", ("numpy", "a-package-that-is-not-there"))
     problems = " ".join(doctor.examine()["problems"])
     for words in ("a-package-that-is-not-there is not installed", "neither onnxruntime", "no manifest.json"):

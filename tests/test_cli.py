@@ -452,18 +452,18 @@ def test_130_interrupted(run, few, model_folder, monkeypatch):
 
 
 def test_doctor(run, model, monkeypatch):
-    monkeypatch.setattr("moefast.model.shipped_path", lambda: model.path)
+    monkeypatch.setattr("moefast.model.shipped_path", lambda *_: model.path)
     text = run("doctor").stdout
     for words in ("CPU", "GPU", "backend  auto will use cpu", "no problems found", "numpy", "phys-moe"):
         assert words in text
     facts = json.loads(run("doctor", "--json").stdout)
     assert facts["problems"] == []
     assert facts["moefast"] == moefast.__version__
-    assert facts["shipped_model"]["sha256"] == model.hash
+    assert facts["shipped_models"]["survey"]["sha256"] == model.hash
 
 
 def test_doctor_ends_with_1_where_something_is_wrong(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("moefast.model.shipped_path", lambda: tmp_path / "absent")
+    monkeypatch.setattr("moefast.model.shipped_path", lambda *_: tmp_path / "absent")
     result = run("doctor", code=1)
     assert "problem  " in result.stdout
     assert json.loads(run("doctor", "--json", code=1).stdout)["problems"]

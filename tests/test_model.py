@@ -14,7 +14,7 @@ from small import same_rows
 
 from moefast import model as module
 from moefast.errors import ModelError, OutputError, WaveGridError
-from moefast.model import MANIFEST, Model, check_target, shipped_path
+from moefast.model import MANIFEST, SHIPPED, Model, check_target, shipped_path
 from moefast.scoring import predict
 
 FILES = {"manifest.json", "model.onnx", "references.npz"}
@@ -301,15 +301,27 @@ def test_a_graph_that_differs_is_not_kept(model, tmp_path, monkeypatch):
 # -- the shipped model -----------------------------------------------------------------------------------------
 
 
-def test_the_shipped_model_loads():
-    if not shipped_path().exists():
-        pytest.skip("no model is shipped yet")
-    shipped = Model.load()
-    assert "shipped with moefast" in shipped.name
+@pytest.mark.parametrize(("name", "rows"), [("z0", 200_000), ("survey", 1_000_000)])
+def test_the_shipped_models_load(name, rows):
+    assert name in SHIPPED
+    shipped = Model.load(name)
+    assert shipped.name.endswith(f"({name}, shipped with moefast)")
     assert shipped.mixture.n_pixels == 4096
+    assert shipped.manifest["training"]["files"] == [f"{name} train, rows 0:{rows}"]
+    assert sum(file.stat().st_size for file in shipped.path.iterdir()) < 8e6
+
+
+def test_without_a_name_it_is_the_first():
+    assert Model.load().path == Model.load(SHIPPED[0]).path == shipped_path(SHIPPED[0])
+
+
+def test_a_folder_of_that_name_is_meant_first(model, tmp_path, monkeypatch):
+    model.save(tmp_path / "survey")
+    monkeypatch.chdir(tmp_path)
+    assert Model.load("survey").mixture.n_pixels != 4096
 
 
 def test_without_a_shipped_model_the_message_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "shipped_path", lambda: tmp_path)
+    monkeypatch.setattr(module, "shipped_path", lambda *_: tmp_path)
     with pytest.raises(ModelError, match="make one with `moefast fit"):
         Model.load()

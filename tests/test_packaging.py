@@ -56,9 +56,11 @@ def test_version_is_the_installed_one() -> None:
 
 def test_package_data_is_installed() -> None:
     import moefast
+    from moefast.model import SHIPPED
 
     home = Path(moefast.__file__).parent
-    for name in ("py.typed", "shipped/model.onnx", "shipped/manifest.json", "simulate/data/emulator.npz"):
+    models = [f"shipped/{name}/{file}" for name in SHIPPED for file in ("model.onnx", "manifest.json")]
+    for name in ("py.typed", *models, "simulate/data/emulator.npz"):
         assert (home / name).is_file(), name
 
 

@@ -106,6 +106,34 @@ def test_flux_or_noisy(stars, stars_file, model, whole):
     assert not whole.notes
 
 
+def test_light_that_the_model_has_not_seen_is_told(stars, model, whole, tmp_path):
+    """A velocity of a third of a pixel: lost in the noise of each spectrum, told by all of them."""
+    assert not whole.notes
+    for shift, words in ((0.3, "brighter half of the spectra fits the model worse"), (0, None)):
+        moved = stars.take(slice(None))
+        moved.noisy[:] += np.float32(shift) * (np.roll(moved.flux, 1, axis=1) - moved.flux)
+        found = predict(moved.write(tmp_path / f"{shift}.h5", arrays=("flux", "noisy", "error")), model)
+        assert len(found.notes) == (words is not None)
+        assert words is None or (words in found.notes[0] and "Fit a model" in found.notes[0])
+        assert found.flags.get("UNLIKE_TRAINING", 0) < found.n_rows / 2
+
+
+def test_errors_that_are_too_small_are_no_such_light():
+    rng = np.random.default_rng(0)
+    chi2, snr = rng.chisquare(4000, 20_000) / 4000, rng.uniform(1, 20, 20_000)
+    assert scoring._misfit(chi2, snr) is None
+    assert scoring._misfit(1.5 * chi2, snr) is None
+    bright, faint = scoring._misfit(chi2 + 0.0004 * snr**2, snr)
+    assert faint == pytest.approx(np.median((chi2 + 0.0004 * snr**2)[snr <= np.median(snr)]))
+    assert bright > faint + 0.05
+    assert scoring._misfit(chi2 + 0.00005 * snr**2, snr) is None, "beyond doubt, but too little to matter"
+    little = chi2 + 0.0001 * snr**2
+    assert scoring._misfit(little, snr)
+    assert scoring._misfit(little[:40], snr[:40]) is None, "few spectra prove nothing"
+    assert scoring._misfit(chi2[:2], snr[:2]) is None
+    assert scoring._misfit(chi2[:0], snr[:0]) is None
+
+
 def test_noisy_asked_for_and_not_there(stars, model, tmp_path):
     path = stars.take(slice(0, 5)).write(tmp_path / "x.h5")
     with pytest.raises(InputError, match=r"x\.h5: .*noisy.* is missing"):

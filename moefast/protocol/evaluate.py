@@ -23,7 +23,7 @@ import moefast
 from moefast.errors import InputError, OutputError
 from moefast.fitting import LinearForm
 from moefast.mixture import hat_weights
-from moefast.model import Model
+from moefast.model import SHIPPED, Model, shipped_path
 from moefast.noise import standard_normals
 from moefast.protocol.bins import Grid, SnrGrid
 from moefast.protocol.overlap import share_seen
@@ -95,8 +95,8 @@ def evaluate(
         Labelled spectra (T_eff, log_g, M_H).
     model : Model or path, optional
         A model folder; an ONNX file (.onnx) with inputs flux and error and an output log_g; or a table of predictions
-        (.h5, .parquet, .fits, .csv; see `moefast.protocol.predictions.read_predictions`). The model shipped with
-        moefast if absent or "shipped".
+        (.h5, .parquet, .fits, .csv; see `moefast.protocol.predictions.read_predictions`). The first of the models
+        shipped with moefast if absent.
     noise : "auto", "draw" or "none"
         "auto" takes the array `noisy` where a file has it (at noise level 1) and else adds noise to `flux`; "draw"
         always adds noise to `flux`; "none" scores `flux` as it is, for spectra that are observed.
@@ -136,7 +136,7 @@ def evaluate(
     identity = identify(spectra.shards[0]) if len(spectra.shards) == 1 else None
     ceilings, group_ceilings = _ceilings(ceiling, spectra, about_noise)
     subject = open_subject(model, spectra, backend=backend, noise=about_noise)
-    beside = _references_of(subject, spectra)
+    beside = _references_of(subject, spectra, identity)
     grid = beside.grid if beside else None
     bins = np.zeros(spectra.n_rows, np.int16)
     if isinstance(grid, Grid):
@@ -240,11 +240,12 @@ def _name(beside: Model | None) -> str | None:
     return None if beside is None or not beside.references else str(beside.manifest["recipe"])
 
 
-def _references_of(subject: Subject, spectra: SpectrumSet) -> Model | None:
-    """The model whose simpler fits are scored beside: the subject itself, else the shipped one where it fits."""
+def _references_of(subject: Subject, spectra: SpectrumSet, identity: Identity | None) -> Model | None:
+    """The model whose simpler fits are scored beside: the subject itself, else a shipped one where it fits."""
     if subject.model is not None:
         return subject.model
-    shipped = Model.load()
+    of_set = identity.reference_set if identity is not None else None
+    shipped = Model.load(shipped_path(of_set) if of_set in SHIPPED else None)
     return shipped if same_wave(shipped.mixture.wave, spectra.wave) else None
 
 
@@ -358,7 +359,7 @@ def _command(
     folder = model.path if isinstance(model, Model) else model
     if (isinstance(model, Model) and folder is None) or noise_seed != NOISE_SEED:
         return None
-    if folder is not None and str(folder) != "shipped":
+    if folder is not None:
         words += ["-m", str(folder)]
     if noise != "auto":
         words += ["--noise", noise]

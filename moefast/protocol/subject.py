@@ -270,14 +270,14 @@ def _check_noise(path: Path, attrs: dict[str, Any], noise: dict[str, Any]) -> No
 def open_subject(
     what: Model | str | Path | None, spectra: SpectrumSet, *, backend: str, noise: dict[str, Any]
 ) -> Subject:
-    """The subject behind a model, the path of a model folder, an ONNX file or a table; None or "shipped" is the model
-    that comes with moefast.
+    """The subject behind a model, the path of a model folder, an ONNX file or a table; None is the model that is
+    shipped first.
 
     Raises
     ------
     ModelError, InputError, BackendError, WaveGridError
     """  # noqa: D205
-    if what is None or isinstance(what, Model) or str(what) == "shipped":
+    if what is None or isinstance(what, Model):
         model = what if isinstance(what, Model) else Model.load()
     else:
         path = Path(what)

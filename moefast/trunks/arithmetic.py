@@ -15,7 +15,16 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-__all__ = ["FIXED", "HEAD", "Arithmetic", "NumPyArithmetic", "OnnxArithmetic", "TorchArithmetic"]
+__all__ = [
+    "FIXED",
+    "HEAD",
+    "Arithmetic",
+    "NumPyArithmetic",
+    "OnnxArithmetic",
+    "TorchArithmetic",
+    "is_half",
+    "is_matrix",
+]
 
 EPSILON = 1e-5
 """Added to the variance in `norm`."""
@@ -27,6 +36,19 @@ HEAD = 32
 """Width of an attention head, d."""
 FLOAT, HALF = 1, 10
 """`onnx.TensorProto` types."""
+
+
+def is_matrix(name: str, array: NDArray) -> bool:
+    """Whether a number of a network is one of its large ones."""
+    return array.ndim > 1 and name not in FIXED
+
+
+def is_half(name: str, array: NDArray) -> bool:
+    """Whether it is one that half precision holds exactly."""
+    if not is_matrix(name, array):
+        return False
+    with np.errstate(over="ignore"):
+        return np.array_equal(array.astype(np.float16).astype(np.float32), array)
 
 
 class Arithmetic(Protocol):
@@ -283,8 +305,8 @@ class OnnxArithmetic:
     stem : str
         What the names of nodes and initializers begin with.
     half : bool
-        Matrices are stored in half precision, and their products made in it; sums of tokens, norms and weights of
-        attention stay in single precision.
+        Products of matrices are made in half precision; sums of tokens, norms and weights of attention stay in single
+        precision. Matrices that half precision holds exactly are stored in it, whatever this says.
     """
 
     def __init__(self, graph: Any, numbers: Mapping[str, NDArray], stem: str, half: bool = False) -> None:
@@ -303,11 +325,12 @@ class OnnxArithmetic:
 
     def number(self, name: str) -> str:
         array = self._numbers[name]
-        if not self._half or array.ndim < 2 or name in FIXED:
+        if not (self._half and is_matrix(name, array)) and not is_half(name, array):
             return str(self._graph.number(f"{self._stem}.{name}", array))
         stored = self._graph.number(f"{self._stem}.{name}", array.astype(np.float16))
         value = self._cast(stored, FLOAT)
-        self._stored[value] = stored
+        if self._half:
+            self._stored[value] = stored
         return value
 
     def constant(self, value: float) -> str:

@@ -8,7 +8,7 @@ every product has the same shape: a star's number depends on that star alone. to
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from moefast.experts.inputs import Inputs
 from moefast.threads import in_threads, one_blas_thread
-from moefast.trunks.arithmetic import NumPyArithmetic, OnnxArithmetic
+from moefast.trunks.arithmetic import NumPyArithmetic, OnnxArithmetic, is_matrix
 from moefast.trunks.networks import KINDS, Kind, Plan, answer, shapes
 
 if TYPE_CHECKING:
@@ -137,6 +137,16 @@ class Heads:
         """
         arithmetic = OnnxArithmetic(graph, self.numbers, f"{STEM}.{self.plan.kind}", half)
         return answer(arithmetic, self.plan, inputs)[:3]
+
+    def rounded(self) -> Heads:
+        """The network with matrices that half precision holds exactly: a model folder stores them in half the bytes."""
+
+        def short(name: str, array: F32) -> F32:
+            if not is_matrix(name, array) or np.abs(array).max() > np.finfo(np.float16).max:
+                return array
+            return array.astype(np.float16).astype(np.float32)
+
+        return replace(self, numbers={name: short(name, array) for name, array in self.numbers.items()})
 
     @classmethod
     def read(cls, kind: Kind, names: Mapping[str, tuple[int, ...]], read: Callable[[str], F32]) -> Self:

@@ -135,6 +135,6 @@ def test_external_data_is_refused(noisy_file, tmp_path):
 
 
 def test_shipped_by_name(noisy_file, model, monkeypatch):
-    monkeypatch.setattr("moefast.model.shipped_path", lambda: model.path)
-    subject = open_subject("shipped", open_spectra(noisy_file), backend="cpu", noise=NOISE)
+    monkeypatch.setattr("moefast.model.shipped_path", lambda name: model.path if name == "survey" else None)
+    subject = open_subject("survey", open_spectra(noisy_file), backend="cpu", noise=NOISE)
     assert subject.about["sha256"] == model.hash

@@ -12,7 +12,7 @@ from moefast.errors import ModelError
 from moefast.experts.inputs import Inputs
 from moefast.export import build, open_session
 from moefast.export.graph import read_mixture
-from moefast.trunks.arithmetic import NumPyArithmetic, TorchArithmetic
+from moefast.trunks.arithmetic import NumPyArithmetic, TorchArithmetic, is_half, is_matrix
 from moefast.trunks.heads import Heads
 from moefast.trunks.networks import Plan, answer, shapes, start
 
@@ -201,6 +201,29 @@ def test_half_precision_costs_little_and_halves_the_file(mixture, tmp_path):
     (log_g,) = open_session(tmp_path / "True.onnx").run(["log_g"], {"flux": flux, "error": error})
     apart = np.abs(log_g - mixture.predict_reference(flux, error).log_g)
     assert 0 < apart.max() < 1e-2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_matrices_that_half_precision_holds_take_half_the_bytes_and_lose_nothing(kind, mixture):
+    exact = network(mixture, kind)
+    short = dataclasses.replace(mixture, heads=exact.rounded())
+    matrices = sum(a.size for name, a in exact.numbers.items() if is_matrix(name, a))
+    sizes = [build(dataclasses.replace(mixture, heads=h)).ByteSize() for h in (exact, short.heads)]
+    assert sizes[0] - sizes[1] == pytest.approx(2 * matrices, rel=0.1)
+    again = read_mixture(build(short), mixture.wave)
+    for name, array in short.heads.numbers.items():
+        np.testing.assert_array_equal(again.heads.numbers[name], array, err_msg=name)
+        assert is_half(name, array) == is_matrix(name, array)
+    flux, error = spectra(50, mixture.projection)
+    (log_g,) = open_session(build(short)).run(["log_g"], {"flux": flux, "error": error})
+    np.testing.assert_allclose(log_g, short.predict_reference(flux, error).log_g, atol=1e-4)
+
+
+def test_matrices_beyond_half_precision_stay_as_they_are(mixture):
+    heads = network(mixture, "pca-mlp")
+    large = dataclasses.replace(heads, numbers={**heads.numbers, "in.w": 1e6 * heads.numbers["in.w"]})
+    np.testing.assert_array_equal(large.rounded().numbers["in.w"], large.numbers["in.w"])
+    assert not is_half("in.w", large.numbers["in.w"])
 
 
 def test_a_model_in_half_precision_is_no_model_folder(mixture):

@@ -10,6 +10,7 @@ from moefast.errors import MoefastError
 from moefast.gating.features import LEAST_CONTINUUM
 from moefast.kernels.reference import line_features
 from moefast.trunks import training
+from moefast.trunks.arithmetic import is_half, is_matrix
 from moefast.trunks.heads import Heads
 from moefast.trunks.networks import Plan, start
 
@@ -133,6 +134,7 @@ def test_a_fit_learns_what_no_line_can_say():
     assert curve[-1]["r2"] > curve[0]["r2"]
     assert "labels.w" not in heads.numbers
     assert kernels == "plain"
+    assert all(is_half(name, array) for name, array in heads.numbers.items() if is_matrix(name, array))
 
 
 def test_the_same_seed_gives_the_same_network_and_another_another_one():
