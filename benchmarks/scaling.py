@@ -4,8 +4,8 @@
 `… --from FILE --picture PNG` to draw what was measured.
 
 Design: all stars are simulated once, projected to the noise-white components of a model that is fitted first, and kept
-without noise: each size takes the first of them. Ridge and trees see one draw of noise per star, the network another one
-in every step. All are judged on the same stars of the part `validation`, with the noise of their files.
+without noise: each size takes the first of them. Ridge and trees see one draw of noise per star, the network another
+one in every step. All are judged on the same stars of the part `validation`, with the noise of their files.
 """
 
 from __future__ import annotations
