@@ -44,7 +44,7 @@ from moefast.spectra.files import SpectrumSet
 from moefast.spectra.quality import good_pixels
 from moefast.threads import one_blas_thread
 from moefast.trunks.heads import Heads
-from moefast.trunks.networks import KINDS, Kind, Plan, start
+from moefast.trunks.networks import KINDS, SEES_FLUX, Kind, Plan, start
 from moefast.trunks.presets import PRESETS, SIZES, Size
 
 if TYPE_CHECKING:
@@ -898,7 +898,7 @@ class _Fitter:
         torch = training.load_torch()
         device = "cuda" if self.device else "cpu"
         preset = PRESETS[options.trunk, options.size]
-        pixels = options.trunk != "pca-mlp"
+        pixels = SEES_FLUX[options.trunk]
         plan = Plan(
             options.trunk, mixture.n_pixels if pixels else mixture.n_basis, grid.n_bins, **preset.plan
         )
@@ -969,7 +969,7 @@ class _Fitter:
         if self.checkpoint is not None:
             check_checkpoints()
         n = sum(b - a for a, b in self.other_rows(self.spectra.n_rows))
-        needed = 4 * n * self.spectra.n_pixels if self.options.trunk != "pca-mlp" else 0
+        needed = 4 * n * self.spectra.n_pixels if SEES_FLUX[self.options.trunk] else 0
         if 0 < HALF_MEMORY * physical_memory() < needed:
             raise InputError(
                 f"a network that sees pixels keeps its {n} training stars in memory, {needed / 1e9:.1f} GB; this "
