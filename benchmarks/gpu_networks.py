@@ -95,7 +95,8 @@ def flops(torch: Any, heads: Heads) -> float:
 def stars_of(torch: Any, device: str, heads: Heads, mixture: Mixture, n: int) -> training.Stars:
     """Random stars to fit on."""
     rng = np.random.default_rng(SEED)
-    level = rng.uniform(*mixture.knots[[0, -1]], n).astype(np.float32)
+    low, high = mixture.knots[[0, -1]].tolist()
+    level = rng.uniform(low, high, n).astype(np.float32)
     if heads.plan.sees_flux:
         shape = (n, mixture.n_pixels)
         flux, error = (rng.standard_normal(shape, np.float32).astype(np.float16) for _ in range(2))
