@@ -34,7 +34,7 @@ from moefast.model import Model
 from moefast.trunks import training
 from moefast.trunks.arithmetic import TorchArithmetic
 from moefast.trunks.heads import Heads
-from moefast.trunks.networks import KINDS, Kind, Plan, answer, start
+from moefast.trunks.networks import KINDS, SEES_FLUX, Kind, Plan, answer, start
 from moefast.trunks.presets import PRESETS, SIZES, Size
 
 __all__ = ["measure_fit", "measure_scores", "products"]
@@ -67,7 +67,7 @@ def products(torch: Any, device: str, side: int, samples: int) -> dict[str, floa
 
 def network_of(kind: Kind, size: Size, mixture: Mixture) -> Heads:
     """A network with random numbers on the inputs of a mixture."""
-    pixels = kind != "pca-mlp"
+    pixels = SEES_FLUX[kind]
     n_inputs = mixture.n_pixels if pixels else mixture.n_basis
     plan = Plan(kind, n_inputs, mixture.n_experts, **PRESETS[kind, size].plan)
     scales: dict[str, NDArray] = {"log_g.scale": np.array([3.0, 1.0]), "level.limits": mixture.knots[[0, -1]]}
@@ -95,7 +95,8 @@ def flops(torch: Any, heads: Heads) -> float:
 def stars_of(torch: Any, device: str, heads: Heads, mixture: Mixture, n: int) -> training.Stars:
     """Random stars to fit on."""
     rng = np.random.default_rng(SEED)
-    level = rng.uniform(*mixture.knots[[0, -1]], n).astype(np.float32)
+    low, high = mixture.knots[[0, -1]].tolist()
+    level = rng.uniform(low, high, n).astype(np.float32)
     if heads.plan.sees_flux:
         shape = (n, mixture.n_pixels)
         flux, error = (rng.standard_normal(shape, np.float32).astype(np.float16) for _ in range(2))

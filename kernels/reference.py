@@ -14,6 +14,7 @@ from moefast.kernels.scoring import Given, Mixed, Mixing, Projected, Projection
 
 __all__ = [
     "error_inputs",
+    "gate_features",
     "gate_reference",
     "hat_weights",
     "in_place_of",
@@ -23,6 +24,7 @@ __all__ = [
     "prepare_reference",
     "project_reference",
     "soft_mix_reference",
+    "window_features",
 ]
 
 F64 = NDArray[np.float64]
@@ -113,6 +115,20 @@ def line_features(projected: NDArray, widths: NDArray, least_continuum: float) -
     return out
 
 
+def window_features(windows: NDArray, plan: Mixing) -> NDArray:
+    """Line features of windows as `project` gives them, those of a spectrum less the reference."""
+    return line_features(
+        windows + plan.line_offsets.astype(windows.dtype), plan.line_widths, plan.least_continuum
+    )
+
+
+def gate_features(windows: NDArray, z: NDArray, log_level: NDArray, plan: Mixing) -> NDArray:
+    """Gate features (n, f): those of the lines, leading columns, noise level between the outer knots."""
+    knots = plan.knots.astype(log_level.dtype)
+    level = np.clip(log_level, knots[0], knots[-1])
+    return np.concatenate([window_features(windows, plan), z[:, : plan.n_leading], level[:, None]], axis=1)
+
+
 def prepare_reference(
     projected: Projected, plan: Mixing, given: Given | None = None
 ) -> tuple[NDArray, NDArray, NDArray, NDArray]:
@@ -122,20 +138,17 @@ def prepare_reference(
     """
     z, (k, m, _) = projected.columns, plan.expert_weights.shape
     n, dtype = len(z), z.dtype
-    knots = plan.knots.astype(dtype)
-    level = np.clip(projected.log_level, knots[0], knots[-1])
-    hat = hat_weights(level, knots)[:, :, None]
+    features = gate_features(projected.windows, z, projected.log_level, plan)
+    # The last of them is the noise level.
+    hat = hat_weights(features[:, -1], plan.knots.astype(dtype))[:, :, None]
     weights, intercepts = plan.expert_weights.astype(dtype), plan.intercepts.astype(dtype)
     at_knots = np.einsum("nc,kmc->nmk", z, weights, optimize=True) + intercepts.T
     inside = (z[:, : plan.n_basis] ** 2).sum(1)
-    lines = line_features(
-        projected.windows + plan.line_offsets.astype(dtype), plan.line_widths, plan.least_continuum
-    )
     experts = (at_knots * hat).sum(1)
     noise = np.sqrt((projected.variances.reshape(n, m, k) * hat).sum(1))
     experts, noise = in_place_of(experts, noise, given)
     return (
-        np.concatenate([lines, z[:, : plan.n_leading], level[:, None]], axis=1),
+        features,
         experts,
         noise,
         (projected.energy - inside) / np.maximum(projected.expected, dtype.type(1e-30)),

@@ -702,7 +702,9 @@ def milestones(reports: tuple[str, ...], out: str | None, overwrite: bool, as_js
 @click.argument("model", metavar="MODEL")
 @click.option("-o", "--out", required=True, type=click.Path(dir_okay=False), help="ONNX file to write.")
 @click.option("--part", default="mixture", show_default=True, help="mixture, gate, or expert-0, expert-1, …")
-@click.option("--half", is_flag=True, help="Products of a network in half precision, for GPUs that are faster in it.")
+@click.option(
+    "--half", is_flag=True, help="Products of a network in half precision, for GPUs that are faster in it."
+)
 @OVERWRITE
 def export(model: str, out: str, part: str, half: bool, overwrite: bool) -> None:
     """Write a model folder, or a part of it, as one ONNX file, verified against the model first.

@@ -46,12 +46,13 @@ from moefast.kernels import (
 )
 from moefast.kernels.reference import (
     error_inputs,
+    gate_features,
     hat_weights,
     in_place_of,
-    line_features,
     prepare_reference,
     project_reference,
     soft_mix_reference,
+    window_features,
 )
 from moefast.kernels.reference_tangent import tangent_posterior_reference
 from moefast.spectra.quality import Quality, good_pixels
@@ -426,19 +427,15 @@ class Mixture:
             return quality_logs(error[rows], good_pixels(flux[rows], error[rows], hidden))
 
         def features(rows: NDArray[np.intp]) -> NDArray:
-            windows = linear.windows[rows] + self.line_offsets.astype(linear.windows.dtype)
-            lines = line_features(windows, self.line_widths, LEAST_CONTINUUM)
-            knots = self.knots.astype(linear.log_level.dtype)
-            level = np.clip(linear.log_level[rows], knots[0], knots[-1])
-            return np.concatenate([lines, linear.columns[rows, : self.n_gate], level[:, None]], axis=1)
+            leading = linear.columns[rows, : self.n_gate]
+            return gate_features(linear.windows[rows], leading, linear.log_level[rows], self.mixing)
 
         return quality if tower.sees == "quality" else features
 
     def inputs(self, linear: Projected) -> Inputs:
         """What experts that are not linear see of projected stars, but for the flux."""
         z = linear.columns[:, : self.n_basis]
-        windows = linear.windows + self.line_offsets.astype(z.dtype)
-        return Inputs(z, linear.log_level, line_features(windows, self.line_widths, LEAST_CONTINUUM))
+        return Inputs(z, linear.log_level, window_features(linear.windows, self.mixing))
 
     def error_features(self, features: NDArray, log_g: NDArray, raw: NDArray, spread: NDArray) -> NDArray:
         """What the error model sees: gate features, log g, ln σ_raw, ln spread."""

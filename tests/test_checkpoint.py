@@ -17,23 +17,24 @@ import pytest
 
 import moefast
 from moefast import checkpoint as module
-from moefast import fitting
 from moefast.checkpoint import FILE, Checkpoint
 from moefast.errors import InputError, OutputError
 from moefast.experts import normal_equations
 from moefast.experts.normal_equations import NormalEquations
+from moefast.fitting import error_model, gate, linear_experts, training_set
 from moefast.recipes import fit
 
 ROWS = 2600
 
 SCRIPT = """
 import os, signal, sys
-from moefast import checkpoint, fitting
+from moefast import checkpoint
 from moefast.experts import normal_equations
+from moefast.fitting import training_set
 from moefast.recipes import fit
 
 path, folder, stop, noise = sys.argv[1:]
-checkpoint.SECONDS, checkpoint.SHARE, fitting.BLOCK_ROWS = 0.0, 1e9, 100
+checkpoint.SECONDS, checkpoint.SHARE, training_set.BLOCK_ROWS = 0.0, 1e9, 100
 normal_equations.BUFFER_ROWS = 64
 
 def progress(stage, done, total):
@@ -47,8 +48,8 @@ fit(path, noise=noise, progress=progress, checkpoint=folder)
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Few iterations of the networks, whose quality is not the question, and buffers that a toy fills."""
-    for name in ("fit_gate", "fit_error_model"):
-        monkeypatch.setattr(fitting, name, functools.partial(getattr(fitting, name), hidden=4, steps=100))
+    for room, name in ((gate, "fit_gate"), (error_model, "fit_error_model")):
+        monkeypatch.setattr(room, name, functools.partial(getattr(room, name), hidden=4, steps=100))
     monkeypatch.setattr(normal_equations, "BUFFER_ROWS", 64)
 
 
@@ -77,7 +78,7 @@ def only_the_first_pass(monkeypatch):
     def stop(*_, **__):
         raise FirstPassDone
 
-    monkeypatch.setattr(fitting, "principal_subspace", stop)
+    monkeypatch.setattr(linear_experts, "principal_subspace", stop)
 
 
 def stages(seen):
@@ -121,7 +122,7 @@ def test_a_killed_fit_goes_on_to_the_same_bits(toy_file, tmp_path, noise, caplog
 def test_a_fit_that_fails_after_its_first_pass_has_that_pass_kept(toy_file, tmp_path, monkeypatch):
     folder = tmp_path / "so far"
     with monkeypatch.context() as patch:
-        patch.setattr(fitting, "principal_subspace", lambda *_, **__: np.linalg.inv(np.zeros((1, 1))))
+        patch.setattr(linear_experts, "principal_subspace", lambda *_, **__: np.linalg.inv(np.zeros((1, 1))))
         with pytest.raises(np.linalg.LinAlgError):
             fit(toy_file, checkpoint=folder)
     seen = {}
@@ -190,7 +191,7 @@ def test_a_damaged_checkpoint_is_told_and_the_fit_starts_anew(toy_file, kept, da
         fit(toy_file, progress=stages(seen), checkpoint=kept)
     assert "first-pass.npz: not a complete checkpoint (" in caplog.text
     assert "the fit starts from the beginning" in caplog.text
-    assert seen["normal equations"][0][0] <= fitting.BLOCK_ROWS
+    assert seen["normal equations"][0][0] <= training_set.BLOCK_ROWS
     # The whole first pass is kept in its place.
     with np.load(path) as file:
         assert json.loads(file["header"].tobytes())["rows"] == ROWS

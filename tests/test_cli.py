@@ -179,7 +179,7 @@ def test_a_fit_that_was_stopped_goes_on(run, labelled_file, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("moefast.fitting.principal_subspace", stop)
+        patch.setattr("moefast.fitting.linear_experts.principal_subspace", stop)
         result = run(*command, code=130)
     assert "interrupted; nothing was written" in result.stderr
     assert os.listdir("so-far") == ["first-pass.npz"]

@@ -7,11 +7,16 @@ import sys
 import numpy as np
 import pytest
 
-from moefast import fitting
 from moefast.checkpoint import Checkpoint
 from moefast.errors import BackendError, InputError, LabelError, MoefastError, WaveGridError
 from moefast.experts import normal_equations
-from moefast.fitting import Options, _Fitter, fit_mixture
+from moefast.experts.ridge import principal_subspace
+from moefast.fitting import Options, error_model, fit_mixture, gate, linear_experts, residuals, training_set
+from moefast.fitting.families import make_library
+from moefast.fitting.first_pass import gather
+from moefast.fitting.linear_experts import choose_rank, find_levels, held_out, mixture_of, solve
+from moefast.fitting.sample import draw_faint, draw_sample
+from moefast.fitting.training_set import TrainingSet
 from moefast.mixture import hat_weights
 from moefast.noise import add_noise, fold_of_rows
 from moefast.protocol.bins import Grid, SnrGrid, uniform
@@ -26,11 +31,20 @@ def fitted(path, progress=None, **options):
     return fit_mixture(open_spectra(path), Options(**options), progress)
 
 
+def rows_of(path, **options):
+    return TrainingSet(open_spectra(path), Options(**options), lambda *_: None)
+
+
+def first_pass(data):
+    equations, _, times_good, _ = gather(data, None, "cpu")
+    return solve(data, equations, times_good)
+
+
 @pytest.fixture
 def quick(monkeypatch):
     """Few iterations of the networks, where their quality is not the question."""
-    for name in ("fit_gate", "fit_error_model"):
-        monkeypatch.setattr(fitting, name, functools.partial(getattr(fitting, name), hidden=4, steps=150))
+    for module, name in ((gate, "fit_gate"), (error_model, "fit_error_model")):
+        monkeypatch.setattr(module, name, functools.partial(getattr(module, name), hidden=4, steps=150))
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +214,7 @@ def test_the_summary_says_what_was_done(whole):
     assert summary["rows"] == {"used": 3000, "left_out": 0}
     assert sum(b["n"] for b in summary["bins"].values()) == 3000
     assert list(summary["bins"]) == list(GRID.names)
-    assert all(b["alpha"] in fitting.ALPHAS and b["condition"] >= 1 for b in summary["bins"].values())
+    assert all(b["alpha"] in linear_experts.ALPHAS and b["condition"] >= 1 for b in summary["bins"].values())
     np.testing.assert_allclose(np.diff(np.log(summary["noise_levels"]), 2), 0, atol=1e-12)
     assert summary["chi2_limit"] > 1
     assert summary["discarded_variance"] < 1e-2
@@ -240,7 +254,7 @@ class TestBits:
     def test_experts_do_not_depend_on_the_blocks(self, train_file, monkeypatch, noise):
         monkeypatch.setattr(normal_equations, "BUFFER_ROWS", 1000)
         one = fitted(train_file, noise=noise, **QUICK)
-        monkeypatch.setattr(fitting, "BLOCK_ROWS", 333)
+        monkeypatch.setattr(training_set, "BLOCK_ROWS", 333)
         two = fitted(train_file, noise=noise, **QUICK)
         for name in ("reference", "noise_shape", "expert_weights", "expert_intercepts", "columns", "knots"):
             np.testing.assert_array_equal(
@@ -339,53 +353,46 @@ class TestBits:
 
     def test_cross_fitted_values_are_those_of_a_fit_without_the_fold(self, train_file, monkeypatch):
         # The penalty is chosen with all folds; one choice leaves the weights alone to be looked at.
-        monkeypatch.setattr(fitting, "ALPHAS", (0.01,))
-        fitter = fitting._Fitter(open_spectra(train_file), Options(**QUICK), lambda *_: None)
-        seen = {}
-        original = fitter.train
+        monkeypatch.setattr(linear_experts, "ALPHAS", (0.01,))
 
-        def train(mixture, experts, sample):
-            seen.update(values=sample.values["linear"], rows=sample.rows)
-            return original(mixture, experts, sample)
+        def sample_of(data):
+            solved = first_pass(data)
+            assert solved.experts.alphas == [0.01, 0.01]
+            return draw_sample(data, mixture_of(data, solved), solved.experts)
 
-        fitter.train = train
-        fitter.run()
-        np.testing.assert_array_equal(np.unique(seen["rows"]), np.arange(3000))
-        folds = fold_of_rows(seen["rows"], 3, 0)
-        y = fitter.y[seen["rows"]]
+        sample = sample_of(rows_of(train_file, **QUICK))
+        np.testing.assert_array_equal(np.unique(sample.rows), np.arange(3000))
+        folds = fold_of_rows(sample.rows, 3, 0)
         # Shifting the labels of one fold must move the values of the other folds only.
-        shifted = fitting._Fitter(open_spectra(train_file), Options(**QUICK), lambda *_: None)
+        shifted = rows_of(train_file, **QUICK)
         shifted.y = np.where(shifted.folds == 1, shifted.y + 1, shifted.y)
-        before = dict(seen)
-        original, shifted.train = shifted.train, train
-        shifted.run()
-        moved = seen["values"] - before["values"]
+        moved = sample_of(shifted).values["linear"] - sample.values["linear"]
         assert np.abs(moved[folds == 1]).max() < 1e-6
         assert np.abs(moved[folds != 1]).mean() > 0.2
-        assert np.isfinite(y).all()
 
 
 @pytest.mark.parametrize("noise", ["closed-form", "sampled"])
 def test_as_few_components_as_the_best_r2_needs(train_file, noise):
     """Clean spectra span few directions, and a fit to few noisy rows is better without the last of its directions."""
-    fitter = fitting._Fitter(open_spectra(train_file), Options(**QUICK, noise=noise), lambda *_: None)
-    equations, _, _ = fitter.gather()
+    data = rows_of(train_file, **QUICK, noise=noise)
+    equations = gather(data, None, "cpu").equations
     pooled = equations.pooled().moments()
     shape = pooled.variance
-    levels = np.exp(fitter.noise_levels(shape))
-    small = equations.transform(fitting.principal_subspace(pooled, shape).basis)
+    levels = find_levels(data, shape)
+    small = equations.transform(principal_subspace(pooled, shape).basis)
 
     def loss(rank):
         leading = small.transform(np.eye(small.n_pixels, rank))
-        return sum(fitter.held_out(leading, k, levels, (0.0,))[0] for k in range(2))
+        return sum(held_out(data.options, leading, k, levels, (0.0,))[0] for k in range(2))
 
-    rank = fitter.choose_rank(small, levels)
+    rank = choose_rank(data.options, small, levels)
     assert 0 < rank <= small.n_pixels
-    ranks = [*range(fitting.RANK_STEP, small.n_pixels, fitting.RANK_STEP), small.n_pixels]
+    step, most = linear_experts.RANK_STEP, linear_experts.RANK_LOSS
+    ranks = [*range(step, small.n_pixels, step), small.n_pixels]
     least = min(loss(r) for r in ranks)
     total = small.moments().sum_yy
-    assert (loss(rank) - least) / total <= fitting.RANK_LOSS
-    assert all((loss(r) - least) / total > fitting.RANK_LOSS for r in ranks if r < rank)
+    assert (loss(rank) - least) / total <= most
+    assert all((loss(r) - least) / total > most for r in ranks if r < rank)
     if noise == "sampled":
         assert rank < small.n_pixels
         assert loss(rank) < loss(small.n_pixels)
@@ -452,7 +459,7 @@ def test_the_factor_of_the_errors_serves_both_intervals():
         (np.abs(rng.standard_normal(20000)) * 0.7, 0.7),
         (np.abs(rng.uniform(-1, 1, 20000)), None),
     ):
-        factor = fitting.balanced_factor(ratio)
+        factor = error_model.balanced_factor(ratio)
         inner, outer = np.mean(ratio <= factor), np.mean(ratio <= 1.959964 * factor)
         if exact:
             assert factor == pytest.approx(exact, rel=0.02)
@@ -476,7 +483,7 @@ def test_observed_spectra_are_noisy_in_every_file_or_in_none(train_toy, train_fi
 
 
 def test_statistics_that_do_not_fit_are_refused(train_file, monkeypatch):
-    monkeypatch.setattr(fitting, "physical_memory", lambda: 10_000_000)
+    monkeypatch.setattr("moefast.fitting.first_pass.physical_memory", lambda: 10_000_000)
     with pytest.raises(InputError, match=r"this machine has 0\.0 GB\. Fit a coarser grid"):
         fitted(train_file)
 
@@ -547,16 +554,14 @@ def test_stars_of_the_sample_are_not_in_the_library(train_file, monkeypatch):
         taken[stage] = {row for a, b in stretches for row in range(a, b)}
         raise Stopped
 
-    monkeypatch.setattr(fitting._Fitter, "inputs", look)
-    fitter = fitting._Fitter(
-        open_spectra(train_file), Options(families=("template",), sample_rows=600), lambda *_: None
-    )
+    monkeypatch.setattr(TrainingSet, "inputs", look)
+    data = rows_of(train_file, families=("template",), sample_rows=600)
     with pytest.raises(Stopped):
-        fitter.templates(None)
-    sample = {row for a, b in fitter.sample_rows() for row in range(a, b)}
+        make_library(data, None)
+    sample = {row for a, b in data.sample_stretches() for row in range(a, b)}
     assert not taken["templates"] & sample
     assert len(taken["templates"]) + len(sample) == 3000
-    few = {row for a, b in fitter.other_rows(700) for row in range(a, b)}
+    few = {row for a, b in data.other_stretches(700) for row in range(a, b)}
     assert few < taken["templates"]
     assert 400 < len(few) < 900
 
@@ -628,7 +633,8 @@ def test_forests_find_what_one_linear_expert_gets_wrong_and_every_region_stays_a
 
 @pytest.mark.usefixtures("quick")
 def test_residuals_that_help_nowhere_are_left_out_and_the_fit_says_so(train_file, test_toy, monkeypatch):
-    monkeypatch.setattr(fitting, "choose_residuals", functools.partial(fitting.choose_residuals, margin=1e9))
+    never = functools.partial(residuals.choose_residuals, margin=1e9)
+    monkeypatch.setattr(residuals, "choose_residuals", never)
     options = {"grid": GRID, "sample_draws": 1, "families": ("template",), "references": False}
     fit = fitted(train_file, **options, residuals=("ridge",))
     assert fit.mixture.residuals == {}
@@ -652,11 +658,11 @@ TOWER = {"tower": "features", "tower_limit": 5.0}
 @pytest.fixture
 def decided(monkeypatch):
     """Small towers, and what is decided about them."""
-    monkeypatch.setattr(fitting, "TOWER_STEPS", 150)
-    monkeypatch.setattr(fitting, "TOWER_HIDDEN", {"features": 4, "quality": 4})
+    monkeypatch.setattr(gate, "TOWER_STEPS", 150)
+    monkeypatch.setattr(gate, "TOWER_HIDDEN", {"features": 4, "quality": 4})
 
     def decide(better):
-        monkeypatch.setattr(fitting, "_is_better", lambda *_: better)
+        monkeypatch.setattr(gate, "_is_better", lambda *_: better)
 
     return decide
 
@@ -727,11 +733,10 @@ def test_a_gate_on_the_quality_features_knows_how_noisy_a_star_is(train_file, te
 
 
 def test_faint_stars_are_made_of_all_stars_with_the_errors_of_faint_ones(train_file, train_toy, decided):
-    options = Options(**QUICK, **TOWER)
-    fitter = fitting._Fitter(open_spectra(train_file), options, lambda *_: None)
-    solved = fitter.solve(fitter.gather()[0])
-    mixture = fitter.assemble(solved)
-    found = fitter.faint_sample(mixture, solved.experts)
+    data = rows_of(train_file, **QUICK, **TOWER)
+    solved = first_pass(data)
+    mixture = mixture_of(data, solved)
+    found = draw_faint(data, mixture, solved.experts)
     n = mixture.n_gate
     assert found.seen.shape == (len(found.rows), 9 + n + 1)
     assert found.values.shape == found.logits.shape == (len(found.rows), 2)
@@ -744,7 +749,7 @@ def test_faint_stars_are_made_of_all_stars_with_the_errors_of_faint_ones(train_f
     shape = mixture.noise_shape.astype(np.float64)
     level = 0.5 * np.log((train_toy.error.astype(np.float64) ** 2 / shape).mean(1))
     assert found.seen[:, -1].min() > level[faint].min() - 1e-3
-    again = fitter.faint_sample(mixture, solved.experts)
+    again = draw_faint(data, mixture, solved.experts)
     np.testing.assert_array_equal(found.seen, again.seen)
 
 
@@ -790,14 +795,13 @@ def test_what_a_network_lacks_is_known_before_the_first_pass(train_file, tmp_pat
         checkpoint = Checkpoint(tmp_path)
         monkeypatch.setattr("moefast.trunks.training.find_spec", lambda name: None)
     if lack == "memory":
-        monkeypatch.setattr("moefast.fitting.physical_memory", lambda: 1000)
+        monkeypatch.setattr("moefast.fitting.network.physical_memory", lambda: 1000)
         error, match = InputError, "training stars in memory"
     if lack == "device":
         device, error, match = "cuda", BackendError, "sees no GPU"
         monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    fitter = _Fitter(_Untouched(open_spectra(train_file)), options, lambda *_: None, checkpoint, device)
     with pytest.raises(error, match=match):
-        fitter.run()
+        fit_mixture(_Untouched(open_spectra(train_file)), options, None, checkpoint, device)
 
 
 @pytest.mark.parametrize(

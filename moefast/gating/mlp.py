@@ -21,6 +21,7 @@ __all__ = [
     "Loss",
     "Perceptron",
     "Progress",
+    "as_float32",
     "descend",
     "fit_error_model",
     "fit_gate",
@@ -58,6 +59,12 @@ MOST_CHECKED = 65_536
 """Rows held back that are looked at in each check, at most."""
 LEAST_VARIATION = 1e-4
 """A feature that varies by less than this fraction of its mean is a constant: float32 cannot tell its values apart."""
+
+
+def as_float32(layers: tuple[F64, F64, F64, F64]) -> tuple[F32, F32, F32, F32]:
+    """W₁, b₁, W₂, b₂ as a mixture keeps them."""
+    w1, b1, w2, b2 = (np.ascontiguousarray(a, np.float32) for a in layers)
+    return w1, b1, w2, b2
 
 
 def softmax(logits: NDArray) -> NDArray:

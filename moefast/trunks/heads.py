@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from moefast.experts.inputs import Inputs
 from moefast.threads import in_threads, one_blas_thread
 from moefast.trunks.arithmetic import NumPyArithmetic, OnnxArithmetic, is_matrix
-from moefast.trunks.networks import KINDS, Kind, Plan, answer, shapes
+from moefast.trunks.networks import KINDS, SEES_FLUX, Kind, Plan, answer, shapes
 
 if TYPE_CHECKING:
     from typing import Self
@@ -172,7 +172,7 @@ def _plan_of(kind: Kind, names: Mapping[str, tuple[int, ...]]) -> Plan:
     layers = sum(name.endswith(".up.w") for name in names)
     return Plan(
         kind,
-        names["variance" if kind == "pca-mlp" else "reference"][0],
+        names["reference" if SEES_FLUX[kind] else "variance"][0],
         experts - 1,
         width=width,
         depth=names["0.b"][0] if kind == "cnn" else layers,

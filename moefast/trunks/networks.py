@@ -30,11 +30,13 @@ from numpy.typing import NDArray
 
 from moefast.trunks.arithmetic import HEAD, Arithmetic
 
-__all__ = ["KINDS", "Kind", "Plan", "answer", "embed", "shapes", "start"]
+__all__ = ["KINDS", "SEES_FLUX", "Kind", "Plan", "answer", "embed", "shapes", "start"]
 
 F32 = NDArray[np.float32]
 Kind = Literal["pca-mlp", "cnn", "vit"]
 KINDS = get_args(Kind)
+SEES_FLUX: Mapping[Kind, bool] = {"pca-mlp": False, "cnn": True, "vit": True}
+"""Whether a trunk sees pixels rather than components."""
 
 KERNELS = (16, 8, 8)
 LARGEST_MEAN, LARGEST_LOG_SD, LEAST_LOG_SD = 3.0, 1.0, -6.0
@@ -92,7 +94,7 @@ class Plan:
     @property
     def sees_flux(self) -> bool:
         """Whether it sees pixels rather than components."""
-        return self.kind != "pca-mlp"
+        return SEES_FLUX[self.kind]
 
     @property
     def places(self) -> int:

@@ -1,0 +1,153 @@
+"""How to fit: the options, and which of them go together."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from moefast.errors import InputError
+from moefast.gating.tower import Sees
+from moefast.protocol.bins import Grid, SnrGrid
+from moefast.trunks.networks import KINDS, Kind
+from moefast.trunks.presets import SIZES, Size
+
+__all__ = ["FAMILIES", "RESIDUALS", "STRETCH", "Noise", "Options"]
+
+Noise = Literal["closed-form", "sampled", "observed"]
+FAMILIES = ("linear", "template", "trees", "heads")
+RESIDUALS = ("linear", "ridge", "trees")
+STRETCH = 512
+"""Rows of one stretch of the sample."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to fit.
+
+    Attributes
+    ----------
+    grid : Grid or SnrGrid
+        One expert per bin of T_eff × [M/H], or of snr_norm; a 1 × 1 grid is a global fit.
+    noise : "closed-form", "sampled" or "observed"
+        Clean flux with noise added to the normal equations in closed form; clean flux with one noise draw per row;
+        or flux that is noisy already (`noisy` where a file has it).
+    noise_level : float
+        Factor on the errors of the files.
+    clipped : bool
+        Flux is set to zero where it is negative, by the fit and by the model, as published. Noise in closed form is
+        that of flux as it is: clipped flux must be sampled or observed.
+    alpha : float, optional
+        Ridge penalty per row, in flux² (scikit-learn's alpha over n), of experts in pixel space that are the same at
+        every noise level. If None, the penalty of each bin is chosen by cross-validation and its expert is solved
+        for each noise level.
+    n_levels : int
+        Noise levels per expert.
+    n_components : int, optional
+        Principal components of a spectrum that experts see at most. If None, as many as their cross-validated R² needs.
+    families : tuple of str
+        Kinds of experts: "linear", "template" (posterior means over a library of templates, stars of the training set,
+        whose evidence is the gate), "trees", or "heads" on one trunk, a network with its own gate, which stands alone.
+        Of several, "linear" among them, each bin gets the best.
+    trunk : "pca-mlp", "cnn" or "vit"
+        What the network of "heads" is; see `moefast.trunks.networks`.
+    size : "small" or "base"
+        Of that network: for a laptop or for a GPU.
+    steps : int, optional
+        Of its fit; what belongs to the size if None.
+    residuals : tuple of str
+        Kinds of residuals that are tried beside each expert, of "linear", "ridge" and "trees"; see
+        `moefast.experts.residual`.
+    n_gate : int
+        Principal components among the features of the gate, at most.
+    first_tower : bool
+        Whether the gate learns from lines and components. If not, it is the second tower alone.
+    tower : "features" or "quality", optional
+        What a second tower of the gate sees, if there is to be one; see `moefast.gating.tower`.
+    tower_limit : float
+        Largest snr_norm of the stars that the second tower speaks to.
+    n_folds : int
+        Folds for cross-validation and cross-fitting.
+    sample_rows, sample_draws : int
+        Rows, and noise draws of each, for gate and error model, at most; of few rows more draws are taken.
+    references : bool
+        Also fit the published-style ridge that results are compared with; doubles the work of the first pass.
+    seed : int
+    """
+
+    grid: Grid | SnrGrid = field(default_factory=Grid)
+    noise: Noise = "closed-form"
+    noise_level: float = 1.0
+    clipped: bool = False
+    alpha: float | None = None
+    n_levels: int = 8
+    n_components: int | None = None
+    families: tuple[str, ...] = ("linear",)
+    trunk: Kind = "pca-mlp"
+    size: Size = "small"
+    steps: int | None = None
+    residuals: tuple[str, ...] = ()
+    n_gate: int = 48
+    first_tower: bool = True
+    tower: Sees | None = None
+    tower_limit: float = math.inf
+    n_folds: int = 3
+    sample_rows: int = 120_000
+    sample_draws: int = 24
+    references: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.noise not in get_args(Noise):
+            raise InputError(f"noise must be one of {get_args(Noise)}, found {self.noise!r}")
+        if not self.noise_level > 0:
+            raise InputError(f"the noise level must be positive, found {self.noise_level}")
+        if self.noise == "observed" and self.noise_level != 1:
+            raise InputError("observed spectra have the noise they have; leave the noise level at 1")
+        if self.clipped and self.noise == "closed-form":
+            raise InputError("noise in closed form is that of flux as it is; clip sampled or observed flux")
+        if self.alpha is not None and not self.alpha > 0:
+            raise InputError(f"alpha must be positive, or None to have it chosen; found {self.alpha}")
+        if self.n_folds < 2 or self.n_levels < 2:
+            raise InputError("at least two folds and two noise levels are needed")
+        unknown, several = set(self.families) - set(FAMILIES), len(self.families) > 1
+        apart = several and ("linear" not in self.families or "heads" in self.families)
+        if unknown or not self.families or apart:
+            raise InputError(
+                f"families must be of {', '.join(FAMILIES)}, linear among them if several, heads alone; "
+                f"found {self.families}"
+            )
+        if self.trunk not in KINDS or self.size not in SIZES or (self.steps is not None and self.steps < 1):
+            raise InputError(
+                f"a trunk is one of {', '.join(KINDS)}, its size one of {', '.join(SIZES)}, its steps positive; found "
+                f"{self.trunk!r}, {self.size!r}, {self.steps}"
+            )
+        if self.families != ("linear",) and (self.alpha is not None or self.noise != "closed-form"):
+            raise InputError(
+                "templates, trees and networks need clean training spectra, with noise in closed form, and experts in "
+                "principal components; for other spectra fit phys-moe"
+            )
+        if set(self.residuals) - set(RESIDUALS):
+            raise InputError(f"residuals must be of {', '.join(RESIDUALS)}; found {self.residuals}")
+        if self.tower not in (None, *get_args(Sees)) or not self.tower_limit > 0:
+            raise InputError(
+                f"a second tower sees one of {get_args(Sees)} up to a positive snr_norm; "
+                f"found {self.tower!r} and {self.tower_limit}"
+            )
+        if not self.first_tower and (self.tower is None or self.tower_limit < math.inf):
+            raise InputError("a gate without its first tower needs a second one without a limit")
+        if (isinstance(self.grid, SnrGrid) or self.tower is not None) and self.families != ("linear",):
+            raise InputError(
+                "experts by snr_norm and gates of two towers are for linear experts; choose one or the other"
+            )
+        few = self.n_components is not None and self.n_components < 1
+        if few or self.n_gate < 1 or self.sample_rows < STRETCH or self.sample_draws < 1:
+            raise InputError(
+                f"at least one component, also for the gate, {STRETCH} sample rows and one draw are needed; found "
+                f"{self.n_components}, {self.n_gate}, {self.sample_rows}, {self.sample_draws}"
+            )
+
+    @property
+    def noise_inside(self) -> float:
+        """Mean squared noise level that the totals contain: those of noisy rows hold the noise already."""
+        return 0.0 if self.noise == "closed-form" else 1.0

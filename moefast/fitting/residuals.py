@@ -1,0 +1,93 @@
+"""Residuals beside the experts, kept where they help beyond doubt and harm no region.
+
+Design: what the mixture gets wrong in the sample is fitted once more, expert by expert, weighed by the gate. Seven
+tenths of the stars train, two judge (`moefast.experts.residual`), and the last tenth is left to measure the outcome.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moefast.experts.inputs import Expert, Inputs
+from moefast.experts.residual import choose_residuals, fit_linear_residual, fit_ridge_residual, regions
+from moefast.fitting.families import FOREST_ROWS, families_of
+from moefast.fitting.sample import Sample
+from moefast.fitting.training_set import TrainingSet
+from moefast.mixture import Mixture
+from moefast.protocol.bins import SNR_NORM_NAMES, assign_snr_bins
+
+__all__ = ["add_residuals"]
+
+F64 = NDArray[np.float64]
+
+TREES, LEAF = 100, 500
+"""Trees of a residual, and rows in a leaf: a strong answer leaves little to find, and much noise to fall for."""
+LEAST_WEIGHT = 0.02
+"""Gate weight of an expert from which on a star counts in its residual's forest."""
+LEAST_STARS = 200
+"""Stars that a residual is fitted on at the least."""
+PENALTY = 0.1
+"""Of the ridge, as a share of each feature's variance."""
+
+
+def add_residuals(
+    data: TrainingSet, mixture: Mixture, sample: Sample, values: NDArray, gate: F64
+) -> tuple[Mixture, NDArray, dict[str, Any]]:
+    """The mixture with the residuals that are kept, the sample's values of its experts with them, and what was kept."""
+    options, rows = data.options, sample.rows
+    part, y, strong = data.part_of(rows), data.y[rows], (gate * values).sum(1)
+    families = families_of(mixture)
+
+    def seen(k: int, some: NDArray | slice) -> Inputs:
+        own = Inputs(*(a[some] for a in sample.inputs[:3]))
+        return own._replace(value=values[some, k], linear=sample.values["linear"][some, k])
+
+    fitted, judges = np.flatnonzero(part > 2), np.isin(part, (1, 2))
+    experts: dict[str, dict[int, Expert]] = {name: {} for name in options.residuals}
+    step = data.steps("residuals", len(experts) * options.grid.n_bins)
+    for name, k in itertools.product(experts, range(options.grid.n_bins)):
+        # Far from its bin an expert has next to no say; forests take all rows alike for the time that they take.
+        near = fitted[gate[fitted, k] > LEAST_WEIGHT]
+        enough = len(np.unique(rows[near])) > LEAST_STARS
+        if enough and (name, families[k]) != ("linear", "linear"):
+            experts[name][k] = _fit_residual(
+                name, seen(k, near), (y - strong)[near], gate[near, k], options.seed
+            )
+        step()
+    kept = choose_residuals(
+        y[judges], strong[judges], gate[judges],
+        {name: {k: e.predict(seen(k, judges)) for k, e in each.items()} for name, each in experts.items()},
+        rows[judges],
+        regions(
+            data.bins[rows[judges]], options.grid.names, data.labels["M_H"][rows[judges]],
+            assign_snr_bins(sample.snr_norm[judges]), SNR_NORM_NAMES,
+        ),
+        mixture.label_range,
+    )  # fmt: skip
+    chosen = {k: experts[name][k] for k, name in sorted(kept.kept.items())}
+    if chosen:
+        values = values.copy()
+    for k, expert in chosen.items():
+        values[:, k] += expert.predict(seen(k, slice(None)))
+    return replace(mixture, residuals=chosen), values, kept.summary(options.grid.names)
+
+
+def _fit_residual(name: str, seen: Inputs, wrong: F64, weight: F64, seed: int) -> Expert:
+    """A residual of one kind."""
+    if name == "linear":
+        return fit_linear_residual(seen, wrong, weight)
+    if name == "ridge":
+        return fit_ridge_residual(seen, wrong, weight, PENALTY)
+    from moefast.experts.trees import fit_trees, stacking
+
+    few = slice(None, None, -(-len(wrong) // FOREST_ROWS))
+    features = stacking(Inputs(*(a[few] for a in seen[:3])))
+    return fit_trees(
+        features, wrong[few], weight[few], sees="stacking", seed=seed,
+        n_trees=TREES, least_stars=LEAF,
+    )  # fmt: skip

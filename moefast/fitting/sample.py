@@ -1,0 +1,191 @@
+"""What gate, residuals and error model are trained on: noise draws of stars, and what experts that never saw them say.
+
+Design: every linear expert is at hand without each fold, so the value that is kept of a star is that of the experts
+without the star's own fold. A draw of noise is a number by counter: of the same row, draw and seed it is always the
+same. `draw_faint` lends the errors of the few faint stars to all others.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moefast.experts.inputs import Inputs
+from moefast.fitting.linear_experts import LinearExperts
+from moefast.fitting.training_set import TrainingSet
+from moefast.gating.tower import quality_logs
+from moefast.kernels import Projected, perceptron, project, tangent_posterior
+from moefast.kernels.reference import hat_weights, prepare_reference
+from moefast.mixture import Mixture
+from moefast.noise import add_noise
+
+__all__ = ["Faint", "Sample", "draw_faint", "draw_sample"]
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+
+NOISY_ROWS = 600_000
+"""Noisy rows for gate and error model: a gate of fifty features gains until there are some hundred thousand."""
+TOWER_ROWS = 800_000
+"""Noisy rows of a tower for faint stars."""
+
+
+class Sample(NamedTuple):
+    """What gate and error model are trained on: n noise draws of stars.
+
+    `features` (n, f) of the gate; `chi2` (n,); `rows` (n,) of the training set; `inputs` of experts not linear;
+    by family, `values` (n, K) of experts that did not see the star, and their propagated `noise` (n, K); `logits`
+    (n, K), the evidence of a library or what a network says, if there is one; `snr_norm` (n,); `quality` (n, 10), the
+    logarithms of the quality features, empty unless a tower sees them.
+    """
+
+    features: NDArray
+    chi2: NDArray
+    rows: NDArray[np.int64]
+    inputs: Inputs
+    values: dict[str, NDArray]
+    noise: dict[str, NDArray]
+    logits: NDArray | None
+    snr_norm: NDArray
+    quality: NDArray
+
+    def of_families(self, families: list[str]) -> tuple[NDArray, NDArray]:
+        """Values (n, K) of experts and their propagated noise (n, K), each expert of the family that it has."""
+        values, noise = (
+            np.column_stack([of_family[families[k]][:, k] for k in range(len(families))])
+            for of_family in (self.values, self.noise)
+        )
+        return values, noise
+
+
+class Faint(NamedTuple):
+    """What a second tower is trained on: noise draws of `rows` (n,) of the training set.
+
+    `seen` (n, f) by the tower, `values` (n, K) of the experts, `logits` (n, K) of the first tower.
+    """
+
+    rows: NDArray[np.int64]
+    seen: NDArray
+    values: NDArray
+    logits: NDArray
+
+
+class _Draw(NamedTuple):
+    """Rows with one draw of noise: `projected`, gate `features` (n, f), `chi2` (n,).
+
+    `values` (n, K) are of linear experts that did not see the rows, `noise` (n, K) is propagated through experts that
+    saw all; `of_network`, if there is one, its values, 1σ and logits, each (n, K).
+    """
+
+    projected: Projected
+    features: NDArray
+    values: F64
+    noise: NDArray
+    chi2: NDArray
+    of_network: tuple[F32, ...]
+
+
+def draw_sample(data: TrainingSet, mixture: Mixture, experts: LinearExperts) -> Sample:
+    """Gate features and values of the sample rows by experts that did not see them, each with fresh noise.
+
+    Parameters
+    ----------
+    data : TrainingSet
+    mixture : Mixture
+        With its library or network, which have not seen the sample.
+    experts : LinearExperts
+    """
+    options = data.options
+    stretches = data.sample_stretches()
+    n = sum(b - a for a, b in stretches)
+    draws = 1 if options.noise == "observed" else int(np.clip(NOISY_ROWS // n, 1, options.sample_draws))
+    parts: list[tuple] = []
+    for here, flux, error, usable in data.blocks("gate sample", stretches):
+        rows = np.arange(here.start, here.stop)[usable]
+        flux, error = flux[usable], error[usable]
+        quality = quality_logs(error, error > 0) if options.tower == "quality" else np.empty((len(rows), 0))
+        for draw in range(draws):
+            one = _draw(data, mixture, experts, rows, flux, error, draw)
+            seen = (one.projected.snr_norm, quality, *mixture.inputs(one.projected)[:3])
+            parts.append((one.features, one.chi2, rows, one.values, one.noise, *seen, *one.of_network))
+    features, chi2, rows, values, noise, snr_norm, quality, z, level, lines, *of_network = (
+        np.concatenate(columns) for columns in zip(*parts, strict=True)
+    )
+    inputs = Inputs(z, level, lines)
+    sample = Sample(
+        features, chi2, rows, inputs, {"linear": values}, {"linear": noise}, None, snr_norm, quality
+    )
+    if of_network:
+        log_g, sd, logits = of_network
+        sample.values["heads"], sample.noise["heads"] = log_g.astype(np.float64), sd
+        sample = sample._replace(logits=logits.astype(np.float64))
+    if mixture.library is not None:
+        posterior = tangent_posterior(sample.inputs.z, sample.inputs.log_level, mixture.library)
+        sample.values["template"] = posterior.mean.astype(np.float64)
+        sample.noise["template"] = posterior.sd
+        evidence = posterior.log_evidence.astype(np.float64)
+        sample = sample._replace(logits=evidence - evidence.max(1, keepdims=True))
+    return sample
+
+
+def draw_faint(data: TrainingSet, mixture: Mixture, experts: LinearExperts) -> Faint:
+    """The sample's stars with the errors of stars below the tower's limit, each that of another in every draw.
+
+    There are few faint stars, and many draws of many stars are what a gate learns from.
+    """
+    options = data.options
+    stretches = data.sample_stretches()
+    draws = int(np.clip(TOWER_ROWS // sum(b - a for a, b in stretches), 1, options.sample_draws))
+    nothing = np.empty((0, options.grid.n_bins), np.float32)
+    seen = np.empty((0, len(mixture.gate[0])), np.float32)
+    parts = [Faint(np.empty(0, np.int64), seen, nothing, nothing)]
+    for here, flux, error, usable in data.blocks("faint stars", stretches):
+        rows = np.arange(here.start, here.stop)[usable]
+        faint = np.flatnonzero(usable & (data.snr_norm(flux, error) <= options.tower_limit))
+        if not faint.size:
+            continue
+        rng = np.random.default_rng([options.seed, here.start])
+        for draw in range(draws):
+            lent = error[rng.choice(faint, len(rows))]
+            x = np.where(lent > 0, flux[usable], data.reference.astype(np.float32))
+            one = _draw(data, mixture, experts, rows, x, lent, options.sample_draws + draw)
+            below = one.projected.snr_norm <= options.tower_limit
+            features, values = one.features[below], one.values[below].astype(np.float32)
+            parts.append(Faint(rows[below], features, values, perceptron(features, mixture.gate)))
+    return Faint(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+
+def _draw(
+    data: TrainingSet,
+    mixture: Mixture,
+    experts: LinearExperts,
+    rows: NDArray[np.int64],
+    flux: F32,
+    error: F32,
+    draw: int,
+) -> _Draw:
+    options = data.options
+    x = flux
+    if options.noise != "observed":
+        x = add_noise(flux, error, options.seed + 1 + draw, rows)
+    found = project(x, error, None, mixture.projection)
+    features, _, noise, chi2 = prepare_reference(found, mixture.mixing)
+    z = found.columns
+    if options.alpha is not None:
+        # Experts in pixel space have columns of their own for every fold.
+        seen = np.maximum(x, 0) if mixture.clipped else x
+        z = np.where(error > 0, seen - mixture.reference, 0) @ experts.columns.astype(np.float32)
+    level = np.clip(found.log_level, mixture.knots[0], mixture.knots[-1])
+    hat = hat_weights(level, mixture.knots)
+    values = np.empty((len(rows), options.grid.n_bins))
+    for f in range(options.n_folds):
+        mine = data.folds[rows] == f
+        each = np.einsum("nc,kmc->nkm", z[mine], experts.fold_weights[f], optimize=True)
+        each += experts.fold_intercepts[f]
+        values[mine] = (each * hat[mine][:, None]).sum(2)
+    of_network: tuple[F32, ...] = ()
+    if mixture.heads is not None:
+        of_network = mixture.heads.predict(mixture.inputs(found)._replace(x=x))
+    return _Draw(found, features, values, noise, chi2, of_network)

@@ -1,0 +1,130 @@
+"""The order of the stages, and what a fit says of itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from moefast.checkpoint import Checkpoint
+from moefast.fitting.error_model import train_error_model
+from moefast.fitting.families import choose_families, families_of, make_library
+from moefast.fitting.first_pass import gather
+from moefast.fitting.gate import train_gate
+from moefast.fitting.linear_experts import mixture_of, solve
+from moefast.fitting.network import check_network, train_heads
+from moefast.fitting.options import Options
+from moefast.fitting.references import LinearForm, reference_forms, sampled_oracle
+from moefast.fitting.residuals import add_residuals
+from moefast.fitting.sample import draw_sample
+from moefast.fitting.training_set import Progress, TrainingSet
+from moefast.gating.mlp import softmax
+from moefast.mixture import Mixture
+
+if TYPE_CHECKING:
+    from moefast.simulate.source import SimulatedSpectra
+    from moefast.spectra.files import SpectrumSet
+
+__all__ = ["Fit", "fit_mixture"]
+
+CHI2_QUANTILE = 0.999
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted mixture, the linear forms to compare it with, and what happened on the way."""
+
+    mixture: Mixture
+    references: dict[str, LinearForm]
+    summary: dict[str, Any]
+
+
+def fit_mixture(
+    spectra: SpectrumSet | SimulatedSpectra,
+    options: Options,
+    progress: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
+    backend: Literal["cpu", "cuda"] = "cpu",
+) -> Fit:
+    """Fit a mixture of linear experts, its gate and its error model.
+
+    Parameters
+    ----------
+    spectra : SpectrumSet or SimulatedSpectra
+        With labels T_eff [K], log_g [dex], M_H [dex].
+    options : Options
+    progress : callable, optional
+        Called with the name of a stage, rows (or steps) done and rows in all.
+    checkpoint : Checkpoint, optional
+        Where the first pass is kept; goes on from what is there, on a CPU with the same bits. The caller removes it.
+    backend : "cpu" or "cuda"
+        Where the normal equations are gathered.
+
+    Raises
+    ------
+    LabelError
+        Labels are missing or not finite.
+    InputError
+        Too few usable rows, or the checkpoint is of another fit.
+    OutputError
+        There is no room for checkpoints.
+    BackendError
+        There is no usable GPU, or its memory is too small.
+    """
+    report = progress or (lambda *_: None)
+    found = _both_passes(TrainingSet(spectra, options, report), checkpoint, backend)
+    if len(options.families) > 1 and options.references and options.noise == "closed-form":
+        # What the choice of families is compared with: one noise draw per star, as published.
+        sampled = replace(options, noise="sampled", families=("linear",), references=False)
+        again = TrainingSet(spectra, sampled, lambda stage, *steps: report(f"{stage}, sampled", *steps))
+        found.references["oracle-ridge, sampled"] = sampled_oracle(again, backend)
+    return found
+
+
+def _both_passes(data: TrainingSet, checkpoint: Checkpoint | None, backend: Literal["cpu", "cuda"]) -> Fit:
+    """The stages in order. What they hold is freed when it returns."""
+    options = data.options
+    if "heads" in options.families:
+        # What a network lacks must be known before the first pass, not after.
+        check_network(data, checkpoint, backend)
+    equations, published, times_good, used = gather(data, checkpoint, backend)
+    solved = solve(data, equations, times_good)
+    # Gigabytes that nothing below needs.
+    del equations
+    small, experts = solved.small, solved.experts
+    mixture = mixture_of(data, solved)
+    stages: dict[str, Any] = {}
+    if "template" in options.families:
+        library, tried = make_library(data, mixture)
+        mixture = replace(mixture, library=library)
+        stages["library"] = {
+            "clouds": len(library.keys),
+            "tangents": library.variances.shape[1],
+            "r2_held_out": tried,
+        }
+    if "heads" in options.families:
+        heads, stages["heads"] = train_heads(data, mixture, checkpoint, backend)
+        mixture = replace(mixture, heads=heads)
+    sample = draw_sample(data, mixture, experts)
+    if len(options.families) > 1:
+        mixture, stages["families"] = choose_families(data, mixture, sample)
+    values, noise = sample.of_families(families_of(mixture))
+    mixture, logits = train_gate(data, mixture, experts, sample, values)
+    gate = softmax(logits)
+    if options.residuals:
+        mixture, values, stages["residuals"] = add_residuals(data, mixture, sample, values, gate)
+    mixture, quality = train_error_model(data, mixture, sample, values, noise, gate)
+    references = reference_forms(data, published, solved)
+    bins = zip(options.grid.names, small.count.sum(1), experts.alphas, experts.conditions, strict=True)
+    summary = {
+        "rows": used,
+        "bins": {name: {"n": int(n), "alpha": a, "condition": c} for name, n, a, c in bins},
+        "solver": experts.solver,
+        "clipped": options.clipped,
+        "discarded_variance": solved.subspace.discarded,
+        "noise_levels": solved.levels.s.tolist(),
+        "chi2_limit": float(1 + 2 * max(np.quantile(sample.chi2, CHI2_QUANTILE) - 1, 0.1)),
+        "cross_validation": quality,
+    }
+    return Fit(mixture, references, summary | stages)
