@@ -203,7 +203,8 @@ def draw(found: dict[str, Any], networks: dict[str, Any], ceiling: float, path: 
     left.axhline(ceiling, color="black", linestyle="--", label=f"Bayes ceiling of {found['set']}, test stars")
     left.axhline(0.87, color="grey", linestyle=":", label="published ceiling, other spectra")
     left.set(xscale="log", xlabel="training stars", ylabel="R²", title=f"{found['set']}, validation stars")
-    left.legend(fontsize=8)
+    left.set_ylim(0.2, 0.9)
+    left.legend(fontsize=8, ncols=2, loc="lower right")
     for name, network in networks.items():
         steps = [look["step"] * network["batch"] / 1e6 for look in network["curve"]]
         right.plot(steps, [look["r2"] for look in network["curve"]], label=name)

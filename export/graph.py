@@ -670,8 +670,8 @@ def build(
     metadata : dict of str to str, optional
         Added to the model's metadata.
     half : bool
-        Products of the network in half precision, for other programs and where that is fast; its matrices as well, which
-        a fitted network has rounded to it already. moefast does not read a mixture back from it.
+        Products of the network in half precision, for other programs and where that is fast; its matrices as well,
+        which a fitted network has rounded to it already. moefast does not read a mixture back from it.
 
     Raises
     ------
