@@ -208,7 +208,13 @@ def measure_scores(
 @click.command()
 @click.option("--size", type=click.Choice(SIZES), default="base", show_default=True, help="Of the networks.")
 @click.option("--part", "parts", multiple=True, type=click.Choice(PARTS), help="By default all.")
-@click.option("--steps", default=100, show_default=True, help="Steps of each fit that are timed.")
+@click.option(
+    "--steps",
+    type=click.IntRange(WARM_UP),
+    default=100,
+    show_default=True,
+    help="Steps of each fit that are timed.",
+)
 @click.option("--samples", default=5, show_default=True, help="Timed runs of each engine.")
 @click.option("--small", is_flag=True, help="Sizes of a test: seconds instead of minutes.")
 @click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), help="JSON file to write.")

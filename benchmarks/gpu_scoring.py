@@ -381,14 +381,12 @@ def measure(model: Model, samples: int, small: bool) -> dict[str, Any]:
 
 
 @click.command()
-@click.option(
-    "-m", "--model", type=click.Path(exists=True, path_type=Path), help="Model folder; else the shipped one."
-)
+@click.option("-m", "--model", help="Model folder, or a shipped model: z0 or survey.  [default: z0]")
 @click.option("--samples", default=7, show_default=True, help="Timed runs of each engine.")
 @click.option("--small", is_flag=True, help="Sizes of a test: seconds instead of minutes.")
 @click.option("--part", "parts", multiple=True, type=click.Choice(PARTS), help="By default all.")
 @click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), help="JSON file to write.")
-def main(model: Path | None, samples: int, small: bool, parts: tuple[str, ...], out: Path | None) -> None:
+def main(model: str | None, samples: int, small: bool, parts: tuple[str, ...], out: Path | None) -> None:
     """Measure, print, and write JSON (by default into benchmarks/results/)."""
     from moefast.kernels.cuda.device import require_device
 

@@ -37,6 +37,7 @@ from moefast.gating.tower import Sees, Tower
 from moefast.kernels import Library, cell_size
 from moefast.mixture import LEAST_SPREAD, Mixture, n_gate_features
 from moefast.spectra.quality import LARGEST_ERROR
+from moefast.trunks.arithmetic import is_matrix
 from moefast.trunks.heads import STEM, Heads
 from moefast.trunks.networks import KINDS
 
@@ -976,7 +977,7 @@ def read_mixture(model: ModelProto, wave: NDArray[np.float64]) -> Mixture:
 
         def number_of_network(short: str) -> NDArray:
             name = of_heads[short][1]
-            half = len(dims[short]) > 1 and tensors[name].data_type == TensorProto.FLOAT16
+            half = is_matrix(short, len(dims[short])) and tensors[name].data_type == TensorProto.FLOAT16
             return read(name, *dims[short], dtype=np.float16 if half else np.float32).astype(np.float32)
 
         try:

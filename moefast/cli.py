@@ -493,6 +493,9 @@ def fit(
             f"  {facts['rows']['left_out']:,} spectra with fewer than half of their pixels good were left out"
         )
     click.echo(f"  {facts['solver']}")
+    kernels = facts.get("heads", {}).get("kernels", "")
+    if kernels.startswith("plain: "):
+        click.echo(f"  note: the network was fitted without fused kernels, slower: {kernels[7:]}")
     click.echo(
         f"  rows held back: R² {check['r2']:.3f} (with true bins {check['r2_true_bins']:.3f}), "
         f"1σ holds {100 * check['coverage_68']:.1f} %, 1.96σ {100 * check['coverage_95']:.1f} %"
@@ -592,6 +595,8 @@ def compare(
     from moefast.protocol.compare import format_text, read_evaluation
     from moefast.protocol.report import write_json
 
+    if picture and (Path(picture).suffix.lower() != ".png" or (out and Path(out) == Path(picture))):
+        raise OutputError(f"{picture}: the picture is a PNG; give it a name of its own that ends in .png")
     for target in (out, picture):
         if target and Path(target).exists() and not overwrite:
             raise OutputError(
@@ -606,14 +611,13 @@ def compare(
         # Only now: drawing takes a second to import.
         from moefast.protocol.figures import compared
 
-        compared({_short_name(folder): read_evaluation(folder).report for folder in reports}, picture)
+        found_in = [read_evaluation(folder) for folder in reports]
+        names = [kept.path.resolve().name for kept in found_in]
+        if len(set(names)) < len(names):
+            # Letters, as in the text, tell folders of the same name apart.
+            names = [f"{chr(ord('A') + i)} {name}" for i, name in enumerate(names)]
+        compared({name: kept.report for name, kept in zip(names, found_in, strict=True)}, picture)
         click.echo(f"written: {picture}", err=True)
-
-
-def _short_name(folder: str) -> str:
-    """A folder without those above it, also if its report was named."""
-    path = Path(folder).resolve()
-    return path.parent.name if path.name == "report.json" else path.name
 
 
 @cli.command()

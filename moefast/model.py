@@ -110,7 +110,7 @@ class Model:
     @property
     def name(self) -> str:
         """The model in a few words."""
-        shipped = self.path is not None and self.path.parent == shipped_path().parent
+        shipped = self.path is not None and self.path.resolve().parent == shipped_path().resolve().parent
         origin = (
             f"{self.path.name}, shipped with moefast"
             if shipped and self.path
@@ -197,7 +197,7 @@ class Model:
         Parameters
         ----------
         folder : path or one of `SHIPPED`, optional
-            A folder of that name is meant first; the first of `SHIPPED` if absent.
+            A model folder of that name is meant first; the first of `SHIPPED` if absent.
 
         Raises
         ------
@@ -208,7 +208,7 @@ class Model:
 
         if folder is None:
             path = shipped_path()
-        elif str(folder) in SHIPPED and not Path(folder).exists():
+        elif str(folder) in SHIPPED and not (Path(folder) / MANIFEST).exists():
             path = shipped_path(str(folder))
         else:
             path = Path(folder)

@@ -39,8 +39,8 @@ TABLE_ROWS = 16384
 NOISE_FREE_CHI2 = 0.1
 LOOKED_AT = 50_000
 """Rows, about, whose χ² tells whether spectra as a whole are what the model knows."""
-LEAST_MISFIT, SURE = 0.01, 5.0
-"""How much larger χ² of the brighter half must be, and by how many standard errors, to be told."""
+LEAST_MISFIT, SURE, LEAST_HALF = 0.01, 5.0, 30
+"""How much larger χ² of the brighter half must be, by how many standard errors, and of how many spectra, to be told."""
 LEAST_ROWS = 16
 """Spectra that a GPU must have room for: with less, halving a block does not help."""
 _ID = re.compile(r"id|\w+_id|(obj|cat|source|star|target|fiber|fibre)id", re.IGNORECASE)
@@ -679,7 +679,7 @@ def _misfit(chi2: NDArray, snr: NDArray) -> tuple[float, float] | None:
     """
     bright = snr > np.median(snr) if snr.size else np.empty(0, bool)
     halves = chi2[bright], chi2[~bright]
-    if min(half.size for half in halves) < 2:
+    if min(half.size for half in halves) < LEAST_HALF:
         return None
     a, b = (float(np.median(half)) for half in halves)
     # Of a median, 1.2533 times that of a mean; spreads from quartiles, which no odd spectrum moves.

@@ -315,9 +315,16 @@ def test_without_a_name_it_is_the_first():
     assert Model.load().path == Model.load(SHIPPED[0]).path == shipped_path(SHIPPED[0])
 
 
-def test_a_folder_of_that_name_is_meant_first(model, tmp_path, monkeypatch):
-    model.save(tmp_path / "survey")
+def test_a_model_folder_of_that_name_is_meant_first(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "survey").mkdir()
+    assert Model.load("survey").path == shipped_path("survey"), (
+        "a folder that is no model, of reports perhaps"
+    )
+    with pytest.raises(ModelError, match="this is no model folder"):
+        Model.load("survey/")
+    (tmp_path / "survey").rmdir()
+    model.save(tmp_path / "survey")
     assert Model.load("survey").mixture.n_pixels != 4096
 
 

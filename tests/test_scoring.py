@@ -106,7 +106,7 @@ def test_flux_or_noisy(stars, stars_file, model, whole):
     assert not whole.notes
 
 
-def test_light_that_the_model_has_not_seen_is_told(stars, model, whole, tmp_path):
+def test_light_that_the_model_has_not_seen_is_told(stars, model, whole, tmp_path, monkeypatch):
     """A velocity of a third of a pixel: lost in the noise of each spectrum, told by all of them."""
     assert not whole.notes
     for shift, words in ((0.3, "brighter half of the spectra fits the model worse"), (0, None)):
@@ -116,6 +116,9 @@ def test_light_that_the_model_has_not_seen_is_told(stars, model, whole, tmp_path
         assert len(found.notes) == (words is not None)
         assert words is None or (words in found.notes[0] and "Fit a model" in found.notes[0])
         assert found.flags.get("UNLIKE_TRAINING", 0) < found.n_rows / 2
+        if words is not None:
+            monkeypatch.setattr(scoring, "shipped_path", lambda: model.path)
+            assert "Try -m survey" in predict(tmp_path / f"{shift}.h5", model).notes[0]
 
 
 def test_errors_that_are_too_small_are_no_such_light():
@@ -130,8 +133,10 @@ def test_errors_that_are_too_small_are_no_such_light():
     little = chi2 + 0.0001 * snr**2
     assert scoring._misfit(little, snr)
     assert scoring._misfit(little[:40], snr[:40]) is None, "few spectra prove nothing"
-    assert scoring._misfit(chi2[:2], snr[:2]) is None
-    assert scoring._misfit(chi2[:0], snr[:0]) is None
+    for n in (0, 1, 2, 4, 12, 59):
+        # Quartiles of a handful can be as near as one likes.
+        assert scoring._misfit(np.r_[np.ones(n // 2), np.full(n - n // 2, 9.0)], np.arange(n)) is None
+    assert scoring._misfit(np.r_[np.ones(30), np.full(30, 9.0)], np.arange(60)) == (9, 1)
 
 
 def test_noisy_asked_for_and_not_there(stars, model, tmp_path):

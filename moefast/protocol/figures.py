@@ -243,7 +243,8 @@ def compared(reports: Mapping[str, Report], path: str | os.PathLike[str]) -> Non
         FigureCanvasAgg(canvas)
         left, right = canvas.subplots(1, 2)
         groups = [report["snr_median"]["groups"] for report in reports.values()]
-        limits = _floats(group.get("ceilings", {}).get("bayes") for group in groups[0])
+        of_reports = [_floats(group.get("ceilings", {}).get("bayes") for group in mine) for mine in groups]
+        limits = next((found for found in of_reports if np.isfinite(found).any()), of_reports[0])
         known = bool(np.isfinite(limits).any())
         aim = limits if known else _floats(group["r2"] for group in groups[0])
         roles = ("own", "first", "second", "third", "muted", "ink")

@@ -38,14 +38,14 @@ FLOAT, HALF = 1, 10
 """`onnx.TensorProto` types."""
 
 
-def is_matrix(name: str, array: NDArray) -> bool:
-    """Whether a number of a network is one of its large ones."""
-    return array.ndim > 1 and name not in FIXED
+def is_matrix(name: str, ndim: int) -> bool:
+    """Whether a number of a network is one of its large ones: no bias, no scale."""
+    return ndim > 1 and not name.endswith(".b") and name not in FIXED
 
 
 def is_half(name: str, array: NDArray) -> bool:
     """Whether it is one that half precision holds exactly."""
-    if not is_matrix(name, array):
+    if not is_matrix(name, array.ndim):
         return False
     with np.errstate(over="ignore"):
         return np.array_equal(array.astype(np.float16).astype(np.float32), array)
@@ -325,7 +325,7 @@ class OnnxArithmetic:
 
     def number(self, name: str) -> str:
         array = self._numbers[name]
-        if not (self._half and is_matrix(name, array)) and not is_half(name, array):
+        if not (self._half and is_matrix(name, array.ndim)) and not is_half(name, array):
             return str(self._graph.number(f"{self._stem}.{name}", array))
         stored = self._graph.number(f"{self._stem}.{name}", array.astype(np.float16))
         value = self._cast(stored, FLOAT)

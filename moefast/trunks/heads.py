@@ -142,7 +142,7 @@ class Heads:
         """The network with matrices that half precision holds exactly: a model folder stores them in half the bytes."""
 
         def short(name: str, array: F32) -> F32:
-            if not is_matrix(name, array) or np.abs(array).max() > np.finfo(np.float16).max:
+            if not is_matrix(name, array.ndim) or np.abs(array).max() > np.finfo(np.float16).max:
                 return array
             return array.astype(np.float16).astype(np.float32)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from moefast.cli import cli
-from moefast.errors import InputError
+from moefast.errors import InputError, OutputError
 from moefast.protocol import compare as comparing
 from moefast.protocol import figures, metrics, report
 from moefast.protocol.compare import Kept, compare, format_text, read_evaluation
@@ -214,6 +215,25 @@ def test_the_picture(folders, tmp_path):
     assert done.exit_code == 0, done.output
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert CliRunner().invoke(cli, command).exit_code != 0, "it is not replaced unasked"
+    for names in (("--picture", "x.pdf"), ("--picture", "x.png", "-o", "x.png")):
+        refused = CliRunner().invoke(cli, [*command[:3], *names])
+        assert isinstance(refused.exception, OutputError) or "ends in .png" in refused.output
+
+
+def test_folders_of_the_same_name_are_told_apart_in_the_picture(folders, monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(figures, "compared", lambda reports, path: drawn.append(list(reports)))
+    for name in ("a", "b"):
+        shutil.copytree(folders / "moe", tmp_path / name / "report")
+    command = [
+        "compare",
+        *(str(tmp_path / name / "report") for name in "ab"),
+        "--picture",
+        str(tmp_path / "x.png"),
+    ]
+    done = CliRunner().invoke(cli, command)
+    assert done.exit_code == 0, done.output
+    assert drawn == [["A report", "B report"]]
 
 
 def test_the_picture_has_every_model_and_the_ceiling_if_it_is_known(folders, monkeypatch, tmp_path):
@@ -226,10 +246,11 @@ def test_the_picture_has_every_model_and_the_ceiling_if_it_is_known(folders, mon
     report = read_evaluation(folders / "moe").report
     for group in report["snr_median"]["groups"]:
         group["ceilings"] = {"bayes": group["r2"] + 0.01}
-    without = read_evaluation(folders / "ridge").report
+    without, other = (read_evaluation(folders / name).report for name in ("ridge", "moe"))
     figures.compared({str(i): report for i in range(8)}, tmp_path / "a.png")
-    figures.compared({"ridge": without, "moe": report}, tmp_path / "b.png")
-    (left, right), (_, beside) = (figure.axes for figure in drawn)
+    figures.compared({"ridge": without, "moe": other}, tmp_path / "b.png")
+    figures.compared({"ridge": without, "moe": report}, tmp_path / "c.png")
+    (left, right), (_, beside), (_, below) = (figure.axes for figure in drawn)
     looks = {(line.get_color(), line.get_marker()) for line in left.lines}
     assert len(looks) == len(left.lines) == 9  # eight models that can be told apart, and the ceiling
     np.testing.assert_allclose(right.lines[0].get_ydata(), 0.01)
@@ -239,6 +260,9 @@ def test_the_picture_has_every_model_and_the_ceiling_if_it_is_known(folders, mon
     ]
     np.testing.assert_allclose(beside.lines[1].get_ydata(), expected)
     assert beside.get_ylabel() == "R² lacking to ridge"
+    np.testing.assert_allclose(
+        below.lines[1].get_ydata(), 0.01, err_msg="the ceiling of whichever report has one"
+    )
 
 
 def test_folders_that_are_no_evaluations(folders, tmp_path):
