@@ -517,7 +517,11 @@ class _Training:
             if said.get("key") != self.key:
                 return
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        self.step, self.curve, self.kernels = int(said["step"]), json.loads(said["curve"]), said.get("kernels", "plain")
+        self.step, self.curve, self.kernels = (
+            int(said["step"]),
+            json.loads(said["curve"]),
+            said.get("kernels", "plain"),
+        )
         for name, value in self.weights.items():
             with self.torch.no_grad():
                 value.copy_(found[f"weights/{name}"])
