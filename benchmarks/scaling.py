@@ -32,7 +32,7 @@ from moefast.kernels import project
 from moefast.kernels.reference import line_features
 from moefast.mixture import Mixture
 from moefast.noise import add_noise
-from moefast.protocol.bins import METAL_POOR, PHYSICAL_GRID
+from moefast.protocol.bins import PHYSICAL_GRID
 from moefast.protocol.ceiling import read
 from moefast.protocol.metrics import r2
 from moefast.simulate import SimulatedSpectra
@@ -106,8 +106,9 @@ def train(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     preset = PRESETS["pca-mlp", size]
     plan = Plan("pca-mlp", mixture.n_basis, PHYSICAL_GRID.n_bins, **preset.plan)
-    poor = np.tile(PHYSICAL_GRID.m_h_edges[1:], PHYSICAL_GRID.shape[0]) <= METAL_POOR
-    scales = training.scales_of(labels.log_g, stars.log_level, judges.seen["lines"], mixture.knots, poor)
+    scales = training.scales_of(
+        labels.log_g, stars.log_level, judges.seen["lines"], mixture.knots, PHYSICAL_GRID.metal_poor
+    )
     begin = training.scaled(Heads(plan, start(plan, SEED)), scales | {"variance": stars.z.var(0)})
     pool = training.Components(
         torch,

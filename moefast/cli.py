@@ -602,7 +602,8 @@ def compare(
             raise OutputError(
                 f"{target}: exists already; choose another name, or replace it with --overwrite"
             )
-    found = run(reports)
+    kept = [read_evaluation(folder) for folder in reports]
+    found = run(kept)
     click.echo(json.dumps(found, indent=1) if as_json else format_text(found))
     if out:
         write_json(found, out)
@@ -611,12 +612,11 @@ def compare(
         # Only now: drawing takes a second to import.
         from moefast.protocol.figures import compared
 
-        found_in = [read_evaluation(folder) for folder in reports]
-        names = [kept.path.resolve().name for kept in found_in]
+        names = [item.path.resolve().name for item in kept]
         if len(set(names)) < len(names):
             # Letters, as in the text, tell folders of the same name apart.
             names = [f"{chr(ord('A') + i)} {name}" for i, name in enumerate(names)]
-        compared({name: kept.report for name, kept in zip(names, found_in, strict=True)}, picture)
+        compared({name: item.report for name, item in zip(names, kept, strict=True)}, picture)
         click.echo(f"written: {picture}", err=True)
 
 

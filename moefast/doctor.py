@@ -70,8 +70,9 @@ def examine() -> dict[str, Any]:
         from moefast.model import SHIPPED, Model, shipped_path
         from moefast.scoring import open_engine
 
+        shipped = {}
         for name in SHIPPED:
-            model = Model.load(shipped_path(name))
+            model = shipped[name] = Model.load(shipped_path(name))
             models[name] = {
                 "recipe": model.manifest["recipe"],
                 "fitted_on": f"{model.manifest['training']['n_spectra']:,} spectra",
@@ -80,7 +81,7 @@ def examine() -> dict[str, Any]:
                 "sha256": model.hash,
             }
         # A device alone is not enough: what the first prediction would find out is found out here.
-        _, chosen = open_engine(Model.load().mixture, "auto")
+        _, chosen = open_engine(shipped[SHIPPED[0]].mixture, "auto")
     except MoefastError as error:
         problems.append(str(error))
     return {

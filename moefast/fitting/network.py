@@ -21,7 +21,7 @@ from moefast.fitting.training_set import TrainingSet
 from moefast.gating.features import LEAST_CONTINUUM
 from moefast.kernels import project
 from moefast.mixture import Mixture
-from moefast.protocol.bins import METAL_POOR, Grid
+from moefast.protocol.bins import Grid
 from moefast.trunks.heads import Heads
 from moefast.trunks.networks import SEES_FLUX, Plan, start
 from moefast.trunks.presets import PRESETS
@@ -111,6 +111,8 @@ def train_heads(
     from moefast.trunks import training
 
     options, grid = data.options, data.options.grid
+    # `Options` refuses networks on bins of snr_norm.
+    assert isinstance(grid, Grid)
     torch = training.load_torch()
     preset = PRESETS[options.trunk, options.size]
     pixels = SEES_FLUX[options.trunk]
@@ -119,12 +121,7 @@ def train_heads(
     judges, of_judges = data.inputs(mixture, "held-out stars", data.held_stretches(), noisy=True, flux=pixels)
     rows, level, z, windows, flux, error = _clean_stars(data, mixture, pixels)
     inverse = (1 / np.sqrt(mixture.noise_shape.astype(np.float64))).astype(np.float32)
-    poor = (
-        np.tile(grid.m_h_edges[1:], grid.shape[0]) <= METAL_POOR
-        if isinstance(grid, Grid)
-        else np.zeros(grid.n_bins, bool)
-    )
-    scales = training.scales_of(data.y[rows], level, judges.lines, mixture.knots, poor)
+    scales = training.scales_of(data.y[rows], level, judges.lines, mixture.knots, grid.metal_poor)
     scales |= {"reference": mixture.reference, "inverse_noise": inverse} if pixels else {"variance": z.var(0)}
     begin = training.scaled(Heads(plan, start(plan, options.seed)), scales)
     stars: training.Stars

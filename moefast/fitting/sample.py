@@ -73,13 +73,14 @@ class Faint(NamedTuple):
 
 
 class _Draw(NamedTuple):
-    """Rows with one draw of noise: `projected`, gate `features` (n, f), `chi2` (n,).
+    """Rows with one draw of noise: `projected`, `inputs` of experts not linear, gate `features` (n, f), `chi2` (n,).
 
     `values` (n, K) are of linear experts that did not see the rows, `noise` (n, K) is propagated through experts that
     saw all; `of_network`, if there is one, its values, 1σ and logits, each (n, K).
     """
 
     projected: Projected
+    inputs: Inputs
     features: NDArray
     values: F64
     noise: NDArray
@@ -108,7 +109,7 @@ def draw_sample(data: TrainingSet, mixture: Mixture, experts: LinearExperts) -> 
         quality = quality_logs(error, error > 0) if options.tower == "quality" else np.empty((len(rows), 0))
         for draw in range(draws):
             one = _draw(data, mixture, experts, rows, flux, error, draw)
-            seen = (one.projected.snr_norm, quality, *mixture.inputs(one.projected)[:3])
+            seen = (one.projected.snr_norm, quality, *one.inputs[:3])
             parts.append((one.features, one.chi2, rows, one.values, one.noise, *seen, *one.of_network))
     features, chi2, rows, values, noise, snr_norm, quality, z, level, lines, *of_network = (
         np.concatenate(columns) for columns in zip(*parts, strict=True)
@@ -185,7 +186,8 @@ def _draw(
         each = np.einsum("nc,kmc->nkm", z[mine], experts.fold_weights[f], optimize=True)
         each += experts.fold_intercepts[f]
         values[mine] = (each * hat[mine][:, None]).sum(2)
+    inputs = mixture.inputs(found)
     of_network: tuple[F32, ...] = ()
     if mixture.heads is not None:
-        of_network = mixture.heads.predict(mixture.inputs(found)._replace(x=x))
-    return _Draw(found, features, values, noise, chi2, of_network)
+        of_network = mixture.heads.predict(inputs._replace(x=x))
+    return _Draw(found, inputs, features, values, noise, chi2, of_network)

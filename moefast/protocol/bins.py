@@ -95,6 +95,11 @@ class Grid:
         return n_t_eff * n_m_h
 
     @property
+    def metal_poor(self) -> NDArray[np.bool_]:
+        """Whether all of a bin is metal-poor, (n_bins,)."""
+        return np.tile(self.m_h_edges[1:], self.shape[0]) <= METAL_POOR
+
+    @property
     def names(self) -> tuple[str, ...]:
         """One name per bin: "cool-poor" … "hot-rich" on a 3 × 3 grid, else the ranges themselves."""
         if self.shape == (3, 3):

@@ -166,12 +166,8 @@ def png(report: Report, name: str, path: str | os.PathLike[str]) -> None:
     OutputError
         The file could not be written.
     """
-    stream = io.BytesIO()
     with mpl.rc_context(_style(LIGHT)):
-        canvas = _single(report, FIGURES[name], LIGHT)
-        FigureCanvasAgg(canvas)
-        canvas.savefig(stream, format="png", dpi=_DPI, metadata={"Software": None})
-    write_atomically(path, stream.getvalue())
+        _write_png(_single(report, FIGURES[name], LIGHT), path)
 
 
 def svg(report: Report, name: str) -> str:
@@ -196,12 +192,10 @@ def overview(report: Report, path: str | os.PathLike[str]) -> None:
     OutputError
         The file could not be written.
     """
-    stream = io.BytesIO()
     with mpl.rc_context(_style(LIGHT)):
         canvas = Figure(
             figsize=(15.6, 9.4), layout=ConstrainedLayoutEngine(wspace=0.05, hspace=0.06), facecolor="white"
         )
-        FigureCanvasAgg(canvas)
         for axes, name in zip(canvas.subplots(2, 3).flat, _OVERVIEW, strict=True):
             drawing = FIGURES[name]
             if drawing.exists(report):
@@ -216,8 +210,7 @@ def overview(report: Report, path: str | os.PathLike[str]) -> None:
             f"{name} on {data['name']}: R² {_text(overall['r2'])}{_bracket(overall['r2_interval'])}, "
             f"{data['n']:,} stars, fingerprint {fingerprint}"
         )
-        canvas.savefig(stream, format="png", dpi=110, metadata={"Software": None})
-    write_atomically(path, stream.getvalue())
+        _write_png(canvas, path, dpi=110)
 
 
 def compared(reports: Mapping[str, Report], path: str | os.PathLike[str]) -> None:
@@ -237,10 +230,9 @@ def compared(reports: Mapping[str, Report], path: str | os.PathLike[str]) -> Non
     OutputError
         The file could not be written.
     """
-    stream, palette = io.BytesIO(), LIGHT
+    palette = LIGHT
     with mpl.rc_context(_style(palette)):
         canvas = Figure(figsize=(2 * _WIDTH, 4.1), layout="constrained", facecolor=palette["surface"])
-        FigureCanvasAgg(canvas)
         left, right = canvas.subplots(1, 2)
         groups = [report["snr_median"]["groups"] for report in reports.values()]
         of_reports = [_floats(group.get("ceilings", {}).get("bayes") for group in mine) for mine in groups]
@@ -272,7 +264,14 @@ def compared(reports: Mapping[str, Report], path: str | os.PathLike[str]) -> Non
         left.legend(loc="lower right", frameon=False)
         data = next(iter(reports.values()))["data_set"]
         canvas.suptitle(f"{data['name']}, {data['n']:,} stars", fontsize=10.5)
-        canvas.savefig(stream, format="png", dpi=_DPI, metadata={"Software": None})
+        _write_png(canvas, path)
+
+
+def _write_png(canvas: Figure, path: str | os.PathLike[str], dpi: int = _DPI) -> None:
+    """Whole or not at all; within the style that the figure was drawn in."""
+    stream = io.BytesIO()
+    FigureCanvasAgg(canvas)
+    canvas.savefig(stream, format="png", dpi=dpi, metadata={"Software": None})
     write_atomically(path, stream.getvalue())
 
 

@@ -122,3 +122,9 @@ def test_unusable_edges_of_snr_norm(edges):
 def test_broken_dicts_of_either_grid_are_model_errors(data):
     with pytest.raises(ModelError, match="expected a grid"):
         bins.read_grid(data)
+
+
+def test_metal_poor_bins_are_those_that_end_at_the_limit_or_below():
+    assert bins.PHYSICAL_GRID.metal_poor.tolist() == [True, False, False] * 3
+    found = bins.Grid((3750, 5000, 6000), (-2, -1.5, -0.9)).metal_poor
+    assert found.tolist() == [True, False] * 2
