@@ -24,13 +24,13 @@ from numpy.typing import NDArray
 from scipy.special import ndtr
 
 from moefast.benchmarks.environment import describe
+from moefast.core.metrics import r2
+from moefast.core.random import add_noise
 from moefast.experts.normal_equations import Moments, NormalEquations
 from moefast.experts.ridge import NoisePath, principal_subspace, ridge
 from moefast.fitting import PUBLISHED_ALPHA
 from moefast.mixture import hat_weights
-from moefast.noise import add_noise
 from moefast.protocol.evaluate import NOISE_SEED
-from moefast.protocol.metrics import r2
 from moefast.protocol.report import assign_octiles, evaluate_predictions, octile_edges, write_json
 from moefast.simulate import SimulatedSpectra
 from moefast.spectra.quality import assess

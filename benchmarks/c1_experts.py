@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moefast.core.random import add_noise, fold_of_rows
 from moefast.experts.normal_equations import NormalEquations
 from moefast.experts.ridge import NoisePath, principal_subspace, ridge
 from moefast.experts.template import choose_library, fit_library, library_mean
 from moefast.gating.features import LEAST_CONTINUUM, LINES, Line
 from moefast.kernels import Library, tangent_posterior
 from moefast.mixture import hat_weights
-from moefast.noise import add_noise, fold_of_rows
 from moefast.protocol.bins import PHYSICAL_GRID, uniform
 from moefast.simulate import SimulatedSpectra
 

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from moefast.benchmarks.c0 import markdown
 from moefast.benchmarks.c1_experts import BASE, GRID, SAMPLED, Data
+from moefast.core.metrics import bootstrap, bootstrap_difference, r2
+from moefast.core.random import fold_of_rows
 from moefast.experts.choice import choose, hybrid
-from moefast.noise import fold_of_rows
 from moefast.protocol.bins import METAL_POOR, SNR_NORM_NAMES, assign_snr_bins
-from moefast.protocol.metrics import bootstrap, bootstrap_difference, r2
 
 __all__ = ["conventions", "pictures", "summarise", "tables"]
 

@@ -22,6 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefast.benchmarks.environment import describe
+from moefast.core import metrics
+from moefast.core.random import add_noise
 from moefast.experts.inputs import Inputs
 from moefast.fitting import LinearForm, Options, fit_mixture
 from moefast.gating.mlp import fit_gate, fit_network, softmax
@@ -29,8 +31,6 @@ from moefast.gating.tower import quality_logs
 from moefast.kernels import project
 from moefast.kernels.reference import prepare_reference
 from moefast.mixture import Mixture, hat_weights
-from moefast.noise import add_noise
-from moefast.protocol import metrics
 from moefast.protocol.bins import PHYSICAL_GRID, SNR_NORM_NAMES, assign_snr_bins
 from moefast.recipes import RECIPES
 from moefast.simulate import SimulatedSpectra

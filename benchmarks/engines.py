@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from moefast.benchmarks.adapter import TASKS, Engine
 from moefast.benchmarks.fit import FIT
 from moefast.benchmarks.score import SCORE
-from moefast.errors import InputError
+from moefast.core.errors import InputError
 
 __all__ = ["ENGINES", "choose"]
 

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefast.benchmarks.adapter import OWN_ENVIRONMENT, Engine, Work
-from moefast.errors import BackendError
+from moefast.core.errors import BackendError
 
 __all__ = ["FIT", "PENALTIES", "TOLERANCE", "Answer", "FitProblem", "compare", "reference_answer"]
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from moefast.errors import BackendError
-from moefast.threads import in_threads
+from moefast.core.errors import BackendError
+from moefast.core.threads import in_threads
 
 __all__ = ["FLOORS", "measure_floors", "per_spectrum"]
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from moefast.backend import cuda_devices
 from moefast.benchmarks.environment import describe
-from moefast.errors import BackendError
+from moefast.core.errors import BackendError
 from moefast.export import build, open_session
 from moefast.gating.features import LEAST_CONTINUUM
 from moefast.mixture import Mixture

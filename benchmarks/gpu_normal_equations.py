@@ -24,7 +24,7 @@ import numpy as np
 
 from moefast.backend import cuda_devices
 from moefast.benchmarks.environment import describe
-from moefast.errors import BackendError
+from moefast.core.errors import BackendError
 
 PARTS = ("accuracy", "speed", "streamed")
 RESULTS = Path(__file__).parent / "results"

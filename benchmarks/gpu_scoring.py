@@ -27,11 +27,11 @@ from numpy.typing import NDArray
 
 from moefast.backend import cuda_devices
 from moefast.benchmarks.environment import describe
-from moefast.errors import BackendError
+from moefast.core.errors import BackendError
+from moefast.core.metrics import r2
 from moefast.kernels import Library
 from moefast.mixture import Mixture
 from moefast.model import Model
-from moefast.protocol.metrics import r2
 
 PARTS = ("scoring", "templates", "clouds")
 RESULTS = Path(__file__).parent / "results"
@@ -68,7 +68,7 @@ def sampled(work: Callable[[], Any], samples: int) -> list[float]:
 
 def stars(model: Model, small: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Noisy flux, error and log g of simulated stars on the model's wave grid."""
-    from moefast.noise import standard_normals
+    from moefast.core.random import standard_normals
     from moefast.simulate import simulate_file
     from moefast.spectra.files import open_spectra
 

@@ -23,7 +23,7 @@ from moefast.benchmarks.fit import FitProblem, compare, reference_answer
 from moefast.benchmarks.floors import forget_peak, measure_floors, memory_in_use, peak_memory
 from moefast.benchmarks.score import TOLERANCE as SCORE_TOLERANCE
 from moefast.benchmarks.score import ScoreProblem
-from moefast.errors import BackendError
+from moefast.core.errors import BackendError
 
 __all__ = ["Spec", "measure", "measure_engine"]
 

@@ -27,7 +27,7 @@ from moefast.benchmarks.engines import choose
 from moefast.benchmarks.environment import describe
 from moefast.benchmarks.floors import per_spectrum
 from moefast.benchmarks.measure import Spec, as_json
-from moefast.errors import BenchmarkError, InputError, WaveGridError
+from moefast.core.errors import BenchmarkError, InputError, WaveGridError
 from moefast.model import Model
 from moefast.protocol.bins import Grid
 from moefast.simulate import SimulatedSpectra

@@ -23,6 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefast.benchmarks.environment import describe
+from moefast.core.metrics import r2
+from moefast.core.random import add_noise
 from moefast.experts.inputs import Inputs
 from moefast.experts.trees import fit_trees, stacking
 from moefast.fitting import Options, fit_mixture
@@ -31,10 +33,8 @@ from moefast.gating.mlp import softmax
 from moefast.kernels import project
 from moefast.kernels.reference import line_features
 from moefast.mixture import Mixture
-from moefast.noise import add_noise
 from moefast.protocol.bins import PHYSICAL_GRID
 from moefast.protocol.ceiling import read
-from moefast.protocol.metrics import r2
 from moefast.simulate import SimulatedSpectra
 from moefast.trunks import training
 from moefast.trunks.heads import Heads

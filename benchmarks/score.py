@@ -23,12 +23,12 @@ from numpy.typing import NDArray
 
 import moefast
 from moefast.benchmarks.adapter import OWN_ENVIRONMENT, Engine, Work
-from moefast.errors import BackendError
+from moefast.core.errors import BackendError
+from moefast.core.metrics import r2
 from moefast.gating.features import LEAST_CONTINUUM
 from moefast.kernels import Library
 from moefast.mixture import Mixture
 from moefast.model import Model
-from moefast.protocol.metrics import r2
 from moefast.spectra.files import open_spectra
 
 __all__ = [

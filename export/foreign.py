@@ -13,7 +13,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
 
-from moefast.errors import ModelError
+from moefast.core.errors import ModelError
 from moefast.export.graph import LARGEST_FILE
 
 __all__ = ["DOMAINS", "load_foreign"]

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 import moefast
-from moefast.errors import ModelError, OutputError
+from moefast.core.errors import ModelError, OutputError
 from moefast.experts.cnn import ConvNet
 from moefast.experts.inputs import Expert
 from moefast.experts.residual import RESIDUALS, LinearResidual

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from moefast.errors import ModelError
+from moefast.core.errors import ModelError
 from moefast.export.graph import build, is_half, part_of, save
 from moefast.export.session import open_session
 from moefast.mixture import Mixture

@@ -15,7 +15,7 @@ import onnxruntime
 from onnx import ModelProto
 
 from moefast.backend import cpu_count
-from moefast.errors import BackendError, ModelError
+from moefast.core.errors import BackendError, ModelError
 from moefast.export.graph import check, load
 
 __all__ = ["PROVIDERS", "open_session", "start_session"]

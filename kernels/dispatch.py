@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from moefast.errors import BackendError
+from moefast.core.errors import BackendError
 
 __all__ = ["BACKENDS", "on_cuda"]
 

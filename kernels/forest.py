@@ -25,7 +25,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
-from moefast.threads import in_threads
+from moefast.core.threads import in_threads
 
 __all__ = ["MOST_LEAVES", "Forest", "forest_predict"]
 

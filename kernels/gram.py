@@ -13,10 +13,10 @@ from collections import deque
 import numpy as np
 from numpy.typing import NDArray
 
+from moefast.core.threads import CORES, in_threads, one_blas_thread
 from moefast.kernels import cpu
 from moefast.kernels.binning import sort_by_bin
 from moefast.kernels.dispatch import on_cuda
-from moefast.threads import CORES, in_threads, one_blas_thread
 
 __all__ = [
     "GRAM_ROWS",

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from moefast.core.threads import in_threads, one_blas_thread
 from moefast.kernels import cpu
-from moefast.threads import in_threads, one_blas_thread
 
 __all__ = [
     "LARGEST_CELL",

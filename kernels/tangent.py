@@ -32,9 +32,9 @@ import numpy as np
 from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
+from moefast.core.threads import in_threads
 from moefast.kernels.cpu import FAST, exp32, log32
 from moefast.kernels.dispatch import on_cuda
-from moefast.threads import in_threads
 
 __all__ = ["Library", "TangentPosterior", "check_stars", "tangent_posterior"]
 

@@ -12,7 +12,7 @@ import platform
 import sys
 from dataclasses import dataclass
 
-from moefast.errors import BackendError
+from moefast.core.errors import BackendError
 
 __all__ = [
     "BACKENDS",

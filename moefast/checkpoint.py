@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import moefast
-from moefast.errors import InputError, OutputError
+from moefast.core.errors import InputError, OutputError
 
 __all__ = ["NETWORK_FILE", "Checkpoint"]
 

@@ -20,7 +20,7 @@ from typing import Any
 import click
 
 import moefast
-from moefast.errors import MoefastError
+from moefast.core.errors import MoefastError
 
 __all__ = ["cli", "main"]
 
@@ -590,7 +590,7 @@ def compare(
     stars: the difference of R² with its interval, and better, worse or no difference. Evaluations of other stars or
     other noise are refused.
     """
-    from moefast.errors import OutputError
+    from moefast.core.errors import OutputError
     from moefast.protocol.compare import compare as run
     from moefast.protocol.compare import format_text, read_evaluation
     from moefast.protocol.report import write_json
@@ -654,7 +654,7 @@ def ceiling(
     The Bayes ceiling is the R² of the exact posterior mean: no method does better on these stars. It takes 40 to 130 ms
     per star on two cores. The ceilings of the reference sets come with moefast; evaluate finds them by itself.
     """
-    from moefast.errors import OutputError
+    from moefast.core.errors import OutputError
     from moefast.protocol import ceiling as ceilings
     from moefast.protocol.ceiling_report import figure, format_text
 
@@ -688,7 +688,7 @@ def milestones(reports: tuple[str, ...], out: str | None, overwrite: bool, as_js
     REPORT is a folder that moefast evaluate -o wrote, its report.json, or a folder of such folders. Test sets are kept
     apart. What no evaluation holds is not run, never passed; without any REPORT the marks and the commands are shown.
     """
-    from moefast.errors import OutputError
+    from moefast.core.errors import OutputError
     from moefast.protocol.milestones import judge, read_reports
     from moefast.protocol.milestones_report import format_text
     from moefast.protocol.report import write_json
@@ -717,7 +717,7 @@ def export(model: str, out: str, part: str, half: bool, overwrite: bool) -> None
     runs in plain ONNX Runtime. MODEL is a model folder, or a shipped model: z0 or survey. What
     half precision costs in R² tells: moefast evaluate TEST -m OUT
     """
-    from moefast.errors import OutputError
+    from moefast.core.errors import OutputError
     from moefast.export import export_model
     from moefast.model import Model
 
@@ -868,8 +868,8 @@ def bench(
     from moefast.benchmarks.report import format_text
     from moefast.benchmarks.report import picture as draw
     from moefast.benchmarks.run import benchmark, wrong_answers
-    from moefast.errors import BenchmarkError
-    from moefast.spectra.atomic import partial_path, write_atomically
+    from moefast.core.atomic import partial_path, write_atomically
+    from moefast.core.errors import BenchmarkError
 
     tasks = TASKS if task == "all" else (task,)
     chosen = choose(tasks, engines)

@@ -8,7 +8,7 @@ from typing import Any
 
 import moefast
 from moefast.backend import cpu_count, cpu_name, cuda_devices, physical_memory, resolve_backend
-from moefast.errors import BackendError, MoefastError
+from moefast.core.errors import BackendError, MoefastError
 
 __all__ = ["examine", "format_text"]
 

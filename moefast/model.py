@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import moefast
-from moefast.errors import ModelError, OutputError, WaveGridError
+from moefast.core.errors import ModelError, OutputError, WaveGridError
 from moefast.fitting import Fit, LinearForm
 from moefast.mixture import Mixture
 from moefast.protocol.bins import Grid, SnrGrid, read_grid

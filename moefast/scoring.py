@@ -21,14 +21,14 @@ from numpy.typing import NDArray
 
 import moefast
 from moefast.backend import Backend, resolve_backend
-from moefast.errors import BackendError, InputError, MoefastError, OutputError
+from moefast.core.errors import BackendError, InputError, MoefastError, OutputError
+from moefast.core.threads import CORES, map_in_order, one_blas_thread
 from moefast.kernels import PROJECT_ROWS
 from moefast.mixture import Mixture, Prediction
 from moefast.model import Model, shipped_path
 from moefast.spectra.files import Block, Failure, Shard, SpectrumSet, find_files, open_spectra
 from moefast.spectra.quality import Flag, Quality, assess, good_pixels
 from moefast.spectra.tables import Column, open_table
-from moefast.threads import CORES, map_in_order, one_blas_thread
 
 __all__ = ["Summary", "choose_rows", "columns_of", "make_engine", "open_engine", "predict", "score_block"]
 

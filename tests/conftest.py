@@ -6,7 +6,7 @@ import hypothesis
 import numpy as np
 import pytest
 
-from moefast.noise import standard_normals
+from moefast.core.random import standard_normals
 from moefast.spectra.files import SpectrumWriter
 
 # `from tolerances import assert_close` in any folder; appended, so that nothing installed is shadowed.

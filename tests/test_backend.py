@@ -8,7 +8,7 @@ import pytest
 
 from moefast import backend, doctor, scoring
 from moefast.backend import cuda_devices, resolve_backend
-from moefast.errors import BackendError
+from moefast.core.errors import BackendError
 from moefast.protocol.evaluate import evaluate
 from moefast.scoring import predict
 from moefast.spectra import read_table

@@ -17,7 +17,7 @@ from moefast.benchmarks.engines import ENGINES, choose
 from moefast.benchmarks.floors import FLOORS, forget_peak, memory_in_use, peak_memory, per_spectrum
 from moefast.benchmarks.measure import Spec, measure_engine
 from moefast.cli import cli
-from moefast.errors import BackendError, InputError, WaveGridError
+from moefast.core.errors import BackendError, InputError, WaveGridError
 from moefast.model import Model
 
 N = 400

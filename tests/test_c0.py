@@ -10,8 +10,8 @@ from click.testing import CliRunner
 
 import moefast
 from moefast.benchmarks import c0
+from moefast.core.metrics import r2
 from moefast.experts.normal_equations import NormalEquations
-from moefast.protocol.metrics import r2
 from moefast.protocol.milestones import judge, read_reports
 from moefast.simulate import REFERENCE_SETS, SimulatedSpectra
 

@@ -11,10 +11,10 @@ from click.testing import CliRunner
 from tolerances import assert_close
 
 from moefast.benchmarks import c1, c1_experts, c1_report
+from moefast.core.metrics import r2
+from moefast.core.random import fold_of_rows
 from moefast.experts.normal_equations import NormalEquations
 from moefast.experts.ridge import NoisePath
-from moefast.noise import fold_of_rows
-from moefast.protocol.metrics import r2
 from moefast.simulate import REFERENCE_SETS, SimulatedSpectra
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -18,7 +18,7 @@ import pytest
 import moefast
 from moefast import checkpoint as module
 from moefast.checkpoint import FILE, Checkpoint
-from moefast.errors import InputError, OutputError
+from moefast.core.errors import InputError, OutputError
 from moefast.experts import normal_equations
 from moefast.experts.normal_equations import NormalEquations
 from moefast.fitting import error_model, gate, linear_experts, training_set

@@ -21,7 +21,7 @@ from small import same_rows
 import moefast
 from moefast import backend
 from moefast.cli import cli
-from moefast.errors import MoefastError
+from moefast.core.errors import MoefastError
 from moefast.protocol.evaluate import REPORT_FILES
 from moefast.recipes import RECIPES
 from moefast.spectra import open_spectra, read_table
@@ -202,7 +202,7 @@ def test_a_fit_that_was_stopped_goes_on(run, labelled_file, monkeypatch):
 
 
 def test_a_checkpoint_stays_if_the_model_cannot_be_written(run, labelled_file, monkeypatch):
-    from moefast.errors import OutputError
+    from moefast.core.errors import OutputError
     from moefast.model import Model
 
     def fail(*_, **__):

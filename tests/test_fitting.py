@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from moefast.checkpoint import Checkpoint
-from moefast.errors import BackendError, InputError, LabelError, MoefastError, WaveGridError
+from moefast.core.errors import BackendError, InputError, LabelError, MoefastError, WaveGridError
+from moefast.core.metrics import r2
+from moefast.core.random import add_noise, fold_of_rows
 from moefast.experts import normal_equations
 from moefast.experts.ridge import principal_subspace
 from moefast.fitting import Options, error_model, fit_mixture, gate, linear_experts, residuals, training_set
@@ -18,9 +20,7 @@ from moefast.fitting.linear_experts import choose_rank, find_levels, held_out, m
 from moefast.fitting.sample import draw_faint, draw_sample
 from moefast.fitting.training_set import TrainingSet
 from moefast.mixture import hat_weights
-from moefast.noise import add_noise, fold_of_rows
 from moefast.protocol.bins import Grid, SnrGrid, uniform
-from moefast.protocol.metrics import r2
 from moefast.spectra.files import open_spectra
 
 GRID = uniform(3, 2)

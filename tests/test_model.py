@@ -13,7 +13,7 @@ import pytest
 from small import same_rows
 
 from moefast import model as module
-from moefast.errors import ModelError, OutputError, WaveGridError
+from moefast.core.errors import ModelError, OutputError, WaveGridError
 from moefast.model import MANIFEST, SHIPPED, Model, check_target, shipped_path
 from moefast.scoring import predict
 

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from moefast.errors import BackendError, InputError
+from moefast.core.errors import BackendError, InputError
 from moefast.export import build, open_session
 from moefast.model import Model
 from moefast.protocol.evaluate import evaluate

@@ -24,8 +24,8 @@ from small import same_rows
 from small import stars as simulate
 
 from moefast import scoring
-from moefast.errors import InputError, WaveGridError
-from moefast.protocol.metrics import r2
+from moefast.core.errors import InputError, WaveGridError
+from moefast.core.metrics import r2
 from moefast.scoring import predict
 from moefast.spectra import Flag, open_spectra, read_table
 

@@ -16,11 +16,11 @@ from small import Stars, same_rows
 import moefast
 from moefast import scoring
 from moefast.backend import Backend
-from moefast.errors import BackendError, InputError, LabelError, MoefastError, OutputError, WaveGridError
+from moefast.core.errors import BackendError, InputError, LabelError, MoefastError, OutputError, WaveGridError
+from moefast.core.metrics import r2
 from moefast.export.parity import synthetic_spectra
 from moefast.mixture import Mixture
 from moefast.model import Model
-from moefast.protocol.metrics import r2
 from moefast.scoring import CpuEngine, CudaEngine, OnnxEngine, choose_rows, make_engine, predict
 from moefast.simulate import Emulator
 from moefast.spectra import Flag, open_spectra, read_table

@@ -19,11 +19,11 @@ import numpy as np
 from numba import cuda
 from numpy.typing import NDArray
 
+from moefast.core.threads import in_threads
 from moefast.kernels.cuda import gram
 from moefast.kernels.cuda.binning import sort_on_device, table_size
 from moefast.kernels.cuda.device import DeviceMemoryError, out_of_memory, require_device
 from moefast.kernels.cuda.products import METHODS, choose
-from moefast.threads import in_threads
 
 __all__ = ["BLOCK_ROWS", "FLOOR_ROWS", "NormalEquationsAccumulator", "Totals", "normal_equations"]
 

@@ -12,7 +12,7 @@ from importlib import util
 
 import numpy as np
 
-from moefast.errors import BackendError, MoefastError
+from moefast.core.errors import BackendError, MoefastError
 
 __all__ = ["DeviceMemoryError", "first_launch", "out_of_memory", "require_device", "require_kernels"]
 

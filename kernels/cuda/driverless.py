@@ -22,7 +22,7 @@ from pathlib import Path
 from cuda.bindings import nvjitlink
 from numba import cuda
 
-from moefast.errors import BackendError
+from moefast.core.errors import BackendError
 from moefast.kernels.cuda import tensor
 from moefast.kernels.cuda.assembly import Resources, compiling_for, link, resources
 

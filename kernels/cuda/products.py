@@ -26,7 +26,7 @@ from typing import Any, Protocol
 import numpy as np
 from numba import cuda
 
-from moefast.errors import BackendError
+from moefast.core.errors import BackendError
 from moefast.kernels.cuda import gram
 from moefast.kernels.cuda.tensor import TensorProducts
 

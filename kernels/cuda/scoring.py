@@ -31,6 +31,7 @@ import numpy as np
 from numba import cuda
 from numpy.typing import NDArray
 
+from moefast.core.threads import CORES
 from moefast.kernels.cuda.device import DeviceMemoryError, out_of_memory, require_device
 from moefast.kernels.cuda.median import THREADS, median_rows
 from moefast.kernels.cuda.mix import LANES, mix_rows, shared_bytes
@@ -39,7 +40,6 @@ from moefast.kernels.cuda.project import THREADS as PROJECT_THREADS
 from moefast.kernels.cuda.tangent import Clouds, DeviceLibrary
 from moefast.kernels.scoring import Mixing, Projection
 from moefast.kernels.tangent import Library
-from moefast.threads import CORES
 
 __all__ = [
     "BLOCK_ROWS",

@@ -25,10 +25,10 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from moefast.errors import MoefastError
+from moefast.core.errors import MoefastError
+from moefast.core.random import DRAW_STREAM, add_noise
+from moefast.core.threads import in_threads, one_blas_thread
 from moefast.experts.inputs import Inputs, read_initializers
-from moefast.noise import DRAW_STREAM, add_noise
-from moefast.threads import in_threads, one_blas_thread
 
 if TYPE_CHECKING:
     from typing import Self

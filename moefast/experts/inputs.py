@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from moefast.errors import ModelError
+from moefast.core.errors import ModelError
 
 if TYPE_CHECKING:
     from typing import Self

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from moefast.errors import ModelError
+from moefast.core.errors import ModelError
 from moefast.kernels import GRAM_ROWS, add_gram, all_within, collect_rows, packed_size, unpack_symmetric
 
 __all__ = ["Moments", "NormalEquations", "checked_groups"]

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moefast.errors import ModelError, MoefastError
+from moefast.core.errors import ModelError, MoefastError
+from moefast.core.threads import CORES
 from moefast.experts.inputs import Inputs
 from moefast.kernels import Forest, forest_predict
 from moefast.kernels.reference_forest import forest_predict_reference
-from moefast.threads import CORES
 
 if TYPE_CHECKING:
     from typing import Self

@@ -12,11 +12,11 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from moefast.core.metrics import r2
 from moefast.fitting.sample import Sample
 from moefast.fitting.training_set import TrainingSet
 from moefast.gating.mlp import as_float32, fit_error_model
 from moefast.mixture import Mixture
-from moefast.protocol.metrics import r2
 
 __all__ = ["balanced_factor", "train_error_model"]
 

@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 
 from moefast.backend import physical_memory
 from moefast.checkpoint import Checkpoint
-from moefast.errors import InputError
+from moefast.core.errors import InputError
+from moefast.core.random import add_noise
+from moefast.core.threads import one_blas_thread
 from moefast.experts.device import DeviceEquations
 from moefast.experts.normal_equations import NormalEquations
 from moefast.fitting.training_set import BLOCK_ROWS, TrainingSet
 from moefast.kernels import all_within
-from moefast.noise import add_noise
-from moefast.threads import one_blas_thread
 
 __all__ = ["Gathered", "gather"]
 

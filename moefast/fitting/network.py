@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from moefast.backend import physical_memory
 from moefast.checkpoint import Checkpoint
-from moefast.errors import BackendError, InputError
+from moefast.core.errors import BackendError, InputError
 from moefast.fitting.training_set import TrainingSet
 from moefast.gating.features import LEAST_CONTINUUM
 from moefast.kernels import project

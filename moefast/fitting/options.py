@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from moefast.errors import InputError
+from moefast.core.errors import InputError
 from moefast.gating.tower import Sees
 from moefast.protocol.bins import Grid, SnrGrid
 from moefast.trunks.networks import KINDS, Kind

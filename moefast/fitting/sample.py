@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from moefast.core.random import add_noise
 from moefast.experts.inputs import Inputs
 from moefast.fitting.linear_experts import LinearExperts
 from moefast.fitting.training_set import TrainingSet
@@ -19,7 +20,6 @@ from moefast.gating.tower import quality_logs
 from moefast.kernels import Projected, perceptron, project, tangent_posterior
 from moefast.kernels.reference import hat_weights, prepare_reference
 from moefast.mixture import Mixture
-from moefast.noise import add_noise
 
 __all__ = ["Faint", "Sample", "draw_faint", "draw_sample"]
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moefast.errors import InputError, LabelError, ModelError
+from moefast.core.errors import InputError, LabelError, ModelError
 from moefast.kernels import binning
 
 __all__ = [

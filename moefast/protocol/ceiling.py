@@ -23,9 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import chi2, kstest
 
-from moefast.errors import InputError
-from moefast.noise import standard_normals
-from moefast.protocol import bayes, fisher, metrics
+from moefast.core import metrics
+from moefast.core.errors import InputError
+from moefast.core.random import standard_normals
+from moefast.protocol import bayes, fisher
 from moefast.protocol.bins import METAL_POOR, PHYSICAL_GRID, SNR_NORM_NAMES, assign_snr_bins
 from moefast.protocol.evaluate import NOISE_SEED
 from moefast.protocol.report import (

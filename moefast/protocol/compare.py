@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moefast.errors import InputError
-from moefast.protocol import metrics
+from moefast.core import metrics
+from moefast.core.errors import InputError
 from moefast.protocol.report import SCHEMA_VERSION as REPORT_SCHEMA
 from moefast.protocol.report import Group, bracket, groups_of, number, table
 from moefast.spectra.tables import read_table

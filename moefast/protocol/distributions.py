@@ -1,7 +1,7 @@
 """What pictures of an evaluation need: densities, profiles of residuals, calibration of errors, use of the experts.
 
 Design: small tables that go into the report, so that every figure is a function of the report alone and can be drawn
-again from its JSON. Predictions come filled (`moefast.protocol.metrics.fill_missing`), so no star is left out.
+again from its JSON. Predictions come filled (`moefast.core.metrics.fill_missing`), so no star is left out.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moefast.protocol import metrics
+from moefast.core import metrics
 
 __all__ = ["N_CELLS", "N_STEPS", "calibration", "density", "residual_profile", "routing_by_group"]
 

@@ -20,19 +20,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 import moefast
-from moefast.errors import InputError, OutputError
+from moefast.core.atomic import write_atomically
+from moefast.core.errors import InputError, OutputError
+from moefast.core.random import standard_normals
+from moefast.core.sketches import share_seen
 from moefast.fitting import LinearForm
 from moefast.mixture import hat_weights
 from moefast.model import SHIPPED, Model, shipped_path
-from moefast.noise import standard_normals
 from moefast.protocol.bins import Grid, SnrGrid
-from moefast.protocol.overlap import share_seen
 from moefast.protocol.predictions import write_kept
 from moefast.protocol.report import ORACLE, evaluate_predictions, format_text, write_json
 from moefast.protocol.subject import ModelSubject, Subject, open_subject
 from moefast.scoring import BLOCK_ROWS
 from moefast.simulate.sets import Identity, identify
-from moefast.spectra.atomic import write_atomically
 from moefast.spectra.files import Block, SpectrumSet, open_spectra, same_wave
 from moefast.spectra.quality import assess, good_pixels
 

@@ -29,7 +29,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLo
 from matplotlib.transforms import ScaledTranslation
 from numpy.typing import NDArray
 
-from moefast.spectra.atomic import write_atomically
+from moefast.core.atomic import write_atomically
 
 __all__ = [
     "DARK",

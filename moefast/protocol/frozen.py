@@ -24,15 +24,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from moefast.core import metrics
+from moefast.core.atomic import write_atomically
+from moefast.core.random import DRAW_STREAM, NOISE_STREAM, standard_normals
 from moefast.fitting import PUBLISHED_ALPHA
-from moefast.noise import DRAW_STREAM, NOISE_STREAM, standard_normals
-from moefast.protocol import bayes, bins, ceiling, metrics, report
+from moefast.protocol import bayes, bins, ceiling, report
 from moefast.protocol.evaluate import NOISE_SEED
 from moefast.protocol.milestones import MILESTONES, N_SEEDS, TEST_PART, TEST_SIZE, Rule
 from moefast.protocol.report import evaluate_predictions
 from moefast.simulate.emulator import LABELS
 from moefast.simulate.sets import FINGERPRINTS, REFERENCE_SETS
-from moefast.spectra.atomic import write_atomically
 from moefast.spectra.quality import LARGEST_ERROR
 
 __all__ = ["VERSION", "canonical", "collect", "document", "gauge", "gauge_stars", "sha256"]

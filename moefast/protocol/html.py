@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from moefast.core.atomic import write_atomically
 from moefast.protocol.figures import DARK, FIGURES, LIGHT, svg
 from moefast.protocol.report import norm_label, octile_label
-from moefast.spectra.atomic import write_atomically
 
 __all__ = ["page", "write_page"]
 

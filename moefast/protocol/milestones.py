@@ -25,8 +25,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moefast.errors import InputError
-from moefast.protocol import metrics, report
+from moefast.core import metrics
+from moefast.core.errors import InputError
+from moefast.protocol import report
 from moefast.protocol.bins import (
     METAL_POOR,
     PHYSICAL_GRID,

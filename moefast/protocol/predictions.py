@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moefast.errors import InputError
+from moefast.core.errors import InputError
 from moefast.spectra.files import SpectrumSet
 from moefast.spectra.tables import READERS, Column, open_table, read_table
 

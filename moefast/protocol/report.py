@@ -18,8 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moefast.errors import LabelError
-from moefast.protocol import distributions, metrics
+from moefast.core import metrics
+from moefast.core.atomic import write_atomically
+from moefast.core.errors import LabelError
+from moefast.protocol import distributions
 from moefast.protocol.bins import (
     METAL_POOR,
     PHYSICAL_GRID,
@@ -28,7 +30,6 @@ from moefast.protocol.bins import (
     Grid,
     assign_snr_bins,
 )
-from moefast.spectra.atomic import write_atomically
 
 __all__ = [
     "N_OCTILES",

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefast.backend import Backend, resolve_backend
-from moefast.errors import BackendError, InputError, ModelError, WaveGridError
+from moefast.core.errors import BackendError, InputError, ModelError, WaveGridError
 from moefast.model import Model
 from moefast.protocol.bins import Grid
 from moefast.protocol.predictions import SUFFIXES, PredictionTable, read_predictions

@@ -28,8 +28,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from moefast.errors import MoefastError
-from moefast.threads import in_threads, one_blas_thread
+from moefast.core.errors import MoefastError
+from moefast.core.threads import in_threads, one_blas_thread
 
 LABELS = ("T_eff", "log_g", "M_H", "a_M", "C_M")
 ROWS_PER_TILE = 128

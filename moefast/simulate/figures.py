@@ -20,7 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from moefast.errors import MoefastError
+from moefast.core.errors import MoefastError
 
 from .emulator import LABELS, Emulator
 from .noise import Exposure, Instrument, NoiseModel, Sky

@@ -26,7 +26,7 @@ import numpy as np
 from numba import njit, prange
 from scipy.special import erf
 
-from moefast.errors import MoefastError
+from moefast.core.errors import MoefastError
 from moefast.kernels.quality import quantile, quantile_scratch
 
 PHOTONS_AB0 = 3.631e-20 / 6.62607015e-27  # photons / s / cm2 per unit ln(lambda), AB magnitude 0

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from moefast.errors import MoefastError
-from moefast.threads import in_threads
+from moefast.core.errors import MoefastError
+from moefast.core.threads import in_threads
 
 from .emulator import Emulator
 

@@ -16,8 +16,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 import numpy as np
 from scipy.special import ndtri
 
-from moefast.errors import MoefastError
-from moefast.noise import NOISE_STREAM, add_noise, row_uniforms
+from moefast.core.errors import MoefastError
+from moefast.core.random import NOISE_STREAM, add_noise, row_uniforms
 
 from .emulator import LABELS, Emulator
 from .noise import Exposure, Instrument, NoiseModel, Sky
@@ -45,7 +45,7 @@ SETTINGS_SCHEMA = 1
 LARGEST_NORMAL = 6.4
 """Quantile of the last of 2^32 uniform numbers: a Gaussian drawn from one of them goes no further."""
 
-# Streams of `moefast.noise.row_uniforms`. One each, so that switching a nuisance on moves no other number.
+# Streams of `moefast.core.random.row_uniforms`. One each, so that switching a nuisance on moves no other number.
 VELOCITY_STREAM, REDSHIFT_STREAM, REDDENING_STREAM, CALIBRATION_STREAM = 2, 3, 4, 5
 
 Range = tuple[float, float]

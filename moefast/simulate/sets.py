@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moefast.errors import InputError, MoefastError
+from moefast.core.errors import InputError, MoefastError
 from moefast.spectra.files import Shard
 
 from .emulator import Emulator

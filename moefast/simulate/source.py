@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from moefast.errors import InputError, LabelError, MoefastError
+from moefast.core.errors import InputError, LabelError, MoefastError
 from moefast.spectra.files import Block, Failure, block_edges
 
 from .emulator import Emulator

@@ -35,10 +35,10 @@ from typing import Any, Literal, Self
 import h5py
 import numpy as np
 
-from moefast.errors import InputError, LabelError, OutputError, WaveGridError
-from moefast.spectra.atomic import partial_path, publish
+from moefast.core.atomic import partial_path, publish
+from moefast.core.errors import InputError, LabelError, OutputError, WaveGridError
+from moefast.core.threads import CORES
 from moefast.spectra.params import ParamColumn, create_params_table, param_columns, read_columns
-from moefast.threads import CORES
 
 __all__ = [
     "Block",

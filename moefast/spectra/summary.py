@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from moefast.errors import InputError, OutputError
-from moefast.spectra.atomic import partial_path, publish
+from moefast.core.atomic import partial_path, publish
+from moefast.core.errors import InputError, OutputError
 from moefast.spectra.files import SpectrumSet
 from moefast.spectra.quality import Flag, assess, good_pixels
 

@@ -1,7 +1,7 @@
 """Prediction tables: one row per input row, in HDF5, Parquet or FITS.
 
 Design: one writer per format, chosen by the suffix; all share the checks, the order of rows and the way a file
-comes to its final name (see `moefast.spectra.atomic`). Rows are appended block by block, so memory does not
+comes to its final name (see `moefast.core.atomic`). Rows are appended block by block, so memory does not
 grow with the table. Attributes may change until the table is closed, because throughput and R² are known only
 then; FITS keeps room for them at the head of the file.
 
@@ -25,8 +25,8 @@ from typing import Any, Self
 import h5py
 import numpy as np
 
-from moefast.errors import InputError, OutputError
-from moefast.spectra.atomic import partial_path, publish
+from moefast.core.atomic import partial_path, publish
+from moefast.core.errors import InputError, OutputError
 
 __all__ = ["GROUP", "READERS", "WRITERS", "Column", "TableWriter", "open_table", "read_table"]
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moefast.core.threads import in_threads, one_blas_thread
 from moefast.experts.inputs import Inputs
-from moefast.threads import in_threads, one_blas_thread
 from moefast.trunks.arithmetic import NumPyArithmetic, OnnxArithmetic, is_matrix
 from moefast.trunks.networks import KINDS, SEES_FLUX, Kind, Plan, answer, shapes
 

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import assert_close
 
+from moefast.core.metrics import bootstrap_difference, r2
 from moefast.experts.choice import choose, hybrid
-from moefast.protocol.metrics import bootstrap_difference, r2
 
 BASE = "linear"
 

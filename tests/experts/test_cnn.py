@@ -8,7 +8,7 @@ import pytest
 from one_expert import inputs, network, same_arrays
 from tolerances import assert_close
 
-from moefast.errors import MoefastError
+from moefast.core.errors import MoefastError
 from moefast.experts.cnn import ROWS, ConvNet, fit_network, n_places
 
 needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")

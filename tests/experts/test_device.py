@@ -5,7 +5,7 @@ import pytest
 from tolerances import assert_close
 
 from moefast.backend import Backend, resolve_kernels
-from moefast.errors import BackendError
+from moefast.core.errors import BackendError
 from moefast.experts.device import DeviceEquations
 from moefast.experts.normal_equations import NormalEquations
 from moefast.kernels.reference import normal_equations_reference

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tolerances import assert_close
 
-from moefast.errors import ModelError
+from moefast.core.errors import ModelError
 from moefast.experts import normal_equations as module
 from moefast.experts.normal_equations import NormalEquations
 
@@ -254,7 +254,7 @@ def test_errors_are_squared_here_and_negative_flux_may_count_as_zero(data, refer
 @pytest.mark.parametrize("cores", [1, 5])
 def test_totals_do_not_depend_on_the_number_of_cores(data, reference, monkeypatch, cores):
     expected = gathered(data, reference)
-    monkeypatch.setattr("moefast.threads.CORES", cores)
+    monkeypatch.setattr("moefast.core.threads.CORES", cores)
     monkeypatch.setattr("moefast.kernels.gram.CORES", cores)
     assert_equal_totals(gathered(data, reference), expected)
 

@@ -11,7 +11,7 @@ from one_expert import inputs, model_of, run, same_arrays
 from plans import random_lean, random_ridge
 from tolerances import assert_close
 
-from moefast.errors import ModelError
+from moefast.core.errors import ModelError
 from moefast.experts.inputs import Inputs
 from moefast.experts.residual import (
     NEGLIGIBLE,

@@ -9,7 +9,7 @@ import pytest
 from one_expert import N_PIXELS, inputs, same_arrays
 from tolerances import assert_close
 
-from moefast.errors import MoefastError
+from moefast.core.errors import MoefastError
 from moefast.experts.trees import Trees, fit_trees, float32_below, read_booster
 from moefast.kernels import Forest
 from moefast.kernels.reference_forest import forest_leaves_reference, forest_predict_reference

@@ -7,7 +7,7 @@ from one_expert import inputs, model_of, network, run, same_arrays
 from onnx import numpy_helper
 from tolerances import assert_close
 
-from moefast.errors import ModelError
+from moefast.core.errors import ModelError
 from moefast.experts.cnn import ConvNet
 from moefast.export.graph import check
 from moefast.export.session import open_session

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 from plans import random_library, random_mixture, random_tower
 
 import moefast
-from moefast.errors import ModelError, OutputError
+from moefast.core.errors import ModelError, OutputError
 from moefast.export import build, load, read_mixture, save
 from moefast.export.graph import _OPERATORS, IR_VERSION, OPSET, check, part_of
 

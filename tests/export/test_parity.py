@@ -8,7 +8,7 @@ import pytest
 from onnx import numpy_helper
 
 from moefast.backend import cuda_devices
-from moefast.errors import ModelError
+from moefast.core.errors import ModelError
 from moefast.export import build, export_model, load, open_session, read_mixture, save, verify
 from moefast.export.parity import TOLERANCES, expected_outputs, synthetic_spectra
 from moefast.export.session import PROVIDERS

@@ -3,7 +3,7 @@ import onnxruntime
 import pytest
 
 from moefast.backend import cuda_devices
-from moefast.errors import BackendError, ModelError
+from moefast.core.errors import BackendError, ModelError
 from moefast.export import build, open_session, save
 from moefast.export.session import PROVIDERS
 

@@ -7,7 +7,7 @@ from made_forest import features, forest
 from one_expert import N_COMPONENTS, N_PIXELS, inputs, model_of, run, same_arrays
 from onnx import helper
 
-from moefast.errors import ModelError
+from moefast.core.errors import ModelError
 from moefast.experts.trees import Trees
 from moefast.export.graph import TREES_DOMAIN, check
 from moefast.export.session import open_session

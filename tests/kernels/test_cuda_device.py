@@ -9,7 +9,7 @@ import pytest
 from tolerances import assert_close
 
 from moefast.backend import cuda_devices
-from moefast.errors import BackendError
+from moefast.core.errors import BackendError
 from moefast.kernels import assign_bins, assign_snr_bins, normal_equations, sort_by_bin, unpack_symmetric
 from moefast.kernels import reference_binning as reference
 from moefast.kernels.reference import normal_equations_reference

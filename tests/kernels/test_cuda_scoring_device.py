@@ -13,7 +13,7 @@ from plans import random_library, random_mixture, random_plans, spectra
 from tolerances import assert_close
 
 from moefast.backend import cuda_devices
-from moefast.errors import BackendError
+from moefast.core.errors import BackendError
 from moefast.kernels import project, soft_mix, tangent_posterior, template_posterior
 from moefast.kernels.reference import project_reference, soft_mix_reference
 from moefast.kernels.reference_tangent import tangent_posterior_reference

@@ -29,7 +29,7 @@ def test_nvmath_loads_without_a_driver():
 
 
 def test_without_driver_and_compiler_the_need_is_named(monkeypatch):
-    from moefast.errors import BackendError
+    from moefast.core.errors import BackendError
     from moefast.kernels.cuda import driverless
 
     def absent(name):

@@ -114,7 +114,7 @@ def collected(x, y, group, calls, capacity=4000, n_groups=3, **noise):
 @pytest.mark.parametrize("p", [1, PIXELS - 1, PIXELS, PIXELS + 1])
 @pytest.mark.parametrize("cores", [1, 3])
 def test_rows_are_collected_in_order_whatever_the_calls(n, p, cores, monkeypatch):
-    monkeypatch.setattr("moefast.threads.CORES", cores)
+    monkeypatch.setattr("moefast.core.threads.CORES", cores)
     x, y, group = rows(n, p, 3)
     error = np.random.default_rng(n + p).uniform(0, 1, (n, p)).astype(np.float32)
     once = collected(x, y, group, n, error=error, floor=0.0)
@@ -191,7 +191,7 @@ def test_products_have_the_same_bits_on_any_number_of_cores(n, p, monkeypatch):
     x, _, _ = rows(n, p, 1)
     found = []
     for cores in (1, 2, 5):
-        monkeypatch.setattr("moefast.threads.CORES", cores)
+        monkeypatch.setattr("moefast.core.threads.CORES", cores)
         monkeypatch.setattr("moefast.kernels.gram.CORES", cores)
         found.append(np.ones(packed_size(p)))
         add_gram(x, found[-1])

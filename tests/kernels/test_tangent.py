@@ -9,7 +9,7 @@ from scipy.special import logsumexp, softmax
 from scipy.stats import multivariate_normal
 from tolerances import assert_close
 
-from moefast.errors import BackendError
+from moefast.core.errors import BackendError
 from moefast.kernels import Library, tangent_posterior, template_posterior
 from moefast.kernels.reference_tangent import tangent_posterior_reference
 from moefast.kernels.tangent import BLOCK, STEP

@@ -6,7 +6,7 @@ from scipy.special import logsumexp, softmax
 from sklearn.metrics.pairwise import rbf_kernel
 from tolerances import assert_close
 
-from moefast.errors import BackendError
+from moefast.core.errors import BackendError
 from moefast.kernels import template_posterior
 from moefast.kernels.reference_template import template_posterior_reference
 

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from moefast.errors import InputError, LabelError, ModelError
+from moefast.core.errors import InputError, LabelError, ModelError
 from moefast.protocol import bins
 
 

@@ -7,8 +7,9 @@ import h5py
 import numpy as np
 import pytest
 
-from moefast.errors import InputError
-from moefast.protocol import ceiling, metrics
+from moefast.core import metrics
+from moefast.core.errors import InputError
+from moefast.protocol import ceiling
 from moefast.protocol.ceiling_report import figure, format_text
 from moefast.simulate import Settings, simulate_file
 from moefast.simulate.sets import FINGERPRINTS, REFERENCE_SETS, simulate_set

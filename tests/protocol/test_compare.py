@@ -10,9 +10,10 @@ import pytest
 from click.testing import CliRunner
 
 from moefast.cli import cli
-from moefast.errors import InputError, OutputError
+from moefast.core import metrics
+from moefast.core.errors import InputError, OutputError
 from moefast.protocol import compare as comparing
-from moefast.protocol import figures, metrics, report
+from moefast.protocol import figures, report
 from moefast.protocol.compare import Kept, compare, format_text, read_evaluation
 from moefast.protocol.evaluate import evaluate, write_report
 

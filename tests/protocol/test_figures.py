@@ -12,7 +12,7 @@ import pytest
 from made_up import report as made_up
 from matplotlib.figure import Figure
 
-from moefast.errors import OutputError
+from moefast.core.errors import OutputError
 from moefast.protocol import figures
 from moefast.protocol.figures import DARK, FIGURES, LIGHT
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import mean_absolute_error, r2_score
 
-from moefast.protocol import bins, frozen, metrics, milestones, report
+from moefast.core import metrics
+from moefast.protocol import bins, frozen, milestones, report
 from moefast.simulate import sets
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "eval_protocol_frozen.md"

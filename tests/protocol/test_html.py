@@ -10,7 +10,7 @@ import pytest
 from made_up import RUN
 from made_up import report as made_up
 
-from moefast.errors import OutputError
+from moefast.core.errors import OutputError
 from moefast.protocol.html import page, write_page
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}

@@ -12,9 +12,10 @@ import pytest
 from click.testing import CliRunner
 
 from moefast.cli import cli
-from moefast.errors import InputError
+from moefast.core import metrics
+from moefast.core.errors import InputError
 from moefast.protocol import evaluate as evaluation_module
-from moefast.protocol import metrics, milestones, report
+from moefast.protocol import milestones, report
 from moefast.protocol.milestones import MILESTONES, judge, read_reports
 from moefast.protocol.milestones_report import format_text
 from moefast.simulate.sets import FINGERPRINTS

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from moefast.errors import InputError
+from moefast.core.errors import InputError
 from moefast.protocol.evaluate import evaluate, write_report
 from moefast.protocol.predictions import read_predictions
 from moefast.scoring import predict

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import r2_score
 
-from moefast.errors import LabelError, OutputError
-from moefast.protocol import bins, figures, html, metrics, report
+from moefast.core import metrics
+from moefast.core.errors import LabelError, OutputError
+from moefast.protocol import bins, figures, html, report
 
 N = 1201
 

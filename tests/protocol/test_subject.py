@@ -7,7 +7,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from moefast.errors import InputError, ModelError, WaveGridError
+from moefast.core.errors import InputError, ModelError, WaveGridError
 from moefast.export import export_model
 from moefast.protocol.evaluate import evaluate
 from moefast.protocol.subject import open_subject

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from moefast.errors import MoefastError
+from moefast.core.errors import MoefastError
 from moefast.simulate import LABELS, Emulator
 from moefast.simulate.emulator import ROWS_PER_TILE, SCHEMA, coordinates, matern52, polynomial_terms
 
@@ -57,7 +57,7 @@ def test_bits_do_not_depend_on_the_block(emulator):
 def test_the_number_of_threads_changes_nothing(emulator, monkeypatch):
     labels = inside(300)
     flux, slopes = emulator.flux(labels), emulator.derivatives(labels[:70])
-    monkeypatch.setattr("moefast.threads.CORES", 5)
+    monkeypatch.setattr("moefast.core.threads.CORES", 5)
     np.testing.assert_array_equal(emulator.flux(labels), flux)
     np.testing.assert_array_equal(emulator.derivatives(labels[:70]), slopes)
 

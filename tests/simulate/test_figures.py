@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from moefast.errors import MoefastError
+from moefast.core.errors import MoefastError
 from moefast.simulate import Emulator, figures
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.integrate import quad
 
-from moefast.errors import MoefastError
+from moefast.core.errors import MoefastError
 from moefast.simulate import Exposure, Instrument, NoiseModel, Sky, simulate_rows
 from moefast.simulate.figures import calculator_model, read_calculator
 from moefast.simulate.noise import PHOTONS_AB0, RAYLEIGH, airglow_lines, telluric_transmission

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import erf
 
-from moefast.errors import MoefastError
+from moefast.core.errors import MoefastError
 from moefast.simulate import Emulator
 from moefast.simulate.nuisance import (
     LIGHT_SPEED,

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from moefast.errors import MoefastError
-from moefast.noise import philox_words, row_uniforms
+from moefast.core.errors import MoefastError
+from moefast.core.random import philox_words, row_uniforms
 from moefast.simulate import Emulator, Exposure, Settings, simulate_file, simulate_params, simulate_rows
 from moefast.simulate.emulator import LABELS
 from moefast.simulate.nuisance import LIGHT_SPEED, calibration_basis, doppler, extinction

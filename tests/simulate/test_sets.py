@@ -7,7 +7,7 @@ import h5py
 import numpy as np
 import pytest
 
-from moefast.errors import MoefastError
+from moefast.core.errors import MoefastError
 from moefast.simulate import Emulator, simulate_file, simulate_params
 from moefast.simulate.rows import CALIBRATION, PARAMS
 from moefast.simulate.sets import (

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import moefast
-from moefast.errors import InputError, LabelError, MoefastError
+from moefast.core.errors import InputError, LabelError, MoefastError
 from moefast.simulate import Emulator, Settings, SimulatedSpectra, simulate_file, simulate_rows, simulate_set
 from moefast.simulate.rows import PARAMS
 from moefast.simulate.sets import fingerprint

@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 import pytest
 
-from moefast.errors import InputError, LabelError, WaveGridError
+from moefast.core.errors import InputError, LabelError, WaveGridError
 from moefast.spectra import Shard, find_files, open_spectra, same_wave
 from moefast.spectra import files as files_module
 

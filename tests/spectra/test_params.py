@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moefast.errors import InputError
+from moefast.core.errors import InputError
 from moefast.spectra import Shard
 from moefast.spectra.params import names_from_pickle, param_columns
 

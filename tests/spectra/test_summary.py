@@ -8,7 +8,7 @@ import h5py
 import numpy as np
 import pytest
 
-from moefast.errors import OutputError
+from moefast.core.errors import OutputError
 from moefast.spectra import open_spectra, picture, summarise
 
 

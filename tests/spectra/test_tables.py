@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from astropy.io import fits
 
-from moefast.errors import InputError, OutputError
+from moefast.core.errors import InputError, OutputError
 from moefast.spectra import Column, open_table, read_table
 from moefast.spectra.tables import WRITERS
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import tables
 
-from moefast.errors import OutputError
+from moefast.core.errors import OutputError
 from moefast.spectra import SpectrumWriter, open_spectra
 
 P = 16

@@ -8,7 +8,7 @@ from made_network import KINDS, network, with_heads
 from plans import random_mixture, spectra
 from tolerances import assert_close
 
-from moefast.errors import ModelError
+from moefast.core.errors import ModelError
 from moefast.experts.inputs import Inputs
 from moefast.export import build, open_session
 from moefast.export.graph import read_mixture

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tolerances import assert_close
 
-from moefast.errors import MoefastError
+from moefast.core.errors import MoefastError
 from moefast.gating.features import LEAST_CONTINUUM
 from moefast.kernels.reference import line_features
 from moefast.trunks import training

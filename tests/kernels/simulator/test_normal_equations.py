@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tolerances import assert_close
 
-from moefast.errors import BackendError
+from moefast.core.errors import BackendError
 from moefast.experts.normal_equations import NormalEquations
 from moefast.kernels import normal_equations
 from moefast.kernels.cuda import NormalEquationsAccumulator, accumulator, binning, gram, products

@@ -9,7 +9,7 @@ import pytest
 from plans import random_library, random_mixture, random_plans, random_tower, random_trees, spectra
 from tolerances import assert_close
 
-from moefast.errors import BackendError
+from moefast.core.errors import BackendError
 from moefast.kernels import Given, project, soft_mix, tangent_posterior
 from moefast.kernels.cuda import CudaScorer, median, mix, score, scoring
 from moefast.kernels.cuda.device import DeviceMemoryError

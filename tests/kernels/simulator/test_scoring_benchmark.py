@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 from plans import random_plans, spectra
 
-from moefast.errors import BackendError
+from moefast.core.errors import BackendError
 from moefast.kernels import project, soft_mix
 from moefast.kernels.cuda import mix, scoring
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tolerances import assert_close
 
-from moefast.errors import BackendError
+from moefast.core.errors import BackendError
 from moefast.kernels.cuda import NormalEquationsAccumulator, binning, gram, products, tensor
 from moefast.kernels.reference import normal_equations_reference
 

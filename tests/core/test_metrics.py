@@ -7,8 +7,8 @@ import pytest
 from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
-from moefast.errors import LabelError
-from moefast.protocol import metrics
+from moefast.core import metrics
+from moefast.core.errors import LabelError
 
 
 def stars(n=500, noise=0.6, seed=0):

@@ -18,7 +18,7 @@ import numpy as np
 from numba import float32, int32, njit, uint32, uint64
 from numpy.typing import NDArray
 
-from moefast.threads import in_threads
+from moefast.core.threads import in_threads
 
 __all__ = [
     "DRAW_STREAM",

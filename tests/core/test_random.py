@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from moefast.noise import add_noise, fold_of_rows, philox_words, standard_normals
+from moefast.core.random import add_noise, fold_of_rows, philox_words, standard_normals
 
 
 def test_a_row_has_the_same_draw_in_any_block_and_order():
@@ -20,7 +20,7 @@ def test_a_row_has_the_same_draw_in_any_block_and_order():
 @pytest.mark.parametrize("workers", [1, 2, 7])
 def test_the_number_of_threads_changes_nothing(monkeypatch, workers):
     expected = standard_normals(3, np.arange(500), 9)
-    monkeypatch.setattr("moefast.threads.CORES", workers)
+    monkeypatch.setattr("moefast.core.threads.CORES", workers)
     np.testing.assert_array_equal(standard_normals(3, np.arange(500), 9), expected)
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moefast.protocol.overlap import SKETCH_SIZE, row_hashes, share_seen, sketch
+from moefast.core.sketches import SKETCH_SIZE, row_hashes, share_seen, sketch
 from moefast.simulate.rows import simulate_params
 
 

@@ -12,7 +12,7 @@ import os
 import re
 from pathlib import Path
 
-from moefast.errors import OutputError
+from moefast.core.errors import OutputError
 
 __all__ = ["partial_path", "publish", "write_atomically"]
 

@@ -5,8 +5,8 @@ import stat
 
 import pytest
 
-from moefast.errors import OutputError
-from moefast.spectra.atomic import write_atomically
+from moefast.core.atomic import write_atomically
+from moefast.core.errors import OutputError
 
 
 def test_writes_and_replaces(tmp_path):

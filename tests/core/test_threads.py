@@ -6,13 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from moefast.threads import _BLAS, in_threads, map_in_order, one_blas_thread
+from moefast.core.threads import _BLAS, in_threads, map_in_order, one_blas_thread
 
 
 @pytest.mark.parametrize("cores", [1, 2, 7])
 @pytest.mark.parametrize("n", [0, 1, 31, 32, 64, 97, 1000])
 def test_every_row_is_done_once(monkeypatch, cores, n):
-    monkeypatch.setattr("moefast.threads.CORES", cores)
+    monkeypatch.setattr("moefast.core.threads.CORES", cores)
     done = np.zeros(n, int)
     parts = []
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import erf, ndtri
 
-from moefast.errors import LabelError
+from moefast.core.errors import LabelError
 
 __all__ = [
     "COVERAGE_LEVELS",
