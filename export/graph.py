@@ -23,9 +23,9 @@ from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-import moefast
 from moefast.core.atomic import write_atomically
 from moefast.core.errors import ModelError
+from moefast.core.version import __version__
 from moefast.experts.cnn import ConvNet
 from moefast.experts.inputs import Expert
 from moefast.experts.residual import RESIDUALS, LinearResidual
@@ -793,7 +793,7 @@ def _clouds_of(library: Library, k: int) -> Library:
 def _model(steps: _Steps, part: str, outputs: Sequence[str], metadata: dict[str, str]) -> ModelProto:
     mixture = steps.mixture
     own = {
-        "moefast_version": moefast.__version__,
+        "moefast_version": __version__,
         "part": part,
         "precision": "half" if steps.half else "single",
         "wave_first": repr(float(mixture.wave[0])),
@@ -827,7 +827,7 @@ def _model(steps: _Steps, part: str, outputs: Sequence[str], metadata: dict[str,
         opset_imports=[helper.make_opsetid(*opset) for opset in _opsets(steps.graph.nodes)],
         ir_version=IR_VERSION,
         producer_name="moefast",
-        producer_version=moefast.__version__,
+        producer_version=__version__,
         doc_string=(
             f"Surface gravity of stars from spectra of {p} pixels, {mixture.wave[0]:.2f}-{mixture.wave[-1]:.2f} "
             f"Angstrom: {'a mixture of ' + str(k) + ' linear experts' if part == 'mixture' else part}."

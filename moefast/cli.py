@@ -19,8 +19,8 @@ from typing import Any
 
 import click
 
-import moefast
 from moefast.core.errors import MoefastError
+from moefast.core.version import __version__
 
 __all__ = ["cli", "main"]
 
@@ -176,7 +176,7 @@ OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace the output i
 
 
 @click.group(cls=_Group, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(moefast.__version__, "-V", "--version", prog_name="moefast")
+@click.version_option(__version__, "-V", "--version", prog_name="moefast")
 def cli() -> None:
     """Surface gravities (log g) for faint stellar spectra, from the survey's own HDF5 files.
 

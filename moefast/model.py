@@ -20,11 +20,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-import moefast
 from moefast.core.errors import ModelError, OutputError, WaveGridError
 from moefast.core.grids import Grid, SnrGrid, read_grid
+from moefast.core.version import __version__
 from moefast.experts.linear_form import LinearForm
-from moefast.fitting import Fit
 from moefast.mixture import Mixture
 from moefast.spectra.files import same_wave
 
@@ -64,14 +63,38 @@ class Model:
     path: Path | None = None
 
     @classmethod
-    def from_fit(cls, fit: Fit, *, recipe: str, grid: Grid | SnrGrid, training: dict[str, Any]) -> Model:
-        """Make a model of a fit; `training` says what it was fitted on."""
-        wave = fit.mixture.wave
+    def of_mixture(
+        cls,
+        mixture: Mixture,
+        references: dict[str, LinearForm],
+        *,
+        recipe: str,
+        grid: Grid | SnrGrid,
+        training: dict[str, Any],
+        summary: dict[str, Any],
+    ) -> Model:
+        """Make a model of a fitted mixture.
+
+        Parameters
+        ----------
+        mixture : Mixture
+        references : dict of str to LinearForm
+            Simpler fits of the same training set.
+        recipe : str
+            How it was fitted.
+        grid : Grid or SnrGrid
+            Bins of the experts.
+        training : dict
+            What it was fitted on; `log_g_std` among it.
+        summary : dict
+            What happened on the way; `chi2_limit` among it.
+        """
+        wave = mixture.wave
         label_spread = float(training["log_g_std"])
         manifest = {
             "schema": SCHEMA,
             "what": WHAT,
-            "moefast_version": moefast.__version__,
+            "moefast_version": __version__,
             "recipe": recipe,
             "grid": grid.to_dict(),
             "wave": {
@@ -86,17 +109,17 @@ class Model:
                 "flux": "normalised to a median near 1, as the survey's files are; a reference spectrum is subtracted",
                 "bad_pixels": "zero weight: not finite, error <= 0, or masked",
             },
-            "label_range": list(fit.mixture.label_range),
+            "label_range": list(mixture.label_range),
             "limits": {
-                "chi2": fit.summary["chi2_limit"],
+                "chi2": summary["chi2_limit"],
                 "log_g_err": 0.8 * label_spread,
-                "log_level": [float(fit.mixture.knots[0]), float(fit.mixture.knots[-1])],
+                "log_level": [float(mixture.knots[0]), float(mixture.knots[-1])],
             },
             "training": training,
-            "fit": fit.summary,
+            "fit": summary,
             "packages": {name: metadata.version(name) for name in _PACKAGES},
         }
-        return cls(fit.mixture, manifest, fit.references)
+        return cls(mixture, manifest, references)
 
     @property
     def grid(self) -> Grid | SnrGrid:

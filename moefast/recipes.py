@@ -191,7 +191,14 @@ def fit(
         "log_g_std": float(np.std(labels["log_g"])),
         "row_sketch": sketch(labels),
     }
-    model = Model.from_fit(fitted, recipe=recipe, grid=chosen, training=training)
+    model = Model.of_mixture(
+        fitted.mixture,
+        fitted.references,
+        recipe=recipe,
+        grid=chosen,
+        training=training,
+        summary=fitted.summary,
+    )
     if kept is not None and kept is not checkpoint:
         kept.remove()
     return model

@@ -19,10 +19,10 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-import moefast
 from moefast.backend import Backend, resolve_backend
 from moefast.core.errors import BackendError, InputError, MoefastError, OutputError
 from moefast.core.threads import CORES, map_in_order, one_blas_thread
+from moefast.core.version import __version__
 from moefast.kernels import PROJECT_ROWS
 from moefast.mixture import Mixture, Prediction
 from moefast.model import Model, shipped_path
@@ -471,7 +471,7 @@ def predict(
     ids = {name: _id_dtype(spectra, name) for name in spectra.columns if _ID.fullmatch(name)}
     labelled = spectra.has_labels((_LABEL,))
     attrs: dict[str, Any] = {
-        "moefast_version": moefast.__version__,
+        "moefast_version": __version__,
         "model": chosen.name,
         "model_sha256": chosen.hash,
         "inputs": [str(s.path) for s in spectra.shards],

@@ -19,13 +19,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-import moefast
 from moefast.ceilings.ceiling import Ceiling, known, read
 from moefast.core.atomic import write_atomically, write_json
 from moefast.core.errors import InputError, OutputError
 from moefast.core.grids import Grid, SnrGrid
 from moefast.core.random import NOISE_SEED, standard_normals
 from moefast.core.sketches import share_seen
+from moefast.core.version import __version__
 from moefast.experts.linear_form import LinearForm
 from moefast.mixture import hat_weights
 from moefast.model import SHIPPED, Model, shipped_path
@@ -199,7 +199,7 @@ def evaluate(
         **{f"weight_{k}": table[f"weight_{k}"] for k in range(n_experts)},
     }
     run = {
-        "moefast_version": moefast.__version__,
+        "moefast_version": __version__,
         "r2": report["overall"]["r2"],
         "spectra_per_second": spectra.n_rows / scoring if subject.where else None,
         "what": "scoring alone, spectra in memory" if subject.where else "computed elsewhere",
@@ -428,7 +428,7 @@ def write_report(
     report, run = evaluation.report, evaluation.run
     data = report["data_set"]
     attrs = {
-        "moefast_version": moefast.__version__,
+        "moefast_version": __version__,
         "subject": report["model"]["name"],
         "subject_sha256": report["model"]["sha256"],
         "input_sha256": data["fingerprint"],
