@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from moefast.core.threads import in_threads, one_blas_thread
 from moefast.experts.inputs import Inputs
-from moefast.trunks.arithmetic import NumPyArithmetic, OnnxArithmetic, is_matrix
+from moefast.ops.arithmetic import NumPyArithmetic, OnnxArithmetic, is_matrix
 from moefast.trunks.networks import KINDS, SEES_FLUX, Kind, Plan, answer, shapes
 
 if TYPE_CHECKING:

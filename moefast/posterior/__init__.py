@@ -1,0 +1,6 @@
+"""The posterior of a star's labels at the star's own noise, gaps and scale."""
+
+from moefast.posterior.forward import Sizes, forward
+from moefast.posterior.mixture import LABELS, PosteriorMixture
+
+__all__ = ["LABELS", "PosteriorMixture", "Sizes", "forward"]
