@@ -211,10 +211,12 @@ def _errors(
 ) -> None:
     """Errors (n, p) and the medians (n,) of flux / error.
 
-    error = noise_level sqrt(max(flux, 0) star u + sky u^2), u = flux_unit * mean of the flux over the band.
+    error = noise_level sqrt(max(flux, 0) star u + sky u^2), u = flux_unit * mean of the flux over the band. The sky
+    (n, p) may be one row that all stars share.
     """
     n, p = flux.shape
     for i in prange(n):
+        background = sky[np.int64(i) if len(sky) > 1 else 0]
         ratio = np.empty(p + 1, np.float32)
         keys, scratch = np.empty(p + 2, np.int32), quantile_scratch()
         mean = 0.0
@@ -223,7 +225,7 @@ def _errors(
         unit = np.float32(flux_unit[i] * mean)
         for j in range(p):
             light = max(flux[i, j], np.float32(0.0)) * star[j]
-            one_sigma = noise_level * np.sqrt(unit * (light + unit * sky[j]))
+            one_sigma = noise_level * np.sqrt(unit * (light + unit * background[j]))
             error[i, j] = one_sigma
             ratio[j] = flux[i, j] / one_sigma
         snr[i] = quantile(ratio, p, 0.5, keys, scratch)
@@ -475,8 +477,38 @@ class NoiseModel:
         _rescale(flux, error, self._star, self._sky, new, out)
         return out
 
+    def line_flux(
+        self, flux: np.ndarray, mag: np.ndarray, seeing: np.ndarray, share: np.ndarray
+    ) -> np.ndarray:
+        """Flux that `share` of each group of airglow lines amounts to.
+
+        Parameters
+        ----------
+        flux : array of shape (n, p), float32
+            Noise-free flux of the star, which sets the unit.
+        mag, seeing : arrays of shape (n,)
+        share : array of shape (n, len(SKY_GROUPS))
+            Of the light of each of `SKY_GROUPS`.
+
+        Returns
+        -------
+        array of shape (n, p), float32
+        """
+        first, weight = self._band
+        mean = np.array([row[first : first + len(weight)].astype(float) @ weight for row in flux])
+        per_electron = (mean / self.electrons_per_flux(mag, seeing))[:, None] / self.response
+        # Row by row: a product of matrices may sum in another order for another number of rows.
+        electrons = np.stack([one @ self.line_electrons for one in share]) if len(share) else share[:, :0]
+        return (electrons * per_electron if len(share) else np.empty(flux.shape)).astype(np.float32)
+
     def error(
-        self, flux: np.ndarray, mag: np.ndarray, seeing: np.ndarray, *, noise_level: float = 1.0
+        self,
+        flux: np.ndarray,
+        mag: np.ndarray,
+        seeing: np.ndarray,
+        *,
+        noise_level: float = 1.0,
+        factors: SkyFactors | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """One-sigma errors and signal-to-noise ratios.
 
@@ -490,6 +522,8 @@ class NoiseModel:
             AB magnitude in HSC i; FWHM in arcsec.
         noise_level : float
             Multiplies the errors.
+        factors : SkyFactors, optional
+            Brightness of each star's sky.
 
         Returns
         -------
@@ -513,5 +547,9 @@ class NoiseModel:
         error, snr = np.empty_like(flux), np.empty(len(flux))
         unit = 1.0 / (scale * self._largest)
         level = np.float32(noise_level)
-        _errors(flux, unit, self._star, self._sky, *self._band, level, error, snr)
+        sky = self._sky[None]
+        if factors is not None and len(flux):
+            relative = self._largest / self.response
+            sky = (self.scaled_sky_variance(factors) * relative**2).astype(np.float32)
+        _errors(flux, unit, self._star, sky, *self._band, level, error, snr)
         return error, snr
