@@ -284,4 +284,8 @@ class PosteriorMixture:
     ) -> tuple[Prediction, Quality]:
         """Predictions, and the quality of the spectra; see `predict`."""
         quality = assess(flux, error, good_pixels(flux, error, mask), mask)
-        return self.predict_reference(flux, error, mask), quality
+        return self.prediction(self.outputs(flux, error, mask)), quality
+
+    def outputs(self, flux: F32, error: F32, mask: NDArray[np.bool_] | None = None) -> dict[str, NDArray]:
+        """Every output of the forward pass on the CPU kernels; see `predict` and `moefast.posterior.forward`."""
+        return self.describe(flux, error if mask is None else np.where(mask, np.float32(np.nan), error))
