@@ -1,4 +1,4 @@
-"""The posterior at a star's own noise: its library, its error model, and what is usual among stars like the training set.
+"""The posterior at a star's own noise: its library, its error model, and the limits of what is usual.
 
 Design: the library is made of clean stars that are not in the sample. The sample then gets noise of its own in every
 draw, and in half of the draws gaps of one kind or another, so that errors and limits hold whatever a star has lost. Of
@@ -7,6 +7,7 @@ ten stars seven train the error model, two stop and calibrate it and set the lim
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefast.core.metrics import r2
-from moefast.core.random import add_noise
+from moefast.core.random import add_noise, fold_of_rows
 from moefast.fitting.error_model import Z_95, balanced_factor
 from moefast.fitting.training_set import TrainingSet
 from moefast.gating.mlp import as_float32, fit_error_model
@@ -114,7 +115,7 @@ def _calibrate(
         rows, clean, sigma = rows[chosen], flux[chosen], error[chosen]
         for draw in range(draws):
             x = add_noise(clean, sigma, data.options.seed + 1 + draw, rows)
-            kind = _kind_of(rows, draw)
+            kind = _kind_of(rows, data.options.seed + 2000 + draw)
             lost = np.zeros(x.shape, bool)
             for k in np.unique(kind):
                 mine = kind == k
@@ -178,10 +179,10 @@ def _calibrate(
     return mixture, summary
 
 
-def _kind_of(rows: NDArray[np.int64], draw: int) -> NDArray[np.intp]:
-    """Kind of gap of each row in a draw: none in every other one, each of the kinds in turn else."""
-    turn = rows + 7 * draw
-    return np.where(turn % 2 == 0, 0, turn // 2 % len(GAP_KINDS)).astype(np.intp)
+def _kind_of(rows: NDArray[np.int64], seed: int) -> NDArray[np.intp]:
+    """Kind of gap of each row, at random: none in every other one, each of the kinds alike in the others."""
+    turn = fold_of_rows(rows, 2 * len(GAP_KINDS), seed)
+    return np.where(turn < len(GAP_KINDS), 0, turn - len(GAP_KINDS)).astype(np.intp)
 
 
 def _distance_limit(distance: NDArray, strength: NDArray) -> dict[str, list[float]]:
@@ -189,7 +190,7 @@ def _distance_limit(distance: NDArray, strength: NDArray) -> dict[str, list[floa
     log_strength = np.log(np.maximum(strength, 1.0))
     edges = np.quantile(log_strength, np.linspace(0, 1, DISTANCE_KNOTS + 1))
     knots, limits = [], []
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
+    for low, high in itertools.pairwise(edges):
         mine = (log_strength >= low) & (log_strength <= high)
         knots.append(float(np.median(log_strength[mine])))
         limits.append(float(np.quantile(distance[mine], DISTANCE_QUANTILE)))
