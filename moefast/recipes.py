@@ -16,10 +16,10 @@ import numpy as np
 from moefast.backend import resolve_kernels
 from moefast.checkpoint import Checkpoint
 from moefast.core.errors import InputError
+from moefast.core.grids import PHYSICAL_GRID, Grid, SnrGrid, uniform
 from moefast.core.sketches import sketch
 from moefast.fitting import PUBLISHED_ALPHA, Noise, Options, fit_mixture
 from moefast.model import Model
-from moefast.protocol.bins import PHYSICAL_GRID, Grid, SnrGrid, uniform
 from moefast.simulate.source import SimulatedSpectra
 from moefast.spectra.files import SpectrumSet, open_spectra
 from moefast.trunks.presets import Size

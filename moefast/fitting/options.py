@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from moefast.core.errors import InputError
+from moefast.core.grids import Grid, SnrGrid
 from moefast.gating.tower import Sees
-from moefast.protocol.bins import Grid, SnrGrid
 from moefast.trunks.networks import KINDS, Kind
 from moefast.trunks.presets import SIZES, Size
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from moefast.checkpoint import Checkpoint
+from moefast.experts.linear_form import LinearForm
 from moefast.fitting.error_model import train_error_model
 from moefast.fitting.families import choose_families, families_of, make_library
 from moefast.fitting.first_pass import gather
@@ -16,7 +17,7 @@ from moefast.fitting.linear_experts import mixture_of, solve
 from moefast.fitting.network import check_network, train_heads
 from moefast.fitting.options import Options
 from moefast.fitting.posterior import fit_posterior
-from moefast.fitting.references import LinearForm, reference_forms, sampled_oracle
+from moefast.fitting.references import reference_forms, sampled_oracle
 from moefast.fitting.residuals import add_residuals
 from moefast.fitting.sample import draw_sample
 from moefast.fitting.training_set import Progress, TrainingSet
