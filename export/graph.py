@@ -34,8 +34,8 @@ from moefast.gating.features import LEAST_CONTINUUM, LINE_FEATURES, LINES
 from moefast.gating.tower import Sees, Tower
 from moefast.kernels import Library, cell_size
 from moefast.mixture import LEAST_SPREAD, Mixture, n_gate_features
+from moefast.ops.arithmetic import is_matrix
 from moefast.spectra.quality import LARGEST_ERROR
-from moefast.trunks.arithmetic import is_matrix
 from moefast.trunks.heads import STEM, Heads
 from moefast.trunks.networks import KINDS
 

@@ -43,6 +43,16 @@ RECIPES: dict[str, Recipe] = {
         "posterior mean over a library of templates with tangents, grouped in 9 bins, weighed by evidence",
         {"families": ("template",)},
     ),
+    "posterior": Recipe(
+        PHYSICAL_GRID,
+        "posterior over clouds of templates at each star's own noise and gaps; scale and slope of the flux are free",
+        {"families": ("posterior",), "slope_widths": (0.15, 0.05, 0.03)},
+    ),
+    "posterior-calibrated": Recipe(
+        PHYSICAL_GRID,
+        "the same for spectra whose flux calibration can be trusted: the scale is free, the slope is not",
+        {"families": ("posterior",)},
+    ),
     "hybrid-moe": Recipe(
         PHYSICAL_GRID,
         "9 experts, each of the family (linear, template, trees) that is best in its bin; soft gate by evidence",
