@@ -20,11 +20,12 @@ HOMES = {
 
 FLOORS = (
     ("moefast.core",),
-    ("moefast.kernels",),
+    ("moefast.kernels", "moefast.ops"),
     ("moefast.backend", "moefast.checkpoint", "moefast.spectra"),
     ("moefast.experts", "moefast.gating", "moefast.simulate"),
     ("moefast.trunks",),
     ("moefast.mixture",),
+    ("moefast.posterior",),
     ("moefast.ceilings", "moefast.export"),
     # The folder of a model verifies its ONNX file, so it stands above the export of the mixture.
     ("moefast.model",),
