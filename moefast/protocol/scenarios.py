@@ -272,7 +272,7 @@ def _blend(stars: Stars) -> Spectra:
     other = simulate_rows(
         stars.first + 100_000, stars.stop + 100_000, seed=_base_seed(), emulator=stars.emulator, noisy=False
     )
-    flux = np.float32(0.7) * stars.block.flux + np.float32(0.3) * other.flux
+    flux = (0.7 * stars.block.flux + 0.3 * other.flux).astype(np.float32)
     return stars.observed(flux, stars.log_g)
 
 
@@ -461,9 +461,9 @@ def measure(columns: Mapping[str, NDArray], log_g: F64 | None) -> Measures:
         "unlike": shares[str(Flag.UNLIKE_TRAINING.name)],
         "flags": shares,
     }
-    names = ("r2", "within_1_sigma", "within_2_sigma", "bias", "median_error")
     if log_g is None:
-        return Measures(silent=float((~flagged).mean()), **about, **dict.fromkeys(names))
+        about |= dict.fromkeys(("r2", "within_1_sigma", "within_2_sigma", "bias", "median_error"))
+        return Measures(silent=float((~flagged).mean()), **about)
     predicted, error = (np.asarray(columns[name], dtype=float) for name in ("log_g", "log_g_err"))
     usable = np.isfinite(predicted) & np.isfinite(error) & (error > 0)
     away = np.full(len(flag), np.inf)
