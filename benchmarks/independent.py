@@ -17,10 +17,11 @@ from typing import Any
 import click
 import numpy as np
 
+from moefast.core.atomic import write_json
 from moefast.core.errors import OutputError
 from moefast.core.random import add_noise
+from moefast.core.text import number, percent, table
 from moefast.model import Model
-from moefast.protocol.report import number, percent, table, write_json
 from moefast.protocol.scenarios import measure
 from moefast.scoring import columns_of, open_engine, score_block
 from moefast.simulate.gaps import telluric_pixels

@@ -22,10 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq
 
+from moefast.core.atomic import write_json
 from moefast.core.errors import InputError, OutputError
 from moefast.core.random import add_noise
+from moefast.core.text import number, percent, table
 from moefast.model import Model
-from moefast.protocol.report import number, percent, table, write_json
 from moefast.protocol.scenarios import FLAGS, measure
 from moefast.scoring import columns_of, open_engine, score_block
 from moefast.simulate.emulator import Emulator

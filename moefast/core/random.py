@@ -23,6 +23,7 @@ from moefast.core.threads import in_threads
 __all__ = [
     "DRAW_STREAM",
     "LABEL_STREAM",
+    "NOISE_SEED",
     "NOISE_STREAM",
     "add_noise",
     "fold_of_rows",
@@ -40,6 +41,8 @@ NOISE_STREAM = 1
 """Noise that is stored with simulated spectra. Streams 2 to 15 are left to the simulator's nuisances."""
 DRAW_STREAM = 16
 """Noise that is drawn when spectra are used. With the seed of a file it is still independent of what the file holds."""
+NOISE_SEED = 20250102
+"""Seed of the noise that is drawn on test spectra without any, so that all models meet the same noisy stars."""
 
 COUNTERS_PER_TILE = 64
 """Word w of counter c of a tile becomes pixel 256 tile + 64 w + c."""

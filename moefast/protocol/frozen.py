@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moefast.core import metrics
+from moefast.ceilings import bayes, ceiling
+from moefast.core import grids, groups, metrics
 from moefast.core.atomic import write_atomically
-from moefast.core.random import DRAW_STREAM, NOISE_STREAM, standard_normals
+from moefast.core.random import DRAW_STREAM, NOISE_SEED, NOISE_STREAM, standard_normals
 from moefast.fitting import PUBLISHED_ALPHA
-from moefast.protocol import bayes, bins, ceiling, report, scenarios
-from moefast.protocol.evaluate import NOISE_SEED
+from moefast.protocol import report, scenarios
 from moefast.protocol.milestones import MILESTONES, N_SEEDS, TEST_PART, TEST_SIZE, Rule
 from moefast.protocol.report import evaluate_predictions
 from moefast.simulate.emulator import LABELS
@@ -84,7 +84,7 @@ RULES = {
 
 def collect() -> dict[str, Any]:
     """All that is frozen, JSON-ready, in the order of the document."""
-    grid = bins.PHYSICAL_GRID
+    grid = grids.PHYSICAL_GRID
     return {
         "protocol_version": VERSION,
         "quantity": {"name": "log_g", "unit": "dex"},
@@ -105,9 +105,9 @@ def collect() -> dict[str, Any]:
             "m_h_edges": list(grid.m_h_edges),
             "names": list(grid.names),
         },
-        "snr_norm": {"edges": list(bins.SNR_NORM_EDGES), "names": list(bins.SNR_NORM_NAMES)},
-        "snr_median": {"n_quantiles": report.N_OCTILES},
-        "metal_poor_below": bins.METAL_POOR,
+        "snr_norm": {"edges": list(grids.SNR_NORM_EDGES), "names": list(grids.SNR_NORM_NAMES)},
+        "snr_median": {"n_quantiles": groups.N_OCTILES},
+        "metal_poor_below": grids.METAL_POOR,
         "low_snr_norm_up_to": report.LOW_SNR_NORM,
         "statistics": list(metrics.STATISTICS),
         "bootstrap": {

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from moefast.core import metrics
 from moefast.core.errors import MoefastError
 from moefast.core.random import NOISE_STREAM, add_noise, standard_normals, uniforms_of_rows
+from moefast.core.text import number, percent, table
 from moefast.model import Model
-from moefast.protocol.report import number, percent, table
 from moefast.scoring import columns_of, open_engine, score_block
 from moefast.simulate.emulator import LABELS, Emulator
 from moefast.simulate.gaps import GAPS

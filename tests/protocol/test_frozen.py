@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import mean_absolute_error, r2_score
 
-from moefast.core import metrics
-from moefast.protocol import bins, frozen, milestones, report
+from moefast.core import grids, groups, metrics
+from moefast.protocol import frozen, milestones, report
 from moefast.simulate import sets
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "eval_protocol_frozen.md"
@@ -97,14 +97,14 @@ def clipped(y, yhat, honest=metrics.fill_missing):
 @pytest.mark.parametrize(
     ("owner", "name", "value"),
     [
-        (bins, "METAL_POOR", -1.5),
-        (report, "METAL_POOR", -1.5),
+        (grids, "METAL_POOR", -1.5),
+        (groups, "METAL_POOR", -1.5),
         (report, "LOW_SNR_NORM", 3.0),
         (metrics, "SEED", 1),
         (metrics, "fill_missing", filled_with_zero),
         (metrics, "fill_missing", clipped),
-        (report, "assign_snr_bins", lambda norm: bins.assign_snr_bins(norm, (2.5, 4.0, 7.0))),
-        (report, "PHYSICAL_GRID", bins.Grid((3750.0, 4400.0, 5250.0, 6000.0))),
+        (groups, "assign_snr_bins", lambda norm: grids.assign_snr_bins(norm, (2.5, 4.0, 7.0))),
+        (groups, "PHYSICAL_GRID", grids.Grid((3750.0, 4400.0, 5250.0, 6000.0))),
         (sets, "REFERENCE_SETS", {}),
         (milestones, "MILESTONES", ()),
     ],
