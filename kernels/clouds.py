@@ -32,7 +32,9 @@ from numpy.typing import NDArray
 
 from moefast.core.threads import in_threads
 from moefast.kernels import cpu_clouds, cpu_information
-from moefast.kernels.cpu_information import LANES, ROWS, STEP
+from moefast.kernels.cpu_clouds import LANES
+from moefast.kernels.cpu_information import LANES as COLUMNS
+from moefast.kernels.cpu_information import ROWS, STEP
 
 __all__ = ["CloudPosterior", "Clouds", "Space", "cloud_posterior"]
 
@@ -91,18 +93,18 @@ class Space:
             raise ValueError("noise_shape must be positive in every pixel")
         # Nuisances first: to marginalise them is to begin with them.
         inside = np.roll(self.directions.astype(np.float64), self.n_nuisances, axis=1)
-        columns = np.zeros((_up(width, LANES) // LANES, _up(p, STEP), LANES))
+        columns = np.zeros((_up(width, COLUMNS) // COLUMNS, _up(p, STEP), COLUMNS))
         for block, lanes in enumerate(columns):
-            part = inside[:, block * LANES : (block + 1) * LANES]
+            part = inside[:, block * COLUMNS : (block + 1) * COLUMNS]
             lanes[:p, : part.shape[1]] = part
         groups, size = p // self.cell, width * (width + 1) // 2
         cells = inside.reshape(groups, self.cell, width)
         shape = self.noise_shape.astype(np.float64).reshape(groups, self.cell, 1)
         upper = np.triu_indices(width)
-        products = np.zeros((_up(size, LANES) // LANES, _up(groups, STEP), LANES))
+        products = np.zeros((_up(size, COLUMNS) // COLUMNS, _up(groups, STEP), COLUMNS))
         packed = ((cells / shape).transpose(0, 2, 1) @ cells)[:, *upper]
         for block, lanes in enumerate(products):
-            part = packed[:, block * LANES : (block + 1) * LANES]
+            part = packed[:, block * COLUMNS : (block + 1) * COLUMNS]
             lanes[:groups, : part.shape[1]] = part
         object.__setattr__(self, "columns", columns)
         object.__setattr__(self, "products", products)
@@ -171,7 +173,6 @@ class Clouds:
         if first.ndim != 1 or first[0] != 0 or first[-1] != m or (np.diff(first) < 1).any():
             raise ValueError(f"every expert needs clouds, {m} in all; found boundaries {first.tolist()}")
         panels, blocks, wide = -(-m // LANES), -(-n // STEP), _up(labels, WIDE)
-        # [panel, vector, four coordinates of all clouds]
         drawn = np.concatenate([self.keys[:, None], self.tangents], axis=1)
         columns = np.zeros((panels * LANES, t + 1, blocks * STEP), np.float32)
         columns[:m, :, :n] = drawn
@@ -189,8 +190,9 @@ class Clouds:
             return out
 
         arrays = (
-            np.ascontiguousarray(columns).reshape(panels, t + 1, blocks, STEP * LANES),
-            log_weights,
+            (0,) * (t + 1),
+            np.ascontiguousarray(columns),
+            log_weights.reshape(panels, LANES),
             gains,
             filled(self.labels),
             filled(self.scatter),
@@ -276,7 +278,7 @@ def cloud_posterior(
         blocks, pixels, _ = space.columns.shape
         packed_blocks, groups, _ = space.products.shape
         y, cells = np.zeros((ROWS, pixels), np.float32), np.zeros((ROWS, groups))
-        u, packed = np.empty((blocks, ROWS, LANES)), np.empty((packed_blocks, ROWS, LANES))
+        u, packed = np.empty((blocks, ROWS, COLUMNS)), np.empty((packed_blocks, ROWS, COLUMNS))
         numbers = np.empty((ROWS, 5))
         for start in range(first_block * ROWS, min(stop_block * ROWS, rows), ROWS):
             here = slice(start, min(start + ROWS, rows))

@@ -15,12 +15,15 @@ import numpy as np
 from numba import njit
 
 from moefast.kernels.cpu import FAST, exp32, log32
-from moefast.kernels.cpu_information import LANES, LEAST_CURVATURE, STEP, TINY, add_product, solve, unpack
+from moefast.kernels.cpu_information import GROUP, STEP, TINY, solve, unpack
+from moefast.kernels.cpu_information import LANES as COLUMNS
+from moefast.kernels.vectors import VECTORS, add_tile, cloud_group, width_of
 
 __all__ = ["posterior"]
 
-BLOCK = STEP * LANES
-"""Numbers of four coordinates of a panel."""
+WIDTH = width_of(32)
+LANES = VECTORS * WIDTH
+"""Clouds of a panel."""
 LEAST_SHARE = np.float32(1e-9)
 """Of the best cloud's weight: clouds below have no say in moments of labels."""
 LEAST_SPREAD = 1e-4
@@ -30,161 +33,28 @@ ONE32 = np.float32(1.0)
 HALF32 = np.float32(0.5)
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def _shift(x, c, centre):
-    """Subtract four coordinates of `centre` from a block."""
-    a0, a1, a2, a3 = centre[c], centre[c + 1], centre[c + 2], centre[c + 3]
-    for i in range(np.uint64(LANES)):
-        j, k, m = i + np.uint64(LANES), i + np.uint64(2 * LANES), i + np.uint64(3 * LANES)
-        x[i] -= a0
-        x[j] -= a1
-        x[k] -= a2
-        x[m] -= a3
-
-
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def _scale_tangent(x, c, spectrum, width, out):
-    """Out = width (x + spectrum): change of a cloud's mean with the scale."""
-    a0, a1, a2, a3 = spectrum[c], spectrum[c + 1], spectrum[c + 2], spectrum[c + 3]
-    for i in range(np.uint64(LANES)):
-        j, k, m = i + np.uint64(LANES), i + np.uint64(2 * LANES), i + np.uint64(3 * LANES)
-        out[i] = width * (x[i] + a0)
-        out[j] = width * (x[j] + a1)
-        out[k] = width * (x[k] + a2)
-        out[m] = width * (x[m] + a3)
-
-
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def _add_gram(x0, x1, y0, y1, out):
-    """Add what four coordinates give to x₀·y₀, x₀·y₁, x₁·y₀, x₁·y₁, which stand one behind the other in `out`."""
-    for i in range(np.uint64(LANES)):
-        j, k, m = i + np.uint64(LANES), i + np.uint64(2 * LANES), i + np.uint64(3 * LANES)
-        p0, p1, p2, p3 = x0[i], x0[j], x0[k], x0[m]
-        q0, q1, q2, q3 = x1[i], x1[j], x1[k], x1[m]
-        r0, r1, r2, r3 = y0[i], y0[j], y0[k], y0[m]
-        s0, s1, s2, s3 = y1[i], y1[j], y1[k], y1[m]
-        out[i] += (p0 * r0 + p1 * r1) + (p2 * r2 + p3 * r3)
-        out[j] += (p0 * s0 + p1 * s1) + (p2 * s2 + p3 * s3)
-        out[k] += (q0 * r0 + q1 * r1) + (q2 * r2 + q3 * r3)
-        out[m] += (q0 * s0 + q1 * s1) + (q2 * s2 + q3 * s3)
-
-
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def _add_along(x, coefficient, residual):
-    """Add coefficient · x to four coordinates of a residual."""
-    for i in range(np.uint64(LANES)):
-        j, k, m = i + np.uint64(LANES), i + np.uint64(2 * LANES), i + np.uint64(3 * LANES)
-        g = coefficient[i]
-        residual[i] += g * x[i]
-        residual[j] += g * x[j]
-        residual[k] += g * x[k]
-        residual[m] += g * x[m]
-
-
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def _add_squares(x, out):
-    for i in range(np.uint64(LANES)):
-        j, k, m = i + np.uint64(LANES), i + np.uint64(2 * LANES), i + np.uint64(3 * LANES)
-        out[i] += (x[i] * x[i] + x[j] * x[j]) + (x[k] * x[k] + x[m] * x[m])
-
-
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def _pivot(diagonal, inverse_root, log_determinant):
-    for i in range(LANES):
-        pivot = max(diagonal[i], ONE32)
-        log_determinant[i] += log32(pivot)
-        inverse_root[i] = ONE32 / np.float32(math.sqrt(pivot))
-
-
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def _times(x, a, out):
-    for i in range(LANES):
-        out[i] = x[i] * a[i]
-
-
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def _less(out, a, b):
-    for i in range(LANES):
-        out[i] -= a[i] * b[i]
-
-
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def _plus(out, a, b):
-    for i in range(LANES):
-        out[i] += a[i] * b[i]
-
-
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def _evidence(log_weight, square, log_determinant, out):
-    for i in range(LANES):
-        out[i] = log_weight[i] - HALF32 * (square[i] + log_determinant[i])
-
-
 @njit(nogil=True, cache=True, error_model="numpy")
-def _panel(columns, root, centre, spectrum, width, vectors, gram):
-    """δ, tangents and scale tangent of a panel in whitened coordinates, and all their products with each other."""
-    drawn, blocks = columns.shape[0], columns.shape[1]
-    last = drawn
+def _whiten(columns, panel, root, vectors):
+    """Vectors of a panel times C', upper triangular."""
+    _, drawn, size, _ = columns.shape
+    vectors[:] = ZERO32
     for v in range(drawn):
-        for r in range(blocks):
-            out = vectors[v, r]
-            out[:] = ZERO32
-            for c in range(r, blocks):
-                add_product(root, STEP * r, STEP * c, columns[v, c], out)
-    for r in range(blocks):
-        _shift(vectors[0, r], STEP * r, centre)
-        _scale_tangent(vectors[0, r], STEP * r, spectrum, width, vectors[last, r])
-    for a in range(gram.shape[0]):
-        for b in range(a, gram.shape[0]):
-            out = gram[a, b]
-            out[:] = ZERO32
-            for r in range(blocks):
-                _add_gram(
-                    vectors[2 * a, r], vectors[2 * a + 1, r], vectors[2 * b, r], vectors[2 * b + 1, r], out
-                )
+        for r in range(0, size, STEP):
+            start, place = ((panel * drawn + v) * size + r) * LANES, (v * size + r) * LANES
+            add_tile(root, r * size + r, size, columns, start, size - r, vectors, place)
 
 
-@njit(nogil=True, cache=True, inline="always")
-def _product_of(gram, a, b):
-    """Products of vectors a ≤ b of all clouds."""
-    start = (2 * (a % 2) + b % 2) * LANES
-    return gram[a // 2, b // 2, start : start + LANES]
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def _best_points(vectors, gram, lower, inverse_root, coefficients, residual, square, log_determinant):
-    """L Lᵀ = A, γ = A⁻¹ρ, ln det A, and |δ + Tᵀγ|² + |γ|² of all clouds of a panel."""
-    t = coefficients.shape[0]
-    for a in range(t):
-        for b in range(a, t):
-            lower[b, a] = _product_of(gram, a + 1, b + 1)
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+def _conclude(log_weight, square, pivots, labels_of_first, gains_of_first, coefficients, evidence, means):
+    """Evidence and mean first label of the clouds of a panel."""
+    for i in range(LANES):
+        evidence[i] = log_weight[i] - HALF32 * square[i]
+        means[i] = labels_of_first[i]
+    for k in range(len(pivots)):
+        pivot, gamma, gain = pivots[k], coefficients[k], gains_of_first[k]
         for i in range(LANES):
-            lower[a, a, i] += ONE32
-        product = _product_of(gram, 0, a + 1)
-        for i in range(LANES):
-            coefficients[a, i] = -product[i]
-    log_determinant[:] = ZERO32
-    for k in range(t):
-        _pivot(lower[k, k], inverse_root[k], log_determinant)
-        _times(coefficients[k], inverse_root[k], coefficients[k])
-        for i in range(k + 1, t):
-            _times(lower[i, k], inverse_root[k], lower[i, k])
-            _less(coefficients[i], lower[i, k], coefficients[k])
-        for i in range(k + 1, t):
-            for j in range(i, t):
-                _less(lower[j, i], lower[j, k], lower[i, k])
-    for k in range(t - 1, -1, -1):
-        for i in range(k + 1, t):
-            _less(coefficients[k], lower[i, k], coefficients[i])
-        _times(coefficients[k], inverse_root[k], coefficients[k])
-    square[:] = ZERO32
-    for r in range(vectors.shape[1]):
-        residual[:] = vectors[0, r]
-        for a in range(t):
-            _add_along(vectors[a + 1, r], coefficients[a], residual)
-        _add_squares(residual, square)
-    for a in range(t):
-        _plus(square, coefficients[a], coefficients[a])
+            evidence[i] -= HALF32 * log32(pivot[i])
+            means[i] += gamma[i] * gain[i]
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
@@ -217,7 +87,7 @@ def _labels_of(j, lower, inverse_root, coefficients, gains, labels, solved, mean
         for x in range(row.size):
             row[x] *= inverse
         for i in range(k + 1, t):
-            along = lower[panel, i, k, lane]
+            along = lower[panel, i * (i + 1) // 2 + k, lane]
             other = solved[i]
             for x in range(row.size):
                 other[x] -= along * row[x]
@@ -302,30 +172,25 @@ def _perceptron(features, w1, b1, w2, b2):
 @njit(nogil=True, cache=True, error_model="numpy")
 def posterior(
     numbers, u, packed, q, n,
-    columns, log_weights, gains, labels, scatter, scatter_with_first, gains_of_first, labels_of_first, first,
+    drawn, columns, log_weights, gains, labels, scatter, scatter_with_first, gains_of_first, labels_of_first, first,
     unit, width, lowest, highest, w1, b1, w2, b2,
     log_g, log_g_err, features, label, sd, covariance, weights, expert, chi2, distance, strength, scale, log_level,
 ):  # fmt: skip
     """Posterior of each star of a block; arrays of clouds as `moefast.kernels.clouds.Clouds` lays them out."""
-    panels, drawn, blocks, _ = columns.shape
-    t, m, wide = drawn, first[-1], gains.shape[2]
-    stride = -(-(q + n + 1) // 32) * 32
-    a, whole, exact = np.zeros((q + n, stride)), np.zeros((n, stride)), np.zeros((n, stride))
-    line = np.empty(packed.shape[0] * LANES)
-    root = np.zeros((STEP * blocks, STEP * blocks), np.float32)
-    centre, spectrum = np.zeros(STEP * blocks, np.float32), np.zeros(STEP * blocks, np.float32)
-    half = (drawn + 2) // 2
-    vectors = np.zeros((2 * half, blocks, BLOCK), np.float32)
-    gram, residual = np.empty((half, half, BLOCK), np.float32), np.empty(BLOCK, np.float32)
-    lower, inverse_root = np.empty((panels, t, t, LANES), np.float32), np.empty((panels, t, LANES), np.float32)
-    coefficients = np.empty((panels, t, LANES), np.float32)
-    evidence, square = np.empty(panels * LANES, np.float32), np.empty(panels * LANES, np.float32)
-    log_determinant, means_of_first = np.empty(LANES, np.float32), np.empty((panels, LANES), np.float32)
+    panels, _, size, _ = columns.shape
+    t, m, wide = gains.shape[1], first[-1], gains.shape[2]
+    a = np.zeros((q + n, -(-(q + n + 1) // GROUP) * GROUP))
+    whole = np.zeros((n, -(-(n + 1) // GROUP) * GROUP))
+    exact, line = np.zeros_like(whole), np.empty(packed.shape[0] * COLUMNS)
+    root, vectors = np.zeros((size, size), np.float32), np.empty((t, size, LANES), np.float32)
+    centre, spectrum = np.zeros(size, np.float32), np.zeros(size, np.float32)
+    lower = np.empty((panels, t * (t + 1) // 2, LANES), np.float32)
+    inverse_root, coefficients = np.empty((panels, t, LANES), np.float32), np.empty((panels, t, LANES), np.float32)
+    square, means_of_first = np.empty((panels, LANES), np.float32), np.empty((panels, LANES), np.float32)
+    evidence, pivots = np.empty((panels, LANES), np.float32), np.empty((t, LANES), np.float32)
     share, chosen = np.empty(m, np.float32), np.empty(m, np.int64)
-    means, variances, covariances = (
-        np.empty((m, wide), np.float32), np.empty((m, wide), np.float32), np.empty((m, wide), np.float32),
-    )  # fmt: skip
-    solved = np.empty((t, wide), np.float32)
+    means, variances = np.empty((m, wide), np.float32), np.empty((m, wide), np.float32)
+    covariances, solved = np.empty((m, wide), np.float32), np.empty((t, wide), np.float32)
     for i in range(len(numbers)):
         unpack(packed, u, i, line, a)
         explained, beyond = solve(a, q, whole, exact)
@@ -333,24 +198,24 @@ def posterior(
             for c in range(r, n):
                 root[r, c] = np.float32(exact[r, c])
             centre[r] = np.float32(exact[r, n])
-            spectrum[r] = np.float32(exact[r, n] + exact[r, n - 1] / unit) if r < n else ZERO32
+            spectrum[r] = np.float32(exact[r, n] + exact[r, n - 1] / unit)
         for panel in range(panels):
-            _panel(columns[panel], root, centre, spectrum, width, vectors, gram)
-            here = slice(panel * LANES, (panel + 1) * LANES)
-            _best_points(
-                vectors, gram, lower[panel], inverse_root[panel], coefficients[panel], residual, square[here],
-                log_determinant,
+            _whiten(columns, panel, root, vectors)
+            for lane in range(0, LANES, WIDTH):
+                cloud_group(
+                    vectors, lane, LANES, size, drawn, centre, spectrum, width, lower[panel], inverse_root[panel],
+                    coefficients[panel], square[panel], pivots,
+                )  # fmt: skip
+            _conclude(
+                log_weights[panel], square[panel], pivots, labels_of_first[panel], gains_of_first[panel],
+                coefficients[panel], evidence[panel], means_of_first[panel],
             )  # fmt: skip
-            _evidence(log_weights[here], square[here], log_determinant, evidence[here])
-            means_of_first[panel] = labels_of_first[panel]
-            for k in range(t):
-                _plus(means_of_first[panel], coefficients[panel, k], gains_of_first[panel, k])
         between = _moments(
-            evidence[:m], lower, inverse_root, coefficients, gains, labels, scatter, scatter_with_first, first,
+            evidence.reshape(-1)[:m], lower, inverse_root, coefficients, gains, labels, scatter, scatter_with_first, first,
             means_of_first, share, chosen, means, variances, covariances, solved,
             label[i], sd[i], covariance[i], weights[i], expert[i],
         )  # fmt: skip
-        nearest = np.float64(square[:m].min())
+        nearest = np.float64(square.reshape(-1)[:m].min())
         c0, level, n_good = numbers[i, 0], numbers[i, 3], numbers[i, 4]
         chi2[i] = (numbers[i, 2] - explained) / (1.0 + max(n_good - (n + 1), 0.0))
         distance[i] = (beyond + nearest) / n

@@ -1,9 +1,8 @@
 """Loops from flux and error to a star's information (u, M), and its dense algebra; see `moefast.kernels.clouds`.
 
-Design: all loops run over neighbouring numbers in rows of fixed length, `LANES`, which the compiler turns into SIMD of
-the widest registers. `add_product` is the only matrix product: rows × `LANES` columns in steps of four by four, in
-which sixteen factors stand in registers. It sums in one fixed order, whatever stands in the other rows, so that a
-star's bits do not depend on its neighbours, and needs no BLAS, whose products of this size are slower.
+Design: one look at the row for its scale, a second one for y and the cells; then u and M of `ROWS` stars by
+`moefast.kernels.vectors.add_tile`, which sums in one fixed order whatever stands in the other rows: a star's bits do not
+depend on its neighbours, and a tile is faster than BLAS, whose products are made for larger matrices.
 
 Precision: sums over pixels, u, M and all that is solved with M are in double precision. In single precision M has
 negative eigenvalues wherever gaps make it singular.
@@ -18,17 +17,16 @@ from numba import njit
 
 from moefast.kernels.cpu import FAST
 from moefast.kernels.quality import LARGEST32, LARGEST_ERROR32, ZERO32, median_near, quantile_scratch
+from moefast.kernels.vectors import ROWS as STEP
+from moefast.kernels.vectors import VECTORS, add_tile, subtract_row, width_of
 
 __all__ = [
     "CHUNK",
+    "GROUP",
     "LANES",
-    "LEAST_CURVATURE",
     "ROWS",
     "STEP",
     "TINY",
-    "add_product",
-    "factor",
-    "invert",
     "multiply_cells",
     "multiply_pixels",
     "read_pixels",
@@ -36,16 +34,14 @@ __all__ = [
     "unpack",
 ]
 
-LANES = 64
-"""Columns of a matrix product that lie side by side."""
-STEP = 4
-"""Rows, and terms of a sum, that are looked at together; both are filled up with zeros to whole steps."""
+GROUP = width_of(64)
+"""Numbers in double precision that are handled together; rows of matrices are filled up to whole groups."""
+LANES = VECTORS * GROUP
+"""Columns of u and of packed M that lie side by side."""
 ROWS = 32
 """Stars whose pixels are read before their products are formed: y and the cells of all stay in the second cache."""
-CHUNK = 256
+CHUNK = 512
 """Pixels whose directions stay in the second cache while all stars of a block pass over them."""
-WIDE = 32
-"""Numbers of a row that are handled together in dense algebra."""
 TINY = 1e-30
 LEAST_CURVATURE = 1e-8
 """Added to M where the best point of the whole space is asked for, as in `moefast.posterior.forward`."""
@@ -53,23 +49,6 @@ LEAST_INFORMATION = 1e-13
 """Added to M₁ before its root is taken: what a star does not see at all must not become negative by rounding."""
 # A sum has one order only, but a product and a sum may become one instruction.
 EXACT = {"contract"}
-
-
-@njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
-def add_product(a, r, c, b, out):
-    """Add a[r : r + 4, c : c + 4] · b to `out`; b and `out` are four rows of `LANES` numbers, one behind the other."""
-    a00, a01, a02, a03 = a[r, c], a[r, c + 1], a[r, c + 2], a[r, c + 3]
-    a10, a11, a12, a13 = a[r + 1, c], a[r + 1, c + 1], a[r + 1, c + 2], a[r + 1, c + 3]
-    a20, a21, a22, a23 = a[r + 2, c], a[r + 2, c + 1], a[r + 2, c + 2], a[r + 2, c + 3]
-    a30, a31, a32, a33 = a[r + 3, c], a[r + 3, c + 1], a[r + 3, c + 2], a[r + 3, c + 3]
-    # Unsigned, or every index could be a negative one, and fixed distances, or rows could overlap: no SIMD then.
-    for i in range(np.uint64(LANES)):
-        j, k, m = i + np.uint64(LANES), i + np.uint64(2 * LANES), i + np.uint64(3 * LANES)
-        b0, b1, b2, b3 = b[i], b[j], b[k], b[m]
-        out[i] = (((out[i] + a00 * b0) + a01 * b1) + a02 * b2) + a03 * b3
-        out[j] = (((out[j] + a10 * b0) + a11 * b1) + a12 * b2) + a13 * b3
-        out[k] = (((out[k] + a20 * b0) + a21 * b1) + a22 * b2) + a23 * b3
-        out[m] = (((out[m] + a30 * b0) + a31 * b1) + a32 * b2) + a33 * b3
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
@@ -201,39 +180,27 @@ def read_pixels(
             usual += np.float32(0.1) * (median / ratio_of_means - usual)
 
 
-@njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
+@njit(nogil=True, cache=True, error_model="numpy")
 def multiply_pixels(y, rows, directions, u):
     """U = y · directions of the first rows: y (·, p), directions (blocks, p, `LANES`), u (blocks, ·, `LANES`)."""
-    blocks = len(u)
-    p = y.shape[1]
+    blocks, p, _ = directions.shape
     u[:] = 0.0
     for block in range(blocks):
-        for first in range(0, p, CHUNK):
+        for c in range(0, p, CHUNK):
             for r in range(0, rows, STEP):
-                out = u[block, r : r + STEP].reshape(-1)
-                for c in range(first, min(first + CHUNK, p), STEP):
-                    add_product(y, r, c, directions[block, c : c + STEP].reshape(-1), out)
+                start, place = (block * p + c) * LANES, (block * u.shape[1] + r) * LANES
+                add_tile(y, r * y.shape[1] + c, y.shape[1], directions, start, min(CHUNK, p - c), u, place)
 
 
-@njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
+@njit(nogil=True, cache=True, error_model="numpy")
 def multiply_cells(cells, rows, products, packed):
     """Packed M of the first rows: cells (·, g), products (blocks, g, `LANES`), packed (blocks, ·, `LANES`)."""
-    blocks = len(packed)
+    blocks, g, _ = products.shape
     packed[:] = 0.0
     for block in range(blocks):
         for r in range(0, rows, STEP):
-            out = packed[block, r : r + STEP].reshape(-1)
-            for c in range(0, cells.shape[1], STEP):
-                add_product(cells, r, c, products[block, c : c + STEP].reshape(-1), out)
-
-
-@njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
-def _subtract(row, factor, pivot, first):
-    """Subtract factor · pivot from `row`, from the group of `WIDE` numbers on that `first` lies in."""
-    for start in range(first // WIDE * WIDE, row.size, WIDE):
-        ours, theirs = row[start : start + WIDE], pivot[start : start + WIDE]
-        for j in range(WIDE):
-            ours[j] -= factor * theirs[j]
+            place = (block * packed.shape[1] + r) * LANES
+            add_tile(cells, r * g, g, products, block * g * LANES, g, packed, place)
 
 
 @njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
@@ -242,32 +209,34 @@ def factor(a, start, stop, n, ridge):
 
     Only columns from the diagonal on are read and right; columns from n on go along.
     """
+    stride = a.shape[1]
     for k in range(start, stop):
-        pivot = max(a[k, k] + ridge, TINY)
-        root = math.sqrt(pivot)
         row = a[k]
-        for j in range(row.size):
-            row[j] *= 1.0 / root
+        root = math.sqrt(max(row[k] + ridge, TINY))
+        inverse = 1.0 / root
+        for j in range(k, stride):
+            row[j] *= inverse
         row[k] = root
         for i in range(k + 1, n):
-            _subtract(a[i], row[i], row, i)
+            begin = i // GROUP * GROUP
+            subtract_row(a, i * stride + begin, k * stride + begin, row[i], (stride - begin) // GROUP)
 
 
 @njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
 def invert(a, n):
     """Inverse of the first n columns in place, times all further columns; Gauss-Jordan steps without exchange of rows."""
+    stride = a.shape[1]
     for k in range(n):
         row = a[k]
         inverse = 1.0 / row[k]
         row[k] = 1.0
-        for j in range(row.size):
+        for j in range(stride):
             row[j] *= inverse
         for i in range(n):
             if i != k:
-                other = a[i]
-                along = other[k]
-                other[k] = 0.0
-                _subtract(other, along, row, 0)
+                along = a[i, k]
+                a[i, k] = 0.0
+                subtract_row(a, i * stride, k * stride, along, stride // GROUP)
 
 
 @njit(nogil=True, cache=True)
