@@ -507,8 +507,8 @@ class OnnxArithmetic:
         return self._cast(a, FLOAT)
 
     def inverse(self, a: str, size: int) -> tuple[str, str]:
-        # Gauss-Jordan steps in place, a ← a − (column − e)(row + e)ᵀ/pivot: a positive definite matrix needs no exchange
-        # of rows. Double precision throughout.
+        # Gauss-Jordan steps in place, a ← a − (column − e)(row + e)ᵀ/pivot: a positive definite matrix needs no
+        # exchange of rows. Double precision throughout.
         logs = []
         unit = np.eye(size)
         last, before = self._graph.axis(-1), self._graph.axis(-2)

@@ -1,7 +1,7 @@
 """A fitted posterior: the arrays of `moefast.posterior.forward`, and the way from a block of spectra to labels.
 
-Design: a library of clouds of clean spectra, grouped in bins of T_eff × [M/H] like the experts of `moefast.mixture`; the
-gate is Bayes' rule. `PosteriorMixture.predict_reference` is the description read in NumPy and float64,
+Design: a library of clouds of clean spectra, grouped in bins of T_eff × [M/H] like the experts of `moefast.mixture`;
+the gate is Bayes' rule. `PosteriorMixture.predict_reference` is the description read in NumPy and float64,
 `PosteriorMixture.predict` the compiled kernels in float32, and `moefast.export` writes the description as ONNX; tests
 hold the three together. Stored are the numbers that cannot be derived from others.
 """
@@ -284,4 +284,8 @@ class PosteriorMixture:
     ) -> tuple[Prediction, Quality]:
         """Predictions, and the quality of the spectra; see `predict`."""
         quality = assess(flux, error, good_pixels(flux, error, mask), mask)
-        return self.predict_reference(flux, error, mask), quality
+        return self.prediction(self.outputs(flux, error, mask)), quality
+
+    def outputs(self, flux: F32, error: F32, mask: NDArray[np.bool_] | None = None) -> dict[str, NDArray]:
+        """Every output of the forward pass on the CPU kernels; see `predict` and `moefast.posterior.forward`."""
+        return self.describe(flux, error if mask is None else np.where(mask, np.float32(np.nan), error))
