@@ -26,6 +26,8 @@ LANES = VECTORS * WIDTH
 """Clouds of a panel."""
 LEAST_SHARE = np.float32(1e-9)
 """Of the best cloud's weight: clouds below have no say in moments of labels."""
+LEAST_EVIDENCE = np.float32(-1e30)
+"""Below, a sum of squares has overflowed."""
 LEAST_SPREAD = 1e-4
 """Added in dex to standard deviations whose logarithms the error model sees, as in `moefast.posterior.forward`."""
 ZERO32 = np.float32(0.0)
@@ -103,6 +105,10 @@ def _moments(
     top = np.float32(-np.inf)
     for j in range(m):
         top = max(top, evidence[j])
+    if not top > LEAST_EVIDENCE:
+        # Beyond single precision, 1e15 times the noise away from any cloud, there is no answer.
+        label[:], sd[:], covariance[:], weights[:], expert[:] = np.nan, np.nan, np.nan, np.nan, np.nan
+        return np.nan
     total = 0.0
     for e in range(k):
         highest = np.float32(-np.inf)
@@ -221,7 +227,8 @@ def posterior(
         distance[i] = (beyond + nearest) / n
         strength[i], scale[i] = numbers[i, 1], c0
         log_level[i] = 0.5 * math.log(level / (n_good + TINY) / (c0 * c0) + TINY)
-        log_g[i] = min(max(label[i, 0], lowest), highest)
+        answer = label[i, 0]
+        log_g[i] = answer if math.isnan(answer) else min(max(answer, lowest), highest)
         features[i, 0] = log_g[i]
         features[i, 1] = math.log(sd[i, 0] + LEAST_SPREAD)
         features[i, 2] = math.log(math.sqrt(between + TINY) + LEAST_SPREAD)
