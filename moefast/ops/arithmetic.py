@@ -507,10 +507,14 @@ class OnnxArithmetic:
         return self._cast(a, FLOAT)
 
     def inverse(self, a: str, size: int) -> tuple[str, str]:
-        # Gauss-Jordan steps in place, a ← a − (column − e)(row + e)ᵀ/pivot: a positive definite matrix needs no exchange
-        # of rows. Double precision throughout.
+        # Gauss-Jordan steps in place: a positive definite matrix needs no exchange of rows. With row and column k of a
+        # set to zero, a_k,k to 1 in the row and to -1 in the column, a step is a - column row / pivot everywhere. Adding
+        # and subtracting the unit vector instead would cancel the digits of 1 / pivot where the pivot is large.
         logs = []
-        unit = np.eye(size)
+        unit = self._graph.number(f"constant.places_{size}", np.eye(size, dtype=np.bool_))
+        zero, one, minus = (
+            self._graph.number(f"constant.double_{value}", np.array(value, np.float64)) for value in (0, 1, -1)
+        )
         last, before = self._graph.axis(-1), self._graph.axis(-2)
         for k in range(size):
             ends = self._graph.shape(f"place_{k}", [k]), self._graph.shape(f"place_{k + 1}", [k + 1])
@@ -518,9 +522,10 @@ class OnnxArithmetic:
             row = self._add("Slice", [a, *ends, before])
             pivot = self._add("Slice", [column, *ends, before])
             logs.append(self._add("Log", [pivot]))
-            there = self._graph.number(f"constant.unit_{size}_{k}", unit[k][:, None])
-            beside = self._graph.number(f"constant.unit_row_{size}_{k}", unit[k][None, :])
-            scaled = self.divide(self.add(row, beside), pivot)
-            a = self.subtract(a, self.multiply(self.subtract(column, there), scaled))
-        total = logs[0] if size == 1 else self._add("Sum", logs)
-        return a, self._add("Squeeze", [total, self._graph.shape("matrix_axes", [-2, -1])])
+            of_column = self._add("Slice", [unit, *ends, last])
+            of_row = self._add("Slice", [unit, *ends, before])
+            scaled = self.divide(self.where(of_row, one, row), pivot)
+            change = self.multiply(self.where(of_column, minus, column), scaled)
+            a = self.subtract(self.where(self._add("Or", [of_row, of_column]), zero, a), change)
+        every, axes = self._add("Concat", logs, axis=-1), self._graph.shape("matrix_axes", [-2, -1])
+        return a, self._add("ReduceSum", [every, axes], keepdims=0)

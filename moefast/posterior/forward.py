@@ -111,13 +111,18 @@ def forward(op: SolvingArithmetic, sizes: Sizes, flux: Any, error: Any) -> dict[
     known = op.at_most(error, constant(LARGEST_ERROR))
     good = op.both(finite, op.both(positive, known))
     zero, one = constant(0.0), constant(1.0)
-    x = op.where(good, flux, zero)
-    sigma = op.where(good, error, one)
-    weight = op.divide(op.where(good, one, zero), op.multiply(sigma, sigma))
+    # Flux and error in units of the row's smallest error: single precision then holds spectra of any unit.
+    inverse_error = op.where(good, op.divide(one, op.where(good, error, one)), zero)
+    most = op.largest(inverse_error, 1)
+    unit_of_row = op.where(op.at_most(most, zero), one, most)
+    x = op.multiply(op.where(good, flux, zero), unit_of_row)
+    root_weight = op.divide(inverse_error, unit_of_row)
+    weight = op.multiply(root_weight, root_weight)
     shape = number("noise_shape")
     relative = op.multiply(weight, shape)
     n_good = op.total(op.where(good, one, zero), 1)
-    level = op.total(op.where(good, op.divide(op.multiply(sigma, sigma), shape), zero), 1)
+    variance = op.divide(one, op.where(good, weight, one))
+    level = op.total(op.where(good, op.divide(variance, shape), zero), 1)
 
     def tall(value: Any) -> Any:
         return op.shaped(value, (1,))
@@ -138,7 +143,7 @@ def forward(op: SolvingArithmetic, sizes: Sizes, flux: Any, error: Any) -> dict[
     y = op.multiply(scale, op.multiply(weight, apart))
     u = op.precise(op.product(y, number("directions")))
     cells = op.total(op.shaped(relative, (p // sizes.cell, sizes.cell)), 2)
-    cells = op.multiply(cells, op.multiply(op.multiply(scale, scale), constant(1.0 / sizes.cell)))
+    cells = op.multiply(cells, op.divide(op.multiply(scale, scale), constant(float(sizes.cell))))
     products = cell_products(op, sizes)
     matrix = op.shaped(op.product(op.precise(cells), products), (n + q, n + q))
     u = op.shaped(u, (n + q, 1))
@@ -203,7 +208,7 @@ def forward(op: SolvingArithmetic, sizes: Sizes, flux: Any, error: Any) -> dict[
     between = op.shaped(op.product(row, op.multiply(first, first)), (1,))
     solved = op.product(inverse, gains)  # (·, m, t, l)
     inner = op.add(op.total(op.multiply(gains, solved), 2), op.precise(number("scatter")))
-    variance = op.shaped(op.product(row, op.add(inner, op.multiply(centred, centred))), (labels,))
+    label_variance = op.shaped(op.product(row, op.add(inner, op.multiply(centred, centred))), (labels,))
     with_first = op.total(op.multiply(op.part(gains, 2, 0, 1), solved), 2)
     with_first = op.add(with_first, op.precise(number("scatter_with_first")))
     covariance = op.shaped(op.product(row, op.add(with_first, op.multiply(first, centred))), (labels,))
@@ -223,7 +228,7 @@ def forward(op: SolvingArithmetic, sizes: Sizes, flux: Any, error: Any) -> dict[
     scale2 = op.precise(op.multiply(scale, scale))
     log_level = op.multiply(half, op.log(op.add(op.divide(mean_level, scale2), tiny)))
     spread = op.root(op.add(between, tiny))
-    sd = op.root(op.add(op.relu(variance), tiny))
+    sd = op.root(op.add(op.relu(label_variance), tiny))
     log_g = op.clip(op.part(label, 1, 0, 1), op.precise(number("lowest")), op.precise(number("highest")))
     floor = op.precise(constant(LEAST_SPREAD))
     seen = op.joined(
@@ -253,7 +258,7 @@ def forward(op: SolvingArithmetic, sizes: Sizes, flux: Any, error: Any) -> dict[
         "chi2": chi2,
         "distance": op.divide(distance, op.precise(constant(float(n)))),
         "strength": strength,
-        "scale": scale,
+        "scale": op.divide(scale, unit_of_row),
         "log_level": log_level,
         "n_good": tall(n_good),
     }

@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefast.kernels import cell_size
-from moefast.mixture import Prediction
+from moefast.mixture import Mixture, Prediction
 from moefast.ops.arithmetic import NumPyArithmetic
 from moefast.posterior.forward import Sizes, forward
 from moefast.spectra.quality import Quality, assess, good_pixels
 
-__all__ = ["LABELS", "ORDER", "SCALE_UNIT", "PosteriorMixture"]
+__all__ = ["LABELS", "ORDER", "SCALE_UNIT", "AnyMixture", "PosteriorMixture"]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -95,6 +95,10 @@ class PosteriorMixture:
     label_names: tuple[str, ...] = LABELS
 
     def __post_init__(self) -> None:
+        # What is stored in single precision must be what was used before it was stored.
+        object.__setattr__(self, "scale_width", float(np.float32(self.scale_width)))
+        low, high = (float(np.float32(limit)) for limit in self.label_range)
+        object.__setattr__(self, "label_range", (low, high))
         p, (m, n), labels = self.wave.size, self.keys.shape, len(self.label_names)
         t = self.tangents.shape[1]
         expected = {
@@ -285,3 +289,7 @@ class PosteriorMixture:
         """Predictions, and the quality of the spectra; see `predict`."""
         quality = assess(flux, error, good_pixels(flux, error, mask), mask)
         return self.predict_reference(flux, error, mask), quality
+
+
+AnyMixture = Mixture | PosteriorMixture
+"""What a model may hold."""
