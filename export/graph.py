@@ -62,7 +62,7 @@ LARGEST_FILE = 2**31 - 1
 _OPERATORS = frozenset([
     "Abs", "Add", "And", "Cast", "Concat", "Conv", "Div", "Exp", "Floor", "GatherElements", "Gemm", "Greater",
     "LayerNormalization",
-    "LessOrEqual", "Log", "MatMul", "Max", "Min", "Mul", "Or", "Pad", "ReduceMax", "ReduceMin", "ReduceSum", "Relu", "Reshape",
+    "LessOrEqual", "Log", "MatMul", "Max", "Min", "Mul", "Pad", "ReduceMax", "ReduceMin", "ReduceSum", "Relu", "Reshape",
     "Round", "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "TopK", "Transpose", "Unsqueeze", "Where",
 ])
 # fmt: on
@@ -888,7 +888,7 @@ def is_half(model: ModelProto) -> bool:
 
 def kind_of(model: ModelProto) -> str:
     """Which kind of mixture the model holds; files before there were several kinds do not say."""
-    return said(model, "kind") or "mixture"
+    return said(model, "kind") or Mixture.kind
 
 
 def said(model: ModelProto, key: str) -> str:

@@ -8,12 +8,13 @@ from onnx import ModelProto
 
 from moefast.core.errors import ModelError
 from moefast.export.graph import build_experts, check, is_half, kind_of, part_of, read_experts
-from moefast.export.posterior_graph import KIND, build_posterior, read_posterior
+from moefast.export.posterior_graph import build_posterior, read_posterior
+from moefast.mixture import Mixture
 from moefast.posterior.mixture import AnyMixture, PosteriorMixture
 
 __all__ = ["build", "read_mixture"]
 
-READERS = {"mixture": read_experts, KIND: read_posterior}
+READERS = {Mixture.kind: read_experts, PosteriorMixture.kind: read_posterior}
 """By what the metadata say of the kind."""
 
 

@@ -7,6 +7,7 @@ the graph as other programs run it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,14 @@ from moefast.mixture import Mixture
 from moefast.posterior.mixture import AnyMixture, PosteriorMixture
 from moefast.spectra.quality import good_pixels
 
-__all__ = ["POSTERIOR_TOLERANCES", "TOLERANCES", "expected_outputs", "export_model", "synthetic_spectra", "verify"]
+__all__ = [
+    "POSTERIOR_TOLERANCES",
+    "TOLERANCES",
+    "expected_outputs",
+    "export_model",
+    "synthetic_spectra",
+    "verify",
+]
 
 TOLERANCES = {
     "log_g": 1e-4,
@@ -50,7 +58,9 @@ HALF = 100.0
 _RELATIVE = {"log_g_err": 1e-6, "log_g_err_raw": 1e-6, "chi2": 1e-6, "label_errors": 1e-6, "strength": 1e-6, "scale": 0.0,
              "distance": 1.0}  # fmt: skip
 """Outputs whose differences are relative, to this at the least."""
-LEVELS = (-1.5, 1.5)
+_POSTERIOR_RELATIVE = _RELATIVE | {"chi2": 1.0}
+"""The same for a posterior, whose χ² of a single pixel is a difference of nearly equal numbers."""
+LEVELS = (-2.5, 1.5)
 """ln of the noise of synthetic spectra over that of the training set, for a posterior, which has no knots."""
 UNITS = (1.0, 1e-17, 1e4, 1e10)
 """Units of flux that synthetic spectra for a posterior have in turn; in the last one, errors are too large to mean any."""
@@ -158,7 +168,12 @@ def expected_outputs(
 
 
 def verify(
-    model: ModelProto, mixture: AnyMixture, *, n: int = 64, seed: int = 0, tolerance: float = TOLERANCES["log_g"]
+    model: ModelProto,
+    mixture: AnyMixture,
+    *,
+    n: int = 64,
+    seed: int = 0,
+    tolerance: float = TOLERANCES["log_g"],
 ) -> dict[str, float]:
     """Compare an ONNX model, run by ONNX Runtime on the CPU, with the mixture's `predict_reference`.
 
@@ -194,6 +209,7 @@ def verify(
     if names != list(expected):
         raise ModelError(f"the ONNX model ({part}) gives {names}, {list(expected)} expected; write it again")
     differences = dict.fromkeys(names, 0.0)
+    relative = _POSTERIOR_RELATIVE if isinstance(mixture, PosteriorMixture) else _RELATIVE
     for rows in (slice(None), slice(0, 1)):
         found = session.run(names, {"flux": flux[rows], "error": error[rows]})
         for name, value in zip(names, found, strict=True):
@@ -203,7 +219,8 @@ def verify(
                     f"{name} of the ONNX model has another shape, or NaN in other rows, than the mixture"
                 )
             unit = expected["label_errors"][rows] if name == "labels" else None
-            differences[name] = max(differences[name], _difference(name, part, value, want, unit))
+            apart = _difference(name, part, value, want, unit, relative)
+            differences[name] = max(differences[name], apart)
     limits = TOLERANCES | POSTERIOR_TOLERANCES | {"log_g": tolerance}
     if is_half(model):
         # What half precision costs is told, not judged, but for what no rounding explains.
@@ -219,10 +236,12 @@ def verify(
     return differences
 
 
-def _difference(name: str, part: str, value: NDArray, want: NDArray, unit: NDArray | None = None) -> float:
+def _difference(
+    name: str, part: str, value: NDArray, want: NDArray, unit: NDArray | None, relative: Mapping[str, float]
+) -> float:
     scale = np.ones_like(want) if unit is None else unit
-    if name in _RELATIVE:
-        scale = np.maximum(np.abs(want), _RELATIVE[name])
+    if name in relative:
+        scale = np.maximum(np.abs(want), relative[name])
     elif name == "expert_log_g" or part.startswith("expert-"):
         scale = np.maximum(np.abs(want), 1.0)
     apart = np.abs(value - want) / scale

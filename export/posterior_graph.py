@@ -23,10 +23,8 @@ from moefast.ops.arithmetic import OnnxArithmetic
 from moefast.posterior.forward import Sizes, forward
 from moefast.posterior.mixture import ORDER, SCALE_UNIT, PosteriorMixture
 
-__all__ = ["KIND", "build_posterior", "read_posterior"]
+__all__ = ["build_posterior", "read_posterior"]
 
-KIND = "posterior"
-"""What the metadata of such a model say of its kind."""
 _WORDS = {
     "log_g": "surface gravity, dex (cgs)",
     "log_g_err": "calibrated 1 sigma of log_g, dex",
@@ -48,7 +46,7 @@ class _Steps(OnnxArithmetic):
     """The forward pass as nodes; its numbers are derived from stored ones when they are first asked for."""
 
     def __init__(self, graph: Graph, mixture: PosteriorMixture) -> None:
-        super().__init__(graph, {}, KIND)
+        super().__init__(graph, {}, PosteriorMixture.kind)
         self.graph, self.mixture, self.sizes = graph, mixture, mixture.sizes
         stored = mixture.stored()
         for name, array in stored.items():
@@ -61,7 +59,7 @@ class _Steps(OnnxArithmetic):
         self._derived: Mapping[str, Callable[[], str]] = {
             "keys_transposed": cache(lambda: self.ordered(self.stored("keys"), (1, 0))),
             "tangents": cache(self._tangents),
-            "tangents_as_columns": cache(self._columns),
+            "tangents_transposed": cache(lambda: self.ordered(self.number("tangents"), (0, 2, 1))),
             "gains": cache(self._gains),
             "labels": cache(lambda: self._padded(self.stored("labels"), (0, 0, 0, 1), 1.0)),
             "scatter": cache(self._variances),
@@ -77,7 +75,7 @@ class _Steps(OnnxArithmetic):
 
     def stored(self, name: str) -> str:
         """An initializer of the file."""
-        return self.graph.number(f"{KIND}.{name}", self._arrays[name])
+        return self.graph.number(f"{PosteriorMixture.kind}.{name}", self._arrays[name])
 
     def number(self, name: str) -> str:
         """See `PosteriorMixture.numbers`."""
@@ -100,10 +98,6 @@ class _Steps(OnnxArithmetic):
         along = self.add(along, self.graph.number("constant.scale", scale))
         along = self.multiply(self.stored("scale_width"), along)
         return self.joined([self.stored("tangents"), self.reshaped(along, (m, 1, n))], 1)
-
-    def _columns(self) -> str:
-        m, t, n = self.sizes.n_clouds, self.sizes.n_tangents, self.sizes.n_coordinates
-        return self.ordered(self.reshaped(self.number("tangents"), (m * t, n)), (1, 0))
 
     def _gains(self) -> str:
         """Those of the clouds, and of the scale along its direction."""
@@ -195,7 +189,7 @@ def build_posterior(mixture: PosteriorMixture, part: str, metadata: dict[str, st
         steps.deliver(value, has_data, name, columns=widths[name] is not None)
     g.drop_unused(list(values))
     own: dict[str, Any] = {
-        "kind": KIND,
+        "kind": PosteriorMixture.kind,
         "label_names": ",".join(mixture.label_names),
         "flux_unit": "any; the scale is a nuisance",
     }
@@ -226,9 +220,11 @@ def read_posterior(model: ModelProto, wave: NDArray[np.float64]) -> PosteriorMix
     # The other shapes follow from these, and the mixture compares them.
     arrays: dict[str, NDArray] = {}
     for name in ORDER:
-        tensor = read.tensors.get(f"{KIND}.{name}")
+        tensor = read.tensors.get(f"{PosteriorMixture.kind}.{name}")
         any_size = (None,) * (0 if tensor is None else len(tensor.dims))
-        arrays[name] = read(f"{KIND}.{name}", *any_size, dtype=np.int64 if name == "first" else np.float32)
+        arrays[name] = read(
+            f"{PosteriorMixture.kind}.{name}", *any_size, dtype=np.int64 if name == "first" else np.float32
+        )
     try:
         return PosteriorMixture.from_stored(wave, arrays, names)
     except (ValueError, IndexError) as error:

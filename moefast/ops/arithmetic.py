@@ -507,25 +507,23 @@ class OnnxArithmetic:
         return self._cast(a, FLOAT)
 
     def inverse(self, a: str, size: int) -> tuple[str, str]:
-        # Gauss-Jordan steps in place: a positive definite matrix needs no exchange of rows. With row and column k of a
-        # set to zero, a_k,k to 1 in the row and to -1 in the column, a step is a - column row / pivot everywhere. Adding
-        # and subtracting the unit vector instead would cancel the digits of 1 / pivot where the pivot is large.
-        logs = []
-        unit = self._graph.number(f"constant.places_{size}", np.eye(size, dtype=np.bool_))
-        zero, one, minus = (
-            self._graph.number(f"constant.double_{value}", np.array(value, np.float64)) for value in (0, 1, -1)
-        )
+        # Gauss-Jordan steps in place, a - (column - e)(row + e)ᵀ / pivot: a positive definite matrix needs no exchange of
+        # rows. Its diagonal is made one first, so that no pivot is above one: below it, no digits of 1 / pivot cancel.
+        unit = self._graph.number(f"constant.double_unit_{size}", np.eye(size))
         last, before = self._graph.axis(-1), self._graph.axis(-2)
+        diagonal = self.multiply(a, unit)
+        beside, below = (self._add("ReduceSum", [diagonal, axis], keepdims=1) for axis in (last, before))
+        scales = self.multiply(self.root(beside), self.root(below))
+        logs = [self.log(below)]
+        a = self.divide(a, scales)
         for k in range(size):
             ends = self._graph.shape(f"place_{k}", [k]), self._graph.shape(f"place_{k + 1}", [k + 1])
             column = self._add("Slice", [a, *ends, last])
             row = self._add("Slice", [a, *ends, before])
             pivot = self._add("Slice", [column, *ends, before])
-            logs.append(self._add("Log", [pivot]))
-            of_column = self._add("Slice", [unit, *ends, last])
-            of_row = self._add("Slice", [unit, *ends, before])
-            scaled = self.divide(self.where(of_row, one, row), pivot)
-            change = self.multiply(self.where(of_column, minus, column), scaled)
-            a = self.subtract(self.where(self._add("Or", [of_row, of_column]), zero, a), change)
+            logs.append(self.log(pivot))
+            scaled = self.divide(self.add(row, self._add("Slice", [unit, *ends, before])), pivot)
+            apart = self.subtract(column, self._add("Slice", [unit, *ends, last]))
+            a = self.subtract(a, self.multiply(apart, scaled))
         every, axes = self._add("Concat", logs, axis=-1), self._graph.shape("matrix_axes", [-2, -1])
-        return a, self._add("ReduceSum", [every, axes], keepdims=0)
+        return self.divide(a, scales), self._add("ReduceSum", [every, axes], keepdims=0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,6 +77,8 @@ class PosteriorMixture:
     label_names : tuple of str
         Of `LABELS`, the first l.
     """
+
+    kind: ClassVar[str] = "posterior"
 
     wave: F64
     reference: F32
@@ -148,6 +151,11 @@ class PosteriorMixture:
         """Linear nuisances."""
         return self.directions.shape[1] - self.n_coordinates
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether all experts are linear: those of a posterior never are."""
+        return False
+
     @cached_property
     def sizes(self) -> Sizes:
         """Shapes of the forward pass."""
@@ -204,7 +212,7 @@ class PosteriorMixture:
             "directions": self.directions,
             "keys_transposed": np.ascontiguousarray(self.keys.T),
             "tangents": tangents.astype(np.float32),
-            "tangents_as_columns": np.ascontiguousarray(tangents.reshape(-1, n).T, np.float32),
+            "tangents_transposed": np.ascontiguousarray(tangents.transpose(0, 2, 1), np.float32),
             "gains": gains,
             "log_weights": self.log_weights,
             "labels": means,
