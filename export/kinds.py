@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
@@ -14,7 +16,10 @@ from moefast.posterior.mixture import AnyMixture, PosteriorMixture
 
 __all__ = ["build", "read_mixture"]
 
-READERS = {Mixture.kind: read_experts, PosteriorMixture.kind: read_posterior}
+READERS: dict[str, Callable[[ModelProto, NDArray[np.float64]], AnyMixture]] = {
+    Mixture.kind: read_experts,
+    PosteriorMixture.kind: read_posterior,
+}
 """By what the metadata say of the kind."""
 
 
@@ -23,15 +28,16 @@ def build(
 ) -> ModelProto:
     """Write a mixture, its gate or one of its experts as an ONNX model.
 
-    Inputs are `flux` and `error`, float32 of shape (n, p) with any n. Pixels that are not finite or whose error is
-    not positive get zero weight; rows without a good pixel get NaN in every output.
+    Inputs are `flux` and `error`, float32 of shape (n, p) with any n, for a posterior 1 at least. Pixels that are not
+    finite or whose error is not positive get zero weight; rows without a good pixel get NaN in every output.
 
     Parameters
     ----------
     mixture : Mixture or PosteriorMixture
     part : "mixture", "gate" or "expert-k"
         The mixture gives `log_g`, `log_g_err`, `weights`, `expert_log_g`, `log_g_err_raw`, `chi2` and `log_level`
-        (see `moefast.mixture.Prediction`), the gate `weights`, expert k = 0 … K − 1 its `log_g` (not clipped).
+        (see `moefast.mixture.Prediction`), and a posterior what it tells besides; the gate `weights`, expert
+        k = 0 … K − 1 its `log_g` (not clipped unless it is a posterior's).
     metadata : dict of str to str, optional
         Added to the model's metadata.
     half : bool
@@ -79,7 +85,7 @@ def read_mixture(model: ModelProto, wave: NDArray[np.float64]) -> AnyMixture:
         )
     if (kind := kind_of(model)) not in READERS:
         raise ModelError(
-            f"the ONNX model holds a mixture of the kind {kind!r}, {' or '.join(READERS)} expected; install the moefast "
-            "that wrote it"
+            f"the ONNX model holds a mixture of the kind {kind!r}, {' or '.join(READERS)} expected; install the "
+            "moefast that wrote it"
         )
     return READERS[kind](model, wave)

@@ -55,15 +55,17 @@ POSTERIOR_TOLERANCES = {
 relative; a distance below 1 as it is."""
 HALF = 100.0
 """Factor on these for networks in half precision."""
-_RELATIVE = {"log_g_err": 1e-6, "log_g_err_raw": 1e-6, "chi2": 1e-6, "label_errors": 1e-6, "strength": 1e-6, "scale": 0.0,
-             "distance": 1.0}  # fmt: skip
+_RELATIVE = {
+    "log_g_err": 1e-6, "log_g_err_raw": 1e-6, "chi2": 1e-6, "label_errors": 1e-6, "strength": 1e-6, "scale": 0.0,
+    "distance": 1.0,
+}  # fmt: skip
 """Outputs whose differences are relative, to this at the least."""
 _POSTERIOR_RELATIVE = _RELATIVE | {"chi2": 1.0}
 """The same for a posterior, whose χ² of a single pixel is a difference of nearly equal numbers."""
 LEVELS = (-2.5, 1.5)
 """ln of the noise of synthetic spectra over that of the training set, for a posterior, which has no knots."""
 UNITS = (1.0, 1e-17, 1e4, 1e10)
-"""Units of flux that synthetic spectra for a posterior have in turn; in the last one, errors are too large to mean any."""
+"""Units of flux that synthetic spectra for a posterior have in turn; in the last one, errors are too large."""
 GAP = 0.25
 """Share of the pixels in the gap of every fifth of these spectra."""
 

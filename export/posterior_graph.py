@@ -1,10 +1,10 @@
 """A fitted posterior as an ONNX graph, and back.
 
 Design: the graph is written by reading `moefast.posterior.forward` with an arithmetic whose values are names of nodes;
-nothing of the forward pass is said here. Initializers are what `PosteriorMixture.stored` has, under the same names after
-"posterior.", since an output is called labels as well. What
-the description asks for besides (`PosteriorMixture.numbers`) is derived from them in the graph, in single precision and
-with the same rounding; runtimes fold it into constants.
+nothing of the forward pass is said here. Initializers are what `PosteriorMixture.stored` has, under the same names
+after "posterior.", since an output is called labels as well. What the description asks for besides
+(`PosteriorMixture.numbers`) is derived from them in the graph, in single precision and with the same rounding; runtimes
+fold it into constants.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class _Steps(OnnxArithmetic):
         """`PosteriorMixture.prediction` as nodes."""
         count = self.sizes.n_labels - 1
         limits = self.precise(self.number("lowest")), self.precise(self.number("highest"))
-        label, sd, covariance = found["label"], found["label_sd"], found["label_cov"]
+        label, sd = found["label"], found["label_sd"]
         others = {name: self.part(found[name], 1, 1, count) for name in ("label", "label_sd", "label_cov")}
         first = self.part(sd, 1, 0, 1)
         factors = self.part(self.precise(self.stored("label_factors")), 0, 1, count)

@@ -507,8 +507,8 @@ class OnnxArithmetic:
         return self._cast(a, FLOAT)
 
     def inverse(self, a: str, size: int) -> tuple[str, str]:
-        # Gauss-Jordan steps in place, a - (column - e)(row + e)ᵀ / pivot: a positive definite matrix needs no exchange of
-        # rows. Its diagonal is made one first, so that no pivot is above one: below it, no digits of 1 / pivot cancel.
+        # Gauss-Jordan steps in place, a - (column - e)(row + e)ᵀ / pivot: a positive definite matrix needs no exchange
+        # of rows. Its diagonal is made one first: above one, a pivot would cancel the digits of its own inverse.
         unit = self._graph.number(f"constant.double_unit_{size}", np.eye(size))
         last, before = self._graph.axis(-1), self._graph.axis(-2)
         diagonal = self.multiply(a, unit)

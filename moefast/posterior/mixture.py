@@ -1,7 +1,7 @@
 """A fitted posterior: the arrays of `moefast.posterior.forward`, and the way from a block of spectra to labels.
 
-Design: a library of clouds of clean spectra, grouped in bins of T_eff × [M/H] like the experts of `moefast.mixture`; the
-gate is Bayes' rule. `PosteriorMixture.predict_reference` is the description read in NumPy and float64,
+Design: a library of clouds of clean spectra, grouped in bins of T_eff × [M/H] like the experts of `moefast.mixture`;
+the gate is Bayes' rule. `PosteriorMixture.predict_reference` is the description read in NumPy and float64,
 `PosteriorMixture.predict` the compiled kernels in float32, and `moefast.export` writes the description as ONNX; tests
 hold the three together. Stored are the numbers that cannot be derived from others.
 """
