@@ -10,11 +10,8 @@ Bad pixels are found in the graph: whoever runs it feeds flux and error as they 
 from __future__ import annotations
 
 import math
-import os
 import re
-import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -26,8 +23,9 @@ from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-import moefast
-from moefast.core.errors import ModelError, OutputError
+from moefast.core.atomic import write_atomically
+from moefast.core.errors import ModelError
+from moefast.core.version import __version__
 from moefast.experts.cnn import ConvNet
 from moefast.experts.inputs import Expert
 from moefast.experts.residual import RESIDUALS, LinearResidual
@@ -829,7 +827,7 @@ def assemble(
         A name in `metadata` is one that moefast sets itself.
     """
     own = {
-        "moefast_version": moefast.__version__,
+        "moefast_version": __version__,
         "part": part,
         "wave_first": repr(float(wave[0])),
         "wave_last": repr(float(wave[-1])),
@@ -862,7 +860,7 @@ def assemble(
         opset_imports=[helper.make_opsetid(*opset) for opset in _opsets(made.nodes)],
         ir_version=IR_VERSION,
         producer_name="moefast",
-        producer_version=moefast.__version__,
+        producer_version=__version__,
         doc_string=(
             f"Surface gravity of stars from spectra of {p} pixels, {wave[0]:.2f}-{wave[-1]:.2f} Angstrom: {what}."
         ),
@@ -1141,23 +1139,11 @@ def load(path: str | Path) -> ModelProto:
 
 
 def save(model: ModelProto, path: str | Path) -> None:
-    """Write a model under a temporary name in the same folder, then rename it: the file is complete or absent.
+    """Write a model; the file is complete or absent.
 
     Raises
     ------
     OutputError
         The file cannot be written.
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        with partial.open("xb") as file:
-            file.write(model.SerializeToString(deterministic=True))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+    write_atomically(path, model.SerializeToString(deterministic=True))

@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-import moefast
 from moefast.core.errors import ModelError, OutputError, WaveGridError
-from moefast.fitting import Fit, LinearForm
+from moefast.core.grids import Grid, SnrGrid, read_grid
+from moefast.core.version import __version__
+from moefast.experts.linear_form import LinearForm
 from moefast.mixture import Mixture
 from moefast.posterior.mixture import AnyMixture, PosteriorMixture
-from moefast.protocol.bins import Grid, SnrGrid, read_grid
 from moefast.spectra.files import same_wave
 
 __all__ = ["MANIFEST", "SCHEMA", "SHIPPED", "Model", "check_target", "shipped_path"]
@@ -67,28 +67,41 @@ class Model:
     path: Path | None = None
 
     @classmethod
-    def from_fit(cls, fit: Fit, *, recipe: str, grid: Grid | SnrGrid, training: dict[str, Any]) -> Model:
-        """Make a model of a fit.
+    def of_mixture(
+        cls,
+        mixture: AnyMixture,
+        references: dict[str, LinearForm],
+        *,
+        recipe: str,
+        grid: Grid | SnrGrid,
+        training: dict[str, Any],
+        summary: dict[str, Any],
+    ) -> Model:
+        """Make a model of a fitted mixture.
 
         Parameters
         ----------
-        fit : Fit
-            Its summary has `chi2_limit`, and for a posterior also `log_level`, the lowest and highest of the training
-            set; `nuisance_widths`, prior widths of the nuisances, as many as there are; and where there are any
-            `distance_limit`, a table {"log_strength": […], "limit": […]}, and `strength_limit`.
+        mixture : Mixture or PosteriorMixture
+        references : dict of str to LinearForm
+            Simpler fits of the same training set.
         recipe : str
+            How it was fitted.
         grid : Grid or SnrGrid
+            Bins of the experts.
         training : dict
-            What it was fitted on.
+            What it was fitted on; `log_g_std` among it.
+        summary : dict
+            What happened on the way; `chi2_limit` among it. For a posterior also `log_level`, the lowest and highest of
+            the training set; `library`, where `slope_widths` are the prior widths of the nuisances; and where there are
+            any, `distance_limit`, a table {"log_strength": […], "limit": […]}, and `strength_limit`.
         """
-        mixture: AnyMixture = fit.mixture
         wave = mixture.wave
         label_spread = float(training["log_g_std"])
         manifest = {
             "schema": SCHEMA,
             "what": WHAT,
             "kind": mixture.kind,
-            "moefast_version": moefast.__version__,
+            "moefast_version": __version__,
             "recipe": recipe,
             "grid": grid.to_dict(),
             "wave": {
@@ -103,18 +116,18 @@ class Model:
                 "flux": _flux_words(mixture),
                 "bad_pixels": "zero weight: not finite, error <= 0, or masked",
             },
-            **_of_posterior(mixture, fit.summary),
+            **_of_posterior(mixture, summary),
             "label_range": list(mixture.label_range),
             "limits": {
-                "chi2": fit.summary["chi2_limit"],
+                "chi2": summary["chi2_limit"],
                 "log_g_err": 0.8 * label_spread,
-                **_limits(mixture, fit.summary),
+                **_limits(mixture, summary),
             },
             "training": training,
-            "fit": fit.summary,
+            "fit": summary,
             "packages": {name: metadata.version(name) for name in _PACKAGES},
         }
-        return cls(mixture, manifest, fit.references)
+        return cls(mixture, manifest, references)
 
     @property
     def grid(self) -> Grid | SnrGrid:
@@ -338,9 +351,9 @@ def _of_posterior(mixture: AnyMixture, summary: Mapping[str, Any]) -> dict[str, 
     """What a manifest says of a posterior alone."""
     if not isinstance(mixture, PosteriorMixture):
         return {}
-    widths = [float(width) for width in summary.get("nuisance_widths", [])]
+    widths = [float(width) for width in summary["library"]["slope_widths"]]
     if len(widths) != mixture.n_nuisances:
-        raise ValueError(f"{mixture.n_nuisances} nuisance_widths expected; found {len(widths)}")
+        raise ValueError(f"{mixture.n_nuisances} slope_widths expected; found {len(widths)}")
     return {
         "labels": list(mixture.label_names),
         "nuisances": {"scale_width": mixture.scale_width, "widths": widths},
@@ -373,7 +386,7 @@ def _check_distance(table: Mapping[str, Any]) -> None:
     ValueError
     """
     x, y = (np.array(table[key], np.float64) for key in _DISTANCE)
-    if x.ndim != 1 or x.shape != y.shape or not x.size or not (np.diff(x) > 0).all():
+    if x.ndim != 1 or x.shape != y.shape or not x.size or not (np.diff(x) >= 0).all():
         raise ValueError(
             f"the limits of distance must be given at ascending log_strength; found {dict(table)}"
         )

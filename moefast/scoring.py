@@ -19,10 +19,10 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-import moefast
 from moefast.backend import Backend, resolve_backend
 from moefast.core.errors import BackendError, InputError, MoefastError, OutputError
 from moefast.core.threads import CORES, map_in_order, one_blas_thread
+from moefast.core.version import __version__
 from moefast.kernels import PROJECT_ROWS
 from moefast.mixture import Mixture, Prediction
 from moefast.model import Model, shipped_path
@@ -394,9 +394,9 @@ def _label_layout(mixture: AnyMixture) -> list[Column]:
 
 
 def _joined(parts: list[Any]) -> Any:
-    """One dataclass of arrays for several; None stays None."""
-    columns = ([getattr(part, item.name) for part in parts] for item in fields(parts[0]))
-    return type(parts[0])(*(None if column[0] is None else np.concatenate(column) for column in columns))
+    """One dataclass of arrays for several; what the first does not have, none has."""
+    found = {item.name: [getattr(part, item.name) for part in parts] for item in fields(parts[0])}
+    return type(parts[0])(**{k: None if v[0] is None else np.concatenate(v) for k, v in found.items()})
 
 
 def table_columns(mixture: AnyMixture, ids: Mapping[str, np.dtype], several: bool) -> list[Column]:
@@ -539,7 +539,7 @@ def predict(
     ids = {name: _id_dtype(spectra, name) for name in spectra.columns if _ID.fullmatch(name)}
     labelled = spectra.has_labels((_LABEL,))
     attrs: dict[str, Any] = {
-        "moefast_version": moefast.__version__,
+        "moefast_version": __version__,
         "model": chosen.name,
         "model_sha256": chosen.hash,
         "inputs": [str(s.path) for s in spectra.shards],

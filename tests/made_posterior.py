@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from plans import layers
 
+from moefast.core.grids import PHYSICAL_GRID
 from moefast.posterior.library import fit_clouds, slopes
 from moefast.posterior.mixture import LABELS, SCALE_UNIT, PosteriorMixture
-from moefast.protocol.bins import PHYSICAL_GRID
 
 UNITS = np.array([1.0, 800.0, 0.7, 0.2, 0.2])
 """Spread of each label."""

@@ -14,9 +14,9 @@ from small import same_rows
 from moefast.benchmarks.score import mixture_arrays
 from moefast.cli import cli
 from moefast.core.errors import BackendError, ModelError
-from moefast.fitting import Fit, LinearForm
+from moefast.core.grids import PHYSICAL_GRID
+from moefast.experts.linear_form import LinearForm
 from moefast.model import MANIFEST, SCHEMA, Model
-from moefast.protocol.bins import PHYSICAL_GRID
 from moefast.protocol.evaluate import evaluate
 from moefast.scoring import (
     CudaEngine,
@@ -34,7 +34,7 @@ from moefast.spectra.quality import assess
 SUMMARY = {
     "chi2_limit": 1.3,
     "log_level": (-2.0, 2.0),
-    "nuisance_widths": (0.05,),
+    "library": {"slope_widths": (0.05,)},
     "distance_limit": {"log_strength": [3.0, 6.0], "limit": [2.0, 4.0]},
     "strength_limit": 10.0,
 }
@@ -61,8 +61,14 @@ def model_of(mixture, **summary):
     level = np.zeros(1, np.float32)
     flat = LinearForm(np.zeros((p, 1, 1), np.float32), np.full((1, 1), 3, np.float32), level)
     binned = LinearForm(np.zeros((p, k, 1), np.float32), np.arange(k, dtype=np.float32)[:, None], level)
-    fit = Fit(mixture, {"global-ridge": flat, "binned": binned}, SUMMARY | summary)
-    return Model.from_fit(fit, recipe="posterior", grid=PHYSICAL_GRID, training={"log_g_std": 1.2})
+    return Model.of_mixture(
+        mixture,
+        {"global-ridge": flat, "binned": binned},
+        recipe="posterior",
+        grid=PHYSICAL_GRID,
+        training={"log_g_std": 1.2},
+        summary=SUMMARY | summary,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -107,15 +113,17 @@ def test_the_manifest_says_what_a_reader_needs(model):
 
 
 def test_limits_of_distance_and_strength_may_be_absent(fitted):
-    fit = Fit(fitted, {}, {key: SUMMARY[key] for key in ("chi2_limit", "log_level", "nuisance_widths")})
-    made = Model.from_fit(fit, recipe="posterior", grid=PHYSICAL_GRID, training={"log_g_std": 1.0})
+    summary = {key: SUMMARY[key] for key in ("chi2_limit", "log_level", "library")}
+    made = Model.of_mixture(
+        fitted, {}, recipe="posterior", grid=PHYSICAL_GRID, training={"log_g_std": 1.0}, summary=summary
+    )
     assert set(made.manifest["limits"]) == {"chi2", "log_g_err", "log_level"}
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"nuisance_widths": ()},
+        {"library": {"slope_widths": ()}},
         {"distance_limit": {"log_strength": [6.0, 3.0], "limit": [2.0, 4.0]}},
         {"distance_limit": {"log_strength": [3.0], "limit": [2.0, 4.0]}},
     ],

@@ -94,14 +94,31 @@ def forward(op: SolvingArithmetic, sizes: Sizes, flux: Any, error: Any) -> dict[
     Returns
     -------
     dict of str to value
-        `log_g` (n, 1), `log_g_err` (n, 1), the calibrated error; `label` (n, l) and `label_sd` (n, l), posterior mean
-        and standard deviation; `label_cov` (n, l), covariance with the first label, log g; `weights` (n, K), the
-        probability of each expert's clouds; `expert_label` (n, K), mean of the first label by each expert;
-        `error_features` (n, 5), what the error model sees: log g, ln of its standard deviation, ln of that between
-        clouds, the second and third label; `chi2` (n, 1), energy outside the space of spectra and nuisances per degree
-        of freedom; `distance` (n, 1), what the best point of the space gains over the best cloud, in units of ½ Δχ² per
-        coordinate; `strength` (n, 1), the scale over its error; `scale` (n, 1), flux over that of the reference
-        spectrum; `log_level` (n, 1), ½ ln of the mean of σ²/D over good pixels, in units of the star; `n_good` (n, 1).
+        log_g, log_g_err : (n, 1)
+            Posterior mean within the range of the training labels, and its calibrated error, dex.
+        label, label_sd, label_cov : (n, l)
+            Posterior mean and standard deviation of each label, and its covariance with the first, log g. The scale
+            over c₀ is the last.
+        weights : (n, K)
+            Probability of each expert's clouds.
+        expert_label : (n, K)
+            Mean of log g by the clouds of each expert alone.
+        error_features : (n, 5)
+            What the error model sees: log g, ln of its standard deviation, ln of that between clouds, the second and
+            third label.
+        chi2 : (n, 1)
+            Energy outside the space of spectra and nuisances, per degree of freedom.
+        distance : (n, 1)
+            What the best point of the space gains over the best cloud, 2 Δ ln L per coordinate: about 1 for a star like
+            those of the library.
+        strength : (n, 1)
+            c₀ over its standard error.
+        scale : (n, 1)
+            c₀.
+        log_level : (n, 1)
+            ½ ln of the mean of σ²/D over good pixels, of the spectrum divided by c₀.
+        n_good : (n, 1)
+            Good pixels.
     """
     p, n, q = sizes.n_pixels, sizes.n_coordinates, sizes.n_nuisances
     k, m, t, labels = sizes.n_experts, sizes.n_clouds, sizes.n_tangents, sizes.n_labels

@@ -132,7 +132,7 @@ def fit_clouds(
 
 
 def _cloud(z: F64, y: F64, t: int, n_all: int) -> tuple:
-    """Mean, tangents (t, r), gains (t, l), ln share, mean labels, what is left of their covariance and of that of z."""
+    """Mean, tangents, gains, ln share, mean labels, and what is left of the covariances of labels and of z."""
     n = len(z)
     mean, label = z.mean(0), y.mean(0)
     apart, dy = z - mean, y - label
