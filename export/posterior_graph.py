@@ -25,6 +25,8 @@ from moefast.posterior.mixture import ORDER, SCALE_UNIT, PosteriorMixture
 
 __all__ = ["build_posterior", "read_posterior"]
 
+_WHOLE = ("first", "n_sky")
+"""What is stored as whole numbers."""
 _WORDS = {
     "log_g": "surface gravity, dex (cgs)",
     "log_g_err": "calibrated 1 sigma of log_g, dex",
@@ -50,7 +52,7 @@ class _Steps(OnnxArithmetic):
         self.graph, self.mixture, self.sizes = graph, mixture, mixture.sizes
         stored = mixture.stored()
         for name, array in stored.items():
-            expected = np.int64 if name == "first" else np.float32
+            expected = np.int64 if name in _WHOLE else np.float32
             if array.dtype != expected:
                 raise ModelError(
                     f"{name} of the mixture is {array.dtype}, {np.dtype(expected)} expected; cast it before the export"
@@ -68,6 +70,7 @@ class _Steps(OnnxArithmetic):
             "others": cache(self._others),
             "lowest": cache(lambda: self.part(self.stored("label_range"), 0, 0, 1)),
             "highest": cache(lambda: self.part(self.stored("label_range"), 0, 1, 2)),
+            "follows_noise": cache(self._follows_noise),
             "unit_nuisances": lambda: self._unit(self.sizes.n_nuisances),
             "unit_coordinates": lambda: self._unit(self.sizes.n_coordinates),
             "unit_tangents": lambda: self._unit(self.sizes.n_tangents),
@@ -122,6 +125,12 @@ class _Steps(OnnxArithmetic):
         first, stop = self.part(self.stored("first"), 0, 0, k), self.part(self.stored("first"), 0, 1, k + 1)
         after = self.at_most(first, g.number("constant.cloud", cloud))
         return self.both(after, self.at_most(g.number("constant.next_cloud", cloud + 1), stop))
+
+    def _follows_noise(self) -> str:
+        """1 for the last `n_sky` nuisances, (q,)."""
+        g, q = self.graph, self.sizes.n_nuisances
+        shifted = self.add(g.number("constant.nuisance", np.arange(q, dtype=np.int64)), self.stored("n_sky"))
+        return self.single(self.at_most(g.shape("n_nuisances", [q]), shifted))
 
     def _others(self) -> str:
         mine = self.ordered(self._is_member(), (1, 0))
@@ -220,10 +229,14 @@ def read_posterior(model: ModelProto, wave: NDArray[np.float64]) -> PosteriorMix
     # The other shapes follow from these, and the mixture compares them.
     arrays: dict[str, NDArray] = {}
     for name in ORDER:
+        if name == "n_sky" and f"{PosteriorMixture.kind}.{name}" not in read:
+            # The graph of a posterior without nuisances has no use for it.
+            arrays[name] = np.zeros(1, np.int64)
+            continue
         tensor = read.tensors.get(f"{PosteriorMixture.kind}.{name}")
         any_size = (None,) * (0 if tensor is None else len(tensor.dims))
         arrays[name] = read(
-            f"{PosteriorMixture.kind}.{name}", *any_size, dtype=np.int64 if name == "first" else np.float32
+            f"{PosteriorMixture.kind}.{name}", *any_size, dtype=np.int64 if name in _WHOLE else np.float32
         )
     try:
         return PosteriorMixture.from_stored(wave, arrays, names)

@@ -92,8 +92,8 @@ class Model:
             What it was fitted on; `log_g_std` among it.
         summary : dict
             What happened on the way; `chi2_limit` among it. For a posterior also `log_level`, the lowest and highest of
-            the training set; `library`, where `slope_widths` are the prior widths of the nuisances; and where there are
-            any, `distance_limit`, a table {"log_strength": […], "limit": […]}, and `strength_limit`.
+            the training set; `library`, where `slope_widths` and `sky_width` are prior widths of the nuisances; and
+            where there are any, `distance_limit`, a table {"log_strength": […], "limit": […]}, and `strength_limit`.
         """
         wave = mixture.wave
         label_spread = float(training["log_g_std"])
@@ -351,12 +351,17 @@ def _of_posterior(mixture: AnyMixture, summary: Mapping[str, Any]) -> dict[str, 
     """What a manifest says of a posterior alone."""
     if not isinstance(mixture, PosteriorMixture):
         return {}
-    widths = [float(width) for width in summary["library"]["slope_widths"]]
-    if len(widths) != mixture.n_nuisances:
-        raise ValueError(f"{mixture.n_nuisances} slope_widths expected; found {len(widths)}")
+    library = summary["library"]
+    widths = [float(width) for width in library["slope_widths"]]
+    if len(widths) + mixture.n_sky != mixture.n_nuisances:
+        raise ValueError(f"{mixture.n_nuisances - mixture.n_sky} slope_widths expected; found {len(widths)}")
     return {
         "labels": list(mixture.label_names),
-        "nuisances": {"scale_width": mixture.scale_width, "widths": widths},
+        "nuisances": {
+            "scale_width": mixture.scale_width,
+            "slope_widths": widths,
+            "sky_width": float(library["sky_width"]),
+        },
     }
 
 

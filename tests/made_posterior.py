@@ -47,6 +47,7 @@ def random_posterior(p=512, m=17, n=7, t=2, q=2, n_experts=3, labels=5, hidden=6
         wave=wave,
         **{name: value.astype(np.float32) for name, value in arrays.items()},
         first=np.concatenate([[0], cuts, [m]]),
+        n_sky=min(q, 1),
         scale_width=0.3,
         label_range=(2.6, 3.4),
         error_model=error_model,

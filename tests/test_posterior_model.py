@@ -34,7 +34,7 @@ from moefast.spectra.quality import assess
 SUMMARY = {
     "chi2_limit": 1.3,
     "log_level": (-2.0, 2.0),
-    "library": {"slope_widths": (0.05,)},
+    "library": {"slope_widths": (0.05,), "sky_width": 0.0},
     "distance_limit": {"log_strength": [3.0, 6.0], "limit": [2.0, 4.0]},
     "strength_limit": 10.0,
 }
@@ -101,7 +101,11 @@ def test_the_manifest_says_what_a_reader_needs(model):
     manifest = model.manifest
     assert (manifest["schema"], manifest["kind"]) == (SCHEMA, "posterior")
     assert manifest["labels"] == ["log_g", *LABELS]
-    assert manifest["nuisances"] == {"scale_width": float(np.float32(0.3)), "widths": [0.05]}
+    assert manifest["nuisances"] == {
+        "scale_width": float(np.float32(0.3)),
+        "slope_widths": [0.05],
+        "sky_width": 0.0,
+    }
     assert manifest["limits"] == {
         "chi2": 1.3,
         "log_g_err": pytest.approx(0.96),
@@ -123,7 +127,7 @@ def test_limits_of_distance_and_strength_may_be_absent(fitted):
 @pytest.mark.parametrize(
     "change",
     [
-        {"library": {"slope_widths": ()}},
+        {"library": {"slope_widths": (), "sky_width": 0.0}},
         {"distance_limit": {"log_strength": [6.0, 3.0], "limit": [2.0, 4.0]}},
         {"distance_limit": {"log_strength": [3.0], "limit": [2.0, 4.0]}},
     ],

@@ -21,6 +21,7 @@ OUTPUTS = (*TOLERANCES, *POSTERIOR_TOLERANCES)
 SHAPES = {
     "usual": {},
     "no nuisances": {"q": 0},
+    "sky alone": {"q": 1},
     "one pixel a cell": {"p": 509},
     "one expert": {"n_experts": 1, "m": 5},
     "one tangent": {"t": 1},
@@ -65,6 +66,8 @@ def test_initializers_are_what_is_stored_and_small_constants(model, posterior):
         name.removeprefix("posterior."): a for name, a in arrays.items() if name.startswith("posterior.")
     }
     expected = posterior.stored()
+    if not posterior.n_nuisances:
+        assert expected.pop("n_sky") == 0
     assert stored.keys() == expected.keys()
     for name, array in expected.items():
         assert (stored[name].dtype, stored[name].tobytes()) == (array.dtype, array.tobytes()), name
@@ -78,7 +81,7 @@ def test_round_trip_is_exact(model, posterior, tmp_path):
     path = tmp_path / "model.onnx"
     path.write_bytes(model.SerializeToString())
     again = read_mixture(load(path), posterior.wave)
-    assert again.label_names == posterior.label_names
+    assert (again.label_names, again.n_sky) == (posterior.label_names, posterior.n_sky)
     assert (again.scale_width, again.label_range) == (posterior.scale_width, posterior.label_range)
     for name, array in posterior.stored().items():
         assert array.tobytes() == again.stored()[name].tobytes(), name
@@ -92,7 +95,7 @@ def test_numbers_derived_in_the_graph_are_those_of_the_mixture_to_the_last_bit(u
     numbers = usual.numbers
     values = {name: steps.number(name) for name in numbers}
     derived = {name: value for name, value in values.items() if value not in steps.graph.initializers}
-    assert {"tangents", "gains", "scatter", "members", "others", "labels"} <= derived.keys()
+    assert {"tangents", "gains", "scatter", "members", "others", "labels", "follows_noise"} <= derived.keys()
     graph = helper.make_graph(
         steps.graph.nodes,
         "derived",
@@ -202,6 +205,7 @@ def _changed(model, name, array):
         ("keys", np.zeros((17, 7), np.float64), "FLOAT"),
         ("first", np.array([0, 5, 17], np.int64), "fit together|experts"),
         ("first", np.array([], np.int64), "fit together"),
+        ("n_sky", np.array([3], np.int64), "fit together"),
         ("label_range", np.array([1.0], np.float32), "fit together"),
         ("noise_shape", np.zeros(512, np.float32), "positive"),
         ("error.w1", np.zeros((4, 6), np.float32), "error model"),
