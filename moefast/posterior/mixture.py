@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from moefast.kernels import CloudPosterior, Clouds, Space, cell_size, cloud_posterior
 from moefast.mixture import Mixture, Prediction
 from moefast.ops.arithmetic import NumPyArithmetic
-from moefast.posterior.forward import Sizes, forward
+from moefast.posterior.forward import REFINEMENTS, Sizes, forward
 from moefast.spectra.quality import Quality
 
 __all__ = ["LABELS", "ORDER", "SCALE_UNIT", "AnyMixture", "PosteriorMixture"]
@@ -220,10 +220,13 @@ class PosteriorMixture:
         members = (np.repeat(groups, np.diff(self.first))[:, None] == groups).astype(np.float32)
         w1, b1, w2, b2 = self.error_model
         q = self.n_nuisances
+        precision, pull = self._library_as_one_cloud(tangents)
         return {
             "reference": self.reference,
             "noise_shape": self.noise_shape,
             "directions": self.directions,
+            "library_precision": precision,
+            "library_pull": pull,
             "keys_transposed": np.ascontiguousarray(self.keys.T),
             "tangents": tangents.astype(np.float32),
             "tangents_transposed": np.ascontiguousarray(tangents.transpose(0, 2, 1), np.float32),
@@ -245,6 +248,18 @@ class PosteriorMixture:
             "error.w2": w2,
             "error.b2": b2,
         }
+
+    def _library_as_one_cloud(self, tangents: NDArray) -> tuple[F64, F64]:
+        """P⁻¹ (n + q, n + q) and P⁻¹b₀ (n + q, 1) of the mean and covariance of all clouds, nuisances behind."""
+        n, q = self.n_coordinates, self.n_nuisances
+        share = np.exp(self.log_weights.astype(np.float64))
+        share /= share.sum()
+        keys, tangents = self.keys.astype(np.float64), tangents.astype(np.float64)
+        apart = keys - share @ keys
+        covariance = (share * apart.T) @ apart + np.einsum("m,mta,mtb->ab", share, tangents, tangents, optimize=True)
+        precision = np.eye(n + q)
+        precision[:n, :n] = np.linalg.inv(covariance + np.eye(n))
+        return precision, precision @ np.concatenate([share @ keys, np.zeros(q)])[:, None]
 
     # -- scoring -----------------------------------------------------------------------------------------------
 
@@ -324,8 +339,17 @@ class PosteriorMixture:
 
     @cached_property
     def _space(self) -> Space:
+        numbers = self.numbers
         return Space(
-            self.reference, self.noise_shape, self.directions, self.n_nuisances, self.sizes.cell, self.n_sky
+            reference=self.reference,
+            noise_shape=self.noise_shape,
+            directions=self.directions,
+            n_nuisances=self.n_nuisances,
+            cell=self.sizes.cell,
+            precision=numbers["library_precision"],
+            pull=numbers["library_pull"][:, 0],
+            refinements=REFINEMENTS,
+            n_sky=self.n_sky,
         )
 
     @cached_property
