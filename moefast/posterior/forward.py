@@ -174,18 +174,18 @@ def forward(op: SolvingArithmetic, sizes: Sizes, flux: Any, error: Any) -> dict[
     cells = op.multiply(cells, op.divide(op.multiply(scale, scale), op.precise(constant(float(sizes.cell)))))
     products = cell_products(op, sizes)
     matrix = op.shaped(op.product(cells, products), (n + q, n + q))
-    u = first = op.shaped(u, (n + q, 1))
+    u = gathered = op.shaped(u, (n + q, 1))
 
     # -- expansion around a point near the star ----------------------------------------------------------------
     whole, _ = op.inverse(op.add(matrix, op.precise(number("library_precision"))), n + q)
-    pull, information = op.precise(number("library_pull")), op.multiply(op.multiply(scale, scale), weight)
+    pull, curvatures = op.precise(number("library_pull")), op.multiply(op.multiply(scale, scale), weight)
     for _ in range(REFINEMENTS):
         point = op.product(whole, op.add(u, pull))
         spectrum = op.shaped(op.product(directions, point), (p,))
-        left = op.subtract(y, op.multiply(information, spectrum))
+        left = op.subtract(y, op.multiply(curvatures, spectrum))
         gradient = op.shaped(op.product(left, directions), (n + q, 1))
         u = op.add(gradient, op.product(matrix, point))
-    moved = op.product(op.ordered(point, (0, 2, 1)), op.subtract(u, first))
+    moved = op.product(op.ordered(point, (0, 2, 1)), op.subtract(u, gathered))
     energy = op.add(energy, op.shaped(moved, (1,)))
 
     counted = tall(n_good)
