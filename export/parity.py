@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from moefast.core.errors import ModelError
+from moefast.core.outputs import ONNX, by_onnx
 from moefast.export.graph import build, is_half, part_of, save
 from moefast.export.session import open_session
 from moefast.mixture import Mixture
@@ -21,21 +22,12 @@ from moefast.spectra.quality import good_pixels
 
 __all__ = ["TOLERANCES", "expected_outputs", "export_model", "synthetic_spectra", "verify"]
 
-TOLERANCES = {
-    "log_g": 1e-4,
-    "log_g_err": 1e-3,
-    "weights": 1e-4,
-    "expert_log_g": 1e-4,
-    "log_g_err_raw": 1e-3,
-    "chi2": 1e-3,
-    "log_level": 1e-4,
-}
+TOLERANCES = {name: tolerance for name in ONNX if (tolerance := by_onnx(name).tolerance) is not None}
 """Largest difference from `Mixture.predict_reference`: of log g and the experts in dex, of weights and ln s as they
 are, of errors and chi2 relative. An expert's beyond 1 dex is relative too: experts extrapolate far where their
 weight is nil."""
 HALF = 100.0
 """Factor on these for networks in half precision."""
-_RELATIVE = ("log_g_err", "log_g_err_raw", "chi2")
 
 
 def synthetic_spectra(
@@ -151,9 +143,10 @@ def verify(
 
 def _difference(name: str, part: str, value: NDArray, want: NDArray) -> float:
     scale = np.ones_like(want)
-    if name in _RELATIVE:
+    measure = "relative beyond 1" if part.startswith("expert-") else by_onnx(name).measure
+    if measure == "relative":
         scale = np.maximum(np.abs(want), 1e-6)
-    elif name == "expert_log_g" or part.startswith("expert-"):
+    elif measure == "relative beyond 1":
         scale = np.maximum(np.abs(want), 1.0)
     apart = np.abs(value - want) / scale
     return float(np.nanmax(apart, initial=0.0))

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from moefast.backend import Backend, resolve_backend
 from moefast.core.errors import BackendError, InputError, MoefastError, OutputError
+from moefast.core.outputs import INPUTS, ONNX, ROW, prediction_columns
 from moefast.core.threads import CORES, map_in_order, one_blas_thread
 from moefast.core.version import __version__
 from moefast.kernels import PROJECT_ROWS
@@ -156,7 +157,7 @@ class OnnxEngine:
         from moefast.export import build, open_session
 
         self._session = open_session(build(mixture), backend)
-        self._names = [item.name for item in fields(Prediction)]
+        self._names = list(ONNX)
 
     def __call__(
         self, flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None, first_row: int
@@ -307,17 +308,17 @@ def columns_of(model: Model, result: Prediction, quality: Quality) -> dict[str, 
         (Flag.UNLIKE_TRAINING, ~(result.chi2 <= limits["chi2"])),
     ):
         flag[rows & ~empty] |= np.uint32(bit)
-    columns = {
-        "log_g": result.log_g,
-        "log_g_err": result.log_g_err,
-        "log_g_err_raw": result.log_g_err_raw,
-        **{f"weight_{k}": result.weights[:, k] for k in range(model.mixture.n_experts)},
+    others = {
         "expert": expert,
         "snr_norm": quality.snr_norm,
         "snr_median": quality.snr_median,
-        "chi2": result.chi2,
         "flag": flag,
     }
+    columns: dict[str, NDArray] = {}
+    for one in prediction_columns():
+        values = getattr(result, one.onnx) if one.onnx else others[one.name]
+        names = one.names(model.mixture.n_experts)
+        columns |= zip(names, values.T if one.per_expert else [values], strict=True)
     if empty.any():
         for name, column in columns.items():
             if column.dtype.kind == "f":
@@ -334,24 +335,14 @@ def _joined(parts: list[Any]) -> Any:
 
 def table_columns(n_experts: int, ids: Mapping[str, np.dtype], several: bool) -> list[Column]:
     """Columns of a prediction table, in order."""
-    columns = [Column("row", np.dtype("int64"), "", "row of the input file, from 0")]
-    if several:
-        columns.insert(
-            0, Column("file", np.dtype("int32"), "", "index of the input file in the attribute inputs")
-        )
+    columns = [Column.of(one) for one in (INPUTS if several else (ROW,))]
     columns += [Column(name, dtype, "", "identifier of the input") for name, dtype in ids.items()]
-    f4 = np.dtype("float32")
-    return [
-        *columns,
-        Column("log_g", f4, "dex", "surface gravity, log10 of cm s^-2"),
-        Column("log_g_err", f4, "dex", "calibrated 1 sigma"),
-        Column("log_g_err_raw", f4, "dex", "propagated pixel noise alone"),
-        *[Column(f"weight_{k}", f4, "", f"gate weight of expert {k}") for k in range(n_experts)],
-        Column("expert", np.dtype("int16"), "", "expert with the largest weight, -1 without data"),
-        Column("snr_norm", f4, "", "norm of flux over norm of error"),
-        Column("snr_median", f4, "", "median of flux over error"),
-        Column("chi2", f4, "", "reduced chi square against the model's principal components"),
-        Column("flag", np.dtype("uint32"), "", ", ".join(f"{f.value} {f.name}" for f in Flag)),
+    bits = ", ".join(f"{flag.value} {flag.name}" for flag in Flag)
+    said = {"flag": f"sum of {bits}; 0 is what you want"}
+    return columns + [
+        Column.of(one, name, said.get(name, ""))
+        for one in prediction_columns()
+        for name in one.names(n_experts)
     ]
 
 
