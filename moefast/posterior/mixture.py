@@ -14,11 +14,11 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from moefast.kernels import cell_size
+from moefast.kernels import CloudPosterior, Clouds, Space, cell_size, cloud_posterior
 from moefast.mixture import Prediction
 from moefast.ops.arithmetic import NumPyArithmetic
 from moefast.posterior.forward import Sizes, forward
-from moefast.spectra.quality import Quality, assess, good_pixels
+from moefast.spectra.quality import Quality
 
 __all__ = ["LABELS", "ORDER", "SCALE_UNIT", "PosteriorMixture"]
 
@@ -283,9 +283,41 @@ class PosteriorMixture:
         self, flux: F32, error: F32, mask: NDArray[np.bool_] | None = None, *, first_row: int = 0
     ) -> tuple[Prediction, Quality]:
         """Predictions, and the quality of the spectra; see `predict`."""
-        quality = assess(flux, error, good_pixels(flux, error, mask), mask)
-        return self.prediction(self.outputs(flux, error, mask)), quality
+        found = self._posterior(flux, error, mask)
+        quality = Quality(found.snr_norm, found.snr_median, found.n_good, found.flag)
+        return self.prediction(_as_described(found)), quality
 
     def outputs(self, flux: F32, error: F32, mask: NDArray[np.bool_] | None = None) -> dict[str, NDArray]:
         """Every output of the forward pass on the CPU kernels; see `predict` and `moefast.posterior.forward`."""
-        return self.describe(flux, error if mask is None else np.where(mask, np.float32(np.nan), error))
+        return _as_described(self._posterior(flux, error, mask))
+
+    def _posterior(self, flux: F32, error: F32, mask: NDArray[np.bool_] | None) -> CloudPosterior:
+        return cloud_posterior(flux, error, mask, self._space, self._clouds)
+
+    @cached_property
+    def _space(self) -> Space:
+        return Space(self.reference, self.noise_shape, self.directions, self.n_nuisances, self.sizes.cell)
+
+    @cached_property
+    def _clouds(self) -> Clouds:
+        numbers = self.numbers
+        return Clouds(
+            keys=self.keys,
+            tangents=self.tangents,
+            gains=numbers["gains"],
+            log_weights=self.log_weights,
+            labels=numbers["labels"],
+            scatter=numbers["scatter"],
+            scatter_with_first=numbers["scatter_with_first"],
+            first=self.first,
+            scale_unit=SCALE_UNIT,
+            scale_width=self.scale_width,
+            label_range=self.label_range,
+            error_model=self.error_model,
+        )
+
+
+def _as_described(found: CloudPosterior) -> dict[str, NDArray]:
+    """Outputs of the kernels in the shapes of the description's."""
+    arrays = {field.name: getattr(found, field.name) for field in fields(found)}
+    return {name: a[:, None] if a.ndim == 1 else a for name, a in arrays.items()}
