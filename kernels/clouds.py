@@ -63,6 +63,8 @@ class Space:
         q.
     cell : int
         Pixels over which a′D is averaged for M; divides p. 1 is exact.
+    n_sky : int
+        The last so many nuisances have a prior width that grows with the noise of the star.
     """
 
     reference: F32
@@ -70,6 +72,7 @@ class Space:
     directions: F32
     n_nuisances: int
     cell: int
+    n_sky: int = 0
     columns: F64 = field(init=False, repr=False)
     products: F64 = field(init=False, repr=False)
 
@@ -87,6 +90,8 @@ class Space:
         width = self.directions.shape[1]
         if not 0 <= self.n_nuisances < width:
             raise ValueError(f"n_nuisances from 0 to {width - 1} expected; found {self.n_nuisances}")
+        if not 0 <= self.n_sky <= self.n_nuisances:
+            raise ValueError(f"n_sky from 0 to {self.n_nuisances} expected; found {self.n_sky}")
         if self.cell < 1 or p % self.cell:
             raise ValueError(f"a cell that divides {p} pixels expected; found {self.cell}")
         if not (self.noise_shape > 0).all():
@@ -290,7 +295,7 @@ def cloud_posterior(
             cpu_information.multiply_pixels(y, count, space.columns, u)
             cpu_information.multiply_cells(cells, count, space.products, packed)
             cpu_clouds.posterior(
-                numbers[:count], u, packed, q, n, *clouds.arrays, *(array[here] for array in found)
+                numbers[:count], u, packed, q, space.n_sky, n, *clouds.arrays, *(array[here] for array in found)
             )
 
     in_threads(-(-rows // ROWS), run, least=1)

@@ -177,7 +177,7 @@ def _perceptron(features, w1, b1, w2, b2):
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def posterior(
-    numbers, u, packed, q, n,
+    numbers, u, packed, q, n_sky, n,
     drawn, columns, log_weights, gains, labels, scatter, scatter_with_first, gains_of_first, labels_of_first, first,
     unit, width, lowest, highest, w1, b1, w2, b2,
     log_g, log_g_err, features, label, sd, covariance, weights, expert, chi2, distance, strength, scale, log_level,
@@ -199,7 +199,9 @@ def posterior(
     covariances, solved = np.empty((m, wide), np.float32), np.empty((t, wide), np.float32)
     for i in range(len(numbers)):
         unpack(packed, u, i, line, a)
-        explained, beyond = solve(a, q, whole, exact)
+        c0, level, n_good = numbers[i, 0], numbers[i, 3], numbers[i, 4]
+        level2 = level / (n_good + TINY) / (c0 * c0)
+        explained, beyond = solve(a, q, n_sky, level2, whole, exact)
         for r in range(n):
             for c in range(r, n):
                 root[r, c] = np.float32(exact[r, c])
@@ -222,11 +224,10 @@ def posterior(
             label[i], sd[i], covariance[i], weights[i], expert[i],
         )  # fmt: skip
         nearest = np.float64(square.reshape(-1)[:m].min())
-        c0, level, n_good = numbers[i, 0], numbers[i, 3], numbers[i, 4]
         chi2[i] = (numbers[i, 2] - explained) / (1.0 + max(n_good - (n + 1), 0.0))
         distance[i] = (beyond + nearest) / n
         strength[i], scale[i] = numbers[i, 1], c0
-        log_level[i] = 0.5 * math.log(level / (n_good + TINY) / (c0 * c0) + TINY)
+        log_level[i] = 0.5 * math.log(level2 + TINY)
         answer = label[i, 0]
         log_g[i] = answer if math.isnan(answer) else min(max(answer, lowest), highest)
         features[i, 0] = log_g[i]

@@ -253,15 +253,16 @@ def unpack(packed, u, row, line, a):
 
 
 @njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
-def solve(a, q, whole, root):
+def solve(a, q, n_sky, level2, whole, root):
     """Marginalise q nuisances, then the scatter within clouds: `root` (n, ·) becomes C' of M₁ = C C', and λ behind it.
 
-    `a` (q + n, ·) is the upper triangle of M, nuisances first, and u behind it; `whole` is scratch like `root`.
+    `a` (q + n, ·) is the upper triangle of M, nuisances first, and u behind it; `whole` is scratch like `root`. The last
+    `n_sky` nuisances grow with the noise of the star, of mean square `level2`.
     Returns what nuisances and the best point of the space explain, and what the latter gains beyond |λ|² under M₁.
     """
     n = root.shape[0]
     for i in range(q):
-        a[i, i] += 1.0
+        a[i, i] += 1.0 if i < q - n_sky else 1.0 / (level2 + TINY)
     factor(a, 0, q, q + n, 0.0)
     explained = 0.0
     for i in range(q):

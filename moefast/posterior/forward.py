@@ -1,12 +1,15 @@
 """The forward pass from flux and error to the posterior of the labels, described once on an arithmetic.
 
 With clean spectra x = c (r + G ζ + N η), r the reference spectrum, G (p, n) the coordinates of spectra, N (p, q) linear
-nuisances with unit prior widths, c the scale of the flux, and a = 1/σ² per pixel (0 where the pixel is bad):
+nuisances, c the scale of the flux, and a = 1/σ² per pixel (0 where the pixel is bad):
 
     c₀ = Σ a x r / Σ a r²,      a′ = c₀² a,      y = a′ (x/c₀ − r),
     u = Bᵀy,    M = Bᵀ diag(a′) B,    B = [G N]                        all that the star says of (ζ, η),
-    u ← u_ζ − M_ζη (I + M_ηη)⁻¹ u_η,   M ← M_ζζ − M_ζη (I + M_ηη)⁻¹ M_ηζ    nuisances marginalised,
+    u ← u_ζ − M_ζη (H + M_ηη)⁻¹ u_η,   M ← M_ζζ − M_ζη (H + M_ηη)⁻¹ M_ηζ    nuisances marginalised,
     M₁ = (I + M)⁻¹ M,   u₁ = (I + M)⁻¹ u                             spread of spectra within a cloud marginalised.
+
+H is diagonal: 1 for a nuisance with a prior width of its own, 1/s² for one that grows with the noise s of the star, s²
+the mean of σ²/(c₀² D) over good pixels: what sky subtraction leaves of a line is a share of its light, and so is the noise.
 
 Coordinates are scaled such that spectra scatter within a cloud by the identity in the directions that the cloud's own
 tangents leave out. Cloud j has a mean k_j and t tangents, rows of T_j (t, n), along which its spectra scatter by one,
@@ -162,11 +165,20 @@ def forward(op: SolvingArithmetic, sizes: Sizes, flux: Any, error: Any) -> dict[
     matrix = op.shaped(op.product(op.precise(cells), products), (n + q, n + q))
     u = op.shaped(u, (n + q, 1))
 
+    tiny = op.precise(constant(TINY))
+    counted = op.precise(tall(n_good))
+    mean_level = op.divide(op.precise(tall(level)), op.add(counted, tiny))
+    level2 = op.divide(mean_level, op.precise(op.multiply(scale, scale)))
+
     # -- nuisances, and the spread within clouds ---------------------------------------------------------------
     information, vector = op.part(op.part(matrix, 1, 0, n), 2, 0, n), op.part(u, 1, 0, n)
     explained = op.precise(constant(0.0))
     if q:
-        own = op.add(op.part(op.part(matrix, 1, n, n + q), 2, n, n + q), op.precise(number("unit_nuisances")))
+        follows = op.precise(number("follows_noise"))
+        steady = op.subtract(op.precise(one), follows)
+        precision = op.shaped(op.add(steady, op.divide(follows, op.add(level2, tiny))), (1, q))
+        prior = op.multiply(op.precise(number("unit_nuisances")), precision)
+        own = op.add(op.part(op.part(matrix, 1, n, n + q), 2, n, n + q), prior)
         inverse, _ = op.inverse(own, q)
         cross = op.product(op.part(op.part(matrix, 1, 0, n), 2, n, n + q), inverse)
         other = op.part(u, 1, n, n + q)
@@ -234,13 +246,9 @@ def forward(op: SolvingArithmetic, sizes: Sizes, flux: Any, error: Any) -> dict[
     expert = op.shaped(op.divide(op.product(each, first_means), op.shaped(op.total(each, 2), (k, 1))), (k,))
 
     # -- what a user sees --------------------------------------------------------------------------------------
-    tiny = op.precise(constant(TINY))
-    counted = op.precise(tall(n_good))
     freedom = op.add(op.precise(one), op.relu(op.subtract(counted, op.precise(constant(float(n + 1))))))
     chi2 = op.divide(op.subtract(energy, explained), freedom)
-    mean_level = op.divide(op.precise(tall(level)), op.add(counted, tiny))
-    scale2 = op.precise(op.multiply(scale, scale))
-    log_level = op.multiply(half, op.log(op.add(op.divide(mean_level, scale2), tiny)))
+    log_level = op.multiply(half, op.log(op.add(level2, tiny)))
     spread = op.root(op.add(between, tiny))
     sd = op.root(op.add(op.relu(variance), tiny))
     log_g = op.clip(op.part(label, 1, 0, 1), op.precise(number("lowest")), op.precise(number("highest")))

@@ -17,17 +17,22 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.ndimage import median_filter, minimum_filter1d
 
 from moefast.experts.template import LABEL_WEIGHT, LEAST_STARS, k_means
 from moefast.posterior.mixture import SCALE_UNIT
 
-__all__ = ["LEAST_SCATTER", "fit_clouds", "slopes"]
+__all__ = ["LEAST_SCATTER", "fit_clouds", "sky_residuals", "slopes"]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
 LEAST_SCATTER = 1e-3
 """Variance within clouds, at the least, in units of the noise of the training set."""
+SKY_BANDS = 10
+"""Bands of wavelength in which residuals of sky lines are free apart."""
+ENVELOPE = 41
+"""Pixels, odd: the least noise within so many is that between sky lines."""
 
 
 def slopes(wave: F64, reference: NDArray, widths: Sequence[float]) -> F64:
@@ -37,6 +42,32 @@ def slopes(wave: F64, reference: NDArray, widths: Sequence[float]) -> F64:
         width * reference * np.polynomial.legendre.Legendre.basis(k + 1)(x) for k, width in enumerate(widths)
     ]
     return np.stack(each, axis=1) if each else np.empty((wave.size, 0))
+
+
+def sky_residuals(noise_shape: F64, width: float, n_bands: int = SKY_BANDS) -> F64:
+    """What sky subtraction leaves of the lines of the night sky, (p, `n_bands`), in units of the training set's flux.
+
+    The lines are what the noise variance has above its lower envelope; bands of wavelength, each fading into the next,
+    are free apart.
+
+    Parameters
+    ----------
+    noise_shape : array of shape (p,)
+        Mean noise variance of the training set.
+    width : float
+        Prior width in standard deviations of the noise, in the pixel where the lines are brightest.
+    n_bands : int
+    """
+    envelope = median_filter(minimum_filter1d(noise_shape, ENVELOPE), 2 * ENVELOPE + 1)
+    lines = np.maximum(noise_shape - envelope, 0)
+    brightest = lines.argmax()
+    if not width or lines[brightest] == 0:
+        return np.empty((noise_shape.size, 0))
+    place = np.linspace(0, n_bands - 1, noise_shape.size)
+    bands = np.maximum(1 - np.abs(place[:, None] - np.arange(n_bands)), 0)
+    height = width * np.sqrt(noise_shape[brightest]) / lines[brightest]
+    shapes = height * lines[:, None] * bands
+    return shapes[:, shapes.any(0)]
 
 
 def fit_clouds(

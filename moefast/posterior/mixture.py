@@ -33,7 +33,7 @@ REFERENCE_ROWS = 32
 """Stars that the description sees at a time: it holds a matrix for each star and cloud."""
 ORDER = (
     "reference", "noise_shape", "directions", "keys", "tangents", "gains", "log_weights", "labels", "scatter",
-    "first", "scale_width", "label_range", "error.w1", "error.b1", "error.w2", "error.b2", "label_factors",
+    "first", "n_sky", "scale_width", "label_range", "error.w1", "error.b1", "error.w2", "error.b2", "label_factors",
 )  # fmt: skip
 """What is stored of a mixture."""
 
@@ -75,6 +75,8 @@ class PosteriorMixture:
         What the posterior's own standard deviation of each label is multiplied with; that of log g is not used.
     label_names : tuple of str
         Of `LABELS`, the first l.
+    n_sky : int
+        The last so many nuisances grow with the noise of the star.
     """
 
     wave: F64
@@ -93,6 +95,7 @@ class PosteriorMixture:
     error_model: tuple[F32, F32, F32, F32]
     label_factors: F32
     label_names: tuple[str, ...] = LABELS
+    n_sky: int = 0
 
     def __post_init__(self) -> None:
         p, (m, n), labels = self.wave.size, self.keys.shape, len(self.label_names)
@@ -117,6 +120,10 @@ class PosteriorMixture:
         first = self.first
         if first.ndim != 1 or first[0] != 0 or first[-1] != m or (np.diff(first) < 1).any():
             raise ValueError(f"every expert needs clouds, {m} in all; found boundaries {first.tolist()}")
+        if not 0 <= self.n_sky <= self.n_nuisances:
+            raise ValueError(
+                f"0 to {self.n_nuisances} nuisances that grow with the noise; found {self.n_sky}"
+            )
         if self.error_model[0].shape[0] != 5 or self.error_model[2].shape[1] != 1:
             raise ValueError("an error model of five features and one answer expected")
         if not (self.noise_shape > 0).all():
@@ -157,6 +164,7 @@ class PosteriorMixture:
         """Everything that the mixture is made of but its wave grid, by the names in `ORDER`."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name in ORDER}
         own |= dict(zip(("error.w1", "error.b1", "error.w2", "error.b2"), self.error_model, strict=True))
+        own["n_sky"] = np.array([self.n_sky], np.int64)
         own["scale_width"] = np.array([self.scale_width], np.float32)
         own["label_range"] = np.array(self.label_range, np.float32)
         return {name: own[name] for name in ORDER}
@@ -170,8 +178,9 @@ class PosteriorMixture:
         w1, b1, w2, b2 = (arrays.pop(f"error.{name}") for name in ("w1", "b1", "w2", "b2"))
         low, high = (float(v) for v in arrays.pop("label_range"))
         width = float(arrays.pop("scale_width")[0])
+        n_sky = int(arrays.pop("n_sky")[0])
         return cls(
-            wave=wave, **arrays, scale_width=width, label_range=(low, high), error_model=(w1, b1, w2, b2),
+            wave=wave, **arrays, n_sky=n_sky, scale_width=width, label_range=(low, high), error_model=(w1, b1, w2, b2),
             label_names=label_names,
         )  # fmt: skip
 
@@ -210,6 +219,7 @@ class PosteriorMixture:
             "others": np.where(members.T > 0, np.float32(0), np.float32(-1e30)),
             "lowest": np.float32(self.label_range[0]),
             "highest": np.float32(self.label_range[1]),
+            "follows_noise": (np.arange(q) >= q - self.n_sky).astype(np.float32),
             "unit_nuisances": np.eye(q, dtype=np.float32),
             "unit_coordinates": np.eye(n, dtype=np.float32),
             "unit_tangents": np.eye(t + 1, dtype=np.float32),
@@ -296,7 +306,9 @@ class PosteriorMixture:
 
     @cached_property
     def _space(self) -> Space:
-        return Space(self.reference, self.noise_shape, self.directions, self.n_nuisances, self.sizes.cell)
+        return Space(
+            self.reference, self.noise_shape, self.directions, self.n_nuisances, self.sizes.cell, self.n_sky
+        )
 
     @cached_property
     def _clouds(self) -> Clouds:
