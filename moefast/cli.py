@@ -807,7 +807,8 @@ def predict(
     """Predict log g for every spectrum and write a table: one row per spectrum, in order.
 
     Columns: row, identifiers of the input, log_g [dex], log_g_err (calibrated 1σ), log_g_err_raw (pixel noise
-    alone), weight_k (gate), expert, snr_norm, snr_median, chi2, flag. Spectra without data get NaN and a flag,
+    alone), weight_k (gate), expert, snr_norm, snr_median, chi2, flag; of a posterior also T_eff [K], M_H, a_M, C_M
+    [dex], each with _err and _corr (correlation with log_g), and scale. Spectra without data get NaN and a flag,
     never a missing row. If the files have labels, R² is printed.
     """
     from moefast.scoring import predict as run

@@ -21,12 +21,13 @@ from numpy.typing import NDArray
 
 from moefast.backend import Backend, resolve_backend
 from moefast.core.errors import BackendError, InputError, MoefastError, OutputError
-from moefast.core.outputs import INPUTS, ONNX, ROW, prediction_columns
+from moefast.core.outputs import INPUTS, ROW, prediction_columns
 from moefast.core.threads import CORES, map_in_order, one_blas_thread
 from moefast.core.version import __version__
 from moefast.kernels import PROJECT_ROWS
 from moefast.mixture import Mixture, Prediction
 from moefast.model import Model, shipped_path
+from moefast.posterior.mixture import AnyMixture, PosteriorMixture
 from moefast.spectra.files import Block, Failure, Shard, SpectrumSet, find_files, open_spectra
 from moefast.spectra.quality import Flag, Quality, assess, good_pixels
 from moefast.spectra.tables import Column, open_table
@@ -42,6 +43,8 @@ LOOKED_AT = 50_000
 """Rows, about, whose χ² tells whether spectra as a whole are what the model knows."""
 LEAST_MISFIT, SURE, LEAST_HALF = 0.01, 5.0, 30
 """How much larger χ² of the brighter half must be, by how many standard errors, and of how many spectra, to be told."""
+ONNX_ROWS, ONNX_BYTES = 1024, 2**27
+"""Rows of a block for ONNX Runtime at most, and bytes of the largest value that it makes of a block."""
 LEAST_ROWS = 16
 """Spectra that a GPU must have room for: with less, halving a block does not help."""
 _ID = re.compile(r"id|\w+_id|(obj|cat|source|star|target|fiber|fibre)id", re.IGNORECASE)
@@ -81,7 +84,7 @@ class Engine(Protocol):
 class CpuEngine:
     """The CPU kernels."""
 
-    mixture: Mixture
+    mixture: AnyMixture
     block_rows: int = PROJECT_ROWS
     workers: int = CORES
 
@@ -101,9 +104,10 @@ class CudaEngine:
         The kernels do not run here, or the mixture has experts that they do not know.
     """
 
-    def __init__(self, mixture: Mixture) -> None:
+    def __init__(self, mixture: AnyMixture) -> None:
         if lack := without_kernels(mixture):
             raise BackendError(f"backend cuda: there are no kernels for {lack}; use backend cpu")
+        assert isinstance(mixture, Mixture)
         from moefast.kernels.cuda.device import first_launch, require_device
 
         require_device()
@@ -139,7 +143,7 @@ class OnnxEngine:
 
     Parameters
     ----------
-    mixture : Mixture
+    mixture : Mixture or PosteriorMixture
     backend : "cpu" or "cuda"
         Where ONNX Runtime runs it.
 
@@ -149,15 +153,20 @@ class OnnxEngine:
         ONNX Runtime does not run there.
     """
 
-    block_rows = 1024
     # ONNX Runtime has threads of its own; one caller reads while another one waits for the device.
     workers = 2
 
-    def __init__(self, mixture: Mixture, backend: str) -> None:
+    def __init__(self, mixture: AnyMixture, backend: str) -> None:
         from moefast.export import build, open_session
 
         self._session = open_session(build(mixture), backend)
-        self._names = list(ONNX)
+        self._names = [output.name for output in self._session.get_outputs()]
+        self.block_rows = ONNX_ROWS
+        if isinstance(mixture, PosteriorMixture):
+            # The tangents of every cloud, seen by every star, in double precision.
+            sizes = mixture.sizes
+            each = 8 * sizes.n_clouds * sizes.n_tangents * sizes.n_coordinates
+            self.block_rows = min(ONNX_ROWS, max(LEAST_ROWS, ONNX_BYTES // each))
 
     def __call__(
         self, flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None, first_row: int
@@ -179,8 +188,10 @@ class OnnxEngine:
         return Prediction(**dict(zip(self._names, found, strict=True)))
 
 
-def without_kernels(mixture: Mixture) -> str:
+def without_kernels(mixture: AnyMixture) -> str:
     """What of a mixture the CUDA kernels do not know, in words; empty if they know it all."""
+    if isinstance(mixture, PosteriorMixture):
+        return "a posterior of all labels"
     if mixture.heads is not None:
         return f"a {mixture.heads.plan.kind} with heads"
     if mixture.others:
@@ -232,7 +243,7 @@ class Summary:
     columns: dict[str, NDArray] = field(default_factory=dict)
 
 
-def make_engine(mixture: Mixture, backend: Backend) -> Engine:
+def make_engine(mixture: AnyMixture, backend: Backend) -> Engine:
     """Score on the CPU kernels or on the CUDA kernels; what these do not know, in ONNX Runtime on the GPU.
 
     Raises
@@ -245,7 +256,7 @@ def make_engine(mixture: Mixture, backend: Backend) -> Engine:
     return OnnxEngine(mixture, "cuda") if without_kernels(mixture) else CudaEngine(mixture)
 
 
-def open_engine(mixture: Mixture, backend: str = "auto") -> tuple[Engine, Backend]:
+def open_engine(mixture: AnyMixture, backend: str = "auto") -> tuple[Engine, Backend]:
     """The engine for a backend asked for, and the backend it really runs on; "auto" falls back to the CPU.
 
     Raises
@@ -305,7 +316,7 @@ def columns_of(model: Model, result: Prediction, quality: Quality) -> dict[str, 
     for bit, rows in (
         (Flag.OUT_OF_GRID, outside),
         (Flag.LOW_CONFIDENCE, ~(result.log_g_err <= limits["log_g_err"])),
-        (Flag.UNLIKE_TRAINING, ~(result.chi2 <= limits["chi2"])),
+        (Flag.UNLIKE_TRAINING, _unlike(result, limits)),
     ):
         flag[rows & ~empty] |= np.uint32(bit)
     others = {
@@ -315,10 +326,9 @@ def columns_of(model: Model, result: Prediction, quality: Quality) -> dict[str, 
         "flag": flag,
     }
     columns: dict[str, NDArray] = {}
-    for one in prediction_columns():
-        values = getattr(result, one.onnx) if one.onnx else others[one.name]
-        names = one.names(model.mixture.n_experts)
-        columns |= zip(names, values.T if one.per_expert else [values], strict=True)
+    for name, output, number in prediction_columns(model.mixture.n_experts, _labels_of(model.mixture)):
+        values = getattr(result, output.onnx) if output.onnx else others[name]
+        columns[name] = values if output.per == "star" else values[:, number]
     if empty.any():
         for name, column in columns.items():
             if column.dtype.kind == "f":
@@ -327,22 +337,42 @@ def columns_of(model: Model, result: Prediction, quality: Quality) -> dict[str, 
     return columns
 
 
+def _unlike(result: Prediction, limits: Mapping[str, Any]) -> NDArray[np.bool_]:
+    """Rows whose spectra lie beyond what the model was fitted on."""
+    unlike = ~(result.chi2 <= limits["chi2"])
+    strength, distance = result.strength, result.distance
+    if strength is not None and "strength" in limits:
+        unlike |= ~(strength >= limits["strength"])
+    if strength is not None and distance is not None and "distance" in limits:
+        table = limits["distance"]
+        place = np.log(np.maximum(strength, _LEAST_STRENGTH))
+        unlike |= ~(distance <= np.interp(place, table["log_strength"], table["limit"]))
+    return unlike
+
+
+_LEAST_STRENGTH = 1e-6
+
+
+def _labels_of(mixture: AnyMixture) -> tuple[str, ...] | None:
+    """Labels of a posterior; None for mixtures of log g alone."""
+    return mixture.label_names if isinstance(mixture, PosteriorMixture) else None
+
+
 def _joined(parts: list[Any]) -> Any:
     """One dataclass of arrays for several; what the first does not have, none has."""
     found = {item.name: [getattr(part, item.name) for part in parts] for item in fields(parts[0])}
     return type(parts[0])(**{k: None if v[0] is None else np.concatenate(v) for k, v in found.items()})
 
 
-def table_columns(n_experts: int, ids: Mapping[str, np.dtype], several: bool) -> list[Column]:
+def table_columns(mixture: AnyMixture, ids: Mapping[str, np.dtype], several: bool) -> list[Column]:
     """Columns of a prediction table, in order."""
     columns = [Column.of(one) for one in (INPUTS if several else (ROW,))]
     columns += [Column(name, dtype, "", "identifier of the input") for name, dtype in ids.items()]
     bits = ", ".join(f"{flag.value} {flag.name}" for flag in Flag)
-    said = {"flag": f"sum of {bits}; 0 is what you want"}
+    meanings = {"flag": f"sum of {bits}; 0 is what you want"}
     return columns + [
-        Column.of(one, name, said.get(name, ""))
-        for one in prediction_columns()
-        for name in one.names(n_experts)
+        Column.of(output, name, meanings.get(name, ""))
+        for name, output, _ in prediction_columns(mixture.n_experts, _labels_of(mixture))
     ]
 
 
@@ -480,7 +510,7 @@ def predict(
         array="+".join(scored),
         failures=failures,
     )
-    sink = _Sink(out, stop - start, table_columns(chosen.mixture.n_experts, ids, several), attrs, overwrite)
+    sink = _Sink(out, stop - start, table_columns(chosen.mixture, ids, several), attrs, overwrite)
     r2, looked_at, unlike = _R2(), list[tuple[NDArray, NDArray]](), 0
     every = 1 + (stop - start) // LOOKED_AT
     wanted = [*ids, _LABEL] if labelled else list(ids)
@@ -649,8 +679,9 @@ def _notes(
         )
     if summary.n_rows and unlike > summary.n_rows / 2:
         notes.append(
-            f"{unlike} of {summary.n_rows} spectra are flagged UNLIKE_TRAINING: check that flux is normalised to a "
-            "median near 1 and in the units of its error, or fit a model on spectra like these"
+            f"{unlike} of {summary.n_rows} spectra are flagged UNLIKE_TRAINING: check that flux is "
+            + ("" if isinstance(model.mixture, PosteriorMixture) else "normalised to a median near 1 and ")
+            + "in the units of its error, or fit a model on spectra like these"
         )
     elif (found := _misfit(chi2, snr)) is not None:
         notes.append(

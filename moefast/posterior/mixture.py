@@ -10,17 +10,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moefast.kernels import CloudPosterior, Clouds, Space, cell_size, cloud_posterior
-from moefast.mixture import Prediction
+from moefast.mixture import Mixture, Prediction
 from moefast.ops.arithmetic import NumPyArithmetic
 from moefast.posterior.forward import Sizes, forward
 from moefast.spectra.quality import Quality
 
-__all__ = ["LABELS", "ORDER", "SCALE_UNIT", "PosteriorMixture"]
+__all__ = ["LABELS", "ORDER", "SCALE_UNIT", "AnyMixture", "PosteriorMixture"]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -79,6 +80,8 @@ class PosteriorMixture:
         The last so many nuisances grow with the noise of the star.
     """
 
+    kind: ClassVar[str] = "posterior"
+
     wave: F64
     reference: F32
     noise_shape: F32
@@ -98,6 +101,10 @@ class PosteriorMixture:
     n_sky: int = 0
 
     def __post_init__(self) -> None:
+        # What is stored in single precision must be what was used before it was stored.
+        object.__setattr__(self, "scale_width", float(np.float32(self.scale_width)))
+        low, high = (float(np.float32(limit)) for limit in self.label_range)
+        object.__setattr__(self, "label_range", (low, high))
         p, (m, n), labels = self.wave.size, self.keys.shape, len(self.label_names)
         t = self.tangents.shape[1]
         expected = {
@@ -150,6 +157,11 @@ class PosteriorMixture:
     def n_nuisances(self) -> int:
         """Linear nuisances."""
         return self.directions.shape[1] - self.n_coordinates
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether all experts are linear: those of a posterior never are."""
+        return False
 
     @cached_property
     def sizes(self) -> Sizes:
@@ -209,7 +221,7 @@ class PosteriorMixture:
             "directions": self.directions,
             "keys_transposed": np.ascontiguousarray(self.keys.T),
             "tangents": tangents.astype(np.float32),
-            "tangents_as_columns": np.ascontiguousarray(tangents.reshape(-1, n).T, np.float32),
+            "tangents_transposed": np.ascontiguousarray(tangents.transpose(0, 2, 1), np.float32),
             "gains": gains,
             "log_weights": self.log_weights,
             "labels": means,
@@ -333,3 +345,7 @@ def _as_described(found: CloudPosterior) -> dict[str, NDArray]:
     """Outputs of the kernels in the shapes of the description's."""
     arrays = {field.name: getattr(found, field.name) for field in fields(found)}
     return {name: a[:, None] if a.ndim == 1 else a for name, a in arrays.items()}
+
+
+AnyMixture = Mixture | PosteriorMixture
+"""What a model may hold."""

@@ -218,6 +218,6 @@ def write_kept(
     """
     n_experts = sum(name.startswith("weight_") for name in columns)
     outputs = kept_columns(n_experts, with_error="log_g_err" in columns)
-    layout = [Column.of(one, name) for name, one in outputs]
+    layout = [Column.of(output, name) for name, output, _ in outputs]
     with open_table(path, len(columns["row"]), layout, attrs, overwrite=overwrite) as table:
         table.write(0, {column.name: columns[column.name] for column in layout})

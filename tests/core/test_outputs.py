@@ -10,7 +10,7 @@ from astropy.io import fits
 from moefast.core import outputs
 from moefast.core.outputs import Output
 from moefast.export import build
-from moefast.export.parity import TOLERANCES
+from moefast.export.parity import POSTERIOR_TOLERANCES, TOLERANCES
 from moefast.mixture import Prediction
 from moefast.scoring import predict, table_columns
 from moefast.spectra.quality import Flag
@@ -20,21 +20,25 @@ README = Path(__file__).parents[2] / "README.md"
 
 
 def test_names_differ_and_units_are_known():
-    every = [*outputs.INPUTS, *outputs.PREDICTIONS, *outputs.label_columns(["T_eff", "M_H", "a_M", "C_M"])]
-    names = [name for one in every for name in one.names(9)]
+    every = outputs.prediction_columns(9, ["log_g", *outputs.LABELS])
+    names = [one.name for one in outputs.INPUTS] + [name for name, _, _ in every]
     assert len(set(names)) == len(names)
-    assert {one.unit for one in every} == {"", "K", "dex"}
+    assert {output.unit for _, output, _ in every} == {"", "K", "dex"}
 
 
 def test_what_onnx_gives_is_in_the_schema_and_of_a_prediction():
     given = [one.onnx for one in outputs.PREDICTIONS if one.onnx]
-    assert sorted(given) == sorted(outputs.ONNX)
-    assert set(outputs.ONNX) <= Prediction.__dataclass_fields__.keys()
+    assert sorted(given) == sorted((*outputs.ONNX, *outputs.POSTERIOR_ONNX))
+    assert set(given) <= Prediction.__dataclass_fields__.keys()
     assert list(TOLERANCES) == list(outputs.ONNX)
     # As they were published with the first files; they may be made smaller, never larger.
     assert TOLERANCES == {
         "log_g": 1e-4, "log_g_err": 1e-3, "weights": 1e-4, "expert_log_g": 1e-4, "log_g_err_raw": 1e-3,
         "chi2": 1e-3, "log_level": 1e-4,
+    }  # fmt: skip
+    assert POSTERIOR_TOLERANCES == {
+        "distance": 1e-3, "strength": 1e-4, "scale": 1e-4, "labels": 1e-3, "label_errors": 1e-3,
+        "label_correlations": 1e-3,
     }  # fmt: skip
 
 
@@ -45,23 +49,27 @@ def test_the_graph_says_what_the_schema_says(model):
         expected = outputs.by_onnx(one.name)
         assert expected.meaning in one.doc_string
         assert one.doc_string.endswith(expected.unit)
-        assert len(one.type.tensor_type.shape.dim) == 1 + expected.per_expert
+        assert len(one.type.tensor_type.shape.dim) == 1 + (expected.per == "expert")
 
 
-def test_order_and_types_of_a_prediction_table():
-    layout = table_columns(2, {"id": np.dtype("int64")}, True)
+def test_order_and_types_of_a_prediction_table(model):
+    k = model.mixture.n_experts
+    layout = table_columns(model.mixture, {"id": np.dtype("int64")}, True)
     assert [(column.name, column.dtype.str[1:]) for column in layout] == [
         ("file", "i4"), ("row", "i8"), ("id", "i8"), ("log_g", "f4"), ("log_g_err", "f4"), ("log_g_err_raw", "f4"),
-        ("weight_0", "f4"), ("weight_1", "f4"), ("expert", "i2"), ("snr_norm", "f4"), ("snr_median", "f4"),
+        *[(f"weight_{i}", "f4") for i in range(k)], ("expert", "i2"), ("snr_norm", "f4"), ("snr_median", "f4"),
         ("chi2", "f4"), ("flag", "u4"),
     ]  # fmt: skip
-    assert [column.name for column in table_columns(1, {}, False)][:2] == ["row", "log_g"]
+    assert [column.name for column in table_columns(model.mixture, {}, False)][:2] == [
+        "row",
+        "log_g",
+    ]
 
 
 def test_files_carry_unit_and_meaning(stars_file, model_folder, tmp_path):
     for ending in ("h5", "fits"):
         predict(stars_file, model_folder, tmp_path / f"log_g.{ending}")
-    schema = {name: one for one in outputs.prediction_columns() for name in one.names(1)}
+    schema = {name: output for name, output, _ in outputs.prediction_columns(1)}
     with h5py.File(tmp_path / "log_g.h5") as file:
         for name in ("log_g", "log_g_err", "weight_0", "chi2"):
             dataset = file[f"predictions/{name}"]
@@ -77,21 +85,22 @@ def test_files_carry_unit_and_meaning(stars_file, model_folder, tmp_path):
 
 def test_a_label_brings_value_error_and_correlation():
     columns = outputs.label_columns(["log_g", "T_eff", "M_H"])
-    assert [(one.name, one.unit) for one in columns] == [
-        ("T_eff", "K"), ("T_eff_err", "K"), ("T_eff_log_g_corr", ""),
-        ("M_H", "dex"), ("M_H_err", "dex"), ("M_H_log_g_corr", ""),
+    assert [(name, output.unit, number) for name, output, number in columns] == [
+        ("T_eff", "K", 0), ("T_eff_err", "K", 0), ("T_eff_corr", "", 0),
+        ("M_H", "dex", 1), ("M_H_err", "dex", 1), ("M_H_corr", "", 1),
     ]  # fmt: skip
+    assert columns[1].output.meaning == "calibrated 1 sigma of T_eff"
     assert outputs.label_unit("C_M") == "dex"
-    names = [one.name for one in outputs.prediction_columns(["T_eff"])]
-    assert names[:6] == ["log_g", "log_g_err", "log_g_err_raw", "T_eff", "T_eff_err", "T_eff_log_g_corr"]
-    assert [name for name in names if not name.startswith("T_eff")] == [
-        one.name for one in outputs.prediction_columns()
+    names = [name for name, _, _ in outputs.prediction_columns(1, ["log_g", "T_eff"])]
+    assert names[:7] == ["log_g", "log_g_err", "log_g_err_raw", "T_eff", "T_eff_err", "T_eff_corr", "scale"]
+    assert [name for name in names if not name.startswith(("T_eff", "scale"))] == [
+        name for name, _, _ in outputs.prediction_columns(1)
     ]
 
 
 @pytest.mark.skipif(not README.is_file(), reason="only in a checkout")
 def test_the_readme_says_what_the_schema_says():
-    expected = outputs.markdown([*outputs.INPUTS, *outputs.prediction_columns()])
+    expected = outputs.markdown()
     assert expected in README.read_text(encoding="utf-8"), f"put this table into README.md:\n{expected}"
 
 

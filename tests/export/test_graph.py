@@ -5,6 +5,7 @@ import numpy as np
 import onnx
 import pytest
 from made_network import with_heads
+from made_posterior import random_posterior
 from one_expert import model_of, network
 from onnx import TensorProto, helper, numpy_helper
 from plans import random_library, random_mixture, random_tower
@@ -70,7 +71,7 @@ def test_the_list_of_allowed_operators_is_the_list_of_those_in_use():
     tower = random_tower(10, 5, "quality")
     mixtures = plain, replace(plain, library=random_library()), replace(plain, tower=tower)
     models = [build(mixture, part) for mixture in mixtures for part in PARTS]
-    models += [model_of(network(), p=320), build(with_heads(plain, "pca-mlp"))]
+    models += [model_of(network(), p=320), build(with_heads(plain, "pca-mlp")), build(random_posterior())]
     assert {node.op_type for model in models for node in model.graph.node} == _OPERATORS
 
 
