@@ -114,7 +114,7 @@ REFERENCE_SETS: dict[str, ReferenceSet] = {
 
 TRAINING_SETS: dict[str, ReferenceSet] = {
     "library": ReferenceSet(
-        "the stars of z0 with velocities of 5 km/s and line-spread functions of ±10 %: for posteriors of observed stars",
+        "the stars of z0 with velocities of 5 km/s and line-spread functions of ±10 %, for posteriors",
         replace(
             _Z0,
             velocity_scatter=5.0,
