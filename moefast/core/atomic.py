@@ -8,13 +8,17 @@ removed by the next writer of the same name.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 from pathlib import Path
 
 from moefast.core.errors import OutputError
 
-__all__ = ["partial_path", "publish", "write_atomically"]
+__all__ = ["partial_path", "publish", "remove_quietly", "synchronise_folder", "write_atomically"]
+
+_LONGEST_NAME, _ENDING = 255, 32
+"""Bytes of a file name on most file systems, and those kept for the ending of a partial file."""
 
 
 def _alive(pid: int) -> bool:
@@ -50,41 +54,115 @@ def partial_path(path: Path, *, overwrite: bool) -> Path:
     OutputError
         If `path` exists and may not be replaced, is a folder, or its folder does not exist.
     """
-    if path.is_dir():
-        raise OutputError(f"{path}: is a folder; give the name of a file")
-    if path.exists() and not overwrite:
-        raise OutputError(f"{path}: exists already; choose another name, or replace it with --overwrite")
-    if not path.parent.is_dir():
-        raise OutputError(f"{path}: the folder {path.parent} does not exist; create it first")
-    pattern = re.compile(re.escape(f".{path.name}.") + r"(\d+)\.partial(\.wide)?")
-    for other in path.parent.iterdir():
-        match = pattern.fullmatch(other.name)
-        if match and (int(match[1]) == os.getpid() or not _alive(int(match[1]))):
-            with contextlib.suppress(OSError):
-                other.unlink()
-    return path.parent / f".{path.name}.{os.getpid()}.partial"
+    try:
+        if path.is_dir():
+            raise OutputError(f"{path}: is a folder; give the name of a file")
+        if not overwrite and os.path.lexists(path):
+            raise _exists(path)
+        if not path.parent.is_dir():
+            raise OutputError(f"{path}: the folder {path.parent} does not exist; create it first")
+        if len(os.fsencode(path.name)) > _LONGEST_NAME:
+            raise OutputError(f"{path}: the name is longer than {_LONGEST_NAME} bytes; choose a shorter one")
+        name = _short(path.name)
+        pattern = re.compile(re.escape(f".{name}.") + r"(\d+)\.partial(\.wide)?")
+        for other in path.parent.iterdir():
+            match = pattern.fullmatch(other.name)
+            if match and (int(match[1]) == os.getpid() or not _alive(int(match[1]))):
+                with contextlib.suppress(OSError):
+                    other.unlink()
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{str(path)!r}: cannot be written: {error}") from error
+    return path.parent / f".{name}.{os.getpid()}.partial"
 
 
-def publish(partial: Path, path: Path) -> None:
+def _short(name: str) -> str:
+    """The name, or what stands for it where there is no room for an ending."""
+    if len(os.fsencode(name)) <= _LONGEST_NAME - _ENDING:
+        return name
+    return hashlib.sha256(os.fsencode(name)).hexdigest()
+
+
+def _exists(path: Path) -> OutputError:
+    return OutputError(f"{path}: exists already; choose another name, or replace it with --overwrite")
+
+
+def publish(partial: Path, path: Path, *, overwrite: bool) -> None:
     """Make a finished `partial` durable and give it its final name.
+
+    Parameters
+    ----------
+    partial : Path
+        The finished file.
+    path : Path
+        Final name, in the same folder.
+    overwrite : bool
+        Whether a file that has come to be under that name meanwhile may be replaced.
 
     Raises
     ------
     OutputError
-        If the file cannot be synchronised or renamed.
+        If the file cannot be synchronised or renamed, or its name is taken.
     """
     try:
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(partial, path)
-        if os.name != "nt":
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+        if overwrite:
+            os.replace(partial, path)
+        else:
+            _rename_exclusively(partial, path)
+    except FileExistsError as error:
+        raise OutputError(
+            f"{path}: was written by somebody else during this run and is left as it is; choose another name, or "
+            "replace it with --overwrite"
+        ) from error
     except OSError as error:
         raise OutputError(f"{path}: could not be completed: {error}") from error
+    synchronise_folder(path.parent)
+
+
+def _rename_exclusively(partial: Path, path: Path) -> None:
+    """Rename unless the name is taken.
+
+    Raises
+    ------
+    FileExistsError
+        The name is taken.
+    """
+    if os.name == "nt":
+        # There, renaming refuses by itself.
+        os.rename(partial, path)
+        return
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        raise
+    except OSError:
+        # File systems without hard links (FAT, some network shares): take the name first, then replace what took it.
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        try:
+            os.replace(partial, path)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+    else:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def synchronise_folder(folder: Path) -> None:
+    """Flush new names in a folder to the disk, where the file system can.
+
+    Network shares refuse it (CIFS: EINVAL). The files are complete and synchronised by then, so nothing is lost but the
+    certainty that their names survive a power failure.
+    """
+    if os.name == "nt":
+        return
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
@@ -99,8 +177,14 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     partial = partial_path(target, overwrite=True)
     try:
         partial.write_bytes(content)
-        publish(partial, target)
+        publish(partial, target, overwrite=True)
     except OSError as error:
         raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        remove_quietly(partial)
+
+
+def remove_quietly(path: Path) -> None:
+    """Remove a file that is not needed, if it is there and can be removed."""
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)

@@ -35,9 +35,10 @@ from typing import Any, Literal, Self
 import h5py
 import numpy as np
 
-from moefast.core.atomic import partial_path, publish
+from moefast.core.atomic import partial_path, publish, remove_quietly
 from moefast.core.errors import InputError, LabelError, OutputError, WaveGridError
 from moefast.core.threads import CORES
+from moefast.core.watched import WatchedFile
 from moefast.spectra.params import ParamColumn, create_params_table, param_columns, read_columns
 
 __all__ = [
@@ -1146,21 +1147,27 @@ class SpectrumWriter:
         self.n_rows, self.n_pixels = int(n_rows), len(wave)
         self.arrays, self.columns = tuple(arrays), columns
         self._written = np.zeros(self.n_rows, bool)
-        self._lock = threading.Lock()
+        self._lock, self._overwrite = threading.Lock(), overwrite
         self._partial = partial_path(self.path, overwrite=overwrite)
+        try:
+            # HDF5 loses errors of what it writes late, or ends the process; this file remembers them.
+            self._watched = WatchedFile(self._partial)
+        except OSError as error:
+            raise OutputError(f"{self.path}: cannot be written: {error}") from error
         try:
             # Data that start on a page can be mapped and read without an unaligned first piece.
             self._file = h5py.File(
-                self._partial,
+                self._watched,
                 "w",
                 libver=("earliest", "v110"),
                 alignment_threshold=1 << 16,
                 alignment_interval=4096,
             )
-        except OSError as error:
-            raise OutputError(f"{self.path}: cannot be written: {error}") from error
-        try:
             self._create(wave, wave_edges, attrs or {})
+            self._watched.check()
+        except OSError as error:
+            self.abort()
+            raise OutputError(f"{self.path}: cannot be written: {error}") from error
         except BaseException:
             self.abort()
             raise
@@ -1234,14 +1241,21 @@ class SpectrumWriter:
                     dataset[first_row:stop] = values.astype(dataset.dtype, copy=False)
                 if self._table is not None:
                     self._table[first_row:stop] = rows
+                self._watched.check()
             except OSError as error:
                 raise OutputError(f"{self.path}: rows {first_row} to {stop - 1}: {error}") from error
             self._written[first_row:stop] = True
 
     def abort(self) -> None:
         """Give up: close and remove what has been written."""
-        self._file.close()
-        self._partial.unlink(missing_ok=True)
+        # What is still to be written has nowhere to go: closing must not fail.
+        self._watched.problem = self._watched.problem or OutputError(f"{self.path}: given up")
+        try:
+            if hasattr(self, "_file"):
+                self._file.close()
+        finally:
+            self._watched.close()
+            remove_quietly(self._partial)
 
     def close(self) -> None:
         """Complete the file and give it its final name.
@@ -1258,11 +1272,14 @@ class SpectrumWriter:
         try:
             try:
                 self._file.close()
+                self._watched.synchronise()
+                self._watched.close()
+                self._watched.check()
             except (OSError, RuntimeError) as error:
                 raise OutputError(f"{self.path}: could not be completed: {error}") from error
-            publish(self._partial, self.path)
+            publish(self._partial, self.path, overwrite=self._overwrite)
         except BaseException:
-            self._partial.unlink(missing_ok=True)
+            self.abort()
             raise
 
     def __enter__(self) -> Self:

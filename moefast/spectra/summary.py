@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from moefast.core.atomic import partial_path, publish
+from moefast.core.atomic import partial_path, publish, remove_quietly
 from moefast.core.errors import InputError, OutputError
 from moefast.spectra.files import SpectrumSet
 from moefast.spectra.quality import Flag, assess, good_pixels
@@ -357,11 +357,11 @@ def picture(
     partial = partial_path(path, overwrite=overwrite)
     try:
         figure.savefig(partial, format="png")
-        publish(partial, path)
+        publish(partial, path, overwrite=overwrite)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        remove_quietly(partial)
     return path
 
 

@@ -25,8 +25,9 @@ from typing import Any, Self
 import h5py
 import numpy as np
 
-from moefast.core.atomic import partial_path, publish
+from moefast.core.atomic import partial_path, publish, remove_quietly
 from moefast.core.errors import InputError, OutputError
+from moefast.core.watched import WatchedFile
 
 __all__ = ["GROUP", "READERS", "WRITERS", "Column", "TableWriter", "open_table", "read_table"]
 
@@ -128,7 +129,7 @@ class TableWriter:
             raise ValueError(f"n_rows must not be negative, found {n_rows}")
         self.path = Path(path)
         self.n_rows, self.columns, self.attrs = int(n_rows), tuple(columns), dict(attrs or {})
-        self._done = 0
+        self._done, self._overwrite = 0, overwrite
         self._partial = partial_path(self.path, overwrite=overwrite)
         try:
             self._begin()
@@ -201,7 +202,7 @@ class TableWriter:
                 self._end()
             except OSError as error:
                 raise OutputError(f"{self.path}: could not be completed: {error}") from error
-            publish(self._partial, self.path)
+            publish(self._partial, self.path, overwrite=self._overwrite)
         except BaseException:
             self._give_up()
             raise
@@ -209,7 +210,7 @@ class TableWriter:
     def _give_up(self) -> None:
         with contextlib.suppress(Exception):
             self._abort()
-        self._partial.unlink(missing_ok=True)
+        remove_quietly(self._partial)
 
     def __enter__(self) -> Self:
         return self
@@ -252,8 +253,10 @@ class _Hdf5Table(TableWriter):
     """One dataset per column in the group `predictions`; attributes on the root."""
 
     def _begin(self) -> None:
+        # HDF5 loses errors of what it writes late; this file remembers them.
+        self._watched = WatchedFile(self._partial)
         # Attributes of more than 64 kB need the storage of HDF5 1.8.
-        self._file = h5py.File(self._partial, "w", libver=("v108", "latest"))
+        self._file = h5py.File(self._watched, "w", libver=("v108", "latest"))
         group = self._file.create_group(GROUP)
         for column in self.columns:
             dtype = h5py.string_dtype("utf-8", column.text_bytes) if column.text_bytes else column.dtype
@@ -261,6 +264,7 @@ class _Hdf5Table(TableWriter):
             dataset.attrs["unit"] = column.unit
             dataset.attrs["description"] = column.description
         group.attrs["columns"] = json.dumps([column.name for column in self.columns])
+        self._watched.check()
 
     def _append(self, first_row: int, rows: dict[str, np.ndarray]) -> None:
         group = self._file[GROUP]
@@ -269,15 +273,24 @@ class _Hdf5Table(TableWriter):
                 dataset = group[name]
                 # HDF5 does not convert text between character sets; the view carries the dataset's own.
                 dataset[first_row : first_row + len(values)] = values.view(dataset.dtype)
+        self._watched.check()
 
     def _end(self) -> None:
         for name, value in self.attrs.items():
             plain = _plain(value)
             self._file.attrs[name] = _to_json(value) if plain is None else plain
         self._file.close()
+        self._watched.synchronise()
+        self._watched.close()
+        self._watched.check()
 
     def _abort(self) -> None:
-        self._file.close()
+        # What is still to be written has nowhere to go: closing must not fail.
+        self._watched.problem = self._watched.problem or OutputError(f"{self.path}: given up")
+        try:
+            self._file.close()
+        finally:
+            self._watched.close()
 
 
 def _read_hdf5(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
