@@ -54,6 +54,8 @@ def partial_path(path: Path, *, overwrite: bool) -> Path:
     OutputError
         If `path` exists and may not be replaced, is a folder, or its folder does not exist.
     """
+    if "\0" in str(path):
+        raise OutputError(f"{str(path)!r}: no name of a file holds a NUL byte; choose another one")
     try:
         if path.is_dir():
             raise OutputError(f"{path}: is a folder; give the name of a file")
@@ -70,8 +72,8 @@ def partial_path(path: Path, *, overwrite: bool) -> Path:
             if match and (int(match[1]) == os.getpid() or not _alive(int(match[1]))):
                 with contextlib.suppress(OSError):
                     other.unlink()
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{str(path)!r}: cannot be written: {error}") from error
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error}") from error
     return path.parent / f".{name}.{os.getpid()}.partial"
 
 
