@@ -1,9 +1,9 @@
 """A file for libraries that lose errors: every failed write is remembered, and told when it is asked for.
 
-Design: HDF5 writes when an object is freed or a cache overflows, and an error there is printed and forgotten, or ends the
-process. So HDF5 is given this file instead of a name. A write that fails is remembered and reported to the library as
-done, as are all that follow: the library stays in a state that it can close, and `check` raises what happened before
-anybody takes the file for complete.
+Design: HDF5 writes when an object is freed or a cache overflows, and an error there is printed and forgotten, or ends
+the process. So HDF5 is given this file instead of a name. A write that fails is remembered and reported to the library
+as done, as are all that follow: the library stays in a state that it can close, and `check` raises what happened
+before anybody takes the file for complete.
 """
 
 from __future__ import annotations

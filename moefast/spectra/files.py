@@ -40,6 +40,7 @@ from moefast.core.errors import InputError, LabelError, OutputError, WaveGridErr
 from moefast.core.threads import CORES
 from moefast.core.watched import WatchedFile
 from moefast.spectra.params import ParamColumn, create_params_table, param_columns, read_columns
+from moefast.spectra.stored import Gaps, find, gaps_of, owned_by
 
 __all__ = [
     "Block",
@@ -140,7 +141,8 @@ class _Stored:
     """Where one (n, p) array lies.
 
     `access` is "offset" (rows follow each other from `offset` on), "chunks" (uncompressed, each chunk holds
-    `chunk_rows` whole rows) or "library" (everything else, through HDF5 in slabs of `slab_rows`).
+    `chunk_rows` whole rows) or "library" (everything else, through HDF5 in slabs of `slab_rows`). `own_chunks` says
+    that chunks are compressed and lie in this file; `gaps` are places that hold no values.
     """
 
     dataset: str
@@ -152,7 +154,8 @@ class _Stored:
     offset: int = 0
     chunk_rows: int = 0
     slab_rows: int = 0
-    filtered: bool = False
+    own_chunks: bool = False
+    gaps: Gaps | None = None
 
     @property
     def row_bytes(self) -> int:
@@ -436,9 +439,15 @@ class Shard:
     def _find_arrays(self, file: h5py.File) -> dict[str, _Stored]:
         datasets = {}
         for name in ARRAYS:
-            node = file.get(f"dataset/arrays/{name}/value")
+            path = f"/dataset/arrays/{name}/value"
+            node = find(file, path)
             if isinstance(node, h5py.Dataset):
                 datasets[name] = node
+            elif node is not None or find(file, f"/dataset/arrays/{name}") is not None:
+                raise InputError(
+                    f"{self.path}: {path} is no dataset; found {_contents(file)}. Expected one, or no group "
+                    f"/dataset/arrays/{name}"
+                )
         flux = "flux" if "flux" in datasets else "noisy"
         for name in (flux if flux in datasets else "flux", "error"):
             if name not in datasets:
@@ -447,47 +456,50 @@ class Shard:
                     "Expected a spectrum dataset with arrays flux (or noisy) and error"
                 )
         shape = datasets[flux].shape
-        for dataset in datasets.values():
+        names = {name: f"/dataset/arrays/{name}/value" for name in datasets}
+        for name, dataset in datasets.items():
             if dataset.ndim != 2:
                 raise InputError(
-                    f"{self.path}: {dataset.name} has shape {dataset.shape}, expected (rows, pixels)"
+                    f"{self.path}: {names[name]} has shape {dataset.shape}, expected (rows, pixels)"
                 )
             if dataset.shape != shape:
                 raise InputError(
-                    f"{self.path}: {dataset.name} has shape {dataset.shape}, {datasets[flux].name} {shape}"
+                    f"{self.path}: {names[name]} has shape {dataset.shape}, {names[flux]} {shape}"
                 )
             if dataset.dtype.kind not in "fiub":
-                raise InputError(f"{self.path}: {dataset.name} has type {dataset.dtype}, expected numbers")
+                raise InputError(f"{self.path}: {names[name]} has type {dataset.dtype}, expected numbers")
         if 0 in shape:
-            raise InputError(f"{self.path}: holds no spectra ({datasets[flux].name} has shape {shape})")
-        return {name: self._locate(dataset, file.userblock_size) for name, dataset in datasets.items()}
+            raise InputError(f"{self.path}: holds no spectra ({names[flux]} has shape {shape})")
+        return {name: self._locate(dataset, names[name], file) for name, dataset in datasets.items()}
 
-    def _locate(self, dataset: h5py.Dataset, userblock: int) -> _Stored:
+    def _locate(self, dataset: h5py.Dataset, path: str, file: h5py.File) -> _Stored:
         n_rows, n_pixels = dataset.shape
         creation = dataset.id.get_create_plist()
         filtered = creation.get_nfilters() > 0
-        common = (dataset.name, dataset.dtype, n_rows, n_pixels)
-        # HDF5 versions disagree on whether offsets count a user block in.
-        direct = userblock == 0 and not dataset.is_virtual
+        gaps = gaps_of(dataset)
+        if gaps is not None and gaps.everything:
+            raise InputError(f"{self.path}: {path} was created and never written")
+        common = (path, dataset.dtype, n_rows, n_pixels)
+        # Only bytes of this very file are read past the library. HDF5 versions disagree on whether offsets count a
+        # user block in.
+        direct = file.userblock_size == 0 and not dataset.is_virtual and owned_by(dataset, file)
         if dataset.chunks is None:
             layout = "contiguous"
             if direct and creation.get_layout() == h5py.h5d.CONTIGUOUS and not dataset.external:
                 offset = dataset.id.get_offset()
-                if offset is None:
-                    raise InputError(f"{self.path}: {dataset.name} was created and never written")
                 row_bytes = n_pixels * dataset.dtype.itemsize
                 if offset + n_rows * row_bytes > self._size:
                     whole = max(0, (self._size - offset) // row_bytes)
                     raise InputError(
-                        f"{self.path}: truncated file: {dataset.name} ends in row {whole} of {n_rows}; "
+                        f"{self.path}: truncated file: {path} ends in row {whole} of {n_rows}; "
                         "copy or produce it again"
                     )
                 return _Stored(*common, layout, "offset", offset=offset)
             slab = max(1, _SLAB_BYTES // (4 * n_pixels))
-            return _Stored(*common, layout, "library", slab_rows=min(slab, n_rows))
+            return _Stored(*common, layout, "library", slab_rows=min(slab, n_rows), gaps=gaps)
         chunk_rows = dataset.chunks[0]
         if direct and not filtered and dataset.chunks[1] == n_pixels:
-            return _Stored(*common, "chunked", "chunks", chunk_rows=chunk_rows)
+            return _Stored(*common, "chunked", "chunks", chunk_rows=chunk_rows, gaps=gaps)
         slab = max(1, _SLAB_BYTES // (4 * n_pixels * chunk_rows)) * chunk_rows
         return _Stored(
             *common,
@@ -495,21 +507,25 @@ class Shard:
             "library",
             chunk_rows=chunk_rows,
             slab_rows=min(slab, n_rows),
-            filtered=filtered,
+            own_chunks=filtered and direct,
+            gaps=gaps,
         )
 
     def _find_wave(self, file: h5py.File) -> np.ndarray:
-        node = file.get("spectrumdataset/wave")
+        path = "/spectrumdataset/wave"
+        node = find(file, path)
         if not isinstance(node, h5py.Dataset):
             raise InputError(f"{self.path}: dataset spectrumdataset/wave is missing; found {_contents(file)}")
         n_pixels = next(iter(self._stored.values())).n_pixels
         wave = np.asarray(node[()], dtype=np.float64)
         if wave.shape != (n_pixels,):
             raise InputError(
-                f"{self.path}: {node.name} has shape {wave.shape}, but the spectra have {n_pixels} pixels"
+                f"{self.path}: {path} has shape {wave.shape}, but the spectra have {n_pixels} pixels"
             )
         if not np.all(np.isfinite(wave)) or np.any(np.diff(wave) <= 0):
-            raise InputError(f"{self.path}: {node.name} must be finite and increasing (Å)")
+            raise InputError(f"{self.path}: {path} must be finite and increasing (Å)")
+        if gaps_of(node) is not None:
+            raise InputError(f"{self.path}: {path} was never written as a whole")
         return wave
 
     def _find_columns(self, file: h5py.File) -> dict[str, ParamColumn]:
@@ -597,6 +613,8 @@ class Shard:
                     self._read_chunks(stored, start, out)
                 else:
                     self._read_slabs(array, stored, start, out)
+                if stored.gaps is not None:
+                    stored.gaps.blank(out, start)
         except (OSError, RuntimeError, EOFError) as error:
             raise InputError(
                 f"{self.path}: {stored.dataset}: rows {start} to {stop - 1} cannot be read, the file is "
@@ -637,9 +655,8 @@ class Shard:
             end = min(stop, chunk_start + stored.chunk_rows)
             target = out[row - start : end - start]
             offset = dataset.id.get_chunk_info_by_coord((chunk_start, 0)).byte_offset
-            if offset is None:
-                target[...] = dataset.fillvalue
-            else:
+            # A chunk that was never written is one of the gaps.
+            if offset is not None:
                 self._read_raw(stored, offset + (row - chunk_start) * stored.row_bytes, target)
             row = end
 
@@ -727,7 +744,7 @@ class Shard:
         digest.update(self.wave.astype("<f8").tobytes())
         rows = np.unique(np.linspace(0, self.n_rows - 1, _FINGERPRINT_ROWS).astype(np.int64))
         for name, stored in self._stored.items():
-            if stored.filtered:
+            if stored.own_chunks:
                 self._hash_chunks(stored, digest)
                 continue
             for row in rows:

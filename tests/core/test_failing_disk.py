@@ -1,4 +1,4 @@
-"""Every write, fsync and rename of every writer fails once: an error each time, never a wrong file under the final name."""
+"""Every write, fsync and rename of every writer fails once: an error, and never a wrong file under the final name."""
 
 import errno
 import gc
@@ -27,7 +27,7 @@ COLUMNS = [Column(f"c{k}", np.dtype("float32"), "dex", "a column") for k in rang
 def lost(monkeypatch):
     """Exceptions that Python printed and forgot."""
     found = []
-    monkeypatch.setattr(sys, "unraisablehook", lambda what: found.append(what))
+    monkeypatch.setattr(sys, "unraisablehook", found.append)
     return found
 
 
@@ -159,19 +159,26 @@ def test_an_interrupt_inside_hdf5_is_not_swallowed(tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    real = os.write
-    with pytest.raises(KeyboardInterrupt), open_table(tmp_path / "t.h5", ROWS, COLUMNS) as table:
-        monkeypatch.setattr(os, "write", interrupted)
-        table.write(0, table_values())
-    monkeypatch.setattr(os, "write", real)
+    table = open_table(tmp_path / "t.h5", ROWS, COLUMNS)
+    monkeypatch.setattr(os, "write", interrupted)
+
+    def write():
+        with table:
+            table.write(0, table_values())
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    monkeypatch.undo()
     assert not list(tmp_path.iterdir())
 
 
 def test_a_name_taken_meanwhile_is_left_alone(tmp_path):
     path = tmp_path / "log_g.h5"
-    with pytest.raises(OutputError, match="during this run"), open_table(path, ROWS, COLUMNS) as table:
-        table.write(0, table_values())
-        path.write_text("the other half of the night")
+    table = open_table(path, ROWS, COLUMNS)
+    table.write(0, table_values())
+    path.write_text("the other half of the night")
+    with pytest.raises(OutputError, match="during this run"):
+        table.close()
     assert path.read_text() == "the other half of the night"
     assert [p.name for p in tmp_path.iterdir()] == ["log_g.h5"]
 
