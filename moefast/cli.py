@@ -31,7 +31,7 @@ Exit codes:
   2  the command line was not understood
   3  a file is missing, damaged or lacks a dataset (with several files: the others were still done)
   4  a file is on another wave grid than the model
-  5  labels are needed and missing or not finite
+  5  labels are needed and missing, or are numbers that no star has
   6  the model folder is incomplete, altered or of another version
   7  the backend asked for cannot be used here
   8  the result cannot be written
@@ -488,10 +488,16 @@ def fit(
         f"{out}: {model.manifest['recipe']}, {facts['rows']['used']:,} spectra, {facts['seconds']:.0f} s on "
         f"{facts['backend']}"
     )
-    if facts["rows"]["left_out"]:
+    unlabelled = facts["rows"].get("unlabelled", 0)
+    if facts["rows"]["left_out"] > unlabelled:
         click.echo(
-            f"  {facts['rows']['left_out']:,} spectra with fewer than half of their pixels good were left out"
+            f"  {facts['rows']['left_out'] - unlabelled:,} spectra with fewer than half of their pixels good were left "
+            "out"
         )
+    if unlabelled:
+        click.echo(f"  {unlabelled:,} spectra without labels were left out")
+    for note in model.manifest["training"]["notes"]:
+        click.echo(f"  note: {note}")
     click.echo(f"  {facts['solver']}")
     kernels = facts.get("heads", {}).get("kernels", "")
     if kernels.startswith("plain: "):

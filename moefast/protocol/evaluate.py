@@ -57,7 +57,8 @@ class Evaluation:
         row; log_g_true, log_g, log_g_err [dex] (if errors are claimed); T_eff [K], M_H [dex]; snr_norm, snr_median;
         weight_k (if there is a gate).
     run : dict
-        What belongs to this run alone: throughput with R² beside it, backend, device, versions, the command.
+        What belongs to this run alone: throughput with R² beside it, backend, device, versions, the command, notes on
+        the labels.
     """
 
     report: dict[str, Any]
@@ -114,7 +115,7 @@ def evaluate(
     Raises
     ------
     LabelError
-        Labels are missing or not finite.
+        No star has labels.
     InputError
         A file cannot be read; a table lacks, repeats or adds rows, or was made of other spectra or other noise; the
         ceilings are those of another set.
@@ -132,7 +133,8 @@ def evaluate(
         "noise_level": None if noise == "none" else noise_level,
         "noise_seed": noise_seed if drawn else None,
     }
-    labels = spectra.labels(("T_eff", "log_g", "M_H"))
+    labels = spectra.labels(("T_eff", "log_g", "M_H"), partial=True)
+    labelled = np.isfinite(np.sum([*labels.values()], axis=0))
     identity = identify(spectra.shards[0]) if len(spectra.shards) == 1 else None
     ceilings, group_ceilings = _ceilings(ceiling, spectra, about_noise)
     subject = open_subject(model, spectra, backend=backend, noise=about_noise)
@@ -140,7 +142,8 @@ def evaluate(
     grid = beside.grid if beside else None
     bins = np.zeros(spectra.n_rows, np.int16)
     if isinstance(grid, Grid):
-        bins = grid.assign(labels["T_eff"], labels["M_H"])
+        # Stars without labels are predicted and not measured; any bin will do.
+        bins[labelled] = grid.assign(labels["T_eff"][labelled], labels["M_H"][labelled])
     found: dict[str, list[NDArray]] = {}
     references: dict[str, list[NDArray]] = {}
     scoring = 0.0
@@ -167,7 +170,11 @@ def evaluate(
                 references.setdefault(key, []).append(values)
         if progress is not None:
             progress(int(rows[-1]) + 1, spectra.n_rows)
-    table = {key: np.concatenate(parts) for key, parts in found.items()}
+    table = {key: np.concatenate(parts)[labelled] for key, parts in found.items()}
+    labels = {key: values[labelled] for key, values in labels.items()}
+    if not labelled.all():
+        # They are those of all stars.
+        ceilings, group_ceilings = {}, None
     n_experts = sum(key.startswith("weight_") for key in table)
     several = n_experts > 1
     own = isinstance(subject, ModelSubject)
@@ -184,7 +191,8 @@ def evaluate(
         reference_set=None if identity is None else identity._asdict(),
         weights=np.column_stack([table[f"weight_{k}"] for k in range(n_experts)]) if several else None,
         expert_grid=subject.expert_grid if several else None,
-        references={key: np.concatenate(parts) for key, parts in references.items()},
+        references={key: np.concatenate(parts)[labelled] for key, parts in references.items()},
+        n_unlabelled=int((~labelled).sum()),
         oracle_reference=_oracle(subject.model) if own and several and subject.model else None,
         ceilings=ceilings,
         group_ceilings=group_ceilings,
@@ -192,7 +200,7 @@ def evaluate(
         model={**subject.about, "references_of": _name(beside), "share_seen": _share_seen(subject, labels)},
     )
     stars: dict[str, NDArray] = {
-        "row": np.arange(spectra.n_rows, dtype=np.int64),
+        "row": np.flatnonzero(labelled).astype(np.int64),
         "log_g_true": labels["log_g"].astype(np.float64),
         "log_g": table["log_g"].astype(np.float64),
         **({"log_g_err": table["log_g_err"].astype(np.float64)} if "log_g_err" in table else {}),
@@ -209,6 +217,7 @@ def evaluate(
         "what": "scoring alone, spectra in memory" if subject.where else "computed elsewhere",
         "backend": subject.where.name if subject.where else None,
         "device": subject.where.device if subject.where else None,
+        "notes": spectra.label_notes(),
         "command": _command(
             given,
             model,

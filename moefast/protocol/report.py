@@ -139,6 +139,7 @@ def evaluate_predictions(
     snr_median: ArrayLike,
     data_set: str,
     fingerprint: str,
+    n_unlabelled: int = 0,
     weights: ArrayLike | None = None,
     expert_grid: Grid | None = None,
     references: Mapping[str, ArrayLike] | None = None,
@@ -170,6 +171,8 @@ def evaluate_predictions(
         by that SNR, and only there, and is counted.
     data_set, fingerprint : str
         Name and content fingerprint of the test set.
+    n_unlabelled : int
+        Stars of the test set that have no labels and are not among these.
     weights : array of shape (n, n_experts), optional
         Gate weights, for the routing summary.
     expert_grid : Grid, optional
@@ -271,6 +274,7 @@ def evaluate_predictions(
             "name": data_set,
             "fingerprint": fingerprint,
             "n": n,
+            "n_unlabelled": n_unlabelled,
             "reference_set": None if reference_set is None else dict(reference_set),
             "noise": noise,
             "noise_level": noise_level,
@@ -607,6 +611,9 @@ def _headline(report: Mapping[str, Any], throughput: Mapping[str, Any]) -> list[
             f"WARNING: {percent(report['model']['share_seen'])} of these stars are in the training set of the model: "
             "no measure of what it does elsewhere"
         )
+    if data.get("n_unlabelled"):
+        lines.append(f"{data['n_unlabelled']} stars of the set have no labels and are not measured")
+    lines += [f"note: {note}" for note in throughput.get("notes", ())]
     lines.append("")
     rows = [
         ("R²", number(overall["r2"], 4), bracket(overall["r2_interval"], 4), "full coverage"),

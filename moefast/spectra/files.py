@@ -37,9 +37,10 @@ import numpy as np
 
 from moefast.core.atomic import partial_path, publish, remove_quietly
 from moefast.core.errors import InputError, LabelError, OutputError, WaveGridError
+from moefast.core.labels import describe_implausible, plausible
 from moefast.core.threads import CORES
 from moefast.core.watched import WatchedFile
-from moefast.spectra.params import ParamColumn, create_params_table, param_columns, read_columns
+from moefast.spectra.params import ParamColumn, create_params_table, index_column, param_columns, read_columns
 from moefast.spectra.stored import Gaps, find, gaps_of, owned_by
 
 __all__ = [
@@ -405,6 +406,7 @@ class Shard:
             self._stored = self._find_arrays(file)
             self.wave = self._find_wave(file)
             self._columns = self._find_columns(file)
+            self._index = index_column(file)
             self.attrs = {
                 name: value.decode("utf-8", "replace") if isinstance(value, bytes) else value
                 for name, value in file.attrs.items()
@@ -445,8 +447,8 @@ class Shard:
                 datasets[name] = node
             elif node is not None or find(file, f"/dataset/arrays/{name}") is not None:
                 raise InputError(
-                    f"{self.path}: {path} is no dataset; found {_contents(file)}. Expected one, or no group "
-                    f"/dataset/arrays/{name}"
+                    f"{self.path}: dataset {path[1:]} is missing; found {_contents(file)}. Expected it, as there is "
+                    f"a group dataset/arrays/{name}"
                 )
         flux = "flux" if "flux" in datasets else "noisy"
         for name in (flux if flux in datasets else "flux", "error"):
@@ -726,6 +728,35 @@ class Shard:
                 f"truncated or damaged: {error}"
             ) from error
 
+    def slices(self, name: str) -> Iterator[np.ndarray]:
+        """A column of the params table in pieces: whole columns of text fill the memory."""
+        for start in range(0, self.n_rows, _TABLE_ROWS):
+            yield self.params([name], start, min(start + _TABLE_ROWS, self.n_rows))[name]
+
+    def order_problems(self) -> list[str]:
+        """Columns that number the rows, but in another order than they lie in; one sentence for each.
+
+        The order of a table can only be told from one of its columns: the index of a pandas table, or a column `id` or
+        `row` that counts the spectra.
+        """
+        problems = []
+        indices = {"the index": self._index} if self._index is not None else {}
+        columns = {f"column {name!r}": self._columns[name] for name in ("id", "row") if name in self.columns}
+        for name, column in (indices | columns).items():
+            with self._lock:
+                numbers = read_columns(self._file(), {"": column}, 0, self.n_rows)[""]
+            if numbers.dtype.kind not in "iu" or len(numbers) < 2:
+                continue
+            offset = numbers - numbers.min()
+            step = np.flatnonzero(offset != np.arange(len(offset), dtype=offset.dtype))
+            if len(step) and np.array_equal(np.sort(offset), np.arange(len(offset), dtype=offset.dtype)):
+                problems.append(
+                    f"{name} of dataset/params numbers the spectra in another order than they lie in (row {step[0]} "
+                    f"has {numbers[step[0]]}): rows of params are taken to belong to the spectra of the same row; if "
+                    "they do not, labels and identifiers are those of other stars"
+                )
+        return problems
+
     def fingerprint(self) -> str:
         """SHA-256, as hex digits, that identifies the content at the cost of reading a few rows.
 
@@ -749,10 +780,11 @@ class Shard:
                 continue
             for row in rows:
                 digest.update(self.read(name, int(row), int(row) + 1).tobytes())
-        columns = self.params()
-        for name in sorted(columns):
-            if columns[name].dtype.kind in "biuf":
-                digest.update(columns[name][rows].tobytes())
+        # Row by row: whole columns of millions of rows would fill the memory.
+        few = [self.params(None, int(row), int(row) + 1) for row in rows]
+        for name in sorted(self.columns):
+            if few[0][name].dtype.kind in "biuf":
+                digest.update(np.concatenate([row[name] for row in few]).tobytes())
         return digest.hexdigest()
 
     def _hash_chunks(self, stored: _Stored, digest: Any) -> None:
@@ -824,10 +856,8 @@ class SpectrumSet:
     def fingerprint(self) -> str:
         """SHA-256, as hex digits, of the fingerprints of the shards in their order."""
         digest = hashlib.sha256()
-        for shard in self.shards:
+        for shard in self._closing():
             digest.update(shard.fingerprint().encode())
-            # Thousands of shards must not hold thousands of open files.
-            shard.close()
         return digest.hexdigest()
 
     @property
@@ -840,19 +870,20 @@ class SpectrumSet:
     def params(self, names: Iterable[str]) -> dict[str, np.ndarray]:
         """Params columns of all shards, each an array of shape (n_rows,)."""
         names = list(names)
-        pieces = []
-        for shard in self.shards:
-            pieces.append(shard.params(names))
-            shard.close()
+        pieces = [shard.params(names) for shard in self._closing()]
         return {name: np.concatenate([piece[name] for piece in pieces]) for name in names}
 
-    def labels(self, names: Sequence[str] = ("T_eff", "log_g", "M_H")) -> dict[str, np.ndarray]:
+    def labels(
+        self, names: Sequence[str] = ("T_eff", "log_g", "M_H"), *, partial: bool = False
+    ) -> dict[str, np.ndarray]:
         """Labels of every spectrum.
 
         Parameters
         ----------
         names : sequence of str
             Columns of the params table: T_eff in K, log_g and M_H in dex, …
+        partial : bool
+            Whether values that can be no labels (see `moefast.core.labels`) are given as NaN, or are an error.
 
         Returns
         -------
@@ -861,9 +892,10 @@ class SpectrumSet:
         Raises
         ------
         LabelError
-            If a file lacks a column, or a value is not finite.
+            If a file lacks a column, a value can be no label, or, with `partial`, no spectrum has all labels.
         """
         out = {name: np.empty(self.n_rows) for name in names}
+        problems = []
         for shard, first in zip(self.shards, self.first_rows, strict=False):
             missing = [name for name in names if name not in shard.columns]
             if missing:
@@ -879,22 +911,36 @@ class SpectrumSet:
                     raise LabelError(
                         f"{shard.path}: dataset/params: label {name} is {values.dtype}, not a number"
                     )
-                bad = np.flatnonzero(~np.isfinite(values))
-                if len(bad):
-                    raise LabelError(
-                        f"{shard.path}: dataset/params: {name} is not finite in {len(bad)} of {len(values)} "
-                        f"rows, the first of them {', '.join(map(str, bad[:5]))}"
-                    )
-                out[name][first : first + len(values)] = values
+                if problem := describe_implausible(name, values):
+                    problems.append(f"{shard.path}: dataset/params: {problem}")
+                out[name][first : first + len(values)] = np.where(plausible(name, values), values, np.nan)
+        if problems and not (partial and np.isfinite(np.sum([*out.values()], axis=0)).any()):
+            raise LabelError("\n".join(problems))
         return out
 
     def has_labels(self, names: Sequence[str] = ("T_eff", "log_g", "M_H")) -> bool:
-        """Whether `labels` would succeed."""
-        try:
-            self.labels(names)
-        except InputError:
-            return False
-        return True
+        """Whether every file has these columns, as numbers; some of them may be no labels."""
+        return all(
+            name in shard.columns and shard.params([name], 0, 1)[name].dtype.kind in "biuf"
+            for shard in self._closing()
+            for name in names
+        )
+
+    def label_notes(self, names: Sequence[str] = ("T_eff", "log_g", "M_H")) -> list[str]:
+        """What to know about the labels: which are none, and whether their order may be another one."""
+        notes = []
+        for shard in self._closing():
+            for name in names:
+                if problem := describe_implausible(name, shard.params([name])[name]):
+                    notes.append(f"{shard.path}: {problem}: these rows count as unlabelled")
+            notes += [f"{shard.path}: {problem}" for problem in shard.order_problems()]
+        return notes
+
+    def _closing(self) -> Iterator[Shard]:
+        """The shards, each closed before the next: thousands of them must not hold thousands of open files."""
+        for shard in self.shards:
+            yield shard
+            shard.close()
 
     def blocks(
         self,

@@ -23,7 +23,14 @@ import numpy as np
 
 from moefast.spectra.stored import find, gaps_of
 
-__all__ = ["ParamColumn", "create_params_table", "names_from_pickle", "param_columns", "read_columns"]
+__all__ = [
+    "ParamColumn",
+    "create_params_table",
+    "index_column",
+    "names_from_pickle",
+    "param_columns",
+    "read_columns",
+]
 
 _STRING_OPCODES = frozenset(
     {"STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"}
@@ -136,7 +143,8 @@ def _attribute_bytes(owner: Any, name: str) -> bytes | None:
 
 
 def _one_dimensional(dtype: np.dtype) -> str:
-    return "" if dtype.kind in "biufS" else f"has type {dtype}, neither a number nor a fixed-length string"
+    readable = dtype.kind in "biufS" or h5py.check_string_dtype(dtype) is not None
+    return "" if readable else f"has type {dtype}, neither a number nor text"
 
 
 _PLACE = "/dataset/params"
@@ -242,10 +250,30 @@ def param_columns(file: h5py.File) -> dict[str, ParamColumn]:
     }
 
 
+def index_column(file: h5py.File) -> ParamColumn | None:
+    """Where pandas keeps the index of the params table; None if there is none, or it holds no numbers."""
+    node = find(file, _PLACE)
+    if not isinstance(node, h5py.Group) or "pandas_type" not in node.attrs:
+        return None
+    table, axis = find(node, "table"), find(node, "axis1")
+    if isinstance(table, h5py.Dataset) and "index" in (table.dtype.names or ()):
+        column = ParamColumn(f"{_PLACE}/table", "index", None, len(table))
+        return column if table.dtype["index"].kind in "iu" else None
+    if isinstance(axis, h5py.Dataset) and axis.ndim == 1 and axis.dtype.kind in "iu":
+        return ParamColumn(f"{_PLACE}/axis1", None, None, len(axis))
+    return None
+
+
 def _as_seen(values: np.ndarray, stored_as: str) -> np.ndarray:
     """Values in the type that their writer meant, native byte order."""
     if values.dtype.kind == "S":
         return np.char.decode(values, "utf-8", "replace") if values.size else values.astype("U1")
+    if values.dtype.kind == "O":
+        # Strings of variable length, which is how h5py writes text.
+        text = [
+            value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value) for value in values
+        ]
+        return np.array(text, dtype=str) if text else np.empty(0, "U1")
     values = values.astype(values.dtype.newbyteorder("="), copy=False)
     if stored_as == "bool":
         return values.astype(bool)

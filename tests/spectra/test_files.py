@@ -511,8 +511,79 @@ def test_labels_that_are_not_finite_are_named(make_file):
     spectra = open_spectra(path)
     with pytest.raises(LabelError, match=r"log_g is not finite in 2 of 11 rows, the first of them 3, 7"):
         spectra.labels()
-    assert not spectra.has_labels()
-    assert spectra.has_labels(["T_eff", "M_H"])
+    kept = spectra.labels(partial=True)
+    assert np.flatnonzero(np.isnan(kept["log_g"])).tolist() == [3, 7]
+    assert np.isfinite(kept["T_eff"]).all()
+    (note,) = spectra.label_notes()
+    assert "log_g is not finite in 2 of 11 rows, the first of them 3, 7 (nan, inf)" in note
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("T_eff", -9999.0),
+        ("T_eff", 0.0),
+        ("T_eff", 1e200),
+        ("log_g", 99.99),
+        ("log_g", -9999.0),
+        ("M_H", -99.0),
+    ],
+)
+def test_numbers_that_no_star_has_are_no_labels(name, value, make_file):
+    path, _ = make_file()
+    with h5py.File(path, "r+") as file:
+        table = file["dataset/params"][()]
+        table[name][4] = value
+        file["dataset/params"][...] = table
+    spectra = open_spectra(path)
+    with pytest.raises(LabelError, match=rf"{name} is outside .* in 1 of 11 rows, the first of them 4 "):
+        spectra.labels()
+    assert np.flatnonzero(np.isnan(spectra.labels(partial=True)[name])).tolist() == [4]
+
+
+def test_no_label_at_all_is_an_error(make_file):
+    path, _ = make_file()
+    with h5py.File(path, "r+") as file:
+        table = file["dataset/params"][()]
+        table["M_H"] = -9999
+        file["dataset/params"][...] = table
+    with pytest.raises(LabelError, match="M_H is outside -6 to 2 or not finite in 11 of 11 rows"):
+        open_spectra(path).labels(partial=True)
+
+
+# -- order -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["id", "row"])
+@pytest.mark.parametrize(
+    ("numbers", "told"),
+    [
+        (np.arange(11), False),
+        (np.arange(100, 111), False),
+        (np.arange(0, 22, 2), False),
+        (np.arange(11) * 7919 % 104729, False),
+        (np.arange(11)[::-1], True),
+        (100 + np.roll(np.arange(11), 3), True),
+    ],
+)
+def test_rows_numbered_in_another_order_are_told(name, numbers, told, make_file):
+    path, _ = make_file(labels=None)
+    with h5py.File(path, "r+") as file:
+        file[f"dataset/params/{name}"] = numbers
+    problems = open_spectra(path).shards[0].order_problems()
+    assert len(problems) == told
+    assert all(f"column '{name}'" in problem and "another order" in problem for problem in problems)
+
+
+def test_the_index_of_pandas_counts_too(make_file):
+    path, _ = make_file(labels=None)
+    table = np.zeros(11, [("index", "i8"), ("log_g", "f8")])
+    table["index"] = np.roll(np.arange(11), 2)
+    with h5py.File(path, "r+") as file:
+        file["dataset/params/table"] = table
+        file["dataset/params"].attrs["pandas_type"] = "frame_table"
+    (problem,) = open_spectra(path).shards[0].order_problems()
+    assert "the index" in problem
 
 
 # -- fingerprints ----------------------------------------------------------------------------------------------

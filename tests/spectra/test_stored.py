@@ -72,7 +72,7 @@ def test_a_mask_group_without_values_is_an_error(tmp_path):
     path = tmp_path / "s.h5"
     spectra(path, mask=np.ones((ROWS, PIXELS), "u1"))
     replace(path, "dataset/arrays/mask/value", lambda f: None)
-    with pytest.raises(InputError, match="mask/value is no dataset"):
+    with pytest.raises(InputError, match="mask/value is missing"):
         Shard(path)
 
 
