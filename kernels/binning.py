@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
+from moefast.core.compiled import njit
 from moefast.kernels.dispatch import on_cuda
 
 __all__ = ["assign_bins", "assign_snr_bins", "sort_by_bin"]

@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
+
+from moefast.core.compiled import njit
 
 __all__ = [
     "LARGEST_ERROR",

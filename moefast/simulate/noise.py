@@ -23,9 +23,10 @@ from functools import lru_cache
 from importlib.resources import files
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 from scipy.special import erf
 
+from moefast.core.compiled import njit
 from moefast.core.errors import MoefastError
 from moefast.kernels.quality import quantile, quantile_scratch
 

@@ -19,11 +19,14 @@ Layout::
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
+import os
 import queue
 import re
+import stat
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -75,18 +78,61 @@ def _natural(path: str | Path) -> list[tuple[int, int, str]]:
 def _is_table(path: Path) -> bool:
     """Whether a file is a prediction table; a file that cannot be opened is left to those who will say why."""
     try:
+        # Opening a pipe would wait for somebody to write into it.
+        if not path.is_file():
+            return False
         with h5py.File(path, "r") as file:
             return "predictions" in file and "dataset" not in file
     except OSError:
         return False
 
 
+def _is_left_by_macos(path: Path) -> bool:
+    """Whether a file is the companion `._name` that macOS writes on foreign disks; it holds no spectra."""
+    if not path.name.startswith("._"):
+        return False
+    try:
+        with open(path, "rb") as file:
+            return file.read(4) in {b"\x00\x05\x16\x07", b"\x00\x05\x16\x00"}
+    except OSError:
+        return False
+
+
+def _below(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
+    """Spectrum files in a folder and below it, and what may be one and cannot be looked at.
+
+    Links to folders are followed, but not into a folder that they lie in.
+    """
+    try:
+        status = folder.stat()
+        key = (status.st_dev, status.st_ino)
+        names = sorted(folder.iterdir()) if key not in above else []
+    except OSError:
+        # Opening it will say why.
+        yield folder
+        return
+    for path in names:
+        suffix = path.suffix.lower()
+        try:
+            if path.is_dir():
+                yield from _below(path, above | {key})
+                continue
+        except OSError:
+            yield path
+            continue
+        # A link without its target may have been a folder of spectra.
+        lost = path.is_symlink() and not path.exists() and not suffix
+        if (suffix in _SUFFIXES or lost) and not _is_left_by_macos(path):
+            yield path
+
+
 def find_files(paths: str | Path | Iterable[str | Path]) -> list[Path]:
     """Spectrum files meant by files, folders and glob patterns.
 
-    Folders are searched recursively for ``*.h5`` and ``*.hdf5``. What one folder or pattern yields is in
-    natural order (shard 2 before shard 10); the order of the arguments is kept and duplicates are dropped. Prediction
-    tables of moefast that lie among the spectra are passed over, unless they are named themselves.
+    Folders, given or met by a pattern, are searched recursively for ``*.h5`` and ``*.hdf5``. What one folder or pattern
+    yields is in natural order (shard 2 before shard 10); the order of the arguments is kept and duplicates are dropped.
+    Prediction tables of moefast that lie among the spectra are passed over, unless they are named themselves. What
+    cannot be opened is among the files, links without a target for example: whoever opens it will say so.
 
     Raises
     ------
@@ -95,33 +141,39 @@ def find_files(paths: str | Path | Iterable[str | Path]) -> list[Path]:
     """
     if isinstance(paths, str | Path):
         paths = [paths]
-    found: dict[Path, Path] = {}
-    looked_for = []
+    found: dict[str, Path] = {}
     for given in paths:
-        path = Path(given).expanduser()
-        looked_for.append(str(given))
-        if path.is_dir():
-            matches = [
-                p
-                for p in path.rglob("*")
-                if p.suffix.lower() in _SUFFIXES and p.is_file() and not _is_table(p)
-            ]
-            if not matches:
-                raise InputError(f"{given}: no file *.h5 or *.hdf5 in this folder or below it")
-        elif path.exists():
-            matches = [path]
-        elif glob.has_magic(str(path)):
-            matches = [Path(p) for p in glob.glob(str(path), recursive=True)]
-            matches = [p for p in matches if p.is_file() and not _is_table(p)]
-            if not matches:
-                raise InputError(f"{given}: no file matches this pattern (working folder {Path.cwd()})")
-        else:
-            raise InputError(f"{given}: no such file or folder (working folder {Path.cwd()})")
+        try:
+            matches = _matches(given)
+        except (OSError, ValueError, RuntimeError) as error:
+            # Loops of links, names that are too long, NUL bytes, folders that may not be read, homes that do not exist.
+            raise InputError(f"{str(given)!r}: no file can be looked for under this name: {error}") from error
         for match in sorted(matches, key=_natural):
-            found.setdefault(match.resolve(), match)
+            found.setdefault(os.path.realpath(match), match)
     if not found:
         raise InputError("no spectrum files given: name files, folders or patterns (train_*/dataset.h5)")
     return list(found.values())
+
+
+def _matches(given: str | Path) -> list[Path]:
+    """What one argument means."""
+    path = Path(given).expanduser()
+    if path.is_dir():
+        matches = [p for p in _below(path) if not _is_table(p)]
+        if not matches:
+            raise InputError(f"{given}: no file *.h5 or *.hdf5 in this folder or below it")
+        return matches
+    if os.path.lexists(path):
+        return [path]
+    if not glob.has_magic(str(path)):
+        raise InputError(f"{given}: no such file or folder (working folder {Path.cwd()})")
+    matches = []
+    for match in map(Path, glob.glob(str(path), recursive=True)):
+        matches += _below(match) if match.is_dir() else [] if _is_left_by_macos(match) else [match]
+    matches = [p for p in matches if not _is_table(p)]
+    if not matches:
+        raise InputError(f"{given}: no file matches this pattern (working folder {Path.cwd()})")
+    return matches
 
 
 def _describe_wave(wave: np.ndarray) -> str:
@@ -272,27 +324,58 @@ def _lost_rows(path: Path, length: int, expected: int) -> str:
 
 def _open_hdf5(path: Path) -> h5py.File:
     try:
+        status = os.stat(path)
+    except (OSError, ValueError) as error:
+        raise InputError(_why_not_opened(path, error)) from error
+    if stat.S_ISDIR(status.st_mode):
+        raise InputError(f"{path}: is a folder, expected an HDF5 file")
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError(
+            f"{path}: is a pipe or device; HDF5 files are read at several places, so write it to a disk"
+        )
+    try:
         return h5py.File(path, "r", rdcc_nbytes=_STAGING_BYTES, locking="best-effort")
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
-    except IsADirectoryError as error:
-        raise InputError(f"{path}: is a folder, expected an HDF5 file") from error
     except OSError as error:
-        cut = re.search(r"truncated file: eof = (\d+).*stored_eof = (\d+)", str(error))
-        if cut:
-            length, expected = int(cut[1]), int(cut[2])
-            raise InputError(
-                f"{path}: truncated file: {length} bytes of {expected}{_lost_rows(path, length, expected)}; "
-                "copy or produce it again"
-            ) from error
-        try:
-            with open(path, "rb") as file:
-                head = file.read(8)
-        except OSError:
-            head = b""
-        if head != b"\x89HDF\r\n\x1a\n":
-            raise InputError(f"{path}: not an HDF5 file (it starts with {head!r})") from error
-        raise InputError(f"{path}: cannot be opened as HDF5, it may be damaged: {error}") from error
+        raise InputError(_why_not_opened(path, error)) from error
+
+
+def _why_not_opened(path: Path, error: OSError | ValueError) -> str:
+    """Why a file cannot be opened, and what to do."""
+    text, number = str(error), getattr(error, "errno", None)
+    said = re.search(r"errno = (\d+)", text)
+    number = int(said[1]) if number is None and said else number
+    if number in (errno.EMFILE, errno.ENFILE):
+        return f"{path}: too many files are open already; raise the limit (ulimit -n) or close other files"
+    if number == errno.ENOENT:
+        if path.is_symlink():
+            return f"{path}: is a link to {os.readlink(path)}, which does not exist"
+        return f"{path}: no such file"
+    if number in (errno.EACCES, errno.EPERM):
+        return f"{path}: may not be read by this user ({os.strerror(number)})"
+    if number == errno.ELOOP:
+        return f"{path}: links lead in a circle"
+    if "unable to lock file" in text or "already open for write" in text or "SWMR" in text:
+        return (
+            f"{path}: another program has it open for writing ({text}); wait until it has finished. If nothing writes, "
+            "the file system has no locks or kept an old one: set HDF5_USE_FILE_LOCKING=FALSE"
+        )
+    cut = re.search(r"truncated file: eof = (\d+).*stored_eof = (\d+)", text)
+    if cut:
+        length, expected = int(cut[1]), int(cut[2])
+        return (
+            f"{path}: truncated file: {length} bytes of {expected}{_lost_rows(path, length, expected)}; "
+            "copy or produce it again"
+        )
+    try:
+        with open(path, "rb") as file:
+            head = file.read(8)
+    except (OSError, ValueError) as problem:
+        return f"{str(path)!r}: cannot be read: {problem}"
+    if head != b"\x89HDF\r\n\x1a\n":
+        return f"{path}: not an HDF5 file (it starts with {head!r})"
+    return f"{path}: cannot be opened as HDF5, it may be damaged: {error}"
 
 
 def _contents(file: h5py.File) -> str:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import os
 import pickle
+import resource
 import shutil
 import threading
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -609,3 +612,108 @@ def test_same_wave():
     assert not same_wave(grid, grid[:-1])
     assert not same_wave(grid, grid / 10)
     assert same_wave(grid[:1], grid[:1])
+
+
+# -- what a folder or a pattern names ----------------------------------------------------------------------------------
+
+
+def test_what_a_folder_names_and_cannot_be_read_is_told(make_file, tmp_path):
+    first, _ = make_file("night/a.h5")
+    folder = first.parent
+    (folder / "b.h5").symlink_to("gone.h5")
+    (folder / "c").symlink_to("gone")
+    (folder / "loop.h5").symlink_to("loop.h5")
+    (folder / "notes.txt").symlink_to("gone.txt")
+    os.mkfifo(folder / "d.h5")
+    for given in (folder, f"{folder}/*"):
+        spectra = open_spectra(given, on_error="skip")
+        assert [shard.path.name for shard in spectra.shards] == ["a.h5"]
+        names = {failure.path.name for failure in spectra.failures} - {"notes.txt"}
+        assert names == {"b.h5", "c", "d.h5", "loop.h5"}
+        with pytest.raises(InputError):
+            open_spectra(given)
+
+
+def test_a_folder_below_that_may_not_be_read_is_told(make_file, monkeypatch):
+    first, _ = make_file("night/a.h5")
+    closed = first.parent / "closed"
+    closed.mkdir()
+    real = Path.iterdir
+
+    def refuse(path):
+        if path == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    spectra = open_spectra(first.parent, on_error="skip")
+    assert [failure.path for failure in spectra.failures] == [closed]
+
+
+def test_links_to_folders_are_followed_once(make_file, tmp_path):
+    first, _ = make_file("disk/part/a.h5")
+    second, _ = make_file("other/b.h5")
+    (first.parent / "back").symlink_to(first.parents[1])
+    (first.parents[1] / "other").symlink_to(second.parent)
+    found = {path.resolve() for path in find_files(first.parents[1])}
+    assert found == {first, second}
+
+
+def test_companions_of_macos_are_no_spectra(make_file):
+    first, _ = make_file("night/x.h5")
+    (first.parent / "._x.h5").write_bytes(b"\x00\x05\x16\x07" + bytes(100))
+    assert find_files(first.parent) == [first]
+    with pytest.raises(InputError, match="no file matches"):
+        find_files(f"{first.parent}/._*")
+
+
+def test_folders_that_a_pattern_meets_are_searched(make_file):
+    first, _ = make_file("run1/a.h5")
+    second, _ = make_file("run2.h5")
+    assert find_files(f"{second.parent}/run*") == [first, second]
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".h5", "nul\0.h5", "~nobody-of-this-name/x.h5"])
+def test_impossible_names_are_an_error(name):
+    with pytest.raises(InputError):
+        open_spectra(name)
+    with pytest.raises(InputError):
+        Shard(name)
+
+
+def test_the_cause_is_told(make_file, tmp_path):
+    path, _ = make_file()
+    os.mkfifo(tmp_path / "pipe.h5")
+    with pytest.raises(InputError, match="is a pipe"):
+        Shard(tmp_path / "pipe.h5")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, hard))
+    try:
+        with pytest.raises(InputError, match="too many files are open"):
+            Shard(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    ("said", "remedy"),
+    [
+        (
+            "Unable to synchronously open file (unable to lock file, errno = 11)",
+            "HDF5_USE_FILE_LOCKING=FALSE",
+        ),
+        ("Unable to synchronously open file (file is already open for write)", "wait until it has finished"),
+        ("Unable to open file (unable to open file: errno = 24)", "ulimit -n"),
+        ("Unable to open file (unable to open file: errno = 13)", "may not be read"),
+    ],
+)
+def test_damage_is_not_blamed_for_what_others_do(said, remedy, make_file, monkeypatch):
+    path, _ = make_file()
+
+    def refuse(*_, **__):
+        raise OSError(said)
+
+    monkeypatch.setattr(h5py, "File", refuse)
+    with pytest.raises(InputError, match=remedy) as caught:
+        Shard(path)
+    assert "damaged" not in str(caught.value)
