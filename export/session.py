@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import threading
-import threading
 from pathlib import Path
 from typing import Any
 

@@ -6,12 +6,14 @@ People read standard output; `--json` gives machines the same facts. Progress an
 
 from __future__ import annotations
 
+import errno
 import glob
 import json
 import math
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +22,7 @@ from typing import Any
 import click
 
 import moefast
-from moefast.core.errors import MoefastError
+from moefast.core.errors import MoefastError, OutputError
 
 __all__ = ["cli", "main"]
 
@@ -36,6 +38,7 @@ Exit codes:
   7  the backend asked for cannot be used here
   8  the result cannot be written
   9  an engine of a benchmark gives another answer, or the benchmark cannot be carried out
+  143  terminated (SIGTERM)
   130  interrupted; nothing half-written is left under the name of the result
 """
 
@@ -107,6 +110,16 @@ class _Group(click.Group):
         except KeyboardInterrupt:
             click.echo("\nmoefast: interrupted; nothing was written", err=True)
             ctx.exit(130)
+        except Terminated:
+            click.echo("\nmoefast: terminated; nothing was written", err=True)
+            ctx.exit(143)
+        except (MemoryError, OSError) as error:
+            # What no check of a file foresees: a full disk, a lost network share, no memory.
+            number = getattr(error, "errno", None)
+            if number == errno.EPIPE:
+                raise
+            click.echo(f"\nmoefast: error: {str(error) or 'out of memory'}", err=True)
+            ctx.exit(OutputError.exit_code if number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) else 1)
 
 
 def _rows(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:
@@ -569,11 +582,12 @@ def evaluate(
         progress=progress.rows("evaluate"),
     )  # fmt: skip
     progress.close()
+    # First what took long; a terminal may refuse the text.
+    written = write_report(result, out, pictures=pictures, overwrite=overwrite) if out else []
     click.echo(json.dumps(result.report, indent=1) if as_json else format_text(result.report, result.run))
     if as_json and not quiet and result.run["spectra_per_second"]:
         click.echo(f"{result.run['spectra_per_second']:,.0f} spectra/s on {result.run['device']}", err=True)
     if out:
-        written = write_report(result, out, pictures=pictures, overwrite=overwrite)
         click.echo("written: " + ", ".join(str(path) for path in written), err=True)
 
 
@@ -596,7 +610,6 @@ def compare(
     stars: the difference of R² with its interval, and better, worse or no difference. Evaluations of other stars or
     other noise are refused.
     """
-    from moefast.core.errors import OutputError
     from moefast.protocol.compare import compare as run
     from moefast.protocol.compare import format_text, read_evaluation
     from moefast.protocol.report import write_json
@@ -660,7 +673,6 @@ def ceiling(
     The Bayes ceiling is the R² of the exact posterior mean: no method does better on these stars. It takes 40 to 130 ms
     per star on two cores. The ceilings of the reference sets come with moefast; evaluate finds them by itself.
     """
-    from moefast.core.errors import OutputError
     from moefast.protocol import ceiling as ceilings
     from moefast.protocol.ceiling_report import figure, format_text
 
@@ -694,7 +706,6 @@ def milestones(reports: tuple[str, ...], out: str | None, overwrite: bool, as_js
     REPORT is a folder that moefast evaluate -o wrote, its report.json, or a folder of such folders. Test sets are kept
     apart. What no evaluation holds is not run, never passed; without any REPORT the marks and the commands are shown.
     """
-    from moefast.core.errors import OutputError
     from moefast.protocol.milestones import judge, read_reports
     from moefast.protocol.milestones_report import format_text
     from moefast.protocol.report import write_json
@@ -723,7 +734,6 @@ def export(model: str, out: str, part: str, half: bool, overwrite: bool) -> None
     runs in plain ONNX Runtime. MODEL is a model folder, or a shipped model: z0 or survey. What
     half precision costs in R² tells: moefast evaluate TEST -m OUT
     """
-    from moefast.core.errors import OutputError
     from moefast.export import export_model
     from moefast.model import Model
 
@@ -775,9 +785,12 @@ def predict(
 
     # Parts that run at the same time must not write to one name.
     part = f".{shard[0]}-of-{shard[1]}" if shard else ""
-    # A pattern has no name to take over.
-    stem = "spectra" if glob.has_magic(files[0]) else Path(files[0]).resolve().stem
+    # A pattern has no name to take over; a file may be called like one.
+    is_pattern = glob.has_magic(files[0]) and not os.path.lexists(files[0])
+    stem = "spectra" if is_pattern else Path(os.path.abspath(files[0])).stem
     target = Path(out) if out else Path(f"{stem}.log_g{part}.h5")
+    if overwrite and not out:
+        _check_same_inputs(target, files)
     progress = Progress(quiet or as_json)
     summary = run(
         files, model, target, array=array, backend=backend, rows=rows, limit=limit,  # type: ignore[arg-type]
@@ -806,6 +819,20 @@ def predict(
         for note in summary.notes:
             click.echo(f"  note: {note}")
     _tell_failures(summary.failures)
+
+
+def _check_same_inputs(target: Path, files: tuple[str, ...]) -> None:
+    """Refuse to replace a table of other spectra under the default name: files of spectra are often called alike."""
+    from moefast.spectra.files import find_files
+    from moefast.spectra.tables import read_attributes
+
+    if not target.is_file():
+        return
+    inputs = read_attributes(target).get("inputs")
+    if not isinstance(inputs, list) or not {os.path.realpath(p) for p in inputs} <= {
+        os.path.realpath(p) for p in find_files(files)
+    }:
+        raise OutputError(f"{target}: is the table of other spectra; name another one with -o")
 
 
 def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...]:
@@ -927,10 +954,37 @@ def _tell_failures(failures: Any) -> None:
         sys.exit(failures[0].error.exit_code)
 
 
+class Terminated(BaseException):
+    """Somebody sent SIGTERM; everything is cleared up on the way out."""
+
+
+def _terminate(*_: Any) -> None:
+    # A second one ends at once.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    raise Terminated
+
+
+def _not_lost(what: Any, told: Callable[[Any], Any] = sys.unraisablehook) -> None:
+    """Repeat an interrupt that came while an object was freed, where Python prints and forgets it."""
+    if issubclass(what.exc_type, KeyboardInterrupt | Terminated):
+        number = signal.SIGINT if issubclass(what.exc_type, KeyboardInterrupt) else signal.SIGTERM
+        if number == signal.SIGTERM:
+            signal.signal(number, _terminate)
+        threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
+    else:
+        told(what)
+
+
 def main() -> None:
     """Entry point of the `moefast` command."""
     # Numba's threads must not wait actively while BLAS works, on the same cores; read when Numba starts them.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    for stream in (sys.stdout, sys.stderr):
+        # Terminals of other alphabets show what they can; no result is lost over a letter.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.unraisablehook = _not_lost
     if hasattr(signal, "SIGPIPE"):
         # `moefast inspect … | head` must end quietly.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)

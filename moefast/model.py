@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import zipfile
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import moefast
+from moefast.core.atomic import partial_folder, publish_folder, recover_folder
 from moefast.core.errors import ModelError, OutputError, WaveGridError
 from moefast.fitting import Fit, LinearForm
 from moefast.mixture import Mixture
@@ -152,13 +152,8 @@ class Model:
 
         target = Path(folder)
         check_target(target, overwrite)
-        partial, old = (
-            target.with_name(f".{target.name}.{os.getpid()}.{ending}") for ending in ("partial", "old")
-        )
+        partial = partial_folder(target)
         try:
-            # What an ended process of the same number left behind.
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
             export_model(self.mixture, partial / ONNX, metadata={"recipe": self.manifest["recipe"]})
             if self.references:
                 _write_references(partial / REFERENCES, self.references)
@@ -171,23 +166,14 @@ class Model:
             manifest["checksum"] = _checksum(manifest)
             text = json.dumps(manifest, indent=1, allow_nan=False)
             (partial / MANIFEST).write_text(text + "\n", encoding="utf-8")
-            for item in partial.iterdir():
-                with item.open("rb") as file:
-                    os.fsync(file.fileno())
-            if target.exists():
-                target.rename(old)
-            try:
-                partial.rename(target)
-            except BaseException:
-                if old.exists():
-                    old.rename(target)
-                raise
+            if not overwrite:
+                # Somebody may have been faster.
+                check_target(target, overwrite)
+            publish_folder(partial, target)
         except OSError as error:
             raise OutputError(f"{target}: cannot be written ({error.strerror})") from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-            if target.exists():
-                shutil.rmtree(old, ignore_errors=True)
         return Model.load(target)
 
     @classmethod
@@ -283,6 +269,7 @@ def check_target(target: Path, overwrite: bool) -> None:
     OutputError
         The folder exists and is not to be replaced, or is not a model folder, or has no parent.
     """
+    recover_folder(target)
     if not target.absolute().parent.is_dir():
         raise OutputError(f"{target}: the folder {target.absolute().parent} does not exist; create it first")
     if not target.exists():

@@ -1,21 +1,33 @@
 """Files that are complete or absent under their final name.
 
 Design: everything is written to `.<name>.<pid>.partial` in the folder of the final file, so that the last
-step is a rename inside one file system. What a killed process leaves behind is recognised by its dead pid and
-removed by the next writer of the same name.
+step is a rename inside one file system; folders of several files likewise. What a killed process leaves behind is
+recognised by its dead pid and removed by the next writer of the same name.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import os
 import re
+import shutil
+import sys
 from pathlib import Path
 
 from moefast.core.errors import OutputError
 
-__all__ = ["partial_path", "publish", "remove_quietly", "synchronise_folder", "write_atomically"]
+__all__ = [
+    "partial_folder",
+    "partial_path",
+    "publish",
+    "publish_folder",
+    "recover_folder",
+    "remove_quietly",
+    "synchronise_folder",
+    "write_atomically",
+]
 
 _LONGEST_NAME, _ENDING = 255, 32
 """Bytes of a file name on most file systems, and those kept for the ending of a partial file."""
@@ -184,6 +196,78 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
         raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from error
     finally:
         remove_quietly(partial)
+
+
+def partial_folder(target: Path) -> Path:
+    """An empty folder to fill before it becomes `target`; what ended processes left beside it is cleared first.
+
+    Raises
+    ------
+    OutputError
+        It cannot be made.
+    """
+    recover_folder(target)
+    partial = target.with_name(f".{_short(target.name)}.{os.getpid()}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written: {error}") from error
+    return partial
+
+
+def recover_folder(target: Path) -> None:
+    """Clear what ended processes left of a folder; one put aside for a successor that never came is put back."""
+    pattern = re.compile(re.escape(f".{_short(target.name)}.") + r"(\d+)\.(partial|old)")
+    with contextlib.suppress(OSError):
+        for other in sorted(target.absolute().parent.iterdir()):
+            match = pattern.fullmatch(other.name)
+            if not match or (int(match[1]) != os.getpid() and _alive(int(match[1]))) or not other.is_dir():
+                continue
+            if match[2] == "old" and not os.path.lexists(target):
+                other.rename(target)
+            else:
+                shutil.rmtree(other, ignore_errors=True)
+
+
+def publish_folder(partial: Path, target: Path) -> None:
+    """Give a finished folder its final name; one of that name is replaced, in one step where the system can.
+
+    Raises
+    ------
+    OSError
+        The folder cannot be synchronised or renamed; `target` is as it was.
+    """
+    for folder, _, names in os.walk(partial):
+        for name in names:
+            with open(os.path.join(folder, name), "rb+") as file:
+                os.fsync(file.fileno())
+        synchronise_folder(Path(folder))
+    old = target.with_name(f".{_short(target.name)}.{os.getpid()}.old")
+    if not target.exists():
+        partial.rename(target)
+    elif not _exchange(partial, target):
+        target.rename(old)
+        try:
+            partial.rename(target)
+        except BaseException:
+            old.rename(target)
+            raise
+    synchronise_folder(target.absolute().parent)
+    for left in (partial, old):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two names in one step; False where the system cannot."""
+    if not sys.platform.startswith("linux"):
+        return False
+    here, exchange = -100, 2
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    return bool(renameat2(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0)
 
 
 def remove_quietly(path: Path) -> None:

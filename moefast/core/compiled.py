@@ -1,9 +1,9 @@
 """Numba's `njit` with a cache that may be stale, damaged, unwritable or absent and never gives wrong code or an error.
 
 Design: Numba keys a cached function on the source file of that function alone, although constants and functions of
-other files are compiled into it; here the key is the content of all files beside it and of this folder. Machine code is
-kept with its SHA-256. What cannot be read is removed and compiled again; what cannot be written is compiled in every
-process, which costs some twenty seconds and nothing else.
+other files are compiled into it; here the key is the content of all files that may be. Machine code is kept with its
+SHA-256. What cannot be read is removed and compiled again; what cannot be written is compiled in every process, which
+costs some twenty seconds and nothing else.
 """
 
 from __future__ import annotations
@@ -37,13 +37,19 @@ def _say(text: str) -> None:
         _LOG.warning(text)
 
 
+def _sources(function: Callable[..., Any]) -> str:
+    """SHA-256 of what may be compiled into a function: the files beside it, beside what it calls, and in this folder."""
+    called = (getattr(value, "py_func", None) for value in function.__globals__.values())
+    files = [__file__, *(f.__code__.co_filename for f in (function, *called) if f is not None)]
+    folders = sorted({os.path.dirname(os.path.abspath(file)) for file in files})
+    return hashlib.sha256("".join(map(_folder, folders)).encode()).hexdigest()
+
+
 @functools.cache
-def _sources(folder: str) -> str:
-    """SHA-256 of all sources in a folder and in this one: what may be compiled into a function of that folder."""
+def _folder(folder: str) -> str:
     digest = hashlib.sha256()
-    for place in dict.fromkeys([folder, str(Path(__file__).parent)]):
-        for path in sorted(Path(place).glob("*.py")):
-            digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    for path in sorted(Path(folder).glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
 
 
@@ -121,7 +127,7 @@ class _Cache(caching.FunctionCache):
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__(function)
         # Text, so that files of Numba's own keys are stale to us, and ours to Numba.
-        stamp = "moefast " + _sources(os.path.dirname(os.path.abspath(function.__code__.co_filename)))
+        stamp = "moefast " + _sources(function)
         self._cache_file = _Files(self._cache_path, self._impl.filename_base, stamp)
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:

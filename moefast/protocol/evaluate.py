@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 import moefast
-from moefast.core.atomic import write_atomically
+from moefast.core.atomic import (
+    partial_folder,
+    publish_folder,
+    recover_folder,
+    synchronise_folder,
+    write_atomically,
+)
 from moefast.core.errors import InputError, OutputError
 from moefast.core.random import standard_normals
 from moefast.core.sketches import share_seen
@@ -403,6 +410,7 @@ def check_report_folder(folder: str | Path, overwrite: bool) -> None:
     OutputError
     """
     target = Path(folder)
+    recover_folder(target)
     if target.exists() and not target.is_dir():
         raise OutputError(f"{target}: is a file; name a folder for the report")
     there = [name for name in REPORT_FILES if (target / name).exists()]
@@ -454,20 +462,43 @@ def write_report(
         "expert_grid": report["routing"]["grid"] if report["routing"] else None,
     }
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        # Pictures of an earlier report must not stand beside this one's numbers.
-        for name in REPORT_FILES[-_PICTURES:]:
-            _remove(target / name)
+        target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"{target}: cannot be made or cleared ({error.strerror})") from error
-    write_kept(target / "predictions.h5", evaluation.stars, attrs, overwrite=True)
-    write_atomically(target / "report.txt", (format_text(report, run) + "\n").encode())
-    write_atomically(target / "run.json", (json.dumps(run, indent=1, ensure_ascii=False) + "\n").encode())
-    if pictures:
-        _draw(report, run, target)
-    # Last: where report.json is, the evaluation is whole.
-    write_json(report, target / "report.json")
+        raise OutputError(f"{target}: cannot be made ({error.strerror})") from error
+    # All of it or nothing: an old report must not stand beside new predictions.
+    partial = partial_folder(target)
+    try:
+        write_kept(partial / "predictions.h5", evaluation.stars, attrs)
+        write_atomically(partial / "report.txt", (format_text(report, run) + "\n").encode())
+        write_atomically(
+            partial / "run.json", (json.dumps(run, indent=1, ensure_ascii=False) + "\n").encode()
+        )
+        write_json(report, partial / "report.json")
+        if pictures:
+            _draw(report, run, partial)
+        _publish(partial, target)
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written ({error.strerror})") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return [target / name for name in (REPORT_FILES if pictures else REPORT_FILES[:-_PICTURES])]
+
+
+def _publish(partial: Path, target: Path) -> None:
+    """Give a report its folder. What else lies there is kept, and then the files come one by one, report.json last."""
+    if not target.exists() or all(item.name in REPORT_FILES for item in target.iterdir()):
+        publish_folder(partial, target)
+        return
+    (target / "report.json").unlink(missing_ok=True)
+    for name in REPORT_FILES:
+        _remove(target / name)
+    for item in sorted(partial.iterdir(), key=lambda item: item.name == "report.json"):
+        if item.is_dir() and (target / item.name).exists():
+            for picture in item.iterdir():
+                picture.replace(target / item.name / picture.name)
+        else:
+            item.replace(target / item.name)
+    synchronise_folder(target)
 
 
 def _draw(report: Mapping[str, Any], run: Mapping[str, Any], target: Path) -> None:

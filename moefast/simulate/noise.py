@@ -23,11 +23,11 @@ from functools import lru_cache
 from importlib.resources import files
 
 import numpy as np
-from numba import prange
 from scipy.special import erf
 
 from moefast.core.compiled import njit
 from moefast.core.errors import MoefastError
+from moefast.core.threads import in_threads
 from moefast.kernels.quality import quantile, quantile_scratch
 
 PHOTONS_AB0 = 3.631e-20 / 6.62607015e-27  # photons / s / cm2 per unit ln(lambda), AB magnitude 0
@@ -144,7 +144,7 @@ def _read_only(values: np.ndarray) -> np.ndarray:
     return values
 
 
-@njit(cache=True, parallel=True, fastmath={"reassoc", "contract"}, error_model="numpy")
+@njit(cache=True, nogil=True, fastmath={"reassoc", "contract"}, error_model="numpy")
 def _errors(
     flux: np.ndarray,
     flux_unit: np.ndarray,
@@ -161,7 +161,7 @@ def _errors(
     error = noise_level sqrt(max(flux, 0) star u + sky u^2), u = flux_unit * mean of the flux over the band.
     """
     n, p = flux.shape
-    for i in prange(n):
+    for i in range(n):
         ratio = np.empty(p + 1, np.float32)
         keys, scratch = np.empty(p + 2, np.int32), quantile_scratch()
         mean = 0.0
@@ -321,5 +321,10 @@ class NoiseModel:
         error, snr = np.empty_like(flux), np.empty(len(flux))
         unit = 1.0 / (scale * self._largest)
         level = np.float32(noise_level)
-        _errors(flux, unit, self._star, self._sky, *self._band, level, error, snr)
+        in_threads(
+            len(flux),
+            lambda a, b: _errors(
+                flux[a:b], unit[a:b], self._star, self._sky, *self._band, level, error[a:b], snr[a:b]
+            ),
+        )
         return error, snr

@@ -29,7 +29,16 @@ from moefast.core.atomic import partial_path, publish, remove_quietly
 from moefast.core.errors import InputError, OutputError
 from moefast.core.watched import WatchedFile
 
-__all__ = ["GROUP", "READERS", "WRITERS", "Column", "TableWriter", "open_table", "read_table"]
+__all__ = [
+    "GROUP",
+    "READERS",
+    "WRITERS",
+    "Column",
+    "TableWriter",
+    "open_table",
+    "read_attributes",
+    "read_table",
+]
 
 GROUP = "predictions"
 """HDF5 group, and FITS extension, that holds the columns."""
@@ -293,6 +302,23 @@ class _Hdf5Table(TableWriter):
             self._watched.close()
 
 
+def read_attributes(path: str | Path) -> dict[str, Any]:
+    """Attributes of a table in HDF5; empty for any other file."""
+    try:
+        with h5py.File(path, "r") as file:
+            return _attributes(file) if GROUP in file else {}
+    except (OSError, RuntimeError, ValueError):
+        return {}
+
+
+def _attributes(file: h5py.File) -> dict[str, Any]:
+    attrs = {}
+    for name, value in file.attrs.items():
+        plain = _plain(value)
+        attrs[name] = _from_text(plain) if isinstance(plain, str) else plain
+    return attrs
+
+
 def _read_hdf5(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     with h5py.File(path, "r") as file:
         if GROUP not in file:
@@ -302,11 +328,7 @@ def _read_hdf5(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         for name in json.loads(group.attrs["columns"]):
             dataset = group[name]
             columns[name] = dataset[()] if dataset.dtype.kind != "S" else _decode(dataset[()])
-        attrs = {}
-        for name, value in file.attrs.items():
-            plain = _plain(value)
-            attrs[name] = _from_text(plain) if isinstance(plain, str) else plain
-    return columns, attrs
+        return columns, _attributes(file)
 
 
 def _decode(values: np.ndarray) -> np.ndarray:
