@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
-import zipfile
 from dataclasses import dataclass
 from importlib import metadata, resources
 from pathlib import Path
@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import moefast
+from moefast.core.archives import read_archive
 from moefast.core.atomic import partial_folder, publish_folder, recover_folder
 from moefast.core.errors import ModelError, OutputError, WaveGridError
 from moefast.fitting import Fit, LinearForm
@@ -39,6 +40,8 @@ ONNX = "model.onnx"
 REFERENCES = "references.npz"
 WHAT = "moefast model"
 LARGEST_MANIFEST = 16 * 2**20
+LARGEST_FILE = 2**31
+"""Bytes of a file of a model: what an ONNX file with embedded weights may have."""
 _PACKAGES = ("numpy", "scipy", "numba", "h5py", "onnx")
 
 
@@ -166,10 +169,7 @@ class Model:
             manifest["checksum"] = _checksum(manifest)
             text = json.dumps(manifest, indent=1, allow_nan=False)
             (partial / MANIFEST).write_text(text + "\n", encoding="utf-8")
-            if not overwrite:
-                # Somebody may have been faster.
-                check_target(target, overwrite)
-            publish_folder(partial, target)
+            publish_folder(partial, target, overwrite=overwrite)
         except OSError as error:
             raise OutputError(f"{target}: cannot be written ({error.strerror})") from error
         finally:
@@ -190,14 +190,26 @@ class Model:
         ModelError
             The folder is missing, incomplete, altered since it was written, or of another schema.
         """
-        from moefast.export import load, read_mixture
-
         if folder is None:
             path = shipped_path()
         elif str(folder) in SHIPPED and not (Path(folder) / MANIFEST).exists():
             path = shipped_path(str(folder))
         else:
             path = Path(folder)
+        try:
+            return cls._read(path)
+        except ModelError:
+            raise
+        except Exception as error:
+            # A manifest can say anything, with fitting checksums, too.
+            raise ModelError(
+                f"{path}: not a model of moefast, or not to be trusted ({type(error).__name__}: {error}); fit it again"
+            ) from error
+
+    @classmethod
+    def _read(cls, path: Path) -> Model:
+        from moefast.export import load, read_mixture
+
         if not (path / MANIFEST).is_file():
             raise ModelError(
                 f"{path}: no {MANIFEST} here, so this is no model folder; make one with "
@@ -243,6 +255,11 @@ class Model:
                 float(limits["log_g_err"]),
                 [float(v) for v in limits["log_level"]],
             )
+            said = [limits["chi2"], limits["log_g_err"], *limits["log_level"]]
+            if not all(math.isfinite(float(v)) for v in said) or len(said) != 4:
+                raise ValueError("limits that are not finite")
+            if not isinstance(manifest["recipe"], str) or not isinstance(manifest["training"], dict):
+                raise TypeError("recipe or training")
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(
                 f"{path / MANIFEST}: {error!r} is missing or of the wrong type; fit the model again"
@@ -252,7 +269,7 @@ class Model:
         except ModelError as error:
             raise ModelError(f"{path / MANIFEST}: {error}") from error
         mixture = read_mixture(load(path / ONNX), wave)
-        references = _read_references(path / REFERENCES) if REFERENCES in files else {}
+        references = _read_references(path / REFERENCES, wave.size) if REFERENCES in files else {}
         return cls(mixture, manifest, references, path)
 
 
@@ -319,6 +336,8 @@ def _check_file(folder: Path, name: str, n_bytes: int, digest: str) -> None:
     if not path.is_file():
         raise ModelError(f"{path}: missing; the model folder is incomplete, copy it again")
     size = path.stat().st_size
+    if size > LARGEST_FILE:
+        raise ModelError(f"{path}: {size} bytes; a file of a model has {LARGEST_FILE} at most")
     if size != n_bytes:
         raise ModelError(f"{path}: {size} bytes found, {n_bytes} expected; copy the model again")
     if _hash(path) != digest:
@@ -341,18 +360,24 @@ def _write_references(path: Path, references: dict[str, LinearForm]) -> None:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
-def _read_references(path: Path) -> dict[str, LinearForm]:
+def _read_references(path: Path, n_pixels: int) -> dict[str, LinearForm]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            count = sum(key.endswith(".name") for key in file.files)
-            return {
-                file[f"{i}.name"].tobytes().decode(): LinearForm(
-                    file[f"{i}.weights"],
-                    file[f"{i}.intercepts"],
-                    file[f"{i}.levels"],
-                    bool(file[f"{i}.clipped"]),
+        held = read_archive(path)
+        count = sum(key.endswith(".name") for key in held)
+        forms = {
+            held[f"{i}.name"].tobytes().decode(): LinearForm(
+                held[f"{i}.weights"], held[f"{i}.intercepts"], held[f"{i}.levels"], bool(held[f"{i}.clipped"])
+            )
+            for i in range(count)
+        }
+        for name, form in forms.items():
+            numbers = (form.weights, form.intercepts, form.levels)
+            if any(a.dtype.kind != "f" or not np.isfinite(a).all() for a in numbers) or form.weights.shape != (
+                n_pixels, *form.intercepts.shape,
+            ):  # fmt: skip
+                raise ValueError(
+                    f"{name!r} has weights of shape {form.weights.shape} or numbers that are not finite"
                 )
-                for i in range(count)
-            }
-    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, OSError) as error:
         raise ModelError(f"{path}: not the references of a model ({error}); fit the model again") from error
+    return forms

@@ -230,11 +230,13 @@ def recover_folder(target: Path) -> None:
                 shutil.rmtree(other, ignore_errors=True)
 
 
-def publish_folder(partial: Path, target: Path) -> None:
+def publish_folder(partial: Path, target: Path, *, overwrite: bool) -> None:
     """Give a finished folder its final name; one of that name is replaced, in one step where the system can.
 
     Raises
     ------
+    OutputError
+        A folder of that name has come to be and may not be replaced.
     OSError
         The folder cannot be synchronised or renamed; `target` is as it was.
     """
@@ -246,6 +248,8 @@ def publish_folder(partial: Path, target: Path) -> None:
     old = target.with_name(f".{_short(target.name)}.{os.getpid()}.old")
     if not target.exists():
         partial.rename(target)
+    elif not overwrite:
+        raise OutputError(f"{target}: was written by somebody else during this run and is left as it is")
     elif not _exchange(partial, target):
         target.rename(old)
         try:

@@ -38,19 +38,26 @@ def _say(text: str) -> None:
 
 
 def _sources(function: Callable[..., Any]) -> str:
-    """SHA-256 of what may be compiled into a function: the files beside it, beside what it calls, and in this folder."""
-    called = (getattr(value, "py_func", None) for value in function.__globals__.values())
-    files = [__file__, *(f.__code__.co_filename for f in (function, *called) if f is not None)]
-    folders = sorted({os.path.dirname(os.path.abspath(file)) for file in files})
-    return hashlib.sha256("".join(map(_folder, folders)).encode()).hexdigest()
+    """SHA-256 of what may be compiled into a function: the files beside it, and those of functions that it may call."""
+    beside = Path(function.__code__.co_filename).absolute().parent.glob("*.py")
+    files = {str(path) for path in beside} | _called(function, set())
+    return hashlib.sha256("".join(map(_content, sorted(files))).encode()).hexdigest()
+
+
+def _called(function: Callable[..., Any], files: set[str]) -> set[str]:
+    """Files of the compiled functions that a module knows, and of those that theirs know."""
+    file = os.path.abspath(function.__code__.co_filename)
+    if file not in files:
+        files.add(file)
+        for value in list(function.__globals__.values()):
+            if (other := getattr(value, "py_func", None)) is not None:
+                _called(other, files)
+    return files
 
 
 @functools.cache
-def _folder(folder: str) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(Path(folder).glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()
+def _content(file: str) -> str:
+    return os.path.basename(file) + hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 class _InHome(caching.UserWideCacheLocator):

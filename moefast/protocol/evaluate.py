@@ -409,8 +409,17 @@ def check_report_folder(folder: str | Path, overwrite: bool) -> None:
     ------
     OutputError
     """
-    target = Path(folder)
-    recover_folder(target)
+    recover_folder(Path(folder))
+    check_report(Path(folder), overwrite)
+
+
+def check_report(target: Path, overwrite: bool) -> None:
+    """Refuse a folder that holds a report which is not to be replaced.
+
+    Raises
+    ------
+    OutputError
+    """
     if target.exists() and not target.is_dir():
         raise OutputError(f"{target}: is a file; name a folder for the report")
     there = [name for name in REPORT_FILES if (target / name).exists()]
@@ -476,7 +485,7 @@ def write_report(
         write_json(report, partial / "report.json")
         if pictures:
             _draw(report, run, partial)
-        _publish(partial, target)
+        _publish(partial, target, overwrite)
     except OSError as error:
         raise OutputError(f"{target}: cannot be written ({error.strerror})") from error
     finally:
@@ -484,10 +493,11 @@ def write_report(
     return [target / name for name in (REPORT_FILES if pictures else REPORT_FILES[:-_PICTURES])]
 
 
-def _publish(partial: Path, target: Path) -> None:
+def _publish(partial: Path, target: Path, overwrite: bool) -> None:
     """Give a report its folder. What else lies there is kept, and then the files come one by one, report.json last."""
-    if not target.exists() or all(item.name in REPORT_FILES for item in target.iterdir()):
-        publish_folder(partial, target)
+    check_report(target, overwrite)
+    if not target.exists() or _holds_a_report_alone(target):
+        publish_folder(partial, target, overwrite=True)
         return
     (target / "report.json").unlink(missing_ok=True)
     for name in REPORT_FILES:
@@ -499,6 +509,17 @@ def _publish(partial: Path, target: Path) -> None:
         else:
             item.replace(target / item.name)
     synchronise_folder(target)
+
+
+def _holds_a_report_alone(folder: Path) -> bool:
+    from moefast.protocol.figures import FIGURES
+
+    pictures = {f"{name}.png" for name in FIGURES}
+    return all(
+        item.name in REPORT_FILES
+        and (not item.is_dir() or (item.name == "figures" and {p.name for p in item.iterdir()} <= pictures))
+        for item in folder.iterdir()
+    )
 
 
 def _draw(report: Mapping[str, Any], run: Mapping[str, Any], target: Path) -> None:

@@ -5,12 +5,14 @@ import gc
 import os
 import resource
 import signal
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from moefast.core.atomic import publish, write_atomically
+from moefast.core import atomic
+from moefast.core.atomic import partial_folder, publish, publish_folder, recover_folder, write_atomically
 from moefast.core.errors import OutputError
 from moefast.core.watched import WatchedFile
 from moefast.spectra.files import SpectrumWriter, open_spectra
@@ -242,3 +244,76 @@ def test_long_names_can_be_written(name, tmp_path):
 def test_impossible_names_are_an_error(name, tmp_path):
     with pytest.raises(OutputError):
         open_table(tmp_path / name, ROWS, COLUMNS)
+
+
+# -- folders -----------------------------------------------------------------------------------------------------------
+
+
+def fill(folder, text):
+    (folder / "inner").mkdir()
+    (folder / "a").write_text(text)
+    (folder / "inner" / "b").write_text(text)
+
+
+def held(folder):
+    return {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("in_one_step", [True, False])
+@pytest.mark.parametrize("call", [None, "fsync", "rename"])
+def test_folders_are_replaced_as_a_whole_or_not_at_all(in_one_step, call, tmp_path, monkeypatch):
+    target = tmp_path / "model"
+    target.mkdir()
+    fill(target, "old")
+    if not in_one_step:
+        monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
+    partial = partial_folder(target)
+    fill(partial, "new")
+    if call is None:
+        publish_folder(partial, target, overwrite=True)
+        assert set(held(target).values()) == {"new"}
+    else:
+        calls, real = [], getattr(os, call)
+
+        def failing(*args, **kwargs):
+            calls.append(call)
+            # Putting the old one aside succeeds, the new one does not come.
+            if call == "fsync" or len(calls) == 2:
+                raise OSError(errno.EIO, "disk")
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(os, call, failing)
+        if call == "rename" and in_one_step:
+            publish_folder(partial, target, overwrite=True)
+            assert set(held(target).values()) == {"new"}
+        else:
+            with pytest.raises(OSError, match="disk"):
+                publish_folder(partial, target, overwrite=True)
+            assert set(held(target).values()) == {"old"}
+        monkeypatch.undo()
+    recover_folder(target)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_a_killed_process_left_is_cleared_or_put_back(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    target = tmp_path / "model"
+    for ending, text in (("old", "old"), ("partial", "half")):
+        folder = tmp_path / f".model.{ended.pid}.{ending}"
+        folder.mkdir()
+        fill(folder, text)
+    recover_folder(target)
+    assert set(held(target).values()) == {"old"}
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_folder_that_has_come_to_be_is_left_alone(tmp_path):
+    target = tmp_path / "model"
+    partial = partial_folder(target)
+    fill(partial, "mine")
+    target.mkdir()
+    fill(target, "theirs")
+    with pytest.raises(OutputError, match="somebody else"):
+        publish_folder(partial, target, overwrite=False)
+    assert set(held(target).values()) == {"theirs"}
