@@ -31,8 +31,8 @@ from moefast.export import build, open_session
 from moefast.gating.features import LEAST_CONTINUUM
 from moefast.mixture import Mixture
 from moefast.model import Model
+from moefast.ops.arithmetic import TorchArithmetic
 from moefast.trunks import training
-from moefast.trunks.arithmetic import TorchArithmetic
 from moefast.trunks.heads import Heads
 from moefast.trunks.networks import KINDS, SEES_FLUX, Kind, Plan, answer, start
 from moefast.trunks.presets import PRESETS, SIZES, Size
@@ -230,6 +230,7 @@ def main(size: Size, parts: tuple[str, ...], steps: int, samples: int, small: bo
     if small:
         size, steps, samples = "small", WARM_UP, 1
     mixture = Model.load(None).mixture
+    assert isinstance(mixture, Mixture)
     wanted = set(parts or PARTS)
     device = (cuda_devices()[0] or [torch.cuda.get_device_name()])[0]
     report: dict[str, Any] = {

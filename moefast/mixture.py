@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,6 +93,14 @@ class Prediction:
         those of the training set.
     log_level : array of shape (n,)
         ln s, the star's noise level relative to the mean of the training set.
+    labels, label_errors, label_correlations : array of shape (n, l), or None
+        Other labels than log g, their calibrated 1σ, and their correlation with log g; only of posteriors.
+    scale, distance, strength : array of shape (n,), or None
+        Flux over that of the training set; what the best point of the space of spectra gains over the library, per
+        coordinate; the scale over its error. Only of posteriors.
+    foreign : array of shape (n,), or None
+        Probability that the spectrum is that of no star. Only of posteriors that know such spectra; with `weights` it
+        adds up to 1.
     """
 
     log_g: NDArray
@@ -102,6 +110,13 @@ class Prediction:
     expert_log_g: NDArray
     chi2: NDArray
     log_level: NDArray
+    labels: NDArray | None = None
+    label_errors: NDArray | None = None
+    label_correlations: NDArray | None = None
+    scale: NDArray | None = None
+    distance: NDArray | None = None
+    strength: NDArray | None = None
+    foreign: NDArray | None = None
 
 
 @dataclass(frozen=True)
@@ -163,6 +178,8 @@ class Mixture:
     residuals : dict of int to Expert
         What is added to the value of an expert of whatever family; its propagated noise stays that of the expert alone.
     """
+
+    kind: ClassVar[str] = "mixture"
 
     wave: F64
     reference: F32

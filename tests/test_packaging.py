@@ -60,8 +60,14 @@ def test_package_data_is_installed() -> None:
 
     home = Path(moefast.__file__).parent
     models = [f"shipped/{name}/{file}" for name in SHIPPED for file in ("model.onnx", "manifest.json")]
-    for name in ("py.typed", *models, "simulate/data/emulator.npz"):
+    ceilings = [
+        f"ceilings/data/{name}-{part}.json.gz" for name in SHIPPED for part in ("test_1k", "test_10k")
+    ]
+    for name in ("py.typed", *models, "simulate/data/emulator.npz", *ceilings):
         assert (home / name).is_file(), name
+    benchmarks = import_module("moefast.benchmarks").__file__
+    assert benchmarks is not None
+    assert (Path(benchmarks).parent / "data/real_stars.h5").is_file()
 
 
 @pytest.mark.skipif("MOEFAST_WHEEL" not in os.environ, reason="only where a wheel is installed")

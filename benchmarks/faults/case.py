@@ -1,7 +1,8 @@
 """One case: a command of moefast in a process of its own, and what became of it.
 
-Design: the process is forked from one that has everything loaded, so that a case takes as long as the work itself. A case
-survives if its result is right, or if it is refused with a message of moefast's own and nothing is left under the name.
+Design: the process is forked from one that has everything loaded, so that a case takes as long as the work itself. A
+case survives if its result is right, or if it is refused with a message of moefast's own and nothing is left under the
+name.
 """
 
 from __future__ import annotations

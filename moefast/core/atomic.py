@@ -10,15 +10,19 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import json
 import os
 import re
 import shutil
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from moefast.core.errors import OutputError
 
 __all__ = [
+    "atomic_file",
     "partial_folder",
     "partial_path",
     "publish",
@@ -27,6 +31,7 @@ __all__ = [
     "remove_quietly",
     "synchronise_folder",
     "write_atomically",
+    "write_json",
 ]
 
 _LONGEST_NAME, _ENDING = 255, 32
@@ -179,6 +184,38 @@ def synchronise_folder(folder: Path) -> None:
             os.close(handle)
 
 
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike[str], *, overwrite: bool = True) -> Iterator[Path]:
+    """The name to write a file under; it gets its final name when the block ends, and is removed if the block fails.
+
+    Parameters
+    ----------
+    path : path
+        Final name.
+    overwrite : bool
+        Whether an existing final file may be replaced.
+
+    Yields
+    ------
+    Path
+        See `partial_path`.
+
+    Raises
+    ------
+    OutputError
+        The file exists and may not be replaced; the folder does not exist, is read-only or full.
+    """
+    target = Path(path)
+    partial = partial_path(target, overwrite=overwrite)
+    try:
+        yield partial
+        publish(partial, target, overwrite=overwrite)
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from error
+    finally:
+        remove_quietly(partial)
+
+
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     """Write a whole file; one that exists is replaced.
 
@@ -187,15 +224,20 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     OutputError
         The folder does not exist, is read-only or full; no partial file is left behind.
     """
-    target = Path(path)
-    partial = partial_path(target, overwrite=True)
-    try:
+    with atomic_file(path) as partial:
         partial.write_bytes(content)
-        publish(partial, target, overwrite=True)
-    except OSError as error:
-        raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from error
-    finally:
-        remove_quietly(partial)
+
+
+def write_json(document: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write a document as UTF-8 JSON; the final name is absent or complete.
+
+    Raises
+    ------
+    OutputError
+        The file could not be written.
+    """
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomically(path, (text + "\n").encode())
 
 
 def partial_folder(target: Path) -> Path:

@@ -98,8 +98,8 @@ def test_nothing_is_asked_of_the_device_before_rows_come(device):
 
 @pytest.mark.usefixtures("device")
 def test_a_fit_on_the_device_is_the_fit(train_file):
+    from moefast.core.grids import uniform
     from moefast.fitting import Options, fit_mixture
-    from moefast.protocol.bins import uniform
     from moefast.spectra.files import open_spectra
 
     options = Options(grid=uniform(2, 1), n_levels=3, sample_draws=1, references=True)
@@ -124,7 +124,7 @@ def test_a_gpu_that_cannot_be_used_is_told(monkeypatch):
         raise BackendError("numba-cuda is not installed")
 
     monkeypatch.setattr("moefast.backend.cuda_devices", lambda: (["NVIDIA T0"], ""))
-    monkeypatch.setattr("moefast.kernels.cuda.device.require_kernels", refuse)
+    monkeypatch.setattr("moefast.kernels.cuda.trial.require_kernels", refuse)
     found = resolve_kernels("auto")
     assert isinstance(found, Backend)
     assert found.name == "cpu"
