@@ -11,8 +11,14 @@ from numpy.typing import ArrayLike, NDArray
 
 __all__ = ["RANGES", "describe_implausible", "plausible"]
 
-RANGES = {"T_eff": (1000.0, 100000.0), "log_g": (-2.0, 8.0), "M_H": (-6.0, 2.0)}
-"""Least and largest T_eff [K], log g and [M/H] [dex] that count as labels."""
+RANGES = {
+    "T_eff": (1000.0, 100000.0),
+    "log_g": (-2.0, 8.0),
+    "M_H": (-6.0, 2.0),
+    "a_M": (-3.0, 3.0),
+    "C_M": (-5.0, 6.0),
+}
+"""Least and largest T_eff [K], log g, [M/H], [a/M] and [C/M] [dex] that count as labels."""
 _UNITS = {"T_eff": " K"}
 _LARGEST = 1e30
 """Of columns without a range of their own."""
