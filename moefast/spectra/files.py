@@ -496,7 +496,10 @@ class Shard:
                 if isinstance(value, bytes | str | np.number | np.bool_)
                 and name not in {"CLASS", "TITLE", "VERSION", "PYTABLES_FORMAT_VERSION"}
             }
-        except (OSError, RuntimeError, KeyError) as error:
+        except InputError:
+            raise
+        except Exception as error:
+            # Damaged descriptions of types and shapes make h5py raise nearly anything.
             raise InputError(f"{self.path}: metadata cannot be read, damaged? {error}") from error
         finally:
             file.close()
@@ -700,7 +703,7 @@ class Shard:
                     self._read_slabs(array, stored, start, out)
                 if stored.gaps is not None:
                     stored.gaps.blank(out, start)
-        except (OSError, RuntimeError, EOFError) as error:
+        except Exception as error:
             raise InputError(
                 f"{self.path}: {stored.dataset}: rows {start} to {stop - 1} cannot be read, the file is "
                 f"truncated or damaged: {error}"
@@ -805,7 +808,7 @@ class Shard:
         try:
             with self._lock:
                 return read_columns(self._file(), {name: self._columns[name] for name in wanted}, start, stop)
-        except (OSError, RuntimeError) as error:
+        except Exception as error:
             raise InputError(
                 f"{self.path}: dataset/params: rows {start} to {stop - 1} cannot be read, the file is "
                 f"truncated or damaged: {error}"

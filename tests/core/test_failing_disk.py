@@ -30,7 +30,10 @@ def lost(monkeypatch):
     """Exceptions that Python printed and forgot."""
     found = []
     monkeypatch.setattr(sys, "unraisablehook", found.append)
-    return found
+    # Collecting is asked for after every case: what other tests left alive need not be looked at each time.
+    gc.freeze()
+    yield found
+    gc.unfreeze()
 
 
 def table_values():

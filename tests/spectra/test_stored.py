@@ -283,3 +283,16 @@ def test_spectra_without_data_get_no_prediction(model, stars, tmp_path):
     assert (columns["flag"][lost] & np.uint32(Flag.NO_DATA)).all()
     np.testing.assert_array_equal(columns["log_g"][~lost], whole.columns["log_g"][~lost])
     assert len(open_spectra(path)) > 600
+
+
+def test_a_damaged_type_is_an_error(tmp_path, monkeypatch):
+    # Some flipped bits make h5py raise ValueError or TypeError when it is asked for a type.
+    path = tmp_path / "s.h5"
+    spectra(path)
+
+    def refuse(*_):
+        raise ValueError("Insufficient precision in available types")
+
+    monkeypatch.setattr(h5py.Dataset, "dtype", property(refuse))
+    with pytest.raises(InputError, match="damaged"):
+        Shard(path)
