@@ -55,8 +55,7 @@ def test_the_model_is_valid_and_of_the_stated_versions(model, posterior):
     onnx.checker.check_model(model, full_check=True)
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", OPSET)]
     assert (model.ir_version, kind_of(model), part_of(model)) == (IR_VERSION, "posterior", "mixture")
-    expected = [name for name in OUTPUTS if name != "foreign" or posterior.n_foreign]
-    assert [output.name for output in model.graph.output] == expected
+    assert [output.name for output in model.graph.output] == list(OUTPUTS)
     assert {output.type.tensor_type.elem_type for output in model.graph.output} == {TensorProto.FLOAT}
     said = {entry.key: entry.value for entry in model.metadata_props}
     assert said["label_names"].split(",") == list(posterior.label_names)
