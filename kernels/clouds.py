@@ -33,8 +33,8 @@ from numpy.typing import NDArray
 from moefast.core.threads import in_threads
 from moefast.kernels import cpu_clouds, cpu_information
 from moefast.kernels.cpu_clouds import LANES
-from moefast.kernels.cpu_information import LANES as COLUMNS
 from moefast.kernels.cpu_information import GROUP, ROWS, SPECTRUM, STEP
+from moefast.kernels.cpu_information import LANES as COLUMNS
 
 __all__ = ["CloudPosterior", "Clouds", "Space", "cloud_posterior"]
 
@@ -203,7 +203,10 @@ class Clouds:
         columns = columns.reshape(panels, LANES, t + 1, blocks * STEP).transpose(0, 2, 3, 1)
         log_weights = np.full(panels * LANES, -1e30, np.float32)
         log_weights[:m] = self.log_weights
-        gains, of_first = np.zeros((m, t + 1, wide), np.float32), np.zeros((panels * LANES, t + 1), np.float32)
+        gains, of_first = (
+            np.zeros((m, t + 1, wide), np.float32),
+            np.zeros((panels * LANES, t + 1), np.float32),
+        )
         gains[:, :, :labels], of_first[:m] = self.gains, self.gains[:, :, 0]
         means = np.zeros(panels * LANES, np.float32)
         means[:m] = self.labels[:, 0]
@@ -314,11 +317,29 @@ def cloud_posterior(
             cpu_information.multiply_pixels(y, count, columns, u)
             cpu_information.multiply_cells(cells, count, products, packed)
             cpu_information.refine(
-                y, information, count, packed, spectra, columns, precision, pull, space.refinements,
-                numbers, points, factors, u,
+                y,
+                information,
+                count,
+                packed,
+                spectra,
+                columns,
+                precision,
+                pull,
+                space.refinements,
+                numbers,
+                points,
+                factors,
+                u,
             )
             cpu_clouds.posterior(
-                numbers[:count], u, packed, q, space.n_sky, n, *clouds.arrays, *(array[here] for array in found)
+                numbers[:count],
+                u,
+                packed,
+                q,
+                space.n_sky,
+                n,
+                *clouds.arrays,
+                *(array[here] for array in found),
             )
 
     in_threads(-(-rows // ROWS), run, least=1)

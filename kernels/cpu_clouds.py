@@ -12,8 +12,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 
+from moefast.core.compiled import njit
 from moefast.kernels.cpu import FAST, exp32, log32
 from moefast.kernels.cpu_information import GROUP, STEP, TINY, solve, unpack
 from moefast.kernels.cpu_information import LANES as COLUMNS
@@ -191,7 +191,10 @@ def posterior(
     root, vectors = np.zeros((size, size), np.float32), np.empty((t, size, LANES), np.float32)
     centre, spectrum = np.zeros(size, np.float32), np.zeros(size, np.float32)
     lower = np.empty((panels, t * (t + 1) // 2, LANES), np.float32)
-    inverse_root, coefficients = np.empty((panels, t, LANES), np.float32), np.empty((panels, t, LANES), np.float32)
+    inverse_root, coefficients = (
+        np.empty((panels, t, LANES), np.float32),
+        np.empty((panels, t, LANES), np.float32),
+    )
     square, means_of_first = np.empty((panels, LANES), np.float32), np.empty((panels, LANES), np.float32)
     evidence, pivots = np.empty((panels, LANES), np.float32), np.empty((t, LANES), np.float32)
     share, chosen = np.empty(m, np.float32), np.empty(m, np.int64)

@@ -13,8 +13,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 
+from moefast.core.compiled import njit
 from moefast.kernels.cpu import FAST
 from moefast.kernels.quality import LARGEST32, LARGEST_ERROR32, ZERO32, median_near, quantile_scratch
 from moefast.kernels.vectors import ROWS as STEP
@@ -348,7 +348,19 @@ def _gradient(y, information, rows, points, spectra, directions, tile, left, u):
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def refine(
-    y, information, rows, packed, spectra, directions, precision, pull, refinements, numbers, points, factors, u
+    y,
+    information,
+    rows,
+    packed,
+    spectra,
+    directions,
+    precision,
+    pull,
+    refinements,
+    numbers,
+    points,
+    factors,
+    u,
 ):
     """Expand the likelihood around a point near the star, `refinements` times: u and the energy are what is changed.
 

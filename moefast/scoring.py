@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from moefast.backend import Backend, resolve_backend
 from moefast.core.errors import BackendError, InputError, MoefastError, OutputError
+from moefast.core.labels import plausible
 from moefast.core.outputs import INPUTS, ROW, prediction_columns
 from moefast.core.threads import CORES, map_in_order, one_blas_thread
 from moefast.core.version import __version__
@@ -525,6 +526,7 @@ def predict(
         raise InputError(f"{lacking}: dataset/arrays/noisy/value is missing; use --array flux or auto")
     ids = {name: _id_dtype(spectra, name) for name in spectra.columns if _ID.fullmatch(name)}
     labelled = spectra.has_labels((_LABEL,))
+    about_params = _params_notes(spectra, ids, labelled)
     attrs: dict[str, Any] = {
         "moefast_version": __version__,
         "model": chosen.name,
@@ -557,7 +559,8 @@ def predict(
         for f in _LOST:
             summary.flags[str(f.name)] = summary.flags.get(str(f.name), 0) + last - first
         if labelled:
-            r2.add(spectra.labels((_LABEL,))[_LABEL][first:last], np.full(last - first, np.nan))
+            lost = _labels_between(spectra, first, last)
+            r2.add(lost, np.full(len(lost), np.nan))
 
     def score(block: Block) -> _Scored:
         base = int(spectra.first_rows[block.shard])
@@ -574,12 +577,13 @@ def predict(
         params = {name: np.concatenate([p.params[name] for p in parts]) for name in wanted}
         n, begin = len(columns["log_g"]), first - int(spectra.first_rows[shard])
         lead: dict[str, NDArray] = {"row": np.arange(begin, begin + n, dtype=np.int64)}
-        lead |= {name: params[name] for name in ids}
+        lead |= {name: _identifiers(params[name], dtype) for name, dtype in ids.items()}
         if several:
             lead["file"] = np.full(n, shard, np.int32)
         sink.write({**lead, **columns})
         if labelled:
-            r2.add(np.asarray(params[_LABEL], np.float64), columns["log_g"].astype(np.float64))
+            known = plausible(_LABEL, params[_LABEL])
+            r2.add(np.asarray(params[_LABEL], np.float64)[known], columns["log_g"][known].astype(np.float64))
         looked_at.append((columns["chi2"][::every], columns["snr_norm"][::every]))
         unlike += int(np.count_nonzero(columns["flag"] & np.uint32(Flag.UNLIKE_TRAINING)))
         for f in Flag:
@@ -621,7 +625,7 @@ def predict(
         summary.seconds = time.perf_counter() - begin
         summary.spectra_per_second = summary.n_rows / summary.seconds
         summary.r2 = r2.value() if labelled else None
-        summary.notes = _notes(looked_at, unlike, summary, chosen)
+        summary.notes = _notes(looked_at, unlike, summary, chosen) + about_params
         sink.attrs.update(
             seconds=summary.seconds,
             spectra_per_second=summary.spectra_per_second,
@@ -658,14 +662,97 @@ def _same_file(first: str | Path, second: Path) -> bool:
 
 def _id_dtype(spectra: SpectrumSet, name: str) -> np.dtype:
     """Type that holds the identifiers of all files."""
-    kinds = []
+    dtypes = []
     for shard in spectra.shards:
-        kind = shard.params([name], 0, 1)[name].dtype
-        if kind.kind == "U":
+        dtype = shard.params([name], 0, 1)[name].dtype
+        if dtype.kind == "U":
             # Text comes as long as the longest of the rows read: one row says nothing about the others.
-            kind = shard.params([name])[name].dtype
-        kinds.append(kind)
-    return np.result_type(*kinds)
+            dtype = max((values.dtype for values in shard.slices(name)), key=lambda kind: kind.itemsize)
+        dtypes.append(dtype)
+        # Thousands of files must not be open at once.
+        shard.close()
+
+    def slices() -> Iterator[NDArray]:
+        for shard in spectra.shards:
+            yield from shard.slices(name)
+            shard.close()
+
+    return _exactly(dtypes, slices)
+
+
+def _exactly(dtypes: list[np.dtype], slices: Callable[[], Iterator[NDArray]]) -> np.dtype:
+    """Type that holds all identifiers as they are: integers stay integers, whatever NumPy makes of two kinds.
+
+    Parameters
+    ----------
+    dtypes : list of dtype
+        Of each file.
+    slices : callable
+        Goes through all values.
+    """
+    kinds = {dtype.kind for dtype in dtypes}
+    if kinds <= {"S", "U"} or len(set(dtypes)) == 1:
+        return np.result_type(*dtypes)
+    if kinds <= set("biuf"):
+        found = np.result_type(*dtypes)
+        if found.kind in "biu":
+            return found
+        if "f" not in kinds:
+            # int64 and uint64 have no common integer, but these numbers may.
+            low, high = 0, 0
+            for values in slices():
+                low, high = min(low, int(values.min(initial=0))), max(high, int(values.max(initial=0)))
+            for candidate in (np.int64, np.uint64):
+                if np.iinfo(candidate).min <= low and high <= np.iinfo(candidate).max:
+                    return np.dtype(candidate)
+    # No type of numbers holds them all.
+    longest = max((len(text) for values in slices() for text in _as_text(values)), default=1)
+    return np.dtype(f"U{max(1, longest)}")
+
+
+def _as_text(values: NDArray) -> NDArray:
+    """Identifiers as text; whole numbers without a decimal point."""
+    if values.dtype.kind == "f":
+        return np.array([f"{v:.0f}" if v == np.floor(v) else repr(float(v)) for v in values], dtype=str)
+    return values.astype(str)
+
+
+def _identifiers(values: NDArray, dtype: np.dtype) -> NDArray:
+    """Identifiers in the type of their column, which holds them exactly."""
+    return (_as_text(values) if dtype.kind == "U" else values).astype(dtype)
+
+
+def _params_notes(spectra: SpectrumSet, ids: Mapping[str, np.dtype], labelled: bool) -> list[str]:
+    """What of the params tables is not used, and why; and what to know about the rest."""
+    notes = []
+    names = [name for shard in spectra.shards for name in (*shard.columns, *shard.unreadable)]
+    for name in dict.fromkeys(names):
+        wanted = _ID.fullmatch(name) or name == _LABEL
+        if not wanted or name in ids or (name == _LABEL and labelled):
+            continue
+        for shard in spectra.shards:
+            if name in shard.unreadable:
+                notes.append(f"column {name!r} is left out: in {shard.path} it {shard.unreadable[name]}")
+                break
+            if name not in shard.columns:
+                notes.append(f"column {name!r} is left out: {shard.path} has none")
+                break
+        else:
+            notes.append(f"column {name!r} is left out: it holds text where numbers are expected")
+    if labelled:
+        notes += spectra.label_notes((_LABEL,))
+    return notes
+
+
+def _labels_between(spectra: SpectrumSet, first: int, last: int) -> NDArray:
+    """Labels of rows that could not be read, as far as they are labels."""
+    parts = []
+    for index, base in enumerate(spectra.first_rows[:-1].tolist()):
+        low, high = max(first, base), min(last, int(spectra.first_rows[index + 1]))
+        if low < high:
+            values = spectra.shards[index].params([_LABEL], low - base, high - base)[_LABEL]
+            parts.append(np.asarray(values, np.float64)[plausible(_LABEL, values)])
+    return np.concatenate(parts) if parts else np.empty(0)
 
 
 def _fill_gap(sink, spectra, first, stop, ids, several):  # type: ignore[no-untyped-def]
@@ -686,7 +773,8 @@ def _fill_gap(sink, spectra, first, stop, ids, several):  # type: ignore[no-unty
             row["file"][:] = index
         for name in ids:
             try:
-                row[name] = spectra.shards[index].params([name], low - base, high - base)[name]
+                values = spectra.shards[index].params([name], low - base, high - base)[name]
+                row[name] = _identifiers(values, ids[name])
             except MoefastError:
                 continue
         sink.write(row)

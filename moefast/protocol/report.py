@@ -55,6 +55,7 @@ def evaluate_predictions(
     snr_median: ArrayLike,
     data_set: str,
     fingerprint: str,
+    n_unlabelled: int = 0,
     weights: ArrayLike | None = None,
     expert_grid: Grid | None = None,
     references: Mapping[str, ArrayLike] | None = None,
@@ -86,6 +87,8 @@ def evaluate_predictions(
         by that SNR, and only there, and is counted.
     data_set, fingerprint : str
         Name and content fingerprint of the test set.
+    n_unlabelled : int
+        Stars of the test set that have no labels and are not among these.
     weights : array of shape (n, n_experts), optional
         Gate weights, for the routing summary.
     expert_grid : Grid, optional
@@ -187,6 +190,7 @@ def evaluate_predictions(
             "name": data_set,
             "fingerprint": fingerprint,
             "n": n,
+            "n_unlabelled": n_unlabelled,
             "reference_set": None if reference_set is None else dict(reference_set),
             "noise": noise,
             "noise_level": noise_level,
