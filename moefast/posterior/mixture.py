@@ -258,7 +258,9 @@ class PosteriorMixture:
         share /= share.sum()
         keys, tangents = self.keys.astype(np.float64), tangents.astype(np.float64)
         apart = keys - share @ keys
-        covariance = (share * apart.T) @ apart + np.einsum("m,mta,mtb->ab", share, tangents, tangents, optimize=True)
+        covariance = (share * apart.T) @ apart + np.einsum(
+            "m,mta,mtb->ab", share, tangents, tangents, optimize=True
+        )
         precision = np.eye(n + q)
         precision[:n, :n] = np.linalg.inv(covariance + np.eye(n))
         return precision, precision @ np.concatenate([share @ keys, np.zeros(q)])[:, None]
