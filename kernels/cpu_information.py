@@ -136,7 +136,7 @@ def _keep_finite(ratio):
         value = ratio[j]
         ratio[m] = value
         # No branch: in a spectrum with bad pixels here and there it would be foretold wrongly.
-        m += np.int64(value < np.float32(np.inf))
+        m += int(value < np.float32(np.inf))
     return m
 
 
