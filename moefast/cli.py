@@ -20,6 +20,7 @@ from typing import Any
 import click
 
 from moefast.core.errors import MoefastError
+from moefast.core.progress import unit_of
 from moefast.core.version import __version__
 
 __all__ = ["cli", "main"]
@@ -38,12 +39,6 @@ Exit codes:
   9  an engine of a benchmark gives another answer, or the benchmark cannot be carried out
   130  interrupted; nothing half-written is left under the name of the result
 """
-
-
-STEPS = {
-    "experts", "gate", "tower", "error model", "simpler fits", "library", "forests", "residuals", "experts, sampled",
-}  # fmt: skip
-"""Stages of a fit that go through steps, not through spectra."""
 
 
 class Progress:
@@ -66,7 +61,7 @@ class Progress:
         if now - self._last < every and done < total:
             return
         self._last = now
-        unit = "steps" if stage in STEPS else "spectra"
+        unit = unit_of(stage)
         text = f"{stage}: {done:,} of {total:,} {unit} ({100 * done / max(total, 1):.0f} %)"
         if done > self._first and now > self._begin:
             rate = (done - self._first) / (now - self._begin)

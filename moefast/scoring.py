@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from moefast.backend import Backend, resolve_backend
 from moefast.core.errors import BackendError, InputError, MoefastError, OutputError
+from moefast.core.outputs import INPUTS, ROW, prediction_columns
 from moefast.core.threads import CORES, map_in_order, one_blas_thread
 from moefast.core.version import __version__
 from moefast.kernels import PROJECT_ROWS
@@ -319,18 +320,16 @@ def columns_of(model: Model, result: Prediction, quality: Quality) -> dict[str, 
         (Flag.UNLIKE_TRAINING, _unlike(result, limits, quality)),
     ):
         flag[rows & ~empty] |= np.uint32(bit)
-    columns = {
-        "log_g": result.log_g,
-        "log_g_err": result.log_g_err,
-        "log_g_err_raw": result.log_g_err_raw,
-        **_label_columns(model.mixture, result),
-        **{f"weight_{k}": result.weights[:, k] for k in range(model.mixture.n_experts)},
+    others = {
         "expert": expert,
         "snr_norm": quality.snr_norm,
         "snr_median": quality.snr_median,
-        "chi2": result.chi2,
         "flag": flag,
     }
+    columns: dict[str, NDArray] = {}
+    for name, output, number in prediction_columns(model.mixture.n_experts, _labels_of(model.mixture)):
+        values = getattr(result, output.onnx) if output.onnx else others[name]
+        columns[name] = values if output.per == "star" else values[:, number]
     if empty.any():
         for name, column in columns.items():
             if column.dtype.kind == "f":
@@ -386,47 +385,11 @@ EDGE = 0.5
 _EDGES = ("log_g", "T_eff", "M_H")
 """Labels that every training set has, well enough known for that."""
 _LEAST_STRENGTH = 1e-6
-_LABELS = {
-    "T_eff": ("K", "effective temperature"),
-    "M_H": ("dex", "metallicity"),
-    "a_M": ("dex", "alpha elements over metals"),
-    "C_M": ("dex", "carbon over metals"),
-}
-"""Labels that posteriors tell besides log g: unit, and what they are."""
-_OF_LABEL = (("", "{}"), ("_err", "calibrated 1 sigma of {}"), ("_corr", "correlation of {} with log_g"))
-"""Endings of the columns of each of these labels, and their descriptions."""
 
 
-def _label_columns(mixture: AnyMixture, result: Prediction) -> dict[str, NDArray]:
-    """What a posterior tells besides log g."""
-    if not isinstance(mixture, PosteriorMixture):
-        return {}
-    parts = (result.labels, result.label_errors, result.label_correlations)
-    columns = {
-        f"{name}{ending}": part[:, i]
-        for i, name in enumerate(mixture.label_names[1:])
-        for (ending, _), part in zip(_OF_LABEL, parts, strict=True)
-        if part is not None
-    }
-    columns |= {name: value for name in ("scale", "foreign") if (value := getattr(result, name)) is not None}
-    return columns
-
-
-def _label_layout(mixture: AnyMixture) -> list[Column]:
-    """The same, before anything is scored."""
-    if not isinstance(mixture, PosteriorMixture):
-        return []
-    f4 = np.dtype("float32")
-    return [
-        *[
-            Column(f"{name}{ending}", f4, "" if ending == "_corr" else unit, text.format(words))
-            for name in mixture.label_names[1:]
-            for unit, words in [_LABELS[name]]
-            for ending, text in _OF_LABEL
-        ],
-        Column("scale", f4, "", "flux over that of the training set"),
-        *([Column("foreign", f4, "", "probability that this is no star")] if mixture.n_foreign else []),
-    ]
+def _labels_of(mixture: AnyMixture) -> tuple[str, ...] | None:
+    """Labels of a posterior; None for mixtures of log g alone."""
+    return mixture.label_names if isinstance(mixture, PosteriorMixture) else None
 
 
 def _joined(parts: list[Any]) -> Any:
@@ -437,25 +400,13 @@ def _joined(parts: list[Any]) -> Any:
 
 def table_columns(mixture: AnyMixture, ids: Mapping[str, np.dtype], several: bool) -> list[Column]:
     """Columns of a prediction table, in order."""
-    columns = [Column("row", np.dtype("int64"), "", "row of the input file, from 0")]
-    if several:
-        columns.insert(
-            0, Column("file", np.dtype("int32"), "", "index of the input file in the attribute inputs")
-        )
+    columns = [Column.of(one) for one in (INPUTS if several else (ROW,))]
     columns += [Column(name, dtype, "", "identifier of the input") for name, dtype in ids.items()]
-    f4 = np.dtype("float32")
-    return [
-        *columns,
-        Column("log_g", f4, "dex", "surface gravity, log10 of cm s^-2"),
-        Column("log_g_err", f4, "dex", "calibrated 1 sigma"),
-        Column("log_g_err_raw", f4, "dex", "propagated pixel noise alone"),
-        *_label_layout(mixture),
-        *[Column(f"weight_{k}", f4, "", f"gate weight of expert {k}") for k in range(mixture.n_experts)],
-        Column("expert", np.dtype("int16"), "", "expert with the largest weight, -1 without data"),
-        Column("snr_norm", f4, "", "norm of flux over norm of error"),
-        Column("snr_median", f4, "", "median of flux over error"),
-        Column("chi2", f4, "", "reduced chi square against the model's principal components"),
-        Column("flag", np.dtype("uint32"), "", ", ".join(f"{f.value} {f.name}" for f in Flag)),
+    bits = ", ".join(f"{flag.value} {flag.name}" for flag in Flag)
+    meanings = {"flag": f"sum of {bits}; 0 is what you want"}
+    return columns + [
+        Column.of(output, name, meanings.get(name, ""))
+        for name, output, _ in prediction_columns(mixture.n_experts, _labels_of(mixture))
     ]
 
 

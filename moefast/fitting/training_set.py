@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from moefast.core.errors import InputError, LabelError, WaveGridError
 from moefast.core.grids import Grid, SnrGrid
+from moefast.core.progress import StageProgress
 from moefast.core.random import add_noise, fold_of_rows
 from moefast.experts.inputs import Inputs
 from moefast.fitting.options import STRETCH, Options
@@ -28,11 +29,10 @@ if TYPE_CHECKING:
     from moefast.simulate.source import SimulatedSpectra
     from moefast.spectra.files import SpectrumSet
 
-__all__ = ["BLOCK_ROWS", "Progress", "TrainingSet"]
+__all__ = ["BLOCK_ROWS", "TrainingSet"]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
-Progress = Callable[[str, int, int], None]
 
 BLOCK_ROWS = 2048
 CHOICE_ROWS = 8_000
@@ -78,7 +78,9 @@ class TrainingSet:
     reference: F64
     largest_error: float
 
-    def __init__(self, spectra: SpectrumSet | SimulatedSpectra, options: Options, progress: Progress) -> None:
+    def __init__(
+        self, spectra: SpectrumSet | SimulatedSpectra, options: Options, progress: StageProgress
+    ) -> None:
         self.spectra, self.options, self.progress = spectra, options, progress
         self.labels = spectra.labels(("T_eff", "log_g", "M_H"))
         self.y: F64 = self.labels["log_g"]

@@ -30,6 +30,7 @@ from matplotlib.transforms import ScaledTranslation
 from numpy.typing import NDArray
 
 from moefast.core.atomic import write_atomically
+from moefast.protocol.report import Report
 
 __all__ = [
     "DARK",
@@ -67,7 +68,6 @@ PUBLISHED_VIT_OCTILES = tuple(
 alone are given, are spaced evenly in the logarithm."""
 
 Palette = Mapping[str, str]
-Report = Mapping[str, Any]
 
 # After Okabe & Ito: told apart by every kind of colour vision. Never the only difference: markers differ, too.
 LIGHT: Palette = {

@@ -22,7 +22,10 @@ from moefast.core.grids import METAL_POOR, PHYSICAL_GRID, SNR_NORM_EDGES, Grid
 from moefast.core.groups import N_OCTILES, Group, groups_of, octile_edges
 from moefast.protocol import distributions
 
-__all__ = ["SCHEMA_VERSION", "evaluate_predictions"]
+__all__ = ["SCHEMA_VERSION", "Report", "evaluate_predictions"]
+
+Report = Mapping[str, Any]
+"""What `evaluate_predictions` gives, or what is read back from its JSON."""
 
 SCHEMA_VERSION = 2
 LOW_SNR_NORM = 4.0

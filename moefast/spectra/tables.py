@@ -27,6 +27,7 @@ import numpy as np
 
 from moefast.core.atomic import partial_path, publish
 from moefast.core.errors import InputError, OutputError
+from moefast.core.outputs import Output
 
 __all__ = ["GROUP", "READERS", "WRITERS", "Column", "TableWriter", "open_table", "read_table"]
 
@@ -65,6 +66,11 @@ class Column:
             raise ValueError(f"column {self.name!r}: no table holds type {self.dtype}")
         if not self.name:
             raise ValueError("a column needs a name")
+
+    @classmethod
+    def of(cls, output: Output, name: str = "", description: str = "") -> Self:
+        """The column of an output, under its own name and with its own meaning unless others are given."""
+        return cls(name or output.name, np.dtype(output.dtype), output.unit, description or output.meaning)
 
     @property
     def text_bytes(self) -> int:
