@@ -1,9 +1,9 @@
-"""Three inner loops in vectors of the compiler, for Numba functions: what its own vectoriser does not keep in registers.
+"""Three inner loops for Numba functions that are written in vectors: its vectoriser keeps no sums in registers.
 
 Design: each is an intrinsic, a function that writes the compiler's intermediate code: vectors of 512 bits, which a
-machine with shorter registers sees as several. Sums stand in registers from the first term to the last, in one order, with
-fused multiply-adds that are asked for by name: results do not depend on what the compiler makes of the code around.
-Offsets are counted in elements; nothing is checked.
+machine with shorter registers sees as several. Sums stand in registers from the first term to the last, in one order,
+with fused multiply-adds that are asked for by name: results do not depend on what the compiler makes of the code
+around. Offsets are counted in elements; nothing is checked.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
+from numba import extending
 from numba.core import cgutils, types
-from numba.extending import intrinsic
 
 __all__ = ["ROWS", "VECTORS", "add_tile", "cloud_group", "subtract_row", "width_of"]
+
+# Called without the typing context, which is no argument to a reader of types.
+intrinsic: Any = extending.intrinsic
 
 ROWS = 4
 """Rows of a tile of `add_tile`."""
