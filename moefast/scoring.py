@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from moefast.backend import Backend, resolve_backend
 from moefast.core.errors import BackendError, InputError, MoefastError, OutputError
-from moefast.core.outputs import INPUTS, ROW, prediction_columns
+from moefast.core.outputs import INPUTS, ROW, TableColumn, prediction_columns
 from moefast.core.threads import CORES, map_in_order, one_blas_thread
 from moefast.core.version import __version__
 from moefast.kernels import PROJECT_ROWS
@@ -312,11 +312,12 @@ def columns_of(model: Model, result: Prediction, quality: Quality) -> dict[str, 
     # Numbers that overflowed to NaN compare false with everything: the flags say "not within", never "beyond".
     outside = ~((result.log_g > low) & (result.log_g < high))
     outside |= ~((result.log_level >= limits["log_level"][0]) & (result.log_level <= limits["log_level"][1]))
+    outside |= _at_the_edge(model, result)
     expert = result.weights.argmax(1).astype(np.int16)
     for bit, rows in (
         (Flag.OUT_OF_GRID, outside),
         (Flag.LOW_CONFIDENCE, ~(result.log_g_err <= limits["log_g_err"])),
-        (Flag.UNLIKE_TRAINING, _unlike(result, limits)),
+        (Flag.UNLIKE_TRAINING, _unlike(result, limits, quality)),
     ):
         flag[rows & ~empty] |= np.uint32(bit)
     others = {
@@ -326,7 +327,7 @@ def columns_of(model: Model, result: Prediction, quality: Quality) -> dict[str, 
         "flag": flag,
     }
     columns: dict[str, NDArray] = {}
-    for name, output, number in prediction_columns(model.mixture.n_experts, _labels_of(model.mixture)):
+    for name, output, number in _outputs_of(model.mixture):
         values = getattr(result, output.onnx) if output.onnx else others[name]
         columns[name] = values if output.per == "star" else values[:, number]
     if empty.any():
@@ -337,9 +338,19 @@ def columns_of(model: Model, result: Prediction, quality: Quality) -> dict[str, 
     return columns
 
 
-def _unlike(result: Prediction, limits: Mapping[str, Any]) -> NDArray[np.bool_]:
+def _unlike(result: Prediction, limits: Mapping[str, Any], quality: Quality) -> NDArray[np.bool_]:
     """Rows whose spectra lie beyond what the model was fitted on."""
-    unlike = ~(result.chi2 <= limits["chi2"])
+    largest = limits["chi2"]
+    if "least_chi2" in limits:
+        # χ² of few pixels scatters more, and of a handful says nothing.
+        spread = SURE * np.sqrt(2.0 / np.maximum(quality.n_good, 1))
+        largest = np.maximum(largest, 1 + spread)
+        unlike_errors = result.chi2 < np.minimum(limits["least_chi2"], 1 - spread)
+    unlike = ~(result.chi2 <= largest)
+    if "least_chi2" in limits:
+        unlike |= unlike_errors
+    if result.foreign is not None and "foreign" in limits:
+        unlike |= ~(result.foreign <= limits["foreign"])
     strength, distance = result.strength, result.distance
     if strength is not None and "strength" in limits:
         unlike |= ~(strength >= limits["strength"])
@@ -350,12 +361,38 @@ def _unlike(result: Prediction, limits: Mapping[str, Any]) -> NDArray[np.bool_]:
     return unlike
 
 
+def _at_the_edge(model: Model, result: Prediction) -> NDArray[np.bool_]:
+    """Rows whose labels lie within `EDGE` of their errors of the ends of the training set: a star beyond ends there."""
+    outside = np.zeros(len(result.log_g), bool)
+    if (
+        not isinstance(model.mixture, PosteriorMixture)
+        or result.labels is None
+        or result.label_errors is None
+    ):
+        return outside
+    ranges = model.manifest["training"].get("labels", {})
+    values = np.column_stack([result.log_g, result.labels])
+    errors = np.column_stack([result.log_g_err, result.label_errors])
+    for i, name in enumerate(model.mixture.label_names):
+        if name in _EDGES and name in ranges:
+            low, high = ranges[name]
+            outside |= ~(np.minimum(values[:, i] - low, high - values[:, i]) >= EDGE * errors[:, i])
+    return outside
+
+
+EDGE = 0.5
+"""Stars within the training set's labels are not pulled nearer to an end than this, in their errors."""
+_EDGES = ("log_g", "T_eff", "M_H")
+"""Labels that every training set has, well enough known for that."""
 _LEAST_STRENGTH = 1e-6
 
 
-def _labels_of(mixture: AnyMixture) -> tuple[str, ...] | None:
-    """Labels of a posterior; None for mixtures of log g alone."""
-    return mixture.label_names if isinstance(mixture, PosteriorMixture) else None
+def _outputs_of(mixture: AnyMixture) -> list[TableColumn]:
+    """Columns of what a mixture says of each star."""
+    if not isinstance(mixture, PosteriorMixture):
+        return prediction_columns(mixture.n_experts)
+    without = () if mixture.n_foreign else ("foreign",)
+    return prediction_columns(mixture.n_experts, mixture.label_names, without=without)
 
 
 def _joined(parts: list[Any]) -> Any:
@@ -371,8 +408,7 @@ def table_columns(mixture: AnyMixture, ids: Mapping[str, np.dtype], several: boo
     bits = ", ".join(f"{flag.value} {flag.name}" for flag in Flag)
     meanings = {"flag": f"sum of {bits}; 0 is what you want"}
     return columns + [
-        Column.of(output, name, meanings.get(name, ""))
-        for name, output, _ in prediction_columns(mixture.n_experts, _labels_of(mixture))
+        Column.of(output, name, meanings.get(name, "")) for name, output, _ in _outputs_of(mixture)
     ]
 
 

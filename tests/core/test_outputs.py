@@ -37,7 +37,7 @@ def test_what_onnx_gives_is_in_the_schema_and_of_a_prediction():
         "chi2": 1e-3, "log_level": 1e-4,
     }  # fmt: skip
     assert POSTERIOR_TOLERANCES == {
-        "distance": 1e-3, "strength": 1e-4, "scale": 1e-4, "labels": 1e-3, "label_errors": 1e-3,
+        "distance": 1e-3, "strength": 1e-4, "scale": 1e-4, "foreign": 1e-4, "labels": 1e-3, "label_errors": 1e-3,
         "label_correlations": 1e-3,
     }  # fmt: skip
 
@@ -93,7 +93,11 @@ def test_a_label_brings_value_error_and_correlation():
     assert outputs.label_unit("C_M") == "dex"
     names = [name for name, _, _ in outputs.prediction_columns(1, ["log_g", "T_eff"])]
     assert names[:7] == ["log_g", "log_g_err", "log_g_err_raw", "T_eff", "T_eff_err", "T_eff_corr", "scale"]
-    assert [name for name in names if not name.startswith(("T_eff", "scale"))] == [
+    assert "foreign" in names
+    assert "foreign" not in {
+        one.name for one in outputs.prediction_columns(1, ["T_eff"], without=["foreign"])
+    }
+    assert [name for name in names if not name.startswith(("T_eff", "scale", "foreign"))] == [
         name for name, _, _ in outputs.prediction_columns(1)
     ]
 
