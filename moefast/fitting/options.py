@@ -92,7 +92,7 @@ class Options:
     n_levels: int = 8
     n_components: int | None = None
     families: tuple[str, ...] = ("linear",)
-    n_clouds: int = 450
+    n_clouds: int = 440
     n_tangents: int = 5
     slope_widths: tuple[float, ...] = ()
     sky_width: float = 0.0
