@@ -21,12 +21,8 @@ from numpy.typing import NDArray
 
 from moefast.backend import Backend, resolve_backend
 from moefast.core.errors import BackendError, InputError, MoefastError, OutputError
-<<<<<<< HEAD
 from moefast.core.labels import plausible
 from moefast.core.outputs import INPUTS, ROW, prediction_columns
-=======
-from moefast.core.outputs import INPUTS, ROW, TableColumn, prediction_columns
->>>>>>> house
 from moefast.core.threads import CORES, map_in_order, one_blas_thread
 from moefast.core.version import __version__
 from moefast.kernels import PROJECT_ROWS
@@ -332,7 +328,7 @@ def columns_of(model: Model, result: Prediction, quality: Quality) -> dict[str, 
         "flag": flag,
     }
     columns: dict[str, NDArray] = {}
-    for name, output, number in _outputs_of(model.mixture):
+    for name, output, number in prediction_columns(model.mixture.n_experts, _labels_of(model.mixture)):
         values = getattr(result, output.onnx) if output.onnx else others[name]
         columns[name] = values if output.per == "star" else values[:, number]
     if empty.any():
@@ -392,18 +388,9 @@ _EDGES = ("log_g", "T_eff", "M_H")
 _LEAST_STRENGTH = 1e-6
 
 
-<<<<<<< HEAD
 def _labels_of(mixture: AnyMixture) -> tuple[str, ...] | None:
     """Labels of a posterior; None for mixtures of log g alone."""
     return mixture.label_names if isinstance(mixture, PosteriorMixture) else None
-=======
-def _outputs_of(mixture: AnyMixture) -> list[TableColumn]:
-    """Columns of what a mixture says of each star."""
-    if not isinstance(mixture, PosteriorMixture):
-        return prediction_columns(mixture.n_experts)
-    without = () if mixture.n_foreign else ("foreign",)
-    return prediction_columns(mixture.n_experts, mixture.label_names, without=without)
->>>>>>> house
 
 
 def _joined(parts: list[Any]) -> Any:
@@ -419,7 +406,8 @@ def table_columns(mixture: AnyMixture, ids: Mapping[str, np.dtype], several: boo
     bits = ", ".join(f"{flag.value} {flag.name}" for flag in Flag)
     meanings = {"flag": f"sum of {bits}; 0 is what you want"}
     return columns + [
-        Column.of(output, name, meanings.get(name, "")) for name, output, _ in _outputs_of(mixture)
+        Column.of(output, name, meanings.get(name, ""))
+        for name, output, _ in prediction_columns(mixture.n_experts, _labels_of(mixture))
     ]
 
 

@@ -7,7 +7,7 @@ columns of any label follow from its name.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -134,13 +134,8 @@ PREDICTIONS = (
         tolerance=1e-4,
     ),
     Output(
-<<<<<<< HEAD
         "weight", "gate weight of an expert; those of a star add up to 1 (of templates: the probability of each bin; "
         "of posteriors the same, up to that of no star)", per="expert", onnx="weights", tolerance=1e-4,
-=======
-        "weight", "gate weight of an expert; those of a star add up to 1 (of templates and posteriors: the probability "
-        "of each bin)", per="expert", onnx="weights", tolerance=1e-4,
->>>>>>> house
     ),
     Output(
         "expert_log_g", "log g of an expert at the star's noise level; not clipped but by posteriors", "dex",
@@ -177,11 +172,7 @@ ONNX = ("log_g", "log_g_err", "weights", "expert_log_g", "log_g_err_raw", "chi2"
 """Outputs of the ONNX graph, in its order; other programs may count on it."""
 
 POSTERIOR_ONNX = ("distance", "strength", "scale", "foreign", "labels", "label_errors", "label_correlations")
-<<<<<<< HEAD
 """What the graph of a posterior gives after these; the last three where it has several labels."""
-=======
-"""What the graph of a posterior gives after these; `foreign` and what is per label only where it has them."""
->>>>>>> house
 
 LABELS = {
     "T_eff": ("K", "effective temperature"),
@@ -239,9 +230,7 @@ def label_columns(labels: Iterable[str]) -> list[TableColumn]:
     return columns
 
 
-def prediction_columns(
-    n_experts: int, labels: Sequence[str] | None = None, *, without: Collection[str] = ()
-) -> list[TableColumn]:
+def prediction_columns(n_experts: int, labels: Sequence[str] | None = None) -> list[TableColumn]:
     """What tables of predictions hold of each star, in order.
 
     Parameters
@@ -249,12 +238,10 @@ def prediction_columns(
     n_experts : int
     labels : sequence of str, optional
         Labels of a posterior at the star's own noise, log g among them or not; None for every other model.
-    without : collection of str
-        Names of outputs that the model does not give.
     """
     columns: list[TableColumn] = []
     for one in PREDICTIONS:
-        if not one.in_tables or (one.of_posteriors and labels is None) or (one.name and one.name in without):
+        if not one.in_tables or (one.of_posteriors and labels is None):
             continue
         if one.per == "label":
             # All columns of a label stand together: they come with the first.

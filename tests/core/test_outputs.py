@@ -93,13 +93,6 @@ def test_a_label_brings_value_error_and_correlation():
     assert outputs.label_unit("C_M") == "dex"
     names = [name for name, _, _ in outputs.prediction_columns(1, ["log_g", "T_eff"])]
     assert names[:7] == ["log_g", "log_g_err", "log_g_err_raw", "T_eff", "T_eff_err", "T_eff_corr", "scale"]
-<<<<<<< HEAD
-=======
-    assert "foreign" in names
-    assert "foreign" not in {
-        one.name for one in outputs.prediction_columns(1, ["T_eff"], without=["foreign"])
-    }
->>>>>>> house
     assert [name for name in names if not name.startswith(("T_eff", "scale", "foreign"))] == [
         name for name, _, _ in outputs.prediction_columns(1)
     ]
