@@ -9,7 +9,8 @@ nuisances, c the scale of the flux, and a = 1/σ² per pixel (0 where the pixel 
     M₁ = (I + M)⁻¹ M,   u₁ = (I + M)⁻¹ u                             spread of spectra within a cloud marginalised.
 
 H is diagonal: 1 for a nuisance with a prior width of its own, 1/s² for one that grows with the noise s of the star, s²
-the mean of σ²/(c₀² D) over good pixels: what sky subtraction leaves of a line is a share of its light, and so is the noise.
+the mean of σ²/(c₀² D) over good pixels: what sky subtraction leaves of a line is a share of its light, and so is the
+noise.
 
 Coordinates are scaled such that spectra scatter within a cloud by the identity in the directions that the cloud's own
 tangents leave out. Cloud j has a mean k_j and t tangents, rows of T_j (t, n), along which its spectra scatter by one,
