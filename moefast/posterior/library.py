@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import median_filter, minimum_filter1d
+from scipy.ndimage import maximum_filter1d, median_filter, minimum_filter1d, uniform_filter1d
 
 from moefast.experts.template import LABEL_WEIGHT, LEAST_STARS, k_means
 from moefast.posterior.mixture import SCALE_UNIT
@@ -31,6 +31,10 @@ LEAST_SCATTER = 1e-3
 """Variance within clouds, at the least, in units of the noise of the training set."""
 SKY_BANDS = 10
 """Bands of wavelength in which residuals of sky lines are free apart."""
+FOREIGN_SHARE = 0.02
+"""Share of spectra, before they are looked at, that have no lines: dead fibres, hot stars, galaxies."""
+WIDEST_LINE, CONTINUUM_DEGREE = 101, 5
+"""Pixels beyond which no line reaches, and degree of a polynomial that no line makes."""
 ENVELOPE = 41
 """Pixels, odd: the least noise within so many is that between sky lines."""
 
@@ -108,8 +112,9 @@ def fit_clouds(
     Returns
     -------
     dict of str to array
-        Arrays of a `PosteriorMixture`: `directions` (p, r + 1), the scale last; `keys`, `tangents`, `gains`,
-        `log_weights`, `labels`, `scatter`, `first`.
+        Arrays of a `PosteriorMixture`: `directions` (p, r + 2), that of what a spectrum without lines has beside all
+        stars and the scale last; `keys`, `tangents`, `gains`, `log_weights`, `labels`, `scatter`, `first`. The last
+        expert is one cloud: a spectrum without lines, which is no star.
 
     Raises
     ------
@@ -146,20 +151,44 @@ def fit_clouds(
     variances, vectors = np.linalg.eigh(within)
     root = np.sqrt(np.maximum(variances, 0) + LEAST_SCATTER)
     forth, back = vectors * root, vectors / root
-    scale = SCALE_UNIT * reference[:, None]
-    none = np.zeros((len(keys), 1))
+    directions = (noise_shape[:, None] * basis) @ forth
+    own, beside, height = _without_lines(reference, noise_shape, directions)
+    none = np.zeros((len(keys), 2))
     arrays = {
-        "directions": np.concatenate([(noise_shape[:, None] * basis) @ forth, scale], axis=1),
+        "directions": np.column_stack([directions, beside, SCALE_UNIT * reference]),
         "keys": np.concatenate([keys @ back, none], axis=1),
-        "tangents": np.concatenate([tangents @ back, np.zeros((*tangents.shape[:2], 1))], axis=2),
+        "tangents": np.concatenate([tangents @ back, np.zeros((*tangents.shape[:2], 2))], axis=2),
         "gains": gains,
         "log_weights": log_weights,
         "labels": means,
         "scatter": scatter,
     }
-    return {name: np.ascontiguousarray(value, np.float32) for name, value in arrays.items()} | {
-        "first": np.array(first, np.int64)
+    every = labels - labels.mean(0)
+    foreign = {
+        "keys": np.concatenate([own, [height, 0.0]]),
+        "tangents": np.zeros((t, r + 2)),
+        "gains": np.zeros((t, labels.shape[1])),
+        "log_weights": np.log(FOREIGN_SHARE),
+        "labels": labels.mean(0),
+        "scatter": every.T @ every / len(every),
     }
+    arrays |= {name: np.concatenate([arrays[name], np.asarray(one)[None]]) for name, one in foreign.items()}
+    return {name: np.ascontiguousarray(value, np.float32) for name, value in arrays.items()} | {
+        "first": np.array([*first, first[-1] + 1], np.int64)
+    }
+
+
+def _without_lines(reference: F64, noise_shape: F64, directions: F64) -> tuple[F64, F64, float]:
+    """A spectrum that is all continuum: its coordinates, a direction for what they leave out, and how far along it."""
+    x = np.linspace(-1, 1, reference.size)
+    envelope = uniform_filter1d(maximum_filter1d(reference, WIDEST_LINE), WIDEST_LINE)
+    continuum = np.polynomial.Legendre.fit(x, envelope, CONTINUUM_DEGREE)(x)
+    white = 1 / np.sqrt(noise_shape)
+    apart = continuum - reference
+    own = np.linalg.lstsq(directions * white[:, None], apart * white, rcond=None)[0]
+    left = apart - directions @ own
+    height = float(np.linalg.norm(left * white) / np.sqrt(LEAST_SCATTER))
+    return own, left / max(height, 1e-12), height
 
 
 def _cloud(z: F64, y: F64, t: int, n_all: int) -> tuple:
