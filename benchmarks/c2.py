@@ -258,6 +258,7 @@ def measure_set(name: str, source: Source, plan: Plan, say: Callable[[str], None
     few = Options(sample_rows=2048, sample_draws=1, references=False)
     fit = fit_mixture(spectra, few)
     mixture, ridge = fit.mixture, fit.references["global-ridge"]
+    assert isinstance(mixture, Mixture)
     low, high = mixture.label_range
     say(f"{name}: experts, {fit.summary['solver']}")
     teachers = source(name, "train", (GATE_ROWS, GATE_ROWS + plan.gate))

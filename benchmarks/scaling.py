@@ -137,6 +137,7 @@ def measure(
     """R² and seconds of every method at every size."""
     basis = SimulatedSpectra.of_set(name, rows=(0, basis_rows))
     mixture = fit_mixture(basis, Options(references=False)).mixture
+    assert isinstance(mixture, Mixture)
     train_set = SimulatedSpectra.of_set(name, rows=(0, max(sizes)))
     stars, windows = stars_of(mixture, train_set, noisy=False)
     found = train_set.labels()
