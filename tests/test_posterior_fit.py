@@ -1,0 +1,140 @@
+"""A posterior fitted to simulated stars: right with gaps, on any scale, with honest errors that betray nothing."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from moefast.core.errors import InputError
+from moefast.core.grids import PHYSICAL_GRID
+from moefast.core.metrics import r2
+from moefast.core.random import add_noise
+from moefast.fitting import Options, fit_mixture
+from moefast.fitting.posterior import GAP_KINDS
+from moefast.model import Model
+from moefast.posterior import PosteriorMixture
+from moefast.scoring import columns_of
+from moefast.simulate.gaps import GAPS
+from moefast.simulate.source import SimulatedSpectra
+from moefast.spectra.quality import Flag
+
+N_TEST = 600
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    options = Options(
+        grid=PHYSICAL_GRID, families=("posterior",), references=False, n_clouds=60, n_tangents=3,
+        slope_widths=(0.05, 0.03), sky_width=4.0, sample_draws=3,
+    )  # fmt: skip
+    return fit_mixture(SimulatedSpectra.of_set("z0", rows=(0, 5000)), options)
+
+
+@pytest.fixture(scope="module")
+def model(fitted):
+    training = {"log_g_std": 1.15, "labels": {"log_g": [1, 5], "T_eff": [3750, 6000], "M_H": [-2.5, 0.75]}}
+    return Model.of_mixture(
+        fitted.mixture, {}, recipe="posterior", grid=PHYSICAL_GRID, training=training, summary=fitted.summary
+    )
+
+
+@pytest.fixture(scope="module")
+def stars():
+    spectra = SimulatedSpectra.of_set("z0", part="validation", rows=(0, N_TEST))
+    block = next(iter(spectra.blocks(N_TEST, array="noisy")))
+    return block.flux, block.error, spectra.labels(("log_g",))["log_g"], spectra.wave
+
+
+def test_a_fit_is_a_posterior_that_says_what_it_is(fitted):
+    found, summary = fitted.mixture, fitted.summary
+    assert isinstance(found, PosteriorMixture)
+    assert (found.n_experts, found.n_foreign, found.label_names[0]) == (9, 1, "log_g")
+    assert found.n_nuisances == 2 + found.n_sky > 2
+    assert np.isclose(np.exp(found.log_weights[:-1].astype(float)).sum(), 1, atol=1e-5)
+    checked = summary["cross_validation"]
+    assert set(checked["coverage_by_gap"]) <= set(GAP_KINDS)
+    assert summary["library"]["slope_widths"] == [0.05, 0.03]
+
+
+@pytest.mark.parametrize(
+    ("gap", "least"), [("none", 0.6), ("telluric", 0.5), ("random 28 %", 0.5), ("Ca II alone", 0.4)]
+)
+def test_gaps_cost_information_and_no_calibration(fitted, stars, gap, least):
+    flux, error, log_g, wave = stars
+    lost = GAPS[gap](wave, np.arange(N_TEST), 3)
+    found = fitted.mixture.predict(flux, error, lost)
+    assert r2(log_g, found.log_g) > least
+    apart = np.abs(found.log_g - log_g) / found.log_g_err
+    # Three standard errors of a share of 600 stars.
+    assert np.mean(apart < 1) == pytest.approx(0.68, abs=0.06)
+    assert np.mean(apart < 1.96) == pytest.approx(0.95, abs=0.03)
+
+
+def test_the_scale_of_the_flux_changes_the_scale_alone(fitted, stars):
+    flux, error, _, _ = (a[:50] for a in stars)
+    plain = fitted.mixture.predict(flux, error)
+    # A power of two is exact.
+    found = fitted.mixture.predict(flux * np.float32(2.0**-40), error * np.float32(2.0**-40))
+    np.testing.assert_array_equal(found.log_g, plain.log_g)
+    np.testing.assert_allclose(found.scale, plain.scale * 2.0**-40, rtol=1e-12)
+
+
+def test_errors_tell_nothing_of_log_g(fitted, stars):
+    """σ holds the star's own photons; it may weigh the flux, never speak: here all stars have the same flux."""
+    flux, error, log_g, _ = stars
+    same = np.repeat(fitted.mixture.reference[None], N_TEST, axis=0)
+    known = np.corrcoef(error.mean(1) / flux.mean(1), log_g)[0, 1] ** 2
+    from_errors = fitted.mixture.predict(same, error)
+    assert np.corrcoef(from_errors.log_g, log_g)[0, 1] ** 2 < 0.05
+    # What a straight line of all that errors can reach, labels, their errors and weights, makes of them.
+    seen = np.column_stack([from_errors.log_g, from_errors.labels, np.log(from_errors.log_g_err)])
+    seen = np.column_stack([np.ones(N_TEST), (seen - seen.mean(0)) / seen.std(0)])
+    half = np.arange(N_TEST) % 2 == 0
+    line = np.linalg.lstsq(seen[half], log_g[half], rcond=None)[0]
+    assert r2(log_g[~half], seen[~half] @ line) < 0.05, f"the level of the errors alone: {known:.3f}"
+
+
+def test_what_is_no_star_is_flagged(model, stars):
+    flux, error, _, wave = stars
+    unlike = np.uint32(Flag.UNLIKE_TRAINING)
+    error = error[:200] / np.median(flux[:200], axis=1, keepdims=True)
+    body = np.repeat(((wave / 7975) ** -2.5)[None], 200, axis=0).astype(np.float32)
+    rows = np.arange(200)
+    cases = {
+        "no lines": add_noise(body, error, 5, rows),
+        "noise": add_noise(np.zeros_like(body), error, 6, rows),
+        "zeros": np.zeros_like(body),
+        "constant": np.ones_like(body),
+    }
+    for name, x in cases.items():
+        columns = columns_of(model, *model.mixture.score(x, error))
+        assert np.mean(columns["flag"] > 0) > 0.7, name
+    columns = columns_of(
+        model, *model.mixture.score(flux[:200], error * np.median(flux[:200], axis=1)[:, None])
+    )
+    assert np.mean(columns["flag"] & unlike > 0) < 0.05
+
+
+def test_errors_too_small_are_flagged(model, stars):
+    flux, error, _, _ = (a[:100] for a in stars)
+    columns = columns_of(model, *model.mixture.score(flux, error / 2))
+    assert (columns["flag"] & np.uint32(Flag.UNLIKE_TRAINING) > 0).all()
+
+
+def test_bad_rows_spoil_no_neighbours(fitted, stars):
+    flux, error, _, _ = (a[:40].copy() for a in stars)
+    plain = fitted.mixture.predict(flux, error)
+    flux[3], error[7], flux[11, 1:] = np.nan, 0, np.nan
+    found = fitted.mixture.predict(flux, error)
+    others = np.setdiff1d(np.arange(40), [3, 7, 11])
+    for name in ("log_g", "log_g_err", "labels", "distance", "foreign"):
+        np.testing.assert_array_equal(getattr(found, name)[others], getattr(plain, name)[others])
+    assert np.isfinite(found.log_g[11])
+    # One pixel says nothing of log g.
+    assert found.log_g_err[11] > 0.9
+
+
+def test_options_that_cannot_be(fitted):
+    for wrong in ({"slope_widths": (0.0,)}, {"n_clouds": 0}, {"families": ("linear", "posterior")}):
+        with pytest.raises(InputError):
+            replace(Options(families=("posterior",)), **wrong)
