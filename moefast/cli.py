@@ -133,6 +133,10 @@ def _shard(_: click.Context, __: click.Parameter, value: str | None) -> tuple[in
     return index, count
 
 
+def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...]:
+    return tuple(part.strip() for part in (value or "").split(",") if part.strip())
+
+
 def _positive(_: click.Context, __: click.Parameter, value: float) -> float:
     if not 0 < value < math.inf:
         raise click.BadParameter(f"{value:g} is not a positive number")
@@ -751,15 +755,31 @@ def export(model: str, out: str, part: str, half: bool, overwrite: bool) -> None
 )
 @click.option("--limit", type=click.IntRange(1), help="Score at most so many rows.")
 @click.option("--shard", callback=_shard, metavar="i/N", help="Score part i (from 0) of N equal parts.")
+@click.option("--velocity", metavar="V",
+              help="Velocities to remove: a number [km/s], a column of the spectra, or a table that is joined by "
+              "identifiers (pfsStarCatalog, pfsStar files, redrock, rvspecfit, or any with v_los).")  # fmt: skip
+@click.option("--wave-medium", "medium", type=click.Choice(["auto", "vacuum", "air"]), default="auto",
+              show_default=True, help="What wavelengths are in; auto is what the survey uses.")  # fmt: skip
+@click.option(
+    "--select", metavar="EXPRESSION", help='Rows to predict, such as "targetType == 1 and nVisit > 2".'
+)
+@click.option(
+    "--keep", callback=_names, metavar="A,B,…", help="Columns of the input to keep besides identifiers."
+)
 @OVERWRITE
 @QUIET
 @JSON
 def predict(
     files: tuple[str, ...], model: str | None, out: str | None, array: str, backend: str,
     rows: tuple[int, int] | None, limit: int | None, shard: tuple[int, int] | None,
+    velocity: str | None, medium: str, select: str | None, keep: tuple[str, ...],
     overwrite: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Predict log g for every spectrum and write a table: one row per spectrum, in order.
+
+    FILE is an HDF5 file of the PFS simulator, a pfsCalibrated, pfsCoadd, pfsSingle, pfsObject or pfsStar, or a DESI
+    coadd or spectra file, recognised by its content; a folder of them, or a pattern. Units, masks and grids are the
+    file's (docs/formats.md). Spectra are taken to be at rest unless --velocity says how they move.
 
     Columns: row, identifiers of the input, log_g [dex], log_g_err (calibrated 1σ), log_g_err_raw (pixel noise
     alone), weight_k (gate), expert, snr_norm, snr_median, chi2, flag. Spectra without data get NaN and a flag,
@@ -775,7 +795,8 @@ def predict(
     progress = Progress(quiet or as_json)
     summary = run(
         files, model, target, array=array, backend=backend, rows=rows, limit=limit,  # type: ignore[arg-type]
-        shard=shard, overwrite=overwrite, progress=progress.rows("predict"),
+        shard=shard, overwrite=overwrite, velocity=velocity, medium=medium, select=select,  # type: ignore[arg-type]
+        keep=keep, progress=progress.rows("predict"),
     )  # fmt: skip
     progress.close()
     facts = {
@@ -800,10 +821,6 @@ def predict(
         for note in summary.notes:
             click.echo(f"  note: {note}")
     _tell_failures(summary.failures)
-
-
-def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...]:
-    return tuple(part.strip() for part in (value or "").split(",") if part.strip())
 
 
 def _sizes(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...]:

@@ -53,7 +53,7 @@ __all__ = [
 ]
 
 ARRAYS = ("flux", "error", "mask", "noisy")
-_SUFFIXES = (".h5", ".hdf5")
+_SUFFIXES = (".h5", ".hdf5", ".fits", ".fit", ".fits.gz", ".fits.fz")
 _STAGING_BYTES = 1 << 20
 _SLAB_BYTES = 1 << 25
 _FREE_MEMORY = max(12, 4 * CORES)
@@ -72,6 +72,9 @@ def _natural(path: str | Path) -> list[tuple[int, int, str]]:
 def _is_table(path: Path) -> bool:
     """Whether a file is a prediction table; a file that cannot be opened is left to those who will say why."""
     try:
+        if path.suffix.lower() not in {".h5", ".hdf5"}:
+            with open(path, "rb") as plain:
+                return b"MOEFAST_VERSION" in plain.read(1 << 15)
         with h5py.File(path, "r") as file:
             return "predictions" in file and "dataset" not in file
     except OSError:
@@ -81,9 +84,9 @@ def _is_table(path: Path) -> bool:
 def find_files(paths: str | Path | Iterable[str | Path]) -> list[Path]:
     """Spectrum files meant by files, folders and glob patterns.
 
-    Folders are searched recursively for ``*.h5`` and ``*.hdf5``. What one folder or pattern yields is in
-    natural order (shard 2 before shard 10); the order of the arguments is kept and duplicates are dropped. Prediction
-    tables of moefast that lie among the spectra are passed over, unless they are named themselves.
+    Folders are searched recursively for ``*.h5``, ``*.hdf5`` and ``*.fits`` (also gzipped). What one folder or
+    pattern yields is in natural order (shard 2 before shard 10); the order of the arguments is kept and duplicates are
+    dropped. Prediction tables of moefast that lie among the spectra are passed over, unless they are named themselves.
 
     Raises
     ------
@@ -101,10 +104,10 @@ def find_files(paths: str | Path | Iterable[str | Path]) -> list[Path]:
             matches = [
                 p
                 for p in path.rglob("*")
-                if p.suffix.lower() in _SUFFIXES and p.is_file() and not _is_table(p)
+                if p.name.lower().endswith(_SUFFIXES) and p.is_file() and not _is_table(p)
             ]
             if not matches:
-                raise InputError(f"{given}: no file *.h5 or *.hdf5 in this folder or below it")
+                raise InputError(f"{given}: no file *.h5, *.hdf5 or *.fits in this folder or below it")
         elif path.exists():
             matches = [path]
         elif glob.has_magic(str(path)):
@@ -285,6 +288,10 @@ def _open_hdf5(path: Path) -> h5py.File:
                 head = file.read(8)
         except OSError:
             head = b""
+        if head == b"SIMPLE  ":
+            raise InputError(
+                f"{path}: a FITS file; only predict and inspect read those, on the grid of a model"
+            ) from error
         if head != b"\x89HDF\r\n\x1a\n":
             raise InputError(f"{path}: not an HDF5 file (it starts with {head!r})") from error
         raise InputError(f"{path}: cannot be opened as HDF5, it may be damaged: {error}") from error
@@ -1023,6 +1030,7 @@ def open_spectra(
     *,
     on_error: OnError = "raise",
     check: Callable[[Shard], None] | None = None,
+    open_shard: Callable[[Path], Shard] | None = None,
 ) -> SpectrumSet:
     """Open spectrum files as one set.
 
@@ -1034,6 +1042,8 @@ def open_spectra(
         Whether a file that cannot be used is an error, or is left out and noted in `SpectrumSet.failures`.
     check : callable, optional
         Called with each shard; an `InputError` from it says that the file cannot be used.
+    open_shard : callable, optional
+        Opens a file; `Shard`, for HDF5 files as they are, if absent.
 
     Raises
     ------
@@ -1046,8 +1056,9 @@ def open_spectra(
         raise ValueError(f"on_error must be 'raise' or 'skip', found {on_error!r}")
     given = [paths] if isinstance(paths, str | Path) else list(paths)
     check = check or (lambda shard: None)
+    open_shard = open_shard or Shard
     if on_error == "raise":
-        found = [Shard(path) for path in find_files(given)]
+        found = [open_shard(path) for path in find_files(given)]
         for shard in found:
             check(shard)
         return SpectrumSet(found)
@@ -1061,7 +1072,7 @@ def open_spectra(
             failures.append(Failure(Path(path), None, error))
     for file in find_files(files) if files else []:
         try:
-            shard = Shard(file)
+            shard = open_shard(file)
             check(shard)
             if shards:
                 _check_wave(shard, shards[0])
