@@ -45,7 +45,7 @@ def write_pfs_many(
     path, wave, flux, error, *, mask=None, visits=1, arms="bmn", obj_id=None, target_type=None, bits=True,
     table=True, order=None, overwrite=False,
 ):  # fmt: skip
-    """A pfsCalibrated (one visit) or pfsCoadd; `wave`, `flux`, … are (p,) and (n, p), or lists of rows that vary in length.
+    """A pfsCalibrated (one visit) or pfsCoadd; `wave`, `flux`, … are (p,) and (n, p), or lists of rows of any length.
 
     `order` shuffles the rows of FLUXTABLE. Without `table` there are images alone.
     """
@@ -64,7 +64,8 @@ def write_pfs_many(
     row_arms = [arms] * n if isinstance(arms, str) else arms
     observations = _columns(
         targetId=("I", np.repeat(ids, visits)), visit=("J", np.tile(123064 + np.arange(visits), n)),
-        arm=("PA()", _objects([a for a in row_arms for _ in range(visits)])), fiberId=("J", np.repeat(np.arange(n) + 7, visits)),
+        arm=("PA()", _objects([a for a in row_arms for _ in range(visits)])),
+        fiberId=("J", np.repeat(np.arange(n) + 7, visits)),
     )  # fmt: skip
     text = "".join(f"MP_{name}: {bit}\n" for name, bit in BITS.items()) if bits else "nothing: 0\n"
     metadata = _columns(targetId=("I", ids), metadata=("PA()", _objects([text] * n)))
@@ -99,17 +100,15 @@ def write_pfs_one(
     nu, nu_error = nanojansky(flux, wave).astype("f4"), nanojansky(error, wave).astype("f4")
     mask = np.zeros(len(flux), "i4") if mask is None else np.asarray(mask, "i4")
     target = _named(_columns(filterName=("5A", ["i_hsc"]), fiberFlux=("E", [1.0])), "TARGET")
-    target.header |= {
+    target.header.update({
         "CATID": 10092, "TRACT": 1, "PATCH": "1,1", "OBJID": int(obj_id), "RA": 229.6, "DEC": 67.2,
-        "TARGETTYPE": target_type,
-    }  # fmt: skip
+        "HIERARCH TARGETTYPE": target_type,
+    })  # fmt: skip
     observations = _columns(
         visit=("J", 123064 + np.arange(visits)), arm=("3A", [arms] * visits), fiberId=("J", np.full(visits, 116)),
     )  # fmt: skip
     covar = np.stack([nu_error**2 * share for share in (0.6, 0.15, 0.05)]).astype("f4")
-    masked = fits.CompImageHDU(mask[None, :], name="MASK") if not table else fits.ImageHDU(mask, name="MASK")
-    if not table:
-        masked = fits.ImageHDU(mask, name="MASK")
+    masked = fits.ImageHDU(mask, name="MASK")
     hdus = [
         fits.ImageHDU(nu, name="FLUX"), masked, fits.ImageHDU(wave / 10, name="WAVELENGTH"), target,
         fits.ImageHDU(covar, name="COVAR"), _named(observations, "OBSERVATIONS"),
@@ -149,7 +148,8 @@ def write_desi(
         image = fits.ImageHDU(flux.astype("f4"), name=f"{arm}_FLUX")
         image.header["BUNIT"] = "10**-17 erg/(s cm2 Angstrom)"
         hdus += [
-            fits.ImageHDU(wave, name=f"{arm}_WAVELENGTH"), image, fits.ImageHDU(inverse.astype("f4"), name=f"{arm}_IVAR"),
+            fits.ImageHDU(wave, name=f"{arm}_WAVELENGTH"), image,
+            fits.ImageHDU(inverse.astype("f4"), name=f"{arm}_IVAR"),
             (fits.CompImageHDU if compressed else fits.ImageHDU)(bad, name=f"{arm}_MASK"),
         ]  # fmt: skip
     fits.HDUList([fits.PrimaryHDU(), *hdus]).writeto(path)

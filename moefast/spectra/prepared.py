@@ -308,7 +308,7 @@ def _open(path: Path, preparation: Preparation) -> Shard:
                 f"model's {_words(preparation.wave)}; {LEAST_OVERLAP:.0%} at least are needed. Choose another model "
                 "with -m, or fit one on spectra of this grid"
             )
-        found.note(
+        found.notes.append(
             f"spectra on another grid ({_words(shard.wave)}) are resampled to the model's "
             f"({_words(preparation.wave)}); log g is right only if they were taken with the same line-spread function"
         )

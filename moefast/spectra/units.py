@@ -54,7 +54,8 @@ def wave_factor(unit: Any, where: str) -> float:
     from astropy import units
 
     try:
-        return float(read_unit(unit, where).to(units.AA))
+        # Units are defined by powers of ten, and multiplied in floating point.
+        return float(f"{read_unit(unit, where).to(units.AA):.14g}")
     except units.UnitConversionError as error:
         raise InputError(
             f"{where}: wavelengths in {unit} found, expected a length such as nm or Angstrom"

@@ -119,7 +119,7 @@ def find_velocities(
 
 def _number(given: float | str | Path) -> float | None:
     try:
-        return float(given)  # type: ignore[arg-type]
+        return None if isinstance(given, Path) else float(given)
     except ValueError:
         return None
 

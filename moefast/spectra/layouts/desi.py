@@ -7,12 +7,14 @@ FIBERMAP has a row for every spectrum; spectra-* have several of a target.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
 from moefast.core.errors import InputError
 from moefast.spectra.layouts.fits_file import FitsFile
-from moefast.spectra.layouts.registry import Layout, SurveyFile, fingerprint_of, register
+from moefast.spectra.layouts.registry import Layout, SurveyFile, fingerprint_of, noting, register
 from moefast.spectra.resample import Pixels
 from moefast.spectra.units import flux_factor, wave_factor
 
@@ -64,17 +66,16 @@ def _open(file: FitsFile) -> SurveyFile:
     columns |= {name: told.pop(name) for name in BESIDE if name in told}
     identifiers = tuple(columns)
     name = "DESI coadd" if "COADD_FIBERSTATUS" in columns or "EXP_FIBERMAP" in file else "DESI spectra"
-    found = SurveyFile(
-        file.path, name, fibermap.n_rows, columns | told, identifiers, read=lambda *_: ([], {}), close=file.close,
-        notes=[_WIDER],
-    )  # fmt: skip
-    found.fingerprint = lambda: fingerprint_of(file)
+    notes = [_WIDER]
+    note = noting(notes)
 
     def read(array: str, start: int, stop: int) -> tuple[list[Pixels], dict[int, str]]:
-        return [_read_arm(file, arm, start, stop, found) for arm in arms], {}
+        return [_read_arm(file, arm, start, stop, note) for arm in arms], {}
 
-    found.read = read
-    return found
+    return SurveyFile(
+        file.path, name, fibermap.n_rows, columns | told, identifiers, read, file.close, notes=notes,
+        fingerprint=lambda: fingerprint_of(file),
+    )  # fmt: skip
 
 
 def _target_type(told: dict[str, NDArray], n: int) -> NDArray[np.int16]:
@@ -89,7 +90,7 @@ def _target_type(told: dict[str, NDArray], n: int) -> NDArray[np.int16]:
     return out
 
 
-def _read_arm(file: FitsFile, arm: str, start: int, stop: int, found: SurveyFile) -> Pixels:
+def _read_arm(file: FitsFile, arm: str, start: int, stop: int, note: Callable[[str], None]) -> Pixels:
     flux_hdu, wave_hdu = file[f"{arm}_FLUX"], file[f"{arm}_WAVELENGTH"]
     where = f"HDU {arm}_FLUX"
     wave = file.image(wave_hdu).astype(np.float64) * wave_factor(wave_hdu.unit() or WAVE_UNIT, where)
@@ -97,9 +98,7 @@ def _read_arm(file: FitsFile, arm: str, start: int, stop: int, found: SurveyFile
     mask = file.image(file[f"{arm}_MASK"], start, stop)
     if np.any(ivar < 0):
         row = int(np.flatnonzero((ivar < 0).any(1))[0])
-        found.note(
-            f"{file.path}: HDU {arm}_IVAR: negative from row {start + row} on; such pixels count as bad"
-        )
+        note(f"{file.path}: HDU {arm}_IVAR: negative from row {start + row} on; such pixels count as bad")
     factor = flux_factor(flux_hdu.unit() or FLUX_UNIT, wave, where)
     with np.errstate(all="ignore"):
         error = factor / np.sqrt(ivar)

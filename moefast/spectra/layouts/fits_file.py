@@ -176,6 +176,12 @@ class FitsFile:
                 self._astropy.close()
                 self._astropy = None
 
+    def __del__(self) -> None:
+        for name in ("_file", "_astropy"):
+            file = getattr(self, name, None)
+            if file is not None:
+                file.close()
+
     def _bytes(self, offset: int, n: int, what: str) -> bytearray:
         data = bytearray(n)
         try:

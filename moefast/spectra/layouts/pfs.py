@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from moefast.core.errors import InputError
 from moefast.spectra.layouts.fits_file import FitsFile, Hdu
-from moefast.spectra.layouts.registry import Layout, SurveyFile, fingerprint_of, register
+from moefast.spectra.layouts.registry import Layout, SurveyFile, fingerprint_of, noting, register
 from moefast.spectra.resample import Pixels
 from moefast.spectra.units import flux_factor, wave_factor
 
@@ -136,26 +136,31 @@ def _open_many(file: FitsFile) -> SurveyFile:
         if np.array_equal(np.unique(seen["targetId"], return_counts=True)[1], np.ones(n))
         else "pfsCoadd"
     )
-    found = SurveyFile(file.path, name, n, columns, identifiers, read=_not_yet, close=file.close)
-    found.fingerprint = lambda: fingerprint_of(file)
+    notes: list[str] = []
+    note = noting(notes)
     rows = _table_rows(file, table, ids) if table is not None else None
 
     def read(array: str, start: int, stop: int) -> tuple[list[Pixels], dict[int, str]]:
         if table is not None and rows is not None:
-            pixels, faults = _from_table(file, table, rows[start:stop], bits[start:stop], found.note)
+            pixels, faults = _from_table(file, table, rows[start:stop], bits[start:stop], note)
         else:
-            pixels, faults = _from_images(file, start, stop, bits[start:stop], found.note)
+            pixels, faults = _from_images(file, start, stop, bits[start:stop], note)
         for row in range(stop - start):
             if "m" not in arms[start + row]:
                 faults.setdefault(row, _LOW_RESOLUTION.format(arms=str(arms[start + row])))
         return [pixels], faults
 
-    found.read = read
-    return found
-
-
-def _not_yet(array: str, start: int, stop: int) -> tuple[list[Pixels], dict[int, str]]:
-    raise NotImplementedError
+    return SurveyFile(
+        file.path,
+        name,
+        n,
+        columns,
+        identifiers,
+        read,
+        file.close,
+        notes=notes,
+        fingerprint=lambda: fingerprint_of(file),
+    )
 
 
 def _of_observations(
@@ -319,8 +324,8 @@ def _open_one(file: FitsFile) -> SurveyFile:
     if "STELLARPARAM" in file:
         columns |= _stellar_parameters(file)
     name = "pfsStar" if "STELLARPARAM" in file else "pfsSingle" if single else "pfsObject"
-    found = SurveyFile(file.path, name, 1, columns, identifiers, read=_not_yet, close=file.close)
-    found.fingerprint = lambda: fingerprint_of(file)
+    notes: list[str] = []
+    note = noting(notes)
     table = file.first_of(*reversed(TABLES))
     bits = _Bits.of_header(*(hdu for hdu in (table, file.first_of("MASK"), file.hdus[0]) if hdu is not None))
     if table is not None and not table.n_rows:
@@ -328,17 +333,26 @@ def _open_one(file: FitsFile) -> SurveyFile:
 
     def read(array: str, start: int, stop: int) -> tuple[list[Pixels], dict[int, str]]:
         if table is None:
-            pixels, faults = _one_image(file, bits, found.note)
+            pixels, faults = _one_image(file, bits, note)
             return [pixels], faults
         where = f"HDU {table.name}"
         told = file.table(table, ["wavelength", "flux", "error", "mask"])
         starts = np.array([0, table.n_rows], np.int64)
-        bad, faults = _bad_pixels(told["mask"], [bits], starts, where, found.note)
+        bad, faults = _bad_pixels(told["mask"], [bits], starts, where, note)
         units = table.unit("wavelength"), table.unit("flux")
         return [_pixels(told["wavelength"], told["flux"], told["error"], bad, starts, where, units)], faults
 
-    found.read = read
-    return found
+    return SurveyFile(
+        file.path,
+        name,
+        1,
+        columns,
+        identifiers,
+        read,
+        file.close,
+        notes=notes,
+        fingerprint=lambda: fingerprint_of(file),
+    )
 
 
 def _one_image(file: FitsFile, bits: _Bits, note: Callable[[str], None]) -> tuple[Pixels, dict[int, str]]:

@@ -26,6 +26,7 @@ __all__ = [
     "SurveyFile",
     "fingerprint_of",
     "known_layouts",
+    "noting",
     "open_survey_file",
     "register",
 ]
@@ -88,11 +89,6 @@ class SurveyFile:
                     f"{self.path}: column {name}: {self.n_rows} values expected, found shape {values.shape}"
                 )
 
-    def note(self, text: str) -> None:
-        """Say something once."""
-        if text not in self.notes:
-            self.notes.append(text)
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -144,11 +140,25 @@ def open_survey_file(path: str | Path) -> SurveyFile:
     file = FitsFile(path)
     for layout in known_layouts().values():
         if layout.recognises(file):
-            return layout.open(file)
+            try:
+                return layout.open(file)
+            finally:
+                # Thousands of files must not be open at the same time.
+                file.close()
     raise InputError(
         f"{path}: no known layout of spectra: it has HDUs {', '.join(hdu.name or '(no name)' for hdu in file.hdus)}. "
         f"Known are {', '.join(LAYOUTS)}, and the HDF5 files of the PFS simulator"
     )
+
+
+def noting(notes: list[str]) -> Callable[[str], None]:
+    """Something that adds to notes what they do not say yet."""
+
+    def note(text: str) -> None:
+        if text not in notes:
+            notes.append(text)
+
+    return note
 
 
 def fingerprint_of(file: FitsFile) -> str:
