@@ -24,14 +24,15 @@ from numpy.typing import NDArray
 from scipy.special import ndtr
 
 from moefast.benchmarks.environment import describe
+from moefast.core.atomic import write_json
+from moefast.core.groups import assign_octiles, octile_edges
 from moefast.core.metrics import r2
-from moefast.core.random import add_noise
+from moefast.core.random import NOISE_SEED, add_noise
 from moefast.experts.normal_equations import Moments, NormalEquations
 from moefast.experts.ridge import NoisePath, principal_subspace, ridge
 from moefast.fitting import PUBLISHED_ALPHA
 from moefast.mixture import hat_weights
-from moefast.protocol.evaluate import NOISE_SEED
-from moefast.protocol.report import assign_octiles, evaluate_predictions, octile_edges, write_json
+from moefast.protocol.report import evaluate_predictions
 from moefast.simulate import SimulatedSpectra
 from moefast.spectra.quality import assess
 

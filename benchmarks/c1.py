@@ -21,6 +21,7 @@ import numpy as np
 from moefast.benchmarks.c1_experts import F64, FAMILIES, SETS, WANT_SPECTRA, Data, Plan, Source, prepare
 from moefast.benchmarks.c1_report import pictures, summarise, tables
 from moefast.benchmarks.environment import describe
+from moefast.core.atomic import atomic_file
 from moefast.simulate import SimulatedSpectra
 
 __all__ = ["measure"]
@@ -72,10 +73,9 @@ def measure(
             except ImportError as error:
                 say(f"{family} left out: {error}")
                 continue
-            partial = folder / f"{family}.partial.npz"
             arrays: dict[str, Any] = {"seconds": time.process_time() - begin, **found}
-            np.savez(partial, **arrays)
-            partial.replace(kept)
+            with atomic_file(kept) as partial, partial.open("wb") as opened:
+                np.savez(opened, **arrays)
             say(f"{family} done")
         with np.load(kept) as file:
             seconds[family] = float(file["seconds"])

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moefast.core.atomic import atomic_file
+from moefast.core.grids import PHYSICAL_GRID, uniform
 from moefast.core.random import add_noise, fold_of_rows
 from moefast.experts.normal_equations import NormalEquations
 from moefast.experts.ridge import NoisePath, principal_subspace, ridge
@@ -25,7 +27,6 @@ from moefast.experts.template import choose_library, fit_library, library_mean
 from moefast.gating.features import LEAST_CONTINUUM, LINES, Line
 from moefast.kernels import Library, tangent_posterior
 from moefast.mixture import hat_weights
-from moefast.protocol.bins import PHYSICAL_GRID, uniform
 from moefast.simulate import SimulatedSpectra
 
 __all__ = ["BASE", "FAMILIES", "GRID", "SAMPLED", "SETS", "WANT_SPECTRA", "Data", "Plan", "prepare"]
@@ -283,9 +284,8 @@ def prepare(name: str, source: Source, plan: Plan, folder: Path, say: Callable[[
             folder, train.wave, reference, shape, basis.astype(np.float32), z, noisy, index, level, labels["T_eff"],
             labels["log_g"], labels["M_H"], v_z, v_index, v_level, v_snr, own["T_eff"], own["log_g"], own["M_H"],
         )  # fmt: skip
-        partial = folder / "data.partial.npz"
-        np.savez(partial, **{key: getattr(data, key) for key in ARRAYS})
-        partial.replace(kept)
+        with atomic_file(kept) as partial, partial.open("wb") as opened:
+            np.savez(opened, **{key: getattr(data, key) for key in ARRAYS})
         say("validation spectra")
     with np.load(kept) as file:
         return Data(folder, **{key: file[key] for key in ARRAYS})

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from moefast.benchmarks.c0 import markdown
 from moefast.benchmarks.c1_experts import BASE, GRID, SAMPLED, Data
+from moefast.core.grids import METAL_POOR, SNR_NORM_NAMES, assign_snr_bins
 from moefast.core.metrics import bootstrap, bootstrap_difference, r2
 from moefast.core.random import fold_of_rows
 from moefast.experts.choice import choose, hybrid
-from moefast.protocol.bins import METAL_POOR, SNR_NORM_NAMES, assign_snr_bins
 
 __all__ = ["conventions", "pictures", "summarise", "tables"]
 
@@ -63,7 +63,7 @@ def ceilings(name: str) -> dict[str, Any] | None:
     The ceiling is 1 − E[Var(log g | x)]/Var(log g), from the variances of the posteriors; their means reach it within
     the scatter of the stars where the posteriors are right.
     """
-    file = resources.files("moefast.protocol") / "ceilings" / f"{name}-test_10k.json.gz"
+    file = resources.files("moefast.ceilings") / "data" / f"{name}-test_10k.json.gz"
     if not file.is_file():
         return None
     content = json.loads(gzip.decompress(file.read_bytes()))

@@ -23,15 +23,16 @@ from numpy.typing import NDArray
 
 from moefast.benchmarks.environment import describe
 from moefast.core import metrics
+from moefast.core.grids import PHYSICAL_GRID, SNR_NORM_NAMES, assign_snr_bins
 from moefast.core.random import add_noise
 from moefast.experts.inputs import Inputs
-from moefast.fitting import LinearForm, Options, fit_mixture
+from moefast.experts.linear_form import LinearForm
+from moefast.fitting import Options, fit_mixture
 from moefast.gating.mlp import fit_gate, fit_network, softmax
 from moefast.gating.tower import quality_logs
 from moefast.kernels import project
 from moefast.kernels.reference import prepare_reference
 from moefast.mixture import Mixture, hat_weights
-from moefast.protocol.bins import PHYSICAL_GRID, SNR_NORM_NAMES, assign_snr_bins
 from moefast.recipes import RECIPES
 from moefast.simulate import SimulatedSpectra
 

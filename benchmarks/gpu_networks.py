@@ -31,8 +31,8 @@ from moefast.export import build, open_session
 from moefast.gating.features import LEAST_CONTINUUM
 from moefast.mixture import Mixture
 from moefast.model import Model
+from moefast.ops.arithmetic import TorchArithmetic
 from moefast.trunks import training
-from moefast.trunks.arithmetic import TorchArithmetic
 from moefast.trunks.heads import Heads
 from moefast.trunks.networks import KINDS, SEES_FLUX, Kind, Plan, answer, start
 from moefast.trunks.presets import PRESETS, SIZES, Size

@@ -28,8 +28,8 @@ from moefast.benchmarks.environment import describe
 from moefast.benchmarks.floors import per_spectrum
 from moefast.benchmarks.measure import Spec, as_json
 from moefast.core.errors import BenchmarkError, InputError, WaveGridError
+from moefast.core.grids import Grid
 from moefast.model import Model
-from moefast.protocol.bins import Grid
 from moefast.simulate import SimulatedSpectra
 from moefast.spectra.files import SpectrumWriter
 

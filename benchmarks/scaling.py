@@ -23,6 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefast.benchmarks.environment import describe
+from moefast.ceilings.ceiling import read
+from moefast.core.grids import PHYSICAL_GRID
 from moefast.core.metrics import r2
 from moefast.core.random import add_noise
 from moefast.experts.inputs import Inputs
@@ -33,8 +35,6 @@ from moefast.gating.mlp import softmax
 from moefast.kernels import project
 from moefast.kernels.reference import line_features
 from moefast.mixture import Mixture
-from moefast.protocol.bins import PHYSICAL_GRID
-from moefast.protocol.ceiling import read
 from moefast.simulate import SimulatedSpectra
 from moefast.trunks import training
 from moefast.trunks.heads import Heads
@@ -253,7 +253,7 @@ def main(
         click.echo(f"wrote {path}")
     if picture is not None:
         networks = json.loads(sorted(RESULTS.glob("*-gpu-networks.json"))[-1].read_text(encoding="utf-8"))
-        ceilings = Path(str(resources.files("moefast.protocol"))) / "ceilings"
+        ceilings = Path(str(resources.files("moefast.ceilings"))) / "data"
         ceiling = read(ceilings / f"{report['set']}-test_10k.json.gz").r2()["bayes"]
         draw(report, networks["networks"], ceiling, picture)
         click.echo(f"drew {picture}")

@@ -10,11 +10,8 @@ Bad pixels are found in the graph: whoever runs it feeds flux and error as they 
 from __future__ import annotations
 
 import math
-import os
 import re
-import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -27,7 +24,8 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 import moefast
-from moefast.core.errors import ModelError, OutputError
+from moefast.core.atomic import write_atomically
+from moefast.core.errors import ModelError
 from moefast.experts.cnn import ConvNet
 from moefast.experts.inputs import Expert
 from moefast.experts.residual import RESIDUALS, LinearResidual
@@ -36,8 +34,8 @@ from moefast.gating.features import LEAST_CONTINUUM, LINE_FEATURES, LINES
 from moefast.gating.tower import Sees, Tower
 from moefast.kernels import Library, cell_size
 from moefast.mixture import LEAST_SPREAD, Mixture, n_gate_features
+from moefast.ops.arithmetic import is_matrix
 from moefast.spectra.quality import LARGEST_ERROR
-from moefast.trunks.arithmetic import is_matrix
 from moefast.trunks.heads import STEM, Heads
 from moefast.trunks.networks import KINDS
 
@@ -1107,23 +1105,11 @@ def load(path: str | Path) -> ModelProto:
 
 
 def save(model: ModelProto, path: str | Path) -> None:
-    """Write a model under a temporary name in the same folder, then rename it: the file is complete or absent.
+    """Write a model; the file is complete or absent.
 
     Raises
     ------
     OutputError
         The file cannot be written.
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        with partial.open("xb") as file:
-            file.write(model.SerializeToString(deterministic=True))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+    write_atomically(path, model.SerializeToString(deterministic=True))

@@ -9,18 +9,17 @@ them meet. The loops run on one thread: a million rows take a few milliseconds, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
+from moefast.core.grids import MAX_BINS, finite_rows, increasing_edges
 from moefast.kernels.dispatch import on_cuda
 
 __all__ = ["assign_bins", "assign_snr_bins", "sort_by_bin"]
 
 F64 = NDArray[np.float64]
-MAX_BINS = np.iinfo(np.int16).max
 
 
 def assign_bins(
@@ -71,12 +70,12 @@ def check_grid(
     teff: ArrayLike, mh: ArrayLike, teff_edges: Sequence[float], mh_edges: Sequence[float]
 ) -> tuple[F64, F64, F64, F64]:
     """The arguments of `assign_bins` as float64 arrays, edges without the outermost, or a ValueError."""
-    t_eff = _finite_rows("teff", teff)
-    m_h = _finite_rows("mh", mh)
+    t_eff = finite_rows("teff", teff)
+    m_h = finite_rows("mh", mh)
     if t_eff.shape != m_h.shape:
         raise ValueError(f"teff and mh must have equal length; found {t_eff.size} and {m_h.size}")
-    inner_t = _edges("teff_edges", teff_edges, 2)
-    inner_m = _edges("mh_edges", mh_edges, 2)
+    inner_t = increasing_edges("teff_edges", teff_edges, 2)
+    inner_m = increasing_edges("mh_edges", mh_edges, 2)
     n_bins = (inner_t.size - 1) * (inner_m.size - 1)
     if n_bins > MAX_BINS:
         raise ValueError(f"a grid may have at most {MAX_BINS} bins (int16); found {n_bins}")
@@ -118,8 +117,8 @@ def assign_snr_bins(snr: ArrayLike, edges: Sequence[float], *, backend: str = "c
 
 def check_snr(snr: ArrayLike, edges: Sequence[float]) -> tuple[F64, F64]:
     """The arguments of `assign_snr_bins` as float64 arrays, or a ValueError."""
-    rows = _finite_rows("snr", snr)
-    cuts = _edges("edges", edges, 1)
+    rows = finite_rows("snr", snr)
+    cuts = increasing_edges("edges", edges, 1)
     if cuts.size >= MAX_BINS:
         raise ValueError(f"there may be at most {MAX_BINS} bins (int16); found {cuts.size + 1}")
     return rows, cuts
@@ -173,28 +172,6 @@ def check_bins(bins: ArrayLike, n_bins: int) -> NDArray[np.int64]:
         row = int(np.argmax(bad))
         raise ValueError(f"bins must lie in 0 … {n_bins - 1}; found {rows[row]} in row {row}")
     return rows.astype(np.int64, copy=False)
-
-
-def _finite_rows(name: str, values: ArrayLike) -> NDArray[np.float64]:
-    rows: NDArray[Any] = np.asarray(values, dtype=np.float64)
-    if rows.ndim != 1:
-        raise ValueError(f"{name} must be one-dimensional; found shape {rows.shape}")
-    bad = ~np.isfinite(rows)
-    if bad.any():
-        row = int(np.argmax(bad))
-        raise ValueError(
-            f"{name} must be finite; found {rows[row]} in row {row} ({int(bad.sum())} such rows)"
-        )
-    return rows
-
-
-def _edges(name: str, values: Sequence[float], at_least: int) -> NDArray[np.float64]:
-    edges = np.asarray(values, dtype=np.float64)
-    if edges.ndim != 1 or edges.size < at_least:
-        raise ValueError(f"{name} must hold at least {at_least} edge(s); found shape {edges.shape}")
-    if not np.isfinite(edges).all() or (np.diff(edges) <= 0).any():
-        raise ValueError(f"{name} must be finite and strictly increasing; found {edges.tolist()}")
-    return edges
 
 
 # Only inner edges are compared: that alone clamps outside rows and includes the last edge.

@@ -97,7 +97,7 @@ def resolve_kernels(name: str = "auto") -> Backend:
     where = resolve_backend(name)
     if where.name == "cpu":
         return where
-    from moefast.kernels.cuda.device import require_kernels
+    from moefast.kernels.cuda.trial import require_kernels
 
     try:
         require_kernels()

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import time
 import zipfile
@@ -25,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import moefast
+from moefast.core.atomic import atomic_file
 from moefast.core.errors import InputError, OutputError
 
 __all__ = ["NETWORK_FILE", "Checkpoint"]
@@ -151,20 +151,15 @@ class Checkpoint:
         """Write the state after so many rows; a disk that does not take it is told, and the fit goes on without."""
         begin = time.monotonic()
         header = json.dumps({"schema": SCHEMA, "what": WHAT, "key": self._key, "rows": rows})
-        partial = self.path.with_name(f".{FILE}.{os.getpid()}.partial")
         try:
-            for left in self.folder.glob(f".{FILE}.*.partial"):
-                left.unlink(missing_ok=True)
-            with partial.open("wb") as file:
+            # What another process left behind, on this machine or another, would take the room of two checkpoints.
+            self._remove_partial()
+            with atomic_file(self.path) as partial, partial.open("wb") as file:
                 np.savez(file, header=np.frombuffer(header.encode(), np.uint8), **arrays)  # type: ignore[arg-type]  # names are not those of its options
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(self.path)
-            _sync_folder(self.folder)
-        except OSError as error:
-            self.tell(f"{self.path}: the checkpoint after {rows:,} spectra could not be written ({error})")
-        finally:
-            partial.unlink(missing_ok=True)
+        except (OSError, OutputError) as error:
+            self.tell(
+                f"{self.path}: the checkpoint after {rows:,} spectra could not be written ({error.__cause__ or error})"
+            )
         self._last = time.monotonic()
         self._pause = max(SECONDS, (self._last - begin) / SHARE)
 
@@ -172,10 +167,13 @@ class Checkpoint:
         """Remove the checkpoint, and that of a network; and the folder if that leaves it empty."""
         for path in (self.path, self.folder / NETWORK_FILE):
             path.unlink(missing_ok=True)
-        for left in self.folder.glob(f".{FILE}.*.partial"):
-            left.unlink(missing_ok=True)
+        self._remove_partial()
         if self.folder.exists() and not any(self.folder.iterdir()):
             self.folder.rmdir()
+
+    def _remove_partial(self) -> None:
+        for left in self.folder.glob(f".{FILE}.*.partial"):
+            left.unlink(missing_ok=True)
 
 
 def _flat(key: Mapping[str, Any], above: str = "") -> dict[str, Any]:
@@ -184,14 +182,3 @@ def _flat(key: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     for name, value in key.items():
         found |= _flat(value, f"{above}{name}.") if isinstance(value, dict) else {above + name: value}
     return found
-
-
-def _sync_folder(folder: Path) -> None:
-    """Flush the new name itself to the disk, where folders can be opened."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -450,8 +450,8 @@ def fit(
     """
     from moefast.backend import resolve_kernels
     from moefast.checkpoint import Checkpoint
+    from moefast.core.grids import uniform
     from moefast.model import check_target
-    from moefast.protocol.bins import uniform
     from moefast.recipes import RECIPES
     from moefast.recipes import fit as run
     from moefast.simulate import SimulatedSpectra
@@ -557,7 +557,7 @@ def evaluate(
     """
     from moefast.protocol.evaluate import check_report_folder, write_report
     from moefast.protocol.evaluate import evaluate as run
-    from moefast.protocol.report import format_text
+    from moefast.protocol.report_text import format_text
 
     if out:
         check_report_folder(out, overwrite)
@@ -594,10 +594,10 @@ def compare(
     stars: the difference of R² with its interval, and better, worse or no difference. Evaluations of other stars or
     other noise are refused.
     """
+    from moefast.core.atomic import write_json
     from moefast.core.errors import OutputError
     from moefast.protocol.compare import compare as run
     from moefast.protocol.compare import format_text, read_evaluation
-    from moefast.protocol.report import write_json
 
     if picture and (Path(picture).suffix.lower() != ".png" or (out and Path(out) == Path(picture))):
         raise OutputError(f"{picture}: the picture is a PNG; give it a name of its own that ends in .png")
@@ -658,8 +658,8 @@ def ceiling(
     The Bayes ceiling is the R² of the exact posterior mean: no method does better on these stars. It takes 40 to 130 ms
     per star on two cores. The ceilings of the reference sets come with moefast; evaluate finds them by itself.
     """
+    from moefast.ceilings import ceiling as ceilings
     from moefast.core.errors import OutputError
-    from moefast.protocol import ceiling as ceilings
     from moefast.protocol.ceiling_report import figure, format_text
 
     for path in (out, picture):
@@ -692,10 +692,10 @@ def milestones(reports: tuple[str, ...], out: str | None, overwrite: bool, as_js
     REPORT is a folder that moefast evaluate -o wrote, its report.json, or a folder of such folders. Test sets are kept
     apart. What no evaluation holds is not run, never passed; without any REPORT the marks and the commands are shown.
     """
+    from moefast.core.atomic import write_json
     from moefast.core.errors import OutputError
     from moefast.protocol.milestones import judge, read_reports
     from moefast.protocol.milestones_report import format_text
-    from moefast.protocol.report import write_json
 
     if out and Path(out).exists() and not overwrite:
         raise OutputError(f"{out}: exists already; choose another name, or replace it with --overwrite")

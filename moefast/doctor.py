@@ -31,7 +31,7 @@ OPTIONAL = {"numba-cuda", "onnxruntime", "onnxruntime-gpu"}
 
 def why_no_kernels() -> str:
     """Why the CUDA kernels cannot be launched here, in words; empty if they can."""
-    from moefast.kernels.cuda.device import require_kernels
+    from moefast.kernels.cuda.trial import require_kernels
 
     try:
         require_kernels()

@@ -93,6 +93,11 @@ class Prediction:
         those of the training set.
     log_level : array of shape (n,)
         ln s, the star's noise level relative to the mean of the training set.
+    labels, label_errors, label_correlations : array of shape (n, l), or None
+        Other labels than log g, their calibrated 1σ, and their correlation with log g; only of posteriors.
+    scale, distance, strength : array of shape (n,), or None
+        Flux over that of the training set; what the best point of the space of spectra gains over the library, per
+        coordinate; the scale over its error. Only of posteriors.
     """
 
     log_g: NDArray
@@ -102,6 +107,12 @@ class Prediction:
     expert_log_g: NDArray
     chi2: NDArray
     log_level: NDArray
+    labels: NDArray | None = None
+    label_errors: NDArray | None = None
+    label_correlations: NDArray | None = None
+    scale: NDArray | None = None
+    distance: NDArray | None = None
+    strength: NDArray | None = None
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 
 import moefast
 from moefast.core.errors import ModelError, OutputError, WaveGridError
-from moefast.fitting import Fit, LinearForm
+from moefast.core.grids import Grid, SnrGrid, read_grid
+from moefast.experts.linear_form import LinearForm
+from moefast.fitting import Fit
 from moefast.mixture import Mixture
-from moefast.protocol.bins import Grid, SnrGrid, read_grid
 from moefast.spectra.files import same_wave
 
 __all__ = ["MANIFEST", "SCHEMA", "SHIPPED", "Model", "check_target", "shipped_path"]

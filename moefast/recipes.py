@@ -16,10 +16,10 @@ import numpy as np
 from moefast.backend import resolve_kernels
 from moefast.checkpoint import Checkpoint
 from moefast.core.errors import InputError
+from moefast.core.grids import PHYSICAL_GRID, Grid, SnrGrid, uniform
 from moefast.core.sketches import sketch
 from moefast.fitting import PUBLISHED_ALPHA, Noise, Options, fit_mixture
 from moefast.model import Model
-from moefast.protocol.bins import PHYSICAL_GRID, Grid, SnrGrid, uniform
 from moefast.simulate.source import SimulatedSpectra
 from moefast.spectra.files import SpectrumSet, open_spectra
 from moefast.trunks.presets import Size
@@ -42,6 +42,16 @@ RECIPES: dict[str, Recipe] = {
         PHYSICAL_GRID,
         "posterior mean over a library of templates with tangents, grouped in 9 bins, weighed by evidence",
         {"families": ("template",)},
+    ),
+    "posterior": Recipe(
+        PHYSICAL_GRID,
+        "posterior over clouds of templates at each star's own noise and gaps; scale and slope of the flux are free",
+        {"families": ("posterior",), "slope_widths": (0.15, 0.05, 0.03)},
+    ),
+    "posterior-calibrated": Recipe(
+        PHYSICAL_GRID,
+        "the same for spectra whose flux calibration can be trusted: the scale is free, the slope is not",
+        {"families": ("posterior",)},
     ),
     "hybrid-moe": Recipe(
         PHYSICAL_GRID,

@@ -329,9 +329,9 @@ def columns_of(model: Model, result: Prediction, quality: Quality) -> dict[str, 
 
 
 def _joined(parts: list[Any]) -> Any:
-    """One dataclass of arrays for several."""
-    names = [item.name for item in fields(parts[0])]
-    return type(parts[0])(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+    """One dataclass of arrays for several; what the first does not have, none has."""
+    found = {item.name: [getattr(part, item.name) for part in parts] for item in fields(parts[0])}
+    return type(parts[0])(**{k: None if v[0] is None else np.concatenate(v) for k, v in found.items()})
 
 
 KNOWN = {

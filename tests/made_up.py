@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from moefast.protocol import bins
-from moefast.protocol.report import evaluate_predictions, groups_of
+from moefast.core import grids
+from moefast.core.groups import groups_of
+from moefast.protocol.report import evaluate_predictions
 
 
 def report(n=1201, *, n_resamples=40, **changes):
@@ -29,7 +30,7 @@ def report(n=1201, *, n_resamples=40, **changes):
         "data_set": "fake",
         "fingerprint": "0123456789abcdef",
         "weights": rng.dirichlet(np.ones(9), n),
-        "expert_grid": bins.PHYSICAL_GRID,
+        "expert_grid": grids.PHYSICAL_GRID,
         "references": {
             "published-ridge": y + rng.normal(0, 0.9, n),
             "global-ridge": y + rng.normal(0, 0.7, n),

@@ -9,7 +9,7 @@ import small
 from click.testing import CliRunner
 
 from moefast.benchmarks import c2
-from moefast.protocol.bins import SNR_NORM_NAMES
+from moefast.core.grids import SNR_NORM_NAMES
 from moefast.simulate import REFERENCE_SETS, SimulatedSpectra
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,12 +8,12 @@ import h5py
 import numpy as np
 import pytest
 
+from moefast.ceilings import ceiling
 from moefast.core.errors import InputError, OutputError
 from moefast.core.metrics import r2
-from moefast.core.random import standard_normals
+from moefast.core.random import NOISE_SEED, standard_normals
 from moefast.export import build, open_session
-from moefast.protocol import ceiling
-from moefast.protocol.evaluate import NOISE_SEED, REPORT_FILES, check_report_folder, evaluate, write_report
+from moefast.protocol.evaluate import REPORT_FILES, check_report_folder, evaluate, write_report
 from moefast.protocol.figures import FIGURES
 from moefast.scoring import predict
 from moefast.simulate import simulate_set

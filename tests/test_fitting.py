@@ -9,6 +9,7 @@ import pytest
 
 from moefast.checkpoint import Checkpoint
 from moefast.core.errors import BackendError, InputError, LabelError, MoefastError, WaveGridError
+from moefast.core.grids import Grid, SnrGrid, uniform
 from moefast.core.metrics import r2
 from moefast.core.random import add_noise, fold_of_rows
 from moefast.experts import normal_equations
@@ -20,7 +21,6 @@ from moefast.fitting.linear_experts import choose_rank, find_levels, held_out, m
 from moefast.fitting.sample import draw_faint, draw_sample
 from moefast.fitting.training_set import TrainingSet
 from moefast.mixture import hat_weights
-from moefast.protocol.bins import Grid, SnrGrid, uniform
 from moefast.spectra.files import open_spectra
 
 GRID = uniform(3, 2)

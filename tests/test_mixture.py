@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from tolerances import assert_close
 
+from moefast.core.grids import uniform
 from moefast.fitting import Options, fit_mixture
 from moefast.mixture import Mixture, hat_weights
-from moefast.protocol.bins import uniform
 from moefast.spectra.files import open_spectra
 
 

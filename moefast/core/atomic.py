@@ -8,13 +8,16 @@ removed by the next writer of the same name.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from moefast.core.errors import OutputError
 
-__all__ = ["partial_path", "publish", "write_atomically"]
+__all__ = ["atomic_file", "partial_path", "publish", "write_atomically", "write_json"]
 
 
 def _alive(pid: int) -> bool:
@@ -87,6 +90,39 @@ def publish(partial: Path, path: Path) -> None:
         raise OutputError(f"{path}: could not be completed: {error}") from error
 
 
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike[str], *, overwrite: bool = True) -> Iterator[Path]:
+    """The name to write a file under; it gets its final name when the block ends, and is removed if the block fails.
+
+    Parameters
+    ----------
+    path : path
+        Final name.
+    overwrite : bool
+        Whether an existing final file may be replaced.
+
+    Yields
+    ------
+    Path
+        See `partial_path`.
+
+    Raises
+    ------
+    OutputError
+        The file exists and may not be replaced; the folder does not exist, is read-only or full.
+    """
+    target = Path(path)
+    partial = partial_path(target, overwrite=overwrite)
+    try:
+        yield partial
+        publish(partial, target)
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     """Write a whole file; one that exists is replaced.
 
@@ -95,12 +131,17 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     OutputError
         The folder does not exist, is read-only or full; no partial file is left behind.
     """
-    target = Path(path)
-    partial = partial_path(target, overwrite=True)
-    try:
+    with atomic_file(path) as partial:
         partial.write_bytes(content)
-        publish(partial, target)
-    except OSError as error:
-        raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+
+
+def write_json(document: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write a document as UTF-8 JSON; the final name is absent or complete.
+
+    Raises
+    ------
+    OutputError
+        The file could not be written.
+    """
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomically(path, (text + "\n").encode())

@@ -23,12 +23,14 @@ from moefast.core.threads import in_threads
 __all__ = [
     "DRAW_STREAM",
     "LABEL_STREAM",
+    "NOISE_SEED",
     "NOISE_STREAM",
     "add_noise",
     "fold_of_rows",
     "philox_words",
     "row_uniforms",
     "standard_normals",
+    "uniforms_of_rows",
 ]
 
 F32 = NDArray[np.float32]
@@ -39,6 +41,8 @@ NOISE_STREAM = 1
 """Noise that is stored with simulated spectra. Streams 2 to 15 are left to the simulator's nuisances."""
 DRAW_STREAM = 16
 """Noise that is drawn when spectra are used. With the seed of a file it is still independent of what the file holds."""
+NOISE_SEED = 20250102
+"""Seed of the noise that is drawn on test spectra without any, so that all models meet the same noisy stars."""
 
 COUNTERS_PER_TILE = 64
 """Word w of counter c of a tile becomes pixel 256 tile + 64 w + c."""
@@ -93,11 +97,11 @@ def philox_words(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> tuple[
 
 
 @njit(cache=True, nogil=True)
-def _fill_uniforms(first: Any, seed: Any, stream: Any, out: np.ndarray) -> None:
+def _fill_uniforms(rows: np.ndarray, seed: Any, stream: Any, out: np.ndarray) -> None:
     mask = uint64(0xFFFFFFFF)
     k0, k1 = uint64(seed) & mask, uint64(seed) >> uint64(32)
     for i in range(out.shape[0]):
-        row = uint64(first + i)
+        row = uint64(rows[i])
         for block in range((out.shape[1] + 3) // 4):
             words = _philox(uint64(block), uint64(stream), row & mask, row >> uint64(32), k0, k1)
             for j in range(4):
@@ -107,8 +111,31 @@ def _fill_uniforms(first: Any, seed: Any, stream: Any, out: np.ndarray) -> None:
 
 def row_uniforms(first: int, stop: int, count: int, *, seed: int, stream: int = LABEL_STREAM) -> F64:
     """Uniform numbers in (0, 1), shape (stop - first, count), float64; row r depends on (seed, stream, r) only."""
-    out = np.empty((stop - first, count))
-    _fill_uniforms(first, np.uint64(seed), np.uint64(stream), out)
+    return uniforms_of_rows(np.arange(first, stop), count, seed=seed, stream=stream)
+
+
+def uniforms_of_rows(rows: NDArray[np.integer], count: int, *, seed: int, stream: int = LABEL_STREAM) -> F64:
+    """Uniform numbers in (0, 1) of shape (len(rows), count), float64; they are those of `row_uniforms`.
+
+    Parameters
+    ----------
+    rows : array of shape (n,), integer ≥ 0
+        Index of each row in its set.
+    count : int
+    seed : int
+        0 ≤ seed < 2⁶⁴.
+    stream : int
+        Numbers of different streams are independent.
+
+    Raises
+    ------
+    ValueError
+        The seed or a row is out of range.
+    """
+    rows = _check(seed, rows)
+    out = np.empty((len(rows), count))
+    key, number = np.uint64(seed), np.uint64(stream)
+    in_threads(len(rows), lambda a, b: _fill_uniforms(rows[a:b], key, number, out[a:b]))
     return out
 
 

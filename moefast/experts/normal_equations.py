@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from moefast.core.atomic import atomic_file
 from moefast.core.errors import ModelError
 from moefast.kernels import GRAM_ROWS, add_gram, all_within, collect_rows, packed_size, unpack_symmetric
 
@@ -368,21 +368,13 @@ class NormalEquations:
         """Write the totals as one .npz (no pickle); the final name is absent or complete."""
         self._flush()
         header = json.dumps({"schema": SCHEMA, "what": WHAT})
-        target = Path(path)
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        try:
-            with partial.open("wb") as file:
-                np.savez(
-                    file,
-                    header=np.frombuffer(header.encode(), np.uint8),
-                    reference=self.reference,
-                    **{name: getattr(self, name) for name in _TOTALS},
-                )
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        with atomic_file(path) as partial, partial.open("wb") as file:
+            np.savez(
+                file,
+                header=np.frombuffer(header.encode(), np.uint8),
+                reference=self.reference,
+                **{name: getattr(self, name) for name in _TOTALS},
+            )
 
     @classmethod
     def load(cls, path: str | Path) -> NormalEquations:

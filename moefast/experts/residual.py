@@ -33,6 +33,7 @@ import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
 
+from moefast.core.grids import METAL_POOR
 from moefast.experts.choice import MARGIN
 from moefast.experts.inputs import Inputs, read_initializers
 
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 __all__ = [
-    "METAL_POOR",
     "Gain",
     "KeptResiduals",
     "RidgeResidual",
@@ -60,8 +60,6 @@ twenty residuals are tried, and harm is looked for in some fifteen regions."""
 NEGLIGIBLE = 1e-3
 """Share of a region's mean squared error below which harm is none: by the tail of the gate's weights every residual
 touches every region a little, and how many standard errors that is does not depend on how little."""
-METAL_POOR = -1.0
-"""[M/H] below which a star counts as metal-poor, dex."""
 LEAST_SHARE = 1e-3
 """Of a feature's variance that is due to the stars, at the least: noise that was measured too high must not hide it."""
 LEAST_VARIATION = 1e-10

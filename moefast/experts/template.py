@@ -95,7 +95,7 @@ def fit_library(
     for k in range(n_experts):
         rows = np.flatnonzero(bins == k)
         share = max(1, min(round(n_clouds * len(rows) / len(bins)), len(rows) // LEAST_STARS))
-        nearest = _k_means(points[rows], share, rng)
+        nearest = k_means(points[rows], share, rng)
         order = np.argsort(nearest, kind="stable")
         cuts = np.searchsorted(nearest[order], np.arange(share + 1))
         clouds = [rows[order[a:b]] for a, b in itertools.pairwise(cuts) if b > a]
@@ -126,7 +126,7 @@ def _cloud(z: F32, y: F64, n_tangents: int, n_all: int) -> tuple:
     return mean, tangents, variances, gains, rest, np.log(n / n_all), y.mean(), dy @ dy / n
 
 
-def _k_means(points: F32, m: int, rng: np.random.Generator) -> NDArray[np.intp]:
+def k_means(points: F32, m: int, rng: np.random.Generator) -> NDArray[np.intp]:
     """The nearest of m centres of each point (n, d); some centres may end up without any."""
     n = len(points)
     nearest = np.zeros(n, np.intp)

@@ -21,7 +21,7 @@ From the top down:
 """
 
 from moefast.fitting.options import Noise, Options
-from moefast.fitting.references import PUBLISHED_ALPHA, LinearForm
+from moefast.fitting.references import PUBLISHED_ALPHA
 from moefast.fitting.two_passes import Fit, fit_mixture
 
-__all__ = ["PUBLISHED_ALPHA", "Fit", "LinearForm", "Noise", "Options", "fit_mixture"]
+__all__ = ["PUBLISHED_ALPHA", "Fit", "Noise", "Options", "fit_mixture"]

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from moefast.backend import physical_memory
 from moefast.checkpoint import Checkpoint
 from moefast.core.errors import BackendError, InputError
+from moefast.core.grids import Grid
 from moefast.fitting.training_set import TrainingSet
 from moefast.gating.features import LEAST_CONTINUUM
 from moefast.kernels import project
 from moefast.mixture import Mixture
-from moefast.protocol.bins import Grid
 from moefast.trunks.heads import Heads
 from moefast.trunks.networks import SEES_FLUX, Plan, start
 from moefast.trunks.presets import PRESETS

@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from moefast.core.errors import InputError
+from moefast.core.grids import Grid, SnrGrid
 from moefast.gating.tower import Sees
-from moefast.protocol.bins import Grid, SnrGrid
 from moefast.trunks.networks import KINDS, Kind
 from moefast.trunks.presets import SIZES, Size
 
 __all__ = ["FAMILIES", "RESIDUALS", "STRETCH", "Noise", "Options"]
 
 Noise = Literal["closed-form", "sampled", "observed"]
-FAMILIES = ("linear", "template", "trees", "heads")
+FAMILIES = ("linear", "template", "trees", "heads", "posterior")
 RESIDUALS = ("linear", "ridge", "trees")
 STRETCH = 512
 """Rows of one stretch of the sample."""
@@ -47,8 +47,14 @@ class Options:
         Principal components of a spectrum that experts see at most. If None, as many as their cross-validated R² needs.
     families : tuple of str
         Kinds of experts: "linear", "template" (posterior means over a library of templates, stars of the training set,
-        whose evidence is the gate), "trees", or "heads" on one trunk, a network with its own gate, which stands alone.
-        Of several, "linear" among them, each bin gets the best.
+        whose evidence is the gate), "trees", or, alone, "heads" on one trunk, a network with its own gate, or
+        "posterior", clouds of templates at each star's own noise and gaps. Of several, "linear" among them, each bin
+        gets the best.
+    n_clouds, n_tangents : int
+        Of a "posterior".
+    slope_widths : tuple of float
+        Of a "posterior": prior widths of Legendre polynomials 1, 2, … of wavelength times the mean spectrum, by which
+        calibration, slope and reddening may change a spectrum. Empty where the calibration can be trusted.
     trunk : "pca-mlp", "cnn" or "vit"
         What the network of "heads" is; see `moefast.trunks.networks`.
     size : "small" or "base"
@@ -83,6 +89,9 @@ class Options:
     n_levels: int = 8
     n_components: int | None = None
     families: tuple[str, ...] = ("linear",)
+    n_clouds: int = 450
+    n_tangents: int = 5
+    slope_widths: tuple[float, ...] = ()
     trunk: Kind = "pca-mlp"
     size: Size = "small"
     steps: int | None = None
@@ -111,10 +120,10 @@ class Options:
         if self.n_folds < 2 or self.n_levels < 2:
             raise InputError("at least two folds and two noise levels are needed")
         unknown, several = set(self.families) - set(FAMILIES), len(self.families) > 1
-        apart = several and ("linear" not in self.families or "heads" in self.families)
+        apart = several and ("linear" not in self.families or {"heads", "posterior"} & set(self.families))
         if unknown or not self.families or apart:
             raise InputError(
-                f"families must be of {', '.join(FAMILIES)}, linear among them if several, heads alone; "
+                f"families must be of {', '.join(FAMILIES)}, linear among them if several, heads and posterior alone; "
                 f"found {self.families}"
             )
         if self.trunk not in KINDS or self.size not in SIZES or (self.steps is not None and self.steps < 1):
@@ -126,6 +135,15 @@ class Options:
             raise InputError(
                 "templates, trees and networks need clean training spectra, with noise in closed form, and experts in "
                 "principal components; for other spectra fit phys-moe"
+            )
+        if (
+            self.n_clouds < 1
+            or self.n_tangents < 0
+            or not all(0 < width < math.inf for width in self.slope_widths)
+        ):
+            raise InputError(
+                "clouds, tangents and positive widths of slopes expected; found "
+                f"{self.n_clouds}, {self.n_tangents}, {self.slope_widths}"
             )
         if set(self.residuals) - set(RESIDUALS):
             raise InputError(f"residuals must be of {', '.join(RESIDUALS)}; found {self.residuals}")

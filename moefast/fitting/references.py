@@ -6,39 +6,25 @@ same first pass; linear experts on one noise draw per star, instead of noise in 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moefast.experts.linear_form import LinearForm
 from moefast.experts.normal_equations import NormalEquations
 from moefast.experts.ridge import NoisePath, ridge
 from moefast.fitting.first_pass import gather
 from moefast.fitting.linear_experts import Solved, solve
 from moefast.fitting.training_set import TrainingSet
 
-__all__ = ["PUBLISHED_ALPHA", "LinearForm", "reference_forms", "sampled_oracle"]
+__all__ = ["PUBLISHED_ALPHA", "reference_forms", "sampled_oracle"]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
 PUBLISHED_ALPHA = 0.1
 """Ridge penalty per row of the published fit: 1e5 at one million stars."""
-
-
-@dataclass(frozen=True)
-class LinearForm:
-    """A linear predictor per bin and noise level, for comparison: weights (p, K, M), intercepts (K, M).
-
-    `levels` (M,) are the ln s of the levels; a single one is used for every star. `clipped` says that flux is set
-    to zero where it is negative, as the published fit does.
-    """
-
-    weights: F32
-    intercepts: F32
-    levels: F32
-    clipped: bool = False
 
 
 def reference_forms(

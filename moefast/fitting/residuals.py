@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moefast.core.grids import SNR_NORM_NAMES, assign_snr_bins
 from moefast.experts.inputs import Expert, Inputs
 from moefast.experts.residual import choose_residuals, fit_linear_residual, fit_ridge_residual, regions
 from moefast.fitting.families import FOREST_ROWS, families_of
 from moefast.fitting.sample import Sample
 from moefast.fitting.training_set import TrainingSet
 from moefast.mixture import Mixture
-from moefast.protocol.bins import SNR_NORM_NAMES, assign_snr_bins
 
 __all__ = ["add_residuals"]
 

@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefast.core.errors import InputError, LabelError, WaveGridError
+from moefast.core.grids import Grid, SnrGrid
 from moefast.core.random import add_noise, fold_of_rows
 from moefast.experts.inputs import Inputs
 from moefast.fitting.options import STRETCH, Options
 from moefast.gating.features import line_columns
 from moefast.kernels import all_within, project
 from moefast.mixture import Mixture
-from moefast.protocol.bins import Grid, SnrGrid
 from moefast.spectra.quality import good_pixels
 
 if TYPE_CHECKING:

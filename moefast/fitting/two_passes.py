@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from moefast.checkpoint import Checkpoint
+from moefast.experts.linear_form import LinearForm
 from moefast.fitting.error_model import train_error_model
 from moefast.fitting.families import choose_families, families_of, make_library
 from moefast.fitting.first_pass import gather
@@ -15,12 +16,14 @@ from moefast.fitting.gate import train_gate
 from moefast.fitting.linear_experts import mixture_of, solve
 from moefast.fitting.network import check_network, train_heads
 from moefast.fitting.options import Options
-from moefast.fitting.references import LinearForm, reference_forms, sampled_oracle
+from moefast.fitting.posterior import fit_posterior
+from moefast.fitting.references import reference_forms, sampled_oracle
 from moefast.fitting.residuals import add_residuals
 from moefast.fitting.sample import draw_sample
 from moefast.fitting.training_set import Progress, TrainingSet
 from moefast.gating.mlp import softmax
 from moefast.mixture import Mixture
+from moefast.posterior import PosteriorMixture
 
 if TYPE_CHECKING:
     from moefast.simulate.source import SimulatedSpectra
@@ -35,7 +38,7 @@ CHI2_QUANTILE = 0.999
 class Fit:
     """A fitted mixture, the linear forms to compare it with, and what happened on the way."""
 
-    mixture: Mixture
+    mixture: Mixture | PosteriorMixture
     references: dict[str, LinearForm]
     summary: dict[str, Any]
 
@@ -94,6 +97,18 @@ def _both_passes(data: TrainingSet, checkpoint: Checkpoint | None, backend: Lite
     del equations
     small, experts = solved.small, solved.experts
     mixture = mixture_of(data, solved)
+    bins = zip(options.grid.names, small.count.sum(1), experts.alphas, experts.conditions, strict=True)
+    summary: dict[str, Any] = {
+        "rows": used,
+        "bins": {name: {"n": int(n), "alpha": a, "condition": c} for name, n, a, c in bins},
+        "solver": experts.solver,
+        "clipped": options.clipped,
+        "discarded_variance": solved.subspace.discarded,
+        "noise_levels": solved.levels.s.tolist(),
+    }
+    if "posterior" in options.families:
+        posterior, of_posterior = fit_posterior(data, mixture)
+        return Fit(posterior, reference_forms(data, published, solved), summary | of_posterior)
     stages: dict[str, Any] = {}
     if "template" in options.families:
         library, tried = make_library(data, mixture)
@@ -116,14 +131,8 @@ def _both_passes(data: TrainingSet, checkpoint: Checkpoint | None, backend: Lite
         mixture, values, stages["residuals"] = add_residuals(data, mixture, sample, values, gate)
     mixture, quality = train_error_model(data, mixture, sample, values, noise, gate)
     references = reference_forms(data, published, solved)
-    bins = zip(options.grid.names, small.count.sum(1), experts.alphas, experts.conditions, strict=True)
-    summary = {
-        "rows": used,
-        "bins": {name: {"n": int(n), "alpha": a, "condition": c} for name, n, a, c in bins},
-        "solver": experts.solver,
-        "clipped": options.clipped,
-        "discarded_variance": solved.subspace.discarded,
-        "noise_levels": solved.levels.s.tolist(),
+    summary |= {
+        "log_level": [float(v) for v in mixture.knots[[0, -1]]],
         "chi2_limit": float(1 + 2 * max(np.quantile(sample.chi2, CHI2_QUANTILE) - 1, 0.1)),
         "cross_validation": quality,
     }

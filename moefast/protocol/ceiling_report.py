@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
+from moefast.core.atomic import write_atomically
+from moefast.core.text import bracket, number, percent, table
 from moefast.protocol.figures import PUBLISHED_RIDGE_OCTILES, PUBLISHED_VIT_OCTILES
-from moefast.protocol.report import bracket, number, percent, table, write_atomically
 
 __all__ = ["figure", "format_text"]
 

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from moefast.core import metrics
 from moefast.core.errors import InputError
+from moefast.core.groups import Group, groups_of
+from moefast.core.text import bracket, number, table
 from moefast.protocol.report import SCHEMA_VERSION as REPORT_SCHEMA
-from moefast.protocol.report import Group, bracket, groups_of, number, table
 from moefast.spectra.tables import read_table
 
 __all__ = ["SCHEMA_VERSION", "Kept", "compare", "format_text", "read_evaluation"]

@@ -14,35 +14,31 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 import moefast
-from moefast.core.atomic import write_atomically
+from moefast.ceilings.ceiling import Ceiling, known, read
+from moefast.core.atomic import write_atomically, write_json
 from moefast.core.errors import InputError, OutputError
-from moefast.core.random import standard_normals
+from moefast.core.grids import Grid, SnrGrid
+from moefast.core.random import NOISE_SEED, standard_normals
 from moefast.core.sketches import share_seen
-from moefast.fitting import LinearForm
+from moefast.experts.linear_form import LinearForm
 from moefast.mixture import hat_weights
 from moefast.model import SHIPPED, Model, shipped_path
-from moefast.protocol.bins import Grid, SnrGrid
 from moefast.protocol.predictions import write_kept
-from moefast.protocol.report import ORACLE, evaluate_predictions, format_text, write_json
+from moefast.protocol.report import ORACLE, evaluate_predictions
+from moefast.protocol.report_text import format_text
 from moefast.protocol.subject import ModelSubject, Subject, open_subject
 from moefast.scoring import BLOCK_ROWS
 from moefast.simulate.sets import Identity, identify
 from moefast.spectra.files import Block, SpectrumSet, open_spectra, same_wave
 from moefast.spectra.quality import assess, good_pixels
 
-if TYPE_CHECKING:
-    from moefast.protocol.ceiling import Ceiling
-
-__all__ = ["NOISE_SEED", "Evaluation", "check_report_folder", "evaluate", "write_report"]
-
-NOISE_SEED = 20250102
-"""Stream of the noise that test spectra without a `noisy` array get."""
+__all__ = ["Evaluation", "check_report_folder", "evaluate", "write_report"]
 
 
 @dataclass(frozen=True)
@@ -308,8 +304,6 @@ def _ceilings(
     ceiling: Ceiling | str | Path | None, spectra: SpectrumSet, noise: Mapping[str, Any]
 ) -> tuple[dict[str, float], dict[str, list[dict[str, float]]] | None]:
     """R² ceilings of the whole set, and of the groups if they were computed for all of its stars."""
-    from moefast.protocol.ceiling import known, read
-
     shipped = ceiling is None
     if ceiling is None:
         # That of a reference set comes with the package; it is for the noise stored with the set.

@@ -24,22 +24,35 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moefast.core import metrics
+from moefast.ceilings import bayes, ceiling
+from moefast.core import grids, groups, metrics
 from moefast.core.atomic import write_atomically
-from moefast.core.random import DRAW_STREAM, NOISE_STREAM, standard_normals
+from moefast.core.random import DRAW_STREAM, NOISE_SEED, NOISE_STREAM, standard_normals
 from moefast.fitting import PUBLISHED_ALPHA
-from moefast.protocol import bayes, bins, ceiling, report
-from moefast.protocol.evaluate import NOISE_SEED
+from moefast.protocol import report
 from moefast.protocol.milestones import MILESTONES, N_SEEDS, TEST_PART, TEST_SIZE, Rule
 from moefast.protocol.report import evaluate_predictions
 from moefast.simulate.emulator import LABELS
+from moefast.simulate.gaps import TELLURIC
 from moefast.simulate.sets import FINGERPRINTS, REFERENCE_SETS
 from moefast.spectra.quality import LARGEST_ERROR
 
-__all__ = ["VERSION", "canonical", "collect", "document", "gauge", "gauge_stars", "sha256"]
+__all__ = [
+    "VERSION",
+    "canonical",
+    "collect",
+    "collect_additions",
+    "document",
+    "gauge",
+    "gauge_stars",
+    "sha256",
+]
 
 VERSION = 1
 """Of the protocol; to be raised with every change of the hash."""
+
+FIRST_SETS = ("z0", "survey")
+"""Reference sets of the first version; what was added since has a hash of its own, so that theirs stays what it is."""
 
 DIGITS = 6
 """Significant digits of numbers that pass through sums; a last bit that differs elsewhere does not change them."""
@@ -71,22 +84,12 @@ RULES = {
 
 def collect() -> dict[str, Any]:
     """All that is frozen, JSON-ready, in the order of the document."""
-    grid = bins.PHYSICAL_GRID
+    grid = grids.PHYSICAL_GRID
     return {
         "protocol_version": VERSION,
         "quantity": {"name": "log_g", "unit": "dex"},
         "largest_error_of_a_good_pixel": LARGEST_ERROR,
-        "reference_sets": {
-            name: {
-                "what": one.what,
-                "settings": json.loads(one.settings.to_json()),
-                "parts": {
-                    part: {"seed": its.seed, "n": its.n_rows, "fingerprint": FINGERPRINTS.get((name, part))}
-                    for part, its in one.parts.items()
-                },
-            }
-            for name, one in REFERENCE_SETS.items()
-        },
+        "reference_sets": {name: _set(name) for name in FIRST_SETS if name in REFERENCE_SETS},
         "noise": {
             "level": 1.0,
             "stored_stream": NOISE_STREAM,
@@ -102,9 +105,9 @@ def collect() -> dict[str, Any]:
             "m_h_edges": list(grid.m_h_edges),
             "names": list(grid.names),
         },
-        "snr_norm": {"edges": list(bins.SNR_NORM_EDGES), "names": list(bins.SNR_NORM_NAMES)},
-        "snr_median": {"n_quantiles": report.N_OCTILES},
-        "metal_poor_below": bins.METAL_POOR,
+        "snr_norm": {"edges": list(grids.SNR_NORM_EDGES), "names": list(grids.SNR_NORM_NAMES)},
+        "snr_median": {"n_quantiles": groups.N_OCTILES},
+        "metal_poor_below": grids.METAL_POOR,
         "low_snr_norm_up_to": report.LOW_SNR_NORM,
         "statistics": list(metrics.STATISTICS),
         "bootstrap": {
@@ -141,6 +144,27 @@ def collect() -> dict[str, Any]:
             },
         },
         "gauge": gauge(),
+    }
+
+
+def collect_additions() -> dict[str, Any]:
+    """What was frozen later than the rest, JSON-ready: further reference sets."""
+    return {
+        "protocol_version": VERSION,
+        "reference_sets": {name: _set(name) for name in REFERENCE_SETS if name not in FIRST_SETS},
+        "telluric": [list(ends) for ends in TELLURIC],
+    }
+
+
+def _set(name: str) -> dict[str, Any]:
+    one = REFERENCE_SETS[name]
+    return {
+        "what": one.what,
+        "settings": json.loads(one.settings.to_json()),
+        "parts": {
+            part: {"seed": its.seed, "n": its.n_rows, "fingerprint": FINGERPRINTS.get((name, part))}
+            for part, its in one.parts.items()
+        },
     }
 
 
@@ -259,9 +283,10 @@ def _rounded(values: ArrayLike) -> Any:
 # --- the document ----------------------------------------------------------------------------------------
 
 
-def document(frozen: Mapping[str, Any] | None = None) -> str:
-    """The protocol for people, as Markdown; every number in it is taken from `collect`."""
+def document(frozen: Mapping[str, Any] | None = None, additions: Mapping[str, Any] | None = None) -> str:
+    """The protocol for people, as Markdown; every number in it is taken from `collect` and `collect_additions`."""
     found = collect() if frozen is None else frozen
+    added = collect_additions() if additions is None else additions
     parts = [
         _head(found),
         _sets(found["reference_sets"]),
@@ -273,6 +298,7 @@ def document(frozen: Mapping[str, Any] | None = None) -> str:
         _rules(found["rules"]),
         _milestones(found["milestones"]),
         _gauge(found["gauge"]),
+        _additions(added),
     ]
     return (
         "\n\n".join(_reflowed(paragraph) for part in parts for paragraph in part.strip().split("\n\n")) + "\n"
@@ -310,6 +336,16 @@ compared: the version must rise, and tables of results must say which version th
 What is measured is the surface gravity log g in dex, label *y* against prediction *ŷ*."""
 
 
+def _parts(sets: Mapping[str, Any]) -> str:
+    rows = [
+        [name, part, "any" if its["n"] is None else its["n"], its["seed"],
+         "each range of rows its own" if its["fingerprint"] is None else f"`{its['fingerprint']}`"]
+        for name, one in sets.items()
+        for part, its in one["parts"].items()
+    ]  # fmt: skip
+    return _table(["set", "part", "stars", "seed", "fingerprint"], rows)
+
+
 def _sets(sets: Mapping[str, Any]) -> str:
     names = {
         "t_eff": "T_eff [K]", "log_g": "log g", "m_h": "[M/H]", "a_m": "[a/M]", "c_m": "[C/M]", "mag": "HSC i [mag]",
@@ -324,12 +360,6 @@ def _sets(sets: Mapping[str, Any]) -> str:
     settings = [
         [label, *(cell(one["settings"][key]) for one in sets.values())] for key, label in names.items()
     ]
-    parts = [
-        [name, part, "any" if its["n"] is None else its["n"], its["seed"],
-         "each range of rows its own" if its["fingerprint"] is None else f"`{its['fingerprint']}`"]
-        for name, one in sets.items()
-        for part, its in one["parts"].items()
-    ]  # fmt: skip
     about = "\n".join(f"- `{name}`: {one['what']}." for name, one in sets.items())
     return f"""
 ## Test sets
@@ -346,7 +376,7 @@ Parts are known by a fingerprint of all that decides their content (settings, se
 parameters of every row); a file is recognised by computing it again, not by its name. Row *i* of a part is the same
 in whatever file or shard it stands.
 
-{_table(["set", "part", "stars", "seed", "fingerprint"], parts)}"""
+{_parts(sets)}"""
 
 
 def _noise(found: Mapping[str, Any]) -> str:
@@ -540,6 +570,44 @@ errors are {inside}, and
 {_table(["group", "stars", "R²"], groups)}"""
 
 
+def _additions(found: Mapping[str, Any]) -> str:
+    sets = found["reference_sets"]
+    about = "\n".join(f"- `{name}`: {one['what']}." for name, one in sets.items())
+    wild = sets["wild"]["settings"]
+    visit, gaps = wild["visit"], wild["visit"]["gaps"]
+
+    def percent(value: float) -> str:
+        return f"{100 * value:.3g} %"
+
+    def span(pair: Sequence[float]) -> str:
+        return f"{100 * pair[0]:.3g} to {percent(pair[1])}"
+
+    telluric = ", ".join(f"{first:g}-{last:g}" for first, last in found["telluric"])
+    return f"""
+## Added since
+
+SHA-256 `{sha256(found)}`. What is added has a hash of its own, so that the one above stays what it is; all rules above
+hold for it.
+
+{about}
+
+The Bayes ceiling of `wild` is not computed.
+
+In `wild`, star *i* of a part is star *i* of `survey`, with a velocity of σ = {wild["velocity_scatter"]:g} km/s. Each
+star has a sky of its own: its continuum is brighter by a log-normal factor of scatter
+{visit["sky_continuum"]:g}, each of eight groups of airglow lines (six bands of OH, all of O2, the rest) by one of
+scatter {visit["sky_lines"]:g}, in errors and noise alike. Of each group a share of
+σ = {percent(visit["sky_residual"])} is left in the flux, which the errors do not tell. The line-spread function is up
+to {percent(visit["line_spread"])} wider or narrower, uniformly. The continuum is multiplied by 1 + calibration error +
+tilt, with a calibration error of rms {percent(wild["calibration"])} and a tilt of σ = {percent(visit["tilt"])} from end
+to end. Flux and error are divided by the median of the noisy flux over the pixels that are left. Lost are
+{span(gaps["random"])} of the pixels at random in every star; {telluric} Å with a probability of
+{gaps["telluric"]:.3g}; a block of {span(gaps["block_share"])} of the pixels with a probability of {gaps["block"]:g};
+{span(gaps["edge_share"])} of the pixels at one end with a probability of {gaps["edges"]:g}.
+
+{_parts(sets)}"""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the document and print version and hash."""
     parser = argparse.ArgumentParser(
@@ -553,7 +621,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = collect()
     if path is not None:
         write_atomically(path, document(found).encode())
-    print(f"protocol version {VERSION}, SHA-256 {sha256(found)}")
+    print(f"protocol version {VERSION}, SHA-256 {sha256(found)}; additions {sha256(collect_additions())}")
 
 
 if __name__ == "__main__":

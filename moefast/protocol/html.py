@@ -14,7 +14,8 @@ from typing import Any
 
 from moefast.core.atomic import write_atomically
 from moefast.protocol.figures import DARK, FIGURES, LIGHT, svg
-from moefast.protocol.report import norm_label, octile_label
+from moefast.protocol.milestones import judge_alone
+from moefast.protocol.report_text import norm_label, octile_label
 
 __all__ = ["page", "write_page"]
 
@@ -87,9 +88,6 @@ def page(report: Report, run: Mapping[str, Any] | None = None) -> str:
     str
         The same for the same arguments.
     """
-    # They read reports, too.
-    from moefast.protocol.milestones import judge_alone
-
     facts = dict(run or {})
     judged = judge_alone(report)
     sections = [

@@ -27,15 +27,15 @@ from numpy.typing import NDArray
 
 from moefast.core import metrics
 from moefast.core.errors import InputError
-from moefast.protocol import report
-from moefast.protocol.bins import (
+from moefast.core.grids import (
     METAL_POOR,
     PHYSICAL_GRID,
     SNR_NORM_EDGES,
     SNR_NORM_NAMES,
     assign_snr_bins,
 )
-from moefast.protocol.evaluate import NOISE_SEED
+from moefast.core.random import NOISE_SEED
+from moefast.protocol import report
 from moefast.protocol.report import LOW_SNR_NORM, PUBLISHED
 from moefast.spectra.tables import read_table
 

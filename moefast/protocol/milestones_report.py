@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moefast.protocol.report import bracket, number, table
+from moefast.core.text import bracket, number, table
 
 __all__ = ["format_section", "format_text"]
 

@@ -1,4 +1,4 @@
-"""The frozen protocol as one report: a JSON-ready dict, its text for a terminal, its file.
+"""The frozen protocol as one report: a JSON-ready dict.
 
 Design: every model enters by the same door, `evaluate_predictions`, which needs predictions and labels only
 and knows nothing of models or files. The report is a pure function of its arguments: values are rounded to
@@ -9,9 +9,7 @@ model on the same stars gives the same bytes.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,45 +17,16 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moefast.core import metrics
-from moefast.core.atomic import write_atomically
 from moefast.core.errors import LabelError
+from moefast.core.grids import METAL_POOR, PHYSICAL_GRID, SNR_NORM_EDGES, Grid
+from moefast.core.groups import N_OCTILES, Group, groups_of, octile_edges
 from moefast.protocol import distributions
-from moefast.protocol.bins import (
-    METAL_POOR,
-    PHYSICAL_GRID,
-    SNR_NORM_EDGES,
-    SNR_NORM_NAMES,
-    Grid,
-    assign_snr_bins,
-)
 
-__all__ = [
-    "N_OCTILES",
-    "SCHEMA_VERSION",
-    "Group",
-    "assign_octiles",
-    "bracket",
-    "evaluate_predictions",
-    "format_text",
-    "groups_of",
-    "norm_label",
-    "number",
-    "octile_edges",
-    "octile_label",
-    "percent",
-    "table",
-    "write_atomically",
-    "write_json",
-]
+__all__ = ["SCHEMA_VERSION", "evaluate_predictions"]
 
 SCHEMA_VERSION = 2
-N_OCTILES = 8
-
 LOW_SNR_NORM = 4.0
 """Stars up to this snr_norm, the bins X and L, are looked at by themselves."""
-
-Group = tuple[str, NDArray[np.bool_]]
-"""Name of a group of stars, and which stars are in it."""
 
 PUBLISHED = "published-ridge"
 """Reference against which the closed gap is measured."""
@@ -70,62 +39,6 @@ ORACLE = "oracle"
 
 _SIGNIFICANT_DIGITS = 10
 _ROUNDING = 1e-12
-
-
-def octile_edges(snr_median: ArrayLike) -> NDArray[np.float64]:
-    """Quantiles 0, 1/8 … 1 of the finite values (linear interpolation), shape (9,); NaN if there are none."""
-    rows = np.asarray(snr_median, dtype=np.float64)
-    rows = rows[np.isfinite(rows)]
-    if rows.size == 0:
-        return np.full(N_OCTILES + 1, np.nan)
-    return np.quantile(rows, np.arange(N_OCTILES + 1) / N_OCTILES)
-
-
-def assign_octiles(snr_median: ArrayLike, edges: ArrayLike) -> NDArray[np.int16]:
-    """Octile 0 … 7 of each spectrum, [a, b) with the last edge included; −1 where the SNR is not finite.
-
-    Equal values stay together, so octiles of data with ties differ in size.
-    """
-    rows = np.asarray(snr_median, dtype=np.float64)
-    inner = np.asarray(edges, dtype=np.float64)[1:-1]
-    octile = np.searchsorted(inner, rows, side="right").astype(np.int16)
-    octile[~np.isfinite(rows)] = -1
-    return octile
-
-
-def groups_of(
-    t_eff: ArrayLike, m_h: ArrayLike, snr_norm: ArrayLike, snr_median: ArrayLike
-) -> dict[str, list[Group]]:
-    """The groups of the protocol: "snr_norm" (4), "snr_median" (8), "grid" (9), "metallicity" (2).
-
-    Parameters
-    ----------
-    t_eff, m_h : array of shape (n,)
-        True T_eff [K] and [M/H] [dex].
-    snr_norm, snr_median : array of shape (n,)
-        A star whose SNR is not finite is in no group by that SNR.
-
-    Returns
-    -------
-    dict of str to list of (name, array of shape (n,), bool)
-
-    Raises
-    ------
-    LabelError
-        A label is not finite or the lengths differ.
-    """
-    norm, median = np.asarray(snr_norm, dtype=np.float64), np.asarray(snr_median, dtype=np.float64)
-    norm_bins = np.full(norm.size, -1, dtype=np.int16)
-    norm_bins[np.isfinite(norm)] = assign_snr_bins(norm[np.isfinite(norm)])
-    octiles = assign_octiles(median, octile_edges(median))
-    bins = PHYSICAL_GRID.assign(t_eff, m_h)
-    poor = np.asarray(m_h, dtype=np.float64) < METAL_POOR
-    return {
-        "snr_norm": [(name, norm_bins == k) for k, name in enumerate(SNR_NORM_NAMES)],
-        "snr_median": [(f"octile {k + 1}", octiles == k) for k in range(N_OCTILES)],
-        "grid": [(name, bins == k) for k, name in enumerate(PHYSICAL_GRID.names)],
-        "metallicity": [("[M/H] < -1", poor), ("[M/H] >= -1", ~poor)],
-    }
 
 
 def evaluate_predictions(
@@ -371,50 +284,6 @@ def evaluate_predictions(
     return ready
 
 
-def write_json(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write the report as UTF-8 JSON; the final name is absent or complete.
-
-    Raises
-    ------
-    OutputError
-        The file could not be written.
-    """
-    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
-    write_atomically(path, (text + "\n").encode())
-
-
-def format_text(report: Mapping[str, Any], throughput: Mapping[str, Any] | None = None) -> str:
-    """Plain-text report for a terminal, headline first, within 100 columns unless names are long.
-
-    Parameters
-    ----------
-    report : mapping
-        From `evaluate_predictions`, or read back from its JSON.
-    throughput : mapping, optional
-        "spectra_per_second" and "device" or "backend", for the headline.
-
-    Returns
-    -------
-    str
-        Without a final newline.
-    """
-    # They read reports, too.
-    from moefast.protocol.milestones import judge_alone
-    from moefast.protocol.milestones_report import format_section
-
-    lines = _headline(report, throughput or {})
-    if report["references"]:
-        lines += ["", *_what_helped(report)]
-    if report["ceilings"]:
-        lines += ["", *_ceilings(report)]
-    lines += ["", *_groups(report)]
-    judged = judge_alone(report)
-    section = format_section(judged) if judged else []
-    if section:
-        lines += ["", *section]
-    return "\n".join(line.rstrip() for line in lines)
-
-
 # --- parts of the report -------------------------------------------------------------------------------
 
 
@@ -553,201 +422,3 @@ def _json_ready(value: Any) -> Any:
     if value is None or isinstance(value, str):
         return value
     raise TypeError(f"a report holds JSON values only; found {type(value).__name__}")
-
-
-# --- text ------------------------------------------------------------------------------------------------
-
-
-def number(value: float | None, digits: int = 3, sign: bool = False) -> str:
-    """A number for people; a dash for None."""
-    if value is None:
-        return "–"
-    return f"{value:{'+' if sign else ''}.{digits}f}"
-
-
-def bracket(interval: Sequence[float | None] | None, digits: int = 3, sign: bool = False) -> str:
-    """An interval in square brackets; nothing if there is none."""
-    if interval is None or None in interval:
-        return ""
-    return f"[{number(interval[0], digits, sign)}, {number(interval[1], digits, sign)}]"
-
-
-def percent(value: float | None) -> str:
-    """A share in percent; a dash for None."""
-    return "–" if value is None else f"{100 * value:.1f} %"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
-    """Columns padded to their widest cell; the first `left` flush left, the others flush right."""
-    cells = [list(header), *[list(row) for row in rows]]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    return [
-        "  "
-        + "  ".join(
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in cells
-    ]
-
-
-def _headline(report: Mapping[str, Any], throughput: Mapping[str, Any]) -> list[str]:
-    data, overall, covered = report["data_set"], report["overall"], report["covered"]
-    noise = "" if data["noise_level"] is None else f", noise level {data['noise_level']:g}"
-    if data["noise_seed"] is not None:
-        noise += f" (seed {data['noise_seed']})"
-    model = report["model"].get("recipe") or report["model"].get("name")
-    level = f"{100 * report['protocol']['level']:g} %"
-    lines = [
-        f"log g on {data['name']}: {data['n']} stars{noise}",
-        f"fingerprint {data['fingerprint']}" + (f", model {model}" if model else ""),
-    ]
-    if report["model"].get("share_seen"):
-        lines.append(
-            f"WARNING: {percent(report['model']['share_seen'])} of these stars are in the training set of the model: "
-            "no measure of what it does elsewhere"
-        )
-    lines.append("")
-    rows = [
-        ("R²", number(overall["r2"], 4), bracket(overall["r2_interval"], 4), "full coverage"),
-        ("MAE", number(overall["mae"], 4), bracket(overall["mae_interval"], 4), "dex"),
-        ("RMSE", number(overall["rmse"], 4), bracket(overall["rmse_interval"], 4), "dex"),
-        ("bias", number(overall["bias"], 4, True), bracket(overall["bias_interval"], 4, True), "dex"),
-        (
-            "R², covered only",
-            number(covered["r2"], 4),
-            bracket(covered["r2_interval"], 4),
-            f"{covered['n']} stars on the grid",
-        ),
-    ]
-    rho = report["rho"]
-    if rho is not None:
-        remark = rho["reason"] or f"from {rho['global']} to {rho['oracle']}"
-        rows.append(("ρ", number(rho["value"]), bracket(rho["interval"]), remark))
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    lines += [
-        f"  {name:<{widths[0]}}  {value:>{widths[1]}}  {interval:<{widths[2]}}  {remark}"
-        for name, value, interval, remark in rows
-    ]
-    if overall["error_coverage"] is not None:
-        shares = ", ".join(
-            f"{percent(row['fraction'])} within {row['z']:.2f} σ (expected {percent(row['expected'])})"
-            for row in overall["error_coverage"]["levels"]
-        )
-        lines.append(f"  {'errors':<{widths[0]}}  {shares}")
-        if report["calibration"] is not None:
-            scale = report["calibration"]["scale"]
-            lines.append(f"  {'':<{widths[0]}}  multiplied by {scale:.2f} they would cover 68.3 %")
-    rate = throughput.get("spectra_per_second")
-    if rate is not None:
-        where = throughput.get("device") or throughput.get("backend")
-        lines.append(
-            f"  {'throughput':<{widths[0]}}  {rate:,.0f} spectra/s" + (f" on {where}" if where else "")
-        )
-    routing = report["routing"]
-    if routing is not None:
-        accuracy = "" if routing["accuracy"] is None else f", true bin in {percent(routing['accuracy'])}"
-        lines.append(
-            f"  {'gate':<{widths[0]}}  {routing['n_experts']} experts, mean largest weight "
-            f"{number(routing['mean_largest_weight'], 2)}{accuracy}"
-        )
-    if overall["n_nan"]:
-        lines.append(f"  {overall['n_nan']} predictions are not finite: each counts as the mean label")
-    lines.append(
-        f"  (brackets: {level} bootstrap intervals over stars, {report['protocol']['n_resamples']} resamples)"
-    )
-    return lines
-
-
-def _what_helped(report: Mapping[str, Any]) -> list[str]:
-    rows = [
-        (
-            name,
-            number(reference["r2"]),
-            bracket(reference["r2_interval"]),
-            number(reference["r2_gain"], 3, True),
-            bracket(reference["r2_gain_interval"], 3, True),
-        )
-        for name, reference in report["references"].items()
-    ]
-    rows.append(
-        ("this model", number(report["overall"]["r2"]), bracket(report["overall"]["r2_interval"]), "", "")
-    )
-    return [
-        "What helped: references on the same stars, and how much this model is above each (paired)",
-        *table(("reference", "R²", "interval", "gain", "interval"), rows),
-    ]
-
-
-def _ceilings(report: Mapping[str, Any]) -> list[str]:
-    rows = [
-        (
-            name,
-            number(ceiling["r2"]),
-            number(ceiling["efficiency"]),
-            number(ceiling["gap_closed"]),
-            bracket(ceiling["gap_closed_interval"]),
-        )
-        for name, ceiling in report["ceilings"].items()
-    ]
-    reasons = [
-        f"  {name}: {ceiling[key]}"
-        for name, ceiling in report["ceilings"].items()
-        for key in ("efficiency_reason", "gap_closed_reason")
-        if ceiling[key]
-    ]
-    return ["Ceilings", *table(("ceiling", "R²", "efficiency", "gap closed", "interval"), rows), *reasons]
-
-
-def _groups(report: Mapping[str, Any]) -> list[str]:
-    sections = [
-        ("By snr_norm", report["snr_norm"]["groups"], norm_label),
-        ("By snr_median", report["snr_median"]["groups"], octile_label),
-        ("By T_eff × [M/H]", report["grid"]["groups"], lambda group: group["name"]),
-        ("By metallicity", report["metallicity"]["groups"], lambda group: group["name"]),
-    ]
-    header = ("", "n", "R²", "interval", "MAE", "RMSE", "bias")
-    # One table, so that the columns of all sections stand under each other.
-    rows: list[tuple[str, ...]] = []
-    titles: dict[int, str] = {}
-    for title, groups, label in sections:
-        titles[len(rows)] = title
-        rows += [
-            (
-                label(group),
-                str(group["n"]),
-                number(group["r2"]),
-                bracket(group["r2_interval"]),
-                number(group["mae"]),
-                number(group["rmse"]),
-                number(group["bias"], 3, True),
-            )
-            for group in groups
-        ]
-    head, *body = table(header, rows)
-    lines = []
-    for i, line in enumerate(body):
-        if i in titles:
-            title = titles[i]
-            lines += [*([""] if i else []), title + head[len(title) :]]
-        lines.append(line)
-    for key in ("snr_norm", "snr_median"):
-        if report[key]["n_unassigned"]:
-            lines.append(
-                f"  {report[key]['n_unassigned']} stars have no finite {key} and are in no group of it"
-            )
-    return lines
-
-
-def norm_label(group: Mapping[str, Any]) -> str:
-    """Name of an snr_norm bin with its range."""
-    low, high = group["range"]
-    if low is None:
-        return f"{group['name']}  ≤ {high:g}"
-    return f"{group['name']}  > {low:g}" if high is None else f"{group['name']}  ({low:g}, {high:g}]"
-
-
-def octile_label(group: Mapping[str, Any]) -> str:
-    """Range of an snr_median octile."""
-    low, high = group["range"]
-    return group["name"] if low is None else f"{low:.2f} – {high:.2f}"

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from moefast.backend import Backend, resolve_backend
 from moefast.core.errors import BackendError, InputError, ModelError, WaveGridError
+from moefast.core.grids import Grid
 from moefast.model import Model
-from moefast.protocol.bins import Grid
 from moefast.protocol.predictions import SUFFIXES, PredictionTable, read_predictions
 from moefast.scoring import columns_of, open_engine, score_block, warm_up
 from moefast.spectra.files import Block, SpectrumSet

@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr
 
+from moefast.core.errors import MoefastError
+
 from .emulator import LABELS, Emulator
 from .noise import NoiseModel
 from .nuisance import LIGHT_SPEED, calibration_basis, doppler, extinction, redden, velocity_limit
@@ -54,6 +56,11 @@ class ForwardModel:
     _fixed: dict[str, float] = field(init=False)
 
     def __post_init__(self) -> None:
+        if self.settings.visit is not None:
+            raise MoefastError(
+                "the likelihood of spectra whose visits differ (sky, gaps, line-spread function, normalisation) is not "
+                "known to this forward model: there is no ceiling for them; evaluate without one"
+            )
         ranges = dict(zip(LABELS, self.settings.label_ranges, strict=True))
         ranges |= {"redshift": self.settings.redshift, "ebv": self.settings.reddening}
         values = {name: (float(low), float(high)) for name, (low, high) in ranges.items()}

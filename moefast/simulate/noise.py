@@ -24,9 +24,10 @@ from importlib.resources import files
 
 import numpy as np
 from numba import njit, prange
-from scipy.special import erf
+from scipy.special import erf, ndtri
 
 from moefast.core.errors import MoefastError
+from moefast.core.random import uniforms_of_rows
 from moefast.kernels.quality import quantile, quantile_scratch
 
 PHOTONS_AB0 = 3.631e-20 / 6.62607015e-27  # photons / s / cm2 per unit ln(lambda), AB magnitude 0
@@ -125,16 +126,69 @@ def telluric_transmission(wave: np.ndarray) -> np.ndarray:
 def airglow_lines() -> tuple[np.ndarray, np.ndarray]:
     """Vacuum wavelengths [Å] and intensities [Rayleigh] of the airglow lines between 7100 and 8870 Å.
 
+    `airglow_groups` says which of them brighten together.
+
     Lines of at least 0.3 Rayleigh, 686 of them: 444 of OH, 220 of O2. Intensity = 1.0645 peak FWHM.
 
     Source: C06 = Cosby et al. (2006, JGR 111, A12307), the supplement's table 1; H03, for 8540-8613 Å, which
     it leaves out, = Hanuschik (2003, A&A 407, 1157). Measured at Paranal. Four lines stand there twice: see
     docs/noise.md.
     """
-    with files("moefast.simulate").joinpath("data/airglow.csv").open(encoding="utf-8") as lines:
-        rows = [(float(row["wave"]), float(row["rayleigh"])) for row in csv.DictReader(lines)]
-    wave, intensity = np.array(rows).T
+    wave, intensity = np.array([(float(row["wave"]), float(row["rayleigh"])) for row in _airglow_table()]).T
     return _read_only(wave), _read_only(intensity)
+
+
+SKY_GROUPS = ("OH 9-4", "OH 8-3", "OH 7-3", "OH 6-2", "OH 5-1", "OH 4-0", "O2", "other")
+"""Airglow lines that brighten and fade together: the bands of OH by themselves, all of O2, and what is left."""
+
+
+@lru_cache(maxsize=1)
+def airglow_groups() -> np.ndarray:
+    """Index in `SKY_GROUPS` of each of the `airglow_lines`, array of int.
+
+    Two bands of which only the ends lie in this range count with the band of the same upper level (OH 7-2), or with
+    what is left (OH 10-5).
+    """
+    names = [row["emitter"].replace("OH 7-2", "OH 7-3") for row in _airglow_table()]
+    groups = ["O2" if name.startswith("O2") else name if name in SKY_GROUPS else "other" for name in names]
+    return _read_only(np.array([SKY_GROUPS.index(group) for group in groups]))
+
+
+def _airglow_table() -> list[dict[str, str]]:
+    with files("moefast.simulate").joinpath("data/airglow.csv").open(encoding="utf-8") as lines:
+        return list(csv.DictReader(lines))
+
+
+@dataclass(frozen=True)
+class SkyFactors:
+    """How bright the sky of each star is, in units of the noise model's own.
+
+    Attributes
+    ----------
+    continuum : array of shape (n,)
+    lines : array of shape (n, len(SKY_GROUPS))
+    """
+
+    continuum: np.ndarray
+    lines: np.ndarray
+
+    @classmethod
+    def draw(
+        cls, rows: np.ndarray, *, seed: int, continuum: float = 0.3, lines: float = 0.5, stream: int = 11
+    ) -> SkyFactors:
+        """Log-normal factors of median 1 for the stars `rows`; they depend on the seed and the row alone.
+
+        Parameters
+        ----------
+        rows : array of shape (n,), integer ≥ 0
+        seed : int
+        continuum, lines : float
+            Scatter of the natural logarithm; every group of lines is drawn by itself.
+        stream : int
+            Stream of `moefast.core.random`.
+        """
+        normal = ndtri(uniforms_of_rows(rows, 1 + len(SKY_GROUPS), seed=seed, stream=stream))
+        return cls(np.exp(continuum * normal[:, 0]), np.exp(lines * normal[:, 1:]))
 
 
 def _read_only(values: np.ndarray) -> np.ndarray:
@@ -157,10 +211,12 @@ def _errors(
 ) -> None:
     """Errors (n, p) and the medians (n,) of flux / error.
 
-    error = noise_level sqrt(max(flux, 0) star u + sky u^2), u = flux_unit * mean of the flux over the band.
+    error = noise_level sqrt(max(flux, 0) star u + sky u^2), u = flux_unit * mean of the flux over the band. The sky
+    (n, p) may be one row that all stars share.
     """
     n, p = flux.shape
     for i in prange(n):
+        background = sky[np.int64(i) if len(sky) > 1 else 0]
         ratio = np.empty(p + 1, np.float32)
         keys, scratch = np.empty(p + 2, np.int32), quantile_scratch()
         mean = 0.0
@@ -169,10 +225,67 @@ def _errors(
         unit = np.float32(flux_unit[i] * mean)
         for j in range(p):
             light = max(flux[i, j], np.float32(0.0)) * star[j]
-            one_sigma = noise_level * np.sqrt(unit * (light + unit * sky[j]))
+            one_sigma = noise_level * np.sqrt(unit * (light + unit * background[j]))
             error[i, j] = one_sigma
             ratio[j] = flux[i, j] / one_sigma
         snr[i] = quantile(ratio, p, 0.5, keys, scratch)
+
+
+@njit(cache=True, parallel=True, fastmath={"reassoc", "contract"}, error_model="numpy")
+def _sky_variances(
+    continuum: np.ndarray,
+    lines: np.ndarray,
+    continuum_factor: np.ndarray,
+    line_factor: np.ndarray,
+    residual: float,
+    scattered: float,
+    detector: float,
+    out: np.ndarray,
+) -> None:
+    """Fill out (n, p) with sky + (residual max(sky here and beside))^2 + detector + scattered mean(sky)."""
+    n, p = out.shape
+    for i in prange(n):
+        sky = np.empty(p)
+        total = 0.0
+        for j in range(p):
+            sky[j] = continuum_factor[i] * continuum[j]
+        for k in range(len(lines)):
+            factor = line_factor[i, k]
+            for j in range(p):
+                sky[j] += factor * lines[k, j]
+        for j in range(p):
+            total += sky[j]
+        floor = detector + scattered * total / p
+        for j in range(p):
+            brightest = max(sky[max(j - 1, 0)], sky[j], sky[min(j + 1, p - 1)])
+            out[i, j] = sky[j] + (residual * brightest) ** 2 + floor
+
+
+@njit(cache=True, parallel=True, fastmath={"reassoc", "contract"}, error_model="numpy")
+def _rescale(
+    flux: np.ndarray, error: np.ndarray, star: np.ndarray, old: np.ndarray, new: np.ndarray, out: np.ndarray
+) -> None:
+    """Fill out with error sqrt[(f star u + new u^2) / (f star u + old u^2)], u the median of what the errors say.
+
+    `star` and `old` (p,) are those of `_errors`, `new` (n, p) is `old` under another sky.
+    """
+    n, p = flux.shape
+    for i in prange(n):
+        units = np.empty(p + 1, np.float32)
+        keys, scratch = np.empty(p + 2, np.int32), quantile_scratch()
+        good = 0
+        for j in range(p):
+            light, sigma = max(flux[i, j], np.float32(0.0)) * star[j], error[i, j]
+            if 0.0 < sigma < np.inf and np.isfinite(light):
+                units[good] = (math.sqrt(light * light + 4.0 * old[j] * sigma * sigma) - light) / (
+                    2.0 * old[j]
+                )
+                good += 1
+        unit = quantile(units, good, 0.5, keys, scratch) if good else 0.0
+        for j in range(p):
+            light = max(flux[i, j], np.float32(0.0)) * star[j]
+            before, after = light + unit * old[j], light + unit * new[i, j]
+            out[i, j] = error[i, j] * math.sqrt(after / before) if before > 0.0 else error[i, j]
 
 
 class NoiseModel:
@@ -199,6 +312,9 @@ class NoiseModel:
         Variance of sky, sky subtraction and detector, electrons squared, all exposures together.
     sky_electrons : array of shape (p,), float64
         Electrons of the sky, all exposures together.
+    continuum_electrons : array of shape (p,), float64
+    line_electrons : array of shape (len(SKY_GROUPS), p), float64
+        The sky's parts: its continuum, and each of `SKY_GROUPS`.
     band_weight : array of shape (p,), float64
         Weights of the mean over the i band: zero outside, sum 1.
     """
@@ -221,12 +337,22 @@ class NoiseModel:
         total = exposure.seconds * exposure.count
         collected = tool.area * tool.throughput(wave) * total
         fibre_area = math.pi * (0.5 * tool.fibre_diameter) ** 2
-        self.sky_electrons = _read_only(collected * fibre_area * self._sky_photons(edges))
+        lines = (*airglow_lines(), airglow_groups())
+        by_group = [tuple(column[lines[2] == k] for column in lines[:2]) for k in range(len(SKY_GROUPS))]
+        continuum, nothing = self._continuum_photons(edges), np.zeros(len(wave))
+        self.sky_electrons = _read_only(
+            collected * fibre_area * self._with_lines(continuum, edges, *lines[:2])
+        )
+        self.continuum_electrons = _read_only(collected * fibre_area * continuum)
+        self.line_electrons = _read_only(
+            collected * fibre_area * np.stack([self._with_lines(nothing, edges, *one) for one in by_group])
+        )
         brightest = self.sky_electrons.copy()
         np.maximum(brightest[1:], self.sky_electrons[:-1], out=brightest[1:])
         np.maximum(brightest[:-1], self.sky_electrons[1:], out=brightest[:-1])
         per_exposure = tool.trace_rows * (tool.read_noise**2 + tool.dark * exposure.seconds)
-        detector = per_exposure * exposure.count + tool.scattered * self.sky_electrons.mean()
+        self._detector = per_exposure * exposure.count
+        detector = self._detector + tool.scattered * self.sky_electrons.mean()
         # The error of sky subtraction is the same in every exposure: it adds up, and is not averaged out.
         self.sky_variance = _read_only(self.sky_electrons + (self.sky.residual * brightest) ** 2 + detector)
         # The star: f_lambda = 1 corresponds, in the i band, to photons per pixel proportional to lambda.
@@ -250,16 +376,22 @@ class NoiseModel:
         self._sky = (self.sky_variance * relative**2).astype(np.float32)
         self._band = int(inside[0]), np.ascontiguousarray(self.band_weight[inside[0] : inside[-1] + 1])
 
-    def _sky_photons(self, edges: np.ndarray) -> np.ndarray:
-        """Photons / s / cm2 / arcsec2 of continuum and lines in each pixel.
+    def _continuum_photons(self, edges: np.ndarray) -> np.ndarray:
+        """Photons / s / cm2 / arcsec2 of the sky's continuum in each pixel."""
+        wave = 0.5 * (edges[1:] + edges[:-1])
+        sky = self.sky
+        mag = sky.continuum + sky.continuum_slope * (wave - CONTINUUM_WAVE) / 1000.0
+        return PHOTONS_AB0 * 10.0 ** (-0.4 * mag) * telluric_transmission(wave) * np.diff(edges) / wave
+
+    def _with_lines(
+        self, photons: np.ndarray, edges: np.ndarray, wave: np.ndarray, intensities: np.ndarray
+    ) -> np.ndarray:
+        """`photons` and those of airglow lines.
 
         The lines are as bright as they were measured, below the absorbing air.
         """
-        wave = 0.5 * (edges[1:] + edges[:-1])
-        sky, sigma = self.sky, self.instrument.lsf_sigma
-        mag = sky.continuum + sky.continuum_slope * (wave - CONTINUUM_WAVE) / 1000.0
-        photons = PHOTONS_AB0 * 10.0 ** (-0.4 * mag) * telluric_transmission(wave) * np.diff(edges) / wave
-        for line, intensity in zip(*airglow_lines(), strict=True):
+        photons, sky, sigma = photons.copy(), self.sky, self.instrument.lsf_sigma
+        for line, intensity in zip(wave, intensities, strict=True):
             first, last = np.searchsorted(edges, (line - 9.0 * sigma, line + 9.0 * sigma))
             part = edges[max(first - 1, 0) : last + 1]
             share = 0.5 * np.diff(erf((part - line) / (sigma * math.sqrt(2.0))))
@@ -282,8 +414,101 @@ class NoiseModel:
         fraction = self.instrument.fibre_fraction(seeing)
         return 10.0 ** (-0.4 * np.asarray(mag, dtype=float)) * fraction
 
+    def scaled_sky_variance(self, factors: SkyFactors) -> np.ndarray:
+        """`sky_variance` of each star under a sky of another brightness.
+
+        Parameters
+        ----------
+        factors : SkyFactors
+
+        Returns
+        -------
+        array of shape (n, p), float64
+            Electrons squared.
+        """
+        out = np.empty((len(factors.continuum), len(self.response)))
+        _sky_variances(
+            self.continuum_electrons,
+            self.line_electrons,
+            np.ascontiguousarray(factors.continuum, dtype=float),
+            np.ascontiguousarray(factors.lines, dtype=float),
+            float(self.sky.residual),
+            float(self.instrument.scattered),
+            float(self._detector),
+            out,
+        )
+        return out
+
+    def rescaled_error(self, flux: np.ndarray, error: np.ndarray, factors: SkyFactors) -> np.ndarray:
+        """Errors as they would be under a sky of another brightness.
+
+        How much light a star's errors stand for is found from the errors themselves: the median over the pixels of
+        the electrons per unit flux that this noise model needs to give them. For spectra of this noise model the
+        result is exact; others keep the ratio of their errors to this model's.
+
+        Parameters
+        ----------
+        flux : array of shape (n, p), float32
+            Flux without noise, or the best that is known of it.
+        error : array of shape (n, p), float32
+            Pixels without a positive finite error keep what they have.
+        factors : SkyFactors
+            Of the n stars.
+
+        Returns
+        -------
+        array of shape (n, p), float32
+
+        Raises
+        ------
+        MoefastError
+            If the shapes do not fit each other and the wave grid.
+        """
+        flux = np.ascontiguousarray(flux, dtype=np.float32)
+        error = np.ascontiguousarray(error, dtype=np.float32)
+        if flux.shape != (len(factors.continuum), len(self.response)) or error.shape != flux.shape:
+            raise MoefastError(
+                f"flux and error: expected shape ({len(factors.continuum)}, {len(self.response)}), "
+                f"found {flux.shape}, {error.shape}"
+            )
+        relative = self._largest / self.response
+        new = self.scaled_sky_variance(factors) * relative**2
+        out = np.empty_like(error)
+        _rescale(flux, error, self._star, self._sky, new, out)
+        return out
+
+    def line_flux(
+        self, flux: np.ndarray, mag: np.ndarray, seeing: np.ndarray, share: np.ndarray
+    ) -> np.ndarray:
+        """Flux that `share` of each group of airglow lines amounts to.
+
+        Parameters
+        ----------
+        flux : array of shape (n, p), float32
+            Noise-free flux of the star, which sets the unit.
+        mag, seeing : arrays of shape (n,)
+        share : array of shape (n, len(SKY_GROUPS))
+            Of the light of each of `SKY_GROUPS`.
+
+        Returns
+        -------
+        array of shape (n, p), float32
+        """
+        first, weight = self._band
+        mean = np.array([row[first : first + len(weight)].astype(float) @ weight for row in flux])
+        per_electron = (mean / self.electrons_per_flux(mag, seeing))[:, None] / self.response
+        # Row by row: a product of matrices may sum in another order for another number of rows.
+        electrons = np.stack([one @ self.line_electrons for one in share]) if len(share) else share[:, :0]
+        return (electrons * per_electron if len(share) else np.empty(flux.shape)).astype(np.float32)
+
     def error(
-        self, flux: np.ndarray, mag: np.ndarray, seeing: np.ndarray, *, noise_level: float = 1.0
+        self,
+        flux: np.ndarray,
+        mag: np.ndarray,
+        seeing: np.ndarray,
+        *,
+        noise_level: float = 1.0,
+        factors: SkyFactors | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """One-sigma errors and signal-to-noise ratios.
 
@@ -297,6 +522,8 @@ class NoiseModel:
             AB magnitude in HSC i; FWHM in arcsec.
         noise_level : float
             Multiplies the errors.
+        factors : SkyFactors, optional
+            Brightness of each star's sky.
 
         Returns
         -------
@@ -320,5 +547,9 @@ class NoiseModel:
         error, snr = np.empty_like(flux), np.empty(len(flux))
         unit = 1.0 / (scale * self._largest)
         level = np.float32(noise_level)
-        _errors(flux, unit, self._star, self._sky, *self._band, level, error, snr)
+        sky = self._sky[None]
+        if factors is not None and len(flux):
+            relative = self._largest / self.response
+            sky = (self.scaled_sky_variance(factors) * relative**2).astype(np.float32)
+        _errors(flux, unit, self._star, sky, *self._band, level, error, snr)
         return error, snr

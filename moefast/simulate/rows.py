@@ -30,6 +30,7 @@ from .nuisance import (
     redden,
     velocity_limit,
 )
+from .visit import VISIT_PARAMS, Visit, broaden, median_of_good, sky_of
 
 BLOCK_ROWS = 1024
 ROWS_AT_REST = 256
@@ -37,7 +38,9 @@ CALIBRATION = tuple(f"calibration_{k + 1}" for k in range(N_CALIBRATION))
 PARAMS = {"id": "int64"} | dict.fromkeys(
     (*LABELS, "mag", "seeing", "redshift", "velocity", "ebv", *CALIBRATION, "snr"), "float64"
 )
-"""Columns of the params table, the same in every file: what is switched off is 0."""
+"""Columns of the params table: what is switched off is 0. `columns_of` adds those of visits that differ."""
+MEASURED = ("snr", "median")
+"""Columns that are only known with the spectrum itself."""
 
 SEEING_MEDIAN = 0.75  # arcsec
 SEEING_SCATTER = 0.12
@@ -68,6 +71,8 @@ class Settings:
         Range of a uniform E(B-V) [mag]; (0, 0) is off.
     calibration : float
         rms of a smooth relative error of the flux calibration; 0 is off.
+    visit : Visit or None
+        How visits differ in sky, gaps, line-spread function and normalisation; None if they do not.
     """
 
     mag: Range = (20.5, 22.5)
@@ -85,6 +90,7 @@ class Settings:
     exposure: Exposure = field(default_factory=Exposure)
     instrument: Instrument = field(default_factory=Instrument)
     sky: Sky = field(default_factory=Sky)
+    visit: Visit | None = None
 
     def __post_init__(self) -> None:
         for name in ("mag", "seeing", "t_eff", "log_g", "m_h", "a_m", "c_m", "redshift", "reddening"):
@@ -119,8 +125,15 @@ class Settings:
         )
 
     def to_json(self) -> str:
-        """The settings as JSON text, which `from_json` reads."""
-        return json.dumps({"schema": SETTINGS_SCHEMA} | asdict(self), sort_keys=True)
+        """The settings as JSON text, which `from_json` reads.
+
+        Without visits that differ the text does not speak of them: it is part of the fingerprint of sets that are
+        older than they.
+        """
+        plain = asdict(self)
+        if self.visit is None:
+            del plain["visit"]
+        return json.dumps({"schema": SETTINGS_SCHEMA} | plain, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> Settings:
@@ -138,6 +151,7 @@ class Settings:
         schema = found.pop("schema", None) if isinstance(found, dict) else None
         if schema != SETTINGS_SCHEMA:
             raise MoefastError(f"settings: expected schema {SETTINGS_SCHEMA}, found {schema}")
+        found.setdefault("visit", None)
         return _from_plain(cls, found, "settings")
 
 
@@ -161,11 +175,16 @@ def _from_plain(kind: Any, value: Any, name: str) -> Any:
     if get_origin(kind) is types.UnionType:
         if value is None and type(None) in get_args(kind):
             return None
-        kind = next(k for k in get_args(kind) if k is not type(None))
+        return _from_plain(next(k for k in get_args(kind) if k is not type(None)), value, name)
     accepted = (int, float) if kind is float else kind
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         raise MoefastError(f"{name}: expected {kind.__name__}, found {value!r}")
     return kind(value)
+
+
+def columns_of(settings: Settings) -> dict[str, str]:
+    """Columns of the params table under these settings, name and dtype."""
+    return PARAMS if settings.visit is None else PARAMS | VISIT_PARAMS
 
 
 @dataclass
@@ -178,12 +197,14 @@ class SimulatedBlock:
     params : dict of str to array of shape (n,)
         id (the row), T_eff [K], log_g, M_H, a_M, C_M [dex], mag, seeing [arcsec], redshift, velocity [km/s], ebv [mag],
         calibration_1 … calibration_4 (a_j, in units of `calibration_basis` times the set's rms), snr (median of
-        flux / error, before the calibration error).
+        flux / error, before the calibration error), and `moefast.simulate.visit.VISIT_PARAMS` where visits differ.
     flux, error : arrays of shape (n, 4096), float32
         Flux without noise; error is noise_level times the physical sigma. The calibration error multiplies the flux and
         not the error: what it does is not in the variance that an observer knows.
     noisy : array of shape (n, 4096), float32, or None
         flux + error * normal; None if it was not asked for.
+    mask : array of shape (n, 4096), bool, or None
+        True where a pixel is lost; None if the settings lose none. Flux and error stand there as everywhere.
     """
 
     first_row: int
@@ -191,12 +212,13 @@ class SimulatedBlock:
     flux: np.ndarray
     error: np.ndarray
     noisy: np.ndarray | None
+    mask: np.ndarray | None = None
 
 
 def simulate_params(
     first: int, stop: int, *, seed: int, settings: Settings | None = None
 ) -> dict[str, np.ndarray]:
-    """Labels, conditions and nuisances of rows `first` to `stop` - 1, all of `PARAMS` but snr.
+    """Labels, conditions and nuisances of rows `first` to `stop` - 1, all of `columns_of` but `MEASURED`.
 
     Parameters
     ----------
@@ -239,7 +261,8 @@ def simulate_params(
     bent = np.zeros((n, N_CALIBRATION))
     if settings.calibration:
         bent = ndtri(uniforms(N_CALIBRATION, CALIBRATION_STREAM))
-    return params | {name: bent[:, k].copy() for k, name in enumerate(CALIBRATION)}
+    params |= {name: bent[:, k].copy() for k, name in enumerate(CALIBRATION)}
+    return params if settings.visit is None else params | settings.visit.params(params["id"], seed=seed)
 
 
 def simulate_rows(
@@ -282,14 +305,18 @@ def simulate_rows(
     noise = noise or noise_model(emulator, settings)
     params = simulate_params(first, stop, seed=seed, settings=settings)
     labels = np.stack([params[name] for name in LABELS], axis=1)
-    if settings.moving:
+    visit = settings.visit
+    if settings.moving or visit is not None:
         _check_velocity(settings, emulator)
         velocity = LIGHT_SPEED * ((1.0 + params["redshift"]) * (1.0 + params["velocity"] / LIGHT_SPEED) - 1.0)
-        flux = _shifted(emulator, labels, velocity, first, out)
+        width = params["line_spread"] if visit is not None else None
+        flux = _shifted(emulator, labels, velocity, first, out, width)
     else:
         flux = emulator.flux(labels, out, first_row=first)
     if any(settings.reddening):
         redden(flux, params["ebv"], emulator.wave, out=flux)
+    if visit is not None:
+        return _visited(first, seed, settings, emulator, noise, params, flux, noisy)
     error, snr = noise.error(flux, params["mag"], params["seeing"], noise_level=settings.noise_level)
     if settings.calibration:
         amplitudes = np.stack([params[name] for name in CALIBRATION], axis=1)
@@ -300,17 +327,63 @@ def simulate_rows(
     return SimulatedBlock(first, params | {"snr": snr}, flux, error, draws)
 
 
+def _visited(
+    first: int,
+    seed: int,
+    settings: Settings,
+    emulator: Emulator,
+    noise: NoiseModel,
+    params: dict[str, np.ndarray],
+    flux: np.ndarray,
+    noisy: bool,
+) -> SimulatedBlock:
+    """Stars under their own sky: see `moefast.simulate.visit`. `flux` is changed."""
+    visit = settings.visit
+    assert visit is not None
+    conditions, rows = (params["mag"], params["seeing"]), params["id"]
+    factors, residuals = sky_of(params)
+    error, snr = noise.error(flux, *conditions, noise_level=settings.noise_level, factors=factors)
+    left = noise.line_flux(flux, *conditions, residuals * factors.lines)
+    basis = calibration_basis(emulator.wave)
+    amplitudes = settings.calibration * np.stack([params[name] for name in CALIBRATION], axis=1)
+    # The first of the shapes is the tilt: u/2 is so many times as large.
+    amplitudes[:, 0] += params["tilt"] * 0.5 / basis[0, -1]
+    calibrate(flux, amplitudes, basis, out=flux)
+    flux += left
+    mask = visit.gaps.lost_pixels(emulator.wave, rows, seed=seed)
+    draws = None
+    median = np.ones(len(rows))
+    if noisy or visit.own_median:
+        draws = add_noise(flux, error, seed, rows, stream=NOISE_STREAM)
+    if visit.own_median and draws is not None:
+        median = median_of_good(draws, mask)
+        for values in (flux, error, draws):
+            values /= median[:, None].astype(np.float32)
+    return SimulatedBlock(
+        first, params | {"snr": snr, "median": median}, flux, error, draws if noisy else None, mask
+    )
+
+
 def _shifted(
-    emulator: Emulator, labels: np.ndarray, velocity: np.ndarray, first_row: int, out: np.ndarray | None
+    emulator: Emulator,
+    labels: np.ndarray,
+    velocity: np.ndarray,
+    first_row: int,
+    out: np.ndarray | None,
+    width: np.ndarray | None = None,
 ) -> np.ndarray:
     """Emulated spectra in motion, a few at a time: those at rest stay in the cache."""
     n = len(labels)
     flux = np.empty((n, len(emulator.wave)), dtype=np.float32) if out is None else out
     padded = np.empty((min(n, ROWS_AT_REST), len(emulator.mean)), dtype=np.float32)
+    step = (emulator.wave[-1] - emulator.wave[0]) / (len(emulator.wave) - 1)
+    padded_wave = emulator.wave[0] + step * (np.arange(len(emulator.mean)) - emulator.margin)
     # Parts end where the emulator's tiles do.
     cuts = [0, *range(ROWS_AT_REST - first_row % ROWS_AT_REST, n, ROWS_AT_REST), n] if n else [0]
     for a, b in itertools.pairwise(cuts):
         rest = emulator.padded_flux(labels[a:b], padded[: b - a], first_row=first_row + a)
+        if width is not None:
+            rest = broaden(rest, width[a:b], padded_wave)
         doppler(rest, velocity[a:b], emulator.wave, flux[a:b])
     return flux
 
@@ -399,14 +472,14 @@ def simulate_file(
         "emulator": json.dumps(dict(emulator.provenance), sort_keys=True),
         "emulator_sha256": emulator.sha256,
     }
-    arrays = ("flux", "error", "noisy") if noisy else ("flux", "error")
+    arrays = ("flux", "error", *(("noisy",) if noisy else ()), *(("mask",) if settings.visit else ()))
     writer = SpectrumWriter(
         path,
         n_rows=n_rows,
         wave=emulator.wave,
         wave_edges=emulator.wave_edges,
         arrays=arrays,
-        params=PARAMS,
+        params=columns_of(settings),
         attrs=about | dict(attrs or {}),
         overwrite=overwrite,
     )

@@ -1,7 +1,7 @@
 """Reference sets: what every result is measured on, made anew on any machine from stored seeds.
 
 A set is a configuration and a seed per part. Sets share their seeds: star i of `survey` is star i of `z0` with a
-velocity, reddening and calibration error on top.
+velocity, reddening and calibration error on top, and star i of `wild` is that star again as a real visit shows it.
 
 Design: the identity of a part is its fingerprint, a hash of everything that decides its content: settings, seed, rows,
 the emulator's data, the noise model's curves and the parameters of every row. Numbers that pass through a mathematical
@@ -24,7 +24,8 @@ from moefast.core.errors import InputError, MoefastError
 from moefast.spectra.files import Shard
 
 from .emulator import Emulator
-from .rows import PARAMS, Settings, noise_model, simulate_file, simulate_params, simulate_rows
+from .rows import MEASURED, Settings, columns_of, noise_model, simulate_file, simulate_params, simulate_rows
+from .visit import Visit
 
 __all__ = [
     "FINGERPRINTS",
@@ -42,12 +43,18 @@ __all__ = [
 SCHEMA = 1
 ROWS_AT_ONCE = 65536
 ROWS_COMPARED = 5
+ROWS_OF_GAPS = 64
+"""First rows whose lost pixels count in a fingerprint."""
 LARGEST_DIFFERENCE = 1e-4
 """Relative to flux or error: far above what float32 does on another machine, far below any change of the simulator."""
 
-HASHED = tuple(name for name in PARAMS if name not in {"id", "snr"})
 RESOLUTION = {"T_eff": 1e-3, "velocity": 1e-4}
 """Units to which parameters are rounded (K, km/s); 1e-7 for the others."""
+
+
+def _hashed(settings: Settings) -> tuple[str, ...]:
+    """Columns of the params table that count in a fingerprint."""
+    return tuple(name for name in columns_of(settings) if name not in {"id", *MEASURED})
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,11 @@ REFERENCE_SETS: dict[str, ReferenceSet] = {
         replace(_Z0, velocity_scatter=30.0, reddening=(0.0, 0.3), calibration=0.03),
         PARTS,
     ),
+    "wild": ReferenceSet(
+        "the stars of survey as real visits show them: a sky of their own, gaps, sky residuals, 5 km/s",
+        replace(_Z0, velocity_scatter=5.0, reddening=(0.0, 0.3), calibration=0.03, visit=Visit()),
+        PARTS,
+    ),
 }
 
 FINGERPRINTS: dict[tuple[str, str], str] = {
@@ -104,6 +116,8 @@ FINGERPRINTS: dict[tuple[str, str], str] = {
     ("z0", "test_1k"): "f8591ad61dd071ad4ba9f03f2c8b4d342ac6278bab0b9f6ba54365b2ad3b6f3c",
     ("survey", "test_10k"): "40faa33495e45a1c0fdd2efdb749d987b247ba5da7cd094884a6864849c6cdf4",
     ("survey", "test_1k"): "88bd8667314a30dd1c02436b650a6e7e3c0a7956ec9050f8b5f4c3500b2835a9",
+    ("wild", "test_10k"): "ca55f61dd5a0ea65f48d83a0c1c97fd4032ee0f7cda99aff596ef29b506d3408",
+    ("wild", "test_1k"): "1956bd3a14340aaf0970e951f8e6851fc27c7fd2aad50fbb7d9618c9ea2baff9",
 }
 """Of the parts that have a fixed number of rows, as they were when the sets were frozen."""
 
@@ -184,6 +198,7 @@ def _fingerprint(name: str, part: str, rows: tuple[int, int], blocks: Iterator[d
     chosen, its_part = _part(name, part)
     emulator = Emulator.load()
     noise = noise_model(emulator, chosen.settings)
+    hashed = _hashed(chosen.settings)
     header = {
         "schema": SCHEMA,
         "set": name,
@@ -192,13 +207,20 @@ def _fingerprint(name: str, part: str, rows: tuple[int, int], blocks: Iterator[d
         "seed": its_part.seed,
         "settings": chosen.settings.to_json(),
         "emulator": emulator.sha256,
-        "columns": list(HASHED),
+        "columns": list(hashed),
     }
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for curve in (noise.response, noise.sky_variance):
+    curves = [noise.response, noise.sky_variance]
+    if chosen.settings.visit is not None:
+        # Groups of lines have pixels without any light.
+        curves += [noise.continuum_electrons, *(noise.line_electrons + 1.0)]
+        some = np.arange(rows[0], min(rows[1], rows[0] + ROWS_OF_GAPS))
+        lost = chosen.settings.visit.gaps.lost_pixels(emulator.wave, some, seed=its_part.seed)
+        digest.update(np.packbits(lost).tobytes())
+    for curve in curves:
         digest.update(np.rint(np.log(curve) * 1e5).astype("<i8").tobytes())
     for params in blocks:
-        columns = [np.rint(params[key] / RESOLUTION.get(key, 1e-7)) for key in HASHED]
+        columns = [np.rint(params[key] / RESOLUTION.get(key, 1e-7)) for key in hashed]
         digest.update(np.stack(columns, axis=1).astype("<i8").tobytes())
     return digest.hexdigest()
 
@@ -279,7 +301,7 @@ def identify(path: str | Path | Shard) -> Identity | None:
         claim = Identity(*(str(shard.attrs[name]) for name in Identity._fields))
         first = int(shard.attrs["first_row"])
         *_, rows = part_rows(claim.reference_set, claim.part, (first, first + shard.n_rows))
-        found = _fingerprint(claim.reference_set, claim.part, rows, _stored(shard))
+        found = _fingerprint(claim.reference_set, claim.part, rows, _stored(shard, claim))
         frozen = FINGERPRINTS.get((claim.reference_set, claim.part), found)
         if not claim.fingerprint == found == frozen or not _same_spectra(shard, claim, first):
             return None
@@ -288,9 +310,10 @@ def identify(path: str | Path | Shard) -> Identity | None:
     return claim
 
 
-def _stored(shard: Shard) -> Iterator[dict[str, np.ndarray]]:
+def _stored(shard: Shard, claim: Identity) -> Iterator[dict[str, np.ndarray]]:
+    hashed = _hashed(_part(claim.reference_set, claim.part)[0].settings)
     for start in range(0, shard.n_rows, ROWS_AT_ONCE):
-        yield shard.params(HASHED, start, min(start + ROWS_AT_ONCE, shard.n_rows))
+        yield shard.params(hashed, start, min(start + ROWS_AT_ONCE, shard.n_rows))
 
 
 def _same_spectra(shard: Shard, claim: Identity, first: int) -> bool:
@@ -306,4 +329,8 @@ def _same_spectra(shard: Shard, claim: Identity, first: int) -> bool:
                 difference = np.abs(shard.read(name, row, row + 1) - getattr(block, name))
                 if not (difference <= LARGEST_DIFFERENCE * np.maximum(unit, 1e-2)).all():
                     return False
+        lost = np.zeros(block.flux.shape, bool) if block.mask is None else block.mask
+        stored = shard.read("mask", row, row + 1) if "mask" in shard.arrays else np.zeros_like(lost)
+        if not np.array_equal(stored, lost):
+            return False
     return True

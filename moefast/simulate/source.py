@@ -19,7 +19,15 @@ from moefast.core.errors import InputError, LabelError, MoefastError
 from moefast.spectra.files import Block, Failure, block_edges
 
 from .emulator import Emulator
-from .rows import PARAMS, Settings, SimulatedBlock, noise_model, simulate_params, simulate_rows
+from .rows import (
+    MEASURED,
+    Settings,
+    SimulatedBlock,
+    columns_of,
+    noise_model,
+    simulate_params,
+    simulate_rows,
+)
 from .sets import Identity, fingerprint, part_rows
 
 __all__ = ["SimulatedSpectra"]
@@ -47,7 +55,7 @@ class SimulatedSpectra:
     wave : array of shape (p,), float64
         Wavelength of the pixels in Å.
     arrays : tuple of str
-        flux, error, noisy.
+        flux, error, noisy; mask where the settings lose pixels.
     columns : tuple of str
         Columns of the params table.
     identity : Identity or None
@@ -73,8 +81,6 @@ class SimulatedSpectra:
         model = moefast.fit(SimulatedSpectra.of_set("z0", rows=(0, 200_000)))
     """
 
-    arrays = ("flux", "error", "noisy")
-
     def __init__(
         self,
         n_rows: int,
@@ -94,7 +100,8 @@ class SimulatedSpectra:
         self._simulate(0, 0)
         self.wave = self._emulator.wave
         self.n_pixels = len(self.wave)
-        self.columns = tuple(PARAMS)
+        self.columns = tuple(columns_of(self.settings))
+        self.arrays = ("flux", "error", "noisy") + (("mask",) if self.settings.visit else ())
         self.identity: Identity | None = None
         self.path = Path(f"simulated, seed {seed}, rows {first_row}:{first_row + n_rows}")
         self.shards = (self,)
@@ -150,7 +157,7 @@ class SimulatedSpectra:
         Raises
         ------
         InputError
-            If there is no such column, or it is snr, which is only known block by block.
+            If there is no such column, or it is one of `MEASURED`, which are only known block by block.
         """
         wanted = list(names)
         found = simulate_params(
@@ -176,7 +183,7 @@ class SimulatedSpectra:
 
     def has_labels(self, names: Sequence[str] = ("T_eff", "log_g", "M_H")) -> bool:
         """Whether `labels` would succeed."""
-        return set(names) <= set(self.columns) - {"snr"}
+        return set(names) <= set(self.columns) - set(MEASURED)
 
     def blocks(
         self,
@@ -210,8 +217,8 @@ class SimulatedSpectra:
             raise ValueError(f"rows {start} to {stop} asked for, the set has {self.n_rows}")
         if array not in {"auto", "flux", "noisy"}:
             raise ValueError(f"array must be 'auto', 'flux' or 'noisy', found {array!r}")
-        if unknown := [name for name in params if name not in PARAMS]:
-            raise InputError(f"{self.path}: has no column {unknown[0]!r}; it has {', '.join(PARAMS)}")
+        if unknown := [name for name in params if name not in self.columns]:
+            raise InputError(f"{self.path}: has no column {unknown[0]!r}; it has {', '.join(self.columns)}")
         return self._blocks(block_rows, array != "flux", start, stop, list(params))
 
     def _blocks(
@@ -220,7 +227,8 @@ class SimulatedSpectra:
         for first, last in block_edges(start, stop, block_rows):
             made = self._simulate(first, last, noisy=noisy)
             flux = made.noisy if made.noisy is not None else made.flux
-            yield Block(first, 0, flux, made.error, None, {name: made.params[name] for name in names})
+            mask = made.mask if made.mask is not None and made.mask.any() else None
+            yield Block(first, 0, flux, made.error, mask, {name: made.params[name] for name in names})
 
     def _simulate(self, first: int, stop: int, *, noisy: bool = False) -> SimulatedBlock:
         return simulate_rows(

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from moefast.core.atomic import partial_path, publish
-from moefast.core.errors import InputError, OutputError
+from moefast.core.atomic import atomic_file
+from moefast.core.errors import InputError
 from moefast.spectra.files import SpectrumSet
 from moefast.spectra.quality import Flag, assess, good_pixels
 
@@ -354,14 +354,8 @@ def picture(
         axis.spines[["top", "right"]].set_visible(False)
     files = f"{len(spectra.shards)} files" if len(spectra.shards) > 1 else str(spectra.shards[0].path.name)
     figure.suptitle(f"{files}: {spectra.n_rows} spectra, {spectra.n_pixels} pixels", fontsize=11)
-    partial = partial_path(path, overwrite=overwrite)
-    try:
+    with atomic_file(path, overwrite=overwrite) as partial:
         figure.savefig(partial, format="png")
-        publish(partial, path)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from moefast.core.threads import in_threads, one_blas_thread
 from moefast.experts.inputs import Inputs
-from moefast.trunks.arithmetic import NumPyArithmetic, OnnxArithmetic, is_matrix
+from moefast.ops.arithmetic import NumPyArithmetic, OnnxArithmetic, is_matrix
 from moefast.trunks.networks import KINDS, SEES_FLUX, Kind, Plan, answer, shapes
 
 if TYPE_CHECKING:
@@ -84,9 +84,11 @@ class Heads:
         out = np.empty((3, n, k), np.float32)
         arithmetic = self._single
 
+        # BLAS rounds differently at the edges of its own tiles: a star must be at the same place of a product however
+        # the rows are shared out to threads.
         def run(first: int, stop: int) -> None:
-            for begin in range(first, stop, tile):
-                rows = slice(begin, min(begin + tile, stop))
+            for begin in range(first * tile, stop * tile, tile):
+                rows = slice(begin, min(begin + tile, n))
                 few = rows.stop - begin
                 block = {name: value[rows] for name, value in seen.items()}
                 if few < tile:
@@ -101,7 +103,7 @@ class Heads:
                     out[i, rows] = found[i][:few]
 
         with one_blas_thread():
-            in_threads(n, run, least=tile)
+            in_threads(-(-n // tile), run, least=1)
         return out[0], out[1], out[2]
 
     def predict_reference(self, inputs: Inputs) -> tuple[NDArray, NDArray, NDArray]:

@@ -28,7 +28,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from moefast.trunks.arithmetic import HEAD, Arithmetic
+from moefast.ops.arithmetic import HEAD, Arithmetic
 
 __all__ = ["KINDS", "SEES_FLUX", "Kind", "Plan", "answer", "embed", "shapes", "start"]
 

@@ -28,8 +28,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefast.checkpoint import NETWORK_FILE
+from moefast.core.atomic import atomic_file
 from moefast.core.errors import MoefastError
-from moefast.trunks.arithmetic import FIXED, TorchArithmetic, is_matrix
+from moefast.ops.arithmetic import FIXED, TorchArithmetic, is_matrix
 from moefast.trunks.heads import Heads
 from moefast.trunks.networks import answer
 
@@ -493,18 +494,17 @@ class _Training:
         return found
 
     def save(self) -> None:
-        """Write the state under another name, and rename it."""
+        """Write the state; the file is complete or absent."""
         if self.file is None:
             return
         from safetensors.torch import save_file
 
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.file.with_name(f".{self.file.name}.partial")
         said = {
             "key": self.key, "step": str(self.step), "curve": json.dumps(self.curve), "kernels": self.kernels,
         }  # fmt: skip
-        save_file({name: value.contiguous() for name, value in self.state().items()}, partial, said)
-        partial.replace(self.file)
+        with atomic_file(self.file) as partial:
+            save_file({name: value.contiguous() for name, value in self.state().items()}, partial, said)
 
     def resume(self) -> None:
         """Go on from the checkpoint, if there is one of this fit."""

@@ -98,8 +98,8 @@ def test_nothing_is_asked_of_the_device_before_rows_come(device):
 
 @pytest.mark.usefixtures("device")
 def test_a_fit_on_the_device_is_the_fit(train_file):
+    from moefast.core.grids import uniform
     from moefast.fitting import Options, fit_mixture
-    from moefast.protocol.bins import uniform
     from moefast.spectra.files import open_spectra
 
     options = Options(grid=uniform(2, 1), n_levels=3, sample_draws=1, references=True)

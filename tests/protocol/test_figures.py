@@ -171,7 +171,7 @@ def test_many_experts_are_drawn_without_words():
 
 
 def bins_of(rows, columns):
-    from moefast.protocol.bins import uniform
+    from moefast.core.grids import uniform
 
     return uniform(rows, columns)
 

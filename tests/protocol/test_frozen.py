@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from sklearn.metrics import mean_absolute_error, r2_score
 
-from moefast.core import metrics
-from moefast.protocol import bins, frozen, milestones, report
+from moefast.core import grids, groups, metrics
+from moefast.protocol import frozen, milestones, report
 from moefast.simulate import sets
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "eval_protocol_frozen.md"
 VERSION, SHA256 = 1, "87441f28babb71f0fe1292303b98e853be4aed97ba713c288c9a5332d41e356e"
+ADDITIONS = "66901c7e2144032dd4b4b2f67b46b8a4838210df634d3c890001d7036bfb2c9c"
 CHANGED = """the frozen protocol is no longer what it was. If that was not meant, find what changed (compare
 moefast.protocol.frozen.canonical() before and after). If it was meant, results before and after cannot be compared:
 raise VERSION in moefast/protocol/frozen.py, write the document anew, say so in the changelog, and put version and
@@ -27,6 +28,20 @@ def found():
 
 def test_nothing_frozen_has_changed(found):
     assert (frozen.VERSION, frozen.sha256(found)) == (VERSION, SHA256), CHANGED
+
+
+def test_nothing_added_has_changed():
+    assert frozen.sha256(frozen.collect_additions()) == ADDITIONS, CHANGED
+
+
+def test_every_set_is_frozen_once(found):
+    added = frozen.collect_additions()
+    names = [*found["reference_sets"], *added["reference_sets"]]
+    assert names == list(sets.REFERENCE_SETS)
+    text = frozen.document(found)
+    for one in added["reference_sets"].values():
+        for part in one["parts"].values():
+            assert part["fingerprint"] is None or part["fingerprint"] in text
 
 
 def test_the_document_is_what_the_code_says(found):
@@ -82,14 +97,14 @@ def clipped(y, yhat, honest=metrics.fill_missing):
 @pytest.mark.parametrize(
     ("owner", "name", "value"),
     [
-        (bins, "METAL_POOR", -1.5),
-        (report, "METAL_POOR", -1.5),
+        (grids, "METAL_POOR", -1.5),
+        (groups, "METAL_POOR", -1.5),
         (report, "LOW_SNR_NORM", 3.0),
         (metrics, "SEED", 1),
         (metrics, "fill_missing", filled_with_zero),
         (metrics, "fill_missing", clipped),
-        (report, "assign_snr_bins", lambda norm: bins.assign_snr_bins(norm, (2.5, 4.0, 7.0))),
-        (report, "PHYSICAL_GRID", bins.Grid((3750.0, 4400.0, 5250.0, 6000.0))),
+        (groups, "assign_snr_bins", lambda norm: grids.assign_snr_bins(norm, (2.5, 4.0, 7.0))),
+        (groups, "PHYSICAL_GRID", grids.Grid((3750.0, 4400.0, 5250.0, 6000.0))),
         (sets, "REFERENCE_SETS", {}),
         (milestones, "MILESTONES", ()),
     ],

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from moefast.core.grids import uniform
 from moefast.core.sketches import share_seen
 from moefast.export import build, open_session
 from moefast.model import SHIPPED, Model
-from moefast.protocol.bins import uniform
 from moefast.protocol.evaluate import evaluate
-from moefast.protocol.report import format_text
+from moefast.protocol.report_text import format_text
 from moefast.recipes import fit
 from moefast.simulate.rows import simulate_params
 from moefast.simulate.sets import REFERENCE_SETS

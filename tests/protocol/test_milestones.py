@@ -15,7 +15,7 @@ from moefast.cli import cli
 from moefast.core import metrics
 from moefast.core.errors import InputError
 from moefast.protocol import evaluate as evaluation_module
-from moefast.protocol import milestones, report
+from moefast.protocol import milestones, report, report_text
 from moefast.protocol.milestones import MILESTONES, judge, read_reports
 from moefast.protocol.milestones_report import format_text
 from moefast.simulate.sets import FINGERPRINTS
@@ -445,7 +445,7 @@ def test_text_names_set_fingerprint_marks_and_commands(tmp_path):
 
 
 def test_a_report_has_a_section_of_the_milestones_it_bears_on():
-    text = report.format_text(json.loads(evaluation("phys-moe", 0.63, references=PHYS)))
+    text = report_text.format_text(json.loads(evaluation("phys-moe", 0.63, references=PHYS)))
     head, *rows = text.partition("\nMilestones ")[2].splitlines()[1:]
     assert head.split()[-4:] == ["their", "mark", "any", "set"]
     assert [row.split()[0] for row in rows] == ["C0", "C2"]
@@ -453,7 +453,7 @@ def test_a_report_has_a_section_of_the_milestones_it_bears_on():
     # Numbers that were not made by the frozen protocol are judged by nothing.
     other = json.loads(evaluation("phys-moe", 0.63, references=PHYS))
     other["protocol"]["n_resamples"] = 10
-    assert "Milestones" not in report.format_text(other)
+    assert "Milestones" not in report_text.format_text(other)
 
 
 def test_commands_are_commands_of_this_version(monkeypatch):

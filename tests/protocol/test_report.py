@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from sklearn.metrics import r2_score
 
-from moefast.core import metrics
+from moefast.core import grids, groups, metrics
+from moefast.core.atomic import write_json
 from moefast.core.errors import LabelError, OutputError
-from moefast.protocol import bins, figures, html, report
+from moefast.protocol import figures, html, report, report_text
 
 N = 1201
 
@@ -31,7 +32,7 @@ def sample():
         "data_set": "fake",
         "fingerprint": "sha256:0123456789abcdef",
         "weights": rng.dirichlet(np.ones(9), N),
-        "expert_grid": bins.PHYSICAL_GRID,
+        "expert_grid": grids.PHYSICAL_GRID,
         "references": {
             "published-ridge": y + rng.normal(0, 0.9, N),
             "global-ridge": y + rng.normal(0, 0.7, N),
@@ -53,8 +54,8 @@ def result(sample):
 def test_json_is_deterministic_and_strict(sample, result, tmp_path):
     again = report.evaluate_predictions(**{key: value for key, value in sample.items()})
     assert json.dumps(again, allow_nan=False) == json.dumps(result, allow_nan=False)
-    report.write_json(result, tmp_path / "report.json")
-    report.write_json(again, tmp_path / "again.json")
+    write_json(result, tmp_path / "report.json")
+    write_json(again, tmp_path / "again.json")
     assert (tmp_path / "report.json").read_bytes() == (tmp_path / "again.json").read_bytes()
     assert json.loads((tmp_path / "report.json").read_text()) == result
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again.json", "report.json"]
@@ -67,7 +68,7 @@ def test_headline_matches_scikit_learn_with_the_mean_rule(sample, result):
     assert result["overall"]["r2"] == pytest.approx(r2_score(sample["y"], filled), rel=1e-9)
     low, high = result["overall"]["r2_interval"]
     assert low < result["overall"]["r2"] < high
-    covered = bins.PHYSICAL_GRID.covered(sample["t_eff"], sample["m_h"])
+    covered = grids.PHYSICAL_GRID.covered(sample["t_eff"], sample["m_h"])
     assert result["covered"]["n"] == covered.sum()
     assert result["covered"]["r2"] == pytest.approx(r2_score(sample["y"][covered], filled[covered]), rel=1e-9)
 
@@ -101,11 +102,11 @@ def test_groups_select_the_right_stars(sample, result):
 
 
 def test_octiles_of_a_known_sample():
-    edges = report.octile_edges(np.arange(17.0))
+    edges = groups.octile_edges(np.arange(17.0))
     np.testing.assert_allclose(edges, np.arange(0, 17, 2))
-    octiles = report.assign_octiles([0.0, 1.9, 2.0, 13.9, 14.0, 16.0, np.nan], edges)
+    octiles = groups.assign_octiles([0.0, 1.9, 2.0, 13.9, 14.0, 16.0, np.nan], edges)
     np.testing.assert_array_equal(octiles, [0, 0, 1, 6, 7, 7, -1])
-    assert np.isnan(report.octile_edges([np.nan])).all()
+    assert np.isnan(groups.octile_edges([np.nan])).all()
 
 
 def test_octile_edges_are_reported(sample, result):
@@ -138,7 +139,7 @@ def test_references_rho_and_ceilings(sample, result):
 
 def test_routing_summary(sample, result):
     gate = sample["weights"]
-    expected = (gate.argmax(axis=1) == bins.PHYSICAL_GRID.assign(sample["t_eff"], sample["m_h"])).mean()
+    expected = (gate.argmax(axis=1) == grids.PHYSICAL_GRID.assign(sample["t_eff"], sample["m_h"])).mean()
     assert result["routing"]["accuracy"] == pytest.approx(expected)
     assert sum(result["routing"]["usage"]) == pytest.approx(1)
     assert sum(result["routing"]["mean_weight"]) == pytest.approx(1)
@@ -167,7 +168,7 @@ def test_tiny_sets_give_a_report_text_and_picture(sample, n, tmp_path):
     assert found["routing"] is None
     assert found["references"] == found["ceilings"] == {}
     assert (found["overall"]["r2"] is None) == (n < 2)
-    assert "log g on fake" in report.format_text(found)
+    assert "log g on fake" in report_text.format_text(found)
     figures.overview(found, tmp_path / "tiny.png")
     assert f"{n:,} stars" in html.page(found)
     assert (tmp_path / "tiny.png").stat().st_size > 10_000
@@ -180,7 +181,7 @@ def test_stars_without_snr_stay_in_the_headline(sample):
     assert found["overall"]["n"] == 50
     assert found["snr_norm"]["n_unassigned"] == found["snr_median"]["n_unassigned"] == 2
     assert sum(group["n"] for group in found["snr_median"]["groups"]) == 48
-    assert "2 stars have no finite snr_norm" in report.format_text(found)
+    assert "2 stars have no finite snr_norm" in report_text.format_text(found)
 
 
 def test_an_oracle_without_uplift_is_said_aloud(sample):
@@ -189,13 +190,13 @@ def test_an_oracle_without_uplift_is_said_aloud(sample):
     found = minimal(sample, slice(50), references=references)
     assert found["rho"]["value"] is None
     assert "the oracle is no better" in found["rho"]["reason"]
-    assert "the oracle is no better" in report.format_text(found)
+    assert "the oracle is no better" in report_text.format_text(found)
 
 
 def test_a_ceiling_without_the_published_ridge_says_why_there_is_no_gap(sample):
     found = minimal(sample, slice(50), ceilings={"bayes": 0.8})
     assert found["ceilings"]["bayes"]["gap_closed"] is None
-    assert "no predictions of published-ridge" in report.format_text(found)
+    assert "no predictions of published-ridge" in report_text.format_text(found)
 
 
 def test_wrong_arguments_are_named(sample):
@@ -208,7 +209,7 @@ def test_wrong_arguments_are_named(sample):
     with pytest.raises(ValueError, match="weights must have shape"):
         minimal(sample, slice(50), weights=np.ones(50))
     with pytest.raises(ValueError, match="9 bins and weights 4"):
-        minimal(sample, slice(50), weights=np.ones((50, 4)), expert_grid=bins.PHYSICAL_GRID)
+        minimal(sample, slice(50), weights=np.ones((50, 4)), expert_grid=grids.PHYSICAL_GRID)
     with pytest.raises(ValueError, match="oracle_reference 'x'"):
         minimal(sample, slice(50), oracle_reference="x")
     with pytest.raises(ValueError, match="global_reference 'x'"):
@@ -219,7 +220,7 @@ def test_wrong_arguments_are_named(sample):
 
 def test_text_leads_with_the_headline_and_lines_up(result):
     throughput = {"spectra_per_second": 12345.6, "device": "CPU"}
-    text = report.format_text(result, throughput)
+    text = report_text.format_text(result, throughput)
     lines = text.splitlines()
     assert lines[0] == "log g on fake: 1201 stars, noise level 1 (seed 11)"
     assert lines[3].split()[0] == "R²"
@@ -230,14 +231,14 @@ def test_text_leads_with_the_headline_and_lines_up(result):
     rows = [line for line in lines if line.startswith(("  cool", "  warm", "  hot"))]
     assert len(rows) == 9
     assert len({len(row) for row in rows}) == 1
-    assert report.format_text(json.loads(json.dumps(result)), throughput) == text
-    assert "spectra/s" not in report.format_text(result)
+    assert report_text.format_text(json.loads(json.dumps(result)), throughput) == text
+    assert "spectra/s" not in report_text.format_text(result)
 
 
 def test_failed_writes_are_named_and_leave_nothing(result, tmp_path):
     with pytest.raises(OutputError, match=r"missing/report\.json"):
-        report.write_json(result, tmp_path / "missing" / "report.json")
+        write_json(result, tmp_path / "missing" / "report.json")
     (tmp_path / "folder").mkdir()
     with pytest.raises(OutputError, match="folder"):
-        report.write_json(result, tmp_path / "folder")
+        write_json(result, tmp_path / "folder")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]

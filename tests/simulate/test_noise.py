@@ -10,7 +10,14 @@ from scipy.integrate import quad
 from moefast.core.errors import MoefastError
 from moefast.simulate import Exposure, Instrument, NoiseModel, Sky, simulate_rows
 from moefast.simulate.figures import calculator_model, read_calculator
-from moefast.simulate.noise import PHOTONS_AB0, RAYLEIGH, airglow_lines, telluric_transmission
+from moefast.simulate.noise import (
+    PHOTONS_AB0,
+    RAYLEIGH,
+    SKY_GROUPS,
+    SkyFactors,
+    airglow_lines,
+    telluric_transmission,
+)
 
 CALCULATOR = Path(__file__).resolve().parents[3] / "shared" / "data" / "pfs_mr_etc.txt"
 EDGES = 7100.0 + np.arange(4097) * (1750.0 / 4096)
@@ -215,3 +222,82 @@ def test_arguments_are_checked(model):
         NoiseModel(np.linspace(4000.0, 5000.0, 100))
     with pytest.raises(MoefastError, match="exposure"):
         Exposure(0.0, 1)
+
+
+# --- a sky of another brightness ---------------------------------------------------------------------------
+
+
+def ones(n):
+    return SkyFactors(np.ones(n), np.ones((n, len(SKY_GROUPS))))
+
+
+@pytest.fixture(scope="module")
+def stars():
+    """Twenty stars of z0 with the factors of a random sky."""
+    block = simulate_rows(0, 20, seed=4)
+    return block, SkyFactors.draw(np.arange(20), seed=9)
+
+
+def test_the_parts_are_the_sky(model):
+    parts = model.continuum_electrons + model.line_electrons.sum(axis=0)
+    np.testing.assert_allclose(parts, model.sky_electrons, rtol=1e-12)
+    assert (model.line_electrons.sum(axis=1) > 0).all()
+    np.testing.assert_allclose(
+        model.scaled_sky_variance(ones(2)), np.tile(model.sky_variance, (2, 1)), rtol=1e-12
+    )
+
+
+def test_a_sky_as_it_was_changes_nothing(stars, model):
+    block, _ = stars
+    found = model.rescaled_error(block.flux, block.error, ones(20))
+    np.testing.assert_allclose(found, block.error, rtol=1e-6)
+
+
+def test_errors_under_another_sky_are_those_of_a_model_with_that_sky(stars, model):
+    """All lines three times and the continuum twice as bright: a noise model of its own says what must come out."""
+    block, _ = stars
+    brighter = NoiseModel(EDGES, sky=Sky(continuum=Sky().continuum - 2.5 * np.log10(2.0), lines=3.0))
+    expected, _ = brighter.error(block.flux, block.params["mag"], block.params["seeing"])
+    factors = SkyFactors(np.full(20, 2.0), np.full((20, len(SKY_GROUPS)), 3.0))
+    np.testing.assert_allclose(model.rescaled_error(block.flux, block.error, factors), expected, rtol=2e-5)
+
+
+def test_one_group_moves_its_own_lines_only(stars, model):
+    block, _ = stars
+    factors = ones(20)
+    group = SKY_GROUPS.index("OH 6-2")
+    factors.lines[:, group] = 4.0
+    ratio = model.rescaled_error(block.flux, block.error, factors) / block.error
+    dark = model.line_electrons[group] == 0
+    # The scattered light of the brighter lines reaches every pixel.
+    assert ratio[:, dark].max() < 1.03
+    assert ratio[:, model.line_electrons[group].argmax()].min() > 1.5
+
+
+def test_lost_pixels_do_not_spoil_the_others(stars, model):
+    block, factors = stars
+    whole = model.rescaled_error(block.flux, block.error, factors)
+    error, flux = block.error.copy(), block.flux.copy()
+    error[3, 100:1500], error[4], flux[5, 7] = np.nan, 0.0, np.nan
+    found = model.rescaled_error(flux, error, factors)
+    good = np.isfinite(error) & (error > 0) & np.isfinite(flux)
+    np.testing.assert_allclose(found[good], whole[good], rtol=1e-5)
+    assert np.isnan(found[3, 100:1500]).all()
+    assert (found[4] == 0).all()
+
+
+def test_factors_belong_to_a_row_and_have_their_scatter():
+    many = SkyFactors.draw(np.arange(4000), seed=2)
+    some = SkyFactors.draw(np.array([3999, 5]), seed=2)
+    np.testing.assert_array_equal(some.lines, many.lines[[3999, 5]])
+    np.testing.assert_array_equal(some.continuum, many.continuum[[3999, 5]])
+    assert np.log(many.continuum).std() == pytest.approx(0.3, rel=0.05)
+    assert np.log(many.lines).std(axis=0) == pytest.approx(np.full(len(SKY_GROUPS), 0.5), rel=0.06)
+    correlation = np.corrcoef(np.log(np.column_stack([many.continuum, many.lines])).T)
+    assert np.abs(correlation - np.eye(len(correlation))).max() < 0.08
+
+
+def test_shapes_that_do_not_fit_are_refused(stars, model):
+    block, factors = stars
+    with pytest.raises(MoefastError, match=r"expected shape \(20, 4096\)"):
+        model.rescaled_error(block.flux[:5], block.error[:5], factors)

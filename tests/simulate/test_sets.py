@@ -9,6 +9,7 @@ import pytest
 
 from moefast.core.errors import MoefastError
 from moefast.simulate import Emulator, simulate_file, simulate_params
+from moefast.simulate.gaps import Gaps
 from moefast.simulate.rows import CALIBRATION, PARAMS
 from moefast.simulate.sets import (
     FINGERPRINTS,
@@ -18,6 +19,7 @@ from moefast.simulate.sets import (
     identify,
     simulate_set,
 )
+from moefast.simulate.visit import Visit
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +43,12 @@ def test_the_sets_are_those_of_the_protocol():
     assert (z0.velocity_scatter, z0.redshift, z0.reddening, z0.calibration) == (0, (0, 0), (0, 0), 0)
     changes = {"velocity_scatter": 30.0, "reddening": (0.0, 0.3), "calibration": 0.03}
     assert survey == replace(z0, **changes)
+    wild = REFERENCE_SETS["wild"].settings
+    assert wild == replace(survey, velocity_scatter=5.0, visit=Visit())
+    assert wild.visit == Visit(
+        sky_continuum=0.3, sky_lines=0.5, sky_residual=0.01, tilt=0.05, line_spread=0.1, own_median=True,
+        gaps=Gaps(telluric=2 / 3, random=(0.005, 0.05), block=0.1, block_share=(0.05, 0.2), edges=0.2),
+    )  # fmt: skip
     for chosen in REFERENCE_SETS.values():
         assert {"train", "test_10k", "test_1k"} <= set(chosen.parts)
         assert (chosen.parts["test_10k"].n_rows, chosen.parts["test_1k"].n_rows) == (10_000, 1_000)
@@ -60,13 +68,15 @@ def test_every_fixed_part_is_frozen():
 
 def test_a_star_of_the_survey_is_the_same_star_of_z0():
     for part in ("train", "test_1k"):
-        plain, seen = (
+        plain, seen, wild = (
             simulate_params(5, 40, seed=s.parts[part].seed, settings=s.settings)
             for s in REFERENCE_SETS.values()
         )
         for name, values in plain.items():
             changed = name in {"velocity", "ebv", *CALIBRATION}
             assert np.array_equal(values, seen[name]) != changed, name
+            # The velocities that are left of those of the survey; all else is the same star.
+            np.testing.assert_allclose(wild[name], seen[name] / (6 if name == "velocity" else 1), rtol=1e-12)
 
 
 def test_a_file_is_recognised_by_what_is_in_it(shard):

@@ -9,8 +9,8 @@ from tolerances import assert_close
 from moefast.core.errors import MoefastError
 from moefast.gating.features import LEAST_CONTINUUM
 from moefast.kernels.reference import line_features
+from moefast.ops.arithmetic import is_half, is_matrix
 from moefast.trunks import training
-from moefast.trunks.arithmetic import is_half, is_matrix
 from moefast.trunks.heads import Heads
 from moefast.trunks.networks import Plan, start
 

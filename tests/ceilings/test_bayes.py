@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from moefast.protocol import bayes
-from moefast.protocol.ceiling import rank_statistics
+from moefast.ceilings import bayes
+from moefast.ceilings.ceiling import rank_statistics
 from moefast.simulate import Settings
 from moefast.simulate.emulator import LABELS
 

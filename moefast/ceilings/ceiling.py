@@ -23,19 +23,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import chi2, kstest
 
+from moefast.ceilings import bayes, fisher
 from moefast.core import metrics
+from moefast.core.atomic import write_atomically
 from moefast.core.errors import InputError
-from moefast.core.random import standard_normals
-from moefast.protocol import bayes, fisher
-from moefast.protocol.bins import METAL_POOR, PHYSICAL_GRID, SNR_NORM_NAMES, assign_snr_bins
-from moefast.protocol.evaluate import NOISE_SEED
-from moefast.protocol.report import (
-    N_OCTILES,
-    assign_octiles,
-    evaluate_predictions,
-    octile_edges,
-    write_atomically,
-)
+from moefast.core.groups import groups_of
+from moefast.core.random import NOISE_SEED, standard_normals
 from moefast.simulate.emulator import LABELS
 from moefast.simulate.forward import ForwardModel
 from moefast.simulate.rows import SEEING_MEDIAN, Settings
@@ -43,7 +36,7 @@ from moefast.simulate.sets import Identity, identify
 from moefast.spectra.files import SpectrumSet, open_spectra
 from moefast.spectra.quality import assess, good_pixels
 
-__all__ = ["PUBLISHED_CRLB", "Ceiling", "compute", "known", "read", "report_of_means", "write"]
+__all__ = ["PUBLISHED_CRLB", "Ceiling", "compute", "known", "read", "write"]
 
 Method = Literal["auto", "both", "fisher", "bayes"]
 F64 = NDArray[np.float64]
@@ -75,7 +68,7 @@ class Ceiling:
     stars: dict[str, F64]
 
     def r2(self) -> dict[str, float]:
-        """R² ceilings by name, for `evaluate_predictions`."""
+        """R² ceilings by name, as every evaluation takes them."""
         found: dict[str, float] = {}
         if self.summary["bayes"]:
             found["bayes"] = self.summary["bayes"]["r2"]
@@ -231,7 +224,7 @@ def known(spectra: SpectrumSet) -> Ceiling | None:
     identity = identify(spectra.shards[0]) if len(spectra.shards) == 1 else None
     if identity is None:
         return None
-    source = files("moefast.protocol") / "ceilings" / f"{identity.reference_set}-{identity.part}.json.gz"
+    source = files("moefast.ceilings") / "data" / f"{identity.reference_set}-{identity.part}.json.gz"
     if not source.is_file():
         return None
     with as_file(source) as path:
@@ -430,19 +423,7 @@ def _bayes_summary(
 
 def _groups(table: Mapping[str, F64]) -> dict[str, list[dict[str, Any]]]:
     """Ceilings of the groups that every evaluation reports, R² within each group."""
-    n = len(table["log_g"])
-    norm, median, m_h = table["snr_norm"], table["snr_median"], table["M_H"]
-    by_norm = np.full(n, -1)
-    by_norm[np.isfinite(norm)] = assign_snr_bins(norm[np.isfinite(norm)])
-    edges = octile_edges(median)
-    octiles = assign_octiles(median, edges)
-    bins = PHYSICAL_GRID.assign(table["T_eff"], m_h)
-    groups = {
-        "snr_norm": [(name, by_norm == k) for k, name in enumerate(SNR_NORM_NAMES)],
-        "snr_median": [(f"octile {k + 1}", octiles == k) for k in range(N_OCTILES)],
-        "grid": [(name, bins == k) for k, name in enumerate(PHYSICAL_GRID.names)],
-        "metallicity": [("[M/H] < -1", m_h < METAL_POOR), ("[M/H] >= -1", m_h >= METAL_POOR)],
-    }
+    groups = groups_of(table["T_eff"], table["M_H"], table["snr_norm"], table["snr_median"])
     return {
         kind: [_group(table, name, members) for name, members in members_of]
         for kind, members_of in groups.items()
@@ -463,33 +444,6 @@ def _group(table: Mapping[str, F64], name: str, members: NDArray[np.bool_]) -> d
         out["bayes_means"] = achieved.value
         out["bayes_means_interval"] = [achieved.low, achieved.high]
     return out
-
-
-def report_of_means(ceiling: Ceiling) -> dict[str, Any]:
-    """The posterior means as a model like any other: their evaluation by the frozen protocol.
-
-    Raises
-    ------
-    InputError
-        The Bayes ceiling was not computed.
-    """
-    if "bayes" not in ceiling.stars:
-        raise InputError("this ceiling has no posterior means: it was computed with the Fisher bound alone")
-    stars, data = ceiling.stars, ceiling.summary["data_set"]
-    return evaluate_predictions(
-        stars["log_g"],
-        stars["bayes"],
-        stars["bayes_sd"],
-        t_eff=stars["T_eff"],
-        m_h=stars["M_H"],
-        snr_norm=stars["snr_norm"],
-        snr_median=stars["snr_median"],
-        data_set=data["name"],
-        fingerprint=data["fingerprint"],
-        ceilings={"bayes": ceiling.summary["bayes"]["r2"]},
-        noise_seed=data["noise_seed"],
-        model={"name": "Bayes posterior mean"},
-    )
 
 
 # --- files ---------------------------------------------------------------------------------------------

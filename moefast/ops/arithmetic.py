@@ -1,9 +1,12 @@
-"""One description of a network, three readers: NumPy scores it, torch fits it, ONNX carries it elsewhere.
+"""One description of a computation, several readers: NumPy runs it, torch fits it, ONNX carries it elsewhere.
 
-Design: a network is a plain function of an `Arithmetic` and of what the network sees (`moefast.trunks.networks`). The
-function never touches a number itself: it asks the arithmetic for products, norms and shapes. NumPy does them at once,
-torch keeps what their gradients need, ONNX writes them down as nodes. So the three cannot drift apart, and a new trunk
-is one function. Values have the star as their first axis; shapes are given without it.
+Design: a network (`moefast.trunks.networks`) or a forward pass (`moefast.posterior.forward`) is a plain function of an
+`Arithmetic` and of what it sees. The function never touches a number itself: it asks the arithmetic for products, norms
+and shapes. NumPy does them at once, torch keeps what their gradients need, ONNX writes them down as nodes. So the
+readers cannot drift apart. Values have the star as their first axis; shapes are given without it.
+
+`SolvingArithmetic` adds what a posterior needs: comparisons, logarithms and the elimination of small symmetric positive
+definite matrices, which ONNX does not have and gets as unrolled steps. NumPy and ONNX read it; torch does not need it.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ __all__ = [
     "Arithmetic",
     "NumPyArithmetic",
     "OnnxArithmetic",
+    "SolvingArithmetic",
     "TorchArithmetic",
     "is_half",
     "is_matrix",
@@ -34,7 +38,7 @@ FIXED = (
 """Numbers that are set, not fitted: scales of what goes in and comes out."""
 HEAD = 32
 """Width of an attention head, d."""
-FLOAT, HALF = 1, 10
+FLOAT, BOOL, HALF, DOUBLE = 1, 9, 10, 11
 """`onnx.TensorProto` types."""
 
 
@@ -135,6 +139,50 @@ class Arithmetic(Protocol):
         ...
 
 
+class SolvingArithmetic(Arithmetic, Protocol):
+    """What a posterior may do besides."""
+
+    def log(self, a: Any) -> Any:
+        """Natural logarithm."""
+        ...
+
+    def largest(self, a: Any, axis: int) -> Any:
+        """Maximum over an axis, which is kept with length 1."""
+        ...
+
+    def at_most(self, a: Any, b: Any) -> Any:
+        """Where a ≤ b, broadcast; never where one is NaN."""
+        ...
+
+    def both(self, a: Any, b: Any) -> Any:
+        """Where both hold."""
+        ...
+
+    def where(self, condition: Any, a: Any, b: Any) -> Any:
+        """A where the condition holds, else b."""
+        ...
+
+    def absolute(self, a: Any) -> Any:
+        """Absolute value."""
+        ...
+
+    def reshaped(self, a: Any, shape: Sequence[int]) -> Any:
+        """Another shape for a number, which has no axis of stars."""
+        ...
+
+    def precise(self, a: Any) -> Any:
+        """In double precision from here on."""
+        ...
+
+    def single(self, a: Any) -> Any:
+        """In single precision from here on."""
+        ...
+
+    def inverse(self, a: Any, size: int) -> tuple[Any, Any]:
+        """A⁻¹ and ln det A of symmetric positive definite matrices (…, size, size); ln det is (…,)."""
+        ...
+
+
 class NumPyArithmetic:
     """In NumPy, in the precision of `dtype`.
 
@@ -219,6 +267,36 @@ class NumPyArithmetic:
 
     def part(self, a: NDArray, axis: int, first: int, stop: int) -> NDArray:
         return a[(slice(None),) * axis + (slice(first, stop),)]
+
+    def log(self, a: NDArray) -> NDArray:
+        return np.log(a)
+
+    def largest(self, a: NDArray, axis: int) -> NDArray:
+        return a.max(axis, keepdims=True)
+
+    def at_most(self, a: NDArray, b: NDArray) -> NDArray:
+        return np.less_equal(a, b)
+
+    def both(self, a: NDArray, b: NDArray) -> NDArray:
+        return np.logical_and(a, b)
+
+    def where(self, condition: NDArray, a: NDArray, b: NDArray) -> NDArray:
+        return np.where(condition, a, b)
+
+    def absolute(self, a: NDArray) -> NDArray:
+        return np.abs(a)
+
+    def reshaped(self, a: NDArray, shape: Sequence[int]) -> NDArray:
+        return a.reshape(shape)
+
+    def precise(self, a: NDArray) -> NDArray:
+        return np.asarray(a, np.float64)
+
+    def single(self, a: NDArray) -> NDArray:
+        return np.asarray(a, np.float32 if self.dtype == np.float32 else np.float64)
+
+    def inverse(self, a: NDArray, size: int) -> tuple[NDArray, NDArray]:
+        return np.linalg.inv(a), np.linalg.slogdet(a)[1]
 
 
 class TorchArithmetic:
@@ -400,3 +478,49 @@ class OnnxArithmetic:
             self._graph.axis(axis),
         )
         return self._add("Slice", [a, *ends])
+
+    def log(self, a: str) -> str:
+        return self._add("Log", [a])
+
+    def largest(self, a: str, axis: int) -> str:
+        return self._add("ReduceMax", [a], axes=[axis], keepdims=1)
+
+    def at_most(self, a: str, b: str) -> str:
+        return self._add("LessOrEqual", [a, b])
+
+    def both(self, a: str, b: str) -> str:
+        return self._add("And", [a, b])
+
+    def where(self, condition: str, a: str, b: str) -> str:
+        return self._add("Where", [condition, a, b])
+
+    def absolute(self, a: str) -> str:
+        return self._add("Abs", [a])
+
+    def reshaped(self, a: str, shape: Sequence[int]) -> str:
+        return self._add("Reshape", [a, self._graph.shape("_".join(["shape", *map(str, shape)]), shape)])
+
+    def precise(self, a: str) -> str:
+        return self._cast(a, DOUBLE)
+
+    def single(self, a: str) -> str:
+        return self._cast(a, FLOAT)
+
+    def inverse(self, a: str, size: int) -> tuple[str, str]:
+        # Gauss-Jordan steps in place, a ← a − (column − e)(row + e)ᵀ/pivot: a positive definite matrix needs no
+        # exchange of rows. Double precision throughout.
+        logs = []
+        unit = np.eye(size)
+        last, before = self._graph.axis(-1), self._graph.axis(-2)
+        for k in range(size):
+            ends = self._graph.shape(f"place_{k}", [k]), self._graph.shape(f"place_{k + 1}", [k + 1])
+            column = self._add("Slice", [a, *ends, last])
+            row = self._add("Slice", [a, *ends, before])
+            pivot = self._add("Slice", [column, *ends, before])
+            logs.append(self._add("Log", [pivot]))
+            there = self._graph.number(f"constant.unit_{size}_{k}", unit[k][:, None])
+            beside = self._graph.number(f"constant.unit_row_{size}_{k}", unit[k][None, :])
+            scaled = self.divide(self.add(row, beside), pivot)
+            a = self.subtract(a, self.multiply(self.subtract(column, there), scaled))
+        total = logs[0] if size == 1 else self._add("Sum", logs)
+        return a, self._add("Squeeze", [total, self._graph.shape("matrix_axes", [-2, -1])])

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from scipy.special import ndtri
 from scipy.stats import qmc
 
+from moefast.ceilings.posterior import sample_posterior
 from moefast.core.threads import CORES, one_blas_thread
 from moefast.kernels import gaussian_log_likelihood
-from moefast.protocol.posterior import sample_posterior
 from moefast.simulate.emulator import LABELS
 from moefast.simulate.forward import ForwardModel
 from moefast.simulate.rows import SEEING_MEDIAN

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from moefast.protocol import fisher
+from moefast.ceilings import fisher
 from moefast.simulate import Settings, simulate_rows
 from moefast.simulate.emulator import LABELS
 from moefast.simulate.forward import ForwardModel

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import kstest
 
-from moefast.protocol.posterior import effective_sample_size, sample_posterior
+from moefast.ceilings.posterior import effective_sample_size, sample_posterior
 
 N_DATA = 30
 

@@ -1,13 +1,14 @@
 """The frozen bins: T_eff × [M/H] on the Hertzsprung-Russell side, snr_norm on the noise side.
 
-Design: a grid is a value (frozen, comparable, JSON-ready) and is part of every model; the array work is in
-`moefast.kernels.binning`. Stars outside the grid are edge-clamped to the nearest bin for training, routing
-and full-coverage scores; `Grid.covered` tells which stars needed no clamping.
+Design: a grid is a value (frozen, comparable, JSON-ready) and is part of every model. Bins are assigned in plain NumPy
+and in float64; `moefast.kernels.binning` gives the same bins on either backend. Stars outside the grid are
+edge-clamped to the nearest bin for training, routing and full-coverage scores; `Grid.covered` tells which stars needed
+no clamping.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +16,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moefast.core.errors import InputError, LabelError, ModelError
-from moefast.kernels import binning
 
 __all__ = [
+    "MAX_BINS",
     "METAL_POOR",
     "M_H_EDGES",
     "PHYSICAL_GRID",
@@ -27,6 +28,8 @@ __all__ = [
     "Grid",
     "SnrGrid",
     "assign_snr_bins",
+    "finite_rows",
+    "increasing_edges",
     "read_grid",
     "uniform",
 ]
@@ -45,6 +48,9 @@ SNR_NORM_EDGES = (2.0, 4.0, 7.0)
 
 SNR_NORM_NAMES = ("X", "L", "M", "H")
 """X: snr_norm ≤ 2, L: (2, 4], M: (4, 7], H: > 7."""
+
+MAX_BINS = np.iinfo(np.int16).max
+"""Bins are counted in 16 bits."""
 
 _T_EFF_NAMES = ("cool", "warm", "hot")
 _M_H_NAMES = ("poor", "mid", "rich")
@@ -80,8 +86,8 @@ class Grid:
                     f"{name} must be two or more finite, strictly increasing edges; found {edges}"
                 )
             object.__setattr__(self, name, edges)
-        if self.n_bins > binning.MAX_BINS:
-            raise ValueError(f"a grid may have at most {binning.MAX_BINS} bins; found {self.n_bins}")
+        if self.n_bins > MAX_BINS:
+            raise ValueError(f"a grid may have at most {MAX_BINS} bins; found {self.n_bins}")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -128,9 +134,15 @@ class Grid:
             A label is not finite or the lengths differ.
         """
         try:
-            return binning.assign_bins(t_eff, m_h, self.t_eff_edges, self.m_h_edges)
+            t, m = finite_rows("teff", t_eff), finite_rows("mh", m_h)
+            if t.shape != m.shape:
+                raise ValueError(f"teff and mh must have equal length; found {t.size} and {m.size}")
         except ValueError as error:
             raise LabelError(f"cannot place stars on the T_eff (teff) × M_H (mh) grid: {error}") from error
+        # Only inner edges are compared: that alone clamps stars outside and includes the last edge.
+        i = np.searchsorted(self.t_eff_edges[1:-1], t, side="right")
+        k = np.searchsorted(self.m_h_edges[1:-1], m, side="right")
+        return (self.shape[1] * i + k).astype(np.int16)
 
     def covered(self, t_eff: ArrayLike, m_h: ArrayLike) -> NDArray[np.bool_]:
         """Whether each star lies on the grid, outer edges included; a NaN label is not covered.
@@ -254,6 +266,31 @@ def assign_snr_bins(snr_norm: ArrayLike, edges: tuple[float, ...] = SNR_NORM_EDG
         An SNR is not finite (spectra without data have none: leave them out first).
     """
     try:
-        return binning.assign_snr_bins(snr_norm, edges)
+        rows, cuts = finite_rows("snr", snr_norm), increasing_edges("edges", edges, 1)
     except ValueError as error:
         raise InputError(f"cannot bin spectra by snr_norm: {error}") from error
+    return np.searchsorted(cuts, rows, side="left").astype(np.int16)
+
+
+def finite_rows(name: str, values: ArrayLike) -> NDArray[np.float64]:
+    """The values as a float64 vector; a ValueError that names the first row which is not finite."""
+    rows: NDArray[Any] = np.asarray(values, dtype=np.float64)
+    if rows.ndim != 1:
+        raise ValueError(f"{name} must be one-dimensional; found shape {rows.shape}")
+    bad = ~np.isfinite(rows)
+    if bad.any():
+        row = int(np.argmax(bad))
+        raise ValueError(
+            f"{name} must be finite; found {rows[row]} in row {row} ({int(bad.sum())} such rows)"
+        )
+    return rows
+
+
+def increasing_edges(name: str, values: Sequence[float], at_least: int) -> NDArray[np.float64]:
+    """The edges as a float64 vector; a ValueError if they are too few, not finite or not increasing."""
+    edges = np.asarray(values, dtype=np.float64)
+    if edges.ndim != 1 or edges.size < at_least:
+        raise ValueError(f"{name} must hold at least {at_least} edge(s); found shape {edges.shape}")
+    if not np.isfinite(edges).all() or (np.diff(edges) <= 0).any():
+        raise ValueError(f"{name} must be finite and strictly increasing; found {edges.tolist()}")
+    return edges

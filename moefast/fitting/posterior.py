@@ -1,0 +1,197 @@
+"""The posterior at a star's own noise: its library, its error model, and the limits of what is usual.
+
+Design: the library is made of clean stars that are not in the sample. The sample then gets noise of its own in every
+draw, and in half of the draws gaps of one kind or another, so that errors and limits hold whatever a star has lost. Of
+ten stars seven train the error model, two stop and calibrate it and set the limits, one measures the outcome.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moefast.core.metrics import r2
+from moefast.core.random import add_noise, fold_of_rows
+from moefast.fitting.error_model import Z_95, balanced_factor
+from moefast.fitting.training_set import TrainingSet
+from moefast.gating.mlp import as_float32, fit_error_model
+from moefast.mixture import Mixture
+from moefast.posterior import LABELS, PosteriorMixture, fit_clouds, slopes
+from moefast.simulate.gaps import GAPS
+
+__all__ = ["GAP_KINDS", "fit_posterior"]
+
+F64 = NDArray[np.float64]
+
+LIBRARY_ROWS = 200_000
+"""Stars that a library is made of at most."""
+SCALE_WIDTH = 0.3
+"""Prior width of the scale, relative to the scale that the mean spectrum suggests: as good as free."""
+CALIBRATION_ROWS = 60_000
+"""Noisy draws for the error model and the limits."""
+GAP_KINDS = (
+    "none",
+    "telluric",
+    "random",
+    "random 28 %",
+    "block",
+    "edges",
+    "bluest 15 %",
+    "reddest 10 %",
+    "Ca II alone",
+)
+"""Kinds of `moefast.simulate.gaps.GAPS` that draws have in turn; every other draw has all of its pixels."""
+DISTANCE_QUANTILE, CHI2_QUANTILE = 0.995, 0.999
+"""Share of stars of the training set that the limits let pass."""
+DISTANCE_KNOTS = 6
+LEAST_CHI2_MARGIN = 0.1
+STRENGTH_LIMIT = 12.0
+"""Standard errors that the scale of a spectrum must be away from zero, at the least, for it to be a star."""
+
+
+def fit_posterior(data: TrainingSet, mixture: Mixture) -> tuple[PosteriorMixture, dict[str, Any]]:
+    """A posterior from clean training stars, and what the fit says of itself.
+
+    Parameters
+    ----------
+    data : TrainingSet
+        With clean flux.
+    mixture : Mixture
+        Whose noise-white principal components and reference spectrum are used.
+    """
+    options = data.options
+    names = tuple(name for name in LABELS if name in data.spectra.columns)
+    labels = data.spectra.labels(names)
+    values = np.column_stack([labels[name] for name in names])
+    stars, rows = data.inputs(mixture, "templates", data.other_stretches(LIBRARY_ROWS), noisy=False)
+    reference = mixture.reference.astype(np.float64)
+    noise_shape = mixture.noise_shape.astype(np.float64)
+    arrays = fit_clouds(
+        stars.z, values[rows], data.bins[rows], options.grid.n_bins, basis=mixture.basis.astype(np.float64),
+        reference=reference, noise_shape=noise_shape, n_clouds=options.n_clouds, n_tangents=options.n_tangents,
+        seed=options.seed,
+    )  # fmt: skip
+    nuisances = slopes(mixture.wave, reference, options.slope_widths)
+    arrays["directions"] = np.concatenate([arrays["directions"], nuisances], axis=1).astype(np.float32)
+    found = PosteriorMixture(
+        wave=mixture.wave, reference=mixture.reference, noise_shape=mixture.noise_shape, **arrays,
+        scale_width=SCALE_WIDTH, label_range=mixture.label_range, error_model=_idle(),
+        label_factors=np.ones(len(names), np.float32), label_names=names,
+    )  # fmt: skip
+    found, summary = _calibrate(data, found, values)
+    library = {
+        "clouds": len(found.keys),
+        "tangents": found.tangents.shape[1],
+        "coordinates": found.n_coordinates,
+        "slope_widths": list(options.slope_widths),
+        "scale_width": SCALE_WIDTH,
+    }
+    return found, summary | {"library": library}
+
+
+def _idle() -> tuple[NDArray, NDArray, NDArray, NDArray]:
+    """An error model that says nothing yet."""
+    f32 = np.float32
+    return np.zeros((5, 1), f32), np.zeros(1, f32), np.zeros((1, 1), f32), np.zeros(1, f32)
+
+
+def _calibrate(
+    data: TrainingSet, mixture: PosteriorMixture, values: F64
+) -> tuple[PosteriorMixture, dict[str, Any]]:
+    """The error model, the factors of the other labels, and the limits of stars like the training set."""
+    parts: list[tuple[NDArray, ...]] = []
+    stretches = data.sample_stretches()
+    total = sum(b - a for a, b in stretches)
+    draws = int(np.clip(CALIBRATION_ROWS // total, 1, data.options.sample_draws))
+    thin = max(1, total * draws // CALIBRATION_ROWS)
+    for here, flux, error, usable in data.blocks("calibration", stretches):
+        rows = np.arange(here.start, here.stop)
+        chosen = usable & (rows % thin == 0)
+        rows, clean, sigma = rows[chosen], flux[chosen], error[chosen]
+        for draw in range(draws):
+            x = add_noise(clean, sigma, data.options.seed + 1 + draw, rows)
+            kind = _kind_of(rows, data.options.seed + 2000 + draw)
+            lost = np.zeros(x.shape, bool)
+            for k in np.unique(kind):
+                mine = kind == k
+                lost[mine] = GAPS[GAP_KINDS[k]](mixture.wave, rows[mine], data.options.seed + draw)
+            found = mixture.outputs(x, np.where(sigma > 0, sigma, np.nan), lost)
+            parts.append((
+                rows, kind, found["error_features"], found["label"], found["label_sd"], found["chi2"][:, 0],
+                found["distance"][:, 0], found["strength"][:, 0], found["log_level"][:, 0],
+            ))  # fmt: skip
+    rows, kind, features, label, sd, chi2, distance, strength, level = (
+        np.concatenate(column) for column in zip(*parts, strict=True)
+    )
+    y = values[rows]
+    log_g = np.clip(label[:, 0], *mixture.label_range)
+    part = data.part_of(rows)
+    check = part == 0
+    held, fitted = np.isin(part, (1, 2)), ~check
+    net = fit_error_model(
+        features[fitted], (y[:, 0] - log_g)[fitted], held[fitted], seed=data.options.seed,
+        hidden=16, progress=partial(data.progress, "error model"),
+    )  # fmt: skip
+    ratio = np.abs(y[:, 0] - log_g) / np.exp(net(features)[:, 0])
+    factor = balanced_factor(ratio[held])
+    w1, b1, w2, b2 = net.folded()
+    spread = np.abs(y - label[:, : y.shape[1]]) / sd[:, : y.shape[1]]
+    factors = np.array([balanced_factor(spread[held, i]) for i in range(y.shape[1])])
+    mixture = replace(
+        mixture,
+        error_model=as_float32((w1, b1, w2, b2 + np.log(factor))),
+        label_factors=factors.astype(np.float32),
+    )
+    within = {
+        name: [float(np.mean(ratio[mine] <= factor)), float(np.mean(ratio[mine] <= Z_95 * factor))]
+        for k, name in enumerate(GAP_KINDS)
+        if (mine := check & (kind == k)).any()
+    }
+    whole = check & (kind == 0)
+    judged = whole if whole.any() else check
+    summary = {
+        "chi2_limit": float(1 + 2 * max(np.quantile(chi2, CHI2_QUANTILE) - 1, LEAST_CHI2_MARGIN)),
+        "distance_limit": _distance_limit(distance, strength),
+        "strength_limit": STRENGTH_LIMIT,
+        "log_level": [float(level.min()), float(level.max())],
+        "cross_validation": {
+            "rows": int(check.sum()),
+            "r2": r2(y[judged, 0], log_g[judged]),
+            "coverage_68": float(np.mean(ratio[judged] <= factor)),
+            "coverage_95": float(np.mean(ratio[judged] <= Z_95 * factor)),
+            "coverage_by_gap": within,
+            "r2_by_gap": {
+                name: r2(y[mine, 0], log_g[mine])
+                for k, name in enumerate(GAP_KINDS)
+                if (mine := check & (kind == k)).sum() > 1
+            },
+            "label_r2": {
+                name: r2(y[judged, i], label[judged, i]) for i, name in enumerate(mixture.label_names)
+            },
+            "label_factors": factors.tolist(),
+        },
+    }
+    return mixture, summary
+
+
+def _kind_of(rows: NDArray[np.int64], seed: int) -> NDArray[np.intp]:
+    """Kind of gap of each row, at random: none in every other one, each of the kinds alike in the others."""
+    turn = fold_of_rows(rows, 2 * len(GAP_KINDS), seed)
+    return np.where(turn < len(GAP_KINDS), 0, turn - len(GAP_KINDS)).astype(np.intp)
+
+
+def _distance_limit(distance: NDArray, strength: NDArray) -> dict[str, list[float]]:
+    """Quantile of the distance to the library against ln of the strength: bright stars show what clouds leave out."""
+    log_strength = np.log(np.maximum(strength, 1.0))
+    edges = np.quantile(log_strength, np.linspace(0, 1, DISTANCE_KNOTS + 1))
+    knots, limits = [], []
+    for low, high in itertools.pairwise(edges):
+        mine = (log_strength >= low) & (log_strength <= high)
+        knots.append(float(np.median(log_strength[mine])))
+        limits.append(float(np.quantile(distance[mine], DISTANCE_QUANTILE)))
+    return {"log_strength": knots, "limit": limits}

@@ -1,0 +1,1 @@
+"""One description of a computation, several readers: NumPy, torch, ONNX."""

@@ -1,0 +1,278 @@
+"""The forward pass from flux and error to the posterior of the labels, described once on an arithmetic.
+
+With clean spectra x = c (r + G ζ + N η), r the reference spectrum, G (p, n) the coordinates of spectra, N (p, q) linear
+nuisances with unit prior widths, c the scale of the flux, and a = 1/σ² per pixel (0 where the pixel is bad):
+
+    c₀ = Σ a x r / Σ a r²,      a′ = c₀² a,      y = a′ (x/c₀ − r),
+    u = Bᵀy,    M = Bᵀ diag(a′) B,    B = [G N]                        all that the star says of (ζ, η),
+    u ← u_ζ − M_ζη (I + M_ηη)⁻¹ u_η,   M ← M_ζζ − M_ζη (I + M_ηη)⁻¹ M_ηζ    nuisances marginalised,
+    M₁ = (I + M)⁻¹ M,   u₁ = (I + M)⁻¹ u                             spread of spectra within a cloud marginalised.
+
+Coordinates are scaled such that spectra scatter within a cloud by the identity in the directions that the cloud's own
+tangents leave out. Cloud j has a mean k_j and t tangents, rows of T_j (t, n), along which its spectra scatter by one,
+and one direction more, the change of its mean spectrum with the scale. Its evidence and what it says of label l are
+
+    h = u₁ − M₁ k_j,  ρ = T_j h,  A = I + T_j M₁ T_jᵀ,  γ = A⁻¹ ρ,
+    e_j = ln π_j + ½ k_jᵀ(u₁ + h) + ½ ρᵀγ − ½ ln det A,
+    mean_jl = y_jl + γᵀ g_jl,    cov_jlm = S_jlm − g_jlᵀ g_jm + g_jlᵀ A⁻¹ g_jm,
+
+and the posterior is the mixture of all clouds with weights exp e_j. There is no ln σ² term: the noise is a known weight
+and says nothing by itself, though it holds the photons of the star.
+
+Design: M is made of averages of a′ over cells of a few pixels, in units of the training set's mean noise, so that it is
+one matrix product; `Sizes.cell` = 1 is exact. From u on everything is in double precision. The fast CPU kernels
+(`moefast.kernels.clouds`) are judged by this description, read in NumPy and float64; ONNX is a second reader of it.
+
+Sources: information form of a Gaussian likelihood, e.g. Bishop 2006, section 2.3; mixtures of factor analysers,
+Ghahramani & Hinton 1996.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from moefast.kernels.quality import LARGEST_ERROR
+from moefast.ops.arithmetic import SolvingArithmetic
+
+__all__ = ["LEAST_CURVATURE", "Sizes", "cell_products", "forward"]
+
+LARGEST_FLUX = 3.4028234663852886e38
+"""Of float32: infinite flux is no flux."""
+TINY = 1e-30
+LEAST_SPREAD = 1e-4
+"""Added in dex to standard deviations whose logarithms the error model sees."""
+LEAST_CURVATURE = 1e-8
+"""Added to M where the best point of the whole space is asked for: directions that a star does not see stay put."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The shapes that the description needs.
+
+    Attributes
+    ----------
+    n_pixels, cell : int
+        p, and pixels over which a′ is averaged for M; `cell` divides p.
+    n_coordinates, n_nuisances : int
+        n, q. The last coordinate is the scale.
+    n_clouds, n_tangents, n_labels, n_experts : int
+        m, t (the direction of the scale included), l (the scale included), K.
+    """
+
+    n_pixels: int
+    cell: int
+    n_coordinates: int
+    n_nuisances: int
+    n_clouds: int
+    n_tangents: int
+    n_labels: int
+    n_experts: int
+
+
+def cell_products(op: SolvingArithmetic, sizes: Sizes) -> Any:
+    """Σ B B'/D over the pixels of each cell, (p / cell, (n + q)²): what turns means of a′ D into M."""
+    width = sizes.n_coordinates + sizes.n_nuisances
+    n_cells = sizes.n_pixels // sizes.cell
+    inside = op.reshaped(op.precise(op.number("directions")), (n_cells, sizes.cell, width))
+    shape = op.reshaped(op.precise(op.number("noise_shape")), (n_cells, sizes.cell, 1))
+    products = op.product(op.ordered(op.divide(inside, shape), (0, 2, 1)), inside)
+    return op.reshaped(products, (n_cells, width * width))
+
+
+def forward(op: SolvingArithmetic, sizes: Sizes, flux: Any, error: Any) -> dict[str, Any]:
+    """The posterior of n stars.
+
+    Parameters
+    ----------
+    op : SolvingArithmetic
+        With the numbers of `PosteriorMixture.numbers`.
+    sizes : Sizes
+    flux, error : values of shape (n, p)
+        A bad pixel has a flux that is not finite, or an error that is not positive, above 1e6 or NaN.
+
+    Returns
+    -------
+    dict of str to value
+        log_g, log_g_err : (n, 1)
+            Posterior mean within the range of the training labels, and its calibrated error, dex.
+        label, label_sd, label_cov : (n, l)
+            Posterior mean and standard deviation of each label, and its covariance with the first, log g. The scale
+            over c₀ is the last.
+        weights : (n, K)
+            Probability of each expert's clouds.
+        expert_label : (n, K)
+            Mean of log g by the clouds of each expert alone.
+        error_features : (n, 5)
+            What the error model sees: log g, ln of its standard deviation, ln of that between clouds, the second and
+            third label.
+        chi2 : (n, 1)
+            Energy outside the space of spectra and nuisances, per degree of freedom.
+        distance : (n, 1)
+            What the best point of the space gains over the best cloud, 2 Δ ln L per coordinate: about 1 for a star like
+            those of the library.
+        strength : (n, 1)
+            c₀ over its standard error.
+        scale : (n, 1)
+            c₀.
+        log_level : (n, 1)
+            ½ ln of the mean of σ²/D over good pixels, of the spectrum divided by c₀.
+        n_good : (n, 1)
+            Good pixels.
+    """
+    p, n, q = sizes.n_pixels, sizes.n_coordinates, sizes.n_nuisances
+    k, m, t, labels = sizes.n_experts, sizes.n_clouds, sizes.n_tangents, sizes.n_labels
+    number, constant = op.number, op.constant
+
+    # -- pixels ------------------------------------------------------------------------------------------------
+    finite = op.at_most(op.absolute(flux), constant(LARGEST_FLUX))
+    positive = op.at_most(constant(TINY), error)
+    known = op.at_most(error, constant(LARGEST_ERROR))
+    good = op.both(finite, op.both(positive, known))
+    zero, one = constant(0.0), constant(1.0)
+    x = op.where(good, flux, zero)
+    sigma = op.where(good, error, one)
+    weight = op.divide(op.where(good, one, zero), op.multiply(sigma, sigma))
+    shape = number("noise_shape")
+    relative = op.multiply(weight, shape)
+    n_good = op.total(op.where(good, one, zero), 1)
+    level = op.total(op.where(good, op.divide(op.multiply(sigma, sigma), shape), zero), 1)
+
+    def tall(value: Any) -> Any:
+        return op.shaped(value, (1,))
+
+    # -- scale -------------------------------------------------------------------------------------------------
+    reference = number("reference")
+    weighed = op.multiply(weight, reference)
+    curvature = op.add(tall(op.total(op.multiply(weighed, reference), 1)), constant(TINY))
+    overlap = tall(op.total(op.multiply(weighed, x), 1))
+    error_of_scale = op.root(curvature)
+    strength = op.divide(overlap, error_of_scale)
+    # At least one standard error: the scale of a spectrum of pure noise must not be divided by.
+    scale = op.divide(op.add(error_of_scale, op.relu(op.subtract(overlap, error_of_scale))), curvature)
+
+    # -- information -------------------------------------------------------------------------------------------
+    apart = op.where(good, op.subtract(x, op.multiply(scale, reference)), zero)
+    energy = op.precise(tall(op.total(op.multiply(weight, op.multiply(apart, apart)), 1)))
+    y = op.multiply(scale, op.multiply(weight, apart))
+    u = op.precise(op.product(y, number("directions")))
+    cells = op.total(op.shaped(relative, (p // sizes.cell, sizes.cell)), 2)
+    cells = op.multiply(cells, op.multiply(op.multiply(scale, scale), constant(1.0 / sizes.cell)))
+    products = cell_products(op, sizes)
+    matrix = op.shaped(op.product(op.precise(cells), products), (n + q, n + q))
+    u = op.shaped(u, (n + q, 1))
+
+    # -- nuisances, and the spread within clouds ---------------------------------------------------------------
+    information, vector = op.part(op.part(matrix, 1, 0, n), 2, 0, n), op.part(u, 1, 0, n)
+    explained = op.precise(constant(0.0))
+    if q:
+        own = op.add(op.part(op.part(matrix, 1, n, n + q), 2, n, n + q), op.precise(number("unit_nuisances")))
+        inverse, _ = op.inverse(own, q)
+        cross = op.product(op.part(op.part(matrix, 1, 0, n), 2, n, n + q), inverse)
+        other = op.part(u, 1, n, n + q)
+        explained = op.shaped(op.product(op.ordered(other, (0, 2, 1)), op.product(inverse, other)), (1,))
+        vector = op.subtract(vector, op.product(cross, other))
+        information = op.subtract(
+            information, op.product(cross, op.part(op.part(matrix, 1, n, n + q), 2, 0, n))
+        )
+    unit = op.precise(number("unit_coordinates"))
+    free, _ = op.inverse(op.add(information, op.multiply(unit, op.precise(constant(LEAST_CURVATURE)))), n)
+    point = op.product(free, vector)
+    gain = op.shaped(op.product(op.ordered(vector, (0, 2, 1)), point), (1,))
+    explained = op.add(explained, gain)
+    smoothing, _ = op.inverse(op.add(information, unit), n)
+    u1, m1 = op.product(smoothing, vector), op.product(smoothing, information)
+    # The best free point gains as much under M₁, u₁: ½ u₁ᵀ M₁⁻¹ u₁ = ½ (uᵀ M⁻¹ u − uᵀ (I + M)⁻¹ u).
+    gain = op.subtract(gain, op.shaped(op.product(op.ordered(vector, (0, 2, 1)), u1), (1,)))
+
+    # -- clouds ------------------------------------------------------------------------------------------------
+    keys = op.precise(number("keys_transposed"))  # (n, m)
+    ahead = op.subtract(u1, op.product(m1, keys))  # h, (·, n, m)
+    half = op.precise(constant(0.5))
+    value = op.multiply(half, op.total(op.multiply(keys, op.add(u1, ahead)), 1))  # (·, m)
+    tangents = op.precise(number("tangents"))  # (m, t, n)
+    columns = op.precise(number("tangents_as_columns"))  # (n, m t)
+    along = op.product(tangents, op.shaped(op.ordered(ahead, (0, 2, 1)), (m, n, 1)))  # ρ, (·, m, t, 1)
+    curved = op.ordered(op.product(m1, columns), (0, 2, 1))
+    curved = op.ordered(op.shaped(curved, (m, t, n)), (0, 1, 3, 2))  # (·, m, n, t)
+    inverse, log_determinant = op.inverse(
+        op.add(op.product(tangents, curved), op.precise(number("unit_tangents"))), t
+    )
+    coefficients = op.product(inverse, along)  # γ, (·, m, t, 1)
+    gained = op.shaped(op.total(op.multiply(along, coefficients), 2), (m,))
+    nearest = op.add(value, op.multiply(half, gained))
+    evidence = op.add(
+        op.precise(number("log_weights")), op.subtract(nearest, op.multiply(half, log_determinant))
+    )
+    distance = op.subtract(gain, op.multiply(op.precise(constant(2.0)), op.largest(nearest, 1)))
+
+    # -- labels ------------------------------------------------------------------------------------------------
+    share = op.exp(op.subtract(evidence, op.largest(evidence, 1)))
+    total = tall(op.total(share, 1))
+    share = op.divide(share, total)  # (·, m)
+    members = op.precise(number("members"))  # (m, K)
+    gains = op.precise(number("gains"))  # (m, t, l)
+    means = op.product(op.ordered(coefficients, (0, 1, 3, 2)), gains)  # (·, m, 1, l)
+    means = op.add(op.shaped(means, (m, labels)), op.precise(number("labels")))
+    weights = op.product(share, members)
+    row = op.shaped(share, (1, m))
+    label = op.shaped(op.product(row, means), (labels,))
+    centred = op.subtract(means, op.shaped(label, (1, labels)))
+    first = op.part(centred, 2, 0, 1)
+    between = op.shaped(op.product(row, op.multiply(first, first)), (1,))
+    solved = op.product(inverse, gains)  # (·, m, t, l)
+    inner = op.add(op.total(op.multiply(gains, solved), 2), op.precise(number("scatter")))
+    variance = op.shaped(op.product(row, op.add(inner, op.multiply(centred, centred))), (labels,))
+    with_first = op.total(op.multiply(op.part(gains, 2, 0, 1), solved), 2)
+    with_first = op.add(with_first, op.precise(number("scatter_with_first")))
+    covariance = op.shaped(op.product(row, op.add(with_first, op.multiply(first, centred))), (labels,))
+    # Within each expert: clouds far below the best of all still have an answer of their own.
+    hidden = op.precise(number("others"))  # (K, m): 0 for the expert's clouds, −1e30 for all others
+    each = op.add(op.shaped(evidence, (1, m)), hidden)
+    each = op.exp(op.subtract(each, op.largest(each, 2)))
+    first_means = op.shaped(op.part(means, 2, 0, 1), (m, 1))
+    expert = op.shaped(op.divide(op.product(each, first_means), op.shaped(op.total(each, 2), (k, 1))), (k,))
+
+    # -- what a user sees --------------------------------------------------------------------------------------
+    tiny = op.precise(constant(TINY))
+    counted = op.precise(tall(n_good))
+    freedom = op.add(op.precise(one), op.relu(op.subtract(counted, op.precise(constant(float(n + 1))))))
+    chi2 = op.divide(op.subtract(energy, explained), freedom)
+    mean_level = op.divide(op.precise(tall(level)), op.add(counted, tiny))
+    scale2 = op.precise(op.multiply(scale, scale))
+    log_level = op.multiply(half, op.log(op.add(op.divide(mean_level, scale2), tiny)))
+    spread = op.root(op.add(between, tiny))
+    sd = op.root(op.add(op.relu(variance), tiny))
+    log_g = op.clip(op.part(label, 1, 0, 1), op.precise(number("lowest")), op.precise(number("highest")))
+    floor = op.precise(constant(LEAST_SPREAD))
+    seen = op.joined(
+        [
+            log_g,
+            op.log(op.add(op.part(sd, 1, 0, 1), floor)),
+            op.log(op.add(spread, floor)),
+            op.part(label, 1, 1, 3),
+        ],
+        1,
+    )
+    hidden_units = op.tanh(
+        op.add(op.product(seen, op.precise(number("error.w1"))), op.precise(number("error.b1")))
+    )
+    log_error = op.add(
+        op.product(hidden_units, op.precise(number("error.w2"))), op.precise(number("error.b2"))
+    )
+    return {
+        "log_g": log_g,
+        "log_g_err": op.exp(log_error),
+        "error_features": seen,
+        "label": label,
+        "label_sd": sd,
+        "label_cov": covariance,
+        "weights": weights,
+        "expert_label": expert,
+        "chi2": chi2,
+        "distance": op.divide(distance, op.precise(constant(float(n)))),
+        "strength": strength,
+        "scale": scale,
+        "log_level": log_level,
+        "n_good": tall(n_good),
+    }

@@ -1,0 +1,150 @@
+"""Clouds of clean training spectra, and the coordinates in which they are told.
+
+Design: a cloud is the training stars around one place of the Hertzsprung-Russell diagram: their mean spectrum, the few
+directions in which they scatter most (tangents), and the regression of every label on these. What the tangents leave
+out is nearly the same everywhere, so its mean over all clouds serves for each, and coordinates are chosen in which it
+is the identity: a star's likelihood is blurred by it once, not once per cloud. One cloud with all tangents is the
+linear expert of a bin at the star's own noise; many clouds of few tangents are a posterior over templates.
+
+Clouds are found as those of `moefast.experts.template`, by k-means among the stars of an expert's bin, where labels
+count beside components.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moefast.experts.template import LABEL_WEIGHT, LEAST_STARS, k_means
+from moefast.posterior.mixture import SCALE_UNIT
+
+__all__ = ["LEAST_SCATTER", "fit_clouds", "slopes"]
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+
+LEAST_SCATTER = 1e-3
+"""Variance within clouds, at the least, in units of the noise of the training set."""
+
+
+def slopes(wave: F64, reference: NDArray, widths: Sequence[float]) -> F64:
+    """Legendre polynomials 1, 2, … of wavelength times the reference spectrum and their prior widths, (p, q)."""
+    x = 2 * (wave - wave[0]) / (wave[-1] - wave[0]) - 1
+    each = [
+        width * reference * np.polynomial.legendre.Legendre.basis(k + 1)(x) for k, width in enumerate(widths)
+    ]
+    return np.stack(each, axis=1) if each else np.empty((wave.size, 0))
+
+
+def fit_clouds(
+    z: F32,
+    labels: F64,
+    bins: NDArray[np.integer],
+    n_experts: int,
+    *,
+    basis: F64,
+    reference: F64,
+    noise_shape: F64,
+    n_clouds: int,
+    n_tangents: int,
+    grouped_by: Sequence[int] = (0, 1, 2),
+    seed: int = 0,
+) -> dict[str, NDArray]:
+    """Clouds of the stars of each bin, as many as its share of the stars, in coordinates of their own.
+
+    Parameters
+    ----------
+    z : array of shape (n, r), float32
+        Stars in noise-white components, without noise.
+    labels : array of shape (n, l)
+        What the clouds predict, log g first.
+    bins : array of shape (n,), int
+        0 … n_experts − 1.
+    n_experts : int
+    basis : array of shape (p, r)
+        Noise-white principal components T; a spectrum is reference + D T z.
+    reference, noise_shape : array of shape (p,)
+        Reference spectrum, and mean noise variance D of the training set.
+    n_clouds, n_tangents : int
+        Clouds in all, and tangents of each.
+    grouped_by : sequence of int
+        Labels in which a cloud should be small.
+    seed : int
+
+    Returns
+    -------
+    dict of str to array
+        Arrays of a `PosteriorMixture`: `directions` (p, r + 1), the scale last; `keys`, `tangents`, `gains`,
+        `log_weights`, `labels`, `scatter`, `first`.
+
+    Raises
+    ------
+    ValueError
+        A bin is empty.
+    """
+    counts = np.bincount(bins, minlength=n_experts)
+    if (counts == 0).any():
+        raise ValueError(f"no star in bin {int(counts.argmin())}; a library needs some in each")
+    rng = np.random.default_rng(seed)
+    near = labels[:, list(grouped_by)]
+    spread = near.std(0)
+    scaled = LABEL_WEIGHT * (near - near.mean(0)) / np.where(spread > 0, spread, 1.0)
+    points = np.concatenate([z / np.sqrt(z.var(0, dtype=np.float64) + 1.0), scaled], axis=1)
+    points = points.astype(np.float32)
+    r, t = z.shape[1], min(n_tangents, z.shape[1])
+    parts, first, within = [], [0], np.zeros((r, r))
+    for k in range(n_experts):
+        rows = np.flatnonzero(bins == k)
+        share = max(1, min(round(n_clouds * len(rows) / len(bins)), len(rows) // LEAST_STARS))
+        nearest = k_means(points[rows], share, rng)
+        order = np.argsort(nearest, kind="stable")
+        cuts = np.searchsorted(nearest[order], np.arange(share + 1))
+        clouds = [rows[order[a:b]] for a, b in itertools.pairwise(cuts) if b > a]
+        for cloud in clouds:
+            *part, left = _cloud(z[cloud].astype(np.float64), labels[cloud], t, len(bins))
+            within += len(cloud) / len(bins) * left
+            parts.append(part)
+        first.append(first[-1] + len(clouds))
+    keys, tangents, gains, log_weights, means, scatter = (
+        np.array(column) for column in zip(*parts, strict=True)
+    )
+    # Coordinates in which what is left within clouds is the identity: z = F ζ with F Fᵀ = E.
+    variances, vectors = np.linalg.eigh(within)
+    root = np.sqrt(np.maximum(variances, 0) + LEAST_SCATTER)
+    forth, back = vectors * root, vectors / root
+    scale = SCALE_UNIT * reference[:, None]
+    none = np.zeros((len(keys), 1))
+    arrays = {
+        "directions": np.concatenate([(noise_shape[:, None] * basis) @ forth, scale], axis=1),
+        "keys": np.concatenate([keys @ back, none], axis=1),
+        "tangents": np.concatenate([tangents @ back, np.zeros((*tangents.shape[:2], 1))], axis=2),
+        "gains": gains,
+        "log_weights": log_weights,
+        "labels": means,
+        "scatter": scatter,
+    }
+    return {name: np.ascontiguousarray(value, np.float32) for name, value in arrays.items()} | {
+        "first": np.array(first, np.int64)
+    }
+
+
+def _cloud(z: F64, y: F64, t: int, n_all: int) -> tuple:
+    """Mean, tangents, gains, ln share, mean labels, and what is left of the covariances of labels and of z."""
+    n = len(z)
+    mean, label = z.mean(0), y.mean(0)
+    apart, dy = z - mean, y - label
+    covariance = apart.T @ apart / n
+    variances, vectors = np.linalg.eigh(covariance)
+    # Fewer stars than tangents span fewer.
+    kept = min(t, n - 1)
+    along = np.sqrt(np.maximum(variances[::-1][:kept], 0))
+    tangents, gains = np.zeros((t, z.shape[1])), np.zeros((t, y.shape[1]))
+    tangents[:kept] = vectors.T[::-1][:kept] * along[:, None]
+    towards = vectors.T[::-1][:kept] / np.maximum(along, 1e-9)[:, None]
+    gains[:kept] = towards @ (apart.T @ dy / n)
+    scatter = dy.T @ dy / n - gains.T @ gains
+    left = covariance - tangents.T @ tangents
+    return mean, tangents, gains, np.log(n / n_all), label, scatter, left

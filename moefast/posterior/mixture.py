@@ -1,0 +1,291 @@
+"""A fitted posterior: the arrays of `moefast.posterior.forward`, and the way from a block of spectra to labels.
+
+Design: a library of clouds of clean spectra, grouped in bins of T_eff × [M/H] like the experts of `moefast.mixture`;
+the gate is Bayes' rule. `PosteriorMixture.predict_reference` is the description read in NumPy and float64,
+`PosteriorMixture.predict` the compiled kernels in float32, and `moefast.export` writes the description as ONNX; tests
+hold the three together. Stored are the numbers that cannot be derived from others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moefast.kernels import cell_size
+from moefast.mixture import Prediction
+from moefast.ops.arithmetic import NumPyArithmetic
+from moefast.posterior.forward import Sizes, forward
+from moefast.spectra.quality import Quality, assess, good_pixels
+
+__all__ = ["LABELS", "ORDER", "SCALE_UNIT", "PosteriorMixture"]
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+
+LABELS = ("log_g", "T_eff", "M_H", "a_M", "C_M")
+"""Labels of a library, those that the training set has; log g is the headline and comes first."""
+SCALE_UNIT = 1e-3
+"""The coordinate of the scale counts parts in a thousand of the reference spectrum."""
+REFERENCE_ROWS = 32
+"""Stars that the description sees at a time: it holds a matrix for each star and cloud."""
+ORDER = (
+    "reference", "noise_shape", "directions", "keys", "tangents", "gains", "log_weights", "labels", "scatter",
+    "first", "scale_width", "label_range", "error.w1", "error.b1", "error.w2", "error.b2", "label_factors",
+)  # fmt: skip
+"""What is stored of a mixture."""
+
+
+@dataclass(frozen=True)
+class PosteriorMixture:
+    """Clouds of clean spectra in n coordinates, with q nuisances and an error model.
+
+    Attributes
+    ----------
+    wave : array of shape (p,), float64, Å
+    reference : array of shape (p,)
+        The spectrum r that all others are told apart from.
+    noise_shape : array of shape (p,)
+        D, mean noise variance of the training set per pixel.
+    directions : array of shape (p, n + q)
+        G and N of `moefast.posterior.forward`; column n − 1 is `SCALE_UNIT` times the reference.
+    keys : array of shape (m, n)
+        Means of the clouds, sorted by expert.
+    tangents : array of shape (m, t, n)
+        Directions along which the spectra of a cloud scatter by one.
+    gains : array of shape (m, t, l)
+        Covariance of the coordinate along each tangent with each label.
+    log_weights : array of shape (m,)
+        ln of the cloud's share of the training stars.
+    labels : array of shape (m, l)
+        Mean labels, as `label_names` has them, in their units.
+    scatter : array of shape (m, l, l)
+        Covariance of the labels within the cloud that the tangents do not explain.
+    first : array of shape (K + 1,), int64
+        Clouds first[k] to first[k + 1] belong to expert k.
+    scale_width : float
+        Prior width of the scale, relative to the scale that the reference spectrum suggests.
+    label_range : tuple of float
+        log g is clipped to it, dex.
+    error_model : tuple of arrays W₁ (5, h), b₁, W₂ (h, 1), b₂
+        From `error_features` to ln of the error of log g.
+    label_factors : array of shape (l,)
+        What the posterior's own standard deviation of each label is multiplied with; that of log g is not used.
+    label_names : tuple of str
+        Of `LABELS`, the first l.
+    """
+
+    wave: F64
+    reference: F32
+    noise_shape: F32
+    directions: F32
+    keys: F32
+    tangents: F32
+    gains: F32
+    log_weights: F32
+    labels: F32
+    scatter: F32
+    first: NDArray[np.int64]
+    scale_width: float
+    label_range: tuple[float, float]
+    error_model: tuple[F32, F32, F32, F32]
+    label_factors: F32
+    label_names: tuple[str, ...] = LABELS
+
+    def __post_init__(self) -> None:
+        p, (m, n), labels = self.wave.size, self.keys.shape, len(self.label_names)
+        t = self.tangents.shape[1]
+        expected = {
+            "reference": (p,),
+            "noise_shape": (p,),
+            "tangents": (m, t, n),
+            "gains": (m, t, labels),
+            "log_weights": (m,),
+            "labels": (m, labels),
+            "scatter": (m, labels, labels),
+            "label_factors": (labels,),
+        }
+        for name, shape in expected.items():
+            if getattr(self, name).shape != shape:
+                raise ValueError(f"{name} of shape {shape} expected; found {getattr(self, name).shape}")
+        if self.directions.ndim != 2 or self.directions.shape[0] != p or self.directions.shape[1] < n:
+            raise ValueError(
+                f"directions of shape ({p}, {n} or more) expected; found {self.directions.shape}"
+            )
+        first = self.first
+        if first.ndim != 1 or first[0] != 0 or first[-1] != m or (np.diff(first) < 1).any():
+            raise ValueError(f"every expert needs clouds, {m} in all; found boundaries {first.tolist()}")
+        if self.error_model[0].shape[0] != 5 or self.error_model[2].shape[1] != 1:
+            raise ValueError("an error model of five features and one answer expected")
+        if not (self.noise_shape > 0).all():
+            raise ValueError("noise_shape must be positive in every pixel")
+
+    # -- what others ask of a mixture --------------------------------------------------------------------------
+
+    @property
+    def n_pixels(self) -> int:
+        """Number of pixels p."""
+        return self.wave.size
+
+    @property
+    def n_experts(self) -> int:
+        """Number of experts K."""
+        return self.first.size - 1
+
+    @property
+    def n_coordinates(self) -> int:
+        """Coordinates of a spectrum, the scale among them."""
+        return self.keys.shape[1]
+
+    @property
+    def n_nuisances(self) -> int:
+        """Linear nuisances."""
+        return self.directions.shape[1] - self.n_coordinates
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """Shapes of the forward pass."""
+        m, t = self.gains.shape[:2]
+        return Sizes(
+            self.n_pixels, cell_size(self.n_pixels), self.n_coordinates, self.n_nuisances, m, t + 1,
+            len(self.label_names) + 1, self.n_experts,
+        )  # fmt: skip
+
+    def stored(self) -> dict[str, NDArray]:
+        """Everything that the mixture is made of but its wave grid, by the names in `ORDER`."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name in ORDER}
+        own |= dict(zip(("error.w1", "error.b1", "error.w2", "error.b2"), self.error_model, strict=True))
+        own["scale_width"] = np.array([self.scale_width], np.float32)
+        own["label_range"] = np.array(self.label_range, np.float32)
+        return {name: own[name] for name in ORDER}
+
+    @classmethod
+    def from_stored(
+        cls, wave: F64, arrays: dict[str, NDArray], label_names: tuple[str, ...]
+    ) -> PosteriorMixture:
+        """The inverse of `stored`; ValueError where the arrays do not fit together."""
+        arrays = dict(arrays)
+        w1, b1, w2, b2 = (arrays.pop(f"error.{name}") for name in ("w1", "b1", "w2", "b2"))
+        low, high = (float(v) for v in arrays.pop("label_range"))
+        width = float(arrays.pop("scale_width")[0])
+        return cls(
+            wave=wave, **arrays, scale_width=width, label_range=(low, high), error_model=(w1, b1, w2, b2),
+            label_names=label_names,
+        )  # fmt: skip
+
+    @cached_property
+    def numbers(self) -> dict[str, NDArray]:
+        """What the description asks for, derived from what is stored."""
+        m, n = self.keys.shape
+        t, labels = self.gains.shape[1:]
+        # The change of a cloud's mean spectrum with the scale, and the scale itself as the last label.
+        along = self.keys.copy()
+        along[:, -1] = 1 / SCALE_UNIT
+        tangents = np.concatenate([self.tangents, self.scale_width * along[:, None]], axis=1)
+        gains = np.zeros((m, t + 1, labels + 1), np.float32)
+        gains[:, :t, :labels] = self.gains
+        gains[:, t, labels] = self.scale_width
+        scatter = np.concatenate([np.einsum("mll->ml", self.scatter), np.zeros((m, 1), np.float32)], axis=1)
+        with_first = np.concatenate([self.scatter[:, 0], np.zeros((m, 1), np.float32)], axis=1)
+        means = np.concatenate([self.labels, np.ones((m, 1), np.float32)], axis=1)
+        expert = np.repeat(np.arange(self.n_experts), np.diff(self.first))
+        members = (expert[:, None] == np.arange(self.n_experts)).astype(np.float32)
+        w1, b1, w2, b2 = self.error_model
+        q = self.n_nuisances
+        return {
+            "reference": self.reference,
+            "noise_shape": self.noise_shape,
+            "directions": self.directions,
+            "keys_transposed": np.ascontiguousarray(self.keys.T),
+            "tangents": tangents.astype(np.float32),
+            "tangents_as_columns": np.ascontiguousarray(tangents.reshape(-1, n).T, np.float32),
+            "gains": gains,
+            "log_weights": self.log_weights,
+            "labels": means,
+            "scatter": scatter,
+            "scatter_with_first": with_first,
+            "members": members,
+            "others": np.where(members.T > 0, np.float32(0), np.float32(-1e30)),
+            "lowest": np.float32(self.label_range[0]),
+            "highest": np.float32(self.label_range[1]),
+            "unit_nuisances": np.eye(q, dtype=np.float32),
+            "unit_coordinates": np.eye(n, dtype=np.float32),
+            "unit_tangents": np.eye(t + 1, dtype=np.float32),
+            "error.w1": w1,
+            "error.b1": b1,
+            "error.w2": w2,
+            "error.b2": b2,
+        }
+
+    # -- scoring -----------------------------------------------------------------------------------------------
+
+    def describe(self, flux: NDArray, error: NDArray) -> dict[str, F64]:
+        """Every output of the forward pass in NumPy and float64: the contract of the kernels and of ONNX."""
+        numbers, parts = NumPyArithmetic(self.numbers), []
+        for a in range(0, max(1, len(flux)), REFERENCE_ROWS):
+            here = slice(a, a + REFERENCE_ROWS)
+            with np.errstate(invalid="ignore", over="ignore"):
+                x, sigma = flux[here].astype(np.float64), error[here].astype(np.float64)
+                parts.append(forward(numbers, self.sizes, x, sigma))
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def predict_reference(
+        self, flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None = None
+    ) -> Prediction:
+        """Predictions by the description; see `predict`."""
+        seen = error if mask is None else np.where(mask, np.nan, error)
+        return self.prediction(self.describe(flux, seen))
+
+    def prediction(self, found: dict[str, NDArray]) -> Prediction:
+        """Predictions for users from the outputs of the forward pass."""
+        names = self.label_names
+        factors = self.label_factors.astype(np.float64)
+        label, sd, cov = found["label"], found["label_sd"], found["label_cov"]
+        count = len(names)
+        correlation = cov[:, 1:count] / np.maximum(sd[:, :1] * sd[:, 1:count], 1e-12)
+        errors = sd[:, :count] * factors
+        errors[:, 0] = found["log_g_err"][:, 0]
+        return Prediction(
+            log_g=found["log_g"][:, 0],
+            log_g_err=found["log_g_err"][:, 0],
+            log_g_err_raw=sd[:, 0],
+            weights=found["weights"],
+            expert_log_g=np.clip(found["expert_label"], *self.label_range),
+            chi2=found["chi2"][:, 0],
+            log_level=found["log_level"][:, 0],
+            labels=label[:, 1:count],
+            label_errors=errors[:, 1:],
+            label_correlations=np.clip(correlation, -1, 1),
+            scale=found["scale"][:, 0] * label[:, count],
+            distance=found["distance"][:, 0],
+            strength=found["strength"][:, 0],
+        )
+
+    def predict(
+        self, flux: F32, error: F32, mask: NDArray[np.bool_] | None = None, *, first_row: int = 0
+    ) -> Prediction:
+        """Predictions in float32 on the CPU kernels.
+
+        Parameters
+        ----------
+        flux, error : array of shape (n, p), float32
+            In any unit: the scale is free.
+        mask : array of shape (n, p), bool, optional
+            True where a pixel is bad whatever it holds. Rows without a good pixel get numbers that mean nothing.
+        first_row : int
+            Index of the first row in its file.
+        """
+        return self.score(flux, error, mask, first_row=first_row)[0]
+
+    def score(
+        self, flux: F32, error: F32, mask: NDArray[np.bool_] | None = None, *, first_row: int = 0
+    ) -> tuple[Prediction, Quality]:
+        """Predictions, and the quality of the spectra; see `predict`."""
+        quality = assess(flux, error, good_pixels(flux, error, mask), mask)
+        return self.prediction(self.outputs(flux, error, mask)), quality
+
+    def outputs(self, flux: F32, error: F32, mask: NDArray[np.bool_] | None = None) -> dict[str, NDArray]:
+        """Every output of the forward pass on the CPU kernels; see `predict` and `moefast.posterior.forward`."""
+        return self.describe(flux, error if mask is None else np.where(mask, np.float32(np.nan), error))
