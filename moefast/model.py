@@ -43,7 +43,7 @@ LARGEST_MANIFEST = 16 * 2**20
 _PACKAGES = ("numpy", "scipy", "numba", "h5py", "onnx")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Model:
     """A fitted mixture with its manifest.
 
@@ -62,6 +62,10 @@ class Model:
     manifest: dict[str, Any]
     references: dict[str, LinearForm]
     path: Path | None = None
+
+    def __repr__(self) -> str:
+        wave = self.mixture.wave
+        return f"<Model {self.name}: {self.mixture.n_experts} experts, {wave.size} pixels, {wave[0]:.1f}-{wave[-1]:.1f} Å>"
 
     @classmethod
     def from_fit(cls, fit: Fit, *, recipe: str, grid: Grid | SnrGrid, training: dict[str, Any]) -> Model:
