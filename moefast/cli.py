@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -342,20 +343,35 @@ def simulate(
     click.echo(f"{out}: {last - first:,} spectra, seed {seed}{shard}, {arrays}")
 
 
+@cache
+def _grid_of(model: str | None) -> Any:
+    """Wavelengths of a model."""
+    from moefast.model import Model
+
+    return Model.load(model).mixture.wave
+
+
 @cli.command()
 @FILES
+@MODEL
 @click.option(
     "--picture", type=click.Path(dir_okay=False), help="Draw a few spectra and the SNR histograms to a PNG."
 )
 @click.option("--limit", type=click.IntRange(1), help="Look at so many rows at most.")
 @JSON
-def inspect(files: tuple[str, ...], picture: str | None, limit: int | None, as_json: bool) -> None:
-    """Show what is in spectrum files: arrays, wave grid, labels, SNR percentiles, bad rows."""
-    from moefast.spectra.files import open_spectra
+def inspect(
+    files: tuple[str, ...], model: str | None, picture: str | None, limit: int | None, as_json: bool
+) -> None:
+    """Show what is in spectrum files: arrays, wave grid, labels, SNR percentiles, bad rows.
+
+    FITS files of surveys are shown as the model would see them, on its grid.
+    """
+    from moefast.spectra.prepared import open_as_found
     from moefast.spectra.summary import format_text, summarise
     from moefast.spectra.summary import picture as draw
 
-    spectra = open_spectra(files, on_error="skip")
+    # Files of surveys have no grid of their own that all rows share.
+    spectra = open_as_found(files, lambda: _grid_of(model), on_error="skip")
     facts = summarise(spectra, max_rows=limit)
     click.echo(json.dumps(facts, indent=1) if as_json else format_text(facts))
     if picture:

@@ -65,7 +65,10 @@ class Model:
 
     def __repr__(self) -> str:
         wave = self.mixture.wave
-        return f"<Model {self.name}: {self.mixture.n_experts} experts, {wave.size} pixels, {wave[0]:.1f}-{wave[-1]:.1f} Å>"
+        return (
+            f"<Model {self.name}: {self.mixture.n_experts} experts, {wave.size} pixels, "
+            f"{wave[0]:.1f}-{wave[-1]:.1f} Å>"
+        )
 
     @classmethod
     def from_fit(cls, fit: Fit, *, recipe: str, grid: Grid | SnrGrid, training: dict[str, Any]) -> Model:

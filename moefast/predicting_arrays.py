@@ -1,8 +1,8 @@
 """Predictions for spectra that are in memory: arrays, masked arrays, quantities, NDData and specutils objects.
 
-Design: what becomes of a spectrum is what becomes of one in a file (`moefast.spectra.prepared`, `moefast.scoring`), so the
-numbers are the command's. Objects of other packages are known by what they have, not by their types: a flux or data with
-a unit, an uncertainty of a named type, a mask, a spectral axis.
+Design: what becomes of a spectrum is what becomes of one in a file (`moefast.spectra.prepared`, `moefast.scoring`), so
+the numbers are the command's. Objects of other packages are known by what they have, not by their types: a flux or data
+with a unit, an uncertainty of a named type, a mask, a spectral axis.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _POWER = {"std": 1, "var": 2, "ivar": -2}
 
 @dataclass(frozen=True)
 class _Given:
-    """Spectra (n, k) with their 1σ, bad pixels, wavelengths in Å ((k,) or (n, k); None: the model's) and unit of flux."""
+    """Spectra (n, k), 1σ, bad pixels, wavelengths in Å ((k,) or (n, k); None: the model's) and unit of flux."""
 
     flux: NDArray
     error: NDArray
@@ -61,9 +61,9 @@ def predict_arrays(
 
     Parameters
     ----------
-    flux : array of shape (p,) or (n, p), quantity, masked array, NDData or specutils spectrum, or a sequence of the latter
-        Flux of one star, or of n. With a unit it is converted to f_λ and divided by its median; without one it must be f_λ
-        that is divided by it already, as training sets are.
+    flux : array of shape (p,) or (n, p), quantity, masked array, NDData or specutils spectrum, or a list of spectra
+        Flux of one star, or of n. With a unit it is converted to f_λ and divided by its median; without one it must be
+        f_λ that is divided by it already, as training sets are.
     error : array of the same shape
         1σ. Not for objects that have an uncertainty of their own.
     model : Model, path of a model folder, or name of a shipped model, optional
@@ -88,8 +88,8 @@ def predict_arrays(
     Raises
     ------
     InputError
-        Shapes do not fit, a unit is no flux density, wavelengths are not increasing, or flux without a unit is on a scale
-        of its own.
+        Shapes do not fit, a unit is no flux density, wavelengths are not increasing, or flux without a unit is on a
+        scale of its own.
 
     Examples
     --------
@@ -128,7 +128,10 @@ def predict_arrays(
         values["v_los"] = moved.velocity.astype(np.float32)
     layout = table_columns(chosen.mixture.n_experts, {}, False, moved)
     return Table(
-        [Column(values[c.name], c.name, unit=units.Unit(c.unit) if c.unit else None, description=c.description) for c in layout],
+        [
+            Column(values[c.name], c.name, unit=units.Unit(c.unit) if c.unit else None, description=c.description)
+            for c in layout
+        ],
         meta={"model": chosen.name, "model_sha256": chosen.hash, "backend": where.name, "device": where.device},
     )  # fmt: skip
 

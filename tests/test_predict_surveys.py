@@ -77,7 +77,7 @@ def test_rows_that_are_selected_are_those_of_the_whole(coadd, model, tmp_path):
     columns, attrs = read_table(tmp_path / "t.fits")
     rows = [4, 5, 8, 9]
     np.testing.assert_array_equal(columns["row"], rows)
-    same_rows({k: v for k, v in columns.items()}, whole, slice(None), other_rows=np.array(rows), but=())
+    same_rows(columns, whole, slice(None), other_rows=np.array(rows), but=("patch",))
     assert attrs["select"] == "targetType == 1 and objId > 1001"
     assert part.n_rows == 4
     with pytest.raises(InputError, match="holds for none of the rows 0:12"):

@@ -26,11 +26,21 @@ from moefast.spectra.layouts.registry import SurveyFile, open_survey_file
 from moefast.spectra.resample import Pixels, on_grid
 from moefast.spectra.units import LIGHT_SPEED, air_to_vacuum
 
-__all__ = ["MEDIA", "Origins", "Preparation", "PreparedShard", "in_vacuum", "open_prepared", "prepare_rows"]
+__all__ = [
+    "MEDIA",
+    "Origins",
+    "Preparation",
+    "PreparedShard",
+    "in_vacuum",
+    "open_as_found",
+    "open_prepared",
+    "prepare_rows",
+]
 
 MEDIA = ("auto", "vacuum", "air")
 TOGETHER = 4096
 """Files of one star each that become one shard."""
+FINGERPRINT_FILES = 16
 LEAST_OVERLAP = 0.5
 """Share of the model's grid that an HDF5 file on another grid must cover."""
 _HDF5 = b"\x89HDF\r\n\x1a\n"
@@ -233,9 +243,13 @@ class PreparedShard(Shard):
         return out
 
     def fingerprint(self) -> str:
-        """SHA-256, as hex digits, of what identifies the files: sizes, headers, the first data of each HDU."""
+        """SHA-256, as hex digits, of all columns, and of sizes, headers and first data of up to 16 files."""
         digest = hashlib.sha256()
-        for file in self.files:
+        for name in self.columns:
+            digest.update(name.encode() + self.params([name])[name].tobytes())
+        # As of a large file, single values of many small ones are not seen.
+        looked_at = np.unique(np.linspace(0, len(self.files) - 1, FINGERPRINT_FILES).astype(int))
+        for file in (self.files[index] for index in looked_at):
             if file.fingerprint is not None:
                 digest.update(file.fingerprint().encode())
                 file.close()
@@ -286,13 +300,32 @@ def open_prepared(
     return SpectrumSet(_put_together(spectra.shards, preparation), spectra.failures)
 
 
-def _open(path: Path, preparation: Preparation) -> Shard:
+def open_as_found(
+    paths: str | Path | Iterable[str | Path],
+    grid: Callable[[], NDArray[np.float64]],
+    *,
+    on_error: OnError = "raise",
+) -> SpectrumSet:
+    """Open spectrum files to look at: HDF5 files on the grid that they have, others on `grid`, asked for if needed."""
+
+    def open_shard(path: Path) -> Shard:
+        return PreparedShard([open_survey_file(path)], Preparation(grid())) if _is_fits(path) else Shard(path)
+
+    return open_spectra(paths, on_error=on_error, open_shard=open_shard)
+
+
+def _is_fits(path: Path) -> bool:
+    """Whether a file is FITS, or calls itself so; one that cannot be opened is left to those who will say why."""
     try:
         with open(path, "rb") as file:
             head = file.read(len(_HDF5))
     except OSError:
-        head = _HDF5
-    if head != _HDF5 and (head.startswith((b"SIMPLE  ", b"\x1f\x8b")) or ".fit" in path.name.lower()):
+        return False
+    return head != _HDF5 and (head.startswith((b"SIMPLE  ", b"\x1f\x8b")) or ".fit" in path.name.lower())
+
+
+def _open(path: Path, preparation: Preparation) -> Shard:
+    if _is_fits(path):
         return PreparedShard([open_survey_file(path)], preparation)
     shard = Shard(path)
     elsewhere = not same_wave(shard.wave, preparation.wave)

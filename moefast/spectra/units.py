@@ -7,6 +7,7 @@ the file or by the caller, in any notation that astropy reads; none is guessed.
 from __future__ import annotations
 
 import warnings
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ __all__ = ["LIGHT_SPEED", "air_to_vacuum", "flux_factor", "read_unit", "wave_fac
 
 LIGHT_SPEED = 299_792.458
 """km/s."""
+_REFERENCE = 8000.0
 _SURFACE = "erg s^-1 cm^-2 per Å, Jy, nJy, W m^-2 per µm"
 
 
@@ -43,6 +45,7 @@ def read_unit(unit: Any, where: str) -> Any:
         ) from error
 
 
+@lru_cache(maxsize=256)
 def wave_factor(unit: Any, where: str) -> float:
     """Å per `unit` of wavelength.
 
@@ -81,27 +84,37 @@ def flux_factor(unit: Any, wave: NDArray[np.float64], where: str) -> NDArray[np.
     InputError
         If the unit is unknown or no flux density; counts and electrons are none until they are calibrated.
     """
+    scale, power = _conversion(unit, where)
+    wave = np.atleast_1d(np.asarray(wave, np.float64))
+    factor = np.full(wave.shape, scale)
+    # A general power takes longer than all the rest of the reading.
+    ratio = wave / _REFERENCE if power > 0 else _REFERENCE / wave
+    for _ in range(abs(power)):
+        factor *= ratio
+    return factor
+
+
+@lru_cache(maxsize=256)
+def _conversion(unit: Any, where: str) -> tuple[float, int]:
+    """Factor at 8000 Å, and the power of λ that it goes with; kept, because astropy takes milliseconds for it."""
     from astropy import units
 
     wanted = units.Unit("1e-17 erg / (s cm2 Angstrom)")
     found = read_unit(unit, where)
-    wave = np.atleast_1d(np.asarray(wave, np.float64))
     if found.physical_type == "dimensionless":
-        return np.full(wave.shape, found.to(units.dimensionless_unscaled))
-    # All of these are powers of λ: conversion at one wavelength and an exponent are exact, and quick for millions.
-    reference = 8000.0
+        return float(found.to(units.dimensionless_unscaled)), 0
+    # All of these are powers of λ: conversion at one wavelength and an exponent are exact.
     try:
         ratio = [
             float((1 * found).to(wanted, equivalencies=units.spectral_density(at * units.AA)).value)
-            for at in (reference, 2 * reference)
+            for at in (_REFERENCE, 2 * _REFERENCE)
         ]
     except units.UnitConversionError as error:
         raise InputError(
             f"{where}: flux in {found} found, expected a flux density ({_SURFACE}); counts and electrons must be "
             "flux-calibrated first"
         ) from error
-    power = round(np.log2(ratio[1] / ratio[0]))
-    return ratio[0] * (wave / reference) ** power
+    return ratio[0], round(np.log2(ratio[1] / ratio[0]))
 
 
 def air_to_vacuum(wave_air: NDArray[np.float64]) -> NDArray[np.float64]:
