@@ -7,6 +7,7 @@ with a unit, an uncertainty of a named type, a mask, a spectral axis.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,8 +31,12 @@ __all__ = ["predict_arrays"]
 
 SCALE = (0.1, 10.0)
 """Median of flux without a unit that is taken for normalised."""
-_TO_SIGMA = {"std": lambda a: a, "var": np.sqrt, "ivar": lambda a: 1 / np.sqrt(a)}
-_POWER = {"std": 1, "var": 2, "ivar": -2}
+_TO_SIGMA: dict[Any, Callable[[NDArray], NDArray]] = {
+    "std": lambda a: a,
+    "var": np.sqrt,
+    "ivar": lambda a: 1 / np.sqrt(a),
+}
+_POWER: dict[Any, int] = {"std": 1, "var": 2, "ivar": -2}
 
 
 @dataclass(frozen=True)
@@ -115,14 +120,14 @@ def predict_arrays(
         row = stop
     x, e, bad = (np.concatenate(arrays) for arrays in zip(*prepared, strict=True))
     engine, where = open_engine(chosen.mixture, backend)
-    columns: dict[str, list[NDArray]] = {}
+    pieces: dict[str, list[NDArray]] = {}
     with one_blas_thread(), np.errstate(over="ignore", invalid="ignore"):
         for first in range(0, len(x), engine.block_rows):
             here = slice(first, first + engine.block_rows)
             hidden = bad[here] if bad[here].any() else None
-            for name, values in columns_of(chosen, *engine(x[here], e[here], hidden, first)).items():
-                columns.setdefault(name, []).append(values)
-    values = {name: np.concatenate(pieces) for name, pieces in columns.items()}
+            for name, column in columns_of(chosen, *engine(x[here], e[here], hidden, first)).items():
+                pieces.setdefault(name, []).append(column)
+    values = {name: np.concatenate(parts_of) for name, parts_of in pieces.items()}
     values["row"] = np.arange(len(x))
     if moved is not None:
         values["v_los"] = moved.velocity.astype(np.float32)
@@ -258,11 +263,11 @@ def _prepared(
     else:
         _check_scale(x, e, given.bad)
     arm = Pixels.of_rows(wave, x, e, given.bad, "wave")
-    *arrays, faults = prepare_rows([in_vacuum(arm) if air else arm], factor, grid, scale=scale)
+    x, e, lost, faults = prepare_rows([in_vacuum(arm) if air else arm], factor, grid, scale=scale)
     if faults:
         row, text = min(faults.items())
         raise InputError(f"spectrum {first_row + row}: {text}")
-    return arrays[0], arrays[1], arrays[2]
+    return x, e, lost
 
 
 def _check_scale(x: NDArray, e: NDArray, bad: NDArray[np.bool_]) -> None:
