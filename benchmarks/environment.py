@@ -10,8 +10,8 @@ from typing import Any
 
 from threadpoolctl import threadpool_info
 
-import moefast
 from moefast.backend import cpu_count, cpu_name, cuda_devices, physical_memory
+from moefast.core.version import __version__
 
 __all__ = ["describe"]
 
@@ -48,7 +48,7 @@ def describe() -> dict[str, Any]:
     ]
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "moefast": moefast.__version__,
+        "moefast": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": cpu_name(),

@@ -230,6 +230,7 @@ def main(size: Size, parts: tuple[str, ...], steps: int, samples: int, small: bo
     if small:
         size, steps, samples = "small", WARM_UP, 1
     mixture = Model.load(None).mixture
+    assert isinstance(mixture, Mixture)
     wanted = set(parts or PARTS)
     device = (cuda_devices()[0] or [torch.cuda.get_device_name()])[0]
     report: dict[str, Any] = {

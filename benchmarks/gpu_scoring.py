@@ -324,6 +324,8 @@ def measure(model: Model, samples: int, small: bool) -> dict[str, Any]:
     from moefast.scoring import CudaEngine
 
     mixture = model.mixture
+    if not isinstance(mixture, Mixture):
+        raise BackendError(f"the CUDA kernels do not know a {mixture.kind}; choose a model of linear experts")
     flux, error, truth = stars(model, small)
     n, p = (SMALL_ROWS if small else RESIDENT), mixture.n_pixels
     copies = bandwidths(8 * n * p // 2, samples)

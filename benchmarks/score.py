@@ -29,6 +29,7 @@ from moefast.gating.features import LEAST_CONTINUUM
 from moefast.kernels import Library
 from moefast.mixture import Mixture
 from moefast.model import Model
+from moefast.posterior.mixture import AnyMixture, PosteriorMixture
 from moefast.spectra.files import open_spectra
 
 __all__ = [
@@ -87,14 +88,17 @@ class MixtureArrays:
         return np.ascontiguousarray(np.concatenate([self.components, self.lines], 1))
 
 
-def mixture_arrays(mixture: Mixture) -> MixtureArrays:
+def mixture_arrays(mixture: AnyMixture) -> MixtureArrays:
     """Take a mixture apart: the only place here that knows how it stores its experts.
 
     Raises
     ------
     BackendError
-        Its experts are of several families or have residuals, which only our own engines and the ONNX graph know.
+        Its experts are of several families or have residuals, or it is a posterior of all labels: only our own engines
+        and the ONNX graph know these.
     """
+    if isinstance(mixture, PosteriorMixture):
+        raise BackendError("a posterior of all labels is not written down for this engine")
     if mixture.heads is not None or mixture.others or mixture.residuals or len(set(mixture.from_library)) > 1:
         raise BackendError(
             "experts of several families, or with residuals, are not written down for this engine"
@@ -149,7 +153,7 @@ class ScoreProblem:
         return Model.load(self.model_path)
 
     @property
-    def mixture(self) -> Mixture:
+    def mixture(self) -> AnyMixture:
         """Its mixture."""
         return self.model.mixture
 
@@ -330,11 +334,13 @@ def _numpy(problem: ScoreProblem) -> Work:
 
 def _numpy_full(problem: ScoreProblem) -> Work:
     """The same with everything that `Mixture.predict` gives: errors, propagated noise, χ²."""
-    a = mixture_arrays(problem.mixture)
+    mixture = problem.mixture
+    a = mixture_arrays(mixture)
+    assert isinstance(mixture, Mixture)
     (k, m), n_cells = a.intercepts.shape, len(a.cells)
     columns, inverse = a.columns, 1 / a.noise_shape
     outside = inverse - a.captured
-    error_features = problem.mixture.error_features
+    error_features = mixture.error_features
 
     def score(flux: F32, error: F32) -> F32:
         flux = np.maximum(flux, 0) if a.clipped else flux

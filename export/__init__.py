@@ -1,6 +1,7 @@
 """Fitted mixtures as ONNX: written, read back, verified, run."""
 
-from moefast.export.graph import build, load, read_mixture, save
+from moefast.export.graph import load, save
+from moefast.export.kinds import build, read_mixture
 from moefast.export.parity import export_model, verify
 from moefast.export.session import open_session
 

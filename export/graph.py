@@ -23,9 +23,9 @@ from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-import moefast
 from moefast.core.atomic import write_atomically
 from moefast.core.errors import ModelError
+from moefast.core.version import __version__
 from moefast.experts.cnn import ConvNet
 from moefast.experts.inputs import Expert
 from moefast.experts.residual import RESIDUALS, LinearResidual
@@ -39,7 +39,10 @@ from moefast.spectra.quality import LARGEST_ERROR
 from moefast.trunks.heads import STEM, Heads
 from moefast.trunks.networks import KINDS
 
-__all__ = ["IR_VERSION", "OPSET", "build", "check", "is_half", "load", "part_of", "read_mixture", "save"]
+__all__ = [
+    "IR_VERSION", "OPSET", "Graph", "Initializers", "assemble", "build_experts", "check", "is_half", "kind_of", "load",
+    "number_of_part", "part_of", "read_experts", "said", "save",
+]  # fmt: skip
 
 OPSET = 17
 """The newest opset of ONNX 1.12 (2022): ONNX Runtime 1.12, TensorRT 8.5, OpenVINO 2022.3 and all later ones run it.
@@ -57,8 +60,9 @@ LARGEST_FILE = 2**31 - 1
 _OPERATORS = frozenset([
     "Abs", "Add", "And", "Cast", "Concat", "Conv", "Div", "Exp", "Floor", "GatherElements", "Gemm", "Greater",
     "LayerNormalization",
-    "LessOrEqual", "Log", "MatMul", "Max", "Min", "Mul", "ReduceMax", "ReduceMin", "ReduceSum", "Relu", "Reshape",
-    "Round", "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "TopK", "Transpose", "Unsqueeze", "Where",
+    "LessOrEqual", "Log", "MatMul", "Max", "Min", "Mul", "Pad", "ReduceMax", "ReduceMin", "ReduceSum", "Relu",
+    "Reshape", "Round", "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "TopK", "Transpose",
+    "Unsqueeze", "Where",
 ])
 # fmt: on
 _OPERATORS_OF = {"": _OPERATORS, TREES_DOMAIN: frozenset(["TreeEnsembleRegressor"])}
@@ -68,10 +72,9 @@ OTHERS: dict[str, type[Expert]] = {cls.family: cls for cls in (ConvNet, Trees, *
 _OTHER = re.compile(rf"experts\.(\d+)\.({'|'.join(OTHERS)})")
 _HEADS = re.compile(rf"{STEM}\.({'|'.join(KINDS)})\.(.+)")
 _RESIDUAL = re.compile(rf"residuals\.(\d+)\.({'|'.join(OTHERS)})")
-_EXPERT_PART = re.compile(r"expert-(\d+)")
 
 
-class _Graph:
+class Graph:
     """Nodes and initializers on their way to a model; an initializer is stored when a step first asks for it."""
 
     def __init__(self) -> None:
@@ -131,7 +134,7 @@ class _Steps:
 
     def __init__(self, mixture: Mixture, half: bool = False) -> None:
         self.mixture, self.half = mixture, half
-        self.graph = _Graph()
+        self.graph = Graph()
         self._lines: str | None = None
         self._pixels()
 
@@ -652,32 +655,8 @@ _INPUTS = {
 }
 
 
-def build(
-    mixture: Mixture, part: str = "mixture", metadata: dict[str, str] | None = None, *, half: bool = False
-) -> ModelProto:
-    """Write a mixture, its gate or one of its experts as an ONNX model.
-
-    Inputs are `flux` and `error`, float32 of shape (n, p) with any n. Pixels that are not finite or whose error is
-    not positive get zero weight; rows without a good pixel get NaN in every output.
-
-    Parameters
-    ----------
-    mixture : Mixture
-    part : "mixture", "gate" or "expert-k"
-        The mixture gives `log_g`, `log_g_err`, `weights`, `expert_log_g`, `log_g_err_raw`, `chi2` and `log_level`
-        (see `moefast.mixture.Prediction`), the gate `weights`, expert k = 0 … K − 1 its `log_g` (not clipped).
-    metadata : dict of str to str, optional
-        Added to the model's metadata.
-    half : bool
-        Products of the network in half precision, for other programs and where that is fast; its matrices as well,
-        which a fitted network has rounded to it already. moefast does not read a mixture back from it.
-
-    Raises
-    ------
-    ModelError
-        Unknown part, a name in `metadata` that moefast sets itself, arrays that do not fit, or half precision for a
-        mixture without a network.
-    """
+def build_experts(mixture: Mixture, part: str, metadata: dict[str, str], *, half: bool) -> ModelProto:
+    """Write a mixture of experts, its gate or one of its experts as an ONNX model; see `moefast.export.build`."""
     if half and mixture.heads is None:
         raise ModelError(
             "half precision is for networks, and this mixture has none; export it in single precision"
@@ -708,7 +687,7 @@ def build(
         if mixture.heads is not None:
             # A trunk has no parts: all of its heads but one are left out again, and what its gate makes of the lines.
             every = steps.with_residuals(steps.heads(components, lines)[0], components, lines, linear)
-            g, k = steps.graph, _number_of(mixture, part)
+            g, k = steps.graph, number_of_part(mixture.n_experts, part)
             ends = [g.shape(f"place_{k}", [k]), g.shape(f"place_{k + 1}", [k + 1]), g.axis(1)]
             column = g.add("Slice", [every, *ends], "experts/only_column")
         elif mixture.others:
@@ -747,7 +726,7 @@ def build(
         for output, value in zip(outputs, values, strict=True):
             steps.deliver(value, output, columns=output in _BY_EXPERT)
     steps.graph.drop_unused(outputs)
-    return _model(steps, part, outputs, metadata or {})
+    return _model(steps, part, outputs, metadata)
 
 
 def sees_lines(expert: Expert) -> bool:
@@ -755,18 +734,24 @@ def sees_lines(expert: Expert) -> bool:
     return not (expert.needs_flux or isinstance(expert, LinearResidual))
 
 
-def _number_of(mixture: Mixture, part: str) -> int:
-    """Number of the expert that a part is."""
-    found = _EXPERT_PART.fullmatch(part)
-    if found is None or int(found[1]) >= mixture.n_experts:
+def number_of_part(n_experts: int, part: str) -> int:
+    """Number of the expert that a part is.
+
+    Raises
+    ------
+    ModelError
+        There is no such part.
+    """
+    known = {f"expert-{k}": k for k in range(n_experts)}
+    if part not in known:
         raise ModelError(
-            f"part {part!r} is unknown; choose mixture, gate, or expert-0 … expert-{mixture.n_experts - 1}"
+            f"part {part!r} is unknown; choose mixture, gate, or expert-0 … expert-{n_experts - 1}"
         )
-    return int(found[1])
+    return known[part]
 
 
 def _only_expert(mixture: Mixture, part: str) -> Mixture:
-    k = _number_of(mixture, part)
+    k = number_of_part(mixture.n_experts, part)
     if mixture.heads is not None:
         return replace(mixture, residuals={i: e for i, e in mixture.residuals.items() if i == k})
     w1, b1, w2, b2 = mixture.gate
@@ -792,22 +777,70 @@ def _clouds_of(library: Library, k: int) -> Library:
 
 def _model(steps: _Steps, part: str, outputs: Sequence[str], metadata: dict[str, str]) -> ModelProto:
     mixture = steps.mixture
+    k = mixture.n_experts
+    return assemble(
+        steps.graph,
+        mixture.wave,
+        part,
+        {name: (k if name in _BY_EXPERT else None, _OUTPUTS[name]) for name in outputs},
+        own={
+            "precision": "half" if steps.half else "single",
+            "flux_unit": "that of the training set: median near 1",
+        },
+        metadata=metadata,
+        about=f"Gate features: {', '.join(LINE_FEATURES)}, {mixture.n_gate} components, ln noise level.",
+        what="a mixture of " + str(k) + " linear experts" if part == "mixture" else part,
+    )
+
+
+def assemble(
+    made: Graph,
+    wave: NDArray[np.float64],
+    part: str,
+    outputs: Mapping[str, tuple[int | None, str]],
+    *,
+    own: dict[str, str],
+    metadata: dict[str, str],
+    about: str,
+    what: str,
+) -> ModelProto:
+    """A model of a graph that takes flux and error.
+
+    Parameters
+    ----------
+    made : Graph
+    wave : array of shape (p,), Å
+    part : str
+        What of a mixture it is.
+    outputs : dict of str to tuple
+        Columns of each output, None where it is a vector, and what it means.
+    own : dict of str to str
+        What moefast writes into the metadata besides the version, the part, and the wave grid.
+    metadata : dict of str to str
+        Added by the caller.
+    about, what : str
+        Description of the graph, and the model in a few words.
+
+    Raises
+    ------
+    ModelError
+        A name in `metadata` is one that moefast sets itself.
+    """
     own = {
-        "moefast_version": moefast.__version__,
+        "moefast_version": __version__,
         "part": part,
-        "precision": "half" if steps.half else "single",
-        "wave_first": repr(float(mixture.wave[0])),
-        "wave_last": repr(float(mixture.wave[-1])),
-        "wave_pixels": str(mixture.n_pixels),
+        "wave_first": repr(float(wave[0])),
+        "wave_last": repr(float(wave[-1])),
+        "wave_pixels": str(wave.size),
         "wave_unit": "Angstrom",
-        "flux_unit": "that of the training set: median near 1",
         "log_g_unit": "dex (cgs)",
+        **own,
     }
     if taken := sorted(own.keys() & metadata.keys()):
         raise ModelError(f"metadata {', '.join(taken)} are set by moefast itself; choose other names")
-    p, k = mixture.n_pixels, mixture.n_experts
+    p = wave.size
     graph = helper.make_graph(
-        steps.graph.nodes,
+        made.nodes,
         f"moefast-{part}",
         [
             helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", p], text)
@@ -815,22 +848,21 @@ def _model(steps: _Steps, part: str, outputs: Sequence[str], metadata: dict[str,
         ],
         [
             helper.make_tensor_value_info(
-                name, TensorProto.FLOAT, ["n", k] if name in _BY_EXPERT else ["n"], _OUTPUTS[name]
+                name, TensorProto.FLOAT, ["n"] if columns is None else ["n", columns], text
             )
-            for name in outputs
+            for name, (columns, text) in outputs.items()
         ],
-        list(steps.graph.initializers.values()),
-        doc_string=f"Gate features: {', '.join(LINE_FEATURES)}, {mixture.n_gate} components, ln noise level.",
+        list(made.initializers.values()),
+        doc_string=about,
     )
     model = helper.make_model(
         graph,
-        opset_imports=[helper.make_opsetid(*opset) for opset in _opsets(steps.graph.nodes)],
+        opset_imports=[helper.make_opsetid(*opset) for opset in _opsets(made.nodes)],
         ir_version=IR_VERSION,
         producer_name="moefast",
-        producer_version=moefast.__version__,
+        producer_version=__version__,
         doc_string=(
-            f"Surface gravity of stars from spectra of {p} pixels, {mixture.wave[0]:.2f}-{mixture.wave[-1]:.2f} "
-            f"Angstrom: {'a mixture of ' + str(k) + ' linear experts' if part == 'mixture' else part}."
+            f"Surface gravity of stars from spectra of {p} pixels, {wave[0]:.2f}-{wave[-1]:.2f} Angstrom: {what}."
         ),
     )
     helper.set_model_props(model, {**own, **metadata})
@@ -845,70 +877,72 @@ def _opsets(nodes: Iterable[NodeProto]) -> list[tuple[str, int]]:
 
 def part_of(model: ModelProto) -> str:
     """Which part of a mixture the model holds, as its metadata say; empty if they do not."""
-    return _said(model, "part")
+    return said(model, "part")
 
 
 def is_half(model: ModelProto) -> bool:
     """Whether matrices of the model are in half precision."""
-    return _said(model, "precision") == "half"
+    return said(model, "precision") == "half"
 
 
-def _said(model: ModelProto, key: str) -> str:
+def kind_of(model: ModelProto) -> str:
+    """Which kind of mixture the model holds; files before there were several kinds do not say."""
+    return said(model, "kind") or Mixture.kind
+
+
+def said(model: ModelProto, key: str) -> str:
+    """An entry of the metadata; empty if there is none."""
     return next((entry.value for entry in model.metadata_props if entry.key == key), "")
 
 
-def read_mixture(model: ModelProto, wave: NDArray[np.float64]) -> Mixture:
-    """Read a mixture from the initializers of its ONNX model: the inverse of `build`, to the last bit.
+class Initializers:
+    """The initializers of a model, read with the shape and type that they must have."""
 
-    Parameters
-    ----------
-    model : ModelProto
-        Made by `build` with part "mixture".
-    wave : array of shape (p,), Å
-        The wave grid that the mixture was fitted on; the model's line columns must be those of this grid.
+    def __init__(self, model: ModelProto) -> None:
+        self.tensors = {tensor.name: tensor for tensor in model.graph.initializer}
 
-    Raises
-    ------
-    ModelError
-        An initializer is missing, has another shape or type, or is not finite; the wave grid is another one.
-    """
-    check(model, "the ONNX model")
-    part = part_of(model)
-    if part != "mixture":
-        raise ModelError(
-            f"the ONNX model holds {part or 'something unknown'}, a whole mixture is needed; export that"
-        )
-    if is_half(model):
-        raise ModelError(
-            "the ONNX model is in half precision, from which a mixture cannot be read; use the folder"
-        )
-    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
 
-    def read(name: str, *shape: int | None, dtype: type = np.float32) -> NDArray:
+    def __call__(self, name: str, *shape: int | None, dtype: type = np.float32) -> NDArray:
+        """One of them; None in the shape stands for any size.
+
+        Raises
+        ------
+        ModelError
+            It is missing, has another shape or type, or is not finite.
+        """
         words = f"({', '.join('any' if size is None else str(size) for size in shape)})"
-        if name not in tensors:
+        if name not in self.tensors:
             raise ModelError(
                 f"the ONNX model lacks the initializer {name!r}; write it again with this moefast"
             )
+        tensor = self.tensors[name]
         # The sizes are compared before the numbers are read: a tampered shape is never allocated.
-        dims = tuple(tensors[name].dims)
+        dims = tuple(tensor.dims)
         fits = len(dims) == len(shape) and all(
             want in (None, size) for want, size in zip(shape, dims, strict=True)
         )
         kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-        if not fits or tensors[name].data_type != kind:
-            found = TensorProto.DataType.Name(tensors[name].data_type)
+        if not fits or tensor.data_type != kind:
+            found = TensorProto.DataType.Name(tensor.data_type)
             raise ModelError(
                 f"initializer {name!r} of the ONNX model is {found} {dims}, {TensorProto.DataType.Name(kind)} "
                 f"{words} expected; write the model again with this moefast"
             )
         try:
-            value = numpy_helper.to_array(tensors[name])
+            value = numpy_helper.to_array(tensor)
         except (ValueError, TypeError) as error:
             raise ModelError(f"initializer {name!r} of the ONNX model cannot be read: {error}") from error
         if not np.isfinite(value).all():
             raise ModelError(f"initializer {name!r} of the ONNX model is not finite; do not use this model")
         return value.copy()
+
+
+def read_experts(model: ModelProto, wave: NDArray[np.float64]) -> Mixture:
+    """Read a mixture of experts from its ONNX model; see `moefast.export.read_mixture`."""
+    read = Initializers(model)
+    tensors = read.tensors
 
     def layers(
         name: str, n_features: int | None, n_outputs: int

@@ -7,6 +7,7 @@ the graph as other programs run it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,21 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from moefast.core.errors import ModelError
-from moefast.export.graph import build, is_half, part_of, save
+from moefast.export.graph import is_half, part_of, save
+from moefast.export.kinds import build
 from moefast.export.session import open_session
 from moefast.mixture import Mixture
+from moefast.posterior.mixture import AnyMixture, PosteriorMixture
 from moefast.spectra.quality import good_pixels
 
-__all__ = ["TOLERANCES", "expected_outputs", "export_model", "synthetic_spectra", "verify"]
+__all__ = [
+    "POSTERIOR_TOLERANCES",
+    "TOLERANCES",
+    "expected_outputs",
+    "export_model",
+    "synthetic_spectra",
+    "verify",
+]
 
 TOLERANCES = {
     "log_g": 1e-4,
@@ -33,21 +43,84 @@ TOLERANCES = {
 """Largest difference from `Mixture.predict_reference`: of log g and the experts in dex, of weights and ln s as they
 are, of errors and chi2 relative. An expert's beyond 1 dex is relative too: experts extrapolate far where their
 weight is nil."""
+POSTERIOR_TOLERANCES = {
+    "distance": 1e-3,
+    "strength": 1e-4,
+    "scale": 1e-4,
+    "labels": 1e-3,
+    "label_errors": 1e-3,
+    "label_correlations": 1e-3,
+}
+"""The same for what posteriors give besides: labels in units of their errors, correlations as they are, others
+relative; a distance below 1 as it is."""
 HALF = 100.0
 """Factor on these for networks in half precision."""
-_RELATIVE = ("log_g_err", "log_g_err_raw", "chi2")
+_RELATIVE = {
+    "log_g_err": 1e-6, "log_g_err_raw": 1e-6, "chi2": 1e-6, "label_errors": 1e-6, "strength": 1e-6, "scale": 0.0,
+    "distance": 1.0,
+}  # fmt: skip
+"""Outputs whose differences are relative, to this at the least."""
+_POSTERIOR_RELATIVE = _RELATIVE | {"chi2": 1.0}
+"""The same for a posterior, whose χ² of a single pixel is a difference of nearly equal numbers."""
+LEVELS = (-2.5, 1.5)
+"""ln of the noise of synthetic spectra over that of the training set, for a posterior, which has no knots."""
+UNITS = (1.0, 1e-17, 1e4, 1e10)
+"""Units of flux that synthetic spectra for a posterior have in turn; in the last one, errors are too large."""
+GAP = 0.25
+"""Share of the pixels in the gap of every fifth of these spectra."""
 
 
 def synthetic_spectra(
-    mixture: Mixture, n: int, seed: int = 0
+    mixture: AnyMixture, n: int, seed: int = 0
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Flux and error of `n` noisy spectra like those of the training set.
 
-    x = D T a + s √D ε with a ~ N(0, 3²), or from the clouds of the mixture's library, and ln s from half a unit below
-    to half a unit above the mixture's knots. Of five rows, the second has bad pixels of every kind and the third none
-    but one good; the fourth of all has none.
+    Of five rows, the second has bad pixels of every kind and the third none but one good; the fourth of all has none.
+
+    Parameters
+    ----------
+    mixture : Mixture or PosteriorMixture
+    n : int
+    seed : int
     """
     rng = np.random.default_rng(seed)
+    of_kind = _around_clouds if isinstance(mixture, PosteriorMixture) else _like_training
+    return _with_bad_pixels(*of_kind(mixture, n, rng), rng)  # type: ignore[arg-type]
+
+
+def _around_clouds(
+    mixture: PosteriorMixture, n: int, rng: np.random.Generator
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Stars out of the clouds, c (r + G ζ + N η), at many noise levels, scales and units; every fifth has a gap."""
+    p, n_coordinates = mixture.n_pixels, mixture.n_coordinates
+    shape = mixture.noise_shape.astype(np.float64)
+    cloud = rng.integers(0, len(mixture.keys), n)
+    along = rng.standard_normal((n, mixture.tangents.shape[1]))
+    point = np.zeros((n, mixture.directions.shape[1]))
+    point[:, :n_coordinates] = mixture.keys[cloud] + np.einsum("nt,ntr->nr", along, mixture.tangents[cloud])
+    point[:, : n_coordinates - 1] += rng.standard_normal((n, n_coordinates - 1))
+    point[:, n_coordinates:] = rng.standard_normal((n, mixture.n_nuisances))
+    stars = mixture.reference + point @ mixture.directions.T.astype(np.float64)
+    error = np.exp(rng.uniform(*LEVELS, (n, 1))) * np.sqrt(shape)
+    error = error * np.exp(0.3 * np.linspace(-1, 1, p) * rng.standard_normal((n, 1)))
+    error *= np.exp(0.1 * rng.standard_normal(error.shape))
+    flux = stars + error * rng.standard_normal(error.shape)
+    start = rng.integers(0, max(1, round((1 - GAP) * p)), n)
+    for row in range(4, n, 5):
+        error[row, start[row] : start[row] + round(GAP * p)] = np.inf
+    # Not in step with the kinds of rows: every kind has every unit.
+    unit = np.resize(np.repeat(UNITS, 5), n) * np.exp(mixture.scale_width * rng.standard_normal(n))
+    return flux * unit[:, None], error * unit[:, None]
+
+
+def _like_training(
+    mixture: Mixture, n: int, rng: np.random.Generator
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Stars of the training set's kind at noise levels within and around the mixture's knots.
+
+    x = D T a + s √D ε with a ~ N(0, 3²), or from the clouds of the mixture's library, and ln s from half a unit below
+    to half a unit above the mixture's knots.
+    """
     shape = mixture.noise_shape.astype(np.float64)
     level = rng.uniform(mixture.knots[0] - 0.5, mixture.knots[-1] + 0.5, (n, 1))
     error = np.exp(level) * np.sqrt(shape) * np.exp(0.1 * rng.standard_normal((n, mixture.n_pixels)))
@@ -57,7 +130,14 @@ def synthetic_spectra(
         along = np.sqrt(library.variances[cloud]) * rng.standard_normal((n, library.variances.shape[1]))
         z = library.keys[cloud] + np.einsum("nt,ntr->nr", along, library.tangents[cloud])
     stars = z @ mixture.basis.T.astype(np.float64) * shape
-    flux = mixture.reference + stars + error * rng.standard_normal(error.shape)
+    return mixture.reference + stars + error * rng.standard_normal(error.shape), error
+
+
+def _with_bad_pixels(
+    flux: NDArray[np.float64], error: NDArray[np.float64], rng: np.random.Generator
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """See `synthetic_spectra`."""
+    n = len(flux)
     flux32, error32 = flux.astype(np.float32), error.astype(np.float32)
     bad = rng.random(flux.shape) < 0.1
     bad[[row for row in range(n) if row % 5 != 1]] = False
@@ -72,12 +152,13 @@ def synthetic_spectra(
 
 
 def expected_outputs(
-    mixture: Mixture, flux: NDArray[np.float32], error: NDArray[np.float32], part: str = "mixture"
+    mixture: AnyMixture, flux: NDArray[np.float32], error: NDArray[np.float32], part: str = "mixture"
 ) -> dict[str, NDArray[np.float64]]:
-    """What the graph of a part must give: `Mixture.predict_reference`, and NaN in rows without a good pixel."""
+    """What the graph of a part must give: `predict_reference`, and NaN in rows without a good pixel."""
     good = good_pixels(flux, error)
     prediction = mixture.predict_reference(flux, error)
-    values = {name: getattr(prediction, name).copy() for name in TOLERANCES}
+    found = {name: getattr(prediction, name) for name in TOLERANCES | POSTERIOR_TOLERANCES}
+    values = {name: value.copy() for name, value in found.items() if value is not None}
     if good is not None:
         for value in values.values():
             value[~good.any(1)] = np.nan
@@ -89,15 +170,20 @@ def expected_outputs(
 
 
 def verify(
-    model: ModelProto, mixture: Mixture, *, n: int = 64, seed: int = 0, tolerance: float = TOLERANCES["log_g"]
+    model: ModelProto,
+    mixture: AnyMixture,
+    *,
+    n: int = 64,
+    seed: int = 0,
+    tolerance: float = TOLERANCES["log_g"],
 ) -> dict[str, float]:
-    """Compare an ONNX model, run by ONNX Runtime on the CPU, with `Mixture.predict_reference`.
+    """Compare an ONNX model, run by ONNX Runtime on the CPU, with the mixture's `predict_reference`.
 
     Parameters
     ----------
     model : ModelProto
         Made by `build`, any part.
-    mixture : Mixture
+    mixture : Mixture or PosteriorMixture
     n : int
         Spectra to compare, 5 at least; the first is scored once more alone.
     seed : int
@@ -125,6 +211,7 @@ def verify(
     if names != list(expected):
         raise ModelError(f"the ONNX model ({part}) gives {names}, {list(expected)} expected; write it again")
     differences = dict.fromkeys(names, 0.0)
+    relative = _POSTERIOR_RELATIVE if isinstance(mixture, PosteriorMixture) else _RELATIVE
     for rows in (slice(None), slice(0, 1)):
         found = session.run(names, {"flux": flux[rows], "error": error[rows]})
         for name, value in zip(names, found, strict=True):
@@ -133,8 +220,10 @@ def verify(
                 raise ModelError(
                     f"{name} of the ONNX model has another shape, or NaN in other rows, than the mixture"
                 )
-            differences[name] = max(differences[name], _difference(name, part, value, want))
-    limits = TOLERANCES | {"log_g": tolerance}
+            unit = expected["label_errors"][rows] if name == "labels" else None
+            apart = _difference(name, part, value, want, unit, relative)
+            differences[name] = max(differences[name], apart)
+    limits = TOLERANCES | POSTERIOR_TOLERANCES | {"log_g": tolerance}
     if is_half(model):
         # What half precision costs is told, not judged, but for what no rounding explains.
         limits = {name: HALF * limit for name, limit in limits.items()}
@@ -149,10 +238,12 @@ def verify(
     return differences
 
 
-def _difference(name: str, part: str, value: NDArray, want: NDArray) -> float:
-    scale = np.ones_like(want)
-    if name in _RELATIVE:
-        scale = np.maximum(np.abs(want), 1e-6)
+def _difference(
+    name: str, part: str, value: NDArray, want: NDArray, unit: NDArray | None, relative: Mapping[str, float]
+) -> float:
+    scale = np.ones_like(want) if unit is None else unit
+    if name in relative:
+        scale = np.maximum(np.abs(want), relative[name])
     elif name == "expert_log_g" or part.startswith("expert-"):
         scale = np.maximum(np.abs(want), 1.0)
     apart = np.abs(value - want) / scale
@@ -160,7 +251,7 @@ def _difference(name: str, part: str, value: NDArray, want: NDArray) -> float:
 
 
 def export_model(
-    mixture: Mixture,
+    mixture: AnyMixture,
     path: str | Path,
     part: str = "mixture",
     metadata: dict[str, str] | None = None,

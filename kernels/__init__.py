@@ -5,6 +5,7 @@ contract of each is in `moefast.kernels.reference`. Nothing here knows files, mo
 """
 
 from moefast.kernels.binning import assign_bins, assign_snr_bins, sort_by_bin
+from moefast.kernels.clouds import CloudPosterior, Clouds, Space, cloud_posterior
 from moefast.kernels.forest import Forest, forest_predict
 from moefast.kernels.gram import (
     GRAM_ROWS,
@@ -34,6 +35,8 @@ from moefast.kernels.template import TemplatePosterior, template_posterior
 __all__ = [
     "GRAM_ROWS",
     "PROJECT_ROWS",
+    "CloudPosterior",
+    "Clouds",
     "Forest",
     "Given",
     "Library",
@@ -41,6 +44,7 @@ __all__ = [
     "Mixing",
     "Projected",
     "Projection",
+    "Space",
     "TangentPosterior",
     "TemplatePosterior",
     "add_gram",
@@ -48,6 +52,7 @@ __all__ = [
     "assign_bins",
     "assign_snr_bins",
     "cell_size",
+    "cloud_posterior",
     "collect_rows",
     "forest_predict",
     "gaussian_log_likelihood",

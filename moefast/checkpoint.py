@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-import moefast
 from moefast.core.atomic import atomic_file
 from moefast.core.errors import InputError, OutputError
+from moefast.core.version import __version__
 
 __all__ = ["NETWORK_FILE", "Checkpoint"]
 
@@ -87,7 +87,7 @@ class Checkpoint:
         OutputError
             The disk has no room for two of them.
         """
-        self._key = json.loads(json.dumps({**key, "version": moefast.__version__}))
+        self._key = json.loads(json.dumps({**key, "version": __version__}))
         held = self.path.stat().st_size if self.path.exists() else 0
         free = shutil.disk_usage(self.folder).free
         if free + held < 2 * nbytes:

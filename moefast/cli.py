@@ -20,8 +20,8 @@ from typing import Any
 
 import click
 
-import moefast
 from moefast.core.errors import MoefastError
+from moefast.core.version import __version__
 
 __all__ = ["cli", "main"]
 
@@ -181,7 +181,7 @@ OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace the output i
 
 
 @click.group(cls=_Group, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(moefast.__version__, "-V", "--version", prog_name="moefast")
+@click.version_option(__version__, "-V", "--version", prog_name="moefast")
 def cli() -> None:
     """Surface gravities (log g) for faint stellar spectra, from the survey's own HDF5 files.
 
@@ -209,7 +209,10 @@ def cli() -> None:
 )
 @click.option("--seed", type=click.IntRange(0), help="Seed; row i is the same for any number of rows.")
 @click.option(
-    "--set", "name", metavar="NAME", help="A reference set, z0 or survey, instead of a seed and settings."
+    "--set",
+    "name",
+    metavar="NAME",
+    help="A reference set, z0, survey or wild, instead of a seed and settings.",
 )
 @click.option("--part", metavar="PART", help="Part of the set: train, validation, test_10k or test_1k.")
 @click.option("--list-sets", is_flag=True, help="Show the reference sets and their fingerprints.")
@@ -698,6 +701,53 @@ def ceiling(
 
 
 @cli.command()
+@click.argument("model", required=False)
+@click.option(
+    "-n", "--number", type=click.IntRange(2, 10_000), default=1000, show_default=True, metavar="N",
+    help="Stars of each scenario.",
+)  # fmt: skip
+@click.option(
+    "--scenario",
+    "names",
+    multiple=True,
+    metavar="NAME",
+    help="Only this one; may be repeated.  [default: all]",
+)
+@click.option("-o", "--out", metavar="FILE", help="Write the results with all their numbers as JSON.")
+@BACKEND
+@OVERWRITE
+@QUIET
+@JSON
+def scenarios(
+    model: str | None, number: int, names: tuple[str, ...], out: str | None, backend: str, overwrite: bool,
+    quiet: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """What a model says of spectra with which something is wrong, and how much of it is silently false.
+
+    MODEL is a model folder or a shipped model. A fixed table of scenarios is made from stored seeds: another scale, a
+    tilt, F_nu, a velocity that nobody knows, every kind of gap, errors that are too small, no star at all, and more. Of
+    each: R², coverage, the share of spectra with a flag, and silent failures, which carry no flag and lie beyond three
+    claimed errors.
+    """
+    from moefast.core.atomic import write_json
+    from moefast.core.errors import OutputError
+    from moefast.model import Model
+    from moefast.protocol.scenarios import format_text, run_scenarios
+
+    if out and Path(out).exists() and not overwrite:
+        raise OutputError(f"{out}: exists already; choose another name, or replace it with --overwrite")
+    progress = Progress(quiet)
+    found = run_scenarios(
+        Model.load(model), n=number, names=names or None, backend=backend, progress=progress.rows("scenarios")
+    )
+    progress.close()
+    click.echo(json.dumps(found, indent=1, ensure_ascii=False) if as_json else format_text(found))
+    if out:
+        write_json(found, out)
+        click.echo(f"written: {out}", err=True)
+
+
+@cli.command()
 @click.argument("reports", nargs=-1, metavar="REPORT…")
 @click.option("-o", "--out", metavar="FILE", help="Write the verdicts with all their numbers as JSON.")
 @OVERWRITE
@@ -798,7 +848,8 @@ def predict(
     file's (docs/formats.md). Spectra are taken to be at rest unless --velocity says how they move.
 
     Columns: row, identifiers of the input, log_g [dex], log_g_err (calibrated 1σ), log_g_err_raw (pixel noise
-    alone), weight_k (gate), expert, snr_norm, snr_median, chi2, flag. Spectra without data get NaN and a flag,
+    alone), weight_k (gate), expert, snr_norm, snr_median, chi2, flag; of a posterior also T_eff [K], M_H, a_M, C_M
+    [dex], each with _err and _corr (correlation with log_g), and scale. Spectra without data get NaN and a flag,
     never a missing row. If the files have labels, R² is printed.
     """
     from moefast.scoring import predict as run

@@ -6,9 +6,9 @@ import platform
 from importlib import metadata
 from typing import Any
 
-import moefast
 from moefast.backend import cpu_count, cpu_name, cuda_devices, physical_memory, resolve_backend
 from moefast.core.errors import BackendError, MoefastError
+from moefast.core.version import __version__
 
 __all__ = ["examine", "format_text"]
 
@@ -85,7 +85,7 @@ def examine() -> dict[str, Any]:
     except MoefastError as error:
         problems.append(str(error))
     return {
-        "moefast": moefast.__version__,
+        "moefast": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": cpu_name(),

@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -174,6 +174,8 @@ class Mixture:
     residuals : dict of int to Expert
         What is added to the value of an expert of whatever family; its propagated noise stays that of the expert alone.
     """
+
+    kind: ClassVar[str] = "mixture"
 
     wave: F64
     reference: F32

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata, resources
 from pathlib import Path
@@ -20,12 +21,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-import moefast
 from moefast.core.errors import ModelError, OutputError, WaveGridError
 from moefast.core.grids import Grid, SnrGrid, read_grid
+from moefast.core.version import __version__
 from moefast.experts.linear_form import LinearForm
-from moefast.fitting import Fit
 from moefast.mixture import Mixture
+from moefast.posterior.mixture import AnyMixture, PosteriorMixture
 from moefast.spectra.files import same_wave
 
 __all__ = ["MANIFEST", "SCHEMA", "SHIPPED", "Model", "check_target", "shipped_path"]
@@ -33,8 +34,10 @@ __all__ = ["MANIFEST", "SCHEMA", "SHIPPED", "Model", "check_target", "shipped_pa
 SHIPPED = ("z0", "survey")
 """Models that come with moefast, by the reference set that they were fitted on."""
 
-SCHEMA = 2
-"""2: experts in principal components, of several families."""
+SCHEMA = 3
+"""2: experts in principal components, of several families. 3: posteriors over clouds besides, told by `kind`."""
+READABLE = (2, SCHEMA)
+"""Schemas that are read."""
 MANIFEST = "manifest.json"
 ONNX = "model.onnx"
 REFERENCES = "references.npz"
@@ -49,7 +52,7 @@ class Model:
 
     Attributes
     ----------
-    mixture : Mixture
+    mixture : Mixture or PosteriorMixture
     manifest : dict
         Everything about the model that is not a weight.
     references : dict of str to LinearForm
@@ -58,7 +61,7 @@ class Model:
         The folder it came from.
     """
 
-    mixture: Mixture
+    mixture: AnyMixture
     manifest: dict[str, Any]
     references: dict[str, LinearForm]
     path: Path | None = None
@@ -71,14 +74,41 @@ class Model:
         )
 
     @classmethod
-    def from_fit(cls, fit: Fit, *, recipe: str, grid: Grid | SnrGrid, training: dict[str, Any]) -> Model:
-        """Make a model of a fit; `training` says what it was fitted on."""
-        wave = fit.mixture.wave
+    def of_mixture(
+        cls,
+        mixture: AnyMixture,
+        references: dict[str, LinearForm],
+        *,
+        recipe: str,
+        grid: Grid | SnrGrid,
+        training: dict[str, Any],
+        summary: dict[str, Any],
+    ) -> Model:
+        """Make a model of a fitted mixture.
+
+        Parameters
+        ----------
+        mixture : Mixture or PosteriorMixture
+        references : dict of str to LinearForm
+            Simpler fits of the same training set.
+        recipe : str
+            How it was fitted.
+        grid : Grid or SnrGrid
+            Bins of the experts.
+        training : dict
+            What it was fitted on; `log_g_std` among it.
+        summary : dict
+            What happened on the way; `chi2_limit` among it. For a posterior also `log_level`, the lowest and highest of
+            the training set; `library`, where `slope_widths` and `sky_width` are prior widths of the nuisances; and
+            where there are any, `distance_limit`, a table {"log_strength": […], "limit": […]}, and `strength_limit`.
+        """
+        wave = mixture.wave
         label_spread = float(training["log_g_std"])
         manifest = {
             "schema": SCHEMA,
             "what": WHAT,
-            "moefast_version": moefast.__version__,
+            "kind": mixture.kind,
+            "moefast_version": __version__,
             "recipe": recipe,
             "grid": grid.to_dict(),
             "wave": {
@@ -90,20 +120,21 @@ class Model:
                 "values": wave.tolist(),
             },
             "preprocessing": {
-                "flux": "normalised to a median near 1, as the survey's files are; a reference spectrum is subtracted",
+                "flux": _flux_words(mixture),
                 "bad_pixels": "zero weight: not finite, error <= 0, or masked",
             },
-            "label_range": list(fit.mixture.label_range),
+            **_of_posterior(mixture, summary),
+            "label_range": list(mixture.label_range),
             "limits": {
-                "chi2": fit.summary["chi2_limit"],
+                "chi2": summary["chi2_limit"],
                 "log_g_err": 0.8 * label_spread,
-                "log_level": [float(fit.mixture.knots[0]), float(fit.mixture.knots[-1])],
+                **_limits(mixture, summary),
             },
             "training": training,
-            "fit": fit.summary,
+            "fit": summary,
             "packages": {name: metadata.version(name) for name in _PACKAGES},
         }
-        return cls(fit.mixture, manifest, fit.references)
+        return cls(mixture, manifest, references)
 
     @property
     def grid(self) -> Grid | SnrGrid:
@@ -240,9 +271,10 @@ class Model:
             raise ModelError(
                 f"{path / MANIFEST}: not a manifest of moefast ({error}); fit the model again"
             ) from error
-        if schema != SCHEMA:
+        if schema not in READABLE:
             raise ModelError(
-                f"{path / MANIFEST}: schema {schema} found, this moefast reads schema {SCHEMA}; "
+                f"{path / MANIFEST}: schema {schema} found, this moefast reads schema "
+                f"{' and '.join(map(str, READABLE))}; "
                 "fit the model again or install the moefast that wrote it "
                 f"({manifest.get('moefast_version', 'unknown')})"
             )
@@ -264,7 +296,10 @@ class Model:
                 float(limits["chi2"]),
                 float(limits["log_g_err"]),
                 [float(v) for v in limits["log_level"]],
+                float(limits.get("strength", 0.0)),
             )
+            if "distance" in limits:
+                _check_distance(limits["distance"])
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(
                 f"{path / MANIFEST}: {error!r} is missing or of the wrong type; fit the model again"
@@ -274,6 +309,10 @@ class Model:
         except ModelError as error:
             raise ModelError(f"{path / MANIFEST}: {error}") from error
         mixture = read_mixture(load(path / ONNX), wave)
+        if (kind := manifest.get("kind", Mixture.kind)) != mixture.kind:
+            raise ModelError(
+                f"{path / MANIFEST}: is that of a {kind}, but {ONNX} holds a {mixture.kind}; copy the model again"
+            )
         references = _read_references(path / REFERENCES) if REFERENCES in files else {}
         return cls(mixture, manifest, references, path)
 
@@ -307,6 +346,62 @@ def check_target(target: Path, overwrite: bool) -> None:
         )
     if (target / MANIFEST).exists() and not _is_ours(target / MANIFEST):
         raise OutputError(f"{target}: {MANIFEST} is not that of a model; it will not be replaced")
+
+
+def _flux_words(mixture: AnyMixture) -> str:
+    if isinstance(mixture, PosteriorMixture):
+        return "in any unit: the scale is a nuisance, and a reference spectrum of that scale is subtracted"
+    return "normalised to a median near 1, as the survey's files are; a reference spectrum is subtracted"
+
+
+def _of_posterior(mixture: AnyMixture, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What a manifest says of a posterior alone."""
+    if not isinstance(mixture, PosteriorMixture):
+        return {}
+    library = summary["library"]
+    widths = [float(width) for width in library["slope_widths"]]
+    if len(widths) + mixture.n_sky != mixture.n_nuisances:
+        raise ValueError(f"{mixture.n_nuisances - mixture.n_sky} slope_widths expected; found {len(widths)}")
+    return {
+        "labels": list(mixture.label_names),
+        "nuisances": {
+            "scale_width": mixture.scale_width,
+            "slope_widths": widths,
+            "sky_width": float(library["sky_width"]),
+        },
+    }
+
+
+def _limits(mixture: AnyMixture, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Within what a spectrum is like those of the training set."""
+    if not isinstance(mixture, PosteriorMixture):
+        return {"log_level": [float(mixture.knots[0]), float(mixture.knots[-1])]}
+    low, high = (float(level) for level in summary["log_level"])
+    limits: dict[str, Any] = {"log_level": [low, high]}
+    if "distance_limit" in summary:
+        table = {key: [float(v) for v in summary["distance_limit"][key]] for key in _DISTANCE}
+        _check_distance(table)
+        limits["distance"] = table
+    if "strength_limit" in summary:
+        limits["strength"] = float(summary["strength_limit"])
+    return limits
+
+
+_DISTANCE = ("log_strength", "limit")
+
+
+def _check_distance(table: Mapping[str, Any]) -> None:
+    """Refuse a table between whose entries nothing can be interpolated.
+
+    Raises
+    ------
+    ValueError
+    """
+    x, y = (np.array(table[key], np.float64) for key in _DISTANCE)
+    if x.ndim != 1 or x.shape != y.shape or not x.size or not (np.diff(x) >= 0).all():
+        raise ValueError(
+            f"the limits of distance must be given at ascending log_strength; found {dict(table)}"
+        )
 
 
 def _is_ours(path: Path) -> bool:

@@ -131,7 +131,7 @@ def predict_arrays(
     values["row"] = np.arange(len(x))
     if moved is not None:
         values["v_los"] = moved.velocity.astype(np.float32)
-    layout = table_columns(chosen.mixture.n_experts, {}, False, moved)
+    layout = table_columns(chosen.mixture, {}, False, moved)
     return Table(
         [
             Column(values[c.name], c.name, unit=units.Unit(c.unit) if c.unit else None, description=c.description)

@@ -46,7 +46,7 @@ RECIPES: dict[str, Recipe] = {
     "posterior": Recipe(
         PHYSICAL_GRID,
         "posterior over clouds of templates at each star's own noise and gaps; scale and slope of the flux are free",
-        {"families": ("posterior",), "slope_widths": (0.15, 0.05, 0.03)},
+        {"families": ("posterior",), "slope_widths": (0.15, 0.05, 0.03), "sky_width": 4.0},
     ),
     "posterior-calibrated": Recipe(
         PHYSICAL_GRID,
@@ -201,7 +201,14 @@ def fit(
         "log_g_std": float(np.std(labels["log_g"])),
         "row_sketch": sketch(labels),
     }
-    model = Model.from_fit(fitted, recipe=recipe, grid=chosen, training=training)
+    model = Model.of_mixture(
+        fitted.mixture,
+        fitted.references,
+        recipe=recipe,
+        grid=chosen,
+        training=training,
+        summary=fitted.summary,
+    )
     if kept is not None and kept is not checkpoint:
         kept.remove()
     return model

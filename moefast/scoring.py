@@ -18,13 +18,14 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-import moefast
 from moefast.backend import Backend, resolve_backend
 from moefast.core.errors import BackendError, InputError, MoefastError, OutputError
 from moefast.core.threads import CORES, map_in_order, one_blas_thread
+from moefast.core.version import __version__
 from moefast.kernels import PROJECT_ROWS
 from moefast.mixture import Mixture, Prediction
 from moefast.model import Model, shipped_path
+from moefast.posterior.mixture import AnyMixture, PosteriorMixture
 from moefast.spectra.files import Block, Failure, SpectrumSet, find_files
 from moefast.spectra.layouts.pfsspec import identifiers
 from moefast.spectra.prepared import Origins, Preparation, PreparedShard, open_prepared
@@ -44,6 +45,8 @@ LOOKED_AT = 50_000
 """Rows, about, whose χ² tells whether spectra as a whole are what the model knows."""
 LEAST_MISFIT, SURE, LEAST_HALF = 0.01, 5.0, 30
 """How much larger χ² of the brighter half must be, by how many standard errors, and of how many spectra, to be told."""
+ONNX_ROWS, ONNX_BYTES = 1024, 2**27
+"""Rows of a block for ONNX Runtime at most, and bytes of the largest value that it makes of a block."""
 LEAST_ROWS = 16
 """Spectra that a GPU must have room for: with less, halving a block does not help."""
 _LABEL = "log_g"
@@ -82,7 +85,7 @@ class Engine(Protocol):
 class CpuEngine:
     """The CPU kernels."""
 
-    mixture: Mixture
+    mixture: AnyMixture
     block_rows: int = PROJECT_ROWS
     workers: int = CORES
 
@@ -102,9 +105,10 @@ class CudaEngine:
         The kernels do not run here, or the mixture has experts that they do not know.
     """
 
-    def __init__(self, mixture: Mixture) -> None:
+    def __init__(self, mixture: AnyMixture) -> None:
         if lack := without_kernels(mixture):
             raise BackendError(f"backend cuda: there are no kernels for {lack}; use backend cpu")
+        assert isinstance(mixture, Mixture)
         from moefast.kernels.cuda.device import first_launch, require_device
 
         require_device()
@@ -140,7 +144,7 @@ class OnnxEngine:
 
     Parameters
     ----------
-    mixture : Mixture
+    mixture : Mixture or PosteriorMixture
     backend : "cpu" or "cuda"
         Where ONNX Runtime runs it.
 
@@ -150,15 +154,20 @@ class OnnxEngine:
         ONNX Runtime does not run there.
     """
 
-    block_rows = 1024
     # ONNX Runtime has threads of its own; one caller reads while another one waits for the device.
     workers = 2
 
-    def __init__(self, mixture: Mixture, backend: str) -> None:
+    def __init__(self, mixture: AnyMixture, backend: str) -> None:
         from moefast.export import build, open_session
 
         self._session = open_session(build(mixture), backend)
-        self._names = [item.name for item in fields(Prediction)]
+        self._names = [output.name for output in self._session.get_outputs()]
+        self.block_rows = ONNX_ROWS
+        if isinstance(mixture, PosteriorMixture):
+            # The tangents of every cloud, seen by every star, in double precision.
+            sizes = mixture.sizes
+            each = 8 * sizes.n_clouds * sizes.n_tangents * sizes.n_coordinates
+            self.block_rows = min(ONNX_ROWS, max(LEAST_ROWS, ONNX_BYTES // each))
 
     def __call__(
         self, flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None, first_row: int
@@ -180,8 +189,10 @@ class OnnxEngine:
         return Prediction(**dict(zip(self._names, found, strict=True)))
 
 
-def without_kernels(mixture: Mixture) -> str:
+def without_kernels(mixture: AnyMixture) -> str:
     """What of a mixture the CUDA kernels do not know, in words; empty if they know it all."""
+    if isinstance(mixture, PosteriorMixture):
+        return "a posterior of all labels"
     if mixture.heads is not None:
         return f"a {mixture.heads.plan.kind} with heads"
     if mixture.others:
@@ -233,7 +244,7 @@ class Summary:
     columns: dict[str, NDArray] = field(default_factory=dict)
 
 
-def make_engine(mixture: Mixture, backend: Backend) -> Engine:
+def make_engine(mixture: AnyMixture, backend: Backend) -> Engine:
     """Score on the CPU kernels or on the CUDA kernels; what these do not know, in ONNX Runtime on the GPU.
 
     Raises
@@ -246,7 +257,7 @@ def make_engine(mixture: Mixture, backend: Backend) -> Engine:
     return OnnxEngine(mixture, "cuda") if without_kernels(mixture) else CudaEngine(mixture)
 
 
-def open_engine(mixture: Mixture, backend: str = "auto") -> tuple[Engine, Backend]:
+def open_engine(mixture: AnyMixture, backend: str = "auto") -> tuple[Engine, Backend]:
     """The engine for a backend asked for, and the backend it really runs on; "auto" falls back to the CPU.
 
     Raises
@@ -306,13 +317,14 @@ def columns_of(model: Model, result: Prediction, quality: Quality) -> dict[str, 
     for bit, rows in (
         (Flag.OUT_OF_GRID, outside),
         (Flag.LOW_CONFIDENCE, ~(result.log_g_err <= limits["log_g_err"])),
-        (Flag.UNLIKE_TRAINING, ~(result.chi2 <= limits["chi2"])),
+        (Flag.UNLIKE_TRAINING, _unlike(result, limits)),
     ):
         flag[rows & ~empty] |= np.uint32(bit)
     columns = {
         "log_g": result.log_g,
         "log_g_err": result.log_g_err,
         "log_g_err_raw": result.log_g_err_raw,
+        **_label_columns(model.mixture, result),
         **{f"weight_{k}": result.weights[:, k] for k in range(model.mixture.n_experts)},
         "expert": expert,
         "snr_norm": quality.snr_norm,
@@ -326,6 +338,61 @@ def columns_of(model: Model, result: Prediction, quality: Quality) -> dict[str, 
                 columns[name] = np.where(empty, np.float32(np.nan), column)
         columns["expert"] = np.where(empty, np.int16(-1), expert)
     return columns
+
+
+def _unlike(result: Prediction, limits: Mapping[str, Any]) -> NDArray[np.bool_]:
+    """Rows whose spectra lie beyond what the model was fitted on."""
+    unlike = ~(result.chi2 <= limits["chi2"])
+    strength, distance = result.strength, result.distance
+    if strength is not None and "strength" in limits:
+        unlike |= ~(strength >= limits["strength"])
+    if strength is not None and distance is not None and "distance" in limits:
+        table = limits["distance"]
+        place = np.log(np.maximum(strength, _LEAST_STRENGTH))
+        unlike |= ~(distance <= np.interp(place, table["log_strength"], table["limit"]))
+    return unlike
+
+
+_LEAST_STRENGTH = 1e-6
+_LABELS = {
+    "T_eff": ("K", "effective temperature"),
+    "M_H": ("dex", "metallicity"),
+    "a_M": ("dex", "alpha elements over metals"),
+    "C_M": ("dex", "carbon over metals"),
+}
+"""Labels that posteriors tell besides log g: unit, and what they are."""
+_OF_LABEL = (("", "{}"), ("_err", "calibrated 1 sigma of {}"), ("_corr", "correlation of {} with log_g"))
+"""Endings of the columns of each of these labels, and their descriptions."""
+
+
+def _label_columns(mixture: AnyMixture, result: Prediction) -> dict[str, NDArray]:
+    """What a posterior tells besides log g."""
+    if not isinstance(mixture, PosteriorMixture):
+        return {}
+    parts = (result.labels, result.label_errors, result.label_correlations)
+    columns = {
+        f"{name}{ending}": part[:, i]
+        for i, name in enumerate(mixture.label_names[1:])
+        for (ending, _), part in zip(_OF_LABEL, parts, strict=True)
+        if part is not None
+    }
+    return columns if result.scale is None else columns | {"scale": result.scale}
+
+
+def _label_layout(mixture: AnyMixture) -> list[Column]:
+    """The same, before anything is scored."""
+    if not isinstance(mixture, PosteriorMixture):
+        return []
+    f4 = np.dtype("float32")
+    return [
+        *[
+            Column(f"{name}{ending}", f4, "" if ending == "_corr" else unit, text.format(words))
+            for name in mixture.label_names[1:]
+            for unit, words in [_LABELS[name]]
+            for ending, text in _OF_LABEL
+        ],
+        Column("scale", f4, "", "flux over that of the training set"),
+    ]
 
 
 def _joined(parts: list[Any]) -> Any:
@@ -346,7 +413,7 @@ KNOWN = {
 
 
 def table_columns(
-    n_experts: int, ids: Mapping[str, np.dtype], several: bool, velocity: Velocities | None = None
+    mixture: AnyMixture, ids: Mapping[str, np.dtype], several: bool, velocity: Velocities | None = None
 ) -> list[Column]:
     """Columns of a prediction table, in order."""
     columns = [Column("row", np.dtype("int64"), "", "row of the input file, from 0")]
@@ -368,7 +435,8 @@ def table_columns(
         Column("log_g", f4, "dex", "surface gravity, log10 of cm s^-2"),
         Column("log_g_err", f4, "dex", "calibrated 1 sigma"),
         Column("log_g_err_raw", f4, "dex", "propagated pixel noise alone"),
-        *[Column(f"weight_{k}", f4, "", f"gate weight of expert {k}") for k in range(n_experts)],
+        *_label_layout(mixture),
+        *[Column(f"weight_{k}", f4, "", f"gate weight of expert {k}") for k in range(mixture.n_experts)],
         Column("expert", np.dtype("int16"), "", "expert with the largest weight, -1 without data"),
         Column("snr_norm", f4, "", "norm of flux over norm of error"),
         Column("snr_median", f4, "", "median of flux over error"),
@@ -515,14 +583,14 @@ def predict(
     moved = None if velocity is None else _move(spectra, velocity, wanted_rows)
     ids = {name: _id_dtype(spectra, name) for name in _carried(spectra, keep)}
     labelled = spectra.has_labels((_LABEL,))
-    layout = table_columns(chosen.mixture.n_experts, ids, several, moved)
+    layout = table_columns(chosen.mixture, ids, several, moved)
     if len({column.name for column in layout}) < len(layout):
-        ours = {column.name for column in table_columns(chosen.mixture.n_experts, {}, several, moved)}
+        ours = {column.name for column in table_columns(chosen.mixture, {}, several, moved)}
         raise InputError(
             f"--keep {', '.join(sorted(ours & set(ids)))}: the table has a column of this name of its own; name others"
         )
     attrs: dict[str, Any] = {
-        "moefast_version": moefast.__version__,
+        "moefast_version": __version__,
         "model": chosen.name,
         "model_sha256": chosen.hash,
         "inputs": [str(path) for path in origins.paths],
@@ -770,8 +838,9 @@ def _notes(
         )
     if summary.n_rows and unlike > summary.n_rows / 2:
         notes.append(
-            f"{unlike} of {summary.n_rows} spectra are flagged UNLIKE_TRAINING: check that flux is normalised to a "
-            "median near 1 and in the units of its error, or fit a model on spectra like these"
+            f"{unlike} of {summary.n_rows} spectra are flagged UNLIKE_TRAINING: check that flux is "
+            + ("" if isinstance(model.mixture, PosteriorMixture) else "normalised to a median near 1 and ")
+            + "in the units of its error, or fit a model on spectra like these"
         )
     elif (found := _misfit(chi2, snr)) is not None:
         notes.append(

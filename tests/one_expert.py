@@ -5,7 +5,7 @@ from onnx import TensorProto, helper
 
 from moefast.experts.cnn import ConvNet, n_places
 from moefast.experts.inputs import Inputs
-from moefast.export.graph import IR_VERSION, _Graph, _opsets
+from moefast.export.graph import IR_VERSION, Graph, _opsets
 
 N_COMPONENTS, N_PIXELS = 6, 64
 
@@ -42,7 +42,7 @@ def feeds(seen):
 
 def model_of(expert, stem="others.2", p=N_PIXELS):
     """Inputs as in `feeds`, output `log_g` (n, 1)."""
-    graph = _Graph()
+    graph = Graph()
     names = {"z": N_COMPONENTS, "log_level": 1, "lines": 9, "x": p}
     value = expert.add_nodes(graph, {name: name for name in names}, stem)
     used = {name for node in graph.nodes for name in node.input}

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import moefast
 from moefast import checkpoint as module
 from moefast.checkpoint import FILE, Checkpoint
 from moefast.core.errors import InputError, OutputError
@@ -157,7 +156,7 @@ def test_a_checkpoint_of_another_fit_is_refused_and_stays(toy_file, train_file, 
     with pytest.raises(InputError, match="schema was 1, is 2"):
         fit(toy_file, checkpoint=kept)
     monkeypatch.undo()
-    monkeypatch.setattr(moefast, "__version__", "9.9")
+    monkeypatch.setattr(module, "__version__", "9.9")
     with pytest.raises(InputError, match=r"version was '0\.\S+', is '9\.9'"):
         fit(toy_file, checkpoint=kept)
     assert (kept / FILE).read_bytes() == before

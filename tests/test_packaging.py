@@ -65,6 +65,9 @@ def test_package_data_is_installed() -> None:
     ]
     for name in ("py.typed", *models, "simulate/data/emulator.npz", *ceilings):
         assert (home / name).is_file(), name
+    benchmarks = import_module("moefast.benchmarks").__file__
+    assert benchmarks is not None
+    assert (Path(benchmarks).parent / "data/real_stars.h5").is_file()
 
 
 @pytest.mark.skipif("MOEFAST_WHEEL" not in os.environ, reason="only where a wheel is installed")

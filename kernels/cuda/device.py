@@ -14,7 +14,7 @@ import numpy as np
 
 from moefast.core.errors import BackendError, MoefastError
 
-__all__ = ["DeviceMemoryError", "first_launch", "out_of_memory", "require_device", "require_kernels"]
+__all__ = ["DeviceMemoryError", "first_launch", "out_of_memory", "require_device"]
 
 OUT_OF_MEMORY = 2
 """CUDA_ERROR_OUT_OF_MEMORY, the driver's number."""
@@ -71,23 +71,6 @@ def _remedy(error: Exception) -> str:
     if isinstance(error, AttributeError | ImportError) and "numpy" in str(error):
         return f"numba-cuda does not fit numpy {np.__version__}: pip install 'numpy<2.5'"
     return "update the NVIDIA driver or pip install --upgrade 'moefast[cuda]'"
-
-
-def require_kernels() -> None:
-    """Return if CUDA kernels run: a few rows go through the normal equations.
-
-    Raises
-    ------
-    BackendError
-        A package, the driver or the device is missing, or the kernels do not run.
-    """
-    require_device()
-    from moefast.kernels.cuda.accumulator import NormalEquationsAccumulator
-
-    with first_launch():
-        totals = NormalEquationsAccumulator(2, 1, method="numba", block_rows=4)
-        totals.add_block(np.ones((3, 2), np.float32), np.ones(3), np.zeros(3, np.int64))
-        totals.fetch()
 
 
 def out_of_memory(error: Exception) -> bool:

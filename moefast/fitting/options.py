@@ -55,6 +55,9 @@ class Options:
     slope_widths : tuple of float
         Of a "posterior": prior widths of Legendre polynomials 1, 2, … of wavelength times the mean spectrum, by which
         calibration, slope and reddening may change a spectrum. Empty where the calibration can be trusted.
+    sky_width : float
+        Of a "posterior": prior width of residuals of the sky's lines, in standard deviations of the noise where the
+        lines are brightest; 0 where sky subtraction is perfect, as in simulations.
     trunk : "pca-mlp", "cnn" or "vit"
         What the network of "heads" is; see `moefast.trunks.networks`.
     size : "small" or "base"
@@ -92,6 +95,7 @@ class Options:
     n_clouds: int = 450
     n_tangents: int = 5
     slope_widths: tuple[float, ...] = ()
+    sky_width: float = 0.0
     trunk: Kind = "pca-mlp"
     size: Size = "small"
     steps: int | None = None

@@ -21,7 +21,7 @@ from moefast.fitting.error_model import Z_95, balanced_factor
 from moefast.fitting.training_set import TrainingSet
 from moefast.gating.mlp import as_float32, fit_error_model
 from moefast.mixture import Mixture
-from moefast.posterior import LABELS, PosteriorMixture, fit_clouds, slopes
+from moefast.posterior import LABELS, PosteriorMixture, fit_clouds, sky_residuals, slopes
 from moefast.simulate.gaps import GAPS
 
 __all__ = ["GAP_KINDS", "fit_posterior"]
@@ -76,11 +76,12 @@ def fit_posterior(data: TrainingSet, mixture: Mixture) -> tuple[PosteriorMixture
         reference=reference, noise_shape=noise_shape, n_clouds=options.n_clouds, n_tangents=options.n_tangents,
         seed=options.seed,
     )  # fmt: skip
-    nuisances = slopes(mixture.wave, reference, options.slope_widths)
-    arrays["directions"] = np.concatenate([arrays["directions"], nuisances], axis=1).astype(np.float32)
+    sky = sky_residuals(noise_shape, options.sky_width)
+    nuisances = [slopes(mixture.wave, reference, options.slope_widths), sky]
+    arrays["directions"] = np.concatenate([arrays["directions"], *nuisances], axis=1).astype(np.float32)
     found = PosteriorMixture(
         wave=mixture.wave, reference=mixture.reference, noise_shape=mixture.noise_shape, **arrays,
-        scale_width=SCALE_WIDTH, label_range=mixture.label_range, error_model=_idle(),
+        n_sky=sky.shape[1], scale_width=SCALE_WIDTH, label_range=mixture.label_range, error_model=_idle(),
         label_factors=np.ones(len(names), np.float32), label_names=names,
     )  # fmt: skip
     found, summary = _calibrate(data, found, values)
@@ -89,6 +90,7 @@ def fit_posterior(data: TrainingSet, mixture: Mixture) -> tuple[PosteriorMixture
         "tangents": found.tangents.shape[1],
         "coordinates": found.n_coordinates,
         "slope_widths": list(options.slope_widths),
+        "sky_width": options.sky_width,
         "scale_width": SCALE_WIDTH,
     }
     return found, summary | {"library": library}

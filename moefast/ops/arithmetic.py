@@ -507,20 +507,23 @@ class OnnxArithmetic:
         return self._cast(a, FLOAT)
 
     def inverse(self, a: str, size: int) -> tuple[str, str]:
-        # Gauss-Jordan steps in place, a ← a − (column − e)(row + e)ᵀ/pivot: a positive definite matrix needs no
-        # exchange of rows. Double precision throughout.
-        logs = []
-        unit = np.eye(size)
+        # Gauss-Jordan steps in place, a - (column - e)(row + e)ᵀ / pivot: a positive definite matrix needs no exchange
+        # of rows. Its diagonal is made one first: above one, a pivot would cancel the digits of its own inverse.
+        unit = self._graph.number(f"constant.double_unit_{size}", np.eye(size))
         last, before = self._graph.axis(-1), self._graph.axis(-2)
+        diagonal = self.multiply(a, unit)
+        beside, below = (self._add("ReduceSum", [diagonal, axis], keepdims=1) for axis in (last, before))
+        scales = self.multiply(self.root(beside), self.root(below))
+        logs = [self.log(below)]
+        a = self.divide(a, scales)
         for k in range(size):
             ends = self._graph.shape(f"place_{k}", [k]), self._graph.shape(f"place_{k + 1}", [k + 1])
             column = self._add("Slice", [a, *ends, last])
             row = self._add("Slice", [a, *ends, before])
             pivot = self._add("Slice", [column, *ends, before])
-            logs.append(self._add("Log", [pivot]))
-            there = self._graph.number(f"constant.unit_{size}_{k}", unit[k][:, None])
-            beside = self._graph.number(f"constant.unit_row_{size}_{k}", unit[k][None, :])
-            scaled = self.divide(self.add(row, beside), pivot)
-            a = self.subtract(a, self.multiply(self.subtract(column, there), scaled))
-        total = logs[0] if size == 1 else self._add("Sum", logs)
-        return a, self._add("Squeeze", [total, self._graph.shape("matrix_axes", [-2, -1])])
+            logs.append(self.log(pivot))
+            scaled = self.divide(self.add(row, self._add("Slice", [unit, *ends, before])), pivot)
+            apart = self.subtract(column, self._add("Slice", [unit, *ends, last]))
+            a = self.subtract(a, self.multiply(apart, scaled))
+        every, axes = self._add("Concat", logs, axis=-1), self._graph.shape("matrix_axes", [-2, -1])
+        return self.divide(a, scales), self._add("ReduceSum", [every, axes], keepdims=0)

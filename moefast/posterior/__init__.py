@@ -1,7 +1,7 @@
 """The posterior of a star's labels at the star's own noise, gaps and scale."""
 
 from moefast.posterior.forward import Sizes, forward
-from moefast.posterior.library import fit_clouds, slopes
+from moefast.posterior.library import fit_clouds, sky_residuals, slopes
 from moefast.posterior.mixture import LABELS, PosteriorMixture
 
-__all__ = ["LABELS", "PosteriorMixture", "Sizes", "fit_clouds", "forward", "slopes"]
+__all__ = ["LABELS", "PosteriorMixture", "Sizes", "fit_clouds", "forward", "sky_residuals", "slopes"]

@@ -1,12 +1,15 @@
 """The forward pass from flux and error to the posterior of the labels, described once on an arithmetic.
 
 With clean spectra x = c (r + G ζ + N η), r the reference spectrum, G (p, n) the coordinates of spectra, N (p, q) linear
-nuisances with unit prior widths, c the scale of the flux, and a = 1/σ² per pixel (0 where the pixel is bad):
+nuisances, c the scale of the flux, and a = 1/σ² per pixel (0 where the pixel is bad):
 
     c₀ = Σ a x r / Σ a r²,      a′ = c₀² a,      y = a′ (x/c₀ − r),
     u = Bᵀy,    M = Bᵀ diag(a′) B,    B = [G N]                        all that the star says of (ζ, η),
-    u ← u_ζ − M_ζη (I + M_ηη)⁻¹ u_η,   M ← M_ζζ − M_ζη (I + M_ηη)⁻¹ M_ηζ    nuisances marginalised,
+    u ← u_ζ − M_ζη (H + M_ηη)⁻¹ u_η,   M ← M_ζζ − M_ζη (H + M_ηη)⁻¹ M_ηζ    nuisances marginalised,
     M₁ = (I + M)⁻¹ M,   u₁ = (I + M)⁻¹ u                             spread of spectra within a cloud marginalised.
+
+H is diagonal: 1 for a nuisance with a prior width of its own, 1/s² for one that grows with the noise s of the star, s²
+the mean of σ²/(c₀² D) over good pixels: what sky subtraction leaves of a line is a share of its light, and so is the noise.
 
 Coordinates are scaled such that spectra scatter within a cloud by the identity in the directions that the cloud's own
 tangents leave out. Cloud j has a mean k_j and t tangents, rows of T_j (t, n), along which its spectra scatter by one,
@@ -130,13 +133,18 @@ def forward(op: SolvingArithmetic, sizes: Sizes, flux: Any, error: Any) -> dict[
     known = op.at_most(error, constant(LARGEST_ERROR))
     good = op.both(finite, op.both(positive, known))
     zero, one = constant(0.0), constant(1.0)
-    x = op.where(good, flux, zero)
-    sigma = op.where(good, error, one)
-    weight = op.divide(op.where(good, one, zero), op.multiply(sigma, sigma))
+    # Flux and error in units of the row's smallest error: single precision then holds spectra of any unit.
+    inverse_error = op.where(good, op.divide(one, op.where(good, error, one)), zero)
+    most = op.largest(inverse_error, 1)
+    unit_of_row = op.where(op.at_most(most, zero), one, most)
+    x = op.multiply(op.where(good, flux, zero), unit_of_row)
+    root_weight = op.divide(inverse_error, unit_of_row)
+    weight = op.multiply(root_weight, root_weight)
     shape = number("noise_shape")
     relative = op.multiply(weight, shape)
     n_good = op.total(op.where(good, one, zero), 1)
-    level = op.total(op.where(good, op.divide(op.multiply(sigma, sigma), shape), zero), 1)
+    variance = op.divide(one, op.where(good, weight, one))
+    level = op.total(op.where(good, op.divide(variance, shape), zero), 1)
 
     def tall(value: Any) -> Any:
         return op.shaped(value, (1,))
@@ -155,18 +163,27 @@ def forward(op: SolvingArithmetic, sizes: Sizes, flux: Any, error: Any) -> dict[
     apart = op.where(good, op.subtract(x, op.multiply(scale, reference)), zero)
     energy = op.precise(tall(op.total(op.multiply(weight, op.multiply(apart, apart)), 1)))
     y = op.multiply(scale, op.multiply(weight, apart))
-    u = op.precise(op.product(y, number("directions")))
+    u = op.product(op.precise(y), op.precise(number("directions")))
     cells = op.total(op.shaped(relative, (p // sizes.cell, sizes.cell)), 2)
-    cells = op.multiply(cells, op.multiply(op.multiply(scale, scale), constant(1.0 / sizes.cell)))
+    cells = op.multiply(cells, op.divide(op.multiply(scale, scale), constant(float(sizes.cell))))
     products = cell_products(op, sizes)
     matrix = op.shaped(op.product(op.precise(cells), products), (n + q, n + q))
     u = op.shaped(u, (n + q, 1))
+
+    tiny = op.precise(constant(TINY))
+    counted = op.precise(tall(n_good))
+    mean_level = op.divide(op.precise(tall(level)), op.add(counted, tiny))
+    level2 = op.divide(mean_level, op.precise(op.multiply(scale, scale)))
 
     # -- nuisances, and the spread within clouds ---------------------------------------------------------------
     information, vector = op.part(op.part(matrix, 1, 0, n), 2, 0, n), op.part(u, 1, 0, n)
     explained = op.precise(constant(0.0))
     if q:
-        own = op.add(op.part(op.part(matrix, 1, n, n + q), 2, n, n + q), op.precise(number("unit_nuisances")))
+        follows = op.precise(number("follows_noise"))
+        steady = op.subtract(op.precise(one), follows)
+        precision = op.shaped(op.add(steady, op.divide(follows, op.add(level2, tiny))), (1, q))
+        prior = op.multiply(op.precise(number("unit_nuisances")), precision)
+        own = op.add(op.part(op.part(matrix, 1, n, n + q), 2, n, n + q), prior)
         inverse, _ = op.inverse(own, q)
         cross = op.product(op.part(op.part(matrix, 1, 0, n), 2, n, n + q), inverse)
         other = op.part(u, 1, n, n + q)
@@ -191,13 +208,10 @@ def forward(op: SolvingArithmetic, sizes: Sizes, flux: Any, error: Any) -> dict[
     half = op.precise(constant(0.5))
     value = op.multiply(half, op.total(op.multiply(keys, op.add(u1, ahead)), 1))  # (·, m)
     tangents = op.precise(number("tangents"))  # (m, t, n)
-    columns = op.precise(number("tangents_as_columns"))  # (n, m t)
     along = op.product(tangents, op.shaped(op.ordered(ahead, (0, 2, 1)), (m, n, 1)))  # ρ, (·, m, t, 1)
-    curved = op.ordered(op.product(m1, columns), (0, 2, 1))
-    curved = op.ordered(op.shaped(curved, (m, t, n)), (0, 1, 3, 2))  # (·, m, n, t)
-    inverse, log_determinant = op.inverse(
-        op.add(op.product(tangents, curved), op.precise(number("unit_tangents"))), t
-    )
+    rows = op.shaped(op.product(op.reshaped(tangents, (m * t, n)), m1), (m, t, n))
+    curved = op.product(rows, op.precise(number("tangents_transposed")))  # T M₁ Tᵀ, (·, m, t, t)
+    inverse, log_determinant = op.inverse(op.add(curved, op.precise(number("unit_tangents"))), t)
     coefficients = op.product(inverse, along)  # γ, (·, m, t, 1)
     gained = op.shaped(op.total(op.multiply(along, coefficients), 2), (m,))
     nearest = op.add(value, op.multiply(half, gained))
@@ -222,7 +236,7 @@ def forward(op: SolvingArithmetic, sizes: Sizes, flux: Any, error: Any) -> dict[
     between = op.shaped(op.product(row, op.multiply(first, first)), (1,))
     solved = op.product(inverse, gains)  # (·, m, t, l)
     inner = op.add(op.total(op.multiply(gains, solved), 2), op.precise(number("scatter")))
-    variance = op.shaped(op.product(row, op.add(inner, op.multiply(centred, centred))), (labels,))
+    label_variance = op.shaped(op.product(row, op.add(inner, op.multiply(centred, centred))), (labels,))
     with_first = op.total(op.multiply(op.part(gains, 2, 0, 1), solved), 2)
     with_first = op.add(with_first, op.precise(number("scatter_with_first")))
     covariance = op.shaped(op.product(row, op.add(with_first, op.multiply(first, centred))), (labels,))
@@ -234,15 +248,11 @@ def forward(op: SolvingArithmetic, sizes: Sizes, flux: Any, error: Any) -> dict[
     expert = op.shaped(op.divide(op.product(each, first_means), op.shaped(op.total(each, 2), (k, 1))), (k,))
 
     # -- what a user sees --------------------------------------------------------------------------------------
-    tiny = op.precise(constant(TINY))
-    counted = op.precise(tall(n_good))
     freedom = op.add(op.precise(one), op.relu(op.subtract(counted, op.precise(constant(float(n + 1))))))
     chi2 = op.divide(op.subtract(energy, explained), freedom)
-    mean_level = op.divide(op.precise(tall(level)), op.add(counted, tiny))
-    scale2 = op.precise(op.multiply(scale, scale))
-    log_level = op.multiply(half, op.log(op.add(op.divide(mean_level, scale2), tiny)))
+    log_level = op.multiply(half, op.log(op.add(level2, tiny)))
     spread = op.root(op.add(between, tiny))
-    sd = op.root(op.add(op.relu(variance), tiny))
+    sd = op.root(op.add(op.relu(label_variance), tiny))
     log_g = op.clip(op.part(label, 1, 0, 1), op.precise(number("lowest")), op.precise(number("highest")))
     floor = op.precise(constant(LEAST_SPREAD))
     seen = op.joined(
@@ -272,7 +282,7 @@ def forward(op: SolvingArithmetic, sizes: Sizes, flux: Any, error: Any) -> dict[
         "chi2": chi2,
         "distance": op.divide(distance, op.precise(constant(float(n)))),
         "strength": strength,
-        "scale": scale,
+        "scale": op.divide(scale, unit_of_row),
         "log_level": log_level,
         "n_good": tall(n_good),
     }

@@ -17,17 +17,26 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.ndimage import maximum_filter1d, median_filter, minimum_filter1d, uniform_filter1d
 
 from moefast.experts.template import LABEL_WEIGHT, LEAST_STARS, k_means
 from moefast.posterior.mixture import SCALE_UNIT
 
-__all__ = ["LEAST_SCATTER", "fit_clouds", "slopes"]
+__all__ = ["LEAST_SCATTER", "fit_clouds", "sky_residuals", "slopes"]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
 LEAST_SCATTER = 1e-3
 """Variance within clouds, at the least, in units of the noise of the training set."""
+SKY_BANDS = 10
+"""Bands of wavelength in which residuals of sky lines are free apart."""
+FOREIGN_SHARE = 0.02
+"""Share of spectra, before they are looked at, that have no lines: dead fibres, hot stars, galaxies."""
+WIDEST_LINE, CONTINUUM_DEGREE = 101, 5
+"""Pixels beyond which no line reaches, and degree of a polynomial that no line makes."""
+ENVELOPE = 41
+"""Pixels, odd: the least noise within so many is that between sky lines."""
 
 
 def slopes(wave: F64, reference: NDArray, widths: Sequence[float]) -> F64:
@@ -37,6 +46,32 @@ def slopes(wave: F64, reference: NDArray, widths: Sequence[float]) -> F64:
         width * reference * np.polynomial.legendre.Legendre.basis(k + 1)(x) for k, width in enumerate(widths)
     ]
     return np.stack(each, axis=1) if each else np.empty((wave.size, 0))
+
+
+def sky_residuals(noise_shape: F64, width: float, n_bands: int = SKY_BANDS) -> F64:
+    """What sky subtraction leaves of the lines of the night sky, (p, `n_bands`), in units of the training set's flux.
+
+    The lines are what the noise variance has above its lower envelope; bands of wavelength, each fading into the next,
+    are free apart.
+
+    Parameters
+    ----------
+    noise_shape : array of shape (p,)
+        Mean noise variance of the training set.
+    width : float
+        Prior width in standard deviations of the noise, in the pixel where the lines are brightest.
+    n_bands : int
+    """
+    envelope = median_filter(minimum_filter1d(noise_shape, ENVELOPE), 2 * ENVELOPE + 1)
+    lines = np.maximum(noise_shape - envelope, 0)
+    brightest = lines.argmax()
+    if not width or lines[brightest] == 0:
+        return np.empty((noise_shape.size, 0))
+    place = np.linspace(0, n_bands - 1, noise_shape.size)
+    bands = np.maximum(1 - np.abs(place[:, None] - np.arange(n_bands)), 0)
+    height = width * np.sqrt(noise_shape[brightest]) / lines[brightest]
+    shapes = height * lines[:, None] * bands
+    return shapes[:, shapes.any(0)]
 
 
 def fit_clouds(
@@ -77,8 +112,9 @@ def fit_clouds(
     Returns
     -------
     dict of str to array
-        Arrays of a `PosteriorMixture`: `directions` (p, r + 1), the scale last; `keys`, `tangents`, `gains`,
-        `log_weights`, `labels`, `scatter`, `first`.
+        Arrays of a `PosteriorMixture`: `directions` (p, r + 2), that of what a spectrum without lines has beside all
+        stars and the scale last; `keys`, `tangents`, `gains`, `log_weights`, `labels`, `scatter`, `first`. The last
+        expert is one cloud: a spectrum without lines, which is no star.
 
     Raises
     ------
@@ -115,20 +151,44 @@ def fit_clouds(
     variances, vectors = np.linalg.eigh(within)
     root = np.sqrt(np.maximum(variances, 0) + LEAST_SCATTER)
     forth, back = vectors * root, vectors / root
-    scale = SCALE_UNIT * reference[:, None]
-    none = np.zeros((len(keys), 1))
+    directions = (noise_shape[:, None] * basis) @ forth
+    own, beside, height = _without_lines(reference, noise_shape, directions)
+    none = np.zeros((len(keys), 2))
     arrays = {
-        "directions": np.concatenate([(noise_shape[:, None] * basis) @ forth, scale], axis=1),
+        "directions": np.column_stack([directions, beside, SCALE_UNIT * reference]),
         "keys": np.concatenate([keys @ back, none], axis=1),
-        "tangents": np.concatenate([tangents @ back, np.zeros((*tangents.shape[:2], 1))], axis=2),
+        "tangents": np.concatenate([tangents @ back, np.zeros((*tangents.shape[:2], 2))], axis=2),
         "gains": gains,
         "log_weights": log_weights,
         "labels": means,
         "scatter": scatter,
     }
-    return {name: np.ascontiguousarray(value, np.float32) for name, value in arrays.items()} | {
-        "first": np.array(first, np.int64)
+    every = labels - labels.mean(0)
+    foreign = {
+        "keys": np.concatenate([own, [height, 0.0]]),
+        "tangents": np.zeros((t, r + 2)),
+        "gains": np.zeros((t, labels.shape[1])),
+        "log_weights": np.log(FOREIGN_SHARE),
+        "labels": labels.mean(0),
+        "scatter": every.T @ every / len(every),
     }
+    arrays |= {name: np.concatenate([arrays[name], np.asarray(one)[None]]) for name, one in foreign.items()}
+    return {name: np.ascontiguousarray(value, np.float32) for name, value in arrays.items()} | {
+        "first": np.array([*first, first[-1] + 1], np.int64)
+    }
+
+
+def _without_lines(reference: F64, noise_shape: F64, directions: F64) -> tuple[F64, F64, float]:
+    """A spectrum that is all continuum: its coordinates, a direction for what they leave out, and how far along it."""
+    x = np.linspace(-1, 1, reference.size)
+    envelope = uniform_filter1d(maximum_filter1d(reference, WIDEST_LINE), WIDEST_LINE)
+    continuum = np.polynomial.Legendre.fit(x, envelope, CONTINUUM_DEGREE)(x)
+    white = 1 / np.sqrt(noise_shape)
+    apart = continuum - reference
+    own = np.linalg.lstsq(directions * white[:, None], apart * white, rcond=None)[0]
+    left = apart - directions @ own
+    height = float(np.linalg.norm(left * white) / np.sqrt(LEAST_SCATTER))
+    return own, left / max(height, 1e-12), height
 
 
 def _cloud(z: F64, y: F64, t: int, n_all: int) -> tuple:

@@ -10,17 +10,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moefast.kernels import cell_size
-from moefast.mixture import Prediction
+from moefast.kernels import CloudPosterior, Clouds, Space, cell_size, cloud_posterior
+from moefast.mixture import Mixture, Prediction
 from moefast.ops.arithmetic import NumPyArithmetic
 from moefast.posterior.forward import Sizes, forward
-from moefast.spectra.quality import Quality, assess, good_pixels
+from moefast.spectra.quality import Quality
 
-__all__ = ["LABELS", "ORDER", "SCALE_UNIT", "PosteriorMixture"]
+__all__ = ["LABELS", "ORDER", "SCALE_UNIT", "AnyMixture", "PosteriorMixture"]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -33,7 +34,7 @@ REFERENCE_ROWS = 32
 """Stars that the description sees at a time: it holds a matrix for each star and cloud."""
 ORDER = (
     "reference", "noise_shape", "directions", "keys", "tangents", "gains", "log_weights", "labels", "scatter",
-    "first", "scale_width", "label_range", "error.w1", "error.b1", "error.w2", "error.b2", "label_factors",
+    "first", "n_sky", "scale_width", "label_range", "error.w1", "error.b1", "error.w2", "error.b2", "label_factors",
 )  # fmt: skip
 """What is stored of a mixture."""
 
@@ -75,7 +76,11 @@ class PosteriorMixture:
         What the posterior's own standard deviation of each label is multiplied with; that of log g is not used.
     label_names : tuple of str
         Of `LABELS`, the first l.
+    n_sky : int
+        The last so many nuisances grow with the noise of the star.
     """
+
+    kind: ClassVar[str] = "posterior"
 
     wave: F64
     reference: F32
@@ -93,8 +98,13 @@ class PosteriorMixture:
     error_model: tuple[F32, F32, F32, F32]
     label_factors: F32
     label_names: tuple[str, ...] = LABELS
+    n_sky: int = 0
 
     def __post_init__(self) -> None:
+        # What is stored in single precision must be what was used before it was stored.
+        object.__setattr__(self, "scale_width", float(np.float32(self.scale_width)))
+        low, high = (float(np.float32(limit)) for limit in self.label_range)
+        object.__setattr__(self, "label_range", (low, high))
         p, (m, n), labels = self.wave.size, self.keys.shape, len(self.label_names)
         t = self.tangents.shape[1]
         expected = {
@@ -117,6 +127,10 @@ class PosteriorMixture:
         first = self.first
         if first.ndim != 1 or first[0] != 0 or first[-1] != m or (np.diff(first) < 1).any():
             raise ValueError(f"every expert needs clouds, {m} in all; found boundaries {first.tolist()}")
+        if not 0 <= self.n_sky <= self.n_nuisances:
+            raise ValueError(
+                f"0 to {self.n_nuisances} nuisances that grow with the noise; found {self.n_sky}"
+            )
         if self.error_model[0].shape[0] != 5 or self.error_model[2].shape[1] != 1:
             raise ValueError("an error model of five features and one answer expected")
         if not (self.noise_shape > 0).all():
@@ -144,6 +158,11 @@ class PosteriorMixture:
         """Linear nuisances."""
         return self.directions.shape[1] - self.n_coordinates
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether all experts are linear: those of a posterior never are."""
+        return False
+
     @cached_property
     def sizes(self) -> Sizes:
         """Shapes of the forward pass."""
@@ -157,6 +176,7 @@ class PosteriorMixture:
         """Everything that the mixture is made of but its wave grid, by the names in `ORDER`."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name in ORDER}
         own |= dict(zip(("error.w1", "error.b1", "error.w2", "error.b2"), self.error_model, strict=True))
+        own["n_sky"] = np.array([self.n_sky], np.int64)
         own["scale_width"] = np.array([self.scale_width], np.float32)
         own["label_range"] = np.array(self.label_range, np.float32)
         return {name: own[name] for name in ORDER}
@@ -170,8 +190,9 @@ class PosteriorMixture:
         w1, b1, w2, b2 = (arrays.pop(f"error.{name}") for name in ("w1", "b1", "w2", "b2"))
         low, high = (float(v) for v in arrays.pop("label_range"))
         width = float(arrays.pop("scale_width")[0])
+        n_sky = int(arrays.pop("n_sky")[0])
         return cls(
-            wave=wave, **arrays, scale_width=width, label_range=(low, high), error_model=(w1, b1, w2, b2),
+            wave=wave, **arrays, n_sky=n_sky, scale_width=width, label_range=(low, high), error_model=(w1, b1, w2, b2),
             label_names=label_names,
         )  # fmt: skip
 
@@ -200,7 +221,7 @@ class PosteriorMixture:
             "directions": self.directions,
             "keys_transposed": np.ascontiguousarray(self.keys.T),
             "tangents": tangents.astype(np.float32),
-            "tangents_as_columns": np.ascontiguousarray(tangents.reshape(-1, n).T, np.float32),
+            "tangents_transposed": np.ascontiguousarray(tangents.transpose(0, 2, 1), np.float32),
             "gains": gains,
             "log_weights": self.log_weights,
             "labels": means,
@@ -210,6 +231,7 @@ class PosteriorMixture:
             "others": np.where(members.T > 0, np.float32(0), np.float32(-1e30)),
             "lowest": np.float32(self.label_range[0]),
             "highest": np.float32(self.label_range[1]),
+            "follows_noise": (np.arange(q) >= q - self.n_sky).astype(np.float32),
             "unit_nuisances": np.eye(q, dtype=np.float32),
             "unit_coordinates": np.eye(n, dtype=np.float32),
             "unit_tangents": np.eye(t + 1, dtype=np.float32),
@@ -283,9 +305,47 @@ class PosteriorMixture:
         self, flux: F32, error: F32, mask: NDArray[np.bool_] | None = None, *, first_row: int = 0
     ) -> tuple[Prediction, Quality]:
         """Predictions, and the quality of the spectra; see `predict`."""
-        quality = assess(flux, error, good_pixels(flux, error, mask), mask)
-        return self.prediction(self.outputs(flux, error, mask)), quality
+        found = self._posterior(flux, error, mask)
+        quality = Quality(found.snr_norm, found.snr_median, found.n_good, found.flag)
+        return self.prediction(_as_described(found)), quality
 
     def outputs(self, flux: F32, error: F32, mask: NDArray[np.bool_] | None = None) -> dict[str, NDArray]:
         """Every output of the forward pass on the CPU kernels; see `predict` and `moefast.posterior.forward`."""
-        return self.describe(flux, error if mask is None else np.where(mask, np.float32(np.nan), error))
+        return _as_described(self._posterior(flux, error, mask))
+
+    def _posterior(self, flux: F32, error: F32, mask: NDArray[np.bool_] | None) -> CloudPosterior:
+        return cloud_posterior(flux, error, mask, self._space, self._clouds)
+
+    @cached_property
+    def _space(self) -> Space:
+        return Space(
+            self.reference, self.noise_shape, self.directions, self.n_nuisances, self.sizes.cell, self.n_sky
+        )
+
+    @cached_property
+    def _clouds(self) -> Clouds:
+        numbers = self.numbers
+        return Clouds(
+            keys=self.keys,
+            tangents=self.tangents,
+            gains=numbers["gains"],
+            log_weights=self.log_weights,
+            labels=numbers["labels"],
+            scatter=numbers["scatter"],
+            scatter_with_first=numbers["scatter_with_first"],
+            first=self.first,
+            scale_unit=SCALE_UNIT,
+            scale_width=self.scale_width,
+            label_range=self.label_range,
+            error_model=self.error_model,
+        )
+
+
+def _as_described(found: CloudPosterior) -> dict[str, NDArray]:
+    """Outputs of the kernels in the shapes of the description's."""
+    arrays = {field.name: getattr(found, field.name) for field in fields(found)}
+    return {name: a[:, None] if a.ndim == 1 else a for name, a in arrays.items()}
+
+
+AnyMixture = Mixture | PosteriorMixture
+"""What a model may hold."""

@@ -19,16 +19,17 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-import moefast
 from moefast.ceilings.ceiling import Ceiling, known, read
 from moefast.core.atomic import write_atomically, write_json
 from moefast.core.errors import InputError, OutputError
 from moefast.core.grids import Grid, SnrGrid
 from moefast.core.random import NOISE_SEED, standard_normals
 from moefast.core.sketches import share_seen
+from moefast.core.version import __version__
 from moefast.experts.linear_form import LinearForm
 from moefast.mixture import hat_weights
 from moefast.model import SHIPPED, Model, shipped_path
+from moefast.posterior.mixture import AnyMixture, PosteriorMixture
 from moefast.protocol.predictions import write_kept
 from moefast.protocol.report import ORACLE, evaluate_predictions
 from moefast.protocol.report_text import format_text
@@ -181,7 +182,7 @@ def evaluate(
         weights=np.column_stack([table[f"weight_{k}"] for k in range(n_experts)]) if several else None,
         expert_grid=subject.expert_grid if several else None,
         references={key: np.concatenate(parts) for key, parts in references.items()},
-        oracle_reference=_oracle(subject.model) if own and several and subject.model else None,
+        oracle_reference=_oracle(subject.model.mixture) if own and several and subject.model else None,
         ceilings=ceilings,
         group_ceilings=group_ceilings,
         **about_noise,
@@ -199,7 +200,7 @@ def evaluate(
         **{f"weight_{k}": table[f"weight_{k}"] for k in range(n_experts)},
     }
     run = {
-        "moefast_version": moefast.__version__,
+        "moefast_version": __version__,
         "r2": report["overall"]["r2"],
         "spectra_per_second": spectra.n_rows / scoring if subject.where else None,
         "what": "scoring alone, spectra in memory" if subject.where else "computed elsewhere",
@@ -253,27 +254,36 @@ def _reference_predictions(
     bins: NDArray[np.integer],
 ) -> dict[str, NDArray[np.float64]]:
     """Simpler fits on the same noisy stars; for a model of moefast also its own experts with true bins."""
-    prepared = beside.mixture.prepare(block.flux, block.error, block.mask)
+    log_level, experts = _experts(beside.mixture, block)
     own = beside is subject.model
     out = {
-        key: _linear(form, beside, block, good, prepared.log_level, bins)
+        key: _linear(form, beside, block, good, log_level, bins)
         for key, form in beside.references.items()
         # An oracle knows the true bins: it says what a better gate could gain, and only of the model that it is of.
         if own or not key.startswith(ORACLE)
     }
     if own and beside.mixture.n_experts > 1:
         here = np.arange(len(block)), bins
-        values = {"oracle-ridge": prepared.linear_log_g, _oracle(beside): prepared.expert_log_g}
         out |= {
             key: np.clip(each[here].astype(np.float64), *beside.mixture.label_range)
-            for key, each in values.items()
+            for key, each in experts.items()
         }
     return out
 
 
-def _oracle(model: Model) -> str:
-    """Name of the model's own experts with true bins."""
-    return "oracle-ridge" if model.mixture.is_linear else "oracle-hybrid"
+def _experts(mixture: AnyMixture, block: Block) -> tuple[NDArray, dict[str, NDArray]]:
+    """The noise level of each star, and what each expert says: the linear ones, and those that the mixture uses."""
+    if isinstance(mixture, PosteriorMixture):
+        found = mixture.predict(block.flux, block.error, block.mask)
+        return found.log_level, {_oracle(mixture): found.expert_log_g}
+    prepared = mixture.prepare(block.flux, block.error, block.mask)
+    experts = {"oracle-ridge": prepared.linear_log_g, _oracle(mixture): prepared.expert_log_g}
+    return prepared.log_level, experts
+
+
+def _oracle(mixture: AnyMixture) -> str:
+    """Name of a mixture's own experts with true bins."""
+    return "oracle-ridge" if mixture.is_linear else "oracle-hybrid"
 
 
 def _linear(
@@ -428,7 +438,7 @@ def write_report(
     report, run = evaluation.report, evaluation.run
     data = report["data_set"]
     attrs = {
-        "moefast_version": moefast.__version__,
+        "moefast_version": __version__,
         "subject": report["model"]["name"],
         "subject_sha256": report["model"]["sha256"],
         "input_sha256": data["fingerprint"],

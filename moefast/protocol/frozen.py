@@ -29,7 +29,7 @@ from moefast.core import grids, groups, metrics
 from moefast.core.atomic import write_atomically
 from moefast.core.random import DRAW_STREAM, NOISE_SEED, NOISE_STREAM, standard_normals
 from moefast.fitting import PUBLISHED_ALPHA
-from moefast.protocol import report
+from moefast.protocol import report, scenarios
 from moefast.protocol.milestones import MILESTONES, N_SEEDS, TEST_PART, TEST_SIZE, Rule
 from moefast.protocol.report import evaluate_predictions
 from moefast.simulate.emulator import LABELS
@@ -148,11 +148,12 @@ def collect() -> dict[str, Any]:
 
 
 def collect_additions() -> dict[str, Any]:
-    """What was frozen later than the rest, JSON-ready: further reference sets."""
+    """What was frozen later than the rest, JSON-ready: further reference sets, and the scenarios."""
     return {
         "protocol_version": VERSION,
         "reference_sets": {name: _set(name) for name in REFERENCE_SETS if name not in FIRST_SETS},
         "telluric": [list(ends) for ends in TELLURIC],
+        "scenarios": scenarios.scenario_table() | {"gauge": scenarios.gauge()},
     }
 
 
@@ -582,6 +583,12 @@ def _additions(found: Mapping[str, Any]) -> str:
     def span(pair: Sequence[float]) -> str:
         return f"{100 * pair[0]:.3g} to {percent(pair[1])}"
 
+    table = found["scenarios"]
+    marks = table["marks"]
+    rows = [
+        [name, one["what"], one["kind"], *(f"{value:g}".replace("-", "−") for value in table["gauge"][name])]
+        for name, one in table["scenarios"].items()
+    ]
     telluric = ", ".join(f"{first:g}-{last:g}" for first, last in found["telluric"])
     return f"""
 ## Added since
@@ -605,7 +612,20 @@ to end. Flux and error are divided by the median of the noisy flux over the pixe
 {gaps["telluric"]:.3g}; a block of {span(gaps["block_share"])} of the pixels with a probability of {gaps["block"]:g};
 {span(gaps["edge_share"])} of the pixels at one end with a probability of {gaps["edges"]:g}.
 
-{_parts(sets)}"""
+{_parts(sets)}
+
+### Scenarios
+
+`moefast scenarios MODEL` shows a model the first stars of {" ".join(table["base"])}, changed in one way after the
+other. A flag is any of {", ".join(table["flags"])}. A failure is silent if a star carries none of them and its log g is
+more than {table["sigmas"]:g} claimed errors away, or does not exist; where there is no star, every spectrum without a
+flag is one. Marks: silent failures in at most {percent(marks["silent"])} of the stars, no flag on at most
+{percent(marks["unflagged where there is no star"])} of what is no star, {table["false_flag"]} on at most
+{percent(marks["false flags"])} of the stars of a reference set. What is drawn is of seed {table["seed"]}. The last
+columns hold what the first four stars of each scenario have: mean flux in the blue and the red quarter and in the core
+of Ca II 8544, rms of flux / error, mean error, lost pixels.
+
+{_table(["scenario", "what", "kind", "blue", "red", "Ca II", "flux / error", "error", "lost"], rows)}"""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -124,7 +124,7 @@ def test_a_gpu_that_cannot_be_used_is_told(monkeypatch):
         raise BackendError("numba-cuda is not installed")
 
     monkeypatch.setattr("moefast.backend.cuda_devices", lambda: (["NVIDIA T0"], ""))
-    monkeypatch.setattr("moefast.kernels.cuda.device.require_kernels", refuse)
+    monkeypatch.setattr("moefast.kernels.cuda.trial.require_kernels", refuse)
     found = resolve_kernels("auto")
     assert isinstance(found, Backend)
     assert found.name == "cpu"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tolerances import assert_close
 
-from moefast.core.errors import ModelError
+from moefast.core.errors import ModelError, OutputError
 from moefast.experts import normal_equations as module
 from moefast.experts.normal_equations import NormalEquations
 
@@ -343,7 +343,7 @@ def test_a_failed_save_leaves_the_old_file(data, reference, saved, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(np, "savez", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OutputError, match="disk full"):
         gathered(data, reference).save(saved)
     assert saved.read_bytes() == before
     assert [item.name for item in saved.parent.iterdir()] == [saved.name]

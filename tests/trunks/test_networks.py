@@ -10,8 +10,7 @@ from tolerances import assert_close
 
 from moefast.core.errors import ModelError
 from moefast.experts.inputs import Inputs
-from moefast.export import build, open_session
-from moefast.export.graph import read_mixture
+from moefast.export import build, open_session, read_mixture
 from moefast.ops.arithmetic import NumPyArithmetic, TorchArithmetic, is_half, is_matrix
 from moefast.trunks.heads import Heads
 from moefast.trunks.networks import Plan, answer, shapes, start

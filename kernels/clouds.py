@@ -1,0 +1,302 @@
+"""From flux and error to the posterior of labels over Gaussian clouds of clean spectra, at each star's own noise.
+
+The equations are those of `moefast.posterior.forward`, the contract of this kernel, in a form that single precision can
+bear. With M₁ = C Cᵀ and λ = C⁻¹u₁, everything happens in coordinates in which a star's noise, and the scatter of
+spectra within a cloud, are white:
+
+    δ_j = Cᵀk_j − λ,   A_j = I + T_j C (T_j C)ᵀ,   ρ_j = −T_j C δ_j,   γ_j = A_j⁻¹ρ_j,
+    e_j = ln π_j − ½ (|δ_j + CᵀT_jᵀγ_j|² + |γ_j|²) − ½ ln det A_j + const.
+
+No large number is subtracted from another, and the constant cancels in the weights.
+
+Design: `moefast.kernels.cpu_information` reads flux and error once and gives (u, M) and C, λ in double precision;
+`moefast.kernels.cpu_clouds` passes one star over all clouds in single precision. Floor in multiply-adds per star, for
+p = 4096 pixels, cells of 8, n + q = 52, m = 450 clouds of t = 5 tangents and the scale:
+
+    u                  p (n + q)                     0.21 M double
+    M                  p/8 (n + q)(n + q + 1)/2      0.71 M double
+    roots, inverse     1.7 n³                        0.20 M double
+    clouds             m (t + 1) n (n + 1)/2         3.31 M single
+    their products     m (t + 2)(t + 3)/2 n          0.62 M single
+
+The floor of memory is 8 p bytes, 33 kB; arrays of clouds, 0.5 MB, and of cells, 5.8 MB, are read from the caches.
+All sums have one order, whatever row, block or thread: a row's bits depend on that row alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moefast.core.threads import in_threads
+from moefast.kernels import cpu_clouds, cpu_information
+from moefast.kernels.cpu_clouds import LANES
+from moefast.kernels.cpu_information import LANES as COLUMNS
+from moefast.kernels.cpu_information import ROWS, STEP
+
+__all__ = ["CloudPosterior", "Clouds", "Space", "cloud_posterior"]
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+_NO_MASK = np.zeros((0, 0), np.bool_)
+WIDE = 8
+"""Labels are filled up to whole rows of as many."""
+
+
+def _up(size: int, step: int) -> int:
+    return -(-size // step) * step
+
+
+@dataclass(frozen=True)
+class Space:
+    """The space of spectra.
+
+    Attributes
+    ----------
+    reference, noise_shape : array of shape (p,), float32
+        r and D.
+    directions : array of shape (p, n + q), float32
+        Coordinates, the scale last, then q linear nuisances of unit prior width.
+    n_nuisances : int
+        q.
+    cell : int
+        Pixels over which a′D is averaged for M; divides p. 1 is exact.
+    n_sky : int
+        The last so many nuisances have a prior width that grows with the noise of the star.
+    """
+
+    reference: F32
+    noise_shape: F32
+    directions: F32
+    n_nuisances: int
+    cell: int
+    n_sky: int = 0
+    columns: F64 = field(init=False, repr=False)
+    products: F64 = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("reference", "noise_shape", "directions"):
+            object.__setattr__(self, name, np.ascontiguousarray(getattr(self, name), np.float32))
+        p = self.reference.size
+        if self.reference.shape != (p,) or self.noise_shape.shape != (p,):
+            raise ValueError(
+                "reference and noise_shape of one shape (p,) expected; "
+                f"found {self.reference.shape} and {self.noise_shape.shape}"
+            )
+        if self.directions.ndim != 2 or len(self.directions) != p:
+            raise ValueError(f"directions of shape ({p}, n + q) expected; found {self.directions.shape}")
+        width = self.directions.shape[1]
+        if not 0 <= self.n_nuisances < width:
+            raise ValueError(f"n_nuisances from 0 to {width - 1} expected; found {self.n_nuisances}")
+        if not 0 <= self.n_sky <= self.n_nuisances:
+            raise ValueError(f"n_sky from 0 to {self.n_nuisances} expected; found {self.n_sky}")
+        if self.cell < 1 or p % self.cell:
+            raise ValueError(f"a cell that divides {p} pixels expected; found {self.cell}")
+        if not (self.noise_shape > 0).all():
+            raise ValueError("noise_shape must be positive in every pixel")
+        # Nuisances first: to marginalise them is to begin with them.
+        inside = np.roll(self.directions.astype(np.float64), self.n_nuisances, axis=1)
+        columns = np.zeros((_up(width, COLUMNS) // COLUMNS, _up(p, STEP), COLUMNS))
+        for block, lanes in enumerate(columns):
+            part = inside[:, block * COLUMNS : (block + 1) * COLUMNS]
+            lanes[:p, : part.shape[1]] = part
+        groups, size = p // self.cell, width * (width + 1) // 2
+        cells = inside.reshape(groups, self.cell, width)
+        shape = self.noise_shape.astype(np.float64).reshape(groups, self.cell, 1)
+        upper = np.triu_indices(width)
+        products = np.zeros((_up(size, COLUMNS) // COLUMNS, _up(groups, STEP), COLUMNS))
+        packed = ((cells / shape).transpose(0, 2, 1) @ cells)[:, *upper]
+        for block, lanes in enumerate(products):
+            part = packed[:, block * COLUMNS : (block + 1) * COLUMNS]
+            lanes[:groups, : part.shape[1]] = part
+        object.__setattr__(self, "columns", columns)
+        object.__setattr__(self, "products", products)
+
+    @property
+    def n_coordinates(self) -> int:
+        """Coordinates n, the scale among them."""
+        return self.directions.shape[1] - self.n_nuisances
+
+
+@dataclass(frozen=True)
+class Clouds:
+    """m clouds in a space of n coordinates, sorted by expert, and how labels follow from them.
+
+    Attributes
+    ----------
+    keys : array of shape (m, n), float32
+        Means k_j.
+    tangents : array of shape (m, t, n), float32
+        Directions along which the spectra of a cloud scatter by one, without that of the scale.
+    gains : array of shape (m, t + 1, l), float32
+        Covariance of the coordinate along each tangent, and the scale's, with each label; the first label is log g.
+    log_weights : array of shape (m,), float32
+        ln π_j.
+    labels, scatter, scatter_with_first : array of shape (m, l), float32
+        Mean labels, their variances that the tangents do not explain, and such covariances with the first label.
+    first : array of shape (K + 1,), int64
+        Clouds first[k] to first[k + 1] belong to expert k.
+    scale_unit, scale_width : float
+        What the last coordinate counts in, relative to the reference spectrum, and prior width of the scale.
+    label_range : tuple of float
+        The answer is clipped to it.
+    error_model : tuple of arrays W₁ (5, h), b₁, W₂ (h, 1), b₂
+        From `error_features` to ln of the error.
+    """
+
+    keys: F32
+    tangents: F32
+    gains: F32
+    log_weights: F32
+    labels: F32
+    scatter: F32
+    scatter_with_first: F32
+    first: NDArray[np.int64]
+    scale_unit: float
+    scale_width: float
+    label_range: tuple[float, float]
+    error_model: tuple[F32, F32, F32, F32]
+    arrays: tuple = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        (m, n), t, labels = self.keys.shape, self.tangents.shape[1], self.labels.shape[1]
+        expected = {
+            "tangents": (m, t, n),
+            "gains": (m, t + 1, labels),
+            "log_weights": (m,),
+            "scatter": (m, labels),
+            "scatter_with_first": (m, labels),
+        }
+        for name, shape in expected.items():
+            if getattr(self, name).shape != shape:
+                raise ValueError(f"{name} of shape {shape} expected; found {getattr(self, name).shape}")
+        if labels < 3:
+            raise ValueError(f"at least three labels expected; found {labels}")
+        first = np.ascontiguousarray(self.first, np.int64)
+        if first.ndim != 1 or first[0] != 0 or first[-1] != m or (np.diff(first) < 1).any():
+            raise ValueError(f"every expert needs clouds, {m} in all; found boundaries {first.tolist()}")
+        panels, blocks, wide = -(-m // LANES), -(-n // STEP), _up(labels, WIDE)
+        drawn = np.concatenate([self.keys[:, None], self.tangents], axis=1)
+        columns = np.zeros((panels * LANES, t + 1, blocks * STEP), np.float32)
+        columns[:m, :, :n] = drawn
+        columns = columns.reshape(panels, LANES, t + 1, blocks * STEP).transpose(0, 2, 3, 1)
+        log_weights = np.full(panels * LANES, -1e30, np.float32)
+        log_weights[:m] = self.log_weights
+        gains, of_first = np.zeros((m, t + 1, wide), np.float32), np.zeros((panels * LANES, t + 1), np.float32)
+        gains[:, :, :labels], of_first[:m] = self.gains, self.gains[:, :, 0]
+        means = np.zeros(panels * LANES, np.float32)
+        means[:m] = self.labels[:, 0]
+
+        def filled(array: F32) -> F32:
+            out = np.zeros((m, wide), np.float32)
+            out[:, :labels] = array
+            return out
+
+        arrays = (
+            (0,) * (t + 1),
+            np.ascontiguousarray(columns),
+            log_weights.reshape(panels, LANES),
+            gains,
+            filled(self.labels),
+            filled(self.scatter),
+            filled(self.scatter_with_first),
+            np.ascontiguousarray(of_first.reshape(panels, LANES, t + 1).transpose(0, 2, 1)),
+            means.reshape(panels, LANES),
+            first,
+            float(self.scale_unit),
+            np.float32(self.scale_width),
+            float(self.label_range[0]),
+            float(self.label_range[1]),
+            *(np.ascontiguousarray(part, np.float32) for part in self.error_model),
+        )
+        object.__setattr__(self, "arrays", arrays)
+
+    @property
+    def n_experts(self) -> int:
+        """Number of experts K."""
+        return len(self.first) - 1
+
+
+@dataclass(frozen=True)
+class CloudPosterior:
+    """What `cloud_posterior` returns, one row per spectrum.
+
+    The first thirteen are float64, and what `moefast.posterior.forward` calls so, without axes of length 1; the others are
+    those of `moefast.spectra.quality.assess`: `snr_norm`, `snr_median` float32, `n_good` int32, `flag` uint32.
+    """
+
+    log_g: F64
+    log_g_err: F64
+    error_features: F64
+    label: F64
+    label_sd: F64
+    label_cov: F64
+    weights: F64
+    expert_label: F64
+    chi2: F64
+    distance: F64
+    strength: F64
+    scale: F64
+    log_level: F64
+    snr_norm: F32
+    snr_median: F32
+    n_good: NDArray[np.int32]
+    flag: NDArray[np.uint32]
+
+
+def cloud_posterior(
+    flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None, space: Space, clouds: Clouds
+) -> CloudPosterior:
+    """Posterior of the labels of each star; see the module's equations.
+
+    Parameters
+    ----------
+    flux, error : array of shape (n, p)
+        Flux and its 1σ in any unit, converted to float32. A pixel that is not finite in flux, or whose error is not positive or above 1e6, weighs nothing.
+    mask : array of shape (n, p), bool, optional
+        True where a pixel is bad whatever it holds.
+    space : Space
+    clouds : Clouds
+
+    Raises
+    ------
+    ValueError
+        Shapes that do not fit.
+    """
+    flux, error = np.ascontiguousarray(flux, np.float32), np.ascontiguousarray(error, np.float32)
+    p, n, q = space.reference.size, space.n_coordinates, space.n_nuisances
+    if flux.ndim != 2 or flux.shape[1] != p or error.shape != flux.shape:
+        raise ValueError(f"flux and error of shape (n, {p}) expected; found {flux.shape} and {error.shape}")
+    if mask is not None and (mask.dtype != np.bool_ or mask.shape != flux.shape):
+        raise ValueError(f"mask must be bool of shape {flux.shape}; found {mask.dtype} {mask.shape}")
+    if clouds.keys.shape[1] != n:
+        raise ValueError(f"clouds in {n} coordinates expected; found {clouds.keys.shape[1]}")
+    mask = _NO_MASK if mask is None else np.ascontiguousarray(mask)
+    rows, labels, k = len(flux), clouds.labels.shape[1], clouds.n_experts
+    shapes = ((), (), (5,), (labels,), (labels,), (labels,), (k,), (k,), (), (), (), (), ())
+    found = [np.empty((rows, *shape)) for shape in shapes]
+    quality = [np.empty(rows, dtype) for dtype in (np.float32, np.float32, np.int32, np.uint32)]
+
+    def run(first_block: int, stop_block: int) -> None:
+        blocks, pixels, _ = space.columns.shape
+        packed_blocks, groups, _ = space.products.shape
+        y, cells = np.zeros((ROWS, pixels), np.float32), np.zeros((ROWS, groups))
+        u, packed = np.empty((blocks, ROWS, COLUMNS)), np.empty((packed_blocks, ROWS, COLUMNS))
+        numbers = np.empty((ROWS, 5))
+        for start in range(first_block * ROWS, min(stop_block * ROWS, rows), ROWS):
+            here = slice(start, min(start + ROWS, rows))
+            count = here.stop - start
+            cpu_information.read_pixels(
+                flux[here], error[here], mask[here] if mask.size else mask, space.reference, space.noise_shape,
+                space.cell, y[:, :p], cells, numbers, *(array[here] for array in quality),
+            )  # fmt: skip
+            cpu_information.multiply_pixels(y, count, space.columns, u)
+            cpu_information.multiply_cells(cells, count, space.products, packed)
+            cpu_clouds.posterior(
+                numbers[:count], u, packed, q, space.n_sky, n, *clouds.arrays, *(array[here] for array in found)
+            )
+
+    in_threads(-(-rows // ROWS), run, least=1)
+    return CloudPosterior(*found, *quality)

@@ -1,0 +1,237 @@
+"""Loops of one star over all clouds; see `moefast.kernels.clouds`.
+
+Design: `LANES` clouds lie side by side in a panel, so that every loop over them is SIMD whatever the number of tangents.
+A vector (the mean of each cloud, or one of its tangents) is kept as blocks of four coordinates × `LANES` clouds; C', upper
+triangular, multiplies it block by block in the nearest cache. What is left of a cloud's distance when its best point is
+taken is summed from its residual: the product form |δ|² − ρᵀA⁻¹ρ loses the digits that a star far from a cloud's mean,
+along a tangent of it, has above the rest.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit
+
+from moefast.kernels.cpu import FAST, exp32, log32
+from moefast.kernels.cpu_information import GROUP, STEP, TINY, solve, unpack
+from moefast.kernels.cpu_information import LANES as COLUMNS
+from moefast.kernels.vectors import VECTORS, add_tile, cloud_group, width_of
+
+__all__ = ["posterior"]
+
+WIDTH = width_of(32)
+LANES = VECTORS * WIDTH
+"""Clouds of a panel."""
+LEAST_SHARE = np.float32(1e-9)
+"""Of the best cloud's weight: clouds below have no say in moments of labels."""
+LEAST_EVIDENCE = np.float32(-1e30)
+"""Below, a sum of squares has overflowed."""
+LEAST_SPREAD = 1e-4
+"""Added in dex to standard deviations whose logarithms the error model sees, as in `moefast.posterior.forward`."""
+ZERO32 = np.float32(0.0)
+ONE32 = np.float32(1.0)
+HALF32 = np.float32(0.5)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _whiten(columns, panel, root, vectors):
+    """Vectors of a panel times C', upper triangular."""
+    _, drawn, size, _ = columns.shape
+    vectors[:] = ZERO32
+    for v in range(drawn):
+        for r in range(0, size, STEP):
+            start, place = ((panel * drawn + v) * size + r) * LANES, (v * size + r) * LANES
+            add_tile(root, r * size + r, size, columns, start, size - r, vectors, place)
+
+
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+def _conclude(log_weight, square, pivots, labels_of_first, gains_of_first, coefficients, evidence, means):
+    """Evidence and mean first label of the clouds of a panel."""
+    for i in range(LANES):
+        evidence[i] = log_weight[i] - HALF32 * square[i]
+        means[i] = labels_of_first[i]
+    for k in range(len(pivots)):
+        pivot, gamma, gain = pivots[k], coefficients[k], gains_of_first[k]
+        for i in range(LANES):
+            evidence[i] -= HALF32 * log32(pivot[i])
+            means[i] += gamma[i] * gain[i]
+
+
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+def _shares(evidence, start, stop, top, share):
+    """Exponentials above `top`; return their sum."""
+    total = 0.0
+    for j in range(start, stop):
+        value = exp32(evidence[j] - top)
+        value = value if evidence[j] - top > np.float32(-87.0) else ZERO32
+        share[j] = value
+        total += np.float64(value)
+    return total
+
+
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+def _labels_of(j, lower, inverse_root, coefficients, gains, labels, solved, mean):
+    """Mean labels of cloud j, and L⁻¹ g, whose squares are the variances that its tangents leave; eight labels a row."""
+    panel, lane = j // LANES, j % LANES
+    t = gains.shape[1]
+    mean[:] = labels[j]
+    for a in range(t):
+        gamma = coefficients[panel, a, lane]
+        gain = gains[j, a]
+        for x in range(gain.size):
+            mean[x] += gamma * gain[x]
+            solved[a, x] = gain[x]
+    for k in range(t):
+        inverse = inverse_root[panel, k, lane]
+        row = solved[k]
+        for x in range(row.size):
+            row[x] *= inverse
+        for i in range(k + 1, t):
+            along = lower[panel, i * (i + 1) // 2 + k, lane]
+            other = solved[i]
+            for x in range(row.size):
+                other[x] -= along * row[x]
+
+
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+def _moments(
+    evidence, lower, inverse_root, coefficients, gains, labels, scatter, scatter_with_first, first, means_of_first,
+    share, chosen, means, variances, covariances, solved, label, sd, covariance, weights, expert,
+):  # fmt: skip
+    """From evidences to labels, as `moefast.posterior.forward` has it; returns the scatter of log g between clouds."""
+    m, k, n_labels = evidence.size, first.size - 1, label.size
+    top = np.float32(-np.inf)
+    for j in range(m):
+        top = max(top, evidence[j])
+    if not top > LEAST_EVIDENCE:
+        # Beyond single precision, 1e15 times the noise away from any cloud, there is no answer.
+        label[:], sd[:], covariance[:], weights[:], expert[:] = np.nan, np.nan, np.nan, np.nan, np.nan
+        return np.nan
+    total = 0.0
+    for e in range(k):
+        highest = np.float32(-np.inf)
+        for j in range(first[e], first[e + 1]):
+            highest = max(highest, evidence[j])
+        norm = _shares(evidence, first[e], first[e + 1], highest, share)
+        mean = 0.0
+        for j in range(first[e], first[e + 1]):
+            panel, lane = j // LANES, j % LANES
+            mean += np.float64(share[j]) * np.float64(means_of_first[panel, lane])
+        expert[e] = mean / norm
+        among = math.exp(np.float64(highest) - np.float64(top))
+        weights[e] = among * norm
+        total += among * norm
+        for j in range(first[e], first[e + 1]):
+            share[j] *= np.float32(among)
+    for e in range(k):
+        weights[e] /= total
+    n_chosen, kept = 0, 0.0
+    for j in range(m):
+        if share[j] >= LEAST_SHARE:
+            chosen[n_chosen] = j
+            n_chosen += 1
+            kept += np.float64(share[j])
+    label[:] = 0.0
+    for c in range(n_chosen):
+        j = chosen[c]
+        _labels_of(j, lower, inverse_root, coefficients, gains, labels, solved, means[c])
+        w = np.float64(share[j]) / kept
+        variance, along = variances[c], covariances[c]
+        variance[:] = scatter[j]
+        along[:] = scatter_with_first[j]
+        for a in range(solved.shape[0]):
+            row = solved[a]
+            one = row[0]
+            for x in range(row.size):
+                variance[x] += row[x] * row[x]
+                along[x] += one * row[x]
+        for x in range(n_labels):
+            label[x] += w * np.float64(means[c, x])
+    sd[:], covariance[:] = 0.0, 0.0
+    between = 0.0
+    for c in range(n_chosen):
+        w = np.float64(share[chosen[c]]) / kept
+        of_first = np.float64(means[c, 0]) - label[0]
+        between += w * of_first * of_first
+        for x in range(n_labels):
+            apart = np.float64(means[c, x]) - label[x]
+            sd[x] += w * (np.float64(variances[c, x]) + apart * apart)
+            covariance[x] += w * (np.float64(covariances[c, x]) + of_first * apart)
+    for x in range(n_labels):
+        sd[x] = math.sqrt(max(sd[x], 0.0) + TINY)
+    return between
+
+
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+def _perceptron(features, w1, b1, w2, b2):
+    value = np.float64(b2[0])
+    for h in range(b1.size):
+        active = np.float64(b1[h])
+        for f in range(features.size):
+            active += features[f] * np.float64(w1[f, h])
+        value += math.tanh(active) * np.float64(w2[h, 0])
+    return value
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def posterior(
+    numbers, u, packed, q, n_sky, n,
+    drawn, columns, log_weights, gains, labels, scatter, scatter_with_first, gains_of_first, labels_of_first, first,
+    unit, width, lowest, highest, w1, b1, w2, b2,
+    log_g, log_g_err, features, label, sd, covariance, weights, expert, chi2, distance, strength, scale, log_level,
+):  # fmt: skip
+    """Posterior of each star of a block; arrays of clouds as `moefast.kernels.clouds.Clouds` lays them out."""
+    panels, _, size, _ = columns.shape
+    t, m, wide = gains.shape[1], first[-1], gains.shape[2]
+    a = np.zeros((q + n, -(-(q + n + 1) // GROUP) * GROUP))
+    whole = np.zeros((n, -(-(n + 1) // GROUP) * GROUP))
+    exact, line = np.zeros_like(whole), np.empty(packed.shape[0] * COLUMNS)
+    root, vectors = np.zeros((size, size), np.float32), np.empty((t, size, LANES), np.float32)
+    centre, spectrum = np.zeros(size, np.float32), np.zeros(size, np.float32)
+    lower = np.empty((panels, t * (t + 1) // 2, LANES), np.float32)
+    inverse_root, coefficients = np.empty((panels, t, LANES), np.float32), np.empty((panels, t, LANES), np.float32)
+    square, means_of_first = np.empty((panels, LANES), np.float32), np.empty((panels, LANES), np.float32)
+    evidence, pivots = np.empty((panels, LANES), np.float32), np.empty((t, LANES), np.float32)
+    share, chosen = np.empty(m, np.float32), np.empty(m, np.int64)
+    means, variances = np.empty((m, wide), np.float32), np.empty((m, wide), np.float32)
+    covariances, solved = np.empty((m, wide), np.float32), np.empty((t, wide), np.float32)
+    for i in range(len(numbers)):
+        unpack(packed, u, i, line, a)
+        c0, level, n_good = numbers[i, 0], numbers[i, 3], numbers[i, 4]
+        level2 = level / (n_good + TINY) / (c0 * c0)
+        explained, beyond = solve(a, q, n_sky, level2, whole, exact)
+        for r in range(n):
+            for c in range(r, n):
+                root[r, c] = np.float32(exact[r, c])
+            centre[r] = np.float32(exact[r, n])
+            spectrum[r] = np.float32(exact[r, n] + exact[r, n - 1] / unit)
+        for panel in range(panels):
+            _whiten(columns, panel, root, vectors)
+            for lane in range(0, LANES, WIDTH):
+                cloud_group(
+                    vectors, lane, LANES, size, drawn, centre, spectrum, width, lower[panel], inverse_root[panel],
+                    coefficients[panel], square[panel], pivots,
+                )  # fmt: skip
+            _conclude(
+                log_weights[panel], square[panel], pivots, labels_of_first[panel], gains_of_first[panel],
+                coefficients[panel], evidence[panel], means_of_first[panel],
+            )  # fmt: skip
+        between = _moments(
+            evidence.reshape(-1)[:m], lower, inverse_root, coefficients, gains, labels, scatter, scatter_with_first, first,
+            means_of_first, share, chosen, means, variances, covariances, solved,
+            label[i], sd[i], covariance[i], weights[i], expert[i],
+        )  # fmt: skip
+        nearest = np.float64(square.reshape(-1)[:m].min())
+        chi2[i] = (numbers[i, 2] - explained) / (1.0 + max(n_good - (n + 1), 0.0))
+        distance[i] = (beyond + nearest) / n
+        strength[i], scale[i] = numbers[i, 1], c0
+        log_level[i] = 0.5 * math.log(level2 + TINY)
+        answer = label[i, 0]
+        log_g[i] = answer if math.isnan(answer) else min(max(answer, lowest), highest)
+        features[i, 0] = log_g[i]
+        features[i, 1] = math.log(sd[i, 0] + LEAST_SPREAD)
+        features[i, 2] = math.log(math.sqrt(between + TINY) + LEAST_SPREAD)
+        features[i, 3], features[i, 4] = label[i, 1], label[i, 2]
+        log_g_err[i] = math.exp(_perceptron(features[i], w1, b1, w2, b2))

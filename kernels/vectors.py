@@ -1,0 +1,232 @@
+"""Three inner loops in vectors of the compiler, for Numba functions: what its own vectoriser does not keep in registers.
+
+Design: each is an intrinsic, a function that writes the compiler's intermediate code: vectors of 512 bits, which a
+machine with shorter registers sees as several. Sums stand in registers from the first term to the last, in one order, with
+fused multiply-adds that are asked for by name: results do not depend on what the compiler makes of the code around.
+Offsets are counted in elements; nothing is checked.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+__all__ = ["ROWS", "VECTORS", "add_tile", "cloud_group", "subtract_row", "width_of"]
+
+ROWS = 4
+"""Rows of a tile of `add_tile`."""
+VECTORS = 4
+"""Vectors next to each other in a tile: 16 sums stand in registers, which hides the latency of an addition."""
+BITS = 512
+
+
+def width_of(bits: int) -> int:
+    """Numbers of so many bits in a vector."""
+    return BITS // bits
+
+
+class _Vectors:
+    """Vectors of one floating-point type in a function that is being built."""
+
+    def __init__(self, builder: Any, scalar: Any) -> None:
+        self.builder, self.scalar = builder, scalar
+        self.bits = 32 if isinstance(scalar, ir.FloatType) else 64
+        self.width = width_of(self.bits)
+        self.type = ir.VectorType(scalar, self.width)
+        self._suffix = f"v{self.width}f{self.bits}"
+
+    def _call(self, name: str, *values: Any) -> Any:
+        kind = ir.FunctionType(self.type, [self.type] * len(values))
+        function = cgutils.get_or_insert_function(self.builder.module, kind, f"llvm.{name}.{self._suffix}")
+        return self.builder.call(function, values)
+
+    def add_product(self, total: Any, a: Any, b: Any) -> Any:
+        """Total + a b, rounded once."""
+        return self._call("fma", a, b, total)
+
+    def root(self, a: Any) -> Any:
+        """Square root."""
+        return self._call("sqrt", a)
+
+    def all_of(self, value: Any) -> Any:
+        """A vector of one number."""
+        if value.type != self.scalar:
+            value = self.builder.fpext(value, self.scalar)
+        one = self.builder.insert_element(
+            ir.Constant(self.type, ir.Undefined), value, ir.IntType(32)(0)
+        )
+        nowhere = ir.Constant(ir.VectorType(ir.IntType(32), self.width), [0] * self.width)
+        return self.builder.shuffle_vector(one, ir.Constant(self.type, ir.Undefined), nowhere)
+
+    def constant(self, value: float) -> Any:
+        """A vector of one constant."""
+        return ir.Constant(self.type, [value] * self.width)
+
+    def load(self, pointer: Any) -> Any:
+        """The vector that begins at a number."""
+        place = self.builder.bitcast(pointer, self.type.as_pointer())
+        return self.builder.load(place, align=self.bits // 8)
+
+    def store(self, value: Any, pointer: Any) -> None:
+        """Put a vector where a number is."""
+        self.builder.store(value, self.builder.bitcast(pointer, self.type.as_pointer()), align=self.bits // 8)
+
+    def variable(self, value: Any) -> Any:
+        """A register that changes in a loop."""
+        place = cgutils.alloca_once(self.builder, self.type)
+        self.builder.store(value, place)
+        return place
+
+
+def _data(context: Any, builder: Any, kind: Any, value: Any) -> Any:
+    return context.make_array(kind)(context, builder, value).data
+
+
+@intrinsic
+def add_tile(typingctx, a, first, step, b, start, n, out, place):  # type: ignore[no-untyped-def]
+    """Out[place + r L + l] += Σ_c a[first + r step + c] b[start + c L + l] for r < 4, c < n, l < L, L = 4 vectors."""
+    signature = types.void(a, types.intp, types.intp, b, types.intp, types.intp, out, types.intp)
+
+    def write(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        kinds = signature.args
+        factors, terms, sums = (_data(context, builder, kinds[k], args[k]) for k in (0, 3, 6))
+        _, first, step, _, start, n, _, place = args
+        vectors = _Vectors(builder, context.get_data_type(kinds[3].dtype))
+        index = context.get_value_type(types.intp)
+        lanes = VECTORS * vectors.width
+        rows = [builder.gep(factors, [builder.add(first, builder.mul(step, index(r)))]) for r in range(ROWS)]
+        ends = [
+            [builder.gep(sums, [builder.add(place, index(r * lanes + v * vectors.width))]) for v in range(VECTORS)]
+            for r in range(ROWS)
+        ]
+        totals = [[vectors.variable(vectors.load(end)) for end in row] for row in ends]
+        begin = builder.gep(terms, [start])
+        with cgutils.for_range(builder, n, intp=index) as loop:
+            line = builder.gep(begin, [builder.mul(loop.index, index(lanes))])
+            parts = [vectors.load(builder.gep(line, [index(v * vectors.width)])) for v in range(VECTORS)]
+            for row, total in zip(rows, totals, strict=True):
+                factor = vectors.all_of(builder.load(builder.gep(row, [loop.index])))
+                for part, register in zip(parts, total, strict=True):
+                    builder.store(vectors.add_product(builder.load(register), factor, part), register)
+        for row, total in zip(ends, totals, strict=True):
+            for end, register in zip(row, total, strict=True):
+                vectors.store(builder.load(register), end)
+        return context.get_dummy_value()
+
+    return signature, write
+
+
+@intrinsic
+def subtract_row(typingctx, a, row, pivot, factor, n):  # type: ignore[no-untyped-def]
+    """A[row + j] −= factor a[pivot + j] for j below n vectors; the two do not overlap."""
+    signature = types.void(a, types.intp, types.intp, a.dtype, types.intp)
+
+    def write(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        numbers = _data(context, builder, signature.args[0], args[0])
+        _, row, pivot, factor, n = args
+        vectors = _Vectors(builder, context.get_data_type(signature.args[3]))
+        index = context.get_value_type(types.intp)
+        ours, theirs = builder.gep(numbers, [row]), builder.gep(numbers, [pivot])
+        less = vectors.all_of(builder.fneg(factor))
+        with cgutils.for_range(builder, n, intp=index) as loop:
+            here = builder.mul(loop.index, index(vectors.width))
+            end = builder.gep(ours, [here])
+            vectors.store(
+                vectors.add_product(vectors.load(end), less, vectors.load(builder.gep(theirs, [here]))), end
+            )
+        return context.get_dummy_value()
+
+    return signature, write
+
+
+@intrinsic
+def cloud_group(  # type: ignore[no-untyped-def]
+    typingctx, vectors, lane, stride, n, n_drawn, centre, spectrum, width, lower, inverse, coefficients, square, pivots
+):
+    """Best points of a vector of clouds, with the star in whitened coordinates.
+
+    With x_v[c] = vectors[v n stride + c stride + lane], δ = x₀ − centre and tangents x₁, …, width (δ + spectrum):
+    L of L Lᵀ = I + T Tᵀ, rows of its lower triangle one behind the other; 1/L_kk; γ = −(L Lᵀ)⁻¹ T δ;
+    |δ + Tᵀγ|² + |γ|²; and L_kk². Vectors of all of these are `stride` numbers apart. `n_drawn` = 1 + the number of
+    tangents x₁, … is a tuple of so many numbers, since the code is written for it.
+    """
+    signature = types.void(
+        vectors, types.intp, types.intp, types.intp, n_drawn, centre, spectrum, width, lower, inverse, coefficients,
+        square, pivots,
+    )  # fmt: skip
+    drawn = len(n_drawn)
+
+    def write(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        kinds = signature.args
+        drawn_data, of_centre, of_spectrum, lowers, inverses, gammas, squares, of_pivots = (
+            _data(context, builder, kinds[k], args[k]) for k in (0, 5, 6, 8, 9, 10, 11, 12)
+        )
+        lane, stride, n = args[1:4]
+        v = _Vectors(builder, context.get_data_type(kinds[0].dtype))
+        index = context.get_value_type(types.intp)
+        broad = v.all_of(args[7])
+        t = drawn
+        whole = builder.mul(n, stride)
+        starts = [
+            builder.gep(drawn_data, [builder.add(lane, builder.mul(whole, index(k)))]) for k in range(drawn)
+        ]
+
+        def at(base: Any, k: int) -> Any:
+            return builder.gep(base, [builder.add(lane, builder.mul(stride, index(k)))])
+
+        def coordinates(loop: Any) -> list[Any]:
+            here = builder.mul(loop.index, stride)
+            x = [v.load(builder.gep(start, [here])) for start in starts]
+            x[0] = builder.fsub(x[0], v.all_of(builder.load(builder.gep(of_centre, [loop.index]))))
+            more = v.all_of(builder.load(builder.gep(of_spectrum, [loop.index])))
+            return [*x, builder.fmul(broad, builder.fadd(x[0], more))]
+
+        zero, one = v.constant(0.0), v.constant(1.0)
+        products = {
+            (a, b): v.variable(one if a == b else zero) for a in range(t + 1) for b in range(a, t + 1) if b > 0
+        }
+        with cgutils.for_range(builder, n, intp=index) as loop:
+            x = coordinates(loop)
+            for (a, b), register in products.items():
+                builder.store(v.add_product(builder.load(register), x[a], x[b]), register)
+        rho = [builder.fneg(builder.load(products[0, k + 1])) for k in range(t)]
+        matrix = {(a, b): builder.load(products[b + 1, a + 1]) for a in range(t) for b in range(a + 1)}
+        roots = []
+        for k in range(t):
+            v.store(matrix[k, k], at(of_pivots, k))
+            roots.append(builder.fdiv(one, v.root(matrix[k, k])))
+            rho[k] = builder.fmul(rho[k], roots[k])
+            for i in range(k + 1, t):
+                matrix[i, k] = builder.fmul(matrix[i, k], roots[k])
+            for i in range(k + 1, t):
+                less = builder.fneg(matrix[i, k])
+                rho[i] = v.add_product(rho[i], less, rho[k])
+                for j in range(k + 1, i + 1):
+                    matrix[i, j] = v.add_product(matrix[i, j], less, matrix[j, k])
+        for k in reversed(range(t)):
+            for i in range(k + 1, t):
+                rho[k] = v.add_product(rho[k], builder.fneg(matrix[i, k]), rho[i])
+            rho[k] = builder.fmul(rho[k], roots[k])
+        place = 0
+        for a in range(t):
+            v.store(roots[a], at(inverses, a))
+            v.store(rho[a], at(gammas, a))
+            for b in range(a + 1):
+                v.store(matrix[a, b], at(lowers, place))
+                place += 1
+        total = zero
+        for gamma in rho:
+            total = v.add_product(total, gamma, gamma)
+        register = v.variable(total)
+        with cgutils.for_range(builder, n, intp=index) as loop:
+            residual, *tangents = coordinates(loop)
+            for gamma, tangent in zip(rho, tangents, strict=True):
+                residual = v.add_product(residual, gamma, tangent)
+            builder.store(v.add_product(builder.load(register), residual, residual), register)
+        v.store(builder.load(register), at(squares, 0))
+        return context.get_dummy_value()
+
+    return signature, write
