@@ -47,6 +47,7 @@ POSTERIOR_TOLERANCES = {
     "distance": 1e-3,
     "strength": 1e-4,
     "scale": 1e-4,
+    "foreign": 1e-4,
     "labels": 1e-3,
     "label_errors": 1e-3,
     "label_correlations": 1e-3,

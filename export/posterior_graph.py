@@ -38,6 +38,7 @@ _WORDS = {
     "distance": "what the best point of the space of spectra gains over the best cloud, per coordinate",
     "strength": "scale of the flux over its error",
     "scale": "flux over that of the training set",
+    "foreign": "probability that the spectrum is that of no star",
     "labels": "posterior means of the other labels",
     "label_errors": "calibrated 1 sigma of the other labels",
     "label_correlations": "correlation of the other labels with log g",
@@ -138,7 +139,7 @@ class _Steps(OnnxArithmetic):
 
     def prediction(self, found: Mapping[str, str]) -> dict[str, str]:
         """`PosteriorMixture.prediction` as nodes."""
-        count = self.sizes.n_labels - 1
+        count, k = self.sizes.n_labels - 1, self.mixture.n_experts
         limits = self.precise(self.number("lowest")), self.precise(self.number("highest"))
         label, sd = found["label"], found["label_sd"]
         others = {name: self.part(found[name], 1, 1, count) for name in ("label", "label_sd", "label_cov")}
@@ -152,8 +153,8 @@ class _Steps(OnnxArithmetic):
         values = {
             "log_g": found["log_g"],
             "log_g_err": found["log_g_err"],
-            "weights": found["weights"],
-            "expert_log_g": self.clip(found["expert_label"], *limits),
+            "weights": self.part(found["weights"], 1, 0, k),
+            "expert_log_g": self.clip(self.part(found["expert_label"], 1, 0, k), *limits),
             "log_g_err_raw": first,
             "chi2": found["chi2"],
             "log_level": found["log_level"],
@@ -161,6 +162,9 @@ class _Steps(OnnxArithmetic):
             "strength": found["strength"],
             "scale": scale,
         }
+        if self.mixture.n_foreign:
+            every = self.part(found["weights"], 1, k, self.sizes.n_experts)
+            values["foreign"] = self.shaped(self.total(every, 1), (1,))
         if count > 1:
             values["labels"] = others["label"]
             values["label_errors"] = self.multiply(others["label_sd"], factors)
@@ -200,6 +204,7 @@ def build_posterior(mixture: PosteriorMixture, part: str, metadata: dict[str, st
     own: dict[str, Any] = {
         "kind": PosteriorMixture.kind,
         "label_names": ",".join(mixture.label_names),
+        "n_foreign": str(mixture.n_foreign),
         "flux_unit": "any; the scale is a nuisance",
     }
     return assemble(
@@ -239,6 +244,6 @@ def read_posterior(model: ModelProto, wave: NDArray[np.float64]) -> PosteriorMix
             f"{PosteriorMixture.kind}.{name}", *any_size, dtype=np.int64 if name in _WHOLE else np.float32
         )
     try:
-        return PosteriorMixture.from_stored(wave, arrays, names)
+        return PosteriorMixture.from_stored(wave, arrays, names, int(said(model, "n_foreign")))
     except (ValueError, IndexError) as error:
         raise ModelError(f"the posterior of the ONNX model does not fit together: {error}") from error

@@ -34,7 +34,7 @@ from moefast.core.threads import in_threads
 from moefast.kernels import cpu_clouds, cpu_information
 from moefast.kernels.cpu_clouds import LANES
 from moefast.kernels.cpu_information import LANES as COLUMNS
-from moefast.kernels.cpu_information import ROWS, STEP
+from moefast.kernels.cpu_information import GROUP, ROWS, SPECTRUM, STEP
 
 __all__ = ["CloudPosterior", "Clouds", "Space", "cloud_posterior"]
 
@@ -63,6 +63,12 @@ class Space:
         q.
     cell : int
         Pixels over which a′D is averaged for M; divides p. 1 is exact.
+    precision : array of shape (n + q, n + q), float64
+        P⁻¹ of the whole library and the nuisances as one Gaussian, near whose best point the likelihood is expanded.
+    pull : array of shape (n + q,), float64
+        P⁻¹ times its mean.
+    refinements : int
+        Expansions around a better point; none is needed where `cell` is 1.
     n_sky : int
         The last so many nuisances have a prior width that grows with the noise of the star.
     """
@@ -72,9 +78,11 @@ class Space:
     directions: F32
     n_nuisances: int
     cell: int
+    precision: F64
+    pull: F64
+    refinements: int
     n_sky: int = 0
-    columns: F64 = field(init=False, repr=False)
-    products: F64 = field(init=False, repr=False)
+    arrays: tuple = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("reference", "noise_shape", "directions"):
@@ -96,9 +104,20 @@ class Space:
             raise ValueError(f"a cell that divides {p} pixels expected; found {self.cell}")
         if not (self.noise_shape > 0).all():
             raise ValueError("noise_shape must be positive in every pixel")
+        if self.precision.shape != (width, width) or self.pull.shape != (width,):
+            raise ValueError(
+                f"precision of shape {(width, width)} and pull of shape {(width,)} expected; "
+                f"found {self.precision.shape} and {self.pull.shape}"
+            )
         # Nuisances first: to marginalise them is to begin with them.
-        inside = np.roll(self.directions.astype(np.float64), self.n_nuisances, axis=1)
-        columns = np.zeros((_up(width, COLUMNS) // COLUMNS, _up(p, STEP), COLUMNS))
+        q = self.n_nuisances
+        inside = np.roll(self.directions.astype(np.float64), q, axis=1)
+        pixels = _up(p, SPECTRUM)
+        spectra = np.zeros((pixels, width), np.float32)
+        spectra[:p] = inside
+        spectra = np.ascontiguousarray(spectra.reshape(-1, SPECTRUM, width).transpose(0, 2, 1))
+        precision = np.ascontiguousarray(np.roll(self.precision.astype(np.float64), (q, q), (0, 1)))
+        columns = np.zeros((_up(width, COLUMNS) // COLUMNS, pixels, COLUMNS))
         for block, lanes in enumerate(columns):
             part = inside[:, block * COLUMNS : (block + 1) * COLUMNS]
             lanes[:p, : part.shape[1]] = part
@@ -111,8 +130,8 @@ class Space:
         for block, lanes in enumerate(products):
             part = packed[:, block * COLUMNS : (block + 1) * COLUMNS]
             lanes[:groups, : part.shape[1]] = part
-        object.__setattr__(self, "columns", columns)
-        object.__setattr__(self, "products", products)
+        pull = np.roll(self.pull.astype(np.float64), q)
+        object.__setattr__(self, "arrays", (columns, products, spectra, precision, pull))
 
     @property
     def n_coordinates(self) -> int:
@@ -280,20 +299,24 @@ def cloud_posterior(
     quality = [np.empty(rows, dtype) for dtype in (np.float32, np.float32, np.int32, np.uint32)]
 
     def run(first_block: int, stop_block: int) -> None:
-        blocks, pixels, _ = space.columns.shape
-        packed_blocks, groups, _ = space.products.shape
-        y, cells = np.zeros((ROWS, pixels), np.float32), np.zeros((ROWS, groups))
-        u, packed = np.empty((blocks, ROWS, COLUMNS)), np.empty((packed_blocks, ROWS, COLUMNS))
-        numbers = np.empty((ROWS, 5))
+        columns, products, spectra, precision, pull = space.arrays
+        y, cells = np.zeros((ROWS, columns.shape[1]), np.float32), np.zeros((ROWS, products.shape[1]))
+        information, points = np.zeros_like(y), np.empty((ROWS, n + q), np.float32)
+        u, packed = np.empty((len(columns), ROWS, COLUMNS)), np.empty((len(products), ROWS, COLUMNS))
+        factors, numbers = np.zeros((ROWS, n + q, _up(n + q, GROUP))), np.empty((ROWS, 5))
         for start in range(first_block * ROWS, min(stop_block * ROWS, rows), ROWS):
             here = slice(start, min(start + ROWS, rows))
             count = here.stop - start
             cpu_information.read_pixels(
                 flux[here], error[here], mask[here] if mask.size else mask, space.reference, space.noise_shape,
-                space.cell, y[:, :p], cells, numbers, *(array[here] for array in quality),
+                space.cell, y, information, cells, numbers, *(array[here] for array in quality),
             )  # fmt: skip
-            cpu_information.multiply_pixels(y, count, space.columns, u)
-            cpu_information.multiply_cells(cells, count, space.products, packed)
+            cpu_information.multiply_pixels(y, count, columns, u)
+            cpu_information.multiply_cells(cells, count, products, packed)
+            cpu_information.refine(
+                y, information, count, packed, spectra, columns, precision, pull, space.refinements,
+                numbers, points, factors, u,
+            )
             cpu_clouds.posterior(
                 numbers[:count], u, packed, q, space.n_sky, n, *clouds.arrays, *(array[here] for array in found)
             )

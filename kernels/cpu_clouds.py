@@ -198,7 +198,9 @@ def posterior(
     means, variances = np.empty((m, wide), np.float32), np.empty((m, wide), np.float32)
     covariances, solved = np.empty((m, wide), np.float32), np.empty((t, wide), np.float32)
     for i in range(len(numbers)):
-        unpack(packed, u, i, line, a)
+        unpack(packed, i, line, a)
+        for k in range(q + n):
+            a[k, q + n] = u[k // COLUMNS, i, k % COLUMNS]
         c0, level, n_good = numbers[i, 0], numbers[i, 3], numbers[i, 4]
         level2 = level / (n_good + TINY) / (c0 * c0)
         explained, beyond = solve(a, q, n_sky, level2, whole, exact)

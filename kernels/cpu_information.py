@@ -25,11 +25,13 @@ __all__ = [
     "GROUP",
     "LANES",
     "ROWS",
+    "SPECTRUM",
     "STEP",
     "TINY",
     "multiply_cells",
     "multiply_pixels",
     "read_pixels",
+    "refine",
     "solve",
     "unpack",
 ]
@@ -40,6 +42,8 @@ LANES = VECTORS * GROUP
 """Columns of u and of packed M that lie side by side."""
 ROWS = 32
 """Stars whose pixels are read before their products are formed: y and the cells of all stay in the second cache."""
+SPECTRUM = VECTORS * width_of(32)
+"""Pixels of a spectrum that lie side by side."""
 CHUNK = 512
 """Pixels whose directions stay in the second cache while all stars of a block pass over them."""
 TINY = 1e-30
@@ -87,8 +91,8 @@ def _first_look(flux, error, mask, masked, reference, noise_shape, weight, ratio
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def _second_look(flux, reference, noise_shape, scale, cell, weight, y):
-    """Fill y, and a′D/cell in place of the weights; return the energy Σ a (x − c₀ r)²."""
+def _second_look(flux, reference, noise_shape, scale, cell, weight, y, information):
+    """Fill y, a′, and a′D/cell in place of the weights; return the energy Σ a (x − c₀ r)²."""
     energy = 0.0
     share = scale * scale / cell
     for j in range(flux.size):
@@ -97,6 +101,7 @@ def _second_look(flux, reference, noise_shape, scale, cell, weight, y):
         weighed = w * apart
         energy += weighed * apart
         y[j] = np.float32(scale * weighed)
+        information[j] = np.float32(scale * w * scale)
         weight[j] = w * np.float64(noise_shape[j]) * share
     return energy
 
@@ -136,9 +141,9 @@ def _keep_finite(ratio):
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
 def read_pixels(
     flux, error, mask, reference, noise_shape, cell,
-    y, cells, numbers, snr_norm, snr_median, n_good, flag,
+    y, information, cells, numbers, snr_norm, snr_median, n_good, flag,
 ):  # fmt: skip
-    """Row by row: y (n, p), means of a′D over cells (n, p / cell), and `numbers` of the row.
+    """Row by row: y and a′ (n, p), means of a′D over cells (n, p / cell), and `numbers` of the row.
 
     `numbers` (n, 5): scale c₀, strength, energy, Σ σ²/D, number of good pixels. SNRs and flags as in
     `moefast.spectra.quality.assess`.
@@ -158,7 +163,9 @@ def read_pixels(
         error_of_scale = math.sqrt(curvature)
         scale = (error_of_scale + max(overlap - error_of_scale, 0.0)) / curvature
         numbers[i, 0], numbers[i, 1] = scale, overlap / error_of_scale
-        numbers[i, 2] = _second_look(flux[i], reference, noise_shape, scale, cell, weight, y[i])
+        numbers[i, 2] = _second_look(
+            flux[i], reference, noise_shape, scale, cell, weight, y[i], information[i]
+        )
         numbers[i, 3], numbers[i, 4] = level, n_used
         _add_cells(weight, cell, cells[i])
         n_good[i] = n_sound
@@ -240,16 +247,115 @@ def invert(a, n):
 
 
 @njit(nogil=True, cache=True)
-def unpack(packed, u, row, line, a):
-    """Upper triangle of M, and u as a column behind it, of one row of a block; `line` is scratch."""
+def unpack(packed, row, line, a):
+    """Upper triangle of M of one row of a block; `line` is scratch."""
     width = a.shape[0]
     for block in range(packed.shape[0]):
         line[block * LANES : (block + 1) * LANES] = packed[block, row]
     start = 0
     for i in range(width):
         a[i, i:width] = line[start : start + width - i]
-        a[i, width] = u[i // LANES, row, i % LANES]
         start += width - i
+
+
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+def _substitute(a, n, vector):
+    """Solve UᵀU x = vector in place, with the rows of U in `a`."""
+    for k in range(n):
+        row = a[k]
+        value = vector[k] / row[k]
+        vector[k] = value
+        for j in range(k + 1, n):
+            vector[j] -= row[j] * value
+    for k in range(n - 1, -1, -1):
+        row = a[k]
+        value = vector[k]
+        for j in range(k + 1, n):
+            value -= row[j] * vector[j]
+        vector[k] = value / row[k]
+
+
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+def _multiply_upper(a, n, x, out):
+    """Add to `out` the symmetric matrix whose upper triangle is in `a`, times x."""
+    for i in range(n):
+        row, one = a[i], x[i]
+        total = row[i] * one
+        for j in range(i + 1, n):
+            total += row[j] * x[j]
+            out[j] += row[j] * one
+        out[i] += total
+
+
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+def _what_is_left(y, information, spectrum, left):
+    """Y − a′ · spectrum of `SPECTRUM` pixels."""
+    for j in range(SPECTRUM):
+        left[j] = y[j] - information[j] * spectrum[j]
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _gradient(y, information, rows, points, spectra, directions, tile, left, u):
+    """U = Bᵀ(y − a′ B b) of the first rows; spectra (p / `SPECTRUM`, n + q, `SPECTRUM`) is B, `tile`, `left` scratch."""
+    blocks, p, _ = directions.shape
+    width = spectra.shape[1]
+    u[:] = 0.0
+    for c in range(0, p, CHUNK):
+        size = min(CHUNK, p - c)
+        for r in range(0, rows, STEP):
+            for j in range(0, size, SPECTRUM):
+                tile[:] = ZERO32
+                start = (c + j) // SPECTRUM * width * SPECTRUM
+                add_tile(points, r * points.shape[1], points.shape[1], spectra, start, width, tile, 0)
+                here = slice(c + j, c + j + SPECTRUM)
+                for i in range(STEP):
+                    _what_is_left(
+                        y[r + i, here], information[r + i, here], tile[i], left[i, j : j + SPECTRUM]
+                    )
+            for block in range(blocks):
+                start, place = (block * p + c) * LANES, (block * u.shape[1] + r) * LANES
+                add_tile(left, 0, CHUNK, directions, start, size, u, place)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def refine(
+    y, information, rows, packed, spectra, directions, precision, pull, refinements, numbers, points, factors, u
+):
+    """Expand the likelihood around a point near the star, `refinements` times: u and the energy are what is changed.
+
+    `points` (·, n + q) is float32 scratch, and so is `factors` (·, n + q, ·), one matrix for each row.
+    """
+    width = len(pull)
+    line, vector = np.empty(packed.shape[0] * LANES), np.empty(width)
+    matrix, before = np.zeros((width, width)), np.empty((rows, width))
+    tile, left = np.empty((STEP, SPECTRUM), np.float32), np.zeros((STEP, CHUNK), np.float32)
+    points[:] = ZERO32
+    for i in range(rows):
+        a = factors[i]
+        unpack(packed, i, line, a)
+        for k in range(width):
+            for j in range(k, width):
+                a[k, j] += precision[k, j]
+            before[i, k] = u[k // LANES, i, k % LANES]
+        factor(a, 0, width, width, 0.0)
+    for _ in range(refinements):
+        for i in range(rows):
+            for k in range(width):
+                vector[k] = u[k // LANES, i, k % LANES] + pull[k]
+            _substitute(factors[i], width, vector)
+            for k in range(width):
+                points[i, k] = np.float32(vector[k])
+        _gradient(y, information, rows, points, spectra, directions, tile, left, u)
+        for i in range(rows):
+            for k in range(width):
+                vector[k] = u[k // LANES, i, k % LANES]
+            unpack(packed, i, line, matrix)
+            _multiply_upper(matrix, width, points[i], vector)
+            for k in range(width):
+                u[k // LANES, i, k % LANES] = vector[k]
+    for i in range(rows):
+        for k in range(width):
+            numbers[i, 2] += points[i, k] * (u[k // LANES, i, k % LANES] - before[i, k])
 
 
 @njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")

@@ -98,6 +98,9 @@ class Prediction:
     scale, distance, strength : array of shape (n,), or None
         Flux over that of the training set; what the best point of the space of spectra gains over the library, per
         coordinate; the scale over its error. Only of posteriors.
+    foreign : array of shape (n,), or None
+        Probability that the spectrum is that of no star. Only of posteriors that know such spectra; with `weights` it
+        adds up to 1.
     """
 
     log_g: NDArray
@@ -113,6 +116,7 @@ class Prediction:
     scale: NDArray | None = None
     distance: NDArray | None = None
     strength: NDArray | None = None
+    foreign: NDArray | None = None
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,8 @@ class Model:
         summary : dict
             What happened on the way; `chi2_limit` among it. For a posterior also `log_level`, the lowest and highest of
             the training set; `library`, where `slope_widths` and `sky_width` are prior widths of the nuisances; and
-            where there are any, `distance_limit`, a table {"log_strength": […], "limit": […]}, and `strength_limit`.
+            where there are any, `distance_limit`, a table {"log_strength": […], "limit": […]}, `strength_limit`,
+            `least_chi2_limit` and `foreign_limit`.
         """
         wave = mixture.wave
         label_spread = float(training["log_g_std"])
@@ -296,7 +297,7 @@ class Model:
                 float(limits["chi2"]),
                 float(limits["log_g_err"]),
                 [float(v) for v in limits["log_level"]],
-                float(limits.get("strength", 0.0)),
+                [float(limits.get(name, 0.0)) for name in ("strength", "least_chi2", "foreign")],
             )
             if "distance" in limits:
                 _check_distance(limits["distance"])
@@ -382,8 +383,9 @@ def _limits(mixture: AnyMixture, summary: Mapping[str, Any]) -> dict[str, Any]:
         table = {key: [float(v) for v in summary["distance_limit"][key]] for key in _DISTANCE}
         _check_distance(table)
         limits["distance"] = table
-    if "strength_limit" in summary:
-        limits["strength"] = float(summary["strength_limit"])
+    for name in ("strength", "least_chi2", "foreign"):
+        if f"{name}_limit" in summary:
+            limits[name] = float(summary[f"{name}_limit"])
     return limits
 
 

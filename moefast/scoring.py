@@ -313,11 +313,12 @@ def columns_of(model: Model, result: Prediction, quality: Quality) -> dict[str, 
     # Numbers that overflowed to NaN compare false with everything: the flags say "not within", never "beyond".
     outside = ~((result.log_g > low) & (result.log_g < high))
     outside |= ~((result.log_level >= limits["log_level"][0]) & (result.log_level <= limits["log_level"][1]))
+    outside |= _at_the_edge(model, result)
     expert = result.weights.argmax(1).astype(np.int16)
     for bit, rows in (
         (Flag.OUT_OF_GRID, outside),
         (Flag.LOW_CONFIDENCE, ~(result.log_g_err <= limits["log_g_err"])),
-        (Flag.UNLIKE_TRAINING, _unlike(result, limits)),
+        (Flag.UNLIKE_TRAINING, _unlike(result, limits, quality)),
     ):
         flag[rows & ~empty] |= np.uint32(bit)
     columns = {
@@ -340,9 +341,19 @@ def columns_of(model: Model, result: Prediction, quality: Quality) -> dict[str, 
     return columns
 
 
-def _unlike(result: Prediction, limits: Mapping[str, Any]) -> NDArray[np.bool_]:
+def _unlike(result: Prediction, limits: Mapping[str, Any], quality: Quality) -> NDArray[np.bool_]:
     """Rows whose spectra lie beyond what the model was fitted on."""
-    unlike = ~(result.chi2 <= limits["chi2"])
+    largest = limits["chi2"]
+    if "least_chi2" in limits:
+        # χ² of few pixels scatters more, and of a handful says nothing.
+        spread = SURE * np.sqrt(2.0 / np.maximum(quality.n_good, 1))
+        largest = np.maximum(largest, 1 + spread)
+        unlike_errors = result.chi2 < np.minimum(limits["least_chi2"], 1 - spread)
+    unlike = ~(result.chi2 <= largest)
+    if "least_chi2" in limits:
+        unlike |= unlike_errors
+    if result.foreign is not None and "foreign" in limits:
+        unlike |= ~(result.foreign <= limits["foreign"])
     strength, distance = result.strength, result.distance
     if strength is not None and "strength" in limits:
         unlike |= ~(strength >= limits["strength"])
@@ -353,6 +364,29 @@ def _unlike(result: Prediction, limits: Mapping[str, Any]) -> NDArray[np.bool_]:
     return unlike
 
 
+def _at_the_edge(model: Model, result: Prediction) -> NDArray[np.bool_]:
+    """Rows whose labels lie within `EDGE` of their errors of the ends of the training set: a star beyond ends there."""
+    outside = np.zeros(len(result.log_g), bool)
+    if (
+        not isinstance(model.mixture, PosteriorMixture)
+        or result.labels is None
+        or result.label_errors is None
+    ):
+        return outside
+    ranges = model.manifest["training"].get("labels", {})
+    values = np.column_stack([result.log_g, result.labels])
+    errors = np.column_stack([result.log_g_err, result.label_errors])
+    for i, name in enumerate(model.mixture.label_names):
+        if name in _EDGES and name in ranges:
+            low, high = ranges[name]
+            outside |= ~(np.minimum(values[:, i] - low, high - values[:, i]) >= EDGE * errors[:, i])
+    return outside
+
+
+EDGE = 0.5
+"""Stars within the training set's labels are not pulled nearer to an end than this, in their errors."""
+_EDGES = ("log_g", "T_eff", "M_H")
+"""Labels that every training set has, well enough known for that."""
 _LEAST_STRENGTH = 1e-6
 _LABELS = {
     "T_eff": ("K", "effective temperature"),
@@ -376,7 +410,8 @@ def _label_columns(mixture: AnyMixture, result: Prediction) -> dict[str, NDArray
         for (ending, _), part in zip(_OF_LABEL, parts, strict=True)
         if part is not None
     }
-    return columns if result.scale is None else columns | {"scale": result.scale}
+    columns |= {name: value for name in ("scale", "foreign") if (value := getattr(result, name)) is not None}
+    return columns
 
 
 def _label_layout(mixture: AnyMixture) -> list[Column]:
@@ -392,6 +427,7 @@ def _label_layout(mixture: AnyMixture) -> list[Column]:
             for ending, text in _OF_LABEL
         ],
         Column("scale", f4, "", "flux over that of the training set"),
+        *([Column("foreign", f4, "", "probability that this is no star")] if mixture.n_foreign else []),
     ]
 
 

@@ -13,7 +13,7 @@ UNITS = np.array([1.0, 800.0, 0.7, 0.2, 0.2])
 """Spread of each label."""
 
 
-def random_posterior(p=512, m=17, n=7, t=2, q=2, n_experts=3, labels=5, hidden=6, seed=0):
+def random_posterior(p=512, m=17, n=7, t=2, q=2, n_experts=3, n_foreign=1, labels=5, hidden=6, seed=0):
     """Clouds in n coordinates of p pixels; log g of some stars is clipped."""
     rng = np.random.default_rng(seed)
     noise_shape = np.exp(rng.normal(-4, 0.5, p))
@@ -42,12 +42,13 @@ def random_posterior(p=512, m=17, n=7, t=2, q=2, n_experts=3, labels=5, hidden=6
     error_model = layers(rng, 5, hidden, 1, 0.3)
     # The fourth feature is a temperature.
     error_model[0][3] /= UNITS[1]
-    cuts = np.sort(rng.choice(np.arange(1, m), n_experts - 1, replace=False))
+    cuts = np.sort(rng.choice(np.arange(1, m), n_experts + n_foreign - 1, replace=False))
     return PosteriorMixture(
         wave=wave,
         **{name: value.astype(np.float32) for name, value in arrays.items()},
         first=np.concatenate([[0], cuts, [m]]),
         n_sky=min(q, 1),
+        n_foreign=n_foreign,
         scale_width=0.3,
         label_range=(2.6, 3.4),
         error_model=error_model,
@@ -87,4 +88,5 @@ def posterior_of(stars, n_coordinates=12, n_clouds=40, n_tangents=3, widths=(0.0
         label_range=(1.0, 5.0),
         error_model=(w1, np.zeros(1, np.float32), np.full((1, 1), 100, np.float32), np.zeros(1, np.float32)),
         label_factors=np.ones(len(LABELS), np.float32),
+        n_foreign=1,
     )

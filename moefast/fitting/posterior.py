@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import ndtri
 
 from moefast.core.metrics import r2
-from moefast.core.random import add_noise, fold_of_rows
+from moefast.core.random import add_noise, fold_of_rows, uniforms_of_rows
 from moefast.fitting.error_model import Z_95, balanced_factor
 from moefast.fitting.training_set import TrainingSet
 from moefast.gating.mlp import as_float32, fit_error_model
@@ -50,6 +51,11 @@ DISTANCE_QUANTILE, CHI2_QUANTILE = 0.995, 0.999
 """Share of stars of the training set that the limits let pass."""
 DISTANCE_KNOTS = 6
 LEAST_CHI2_MARGIN = 0.1
+LEAST_CHI2 = 0.5
+"""Below it the errors are no errors of these pixels: of noise-free spectra, or far too large."""
+FOREIGN_QUANTILE = 0.998
+"""The same as above of the probability of being no star."""
+NUISANCE_STREAM = 20
 STRENGTH_LIMIT = 12.0
 """Standard errors that the scale of a spectrum must be away from zero, at the least, for it to be a star."""
 
@@ -81,7 +87,7 @@ def fit_posterior(data: TrainingSet, mixture: Mixture) -> tuple[PosteriorMixture
     arrays["directions"] = np.concatenate([arrays["directions"], *nuisances], axis=1).astype(np.float32)
     found = PosteriorMixture(
         wave=mixture.wave, reference=mixture.reference, noise_shape=mixture.noise_shape, **arrays,
-        n_sky=sky.shape[1], scale_width=SCALE_WIDTH, label_range=mixture.label_range, error_model=_idle(),
+        n_sky=sky.shape[1], n_foreign=1, scale_width=SCALE_WIDTH, label_range=mixture.label_range, error_model=_idle(),
         label_factors=np.ones(len(names), np.float32), label_names=names,
     )  # fmt: skip
     found, summary = _calibrate(data, found, values)
@@ -116,7 +122,9 @@ def _calibrate(
         chosen = usable & (rows % thin == 0)
         rows, clean, sigma = rows[chosen], flux[chosen], error[chosen]
         for draw in range(draws):
-            x = add_noise(clean, sigma, data.options.seed + 1 + draw, rows)
+            x = add_noise(
+                clean + _nuisances(mixture, sigma, rows, draw), sigma, data.options.seed + 1 + draw, rows
+            )
             kind = _kind_of(rows, data.options.seed + 2000 + draw)
             lost = np.zeros(x.shape, bool)
             for k in np.unique(kind):
@@ -126,8 +134,9 @@ def _calibrate(
             parts.append((
                 rows, kind, found["error_features"], found["label"], found["label_sd"], found["chi2"][:, 0],
                 found["distance"][:, 0], found["strength"][:, 0], found["log_level"][:, 0],
+                found["weights"][:, mixture.n_experts :].sum(1),
             ))  # fmt: skip
-    rows, kind, features, label, sd, chi2, distance, strength, level = (
+    rows, kind, features, label, sd, chi2, distance, strength, level, foreign = (
         np.concatenate(column) for column in zip(*parts, strict=True)
     )
     y = values[rows]
@@ -160,6 +169,8 @@ def _calibrate(
         "chi2_limit": float(1 + 2 * max(np.quantile(chi2, CHI2_QUANTILE) - 1, LEAST_CHI2_MARGIN)),
         "distance_limit": _distance_limit(distance, strength),
         "strength_limit": STRENGTH_LIMIT,
+        "least_chi2_limit": LEAST_CHI2,
+        "foreign_limit": float(np.quantile(foreign, FOREIGN_QUANTILE)),
         "log_level": [float(level.min()), float(level.max())],
         "cross_validation": {
             "rows": int(check.sum()),
@@ -179,6 +190,21 @@ def _calibrate(
         },
     }
     return mixture, summary
+
+
+def _nuisances(mixture: PosteriorMixture, error: NDArray, rows: NDArray[np.int64], draw: int) -> NDArray:
+    """What the nuisances add to spectra of these rows, each as large as its prior width has it."""
+    n, q, sky = mixture.n_coordinates, mixture.n_nuisances, mixture.n_sky
+    if not q:
+        return np.zeros((1, 1), np.float32)
+    uniform = uniforms_of_rows(rows, q, seed=draw, stream=NUISANCE_STREAM)
+    size = ndtri(uniform)
+    good = error > 0
+    level = (np.where(good, error, 0.0) ** 2 / mixture.noise_shape).sum(1) / np.maximum(good.sum(1), 1)
+    size[:, q - sky :] *= np.sqrt(level)[:, None]
+    # The prior also holds spectra without any: half of the stars have none.
+    size[fold_of_rows(rows, 2, draw + 3000) == 0] = 0
+    return (size @ mixture.directions[:, n:].T.astype(np.float64)).astype(np.float32)
 
 
 def _kind_of(rows: NDArray[np.int64], seed: int) -> NDArray[np.intp]:

@@ -9,7 +9,7 @@ nuisances, c the scale of the flux, and a = 1/σ² per pixel (0 where the pixel 
     M₁ = (I + M)⁻¹ M,   u₁ = (I + M)⁻¹ u                             spread of spectra within a cloud marginalised.
 
 H is diagonal: 1 for a nuisance with a prior width of its own, 1/s² for one that grows with the noise s of the star, s²
-the mean of σ²/(c₀² D) over good pixels: what sky subtraction leaves of a line is a share of its light, and so is the noise.
+the mean of σ²/(c₀² D) over good pixels: what sky subtraction leaves of a line is a share of its light, as the noise is.
 
 Coordinates are scaled such that spectra scatter within a cloud by the identity in the directions that the cloud's own
 tangents leave out. Cloud j has a mean k_j and t tangents, rows of T_j (t, n), along which its spectra scatter by one,
@@ -23,7 +23,13 @@ and the posterior is the mixture of all clouds with weights exp e_j. There is no
 and says nothing by itself, though it holds the photons of the star.
 
 Design: M is made of averages of a′ over cells of a few pixels, in units of the training set's mean noise, so that it is
-one matrix product; `Sizes.cell` = 1 is exact. From u on everything is in double precision. The fast CPU kernels
+one matrix product; `Sizes.cell` = 1 is exact. An M that is off by a per cent would be off by many σ for a star far from
+the reference. Therefore the likelihood is expanded around a point b near the star, where its gradient is exact, and M
+weighs only what lies between b and the clouds: with the whole library and the nuisances as one Gaussian N(b₀, P),
+
+    b = (P⁻¹ + M)⁻¹ (P⁻¹b₀ + u),      u ← Bᵀ(y − a′ B b) + M b,      `REFINEMENTS` times,
+
+which changes nothing where M is exact. From u on everything is in double precision. The fast CPU kernels
 (`moefast.kernels.clouds`) are judged by this description, read in NumPy and float64; ONNX is a second reader of it.
 
 Sources: information form of a Gaussian likelihood, e.g. Bishop 2006, section 2.3; mixtures of factor analysers,
@@ -38,7 +44,7 @@ from typing import Any
 from moefast.kernels.quality import LARGEST_ERROR
 from moefast.ops.arithmetic import SolvingArithmetic
 
-__all__ = ["LEAST_CURVATURE", "Sizes", "cell_products", "forward"]
+__all__ = ["LEAST_CURVATURE", "REFINEMENTS", "Sizes", "cell_products", "forward"]
 
 LARGEST_FLUX = 3.4028234663852886e38
 """Of float32: infinite flux is no flux."""
@@ -47,6 +53,8 @@ LEAST_SPREAD = 1e-4
 """Added in dex to standard deviations whose logarithms the error model sees."""
 LEAST_CURVATURE = 1e-8
 """Added to M where the best point of the whole space is asked for: directions that a star does not see stay put."""
+REFINEMENTS = 2
+"""Expansions around a better point; the second one matters for bright stars."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +176,20 @@ def forward(op: SolvingArithmetic, sizes: Sizes, flux: Any, error: Any) -> dict[
     cells = op.multiply(cells, op.divide(op.multiply(scale, scale), constant(float(sizes.cell))))
     products = cell_products(op, sizes)
     matrix = op.shaped(op.product(op.precise(cells), products), (n + q, n + q))
-    u = op.shaped(u, (n + q, 1))
+    u = first = op.shaped(u, (n + q, 1))
+
+    # -- expansion around a point near the star ----------------------------------------------------------------
+    whole, _ = op.inverse(op.add(matrix, op.precise(number("library_precision"))), n + q)
+    pull, information = op.precise(number("library_pull")), op.multiply(op.multiply(scale, scale), weight)
+    for _ in range(REFINEMENTS):
+        point = op.single(op.product(whole, op.add(u, pull)))
+        spectrum = op.shaped(op.product(number("directions"), point), (p,))
+        left = op.subtract(y, op.multiply(information, spectrum))
+        gradient = op.shaped(op.precise(op.product(left, number("directions"))), (n + q, 1))
+        point = op.precise(point)
+        u = op.add(gradient, op.product(matrix, point))
+    moved = op.product(op.ordered(point, (0, 2, 1)), op.subtract(u, first))
+    energy = op.add(energy, op.shaped(moved, (1,)))
 
     tiny = op.precise(constant(TINY))
     counted = op.precise(tall(n_good))

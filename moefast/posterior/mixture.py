@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from moefast.kernels import CloudPosterior, Clouds, Space, cell_size, cloud_posterior
 from moefast.mixture import Mixture, Prediction
 from moefast.ops.arithmetic import NumPyArithmetic
-from moefast.posterior.forward import Sizes, forward
+from moefast.posterior.forward import REFINEMENTS, Sizes, forward
 from moefast.spectra.quality import Quality
 
 __all__ = ["LABELS", "ORDER", "SCALE_UNIT", "AnyMixture", "PosteriorMixture"]
@@ -64,8 +64,8 @@ class PosteriorMixture:
         Mean labels, as `label_names` has them, in their units.
     scatter : array of shape (m, l, l)
         Covariance of the labels within the cloud that the tangents do not explain.
-    first : array of shape (K + 1,), int64
-        Clouds first[k] to first[k + 1] belong to expert k.
+    first : array of shape (K + f + 1,), int64
+        Clouds first[k] to first[k + 1] belong to expert k; the last f groups are of spectra that are no stars.
     scale_width : float
         Prior width of the scale, relative to the scale that the reference spectrum suggests.
     label_range : tuple of float
@@ -78,6 +78,8 @@ class PosteriorMixture:
         Of `LABELS`, the first l.
     n_sky : int
         The last so many nuisances grow with the noise of the star.
+    n_foreign : int
+        f, groups of clouds of spectra that are no stars.
     """
 
     kind: ClassVar[str] = "posterior"
@@ -99,6 +101,7 @@ class PosteriorMixture:
     label_factors: F32
     label_names: tuple[str, ...] = LABELS
     n_sky: int = 0
+    n_foreign: int = 0
 
     def __post_init__(self) -> None:
         # What is stored in single precision must be what was used before it was stored.
@@ -127,6 +130,8 @@ class PosteriorMixture:
         first = self.first
         if first.ndim != 1 or first[0] != 0 or first[-1] != m or (np.diff(first) < 1).any():
             raise ValueError(f"every expert needs clouds, {m} in all; found boundaries {first.tolist()}")
+        if not 0 <= self.n_foreign < first.size - 1:
+            raise ValueError(f"0 to {first.size - 2} groups that are no stars; found {self.n_foreign}")
         if not 0 <= self.n_sky <= self.n_nuisances:
             raise ValueError(
                 f"0 to {self.n_nuisances} nuisances that grow with the noise; found {self.n_sky}"
@@ -146,7 +151,7 @@ class PosteriorMixture:
     @property
     def n_experts(self) -> int:
         """Number of experts K."""
-        return self.first.size - 1
+        return self.first.size - 1 - self.n_foreign
 
     @property
     def n_coordinates(self) -> int:
@@ -169,11 +174,11 @@ class PosteriorMixture:
         m, t = self.gains.shape[:2]
         return Sizes(
             self.n_pixels, cell_size(self.n_pixels), self.n_coordinates, self.n_nuisances, m, t + 1,
-            len(self.label_names) + 1, self.n_experts,
+            len(self.label_names) + 1, self.first.size - 1,
         )  # fmt: skip
 
     def stored(self) -> dict[str, NDArray]:
-        """Everything that the mixture is made of but its wave grid, by the names in `ORDER`."""
+        """Every array of the mixture but its wave grid, by the names in `ORDER`."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name in ORDER}
         own |= dict(zip(("error.w1", "error.b1", "error.w2", "error.b2"), self.error_model, strict=True))
         own["n_sky"] = np.array([self.n_sky], np.int64)
@@ -183,7 +188,7 @@ class PosteriorMixture:
 
     @classmethod
     def from_stored(
-        cls, wave: F64, arrays: dict[str, NDArray], label_names: tuple[str, ...]
+        cls, wave: F64, arrays: dict[str, NDArray], label_names: tuple[str, ...], n_foreign: int = 0
     ) -> PosteriorMixture:
         """The inverse of `stored`; ValueError where the arrays do not fit together."""
         arrays = dict(arrays)
@@ -192,8 +197,8 @@ class PosteriorMixture:
         width = float(arrays.pop("scale_width")[0])
         n_sky = int(arrays.pop("n_sky")[0])
         return cls(
-            wave=wave, **arrays, n_sky=n_sky, scale_width=width, label_range=(low, high), error_model=(w1, b1, w2, b2),
-            label_names=label_names,
+            wave=wave, **arrays, n_sky=n_sky, n_foreign=n_foreign, scale_width=width, label_range=(low, high),
+            error_model=(w1, b1, w2, b2), label_names=label_names,
         )  # fmt: skip
 
     @cached_property
@@ -211,14 +216,17 @@ class PosteriorMixture:
         scatter = np.concatenate([np.einsum("mll->ml", self.scatter), np.zeros((m, 1), np.float32)], axis=1)
         with_first = np.concatenate([self.scatter[:, 0], np.zeros((m, 1), np.float32)], axis=1)
         means = np.concatenate([self.labels, np.ones((m, 1), np.float32)], axis=1)
-        expert = np.repeat(np.arange(self.n_experts), np.diff(self.first))
-        members = (expert[:, None] == np.arange(self.n_experts)).astype(np.float32)
+        groups = np.arange(self.first.size - 1)
+        members = (np.repeat(groups, np.diff(self.first))[:, None] == groups).astype(np.float32)
         w1, b1, w2, b2 = self.error_model
         q = self.n_nuisances
+        precision, pull = self._library_as_one_cloud(tangents)
         return {
             "reference": self.reference,
             "noise_shape": self.noise_shape,
             "directions": self.directions,
+            "library_precision": precision,
+            "library_pull": pull,
             "keys_transposed": np.ascontiguousarray(self.keys.T),
             "tangents": tangents.astype(np.float32),
             "tangents_transposed": np.ascontiguousarray(tangents.transpose(0, 2, 1), np.float32),
@@ -240,6 +248,18 @@ class PosteriorMixture:
             "error.w2": w2,
             "error.b2": b2,
         }
+
+    def _library_as_one_cloud(self, tangents: NDArray) -> tuple[F64, F64]:
+        """P⁻¹ (n + q, n + q) and P⁻¹b₀ (n + q, 1) of the mean and covariance of all clouds, nuisances behind."""
+        n, q = self.n_coordinates, self.n_nuisances
+        share = np.exp(self.log_weights.astype(np.float64))
+        share /= share.sum()
+        keys, tangents = self.keys.astype(np.float64), tangents.astype(np.float64)
+        apart = keys - share @ keys
+        covariance = (share * apart.T) @ apart + np.einsum("m,mta,mtb->ab", share, tangents, tangents, optimize=True)
+        precision = np.eye(n + q)
+        precision[:n, :n] = np.linalg.inv(covariance + np.eye(n))
+        return precision, precision @ np.concatenate([share @ keys, np.zeros(q)])[:, None]
 
     # -- scoring -----------------------------------------------------------------------------------------------
 
@@ -265,7 +285,7 @@ class PosteriorMixture:
         names = self.label_names
         factors = self.label_factors.astype(np.float64)
         label, sd, cov = found["label"], found["label_sd"], found["label_cov"]
-        count = len(names)
+        count, k = len(names), self.n_experts
         correlation = cov[:, 1:count] / np.maximum(sd[:, :1] * sd[:, 1:count], 1e-12)
         errors = sd[:, :count] * factors
         errors[:, 0] = found["log_g_err"][:, 0]
@@ -273,8 +293,8 @@ class PosteriorMixture:
             log_g=found["log_g"][:, 0],
             log_g_err=found["log_g_err"][:, 0],
             log_g_err_raw=sd[:, 0],
-            weights=found["weights"],
-            expert_log_g=np.clip(found["expert_label"], *self.label_range),
+            weights=found["weights"][:, :k],
+            expert_log_g=np.clip(found["expert_label"][:, :k], *self.label_range),
             chi2=found["chi2"][:, 0],
             log_level=found["log_level"][:, 0],
             labels=label[:, 1:count],
@@ -283,6 +303,7 @@ class PosteriorMixture:
             scale=found["scale"][:, 0] * label[:, count],
             distance=found["distance"][:, 0],
             strength=found["strength"][:, 0],
+            foreign=found["weights"][:, k:].sum(1) if self.n_foreign else None,
         )
 
     def predict(
@@ -318,8 +339,17 @@ class PosteriorMixture:
 
     @cached_property
     def _space(self) -> Space:
+        numbers = self.numbers
         return Space(
-            self.reference, self.noise_shape, self.directions, self.n_nuisances, self.sizes.cell, self.n_sky
+            reference=self.reference,
+            noise_shape=self.noise_shape,
+            directions=self.directions,
+            n_nuisances=self.n_nuisances,
+            cell=self.sizes.cell,
+            precision=numbers["library_precision"],
+            pull=numbers["library_pull"][:, 0],
+            refinements=REFINEMENTS,
+            n_sky=self.n_sky,
         )
 
     @cached_property
