@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 
 import numpy as np
@@ -16,7 +17,7 @@ from moefast.cli import cli
 from moefast.core.errors import InputError
 from moefast.predicting_arrays import predict_arrays
 from moefast.scoring import predict
-from moefast.spectra import read_table
+from moefast.spectra import open_spectra, read_table
 
 N = 12
 
@@ -185,3 +186,24 @@ def test_the_command(coadd, model_folder, tmp_path):
     bad = CliRunner().invoke(cli, [*arguments[:-7], "--velocity", "nowhere.fits", "--overwrite"])
     assert bad.exit_code == 3
     assert "--velocity nowhere.fits: no such file" in bad.stderr
+
+
+def test_tables_among_the_spectra_are_passed_over(coadd, model, tmp_path):
+    shutil.copy(coadd, tmp_path / "night.fits")
+    predict(tmp_path, model, tmp_path / "table.fits")
+    again = predict(tmp_path, model, tmp_path / "other.fits")
+    assert again.n_rows == N
+    assert not again.failures
+
+
+def test_what_cannot_be_done_with_files_of_surveys_is_said(coadd):
+    with pytest.raises(InputError, match=r"night\.fits: a FITS file; only predict and inspect read those"):
+        open_spectra(coadd)
+
+
+def test_inspect_shows_them_as_a_model_would_see_them(coadd, model_folder):
+    result = CliRunner().invoke(cli, ["inspect", str(coadd), "-m", str(model_folder), "--json"])
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert facts["files"][0]["arrays"]["flux"]["layout"] == "pfsCoadd"
+    assert "objId" in facts["files"][0]["columns"]
