@@ -69,7 +69,8 @@ HELP = {
     "export": ("MODEL", "--part", "mixture", "expert-0", "ONNX", "verified"),
     "predict": (
         "FILE…", "--model", "--out", ".parquet", ".fits", "--rows", "--limit", "--shard", "--backend", "--array",
-        "--overwrite", "--json", "log_g_err", "flag", "one row per spectrum",
+        "--overwrite", "--json", "log_g_err", "flag", "one row per spectrum", "--velocity", "--wave-medium",
+        "--select", "--keep", "pfsCalibrated", "DESI",
     ),
     "doctor": ("--json", "machine"),
 }  # fmt: skip
