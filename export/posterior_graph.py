@@ -72,6 +72,8 @@ class _Steps(OnnxArithmetic):
             "lowest": cache(lambda: self.part(self.stored("label_range"), 0, 0, 1)),
             "highest": cache(lambda: self.part(self.stored("label_range"), 0, 1, 2)),
             "follows_noise": cache(self._follows_noise),
+            "library_precision": lambda: self._given("library_precision"),
+            "library_pull": lambda: self._given("library_pull"),
             "unit_nuisances": lambda: self._unit(self.sizes.n_nuisances),
             "unit_coordinates": lambda: self._unit(self.sizes.n_coordinates),
             "unit_tangents": lambda: self._unit(self.sizes.n_tangents),
@@ -84,6 +86,10 @@ class _Steps(OnnxArithmetic):
     def number(self, name: str) -> str:
         """See `PosteriorMixture.numbers`."""
         return self._derived[name]() if name in self._derived else self.stored(name)
+
+    def _given(self, name: str) -> str:
+        """What only decides where the likelihood is expanded: it has no part in the answer where M is exact."""
+        return self.graph.number(f"constant.{name}", self.mixture.numbers[name])
 
     def _padded(self, value: str, pads: tuple[int, ...], by: float = 0.0) -> str:
         name = "_".join(map(str, pads))
@@ -149,7 +155,7 @@ class _Steps(OnnxArithmetic):
         ends = [self.graph.number(f"constant.double_{v}", np.array(v, np.float64)) for v in (-1, 1)]
         product = self._add("Max", [self.multiply(first, others["label_sd"]), least])
         correlation = self.clip(self.divide(others["label_cov"], product), *ends)
-        scale = self.multiply(self.precise(found["scale"]), self.part(label, 1, count, count + 1))
+        scale = self.multiply(found["scale"], self.part(label, 1, count, count + 1))
         values = {
             "log_g": found["log_g"],
             "log_g_err": found["log_g_err"],
@@ -197,7 +203,7 @@ def build_posterior(mixture: PosteriorMixture, part: str, metadata: dict[str, st
     elif part != "mixture":
         number = number_of_part(k, part)
         values, widths = {"log_g": steps.part(values["expert_log_g"], 1, number, number + 1)}, {"log_g": None}
-    has_data = steps.at_most(steps.constant(1.0), found["n_good"])
+    has_data = steps.at_most(steps.precise(steps.constant(1.0)), found["n_good"])
     for name, value in values.items():
         steps.deliver(value, has_data, name, columns=widths[name] is not None)
     g.drop_unused(list(values))

@@ -24,8 +24,8 @@ __all__ = ["posterior"]
 WIDTH = width_of(32)
 LANES = VECTORS * WIDTH
 """Clouds of a panel."""
-LEAST_SHARE = np.float32(1e-9)
-"""Of the best cloud's weight: clouds below have no say in moments of labels."""
+LEAST_SHARE = np.float32(1e-14)
+"""Of the best cloud's weight: clouds below have no say in moments of labels, 1e-7 of their range at most."""
 LEAST_EVIDENCE = np.float32(-1e30)
 """Below, a sum of squares has overflowed."""
 LEAST_SPREAD = 1e-4
@@ -187,7 +187,7 @@ def posterior(
     t, m, wide = gains.shape[1], first[-1], gains.shape[2]
     a = np.zeros((q + n, -(-(q + n + 1) // GROUP) * GROUP))
     whole = np.zeros((n, -(-(n + 1) // GROUP) * GROUP))
-    exact, line = np.zeros_like(whole), np.empty(packed.shape[0] * COLUMNS)
+    exact, of_root, line = np.zeros_like(whole), np.zeros_like(whole), np.empty(packed.shape[0] * COLUMNS)
     root, vectors = np.zeros((size, size), np.float32), np.empty((t, size, LANES), np.float32)
     centre, spectrum = np.zeros(size, np.float32), np.zeros(size, np.float32)
     lower = np.empty((panels, t * (t + 1) // 2, LANES), np.float32)
@@ -203,7 +203,7 @@ def posterior(
             a[k, q + n] = u[k // COLUMNS, i, k % COLUMNS]
         c0, level, n_good = numbers[i, 0], numbers[i, 3], numbers[i, 4]
         level2 = level / (n_good + TINY) / (c0 * c0)
-        explained, beyond = solve(a, q, n_sky, level2, whole, exact)
+        explained, beyond = solve(a, q, n_sky, level2, whole, of_root, exact)
         for r in range(n):
             for c in range(r, n):
                 root[r, c] = np.float32(exact[r, c])

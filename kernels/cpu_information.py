@@ -50,7 +50,9 @@ TINY = 1e-30
 LEAST_CURVATURE = 1e-8
 """Added to M where the best point of the whole space is asked for, as in `moefast.posterior.forward`."""
 LEAST_INFORMATION = 1e-13
-"""Added to M₁ before its root is taken: what a star does not see at all must not become negative by rounding."""
+"""Added to M before its root is taken: what a star does not see at all must not become negative by rounding."""
+ROUNDING = 1e-14
+"""Of a diagonal, what its pivot is not known to: n units of the last place."""
 # A sum has one order only, but a product and a sum may become one instruction.
 EXACT = {"contract"}
 
@@ -205,45 +207,72 @@ def multiply_cells(cells, rows, products, packed):
     blocks, g, _ = products.shape
     packed[:] = 0.0
     for block in range(blocks):
-        for r in range(0, rows, STEP):
-            place = (block * packed.shape[1] + r) * LANES
-            add_tile(cells, r * g, g, products, block * g * LANES, g, packed, place)
+        for c in range(0, g, CHUNK):
+            for r in range(0, rows, STEP):
+                start, place = (block * g + c) * LANES, (block * packed.shape[1] + r) * LANES
+                add_tile(cells, r * g + c, g, products, start, min(CHUNK, g - c), packed, place)
 
 
 @njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
 def factor(a, start, stop, n, ridge):
     """Rows `start` to `stop` of U, with UᵀU = a + ridge, in place; rows up to n become what they do not explain.
 
-    Only columns from the diagonal on are read and right; columns from n on go along.
+    Only columns from the diagonal on are read and right; columns from n on go along. Pivots below the ridge, and below
+    what rounding leaves of the diagonal, are rounding.
     """
     stride = a.shape[1]
+    diagonal = np.empty(n)
+    for k in range(start, stop):
+        diagonal[k] = a[k, k]
     for k in range(start, stop):
         row = a[k]
-        root = math.sqrt(max(row[k] + ridge, TINY))
+        least = ridge + ROUNDING * diagonal[k] + TINY
+        root = math.sqrt(max(row[k] + least, least))
         inverse = 1.0 / root
         for j in range(k, stride):
             row[j] *= inverse
         row[k] = root
         for i in range(k + 1, n):
             begin = i // GROUP * GROUP
-            subtract_row(a, i * stride + begin, k * stride + begin, row[i], (stride - begin) // GROUP)
+            subtract_row(a, i * stride + begin, a, k * stride + begin, row[i], (stride - begin) // GROUP)
 
 
 @njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
-def invert(a, n):
-    """Inverse of the first n columns in place, times all further columns; Gauss-Jordan steps without exchange of rows."""
-    stride = a.shape[1]
+def shrink(a, columns, t, n):
+    """U ← T⁻¹U in place, with T upper triangular and TTᵀ = I + UUᵀ; columns from n on go along.
+
+    Then UᵀU is (I + M)⁻¹M of what was M = UᵀU: nothing is subtracted from 1, and small information keeps its digits.
+    `columns` and `t` (n, ·) are scratch.
+    """
+    stride, wide = a.shape[1], t.shape[1]
     for k in range(n):
-        row = a[k]
-        inverse = 1.0 / row[k]
-        row[k] = 1.0
-        for j in range(stride):
+        for j in range(n):
+            columns[k, j] = a[j, k] if j <= k else 0.0
+            t[k, j] = 0.0
+        t[k, k] = 1.0
+    for k in range(n):
+        for i in range(k + 1):
+            subtract_row(t, i * wide, columns, k * wide, -columns[k, i], i // GROUP + 1)
+    # Row k of t becomes column k of T.
+    for k in range(n - 1, -1, -1):
+        row = t[k]
+        root = math.sqrt(row[k])
+        inverse = 1.0 / root
+        for j in range(k):
             row[j] *= inverse
-        for i in range(n):
-            if i != k:
-                along = a[i, k]
-                a[i, k] = 0.0
-                subtract_row(a, i * stride, k * stride, along, stride // GROUP)
+        row[k] = root
+        for i in range(k):
+            subtract_row(t, i * wide, t, k * wide, row[i], i // GROUP + 1)
+    for k in range(n - 1, -1, -1):
+        row, inverse = a[k], 1.0 / t[k, k]
+        for j in range(k, stride):
+            row[j] *= inverse
+        begin = k // GROUP * GROUP
+        # Left of the diagonal stands what was there before.
+        for j in range(begin, k):
+            row[j] = 0.0
+        for i in range(k):
+            subtract_row(a, i * stride + begin, a, k * stride + begin, t[k, i], (stride - begin) // GROUP)
 
 
 @njit(nogil=True, cache=True)
@@ -359,11 +388,11 @@ def refine(
 
 
 @njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
-def solve(a, q, n_sky, level2, whole, root):
+def solve(a, q, n_sky, level2, whole, columns, root):
     """Marginalise q nuisances, then the scatter within clouds: `root` (n, ·) becomes C' of M₁ = C C', and λ behind it.
 
-    `a` (q + n, ·) is the upper triangle of M, nuisances first, and u behind it; `whole` is scratch like `root`. The last
-    `n_sky` nuisances grow with the noise of the star, of mean square `level2`.
+    `a` (q + n, ·) is the upper triangle of M, nuisances first, and u behind it; `whole` and `columns` are scratch like
+    `root`. The last `n_sky` nuisances grow with the noise of the star, of mean square `level2`.
     Returns what nuisances and the best point of the space explain, and what the latter gains beyond |λ|² under M₁.
     """
     n = root.shape[0]
@@ -377,24 +406,12 @@ def solve(a, q, n_sky, level2, whole, root):
         for j in range(i, n + 1):
             whole[i, j] = a[q + i, q + j]
             root[i, j] = a[q + i, q + j]
-        for j in range(i):
-            root[i, j] = a[q + j, q + i]
-        root[i, i] += 1.0
-    vector = a[:, 0]
-    for i in range(n):
-        vector[q + i] = whole[i, n]
     factor(whole, 0, n, n, LEAST_CURVATURE)
-    gain = 0.0
+    factor(root, 0, n, n, LEAST_INFORMATION)
+    gain, beyond = 0.0, 0.0
     for i in range(n):
         gain += whole[i, n] * whole[i, n]
-    explained += gain
-    invert(root, n)
-    for i in range(n):
-        gain -= vector[q + i] * root[i, n]
-        for j in range(n):
-            root[i, j] = -root[i, j]
-        root[i, i] += 1.0
-    factor(root, 0, n, n, LEAST_INFORMATION)
-    for i in range(n):
-        gain -= root[i, n] * root[i, n]
-    return explained, gain
+        # |λ|² = uᵀM⁻¹u − uᵀ(I + M)⁻¹u, and the best point gains the same with the least curvature in M⁻¹ alone.
+        beyond -= root[i, n] * root[i, n]
+    shrink(root, columns, whole, n)
+    return explained + gain, gain + beyond

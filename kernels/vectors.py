@@ -120,16 +120,17 @@ def add_tile(typingctx, a, first, step, b, start, n, out, place):  # type: ignor
 
 
 @intrinsic
-def subtract_row(typingctx, a, row, pivot, factor, n):  # type: ignore[no-untyped-def]
-    """A[row + j] −= factor a[pivot + j] for j below n vectors; the two do not overlap."""
-    signature = types.void(a, types.intp, types.intp, a.dtype, types.intp)
+def subtract_row(typingctx, a, row, b, pivot, factor, n):  # type: ignore[no-untyped-def]
+    """A[row + j] −= factor b[pivot + j] for j below n vectors; the two do not overlap."""
+    signature = types.void(a, types.intp, b, types.intp, a.dtype, types.intp)
 
     def write(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        numbers = _data(context, builder, signature.args[0], args[0])
-        _, row, pivot, factor, n = args
-        vectors = _Vectors(builder, context.get_data_type(signature.args[3]))
+        kinds = signature.args
+        _, row, _, pivot, factor, n = args
+        vectors = _Vectors(builder, context.get_data_type(kinds[0].dtype))
         index = context.get_value_type(types.intp)
-        ours, theirs = builder.gep(numbers, [row]), builder.gep(numbers, [pivot])
+        ours = builder.gep(_data(context, builder, kinds[0], args[0]), [row])
+        theirs = builder.gep(_data(context, builder, kinds[2], args[2]), [pivot])
         less = vectors.all_of(builder.fneg(factor))
         with cgutils.for_range(builder, n, intp=index) as loop:
             here = builder.mul(loop.index, index(vectors.width))

@@ -140,27 +140,24 @@ def forward(op: SolvingArithmetic, sizes: Sizes, flux: Any, error: Any) -> dict[
     positive = op.at_most(constant(TINY), error)
     known = op.at_most(error, constant(LARGEST_ERROR))
     good = op.both(finite, op.both(positive, known))
-    zero, one = constant(0.0), constant(1.0)
-    # Flux and error in units of the row's smallest error: single precision then holds spectra of any unit.
-    inverse_error = op.where(good, op.divide(one, op.where(good, error, one)), zero)
-    most = op.largest(inverse_error, 1)
-    unit_of_row = op.where(op.at_most(most, zero), one, most)
-    x = op.multiply(op.where(good, flux, zero), unit_of_row)
-    root_weight = op.divide(inverse_error, unit_of_row)
-    weight = op.multiply(root_weight, root_weight)
-    shape = number("noise_shape")
+    # Double precision from here on: single precision does not hold the squares of all units, nor a bright star's digits.
+    zero, one = op.precise(constant(0.0)), op.precise(constant(1.0))
+    x = op.where(good, op.precise(flux), zero)
+    sigma = op.where(good, op.precise(error), one)
+    variance = op.multiply(sigma, sigma)
+    weight = op.divide(op.where(good, one, zero), variance)
+    shape = op.precise(number("noise_shape"))
     relative = op.multiply(weight, shape)
     n_good = op.total(op.where(good, one, zero), 1)
-    variance = op.divide(one, op.where(good, weight, one))
     level = op.total(op.where(good, op.divide(variance, shape), zero), 1)
 
     def tall(value: Any) -> Any:
         return op.shaped(value, (1,))
 
     # -- scale -------------------------------------------------------------------------------------------------
-    reference = number("reference")
+    reference, tiny = op.precise(number("reference")), op.precise(constant(TINY))
     weighed = op.multiply(weight, reference)
-    curvature = op.add(tall(op.total(op.multiply(weighed, reference), 1)), constant(TINY))
+    curvature = op.add(tall(op.total(op.multiply(weighed, reference), 1)), tiny)
     overlap = tall(op.total(op.multiply(weighed, x), 1))
     error_of_scale = op.root(curvature)
     strength = op.divide(overlap, error_of_scale)
@@ -169,39 +166,38 @@ def forward(op: SolvingArithmetic, sizes: Sizes, flux: Any, error: Any) -> dict[
 
     # -- information -------------------------------------------------------------------------------------------
     apart = op.where(good, op.subtract(x, op.multiply(scale, reference)), zero)
-    energy = op.precise(tall(op.total(op.multiply(weight, op.multiply(apart, apart)), 1)))
+    energy = tall(op.total(op.multiply(weight, op.multiply(apart, apart)), 1))
     y = op.multiply(scale, op.multiply(weight, apart))
-    u = op.product(op.precise(y), op.precise(number("directions")))
+    directions = op.precise(number("directions"))
+    u = op.product(y, directions)
     cells = op.total(op.shaped(relative, (p // sizes.cell, sizes.cell)), 2)
-    cells = op.multiply(cells, op.divide(op.multiply(scale, scale), constant(float(sizes.cell))))
+    cells = op.multiply(cells, op.divide(op.multiply(scale, scale), op.precise(constant(float(sizes.cell)))))
     products = cell_products(op, sizes)
-    matrix = op.shaped(op.product(op.precise(cells), products), (n + q, n + q))
-    u = first = op.shaped(u, (n + q, 1))
+    matrix = op.shaped(op.product(cells, products), (n + q, n + q))
+    u = gathered = op.shaped(u, (n + q, 1))
 
     # -- expansion around a point near the star ----------------------------------------------------------------
     whole, _ = op.inverse(op.add(matrix, op.precise(number("library_precision"))), n + q)
-    pull, information = op.precise(number("library_pull")), op.multiply(op.multiply(scale, scale), weight)
+    pull, curvatures = op.precise(number("library_pull")), op.multiply(op.multiply(scale, scale), weight)
     for _ in range(REFINEMENTS):
-        point = op.single(op.product(whole, op.add(u, pull)))
-        spectrum = op.shaped(op.product(number("directions"), point), (p,))
-        left = op.subtract(y, op.multiply(information, spectrum))
-        gradient = op.shaped(op.precise(op.product(left, number("directions"))), (n + q, 1))
-        point = op.precise(point)
+        point = op.product(whole, op.add(u, pull))
+        spectrum = op.shaped(op.product(directions, point), (p,))
+        left = op.subtract(y, op.multiply(curvatures, spectrum))
+        gradient = op.shaped(op.product(left, directions), (n + q, 1))
         u = op.add(gradient, op.product(matrix, point))
-    moved = op.product(op.ordered(point, (0, 2, 1)), op.subtract(u, first))
+    moved = op.product(op.ordered(point, (0, 2, 1)), op.subtract(u, gathered))
     energy = op.add(energy, op.shaped(moved, (1,)))
 
-    tiny = op.precise(constant(TINY))
-    counted = op.precise(tall(n_good))
-    mean_level = op.divide(op.precise(tall(level)), op.add(counted, tiny))
-    level2 = op.divide(mean_level, op.precise(op.multiply(scale, scale)))
+    counted = tall(n_good)
+    mean_level = op.divide(tall(level), op.add(counted, tiny))
+    level2 = op.divide(mean_level, op.multiply(scale, scale))
 
     # -- nuisances, and the spread within clouds ---------------------------------------------------------------
     information, vector = op.part(op.part(matrix, 1, 0, n), 2, 0, n), op.part(u, 1, 0, n)
-    explained = op.precise(constant(0.0))
+    explained = zero
     if q:
         follows = op.precise(number("follows_noise"))
-        steady = op.subtract(op.precise(one), follows)
+        steady = op.subtract(one, follows)
         precision = op.shaped(op.add(steady, op.divide(follows, op.add(level2, tiny))), (1, q))
         prior = op.multiply(op.precise(number("unit_nuisances")), precision)
         own = op.add(op.part(op.part(matrix, 1, n, n + q), 2, n, n + q), prior)
@@ -269,7 +265,7 @@ def forward(op: SolvingArithmetic, sizes: Sizes, flux: Any, error: Any) -> dict[
     expert = op.shaped(op.divide(op.product(each, first_means), op.shaped(op.total(each, 2), (k, 1))), (k,))
 
     # -- what a user sees --------------------------------------------------------------------------------------
-    freedom = op.add(op.precise(one), op.relu(op.subtract(counted, op.precise(constant(float(n + 1))))))
+    freedom = op.add(one, op.relu(op.subtract(counted, op.precise(constant(float(n + 1))))))
     chi2 = op.divide(op.subtract(energy, explained), freedom)
     log_level = op.multiply(half, op.log(op.add(level2, tiny)))
     spread = op.root(op.add(between, tiny))
@@ -303,7 +299,7 @@ def forward(op: SolvingArithmetic, sizes: Sizes, flux: Any, error: Any) -> dict[
         "chi2": chi2,
         "distance": op.divide(distance, op.precise(constant(float(n)))),
         "strength": strength,
-        "scale": op.divide(scale, unit_of_row),
+        "scale": scale,
         "log_level": log_level,
         "n_good": tall(n_good),
     }

@@ -240,9 +240,10 @@ def _sky_variances(
     residual: float,
     scattered: float,
     detector: float,
+    unit: np.ndarray,
     out: np.ndarray,
 ) -> None:
-    """Fill out (n, p) with sky + (residual max(sky here and beside))^2 + detector + scattered mean(sky)."""
+    """Fill out (n, p) with unit [sky + (residual max(sky here and beside))^2 + detector + scattered mean(sky)]."""
     n, p = out.shape
     for i in prange(n):
         sky = np.empty(p)
@@ -258,7 +259,33 @@ def _sky_variances(
         floor = detector + scattered * total / p
         for j in range(p):
             brightest = max(sky[max(j - 1, 0)], sky[j], sky[min(j + 1, p - 1)])
-            out[i, j] = sky[j] + (residual * brightest) ** 2 + floor
+            out[i, j] = unit[j] * (sky[j] + (residual * brightest) ** 2 + floor)
+
+
+@njit(cache=True, parallel=True, fastmath={"reassoc", "contract"}, error_model="numpy")
+def _line_flux(
+    flux: np.ndarray,
+    inverse_scale: np.ndarray,
+    share: np.ndarray,
+    lines: np.ndarray,
+    inverse_response: np.ndarray,
+    first: int,
+    band_weight: np.ndarray,
+    out: np.ndarray,
+) -> None:
+    """Fill out (n, p) with the flux of share (n, groups) of the electrons lines (groups, p)."""
+    n, p = flux.shape
+    for i in prange(n):
+        mean = 0.0
+        for j in range(len(band_weight)):
+            mean += flux[i, first + j] * band_weight[j]
+        electrons = np.zeros(p)
+        for k in range(len(lines)):
+            factor = share[i, k] * mean * inverse_scale[i]
+            for j in range(p):
+                electrons[j] += factor * lines[k, j]
+        for j in range(p):
+            out[i, j] = electrons[j] * inverse_response[j]
 
 
 @njit(cache=True, parallel=True, fastmath={"reassoc", "contract"}, error_model="numpy")
@@ -426,7 +453,10 @@ class NoiseModel:
         array of shape (n, p), float64
             Electrons squared.
         """
-        out = np.empty((len(factors.continuum), len(self.response)))
+        return self._scaled_sky(factors, np.ones(len(self.response)), np.float64)
+
+    def _scaled_sky(self, factors: SkyFactors, unit: np.ndarray, dtype: type) -> np.ndarray:
+        out: np.ndarray = np.empty((len(factors.continuum), len(self.response)), dtype)
         _sky_variances(
             self.continuum_electrons,
             self.line_electrons,
@@ -435,6 +465,7 @@ class NoiseModel:
             float(self.sky.residual),
             float(self.instrument.scattered),
             float(self._detector),
+            unit,
             out,
         )
         return out
@@ -471,8 +502,7 @@ class NoiseModel:
                 f"flux and error: expected shape ({len(factors.continuum)}, {len(self.response)}), "
                 f"found {flux.shape}, {error.shape}"
             )
-        relative = self._largest / self.response
-        new = self.scaled_sky_variance(factors) * relative**2
+        new = self._scaled_sky(factors, (self._largest / self.response) ** 2, np.float32)
         out = np.empty_like(error)
         _rescale(flux, error, self._star, self._sky, new, out)
         return out
@@ -494,12 +524,11 @@ class NoiseModel:
         -------
         array of shape (n, p), float32
         """
-        first, weight = self._band
-        mean = np.array([row[first : first + len(weight)].astype(float) @ weight for row in flux])
-        per_electron = (mean / self.electrons_per_flux(mag, seeing))[:, None] / self.response
-        # Row by row: a product of matrices may sum in another order for another number of rows.
-        electrons = np.stack([one @ self.line_electrons for one in share]) if len(share) else share[:, :0]
-        return (electrons * per_electron if len(share) else np.empty(flux.shape)).astype(np.float32)
+        flux, out = np.ascontiguousarray(flux, dtype=np.float32), np.empty(flux.shape, np.float32)
+        scale = 1.0 / self.electrons_per_flux(mag, seeing)
+        share = np.ascontiguousarray(share, dtype=float)
+        _line_flux(flux, scale, share, self.line_electrons, 1.0 / self.response, *self._band, out)
+        return out
 
     def error(
         self,
@@ -549,7 +578,6 @@ class NoiseModel:
         level = np.float32(noise_level)
         sky = self._sky[None]
         if factors is not None and len(flux):
-            relative = self._largest / self.response
-            sky = (self.scaled_sky_variance(factors) * relative**2).astype(np.float32)
+            sky = self._scaled_sky(factors, (self._largest / self.response) ** 2, np.float32)
         _errors(flux, unit, self._star, sky, *self._band, level, error, snr)
         return error, snr

@@ -26,6 +26,7 @@ from scipy.special import ndtri
 from moefast.core.errors import MoefastError
 from moefast.core.random import uniforms_of_rows
 from moefast.core.threads import in_threads
+from moefast.kernels.quality import quantile, quantile_scratch
 
 from .gaps import Gaps
 from .noise import SKY_GROUPS, SkyFactors
@@ -230,9 +231,19 @@ def _broaden(
 def median_of_good(noisy: np.ndarray, lost: np.ndarray) -> np.ndarray:
     """Median of each row over the pixels that are not lost, shape (n,), float64; 1 where it is not above zero."""
     median = np.ones(len(noisy))
-    for i, (values, bad) in enumerate(zip(noisy, lost, strict=True)):
-        left = values[~bad]
-        if len(left):
-            found = float(np.median(left))
-            median[i] = found if found > 0 else 1.0
+    in_threads(len(noisy), lambda a, b: _medians(noisy[a:b], lost[a:b], median[a:b]))
     return median
+
+
+@njit(cache=True, nogil=True)
+def _medians(noisy: np.ndarray, lost: np.ndarray, out: np.ndarray) -> None:
+    n, p = noisy.shape
+    values, keys, scratch = np.empty(p + 1, np.float32), np.empty(p + 2, np.int32), quantile_scratch()
+    for i in range(n):
+        left = 0
+        for j in range(p):
+            if not lost[i, j]:
+                values[left] = noisy[i, j]
+                left += 1
+        found = quantile(values, left, 0.5, keys, scratch) if left else 1.0
+        out[i] = found if found > 0.0 else 1.0

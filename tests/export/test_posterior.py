@@ -117,7 +117,7 @@ def test_numbers_derived_in_the_graph_are_those_of_the_mixture_to_the_last_bit(u
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_graph_gives_the_numbers_of_the_description(model, posterior, seed):
     differences = verify(model, posterior, n=80, seed=seed)
-    assert tuple(differences) == OUTPUTS
+    assert set(OUTPUTS) - set(differences) == (set() if posterior.n_foreign else {"foreign"})
     assert differences["log_g"] < 1e-5
 
 

@@ -1,0 +1,116 @@
+"""The description against the density of whole spectra, from SciPy."""
+
+import numpy as np
+import pytest
+from made_clouds import mixture, stars
+from scipy.stats import multivariate_normal
+
+from moefast.posterior.forward import LEAST_CURVATURE
+from moefast.posterior.mixture import SCALE_UNIT
+
+
+def by_brute_force(mix, flux, error):
+    """Weights, means and covariances of labels from the p-dimensional normal density of every cloud."""
+    good = np.isfinite(flux) & (error > 0)
+    x, a = flux[good].astype(float), 1 / error[good].astype(float) ** 2
+    r, directions = mix.reference[good].astype(float), mix.directions[good].astype(float)
+    c0 = (a * x * r).sum() / (a * r * r).sum()
+    x = x / c0 - r
+    n = mix.n_coordinates
+    coordinates, nuisances = directions[:, :n], directions[:, n:]
+    noise = np.diag(1 / a) / c0**2
+    level2 = np.mean(error[good].astype(float) ** 2 / mix.noise_shape[good]) / c0**2
+    widths = np.where(np.arange(mix.n_nuisances) < mix.n_nuisances - mix.n_sky, 1.0, level2)
+    common = noise + coordinates @ coordinates.T + (nuisances * widths) @ nuisances.T
+    evidence, means, covariances = [], [], []
+    for j in range(len(mix.keys)):
+        along = mix.keys[j].astype(float)
+        along[-1] = 1 / SCALE_UNIT
+        tangents = np.concatenate([mix.tangents[j].astype(float), mix.scale_width * along[None]])
+        gains = np.zeros((len(tangents), mix.gains.shape[2] + 1))
+        gains[:-1, :-1], gains[-1, -1] = mix.gains[j], mix.scale_width
+        spectra = coordinates @ tangents.T
+        covariance = common + spectra @ spectra.T
+        apart = x - coordinates @ mix.keys[j]
+        evidence.append(mix.log_weights[j] + multivariate_normal(np.zeros(len(x)), covariance).logpdf(apart))
+        # Labels and spectrum of a cloud are one normal distribution.
+        solved = np.linalg.solve(covariance, np.column_stack([apart, spectra]))
+        means.append(np.append(mix.labels[j], 1.0) + gains.T @ (spectra.T @ solved[:, 0]))
+        left = np.zeros((gains.shape[1],) * 2)
+        left[:-1, :-1] = mix.scatter[j]
+        covariances.append(left + gains.T @ (np.eye(len(tangents)) - spectra.T @ solved[:, 1:]) @ gains)
+    share = np.exp(np.array(evidence) - max(evidence))
+    share /= share.sum()
+    means = np.array(means)
+    mean = share @ means
+    covariance = np.einsum("j,jab->ab", share, covariances) + np.einsum(
+        "j,ja,jb->ab", share, means - mean, means - mean
+    )
+    return share, means, mean, covariance
+
+
+@pytest.mark.parametrize(("q", "n_sky"), [(0, 0), (3, 0), (3, 2)])
+def test_weights_and_labels_are_those_of_the_density_of_the_spectrum(q, n_sky):
+    # 31 is prime: cells of one pixel, the exact form.
+    mix = mixture(p=31, m=9, t=2, n=5, q=q, n_sky=n_sky)
+    assert mix.sizes.cell == 1
+    flux, error = stars(mix, 4)
+    flux[1, 3:9], error[2, 20:] = np.nan, -1.0
+    found = mix.describe(flux, error)
+    several = 0
+    for i in range(4):
+        share, means, mean, covariance = by_brute_force(mix, flux[i], error[i])
+        several += (share > 0.05).sum() > 1
+        np.testing.assert_allclose(found["weights"][i], np.add.reduceat(share, mix.first[:-1]), rtol=1e-6, atol=1e-12)
+        np.testing.assert_allclose(found["label"][i], mean, rtol=1e-7)
+        np.testing.assert_allclose(found["label_sd"][i], np.sqrt(np.diag(covariance)), rtol=1e-6)
+        np.testing.assert_allclose(found["label_cov"][i], covariance[0], rtol=1e-5, atol=1e-8)
+        for k in range(mix.n_experts):
+            own = slice(mix.first[k], mix.first[k + 1])
+            np.testing.assert_allclose(
+                found["expert_label"][i, k], share[own] @ means[own, 0] / share[own].sum(), rtol=1e-6
+            )
+    assert several, "a posterior of one cloud would tell nothing of weights"
+
+
+def test_energy_and_distance_are_those_of_least_squares():
+    mix = mixture(p=31, m=9, t=2, n=5, q=2)
+    flux, error = stars(mix, 3, snr=30)
+    found = mix.describe(flux, error)
+    n = mix.n_coordinates
+    for i in range(3):
+        c0 = found["scale"][i, 0]
+        sigma = error[i].astype(float) / c0
+        # Nuisances are held by their prior, coordinates by next to nothing.
+        ridge = np.diag(np.sqrt(np.r_[np.full(n, LEAST_CURVATURE), np.ones(mix.n_nuisances)]))
+        design = np.concatenate([mix.directions.astype(float) / sigma[:, None], ridge])
+        target = np.r_[(flux[i] / c0 - mix.reference) / sigma, np.zeros(len(ridge))]
+        energy = np.linalg.lstsq(design, target, rcond=None)[1][0]
+        np.testing.assert_allclose(found["chi2"][i, 0], energy / (1 + max(0, 31 - (n + 1))), rtol=1e-6)
+        assert found["distance"][i, 0] > 0
+
+
+def bright(mix, n, snr):
+    """Stars whose noise has another shape than the training set's, and gaps."""
+    flux, _ = stars(mix, n, snr=1e6)
+    rng = np.random.default_rng(3)
+    error = (flux.mean(1, keepdims=True) / snr * np.ones_like(flux)).astype(np.float32)
+    flux = (flux + error * rng.standard_normal(flux.shape)).astype(np.float32)
+    error[rng.random(error.shape) < 0.1] = np.nan
+    return flux, error
+
+
+@pytest.mark.parametrize("snr", [10, 50])
+def test_cells_cost_a_small_part_of_the_error(snr, monkeypatch):
+    """An M off by per cents must not be multiplied by the distance of the star from the reference."""
+    mix = mixture(p=384, m=40, t=2, n=7, q=2)
+    assert mix.sizes.cell > 1
+    flux, error = bright(mix, 60, snr)
+    by_cells = mix.describe(flux, error)
+    monkeypatch.setattr("moefast.posterior.mixture.CELL", 1)
+    exact_mixture = mixture(p=384, m=40, t=2, n=7, q=2)
+    assert exact_mixture.sizes.cell == 1
+    exact = exact_mixture.describe(flux, error)
+    apart = np.abs(by_cells["label"] - exact["label"]) / exact["label_sd"]
+    assert np.median(apart) < 0.05
+    assert np.percentile(apart, 99) < 0.5

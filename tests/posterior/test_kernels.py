@@ -1,0 +1,182 @@
+"""The compiled posterior against its description; gaps, scales, neighbours."""
+
+import itertools
+
+import numpy as np
+import pytest
+from made_clouds import mixture, stars
+
+from moefast.kernels import cloud_posterior
+from moefast.spectra.quality import assess, good_pixels
+
+LABELS = 4
+
+
+@pytest.fixture(scope="module")
+def mix():
+    return mixture()
+
+
+def assert_as_described(mix, flux, error, mask=None, rows=slice(None)):
+    found = mix.outputs(flux, error, mask)
+    expected = mix.describe(flux, error if mask is None else np.where(mask, np.nan, error))
+
+    def close(name, absolute, relative=0.0):
+        np.testing.assert_allclose(found[name][rows], expected[name][rows], rtol=relative, atol=absolute, err_msg=name)
+
+    close("log_g", 1e-5)
+    close("label", 1e-5, 1e-5)
+    close("expert_label", 1e-4)
+    close("label_sd", 0, 1e-4)
+    spread = expected["label_sd"][rows][:, :1] * expected["label_sd"][rows]
+    assert (np.abs(found["label_cov"][rows] - expected["label_cov"][rows]) <= 1e-4 * spread).all()
+    close("weights", 1e-5)
+    # Logarithms of widths down to 1e-4 dex, where a millionth of a dex is a per cent.
+    widths = np.exp(found["error_features"][rows][:, 1:3]), np.exp(expected["error_features"][rows][:, 1:3])
+    np.testing.assert_allclose(*widths, rtol=1e-4, atol=1e-5)
+    close("log_g_err", 0, 1e-4)
+    close("chi2", 1e-6, 1e-3)
+    close("distance", 1e-5, 1e-3)
+    for name in ("strength", "scale", "log_level"):
+        close(name, 0, 1e-6)
+    return found
+
+
+def assert_same_bits(found, expected, rows, of=slice(None)):
+    for name, array in found.items():
+        np.testing.assert_array_equal(array[rows], expected[name][of], err_msg=name)
+
+
+@pytest.mark.parametrize("n", [0, 1, 31, 33])
+def test_any_number_of_rows(mix, n):
+    flux, error = stars(mix, n)
+    found = assert_as_described(mix, flux, error) if n else mix.outputs(flux, error)
+    assert found["label"].shape == (n, LABELS)
+
+
+@pytest.mark.parametrize("t", [0, 1, 4, 6])
+def test_any_number_of_tangents(t):
+    made = mixture(t=t, n=9)
+    assert_as_described(made, *stars(made, 9))
+
+
+@pytest.mark.parametrize("m", [1, 2, 63, 64, 65, 130])
+def test_any_number_of_clouds(m):
+    made = mixture(m=m, experts=min(m, 2))
+    assert_as_described(made, *stars(made, 9))
+
+
+@pytest.mark.parametrize(("p", "n", "q", "labels"), [(96, 2, 0, 2), (97, 9, 3, 5), (1031, 40, 1, 3), (576, 62, 13, 3)])
+def test_any_size_of_the_space(p, n, q, labels):
+    made = mixture(p=p, n=n, q=q, labels=labels)
+    assert_as_described(made, *stars(made, 6))
+
+
+def test_nuisances_that_grow_with_the_noise():
+    made = mixture(q=3, n_sky=2)
+    found = assert_as_described(made, *stars(made, 9))
+    assert np.abs(found["label"] - mixture(q=3).outputs(*stars(made, 9))["label"]).max() > 1e-4
+
+
+@pytest.mark.parametrize("snr", [1, 30, 100, 300])
+def test_faint_and_bright_stars(mix, snr):
+    assert_as_described(mix, *stars(mix, 40, snr=snr))
+
+
+def test_a_star_unlike_any_cloud(mix):
+    flux, error = stars(mix, 20)
+    assert_as_described(mix, flux + 3 * error, error)
+    assert_as_described(mix, np.ones_like(flux), error)
+    assert_as_described(mix, np.zeros_like(flux), error)
+
+
+def test_bad_pixels_weigh_nothing(mix):
+    flux, error = stars(mix, 40)
+    mask = np.zeros(flux.shape, bool)
+    flux[0, 3], flux[1, 5], error[2, 7], error[3, 9], error[4, 11], error[5, 13] = np.nan, np.inf, np.nan, -1, 0, 2e6
+    mask[6, :71] = True
+    mask[7:20] = np.random.default_rng(2).random((13, flux.shape[1])) < 0.28
+    mask[20] = True
+    mask[20, 100] = False
+    mask[21] = True
+    flux[22], error[23] = np.nan, np.inf
+    found = assert_as_described(mix, flux, error, mask)
+    changed = np.where(mask | ~np.isfinite(flux) | ~(error > 0) | ~(error <= 1e6))
+    flux[changed], error[changed] = 7.0, np.nan
+    again = mix.outputs(flux, error)
+    for name in set(found) - {"flag"}:
+        np.testing.assert_array_equal(found[name], again[name], err_msg=name)
+
+
+def test_quality_is_that_of_assess(mix):
+    flux, error = stars(mix, 70)
+    mask = np.random.default_rng(2).random(flux.shape) < 0.002
+    flux[4, 7], error[9, 3], error[20], flux[21], mask[30] = np.nan, -1.0, 0.0, np.inf, True
+    flux[31] *= -1
+    _, quality = mix.score(flux, error, mask)
+    expected = assess(flux, error, good_pixels(flux, error, mask), mask)
+    np.testing.assert_array_equal(quality.n_good, expected.n_good)
+    np.testing.assert_array_equal(quality.flag, expected.flag)
+    assert set(quality.flag) == {0, 3, 4, 7}
+    np.testing.assert_array_equal(quality.snr_median, expected.snr_median)
+    np.testing.assert_allclose(quality.snr_norm, expected.snr_norm, rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-6, 1e5])
+def test_the_unit_of_flux_does_not_matter(mix, scale):
+    flux, error = stars(mix, 20)
+    expected = mix.outputs(flux, error)
+    scaled = (scale * flux).astype(np.float32), (scale * error).astype(np.float32)
+    found = assert_as_described(mix, *scaled)
+    np.testing.assert_allclose(found["log_g"], expected["log_g"], atol=1e-5)
+    np.testing.assert_allclose(found["scale"], scale * expected["scale"], rtol=1e-6)
+
+
+def test_beyond_all_numbers_there_is_no_answer_and_no_harm(mix):
+    flux, error = stars(mix, 40)
+    clean = mix.outputs(flux, error)
+    flux[3] *= np.float32(1e25)
+    found = mix.outputs(flux, error)
+    assert np.isnan(found["log_g"][3])
+    assert np.isnan(found["log_g_err"][3])
+    assert_same_bits(found, clean, *(2 * (np.delete(np.arange(40), 3),)))
+
+
+def test_a_row_has_the_same_bits_alone_in_any_block_and_with_any_number_of_threads(mix, monkeypatch):
+    flux, error = stars(mix, 150)
+    error[::7, :50] = np.nan
+    whole = mix.outputs(flux, error)
+    for a, b in itertools.pairwise([0, 1, 2, 5, 37, 70, 133, 150]):
+        assert_same_bits(mix.outputs(flux[a:b], error[a:b]), whole, slice(None), slice(a, b))
+    order = np.random.default_rng(0).permutation(150)
+    assert_same_bits(mix.outputs(flux[order], error[order]), whole, slice(None), order)
+    for cores in (1, 3):
+        monkeypatch.setattr("moefast.core.threads.CORES", cores)
+        assert_same_bits(mix.outputs(flux, error), whole, slice(None))
+
+
+def test_bad_neighbours_change_no_bit(mix):
+    flux, error = stars(mix, 40)
+    clean = mix.outputs(flux, error)
+    flux[[0, 9, 17]], error[[1, 10]], flux[20, 3] = np.nan, np.inf, 3e38
+    kept = np.setdiff1d(np.arange(40), [0, 1, 9, 10, 17, 20])
+    assert_same_bits(mix.outputs(flux, error), clean, kept, kept)
+
+
+def test_any_layout_and_precision_gives_the_same_bits(mix):
+    flux, error = stars(mix, 33)
+    expected = mix.outputs(flux, error)
+    assert_same_bits(mix.outputs(np.asfortranarray(flux), error.astype(np.float64)), expected, slice(None))
+    assert_same_bits(mix.outputs(flux, error, np.zeros(flux.shape, bool)), expected, slice(None))
+
+
+def test_shapes_are_checked(mix):
+    flux, error = stars(mix, 3)
+    with pytest.raises(ValueError, match=r"shape \(n, 192\)"):
+        mix.outputs(flux[:, 1:], error[:, 1:])
+    with pytest.raises(ValueError, match="flux and error"):
+        mix.outputs(flux, error[:2])
+    with pytest.raises(ValueError, match="mask must be bool of shape"):
+        mix.outputs(flux, error, np.ones((3, 2), bool))
+    with pytest.raises(ValueError, match="clouds in 7 coordinates"):
+        cloud_posterior(flux, error, None, mix._space, mixture(n=6)._clouds)
