@@ -112,11 +112,11 @@ def resample(
 def _partial(d, c):
     """Share of each of five pixels in F(e_i + d Δ_i) − F(e_i), from the six edges around: fifth degree, 0 ≤ d ≤ 1."""
     a, b, e, f, g = d + 2, d + 1, d - 1, d - 2, d - 3
-    l0 = -b * d * e * f * g / 120
-    l1 = a * d * e * f * g / 24
-    l3 = a * b * d * f * g / 12
-    l4 = -a * b * d * e * g / 24
-    l5 = a * b * d * e * f / 120
+    l0 = -b * d * e * f * g * (1 / 120)
+    l1 = a * d * e * f * g * (1 / 24)
+    l3 = a * b * d * f * g * (1 / 12)
+    l4 = -a * b * d * e * g * (1 / 24)
+    l5 = a * b * d * e * f * (1 / 120)
     c[0] = -l0
     c[1] = -l0 - l1
     c[2] = l3 + l4 + l5
