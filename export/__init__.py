@@ -3,6 +3,15 @@
 from moefast.export.graph import load, save
 from moefast.export.kinds import build, read_mixture
 from moefast.export.parity import export_model, verify
-from moefast.export.session import open_session
+from moefast.export.session import open_session, session_inputs
 
-__all__ = ["build", "export_model", "load", "open_session", "read_mixture", "save", "verify"]
+__all__ = [
+    "build",
+    "export_model",
+    "load",
+    "open_session",
+    "read_mixture",
+    "save",
+    "session_inputs",
+    "verify",
+]

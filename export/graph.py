@@ -25,6 +25,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from moefast.core.atomic import write_atomically
 from moefast.core.errors import ModelError
+from moefast.core.outputs import ONNX, by_onnx, words
 from moefast.core.version import __version__
 from moefast.experts.cnn import ConvNet
 from moefast.experts.inputs import Expert
@@ -639,16 +640,6 @@ class _OnDemand(Mapping[str, str]):
 
 _LAYERS = ("w1", "b1", "w2", "b2")
 _OF_CLOUDS = ("variances", "gains", "rest", "log_weights", "log_g", "scatter")
-_OUTPUTS = {
-    "log_g": "surface gravity, dex (cgs)",
-    "log_g_err": "calibrated 1 sigma of log_g, dex",
-    "weights": "weights of the experts; rows sum to 1",
-    "expert_log_g": "log g of each expert at the star's noise level, dex, not clipped",
-    "log_g_err_raw": "noise propagated through the experts, dex",
-    "chi2": "energy outside the model's components over its expectation from the noise",
-    "log_level": "ln of the noise level relative to the training set",
-}
-_BY_EXPERT = ("weights", "expert_log_g")
 _INPUTS = {
     "flux": "flux per pixel, in the unit of the training set (median near 1)",
     "error": "1 sigma per pixel in the unit of flux; pixels that are not finite or have error <= 0 get zero weight",
@@ -722,9 +713,9 @@ def build_experts(mixture: Mixture, part: str, metadata: dict[str, str], *, half
         weights = steps.gate(features, evidence)
         log_g, log_g_err, raw = steps.mix(features, weights, experts, noise)
         values = (log_g, log_g_err, weights, experts, raw, steps.chi2(components, expected), steps.log_level)
-        outputs = list(_OUTPUTS)
+        outputs = list(ONNX)
         for output, value in zip(outputs, values, strict=True):
-            steps.deliver(value, output, columns=output in _BY_EXPERT)
+            steps.deliver(value, output, columns=by_onnx(output).per == "expert")
     steps.graph.drop_unused(outputs)
     return _model(steps, part, outputs, metadata)
 
@@ -782,7 +773,7 @@ def _model(steps: _Steps, part: str, outputs: Sequence[str], metadata: dict[str,
         steps.graph,
         mixture.wave,
         part,
-        {name: (k if name in _BY_EXPERT else None, _OUTPUTS[name]) for name in outputs},
+        {name: (k if by_onnx(name).per == "expert" else None, words(by_onnx(name))) for name in outputs},
         own={
             "precision": "half" if steps.half else "single",
             "flux_unit": "that of the training set: median near 1",

@@ -7,7 +7,7 @@ the graph as other programs run it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from moefast.core.errors import ModelError
+from moefast.core.outputs import ONNX, POSTERIOR_ONNX, by_onnx
 from moefast.export.graph import is_half, part_of, save
 from moefast.export.kinds import build
 from moefast.export.session import open_session
@@ -31,38 +32,20 @@ __all__ = [
     "verify",
 ]
 
-TOLERANCES = {
-    "log_g": 1e-4,
-    "log_g_err": 1e-3,
-    "weights": 1e-4,
-    "expert_log_g": 1e-4,
-    "log_g_err_raw": 1e-3,
-    "chi2": 1e-3,
-    "log_level": 1e-4,
-}
+
+def _tolerances(names: Sequence[str]) -> dict[str, float]:
+    return {name: tolerance for name in names if (tolerance := by_onnx(name).tolerance) is not None}
+
+
+TOLERANCES = _tolerances(ONNX)
 """Largest difference from `Mixture.predict_reference`: of log g and the experts in dex, of weights and ln s as they
 are, of errors and chi2 relative. An expert's beyond 1 dex is relative too: experts extrapolate far where their
 weight is nil."""
-POSTERIOR_TOLERANCES = {
-    "distance": 1e-3,
-    "strength": 1e-4,
-    "scale": 1e-4,
-    "foreign": 1e-4,
-    "labels": 1e-3,
-    "label_errors": 1e-3,
-    "label_correlations": 1e-3,
-}
+POSTERIOR_TOLERANCES = _tolerances(POSTERIOR_ONNX)
 """The same for what posteriors give besides: labels in units of their errors, correlations as they are, others
 relative; a distance below 1 as it is."""
 HALF = 100.0
 """Factor on these for networks in half precision."""
-_RELATIVE = {
-    "log_g_err": 1e-6, "log_g_err_raw": 1e-6, "chi2": 1e-6, "label_errors": 1e-6, "strength": 1e-6, "scale": 0.0,
-    "distance": 1.0,
-}  # fmt: skip
-"""Outputs whose differences are relative, to this at the least."""
-_POSTERIOR_RELATIVE = _RELATIVE | {"chi2": 1.0}
-"""The same for a posterior, whose χ² of a single pixel is a difference of nearly equal numbers."""
 LEVELS = (-2.5, 1.5)
 """ln of the noise of synthetic spectra over that of the training set, for a posterior, which has no knots."""
 UNITS = (1.0, 1e-17, 1e4, 1e10)
@@ -212,7 +195,7 @@ def verify(
     if names != list(expected):
         raise ModelError(f"the ONNX model ({part}) gives {names}, {list(expected)} expected; write it again")
     differences = dict.fromkeys(names, 0.0)
-    relative = _POSTERIOR_RELATIVE if isinstance(mixture, PosteriorMixture) else _RELATIVE
+    posterior = isinstance(mixture, PosteriorMixture)
     for rows in (slice(None), slice(0, 1)):
         found = session.run(names, {"flux": flux[rows], "error": error[rows]})
         for name, value in zip(names, found, strict=True):
@@ -222,7 +205,7 @@ def verify(
                     f"{name} of the ONNX model has another shape, or NaN in other rows, than the mixture"
                 )
             unit = expected["label_errors"][rows] if name == "labels" else None
-            apart = _difference(name, part, value, want, unit, relative)
+            apart = _difference(name, part, value, want, unit, posterior)
             differences[name] = max(differences[name], apart)
     limits = TOLERANCES | POSTERIOR_TOLERANCES | {"log_g": tolerance}
     if is_half(model):
@@ -240,13 +223,15 @@ def verify(
 
 
 def _difference(
-    name: str, part: str, value: NDArray, want: NDArray, unit: NDArray | None, relative: Mapping[str, float]
+    name: str, part: str, value: NDArray, want: NDArray, unit: NDArray | None, posterior: bool
 ) -> float:
+    least = 1.0 if part.startswith("expert-") else by_onnx(name).relative_to
+    if posterior and name == "chi2":
+        # That of a single pixel is a difference of nearly equal numbers.
+        least = 1.0
     scale = np.ones_like(want) if unit is None else unit
-    if name in relative:
-        scale = np.maximum(np.abs(want), relative[name])
-    elif name == "expert_log_g" or part.startswith("expert-"):
-        scale = np.maximum(np.abs(want), 1.0)
+    if least is not None:
+        scale = np.maximum(np.abs(want), least)
     apart = np.abs(value - want) / scale
     return float(np.nanmax(apart, initial=0.0))
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from moefast.core.errors import ModelError
+from moefast.core.outputs import by_onnx, words
 from moefast.export.graph import Graph, Initializers, assemble, number_of_part, said
 from moefast.ops.arithmetic import OnnxArithmetic
 from moefast.posterior.forward import Sizes, forward
@@ -27,22 +28,6 @@ __all__ = ["build_posterior", "read_posterior"]
 
 _WHOLE = ("first", "n_sky")
 """What is stored as whole numbers."""
-_WORDS = {
-    "log_g": "surface gravity, dex (cgs)",
-    "log_g_err": "calibrated 1 sigma of log_g, dex",
-    "log_g_err_raw": "standard deviation of the posterior of log g, dex",
-    "weights": "probability of each expert's clouds; rows sum to 1",
-    "expert_log_g": "mean log g of each expert's clouds, dex",
-    "chi2": "energy outside the space of spectra and nuisances, per degree of freedom",
-    "log_level": "ln of the noise level relative to the training set, at the star's own scale",
-    "distance": "what the best point of the space of spectra gains over the best cloud, per coordinate",
-    "strength": "scale of the flux over its error",
-    "scale": "flux over that of the training set",
-    "foreign": "probability that the spectrum is that of no star",
-    "labels": "posterior means of the other labels",
-    "label_errors": "calibrated 1 sigma of the other labels",
-    "label_correlations": "correlation of the other labels with log g",
-}
 
 
 class _Steps(OnnxArithmetic):
@@ -168,9 +153,9 @@ class _Steps(OnnxArithmetic):
             "strength": found["strength"],
             "scale": scale,
         }
-        if self.mixture.n_foreign:
-            every = self.part(found["weights"], 1, k, self.sizes.n_experts)
-            values["foreign"] = self.shaped(self.total(every, 1), (1,))
+        one = self.graph.number("constant.double_1", np.array(1.0))
+        known = self.shaped(self.total(values["weights"], 1), (1,))
+        values["foreign"] = self.relu(self.subtract(one, known))
         if count > 1:
             values["labels"] = others["label"]
             values["label_errors"] = self.multiply(others["label_sd"], factors)
@@ -217,7 +202,7 @@ def build_posterior(mixture: PosteriorMixture, part: str, metadata: dict[str, st
         g,
         mixture.wave,
         part,
-        {name: (widths[name], _WORDS[name]) for name in values},
+        {name: (widths[name], words(by_onnx(name))) for name in values},
         own=own,
         metadata=metadata,
         about=f"Labels: {', '.join(mixture.label_names)}; {_sizes_in_words(mixture.sizes)}.",

@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import io
+import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime
+from numpy.typing import ArrayLike, NDArray
 from onnx import ModelProto
 
 from moefast.backend import cpu_count
-from moefast.core.errors import BackendError, ModelError
+from moefast.core.errors import BackendError, InputError, ModelError
 from moefast.export.graph import check, load
 
-__all__ = ["PROVIDERS", "open_session", "start_session"]
+__all__ = ["PROVIDERS", "open_session", "run_within", "session_inputs", "start_session"]
+
+# It would write identifiers of the machine below the user's cache folder, to be sent.
+onnxruntime.disable_telemetry_events()
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _ERRORS_ONLY = 3
@@ -54,6 +60,40 @@ def open_session(model: ModelProto | str | Path, backend: str = "cpu") -> onnxru
     return start_session(load(model), backend)
 
 
+def session_inputs(
+    flux: ArrayLike, error: ArrayLike, mask: ArrayLike | None = None
+) -> dict[str, NDArray[np.float32]]:
+    """Inputs of an exported graph in the one type and byte order that ONNX Runtime reads right.
+
+    ONNX Runtime takes arrays of another byte order, as FITS has them, without a word and for other numbers.
+
+    Parameters
+    ----------
+    flux, error : array of shape (n, p)
+        Of any type and byte order.
+    mask : array of shape (n, p), optional
+        Not 0 where a pixel is bad.
+
+    Returns
+    -------
+    dict of str to array of shape (n, p), float32, in the machine's byte order
+        "flux" and "error", which is NaN in bad pixels.
+
+    Raises
+    ------
+    InputError
+        The shapes differ, or are not (n, p).
+    """
+    arrays = {"flux": np.array(flux, np.float32, ndmin=2), "error": np.array(error, np.float32, ndmin=2)}
+    bad = None if mask is None else np.asarray(mask) != 0
+    shapes = [array.shape for array in arrays.values()] + ([] if bad is None else [np.atleast_2d(bad).shape])
+    if len(set(shapes)) > 1 or len(shapes[0]) != 2:
+        raise InputError(f"flux, error and mask must have one shape (n, pixels); found {shapes}")
+    if bad is not None:
+        arrays["error"][np.atleast_2d(bad)] = np.nan
+    return arrays
+
+
 def start_session(checked: ModelProto, backend: str) -> onnxruntime.InferenceSession:
     """Start a session of a model that was checked before; see `open_session`."""
     provider = PROVIDERS[backend]
@@ -83,6 +123,37 @@ def start_session(checked: ModelProto, backend: str) -> onnxruntime.InferenceSes
         raise BackendError(_refusal(provider, f"the session came up on {found}"))
     session.disable_fallback()
     return session
+
+
+def run_within(
+    seconds: float, session: onnxruntime.InferenceSession, outputs: list[str], inputs: dict[str, NDArray]
+) -> list[NDArray]:
+    """What a session gives; a graph may hold loops, and need not come to an end.
+
+    Raises
+    ------
+    TimeoutError
+        It has not come to an end within so many seconds.
+    """
+    options = onnxruntime.RunOptions()
+    late = threading.Event()
+
+    def stop() -> None:
+        late.set()
+        options.terminate = True
+
+    timer = threading.Timer(seconds, stop)
+    timer.daemon = True
+    timer.start()
+    try:
+        found: list[NDArray] = session.run(outputs, inputs, options)
+    except Exception as error:
+        if late.is_set():
+            raise TimeoutError(f"{seconds:g} s are over") from error
+        raise
+    finally:
+        timer.cancel()
+    return found
 
 
 def _preload_cuda() -> None:

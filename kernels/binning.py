@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
+from moefast.core.compiled import njit
 from moefast.core.grids import MAX_BINS, finite_rows, increasing_edges
 from moefast.kernels.dispatch import on_cuda
 

@@ -17,8 +17,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 
+from moefast.core.compiled import njit
 from moefast.kernels.quality import (
     LARGEST32,
     LARGEST_ERROR32,

@@ -1,8 +1,8 @@
 """Loops from flux and error to a star's information (u, M), and its dense algebra; see `moefast.kernels.clouds`.
 
 Design: one look at the row for its scale, a second one for y and the cells; then u and M of `ROWS` stars by
-`moefast.kernels.vectors.add_tile`, which sums in one fixed order whatever stands in the other rows: a star's bits do not
-depend on its neighbours, and a tile is faster than BLAS, whose products are made for larger matrices.
+`moefast.kernels.vectors.add_tile`, which sums in one fixed order whatever stands in the other rows: a star's bits do
+not depend on its neighbours.
 
 Precision: sums over pixels, u, M and all that is solved with M are in double precision. In single precision M has
 negative eigenvalues wherever gaps make it singular.
@@ -13,8 +13,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 
+from moefast.core.compiled import njit
 from moefast.kernels.cpu import FAST
 from moefast.kernels.quality import LARGEST32, LARGEST_ERROR32, ZERO32, median_near, quantile_scratch
 from moefast.kernels.vectors import ROWS as STEP
@@ -136,7 +136,7 @@ def _keep_finite(ratio):
         value = ratio[j]
         ratio[m] = value
         # No branch: in a spectrum with bad pixels here and there it would be foretold wrongly.
-        m += np.int64(value < np.float32(np.inf))
+        m += int(value < np.float32(np.inf))
     return m
 
 
@@ -325,7 +325,7 @@ def _what_is_left(y, information, spectrum, left):
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _gradient(y, information, rows, points, spectra, directions, tile, left, u):
-    """U = Bᵀ(y − a′ B b) of the first rows; spectra (p / `SPECTRUM`, n + q, `SPECTRUM`) is B, `tile`, `left` scratch."""
+    """U = Bᵀ(y − a′ B b) of the first rows; `spectra` (p / `SPECTRUM`, n + q, `SPECTRUM`) is B."""
     blocks, p, _ = directions.shape
     width = spectra.shape[1]
     u[:] = 0.0
@@ -348,7 +348,19 @@ def _gradient(y, information, rows, points, spectra, directions, tile, left, u):
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def refine(
-    y, information, rows, packed, spectra, directions, precision, pull, refinements, numbers, points, factors, u
+    y,
+    information,
+    rows,
+    packed,
+    spectra,
+    directions,
+    precision,
+    pull,
+    refinements,
+    numbers,
+    points,
+    factors,
+    u,
 ):
     """Expand the likelihood around a point near the star, `refinements` times: u and the energy are what is changed.
 

@@ -22,9 +22,9 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
+from moefast.core.compiled import njit
 from moefast.core.threads import in_threads
 
 __all__ = ["MOST_LEAVES", "Forest", "forest_predict"]

@@ -20,8 +20,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import ArrayLike, NDArray
+
+from moefast.core.compiled import njit
 
 __all__ = ["gaussian_log_likelihood"]
 

@@ -2,7 +2,8 @@
 
 Design: every number of a row comes from that row alone, in an order that does not depend on its place in a block or
 on the number of threads. Quantiles are found by counting, not by sorting: a dozen counts of a row, each without a
-branch, are several times faster than partitioning it.
+branch, are several times faster than partitioning it. Rows are shared out to threads of Python: Numba's own end the
+process when two threads call them, or after a fork.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit, prange
+
+from moefast.core.compiled import njit
+from moefast.core.threads import in_threads
 
 __all__ = [
     "LARGEST_ERROR",
@@ -35,12 +38,19 @@ GUESS_SPREAD = 250_000
 """Of the bits of a float32 on either side of a guess: 1.5 to 3 %."""
 
 
-@njit(cache=True, parallel=True)
 def any_bad(flux, error):
     """Whether any pixel is not finite in flux, or has an error that is not positive or above `LARGEST_ERROR`."""
+    found = []
+    in_threads(len(flux), lambda a, b: found.append(_any_bad(flux[a:b], error[a:b])))
+    return any(found)
+
+
+@njit(cache=True, nogil=True)
+def _any_bad(flux, error):
+    """See `any_bad`."""
     n, p = flux.shape
     n_bad = 0
-    for i in prange(n):
+    for i in range(n):
         bad = np.int32(0)
         for j in range(p):
             f, e = flux[i, j], error[i, j]
@@ -51,13 +61,20 @@ def any_bad(flux, error):
     return n_bad > 0
 
 
-@njit(cache=True, parallel=True)
 def mark_good(flux, error, mask, good):
     """Fill `good` (n, p); `mask` has no rows where there is none. Return whether any pixel is bad."""
+    found = []
+    in_threads(len(flux), lambda a, b: found.append(_mark_good(flux[a:b], error[a:b], mask[a:b], good[a:b])))
+    return any(found)
+
+
+@njit(cache=True, nogil=True)
+def _mark_good(flux, error, mask, good):
+    """See `mark_good`."""
     n, p = flux.shape
     masked = mask.shape[0] > 0
     n_bad = 0
-    for i in prange(n):
+    for i in range(n):
         bad = np.int32(0)
         if masked:
             for j in range(p):
@@ -221,13 +238,19 @@ def median_near(values, n, guess, keys, scratch):
     return start + 0.5 * (end - start) if not odd else start
 
 
-@njit(cache=True, parallel=True, error_model="numpy", fastmath={"reassoc"})
 def assess(flux, error, good, mask, snr_norm, snr_median, n_good, flag):
     """SNRs, number of good pixels and flag bits of each row; `good` and `mask` may have no rows."""
+    arrays = flux, error, good, mask, snr_norm, snr_median, n_good, flag
+    in_threads(len(flux), lambda a, b: _assess(*(array[a:b] for array in arrays)))
+
+
+@njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc"})
+def _assess(flux, error, good, mask, snr_norm, snr_median, n_good, flag):
+    """See `assess`."""
     n, p = flux.shape
     all_good = good.shape[0] == 0
     masked = mask.shape[0] > 0
-    for i in prange(n):
+    for i in range(n):
         ratio = np.empty(p + 1, np.float32)
         keys, scratch = np.empty(p + 2, np.int32), quantile_scratch()
         signal, noise = 0.0, 0.0
@@ -267,12 +290,17 @@ def assess(flux, error, good, mask, snr_norm, snr_median, n_good, flag):
         flag[i] = bits
 
 
-@njit(cache=True, parallel=True, error_model="numpy", fastmath={"reassoc"})
 def error_statistics(error, good, out):
     """Ten statistics of each row of `error`, exact: see `moefast.spectra.quality.quality_features`."""
+    in_threads(len(error), lambda a, b: _error_statistics(error[a:b], good[a:b], out[a:b]))
+
+
+@njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc"})
+def _error_statistics(error, good, out):
+    """See `error_statistics`."""
     n, p = error.shape
     all_good = good.shape[0] == 0
-    for i in prange(n):
+    for i in range(n):
         values = np.empty(p + 1, np.float32)
         keys, scratch = np.empty(p + 2, np.int32), quantile_scratch()
         m = 0

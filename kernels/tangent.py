@@ -29,9 +29,9 @@ import math
 from dataclasses import dataclass, field
 
 import numpy as np
-from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
+from moefast.core.compiled import njit
 from moefast.core.threads import in_threads
 from moefast.kernels.cpu import FAST, exp32, log32
 from moefast.kernels.dispatch import on_cuda

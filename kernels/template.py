@@ -24,9 +24,9 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
+from moefast.core.compiled import njit
 from moefast.core.threads import in_threads
 from moefast.kernels.cpu import FAST, exp32
 from moefast.kernels.dispatch import on_cuda

@@ -1,9 +1,9 @@
-"""Three inner loops in vectors of the compiler, for Numba functions: what its own vectoriser does not keep in registers.
+"""Three inner loops for Numba functions that are written in vectors: its vectoriser keeps no sums in registers.
 
 Design: each is an intrinsic, a function that writes the compiler's intermediate code: vectors of 512 bits, which a
-machine with shorter registers sees as several. Sums stand in registers from the first term to the last, in one order, with
-fused multiply-adds that are asked for by name: results do not depend on what the compiler makes of the code around.
-Offsets are counted in elements; nothing is checked.
+machine with shorter registers sees as several. Sums stand in registers from the first term to the last, in one order,
+with fused multiply-adds that are asked for by name: results do not depend on what the compiler makes of the code
+around. Offsets are counted in elements; nothing is checked.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
+from numba import extending
 from numba.core import cgutils, types
-from numba.extending import intrinsic
 
 __all__ = ["ROWS", "VECTORS", "add_tile", "cloud_group", "subtract_row", "width_of"]
+
+# Called without the typing context, which is no argument to a reader of types.
+intrinsic: Any = extending.intrinsic
 
 ROWS = 4
 """Rows of a tile of `add_tile`."""
@@ -55,9 +58,7 @@ class _Vectors:
         """A vector of one number."""
         if value.type != self.scalar:
             value = self.builder.fpext(value, self.scalar)
-        one = self.builder.insert_element(
-            ir.Constant(self.type, ir.Undefined), value, ir.IntType(32)(0)
-        )
+        one = self.builder.insert_element(ir.Constant(self.type, ir.Undefined), value, ir.IntType(32)(0))
         nowhere = ir.Constant(ir.VectorType(ir.IntType(32), self.width), [0] * self.width)
         return self.builder.shuffle_vector(one, ir.Constant(self.type, ir.Undefined), nowhere)
 
@@ -99,7 +100,10 @@ def add_tile(typingctx, a, first, step, b, start, n, out, place):  # type: ignor
         lanes = VECTORS * vectors.width
         rows = [builder.gep(factors, [builder.add(first, builder.mul(step, index(r)))]) for r in range(ROWS)]
         ends = [
-            [builder.gep(sums, [builder.add(place, index(r * lanes + v * vectors.width))]) for v in range(VECTORS)]
+            [
+                builder.gep(sums, [builder.add(place, index(r * lanes + v * vectors.width))])
+                for v in range(VECTORS)
+            ]
             for r in range(ROWS)
         ]
         totals = [[vectors.variable(vectors.load(end)) for end in row] for row in ends]
@@ -145,7 +149,20 @@ def subtract_row(typingctx, a, row, b, pivot, factor, n):  # type: ignore[no-unt
 
 @intrinsic
 def cloud_group(  # type: ignore[no-untyped-def]
-    typingctx, vectors, lane, stride, n, n_drawn, centre, spectrum, width, lower, inverse, coefficients, square, pivots
+    typingctx,
+    vectors,
+    lane,
+    stride,
+    n,
+    n_drawn,
+    centre,
+    spectrum,
+    width,
+    lower,
+    inverse,
+    coefficients,
+    square,
+    pivots,
 ):
     """Best points of a vector of clouds, with the star in whitened coordinates.
 
@@ -187,7 +204,10 @@ def cloud_group(  # type: ignore[no-untyped-def]
 
         zero, one = v.constant(0.0), v.constant(1.0)
         products = {
-            (a, b): v.variable(one if a == b else zero) for a in range(t + 1) for b in range(a, t + 1) if b > 0
+            (a, b): v.variable(one if a == b else zero)
+            for a in range(t + 1)
+            for b in range(a, t + 1)
+            if b > 0
         }
         with cgutils.for_range(builder, n, intp=index) as loop:
             x = coordinates(loop)

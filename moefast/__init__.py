@@ -6,6 +6,7 @@ Six public names: `load` a model, `fit` one, `predict` files or `predict_arrays`
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moefast.core.version import __version__ as __version__
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
     from moefast.scoring import predict
 
     load = Model.load
+
+_HERE = Path(__file__).parent
+if not (_HERE / "kernels").is_dir() and (_HERE.parent / "kernels").is_dir():
+    # Python started inside a clone finds this folder before the package that is installed; the kernels lie beside it.
+    __path__.append(str(_HERE.parent))
 
 # Imported on first use: `moefast --help` must not wait for Numba.
 _HOMES = {

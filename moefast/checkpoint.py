@@ -15,7 +15,6 @@ import json
 import logging
 import shutil
 import time
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -119,8 +118,10 @@ class Checkpoint:
                     raise ValueError(f"it holds {header['what']!r}")
                 self._compare(header["schema"], header["key"])
                 built = build(int(header["rows"]), file.__getitem__)
-        # A cut-off archive raises BadZipFile, a lone .npy array TypeError.
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        except InputError:
+            raise
+        except Exception as error:
+            # Damaged archives make NumPy raise nearly anything, tokenize.TokenError for one.
             self.tell(f"{self.path}: not a complete checkpoint ({error}); the fit starts from the beginning")
             return None
         self.tell(f"{self.path}: {header['rows']:,} spectra are done, the fit goes on from there")

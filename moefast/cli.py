@@ -6,12 +6,14 @@ People read standard output; `--json` gives machines the same facts. Progress an
 
 from __future__ import annotations
 
+import errno
 import glob
 import json
 import math
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from functools import cache
@@ -20,7 +22,8 @@ from typing import Any
 
 import click
 
-from moefast.core.errors import MoefastError
+from moefast.core.errors import MoefastError, OutputError
+from moefast.core.progress import unit_of
 from moefast.core.version import __version__
 
 __all__ = ["cli", "main"]
@@ -32,19 +35,14 @@ Exit codes:
   2  the command line was not understood
   3  a file is missing, damaged or lacks a dataset (with several files: the others were still done)
   4  a file is on another wave grid than the model
-  5  labels are needed and missing or not finite
+  5  labels are needed and missing, or are numbers that no star has
   6  the model folder is incomplete, altered or of another version
   7  the backend asked for cannot be used here
   8  the result cannot be written
   9  an engine of a benchmark gives another answer, or the benchmark cannot be carried out
+  143  terminated (SIGTERM)
   130  interrupted; nothing half-written is left under the name of the result
 """
-
-
-STEPS = {
-    "experts", "gate", "tower", "error model", "simpler fits", "library", "forests", "residuals", "experts, sampled",
-}  # fmt: skip
-"""Stages of a fit that go through steps, not through spectra."""
 
 
 class Progress:
@@ -67,7 +65,7 @@ class Progress:
         if now - self._last < every and done < total:
             return
         self._last = now
-        unit = "steps" if stage in STEPS else "spectra"
+        unit = unit_of(stage)
         text = f"{stage}: {done:,} of {total:,} {unit} ({100 * done / max(total, 1):.0f} %)"
         if done > self._first and now > self._begin:
             rate = (done - self._first) / (now - self._begin)
@@ -108,6 +106,16 @@ class _Group(click.Group):
         except KeyboardInterrupt:
             click.echo("\nmoefast: interrupted; nothing was written", err=True)
             ctx.exit(130)
+        except Terminated:
+            click.echo("\nmoefast: terminated; nothing was written", err=True)
+            ctx.exit(143)
+        except (MemoryError, OSError) as error:
+            # What no check of a file foresees: a full disk, a lost network share, no memory.
+            number = getattr(error, "errno", None)
+            if number == errno.EPIPE:
+                raise
+            click.echo(f"\nmoefast: error: {str(error) or 'out of memory'}", err=True)
+            ctx.exit(OutputError.exit_code if number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) else 1)
 
 
 def _rows(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:
@@ -511,10 +519,16 @@ def fit(
         f"{out}: {model.manifest['recipe']}, {facts['rows']['used']:,} spectra, {facts['seconds']:.0f} s on "
         f"{facts['backend']}"
     )
-    if facts["rows"]["left_out"]:
+    unlabelled = facts["rows"].get("unlabelled", 0)
+    if facts["rows"]["left_out"] > unlabelled:
         click.echo(
-            f"  {facts['rows']['left_out']:,} spectra with fewer than half of their pixels good were left out"
+            f"  {facts['rows']['left_out'] - unlabelled:,} spectra with fewer than half of their pixels good were left "
+            "out"
         )
+    if unlabelled:
+        click.echo(f"  {unlabelled:,} spectra without labels were left out")
+    for note in model.manifest["training"]["notes"]:
+        click.echo(f"  note: {note}")
     click.echo(f"  {facts['solver']}")
     kernels = facts.get("heads", {}).get("kernels", "")
     if kernels.startswith("plain: "):
@@ -586,11 +600,12 @@ def evaluate(
         progress=progress.rows("evaluate"),
     )  # fmt: skip
     progress.close()
+    # First what took long; a terminal may refuse the text.
+    written = write_report(result, out, pictures=pictures, overwrite=overwrite) if out else []
     click.echo(json.dumps(result.report, indent=1) if as_json else format_text(result.report, result.run))
     if as_json and not quiet and result.run["spectra_per_second"]:
         click.echo(f"{result.run['spectra_per_second']:,.0f} spectra/s on {result.run['device']}", err=True)
     if out:
-        written = write_report(result, out, pictures=pictures, overwrite=overwrite)
         click.echo("written: " + ", ".join(str(path) for path in written), err=True)
 
 
@@ -614,7 +629,6 @@ def compare(
     other noise are refused.
     """
     from moefast.core.atomic import write_json
-    from moefast.core.errors import OutputError
     from moefast.protocol.compare import compare as run
     from moefast.protocol.compare import format_text, read_evaluation
 
@@ -678,7 +692,6 @@ def ceiling(
     per star on two cores. The ceilings of the reference sets come with moefast; evaluate finds them by itself.
     """
     from moefast.ceilings import ceiling as ceilings
-    from moefast.core.errors import OutputError
     from moefast.protocol.ceiling_report import figure, format_text
 
     for path in (out, picture):
@@ -759,7 +772,6 @@ def milestones(reports: tuple[str, ...], out: str | None, overwrite: bool, as_js
     apart. What no evaluation holds is not run, never passed; without any REPORT the marks and the commands are shown.
     """
     from moefast.core.atomic import write_json
-    from moefast.core.errors import OutputError
     from moefast.protocol.milestones import judge, read_reports
     from moefast.protocol.milestones_report import format_text
 
@@ -787,7 +799,6 @@ def export(model: str, out: str, part: str, half: bool, overwrite: bool) -> None
     runs in plain ONNX Runtime. MODEL is a model folder, or a shipped model: z0 or survey. What
     half precision costs in R² tells: moefast evaluate TEST -m OUT
     """
-    from moefast.core.errors import OutputError
     from moefast.export import export_model
     from moefast.model import Model
 
@@ -856,9 +867,12 @@ def predict(
 
     # Parts that run at the same time must not write to one name.
     part = f".{shard[0]}-of-{shard[1]}" if shard else ""
-    # A pattern has no name to take over.
-    stem = "spectra" if glob.has_magic(files[0]) else Path(files[0]).resolve().stem
+    # A pattern has no name to take over; a file may be called like one.
+    is_pattern = glob.has_magic(files[0]) and not os.path.lexists(files[0])
+    stem = "spectra" if is_pattern else Path(os.path.abspath(files[0])).stem
     target = Path(out) if out else Path(f"{stem}.log_g{part}.h5")
+    if overwrite and not out:
+        _check_same_inputs(target, files)
     progress = Progress(quiet or as_json)
     summary = run(
         files, model, target, array=array, backend=backend, rows=rows, limit=limit,  # type: ignore[arg-type]
@@ -888,6 +902,20 @@ def predict(
         for note in summary.notes:
             click.echo(f"  note: {note}")
     _tell_failures(summary.failures)
+
+
+def _check_same_inputs(target: Path, files: tuple[str, ...]) -> None:
+    """Refuse to replace a table of other spectra under the default name: files of spectra are often called alike."""
+    from moefast.spectra.files import find_files
+    from moefast.spectra.tables import read_attributes
+
+    if not target.is_file():
+        return
+    inputs = read_attributes(target).get("inputs")
+    if not isinstance(inputs, list) or not {os.path.realpath(p) for p in inputs} <= {
+        os.path.realpath(p) for p in find_files(files)
+    }:
+        raise OutputError(f"{target}: is the table of other spectra; name another one with -o")
 
 
 def _sizes(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...]:
@@ -1005,10 +1033,37 @@ def _tell_failures(failures: Any) -> None:
         sys.exit(failures[0].error.exit_code)
 
 
+class Terminated(BaseException):
+    """Somebody sent SIGTERM; everything is cleared up on the way out."""
+
+
+def _terminate(*_: Any) -> None:
+    # A second one ends at once.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    raise Terminated
+
+
+def _not_lost(what: Any, told: Callable[[Any], Any] = sys.unraisablehook) -> None:
+    """Repeat an interrupt that came while an object was freed, where Python prints and forgets it."""
+    if issubclass(what.exc_type, KeyboardInterrupt | Terminated):
+        number = signal.SIGINT if issubclass(what.exc_type, KeyboardInterrupt) else signal.SIGTERM
+        if number == signal.SIGTERM:
+            signal.signal(number, _terminate)
+        threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
+    else:
+        told(what)
+
+
 def main() -> None:
     """Entry point of the `moefast` command."""
     # Numba's threads must not wait actively while BLAS works, on the same cores; read when Numba starts them.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    for stream in (sys.stdout, sys.stderr):
+        # Terminals of other alphabets show what they can; no result is lost over a letter.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.unraisablehook = _not_lost
     if hasattr(signal, "SIGPIPE"):
         # `moefast inspect … | head` must end quietly.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)

@@ -84,7 +84,11 @@ def examine() -> dict[str, Any]:
         _, chosen = open_engine(shipped[SHIPPED[0]].mixture, "auto")
     except MoefastError as error:
         problems.append(str(error))
+    from moefast.core.compiled import cache_place
+    from moefast.kernels.cpu import centre
+
     return {
+        "compiled_code": cache_place(centre),
         "moefast": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -113,6 +117,8 @@ def format_text(facts: dict[str, Any]) -> str:
         f"  CPU      {facts['cpu']}, {facts['cores']} cores{memory}",
         f"  GPU      {gpu}",
         f"  kernels  {facts['why_no_cuda_kernels'] or 'the CUDA kernels can be used'}",
+        "  compiled "
+        + (facts["compiled_code"] or "code is kept nowhere: every run takes 20 s more; set NUMBA_CACHE_DIR"),
         f"  backend  auto will use {facts['backend']} ({facts['backend_device']}): {facts['backend_reason']}",
         "  packages " + ", ".join(f"{name} {version}" for name, version in facts["packages"].items()),
     ]

@@ -99,8 +99,7 @@ class Prediction:
         Flux over that of the training set; what the best point of the space of spectra gains over the library, per
         coordinate; the scale over its error. Only of posteriors.
     foreign : array of shape (n,), or None
-        Probability that the spectrum is that of no star. Only of posteriors that know such spectra; with `weights` it
-        adds up to 1.
+        Probability that the spectrum is that of no star; with `weights` it adds up to 1. Only of posteriors.
     """
 
     log_g: NDArray

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import math
 import shutil
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata, resources
@@ -21,6 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moefast.core.archives import read_archive
+from moefast.core.atomic import partial_folder, publish_folder, recover_folder
 from moefast.core.errors import ModelError, OutputError, WaveGridError
 from moefast.core.grids import Grid, SnrGrid, read_grid
 from moefast.core.version import __version__
@@ -43,6 +44,8 @@ ONNX = "model.onnx"
 REFERENCES = "references.npz"
 WHAT = "moefast model"
 LARGEST_MANIFEST = 16 * 2**20
+LARGEST_FILE = 2**31
+"""Bytes of a file of a model: what an ONNX file with embedded weights may have."""
 _PACKAGES = ("numpy", "scipy", "numba", "h5py", "onnx")
 
 
@@ -192,13 +195,8 @@ class Model:
 
         target = Path(folder)
         check_target(target, overwrite)
-        partial, old = (
-            target.with_name(f".{target.name}.{os.getpid()}.{ending}") for ending in ("partial", "old")
-        )
+        partial = partial_folder(target)
         try:
-            # What an ended process of the same number left behind.
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
             export_model(self.mixture, partial / ONNX, metadata={"recipe": self.manifest["recipe"]})
             if self.references:
                 _write_references(partial / REFERENCES, self.references)
@@ -211,23 +209,11 @@ class Model:
             manifest["checksum"] = _checksum(manifest)
             text = json.dumps(manifest, indent=1, allow_nan=False)
             (partial / MANIFEST).write_text(text + "\n", encoding="utf-8")
-            for item in partial.iterdir():
-                with item.open("rb") as file:
-                    os.fsync(file.fileno())
-            if target.exists():
-                target.rename(old)
-            try:
-                partial.rename(target)
-            except BaseException:
-                if old.exists():
-                    old.rename(target)
-                raise
+            publish_folder(partial, target, overwrite=overwrite)
         except OSError as error:
             raise OutputError(f"{target}: cannot be written ({error.strerror})") from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-            if target.exists():
-                shutil.rmtree(old, ignore_errors=True)
         return Model.load(target)
 
     @classmethod
@@ -244,14 +230,26 @@ class Model:
         ModelError
             The folder is missing, incomplete, altered since it was written, or of another schema.
         """
-        from moefast.export import load, read_mixture
-
         if folder is None:
             path = shipped_path()
         elif str(folder) in SHIPPED and not (Path(folder) / MANIFEST).exists():
             path = shipped_path(str(folder))
         else:
             path = Path(folder)
+        try:
+            return cls._read(path)
+        except ModelError:
+            raise
+        except Exception as error:
+            # A manifest can say anything, with fitting checksums, too.
+            raise ModelError(
+                f"{path}: not a model of moefast, or not to be trusted ({type(error).__name__}: {error}); fit it again"
+            ) from error
+
+    @classmethod
+    def _read(cls, path: Path) -> Model:
+        from moefast.export import load, read_mixture
+
         if not (path / MANIFEST).is_file():
             raise ModelError(
                 f"{path}: no {MANIFEST} here, so this is no model folder; make one with "
@@ -299,6 +297,11 @@ class Model:
                 [float(v) for v in limits["log_level"]],
                 [float(limits.get(name, 0.0)) for name in ("strength", "least_chi2", "foreign")],
             )
+            said = [limits["chi2"], limits["log_g_err"], *limits["log_level"]]
+            if not all(math.isfinite(float(v)) for v in said) or len(said) != 4:
+                raise ValueError("limits that are not finite")
+            if not isinstance(manifest["recipe"], str) or not isinstance(manifest["training"], dict):
+                raise TypeError("recipe or training")
             if "distance" in limits:
                 _check_distance(limits["distance"])
         except (KeyError, TypeError, ValueError) as error:
@@ -314,7 +317,7 @@ class Model:
             raise ModelError(
                 f"{path / MANIFEST}: is that of a {kind}, but {ONNX} holds a {mixture.kind}; copy the model again"
             )
-        references = _read_references(path / REFERENCES) if REFERENCES in files else {}
+        references = _read_references(path / REFERENCES, wave.size) if REFERENCES in files else {}
         return cls(mixture, manifest, references, path)
 
 
@@ -331,6 +334,7 @@ def check_target(target: Path, overwrite: bool) -> None:
     OutputError
         The folder exists and is not to be replaced, or is not a model folder, or has no parent.
     """
+    recover_folder(target)
     if not target.absolute().parent.is_dir():
         raise OutputError(f"{target}: the folder {target.absolute().parent} does not exist; create it first")
     if not target.exists():
@@ -437,6 +441,8 @@ def _check_file(folder: Path, name: str, n_bytes: int, digest: str) -> None:
     if not path.is_file():
         raise ModelError(f"{path}: missing; the model folder is incomplete, copy it again")
     size = path.stat().st_size
+    if size > LARGEST_FILE:
+        raise ModelError(f"{path}: {size} bytes; a file of a model has {LARGEST_FILE} at most")
     if size != n_bytes:
         raise ModelError(f"{path}: {size} bytes found, {n_bytes} expected; copy the model again")
     if _hash(path) != digest:
@@ -459,18 +465,24 @@ def _write_references(path: Path, references: dict[str, LinearForm]) -> None:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
-def _read_references(path: Path) -> dict[str, LinearForm]:
+def _read_references(path: Path, n_pixels: int) -> dict[str, LinearForm]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            count = sum(key.endswith(".name") for key in file.files)
-            return {
-                file[f"{i}.name"].tobytes().decode(): LinearForm(
-                    file[f"{i}.weights"],
-                    file[f"{i}.intercepts"],
-                    file[f"{i}.levels"],
-                    bool(file[f"{i}.clipped"]),
+        held = read_archive(path)
+        count = sum(key.endswith(".name") for key in held)
+        forms = {
+            held[f"{i}.name"].tobytes().decode(): LinearForm(
+                held[f"{i}.weights"], held[f"{i}.intercepts"], held[f"{i}.levels"], bool(held[f"{i}.clipped"])
+            )
+            for i in range(count)
+        }
+        for name, form in forms.items():
+            numbers = (form.weights, form.intercepts, form.levels)
+            if any(a.dtype.kind != "f" or not np.isfinite(a).all() for a in numbers) or form.weights.shape != (
+                n_pixels, *form.intercepts.shape,
+            ):  # fmt: skip
+                raise ValueError(
+                    f"{name!r} has weights of shape {form.weights.shape} or numbers that are not finite"
                 )
-                for i in range(count)
-            }
-    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, OSError) as error:
         raise ModelError(f"{path}: not the references of a model ({error}); fit the model again") from error
+    return forms

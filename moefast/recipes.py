@@ -188,7 +188,9 @@ def fit(
     kept = Checkpoint(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint
     where = resolve_kernels(backend)
     fitted = fit_mixture(spectra, options, progress, kept, "cuda" if where.name == "cuda" else "cpu")
-    labels = spectra.labels(("T_eff", "log_g", "M_H"))
+    labels = spectra.labels(("T_eff", "log_g", "M_H"), partial=True)
+    complete = np.isfinite(np.sum([*labels.values()], axis=0))
+    labels = {name: values[complete] for name, values in labels.items()}
     training: dict[str, Any] = {
         "files": [shard.path.name for shard in spectra.shards],
         "fingerprint": fingerprint,
@@ -200,6 +202,7 @@ def fit(
         "labels": {name: [float(v.min()), float(v.max())] for name, v in labels.items()},
         "log_g_std": float(np.std(labels["log_g"])),
         "row_sketch": sketch(labels),
+        "notes": spectra.label_notes(),
     }
     model = Model.of_mixture(
         fitted.mixture,

@@ -10,7 +10,7 @@ A row's numbers depend on the row alone, so `--rows`, `--shard` and bad neighbou
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 
 from moefast.backend import Backend, resolve_backend
 from moefast.core.errors import BackendError, InputError, MoefastError, OutputError
+from moefast.core.labels import plausible
+from moefast.core.outputs import INPUTS, ROW, prediction_columns
 from moefast.core.threads import CORES, map_in_order, one_blas_thread
 from moefast.core.version import __version__
 from moefast.kernels import PROJECT_ROWS
@@ -27,7 +29,7 @@ from moefast.mixture import Mixture, Prediction
 from moefast.model import Model, shipped_path
 from moefast.posterior.mixture import AnyMixture, PosteriorMixture
 from moefast.spectra.files import Block, Failure, SpectrumSet, find_files
-from moefast.spectra.layouts.pfsspec import identifiers
+from moefast.spectra.layouts.pfsspec import IDENTIFIER, identifiers
 from moefast.spectra.prepared import Origins, Preparation, PreparedShard, open_prepared
 from moefast.spectra.quality import Flag, Quality, assess, good_pixels
 from moefast.spectra.selection import select as select_rows
@@ -321,18 +323,16 @@ def columns_of(model: Model, result: Prediction, quality: Quality) -> dict[str, 
         (Flag.UNLIKE_TRAINING, _unlike(result, limits, quality)),
     ):
         flag[rows & ~empty] |= np.uint32(bit)
-    columns = {
-        "log_g": result.log_g,
-        "log_g_err": result.log_g_err,
-        "log_g_err_raw": result.log_g_err_raw,
-        **_label_columns(model.mixture, result),
-        **{f"weight_{k}": result.weights[:, k] for k in range(model.mixture.n_experts)},
+    others = {
         "expert": expert,
         "snr_norm": quality.snr_norm,
         "snr_median": quality.snr_median,
-        "chi2": result.chi2,
         "flag": flag,
     }
+    columns: dict[str, NDArray] = {}
+    for name, output, number in prediction_columns(model.mixture.n_experts, _labels_of(model.mixture)):
+        values = getattr(result, output.onnx) if output.onnx else others[name]
+        columns[name] = values if output.per == "star" else values[:, number]
     if empty.any():
         for name, column in columns.items():
             if column.dtype.kind == "f":
@@ -388,47 +388,11 @@ EDGE = 0.5
 _EDGES = ("log_g", "T_eff", "M_H")
 """Labels that every training set has, well enough known for that."""
 _LEAST_STRENGTH = 1e-6
-_LABELS = {
-    "T_eff": ("K", "effective temperature"),
-    "M_H": ("dex", "metallicity"),
-    "a_M": ("dex", "alpha elements over metals"),
-    "C_M": ("dex", "carbon over metals"),
-}
-"""Labels that posteriors tell besides log g: unit, and what they are."""
-_OF_LABEL = (("", "{}"), ("_err", "calibrated 1 sigma of {}"), ("_corr", "correlation of {} with log_g"))
-"""Endings of the columns of each of these labels, and their descriptions."""
 
 
-def _label_columns(mixture: AnyMixture, result: Prediction) -> dict[str, NDArray]:
-    """What a posterior tells besides log g."""
-    if not isinstance(mixture, PosteriorMixture):
-        return {}
-    parts = (result.labels, result.label_errors, result.label_correlations)
-    columns = {
-        f"{name}{ending}": part[:, i]
-        for i, name in enumerate(mixture.label_names[1:])
-        for (ending, _), part in zip(_OF_LABEL, parts, strict=True)
-        if part is not None
-    }
-    columns |= {name: value for name in ("scale", "foreign") if (value := getattr(result, name)) is not None}
-    return columns
-
-
-def _label_layout(mixture: AnyMixture) -> list[Column]:
-    """The same, before anything is scored."""
-    if not isinstance(mixture, PosteriorMixture):
-        return []
-    f4 = np.dtype("float32")
-    return [
-        *[
-            Column(f"{name}{ending}", f4, "" if ending == "_corr" else unit, text.format(words))
-            for name in mixture.label_names[1:]
-            for unit, words in [_LABELS[name]]
-            for ending, text in _OF_LABEL
-        ],
-        Column("scale", f4, "", "flux over that of the training set"),
-        *([Column("foreign", f4, "", "probability that this is no star")] if mixture.n_foreign else []),
-    ]
+def _labels_of(mixture: AnyMixture) -> tuple[str, ...] | None:
+    """Labels of a posterior; None for mixtures of log g alone."""
+    return mixture.label_names if isinstance(mixture, PosteriorMixture) else None
 
 
 def _joined(parts: list[Any]) -> Any:
@@ -452,32 +416,21 @@ def table_columns(
     mixture: AnyMixture, ids: Mapping[str, np.dtype], several: bool, velocity: Velocities | None = None
 ) -> list[Column]:
     """Columns of a prediction table, in order."""
-    columns = [Column("row", np.dtype("int64"), "", "row of the input file, from 0")]
-    if several:
-        columns.insert(
-            0, Column("file", np.dtype("int32"), "", "index of the input file in the attribute inputs")
-        )
+    columns = [Column.of(one) for one in (INPUTS if several else (ROW,))]
     columns += [
         Column(name, dtype, *KNOWN.get(name, ("", "carried along from the input")))
         for name, dtype in ids.items()
     ]
-    f4 = np.dtype("float32")
     if velocity is not None:
-        columns.append(Column("v_los", f4, "km s-1", "velocity that was removed"))
+        columns.append(Column("v_los", np.dtype("float32"), "km s-1", "velocity that was removed"))
         if velocity.error is not None:
-            columns.append(Column("v_los_err", f4, "km s-1", "1 sigma of the velocity, as given"))
-    return [
-        *columns,
-        Column("log_g", f4, "dex", "surface gravity, log10 of cm s^-2"),
-        Column("log_g_err", f4, "dex", "calibrated 1 sigma"),
-        Column("log_g_err_raw", f4, "dex", "propagated pixel noise alone"),
-        *_label_layout(mixture),
-        *[Column(f"weight_{k}", f4, "", f"gate weight of expert {k}") for k in range(mixture.n_experts)],
-        Column("expert", np.dtype("int16"), "", "expert with the largest weight, -1 without data"),
-        Column("snr_norm", f4, "", "norm of flux over norm of error"),
-        Column("snr_median", f4, "", "median of flux over error"),
-        Column("chi2", f4, "", "reduced chi square against the model's principal components"),
-        Column("flag", np.dtype("uint32"), "", ", ".join(f"{f.value} {f.name}" for f in Flag)),
+            error = Column("v_los_err", np.dtype("float32"), "km s-1", "1 sigma of the velocity, as given")
+            columns.append(error)
+    bits = ", ".join(f"{flag.value} {flag.name}" for flag in Flag)
+    meanings = {"flag": f"sum of {bits}; 0 is what you want"}
+    return columns + [
+        Column.of(output, name, meanings.get(name, ""))
+        for name, output, _ in prediction_columns(mixture.n_experts, _labels_of(mixture))
     ]
 
 
@@ -625,6 +578,7 @@ def predict(
         raise InputError(
             f"--keep {', '.join(sorted(ours & set(ids)))}: the table has a column of this name of its own; name others"
         )
+    about_params = _params_notes(spectra, ids, labelled)
     attrs: dict[str, Any] = {
         "moefast_version": __version__,
         "model": chosen.name,
@@ -662,8 +616,8 @@ def predict(
         for f in _LOST:
             summary.flags[str(f.name)] = summary.flags.get(str(f.name), 0) + lost
         if labelled:
-            labels = spectra.labels((_LABEL,))[_LABEL][first:last][wanted_rows[first:last]]
-            r2.add(labels, np.full(lost, np.nan))
+            lost_labels = _labels_between(spectra, first, last, wanted_rows)
+            r2.add(lost_labels, np.full(len(lost_labels), np.nan))
 
     def score(block: Block) -> _Scored:
         base = int(spectra.first_rows[block.shard])
@@ -683,10 +637,12 @@ def predict(
         if not chosen_rows.all():
             columns, params = ({k: v[chosen_rows] for k, v in each.items()} for each in (columns, params))
         lead = _lead(origins, shard, (begin, begin + n), chosen_rows, several)
-        lead |= {name: params[name] for name in ids} | _velocity_columns(moved, first, chosen_rows)
+        lead |= {name: _identifiers(params[name], dtype) for name, dtype in ids.items()}
+        lead |= _velocity_columns(moved, first, chosen_rows)
         sink.write({**lead, **columns})
         if labelled:
-            r2.add(np.asarray(params[_LABEL], np.float64), columns["log_g"].astype(np.float64))
+            known = plausible(_LABEL, params[_LABEL])
+            r2.add(np.asarray(params[_LABEL], np.float64)[known], columns["log_g"][known].astype(np.float64))
         looked_at.append((columns["chi2"][::every], columns["snr_norm"][::every]))
         unlike += int(np.count_nonzero(columns["flag"] & np.uint32(Flag.UNLIKE_TRAINING)))
         for f in Flag:
@@ -728,7 +684,7 @@ def predict(
         summary.seconds = time.perf_counter() - begin
         summary.spectra_per_second = summary.n_rows / summary.seconds
         summary.r2 = r2.value() if labelled else None
-        summary.notes = [*_told(spectra, moved), *_notes(looked_at, unlike, summary, chosen)]
+        summary.notes = [*_told(spectra, moved), *_notes(looked_at, unlike, summary, chosen), *about_params]
         sink.attrs.update(
             seconds=summary.seconds,
             spectra_per_second=summary.spectra_per_second,
@@ -819,14 +775,102 @@ def _same_file(first: str | Path, second: Path) -> bool:
 
 def _id_dtype(spectra: SpectrumSet, name: str) -> np.dtype:
     """Type that holds the identifiers of all files."""
-    kinds = []
+    dtypes = []
     for shard in spectra.shards:
-        kind = shard.params([name], 0, 1)[name].dtype
-        if kind.kind == "U":
+        dtype = shard.params([name], 0, 1)[name].dtype
+        if dtype.kind == "U":
             # Text comes as long as the longest of the rows read: one row says nothing about the others.
-            kind = shard.params([name])[name].dtype
-        kinds.append(kind)
-    return np.result_type(*kinds)
+            dtype = max((values.dtype for values in shard.slices(name)), key=lambda kind: kind.itemsize)
+        dtypes.append(dtype)
+        # Thousands of files must not be open at once.
+        shard.close()
+
+    def slices() -> Iterator[NDArray]:
+        for shard in spectra.shards:
+            yield from shard.slices(name)
+            shard.close()
+
+    return _exactly(dtypes, slices)
+
+
+def _exactly(dtypes: list[np.dtype], slices: Callable[[], Iterator[NDArray]]) -> np.dtype:
+    """Type that holds all identifiers as they are: integers stay integers, whatever NumPy makes of two kinds.
+
+    Parameters
+    ----------
+    dtypes : list of dtype
+        Of each file.
+    slices : callable
+        Goes through all values.
+    """
+    kinds = {dtype.kind for dtype in dtypes}
+    if kinds <= {"S", "U"} or len(set(dtypes)) == 1:
+        return np.result_type(*dtypes)
+    if kinds <= set("biuf"):
+        found = np.result_type(*dtypes)
+        if found.kind in "biu":
+            return found
+        if "f" not in kinds:
+            # int64 and uint64 have no common integer, but these numbers may.
+            low, high = 0, 0
+            for values in slices():
+                low, high = min(low, int(values.min(initial=0))), max(high, int(values.max(initial=0)))
+            for candidate in (np.int64, np.uint64):
+                if np.iinfo(candidate).min <= low and high <= np.iinfo(candidate).max:
+                    return np.dtype(candidate)
+    # No type of numbers holds them all.
+    longest = max((len(text) for values in slices() for text in _as_text(values)), default=1)
+    return np.dtype(f"U{max(1, longest)}")
+
+
+def _as_text(values: NDArray) -> NDArray:
+    """Identifiers as text; whole numbers without a decimal point."""
+    if values.dtype.kind == "f":
+        return np.array([f"{v:.0f}" if v == np.floor(v) else repr(float(v)) for v in values], dtype=str)
+    return values.astype(str)
+
+
+def _identifiers(values: NDArray, dtype: np.dtype) -> NDArray:
+    """Identifiers in the type of their column, which holds them exactly."""
+    return (_as_text(values) if dtype.kind == "U" else values).astype(dtype)
+
+
+def _params_notes(spectra: SpectrumSet, ids: Mapping[str, np.dtype], labelled: bool) -> list[str]:
+    """What of the params tables is not used, and why; and what to know about the rest."""
+    notes = []
+    names = [
+        name
+        for shard in spectra.shards
+        if not isinstance(shard, PreparedShard)
+        for name in (*shard.columns, *shard.unreadable)
+    ]
+    for name in dict.fromkeys(names):
+        wanted = IDENTIFIER.fullmatch(name) or name == _LABEL
+        if not wanted or name in ids or (name == _LABEL and labelled):
+            continue
+        for shard in spectra.shards:
+            if name in shard.unreadable:
+                notes.append(f"column {name!r} is left out: in {shard.path} it {shard.unreadable[name]}")
+                break
+            if name not in shard.columns:
+                notes.append(f"column {name!r} is left out: {shard.path} has none")
+                break
+        else:
+            notes.append(f"column {name!r} is left out: it holds text where numbers are expected")
+    if labelled:
+        notes += spectra.label_notes((_LABEL,))
+    return notes
+
+
+def _labels_between(spectra: SpectrumSet, first: int, last: int, wanted: NDArray[np.bool_]) -> NDArray:
+    """Labels of rows that could not be read, as far as they are labels."""
+    parts = []
+    for index, base in enumerate(spectra.first_rows[:-1].tolist()):
+        low, high = max(first, base), min(last, int(spectra.first_rows[index + 1]))
+        if low < high:
+            values = spectra.shards[index].params([_LABEL], low - base, high - base)[_LABEL][wanted[low:high]]
+            parts.append(np.asarray(values, np.float64)[plausible(_LABEL, values)])
+    return np.concatenate(parts) if parts else np.empty(0)
 
 
 def _fill_gap(sink, spectra, origins, first, stop, ids, wanted_rows, moved):  # type: ignore[no-untyped-def]
@@ -847,7 +891,8 @@ def _fill_gap(sink, spectra, origins, first, stop, ids, wanted_rows, moved):  # 
         row["flag"][:] = np.uint32(sum(_LOST))
         for name in ids:
             try:
-                row[name] = spectra.shards[index].params([name], low - base, high - base)[name][wanted]
+                values = spectra.shards[index].params([name], low - base, high - base)[name][wanted]
+                row[name] = _identifiers(values, ids[name])
             except MoefastError:
                 continue
         sink.write(row)

@@ -11,9 +11,11 @@ def mixture(p=192, m=70, t=2, n=7, q=3, experts=3, labels=3, seed=0, n_sky=0):
     """A mixture of m clouds in n coordinates, the scale among them, with q nuisances."""
     rng = np.random.default_rng(seed)
     x = np.linspace(-1, 1, p)
-    lines = sum(d * np.exp(-0.5 * ((x - c) / w) ** 2) for d, c, w in rng.uniform((0.1, -1, 0.01), (0.5, 1, 0.05), (9, 3)))
+    depths, places, widths = rng.uniform((0.1, -1, 0.01), (0.5, 1, 0.05), (9, 3)).T
+    lines = (depths * np.exp(-0.5 * ((x[:, None] - places) / widths) ** 2)).sum(1)
     reference = (1 + 0.2 * x) * (1 - np.clip(lines, 0, 0.8))
-    sky = np.convolve(rng.exponential(20, p) * (rng.random(p) < 0.05), np.exp(-0.5 * (np.arange(-6, 7) / 1.5) ** 2), "same")
+    profile = np.exp(-0.5 * (np.arange(-6, 7) / 1.5) ** 2)
+    sky = np.convolve(rng.exponential(20, p) * (rng.random(p) < 0.05), profile, "same")
     shape = 0.01 * (1 + sky)
     centres, widths = rng.uniform(-1, 1, n - 1), rng.uniform(0.02, 0.3, n - 1)
     # Orthogonal, as components are: what many lines of one form share would be known to no digit.
@@ -32,7 +34,12 @@ def mixture(p=192, m=70, t=2, n=7, q=3, experts=3, labels=3, seed=0, n_sky=0):
         "labels": 2.5 + rng.normal(0, 0.7, (m, labels)), "scatter": root @ root.transpose(0, 2, 1),
         "label_factors": rng.uniform(0.9, 1.1, labels),
     }  # fmt: skip
-    error_model = (rng.normal(0, 0.3, (5, 4)), rng.normal(0, 0.3, 4), rng.normal(0, 0.3, (4, 1)), np.array([-1.0]))
+    error_model = (
+        rng.normal(0, 0.3, (5, 4)),
+        rng.normal(0, 0.3, 4),
+        rng.normal(0, 0.3, (4, 1)),
+        np.array([-1.0]),
+    )
     return PosteriorMixture(
         wave=np.linspace(7100.0, 8850.0, p),
         **{name: array.astype(np.float32) for name, array in arrays.items()},
@@ -55,5 +62,10 @@ def stars(mixture, n, snr=10.0, seed=1):
     z[:, -1] = 0
     scale = rng.uniform(0.5, 2, (n, 1))
     clean = scale * (mixture.reference + z @ mixture.directions[:, :n_coordinates].T)
-    error = scale * np.sqrt(mixture.noise_shape / mixture.noise_shape.mean()) * rng.uniform(0.7, 1.4, clean.shape) / snr
+    error = (
+        scale
+        * np.sqrt(mixture.noise_shape / mixture.noise_shape.mean())
+        * rng.uniform(0.7, 1.4, clean.shape)
+        / snr
+    )
     return (clean + error * rng.standard_normal(clean.shape)).astype(np.float32), error.astype(np.float32)

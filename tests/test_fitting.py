@@ -410,11 +410,18 @@ def test_constant_labels_are_refused(train_toy, tmp_path):
         fitted(path)
 
 
-def test_labels_that_are_not_finite_are_refused(train_toy, tmp_path):
-    log_g = train_toy.labels["log_g"].copy()
-    log_g[17] = np.nan
-    with pytest.raises(LabelError, match="log_g is not finite in 1 of 3000 rows"):
-        fitted(train_toy.write(tmp_path / "nan.h5", log_g=log_g))
+def test_numbers_that_no_star_has_are_left_out(train_toy, tmp_path):
+    log_g, t_eff = train_toy.labels["log_g"].copy(), train_toy.labels["T_eff"].copy()
+    log_g[[17, 400]] = np.nan, -9999
+    t_eff[[401, 402]] = 0, 1e200
+    marked = fitted(train_toy.write(tmp_path / "marked.h5", log_g=log_g, T_eff=t_eff))
+    assert marked.summary["rows"] == {"used": 2996, "left_out": 4, "unlabelled": 4}
+    # The same as with those rows without a good pixel.
+    error = train_toy.error.copy()
+    error[[17, 400, 401, 402]] = np.nan
+    without = fitted(train_toy.write(tmp_path / "without.h5", arrays={"error": error}))
+    assert marked.mixture.label_range == without.mixture.label_range
+    assert marked.summary["cross_validation"] == without.summary["cross_validation"]
 
 
 def test_an_empty_bin_is_refused_by_name(train_file):

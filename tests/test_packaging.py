@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import tomllib
 from importlib import import_module, metadata
 from pathlib import Path
@@ -74,3 +76,15 @@ def test_package_data_is_installed() -> None:
 def test_wheel_is_what_runs() -> None:
     for name in ROOMS:
         assert "site-packages" in str(import_module(name).__file__)
+
+
+def test_python_started_inside_a_clone_finds_all_of_the_package():
+    code = (
+        "import sys\n"
+        "sys.meta_path = [finder for finder in sys.meta_path if 'editable' not in repr(finder)]\n"
+        "import moefast, moefast.kernels, moefast.export\n"
+        "print(moefast.kernels.__file__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).parent.name == "kernels"

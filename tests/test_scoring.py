@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 from dataclasses import replace
 from itertools import pairwise
 
@@ -490,14 +492,114 @@ def test_progress_counts_every_row(stars_file, model):
 def test_fit_and_evaluate_need_labels(stars, model, tmp_path):
     few = stars.take(slice(0, 50))
     bare = few.write(tmp_path / "bare.h5", params=("id", "T_eff"))
-    few.params["M_H"][7] = np.nan
+    few.params["M_H"][:] = np.nan
     broken = few.write(tmp_path / "broken.h5")
     for work in (moefast.fit, lambda path: moefast.evaluate(path, model)):
         with pytest.raises(LabelError, match=r"bare\.h5: dataset/params lacks log_g, M_H"):
             work(bare)
-        with pytest.raises(LabelError, match=r"M_H is not finite in 1 of 50 rows, the first of them 7"):
+        with pytest.raises(LabelError, match=r"M_H is not finite in 50 of 50 rows, the first of them 0, 1"):
             work(broken)
     assert LabelError.exit_code == 5
+
+
+NOT_LABELS = (np.nan, -9999.0, 99.99, 1e200, np.inf)
+
+
+def test_numbers_that_no_star_has_count_in_no_measure(stars, model, tmp_path):
+    few = stars.take(slice(0, 300))
+    known = few.take(slice(5, 300)).write(tmp_path / "known.h5")
+    few.params["log_g"][:5] = NOT_LABELS
+    marked = few.write(tmp_path / "marked.h5")
+    summary, expected = predict(marked, model), predict(known, model)
+    assert summary.n_rows == 300
+    assert summary.r2 == pytest.approx(expected.r2, abs=1e-6)
+    (note,) = [note for note in summary.notes if "log_g" in note]
+    assert "in 5 of 300 rows, the first of them 0, 1, 2, 3, 4 (nan, -9999, 99.99, 1e+200, inf)" in note
+
+    one, other = moefast.evaluate(marked, model), moefast.evaluate(known, model)
+    assert one.report["data_set"]["n_unlabelled"] == 5
+    assert one.report["overall"]["n"] == 295
+    assert one.report["overall"]["r2"] == pytest.approx(other.report["overall"]["r2"], abs=0.05)
+    assert one.stars["row"].tolist() == list(range(5, 300))
+    assert "5 of 300 rows" in one.run["notes"][0]
+
+
+def test_an_order_that_may_be_wrong_is_told(stars, model, tmp_path):
+    few = stars.take(slice(0, 40))
+    few.params["id"] = np.arange(40)[::-1].copy()
+    path = few.write(tmp_path / "turned.h5")
+    assert any("another order" in note for note in predict(path, model).notes)
+    assert any("another order" in note for note in moefast.evaluate(path, model).run["notes"])
+
+
+# --- identifiers --------------------------------------------------------------------------------------------------
+
+
+def with_ids(path, stars, rows, ids):
+    """Spectra whose identifiers are what h5py makes of them."""
+    stars.take(rows).write(path, params=("log_g",))
+    with h5py.File(path, "r+") as file:
+        log_g = file["dataset/params"]["log_g"]
+        del file["dataset/params"]
+        file["dataset/params/log_g"] = log_g
+        for name, values in ids.items():
+            file[f"dataset/params/{name}"] = values
+    return path
+
+
+LARGE = 4_611_686_018_427_387_900
+A, B = np.arange(10), np.arange(10, 20)
+IDENTIFIERS = [
+    (np.int64(LARGE) + A, np.uint64(LARGE) + B.astype("u8")),
+    (-A.astype("i8"), np.uint64(LARGE) + B.astype("u8")),
+    (A.astype("i8"), np.uint64(2**64 - 30) + B.astype("u8")),
+    (-A.astype("i8") - 1, np.uint64(2**64 - 30) + B.astype("u8")),
+    (np.int64(LARGE) + A, B.astype("f8")),
+    (np.int64(LARGE) + A, [f"star {i}" for i in B]),
+    ([f"a{i}" for i in A], [f"{'b' * i}" for i in B]),
+    ([f"a{i}" for i in A], np.array([f"b{i}" for i in B], "S9")),
+]
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".parquet", ".fits"])
+@pytest.mark.parametrize(("first", "second"), IDENTIFIERS)
+def test_identifiers_of_different_kinds_come_out_as_they_are(suffix, first, second, stars, model, tmp_path):
+    files = [
+        with_ids(tmp_path / "a.h5", stars, slice(0, 10), {"targetid": first}),
+        with_ids(tmp_path / "b.h5", stars, slice(10, 20), {"targetid": second}),
+    ]
+    summary = predict(files, model, tmp_path / f"t{suffix}")
+    columns, _ = read_table(tmp_path / f"t{suffix}")
+    expected = [v.decode() if isinstance(v, bytes) else str(v) for v in [*first, *second]]
+    found = [str(v) for v in columns["targetid"]]
+    if getattr(second, "dtype", np.dtype("U1")).kind == "f":
+        expected = [text.removesuffix(".0") for text in expected]
+    assert found == expected
+    assert not any("targetid" in note for note in summary.notes)
+
+
+def test_identifiers_that_are_dropped_are_named(stars, model, tmp_path):
+    files = [
+        with_ids(tmp_path / "a.h5", stars, slice(0, 10), {"targetid": A, "cat_id": A}),
+        with_ids(tmp_path / "b.h5", stars, slice(10, 20), {"cat_id": np.zeros((10, 2))}),
+    ]
+    summary = predict(files, model)
+    assert "targetid" not in summary.columns
+    assert any("'targetid' is left out" in note and "b.h5 has none" in note for note in summary.notes)
+    assert any("'cat_id' is left out" in note and "b.h5" in note for note in summary.notes)
+
+
+def test_files_with_identifiers_are_not_all_open_at_once(stars, model, tmp_path):
+    files = [with_ids(tmp_path / f"{k}.h5", stars, slice(k, k + 1), {"obj_id": [f"s{k}"]}) for k in range(40)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 12, hard))
+    try:
+        summary = predict(files, model)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert not summary.failures
+    assert summary.columns["obj_id"].tolist() == [f"s{k}" for k in range(40)]
 
 
 # --- what the CUDA kernels do not know --------------------------------------------------------------------------------

@@ -15,9 +15,10 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import float32, int32, njit, uint32, uint64
+from numba import float32, int32, uint32, uint64
 from numpy.typing import NDArray
 
+from moefast.core.compiled import njit
 from moefast.core.threads import in_threads
 
 __all__ = [

@@ -128,6 +128,8 @@ def gather(data: TrainingSet, checkpoint: Checkpoint | None, backend: Literal["c
             "add training spectra there or fit a coarser grid"
         )
     used = {"used": equations.n_rows, "left_out": gathering.left_out}
+    if unlabelled := int((~data.labelled).sum()):
+        used["unlabelled"] = unlabelled
     return Gathered(equations, published, gathering.times_good, used)
 
 

@@ -72,8 +72,10 @@ def fit_posterior(data: TrainingSet, mixture: Mixture) -> tuple[PosteriorMixture
     """
     options = data.options
     names = tuple(name for name in LABELS if name in data.spectra.columns)
-    labels = data.spectra.labels(names)
+    labels = data.spectra.labels(names, partial=True)
     values = np.column_stack([labels[name] for name in names])
+    # Stars that lack any of these labels are used for nothing from here on.
+    data.labelled = data.labelled & np.isfinite(values).all(1)
     stars, rows = data.inputs(mixture, "templates", data.other_stretches(LIBRARY_ROWS), noisy=False)
     reference = mixture.reference.astype(np.float64)
     noise_shape = mixture.noise_shape.astype(np.float64)

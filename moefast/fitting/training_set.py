@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from moefast.core.errors import InputError, LabelError, WaveGridError
 from moefast.core.grids import Grid, SnrGrid
+from moefast.core.progress import StageProgress
 from moefast.core.random import add_noise, fold_of_rows
 from moefast.experts.inputs import Inputs
 from moefast.fitting.options import STRETCH, Options
@@ -28,11 +29,10 @@ if TYPE_CHECKING:
     from moefast.simulate.source import SimulatedSpectra
     from moefast.spectra.files import SpectrumSet
 
-__all__ = ["BLOCK_ROWS", "Progress", "TrainingSet"]
+__all__ = ["BLOCK_ROWS", "TrainingSet"]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
-Progress = Callable[[str, int, int], None]
 
 BLOCK_ROWS = 2048
 CHOICE_ROWS = 8_000
@@ -55,6 +55,9 @@ class TrainingSet:
     Attributes
     ----------
     labels : dict of str to array of shape (n,)
+        Medians where a row has none.
+    labelled : array of shape (n,), bool
+        Whether a row has all labels; the others are used for nothing.
     y : array of shape (n,), dex
         log g.
     bins : array of shape (n,)
@@ -68,7 +71,7 @@ class TrainingSet:
     Raises
     ------
     LabelError
-        Labels are missing, not finite, or all the same.
+        Labels are missing in all rows, or all the same.
     InputError
         Some files have noisy spectra, others not.
     WaveGridError
@@ -78,9 +81,16 @@ class TrainingSet:
     reference: F64
     largest_error: float
 
-    def __init__(self, spectra: SpectrumSet | SimulatedSpectra, options: Options, progress: Progress) -> None:
+    def __init__(
+        self, spectra: SpectrumSet | SimulatedSpectra, options: Options, progress: StageProgress
+    ) -> None:
         self.spectra, self.options, self.progress = spectra, options, progress
-        self.labels = spectra.labels(("T_eff", "log_g", "M_H"))
+        labels = spectra.labels(("T_eff", "log_g", "M_H"), partial=True)
+        self.labelled: NDArray[np.bool_] = np.isfinite(np.sum([*labels.values()], axis=0))
+        self.labels = {
+            name: np.where(self.labelled, values, np.median(values[self.labelled]))
+            for name, values in labels.items()
+        }
         self.y: F64 = self.labels["log_g"]
         self.bins: NDArray[np.int64] = (
             options.grid.assign(self.labels["T_eff"], self.labels["M_H"]).astype(np.int64)
@@ -114,7 +124,7 @@ class TrainingSet:
     def blocks(
         self, stage: str, rows: list[tuple[int, int]] | None = None, done: int = 0
     ) -> Iterator[tuple[slice, F32, F32, NDArray]]:
-        """Rows with at least half of their pixels good; bad pixels hold the reference and no variance.
+        """Rows with labels and at least half of their pixels good; bad pixels hold the reference and no variance.
 
         `done` rows of the stage were done before.
         """
@@ -122,7 +132,7 @@ class TrainingSet:
         for part in [None] if rows is None else rows:
             for block in self.spectra.blocks(BLOCK_ROWS, array=self.array, rows=part):
                 here = slice(block.first_row, block.first_row + len(block))
-                usable = np.ones(len(block), bool)
+                usable = self.labelled[here].copy()
                 error = block.error
                 if self.options.noise_level != 1.0:
                     error = error * np.float32(self.options.noise_level)
@@ -136,7 +146,7 @@ class TrainingSet:
                     good = good_pixels(block.flux, block.error, block.mask)
                     sound = (error <= self.largest_error) & (np.abs(block.flux) <= LARGEST_RATIO)
                     good = sound if good is None else good & sound
-                    usable = good.mean(1) >= 0.5
+                    usable &= good.mean(1) >= 0.5
                     np.copyto(block.flux, self.reference.astype(np.float32), where=~good)
                     np.copyto(error, np.float32(0), where=~good)
                 if isinstance(self.options.grid, SnrGrid):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from moefast.checkpoint import Checkpoint
+from moefast.core.progress import SAMPLED, StageProgress
 from moefast.experts.linear_form import LinearForm
 from moefast.fitting.error_model import train_error_model
 from moefast.fitting.families import choose_families, families_of, make_library
@@ -20,7 +21,7 @@ from moefast.fitting.posterior import fit_posterior
 from moefast.fitting.references import reference_forms, sampled_oracle
 from moefast.fitting.residuals import add_residuals
 from moefast.fitting.sample import draw_sample
-from moefast.fitting.training_set import Progress, TrainingSet
+from moefast.fitting.training_set import TrainingSet
 from moefast.gating.mlp import softmax
 from moefast.mixture import Mixture
 from moefast.posterior import PosteriorMixture
@@ -46,7 +47,7 @@ class Fit:
 def fit_mixture(
     spectra: SpectrumSet | SimulatedSpectra,
     options: Options,
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
     checkpoint: Checkpoint | None = None,
     backend: Literal["cpu", "cuda"] = "cpu",
 ) -> Fit:
@@ -80,7 +81,7 @@ def fit_mixture(
     if len(options.families) > 1 and options.references and options.noise == "closed-form":
         # What the choice of families is compared with: one noise draw per star, as published.
         sampled = replace(options, noise="sampled", families=("linear",), references=False)
-        again = TrainingSet(spectra, sampled, lambda stage, *steps: report(f"{stage}, sampled", *steps))
+        again = TrainingSet(spectra, sampled, lambda stage, *steps: report(f"{stage}{SAMPLED}", *steps))
         found.references["oracle-ridge, sampled"] = sampled_oracle(again, backend)
     return found
 

@@ -17,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
+from moefast.core.progress import RowProgress
+
 __all__ = [
     "Loss",
     "Perceptron",
-    "Progress",
     "as_float32",
     "descend",
     "fit_error_model",
@@ -36,9 +37,6 @@ Layers = Sequence[NDArray]
 
 Loss = Callable[[NDArray, NDArray[np.intp]], tuple[float, NDArray]]
 """Outputs (n, k) and row indices -> sum of the losses of these rows, and its slope for each output (n, k)."""
-
-Progress = Callable[[int, int], None]
-"""Called with the steps done and the steps there are; the last call says that they are all done."""
 
 PIECE_ROWS = 1024
 STEPS = (1000, 8000)
@@ -162,7 +160,7 @@ def fit_network(
     decay: float = DECAY,
     seed: int = 0,
     steps: int | None = None,
-    progress: Progress | None = None,
+    progress: RowProgress | None = None,
 ) -> Perceptron:
     """Perceptron with the least mean loss on rows that are not held back.
 
@@ -288,7 +286,7 @@ def fit_gate(
     decay: float = DECAY,
     seed: int = 0,
     steps: int | None = None,
-    progress: Progress | None = None,
+    progress: RowProgress | None = None,
 ) -> Perceptron:
     """Gate whose softmax mixes expert values with the least squared error: min mean (Σ_k g_k v_k − y)².
 
@@ -325,7 +323,7 @@ def fit_error_model(
     decay: float = DECAY,
     seed: int = 0,
     steps: int | None = None,
-    progress: Progress | None = None,
+    progress: RowProgress | None = None,
 ) -> Perceptron:
     """Ln σ(f) of a Gaussian with the greatest likelihood of the residuals: min mean (ln σ + r²/2σ²).
 

@@ -307,7 +307,7 @@ class PosteriorMixture:
             scale=found["scale"][:, 0] * label[:, count],
             distance=found["distance"][:, 0],
             strength=found["strength"][:, 0],
-            foreign=found["weights"][:, k:].sum(1) if self.n_foreign else None,
+            foreign=np.maximum(1 - found["weights"][:, :k].sum(1), 0),
         )
 
     def predict(

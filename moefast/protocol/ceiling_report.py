@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from moefast.core.pictures import literal
+
+# isort: split
 import io
 import os
 import textwrap
@@ -148,7 +151,7 @@ def figure(summary: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     if summary["bayes"]:
         _ranks(axes[-1], summary["bayes"])
     data = summary["data_set"]
-    canvas.suptitle(f"Ceilings of log g on {data['name']} ({data['n']:,} stars)")
+    canvas.suptitle(f"Ceilings of log g on {literal(data['name'])} ({data['n']:,} stars)")
     stream = io.BytesIO()
     canvas.savefig(stream, format="png", metadata={"Software": None})
     write_atomically(path, stream.getvalue())

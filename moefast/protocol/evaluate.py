@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefast.ceilings.ceiling import Ceiling, known, read
-from moefast.core.atomic import write_atomically, write_json
+from moefast.core.atomic import (
+    partial_folder,
+    publish_folder,
+    recover_folder,
+    synchronise_folder,
+    write_atomically,
+    write_json,
+)
 from moefast.core.errors import InputError, OutputError
 from moefast.core.grids import Grid, SnrGrid
 from moefast.core.random import NOISE_SEED, standard_normals
@@ -54,7 +62,8 @@ class Evaluation:
         row; log_g_true, log_g, log_g_err [dex] (if errors are claimed); T_eff [K], M_H [dex]; snr_norm, snr_median;
         weight_k (if there is a gate).
     run : dict
-        What belongs to this run alone: throughput with R² beside it, backend, device, versions, the command.
+        What belongs to this run alone: throughput with R² beside it, backend, device, versions, the command, notes on
+        the labels.
     """
 
     report: dict[str, Any]
@@ -111,7 +120,7 @@ def evaluate(
     Raises
     ------
     LabelError
-        Labels are missing or not finite.
+        No star has labels.
     InputError
         A file cannot be read; a table lacks, repeats or adds rows, or was made of other spectra or other noise; the
         ceilings are those of another set.
@@ -129,7 +138,8 @@ def evaluate(
         "noise_level": None if noise == "none" else noise_level,
         "noise_seed": noise_seed if drawn else None,
     }
-    labels = spectra.labels(("T_eff", "log_g", "M_H"))
+    labels = spectra.labels(("T_eff", "log_g", "M_H"), partial=True)
+    labelled = np.isfinite(np.sum([*labels.values()], axis=0))
     identity = identify(spectra.shards[0]) if len(spectra.shards) == 1 else None
     ceilings, group_ceilings = _ceilings(ceiling, spectra, about_noise)
     subject = open_subject(model, spectra, backend=backend, noise=about_noise)
@@ -137,7 +147,8 @@ def evaluate(
     grid = beside.grid if beside else None
     bins = np.zeros(spectra.n_rows, np.int16)
     if isinstance(grid, Grid):
-        bins = grid.assign(labels["T_eff"], labels["M_H"])
+        # Stars without labels are predicted and not measured; any bin will do.
+        bins[labelled] = grid.assign(labels["T_eff"][labelled], labels["M_H"][labelled])
     found: dict[str, list[NDArray]] = {}
     references: dict[str, list[NDArray]] = {}
     scoring = 0.0
@@ -164,7 +175,11 @@ def evaluate(
                 references.setdefault(key, []).append(values)
         if progress is not None:
             progress(int(rows[-1]) + 1, spectra.n_rows)
-    table = {key: np.concatenate(parts) for key, parts in found.items()}
+    table = {key: np.concatenate(parts)[labelled] for key, parts in found.items()}
+    labels = {key: values[labelled] for key, values in labels.items()}
+    if not labelled.all():
+        # They are those of all stars.
+        ceilings, group_ceilings = {}, None
     n_experts = sum(key.startswith("weight_") for key in table)
     several = n_experts > 1
     own = isinstance(subject, ModelSubject)
@@ -181,7 +196,8 @@ def evaluate(
         reference_set=None if identity is None else identity._asdict(),
         weights=np.column_stack([table[f"weight_{k}"] for k in range(n_experts)]) if several else None,
         expert_grid=subject.expert_grid if several else None,
-        references={key: np.concatenate(parts) for key, parts in references.items()},
+        references={key: np.concatenate(parts)[labelled] for key, parts in references.items()},
+        n_unlabelled=int((~labelled).sum()),
         oracle_reference=_oracle(subject.model.mixture) if own and several and subject.model else None,
         ceilings=ceilings,
         group_ceilings=group_ceilings,
@@ -189,7 +205,7 @@ def evaluate(
         model={**subject.about, "references_of": _name(beside), "share_seen": _share_seen(subject, labels)},
     )
     stars: dict[str, NDArray] = {
-        "row": np.arange(spectra.n_rows, dtype=np.int64),
+        "row": np.flatnonzero(labelled).astype(np.int64),
         "log_g_true": labels["log_g"].astype(np.float64),
         "log_g": table["log_g"].astype(np.float64),
         **({"log_g_err": table["log_g_err"].astype(np.float64)} if "log_g_err" in table else {}),
@@ -206,6 +222,7 @@ def evaluate(
         "what": "scoring alone, spectra in memory" if subject.where else "computed elsewhere",
         "backend": subject.where.name if subject.where else None,
         "device": subject.where.device if subject.where else None,
+        "notes": spectra.label_notes(),
         "command": _command(
             given,
             model,
@@ -397,7 +414,17 @@ def check_report_folder(folder: str | Path, overwrite: bool) -> None:
     ------
     OutputError
     """
-    target = Path(folder)
+    recover_folder(Path(folder))
+    check_report(Path(folder), overwrite)
+
+
+def check_report(target: Path, overwrite: bool) -> None:
+    """Refuse a folder that holds a report which is not to be replaced.
+
+    Raises
+    ------
+    OutputError
+    """
     if target.exists() and not target.is_dir():
         raise OutputError(f"{target}: is a file; name a folder for the report")
     there = [name for name in REPORT_FILES if (target / name).exists()]
@@ -449,20 +476,55 @@ def write_report(
         "expert_grid": report["routing"]["grid"] if report["routing"] else None,
     }
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        # Pictures of an earlier report must not stand beside this one's numbers.
-        for name in REPORT_FILES[-_PICTURES:]:
-            _remove(target / name)
+        target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"{target}: cannot be made or cleared ({error.strerror})") from error
-    write_kept(target / "predictions.h5", evaluation.stars, attrs, overwrite=True)
-    write_atomically(target / "report.txt", (format_text(report, run) + "\n").encode())
-    write_atomically(target / "run.json", (json.dumps(run, indent=1, ensure_ascii=False) + "\n").encode())
-    if pictures:
-        _draw(report, run, target)
-    # Last: where report.json is, the evaluation is whole.
-    write_json(report, target / "report.json")
+        raise OutputError(f"{target}: cannot be made ({error.strerror})") from error
+    # All of it or nothing: an old report must not stand beside new predictions.
+    partial = partial_folder(target)
+    try:
+        write_kept(partial / "predictions.h5", evaluation.stars, attrs)
+        write_atomically(partial / "report.txt", (format_text(report, run) + "\n").encode())
+        write_atomically(
+            partial / "run.json", (json.dumps(run, indent=1, ensure_ascii=False) + "\n").encode()
+        )
+        write_json(report, partial / "report.json")
+        if pictures:
+            _draw(report, run, partial)
+        _publish(partial, target, overwrite)
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written ({error.strerror})") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return [target / name for name in (REPORT_FILES if pictures else REPORT_FILES[:-_PICTURES])]
+
+
+def _publish(partial: Path, target: Path, overwrite: bool) -> None:
+    """Give a report its folder. What else lies there is kept, and then the files come one by one, report.json last."""
+    check_report(target, overwrite)
+    if not target.exists() or _holds_a_report_alone(target):
+        publish_folder(partial, target, overwrite=True)
+        return
+    (target / "report.json").unlink(missing_ok=True)
+    for name in REPORT_FILES:
+        _remove(target / name)
+    for item in sorted(partial.iterdir(), key=lambda item: item.name == "report.json"):
+        if item.is_dir() and (target / item.name).exists():
+            for picture in item.iterdir():
+                picture.replace(target / item.name / picture.name)
+        else:
+            item.replace(target / item.name)
+    synchronise_folder(target)
+
+
+def _holds_a_report_alone(folder: Path) -> bool:
+    from moefast.protocol.figures import FIGURES
+
+    pictures = {f"{name}.png" for name in FIGURES}
+    return all(
+        item.name in REPORT_FILES
+        and (not item.is_dir() or (item.name == "figures" and {p.name for p in item.iterdir()} <= pictures))
+        for item in folder.iterdir()
+    )
 
 
 def _draw(report: Mapping[str, Any], run: Mapping[str, Any], target: Path) -> None:

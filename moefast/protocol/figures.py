@@ -8,6 +8,9 @@ Axes have a fixed place, legends stand below the data, never over it.
 
 from __future__ import annotations
 
+from moefast.core.pictures import literal
+
+# isort: split
 import html
 import io
 import os
@@ -30,6 +33,7 @@ from matplotlib.transforms import ScaledTranslation
 from numpy.typing import NDArray
 
 from moefast.core.atomic import write_atomically
+from moefast.protocol.report import Report
 
 __all__ = [
     "DARK",
@@ -67,7 +71,6 @@ PUBLISHED_VIT_OCTILES = tuple(
 alone are given, are spaced evenly in the logarithm."""
 
 Palette = Mapping[str, str]
-Report = Mapping[str, Any]
 
 # After Okabe & Ito: told apart by every kind of colour vision. Never the only difference: markers differ, too.
 LIGHT: Palette = {
@@ -207,7 +210,8 @@ def overview(report: Report, path: str | os.PathLike[str]) -> None:
         name = report["model"].get("name") or report["model"].get("recipe") or "model"
         fingerprint = data["fingerprint"].rpartition(":")[2][:12]
         canvas.suptitle(
-            f"{name} on {data['name']}: R² {_text(overall['r2'])}{_bracket(overall['r2_interval'])}, "
+            literal(f"{name} on {data['name']}")
+            + f": R² {_text(overall['r2'])}{_bracket(overall['r2_interval'])}, "
             f"{data['n']:,} stars, fingerprint {fingerprint}"
         )
         _write_png(canvas, path, dpi=110)
@@ -244,7 +248,7 @@ def compared(reports: Mapping[str, Report], path: str | os.PathLike[str]) -> Non
         for i, (name, mine) in enumerate(zip(reports, groups, strict=True)):
             colour, marker = palette[roles[i % len(roles)]], "osDv^X"[(i + i // len(roles)) % 6]
             whole = reports[name]["overall"]["r2"]
-            label = f"{name}: {_text(whole)}"
+            label = f"{literal(name)}: {_text(whole)}"
             lowest += _line(left, mine, colour, marker, label, width=1.4, band=i == 0)
             right.plot(
                 _floats(group["centre"] for group in mine), aim - _floats(group["r2"] for group in mine),
@@ -256,14 +260,14 @@ def compared(reports: Mapping[str, Report], path: str | os.PathLike[str]) -> Non
         right.axhline(0, color=palette["ceiling"], linestyle="--", linewidth=1)
         right.grid(alpha=0.7, linewidth=0.6)
         right.set_ylabel(
-            "R² lacking to the Bayes ceiling" if known else f"R² lacking to {next(iter(reports))}"
+            "R² lacking to the Bayes ceiling" if known else f"R² lacking to {literal(next(iter(reports)))}"
         )
         for axes in (left, right):
             _snr_axis(axes)
         _r2_axis(left, lowest)
         left.legend(loc="lower right", frameon=False)
         data = next(iter(reports.values()))["data_set"]
-        canvas.suptitle(f"{data['name']}, {data['n']:,} stars", fontsize=10.5)
+        canvas.suptitle(f"{literal(data['name'])}, {data['n']:,} stars", fontsize=10.5)
         _write_png(canvas, path)
 
 

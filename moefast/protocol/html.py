@@ -15,11 +15,11 @@ from typing import Any
 from moefast.core.atomic import write_atomically
 from moefast.protocol.figures import DARK, FIGURES, LIGHT, svg
 from moefast.protocol.milestones import judge_alone
+from moefast.protocol.report import Report
 from moefast.protocol.report_text import norm_label, octile_label
 
 __all__ = ["page", "write_page"]
 
-Report = Mapping[str, Any]
 Cell = str
 
 _STYLE = """

@@ -43,7 +43,7 @@ __all__ = [
     "MILESTONES",
     "Check",
     "Milestone",
-    "Report",
+    "ReadEvaluation",
     "Rule",
     "Verdict",
     "judge",
@@ -180,7 +180,7 @@ class Milestone:
 
 
 @dataclass(frozen=True)
-class Report:
+class ReadEvaluation:
     """An evaluation as read from its file: where it is, the SHA-256 of its bytes, its content."""
 
     path: str
@@ -228,7 +228,7 @@ class Report:
         return stars
 
 
-def read_reports(paths: Iterable[str | Path]) -> list[Report]:
+def read_reports(paths: Iterable[str | Path]) -> list[ReadEvaluation]:
     """Read evaluations.
 
     Parameters
@@ -238,7 +238,7 @@ def read_reports(paths: Iterable[str | Path]) -> list[Report]:
 
     Returns
     -------
-    list of Report
+    list of ReadEvaluation
         In the order given, without repetitions: the same bytes count once, under whatever name.
 
     Raises
@@ -246,7 +246,7 @@ def read_reports(paths: Iterable[str | Path]) -> list[Report]:
     InputError
         Something is no evaluation, of another schema, or was not made by the frozen protocol.
     """
-    found: dict[str, Report] = {}
+    found: dict[str, ReadEvaluation] = {}
     for path in paths:
         for file in _files(Path(path)):
             one = _read(file)
@@ -266,7 +266,7 @@ def _files(path: Path) -> list[Path]:
     return files
 
 
-def _read(path: Path) -> Report:
+def _read(path: Path) -> ReadEvaluation:
     hint = "give files that moefast evaluate wrote"
     try:
         raw = path.read_bytes()
@@ -296,7 +296,7 @@ def _read(path: Path) -> Report:
         raise InputError(
             f"{path}: was not made by the frozen protocol: {deviation}; evaluate again with moefast evaluate"
         )
-    found = Report(str(path), hashlib.sha256(raw).hexdigest(), content)
+    found = ReadEvaluation(str(path), hashlib.sha256(raw).hexdigest(), content)
     same = found.training.get("fingerprint", "") == content["data_set"]["fingerprint"]
     if same or content["model"].get("share_seen"):
         raise InputError(
@@ -325,20 +325,20 @@ class Section:
 
     Attributes
     ----------
-    reports : tuple of Report
+    reports : tuple of ReadEvaluation
         All of them.
-    scored : tuple of Report
+    scored : tuple of ReadEvaluation
         Those whose noise is the protocol's: stored in the file, or drawn from the protocol's seed.
     reference_set, part : str or None
         Which reference set it is; None for any other.
     """
 
-    reports: tuple[Report, ...]
-    scored: tuple[Report, ...]
+    reports: tuple[ReadEvaluation, ...]
+    scored: tuple[ReadEvaluation, ...]
     reference_set: str | None
     part: str | None
 
-    def of(self, recipe: str) -> list[Report]:
+    def of(self, recipe: str) -> list[ReadEvaluation]:
         """Evaluations of a recipe."""
         found = [one for one in self.scored if one.recipe == recipe]
         if not found:
@@ -364,7 +364,7 @@ def _interval(bounds: Sequence[float | None] | None) -> Interval | None:
     return bounds[0], bounds[1]
 
 
-def _protocol_noise(reports: Sequence[Report]) -> tuple[Report, ...]:
+def _protocol_noise(reports: Sequence[ReadEvaluation]) -> tuple[ReadEvaluation, ...]:
     seeds = {one.content["data_set"]["noise_seed"] for one in reports}
     wanted = None if None in seeds else NOISE_SEED
     return tuple(one for one in reports if one.content["data_set"]["noise_seed"] == wanted)
@@ -378,7 +378,7 @@ def _plain(found: Measured) -> dict[str, Any]:
 
 
 def _r2(recipe: str) -> Quantity:
-    def measure(_: Section, one: Report) -> Measured:
+    def measure(_: Section, one: ReadEvaluation) -> Measured:
         overall = one.content["overall"]
         return Measured(_defined(overall["r2"], f"R² of {one.path}"), _interval(overall["r2_interval"]))
 
@@ -386,7 +386,7 @@ def _r2(recipe: str) -> Quantity:
 
 
 def _gap_closed(recipe: str) -> Quantity:
-    def measure(_: Section, one: Report) -> Measured:
+    def measure(_: Section, one: ReadEvaluation) -> Measured:
         ceiling = one.ceiling()
         if ceiling["gap_closed"] is None:
             raise _NotRunError(f"no closed gap in {one.path}: {ceiling['gap_closed_reason']}")
@@ -398,7 +398,7 @@ def _gap_closed(recipe: str) -> Quantity:
 def _efficiency(recipe: str, reference: str | None = None) -> Quantity:
     """R²/R²_ceiling of a model, or of a reference in its report; the ceiling is held fixed."""
 
-    def measure(_: Section, one: Report) -> Measured:
+    def measure(_: Section, one: ReadEvaluation) -> Measured:
         own = one.content["overall"] if reference is None else one.reference(reference)
         top = one.ceiling()["r2"]
         value = metrics.efficiency(_defined(own["r2"], f"R² of {reference or recipe} in {one.path}"), top)
@@ -411,7 +411,7 @@ def _efficiency(recipe: str, reference: str | None = None) -> Quantity:
 
 
 def _rho(recipe: str) -> Quantity:
-    def measure(_: Section, one: Report) -> Measured:
+    def measure(_: Section, one: ReadEvaluation) -> Measured:
         rho = one.content["rho"]
         if rho is None:
             raise _NotRunError(f"{one.path} holds no ρ: it lacks the global or the oracle reference")
@@ -491,21 +491,21 @@ def _spread(section: Section) -> Measured:
     return Measured((max(values) - min(values)) / 2, None, note)
 
 
-def _hybrid_r2(_: Section, one: Report) -> Measured:
+def _hybrid_r2(_: Section, one: ReadEvaluation) -> Measured:
     own = one.reference(HYBRID_ORACLE)
     return Measured(
         _defined(own["r2"], f"R² of {HYBRID_ORACLE} in {one.path}"), _interval(own["r2_interval"])
     )
 
 
-def _hybrid_gain(_: Section, one: Report) -> Measured:
+def _hybrid_gain(_: Section, one: ReadEvaluation) -> Measured:
     own, base = (
         _defined(one.reference(name)["r2"], f"R² of {name}") for name in (HYBRID_ORACLE, RIDGE_ORACLE)
     )
     return Measured(own - base)
 
 
-def _gains_per_bin(one: Report) -> list[tuple[str, float, float]]:
+def _gains_per_bin(one: ReadEvaluation) -> list[tuple[str, float, float]]:
     """(bin, R² of the sampled ridge, how much the hybrid is above it), both with true bins."""
     own, base = one.reference(HYBRID_ORACLE)["r2_grid"], one.reference(SAMPLED_ORACLE)["r2_grid"]
     rows = []
@@ -515,7 +515,7 @@ def _gains_per_bin(one: Report) -> list[tuple[str, float, float]]:
     return rows
 
 
-def _worst_metal_poor_gain(section: Section, one: Report) -> Measured:
+def _worst_metal_poor_gain(section: Section, one: ReadEvaluation) -> Measured:
     upper = PHYSICAL_GRID.m_h_edges[1:]
     rows = _gains_per_bin(one)
     name, _, gain = min(
@@ -524,13 +524,13 @@ def _worst_metal_poor_gain(section: Section, one: Report) -> Measured:
     return Measured(gain, None, f"bin {name}")
 
 
-def _least_gain(section: Section, one: Report) -> Measured:
+def _least_gain(section: Section, one: ReadEvaluation) -> Measured:
     name, _, gain = min(_gains_per_bin(one), key=lambda row: row[2])
     return Measured(gain, None, f"bin {name}")
 
 
 def _paired(
-    one: Report, other: Report, members: Callable[[Mapping[str, NDArray]], NDArray]
+    one: ReadEvaluation, other: ReadEvaluation, members: Callable[[Mapping[str, NDArray]], NDArray]
 ) -> Interval | None:
     """Interval of R²_one − R²_other on a group of stars, by resampling stars, where both kept their predictions."""
     own, base = one.stars(), other.stars()
@@ -554,7 +554,7 @@ def _in_norm_bin(name: str) -> Callable[[Mapping[str, NDArray]], NDArray]:
     return members
 
 
-def _fusion_gains(conditional: Report, phys: Report) -> dict[str, float]:
+def _fusion_gains(conditional: ReadEvaluation, phys: ReadEvaluation) -> dict[str, float]:
     """R² of conditional-moe less that of phys-moe per snr_norm bin; bins without R² are left out."""
     own, base = (
         {group["name"]: group["r2"] for group in one.content["snr_norm"]["groups"]}
@@ -563,14 +563,14 @@ def _fusion_gains(conditional: Report, phys: Report) -> dict[str, float]:
     return {name: r2 - base[name] for name, r2 in own.items() if r2 is not None and base[name] is not None}
 
 
-def _fusion_gain_x(_: Section, conditional: Report, phys: Report) -> Measured:
+def _fusion_gain_x(_: Section, conditional: ReadEvaluation, phys: ReadEvaluation) -> Measured:
     gains = _fusion_gains(conditional, phys)
     if "X" not in gains:
         raise _NotRunError("no R² in snr_norm bin X")
     return Measured(gains["X"], _paired(conditional, phys, _in_norm_bin("X")))
 
 
-def _fusion_least_gain(_: Section, conditional: Report, phys: Report) -> Measured:
+def _fusion_least_gain(_: Section, conditional: ReadEvaluation, phys: ReadEvaluation) -> Measured:
     gains = {name: gain for name, gain in _fusion_gains(conditional, phys).items() if name != "X"}
     if not gains:
         raise _NotRunError("no R² in the snr_norm bins other than X")
@@ -585,7 +585,7 @@ def _over_heads(
 ) -> Quantity:
     """R² of residual-moe less that of heads within a group of stars."""
 
-    def measure(_: Section, residual: Report, heads: Report) -> Measured:
+    def measure(_: Section, residual: ReadEvaluation, heads: ReadEvaluation) -> Measured:
         own, base = (_defined(select(one.content)["r2"], f"R² {what}") for one in (residual, heads))
         return Measured(own - base, _paired(residual, heads, members))
 
@@ -731,12 +731,12 @@ MILESTONES = (
 """Never edited to pass. The published numbers belong to a test set that is not public."""
 
 
-def judge(reports: Sequence[Report], milestones: Sequence[Milestone] = MILESTONES) -> dict[str, Any]:
+def judge(reports: Sequence[ReadEvaluation], milestones: Sequence[Milestone] = MILESTONES) -> dict[str, Any]:
     """Judge every milestone by the evaluations given.
 
     Parameters
     ----------
-    reports : sequence of Report
+    reports : sequence of ReadEvaluation
         From `read_reports`; may be empty.
     milestones : sequence of Milestone
 
@@ -747,7 +747,7 @@ def judge(reports: Sequence[Report], milestones: Sequence[Milestone] = MILESTONE
         without any report), notes, and per milestone: id, what, published, ours (what, value, interval, reason, note),
         absolute and reference (verdict, combine, checks), commands.
     """
-    apart: dict[tuple[Any, Any], list[Report]] = {}
+    apart: dict[tuple[Any, Any], list[ReadEvaluation]] = {}
     for one in reports:
         data = one.content["data_set"]
         apart.setdefault((data["fingerprint"], data["noise_level"]), []).append(one)
@@ -768,10 +768,12 @@ def judge_alone(content: Mapping[str, Any]) -> dict[str, Any] | None:
     dict or None
         As from `judge`; None if the evaluation was not made by the frozen protocol.
     """
-    return None if _deviation(content["protocol"]) else judge([Report("this evaluation", "", content)])
+    return (
+        None if _deviation(content["protocol"]) else judge([ReadEvaluation("this evaluation", "", content)])
+    )
 
 
-def _section(reports: Sequence[Report], milestones: Sequence[Milestone]) -> dict[str, Any]:
+def _section(reports: Sequence[ReadEvaluation], milestones: Sequence[Milestone]) -> dict[str, Any]:
     scored = _protocol_noise(reports)
     name, part = _identity(reports)
     section = Section(tuple(reports), scored, name, part)
@@ -803,7 +805,7 @@ def _section(reports: Sequence[Report], milestones: Sequence[Milestone]) -> dict
     }
 
 
-def _identity(reports: Sequence[Report]) -> tuple[str | None, str | None]:
+def _identity(reports: Sequence[ReadEvaluation]) -> tuple[str | None, str | None]:
     """Set and part that the reports claim, if they agree and the fingerprint is the frozen one."""
     from moefast.simulate.sets import FINGERPRINTS
 

@@ -18,16 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefast.core.errors import InputError
+from moefast.core.outputs import kept_columns
 from moefast.spectra.files import SpectrumSet
 from moefast.spectra.tables import READERS, Column, open_table, read_table
 
-__all__ = ["SUFFIXES", "PredictionTable", "kept_columns", "read_predictions", "write_kept"]
+__all__ = ["SUFFIXES", "PredictionTable", "read_predictions", "write_kept"]
 
 SUFFIXES = (".csv", *READERS)
 """Endings of a table of predictions."""
 
 _SHOWN = 10
-_F8, _F4 = np.dtype("float64"), np.dtype("float32")
 
 
 @dataclass(frozen=True)
@@ -203,22 +203,6 @@ def _named(names: Sequence[str]) -> str:
 # --- what an evaluation keeps --------------------------------------------------------------------------
 
 
-def kept_columns(n_experts: int, with_error: bool) -> list[Column]:
-    """Columns of the table that an evaluation keeps, in order; it can be evaluated itself."""
-    error = [Column("log_g_err", _F8, "dex", "claimed 1 sigma")] if with_error else []
-    return [
-        Column("row", np.dtype("int64"), "", "row of the test set, from 0"),
-        Column("log_g_true", _F8, "dex", "label"),
-        Column("log_g", _F8, "dex", "prediction; NaN counts as the mean label"),
-        *error,
-        Column("T_eff", _F8, "K", "label"),
-        Column("M_H", _F8, "dex", "label"),
-        Column("snr_norm", _F4, "", "norm of flux over norm of error"),
-        Column("snr_median", _F4, "", "median of flux over error"),
-        *[Column(f"weight_{k}", _F4, "", f"gate weight of expert {k}") for k in range(n_experts)],
-    ]
-
-
 def write_kept(
     path: str | Path,
     columns: Mapping[str, NDArray],
@@ -226,13 +210,14 @@ def write_kept(
     *,
     overwrite: bool = False,
 ) -> None:
-    """Write the per-star table of an evaluation (see `kept_columns`).
+    """Write the per-star table of an evaluation (see `moefast.core.outputs.kept_columns`).
 
     Raises
     ------
     OutputError
     """
     n_experts = sum(name.startswith("weight_") for name in columns)
-    layout = kept_columns(n_experts, "log_g_err" in columns)
+    outputs = kept_columns(n_experts, with_error="log_g_err" in columns)
+    layout = [Column.of(output, name) for name, output, _ in outputs]
     with open_table(path, len(columns["row"]), layout, attrs, overwrite=overwrite) as table:
         table.write(0, {column.name: columns[column.name] for column in layout})

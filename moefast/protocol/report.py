@@ -22,7 +22,10 @@ from moefast.core.grids import METAL_POOR, PHYSICAL_GRID, SNR_NORM_EDGES, Grid
 from moefast.core.groups import N_OCTILES, Group, groups_of, octile_edges
 from moefast.protocol import distributions
 
-__all__ = ["SCHEMA_VERSION", "evaluate_predictions"]
+__all__ = ["SCHEMA_VERSION", "Report", "evaluate_predictions"]
+
+Report = Mapping[str, Any]
+"""What `evaluate_predictions` gives, or what is read back from its JSON."""
 
 SCHEMA_VERSION = 2
 LOW_SNR_NORM = 4.0
@@ -52,6 +55,7 @@ def evaluate_predictions(
     snr_median: ArrayLike,
     data_set: str,
     fingerprint: str,
+    n_unlabelled: int = 0,
     weights: ArrayLike | None = None,
     expert_grid: Grid | None = None,
     references: Mapping[str, ArrayLike] | None = None,
@@ -83,6 +87,8 @@ def evaluate_predictions(
         by that SNR, and only there, and is counted.
     data_set, fingerprint : str
         Name and content fingerprint of the test set.
+    n_unlabelled : int
+        Stars of the test set that have no labels and are not among these.
     weights : array of shape (n, n_experts), optional
         Gate weights, for the routing summary.
     expert_grid : Grid, optional
@@ -184,6 +190,7 @@ def evaluate_predictions(
             "name": data_set,
             "fingerprint": fingerprint,
             "n": n,
+            "n_unlabelled": n_unlabelled,
             "reference_set": None if reference_set is None else dict(reference_set),
             "noise": noise,
             "noise_level": noise_level,

@@ -56,6 +56,9 @@ def _headline(report: Mapping[str, Any], throughput: Mapping[str, Any]) -> list[
             f"WARNING: {percent(report['model']['share_seen'])} of these stars are in the training set of the model: "
             "no measure of what it does elsewhere"
         )
+    if data.get("n_unlabelled"):
+        lines.append(f"{data['n_unlabelled']} stars of the set have no labels and are not measured")
+    lines += [f"note: {note}" for note in throughput.get("notes", ())]
     lines.append("")
     rows = [
         ("R²", number(overall["r2"], 4), bracket(overall["r2_interval"], 4), "full coverage"),

@@ -26,6 +26,8 @@ __all__ = ["ModelSubject", "OnnxSubject", "Subject", "TableSubject", "open_subje
 
 INPUTS = ("flux", "error")
 _OUTPUTS = ("log_g", "log_g_err", "weights")
+TIME_LIMIT = 600.0
+"""Seconds that a foreign ONNX file may take for a block of spectra."""
 
 
 class Subject(Protocol):
@@ -187,9 +189,18 @@ class OnnxSubject:
 
     def predict(self, block: Block, good: NDArray[np.bool_] | None, base: int) -> dict[str, NDArray]:
         """See `Subject.predict`; a bad pixel is one whose error is NaN, as in moefast's own graphs."""
+        # Only now: other subjects need no ONNX Runtime.
+        from moefast.export.session import run_within
+
         error = block.error if good is None else np.where(good, block.error, np.float32(np.nan))
         try:
-            found = self._session.run(list(self._outputs), {"flux": block.flux, "error": error})
+            found = run_within(
+                TIME_LIMIT, self._session, list(self._outputs), {"flux": block.flux, "error": error}
+            )
+        except TimeoutError as reason:
+            raise ModelError(
+                f"{self._path}: has not scored {len(block)} spectra within {TIME_LIMIT:g} s; does a loop in it end?"
+            ) from reason
         except Exception as reason:
             first = (str(reason).splitlines() or [type(reason).__name__])[0]
             raise ModelError(f"{self._path}: ONNX Runtime cannot run it ({first})") from reason

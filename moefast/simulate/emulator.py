@@ -26,8 +26,8 @@ from importlib.resources import files
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from moefast.core.compiled import njit
 from moefast.core.errors import MoefastError
 from moefast.core.threads import in_threads, one_blas_thread
 

@@ -10,6 +10,9 @@ display is needed. Colours can be told apart by the colour-blind (Wong 2011, Nat
 
 from __future__ import annotations
 
+import moefast.core.pictures  # noqa: F401  # before matplotlib
+
+# isort: split
 import argparse
 from dataclasses import dataclass
 from importlib.resources import files

@@ -23,11 +23,12 @@ from functools import lru_cache
 from importlib.resources import files
 
 import numpy as np
-from numba import njit, prange
 from scipy.special import erf, ndtri
 
+from moefast.core.compiled import njit
 from moefast.core.errors import MoefastError
 from moefast.core.random import uniforms_of_rows
+from moefast.core.threads import in_threads
 from moefast.kernels.quality import quantile, quantile_scratch
 
 PHOTONS_AB0 = 3.631e-20 / 6.62607015e-27  # photons / s / cm2 per unit ln(lambda), AB magnitude 0
@@ -197,7 +198,7 @@ def _read_only(values: np.ndarray) -> np.ndarray:
     return values
 
 
-@njit(cache=True, parallel=True, fastmath={"reassoc", "contract"}, error_model="numpy")
+@njit(cache=True, nogil=True, fastmath={"reassoc", "contract"}, error_model="numpy")
 def _errors(
     flux: np.ndarray,
     flux_unit: np.ndarray,
@@ -215,7 +216,7 @@ def _errors(
     (n, p) may be one row that all stars share.
     """
     n, p = flux.shape
-    for i in prange(n):
+    for i in range(n):
         background = sky[np.int64(i) if len(sky) > 1 else 0]
         ratio = np.empty(p + 1, np.float32)
         keys, scratch = np.empty(p + 2, np.int32), quantile_scratch()
@@ -231,7 +232,7 @@ def _errors(
         snr[i] = quantile(ratio, p, 0.5, keys, scratch)
 
 
-@njit(cache=True, parallel=True, fastmath={"reassoc", "contract"}, error_model="numpy")
+@njit(cache=True, nogil=True, fastmath={"reassoc", "contract"}, error_model="numpy")
 def _sky_variances(
     continuum: np.ndarray,
     lines: np.ndarray,
@@ -245,7 +246,7 @@ def _sky_variances(
 ) -> None:
     """Fill out (n, p) with unit [sky + (residual max(sky here and beside))^2 + detector + scattered mean(sky)]."""
     n, p = out.shape
-    for i in prange(n):
+    for i in range(n):
         sky = np.empty(p)
         total = 0.0
         for j in range(p):
@@ -262,7 +263,7 @@ def _sky_variances(
             out[i, j] = unit[j] * (sky[j] + (residual * brightest) ** 2 + floor)
 
 
-@njit(cache=True, parallel=True, fastmath={"reassoc", "contract"}, error_model="numpy")
+@njit(cache=True, nogil=True, fastmath={"reassoc", "contract"}, error_model="numpy")
 def _line_flux(
     flux: np.ndarray,
     inverse_scale: np.ndarray,
@@ -275,7 +276,7 @@ def _line_flux(
 ) -> None:
     """Fill out (n, p) with the flux of share (n, groups) of the electrons lines (groups, p)."""
     n, p = flux.shape
-    for i in prange(n):
+    for i in range(n):
         mean = 0.0
         for j in range(len(band_weight)):
             mean += flux[i, first + j] * band_weight[j]
@@ -288,7 +289,7 @@ def _line_flux(
             out[i, j] = electrons[j] * inverse_response[j]
 
 
-@njit(cache=True, parallel=True, fastmath={"reassoc", "contract"}, error_model="numpy")
+@njit(cache=True, nogil=True, fastmath={"reassoc", "contract"}, error_model="numpy")
 def _rescale(
     flux: np.ndarray, error: np.ndarray, star: np.ndarray, old: np.ndarray, new: np.ndarray, out: np.ndarray
 ) -> None:
@@ -297,7 +298,7 @@ def _rescale(
     `star` and `old` (p,) are those of `_errors`, `new` (n, p) is `old` under another sky.
     """
     n, p = flux.shape
-    for i in prange(n):
+    for i in range(n):
         units = np.empty(p + 1, np.float32)
         keys, scratch = np.empty(p + 2, np.int32), quantile_scratch()
         good = 0
@@ -457,17 +458,16 @@ class NoiseModel:
 
     def _scaled_sky(self, factors: SkyFactors, unit: np.ndarray, dtype: type) -> np.ndarray:
         out: np.ndarray = np.empty((len(factors.continuum), len(self.response)), dtype)
-        _sky_variances(
-            self.continuum_electrons,
-            self.line_electrons,
-            np.ascontiguousarray(factors.continuum, dtype=float),
-            np.ascontiguousarray(factors.lines, dtype=float),
-            float(self.sky.residual),
-            float(self.instrument.scattered),
-            float(self._detector),
-            unit,
-            out,
-        )
+        continuum = np.ascontiguousarray(factors.continuum, dtype=float)
+        lines = np.ascontiguousarray(factors.lines, dtype=float)
+        constants = float(self.sky.residual), float(self.instrument.scattered), float(self._detector), unit
+
+        def fill(a: int, b: int) -> None:
+            _sky_variances(
+                self.continuum_electrons, self.line_electrons, continuum[a:b], lines[a:b], *constants, out[a:b]
+            )  # fmt: skip
+
+        in_threads(len(out), fill)
         return out
 
     def rescaled_error(self, flux: np.ndarray, error: np.ndarray, factors: SkyFactors) -> np.ndarray:
@@ -504,7 +504,11 @@ class NoiseModel:
             )
         new = self._scaled_sky(factors, (self._largest / self.response) ** 2, np.float32)
         out = np.empty_like(error)
-        _rescale(flux, error, self._star, self._sky, new, out)
+
+        def fill(a: int, b: int) -> None:
+            _rescale(flux[a:b], error[a:b], self._star, self._sky, new[a:b], out[a:b])
+
+        in_threads(len(flux), fill)
         return out
 
     def line_flux(
@@ -527,7 +531,12 @@ class NoiseModel:
         flux, out = np.ascontiguousarray(flux, dtype=np.float32), np.empty(flux.shape, np.float32)
         scale = 1.0 / self.electrons_per_flux(mag, seeing)
         share = np.ascontiguousarray(share, dtype=float)
-        _line_flux(flux, scale, share, self.line_electrons, 1.0 / self.response, *self._band, out)
+        inverse = 1.0 / self.response
+
+        def fill(a: int, b: int) -> None:
+            _line_flux(flux[a:b], scale[a:b], share[a:b], self.line_electrons, inverse, *self._band, out[a:b])
+
+        in_threads(len(flux), fill)
         return out
 
     def error(
@@ -579,5 +588,10 @@ class NoiseModel:
         sky = self._sky[None]
         if factors is not None and len(flux):
             sky = self._scaled_sky(factors, (self._largest / self.response) ** 2, np.float32)
-        _errors(flux, unit, self._star, sky, *self._band, level, error, snr)
+
+        def fill(a: int, b: int) -> None:
+            own = sky[a:b] if len(sky) > 1 else sky
+            _errors(flux[a:b], unit[a:b], self._star, own, *self._band, level, error[a:b], snr[a:b])
+
+        in_threads(len(flux), fill)
         return error, snr

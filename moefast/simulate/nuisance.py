@@ -20,8 +20,8 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from moefast.core.compiled import njit
 from moefast.core.errors import MoefastError
 from moefast.core.threads import in_threads
 

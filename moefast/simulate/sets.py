@@ -24,6 +24,7 @@ from moefast.core.errors import InputError, MoefastError
 from moefast.spectra.files import Shard
 
 from .emulator import Emulator
+from .gaps import Gaps
 from .rows import MEASURED, Settings, columns_of, noise_model, simulate_file, simulate_params, simulate_rows
 from .visit import Visit
 
@@ -111,6 +112,22 @@ REFERENCE_SETS: dict[str, ReferenceSet] = {
     ),
 }
 
+TRAINING_SETS: dict[str, ReferenceSet] = {
+    "library": ReferenceSet(
+        "the stars of z0 with velocities of 5 km/s and line-spread functions of ±10 %, for posteriors",
+        replace(
+            _Z0,
+            velocity_scatter=5.0,
+            visit=Visit(
+                sky_continuum=0.0, sky_lines=0.0, sky_residual=0.0, tilt=0.0, line_spread=0.1, own_median=False,
+                gaps=Gaps(telluric=0.0, random=(0.0, 0.0), block=0.0, edges=0.0, calcium=0.0),
+            ),
+        ),
+        {part: PARTS[part] for part in ("train", "validation")},
+    ),
+}  # fmt: skip
+"""Sets to fit on, on which nothing is measured: what differs from visit to visit a recipe marginalises by itself."""
+
 FINGERPRINTS: dict[tuple[str, str], str] = {
     ("z0", "test_10k"): "cfbcdc084504308cbec1e163089f6dbed6d5866da3c19ffb4a175bd36761d4fa",
     ("z0", "test_1k"): "f8591ad61dd071ad4ba9f03f2c8b4d342ac6278bab0b9f6ba54365b2ad3b6f3c",
@@ -123,9 +140,10 @@ FINGERPRINTS: dict[tuple[str, str], str] = {
 
 
 def _part(name: str, part: str) -> tuple[ReferenceSet, Part]:
-    if name not in REFERENCE_SETS:
-        raise MoefastError(f"reference set {name!r} is unknown; choose one of {', '.join(REFERENCE_SETS)}")
-    chosen = REFERENCE_SETS[name]
+    known = REFERENCE_SETS | TRAINING_SETS
+    if name not in known:
+        raise MoefastError(f"reference set {name!r} is unknown; choose one of {', '.join(known)}")
+    chosen = known[name]
     if part not in chosen.parts:
         raise MoefastError(f"{name} has no part {part!r}; it has {', '.join(chosen.parts)}")
     return chosen, chosen.parts[part]

@@ -168,8 +168,10 @@ class SimulatedSpectra:
                 raise InputError(f"{self.path}: has no column {name!r}; it has {', '.join(found)}")
         return {name: found[name] for name in wanted}
 
-    def labels(self, names: Sequence[str] = ("T_eff", "log_g", "M_H")) -> dict[str, np.ndarray]:
-        """Labels of every spectrum, each an array of shape (n_rows,), float64.
+    def labels(
+        self, names: Sequence[str] = ("T_eff", "log_g", "M_H"), *, partial: bool = False
+    ) -> dict[str, np.ndarray]:
+        """Labels of every spectrum, each an array of shape (n_rows,), float64; `partial` changes nothing.
 
         Raises
         ------
@@ -180,6 +182,10 @@ class SimulatedSpectra:
             return {name: values.astype(np.float64) for name, values in self.params(names).items()}
         except InputError as error:
             raise LabelError(str(error)) from error
+
+    def label_notes(self, names: Sequence[str] = ("T_eff", "log_g", "M_H")) -> list[str]:
+        """Nothing: simulated labels are complete and in order."""
+        return []
 
     def has_labels(self, names: Sequence[str] = ("T_eff", "log_g", "M_H")) -> bool:
         """Whether `labels` would succeed."""

@@ -20,9 +20,9 @@ from dataclasses import dataclass, field, fields
 from functools import lru_cache
 
 import numpy as np
-from numba import njit
 from scipy.special import ndtri
 
+from moefast.core.compiled import njit
 from moefast.core.errors import MoefastError
 from moefast.core.random import uniforms_of_rows
 from moefast.core.threads import in_threads

@@ -19,11 +19,14 @@ Layout::
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
+import os
 import queue
 import re
+import stat
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -35,10 +38,13 @@ from typing import Any, Literal, Self
 import h5py
 import numpy as np
 
-from moefast.core.atomic import partial_path, publish
+from moefast.core.atomic import partial_path, publish, remove_quietly
 from moefast.core.errors import InputError, LabelError, OutputError, WaveGridError
+from moefast.core.labels import describe_implausible, plausible
 from moefast.core.threads import CORES
-from moefast.spectra.params import ParamColumn, create_params_table, param_columns, read_columns
+from moefast.core.watched import WatchedFile
+from moefast.spectra.params import ParamColumn, create_params_table, index_column, param_columns, read_columns
+from moefast.spectra.stored import Gaps, find, gaps_of, owned_by
 
 __all__ = [
     "Block",
@@ -72,6 +78,9 @@ def _natural(path: str | Path) -> list[tuple[int, int, str]]:
 def _is_table(path: Path) -> bool:
     """Whether a file is a prediction table; a file that cannot be opened is left to those who will say why."""
     try:
+        # Opening a pipe would wait for somebody to write into it.
+        if not path.is_file():
+            return False
         if path.suffix.lower() not in {".h5", ".hdf5"}:
             with open(path, "rb") as plain:
                 return b"MOEFAST_VERSION" in plain.read(1 << 15)
@@ -81,12 +90,53 @@ def _is_table(path: Path) -> bool:
         return False
 
 
+def _is_left_by_macos(path: Path) -> bool:
+    """Whether a file is the companion `._name` that macOS writes on foreign disks; it holds no spectra."""
+    if not path.name.startswith("._"):
+        return False
+    try:
+        with open(path, "rb") as file:
+            return file.read(4) in {b"\x00\x05\x16\x07", b"\x00\x05\x16\x00"}
+    except OSError:
+        return False
+
+
+def _below(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
+    """Spectrum files in a folder and below it, and what may be one and cannot be looked at.
+
+    Links to folders are followed, but not into a folder that they lie in.
+    """
+    try:
+        status = folder.stat()
+        key = (status.st_dev, status.st_ino)
+        names = sorted(folder.iterdir()) if key not in above else []
+    except OSError:
+        # Opening it will say why.
+        yield folder
+        return
+    for path in names:
+        suffix = path.suffix.lower()
+        try:
+            if path.is_dir():
+                yield from _below(path, above | {key})
+                continue
+        except OSError:
+            yield path
+            continue
+        # A link without its target may have been a folder of spectra.
+        lost = path.is_symlink() and not path.exists() and not suffix
+        if (path.name.lower().endswith(_SUFFIXES) or lost) and not _is_left_by_macos(path):
+            yield path
+
+
 def find_files(paths: str | Path | Iterable[str | Path]) -> list[Path]:
     """Spectrum files meant by files, folders and glob patterns.
 
-    Folders are searched recursively for ``*.h5``, ``*.hdf5`` and ``*.fits`` (also gzipped). What one folder or
-    pattern yields is in natural order (shard 2 before shard 10); the order of the arguments is kept and duplicates are
-    dropped. Prediction tables of moefast that lie among the spectra are passed over, unless they are named themselves.
+    Folders, given or met by a pattern, are searched recursively for ``*.h5``, ``*.hdf5`` and ``*.fits`` (also gzipped).
+    What one folder or pattern yields is in natural order (shard 2 before shard 10); the order of the arguments is kept
+    and duplicates are dropped.
+    Prediction tables of moefast that lie among the spectra are passed over, unless they are named themselves. What
+    cannot be opened is among the files, links without a target for example: whoever opens it will say so.
 
     Raises
     ------
@@ -95,33 +145,39 @@ def find_files(paths: str | Path | Iterable[str | Path]) -> list[Path]:
     """
     if isinstance(paths, str | Path):
         paths = [paths]
-    found: dict[Path, Path] = {}
-    looked_for = []
+    found: dict[str, Path] = {}
     for given in paths:
-        path = Path(given).expanduser()
-        looked_for.append(str(given))
-        if path.is_dir():
-            matches = [
-                p
-                for p in path.rglob("*")
-                if p.name.lower().endswith(_SUFFIXES) and p.is_file() and not _is_table(p)
-            ]
-            if not matches:
-                raise InputError(f"{given}: no file *.h5, *.hdf5 or *.fits in this folder or below it")
-        elif path.exists():
-            matches = [path]
-        elif glob.has_magic(str(path)):
-            matches = [Path(p) for p in glob.glob(str(path), recursive=True)]
-            matches = [p for p in matches if p.is_file() and not _is_table(p)]
-            if not matches:
-                raise InputError(f"{given}: no file matches this pattern (working folder {Path.cwd()})")
-        else:
-            raise InputError(f"{given}: no such file or folder (working folder {Path.cwd()})")
+        try:
+            matches = _matches(given)
+        except (OSError, ValueError, RuntimeError) as error:
+            # Loops of links, names that are too long, NUL bytes, folders that may not be read, homes that do not exist.
+            raise InputError(f"{str(given)!r}: no file can be looked for under this name: {error}") from error
         for match in sorted(matches, key=_natural):
-            found.setdefault(match.resolve(), match)
+            found.setdefault(os.path.realpath(match), match)
     if not found:
         raise InputError("no spectrum files given: name files, folders or patterns (train_*/dataset.h5)")
     return list(found.values())
+
+
+def _matches(given: str | Path) -> list[Path]:
+    """What one argument means."""
+    path = Path(given).expanduser()
+    if path.is_dir():
+        matches = [p for p in _below(path) if not _is_table(p)]
+        if not matches:
+            raise InputError(f"{given}: no file *.h5, *.hdf5 or *.fits in this folder or below it")
+        return matches
+    if os.path.lexists(path):
+        return [path]
+    if not glob.has_magic(str(path)):
+        raise InputError(f"{given}: no such file or folder (working folder {Path.cwd()})")
+    matches = []
+    for match in map(Path, glob.glob(str(path), recursive=True)):
+        matches += _below(match) if match.is_dir() else [] if _is_left_by_macos(match) else [match]
+    matches = [p for p in matches if not _is_table(p)]
+    if not matches:
+        raise InputError(f"{given}: no file matches this pattern (working folder {Path.cwd()})")
+    return matches
 
 
 def _describe_wave(wave: np.ndarray) -> str:
@@ -142,7 +198,8 @@ class _Stored:
     """Where one (n, p) array lies.
 
     `access` is "offset" (rows follow each other from `offset` on), "chunks" (uncompressed, each chunk holds
-    `chunk_rows` whole rows) or "library" (everything else, through HDF5 in slabs of `slab_rows`).
+    `chunk_rows` whole rows) or "library" (everything else, through HDF5 in slabs of `slab_rows`). `own_chunks` says
+    that chunks are compressed and lie in this file; `gaps` are places that hold no values.
     """
 
     dataset: str
@@ -154,7 +211,8 @@ class _Stored:
     offset: int = 0
     chunk_rows: int = 0
     slab_rows: int = 0
-    filtered: bool = False
+    own_chunks: bool = False
+    gaps: Gaps | None = None
 
     @property
     def row_bytes(self) -> int:
@@ -270,31 +328,60 @@ def _lost_rows(path: Path, length: int, expected: int) -> str:
 
 def _open_hdf5(path: Path) -> h5py.File:
     try:
+        status = os.stat(path)
+    except (OSError, ValueError) as error:
+        raise InputError(_why_not_opened(path, error)) from error
+    if stat.S_ISDIR(status.st_mode):
+        raise InputError(f"{path}: is a folder, expected an HDF5 file")
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError(
+            f"{path}: is a pipe or device; HDF5 files are read at several places, so write it to a disk"
+        )
+    try:
         return h5py.File(path, "r", rdcc_nbytes=_STAGING_BYTES, locking="best-effort")
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
-    except IsADirectoryError as error:
-        raise InputError(f"{path}: is a folder, expected an HDF5 file") from error
     except OSError as error:
-        cut = re.search(r"truncated file: eof = (\d+).*stored_eof = (\d+)", str(error))
-        if cut:
-            length, expected = int(cut[1]), int(cut[2])
-            raise InputError(
-                f"{path}: truncated file: {length} bytes of {expected}{_lost_rows(path, length, expected)}; "
-                "copy or produce it again"
-            ) from error
-        try:
-            with open(path, "rb") as file:
-                head = file.read(8)
-        except OSError:
-            head = b""
-        if head == b"SIMPLE  ":
-            raise InputError(
-                f"{path}: a FITS file; only predict and inspect read those, on the grid of a model"
-            ) from error
-        if head != b"\x89HDF\r\n\x1a\n":
-            raise InputError(f"{path}: not an HDF5 file (it starts with {head!r})") from error
-        raise InputError(f"{path}: cannot be opened as HDF5, it may be damaged: {error}") from error
+        raise InputError(_why_not_opened(path, error)) from error
+
+
+def _why_not_opened(path: Path, error: OSError | ValueError) -> str:
+    """Why a file cannot be opened, and what to do."""
+    text, number = str(error), getattr(error, "errno", None)
+    said = re.search(r"errno = (\d+)", text)
+    number = int(said[1]) if number is None and said else number
+    if number in (errno.EMFILE, errno.ENFILE):
+        return f"{path}: too many files are open already; raise the limit (ulimit -n) or close other files"
+    if number == errno.ENOENT:
+        if path.is_symlink():
+            return f"{path}: is a link to {os.readlink(path)}, which does not exist"
+        return f"{path}: no such file"
+    if number in (errno.EACCES, errno.EPERM):
+        return f"{path}: may not be read by this user ({os.strerror(number)})"
+    if number == errno.ELOOP:
+        return f"{path}: links lead in a circle"
+    if "unable to lock file" in text or "already open for write" in text or "SWMR" in text:
+        return (
+            f"{path}: another program has it open for writing ({text}); wait until it has finished. If nothing writes, "
+            "the file system has no locks or kept an old one: set HDF5_USE_FILE_LOCKING=FALSE"
+        )
+    cut = re.search(r"truncated file: eof = (\d+).*stored_eof = (\d+)", text)
+    if cut:
+        length, expected = int(cut[1]), int(cut[2])
+        return (
+            f"{path}: truncated file: {length} bytes of {expected}{_lost_rows(path, length, expected)}; "
+            "copy or produce it again"
+        )
+    try:
+        with open(path, "rb") as file:
+            head = file.read(8)
+    except (OSError, ValueError) as problem:
+        return f"{str(path)!r}: cannot be read: {problem}"
+    if head == b"SIMPLE  ":
+        return f"{path}: a FITS file; only predict and inspect read those, on the grid of a model"
+    if head != b"\x89HDF\r\n\x1a\n":
+        return f"{path}: not an HDF5 file (it starts with {head!r})"
+    return f"{path}: cannot be opened as HDF5, it may be damaged: {error}"
 
 
 def _contents(file: h5py.File) -> str:
@@ -408,13 +495,17 @@ class Shard:
             self._stored = self._find_arrays(file)
             self.wave = self._find_wave(file)
             self._columns = self._find_columns(file)
+            self._index = index_column(file)
             self.attrs = {
                 name: value.decode("utf-8", "replace") if isinstance(value, bytes) else value
                 for name, value in file.attrs.items()
                 if isinstance(value, bytes | str | np.number | np.bool_)
                 and name not in {"CLASS", "TITLE", "VERSION", "PYTABLES_FORMAT_VERSION"}
             }
-        except (OSError, RuntimeError, KeyError) as error:
+        except InputError:
+            raise
+        except Exception as error:
+            # Damaged descriptions of types and shapes make h5py raise nearly anything.
             raise InputError(f"{self.path}: metadata cannot be read, damaged? {error}") from error
         finally:
             file.close()
@@ -442,9 +533,15 @@ class Shard:
     def _find_arrays(self, file: h5py.File) -> dict[str, _Stored]:
         datasets = {}
         for name in ARRAYS:
-            node = file.get(f"dataset/arrays/{name}/value")
+            path = f"/dataset/arrays/{name}/value"
+            node = find(file, path)
             if isinstance(node, h5py.Dataset):
                 datasets[name] = node
+            elif node is not None or find(file, f"/dataset/arrays/{name}") is not None:
+                raise InputError(
+                    f"{self.path}: dataset {path[1:]} is missing; found {_contents(file)}. Expected it, as there is "
+                    f"a group dataset/arrays/{name}"
+                )
         flux = "flux" if "flux" in datasets else "noisy"
         for name in (flux if flux in datasets else "flux", "error"):
             if name not in datasets:
@@ -453,47 +550,50 @@ class Shard:
                     "Expected a spectrum dataset with arrays flux (or noisy) and error"
                 )
         shape = datasets[flux].shape
-        for dataset in datasets.values():
+        names = {name: f"/dataset/arrays/{name}/value" for name in datasets}
+        for name, dataset in datasets.items():
             if dataset.ndim != 2:
                 raise InputError(
-                    f"{self.path}: {dataset.name} has shape {dataset.shape}, expected (rows, pixels)"
+                    f"{self.path}: {names[name]} has shape {dataset.shape}, expected (rows, pixels)"
                 )
             if dataset.shape != shape:
                 raise InputError(
-                    f"{self.path}: {dataset.name} has shape {dataset.shape}, {datasets[flux].name} {shape}"
+                    f"{self.path}: {names[name]} has shape {dataset.shape}, {names[flux]} {shape}"
                 )
             if dataset.dtype.kind not in "fiub":
-                raise InputError(f"{self.path}: {dataset.name} has type {dataset.dtype}, expected numbers")
+                raise InputError(f"{self.path}: {names[name]} has type {dataset.dtype}, expected numbers")
         if 0 in shape:
-            raise InputError(f"{self.path}: holds no spectra ({datasets[flux].name} has shape {shape})")
-        return {name: self._locate(dataset, file.userblock_size) for name, dataset in datasets.items()}
+            raise InputError(f"{self.path}: holds no spectra ({names[flux]} has shape {shape})")
+        return {name: self._locate(dataset, names[name], file) for name, dataset in datasets.items()}
 
-    def _locate(self, dataset: h5py.Dataset, userblock: int) -> _Stored:
+    def _locate(self, dataset: h5py.Dataset, path: str, file: h5py.File) -> _Stored:
         n_rows, n_pixels = dataset.shape
         creation = dataset.id.get_create_plist()
         filtered = creation.get_nfilters() > 0
-        common = (dataset.name, dataset.dtype, n_rows, n_pixels)
-        # HDF5 versions disagree on whether offsets count a user block in.
-        direct = userblock == 0 and not dataset.is_virtual
+        gaps = gaps_of(dataset)
+        if gaps is not None and gaps.everything:
+            raise InputError(f"{self.path}: {path} was created and never written")
+        common = (path, dataset.dtype, n_rows, n_pixels)
+        # Only bytes of this very file are read past the library. HDF5 versions disagree on whether offsets count a
+        # user block in.
+        direct = file.userblock_size == 0 and not dataset.is_virtual and owned_by(dataset, file)
         if dataset.chunks is None:
             layout = "contiguous"
             if direct and creation.get_layout() == h5py.h5d.CONTIGUOUS and not dataset.external:
                 offset = dataset.id.get_offset()
-                if offset is None:
-                    raise InputError(f"{self.path}: {dataset.name} was created and never written")
                 row_bytes = n_pixels * dataset.dtype.itemsize
                 if offset + n_rows * row_bytes > self._size:
                     whole = max(0, (self._size - offset) // row_bytes)
                     raise InputError(
-                        f"{self.path}: truncated file: {dataset.name} ends in row {whole} of {n_rows}; "
+                        f"{self.path}: truncated file: {path} ends in row {whole} of {n_rows}; "
                         "copy or produce it again"
                     )
                 return _Stored(*common, layout, "offset", offset=offset)
             slab = max(1, _SLAB_BYTES // (4 * n_pixels))
-            return _Stored(*common, layout, "library", slab_rows=min(slab, n_rows))
+            return _Stored(*common, layout, "library", slab_rows=min(slab, n_rows), gaps=gaps)
         chunk_rows = dataset.chunks[0]
         if direct and not filtered and dataset.chunks[1] == n_pixels:
-            return _Stored(*common, "chunked", "chunks", chunk_rows=chunk_rows)
+            return _Stored(*common, "chunked", "chunks", chunk_rows=chunk_rows, gaps=gaps)
         slab = max(1, _SLAB_BYTES // (4 * n_pixels * chunk_rows)) * chunk_rows
         return _Stored(
             *common,
@@ -501,21 +601,25 @@ class Shard:
             "library",
             chunk_rows=chunk_rows,
             slab_rows=min(slab, n_rows),
-            filtered=filtered,
+            own_chunks=filtered and direct,
+            gaps=gaps,
         )
 
     def _find_wave(self, file: h5py.File) -> np.ndarray:
-        node = file.get("spectrumdataset/wave")
+        path = "/spectrumdataset/wave"
+        node = find(file, path)
         if not isinstance(node, h5py.Dataset):
             raise InputError(f"{self.path}: dataset spectrumdataset/wave is missing; found {_contents(file)}")
         n_pixels = next(iter(self._stored.values())).n_pixels
         wave = np.asarray(node[()], dtype=np.float64)
         if wave.shape != (n_pixels,):
             raise InputError(
-                f"{self.path}: {node.name} has shape {wave.shape}, but the spectra have {n_pixels} pixels"
+                f"{self.path}: {path} has shape {wave.shape}, but the spectra have {n_pixels} pixels"
             )
         if not np.all(np.isfinite(wave)) or np.any(np.diff(wave) <= 0):
-            raise InputError(f"{self.path}: {node.name} must be finite and increasing (Å)")
+            raise InputError(f"{self.path}: {path} must be finite and increasing (Å)")
+        if gaps_of(node) is not None:
+            raise InputError(f"{self.path}: {path} was never written as a whole")
         return wave
 
     def _find_columns(self, file: h5py.File) -> dict[str, ParamColumn]:
@@ -603,7 +707,9 @@ class Shard:
                     self._read_chunks(stored, start, out)
                 else:
                     self._read_slabs(array, stored, start, out)
-        except (OSError, RuntimeError, EOFError) as error:
+                if stored.gaps is not None:
+                    stored.gaps.blank(out, start)
+        except Exception as error:
             raise InputError(
                 f"{self.path}: {stored.dataset}: rows {start} to {stop - 1} cannot be read, the file is "
                 f"truncated or damaged: {error}"
@@ -643,9 +749,8 @@ class Shard:
             end = min(stop, chunk_start + stored.chunk_rows)
             target = out[row - start : end - start]
             offset = dataset.id.get_chunk_info_by_coord((chunk_start, 0)).byte_offset
-            if offset is None:
-                target[...] = dataset.fillvalue
-            else:
+            # A chunk that was never written is one of the gaps.
+            if offset is not None:
                 self._read_raw(stored, offset + (row - chunk_start) * stored.row_bytes, target)
             row = end
 
@@ -709,11 +814,40 @@ class Shard:
         try:
             with self._lock:
                 return read_columns(self._file(), {name: self._columns[name] for name in wanted}, start, stop)
-        except (OSError, RuntimeError) as error:
+        except Exception as error:
             raise InputError(
                 f"{self.path}: dataset/params: rows {start} to {stop - 1} cannot be read, the file is "
                 f"truncated or damaged: {error}"
             ) from error
+
+    def slices(self, name: str) -> Iterator[np.ndarray]:
+        """A column of the params table in pieces: whole columns of text fill the memory."""
+        for start in range(0, self.n_rows, _TABLE_ROWS):
+            yield self.params([name], start, min(start + _TABLE_ROWS, self.n_rows))[name]
+
+    def order_problems(self) -> list[str]:
+        """Columns that number the rows, but in another order than they lie in; one sentence for each.
+
+        The order of a table can only be told from one of its columns: the index of a pandas table, or a column `id` or
+        `row` that counts the spectra.
+        """
+        problems = []
+        indices = {"the index": self._index} if self._index is not None else {}
+        columns = {f"column {name!r}": self._columns[name] for name in ("id", "row") if name in self.columns}
+        for name, column in (indices | columns).items():
+            with self._lock:
+                numbers = read_columns(self._file(), {"": column}, 0, self.n_rows)[""]
+            if numbers.dtype.kind not in "iu" or len(numbers) < 2:
+                continue
+            offset = numbers - numbers.min()
+            step = np.flatnonzero(offset != np.arange(len(offset), dtype=offset.dtype))
+            if len(step) and np.array_equal(np.sort(offset), np.arange(len(offset), dtype=offset.dtype)):
+                problems.append(
+                    f"{name} of dataset/params numbers the spectra in another order than they lie in (row {step[0]} "
+                    f"has {numbers[step[0]]}): rows of params are taken to belong to the spectra of the same row; if "
+                    "they do not, labels and identifiers are those of other stars"
+                )
+        return problems
 
     def fingerprint(self) -> str:
         """SHA-256, as hex digits, that identifies the content at the cost of reading a few rows.
@@ -733,15 +867,16 @@ class Shard:
         digest.update(self.wave.astype("<f8").tobytes())
         rows = np.unique(np.linspace(0, self.n_rows - 1, _FINGERPRINT_ROWS).astype(np.int64))
         for name, stored in self._stored.items():
-            if stored.filtered:
+            if stored.own_chunks:
                 self._hash_chunks(stored, digest)
                 continue
             for row in rows:
                 digest.update(self.read(name, int(row), int(row) + 1).tobytes())
-        columns = self.params()
-        for name in sorted(columns):
-            if columns[name].dtype.kind in "biuf":
-                digest.update(columns[name][rows].tobytes())
+        # Row by row: whole columns of millions of rows would fill the memory.
+        few = [self.params(None, int(row), int(row) + 1) for row in rows]
+        for name in sorted(self.columns):
+            if few[0][name].dtype.kind in "biuf":
+                digest.update(np.concatenate([row[name] for row in few]).tobytes())
         return digest.hexdigest()
 
     def _hash_chunks(self, stored: _Stored, digest: Any) -> None:
@@ -813,10 +948,8 @@ class SpectrumSet:
     def fingerprint(self) -> str:
         """SHA-256, as hex digits, of the fingerprints of the shards in their order."""
         digest = hashlib.sha256()
-        for shard in self.shards:
+        for shard in self._closing():
             digest.update(shard.fingerprint().encode())
-            # Thousands of shards must not hold thousands of open files.
-            shard.close()
         return digest.hexdigest()
 
     @property
@@ -829,19 +962,20 @@ class SpectrumSet:
     def params(self, names: Iterable[str]) -> dict[str, np.ndarray]:
         """Params columns of all shards, each an array of shape (n_rows,)."""
         names = list(names)
-        pieces = []
-        for shard in self.shards:
-            pieces.append(shard.params(names))
-            shard.close()
+        pieces = [shard.params(names) for shard in self._closing()]
         return {name: np.concatenate([piece[name] for piece in pieces]) for name in names}
 
-    def labels(self, names: Sequence[str] = ("T_eff", "log_g", "M_H")) -> dict[str, np.ndarray]:
+    def labels(
+        self, names: Sequence[str] = ("T_eff", "log_g", "M_H"), *, partial: bool = False
+    ) -> dict[str, np.ndarray]:
         """Labels of every spectrum.
 
         Parameters
         ----------
         names : sequence of str
             Columns of the params table: T_eff in K, log_g and M_H in dex, …
+        partial : bool
+            Whether values that can be no labels (see `moefast.core.labels`) are given as NaN, or are an error.
 
         Returns
         -------
@@ -850,9 +984,10 @@ class SpectrumSet:
         Raises
         ------
         LabelError
-            If a file lacks a column, or a value is not finite.
+            If a file lacks a column, a value can be no label, or, with `partial`, no spectrum has all labels.
         """
         out = {name: np.empty(self.n_rows) for name in names}
+        problems = []
         for shard, first in zip(self.shards, self.first_rows, strict=False):
             missing = [name for name in names if name not in shard.columns]
             if missing:
@@ -868,22 +1003,36 @@ class SpectrumSet:
                     raise LabelError(
                         f"{shard.path}: dataset/params: label {name} is {values.dtype}, not a number"
                     )
-                bad = np.flatnonzero(~np.isfinite(values))
-                if len(bad):
-                    raise LabelError(
-                        f"{shard.path}: dataset/params: {name} is not finite in {len(bad)} of {len(values)} "
-                        f"rows, the first of them {', '.join(map(str, bad[:5]))}"
-                    )
-                out[name][first : first + len(values)] = values
+                if problem := describe_implausible(name, values):
+                    problems.append(f"{shard.path}: dataset/params: {problem}")
+                out[name][first : first + len(values)] = np.where(plausible(name, values), values, np.nan)
+        if problems and not (partial and np.isfinite(np.sum([*out.values()], axis=0)).any()):
+            raise LabelError("\n".join(problems))
         return out
 
     def has_labels(self, names: Sequence[str] = ("T_eff", "log_g", "M_H")) -> bool:
-        """Whether `labels` would succeed."""
-        try:
-            self.labels(names)
-        except InputError:
-            return False
-        return True
+        """Whether every file has these columns, as numbers; some of them may be no labels."""
+        return all(
+            name in shard.columns and shard.params([name], 0, 1)[name].dtype.kind in "biuf"
+            for shard in self._closing()
+            for name in names
+        )
+
+    def label_notes(self, names: Sequence[str] = ("T_eff", "log_g", "M_H")) -> list[str]:
+        """What to know about the labels: which are none, and whether their order may be another one."""
+        notes = []
+        for shard in self._closing():
+            for name in names:
+                if problem := describe_implausible(name, shard.params([name])[name]):
+                    notes.append(f"{shard.path}: {problem}: these rows count as unlabelled")
+            notes += [f"{shard.path}: {problem}" for problem in shard.order_problems()]
+        return notes
+
+    def _closing(self) -> Iterator[Shard]:
+        """The shards, each closed before the next: thousands of them must not hold thousands of open files."""
+        for shard in self.shards:
+            yield shard
+            shard.close()
 
     def blocks(
         self,
@@ -1157,21 +1306,27 @@ class SpectrumWriter:
         self.n_rows, self.n_pixels = int(n_rows), len(wave)
         self.arrays, self.columns = tuple(arrays), columns
         self._written = np.zeros(self.n_rows, bool)
-        self._lock = threading.Lock()
+        self._lock, self._overwrite = threading.Lock(), overwrite
         self._partial = partial_path(self.path, overwrite=overwrite)
+        try:
+            # HDF5 loses errors of what it writes late, or ends the process; this file remembers them.
+            self._watched = WatchedFile(self._partial)
+        except OSError as error:
+            raise OutputError(f"{self.path}: cannot be written: {error}") from error
         try:
             # Data that start on a page can be mapped and read without an unaligned first piece.
             self._file = h5py.File(
-                self._partial,
+                self._watched,
                 "w",
                 libver=("earliest", "v110"),
                 alignment_threshold=1 << 16,
                 alignment_interval=4096,
             )
-        except OSError as error:
-            raise OutputError(f"{self.path}: cannot be written: {error}") from error
-        try:
             self._create(wave, wave_edges, attrs or {})
+            self._watched.check()
+        except OSError as error:
+            self.abort()
+            raise OutputError(f"{self.path}: cannot be written: {error}") from error
         except BaseException:
             self.abort()
             raise
@@ -1245,14 +1400,21 @@ class SpectrumWriter:
                     dataset[first_row:stop] = values.astype(dataset.dtype, copy=False)
                 if self._table is not None:
                     self._table[first_row:stop] = rows
+                self._watched.check()
             except OSError as error:
                 raise OutputError(f"{self.path}: rows {first_row} to {stop - 1}: {error}") from error
             self._written[first_row:stop] = True
 
     def abort(self) -> None:
         """Give up: close and remove what has been written."""
-        self._file.close()
-        self._partial.unlink(missing_ok=True)
+        # What is still to be written has nowhere to go: closing must not fail.
+        self._watched.problem = self._watched.problem or OutputError(f"{self.path}: given up")
+        try:
+            if hasattr(self, "_file"):
+                self._file.close()
+        finally:
+            self._watched.close()
+            remove_quietly(self._partial)
 
     def close(self) -> None:
         """Complete the file and give it its final name.
@@ -1269,11 +1431,14 @@ class SpectrumWriter:
         try:
             try:
                 self._file.close()
+                self._watched.synchronise()
+                self._watched.close()
+                self._watched.check()
             except (OSError, RuntimeError) as error:
                 raise OutputError(f"{self.path}: could not be completed: {error}") from error
-            publish(self._partial, self.path)
+            publish(self._partial, self.path, overwrite=self._overwrite)
         except BaseException:
-            self._partial.unlink(missing_ok=True)
+            self.abort()
             raise
 
     def __enter__(self) -> Self:

@@ -21,7 +21,16 @@ from typing import Any
 import h5py
 import numpy as np
 
-__all__ = ["ParamColumn", "create_params_table", "names_from_pickle", "param_columns", "read_columns"]
+from moefast.spectra.stored import find, gaps_of
+
+__all__ = [
+    "ParamColumn",
+    "create_params_table",
+    "index_column",
+    "names_from_pickle",
+    "param_columns",
+    "read_columns",
+]
 
 _STRING_OPCODES = frozenset(
     {"STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"}
@@ -134,11 +143,20 @@ def _attribute_bytes(owner: Any, name: str) -> bytes | None:
 
 
 def _one_dimensional(dtype: np.dtype) -> str:
-    return "" if dtype.kind in "biufS" else f"has type {dtype}, neither a number nor a fixed-length string"
+    readable = dtype.kind in "biufS" or h5py.check_string_dtype(dtype) is not None
+    return "" if readable else f"has type {dtype}, neither a number nor text"
 
 
-def _table_columns(table: h5py.Dataset, group: h5py.Group | None) -> dict[str, ParamColumn]:
+_PLACE = "/dataset/params"
+
+
+def _never_written(dataset: h5py.Dataset) -> str:
+    return "" if gaps_of(dataset) is None else "has rows that were never written"
+
+
+def _table_columns(table: h5py.Dataset, path: str, group: h5py.Group | None) -> dict[str, ParamColumn]:
     columns: dict[str, ParamColumn] = {}
+    incomplete = _never_written(table)
     n_rows = table.shape[0] if table.ndim else 0
     is_pandas = group is not None and ("pandas_type" in group.attrs or "index_cols" in group.attrs)
     for field in table.dtype.names or ():
@@ -146,7 +164,7 @@ def _table_columns(table: h5py.Dataset, group: h5py.Group | None) -> dict[str, P
             continue
         dtype = table.dtype[field]
         stored_as = _attribute_text(table, f"{field}_dtype")
-        problem = _one_dimensional(dtype.base)
+        problem = incomplete or _one_dimensional(dtype.base)
         if "category" in _attribute_text(table, f"{field}_meta"):
             problem = "is a pandas category, stored as codes whose meaning lies elsewhere"
         names: list[str] | None = None
@@ -167,11 +185,11 @@ def _table_columns(table: h5py.Dataset, group: h5py.Group | None) -> dict[str, P
             problem = problem or f"has values of shape {dtype.shape}"
         if names is None or problem:
             for name in names or [field]:
-                columns[name] = ParamColumn(table.name, field, None, n_rows, stored_as, problem)
+                columns[name] = ParamColumn(path, field, None, n_rows, stored_as, problem)
             continue
         for position, name in enumerate(names):
             columns[name] = ParamColumn(
-                table.name, field, position if dtype.shape else None, n_rows, stored_as, problem
+                path, field, position if dtype.shape else None, n_rows, stored_as, problem
             )
     return columns
 
@@ -180,48 +198,82 @@ def _fixed_columns(group: h5py.Group) -> dict[str, ParamColumn]:
     columns: dict[str, ParamColumn] = {}
     block = 0
     while f"block{block}_items" in group:
-        items, values = group[f"block{block}_items"], group.get(f"block{block}_values")
+        items, values = group[f"block{block}_items"], find(group, f"block{block}_values")
         label = f"block{block}_values"
         block += 1
         if items.dtype.kind != "S" or not isinstance(values, h5py.Dataset):
             problem = "has column names that are not plain strings"
-            columns[label] = ParamColumn(f"{group.name}/{label}", problem=problem)
+            columns[label] = ParamColumn(f"{_PLACE}/{label}", problem=problem)
             continue
         names = [name.decode("utf-8", errors="replace") for name in np.atleast_1d(items[()])]
-        problem = _one_dimensional(values.dtype)
+        problem = _never_written(values) or _one_dimensional(values.dtype)
         shape = values.shape
         stored_as = _attribute_text(values, "value_type")
         if not problem and not (len(shape) == 2 and shape[1] == len(names)):
             problem = f"has shape {shape} for {len(names)} columns"
         n_rows = shape[0] if shape and not problem else 0
         for position, name in enumerate(names):
-            columns[name] = ParamColumn(values.name, None, position, n_rows, stored_as, problem)
+            columns[name] = ParamColumn(f"{_PLACE}/{label}", None, position, n_rows, stored_as, problem)
     return columns
 
 
 def param_columns(file: h5py.File) -> dict[str, ParamColumn]:
-    """Columns of the params table of an open file, by name; empty where the file has none."""
-    node = file.get("dataset/params")
+    """Columns of the params table of an open file, by name; empty where the file has none.
+
+    Raises
+    ------
+    InputError
+        If the file names a table, or a part of it, that cannot be opened.
+    """
+    node = find(file, _PLACE)
     if isinstance(node, h5py.Dataset):
-        return _table_columns(node, None) if node.dtype.names else {}
+        return _table_columns(node, _PLACE, None) if node.dtype.names else {}
     if not isinstance(node, h5py.Group):
         return {}
-    table = node.get("table")
+    table = find(node, "table")
     if isinstance(table, h5py.Dataset) and table.dtype.names:
-        return _table_columns(table, node)
-    if "block0_items" in node:
+        return _table_columns(table, f"{_PLACE}/table", node)
+    if find(node, "block0_items") is not None:
         return _fixed_columns(node)
+    children = {name: find(node, name) for name in node}
     return {
-        name: ParamColumn(child.name, None, None, child.shape[0], "", _one_dimensional(child.dtype))
-        for name, child in node.items()
+        name: ParamColumn(
+            f"{_PLACE}/{name}",
+            None,
+            None,
+            child.shape[0],
+            "",
+            _never_written(child) or _one_dimensional(child.dtype),
+        )
+        for name, child in children.items()
         if isinstance(child, h5py.Dataset) and child.ndim == 1 and not child.dtype.names
     }
+
+
+def index_column(file: h5py.File) -> ParamColumn | None:
+    """Where pandas keeps the index of the params table; None if there is none, or it holds no numbers."""
+    node = find(file, _PLACE)
+    if not isinstance(node, h5py.Group) or "pandas_type" not in node.attrs:
+        return None
+    table, axis = find(node, "table"), find(node, "axis1")
+    if isinstance(table, h5py.Dataset) and "index" in (table.dtype.names or ()):
+        column = ParamColumn(f"{_PLACE}/table", "index", None, len(table))
+        return column if table.dtype["index"].kind in "iu" else None
+    if isinstance(axis, h5py.Dataset) and axis.ndim == 1 and axis.dtype.kind in "iu":
+        return ParamColumn(f"{_PLACE}/axis1", None, None, len(axis))
+    return None
 
 
 def _as_seen(values: np.ndarray, stored_as: str) -> np.ndarray:
     """Values in the type that their writer meant, native byte order."""
     if values.dtype.kind == "S":
         return np.char.decode(values, "utf-8", "replace") if values.size else values.astype("U1")
+    if values.dtype.kind == "O":
+        # Strings of variable length, which is how h5py writes text.
+        text = [
+            value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value) for value in values
+        ]
+        return np.array(text, dtype=str) if text else np.empty(0, "U1")
     values = values.astype(values.dtype.newbyteorder("="), copy=False)
     if stored_as == "bool":
         return values.astype(bool)

@@ -242,6 +242,12 @@ class PreparedShard(Shard):
             out[name] = values[start - base : stop - base]
         return out
 
+    def order_problems(self) -> list[str]:
+        """What an order of rows that may be wrong shows by; see `Shard.order_problems`."""
+        return [
+            text for file in self.files if file.order_problems is not None for text in file.order_problems()
+        ]
+
     def fingerprint(self) -> str:
         """SHA-256, as hex digits, of all columns, and of sizes, headers and first data of up to 16 files."""
         digest = hashlib.sha256()

@@ -310,6 +310,9 @@ def picture(
     OutputError
         If the file cannot be written.
     """
+    from moefast.core.pictures import literal
+
+    # isort: split
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -353,7 +356,7 @@ def picture(
         axis.set_ylabel("spectra")
         axis.spines[["top", "right"]].set_visible(False)
     files = f"{len(spectra.shards)} files" if len(spectra.shards) > 1 else str(spectra.shards[0].path.name)
-    figure.suptitle(f"{files}: {spectra.n_rows} spectra, {spectra.n_pixels} pixels", fontsize=11)
+    figure.suptitle(f"{literal(files)}: {spectra.n_rows} spectra, {spectra.n_pixels} pixels", fontsize=11)
     with atomic_file(path, overwrite=overwrite) as partial:
         figure.savefig(partial, format="png")
     return path

@@ -25,10 +25,21 @@ from typing import Any, Self
 import h5py
 import numpy as np
 
-from moefast.core.atomic import partial_path, publish
+from moefast.core.atomic import partial_path, publish, remove_quietly
 from moefast.core.errors import InputError, OutputError
+from moefast.core.outputs import Output
+from moefast.core.watched import WatchedFile
 
-__all__ = ["GROUP", "READERS", "WRITERS", "Column", "TableWriter", "open_table", "read_table"]
+__all__ = [
+    "GROUP",
+    "READERS",
+    "WRITERS",
+    "Column",
+    "TableWriter",
+    "open_table",
+    "read_attributes",
+    "read_table",
+]
 
 GROUP = "predictions"
 """HDF5 group, and FITS extension, that holds the columns."""
@@ -65,6 +76,11 @@ class Column:
             raise ValueError(f"column {self.name!r}: no table holds type {self.dtype}")
         if not self.name:
             raise ValueError("a column needs a name")
+
+    @classmethod
+    def of(cls, output: Output, name: str = "", description: str = "") -> Self:
+        """The column of an output, under its own name and with its own meaning unless others are given."""
+        return cls(name or output.name, np.dtype(output.dtype), output.unit, description or output.meaning)
 
     @property
     def text_bytes(self) -> int:
@@ -128,7 +144,7 @@ class TableWriter:
             raise ValueError(f"n_rows must not be negative, found {n_rows}")
         self.path = Path(path)
         self.n_rows, self.columns, self.attrs = int(n_rows), tuple(columns), dict(attrs or {})
-        self._done = 0
+        self._done, self._overwrite = 0, overwrite
         self._partial = partial_path(self.path, overwrite=overwrite)
         try:
             self._begin()
@@ -201,7 +217,7 @@ class TableWriter:
                 self._end()
             except OSError as error:
                 raise OutputError(f"{self.path}: could not be completed: {error}") from error
-            publish(self._partial, self.path)
+            publish(self._partial, self.path, overwrite=self._overwrite)
         except BaseException:
             self._give_up()
             raise
@@ -209,7 +225,7 @@ class TableWriter:
     def _give_up(self) -> None:
         with contextlib.suppress(Exception):
             self._abort()
-        self._partial.unlink(missing_ok=True)
+        remove_quietly(self._partial)
 
     def __enter__(self) -> Self:
         return self
@@ -252,8 +268,10 @@ class _Hdf5Table(TableWriter):
     """One dataset per column in the group `predictions`; attributes on the root."""
 
     def _begin(self) -> None:
+        # HDF5 loses errors of what it writes late; this file remembers them.
+        self._watched = WatchedFile(self._partial)
         # Attributes of more than 64 kB need the storage of HDF5 1.8.
-        self._file = h5py.File(self._partial, "w", libver=("v108", "latest"))
+        self._file = h5py.File(self._watched, "w", libver=("v108", "latest"))
         group = self._file.create_group(GROUP)
         for column in self.columns:
             dtype = h5py.string_dtype("utf-8", column.text_bytes) if column.text_bytes else column.dtype
@@ -261,6 +279,7 @@ class _Hdf5Table(TableWriter):
             dataset.attrs["unit"] = column.unit
             dataset.attrs["description"] = column.description
         group.attrs["columns"] = json.dumps([column.name for column in self.columns])
+        self._watched.check()
 
     def _append(self, first_row: int, rows: dict[str, np.ndarray]) -> None:
         group = self._file[GROUP]
@@ -269,15 +288,41 @@ class _Hdf5Table(TableWriter):
                 dataset = group[name]
                 # HDF5 does not convert text between character sets; the view carries the dataset's own.
                 dataset[first_row : first_row + len(values)] = values.view(dataset.dtype)
+        self._watched.check()
 
     def _end(self) -> None:
         for name, value in self.attrs.items():
             plain = _plain(value)
             self._file.attrs[name] = _to_json(value) if plain is None else plain
         self._file.close()
+        self._watched.synchronise()
+        self._watched.close()
+        self._watched.check()
 
     def _abort(self) -> None:
-        self._file.close()
+        # What is still to be written has nowhere to go: closing must not fail.
+        self._watched.problem = self._watched.problem or OutputError(f"{self.path}: given up")
+        try:
+            self._file.close()
+        finally:
+            self._watched.close()
+
+
+def read_attributes(path: str | Path) -> dict[str, Any]:
+    """Attributes of a table in HDF5; empty for any other file."""
+    try:
+        with h5py.File(path, "r") as file:
+            return _attributes(file) if GROUP in file else {}
+    except (OSError, RuntimeError, ValueError):
+        return {}
+
+
+def _attributes(file: h5py.File) -> dict[str, Any]:
+    attrs = {}
+    for name, value in file.attrs.items():
+        plain = _plain(value)
+        attrs[name] = _from_text(plain) if isinstance(plain, str) else plain
+    return attrs
 
 
 def _read_hdf5(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -289,11 +334,7 @@ def _read_hdf5(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         for name in json.loads(group.attrs["columns"]):
             dataset = group[name]
             columns[name] = dataset[()] if dataset.dtype.kind != "S" else _decode(dataset[()])
-        attrs = {}
-        for name, value in file.attrs.items():
-            plain = _plain(value)
-            attrs[name] = _from_text(plain) if isinstance(plain, str) else plain
-    return columns, attrs
+        return columns, _attributes(file)
 
 
 def _decode(values: np.ndarray) -> np.ndarray:

@@ -1,11 +1,12 @@
 import numpy as np
 import onnxruntime
 import pytest
+from onnx import TensorProto, helper
 
 from moefast.backend import cuda_devices
-from moefast.core.errors import BackendError, ModelError
+from moefast.core.errors import BackendError, InputError, ModelError
 from moefast.export import build, open_session, save
-from moefast.export.session import PROVIDERS
+from moefast.export.session import PROVIDERS, run_within, session_inputs, start_session
 
 
 def test_a_session_opens_from_a_model_and_from_a_file(mixture, tmp_path):
@@ -82,3 +83,49 @@ def test_what_onnx_runtime_refuses_is_a_model_error(mixture):
     tensor.raw_data = np.full(2, 3, np.int64).tobytes()
     with pytest.raises(ModelError, match="ONNX Runtime refuses the model"):
         open_session(model)
+
+
+def test_arrays_of_any_byte_order_become_what_onnx_runtime_reads():
+    rng = np.random.default_rng(3)
+    flux, error = rng.normal(1, 0.1, (5, 7)), rng.uniform(0.1, 0.2, (5, 7))
+    mask = rng.random((5, 7)) < 0.3
+    expected = session_inputs(flux.astype("f4"), error.astype("f4"), mask)
+    for kind in (">f4", "<f4", ">f8"):
+        found = session_inputs(flux.astype(kind), error.astype(kind), mask.astype(">i8"))
+        for name, values in found.items():
+            assert values.dtype.isnative
+            assert values.dtype == np.float32
+            np.testing.assert_array_equal(values, expected[name])
+    np.testing.assert_array_equal(np.isnan(expected["error"]), mask)
+    with pytest.raises(InputError, match="one shape"):
+        session_inputs(flux, error[:4])
+
+
+def test_a_graph_without_end_is_stopped():
+    loop = helper.make_graph(
+        [
+            helper.make_node("Identity", ["go"], ["still"]),
+            helper.make_node("Identity", ["x"], ["y"]),
+        ],
+        "body",
+        [
+            helper.make_tensor_value_info("i", TensorProto.INT64, []),
+            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n"]),
+        ],
+        [
+            helper.make_tensor_value_info("still", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n"]),
+        ],
+    )
+    graph = helper.make_graph(
+        [helper.make_node("Loop", ["", "yes", "x0"], ["out"], body=loop)],
+        "endless",
+        [helper.make_tensor_value_info("x0", TensorProto.FLOAT, ["n"])],
+        [helper.make_tensor_value_info("out", TensorProto.FLOAT, ["n"])],
+        [helper.make_tensor("yes", TensorProto.BOOL, [], [True])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    session = start_session(model, "cpu")
+    with pytest.raises(TimeoutError, match=r"0\.5 s are over"):
+        run_within(0.5, session, ["out"], {"x0": np.ones(3, np.float32)})

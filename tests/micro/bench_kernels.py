@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 import pytest
+from made_clouds import mixture as posterior
 from made_forest import forest
 
 import moefast.kernels
@@ -345,6 +346,31 @@ def resample_rows():
     return kernel, lambda: [flux @ weights, np.sqrt((error**2 * width) @ squares / shares)]
 
 
+def cloud_posterior():
+    """The floor of a star with a noise of its own: u, M, and the product of C' with the vectors of all clouds."""
+    mixture = posterior(p=P, m=448, n=49, t=5, q=3, labels=5)
+    flux, error = spectra(128)
+    space, clouds = mixture._space, mixture._clouds
+    draw = rng()
+    y, cells = flux, draw.uniform(0, 1, (len(flux), P // space.cell))
+    products = draw.standard_normal((P // space.cell, 52 * 53 // 2))
+    root, vectors = (
+        draw.standard_normal((2, 49, 49), dtype=np.float32)[0],
+        draw.standard_normal((49, 448 * 6)),
+    )
+    vectors = vectors.astype(np.float32)
+
+    def baseline():
+        _ = y.astype(np.float64) @ mixture.directions.astype(np.float64), cells @ products
+        for _ in flux:
+            root @ vectors
+
+    def kernel():
+        kernels.cloud_posterior(flux, error, None, space, clouds)
+
+    return kernel, baseline
+
+
 CASES = {
     normal_equations: 5.0,
     collect_rows: 2.0,
@@ -364,12 +390,14 @@ CASES = {
     good_pixels_masked: 4.0,
     assess_all_good: 0.6,
     resample_rows: 0.6,
+    cloud_posterior: 2.5,
 }
 """Largest ratio of the kernel's time to the baseline's."""
 
 NO_KERNELS = {
-    "GRAM_ROWS", "PROJECT_ROWS", "Forest", "Given", "Library", "Mixed", "Mixing", "Projected", "Projection",
-    "TangentPosterior", "TemplatePosterior", "cell_size", "packed_size", "unpack_symmetric",
+    "CloudPosterior", "Clouds", "GRAM_ROWS", "PROJECT_ROWS", "Forest", "Given", "Library", "Mixed", "Mixing",
+    "Projected", "Projection", "Space", "TangentPosterior", "TemplatePosterior", "cell_size", "packed_size",
+    "unpack_symmetric",
 }  # fmt: skip
 
 

@@ -61,7 +61,9 @@ def test_weights_and_labels_are_those_of_the_density_of_the_spectrum(q, n_sky):
     for i in range(4):
         share, means, mean, covariance = by_brute_force(mix, flux[i], error[i])
         several += (share > 0.05).sum() > 1
-        np.testing.assert_allclose(found["weights"][i], np.add.reduceat(share, mix.first[:-1]), rtol=1e-6, atol=1e-12)
+        np.testing.assert_allclose(
+            found["weights"][i], np.add.reduceat(share, mix.first[:-1]), rtol=1e-6, atol=1e-12
+        )
         np.testing.assert_allclose(found["label"][i], mean, rtol=1e-7)
         np.testing.assert_allclose(found["label_sd"][i], np.sqrt(np.diag(covariance)), rtol=1e-6)
         np.testing.assert_allclose(found["label_cov"][i], covariance[0], rtol=1e-5, atol=1e-8)

@@ -22,7 +22,9 @@ def assert_as_described(mix, flux, error, mask=None, rows=slice(None)):
     expected = mix.describe(flux, error if mask is None else np.where(mask, np.nan, error))
 
     def close(name, absolute, relative=0.0):
-        np.testing.assert_allclose(found[name][rows], expected[name][rows], rtol=relative, atol=absolute, err_msg=name)
+        np.testing.assert_allclose(
+            found[name][rows], expected[name][rows], rtol=relative, atol=absolute, err_msg=name
+        )
 
     close("log_g", 1e-5)
     close("label", 1e-5, 1e-5)
@@ -66,7 +68,9 @@ def test_any_number_of_clouds(m):
     assert_as_described(made, *stars(made, 9))
 
 
-@pytest.mark.parametrize(("p", "n", "q", "labels"), [(96, 2, 0, 2), (97, 9, 3, 5), (1031, 40, 1, 3), (576, 62, 13, 3)])
+@pytest.mark.parametrize(
+    ("p", "n", "q", "labels"), [(96, 2, 0, 2), (97, 9, 3, 5), (1031, 40, 1, 3), (576, 62, 13, 3)]
+)
 def test_any_size_of_the_space(p, n, q, labels):
     made = mixture(p=p, n=n, q=q, labels=labels)
     assert_as_described(made, *stars(made, 6))
@@ -93,7 +97,14 @@ def test_a_star_unlike_any_cloud(mix):
 def test_bad_pixels_weigh_nothing(mix):
     flux, error = stars(mix, 40)
     mask = np.zeros(flux.shape, bool)
-    flux[0, 3], flux[1, 5], error[2, 7], error[3, 9], error[4, 11], error[5, 13] = np.nan, np.inf, np.nan, -1, 0, 2e6
+    flux[0, 3], flux[1, 5], error[2, 7], error[3, 9], error[4, 11], error[5, 13] = (
+        np.nan,
+        np.inf,
+        np.nan,
+        -1,
+        0,
+        2e6,
+    )
     mask[6, :71] = True
     mask[7:20] = np.random.default_rng(2).random((13, flux.shape[1])) < 0.28
     mask[20] = True

@@ -53,7 +53,9 @@ def make_file(tmp_path):
             if labels:
                 table = np.zeros(n, [(label, "f8") for label in labels])
                 for k, label in enumerate(labels):
-                    table[label] = values[label] = rng.random(n) + k
+                    table[label] = values[label] = (
+                        5000 * rng.random(n) + 1000 if label == "T_eff" else rng.random(n) + k % 2
+                    )
                 file["dataset/params"] = table
         return path, values
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import os
 import pickle
+import resource
 import shutil
 import threading
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -511,8 +514,79 @@ def test_labels_that_are_not_finite_are_named(make_file):
     spectra = open_spectra(path)
     with pytest.raises(LabelError, match=r"log_g is not finite in 2 of 11 rows, the first of them 3, 7"):
         spectra.labels()
-    assert not spectra.has_labels()
-    assert spectra.has_labels(["T_eff", "M_H"])
+    kept = spectra.labels(partial=True)
+    assert np.flatnonzero(np.isnan(kept["log_g"])).tolist() == [3, 7]
+    assert np.isfinite(kept["T_eff"]).all()
+    (note,) = spectra.label_notes()
+    assert "log_g is not finite in 2 of 11 rows, the first of them 3, 7 (nan, inf)" in note
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("T_eff", -9999.0),
+        ("T_eff", 0.0),
+        ("T_eff", 1e200),
+        ("log_g", 99.99),
+        ("log_g", -9999.0),
+        ("M_H", -99.0),
+    ],
+)
+def test_numbers_that_no_star_has_are_no_labels(name, value, make_file):
+    path, _ = make_file()
+    with h5py.File(path, "r+") as file:
+        table = file["dataset/params"][()]
+        table[name][4] = value
+        file["dataset/params"][...] = table
+    spectra = open_spectra(path)
+    with pytest.raises(LabelError, match=rf"{name} is outside .* in 1 of 11 rows, the first of them 4 "):
+        spectra.labels()
+    assert np.flatnonzero(np.isnan(spectra.labels(partial=True)[name])).tolist() == [4]
+
+
+def test_no_label_at_all_is_an_error(make_file):
+    path, _ = make_file()
+    with h5py.File(path, "r+") as file:
+        table = file["dataset/params"][()]
+        table["M_H"] = -9999
+        file["dataset/params"][...] = table
+    with pytest.raises(LabelError, match="M_H is outside -6 to 2 or not finite in 11 of 11 rows"):
+        open_spectra(path).labels(partial=True)
+
+
+# -- order -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["id", "row"])
+@pytest.mark.parametrize(
+    ("numbers", "told"),
+    [
+        (np.arange(11), False),
+        (np.arange(100, 111), False),
+        (np.arange(0, 22, 2), False),
+        (np.arange(11) * 7919 % 104729, False),
+        (np.arange(11)[::-1], True),
+        (100 + np.roll(np.arange(11), 3), True),
+    ],
+)
+def test_rows_numbered_in_another_order_are_told(name, numbers, told, make_file):
+    path, _ = make_file(labels=None)
+    with h5py.File(path, "r+") as file:
+        file[f"dataset/params/{name}"] = numbers
+    problems = open_spectra(path).shards[0].order_problems()
+    assert len(problems) == told
+    assert all(f"column '{name}'" in problem and "another order" in problem for problem in problems)
+
+
+def test_the_index_of_pandas_counts_too(make_file):
+    path, _ = make_file(labels=None)
+    table = np.zeros(11, [("index", "i8"), ("log_g", "f8")])
+    table["index"] = np.roll(np.arange(11), 2)
+    with h5py.File(path, "r+") as file:
+        file["dataset/params/table"] = table
+        file["dataset/params"].attrs["pandas_type"] = "frame_table"
+    (problem,) = open_spectra(path).shards[0].order_problems()
+    assert "the index" in problem
 
 
 # -- fingerprints ----------------------------------------------------------------------------------------------
@@ -538,3 +612,110 @@ def test_same_wave():
     assert not same_wave(grid, grid[:-1])
     assert not same_wave(grid, grid / 10)
     assert same_wave(grid[:1], grid[:1])
+
+
+# -- what a folder or a pattern names ----------------------------------------------------------------------------------
+
+
+def test_what_a_folder_names_and_cannot_be_read_is_told(make_file, tmp_path):
+    first, _ = make_file("night/a.h5")
+    folder = first.parent
+    (folder / "b.h5").symlink_to("gone.h5")
+    (folder / "c").symlink_to("gone")
+    (folder / "loop.h5").symlink_to("loop.h5")
+    (folder / "notes.txt").symlink_to("gone.txt")
+    os.mkfifo(folder / "d.h5")
+    for given in (folder, f"{folder}/*"):
+        spectra = open_spectra(given, on_error="skip")
+        assert [shard.path.name for shard in spectra.shards] == ["a.h5"]
+        names = {failure.path.name for failure in spectra.failures} - {"notes.txt"}
+        assert names == {"b.h5", "c", "d.h5", "loop.h5"}
+        with pytest.raises(InputError):
+            open_spectra(given)
+
+
+def test_a_folder_below_that_may_not_be_read_is_told(make_file, monkeypatch):
+    first, _ = make_file("night/a.h5")
+    closed = first.parent / "closed"
+    closed.mkdir()
+    real = Path.iterdir
+
+    def refuse(path):
+        if path == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    spectra = open_spectra(first.parent, on_error="skip")
+    assert [failure.path for failure in spectra.failures] == [closed]
+
+
+def test_links_to_folders_are_followed_once(make_file, tmp_path):
+    first, _ = make_file("disk/part/a.h5")
+    second, _ = make_file("other/b.h5")
+    (first.parent / "back").symlink_to(first.parents[1])
+    (first.parents[1] / "other").symlink_to(second.parent)
+    found = {path.resolve() for path in find_files(first.parents[1])}
+    assert found == {first, second}
+
+
+def test_companions_of_macos_are_no_spectra(make_file):
+    first, _ = make_file("night/x.h5")
+    (first.parent / "._x.h5").write_bytes(b"\x00\x05\x16\x07" + bytes(100))
+    assert find_files(first.parent) == [first]
+    with pytest.raises(InputError, match="no file matches"):
+        find_files(f"{first.parent}/._*")
+
+
+def test_folders_that_a_pattern_meets_are_searched(make_file):
+    first, _ = make_file("run1/a.h5")
+    second, _ = make_file("run2.h5")
+    assert find_files(f"{second.parent}/run*") == [first, second]
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".h5", "nul\0.h5", "~nobody-of-this-name/x.h5"])
+def test_impossible_names_are_an_error(name):
+    with pytest.raises(InputError):
+        open_spectra(name)
+    with pytest.raises(InputError):
+        Shard(name)
+
+
+def test_the_cause_is_told(make_file, tmp_path):
+    path, _ = make_file()
+    os.mkfifo(tmp_path / "pipe.h5")
+    with pytest.raises(InputError, match="is a pipe"):
+        Shard(tmp_path / "pipe.h5")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.open(os.devnull, os.O_RDONLY)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+    try:
+        with pytest.raises(InputError, match="too many files are open"):
+            Shard(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    ("said", "remedy"),
+    [
+        (
+            "Unable to synchronously open file (unable to lock file, errno = 11)",
+            "HDF5_USE_FILE_LOCKING=FALSE",
+        ),
+        ("Unable to synchronously open file (file is already open for write)", "wait until it has finished"),
+        ("Unable to open file (unable to open file: errno = 24)", "ulimit -n"),
+        ("Unable to open file (unable to open file: errno = 13)", "may not be read"),
+    ],
+)
+def test_damage_is_not_blamed_for_what_others_do(said, remedy, make_file, monkeypatch):
+    path, _ = make_file()
+
+    def refuse(*_, **__):
+        raise OSError(said)
+
+    monkeypatch.setattr(h5py, "File", refuse)
+    with pytest.raises(InputError, match=remedy) as caught:
+        Shard(path)
+    assert "damaged" not in str(caught.value)

@@ -14,7 +14,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
+
+from moefast.core.compiled import njit
 
 from .constants import ATOMIC_MASS, BOLTZMANN, ELECTRON_MASS, ELECTRON_VOLT, EV_PER_KELVIN, LIGHT, PLANCK
 from .elements import INDEX

@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
+
+from moefast.core.compiled import njit
 
 from .constants import BOLTZMANN, EV_PER_KELVIN, RYDBERG_H
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
+
+from moefast.core.compiled import njit
 
 from .constants import BOLTZMANN, EV_PER_KELVIN, LINE_CONSTANT, RYDBERG_H
 from .continuum import level_survival

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from moefast.core.compiled import njit
 
 from .chemistry import cn_partition, tio_partition
 from .constants import BOLTZMANN, EV_PER_WAVENUMBER, HARTREE_WAVENUMBER, LIGHT, LINE_CONSTANT

@@ -12,7 +12,8 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
+
+from moefast.core.compiled import njit
 
 from . import chemistry, elements, marcs
 from .constants import ATOMIC_MASS, BOLTZMANN, EV_PER_KELVIN, LIGHT, LINE_CONSTANT

@@ -10,14 +10,14 @@ from moefast.spectra.files import Shard
 from moefast.spectra.layouts.registry import SurveyFile
 from moefast.spectra.resample import Pixels
 
-__all__ = ["identifiers", "survey_file"]
+__all__ = ["IDENTIFIER", "identifiers", "survey_file"]
 
-_ID = re.compile(r"id|\w+_id|(obj|cat|source|star|target|fiber|fibre)id", re.IGNORECASE)
+IDENTIFIER = re.compile(r"id|\w+_id|(obj|cat|source|star|target|fiber|fibre)id", re.IGNORECASE)
 
 
 def identifiers(shard: Shard) -> tuple[str, ...]:
     """Columns of the params table that identify spectra, by their names."""
-    return tuple(name for name in shard.columns if _ID.fullmatch(name))
+    return tuple(name for name in shard.columns if IDENTIFIER.fullmatch(name))
 
 
 def survey_file(shard: Shard) -> SurveyFile:
@@ -32,4 +32,5 @@ def survey_file(shard: Shard) -> SurveyFile:
     return SurveyFile(
         shard.path, "pfsspec", shard.n_rows, shard.params(), identifiers(shard), read, shard.close, arrays,
         normalised=True, fingerprint=shard.fingerprint,
+        order_problems=shard.order_problems,
     )  # fmt: skip

@@ -67,6 +67,8 @@ class SurveyFile:
         Whether flux is divided by its median already, as training sets are.
     notes : list of str
         What users must know: another line-spread function, values that were taken for bad.
+    fingerprint, order_problems : callable, optional
+        As of `moefast.spectra.files.Shard`.
     """
 
     path: Path
@@ -81,6 +83,7 @@ class SurveyFile:
     normalised: bool = False
     notes: list[str] = field(default_factory=list)
     fingerprint: Callable[[], str] | None = None
+    order_problems: Callable[[], list[str]] | None = None
 
     def __post_init__(self) -> None:
         for name, values in self.columns.items():

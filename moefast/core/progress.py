@@ -1,0 +1,26 @@
+"""Progress of long work: the callbacks that are told of it, and what the stages of a fit count."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+__all__ = ["SAMPLED", "STEP_STAGES", "RowProgress", "StageProgress", "unit_of"]
+
+RowProgress = Callable[[int, int], None]
+"""Called with rows (or steps) done and those in all."""
+
+StageProgress = Callable[[str, int, int], None]
+"""Called with the name of a stage, rows (or steps) done and those in all."""
+
+STEP_STAGES = frozenset(
+    {"experts", "gate", "tower", "error model", "simpler fits", "library", "forests", "residuals", "network"}
+)
+"""Stages of a fit that go through steps, not through spectra."""
+
+SAMPLED = ", sampled"
+"""Ending of the stages of a fit that is repeated with drawn noise."""
+
+
+def unit_of(stage: str) -> str:
+    """What a stage counts: "steps" or "spectra"."""
+    return "steps" if stage.removesuffix(SAMPLED) in STEP_STAGES else "spectra"

@@ -1,0 +1,147 @@
+"""A file for libraries that lose errors: every failed write is remembered, and told when it is asked for.
+
+Design: HDF5 writes when an object is freed or a cache overflows, and an error there is printed and forgotten, or ends
+the process. So HDF5 is given this file instead of a name. A write that fails is remembered and reported to the library
+as done, as are all that follow: the library stays in a state that it can close, and `check` raises what happened
+before anybody takes the file for complete.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+__all__ = ["WatchedFile"]
+
+
+class WatchedFile:
+    """A new file, open for writing and reading, that remembers its first failure.
+
+    Parameters
+    ----------
+    path : Path
+        Created; must not exist.
+
+    Attributes
+    ----------
+    path : Path
+        Its name.
+    problem : BaseException or None
+        What went wrong first. An interrupt inside a call of the library is kept here, too: libraries swallow it.
+
+    Raises
+    ------
+    OSError
+        The file cannot be created.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.problem: BaseException | None = None
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+        self._handle: int | None = os.open(path, flags, 0o666)
+        self._position = 0
+
+    def __repr__(self) -> str:
+        return f"WatchedFile({str(self.path)!r})"
+
+    def check(self) -> None:
+        """Raise what went wrong first, if anything did.
+
+        Raises
+        ------
+        OSError
+            As the operating system said it.
+        """
+        if self.problem is not None:
+            raise self.problem
+
+    def synchronise(self) -> None:
+        """Flush the file to the disk.
+
+        Raises
+        ------
+        OSError
+            This or an earlier write failed.
+        """
+        self.check()
+        if self._handle is not None:
+            os.fsync(self._handle)
+
+    def close(self) -> None:
+        """Close the file; what this says is remembered as well."""
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            try:
+                os.close(handle)
+            except OSError as error:
+                self.problem = self.problem or error
+
+    # -- what a library calls ------------------------------------------------------------------------------
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move to a byte."""
+        if whence == os.SEEK_SET:
+            self._position = offset
+        elif whence == os.SEEK_CUR:
+            self._position += offset
+        else:
+            self._position = self._size() + offset
+        return self._position
+
+    def tell(self) -> int:
+        """Where the next byte is read or written."""
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer; beyond the end of the file with zeros, as HDF5 expects of space that it has reserved."""
+        view = memoryview(buffer).cast("B")
+        done = 0
+        try:
+            if self._handle is not None:
+                os.lseek(self._handle, self._position, os.SEEK_SET)
+                while piece := os.read(self._handle, len(view) - done):
+                    view[done : done + len(piece)] = piece
+                    done += len(piece)
+        except BaseException as error:
+            self.problem = self.problem or error
+        view[done:] = bytes(len(view) - done)
+        self._position += len(view)
+        return len(view)
+
+    def read(self, size: int = -1) -> bytes:
+        """Bytes from here on."""
+        data = bytearray(max(0, self._size() - self._position) if size < 0 else size)
+        self.readinto(data)
+        return bytes(data)
+
+    def write(self, data: Any) -> int:
+        """Write all bytes, or remember why they could not be written."""
+        view = memoryview(data).cast("B")
+        done = 0
+        try:
+            if self.problem is None and self._handle is not None:
+                os.lseek(self._handle, self._position, os.SEEK_SET)
+                while done < len(view):
+                    done += os.write(self._handle, view[done:])
+        except BaseException as error:
+            self.problem = error
+        self._position += len(view)
+        return len(view)
+
+    def truncate(self, size: int | None = None) -> int:
+        """Cut or extend the file."""
+        size = self._position if size is None else size
+        try:
+            if self.problem is None and self._handle is not None:
+                os.ftruncate(self._handle, size)
+        except BaseException as error:
+            self.problem = error
+        return size
+
+    def flush(self) -> None:
+        """Nothing is held back here."""
+
+    def _size(self) -> int:
+        return os.fstat(self._handle).st_size if self._handle is not None else 0

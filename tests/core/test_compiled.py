@@ -1,0 +1,146 @@
+"""Compiled code is never stale, and a cache that cannot be used costs time and nothing else."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+from moefast.core import compiled
+from moefast.core.compiled import cache_place, njit
+
+
+@pytest.fixture
+def package(tmp_path):
+    """Two modules: a kernel, and a constant with a function that are compiled into it. Runs it and gives its answer."""
+    folder = tmp_path / "stars"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    (folder / "kernel.py").write_text(
+        textwrap.dedent(
+            """
+            from moefast.core.compiled import njit
+            from stars.quality import LIMIT, doubled
+
+            @njit(cache=True)
+            def answer(x):
+                return doubled(x) + LIMIT
+
+            @njit(cache=True)
+            def above(x):
+                return answer(x) + 1
+            """
+        )
+    )
+
+    def set_constants(limit, factor):
+        (folder / "quality.py").write_text(
+            textwrap.dedent(
+                f"""
+                from moefast.core.compiled import njit
+                LIMIT = {limit}
+
+                @njit(cache=True)
+                def doubled(x):
+                    return {factor} * x
+                """
+            )
+        )
+
+    def run(**environment):
+        code = "from stars.kernel import above, answer; print(answer(1), above(1))"
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False,
+            env={**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1", **environment},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip(), done.stderr
+
+    set_constants(10, 2)
+    return folder, set_constants, run
+
+
+def test_a_changed_constant_of_another_file_is_seen(package):
+    folder, set_constants, run = package
+    first, said = run()
+    assert first == "12 13"
+    assert said.count("compiling for this machine") == 1
+    assert list((folder / "__pycache__").glob("*.nbi"))
+    assert run() == ("12 13", "")
+    set_constants(100, 2)
+    assert run()[0] == "102 103"
+    set_constants(100, 3)
+    assert run()[0] == "103 104"
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "flipped"])
+def test_damaged_caches_are_compiled_again(damage, package):
+    folder, _, run = package
+    run()
+    # The index of one function, the code of the others.
+    for path in (folder / "__pycache__").glob("*.nb[ic]"):
+        if (path.suffix == ".nbi") != path.name.startswith("kernel.above"):
+            continue
+        content = bytearray(path.read_bytes())
+        middle = len(content) // 2
+        if damage == "flipped":
+            content[middle] ^= 0x10
+        path.write_bytes({"empty": b"", "cut": content[:middle], "flipped": content}[damage])
+    assert run()[0] == "12 13"
+    # The second run has mended them.
+    assert run() == ("12 13", "")
+
+
+def test_a_full_disk_under_the_cache_is_no_error(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(compiled, "_told", set())
+    kernel = njit(cache=True)(lambda x: x + 1)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(compiled._Files, "save", full)
+    assert kernel(1) == 2
+    assert kernel(1.5) == 2.5
+    assert caplog.text.count("cannot be kept") == 1
+
+
+@pytest.fixture
+def no_home(monkeypatch, tmp_path):
+    """Neither the package nor the home can be written, and there is no entry for the user."""
+    for locator in (compiled.caching.UserProvidedCacheLocator, compiled.caching.InTreeCacheLocator):
+        monkeypatch.setattr(locator, "from_function", classmethod(lambda *_: None))
+    monkeypatch.setattr(compiled.caching.AppDirs, "user_cache_dir", "~/.cache/numba")
+    monkeypatch.setattr(compiled.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
+    monkeypatch.setattr(compiled, "_told", set())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "temporary").mkdir()
+    return tmp_path
+
+
+def test_without_a_home_temporary_files_do(no_home):
+    def add(x):
+        return x + 1
+
+    kernel = njit(cache=True)(add)
+    assert cache_place(kernel).startswith(str(no_home / "temporary"))
+    assert kernel(np.int64(1)) == 2
+    assert list((no_home / "temporary").rglob("*.nbc"))
+    assert not (no_home / "~").exists()
+    assert (no_home / "temporary" / os.listdir(no_home / "temporary")[0]).stat().st_mode & 0o077 == 0
+
+
+def test_a_folder_that_others_can_write_is_not_trusted(no_home, caplog):
+    folder = no_home / "temporary" / f"moefast-compiled-{os.getuid()}"
+    folder.mkdir()
+    folder.chmod(0o777)
+
+    def add(x):
+        return x + 1
+
+    kernel = njit(cache=True)(add)
+    assert cache_place(kernel) == ""
+    assert kernel(np.int64(1)) == 2
+    assert not list(folder.iterdir())
+    assert "set NUMBA_CACHE_DIR" in caplog.text
