@@ -1,6 +1,7 @@
 """moefast: surface gravities for millions of faint stellar spectra.
 
-Five public names: `load` a model, `fit` one, `predict` with it, `evaluate` it, and the `Model` itself.
+Six public names: `load` a model, `fit` one, `predict` files or `predict_arrays` with it, `evaluate` it, and the
+`Model` itself.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from moefast.core.version import __version__ as __version__
 
-__all__ = ["Model", "evaluate", "fit", "load", "predict"]
+__all__ = ["Model", "evaluate", "fit", "load", "predict", "predict_arrays"]
 
 if TYPE_CHECKING:
     from moefast.model import Model
+    from moefast.predicting_arrays import predict_arrays
     from moefast.protocol.evaluate import evaluate
     from moefast.recipes import fit
     from moefast.scoring import predict
@@ -31,6 +33,7 @@ _HOMES = {
     "evaluate": "moefast.protocol.evaluate",
     "fit": "moefast.recipes",
     "predict": "moefast.scoring",
+    "predict_arrays": "moefast.predicting_arrays",
 }
 
 

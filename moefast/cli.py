@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,10 @@ def _shard(_: click.Context, __: click.Parameter, value: str | None) -> tuple[in
     if not 0 <= index < count:
         raise click.BadParameter(f"{value!r}: i counts from 0 and must be less than N")
     return index, count
+
+
+def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...]:
+    return tuple(part.strip() for part in (value or "").split(",") if part.strip())
 
 
 def _positive(_: click.Context, __: click.Parameter, value: float) -> float:
@@ -349,20 +354,35 @@ def simulate(
     click.echo(f"{out}: {last - first:,} spectra, seed {seed}{shard}, {arrays}")
 
 
+@cache
+def _grid_of(model: str | None) -> Any:
+    """Wavelengths of a model."""
+    from moefast.model import Model
+
+    return Model.load(model).mixture.wave
+
+
 @cli.command()
 @FILES
+@MODEL
 @click.option(
     "--picture", type=click.Path(dir_okay=False), help="Draw a few spectra and the SNR histograms to a PNG."
 )
 @click.option("--limit", type=click.IntRange(1), help="Look at so many rows at most.")
 @JSON
-def inspect(files: tuple[str, ...], picture: str | None, limit: int | None, as_json: bool) -> None:
-    """Show what is in spectrum files: arrays, wave grid, labels, SNR percentiles, bad rows."""
-    from moefast.spectra.files import open_spectra
+def inspect(
+    files: tuple[str, ...], model: str | None, picture: str | None, limit: int | None, as_json: bool
+) -> None:
+    """Show what is in spectrum files: arrays, wave grid, labels, SNR percentiles, bad rows.
+
+    FITS files of surveys are shown as the model would see them, on its grid.
+    """
+    from moefast.spectra.prepared import open_as_found
     from moefast.spectra.summary import format_text, summarise
     from moefast.spectra.summary import picture as draw
 
-    spectra = open_spectra(files, on_error="skip")
+    # Files of surveys have no grid of their own that all rows share.
+    spectra = open_as_found(files, lambda: _grid_of(model), on_error="skip")
     facts = summarise(spectra, max_rows=limit)
     click.echo(json.dumps(facts, indent=1) if as_json else format_text(facts))
     if picture:
@@ -812,15 +832,31 @@ def export(model: str, out: str, part: str, half: bool, overwrite: bool) -> None
 )
 @click.option("--limit", type=click.IntRange(1), help="Score at most so many rows.")
 @click.option("--shard", callback=_shard, metavar="i/N", help="Score part i (from 0) of N equal parts.")
+@click.option("--velocity", metavar="V",
+              help="Velocities to remove: a number [km/s], a column of the spectra, or a table that is joined by "
+              "identifiers (pfsStarCatalog, pfsStar files, redrock, rvspecfit, or any with v_los).")  # fmt: skip
+@click.option("--wave-medium", "medium", type=click.Choice(["auto", "vacuum", "air"]), default="auto",
+              show_default=True, help="What wavelengths are in; auto is what the survey uses.")  # fmt: skip
+@click.option(
+    "--select", metavar="EXPRESSION", help='Rows to predict, such as "targetType == 1 and nVisit > 2".'
+)
+@click.option(
+    "--keep", callback=_names, metavar="A,B,…", help="Columns of the input to keep besides identifiers."
+)
 @OVERWRITE
 @QUIET
 @JSON
 def predict(
     files: tuple[str, ...], model: str | None, out: str | None, array: str, backend: str,
     rows: tuple[int, int] | None, limit: int | None, shard: tuple[int, int] | None,
+    velocity: str | None, medium: str, select: str | None, keep: tuple[str, ...],
     overwrite: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Predict log g for every spectrum and write a table: one row per spectrum, in order.
+
+    FILE is an HDF5 file of the PFS simulator, a pfsCalibrated, pfsCoadd, pfsSingle, pfsObject or pfsStar, or a DESI
+    coadd or spectra file, recognised by its content; a folder of them, or a pattern. Units, masks and grids are the
+    file's (docs/formats.md). Spectra are taken to be at rest unless --velocity says how they move.
 
     Columns: row, identifiers of the input, log_g [dex], log_g_err (calibrated 1σ), log_g_err_raw (pixel noise
     alone), weight_k (gate), expert, snr_norm, snr_median, chi2, flag; of a posterior also T_eff [K], M_H, a_M, C_M
@@ -840,7 +876,8 @@ def predict(
     progress = Progress(quiet or as_json)
     summary = run(
         files, model, target, array=array, backend=backend, rows=rows, limit=limit,  # type: ignore[arg-type]
-        shard=shard, overwrite=overwrite, progress=progress.rows("predict"),
+        shard=shard, overwrite=overwrite, velocity=velocity, medium=medium, select=select,  # type: ignore[arg-type]
+        keep=keep, progress=progress.rows("predict"),
     )  # fmt: skip
     progress.close()
     facts = {
@@ -879,10 +916,6 @@ def _check_same_inputs(target: Path, files: tuple[str, ...]) -> None:
         os.path.realpath(p) for p in find_files(files)
     }:
         raise OutputError(f"{target}: is the table of other spectra; name another one with -o")
-
-
-def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...]:
-    return tuple(part.strip() for part in (value or "").split(",") if part.strip())
 
 
 def _sizes(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...]:

@@ -49,7 +49,7 @@ LARGEST_FILE = 2**31
 _PACKAGES = ("numpy", "scipy", "numba", "h5py", "onnx")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Model:
     """A fitted mixture with its manifest.
 
@@ -68,6 +68,13 @@ class Model:
     manifest: dict[str, Any]
     references: dict[str, LinearForm]
     path: Path | None = None
+
+    def __repr__(self) -> str:
+        wave = self.mixture.wave
+        return (
+            f"<Model {self.name}: {self.mixture.n_experts} experts, {wave.size} pixels, "
+            f"{wave[0]:.1f}-{wave[-1]:.1f} Å>"
+        )
 
     @classmethod
     def of_mixture(

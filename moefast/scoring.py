@@ -9,7 +9,6 @@ A row's numbers depend on the row alone, so `--rows`, `--shard` and bad neighbou
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -29,9 +28,13 @@ from moefast.kernels import PROJECT_ROWS
 from moefast.mixture import Mixture, Prediction
 from moefast.model import Model, shipped_path
 from moefast.posterior.mixture import AnyMixture, PosteriorMixture
-from moefast.spectra.files import Block, Failure, Shard, SpectrumSet, find_files, open_spectra
+from moefast.spectra.files import Block, Failure, SpectrumSet, find_files
+from moefast.spectra.layouts.pfsspec import IDENTIFIER, identifiers
+from moefast.spectra.prepared import Origins, Preparation, PreparedShard, open_prepared
 from moefast.spectra.quality import Flag, Quality, assess, good_pixels
+from moefast.spectra.selection import select as select_rows
 from moefast.spectra.tables import Column, open_table
+from moefast.spectra.velocities import Velocities, find_velocities
 
 __all__ = ["Summary", "choose_rows", "columns_of", "make_engine", "open_engine", "predict", "score_block"]
 
@@ -48,7 +51,6 @@ ONNX_ROWS, ONNX_BYTES = 1024, 2**27
 """Rows of a block for ONNX Runtime at most, and bytes of the largest value that it makes of a block."""
 LEAST_ROWS = 16
 """Spectra that a GPU must have room for: with less, halving a block does not help."""
-_ID = re.compile(r"id|\w+_id|(obj|cat|source|star|target|fiber|fibre)id", re.IGNORECASE)
 _LABEL = "log_g"
 _LOST = (Flag.NO_DATA, Flag.FEW_GOOD_PIXELS)
 
@@ -399,10 +401,31 @@ def _joined(parts: list[Any]) -> Any:
     return type(parts[0])(**{k: None if v[0] is None else np.concatenate(v) for k, v in found.items()})
 
 
-def table_columns(mixture: AnyMixture, ids: Mapping[str, np.dtype], several: bool) -> list[Column]:
+KNOWN = {
+    "catId": ("", "catalogue of the target"), "objId": ("", "object in its catalogue"),
+    "tract": ("", "part of the sky"),
+    "patch": ("", "part of the tract"), "ra": ("deg", "right ascension, ICRS"), "dec": ("deg", "declination, ICRS"),
+    "targetType": ("", "1 science, 2 sky, 3 flux standard"), "fiberId": ("", "fibre of the (first) exposure"),
+    "visit": ("", "exposure"), "nVisit": ("", "exposures that were coadded"), "TARGETID": ("", "DESI target"),
+    "OBJTYPE": ("", "DESI kind of target: TGT, SKY or none"),
+}  # fmt: skip
+"""Unit and meaning of columns that surveys give."""
+
+
+def table_columns(
+    mixture: AnyMixture, ids: Mapping[str, np.dtype], several: bool, velocity: Velocities | None = None
+) -> list[Column]:
     """Columns of a prediction table, in order."""
     columns = [Column.of(one) for one in (INPUTS if several else (ROW,))]
-    columns += [Column(name, dtype, "", "identifier of the input") for name, dtype in ids.items()]
+    columns += [
+        Column(name, dtype, *KNOWN.get(name, ("", "carried along from the input")))
+        for name, dtype in ids.items()
+    ]
+    if velocity is not None:
+        columns.append(Column("v_los", np.dtype("float32"), "km s-1", "velocity that was removed"))
+        if velocity.error is not None:
+            error = Column("v_los_err", np.dtype("float32"), "km s-1", "1 sigma of the velocity, as given")
+            columns.append(error)
     bits = ", ".join(f"{flag.value} {flag.name}" for flag in Flag)
     meanings = {"flag": f"sum of {bits}; 0 is what you want"}
     return columns + [
@@ -482,6 +505,10 @@ def predict(
     limit: int | None = None,
     shard: tuple[int, int] | None = None,
     overwrite: bool = False,
+    velocity: float | str | Path | None = None,
+    medium: Literal["auto", "vacuum", "air"] = "auto",
+    select: str | None = None,
+    keep: Iterable[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Summary:
     """Predict log g for every spectrum of one or more files.
@@ -489,7 +516,7 @@ def predict(
     Parameters
     ----------
     paths : path, folder, pattern, or several
-        Spectrum files on the model's wave grid.
+        Spectrum files of any layout in docs/formats.md. Spectra on another grid are resampled to the model's.
     model : Model, path of a model folder, or name of a shipped model, optional
         See `Model.load`; the first that is shipped if absent.
     out : path, optional
@@ -505,6 +532,15 @@ def predict(
         (i, N): score part i of N equal parts.
     overwrite : bool
         Replace an existing table.
+    velocity : number, column or path, optional
+        Velocities that are removed [km/s]: one for all, a column of the spectra, or a table that is joined by
+        identifiers (see `moefast.spectra.velocities`). Without it spectra are taken to be at rest.
+    medium : "auto", "vacuum" or "air"
+        What wavelengths are in; "auto" is what the survey uses.
+    select : str, optional
+        Rows to predict, such as ``targetType == 1 and nVisit > 2``; the others get no row in the table.
+    keep : iterable of str
+        Columns of the input that go into the table besides identifiers.
     progress : callable, optional
         Called with rows done and rows in all.
 
@@ -515,23 +551,39 @@ def predict(
     """
     chosen = model if isinstance(model, Model) else Model.load(model)
     engine, where = open_engine(chosen.mixture, backend)
-    spectra, failures = _open(paths, chosen)
-    if out is not None and any(_same_file(out, shard.path) for shard in spectra.shards):
+    preparation = Preparation(chosen.mixture.wave, medium, moving=velocity is not None)
+    spectra, failures = _open(paths, preparation)
+    origins = Origins(spectra)
+    if out is not None and any(_same_file(out, path) for path in origins.paths):
         raise OutputError(f"{out}: is one of the inputs; choose another name for the table")
-    several = len(spectra.shards) > 1 or bool(failures)
+    several = len(origins.paths) > 1 or bool(failures)
     start, stop = choose_rows(spectra.n_rows, rows, limit, shard)
     scored = sorted({"noisy" if array != "flux" and "noisy" in s.arrays else "flux" for s in spectra.shards})
     if array == "noisy" and scored != ["noisy"]:
         lacking = next(s.path for s in spectra.shards if "noisy" not in s.arrays)
         raise InputError(f"{lacking}: dataset/arrays/noisy/value is missing; use --array flux or auto")
-    ids = {name: _id_dtype(spectra, name) for name in spectra.columns if _ID.fullmatch(name)}
+    wanted_rows = np.zeros(spectra.n_rows, bool)
+    wanted_rows[start:stop] = True
+    if select is not None:
+        wanted_rows &= select_rows(select, lambda names: spectra.params(_present(spectra, names, "--select")))
+        if not wanted_rows.any():
+            raise InputError(f"--select {select!r}: holds for none of the rows {start}:{stop}")
+    n_out = int(wanted_rows.sum())
+    moved = None if velocity is None else _move(spectra, velocity, wanted_rows)
+    ids = {name: _id_dtype(spectra, name) for name in _carried(spectra, keep)}
     labelled = spectra.has_labels((_LABEL,))
+    layout = table_columns(chosen.mixture, ids, several, moved)
+    if len({column.name for column in layout}) < len(layout):
+        ours = {column.name for column in table_columns(chosen.mixture, {}, several, moved)}
+        raise InputError(
+            f"--keep {', '.join(sorted(ours & set(ids)))}: the table has a column of this name of its own; name others"
+        )
     about_params = _params_notes(spectra, ids, labelled)
     attrs: dict[str, Any] = {
         "moefast_version": __version__,
         "model": chosen.name,
         "model_sha256": chosen.hash,
-        "inputs": [str(s.path) for s in spectra.shards],
+        "inputs": [str(path) for path in origins.paths],
         "input_sha256": spectra.fingerprint(),
         "array": "+".join(scored),
         "rows": f"{start}:{stop}",
@@ -539,6 +591,10 @@ def predict(
         "device": where.device,
         "backend_reason": where.reason,
     }
+    if select is not None:
+        attrs["select"] = select
+    if moved is not None:
+        attrs["velocity"] = moved.source
     summary = Summary(
         backend=where.name,
         device=where.device,
@@ -546,7 +602,7 @@ def predict(
         array="+".join(scored),
         failures=failures,
     )
-    sink = _Sink(out, stop - start, table_columns(chosen.mixture, ids, several), attrs, overwrite)
+    sink = _Sink(out, n_out, layout, attrs, overwrite)
     r2, looked_at, unlike = _R2(), list[tuple[NDArray, NDArray]](), 0
     every = 1 + (stop - start) // LOOKED_AT
     wanted = [*ids, _LABEL] if labelled else list(ids)
@@ -555,19 +611,20 @@ def predict(
         """Account for rows that could not be read; of a single file they end the run instead."""
         if first == last or not several:
             return
-        _fill_gap(sink, spectra, first, last, ids, several)
+        _fill_gap(sink, spectra, origins, first, last, ids, wanted_rows, moved)
+        lost = int(wanted_rows[first:last].sum())
         for f in _LOST:
-            summary.flags[str(f.name)] = summary.flags.get(str(f.name), 0) + last - first
+            summary.flags[str(f.name)] = summary.flags.get(str(f.name), 0) + lost
         if labelled:
-            lost = _labels_between(spectra, first, last)
-            r2.add(lost, np.full(len(lost), np.nan))
+            lost_labels = _labels_between(spectra, first, last, wanted_rows)
+            r2.add(lost_labels, np.full(len(lost_labels), np.nan))
 
     def score(block: Block) -> _Scored:
         base = int(spectra.first_rows[block.shard])
         found = score_block(engine, block, block.first_row - base)
         return _Scored(block.first_row, block.shard, block.params, *found)
 
-    def keep(parts: list[_Scored]) -> None:
+    def write(parts: list[_Scored]) -> None:
         """Flag rows of one file that follow each other, and write them."""
         nonlocal unlike
         if not parts:
@@ -576,10 +633,12 @@ def predict(
         columns = columns_of(chosen, _joined([p.result for p in parts]), _joined([p.quality for p in parts]))
         params = {name: np.concatenate([p.params[name] for p in parts]) for name in wanted}
         n, begin = len(columns["log_g"]), first - int(spectra.first_rows[shard])
-        lead: dict[str, NDArray] = {"row": np.arange(begin, begin + n, dtype=np.int64)}
+        chosen_rows = wanted_rows[first : first + n]
+        if not chosen_rows.all():
+            columns, params = ({k: v[chosen_rows] for k, v in each.items()} for each in (columns, params))
+        lead = _lead(origins, shard, (begin, begin + n), chosen_rows, several)
         lead |= {name: _identifiers(params[name], dtype) for name, dtype in ids.items()}
-        if several:
-            lead["file"] = np.full(n, shard, np.int32)
+        lead |= _velocity_columns(moved, first, chosen_rows)
         sink.write({**lead, **columns})
         if labelled:
             known = plausible(_LABEL, params[_LABEL])
@@ -612,20 +671,20 @@ def predict(
                 or n_waiting >= TABLE_ROWS
                 or (waiting and waiting[0].shard != part.shard)
             ):
-                keep(waiting)
+                write(waiting)
                 fill(position, part.first_row)
             waiting.append(part)
             position = part.first_row + len(part.result.log_g)
             if progress is not None:
                 progress(position - start, stop - start)
-        keep(waiting)
-        summary.failures = list(spectra.failures)
+        write(waiting)
+        summary.failures = [*spectra.failures, *origins.faults(start, stop)]
         fill(position, stop)
-        summary.n_rows = stop - start
+        summary.n_rows = n_out
         summary.seconds = time.perf_counter() - begin
         summary.spectra_per_second = summary.n_rows / summary.seconds
         summary.r2 = r2.value() if labelled else None
-        summary.notes = _notes(looked_at, unlike, summary, chosen) + about_params
+        summary.notes = [*_told(spectra, moved), *_notes(looked_at, unlike, summary, chosen), *about_params]
         sink.attrs.update(
             seconds=summary.seconds,
             spectra_per_second=summary.spectra_per_second,
@@ -638,19 +697,73 @@ def predict(
     return summary
 
 
-def _open(paths: str | Path | Iterable[str | Path], model: Model) -> tuple[SpectrumSet, list[Failure]]:
+def _open(
+    paths: str | Path | Iterable[str | Path], preparation: Preparation
+) -> tuple[SpectrumSet, list[Failure]]:
     """Open the files; with several, those that cannot be used are left out."""
     given = [paths] if isinstance(paths, str | Path) else list(paths)
     try:
         alone = len(find_files(given)) == 1
     except InputError:
         alone = len(given) == 1
-
-    def usable(shard: Shard) -> None:
-        model.check_wave(shard.wave, str(shard.path))
-
-    spectra = open_spectra(given, on_error="raise" if alone else "skip", check=usable)
+    spectra = open_prepared(given, preparation, on_error="raise" if alone else "skip")
     return spectra, list(spectra.failures)
+
+
+def _present(spectra: SpectrumSet, names: Iterable[str], option: str) -> list[str]:
+    """The names, if every file has such columns."""
+    names = list(names)
+    for shard in spectra.shards:
+        for name in names:
+            if name not in shard.columns:
+                raise InputError(
+                    f"{option} {name}: {shard.path} has no such column; it has {', '.join(shard.columns) or 'none'}"
+                )
+    return names
+
+
+def _carried(spectra: SpectrumSet, keep: Iterable[str]) -> list[str]:
+    """Columns that go from the input to the table: identifiers that all files have, and what is to be kept."""
+    names: dict[str, None] = {}
+    for shard in spectra.shards:
+        own = shard.identifiers if isinstance(shard, PreparedShard) else identifiers(shard)
+        names |= dict.fromkeys(name for name in own if name in spectra.columns)
+    return list(names | dict.fromkeys(_present(spectra, keep, "--keep")))
+
+
+def _move(spectra: SpectrumSet, velocity: float | str | Path, needed: NDArray[np.bool_]) -> Velocities:
+    """Find the velocities and have them removed."""
+    found = find_velocities(velocity, spectra, needed)
+    for shard, first in zip(spectra.shards, spectra.first_rows, strict=False):
+        if isinstance(shard, PreparedShard):
+            shard.set_velocity(found.velocity[first : first + shard.n_rows])
+    return found
+
+
+def _lead(
+    origins: Origins, shard: int, rows: tuple[int, int], wanted: NDArray[np.bool_], several: bool
+) -> dict[str, NDArray]:
+    file, row = origins.of(shard, *rows)
+    lead: dict[str, NDArray] = {"row": row[wanted]}
+    if several:
+        lead["file"] = file[wanted]
+    return lead
+
+
+def _velocity_columns(moved: Velocities | None, first: int, wanted: NDArray[np.bool_]) -> dict[str, NDArray]:
+    if moved is None:
+        return {}
+    here = slice(first, first + len(wanted))
+    out = {"v_los": moved.velocity[here][wanted].astype(np.float32)}
+    if moved.error is not None:
+        out["v_los_err"] = moved.error[here][wanted].astype(np.float32)
+    return out
+
+
+def _told(spectra: SpectrumSet, moved: Velocities | None) -> list[str]:
+    """What the files, and the velocities, have users know."""
+    notes = [note for shard in spectra.shards if isinstance(shard, PreparedShard) for note in shard.notes]
+    return list(dict.fromkeys([*notes, *([] if moved is None else moved.notes)]))
 
 
 def _same_file(first: str | Path, second: Path) -> bool:
@@ -725,9 +838,14 @@ def _identifiers(values: NDArray, dtype: np.dtype) -> NDArray:
 def _params_notes(spectra: SpectrumSet, ids: Mapping[str, np.dtype], labelled: bool) -> list[str]:
     """What of the params tables is not used, and why; and what to know about the rest."""
     notes = []
-    names = [name for shard in spectra.shards for name in (*shard.columns, *shard.unreadable)]
+    names = [
+        name
+        for shard in spectra.shards
+        if not isinstance(shard, PreparedShard)
+        for name in (*shard.columns, *shard.unreadable)
+    ]
     for name in dict.fromkeys(names):
-        wanted = _ID.fullmatch(name) or name == _LABEL
+        wanted = IDENTIFIER.fullmatch(name) or name == _LABEL
         if not wanted or name in ids or (name == _LABEL and labelled):
             continue
         for shard in spectra.shards:
@@ -744,36 +862,36 @@ def _params_notes(spectra: SpectrumSet, ids: Mapping[str, np.dtype], labelled: b
     return notes
 
 
-def _labels_between(spectra: SpectrumSet, first: int, last: int) -> NDArray:
+def _labels_between(spectra: SpectrumSet, first: int, last: int, wanted: NDArray[np.bool_]) -> NDArray:
     """Labels of rows that could not be read, as far as they are labels."""
     parts = []
     for index, base in enumerate(spectra.first_rows[:-1].tolist()):
         low, high = max(first, base), min(last, int(spectra.first_rows[index + 1]))
         if low < high:
-            values = spectra.shards[index].params([_LABEL], low - base, high - base)[_LABEL]
+            values = spectra.shards[index].params([_LABEL], low - base, high - base)[_LABEL][wanted[low:high]]
             parts.append(np.asarray(values, np.float64)[plausible(_LABEL, values)])
     return np.concatenate(parts) if parts else np.empty(0)
 
 
-def _fill_gap(sink, spectra, first, stop, ids, several):  # type: ignore[no-untyped-def]
+def _fill_gap(sink, spectra, origins, first, stop, ids, wanted_rows, moved):  # type: ignore[no-untyped-def]
     """Write rows that could not be read: NaN and NO_DATA, so that no row is lost."""
     for index, base in enumerate(spectra.first_rows[:-1]):
         low, high = max(first, int(base)), min(stop, int(spectra.first_rows[index + 1]))
         if low >= high:
             continue
-        n = high - low
+        wanted = wanted_rows[low:high]
+        n = int(wanted.sum())
         row: dict[str, NDArray] = {}
         for column in sink.layout:
             kind = column.dtype.kind
             row[column.name] = np.full(n, np.nan, column.dtype) if kind == "f" else np.zeros(n, column.dtype)
-        row["row"] = np.arange(low - base, high - base, dtype=np.int64)
+        row |= _lead(origins, index, (low - base, high - base), wanted, "file" in row)
+        row |= _velocity_columns(moved, low, wanted)
         row["expert"][:] = -1
         row["flag"][:] = np.uint32(sum(_LOST))
-        if several:
-            row["file"][:] = index
         for name in ids:
             try:
-                values = spectra.shards[index].params([name], low - base, high - base)[name]
+                values = spectra.shards[index].params([name], low - base, high - base)[name][wanted]
                 row[name] = _identifiers(values, ids[name])
             except MoefastError:
                 continue

@@ -30,7 +30,7 @@ FLOORS = (
     # The folder of a model verifies its ONNX file, so it stands above the export of the mixture.
     ("moefast.model",),
     ("moefast.fitting", "moefast.scoring"),
-    ("moefast.recipes",),
+    ("moefast.predicting_arrays", "moefast.recipes"),
     ("moefast.protocol",),
     # The public names: `moefast.load`, `fit`, `predict`, `evaluate`.
     ("moefast",),

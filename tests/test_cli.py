@@ -69,7 +69,8 @@ HELP = {
     "export": ("MODEL", "--part", "mixture", "expert-0", "ONNX", "verified"),
     "predict": (
         "FILE…", "--model", "--out", ".parquet", ".fits", "--rows", "--limit", "--shard", "--backend", "--array",
-        "--overwrite", "--json", "log_g_err", "flag", "one row per spectrum",
+        "--overwrite", "--json", "log_g_err", "flag", "one row per spectrum", "--velocity", "--wave-medium",
+        "--select", "--keep", "pfsCalibrated", "DESI",
     ),
     "doctor": ("--json", "machine"),
 }  # fmt: skip
@@ -390,9 +391,9 @@ def test_spectra_without_data_have_no_r2(run, few, model_folder):
 
 def test_4_another_wave_grid(run, stars, tmp_path, model_folder):
     some = stars.take(slice(0, 4))
-    path = replace(some, wave=some.wave + 5).write(tmp_path / "x.h5")
+    path = replace(some, wave=some.wave + 5000).write(tmp_path / "x.h5")
     message = run("predict", path, "-m", model_folder, code=4).stderr
-    assert "7105.854" in message
+    assert "12100.854" in message
     assert "7100.854" in message
     run("evaluate", path, "-m", model_folder, code=4)
     assert os.listdir() == []

@@ -219,10 +219,10 @@ def test_missing_dataset(dataset, match, few, model, tmp_path):
 
 def test_another_wave_grid(few, model, tmp_path):
     some = few.take(slice(0, 5))
-    path = replace(some, wave=some.wave * 1.001).write(tmp_path / "x.h5")
+    path = replace(some, wave=some.wave + 1000).write(tmp_path / "x.h5")
     with pytest.raises(WaveGridError) as caught:
         predict(path, model, tmp_path / "t.h5")
-    for words in ("x.h5", "1024 pixels, 7107.955-", "1024 pixels, 7100.854-8849.146 Å", "step"):
+    for words in ("x.h5", "1024 pixels, 8100.854-", "1024 pixels, 7100.854-8849.146 Å", "step"):
         assert words in str(caught.value)
     assert caught.value.exit_code == 4
     assert not (tmp_path / "t.h5").exists()

@@ -366,7 +366,7 @@ def test_a_damaged_file_is_named_and_the_others_are_done(position, shards, model
 def test_a_file_on_another_grid_is_left_out_wherever_it_stands(position, stars, model, tmp_path):
     few = stars.take(slice(0, 9))
     good = few.write(tmp_path / "good.h5")
-    other = replace(few, wave=few.wave + 1.0).write(tmp_path / "other.h5")
+    other = replace(few, wave=few.wave + 5000.0).write(tmp_path / "other.h5")
     given = [good]
     given.insert(position, other)
     summary = predict(given, model)

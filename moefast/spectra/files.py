@@ -59,7 +59,7 @@ __all__ = [
 ]
 
 ARRAYS = ("flux", "error", "mask", "noisy")
-_SUFFIXES = (".h5", ".hdf5")
+_SUFFIXES = (".h5", ".hdf5", ".fits", ".fit", ".fits.gz", ".fits.fz")
 _STAGING_BYTES = 1 << 20
 _SLAB_BYTES = 1 << 25
 _FREE_MEMORY = max(12, 4 * CORES)
@@ -81,6 +81,9 @@ def _is_table(path: Path) -> bool:
         # Opening a pipe would wait for somebody to write into it.
         if not path.is_file():
             return False
+        if path.suffix.lower() not in {".h5", ".hdf5"}:
+            with open(path, "rb") as plain:
+                return b"MOEFAST_VERSION" in plain.read(1 << 15)
         with h5py.File(path, "r") as file:
             return "predictions" in file and "dataset" not in file
     except OSError:
@@ -122,15 +125,16 @@ def _below(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Ite
             continue
         # A link without its target may have been a folder of spectra.
         lost = path.is_symlink() and not path.exists() and not suffix
-        if (suffix in _SUFFIXES or lost) and not _is_left_by_macos(path):
+        if (path.name.lower().endswith(_SUFFIXES) or lost) and not _is_left_by_macos(path):
             yield path
 
 
 def find_files(paths: str | Path | Iterable[str | Path]) -> list[Path]:
     """Spectrum files meant by files, folders and glob patterns.
 
-    Folders, given or met by a pattern, are searched recursively for ``*.h5`` and ``*.hdf5``. What one folder or pattern
-    yields is in natural order (shard 2 before shard 10); the order of the arguments is kept and duplicates are dropped.
+    Folders, given or met by a pattern, are searched recursively for ``*.h5``, ``*.hdf5`` and ``*.fits`` (also gzipped).
+    What one folder or pattern yields is in natural order (shard 2 before shard 10); the order of the arguments is kept
+    and duplicates are dropped.
     Prediction tables of moefast that lie among the spectra are passed over, unless they are named themselves. What
     cannot be opened is among the files, links without a target for example: whoever opens it will say so.
 
@@ -161,7 +165,7 @@ def _matches(given: str | Path) -> list[Path]:
     if path.is_dir():
         matches = [p for p in _below(path) if not _is_table(p)]
         if not matches:
-            raise InputError(f"{given}: no file *.h5 or *.hdf5 in this folder or below it")
+            raise InputError(f"{given}: no file *.h5, *.hdf5 or *.fits in this folder or below it")
         return matches
     if os.path.lexists(path):
         return [path]
@@ -373,6 +377,8 @@ def _why_not_opened(path: Path, error: OSError | ValueError) -> str:
             head = file.read(8)
     except (OSError, ValueError) as problem:
         return f"{str(path)!r}: cannot be read: {problem}"
+    if head == b"SIMPLE  ":
+        return f"{path}: a FITS file; only predict and inspect read those, on the grid of a model"
     if head != b"\x89HDF\r\n\x1a\n":
         return f"{path}: not an HDF5 file (it starts with {head!r})"
     return f"{path}: cannot be opened as HDF5, it may be damaged: {error}"
@@ -1173,6 +1179,7 @@ def open_spectra(
     *,
     on_error: OnError = "raise",
     check: Callable[[Shard], None] | None = None,
+    open_shard: Callable[[Path], Shard] | None = None,
 ) -> SpectrumSet:
     """Open spectrum files as one set.
 
@@ -1184,6 +1191,8 @@ def open_spectra(
         Whether a file that cannot be used is an error, or is left out and noted in `SpectrumSet.failures`.
     check : callable, optional
         Called with each shard; an `InputError` from it says that the file cannot be used.
+    open_shard : callable, optional
+        Opens a file; `Shard`, for HDF5 files as they are, if absent.
 
     Raises
     ------
@@ -1196,8 +1205,9 @@ def open_spectra(
         raise ValueError(f"on_error must be 'raise' or 'skip', found {on_error!r}")
     given = [paths] if isinstance(paths, str | Path) else list(paths)
     check = check or (lambda shard: None)
+    open_shard = open_shard or Shard
     if on_error == "raise":
-        found = [Shard(path) for path in find_files(given)]
+        found = [open_shard(path) for path in find_files(given)]
         for shard in found:
             check(shard)
         return SpectrumSet(found)
@@ -1211,7 +1221,7 @@ def open_spectra(
             failures.append(Failure(Path(path), None, error))
     for file in find_files(files) if files else []:
         try:
-            shard = Shard(file)
+            shard = open_shard(file)
             check(shard)
             if shards:
                 _check_wave(shard, shards[0])

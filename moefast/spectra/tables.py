@@ -433,6 +433,10 @@ _FITS_FORMATS: dict[str, tuple[str, str, int]] = {
 }
 
 
+_NO_FITS_UNITS = {"dex"}
+"""Units that the FITS standard does not have: said in the column's description, where no reader stumbles over them."""
+
+
 class _FitsTable(TableWriter):
     """A binary table extension; attributes in the primary header, which has room kept for them."""
 
@@ -462,13 +466,18 @@ class _FitsTable(TableWriter):
             row.append((f"c{number}", stored))
             header[f"TTYPE{number}"] = column.name
             header[f"TFORM{number}"] = code
-            if column.unit:
+            if column.unit and column.unit not in _NO_FITS_UNITS:
                 header[f"TUNIT{number}"] = column.unit
             if offset:
                 header[f"TSCAL{number}"] = 1
                 header[f"TZERO{number}"] = offset
-            if column.description:
-                header[f"TCOMM{number}"] = _fits_text(column.description)
+            text = (
+                f"[{column.unit}] {column.description}"
+                if column.unit in _NO_FITS_UNITS
+                else column.description
+            )
+            if text:
+                header[f"TCOMM{number}"] = _fits_text(text)
         self._row = np.dtype(row)
         header["NAXIS1"] = self._row.itemsize
         self._table_header = header.tostring().encode("ascii")

@@ -19,6 +19,8 @@ import moefast.kernels
 from moefast import kernels
 from moefast.kernels.reference import perceptron_reference, soft_mix_reference
 from moefast.kernels.reference_forest import forest_predict_reference
+from moefast.kernels.reference_resample import resampling_matrix
+from moefast.kernels.resample import pixel_edges, resample
 from moefast.mixture import Mixture
 from moefast.spectra.quality import assess, good_pixels
 
@@ -328,6 +330,22 @@ def assess_all_good():
     return kernel, baseline
 
 
+def resample_rows():
+    """Against the product with the matrix of the same weights: flux, and squares for the variance."""
+    flux, error = spectra(256)
+    wave = np.linspace(7100, 8850, P)
+    edges, out = pixel_edges(wave), pixel_edges(wave[8:-8] + 0.3)
+    weights = resampling_matrix(edges, out).T
+    squares, width = (weights**2).astype(np.float32), np.diff(edges).astype(np.float32)
+    shares, weights = (squares.sum(0) * np.diff(out)).astype(np.float32), weights.astype(np.float32)
+    bad, starts = np.zeros(flux.size, bool), np.arange(len(flux) + 1) * P
+
+    def kernel():
+        return list(resample(wave, flux.ravel(), error.ravel(), bad, starts, np.ones(len(flux)), out)[:2])
+
+    return kernel, lambda: [flux @ weights, np.sqrt((error**2 * width) @ squares / shares)]
+
+
 def cloud_posterior():
     """The floor of a star with a noise of its own: u, M, and the product of C' with the vectors of all clouds."""
     mixture = posterior(p=P, m=448, n=49, t=5, q=3, labels=5)
@@ -371,6 +389,7 @@ CASES = {
     good_pixels_all_good: 4.0,
     good_pixels_masked: 4.0,
     assess_all_good: 0.6,
+    resample_rows: 0.6,
     cloud_posterior: 2.5,
 }
 """Largest ratio of the kernel's time to the baseline's."""

@@ -132,7 +132,7 @@ def test_others_read_units_and_descriptions(tmp_path):
         with fits.open(tmp_path / "out.fits") as file:
             file.verify("exception")
             assert file["PREDICTIONS"].columns["T_eff"].unit == "K"
-            assert file["PREDICTIONS"].header["TCOMM3"] == "surface gravity"
+            assert file["PREDICTIONS"].header["TCOMM3"] == "[dex] surface gravity"
             assert file[0].header["BACKEND"] == "cpu"
             assert file[0].header["moefast_version"] == "0.1"
             np.testing.assert_array_equal(file["PREDICTIONS"].data["log_g"], data["log_g"])

@@ -10,6 +10,8 @@ from importlib.resources import files
 
 import numpy as np
 
+from moefast.spectra.units import air_to_vacuum
+
 from .constants import ATOMIC_MASS, BOLTZMANN
 from .elements import ATOMIC_NUMBERS, INDEX, IONISATION_EV, MASSES
 
@@ -54,13 +56,6 @@ class AtomicLines:
     log_gf: np.ndarray
     log_vdw: np.ndarray
     log_rad: np.ndarray
-
-
-def air_to_vacuum(wave_air: np.ndarray) -> np.ndarray:
-    """Vacuum wavelengths [Å] from air; inverse of Ciddor (1996, Appl. Opt. 35, 1566) as used by VALD."""
-    s2 = (1e4 / np.asarray(wave_air)) ** 2
-    n = 1.0 + 8.336624212083e-5 + 0.02408926869968 / (130.1065924522 - s2)
-    return wave_air * (n + 1.599740894897e-4 / (38.92568793293 - s2))
 
 
 def vacuum_to_air(wave: float) -> float:

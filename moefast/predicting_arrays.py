@@ -1,0 +1,283 @@
+"""Predictions for spectra that are in memory: arrays, masked arrays, quantities, NDData and specutils objects.
+
+Design: what becomes of a spectrum is what becomes of one in a file (`moefast.spectra.prepared`, `moefast.scoring`), so
+the numbers are the command's. Objects of other packages are known by what they have, not by their types: a flux or data
+with a unit, an uncertainty of a named type, a mask, a spectral axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moefast.core.errors import InputError
+from moefast.core.threads import one_blas_thread
+from moefast.model import Model
+from moefast.scoring import columns_of, open_engine, table_columns
+from moefast.spectra.prepared import in_vacuum, prepare_rows
+from moefast.spectra.resample import Pixels
+from moefast.spectra.units import LIGHT_SPEED, flux_factor, wave_factor
+from moefast.spectra.velocities import Velocities
+
+if TYPE_CHECKING:
+    from astropy.table import Table
+
+__all__ = ["predict_arrays"]
+
+SCALE = (0.1, 10.0)
+"""Median of flux without a unit that is taken for normalised."""
+_TO_SIGMA: dict[Any, Callable[[NDArray], NDArray]] = {
+    "std": lambda a: a,
+    "var": np.sqrt,
+    "ivar": lambda a: 1 / np.sqrt(a),
+}
+_POWER: dict[Any, int] = {"std": 1, "var": 2, "ivar": -2}
+
+
+@dataclass(frozen=True)
+class _Given:
+    """Spectra (n, k), 1σ, bad pixels, wavelengths in Å ((k,) or (n, k); None: the model's) and unit of flux."""
+
+    flux: NDArray
+    error: NDArray
+    bad: NDArray[np.bool_]
+    wave: NDArray[np.float64] | None
+    unit: Any
+
+
+def predict_arrays(
+    flux: Any,
+    error: Any = None,
+    model: Model | str | Path | None = None,
+    *,
+    wave: Any = None,
+    mask: Any = None,
+    velocity: Any = None,
+    unit: Any = None,
+    medium: Literal["vacuum", "air"] = "vacuum",
+    backend: str = "auto",
+) -> Table:
+    """Predict log g for spectra in memory, with the numbers and columns of ``moefast predict``.
+
+    Parameters
+    ----------
+    flux : array of shape (p,) or (n, p), quantity, masked array, NDData or specutils spectrum, or a list of spectra
+        Flux of one star, or of n. With a unit it is converted to f_λ and divided by its median; without one it must be
+        f_λ that is divided by it already, as training sets are.
+    error : array of the same shape
+        1σ. Not for objects that have an uncertainty of their own.
+    model : Model, path of a model folder, or name of a shipped model, optional
+        See `moefast.load`.
+    wave : array of shape (p,) or (n, p), or quantity, optional
+        Wavelengths, in Å if they have no unit; the model's grid if absent.
+    mask : array of the same shape, optional
+        True (not 0) where a pixel is bad.
+    velocity : number, quantity or array of shape (n,), optional
+        Velocity that is removed, km/s.
+    unit : unit or text, optional
+        Unit of flux and error, if they have none of their own.
+    medium : "vacuum" or "air"
+        What wavelengths are in.
+    backend : "auto", "cpu" or "cuda"
+
+    Returns
+    -------
+    astropy.table.Table
+        One row for each spectrum, in order, with units and descriptions; `meta` names the model and the backend.
+
+    Raises
+    ------
+    InputError
+        Shapes do not fit, a unit is no flux density, wavelengths are not increasing, or flux without a unit is on a
+        scale of its own.
+
+    Examples
+    --------
+    ::
+
+        table = moefast.predict_arrays(flux, error, wave=wave, velocity=-26.0)
+        table["log_g", "log_g_err", "flag"]
+    """
+    from astropy import units
+    from astropy.table import Column, Table
+
+    chosen = model if isinstance(model, Model) else Model.load(model)
+    several = isinstance(flux, list | tuple) and len(flux) > 0 and _is_object(flux[0])
+    if several and (error is not None or wave is not None or mask is not None):
+        raise InputError("error, wave and mask: spectra that are objects have their own; leave these out")
+    parts = [_read(each, error, wave, mask, unit) for each in (flux if several else [flux])]
+    moved = _velocities(velocity, sum(len(part.flux) for part in parts))
+    prepared, row = [], 0
+    for part in parts:
+        stop = row + len(part.flux)
+        factor = np.ones(stop - row) if moved is None else 1 + moved.velocity[row:stop] / LIGHT_SPEED
+        prepared.append(_prepared(part, factor, chosen.mixture.wave, row, air=medium == "air"))
+        row = stop
+    x, e, bad = (np.concatenate(arrays) for arrays in zip(*prepared, strict=True))
+    engine, where = open_engine(chosen.mixture, backend)
+    pieces: dict[str, list[NDArray]] = {}
+    with one_blas_thread(), np.errstate(over="ignore", invalid="ignore"):
+        for first in range(0, len(x), engine.block_rows):
+            here = slice(first, first + engine.block_rows)
+            hidden = bad[here] if bad[here].any() else None
+            for name, column in columns_of(chosen, *engine(x[here], e[here], hidden, first)).items():
+                pieces.setdefault(name, []).append(column)
+    values = {name: np.concatenate(parts_of) for name, parts_of in pieces.items()}
+    values["row"] = np.arange(len(x))
+    if moved is not None:
+        values["v_los"] = moved.velocity.astype(np.float32)
+    layout = table_columns(chosen.mixture, {}, False, moved)
+    return Table(
+        [
+            Column(values[c.name], c.name, unit=units.Unit(c.unit) if c.unit else None, description=c.description)
+            for c in layout
+        ],
+        meta={"model": chosen.name, "model_sha256": chosen.hash, "backend": where.name, "device": where.device},
+    )  # fmt: skip
+
+
+def _velocities(velocity: Any, n: int) -> Velocities | None:
+    if velocity is None:
+        return None
+    if hasattr(velocity, "unit"):
+        from astropy import units
+
+        velocity = velocity.to_value(units.km / units.s)
+    values = np.asarray(velocity, np.float64)
+    if values.shape not in {(), (n,)}:
+        raise InputError(
+            f"velocity: one number, or one for each of {n} spectra, expected; found shape {values.shape}"
+        )
+    if not np.all(np.isfinite(values)):
+        raise InputError("velocity: every spectrum needs a finite one")
+    return Velocities(np.broadcast_to(values, (n,)).copy(), None, "velocity")
+
+
+def _is_object(thing: Any) -> bool:
+    """Whether it is a spectrum of another package, not an array."""
+    return not isinstance(thing, np.ndarray) and (
+        hasattr(thing, "uncertainty") or hasattr(thing, "spectral_axis")
+    )
+
+
+def _plain(thing: Any) -> tuple[NDArray, Any, NDArray[np.bool_] | None]:
+    """Numbers, their unit (None if they have none), and the mask that they carry."""
+    unit = getattr(thing, "unit", None)
+    hidden = np.ma.getmaskarray(thing) if isinstance(thing, np.ma.MaskedArray) else None
+    if hasattr(thing, "unmasked"):
+        # A masked quantity of astropy.
+        hidden, thing = np.asarray(thing.mask), thing.unmasked
+    return np.ma.getdata(getattr(thing, "value", thing)), unit, hidden
+
+
+def _read(flux: Any, error: Any, wave: Any, mask: Any, unit: Any) -> _Given:
+    if _is_object(flux):
+        flux, error, wave, mask = _unpacked(flux, error, wave, mask)
+    if error is None:
+        raise InputError("error: every spectrum needs its 1σ; without the noise there is no log g")
+    x, x_unit, hidden = _plain(flux)
+    e, e_unit, e_hidden = _plain(error)
+    x, e = np.atleast_2d(x), np.atleast_2d(e)
+    if x.ndim != 2 or x.dtype.kind not in "fiu" or x.shape[1] < 2:
+        raise InputError(
+            f"flux: numbers of shape (p,) or (n, p) expected, found {x.dtype} of shape {x.shape}"
+        )
+    if e.shape != x.shape:
+        raise InputError(f"error has shape {e.shape}, flux {x.shape}")
+    bad = np.zeros(x.shape, bool)
+    for part in (mask, hidden, e_hidden):
+        if part is not None:
+            part = np.atleast_2d(np.asarray(part)) != 0
+            if part.shape not in {x.shape, (1, x.shape[1])}:
+                raise InputError(f"mask has shape {part.shape}, flux {x.shape}")
+            bad |= part
+    if x_unit is not None and unit is not None:
+        raise InputError(f"unit: flux has the unit {x_unit} already; leave unit out")
+    unit = x_unit if x_unit is not None else unit
+    if e_unit is not None and unit is not None and e_unit != unit:
+        try:
+            e = e * e_unit.to(unit)
+        except Exception as problem:
+            raise InputError(f"error has the unit {e_unit}, flux {unit}: {problem}") from problem
+    return _Given(x, e, bad, _wavelengths(wave, x.shape), unit)
+
+
+def _wavelengths(wave: Any, shape: tuple[int, ...]) -> NDArray[np.float64] | None:
+    if wave is None:
+        return None
+    w, unit, _ = _plain(wave)
+    w = np.asarray(w, np.float64)
+    if unit is not None:
+        w = w * wave_factor(unit, "wave")
+    if w.shape not in {shape, (shape[1],)}:
+        raise InputError(f"wave has shape {w.shape}; ({shape[1]},) or {shape} expected, as flux has")
+    return w
+
+
+def _unpacked(thing: Any, error: Any, wave: Any, mask: Any) -> tuple[Any, Any, Any, Any]:
+    """Flux, error, wavelengths and mask of an object of another package; what is given beside it has precedence."""
+    flux = getattr(thing, "flux", None)
+    if flux is None:
+        flux = thing.data if getattr(thing, "unit", None) is None else thing.data * thing.unit
+    uncertainty = getattr(thing, "uncertainty", None)
+    if error is None and uncertainty is not None:
+        kind = getattr(uncertainty, "uncertainty_type", None)
+        if kind not in _TO_SIGMA:
+            raise InputError(
+                f"uncertainty of type {kind!r} found, expected {', '.join(_TO_SIGMA)}: give the 1σ as error"
+            )
+        scale = 1.0
+        unit, own = getattr(uncertainty, "unit", None), getattr(flux, "unit", None)
+        if unit is not None and own is not None:
+            scale = float(unit.to(own ** _POWER[kind]))
+        with np.errstate(all="ignore"):
+            error = _TO_SIGMA[kind](np.asarray(uncertainty.array, np.float64) * scale)
+    if wave is None:
+        wave = getattr(thing, "spectral_axis", None)
+    if mask is None:
+        mask = getattr(thing, "mask", None)
+    return flux, error, wave, mask
+
+
+def _prepared(
+    given: _Given, factor: NDArray[np.float64], grid: NDArray[np.float64], first_row: int, *, air: bool
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]:
+    x, e, wave = given.flux, given.error, given.wave
+    if wave is None:
+        if x.shape[1] != len(grid):
+            raise InputError(
+                f"flux has {x.shape[1]} pixels, the model's grid {len(grid)} ({grid[0]:.2f} to {grid[-1]:.2f} Å); give "
+                "the wavelengths as wave"
+            )
+        wave = grid
+    scale = given.unit is not None and str(given.unit) != ""
+    if scale:
+        factors = np.broadcast_to(flux_factor(given.unit, wave.ravel(), "flux").reshape(wave.shape), x.shape)
+        with np.errstate(all="ignore"):
+            x, e = x * factors, e * factors
+    else:
+        _check_scale(x, e, given.bad)
+    arm = Pixels.of_rows(wave, x, e, given.bad, "wave")
+    x, e, lost, faults = prepare_rows([in_vacuum(arm) if air else arm], factor, grid, scale=scale)
+    if faults:
+        row, text = min(faults.items())
+        raise InputError(f"spectrum {first_row + row}: {text}")
+    return x, e, lost
+
+
+def _check_scale(x: NDArray, e: NDArray, bad: NDArray[np.bool_]) -> None:
+    with np.errstate(all="ignore"):
+        good = np.isfinite(x) & (e > 0) & np.isfinite(e) & ~bad
+    typical = float(np.median(x[good])) if good.any() else 1.0
+    noise = float(np.median(e[good])) if good.any() else 1.0
+    # Of a faint star the median may be anything that noise can make it.
+    if not SCALE[0] < max(typical, noise) < SCALE[1]:
+        raise InputError(
+            f'flux has no unit and a median of {typical:.3g}: its scale cannot be told. Say unit=… (such as "nJy"), or '
+            "divide flux and error by the median flux"
+        )

@@ -1,0 +1,108 @@
+"""Files of the Dark Energy Spectroscopic Instrument: coadd-*.fits and spectra-*.fits.
+
+Facts that the code rests on: per arm B, R, Z images FLUX (1e-17 erg s⁻¹ cm⁻² Å⁻¹), IVAR and MASK (n, p) and one
+WAVELENGTH (p,) in Å, vacuum and barycentric, velocities not removed. A pixel is bad where MASK is not 0 or IVAR is 0.
+FIBERMAP has a row for every spectrum; spectra-* have several of a target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moefast.core.errors import InputError
+from moefast.spectra.layouts.fits_file import FitsFile
+from moefast.spectra.layouts.registry import Layout, SurveyFile, fingerprint_of, noting, register
+from moefast.spectra.resample import Pixels
+from moefast.spectra.units import flux_factor, wave_factor
+
+__all__: list[str] = []
+
+ARMS = ("B", "R", "Z")
+FLUX_UNIT, WAVE_UNIT = "1e-17 erg / (s cm2 Angstrom)", "Angstrom"
+"""Where a file does not say."""
+NAMES = {"TARGETID": "TARGETID", "TARGET_RA": "ra", "TARGET_DEC": "dec", "FIBER": "fiberId"}
+BESIDE = ("OBJTYPE", "COADD_FIBERSTATUS", "FIBERSTATUS", "NIGHT", "EXPID", "TILEID")
+SCIENCE, SKY, FLUX_STANDARD = 1, 2, 3
+_STANDARDS = 1 << 33 | 1 << 34 | 1 << 35
+"""Bits STD_FAINT, STD_WD and STD_BRIGHT of DESI_TARGET."""
+_WIDER = (
+    "DESI spectra: their line-spread function (R 4000 to 5000) is wider than that of the PFS medium-resolution arm; "
+    "log g is right only from a model that was fitted for it"
+)
+
+
+def _arms(file: FitsFile) -> list[str]:
+    return [arm for arm in ARMS if f"{arm}_FLUX" in file]
+
+
+def _recognises(file: FitsFile) -> bool:
+    return "FIBERMAP" in file and any(f"{arm}_FLUX" in file or f"{arm}_WAVELENGTH" in file for arm in ARMS)
+
+
+def _open(file: FitsFile) -> SurveyFile:
+    arms = _arms(file)
+    fibermap = file["FIBERMAP"]
+    for arm in arms:
+        for name in ("WAVELENGTH", "IVAR", "MASK"):
+            _ = file[f"{arm}_{name}"]
+        for name in ("FLUX", "IVAR", "MASK"):
+            shape, expected = file[f"{arm}_{name}"].shape, (fibermap.n_rows, *file[f"{arm}_WAVELENGTH"].shape)
+            if shape != expected:
+                raise InputError(
+                    f"{file.path}: HDU {arm}_{name} has shape {shape}; FIBERMAP and {arm}_WAVELENGTH ask for {expected}"
+                )
+    if not arms or not fibermap.n_rows:
+        raise InputError(
+            f"{file.path}: no spectra in this file: FIBERMAP has {fibermap.n_rows} rows, FLUX of arms {arms}"
+        )
+    told = {name: values for name, values in file.table(fibermap).items() if values.ndim == 1}
+    if "TARGETID" not in told:
+        raise InputError(f"{file.path}: HDU FIBERMAP has no column TARGETID")
+    columns = {ours: told.pop(theirs) for theirs, ours in NAMES.items() if theirs in told}
+    columns["targetType"] = _target_type(told, fibermap.n_rows)
+    columns |= {name: told.pop(name) for name in BESIDE if name in told}
+    identifiers = tuple(columns)
+    name = "DESI coadd" if "COADD_FIBERSTATUS" in columns or "EXP_FIBERMAP" in file else "DESI spectra"
+    notes = [_WIDER]
+    note = noting(notes)
+
+    def read(array: str, start: int, stop: int) -> tuple[list[Pixels], dict[int, str]]:
+        return [_read_arm(file, arm, start, stop, note) for arm in arms], {}
+
+    return SurveyFile(
+        file.path, name, fibermap.n_rows, columns | told, identifiers, read, file.close, notes=notes,
+        fingerprint=lambda: fingerprint_of(file),
+    )  # fmt: skip
+
+
+def _target_type(told: dict[str, NDArray], n: int) -> NDArray[np.int16]:
+    """1 science, 2 sky, 3 flux standard, 0 none of them, as PFS has it."""
+    out = np.full(n, SCIENCE, np.int16)
+    if "OBJTYPE" in told:
+        out[told["OBJTYPE"] != "TGT"] = 0
+        out[told["OBJTYPE"] == "SKY"] = SKY
+    for name, values in told.items():
+        if name.endswith("DESI_TARGET"):
+            out[(out == SCIENCE) & ((values & _STANDARDS) != 0)] = FLUX_STANDARD
+    return out
+
+
+def _read_arm(file: FitsFile, arm: str, start: int, stop: int, note: Callable[[str], None]) -> Pixels:
+    flux_hdu, wave_hdu = file[f"{arm}_FLUX"], file[f"{arm}_WAVELENGTH"]
+    where = f"HDU {arm}_FLUX"
+    wave = file.image(wave_hdu).astype(np.float64) * wave_factor(wave_hdu.unit() or WAVE_UNIT, where)
+    flux, ivar = file.image(flux_hdu, start, stop), file.image(file[f"{arm}_IVAR"], start, stop)
+    mask = file.image(file[f"{arm}_MASK"], start, stop)
+    if np.any(ivar < 0):
+        row = int(np.flatnonzero((ivar < 0).any(1))[0])
+        note(f"{file.path}: HDU {arm}_IVAR: negative from row {start + row} on; such pixels count as bad")
+    factor = flux_factor(flux_hdu.unit() or FLUX_UNIT, wave, where)
+    with np.errstate(all="ignore"):
+        error = factor / np.sqrt(ivar)
+        return Pixels.of_rows(wave, flux * factor, error, (mask != 0) | ~(ivar > 0), where)
+
+
+register(Layout("DESI coadd, DESI spectra", _recognises, _open))

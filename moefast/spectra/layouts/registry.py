@@ -1,0 +1,173 @@
+"""What kinds of spectrum files there are, and which one a file is.
+
+Design: a layout registers itself at the end of its own file; `LAYOUTS` is what tests, messages and documents iterate
+over. A layout knows its survey: HDUs, names, mask bits, units. What it gives, a `SurveyFile`, knows no survey any more:
+spectra as they were measured, in f_λ at wavelengths in Å, and columns with one value for each of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Literal, Protocol
+
+from numpy.typing import NDArray
+
+from moefast.core.errors import InputError
+from moefast.spectra.layouts.fits_file import FitsFile
+from moefast.spectra.resample import Pixels
+
+__all__ = [
+    "LAYOUTS",
+    "Layout",
+    "SurveyFile",
+    "fingerprint_of",
+    "known_layouts",
+    "noting",
+    "open_survey_file",
+    "register",
+]
+
+Medium = Literal["vacuum", "air"]
+
+
+class Reader(Protocol):
+    """Gives rows of a file."""
+
+    def __call__(self, array: str, start: int, stop: int) -> tuple[list[Pixels], dict[int, str]]:
+        """Rows `start` to `stop` of an array, arm by arm, and what is wrong with single ones (counted from `start`)."""
+
+
+@dataclass
+class SurveyFile:
+    """Spectra of one file, whatever its layout.
+
+    Attributes
+    ----------
+    path : Path
+    layout : str
+        Name of the layout.
+    n_rows : int
+    columns : dict of str to array of shape (n_rows,)
+        Identifiers, conditions and labels.
+    identifiers : tuple of str
+        Columns that go into every table of predictions.
+    read : callable
+        See `Reader`.
+    close : callable
+        Releases what `read` holds.
+    arrays : tuple of str
+        Which arrays can be read: flux, and noisy where a simulator keeps both.
+    medium : "vacuum" or "air"
+        What the wavelengths are in.
+    normalised : bool
+        Whether flux is divided by its median already, as training sets are.
+    notes : list of str
+        What users must know: another line-spread function, values that were taken for bad.
+    fingerprint, order_problems : callable, optional
+        As of `moefast.spectra.files.Shard`.
+    """
+
+    path: Path
+    layout: str
+    n_rows: int
+    columns: dict[str, NDArray]
+    identifiers: tuple[str, ...]
+    read: Reader
+    close: Callable[[], None]
+    arrays: tuple[str, ...] = ("flux",)
+    medium: Medium = "vacuum"
+    normalised: bool = False
+    notes: list[str] = field(default_factory=list)
+    fingerprint: Callable[[], str] | None = None
+    order_problems: Callable[[], list[str]] | None = None
+
+    def __post_init__(self) -> None:
+        for name, values in self.columns.items():
+            if values.shape != (self.n_rows,):
+                raise InputError(
+                    f"{self.path}: column {name}: {self.n_rows} values expected, found shape {values.shape}"
+                )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A kind of FITS file.
+
+    Attributes
+    ----------
+    name : str
+        What the survey calls it.
+    recognises : callable
+        Whether a file is of this kind.
+    open : callable
+        Gives its spectra, or raises `InputError` if such files are refused, saying what to use instead.
+    """
+
+    name: str
+    recognises: Callable[[FitsFile], bool]
+    open: Callable[[FitsFile], SurveyFile]
+
+
+LAYOUTS: dict[str, Layout] = {}
+"""By name, in the order in which files are compared with them."""
+_SURVEYS = ("pfs", "desi")
+
+
+def register(layout: Layout) -> Layout:
+    """Add a layout."""
+    if layout.name in LAYOUTS:
+        raise ValueError(f"there is a layout {layout.name} already")
+    LAYOUTS[layout.name] = layout
+    return layout
+
+
+def known_layouts() -> dict[str, Layout]:
+    """All layouts; imports the files that hold them."""
+    for survey in _SURVEYS:
+        import_module(f"moefast.spectra.layouts.{survey}")
+    return LAYOUTS
+
+
+def open_survey_file(path: str | Path) -> SurveyFile:
+    """Open a FITS file of any layout.
+
+    Raises
+    ------
+    InputError
+        If it cannot be read, is of no known layout, or of one that is refused.
+    """
+    file = FitsFile(path)
+    for layout in known_layouts().values():
+        if layout.recognises(file):
+            try:
+                return layout.open(file)
+            finally:
+                # Thousands of files must not be open at the same time.
+                file.close()
+    raise InputError(
+        f"{path}: no known layout of spectra: it has HDUs {', '.join(hdu.name or '(no name)' for hdu in file.hdus)}. "
+        f"Known are {', '.join(LAYOUTS)}, and the HDF5 files of the PFS simulator"
+    )
+
+
+def noting(notes: list[str]) -> Callable[[str], None]:
+    """Something that adds to notes what they do not say yet."""
+
+    def note(text: str) -> None:
+        if text not in notes:
+            notes.append(text)
+
+    return note
+
+
+def fingerprint_of(file: FitsFile) -> str:
+    """SHA-256 of the size of a file, its HDUs, and the first 64 kB of each one's data."""
+    digest = hashlib.sha256(str(file.n_bytes).encode())
+    for hdu in file.hdus:
+        digest.update(f"{hdu.name} {hdu.n_bytes} {sorted(map(str, hdu.header.items()))}".encode())
+        digest.update(bytes(file.head(hdu)))
+    return digest.hexdigest()

@@ -1,0 +1,420 @@
+"""Survey files as shards on a model's grid: what is behind this door knows no layout.
+
+Design: a `PreparedShard` has the interface of `moefast.spectra.files.Shard`. Its flux is f_λ at rest on the grid that
+was asked for, divided by its median where the file's is not. Files of one star each are put together, many in a shard,
+so that they are read and predicted in blocks of many rows; where a row came from, `Origins` tells. What is wrong with a
+single row costs that row alone: it is handed out without a good pixel, and the fault is kept in `faults`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moefast.core.errors import InputError, WaveGridError
+from moefast.kernels.resample import normalise
+from moefast.spectra.files import Failure, OnError, Shard, SpectrumSet, open_spectra, same_wave
+from moefast.spectra.layouts.pfsspec import survey_file
+from moefast.spectra.layouts.registry import SurveyFile, open_survey_file
+from moefast.spectra.resample import Pixels, on_grid
+from moefast.spectra.units import LIGHT_SPEED, air_to_vacuum
+
+__all__ = [
+    "MEDIA",
+    "Origins",
+    "Preparation",
+    "PreparedShard",
+    "in_vacuum",
+    "open_as_found",
+    "open_prepared",
+    "prepare_rows",
+]
+
+MEDIA = ("auto", "vacuum", "air")
+TOGETHER = 4096
+"""Files of one star each that become one shard."""
+FINGERPRINT_FILES = 16
+LEAST_OVERLAP = 0.5
+"""Share of the model's grid that an HDF5 file on another grid must cover."""
+_HDF5 = b"\x89HDF\r\n\x1a\n"
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What is done to spectra before a model sees them.
+
+    Attributes
+    ----------
+    wave : array of shape (p,), Å
+        The grid that they are put on, vacuum.
+    medium : "auto", "vacuum" or "air"
+        What wavelengths are in; "auto" is what the file says, or what its survey uses.
+    moving : bool
+        Whether velocities will be given.
+    """
+
+    wave: NDArray[np.float64]
+    medium: Literal["auto", "vacuum", "air"] = "auto"
+    moving: bool = False
+
+    def __post_init__(self) -> None:
+        if self.medium not in MEDIA:
+            raise ValueError(f"medium must be one of {', '.join(MEDIA)}, found {self.medium!r}")
+
+
+def in_vacuum(arm: Pixels) -> Pixels:
+    """Spectra whose wavelengths are in air, in vacuum."""
+    return replace(arm, wave=air_to_vacuum(arm.wave))
+
+
+def prepare_rows(
+    arms: Sequence[Pixels], factor: NDArray[np.float64], wave: NDArray[np.float64], *, scale: bool
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_], dict[int, str]]:
+    """Flux, error and mask (n, p) of measured spectra on a grid, and what is wrong with single rows.
+
+    Parameters
+    ----------
+    arms : sequence of Pixels
+        Wavelengths in vacuum.
+    factor : array of shape (n,)
+        1 + v/c.
+    wave : array of shape (p,), Å
+    scale : bool
+        Divide each spectrum by the median of its good pixels.
+    """
+    found = on_grid(arms, factor, wave)
+    for row in found.faults:
+        found.mask[row] = True
+    if scale:
+        normalise(found.flux, found.error, found.mask)
+    return found.flux, found.error, found.mask, found.faults
+
+
+class PreparedShard(Shard):
+    """Spectra of one file, or of many files of one star each, on a model's grid.
+
+    Attributes
+    ----------
+    paths : tuple of Path
+        The files; `path` is the first.
+    layouts : tuple of str
+        Of each file.
+    identifiers : tuple of str
+        Columns that go into every table of predictions.
+    notes : list of str
+        What users must know of these files.
+    faults : dict of int to InputError
+        Rows that were handed out without a good pixel, as far as they were read.
+    """
+
+    def __init__(self, files: Sequence[SurveyFile], preparation: Preparation) -> None:
+        self.files = tuple(files)
+        self.preparation = preparation
+        self.paths = tuple(file.path for file in files)
+        self.path = self.paths[0]
+        self.first_rows = np.cumsum([0, *(file.n_rows for file in files)], dtype=np.int64)
+        self.n_rows = int(self.first_rows[-1])
+        self.wave, self.n_pixels = preparation.wave, len(preparation.wave)
+        self.arrays = (*files[0].arrays, "error", "mask")
+        self.dtypes = {name: np.dtype(bool if name == "mask" else np.float32) for name in self.arrays}
+        self.layout = dict.fromkeys(self.arrays, files[0].layout)
+        self.layouts = tuple(file.layout for file in files)
+        self.columns = tuple(name for name in files[0].columns if all(name in file.columns for file in files))
+        self.identifiers = tuple(name for name in files[0].identifiers if name in self.columns)
+        self.unreadable, self.attrs = {}, {}
+        self.faults: dict[int, InputError] = {}
+        self._velocity: NDArray[np.float64] | None = None
+        self._lock = threading.RLock()
+        self._held: tuple[tuple[str, int, int], dict[str, NDArray]] | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        raise TypeError("prepared spectra belong to one process")
+
+    def set_velocity(self, velocity: NDArray[np.float64]) -> None:
+        """Velocities (n_rows,) in km/s that will be removed."""
+        if velocity.shape != (self.n_rows,):
+            raise ValueError(f"{self.n_rows} velocities expected, found shape {velocity.shape}")
+        with self._lock:
+            self._velocity, self._held = velocity, None
+
+    @property
+    def notes(self) -> list[str]:
+        """What users must know of these files, each thing once."""
+        return list(dict.fromkeys(note for file in self.files for note in file.notes))
+
+    def close(self) -> None:
+        """Release file handles and the block that is held."""
+        with self._lock:
+            self._held = None
+            for file in self.files:
+                file.close()
+
+    def read(self, array: str, start: int, stop: int, out: NDArray | None = None) -> NDArray:
+        """Rows of an array; see `Shard.read`."""
+        if array not in self.arrays:
+            raise InputError(f"{self.path}: has no array {array!r}; it has {', '.join(self.arrays)}")
+        if not 0 <= start <= stop <= self.n_rows:
+            raise ValueError(f"rows {start} to {stop} asked for, the shard has {self.n_rows}")
+        with self._lock:
+            held = self._held
+            of_flux = array in {"error", "mask"}
+            if held is None or held[0][1:] != (start, stop) or not (of_flux or held[0][0] == array):
+                which = self.files[0].arrays[0] if of_flux else array
+                held = self._held = ((which, start, stop), self._prepared(which, start, stop))
+            values = held[1]["flux" if not of_flux else array]
+        if out is None:
+            return values.copy()
+        np.copyto(out, values, casting="unsafe")
+        return out
+
+    def _prepared(self, array: str, start: int, stop: int) -> dict[str, NDArray]:
+        pieces = []
+        row = start
+        while row < stop:
+            index = int(np.searchsorted(self.first_rows, row, side="right")) - 1
+            end = min(stop, int(self.first_rows[index + 1]))
+            pieces.append(self._measured(index, array, row, end))
+            row = end
+        factor = np.ones(stop - start)
+        if self._velocity is not None:
+            factor += self._velocity[start:stop] / LIGHT_SPEED
+        flux, error, mask, faults = prepare_rows(
+            _stacked(pieces), factor, self.wave, scale=not self.files[0].normalised
+        )
+        for bad, text in faults.items():
+            self._fault(start + bad, text)
+        for row in self.faults:
+            if start <= row < stop:
+                mask[row - start] = True
+        return {"flux": flux, "error": error, "mask": mask}
+
+    def _measured(self, index: int, array: str, row: int, end: int) -> list[Pixels]:
+        file, base = self.files[index], int(self.first_rows[index])
+        try:
+            arms, faults = file.read(array, row - base, end - base)
+        except InputError as error:
+            if len(self.files) == 1:
+                raise
+            # Of many files one cannot be read: its row, and no other, is lost.
+            self.faults.setdefault(row, error)
+            return []
+        finally:
+            if len(self.files) > 1:
+                file.close()
+        for bad, text in faults.items():
+            self._fault(row + bad, text)
+        medium = file.medium if self.preparation.medium == "auto" else self.preparation.medium
+        return [in_vacuum(arm) for arm in arms] if medium == "air" else arms
+
+    def _fault(self, row: int, text: str) -> None:
+        index, own = self.origin(row)
+        where = (
+            f"{self.files[index].path}: row {own}"
+            if self.files[index].n_rows > 1
+            else str(self.files[index].path)
+        )
+        self.faults.setdefault(row, InputError(f"{where}: {text}"))
+
+    def origin(self, row: int) -> tuple[int, int]:
+        """Index of the file that a row comes from, and its row there."""
+        index = int(np.searchsorted(self.first_rows, row, side="right")) - 1
+        return index, row - int(self.first_rows[index])
+
+    def params(
+        self, names: Iterable[str] | None = None, start: int = 0, stop: int | None = None
+    ) -> dict[str, NDArray]:
+        """Columns; see `Shard.params`."""
+        stop = self.n_rows if stop is None else stop
+        first, last = np.searchsorted(self.first_rows, [start, max(start, stop - 1)], side="right") - 1
+        out = {}
+        for name in self.columns if names is None else names:
+            if name not in self.columns:
+                raise InputError(f"{self.path}: has no column {name!r}; it has {', '.join(self.columns)}")
+            values = np.concatenate([file.columns[name] for file in self.files[first : last + 1]])
+            base = int(self.first_rows[first])
+            out[name] = values[start - base : stop - base]
+        return out
+
+    def order_problems(self) -> list[str]:
+        """What an order of rows that may be wrong shows by; see `Shard.order_problems`."""
+        return [
+            text for file in self.files if file.order_problems is not None for text in file.order_problems()
+        ]
+
+    def fingerprint(self) -> str:
+        """SHA-256, as hex digits, of all columns, and of sizes, headers and first data of up to 16 files."""
+        digest = hashlib.sha256()
+        for name in self.columns:
+            digest.update(name.encode() + self.params([name])[name].tobytes())
+        # As of a large file, single values of many small ones are not seen.
+        looked_at = np.unique(np.linspace(0, len(self.files) - 1, FINGERPRINT_FILES).astype(int))
+        for file in (self.files[index] for index in looked_at):
+            if file.fingerprint is not None:
+                digest.update(file.fingerprint().encode())
+                file.close()
+        return digest.hexdigest()
+
+
+def _stacked(pieces: Sequence[list[Pixels]]) -> list[Pixels]:
+    """Rows of several files, arm by arm; a file that could not be read has no arms, and a row without pixels."""
+    if len(pieces) == 1:
+        return pieces[0]
+    empty = np.empty(0)
+    nothing = Pixels(empty, empty, empty, np.empty(0, bool), np.zeros(2, np.int64))
+    n_arms = max(1, *(len(arms) for arms in pieces))
+    return [
+        _one_after_the_other([arms[k] if k < len(arms) else nothing for arms in pieces])
+        for k in range(n_arms)
+    ]
+
+
+def _one_after_the_other(arms: Sequence[Pixels]) -> Pixels:
+    """Rows of several files as rows of one, each with its own wavelengths."""
+    waves = [arm.wave if len(arm.wave) == len(arm.flux) else np.tile(arm.wave, arm.n_rows) for arm in arms]
+    lengths = np.concatenate([np.diff(arm.starts) for arm in arms])
+    return Pixels(
+        np.concatenate(waves),
+        np.concatenate([arm.flux for arm in arms]),
+        np.concatenate([arm.error for arm in arms]),
+        np.concatenate([arm.bad for arm in arms]),
+        np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        next((arm.where for arm in arms if arm.where), ""),
+    )
+
+
+def open_prepared(
+    paths: str | Path | Iterable[str | Path],
+    preparation: Preparation,
+    *,
+    on_error: OnError = "raise",
+    check: Callable[[Shard], None] | None = None,
+) -> SpectrumSet:
+    """Open spectrum files of any layout as one set on the grid of `preparation`; see `moefast.spectra.open_spectra`.
+
+    HDF5 files of the simulator that lie on the grid and are not to be shifted are read as they are.
+    """
+    spectra = open_spectra(
+        paths, on_error=on_error, check=check, open_shard=lambda path: _open(path, preparation)
+    )
+    return SpectrumSet(_put_together(spectra.shards, preparation), spectra.failures)
+
+
+def open_as_found(
+    paths: str | Path | Iterable[str | Path],
+    grid: Callable[[], NDArray[np.float64]],
+    *,
+    on_error: OnError = "raise",
+) -> SpectrumSet:
+    """Open spectrum files to look at: HDF5 files on the grid that they have, others on `grid`, asked for if needed."""
+
+    def open_shard(path: Path) -> Shard:
+        return PreparedShard([open_survey_file(path)], Preparation(grid())) if _is_fits(path) else Shard(path)
+
+    return open_spectra(paths, on_error=on_error, open_shard=open_shard)
+
+
+def _is_fits(path: Path) -> bool:
+    """Whether a file is FITS, or calls itself so; one that cannot be opened is left to those who will say why."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(len(_HDF5))
+    except OSError:
+        return False
+    return head != _HDF5 and (head.startswith((b"SIMPLE  ", b"\x1f\x8b")) or ".fit" in path.name.lower())
+
+
+def _open(path: Path, preparation: Preparation) -> Shard:
+    if _is_fits(path):
+        return PreparedShard([open_survey_file(path)], preparation)
+    shard = Shard(path)
+    elsewhere = not same_wave(shard.wave, preparation.wave)
+    if not elsewhere and not preparation.moving and preparation.medium != "air":
+        return shard
+    found = survey_file(shard)
+    if elsewhere:
+        low, high = preparation.wave[0], preparation.wave[-1]
+        covered = (min(high, shard.wave[-1]) - max(low, shard.wave[0])) / (high - low)
+        if covered < LEAST_OVERLAP:
+            raise WaveGridError(
+                f"{path}: spectrumdataset/wave has {_words(shard.wave)}, which covers {max(0.0, covered):.0%} of the "
+                f"model's {_words(preparation.wave)}; {LEAST_OVERLAP:.0%} at least are needed. Choose another model "
+                "with -m, or fit one on spectra of this grid"
+            )
+        found.notes.append(
+            f"spectra on another grid ({_words(shard.wave)}) are resampled to the model's "
+            f"({_words(preparation.wave)}); log g is right only if they were taken with the same line-spread function"
+        )
+    return PreparedShard([found], preparation)
+
+
+def _words(wave: NDArray[np.float64]) -> str:
+    step = (wave[-1] - wave[0]) / max(1, len(wave) - 1)
+    return f"{len(wave)} pixels, {wave[0]:.3f}-{wave[-1]:.3f} Å, step {step:.5f} Å"
+
+
+def _put_together(shards: Sequence[Shard], preparation: Preparation) -> list[Shard]:
+    """Neighbours that hold one star each become one shard."""
+    out: list[Shard] = []
+    group: list[SurveyFile] = []
+
+    def finish() -> None:
+        if group:
+            out.append(PreparedShard(group, preparation))
+            group.clear()
+
+    for shard in shards:
+        alone = isinstance(shard, PreparedShard) and shard.n_rows == 1 and len(shard.files[0].arrays) == 1
+        if not alone or len(group) == TOGETHER or (group and group[0].layout != shard.layout["flux"]):
+            finish()
+        if alone:
+            group.append(shard.files[0])  # type: ignore[attr-defined]
+        else:
+            out.append(shard)
+    finish()
+    return out
+
+
+class Origins:
+    """Which file, and which row there, every row of a set comes from.
+
+    Attributes
+    ----------
+    paths : list of Path
+        All files, in order.
+    """
+
+    def __init__(self, spectra: SpectrumSet) -> None:
+        self._spectra = spectra
+        self.paths: list[Path] = []
+        self._first_file: list[int] = []
+        for shard in spectra.shards:
+            self._first_file.append(len(self.paths))
+            self.paths += shard.paths if isinstance(shard, PreparedShard) else (shard.path,)
+
+    def of(self, shard: int, start: int, stop: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Index of the file and row there, of rows `start` to `stop` of a shard."""
+        one = self._spectra.shards[shard]
+        rows = np.arange(start, stop, dtype=np.int64)
+        first = self._first_file[shard]
+        if not isinstance(one, PreparedShard) or len(one.files) == 1:
+            return np.full(stop - start, first, np.int32), rows
+        index = np.searchsorted(one.first_rows, rows, side="right") - 1
+        return (first + index).astype(np.int32), rows - one.first_rows[index]
+
+    def faults(self, start: int, stop: int) -> list[Failure]:
+        """Rows of the set that were handed out without a good pixel because of a fault."""
+        out = []
+        for shard, base in zip(self._spectra.shards, self._spectra.first_rows, strict=False):
+            if isinstance(shard, PreparedShard):
+                for row, error in sorted(shard.faults.items()):
+                    at = int(base) + row
+                    if start <= at < stop:
+                        out.append(Failure(shard.paths[shard.origin(row)[0]], (at, at + 1), error))
+        return out

@@ -1,0 +1,151 @@
+"""Spectra of any grid, on the grid of a model: shifted to rest, rebinned, arms joined.
+
+Design: see `moefast.kernels.resample` for how flux and error are carried over and why diagonal errors stay calibrated.
+Rows that lie on the grid already, at rest, are copied bit by bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moefast.kernels.resample import NOT_FINITE, NOT_INCREASING, pixel_edges, resample
+
+__all__ = ["OnGrid", "Pixels", "on_grid"]
+
+_WORDS = {NOT_FINITE: "is not finite", NOT_INCREASING: "is not above the one before it"}
+SAME = 0.01
+"""Pixels by which grids may differ that count as the same."""
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Spectra as they were measured, rows one after the other, of one arm.
+
+    Attributes
+    ----------
+    wave : array of shape (m,), or (k,) if all rows have the same
+        Å.
+    flux, error : array of shape (m,)
+        f_λ and its 1σ.
+    bad : array of shape (m,), bool
+    starts : array of shape (n + 1,), int64
+        Where the rows begin, and m.
+    where : str
+        The HDU or dataset, for messages.
+    """
+
+    wave: NDArray[np.float64]
+    flux: NDArray
+    error: NDArray
+    bad: NDArray[np.bool_]
+    starts: NDArray[np.int64]
+    where: str = ""
+
+    @classmethod
+    def of_rows(cls, wave: NDArray, flux: NDArray, error: NDArray, bad: NDArray, where: str = "") -> Pixels:
+        """Rows (n, k) on one grid, or on one each."""
+        n, k = flux.shape
+        return cls(
+            np.ascontiguousarray(wave, np.float64).ravel(),
+            np.ascontiguousarray(flux).ravel(),
+            np.ascontiguousarray(error).ravel(),
+            np.ascontiguousarray(bad, bool).ravel(),
+            np.arange(n + 1, dtype=np.int64) * k,
+            where,
+        )
+
+    @property
+    def n_rows(self) -> int:
+        """Number of spectra."""
+        return len(self.starts) - 1
+
+
+@dataclass(frozen=True)
+class OnGrid:
+    """Spectra on a common grid.
+
+    Attributes
+    ----------
+    flux, error : array of shape (n, p), float32
+        0 and infinite where a pixel was lost.
+    mask : array of shape (n, p), bool
+        True where a pixel is bad or was lost.
+    faults : dict of int to str
+        What is wrong with the wavelengths of a row; all its pixels are lost.
+    """
+
+    flux: NDArray[np.float32]
+    error: NDArray[np.float32]
+    mask: NDArray[np.bool_]
+    faults: dict[int, str]
+
+
+def on_grid(arms: Sequence[Pixels], factor: NDArray[np.float64], wave: NDArray[np.float64]) -> OnGrid:
+    """Spectra of one or more arms on a grid, arms joined where they overlap, weighed by their variances.
+
+    Parameters
+    ----------
+    arms : sequence of Pixels
+        The same n rows in each.
+    factor : array of shape (n,)
+        λ / λ at rest = 1 + v/c.
+    wave : array of shape (p,), Å
+        Pixel centres of the grid.
+    """
+    first, *others = [_arm(arm, factor, wave) for arm in arms]
+    for other in others:
+        first = _joined(first, other)
+    return first
+
+
+def _arm(arm: Pixels, factor: NDArray[np.float64], wave: NDArray[np.float64]) -> OnGrid:
+    there = _there_already(arm, factor, wave)
+    p = len(wave)
+    if there.all():
+        shape = (arm.n_rows, p)
+        with np.errstate(over="ignore"):
+            flux, error = (np.array(a.reshape(shape), np.float32) for a in (arm.flux, arm.error))
+        return OnGrid(flux, error, arm.bad.reshape(shape).copy(), {})
+    edges = pixel_edges(wave)
+    flux, error, mask, status = resample(
+        arm.wave, arm.flux, arm.error, arm.bad, arm.starts, np.ascontiguousarray(factor, np.float64), edges
+    )
+    for row in np.flatnonzero(there):
+        own = slice(arm.starts[row], arm.starts[row + 1])
+        with np.errstate(over="ignore"):
+            flux[row], error[row], mask[row] = arm.flux[own], arm.error[own], arm.bad[own]
+    faults = {
+        int(row): f"{arm.where}: wavelength of pixel {status[row, 1]} {_WORDS[int(status[row, 0])]}"
+        for row in np.flatnonzero(status[:, 0])
+    }
+    return OnGrid(flux, error, mask, faults)
+
+
+def _there_already(arm: Pixels, factor: NDArray[np.float64], wave: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Rows that are at rest and on the grid."""
+    lengths = np.diff(arm.starts)
+    there = (lengths == len(wave)) & (factor == 1)
+    if not there.any():
+        return there
+    shared = len(arm.wave) != len(arm.flux) or arm.n_rows == 1
+    step = SAME * np.abs(np.gradient(wave))
+    if shared:
+        return there & bool(len(arm.wave) == len(wave) and np.all(np.abs(arm.wave - wave) < step))
+    for row in np.flatnonzero(there):
+        there[row] = np.all(np.abs(arm.wave[arm.starts[row] : arm.starts[row + 1]] - wave) < step)
+    return there
+
+
+def _joined(a: OnGrid, b: OnGrid) -> OnGrid:
+    """The mean of two arms, weighed by their variances; where only one has a pixel, that one."""
+    both = ~a.mask & ~b.mask
+    flux, error = np.where(a.mask, b.flux, a.flux), np.where(a.mask, b.error, a.error)
+    if both.any():
+        va, vb = a.error[both].astype(np.float64) ** 2, b.error[both].astype(np.float64) ** 2
+        flux[both] = (a.flux[both] * vb + b.flux[both] * va) / (va + vb)
+        error[both] = np.sqrt(va * vb / (va + vb))
+    return OnGrid(flux, error, a.mask & b.mask, {**b.faults, **a.faults})

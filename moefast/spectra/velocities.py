@@ -1,0 +1,282 @@
+"""Velocities of stars: one for all, a column of the spectra, or a table that is joined by identifiers.
+
+Tables that are known by their content: STELLARPARAM of pfsStar files, pfsStarCatalog (v_los), redrock (Z; v = c Z) and
+rvspecfit (VRAD); and any FITS, CSV, ECSV, Parquet or HDF5 table with identifiers and a column v_los, VRAD or RV.
+"""
+
+from __future__ import annotations
+
+import glob
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moefast.core.errors import InputError
+from moefast.spectra.files import SpectrumSet, find_files
+from moefast.spectra.layouts.fits_file import FitsFile
+from moefast.spectra.prepared import Origins
+from moefast.spectra.tables import READERS, read_table
+from moefast.spectra.units import LIGHT_SPEED
+
+__all__ = ["Velocities", "VelocityTable", "find_velocities", "read_velocity_table"]
+
+KEYS: tuple[tuple[str, ...], ...] = (("catId", "objId"), ("objId",), ("TARGETID",), ("targetId",), ("id",))
+"""Identifiers that tables are joined by: the first of these that both sides have, else any of the same name."""
+COLUMNS = {
+    "v_los": ("v_los_err", "v_losErr"),
+    "VRAD": ("VRAD_ERR",),
+    "RV": ("RV_ERR", "RV_err"),
+    "rv": ("rv_err",),
+}
+"""Columns of velocities in km/s, and of their errors."""
+_TEXT = {".csv": "ascii.csv", ".ecsv": "ascii.ecsv"}
+
+
+@dataclass(frozen=True)
+class VelocityTable:
+    """Velocities by identifier.
+
+    Attributes
+    ----------
+    where : str
+        File and HDU.
+    ids : dict of str to array of shape (n,)
+    velocity : array of shape (n,)
+        km/s; NaN where it is not known.
+    error : array of shape (n,), or None
+    notes : list of str
+    """
+
+    where: str
+    ids: dict[str, NDArray]
+    velocity: NDArray[np.float64]
+    error: NDArray[np.float64] | None
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Velocities:
+    """Velocities of all rows of a set.
+
+    Attributes
+    ----------
+    velocity : array of shape (n,)
+        km/s; 0 for rows that do not need one and have none.
+    error : array of shape (n,), or None
+    source : str
+        Where they are from.
+    notes : list of str
+    """
+
+    velocity: NDArray[np.float64]
+    error: NDArray[np.float64] | None
+    source: str
+    notes: list[str] = field(default_factory=list)
+
+
+def find_velocities(
+    given: float | str | Path, spectra: SpectrumSet, needed: NDArray[np.bool_] | None = None
+) -> Velocities:
+    """Velocities for spectra.
+
+    Parameters
+    ----------
+    given : number, name of a column, or path, folder or pattern of tables
+        km/s. Text that is a number is one; text that names a file is a table; other text is a column.
+    spectra : SpectrumSet
+    needed : array of shape (n,), bool, optional
+        Rows that must have one; all if absent.
+
+    Raises
+    ------
+    InputError
+        If a velocity that is needed is missing or not finite, or an identifier occurs twice in a table.
+    """
+    n = spectra.n_rows
+    needed = np.ones(n, bool) if needed is None else needed
+    number = _number(given)
+    if number is not None:
+        if not -LIGHT_SPEED < number < np.inf:
+            raise InputError(f"--velocity {given}: expected a velocity in km/s")
+        return Velocities(np.full(n, number), None, f"{number:g} km/s")
+    if Path(str(given)).exists() or glob.has_magic(str(given)):
+        return _joined(read_velocity_table(str(given)), spectra, needed)
+    name = str(given)
+    for shard in spectra.shards:
+        if name not in shard.columns:
+            raise InputError(
+                f"--velocity {name}: no such file, and {shard.path} has no such column; it has "
+                f"{', '.join(shard.columns) or 'none'}"
+            )
+    velocity = np.asarray(spectra.params([name])[name], np.float64)
+    _refuse_missing(velocity, needed, spectra, f"column {name}")
+    beside = [each for each in COLUMNS.get(name, ()) if each in spectra.columns]
+    error = np.asarray(spectra.params(beside[:1])[beside[0]], np.float64) if beside else None
+    return Velocities(np.where(np.isfinite(velocity), velocity, 0.0), error, f"column {name}")
+
+
+def _number(given: float | str | Path) -> float | None:
+    try:
+        return None if isinstance(given, Path) else float(given)
+    except ValueError:
+        return None
+
+
+def _refuse_missing(
+    velocity: NDArray[np.float64], needed: NDArray[np.bool_], spectra: SpectrumSet, where: str
+) -> None:
+    missing = np.flatnonzero(needed & ~np.isfinite(velocity))
+    if not len(missing):
+        return
+    shard = int(np.searchsorted(spectra.first_rows, missing[0], side="right")) - 1
+    origins = Origins(spectra)
+    base = int(spectra.first_rows[shard])
+    file, row = origins.of(shard, int(missing[0]) - base, int(missing[0]) - base + 1)
+    names = [name for keys in KEYS for name in keys if name in spectra.shards[shard].columns]
+    ids = spectra.shards[shard].params(names[:2], int(missing[0]) - base, int(missing[0]) - base + 1)
+    words = "".join(f", {name} {values[0]}" for name, values in ids.items())
+    raise InputError(
+        f"{where}: no velocity for {len(missing)} of {int(needed.sum())} spectra, the first of them row {int(row[0])} "
+        f"of {origins.paths[int(file[0])]}{words}; complete the table, or leave such spectra out with --select"
+    )
+
+
+def _joined(table: VelocityTable, spectra: SpectrumSet, needed: NDArray[np.bool_]) -> Velocities:
+    keys = _common(table, spectra)
+    ours = spectra.params(keys)
+    theirs = list(zip(*(table.ids[name].tolist() for name in keys), strict=True))
+    places = {key: row for row, key in enumerate(theirs)}
+    if len(places) < len(theirs):
+        seen: set[tuple] = set()
+        twice = next(key for key in theirs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        words = ", ".join(f"{name} {value}" for name, value in zip(keys, twice, strict=True))
+        raise InputError(
+            f"{table.where}: {words} occurs more than once ({len(theirs)} rows, {len(places)} different identifiers); "
+            "keep one velocity of each star"
+        )
+    at = np.array(
+        [places.get(key, -1) for key in zip(*(ours[name].tolist() for name in keys), strict=True)], np.int64
+    )
+    velocity = np.where(at >= 0, table.velocity[at] if len(table.velocity) else np.nan, np.nan)
+    _refuse_missing(velocity, needed, spectra, table.where)
+    error = None if table.error is None else np.where(at >= 0, table.error[at], np.nan)
+    source = f"{table.where}, joined by {' and '.join(keys)}"
+    return Velocities(np.where(np.isfinite(velocity), velocity, 0.0), error, source, table.notes)
+
+
+def _common(table: VelocityTable, spectra: SpectrumSet) -> tuple[str, ...]:
+    for keys in KEYS:
+        if all(name in table.ids and name in spectra.columns for name in keys):
+            return keys
+    alike = [name for name in table.ids if name in spectra.columns and name.lower().endswith("id")]
+    if alike:
+        return (alike[0],)
+    raise InputError(
+        f"{table.where}: no identifier in common with the spectra; the table has {', '.join(table.ids) or 'none'}, the "
+        f"spectra {', '.join(spectra.columns) or 'none'}"
+    )
+
+
+# -- tables --------------------------------------------------------------------------------------------------------
+
+
+def read_velocity_table(given: str | Path) -> VelocityTable:
+    """Velocities of one table, or of several that are named by a folder or pattern.
+
+    Raises
+    ------
+    InputError
+        A file cannot be read, or has no velocities or no identifiers.
+    """
+    path = Path(given)
+    paths = find_files(given) if path.is_dir() or glob.has_magic(str(given)) else [path]
+    tables = [_read_one(each) for each in paths]
+    if len(tables) == 1:
+        return tables[0]
+    names = [name for name in tables[0].ids if all(name in table.ids for table in tables)]
+    error = None
+    if all(table.error is not None for table in tables):
+        error = np.concatenate([table.error for table in tables if table.error is not None])
+    return VelocityTable(
+        f"{given} ({len(tables)} files)",
+        {name: np.concatenate([table.ids[name] for table in tables]) for name in names},
+        np.concatenate([table.velocity for table in tables]),
+        error,
+        list(dict.fromkeys(note for table in tables for note in table.notes)),
+    )
+
+
+def _read_one(path: Path) -> VelocityTable:
+    name = path.name.lower()
+    if name.endswith((".fits", ".fit", ".fits.gz")):
+        return _of_fits(FitsFile(path))
+    if path.suffix in _TEXT:
+        from astropy.table import Table
+
+        try:
+            read = Table.read(path, format=_TEXT[path.suffix])
+        except Exception as error:
+            # Readers of text raise many kinds.
+            raise InputError(f"{path}: cannot be read as a table: {error}") from error
+        return _of_columns(str(path), {column: np.asarray(read[column]) for column in read.colnames})
+    if path.suffix in READERS:
+        return _of_columns(str(path), read_table(path)[0])
+    raise InputError(f"{path}: unknown kind of table; expected .fits, .csv, .ecsv, {', '.join(READERS)}")
+
+
+def _of_fits(file: FitsFile) -> VelocityTable:
+    if "STELLARPARAM" in file:
+        header = file["TARGET"].header
+        told = file.table(file["STELLARPARAM"])
+        at = np.flatnonzero(told["param"] == "v_los")
+        if not len(at):
+            raise InputError(f"{file.path}: HDU STELLARPARAM has no v_los")
+        ids = {"catId": np.array([header["CATID"]]), "objId": np.array([header["OBJID"]])}
+        return VelocityTable(
+            f"{file.path}: HDU STELLARPARAM", ids, told["value"][at[:1]].astype(np.float64),
+            told["valueErr"][at[:1]].astype(np.float64),
+        )  # fmt: skip
+    if "REDSHIFTS" in file:
+        told = file.table(file["REDSHIFTS"])
+        where = f"{file.path}: HDU REDSHIFTS"
+        return VelocityTable(
+            where, {"TARGETID": told["TARGETID"]}, LIGHT_SPEED * told["Z"],
+            LIGHT_SPEED * told["ZERR"] if "ZERR" in told else None, _warned(where, told, "ZWARN"),
+        )  # fmt: skip
+    hdu = file.first_of("STARCATALOG", "RVTAB", "PREDICTIONS")
+    if hdu is None:
+        tables = [each for each in file.hdus if each.is_table and set(each.columns) & set(COLUMNS)]
+        if not tables:
+            raise InputError(
+                f"{file.path}: no table of velocities: no HDU STELLARPARAM, STARCATALOG, REDSHIFTS or RVTAB, and no "
+                f"column {', '.join(COLUMNS)}"
+            )
+        hdu = tables[0]
+    told = file.table(hdu)
+    where = f"{file.path}: HDU {hdu.name}"
+    found = _of_columns(where, told)
+    found.notes.extend(_warned(where, told, "RVS_WARN"))
+    return found
+
+
+def _warned(where: str, told: dict[str, NDArray], column: str) -> list[str]:
+    count = int(np.count_nonzero(told[column])) if column in told else 0
+    return [f"{where}: {count} of {len(told[column])} velocities carry a warning ({column})"] if count else []
+
+
+def _of_columns(where: str, told: dict[str, NDArray]) -> VelocityTable:
+    name = next((name for name in COLUMNS if name in told), None)
+    if name is None:
+        raise InputError(f"{where}: no column of velocities ({', '.join(COLUMNS)}); it has {', '.join(told)}")
+    beside = next((each for each in COLUMNS[name] if each in told), None)
+    ids = {
+        key: values
+        for key, values in told.items()
+        if values.ndim == 1 and values.dtype.kind in "iuUS" and key != name
+    }
+    return VelocityTable(
+        where, ids, np.asarray(told[name], np.float64),
+        None if beside is None else np.asarray(told[beside], np.float64),
+    )  # fmt: skip

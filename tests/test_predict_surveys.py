@@ -1,0 +1,209 @@
+"""The command on files of the surveys: rows, identifiers, velocities, selections, formats, bad neighbours."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+from astropy.table import Table
+from click.testing import CliRunner
+from small import same_rows
+from survey_files import LIGHT_SPEED, write_desi, write_pfs_many, write_pfs_one
+
+from moefast.cli import cli
+from moefast.core.errors import InputError
+from moefast.predicting_arrays import predict_arrays
+from moefast.scoring import predict
+from moefast.spectra import open_spectra, read_table
+
+N = 12
+
+
+@pytest.fixture(scope="module")
+def few(stars):
+    return stars.take(slice(0, N)).observed()
+
+
+@pytest.fixture(scope="module")
+def want(few, model):
+    """What spectra give that are divided by their median."""
+    scale = np.median(few.flux.astype(float), 1, keepdims=True)
+    return predict_arrays(few.flux / scale, few.error / scale, model)
+
+
+@pytest.fixture(scope="module")
+def coadd(few, tmp_path_factory):
+    return write_pfs_many(
+        tmp_path_factory.mktemp("pfs") / "night.fits", few.wave, few.flux.astype(float), few.error.astype(float),
+        target_type=[1, 1, 2, 3] * 3, visits=3,
+    )  # fmt: skip
+
+
+def test_a_pfs_file_gives_what_its_spectra_give(coadd, want, model):
+    found = predict(coadd, model)
+    np.testing.assert_allclose(found.columns["log_g"], want["log_g"], atol=1e-3)
+    np.testing.assert_array_equal(found.columns["objId"], 1000 + np.arange(N))
+    np.testing.assert_array_equal(found.columns["targetType"], [1, 1, 2, 3] * 3)
+    assert {"catId", "ra", "dec", "fiberId", "nVisit"} <= set(found.columns)
+    assert found.r2 is None
+
+
+def test_files_of_one_star_are_one_table(few, coadd, model, tmp_path):
+    for i in range(N):
+        write_pfs_one(
+            tmp_path / f"pfsObject-{i:02d}.fits", few.wave, few.flux[i].astype(float), few.error[i].astype(float),
+            obj_id=1000 + i,
+        )  # fmt: skip
+    found = predict(tmp_path, model, tmp_path / "table.h5")
+    columns, attrs = read_table(tmp_path / "table.h5")
+    whole = predict(coadd, model).columns
+    for name in ("log_g", "log_g_err", "chi2", "objId", "snr_median"):
+        np.testing.assert_array_equal(columns[name], whole[name])
+    np.testing.assert_array_equal(columns["file"], np.arange(N))
+    assert not columns["row"].any()
+    assert [name.rpartition("/")[2] for name in attrs["inputs"]] == [
+        f"pfsObject-{i:02d}.fits" for i in range(N)
+    ]
+    assert not found.failures
+
+
+def test_rows_that_are_selected_are_those_of_the_whole(coadd, model, tmp_path):
+    whole = predict(coadd, model).columns
+    part = predict(
+        coadd, model, tmp_path / "t.fits", select="targetType == 1 and objId > 1001", keep=["tract"]
+    )
+    columns, attrs = read_table(tmp_path / "t.fits")
+    rows = [4, 5, 8, 9]
+    np.testing.assert_array_equal(columns["row"], rows)
+    same_rows(columns, whole, slice(None), other_rows=np.array(rows), but=("patch",))
+    assert attrs["select"] == "targetType == 1 and objId > 1001"
+    assert part.n_rows == 4
+    with pytest.raises(InputError, match="holds for none of the rows 0:12"):
+        predict(coadd, model, select="targetType == 9")
+    with pytest.raises(InputError, match=r"--select snr: .*night\.fits has no such column; it has catId"):
+        predict(coadd, model, select="snr > 3")
+    with pytest.raises(InputError, match=r"--keep nothing: .*has no such column"):
+        predict(coadd, model, keep=["nothing"])
+
+
+def test_simulated_files_can_be_selected_and_keep_columns(stars_file, model, whole):
+    found = predict(stars_file, model, select="T_eff > 5000", keep=["T_eff", "mag"], limit=500)
+    rows = found.columns["row"]
+    assert 50 < len(rows) < 450
+    assert rows.max() < 500
+    assert np.all(found.columns["T_eff"] > 5000)
+    np.testing.assert_array_equal(found.columns["log_g"], whole.columns["log_g"][rows])
+    with pytest.raises(InputError, match="--keep log_g: the table has a column of this name"):
+        predict(stars_file, model, keep=["log_g"])
+
+
+def test_parts_are_the_whole(coadd, model):
+    whole = predict(coadd, model).columns
+    for rows in ((0, 5), (5, 6), (6, 12)):
+        same_rows(
+            predict(coadd, model, rows=rows).columns, whole, slice(None), other_rows=slice(*rows), but=()
+        )
+
+
+def test_velocities_are_removed_and_told(few, want, model, tmp_path):
+    velocity = np.linspace(-200, 200, N)
+    waves = [few.wave * (1 + v / LIGHT_SPEED) for v in velocity]
+    path = write_pfs_many(tmp_path / "a.fits", waves, few.flux.astype(float), few.error.astype(float))
+    Table({"objId": 1000 + np.arange(N), "v_los": velocity, "v_los_err": np.full(N, 3.0)}).write(
+        tmp_path / "v.csv"
+    )
+    found = predict(path, model, tmp_path / "t.parquet", velocity=tmp_path / "v.csv")
+    columns, attrs = read_table(tmp_path / "t.parquet")
+    np.testing.assert_allclose(columns["log_g"], want["log_g"], atol=3e-3)
+    np.testing.assert_allclose(columns["v_los"], velocity, rtol=1e-6)
+    np.testing.assert_array_equal(columns["v_los_err"], np.full(N, 3, "f4"))
+    assert "joined by objId" in attrs["velocity"]
+    assert not found.failures
+    assert np.abs(predict(path, model).columns["log_g"] - want["log_g"]).max() > 0.05
+
+
+def test_at_rest_nothing_changes_a_bit(stars_file, whole, model):
+    found = predict(stars_file, model, velocity=0, limit=300).columns
+    assert not found.pop("v_los").any()
+    same_rows(found, whole.columns, slice(0, 300))
+
+
+def test_bad_rows_and_files_cost_themselves_alone(few, coadd, model, tmp_path):
+    waves = [few.wave.copy() for _ in range(N)]
+    waves[4][100] = np.nan
+    bad = write_pfs_many(tmp_path / "bad.fits", waves, few.flux.astype(float), few.error.astype(float))
+    whole = bad.read_bytes()
+    (tmp_path / "cut.fits").write_bytes(whole[: len(whole) // 2])
+    found = predict([coadd, bad, tmp_path / "cut.fits"], model)
+    good = predict(coadd, model).columns
+    rows = np.delete(np.arange(N), 4)
+    for name in ("log_g", "log_g_err", "flag"):
+        np.testing.assert_array_equal(found.columns[name][:N], good[name])
+        np.testing.assert_array_equal(found.columns[name][N + rows], good[name][rows])
+    assert np.isnan(found.columns["log_g"][N + 4])
+    assert found.columns["flag"][N + 4] & 1
+    texts = [str(failure.error) for failure in found.failures]
+    assert "cut.fits: truncated file" in texts[0]
+    assert "bad.fits: row 4: HDU FLUXTABLE: wavelength of pixel 100 is not finite" in texts[1]
+
+
+def test_desi_is_read_with_a_warning(few, model, tmp_path):
+    scale = {"R": few.wave < 7620, "Z": few.wave > 7520}
+    arms = {
+        arm: (few.wave[k], few.flux[:, k].astype(float), few.error[:, k].astype(float))
+        for arm, k in scale.items()
+    }
+    path = write_desi(tmp_path / "x.fits", arms)
+    found = predict(path, model)
+    assert any("line-spread function" in note for note in found.notes)
+    assert np.array_equal(found.columns["TARGETID"], 39633345008634465 + np.arange(N))
+    assert np.isfinite(found.columns["log_g"]).all()
+
+
+def test_fits_tables_are_read_without_a_warning(coadd, model, tmp_path):
+    predict(coadd, model, tmp_path / "t.fits", velocity=5.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        table = Table.read(tmp_path / "t.fits")
+    assert str(table["ra"].unit) == "deg"
+    assert str(table["v_los"].unit) == "km / s"
+    assert table["objId"].dtype == np.dtype(">i8")
+
+
+def test_the_command(coadd, model_folder, tmp_path):
+    out = tmp_path / "t.fits"
+    arguments = ["predict", str(coadd), "-m", str(model_folder), "-o", str(out), "--velocity", "-26", "--keep", "tract",
+                 "--select", "targetType == 1", "--wave-medium", "vacuum", "--json"]  # fmt: skip
+    result = CliRunner().invoke(cli, arguments)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["rows"] == 6
+    columns, _ = read_table(out)
+    assert "tract" in columns
+    np.testing.assert_array_equal(columns["v_los"], np.full(6, -26, "f4"))
+    bad = CliRunner().invoke(cli, [*arguments[:-7], "--velocity", "nowhere.fits", "--overwrite"])
+    assert bad.exit_code == 3
+    assert "--velocity nowhere.fits: no such file" in bad.stderr
+
+
+def test_tables_among_the_spectra_are_passed_over(coadd, model, tmp_path):
+    shutil.copy(coadd, tmp_path / "night.fits")
+    predict(tmp_path, model, tmp_path / "table.fits")
+    again = predict(tmp_path, model, tmp_path / "other.fits")
+    assert again.n_rows == N
+    assert not again.failures
+
+
+def test_what_cannot_be_done_with_files_of_surveys_is_said(coadd):
+    with pytest.raises(InputError, match=r"night\.fits: a FITS file; only predict and inspect read those"):
+        open_spectra(coadd)
+
+
+def test_inspect_shows_them_as_a_model_would_see_them(coadd, model_folder):
+    result = CliRunner().invoke(cli, ["inspect", str(coadd), "-m", str(model_folder), "--json"])
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert facts["files"][0]["arrays"]["flux"]["layout"] == "pfsCoadd"
+    assert "objId" in facts["files"][0]["columns"]

@@ -1,0 +1,143 @@
+"""Spectra in memory: the numbers of the command, whatever they are wrapped in."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from astropy import units
+from astropy.nddata import InverseVariance, NDData, StdDevUncertainty, VarianceUncertainty
+from small import same_rows
+
+import moefast
+from moefast.core.errors import InputError
+from moefast.predicting_arrays import predict_arrays
+from moefast.scoring import predict
+
+LIGHT_SPEED = 299_792.458
+UNIT = units.Unit("1e-17 erg / (s cm2 Angstrom)")
+
+
+@pytest.fixture(scope="module")
+def few(stars):
+    return stars.take(slice(0, 40)).observed()
+
+
+@pytest.fixture(scope="module")
+def plain(few, model):
+    return predict_arrays(few.flux, few.error, model)
+
+
+def as_columns(table):
+    return {name: np.asarray(table[name]) for name in table.colnames}
+
+
+def test_the_numbers_are_those_of_the_command(few, model, plain, tmp_path):
+    path = few.write(tmp_path / "x.h5", params=())
+    same_rows(as_columns(plain), predict(path, model).columns, but=())
+    assert plain["log_g"].unit == units.dex
+    assert plain["log_g_err"].description.startswith("calibrated")
+    assert plain.meta["model"] == model.name
+    assert moefast.predict_arrays is predict_arrays
+
+
+def test_masks_are_those_of_the_command(few, model, tmp_path):
+    mask = np.random.default_rng(0).random(few.flux.shape) < 0.2
+    masked = few.take(slice(0, 40))
+    masked = type(masked)(masked.wave, masked.flux, masked.error, masked.noisy, masked.params, mask)
+    path = masked.write(tmp_path / "x.h5", arrays=("flux", "error", "mask"), params=())
+    want = predict(path, model).columns
+    same_rows(as_columns(predict_arrays(few.flux, few.error, model, mask=mask)), want, but=())
+    hidden = np.ma.MaskedArray(few.flux, mask)
+    same_rows(as_columns(predict_arrays(hidden, few.error, model)), want, but=())
+
+
+def test_one_star(few, model, plain):
+    one = predict_arrays(few.flux[3], few.error[3], model, wave=few.wave)
+    assert len(one) == 1
+    same_rows(as_columns(one), as_columns(plain), slice(0, 1), other_rows=slice(3, 4))
+
+
+def test_units_are_converted_and_normalised(few, model):
+    """nJy at vacuum wavelengths in nm: F_λ of any scale, divided by its median."""
+    flux, error = few.flux.astype(float), few.error.astype(float)
+    scale = np.median(flux, 1, keepdims=True)
+    want = predict_arrays(flux / scale, error / scale, model)
+    wave = few.wave * units.AA
+    f_nu = (flux * 3 * UNIT).to(units.nJy, equivalencies=units.spectral_density(wave))
+    f_error = (error * 3 * UNIT).to(units.nJy, equivalencies=units.spectral_density(wave))
+    got = predict_arrays(f_nu, f_error, model, wave=wave.to(units.nm))
+    np.testing.assert_allclose(got["log_g"], want["log_g"], atol=2e-4)
+    said = predict_arrays(f_nu.value, f_error.value, model, unit="nJy", wave=few.wave)
+    np.testing.assert_allclose(said["log_g"], want["log_g"], atol=2e-4)
+
+
+@pytest.mark.parametrize("kind", ["std", "var", "ivar"])
+def test_objects_of_other_packages(kind, few, model, plain):
+    wrap = {"std": StdDevUncertainty, "var": VarianceUncertainty, "ivar": InverseVariance}[kind]
+    power = {"std": 1, "var": 2, "ivar": -2}[kind]
+    uncertainty = wrap(few.error.astype(float) ** power)
+    mask = np.zeros(few.flux.shape, bool)
+    table = predict_arrays(NDData(few.flux, uncertainty=uncertainty, mask=mask), model=model)
+    np.testing.assert_allclose(table["log_g"], plain["log_g"], atol=1e-4)
+    spectra = [
+        SimpleNamespace(
+            flux=few.flux[i] * UNIT, spectral_axis=few.wave / 10 * units.nm, mask=None,
+            uncertainty=wrap(few.error[i].astype(float) ** power * UNIT**power),
+        )
+        for i in range(5)
+    ]  # fmt: skip
+    got = predict_arrays(spectra, model=model)
+    scale = np.median(few.flux[:5], 1, keepdims=True)
+    want = predict_arrays(few.flux[:5] / scale, few.error[:5] / scale, model)
+    np.testing.assert_allclose(got["log_g"], want["log_g"], atol=1e-4)
+
+
+def test_a_velocity_is_removed(few, model, plain):
+    """Wavelengths that are stretched by 1 + v/c, with v: the spectra at rest, but for rounding."""
+    velocity = np.linspace(-300, 300, 40)
+    wave = few.wave * (1 + velocity[:, None] / LIGHT_SPEED)
+    got = predict_arrays(few.flux, few.error, model, wave=wave, velocity=velocity)
+    np.testing.assert_allclose(got["log_g"], plain["log_g"], atol=1e-3)
+    np.testing.assert_allclose(got["v_los"], velocity, rtol=1e-6)
+    one = predict_arrays(few.flux, few.error, model, wave=wave[39], velocity=0.3e6 * units.m / units.s)
+    np.testing.assert_allclose(one["log_g"], plain["log_g"], atol=1e-3)
+    assert (
+        np.abs(predict_arrays(few.flux, few.error, model, wave=wave)["log_g"] - plain["log_g"])[[0, 39]].max()
+        > 0.01
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"error": None}, "every spectrum needs its 1σ"),
+        ({"error": np.ones((40, 7))}, r"error has shape \(40, 7\), flux \(40, 1024\)"),
+        ({"mask": np.ones((3, 1024))}, r"mask has shape \(3, 1024\)"),
+        ({"wave": np.ones(7)}, r"wave has shape \(7,\)"),
+        ({"wave": np.linspace(8850, 7100, 1024)}, "spectrum 0: wave: wavelength of pixel 1 is not above"),
+        ({"wave": np.full(1024, np.nan)}, "spectrum 0: wave: wavelength of pixel 0 is not finite"),
+        ({"wave": np.ones(1024) * units.Hz}, "expected a length"),
+        ({"unit": "electron"}, "must be flux-calibrated first"),
+        ({"velocity": np.ones(3)}, r"one for each of 40 spectra, expected; found shape \(3,\)"),
+        ({"velocity": np.nan}, "needs a finite one"),
+        ({"scale": 1e-17}, "its scale cannot be told. Say unit="),
+        ({"flux": np.ones((40, 7)), "error": np.ones((40, 7))}, "flux has 7 pixels, the model's grid 1024"),
+        ({"flux": np.full((2, 1024), "x")}, "numbers of shape"),
+    ],
+)
+def test_what_makes_no_sense(change, match, few, model):
+    given = {"flux": few.flux, "error": few.error} | change
+    scale = given.pop("scale", None)
+    if scale:
+        given |= {"flux": few.flux * scale, "error": few.error * scale}
+    with pytest.raises(InputError, match=match):
+        predict_arrays(given.pop("flux"), given.pop("error"), model, **given)
+
+
+def test_a_model_says_what_it_is_in_a_line(model):
+    text = repr(model)
+    assert len(text) < 250
+    assert "\n" not in text
+    assert "9 experts, 1024 pixels" in text
