@@ -7,19 +7,22 @@ spectra within a cloud, are white:
     δ_j = Cᵀk_j − λ,   A_j = I + T_j C (T_j C)ᵀ,   ρ_j = −T_j C δ_j,   γ_j = A_j⁻¹ρ_j,
     e_j = ln π_j − ½ (|δ_j + CᵀT_jᵀγ_j|² + |γ_j|²) − ½ ln det A_j + const.
 
-No large number is subtracted from another, and the constant cancels in the weights.
+No large number is subtracted from another, and the constant cancels in the weights. With M = LLᵀ and an upper
+triangular T, TTᵀ = I + LᵀL, it is Cᵀ = T⁻¹Lᵀ and λ = T⁻¹L⁻¹u: upper triangular, too, and without a difference from 1.
 
-Design: `moefast.kernels.cpu_information` reads flux and error once and gives (u, M) and C, λ in double precision;
+Design: `moefast.kernels.cpu_information` reads flux and error once and gives (u, M), C and λ in double precision;
 `moefast.kernels.cpu_clouds` passes one star over all clouds in single precision. Floor in multiply-adds per star, for
-p = 4096 pixels, cells of 8, n + q = 52, m = 450 clouds of t = 5 tangents and the scale:
+p = 4096 pixels, cells of 2, n + q = 52, m = 450 clouds of t = 5 tangents and the scale:
 
     u                  p (n + q)                     0.21 M double
-    M                  p/8 (n + q)(n + q + 1)/2      0.71 M double
-    roots, inverse     1.7 n³                        0.20 M double
+    M                  p/2 (n + q)(n + q + 1)/2      2.82 M double
+    two expansions     2 · 2 p (n + q)               0.43 M single, 0.43 M double
+    roots              1.1 n³                        0.13 M double
     clouds             m (t + 1) n (n + 1)/2         3.31 M single
     their products     m (t + 2)(t + 3)/2 n          0.62 M single
 
-The floor of memory is 8 p bytes, 33 kB; arrays of clouds, 0.5 MB, and of cells, 5.8 MB, are read from the caches.
+The floor of memory is 8 p bytes, 33 kB; arrays of clouds, 0.5 MB, are read from the second cache, and the products of
+cells, 23 MB, once for `cpu_information.ROWS` stars.
 All sums have one order, whatever row, block or thread: a row's bits depend on that row alone.
 """
 
@@ -245,8 +248,8 @@ class Clouds:
 class CloudPosterior:
     """What `cloud_posterior` returns, one row per spectrum.
 
-    The first thirteen are float64, and what `moefast.posterior.forward` calls so, without axes of length 1; the others are
-    those of `moefast.spectra.quality.assess`: `snr_norm`, `snr_median` float32, `n_good` int32, `flag` uint32.
+    The first thirteen are float64 and what `moefast.posterior.forward` calls so, without axes of length 1; the others
+    are those of `moefast.spectra.quality.assess`. A row whose distance to every cloud overflows is NaN.
     """
 
     log_g: F64
@@ -276,7 +279,8 @@ def cloud_posterior(
     Parameters
     ----------
     flux, error : array of shape (n, p)
-        Flux and its 1σ in any unit, converted to float32. A pixel that is not finite in flux, or whose error is not positive or above 1e6, weighs nothing.
+        Flux and its 1σ in any unit, converted to float32. A pixel whose flux is not finite, or whose error is not
+        positive or above 1e6, weighs nothing.
     mask : array of shape (n, p), bool, optional
         True where a pixel is bad whatever it holds.
     space : Space

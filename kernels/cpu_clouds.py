@@ -1,10 +1,9 @@
 """Loops of one star over all clouds; see `moefast.kernels.clouds`.
 
-Design: `LANES` clouds lie side by side in a panel, so that every loop over them is SIMD whatever the number of tangents.
-A vector (the mean of each cloud, or one of its tangents) is kept as blocks of four coordinates × `LANES` clouds; C', upper
-triangular, multiplies it block by block in the nearest cache. What is left of a cloud's distance when its best point is
-taken is summed from its residual: the product form |δ|² − ρᵀA⁻¹ρ loses the digits that a star far from a cloud's mean,
-along a tangent of it, has above the rest.
+Design: `LANES` clouds lie side by side in a panel, so that SIMD goes over clouds whatever the number of tangents. C',
+upper triangular, multiplies the means and tangents of a panel; then each vector of clouds is solved in registers, and
+what is left of a cloud's distance at its best point is summed from its residual: the product form |δ|² − ρᵀA⁻¹ρ loses
+the digits that a star far from a cloud's mean, along a tangent of it, has above the rest.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ __all__ = ["posterior"]
 WIDTH = width_of(32)
 LANES = VECTORS * WIDTH
 """Clouds of a panel."""
-LEAST_SHARE = np.float32(1e-14)
-"""Of the best cloud's weight: clouds below have no say in moments of labels, 1e-7 of their range at most."""
+LEAST_SHARE = np.float32(1e-9)
+"""Of the best cloud's weight: clouds below have no say in labels but the first."""
 LEAST_EVIDENCE = np.float32(-1e30)
 """Below, a sum of squares has overflowed."""
 LEAST_SPREAD = 1e-4
@@ -73,7 +72,7 @@ def _shares(evidence, start, stop, top, share):
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
 def _labels_of(j, lower, inverse_root, coefficients, gains, labels, solved, mean):
-    """Mean labels of cloud j, and L⁻¹ g, whose squares are the variances that its tangents leave; eight labels a row."""
+    """Mean labels of cloud j, and L⁻¹ g, whose squares are the variances that its tangents leave."""
     panel, lane = j // LANES, j % LANES
     t = gains.shape[1]
     mean[:] = labels[j]
@@ -127,6 +126,15 @@ def _moments(
             share[j] *= np.float32(among)
     for e in range(k):
         weights[e] /= total
+    flat = means_of_first.reshape(-1)
+    best, between = 0.0, 0.0
+    for j in range(m):
+        best += np.float64(share[j]) * np.float64(flat[j])
+    best /= total
+    for j in range(m):
+        apart = np.float64(flat[j]) - best
+        between += np.float64(share[j]) * apart * apart
+    between /= total
     n_chosen, kept = 0, 0.0
     for j in range(m):
         if share[j] >= LEAST_SHARE:
@@ -149,12 +157,11 @@ def _moments(
                 along[x] += one * row[x]
         for x in range(n_labels):
             label[x] += w * np.float64(means[c, x])
+    label[0] = best
     sd[:], covariance[:] = 0.0, 0.0
-    between = 0.0
     for c in range(n_chosen):
         w = np.float64(share[chosen[c]]) / kept
         of_first = np.float64(means[c, 0]) - label[0]
-        between += w * of_first * of_first
         for x in range(n_labels):
             apart = np.float64(means[c, x]) - label[x]
             sd[x] += w * (np.float64(variances[c, x]) + apart * apart)
@@ -224,8 +231,8 @@ def posterior(
                 coefficients[panel], evidence[panel], means_of_first[panel],
             )  # fmt: skip
         between = _moments(
-            evidence.reshape(-1)[:m], lower, inverse_root, coefficients, gains, labels, scatter, scatter_with_first, first,
-            means_of_first, share, chosen, means, variances, covariances, solved,
+            evidence.reshape(-1)[:m], lower, inverse_root, coefficients, gains, labels, scatter, scatter_with_first,
+            first, means_of_first, share, chosen, means, variances, covariances, solved,
             label[i], sd[i], covariance[i], weights[i], expert[i],
         )  # fmt: skip
         nearest = np.float64(square.reshape(-1)[:m].min())

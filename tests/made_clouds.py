@@ -11,14 +11,11 @@ def mixture(p=192, m=70, t=2, n=7, q=3, experts=3, labels=3, seed=0, n_sky=0):
     """A mixture of m clouds in n coordinates, the scale among them, with q nuisances."""
     rng = np.random.default_rng(seed)
     x = np.linspace(-1, 1, p)
-    lines = sum(
-        d * np.exp(-0.5 * ((x - c) / w) ** 2)
-        for d, c, w in rng.uniform((0.1, -1, 0.01), (0.5, 1, 0.05), (9, 3))
-    )
+    depths, places, widths = rng.uniform((0.1, -1, 0.01), (0.5, 1, 0.05), (9, 3)).T
+    lines = (depths * np.exp(-0.5 * ((x[:, None] - places) / widths) ** 2)).sum(1)
     reference = (1 + 0.2 * x) * (1 - np.clip(lines, 0, 0.8))
-    sky = np.convolve(
-        rng.exponential(20, p) * (rng.random(p) < 0.05), np.exp(-0.5 * (np.arange(-6, 7) / 1.5) ** 2), "same"
-    )
+    profile = np.exp(-0.5 * (np.arange(-6, 7) / 1.5) ** 2)
+    sky = np.convolve(rng.exponential(20, p) * (rng.random(p) < 0.05), profile, "same")
     shape = 0.01 * (1 + sky)
     centres, widths = rng.uniform(-1, 1, n - 1), rng.uniform(0.02, 0.3, n - 1)
     # Orthogonal, as components are: what many lines of one form share would be known to no digit.

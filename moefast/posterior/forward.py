@@ -140,7 +140,7 @@ def forward(op: SolvingArithmetic, sizes: Sizes, flux: Any, error: Any) -> dict[
     positive = op.at_most(constant(TINY), error)
     known = op.at_most(error, constant(LARGEST_ERROR))
     good = op.both(finite, op.both(positive, known))
-    # Double precision from here on: single precision does not hold the squares of all units, nor a bright star's digits.
+    # Double precision from here on: single precision holds neither squares in all units nor a bright star's digits.
     zero, one = op.precise(constant(0.0)), op.precise(constant(1.0))
     x = op.where(good, op.precise(flux), zero)
     sigma = op.where(good, op.precise(error), one)
