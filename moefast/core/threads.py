@@ -96,7 +96,9 @@ def map_in_order(
     finally:
         pool.shutdown(cancel_futures=True)
         if isinstance(items, Generator):
-            items.close()
+            # An interrupt may have ended the waiting: a generator at work cannot be closed.
+            with lock:
+                items.close()
 
 
 @contextmanager
