@@ -137,8 +137,9 @@ def _calibrate(
                 rows, kind, found["error_features"], found["label"], found["label_sd"], found["chi2"][:, 0],
                 found["distance"][:, 0], found["strength"][:, 0], found["log_level"][:, 0],
                 found["weights"][:, mixture.n_experts :].sum(1),
+                found["expert_label"][np.arange(len(rows)), data.bins[rows]],
             ))  # fmt: skip
-    rows, kind, features, label, sd, chi2, distance, strength, level, foreign = (
+    rows, kind, features, label, sd, chi2, distance, strength, level, foreign, by_true_expert = (
         np.concatenate(column) for column in zip(*parts, strict=True)
     )
     y = values[rows]
@@ -177,6 +178,7 @@ def _calibrate(
         "cross_validation": {
             "rows": int(check.sum()),
             "r2": r2(y[judged, 0], log_g[judged]),
+            "r2_true_bins": r2(y[judged, 0], by_true_expert[judged]),
             "coverage_68": float(np.mean(ratio[judged] <= factor)),
             "coverage_95": float(np.mean(ratio[judged] <= Z_95 * factor)),
             "coverage_by_gap": within,

@@ -186,7 +186,8 @@ def _without_lines(reference: F64, noise_shape: F64, directions: F64) -> tuple[F
     white = 1 / np.sqrt(noise_shape)
     apart = continuum - reference
     own = np.linalg.lstsq(directions * white[:, None], apart * white, rcond=None)[0]
-    left = apart - directions @ own
+    left: F64 = np.asarray(apart - directions @ own, np.float64)
+    own = np.asarray(own, np.float64)
     height = float(np.linalg.norm(left * white) / np.sqrt(LEAST_SCATTER))
     return own, left / max(height, 1e-12), height
 
