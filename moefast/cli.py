@@ -454,13 +454,19 @@ def fit(
 
     \b
         moefast fit train.h5 -o model/
-        moefast fit --simulate 200000 --set z0 --recipe template -o model/
+        moefast fit --simulate 200000 --set library --recipe posterior -o model/
         moefast fit train/ -o model/ --checkpoint fit-so-far/
 
     \b
     Recipes:
-        template         posterior mean over templates, the shipped recipe;
-                         needs clean spectra
+        posterior        posterior over clouds of templates at the noise and
+                         gaps of each star; scale, slope and sky residuals of
+                         the flux are free; needs clean spectra
+        posterior-calibrated
+                         the same where the calibration can be trusted: the
+                         scale is free, the slope is not
+        template         posterior mean over templates, at the mean noise of
+                         the training set; needs clean spectra
         phys-moe         nine linear experts behind a gate; any spectra
         hybrid-moe       the best of linear, template, trees in each bin
         residual-moe     heads, and what they get wrong on average learnt

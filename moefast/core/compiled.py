@@ -93,7 +93,7 @@ class _InTemporaryFolder(caching.UserWideCacheLocator):
 class _Place(caching.CompileResultCacheImpl):
     """Where the code of a function is kept: NUMBA_CACHE_DIR, beside its source, in the home, with temporary files."""
 
-    _locator_classes: ClassVar = [
+    _locator_classes = [  # noqa: RUF012 - of the base class
         caching.UserProvidedCacheLocator,
         caching.InTreeCacheLocator,
         _InHome,
