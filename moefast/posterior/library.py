@@ -186,10 +186,9 @@ def _without_lines(reference: F64, noise_shape: F64, directions: F64) -> tuple[F
     white = 1 / np.sqrt(noise_shape)
     apart = continuum - reference
     own = np.linalg.lstsq(directions * white[:, None], apart * white, rcond=None)[0]
-    left: F64 = np.asarray(apart - directions @ own, np.float64)
-    own = np.asarray(own, np.float64)
+    left = apart - directions @ own
     height = float(np.linalg.norm(left * white) / np.sqrt(LEAST_SCATTER))
-    return own, left / max(height, 1e-12), height
+    return own.astype(np.float64), left / max(height, 1e-12), height
 
 
 def _cloud(z: F64, y: F64, t: int, n_all: int) -> tuple:

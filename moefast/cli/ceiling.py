@@ -1,0 +1,70 @@
+"""The command `moefast ceiling`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from moefast.cli.messages import Progress
+from moefast.cli.options import FILES, JSON, OVERWRITE, QUIET
+from moefast.core.errors import OutputError
+
+__all__ = ["ceiling"]
+
+
+@click.command()
+@FILES
+@click.option(
+    "-o",
+    "--out",
+    metavar="FILE",
+    help="Write everything, each star's numbers included, as .json or .json.gz.",
+)
+@click.option("--picture", type=click.Path(dir_okay=False), help="Draw the ceilings to a PNG.")
+@click.option(
+    "--method",
+    type=click.Choice(["auto", "both", "fisher", "bayes"]),
+    default="auto",
+    show_default=True,
+    help="fisher: bound from derivatives and errors. bayes: posterior of every star under the prior and noise that "
+    "made it. auto: both for files of moefast simulate, else fisher.",
+)
+@click.option("--stars", type=click.IntRange(2), metavar="N", help="Use the first N spectra only.")
+@click.option("--name", help="Name of the test set in the report.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the posterior samples."
+)
+@OVERWRITE
+@QUIET
+@JSON
+def ceiling(
+    files: tuple[str, ...], out: str | None, picture: str | None, method: str, stars: int | None, name: str | None,
+    seed: int, overwrite: bool, quiet: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """What the physics allows: R² ceilings of labelled spectra, by Fisher information and by Bayes.
+
+    The Bayes ceiling is the R² of the exact posterior mean: no method does better on these stars. It takes 40 to 130 ms
+    per star on two cores. The ceilings of the reference sets come with moefast; evaluate finds them by itself.
+    """
+    from moefast.ceilings import ceiling as ceilings
+    from moefast.protocol.ceiling_report import figure, format_text
+
+    for path in (out, picture):
+        if path and Path(path).exists() and not overwrite:
+            raise OutputError(f"{path}: exists already; choose another name, or replace it with --overwrite")
+        if path and not Path(path).absolute().parent.is_dir():
+            raise OutputError(f"{path}: the folder does not exist; create it first")
+    progress = Progress(quiet)
+    found = ceilings.compute(
+        files, method=method, stars=stars, seed=seed, name=name, progress=progress.rows("ceiling"),  # type: ignore[arg-type]
+    )  # fmt: skip
+    progress.close()
+    click.echo(json.dumps(found.summary, indent=1) if as_json else format_text(found.summary))
+    if out:
+        ceilings.write(found, out)
+        click.echo(f"written: {out}", err=True)
+    if picture:
+        figure(found.summary, picture)
+        click.echo(f"picture: {picture}", err=True)

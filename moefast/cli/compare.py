@@ -1,0 +1,61 @@
+"""The command `moefast compare`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from moefast.cli.options import JSON, OVERWRITE
+from moefast.core.errors import OutputError
+
+__all__ = ["compare"]
+
+
+@click.command()
+@click.argument("reports", nargs=-1, required=True, metavar="REPORT…")
+@click.option("-o", "--out", metavar="FILE", help="Write all numbers as JSON.")
+@click.option(
+    "--picture",
+    metavar="FILE",
+    help="Draw R² of all of them against SNR, beside the Bayes ceiling, to a PNG.",
+)
+@OVERWRITE
+@JSON
+def compare(
+    reports: tuple[str, ...], out: str | None, picture: str | None, overwrite: bool, as_json: bool
+) -> None:
+    """Is one model better than another? Paired differences of two or more evaluations on the same stars.
+
+    REPORT is a folder that moefast evaluate -o wrote; the first is what the others are compared with. Per group of
+    stars: the difference of R² with its interval, and better, worse or no difference. Evaluations of other stars or
+    other noise are refused.
+    """
+    from moefast.core.atomic import write_json
+    from moefast.protocol.compare import compare as run
+    from moefast.protocol.compare import format_text, read_evaluation
+
+    if picture and (Path(picture).suffix.lower() != ".png" or (out and Path(out) == Path(picture))):
+        raise OutputError(f"{picture}: the picture is a PNG; give it a name of its own that ends in .png")
+    for target in (out, picture):
+        if target and Path(target).exists() and not overwrite:
+            raise OutputError(
+                f"{target}: exists already; choose another name, or replace it with --overwrite"
+            )
+    kept = [read_evaluation(folder) for folder in reports]
+    found = run(kept)
+    click.echo(json.dumps(found, indent=1) if as_json else format_text(found))
+    if out:
+        write_json(found, out)
+        click.echo(f"written: {out}", err=True)
+    if picture:
+        # Only now: drawing takes a second to import.
+        from moefast.protocol.figures import compared
+
+        names = [item.path.resolve().name for item in kept]
+        if len(set(names)) < len(names):
+            # Letters, as in the text, tell folders of the same name apart.
+            names = [f"{chr(ord('A') + i)} {name}" for i, name in enumerate(names)]
+        compared({name: item.report for name, item in zip(names, kept, strict=True)}, picture)
+        click.echo(f"written: {picture}", err=True)

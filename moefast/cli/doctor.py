@@ -1,0 +1,24 @@
+"""The command `moefast doctor`."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import click
+
+from moefast.cli.options import JSON
+
+__all__ = ["doctor"]
+
+
+@click.command()
+@JSON
+def doctor(as_json: bool) -> None:
+    """Say what this machine has, what moefast will use, and why not more."""
+    from moefast.doctor import examine, format_text
+
+    facts = examine()
+    click.echo(json.dumps(facts, indent=1) if as_json else format_text(facts))
+    if facts["problems"]:
+        sys.exit(1)

@@ -1,0 +1,81 @@
+"""The command `moefast evaluate`."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from moefast.cli.messages import Progress
+from moefast.cli.options import BACKEND, FILES, JSON, OVERWRITE, QUIET, positive
+
+__all__ = ["evaluate"]
+
+
+@click.command()
+@FILES
+@click.option(
+    "-m", "--model", metavar="WHAT",
+    help="What is measured: a model folder, an ONNX file (.onnx) with inputs flux and error and an output log_g, or a "
+    "table of predictions (.h5, .parquet, .fits, .csv) with columns row and log_g; or a shipped model, z0 (the "
+    "default) or survey.",
+)  # fmt: skip
+@click.option(
+    "-o", "--out", metavar="FOLDER",
+    help="Write report.json, report.html with all figures, the figures as PNG, report.txt, predictions.h5 (every star) "
+    "and run.json to this folder.",
+)  # fmt: skip
+@click.option(
+    "--pictures/--no-pictures", default=True, show_default=True, help="Draw report.html and the PNG files."
+)
+@click.option(
+    "--noise", type=click.Choice(["auto", "draw", "none"]), default="auto", show_default=True,
+    help="auto: the array noisy where a file has it, else noise from the stored seed. draw: always a draw on flux. "
+    "none: flux as it is, for observed spectra.",
+)  # fmt: skip
+@click.option(
+    "--noise-level",
+    type=float,
+    callback=positive,
+    default=1.0,
+    show_default=True,
+    help="Factor on the errors of the files.",
+)
+@click.option(
+    "--ceiling", metavar="FILE",
+    help="Ceilings of this test set, written by moefast ceiling -o; those of the reference sets come with moefast.",
+)  # fmt: skip
+@click.option("--name", help="Name of the test set in the report.")
+@BACKEND
+@OVERWRITE
+@QUIET
+@JSON
+def evaluate(
+    files: tuple[str, ...], model: str | None, out: str | None, pictures: bool, noise: str, noise_level: float,
+    ceiling: str | None, name: str | None, backend: str, overwrite: bool, quiet: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Measure a model on labelled spectra: R² with intervals, by SNR and bin, beside simpler fits.
+
+    Models of others are measured by the same rules: as an ONNX file, or as a table with one prediction for each row of
+    the test set. A table must have been made of the noise that is measured with: of the array noisy, which moefast
+    simulate writes, or of observed flux with --noise none. A prediction that is NaN counts as the mean label.
+    """
+    from moefast.protocol.evaluate import check_report_folder, write_report
+    from moefast.protocol.evaluate import evaluate as run
+    from moefast.protocol.report_text import format_text
+
+    if out:
+        check_report_folder(out, overwrite)
+    progress = Progress(quiet)
+    result = run(
+        files, model, noise=noise, noise_level=noise_level, ceiling=ceiling, backend=backend, name=name,  # type: ignore[arg-type]
+        progress=progress.rows("evaluate"),
+    )  # fmt: skip
+    progress.close()
+    # First what took long; a terminal may refuse the text.
+    written = write_report(result, out, pictures=pictures, overwrite=overwrite) if out else []
+    click.echo(json.dumps(result.report, indent=1) if as_json else format_text(result.report, result.run))
+    if as_json and not quiet and result.run["spectra_per_second"]:
+        click.echo(f"{result.run['spectra_per_second']:,.0f} spectra/s on {result.run['device']}", err=True)
+    if out:
+        click.echo("written: " + ", ".join(str(path) for path in written), err=True)

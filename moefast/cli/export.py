@@ -1,0 +1,46 @@
+"""The command `moefast export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from moefast.cli.options import OVERWRITE
+from moefast.core.errors import OutputError
+
+__all__ = ["export"]
+
+
+@click.command()
+@click.argument("model", metavar="MODEL")
+@click.option("-o", "--out", required=True, type=click.Path(dir_okay=False), help="ONNX file to write.")
+@click.option("--part", default="mixture", show_default=True, help="mixture, gate, or expert-0, expert-1, …")
+@click.option(
+    "--half", is_flag=True, help="Products of a network in half precision, for GPUs that are faster in it."
+)
+@OVERWRITE
+def export(model: str, out: str, part: str, half: bool, overwrite: bool) -> None:
+    """Write a model folder, or a part of it, as one ONNX file, verified against the model first.
+
+    Inputs flux and error (n, pixels) float32; outputs log_g, log_g_err, weights, expert_log_g and more. The file
+    runs in plain ONNX Runtime. MODEL is a model folder, or a shipped model: z0 or survey. What
+    half precision costs in R² tells: moefast evaluate TEST -m OUT
+    """
+    from moefast.export import export_model
+    from moefast.model import Model
+
+    if Path(out).exists() and not overwrite:
+        raise OutputError(f"{out}: exists already; choose another name, or replace it with --overwrite")
+    chosen = Model.load(model)
+    parts = ["mixture", "gate", *(f"expert-{k}" for k in range(chosen.mixture.n_experts))]
+    if part not in parts:
+        raise click.BadParameter(f"{part!r} is none of {', '.join(parts)}", param_hint="--part")
+    differences = export_model(
+        chosen.mixture, out, part=part, metadata={"recipe": chosen.manifest["recipe"]}, half=half
+    )
+    size = Path(out).stat().st_size / 1e6
+    largest = ", ".join(
+        f"{name} {value:.1e}" for name, value in differences.items() if isinstance(value, float)
+    )
+    click.echo(f"{out}: {part}, {size:.1f} MB; largest difference from the model in float64: {largest}")

@@ -1,0 +1,181 @@
+"""The command `moefast fit`."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import click
+
+from moefast.cli.messages import Progress
+from moefast.cli.options import BACKEND, JSON, OVERWRITE, QUIET, positive
+
+__all__ = ["fit"]
+
+
+def _grid(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    try:
+        rows, columns = (int(part) for part in value.lower().split("x"))
+        if rows < 1 or columns < 1:
+            raise ValueError
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not TxM, for example 3x3") from None
+    return rows, columns
+
+
+@click.command()
+@click.argument("files", nargs=-1, metavar="[FILE…]")
+@click.option("-o", "--out", required=True, metavar="FOLDER", help="Model folder to write.")
+@click.option(
+    "--simulate", type=click.IntRange(1), metavar="N",
+    help="Fit N spectra that are simulated as they are needed, with no file between; instead of FILE.",
+)  # fmt: skip
+@click.option("--set", "name", metavar="NAME", help="Reference set to simulate, part train.  [default: z0]")
+@click.option(
+    "--recipe",
+    default="phys-moe",
+    show_default=True,
+    help="Which model: see above.",
+)
+@click.option(
+    "--grid", callback=_grid, metavar="TxM", help="Bins in T_eff and [M/H], instead of the recipe's."
+)
+@click.option(
+    "--noise",
+    type=click.Choice(["closed-form", "sampled", "observed"]),
+    default="closed-form",
+    show_default=True,
+    help="closed-form: flux is clean, noise enters the normal equations exactly. sampled: flux is clean, one draw "
+    "of noise per spectrum. observed: the spectra are noisy already.",
+)
+@click.option(
+    "--noise-level",
+    type=float,
+    callback=positive,
+    default=1.0,
+    show_default=True,
+    help="Factor on the errors of the files.",
+)
+@click.option(
+    "--size", type=click.Choice(["small", "base"]), default="small", show_default=True,
+    help="Of a recipe's network: small for ten minutes of a laptop, base for a GPU.",
+)  # fmt: skip
+@click.option(
+    "--steps", type=click.IntRange(1), help="Of the network's fit, instead of what belongs to its size."
+)
+@click.option("--references/--no-references", default=True, show_default=True,
+              help="Also fit the published-style ridge to compare with (doubles the first pass).")  # fmt: skip
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of folds, draws and networks."
+)
+@click.option(
+    "--checkpoint", metavar="FOLDER",
+    help="Keep the statistics here every two minutes (up to 3 GB with nine bins, twice that while they are replaced): "
+    "the same command goes on where a killed one stood, to the same model. Cleared once the model is written.",
+)  # fmt: skip
+@BACKEND
+@OVERWRITE
+@QUIET
+@JSON
+def fit(
+    files: tuple[str, ...], out: str, simulate: int | None, name: str | None, recipe: str,
+    grid: tuple[int, int] | None, noise: str, noise_level: float, size: str, steps: int | None,
+    references: bool, seed: int, checkpoint: str | None, backend: str, overwrite: bool, quiet: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Fit a model on labelled spectra (T_eff, log_g, M_H in dataset/params) and write it to a folder.
+
+    \b
+        moefast fit train.h5 -o model/
+        moefast fit --simulate 200000 --set library --recipe posterior -o model/
+        moefast fit train/ -o model/ --checkpoint fit-so-far/
+
+    \b
+    Recipes:
+        posterior        posterior over clouds of templates at the noise and
+                         gaps of each star; scale, slope and sky residuals of
+                         the flux are free; needs clean spectra
+        posterior-calibrated
+                         the same where the calibration can be trusted: the
+                         scale is free, the slope is not
+        template         posterior mean over templates, at the mean noise of
+                         the training set; needs clean spectra
+        phys-moe         nine linear experts behind a gate; any spectra
+        hybrid-moe       the best of linear, template, trees in each bin
+        residual-moe     heads, and what they get wrong on average learnt
+                         beside them, where that helps beyond doubt
+        conditional-moe  phys-moe, its gate with a second part for faint stars
+        dual-moe         phys-moe, its gate also on statistics of the errors
+        heads            a network on components with nine heads and its gate;
+                         fitted by torch, scored without it
+        heads-cnn        the same, convolutions on the flux
+        heads-vit        the same, a vision transformer on the flux
+        snr-moe          linear experts for four bins of signal-to-noise
+        global-ridge     one linear expert
+        published-ridge  one ridge as published, to compare with
+    """
+    from moefast.backend import resolve_kernels
+    from moefast.checkpoint import Checkpoint
+    from moefast.core.grids import uniform
+    from moefast.model import check_target
+    from moefast.recipes import RECIPES
+    from moefast.recipes import fit as run
+    from moefast.simulate import SimulatedSpectra
+
+    if recipe not in RECIPES:
+        raise click.BadParameter(
+            f"{recipe!r} is unknown; choose one of {', '.join(RECIPES)}", param_hint="--recipe"
+        )
+    if bool(files) == bool(simulate):
+        raise click.UsageError("name the files to fit, or say how many spectra to simulate with --simulate N")
+    if name is not None and not simulate:
+        raise click.UsageError("--set says what to simulate; say how many with --simulate N")
+    check_target(Path(out), overwrite)
+    spectra = SimulatedSpectra.of_set(name or "z0", rows=(0, simulate)) if simulate else files
+    progress = Progress(quiet)
+    kept = Checkpoint(checkpoint, tell=progress.note) if checkpoint else None
+    where = resolve_kernels(backend)
+    progress.note(f"backend {where.name} ({where.device}): {where.reason}")
+    begin = time.monotonic()
+    model = run(
+        spectra, recipe=recipe, grid=uniform(*grid) if grid else None, noise=noise,  # type: ignore[arg-type]
+        noise_level=noise_level, size=size, steps=steps, references=references, seed=seed,  # type: ignore[arg-type]
+        progress=progress.stage, checkpoint=kept, backend=where.name,
+    )  # fmt: skip
+    progress.close()
+    model = model.save(out, overwrite=overwrite)
+    if kept is not None:
+        kept.remove()
+    facts = {
+        "model": str(out), "seconds": time.monotonic() - begin, "backend": model.manifest["training"]["backend"],
+        **model.manifest["fit"],
+    }  # fmt: skip
+    if as_json:
+        click.echo(json.dumps(facts, indent=1))
+        return
+    check = facts["cross_validation"]
+    click.echo(
+        f"{out}: {model.manifest['recipe']}, {facts['rows']['used']:,} spectra, {facts['seconds']:.0f} s on "
+        f"{facts['backend']}"
+    )
+    unlabelled = facts["rows"].get("unlabelled", 0)
+    if facts["rows"]["left_out"] > unlabelled:
+        click.echo(
+            f"  {facts['rows']['left_out'] - unlabelled:,} spectra with fewer than half of their pixels good were left "
+            "out"
+        )
+    if unlabelled:
+        click.echo(f"  {unlabelled:,} spectra without labels were left out")
+    for note in model.manifest["training"]["notes"]:
+        click.echo(f"  note: {note}")
+    click.echo(f"  {facts['solver']}")
+    kernels = facts.get("heads", {}).get("kernels", "")
+    if kernels.startswith("plain: "):
+        click.echo(f"  note: the network was fitted without fused kernels, slower: {kernels[7:]}")
+    click.echo(
+        f"  rows held back: R² {check['r2']:.3f} (with true bins {check['r2_true_bins']:.3f}), "
+        f"1σ holds {100 * check['coverage_68']:.1f} %, 1.96σ {100 * check['coverage_95']:.1f} %"
+    )
+    click.echo("  measure it on spectra it has not seen: moefast evaluate TEST… -m " + str(out))

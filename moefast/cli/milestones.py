@@ -1,0 +1,37 @@
+"""The command `moefast milestones`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from moefast.cli.options import JSON, OVERWRITE
+from moefast.core.errors import OutputError
+
+__all__ = ["milestones"]
+
+
+@click.command()
+@click.argument("reports", nargs=-1, metavar="REPORT…")
+@click.option("-o", "--out", metavar="FILE", help="Write the verdicts with all their numbers as JSON.")
+@OVERWRITE
+@JSON
+def milestones(reports: tuple[str, ...], out: str | None, overwrite: bool, as_json: bool) -> None:
+    """Judge the milestones C0 to C4 by evaluations: published mark, our number, pass, fail or not run.
+
+    REPORT is a folder that moefast evaluate -o wrote, its report.json, or a folder of such folders. Test sets are kept
+    apart. What no evaluation holds is not run, never passed; without any REPORT the marks and the commands are shown.
+    """
+    from moefast.core.atomic import write_json
+    from moefast.protocol.milestones import judge, read_reports
+    from moefast.protocol.milestones_report import format_text
+
+    if out and Path(out).exists() and not overwrite:
+        raise OutputError(f"{out}: exists already; choose another name, or replace it with --overwrite")
+    found = judge(read_reports(reports))
+    click.echo(json.dumps(found, indent=1, ensure_ascii=False) if as_json else format_text(found))
+    if out:
+        write_json(found, out)
+        click.echo(f"written: {out}", err=True)

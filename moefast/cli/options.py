@@ -1,0 +1,74 @@
+"""Arguments and options that several commands share, and how their values are read."""
+
+from __future__ import annotations
+
+import math
+
+import click
+
+__all__ = [
+    "BACKEND",
+    "FILES",
+    "JSON",
+    "MODEL",
+    "OVERWRITE",
+    "QUIET",
+    "names",
+    "positive",
+    "rows",
+]
+
+
+def rows(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    """First row and the one after the last of FIRST:LAST."""
+    if value is None:
+        return None
+    try:
+        first, last = (int(part) for part in value.split(":"))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not FIRST:LAST, for example 0:1000") from None
+    if not 0 <= first < last:
+        raise click.BadParameter(f"{value!r}: FIRST counts from 0 and must be less than LAST")
+    return first, last
+
+
+def names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...]:
+    """Names of a list with commas."""
+    return tuple(part.strip() for part in (value or "").split(",") if part.strip())
+
+
+def positive(_: click.Context, __: click.Parameter, value: float) -> float:
+    """A finite number above 0."""
+    if not 0 < value < math.inf:
+        raise click.BadParameter(f"{value:g} is not a positive number")
+    return value
+
+
+FILES = click.argument("files", nargs=-1, required=True, metavar="FILE…")
+
+
+MODEL = click.option(
+    "-m",
+    "--model",
+    metavar="MODEL",
+    help="Model folder, or a shipped model: z0 (stars at rest; the default) or survey (with "
+    "velocities, reddening and calibration errors).",
+)
+
+
+BACKEND = click.option(
+    "--backend",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where to compute. auto takes a GPU if there is a usable one and says so; cuda fails without one.",
+)
+
+
+JSON = click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
+
+
+QUIET = click.option("-q", "--quiet", is_flag=True, help="No progress.")
+
+
+OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")

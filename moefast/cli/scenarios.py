@@ -1,0 +1,60 @@
+"""The command `moefast scenarios`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from moefast.cli.messages import Progress
+from moefast.cli.options import BACKEND, JSON, OVERWRITE, QUIET
+from moefast.core.errors import OutputError
+
+__all__ = ["scenarios"]
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.option(
+    "-n", "--number", type=click.IntRange(2, 10_000), default=1000, show_default=True, metavar="N",
+    help="Stars of each scenario.",
+)  # fmt: skip
+@click.option(
+    "--scenario",
+    "names",
+    multiple=True,
+    metavar="NAME",
+    help="Only this one; may be repeated.  [default: all]",
+)
+@click.option("-o", "--out", metavar="FILE", help="Write the results with all their numbers as JSON.")
+@BACKEND
+@OVERWRITE
+@QUIET
+@JSON
+def scenarios(
+    model: str | None, number: int, names: tuple[str, ...], out: str | None, backend: str, overwrite: bool,
+    quiet: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """What a model says of spectra with which something is wrong, and how much of it is silently false.
+
+    MODEL is a model folder or a shipped model. A fixed table of scenarios is made from stored seeds: another scale, a
+    tilt, F_nu, a velocity that nobody knows, every kind of gap, errors that are too small, no star at all, and more. Of
+    each: R², coverage, the share of spectra with a flag, and silent failures, which carry no flag and lie beyond three
+    claimed errors.
+    """
+    from moefast.core.atomic import write_json
+    from moefast.model import Model
+    from moefast.protocol.scenarios import format_text, run_scenarios
+
+    if out and Path(out).exists() and not overwrite:
+        raise OutputError(f"{out}: exists already; choose another name, or replace it with --overwrite")
+    progress = Progress(quiet)
+    found = run_scenarios(
+        Model.load(model), n=number, names=names or None, backend=backend, progress=progress.rows("scenarios")
+    )
+    progress.close()
+    click.echo(json.dumps(found, indent=1, ensure_ascii=False) if as_json else format_text(found))
+    if out:
+        write_json(found, out)
+        click.echo(f"written: {out}", err=True)

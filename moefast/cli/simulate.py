@@ -1,0 +1,165 @@
+"""The command `moefast simulate`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from moefast.cli.messages import Progress
+from moefast.cli.options import OVERWRITE, QUIET, positive, rows
+from moefast.core.errors import MoefastError
+
+__all__ = ["simulate"]
+
+
+def _positive_if_given(context: click.Context, option: click.Parameter, value: float | None) -> float | None:
+    return None if value is None else positive(context, option, value)
+
+
+@click.command()
+@click.argument("out", required=False, type=click.Path(dir_okay=False))
+@click.option("-n", "--number", type=click.IntRange(1), help="How many spectra.")
+@click.option(
+    "--rows",
+    callback=rows,
+    metavar="FIRST:LAST",
+    help="Which rows of the survey, for shards; instead of -n.",
+)
+@click.option("--seed", type=click.IntRange(0), help="Seed; row i is the same for any number of rows.")
+@click.option(
+    "--set",
+    "name",
+    metavar="NAME",
+    help="A reference set, z0, survey or wild, instead of a seed and settings.",
+)
+@click.option("--part", metavar="PART", help="Part of the set: train, validation, test_10k or test_1k.")
+@click.option("--list-sets", is_flag=True, help="Show the reference sets and their fingerprints.")
+@click.option(
+    "--mag", nargs=2, type=float, help="Bright and faint limit of the HSC i magnitude.  [default: 20.5 22.5]"
+)
+@click.option(
+    "--velocity",
+    type=float,
+    callback=_positive_if_given,
+    metavar="KM/S",
+    help="Scatter of radial velocities [off].",
+)
+@click.option("--redshift", nargs=2, type=float, metavar="LOW HIGH", help="Range of redshifts [off].")
+@click.option(
+    "--reddening", nargs=2, type=float, metavar="LOW HIGH", help="Range of E(B-V) in magnitudes [off]."
+)
+@click.option(
+    "--calibration", type=float, callback=_positive_if_given, metavar="RMS",
+    help="Smooth relative error of the flux calibration, 0.03 for 3 % [off].",
+)  # fmt: skip
+@click.option(
+    "--noise-level",
+    type=float,
+    callback=_positive_if_given,
+    help="Factor on the physical noise.  [default: 1]",
+)
+@click.option(
+    "--noisy/--clean", default=None,
+    help="Whether to store the array with noise added.  [default: noisy, but clean for train and validation parts]",
+)  # fmt: skip
+@OVERWRITE
+@QUIET
+def simulate(
+    out: str | None, number: int | None, rows: tuple[int, int] | None, seed: int | None, name: str | None,
+    part: str | None, list_sets: bool, mag: tuple[float, float] | None, velocity: float | None,
+    redshift: tuple[float, float] | None, reddening: tuple[float, float] | None, calibration: float | None,
+    noise_level: float | None, noisy: bool | None, overwrite: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Simulate spectra of the PFS medium-resolution red arm, with labels, and write them to OUT.
+
+    Labels are uniform in T_eff 3750-6000 K, log g 1-5, [M/H] -2.5…0.75, [a/M] -0.3…0.5, [C/M] -0.5…0.5. The file
+    has the layout of the survey's simulator: flux without noise, its 1σ error and, unless --clean, the flux with noise.
+    Velocity, redshift, reddening and calibration are switches: each changes nothing but what it says.
+
+    \b
+        moefast simulate train.h5 -n 20000 --seed 1 --clean
+        moefast simulate test.h5 --set z0 --part test_10k
+        moefast simulate shard-3.h5 --set survey --part train --rows 300000:400000
+    """
+    from moefast.simulate import REFERENCE_SETS, Settings, simulate_file, simulate_rows, simulate_set
+    from moefast.simulate.sets import FINGERPRINTS, format_sets, part_rows
+
+    if list_sets:
+        click.echo(format_sets())
+        return
+    if out is None:
+        raise click.UsageError("name the file to write: moefast simulate OUT …")
+    if number and rows:
+        raise click.UsageError("-n and --rows both say which rows to make; give one of them")
+    span = rows or ((0, number) if number else None)
+    progress = Progress(quiet)
+    report = progress.rows("simulate")
+    own: dict[str, Any] = {
+        "mag": mag, "velocity_scatter": velocity, "redshift": redshift, "reddening": reddening,
+        "calibration": calibration, "noise_level": noise_level,
+    }  # fmt: skip
+    own = {key: value for key, value in own.items() if value is not None}
+    if name is not None:
+        flags = ("--seed",) * (seed is not None) + tuple(
+            "--" + key.split("_scatter")[0].replace("_", "-") for key in own
+        )
+        if flags:
+            raise click.UsageError(
+                f"{', '.join(flags)}: a reference set is what it is; leave --set away to choose"
+            )
+        if name not in REFERENCE_SETS:
+            raise click.BadParameter(
+                f"{name!r} is unknown; choose one of {', '.join(REFERENCE_SETS)}", param_hint="--set"
+            )
+        parts = REFERENCE_SETS[name].parts
+        if part not in parts:
+            found = f"{part!r} is unknown" if part else "a reference set has several"
+            raise click.BadParameter(f"{found}; choose one of {', '.join(parts)}", param_hint="--part")
+        if parts[part].n_rows is not None and span is not None:
+            raise click.UsageError(
+                f"{name} {part} has {parts[part].n_rows:,} spectra; leave -n and --rows away"
+            )
+        if parts[part].n_rows is None and span is None:
+            raise click.UsageError(
+                f"{name} {part} has any number of rows: say how many with -n, or which with --rows"
+            )
+        total = part_rows(name, part, span)[2]
+        identity = simulate_set(
+            out, name, part, rows=span, noisy=noisy, overwrite=overwrite,
+            progress=lambda done: report(done, total[1] - total[0]),
+        )  # fmt: skip
+        progress.close()
+        frozen = FINGERPRINTS.get((name, part), "")
+        as_frozen = " (as frozen)" if identity.fingerprint == frozen else ""
+        click.echo(f"{out}: {total[1] - total[0]:,} spectra, {name} {part}")
+        click.echo(f"  fingerprint {identity.fingerprint}{as_frozen}")
+        if frozen and not as_frozen:
+            click.echo(f"  this is NOT the frozen {name} {part}, whose fingerprint is {frozen}", err=True)
+        return
+    if part is not None:
+        raise click.UsageError("--part is a part of a reference set; say which with --set")
+    if span is None or seed is None:
+        raise click.UsageError(
+            "a free set needs -n (or --rows) and --seed; a reference set needs --set and --part"
+        )
+    for key in ("mag", "redshift", "reddening"):
+        low, high = own.get(key, (0.0, 1.0))
+        if low > high or (key == "mag" and low == high):
+            which = "brighter" if key == "mag" else "lower"
+            raise click.BadParameter(f"{low} {high}: the {which} limit comes first", param_hint=f"--{key}")
+    first, last = span
+    try:
+        settings = Settings(**own)
+        simulate_rows(first, first, seed=seed, settings=settings)
+    except MoefastError as error:
+        raise click.UsageError(str(error)) from error
+    noisy = noisy is None or noisy
+    simulate_file(
+        out, last - first, seed=seed, settings=settings, first_row=first, noisy=noisy, overwrite=overwrite,
+        progress=lambda done: report(done, last - first),
+    )  # fmt: skip
+    progress.close()
+    shard = f", rows {first}:{last}" if first else ""
+    arrays = "flux, error, noisy" if noisy else "flux, error"
+    click.echo(f"{out}: {last - first:,} spectra, seed {seed}{shard}, {arrays}")
