@@ -32,8 +32,8 @@ from moefast.spectra.files import same_wave
 
 __all__ = ["MANIFEST", "SCHEMA", "SHIPPED", "Model", "check_target", "shipped_path"]
 
-SHIPPED = ("z0", "survey")
-"""Models that come with moefast, by the reference set that they were fitted on."""
+SHIPPED = ("observed", "z0", "survey")
+"""Models that come with moefast: for observed spectra, the default; two by the reference set that they know best."""
 
 SCHEMA = 3
 """2: experts in principal components, of several families. 3: posteriors over clouds besides, told by `kind`."""

@@ -51,8 +51,8 @@ MODEL = click.option(
     "-m",
     "--model",
     metavar="MODEL",
-    help="Model folder, or a shipped model: z0 (stars at rest; the default) or survey (with "
-    "velocities, reddening and calibration errors).",
+    help="Model folder, or a shipped model: observed (gaps, scale, slope, sky residuals and 5 km/s are free; the "
+    "default), z0 (stars at rest whose flux calibration can be trusted) or survey (with unknown velocities).",
 )
 
 
