@@ -927,7 +927,11 @@ def _notes(
         notes.append(
             f"the brighter half of the spectra fits the model worse than the fainter one (median chi2 {found[0]:.3f}, "
             f"{found[1]:.3f}), so they hold what it has not seen: velocities, reddening or calibration errors? "
-            + ("Try -m survey, or fit" if model.path and model.path.parent == shipped_path().parent else "Fit")
+            + (
+                "Try -m survey, or fit"
+                if model.path and model.path.parent == shipped_path().parent
+                else "Fit"
+            )
             + " a model on spectra like these"
         )
     return notes
