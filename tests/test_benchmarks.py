@@ -19,18 +19,29 @@ from moefast.benchmarks.measure import Spec, measure_engine
 from moefast.cli import cli
 from moefast.core.errors import BackendError, InputError, WaveGridError
 from moefast.model import Model
+from moefast.recipes import fit as fit_model
+from moefast.simulate.source import SimulatedSpectra
 
 N = 400
 EVERY = [pytest.param(e, id=f"{e.task}-{e.name}") for task in ENGINES.values() for e in task.values()]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def model_path(tmp_path_factory):
+    """Templates at the mean noise, which every engine knows; posteriors are for our kernels and ONNX alone."""
+    path = tmp_path_factory.mktemp("model") / "model"
+    spectra = SimulatedSpectra.of_set("z0", rows=(0, 6000))
+    return str(fit_model(spectra, recipe="template", references=False).save(path).path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, model_path):
     """Data of both tasks; the rows of `fit` are every 64th pixel, so that systems are small."""
     path = tmp_path_factory.mktemp("bench")
-    running.prepare(path, N, ["score", "fit"], Model.load(), lambda _: None)
+    running.prepare(path, N, ["score", "fit"], Model.load(model_path), lambda _: None)
     rows = np.load(path / "x.npy")[:, ::64]
     np.save(path / "x.npy", rows)
+    (path / "model.txt").write_text(model_path)
     return path
 
 
@@ -42,7 +53,8 @@ def fit_r2(folder):
 
 
 def spec(engine, folder, **changes):
-    return Spec(engine.task, engine.name, str(folder), N, 1, 60.0, **changes)
+    model_path = (folder / "model.txt").read_text()
+    return Spec(engine.task, engine.name, str(folder), N, 1, 60.0, **({"model_path": model_path} | changes))
 
 
 @pytest.mark.parametrize("engine", EVERY)
@@ -272,12 +284,14 @@ def test_unknown_engines_and_tiny_sizes_are_refused():
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, model_path):
     """The command, with processes of their own, at a small size."""
     folder = tmp_path_factory.mktemp("command")
     names = "read-file,predict,numpy,moefast-cuda"
     command = [
         "bench",
+        "-m",
+        model_path,
         "-n",
         "300",
         "--samples",
@@ -341,14 +355,13 @@ def test_an_existing_result_is_not_replaced_unasked(finished):
     assert "--overwrite" in again.output
 
 
-def test_a_wrong_answer_ends_the_command_with_its_exit_code(monkeypatch, tmp_path):
+def test_a_wrong_answer_ends_the_command_with_its_exit_code(monkeypatch, tmp_path, model_path):
     wrong = replace(ENGINES["score"]["numpy"], make=_shifted(np.float32(0.5)))
     monkeypatch.setitem(ENGINES["score"], "numpy", wrong)
     inside = replace_measure(monkeypatch)
     out = tmp_path / "result.json"
-    done = CliRunner().invoke(
-        cli, ["bench", "-n", "200", "--samples", "1", "--engines", "numpy", "-o", str(out), "-q"]
-    )
+    command = ["bench", "-m", model_path, "-n", "200", "--samples", "1", "--engines", "numpy", "-q"]
+    done = CliRunner().invoke(cli, [*command, "-o", str(out)])
     assert inside, "the engine was not measured in this process"
     assert done.exit_code == 9
     assert "WRONG ANSWER" in done.output

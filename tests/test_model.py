@@ -303,13 +303,16 @@ def test_a_graph_that_differs_is_not_kept(model, tmp_path, monkeypatch):
 # -- the shipped model -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "rows"), [("z0", 200_000), ("survey", 1_000_000)])
-def test_the_shipped_models_load(name, rows):
+@pytest.mark.parametrize(
+    ("name", "of_set", "rows"),
+    [("observed", "library", 200_000), ("z0", "z0", 200_000), ("survey", "survey", 1_000_000)],
+)
+def test_the_shipped_models_load(name, of_set, rows):
     assert name in SHIPPED
     shipped = Model.load(name)
     assert shipped.name.endswith(f"({name}, shipped with moefast)")
     assert shipped.mixture.n_pixels == 4096
-    assert shipped.manifest["training"]["files"] == [f"{name} train, rows 0:{rows}"]
+    assert shipped.manifest["training"]["files"] == [f"{of_set} train, rows 0:{rows}"]
     assert sum(file.stat().st_size for file in shipped.path.iterdir()) < 8e6
 
 

@@ -63,7 +63,9 @@ def test_package_data_is_installed() -> None:
     home = Path(moefast.__file__).parent
     models = [f"shipped/{name}/{file}" for name in SHIPPED for file in ("model.onnx", "manifest.json")]
     ceilings = [
-        f"ceilings/data/{name}-{part}.json.gz" for name in SHIPPED for part in ("test_1k", "test_10k")
+        f"ceilings/data/{name}-{part}.json.gz"
+        for name in ("z0", "survey")
+        for part in ("test_1k", "test_10k")
     ]
     for name in ("py.typed", *models, "simulate/data/emulator.npz", *ceilings):
         assert (home / name).is_file(), name
