@@ -7,7 +7,7 @@ import ctypes
 import pytest
 
 from moefast import backend, doctor, scoring
-from moefast.backend import cuda_devices, resolve_backend
+from moefast.backend import cuda_devices, resolve_backend, resolve_kernels
 from moefast.core.errors import BackendError
 from moefast.protocol.evaluate import evaluate
 from moefast.scoring import predict
@@ -33,6 +33,8 @@ def broken_gpu(monkeypatch):
         raise BackendError("backend cuda: no usable CUDA device (the driver is too old)")
 
     monkeypatch.setattr("moefast.kernels.cuda.device.require_device", refuse)
+    # It has the function by its own name once it is imported.
+    monkeypatch.setattr("moefast.kernels.cuda.trial.require_device", refuse)
 
 
 @pytest.mark.usefixtures("no_gpu")
@@ -138,6 +140,53 @@ def test_a_device_without_the_packages(model, monkeypatch, stars_file):
     assert "numba-cuda is not installed" in found.reason
 
 
+class _DriverError(Exception):
+    """An error of the driver as Numba raises it."""
+
+    def __init__(self, code, text):
+        super().__init__(code, text)
+        self.code = code
+
+
+_CONTEXTS = {
+    "full": (
+        _DriverError(2, "Call to cuDevicePrimaryCtxRetain results in OUT_OF_MEMORY"),
+        "end other programs",
+    ),
+    "full, as cuda.core says it": (RuntimeError("CUDA_ERROR_OUT_OF_MEMORY: no memory"), "end other programs"),
+    "exclusive": (_DriverError(46, "results in CUDA_ERROR_DEVICE_UNAVAILABLE"), "exclusive mode"),
+    "another context": (RuntimeError("Numba cannot operate on non-primary CUDA context 1"), "non-primary"),
+}
+
+
+@pytest.fixture(params=_CONTEXTS)
+def refused_context(request, monkeypatch):
+    """A device that the driver names, but does not let this process in."""
+    numba_cuda = pytest.importorskip("numba.cuda")
+    pytest.importorskip("numba_cuda")
+    error, said = _CONTEXTS[request.param]
+
+    def refuse(*_):
+        raise error
+
+    _offer(monkeypatch, ["Fake H100"])
+    monkeypatch.setattr(numba_cuda, "current_context", refuse)
+    return said
+
+
+def test_a_context_that_cannot_be_made_is_a_reason_for_the_cpu(model, stars_file, refused_context):
+    found = predict(stars_file, model, limit=2)
+    assert found.backend == "cpu"
+    assert "Fake H100 was found but cannot be used: backend cuda: no usable CUDA device" in found.reason
+    assert refused_context in found.reason
+    auto = resolve_kernels("auto")
+    assert auto.name == "cpu"
+    assert refused_context in auto.reason
+    for ask in (lambda: predict(stars_file, model, backend="cuda"), lambda: resolve_kernels("cuda")):
+        with pytest.raises(BackendError, match=f"no usable CUDA device.*{refused_context}.*use backend cpu"):
+            ask()
+
+
 def test_kernels_that_do_not_compile_are_a_reason_for_the_cpu(model, monkeypatch, stars_file):
     class Broken:
         def __init__(self, *_):
@@ -167,6 +216,17 @@ def test_a_numpy_that_numba_cuda_does_not_know_is_named():
         first_launch(),
     ):
         raise AttributeError("'Linker' has no attribute 'add'")
+
+
+def test_memory_that_is_full_at_the_first_launch_is_named():
+    from moefast.kernels.cuda.device import first_launch
+
+    with (
+        pytest.raises(BackendError, match="memory is full: end other programs on it") as caught,
+        first_launch(),
+    ):
+        raise _DriverError(2, "results in CUDA_ERROR_OUT_OF_MEMORY")
+    assert "driver or pip" not in str(caught.value)
 
 
 @pytest.mark.usefixtures("no_gpu")
