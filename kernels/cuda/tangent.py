@@ -189,8 +189,8 @@ def tangent_posterior(z: ArrayLike, log_level: ArrayLike, library: Library) -> T
     found = np.empty((n, PLACES, k), np.float32)
     for start in range(0, n, BLOCK_ROWS):
         here = slice(start, min(start + BLOCK_ROWS, n))
-        arrays = (cuda.to_device(np.ascontiguousarray(a)) for a in (stars[here], level[here]))
-        found[here] = work.launch(there, *arrays, here.stop - start, 0).copy_to_host()
+        z_block, level_block = cuda.to_device(stars[here]), cuda.to_device(level[here])
+        found[here] = work.launch(there, z_block, level_block, here.stop - start, 0).copy_to_host()
     mean, sd, log_evidence, concentration = (np.ascontiguousarray(found[:, i]) for i in range(PLACES))
     return TangentPosterior(mean, sd, log_evidence, _effective(log_evidence, concentration))
 
