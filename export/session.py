@@ -1,7 +1,8 @@
 """ONNX Runtime sessions that do what was asked for, or say why not.
 
 Design: ONNX Runtime falls back to the CPU without an error when a provider does not start. Here the first provider
-of the finished session must be the one asked for.
+of the finished session must be the one asked for. What that provider does not know runs on the CPU all the same, node
+by node: a CUDA session records where its nodes went, and `on_the_cpu` says it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import threading
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,23 @@ from moefast.backend import cpu_count
 from moefast.core.errors import BackendError, InputError, ModelError
 from moefast.export.graph import check, load
 
-__all__ = ["PROVIDERS", "open_session", "run_within", "session_inputs", "start_session"]
+__all__ = [
+    "PROVIDERS",
+    "on_the_cpu",
+    "open_session",
+    "run_within",
+    "session_inputs",
+    "start_session",
+]
 
 # It would write identifiers of the machine below the user's cache folder, to be sent.
 onnxruntime.disable_telemetry_events()
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _ERRORS_ONLY = 3
+_RECORD_NODES = "session.record_ep_graph_assignment_info"
+_NAMED = 4
+"""Kinds of nodes that are named, the most frequent ones."""
 _CUDA_OPTIONS = {
     # TF32 keeps 10 bits of a float32: not enough for a difference of 1e-4 dex.
     "use_tf32": "0",
@@ -110,6 +122,8 @@ def start_session(checked: ModelProto, backend: str) -> onnxruntime.InferenceSes
     chosen: list[Any] = [provider]
     if backend == "cuda":
         _preload_cuda()
+        # Releases that do not know the entry leave it alone.
+        options.add_session_config_entry(_RECORD_NODES, "1")
         chosen = [(provider, _CUDA_OPTIONS), PROVIDERS["cpu"]]
     try:
         session = onnxruntime.InferenceSession(
@@ -122,7 +136,44 @@ def start_session(checked: ModelProto, backend: str) -> onnxruntime.InferenceSes
     if (found := session.get_providers()[0]) != provider:
         raise BackendError(_refusal(provider, f"the session came up on {found}"))
     session.disable_fallback()
+    if backend == "cuda" and set(nodes := _nodes(session) or {}) == {PROVIDERS["cpu"]}:
+        raise BackendError(
+            _refusal(provider, f"it takes none of the {nodes[PROVIDERS['cpu']].total()} nodes")
+        )
     return session
+
+
+def _nodes(session: onnxruntime.InferenceSession) -> dict[str, Counter[str]] | None:
+    """How many nodes of each kind each provider runs; None if this ONNX Runtime does not tell."""
+    try:
+        parts = session.get_provider_graph_assignment_info()
+    # Releases before 1.24 have no such method; a session that did not record raises.
+    except Exception:
+        return None
+    found: dict[str, Counter[str]] = {}
+    for part in parts:
+        found.setdefault(part.ep_name, Counter()).update(node.op_type for node in part.get_nodes())
+    return found
+
+
+def on_the_cpu(session: onnxruntime.InferenceSession) -> str:
+    """Which nodes of a session on CUDA run on the CPU, in words; empty if none does.
+
+    Kinds of nodes are counted, not work: of a graph that is on the GPU as a whole, ONNX Runtime still puts a few nodes
+    that compute shapes on the CPU.
+    """
+    nodes = _nodes(session)
+    if nodes is None:
+        return f"ONNX Runtime {onnxruntime.__version__} does not tell which nodes run on the CPU; a newer one does"
+    on_cpu = nodes.get(PROVIDERS["cpu"], Counter())
+    if not on_cpu:
+        return ""
+    named = on_cpu.most_common(_NAMED)
+    kinds = [f"{count} {kind}" for kind, count in named]
+    if more := on_cpu.total() - sum(count for _, count in named):
+        kinds.append(f"{more} others")
+    whole = sum(counter.total() for counter in nodes.values())
+    return f"partly on the CPU: {on_cpu.total()} of {whole} nodes ({', '.join(kinds)})"
 
 
 def run_within(

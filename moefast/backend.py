@@ -1,7 +1,9 @@
 """Where the numbers are made: the one place that chooses between CPU and GPU.
 
 Design: "auto" takes a GPU only if it can be used, and says in one line what it chose and why; "cuda" without a usable
-GPU is an error, never a silent CPU run. The driver is asked through ctypes, which needs no CUDA package.
+GPU is an error, never a silent CPU run. The driver is asked through ctypes, which needs no CUDA package. A process
+works on one GPU, the first that CUDA_VISIBLE_DEVICES shows: the driver itself hides the others, so that no thread and
+no library (Numba, torch, ONNX Runtime) can take another one. Several GPUs are used by a process each, with --shard.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import os
 import platform
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 from moefast.core.errors import BackendError
 
@@ -23,9 +26,14 @@ __all__ = [
     "physical_memory",
     "resolve_backend",
     "resolve_kernels",
+    "use_device",
 ]
 
 BACKENDS = ("auto", "cpu", "cuda")
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+"""The driver's own variable: numbers or names of the GPUs that it shows to a process, with commas."""
+_NO_DEVICE, _NOT_STARTED = 100, 3
+"""CUDA_ERROR_NO_DEVICE and CUDA_ERROR_NOT_INITIALIZED."""
 
 
 @dataclass(frozen=True)
@@ -37,18 +45,60 @@ class Backend:
     reason: str
 
 
-def cuda_devices() -> tuple[list[str], str]:
-    """Names of the CUDA devices that the driver offers, and why there are none if the list is empty."""
+def _driver() -> tuple[Any, str]:
+    """The driver's library, or None, and its file name."""
     library = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
     try:
-        driver = ctypes.CDLL(library)
+        return ctypes.CDLL(library), library
     except OSError:
+        return None, library
+
+
+def use_device(number: int) -> None:
+    """Let this process, and those that it starts, work on one GPU: the one of this number among those shown so far.
+
+    Sets CUDA_VISIBLE_DEVICES, which the driver reads when it starts; call it before anything uses a GPU.
+
+    Parameters
+    ----------
+    number : int
+        From 0, in the order of `moefast doctor` and of CUDA_VISIBLE_DEVICES, if that is set.
+
+    Raises
+    ------
+    BackendError
+        CUDA_VISIBLE_DEVICES shows fewer devices, or the driver has started in this process already.
+    """
+    shown = os.environ.get(VISIBLE)
+    listed = [name.strip() for name in shown.split(",")] if shown else []
+    if number < 0 or (shown is not None and number >= len(listed)):
+        raise BackendError(
+            f"--device {number}: devices count from 0, and {VISIBLE}={shown or ''} shows {len(listed)} of them; choose "
+            "a lower number, or change the variable"
+        )
+    driver, _ = _driver()
+    if driver is not None and driver.cuDeviceGetCount(ctypes.byref(ctypes.c_int(0))) != _NOT_STARTED:
+        raise BackendError(
+            f"--device {number}: the NVIDIA driver has started in this process and shows the devices that it found "
+            f"then; choose the device before anything uses a GPU, or set {VISIBLE} for the process"
+        )
+    os.environ[VISIBLE] = listed[number] if listed else str(number)
+
+
+def cuda_devices() -> tuple[list[str], str]:
+    """Names of the CUDA devices that the driver offers, and why there are none if the list is empty."""
+    driver, library = _driver()
+    if driver is None:
         return [], f"no NVIDIA driver ({library} not found)"
+    shown = os.environ.get(VISIBLE)
+    hint = "" if shown is None else f" with {VISIBLE}={shown}"
     if (status := driver.cuInit(0)) != 0:
+        if status == _NO_DEVICE:
+            return [], f"the NVIDIA driver offers no device{hint}"
         return [], f"the NVIDIA driver does not start (cuInit error {status})"
     count = ctypes.c_int(0)
     if driver.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value == 0:
-        return [], "the NVIDIA driver offers no device"
+        return [], f"the NVIDIA driver offers no device{hint}"
     names = []
     for index in range(count.value):
         device, text = ctypes.c_int(0), ctypes.create_string_buffer(128)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -64,6 +64,8 @@ class Engine(Protocol):
         Rows that it likes best at a time.
     workers : int
         Threads that may call it at the same time.
+    note : str
+        What belongs to the reason for the backend, such as work that runs elsewhere; mostly empty.
     """
 
     @property
@@ -73,6 +75,11 @@ class Engine(Protocol):
 
     @property
     def workers(self) -> int:
+        """See above."""
+        ...
+
+    @property
+    def note(self) -> str:
         """See above."""
         ...
 
@@ -90,6 +97,7 @@ class CpuEngine:
     mixture: AnyMixture
     block_rows: int = PROJECT_ROWS
     workers: int = CORES
+    note: str = ""
 
     def __call__(
         self, flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None, first_row: int
@@ -106,6 +114,8 @@ class CudaEngine:
     BackendError
         The kernels do not run here, or the mixture has experts that they do not know.
     """
+
+    note = ""
 
     def __init__(self, mixture: AnyMixture) -> None:
         if lack := without_kernels(mixture):
@@ -160,7 +170,7 @@ class OnnxEngine:
     workers = 2
 
     def __init__(self, mixture: AnyMixture, backend: str) -> None:
-        from moefast.export import build, open_session
+        from moefast.export import build, on_the_cpu, open_session
 
         self._session = open_session(build(mixture), backend)
         self._names = [output.name for output in self._session.get_outputs()]
@@ -170,6 +180,10 @@ class OnnxEngine:
             sizes = mixture.sizes
             each = 8 * sizes.n_clouds * sizes.n_tangents * sizes.n_coordinates
             self.block_rows = min(ONNX_ROWS, max(LEAST_ROWS, ONNX_BYTES // each))
+        self.note = on_the_cpu(self._session) if backend == "cuda" else ""
+        # A device that is full lets a session start, and refuses its first block.
+        ones = np.ones((1, mixture.n_pixels), np.float32)
+        self._run(ones, ones)
 
     def __call__(
         self, flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None, first_row: int
@@ -269,7 +283,8 @@ def open_engine(mixture: AnyMixture, backend: str = "auto") -> tuple[Engine, Bac
     """
     where = resolve_backend(backend)
     try:
-        return make_engine(mixture, where), where
+        engine = make_engine(mixture, where)
+        return engine, replace(where, reason="; ".join(filter(None, (where.reason, engine.note))))
     except BackendError as error:
         if backend != "auto":
             raise

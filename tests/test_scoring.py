@@ -9,9 +9,11 @@ from itertools import pairwise
 
 import h5py
 import numpy as np
+import onnxruntime
 import pytest
 from made_network import with_heads
-from plans import random_mixture, spectra
+from on_cuda import pretend
+from plans import random_mixture, random_trees, spectra
 from sklearn.metrics import r2_score
 from small import Stars, same_rows
 
@@ -23,7 +25,7 @@ from moefast.core.metrics import r2
 from moefast.export.parity import synthetic_spectra
 from moefast.mixture import Mixture
 from moefast.model import Model
-from moefast.scoring import CpuEngine, CudaEngine, OnnxEngine, choose_rows, make_engine, predict
+from moefast.scoring import CpuEngine, CudaEngine, OnnxEngine, choose_rows, make_engine, open_engine, predict
 from moefast.simulate import Emulator
 from moefast.spectra import Flag, open_spectra, read_table
 
@@ -648,3 +650,33 @@ def test_a_gpu_scores_what_it_has_no_kernels_for_in_onnx_runtime(monkeypatch):
     assert asked == ["cuda"]
     with pytest.raises(BackendError, match="no kernels for a pca-mlp with heads; use backend cpu"):
         CudaEngine(with_heads(random_mixture(), "pca-mlp"))
+
+
+def test_what_a_gpu_leaves_to_the_cpu_is_part_of_the_reason(monkeypatch):
+    monkeypatch.setattr("moefast.backend.cuda_devices", lambda: (["NVIDIA T0"], ""))
+    mixture = replace(random_mixture(), others={1: random_trees(3)})
+    pretend(monkeypatch, {"TreeEnsembleRegressor"})
+    for asked, why in (("auto", "a CUDA device was found"), ("cuda", "as asked")):
+        engine, where = open_engine(mixture, asked)
+        assert isinstance(engine, OnnxEngine)
+        assert where.name == "cuda"
+        assert where.reason.startswith(f"{why}; partly on the CPU: 1 of ")
+    pretend(monkeypatch, set())
+    assert open_engine(mixture, "cuda")[1].reason == "as asked"
+
+
+def test_a_gpu_that_refuses_the_first_block_is_a_reason_for_the_cpu(monkeypatch):
+    monkeypatch.setattr("moefast.backend.cuda_devices", lambda: (["NVIDIA T0"], ""))
+    mixture = with_heads(random_mixture(), "pca-mlp")
+    pretend(monkeypatch, set())
+
+    def full(*_):
+        raise RuntimeError("CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED")
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run", full)
+    engine, where = open_engine(mixture, "auto")
+    assert isinstance(engine, CpuEngine)
+    assert where.name == "cpu"
+    assert "NVIDIA T0 was found but cannot be used: ONNX Runtime cannot score 1 spectra" in where.reason
+    with pytest.raises(BackendError, match="CUBLAS_STATUS_ALLOC_FAILED"):
+        open_engine(mixture, "cuda")

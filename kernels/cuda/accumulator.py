@@ -19,10 +19,19 @@ import numpy as np
 from numba import cuda
 from numpy.typing import NDArray
 
+from moefast.core.errors import BackendError
 from moefast.core.threads import in_threads
 from moefast.kernels.cuda import gram
 from moefast.kernels.cuda.binning import sort_on_device, table_size
-from moefast.kernels.cuda.device import DeviceMemoryError, out_of_memory, require_device
+from moefast.kernels.cuda.device import (
+    DeviceMemoryError,
+    PinnedMemoryError,
+    current_device,
+    out_of_memory,
+    pinned_array,
+    pinned_shortage,
+    require_device,
+)
 from moefast.kernels.cuda.products import METHODS, choose
 
 __all__ = ["BLOCK_ROWS", "FLOOR_ROWS", "NormalEquationsAccumulator", "Totals", "normal_equations"]
@@ -122,6 +131,8 @@ class NormalEquationsAccumulator:
         There is no usable device or the method cannot be used.
     DeviceMemoryError
         Device memory is too small for the totals and two blocks of FLOOR_ROWS rows.
+    PinnedMemoryError
+        Pinned memory of the host is too small for two such blocks.
 
     Examples
     --------
@@ -145,6 +156,7 @@ class NormalEquationsAccumulator:
                 f"n_pixels, n_groups and block_rows must be at least 1; found {n_pixels}, {n_groups}, {block_rows}"
             )
         require_device()
+        self._device = current_device()
         self.n_pixels, self.n_groups, self.with_variance = n_pixels, n_groups, with_variance
         self.choice = choose(method, n_pixels)
         self.block_rows = block_rows
@@ -160,7 +172,7 @@ class NormalEquationsAccumulator:
                 if not out_of_memory(error):
                     raise
                 if self.block_rows == floor:
-                    raise DeviceMemoryError(self._shortage()) from error
+                    raise self._shortage(error) from error
             # Outside the handler, whose traceback keeps the arrays that were allocated alive.
             self._totals = self._slots = self._products = None
             self.block_rows = max(floor, self.block_rows // 2)
@@ -173,12 +185,14 @@ class NormalEquationsAccumulator:
         self._slots = [_Slot(rows, p, g, self.with_variance) for _ in range(2)]
         self._products = METHODS[self.choice.method](rows, p, g)
 
-    def _shortage(self) -> str:
+    def _shortage(self, error: Exception) -> BackendError:
         g, p = self.n_groups, self.n_pixels
         totals = 8 * g * (p * (p + 1) // 2 + 3 * p + 3)
         rows = 2 * 4 * p * self.block_rows * (2 if self.with_variance else 1)
+        if isinstance(error, PinnedMemoryError):
+            return pinned_shortage(rows, f"two blocks of {self.block_rows} rows", error)
         free = cuda.current_context().get_memory_info().free
-        return (
+        return DeviceMemoryError(
             f"device memory: {totals / 1e9:.2f} GB for the totals of {g} groups of {p} pixels and {rows / 1e9:.2f} GB "
             f"for two blocks of {self.block_rows} rows are needed, {free / 1e9:.2f} GB are free; end other programs "
             "on the device, use fewer groups, or backend cpu"
@@ -218,7 +232,9 @@ class NormalEquationsAccumulator:
             raise ValueError(f"bins must lie in 0 … {self.n_groups - 1}; found {group.min()} … {group.max()}")
         for start in range(0, n, self.block_rows):
             here = slice(start, min(start + self.block_rows, n))
-            self._add(x[here], y[here], group[here], None if variance is None else variance[here])
+            # The caller may be a thread whose own device is another one.
+            with self._device:
+                self._add(x[here], y[here], group[here], None if variance is None else variance[here])
 
     def _add(self, x: F32, y: NDArray, group: NDArray[np.integer], variance: NDArray | None) -> None:
         slot = self._slots[self._turn]
@@ -249,9 +265,10 @@ class NormalEquationsAccumulator:
 
     def fetch(self) -> Totals:
         """Wait for the rows added so far and copy their totals to the host; more rows may be added later."""
-        for slot in self._slots:
-            slot.stream.synchronize()
-        return Totals(*(getattr(self._totals, name).copy_to_host() for name in Totals._fields))
+        with self._device:
+            for slot in self._slots:
+                slot.stream.synchronize()
+            return Totals(*(getattr(self._totals, name).copy_to_host() for name in Totals._fields))
 
 
 class _DeviceTotals:
@@ -290,7 +307,7 @@ class _Slot:
         self.order = cuda.device_array(rows, np.int64)
         self.counts = cuda.device_array(table_size(rows, g), np.int64)
         self.offsets = cuda.device_array(g + 1, np.int64)
-        self.host = {name: cuda.pinned_array(*kind) for name, kind in kinds.items()}
+        self.host = {name: pinned_array(*kind) for name, kind in kinds.items()}
         self.stream = cuda.stream()
         self.done = cuda.event()
 

@@ -1,12 +1,14 @@
-"""What the compiler makes of a kernel: registers, shared memory, stack and spills, found without a GPU.
+"""What the compiler makes of a kernel: instructions, registers, shared memory, stack and spills, without a GPU.
 
 Design: Numba and NVVM turn the kernel into PTX, nvJitLink (the library form of the linker and of ptxas) into machine
-code; its verbose log holds the numbers. Nothing here asks the driver for anything.
+code; its verbose log holds the numbers, and the size of the code how many instructions there are. Nothing here asks the
+driver for anything.
 """
 
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,11 +24,16 @@ __all__ = ["TARGETS", "Resources", "assemble", "compiling_for", "format_table", 
 
 TARGETS = ((8, 0), (9, 0))
 """Compute capabilities compiled for: A100 (sm_80), and H100 and H200 (sm_90)."""
+INSTRUCTION_BYTES = 16
+"""Size of every instruction from sm_70 on."""
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one kernel takes on one target: registers per thread; bytes of the rest, per block or per thread."""
+    """What one kernel takes on one target: registers per thread; bytes of the rest, per block or per thread.
+
+    `instructions` is their number in the machine code, that of its loops counted once, the filling at its end included.
+    """
 
     kernel: str
     target: tuple[int, int]
@@ -35,6 +42,7 @@ class Resources:
     stack: int
     spill_stores: int
     spill_loads: int
+    instructions: int
 
 
 @contextmanager
@@ -71,13 +79,13 @@ def assemble(kernel: Kernel, target: tuple[int, int]) -> Resources:
             launch_bounds=kernel.launch_bounds,
         )
     pieces = [(nvjitlink.InputType.PTX, code.encode()) for code in codes]
-    return resources(kernel.name, target, link(pieces, target))
+    return resources(kernel.name, target, *link(pieces, target))
 
 
 def link(
     pieces: list[tuple[nvjitlink.InputType, bytes]], target: tuple[int, int], options: tuple[str, ...] = ()
-) -> str:
-    """Link PTX or LTO-IR to machine code for `target` and return the verbose log of linker and assembler."""
+) -> tuple[str, bytes]:
+    """Link PTX or LTO-IR for `target`: the verbose log of linker and assembler, and the machine code, an ELF file."""
     arguments = [f"-arch=sm_{target[0]}{target[1]}", "-verbose", "-Xptxas=-v", *options]
     handle = nvjitlink.create(len(arguments), arguments)
     try:
@@ -86,13 +94,36 @@ def link(
         nvjitlink.complete(handle)
         log = bytearray(nvjitlink.get_info_log_size(handle))
         nvjitlink.get_info_log(handle, log)
+        code = bytearray(nvjitlink.get_linked_cubin_size(handle))
+        nvjitlink.get_linked_cubin(handle, code)
     finally:
         nvjitlink.destroy(handle)
-    return log.rstrip(b"\0").decode()
+    return log.rstrip(b"\0").decode(), bytes(code)
 
 
-def resources(name: str, target: tuple[int, int], log: str) -> Resources:
-    """The numbers in the log of a link that made one kernel.
+def count_instructions(code: bytes) -> int:
+    """How many instructions an ELF file of 64 bits holds, in all sections whose names begin with ".text".
+
+    Raises
+    ------
+    ValueError
+        It is no such file.
+    """
+    if code[:6] != b"\x7fELF\x02\x01":
+        raise ValueError("machine code is expected as an ELF file of 64 bits, least byte first")
+    (table,) = struct.unpack_from("<Q", code, 40)
+    size, count, of_names = struct.unpack_from("<3H", code, 58)
+    # Of each section: where its name begins among the names, where it begins in the file, and its size.
+    sections = [struct.unpack_from("<I20xQQ", code, table + size * i) for i in range(count)]
+    names = code[sections[of_names][1] :]
+    return (
+        sum(n_bytes for name, _, n_bytes in sections if names[name:].startswith(b".text"))
+        // INSTRUCTION_BYTES
+    )
+
+
+def resources(name: str, target: tuple[int, int], log: str, code: bytes) -> Resources:
+    """The numbers in the log and in the code of a link that made one kernel.
 
     Raises
     ------
@@ -106,16 +137,17 @@ def resources(name: str, target: tuple[int, int], log: str) -> Resources:
     stack, stores, loads = (int(number) for number in frames[0])
     # Before sm_90 the assembler names shared memory; from then on the linker does, with 1 kB reserved by the system.
     shared = re.search(r"(\d+) bytes smem", log)
-    return Resources(name, target, int(used[0][0]), int(shared[1]) if shared else 0, stack, stores, loads)
+    registers, shared_bytes = int(used[0][0]), int(shared[1]) if shared else 0
+    return Resources(name, target, registers, shared_bytes, stack, stores, loads, count_instructions(code))
 
 
 def format_table(rows: list[Resources]) -> str:
     """One line per kernel and target."""
     width = max(len(row.kernel) for row in rows)
-    lines = [f"{'kernel':<{width}}  target  registers  shared  stack  spilled"]
+    lines = [f"{'kernel':<{width}}  target  registers  shared  stack  spilled  instructions"]
     lines += [
         f"{row.kernel:<{width}}  sm_{row.target[0]}{row.target[1]}  {row.registers:>10}  {row.shared:>6}"
-        f"  {row.stack:>5}  {row.spill_stores + row.spill_loads:>7}"
+        f"  {row.stack:>5}  {row.spill_stores + row.spill_loads:>7}  {row.instructions:>12}"
         for row in rows
     ]
     return "\n".join(lines)

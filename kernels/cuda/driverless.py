@@ -111,4 +111,4 @@ def assemble_tensor(target: tuple[int, int]) -> Resources:
             launch_bounds=(tensor.THREADS, 1),
         )
     pieces = [(nvjitlink.InputType.LTOIR, code if isinstance(code, bytes) else code.data) for code in codes]
-    return resources(function.__name__, target, link(pieces, target, ("-lto",)))
+    return resources(function.__name__, target, *link(pieces, target, ("-lto",)))

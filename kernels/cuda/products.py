@@ -120,12 +120,14 @@ class CublasProducts:
         self.sorted = cuda.device_array((rows + parts + n_groups, p), np.float32)
         self.squares = cuda.device_array((self.together, p, p), np.float32)
         self.padded = cuda.device_array(n_groups + 1, np.int64)
+        # For torch, "cuda" alone is a current device of its own, to which it would copy arrays of another one.
+        self.place = f"cuda:{cuda.gpus.current.id}"
         self.matrices = self._matrices()
 
-    def _matrices(self) -> tuple[Any, Any]:
+    def _matrices(self) -> tuple[Any, ...]:
         import torch
 
-        return torch.as_tensor(self.sorted, device="cuda"), torch.as_tensor(self.squares, device="cuda")
+        return tuple(torch.as_tensor(array, device=self.place) for array in (self.sorted, self.squares))
 
     @staticmethod
     def missing() -> str:
@@ -146,7 +148,7 @@ class CublasProducts:
         # TF32 keeps 11 bits of each factor: far from what is promised.
         torch.backends.cuda.matmul.allow_tf32 = False
         try:
-            with torch.cuda.stream(torch.cuda.ExternalStream(int(stream))):
+            with torch.cuda.device(self.place), torch.cuda.stream(torch.cuda.ExternalStream(int(stream))):
                 multiply_upper(torch, rows, squares[:parts])
         finally:
             torch.backends.cuda.matmul.allow_tf32 = allowed

@@ -14,7 +14,8 @@ Floor, from host memory: 32 kB a spectrum, 0.6 µs over a bus of 55 GB/s. One co
 itself moved 6.3 GB/s, 5.2 µs a spectrum, so that nine must fill at a time to keep the bus busy. Kernels take 0.13 µs,
 the median included: it may stay where it is.
 
-A slot belongs to one block at a time; callers may be threads. Memory is plain device memory and pinned host memory,
+A slot belongs to one block at a time; callers may be threads. All of them enter the device that was current when the
+scorer was made. Memory is plain device memory and pinned host memory,
 never managed memory. The block is what a fraction of the free memory holds in all slots; if memory is short all the
 same, it is halved down to FLOOR_ROWS rows; below that it is an error.
 """
@@ -31,8 +32,17 @@ import numpy as np
 from numba import cuda
 from numpy.typing import NDArray
 
+from moefast.core.errors import BackendError
 from moefast.core.threads import CORES
-from moefast.kernels.cuda.device import DeviceMemoryError, out_of_memory, require_device
+from moefast.kernels.cuda.device import (
+    DeviceMemoryError,
+    PinnedMemoryError,
+    current_device,
+    out_of_memory,
+    pinned_array,
+    pinned_shortage,
+    require_device,
+)
 from moefast.kernels.cuda.median import THREADS, median_rows
 from moefast.kernels.cuda.mix import LANES, mix_rows, shared_bytes
 from moefast.kernels.cuda.project import COLUMNS, LINES, PANEL, ROWS, project_rows
@@ -312,8 +322,8 @@ class CudaScorer:
         The plans do not fit each other.
     BackendError
         There is no usable device.
-    DeviceMemoryError
-        Device memory is too small for blocks of FLOOR_ROWS rows in all slots.
+    DeviceMemoryError, PinnedMemoryError
+        Memory of the device, or pinned memory of the host, is too small for blocks of FLOOR_ROWS rows in all slots.
 
     Examples
     --------
@@ -335,6 +345,7 @@ class CudaScorer:
         if block_rows < 1 or slots < 1:
             raise ValueError(f"block_rows and slots must be at least 1; found {block_rows} and {slots}")
         require_device()
+        self._device = current_device()
         self.plan = DevicePlan(projection, mixing, library, from_library)
         floor = min(FLOOR_ROWS, block_rows)
         free = cuda.current_context().get_memory_info().free
@@ -350,7 +361,7 @@ class CudaScorer:
                 if not out_of_memory(error):
                     raise
                 if self.block_rows == floor:
-                    raise DeviceMemoryError(self._shortage()) from error
+                    raise self._shortage(error) from error
             # Outside the handler, whose traceback keeps the arrays that were allocated alive.
             self.block_rows = max(floor, self.block_rows // 2)
         self._free: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
@@ -360,12 +371,16 @@ class CudaScorer:
         # Launches of different threads take turns.
         self._launching = threading.Lock()
 
-    def _shortage(self) -> str:
+    def _shortage(self, error: Exception) -> BackendError:
+        blocks = f"{self.slots} blocks of {self.block_rows} spectra"
+        if isinstance(error, PinnedMemoryError):
+            pinned = self.slots * self.block_rows * _Slot.pinned_bytes_per_row(self.plan)
+            return pinned_shortage(pinned, blocks, error)
         needed = self.slots * self.block_rows * Work.bytes_per_row(self.plan)
         free = cuda.current_context().get_memory_info().free
-        return (
-            f"device memory: {needed / 1e9:.3f} GB for {self.slots} blocks of {self.block_rows} spectra are needed, "
-            f"{free / 1e9:.3f} GB are free; end other programs on the device, or use backend cpu"
+        return DeviceMemoryError(
+            f"device memory: {needed / 1e9:.3f} GB for {blocks} are needed, {free / 1e9:.3f} GB are free; end other "
+            "programs on the device, or use backend cpu"
         )
 
     def __call__(self, flux: F32, error: F32, mask: NDArray[np.bool_] | None = None) -> Scores:
@@ -395,16 +410,18 @@ class CudaScorer:
             # Each block takes one slot and waits for nothing else: callers cannot wait for each other forever.
             slot = self._free.get()
             try:
-                slot.fill(flux[here], error[here], None if mask is None else mask[here])
-                with self._launching:
-                    slot.start()
-                slot.collect(out, here)
+                # A thread's own device is the first one unless it says otherwise.
+                with self._device:
+                    try:
+                        slot.fill(flux[here], error[here], None if mask is None else mask[here])
+                        with self._launching:
+                            slot.start()
+                        slot.collect(out, here)
+                    finally:
+                        # What was started before a failure still reads and writes the buffers.
+                        slot.stream.synchronize()
             finally:
-                try:
-                    # What was started before a failure still reads and writes the buffers.
-                    slot.stream.synchronize()
-                finally:
-                    self._free.put(slot)
+                self._free.put(slot)
 
         starts = range(0, n, self.block_rows)
         if len(starts) > 1:
@@ -427,10 +444,18 @@ class _Slot:
         kinds = {"flux": np.float32, "error": np.float32, "mask": np.bool_}
         self.device = {name: cuda.device_array(rows * p, dtype) for name, dtype in kinds.items()}
         self.work = Work(rows, plan)
-        self.host = {name: cuda.pinned_array((rows, p), dtype) for name, dtype in kinds.items()}
-        self.results = Scores(*(cuda.pinned_array(*kind) for kind in _kinds(rows, plan.n_experts)))
+        self.host = {name: pinned_array((rows, p), dtype) for name, dtype in kinds.items()}
+        self.results = Scores(*(pinned_array(*kind) for kind in _kinds(rows, plan.n_experts)))
         self.stream = cuda.stream()
         self.n, self.masked = 0, False
+
+    @staticmethod
+    def pinned_bytes_per_row(plan: DevicePlan) -> int:
+        """Pinned host memory of a row: flux, error, mask and results."""
+        results = sum(
+            np.dtype(dtype).itemsize * int(np.prod(shape)) for shape, dtype in _kinds(1, plan.n_experts)
+        )
+        return 9 * plan.n_pixels + results
 
     def fill(self, flux: F32, error: F32, mask: NDArray[np.bool_] | None) -> None:
         """Copy a block to the pinned buffers."""

@@ -40,6 +40,7 @@ from moefast.kernels.tangent import (
 )
 
 __all__ = [
+    "BLOCK_ROWS",
     "CLOUDS",
     "LAY_THREADS",
     "PANEL",
@@ -53,6 +54,8 @@ __all__ = [
     "weigh_clouds",
 ]
 
+BLOCK_ROWS = 1 << 16
+"""Most stars on the device at once: 86 MB of 160 components, which are there twice; a thousand blocks of threads."""
 ROWS = 64
 """Stars of a block."""
 EACH = 4
@@ -182,8 +185,12 @@ def tangent_posterior(z: ArrayLike, log_level: ArrayLike, library: Library) -> T
     # Levels beyond float32 have no answer, as infinity.
     with np.errstate(over="ignore"):
         level = np.asarray(log_level, np.float64).astype(np.float32)
-    work = Clouds(n, there)
-    found = work.launch(there, cuda.to_device(stars), cuda.to_device(level), n, 0).copy_to_host()
+    work = Clouds(min(n, BLOCK_ROWS), there)
+    found = np.empty((n, PLACES, k), np.float32)
+    for start in range(0, n, BLOCK_ROWS):
+        here = slice(start, min(start + BLOCK_ROWS, n))
+        z_block, level_block = cuda.to_device(stars[here]), cuda.to_device(level[here])
+        found[here] = work.launch(there, z_block, level_block, here.stop - start, 0).copy_to_host()
     mean, sd, log_evidence, concentration = (np.ascontiguousarray(found[:, i]) for i in range(PLACES))
     return TangentPosterior(mean, sd, log_evidence, _effective(log_evidence, concentration))
 

@@ -23,7 +23,10 @@ from moefast.kernels.cuda.gram import ALIGNED
 from moefast.kernels.cuda.registry import kernel
 from moefast.kernels.template import TemplatePosterior, check_posterior
 
-__all__ = ["LABELS", "ROWS", "THREADS", "attend", "template_posterior"]
+__all__ = ["BLOCK_ROWS", "LABELS", "ROWS", "THREADS", "attend", "template_posterior"]
+
+BLOCK_ROWS = 1 << 16
+"""Most stars on the device at once: 42 MB of 160 components, a thousand blocks of threads."""
 
 ROWS = 64
 """Stars of a block."""
@@ -66,11 +69,19 @@ def template_posterior(
     n, q = len(stars), len(labels)
     if n == 0:
         return TemplatePosterior(*(np.empty(s, np.float32) for s in ((0, q), 0, 0)))
-    # Neighbouring threads read neighbouring stars.
-    arrays = [cuda.to_device(a) for a in (np.ascontiguousarray(stars.T), weight, templates, labels)]
-    found = [cuda.device_array(s, np.float32) for s in ((n, q), n, n)]
-    attend[(-(-n // ROWS), max(1, -(-q // LABELS))), THREADS](*arrays, free_scale, *found)
-    return TemplatePosterior(*(a.copy_to_host() for a in found))
+    on_device = [cuda.to_device(a) for a in (templates, labels)]
+    out = TemplatePosterior(*(np.empty(shape, np.float32) for shape in ((n, q), n, n)))
+    for start in range(0, n, BLOCK_ROWS):
+        here = slice(start, min(start + BLOCK_ROWS, n))
+        rows = here.stop - start
+        # Neighbouring threads read neighbouring stars.
+        of_stars = [cuda.to_device(np.ascontiguousarray(a)) for a in (stars[here].T, weight[here])]
+        found = [cuda.device_array(shape, np.float32) for shape in ((rows, q), rows, rows)]
+        grid = (-(-rows // ROWS), max(1, -(-q // LABELS)))
+        attend[grid, THREADS](*of_stars, *on_device, free_scale, *found)
+        for target, part in zip((out.mean, out.log_evidence, out.effective), found, strict=True):
+            target[here] = part.copy_to_host()
+    return out
 
 
 @kernel(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from moefast.cli.options import JSON, MODEL, OVERWRITE, QUIET, names, positive
+from moefast.cli.options import DEVICE, JSON, MODEL, OVERWRITE, QUIET, names, positive
 
 __all__ = ["bench"]
 
@@ -50,6 +50,7 @@ def _sizes(_: click.Context, __: click.Parameter, value: str | None) -> tuple[in
     "--scratch", type=click.Path(file_okay=False, exists=True), metavar="FOLDER",
     help="Folder for the simulated spectra, 33 kB each; choose the disk whose speed matters.",
 )  # fmt: skip
+@DEVICE
 @OVERWRITE
 @QUIET
 @JSON

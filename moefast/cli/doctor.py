@@ -7,12 +7,13 @@ import sys
 
 import click
 
-from moefast.cli.options import JSON
+from moefast.cli.options import DEVICE, JSON
 
 __all__ = ["doctor"]
 
 
 @click.command()
+@DEVICE
 @JSON
 def doctor(as_json: bool) -> None:
     """Say what this machine has, what moefast will use, and why not more."""

@@ -7,7 +7,7 @@ import json
 import click
 
 from moefast.cli.messages import Progress
-from moefast.cli.options import BACKEND, FILES, JSON, OVERWRITE, QUIET, positive
+from moefast.cli.options import BACKEND, DEVICE, FILES, JSON, OVERWRITE, QUIET, positive
 
 __all__ = ["evaluate"]
 
@@ -47,6 +47,7 @@ __all__ = ["evaluate"]
 )  # fmt: skip
 @click.option("--name", help="Name of the test set in the report.")
 @BACKEND
+@DEVICE
 @OVERWRITE
 @QUIET
 @JSON

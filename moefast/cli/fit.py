@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from moefast.cli.messages import Progress
-from moefast.cli.options import BACKEND, JSON, OVERWRITE, QUIET, positive
+from moefast.cli.options import BACKEND, DEVICE, JSON, OVERWRITE, QUIET, positive
 
 __all__ = ["fit"]
 
@@ -77,6 +77,7 @@ def _grid(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int
     "the same command goes on where a killed one stood, to the same model. Cleared once the model is written.",
 )  # fmt: skip
 @BACKEND
+@DEVICE
 @OVERWRITE
 @QUIET
 @JSON

@@ -8,6 +8,7 @@ import click
 
 __all__ = [
     "BACKEND",
+    "DEVICE",
     "FILES",
     "JSON",
     "MODEL",
@@ -30,6 +31,15 @@ def rows(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int,
     if not 0 <= first < last:
         raise click.BadParameter(f"{value!r}: FIRST counts from 0 and must be less than LAST")
     return first, last
+
+
+def _use_device(_: click.Context, __: click.Parameter, value: int | None) -> None:
+    """Choose the GPU before anything starts the driver."""
+    if value is not None:
+        # Only now: help needs no library of its own.
+        from moefast.backend import use_device
+
+        use_device(value)
 
 
 def names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...]:
@@ -62,6 +72,18 @@ BACKEND = click.option(
     default="auto",
     show_default=True,
     help="Where to compute. auto takes a GPU if there is a usable one and says so; cuda fails without one.",
+)
+
+
+DEVICE = click.option(
+    "--device",
+    type=click.IntRange(0),
+    metavar="N",
+    expose_value=False,
+    callback=_use_device,
+    help="Number of the GPU, from 0, among those that moefast doctor lists; the environment variable "
+    "CUDA_VISIBLE_DEVICES (such as 2,3) says which these are, and in which order. A process works on one GPU: give "
+    "each a process of its own, for instance with --shard of predict.  [default: 0]",
 )
 
 

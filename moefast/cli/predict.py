@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from moefast.cli.messages import Progress, tell_failures
-from moefast.cli.options import BACKEND, FILES, JSON, MODEL, OVERWRITE, QUIET, names, rows
+from moefast.cli.options import BACKEND, DEVICE, FILES, JSON, MODEL, OVERWRITE, QUIET, names, rows
 from moefast.core.errors import OutputError
 
 __all__ = ["predict"]
@@ -37,6 +37,7 @@ def _shard(_: click.Context, __: click.Parameter, value: str | None) -> tuple[in
 @click.option("--array", type=click.Choice(["auto", "flux", "noisy"]), default="auto", show_default=True,
               help="Array to score; auto is noisy where a file has it.")  # fmt: skip
 @BACKEND
+@DEVICE
 @click.option("--rows", callback=rows, metavar="FIRST:LAST", help="Score these rows only, LAST not included.")
 @click.option("--limit", type=click.IntRange(1), help="Score at most so many rows.")
 @click.option("--shard", callback=_shard, metavar="i/N", help="Score part i (from 0) of N equal parts.")

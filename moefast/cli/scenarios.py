@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from moefast.cli.messages import Progress
-from moefast.cli.options import BACKEND, JSON, OVERWRITE, QUIET
+from moefast.cli.options import BACKEND, DEVICE, JSON, OVERWRITE, QUIET
 from moefast.core.errors import OutputError
 
 __all__ = ["scenarios"]
@@ -29,6 +29,7 @@ __all__ = ["scenarios"]
 )
 @click.option("-o", "--out", metavar="FILE", help="Write the results with all their numbers as JSON.")
 @BACKEND
+@DEVICE
 @OVERWRITE
 @QUIET
 @JSON

@@ -7,7 +7,7 @@ Design: a subject turns a block of noisy spectra into columns of predictions, an
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -141,7 +141,7 @@ class OnnxSubject:
         BackendError
         """
         from moefast.export.foreign import load_foreign
-        from moefast.export.session import start_session
+        from moefast.export.session import on_the_cpu, start_session
 
         proto = load_foreign(path)
         where = resolve_backend(backend)
@@ -153,6 +153,8 @@ class OnnxSubject:
             reason = f"{where.device} was found but cannot be used: {error}"
             where = Backend("cpu", resolve_backend("cpu").device, reason)
             session = start_session(proto, where.name)
+        if where.name == "cuda" and (note := on_the_cpu(session)):
+            where = replace(where, reason=f"{where.reason}; {note}")
         inputs = {entry.name: entry for entry in session.get_inputs()}
         outputs = [entry.name for entry in session.get_outputs()]
         if set(inputs) != set(INPUTS) or any(entry.type != "tensor(float)" for entry in inputs.values()):

@@ -1,12 +1,17 @@
+import dataclasses
+import re
+
 import numpy as np
 import onnxruntime
 import pytest
+from on_cuda import pretend
 from onnx import TensorProto, helper
+from plans import random_mixture, random_trees
 
 from moefast.backend import cuda_devices
 from moefast.core.errors import BackendError, InputError, ModelError
 from moefast.export import build, open_session, save
-from moefast.export.session import PROVIDERS, run_within, session_inputs, start_session
+from moefast.export.session import PROVIDERS, on_the_cpu, run_within, session_inputs, start_session
 
 
 def test_a_session_opens_from_a_model_and_from_a_file(mixture, tmp_path):
@@ -38,6 +43,35 @@ def test_a_silent_fallback_is_an_error(mixture, monkeypatch):
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(PROVIDERS.values()))
     with pytest.raises(BackendError, match="came up on CPUExecutionProvider"):
         open_session(build(mixture), "cuda")
+
+
+def test_nodes_on_the_cpu_are_told(monkeypatch):
+    mixture = random_mixture()
+    trees = dataclasses.replace(mixture, others={1: random_trees(3)})
+    pretend(monkeypatch, {"TreeEnsembleRegressor"})
+    said = on_the_cpu(open_session(build(trees), "cuda"))
+    assert re.fullmatch(r"partly on the CPU: 1 of \d+ nodes \(1 TreeEnsembleRegressor\)", said)
+    assert on_the_cpu(open_session(build(mixture), "cuda")) == ""
+    many = {"Add", "Mul", "Sub", "Div", "Where", "MatMul", "Gemm"}
+    pretend(monkeypatch, many)
+    said = on_the_cpu(open_session(build(mixture), "cuda"))
+    counts = [int(number) for number in re.findall(r"(\d+) ", said)]
+    # All of them, of how many nodes, four kinds and the others.
+    assert len(counts) == 7
+    assert counts[0] == sum(counts[2:]) < counts[1]
+    assert said.endswith(" others)")
+
+
+def test_a_session_with_nothing_on_the_gpu_is_an_error(monkeypatch):
+    pretend(monkeypatch, None)
+    with pytest.raises(BackendError, match=r"takes none of the \d+ nodes; .*or use the CPU"):
+        open_session(build(random_mixture()), "cuda")
+
+
+def test_a_runtime_that_does_not_tell_is_said_to():
+    # This session did not record; older releases have no such method either.
+    assert "does not tell which nodes run on the CPU" in on_the_cpu(open_session(build(random_mixture())))
+    assert "does not tell which nodes run on the CPU" in on_the_cpu(object())
 
 
 def test_a_runtime_built_without_cuda_is_an_error(mixture, monkeypatch):

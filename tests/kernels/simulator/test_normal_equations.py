@@ -8,7 +8,7 @@ from moefast.core.errors import BackendError
 from moefast.experts.normal_equations import NormalEquations
 from moefast.kernels import normal_equations
 from moefast.kernels.cuda import NormalEquationsAccumulator, accumulator, binning, gram, products
-from moefast.kernels.cuda.device import DeviceMemoryError
+from moefast.kernels.cuda.device import DeviceMemoryError, PinnedMemoryError
 from moefast.kernels.reference import normal_equations_reference
 
 
@@ -160,6 +160,25 @@ def test_out_of_memory_halves_the_block(monkeypatch):
     monkeypatch.setattr(accumulator, "_Slot", broken)
     with pytest.raises(RuntimeError, match="something else"):
         NormalEquationsAccumulator(3, 2)
+
+
+def test_short_pinned_memory_is_not_called_device_memory(monkeypatch):
+    monkeypatch.setattr(accumulator, "FLOOR_ROWS", 4)
+    real, largest = accumulator.cuda.pinned_array, 7
+
+    def pinned(shape, dtype):
+        if shape[0] > largest:
+            raise _Full
+        return real(shape, dtype)
+
+    monkeypatch.setattr(accumulator.cuda, "pinned_array", pinned)
+    assert NormalEquationsAccumulator(3, 2, block_rows=40).block_rows == 5
+    largest = 3
+    with pytest.raises(
+        PinnedMemoryError, match=r"pinned host memory: .* two blocks of 4 rows .*ulimit -l"
+    ) as caught:
+        NormalEquationsAccumulator(3, 2, block_rows=40)
+    assert "device memory" not in str(caught.value)
 
 
 class _NumpyAsTorch:

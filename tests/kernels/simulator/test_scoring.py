@@ -12,7 +12,7 @@ from tolerances import assert_close
 from moefast.core.errors import BackendError
 from moefast.kernels import Given, project, soft_mix, tangent_posterior
 from moefast.kernels.cuda import CudaScorer, median, mix, score, scoring
-from moefast.kernels.cuda.device import DeviceMemoryError
+from moefast.kernels.cuda.device import DeviceMemoryError, PinnedMemoryError
 from moefast.kernels.reference import project_reference, soft_mix_reference
 from moefast.kernels.reference_tangent import tangent_posterior_reference
 from moefast.scoring import CudaEngine
@@ -338,6 +338,59 @@ def test_out_of_memory_halves_the_block(monkeypatch):
     monkeypatch.setattr(scoring, "_Slot", broken)
     with pytest.raises(RuntimeError, match="something else"):
         CudaScorer(*plans)
+
+
+def test_short_pinned_memory_is_not_called_device_memory(monkeypatch):
+    plans = random_plans(p=16, c=3, w=1, n_experts=2, n_levels=2, hidden=2)
+    monkeypatch.setattr(scoring, "FLOOR_ROWS", 4)
+    real, largest = scoring.cuda.pinned_array, 7
+
+    def pinned(shape, dtype):
+        if np.atleast_1d(shape)[0] > largest:
+            raise _Full
+        return real(shape, dtype)
+
+    monkeypatch.setattr(scoring.cuda, "pinned_array", pinned)
+    assert CudaScorer(*plans, block_rows=40).block_rows == 5
+    largest = 3
+    with pytest.raises(
+        PinnedMemoryError, match=r"pinned host memory: .* 2 blocks of 4 spectra .*ulimit -l"
+    ) as caught:
+        CudaScorer(*plans, block_rows=40, slots=2)
+    assert "device memory" not in str(caught.value)
+    slot = scoring._Slot(1, scoring.DevicePlan(*plans))
+    assert slot.pinned_bytes_per_row(slot.plan) == sum(a.nbytes for a in (*slot.host.values(), *slot.results))
+
+
+def test_every_thread_works_on_the_device_of_the_scorer(monkeypatch):
+    plans = random_plans(p=16, c=3, w=1, n_experts=2, n_levels=2, hidden=2)
+    flux, error = spectra(12, plans[0])
+    entered, launched = [], []
+
+    class Device:
+        def __enter__(self):
+            entered.append(threading.get_ident())
+
+        def __exit__(self, *_):
+            entered.remove(threading.get_ident())
+
+    real = scoring._Slot.start
+
+    def start(slot):
+        launched.append(threading.get_ident())
+        assert threading.get_ident() in entered
+        real(slot)
+
+    monkeypatch.setattr(scoring, "current_device", Device)
+    monkeypatch.setattr(scoring._Slot, "start", start)
+    scorer = CudaScorer(*plans, block_rows=4)
+    assert_scores(scorer(flux, error), flux, error, None, plans)
+    assert len(launched) == 3
+    assert threading.get_ident() not in launched
+    # A single block is scored by the caller's own thread.
+    scorer(flux[:4], error[:4])
+    assert launched[-1] == threading.get_ident()
+    assert not entered
 
 
 def test_the_block_is_what_a_share_of_the_free_memory_holds(monkeypatch):

@@ -6,6 +6,7 @@ from clouds import clouds, stars_of
 from tolerances import assert_close
 
 from moefast.kernels import tangent_posterior
+from moefast.kernels.cuda import tangent
 from moefast.kernels.cuda.tangent import CLOUDS, PANEL, ROWS, TANGENTS
 from moefast.kernels.reference_tangent import tangent_posterior_reference
 
@@ -59,6 +60,26 @@ def test_bad_rows_keep_to_themselves_and_a_row_has_the_same_bits_alone():
         assert np.isnan(getattr(found, name)[bad]).all()
         np.testing.assert_array_equal(getattr(found, name)[good], getattr(clean, name)[good])
         np.testing.assert_array_equal(getattr(alone, name)[0], getattr(clean, name)[-1])
+
+
+@pytest.mark.parametrize("n", [2, 4, 5, 9])
+def test_only_a_block_of_stars_is_on_the_device(n, monkeypatch):
+    library = clouds(9, 5, 2, [0, 2, 9])
+    z, level = stars_of(library, n)
+    whole = tangent_posterior(z, level, library, backend="cuda")
+    rows = []
+    real = tangent.cuda.to_device
+
+    def to_device(array, *rest, **options):
+        rows.append(len(array) if array.shape[1:] == (5,) else 0)
+        return real(array, *rest, **options)
+
+    monkeypatch.setattr(tangent, "BLOCK_ROWS", 4)
+    monkeypatch.setattr(tangent.cuda, "to_device", to_device)
+    found = tangent_posterior(z, level, library, backend="cuda")
+    assert [count for count in rows if count] == [4] * (n // 4) + [n % 4] * (n % 4 > 0)
+    for name in NAMES:
+        np.testing.assert_array_equal(getattr(found, name), getattr(whole, name))
 
 
 @pytest.mark.filterwarnings(

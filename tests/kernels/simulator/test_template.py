@@ -5,6 +5,7 @@ import pytest
 from tolerances import assert_close
 
 from moefast.kernels import template_posterior
+from moefast.kernels.cuda import template
 from moefast.kernels.reference_template import template_posterior_reference
 
 NAMES = ("mean", "log_evidence", "effective")
@@ -46,6 +47,26 @@ def test_bad_rows_keep_to_themselves_and_a_row_has_the_same_bits_alone():
         assert np.isnan(getattr(found, name)[[3, 7, 8, 9]]).all()
         np.testing.assert_array_equal(getattr(found, name)[good], getattr(clean, name)[good])
         np.testing.assert_array_equal(getattr(alone, name)[0], getattr(clean, name)[32])
+
+
+@pytest.mark.parametrize("n", [2, 4, 5, 9])
+def test_only_a_block_of_stars_is_on_the_device(n, monkeypatch):
+    rows = library(n, 3, 6, 2)
+    whole = template_posterior(*rows, backend="cuda")
+    stars = []
+    real = template.cuda.to_device
+
+    def to_device(array, *rest, **options):
+        stars.append(array.shape[1] if array.ndim == 2 and array.shape[0] > 2 else 0)
+        return real(array, *rest, **options)
+
+    monkeypatch.setattr(template, "BLOCK_ROWS", 4)
+    monkeypatch.setattr(template.cuda, "to_device", to_device)
+    found = template_posterior(*rows, backend="cuda")
+    # The templates come first, once.
+    assert [count for count in stars if count] == [3] + [4] * (n // 4) + [n % 4] * (n % 4 > 0)
+    for name in NAMES:
+        np.testing.assert_array_equal(getattr(found, name), getattr(whole, name))
 
 
 @pytest.mark.filterwarnings(
