@@ -43,7 +43,7 @@ def coadd(few, tmp_path_factory):
 
 
 def test_a_pfs_file_gives_what_its_spectra_give(coadd, want, model):
-    found = predict(coadd, model)
+    found = predict(coadd, model, telluric="keep")
     np.testing.assert_allclose(found.columns["log_g"], want["log_g"], atol=1e-3)
     np.testing.assert_array_equal(found.columns["objId"], 1000 + np.arange(N))
     np.testing.assert_array_equal(found.columns["targetType"], [1, 1, 2, 3] * 3)
@@ -115,14 +115,14 @@ def test_velocities_are_removed_and_told(few, want, model, tmp_path):
     Table({"objId": 1000 + np.arange(N), "v_los": velocity, "v_los_err": np.full(N, 3.0)}).write(
         tmp_path / "v.csv"
     )
-    found = predict(path, model, tmp_path / "t.parquet", velocity=tmp_path / "v.csv")
+    found = predict(path, model, tmp_path / "t.parquet", velocity=tmp_path / "v.csv", telluric="keep")
     columns, attrs = read_table(tmp_path / "t.parquet")
     np.testing.assert_allclose(columns["log_g"], want["log_g"], atol=3e-3)
     np.testing.assert_allclose(columns["v_los"], velocity, rtol=1e-6)
     np.testing.assert_array_equal(columns["v_los_err"], np.full(N, 3, "f4"))
     assert "joined by objId" in attrs["velocity"]
     assert not found.failures
-    assert np.abs(predict(path, model).columns["log_g"] - want["log_g"]).max() > 0.05
+    assert np.abs(predict(path, model, telluric="keep").columns["log_g"] - want["log_g"]).max() > 0.05
 
 
 def test_at_rest_nothing_changes_a_bit(stars_file, whole, model):

@@ -104,8 +104,9 @@ def test_flux_or_noisy(stars, stars_file, model, whole):
     clean = predict(stars_file, model, array="flux")
     assert clean.array == "flux"
     assert clean.r2 > whole.r2
-    assert "noise-free" in " ".join(clean.notes)
+    assert "noise-free" in " ".join(clean.oddities)
     assert not whole.notes
+    assert not whole.oddities
 
 
 def test_light_that_the_model_has_not_seen_is_told(stars, model, whole, tmp_path, monkeypatch):
