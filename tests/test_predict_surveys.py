@@ -18,6 +18,7 @@ from moefast.core.errors import InputError
 from moefast.predicting_arrays import predict_arrays
 from moefast.scoring import predict
 from moefast.spectra import open_spectra, read_table
+from moefast.spectra.telluric import telluric_pixels
 
 N = 12
 
@@ -207,3 +208,19 @@ def test_inspect_shows_them_as_a_model_would_see_them(coadd, model_folder):
     facts = json.loads(result.stdout)
     assert facts["files"][0]["arrays"]["flux"]["layout"] == "pfsCoadd"
     assert "objId" in facts["files"][0]["columns"]
+
+
+def test_the_earths_absorption_is_masked_where_light_came_through_it(few, coadd, stars_file, model):
+    scale = np.median(few.flux.astype(float)[:, ~telluric_pixels(few.wave)], 1, keepdims=True)
+    mask = np.repeat(telluric_pixels(few.wave)[None], N, axis=0)
+    want = predict_arrays(few.flux / scale, few.error / scale, model, mask=mask)
+    found = predict(coadd, model)
+    np.testing.assert_allclose(found.columns["log_g"], want["log_g"], atol=1e-3)
+    assert sum("atmosphere absorbs" in note for note in found.notes) == 1
+    kept, masked = (predict(stars_file, model, limit=N, telluric=word) for word in ("keep", "mask"))
+    same_rows(predict(stars_file, model, limit=N).columns, kept.columns)
+    assert np.abs(masked.columns["log_g"] - kept.columns["log_g"]).max() > 0.05
+    in_memory = predict_arrays(few.flux, few.error, model, telluric="mask")
+    np.testing.assert_array_equal(in_memory["log_g"], masked.columns["log_g"])
+    with pytest.raises(InputError, match="one of auto, mask, keep expected, found 'no'"):
+        predict_arrays(few.flux, few.error, model, telluric="no")

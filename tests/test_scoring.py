@@ -649,3 +649,19 @@ def test_a_gpu_scores_what_it_has_no_kernels_for_in_onnx_runtime(monkeypatch):
     assert asked == ["cuda"]
     with pytest.raises(BackendError, match="no kernels for a pca-mlp with heads; use backend cpu"):
         CudaEngine(with_heads(random_mixture(), "pca-mlp"))
+
+
+def test_oddities_are_told_before_the_first_row_is_scored(stars, model, tmp_path):
+    few = stars.take(slice(0, 300)).observed()
+    few.flux[7], few.flux[9] = 0, few.flux[8]
+    few.error[:] *= 3
+    path = few.write(tmp_path / "odd.h5")
+    order = []
+    found = predict(
+        path, model, tmp_path / "t.h5", tell=order.append, progress=lambda done, total: order.append(done)
+    )
+    assert order[:3] == found.oddities
+    for words, one in zip(("dead", "to the last bit", "errors are too large"), found.oddities, strict=True):
+        assert words in one
+    assert 300 in order[3:]
+    assert read_table(tmp_path / "t.h5")[1]["oddities"] == found.oddities

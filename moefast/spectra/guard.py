@@ -41,7 +41,7 @@ SLOPE, SLOPE_SCATTER = 0.27, 0.6
 BEND, BEND_SCATTER = 0.12, 0.3
 """The same for ln of the ends over the middle."""
 FLAT, FLAT_SCATTER, LEAST_FLAT = 0.05, 0.05, 8
-"""Slope of flux, its scatter from star to star (0.17 where there is a continuum), and stars, that tell of a division."""
+"""Slope of flux, its scatter from star to star (0.17 where there is a continuum), and stars, that tell a division."""
 TOO_SMALL, TOO_LARGE, TOO_LARGE_RESAMPLED, NOISE_FREE = 1.25, 0.8, 0.5, 0.2
 """Scatter over error beyond which errors are odd; pixels that were rebinned share their noise and scatter less."""
 NOISY = 0.7
@@ -389,8 +389,8 @@ def _shape(sample: Sample, alive: NDArray[np.bool_], reference: F64, free_scale:
                 Oddity(
                     "level",
                     f"flux lies at {level:.3g} times the level of the spectra that the model was fitted on, and this "
-                    "model takes the level for real: divide flux and error of each spectrum by its median flux, or take a "
-                    "posterior (-m observed), whose scale is free",
+                    "model takes the level for real: divide flux and error of each spectrum by its median flux, or "
+                    "take a posterior (-m observed), whose scale is free",
                 )
             )
     if (flat := _flat(sample, alive)) is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -221,10 +222,11 @@ def format_text(facts: Mapping[str, Any]) -> str:
         lines.append(f"  level            median flux {flux:.4g}{level}")
         if not _NORMALISED[0] <= flux <= _NORMALISED[1]:
             lines.append(
-                "  note             flux is not normalised to a median near 1, as all models but posteriors "
-                "expect: divide flux and error of each spectrum by its median flux"
+                "  note             flux is not normalised to a median near 1, which only posteriors allow: divide flux "
+                "and error of each spectrum by its median"
             )
-    lines += [f"  odd              {words}" for words in facts["oddities"]]
+    for words in facts["oddities"]:
+        lines += wrap(words, 118, initial_indent="  odd              ", subsequent_indent=19 * " ")
     for failure in facts["failures"]:
         rows = f"rows {failure['rows'][0]} to {failure['rows'][1] - 1}: " if failure["rows"] else ""
         lines.append(f"  cannot be read   {rows}{failure['message']}")

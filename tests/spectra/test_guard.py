@@ -1,5 +1,6 @@
 """The look at a file as a whole: silent on good spectra of any kind, and a line for each thing that is odd."""
 
+import shutil
 from dataclasses import replace
 
 import h5py
@@ -179,7 +180,7 @@ def file(tmp_path_factory):
     return path
 
 
-def test_a_sample_is_spread_over_the_rows_that_are_wanted(file):
+def test_a_sample_is_spread_over_the_rows_that_are_wanted(file, tmp_path):
     sample = take(open_spectra(file))
     assert len(sample.rows) == 256
     assert sample.rows.min() < 20
@@ -191,7 +192,10 @@ def test_a_sample_is_spread_over_the_rows_that_are_wanted(file):
     wanted = np.zeros(1000, bool)
     wanted[[5, 300, 301, 999]] = True
     np.testing.assert_array_equal(take(open_spectra(file), wanted=wanted).rows, [5, 300, 301, 999])
-    several = take(open_spectra([file, file]))
+    other = shutil.copy(file, tmp_path / "b.h5")
+    several = take(open_spectra([file, other]))
+    np.testing.assert_array_equal(several.flux[:, 0], several.rows % 1000)
+    assert (several.rows < 1000).any()
     assert (several.rows >= 1000).any()
 
 
