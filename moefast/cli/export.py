@@ -24,7 +24,7 @@ def export(model: str, out: str, part: str, half: bool, overwrite: bool) -> None
     """Write a model folder, or a part of it, as one ONNX file, verified against the model first.
 
     Inputs flux and error (n, pixels) float32; outputs log_g, log_g_err, weights, expert_log_g and more. The file
-    runs in plain ONNX Runtime. MODEL is a model folder, or a shipped model: z0 or survey. What
+    runs in plain ONNX Runtime. MODEL is a model folder, or a shipped model: observed, z0 or survey. What
     half precision costs in R² tells: moefast evaluate TEST -m OUT
     """
     from moefast.export import export_model

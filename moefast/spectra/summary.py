@@ -222,8 +222,8 @@ def format_text(facts: Mapping[str, Any]) -> str:
         lines.append(f"  level            median flux {flux:.4g}{level}")
         if not _NORMALISED[0] <= flux <= _NORMALISED[1]:
             lines.append(
-                "  note             flux is not normalised to a median near 1, which only posteriors allow: divide flux "
-                "and error of each spectrum by its median"
+                "  note             flux is not normalised to a median near 1, which only posteriors allow: divide "
+                "flux and error of each spectrum by its median"
             )
     for words in facts["oddities"]:
         lines += wrap(words, 118, initial_indent="  odd              ", subsequent_indent=19 * " ")
