@@ -184,8 +184,9 @@ def fit(
             each.words
             for each in noisy_already(take(spectra, array="flux"), "fit them with --noise observed")
         ]
-        for words in odd if tell is not None else ():
-            tell(words)
+        if tell is not None:
+            for words in odd:
+                tell(words)
     options = Options(
         grid=chosen,
         noise=noise,

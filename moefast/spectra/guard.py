@@ -42,8 +42,8 @@ BEND, BEND_SCATTER = 0.12, 0.3
 """The same for ln of the ends over the middle."""
 FLAT, FLAT_SCATTER, LEAST_FLAT = 0.05, 0.05, 8
 """Slope of flux, its scatter from star to star (0.17 where there is a continuum), and stars, that tell a division."""
-TOO_SMALL, TOO_LARGE, TOO_LARGE_RESAMPLED, NOISE_FREE = 1.25, 0.8, 0.5, 0.2
-"""Scatter over error beyond which errors are odd; pixels that were rebinned share their noise and scatter less."""
+TOO_SMALL, TOO_LARGE, NOISE_FREE = 1.25, 0.8, 0.2
+"""Scatter over error beyond which errors are odd; of pixels that were rebinned only the first tells anything."""
 NOISY = 0.7
 """Scatter over error above which flux is not clean."""
 LINES = 0.015
@@ -319,8 +319,8 @@ def _scatter(sample: Sample, alive: NDArray[np.bool_], array: str) -> list[Oddit
     if not ratio.size:
         return []
     typical = float(np.median(ratio))
-    least = TOO_LARGE_RESAMPLED if sample.resampled else TOO_LARGE
-    if typical < NOISE_FREE:
+    # Rebinned pixels share their noise, those of a coarser grid most of it: that they scatter less says nothing.
+    if typical < NOISE_FREE and not sample.resampled:
         return [
             Oddity(
                 "noise-free",
@@ -329,7 +329,7 @@ def _scatter(sample: Sample, alive: NDArray[np.bool_], array: str) -> list[Oddit
                 "`moefast evaluate` adds the noise",
             )
         ]
-    if typical < least:
+    if typical < TOO_LARGE and not sample.resampled:
         return [
             Oddity(
                 "errors too large",

@@ -82,6 +82,11 @@ def test_silent_on_resampled_spectra(velocity, wave, reference, z0):
     arm = Pixels.of_rows(wave, z0.noisy, z0.error, np.zeros(z0.noisy.shape, bool))
     flux, error, mask, _ = prepare_rows([arm], np.full(N, 1 + velocity / LIGHT_SPEED), wave, scale=False)
     assert seen(wave, reference, flux, error, mask, resampled=True) == []
+    coarse = Pixels.of_rows(
+        wave[::2], z0.noisy[:, ::2], z0.error[:, ::2], np.zeros((N, len(wave[::2])), bool)
+    )
+    finer = prepare_rows([coarse], np.ones(N), wave, scale=False)[:3]
+    assert seen(wave, reference, *finer, resampled=True) == []
     # It smooths so much that it would be odd in pixels that were not rebinned.
     assert seen(wave, reference, flux, error, mask) == ["errors too large"]
 
