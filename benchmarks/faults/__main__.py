@@ -16,7 +16,7 @@ __all__ = ["format_table", "main"]
 
 def format_table(cases: list[Case]) -> str:
     """Tried, survived, and what became of the others, for each campaign."""
-    rows = [("campaign", "tried", "survived", *OUTCOMES)]
+    rows: list[tuple[str, ...]] = [("campaign", "tried", "survived", *OUTCOMES)]
     kinds = [*dict.fromkeys(case.campaign for case in cases), "all"]
     for kind in kinds:
         mine = [case.outcome for case in cases if kind in (case.campaign, "all")]

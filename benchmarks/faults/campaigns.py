@@ -14,6 +14,7 @@ import signal
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def failed_writes(ground: Ground, n: int, seed: int) -> Iterator[Case]:
             place / "log",
             first=first,
         )
-        yield judge("failed writes", name, ended, out.exists, lambda out=out: ground.is_right(out))
+        yield judge("failed writes", name, ended, out.exists, partial(ground.is_right, out))
 
 
 def _failing(calls: tuple[str, ...], position: int, number: int) -> Callable[[], None]:
@@ -143,7 +144,7 @@ def kills(ground: Ground, n: int, seed: int) -> Iterator[Case]:
         log = ground.folder / "log"
         ended = run_command(command, log, kill=(moment, number))
         name = f"{signal.Signals(number).name} after {moment:.3f} s, {suffix}"
-        case = judge("kills", name, ended, out.exists, lambda out=out: ground.is_right(out))
+        case = judge("kills", name, ended, out.exists, partial(ground.is_right, out))
         if case.outcome in {"right", "refused"}:
             again = run_command([*command, "--overwrite"], log)
             left = sorted(p.name for p in place.iterdir())
@@ -177,7 +178,7 @@ def damaged_files(ground: Ground, n: int, seed: int) -> Iterator[Case]:
             ["predict", str(path), "-q", "-o", str(out), "--backend", "cpu"], ground.folder / "log"
         )
         yield judge("damaged files", f"{kind} at byte {start}", ended, out.exists,
-                    lambda out=out: ground.is_right(out))  # fmt: skip
+                    partial(ground.is_right, out))  # fmt: skip
 
 
 def _metadata_bytes(path: Path, size: int) -> np.ndarray:
@@ -198,7 +199,7 @@ def _metadata_bytes(path: Path, size: int) -> np.ndarray:
     return np.flatnonzero(~values)
 
 
-_STRANGE = [
+_STRANGE: list[Any] = [
     None, True, "", "x" * 5000, -1, 0, 1e308, 10**400, [], {}, [[]], "../../x", "\0", 1.5, [1] * 1000, {"": ""},
 ]  # fmt: skip
 
@@ -255,9 +256,7 @@ def damaged_models(ground: Ground, n: int, seed: int) -> Iterator[Case]:
         # What no number depends on may be changed; flags hang on limits.
         right = ground.is_right(out) if out.exists() else False
         changed = kind == "manifest" and out.exists()
-        yield judge(
-            "damaged models", what, ended, out.exists, lambda right=right, changed=changed: right or changed
-        )
+        yield judge("damaged models", what, ended, out.exists, partial(bool, right or changed))
 
 
 def _somewhere(manifest: dict[str, Any], rng: np.random.Generator) -> tuple[Any, Any]:
@@ -281,9 +280,9 @@ def _spoil_archive(path: Path, rng: np.random.Generator) -> str:
             content[int(at)] ^= 1 << int(rng.integers(8))
         path.write_bytes(content)
     elif kind == "bomb":
-        np.savez_compressed(path, **{"0.name": np.zeros(1, np.uint8), "0.weights": np.zeros((1 << 22,))})
+        np.savez_compressed(path, **{"0.name": np.zeros(1, np.uint8), "0.weights": np.zeros((1 << 22,))})  # type: ignore[arg-type]
     elif kind == "object":
-        np.savez(path, **{"0.name": np.array([{}], dtype=object)})
+        np.savez(path, **{"0.name": np.array([{}], dtype=object)})  # type: ignore[arg-type]
     elif kind == "foreign":
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("../0.name.npy", b"no array")
@@ -337,7 +336,7 @@ def names(ground: Ground, n: int, seed: int) -> Iterator[Case]:
         def there(out: Path = out) -> bool:
             return os.path.lexists(out) if len(os.fsencode(out.name)) <= 255 else False
 
-        yield judge("names", repr(stem)[:40], ended, there, lambda out=out: ground.is_right(out))
+        yield judge("names", repr(stem)[:40], ended, there, partial(ground.is_right, out))
 
 
 CAMPAIGNS: dict[str, Callable[[Ground, int, int], Iterator[Case]]] = {

@@ -90,8 +90,11 @@ def test_the_margin_lies_beyond_the_pixels(emulator, wide):
     cut = slice(m, 4096 - m)
     assert (m, len(wide.mean), len(wide.wave)) == (32, 4096, 4096 - 64)
     np.testing.assert_array_equal(wide.wave, emulator.wave[cut])
-    np.testing.assert_allclose(wide.padded_flux(labels), emulator.flux(labels), rtol=0, atol=1e-6)
-    np.testing.assert_allclose(wide.flux(labels), emulator.flux(labels)[:, cut], rtol=0, atol=1e-6)
+    # Flux of order one as a sum of so many terms in single precision; BLAS adds them in another order where a product
+    # is narrower, and in which one depends on the machine.
+    rounding = len(wide.basis) * np.finfo(np.float32).eps / 2
+    np.testing.assert_allclose(wide.padded_flux(labels), emulator.flux(labels), rtol=0, atol=rounding)
+    np.testing.assert_allclose(wide.flux(labels), emulator.flux(labels)[:, cut], rtol=0, atol=rounding)
     slopes = wide.derivatives(labels, padded=True)
     np.testing.assert_allclose(slopes, emulator.derivatives(labels), rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(wide.derivatives(labels), slopes[..., cut], rtol=1e-9, atol=1e-12)
