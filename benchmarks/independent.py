@@ -24,9 +24,9 @@ from moefast.core.text import number, percent, table
 from moefast.model import Model
 from moefast.protocol.scenarios import measure
 from moefast.scoring import columns_of, open_engine, score_block
-from moefast.simulate.gaps import telluric_pixels
 from moefast.spectra import open_spectra
 from moefast.spectra.files import Block
+from moefast.spectra.telluric import telluric_pixels
 
 __all__ = ["format_text", "run"]
 

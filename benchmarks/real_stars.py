@@ -30,9 +30,9 @@ from moefast.model import Model
 from moefast.protocol.scenarios import FLAGS, measure
 from moefast.scoring import columns_of, open_engine, score_block
 from moefast.simulate.emulator import Emulator
-from moefast.simulate.gaps import telluric_pixels
 from moefast.simulate.noise import NoiseModel
 from moefast.spectra.files import Block
+from moefast.spectra.telluric import telluric_pixels
 
 __all__ = ["DATA", "RealStar", "case", "format_text", "read_stars", "run"]
 

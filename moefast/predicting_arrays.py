@@ -21,6 +21,7 @@ from moefast.model import Model
 from moefast.scoring import columns_of, open_engine, table_columns
 from moefast.spectra.prepared import in_vacuum, prepare_rows
 from moefast.spectra.resample import Pixels
+from moefast.spectra.telluric import CHOICES, Telluric, without_telluric
 from moefast.spectra.units import LIGHT_SPEED, flux_factor, wave_factor
 from moefast.spectra.velocities import Velocities
 
@@ -60,6 +61,7 @@ def predict_arrays(
     velocity: Any = None,
     unit: Any = None,
     medium: Literal["vacuum", "air"] = "vacuum",
+    telluric: Telluric = "auto",
     backend: str = "auto",
 ) -> Table:
     """Predict log g for spectra in memory, with the numbers and columns of ``moefast predict``.
@@ -83,6 +85,9 @@ def predict_arrays(
         Unit of flux and error, if they have none of their own.
     medium : "vacuum" or "air"
         What wavelengths are in.
+    telluric : "auto", "mask" or "keep"
+        Whether pixels where the Earth's atmosphere absorbs count as bad; "auto" says so of flux with a unit, which was
+        observed, not of flux that is normalised already.
     backend : "auto", "cpu" or "cuda"
 
     Returns
@@ -106,6 +111,8 @@ def predict_arrays(
     from astropy import units
     from astropy.table import Column, Table
 
+    if telluric not in CHOICES:
+        raise InputError(f"telluric: one of {', '.join(CHOICES)} expected, found {telluric!r}")
     chosen = model if isinstance(model, Model) else Model.load(model)
     several = isinstance(flux, list | tuple) and len(flux) > 0 and _is_object(flux[0])
     if several and (error is not None or wave is not None or mask is not None):
@@ -116,7 +123,9 @@ def predict_arrays(
     for part in parts:
         stop = row + len(part.flux)
         factor = np.ones(stop - row) if moved is None else 1 + moved.velocity[row:stop] / LIGHT_SPEED
-        prepared.append(_prepared(part, factor, chosen.mixture.wave, row, air=medium == "air"))
+        prepared.append(
+            _prepared(part, factor, chosen.mixture.wave, row, air=medium == "air", telluric=telluric)
+        )
         row = stop
     x, e, bad = (np.concatenate(arrays) for arrays in zip(*prepared, strict=True))
     engine, where = open_engine(chosen.mixture, backend)
@@ -245,7 +254,13 @@ def _unpacked(thing: Any, error: Any, wave: Any, mask: Any) -> tuple[Any, Any, A
 
 
 def _prepared(
-    given: _Given, factor: NDArray[np.float64], grid: NDArray[np.float64], first_row: int, *, air: bool
+    given: _Given,
+    factor: NDArray[np.float64],
+    grid: NDArray[np.float64],
+    first_row: int,
+    *,
+    air: bool,
+    telluric: Telluric,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]:
     x, e, wave = given.flux, given.error, given.wave
     if wave is None:
@@ -263,7 +278,10 @@ def _prepared(
     else:
         _check_scale(x, e, given.bad)
     arm = Pixels.of_rows(wave, x, e, given.bad, "wave")
-    x, e, lost, faults = prepare_rows([in_vacuum(arm) if air else arm], factor, grid, scale=scale)
+    arm = in_vacuum(arm) if air else arm
+    if telluric == "mask" or (telluric == "auto" and scale):
+        arm = without_telluric(arm)
+    x, e, lost, faults = prepare_rows([arm], factor, grid, scale=scale)
     if faults:
         row, text = min(faults.items())
         raise InputError(f"spectrum {first_row + row}: {text}")

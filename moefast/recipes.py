@@ -22,6 +22,7 @@ from moefast.fitting import PUBLISHED_ALPHA, Noise, Options, fit_mixture
 from moefast.model import Model
 from moefast.simulate.source import SimulatedSpectra
 from moefast.spectra.files import SpectrumSet, open_spectra
+from moefast.spectra.guard import noisy_already, take
 from moefast.trunks.presets import Size
 
 __all__ = ["DEFAULT", "RECIPES", "Recipe", "fit"]
@@ -120,6 +121,7 @@ def fit(
     progress: Callable[[str, int, int], None] | None = None,
     checkpoint: str | Path | Checkpoint | None = None,
     backend: str = "auto",
+    tell: Callable[[str], None] | None = None,
 ) -> Model:
     """Fit a model on labelled spectra.
 
@@ -153,6 +155,8 @@ def fit(
         is complete; a Checkpoint is left to the caller, who can keep it until the model is saved.
     backend : "auto", "cpu" or "cuda"
         Where the normal equations are gathered; the manifest says which was taken.
+    tell : callable, optional
+        Called, before the first row is read, with what makes the noise that is added doubtful.
 
     Returns
     -------
@@ -174,6 +178,15 @@ def fit(
     if own.get("clipped") and noise == "closed-form":
         noise = "sampled"
     spectra = paths if isinstance(paths, SpectrumSet | SimulatedSpectra) else open_spectra(paths)
+    odd = []
+    if isinstance(spectra, SpectrumSet) and noise != "observed":
+        odd = [
+            each.words
+            for each in noisy_already(take(spectra, array="flux"), "fit them with --noise observed")
+        ]
+        if tell is not None:
+            for words in odd:
+                tell(words)
     options = Options(
         grid=chosen,
         noise=noise,
@@ -202,7 +215,7 @@ def fit(
         "labels": {name: [float(v.min()), float(v.max())] for name, v in labels.items()},
         "log_g_std": float(np.std(labels["log_g"])),
         "row_sketch": sketch(labels),
-        "notes": spectra.label_notes(),
+        "notes": [*odd, *spectra.label_notes()],
     }
     model = Model.of_mixture(
         fitted.mixture,

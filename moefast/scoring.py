@@ -28,12 +28,14 @@ from moefast.kernels import PROJECT_ROWS
 from moefast.mixture import Mixture, Prediction
 from moefast.model import Model, shipped_path
 from moefast.posterior.mixture import AnyMixture, PosteriorMixture
+from moefast.spectra import guard
 from moefast.spectra.files import Block, Failure, SpectrumSet, find_files
 from moefast.spectra.layouts.pfsspec import IDENTIFIER, identifiers
 from moefast.spectra.prepared import Origins, Preparation, PreparedShard, open_prepared
 from moefast.spectra.quality import Flag, Quality, assess, good_pixels
 from moefast.spectra.selection import select as select_rows
 from moefast.spectra.tables import Column, open_table
+from moefast.spectra.telluric import Telluric
 from moefast.spectra.velocities import Velocities, find_velocities
 
 __all__ = ["Summary", "choose_rows", "columns_of", "make_engine", "open_engine", "predict", "score_block"]
@@ -42,7 +44,6 @@ BLOCK_ROWS = 2048
 """Rows of a block for those who look at spectra one block after the other."""
 TABLE_ROWS = 16384
 """Rows that are flagged and written to the table together: a few bytes each, many calls otherwise."""
-NOISE_FREE_CHI2 = 0.1
 LOOKED_AT = 50_000
 """Rows, about, whose χ² tells whether spectra as a whole are what the model knows."""
 LEAST_MISFIT, SURE, LEAST_HALF = 0.01, 5.0, 30
@@ -240,6 +241,8 @@ class Summary:
         Rows per flag.
     failures : list of Failure
         Files or rows that could not be read.
+    oddities : list of str
+        What is odd about the spectra as a whole, found before the first was scored: see `moefast.spectra.guard`.
     notes : list of str
         What the user should know before using the numbers.
     columns : dict of arrays
@@ -256,6 +259,7 @@ class Summary:
     r2: float | None = None
     flags: dict[str, int] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
+    oddities: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     columns: dict[str, NDArray] = field(default_factory=dict)
 
@@ -522,9 +526,11 @@ def predict(
     overwrite: bool = False,
     velocity: float | str | Path | None = None,
     medium: Literal["auto", "vacuum", "air"] = "auto",
+    telluric: Telluric = "auto",
     select: str | None = None,
     keep: Iterable[str] = (),
     progress: Callable[[int, int], None] | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> Summary:
     """Predict log g for every spectrum of one or more files.
 
@@ -552,12 +558,17 @@ def predict(
         identifiers (see `moefast.spectra.velocities`). Without it spectra are taken to be at rest.
     medium : "auto", "vacuum" or "air"
         What wavelengths are in; "auto" is what the survey uses.
+    telluric : "auto", "mask" or "keep"
+        Whether pixels where the Earth's atmosphere absorbs count as bad; "auto" says so of spectra of surveys, not of
+        the simulator's.
     select : str, optional
         Rows to predict, such as ``targetType == 1 and nVisit > 2``; the others get no row in the table.
     keep : iterable of str
         Columns of the input that go into the table besides identifiers.
     progress : callable, optional
         Called with rows done and rows in all.
+    tell : callable, optional
+        Called with each oddity before the first row is scored.
 
     Raises
     ------
@@ -566,7 +577,7 @@ def predict(
     """
     chosen = model if isinstance(model, Model) else Model.load(model)
     engine, where = open_engine(chosen.mixture, backend)
-    preparation = Preparation(chosen.mixture.wave, medium, moving=velocity is not None)
+    preparation = Preparation(chosen.mixture.wave, medium, moving=velocity is not None, telluric=telluric)
     spectra, failures = _open(paths, preparation)
     origins = Origins(spectra)
     if out is not None and any(_same_file(out, path) for path in origins.paths):
@@ -601,6 +612,7 @@ def predict(
         "inputs": [str(path) for path in origins.paths],
         "input_sha256": spectra.fingerprint(),
         "array": "+".join(scored),
+        "telluric": telluric,
         "rows": f"{start}:{stop}",
         "backend": where.name,
         "device": where.device,
@@ -617,6 +629,12 @@ def predict(
         array="+".join(scored),
         failures=failures,
     )
+    sample = guard.take(spectra, array=array, rows=(start, stop), wanted=wanted_rows)
+    free_scale = isinstance(chosen.mixture, PosteriorMixture)
+    for odd in guard.look(sample, chosen.mixture.reference, free_scale=free_scale, array=summary.array):
+        summary.oddities.append(odd.words)
+        if tell is not None:
+            tell(odd.words)
     sink = _Sink(out, n_out, layout, attrs, overwrite)
     r2, looked_at, unlike = _R2(), list[tuple[NDArray, NDArray]](), 0
     every = 1 + (stop - start) // LOOKED_AT
@@ -703,6 +721,7 @@ def predict(
         sink.attrs.update(
             seconds=summary.seconds,
             spectra_per_second=summary.spectra_per_second,
+            oddities=summary.oddities,
             notes=summary.notes,
             failures=[str(failure.error) for failure in summary.failures],
         )
@@ -927,11 +946,6 @@ def _notes(
         else 2 * [np.empty(0)]
     )
     chi2, snr = chi2[np.isfinite(chi2)], snr[np.isfinite(chi2)]
-    if chi2.size and np.median(chi2) < NOISE_FREE_CHI2:
-        notes.append(
-            f"the array {summary.array!r} looks noise-free (median chi2 {np.median(chi2):.2g}): R² and scatter are "
-            "better here than observed spectra with these errors will give; `moefast evaluate` adds the noise"
-        )
     if summary.n_rows and unlike > summary.n_rows / 2:
         notes.append(
             f"{unlike} of {summary.n_rows} spectra are flagged UNLIKE_TRAINING: check that flux is "

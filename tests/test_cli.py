@@ -479,3 +479,16 @@ def test_progress_goes_to_standard_error(run, few, model_folder):
     assert "predict: " not in result.stdout
     assert run("predict", few, "-m", model_folder, "--overwrite", "-q").stderr == ""
     assert run("predict", few, "-m", model_folder, "--overwrite", "--json").stderr == ""
+
+
+def test_predict_tells_oddities_on_standard_error_and_in_json(run, stars, model_folder, tmp_path):
+    few = stars.take(slice(0, 40)).observed()
+    few.flux[3] = 0
+    path = few.write(tmp_path / "odd.h5")
+    said = run("predict", path, "-m", model_folder, "-o", tmp_path / "t.h5", "--json")
+    facts = json.loads(said.stdout)
+    assert len(facts["oddities"]) == 1
+    assert "dead fibres" in facts["oddities"][0]
+    assert f"note: {facts['oddities'][0]}" in said.stderr
+    shown = run("inspect", path, "-m", model_folder)
+    assert "dead fibres" in " ".join(shown.stdout.split())

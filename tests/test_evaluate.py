@@ -278,3 +278,17 @@ def test_tables_are_measured_beside_the_shipped_fits(simulated, tmp_path):
         assert entry == own.report["references"][name]
     assert not any(name.startswith("oracle") for name in report["references"])
     assert report["rho"] is None
+
+
+def test_flux_that_is_noisy_already_is_told(few, clean_file, noisy_file, model, tmp_path):
+    """Noise would be added twice; said before the first row, in the report, and not where nothing is added."""
+    observed = few.observed().write(tmp_path / "observed.h5")
+    told = []
+    found = evaluate(observed, model, tell=told.append)
+    assert len(told) == 1
+    assert "noisy already" in told[0]
+    assert "use --noise none" in told[0]
+    assert told[0] in found.run["notes"]
+    for path, noise in ((observed, "none"), (clean_file, "auto"), (noisy_file, "auto"), (noisy_file, "draw")):
+        evaluate(path, model, noise=noise, tell=told.append)
+    assert len(told) == 1

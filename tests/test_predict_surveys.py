@@ -18,6 +18,7 @@ from moefast.core.errors import InputError
 from moefast.predicting_arrays import predict_arrays
 from moefast.scoring import predict
 from moefast.spectra import open_spectra, read_table
+from moefast.spectra.telluric import telluric_pixels
 
 N = 12
 
@@ -43,7 +44,7 @@ def coadd(few, tmp_path_factory):
 
 
 def test_a_pfs_file_gives_what_its_spectra_give(coadd, want, model):
-    found = predict(coadd, model)
+    found = predict(coadd, model, telluric="keep")
     np.testing.assert_allclose(found.columns["log_g"], want["log_g"], atol=1e-3)
     np.testing.assert_array_equal(found.columns["objId"], 1000 + np.arange(N))
     np.testing.assert_array_equal(found.columns["targetType"], [1, 1, 2, 3] * 3)
@@ -115,14 +116,14 @@ def test_velocities_are_removed_and_told(few, want, model, tmp_path):
     Table({"objId": 1000 + np.arange(N), "v_los": velocity, "v_los_err": np.full(N, 3.0)}).write(
         tmp_path / "v.csv"
     )
-    found = predict(path, model, tmp_path / "t.parquet", velocity=tmp_path / "v.csv")
+    found = predict(path, model, tmp_path / "t.parquet", velocity=tmp_path / "v.csv", telluric="keep")
     columns, attrs = read_table(tmp_path / "t.parquet")
     np.testing.assert_allclose(columns["log_g"], want["log_g"], atol=3e-3)
     np.testing.assert_allclose(columns["v_los"], velocity, rtol=1e-6)
     np.testing.assert_array_equal(columns["v_los_err"], np.full(N, 3, "f4"))
     assert "joined by objId" in attrs["velocity"]
     assert not found.failures
-    assert np.abs(predict(path, model).columns["log_g"] - want["log_g"]).max() > 0.05
+    assert np.abs(predict(path, model, telluric="keep").columns["log_g"] - want["log_g"]).max() > 0.05
 
 
 def test_at_rest_nothing_changes_a_bit(stars_file, whole, model):
@@ -207,3 +208,19 @@ def test_inspect_shows_them_as_a_model_would_see_them(coadd, model_folder):
     facts = json.loads(result.stdout)
     assert facts["files"][0]["arrays"]["flux"]["layout"] == "pfsCoadd"
     assert "objId" in facts["files"][0]["columns"]
+
+
+def test_the_earths_absorption_is_masked_where_light_came_through_it(few, coadd, stars_file, model):
+    scale = np.median(few.flux.astype(float)[:, ~telluric_pixels(few.wave)], 1, keepdims=True)
+    mask = np.repeat(telluric_pixels(few.wave)[None], N, axis=0)
+    want = predict_arrays(few.flux / scale, few.error / scale, model, mask=mask)
+    found = predict(coadd, model)
+    np.testing.assert_allclose(found.columns["log_g"], want["log_g"], atol=1e-3)
+    assert sum("atmosphere absorbs" in note for note in found.notes) == 1
+    kept, masked = (predict(stars_file, model, limit=N, telluric=word) for word in ("keep", "mask"))
+    same_rows(predict(stars_file, model, limit=N).columns, kept.columns)
+    assert np.abs(masked.columns["log_g"] - kept.columns["log_g"]).max() > 0.05
+    in_memory = predict_arrays(few.flux, few.error, model, telluric="mask")
+    np.testing.assert_array_equal(in_memory["log_g"], masked.columns["log_g"])
+    with pytest.raises(InputError, match="one of auto, mask, keep expected, found 'no'"):
+        predict_arrays(few.flux, few.error, model, telluric="no")

@@ -12,8 +12,8 @@ from moefast.benchmarks import independent, real_stars
 from moefast.core.errors import InputError, OutputError
 from moefast.model import Model
 from moefast.simulate import Emulator, NoiseModel, simulate_file
-from moefast.simulate.gaps import telluric_pixels
 from moefast.spectra import open_spectra
+from moefast.spectra.telluric import telluric_pixels
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "pfsspec_contiguous.h5"
 

@@ -141,3 +141,17 @@ def test_the_manifest_of_a_residual_mixture_says_what_was_kept(fitted):
     assert set(said) == {"kept", "dropped", "all", "regions"}
     kept = {model.grid.names.index(name): entry["residual"] for name, entry in said["kept"].items()}
     assert kept == {k: residual.family for k, residual in model.mixture.residuals.items()}
+
+
+def test_a_fit_to_flux_that_is_noisy_already_says_so(stars, tmp_path):
+    few = stars.take(slice(0, 600))
+    told = []
+    common = {"recipe": "global-ridge", "references": False, "tell": told.append}
+    observed = few.observed().write(tmp_path / "observed.h5")
+    model = fit(observed, **common)
+    assert len(told) == 1
+    assert "fit them with --noise observed" in told[0]
+    assert told[0] in model.manifest["training"]["notes"]
+    fit(observed, noise="observed", **common)
+    fit(few.write(tmp_path / "clean.h5"), **common)
+    assert len(told) == 1

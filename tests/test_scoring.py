@@ -106,8 +106,9 @@ def test_flux_or_noisy(stars, stars_file, model, whole):
     clean = predict(stars_file, model, array="flux")
     assert clean.array == "flux"
     assert clean.r2 > whole.r2
-    assert "noise-free" in " ".join(clean.notes)
+    assert "noise-free" in " ".join(clean.oddities)
     assert not whole.notes
+    assert not whole.oddities
 
 
 def test_light_that_the_model_has_not_seen_is_told(stars, model, whole, tmp_path, monkeypatch):
@@ -680,3 +681,19 @@ def test_a_gpu_that_refuses_the_first_block_is_a_reason_for_the_cpu(monkeypatch)
     assert "NVIDIA T0 was found but cannot be used: ONNX Runtime cannot score 1 spectra" in where.reason
     with pytest.raises(BackendError, match="CUBLAS_STATUS_ALLOC_FAILED"):
         open_engine(mixture, "cuda")
+
+
+def test_oddities_are_told_before_the_first_row_is_scored(stars, model, tmp_path):
+    few = stars.take(slice(0, 300)).observed()
+    few.flux[7], few.flux[9] = 0, few.flux[8]
+    few.error[:] *= 3
+    path = few.write(tmp_path / "odd.h5")
+    order = []
+    found = predict(
+        path, model, tmp_path / "t.h5", tell=order.append, progress=lambda done, total: order.append(done)
+    )
+    assert order[:3] == found.oddities
+    for words, one in zip(("dead", "to the last bit", "errors are too large"), found.oddities, strict=True):
+        assert words in one
+    assert 300 in order[3:]
+    assert read_table(tmp_path / "t.h5")[1]["oddities"] == found.oddities

@@ -70,7 +70,7 @@ def evaluate(
     progress = Progress(quiet)
     result = run(
         files, model, noise=noise, noise_level=noise_level, ceiling=ceiling, backend=backend, name=name,  # type: ignore[arg-type]
-        progress=progress.rows("evaluate"),
+        progress=progress.rows("evaluate"), tell=lambda words: progress.note(f"note: {words}"),
     )  # fmt: skip
     progress.close()
     # First what took long; a terminal may refuse the text.

@@ -144,6 +144,7 @@ def fit(
         spectra, recipe=recipe, grid=uniform(*grid) if grid else None, noise=noise,  # type: ignore[arg-type]
         noise_level=noise_level, size=size, steps=steps, references=references, seed=seed,  # type: ignore[arg-type]
         progress=progress.stage, checkpoint=kept, backend=where.name,
+        tell=lambda words: progress.note(f"note: {words}"),
     )  # fmt: skip
     progress.close()
     model = model.save(out, overwrite=overwrite)

@@ -46,6 +46,9 @@ def _shard(_: click.Context, __: click.Parameter, value: str | None) -> tuple[in
               "identifiers (pfsStarCatalog, pfsStar files, redrock, rvspecfit, or any with v_los).")  # fmt: skip
 @click.option("--wave-medium", "medium", type=click.Choice(["auto", "vacuum", "air"]), default="auto",
               show_default=True, help="What wavelengths are in; auto is what the survey uses.")  # fmt: skip
+@click.option("--telluric", type=click.Choice(["auto", "mask", "keep"]), default="auto", show_default=True,
+              help="Whether pixels where the Earth's atmosphere absorbs count as bad; auto says so of spectra of "
+              "surveys, not of the simulator's.")  # fmt: skip
 @click.option(
     "--select", metavar="EXPRESSION", help='Rows to predict, such as "targetType == 1 and nVisit > 2".'
 )
@@ -58,7 +61,7 @@ def _shard(_: click.Context, __: click.Parameter, value: str | None) -> tuple[in
 def predict(
     files: tuple[str, ...], model: str | None, out: str | None, array: str, backend: str,
     rows: tuple[int, int] | None, limit: int | None, shard: tuple[int, int] | None,
-    velocity: str | None, medium: str, select: str | None, keep: tuple[str, ...],
+    velocity: str | None, medium: str, telluric: str, select: str | None, keep: tuple[str, ...],
     overwrite: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Predict log g for every spectrum and write a table: one row per spectrum, in order.
@@ -70,7 +73,8 @@ def predict(
     Columns: row, identifiers of the input, log_g [dex], log_g_err (calibrated 1σ), log_g_err_raw (pixel noise
     alone), weight_k (gate), expert, snr_norm, snr_median, chi2, flag; of a posterior also T_eff [K], M_H, a_M, C_M
     [dex], each with _err and _corr (correlation with log_g), and scale. Spectra without data get NaN and a flag,
-    never a missing row. If the files have labels, R² is printed.
+    never a missing row. If the files have labels, R² is printed. What is odd about the spectra as a whole (slope, dead
+    fibres, errors that do not fit the scatter, …) is said before the first is scored; no number is changed.
     """
     from moefast.scoring import predict as run
 
@@ -85,15 +89,15 @@ def predict(
     progress = Progress(quiet or as_json)
     summary = run(
         files, model, target, array=array, backend=backend, rows=rows, limit=limit,  # type: ignore[arg-type]
-        shard=shard, overwrite=overwrite, velocity=velocity, medium=medium, select=select,  # type: ignore[arg-type]
-        keep=keep, progress=progress.rows("predict"),
+        shard=shard, overwrite=overwrite, velocity=velocity, medium=medium, telluric=telluric,  # type: ignore[arg-type]
+        select=select, keep=keep, progress=progress.rows("predict"), tell=lambda words: progress.note(f"note: {words}"),
     )  # fmt: skip
     progress.close()
     facts = {
         "table": str(target), "rows": summary.n_rows, "seconds": summary.seconds,
         "spectra_per_second": summary.spectra_per_second, "r2": summary.r2, "array": summary.array,
         "backend": summary.backend, "device": summary.device, "reason": summary.reason,
-        "flags": summary.flags, "notes": summary.notes,
+        "flags": summary.flags, "oddities": summary.oddities, "notes": summary.notes,
         "failures": [str(failure.error) for failure in summary.failures],
     }  # fmt: skip
     if as_json:

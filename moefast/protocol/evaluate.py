@@ -45,6 +45,7 @@ from moefast.protocol.subject import ModelSubject, Subject, open_subject
 from moefast.scoring import BLOCK_ROWS
 from moefast.simulate.sets import Identity, identify
 from moefast.spectra.files import Block, SpectrumSet, open_spectra, same_wave
+from moefast.spectra.guard import noisy_already, take
 from moefast.spectra.quality import assess, good_pixels
 
 __all__ = ["Evaluation", "check_report_folder", "evaluate", "write_report"]
@@ -92,6 +93,7 @@ def evaluate(
     backend: str = "auto",
     name: str | None = None,
     progress: Callable[[int, int], None] | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> Evaluation:
     """Evaluate a model, an ONNX file or a table of predictions on labelled spectra.
 
@@ -116,6 +118,8 @@ def evaluate(
         Name of the test set in the report.
     progress : callable, optional
         Called with rows done and rows in all.
+    tell : callable, optional
+        Called, before the first row is scored, with what makes the noise that is added doubtful.
 
     Raises
     ------
@@ -138,6 +142,10 @@ def evaluate(
         "noise_level": None if noise == "none" else noise_level,
         "noise_seed": noise_seed if drawn else None,
     }
+    odd = noisy_already(take(spectra, array="flux"), "use --noise none") if drawn else []
+    for each in odd:
+        if tell is not None:
+            tell(each.words)
     labels = spectra.labels(("T_eff", "log_g", "M_H"), partial=True)
     labelled = np.isfinite(np.sum([*labels.values()], axis=0))
     identity = identify(spectra.shards[0]) if len(spectra.shards) == 1 else None
@@ -222,7 +230,7 @@ def evaluate(
         "what": "scoring alone, spectra in memory" if subject.where else "computed elsewhere",
         "backend": subject.where.name if subject.where else None,
         "device": subject.where.device if subject.where else None,
-        "notes": spectra.label_notes(),
+        "notes": [*(each.words for each in odd), *spectra.label_notes()],
         "command": _command(
             given,
             model,

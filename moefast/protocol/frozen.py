@@ -33,9 +33,9 @@ from moefast.protocol import report, scenarios
 from moefast.protocol.milestones import MILESTONES, N_SEEDS, TEST_PART, TEST_SIZE, Rule
 from moefast.protocol.report import evaluate_predictions
 from moefast.simulate.emulator import LABELS
-from moefast.simulate.gaps import TELLURIC
 from moefast.simulate.sets import FINGERPRINTS, REFERENCE_SETS
 from moefast.spectra.quality import LARGEST_ERROR
+from moefast.spectra.telluric import TELLURIC
 
 __all__ = [
     "VERSION",

@@ -16,25 +16,22 @@ from numpy.typing import NDArray
 
 from moefast.core.errors import MoefastError
 from moefast.core.random import uniforms_of_rows
+from moefast.spectra.telluric import telluric_pixels
 
 __all__ = [
     "CALCIUM",
     "GAPS",
-    "TELLURIC",
     "Gaps",
     "lost_block",
     "lost_edges",
     "outside_calcium",
     "random_pixels",
-    "telluric_pixels",
 ]
 
 Mask = NDArray[np.bool_]
 Rows = NDArray[np.integer]
 Range = tuple[float, float]
 
-TELLURIC = ((7150.0, 7400.0), (7590.0, 7715.0), (8100.0, 8380.0))
-"""Å: what the Galactic-archaeology pipeline of PFS masks of the Earth's absorption in this arm."""
 CALCIUM = (8400.0, 8850.0)
 """Å: the region of the Ca II triplet, which many surveys observe alone."""
 
@@ -51,15 +48,6 @@ def _range(value: float | Range, name: str) -> Range:
 
 def _between(limits: Range, uniform: np.ndarray) -> np.ndarray:
     return limits[0] + (limits[1] - limits[0]) * uniform
-
-
-def telluric_pixels(wave: np.ndarray) -> Mask:
-    """Whether each pixel centre [Å, vacuum] lies in one of the `TELLURIC` ranges, shape (p,)."""
-    wave = np.asarray(wave, dtype=float)
-    lost = np.zeros(wave.shape, dtype=bool)
-    for first, last in TELLURIC:
-        lost |= (wave >= first) & (wave <= last)
-    return lost
 
 
 def outside_calcium(wave: np.ndarray) -> Mask:
@@ -126,7 +114,7 @@ class Gaps:
     Attributes
     ----------
     telluric, block, edges, calcium : float
-        Probability that a star loses the `TELLURIC` ranges, a block, an edge, all but `CALCIUM`.
+        Probability that a star loses the telluric ranges, a block, an edge, all but `CALCIUM`.
     random : (float, float)
         Range of the share of pixels lost at random, in every star.
     block_share, edge_share : (float, float)

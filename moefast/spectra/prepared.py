@@ -24,6 +24,7 @@ from moefast.spectra.files import Failure, OnError, Shard, SpectrumSet, open_spe
 from moefast.spectra.layouts.pfsspec import survey_file
 from moefast.spectra.layouts.registry import SurveyFile, open_survey_file
 from moefast.spectra.resample import Pixels, on_grid
+from moefast.spectra.telluric import CHOICES, Telluric, without_telluric, words_of_ranges
 from moefast.spectra.units import LIGHT_SPEED, air_to_vacuum
 
 __all__ = [
@@ -58,13 +59,18 @@ class Preparation:
         What wavelengths are in; "auto" is what the file says, or what its survey uses.
     moving : bool
         Whether velocities will be given.
+    telluric : "auto", "mask" or "keep"
+        Whether pixels where the Earth's atmosphere absorbs are bad; "auto" says so of spectra that came through it.
     """
 
     wave: NDArray[np.float64]
     medium: Literal["auto", "vacuum", "air"] = "auto"
     moving: bool = False
+    telluric: Telluric = "auto"
 
     def __post_init__(self) -> None:
+        if self.telluric not in CHOICES:
+            raise InputError(f"telluric must be one of {', '.join(CHOICES)}, found {self.telluric!r}")
         if self.medium not in MEDIA:
             raise ValueError(f"medium must be one of {', '.join(MEDIA)}, found {self.medium!r}")
 
@@ -147,7 +153,13 @@ class PreparedShard(Shard):
     @property
     def notes(self) -> list[str]:
         """What users must know of these files, each thing once."""
-        return list(dict.fromkeys(note for file in self.files for note in file.notes))
+        notes = [note for file in self.files for note in file.notes]
+        if any(self._masked(file) for file in self.files):
+            notes.append(
+                f"pixels where the Earth's atmosphere absorbs ({words_of_ranges()} Å) count as bad; --telluric keep "
+                "uses them"
+            )
+        return list(dict.fromkeys(notes))
 
     def close(self) -> None:
         """Release file handles and the block that is held."""
@@ -211,7 +223,14 @@ class PreparedShard(Shard):
         for bad, text in faults.items():
             self._fault(row + bad, text)
         medium = file.medium if self.preparation.medium == "auto" else self.preparation.medium
-        return [in_vacuum(arm) for arm in arms] if medium == "air" else arms
+        if medium == "air":
+            arms = [in_vacuum(arm) for arm in arms]
+        return [without_telluric(arm) for arm in arms] if self._masked(file) else arms
+
+    def _masked(self, file: SurveyFile) -> bool:
+        """Whether the Earth's absorption counts as bad in a file."""
+        chosen = self.preparation.telluric
+        return chosen == "mask" or (chosen == "auto" and file.through_atmosphere)
 
     def _fault(self, row: int, text: str) -> None:
         index, own = self.origin(row)
@@ -335,7 +354,8 @@ def _open(path: Path, preparation: Preparation) -> Shard:
         return PreparedShard([open_survey_file(path)], preparation)
     shard = Shard(path)
     elsewhere = not same_wave(shard.wave, preparation.wave)
-    if not elsewhere and not preparation.moving and preparation.medium != "air":
+    as_it_is = not preparation.moving and preparation.medium != "air" and preparation.telluric != "mask"
+    if not elsewhere and as_it_is:
         return shard
     found = survey_file(shard)
     if elsewhere:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moefast.core.atomic import atomic_file
 from moefast.core.errors import InputError
+from moefast.spectra import guard
 from moefast.spectra.files import SpectrumSet
 from moefast.spectra.quality import Flag, assess, good_pixels
 
@@ -82,7 +85,9 @@ def _native(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def summarise(spectra: SpectrumSet, *, max_rows: int | None = None) -> dict[str, Any]:
+def summarise(
+    spectra: SpectrumSet, *, max_rows: int | None = None, reference: NDArray | None = None
+) -> dict[str, Any]:
     """Describe a set of spectra.
 
     Parameters
@@ -91,6 +96,8 @@ def summarise(spectra: SpectrumSet, *, max_rows: int | None = None) -> dict[str,
         The spectra.
     max_rows : int, optional
         Look at the flux of that many rows at most, taken in runs spread evenly over the set.
+    reference : array of shape (p,), optional
+        Typical spectrum of what a model was fitted on, on the grid of the set; without it slopes are not looked at.
 
     Returns
     -------
@@ -107,6 +114,7 @@ def summarise(spectra: SpectrumSet, *, max_rows: int | None = None) -> dict[str,
         - ``masked_fraction``, ``bad_fraction``: share of pixels masked, and not good for any reason;
         - ``flux_median``: median over the rows of the median flux (1 for normalised flux), ``error_median``
           likewise;
+        - ``oddities``: what is odd about the spectra as a whole, in words (`moefast.spectra.guard`);
         - ``failures``: what could not be read.
     """
     runs = _runs(spectra.n_rows, max_rows)
@@ -143,6 +151,7 @@ def summarise(spectra: SpectrumSet, *, max_rows: int | None = None) -> dict[str,
                     out.append(float(np.median(finite)) if len(finite) else np.nan)
     pixels = max(1, n_rows * spectra.n_pixels)
     wave = spectra.wave
+    scored = "noisy" if all("noisy" in shard.arrays for shard in spectra.shards) else "flux"
     return {
         "files": _files(spectra),
         "rows": spectra.n_rows,
@@ -162,6 +171,7 @@ def summarise(spectra: SpectrumSet, *, max_rows: int | None = None) -> dict[str,
         "bad_fraction": 1 - n_good / pixels if n_rows else 0.0,
         "flux_median": _median_of(np.array(flux_level)),
         "error_median": _median_of(np.array(error_level)),
+        "oddities": [odd.words for odd in guard.look(guard.take(spectra), reference, array=scored)],
         "failures": [
             {"path": str(failure.path), "rows": failure.rows, "message": str(failure.error)}
             for failure in spectra.failures
@@ -212,9 +222,11 @@ def format_text(facts: Mapping[str, Any]) -> str:
         lines.append(f"  level            median flux {flux:.4g}{level}")
         if not _NORMALISED[0] <= flux <= _NORMALISED[1]:
             lines.append(
-                "  note             flux is not normalised to a median near 1, as models expect: divide flux and "
-                "error of each spectrum by its median flux"
+                "  note             flux is not normalised to a median near 1, which only posteriors allow: divide "
+                "flux and error of each spectrum by its median"
             )
+    for words in facts["oddities"]:
+        lines += wrap(words, 118, initial_indent="  odd              ", subsequent_indent=19 * " ")
     for failure in facts["failures"]:
         rows = f"rows {failure['rows'][0]} to {failure['rows'][1] - 1}: " if failure["rows"] else ""
         lines.append(f"  cannot be read   {rows}{failure['message']}")

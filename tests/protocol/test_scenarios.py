@@ -12,9 +12,10 @@ from moefast.model import SHIPPED, Model
 from moefast.protocol import scenarios
 from moefast.protocol.scenarios import FLAGS, SCENARIOS, format_text, measure, run_scenarios, verdict
 from moefast.simulate import Emulator, simulate_rows
-from moefast.simulate.gaps import GAPS, telluric_pixels
+from moefast.simulate.gaps import GAPS
 from moefast.simulate.sets import REFERENCE_SETS
 from moefast.spectra.quality import Flag
+from moefast.spectra.telluric import telluric_pixels
 
 N = 12
 

@@ -13,8 +13,8 @@ from moefast.simulate.gaps import (
     lost_edges,
     outside_calcium,
     random_pixels,
-    telluric_pixels,
 )
+from moefast.spectra.telluric import telluric_pixels
 
 WAVE = Emulator.load().wave
 ROWS = np.arange(600)

@@ -12,12 +12,13 @@ import moefast
 from moefast.core.errors import MoefastError
 from moefast.core.random import NOISE_STREAM, standard_normals
 from moefast.simulate import Emulator, Settings, SimulatedSpectra, simulate_rows, simulate_set
-from moefast.simulate.gaps import Gaps, telluric_pixels
+from moefast.simulate.gaps import Gaps
 from moefast.simulate.noise import SKY_GROUPS
 from moefast.simulate.rows import noise_model
 from moefast.simulate.sets import REFERENCE_SETS, identify
 from moefast.simulate.visit import SKY_LINES, SKY_RESIDUALS, VISIT_PARAMS, Visit, broaden
 from moefast.spectra import open_spectra
+from moefast.spectra.telluric import telluric_pixels
 
 SEED = REFERENCE_SETS["wild"].parts["validation"].seed
 WILD = REFERENCE_SETS["wild"].settings

@@ -148,7 +148,7 @@ def test_a_velocity_is_removed_and_a_star_at_rest_on_the_grid_keeps_its_bits(spe
     wide = np.arange(7980, 8120, 0.5)
     moved = [star(wide / (1 + v / LIGHT_SPEED), i) for i, v in enumerate(velocity)]
     path = write_pfs_many(tmp_path / "a.fits", wide, moved, [np.full(len(wide), 0.1)] * 5)
-    found = open_prepared(path, Preparation(WAVE, moving=True))
+    found = open_prepared(path, Preparation(WAVE, moving=True, telluric="keep"))
     found.shards[0].set_velocity(velocity)
     block = next(found.blocks(10, prefetch=False))
     np.testing.assert_allclose(block.flux, normalised(flux, error)[0], atol=0.002)
@@ -477,7 +477,8 @@ def test_given_desi_files_agree_with_astropy():
         wave, flux, ivar = (file[f"Z_{name}"].data for name in ("WAVELENGTH", "FLUX", "IVAR"))
         target = file["FIBERMAP"].data["TARGETID"][0]
     assert shard.params(["TARGETID"])["TARGETID"][0] == target
-    own = PreparedShard([open_survey_file(path)], Preparation(wave[300:2800].astype(float)))
+    grid = wave[300:2800].astype(float)
+    own = PreparedShard([open_survey_file(path)], Preparation(grid, telluric="keep"))
     got, error = own.read("flux", 0, 1)[0], own.read("error", 0, 1)[0]
     scale = np.median(flux[0, 300:2800])
     np.testing.assert_allclose(got, flux[0, 300:2800] / scale, rtol=1e-4, atol=1e-5)

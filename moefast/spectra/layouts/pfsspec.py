@@ -31,6 +31,6 @@ def survey_file(shard: Shard) -> SurveyFile:
 
     return SurveyFile(
         shard.path, "pfsspec", shard.n_rows, shard.params(), identifiers(shard), read, shard.close, arrays,
-        normalised=True, fingerprint=shard.fingerprint,
+        normalised=True, through_atmosphere=False, fingerprint=shard.fingerprint,
         order_problems=shard.order_problems,
     )  # fmt: skip

@@ -65,6 +65,8 @@ class SurveyFile:
         What the wavelengths are in.
     normalised : bool
         Whether flux is divided by its median already, as training sets are.
+    through_atmosphere : bool
+        Whether the Earth's absorption is in the spectra: in all but those of a simulator that leaves it out.
     notes : list of str
         What users must know: another line-spread function, values that were taken for bad.
     fingerprint, order_problems : callable, optional
@@ -81,6 +83,7 @@ class SurveyFile:
     arrays: tuple[str, ...] = ("flux",)
     medium: Medium = "vacuum"
     normalised: bool = False
+    through_atmosphere: bool = True
     notes: list[str] = field(default_factory=list)
     fingerprint: Callable[[], str] | None = None
     order_problems: Callable[[], list[str]] | None = None

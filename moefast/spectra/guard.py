@@ -1,0 +1,441 @@
+"""What is odd about spectra as a whole, known before the first is scored.
+
+Design: a sample of up to 256 rows, spread over the set, is read once (`take`); everything else is a function of it. No
+number is ever changed: each oddity is told in one line, with what to do. Limits lie well outside of what populations of
+stars, reddening up to E(B-V) = 0.3, calibration errors of 5 %, gaps and chance reach, so that a line means something.
+
+Scatter is measured by second differences of neighbouring pixels, in which stars are smooth and noise is not: of noisy
+simulated spectra their robust spread is 1.00 of what the errors say, of clean ones 0.02 at an SNR of 10.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moefast.core.errors import MoefastError
+from moefast.spectra.files import SpectrumSet
+from moefast.spectra.prepared import PreparedShard
+from moefast.spectra.quality import good_pixels
+
+__all__ = ["Oddity", "Sample", "look", "noisy_already", "take"]
+
+F64 = NDArray[np.float64]
+
+MOST_ROWS, RUNS = 256, 16
+"""Rows of a sample, and runs of neighbouring rows that they are read in."""
+MOST_READS = 32
+"""Reads of a sample: of rows that lie apart, or of files of one star each."""
+STRETCHES = 8
+"""Stretches of the spectrum whose levels are compared."""
+LEAST_PIXELS = 50
+"""Good pixels, or second differences, that a number is made of."""
+LEVEL, LEVEL_SCATTER = 0.035, 0.1
+"""How far, in parts of itself, the level may be from the reference; and what is added for one star, by 1/√n for n."""
+SLOPE, SLOPE_SCATTER = 0.27, 0.6
+"""The same for ln of red over blue, end to end: E(B-V) = 0.3 with 5 % of calibration make 0.23, F_nu 0.39."""
+BEND, BEND_SCATTER = 0.12, 0.3
+"""The same for ln of the ends over the middle."""
+FLAT, FLAT_SCATTER, LEAST_FLAT = 0.05, 0.05, 8
+"""Slope of flux, its scatter from star to star (0.17 where there is a continuum), and stars, that tell a division."""
+TOO_SMALL, TOO_LARGE, NOISE_FREE = 1.25, 0.8, 0.2
+"""Scatter over error beyond which errors are odd; of pixels that were rebinned only the first tells anything."""
+NOISY = 0.7
+"""Scatter over error above which flux is not clean."""
+LINES = 0.015
+"""Scatter over error that sharp lines give at a signal-to-noise of one; it grows in proportion."""
+ODD_SHARE = 0.5
+"""Share of the rows that makes a remark about errors of one value."""
+_TO_SIGMA = 1 / 0.6745
+_NAMED_ROWS = 5
+
+
+@dataclass(frozen=True)
+class Oddity:
+    """Something that is odd about spectra as a whole.
+
+    Attributes
+    ----------
+    name : str
+        What kind it is.
+    words : str
+        What was found and what to do, in one line.
+    """
+
+    name: str
+    words: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Rows of a set.
+
+    Attributes
+    ----------
+    wave : array of shape (p,), Å
+    flux, error : array of shape (n, p)
+    good : array of shape (n, p), bool
+    rows : array of shape (n,), int64
+        Which rows of the set they are.
+    resampled : bool
+        Whether pixels may have been rebinned, so that neighbours share their noise.
+    """
+
+    wave: F64
+    flux: NDArray
+    error: NDArray
+    good: NDArray[np.bool_]
+    rows: NDArray[np.int64]
+    resampled: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        wave: NDArray,
+        flux: NDArray,
+        error: NDArray,
+        mask: NDArray[np.bool_] | None = None,
+        *,
+        rows: NDArray | None = None,
+        resampled: bool = False,
+    ) -> Sample:
+        """A sample of spectra in memory; `mask` is True where a pixel is bad."""
+        flux, error = np.ascontiguousarray(flux, np.float32), np.ascontiguousarray(error, np.float32)
+        good = good_pixels(flux, error, mask)
+        return cls(
+            np.asarray(wave, np.float64),
+            flux,
+            error,
+            np.ones(flux.shape, bool) if good is None else good,
+            np.arange(len(flux)) if rows is None else np.asarray(rows, np.int64),
+            resampled,
+        )
+
+
+def take(
+    spectra: SpectrumSet,
+    *,
+    array: str = "auto",
+    rows: tuple[int, int] | None = None,
+    wanted: NDArray[np.bool_] | None = None,
+) -> Sample:
+    """Rows spread over a set; those that cannot be read are left to whoever reads all.
+
+    Parameters
+    ----------
+    spectra : SpectrumSet
+    array : "auto", "flux" or "noisy"
+        As `SpectrumSet.blocks` has it.
+    rows : tuple of int, optional
+        First row and the one after the last.
+    wanted : array of shape (n_rows,), bool, optional
+        Rows that count.
+    """
+    start, stop = rows or (0, spectra.n_rows)
+    parts: list[tuple[NDArray, NDArray, NDArray, NDArray]] = []
+    resampled = False
+    for index, first, last in _runs(spectra, start, stop, wanted):
+        shard, base = spectra.shards[index], int(spectra.first_rows[index])
+        which = "noisy" if array != "flux" and "noisy" in shard.arrays else "flux"
+        here = np.arange(base + first, base + last)
+        try:
+            flux, error = (shard.read(name, first, last) for name in (which, "error"))
+            mask = shard.read("mask", first, last) if "mask" in shard.arrays else np.zeros(flux.shape, bool)
+        except MoefastError:
+            continue
+        finally:
+            shard.close()
+        resampled |= isinstance(shard, PreparedShard)
+        parts.append((flux, error, mask, here))
+    if not parts:
+        empty = np.empty((0, spectra.n_pixels), np.float32)
+        return Sample.of(spectra.wave, empty, empty)
+    flux, error, mask, found = (np.concatenate(each) for each in zip(*parts, strict=True))
+    return Sample.of(spectra.wave, flux, error, mask, rows=found, resampled=resampled)
+
+
+def _runs(
+    spectra: SpectrumSet, start: int, stop: int, wanted: NDArray[np.bool_] | None
+) -> Iterator[tuple[int, int, int]]:
+    """Shard, first row and the one after the last there, of runs that do not overlap."""
+    places = None
+    if wanted is not None and not wanted[start:stop].all():
+        places = start + np.flatnonzero(wanted[start:stop])
+    n = stop - start if places is None else len(places)
+    each = MOST_ROWS // RUNS
+    if any(isinstance(shard, PreparedShard) and len(shard.files) > 1 for shard in spectra.shards):
+        each = MOST_READS // RUNS
+    firsts = np.linspace(0, max(n - each, 0), min(RUNS, -(-n // each))).astype(np.int64)
+    chosen = np.unique(firsts[:, None] + np.arange(min(each, n)))
+    rows = start + chosen if places is None else places[chosen]
+    if not rows.size:
+        return
+    shards = np.searchsorted(spectra.first_rows, rows, side="right") - 1
+    runs = np.split(np.arange(len(rows)), 1 + np.flatnonzero((np.diff(rows) != 1) | (np.diff(shards) != 0)))
+    for k in np.unique(np.linspace(0, len(runs) - 1, min(len(runs), MOST_READS)).astype(int)):
+        index = int(shards[runs[k][0]])
+        base = int(spectra.first_rows[index])
+        yield index, int(rows[runs[k][0]]) - base, int(rows[runs[k][-1]]) + 1 - base
+
+
+# -- what a sample shows ---------------------------------------------------------------------------------------
+
+
+def look(
+    sample: Sample, reference: NDArray | None, *, free_scale: bool = True, array: str = "flux"
+) -> list[Oddity]:
+    """Everything that is odd about a sample.
+
+    Parameters
+    ----------
+    sample : Sample
+    reference : array of shape (p,) or None
+        Typical spectrum of what the model was fitted on, on the sample's grid; without it level and slope are not
+        looked at.
+    free_scale : bool
+        Whether the model takes flux on any scale; if not, its level counts.
+    array : str
+        Name of the array, for the words.
+    """
+    usable = sample.good.sum(1) >= LEAST_PIXELS
+    found = [*_dead(sample, usable), *_twins(sample, usable)]
+    alive = usable & ~_constant(sample)
+    if not alive.any():
+        return found
+    found += _one_error(sample, alive)
+    found += _scatter(sample, alive, array)
+    if reference is not None:
+        found += _shape(sample, alive, np.asarray(reference, np.float64), free_scale)
+    return found
+
+
+def noisy_already(sample: Sample, remedy: str) -> list[Oddity]:
+    """Whether flux that noise would be added to has its noise already.
+
+    Parameters
+    ----------
+    sample : Sample
+        Of the array that is said to be clean.
+    remedy : str
+        What to do.
+    """
+    alive = (sample.good.sum(1) >= LEAST_PIXELS) & ~_constant(sample)
+    ratio, lines = _ratios(sample, alive)
+    if not ratio.size or np.sqrt(max(float(np.median(ratio**2 - lines**2)), 0.0)) < NOISY:
+        return []
+    return [
+        Oddity(
+            "noisy already",
+            f"flux scatters as its errors say ({np.median(ratio):.2f} times): it is noisy already, and noise would be "
+            f"added twice; {remedy}",
+        )
+    ]
+
+
+def _named(rows: NDArray) -> str:
+    words = ", ".join(str(row) for row in rows[:_NAMED_ROWS])
+    return f"row{'s' if len(rows) > 1 else ''} {words}{', …' if len(rows) > _NAMED_ROWS else ''}"
+
+
+def _constant(sample: Sample) -> NDArray[np.bool_]:
+    """Rows whose good pixels all hold one value."""
+    low = np.where(sample.good, sample.flux, np.inf).min(1, initial=np.inf)
+    high = np.where(sample.good, sample.flux, -np.inf).max(1, initial=-np.inf)
+    return high <= low
+
+
+def _dead(sample: Sample, usable: NDArray[np.bool_]) -> list[Oddity]:
+    dead = sample.rows[usable & _constant(sample)]
+    if not dead.size:
+        return []
+    return [
+        Oddity(
+            "dead",
+            f"{dead.size} of {len(sample.rows)} spectra looked at have the same flux in every pixel ({_named(dead)}): "
+            "dead fibres? Their log g means nothing; leave them out (--select)",
+        )
+    ]
+
+
+def _twins(sample: Sample, usable: NDArray[np.bool_]) -> list[Oddity]:
+    """Rows whose flux is that of another, bit by bit."""
+    first: dict[bytes, int] = {}
+    twins: list[tuple[int, int]] = []
+    for i in np.flatnonzero(usable & ~_constant(sample)):
+        other = first.setdefault(sample.flux[i].tobytes(), int(i))
+        if other != i:
+            twins.append((other, int(i)))
+    if not twins:
+        return []
+    a, b = twins[0]
+    return [
+        Oddity(
+            "identical",
+            f"{len(twins)} of {len(sample.rows)} spectra looked at have the flux of another, to the last bit (row "
+            f"{sample.rows[b]} that of row {sample.rows[a]}): was one written several times?",
+        )
+    ]
+
+
+def _one_error(sample: Sample, alive: NDArray[np.bool_]) -> list[Oddity]:
+    low = np.where(sample.good, sample.error, np.inf).min(1, initial=np.inf)
+    high = np.where(sample.good, sample.error, 0).max(1, initial=0)
+    n = int((alive & (high <= low * (1 + 1e-6))).sum())
+    if n <= ODD_SHARE * alive.sum():
+        return []
+    return [
+        Oddity(
+            "one error",
+            f"in {n} of {int(alive.sum())} spectra looked at the error is one value in all pixels, which the noise of "
+            "sky and detector never is: give the errors of the reduction",
+        )
+    ]
+
+
+def _ratios(sample: Sample, alive: NDArray[np.bool_]) -> tuple[F64, F64]:
+    """Scatter of second differences over what errors say, and what sharp lines make of it, of the fainter half."""
+    ratio, snr = [], []
+    for i in np.flatnonzero(alive):
+        x, e, good = sample.flux[i].astype(np.float64), sample.error[i].astype(np.float64), sample.good[i]
+        three = good[:-2] & good[1:-1] & good[2:]
+        if three.sum() < LEAST_PIXELS:
+            continue
+        with np.errstate(all="ignore"):
+            bend = x[:-2] - 2 * x[1:-1] + x[2:]
+            noise = np.sqrt(e[:-2] ** 2 + 4 * e[1:-1] ** 2 + e[2:] ** 2)
+            ratio.append(_TO_SIGMA * np.median(np.abs(bend[three] / noise[three])))
+            snr.append(max(np.median(x[good] / e[good]), 0.0))
+    ratios, levels = np.array(ratio, np.float64), np.array(snr, np.float64)
+    fainter = levels <= (np.median(levels) if levels.size else 0)
+    return ratios[fainter], LINES * levels[fainter]
+
+
+def _scatter(sample: Sample, alive: NDArray[np.bool_], array: str) -> list[Oddity]:
+    ratio, lines = _ratios(sample, alive)
+    if not ratio.size:
+        return []
+    typical = float(np.median(ratio))
+    # Rebinned pixels share their noise, those of a coarser grid most of it: that they scatter less says nothing.
+    if typical < NOISE_FREE and not sample.resampled:
+        return [
+            Oddity(
+                "noise-free",
+                f"the array {array!r} looks noise-free (neighbouring pixels scatter {typical:.2g} times what the "
+                "errors say): R² and scatter are better here than observed spectra with these errors will give; "
+                "`moefast evaluate` adds the noise",
+            )
+        ]
+    if typical < TOO_LARGE and not sample.resampled:
+        return [
+            Oddity(
+                "errors too large",
+                f"neighbouring pixels scatter {typical:.2g} times what the errors say: errors are too large, or flux "
+                "was smoothed; log_g_err will be wrong: give the errors of these pixels",
+            )
+        ]
+    if float(np.median(ratio / np.sqrt(1 + lines**2))) > TOO_SMALL:
+        return [
+            Oddity(
+                "errors too small",
+                f"neighbouring pixels scatter {typical:.2g} times what the errors say: errors are too small, are not "
+                "1σ (variances?), or cosmic rays are not masked; log_g_err will be too small: give errors that hold",
+            )
+        ]
+    return []
+
+
+def _levels(sample: Sample, alive: NDArray[np.bool_], divisor: F64) -> F64:
+    """Median of flux over a divisor in each stretch of each star (n, STRETCHES); NaN where too few pixels are good."""
+    edges = np.linspace(0, len(sample.wave), STRETCHES + 1).astype(int)
+    levels = np.full((int(alive.sum()), STRETCHES), np.nan)
+    for i, row in enumerate(np.flatnonzero(alive)):
+        for k, (a, b) in enumerate(pairwise(edges)):
+            good = sample.good[row, a:b] & (divisor[a:b] > 0)
+            if good.sum() >= min(LEAST_PIXELS, (b - a) // 2):
+                levels[i, k] = np.median(sample.flux[row, a:b][good] / divisor[a:b][good])
+    return levels
+
+
+def _slopes_and_bends(levels: F64) -> tuple[F64, F64]:
+    """Ln of red over blue, from end to end, and of ends over middle, of stars whose stretches reach far enough."""
+    place = (np.arange(STRETCHES) + 0.5) / STRETCHES - 0.5
+    slopes, bends = [], []
+    for level in levels:
+        there = np.flatnonzero(level > 0)
+        if len(there) < 4 or there[-1] - there[0] < 5:
+            continue
+        logs = np.log(level[there])
+        slopes.append(np.polyfit(place[there], logs, 1)[0])
+        if there[0] == 0 and there[-1] == STRETCHES - 1:
+            # Stretches next to the middle may be lost; what is left of the inner half stands for it.
+            inner = logs[np.abs(place[there]) < 0.25]
+            if inner.size:
+                bends.append(0.5 * (logs[0] + logs[-1]) - inner.mean())
+    return np.array(slopes, np.float64), np.array(bends, np.float64)
+
+
+def _shape(sample: Sample, alive: NDArray[np.bool_], reference: F64, free_scale: bool) -> list[Oddity]:
+    levels = _levels(sample, alive, reference)
+    found = []
+    stars = np.array([np.median(level[np.isfinite(level)]) for level in levels if np.isfinite(level).any()])
+    if stars.size and not free_scale:
+        level = float(np.median(stars))
+        if abs(level - 1) > LEVEL + LEVEL_SCATTER / np.sqrt(stars.size):
+            found.append(
+                Oddity(
+                    "level",
+                    f"flux lies at {level:.3g} times the level of the spectra that the model was fitted on, and this "
+                    "model takes the level for real: divide flux and error of each spectrum by its median flux, or "
+                    "take a posterior (-m observed), whose scale is free",
+                )
+            )
+    if (flat := _flat(sample, alive)) is not None:
+        return [*found, flat]
+    slopes, bends = _slopes_and_bends(levels)
+    if slopes.size:
+        slope = float(np.median(slopes))
+        if abs(slope) > SLOPE + SLOPE_SCATTER / np.sqrt(slopes.size):
+            what = "redder" if slope > 0 else "bluer"
+            cause = (
+                "F_nu where F_lambda is expected, strong reddening, or a wrong flux calibration"
+                if slope > 0
+                else "light of another unit than F_lambda, hot stars, or a wrong flux calibration"
+            )
+            found.append(
+                Oddity(
+                    "slope",
+                    f"from blue to red end the spectra rise {np.exp(slope):.2f} times as much as those that the model "
+                    f"was fitted on, {what} than reddening and calibration make them: {cause}; check the unit of flux",
+                )
+            )
+    if bends.size:
+        bend = float(np.median(bends))
+        if abs(bend) > BEND + BEND_SCATTER / np.sqrt(bends.size):
+            found.append(
+                Oddity(
+                    "bend",
+                    f"against their middle the ends of the spectra are {np.exp(bend):.2f} times as bright as in those "
+                    "that the model was fitted on: check flux calibration and sky subtraction",
+                )
+            )
+    return found
+
+
+def _flat(sample: Sample, alive: NDArray[np.bool_]) -> Oddity | None:
+    """Whether spectra of all stars are flat alike, as division by a continuum makes them."""
+    slopes, _ = _slopes_and_bends(_levels(sample, alive, np.ones(len(sample.wave))))
+    if slopes.size < LEAST_FLAT:
+        return None
+    slope = float(np.median(slopes))
+    scatter = 1.4826 * float(np.median(np.abs(slopes - slope)))
+    if abs(slope) > FLAT or scatter > FLAT_SCATTER:
+        return None
+    return Oddity(
+        "continuum",
+        f"the spectra are flat, all alike (slope {slope:+.3f} ± {scatter:.3f} end to end): they look divided by a "
+        "continuum, which takes away what the model knows stars by; give F_lambda as it was measured",
+    )
