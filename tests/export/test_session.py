@@ -69,7 +69,7 @@ def test_a_session_with_nothing_on_the_gpu_is_an_error(monkeypatch):
 
 
 def test_a_runtime_that_does_not_tell_is_said_to():
-    # This session did not record; older releases have no such method either.
+    # Nothing was recorded while this graph was loaded; older releases have no such method either.
     assert "does not tell which nodes run on the CPU" in on_the_cpu(open_session(build(random_mixture())))
     assert "does not tell which nodes run on the CPU" in on_the_cpu(object())
 
