@@ -148,6 +148,10 @@ def test_names_of_python_2():
 
 
 class Hostile:
+    def __repr__(self):
+        # Tests are named after it; an address would be another name in every process.
+        return "Hostile()"
+
     def __reduce__(self):
         return os.mkdir, ("hostile",)
 
