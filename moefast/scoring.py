@@ -25,7 +25,7 @@ from moefast.core.outputs import INPUTS, ROW, prediction_columns
 from moefast.core.threads import CORES, map_in_order, one_blas_thread
 from moefast.core.version import __version__
 from moefast.kernels import PROJECT_ROWS
-from moefast.mixture import Mixture, Prediction
+from moefast.mixture import Prediction
 from moefast.model import Model, shipped_path
 from moefast.posterior.mixture import AnyMixture, PosteriorMixture
 from moefast.spectra import guard
@@ -119,9 +119,9 @@ class CudaEngine:
     note = ""
 
     def __init__(self, mixture: AnyMixture) -> None:
-        if lack := without_kernels(mixture):
+        lack = without_kernels(mixture)
+        if lack or isinstance(mixture, PosteriorMixture):
             raise BackendError(f"backend cuda: there are no kernels for {lack}; use backend cpu")
-        assert isinstance(mixture, Mixture)
         from moefast.kernels.cuda.device import first_launch, require_device
 
         require_device()

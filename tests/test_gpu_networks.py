@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 
 @pytest.fixture(scope="module")
 def mixture():
-    return Model.load(None).mixture
+    return Model.load("survey").mixture
 
 
 def test_the_step_of_every_trunk_is_timed(mixture, monkeypatch):

@@ -45,7 +45,7 @@ def script(monkeypatch):
         raise BackendError("this ONNX Runtime has no CUDAExecutionProvider")
 
     monkeypatch.setattr(module, "onnx_runtime", no_provider)
-    monkeypatch.setattr(module.Model, "load", lambda path: SimpleNamespace(mixture=mixture, hash="abc"))
+    monkeypatch.setattr(module, "of_few_stars", lambda: SimpleNamespace(mixture=mixture, hash="abc"))
     monkeypatch.setattr(module, "stars", lambda model, small: (flux, error, truth))
     monkeypatch.setattr(module, "SMALL_ROWS", 4)
     monkeypatch.setattr(module, "SMALL_LIBRARY", {"n": 3, "m": 5, "r": 2, "q": 1})
