@@ -269,11 +269,11 @@ def test_ceilings_of_other_stars_or_other_noise(simulated, ceiling_file, noisy_f
 
 
 def test_tables_are_measured_beside_the_shipped_fits(simulated, tmp_path):
-    own = evaluate(simulated)
+    own = evaluate(simulated, "z0")
     table = tmp_path / "t.csv"
     table.write_text("row,log_g\n" + "".join(f"{i},{v!r}\n" for i, v in enumerate(own.predicted.tolist())))
     report = evaluate(simulated, table).report
-    assert report["model"]["references_of"] == "template"
+    assert report["model"]["references_of"] == "posterior-calibrated"
     for name, entry in report["references"].items():
         assert entry == own.report["references"][name]
     assert not any(name.startswith("oracle") for name in report["references"])

@@ -814,7 +814,7 @@ def test_what_a_network_lacks_is_known_before_the_first_pass(train_file, tmp_pat
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"families": ("linear", "heads")}, "heads alone"),
+        ({"families": ("linear", "heads")}, "heads and posterior alone"),
         ({"families": ("heads",), "trunk": "rnn"}, "a trunk is one of pca-mlp, cnn, vit"),
         ({"families": ("heads",), "size": "huge"}, "its size one of small, base"),
         ({"families": ("heads",), "steps": 0}, "its steps positive"),

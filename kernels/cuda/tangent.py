@@ -308,6 +308,9 @@ def weigh_clouds(  # type: ignore[no-untyped-def]
         if math.isnan(variance[i]):
             variance[i] = float32(1)
 
+    # Of clouds without tangents nothing is loaded; what is multiplied all the same must be numbers.
+    for s in range(TANGENT_LOADS):
+        of_tangents[(thread >> 6) + PARTS * s, thread & (WIDE - 1)] = float32(0)
     top = NOTHING
     total = float32(0)
     squares = float32(0)
