@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from moefast.kernels import Library, tangent_posterior
 
-__all__ = ["choose_library", "fit_library", "library_mean", "with_fewer_tangents"]
+__all__ = ["choose_library", "clouds_of_bins", "fit_library", "library_mean", "with_fewer_tangents"]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -81,6 +81,24 @@ def fit_library(
     ValueError
         A bin is empty.
     """
+    clouds, first = clouds_of_bins(z, labels, bins, n_experts, n_clouds=n_clouds, seed=seed)
+    parts = [_cloud(z[cloud], log_g[cloud], n_tangents, len(bins)) for cloud in clouds]
+    names = ("keys", "tangents", "variances", "gains", "rest", "log_weights", "log_g", "scatter")
+    columns = zip(*parts, strict=True)
+    arrays = {name: np.array(column, np.float32) for name, column in zip(names, columns, strict=True)}
+    return Library(**arrays, first=first)
+
+
+def clouds_of_bins(
+    z: F32, labels: F64, bins: NDArray[np.integer], n_experts: int, *, n_clouds: int, seed: int = 0
+) -> tuple[list[NDArray[np.intp]], NDArray[np.int64]]:
+    """Stars of each cloud, sorted by bin, and the first cloud of each bin, (n_experts + 1,); see `fit_library`.
+
+    Raises
+    ------
+    ValueError
+        A bin is empty.
+    """
     counts = np.bincount(bins, minlength=n_experts)
     if (counts == 0).any():
         raise ValueError(f"no star in bin {int(counts.argmin())}; a library needs some in each")
@@ -90,21 +108,17 @@ def fit_library(
     points = np.concatenate([z / np.sqrt(z.var(0, dtype=np.float64) + 1.0), scaled], axis=1).astype(
         np.float32
     )
-    parts = []
+    clouds: list[NDArray[np.intp]] = []
     first = [0]
     for k in range(n_experts):
         rows = np.flatnonzero(bins == k)
         share = max(1, min(round(n_clouds * len(rows) / len(bins)), len(rows) // LEAST_STARS))
-        nearest = k_means(points[rows], share, rng)
+        nearest = _k_means(points[rows], share, rng)
         order = np.argsort(nearest, kind="stable")
         cuts = np.searchsorted(nearest[order], np.arange(share + 1))
-        clouds = [rows[order[a:b]] for a, b in itertools.pairwise(cuts) if b > a]
-        parts += [_cloud(z[cloud], log_g[cloud], n_tangents, len(bins)) for cloud in clouds]
-        first.append(first[-1] + len(clouds))
-    names = ("keys", "tangents", "variances", "gains", "rest", "log_weights", "log_g", "scatter")
-    columns = zip(*parts, strict=True)
-    arrays = {name: np.array(column, np.float32) for name, column in zip(names, columns, strict=True)}
-    return Library(**arrays, first=np.array(first, np.int64))
+        clouds += [rows[order[a:b]] for a, b in itertools.pairwise(cuts) if b > a]
+        first.append(len(clouds))
+    return clouds, np.array(first, np.int64)
 
 
 def _cloud(z: F32, y: F64, n_tangents: int, n_all: int) -> tuple:
@@ -126,7 +140,7 @@ def _cloud(z: F32, y: F64, n_tangents: int, n_all: int) -> tuple:
     return mean, tangents, variances, gains, rest, np.log(n / n_all), y.mean(), dy @ dy / n
 
 
-def k_means(points: F32, m: int, rng: np.random.Generator) -> NDArray[np.intp]:
+def _k_means(points: F32, m: int, rng: np.random.Generator) -> NDArray[np.intp]:
     """The nearest of m centres of each point (n, d); some centres may end up without any."""
     n = len(points)
     nearest = np.zeros(n, np.intp)

@@ -12,14 +12,13 @@ count beside components.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import maximum_filter1d, median_filter, minimum_filter1d, uniform_filter1d
 
-from moefast.experts.template import LABEL_WEIGHT, LEAST_STARS, k_means
+from moefast.experts.template import clouds_of_bins
 from moefast.posterior.mixture import SCALE_UNIT
 
 __all__ = ["LEAST_SCATTER", "fit_clouds", "sky_residuals", "slopes"]
@@ -121,29 +120,15 @@ def fit_clouds(
     ValueError
         A bin is empty.
     """
-    counts = np.bincount(bins, minlength=n_experts)
-    if (counts == 0).any():
-        raise ValueError(f"no star in bin {int(counts.argmin())}; a library needs some in each")
-    rng = np.random.default_rng(seed)
-    near = labels[:, list(grouped_by)]
-    spread = near.std(0)
-    scaled = LABEL_WEIGHT * (near - near.mean(0)) / np.where(spread > 0, spread, 1.0)
-    points = np.concatenate([z / np.sqrt(z.var(0, dtype=np.float64) + 1.0), scaled], axis=1)
-    points = points.astype(np.float32)
+    clouds, first = clouds_of_bins(
+        z, labels[:, list(grouped_by)], bins, n_experts, n_clouds=n_clouds, seed=seed
+    )
     r, t = z.shape[1], min(n_tangents, z.shape[1])
-    parts, first, within = [], [0], np.zeros((r, r))
-    for k in range(n_experts):
-        rows = np.flatnonzero(bins == k)
-        share = max(1, min(round(n_clouds * len(rows) / len(bins)), len(rows) // LEAST_STARS))
-        nearest = k_means(points[rows], share, rng)
-        order = np.argsort(nearest, kind="stable")
-        cuts = np.searchsorted(nearest[order], np.arange(share + 1))
-        clouds = [rows[order[a:b]] for a, b in itertools.pairwise(cuts) if b > a]
-        for cloud in clouds:
-            *part, left = _cloud(z[cloud].astype(np.float64), labels[cloud], t, len(bins))
-            within += len(cloud) / len(bins) * left
-            parts.append(part)
-        first.append(first[-1] + len(clouds))
+    parts, within = [], np.zeros((r, r))
+    for cloud in clouds:
+        *part, left = _cloud(z[cloud].astype(np.float64), labels[cloud], t, len(bins))
+        within += len(cloud) / len(bins) * left
+        parts.append(part)
     keys, tangents, gains, log_weights, means, scatter = (
         np.array(column) for column in zip(*parts, strict=True)
     )
