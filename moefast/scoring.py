@@ -362,15 +362,12 @@ def columns_of(model: Model, result: Prediction, quality: Quality) -> dict[str, 
 
 def _unlike(result: Prediction, limits: Mapping[str, Any], quality: Quality) -> NDArray[np.bool_]:
     """Rows whose spectra lie beyond what the model was fitted on."""
-    largest = limits["chi2"]
+    least, largest = -np.inf, limits["chi2"]
     if "least_chi2" in limits:
         # χ² of few pixels scatters more, and of a handful says nothing.
         spread = SURE * np.sqrt(2.0 / np.maximum(quality.n_good, 1))
-        largest = np.maximum(largest, 1 + spread)
-        unlike_errors = result.chi2 < np.minimum(limits["least_chi2"], 1 - spread)
-    unlike = ~(result.chi2 <= largest)
-    if "least_chi2" in limits:
-        unlike |= unlike_errors
+        least, largest = np.minimum(limits["least_chi2"], 1 - spread), np.maximum(largest, 1 + spread)
+    unlike = ~(result.chi2 <= largest) | (result.chi2 < least)
     if result.foreign is not None and "foreign" in limits:
         unlike |= ~(result.foreign <= limits["foreign"])
     strength, distance = result.strength, result.distance

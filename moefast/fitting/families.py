@@ -23,7 +23,7 @@ from moefast.mixture import Mixture
 if TYPE_CHECKING:
     from moefast.experts.trees import Trees
 
-__all__ = ["FOREST_ROWS", "choose_families", "families_of", "make_library"]
+__all__ = ["FOREST_ROWS", "LIBRARY_ROWS", "choose_families", "families_of", "make_library"]
 
 LIBRARY_ROWS = 200_000
 """Stars that a library is made of at most: a thousand clouds of two hundred."""

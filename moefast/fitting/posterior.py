@@ -19,6 +19,7 @@ from scipy.special import ndtri
 from moefast.core.metrics import r2
 from moefast.core.random import add_noise, fold_of_rows, uniforms_of_rows
 from moefast.fitting.error_model import Z_95, balanced_factor
+from moefast.fitting.families import LIBRARY_ROWS
 from moefast.fitting.training_set import TrainingSet
 from moefast.gating.mlp import as_float32, fit_error_model
 from moefast.mixture import Mixture
@@ -29,8 +30,6 @@ __all__ = ["GAP_KINDS", "fit_posterior"]
 
 F64 = NDArray[np.float64]
 
-LIBRARY_ROWS = 200_000
-"""Stars that a library is made of at most."""
 SCALE_WIDTH = 0.3
 """Prior width of the scale, relative to the scale that the mean spectrum suggests: as good as free."""
 CALIBRATION_ROWS = 60_000
