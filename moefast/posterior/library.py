@@ -26,6 +26,8 @@ __all__ = ["LEAST_SCATTER", "fit_clouds", "sky_residuals", "slopes"]
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
+GROUPED_BY = [0, 1, 2]
+"""Labels in which a cloud should be small: log g, T_eff, [M/H], which every training set has."""
 LEAST_SCATTER = 1e-3
 """Variance within clouds, at the least, in units of the noise of the training set."""
 SKY_BANDS = 10
@@ -84,7 +86,6 @@ def fit_clouds(
     noise_shape: F64,
     n_clouds: int,
     n_tangents: int,
-    grouped_by: Sequence[int] = (0, 1, 2),
     seed: int = 0,
 ) -> dict[str, NDArray]:
     """Clouds of the stars of each bin, as many as its share of the stars, in coordinates of their own.
@@ -104,8 +105,6 @@ def fit_clouds(
         Reference spectrum, and mean noise variance D of the training set.
     n_clouds, n_tangents : int
         Clouds in all, and tangents of each.
-    grouped_by : sequence of int
-        Labels in which a cloud should be small.
     seed : int
 
     Returns
@@ -120,9 +119,7 @@ def fit_clouds(
     ValueError
         A bin is empty.
     """
-    clouds, first = clouds_of_bins(
-        z, labels[:, list(grouped_by)], bins, n_experts, n_clouds=n_clouds, seed=seed
-    )
+    clouds, first = clouds_of_bins(z, labels[:, GROUPED_BY], bins, n_experts, n_clouds=n_clouds, seed=seed)
     r, t = z.shape[1], min(n_tangents, z.shape[1])
     parts, within = [], np.zeros((r, r))
     for cloud in clouds:
