@@ -7,7 +7,7 @@ import json
 import click
 
 from moefast.cli.messages import Progress
-from moefast.cli.options import BACKEND, DEVICE, FILES, JSON, OVERWRITE, QUIET, positive
+from moefast.cli.options import BACKEND, DEVICE, FILES, JSON, NOISE_LEVEL, OVERWRITE, QUIET
 
 __all__ = ["evaluate"]
 
@@ -33,14 +33,7 @@ __all__ = ["evaluate"]
     help="auto: the array noisy where a file has it, else noise from the stored seed. draw: always a draw on flux. "
     "none: flux as it is, for observed spectra.",
 )  # fmt: skip
-@click.option(
-    "--noise-level",
-    type=float,
-    callback=positive,
-    default=1.0,
-    show_default=True,
-    help="Factor on the errors of the files.",
-)
+@NOISE_LEVEL
 @click.option(
     "--ceiling", metavar="FILE",
     help="Ceilings of this test set, written by moefast ceiling -o; those of the reference sets come with moefast.",

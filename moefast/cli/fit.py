@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from moefast.cli.messages import Progress
-from moefast.cli.options import BACKEND, DEVICE, JSON, OVERWRITE, QUIET, positive
+from moefast.cli.options import BACKEND, DEVICE, JSON, NOISE_LEVEL, OVERWRITE, QUIET
 
 __all__ = ["fit"]
 
@@ -51,14 +51,7 @@ def _grid(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int
     help="closed-form: flux is clean, noise enters the normal equations exactly. sampled: flux is clean, one draw "
     "of noise per spectrum. observed: the spectra are noisy already.",
 )
-@click.option(
-    "--noise-level",
-    type=float,
-    callback=positive,
-    default=1.0,
-    show_default=True,
-    help="Factor on the errors of the files.",
-)
+@NOISE_LEVEL
 @click.option(
     "--size", type=click.Choice(["small", "base"]), default="small", show_default=True,
     help="Of a recipe's network: small for ten minutes of a laptop, base for a GPU.",

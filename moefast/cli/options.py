@@ -12,6 +12,7 @@ __all__ = [
     "FILES",
     "JSON",
     "MODEL",
+    "NOISE_LEVEL",
     "OVERWRITE",
     "QUIET",
     "names",
@@ -91,6 +92,16 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print the facts as 
 
 
 QUIET = click.option("-q", "--quiet", is_flag=True, help="No progress.")
+
+
+NOISE_LEVEL = click.option(
+    "--noise-level",
+    type=float,
+    callback=positive,
+    default=1.0,
+    show_default=True,
+    help="Factor on the errors of the files.",
+)
 
 
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
