@@ -12,7 +12,7 @@ from moefast.cli.options import BACKEND, DEVICE, FILES, JSON, NOISE_LEVEL, OVERW
 __all__ = ["evaluate"]
 
 
-@click.command()
+@click.command(short_help="Measure a model on labelled spectra.")
 @FILES
 @click.option(
     "-m", "--model", metavar="WHAT",

@@ -26,7 +26,7 @@ def _grid(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int
     return rows, columns
 
 
-@click.command()
+@click.command(short_help="Fit a model on labelled spectra.")
 @click.argument("files", nargs=-1, metavar="[FILE…]")
 @click.option("-o", "--out", required=True, metavar="FOLDER", help="Model folder to write.")
 @click.option(

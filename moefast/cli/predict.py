@@ -28,7 +28,7 @@ def _shard(_: click.Context, __: click.Parameter, value: str | None) -> tuple[in
     return index, count
 
 
-@click.command()
+@click.command(short_help="Predict log g: one row of a table per spectrum.")
 @FILES
 @MODEL
 @click.option("-o", "--out", metavar="TABLE",

@@ -17,7 +17,7 @@ def _positive_if_given(context: click.Context, option: click.Parameter, value: f
     return None if value is None else positive(context, option, value)
 
 
-@click.command()
+@click.command(short_help="Simulate spectra with labels.")
 @click.argument("out", required=False, type=click.Path(dir_okay=False))
 @click.option("-n", "--number", type=click.IntRange(1), help="How many spectra.")
 @click.option(
