@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from moefast.cli.messages import Progress
-from moefast.cli.options import OVERWRITE, QUIET, positive, rows
+from moefast.cli.options import CONFIG, OVERWRITE, QUIET, positive, rows
 from moefast.core.errors import MoefastError
 
 __all__ = ["simulate"]
@@ -63,6 +63,7 @@ def _positive_if_given(context: click.Context, option: click.Parameter, value: f
     "--noisy/--clean", default=None,
     help="Whether to store the array with noise added.  [default: noisy, but clean for train and validation parts]",
 )  # fmt: skip
+@CONFIG
 @OVERWRITE
 @QUIET
 def simulate(
