@@ -39,7 +39,16 @@ from moefast.spectra.tables import Column, open_table
 from moefast.spectra.telluric import Telluric
 from moefast.spectra.velocities import Velocities, find_velocities
 
-__all__ = ["Summary", "choose_rows", "columns_of", "make_engine", "open_engine", "predict", "score_block"]
+__all__ = [
+    "Summary",
+    "choose_rows",
+    "columns_of",
+    "count_rows",
+    "make_engine",
+    "open_engine",
+    "predict",
+    "score_block",
+]
 
 BLOCK_ROWS = 2048
 """Rows of a block for those who look at spectra one block after the other."""
@@ -710,6 +719,17 @@ def predict(
             sink.attrs["r2"] = summary.r2
     summary.columns = sink.columns
     return summary
+
+
+def count_rows(paths: str | Path | Iterable[str | Path], model: Model) -> int:
+    """Rows that `predict` would find in the files.
+
+    Raises
+    ------
+    InputError, WaveGridError
+        As `predict`.
+    """
+    return _open(paths, Preparation(model.mixture.wave))[0].n_rows
 
 
 def _open(
