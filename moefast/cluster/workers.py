@@ -1,9 +1,9 @@
 """The shard functions on a Dask cluster: the same parts, the same tables, whoever computes them.
 
 Design: a task is one shard, a pure function of files, model, options and its number, which writes its table under its
-own name. A task that is lost with its worker is done again by another; a table that is there and was made of the same is
-not made again, so that a client that was killed goes on where it stood. A task gives its number of rows: nothing large
-moves through the scheduler. Tables are merged in the order of their shards, not in that of finishing.
+own name. A task that is lost with its worker is done again by another; a table that is there and was made of the same
+is not made again, so that a client that was killed goes on where it stood. A task gives its number of rows: nothing
+large moves through the scheduler. Tables are merged in the order of their shards, not in that of finishing.
 """
 
 from __future__ import annotations
