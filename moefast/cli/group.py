@@ -25,6 +25,7 @@ from moefast.cli.inspect import inspect
 from moefast.cli.merge import merge
 from moefast.cli.milestones import milestones
 from moefast.cli.predict import predict
+from moefast.cli.roadmap import roadmap
 from moefast.cli.scenarios import scenarios
 from moefast.cli.signals import Terminated, not_lost, terminate
 from moefast.cli.simulate import simulate
@@ -102,7 +103,7 @@ def cli() -> None:
 COMMANDS = (
     inspect, predict, merge, doctor,
     simulate, fit, evaluate, scenarios, compare, export,
-    ceiling, milestones, bench,
+    ceiling, milestones, roadmap, bench,
 )  # fmt: skip
 
 for _command in COMMANDS:

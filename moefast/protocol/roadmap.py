@@ -1,0 +1,381 @@
+"""The roadmap C0 to C4, run in its order: fits, evaluations, verdicts, and which branch follows.
+
+Design: a stage is a few runs (a fit and its evaluations) and the milestones that judge them; what follows is decided
+by numbers alone, by the rules of the roadmap. Every run keeps its model and its evaluation under its own name, complete
+or absent, so that a roadmap which was killed goes on where it stood. Nothing is judged here: `milestones.judge` does,
+on the evaluations of the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from moefast.core.atomic import write_atomically, write_json
+from moefast.core.errors import InputError, OutputError
+from moefast.core.random import NOISE_SEED
+from moefast.core.text import bracket, number, table
+from moefast.model import Model
+from moefast.protocol.evaluate import evaluate, write_report
+from moefast.protocol.milestones import judge, read_reports
+from moefast.protocol.milestones_report import format_text
+from moefast.recipes import fit
+from moefast.simulate import SimulatedSpectra
+from moefast.simulate.sets import simulate_set
+
+__all__ = ["STAGES", "Decision", "Plan", "Stage", "roadmap", "roadmap_text"]
+
+SCHEMA_VERSION = 1
+END = "the end"
+RESULT, TEXT = "roadmap.json", "roadmap.txt"
+
+Report = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a roadmap is run on.
+
+    Attributes
+    ----------
+    set : str
+        Reference set.
+    train : int
+        Training spectra of each fit.
+    part : "test_10k" or "test_1k"
+        Test spectra. Marks for any set are judged on test_10k alone.
+    size : "small" or "base"
+        Of networks.
+    steps : int or None
+        Of networks; what belongs to the size if None.
+    seeds : int
+        Training sets, and draws of noise, of the ruler C0.
+    """
+
+    set: str = "z0"
+    train: int = 20_000
+    part: str = "test_10k"
+    size: Literal["small", "base"] = "small"
+    steps: int | None = None
+    seeds: int = 5
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model that a stage fits and evaluates.
+
+    Attributes
+    ----------
+    name : str
+        Of its folders.
+    recipe : str
+    training : int
+        Which stretch of the training part it is fitted on.
+    noise_seeds : tuple of int
+        Draws of noise that it is evaluated with, besides the protocol's.
+    """
+
+    name: str
+    recipe: str
+    training: int = 0
+    noise_seeds: tuple[int, ...] = ()
+
+    def commands(self, plan: Plan, backend: str) -> list[str]:
+        """What gives the same at the command line."""
+        first = self.training * plan.train
+        rows = "" if not first else f" --rows {first}:{first + plan.train}"
+        size = "" if plan.size == "small" else f" --size {plan.size}"
+        steps = "" if plan.steps is None else f" --steps {plan.steps}"
+        return [
+            f"moefast simulate train.h5 --set {plan.set} --part train{rows or f' -n {plan.train}'}",
+            f"moefast fit train.h5 -o models/{self.name}/ --recipe {self.recipe}{size}{steps} --backend {backend}",
+            f"moefast evaluate test.h5 -m models/{self.name}/ -o reports/{self.name}/",
+        ]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Which stage follows, and by which number."""
+
+    follows: str
+    words: str
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of the roadmap.
+
+    Attributes
+    ----------
+    id, what : str
+    runs : callable
+        The runs of a plan.
+    milestones : tuple of str
+        That judge it.
+    decide : callable
+        What follows, from the judged milestones by their id.
+    """
+
+    id: str
+    what: str
+    runs: Callable[[Plan], tuple[Run, ...]]
+    milestones: tuple[str, ...]
+    decide: Callable[[Mapping[str, Mapping[str, Any]]], Decision]
+
+
+def _ruler(plan: Plan) -> tuple[Run, ...]:
+    """One ridge on several training sets; the first also under several draws of noise."""
+    draws = tuple(range(1, plan.seeds))
+    return tuple(Run(f"ruler-{i}", "published-ridge", i, draws if i == 0 else ()) for i in range(plan.seeds))
+
+
+def _check(row: Mapping[str, Any], words: str) -> float | None:
+    """Number of the check, on either mark, whose words begin so."""
+    for rule in ("absolute", "reference"):
+        for check in row[rule]["checks"]:
+            if str(check["what"]).startswith(words) and check["value"] is not None:
+                return float(check["value"])
+    return None
+
+
+def _after_ruler(rows: Mapping[str, Mapping[str, Any]]) -> Decision:
+    spread = _check(rows["C0"], "half the spread")
+    if spread is None:
+        return Decision("C1", "the stability of the ruler was not measured on this test set; C1 follows")
+    state = "stable" if spread <= 0.01 else "NOT stable: numbers below are known to this only"
+    return Decision(
+        "C1", f"half the spread over seeds is {spread:.4f} (mark 0.01): the ruler is {state}; C1 follows"
+    )
+
+
+def _after_hybrid(rows: Mapping[str, Mapping[str, Any]]) -> Decision:
+    value = _check(rows["C1"], "R² of hybrid-moe with true bins")
+    if value is None:
+        return Decision("C3", "the oracle of the hybrid was not measured; C3 follows")
+    if value >= 0.70:
+        return Decision(
+            "C2", f"oracle-hybrid {value:.3f} ≥ 0.70: experts are strong enough for a gate; C2 follows"
+        )
+    return Decision(
+        "C3", f"oracle-hybrid {value:.3f} < 0.70: a gate cannot give what experts lack; C3 follows"
+    )
+
+
+def _after_gate(rows: Mapping[str, Mapping[str, Any]]) -> Decision:
+    value = _check(rows["C2"], "ρ of phys-moe")
+    if value is None:
+        return Decision("C3", "ρ was not measured; C3 follows")
+    if value >= 0.85:
+        return Decision("C4", f"ρ {value:.3f} ≥ 0.85: the gate gives what the experts have; C4 follows")
+    if value >= 0.70:
+        return Decision(
+            "C3", f"ρ {value:.3f} lies between 0.70 and 0.85: a shared trunk may do better; C3 follows"
+        )
+    return Decision(
+        "C1", f"ρ {value:.3f} < 0.70: back to the experts of C1; more spectra or other families are needed"
+    )
+
+
+def _after_trunk(rows: Mapping[str, Mapping[str, Any]]) -> Decision:
+    verdict = rows["C3"]["reference"]["verdict"]
+    return Decision(
+        "C4", f"trunk and heads: {verdict} on the mark for any set; residuals on top of them follow in C4"
+    )
+
+
+def _after_residual(rows: Mapping[str, Mapping[str, Any]]) -> Decision:
+    return Decision(END, f"residual mixture: {rows['C4']['reference']['verdict']} on the mark for any set")
+
+
+STAGES = (
+    Stage("C0", "the ruler: one ridge as published, over training and noise seeds", _ruler, ("C0",), _after_ruler),
+    Stage(
+        "C1", "experts: the best family in each bin, true bins; rescue of the metal-poor",
+        lambda _: (Run("hybrid-moe", "hybrid-moe"),), ("C1",), _after_hybrid,
+    ),
+    Stage(
+        "C2", "a gate that can be deployed, and conditional fusion for faint stars",
+        lambda _: (Run("phys-moe", "phys-moe"), Run("conditional-moe", "conditional-moe")), ("C2",), _after_gate,
+    ),
+    Stage(
+        "C3", "a shared trunk and heads", lambda _: (Run("heads", "heads"),), ("C3", "C3+"), _after_trunk,
+    ),
+    Stage(
+        "C4", "residuals on a strong model",
+        lambda _: (Run("heads", "heads"), Run("residual-moe", "residual-moe")), ("C4",), _after_residual,
+    ),
+)  # fmt: skip
+"""In their order. Thresholds are the roadmap's; none was chosen by what came out."""
+
+
+def roadmap(
+    folder: str | Path,
+    plan: Plan | None = None,
+    *,
+    everything: bool = False,
+    resume: bool = False,
+    backend: str = "auto",
+    say: Callable[[str], None] | None = None,
+    progress: Report | None = None,
+) -> dict[str, Any]:
+    """Run the roadmap and write its table.
+
+    Parameters
+    ----------
+    folder : path
+        Keeps test spectra, models, reports and the table.
+    plan : Plan, optional
+    everything : bool
+        Run all stages, whatever the decisions say; they are told all the same.
+    resume : bool
+        Go on with what is in the folder.
+    backend : "auto", "cpu" or "cuda"
+    say : callable, optional
+        Called with each decision.
+    progress : callable, optional
+        Called with a stage of a fit, rows or steps done, and those in all.
+
+    Returns
+    -------
+    dict
+        JSON-ready: plan, stages (id, what, seconds, commands, judged milestones, decision), path (ids in the order in
+        which they were run).
+
+    Raises
+    ------
+    InputError
+        The folder holds a roadmap of another plan.
+    OutputError
+        It is not empty, and `resume` was not asked for.
+    """
+    plan, folder = plan or Plan(), Path(folder)
+    told = say or (lambda _: None)
+    _open_folder(folder, plan, resume)
+    test = folder / "test.h5"
+    if not test.exists():
+        simulate_set(test, plan.set, plan.part)
+    stages = {stage.id: stage for stage in STAGES}
+    done: dict[str, dict[str, Any]] = {}
+    order, following = [stage.id for stage in STAGES], STAGES[0].id
+    while following != END and following not in done:
+        stage = stages[following]
+        told(f"{stage.id}: {stage.what}")
+        begin = time.monotonic()
+        runs = stage.runs(plan)
+        for run in runs:
+            told(f"{stage.id}: {run.name}")
+            _perform(run, plan, folder, test, backend, progress)
+        rows = _judged(folder, runs)
+        decision = stage.decide(rows)
+        done[stage.id] = {
+            "id": stage.id, "what": stage.what, "seconds": time.monotonic() - begin,
+            "commands": [line for run in runs for line in run.commands(plan, backend)],
+            "milestones": [rows[name] for name in stage.milestones],
+            "decision": asdict(decision),
+        }  # fmt: skip
+        told(f"{stage.id}: {decision.words}")
+        _write(folder, plan, done)
+        position = order.index(stage.id) + 1
+        following = decision.follows if not everything else order[position] if position < len(order) else END
+    return _write(folder, plan, done)
+
+
+def _open_folder(folder: Path, plan: Plan, resume: bool) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = folder / "plan.json"
+    if kept.exists():
+        found = json.loads(kept.read_text(encoding="utf-8"))
+        if not resume:
+            raise OutputError(
+                f"{folder}: holds a roadmap already; go on with --resume, or name another folder"
+            )
+        if found != asdict(plan):
+            other = ", ".join(
+                f"{k} was {found.get(k)!r}, is {v!r}" for k, v in asdict(plan).items() if found.get(k) != v
+            )
+            raise InputError(f"{folder}: holds a roadmap of another plan ({other}); name another folder")
+        return
+    if any(folder.iterdir()):
+        raise OutputError(f"{folder}: is not empty and holds no roadmap; name another folder")
+    write_json(asdict(plan), kept)
+
+
+def _perform(run: Run, plan: Plan, folder: Path, test: Path, backend: str, progress: Report | None) -> None:
+    """Fit and evaluate, as far as it is not done."""
+    target = folder / "models" / run.name
+    target.parent.mkdir(exist_ok=True)
+    if not (target / "manifest.json").exists():
+        first = run.training * plan.train
+        spectra = SimulatedSpectra.of_set(plan.set, rows=(first, first + plan.train))
+        model = fit(
+            spectra, recipe=run.recipe, size=plan.size, steps=plan.steps, backend=backend,
+            progress=progress,
+        )  # fmt: skip
+        model.save(target)
+    for seed in (NOISE_SEED, *run.noise_seeds):
+        name = run.name if seed == NOISE_SEED else f"{run.name}-noise-{seed}"
+        report = folder / "reports" / name
+        if (report / "report.json").exists():
+            continue
+        report.parent.mkdir(exist_ok=True)
+        noise: Literal["auto", "draw"] = "auto" if seed == NOISE_SEED else "draw"
+        found = evaluate(test, Model.load(target), noise=noise, noise_seed=seed, backend=backend)
+        write_report(found, report, pictures=False)
+
+
+def _judged(folder: Path, runs: Sequence[Run]) -> dict[str, Mapping[str, Any]]:
+    """Milestones by their id, judged by all evaluations of the stage."""
+    reports = [
+        folder / "reports" / name
+        for run in runs
+        for name in (run.name, *(f"{run.name}-noise-{seed}" for seed in run.noise_seeds))
+    ]
+    (section,) = judge(read_reports(reports))["sections"]
+    return {row["id"]: row for row in section["milestones"]}
+
+
+def _write(folder: Path, plan: Plan, done: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    result = {
+        "schema_version": SCHEMA_VERSION, "what": "moefast roadmap", "plan": asdict(plan),
+        "path": list(done), "stages": list(done.values()),
+    }  # fmt: skip
+    write_json(result, folder / RESULT)
+    write_atomically(folder / TEXT, (roadmap_text(result) + "\n").encode())
+    return result
+
+
+def roadmap_text(result: Mapping[str, Any]) -> str:
+    """The table, the decisions in their order, and every check, as plain text.
+
+    Parameters
+    ----------
+    result : mapping
+        From `roadmap`.
+    """
+    plan = result["plan"]
+    lines = [
+        f"Roadmap on {plan['set']} {plan['part']}: {plan['train']:,} training spectra, networks {plan['size']}", "",
+    ]  # fmt: skip
+    cells = [
+        (
+            row["id"], row["published"], number(row["ours"]["value"]), bracket(row["ours"]["interval"]),
+            row["absolute"]["verdict"], row["reference"]["verdict"], f"{stage['seconds']:.0f} s",
+        )
+        for stage in result["stages"]
+        for row in stage["milestones"]
+    ]  # fmt: skip
+    lines += table(("", "published R²", "our R²", "interval", "their mark", "any set", "time"), cells, left=2)
+    lines += ["", "Decisions"]
+    lines += [f"  {stage['id']}  {stage['decision']['words']}" for stage in result["stages"]]
+    milestones = [
+        row | {"commands": stage["commands"]} for stage in result["stages"] for row in stage["milestones"]
+    ]
+    section = {"data_set": None, "notes": [], "evaluations": [], "milestones": milestones}
+    # Its own head and table say what stands above.
+    detail = format_text({"sections": [section]}).splitlines()
+    start = next(i for i, line in enumerate(detail) if line.startswith("C0  "))
+    return "\n".join([*lines, "", *detail[start:]])
