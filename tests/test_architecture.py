@@ -20,7 +20,7 @@ HOMES = {
 
 FLOORS = (
     ("moefast.core",),
-    ("moefast.kernels", "moefast.ops"),
+    ("moefast.kernels", "moefast.ops", "moefast.pages"),
     ("moefast.backend", "moefast.checkpoint", "moefast.spectra"),
     ("moefast.experts", "moefast.gating", "moefast.simulate"),
     ("moefast.trunks",),
@@ -31,7 +31,7 @@ FLOORS = (
     ("moefast.model",),
     ("moefast.fitting", "moefast.scoring"),
     ("moefast.predicting_arrays", "moefast.recipes"),
-    ("moefast.protocol",),
+    ("moefast.inspection", "moefast.protocol"),
     # The public names: `moefast.load`, `fit`, `predict`, `evaluate`.
     ("moefast",),
     ("moefast.benchmarks", "moefast.doctor"),

@@ -11,10 +11,7 @@ from __future__ import annotations
 from moefast.core.pictures import literal
 
 # isort: split
-import html
-import io
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +19,6 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import PathPatch, Rectangle
@@ -32,13 +27,11 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLo
 from matplotlib.transforms import ScaledTranslation
 from numpy.typing import NDArray
 
-from moefast.core.atomic import write_atomically
+from moefast.pages.drawing import LIGHT, PAGE, Palette, embedded, styled, write
 from moefast.protocol.report import Report
 
 __all__ = [
-    "DARK",
     "FIGURES",
-    "LIGHT",
     "PUBLISHED_RIDGE_OCTILES",
     "PUBLISHED_VIT_OCTILES",
     "Drawing",
@@ -70,36 +63,8 @@ PUBLISHED_VIT_OCTILES = tuple(
 """(snr_median, R²) of a vision transformer per octile, as published; the SNRs between the first and the last, which
 alone are given, are spaced evenly in the logarithm."""
 
-Palette = Mapping[str, str]
-
-# After Okabe & Ito: told apart by every kind of colour vision. Never the only difference: markers differ, too.
-LIGHT: Palette = {
-    "ink": "#1c2127",
-    "muted": "#5b6570",
-    "grid": "#d5dae0",
-    "surface": "#ffffff",
-    "own": "#0b5ea8",
-    "first": "#b35309",
-    "second": "#0a7d5a",
-    "third": "#a3397a",
-    "ceiling": "#1c2127",
-}
-DARK: Palette = {
-    "ink": "#e7eaee",
-    "muted": "#a3adb8",
-    "grid": "#3a434d",
-    "surface": "#171b20",
-    "own": "#6ab4f5",
-    "first": "#f0a35c",
-    "second": "#4fc79f",
-    "third": "#e58abf",
-    "ceiling": "#e7eaee",
-}
-_SENTINEL: Palette = {role: f"#0102{number:02x}" for number, role in enumerate(LIGHT, 0xA0)}
-
 # Inches: width of a figure; left, right and upper margin, height of the axes, room below them, a line of the legend.
 _WIDTH, _LEFT, _RIGHT, _TOP, _HEIGHT, _BELOW, _LINE = 4.7, 0.64, 0.2, 0.1, 2.75, 0.52, 0.19
-_DPI = 150
 _OVERVIEW = (
     "r2-against-snr",
     "r2-by-bin",
@@ -109,19 +74,6 @@ _OVERVIEW = (
     "error-calibration",
 )
 _SHADES = 10
-_STYLE = {
-    "font.family": ["sans-serif"],
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 9,
-    "axes.labelsize": 9,
-    "xtick.labelsize": 8.5,
-    "ytick.labelsize": 8.5,
-    "legend.fontsize": 8.5,
-    "axes.linewidth": 0.8,
-    "axes.unicode_minus": True,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "moefast",
-}
 
 
 @dataclass(frozen=True)
@@ -169,22 +121,16 @@ def png(report: Report, name: str, path: str | os.PathLike[str]) -> None:
     OutputError
         The file could not be written.
     """
-    with mpl.rc_context(_style(LIGHT)):
-        _write_png(_single(report, FIGURES[name], LIGHT), path)
+    with styled(LIGHT):
+        write(_single(report, FIGURES[name], LIGHT), path)
 
 
 def svg(report: Report, name: str) -> str:
-    """One figure of `FIGURES` as an <svg> element whose colours are CSS variables, for a page that sets them.
-
-    The variables are "--" and the roles of `LIGHT`. The same report gives the same text.
-    """
-    stream = io.StringIO()
-    with mpl.rc_context(_style(_SENTINEL)):
-        canvas = _single(report, FIGURES[name], _SENTINEL)
-        FigureCanvasSVG(canvas)
-        canvas.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    """One figure of `FIGURES` as an <svg> element whose colours are variables of the page that it stands in."""
     drawing = FIGURES[name]
-    return _for_page(stream.getvalue(), name, drawing.title, drawing.describe(report))
+    with styled(PAGE):
+        canvas = _single(report, drawing, PAGE)
+        return embedded(canvas, name, drawing.title, drawing.describe(report))
 
 
 def overview(report: Report, path: str | os.PathLike[str]) -> None:
@@ -195,7 +141,7 @@ def overview(report: Report, path: str | os.PathLike[str]) -> None:
     OutputError
         The file could not be written.
     """
-    with mpl.rc_context(_style(LIGHT)):
+    with styled(LIGHT):
         canvas = Figure(
             figsize=(15.6, 9.4), layout=ConstrainedLayoutEngine(wspace=0.05, hspace=0.06), facecolor="white"
         )
@@ -214,7 +160,7 @@ def overview(report: Report, path: str | os.PathLike[str]) -> None:
             + f": R² {_text(overall['r2'])}{_bracket(overall['r2_interval'])}, "
             f"{data['n']:,} stars, fingerprint {fingerprint}"
         )
-        _write_png(canvas, path, dpi=110)
+        write(canvas, path, dpi=110)
 
 
 def compared(reports: Mapping[str, Report], path: str | os.PathLike[str]) -> None:
@@ -235,7 +181,7 @@ def compared(reports: Mapping[str, Report], path: str | os.PathLike[str]) -> Non
         The file could not be written.
     """
     palette = LIGHT
-    with mpl.rc_context(_style(palette)):
+    with styled(palette):
         canvas = Figure(figsize=(2 * _WIDTH, 4.1), layout="constrained", facecolor=palette["surface"])
         left, right = canvas.subplots(1, 2)
         groups = [report["snr_median"]["groups"] for report in reports.values()]
@@ -268,31 +214,7 @@ def compared(reports: Mapping[str, Report], path: str | os.PathLike[str]) -> Non
         left.legend(loc="lower right", frameon=False)
         data = next(iter(reports.values()))["data_set"]
         canvas.suptitle(f"{literal(data['name'])}, {data['n']:,} stars", fontsize=10.5)
-        _write_png(canvas, path)
-
-
-def _write_png(canvas: Figure, path: str | os.PathLike[str], dpi: int = _DPI) -> None:
-    """Whole or not at all; within the style that the figure was drawn in."""
-    stream = io.BytesIO()
-    FigureCanvasAgg(canvas)
-    canvas.savefig(stream, format="png", dpi=dpi, metadata={"Software": None})
-    write_atomically(path, stream.getvalue())
-
-
-def _style(palette: Palette) -> dict[Any, Any]:
-    ink, muted = palette["ink"], palette["muted"]
-    return _STYLE | {
-        "text.color": ink,
-        "axes.labelcolor": ink,
-        "axes.edgecolor": muted,
-        "axes.facecolor": "none",
-        "xtick.color": muted,
-        "ytick.color": muted,
-        "xtick.labelcolor": ink,
-        "ytick.labelcolor": ink,
-        "grid.color": palette["grid"],
-        "legend.labelcolor": ink,
-    }
+        write(canvas, path)
 
 
 def _single(report: Report, drawing: Drawing, palette: Palette) -> Figure:
@@ -303,40 +225,6 @@ def _single(report: Report, drawing: Drawing, palette: Palette) -> Figure:
     box = (drawing.left / _WIDTH, below / height, width / _WIDTH, _HEIGHT / height)
     drawing.draw(canvas.add_axes(box), report, palette)
     return canvas
-
-
-def _for_page(text: str, name: str, title: str, words: str) -> str:
-    """An SVG file as an element: no fixed size, no names that clash with other figures, roles as CSS variables."""
-    body = text[text.index("<svg") :]
-    body = re.sub(r"<metadata>.*?</metadata>\s*", "", body, flags=re.DOTALL)
-    body = re.sub(r"<!--.*?-->\s*", "", body, flags=re.DOTALL)
-    box = re.search(r'viewBox="([^"]+)"', body)
-    assert box is not None
-    body = body[body.index(">") + 1 :]
-    # Two decimals of a point are finer than any screen. Inside tags only: numbers that are read stay as they are.
-    body = re.sub(r"<[^>]+>", lambda tag: re.sub(r"-?\d+\.\d{3,}", _short_number, tag[0]), body)
-    body = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', body)
-    body = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{name}-", body)
-    body = body.replace("xlink:href", "href")
-    # The page chooses the typeface; sizes stay.
-    body = re.sub(r"font(?:-family)?: ?([\d.]+px )?'DejaVu Sans'[^;\"]*", _font, body)
-    for role, colour in _SENTINEL.items():
-        body = body.replace(colour, f"var(--{role})")
-    body = re.sub(r"\n\s*", "\n", body)
-    head = (
-        f'<svg viewBox="{box[1]}" role="img" aria-labelledby="{name}-title {name}-words">'
-        f'<title id="{name}-title">{html.escape(title)}</title>'
-        f'<desc id="{name}-words">{html.escape(words)}</desc>'
-    )
-    return head + body.strip()
-
-
-def _short_number(match: re.Match[str]) -> str:
-    return f"{float(match[0]):.2f}".rstrip("0").rstrip(".")
-
-
-def _font(match: re.Match[str]) -> str:
-    return f"font-size: {match[1].strip()}" if match[1] else "font-family: inherit"
 
 
 # --- drawings ------------------------------------------------------------------------------------------

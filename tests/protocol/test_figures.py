@@ -13,8 +13,9 @@ from made_up import report as made_up
 from matplotlib.figure import Figure
 
 from moefast.core.errors import OutputError
+from moefast.pages.drawing import DARK, LIGHT
 from moefast.protocol import figures
-from moefast.protocol.figures import DARK, FIGURES, LIGHT
+from moefast.protocol.figures import FIGURES
 
 SVG = "{http://www.w3.org/2000/svg}"
 
