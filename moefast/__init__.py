@@ -1,7 +1,7 @@
 """moefast: surface gravities for millions of faint stellar spectra.
 
-Six public names: `load` a model, `fit` one, `predict` files or `predict_arrays` with it, `evaluate` it, and the
-`Model` itself.
+Public names: `load` a model, `fit` one, `predict` files or `predict_arrays` with it, `evaluate` it, `look_at` a single
+star and `draw_star`, and the `Model` itself.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from moefast.core.version import __version__ as __version__
 
-__all__ = ["Model", "evaluate", "fit", "load", "predict", "predict_arrays"]
+__all__ = ["Model", "draw_star", "evaluate", "fit", "load", "look_at", "predict", "predict_arrays"]
 
 if TYPE_CHECKING:
+    from moefast.inspection.star import look_at
+    from moefast.inspection.star_picture import draw_star
     from moefast.model import Model
     from moefast.predicting_arrays import predict_arrays
     from moefast.protocol.evaluate import evaluate
@@ -30,8 +32,10 @@ if not (_HERE / "kernels").is_dir() and (_HERE.parent / "kernels").is_dir():
 # Imported on first use: `moefast --help` must not wait for Numba.
 _HOMES = {
     "Model": "moefast.model",
+    "draw_star": "moefast.inspection.star_picture",
     "evaluate": "moefast.protocol.evaluate",
     "fit": "moefast.recipes",
+    "look_at": "moefast.inspection.star",
     "predict": "moefast.scoring",
     "predict_arrays": "moefast.predicting_arrays",
 }

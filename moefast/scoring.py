@@ -38,7 +38,17 @@ from moefast.spectra.tables import Column, open_table
 from moefast.spectra.telluric import Telluric
 from moefast.spectra.velocities import Velocities, find_velocities
 
-__all__ = ["Summary", "choose_rows", "columns_of", "make_engine", "open_engine", "predict", "score_block"]
+__all__ = [
+    "Summary",
+    "choose_rows",
+    "columns_of",
+    "make_engine",
+    "move",
+    "open_engine",
+    "predict",
+    "score_block",
+    "unlike_reasons",
+]
 
 BLOCK_ROWS = 2048
 """Rows of a block for those who look at spectra one block after the other."""
@@ -362,22 +372,45 @@ def columns_of(model: Model, result: Prediction, quality: Quality) -> dict[str, 
 
 def _unlike(result: Prediction, limits: Mapping[str, Any], quality: Quality) -> NDArray[np.bool_]:
     """Rows whose spectra lie beyond what the model was fitted on."""
-    least, largest = -np.inf, limits["chi2"]
+    reasons = unlike_reasons(result, limits, quality)
+    return np.any([beyond for _, _, beyond in reasons.values()], axis=0)
+
+
+def unlike_reasons(
+    result: Prediction, limits: Mapping[str, Any], quality: Quality
+) -> dict[str, tuple[NDArray, NDArray, NDArray[np.bool_]]]:
+    """Why spectra lie beyond what the model was fitted on.
+
+    Returns
+    -------
+    dict of str to (array, array, array of bool)
+        What is compared ("chi2, largest", "chi2, least", "foreign", "strength", "distance", as far as the model has a
+        limit): the number of each row, the limit of each row, and whether the number lies beyond it.
+    """
+    n = len(result.chi2)
+    least, largest = np.full(n, -np.inf), np.full(n, limits["chi2"])
     if "least_chi2" in limits:
         # χ² of few pixels scatters more, and of a handful says nothing.
         spread = SURE * np.sqrt(2.0 / np.maximum(quality.n_good, 1))
         least, largest = np.minimum(limits["least_chi2"], 1 - spread), np.maximum(largest, 1 + spread)
-    unlike = ~(result.chi2 <= largest) | (result.chi2 < least)
+    # Numbers that overflowed to NaN compare false with everything: "not within", never "beyond".
+    reasons = {
+        "chi2, largest": (result.chi2, largest, ~(result.chi2 <= largest)),
+        "chi2, least": (result.chi2, least, result.chi2 < least),
+    }
     if result.foreign is not None and "foreign" in limits:
-        unlike |= ~(result.foreign <= limits["foreign"])
+        limit = np.full(n, limits["foreign"])
+        reasons["foreign"] = (result.foreign, limit, ~(result.foreign <= limit))
     strength, distance = result.strength, result.distance
     if strength is not None and "strength" in limits:
-        unlike |= ~(strength >= limits["strength"])
+        limit = np.full(n, limits["strength"])
+        reasons["strength"] = (strength, limit, ~(strength >= limit))
     if strength is not None and distance is not None and "distance" in limits:
         table = limits["distance"]
         place = np.log(np.maximum(strength, _LEAST_STRENGTH))
-        unlike |= ~(distance <= np.interp(place, table["log_strength"], table["limit"]))
-    return unlike
+        limit = np.interp(place, table["log_strength"], table["limit"])
+        reasons["distance"] = (distance, limit, ~(distance <= limit))
+    return reasons
 
 
 def _at_the_edge(model: Model, result: Prediction) -> NDArray[np.bool_]:
@@ -592,7 +625,7 @@ def predict(
         if not wanted_rows.any():
             raise InputError(f"--select {select!r}: holds for none of the rows {start}:{stop}")
     n_out = int(wanted_rows.sum())
-    moved = None if velocity is None else _move(spectra, velocity, wanted_rows)
+    moved = None if velocity is None else move(spectra, velocity, wanted_rows)
     ids = {name: _id_dtype(spectra, name) for name in _carried(spectra, keep)}
     labelled = spectra.has_labels((_LABEL,))
     layout = table_columns(chosen.mixture, ids, several, moved)
@@ -762,8 +795,8 @@ def _carried(spectra: SpectrumSet, keep: Iterable[str]) -> list[str]:
     return list(names | dict.fromkeys(_present(spectra, keep, "--keep")))
 
 
-def _move(spectra: SpectrumSet, velocity: float | str | Path, needed: NDArray[np.bool_]) -> Velocities:
-    """Find the velocities and have them removed."""
+def move(spectra: SpectrumSet, velocity: float | str | Path, needed: NDArray[np.bool_]) -> Velocities:
+    """Find the velocities of spectra, and have them removed when they are read."""
     found = find_velocities(velocity, spectra, needed)
     for shard, first in zip(spectra.shards, spectra.first_rows, strict=False):
         if isinstance(shard, PreparedShard):

@@ -13,29 +13,41 @@ from moefast.core.pictures import literal
 # isort: split
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.patches import PathPatch
+from matplotlib.path import Path as Outline
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+from matplotlib.transforms import ScaledTranslation
+from numpy.typing import NDArray
 
 from moefast.core.atomic import write_atomically
 from moefast.core.errors import OutputError
 
 __all__ = [
     "DARK",
+    "LEFT",
     "LIGHT",
     "PAGE",
     "SUFFIXES",
     "Palette",
+    "cells",
     "check_suffix",
     "embedded",
+    "legend_below",
     "literal",
+    "single",
+    "snr_axis",
     "styled",
     "write",
 ]
@@ -71,6 +83,14 @@ PAGE: Palette = {role: f"#0102{number:02x}" for number, role in enumerate(LIGHT,
 SUFFIXES = (".png", ".svg", ".pdf")
 """Formats of pictures, by the end of the name."""
 
+AXES = {
+    "log_g": "log g [dex]",
+    "T_eff": r"$T_\mathrm{eff}$ [K]",
+    "M_H": "[M/H] [dex]",
+    "snr_median": "snr_median, median of flux / error",
+}
+"""What stands at an axis of a label, or of another column."""
+
 _STYLE = {
     "font.family": ["sans-serif"],
     "font.sans-serif": ["DejaVu Sans"],
@@ -84,6 +104,10 @@ _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "moefast",
 }
+# Inches: width of a figure; left, right and upper margin, height of the axes, room below them, a line of the legend.
+_WIDTH, _RIGHT, _TOP, _HEIGHT, _BELOW, _LINE = 4.7, 0.2, 0.1, 2.75, 0.52, 0.19
+LEFT = 0.64
+"""Room for tick labels in inches."""
 _SVG, _XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 _NUMBERS = {"d", "x", "y", "width", "height"}
 """Attributes of nothing but numbers, and of letters between them."""
@@ -105,6 +129,64 @@ def styled(palette: Palette) -> Any:
         "legend.labelcolor": ink,
     }
     return mpl.rc_context(_STYLE | colours)  # type: ignore[arg-type]
+
+
+def single(draw: Callable[[Axes], None], palette: Palette, *, lines: int = 1, left: float = LEFT) -> Figure:
+    """A figure of one pair of axes, in a fixed place; the legend stands below the data, never over it.
+
+    Parameters
+    ----------
+    draw : callable
+        Draws into axes.
+    palette : mapping
+    lines : int
+        Lines of the legend.
+    left : float
+        Room for tick labels in inches.
+    """
+    below = _BELOW + _LINE * lines
+    height = _TOP + _HEIGHT + below
+    canvas = Figure(figsize=(_WIDTH, height), facecolor="none" if palette is PAGE else palette["surface"])
+    width = _WIDTH - left - _RIGHT
+    draw(canvas.add_axes((left / _WIDTH, below / height, width / _WIDTH, _HEIGHT / height)))
+    return canvas
+
+
+def legend_below(axes: Axes, columns: int = 2) -> None:
+    """A legend in points below the axes, so that their height does not matter."""
+    place = axes.transAxes + ScaledTranslation(-36 / 72, -33 / 72, axes.figure.dpi_scale_trans)
+    axes.legend(
+        loc="upper left", bbox_to_anchor=(0, 0), bbox_transform=place, ncols=columns, frameon=False,
+        borderaxespad=0.2, columnspacing=1.4, handlelength=1.9,
+    )  # fmt: skip
+
+
+def snr_axis(axes: Axes, label: str) -> None:
+    """A logarithmic axis of signal-to-noise ratios with ticks that are read as they stand."""
+    axes.set_xscale("log")
+    ticks = [1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 50, 100, 200, 500]
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel(label)
+
+
+def cells(
+    axes: Axes, x: NDArray, y: NDArray, width: float, height: float, colour: Any, label: str | None = None
+) -> PathPatch:
+    """Rectangles of one colour, by their lower left corners (k,), as one outline: a few paths instead of a thousand."""
+    corners = np.stack(
+        [np.column_stack([x + a * width, y + b * height]) for a, b in ((0, 0), (1, 0), (1, 1), (0, 1))],
+        axis=1,
+    )
+    closed = np.concatenate([corners, corners[:, :1]], axis=1).reshape(-1, 2)
+    codes = np.tile(
+        [Outline.MOVETO, Outline.LINETO, Outline.LINETO, Outline.LINETO, Outline.CLOSEPOLY], len(x)
+    )
+    patch = PathPatch(Outline(closed, codes), facecolor=colour, edgecolor="none", label=label)
+    axes.add_patch(patch)
+    return patch
 
 
 def check_suffix(path: str | os.PathLike[str]) -> None:

@@ -48,8 +48,8 @@ class StarPosterior:
     model, model_sd : array of shape (p,)
         Posterior mean and standard deviation of the flux without noise, in units of the flux that was given. Scale,
         slopes and residuals of sky lines are part of it.
-    continuum_free : array of shape (p,)
-        The same mean without the nuisances: the star alone, at its scale.
+    star, star_sd : array of shape (p,)
+        The same without residuals of sky lines: the star itself, at its scale and slope.
     """
 
     weights: F64
@@ -60,7 +60,8 @@ class StarPosterior:
     n_stars: int
     model: F64
     model_sd: F64
-    continuum_free: F64
+    star: F64
+    star_sd: F64
 
     def moments(self, label: str) -> tuple[float, float]:
         """Posterior mean and standard deviation of a label."""
@@ -151,7 +152,16 @@ def star_posterior(
         covariance = np.block([[spread, shared], [shared.T, nuisance_covariance + follows @ shared]])
     directions, reference = mixture.directions.astype(np.float64), mixture.reference.astype(np.float64)
     scale = float(values.scale[0, 0])
-    variance = np.einsum("pa,ab,pb->p", directions, covariance, directions, optimize=True)
+    kept = directions.shape[1] - mixture.n_sky
+
+    def flux_of(count: int) -> tuple[F64, F64]:
+        """Mean and standard deviation of what the first directions make."""
+        across = directions[:, :count]
+        variance = np.einsum("pa,ab,pb->p", across, covariance[:count, :count], across, optimize=True)
+        return scale * (reference + across @ point[:count]), scale * np.sqrt(np.maximum(variance, 0))
+
+    model, model_sd = flux_of(directions.shape[1])
+    star, star_sd = flux_of(kept)
     return StarPosterior(
         weights=weights,
         label_names=mixture.label_names,
@@ -159,7 +169,8 @@ def star_posterior(
         covariances=covariances,
         library=library,
         n_stars=int(mixture.first[mixture.n_experts]),
-        model=scale * (reference + directions @ point),
-        model_sd=scale * np.sqrt(np.maximum(variance, 0)),
-        continuum_free=scale * (reference + directions[:, :n] @ centre),
+        model=model,
+        model_sd=model_sd,
+        star=star,
+        star_sd=star_sd,
     )

@@ -21,13 +21,22 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.patches import PathPatch, Rectangle
-from matplotlib.path import Path as Outline
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
-from matplotlib.transforms import ScaledTranslation
+from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
-from moefast.pages.drawing import LIGHT, PAGE, Palette, embedded, styled, write
+from moefast.pages.drawing import (
+    LEFT,
+    LIGHT,
+    PAGE,
+    Palette,
+    embedded,
+    legend_below,
+    single,
+    snr_axis,
+    styled,
+    write,
+)
+from moefast.pages.drawing import cells as cells_of
 from moefast.protocol.report import Report
 
 __all__ = [
@@ -63,8 +72,8 @@ PUBLISHED_VIT_OCTILES = tuple(
 """(snr_median, R²) of a vision transformer per octile, as published; the SNRs between the first and the last, which
 alone are given, are spaced evenly in the logarithm."""
 
-# Inches: width of a figure; left, right and upper margin, height of the axes, room below them, a line of the legend.
-_WIDTH, _LEFT, _RIGHT, _TOP, _HEIGHT, _BELOW, _LINE = 4.7, 0.64, 0.2, 0.1, 2.75, 0.52, 0.19
+_WIDTH = 4.7
+"""Inches."""
 _OVERVIEW = (
     "r2-against-snr",
     "r2-by-bin",
@@ -102,7 +111,7 @@ class Drawing:
     describe: Callable[[Report], str]
     exists: Callable[[Report], bool] = lambda report: True
     lines: int = 1
-    left: float = _LEFT
+    left: float = LEFT
 
 
 def png(report: Report, name: str, path: str | os.PathLike[str]) -> None:
@@ -218,13 +227,9 @@ def compared(reports: Mapping[str, Report], path: str | os.PathLike[str]) -> Non
 
 
 def _single(report: Report, drawing: Drawing, palette: Palette) -> Figure:
-    below = _BELOW + _LINE * drawing.lines
-    height = _TOP + _HEIGHT + below
-    canvas = Figure(figsize=(_WIDTH, height), facecolor="white" if palette is LIGHT else "none")
-    width = _WIDTH - drawing.left - _RIGHT
-    box = (drawing.left / _WIDTH, below / height, width / _WIDTH, _HEIGHT / height)
-    drawing.draw(canvas.add_axes(box), report, palette)
-    return canvas
+    return single(
+        lambda axes: drawing.draw(axes, report, palette), palette, lines=drawing.lines, left=drawing.left
+    )
 
 
 # --- drawings ------------------------------------------------------------------------------------------
@@ -255,7 +260,7 @@ def _against_snr(axes: Axes, report: Report, palette: Palette) -> None:
     axes.plot(*np.array(PUBLISHED_VIT_OCTILES).T, "^", color=muted, markersize=4, label="published ViT*")
     _snr_axis(axes)
     _r2_axis(axes, lowest)
-    _legend(axes)
+    legend_below(axes)
 
 
 def _metal_poor(axes: Axes, report: Report, palette: Palette) -> None:
@@ -273,7 +278,7 @@ def _metal_poor(axes: Axes, report: Report, palette: Palette) -> None:
             )  # fmt: skip
     _snr_axis(axes)
     _r2_axis(axes, lowest)
-    _legend(axes)
+    legend_below(axes)
 
 
 def _over_grid(axes: Axes, report: Report, palette: Palette) -> None:
@@ -295,19 +300,9 @@ def _predictions(axes: Axes, report: Report, palette: Palette) -> None:
         members = cells[step == k]
         if not members.size:
             continue
-        # One outline per shade: a few paths instead of a thousand.
-        x, y, size = edges[members[:, 0]], edges[members[:, 1]], edges[1] - edges[0]
-        corners = np.stack(
-            [np.column_stack([x + a * size, y + b * size]) for a, b in ((0, 0), (1, 0), (1, 1), (0, 1))],
-            axis=1,
-        )
-        closed = np.concatenate([corners, corners[:, :1]], axis=1).reshape(-1, 2)
-        codes = np.tile(
-            [Outline.MOVETO, Outline.LINETO, Outline.LINETO, Outline.LINETO, Outline.CLOSEPOLY], len(x)
-        )
-        patch = PathPatch(Outline(closed, codes), facecolor=palette["own"], edgecolor="none")
+        size = edges[1] - edges[0]
+        patch = cells_of(axes, edges[members[:, 0]], edges[members[:, 1]], size, size, palette["own"])
         patch.set_alpha(0.08 + 0.92 * (k / _SHADES) ** 1.4)
-        axes.add_patch(patch)
     limits = (edges[0], edges[-1])
     axes.plot(limits, limits, color=palette["ink"], linewidth=1, linestyle="--", label="equal")
     axes.set(xlim=limits, ylim=limits, xlabel="true log g [dex]", ylabel="predicted log g [dex]")
@@ -353,7 +348,7 @@ def _residuals(label: str, unit: str) -> Callable[[Axes, Report, Palette], None]
         limit = max(0.2, 1.15 * max(every, default=0.2))
         axes.set_ylim(-limit, limit)
         axes.grid(alpha=0.7, linewidth=0.6)
-        _legend(axes)
+        legend_below(axes)
 
     return draw
 
@@ -366,7 +361,7 @@ def _calibration(axes: Axes, report: Report, palette: Palette) -> None:
     axes.plot(expected, found, "o-", color=palette["own"], markersize=3.5, linewidth=1.8, label="found")
     axes.set(xlim=(0, 1), ylim=(0, 1.01), xlabel="expected share of stars within z·σ", ylabel="found share")
     axes.grid(alpha=0.7, linewidth=0.6)
-    _legend(axes)
+    legend_below(axes)
 
 
 def _error_size(axes: Axes, report: Report, palette: Palette) -> None:
@@ -379,7 +374,7 @@ def _error_size(axes: Axes, report: Report, palette: Palette) -> None:
     )
     axes.set(xlim=(0, high), ylim=(0, high), xlabel="claimed σ, root mean square [dex]", ylabel="RMSE [dex]")
     axes.grid(alpha=0.7, linewidth=0.6)
-    _legend(axes)
+    legend_below(axes)
 
 
 def _gate(kind: str) -> Callable[[Axes, Report, Palette], None]:
@@ -462,13 +457,7 @@ def _line(
 
 
 def _snr_axis(axes: Axes) -> None:
-    axes.set_xscale("log")
-    ticks = [1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 50, 100, 200, 500]
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("snr_median (median of the octile)")
+    snr_axis(axes, "snr_median (median of the octile)")
 
 
 def _r2_axis(axes: Axes, lowest: Iterable[float]) -> None:
@@ -478,15 +467,6 @@ def _r2_axis(axes: Axes, lowest: Iterable[float]) -> None:
     axes.set_ylim(max(-1.0, min(0.0, bottom)), 1.0)
     axes.set_ylabel("R² within the octile")
     axes.grid(alpha=0.7, linewidth=0.6)
-
-
-def _legend(axes: Axes) -> None:
-    # In points below the axes, so that their height does not matter.
-    place = axes.transAxes + ScaledTranslation(-36 / 72, -33 / 72, axes.figure.dpi_scale_trans)
-    axes.legend(
-        loc="upper left", bbox_to_anchor=(0, 0), bbox_transform=place, ncols=2, frameon=False, borderaxespad=0.2,
-        columnspacing=1.4, handlelength=1.9,
-    )  # fmt: skip
 
 
 def _grid_map(axes: Axes, report: Report, groups: Sequence[Report]) -> None:
