@@ -42,6 +42,7 @@ __all__ = [
     "Summary",
     "choose_rows",
     "columns_of",
+    "labels_at_the_edge",
     "make_engine",
     "move",
     "open_engine",
@@ -414,22 +415,30 @@ def unlike_reasons(
 
 
 def _at_the_edge(model: Model, result: Prediction) -> NDArray[np.bool_]:
-    """Rows whose labels lie within `EDGE` of their errors of the ends of the training set: a star beyond ends there."""
-    outside = np.zeros(len(result.log_g), bool)
+    """Rows with a label at an end of the training set's: a star beyond ends there."""
+    rows = list(labels_at_the_edge(model, result).values())
+    return np.any(rows, axis=0) if rows else np.zeros(len(result.log_g), bool)
+
+
+def labels_at_the_edge(model: Model, result: Prediction) -> dict[str, NDArray[np.bool_]]:
+    """Rows in which each label lies within `EDGE` of its error of an end of the training set; empty for models of log g
+    alone.
+    """  # noqa: D205
     if (
         not isinstance(model.mixture, PosteriorMixture)
         or result.labels is None
         or result.label_errors is None
     ):
-        return outside
+        return {}
     ranges = model.manifest["training"].get("labels", {})
     values = np.column_stack([result.log_g, result.labels])
     errors = np.column_stack([result.log_g_err, result.label_errors])
+    found = {}
     for i, name in enumerate(model.mixture.label_names):
         if name in _EDGES and name in ranges:
             low, high = ranges[name]
-            outside |= ~(np.minimum(values[:, i] - low, high - values[:, i]) >= EDGE * errors[:, i])
-    return outside
+            found[name] = ~(np.minimum(values[:, i] - low, high - values[:, i]) >= EDGE * errors[:, i])
+    return found
 
 
 EDGE = 0.5
@@ -642,6 +651,7 @@ def predict(
         "inputs": [str(path) for path in origins.paths],
         "input_sha256": spectra.fingerprint(),
         "array": "+".join(scored),
+        "medium": medium,
         "telluric": telluric,
         "rows": f"{start}:{stop}",
         "backend": where.name,

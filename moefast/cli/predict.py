@@ -10,7 +10,20 @@ from pathlib import Path
 import click
 
 from moefast.cli.messages import Progress, tell_failures
-from moefast.cli.options import BACKEND, DEVICE, FILES, JSON, MODEL, OVERWRITE, QUIET, names, rows
+from moefast.cli.options import (
+    BACKEND,
+    DEVICE,
+    FILES,
+    JSON,
+    MEDIUM,
+    MODEL,
+    OVERWRITE,
+    QUIET,
+    TELLURIC,
+    VELOCITY,
+    names,
+    rows,
+)
 from moefast.core.errors import OutputError
 
 __all__ = ["predict"]
@@ -41,20 +54,18 @@ def _shard(_: click.Context, __: click.Parameter, value: str | None) -> tuple[in
 @click.option("--rows", callback=rows, metavar="FIRST:LAST", help="Score these rows only, LAST not included.")
 @click.option("--limit", type=click.IntRange(1), help="Score at most so many rows.")
 @click.option("--shard", callback=_shard, metavar="i/N", help="Score part i (from 0) of N equal parts.")
-@click.option("--velocity", metavar="V",
-              help="Velocities to remove: a number [km/s], a column of the spectra, or a table that is joined by "
-              "identifiers (pfsStarCatalog, pfsStar files, redrock, rvspecfit, or any with v_los).")  # fmt: skip
-@click.option("--wave-medium", "medium", type=click.Choice(["auto", "vacuum", "air"]), default="auto",
-              show_default=True, help="What wavelengths are in; auto is what the survey uses.")  # fmt: skip
-@click.option("--telluric", type=click.Choice(["auto", "mask", "keep"]), default="auto", show_default=True,
-              help="Whether pixels where the Earth's atmosphere absorbs count as bad; auto says so of spectra of "
-              "surveys, not of the simulator's.")  # fmt: skip
+@VELOCITY
+@MEDIUM
+@TELLURIC
 @click.option(
     "--select", metavar="EXPRESSION", help='Rows to predict, such as "targetType == 1 and nVisit > 2".'
 )
 @click.option(
     "--keep", callback=names, metavar="A,B,…", help="Columns of the input to keep besides identifiers."
 )
+@click.option("--report", type=click.Path(dir_okay=False), metavar="PAGE",
+              help="Also write a page on the run, one HTML file: flags, χ² and errors against SNR, stars to look at, "
+              "as moefast inspect TABLE --report does.")  # fmt: skip
 @OVERWRITE
 @QUIET
 @JSON
@@ -62,7 +73,7 @@ def predict(
     files: tuple[str, ...], model: str | None, out: str | None, array: str, backend: str,
     rows: tuple[int, int] | None, limit: int | None, shard: tuple[int, int] | None,
     velocity: str | None, medium: str, telluric: str, select: str | None, keep: tuple[str, ...],
-    overwrite: bool, quiet: bool, as_json: bool,
+    report: str | None, overwrite: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Predict log g for every spectrum and write a table: one row per spectrum, in order.
 
@@ -86,6 +97,8 @@ def predict(
     target = Path(out) if out else Path(f"{stem}.log_g{part}.h5")
     if overwrite and not out:
         _check_same_inputs(target, files)
+    if report and os.path.exists(report) and not overwrite:
+        raise OutputError(f"{report}: exists already; choose another name, or replace it with --overwrite")
     progress = Progress(quiet or as_json)
     summary = run(
         files, model, target, array=array, backend=backend, rows=rows, limit=limit,  # type: ignore[arg-type]
@@ -114,7 +127,20 @@ def predict(
             click.echo("  flags: " + ", ".join(f"{name} {count:,}" for name, count in summary.flags.items()))
         for note in summary.notes:
             click.echo(f"  note: {note}")
+    if report:
+        _write_report(target, model, report)
     tell_failures(summary.failures)
+
+
+def _write_report(table: Path, model: str | None, page: str) -> None:
+    from moefast.inspection.run import summarise_table
+    from moefast.inspection.run_page import write_page
+    from moefast.inspection.worst import spectra_of_worst
+
+    found = summarise_table(table)
+    stars, reason = spectra_of_worst(found, model)
+    write_page(found, page, stars, reason)
+    click.echo(f"written: {page}" + (f". {reason}" if reason else ""), err=True)
 
 
 def _check_same_inputs(target: Path, files: tuple[str, ...]) -> None:

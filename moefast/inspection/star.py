@@ -21,7 +21,7 @@ from moefast.mixture import Prediction
 from moefast.model import Model
 from moefast.posterior.mixture import PosteriorMixture
 from moefast.posterior.star import StarPosterior, star_posterior
-from moefast.scoring import columns_of, move, unlike_reasons
+from moefast.scoring import columns_of, labels_at_the_edge, move, unlike_reasons
 from moefast.spectra.files import SpectrumSet
 from moefast.spectra.layouts.pfsspec import identifiers
 from moefast.spectra.prepared import Origins, Preparation, PreparedShard, open_prepared
@@ -171,7 +171,7 @@ def find_row(spectra: SpectrumSet, row: int | None, identifier: str | None) -> i
     ------
     InputError
     """
-    n = spectra.n_rows
+    n, where = spectra.n_rows, spectra.shards[0].path
     if row is not None and identifier is not None:
         raise InputError("--row and --id: name the star by one of the two")
     if identifier is not None:
@@ -179,14 +179,15 @@ def find_row(spectra: SpectrumSet, row: int | None, identifier: str | None) -> i
     if row is None:
         if n == 1:
             return 0
-        raise InputError(f"the input holds {n:,} spectra; choose one with --row 0 … {n - 1} or --id")
+        raise InputError(f"{where}: the input holds {n:,} spectra; choose one with --row 0 … {n - 1} or --id")
     if not 0 <= row < n:
-        raise InputError(f"--row {row}: the input has rows 0 to {n - 1}")
+        raise InputError(f"{where}: --row {row}: the input has rows 0 to {n - 1}")
     return row
 
 
 def _row_of(spectra: SpectrumSet, identifier: str) -> int:
     name, sign, value = identifier.partition("=")
+    where = f"{spectra.shards[0].path}: --id {identifier}"
     known = _identifiers(spectra)
     if sign and name.strip() in spectra.columns:
         columns, value = [name.strip()], value.strip()
@@ -194,7 +195,7 @@ def _row_of(spectra: SpectrumSet, identifier: str) -> int:
         columns, value = known, identifier.strip()
     if not columns:
         raise InputError(
-            f"--id {identifier}: the input has no identifiers; its columns are "
+            f"{where}: the input has no identifiers; its columns are "
             f"{', '.join(spectra.columns) or 'none'}. Choose a column with --id NAME=VALUE, or a row with --row"
         )
     for column in columns:
@@ -204,9 +205,9 @@ def _row_of(spectra: SpectrumSet, identifier: str) -> int:
         if len(rows):
             few = ", ".join(str(each) for each in rows[:MOST_ROWS]) + (" …" if len(rows) > MOST_ROWS else "")
             raise InputError(
-                f"--id {identifier}: {len(rows)} spectra have {column} {value} (rows {few}); choose one with --row"
+                f"{where}: {len(rows)} spectra have {column} {value} (rows {few}); choose one with --row"
             )
-    raise InputError(f"--id {identifier}: no spectrum has it in {', '.join(columns)}")
+    raise InputError(f"{where}: no spectrum has it in {', '.join(columns)}")
 
 
 def _texts(values: NDArray) -> NDArray:
@@ -309,7 +310,8 @@ def _edge(model: Model, result: Prediction, limits: Mapping[str, Any]) -> str:
     if not low <= level <= high:
         least, largest = np.exp(low), np.exp(high)
         return f"the noise is {np.exp(level):.2g} of the training set's, outside {least:.2g} to {largest:.2g}"
-    return "log g, or with posteriors T_eff or [M/H], lies at an end of the training labels"
+    names = [name for name, rows in labels_at_the_edge(model, result).items() if rows[0]] or ["log_g"]
+    return f"{' and '.join(names)} at an end of the training labels: a star beyond would end there, too"
 
 
 def describe(star: Star) -> str:

@@ -7,7 +7,17 @@ error: residuals are in units of the error, and those of several pixels together
 
 from __future__ import annotations
 
-from moefast.pages.drawing import AXES, LIGHT, Palette, check_suffix, literal, styled, write
+from moefast.pages.drawing import (
+    AXES,
+    LIGHT,
+    Palette,
+    check_suffix,
+    legend_below,
+    literal,
+    single,
+    styled,
+    write,
+)
 
 # isort: split
 import os
@@ -21,12 +31,14 @@ from numpy.typing import NDArray
 from moefast.inspection.lines import CALCIUM, lines_within
 from moefast.inspection.star import Star, describe
 
-__all__ = ["draw_star", "figure", "smoothed"]
+__all__ = ["draw_star", "figure", "small_picture", "smoothed"]
 
 F64 = NDArray[np.float64]
 
 SMOOTHING, SMOOTHING_CLOSE = 9, 5
 """Pixels, odd, that the smoothed flux is a mean of: over the whole range, and around the calcium triplet."""
+SMALL_SMOOTHING, SMALL_STEP = 15, 5
+"""Pixels, odd, that the flux of a small picture is a mean of; it shows every fifth."""
 TOGETHER = 15
 """Pixels, odd, whose residuals are taken together."""
 LARGEST_PULL = 6.0
@@ -108,6 +120,25 @@ def figure(star: Star, palette: Palette = LIGHT) -> Figure:
     return canvas
 
 
+def small_picture(star: Star, palette: Palette) -> Figure:
+    """The spectrum of a star and its model in a few inches, for a page; call it as `figure`."""
+
+    def draw(axes: Axes) -> None:
+        _spectrum(
+            axes,
+            star,
+            palette,
+            (float(star.wave[0]), float(star.wave[-1])),
+            SMALL_SMOOTHING,
+            legend=False,
+            small=True,
+        )
+        axes.set_xlabel("wavelength in vacuum, at rest [Å]")
+        legend_below(axes)
+
+    return single(draw, palette, lines=2)
+
+
 def _result(star: Star) -> str:
     value, error = star.values["log_g"], star.values["log_g_err"]
     flags = ", ".join(name for name, _ in star.flags) or "no flag"
@@ -140,20 +171,39 @@ def _weights(star: Star) -> F64:
 
 
 def _spectrum(
-    axes: Axes, star: Star, palette: Palette, span: tuple[float, float], width: int, legend: bool = True
+    axes: Axes,
+    star: Star,
+    palette: Palette,
+    span: tuple[float, float],
+    width: int,
+    *,
+    legend: bool = True,
+    small: bool = False,
 ) -> None:
+    """Flux, smoothed flux, the star by the model; small ones leave single pixels out."""
     wave, here = star.wave, (star.wave >= span[0]) & (star.wave <= span[1])
     mean = smoothed(star.flux, _weights(star), width)
-    flux = np.where(star.good, star.flux, np.nan)
-    axes.plot(
-        wave[here], flux[here], color=palette["muted"], linewidth=0.5, alpha=0.55, label="flux, good pixels"
-    )
+    if small:
+        here &= np.arange(len(wave)) % SMALL_STEP == 0
+    else:
+        flux = np.where(star.good, star.flux, np.nan)
+        axes.plot(
+            wave[here],
+            flux[here],
+            color=palette["muted"],
+            linewidth=0.5,
+            alpha=0.55,
+            label="flux, good pixels",
+        )
     axes.plot(
         wave[here], mean[here], color=palette["ink"], linewidth=1.0, label=f"flux, mean of {width} pixels"
     )
     shown = [mean]
     if star.posterior is not None:
         model, sd = star.posterior.star, star.posterior.star_sd
+        if small:
+            # Smoothed as the flux is, so that the two can be compared.
+            model = smoothed(model, np.ones_like(model), width)
         axes.fill_between(
             wave[here], (model - sd)[here], (model + sd)[here], color=palette["first"], alpha=0.3, linewidth=0,
             label="its 1σ",
@@ -162,7 +212,7 @@ def _spectrum(
             wave[here], model[here], color=palette["first"], linewidth=1.3, label="the star, by the model"
         )
         shown.append(model)
-    _shade(axes, star, palette)
+    _shade(axes, star, palette, step=SMALL_STEP if small else 1)
     limits = [
         np.percentile(each[here][np.isfinite(each[here])], FRAME)
         for each in shown
@@ -175,10 +225,10 @@ def _spectrum(
         low, high = low - (2 * room if legend else room), high + room
         axes.set_ylim(low, high)
         n_beyond = int(np.sum((star.flux < low) | (star.flux > high), where=star.good & here))
-        if n_beyond:
+        if n_beyond and not small:
             axes.annotate(
-                f"{n_beyond:,} pixels beyond the frame (sky lines)", (1, 0), (-5, 5), xycoords="axes fraction",
-                textcoords="offset points", ha="right", fontsize=7.5, color=palette["muted"],
+                f"{n_beyond:,} pixels beyond the frame (sky lines)", (1, 1), (-5, -5), xycoords="axes fraction",
+                textcoords="offset points", ha="right", va="top", fontsize=7.5, color=palette["muted"],
             )  # fmt: skip
     axes.set_xlim(*span)
     axes.set_ylabel("flux")
@@ -186,12 +236,13 @@ def _spectrum(
         axes.legend(loc="lower left", ncols=5, frameon=False, fontsize=8, borderaxespad=0.2)
 
 
-def _shade(axes: Axes, star: Star, palette: Palette, named: bool = True) -> None:
-    """Pixels that do not count."""
+def _shade(axes: Axes, star: Star, palette: Palette, *, named: bool = True, step: int = 1) -> None:
+    """Pixels that do not count; with a step, where most of as many pixels do not."""
     if star.good.all():
         return
+    bad = np.convolve(~star.good, np.full(step, 1 / step), "same")[::step] > 0.5
     axes.fill_between(
-        star.wave, 0, 1, where=~star.good, step="mid", transform=axes.get_xaxis_transform(), color=palette["grid"],
+        star.wave[::step], 0, 1, where=bad, step="mid", transform=axes.get_xaxis_transform(), color=palette["grid"],
         alpha=0.75, linewidth=0.4, label="pixels that do not count" if named else None, zorder=0,
     )  # fmt: skip
 
@@ -292,9 +343,10 @@ def _kiel(axes: Axes, star: Star, palette: Palette) -> None:
         library[:, i], library[:, 0], ".", color=palette["muted"], markersize=2.5, alpha=0.6,
         label="library",
     )  # fmt: skip
-    margin = 0.04 * np.ptp(library[:, i])
-    t_eff = np.linspace(library[:, i].min() - margin, library[:, i].max() + margin, 160)
-    log_g = np.linspace(library[:, 0].min() - 0.3, library[:, 0].max() + 0.3, 160)
+    t_eff, log_g = (
+        np.linspace(*_span(library[:, posterior.label_names.index(name)], star, name), 160)
+        for name in ("T_eff", "log_g")
+    )
     density = posterior.joint_density("T_eff", "log_g", t_eff, log_g)
     levels = _contour_levels(density)
     if levels is not None:
@@ -327,6 +379,15 @@ def _legend_above(axes: Axes) -> None:
         loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=3, frameon=False, fontsize=7.5, borderaxespad=0.1,
         handletextpad=0.4, columnspacing=1.0, handlelength=1.3,
     )  # fmt: skip
+
+
+def _span(library: F64, star: Star, label: str) -> tuple[float, float]:
+    """The library's labels and the star's own within 2.5 of its errors, and a margin."""
+    reach = 2.5 * star.values[f"{label}_err"]
+    value = star.values[label]
+    low, high = min(library.min(), value - reach), max(library.max(), value + reach)
+    margin = 0.04 * (high - low)
+    return float(low - margin), float(high + margin)
 
 
 def _contour_levels(density: F64) -> list[float] | None:
