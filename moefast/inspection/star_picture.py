@@ -43,8 +43,8 @@ TOGETHER = 15
 """Pixels, odd, whose residuals are taken together."""
 LARGEST_PULL = 6.0
 """Errors beyond which residuals are drawn at the edge."""
-FRAME, MARGIN = (0.5, 99.5), 0.25
-"""Percentiles of model and smoothed flux that set the frame, and room beyond them, in their range."""
+FRAME, MARGIN = (2, 98), 0.3
+"""Percentiles of the smoothed flux that set the frame beside the whole model, and room beyond them, in their range."""
 LEVELS = (0.683, 0.954)
 """Probability within the contours."""
 _LINE_ROLES = {
@@ -198,7 +198,8 @@ def _spectrum(
     axes.plot(
         wave[here], mean[here], color=palette["ink"], linewidth=1.0, label=f"flux, mean of {width} pixels"
     )
-    shown = [mean]
+    known = mean[here & np.isfinite(mean)]
+    limits = list(np.percentile(known, FRAME)) if known.size else []
     if star.posterior is not None:
         model, sd = star.posterior.star, star.posterior.star_sd
         if small:
@@ -211,13 +212,8 @@ def _spectrum(
         axes.plot(
             wave[here], model[here], color=palette["first"], linewidth=1.3, label="the star, by the model"
         )
-        shown.append(model)
+        limits += [model[here].min(), model[here].max()]
     _shade(axes, star, palette, step=SMALL_STEP if small else 1)
-    limits = [
-        np.percentile(each[here][np.isfinite(each[here])], FRAME)
-        for each in shown
-        if np.isfinite(each[here]).any()
-    ]
     if limits:
         low, high = float(np.min(limits)), float(np.max(limits))
         room = MARGIN * max(high - low, 0.05 * abs(high), 1e-12)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from moefast.core.errors import MoefastError
 from moefast.inspection.run import Run
@@ -76,9 +77,9 @@ def spectra_of_worst(
     return stars, reason
 
 
-def _array(run: Run) -> str:
-    array = str(run.attributes.get("array") or "auto")
-    return array if array in {"flux", "noisy"} else "auto"
+def _array(run: Run) -> Literal["auto", "flux", "noisy"]:
+    array = run.attributes.get("array")
+    return "flux" if array == "flux" else "noisy" if array == "noisy" else "auto"
 
 
 def _at_hand(path: str, table: str) -> Path | None:
