@@ -11,6 +11,7 @@ from __future__ import annotations
 from moefast.core.pictures import literal
 
 # isort: split
+import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from moefast.pages.drawing import (
+    AXES,
     LEFT,
     LIGHT,
     PAGE,
@@ -255,9 +257,15 @@ def _against_snr(axes: Axes, report: Report, palette: Palette) -> None:
         elif report["ceilings"].get(name, {}).get("r2") is not None:
             value = report["ceilings"][name]["r2"]
             axes.axhline(value, linestyle=style, color=palette["ceiling"], label=f"{label} (all stars)")
-    muted = palette["muted"]
-    axes.plot(*np.array(PUBLISHED_RIDGE_OCTILES).T, "x", color=muted, markersize=5, label="published ridge*")
-    axes.plot(*np.array(PUBLISHED_VIT_OCTILES).T, "^", color=muted, markersize=4, label="published ViT*")
+    # Points of other data are apart: open, grey, behind, never joined by a line.
+    for points, marker, name in (
+        (PUBLISHED_RIDGE_OCTILES, "s", "ridge, published for other data"),
+        (PUBLISHED_VIT_OCTILES, "^", "ViT, published for other data"),
+    ):
+        axes.plot(
+            *np.array(points).T, marker, color=palette["muted"], markersize=4, markerfacecolor="none",
+            markeredgewidth=0.8, alpha=0.8, linestyle="none", label=name, zorder=1,
+        )  # fmt: skip
     _snr_axis(axes)
     _r2_axis(axes, lowest)
     legend_below(axes)
@@ -411,13 +419,15 @@ def _ladder(axes: Axes, report: Report, palette: Palette) -> None:
         (name, entry["r2"], entry["r2_interval"], "muted") for name, entry in report["references"].items()
     ]
     rows.append(("this model", overall["r2"], overall["r2_interval"], "own"))
-    rows += [
-        (f"ceiling: {name}", entry["r2"], [None, None], "ceiling")
-        for name, entry in report["ceilings"].items()
-        if name in {"bayes", "fisher mean", "fisher median"}
+    rows = sorted((row for row in rows if row[1] is not None), key=lambda row: row[1])
+    # Ceilings stand above all models. The mean Fisher bound, which single stars without information drag far below the
+    # models, is none of the whole set and stays in the table.
+    limits = [
+        (name, report["ceilings"][key]["r2"], [None, None], "ceiling")
+        for key, name in (("bayes", "Bayes ceiling"), ("fisher median", "Fisher ceiling, median"))
+        if report["ceilings"].get(key, {}).get("r2") is not None
     ]
-    rows = [row for row in rows if row[1] is not None]
-    rows.sort(key=lambda row: row[1])
+    rows += sorted(limits, key=lambda row: row[1])
     for k, (_, value, interval, role) in enumerate(rows):
         if None not in interval:
             axes.plot(interval, [k, k], color=palette[role], linewidth=3, alpha=0.45, solid_capstyle="butt")
@@ -428,6 +438,8 @@ def _ladder(axes: Axes, report: Report, palette: Palette) -> None:
             f"{value:.3f}".replace("-", "−"), (right, k), (6, 0), textcoords="offset points", va="center",
             fontsize=8.5, color=palette["ink"], fontweight="bold" if role == "own" else "normal",
         )  # fmt: skip
+    if limits and len(rows) > len(limits):
+        axes.axhline(len(rows) - len(limits) - 0.5, color=palette["muted"], linewidth=0.8, linestyle=":")
     values = [row[1] for row in rows]
     span = max(values) - min(values)
     axes.set_xlim(min(values) - max(0.04, 0.08 * span), max(values) + max(0.12, 0.3 * span))
@@ -435,6 +447,76 @@ def _ladder(axes: Axes, report: Report, palette: Palette) -> None:
     axes.set_yticks(np.arange(len(rows)), [row[0] for row in rows])
     axes.set_xlabel("R², all stars")
     axes.grid(axis="x", alpha=0.7, linewidth=0.6)
+    for role, marker, name in (
+        ("own", "o", "this model"),
+        ("muted", "s", "simpler fits"),
+        ("ceiling", "d", "ceilings"),
+    ):
+        if any(row[3] == role for row in rows):
+            axes.plot([], [], marker, color=palette[role], linestyle="none", label=name)
+    legend_below(axes, columns=3)
+
+
+LEAST_IN_CELL = 5
+"""Stars that a cell of the Kiel diagram needs, to have a bias."""
+BIAS_STEPS = (-0.4, -0.2, -0.1, 0.1, 0.2, 0.4)
+"""dex between which the Kiel diagram changes its colour."""
+
+
+def _kiel(axes: Axes, report: Report, palette: Palette) -> None:
+    kiel = report["kiel"]
+    t_eff, log_g = _floats(kiel["t_eff"]), _floats(kiel["log_g"])
+    found = np.array(kiel["cells"], np.float64).reshape(-1, 5)
+    if not found.size:
+        return
+    found = found[found[:, 2] >= LEAST_IN_CELL]
+    step = np.searchsorted(BIAS_STEPS, found[:, 3])
+    colours = mpl.colormaps["PuOr"](np.linspace(0.04, 0.96, len(BIAS_STEPS) + 1))
+    signs = [f"{value:+g}".replace("-", "−") for value in BIAS_STEPS]
+    names = [
+        f"below {signs[0]}",
+        *(f"{a} to {b}" for a, b in itertools.pairwise(signs)),
+        f"above {signs[-1]}",
+    ]
+    for k, (colour, name) in enumerate(zip(colours, names, strict=True)):
+        i, j = found[step == k, 0].astype(int), found[step == k, 1].astype(int)
+        cells_of(axes, t_eff[i], log_g[j], t_eff[1] - t_eff[0], log_g[1] - log_g[0], tuple(colour), name)
+    axes.set(xlabel=AXES["T_eff"], ylabel=f"true {AXES['log_g']}")
+    axes.set_xlim(t_eff[-1], t_eff[0])
+    axes.set_ylim(log_g[-1], log_g[0])
+    legend_below(axes, columns=3)
+
+
+def _giants(axes: Axes, report: Report, palette: Palette) -> None:
+    below = report["giants"]["below"]
+    for part, role, marker, sign in zip(
+        report["giants"]["parts"], ("first", "own"), "sD", ("<", "≥"), strict=True
+    ):
+        x, y = (_floats(group[key] for group in part["groups"]) for key in ("centre", "right"))
+        label = f"{part['name']}, log g {sign} {below:g}"
+        axes.plot(x, 100 * y, f"{marker}-", color=palette[role], markersize=4, linewidth=1.8, label=label)
+    axes.axhline(50, color=palette["ink"], linewidth=0.9, linestyle="--", label="even odds")
+    _snr_axis(axes)
+    axes.set(ylabel="predicted on their side [%]", ylim=(0, 102))
+    axes.grid(alpha=0.7, linewidth=0.6)
+    legend_below(axes)
+
+
+def _error_by_snr(axes: Axes, report: Report, palette: Palette) -> None:
+    rows = report["errors_by_snr"]
+    x = _floats(row["centre"] for row in rows)
+    rmse, p16, rms, p84 = (_floats(row[key] for row in rows) for key in ("rmse", "p16", "rms", "p84"))
+    if np.isfinite(rms).any():
+        axes.fill_between(
+            x, p16, p84, color=palette["own"], alpha=0.2, linewidth=0, label="claimed, 16 to 84 % of stars"
+        )
+        axes.plot(x, rms, "o-", color=palette["own"], markersize=4, linewidth=1.8, label="claimed, RMS")
+    axes.plot(x, rmse, "s--", color=palette["first"], markersize=4, linewidth=1.4, label="made, RMSE")
+    _snr_axis(axes)
+    axes.set_ylabel("σ(log g) [dex]")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.7, linewidth=0.6)
+    legend_below(axes)
 
 
 # --- parts of drawings ---------------------------------------------------------------------------------
@@ -548,6 +630,35 @@ def _short(value: float | None) -> str:
 # --- in words ------------------------------------------------------------------------------------------
 
 
+def _says_kiel(report: Report) -> str:
+    cells = [cell for cell in report["kiel"]["cells"] if cell[2] >= LEAST_IN_CELL]
+    if not cells:
+        return "No cell of T_eff and log g holds enough stars for a bias."
+    worst = max(cells, key=lambda cell: abs(cell[3]))
+    place = [
+        0.5 * (edges[k] + edges[k + 1])
+        for edges, k in zip((report["kiel"]["t_eff"], report["kiel"]["log_g"]), worst[:2], strict=True)
+    ]
+    return (
+        f"Bias of log g in {len(cells)} cells of T_eff and log g; the largest, {_text(worst[3])} dex, at "
+        f"{place[0]:.0f} K and log g {place[1]:.2f}."
+    )
+
+
+def _says_giants(report: Report) -> str:
+    return "Share on their side of log g 3.5 by snr_median: " + "; ".join(
+        f"{part['name']} " + ", ".join(f"{_short(g['centre'])}: {_text(g['right'])}" for g in part["groups"])
+        for part in report["giants"]["parts"]
+    )
+
+
+def _says_error_by_snr(report: Report) -> str:
+    return "Claimed and made error of log g in dex by snr_median: " + ", ".join(
+        f"{_short(row['centre'])}: {_text(row['rms'])}, {_text(row['rmse'])}"
+        for row in report["errors_by_snr"]
+    )
+
+
 def _says_groups(what: str, kind: str) -> Callable[[Report], str]:
     def describe(report: Report) -> str:
         label = (lambda g: f"{_short(g['centre'])}") if kind == "snr_median" else (lambda g: g["name"])
@@ -620,6 +731,11 @@ def _has_calibration(report: Report) -> bool:
     return report["calibration"] is not None
 
 
+def _has(key: str) -> Callable[[Report], bool]:
+    """Whether a report has an entry; those of earlier versions lack the newest."""
+    return lambda report: bool(report.get(key))
+
+
 def _has_gate(report: Report) -> bool:
     return report["routing"] is not None
 
@@ -627,7 +743,8 @@ def _has_gate(report: Report) -> bool:
 FIGURES: Mapping[str, Drawing] = {
     "r2-against-snr": Drawing(
         "R² against signal-to-noise",
-        "Octiles of snr_median; the band is the bootstrap interval. * Published for other data, which are not public.",
+        "Octiles of snr_median; the band is the bootstrap interval. Open symbols are published numbers of other data, "
+        "which are not public: they are no marks for this set.",
         _against_snr,
         _says_groups("R² by median snr_median of the octile", "snr_median"),
         lines=4,
@@ -638,7 +755,7 @@ FIGURES: Mapping[str, Drawing] = {
         _ladder,
         _says_ladder,
         lambda report: bool(report["references"] or report["ceilings"]),
-        lines=0,
+        lines=1,
         left=1.95,
     ),
     "r2-by-bin": Drawing(
@@ -662,12 +779,28 @@ FIGURES: Mapping[str, Drawing] = {
         _says_metal_poor,
         lines=2,
     ),
+    "giants-and-dwarfs": Drawing(
+        "Giants against dwarfs",
+        "Share of the true giants and dwarfs of each octile of snr_median that are predicted as such.",
+        _giants,
+        _says_giants,
+        _has("giants"),
+        lines=2,
+    ),
     "predicted-against-true": Drawing(
         "Predicted against true log g",
         "Predictions beyond the frame are drawn at its edge.",
         _predictions,
         _says_density,
         lines=2,
+    ),
+    "kiel-bias": Drawing(
+        "Bias over the Kiel diagram",
+        "Mean of predicted − true log g [dex] of the stars of each cell of true T_eff and log g, five at least.",
+        _kiel,
+        _says_kiel,
+        _has("kiel"),
+        lines=3,
     ),
     "residuals-log_g": Drawing(
         "Residuals along log g",
@@ -703,6 +836,15 @@ FIGURES: Mapping[str, Drawing] = {
         _calibration,
         _says_calibration,
         _has_calibration,
+    ),
+    "error-by-snr": Drawing(
+        "Error of log g against signal-to-noise",
+        "Errors that are claimed, and those that are made, in octiles of snr_median: the root mean squares should "
+        "agree.",
+        _error_by_snr,
+        _says_error_by_snr,
+        _has("errors_by_snr"),
+        lines=2,
     ),
     "error-size": Drawing(
         "Claimed against real errors",

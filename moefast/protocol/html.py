@@ -32,11 +32,11 @@ _SECTIONS = (
 )
 _FIGURES = {
     "standing": ("r2-against-snr", "what-helped"),
-    "bins": ("r2-by-bin", "low-snr", "metal-poor"),
+    "bins": ("r2-by-bin", "low-snr", "metal-poor", "giants-and-dwarfs"),
     "residuals": (
-        "predicted-against-true", "residuals-log_g", "residuals-T_eff", "residuals-M_H", "residuals-snr",
+        "predicted-against-true", "kiel-bias", "residuals-log_g", "residuals-T_eff", "residuals-M_H", "residuals-snr",
     ),
-    "errors": ("error-calibration", "error-size"),
+    "errors": ("error-calibration", "error-by-snr", "error-size"),
     "gate": ("gate-by-bin", "gate-by-snr"),
 }  # fmt: skip
 """Figures of each section."""
@@ -249,7 +249,8 @@ def _ceilings(report: Report) -> Table | None:
     ]
     return Table(
         "What the physics allows: efficiency is R² over the ceiling, gap closed the share of the way from the "
-        "published-style ridge to it",
+        "published-style ridge to it. The mean Fisher bound without prior is no limit of the set: single stars without "
+        "information drag it down",
         ("ceiling", "R²", "efficiency", "gap closed", "interval"),
         rows,
     )
