@@ -43,6 +43,7 @@ __all__ = [
     "Summary",
     "choose_rows",
     "columns_of",
+    "count_rows",
     "labels_at_the_edge",
     "make_engine",
     "move",
@@ -753,6 +754,17 @@ def predict(
             sink.attrs["r2"] = summary.r2
     summary.columns = sink.columns
     return summary
+
+
+def count_rows(paths: str | Path | Iterable[str | Path], model: Model) -> int:
+    """Rows that `predict` would find in the files.
+
+    Raises
+    ------
+    InputError, WaveGridError
+        As `predict`.
+    """
+    return _open(paths, Preparation(model.mixture.wave))[0].n_rows
 
 
 def _open(

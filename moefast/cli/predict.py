@@ -7,6 +7,7 @@ import glob
 import json
 import os
 import sys
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,9 @@ _OF_TASK = "of this task"
 @click.option("--shard", callback=_shard, metavar="[i/N]", is_flag=False, flag_value=_OF_TASK,
               help="Score part i (from 0) of N equal parts; without a value the part of this task of a SLURM job "
               "array. moefast merge joins the tables.")  # fmt: skip
+@click.option("--scheduler", metavar="ADDRESS",
+              help="Predict on a Dask cluster: the address of its scheduler, or local:N for N workers on this machine. "
+              "The table is that of one machine, bit for bit.")  # fmt: skip
 @VELOCITY
 @MEDIUM
 @TELLURIC
@@ -106,7 +110,7 @@ _OF_TASK = "of this task"
 def predict(
     files: tuple[str, ...], listing: str | None, model: str | None, out: str | None, folder: str | None, suffix: str,
     skip_existing: bool, status: str | None, log: str | None, array: str, backend: str,
-    rows: tuple[int, int] | None, limit: int | None, shard: tuple[int, int] | None,
+    rows: tuple[int, int] | None, limit: int | None, shard: tuple[int, int] | None, scheduler: str | None,
     velocity: str | None, medium: str, telluric: str, select: str | None, keep: tuple[str, ...],
     report: str | None, overwrite: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
@@ -158,6 +162,18 @@ def predict(
         _check_same_inputs(target, files)
     if report and os.path.exists(report) and not overwrite:
         raise OutputError(f"{report}: exists already; choose another name, or replace it with --overwrite")
+    if scheduler is not None:
+        if rows or limit or shard:
+            raise click.UsageError("--scheduler predicts all rows: leave out --rows, --limit and --shard")
+        options = {
+            "array": array, "backend": backend, "velocity": velocity, "medium": medium, "telluric": telluric,
+            "select": select, "keep": keep,
+        }  # fmt: skip
+        _on_cluster(
+            scheduler, files, model, target, options, report=report, overwrite=overwrite, quiet=quiet,
+            as_json=as_json,
+        )  # fmt: skip
+        return
     progress = Progress(quiet or as_json)
     summary = run(
         files, model, target, array=array, backend=backend, rows=rows, limit=limit,  # type: ignore[arg-type]
@@ -240,6 +256,46 @@ def _each(
             click.echo(f"moefast: error: {job.message}", err=True)
     if any(job.exit_code for job in jobs):
         sys.exit(nights.worst(jobs))
+
+
+def _on_cluster(
+    scheduler: str, files: tuple[str, ...], model: str | None, target: Path, options: dict[str, Any], *,
+    report: str | None, overwrite: bool, quiet: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """The same table by the workers of a cluster."""
+    from moefast.cluster.workers import connect, predict_on
+
+    progress = Progress(quiet or as_json)
+    begin = time.perf_counter()
+    with connect(scheduler) as client:
+        workers = len(client.scheduler_info(n_workers=-1)["workers"])
+        progress.note(f"{workers} workers; dashboard {client.dashboard_link}")
+        merged = predict_on(
+            client,
+            files,
+            model,
+            target,
+            options=options,
+            overwrite=overwrite,
+            progress=progress.rows("predict"),
+        )
+    progress.close()
+    seconds = time.perf_counter() - begin
+    if report:
+        _write_report(target, model, report)
+    if as_json:
+        facts = {
+            "table": str(target), "rows": merged.n_rows, "shards": merged.n_parts, "workers": workers,
+            "seconds": seconds, "r2": merged.r2, "notes": list(merged.notes),
+        }  # fmt: skip
+        click.echo(json.dumps(facts, indent=1))
+        return
+    r2 = "no labels, so no R²" if merged.r2 is None else f"R² {merged.r2:.3f}"
+    click.echo(
+        f"{target}: {merged.n_rows:,} spectra, {merged.n_parts} shards by {workers} workers in {seconds:.0f} s, {r2}"
+    )
+    for note in merged.notes:
+        click.echo(f"  note: {note}")
 
 
 def _check_same_inputs(target: Path, files: tuple[str, ...]) -> None:
