@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Literal, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 from moefast.core.errors import InputError
@@ -69,6 +70,9 @@ class SurveyFile:
         Whether the Earth's absorption is in the spectra: in all but those of a simulator that leaves it out.
     notes : list of str
         What users must know: another line-spread function, values that were taken for bad.
+    line_spread : callable, optional
+        Gives the FWHM [Å] of the line-spread function at each pixel of each arm, in the order of `read`, or None for an
+        arm of which it is not known; for files whose rows share their wavelengths.
     fingerprint, order_problems : callable, optional
         As of `moefast.spectra.files.Shard`.
     """
@@ -85,6 +89,7 @@ class SurveyFile:
     normalised: bool = False
     through_atmosphere: bool = True
     notes: list[str] = field(default_factory=list)
+    line_spread: Callable[[], list[NDArray[np.float64] | None]] | None = None
     fingerprint: Callable[[], str] | None = None
     order_problems: Callable[[], list[str]] | None = None
 
