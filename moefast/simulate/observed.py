@@ -75,7 +75,7 @@ OTHER_GAPS = ("none", "random", "block", "edges")
 _STREAM = 14
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Observed:
     """How stars are observed, told by files.
 
@@ -174,6 +174,9 @@ class Observed:
             spectrograph, _filled(error[usable], lost[usable]), lost[usable], snr[usable], f"{names}, {power}",
             digest.hexdigest(), notes, list(spectra.failures),
         )  # fmt: skip
+
+    def __repr__(self) -> str:
+        return f"Observed({str(self)!r})"
 
     def __str__(self) -> str:
         low, middle, high = np.quantile(self.snr, [0, 0.5, 1])

@@ -80,7 +80,7 @@ def _refuse_sharper(wave: F64, fwhm: F64) -> None:
         raise MoefastError(
             f"resolution: a FWHM of {fwhm[j]:.3g} Å at {wave[j]:.0f} Å (resolving power {wave[j] / fwhm[j]:.0f}) is "
             f"asked for; the emulator's is {there[j]:.3g} Å (resolving power {RESOLVING_POWER:g}), and lines cannot be "
-            f"made sharper: ask for a resolving power of {RESOLVING_POWER:g} at most, or for {there.max():.3g} Å or more"
+            f"made sharper: ask for {RESOLVING_POWER:g} at most, or for {there.max():.3g} Å or more"
         )
 
 
