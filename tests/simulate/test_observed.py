@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from astropy.io import fits
 from click.testing import CliRunner
+from survey_files import write_desi, write_pfs_many
 
 from moefast.cli import cli
 from moefast.core.errors import InputError, MoefastError, WaveGridError
@@ -17,7 +18,6 @@ from moefast.simulate.spectrograph import Spectrograph
 from moefast.spectra.files import Shard
 from moefast.spectra.quality import Flag
 from moefast.spectra.telluric import telluric_pixels
-from tests.survey_files import write_desi, write_pfs_many
 
 WAVE_R, WAVE_Z = 5760 + 0.8 * np.arange(2326), 7520 + 0.8 * np.arange(2881)
 N = 40
