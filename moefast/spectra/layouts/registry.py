@@ -24,6 +24,7 @@ from moefast.spectra.resample import Pixels
 __all__ = [
     "LAYOUTS",
     "Layout",
+    "Reader",
     "SurveyFile",
     "fingerprint_of",
     "known_layouts",
