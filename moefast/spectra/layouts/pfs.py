@@ -325,7 +325,7 @@ def _is_one(file: FitsFile) -> bool:
 def _open_one(file: FitsFile) -> SurveyFile:
     header = file["TARGET"].header
     observations = file["OBSERVATIONS"]
-    seen = file.table(observations)
+    seen = file.table(observations, ["visit", "arm", "fiberId"])
     if not observations.n_rows:
         raise InputError(f"{file.path}: HDU OBSERVATIONS has no rows: a coadd of nothing")
     arms = "".join(sorted(set("".join(seen["arm"].tolist()))))

@@ -150,13 +150,13 @@ def open_survey_file(path: str | Path) -> SurveyFile:
         If it cannot be read, is of no known layout, or of one that is refused.
     """
     file = FitsFile(path)
-    for layout in known_layouts().values():
-        if layout.recognises(file):
-            try:
+    try:
+        for layout in known_layouts().values():
+            if layout.recognises(file):
                 return layout.open(file)
-            finally:
-                # Thousands of files must not be open at the same time.
-                file.close()
+    finally:
+        # Thousands of files must not be open at the same time.
+        file.close()
     raise InputError(
         f"{path}: no known layout of spectra: it has HDUs {', '.join(hdu.name or '(no name)' for hdu in file.hdus)}. "
         f"Known are {', '.join(LAYOUTS)}, and the HDF5 files of the PFS simulator"
