@@ -41,9 +41,16 @@ _HOMES = {
 }
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     from importlib import import_module
 
+    if name in {"load", "Model", "fit"}:
+        # Models predict arrays by it.
+        import_module("moefast.predicting_arrays")
     if name == "load":
         return import_module("moefast.model").Model.load
     if name in _HOMES:

@@ -278,8 +278,11 @@ class Mixture:
 
     @cached_property
     def line_columns(self) -> F32:
-        """Columns of the line features, (p, 12)."""
-        return line_columns(self.wave).astype(np.float32)
+        """Columns of the line features, (p, 12); zero for lines that are not on the grid.
+
+        A fit whose gate sees the lines has made sure that they are.
+        """
+        return line_columns(self.wave, all_lines=False).astype(np.float32)
 
     @cached_property
     def line_offsets(self) -> F32:

@@ -466,7 +466,8 @@ KNOWN = {
     "tract": ("", "part of the sky"),
     "patch": ("", "part of the tract"), "ra": ("deg", "right ascension, ICRS"), "dec": ("deg", "declination, ICRS"),
     "targetType": ("", "1 science, 2 sky, 3 flux standard"), "fiberId": ("", "fibre of the (first) exposure"),
-    "visit": ("", "exposure"), "nVisit": ("", "exposures that were coadded"), "TARGETID": ("", "DESI target"),
+    "visit": ("", "exposure"), "nVisit": ("", "exposures that were coadded"),
+    "pfsVisitHash": ("", "hash of these exposures, as in names of files"), "TARGETID": ("", "DESI target"),
     "OBJTYPE": ("", "DESI kind of target: TGT, SKY or none"),
 }  # fmt: skip
 """Unit and meaning of columns that surveys give."""

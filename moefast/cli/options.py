@@ -14,11 +14,13 @@ __all__ = [
     "DEVICE",
     "FILES",
     "JSON",
+    "LIKE",
     "MEDIUM",
     "MODEL",
     "NOISE_LEVEL",
     "OVERWRITE",
     "QUIET",
+    "RESOLUTION",
     "TELLURIC",
     "VELOCITY",
     "names",
@@ -148,6 +150,20 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print the facts as 
 
 
 QUIET = click.option("-q", "--quiet", is_flag=True, help="No progress.")
+
+
+LIKE = click.option(
+    "--like", multiple=True, metavar="FILE",
+    help="Spectra of your own, of any layout that moefast reads (file, folder or pattern; may be repeated): simulated "
+    "stars get their wave grid, resolution, noise, gaps and signal-to-noise ratios.",
+)  # fmt: skip
+
+
+RESOLUTION = click.option(
+    "--resolution", metavar="R",
+    help="With --like: resolving power such as 4500, or FWHM in Å such as 1.8A; not sharper than the emulator's 5000.  "
+    "[default: what the files say, else the emulator's]",
+)  # fmt: skip
 
 
 NOISE_LEVEL = click.option(
