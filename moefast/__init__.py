@@ -1,7 +1,7 @@
 """moefast: surface gravities for millions of faint stellar spectra.
 
-Six public names: `load` a model, `fit` one, `predict` files or `predict_arrays` with it, `evaluate` it, and the
-`Model` itself.
+Public names: `load` a model, `fit` one, `predict` files or `predict_arrays` with it, `evaluate` it, and the `Model`
+itself; `Expert` and the decorator `expert` for a family of experts of one's own.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from moefast.core.version import __version__ as __version__
 
-__all__ = ["Model", "evaluate", "fit", "load", "predict", "predict_arrays"]
+__all__ = ["Expert", "Model", "evaluate", "expert", "fit", "load", "predict", "predict_arrays"]
 
 if TYPE_CHECKING:
+    from moefast.experts.protocol import Expert, expert
     from moefast.model import Model
     from moefast.predicting_arrays import predict_arrays
     from moefast.protocol.evaluate import evaluate
@@ -29,8 +30,10 @@ if not (_HERE / "kernels").is_dir() and (_HERE.parent / "kernels").is_dir():
 
 # Imported on first use: `moefast --help` must not wait for Numba.
 _HOMES = {
+    "Expert": "moefast.experts.protocol",
     "Model": "moefast.model",
     "evaluate": "moefast.protocol.evaluate",
+    "expert": "moefast.experts.protocol",
     "fit": "moefast.recipes",
     "predict": "moefast.scoring",
     "predict_arrays": "moefast.predicting_arrays",

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
+from moefast.core.errors import ModelError
 from moefast.experts.protocol import ExpertValues, Place
 from moefast.gating.tower import Tower
 from moefast.kernels import forward as stages
@@ -95,7 +96,10 @@ def _star(op: SolvingArithmetic, sizes: Sizes, flux: Any, error: Any) -> _Star:
 
 def _says(op: SolvingArithmetic, place: Place, seen: Mapping[str, Any]) -> ExpertValues:
     own = op.within(place.stem, place.expert.arrays(), short=place.expert.short)
-    return place.expert.describe(own, seen)
+    try:
+        return place.expert.describe(own, seen)
+    except ModelError as error:
+        raise ModelError(f"{place.expert.words}: {error}") from error
 
 
 def _values(

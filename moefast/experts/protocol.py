@@ -153,8 +153,13 @@ class Expert:
         seen : mapping of str to value
             `z` (n, r), `log_level` and `least_level` (n, 1), `lines` (n, 9), `x` (n, p), and of residuals `value` and
             `linear` (n, 1), as in `Inputs`.
+
+        Raises
+        ------
+        ModelError
+            The family does not say what it computes.
         """
-        raise NotImplementedError
+        raise ModelError(f"{self.words} do not say what they compute; give the family a method describe")
 
     def evaluate(self, inputs: Inputs) -> ExpertValues:
         """What it says of n stars, float32. The numbers of a star do not depend on those beside it."""

@@ -730,7 +730,7 @@ class OnnxArithmetic:
     ) -> str:
         if write is None:
             raise ModelError(
-                f"{self._stem} has a step that does not say how it is written as ONNX nodes; give `write` to "
-                "`step`, or describe it by other steps"
+                f"a step of {self._stem} does not say how it is written as ONNX nodes, and a model folder keeps its "
+                "experts in such a file; give `write` to `step`, or describe the expert by other steps"
             )
         return write(self._graph, values, self._stem)
