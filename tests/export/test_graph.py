@@ -14,6 +14,7 @@ import moefast
 from moefast.core.errors import ModelError, OutputError
 from moefast.export import build, load, read_mixture, save
 from moefast.export.graph import _OPERATORS, IR_VERSION, OPSET, check, part_of
+from moefast.export.mixture_graph import PLACES
 from moefast.trunks.heads import Heads
 
 CLOUDS = ("keys", "tangents", "variances", "gains", "rest", "log_weights", "log_g", "scatter")
@@ -155,6 +156,36 @@ def test_round_trip_is_exact(mixture, tmp_path, clipped):
             assert same_bits(a, b), field.name
     again = build(back)
     assert again.SerializeToString(deterministic=True) == model.SerializeToString(deterministic=True)
+
+
+def test_files_that_tell_by_names_where_experts_stand_are_read(mixture):
+    """As they were written before the metadata told it."""
+    model = build(mixture)
+    entry = next(entry for entry in model.metadata_props if entry.key == PLACES)
+    model.metadata_props.remove(entry)
+    for place in mixture.experts:
+        if place.expert.family == "template":
+            name, marks = "experts.from_library", [k in place.bins for k in range(mixture.n_experts)]
+        else:
+            name, marks = f"{place.stem}.{place.expert.family.removesuffix(' residual')}", [True]
+        model.graph.initializer.append(numpy_helper.from_array(np.array(marks), name))
+    back = read_mixture(model, mixture.wave)
+    by_stem = {place.stem: (place.expert.family, place.bins, place.added) for place in mixture.experts}
+    assert {p.stem: (p.expert.family, p.bins, p.added) for p in back.experts} == by_stem
+    flux = np.ones((3, mixture.n_pixels), np.float32)
+    found, expected = (m.predict(flux, np.full_like(flux, 0.1)) for m in (back, mixture))
+    np.testing.assert_array_equal(found.log_g, expected.log_g)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[", "[1]", '[{"family": "trees"}]', '[{"family": "trees", "stem": "s", "bins": "x", "added": 0}]'],
+)
+def test_metadata_that_do_not_tell_where_experts_stand_are_refused(mixture, text):
+    model = build(mixture)
+    next(entry for entry in model.metadata_props if entry.key == PLACES).value = text
+    with pytest.raises(ModelError, match="do not tell where experts stand"):
+        read_mixture(model, mixture.wave)
 
 
 def test_flux_is_clipped_at_zero_and_nowhere_else(mixture):
