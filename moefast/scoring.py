@@ -143,9 +143,7 @@ class CudaEngine:
 
         ones = np.ones((1, mixture.n_pixels), np.float32)
         with first_launch():
-            self._scorer = CudaScorer(
-                mixture.projection, mixture.mixing, mixture.library, mixture.from_library
-            )
+            self._scorer = CudaScorer(mixture.projection, mixture.mixing, *mixture.clouds)
             self._scorer(ones, ones)
         self.block_rows = self._scorer.block_rows
         # One reads a file, while the others have a slot each; more would only wait for their turn to read.
@@ -223,10 +221,8 @@ def without_kernels(mixture: AnyMixture) -> str:
     """What of a mixture the CUDA kernels do not know, in words; empty if they know it all."""
     if isinstance(mixture, PosteriorMixture):
         return "a posterior of all labels"
-    if mixture.heads is not None:
-        return f"a {mixture.heads.plan.kind} with heads"
-    if mixture.others:
-        return f"experts of the family {' or '.join(sorted({e.family for e in mixture.others.values()}))}"
+    if unknown := sorted({p.expert.words for p in mixture.experts if not (p.added or p.expert.on_cuda)}):
+        return " or ".join(unknown)
     if mixture.residuals:
         return "residuals of experts"
     return "" if mixture.tower is None else "the second tower of a gate"
