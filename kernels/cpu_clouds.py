@@ -14,7 +14,7 @@ import numpy as np
 
 from moefast.core.compiled import njit
 from moefast.kernels.cpu import FAST, exp32, log32
-from moefast.kernels.cpu_information import GROUP, STEP, TINY, solve, unpack
+from moefast.kernels.cpu_information import STEP, TINY, solve, unpack
 from moefast.kernels.cpu_information import LANES as COLUMNS
 from moefast.kernels.vectors import VECTORS, add_tile, cloud_group, width_of
 
@@ -71,36 +71,65 @@ def _shares(evidence, start, stop, top, share):
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def _labels_of(j, lower, inverse_root, coefficients, gains, labels, solved, mean):
-    """Mean labels of cloud j, and L⁻¹ g, whose squares are the variances that its tangents leave."""
-    panel, lane = j // LANES, j % LANES
-    t = gains.shape[1]
-    mean[:] = labels[j]
+def _label_of(lower, inverse_root, coefficients, gains, labels, solved, mean):
+    """Mean of one label in the clouds of a panel, and L⁻¹ g, whose squares are the variances that tangents leave."""
+    t = len(gains)
+    for i in range(LANES):
+        mean[i] = labels[i]
     for a in range(t):
-        gamma = coefficients[panel, a, lane]
-        gain = gains[j, a]
-        for x in range(gain.size):
-            mean[x] += gamma * gain[x]
-            solved[a, x] = gain[x]
-    for k in range(t):
-        inverse = inverse_root[panel, k, lane]
-        row = solved[k]
-        for x in range(row.size):
-            row[x] *= inverse
-        for i in range(k + 1, t):
-            along = lower[panel, i * (i + 1) // 2 + k, lane]
-            other = solved[i]
-            for x in range(row.size):
-                other[x] -= along * row[x]
+        ours, gain, gamma = solved[a], gains[a], coefficients[a]
+        for i in range(LANES):
+            mean[i] += gamma[i] * gain[i]
+            ours[i] = gain[i]
+        for b in range(a):
+            along, other = lower[a * (a + 1) // 2 + b], solved[b]
+            for i in range(LANES):
+                ours[i] -= along[i] * other[i]
+        inverse = inverse_root[a]
+        for i in range(LANES):
+            ours[i] *= inverse[i]
+
+
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+def _within(share, mean, scatter, with_first, first_solved, solved):
+    """Mean of a label, its variance within clouds, and such a covariance with the first label, times shares."""
+    total, square, product = 0.0, 0.0, 0.0
+    for i in range(LANES):
+        variance, along = scatter[i], with_first[i]
+        for a in range(len(solved)):
+            variance += solved[a, i] * solved[a, i]
+            along += first_solved[a, i] * solved[a, i]
+        w = np.float64(share[i])
+        total += w * np.float64(mean[i])
+        square += w * np.float64(variance)
+        product += w * np.float64(along)
+    return total, square, product
+
+
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+def _between(share, mean, middle, of_first, middle_of_first):
+    """Variance of a label between clouds, and such a covariance with the first label, times shares."""
+    square, product = 0.0, 0.0
+    for i in range(LANES):
+        apart = np.float64(mean[i]) - middle
+        weighed = np.float64(share[i]) * apart
+        square += weighed * apart
+        product += weighed * (np.float64(of_first[i]) - middle_of_first)
+    return square, product
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
 def _moments(
     evidence, lower, inverse_root, coefficients, gains, labels, scatter, scatter_with_first, first, means_of_first,
-    share, chosen, means, variances, covariances, solved, label, sd, covariance, weights, expert,
+    share, solved, means, label, sd, covariance, weights, expert,
 ):  # fmt: skip
-    """From evidences to labels, as `moefast.posterior.forward` has it; returns the scatter of log g between clouds."""
-    m, k, n_labels = evidence.size, first.size - 1, label.size
+    """From evidences to labels, as `moefast.posterior.forward` has it; returns the scatter of log g between clouds.
+
+    `share` (panels · `LANES`) is 0 behind the last cloud; `solved` (2, t, `LANES`) and `means` (panels, l, `LANES`) are
+    scratch.
+    """
+    panels, n_labels = means.shape[:2]
+    m, k = evidence.size, first.size - 1
     top = np.float32(-np.inf)
     for j in range(m):
         top = max(top, evidence[j])
@@ -108,64 +137,60 @@ def _moments(
         # Beyond single precision, 1e15 times the noise away from any cloud, there is no answer.
         label[:], sd[:], covariance[:], weights[:], expert[:] = np.nan, np.nan, np.nan, np.nan, np.nan
         return np.nan
-    total = 0.0
+    total, best = 0.0, 0.0
+    flat = means_of_first.reshape(-1)
     for e in range(k):
+        start, stop = first[e], first[e + 1]
         highest = np.float32(-np.inf)
-        for j in range(first[e], first[e + 1]):
+        for j in range(start, stop):
             highest = max(highest, evidence[j])
-        norm = _shares(evidence, first[e], first[e + 1], highest, share)
+        norm = _shares(evidence, start, stop, highest, share)
         mean = 0.0
-        for j in range(first[e], first[e + 1]):
-            panel, lane = j // LANES, j % LANES
-            mean += np.float64(share[j]) * np.float64(means_of_first[panel, lane])
+        for j in range(start, stop):
+            mean += np.float64(share[j]) * np.float64(flat[j])
         expert[e] = mean / norm
         among = math.exp(np.float64(highest) - np.float64(top))
         weights[e] = among * norm
         total += among * norm
-        for j in range(first[e], first[e + 1]):
+        best += among * mean
+        for j in range(start, stop):
             share[j] *= np.float32(among)
     for e in range(k):
         weights[e] /= total
-    flat = means_of_first.reshape(-1)
-    best, between = 0.0, 0.0
-    for j in range(m):
-        best += np.float64(share[j]) * np.float64(flat[j])
     best /= total
+    between, kept = 0.0, 0.0
     for j in range(m):
         apart = np.float64(flat[j]) - best
         between += np.float64(share[j]) * apart * apart
+        share[j] = share[j] if share[j] >= LEAST_SHARE else ZERO32
+        kept += np.float64(share[j])
     between /= total
-    n_chosen, kept = 0, 0.0
-    for j in range(m):
-        if share[j] >= LEAST_SHARE:
-            chosen[n_chosen] = j
-            n_chosen += 1
-            kept += np.float64(share[j])
-    label[:] = 0.0
-    for c in range(n_chosen):
-        j = chosen[c]
-        _labels_of(j, lower, inverse_root, coefficients, gains, labels, solved, means[c])
-        w = np.float64(share[j]) / kept
-        variance, along = variances[c], covariances[c]
-        variance[:] = scatter[j]
-        along[:] = scatter_with_first[j]
-        for a in range(solved.shape[0]):
-            row = solved[a]
-            one = row[0]
-            for x in range(row.size):
-                variance[x] += row[x] * row[x]
-                along[x] += one * row[x]
+    shares = share.reshape(panels, LANES)
+    label[:], sd[:], covariance[:] = 0.0, 0.0, 0.0
+    for panel in range(panels):
+        ours = shares[panel]
+        if ours.max() == ZERO32:
+            continue
         for x in range(n_labels):
-            label[x] += w * np.float64(means[c, x])
+            found, mean = solved[min(x, 1)], means[panel, x]
+            _label_of(
+                lower[panel], inverse_root[panel], coefficients[panel], gains[panel, x], labels[panel, x], found, mean
+            )  # fmt: skip
+            middle, square, product = _within(
+                ours, mean, scatter[panel, x], scatter_with_first[panel, x], solved[0], found
+            )
+            label[x] += middle / kept
+            sd[x] += square / kept
+            covariance[x] += product / kept
     label[0] = best
-    sd[:], covariance[:] = 0.0, 0.0
-    for c in range(n_chosen):
-        w = np.float64(share[chosen[c]]) / kept
-        of_first = np.float64(means[c, 0]) - label[0]
+    for panel in range(panels):
+        ours = shares[panel]
+        if ours.max() == ZERO32:
+            continue
         for x in range(n_labels):
-            apart = np.float64(means[c, x]) - label[x]
-            sd[x] += w * (np.float64(variances[c, x]) + apart * apart)
-            covariance[x] += w * (np.float64(covariances[c, x]) + of_first * apart)
+            square, product = _between(ours, means[panel, x], label[x], means[panel, 0], label[0])
+            sd[x] += square / kept
+            covariance[x] += product / kept
     for x in range(n_labels):
         sd[x] = math.sqrt(max(sd[x], 0.0) + TINY)
     return between
@@ -185,35 +210,32 @@ def _perceptron(features, w1, b1, w2, b2):
 @njit(nogil=True, cache=True, error_model="numpy")
 def posterior(
     numbers, u, packed, q, n_sky, n,
-    drawn, columns, log_weights, gains, labels, scatter, scatter_with_first, gains_of_first, labels_of_first, first,
+    drawn, columns, log_weights, gains, labels, scatter, scatter_with_first, first,
     unit, width, lowest, highest, w1, b1, w2, b2,
     log_g, log_g_err, features, label, sd, covariance, weights, expert, chi2, distance, strength, scale, log_level,
 ):  # fmt: skip
     """Posterior of each star of a block; arrays of clouds as `moefast.kernels.clouds.Clouds` lays them out."""
     panels, _, size, _ = columns.shape
-    t, m, wide = gains.shape[1], first[-1], gains.shape[2]
-    a = np.zeros((q + n, -(-(q + n + 1) // GROUP) * GROUP))
-    whole = np.zeros((n, -(-(n + 1) // GROUP) * GROUP))
-    exact, of_root, line = np.zeros_like(whole), np.zeros_like(whole), np.empty(packed.shape[0] * COLUMNS)
+    n_labels, t, m = gains.shape[1], gains.shape[2], first[-1]
+    a = np.zeros((-(-(q + n) // STEP) * STEP, -(-(q + n + 1) // COLUMNS) * COLUMNS))
+    exact = np.zeros((-(-n // STEP) * STEP, -(-(n + 1) // COLUMNS) * COLUMNS))
+    of_root, scratch = np.zeros_like(exact), np.zeros_like(exact)
+    line = np.empty(packed.shape[0] * COLUMNS)
     root, vectors = np.zeros((size, size), np.float32), np.empty((t, size, LANES), np.float32)
     centre, spectrum = np.zeros(size, np.float32), np.zeros(size, np.float32)
     lower = np.empty((panels, t * (t + 1) // 2, LANES), np.float32)
-    inverse_root, coefficients = (
-        np.empty((panels, t, LANES), np.float32),
-        np.empty((panels, t, LANES), np.float32),
-    )
+    inverse_root, coefficients = np.empty((panels, t, LANES), np.float32), np.empty((panels, t, LANES), np.float32)
     square, means_of_first = np.empty((panels, LANES), np.float32), np.empty((panels, LANES), np.float32)
     evidence, pivots = np.empty((panels, LANES), np.float32), np.empty((t, LANES), np.float32)
-    share, chosen = np.empty(m, np.float32), np.empty(m, np.int64)
-    means, variances = np.empty((m, wide), np.float32), np.empty((m, wide), np.float32)
-    covariances, solved = np.empty((m, wide), np.float32), np.empty((t, wide), np.float32)
+    share, solved = np.zeros(panels * LANES, np.float32), np.empty((2, t, LANES), np.float32)
+    means = np.empty((panels, n_labels, LANES), np.float32)
     for i in range(len(numbers)):
-        unpack(packed, i, line, a)
+        unpack(packed, i, line, a, q + n)
         for k in range(q + n):
             a[k, q + n] = u[k // COLUMNS, i, k % COLUMNS]
         c0, level, n_good = numbers[i, 0], numbers[i, 3], numbers[i, 4]
         level2 = level / (n_good + TINY) / (c0 * c0)
-        explained, beyond = solve(a, q, n_sky, level2, whole, of_root, exact)
+        explained = solve(a, q, n, n_sky, level2, scratch, of_root, exact)
         for r in range(n):
             for c in range(r, n):
                 root[r, c] = np.float32(exact[r, c])
@@ -227,17 +249,16 @@ def posterior(
                     coefficients[panel], square[panel], pivots,
                 )  # fmt: skip
             _conclude(
-                log_weights[panel], square[panel], pivots, labels_of_first[panel], gains_of_first[panel],
+                log_weights[panel], square[panel], pivots, labels[panel, 0], gains[panel, 0],
                 coefficients[panel], evidence[panel], means_of_first[panel],
             )  # fmt: skip
         between = _moments(
             evidence.reshape(-1)[:m], lower, inverse_root, coefficients, gains, labels, scatter, scatter_with_first,
-            first, means_of_first, share, chosen, means, variances, covariances, solved,
-            label[i], sd[i], covariance[i], weights[i], expert[i],
+            first, means_of_first, share, solved, means, label[i], sd[i], covariance[i], weights[i], expert[i],
         )  # fmt: skip
         nearest = np.float64(square.reshape(-1)[:m].min())
         chi2[i] = (numbers[i, 2] - explained) / (1.0 + max(n_good - (n + 1), 0.0))
-        distance[i] = (beyond + nearest) / n
+        distance[i] = nearest / n
         strength[i], scale[i] = numbers[i, 1], c0
         log_level[i] = 0.5 * math.log(level2 + TINY)
         answer = label[i, 0]

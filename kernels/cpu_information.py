@@ -18,7 +18,7 @@ from moefast.core.compiled import njit
 from moefast.kernels.cpu import FAST
 from moefast.kernels.quality import LARGEST32, LARGEST_ERROR32, ZERO32, median_near, quantile_scratch
 from moefast.kernels.vectors import ROWS as STEP
-from moefast.kernels.vectors import VECTORS, add_tile, subtract_row, width_of
+from moefast.kernels.vectors import VECTORS, add_tile, subtract_row, subtract_tile, width_of
 
 __all__ = [
     "CHUNK",
@@ -40,17 +40,15 @@ GROUP = width_of(64)
 """Numbers in double precision that are handled together; rows of matrices are filled up to whole groups."""
 LANES = VECTORS * GROUP
 """Columns of u and of packed M that lie side by side."""
-ROWS = 32
-"""Stars whose pixels are read before their products are formed: y and the cells of all stay in the second cache."""
+ROWS = 64
+"""Stars whose pixels are read before their products are formed: what is multiplied is read once for all of them."""
 SPECTRUM = VECTORS * width_of(32)
 """Pixels of a spectrum that lie side by side."""
 CHUNK = 512
 """Pixels whose directions stay in the second cache while all stars of a block pass over them."""
 TINY = 1e-30
 LEAST_CURVATURE = 1e-8
-"""Added to M where the best point of the whole space is asked for, as in `moefast.posterior.forward`."""
-LEAST_INFORMATION = 1e-13
-"""Added to M before its root is taken: what a star does not see at all must not become negative by rounding."""
+"""Added to M without nuisances, as in `moefast.posterior.forward`."""
 ROUNDING = 1e-14
 """Of a diagonal, what its pivot is not known to: n units of the last place."""
 # A sum has one order only, but a product and a sum may become one instruction.
@@ -93,10 +91,10 @@ def _first_look(flux, error, mask, masked, reference, noise_shape, weight, ratio
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def _second_look(flux, reference, noise_shape, scale, cell, weight, y, information):
-    """Fill y, a′, and a′D/cell in place of the weights; return the energy Σ a (x − c₀ r)²."""
+def _second_look(flux, reference, noise_shape, scale, weight, y, information):
+    """Fill y, a′, and a′D in place of the weights; return the energy Σ a (x − c₀ r)²."""
     energy = 0.0
-    share = scale * scale / cell
+    share = scale * scale
     for j in range(flux.size):
         w = weight[j]
         apart = (np.float64(flux[j]) if w > 0.0 else 0.0) - scale * np.float64(reference[j])
@@ -108,24 +106,15 @@ def _second_look(flux, reference, noise_shape, scale, cell, weight, y, informati
     return energy
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def _add_cells(weight, cell, cells):
-    """Sums of `weight` over cells; `weight` is scratch afterwards."""
-    n = weight.size
-    if cell == 8:
-        # In pairs, pairs of pairs, …, in place: each loop becomes SIMD, one over eight neighbours would not.
-        while n > 2 * (weight.size // 8):
-            n //= 2
-            for g in range(n):
-                weight[g] = weight[2 * g] + weight[2 * g + 1]
-        for g in range(n // 2):
-            cells[g] = weight[2 * g] + weight[2 * g + 1]
-    else:
-        for g in range(n // cell):
-            total = 0.0
-            for j in range(g * cell, (g + 1) * cell):
-                total += weight[j]
-            cells[g] = total
+@njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
+def _average_cells(weight, pixels, shares, cells):
+    """Means of `weight` over cells: pixels and shares (s, k) of each."""
+    for g in range(pixels.shape[1]):
+        cells[g] = 0.0
+    for place in range(pixels.shape[0]):
+        ours, share = pixels[place], shares[place]
+        for g in range(pixels.shape[1]):
+            cells[g] += share[g] * weight[ours[g]]
 
 
 @njit(nogil=True, cache=True)
@@ -142,10 +131,10 @@ def _keep_finite(ratio):
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
 def read_pixels(
-    flux, error, mask, reference, noise_shape, cell,
+    flux, error, mask, reference, noise_shape, pixels, shares,
     y, information, cells, numbers, snr_norm, snr_median, n_good, flag,
 ):  # fmt: skip
-    """Row by row: y and a′ (n, p), means of a′D over cells (n, p / cell), and `numbers` of the row.
+    """Row by row: y and a′ (n, p), means of a′D over cells (n, k), and `numbers` of the row.
 
     `numbers` (n, 5): scale c₀, strength, energy, Σ σ²/D, number of good pixels. SNRs and flags as in
     `moefast.spectra.quality.assess`.
@@ -166,10 +155,10 @@ def read_pixels(
         scale = (error_of_scale + max(overlap - error_of_scale, 0.0)) / curvature
         numbers[i, 0], numbers[i, 1] = scale, overlap / error_of_scale
         numbers[i, 2] = _second_look(
-            flux[i], reference, noise_shape, scale, cell, weight, y[i], information[i]
+            flux[i], reference, noise_shape, scale, weight, y[i], information[i]
         )
         numbers[i, 3], numbers[i, 4] = level, n_used
-        _add_cells(weight, cell, cells[i])
+        _average_cells(weight, pixels, shares, cells[i])
         n_good[i] = n_sound
         flag[i] = np.uint32(4 * (n_wrong > 0) + 2 * (2 * n_sound < p) + (n_sound == 0))
         snr_norm[i], snr_median[i] = np.nan, np.nan
@@ -214,27 +203,30 @@ def multiply_cells(cells, rows, products, packed):
 
 
 @njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
-def factor(a, start, stop, n, ridge):
-    """Rows `start` to `stop` of U, with UᵀU = a + ridge, in place; rows up to n become what they do not explain.
+def factor(a, stop, n, ridge):
+    """Rows up to `stop` of U, with UᵀU = a + ridge, in place; rows up to n become what they do not explain.
 
     Only columns from the diagonal on are read and right; columns from n on go along. Pivots below the ridge, and below
-    what rounding leaves of the diagonal, are rounding.
+    what rounding leaves of the diagonal, are rounding. Rows of `a` are filled up to whole `STEP`, columns to `LANES`.
     """
     stride = a.shape[1]
-    diagonal = np.empty(n)
-    for k in range(start, stop):
+    diagonal = np.empty(stop)
+    for k in range(stop):
         diagonal[k] = a[k, k]
-    for k in range(start, stop):
-        row = a[k]
-        least = ridge + ROUNDING * diagonal[k] + TINY
-        root = math.sqrt(max(row[k] + least, least))
-        inverse = 1.0 / root
-        for j in range(k, stride):
-            row[j] *= inverse
-        row[k] = root
-        for i in range(k + 1, n):
-            begin = i // GROUP * GROUP
-            subtract_row(a, i * stride + begin, a, k * stride + begin, row[i], (stride - begin) // GROUP)
+    for top in range(0, n, STEP):
+        for j in range(top // LANES * LANES, stride, LANES):
+            subtract_tile(a, top, 1, stride, a, j, stride, min(top, stop), a, top * stride + j, stride)
+        for k in range(top, min(top + STEP, stop)):
+            row = a[k]
+            least = ridge + ROUNDING * diagonal[k] + TINY
+            root = math.sqrt(max(row[k] + least, least))
+            inverse = 1.0 / root
+            for j in range(k, stride):
+                row[j] *= inverse
+            row[k] = root
+            for i in range(k + 1, min(top + STEP, n)):
+                begin = i // GROUP * GROUP
+                subtract_row(a, i * stride + begin, a, k * stride + begin, row[i], (stride - begin) // GROUP)
 
 
 @njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
@@ -242,43 +234,61 @@ def shrink(a, columns, t, n):
     """U ← T⁻¹U in place, with T upper triangular and TTᵀ = I + UUᵀ; columns from n on go along.
 
     Then UᵀU is (I + M)⁻¹M of what was M = UᵀU: nothing is subtracted from 1, and small information keeps its digits.
-    `columns` and `t` (n, ·) are scratch.
+    `columns` and `t` are scratch of the shape of `a`, `columns` without numbers that are not finite.
     """
-    stride, wide = a.shape[1], t.shape[1]
+    stride = a.shape[1]
+    for k in range(n):
+        # Left of the diagonal stands what was there before.
+        for j in range(k):
+            a[k, j] = 0.0
     for k in range(n):
         for j in range(n):
-            columns[k, j] = a[j, k] if j <= k else 0.0
+            columns[k, j] = a[j, k]
             t[k, j] = 0.0
-        t[k, k] = 1.0
+        t[k, k] = -1.0
+    last = (n - 1) // STEP * STEP
+    for top in range(0, n, STEP):
+        for j in range(0, top + STEP, LANES):
+            # Rows of Uᵀ above hold zeros in these columns.
+            first = top * stride
+            subtract_tile(columns, first + top, 1, stride, columns, first + j, stride, n - top, t, first + j, stride)
     for k in range(n):
-        for i in range(k + 1):
-            subtract_row(t, i * wide, columns, k * wide, -columns[k, i], i // GROUP + 1)
+        for j in range(k + 1):
+            t[k, j] = -t[k, j]
     # Row k of t becomes column k of T.
-    for k in range(n - 1, -1, -1):
-        row = t[k]
-        root = math.sqrt(row[k])
-        inverse = 1.0 / root
-        for j in range(k):
-            row[j] *= inverse
-        row[k] = root
-        for i in range(k):
-            subtract_row(t, i * wide, t, k * wide, row[i], i // GROUP + 1)
-    for k in range(n - 1, -1, -1):
-        row, inverse = a[k], 1.0 / t[k, k]
-        for j in range(k, stride):
-            row[j] *= inverse
-        begin = k // GROUP * GROUP
-        # Left of the diagonal stands what was there before.
-        for j in range(begin, k):
-            row[j] = 0.0
-        for i in range(k):
-            subtract_row(a, i * stride + begin, a, k * stride + begin, t[k, i], (stride - begin) // GROUP)
+    for top in range(last, -1, -STEP):
+        below = top + STEP
+        if below < n:
+            for j in range(0, below, LANES):
+                first, place = below * stride, top * stride + j
+                subtract_tile(t, first + top, 1, stride, t, first + j, stride, n - below, t, place, stride)
+        for k in range(min(below, n) - 1, top - 1, -1):
+            row = t[k]
+            root = math.sqrt(row[k])
+            inverse = 1.0 / root
+            for j in range(k):
+                row[j] *= inverse
+            row[k] = root
+            for i in range(top, k):
+                subtract_row(t, i * stride, t, k * stride, row[i], i // GROUP + 1)
+    for top in range(last, -1, -STEP):
+        below = top + STEP
+        if below < n:
+            for j in range(top // LANES * LANES, stride, LANES):
+                first, place = below * stride, top * stride + j
+                subtract_tile(t, first + top, 1, stride, a, first + j, stride, n - below, a, place, stride)
+        for k in range(min(below, n) - 1, top - 1, -1):
+            row, inverse = a[k], 1.0 / t[k, k]
+            for j in range(k, stride):
+                row[j] *= inverse
+            begin = k // GROUP * GROUP
+            for i in range(top, k):
+                subtract_row(a, i * stride + begin, a, k * stride + begin, t[k, i], (stride - begin) // GROUP)
 
 
 @njit(nogil=True, cache=True)
-def unpack(packed, row, line, a):
-    """Upper triangle of M of one row of a block; `line` is scratch."""
-    width = a.shape[0]
+def unpack(packed, row, line, a, width):
+    """Upper triangle of M of one row of a block, (width, width); `line` is scratch."""
     for block in range(packed.shape[0]):
         line[block * LANES : (block + 1) * LANES] = packed[block, row]
     start = 0
@@ -373,12 +383,12 @@ def refine(
     points[:] = ZERO32
     for i in range(rows):
         a = factors[i]
-        unpack(packed, i, line, a)
+        unpack(packed, i, line, a, width)
         for k in range(width):
             for j in range(k, width):
                 a[k, j] += precision[k, j]
             before[i, k] = u[k // LANES, i, k % LANES]
-        factor(a, 0, width, width, 0.0)
+        factor(a, width, width, 0.0)
     for _ in range(refinements):
         for i in range(rows):
             for k in range(width):
@@ -390,7 +400,7 @@ def refine(
         for i in range(rows):
             for k in range(width):
                 vector[k] = u[k // LANES, i, k % LANES]
-            unpack(packed, i, line, matrix)
+            unpack(packed, i, line, matrix, width)
             _multiply_upper(matrix, width, points[i], vector)
             for k in range(width):
                 u[k // LANES, i, k % LANES] = vector[k]
@@ -400,30 +410,24 @@ def refine(
 
 
 @njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
-def solve(a, q, n_sky, level2, whole, columns, root):
+def solve(a, q, n, n_sky, level2, scratch, columns, root):
     """Marginalise q nuisances, then the scatter within clouds: `root` (n, ·) becomes C' of M₁ = C C', and λ behind it.
 
-    `a` (q + n, ·) is the upper triangle of M, nuisances first, and u behind it; `whole` and `columns` are scratch like
+    `a` (q + n, ·) is the upper triangle of M, nuisances first, and u behind it; `scratch` and `columns` are like
     `root`. The last `n_sky` nuisances grow with the noise of the star, of mean square `level2`.
-    Returns what nuisances and the best point of the space explain, and what the latter gains beyond |λ|² under M₁.
+    Returns what nuisances and the best point of the space explain.
     """
-    n = root.shape[0]
     for i in range(q):
         a[i, i] += 1.0 if i < q - n_sky else 1.0 / (level2 + TINY)
-    factor(a, 0, q, q + n, 0.0)
+    factor(a, q, q + n, 0.0)
     explained = 0.0
     for i in range(q):
         explained += a[i, q + n] * a[i, q + n]
     for i in range(n):
         for j in range(i, n + 1):
-            whole[i, j] = a[q + i, q + j]
             root[i, j] = a[q + i, q + j]
-    factor(whole, 0, n, n, LEAST_CURVATURE)
-    factor(root, 0, n, n, LEAST_INFORMATION)
-    gain, beyond = 0.0, 0.0
+    factor(root, n, n, LEAST_CURVATURE)
     for i in range(n):
-        gain += whole[i, n] * whole[i, n]
-        # |λ|² = uᵀM⁻¹u − uᵀ(I + M)⁻¹u, and the best point gains the same with the least curvature in M⁻¹ alone.
-        beyond -= root[i, n] * root[i, n]
-    shrink(root, columns, whole, n)
-    return explained + gain, gain + beyond
+        explained += root[i, n] * root[i, n]
+    shrink(root, columns, scratch, n)
+    return explained

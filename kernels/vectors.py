@@ -1,4 +1,4 @@
-"""Three inner loops for Numba functions that are written in vectors: its vectoriser keeps no sums in registers.
+"""Four inner loops for Numba functions that are written in vectors: its vectoriser keeps no sums in registers.
 
 Design: each is an intrinsic, a function that writes the compiler's intermediate code: vectors of 512 bits, which a
 machine with shorter registers sees as several. Sums stand in registers from the first term to the last, in one order,
@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import extending
 from numba.core import cgutils, types
 
-__all__ = ["ROWS", "VECTORS", "add_tile", "cloud_group", "subtract_row", "width_of"]
+__all__ = ["ROWS", "VECTORS", "add_tile", "cloud_group", "subtract_row", "subtract_tile", "width_of"]
 
 # Called without the typing context, which is no argument to a reader of types.
 intrinsic: Any = extending.intrinsic
@@ -113,6 +113,51 @@ def add_tile(typingctx, a, first, step, b, start, n, out, place):  # type: ignor
             parts = [vectors.load(builder.gep(line, [index(v * vectors.width)])) for v in range(VECTORS)]
             for row, total in zip(rows, totals, strict=True):
                 factor = vectors.all_of(builder.load(builder.gep(row, [loop.index])))
+                for part, register in zip(parts, total, strict=True):
+                    builder.store(vectors.add_product(builder.load(register), factor, part), register)
+        for row, total in zip(ends, totals, strict=True):
+            for end, register in zip(row, total, strict=True):
+                vectors.store(builder.load(register), end)
+        return context.get_dummy_value()
+
+    return signature, write
+
+
+@intrinsic
+def subtract_tile(typingctx, a, first, step, hop, b, start, stride, n, out, place, far):  # type: ignore[no-untyped-def]
+    """Out[place + r far + l] −= Σ_c a[first + r step + c hop] b[start + c stride + l] for r < 4, c < n, l < 4 vectors.
+
+    The three may be one array, whose rows of sums are none of the rows that are added.
+    """
+    signature = types.void(
+        a, types.intp, types.intp, types.intp, b, types.intp, types.intp, types.intp, out, types.intp, types.intp
+    )
+
+    def write(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        kinds = signature.args
+        factors, terms, sums = (_data(context, builder, kinds[k], args[k]) for k in (0, 4, 8))
+        _, first, step, hop, _, start, stride, n, _, place, far = args
+        vectors = _Vectors(builder, context.get_data_type(kinds[4].dtype))
+        index = context.get_value_type(types.intp)
+        rows = [builder.gep(factors, [builder.add(first, builder.mul(step, index(r)))]) for r in range(ROWS)]
+        ends = [
+            [
+                builder.gep(
+                    sums,
+                    [builder.add(builder.add(place, builder.mul(far, index(r))), index(v * vectors.width))],
+                )
+                for v in range(VECTORS)
+            ]
+            for r in range(ROWS)
+        ]
+        totals = [[vectors.variable(vectors.load(end)) for end in row] for row in ends]
+        begin = builder.gep(terms, [start])
+        with cgutils.for_range(builder, n, intp=index) as loop:
+            line = builder.gep(begin, [builder.mul(loop.index, stride)])
+            parts = [vectors.load(builder.gep(line, [index(v * vectors.width)])) for v in range(VECTORS)]
+            along = builder.mul(loop.index, hop)
+            for row, total in zip(rows, totals, strict=True):
+                factor = vectors.all_of(builder.fneg(builder.load(builder.gep(row, [along]))))
                 for part, register in zip(parts, total, strict=True):
                     builder.store(vectors.add_product(builder.load(register), factor, part), register)
         for row, total in zip(ends, totals, strict=True):

@@ -22,9 +22,9 @@ and one direction more, the change of its mean spectrum with the scale. Its evid
 and the posterior is the mixture of all clouds with weights exp e_j. There is no ln σ² term: the noise is a known weight
 and says nothing by itself, though it holds the photons of the star.
 
-Design: M is made of averages of a′ over cells of a few pixels, in units of the training set's mean noise, so that it is
-one matrix product; `Sizes.cell` = 1 is exact. An M that is off by a per cent would be off by many σ for a star far from
-the reference. Therefore the likelihood is expanded around a point b near the star, where its gradient is exact, and M
+Design: M is made of averages of a′ over cells of alike pixels (`moefast.posterior.cells`), in units of the training set's
+mean noise, so that it is one small matrix product; cells of one pixel are exact. An M that is off by a per cent would be
+off by many σ for a star far from the reference. Therefore the likelihood is expanded around a point b near the star, where its gradient is exact, and M
 weighs only what lies between b and the clouds: with the whole library and the nuisances as one Gaussian N(b₀, P),
 
     b = (P⁻¹ + M)⁻¹ (P⁻¹b₀ + u),      u ← Bᵀ(y − a′ B b) + M b,      `REFINEMENTS` times,
@@ -52,7 +52,7 @@ TINY = 1e-30
 LEAST_SPREAD = 1e-4
 """Added in dex to standard deviations whose logarithms the error model sees."""
 LEAST_CURVATURE = 1e-8
-"""Added to M where the best point of the whole space is asked for: directions that a star does not see stay put."""
+"""Added to M without nuisances: directions that a star does not see at all stay put."""
 REFINEMENTS = 2
 """Expansions around a better point; the second one matters for bright stars."""
 
@@ -63,8 +63,8 @@ class Sizes:
 
     Attributes
     ----------
-    n_pixels, cell : int
-        p, and pixels over which a′ is averaged for M; `cell` divides p.
+    n_pixels, n_cells, cell : int
+        p; number of cells over which a′ is averaged for M, and places for pixels in each.
     n_coordinates, n_nuisances : int
         n, q. The last coordinate is the scale.
     n_clouds, n_tangents, n_labels, n_experts : int
@@ -72,6 +72,7 @@ class Sizes:
     """
 
     n_pixels: int
+    n_cells: int
     cell: int
     n_coordinates: int
     n_nuisances: int
@@ -82,13 +83,17 @@ class Sizes:
 
 
 def cell_products(op: SolvingArithmetic, sizes: Sizes) -> Any:
-    """Σ B B'/D over the pixels of each cell, (p / cell, (n + q)²): what turns means of a′ D into M."""
+    """Σ B B'/D over the pixels of each cell, (cells, (n + q)²): what turns means of a′ D into M."""
     width = sizes.n_coordinates + sizes.n_nuisances
-    n_cells = sizes.n_pixels // sizes.cell
-    inside = op.reshaped(op.precise(op.number("directions")), (n_cells, sizes.cell, width))
-    shape = op.reshaped(op.precise(op.number("noise_shape")), (n_cells, sizes.cell, 1))
+    size = (sizes.n_cells, sizes.cell)
+    inside = op.picked(op.precise(op.number("directions")), op.number("cells"), 0)
+    shape = op.reshaped(op.picked(op.precise(op.number("noise_shape")), op.number("cells"), 0), (*size, 1))
+    # Places without a pixel have no share.
+    there = op.at_most(op.constant(TINY), op.reshaped(op.number("cell_shares"), (*size, 1)))
+    inside = op.reshaped(inside, (*size, width))
+    inside = op.where(there, inside, op.precise(op.constant(0.0)))
     products = op.product(op.ordered(op.divide(inside, shape), (0, 2, 1)), inside)
-    return op.reshaped(products, (n_cells, width * width))
+    return op.reshaped(products, (sizes.n_cells, width * width))
 
 
 def forward(op: SolvingArithmetic, sizes: Sizes, flux: Any, error: Any) -> dict[str, Any]:
@@ -170,8 +175,9 @@ def forward(op: SolvingArithmetic, sizes: Sizes, flux: Any, error: Any) -> dict[
     y = op.multiply(scale, op.multiply(weight, apart))
     directions = op.precise(number("directions"))
     u = op.product(y, directions)
-    cells = op.total(op.shaped(relative, (p // sizes.cell, sizes.cell)), 2)
-    cells = op.multiply(cells, op.divide(op.multiply(scale, scale), op.precise(constant(float(sizes.cell)))))
+    cells = op.shaped(op.picked(relative, number("cells"), 1), (sizes.n_cells, sizes.cell))
+    cells = op.multiply(cells, op.reshaped(op.precise(number("cell_shares")), (1, sizes.n_cells, sizes.cell)))
+    cells = op.multiply(op.total(cells, 2), op.multiply(scale, scale))
     products = cell_products(op, sizes)
     matrix = op.shaped(op.product(cells, products), (n + q, n + q))
     u = gathered = op.shaped(u, (n + q, 1))
@@ -210,7 +216,8 @@ def forward(op: SolvingArithmetic, sizes: Sizes, flux: Any, error: Any) -> dict[
             information, op.product(cross, op.part(op.part(matrix, 1, n, n + q), 2, 0, n))
         )
     unit = op.precise(number("unit_coordinates"))
-    free, _ = op.inverse(op.add(information, op.multiply(unit, op.precise(constant(LEAST_CURVATURE)))), n)
+    information = op.add(information, op.multiply(unit, op.precise(constant(LEAST_CURVATURE))))
+    free, _ = op.inverse(information, n)
     point = op.product(free, vector)
     gain = op.shaped(op.product(op.ordered(vector, (0, 2, 1)), point), (1,))
     explained = op.add(explained, gain)
