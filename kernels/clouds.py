@@ -70,8 +70,6 @@ class Space:
         P⁻¹ of the whole library and the nuisances as one Gaussian, near whose best point the likelihood is expanded.
     pull : array of shape (n + q,), float64
         P⁻¹ times its mean.
-    refinements : int
-        Expansions around a better point; none is needed where cells are single pixels.
     n_sky : int
         The last so many nuisances have a prior width that grows with the noise of the star.
     """
@@ -84,7 +82,6 @@ class Space:
     cell_shares: F32
     precision: F64
     pull: F64
-    refinements: int
     n_sky: int = 0
     arrays: tuple = field(init=False, repr=False)
 
@@ -136,9 +133,11 @@ class Space:
             row[:size] = ((inside[ours] / shape[ours, None]).T @ inside[ours])[upper]
         for block, lanes in enumerate(products):
             lanes[:] = packed[:, block * COLUMNS : (block + 1) * COLUMNS]
-        cells = np.ascontiguousarray(self.cells.T), np.ascontiguousarray(self.cell_shares.T, np.float64)
+        cell, share = np.zeros(p, np.int64), np.zeros(p)
+        there = self.cell_shares > 0
+        cell[self.cells[there]], share[self.cells[there]] = np.nonzero(there)[0], self.cell_shares[there]
         pull = np.roll(self.pull.astype(np.float64), q)
-        object.__setattr__(self, "arrays", (columns, products, spectra, precision, pull, *cells))
+        object.__setattr__(self, "arrays", (columns, products, spectra, precision, pull, cell, share))
 
     @property
     def n_coordinates(self) -> int:
@@ -302,34 +301,22 @@ def cloud_posterior(
     quality = [np.empty(rows, dtype) for dtype in (np.float32, np.float32, np.int32, np.uint32)]
 
     def run(first_block: int, stop_block: int) -> None:
-        columns, products, spectra, precision, pull, pixels, shares = space.arrays
+        columns, products, spectra, precision, pull, cell, share = space.arrays
         y, cells = np.zeros((ROWS, columns.shape[1]), np.float32), np.zeros((ROWS, products.shape[1]))
         information, points = np.zeros_like(y), np.empty((ROWS, n + q), np.float32)
         u, packed = np.empty((len(columns), ROWS, COLUMNS)), np.empty((len(products), ROWS, COLUMNS))
-        factors, numbers = np.zeros((ROWS, _up(n + q, STEP), _up(n + q, COLUMNS))), np.empty((ROWS, 5))
+        numbers = np.empty((ROWS, 5))
         for start in range(first_block * ROWS, min(stop_block * ROWS, rows), ROWS):
             here = slice(start, min(start + ROWS, rows))
             count = here.stop - start
             cpu_information.read_pixels(
                 flux[here], error[here], mask[here] if mask.size else mask, space.reference, space.noise_shape,
-                pixels, shares, y, information, cells, numbers, *(array[here] for array in quality),
+                cell, share, y, information, cells, numbers, *(array[here] for array in quality),
             )  # fmt: skip
             cpu_information.multiply_pixels(y, count, columns, u)
             cpu_information.multiply_cells(cells, count, products, packed)
             cpu_information.refine(
-                y,
-                information,
-                count,
-                packed,
-                spectra,
-                columns,
-                precision,
-                pull,
-                space.refinements,
-                numbers,
-                points,
-                factors,
-                u,
+                y, information, count, packed, spectra, columns, precision, pull, numbers, points, u
             )
             cpu_clouds.posterior(
                 numbers[:count],

@@ -235,7 +235,7 @@ def posterior(
             a[k, q + n] = u[k // COLUMNS, i, k % COLUMNS]
         c0, level, n_good = numbers[i, 0], numbers[i, 3], numbers[i, 4]
         level2 = level / (n_good + TINY) / (c0 * c0)
-        explained = solve(a, q, n, n_sky, level2, scratch, of_root, exact)
+        explained, beyond = solve(a, q, n, n_sky, level2, scratch, of_root, exact)
         for r in range(n):
             for c in range(r, n):
                 root[r, c] = np.float32(exact[r, c])
@@ -258,7 +258,7 @@ def posterior(
         )  # fmt: skip
         nearest = np.float64(square.reshape(-1)[:m].min())
         chi2[i] = (numbers[i, 2] - explained) / (1.0 + max(n_good - (n + 1), 0.0))
-        distance[i] = nearest / n
+        distance[i] = (beyond + nearest) / n
         strength[i], scale[i] = numbers[i, 1], c0
         log_level[i] = 0.5 * math.log(level2 + TINY)
         answer = label[i, 0]

@@ -48,7 +48,9 @@ CHUNK = 512
 """Pixels whose directions stay in the second cache while all stars of a block pass over them."""
 TINY = 1e-30
 LEAST_CURVATURE = 1e-8
-"""Added to M without nuisances, as in `moefast.posterior.forward`."""
+"""Added to M where the best point of the whole space is asked for, as in `moefast.posterior.forward`."""
+LEAST_INFORMATION = 1e-13
+"""Added to M before its root is taken: what a star does not see at all must not become negative by rounding."""
 ROUNDING = 1e-14
 """Of a diagonal, what its pivot is not known to: n units of the last place."""
 # A sum has one order only, but a product and a sum may become one instruction.
@@ -107,14 +109,11 @@ def _second_look(flux, reference, noise_shape, scale, weight, y, information):
 
 
 @njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
-def _average_cells(weight, pixels, shares, cells):
-    """Means of `weight` over cells: pixels and shares (s, k) of each."""
-    for g in range(pixels.shape[1]):
-        cells[g] = 0.0
-    for place in range(pixels.shape[0]):
-        ours, share = pixels[place], shares[place]
-        for g in range(pixels.shape[1]):
-            cells[g] += share[g] * weight[ours[g]]
+def _average_cells(weight, cell, share, cells):
+    """Means of `weight` over cells, where each pixel has a cell and a share in its mean."""
+    cells[:] = 0.0
+    for j in range(weight.size):
+        cells[cell[j]] += share[j] * weight[j]
 
 
 @njit(nogil=True, cache=True)
@@ -131,7 +130,7 @@ def _keep_finite(ratio):
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
 def read_pixels(
-    flux, error, mask, reference, noise_shape, pixels, shares,
+    flux, error, mask, reference, noise_shape, cell, share,
     y, information, cells, numbers, snr_norm, snr_median, n_good, flag,
 ):  # fmt: skip
     """Row by row: y and a′ (n, p), means of a′D over cells (n, k), and `numbers` of the row.
@@ -158,7 +157,7 @@ def read_pixels(
             flux[i], reference, noise_shape, scale, weight, y[i], information[i]
         )
         numbers[i, 3], numbers[i, 4] = level, n_used
-        _average_cells(weight, pixels, shares, cells[i])
+        _average_cells(weight, cell, share, cells[i])
         n_good[i] = n_sound
         flag[i] = np.uint32(4 * (n_wrong > 0) + 2 * (2 * n_sound < p) + (n_sound == 0))
         snr_norm[i], snr_median[i] = np.nan, np.nan
@@ -298,32 +297,27 @@ def unpack(packed, row, line, a, width):
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def _substitute(a, n, vector):
-    """Solve UᵀU x = vector in place, with the rows of U in `a`."""
-    for k in range(n):
-        row = a[k]
-        value = vector[k] / row[k]
-        vector[k] = value
-        for j in range(k + 1, n):
-            vector[j] -= row[j] * value
+def _substitute_back(a, n, x):
+    """Solve U x = v, where the rows of U in `a` have v in column n."""
     for k in range(n - 1, -1, -1):
         row = a[k]
-        value = vector[k]
+        value = row[n]
         for j in range(k + 1, n):
-            value -= row[j] * vector[j]
-        vector[k] = value / row[k]
+            value -= row[j] * x[j]
+        x[k] = value / row[k]
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def _multiply_upper(a, n, x, out):
-    """Add to `out` the symmetric matrix whose upper triangle is in `a`, times x."""
+def _add_product(line, x, out):
+    """Add to `out` the symmetric matrix whose upper triangle is in `line`, row by row, times x."""
+    n, start = x.size, 0
     for i in range(n):
-        row, one = a[i], x[i]
-        total = row[i] * one
-        for j in range(i + 1, n):
-            total += row[j] * x[j]
-            out[j] += row[j] * one
+        one, total = x[i], line[start] * x[i]
+        for j in range(1, n - i):
+            total += line[start + j] * x[i + j]
+            out[i + j] += line[start + j] * one
         out[i] += total
+        start += n - i
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
@@ -357,56 +351,39 @@ def _gradient(y, information, rows, points, spectra, directions, tile, left, u):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def refine(
-    y,
-    information,
-    rows,
-    packed,
-    spectra,
-    directions,
-    precision,
-    pull,
-    refinements,
-    numbers,
-    points,
-    factors,
-    u,
-):
-    """Expand the likelihood around a point near the star, `refinements` times: u and the energy are what is changed.
+def refine(y, information, rows, packed, spectra, directions, precision, pull, numbers, points, u):
+    """Expand the likelihood around a point near the star: u and the energy are what is changed.
 
-    `points` (·, n + q) is float32 scratch, and so is `factors` (·, n + q, ·), one matrix for each row.
+    `points` (·, n + q) is float32 scratch.
     """
     width = len(pull)
-    line, vector = np.empty(packed.shape[0] * LANES), np.empty(width)
-    matrix, before = np.zeros((width, width)), np.empty((rows, width))
+    line, vector, point = np.empty(packed.shape[0] * LANES), np.empty(width), np.empty(width)
+    a = np.zeros((-(-width // STEP) * STEP, -(-(width + 1) // LANES) * LANES))
+    before = np.empty((rows, width))
     tile, left = np.empty((STEP, SPECTRUM), np.float32), np.zeros((STEP, CHUNK), np.float32)
     points[:] = ZERO32
     for i in range(rows):
-        a = factors[i]
         unpack(packed, i, line, a, width)
         for k in range(width):
             for j in range(k, width):
                 a[k, j] += precision[k, j]
             before[i, k] = u[k // LANES, i, k % LANES]
+            a[k, width] = before[i, k] + pull[k]
         factor(a, width, width, 0.0)
-    for _ in range(refinements):
-        for i in range(rows):
-            for k in range(width):
-                vector[k] = u[k // LANES, i, k % LANES] + pull[k]
-            _substitute(factors[i], width, vector)
-            for k in range(width):
-                points[i, k] = np.float32(vector[k])
-        _gradient(y, information, rows, points, spectra, directions, tile, left, u)
-        for i in range(rows):
-            for k in range(width):
-                vector[k] = u[k // LANES, i, k % LANES]
-            unpack(packed, i, line, matrix, width)
-            _multiply_upper(matrix, width, points[i], vector)
-            for k in range(width):
-                u[k // LANES, i, k % LANES] = vector[k]
+        _substitute_back(a, width, point)
+        for k in range(width):
+            points[i, k] = np.float32(point[k])
+    _gradient(y, information, rows, points, spectra, directions, tile, left, u)
     for i in range(rows):
         for k in range(width):
-            numbers[i, 2] += points[i, k] * (u[k // LANES, i, k % LANES] - before[i, k])
+            vector[k] = u[k // LANES, i, k % LANES]
+            point[k] = np.float64(points[i, k])
+        for block in range(packed.shape[0]):
+            line[block * LANES : (block + 1) * LANES] = packed[block, i]
+        _add_product(line, point, vector)
+        for k in range(width):
+            u[k // LANES, i, k % LANES] = vector[k]
+            numbers[i, 2] += point[k] * (vector[k] - before[i, k])
 
 
 @njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
@@ -415,7 +392,7 @@ def solve(a, q, n, n_sky, level2, scratch, columns, root):
 
     `a` (q + n, ·) is the upper triangle of M, nuisances first, and u behind it; `scratch` and `columns` are like
     `root`. The last `n_sky` nuisances grow with the noise of the star, of mean square `level2`.
-    Returns what nuisances and the best point of the space explain.
+    Returns what nuisances and the best point of the space explain, and what the latter gains beyond |λ|² under M₁.
     """
     for i in range(q):
         a[i, i] += 1.0 if i < q - n_sky else 1.0 / (level2 + TINY)
@@ -426,8 +403,13 @@ def solve(a, q, n, n_sky, level2, scratch, columns, root):
     for i in range(n):
         for j in range(i, n + 1):
             root[i, j] = a[q + i, q + j]
-    factor(root, n, n, LEAST_CURVATURE)
+            scratch[i, j] = a[q + i, q + j]
+    factor(scratch, n, n, LEAST_CURVATURE)
+    factor(root, n, n, LEAST_INFORMATION)
+    gain, beyond = 0.0, 0.0
     for i in range(n):
-        explained += root[i, n] * root[i, n]
+        gain += scratch[i, n] * scratch[i, n]
+        # |λ|² = uᵀM⁻¹u − uᵀ(I + M)⁻¹u, and the best point gains the same with the least curvature in M⁻¹ alone.
+        beyond -= root[i, n] * root[i, n]
     shrink(root, columns, scratch, n)
-    return explained
+    return explained + gain, gain + beyond

@@ -27,7 +27,7 @@ mean noise, so that it is one small matrix product; cells of one pixel are exact
 off by many σ for a star far from the reference. Therefore the likelihood is expanded around a point b near the star, where its gradient is exact, and M
 weighs only what lies between b and the clouds: with the whole library and the nuisances as one Gaussian N(b₀, P),
 
-    b = (P⁻¹ + M)⁻¹ (P⁻¹b₀ + u),      u ← Bᵀ(y − a′ B b) + M b,      `REFINEMENTS` times,
+    b = (P⁻¹ + M)⁻¹ (P⁻¹b₀ + u),      u ← Bᵀ(y − a′ B b) + M b,
 
 which changes nothing where M is exact. From u on everything is in double precision. The fast CPU kernels
 (`moefast.kernels.clouds`) are judged by this description, read in NumPy and float64; ONNX is a second reader of it.
@@ -44,7 +44,7 @@ from typing import Any
 from moefast.kernels.quality import LARGEST_ERROR
 from moefast.ops.arithmetic import SolvingArithmetic
 
-__all__ = ["LEAST_CURVATURE", "REFINEMENTS", "Sizes", "cell_products", "forward"]
+__all__ = ["LEAST_CURVATURE", "Sizes", "cell_products", "forward"]
 
 LARGEST_FLUX = 3.4028234663852886e38
 """Of float32: infinite flux is no flux."""
@@ -52,9 +52,7 @@ TINY = 1e-30
 LEAST_SPREAD = 1e-4
 """Added in dex to standard deviations whose logarithms the error model sees."""
 LEAST_CURVATURE = 1e-8
-"""Added to M without nuisances: directions that a star does not see at all stay put."""
-REFINEMENTS = 2
-"""Expansions around a better point; the second one matters for bright stars."""
+"""Added to M where the best point of the whole space is asked for: directions that a star does not see stay put."""
 
 
 @dataclass(frozen=True)
@@ -185,12 +183,11 @@ def forward(op: SolvingArithmetic, sizes: Sizes, flux: Any, error: Any) -> dict[
     # -- expansion around a point near the star ----------------------------------------------------------------
     whole, _ = op.inverse(op.add(matrix, op.precise(number("library_precision"))), n + q)
     pull, curvatures = op.precise(number("library_pull")), op.multiply(op.multiply(scale, scale), weight)
-    for _ in range(REFINEMENTS):
-        point = op.product(whole, op.add(u, pull))
-        spectrum = op.shaped(op.product(directions, point), (p,))
-        left = op.subtract(y, op.multiply(curvatures, spectrum))
-        gradient = op.shaped(op.product(left, directions), (n + q, 1))
-        u = op.add(gradient, op.product(matrix, point))
+    point = op.product(whole, op.add(u, pull))
+    spectrum = op.shaped(op.product(directions, point), (p,))
+    left = op.subtract(y, op.multiply(curvatures, spectrum))
+    gradient = op.shaped(op.product(left, directions), (n + q, 1))
+    u = op.add(gradient, op.product(matrix, point))
     moved = op.product(op.ordered(point, (0, 2, 1)), op.subtract(u, gathered))
     energy = op.add(energy, op.shaped(moved, (1,)))
 
@@ -216,8 +213,7 @@ def forward(op: SolvingArithmetic, sizes: Sizes, flux: Any, error: Any) -> dict[
             information, op.product(cross, op.part(op.part(matrix, 1, n, n + q), 2, 0, n))
         )
     unit = op.precise(number("unit_coordinates"))
-    information = op.add(information, op.multiply(unit, op.precise(constant(LEAST_CURVATURE))))
-    free, _ = op.inverse(information, n)
+    free, _ = op.inverse(op.add(information, op.multiply(unit, op.precise(constant(LEAST_CURVATURE)))), n)
     point = op.product(free, vector)
     gain = op.shaped(op.product(op.ordered(vector, (0, 2, 1)), point), (1,))
     explained = op.add(explained, gain)

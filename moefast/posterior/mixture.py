@@ -19,7 +19,7 @@ from moefast.kernels import CloudPosterior, Clouds, Space, cloud_posterior
 from moefast.mixture import Mixture, Prediction
 from moefast.ops.arithmetic import NumPyArithmetic
 from moefast.posterior.cells import alike_pixels
-from moefast.posterior.forward import REFINEMENTS, Sizes, forward
+from moefast.posterior.forward import Sizes, forward
 from moefast.spectra.quality import Quality
 
 __all__ = ["LABELS", "ORDER", "SCALE_UNIT", "AnyMixture", "PosteriorMixture"]
@@ -372,7 +372,6 @@ class PosteriorMixture:
             cell_shares=self.cell_shares,
             precision=numbers["library_precision"],
             pull=numbers["library_pull"][:, 0],
-            refinements=REFINEMENTS,
             n_sky=self.n_sky,
         )
 
