@@ -154,7 +154,8 @@ class Clouds:
     keys : array of shape (m, n), float32
         Means k_j.
     tangents : array of shape (m, t, n), float32
-        Directions along which the spectra of a cloud scatter by one, without that of the scale.
+        Directions along which the spectra of a cloud scatter by one, without that of the scale. Last coordinates that no
+        tangent of any cloud has cost them nothing.
     gains : array of shape (m, t + 1, l), float32
         Covariance of the coordinate along each tangent, and the scale's, with each label; the first label is log g.
     log_weights : array of shape (m,), float32
@@ -216,8 +217,11 @@ class Clouds:
             out[:m] = array
             return np.ascontiguousarray(np.moveaxis(out.reshape(panels, LANES, *array.shape[1:]), 1, -1))
 
+        seen = np.flatnonzero(self.tangents.any((0, 1)))
+        reach = _up(int(seen[-1]) + 1, STEP) if seen.size else STEP
         arrays = (
             (0,) * (t + 1),
+            reach,
             np.ascontiguousarray(columns),
             log_weights.reshape(panels, LANES),
             in_panels(self.gains.transpose(0, 2, 1)),

@@ -16,7 +16,7 @@ from moefast.core.compiled import njit
 from moefast.kernels.cpu import FAST, exp32, log32
 from moefast.kernels.cpu_information import STEP, TINY, solve, unpack
 from moefast.kernels.cpu_information import LANES as COLUMNS
-from moefast.kernels.vectors import VECTORS, add_tile, cloud_group, width_of
+from moefast.kernels.vectors import VECTORS, add_tile, cloud_group, label_group, width_of
 
 __all__ = ["posterior"]
 
@@ -35,27 +35,27 @@ HALF32 = np.float32(0.5)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _whiten(columns, panel, root, vectors):
-    """Vectors of a panel times C', upper triangular."""
+def _whiten(columns, panel, reach, root, vectors):
+    """Vectors of a panel times C', upper triangular; all but the first, the means, have `reach` coordinates."""
     _, drawn, size, _ = columns.shape
     vectors[:] = ZERO32
     for v in range(drawn):
-        for r in range(0, size, STEP):
+        length = size if v == 0 else reach
+        for r in range(0, length, STEP):
             start, place = ((panel * drawn + v) * size + r) * LANES, (v * size + r) * LANES
-            add_tile(root, r * size + r, size, columns, start, size - r, vectors, place)
+            add_tile(root, r * size + r, size, columns, start, length - r, vectors, place)
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def _conclude(log_weight, square, pivots, labels_of_first, gains_of_first, coefficients, evidence, means):
+def _conclude(panel, log_weight, square, pivots, labels, gains, coefficients, evidence, means):
     """Evidence and mean first label of the clouds of a panel."""
     for i in range(LANES):
-        evidence[i] = log_weight[i] - HALF32 * square[i]
-        means[i] = labels_of_first[i]
+        evidence[panel, i] = log_weight[panel, i] - HALF32 * square[panel, i]
+        means[panel, i] = labels[panel, 0, i]
     for k in range(len(pivots)):
-        pivot, gamma, gain = pivots[k], coefficients[k], gains_of_first[k]
         for i in range(LANES):
-            evidence[i] -= HALF32 * log32(pivot[i])
-            means[i] += gamma[i] * gain[i]
+            evidence[panel, i] -= HALF32 * log32(pivots[k, i])
+            means[panel, i] += coefficients[panel, k, i] * gains[panel, 0, k, i]
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
@@ -70,63 +70,48 @@ def _shares(evidence, start, stop, top, share):
     return total
 
 
+# Views of arrays are counted, which costs more than what follows does: places are handed on as numbers.
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def _label_of(lower, inverse_root, coefficients, gains, labels, solved, mean):
-    """Mean of one label in the clouds of a panel, and L⁻¹ g, whose squares are the variances that tangents leave."""
-    t = len(gains)
-    for i in range(LANES):
-        mean[i] = labels[i]
-    for a in range(t):
-        ours, gain, gamma = solved[a], gains[a], coefficients[a]
-        for i in range(LANES):
-            mean[i] += gamma[i] * gain[i]
-            ours[i] = gain[i]
-        for b in range(a):
-            along, other = lower[a * (a + 1) // 2 + b], solved[b]
-            for i in range(LANES):
-                ours[i] -= along[i] * other[i]
-        inverse = inverse_root[a]
-        for i in range(LANES):
-            ours[i] *= inverse[i]
-
-
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def _within(share, mean, scatter, with_first, first_solved, solved):
+def _within(panel, x, share, means, scatter, scatter_with_first, variance, along):
     """Mean of a label, its variance within clouds, and such a covariance with the first label, times shares."""
-    total, square, product = 0.0, 0.0, 0.0
+    total, square, product, start = 0.0, 0.0, 0.0, panel * LANES
     for i in range(LANES):
-        variance, along = scatter[i], with_first[i]
-        for a in range(len(solved)):
-            variance += solved[a, i] * solved[a, i]
-            along += first_solved[a, i] * solved[a, i]
-        w = np.float64(share[i])
-        total += w * np.float64(mean[i])
-        square += w * np.float64(variance)
-        product += w * np.float64(along)
+        w = np.float64(share[start + i])
+        total += w * np.float64(means[panel, x, i])
+        square += w * np.float64(scatter[panel, x, i] + variance[i])
+        product += w * np.float64(scatter_with_first[panel, x, i] + along[i])
     return total, square, product
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def _between(share, mean, middle, of_first, middle_of_first):
+def _between(panel, x, share, means, middle, middle_of_first):
     """Variance of a label between clouds, and such a covariance with the first label, times shares."""
-    square, product = 0.0, 0.0
+    square, product, start = 0.0, 0.0, panel * LANES
     for i in range(LANES):
-        apart = np.float64(mean[i]) - middle
-        weighed = np.float64(share[i]) * apart
+        apart = np.float64(means[panel, x, i]) - middle
+        weighed = np.float64(share[start + i]) * apart
         square += weighed * apart
-        product += weighed * (np.float64(of_first[i]) - middle_of_first)
+        product += weighed * (np.float64(means[panel, 0, i]) - middle_of_first)
     return square, product
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+def _is_empty(panel, share):
+    total = ZERO32
+    for i in range(panel * LANES, (panel + 1) * LANES):
+        total += share[i]
+    return total == ZERO32
+
+
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
 def _moments(
-    evidence, lower, inverse_root, coefficients, gains, labels, scatter, scatter_with_first, first, means_of_first,
-    share, solved, means, label, sd, covariance, weights, expert,
+    evidence, n_tangents, lower, inverse_root, coefficients, gains, labels, scatter, scatter_with_first, first,
+    means_of_first, share, variance, along, solved, means, label, sd, covariance, weights, expert,
 ):  # fmt: skip
     """From evidences to labels, as `moefast.posterior.forward` has it; returns the scatter of log g between clouds.
 
-    `share` (panels · `LANES`) is 0 behind the last cloud; `solved` (2, t, `LANES`) and `means` (panels, l, `LANES`) are
-    scratch.
+    `share` (panels · `LANES`) is 0 behind the last cloud; `variance`, `along` (`LANES`), `solved` (t, `LANES`) and `means`
+    (panels, l, `LANES`) are scratch.
     """
     panels, n_labels = means.shape[:2]
     m, k = evidence.size, first.size - 1
@@ -165,30 +150,29 @@ def _moments(
         share[j] = share[j] if share[j] >= LEAST_SHARE else ZERO32
         kept += np.float64(share[j])
     between /= total
-    shares = share.reshape(panels, LANES)
     label[:], sd[:], covariance[:] = 0.0, 0.0, 0.0
     for panel in range(panels):
-        ours = shares[panel]
-        if ours.max() == ZERO32:
+        if _is_empty(panel, share):
             continue
         for x in range(n_labels):
-            found, mean = solved[min(x, 1)], means[panel, x]
-            _label_of(
-                lower[panel], inverse_root[panel], coefficients[panel], gains[panel, x], labels[panel, x], found, mean
-            )  # fmt: skip
+            place = panel * n_labels + x
+            for lane in range(0, LANES, WIDTH):
+                label_group(
+                    lane, LANES, n_tangents, panel, lower, inverse_root, coefficients, place, gains, labels, means,
+                    x == 0, solved, variance, along,
+                )  # fmt: skip
             middle, square, product = _within(
-                ours, mean, scatter[panel, x], scatter_with_first[panel, x], solved[0], found
+                panel, x, share, means, scatter, scatter_with_first, variance, along
             )
             label[x] += middle / kept
             sd[x] += square / kept
             covariance[x] += product / kept
     label[0] = best
     for panel in range(panels):
-        ours = shares[panel]
-        if ours.max() == ZERO32:
+        if _is_empty(panel, share):
             continue
         for x in range(n_labels):
-            square, product = _between(ours, means[panel, x], label[x], means[panel, 0], label[0])
+            square, product = _between(panel, x, share, means, label[x], label[0])
             sd[x] += square / kept
             covariance[x] += product / kept
     for x in range(n_labels):
@@ -210,7 +194,7 @@ def _perceptron(features, w1, b1, w2, b2):
 @njit(nogil=True, cache=True, error_model="numpy")
 def posterior(
     numbers, u, packed, q, n_sky, n,
-    drawn, columns, log_weights, gains, labels, scatter, scatter_with_first, first,
+    drawn, reach, columns, log_weights, gains, labels, scatter, scatter_with_first, first,
     unit, width, lowest, highest, w1, b1, w2, b2,
     log_g, log_g_err, features, label, sd, covariance, weights, expert, chi2, distance, strength, scale, log_level,
 ):  # fmt: skip
@@ -227,7 +211,8 @@ def posterior(
     inverse_root, coefficients = np.empty((panels, t, LANES), np.float32), np.empty((panels, t, LANES), np.float32)
     square, means_of_first = np.empty((panels, LANES), np.float32), np.empty((panels, LANES), np.float32)
     evidence, pivots = np.empty((panels, LANES), np.float32), np.empty((t, LANES), np.float32)
-    share, solved = np.zeros(panels * LANES, np.float32), np.empty((2, t, LANES), np.float32)
+    share, solved = np.zeros(panels * LANES, np.float32), np.empty((t, LANES), np.float32)
+    variance, along = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
     means = np.empty((panels, n_labels, LANES), np.float32)
     for i in range(len(numbers)):
         unpack(packed, i, line, a, q + n)
@@ -242,19 +227,16 @@ def posterior(
             centre[r] = np.float32(exact[r, n])
             spectrum[r] = np.float32(exact[r, n] + exact[r, n - 1] / unit)
         for panel in range(panels):
-            _whiten(columns, panel, root, vectors)
+            _whiten(columns, panel, reach, root, vectors)
             for lane in range(0, LANES, WIDTH):
                 cloud_group(
-                    vectors, lane, LANES, size, drawn, centre, spectrum, width, lower[panel], inverse_root[panel],
-                    coefficients[panel], square[panel], pivots,
+                    vectors, lane, LANES, size, reach, drawn, centre, spectrum, width, panel, lower, inverse_root,
+                    coefficients, square, pivots,
                 )  # fmt: skip
-            _conclude(
-                log_weights[panel], square[panel], pivots, labels[panel, 0], gains[panel, 0],
-                coefficients[panel], evidence[panel], means_of_first[panel],
-            )  # fmt: skip
+            _conclude(panel, log_weights, square, pivots, labels, gains, coefficients, evidence, means_of_first)
         between = _moments(
-            evidence.reshape(-1)[:m], lower, inverse_root, coefficients, gains, labels, scatter, scatter_with_first,
-            first, means_of_first, share, solved, means, label[i], sd[i], covariance[i], weights[i], expert[i],
+            evidence.reshape(-1)[:m], drawn, lower, inverse_root, coefficients, gains, labels, scatter,
+            scatter_with_first, first, means_of_first, share, variance, along, solved, means, label[i], sd[i], covariance[i], weights[i], expert[i],
         )  # fmt: skip
         nearest = np.float64(square.reshape(-1)[:m].min())
         chi2[i] = (numbers[i, 2] - explained) / (1.0 + max(n_good - (n + 1), 0.0))

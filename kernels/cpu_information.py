@@ -216,16 +216,15 @@ def factor(a, stop, n, ridge):
         for j in range(top // LANES * LANES, stride, LANES):
             subtract_tile(a, top, 1, stride, a, j, stride, min(top, stop), a, top * stride + j, stride)
         for k in range(top, min(top + STEP, stop)):
-            row = a[k]
             least = ridge + ROUNDING * diagonal[k] + TINY
-            root = math.sqrt(max(row[k] + least, least))
+            root = math.sqrt(max(a[k, k] + least, least))
             inverse = 1.0 / root
-            for j in range(k, stride):
-                row[j] *= inverse
-            row[k] = root
+            for j in range(k // GROUP * GROUP, stride):
+                a[k, j] *= inverse
+            a[k, k] = root
             for i in range(k + 1, min(top + STEP, n)):
                 begin = i // GROUP * GROUP
-                subtract_row(a, i * stride + begin, a, k * stride + begin, row[i], (stride - begin) // GROUP)
+                subtract_row(a, i * stride + begin, a, k * stride + begin, a[k, i], (stride - begin) // GROUP)
 
 
 @njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
@@ -233,27 +232,25 @@ def shrink(a, columns, t, n):
     """U ← T⁻¹U in place, with T upper triangular and TTᵀ = I + UUᵀ; columns from n on go along.
 
     Then UᵀU is (I + M)⁻¹M of what was M = UᵀU: nothing is subtracted from 1, and small information keeps its digits.
-    `columns` and `t` are scratch of the shape of `a`, `columns` without numbers that are not finite.
+    `columns` (−Uᵀ) and `t` are scratch of the shape of `a`, without numbers that are not finite.
     """
     stride = a.shape[1]
     for k in range(n):
         # Left of the diagonal stands what was there before.
         for j in range(k):
             a[k, j] = 0.0
-    for k in range(n):
-        for j in range(n):
-            columns[k, j] = a[j, k]
+        for j in range(k // LANES * LANES + LANES):
             t[k, j] = 0.0
-        t[k, k] = -1.0
+        t[k, k] = 1.0
+    for begin in range(0, n, GROUP):
+        for k in range(begin, n):
+            for j in range(begin, min(begin + GROUP, n)):
+                columns[k, j] = -a[j, k]
     last = (n - 1) // STEP * STEP
     for top in range(0, n, STEP):
         for j in range(0, top + STEP, LANES):
-            # Rows of Uᵀ above hold zeros in these columns.
             first = top * stride
-            subtract_tile(columns, first + top, 1, stride, columns, first + j, stride, n - top, t, first + j, stride)
-    for k in range(n):
-        for j in range(k + 1):
-            t[k, j] = -t[k, j]
+            subtract_tile(a, first + top, stride, 1, columns, first + j, stride, n - top, t, first + j, stride)
     # Row k of t becomes column k of T.
     for top in range(last, -1, -STEP):
         below = top + STEP
@@ -262,14 +259,13 @@ def shrink(a, columns, t, n):
                 first, place = below * stride, top * stride + j
                 subtract_tile(t, first + top, 1, stride, t, first + j, stride, n - below, t, place, stride)
         for k in range(min(below, n) - 1, top - 1, -1):
-            row = t[k]
-            root = math.sqrt(row[k])
+            root = math.sqrt(t[k, k])
             inverse = 1.0 / root
             for j in range(k):
-                row[j] *= inverse
-            row[k] = root
+                t[k, j] *= inverse
+            t[k, k] = root
             for i in range(top, k):
-                subtract_row(t, i * stride, t, k * stride, row[i], i // GROUP + 1)
+                subtract_row(t, i * stride, t, k * stride, t[k, i], i // GROUP + 1)
     for top in range(last, -1, -STEP):
         below = top + STEP
         if below < n:
@@ -277,22 +273,30 @@ def shrink(a, columns, t, n):
                 first, place = below * stride, top * stride + j
                 subtract_tile(t, first + top, 1, stride, a, first + j, stride, n - below, a, place, stride)
         for k in range(min(below, n) - 1, top - 1, -1):
-            row, inverse = a[k], 1.0 / t[k, k]
+            inverse = 1.0 / t[k, k]
             for j in range(k, stride):
-                row[j] *= inverse
+                a[k, j] *= inverse
             begin = k // GROUP * GROUP
             for i in range(top, k):
                 subtract_row(a, i * stride + begin, a, k * stride + begin, t[k, i], (stride - begin) // GROUP)
 
 
 @njit(nogil=True, cache=True)
+def join(packed, row, line):
+    """Packed M of one row of a block, (blocks, ·, `LANES`), in one line."""
+    for block in range(packed.shape[0]):
+        for j in range(LANES):
+            line[block * LANES + j] = packed[block, row, j]
+
+
+@njit(nogil=True, cache=True)
 def unpack(packed, row, line, a, width):
     """Upper triangle of M of one row of a block, (width, width); `line` is scratch."""
-    for block in range(packed.shape[0]):
-        line[block * LANES : (block + 1) * LANES] = packed[block, row]
+    join(packed, row, line)
     start = 0
     for i in range(width):
-        a[i, i:width] = line[start : start + width - i]
+        for j in range(width - i):
+            a[i, i + j] = line[start + j]
         start += width - i
 
 
@@ -300,11 +304,10 @@ def unpack(packed, row, line, a, width):
 def _substitute_back(a, n, x):
     """Solve U x = v, where the rows of U in `a` have v in column n."""
     for k in range(n - 1, -1, -1):
-        row = a[k]
-        value = row[n]
+        value = a[k, n]
         for j in range(k + 1, n):
-            value -= row[j] * x[j]
-        x[k] = value / row[k]
+            value -= a[k, j] * x[j]
+        x[k] = value / a[k, k]
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
@@ -321,10 +324,11 @@ def _add_product(line, x, out):
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def _what_is_left(y, information, spectrum, left):
-    """Y − a′ · spectrum of `SPECTRUM` pixels."""
-    for j in range(SPECTRUM):
-        left[j] = y[j] - information[j] * spectrum[j]
+def _what_is_left(y, information, row, pixel, tile, left, place):
+    """Y − a′ · spectrum of `SPECTRUM` pixels of `STEP` rows."""
+    for i in range(STEP):
+        for j in range(SPECTRUM):
+            left[i, place + j] = y[row + i, pixel + j] - information[row + i, pixel + j] * tile[i, j]
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -340,11 +344,7 @@ def _gradient(y, information, rows, points, spectra, directions, tile, left, u):
                 tile[:] = ZERO32
                 start = (c + j) // SPECTRUM * width * SPECTRUM
                 add_tile(points, r * points.shape[1], points.shape[1], spectra, start, width, tile, 0)
-                here = slice(c + j, c + j + SPECTRUM)
-                for i in range(STEP):
-                    _what_is_left(
-                        y[r + i, here], information[r + i, here], tile[i], left[i, j : j + SPECTRUM]
-                    )
+                _what_is_left(y, information, r, c + j, tile, left, j)
             for block in range(blocks):
                 start, place = (block * p + c) * LANES, (block * u.shape[1] + r) * LANES
                 add_tile(left, 0, CHUNK, directions, start, size, u, place)
@@ -378,8 +378,7 @@ def refine(y, information, rows, packed, spectra, directions, precision, pull, n
         for k in range(width):
             vector[k] = u[k // LANES, i, k % LANES]
             point[k] = np.float64(points[i, k])
-        for block in range(packed.shape[0]):
-            line[block * LANES : (block + 1) * LANES] = packed[block, i]
+        join(packed, i, line)
         _add_product(line, point, vector)
         for k in range(width):
             u[k // LANES, i, k % LANES] = vector[k]

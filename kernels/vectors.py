@@ -1,4 +1,4 @@
-"""Four inner loops for Numba functions that are written in vectors: its vectoriser keeps no sums in registers.
+"""Five inner loops for Numba functions that are written in vectors: its vectoriser keeps no sums in registers.
 
 Design: each is an intrinsic, a function that writes the compiler's intermediate code: vectors of 512 bits, which a
 machine with shorter registers sees as several. Sums stand in registers from the first term to the last, in one order,
@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import extending
 from numba.core import cgutils, types
 
-__all__ = ["ROWS", "VECTORS", "add_tile", "cloud_group", "subtract_row", "subtract_tile", "width_of"]
+__all__ = ["ROWS", "VECTORS", "add_tile", "cloud_group", "label_group", "subtract_row", "subtract_tile", "width_of"]
 
 # Called without the typing context, which is no argument to a reader of types.
 intrinsic: Any = extending.intrinsic
@@ -199,10 +199,12 @@ def cloud_group(  # type: ignore[no-untyped-def]
     lane,
     stride,
     n,
+    reach,
     n_drawn,
     centre,
     spectrum,
     width,
+    panel,
     lower,
     inverse,
     coefficients,
@@ -211,40 +213,48 @@ def cloud_group(  # type: ignore[no-untyped-def]
 ):
     """Best points of a vector of clouds, with the star in whitened coordinates.
 
-    With x_v[c] = vectors[v n stride + c stride + lane], δ = x₀ − centre and tangents x₁, …, width (δ + spectrum):
+    With x_v[c] = vectors[v n stride + c stride + lane], δ = x₀ − centre and tangents x₁, …, which are zero from `reach`
+    on, and width (δ + spectrum):
     L of L Lᵀ = I + T Tᵀ, rows of its lower triangle one behind the other; 1/L_kk; γ = −(L Lᵀ)⁻¹ T δ;
-    |δ + Tᵀγ|² + |γ|²; and L_kk². Vectors of all of these are `stride` numbers apart. `n_drawn` = 1 + the number of
+    |δ + Tᵀγ|² + |γ|²; and L_kk². Vectors of all of these are `stride` numbers apart, and all but the last are put in their
+    place of a panel. `n_drawn` = 1 + the number of
     tangents x₁, … is a tuple of so many numbers, since the code is written for it.
     """
     signature = types.void(
-        vectors, types.intp, types.intp, types.intp, n_drawn, centre, spectrum, width, lower, inverse, coefficients,
-        square, pivots,
+        vectors, types.intp, types.intp, types.intp, types.intp, n_drawn, centre, spectrum, width, types.intp, lower,
+        inverse, coefficients, square, pivots,
     )  # fmt: skip
     drawn = len(n_drawn)
 
     def write(context, builder, signature, args):  # type: ignore[no-untyped-def]
         kinds = signature.args
         drawn_data, of_centre, of_spectrum, lowers, inverses, gammas, squares, of_pivots = (
-            _data(context, builder, kinds[k], args[k]) for k in (0, 5, 6, 8, 9, 10, 11, 12)
+            _data(context, builder, kinds[k], args[k]) for k in (0, 6, 7, 10, 11, 12, 13, 14)
         )
-        lane, stride, n = args[1:4]
+        lane, stride, n, reach, panel = *args[1:5], args[9]
         v = _Vectors(builder, context.get_data_type(kinds[0].dtype))
         index = context.get_value_type(types.intp)
-        broad = v.all_of(args[7])
+        broad = v.all_of(args[8])
         t = drawn
         whole = builder.mul(n, stride)
         starts = [
             builder.gep(drawn_data, [builder.add(lane, builder.mul(whole, index(k)))]) for k in range(drawn)
         ]
 
+        def of_panel(base: Any, size: int) -> Any:
+            return builder.gep(base, [builder.mul(panel, builder.mul(stride, index(size)))])
+
+        lowers, squares = of_panel(lowers, t * (t + 1) // 2), of_panel(squares, 1)
+        inverses, gammas = of_panel(inverses, t), of_panel(gammas, t)
+
         def at(base: Any, k: int) -> Any:
             return builder.gep(base, [builder.add(lane, builder.mul(stride, index(k)))])
 
-        def coordinates(loop: Any) -> list[Any]:
-            here = builder.mul(loop.index, stride)
-            x = [v.load(builder.gep(start, [here])) for start in starts]
-            x[0] = builder.fsub(x[0], v.all_of(builder.load(builder.gep(of_centre, [loop.index]))))
-            more = v.all_of(builder.load(builder.gep(of_spectrum, [loop.index])))
+        def coordinates(place: Any, *, with_tangents: bool = True) -> list[Any]:
+            here = builder.mul(place, stride)
+            x = [v.load(builder.gep(start, [here])) for start in (starts if with_tangents else starts[:1])]
+            x[0] = builder.fsub(x[0], v.all_of(builder.load(builder.gep(of_centre, [place]))))
+            more = v.all_of(builder.load(builder.gep(of_spectrum, [place])))
             return [*x, builder.fmul(broad, builder.fadd(x[0], more))]
 
         zero, one = v.constant(0.0), v.constant(1.0)
@@ -254,10 +264,15 @@ def cloud_group(  # type: ignore[no-untyped-def]
             for b in range(a, t + 1)
             if b > 0
         }
-        with cgutils.for_range(builder, n, intp=index) as loop:
-            x = coordinates(loop)
+        with cgutils.for_range(builder, reach, intp=index) as loop:
+            x = coordinates(loop.index)
             for (a, b), register in products.items():
                 builder.store(v.add_product(builder.load(register), x[a], x[b]), register)
+        with cgutils.for_range_slice(builder, reach, n, index(1), intp=index) as (place, _):
+            apart, scaled = coordinates(place, with_tangents=False)
+            for (a, b), x in (((0, t), apart), ((t, t), scaled)):
+                register = products[a, b]
+                builder.store(v.add_product(builder.load(register), x, scaled), register)
         rho = [builder.fneg(builder.load(products[0, k + 1])) for k in range(t)]
         matrix = {(a, b): builder.load(products[b + 1, a + 1]) for a in range(t) for b in range(a + 1)}
         roots = []
@@ -287,12 +302,90 @@ def cloud_group(  # type: ignore[no-untyped-def]
         for gamma in rho:
             total = v.add_product(total, gamma, gamma)
         register = v.variable(total)
-        with cgutils.for_range(builder, n, intp=index) as loop:
-            residual, *tangents = coordinates(loop)
+        with cgutils.for_range(builder, reach, intp=index) as loop:
+            residual, *tangents = coordinates(loop.index)
             for gamma, tangent in zip(rho, tangents, strict=True):
                 residual = v.add_product(residual, gamma, tangent)
             builder.store(v.add_product(builder.load(register), residual, residual), register)
+        with cgutils.for_range_slice(builder, reach, n, index(1), intp=index) as (place, _):
+            residual, scaled = coordinates(place, with_tangents=False)
+            residual = v.add_product(residual, rho[-1], scaled)
+            builder.store(v.add_product(builder.load(register), residual, residual), register)
         v.store(builder.load(register), at(squares, 0))
+        return context.get_dummy_value()
+
+    return signature, write
+
+
+@intrinsic
+def label_group(  # type: ignore[no-untyped-def]
+    typingctx,
+    lane,
+    stride,
+    n_tangents,
+    panel,
+    lower,
+    inverse,
+    coefficients,
+    place,
+    gains,
+    labels,
+    mean,
+    is_first,
+    first,
+    variance,
+    along,
+):
+    """A label of a vector of clouds: mean + γᵀg, |L⁻¹g|², and L⁻¹g times that of the first label.
+
+    `lower`, `inverse` and `coefficients` are L, 1/L_kk and γ of `cloud_group` in the place of a panel; gains, labels and
+    means have a place of their own for each panel and label. `first` holds L⁻¹g of the first label, and is filled with it
+    where this is the first. `n_tangents` is a tuple of so many numbers.
+    """
+    signature = types.void(
+        types.intp, types.intp, n_tangents, types.intp, lower, inverse, coefficients, types.intp, gains, labels, mean,
+        types.boolean, first, variance, along,
+    )  # fmt: skip
+    t = len(n_tangents)
+
+    def write(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        kinds = signature.args
+        lowers, inverses, gammas, of_gains, of_labels, means, firsts, variances, products = (
+            _data(context, builder, kinds[k], args[k]) for k in (4, 5, 6, 8, 9, 10, 12, 13, 14)
+        )
+        lane, stride, panel, place, is_first = args[0], args[1], args[3], args[7], args[11]
+        v = _Vectors(builder, context.get_data_type(kinds[4].dtype))
+        index = context.get_value_type(types.intp)
+
+        def placed(base: Any, which: Any, size: int) -> Any:
+            return builder.gep(base, [builder.mul(which, builder.mul(stride, index(size)))])
+
+        lowers, inverses, gammas = (
+            placed(base, panel, size) for base, size in ((lowers, t * (t + 1) // 2), (inverses, t), (gammas, t))
+        )
+        of_gains, of_labels, means = placed(of_gains, place, t), placed(of_labels, place, 1), placed(means, place, 1)
+
+        def at(base: Any, k: int) -> Any:
+            return builder.gep(base, [builder.add(lane, builder.mul(stride, index(k)))])
+
+        total, square, product = v.load(at(of_labels, 0)), v.constant(0.0), v.constant(0.0)
+        solved: list[Any] = []
+        for a in range(t):
+            gain = v.load(at(of_gains, a))
+            total = v.add_product(total, v.load(at(gammas, a)), gain)
+            for b, other in enumerate(solved):
+                gain = v.add_product(gain, builder.fneg(v.load(at(lowers, a * (a + 1) // 2 + b))), other)
+            gain = builder.fmul(gain, v.load(at(inverses, a)))
+            solved.append(gain)
+            square = v.add_product(square, gain, gain)
+        with builder.if_then(builder.trunc(is_first, ir.IntType(1))):
+            for a, gain in enumerate(solved):
+                v.store(gain, at(firsts, a))
+        for a, gain in enumerate(solved):
+            product = v.add_product(product, gain, v.load(at(firsts, a)))
+        v.store(total, at(means, 0))
+        v.store(square, at(variances, 0))
+        v.store(product, at(products, 0))
         return context.get_dummy_value()
 
     return signature, write

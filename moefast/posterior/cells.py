@@ -14,11 +14,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["N_CELLS", "alike_pixels", "neighbouring_pixels"]
+__all__ = ["alike_pixels", "neighbouring_pixels"]
 
-N_CELLS = 384
-"""Cells, at the most; a spectrum of as many pixels or fewer is exact."""
-LARGEST = 64
+OPERATIONS = 1_500_000
+"""Multiply-adds that the sums over cells may cost a star: fewer directions have more cells."""
+LARGEST = 32
 """Pixels of a cell, at the most."""
 OF_NOISE = 1.0
 """What a factor of e in the noise variance counts for, relative to the length of a direction."""
@@ -30,7 +30,7 @@ F64 = NDArray[np.float64]
 
 
 def alike_pixels(
-    directions: NDArray, noise_shape: NDArray, precision: F64, n_cells: int = N_CELLS
+    directions: NDArray, noise_shape: NDArray, precision: F64, n_cells: int | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Cells of pixels that are alike; see the module.
 
@@ -41,8 +41,9 @@ def alike_pixels(
         D.
     precision : array of shape (n + q, n + q)
         Of the library and the nuisances as one Gaussian.
-    n_cells : int
-        As many as pixels, or more, give each pixel a cell of its own.
+    n_cells : int, optional
+        As many as `OPERATIONS` allow by default. As many as pixels, or more, give each pixel a cell of its own. Cells of
+        more than `LARGEST` pixels are cut into several.
 
     Returns
     -------
@@ -51,6 +52,8 @@ def alike_pixels(
     shares : array of shape (k, s), float32
         Weight of each in the mean of its cell, 0 in places that are left over.
     """
+    width = directions.shape[1]
+    n_cells = n_cells or OPERATIONS // (width * (width + 1) // 2)
     white = directions.astype(np.float64) / np.sqrt(noise_shape.astype(np.float64))[:, None]
     variances, vectors = np.linalg.eigh(precision + white.T @ white)
     white = white @ (vectors / np.sqrt(variances))
