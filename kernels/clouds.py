@@ -308,7 +308,7 @@ def cloud_posterior(
         columns, products, spectra, precision, pull, cell, share = space.arrays
         y, cells = np.zeros((ROWS, columns.shape[1]), np.float32), np.zeros((ROWS, products.shape[1]))
         information, points = np.zeros_like(y), np.empty((ROWS, n + q), np.float32)
-        u, packed = np.empty((len(columns), ROWS, COLUMNS)), np.empty((len(products), ROWS, COLUMNS))
+        u, packed = (np.empty((ROWS, len(part) * COLUMNS)) for part in (columns, products))
         numbers = np.empty((ROWS, 5))
         for start in range(first_block * ROWS, min(stop_block * ROWS, rows), ROWS):
             here = slice(start, min(start + ROWS, rows))

@@ -16,13 +16,15 @@ from moefast.core.compiled import njit
 from moefast.kernels.cpu import FAST, exp32, log32
 from moefast.kernels.cpu_information import STEP, TINY, solve, unpack
 from moefast.kernels.cpu_information import LANES as COLUMNS
-from moefast.kernels.vectors import VECTORS, add_tile, cloud_group, label_group, width_of
+from moefast.kernels.vectors import VECTORS, cloud_group, label_group, set_tile, width_of
 
 __all__ = ["posterior"]
 
 WIDTH = width_of(32)
 LANES = VECTORS * WIDTH
 """Clouds of a panel."""
+TOGETHER = 4
+"""Stars that pass over a panel while it is in the second cache."""
 LEAST_SHARE = np.float32(1e-9)
 """Of the best cloud's weight: clouds below have no say in labels but the first."""
 LEAST_EVIDENCE = np.float32(-1e30)
@@ -35,27 +37,26 @@ HALF32 = np.float32(0.5)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _whiten(columns, panel, reach, root, vectors):
-    """Vectors of a panel times C', upper triangular; all but the first, the means, have `reach` coordinates."""
+def _whiten(columns, panel, reach, root, star, vectors):
+    """Vectors of a panel times C' of a star, upper triangular; all but the first, the means, have `reach` coordinates."""
     _, drawn, size, _ = columns.shape
-    vectors[:] = ZERO32
     for v in range(drawn):
         length = size if v == 0 else reach
         for r in range(0, length, STEP):
             start, place = ((panel * drawn + v) * size + r) * LANES, (v * size + r) * LANES
-            add_tile(root, r * size + r, size, columns, start, length - r, vectors, place)
+            set_tile(root, (star * size + r) * size + r, size, columns, start, length - r, vectors, place, LANES)
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def _conclude(panel, log_weight, square, pivots, labels, gains, coefficients, evidence, means):
-    """Evidence and mean first label of the clouds of a panel."""
+def _conclude(panel, place, log_weight, square, pivots, labels, gains, coefficients, evidence, means):
+    """Evidence and mean first label of the clouds of a panel, in the place of a star and panel."""
     for i in range(LANES):
-        evidence[panel, i] = log_weight[panel, i] - HALF32 * square[panel, i]
-        means[panel, i] = labels[panel, 0, i]
+        evidence[place, i] = log_weight[panel, i] - HALF32 * square[place, i]
+        means[place, i] = labels[panel, 0, i]
     for k in range(len(pivots)):
         for i in range(LANES):
-            evidence[panel, i] -= HALF32 * log32(pivots[k, i])
-            means[panel, i] += coefficients[panel, k, i] * gains[panel, 0, k, i]
+            evidence[place, i] -= HALF32 * log32(pivots[k, i])
+            means[place, i] += coefficients[place, k, i] * gains[panel, 0, k, i]
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
@@ -105,12 +106,12 @@ def _is_empty(panel, share):
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
 def _moments(
-    evidence, n_tangents, lower, inverse_root, coefficients, gains, labels, scatter, scatter_with_first, first,
+    evidence, n_tangents, base, lower, inverse_root, coefficients, gains, labels, scatter, scatter_with_first, first,
     means_of_first, share, variance, along, solved, means, label, sd, covariance, weights, expert,
 ):  # fmt: skip
     """From evidences to labels, as `moefast.posterior.forward` has it; returns the scatter of log g between clouds.
 
-    `share` (panels · `LANES`) is 0 behind the last cloud; `variance`, `along` (`LANES`), `solved` (t, `LANES`) and `means`
+    `lower`, `inverse_root` and `coefficients` of the star begin at panel `base`. `share` (panels · `LANES`) is 0 behind the last cloud; `variance`, `along` (`LANES`), `solved` (t, `LANES`) and `means`
     (panels, l, `LANES`) are scratch.
     """
     panels, n_labels = means.shape[:2]
@@ -158,8 +159,8 @@ def _moments(
             place = panel * n_labels + x
             for lane in range(0, LANES, WIDTH):
                 label_group(
-                    lane, LANES, n_tangents, panel, lower, inverse_root, coefficients, place, gains, labels, means,
-                    x == 0, solved, variance, along,
+                    lane, LANES, n_tangents, base + panel, lower, inverse_root, coefficients, place, gains, labels,
+                    means, x == 0, solved, variance, along,
                 )  # fmt: skip
             middle, square, product = _within(
                 panel, x, share, means, scatter, scatter_with_first, variance, along
@@ -204,49 +205,58 @@ def posterior(
     a = np.zeros((-(-(q + n) // STEP) * STEP, -(-(q + n + 1) // COLUMNS) * COLUMNS))
     exact = np.zeros((-(-n // STEP) * STEP, -(-(n + 1) // COLUMNS) * COLUMNS))
     of_root, scratch = np.zeros_like(exact), np.zeros_like(exact)
-    line = np.empty(packed.shape[0] * COLUMNS)
-    root, vectors = np.zeros((size, size), np.float32), np.empty((t, size, LANES), np.float32)
-    centre, spectrum = np.zeros(size, np.float32), np.zeros(size, np.float32)
-    lower = np.empty((panels, t * (t + 1) // 2, LANES), np.float32)
-    inverse_root, coefficients = np.empty((panels, t, LANES), np.float32), np.empty((panels, t, LANES), np.float32)
-    square, means_of_first = np.empty((panels, LANES), np.float32), np.empty((panels, LANES), np.float32)
-    evidence, pivots = np.empty((panels, LANES), np.float32), np.empty((t, LANES), np.float32)
+    root, vectors = np.zeros((TOGETHER, size, size), np.float32), np.empty((t, size, LANES), np.float32)
+    centre, spectrum = np.zeros((TOGETHER, size), np.float32), np.zeros((TOGETHER, size), np.float32)
+    places = TOGETHER * panels
+    lower = np.empty((places, t * (t + 1) // 2, LANES), np.float32)
+    inverse_root, coefficients = np.empty((places, t, LANES), np.float32), np.empty((places, t, LANES), np.float32)
+    square, means_of_first = np.empty((places, LANES), np.float32), np.empty((places, LANES), np.float32)
+    evidence, pivots = np.empty((places, LANES), np.float32), np.empty((t, LANES), np.float32)
     share, solved = np.zeros(panels * LANES, np.float32), np.empty((t, LANES), np.float32)
     variance, along = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-    means = np.empty((panels, n_labels, LANES), np.float32)
-    for i in range(len(numbers)):
-        unpack(packed, i, line, a, q + n)
-        for k in range(q + n):
-            a[k, q + n] = u[k // COLUMNS, i, k % COLUMNS]
-        c0, level, n_good = numbers[i, 0], numbers[i, 3], numbers[i, 4]
-        level2 = level / (n_good + TINY) / (c0 * c0)
-        explained, beyond = solve(a, q, n, n_sky, level2, scratch, of_root, exact)
-        for r in range(n):
-            for c in range(r, n):
-                root[r, c] = np.float32(exact[r, c])
-            centre[r] = np.float32(exact[r, n])
-            spectrum[r] = np.float32(exact[r, n] + exact[r, n - 1] / unit)
+    means, explained, beyond = np.empty((panels, n_labels, LANES), np.float32), np.empty(TOGETHER), np.empty(TOGETHER)
+    for begin in range(0, len(numbers), TOGETHER):
+        count = min(TOGETHER, len(numbers) - begin)
+        for star in range(count):
+            i = begin + star
+            unpack(packed, i, a, q + n)
+            for k in range(q + n):
+                a[k, q + n] = u[i, k]
+            level2 = numbers[i, 3] / (numbers[i, 4] + TINY) / (numbers[i, 0] * numbers[i, 0])
+            log_level[i] = 0.5 * math.log(level2 + TINY)
+            explained[star], beyond[star] = solve(a, q, n, n_sky, level2, scratch, of_root, exact)
+            for r in range(n):
+                for c in range(r, n):
+                    root[star, r, c] = np.float32(exact[r, c])
+                centre[star, r] = np.float32(exact[r, n])
+                spectrum[star, r] = np.float32(exact[r, n] + exact[r, n - 1] / unit)
         for panel in range(panels):
-            _whiten(columns, panel, reach, root, vectors)
-            for lane in range(0, LANES, WIDTH):
-                cloud_group(
-                    vectors, lane, LANES, size, reach, drawn, centre, spectrum, width, panel, lower, inverse_root,
-                    coefficients, square, pivots,
-                )  # fmt: skip
-            _conclude(panel, log_weights, square, pivots, labels, gains, coefficients, evidence, means_of_first)
-        between = _moments(
-            evidence.reshape(-1)[:m], drawn, lower, inverse_root, coefficients, gains, labels, scatter,
-            scatter_with_first, first, means_of_first, share, variance, along, solved, means, label[i], sd[i], covariance[i], weights[i], expert[i],
-        )  # fmt: skip
-        nearest = np.float64(square.reshape(-1)[:m].min())
-        chi2[i] = (numbers[i, 2] - explained) / (1.0 + max(n_good - (n + 1), 0.0))
-        distance[i] = (beyond + nearest) / n
-        strength[i], scale[i] = numbers[i, 1], c0
-        log_level[i] = 0.5 * math.log(level2 + TINY)
-        answer = label[i, 0]
-        log_g[i] = answer if math.isnan(answer) else min(max(answer, lowest), highest)
-        features[i, 0] = log_g[i]
-        features[i, 1] = math.log(sd[i, 0] + LEAST_SPREAD)
-        features[i, 2] = math.log(math.sqrt(between + TINY) + LEAST_SPREAD)
-        features[i, 3], features[i, 4] = label[i, 1], label[i, 2]
-        log_g_err[i] = math.exp(_perceptron(features[i], w1, b1, w2, b2))
+            for star in range(count):
+                place = star * panels + panel
+                _whiten(columns, panel, reach, root, star, vectors)
+                for lane in range(0, LANES, WIDTH):
+                    cloud_group(
+                        vectors, lane, LANES, size, reach, drawn, star, centre, spectrum, width, place, lower,
+                        inverse_root, coefficients, square, pivots,
+                    )  # fmt: skip
+                _conclude(
+                    panel, place, log_weights, square, pivots, labels, gains, coefficients, evidence, means_of_first
+                )
+        for star in range(count):
+            i, base = begin + star, star * panels
+            between = _moments(
+                evidence[base : base + panels].reshape(-1)[:m], drawn, base, lower, inverse_root, coefficients, gains,
+                labels, scatter, scatter_with_first, first, means_of_first[base : base + panels], share, variance, along,
+                solved, means, label[i], sd[i], covariance[i], weights[i], expert[i],
+            )  # fmt: skip
+            nearest = np.float64(square[base : base + panels].reshape(-1)[:m].min())
+            chi2[i] = (numbers[i, 2] - explained[star]) / (1.0 + max(numbers[i, 4] - (n + 1), 0.0))
+            distance[i] = (beyond[star] + nearest) / n
+            strength[i], scale[i] = numbers[i, 1], numbers[i, 0]
+            answer = label[i, 0]
+            log_g[i] = answer if math.isnan(answer) else min(max(answer, lowest), highest)
+            features[i, 0] = log_g[i]
+            features[i, 1] = math.log(sd[i, 0] + LEAST_SPREAD)
+            features[i, 2] = math.log(math.sqrt(between + TINY) + LEAST_SPREAD)
+            features[i, 3], features[i, 4] = label[i, 1], label[i, 2]
+            log_g_err[i] = math.exp(_perceptron(features[i], w1, b1, w2, b2))

@@ -94,18 +94,15 @@ def _first_look(flux, error, mask, masked, reference, noise_shape, weight, ratio
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
 def _second_look(flux, reference, noise_shape, scale, weight, y, information):
-    """Fill y, a′, and a′D in place of the weights; return the energy Σ a (x − c₀ r)²."""
-    energy = 0.0
+    """Fill y, a′, and a′D in place of the weights."""
     share = scale * scale
     for j in range(flux.size):
         w = weight[j]
         apart = (np.float64(flux[j]) if w > 0.0 else 0.0) - scale * np.float64(reference[j])
         weighed = w * apart
-        energy += weighed * apart
         y[j] = np.float32(scale * weighed)
         information[j] = np.float32(scale * w * scale)
         weight[j] = w * np.float64(noise_shape[j]) * share
-    return energy
 
 
 @njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
@@ -135,7 +132,7 @@ def read_pixels(
 ):  # fmt: skip
     """Row by row: y and a′ (n, p), means of a′D over cells (n, k), and `numbers` of the row.
 
-    `numbers` (n, 5): scale c₀, strength, energy, Σ σ²/D, number of good pixels. SNRs and flags as in
+    `numbers` (n, 5): scale c₀, strength, a place for the energy, Σ σ²/D, number of good pixels. SNRs and flags as in
     `moefast.spectra.quality.assess`.
     """
     n, p = flux.shape
@@ -153,9 +150,7 @@ def read_pixels(
         error_of_scale = math.sqrt(curvature)
         scale = (error_of_scale + max(overlap - error_of_scale, 0.0)) / curvature
         numbers[i, 0], numbers[i, 1] = scale, overlap / error_of_scale
-        numbers[i, 2] = _second_look(
-            flux[i], reference, noise_shape, scale, weight, y[i], information[i]
-        )
+        _second_look(flux[i], reference, noise_shape, scale, weight, y[i], information[i])
         numbers[i, 3], numbers[i, 4] = level, n_used
         _average_cells(weight, cell, share, cells[i])
         n_good[i] = n_sound
@@ -179,26 +174,27 @@ def read_pixels(
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def multiply_pixels(y, rows, directions, u):
-    """U = y · directions of the first rows: y (·, p), directions (blocks, p, `LANES`), u (blocks, ·, `LANES`)."""
+    """U = y · directions of the first rows: y (·, p), directions (blocks, p, `LANES`), u (·, columns)."""
     blocks, p, _ = directions.shape
     u[:] = 0.0
     for block in range(blocks):
         for c in range(0, p, CHUNK):
             for r in range(0, rows, STEP):
-                start, place = (block * p + c) * LANES, (block * u.shape[1] + r) * LANES
-                add_tile(y, r * y.shape[1] + c, y.shape[1], directions, start, min(CHUNK, p - c), u, place)
+                start, place = (block * p + c) * LANES, r * u.shape[1] + block * LANES
+                first, size = r * y.shape[1] + c, min(CHUNK, p - c)
+                add_tile(y, first, y.shape[1], directions, start, size, u, place, u.shape[1])
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def multiply_cells(cells, rows, products, packed):
-    """Packed M of the first rows: cells (·, g), products (blocks, g, `LANES`), packed (blocks, ·, `LANES`)."""
+    """Packed M of the first rows: cells (·, g), products (blocks, g, `LANES`), packed (·, columns)."""
     blocks, g, _ = products.shape
     packed[:] = 0.0
     for block in range(blocks):
         for c in range(0, g, CHUNK):
             for r in range(0, rows, STEP):
-                start, place = (block * g + c) * LANES, (block * packed.shape[1] + r) * LANES
-                add_tile(cells, r * g + c, g, products, start, min(CHUNK, g - c), packed, place)
+                start, place = (block * g + c) * LANES, r * packed.shape[1] + block * LANES
+                add_tile(cells, r * g + c, g, products, start, min(CHUNK, g - c), packed, place, packed.shape[1])
 
 
 @njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
@@ -282,21 +278,12 @@ def shrink(a, columns, t, n):
 
 
 @njit(nogil=True, cache=True)
-def join(packed, row, line):
-    """Packed M of one row of a block, (blocks, ·, `LANES`), in one line."""
-    for block in range(packed.shape[0]):
-        for j in range(LANES):
-            line[block * LANES + j] = packed[block, row, j]
-
-
-@njit(nogil=True, cache=True)
-def unpack(packed, row, line, a, width):
-    """Upper triangle of M of one row of a block, (width, width); `line` is scratch."""
-    join(packed, row, line)
+def unpack(packed, row, a, width):
+    """Upper triangle (width, width) of M of one row of a block."""
     start = 0
     for i in range(width):
         for j in range(width - i):
-            a[i, i + j] = line[start + j]
+            a[i, i + j] = packed[row, start + j]
         start += width - i
 
 
@@ -311,78 +298,82 @@ def _substitute_back(a, n, x):
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def _add_product(line, x, out):
-    """Add to `out` the symmetric matrix whose upper triangle is in `line`, row by row, times x."""
+def _add_product(packed, row, x, out):
+    """Add to `out` M of one row of a block, times x."""
     n, start = x.size, 0
     for i in range(n):
-        one, total = x[i], line[start] * x[i]
+        one, total = x[i], packed[row, start] * x[i]
         for j in range(1, n - i):
-            total += line[start + j] * x[i + j]
-            out[i + j] += line[start + j] * one
+            total += packed[row, start + j] * x[i + j]
+            out[i + j] += packed[row, start + j] * one
         out[i] += total
         start += n - i
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def _what_is_left(y, information, row, pixel, tile, left, place):
-    """Y − a′ · spectrum of `SPECTRUM` pixels of `STEP` rows."""
+def _what_is_left(y, information, row, pixel, tile, left, place, energy):
+    """Y − a′ · spectrum of `SPECTRUM` pixels of `STEP` rows; add its squares over a′ to the energy of the rows."""
     for i in range(STEP):
+        total = ZERO32
         for j in range(SPECTRUM):
-            left[i, place + j] = y[row + i, pixel + j] - information[row + i, pixel + j] * tile[i, j]
+            weight = information[row + i, pixel + j]
+            apart = y[row + i, pixel + j] - weight * tile[i, j]
+            left[i, place + j] = apart
+            total += apart * apart / weight if weight > ZERO32 else ZERO32
+        energy[row + i] += np.float64(total)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _gradient(y, information, rows, points, spectra, directions, tile, left, u):
-    """U = Bᵀ(y − a′ B b) of the first rows; `spectra` (p / `SPECTRUM`, n + q, `SPECTRUM`) is B."""
+def _gradient(y, information, rows, points, spectra, directions, tile, left, u, energy):
+    """U = Bᵀ(y − a′ B b) and the energy left of the first rows; `spectra` (p / `SPECTRUM`, n + q, `SPECTRUM`) is B."""
     blocks, p, _ = directions.shape
     width = spectra.shape[1]
-    u[:] = 0.0
+    u[:], energy[:] = 0.0, 0.0
     for c in range(0, p, CHUNK):
         size = min(CHUNK, p - c)
         for r in range(0, rows, STEP):
             for j in range(0, size, SPECTRUM):
                 tile[:] = ZERO32
                 start = (c + j) // SPECTRUM * width * SPECTRUM
-                add_tile(points, r * points.shape[1], points.shape[1], spectra, start, width, tile, 0)
-                _what_is_left(y, information, r, c + j, tile, left, j)
+                add_tile(points, r * points.shape[1], points.shape[1], spectra, start, width, tile, 0, SPECTRUM)
+                _what_is_left(y, information, r, c + j, tile, left, j, energy)
             for block in range(blocks):
-                start, place = (block * p + c) * LANES, (block * u.shape[1] + r) * LANES
-                add_tile(left, 0, CHUNK, directions, start, size, u, place)
+                start, place = (block * p + c) * LANES, r * u.shape[1] + block * LANES
+                add_tile(left, 0, CHUNK, directions, start, size, u, place, u.shape[1])
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def refine(y, information, rows, packed, spectra, directions, precision, pull, numbers, points, u):
-    """Expand the likelihood around a point near the star: u and the energy are what is changed.
+    """Expand the likelihood around a point near the star: u is changed, and the energy found.
 
     `points` (·, n + q) is float32 scratch.
     """
     width = len(pull)
-    line, vector, point = np.empty(packed.shape[0] * LANES), np.empty(width), np.empty(width)
+    vector, point = np.empty(width), np.empty(width)
     a = np.zeros((-(-width // STEP) * STEP, -(-(width + 1) // LANES) * LANES))
-    before = np.empty((rows, width))
+    energy = np.empty(len(y))
     tile, left = np.empty((STEP, SPECTRUM), np.float32), np.zeros((STEP, CHUNK), np.float32)
     points[:] = ZERO32
     for i in range(rows):
-        unpack(packed, i, line, a, width)
+        unpack(packed, i, a, width)
         for k in range(width):
             for j in range(k, width):
                 a[k, j] += precision[k, j]
-            before[i, k] = u[k // LANES, i, k % LANES]
-            a[k, width] = before[i, k] + pull[k]
+            a[k, width] = u[i, k] + pull[k]
         factor(a, width, width, 0.0)
         _substitute_back(a, width, point)
         for k in range(width):
             points[i, k] = np.float32(point[k])
-    _gradient(y, information, rows, points, spectra, directions, tile, left, u)
+    _gradient(y, information, rows, points, spectra, directions, tile, left, u, energy)
     for i in range(rows):
         for k in range(width):
-            vector[k] = u[k // LANES, i, k % LANES]
-            point[k] = np.float64(points[i, k])
-        join(packed, i, line)
-        _add_product(line, point, vector)
+            vector[k], point[k] = u[i, k], np.float64(points[i, k])
+        _add_product(packed, i, point, vector)
+        # What the energy would be without the point, if the likelihood were what it is near it.
+        numbers[i, 2] = energy[i]
         for k in range(width):
-            u[k // LANES, i, k % LANES] = vector[k]
-            numbers[i, 2] += point[k] * (vector[k] - before[i, k])
+            numbers[i, 2] += point[k] * (vector[k] + u[i, k])
+            u[i, k] = vector[k]
 
 
 @njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")

@@ -1,4 +1,4 @@
-"""Five inner loops for Numba functions that are written in vectors: its vectoriser keeps no sums in registers.
+"""Inner loops for Numba functions that are written in vectors: its vectoriser keeps no sums in registers.
 
 Design: each is an intrinsic, a function that writes the compiler's intermediate code: vectors of 512 bits, which a
 machine with shorter registers sees as several. Sums stand in registers from the first term to the last, in one order,
@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import extending
 from numba.core import cgutils, types
 
-__all__ = ["ROWS", "VECTORS", "add_tile", "cloud_group", "label_group", "subtract_row", "subtract_tile", "width_of"]
+__all__ = ["ROWS", "VECTORS", "add_tile", "cloud_group", "label_group", "set_tile", "subtract_row", "subtract_tile", "width_of"]
 
 # Called without the typing context, which is no argument to a reader of types.
 intrinsic: Any = extending.intrinsic
@@ -86,27 +86,30 @@ def _data(context: Any, builder: Any, kind: Any, value: Any) -> Any:
     return context.make_array(kind)(context, builder, value).data
 
 
-@intrinsic
-def add_tile(typingctx, a, first, step, b, start, n, out, place):  # type: ignore[no-untyped-def]
-    """Out[place + r L + l] += Σ_c a[first + r step + c] b[start + c L + l] for r < 4, c < n, l < L, L = 4 vectors."""
-    signature = types.void(a, types.intp, types.intp, b, types.intp, types.intp, out, types.intp)
+def _tile(a, first, step, b, start, n, out, place, far, *, fresh):  # type: ignore[no-untyped-def]
+    """Signature and code of `add_tile`, or of `set_tile`, whose sums begin at nothing."""
+    signature = types.void(a, types.intp, types.intp, b, types.intp, types.intp, out, types.intp, types.intp)
 
     def write(context, builder, signature, args):  # type: ignore[no-untyped-def]
         kinds = signature.args
         factors, terms, sums = (_data(context, builder, kinds[k], args[k]) for k in (0, 3, 6))
-        _, first, step, _, start, n, _, place = args
+        _, first, step, _, start, n, _, place, far = args
         vectors = _Vectors(builder, context.get_data_type(kinds[3].dtype))
         index = context.get_value_type(types.intp)
         lanes = VECTORS * vectors.width
         rows = [builder.gep(factors, [builder.add(first, builder.mul(step, index(r)))]) for r in range(ROWS)]
         ends = [
             [
-                builder.gep(sums, [builder.add(place, index(r * lanes + v * vectors.width))])
+                builder.gep(
+                    sums, [builder.add(builder.add(place, builder.mul(far, index(r))), index(v * vectors.width))]
+                )
                 for v in range(VECTORS)
             ]
             for r in range(ROWS)
         ]
-        totals = [[vectors.variable(vectors.load(end)) for end in row] for row in ends]
+        totals = [
+            [vectors.variable(vectors.constant(0.0) if fresh else vectors.load(end)) for end in row] for row in ends
+        ]
         begin = builder.gep(terms, [start])
         with cgutils.for_range(builder, n, intp=index) as loop:
             line = builder.gep(begin, [builder.mul(loop.index, index(lanes))])
@@ -121,6 +124,18 @@ def add_tile(typingctx, a, first, step, b, start, n, out, place):  # type: ignor
         return context.get_dummy_value()
 
     return signature, write
+
+
+@intrinsic
+def add_tile(typingctx, a, first, step, b, start, n, out, place, far):  # type: ignore[no-untyped-def]
+    """Out[place + r far + l] += Σ_c a[first + r step + c] b[start + c L + l] for r < 4, c < n, l < L, L = 4 vectors."""
+    return _tile(a, first, step, b, start, n, out, place, far, fresh=False)
+
+
+@intrinsic
+def set_tile(typingctx, a, first, step, b, start, n, out, place, far):  # type: ignore[no-untyped-def]
+    """Out[place + r far + l] = Σ_c a[first + r step + c] b[start + c L + l] for r < 4, c < n, l < L, L = 4 vectors."""
+    return _tile(a, first, step, b, start, n, out, place, far, fresh=True)
 
 
 @intrinsic
@@ -201,6 +216,7 @@ def cloud_group(  # type: ignore[no-untyped-def]
     n,
     reach,
     n_drawn,
+    star,
     centre,
     spectrum,
     width,
@@ -213,28 +229,29 @@ def cloud_group(  # type: ignore[no-untyped-def]
 ):
     """Best points of a vector of clouds, with the star in whitened coordinates.
 
-    With x_v[c] = vectors[v n stride + c stride + lane], δ = x₀ − centre and tangents x₁, …, which are zero from `reach`
-    on, and width (δ + spectrum):
+    With x_v[c] = vectors[v n stride + c stride + lane], δ = x₀ − centre[star] and tangents x₁, …, which are zero from `reach`
+    on, and width (δ + spectrum[star]):
     L of L Lᵀ = I + T Tᵀ, rows of its lower triangle one behind the other; 1/L_kk; γ = −(L Lᵀ)⁻¹ T δ;
     |δ + Tᵀγ|² + |γ|²; and L_kk². Vectors of all of these are `stride` numbers apart, and all but the last are put in their
     place of a panel. `n_drawn` = 1 + the number of
     tangents x₁, … is a tuple of so many numbers, since the code is written for it.
     """
     signature = types.void(
-        vectors, types.intp, types.intp, types.intp, types.intp, n_drawn, centre, spectrum, width, types.intp, lower,
-        inverse, coefficients, square, pivots,
+        vectors, types.intp, types.intp, types.intp, types.intp, n_drawn, types.intp, centre, spectrum, width, types.intp,
+        lower, inverse, coefficients, square, pivots,
     )  # fmt: skip
     drawn = len(n_drawn)
 
     def write(context, builder, signature, args):  # type: ignore[no-untyped-def]
         kinds = signature.args
         drawn_data, of_centre, of_spectrum, lowers, inverses, gammas, squares, of_pivots = (
-            _data(context, builder, kinds[k], args[k]) for k in (0, 6, 7, 10, 11, 12, 13, 14)
+            _data(context, builder, kinds[k], args[k]) for k in (0, 7, 8, 11, 12, 13, 14, 15)
         )
-        lane, stride, n, reach, panel = *args[1:5], args[9]
+        lane, stride, n, reach, star, panel = *args[1:5], args[6], args[10]
         v = _Vectors(builder, context.get_data_type(kinds[0].dtype))
         index = context.get_value_type(types.intp)
-        broad = v.all_of(args[8])
+        broad = v.all_of(args[9])
+        of_centre, of_spectrum = (builder.gep(base, [builder.mul(star, n)]) for base in (of_centre, of_spectrum))
         t = drawn
         whole = builder.mul(n, stride)
         starts = [
