@@ -11,18 +11,19 @@ No large number is subtracted from another, and the constant cancels in the weig
 triangular T, TTᵀ = I + LᵀL, it is Cᵀ = T⁻¹Lᵀ and λ = T⁻¹L⁻¹u: upper triangular, too, and without a difference from 1.
 
 Design: `moefast.kernels.cpu_information` reads flux and error once and gives (u, M), C and λ in double precision;
-`moefast.kernels.cpu_clouds` passes one star over all clouds in single precision. Floor in multiply-adds per star, for
-p = 4096 pixels, cells of 2, n + q = 52, m = 450 clouds of t = 5 tangents and the scale:
+`moefast.kernels.cpu_clouds` passes four stars over all clouds in single precision. Floor in multiply-adds per star, for
+p = 4096 pixels, g = 352 cells, n = 82 coordinates, q = 14 nuisances, m = 441 clouds of t = 5 tangents, which have
+r = 52 of the coordinates, and the scale:
 
-    u                  p (n + q)                     0.21 M double
-    M                  p/2 (n + q)(n + q + 1)/2      2.82 M double
-    two expansions     2 · 2 p (n + q)               0.43 M single, 0.43 M double
-    roots              1.1 n³                        0.13 M double
-    clouds             m (t + 1) n (n + 1)/2         3.31 M single
-    their products     m (t + 2)(t + 3)/2 n          0.62 M single
+    u                  p (n + q)                                    0.39 M double
+    M                  g (n + q)(n + q + 1)/2                       1.64 M double
+    expansion          2 p (n + q)                                  0.39 M single, 0.39 M double
+    roots              (n + q)³/6 + q (n + q)²/2 + 5 n³/6           0.67 M double
+    clouds             m (n (n + 1) + t r (r + 1))/2                4.54 M single
+    their products     m (t (t + 7) r/2 + 5 n)                      0.87 M single
 
-The floor of memory is 8 p bytes, 33 kB; arrays of clouds, 0.5 MB, are read from the second cache, and the products of
-cells, 23 MB, once for `cpu_information.ROWS` stars.
+The floor of memory is 8 p bytes, 33 kB; the arrays of clouds, 0.6 MB, are read from the third cache once for four
+stars, and the products of cells, 13 MB, once for `cpu_information.ROWS` stars.
 All sums have one order, whatever row, block or thread: a row's bits depend on that row alone.
 """
 
@@ -36,8 +37,8 @@ from numpy.typing import NDArray
 from moefast.core.threads import in_threads
 from moefast.kernels import cpu_clouds, cpu_information
 from moefast.kernels.cpu_clouds import LANES
-from moefast.kernels.cpu_information import ROWS, SPECTRUM, STEP
 from moefast.kernels.cpu_information import LANES as COLUMNS
+from moefast.kernels.cpu_information import ROWS, SPECTRUM, STEP
 
 __all__ = ["CloudPosterior", "Clouds", "Space", "cloud_posterior"]
 
@@ -102,7 +103,9 @@ class Space:
         if not 0 <= self.n_sky <= self.n_nuisances:
             raise ValueError(f"n_sky from 0 to {self.n_nuisances} expected; found {self.n_sky}")
         if self.cells.ndim != 2 or self.cell_shares.shape != self.cells.shape:
-            raise ValueError(f"cell_shares of shape {self.cells.shape} expected; found {self.cell_shares.shape}")
+            raise ValueError(
+                f"cell_shares of shape {self.cells.shape} expected; found {self.cell_shares.shape}"
+            )
         if self.cells.size == 0 or not 0 <= self.cells.min() <= self.cells.max() < p:
             raise ValueError(f"pixels 0 to {p - 1} in cells expected")
         if not (self.noise_shape > 0).all():
@@ -154,8 +157,8 @@ class Clouds:
     keys : array of shape (m, n), float32
         Means k_j.
     tangents : array of shape (m, t, n), float32
-        Directions along which the spectra of a cloud scatter by one, without that of the scale. Last coordinates that no
-        tangent of any cloud has cost them nothing.
+        Directions along which the spectra of a cloud scatter by one, without that of the scale. Last coordinates that
+        no tangent of any cloud has cost them nothing.
     gains : array of shape (m, t + 1, l), float32
         Covariance of the coordinate along each tangent, and the scale's, with each label; the first label is log g.
     log_weights : array of shape (m,), float32

@@ -1,7 +1,8 @@
 """Loops of one star over all clouds; see `moefast.kernels.clouds`.
 
-Design: `LANES` clouds lie side by side in a panel, so that SIMD goes over clouds whatever the number of tangents. C',
-upper triangular, multiplies the means and tangents of a panel; then each vector of clouds is solved in registers, and
+Design: `LANES` clouds lie side by side in a panel, so that SIMD goes over clouds whatever the number of tangents, and a
+few stars pass over a panel while it is near. C', upper triangular, multiplies the means and tangents of a panel, these
+as far as they have coordinates; then each vector of clouds is solved in registers, and
 what is left of a cloud's distance at its best point is summed from its residual: the product form |δ|² − ρᵀA⁻¹ρ loses
 the digits that a star far from a cloud's mean, along a tangent of it, has above the rest.
 """
@@ -14,8 +15,8 @@ import numpy as np
 
 from moefast.core.compiled import njit
 from moefast.kernels.cpu import FAST, exp32, log32
-from moefast.kernels.cpu_information import STEP, TINY, solve, unpack
 from moefast.kernels.cpu_information import LANES as COLUMNS
+from moefast.kernels.cpu_information import STEP, TINY, solve, unpack
 from moefast.kernels.vectors import VECTORS, cloud_group, label_group, set_tile, width_of
 
 __all__ = ["posterior"]
@@ -38,13 +39,15 @@ HALF32 = np.float32(0.5)
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _whiten(columns, panel, reach, root, star, vectors):
-    """Vectors of a panel times C' of a star, upper triangular; all but the first, the means, have `reach` coordinates."""
+    """Vectors of a panel times C' of a star, upper triangular; all but the means have `reach` coordinates."""
     _, drawn, size, _ = columns.shape
     for v in range(drawn):
         length = size if v == 0 else reach
         for r in range(0, length, STEP):
             start, place = ((panel * drawn + v) * size + r) * LANES, (v * size + r) * LANES
-            set_tile(root, (star * size + r) * size + r, size, columns, start, length - r, vectors, place, LANES)
+            set_tile(
+                root, (star * size + r) * size + r, size, columns, start, length - r, vectors, place, LANES
+            )
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
@@ -111,8 +114,8 @@ def _moments(
 ):  # fmt: skip
     """From evidences to labels, as `moefast.posterior.forward` has it; returns the scatter of log g between clouds.
 
-    `lower`, `inverse_root` and `coefficients` of the star begin at panel `base`. `share` (panels · `LANES`) is 0 behind the last cloud; `variance`, `along` (`LANES`), `solved` (t, `LANES`) and `means`
-    (panels, l, `LANES`) are scratch.
+    `lower`, `inverse_root` and `coefficients` of the star begin at panel `base`. `share` (panels · `LANES`) is 0 behind
+    the last cloud; `variance`, `along` (`LANES`), `solved` (t, `LANES`) and `means` (panels, l, `LANES`) are scratch.
     """
     panels, n_labels = means.shape[:2]
     m, k = evidence.size, first.size - 1
@@ -209,12 +212,19 @@ def posterior(
     centre, spectrum = np.zeros((TOGETHER, size), np.float32), np.zeros((TOGETHER, size), np.float32)
     places = TOGETHER * panels
     lower = np.empty((places, t * (t + 1) // 2, LANES), np.float32)
-    inverse_root, coefficients = np.empty((places, t, LANES), np.float32), np.empty((places, t, LANES), np.float32)
+    inverse_root, coefficients = (
+        np.empty((places, t, LANES), np.float32),
+        np.empty((places, t, LANES), np.float32),
+    )
     square, means_of_first = np.empty((places, LANES), np.float32), np.empty((places, LANES), np.float32)
     evidence, pivots = np.empty((places, LANES), np.float32), np.empty((t, LANES), np.float32)
     share, solved = np.zeros(panels * LANES, np.float32), np.empty((t, LANES), np.float32)
     variance, along = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-    means, explained, beyond = np.empty((panels, n_labels, LANES), np.float32), np.empty(TOGETHER), np.empty(TOGETHER)
+    means, explained, beyond = (
+        np.empty((panels, n_labels, LANES), np.float32),
+        np.empty(TOGETHER),
+        np.empty(TOGETHER),
+    )
     for begin in range(0, len(numbers), TOGETHER):
         count = min(TOGETHER, len(numbers) - begin)
         for star in range(count):
@@ -240,14 +250,23 @@ def posterior(
                         inverse_root, coefficients, square, pivots,
                     )  # fmt: skip
                 _conclude(
-                    panel, place, log_weights, square, pivots, labels, gains, coefficients, evidence, means_of_first
+                    panel,
+                    place,
+                    log_weights,
+                    square,
+                    pivots,
+                    labels,
+                    gains,
+                    coefficients,
+                    evidence,
+                    means_of_first,
                 )
         for star in range(count):
             i, base = begin + star, star * panels
             between = _moments(
                 evidence[base : base + panels].reshape(-1)[:m], drawn, base, lower, inverse_root, coefficients, gains,
-                labels, scatter, scatter_with_first, first, means_of_first[base : base + panels], share, variance, along,
-                solved, means, label[i], sd[i], covariance[i], weights[i], expert[i],
+                labels, scatter, scatter_with_first, first, means_of_first[base : base + panels], share, variance,
+                along, solved, means, label[i], sd[i], covariance[i], weights[i], expert[i],
             )  # fmt: skip
             nearest = np.float64(square[base : base + panels].reshape(-1)[:m].min())
             chi2[i] = (numbers[i, 2] - explained[star]) / (1.0 + max(numbers[i, 4] - (n + 1), 0.0))

@@ -194,7 +194,9 @@ def multiply_cells(cells, rows, products, packed):
         for c in range(0, g, CHUNK):
             for r in range(0, rows, STEP):
                 start, place = (block * g + c) * LANES, r * packed.shape[1] + block * LANES
-                add_tile(cells, r * g + c, g, products, start, min(CHUNK, g - c), packed, place, packed.shape[1])
+                add_tile(
+                    cells, r * g + c, g, products, start, min(CHUNK, g - c), packed, place, packed.shape[1]
+                )
 
 
 @njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
@@ -246,7 +248,9 @@ def shrink(a, columns, t, n):
     for top in range(0, n, STEP):
         for j in range(0, top + STEP, LANES):
             first = top * stride
-            subtract_tile(a, first + top, stride, 1, columns, first + j, stride, n - top, t, first + j, stride)
+            subtract_tile(
+                a, first + top, stride, 1, columns, first + j, stride, n - top, t, first + j, stride
+            )
     # Row k of t becomes column k of T.
     for top in range(last, -1, -STEP):
         below = top + STEP
@@ -335,7 +339,9 @@ def _gradient(y, information, rows, points, spectra, directions, tile, left, u, 
             for j in range(0, size, SPECTRUM):
                 tile[:] = ZERO32
                 start = (c + j) // SPECTRUM * width * SPECTRUM
-                add_tile(points, r * points.shape[1], points.shape[1], spectra, start, width, tile, 0, SPECTRUM)
+                add_tile(
+                    points, r * points.shape[1], points.shape[1], spectra, start, width, tile, 0, SPECTRUM
+                )
                 _what_is_left(y, information, r, c + j, tile, left, j, energy)
             for block in range(blocks):
                 start, place = (block * p + c) * LANES, r * u.shape[1] + block * LANES

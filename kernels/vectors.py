@@ -14,7 +14,17 @@ from llvmlite import ir
 from numba import extending
 from numba.core import cgutils, types
 
-__all__ = ["ROWS", "VECTORS", "add_tile", "cloud_group", "label_group", "set_tile", "subtract_row", "subtract_tile", "width_of"]
+__all__ = [
+    "ROWS",
+    "VECTORS",
+    "add_tile",
+    "cloud_group",
+    "label_group",
+    "set_tile",
+    "subtract_row",
+    "subtract_tile",
+    "width_of",
+]
 
 # Called without the typing context, which is no argument to a reader of types.
 intrinsic: Any = extending.intrinsic
@@ -101,14 +111,16 @@ def _tile(a, first, step, b, start, n, out, place, far, *, fresh):  # type: igno
         ends = [
             [
                 builder.gep(
-                    sums, [builder.add(builder.add(place, builder.mul(far, index(r))), index(v * vectors.width))]
+                    sums,
+                    [builder.add(builder.add(place, builder.mul(far, index(r))), index(v * vectors.width))],
                 )
                 for v in range(VECTORS)
             ]
             for r in range(ROWS)
         ]
         totals = [
-            [vectors.variable(vectors.constant(0.0) if fresh else vectors.load(end)) for end in row] for row in ends
+            [vectors.variable(vectors.constant(0.0) if fresh else vectors.load(end)) for end in row]
+            for row in ends
         ]
         begin = builder.gep(terms, [start])
         with cgutils.for_range(builder, n, intp=index) as loop:
@@ -145,7 +157,17 @@ def subtract_tile(typingctx, a, first, step, hop, b, start, stride, n, out, plac
     The three may be one array, whose rows of sums are none of the rows that are added.
     """
     signature = types.void(
-        a, types.intp, types.intp, types.intp, b, types.intp, types.intp, types.intp, out, types.intp, types.intp
+        a,
+        types.intp,
+        types.intp,
+        types.intp,
+        b,
+        types.intp,
+        types.intp,
+        types.intp,
+        out,
+        types.intp,
+        types.intp,
     )
 
     def write(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -229,16 +251,16 @@ def cloud_group(  # type: ignore[no-untyped-def]
 ):
     """Best points of a vector of clouds, with the star in whitened coordinates.
 
-    With x_v[c] = vectors[v n stride + c stride + lane], δ = x₀ − centre[star] and tangents x₁, …, which are zero from `reach`
-    on, and width (δ + spectrum[star]):
+    With x_v[c] = vectors[v n stride + c stride + lane], δ = x₀ − centre[star] and tangents x₁, …, which are zero from
+    `reach` on, and width (δ + spectrum[star]):
     L of L Lᵀ = I + T Tᵀ, rows of its lower triangle one behind the other; 1/L_kk; γ = −(L Lᵀ)⁻¹ T δ;
-    |δ + Tᵀγ|² + |γ|²; and L_kk². Vectors of all of these are `stride` numbers apart, and all but the last are put in their
-    place of a panel. `n_drawn` = 1 + the number of
-    tangents x₁, … is a tuple of so many numbers, since the code is written for it.
+    |δ + Tᵀγ|² + |γ|²; and L_kk². Vectors of all of these are `stride` numbers apart, and all but the last are put in
+    their place of a panel. `n_drawn` = 1 + the number of tangents x₁, … is a tuple of so many numbers, since the code
+    is written for it.
     """
     signature = types.void(
-        vectors, types.intp, types.intp, types.intp, types.intp, n_drawn, types.intp, centre, spectrum, width, types.intp,
-        lower, inverse, coefficients, square, pivots,
+        vectors, types.intp, types.intp, types.intp, types.intp, n_drawn, types.intp, centre, spectrum, width,
+        types.intp, lower, inverse, coefficients, square, pivots,
     )  # fmt: skip
     drawn = len(n_drawn)
 
@@ -251,7 +273,9 @@ def cloud_group(  # type: ignore[no-untyped-def]
         v = _Vectors(builder, context.get_data_type(kinds[0].dtype))
         index = context.get_value_type(types.intp)
         broad = v.all_of(args[9])
-        of_centre, of_spectrum = (builder.gep(base, [builder.mul(star, n)]) for base in (of_centre, of_spectrum))
+        of_centre, of_spectrum = (
+            builder.gep(base, [builder.mul(star, n)]) for base in (of_centre, of_spectrum)
+        )
         t = drawn
         whole = builder.mul(n, stride)
         starts = [
@@ -355,9 +379,9 @@ def label_group(  # type: ignore[no-untyped-def]
 ):
     """A label of a vector of clouds: mean + γᵀg, |L⁻¹g|², and L⁻¹g times that of the first label.
 
-    `lower`, `inverse` and `coefficients` are L, 1/L_kk and γ of `cloud_group` in the place of a panel; gains, labels and
-    means have a place of their own for each panel and label. `first` holds L⁻¹g of the first label, and is filled with it
-    where this is the first. `n_tangents` is a tuple of so many numbers.
+    `lower`, `inverse` and `coefficients` are L, 1/L_kk and γ of `cloud_group` in the place of a panel; gains, labels
+    and means have a place of their own for each panel and label. `first` holds L⁻¹g of the first label, and is filled
+    with it where this is the first. `n_tangents` is a tuple of so many numbers.
     """
     signature = types.void(
         types.intp, types.intp, n_tangents, types.intp, lower, inverse, coefficients, types.intp, gains, labels, mean,
@@ -378,9 +402,14 @@ def label_group(  # type: ignore[no-untyped-def]
             return builder.gep(base, [builder.mul(which, builder.mul(stride, index(size)))])
 
         lowers, inverses, gammas = (
-            placed(base, panel, size) for base, size in ((lowers, t * (t + 1) // 2), (inverses, t), (gammas, t))
+            placed(base, panel, size)
+            for base, size in ((lowers, t * (t + 1) // 2), (inverses, t), (gammas, t))
         )
-        of_gains, of_labels, means = placed(of_gains, place, t), placed(of_labels, place, 1), placed(means, place, 1)
+        of_gains, of_labels, means = (
+            placed(of_gains, place, t),
+            placed(of_labels, place, 1),
+            placed(means, place, 1),
+        )
 
         def at(base: Any, k: int) -> Any:
             return builder.gep(base, [builder.add(lane, builder.mul(stride, index(k)))])

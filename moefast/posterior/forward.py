@@ -22,10 +22,11 @@ and one direction more, the change of its mean spectrum with the scale. Its evid
 and the posterior is the mixture of all clouds with weights exp e_j. There is no ln σ² term: the noise is a known weight
 and says nothing by itself, though it holds the photons of the star.
 
-Design: M is made of averages of a′ over cells of alike pixels (`moefast.posterior.cells`), in units of the training set's
-mean noise, so that it is one small matrix product; cells of one pixel are exact. An M that is off by a per cent would be
-off by many σ for a star far from the reference. Therefore the likelihood is expanded around a point b near the star, where its gradient is exact, and M
-weighs only what lies between b and the clouds: with the whole library and the nuisances as one Gaussian N(b₀, P),
+Design: M is made of averages of a′ over cells of alike pixels (`moefast.posterior.cells`), in units of the training
+set's mean noise, so that it is one small matrix product; cells of one pixel are exact. An M that is off by a per cent
+would be off by many σ for a star far from the reference. Therefore the likelihood is expanded around a point b near
+the star, where its gradient is exact, and M weighs only what lies between b and the clouds: with the whole library and
+the nuisances as one Gaussian N(b₀, P),
 
     b = (P⁻¹ + M)⁻¹ (P⁻¹b₀ + u),      u ← Bᵀ(y − a′ B b) + M b,
 

@@ -35,7 +35,8 @@ REFERENCE_ROWS = 32
 """Stars that the description sees at a time: it holds a matrix for each star and cloud."""
 ORDER = (
     "reference", "noise_shape", "directions", "keys", "tangents", "gains", "log_weights", "labels", "scatter",
-    "first", "n_sky", "cells", "cell_shares", "scale_width", "label_range", "error.w1", "error.b1", "error.w2", "error.b2", "label_factors",
+    "first", "n_sky", "cells", "cell_shares", "scale_width", "label_range", "error.w1", "error.b1", "error.w2",
+    "error.b2", "label_factors",
 )  # fmt: skip
 """What is stored of a mixture."""
 
@@ -151,7 +152,9 @@ class PosteriorMixture:
             object.__setattr__(self, "cells", cells)
             object.__setattr__(self, "cell_shares", shares)
         if self.cells.shape != self.cell_shares.shape or self.cells.ndim != 2:
-            raise ValueError(f"cell_shares of shape {self.cells.shape} expected; found {self.cell_shares.shape}")
+            raise ValueError(
+                f"cell_shares of shape {self.cells.shape} expected; found {self.cell_shares.shape}"
+            )
         held = np.bincount(self.cells[self.cell_shares > 0], minlength=p)
         if len(held) != p or (held != 1).any():
             raise ValueError(f"cells that hold each of {p} pixels once expected")
