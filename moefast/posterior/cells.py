@@ -1,8 +1,9 @@
 """Cells of alike pixels: what M is summed over instead of single pixels.
 
 M = Σ_p ω_p B_p B_pᵀ/D_p with ω = a′D, over p pixels. Where ω is the same in all pixels of a cell, or B_p B_pᵀ is,
-nothing is lost if each pixel takes the weighted mean of its cell; and M stays positive, since means of weights are weights.
-Pixels of a cell need not be neighbours: pixels of continuum are alike, those at the edge of a sky line are not.
+nothing is lost if each pixel takes the weighted mean of its cell; and M stays positive, since means of weights are
+weights. Pixels of a cell need not be neighbours: pixels of continuum are alike, those at the edge of a sky line are
+not.
 
 Design: k-means. Pixels are alike if they hold the same combination of coordinates (the direction of B_p, in units of
 what a star of the training set's noise does not know), have the same noise in the training set (the sky changes them
