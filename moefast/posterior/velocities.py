@@ -35,8 +35,8 @@ DEFAULT_RANGE = 500.0
 """Largest velocity, either way, km/s."""
 STEP = 10.0
 """Of the scan, km/s: a third of the width of a line's correlation with itself."""
-FINE = 1.0
-"""Of the posterior, km/s."""
+FINER = 10
+"""Steps of the posterior for each one of the scan."""
 SLOPES, SLOPE_WIDTH, SCALE_WIDTH, CONTINUUM_DEGREE = 4, 0.3, 1.0, 5
 """Polynomials, besides the scale, that the continuum is free by, their prior widths, and degree of the continuum."""
 LEFT = 1e-3
@@ -57,8 +57,9 @@ N_NODES = 5
 """Velocities at most at which labels are predicted."""
 SIGMA = 2 * float(ndtr(1.0)) - 1
 """Probability within one standard deviation."""
-SEEN = 0.02
-"""Share of its variance that is left to a direction that could be a velocity."""
+SURPLUS, SEEN = 0.1, 2e-3
+"""What is taken out beyond the largest scatter of velocities that the library can hold, relative to its variance, and
+share of its variance that is left to any direction."""
 
 
 @dataclass(frozen=True)
@@ -185,11 +186,11 @@ class VelocityFit:
         moved = np.linalg.lstsq(directions * white, _slope(mixture.wave, spectra) * white, rcond=None)[0]
         made = (moved * share) @ moved.T
         root = np.linalg.cholesky(covariance)
-        inner = np.linalg.solve(root, np.linalg.solve(root, made).T)
-        largest = np.linalg.eigvalsh(inner)[-1]
-        left = covariance - (1 - SEEN) / largest * made if largest > 0 else covariance
+        shares, vectors = np.linalg.eigh(np.linalg.solve(root, np.linalg.solve(root, made).T))
+        left = np.maximum(1 - (1 + SURPLUS) * shares / max(shares[-1], 1e-12), SEEN)
+        covariance = root @ (vectors * left) @ vectors.T @ root.T
         at_rest = precision.copy()
-        at_rest[:n, :n] = np.linalg.inv((left + left.T) / 2)
+        at_rest[:n, :n] = np.linalg.inv((covariance + covariance.T) / 2)
         return Space(
             reference=mixture.reference, noise_shape=mixture.noise_shape, directions=mixture.directions,
             n_nuisances=mixture.n_nuisances, cell=mixture.sizes.cell, precision=at_rest,
@@ -215,8 +216,7 @@ class VelocityFit:
 
     def posterior(self, evidence: F64, velocity: F64, sigma: F64) -> FittedVelocities:
         """Answers and nodes from the scan (n, n_v) and from the best velocities (n,) and their standard errors."""
-        fine = np.linspace(-self.largest, self.largest, int(np.ceil(2 * self.largest / FINE)) + 1)
-        log_p = CubicSpline(self.grid, evidence, axis=1)(fine)
+        fine, log_p = _finer(self.grid, evidence)
         p = np.exp(log_p - log_p.max(1, keepdims=True))
         p /= p.sum(1, keepdims=True)
         apart = np.abs(fine - velocity[:, None])
@@ -249,6 +249,23 @@ class VelocityFit:
         )
 
 
+def _finer(grid: F64, values: F64) -> tuple[F64, F64]:
+    """Velocities `FINER` times as dense, and values (n, n_v) there, by cubics through four neighbours."""
+    padded = np.column_stack([2 * values[:, 0] - values[:, 1], values, 2 * values[:, -1] - values[:, -2]])
+    n_steps = len(grid) - 1
+    out = np.empty((len(values), n_steps * FINER + 1))
+    out[:, -1] = values[:, -1]
+    # Sums term by term, not as products of matrices: no row may depend on its neighbours.
+    for k in range(FINER):
+        t = k / FINER
+        shares = (
+            -t * (t - 1) * (t - 2) / 6, (t + 1) * (t - 1) * (t - 2) / 2, -(t + 1) * t * (t - 2) / 2, (t + 1) * t * (t - 1) / 6,
+        )  # fmt: skip
+        parts = (share * padded[:, i : i + n_steps] for i, share in enumerate(shares))
+        out[:, k:-1:FINER] = sum(parts)
+    return np.linspace(grid[0], grid[-1], n_steps * FINER + 1), out
+
+
 def _normal(fine: F64, velocity: float, sigma: float, inside: float) -> F64:
     """Probability of each fine step of a normal distribution that is cut at the ends."""
     half = (fine[1] - fine[0]) / 2
@@ -275,7 +292,7 @@ def _slope(wave: F64, spectra: F64) -> F64:
 def _components(rows: F64, share: F64) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Components (r, p) and coefficients (m, r) of rows (m, p), all but `LEFT` of their energy."""
     weight = np.sqrt(share / share.sum())[:, None]
-    u, s, vt = np.linalg.svd(weight * rows, full_matrices=False)
+    _, s, vt = np.linalg.svd(weight * rows, full_matrices=False)
     energy = np.cumsum(s**2)
     r = int(np.searchsorted(energy, (1 - LEFT) * energy[-1])) + 1
     return vt[:r].astype(np.float32), (rows @ vt[:r].T).astype(np.float32)
