@@ -229,7 +229,8 @@ def slopes_of(y, information, rows, points, spectra, slopes, reference_slope, we
 def step(rows, points, packed, factors, precision, pull, u, across, sums, found):
     """How far velocities of the first rows are off, and their curvature, (·, 2), with everything else marginalised.
 
-    What `refine` of `moefast.kernels.cpu_information` leaves in points, factors and u; `across` (blocks, ·, ·) is Bᵀa′d.
+    Points, factors and u are what `refine` of `moefast.kernels.cpu_information` leaves; `across` (blocks, ·, ·) is
+    Bᵀa′d.
     """
     width = len(pull)
     line, matrix = np.empty(packed.shape[0] * COLUMNS), np.zeros((width, width))

@@ -10,8 +10,9 @@ a′ = c²a, y = a′(x/c − F₀), G = Fᵀ diag(a′) F + H and H the prior p
 All velocities are compared on the same pixels, as they were measured: those that some velocity moves beyond the ends of
 the templates have no weight at any.
 
-*Step.* Near the right velocity a spectrum is x = c (r + B b + d δ) with d its change with the velocity. With b the best
-point of the space B at δ = 0 under the prior N(b₀, P) (`moefast.kernels.clouds`), K = Bᵀ diag(a′) B + P⁻¹ and w = Bᵀ(a′ d),
+*Step.* Near the right velocity a spectrum is x = c (r + B b + d δ) with d its change with the velocity. With b the
+best point of the space B at δ = 0 under the prior N(b₀, P) (`moefast.kernels.clouds`), K = Bᵀ diag(a′) B + P⁻¹ and
+w = Bᵀ(a′ d),
 
     h = dᵀ(a′ d) − wᵀK⁻¹w,      δ = (dᵀ(y − a′ B b) − wᵀK⁻¹(Bᵀ(y − a′ B b) − P⁻¹(b − b₀))) / h,      σ_v = 1/√h:
 

@@ -42,8 +42,11 @@ def _shard(_: click.Context, __: click.Parameter, value: str | None) -> tuple[in
 @click.option("--limit", type=click.IntRange(1), help="Score at most so many rows.")
 @click.option("--shard", callback=_shard, metavar="i/N", help="Score part i (from 0) of N equal parts.")
 @click.option("--velocity", metavar="V",
-              help="Velocities to remove: a number [km/s], a column of the spectra, or a table that is joined by "
-              "identifiers (pfsStarCatalog, pfsStar files, redrock, rvspecfit, or any with v_los).")  # fmt: skip
+              help="Velocities to remove: a number [km/s], a column of the spectra, a table that is joined by "
+              "identifiers (pfsStarCatalog, pfsStar files, redrock, rvspecfit, or any with v_los), or fit: one is "
+              "fitted to each spectrum.  [default: fit for files of surveys if the model is a posterior, else 0]")  # fmt: skip
+@click.option("--velocity-range", type=click.FloatRange(min=0, min_open=True), default=500.0, show_default=True,
+              metavar="KM/S", help="Fitted velocities lie within so many km/s of 0.")  # fmt: skip
 @click.option("--wave-medium", "medium", type=click.Choice(["auto", "vacuum", "air"]), default="auto",
               show_default=True, help="What wavelengths are in; auto is what the survey uses.")  # fmt: skip
 @click.option("--telluric", type=click.Choice(["auto", "mask", "keep"]), default="auto", show_default=True,
@@ -61,18 +64,20 @@ def _shard(_: click.Context, __: click.Parameter, value: str | None) -> tuple[in
 def predict(
     files: tuple[str, ...], model: str | None, out: str | None, array: str, backend: str,
     rows: tuple[int, int] | None, limit: int | None, shard: tuple[int, int] | None,
-    velocity: str | None, medium: str, telluric: str, select: str | None, keep: tuple[str, ...],
+    velocity: str | None, velocity_range: float, medium: str, telluric: str, select: str | None, keep: tuple[str, ...],
     overwrite: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Predict log g for every spectrum and write a table: one row per spectrum, in order.
 
     FILE is an HDF5 file of the PFS simulator, a pfsCalibrated, pfsCoadd, pfsSingle, pfsObject or pfsStar, or a DESI
     coadd or spectra file, recognised by its content; a folder of them, or a pattern. Units, masks and grids are the
-    file's (docs/formats.md). Spectra are taken to be at rest unless --velocity says how they move.
+    file's (docs/formats.md). Velocities of stars in files of surveys are fitted, and log g is averaged over their
+    posterior; spectra of the simulator are taken to be at rest. --velocity says otherwise (docs/velocities.md).
 
     Columns: row, identifiers of the input, log_g [dex], log_g_err (calibrated 1σ), log_g_err_raw (pixel noise
     alone), weight_k (gate), expert, snr_norm, snr_median, chi2, flag; of a posterior also T_eff [K], M_H, a_M, C_M
-    [dex], each with _err and _corr (correlation with log_g), and scale. Spectra without data get NaN and a flag,
+    [dex], each with _err and _corr (correlation with log_g), and scale; where velocities were given or fitted v_los and
+    v_los_err [km/s]. Spectra without data get NaN and a flag,
     never a missing row. If the files have labels, R² is printed. What is odd about the spectra as a whole (slope, dead
     fibres, errors that do not fit the scatter, …) is said before the first is scored; no number is changed.
     """
@@ -89,8 +94,9 @@ def predict(
     progress = Progress(quiet or as_json)
     summary = run(
         files, model, target, array=array, backend=backend, rows=rows, limit=limit,  # type: ignore[arg-type]
-        shard=shard, overwrite=overwrite, velocity=velocity, medium=medium, telluric=telluric,  # type: ignore[arg-type]
-        select=select, keep=keep, progress=progress.rows("predict"), tell=lambda words: progress.note(f"note: {words}"),
+        shard=shard, overwrite=overwrite, velocity=velocity, velocity_range=velocity_range,
+        medium=medium, telluric=telluric, select=select, keep=keep,  # type: ignore[arg-type]
+        progress=progress.rows("predict"), tell=lambda words: progress.note(f"note: {words}"),
     )  # fmt: skip
     progress.close()
     facts = {

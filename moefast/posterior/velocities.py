@@ -2,8 +2,8 @@
 
 Design: first all velocities of a grid are compared with the cloud means as templates
 (`moefast.kernels.velocity_evidence`); then the star is put to rest by the best one, and one step of Gauss and Newton
-marginalises all spectra and nuisances of the library (`moefast.kernels.velocity_step`). The posterior of the velocity is
-a normal distribution around the step's answer, and what the scan says of velocities farther away. Libraries of moving
+marginalises all spectra and nuisances of the library (`moefast.kernels.velocity_step`). The posterior of the velocity
+is a normal distribution around the step's answer, and what the scan says of velocities farther away. Libraries of moving
 stars hold their scatter: what of their covariance a velocity could make is taken out, else every star could be at rest.
 """
 
@@ -197,6 +197,10 @@ class VelocityFit:
             pull=np.concatenate([at_rest[:n, :n] @ mean, pull[n:]]), refinements=REFINEMENTS, n_sky=mixture.n_sky,
         )  # fmt: skip
 
+    def prepare(self) -> None:
+        """Make now what is made once: it takes a few seconds."""
+        _ = self.templates, self.space, self.slopes
+
     def fit(self, n: int, at_rest: AtRest) -> FittedVelocities:
         """Velocities of n stars.
 
@@ -258,9 +262,8 @@ def _finer(grid: F64, values: F64) -> tuple[F64, F64]:
     # Sums term by term, not as products of matrices: no row may depend on its neighbours.
     for k in range(FINER):
         t = k / FINER
-        shares = (
-            -t * (t - 1) * (t - 2) / 6, (t + 1) * (t - 1) * (t - 2) / 2, -(t + 1) * t * (t - 2) / 2, (t + 1) * t * (t - 1) / 6,
-        )  # fmt: skip
+        left, right = -t * (t - 1) * (t - 2) / 6, (t + 1) * t * (t - 1) / 6
+        shares = (left, (t + 1) * (t - 1) * (t - 2) / 2, -(t + 1) * t * (t - 2) / 2, right)
         parts = (share * padded[:, i : i + n_steps] for i, share in enumerate(shares))
         out[:, k:-1:FINER] = sum(parts)
     return np.linspace(grid[0], grid[-1], n_steps * FINER + 1), out
