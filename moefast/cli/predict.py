@@ -44,7 +44,8 @@ def _shard(_: click.Context, __: click.Parameter, value: str | None) -> tuple[in
 @click.option("--velocity", metavar="V",
               help="Velocities to remove: a number [km/s], a column of the spectra, a table that is joined by "
               "identifiers (pfsStarCatalog, pfsStar files, redrock, rvspecfit, or any with v_los), or fit: one is "
-              "fitted to each spectrum.  [default: fit for files of surveys if the model is a posterior, else 0]")  # fmt: skip
+              "fitted to each spectrum.  [default: fit for files of surveys if the model is a posterior, "
+              "else 0]")  # fmt: skip
 @click.option("--velocity-range", type=click.FloatRange(min=0, min_open=True), default=500.0, show_default=True,
               metavar="KM/S", help="Fitted velocities lie within so many km/s of 0.")  # fmt: skip
 @click.option("--wave-medium", "medium", type=click.Choice(["auto", "vacuum", "air"]), default="auto",

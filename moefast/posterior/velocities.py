@@ -3,8 +3,9 @@
 Design: first all velocities of a grid are compared with the cloud means as templates
 (`moefast.kernels.velocity_evidence`); then the star is put to rest by the best one, and one step of Gauss and Newton
 marginalises all spectra and nuisances of the library (`moefast.kernels.velocity_step`). The posterior of the velocity
-is a normal distribution around the step's answer, and what the scan says of velocities farther away. Libraries of moving
-stars hold their scatter: what of their covariance a velocity could make is taken out, else every star could be at rest.
+is a normal distribution around the step's answer, and what the scan says of velocities farther away. Libraries of
+moving stars hold their scatter: what of their covariance a velocity could make is taken out, else every star could be
+at rest.
 """
 
 from __future__ import annotations
