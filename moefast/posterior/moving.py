@@ -49,7 +49,8 @@ def predict_moving(
         if len(rows):
             parts.append((rows, predict(*at_rest(found.nodes[rows, k], rows))[0]))
     weights = [found.weights[rows, k] for k, (rows, _) in enumerate(parts)]
-    flag = quality.flag | np.where(found.uncertain, np.uint32(Flag.VELOCITY_UNCERTAIN), np.uint32(0))
+    told = found.uncertain & (quality.flag & np.uint32(Flag.NO_DATA) == 0)
+    flag = quality.flag | np.where(told, np.uint32(Flag.VELOCITY_UNCERTAIN), np.uint32(0))
     return averaged(parts, weights), replace(quality, flag=flag), found
 
 
