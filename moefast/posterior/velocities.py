@@ -50,6 +50,9 @@ FARTHEST = 1.5
 """Steps of the scan that its best velocity can be off."""
 NEAR, NEAR_SIGMAS = 30.0, 4.0
 """Velocities nearer than this, in km/s and in standard errors, are the same answer."""
+WIDER = 1.2
+"""Where the scan's peak is so much wider than the normal distribution, as of faint stars, it is no normal distribution,
+and mean and width are the scan's."""
 AMBIGUOUS = 0.05
 """Probability of all other velocities beyond which the answer is one of several."""
 NARROW = 2.0
@@ -184,7 +187,9 @@ class VelocityFit:
         directions = mixture.directions[:, :n].astype(np.float64)
         spectra = mixture.reference.astype(np.float64)[:, None] + directions @ mixture.keys[stars].T
         white = 1 / np.sqrt(mixture.noise_shape.astype(np.float64))[:, None]
-        moved = np.linalg.lstsq(directions * white, _slope(mixture.wave, spectra) * white, rcond=None)[0]
+        whitened = directions * white
+        seen = whitened.T @ (_slope(mixture.wave, spectra) * white)
+        moved = np.linalg.pinv(whitened.T @ whitened, hermitian=True) @ seen
         made = (moved * share) @ moved.T
         root = np.linalg.cholesky(covariance)
         shares, vectors = np.linalg.eigh(np.linalg.solve(root, np.linalg.solve(root, made).T))
@@ -220,10 +225,18 @@ class VelocityFit:
         return self.posterior(evidence, velocity, sigma)
 
     def posterior(self, evidence: F64, velocity: F64, sigma: F64) -> FittedVelocities:
-        """Answers and nodes from the scan (n, n_v) and from the best velocities (n,) and their standard errors."""
+        """Answers and nodes from the scan (n, n_v), and velocities (n,) of the step and their standard errors."""
         fine, log_p = _finer(self.grid, evidence)
         p = np.exp(log_p - log_p.max(1, keepdims=True))
         p /= p.sum(1, keepdims=True)
+        near = np.where(
+            np.abs(fine - velocity[:, None]) < np.maximum(NEAR, NEAR_SIGMAS * sigma)[:, None], p, 0
+        )
+        near /= np.maximum(near.sum(1, keepdims=True), 1e-300)
+        mean = (near * fine).sum(1)
+        spread = np.sqrt((near * (fine - mean[:, None]) ** 2).sum(1))
+        wide = spread > WIDER * sigma
+        velocity, sigma = np.where(wide, mean, velocity), np.where(wide, spread, sigma)
         apart = np.abs(fine - velocity[:, None])
         p[apart < np.maximum(NEAR, NEAR_SIGMAS * sigma)[:, None]] = 0
         other = p.sum(1)
@@ -295,8 +308,11 @@ def _slope(wave: F64, spectra: F64) -> F64:
 
 def _components(rows: F64, share: F64) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Components (r, p) and coefficients (m, r) of rows (m, p), all but `LEFT` of their energy."""
-    weight = np.sqrt(share / share.sum())[:, None]
-    _, s, vt = np.linalg.svd(weight * rows, full_matrices=False)
-    energy = np.cumsum(s**2)
+    weighed = np.sqrt(share / share.sum())[:, None] * rows
+    # Far fewer rows than pixels: their products are diagonalised, not the rows.
+    squares, vectors = np.linalg.eigh(weighed @ weighed.T)
+    energy = np.cumsum(np.maximum(squares[::-1], 0))
     r = int(np.searchsorted(energy, (1 - LEFT) * energy[-1])) + 1
-    return vt[:r].astype(np.float32), (rows @ vt[:r].T).astype(np.float32)
+    components = vectors[:, ::-1][:, :r].T @ weighed
+    components /= np.maximum(np.linalg.norm(components, axis=1, keepdims=True), 1e-300)
+    return components.astype(np.float32), (rows @ components.T).astype(np.float32)
