@@ -7,6 +7,7 @@ with a unit, an uncertainty of a named type, a mask, a spectral axis.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +16,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from moefast.core.errors import InputError
+from moefast.core.errors import InputError, OddSpectraWarning
 from moefast.core.threads import one_blas_thread
 from moefast.mixture import Prediction
-from moefast.model import Model
-from moefast.posterior.mixture import PosteriorMixture
+from moefast.model import Model, predict_with
+from moefast.posterior import PosteriorMixture
 from moefast.posterior.moving import predict_moving
 from moefast.posterior.velocities import DEFAULT_RANGE, VelocityFit
 from moefast.scoring import FIT, Engine, cannot_fit, columns_of, open_engine, table_columns
+from moefast.spectra import guard
+from moefast.spectra.files import same_wave
 from moefast.spectra.prepared import in_vacuum, prepare_rows
 from moefast.spectra.quality import Flag, Quality
 from moefast.spectra.resample import Pixels
@@ -110,6 +113,12 @@ def predict_arrays(
     astropy.table.Table
         One row for each spectrum, in order, with units and descriptions; `meta` names the model and the backend.
 
+    Warns
+    -----
+    OddSpectraWarning
+        The spectra as a whole look wrong (slope, scatter, dead fibres, …), as ``moefast predict`` says it before the
+        first is scored; the words are also in the table's ``meta["oddities"]``. No number is changed.
+
     Raises
     ------
     InputError
@@ -134,20 +143,24 @@ def predict_arrays(
         raise InputError("error, wave and mask: spectra that are objects have their own; leave these out")
     parts = [_read(each, error, wave, mask, unit) for each in (flux if several else [flux])]
     fit = _fit_of(chosen, velocity, velocity_range, parts)
-    moved = None if fit is not None else _velocities(velocity, sum(len(part.flux) for part in parts))
+    n = sum(len(part.flux) for part in parts)
+    moved = None if fit is not None else _velocities(velocity, n)
+    velocities = np.zeros(n) if moved is None else moved.velocity
+    ready = _all_ready(parts, chosen.mixture.wave, air=medium == "air", telluric=telluric)
+    resampled = bool(velocities.any()) or any(not _on_grid(part.wave, chosen.mixture.wave) for part in parts)
+    oddities = _look(chosen, ready, velocities, resampled=resampled)
+    for words in oddities:
+        warnings.warn(words, OddSpectraWarning, stacklevel=2)
     engine, where = open_engine(chosen.mixture, backend)
     pieces: dict[str, list[NDArray]] = {}
-    row = 0
-    for part in parts:
-        ready = _Ready.of(part, chosen.mixture.wave, row, air=medium == "air", telluric=telluric)
-        for first in range(0, len(part.flux), engine.block_rows):
-            rows = np.arange(first, min(first + engine.block_rows, len(part.flux)))
-            velocities = np.zeros(len(rows)) if moved is None else moved.velocity[row + rows]
-            for name, column in _of_block(chosen, engine, ready, rows, velocities, fit).items():
+    for part in ready:
+        for first in range(0, len(part), engine.block_rows):
+            rows = np.arange(first, min(first + engine.block_rows, len(part)))
+            found = _of_block(chosen, engine, part, rows, velocities[part.first_row + rows], fit)
+            for name, column in found.items():
                 pieces.setdefault(name, []).append(column)
-        row += len(part.flux)
     values = {name: np.concatenate(parts_of) for name, parts_of in pieces.items()}
-    values["row"] = np.arange(row)
+    values["row"] = np.arange(n)
     if moved is not None:
         values["v_los"] = moved.velocity.astype(np.float32)
     layout = table_columns(chosen.mixture, {}, False, moved if fit is None else fit)
@@ -159,6 +172,7 @@ def predict_arrays(
         meta={
             "model": chosen.name, "model_sha256": chosen.hash, "backend": where.name, "device": where.device,
             "velocity": _words(moved, fit),
+            "oddities": oddities,
         },
     )  # fmt: skip
 
@@ -206,6 +220,35 @@ def _of_block(
     for name, values in (("v_los", found.velocity), ("v_los_err", found.error)):
         columns[name] = np.where(nothing, np.nan, values).astype(np.float32)
     return columns
+
+
+def _on_grid(wave: NDArray[np.float64] | None, grid: NDArray[np.float64]) -> bool:
+    """Whether spectra lie on the model's grid, so that no pixel is rebinned."""
+    return wave is None or (wave.ndim == 1 and same_wave(wave, grid))
+
+
+def _look(model: Model, ready: list[_Ready], velocity: NDArray, *, resampled: bool) -> list[str]:
+    """What is odd about spectra on the model's grid, as of the first array of a file."""
+    rows = guard.spread_rows(len(velocity))
+    parts = []
+    for part in ready:
+        own = rows[(rows >= part.first_row) & (rows < part.first_row + len(part))]
+        parts.append(part.at_velocity(velocity[own], own - part.first_row))
+    flux, error, bad = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    sample = guard.Sample.of(model.mixture.wave, flux, error, bad, rows=rows, resampled=resampled)
+    free_scale = isinstance(model.mixture, PosteriorMixture)
+    return [odd.words for odd in guard.look(sample, model.mixture.reference, free_scale=free_scale)]
+
+
+def _all_ready(
+    parts: list[_Given], grid: NDArray[np.float64], *, air: bool, telluric: Telluric
+) -> list[_Ready]:
+    """Spectra that need only be put on the model's grid."""
+    out, row = [], 0
+    for part in parts:
+        out.append(_Ready.of(part, grid, row, air=air, telluric=telluric))
+        row += len(part.flux)
+    return out
 
 
 def _velocities(velocity: Any, n: int) -> Velocities | None:
@@ -330,6 +373,9 @@ class _Ready:
     scale: bool
     first_row: int
 
+    def __len__(self) -> int:
+        return self.arm.n_rows
+
     @classmethod
     def of(
         cls, given: _Given, grid: NDArray[np.float64], first_row: int, *, air: bool, telluric: Telluric
@@ -379,3 +425,6 @@ def _check_scale(x: NDArray, e: NDArray, bad: NDArray[np.bool_]) -> None:
             f'flux has no unit and a median of {typical:.3g}: its scale cannot be told. Say unit=… (such as "nJy"), or '
             "divide flux and error by the median flux"
         )
+
+
+predict_with(predict_arrays)

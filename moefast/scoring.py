@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from moefast.backend import Backend, resolve_backend
 from moefast.core.errors import BackendError, InputError, MoefastError, OutputError
 from moefast.core.labels import plausible
+from moefast.core.metrics import SquaredErrors
 from moefast.core.outputs import INPUTS, ROW, VELOCITY, prediction_columns
 from moefast.core.threads import CORES, map_in_order, one_blas_thread
 from moefast.core.version import __version__
@@ -46,10 +47,14 @@ __all__ = [
     "cannot_fit",
     "choose_rows",
     "columns_of",
+    "count_rows",
+    "labels_at_the_edge",
     "make_engine",
+    "move",
     "open_engine",
     "predict",
     "score_block",
+    "unlike_reasons",
 ]
 
 BLOCK_ROWS = 2048
@@ -144,9 +149,7 @@ class CudaEngine:
 
         ones = np.ones((1, mixture.n_pixels), np.float32)
         with first_launch():
-            self._scorer = CudaScorer(
-                mixture.projection, mixture.mixing, mixture.library, mixture.from_library
-            )
+            self._scorer = CudaScorer(mixture.projection, mixture.mixing, *mixture.clouds)
             self._scorer(ones, ones)
         self.block_rows = self._scorer.block_rows
         # One reads a file, while the others have a slot each; more would only wait for their turn to read.
@@ -224,10 +227,8 @@ def without_kernels(mixture: AnyMixture) -> str:
     """What of a mixture the CUDA kernels do not know, in words; empty if they know it all."""
     if isinstance(mixture, PosteriorMixture):
         return "a posterior of all labels"
-    if mixture.heads is not None:
-        return f"a {mixture.heads.plan.kind} with heads"
-    if mixture.others:
-        return f"experts of the family {' or '.join(sorted({e.family for e in mixture.others.values()}))}"
+    if unknown := sorted({p.expert.words for p in mixture.experts if not (p.added or p.expert.on_cuda)}):
+        return " or ".join(unknown)
     if mixture.residuals:
         return "residuals of experts"
     return "" if mixture.tower is None else "the second tower of a gate"
@@ -376,41 +377,72 @@ def columns_of(model: Model, result: Prediction, quality: Quality) -> dict[str, 
 
 def _unlike(result: Prediction, limits: Mapping[str, Any], quality: Quality) -> NDArray[np.bool_]:
     """Rows whose spectra lie beyond what the model was fitted on."""
-    least, largest = -np.inf, limits["chi2"]
+    reasons = unlike_reasons(result, limits, quality)
+    return np.any([beyond for _, _, beyond in reasons.values()], axis=0)
+
+
+def unlike_reasons(
+    result: Prediction, limits: Mapping[str, Any], quality: Quality
+) -> dict[str, tuple[NDArray, NDArray, NDArray[np.bool_]]]:
+    """Why spectra lie beyond what the model was fitted on.
+
+    Returns
+    -------
+    dict of str to (array, array, array of bool)
+        What is compared ("chi2, largest", "chi2, least", "foreign", "strength", "distance", as far as the model has a
+        limit): the number of each row, the limit of each row, and whether the number lies beyond it.
+    """
+    n = len(result.chi2)
+    least, largest = np.full(n, -np.inf), np.full(n, limits["chi2"])
     if "least_chi2" in limits:
         # χ² of few pixels scatters more, and of a handful says nothing.
         spread = SURE * np.sqrt(2.0 / np.maximum(quality.n_good, 1))
         least, largest = np.minimum(limits["least_chi2"], 1 - spread), np.maximum(largest, 1 + spread)
-    unlike = ~(result.chi2 <= largest) | (result.chi2 < least)
+    # Numbers that overflowed to NaN compare false with everything: "not within", never "beyond".
+    reasons = {
+        "chi2, largest": (result.chi2, largest, ~(result.chi2 <= largest)),
+        "chi2, least": (result.chi2, least, result.chi2 < least),
+    }
     if result.foreign is not None and "foreign" in limits:
-        unlike |= ~(result.foreign <= limits["foreign"])
+        limit = np.full(n, limits["foreign"])
+        reasons["foreign"] = (result.foreign, limit, ~(result.foreign <= limit))
     strength, distance = result.strength, result.distance
     if strength is not None and "strength" in limits:
-        unlike |= ~(strength >= limits["strength"])
+        limit = np.full(n, limits["strength"])
+        reasons["strength"] = (strength, limit, ~(strength >= limit))
     if strength is not None and distance is not None and "distance" in limits:
         table = limits["distance"]
         place = np.log(np.maximum(strength, _LEAST_STRENGTH))
-        unlike |= ~(distance <= np.interp(place, table["log_strength"], table["limit"]))
-    return unlike
+        limit = np.interp(place, table["log_strength"], table["limit"])
+        reasons["distance"] = (distance, limit, ~(distance <= limit))
+    return reasons
 
 
 def _at_the_edge(model: Model, result: Prediction) -> NDArray[np.bool_]:
-    """Rows whose labels lie within `EDGE` of their errors of the ends of the training set: a star beyond ends there."""
-    outside = np.zeros(len(result.log_g), bool)
+    """Rows with a label at an end of the training set's: a star beyond ends there."""
+    rows = list(labels_at_the_edge(model, result).values())
+    return np.any(rows, axis=0) if rows else np.zeros(len(result.log_g), bool)
+
+
+def labels_at_the_edge(model: Model, result: Prediction) -> dict[str, NDArray[np.bool_]]:
+    """Rows in which each label lies within `EDGE` of its error of an end of the training set; empty for models of log g
+    alone.
+    """  # noqa: D205
     if (
         not isinstance(model.mixture, PosteriorMixture)
         or result.labels is None
         or result.label_errors is None
     ):
-        return outside
+        return {}
     ranges = model.manifest["training"].get("labels", {})
     values = np.column_stack([result.log_g, result.labels])
     errors = np.column_stack([result.log_g_err, result.label_errors])
+    found = {}
     for i, name in enumerate(model.mixture.label_names):
         if name in _EDGES and name in ranges:
             low, high = ranges[name]
-            outside |= ~(np.minimum(values[:, i] - low, high - values[:, i]) >= EDGE * errors[:, i])
-    return outside
+            found[name] = ~(np.minimum(values[:, i] - low, high - values[:, i]) >= EDGE * errors[:, i])
+    return found
 
 
 EDGE = 0.5
@@ -436,7 +468,8 @@ KNOWN = {
     "tract": ("", "part of the sky"),
     "patch": ("", "part of the tract"), "ra": ("deg", "right ascension, ICRS"), "dec": ("deg", "declination, ICRS"),
     "targetType": ("", "1 science, 2 sky, 3 flux standard"), "fiberId": ("", "fibre of the (first) exposure"),
-    "visit": ("", "exposure"), "nVisit": ("", "exposures that were coadded"), "TARGETID": ("", "DESI target"),
+    "visit": ("", "exposure"), "nVisit": ("", "exposures that were coadded"),
+    "pfsVisitHash": ("", "hash of these exposures, as in names of files"), "TARGETID": ("", "DESI target"),
     "OBJTYPE": ("", "DESI kind of target: TGT, SKY or none"),
 }  # fmt: skip
 """Unit and meaning of columns that surveys give."""
@@ -494,37 +527,6 @@ def choose_rows(
     return start, stop
 
 
-class _R2:
-    """1 − SS_res/SS_tot in one pass; a missing prediction counts as the label mean."""
-
-    def __init__(self) -> None:
-        self.n = self.shift = self.residual = self.sum_y = self.sum_yy = self.missing = self.missing_y = 0.0
-        self.missing_yy = 0.0
-
-    def add(self, y: NDArray, yhat: NDArray) -> None:
-        if not self.n and y.size:
-            self.shift = float(y[0])
-        d = y - self.shift
-        gone = ~np.isfinite(yhat)
-        self.residual += float(np.sum((y[~gone] - yhat[~gone]) ** 2))
-        self.n, self.sum_y, self.sum_yy = (
-            self.n + y.size,
-            self.sum_y + float(d.sum()),
-            self.sum_yy + float(d @ d),
-        )
-        self.missing += int(gone.sum())
-        self.missing_y += float(d[gone].sum())
-        self.missing_yy += float(d[gone] @ d[gone])
-
-    def value(self) -> float | None:
-        if self.n < 2:
-            return None
-        mean = self.sum_y / self.n
-        total = self.sum_yy - self.n * mean**2
-        residual = self.residual + self.missing_yy - 2 * mean * self.missing_y + self.missing * mean**2
-        return 1 - residual / total if total > 0 and self.missing < self.n else None
-
-
 def predict(
     paths: str | Path | Iterable[str | Path],
     model: Model | str | Path | None = None,
@@ -542,6 +544,7 @@ def predict(
     telluric: Telluric = "auto",
     select: str | None = None,
     keep: Iterable[str] = (),
+    record: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Summary:
@@ -582,6 +585,8 @@ def predict(
         Rows to predict, such as ``targetType == 1 and nVisit > 2``; the others get no row in the table.
     keep : iterable of str
         Columns of the input that go into the table besides identifiers.
+    record : mapping, optional
+        What the caller wants to find again in the table's attribute ``made_of``: numbers, text, lists and mappings.
     progress : callable, optional
         Called with rows done and rows in all.
     tell : callable, optional
@@ -594,6 +599,7 @@ def predict(
     """
     chosen = model if isinstance(model, Model) else Model.load(model)
     engine, where = open_engine(chosen.mixture, backend)
+    keep = tuple(keep)
     preparation = Preparation(chosen.mixture.wave, medium, moving=velocity is not None, telluric=telluric)
     spectra, failures = _open(paths, preparation)
     origins = Origins(spectra)
@@ -613,7 +619,7 @@ def predict(
             raise InputError(f"--select {select!r}: holds for none of the rows {start}:{stop}")
     n_out = int(wanted_rows.sum())
     fit = _fit_of(chosen, spectra, velocity, velocity_range)
-    moved = fit if fit is not None or velocity is None else _move(spectra, velocity, wanted_rows)
+    moved = fit if fit is not None or velocity is None else move(spectra, velocity, wanted_rows)
     ids = {name: _id_dtype(spectra, name) for name in _carried(spectra, keep)}
     labelled = spectra.has_labels((_LABEL,))
     layout = table_columns(chosen.mixture, ids, several, moved)
@@ -630,12 +636,21 @@ def predict(
         "inputs": [str(path) for path in origins.paths],
         "input_sha256": spectra.fingerprint(),
         "array": "+".join(scored),
+        "medium": medium,
         "telluric": telluric,
         "rows": f"{start}:{stop}",
         "backend": where.name,
         "device": where.device,
         "backend_reason": where.reason,
     }
+    attrs["options"] = {
+        "limit": limit, "velocity": None if velocity is None else str(velocity), "medium": medium,
+        "telluric": telluric, "select": select, "keep": list(keep),
+    }  # fmt: skip
+    if record is not None:
+        attrs["made_of"] = dict(record)
+    if shard is not None:
+        attrs["shard"] = f"{shard[0]}/{shard[1]}"
     if select is not None:
         attrs["select"] = select
     if moved is not None:
@@ -654,7 +669,7 @@ def predict(
         if tell is not None:
             tell(odd.words)
     sink = _Sink(out, n_out, layout, attrs, overwrite)
-    r2, looked_at, unlike = _R2(), list[tuple[NDArray, NDArray]](), 0
+    r2, looked_at, unlike = SquaredErrors(), list[tuple[NDArray, NDArray]](), 0
     every = 1 + (stop - start) // LOOKED_AT
     wanted = [*ids, _LABEL] if labelled else list(ids)
 
@@ -752,7 +767,7 @@ def predict(
         summary.n_rows = n_out
         summary.seconds = time.perf_counter() - begin
         summary.spectra_per_second = summary.n_rows / summary.seconds
-        summary.r2 = r2.value() if labelled else None
+        summary.r2 = r2.r2() if labelled else None
         summary.notes = [
             *_told(spectra, moved, chosen, velocity),
             *_notes(looked_at, unlike, summary, chosen),
@@ -765,10 +780,23 @@ def predict(
             notes=summary.notes,
             failures=[str(failure.error) for failure in summary.failures],
         )
+        if labelled:
+            sink.attrs["squared_errors"] = r2.numbers()
         if summary.r2 is not None:
             sink.attrs["r2"] = summary.r2
     summary.columns = sink.columns
     return summary
+
+
+def count_rows(paths: str | Path | Iterable[str | Path], model: Model) -> int:
+    """Rows that `predict` would find in the files.
+
+    Raises
+    ------
+    InputError, WaveGridError
+        As `predict`.
+    """
+    return _open(paths, Preparation(model.mixture.wave))[0].n_rows
 
 
 def _open(
@@ -805,8 +833,8 @@ def _carried(spectra: SpectrumSet, keep: Iterable[str]) -> list[str]:
     return list(names | dict.fromkeys(_present(spectra, keep, "--keep")))
 
 
-def _move(spectra: SpectrumSet, velocity: float | str | Path, needed: NDArray[np.bool_]) -> Velocities:
-    """Find the velocities and have them removed."""
+def move(spectra: SpectrumSet, velocity: float | str | Path, needed: NDArray[np.bool_]) -> Velocities:
+    """Find the velocities of spectra, and have them removed when they are read."""
     found = find_velocities(velocity, spectra, needed)
     for shard, first in zip(spectra.shards, spectra.first_rows, strict=False):
         if isinstance(shard, PreparedShard):
