@@ -132,7 +132,7 @@ def format_text(summary: Mapping[str, Any]) -> str:
 
 
 def figure(summary: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Draw R² ceilings against SNR, the bound against magnitude, and the ranks of the truth, into a PNG, SVG or PDF file.
+    """Draw R² ceilings against SNR, the bound against magnitude, and the ranks of the truth, as PNG, SVG or PDF.
 
     Raises
     ------
