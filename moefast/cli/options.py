@@ -15,11 +15,14 @@ __all__ = [
     "FILES",
     "JSON",
     "LIKE",
+    "MEDIUM",
     "MODEL",
     "NOISE_LEVEL",
     "OVERWRITE",
     "QUIET",
     "RESOLUTION",
+    "TELLURIC",
+    "VELOCITY",
     "names",
     "positive",
     "rows",
@@ -170,6 +173,34 @@ NOISE_LEVEL = click.option(
     default=1.0,
     show_default=True,
     help="Factor on the errors of the files.",
+)
+
+
+VELOCITY = click.option(
+    "--velocity",
+    metavar="V",
+    help="Velocities to remove: a number [km/s], a column of the spectra, or a table that is joined by identifiers "
+    "(pfsStarCatalog, pfsStar files, redrock, rvspecfit, or any with v_los).",
+)
+
+
+MEDIUM = click.option(
+    "--wave-medium",
+    "medium",
+    type=click.Choice(["auto", "vacuum", "air"]),
+    default="auto",
+    show_default=True,
+    help="What wavelengths are in; auto is what the survey uses.",
+)
+
+
+TELLURIC = click.option(
+    "--telluric",
+    type=click.Choice(["auto", "mask", "keep"]),
+    default="auto",
+    show_default=True,
+    help="Whether pixels where the Earth's atmosphere absorbs count as bad; auto says so of spectra of surveys, not of "
+    "the simulator's.",
 )
 
 
