@@ -45,6 +45,8 @@ TOGETHER = 4096
 FINGERPRINT_FILES = 16
 LEAST_OVERLAP = 0.5
 """Share of the model's grid that an HDF5 file on another grid must cover."""
+BESIDE_GRID = 0.01
+"""Share of the wavelength by which more than the grid is read on either side."""
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 
 
@@ -129,6 +131,7 @@ class PreparedShard(Shard):
         self.first_rows = np.cumsum([0, *(file.n_rows for file in files)], dtype=np.int64)
         self.n_rows = int(self.first_rows[-1])
         self.wave, self.n_pixels = preparation.wave, len(preparation.wave)
+        self._ask_for(np.ones(1))
         self.arrays = (*files[0].arrays, "error", "mask")
         self.dtypes = {name: np.dtype(bool if name == "mask" else np.float32) for name in self.arrays}
         self.layout = dict.fromkeys(self.arrays, files[0].layout)
@@ -151,6 +154,14 @@ class PreparedShard(Shard):
             raise ValueError(f"{self.n_rows} velocities expected, found shape {velocity.shape}")
         with self._lock:
             self._velocity, self._held = velocity, None
+        if len(velocity):
+            self._ask_for(1 + velocity / LIGHT_SPEED)
+
+    def _ask_for(self, factor: NDArray[np.float64]) -> None:
+        """Tell the files which wavelengths are needed; `factor` are those of λ over λ at rest."""
+        needed = float(self.wave[0] * factor.min()), float(self.wave[-1] * factor.max())
+        for file in self.files:
+            file.needed = needed[0] * (1 - BESIDE_GRID), needed[1] * (1 + BESIDE_GRID)
 
     @property
     def observed(self) -> bool:
