@@ -60,7 +60,7 @@ RECIPES: dict[str, Recipe] = {
         {
             "families": ("posterior",),
             "n_gravity_bins": 12,
-            "n_tangents": 12,
+            "n_tangents": 8,
             "slope_widths": (0.1, 0.05, 0.05, 0.05),
             "sky_width": 4.0,
         },
