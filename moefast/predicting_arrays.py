@@ -7,6 +7,7 @@ with a unit, an uncertainty of a named type, a mask, a spectral axis.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from moefast.core.errors import InputError
+from moefast.core.errors import InputError, OddSpectraWarning
 from moefast.core.threads import one_blas_thread
-from moefast.model import Model
+from moefast.model import Model, predict_with
+from moefast.posterior import PosteriorMixture
 from moefast.scoring import columns_of, open_engine, table_columns
+from moefast.spectra import guard
+from moefast.spectra.files import same_wave
 from moefast.spectra.prepared import in_vacuum, prepare_rows
 from moefast.spectra.resample import Pixels
 from moefast.spectra.telluric import CHOICES, Telluric, without_telluric
@@ -95,6 +99,12 @@ def predict_arrays(
     astropy.table.Table
         One row for each spectrum, in order, with units and descriptions; `meta` names the model and the backend.
 
+    Warns
+    -----
+    OddSpectraWarning
+        The spectra as a whole look wrong (slope, scatter, dead fibres, …), as ``moefast predict`` says it before the
+        first is scored; the words are also in the table's ``meta["oddities"]``. No number is changed.
+
     Raises
     ------
     InputError
@@ -128,6 +138,11 @@ def predict_arrays(
         )
         row = stop
     x, e, bad = (np.concatenate(arrays) for arrays in zip(*prepared, strict=True))
+    moving = moved is not None and bool(np.any(moved.velocity))
+    resampled = moving or any(not _on_grid(part.wave, chosen.mixture.wave) for part in parts)
+    oddities = _look(chosen, x, e, bad, resampled=resampled)
+    for words in oddities:
+        warnings.warn(words, OddSpectraWarning, stacklevel=2)
     engine, where = open_engine(chosen.mixture, backend)
     pieces: dict[str, list[NDArray]] = {}
     with one_blas_thread(), np.errstate(over="ignore", invalid="ignore"):
@@ -146,8 +161,28 @@ def predict_arrays(
             Column(values[c.name], c.name, unit=units.Unit(c.unit) if c.unit else None, description=c.description)
             for c in layout
         ],
-        meta={"model": chosen.name, "model_sha256": chosen.hash, "backend": where.name, "device": where.device},
+        meta={
+            "model": chosen.name, "model_sha256": chosen.hash, "backend": where.name, "device": where.device,
+            "oddities": oddities,
+        },
     )  # fmt: skip
+
+
+def _on_grid(wave: NDArray[np.float64] | None, grid: NDArray[np.float64]) -> bool:
+    """Whether spectra lie on the model's grid, so that no pixel is rebinned."""
+    return wave is None or (wave.ndim == 1 and same_wave(wave, grid))
+
+
+def _look(
+    model: Model, flux: NDArray, error: NDArray, bad: NDArray[np.bool_], *, resampled: bool
+) -> list[str]:
+    """What is odd about spectra on the model's grid, as of the first array of a file."""
+    rows = guard.spread_rows(len(flux))
+    sample = guard.Sample.of(
+        model.mixture.wave, flux[rows], error[rows], bad[rows], rows=rows, resampled=resampled
+    )
+    free_scale = isinstance(model.mixture, PosteriorMixture)
+    return [odd.words for odd in guard.look(sample, model.mixture.reference, free_scale=free_scale)]
 
 
 def _velocities(velocity: Any, n: int) -> Velocities | None:
@@ -299,3 +334,6 @@ def _check_scale(x: NDArray, e: NDArray, bad: NDArray[np.bool_]) -> None:
             f'flux has no unit and a median of {typical:.3g}: its scale cannot be told. Say unit=… (such as "nJy"), or '
             "divide flux and error by the median flux"
         )
+
+
+predict_with(predict_arrays)

@@ -6,7 +6,7 @@ expert. The published-style ridge is also a reference that every fit carries alo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,7 @@ def fit(
     *,
     recipe: str = DEFAULT,
     grid: Grid | None = None,
+    families: Sequence[str] | None = None,
     noise: Noise = "closed-form",
     noise_level: float = 1.0,
     size: Size = "small",
@@ -145,6 +146,8 @@ def fit(
         A name in `RECIPES`.
     grid : Grid, optional
         Bins of the experts, instead of the recipe's.
+    families : sequence of str, optional
+        Families of experts that each bin chooses from, instead of the recipe's; see `moefast.fitting.Options`.
     noise : "closed-form", "sampled" or "observed"
         Clean flux, noise in closed form; clean flux, one noise draw per row; flux that is noisy already. There is no
         closed form for clipped flux: a recipe that clips draws noise instead, and the manifest says so.
@@ -185,7 +188,9 @@ def fit(
     """
     if recipe not in RECIPES:
         raise InputError(f"recipe {recipe!r} is unknown; choose one of {', '.join(RECIPES)}")
-    chosen, own = grid or RECIPES[recipe].grid, RECIPES[recipe].options
+    chosen, own = grid or RECIPES[recipe].grid, dict(RECIPES[recipe].options)
+    if families is not None:
+        own["families"] = tuple(families)
     if own.get("clipped") and noise == "closed-form":
         noise = "sampled"
     spectra = paths if isinstance(paths, SpectrumSet | SimulatedSpectra) else open_spectra(paths)

@@ -39,7 +39,19 @@ from moefast.spectra.tables import Column, open_table
 from moefast.spectra.telluric import Telluric
 from moefast.spectra.velocities import Velocities, find_velocities
 
-__all__ = ["Summary", "choose_rows", "columns_of", "make_engine", "open_engine", "predict", "score_block"]
+__all__ = [
+    "Summary",
+    "choose_rows",
+    "columns_of",
+    "count_rows",
+    "labels_at_the_edge",
+    "make_engine",
+    "move",
+    "open_engine",
+    "predict",
+    "score_block",
+    "unlike_reasons",
+]
 
 BLOCK_ROWS = 2048
 """Rows of a block for those who look at spectra one block after the other."""
@@ -131,9 +143,7 @@ class CudaEngine:
 
         ones = np.ones((1, mixture.n_pixels), np.float32)
         with first_launch():
-            self._scorer = CudaScorer(
-                mixture.projection, mixture.mixing, mixture.library, mixture.from_library
-            )
+            self._scorer = CudaScorer(mixture.projection, mixture.mixing, *mixture.clouds)
             self._scorer(ones, ones)
         self.block_rows = self._scorer.block_rows
         # One reads a file, while the others have a slot each; more would only wait for their turn to read.
@@ -211,10 +221,8 @@ def without_kernels(mixture: AnyMixture) -> str:
     """What of a mixture the CUDA kernels do not know, in words; empty if they know it all."""
     if isinstance(mixture, PosteriorMixture):
         return "a posterior of all labels"
-    if mixture.heads is not None:
-        return f"a {mixture.heads.plan.kind} with heads"
-    if mixture.others:
-        return f"experts of the family {' or '.join(sorted({e.family for e in mixture.others.values()}))}"
+    if unknown := sorted({p.expert.words for p in mixture.experts if not (p.added or p.expert.on_cuda)}):
+        return " or ".join(unknown)
     if mixture.residuals:
         return "residuals of experts"
     return "" if mixture.tower is None else "the second tower of a gate"
@@ -363,41 +371,72 @@ def columns_of(model: Model, result: Prediction, quality: Quality) -> dict[str, 
 
 def _unlike(result: Prediction, limits: Mapping[str, Any], quality: Quality) -> NDArray[np.bool_]:
     """Rows whose spectra lie beyond what the model was fitted on."""
-    least, largest = -np.inf, limits["chi2"]
+    reasons = unlike_reasons(result, limits, quality)
+    return np.any([beyond for _, _, beyond in reasons.values()], axis=0)
+
+
+def unlike_reasons(
+    result: Prediction, limits: Mapping[str, Any], quality: Quality
+) -> dict[str, tuple[NDArray, NDArray, NDArray[np.bool_]]]:
+    """Why spectra lie beyond what the model was fitted on.
+
+    Returns
+    -------
+    dict of str to (array, array, array of bool)
+        What is compared ("chi2, largest", "chi2, least", "foreign", "strength", "distance", as far as the model has a
+        limit): the number of each row, the limit of each row, and whether the number lies beyond it.
+    """
+    n = len(result.chi2)
+    least, largest = np.full(n, -np.inf), np.full(n, limits["chi2"])
     if "least_chi2" in limits:
         # χ² of few pixels scatters more, and of a handful says nothing.
         spread = SURE * np.sqrt(2.0 / np.maximum(quality.n_good, 1))
         least, largest = np.minimum(limits["least_chi2"], 1 - spread), np.maximum(largest, 1 + spread)
-    unlike = ~(result.chi2 <= largest) | (result.chi2 < least)
+    # Numbers that overflowed to NaN compare false with everything: "not within", never "beyond".
+    reasons = {
+        "chi2, largest": (result.chi2, largest, ~(result.chi2 <= largest)),
+        "chi2, least": (result.chi2, least, result.chi2 < least),
+    }
     if result.foreign is not None and "foreign" in limits:
-        unlike |= ~(result.foreign <= limits["foreign"])
+        limit = np.full(n, limits["foreign"])
+        reasons["foreign"] = (result.foreign, limit, ~(result.foreign <= limit))
     strength, distance = result.strength, result.distance
     if strength is not None and "strength" in limits:
-        unlike |= ~(strength >= limits["strength"])
+        limit = np.full(n, limits["strength"])
+        reasons["strength"] = (strength, limit, ~(strength >= limit))
     if strength is not None and distance is not None and "distance" in limits:
         table = limits["distance"]
         place = np.log(np.maximum(strength, _LEAST_STRENGTH))
-        unlike |= ~(distance <= np.interp(place, table["log_strength"], table["limit"]))
-    return unlike
+        limit = np.interp(place, table["log_strength"], table["limit"])
+        reasons["distance"] = (distance, limit, ~(distance <= limit))
+    return reasons
 
 
 def _at_the_edge(model: Model, result: Prediction) -> NDArray[np.bool_]:
-    """Rows whose labels lie within `EDGE` of their errors of the ends of the training set: a star beyond ends there."""
-    outside = np.zeros(len(result.log_g), bool)
+    """Rows with a label at an end of the training set's: a star beyond ends there."""
+    rows = list(labels_at_the_edge(model, result).values())
+    return np.any(rows, axis=0) if rows else np.zeros(len(result.log_g), bool)
+
+
+def labels_at_the_edge(model: Model, result: Prediction) -> dict[str, NDArray[np.bool_]]:
+    """Rows in which each label lies within `EDGE` of its error of an end of the training set; empty for models of log g
+    alone.
+    """  # noqa: D205
     if (
         not isinstance(model.mixture, PosteriorMixture)
         or result.labels is None
         or result.label_errors is None
     ):
-        return outside
+        return {}
     ranges = model.manifest["training"].get("labels", {})
     values = np.column_stack([result.log_g, result.labels])
     errors = np.column_stack([result.log_g_err, result.label_errors])
+    found = {}
     for i, name in enumerate(model.mixture.label_names):
         if name in _EDGES and name in ranges:
             low, high = ranges[name]
-            outside |= ~(np.minimum(values[:, i] - low, high - values[:, i]) >= EDGE * errors[:, i])
-    return outside
+            found[name] = ~(np.minimum(values[:, i] - low, high - values[:, i]) >= EDGE * errors[:, i])
+    return found
 
 
 EDGE = 0.5
@@ -423,7 +462,8 @@ KNOWN = {
     "tract": ("", "part of the sky"),
     "patch": ("", "part of the tract"), "ra": ("deg", "right ascension, ICRS"), "dec": ("deg", "declination, ICRS"),
     "targetType": ("", "1 science, 2 sky, 3 flux standard"), "fiberId": ("", "fibre of the (first) exposure"),
-    "visit": ("", "exposure"), "nVisit": ("", "exposures that were coadded"), "TARGETID": ("", "DESI target"),
+    "visit": ("", "exposure"), "nVisit": ("", "exposures that were coadded"),
+    "pfsVisitHash": ("", "hash of these exposures, as in names of files"), "TARGETID": ("", "DESI target"),
     "OBJTYPE": ("", "DESI kind of target: TGT, SKY or none"),
 }  # fmt: skip
 """Unit and meaning of columns that surveys give."""
@@ -566,7 +606,7 @@ def predict(
         if not wanted_rows.any():
             raise InputError(f"--select {select!r}: holds for none of the rows {start}:{stop}")
     n_out = int(wanted_rows.sum())
-    moved = None if velocity is None else _move(spectra, velocity, wanted_rows)
+    moved = None if velocity is None else move(spectra, velocity, wanted_rows)
     ids = {name: _id_dtype(spectra, name) for name in _carried(spectra, keep)}
     labelled = spectra.has_labels((_LABEL,))
     layout = table_columns(chosen.mixture, ids, several, moved)
@@ -583,6 +623,7 @@ def predict(
         "inputs": [str(path) for path in origins.paths],
         "input_sha256": spectra.fingerprint(),
         "array": "+".join(scored),
+        "medium": medium,
         "telluric": telluric,
         "rows": f"{start}:{stop}",
         "backend": where.name,
@@ -712,6 +753,17 @@ def predict(
     return summary
 
 
+def count_rows(paths: str | Path | Iterable[str | Path], model: Model) -> int:
+    """Rows that `predict` would find in the files.
+
+    Raises
+    ------
+    InputError, WaveGridError
+        As `predict`.
+    """
+    return _open(paths, Preparation(model.mixture.wave))[0].n_rows
+
+
 def _open(
     paths: str | Path | Iterable[str | Path], preparation: Preparation
 ) -> tuple[SpectrumSet, list[Failure]]:
@@ -746,8 +798,8 @@ def _carried(spectra: SpectrumSet, keep: Iterable[str]) -> list[str]:
     return list(names | dict.fromkeys(_present(spectra, keep, "--keep")))
 
 
-def _move(spectra: SpectrumSet, velocity: float | str | Path, needed: NDArray[np.bool_]) -> Velocities:
-    """Find the velocities and have them removed."""
+def move(spectra: SpectrumSet, velocity: float | str | Path, needed: NDArray[np.bool_]) -> Velocities:
+    """Find the velocities of spectra, and have them removed when they are read."""
     found = find_velocities(velocity, spectra, needed)
     for shard, first in zip(spectra.shards, spectra.first_rows, strict=False):
         if isinstance(shard, PreparedShard):

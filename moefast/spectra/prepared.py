@@ -34,6 +34,7 @@ __all__ = [
     "PreparedShard",
     "in_vacuum",
     "open_as_found",
+    "open_measured",
     "open_prepared",
     "prepare_rows",
 ]
@@ -347,6 +348,11 @@ def _is_fits(path: Path) -> bool:
     except OSError:
         return False
     return head != _HDF5 and (head.startswith((b"SIMPLE  ", b"\x1f\x8b")) or ".fit" in path.name.lower())
+
+
+def open_measured(path: Path) -> SurveyFile:
+    """Open a spectrum file of any layout, to read its spectra as they were measured."""
+    return open_survey_file(path) if _is_fits(path) else survey_file(Shard(path))
 
 
 def _open(path: Path, preparation: Preparation) -> Shard:

@@ -2,6 +2,7 @@
 
 Facts that the code rests on: per arm B, R, Z images FLUX (1e-17 erg s⁻¹ cm⁻² Å⁻¹), IVAR and MASK (n, p) and one
 WAVELENGTH (p,) in Å, vacuum and barycentric, velocities not removed. A pixel is bad where MASK is not 0 or IVAR is 0.
+RESOLUTION (n, k, p) holds the line-spread function at each pixel, as k diagonals of a matrix.
 FIBERMAP has a row for every spectrum; spectra-* have several of a target.
 """
 
@@ -26,11 +27,14 @@ FLUX_UNIT, WAVE_UNIT = "1e-17 erg / (s cm2 Angstrom)", "Angstrom"
 NAMES = {"TARGETID": "TARGETID", "TARGET_RA": "ra", "TARGET_DEC": "dec", "FIBER": "fiberId"}
 BESIDE = ("OBJTYPE", "COADD_FIBERSTATUS", "FIBERSTATUS", "NIGHT", "EXPID", "TILEID")
 SCIENCE, SKY, FLUX_STANDARD = 1, 2, 3
+ROWS_OF_RESOLUTION = 64
+"""First rows, at least, that the line-spread function is the mean of."""
+FWHM_OF_SIGMA = 2.354820045
 _STANDARDS = 1 << 33 | 1 << 34 | 1 << 35
 """Bits STD_FAINT, STD_WD and STD_BRIGHT of DESI_TARGET."""
 _WIDER = (
     "DESI spectra: their line-spread function (R 4000 to 5000) is wider than that of the PFS medium-resolution arm; "
-    "log g is right only from a model that was fitted for it"
+    "log g is right only from a model that was fitted for it (moefast fit --simulate N --like FILE)"
 )
 
 
@@ -74,7 +78,7 @@ def _open(file: FitsFile) -> SurveyFile:
 
     return SurveyFile(
         file.path, name, fibermap.n_rows, columns | told, identifiers, read, file.close, notes=notes,
-        fingerprint=lambda: fingerprint_of(file),
+        line_spread=lambda: [_line_spread(file, arm) for arm in arms], fingerprint=lambda: fingerprint_of(file),
     )  # fmt: skip
 
 
@@ -88,6 +92,29 @@ def _target_type(told: dict[str, NDArray], n: int) -> NDArray[np.int16]:
         if name.endswith("DESI_TARGET"):
             out[(out == SCIENCE) & ((values & _STANDARDS) != 0)] = FLUX_STANDARD
     return out
+
+
+def _line_spread(file: FitsFile, arm: str) -> NDArray[np.float64] | None:
+    """FWHM [Å] at each pixel: 2.355 times the standard deviation of the rows of RESOLUTION, the mean over stars."""
+    if f"{arm}_RESOLUTION" not in file:
+        return None
+    hdu = file[f"{arm}_RESOLUTION"]
+    bands = np.zeros(hdu.shape[1:])
+    for start in range(0, hdu.n_rows, ROWS_OF_RESOLUTION):
+        bands += file.image(hdu, start, min(start + ROWS_OF_RESOLUTION, hdu.n_rows)).sum(0, dtype=np.float64)
+        if bands.any():
+            break
+    offset = np.arange(len(bands))[:, None] - len(bands) // 2
+    with np.errstate(all="ignore"):
+        total = bands.sum(0)
+        mean = (bands * offset).sum(0) / total
+        variance = (bands * offset**2).sum(0) / total - mean**2
+        wave = file.image(file[f"{arm}_WAVELENGTH"]).astype(np.float64)
+        fwhm = np.asarray(FWHM_OF_SIGMA * np.sqrt(variance) * np.gradient(wave), np.float64)
+    known = np.isfinite(fwhm) & (fwhm > 0)
+    if not known.any():
+        return None
+    return np.asarray(np.interp(wave, wave[known], fwhm[known]))
 
 
 def _read_arm(file: FitsFile, arm: str, start: int, stop: int, note: Callable[[str], None]) -> Pixels:
