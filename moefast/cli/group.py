@@ -22,6 +22,7 @@ from moefast.cli.evaluate import evaluate
 from moefast.cli.export import export
 from moefast.cli.fit import fit
 from moefast.cli.inspect import inspect
+from moefast.cli.merge import merge
 from moefast.cli.milestones import milestones
 from moefast.cli.predict import predict
 from moefast.cli.scenarios import scenarios
@@ -99,7 +100,7 @@ def cli() -> None:
 
 # In the order in which they are used: first what users of a model need, then what those need who fit their own.
 COMMANDS = (
-    inspect, predict, doctor,
+    inspect, predict, merge, doctor,
     simulate, fit, evaluate, scenarios, compare, export,
     ceiling, milestones, bench,
 )  # fmt: skip
