@@ -269,7 +269,7 @@ def cloud_group(  # type: ignore[no-untyped-def]
         drawn_data, of_centre, of_spectrum, lowers, inverses, gammas, squares, of_pivots = (
             _data(context, builder, kinds[k], args[k]) for k in (0, 7, 8, 11, 12, 13, 14, 15)
         )
-        lane, stride, n, reach, star, panel = *args[1:5], args[6], args[10]
+        lane, stride, n, reach, star, panel = (args[k] for k in (1, 2, 3, 4, 6, 10))
         v = _Vectors(builder, context.get_data_type(kinds[0].dtype))
         index = context.get_value_type(types.intp)
         broad = v.all_of(args[9])
