@@ -54,6 +54,17 @@ RECIPES: dict[str, Recipe] = {
         "the same for spectra whose flux calibration can be trusted: the scale is free, the slope is not",
         {"families": ("posterior",)},
     ),
+    "posterior-linear": Recipe(
+        PHYSICAL_GRID,
+        "linear experts at each star's own noise and gaps, 12 bins of log g in each of 9 bins, gate by evidence",
+        {
+            "families": ("posterior",),
+            "n_gravity_bins": 12,
+            "n_tangents": 8,
+            "slope_widths": (0.1, 0.05, 0.05, 0.05),
+            "sky_width": 4.0,
+        },
+    ),
     "hybrid-moe": Recipe(
         PHYSICAL_GRID,
         "9 experts, each of the family (linear, template, trees) that is best in its bin; soft gate by evidence",
