@@ -20,10 +20,12 @@ HOMES = {
 
 FLOORS = (
     ("moefast.core",),
-    ("moefast.kernels", "moefast.ops", "moefast.pages"),
+    ("moefast.ops", "moefast.pages"),
+    # The references of kernels are readers of descriptions.
+    ("moefast.kernels",),
     ("moefast.backend", "moefast.checkpoint", "moefast.spectra"),
     ("moefast.experts", "moefast.gating", "moefast.simulate"),
-    ("moefast.trunks",),
+    ("moefast.forward", "moefast.trunks"),
     ("moefast.mixture",),
     ("moefast.posterior",),
     ("moefast.ceilings", "moefast.export"),

@@ -14,11 +14,13 @@ __all__ = [
     "DEVICE",
     "FILES",
     "JSON",
+    "LIKE",
     "MEDIUM",
     "MODEL",
     "NOISE_LEVEL",
     "OVERWRITE",
     "QUIET",
+    "RESOLUTION",
     "TELLURIC",
     "VELOCITY",
     "names",
@@ -150,6 +152,20 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print the facts as 
 QUIET = click.option("-q", "--quiet", is_flag=True, help="No progress.")
 
 
+LIKE = click.option(
+    "--like", multiple=True, metavar="FILE",
+    help="Spectra of your own, of any layout that moefast reads (file, folder or pattern; may be repeated): simulated "
+    "stars get their wave grid, resolution, noise, gaps and signal-to-noise ratios.",
+)  # fmt: skip
+
+
+RESOLUTION = click.option(
+    "--resolution", metavar="R",
+    help="With --like: resolving power such as 4500, or FWHM in Å such as 1.8A; not sharper than the emulator's 5000.  "
+    "[default: what the files say, else the emulator's]",
+)  # fmt: skip
+
+
 NOISE_LEVEL = click.option(
     "--noise-level",
     type=float,
@@ -164,7 +180,8 @@ VELOCITY = click.option(
     "--velocity",
     metavar="V",
     help="Velocities to remove: a number [km/s], a column of the spectra, or a table that is joined by identifiers "
-    "(pfsStarCatalog, pfsStar files, redrock, rvspecfit, or any with v_los).",
+    "(pfsStarCatalog, pfsStar files, redrock, rvspecfit, or any with v_los); for predict also fit: one is fitted to "
+    "each spectrum.  [default: 0; for predict fit where files are of surveys and the model is a posterior]",
 )
 
 
