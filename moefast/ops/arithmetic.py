@@ -178,6 +178,10 @@ class SolvingArithmetic(Arithmetic, Protocol):
         """Where a > b, broadcast; never where one is NaN."""
         ...
 
+    def as_number(self, condition: Any) -> Any:
+        """One where it holds, zero elsewhere."""
+        ...
+
     def marks(self, chosen: Sequence[bool]) -> Any:
         """A vector of truth values."""
         ...
@@ -406,6 +410,9 @@ class NumPyArithmetic:
 
     def above(self, a: NDArray, b: NDArray) -> NDArray:
         return np.greater(a, b)
+
+    def as_number(self, condition: NDArray) -> NDArray:
+        return condition.astype(self.dtype)
 
     def marks(self, chosen: Sequence[bool]) -> NDArray:
         return np.array(chosen, np.bool_)
@@ -691,6 +698,9 @@ class OnnxArithmetic:
 
     def above(self, a: str, b: str) -> str:
         return self._add("Greater", [a, b])
+
+    def as_number(self, condition: str) -> str:
+        return self._cast(condition, FLOAT)
 
     def marks(self, chosen: Sequence[bool]) -> str:
         word = "".join("01"[mark] for mark in chosen)

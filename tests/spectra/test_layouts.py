@@ -179,6 +179,23 @@ def test_desi_arms_are_joined(compressed, coadd, tmp_path):
     np.testing.assert_allclose(block.error[0][overlap] / scale[0], np.sqrt(1 / 125), rtol=1e-5)
 
 
+def test_arms_beyond_the_grid_are_left_out_and_change_nothing(spectra, tmp_path):
+    """An arm that only a fast star would bring there is read for that star."""
+    far = WAVE + 400
+    arm = {"Z": (WAVE, *spectra)}
+    alone = blocks(write_desi(tmp_path / "a.fits", arm))[1]
+    path = write_desi(tmp_path / "b.fits", {"R": (WAVE - 4000, *spectra), **arm})
+    both = blocks(path)
+    np.testing.assert_array_equal(both[1].flux, alone.flux)
+    assert [a.where for a in both[0].shards[0].files[0].read("flux", 0, 2)[0]] == ["HDU Z_FLUX"]
+    elsewhere = write_desi(tmp_path / "c.fits", {"R": (WAVE - 4000, *spectra), "Z": (far, *spectra)})
+    found, block = blocks(elsewhere)
+    assert block.mask.all()
+    assert block.mask.shape == (5, 200)
+    found.shards[0].set_velocity(np.full(5, LIGHT_SPEED * 400 / 8050))
+    assert not next(found.blocks(9, prefetch=False)).mask.all()
+
+
 def test_a_velocity_is_removed_and_a_star_at_rest_on_the_grid_keeps_its_bits(spectra, tmp_path):
     flux, error = spectra
     velocity = np.array([0.0, 150.0, -300.0, 7.0, 0.0])

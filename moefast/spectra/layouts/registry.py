@@ -74,6 +74,8 @@ class SurveyFile:
     line_spread : callable, optional
         Gives the FWHM [Å] of the line-spread function at each pixel of each arm, in the order of `read`, or None for an
         arm of which it is not known; for files whose rows share their wavelengths.
+    needed : (float, float)
+        Wavelengths [Å] that are needed; arms that lie outside may be left out.
     fingerprint, order_problems : callable, optional
         As of `moefast.spectra.files.Shard`.
     """
@@ -91,6 +93,7 @@ class SurveyFile:
     through_atmosphere: bool = True
     notes: list[str] = field(default_factory=list)
     line_spread: Callable[[], list[NDArray[np.float64] | None]] | None = None
+    needed: tuple[float, float] = (0.0, np.inf)
     fingerprint: Callable[[], str] | None = None
     order_problems: Callable[[], list[str]] | None = None
 
