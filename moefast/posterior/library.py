@@ -34,6 +34,14 @@ SKY_BANDS = 10
 """Bands of wavelength in which residuals of sky lines are free apart."""
 FOREIGN_SHARE = 0.02
 """Share of spectra, before they are looked at, that have no lines: dead fibres, hot stars, galaxies."""
+BEYOND_SHARE = 0.05
+"""Share of stars, before they are looked at, that are hotter than the training set."""
+BEYOND_LABEL, BEYOND_SLAB = 1, 0.15
+"""T_eff; and the part of its range, at its upper end, whose stars tell how spectra go on."""
+BEYOND_STEPS = 3
+"""How many times that part is moved on by its own width: 340 to 1010 K of a range of 2250 K."""
+BEYOND_CLOUDS = 24
+"""Clouds of each step."""
 WIDEST_LINE, CONTINUUM_DEGREE = 101, 5
 """Pixels beyond which no line reaches, and degree of a polynomial that no line makes."""
 ENVELOPE = 41
@@ -86,6 +94,8 @@ def fit_clouds(
     noise_shape: F64,
     n_clouds: int,
     n_tangents: int,
+    grouped_by: F64 | None = None,
+    beyond: bool = False,
     seed: int = 0,
 ) -> dict[str, NDArray]:
     """Clouds of the stars of each bin, as many as its share of the stars, in coordinates of their own.
@@ -105,6 +115,11 @@ def fit_clouds(
         Reference spectrum, and mean noise variance D of the training set.
     n_clouds, n_tangents : int
         Clouds in all, and tangents of each.
+    grouped_by : array of shape (n, k), optional
+        What else a cloud should be small in, such as the velocity of stars that move.
+    beyond : bool
+        Whether there are clouds of stars that are hotter than all of the training set, too: those of its hot end,
+        continued. They belong to the expert of the star from which they are continued.
     seed : int
 
     Returns
@@ -119,13 +134,23 @@ def fit_clouds(
     ValueError
         A bin is empty.
     """
-    clouds, first = clouds_of_bins(z, labels[:, GROUPED_BY], bins, n_experts, n_clouds=n_clouds, seed=seed)
+    places = labels[:, GROUPED_BY]
+    if grouped_by is not None:
+        places = np.concatenate([places, grouped_by], axis=1)
+    clouds, first = clouds_of_bins(z, places, bins, n_experts, n_clouds=n_clouds, seed=seed)
     r, t = z.shape[1], min(n_tangents, z.shape[1])
     parts, within = [], np.zeros((r, r))
     for cloud in clouds:
         *part, left = _cloud(z[cloud].astype(np.float64), labels[cloud], t, len(bins))
         within += len(cloud) / len(bins) * left
         parts.append(part)
+    if beyond:
+        experts = np.repeat(np.arange(n_experts), np.diff(first))
+        further, of_expert = _beyond(z, labels, bins, t, seed)
+        experts = np.concatenate([experts, of_expert])
+        order = np.argsort(experts, kind="stable")
+        parts = [(parts + further)[i] for i in order]
+        first = np.searchsorted(experts[order], np.arange(n_experts + 1))
     keys, tangents, gains, log_weights, means, scatter = (
         np.array(column) for column in zip(*parts, strict=True)
     )
@@ -158,6 +183,47 @@ def fit_clouds(
     return {name: np.ascontiguousarray(value, np.float32) for name, value in arrays.items()} | {
         "first": np.array([*first, first[-1] + 1], np.int64)
     }
+
+
+def _beyond(
+    z: F32, labels: F64, bins: NDArray[np.integer], t: int, seed: int
+) -> tuple[list[list], NDArray[np.integer]]:
+    """Clouds of stars beyond the upper end of `BEYOND_LABEL`, as of `_cloud`, and the expert of each.
+
+    Stars of the slab below that end are grouped in clouds, and the clouds are moved along the derivative of spectra by
+    the label at the end, from a polynomial of second degree of all labels.
+    """
+    column = labels[:, BEYOND_LABEL]
+    low, high = column.min(), column.max()
+    slab = np.flatnonzero(column > high - BEYOND_SLAB * (high - low))
+    spectra, y = z[slab].astype(np.float64), labels[slab]
+    centre, spread = y.mean(0), y.std(0)
+    i, j = np.triu_indices(y.shape[1])
+
+    def terms(values: F64) -> F64:
+        q = (values - centre) / np.where(spread > 0, spread, 1.0)
+        return np.concatenate([np.ones((len(q), 1)), q, q[:, i] * q[:, j]], axis=1)
+
+    coefficients = np.linalg.lstsq(terms(y), spectra, rcond=None)[0]
+    clouds, _ = clouds_of_bins(
+        z[slab], y[:, GROUPED_BY], np.zeros(len(slab), np.int64), 1, n_clouds=BEYOND_CLOUDS, seed=seed
+    )
+    parts, experts = [], []
+    for cloud in clouds:
+        mean, *others, log_share, label, scatter, _ = _cloud(spectra[cloud], y[cloud], t, len(slab))
+        expert = int(np.bincount(bins[slab[cloud]]).argmax())
+        # A difference over a small part of the slab is the derivative of a parabola, rounded.
+        there, before = label[None].copy(), label[None].copy()
+        there[:, BEYOND_LABEL] = high
+        before[:, BEYOND_LABEL] = high - 0.01 * (high - low)
+        slope = ((terms(there) - terms(before)) @ coefficients)[0] / 0.01
+        for step in BEYOND_SLAB * np.arange(1, BEYOND_STEPS + 1):
+            moved = label.copy()
+            moved[BEYOND_LABEL] += step * (high - low)
+            share = log_share + np.log(BEYOND_SHARE / BEYOND_STEPS)
+            parts.append([mean + step * slope, *others, share, moved, scatter])
+            experts.append(expert)
+    return parts, np.array(experts)
 
 
 def _without_lines(reference: F64, noise_shape: F64, directions: F64) -> tuple[F64, F64, float]:
