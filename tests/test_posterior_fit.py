@@ -134,6 +134,29 @@ def test_bad_rows_spoil_no_neighbours(fitted, stars):
     assert found.log_g_err[11] > 0.9
 
 
+def test_errors_of_one_value(fitted):
+    """The same error in every pixel of every star, and noise that is as large."""
+    spectra = SimulatedSpectra.of_set("z0", part="validation", rows=(0, N_TEST))
+    clean = next(iter(spectra.blocks(N_TEST, array="flux"))).flux
+    error = np.full_like(clean, 0.15)
+    found = fitted.mixture.predict(add_noise(clean, error, 9, np.arange(N_TEST)), error)
+    log_g = spectra.labels(("log_g",))["log_g"]
+    assert r2(log_g, found.log_g) > 0.5
+    assert np.mean(np.abs(found.log_g - log_g) < found.log_g_err) == pytest.approx(0.68, abs=0.08)
+
+
+def test_all_calcium_lines_lost(fitted, stars):
+    """The strongest lines are gone: less is known, and the errors say so."""
+    flux, error, log_g, wave = stars
+    lost = (np.abs(wave[:, None] - np.array([8500.4, 8544.4, 8664.5])) < 20).any(1)
+    assert 0.04 < lost.mean() < 0.08
+    plain = fitted.mixture.predict(flux, error)
+    found = fitted.mixture.predict(flux, error, np.repeat(lost[None], N_TEST, axis=0))
+    assert 0.4 < r2(log_g, found.log_g) < r2(log_g, plain.log_g)
+    assert np.median(found.log_g_err) > np.median(plain.log_g_err)
+    assert np.mean(np.abs(found.log_g - log_g) < found.log_g_err) == pytest.approx(0.68, abs=0.06)
+
+
 def test_options_that_cannot_be(fitted):
     for wrong in ({"slope_widths": (0.0,)}, {"n_clouds": 0}, {"families": ("linear", "posterior")}):
         with pytest.raises(InputError):
