@@ -33,7 +33,7 @@ F64 = NDArray[np.float64]
 
 SCALE_WIDTH = 0.3
 """Prior width of the scale, relative to the scale that the mean spectrum suggests: as good as free."""
-CALIBRATION_ROWS = 60_000
+CALIBRATION_ROWS = 40_000
 """Noisy draws for the error model and the limits."""
 GAP_KINDS = (
     "none",
