@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from moefast.backend import Backend, resolve_backend
 from moefast.core.errors import BackendError, InputError, MoefastError, OutputError
 from moefast.core.labels import plausible
+from moefast.core.metrics import SquaredErrors
 from moefast.core.outputs import INPUTS, ROW, prediction_columns
 from moefast.core.threads import CORES, map_in_order, one_blas_thread
 from moefast.core.version import __version__
@@ -479,37 +480,6 @@ def choose_rows(
     return start, stop
 
 
-class _R2:
-    """1 − SS_res/SS_tot in one pass; a missing prediction counts as the label mean."""
-
-    def __init__(self) -> None:
-        self.n = self.shift = self.residual = self.sum_y = self.sum_yy = self.missing = self.missing_y = 0.0
-        self.missing_yy = 0.0
-
-    def add(self, y: NDArray, yhat: NDArray) -> None:
-        if not self.n and y.size:
-            self.shift = float(y[0])
-        d = y - self.shift
-        gone = ~np.isfinite(yhat)
-        self.residual += float(np.sum((y[~gone] - yhat[~gone]) ** 2))
-        self.n, self.sum_y, self.sum_yy = (
-            self.n + y.size,
-            self.sum_y + float(d.sum()),
-            self.sum_yy + float(d @ d),
-        )
-        self.missing += int(gone.sum())
-        self.missing_y += float(d[gone].sum())
-        self.missing_yy += float(d[gone] @ d[gone])
-
-    def value(self) -> float | None:
-        if self.n < 2:
-            return None
-        mean = self.sum_y / self.n
-        total = self.sum_yy - self.n * mean**2
-        residual = self.residual + self.missing_yy - 2 * mean * self.missing_y + self.missing * mean**2
-        return 1 - residual / total if total > 0 and self.missing < self.n else None
-
-
 def predict(
     paths: str | Path | Iterable[str | Path],
     model: Model | str | Path | None = None,
@@ -526,6 +496,7 @@ def predict(
     telluric: Telluric = "auto",
     select: str | None = None,
     keep: Iterable[str] = (),
+    record: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Summary:
@@ -562,6 +533,8 @@ def predict(
         Rows to predict, such as ``targetType == 1 and nVisit > 2``; the others get no row in the table.
     keep : iterable of str
         Columns of the input that go into the table besides identifiers.
+    record : mapping, optional
+        What the caller wants to find again in the table's attribute ``made_of``: numbers, text, lists and mappings.
     progress : callable, optional
         Called with rows done and rows in all.
     tell : callable, optional
@@ -574,6 +547,7 @@ def predict(
     """
     chosen = model if isinstance(model, Model) else Model.load(model)
     engine, where = open_engine(chosen.mixture, backend)
+    keep = tuple(keep)
     preparation = Preparation(chosen.mixture.wave, medium, moving=velocity is not None, telluric=telluric)
     spectra, failures = _open(paths, preparation)
     origins = Origins(spectra)
@@ -615,6 +589,14 @@ def predict(
         "device": where.device,
         "backend_reason": where.reason,
     }
+    attrs["options"] = {
+        "limit": limit, "velocity": None if velocity is None else str(velocity), "medium": medium,
+        "telluric": telluric, "select": select, "keep": list(keep),
+    }  # fmt: skip
+    if record is not None:
+        attrs["made_of"] = dict(record)
+    if shard is not None:
+        attrs["shard"] = f"{shard[0]}/{shard[1]}"
     if select is not None:
         attrs["select"] = select
     if moved is not None:
@@ -633,7 +615,7 @@ def predict(
         if tell is not None:
             tell(odd.words)
     sink = _Sink(out, n_out, layout, attrs, overwrite)
-    r2, looked_at, unlike = _R2(), list[tuple[NDArray, NDArray]](), 0
+    r2, looked_at, unlike = SquaredErrors(), list[tuple[NDArray, NDArray]](), 0
     every = 1 + (stop - start) // LOOKED_AT
     wanted = [*ids, _LABEL] if labelled else list(ids)
 
@@ -713,7 +695,7 @@ def predict(
         summary.n_rows = n_out
         summary.seconds = time.perf_counter() - begin
         summary.spectra_per_second = summary.n_rows / summary.seconds
-        summary.r2 = r2.value() if labelled else None
+        summary.r2 = r2.r2() if labelled else None
         summary.notes = [*_told(spectra, moved), *_notes(looked_at, unlike, summary, chosen), *about_params]
         sink.attrs.update(
             seconds=summary.seconds,
@@ -722,6 +704,8 @@ def predict(
             notes=summary.notes,
             failures=[str(failure.error) for failure in summary.failures],
         )
+        if labelled:
+            sink.attrs["squared_errors"] = r2.numbers()
         if summary.r2 is not None:
             sink.attrs["r2"] = summary.r2
     summary.columns = sink.columns

@@ -31,7 +31,7 @@ FLOORS = (
     ("moefast.model",),
     ("moefast.fitting", "moefast.scoring"),
     ("moefast.predicting_arrays", "moefast.recipes"),
-    ("moefast.protocol",),
+    ("moefast.cluster", "moefast.protocol"),
     # The public names: `moefast.load`, `fit`, `predict`, `evaluate`.
     ("moefast",),
     ("moefast.benchmarks", "moefast.doctor"),

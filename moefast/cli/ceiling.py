@@ -14,7 +14,7 @@ from moefast.core.errors import OutputError
 __all__ = ["ceiling"]
 
 
-@click.command()
+@click.command(short_help="Compute what the physics allows.")
 @FILES
 @click.option(
     "-o",

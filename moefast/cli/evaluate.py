@@ -7,12 +7,12 @@ import json
 import click
 
 from moefast.cli.messages import Progress
-from moefast.cli.options import BACKEND, DEVICE, FILES, JSON, NOISE_LEVEL, OVERWRITE, QUIET
+from moefast.cli.options import BACKEND, CONFIG, DEVICE, FILES, JSON, NOISE_LEVEL, OVERWRITE, QUIET
 
 __all__ = ["evaluate"]
 
 
-@click.command()
+@click.command(short_help="Measure a model on labelled spectra.")
 @FILES
 @click.option(
     "-m", "--model", metavar="WHAT",
@@ -41,6 +41,7 @@ __all__ = ["evaluate"]
 @click.option("--name", help="Name of the test set in the report.")
 @BACKEND
 @DEVICE
+@CONFIG
 @OVERWRITE
 @QUIET
 @JSON

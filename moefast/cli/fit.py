@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from moefast.cli.messages import Progress
-from moefast.cli.options import BACKEND, DEVICE, JSON, NOISE_LEVEL, OVERWRITE, QUIET
+from moefast.cli.options import BACKEND, CONFIG, DEVICE, JSON, NOISE_LEVEL, OVERWRITE, QUIET
 
 __all__ = ["fit"]
 
@@ -26,7 +26,7 @@ def _grid(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int
     return rows, columns
 
 
-@click.command()
+@click.command(short_help="Fit a model on labelled spectra.")
 @click.argument("files", nargs=-1, metavar="[FILE…]")
 @click.option("-o", "--out", required=True, metavar="FOLDER", help="Model folder to write.")
 @click.option(
@@ -71,6 +71,7 @@ def _grid(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int
 )  # fmt: skip
 @BACKEND
 @DEVICE
+@CONFIG
 @OVERWRITE
 @QUIET
 @JSON

@@ -22,7 +22,7 @@ def _mixture_of(model: str | None) -> Any:
     return Model.load(model).mixture
 
 
-@click.command()
+@click.command(short_help="Show what is in a file, and what is odd about it.")
 @FILES
 @MODEL
 @click.option(

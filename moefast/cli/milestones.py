@@ -13,7 +13,7 @@ from moefast.core.errors import OutputError
 __all__ = ["milestones"]
 
 
-@click.command()
+@click.command(short_help="Judge evaluations by the marks of the roadmap.")
 @click.argument("reports", nargs=-1, metavar="REPORT…")
 @click.option("-o", "--out", metavar="FILE", help="Write the verdicts with all their numbers as JSON.")
 @OVERWRITE

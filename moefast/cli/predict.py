@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import os
+import sys
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import click
 
 from moefast.cli.messages import Progress, tell_failures
-from moefast.cli.options import BACKEND, DEVICE, FILES, JSON, MODEL, OVERWRITE, QUIET, names, rows
+from moefast.cli.options import BACKEND, CONFIG, DEVICE, JSON, MODEL, OVERWRITE, QUIET, names, rows
 from moefast.core.errors import OutputError
+from moefast.core.progress import FILES
 
 __all__ = ["predict"]
 
@@ -19,28 +24,56 @@ __all__ = ["predict"]
 def _shard(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:
     if value is None:
         return None
+    if value == _OF_TASK:
+        from moefast.cluster.shards import shard_of_task
+
+        return shard_of_task(os.environ)
     try:
         index, count = (int(part) for part in value.split("/"))
     except ValueError:
-        raise click.BadParameter(f"{value!r} is not i/N, for example 0/8") from None
+        raise click.BadParameter(
+            f"{value!r} is not i/N, for example 0/8; without a value --shard comes last, or before another option"
+        ) from None
     if not 0 <= index < count:
         raise click.BadParameter(f"{value!r}: i counts from 0 and must be less than N")
     return index, count
 
 
-@click.command()
-@FILES
+_OF_TASK = "of this task"
+"""What `--shard` alone stands for."""
+
+
+@click.command(short_help="Predict log g: one row of a table per spectrum.")
+@click.argument("files", nargs=-1, metavar="[FILE…]")
+@click.option("--from-file", "listing", metavar="LIST",
+              help="Text file that names a FILE on each line; - reads standard input.")  # fmt: skip
 @MODEL
 @click.option("-o", "--out", metavar="TABLE",
               help="Table to write: .h5, .parquet or .fits.  [default: <FILE>.log_g.h5 in this folder; with --shard "
               "<FILE>.log_g.i-of-N.h5]")  # fmt: skip
+@click.option("--out-dir", "folder", metavar="FOLDER",
+              help="Write a table for each input to this folder, instead of one for all; an input that fails does not "
+              "end the run.")  # fmt: skip
+@click.option("--format", "suffix", type=click.Choice(["h5", "parquet", "fits"]), default="h5", show_default=True,
+              help="Of the tables in --out-dir.")  # fmt: skip
+@click.option("--skip-existing", is_flag=True,
+              help="With --out-dir: leave out inputs whose table was made of this input, model and options; predict "
+              "the others again.")  # fmt: skip
+@click.option("--status", metavar="FILE",
+              help="With --out-dir: CSV file with the state of each input, kept up to date.  [default: status.csv in "
+              "the folder]")  # fmt: skip
+@click.option(
+    "--log", metavar="FILE", help="With --out-dir: append a line with the time for all that happens."
+)
 @click.option("--array", type=click.Choice(["auto", "flux", "noisy"]), default="auto", show_default=True,
               help="Array to score; auto is noisy where a file has it.")  # fmt: skip
 @BACKEND
 @DEVICE
 @click.option("--rows", callback=rows, metavar="FIRST:LAST", help="Score these rows only, LAST not included.")
 @click.option("--limit", type=click.IntRange(1), help="Score at most so many rows.")
-@click.option("--shard", callback=_shard, metavar="i/N", help="Score part i (from 0) of N equal parts.")
+@click.option("--shard", callback=_shard, metavar="[i/N]", is_flag=False, flag_value=_OF_TASK,
+              help="Score part i (from 0) of N equal parts; without a value the part of this task of a SLURM job "
+              "array. moefast merge joins the tables.")  # fmt: skip
 @click.option("--velocity", metavar="V",
               help="Velocities to remove: a number [km/s], a column of the spectra, or a table that is joined by "
               "identifiers (pfsStarCatalog, pfsStar files, redrock, rvspecfit, or any with v_los).")  # fmt: skip
@@ -55,11 +88,13 @@ def _shard(_: click.Context, __: click.Parameter, value: str | None) -> tuple[in
 @click.option(
     "--keep", callback=names, metavar="A,B,…", help="Columns of the input to keep besides identifiers."
 )
+@CONFIG
 @OVERWRITE
 @QUIET
 @JSON
 def predict(
-    files: tuple[str, ...], model: str | None, out: str | None, array: str, backend: str,
+    files: tuple[str, ...], listing: str | None, model: str | None, out: str | None, folder: str | None, suffix: str,
+    skip_existing: bool, status: str | None, log: str | None, array: str, backend: str,
     rows: tuple[int, int] | None, limit: int | None, shard: tuple[int, int] | None,
     velocity: str | None, medium: str, telluric: str, select: str | None, keep: tuple[str, ...],
     overwrite: bool, quiet: bool, as_json: bool,
@@ -78,6 +113,26 @@ def predict(
     """
     from moefast.scoring import predict as run
 
+    if listing is not None:
+        from moefast.cluster.nights import listed
+
+        files = (*files, *listed(listing))
+    if not files:
+        raise click.UsageError("name a FILE, or a list of them with --from-file")
+    if folder is None and (skip_existing or status or log):
+        raise click.UsageError("--skip-existing, --status and --log belong to --out-dir")
+    if folder is not None:
+        if out is not None or shard is not None:
+            raise click.UsageError("--out-dir writes a table for each input: leave out -o and --shard")
+        options = {
+            "array": array, "backend": backend, "rows": rows, "limit": limit, "velocity": velocity, "medium": medium,
+            "telluric": telluric, "select": select, "keep": keep,
+        }  # fmt: skip
+        _each(
+            files, model, Path(folder), f".{suffix}", options, skip_existing=skip_existing, overwrite=overwrite,
+            status=status, log=log, quiet=quiet, as_json=as_json,
+        )  # fmt: skip
+        return
     # Parts that run at the same time must not write to one name.
     part = f".{shard[0]}-of-{shard[1]}" if shard else ""
     # A pattern has no name to take over; a file may be called like one.
@@ -115,6 +170,46 @@ def predict(
         for note in summary.notes:
             click.echo(f"  note: {note}")
     tell_failures(summary.failures)
+
+
+def _each(
+    files: tuple[str, ...], model: str | None, folder: Path, suffix: str, options: dict[str, Any], *,
+    skip_existing: bool, overwrite: bool, status: str | None, log: str | None, quiet: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """A table for each input."""
+    from moefast.cluster import nights
+    from moefast.model import Model
+
+    jobs = nights.plan(files, folder, suffix)
+    chosen = Model.load(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    progress = Progress(quiet or as_json)
+    with contextlib.ExitStack() as stack:
+        stream = stack.enter_context(open(log, "a", encoding="utf-8", errors="replace")) if log else None
+
+        def say(words: str) -> None:
+            if stream is not None:
+                stream.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {words}\n")
+                stream.flush()
+
+        nights.run(
+            jobs, chosen, options=options, skip_existing=skip_existing, overwrite=overwrite,
+            status=status or folder / "status.csv", log=say, progress=progress.rows(FILES),
+        )  # fmt: skip
+    progress.close()
+    counts = {state: sum(job.state == state for job in jobs) for state in ("done", "skipped", "failed")}
+    if as_json:
+        facts = [{**vars(job), "source": str(job.source), "table": str(job.table)} for job in jobs]
+        click.echo(json.dumps({"folder": str(folder), **counts, "jobs": facts}, indent=1))
+    else:
+        n_rows = sum(job.rows for job in jobs)
+        words = ", ".join(f"{count:,} {state}" for state, count in counts.items() if count)
+        click.echo(f"{folder}: {len(jobs):,} inputs ({words}), {n_rows:,} spectra, model {chosen.name}")
+    for job in jobs:
+        if job.exit_code:
+            click.echo(f"moefast: error: {job.message}", err=True)
+    if any(job.exit_code for job in jobs):
+        sys.exit(nights.worst(jobs))
 
 
 def _check_same_inputs(target: Path, files: tuple[str, ...]) -> None:

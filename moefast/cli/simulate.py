@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from moefast.cli.messages import Progress
-from moefast.cli.options import OVERWRITE, QUIET, positive, rows
+from moefast.cli.options import CONFIG, OVERWRITE, QUIET, positive, rows
 from moefast.core.errors import MoefastError
 
 __all__ = ["simulate"]
@@ -17,7 +17,7 @@ def _positive_if_given(context: click.Context, option: click.Parameter, value: f
     return None if value is None else positive(context, option, value)
 
 
-@click.command()
+@click.command(short_help="Simulate spectra with labels.")
 @click.argument("out", required=False, type=click.Path(dir_okay=False))
 @click.option("-n", "--number", type=click.IntRange(1), help="How many spectra.")
 @click.option(
@@ -63,6 +63,7 @@ def _positive_if_given(context: click.Context, option: click.Parameter, value: f
     "--noisy/--clean", default=None,
     help="Whether to store the array with noise added.  [default: noisy, but clean for train and validation parts]",
 )  # fmt: skip
+@CONFIG
 @OVERWRITE
 @QUIET
 def simulate(

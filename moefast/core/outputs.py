@@ -1,8 +1,8 @@
 """Every output of a model, once: its name, unit, meaning, type, and how exactly ONNX must give it.
 
-Design: tables, the ONNX graph, its parity check, the table that an evaluation keeps and the README read this schema, so
-that a new output is a line here. Meanings are ASCII, because FITS headers hold nothing else. Labels are an axis: the
-columns of any label follow from its name.
+Design: tables, the ONNX graph, its parity check, the table that an evaluation keeps and docs/outputs.md read this
+schema, so that a new output is a line here. Meanings are ASCII, because FITS headers hold nothing else. Labels are an
+axis: the columns of any label follow from its name.
 """
 
 from __future__ import annotations
