@@ -13,7 +13,9 @@ from moefast.fitting import Options, fit_mixture
 from moefast.fitting.posterior import GAP_KINDS
 from moefast.model import Model
 from moefast.posterior import PosteriorMixture
+from moefast.protocol.scenarios import SCENARIOS, _stars
 from moefast.scoring import columns_of
+from moefast.simulate.emulator import Emulator
 from moefast.simulate.gaps import GAPS
 from moefast.simulate.source import SimulatedSpectra
 from moefast.spectra.quality import Flag
@@ -25,7 +27,7 @@ N_TEST = 600
 def fitted():
     options = Options(
         grid=PHYSICAL_GRID, families=("posterior",), references=False, n_clouds=60, n_tangents=3,
-        slope_widths=(0.05, 0.03), sky_width=4.0, sample_draws=3,
+        slope_widths=(0.05, 0.03), sky_width=4.0, sample_draws=3, beyond=True,
     )  # fmt: skip
     return fit_mixture(SimulatedSpectra.of_set("z0", rows=(0, 5000)), options)
 
@@ -50,7 +52,9 @@ def test_a_fit_is_a_posterior_that_says_what_it_is(fitted):
     assert isinstance(found, PosteriorMixture)
     assert (found.n_experts, found.n_foreign, found.label_names[0]) == (9, 1, "log_g")
     assert found.n_nuisances == 2 + found.n_sky > 2
-    assert np.isclose(np.exp(found.log_weights[:-1].astype(float)).sum(), 1, atol=1e-5)
+    inside = found.labels[:-1, 1] < 6000
+    assert not inside.all()
+    assert np.isclose(np.exp(found.log_weights[:-1][inside].astype(float)).sum(), 1, atol=1e-5)
     checked = summary["cross_validation"]
     assert set(checked["coverage_by_gap"]) <= set(GAP_KINDS)
     assert summary["library"]["slope_widths"] == [0.05, 0.03]
@@ -113,6 +117,16 @@ def test_what_is_no_star_is_flagged(model, stars):
         model, *model.mixture.score(flux[:200], error * np.median(flux[:200], axis=1)[:, None])
     )
     assert np.mean(columns["flag"] & unlike > 0) < 0.05
+
+
+def test_stars_hotter_than_the_training_set_are_flagged(model):
+    """Stars of 6250 to 6750 K, as one of the scenarios has them; without clouds beyond, half of them pass."""
+    spectra = SCENARIOS["outside the labels"].make(next(_stars(150, Emulator.load())))
+    columns = columns_of(model, *model.mixture.score(spectra.flux, spectra.error))
+    flagged = columns["flag"] & np.uint32(Flag.OUT_OF_GRID) > 0
+    assert np.mean(flagged) > 0.7
+    silent = (columns["flag"] == 0) & (np.abs(columns["log_g"] - spectra.log_g) > 3 * columns["log_g_err"])
+    assert np.mean(silent) < 0.04
 
 
 def test_errors_too_small_are_flagged(model, stars):

@@ -144,7 +144,7 @@ def fit_clouds(
         *part, left = _cloud(z[cloud].astype(np.float64), labels[cloud], t, len(bins))
         within += len(cloud) / len(bins) * left
         parts.append(part)
-    if beyond:
+    if beyond and np.ptp(labels[:, BEYOND_LABEL]) > 0:
         experts = np.repeat(np.arange(n_experts), np.diff(first))
         further, of_expert = _beyond(z, labels, bins, t, seed)
         experts = np.concatenate([experts, of_expert])
