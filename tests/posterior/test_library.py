@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from moefast.posterior.library import BEYOND_SHARE, BEYOND_SLAB, BEYOND_STEPS, fit_clouds
+from moefast.posterior.library import BEYOND_SHARE, BEYOND_SLAB, BEYOND_STEPS, fit_clouds, sky_residuals
+from moefast.simulate import Emulator, Settings
+from moefast.simulate.rows import noise_model
 
 P, R, N = 30, 6, 4000
 
@@ -54,3 +56,29 @@ def test_clouds_are_small_in_what_stars_are_grouped_by():
         scatter.append(np.std(z[:-1, 3]) / np.std(whole[:, 3]))
     assert scatter[1] > scatter[0]
     assert scatter[1] > 0.8
+
+
+def test_residuals_of_sky_lines_are_groups_of_airglow():
+    """Against what the simulator leaves of a group: the same shape, pixel by pixel."""
+    wave = Emulator.load().wave
+    noise = noise_model(Emulator.load(), Settings())
+    shape = (noise.sky_variance / noise.response**2).astype(float)
+    found = sky_residuals(wave, shape, 4.0)
+    lit = noise.line_electrons.any(axis=1)
+    assert found.shape == (len(wave), lit.sum())
+    for mine, light in zip(found.T, noise.line_electrons[lit] / noise.response, strict=True):
+        # Response and absorption by air, which differ along the arm, are no matter of the prior.
+        assert np.corrcoef(mine, light)[0, 1] > 0.9
+    brightest = found.sum(1).argmax()
+    assert found[brightest].sum() == pytest.approx(4 * np.sqrt(shape[brightest]))
+    assert sky_residuals(wave, shape, 0.0).shape == (len(wave), 0)
+
+
+def test_residuals_of_sky_lines_beyond_the_table_follow_the_noise():
+    wave = np.linspace(9000, 9500, 400)
+    shape = np.ones(400)
+    shape[[50, 200]] = 5, 9
+    found = sky_residuals(wave, shape, 3.0)
+    assert (found[[50, 200]].sum(1) > 0).all()
+    assert found[200].sum() == pytest.approx(3 * 3)
+    assert found[100:150].sum() == 0
