@@ -47,7 +47,7 @@ GAP_KINDS = (
     "Ca II alone",
 )
 """Kinds of `moefast.simulate.gaps.GAPS` that draws have in turn; every other draw has all of its pixels."""
-DISTANCE_QUANTILE, CHI2_QUANTILE = 0.995, 0.999
+DISTANCE_QUANTILE, CHI2_QUANTILE = 0.997, 0.999
 """Share of stars of the training set that the limits let pass."""
 DISTANCE_KNOTS = 6
 LEAST_VELOCITY = 10.0
