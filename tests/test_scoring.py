@@ -633,7 +633,7 @@ def test_a_gpu_scores_what_it_has_no_kernels_for_in_onnx_runtime(monkeypatch):
 
 def test_what_a_gpu_leaves_to_the_cpu_is_part_of_the_reason(monkeypatch):
     monkeypatch.setattr("moefast.backend.cuda_devices", lambda: (["NVIDIA T0"], ""))
-    mixture = replace(random_mixture(), others={1: random_trees(3)})
+    mixture = random_mixture().with_expert(random_trees(3), 1)
     pretend(monkeypatch, {"TreeEnsembleRegressor"})
     for asked, why in (("auto", "a CUDA device was found"), ("cuda", "as asked")):
         engine, where = open_engine(mixture, asked)

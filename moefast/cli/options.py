@@ -14,10 +14,15 @@ __all__ = [
     "DEVICE",
     "FILES",
     "JSON",
+    "LIKE",
+    "MEDIUM",
     "MODEL",
     "NOISE_LEVEL",
     "OVERWRITE",
     "QUIET",
+    "RESOLUTION",
+    "TELLURIC",
+    "VELOCITY",
     "names",
     "positive",
     "rows",
@@ -147,6 +152,20 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print the facts as 
 QUIET = click.option("-q", "--quiet", is_flag=True, help="No progress.")
 
 
+LIKE = click.option(
+    "--like", multiple=True, metavar="FILE",
+    help="Spectra of your own, of any layout that moefast reads (file, folder or pattern; may be repeated): simulated "
+    "stars get their wave grid, resolution, noise, gaps and signal-to-noise ratios.",
+)  # fmt: skip
+
+
+RESOLUTION = click.option(
+    "--resolution", metavar="R",
+    help="With --like: resolving power such as 4500, or FWHM in Å such as 1.8A; not sharper than the emulator's 5000.  "
+    "[default: what the files say, else the emulator's]",
+)  # fmt: skip
+
+
 NOISE_LEVEL = click.option(
     "--noise-level",
     type=float,
@@ -154,6 +173,35 @@ NOISE_LEVEL = click.option(
     default=1.0,
     show_default=True,
     help="Factor on the errors of the files.",
+)
+
+
+VELOCITY = click.option(
+    "--velocity",
+    metavar="V",
+    help="Velocities to remove: a number [km/s], a column of the spectra, or a table that is joined by identifiers "
+    "(pfsStarCatalog, pfsStar files, redrock, rvspecfit, or any with v_los); for predict also fit: one is fitted to "
+    "each spectrum.  [default: 0; for predict fit where files are of surveys and the model is a posterior]",
+)
+
+
+MEDIUM = click.option(
+    "--wave-medium",
+    "medium",
+    type=click.Choice(["auto", "vacuum", "air"]),
+    default="auto",
+    show_default=True,
+    help="What wavelengths are in; auto is what the survey uses.",
+)
+
+
+TELLURIC = click.option(
+    "--telluric",
+    type=click.Choice(["auto", "mask", "keep"]),
+    default="auto",
+    show_default=True,
+    help="Whether pixels where the Earth's atmosphere absorbs count as bad; auto says so of spectra of surveys, not of "
+    "the simulator's.",
 )
 
 

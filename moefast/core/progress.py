@@ -13,7 +13,7 @@ StageProgress = Callable[[str, int, int], None]
 """Called with the name of a stage, rows (or steps) done and those in all."""
 
 STEP_STAGES = frozenset(
-    {"experts", "gate", "tower", "error model", "simpler fits", "library", "forests", "residuals", "network"}
+    {"experts", "gate", "tower", "error model", "simpler fits", "library", "families", "residuals", "network"}
 )
 """Stages of a fit that go through steps, not through spectra."""
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import maximum_filter1d, median_filter, minimum_filter1d, uniform_filter1d
 
 from moefast.experts.template import clouds_of_bins
+from moefast.posterior.linear import gravity_bins
 from moefast.posterior.mixture import SCALE_UNIT
 from moefast.simulate.noise import SKY_GROUPS, Instrument, airglow_groups, airglow_lines
 
@@ -115,6 +116,7 @@ def fit_clouds(
     noise_shape: F64,
     n_clouds: int,
     n_tangents: int,
+    n_gravity_bins: int = 0,
     grouped_by: F64 | None = None,
     beyond: bool = False,
     seed: int = 0,
@@ -136,6 +138,9 @@ def fit_clouds(
         Reference spectrum, and mean noise variance D of the training set.
     n_clouds, n_tangents : int
         Clouds in all, and tangents of each.
+    n_gravity_bins : int
+        Clouds are so many bins of log g within each expert's bin, instead of `n_clouds` found by k-means; see
+        `moefast.posterior.linear`. 0 for k-means.
     grouped_by : array of shape (n, k), optional
         What else a cloud should be small in, such as the velocity of stars that move.
     beyond : bool
@@ -155,10 +160,13 @@ def fit_clouds(
     ValueError
         A bin is empty.
     """
-    places = labels[:, GROUPED_BY]
-    if grouped_by is not None:
-        places = np.concatenate([places, grouped_by], axis=1)
-    clouds, first = clouds_of_bins(z, places, bins, n_experts, n_clouds=n_clouds, seed=seed)
+    if n_gravity_bins:
+        clouds, first = gravity_bins(labels[:, 0], bins, n_experts, n_gravity_bins)
+    else:
+        places = labels[:, GROUPED_BY]
+        if grouped_by is not None:
+            places = np.concatenate([places, grouped_by], axis=1)
+        clouds, first = clouds_of_bins(z, places, bins, n_experts, n_clouds=n_clouds, seed=seed)
     r, t = z.shape[1], min(n_tangents, z.shape[1])
     parts, within = [], np.zeros((r, r))
     for cloud in clouds:
