@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata, resources
@@ -21,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefast.core.archives import read_archive
-from moefast.core.atomic import partial_folder, publish_folder, recover_folder
+from moefast.core.atomic import partial_folder, publish_folder, recover_folder, remove_quietly
 from moefast.core.errors import ModelError, OutputError, WaveGridError
 from moefast.core.grids import Grid, SnrGrid, read_grid
 from moefast.core.version import __version__
@@ -213,7 +212,7 @@ class Model:
         except OSError as error:
             raise OutputError(f"{target}: cannot be written ({error.strerror})") from error
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove_quietly(partial)
         return Model.load(target)
 
     @classmethod

@@ -27,6 +27,7 @@ from moefast.cli.predict import predict
 from moefast.cli.scenarios import scenarios
 from moefast.cli.signals import Terminated, not_lost, terminate
 from moefast.cli.simulate import simulate
+from moefast.core.atomic import remove_unfinished
 from moefast.core.errors import MoefastError, OutputError
 from moefast.core.version import __version__
 
@@ -114,4 +115,8 @@ def main() -> None:
     if hasattr(signal, "SIGPIPE"):
         # `moefast inspect … | head` must end quietly.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    cli()
+    try:
+        cli()
+    finally:
+        # An interrupt may come when a file has been begun and nobody is there yet to remove it.
+        remove_unfinished()

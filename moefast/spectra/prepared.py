@@ -22,7 +22,7 @@ from moefast.core.errors import InputError, WaveGridError
 from moefast.kernels.resample import normalise
 from moefast.spectra.files import Failure, OnError, Shard, SpectrumSet, open_spectra, same_wave
 from moefast.spectra.layouts.pfsspec import survey_file
-from moefast.spectra.layouts.registry import SurveyFile, open_survey_file
+from moefast.spectra.layouts.registry import SurveyFile, damage, open_survey_file
 from moefast.spectra.resample import Pixels, on_grid
 from moefast.spectra.telluric import CHOICES, Telluric, without_telluric, words_of_ranges
 from moefast.spectra.units import LIGHT_SPEED, air_to_vacuum
@@ -210,7 +210,8 @@ class PreparedShard(Shard):
     def _measured(self, index: int, array: str, row: int, end: int) -> list[Pixels]:
         file, base = self.files[index], int(self.first_rows[index])
         try:
-            arms, faults = file.read(array, row - base, end - base)
+            with damage(file.path, f"rows {row - base} to {end - base - 1}"):
+                arms, faults = file.read(array, row - base, end - base)
         except InputError as error:
             if len(self.files) == 1:
                 raise
@@ -276,7 +277,8 @@ class PreparedShard(Shard):
         looked_at = np.unique(np.linspace(0, len(self.files) - 1, FINGERPRINT_FILES).astype(int))
         for file in (self.files[index] for index in looked_at):
             if file.fingerprint is not None:
-                digest.update(file.fingerprint().encode())
+                with damage(file.path, "headers and data"):
+                    digest.update(file.fingerprint().encode())
                 file.close()
         return digest.hexdigest()
 

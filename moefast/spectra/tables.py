@@ -359,7 +359,7 @@ class _ParquetTable(TableWriter):
                 for column in self.columns
             ]
         )
-        self._writer = pq.ParquetWriter(self._partial, self._schema)
+        self._writer = pq.ParquetWriter(self._partial, self._schema, write_page_checksum=True)
         self._waiting: list[dict[str, np.ndarray]] = []
         self._n_waiting = 0
 
@@ -397,7 +397,7 @@ def _read_parquet(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
         table = file.read()
         stored = file.metadata.metadata or {}
     columns = {}
@@ -671,5 +671,8 @@ def read_table(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]
         raise InputError(f"{path}: unknown table format {suffix!r}; expected {', '.join(READERS)}")
     try:
         return READERS[suffix](path)
-    except (OSError, KeyError, ValueError) as error:
+    except InputError:
+        raise
+    except Exception as error:
+        # Damaged headers make the libraries raise nearly anything.
         raise InputError(f"{path}: cannot be read as a table: {error}") from error
