@@ -20,7 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefast.core.archives import read_archive
-from moefast.core.atomic import partial_folder, publish_folder, recover_folder, remove_quietly
+from moefast.core.atomic import (
+    partial_folder,
+    publish_folder,
+    recover_folder,
+    refuse_impossible,
+    remove_quietly,
+)
 from moefast.core.errors import ModelError, OutputError, WaveGridError
 from moefast.core.grids import Grid, SnrGrid, read_grid
 from moefast.core.version import __version__
@@ -333,6 +339,7 @@ def check_target(target: Path, overwrite: bool) -> None:
     OutputError
         The folder exists and is not to be replaced, or is not a model folder, or has no parent.
     """
+    refuse_impossible(target)
     recover_folder(target)
     if not target.absolute().parent.is_dir():
         raise OutputError(f"{target}: the folder {target.absolute().parent} does not exist; create it first")

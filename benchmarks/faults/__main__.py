@@ -16,7 +16,7 @@ from moefast.core.atomic import write_json
 
 __all__ = ["format_table", "main"]
 
-_ROUND = 200
+_ROUND = 100
 
 
 def format_table(cases: list[Case]) -> str:

@@ -42,15 +42,12 @@ class Product:
         Whether what lies under a path is what was to be written.
     share : float
         How often it is chosen, relative to others: what takes long is chosen less often.
-    by_size : bool
-        Whether a library in C writes it, so that only a disk that is full can be tried.
     """
 
     target: str
     write: Callable[[Path, bool], object]
     is_right: Callable[[Path], bool]
     share: float = 1.0
-    by_size: bool = False
 
 
 def products(ground: Ground) -> dict[str, Product]:
@@ -61,13 +58,12 @@ def products(ground: Ground) -> dict[str, Product]:
         "checkpoint": Product("checkpoint", _write_checkpoint, _right_checkpoint),
     }
     for suffix in SUFFIXES:
-        by_size = suffix == ".parquet"
-        found[f"table{suffix}"] = Product(f"table{suffix}", _write_table, _right_table, 1.5, by_size)
+        found[f"table{suffix}"] = Product(f"table{suffix}", _write_table, _right_table, 1.5)
 
         def run_predict(path: Path, overwrite: bool) -> object:
             return predict(ground.spectra, ground.model, path, backend="cpu", overwrite=overwrite)
 
-        found[f"predict{suffix}"] = Product(f"t{suffix}", run_predict, ground.is_right, 0.6, by_size)
+        found[f"predict{suffix}"] = Product(f"t{suffix}", run_predict, ground.is_right, 0.6)
     right = ground.folder / "simulated.h5"
     if not right.exists():
         simulate_file(right, 4, seed=5)

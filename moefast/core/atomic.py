@@ -1,11 +1,11 @@
 """Files that are complete or absent under their final name.
 
-Design: everything is written to `.<name>.<writer>.partial` in the folder of the final file, so that the last step is a
-rename inside one file system; folders of several files likewise. The writer is a machine, its boot, a process, when that
-began, and a number: numbers of processes are used again, and several machines share a file system. What a killed process
-leaves behind is recognised by that and removed by the next writer of the same name; what a process on another machine
-left is, once nobody has touched it for a week. An interrupt can come before anybody is there to clear up, so names in
-use are remembered, and a command removes what is left of them at its end.
+Design: everything is written to `.<name>.<writer>.partial` in the folder of the final file, so that the last step is
+a rename inside one file system; folders of several files likewise. The writer is a machine, its boot, a process, the
+time it began, and a number: numbers of processes are used again, and several machines share a file system. What a
+killed process leaves behind is recognised by that and removed by the next writer of the same name; what a process on
+another machine left is, once nobody has touched it for a week. An interrupt can come before anybody is there to clear
+up, so names in use are remembered, and a command removes what is left of them at its end.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ __all__ = [
     "publish",
     "publish_folder",
     "recover_folder",
+    "refuse_impossible",
+    "refuse_taken",
     "remove_quietly",
     "remove_unfinished",
     "synchronise_folder",
@@ -55,7 +57,7 @@ _in_use: dict[Path, int] = {}
 
 @functools.cache
 def _machine() -> tuple[str, str]:
-    """This machine, with the numbering of processes that this one sees, and its boot."""
+    """Tokens for the machine, with the numbering of processes that is seen here, and for its boot."""
     numbering = ""
     with contextlib.suppress(OSError):
         # Containers count processes for themselves.
@@ -88,7 +90,7 @@ def _began(pid: int) -> int | None:
 
 
 def _writer() -> str:
-    """This process, and a number that it has not given before."""
+    """Token for the process, with a number that it has not given before."""
     machine, boot = _machine()
     return f"{machine}-{boot}-{os.getpid()}-{_began(os.getpid()) or 0}-{next(_numbers)}"
 
@@ -113,11 +115,45 @@ def remove_unfinished() -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
             path.unlink(missing_ok=True)
+
+
+def refuse_impossible(path: Path) -> None:
+    """Refuse a name that no file or folder can have.
+
+    Raises
+    ------
+    OutputError
+    """
+    if "\0" in str(path):
+        raise OutputError(f"{str(path)!r}: no name of a file holds a NUL byte; choose another one")
+    if len(os.fsencode(path.name)) > _LONGEST_NAME:
+        raise OutputError(f"{path}: the name is longer than {_LONGEST_NAME} bytes; choose a shorter one")
+
+
+def refuse_taken(path: str | os.PathLike[str], *, overwrite: bool) -> None:
+    """Refuse a name that no file can be written under: known before hours of work, not after.
+
+    Raises
+    ------
+    OutputError
+        It exists and may not be replaced, is a folder, is no possible name, or its folder does not exist.
+    """
+    path = Path(path)
+    refuse_impossible(path)
+    try:
+        if path.is_dir():
+            raise OutputError(f"{path}: is a folder; give the name of a file")
+        if not overwrite and os.path.lexists(path):
+            raise _exists(path)
+        if not path.parent.is_dir():
+            raise OutputError(f"{path}: the folder {path.parent} does not exist; create it first")
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error}") from error
 
 
 def partial_path(path: Path, *, overwrite: bool) -> Path:
@@ -140,17 +176,8 @@ def partial_path(path: Path, *, overwrite: bool) -> Path:
     OutputError
         If `path` exists and may not be replaced, is a folder, or its folder does not exist.
     """
-    if "\0" in str(path):
-        raise OutputError(f"{str(path)!r}: no name of a file holds a NUL byte; choose another one")
+    refuse_taken(path, overwrite=overwrite)
     try:
-        if path.is_dir():
-            raise OutputError(f"{path}: is a folder; give the name of a file")
-        if not overwrite and os.path.lexists(path):
-            raise _exists(path)
-        if not path.parent.is_dir():
-            raise OutputError(f"{path}: the folder {path.parent} does not exist; create it first")
-        if len(os.fsencode(path.name)) > _LONGEST_NAME:
-            raise OutputError(f"{path}: the name is longer than {_LONGEST_NAME} bytes; choose a shorter one")
         name = _short(path.name)
         pattern = re.compile(re.escape(f".{name}.") + _WRITER + r"\.partial(\.wide)?")
         for other in path.parent.iterdir():
@@ -233,8 +260,9 @@ def _rename_exclusively(partial: Path, path: Path) -> None:
         raise
     except OSError:
         # File systems without hard links (FAT, some network shares): take the name first, then replace what took it.
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        taken = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
+            os.close(taken)
             os.replace(partial, path)
         except BaseException:
             path.unlink(missing_ok=True)

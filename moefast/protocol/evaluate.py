@@ -24,6 +24,7 @@ from moefast.core.atomic import (
     partial_folder,
     publish_folder,
     recover_folder,
+    refuse_impossible,
     remove_quietly,
     synchronise_folder,
     write_atomically,
@@ -422,6 +423,7 @@ def check_report_folder(folder: str | Path, overwrite: bool) -> None:
     ------
     OutputError
     """
+    refuse_impossible(Path(folder))
     recover_folder(Path(folder))
     check_report(Path(folder), overwrite)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,7 @@ def read_predictions(path: str | Path, spectra: SpectrumSet) -> PredictionTable:
         The table cannot be read, lacks a column, was made of other spectra, or its rows are not those of the test set.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"{path}: no such file; name a table of predictions ({', '.join(SUFFIXES)})")
     found, attrs = _read_csv(path) if path.suffix.lower() == ".csv" else read_table(path)
     for name in ("row", "log_g"):

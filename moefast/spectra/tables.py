@@ -359,7 +359,10 @@ class _ParquetTable(TableWriter):
                 for column in self.columns
             ]
         )
-        self._writer = pq.ParquetWriter(self._partial, self._schema, write_page_checksum=True)
+        # Arrow takes a name for a URI, which not every name of a file is: so it gets an open file.
+        self._watched = WatchedFile(self._partial)
+        self._writer = pq.ParquetWriter(self._watched, self._schema, write_page_checksum=True)
+        self._watched.check()
         self._waiting: list[dict[str, np.ndarray]] = []
         self._n_waiting = 0
 
@@ -382,22 +385,31 @@ class _ParquetTable(TableWriter):
         self._writer.write_table(
             pa.Table.from_arrays(arrays, schema=self._schema), row_group_size=2 * _ROW_GROUP
         )
+        self._watched.check()
         self._waiting, self._n_waiting = [], 0
 
     def _end(self) -> None:
         self._flush()
         self._writer.add_key_value_metadata({name: _to_json(value) for name, value in self.attrs.items()})
         self._writer.close()
+        self._watched.synchronise()
+        self._watched.close()
+        self._watched.check()
 
     def _abort(self) -> None:
-        self._writer.close()
+        # What is still to be written has nowhere to go: closing must not fail.
+        self._watched.problem = self._watched.problem or OutputError(f"{self.path}: given up")
+        try:
+            self._writer.close()
+        finally:
+            self._watched.close()
 
 
 def _read_parquet(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+    with open(path, "rb") as opened, pq.ParquetFile(opened, page_checksum_verification=True) as file:
         table = file.read()
         stored = file.metadata.metadata or {}
     columns = {}
