@@ -835,19 +835,41 @@ class Shard:
         indices = {"the index": self._index} if self._index is not None else {}
         columns = {f"column {name!r}": self._columns[name] for name in ("id", "row") if name in self.columns}
         for name, column in (indices | columns).items():
-            with self._lock:
-                numbers = read_columns(self._file(), {"": column}, 0, self.n_rows)[""]
-            if numbers.dtype.kind not in "iu" or len(numbers) < 2:
-                continue
-            offset = numbers - numbers.min()
-            step = np.flatnonzero(offset != np.arange(len(offset), dtype=offset.dtype))
-            if len(step) and np.array_equal(np.sort(offset), np.arange(len(offset), dtype=offset.dtype)):
+            if (found := self._other_order(column)) is not None:
+                row, number = found
                 problems.append(
-                    f"{name} of dataset/params numbers the spectra in another order than they lie in (row {step[0]} "
-                    f"has {numbers[step[0]]}): rows of params are taken to belong to the spectra of the same row; if "
+                    f"{name} of dataset/params numbers the spectra in another order than they lie in (row {row} "
+                    f"has {number}): rows of params are taken to belong to the spectra of the same row; if "
                     "they do not, labels and identifiers are those of other stars"
                 )
         return problems
+
+    def _other_order(self, column: ParamColumn) -> tuple[int, int] | None:
+        """The first row whose number is not the next one, and the number, if the column holds every number once."""
+
+        def pieces() -> Iterator[tuple[int, np.ndarray]]:
+            for start in range(0, self.n_rows, _TABLE_ROWS):
+                with self._lock:
+                    stop = min(start + _TABLE_ROWS, self.n_rows)
+                    yield start, read_columns(self._file(), {"": column}, start, stop)[""]
+
+        ends = []
+        for _, values in pieces():
+            if values.dtype.kind not in "iu" or self.n_rows < 2:
+                return None
+            ends += [int(values.min()), int(values.max())]
+        least = min(ends)
+        if max(ends) - least + 1 != self.n_rows:
+            return None
+        first = None
+        there = np.zeros(self.n_rows, bool)
+        for start, values in pieces():
+            offset = (values - values.dtype.type(least)).astype(np.int64)
+            there[offset] = True
+            differs = np.flatnonzero(offset != np.arange(start, start + len(offset)))
+            if first is None and len(differs):
+                first = start + int(differs[0]), int(values[differs[0]])
+        return first if there.all() else None
 
     def fingerprint(self) -> str:
         """SHA-256, as hex digits, that identifies the content at the cost of reading a few rows.
@@ -1003,7 +1025,7 @@ class SpectrumSet:
                     raise LabelError(
                         f"{shard.path}: dataset/params: label {name} is {values.dtype}, not a number"
                     )
-                if problem := describe_implausible(name, values):
+                if problem := describe_implausible(name, [values]):
                     problems.append(f"{shard.path}: dataset/params: {problem}")
                 out[name][first : first + len(values)] = np.where(plausible(name, values), values, np.nan)
         if problems and not (partial and np.isfinite(np.sum([*out.values()], axis=0)).any()):
@@ -1023,7 +1045,7 @@ class SpectrumSet:
         notes = []
         for shard in self._closing():
             for name in names:
-                if problem := describe_implausible(name, shard.params([name])[name]):
+                if problem := describe_implausible(name, shard.slices(name)):
                     notes.append(f"{shard.path}: {problem}: these rows count as unlabelled")
             notes += [f"{shard.path}: {problem}" for problem in shard.order_problems()]
         return notes

@@ -9,6 +9,7 @@ import pickle
 import resource
 import shutil
 import threading
+import tracemalloc
 from pathlib import Path
 
 import h5py
@@ -719,3 +720,45 @@ def test_damage_is_not_blamed_for_what_others_do(said, remedy, make_file, monkey
     with pytest.raises(InputError, match=remedy) as caught:
         Shard(path)
     assert "damaged" not in str(caught.value)
+
+
+# -- memory --------------------------------------------------------------------------------------------------------
+
+
+def _many(path, n):
+    """Spectra of four pixels with identifiers of both kinds."""
+    with h5py.File(path, "w") as file:
+        for name in ("flux", "error"):
+            # Real files hold as many bytes of spectra as one likes: these are about the params.
+            file.create_dataset(f"dataset/arrays/{name}/value", data=np.ones((n, 4), np.float32))
+        file["spectrumdataset/wave"] = np.arange(7000.0, 7004.0)
+        table = np.zeros(n, [("id", "i8"), ("name", "S24"), ("T_eff", "f8"), ("log_g", "f8"), ("M_H", "f8")])
+        # The last one is the first: the order must be told, which asks for all of them.
+        table["id"] = np.roll(np.arange(n), 1)
+        table["name"] = np.char.add("star ", np.arange(n).astype(str))
+        table["T_eff"] = 5000
+        table["log_g"][-1] = -9999
+        file["dataset/params"] = table
+    return path
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path):
+    from moefast.scoring import _id_dtype
+
+    peaks = {}
+    for n in (50_000, 800_000):
+        spectra = open_spectra(_many(tmp_path / f"{n}.h5", n))
+        tracemalloc.start()
+        notes = spectra.label_notes()
+        assert _id_dtype(spectra, "name") == np.dtype(f"U{len(f'star {n - 1}')}")
+        assert spectra.has_labels()
+        spectra.fingerprint()
+        rows = sum(len(block) for block in spectra.blocks(2048, params=["id", "name"], prefetch=False))
+        peaks[n] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert rows == n
+        assert f"in 1 of {n} rows, the first of them {n - 1} (-9999)" in notes[0]
+        assert "row 0 has" in notes[1]
+        spectra.close()
+    # One byte a row says which numbers have been met.
+    assert peaks[800_000] < 1.1 * peaks[50_000] + 800_000, peaks
