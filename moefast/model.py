@@ -33,7 +33,7 @@ from moefast.core.version import __version__
 from moefast.experts.linear_form import LinearForm
 from moefast.mixture import Mixture
 from moefast.posterior.mixture import AnyMixture, PosteriorMixture
-from moefast.spectra.files import same_wave
+from moefast.spectra.files import describe_difference, same_wave
 
 __all__ = ["MANIFEST", "SCHEMA", "SHIPPED", "Model", "check_target", "shipped_path"]
 
@@ -176,14 +176,9 @@ class Model:
         """
         mine = self.mixture.wave
         if not same_wave(mine, wave):
-
-            def words(w: NDArray[np.float64]) -> str:
-                step = (w[-1] - w[0]) / max(1, w.size - 1)
-                return f"{w.size} pixels, {w[0]:.3f}-{w[-1]:.3f} Å, step {step:.5f} Å"
-
             raise WaveGridError(
-                f"{where}: spectrumdataset/wave has {words(wave)}; the model {self.name} was fitted on {words(mine)}. "
-                "Fit a model on spectra of this grid, or choose one with -m"
+                f"{where}: spectrumdataset/wave is not that of the model {self.name}: "
+                f"{describe_difference(wave, mine)}. Fit a model on spectra of this grid, or choose one with -m"
             )
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Model:

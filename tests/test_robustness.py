@@ -222,7 +222,7 @@ def test_another_wave_grid(few, model, tmp_path):
     path = replace(some, wave=some.wave + 1000).write(tmp_path / "x.h5")
     with pytest.raises(WaveGridError) as caught:
         predict(path, model, tmp_path / "t.h5")
-    for words in ("x.h5", "1024 pixels, 8100.854-", "1024 pixels, 7100.854-8849.146 Å", "step"):
+    for words in ("x.h5", "1024 pixels, 8100.854 to ", "1024 pixels, 7100.854 to 8849.146 Å", "step"):
         assert words in str(caught.value)
     assert caught.value.exit_code == 4
     assert not (tmp_path / "t.h5").exists()

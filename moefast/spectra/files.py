@@ -44,7 +44,7 @@ from moefast.core.labels import describe_implausible, plausible
 from moefast.core.threads import CORES
 from moefast.core.watched import WatchedFile
 from moefast.spectra.params import ParamColumn, create_params_table, index_column, param_columns, read_columns
-from moefast.spectra.stored import Gaps, find, gaps_of, owned_by
+from moefast.spectra.stored import Gaps, find, gaps_of, lacking_filter, owned_by
 
 __all__ = [
     "Block",
@@ -53,6 +53,7 @@ __all__ = [
     "SpectrumSet",
     "SpectrumWriter",
     "block_edges",
+    "describe_difference",
     "find_files",
     "open_spectra",
     "same_wave",
@@ -191,6 +192,18 @@ def same_wave(first: np.ndarray, second: np.ndarray) -> bool:
         return False
     step = np.abs(np.gradient(first)) if len(first) > 1 else np.ones(1)
     return bool(np.all(np.abs(first - second) < 0.01 * step))
+
+
+def describe_difference(found: np.ndarray, expected: np.ndarray) -> str:
+    """Two wave grids, arrays of shape (p,) in Å, and where they differ most, so that no two words are alike."""
+    text = f"{_describe_wave(found)}; expected {_describe_wave(expected)}"
+    if len(found) == len(expected):
+        most = int(np.argmax(np.abs(found - expected)))
+        text += (
+            f"; they differ most at pixel {most}, {found[most]:.5f} Å where {expected[most]:.5f} Å are expected "
+            f"({found[most] - expected[most]:+.5f} Å)"
+        )
+    return text
 
 
 @dataclass(frozen=True)
@@ -568,6 +581,8 @@ class Shard:
 
     def _locate(self, dataset: h5py.Dataset, path: str, file: h5py.File) -> _Stored:
         n_rows, n_pixels = dataset.shape
+        if lacking := lacking_filter(dataset):
+            raise InputError(f"{self.path}: {path} {lacking}")
         creation = dataset.id.get_create_plist()
         filtered = creation.get_nfilters() > 0
         gaps = gaps_of(dataset)
@@ -610,6 +625,8 @@ class Shard:
         node = find(file, path)
         if not isinstance(node, h5py.Dataset):
             raise InputError(f"{self.path}: dataset spectrumdataset/wave is missing; found {_contents(file)}")
+        if lacking := lacking_filter(node):
+            raise InputError(f"{self.path}: {path} {lacking}")
         n_pixels = next(iter(self._stored.values())).n_pixels
         wave = np.asarray(node[()], dtype=np.float64)
         if wave.shape != (n_pixels,):
@@ -1191,8 +1208,8 @@ def _ahead(source: Iterator[Block]) -> Iterator[Block]:
 def _check_wave(shard: Shard, first: Shard) -> None:
     if not same_wave(first.wave, shard.wave):
         raise WaveGridError(
-            f"{shard.path}: another wave grid ({_describe_wave(shard.wave)}) than {first.path} "
-            f"({_describe_wave(first.wave)}). Spectra of one run must share a grid"
+            f"{shard.path}: another wave grid than {first.path}: {describe_difference(shard.wave, first.wave)}. "
+            "Spectra of one run must share a grid"
         )
 
 

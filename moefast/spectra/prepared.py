@@ -20,7 +20,15 @@ from numpy.typing import NDArray
 
 from moefast.core.errors import InputError, WaveGridError
 from moefast.kernels.resample import normalise
-from moefast.spectra.files import Failure, OnError, Shard, SpectrumSet, open_spectra, same_wave
+from moefast.spectra.files import (
+    Failure,
+    OnError,
+    Shard,
+    SpectrumSet,
+    describe_difference,
+    open_spectra,
+    same_wave,
+)
 from moefast.spectra.layouts.pfsspec import survey_file
 from moefast.spectra.layouts.registry import SurveyFile, damage, open_survey_file
 from moefast.spectra.resample import Pixels, on_grid
@@ -365,20 +373,16 @@ def _open(path: Path, preparation: Preparation) -> Shard:
         covered = (min(high, shard.wave[-1]) - max(low, shard.wave[0])) / (high - low)
         if covered < LEAST_OVERLAP:
             raise WaveGridError(
-                f"{path}: spectrumdataset/wave has {_words(shard.wave)}, which covers {max(0.0, covered):.0%} of the "
-                f"model's {_words(preparation.wave)}; {LEAST_OVERLAP:.0%} at least are needed. Choose another model "
-                "with -m, or fit one on spectra of this grid"
+                f"{path}: spectrumdataset/wave covers {max(0.0, covered):.0%} of the model's, {LEAST_OVERLAP:.0%} at "
+                f"least are needed: {describe_difference(shard.wave, preparation.wave)}. Choose another model with -m, "
+                "or fit one on spectra of this grid"
             )
         found.notes.append(
-            f"spectra on another grid ({_words(shard.wave)}) are resampled to the model's "
-            f"({_words(preparation.wave)}); log g is right only if they were taken with the same line-spread function"
+            "spectra on another grid than the model's are resampled: "
+            f"{describe_difference(shard.wave, preparation.wave)}; log g is right only if they were taken with the "
+            "same line-spread function"
         )
     return PreparedShard([found], preparation)
-
-
-def _words(wave: NDArray[np.float64]) -> str:
-    step = (wave[-1] - wave[0]) / max(1, len(wave) - 1)
-    return f"{len(wave)} pixels, {wave[0]:.3f}-{wave[-1]:.3f} Å, step {step:.5f} Å"
 
 
 def _put_together(shards: Sequence[Shard], preparation: Preparation) -> list[Shard]:
