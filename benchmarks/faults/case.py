@@ -77,7 +77,7 @@ def run(
     work: Callable[[], object],
     log: Path,
     *,
-    limit: float = 120.0,
+    limit: float = 600.0,
     first: Callable[[], None] = lambda: None,
     kill: tuple[float, int] | None = None,
 ) -> Ended:
