@@ -489,12 +489,12 @@ def _is_there(path: Path) -> bool:
 
 
 CAMPAIGNS: dict[str, tuple[Callable[[Ground, int, int], Iterator[Case]], float]] = {
-    "failed writes": (failed_writes, 0.34),
-    "kills": (kills, 0.2),
-    "interrupts": (interrupts, 0.025),
+    "failed writes": (failed_writes, 0.4),
+    "kills": (kills, 0.15),
+    "interrupts": (interrupts, 0.01),
     "damaged spectra": (damaged_files, 0.2),
-    "damaged tables": (damaged_tables, 0.17),
-    "damaged models": (damaged_models, 0.035),
-    "names": (names, 0.03),
+    "damaged tables": (damaged_tables, 0.21),
+    "damaged models": (damaged_models, 0.015),
+    "names": (names, 0.015),
 }
 """Campaigns, and the share of all cases that each has."""

@@ -63,7 +63,7 @@ def products(ground: Ground) -> dict[str, Product]:
         def run_predict(path: Path, overwrite: bool) -> object:
             return predict(ground.spectra, ground.model, path, backend="cpu", overwrite=overwrite)
 
-        found[f"predict{suffix}"] = Product(f"t{suffix}", run_predict, ground.is_right, 0.6)
+        found[f"predict{suffix}"] = Product(f"t{suffix}", run_predict, ground.is_right, 0.2)
     right = ground.folder / "simulated.h5"
     if not right.exists():
         simulate_file(right, 4, seed=5)
@@ -71,7 +71,7 @@ def products(ground: Ground) -> dict[str, Product]:
     def run_simulate(path: Path, overwrite: bool) -> object:
         return simulate_file(path, 4, seed=5, overwrite=overwrite)
 
-    found["simulate"] = Product("s.h5", run_simulate, partial(_same_spectra, right), 0.6)
+    found["simulate"] = Product("s.h5", run_simulate, partial(_same_spectra, right), 0.2)
     graph = build(ground.small.mixture)
     content = graph.SerializeToString(deterministic=True)
 
@@ -83,12 +83,12 @@ def products(ground: Ground) -> dict[str, Product]:
     def write_model(path: Path, overwrite: bool) -> object:
         return ground.small.save(path, overwrite=overwrite)
 
-    found["model"] = Product("model", write_model, partial(_right_model, ground.small), 0.1)
+    found["model"] = Product("model", write_model, partial(_right_model, ground.small), 0.03)
 
     def write_evaluation(path: Path, overwrite: bool) -> object:
         return write_report(ground.evaluation, path, pictures=False, overwrite=overwrite)
 
-    found["evaluation"] = Product("evaluation", write_evaluation, partial(_right_evaluation, ground), 0.6)
+    found["evaluation"] = Product("evaluation", write_evaluation, partial(_right_evaluation, ground), 0.15)
     return found
 
 
