@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ SUFFIXES = (".csv", *READERS)
 """Endings of a table of predictions."""
 
 _SHOWN = 10
+_WEIGHT = re.compile(r"weight_[0-9]+")
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def read_predictions(path: str | Path, spectra: SpectrumSet) -> PredictionTable:
         )
     order = _order(path, found, spectra)
     weights = sorted(
-        (name for name in found if name.startswith("weight_") and name[7:].isdigit()),
+        (name for name in found if _WEIGHT.fullmatch(name)),
         key=lambda name: int(name[7:]),
     )
     if weights != [f"weight_{k}" for k in range(len(weights))]:

@@ -468,6 +468,11 @@ class _FitsTable(TableWriter):
         header["TFIELDS"] = len(self.columns)
         header["EXTNAME"] = GROUP.upper()
         for number, column in enumerate(self.columns, 1):
+            if not (column.name.isascii() and column.name.isprintable()):
+                raise OutputError(
+                    f"{self.path}: column {column.name!r} has a name beyond ASCII, which FITS cannot keep; write .h5 "
+                    "or .parquet"
+                )
             if column.text_bytes:
                 code, stored, offset = f"{column.text_bytes}A", f"S{column.text_bytes}", 0
             else:
