@@ -66,6 +66,11 @@ class _Group(click.Group):
         except Terminated:
             click.echo("\nmoefast: terminated; nothing was written", err=True)
             ctx.exit(143)
+        except ValueError as error:
+            if "null byte" not in str(error):
+                raise
+            click.echo("\nmoefast: error: no name of a file holds a NUL byte; choose another one", err=True)
+            ctx.exit(2)
         except (MemoryError, OSError) as error:
             # What no check of a file foresees: a full disk, a lost network share, no memory.
             number = getattr(error, "errno", None)

@@ -533,3 +533,15 @@ def test_headers_that_make_no_sense_are_an_error(card, spectra, tmp_path):
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"a\.fits: "):
         open_survey_file(path)
+
+
+@pytest.mark.parametrize("lost", [1, 1000])
+def test_a_file_that_ends_in_what_fills_an_hdu_up_is_truncated(lost, spectra, tmp_path):
+    """The second arm was cut off, and the first one is whole: half of the pixels would be taken for all."""
+    path = two_arms(tmp_path / "a.fits", spectra)
+    with fits.open(path) as file:
+        end = file["R_MASK"]._data_offset + -(-file["R_MASK"]._data_size // 2880) * 2880
+        assert file["R_MASK"]._data_size % 2880 < 2880 - lost
+    path.write_bytes(path.read_bytes()[: end - lost])
+    with pytest.raises(InputError, match=r"a\.fits: truncated file: \d+ bytes, .* blocks of 2880"):
+        open_survey_file(path)

@@ -242,6 +242,12 @@ class FitsFile:
             offset = begin + -(-size // BLOCK) * BLOCK
         if not hdus:
             raise InputError(f"{self.path}: not a FITS file (it is empty)")
+        if self.n_bytes % BLOCK:
+            # HDUs may have followed that nothing else tells of.
+            raise InputError(
+                f"{self.path}: truncated file: {self.n_bytes} bytes, and FITS files come in blocks of {BLOCK}; copy or "
+                "produce it again"
+            )
         return hdus
 
     # -- tables ----------------------------------------------------------------------------------------------------
