@@ -25,8 +25,8 @@ from moefast.benchmarks.environment import describe
 from moefast.core import metrics
 from moefast.core.grids import PHYSICAL_GRID, SNR_NORM_NAMES, assign_snr_bins
 from moefast.core.random import add_noise
-from moefast.experts.inputs import Inputs
 from moefast.experts.linear_form import LinearForm
+from moefast.experts.protocol import Inputs
 from moefast.fitting import Options, fit_mixture
 from moefast.gating.mlp import fit_gate, fit_network, softmax
 from moefast.gating.tower import quality_logs

@@ -171,7 +171,7 @@ def measure_scores(
     found: dict[str, Any] = {}
     for kind in KINDS:
         heads = network_of(kind, size, mixture)
-        mine = replace(mixture, heads=heads, library=None, from_library=(), others={}, residuals={})
+        mine = replace(mixture, experts=()).with_expert(heads)
         expected = mine.predict_reference(flux[:CHECKED], error[:CHECKED]).log_g
         of_star = flops(torch, heads)
         for half in (False, True):

@@ -27,7 +27,7 @@ from moefast.ceilings.ceiling import read
 from moefast.core.grids import PHYSICAL_GRID
 from moefast.core.metrics import r2
 from moefast.core.random import add_noise
-from moefast.experts.inputs import Inputs
+from moefast.experts.protocol import Inputs
 from moefast.experts.trees import fit_trees, stacking
 from moefast.fitting import Options, fit_mixture
 from moefast.gating.features import LEAST_CONTINUUM
@@ -124,7 +124,7 @@ def train(
     heads = training.fit_heads(begin, pool, labels, judges, schedule, device=device).heads
 
     def predict(seen: Inputs) -> NDArray:
-        log_g, _, logits = heads.predict(seen)
+        log_g, _, logits = heads.evaluate(seen)
         return np.asarray((softmax(logits.astype(np.float64)) * log_g).sum(1))
 
     return predict

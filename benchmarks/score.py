@@ -99,7 +99,8 @@ def mixture_arrays(mixture: AnyMixture) -> MixtureArrays:
     """
     if isinstance(mixture, PosteriorMixture):
         raise BackendError("a posterior of all labels is not written down for this engine")
-    if mixture.heads is not None or mixture.others or mixture.residuals or len(set(mixture.from_library)) > 1:
+    library, marks = mixture.clouds
+    if len(mixture.experts) > (library is not None) or not all(marks):
         raise BackendError(
             "experts of several families, or with residuals, are not written down for this engine"
         )
@@ -123,7 +124,7 @@ def mixture_arrays(mixture: AnyMixture) -> MixtureArrays:
         label_range=mixture.label_range,
         clipped=mixture.clipped,
         n_gate=mixture.n_gate,
-        library=mixture.library,
+        library=library,
     )
 
 

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from moefast.core.errors import ModelError
-from moefast.export.graph import build_experts, check, is_half, kind_of, part_of, read_experts
+from moefast.export.graph import check, is_half, kind_of, part_of
+from moefast.export.mixture_graph import build_experts, read_experts
 from moefast.export.posterior_graph import build_posterior, read_posterior
 from moefast.mixture import Mixture
 from moefast.posterior.mixture import AnyMixture, PosteriorMixture

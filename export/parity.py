@@ -109,7 +109,7 @@ def _like_training(
     level = rng.uniform(mixture.knots[0] - 0.5, mixture.knots[-1] + 0.5, (n, 1))
     error = np.exp(level) * np.sqrt(shape) * np.exp(0.1 * rng.standard_normal((n, mixture.n_pixels)))
     z = 3 * rng.standard_normal((n, mixture.basis.shape[1]))
-    if (library := mixture.library) is not None:
+    if (library := mixture.clouds[0]) is not None:
         cloud = rng.integers(0, len(library.keys), n)
         along = np.sqrt(library.variances[cloud]) * rng.standard_normal((n, library.variances.shape[1]))
         z = library.keys[cloud] + np.einsum("nt,ntr->nr", along, library.tangents[cloud])

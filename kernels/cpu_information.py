@@ -33,6 +33,7 @@ __all__ = [
     "read_pixels",
     "refine",
     "solve",
+    "substitute",
     "unpack",
 ]
 
@@ -288,7 +289,7 @@ def unpack(packed, row, line, a):
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def _substitute(a, n, vector):
+def substitute(a, n, vector):
     """Solve UᵀU x = vector in place, with the rows of U in `a`."""
     for k in range(n):
         row = a[k]
@@ -383,7 +384,7 @@ def refine(
         for i in range(rows):
             for k in range(width):
                 vector[k] = u[k // LANES, i, k % LANES] + pull[k]
-            _substitute(factors[i], width, vector)
+            substitute(factors[i], width, vector)
             for k in range(width):
                 points[i, k] = np.float32(vector[k])
         _gradient(y, information, rows, points, spectra, directions, tile, left, u)

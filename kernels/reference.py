@@ -1,21 +1,22 @@
 """The contract: every kernel in plain NumPy and float64.
 
 Design: no blocking, no threads, no cleverness. The compiled versions are tested against these functions, and
-these functions against outside judges (scikit-learn, SciPy, ONNX Runtime).
+these functions against outside judges (scikit-learn, SciPy, ONNX Runtime). What `project` and `soft_mix` compute is
+described in `moefast.kernels.forward`, which is read here in NumPy.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
-from moefast.kernels.quality import LARGEST_ERROR
+from moefast.kernels import forward
 from moefast.kernels.scoring import Given, Mixed, Mixing, Projected, Projection
+from moefast.ops.arithmetic import NumPyArithmetic
 
 __all__ = [
     "error_inputs",
     "gate_features",
-    "gate_reference",
     "hat_weights",
     "in_place_of",
     "line_features",
@@ -54,37 +55,71 @@ def normal_equations_reference(
     return n, sum_x, sum_y, sum_yy, sum_xy, gram
 
 
+def _sizes(plan: Mixing) -> forward.Sizes:
+    k, m, c = plan.expert_weights.shape
+    return forward.Sizes(
+        n_pixels=0, cell=1, n_experts=k, n_levels=m, n_columns=c, n_basis=plan.n_basis, n_leading=plan.n_leading,
+        n_windows=plan.line_offsets.size, clipped=False, least_continuum=plan.least_continuum,
+        least_spread=plan.least_spread,
+    )  # fmt: skip
+
+
+def _mixing(plan: Mixing, dtype: DTypeLike) -> NumPyArithmetic:
+    """The arithmetic of `soft_mix`, with its numbers under the names of the description."""
+    weights = plan.expert_weights
+    numbers = {
+        "knots": plan.knots,
+        "experts.weights": weights.transpose(2, 0, 1).reshape(weights.shape[2], -1),
+        "experts.intercepts": plan.intercepts,
+        "lines.offsets": plan.line_offsets,
+        "lines.widths": plan.line_widths,
+        "label_range": np.array(plan.label_range),
+    }
+    for name in ("gate", "error_model"):
+        layers = zip(forward.LAYERS, getattr(plan, name), strict=True)
+        numbers |= {f"{name}.{layer}": array for layer, array in layers}
+    return NumPyArithmetic(numbers, dtype)
+
+
 def project_reference(
     flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None, plan: Projection
 ) -> Projected:
     """All that `moefast.kernels.project` gives; bad pixels weigh nothing."""
-    flux, error = np.asarray(flux, np.float64), np.asarray(error, np.float64)
-    sound = (error > 0) & (error <= LARGEST_ERROR)
-    finite = np.isfinite(flux) & (True if mask is None else ~mask)
-    good = finite & sound
-    f, e = np.where(good, flux, 0.0), np.where(good, error, 0.0)
-    shape, p = plan.noise_shape.astype(np.float64), plan.reference.size
-    x = np.where(good, (np.maximum(f, 0) if plan.clipped else f) - plan.reference, 0.0)
-    ratio = e * e / shape
-    n_good = good.sum(1)
-    level = ratio.sum(1) / np.maximum(n_good, 1)
-    log_level = np.where(level > 0, 0.5 * np.log(np.where(level > 0, level, 1.0)), 0.0)
-    empty = n_good == 0
-    with np.errstate(invalid="ignore", divide="ignore"):
-        snr_norm = np.where(empty, np.nan, np.sqrt((f * f).sum(1) / (e * e).sum(1)))
-    snr_median = np.array(
-        [np.median(a[g] / b[g]) if g.any() else np.nan for a, b, g in zip(f, e, good, strict=True)]
+    p = plan.reference.size
+    sizes = forward.Sizes(
+        n_pixels=p, cell=plan.cell, n_experts=0, n_levels=0, n_columns=plan.matrix.shape[1], n_basis=0, n_leading=0,
+        n_windows=plan.lines.shape[1], clipped=plan.clipped, least_continuum=0.0, least_spread=0.0,
+    )  # fmt: skip
+    op = NumPyArithmetic(
+        {
+            "reference": plan.reference,
+            "noise_shape": plan.noise_shape,
+            "projection": np.concatenate([plan.matrix, plan.lines], axis=1),
+            "cell_matrix": plan.cell_matrix,
+            "captured": plan.captured,
+            "least_flux": np.zeros(1),
+        }
     )
-    flag = 1 * empty + 2 * (2 * n_good < p) + 4 * (finite & ~sound).any(1)
-    cells = ratio.reshape(len(x), p // plan.cell, plan.cell).mean(2)
+    flux, error = np.asarray(flux, np.float64), np.asarray(error, np.float64)
+    seen = error if mask is None else np.where(mask, np.nan, error)
+    light = forward.light(op, sizes, flux, seen)
+    star = forward.project(op, sizes, light)
+    snr_norm = forward.snr_norm(op, light, flux, seen)[:, 0]
+    # What tables say of the quality of a spectrum is no part of the forward pass.
+    good, n_good = light.good, light.good.sum(1)
+    snr_median = np.array(
+        [np.median(a[g] / b[g]) if g.any() else np.nan for a, b, g in zip(flux, error, good, strict=True)]
+    )
+    finite = np.isfinite(flux) & (True if mask is None else ~mask)
+    flag = 1 * (n_good == 0) + 2 * (2 * n_good < p) + 4 * (finite & ~good).any(1)
     return Projected(
-        x @ plan.matrix,
-        x @ plan.lines,
-        cells @ plan.cell_matrix,
-        log_level,
-        (x * x / shape).sum(1),
-        (e * e * (1.0 / shape - plan.captured)).sum(1),
-        snr_norm,
+        star.columns,
+        star.windows,
+        star.variances,
+        star.log_level[:, 0],
+        star.energy[:, 0],
+        star.expected[:, 0],
+        np.where(n_good == 0, np.nan, snr_norm),
         snr_median,
         n_good.astype(np.int32),
         flag.astype(np.uint32),
@@ -93,40 +128,25 @@ def project_reference(
 
 def hat_weights(level: NDArray, knots: NDArray) -> NDArray:
     """Weights (n, M) of linear interpolation between evenly spaced knots; `level` lies between the outer ones."""
-    step = (knots[-1] - knots[0]) / knots.dtype.type(knots.size - 1)
-    return np.maximum(knots.dtype.type(0), knots.dtype.type(1) - np.abs(level[:, None] - knots) / step)
+    return np.asarray(forward.hat(NumPyArithmetic({"knots": knots}, knots.dtype), knots.size, level[:, None]))
 
 
 def line_features(projected: NDArray, widths: NDArray, least_continuum: float) -> NDArray:
-    """Depths 1 − core/continuum and equivalent widths (width − integral/continuum), and the sum of the first widths.
-
-    `projected` (n, 3w) holds core, integral and continuum of each line. The sum of all widths but the last line's
-    stands before the last line: (n, 2w + 1), in the dtype of `projected`.
-    """
-    core, integral, continuum = projected[:, 0::3], projected[:, 1::3], projected[:, 2::3]
-    continuum = np.maximum(continuum, projected.dtype.type(least_continuum))
-    depth = 1 - core / continuum
-    width = np.asarray(widths, projected.dtype) - integral / continuum
-    w = depth.shape[1]
-    out = np.empty((len(projected), 2 * w + 1), projected.dtype)
-    out[:, 0 : 2 * w - 2 : 2], out[:, 1 : 2 * w - 2 : 2] = depth[:, :-1], width[:, :-1]
-    out[:, 2 * w - 2] = width[:, :-1].sum(1)
-    out[:, 2 * w - 1], out[:, 2 * w] = depth[:, -1], width[:, -1]
-    return out
+    """Depths and equivalent widths of lines (n, 2w + 1), in the dtype of `projected` (n, 3w); see `kernels.forward`."""
+    op = NumPyArithmetic({"lines.widths": widths}, projected.dtype)
+    return np.asarray(forward.line_features(op, np.size(widths), least_continuum, projected))
 
 
 def window_features(windows: NDArray, plan: Mixing) -> NDArray:
     """Line features of windows as `project` gives them, those of a spectrum less the reference."""
-    return line_features(
-        windows + plan.line_offsets.astype(windows.dtype), plan.line_widths, plan.least_continuum
-    )
+    return np.asarray(forward.lines_of(_mixing(plan, windows.dtype), _sizes(plan), windows))
 
 
 def gate_features(windows: NDArray, z: NDArray, log_level: NDArray, plan: Mixing) -> NDArray:
     """Gate features (n, f): those of the lines, leading columns, noise level between the outer knots."""
-    knots = plan.knots.astype(log_level.dtype)
-    level = np.clip(log_level, knots[0], knots[-1])
-    return np.concatenate([window_features(windows, plan), z[:, : plan.n_leading], level[:, None]], axis=1)
+    op, sizes = _mixing(plan, log_level.dtype), _sizes(plan)
+    lines = forward.lines_of(op, sizes, windows)
+    return np.asarray(forward.gate_features(op, sizes, lines, z, log_level[:, None]))
 
 
 def prepare_reference(
@@ -136,23 +156,18 @@ def prepare_reference(
 
     Values that are `given` take the place of the linear experts'.
     """
-    z, (k, m, _) = projected.columns, plan.expert_weights.shape
-    n, dtype = len(z), z.dtype
-    features = gate_features(projected.windows, z, projected.log_level, plan)
-    # The last of them is the noise level.
-    hat = hat_weights(features[:, -1], plan.knots.astype(dtype))[:, :, None]
-    weights, intercepts = plan.expert_weights.astype(dtype), plan.intercepts.astype(dtype)
-    at_knots = np.einsum("nc,kmc->nmk", z, weights, optimize=True) + intercepts.T
-    inside = (z[:, : plan.n_basis] ** 2).sum(1)
-    experts = (at_knots * hat).sum(1)
-    noise = np.sqrt((projected.variances.reshape(n, m, k) * hat).sum(1))
-    experts, noise = in_place_of(experts, noise, given)
-    return (
-        features,
-        experts,
-        noise,
-        (projected.energy - inside) / np.maximum(projected.expected, dtype.type(1e-30)),
+    op, sizes, seen = _mixing(plan, projected.columns.dtype), _sizes(plan), projected.columns
+    level, energy, expected = (
+        value[:, None] for value in (projected.log_level, projected.energy, projected.expected)
     )
+    star = forward.Star(seen, projected.windows, projected.variances, level, energy, expected)
+    lines = forward.lines_of(op, sizes, star.windows)
+    features = forward.gate_features(op, sizes, lines, seen, level)
+    weights = forward.hat(op, sizes.n_levels, forward.level_within(op, level, sizes.n_levels))
+    experts = forward.linear_experts(op, sizes, seen, weights)
+    noise = forward.linear_noise(op, sizes, star.variances, weights)
+    experts, noise = in_place_of(experts, noise, given)
+    return features, experts, noise, forward.chi2(op, sizes, star)[:, 0]
 
 
 def in_place_of(experts: NDArray, noise: NDArray, given: Given | None) -> tuple[NDArray, NDArray]:
@@ -168,34 +183,25 @@ def in_place_of(experts: NDArray, noise: NDArray, given: Given | None) -> tuple[
 
 def perceptron_reference(features: NDArray, w1: NDArray, b1: NDArray, w2: NDArray, b2: NDArray) -> F64:
     """tanh(f W₁ + b₁) W₂ + b₂."""
-    return np.tanh(np.asarray(features, np.float64) @ w1 + b1) @ w2 + b2
-
-
-def gate_reference(features: NDArray, layers: tuple[NDArray, ...], added: NDArray | None = None) -> F64:
-    """softmax(tanh(f W₁ + b₁) W₂ + b₂ + added logits)."""
-    logits = perceptron_reference(features, *layers)
-    if added is not None:
-        logits += added
-    logits -= logits.max(1, keepdims=True)
-    gate = np.exp(logits)
-    return gate / gate.sum(1, keepdims=True)
+    op = NumPyArithmetic(dict(zip(forward.LAYERS, (w1, b1, w2, b2), strict=True)))
+    return np.asarray(forward.perceptron(op, np.asarray(features, np.float64), ""))
 
 
 def error_inputs(features: NDArray, log_g: NDArray, raw: NDArray, spread: NDArray, floor: float) -> NDArray:
     """What the error model sees: gate features, log g, ln σ_raw, ln spread."""
-    least = features.dtype.type(floor)
-    extra = [log_g, np.log(np.maximum(raw, least)), np.log(np.maximum(spread, least))]
-    return np.column_stack([features, *extra])
+    op = NumPyArithmetic({}, features.dtype)
+    log_g, raw, spread = (value[:, None] for value in (log_g, raw, spread))
+    return np.asarray(forward.error_features(op, features, log_g, raw, spread, floor))
 
 
 def soft_mix_reference(projected: Projected, plan: Mixing, given: Given | None = None) -> Mixed:
     """ŷ = Σ_k g_k y_k with its propagated noise Σ_k g_k σ_k, spread and calibrated error."""
+    op, sizes = _mixing(plan, np.float64), _sizes(plan)
     features, experts, noise, chi2 = prepare_reference(projected, plan, given)
-    gate = gate_reference(features, plan.gate, None if given is None else given.logits)
-    mixed = (gate * experts).sum(1)
-    log_g = np.clip(mixed, *plan.label_range)
-    raw = (gate * noise).sum(1)
-    spread = np.sqrt((gate * (experts - mixed[:, None]) ** 2).sum(1))
-    inputs = error_inputs(features, log_g, raw, spread, plan.least_spread)
-    log_error = perceptron_reference(inputs, *plan.error_model)[:, 0]
-    return Mixed(log_g, np.exp(log_error), raw, gate, experts, chi2)
+    logits = forward.perceptron(op, features, "gate")
+    if given is not None:
+        logits = logits + given.logits
+    found = forward.mix(op, sizes, features, experts, noise, logits)
+    return Mixed(
+        found.log_g[:, 0], found.log_g_err[:, 0], found.log_g_err_raw[:, 0], found.weights, experts, chi2
+    )

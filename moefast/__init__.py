@@ -1,7 +1,7 @@
 """moefast: surface gravities for millions of faint stellar spectra.
 
-Six public names: `load` a model, `fit` one, `predict` files or `predict_arrays` with it, `evaluate` it, and the
-`Model` itself.
+Public names: `load` a model, `fit` one, `predict` files or `predict_arrays` with it, `evaluate` it, `look_at` a single
+star and `draw_star`, and the `Model` itself; `Expert` and the decorator `expert` for a family of experts of one's own.
 """
 
 from __future__ import annotations
@@ -11,9 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from moefast.core.version import __version__ as __version__
 
-__all__ = ["Model", "evaluate", "fit", "load", "predict", "predict_arrays"]
+__all__ = [
+    "Expert", "Model", "draw_star", "evaluate", "expert", "fit", "load", "look_at", "predict", "predict_arrays",
+]  # fmt: skip
 
 if TYPE_CHECKING:
+    from moefast.experts.protocol import Expert, expert
+    from moefast.inspection.star import look_at
+    from moefast.inspection.star_picture import draw_star
     from moefast.model import Model
     from moefast.predicting_arrays import predict_arrays
     from moefast.protocol.evaluate import evaluate
@@ -29,17 +34,28 @@ if not (_HERE / "kernels").is_dir() and (_HERE.parent / "kernels").is_dir():
 
 # Imported on first use: `moefast --help` must not wait for Numba.
 _HOMES = {
+    "Expert": "moefast.experts.protocol",
     "Model": "moefast.model",
+    "draw_star": "moefast.inspection.star_picture",
     "evaluate": "moefast.protocol.evaluate",
+    "expert": "moefast.experts.protocol",
     "fit": "moefast.recipes",
+    "look_at": "moefast.inspection.star",
     "predict": "moefast.scoring",
     "predict_arrays": "moefast.predicting_arrays",
 }
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     from importlib import import_module
 
+    if name in {"load", "Model", "fit"}:
+        # Models predict arrays by it.
+        import_module("moefast.predicting_arrays")
     if name == "load":
         return import_module("moefast.model").Model.load
     if name in _HOMES:

@@ -3,15 +3,15 @@
 Design: everything linear in flux or in variance is one projection (`moefast.kernels.project`). Experts live in a few
 dozen columns of it, the noise-white principal components: what follows works on these numbers alone
 (`moefast.kernels.soft_mix`): interpolate each expert between its noise levels, form the gate's features, mix, and turn
-the spread and the propagated noise into a calibrated error. `Mixture.predict` runs it in float32 on the kernels,
-`Mixture.predict_reference` in plain float64 NumPy, and `moefast.export` writes the same steps as ONNX; the three are
-held together by tests.
+the spread and the propagated noise into a calibrated error. `moefast.forward` describes it once: `Mixture.predict` runs
+it in float32 on the kernels, `Mixture.predict_reference` reads the description in plain float64 NumPy, and
+`moefast.export` in ONNX; tests hold the three together.
 
-Experts of other kinds stand in for linear ones: posterior means over a library of templates
-(`moefast.kernels.tangent_posterior`), heads on one trunk (`moefast.trunks`), or any family with the protocol of
-`moefast.experts.inputs`. Their values are handed to the mixture from outside, and so are logits for the gate: the
-library's evidence, Bayes' rule for the bin, those of the trunk, and those of a second tower (`moefast.gating.tower`).
-An expert of any kind may have a residual beside it (`moefast.experts.residual`), which is added to its value.
+Experts of other families stand in for linear ones (`moefast.experts.protocol`): posterior means over a library of
+templates, heads on one trunk, trees, networks, or a family of the user's own. Their values are handed to the kernels
+from outside, and so are logits for the gate: the library's evidence, Bayes' rule for the bin, those of the trunk, and
+those of a second tower (`moefast.gating.tower`). An expert of any kind may have a residual beside it
+(`moefast.experts.residual`), which is added to its value.
 
 The noise of an expert, Σ_j w_j² σ_j², is propagated in cells of a few pixels, as Σ_g r_g Σ_{j in g} w_j² D_j with r_g
 the mean of σ²/D over cell g: exact for noise of the training set's shape D times anything smooth. On simulated spectra
@@ -20,49 +20,40 @@ it is within 0.2 % rms of the sum over pixels; on spectra of another sky, within
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moefast.experts.inputs import Expert, Inputs
-from moefast.experts.residual import LinearResidual
-from moefast.gating.features import LEAST_CONTINUUM, LINE_FEATURES, line_columns
+from moefast.experts.protocol import Expert, Inputs, Place
+from moefast.experts.template import Templates
+from moefast.forward import Pass, forward
+from moefast.gating.features import LEAST_CONTINUUM, LINE_FEATURES, LINES, line_columns
 from moefast.gating.tower import Tower, quality_logs
-from moefast.kernels import (
-    Given,
-    Library,
-    Mixed,
-    Mixing,
-    Projected,
-    Projection,
-    cell_size,
-    project,
-    soft_mix,
-    tangent_posterior,
-)
+from moefast.kernels import Given, Library, Mixed, Mixing, Projected, Projection, cell_size, project, soft_mix
+from moefast.kernels.forward import LAYERS, Sizes
 from moefast.kernels.reference import (
     error_inputs,
     gate_features,
     hat_weights,
     in_place_of,
     prepare_reference,
-    project_reference,
-    soft_mix_reference,
     window_features,
 )
-from moefast.kernels.reference_tangent import tangent_posterior_reference
+from moefast.ops.arithmetic import NumPyArithmetic
 from moefast.spectra.quality import Quality, good_pixels
-from moefast.trunks.heads import Heads
 
 __all__ = ["N_GATE_COMPONENTS", "Mixture", "Prediction", "Prepared", "hat_weights", "n_gate_features"]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
+Own = TypeVar("Own", bound=Expert)
 
+REFERENCE_ROWS = 256
+"""Stars that the float64 reference sees at once."""
 N_GATE_COMPONENTS = 4
 """Principal components among the features of the published gate."""
 LEAST_SPREAD = 1e-4
@@ -164,18 +155,12 @@ class Mixture:
         Flux below zero counts as zero. `log_g_err_raw` is then an upper bound: it is the noise before the cut.
     n_gate : int
         Principal components among the features of the gate.
-    library : Library, optional
-        Templates of K experts in the principal components. Their evidence for each is added to the gate's logits.
-    from_library : tuple of bool
-        Which experts are posterior means over the library; all of them if it is empty and there is a library.
-    others : dict of int to Expert
-        Experts of other families; their propagated noise is that of the linear expert in whose place they stand.
+    experts : tuple of Place
+        Experts of other families and residuals, in the order in which they take their places. The noise of those that
+        have none of their own is that of the linear expert in whose place they stand; that of an expert with a residual
+        stays its own.
     tower : Tower, optional
         A second tower of the gate, whose logits are added to those of `gate`.
-    heads : Heads, optional
-        A trunk with a head for each expert, in the place of all linear ones; its logits are added to those of `gate`.
-    residuals : dict of int to Expert
-        What is added to the value of an expert of whatever family; its propagated noise stays that of the expert alone.
     """
 
     kind: ClassVar[str] = "mixture"
@@ -193,12 +178,8 @@ class Mixture:
     label_range: tuple[float, float]
     clipped: bool = False
     n_gate: int = N_GATE_COMPONENTS
-    library: Library | None = None
-    from_library: tuple[bool, ...] = ()
-    others: Mapping[int, Expert] = field(default_factory=dict)
+    experts: tuple[Place, ...] = ()
     tower: Tower | None = None
-    heads: Heads | None = None
-    residuals: Mapping[int, Expert] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         k, m, c = self.expert_weights.shape
@@ -219,27 +200,20 @@ class Mixture:
             raise ValueError(f"the gate must take {features} features and give {k} weights")
         if self.error_model[0].shape[0] != features + 3:
             raise ValueError(f"the error model must take {features + 3} features")
-        if self.library is not None:
-            if self.library.n_experts != k or self.library.keys.shape[1] != self.n_basis:
+        taken: set[int] = set()
+        beside: set[int] = set()
+        for place in self.experts:
+            mine = beside if place.added else taken
+            if not all(0 <= i < k for i in place.bins) or mine & set(place.bins):
                 raise ValueError(
-                    f"a library of {k} experts in {self.n_basis} components expected; found "
-                    f"{self.library.n_experts} in {self.library.keys.shape[1]}"
+                    f"each of the experts 0 … {k - 1} can be replaced once, and have one residual; found "
+                    f"{[(p.expert.family, p.bins) for p in self.experts]}"
                 )
-            if not self.from_library:
-                object.__setattr__(self, "from_library", (True,) * k)
-        if self.from_library and (self.library is None or len(self.from_library) != k):
-            raise ValueError(f"experts from a library need one, and {k} marks; found {self.from_library}")
-        if (heads := self.heads) is not None:
-            size = p if heads.needs_flux else self.n_basis
-            if heads.n_experts != k or heads.plan.n_inputs != size or self.library is not None:
-                raise ValueError(
-                    f"a trunk for {size} {'pixels' if heads.needs_flux else 'components'} with {k} heads, and no "
-                    f"library beside it, expected; found {heads.plan.n_inputs} and {heads.n_experts}"
-                )
-        if not all(0 <= i < k for i in self.others):
-            raise ValueError(f"experts 0 … {k - 1} can be replaced; found {sorted(self.others)}")
-        if not all(0 <= i < k for i in self.residuals):
-            raise ValueError(f"experts 0 … {k - 1} can have residuals; found {sorted(self.residuals)}")
+            mine.update(place.bins)
+            place.expert.check(k, self.n_basis, p)
+        stems = [place.stem for place in self.experts]
+        if len(set(stems)) < len(stems):
+            raise ValueError(f"a mixture has one library and one network at most; found {stems}")
         if (tower := self.tower) is not None and (
             tower.n_experts != k or (tower.sees == "features" and tower.n_features != features)
         ):
@@ -261,8 +235,85 @@ class Mixture:
     @property
     def is_linear(self) -> bool:
         """Whether all experts are linear."""
-        experts = self.others or self.residuals
-        return self.library is None and self.heads is None and not experts
+        return not self.experts
+
+    @property
+    def families(self) -> list[str]:
+        """Family of the expert of each bin; residuals aside."""
+        found = ["linear"] * self.n_experts
+        for place in self.experts:
+            for k in () if place.added else place.bins:
+                found[k] = place.expert.family
+        return found
+
+    @property
+    def residuals(self) -> dict[int, Expert]:
+        """Residual of each bin that has one."""
+        return {place.bins[0]: place.expert for place in self.experts if place.added}
+
+    def place(self, family: type[Own]) -> Own | None:
+        """The expert of a family of which a mixture has one at most; None if it has none."""
+        return next((place.expert for place in self.experts if isinstance(place.expert, family)), None)
+
+    @property
+    def clouds(self) -> tuple[Library | None, tuple[bool, ...]]:
+        """The library of templates, if there is one, and which experts are its posterior means."""
+        for place in self.experts:
+            if isinstance(place.expert, Templates):
+                return place.expert.library, tuple(k in place.bins for k in range(self.n_experts))
+        return None, ()
+
+    def with_expert(self, expert: Expert, *bins: int, added: bool = False) -> Mixture:
+        """The mixture with one more expert, in the place of those that stood there.
+
+        Parameters
+        ----------
+        expert : Expert
+        *bins : int
+            All if none is named.
+        added : bool
+            It is a residual, and added to the expert that stands there.
+        """
+        mine, places = bins or tuple(range(self.n_experts)), []
+        for place in self.experts:
+            left = tuple(k for k in place.bins if place.added != added or k not in mine)
+            # Evidence of all bins still counts where others have taken the last place.
+            if left or (place.expert.stem and type(place.expert) is not type(expert)):
+                places.append(replace(place, bins=left))
+        return replace(self, experts=(*places, Place(expert, mine, added)))
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """Shapes that the description of the forward pass needs."""
+        k, m, c = self.expert_weights.shape
+        return Sizes(
+            n_pixels=self.n_pixels, cell=cell_size(self.n_pixels), n_experts=k, n_levels=m, n_columns=c,
+            n_basis=self.n_basis, n_leading=self.n_gate, n_windows=3 * len(LINES), clipped=self.clipped,
+            least_continuum=LEAST_CONTINUUM, least_spread=LEAST_SPREAD,
+        )  # fmt: skip
+
+    @cached_property
+    def numbers(self) -> dict[str, NDArray]:
+        """Every number that `moefast.forward` asks for, by name."""
+        weights = self.expert_weights
+        numbers: dict[str, NDArray] = {
+            "reference": self.reference,
+            "noise_shape": self.noise_shape,
+            "projection": np.concatenate([self.columns, self.line_columns], axis=1),
+            "cell_matrix": self.cell_matrix,
+            "captured": self.captured,
+            "knots": self.knots,
+            "experts.weights": weights.transpose(2, 0, 1).reshape(weights.shape[2], -1),
+            "experts.intercepts": self.expert_intercepts,
+            "lines.offsets": self.line_offsets,
+            "lines.widths": self.line_widths,
+            "label_range": np.array(self.label_range),
+            "least_flux": np.zeros(1, np.float32),
+        }
+        for name in ("gate", "error_model"):
+            layers = zip(LAYERS, getattr(self, name), strict=True)
+            numbers |= {f"{name}.{layer}": array for layer, array in layers}
+        return numbers
 
     @property
     def basis(self) -> F32:
@@ -278,8 +329,11 @@ class Mixture:
 
     @cached_property
     def line_columns(self) -> F32:
-        """Columns of the line features, (p, 12)."""
-        return line_columns(self.wave).astype(np.float32)
+        """Columns of the line features, (p, 12); zero for lines that are not on the grid.
+
+        A fit whose gate sees the lines has made sure that they are.
+        """
+        return line_columns(self.wave, all_lines=False).astype(np.float32)
 
     @cached_property
     def line_offsets(self) -> F32:
@@ -359,19 +413,21 @@ class Mixture:
     def predict_reference(
         self, flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None = None
     ) -> Prediction:
-        """The same as `predict` in plain NumPy and float64: the contract of it and of the ONNX graph."""
-        linear = project_reference(flux, error, mask, self.projection)
-        given = self.given(linear, flux, error, mask, reference=True)
-        return _prediction(soft_mix_reference(linear, self.mixing, given), linear)
+        """The same by the description of the forward pass, read in NumPy and float64: the contract of `predict`."""
+        seen = error if mask is None else np.where(mask, np.nan, error)
+        op, parts = NumPyArithmetic(self.numbers), []
+        for a in range(0, max(1, len(flux)), REFERENCE_ROWS):
+            here = slice(a, a + REFERENCE_ROWS)
+            with np.errstate(invalid="ignore", over="ignore"):
+                parts.append(forward(op, self, flux[here].astype(np.float64), seen[here].astype(np.float64)))
+        found = Pass(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+        return Prediction(
+            found.log_g[:, 0], found.log_g_err[:, 0], found.log_g_err_raw[:, 0], found.weights, found.expert_log_g,
+            found.chi2[:, 0], found.log_level[:, 0],
+        )  # fmt: skip
 
     def given(
-        self,
-        linear: Projected,
-        flux: NDArray,
-        error: NDArray,
-        mask: NDArray[np.bool_] | None,
-        *,
-        reference: bool = False,
+        self, linear: Projected, flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None
     ) -> Given | None:
         """What experts that are not linear say of projected stars, and what is added to the gate's logits.
 
@@ -380,8 +436,6 @@ class Mixture:
         linear : Projected
         flux, error, mask
             The spectra that it comes from.
-        reference : bool
-            In float64, without compiled code.
 
         Returns
         -------
@@ -390,48 +444,50 @@ class Mixture:
         """
         if self.is_linear and self.tower is None:
             return None
-        z, shape = linear.columns[:, : self.n_basis], (len(linear.columns), self.n_experts)
-        values, noise = np.full(shape, np.nan, z.dtype), np.full(shape, np.nan, z.dtype)
-        logits = np.zeros(shape, z.dtype)
-        if self.library is not None:
-            # Below the noise that was seen in training, the spectra differ from the library by more than noise.
-            level = np.maximum(linear.log_level, self.knots[0])
-            posterior: Any = tangent_posterior_reference if reference else tangent_posterior
-            found = posterior(z, level, self.library)
-            # Relative to the best: in float32, large ones would lose the digits that matter.
-            logits = found.log_evidence - found.log_evidence.max(1, keepdims=True)
-            mine = np.array(self.from_library)
-            values[:, mine], noise[:, mine] = found.mean[:, mine], found.sd[:, mine]
-        if self.heads is not None or self.others or self.residuals:
-            inputs = self.inputs(linear)
-            seers = (*self.others.values(), *self.residuals.values(), self.heads)
-            if any(each.needs_flux for each in seers if each is not None):
-                good, x = good_pixels(flux, error, mask), np.maximum(flux, 0) if self.clipped else flux
-                inputs = inputs._replace(
-                    x=x if good is None else np.where(good, x, self.reference.astype(x.dtype))
-                )
-        if self.heads is not None:
-            values, noise, logits = (self.heads.predict_reference if reference else self.heads.predict)(
-                inputs
-            )
-        if self.others or self.residuals:
-            marks = self.from_library or (self.heads is not None,) * self.n_experts
-            beside = [k for k in self.residuals if not marks[k] and k not in self.others]
-            if self.others or beside or any(isinstance(r, LinearResidual) for r in self.residuals.values()):
-                _, own_values, own_noise, _ = prepare_reference(linear, self.mixing)
-            for k in beside:
+        shape = (len(linear.columns), self.n_experts)
+        values, noise = (np.full(shape, np.nan, np.float32) for _ in range(2))
+        logits = np.zeros(shape, np.float32)
+        if self.experts:
+            inputs = self._whole_inputs(linear, flux, error, mask)
+            own_values, own_noise = self._linear(linear) if self._needs_linear else (values, noise)
+        for place in (one for one in self.experts if not one.added):
+            bins = list(place.bins)
+            found = place.expert.evaluate(inputs)
+            mine = found.noise if found.noise is not None else own_noise
+            for all_bins, one in ((values, found.log_g), (noise, mine)):
+                all_bins[:, bins] = one[:, bins] if one.shape[1] == self.n_experts else one
+            if found.evidence is not None:
+                logits = logits + found.evidence
+        for place in (one for one in self.experts if one.added):
+            (k,) = place.bins
+            if self.families[k] == "linear":
                 values[:, k], noise[:, k] = own_values[:, k], own_noise[:, k]
-            for k, expert in self.others.items():
-                values[:, k] = expert.predict_reference(inputs) if reference else expert.predict(inputs)
-                noise[:, k] = own_noise[:, k]
-            for k, expert in self.residuals.items():
-                if isinstance(expert, LinearResidual):
-                    inputs = inputs._replace(value=values[:, k], linear=own_values[:, k])
-                values[:, k] += expert.predict_reference(inputs) if reference else expert.predict(inputs)
+            seen = inputs._replace(value=values[:, k], linear=own_values[:, k])
+            values[:, k] += place.expert.evaluate(seen).log_g[:, 0]
         if self.tower is not None:
             view = self._view(self.tower, linear, flux, error, mask)
-            logits = logits + self.tower.logits(linear.snr_norm, view, reference=reference)
+            logits = logits + self.tower.logits(linear.snr_norm, view)
         return Given(values, noise, logits)
+
+    @cached_property
+    def _needs_linear(self) -> bool:
+        """Whether anything stands on what linear experts say of a star: the noise of others, or a residual."""
+        return any(place.added or not place.expert.has_noise for place in self.experts)
+
+    def _linear(self, linear: Projected) -> tuple[NDArray, NDArray]:
+        """Values and noise of the linear experts, (n, K)."""
+        _, values, noise, _ = prepare_reference(linear, self.mixing)
+        return values, noise
+
+    def _whole_inputs(
+        self, linear: Projected, flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None
+    ) -> Inputs:
+        """What experts see of stars, with the flux if one of them asks for it."""
+        inputs = self.inputs(linear)
+        if not any(place.expert.needs_flux for place in self.experts):
+            return inputs
+        good, x = good_pixels(flux, error, mask), np.maximum(flux, 0) if self.clipped else flux
+        return inputs._replace(x=x if good is None else np.where(good, x, self.reference.astype(x.dtype)))
 
     def _view(
         self, tower: Tower, linear: Projected, flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None
@@ -450,8 +506,8 @@ class Mixture:
 
     def inputs(self, linear: Projected) -> Inputs:
         """What experts that are not linear see of projected stars, but for the flux."""
-        z = linear.columns[:, : self.n_basis]
-        return Inputs(z, linear.log_level, window_features(linear.windows, self.mixing))
+        z, lines = linear.columns[:, : self.n_basis], window_features(linear.windows, self.mixing)
+        return Inputs(z, linear.log_level, lines, least_level=np.maximum(linear.log_level, self.knots[0]))
 
     def error_features(self, features: NDArray, log_g: NDArray, raw: NDArray, spread: NDArray) -> NDArray:
         """What the error model sees: gate features, log g, ln σ_raw, ln spread."""

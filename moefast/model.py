@@ -10,11 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata, resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +35,10 @@ from moefast.mixture import Mixture
 from moefast.posterior.mixture import AnyMixture, PosteriorMixture
 from moefast.spectra.files import describe_difference, same_wave
 
-__all__ = ["MANIFEST", "SCHEMA", "SHIPPED", "Model", "check_target", "shipped_path"]
+if TYPE_CHECKING:
+    from astropy.table import Table
+
+__all__ = ["MANIFEST", "SCHEMA", "SHIPPED", "Model", "check_target", "predict_with", "shipped_path"]
 
 SHIPPED = ("observed", "z0", "survey")
 """Models that come with moefast: for observed spectra, the default; two by the reference set that they know best."""
@@ -52,6 +55,14 @@ LARGEST_MANIFEST = 16 * 2**20
 LARGEST_FILE = 2**31
 """Bytes of a file of a model: what an ONNX file with embedded weights may have."""
 _PACKAGES = ("numpy", "scipy", "numba", "h5py", "onnx")
+
+
+_PREDICTORS: dict[str, Callable[..., Table]] = {}
+
+
+def predict_with(function: Callable[..., Table]) -> None:
+    """Register what `Model.predict` calls: it stands on a floor above this one."""
+    _PREDICTORS["arrays"] = function
 
 
 @dataclass(frozen=True, repr=False)
@@ -80,6 +91,35 @@ class Model:
             f"<Model {self.name}: {self.mixture.n_experts} experts, {wave.size} pixels, "
             f"{wave[0]:.1f}-{wave[-1]:.1f} Å>"
         )
+
+    def predict(self, flux: Any, error: Any = None, **how: Any) -> Table:
+        """Predict log g for spectra in memory, with the numbers and columns of ``moefast predict``.
+
+        Parameters
+        ----------
+        flux : array of shape (p,) or (n, p), quantity, masked array, NDData or specutils spectrum, or a list of spectra
+            Flux of one star, or of n.
+        error : array of the same shape
+            1σ. Not for objects that have an uncertainty of their own.
+        **how
+            `wave`, `mask`, `velocity`, `unit`, `medium`, `telluric`, `backend`: see `moefast.predict_arrays`, which
+            this calls.
+
+        Returns
+        -------
+        astropy.table.Table
+            One row for each spectrum, in order, with units, descriptions and flags.
+
+        Examples
+        --------
+        ::
+
+            model = moefast.load("observed")
+            model.predict(flux, error, wave=wave, velocity=-26.0)["log_g", "log_g_err", "flag"]
+        """
+        if "arrays" not in _PREDICTORS:
+            raise RuntimeError("load the model by moefast.load, which brings what predicts along")
+        return _PREDICTORS["arrays"](flux, error, self, **how)
 
     @classmethod
     def of_mixture(

@@ -6,7 +6,7 @@ expert. The published-style ridge is also a reference that every fit carries alo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,17 @@ RECIPES: dict[str, Recipe] = {
         PHYSICAL_GRID,
         "the same for spectra whose flux calibration can be trusted: the scale is free, the slope is not",
         {"families": ("posterior",)},
+    ),
+    "posterior-linear": Recipe(
+        PHYSICAL_GRID,
+        "linear experts at each star's own noise and gaps, 12 bins of log g in each of 9 bins, gate by evidence",
+        {
+            "families": ("posterior",),
+            "n_gravity_bins": 12,
+            "n_tangents": 8,
+            "slope_widths": (0.1, 0.05, 0.05, 0.05),
+            "sky_width": 4.0,
+        },
     ),
     "hybrid-moe": Recipe(
         PHYSICAL_GRID,
@@ -112,6 +123,7 @@ def fit(
     *,
     recipe: str = DEFAULT,
     grid: Grid | None = None,
+    families: Sequence[str] | None = None,
     noise: Noise = "closed-form",
     noise_level: float = 1.0,
     size: Size = "small",
@@ -134,6 +146,8 @@ def fit(
         A name in `RECIPES`.
     grid : Grid, optional
         Bins of the experts, instead of the recipe's.
+    families : sequence of str, optional
+        Families of experts that each bin chooses from, instead of the recipe's; see `moefast.fitting.Options`.
     noise : "closed-form", "sampled" or "observed"
         Clean flux, noise in closed form; clean flux, one noise draw per row; flux that is noisy already. There is no
         closed form for clipped flux: a recipe that clips draws noise instead, and the manifest says so.
@@ -174,7 +188,9 @@ def fit(
     """
     if recipe not in RECIPES:
         raise InputError(f"recipe {recipe!r} is unknown; choose one of {', '.join(RECIPES)}")
-    chosen, own = grid or RECIPES[recipe].grid, RECIPES[recipe].options
+    chosen, own = grid or RECIPES[recipe].grid, dict(RECIPES[recipe].options)
+    if families is not None:
+        own["families"] = tuple(families)
     if own.get("clipped") and noise == "closed-form":
         noise = "sampled"
     spectra = paths if isinstance(paths, SpectrumSet | SimulatedSpectra) else open_spectra(paths)

@@ -21,13 +21,16 @@ from numpy.typing import NDArray
 from moefast.backend import Backend, resolve_backend
 from moefast.core.errors import BackendError, InputError, MoefastError, OutputError
 from moefast.core.labels import plausible
-from moefast.core.outputs import INPUTS, ROW, prediction_columns
+from moefast.core.metrics import SquaredErrors
+from moefast.core.outputs import INPUTS, ROW, VELOCITY, prediction_columns
 from moefast.core.threads import CORES, map_in_order, one_blas_thread
 from moefast.core.version import __version__
 from moefast.kernels import PROJECT_ROWS
 from moefast.mixture import Prediction
 from moefast.model import Model, shipped_path
 from moefast.posterior.mixture import AnyMixture, PosteriorMixture
+from moefast.posterior.moving import predict_moving
+from moefast.posterior.velocities import DEFAULT_RANGE, VelocityFit
 from moefast.spectra import guard
 from moefast.spectra.files import Block, Failure, SpectrumSet, find_files
 from moefast.spectra.layouts.pfsspec import IDENTIFIER, identifiers
@@ -38,7 +41,21 @@ from moefast.spectra.tables import Column, open_table
 from moefast.spectra.telluric import Telluric
 from moefast.spectra.velocities import Velocities, find_velocities
 
-__all__ = ["Summary", "choose_rows", "columns_of", "make_engine", "open_engine", "predict", "score_block"]
+__all__ = [
+    "FIT",
+    "Summary",
+    "cannot_fit",
+    "choose_rows",
+    "columns_of",
+    "count_rows",
+    "labels_at_the_edge",
+    "make_engine",
+    "move",
+    "open_engine",
+    "predict",
+    "score_block",
+    "unlike_reasons",
+]
 
 BLOCK_ROWS = 2048
 """Rows of a block for those who look at spectra one block after the other."""
@@ -52,6 +69,8 @@ ONNX_ROWS, ONNX_BYTES = 1024, 2**27
 """Rows of a block for ONNX Runtime at most, and bytes of the largest value that it makes of a block."""
 LEAST_ROWS = 16
 """Spectra that a GPU must have room for: with less, halving a block does not help."""
+FIT = "fit"
+"""In the place of velocities: fit them."""
 _LABEL = "log_g"
 _LOST = (Flag.NO_DATA, Flag.FEW_GOOD_PIXELS)
 
@@ -130,9 +149,7 @@ class CudaEngine:
 
         ones = np.ones((1, mixture.n_pixels), np.float32)
         with first_launch():
-            self._scorer = CudaScorer(
-                mixture.projection, mixture.mixing, mixture.library, mixture.from_library
-            )
+            self._scorer = CudaScorer(mixture.projection, mixture.mixing, *mixture.clouds)
             self._scorer(ones, ones)
         self.block_rows = self._scorer.block_rows
         # One reads a file, while the others have a slot each; more would only wait for their turn to read.
@@ -210,10 +227,8 @@ def without_kernels(mixture: AnyMixture) -> str:
     """What of a mixture the CUDA kernels do not know, in words; empty if they know it all."""
     if isinstance(mixture, PosteriorMixture):
         return "a posterior of all labels"
-    if mixture.heads is not None:
-        return f"a {mixture.heads.plan.kind} with heads"
-    if mixture.others:
-        return f"experts of the family {' or '.join(sorted({e.family for e in mixture.others.values()}))}"
+    if unknown := sorted({p.expert.words for p in mixture.experts if not (p.added or p.expert.on_cuda)}):
+        return " or ".join(unknown)
     if mixture.residuals:
         return "residuals of experts"
     return "" if mixture.tower is None else "the second tower of a gate"
@@ -362,41 +377,72 @@ def columns_of(model: Model, result: Prediction, quality: Quality) -> dict[str, 
 
 def _unlike(result: Prediction, limits: Mapping[str, Any], quality: Quality) -> NDArray[np.bool_]:
     """Rows whose spectra lie beyond what the model was fitted on."""
-    least, largest = -np.inf, limits["chi2"]
+    reasons = unlike_reasons(result, limits, quality)
+    return np.any([beyond for _, _, beyond in reasons.values()], axis=0)
+
+
+def unlike_reasons(
+    result: Prediction, limits: Mapping[str, Any], quality: Quality
+) -> dict[str, tuple[NDArray, NDArray, NDArray[np.bool_]]]:
+    """Why spectra lie beyond what the model was fitted on.
+
+    Returns
+    -------
+    dict of str to (array, array, array of bool)
+        What is compared ("chi2, largest", "chi2, least", "foreign", "strength", "distance", as far as the model has a
+        limit): the number of each row, the limit of each row, and whether the number lies beyond it.
+    """
+    n = len(result.chi2)
+    least, largest = np.full(n, -np.inf), np.full(n, limits["chi2"])
     if "least_chi2" in limits:
         # χ² of few pixels scatters more, and of a handful says nothing.
         spread = SURE * np.sqrt(2.0 / np.maximum(quality.n_good, 1))
         least, largest = np.minimum(limits["least_chi2"], 1 - spread), np.maximum(largest, 1 + spread)
-    unlike = ~(result.chi2 <= largest) | (result.chi2 < least)
+    # Numbers that overflowed to NaN compare false with everything: "not within", never "beyond".
+    reasons = {
+        "chi2, largest": (result.chi2, largest, ~(result.chi2 <= largest)),
+        "chi2, least": (result.chi2, least, result.chi2 < least),
+    }
     if result.foreign is not None and "foreign" in limits:
-        unlike |= ~(result.foreign <= limits["foreign"])
+        limit = np.full(n, limits["foreign"])
+        reasons["foreign"] = (result.foreign, limit, ~(result.foreign <= limit))
     strength, distance = result.strength, result.distance
     if strength is not None and "strength" in limits:
-        unlike |= ~(strength >= limits["strength"])
+        limit = np.full(n, limits["strength"])
+        reasons["strength"] = (strength, limit, ~(strength >= limit))
     if strength is not None and distance is not None and "distance" in limits:
         table = limits["distance"]
         place = np.log(np.maximum(strength, _LEAST_STRENGTH))
-        unlike |= ~(distance <= np.interp(place, table["log_strength"], table["limit"]))
-    return unlike
+        limit = np.interp(place, table["log_strength"], table["limit"])
+        reasons["distance"] = (distance, limit, ~(distance <= limit))
+    return reasons
 
 
 def _at_the_edge(model: Model, result: Prediction) -> NDArray[np.bool_]:
-    """Rows whose labels lie within `EDGE` of their errors of the ends of the training set: a star beyond ends there."""
-    outside = np.zeros(len(result.log_g), bool)
+    """Rows with a label at an end of the training set's: a star beyond ends there."""
+    rows = list(labels_at_the_edge(model, result).values())
+    return np.any(rows, axis=0) if rows else np.zeros(len(result.log_g), bool)
+
+
+def labels_at_the_edge(model: Model, result: Prediction) -> dict[str, NDArray[np.bool_]]:
+    """Rows in which each label lies within `EDGE` of its error of an end of the training set; empty for models of log g
+    alone.
+    """  # noqa: D205
     if (
         not isinstance(model.mixture, PosteriorMixture)
         or result.labels is None
         or result.label_errors is None
     ):
-        return outside
+        return {}
     ranges = model.manifest["training"].get("labels", {})
     values = np.column_stack([result.log_g, result.labels])
     errors = np.column_stack([result.log_g_err, result.label_errors])
+    found = {}
     for i, name in enumerate(model.mixture.label_names):
         if name in _EDGES and name in ranges:
             low, high = ranges[name]
-            outside |= ~(np.minimum(values[:, i] - low, high - values[:, i]) >= EDGE * errors[:, i])
-    return outside
+            found[name] = ~(np.minimum(values[:, i] - low, high - values[:, i]) >= EDGE * errors[:, i])
+    return found
 
 
 EDGE = 0.5
@@ -422,26 +468,28 @@ KNOWN = {
     "tract": ("", "part of the sky"),
     "patch": ("", "part of the tract"), "ra": ("deg", "right ascension, ICRS"), "dec": ("deg", "declination, ICRS"),
     "targetType": ("", "1 science, 2 sky, 3 flux standard"), "fiberId": ("", "fibre of the (first) exposure"),
-    "visit": ("", "exposure"), "nVisit": ("", "exposures that were coadded"), "TARGETID": ("", "DESI target"),
+    "visit": ("", "exposure"), "nVisit": ("", "exposures that were coadded"),
+    "pfsVisitHash": ("", "hash of these exposures, as in names of files"), "TARGETID": ("", "DESI target"),
     "OBJTYPE": ("", "DESI kind of target: TGT, SKY or none"),
 }  # fmt: skip
 """Unit and meaning of columns that surveys give."""
 
 
 def table_columns(
-    mixture: AnyMixture, ids: Mapping[str, np.dtype], several: bool, velocity: Velocities | None = None
+    mixture: AnyMixture,
+    ids: Mapping[str, np.dtype],
+    several: bool,
+    velocity: Velocities | VelocityFit | None = None,
 ) -> list[Column]:
-    """Columns of a prediction table, in order."""
+    """Columns of a prediction table, in order; with `velocity` those that tell what was removed."""
     columns = [Column.of(one) for one in (INPUTS if several else (ROW,))]
     columns += [
         Column(name, dtype, *KNOWN.get(name, ("", "carried along from the input")))
         for name, dtype in ids.items()
     ]
     if velocity is not None:
-        columns.append(Column("v_los", np.dtype("float32"), "km s-1", "velocity that was removed"))
-        if velocity.error is not None:
-            error = Column("v_los_err", np.dtype("float32"), "km s-1", "1 sigma of the velocity, as given")
-            columns.append(error)
+        known = isinstance(velocity, VelocityFit) or velocity.error is not None
+        columns += [Column.of(one) for one in (VELOCITY if known else VELOCITY[:1])]
     bits = ", ".join(f"{flag.value} {flag.name}" for flag in Flag)
     meanings = {"flag": f"sum of {bits}; 0 is what you want"}
     return columns + [
@@ -479,37 +527,6 @@ def choose_rows(
     return start, stop
 
 
-class _R2:
-    """1 − SS_res/SS_tot in one pass; a missing prediction counts as the label mean."""
-
-    def __init__(self) -> None:
-        self.n = self.shift = self.residual = self.sum_y = self.sum_yy = self.missing = self.missing_y = 0.0
-        self.missing_yy = 0.0
-
-    def add(self, y: NDArray, yhat: NDArray) -> None:
-        if not self.n and y.size:
-            self.shift = float(y[0])
-        d = y - self.shift
-        gone = ~np.isfinite(yhat)
-        self.residual += float(np.sum((y[~gone] - yhat[~gone]) ** 2))
-        self.n, self.sum_y, self.sum_yy = (
-            self.n + y.size,
-            self.sum_y + float(d.sum()),
-            self.sum_yy + float(d @ d),
-        )
-        self.missing += int(gone.sum())
-        self.missing_y += float(d[gone].sum())
-        self.missing_yy += float(d[gone] @ d[gone])
-
-    def value(self) -> float | None:
-        if self.n < 2:
-            return None
-        mean = self.sum_y / self.n
-        total = self.sum_yy - self.n * mean**2
-        residual = self.residual + self.missing_yy - 2 * mean * self.missing_y + self.missing * mean**2
-        return 1 - residual / total if total > 0 and self.missing < self.n else None
-
-
 def predict(
     paths: str | Path | Iterable[str | Path],
     model: Model | str | Path | None = None,
@@ -522,10 +539,12 @@ def predict(
     shard: tuple[int, int] | None = None,
     overwrite: bool = False,
     velocity: float | str | Path | None = None,
+    velocity_range: float = DEFAULT_RANGE,
     medium: Literal["auto", "vacuum", "air"] = "auto",
     telluric: Telluric = "auto",
     select: str | None = None,
     keep: Iterable[str] = (),
+    record: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Summary:
@@ -550,9 +569,13 @@ def predict(
         (i, N): score part i of N equal parts.
     overwrite : bool
         Replace an existing table.
-    velocity : number, column or path, optional
+    velocity : number, column, path or "fit", optional
         Velocities that are removed [km/s]: one for all, a column of the spectra, or a table that is joined by
-        identifiers (see `moefast.spectra.velocities`). Without it spectra are taken to be at rest.
+        identifiers (see `moefast.spectra.velocities`). "fit": one is fitted to each spectrum, and predictions are
+        averaged over its posterior; only by posteriors. Without it spectra of surveys are fitted if the model can, and
+        all others, those of the simulator among them, are taken to be at rest.
+    velocity_range : float
+        Fitted velocities lie within so many km/s of 0, either way.
     medium : "auto", "vacuum" or "air"
         What wavelengths are in; "auto" is what the survey uses.
     telluric : "auto", "mask" or "keep"
@@ -562,6 +585,8 @@ def predict(
         Rows to predict, such as ``targetType == 1 and nVisit > 2``; the others get no row in the table.
     keep : iterable of str
         Columns of the input that go into the table besides identifiers.
+    record : mapping, optional
+        What the caller wants to find again in the table's attribute ``made_of``: numbers, text, lists and mappings.
     progress : callable, optional
         Called with rows done and rows in all.
     tell : callable, optional
@@ -574,6 +599,7 @@ def predict(
     """
     chosen = model if isinstance(model, Model) else Model.load(model)
     engine, where = open_engine(chosen.mixture, backend)
+    keep = tuple(keep)
     preparation = Preparation(chosen.mixture.wave, medium, moving=velocity is not None, telluric=telluric)
     spectra, failures = _open(paths, preparation)
     origins = Origins(spectra)
@@ -592,7 +618,8 @@ def predict(
         if not wanted_rows.any():
             raise InputError(f"--select {select!r}: holds for none of the rows {start}:{stop}")
     n_out = int(wanted_rows.sum())
-    moved = None if velocity is None else _move(spectra, velocity, wanted_rows)
+    fit = _fit_of(chosen, spectra, velocity, velocity_range)
+    moved = fit if fit is not None or velocity is None else move(spectra, velocity, wanted_rows)
     ids = {name: _id_dtype(spectra, name) for name in _carried(spectra, keep)}
     labelled = spectra.has_labels((_LABEL,))
     layout = table_columns(chosen.mixture, ids, several, moved)
@@ -609,16 +636,25 @@ def predict(
         "inputs": [str(path) for path in origins.paths],
         "input_sha256": spectra.fingerprint(),
         "array": "+".join(scored),
+        "medium": medium,
         "telluric": telluric,
         "rows": f"{start}:{stop}",
         "backend": where.name,
         "device": where.device,
         "backend_reason": where.reason,
     }
+    attrs["options"] = {
+        "limit": limit, "velocity": None if velocity is None else str(velocity), "medium": medium,
+        "telluric": telluric, "select": select, "keep": list(keep),
+    }  # fmt: skip
+    if record is not None:
+        attrs["made_of"] = dict(record)
+    if shard is not None:
+        attrs["shard"] = f"{shard[0]}/{shard[1]}"
     if select is not None:
         attrs["select"] = select
     if moved is not None:
-        attrs["velocity"] = moved.source
+        attrs["velocity"] = moved.source if fit is None else f"fitted within {fit.largest:g} km/s"
     summary = Summary(
         backend=where.name,
         device=where.device,
@@ -633,7 +669,7 @@ def predict(
         if tell is not None:
             tell(odd.words)
     sink = _Sink(out, n_out, layout, attrs, overwrite)
-    r2, looked_at, unlike = _R2(), list[tuple[NDArray, NDArray]](), 0
+    r2, looked_at, unlike = SquaredErrors(), list[tuple[NDArray, NDArray]](), 0
     every = 1 + (stop - start) // LOOKED_AT
     wanted = [*ids, _LABEL] if labelled else list(ids)
 
@@ -641,7 +677,7 @@ def predict(
         """Account for rows that could not be read; of a single file they end the run instead."""
         if first == last or not several:
             return
-        _fill_gap(sink, spectra, origins, first, last, ids, wanted_rows, moved)
+        _fill_gap(sink, spectra, origins, first, last, ids, wanted_rows, None if fit is not None else moved)
         lost = int(wanted_rows[first:last].sum())
         for f in _LOST:
             summary.flags[str(f.name)] = summary.flags.get(str(f.name), 0) + lost
@@ -651,8 +687,14 @@ def predict(
 
     def score(block: Block) -> _Scored:
         base = int(spectra.first_rows[block.shard])
+        shard = spectra.shards[block.shard]
+        if fit is not None and isinstance(shard, PreparedShard) and (velocity is not None or shard.observed):
+            which = "noisy" if array != "flux" and "noisy" in shard.arrays else "flux"
+            *found, moving = score_moving(engine, fit, shard, which, block, block.first_row - base)
+            return _Scored(block.first_row, block.shard, block.params, *found, *moving)
+        n = len(block) if fit is not None else 0
         found = score_block(engine, block, block.first_row - base)
-        return _Scored(block.first_row, block.shard, block.params, *found)
+        return _Scored(block.first_row, block.shard, block.params, *found, np.zeros(n), np.full(n, np.nan))
 
     def write(parts: list[_Scored]) -> None:
         """Flag rows of one file that follow each other, and write them."""
@@ -668,7 +710,14 @@ def predict(
             columns, params = ({k: v[chosen_rows] for k, v in each.items()} for each in (columns, params))
         lead = _lead(origins, shard, (begin, begin + n), chosen_rows, several)
         lead |= {name: _identifiers(params[name], dtype) for name, dtype in ids.items()}
-        lead |= _velocity_columns(moved, first, chosen_rows)
+        if fit is None:
+            lead |= _velocity_columns(moved, first, chosen_rows)
+        else:
+            nothing = columns["flag"] & np.uint32(Flag.NO_DATA) != 0
+            fitted = zip(VELOCITY, ("velocity", "velocity_error"), strict=True)
+            for one, name in fitted:
+                values = np.concatenate([getattr(p, name) for p in parts])[chosen_rows]
+                lead[one.name] = np.where(nothing, np.nan, values).astype(one.dtype)
         sink.write({**lead, **columns})
         if labelled:
             known = plausible(_LABEL, params[_LABEL])
@@ -682,6 +731,11 @@ def predict(
         parts.clear()
 
     warm_up(engine, chosen.mixture.n_pixels)
+    if fit is not None:
+        fit.prepare()
+        for part in spectra.shards:
+            if isinstance(part, PreparedShard):
+                part.keep_measured()
     begin = time.perf_counter()
     with sink, one_blas_thread():
         position, waiting = start, list[_Scored]()
@@ -713,8 +767,12 @@ def predict(
         summary.n_rows = n_out
         summary.seconds = time.perf_counter() - begin
         summary.spectra_per_second = summary.n_rows / summary.seconds
-        summary.r2 = r2.value() if labelled else None
-        summary.notes = [*_told(spectra, moved), *_notes(looked_at, unlike, summary, chosen), *about_params]
+        summary.r2 = r2.r2() if labelled else None
+        summary.notes = [
+            *_told(spectra, moved, chosen, velocity),
+            *_notes(looked_at, unlike, summary, chosen),
+            *about_params,
+        ]
         sink.attrs.update(
             seconds=summary.seconds,
             spectra_per_second=summary.spectra_per_second,
@@ -722,10 +780,23 @@ def predict(
             notes=summary.notes,
             failures=[str(failure.error) for failure in summary.failures],
         )
+        if labelled:
+            sink.attrs["squared_errors"] = r2.numbers()
         if summary.r2 is not None:
             sink.attrs["r2"] = summary.r2
     summary.columns = sink.columns
     return summary
+
+
+def count_rows(paths: str | Path | Iterable[str | Path], model: Model) -> int:
+    """Rows that `predict` would find in the files.
+
+    Raises
+    ------
+    InputError, WaveGridError
+        As `predict`.
+    """
+    return _open(paths, Preparation(model.mixture.wave))[0].n_rows
 
 
 def _open(
@@ -762,8 +833,8 @@ def _carried(spectra: SpectrumSet, keep: Iterable[str]) -> list[str]:
     return list(names | dict.fromkeys(_present(spectra, keep, "--keep")))
 
 
-def _move(spectra: SpectrumSet, velocity: float | str | Path, needed: NDArray[np.bool_]) -> Velocities:
-    """Find the velocities and have them removed."""
+def move(spectra: SpectrumSet, velocity: float | str | Path, needed: NDArray[np.bool_]) -> Velocities:
+    """Find the velocities of spectra, and have them removed when they are read."""
     found = find_velocities(velocity, spectra, needed)
     for shard, first in zip(spectra.shards, spectra.first_rows, strict=False):
         if isinstance(shard, PreparedShard):
@@ -791,10 +862,78 @@ def _velocity_columns(moved: Velocities | None, first: int, wanted: NDArray[np.b
     return out
 
 
-def _told(spectra: SpectrumSet, moved: Velocities | None) -> list[str]:
+def _fit_of(
+    model: Model, spectra: SpectrumSet, velocity: float | str | Path | None, largest: float
+) -> VelocityFit | None:
+    """What fits velocities, if that is asked for or, of spectra of surveys, nothing is; see `predict`."""
+    if velocity is not None and velocity != FIT:
+        return None
+    shards = [s for s in spectra.shards if isinstance(s, PreparedShard) and (velocity == FIT or s.observed)]
+    if not isinstance(model.mixture, PosteriorMixture):
+        if velocity == FIT:
+            raise InputError(cannot_fit(model))
+        return None
+    if not shards:
+        return None
+    return VelocityFit(model.mixture, largest)
+
+
+def cannot_fit(model: Model) -> str:
+    """Why a model that is no posterior fits no velocities, and what to do."""
+    return (
+        f"velocity fit: the model {model.name} (recipe {model.manifest.get('recipe')}) is no posterior and cannot "
+        "tell how probable a velocity is; use one that is (-m observed, -m z0), or give velocities"
+    )
+
+
+def score_moving(
+    engine: Engine, fit: VelocityFit, shard: PreparedShard, array: str, block: Block, first_row: int
+) -> tuple[Prediction, Quality, tuple[NDArray, NDArray]]:
+    """What an engine gives for a block of stars whose velocities are fitted, and these with their errors."""
+    arms = shard.measured(array, first_row, first_row + len(block))
+    lost = np.zeros(len(block), bool) if block.mask is None else block.mask.all(1)
+
+    def at_rest(velocity: NDArray, rows: NDArray[np.intp]) -> tuple[NDArray, NDArray, NDArray[np.bool_]]:
+        flux, error, mask = shard.at_velocity(arms, velocity, rows)
+        # What is wrong with a row is wrong with it at every velocity.
+        mask[lost[rows]] = True
+        return flux, error, mask
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        result, quality, found = predict_moving(fit, lambda *a: engine(*a, first_row), len(block), at_rest)
+    return result, quality, (found.velocity, found.error)
+
+
+def _told(
+    spectra: SpectrumSet,
+    moved: Velocities | VelocityFit | None,
+    model: Model,
+    velocity: float | str | Path | None,
+) -> list[str]:
     """What the files, and the velocities, have users know."""
     notes = [note for shard in spectra.shards if isinstance(shard, PreparedShard) for note in shard.notes]
-    return list(dict.fromkeys([*notes, *([] if moved is None else moved.notes)]))
+    if isinstance(moved, VelocityFit):
+        why = "" if velocity is not None else "none were given, so "
+        how = (
+            ""
+            if velocity is not None
+            else "; --velocity TABLE gives them, --velocity 0 takes spectra to be at rest"
+        )
+        notes.append(
+            f"velocities: {why}one was fitted to each star within {moved.largest:g} km/s (v_los, v_los_err){how}"
+        )
+    elif moved is not None:
+        notes += moved.notes
+    elif any(isinstance(shard, PreparedShard) and shard.observed for shard in spectra.shards):
+        notes.append(
+            "velocities: none were given, and this model fits none: spectra are taken to be at rest, which those of "
+            "surveys are not; use --velocity, or a model that fits them (-m observed)"
+        )
+    elif isinstance(model.mixture, PosteriorMixture):
+        notes.append(
+            "velocities: spectra of the simulator are taken to be at rest; --velocity fit fits one to each"
+        )
+    return list(dict.fromkeys(notes))
 
 
 def _same_file(first: str | Path, second: Path) -> bool:
@@ -981,13 +1120,15 @@ def _misfit(chi2: NDArray, snr: NDArray) -> tuple[float, float] | None:
 
 @dataclass(frozen=True)
 class _Scored:
-    """A scored block: its first row in the set, its shard, params, and what the engine gave."""
+    """A scored block: its first row in the set, its shard, params, what the engine gave, and velocities if fitted."""
 
     first_row: int
     shard: int
     params: dict[str, NDArray]
     result: Prediction
     quality: Quality
+    velocity: NDArray
+    velocity_error: NDArray
 
 
 class _Sink:

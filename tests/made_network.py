@@ -1,7 +1,5 @@
 """Networks of random numbers for the mixtures of `plans`."""
 
-import dataclasses
-
 import numpy as np
 
 from moefast.trunks.heads import Heads
@@ -36,4 +34,4 @@ def network(mixture, kind, seed=1):
 
 def with_heads(mixture, kind):
     """The mixture with such a network in the place of its linear experts."""
-    return dataclasses.replace(mixture, heads=network(mixture, kind))
+    return mixture.with_expert(network(mixture, kind))

@@ -6,6 +6,8 @@ import numpy as np
 from plans import layers
 
 from moefast.core.grids import PHYSICAL_GRID
+from moefast.experts.linear_form import LinearForm
+from moefast.model import Model
 from moefast.posterior.library import fit_clouds, slopes
 from moefast.posterior.mixture import LABELS, SCALE_UNIT, PosteriorMixture
 
@@ -89,4 +91,28 @@ def posterior_of(stars, n_coordinates=12, n_clouds=40, n_tangents=3, widths=(0.0
         error_model=(w1, np.zeros(1, np.float32), np.full((1, 1), 100, np.float32), np.zeros(1, np.float32)),
         label_factors=np.ones(len(LABELS), np.float32),
         n_foreign=1,
+    )
+
+
+SUMMARY = {
+    "chi2_limit": 1.3,
+    "log_level": (-2.0, 2.0),
+    "library": {"slope_widths": (0.05,), "sky_width": 0.0},
+    "distance_limit": {"log_strength": [3.0, 6.0], "limit": [2.0, 4.0]},
+    "strength_limit": 10.0,
+}
+
+
+def model_of(mixture, **summary):
+    p, k = mixture.n_pixels, mixture.n_experts
+    level = np.zeros(1, np.float32)
+    flat = LinearForm(np.zeros((p, 1, 1), np.float32), np.full((1, 1), 3, np.float32), level)
+    binned = LinearForm(np.zeros((p, k, 1), np.float32), np.arange(k, dtype=np.float32)[:, None], level)
+    return Model.of_mixture(
+        mixture,
+        {"global-ridge": flat, "binned": binned},
+        recipe="posterior",
+        grid=PHYSICAL_GRID,
+        training={"log_g_std": 1.2},
+        summary=SUMMARY | summary,
     )

@@ -4,8 +4,9 @@ import numpy as np
 from onnx import TensorProto, helper
 
 from moefast.experts.cnn import ConvNet, n_places
-from moefast.experts.inputs import Inputs
+from moefast.experts.protocol import Inputs
 from moefast.export.graph import IR_VERSION, Graph, _opsets
+from moefast.ops.arithmetic import OnnxArithmetic
 
 N_COMPONENTS, N_PIXELS = 6, 64
 
@@ -44,7 +45,8 @@ def model_of(expert, stem="others.2", p=N_PIXELS):
     """Inputs as in `feeds`, output `log_g` (n, 1)."""
     graph = Graph()
     names = {"z": N_COMPONENTS, "log_level": 1, "lines": 9, "x": p}
-    value = expert.add_nodes(graph, {name: name for name in names}, stem)
+    op = OnnxArithmetic(graph, expert.arrays(), stem)
+    value = expert.describe(op, {name: name for name in names}).log_g
     used = {name for node in graph.nodes for name in node.input}
     nodes = [
         *graph.nodes,

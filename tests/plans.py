@@ -6,6 +6,7 @@ import numpy as np
 from made_forest import forest
 
 from moefast.experts.residual import LinearResidual, RidgeResidual
+from moefast.experts.template import Templates
 from moefast.experts.trees import Trees
 from moefast.gating.tower import Tower
 from moefast.kernels import Library, Mixing, Projection, cell_size
@@ -112,6 +113,11 @@ def random_library(n_experts=5, rank=12, n_tangents=3, clouds=4, seed=0, spread=
         scatter=rng.uniform(0.3, 0.5, m).astype(np.float32),
         first=np.concatenate([[0], np.cumsum(sizes)]),
     )
+
+
+def random_templates(*args, **kwargs):
+    """Such a library as a family of experts."""
+    return Templates(random_library(*args, **kwargs))
 
 
 def random_trees(n_features, sees="stacking", n_trees=20, seed=0):

@@ -20,10 +20,12 @@ HOMES = {
 
 FLOORS = (
     ("moefast.core",),
-    ("moefast.kernels", "moefast.ops"),
+    ("moefast.ops", "moefast.pages"),
+    # The references of kernels are readers of descriptions.
+    ("moefast.kernels",),
     ("moefast.backend", "moefast.checkpoint", "moefast.spectra"),
     ("moefast.experts", "moefast.gating", "moefast.simulate"),
-    ("moefast.trunks",),
+    ("moefast.forward", "moefast.trunks"),
     ("moefast.mixture",),
     ("moefast.posterior",),
     ("moefast.ceilings", "moefast.export"),
@@ -31,7 +33,7 @@ FLOORS = (
     ("moefast.model",),
     ("moefast.fitting", "moefast.scoring"),
     ("moefast.predicting_arrays", "moefast.recipes"),
-    ("moefast.protocol",),
+    ("moefast.cluster", "moefast.inspection", "moefast.protocol"),
     # The public names: `moefast.load`, `fit`, `predict`, `evaluate`.
     ("moefast",),
     ("moefast.benchmarks", "moefast.doctor"),

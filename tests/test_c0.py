@@ -166,11 +166,11 @@ def test_the_command_writes_numbers_tables_and_picture(found, tmp_path, monkeypa
 
 
 def test_the_document_shows_the_stored_result():
-    text = (ROOT / "docs" / "c0.md").read_text()
+    text = (ROOT / "docs" / "studies" / "c0.md").read_text()
     stored = sorted((ROOT / "benchmarks" / "results").glob("*c0*.json"))
     assert stored
     result = json.loads(stored[-1].read_text())
     for what, table in c0.tables(result).items():
         assert table in text, what
     assert f"{result['train']:,} " in text
-    assert (ROOT / "docs" / "c0.png").stat().st_size < 200_000
+    assert (ROOT / "docs" / "studies" / "c0.png").stat().st_size < 200_000

@@ -279,11 +279,11 @@ def test_the_command_writes_numbers_tables_and_pictures(measured, tmp_path, monk
 
 
 def test_the_document_shows_the_stored_result():
-    text = (ROOT / "docs" / "c1.md").read_text()
+    text = (ROOT / "docs" / "studies" / "c1.md").read_text()
     stored = sorted((ROOT / "benchmarks" / "results").glob("*c1*.json"))
     assert stored
     result = json.loads(stored[-1].read_text())
     for what, table in c1_report.tables(result).items():
         assert table in text, what
     for name in ("c1", "c1-map", "c1-gain"):
-        assert (ROOT / "docs" / f"{name}.png").stat().st_size < 200_000
+        assert (ROOT / "docs" / "studies" / f"{name}.png").stat().st_size < 200_000

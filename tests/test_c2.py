@@ -74,10 +74,10 @@ def test_the_command_writes_numbers_tables_and_picture(found, tmp_path, monkeypa
 
 
 def test_the_document_shows_the_stored_result():
-    text = (ROOT / "docs" / "c2.md").read_text()
+    text = (ROOT / "docs" / "studies" / "c2.md").read_text()
     stored = sorted((ROOT / "benchmarks" / "results").glob("*c2*.json"))
     assert stored
     result = json.loads(stored[-1].read_text())
     for what, table in c2.tables(result).items():
         assert table in text, what
-    assert (ROOT / "docs" / "c2.png").stat().st_size < 250_000
+    assert (ROOT / "docs" / "studies" / "c2.png").stat().st_size < 250_000

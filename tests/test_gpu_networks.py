@@ -1,7 +1,5 @@
 """The benchmark of networks on a GPU, run on a CPU at small sizes: what it times, and what it checks."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -45,9 +43,9 @@ def test_scores_that_differ_are_told(mixture, monkeypatch):
     """A graph of another network than the one that float64 scores."""
 
     def other(mine, **more):
-        heads = mine.heads
+        heads = mine.place(Heads)
         numbers = {**heads.numbers, "log_g.scale": heads.numbers["log_g.scale"] + np.float32([0.1, 0])}
-        return build(replace(mine, heads=Heads(heads.plan, numbers)), **more)
+        return build(mine.with_expert(Heads(heads.plan, numbers)), **more)
 
     build = gpu_networks.build
     monkeypatch.setattr(gpu_networks, "build", other)

@@ -8,14 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from made_posterior import posterior_of, random_posterior
+from made_posterior import SUMMARY, model_of, posterior_of, random_posterior
 from small import same_rows
 
 from moefast.benchmarks.score import mixture_arrays
 from moefast.cli import cli
 from moefast.core.errors import BackendError, ModelError
 from moefast.core.grids import PHYSICAL_GRID
-from moefast.experts.linear_form import LinearForm
 from moefast.model import MANIFEST, SCHEMA, Model
 from moefast.protocol.evaluate import evaluate
 from moefast.scoring import (
@@ -31,13 +30,6 @@ from moefast.scoring import (
 from moefast.spectra import Flag, read_table
 from moefast.spectra.quality import assess
 
-SUMMARY = {
-    "chi2_limit": 1.3,
-    "log_level": (-2.0, 2.0),
-    "library": {"slope_widths": (0.05,), "sky_width": 0.0},
-    "distance_limit": {"log_strength": [3.0, 6.0], "limit": [2.0, 4.0]},
-    "strength_limit": 10.0,
-}
 LABELS = ("T_eff", "M_H", "a_M", "C_M")
 
 
@@ -54,21 +46,6 @@ def few(stars):
 @pytest.fixture(scope="module")
 def few_file(few, tmp_path_factory):
     return few.write(tmp_path_factory.mktemp("few") / "few.h5", arrays=("flux", "error", "noisy"))
-
-
-def model_of(mixture, **summary):
-    p, k = mixture.n_pixels, mixture.n_experts
-    level = np.zeros(1, np.float32)
-    flat = LinearForm(np.zeros((p, 1, 1), np.float32), np.full((1, 1), 3, np.float32), level)
-    binned = LinearForm(np.zeros((p, k, 1), np.float32), np.arange(k, dtype=np.float32)[:, None], level)
-    return Model.of_mixture(
-        mixture,
-        {"global-ridge": flat, "binned": binned},
-        recipe="posterior",
-        grid=PHYSICAL_GRID,
-        training={"log_g_std": 1.2},
-        summary=SUMMARY | summary,
-    )
 
 
 @pytest.fixture(scope="module")

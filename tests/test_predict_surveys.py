@@ -6,8 +6,12 @@ import json
 import shutil
 import warnings
 
+import h5py
 import numpy as np
+import pandas
+import pyarrow.parquet
 import pytest
+from astropy.io import fits
 from astropy.table import Table
 from click.testing import CliRunner
 from small import same_rows
@@ -172,6 +176,30 @@ def test_fits_tables_are_read_without_a_warning(coadd, model, tmp_path):
     assert str(table["ra"].unit) == "deg"
     assert str(table["v_los"].unit) == "km / s"
     assert table["objId"].dtype == np.dtype(">i8")
+
+
+def test_tables_open_elsewhere_as_documented(coadd, model, tmp_path):
+    """FITS is verified by astropy, HDF5 becomes a table in one line, Parquet has units and descriptions."""
+    found = predict(coadd, model, velocity=5.0).columns
+    for suffix in ("fits", "h5", "parquet"):
+        predict(coadd, model, tmp_path / f"t.{suffix}", velocity=5.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with fits.open(tmp_path / "t.fits") as file:
+            file.verify("exception")
+            assert file[1].header["TCOMM1"]
+            assert [hdu.name for hdu in file] == ["PRIMARY", "PREDICTIONS"]
+        with h5py.File(tmp_path / "t.h5") as file:
+            table = Table({name: column[:] for name, column in file["predictions"].items()})
+        frame = pandas.read_parquet(tmp_path / "t.parquet")
+    assert set(table.colnames) == set(frame.columns) == set(found)
+    for name in ("objId", "pfsVisitHash", "log_g", "flag"):
+        np.testing.assert_array_equal(table[name], found[name])
+        np.testing.assert_array_equal(frame[name], found[name])
+    with pyarrow.parquet.ParquetFile(tmp_path / "t.parquet") as file:
+        field = file.schema_arrow.field("ra")
+        assert field.metadata[b"unit"] == b"deg"
+        assert b"model" in file.metadata.metadata
 
 
 def test_the_command(coadd, model_folder, tmp_path):

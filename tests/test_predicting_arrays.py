@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import pydoc
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from astropy import units
 from astropy.nddata import InverseVariance, NDData, StdDevUncertainty, VarianceUncertainty
+from astropy.table import Table
 from small import same_rows
+from survey_files import write_desi
 
 import moefast
-from moefast.core.errors import InputError
+from moefast.core.errors import InputError, OddSpectraWarning
 from moefast.predicting_arrays import predict_arrays
 from moefast.scoring import predict
 
@@ -134,6 +137,61 @@ def test_what_makes_no_sense(change, match, few, model):
         given |= {"flux": few.flux * scale, "error": few.error * scale}
     with pytest.raises(InputError, match=match):
         predict_arrays(given.pop("flux"), given.pop("error"), model, **given)
+
+
+def test_a_model_predicts_by_itself(few, model, plain, tmp_path):
+    mask = np.random.default_rng(0).random(few.flux.shape) < 0.2
+    same_rows(as_columns(model.predict(few.flux, few.error)), as_columns(plain), but=())
+    one = model.predict(
+        few.flux[3], error=few.error[3], wave=few.wave, mask=mask[3], velocity=-26 * units.km / units.s
+    )
+    many = predict_arrays(few.flux, few.error, model, wave=few.wave, mask=mask, velocity=-26.0)
+    assert (len(one), one["v_los"][0]) == (1, -26)
+    same_rows(as_columns(one), as_columns(many), slice(0, 1), other_rows=slice(3, 4))
+    assert "flag" in one.colnames
+    assert isinstance(moefast.load("z0"), moefast.Model)
+
+
+def test_velocities_and_masks_on_another_grid_are_those_of_the_command(few, model, tmp_path):
+    """Arrays and a file of the survey with the same spectra give the same table."""
+    mask = np.random.default_rng(1).random(few.flux.shape) < 0.05
+    velocity = np.linspace(-200, 200, 40)
+    path = write_desi(
+        tmp_path / "x.fits", {"Z": (few.wave, few.flux, few.error)}, mask={"Z": mask.astype("u4")},
+        ivar={"Z": 1 / few.error.astype("f4") ** 2},
+    )  # fmt: skip
+    table = Table({"TARGETID": 39633345008634465 + np.arange(40), "VRAD": velocity})
+    table.write(tmp_path / "v.ecsv")
+    want = predict(path, model, velocity=tmp_path / "v.ecsv").columns
+    error = 1 / np.sqrt(1 / few.error.astype("f4") ** 2)
+    got = model.predict(few.flux * UNIT, error * UNIT, wave=few.wave * units.AA, mask=mask, velocity=velocity)
+    for name in ("log_g", "log_g_err", "chi2"):
+        np.testing.assert_allclose(got[name], want[name], atol=1e-4)
+    np.testing.assert_array_equal(got["flag"], want["flag"])
+
+
+def test_odd_arrays_are_told_in_the_words_of_the_command(few, model, plain, tmp_path):
+    assert plain.meta["oddities"] == []
+    flux, error = few.flux.copy(), few.error.copy()
+    flux[5] = 1.0
+    path = type(few)(few.wave, flux, error, None, {}).write(
+        tmp_path / "x.h5", arrays=("flux", "error"), params=()
+    )
+    said = predict(path, model).oddities
+    with pytest.warns(OddSpectraWarning, match=r"same flux in every pixel \(row 5\)"):
+        table = model.predict(flux, error)
+    assert table.meta["oddities"] == said
+    with pytest.warns(OddSpectraWarning, match="errors are too small"):
+        table = model.predict(few.flux, few.error / 3)
+    np.testing.assert_array_equal(model.predict(few.flux, few.error)["log_g"], plain["log_g"])
+
+
+def test_help_and_completion_show_the_public_names():
+    assert set(moefast.__all__) <= set(dir(moefast))
+    text = pydoc.plain(pydoc.render_doc(moefast))
+    for name in ("evaluate", "fit", "load", "predict", "predict_arrays"):
+        assert f"\n    {name}(" in text
+    assert "class Model(" in text
 
 
 def test_a_model_says_what_it_is_in_a_line(model):

@@ -118,10 +118,10 @@ def test_a_fit_tells_how_its_network_was_fitted(fitted, recipe, trunk):
 def test_a_gpu_refuses_families_that_it_does_not_know(fitted):
     model, _ = fitted("hybrid-moe")
     mixture = model.mixture
-    if not mixture.others:
+    if "trees" not in mixture.families:
         from plans import random_trees
 
-        mixture = dataclasses.replace(mixture, others={0: random_trees(10 + mixture.n_basis)})
+        mixture = mixture.with_expert(random_trees(10 + mixture.n_basis), 0)
     with pytest.raises(BackendError, match="no kernels for experts of the family trees; use backend cpu"):
         CudaEngine(mixture)
 
@@ -130,9 +130,9 @@ def test_a_gpu_refuses_residuals(fitted):
     from plans import random_ridge
 
     mixture = fitted("template")[0].mixture
-    residuals = {2: random_ridge(9 + mixture.n_basis)}
+    mixture = mixture.with_expert(random_ridge(9 + mixture.n_basis), 2, added=True)
     with pytest.raises(BackendError, match="no kernels for residuals of experts; use backend cpu"):
-        CudaEngine(dataclasses.replace(mixture, residuals=residuals))
+        CudaEngine(mixture)
 
 
 def test_the_manifest_of_a_residual_mixture_says_what_was_kept(fitted):
@@ -140,7 +140,9 @@ def test_the_manifest_of_a_residual_mixture_says_what_was_kept(fitted):
     said = model.manifest["fit"]["residuals"]
     assert set(said) == {"kept", "dropped", "all", "regions"}
     kept = {model.grid.names.index(name): entry["residual"] for name, entry in said["kept"].items()}
-    assert kept == {k: residual.family for k, residual in model.mixture.residuals.items()}
+    assert kept == {
+        k: residual.family.removesuffix(" residual") for k, residual in model.mixture.residuals.items()
+    }
 
 
 def test_a_fit_to_flux_that_is_noisy_already_says_so(stars, tmp_path):

@@ -159,21 +159,6 @@ def test_streamed_r2_is_that_of_scikit_learn(whole, stars):
     assert whole.r2 == pytest.approx(r2_score(stars.params["log_g"], found), abs=1e-12)
 
 
-@pytest.mark.parametrize("block", [1, 7, 100])
-def test_streamed_r2_counts_missing_rows_as_the_label_mean(block):
-    rng = np.random.default_rng(3)
-    y = 100 + rng.normal(size=500)
-    yhat = y + rng.normal(size=500)
-    yhat[rng.random(500) < 0.2] = np.nan
-    yhat[:block] = np.nan
-    running = scoring._R2()
-    for start in range(0, 500, block):
-        running.add(y[start : start + block], yhat[start : start + block])
-    assert running.value() == pytest.approx(r2(y, yhat), abs=1e-12)
-    filled = np.where(np.isnan(yhat), y.mean(), yhat)
-    assert running.value() == pytest.approx(r2_score(y, filled), abs=1e-12)
-
-
 def test_r2_of_a_file_with_rows_without_data(stars, model, tmp_path):
     some = stars.take(slice(0, 300)).observed()
     some.flux[5] = np.nan
@@ -181,13 +166,6 @@ def test_r2_of_a_file_with_rows_without_data(stars, model, tmp_path):
     summary = predict(some.write(tmp_path / "x.h5"), model)
     assert np.flatnonzero(np.isnan(summary.columns["log_g"])).tolist() == [5, 200]
     assert summary.r2 == pytest.approx(r2(some.params["log_g"], summary.columns["log_g"]), abs=1e-12)
-
-
-@pytest.mark.parametrize("values", [(), (3.0,), (3.0, 3.0)])
-def test_r2_that_does_not_exist(values):
-    running = scoring._R2()
-    running.add(np.array(values), np.array(values))
-    assert running.value() is None
 
 
 # -- parts -----------------------------------------------------------------------------------------------------
@@ -655,7 +633,7 @@ def test_a_gpu_scores_what_it_has_no_kernels_for_in_onnx_runtime(monkeypatch):
 
 def test_what_a_gpu_leaves_to_the_cpu_is_part_of_the_reason(monkeypatch):
     monkeypatch.setattr("moefast.backend.cuda_devices", lambda: (["NVIDIA T0"], ""))
-    mixture = replace(random_mixture(), others={1: random_trees(3)})
+    mixture = random_mixture().with_expert(random_trees(3), 1)
     pretend(monkeypatch, {"TreeEnsembleRegressor"})
     for asked, why in (("auto", "a CUDA device was found"), ("cuda", "as asked")):
         engine, where = open_engine(mixture, asked)

@@ -22,7 +22,7 @@ def _sizes(_: click.Context, __: click.Parameter, value: str | None) -> tuple[in
     return sizes
 
 
-@click.command()
+@click.command(short_help="Measure throughput, with R² beside it.")
 @click.option(
     "--task", type=click.Choice(["score", "fit", "all"]), default="score", show_default=True,
     help="score: flux and error to log g. fit: nine ridges, a path of penalties, hold-out errors; takes minutes.",

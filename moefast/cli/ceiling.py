@@ -13,7 +13,7 @@ from moefast.core.atomic import refuse_taken
 __all__ = ["ceiling"]
 
 
-@click.command()
+@click.command(short_help="Compute what the physics allows.")
 @FILES
 @click.option(
     "-o",

@@ -14,7 +14,7 @@ from moefast.core.errors import OutputError
 __all__ = ["compare"]
 
 
-@click.command()
+@click.command(short_help="Say whether one model is better than another.")
 @click.argument("reports", nargs=-1, required=True, metavar="REPORT…")
 @click.option("-o", "--out", metavar="FILE", help="Write all numbers as JSON.")
 @click.option(

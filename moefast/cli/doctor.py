@@ -12,7 +12,7 @@ from moefast.cli.options import DEVICE, JSON
 __all__ = ["doctor"]
 
 
-@click.command()
+@click.command(short_help="Say what this machine has and what is used of it.")
 @DEVICE
 @JSON
 def doctor(as_json: bool) -> None:

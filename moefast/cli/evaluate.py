@@ -7,18 +7,18 @@ import json
 import click
 
 from moefast.cli.messages import Progress
-from moefast.cli.options import BACKEND, DEVICE, FILES, JSON, NOISE_LEVEL, OVERWRITE, QUIET
+from moefast.cli.options import BACKEND, CONFIG, DEVICE, FILES, JSON, NOISE_LEVEL, OVERWRITE, QUIET
 
 __all__ = ["evaluate"]
 
 
-@click.command()
+@click.command(short_help="Measure a model on labelled spectra.")
 @FILES
 @click.option(
     "-m", "--model", metavar="WHAT",
     help="What is measured: a model folder, an ONNX file (.onnx) with inputs flux and error and an output log_g, or a "
-    "table of predictions (.h5, .parquet, .fits, .csv) with columns row and log_g; or a shipped model, observed (the "
-    "default), z0 or survey.",
+    "table of predictions (.h5, .parquet, .fits, .csv) with columns log_g and row, or the stars' identifiers; or a "
+    "shipped model, observed (the default), z0 or survey.",
 )  # fmt: skip
 @click.option(
     "-o", "--out", metavar="FOLDER",
@@ -39,14 +39,19 @@ __all__ = ["evaluate"]
     help="Ceilings of this test set, written by moefast ceiling -o; those of the reference sets come with moefast.",
 )  # fmt: skip
 @click.option("--name", help="Name of the test set in the report.")
+@click.option(
+    "--milestones", is_flag=True,
+    help="Also judge the marks of the project's roadmap that this evaluation bears on; moefast milestones judges all.",
+)  # fmt: skip
 @BACKEND
 @DEVICE
+@CONFIG
 @OVERWRITE
 @QUIET
 @JSON
 def evaluate(
     files: tuple[str, ...], model: str | None, out: str | None, pictures: bool, noise: str, noise_level: float,
-    ceiling: str | None, name: str | None, backend: str, overwrite: bool, quiet: bool, as_json: bool,
+    ceiling: str | None, name: str | None, milestones: bool, backend: str, overwrite: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure a model on labelled spectra: R² with intervals, by SNR and bin, beside simpler fits.
 
@@ -56,6 +61,7 @@ def evaluate(
     """
     from moefast.protocol.evaluate import check_report_folder, write_report
     from moefast.protocol.evaluate import evaluate as run
+    from moefast.protocol.milestones import judge_alone
     from moefast.protocol.report_text import format_text
 
     if out:
@@ -66,9 +72,11 @@ def evaluate(
         progress=progress.rows("evaluate"), tell=lambda words: progress.note(f"note: {words}"),
     )  # fmt: skip
     progress.close()
+    judged = judge_alone(result.report) if milestones else None
     # First what took long; a terminal may refuse the text.
-    written = write_report(result, out, pictures=pictures, overwrite=overwrite) if out else []
-    click.echo(json.dumps(result.report, indent=1) if as_json else format_text(result.report, result.run))
+    written = write_report(result, out, pictures=pictures, overwrite=overwrite, judged=judged) if out else []
+    text = json.dumps(result.report, indent=1) if as_json else format_text(result.report, result.run, judged)
+    click.echo(text)
     if as_json and not quiet and result.run["spectra_per_second"]:
         click.echo(f"{result.run['spectra_per_second']:,.0f} spectra/s on {result.run['device']}", err=True)
     if out:

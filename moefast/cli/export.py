@@ -12,7 +12,7 @@ from moefast.core.atomic import refuse_taken
 __all__ = ["export"]
 
 
-@click.command()
+@click.command(short_help="Write a model as one ONNX file.")
 @click.argument("model", metavar="MODEL")
 @click.option("-o", "--out", required=True, type=click.Path(dir_okay=False), help="ONNX file to write.")
 @click.option("--part", default="mixture", show_default=True, help="mixture, gate, or expert-0, expert-1, …")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import click
 
-from moefast.cli.messages import Progress
-from moefast.cli.options import BACKEND, DEVICE, JSON, NOISE_LEVEL, OVERWRITE, QUIET
+from moefast.cli.messages import Progress, tell_failures
+from moefast.cli.options import BACKEND, CONFIG, DEVICE, JSON, LIKE, NOISE_LEVEL, OVERWRITE, QUIET, RESOLUTION
 
 __all__ = ["fit"]
 
@@ -26,14 +26,19 @@ def _grid(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int
     return rows, columns
 
 
-@click.command()
+@click.command(short_help="Fit a model on labelled spectra.")
 @click.argument("files", nargs=-1, metavar="[FILE…]")
 @click.option("-o", "--out", required=True, metavar="FOLDER", help="Model folder to write.")
 @click.option(
     "--simulate", type=click.IntRange(1), metavar="N",
     help="Fit N spectra that are simulated as they are needed, with no file between; instead of FILE.",
 )  # fmt: skip
-@click.option("--set", "name", metavar="NAME", help="Reference set to simulate, part train.  [default: z0]")
+@click.option(
+    "--set", "name", metavar="NAME",
+    help="Reference set to simulate, part train.  [default: z0, with --like library]",
+)  # fmt: skip
+@LIKE
+@RESOLUTION
 @click.option(
     "--recipe",
     default="phys-moe",
@@ -71,11 +76,13 @@ def _grid(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int
 )  # fmt: skip
 @BACKEND
 @DEVICE
+@CONFIG
 @OVERWRITE
 @QUIET
 @JSON
 def fit(
-    files: tuple[str, ...], out: str, simulate: int | None, name: str | None, recipe: str,
+    files: tuple[str, ...], out: str, simulate: int | None, name: str | None, like: tuple[str, ...],
+    resolution: str | None, recipe: str,
     grid: tuple[int, int] | None, noise: str, noise_level: float, size: str, steps: int | None,
     references: bool, seed: int, checkpoint: str | None, backend: str, overwrite: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
@@ -85,6 +92,7 @@ def fit(
         moefast fit train.h5 -o model/
         moefast fit --simulate 200000 --set library --recipe posterior -o model/
         moefast fit train/ -o model/ --checkpoint fit-so-far/
+        moefast fit --simulate 20000 --like coadd.fits --recipe posterior -o model/
 
     \b
     Recipes:
@@ -94,6 +102,9 @@ def fit(
         posterior-calibrated
                          the same where the calibration can be trusted: the
                          scale is free, the slope is not
+        posterior-linear linear experts for bins of T_eff, [M/H] and log g at
+                         the noise and gaps of each star; nuisances as for
+                         posterior
         template         posterior mean over templates, at the mean noise of
                          the training set; needs clean spectra
         phys-moe         nine linear experts behind a gate; any spectra
@@ -116,7 +127,7 @@ def fit(
     from moefast.model import check_target
     from moefast.recipes import RECIPES
     from moefast.recipes import fit as run
-    from moefast.simulate import SimulatedSpectra
+    from moefast.simulate import Observed, SimulatedSpectra
 
     if recipe not in RECIPES:
         raise click.BadParameter(
@@ -126,9 +137,21 @@ def fit(
         raise click.UsageError("name the files to fit, or say how many spectra to simulate with --simulate N")
     if name is not None and not simulate:
         raise click.UsageError("--set says what to simulate; say how many with --simulate N")
+    if (like or resolution is not None) and not simulate:
+        raise click.UsageError("--like and --resolution say what to simulate; say how many with --simulate N")
+    if resolution is not None and not like:
+        raise click.UsageError("--resolution is that of the spectra which --like names")
     check_target(Path(out), overwrite)
-    spectra = SimulatedSpectra.of_set(name or "z0", rows=(0, simulate)) if simulate else files
     progress = Progress(quiet)
+    spectra: SimulatedSpectra | tuple[str, ...] = files
+    observed = Observed.of_files(like, resolution=resolution) if like else None
+    if simulate and observed is not None:
+        progress.note(str(observed))
+        # A posterior takes templates without gaps, and has errors calibrated over those of the files.
+        whole = RECIPES[recipe].options.get("families") == ("posterior",)
+        spectra = SimulatedSpectra.like(observed, simulate, name=name or "library", whole=whole)
+    elif simulate:
+        spectra = SimulatedSpectra.of_set(name or "z0", rows=(0, simulate))
     kept = Checkpoint(checkpoint, tell=progress.note) if checkpoint else None
     where = resolve_kernels(backend)
     progress.note(f"backend {where.name} ({where.device}): {where.reason}")
@@ -147,6 +170,8 @@ def fit(
         "model": str(out), "seconds": time.monotonic() - begin, "backend": model.manifest["training"]["backend"],
         **model.manifest["fit"],
     }  # fmt: skip
+    if observed is not None:
+        facts["left_out"] = [str(failure.error) for failure in observed.failures]
     if as_json:
         click.echo(json.dumps(facts, indent=1))
         return
@@ -174,3 +199,5 @@ def fit(
         f"1σ holds {100 * check['coverage_68']:.1f} %, 1.96σ {100 * check['coverage_95']:.1f} %"
     )
     click.echo("  measure it on spectra it has not seen: moefast evaluate TEST… -m " + str(out))
+    if observed is not None:
+        tell_failures(observed.failures)

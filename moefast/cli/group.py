@@ -22,6 +22,7 @@ from moefast.cli.evaluate import evaluate
 from moefast.cli.export import export
 from moefast.cli.fit import fit
 from moefast.cli.inspect import inspect
+from moefast.cli.merge import merge
 from moefast.cli.milestones import milestones
 from moefast.cli.predict import predict
 from moefast.cli.scenarios import scenarios
@@ -51,7 +52,11 @@ Exit codes:
 
 
 class _Group(click.Group):
-    """Turns our errors into one message and their exit code."""
+    """Lists the commands in the order of use, and turns our errors into one message and their exit code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names of the commands, in the order in which they were added."""
+        return list(self.commands)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
@@ -83,10 +88,11 @@ class _Group(click.Group):
 @click.group(cls=_Group, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, "-V", "--version", prog_name="moefast")
 def cli() -> None:
-    """Surface gravities (log g) for faint stellar spectra, from the survey's own HDF5 files.
+    """Surface gravities (log g) for faint stellar spectra, from the survey's own files.
 
     \b
-    Score spectra with the model that comes with moefast:
+    Predict log g with the model that comes with moefast:
+        moefast inspect spectra.h5
         moefast predict spectra.h5 -o log_g.h5
     Fit and measure your own:
         moefast simulate train.h5 -n 20000 --seed 1 --clean
@@ -98,9 +104,11 @@ def cli() -> None:
     """
 
 
+# In the order in which they are used: first what users of a model need, then what those need who fit their own.
 COMMANDS = (
-    simulate, inspect, fit, evaluate, compare, ceiling,
-    scenarios, milestones, export, predict, bench, doctor,
+    inspect, predict, merge, doctor,
+    simulate, fit, evaluate, scenarios, compare, export,
+    ceiling, milestones, bench,
 )  # fmt: skip
 
 for _command in COMMANDS:

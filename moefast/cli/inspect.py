@@ -9,7 +9,9 @@ from typing import Any
 import click
 
 from moefast.cli.messages import tell_failures
-from moefast.cli.options import FILES, JSON, MODEL
+from moefast.cli.options import FILES, JSON, MEDIUM, MODEL, OVERWRITE, TELLURIC, VELOCITY
+from moefast.core.atomic import refuse_taken
+from moefast.core.errors import InputError
 
 __all__ = ["inspect"]
 
@@ -22,36 +24,117 @@ def _mixture_of(model: str | None) -> Any:
     return Model.load(model).mixture
 
 
-@click.command()
+@click.command(short_help="Show what is in a file, and what is odd about it.")
 @FILES
 @MODEL
+@click.option("--row", type=click.IntRange(0), metavar="N",
+              help="Show the star of this row, from 0; of several files, counted through them.")  # fmt: skip
+@click.option("--id", "identifier", metavar="ID",
+              help="Show the star with this identifier, or with NAME=VALUE in a column.")  # fmt: skip
 @click.option(
-    "--picture", type=click.Path(dir_okay=False), help="Draw a few spectra and the SNR histograms to a PNG."
-)
+    "--picture", type=click.Path(dir_okay=False),
+    help="Draw to a file, .png, .svg or .pdf: the star of --row or --id, else a few spectra and the SNR histograms.",
+)  # fmt: skip
+@click.option("--report", type=click.Path(dir_okay=False), metavar="PAGE",
+              help="Of a table of predictions: write its page, one HTML file.")  # fmt: skip
+@click.option(
+    "--spectra", multiple=True, metavar="FILE",
+    help="Of a table of predictions: the spectra it was made of, where they are not where they were.",
+)  # fmt: skip
 @click.option("--limit", type=click.IntRange(1), help="Look at so many rows at most.")
+@VELOCITY
+@MEDIUM
+@TELLURIC
+@OVERWRITE
 @JSON
 def inspect(
-    files: tuple[str, ...], model: str | None, picture: str | None, limit: int | None, as_json: bool
-) -> None:
-    """Show what is in spectrum files: arrays, wave grid, labels, SNR percentiles, bad rows, and what is odd.
+    files: tuple[str, ...], model: str | None, row: int | None, identifier: str | None, picture: str | None,
+    report: str | None, spectra: tuple[str, ...], limit: int | None, velocity: str | None, medium: str, telluric: str,
+    overwrite: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Look into files of spectra, at one star, or at a table of predictions.
 
-    Odd is what 256 rows, spread over the files, show: dead fibres, rows written twice, errors of one value or that do
-    not fit the scatter of the flux, and, against what the model was fitted on, a slope that stars do not have.
+    \b
+        moefast inspect spectra.h5
+        moefast inspect spectra.h5 --row 12 --picture star.png
+        moefast inspect log_g.h5 --report night.html
 
-    FITS files of surveys are shown as the model would see them, on its grid.
+    Files of spectra: arrays, wave grid, labels, SNR percentiles, bad rows, and what is odd. Odd is what 256 rows,
+    spread over the files, show: dead fibres, rows written twice, errors of one value or that do not fit the scatter of
+    the flux, and, against what the model was fitted on, a slope that stars do not have. FITS files of surveys are shown
+    as the model would see them, on its grid.
+
+    One star (--row or --id): what the model says of it and why it is flagged. Its picture shows flux, the model's
+    spectrum with its 1σ, residuals, lines by name, pixels that do not count, and the posterior of log g. Models that
+    are no posterior have no spectrum of their own; the rest is drawn.
+
+    A table that moefast predict wrote: flags, χ² and errors against the signal-to-noise ratio, and the stars that
+    should be looked at; no true labels are needed. The page (--report) has figures, and pictures of these stars if
+    their spectra are at hand.
     """
+    from moefast.inspection.run import is_table
+
+    if len(files) == 1 and is_table(files[0]):
+        if row is not None or identifier is not None or picture:
+            raise InputError(
+                f"{files[0]}: is a table of predictions, which has no spectra; name the file of spectra for --row, "
+                "--id and --picture"
+            )
+        _table(files[0], model, report, spectra, overwrite, as_json)
+        return
+    if report or spectra:
+        raise InputError(
+            f"{files[0]}: --report and --spectra are for one table that moefast predict wrote (.h5, .parquet or .fits)"
+        )
+    if row is not None or identifier is not None:
+        _star(files, model, picture, as_json, row=row, identifier=identifier, velocity=velocity, medium=medium,
+              telluric=telluric)  # fmt: skip
+        return
     from moefast.spectra.files import same_wave
     from moefast.spectra.prepared import open_as_found
     from moefast.spectra.summary import format_text, summarise
     from moefast.spectra.summary import picture as draw
 
     # Files of surveys have no grid of their own that all rows share.
-    spectra = open_as_found(files, lambda: _mixture_of(model).wave, on_error="skip")
+    found = open_as_found(files, lambda: _mixture_of(model).wave, on_error="skip")
     mixture = _mixture_of(model)
-    reference = mixture.reference if same_wave(spectra.wave, mixture.wave) else None
-    facts = summarise(spectra, max_rows=limit, reference=reference)
+    reference = mixture.reference if same_wave(found.wave, mixture.wave) else None
+    facts = summarise(found, max_rows=limit, reference=reference)
     click.echo(json.dumps(facts, indent=1) if as_json else format_text(facts))
     if picture:
-        draw(spectra, picture)
+        draw(found, picture)
         click.echo(f"picture: {picture}", err=True)
-    tell_failures(spectra.failures)
+    tell_failures(found.failures)
+
+
+def _star(
+    files: tuple[str, ...], model: str | None, picture: str | None, as_json: bool, **which: Any
+) -> None:
+    from moefast.inspection.star import describe, look_at
+    from moefast.inspection.star_picture import draw_star
+    from moefast.pages.drawing import check_suffix
+
+    if picture:
+        check_suffix(picture)
+    star = look_at(files, model, **which)
+    click.echo(json.dumps(star.to_dict(), indent=1) if as_json else describe(star))
+    if picture:
+        draw_star(star, picture)
+        click.echo(f"picture: {picture}", err=True)
+
+
+def _table(
+    path: str, model: str | None, report: str | None, spectra: tuple[str, ...], overwrite: bool, as_json: bool
+) -> None:
+    from moefast.inspection.run import format_text, summarise_table
+    from moefast.inspection.run_page import write_page
+    from moefast.inspection.worst import spectra_of_worst
+
+    if report:
+        refuse_taken(report, overwrite=overwrite)
+    run = summarise_table(path)
+    click.echo(json.dumps(run.to_dict(), indent=1) if as_json else format_text(run))
+    if report:
+        stars, reason = spectra_of_worst(run, model, spectra)
+        write_page(run, report, stars, reason)
+        click.echo(f"written: {report}" + (f". {reason}" if reason else ""), err=True)

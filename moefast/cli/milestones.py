@@ -12,7 +12,7 @@ from moefast.core.atomic import refuse_taken, write_json
 __all__ = ["milestones"]
 
 
-@click.command()
+@click.command(short_help="Judge evaluations by the marks of the roadmap.")
 @click.argument("reports", nargs=-1, metavar="REPORT…")
 @click.option("-o", "--out", metavar="FILE", help="Write the verdicts with all their numbers as JSON.")
 @OVERWRITE

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import math
+from difflib import get_close_matches
+from typing import Any
 
 import click
 
 __all__ = [
     "BACKEND",
+    "CONFIG",
     "DEVICE",
     "FILES",
     "JSON",
+    "LIKE",
+    "MEDIUM",
     "MODEL",
     "NOISE_LEVEL",
     "OVERWRITE",
     "QUIET",
+    "RESOLUTION",
+    "TELLURIC",
+    "VELOCITY",
     "names",
     "positive",
     "rows",
@@ -53,6 +61,56 @@ def positive(_: click.Context, __: click.Parameter, value: float) -> float:
     if not 0 < value < math.inf:
         raise click.BadParameter(f"{value:g} is not a positive number")
     return value
+
+
+def _settings(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
+    """Take the command's settings from a file; what the command line says counts more."""
+    if value is None:
+        return
+    import tomllib
+
+    try:
+        with open(value, "rb") as file:
+            document = tomllib.load(file)
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise click.BadParameter(f"{value} cannot be read as TOML: {error}") from error
+    command = str(ctx.command.name)
+    settings = document.get(command, {})
+    if not isinstance(settings, dict) or not settings:
+        found = ", ".join(f"[{name}]" for name in document) or "nothing"
+        raise click.BadParameter(f"{value} has no settings for [{command}]; it has {found}")
+    params = {_said(one): one for one in ctx.command.params if one.name not in {"config", "help"}}
+    defaults: dict[str, Any] = {}
+    for name, setting in settings.items():
+        if name not in params:
+            close = get_close_matches(name, params, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(params))}"
+            raise click.BadParameter(f"{value}, [{command}]: {name!r} is no option of this command{hint}")
+        one = params[name]
+        many = isinstance(setting, list) and not (
+            one.multiple if isinstance(one, click.Option) else one.nargs != 1
+        )
+        # Options with commas take TOML lists as well.
+        defaults[str(one.name)] = ",".join(map(str, setting)) if many and one.nargs == 1 else setting
+    ctx.default_map = {**(ctx.default_map or {}), **defaults}
+
+
+def _said(param: click.Parameter) -> str:
+    """Name of an option in a file of settings: as on the command line, without the dashes."""
+    if isinstance(param, click.Option):
+        return max(param.opts, key=len).lstrip("-")
+    return str(param.name)
+
+
+CONFIG = click.option(
+    "--config",
+    metavar="FILE",
+    is_eager=True,
+    expose_value=False,
+    callback=_settings,
+    help='TOML file with settings of this command, such as [predict] with model = "z0"; options given on the command '
+    "line count more.",
+)
 
 
 FILES = click.argument("files", nargs=-1, required=True, metavar="FILE…")
@@ -94,6 +152,20 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print the facts as 
 QUIET = click.option("-q", "--quiet", is_flag=True, help="No progress.")
 
 
+LIKE = click.option(
+    "--like", multiple=True, metavar="FILE",
+    help="Spectra of your own, of any layout that moefast reads (file, folder or pattern; may be repeated): simulated "
+    "stars get their wave grid, resolution, noise, gaps and signal-to-noise ratios.",
+)  # fmt: skip
+
+
+RESOLUTION = click.option(
+    "--resolution", metavar="R",
+    help="With --like: resolving power such as 4500, or FWHM in Å such as 1.8A; not sharper than the emulator's 5000.  "
+    "[default: what the files say, else the emulator's]",
+)  # fmt: skip
+
+
 NOISE_LEVEL = click.option(
     "--noise-level",
     type=float,
@@ -101,6 +173,35 @@ NOISE_LEVEL = click.option(
     default=1.0,
     show_default=True,
     help="Factor on the errors of the files.",
+)
+
+
+VELOCITY = click.option(
+    "--velocity",
+    metavar="V",
+    help="Velocities to remove: a number [km/s], a column of the spectra, or a table that is joined by identifiers "
+    "(pfsStarCatalog, pfsStar files, redrock, rvspecfit, or any with v_los); for predict also fit: one is fitted to "
+    "each spectrum.  [default: 0; for predict fit where files are of surveys and the model is a posterior]",
+)
+
+
+MEDIUM = click.option(
+    "--wave-medium",
+    "medium",
+    type=click.Choice(["auto", "vacuum", "air"]),
+    default="auto",
+    show_default=True,
+    help="What wavelengths are in; auto is what the survey uses.",
+)
+
+
+TELLURIC = click.option(
+    "--telluric",
+    type=click.Choice(["auto", "mask", "keep"]),
+    default="auto",
+    show_default=True,
+    help="Whether pixels where the Earth's atmosphere absorbs count as bad; auto says so of spectra of surveys, not of "
+    "the simulator's.",
 )
 
 

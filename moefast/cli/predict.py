@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import os
+import sys
+import time
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import click
 
 from moefast.cli.messages import Progress, tell_failures
-from moefast.cli.options import BACKEND, DEVICE, FILES, JSON, MODEL, OVERWRITE, QUIET, names, rows
+from moefast.cli.options import (
+    BACKEND,
+    CONFIG,
+    DEVICE,
+    JSON,
+    MEDIUM,
+    MODEL,
+    OVERWRITE,
+    QUIET,
+    TELLURIC,
+    VELOCITY,
+    names,
+    rows,
+)
 from moefast.core.errors import OutputError
+from moefast.core.progress import FILES
 
 __all__ = ["predict"]
 
@@ -19,65 +38,124 @@ __all__ = ["predict"]
 def _shard(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:
     if value is None:
         return None
+    if value == _OF_TASK:
+        from moefast.cluster.shards import shard_of_task
+
+        return shard_of_task(os.environ)
     try:
         index, count = (int(part) for part in value.split("/"))
     except ValueError:
-        raise click.BadParameter(f"{value!r} is not i/N, for example 0/8") from None
+        raise click.BadParameter(
+            f"{value!r} is not i/N, for example 0/8; without a value --shard comes last, or before another option"
+        ) from None
     if not 0 <= index < count:
         raise click.BadParameter(f"{value!r}: i counts from 0 and must be less than N")
     return index, count
 
 
-@click.command()
-@FILES
+_OF_TASK = "of this task"
+"""What `--shard` alone stands for."""
+
+
+@click.command(short_help="Predict log g: one row of a table per spectrum.")
+@click.argument("files", nargs=-1, metavar="[FILE…]")
+@click.option("--from-file", "listing", metavar="LIST",
+              help="Text file that names a FILE on each line; - reads standard input.")  # fmt: skip
 @MODEL
 @click.option("-o", "--out", metavar="TABLE",
               help="Table to write: .h5, .parquet or .fits.  [default: <FILE>.log_g.h5 in this folder; with --shard "
               "<FILE>.log_g.i-of-N.h5]")  # fmt: skip
+@click.option("--out-dir", "folder", metavar="FOLDER",
+              help="Write a table for each input to this folder, instead of one for all; an input that fails does not "
+              "end the run.")  # fmt: skip
+@click.option("--format", "suffix", type=click.Choice(["h5", "parquet", "fits"]), default="h5", show_default=True,
+              help="Of the tables in --out-dir.")  # fmt: skip
+@click.option("--skip-existing", is_flag=True,
+              help="With --out-dir: leave out inputs whose table was made of this input, model and options; predict "
+              "the others again.")  # fmt: skip
+@click.option("--status", metavar="FILE",
+              help="With --out-dir: CSV file with the state of each input, kept up to date.  [default: status.csv in "
+              "the folder]")  # fmt: skip
+@click.option(
+    "--log", metavar="FILE", help="With --out-dir: append a line with the time for all that happens."
+)
 @click.option("--array", type=click.Choice(["auto", "flux", "noisy"]), default="auto", show_default=True,
               help="Array to score; auto is noisy where a file has it.")  # fmt: skip
 @BACKEND
 @DEVICE
 @click.option("--rows", callback=rows, metavar="FIRST:LAST", help="Score these rows only, LAST not included.")
 @click.option("--limit", type=click.IntRange(1), help="Score at most so many rows.")
-@click.option("--shard", callback=_shard, metavar="i/N", help="Score part i (from 0) of N equal parts.")
-@click.option("--velocity", metavar="V",
-              help="Velocities to remove: a number [km/s], a column of the spectra, or a table that is joined by "
-              "identifiers (pfsStarCatalog, pfsStar files, redrock, rvspecfit, or any with v_los).")  # fmt: skip
-@click.option("--wave-medium", "medium", type=click.Choice(["auto", "vacuum", "air"]), default="auto",
-              show_default=True, help="What wavelengths are in; auto is what the survey uses.")  # fmt: skip
-@click.option("--telluric", type=click.Choice(["auto", "mask", "keep"]), default="auto", show_default=True,
-              help="Whether pixels where the Earth's atmosphere absorbs count as bad; auto says so of spectra of "
-              "surveys, not of the simulator's.")  # fmt: skip
+@click.option("--shard", callback=_shard, metavar="[i/N]", is_flag=False, flag_value=_OF_TASK,
+              help="Score part i (from 0) of N equal parts; without a value the part of this task of a SLURM job "
+              "array. moefast merge joins the tables.")  # fmt: skip
+@click.option("--scheduler", metavar="ADDRESS",
+              help="Predict on a Dask cluster: the address of its scheduler, or local:N for N workers on this machine. "
+              "The table is that of one machine, bit for bit.")  # fmt: skip
+@VELOCITY
+@click.option("--velocity-range", type=click.FloatRange(min=0, min_open=True), default=500.0, show_default=True,
+              metavar="KM/S", help="Fitted velocities lie within so many km/s of 0.")  # fmt: skip
+@MEDIUM
+@TELLURIC
 @click.option(
     "--select", metavar="EXPRESSION", help='Rows to predict, such as "targetType == 1 and nVisit > 2".'
 )
 @click.option(
     "--keep", callback=names, metavar="A,B,…", help="Columns of the input to keep besides identifiers."
 )
+@click.option("--report", type=click.Path(dir_okay=False), metavar="PAGE",
+              help="Also write a page on the run, one HTML file: flags, χ² and errors against SNR, stars to look at, "
+              "as moefast inspect TABLE --report does.")  # fmt: skip
+@CONFIG
 @OVERWRITE
 @QUIET
 @JSON
 def predict(
-    files: tuple[str, ...], model: str | None, out: str | None, array: str, backend: str,
-    rows: tuple[int, int] | None, limit: int | None, shard: tuple[int, int] | None,
-    velocity: str | None, medium: str, telluric: str, select: str | None, keep: tuple[str, ...],
-    overwrite: bool, quiet: bool, as_json: bool,
+    files: tuple[str, ...], listing: str | None, model: str | None, out: str | None, folder: str | None, suffix: str,
+    skip_existing: bool, status: str | None, log: str | None, array: str, backend: str,
+    rows: tuple[int, int] | None, limit: int | None, shard: tuple[int, int] | None, scheduler: str | None,
+    velocity: str | None, velocity_range: float, medium: str, telluric: str, select: str | None,
+    keep: tuple[str, ...], report: str | None, overwrite: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Predict log g for every spectrum and write a table: one row per spectrum, in order.
 
     FILE is an HDF5 file of the PFS simulator, a pfsCalibrated, pfsCoadd, pfsSingle, pfsObject or pfsStar, or a DESI
     coadd or spectra file, recognised by its content; a folder of them, or a pattern. Units, masks and grids are the
-    file's (docs/formats.md). Spectra are taken to be at rest unless --velocity says how they move.
+    file's (docs/formats.md). Velocities of stars in files of surveys are fitted, and log g is averaged over their
+    posterior; spectra of the simulator are taken to be at rest. --velocity says otherwise (docs/velocities.md).
 
     Columns: row, identifiers of the input, log_g [dex], log_g_err (calibrated 1σ), log_g_err_raw (pixel noise
     alone), weight_k (gate), expert, snr_norm, snr_median, chi2, flag; of a posterior also T_eff [K], M_H, a_M, C_M
-    [dex], each with _err and _corr (correlation with log_g), and scale. Spectra without data get NaN and a flag,
+    [dex], each with _err and _corr (correlation with log_g), and scale; where velocities were given or fitted v_los and
+    v_los_err [km/s]. Spectra without data get NaN and a flag,
     never a missing row. If the files have labels, R² is printed. What is odd about the spectra as a whole (slope, dead
     fibres, errors that do not fit the scatter, …) is said before the first is scored; no number is changed.
     """
     from moefast.scoring import predict as run
 
+    if listing is not None:
+        from moefast.cluster.nights import listed
+
+        files = (*files, *listed(listing))
+    if not files:
+        raise click.UsageError("name a FILE, or a list of them with --from-file")
+    if folder is None and (skip_existing or status or log):
+        raise click.UsageError("--skip-existing, --status and --log belong to --out-dir")
+    if folder is not None:
+        if out is not None or shard is not None:
+            raise click.UsageError("--out-dir writes a table for each input: leave out -o and --shard")
+        if report:
+            raise click.UsageError(
+                "--report is for one table: moefast inspect TABLE --report writes the page of each"
+            )
+        options = {
+            "array": array, "backend": backend, "rows": rows, "limit": limit, "velocity": velocity,
+            "velocity_range": velocity_range, "medium": medium, "telluric": telluric, "select": select, "keep": keep,
+        }  # fmt: skip
+        _each(
+            files, model, Path(folder), f".{suffix}", options, skip_existing=skip_existing, overwrite=overwrite,
+            status=status, log=log, quiet=quiet, as_json=as_json,
+        )  # fmt: skip
+        return
     # Parts that run at the same time must not write to one name.
     part = f".{shard[0]}-of-{shard[1]}" if shard else ""
     # A pattern has no name to take over; a file may be called like one.
@@ -86,11 +164,26 @@ def predict(
     target = Path(out) if out else Path(f"{stem}.log_g{part}.h5")
     if overwrite and not out:
         _check_same_inputs(target, files)
+    if report and os.path.exists(report) and not overwrite:
+        raise OutputError(f"{report}: exists already; choose another name, or replace it with --overwrite")
+    if scheduler is not None:
+        if rows or limit or shard:
+            raise click.UsageError("--scheduler predicts all rows: leave out --rows, --limit and --shard")
+        options = {
+            "array": array, "backend": backend, "velocity": velocity, "velocity_range": velocity_range,
+            "medium": medium, "telluric": telluric, "select": select, "keep": keep,
+        }  # fmt: skip
+        _on_cluster(
+            scheduler, files, model, target, options, report=report, overwrite=overwrite, quiet=quiet,
+            as_json=as_json,
+        )  # fmt: skip
+        return
     progress = Progress(quiet or as_json)
     summary = run(
         files, model, target, array=array, backend=backend, rows=rows, limit=limit,  # type: ignore[arg-type]
-        shard=shard, overwrite=overwrite, velocity=velocity, medium=medium, telluric=telluric,  # type: ignore[arg-type]
-        select=select, keep=keep, progress=progress.rows("predict"), tell=lambda words: progress.note(f"note: {words}"),
+        shard=shard, overwrite=overwrite, velocity=velocity, velocity_range=velocity_range,
+        medium=medium, telluric=telluric, select=select, keep=keep,  # type: ignore[arg-type]
+        progress=progress.rows("predict"), tell=lambda words: progress.note(f"note: {words}"),
     )  # fmt: skip
     progress.close()
     facts = {
@@ -114,7 +207,100 @@ def predict(
             click.echo("  flags: " + ", ".join(f"{name} {count:,}" for name, count in summary.flags.items()))
         for note in summary.notes:
             click.echo(f"  note: {note}")
+    if report:
+        _write_report(target, model, report)
     tell_failures(summary.failures)
+
+
+def _write_report(table: Path, model: str | None, page: str) -> None:
+    from moefast.inspection.run import summarise_table
+    from moefast.inspection.run_page import write_page
+    from moefast.inspection.worst import spectra_of_worst
+
+    found = summarise_table(table)
+    stars, reason = spectra_of_worst(found, model)
+    write_page(found, page, stars, reason)
+    click.echo(f"written: {page}" + (f". {reason}" if reason else ""), err=True)
+
+
+def _each(
+    files: tuple[str, ...], model: str | None, folder: Path, suffix: str, options: dict[str, Any], *,
+    skip_existing: bool, overwrite: bool, status: str | None, log: str | None, quiet: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """A table for each input."""
+    from moefast.cluster import nights
+    from moefast.model import Model
+
+    jobs = nights.plan(files, folder, suffix)
+    chosen = Model.load(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    progress = Progress(quiet or as_json)
+    with contextlib.ExitStack() as stack:
+        stream = stack.enter_context(open(log, "a", encoding="utf-8", errors="replace")) if log else None
+
+        def say(words: str) -> None:
+            if stream is not None:
+                stream.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {words}\n")
+                stream.flush()
+
+        nights.run(
+            jobs, chosen, options=options, skip_existing=skip_existing, overwrite=overwrite,
+            status=status or folder / "status.csv", log=say, progress=progress.rows(FILES),
+        )  # fmt: skip
+    progress.close()
+    counts = {state: sum(job.state == state for job in jobs) for state in ("done", "skipped", "failed")}
+    if as_json:
+        facts = [{**vars(job), "source": str(job.source), "table": str(job.table)} for job in jobs]
+        click.echo(json.dumps({"folder": str(folder), **counts, "jobs": facts}, indent=1))
+    else:
+        n_rows = sum(job.rows for job in jobs)
+        words = ", ".join(f"{count:,} {state}" for state, count in counts.items() if count)
+        click.echo(f"{folder}: {len(jobs):,} inputs ({words}), {n_rows:,} spectra, model {chosen.name}")
+    for job in jobs:
+        if job.exit_code:
+            click.echo(f"moefast: error: {job.message}", err=True)
+    if any(job.exit_code for job in jobs):
+        sys.exit(nights.worst(jobs))
+
+
+def _on_cluster(
+    scheduler: str, files: tuple[str, ...], model: str | None, target: Path, options: dict[str, Any], *,
+    report: str | None, overwrite: bool, quiet: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """The same table by the workers of a cluster."""
+    from moefast.cluster.workers import connect, predict_on
+
+    progress = Progress(quiet or as_json)
+    begin = time.perf_counter()
+    with connect(scheduler) as client:
+        workers = len(client.scheduler_info(n_workers=-1)["workers"])
+        progress.note(f"{workers} workers; dashboard {client.dashboard_link}")
+        merged = predict_on(
+            client,
+            files,
+            model,
+            target,
+            options=options,
+            overwrite=overwrite,
+            progress=progress.rows("predict"),
+        )
+    progress.close()
+    seconds = time.perf_counter() - begin
+    if report:
+        _write_report(target, model, report)
+    if as_json:
+        facts = {
+            "table": str(target), "rows": merged.n_rows, "shards": merged.n_parts, "workers": workers,
+            "seconds": seconds, "r2": merged.r2, "notes": list(merged.notes),
+        }  # fmt: skip
+        click.echo(json.dumps(facts, indent=1))
+        return
+    r2 = "no labels, so no R²" if merged.r2 is None else f"R² {merged.r2:.3f}"
+    click.echo(
+        f"{target}: {merged.n_rows:,} spectra, {merged.n_parts} shards by {workers} workers in {seconds:.0f} s, {r2}"
+    )
+    for note in merged.notes:
+        click.echo(f"  note: {note}")
 
 
 def _check_same_inputs(target: Path, files: tuple[str, ...]) -> None:

@@ -13,7 +13,7 @@ from moefast.core.atomic import refuse_taken, write_json
 __all__ = ["scenarios"]
 
 
-@click.command()
+@click.command(short_help="Say what a model makes of spectra that are wrong.")
 @click.argument("model", required=False)
 @click.option(
     "-n", "--number", type=click.IntRange(2, 10_000), default=1000, show_default=True, metavar="N",

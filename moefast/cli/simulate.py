@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from moefast.cli.messages import Progress
-from moefast.cli.options import OVERWRITE, QUIET, positive, rows
+from moefast.cli.messages import Progress, tell_failures
+from moefast.cli.options import CONFIG, LIKE, OVERWRITE, QUIET, RESOLUTION, positive, rows
 from moefast.core.errors import MoefastError
 
 __all__ = ["simulate"]
@@ -17,7 +17,7 @@ def _positive_if_given(context: click.Context, option: click.Parameter, value: f
     return None if value is None else positive(context, option, value)
 
 
-@click.command()
+@click.command(short_help="Simulate spectra with labels.")
 @click.argument("out", required=False, type=click.Path(dir_okay=False))
 @click.option("-n", "--number", type=click.IntRange(1), help="How many spectra.")
 @click.option(
@@ -59,17 +59,21 @@ def _positive_if_given(context: click.Context, option: click.Parameter, value: f
     callback=_positive_if_given,
     help="Factor on the physical noise.  [default: 1]",
 )
+@LIKE
+@RESOLUTION
 @click.option(
     "--noisy/--clean", default=None,
     help="Whether to store the array with noise added.  [default: noisy, but clean for train and validation parts]",
 )  # fmt: skip
+@CONFIG
 @OVERWRITE
 @QUIET
 def simulate(
     out: str | None, number: int | None, rows: tuple[int, int] | None, seed: int | None, name: str | None,
     part: str | None, list_sets: bool, mag: tuple[float, float] | None, velocity: float | None,
     redshift: tuple[float, float] | None, reddening: tuple[float, float] | None, calibration: float | None,
-    noise_level: float | None, noisy: bool | None, overwrite: bool, quiet: bool,
+    noise_level: float | None, like: tuple[str, ...], resolution: str | None, noisy: bool | None,
+    overwrite: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Simulate spectra of the PFS medium-resolution red arm, with labels, and write them to OUT.
 
@@ -81,8 +85,16 @@ def simulate(
         moefast simulate train.h5 -n 20000 --seed 1 --clean
         moefast simulate test.h5 --set z0 --part test_10k
         moefast simulate shard-3.h5 --set survey --part train --rows 300000:400000
+        moefast simulate mine.h5 -n 5000 --seed 2 --like coadd.fits
     """
-    from moefast.simulate import REFERENCE_SETS, Settings, simulate_file, simulate_rows, simulate_set
+    from moefast.simulate import (
+        REFERENCE_SETS,
+        Observed,
+        Settings,
+        SimulatedSpectra,
+        simulate_file,
+        simulate_set,
+    )  # fmt: skip
     from moefast.simulate.sets import FINGERPRINTS, format_sets, part_rows
 
     if list_sets:
@@ -100,9 +112,15 @@ def simulate(
         "calibration": calibration, "noise_level": noise_level,
     }  # fmt: skip
     own = {key: value for key, value in own.items() if value is not None}
+    if resolution is not None and not like:
+        raise click.UsageError("--resolution is that of the spectra which --like names")
+    if like and mag is not None:
+        raise click.UsageError("--mag: the signal-to-noise ratios are those of the spectra that --like names")
     if name is not None:
-        flags = ("--seed",) * (seed is not None) + tuple(
-            "--" + key.split("_scatter")[0].replace("_", "-") for key in own
+        flags = (
+            ("--seed",) * (seed is not None)
+            + ("--like",) * bool(like)
+            + tuple("--" + key.split("_scatter")[0].replace("_", "-") for key in own)
         )
         if flags:
             raise click.UsageError(
@@ -149,17 +167,24 @@ def simulate(
             which = "brighter" if key == "mag" else "lower"
             raise click.BadParameter(f"{low} {high}: the {which} limit comes first", param_hint=f"--{key}")
     first, last = span
+    observed = Observed.of_files(like, resolution=resolution) if like else None
     try:
         settings = Settings(**own)
-        simulate_rows(first, first, seed=seed, settings=settings)
+        # Refuses what cannot be simulated.
+        SimulatedSpectra(1, seed=seed, settings=settings, observed=observed)
     except MoefastError as error:
         raise click.UsageError(str(error)) from error
     noisy = noisy is None or noisy
     simulate_file(
         out, last - first, seed=seed, settings=settings, first_row=first, noisy=noisy, overwrite=overwrite,
-        progress=lambda done: report(done, last - first),
+        progress=lambda done: report(done, last - first), observed=observed,
     )  # fmt: skip
     progress.close()
     shard = f", rows {first}:{last}" if first else ""
     arrays = "flux, error, noisy" if noisy else "flux, error"
-    click.echo(f"{out}: {last - first:,} spectra, seed {seed}{shard}, {arrays}")
+    click.echo(f"{out}: {last - first:,} spectra, seed {seed}{shard}, {arrays}{', mask' if observed else ''}")
+    if observed is not None:
+        click.echo(f"  {observed}")
+        for note in observed.notes:
+            click.echo(f"  note: {note}")
+        tell_failures(observed.failures)

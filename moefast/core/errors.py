@@ -14,9 +14,14 @@ __all__ = [
     "LabelError",
     "ModelError",
     "MoefastError",
+    "OddSpectraWarning",
     "OutputError",
     "WaveGridError",
 ]
+
+
+class OddSpectraWarning(UserWarning):
+    """Something about spectra as a whole that looks wrong; no number is changed for it."""
 
 
 class MoefastError(Exception):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +29,7 @@ __all__ = [
     "STATISTICS",
     "Interval",
     "Ratio",
+    "SquaredErrors",
     "bias",
     "bootstrap",
     "bootstrap_difference",
@@ -306,6 +308,92 @@ def coverage(
         fraction = float((distance <= z).mean()) if truth.size else math.nan
         rows.append({"level": float(level), "z": z, "expected": expected, "fraction": fraction})
     return {"n": truth.size, "n_undefined": int((~defined).sum()), "levels": rows}
+
+
+@dataclass
+class SquaredErrors:
+    """Sums that give R², 1 − SS_res/SS_tot, in one pass; a missing prediction counts as the mean label.
+
+    The sums of two parts of the data add up to those of the whole: ``SquaredErrors() + a + b``. Labels are taken
+    relative to `shift`, one of them, so that the sums are well conditioned.
+
+    Attributes
+    ----------
+    n, missing : float
+        Labels, and those without a prediction.
+    shift : float
+        Label from which others are counted.
+    residual : float
+        Σ (y − ŷ)² where there is a prediction.
+    sum_y, sum_yy, missing_y, missing_yy : float
+        Σ (y − shift) and its squares, of all labels and of those without a prediction.
+    """
+
+    n: float = 0.0
+    shift: float = 0.0
+    residual: float = 0.0
+    sum_y: float = 0.0
+    sum_yy: float = 0.0
+    missing: float = 0.0
+    missing_y: float = 0.0
+    missing_yy: float = 0.0
+
+    def add(self, y: NDArray, yhat: NDArray) -> None:
+        """Take in labels and predictions, each of shape (n,)."""
+        if not self.n and y.size:
+            self.shift = float(y[0])
+        d = y - self.shift
+        gone = ~np.isfinite(yhat)
+        self.residual += float(np.sum((y[~gone] - yhat[~gone]) ** 2))
+        self.n += y.size
+        self.sum_y += float(d.sum())
+        self.sum_yy += float(d @ d)
+        self.missing += int(gone.sum())
+        self.missing_y += float(d[gone].sum())
+        self.missing_yy += float(d[gone] @ d[gone])
+
+    def __add__(self, other: SquaredErrors) -> SquaredErrors:
+        """Sums of both."""
+        if not self.n or not other.n:
+            return replace(self if self.n else other)
+        step = other.shift - self.shift
+        return SquaredErrors(
+            self.n + other.n,
+            self.shift,
+            self.residual + other.residual,
+            self.sum_y + other.sum_y + step * other.n,
+            self.sum_yy + other.sum_yy + step * (2 * other.sum_y + step * other.n),
+            self.missing + other.missing,
+            self.missing_y + other.missing_y + step * other.missing,
+            self.missing_yy + other.missing_yy + step * (2 * other.missing_y + step * other.missing),
+        )
+
+    def r2(self) -> float | None:
+        """R²; None where it is not defined: fewer than two labels, all alike, or no prediction at all."""
+        if self.n < 2:
+            return None
+        mean = self.sum_y / self.n
+        total = self.sum_yy - self.n * mean**2
+        residual = self.residual + self.missing_yy - 2 * mean * self.missing_y + self.missing * mean**2
+        return 1 - residual / total if total > 0 and self.missing < self.n else None
+
+    def numbers(self) -> dict[str, float]:
+        """The sums, as JSON keeps them to the last bit."""
+        return asdict(self)
+
+    @classmethod
+    def from_numbers(cls, numbers: Mapping[str, float]) -> SquaredErrors:
+        """Sums that `numbers` gave.
+
+        Raises
+        ------
+        ValueError
+            If a sum is missing, or another is there.
+        """
+        names = {field.name for field in fields(cls)}
+        if set(numbers) != names:
+            raise ValueError(f"sums {sorted(names)} expected, found {sorted(numbers)}")
+        return cls(**{name: float(value) for name, value in numbers.items()})
 
 
 def _pair(y: ArrayLike, yhat: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -19,21 +19,16 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from moefast.core.errors import MoefastError
 from moefast.core.random import DRAW_STREAM, add_noise
 from moefast.core.threads import in_threads, one_blas_thread
-from moefast.experts.inputs import Inputs, read_initializers
-
-if TYPE_CHECKING:
-    from typing import Self
-
-    from onnx import ModelProto
+from moefast.experts.protocol import Expert, ExpertValues, Inputs, expert
+from moefast.ops.arithmetic import SolvingArithmetic
 
 __all__ = ["ConvNet", "fit_network", "n_places"]
 
@@ -52,7 +47,6 @@ STEP, DECAY, LARGEST_GRADIENT = 2e-3, 1e-2, 1.0
 """Of AdamW: the largest step, after a warm-up over a twentieth of the fit; decay of the weights; norm of a gradient."""
 
 _LAYERS = ("1", "2", "3")
-_ARRAYS = ("reference", "scale", "w1", "b1", "w2", "b2", "w3", "b3", "v1", "c1", "v2", "c2")
 
 
 def n_places(n_pixels: int, kernels: tuple[int, ...] = KERNELS) -> int:
@@ -62,8 +56,9 @@ def n_places(n_pixels: int, kernels: tuple[int, ...] = KERNELS) -> int:
     return n_pixels
 
 
+@expert
 @dataclass(frozen=True)
-class ConvNet:
+class ConvNet(Expert):
     """Three convolutions and a head; arrays are float32, weights in the layout of ONNX and torch.
 
     Attributes
@@ -97,7 +92,6 @@ class ConvNet:
     c2: F32
 
     family: ClassVar[str] = "cnn"
-    needs_flux: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name, array in self.arrays().items():
@@ -118,9 +112,19 @@ class ConvNet:
             raise ValueError(f"the arrays of a network do not fit together: {found}")
 
     @property
+    def needs_flux(self) -> bool:
+        """It sees pixels."""
+        return True
+
+    @property
     def n_pixels(self) -> int:
         """Number of pixels p."""
         return self.reference.size
+
+    def check(self, n_experts: int, n_components: int, n_pixels: int) -> None:
+        """See `Expert.check`."""
+        if self.n_pixels != n_pixels:
+            raise ValueError(f"a network for {n_pixels} pixels expected; found {self.n_pixels}")
 
     @property
     def _convolutions(self) -> tuple[tuple[F32, F32], ...]:
@@ -153,8 +157,8 @@ class ConvNet:
             )
         return x
 
-    def predict(self, inputs: Inputs) -> F32:
-        """Log g of each star, (n,), dex.
+    def evaluate(self, inputs: Inputs) -> ExpertValues:
+        """Log g of each star, (n, 1), dex.
 
         Raises
         ------
@@ -174,7 +178,11 @@ class ConvNet:
         _ = self._halves, self._head
         with one_blas_thread():
             in_threads(len(x), run, least=ROWS)
-        return out
+        return ExpertValues(out[:, None])
+
+    def evaluate_reference(self, inputs: Inputs) -> ExpertValues:
+        """The same in float64."""
+        return super().evaluate_reference(inputs._replace(x=self._flux(inputs)))
 
     def _scored(self, x: F32, level: F32) -> F32:
         value = ((x - self.reference) * self.scale)[:, :, None]
@@ -193,64 +201,16 @@ class ConvNet:
         np.maximum(hidden, np.float32(0), out=hidden)
         return np.asarray((hidden * self.v2[:, 0]).sum(1) + self.c2[0])
 
-    def predict_reference(self, inputs: Inputs) -> F64:
-        """The same in plain NumPy and float64, window by window, (n,)."""
-        x = np.asarray(self._flux(inputs), np.float64)
-        value = ((x - self.reference) * self.scale.astype(np.float64))[:, None, :]
-        for w, b in self._convolutions:
-            kernel = w.shape[2]
-            windows = sliding_window_view(value, kernel, axis=2)[:, :, :: kernel // 2]
-            value = np.einsum("nilk,oik->nol", windows, w.astype(np.float64), optimize=True) + b[:, None]
-            value = np.maximum(value, 0)
-        level = np.asarray(inputs.log_level, np.float64)
-        features = np.column_stack([value.reshape(len(x), self.v1.shape[0] - 1), level])
-        hidden = np.maximum(features @ self.v1.astype(np.float64) + self.c1, 0)
-        return np.asarray(hidden @ self.v2.astype(np.float64) + self.c2, np.float64)[:, 0]
-
-    def arrays(self) -> dict[str, NDArray]:
-        """All arrays by name."""
-        return {name: getattr(self, name) for name in _ARRAYS}
-
-    @classmethod
-    def from_arrays(cls, read: Callable[[str], NDArray]) -> Self:
-        """The inverse of `arrays`.
-
-        Raises
-        ------
-        ValueError
-            They do not fit together.
-        """
-        return cls(**{name: read(name) for name in _ARRAYS})
-
-    def add_nodes(self, graph: Any, inputs: Mapping[str, str], stem: str) -> str:
-        """Convolutions and two matrix products; see `moefast.experts.inputs.Expert`."""
-        own = {name: graph.number(f"{stem}.{name}", array) for name, array in self.arrays().items()}
-        centred = graph.add("Sub", [inputs["x"], own["reference"]], f"{stem}/centred")
-        scaled = graph.add("Mul", [centred, own["scale"]], f"{stem}/scaled")
-        value = graph.add("Unsqueeze", [scaled, graph.axis(1)], f"{stem}/one_channel")
+    def describe(self, op: SolvingArithmetic, seen: Mapping[str, Any]) -> ExpertValues:
+        """Convolutions and two matrix products; see `moefast.experts.protocol.Expert`."""
+        value = op.multiply(op.subtract(seen["x"], op.number("reference")), op.number("scale"))
+        value = op.shaped(value, (1, self.n_pixels))
         for layer, (w, _) in zip(_LAYERS, self._convolutions, strict=True):
-            value = graph.add(
-                "Conv", [value, own[f"w{layer}"], own[f"b{layer}"]], f"{stem}/convolution_{layer}",
-                kernel_shape=[w.shape[2]], strides=[w.shape[2] // 2],
-            )  # fmt: skip
-            value = graph.add("Relu", [value], f"{stem}/active_{layer}")
-        size = self.v1.shape[0] - 1
-        flat = graph.add("Reshape", [value, graph.shape(f"row_of_{size}", [0, size])], f"{stem}/places")
-        features = graph.add("Concat", [flat, inputs["log_level"]], f"{stem}/features", axis=1)
-        hidden = graph.add("Gemm", [features, own["v1"], own["c1"]], f"{stem}/hidden_sum")
-        active = graph.add("Relu", [hidden], f"{stem}/hidden")
-        return graph.add("Gemm", [active, own["v2"], own["c2"]], f"{stem}/log_g")
-
-    @classmethod
-    def read_nodes(cls, model: ModelProto, stem: str) -> Self:
-        """The inverse of `add_nodes`, to the last bit.
-
-        Raises
-        ------
-        ModelError
-            An initializer is missing, or they do not fit together.
-        """
-        return read_initializers(cls.from_arrays, model, stem, "network")
+            weights, bias = op.number(f"w{layer}"), op.number(f"b{layer}")
+            value = op.relu(op.convolve(value, weights, bias, w.shape[2] // 2))
+        features = op.joined([op.shaped(value, (self.v1.shape[0] - 1,)), seen["log_level"]], 1)
+        hidden = op.relu(op.affine(features, op.number("v1"), op.number("c1")))
+        return ExpertValues(op.affine(hidden, op.number("v2"), op.number("c2")))
 
 
 # --- fitting ---------------------------------------------------------------------------------------------------

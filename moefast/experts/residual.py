@@ -25,9 +25,9 @@ level. Its answer is held within the range that it took on the stars of the fit:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import scipy.linalg
@@ -35,12 +35,8 @@ from numpy.typing import NDArray
 
 from moefast.core.grids import METAL_POOR
 from moefast.experts.choice import MARGIN
-from moefast.experts.inputs import Inputs, read_initializers
-
-if TYPE_CHECKING:
-    from typing import Self
-
-    from onnx import ModelProto
+from moefast.experts.protocol import Expert, ExpertValues, Inputs, expert
+from moefast.ops.arithmetic import SolvingArithmetic
 
 __all__ = [
     "Gain",
@@ -67,8 +63,9 @@ LEAST_VARIATION = 1e-10
 BLOCK = 16_384
 
 
+@expert
 @dataclass(frozen=True)
-class RidgeResidual:
+class RidgeResidual(Expert):
     """r(f, s) = min(max(b + Σ_j β_j (f_j − m_j)/(1 + c_j s²) + β_s ln s, lowest), highest).
 
     f are the 9 line features and the r principal components; ln s is held within the levels of the fit.
@@ -98,8 +95,7 @@ class RidgeResidual:
     levels: F32
     limits: F32
 
-    family: ClassVar[str] = "ridge"
-    needs_flux: ClassVar[bool] = False
+    family: ClassVar[str] = "ridge residual"
 
     def __post_init__(self) -> None:
         m = self.mean.size
@@ -115,65 +111,21 @@ class RidgeResidual:
         if (self.noise < 0).any():
             raise ValueError(f"noise over signal must not be negative; found {self.noise.min()}")
 
-    def predict(self, inputs: Inputs) -> F32:
-        """Addition to log g of each star, (n,), dex."""
-        return self._value(inputs, np.float32).astype(np.float32)
-
-    def predict_reference(self, inputs: Inputs) -> F64:
-        """The same in float64, (n,)."""
-        return self._value(inputs, np.float64)
-
-    def _value(self, inputs: Inputs, dtype: type) -> NDArray:
-        m, c, w, b, levels, limits = (getattr(self, name).astype(dtype) for name in _ARRAYS)
-        level = np.clip(np.asarray(inputs.log_level, dtype), *levels)
-        found = _shrunk(inputs, level, m, c) @ w[:-1, 0] + w[-1, 0] * level + b
-        return np.clip(found, *limits)
-
-    def arrays(self) -> dict[str, NDArray]:
-        """All arrays by name."""
-        return {name: getattr(self, name) for name in _ARRAYS}
-
-    @classmethod
-    def from_arrays(cls, read: Callable[[str], NDArray]) -> Self:
-        """The inverse of `arrays`.
-
-        Raises
-        ------
-        ValueError
-            They do not fit together.
-        """
-        return cls(**{name: read(name) for name in _ARRAYS})
-
-    def add_nodes(self, graph: Any, inputs: Mapping[str, str], stem: str) -> str:
-        """One matrix product of shrunk features; see `moefast.experts.inputs.Expert`."""
-        own = {name: graph.number(f"{stem}.{name}", array) for name, array in self.arrays().items()}
-
-        level = _within(graph, inputs["log_level"], own["levels"], f"{stem}/levels")
-        features = graph.add("Concat", [inputs["lines"], inputs["z"]], f"{stem}/features", axis=1)
-        centred = graph.add("Sub", [features, own["mean"]], f"{stem}/centred")
-        twice = graph.add("Mul", [level, graph.scalar("two", 2.0)], f"{stem}/twice_log_level")
-        variance = graph.add("Exp", [twice], f"{stem}/noise_variance")
-        ratio = graph.add("Mul", [variance, own["noise"]], f"{stem}/noise_over_signal")
-        share = graph.add("Add", [ratio, graph.scalar("one", 1.0)], f"{stem}/share")
-        shrunk = graph.add("Div", [centred, share], f"{stem}/shrunk")
-        seen = graph.add("Concat", [shrunk, level], f"{stem}/seen", axis=1)
-        value = graph.add("Gemm", [seen, own["weights"], own["intercept"]], f"{stem}/as_found")
-        return _within(graph, value, own["limits"], f"{stem}/limits")
-
-    @classmethod
-    def read_nodes(cls, model: ModelProto, stem: str) -> Self:
-        """The inverse of `add_nodes`, to the last bit.
-
-        Raises
-        ------
-        ModelError
-            An initializer is missing, or they do not fit together.
-        """
-        return read_initializers(cls.from_arrays, model, stem, "residual")
+    def describe(self, op: SolvingArithmetic, seen: Mapping[str, Any]) -> ExpertValues:
+        """A matrix product of shrunk features, and the noise level; see `moefast.experts.protocol.Expert`."""
+        m, weights = self.mean.size, op.number("weights")
+        level = _between(op, seen["log_level"], "levels")
+        variance = op.exp(op.multiply(op.constant(2.0), level))
+        share = op.add(op.constant(1.0), op.multiply(op.number("noise"), variance))
+        features = op.subtract(op.joined([seen["lines"], seen["z"]], 1), op.number("mean"))
+        value = op.product(op.divide(features, share), op.part(weights, 0, 0, m))
+        value = op.add(value, op.multiply(op.part(weights, 0, m, m + 1), level))
+        return ExpertValues(_between(op, op.add(value, op.number("intercept")), "limits"))
 
 
+@expert
 @dataclass(frozen=True)
-class LinearResidual:
+class LinearResidual(Expert):
     """r = min(max(b + a (ℓ − v), lowest), highest): the expert's value v leans on that of the linear expert, ℓ.
 
     Attributes
@@ -195,66 +147,19 @@ class LinearResidual:
     intercept: F32
     limits: F32
 
-    family: ClassVar[str] = "linear"
-    needs_flux: ClassVar[bool] = False
+    family: ClassVar[str] = "linear residual"
 
     def __post_init__(self) -> None:
         _check_arrays(self, {"share": (1,), "intercept": (1,), "limits": (2,)})
 
-    def predict(self, inputs: Inputs) -> F32:
-        """Addition to log g of each star, (n,), dex."""
-        return self._value(inputs, np.float32).astype(np.float32)
-
-    def predict_reference(self, inputs: Inputs) -> F64:
-        """The same in float64, (n,)."""
-        return self._value(inputs, np.float64)
-
-    def _value(self, inputs: Inputs, dtype: type) -> NDArray:
-        if inputs.value is None or inputs.linear is None:
+    def describe(self, op: SolvingArithmetic, seen: Mapping[str, Any]) -> ExpertValues:
+        """A product and a sum; see `moefast.experts.protocol.Expert`."""
+        if "value" not in seen or "linear" not in seen:
             raise ValueError(
                 "this residual sees its expert's value and the linear expert's; give value and linear"
             )
-        a, b, limits = (getattr(self, name).astype(dtype) for name in ("share", "intercept", "limits"))
-        return np.clip(b + a * (inputs.linear.astype(dtype) - inputs.value.astype(dtype)), *limits)
-
-    def arrays(self) -> dict[str, NDArray]:
-        """All arrays by name."""
-        return {name: getattr(self, name) for name in ("share", "intercept", "limits")}
-
-    @classmethod
-    def from_arrays(cls, read: Callable[[str], NDArray]) -> Self:
-        """The inverse of `arrays`.
-
-        Raises
-        ------
-        ValueError
-            They do not fit together.
-        """
-        return cls(**{name: read(name) for name in ("share", "intercept", "limits")})
-
-    def add_nodes(self, graph: Any, inputs: Mapping[str, str], stem: str) -> str:
-        """A product and a sum; see `moefast.experts.inputs.Expert`."""
-        own = {name: graph.number(f"{stem}.{name}", array) for name, array in self.arrays().items()}
-        apart = graph.add("Sub", [inputs["linear"], inputs["value"]], f"{stem}/apart")
-        shared = graph.add("Mul", [apart, own["share"]], f"{stem}/shared")
-        value = graph.add("Add", [shared, own["intercept"]], f"{stem}/as_found")
-        return _within(graph, value, own["limits"], f"{stem}/limits")
-
-    @classmethod
-    def read_nodes(cls, model: ModelProto, stem: str) -> Self:
-        """The inverse of `add_nodes`, to the last bit.
-
-        Raises
-        ------
-        ModelError
-            An initializer is missing, or they do not fit together.
-        """
-        return read_initializers(cls.from_arrays, model, stem, "residual")
-
-
-RESIDUALS = (RidgeResidual, LinearResidual)
-"""Families that are only residuals."""
-_ARRAYS = ("mean", "noise", "weights", "intercept", "levels", "limits")
+        apart = op.multiply(op.number("share"), op.subtract(seen["linear"], seen["value"]))
+        return ExpertValues(_between(op, op.add(op.number("intercept"), apart), "limits"))
 
 
 def _check_arrays(residual: RidgeResidual | LinearResidual, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -264,18 +169,10 @@ def _check_arrays(residual: RidgeResidual | LinearResidual, shapes: Mapping[str,
             raise ValueError(f"{name}: finite float32 {shape} expected; found {value.dtype} {value.shape}")
 
 
-def _within(graph: Any, value: str, bounds: str, stem: str) -> str:
-    """Nodes that hold a value within the two numbers of an initializer."""
-    low = graph.add("ReduceMin", [bounds], f"{stem}/least", keepdims=0)
-    high = graph.add("ReduceMax", [bounds], f"{stem}/largest", keepdims=0)
-    above = graph.add("Max", [value, low], f"{stem}/above")
-    return str(graph.add("Min", [above, high], f"{stem}/within"))
-
-
-def _shrunk(inputs: Inputs, level: NDArray, mean: NDArray, noise: NDArray) -> NDArray:
-    """φ of n stars, (n, 9 + r)."""
-    features = np.concatenate([inputs.lines, inputs.z], axis=1).astype(mean.dtype)
-    return (features - mean) / (1 + noise * np.exp(2 * level)[:, None])
+def _between(op: SolvingArithmetic, value: Any, bounds: str) -> Any:
+    """A value within the two numbers of a name."""
+    ends = op.number(bounds)
+    return op.clip(value, op.part(ends, 0, 0, 1), op.part(ends, 0, 1, 2))
 
 
 # --- fitting ---------------------------------------------------------------------------------------------------
@@ -389,6 +286,12 @@ def _rows(inputs: Inputs, rows: slice | NDArray) -> Inputs:
 def _design(inputs: Inputs, mean: F64, noise: F64, levels: F32) -> F64:
     level = np.clip(np.asarray(inputs.log_level, np.float64), *levels)
     return np.column_stack([_shrunk(inputs, level, mean, noise), level])
+
+
+def _shrunk(inputs: Inputs, level: NDArray, mean: NDArray, noise: NDArray) -> NDArray:
+    """φ of n stars, (n, 9 + r)."""
+    features = np.concatenate([inputs.lines, inputs.z], axis=1).astype(mean.dtype)
+    return (features - mean) / (1 + noise * np.exp(2 * level)[:, None])
 
 
 def _signal(inputs: Inputs, level: F64, weight: F64) -> tuple[F64, F64]:

@@ -17,15 +17,28 @@ Sources: Ghahramani & Hinton 1996 (mixtures of factor analysers); Cleveland 1979
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moefast.kernels import Library, tangent_posterior
+from moefast.experts.protocol import Expert, ExpertValues, Inputs, expert
+from moefast.kernels import Library, forward_tangent, tangent_posterior
+from moefast.ops.arithmetic import SolvingArithmetic
 
-__all__ = ["choose_library", "clouds_of_bins", "fit_library", "library_mean", "with_fewer_tangents"]
+if TYPE_CHECKING:
+    from typing import Self
+
+__all__ = [
+    "Templates",
+    "choose_library",
+    "clouds_of_bins",
+    "fit_library",
+    "library_mean",
+    "with_fewer_tangents",
+]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -43,6 +56,77 @@ LABEL_WEIGHT = 4.0
 ROUNDS = 15
 """Of k-means; it need not converge, any partition into small clouds will do."""
 BLOCK = 8192
+
+
+@expert
+@dataclass(frozen=True)
+class Templates(Expert):
+    """Posterior means over the clouds of each bin, and their evidence, which is a gate by itself.
+
+    Attributes
+    ----------
+    library : Library
+        In the principal components of the mixture.
+    """
+
+    library: Library
+
+    family: ClassVar[str] = "template"
+    on_cuda: ClassVar[bool] = True
+    has_noise: ClassVar[bool] = True
+
+    @property
+    def stem(self) -> str:
+        """A mixture has one library."""
+        return "library"
+
+    def check(self, n_experts: int, n_components: int, n_pixels: int) -> None:
+        """See `Expert.check`."""
+        library = self.library
+        if library.n_experts != n_experts or library.keys.shape[1] != n_components:
+            raise ValueError(
+                f"a library of {n_experts} experts in {n_components} components expected; found "
+                f"{library.n_experts} in {library.keys.shape[1]}"
+            )
+
+    def describe(self, op: SolvingArithmetic, seen: Mapping[str, Any]) -> ExpertValues:
+        """See `moefast.kernels.forward_tangent`."""
+        library = self.library
+        shape, sizes = library.tangents.shape, np.diff(library.first).tolist()
+        found = forward_tangent.tangent_posterior(op, shape, sizes, seen["z"], seen["least_level"])
+        # Relative to the best: in single precision, large ones would lose the digits that matter.
+        evidence = op.subtract(found.evidence, op.largest(found.evidence, 1))
+        return ExpertValues(op.single(found.mean), op.single(found.sd), op.single(evidence))
+
+    def evaluate(self, inputs: Inputs) -> ExpertValues:
+        """The same by the compiled kernel."""
+        level = inputs.log_level if inputs.least_level is None else inputs.least_level
+        found = tangent_posterior(inputs.z, level, self.library)
+        evidence = found.log_evidence - found.log_evidence.max(1, keepdims=True)
+        return ExpertValues(found.mean, found.sd, evidence)
+
+    def arrays(self) -> dict[str, NDArray]:
+        """Arrays of the library, and the number of clouds of each expert, `sizes`."""
+        own = {name: getattr(self.library, name) for name in forward_tangent.NUMBERS}
+        return own | {"sizes": np.diff(self.library.first)}
+
+    @classmethod
+    def from_arrays(cls, read: Callable[[str], NDArray]) -> Self:
+        """The inverse of `arrays`.
+
+        Raises
+        ------
+        ValueError
+            They do not fit together.
+        """
+        first = np.concatenate([[0], np.cumsum(read("sizes"))])
+        return cls(Library(**{name: read(name) for name in forward_tangent.NUMBERS}, first=first))
+
+    def of_bin(self, k: int) -> Templates:
+        """The clouds of one bin as a library of one expert."""
+        here = slice(self.library.first[k], self.library.first[k + 1])
+        own = {name: getattr(self.library, name)[here] for name in forward_tangent.NUMBERS}
+        return Templates(Library(**own, first=np.array([0, here.stop - here.start])))
 
 
 def fit_library(

@@ -13,7 +13,7 @@ In ONNX the trees are one `TreeEnsembleRegressor`, whose attributes hold every n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,9 +22,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from moefast.core.errors import ModelError, MoefastError
 from moefast.core.threads import CORES
-from moefast.experts.inputs import Inputs
+from moefast.experts.protocol import Expert, ExpertValues, Inputs, expert
 from moefast.kernels import Forest, forest_predict
 from moefast.kernels.reference_forest import forest_predict_reference
+from moefast.ops.arithmetic import SolvingArithmetic
 
 if TYPE_CHECKING:
     from typing import Self
@@ -35,11 +36,13 @@ __all__ = ["SEES", "Trees", "fit_trees", "float32_below", "read_booster", "stack
 
 SEES = ("flux", "stacking")
 """What trees may see: raw flux, or line features, principal components and ln noise level, in this order."""
+STACKED = ("lines", "z", "log_level")
 OPERATOR, DOMAIN = "TreeEnsembleRegressor", "ai.onnx.ml"
 
 
+@expert
 @dataclass(frozen=True)
-class Trees:
+class Trees(Expert):
     """A forest and what it sees of a star.
 
     Attributes
@@ -83,13 +86,32 @@ class Trees:
             raise ValueError("these trees see flux, which the inputs lack; give x")
         return np.asarray(inputs.x, np.float32)
 
-    def predict(self, inputs: Inputs) -> NDArray[np.float32]:
-        """Log g of each star, (n,), dex."""
-        return forest_predict(self.features(inputs), self.forest)
+    def evaluate(self, inputs: Inputs) -> ExpertValues:
+        """Log g of each star, (n, 1), dex."""
+        return ExpertValues(forest_predict(self.features(inputs), self.forest)[:, None])
 
-    def predict_reference(self, inputs: Inputs) -> NDArray[np.float64]:
-        """The same in plain NumPy and float64, (n,)."""
-        return forest_predict_reference(self.features(inputs), self.forest)
+    def describe(self, op: SolvingArithmetic, seen: Mapping[str, Any]) -> ExpertValues:
+        """One tree ensemble, after a concatenation if it sees several inputs; see `Expert`."""
+        names = ("x",) if self.sees == "flux" else STACKED
+
+        def run(*columns: NDArray) -> NDArray:
+            # Trees are fitted to features in single precision: a threshold decides between these.
+            features = np.concatenate(columns, axis=1, dtype=np.float32)
+            return forest_predict_reference(features, self.forest)[:, None]
+
+        def write(graph: Any, columns: Sequence[str], stem: str) -> str:
+            features = (
+                columns[0] if len(names) == 1 else graph.add("Concat", columns, _features(stem), axis=1)
+            )
+            name, attributes = _ensemble(stem), _attributes(self.forest)
+            return str(graph.add(OPERATOR, [features], name, domain=DOMAIN, **attributes))
+
+        return ExpertValues(op.step([seen[name] for name in names], run, write))
+
+    @classmethod
+    def fit(cls, inputs: Inputs, y: NDArray, *, seed: int) -> Self:
+        """A forest on line features, components and noise level; see `fit_trees`."""
+        return cls(fit_trees(stacking(inputs), y, sees="stacking", seed=seed).forest, "stacking")
 
     def arrays(self) -> dict[str, NDArray]:
         """Arrays of the forest, and `sees` (1,) as an index of `SEES`."""
@@ -110,23 +132,14 @@ class Trees:
             raise ValueError(f"sees must be one index of {SEES}; found {sees}")
         return cls(Forest(**{name: read(name) for name in _ARRAYS}), SEES[int(sees[0])])
 
-    def add_nodes(self, graph: Any, inputs: Mapping[str, str], stem: str) -> str:
-        """One tree ensemble, after a concatenation if it sees several inputs; see `moefast.experts.inputs.Expert`."""
-        if self.sees == "flux":
-            features = inputs["x"]
-        else:
-            several = [inputs[name] for name in ("lines", "z", "log_level")]
-            features = graph.add("Concat", several, _features(stem), axis=1)
-        return graph.add(OPERATOR, [features], _ensemble(stem), domain=DOMAIN, **_attributes(self.forest))
-
     @classmethod
     def read_nodes(cls, model: ModelProto, stem: str) -> Self:
-        """The inverse of `add_nodes`, to the last bit.
+        """From an ONNX model, to the last bit.
 
         Raises
         ------
         ModelError
-            There is no such node, or it holds something else than `add_nodes` writes.
+            There is no such node, or it holds something else than `describe` writes.
         """
         from onnx import helper
 

@@ -1,4 +1,4 @@
-"""Experts of other families: a library of templates, forests, and the choice for each bin.
+"""Experts of other families: a library of templates, those that are fitted bin by bin, and the choice for each bin.
 
 Design: both are made of stars that are not in the sample, so that the sample can judge them. A bin keeps its linear
 expert unless another is better beyond doubt (`moefast.experts.choice`).
@@ -8,27 +8,25 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from moefast.experts.choice import choose
-from moefast.experts.inputs import Inputs
+from moefast.experts.protocol import Expert, Inputs, family
 from moefast.experts.template import choose_library, fit_library
+from moefast.fitting.options import WHOLE
 from moefast.fitting.sample import Sample
 from moefast.fitting.training_set import TrainingSet
 from moefast.kernels import Library
 from moefast.mixture import Mixture
 
-if TYPE_CHECKING:
-    from moefast.experts.trees import Trees
-
-__all__ = ["FOREST_ROWS", "LIBRARY_ROWS", "choose_families", "families_of", "make_library"]
+__all__ = ["FIT_ROWS", "LIBRARY_ROWS", "choose_families", "make_library"]
 
 LIBRARY_ROWS = 200_000
 """Stars that a library is made of at most: a thousand clouds of two hundred."""
-FOREST_ROWS = 100_000
-"""Stars that the forests of all bins are grown on at most."""
+FIT_ROWS = 100_000
+"""Stars that the experts of all bins of another family are fitted on at most."""
 
 
 def make_library(data: TrainingSet, mixture: Mixture) -> tuple[Library, dict[str, float]]:
@@ -49,47 +47,32 @@ def make_library(data: TrainingSet, mixture: Mixture) -> tuple[Library, dict[str
     )  # fmt: skip
 
 
-def families_of(mixture: Mixture) -> list[str]:
-    """Family of each expert of a mixture."""
-    if mixture.heads is not None:
-        return ["heads"] * mixture.n_experts
-    marks = mixture.from_library or (False,) * mixture.n_experts
-    found = ["template" if mark else "linear" for mark in marks]
-    for k, expert in mixture.others.items():
-        found[k] = expert.family
-    return found
-
-
 def choose_families(data: TrainingSet, mixture: Mixture, sample: Sample) -> tuple[Mixture, dict[str, Any]]:
     """The family of each bin that is best, beyond doubt, on stars of the sample that do not measure the outcome.
 
-    Forests are grown on the library's stars, with one draw of noise.
+    Families that are fitted bin by bin see the library's stars, with one draw of noise.
     """
     options, names = data.options, data.options.grid.names
-    forests: dict[int, Trees] = {}
-    if "trees" in options.families:
-        from moefast.experts.trees import fit_trees, stacking
-
-        inputs, rows = data.inputs(mixture, "forest stars", data.other_stretches(FOREST_ROWS), noisy=True)
-        step = data.steps("forests", options.grid.n_bins)
-        sample.values["trees"] = np.empty_like(sample.values["linear"])
-        sample.noise["trees"] = sample.noise["linear"]
-        for k in range(options.grid.n_bins):
-            here = data.bins[rows] == k
-            mine = stacking(Inputs(*(a[here] for a in inputs[:3])))
-            forests[k] = fit_trees(mine, data.y[rows[here]], sees="stacking", seed=options.seed)
-            sample.values["trees"][:, k] = forests[k].predict(sample.inputs)
-            step()
+    fitted = {name: _fit_bins(data, mixture, sample, name) for name in options.families if name not in WHOLE}
     seen = data.part_of(sample.rows) != 0
     bins = data.bins[sample.rows[seen]]
     own = np.arange(len(sample.rows)), data.bins[sample.rows]
     candidates = {name: sample.values[name][own][seen] for name in options.families}
     choice = choose(data.y[sample.rows[seen]], candidates, bins, "linear", n_bins=options.grid.n_bins)
+    # Its evidence counts for every bin, whether or not one of them takes its mean.
     mixture = replace(
         mixture,
-        from_library=tuple(name == "template" for name in choice.families),
-        others={k: forests[k] for k, name in enumerate(choice.families) if name == "trees"},
+        experts=tuple(
+            replace(
+                place,
+                bins=tuple(k for k, name in enumerate(choice.families) if name == place.expert.family),
+            )
+            for place in mixture.experts
+        ),
     )
+    for k, name in enumerate(choice.families):
+        if name in fitted:
+            mixture = mixture.with_expert(fitted[name][k], k)
     table = {
         names[k]: {
             "family": choice.families[k],
@@ -100,3 +83,20 @@ def choose_families(data: TrainingSet, mixture: Mixture, sample: Sample) -> tupl
         for k in range(options.grid.n_bins)
     }
     return mixture, table
+
+
+def _fit_bins(data: TrainingSet, mixture: Mixture, sample: Sample, name: str) -> list[Expert]:
+    """An expert of a family for each bin; what they say of the sample is added to it."""
+    own, n_bins = family(name), data.options.grid.n_bins
+    inputs, rows = data.inputs(mixture, "stars of the bins", data.other_stretches(FIT_ROWS), noisy=True)
+    step = data.steps("families", n_bins)
+    sample.values[name] = np.empty_like(sample.values["linear"])
+    sample.noise[name] = sample.noise["linear"]
+    fitted = []
+    for k in range(n_bins):
+        here = data.bins[rows] == k
+        mine = Inputs(*(a[here] for a in inputs[:3]))
+        fitted.append(own.fit(mine, data.y[rows[here]], seed=data.options.seed))
+        sample.values[name][:, k] = fitted[k].predict(sample.inputs)
+        step()
+    return fitted

@@ -20,6 +20,7 @@ from moefast.fitting.training_set import TrainingSet
 from moefast.gating.mlp import as_float32, fit_gate, softmax
 from moefast.gating.tower import Tower
 from moefast.mixture import Mixture
+from moefast.trunks.heads import Heads
 
 __all__ = ["train_gate"]
 
@@ -48,7 +49,7 @@ def train_gate(
     fitted = part != 0
     held = np.isin(part, (1, 2))[fitted]
     logits = np.zeros_like(values) if sample.logits is None else sample.logits
-    if values.shape[1] > 1 and data.options.first_tower and mixture.heads is None:
+    if values.shape[1] > 1 and data.options.first_tower and mixture.place(Heads) is None:
         net = fit_gate(
             sample.features[fitted],
             values[fitted],

@@ -8,14 +8,16 @@ from typing import Literal, get_args
 
 from moefast.core.errors import InputError
 from moefast.core.grids import Grid, SnrGrid
+from moefast.experts.protocol import fitted_in_bins
 from moefast.gating.tower import Sees
 from moefast.trunks.networks import KINDS, Kind
 from moefast.trunks.presets import SIZES, Size
 
-__all__ = ["FAMILIES", "RESIDUALS", "STRETCH", "Noise", "Options"]
+__all__ = ["RESIDUALS", "STRETCH", "WHOLE", "Noise", "Options"]
 
 Noise = Literal["closed-form", "sampled", "observed"]
-FAMILIES = ("linear", "template", "trees", "heads", "posterior")
+WHOLE = ("linear", "template", "heads", "posterior")
+"""Families that are fitted on the stars of all bins together, and stand alone or bring evidence."""
 RESIDUALS = ("linear", "ridge", "trees")
 STRETCH = 512
 """Rows of one stretch of the sample."""
@@ -47,11 +49,14 @@ class Options:
         Principal components of a spectrum that experts see at most. If None, as many as their cross-validated R² needs.
     families : tuple of str
         Kinds of experts: "linear", "template" (posterior means over a library of templates, stars of the training set,
-        whose evidence is the gate), "trees", or, alone, "heads" on one trunk, a network with its own gate, or
-        "posterior", clouds of templates at each star's own noise and gaps. Of several, "linear" among them, each bin
-        gets the best.
+        whose evidence is the gate), or, alone, "heads" on one trunk, a network with its own gate, or "posterior",
+        clouds of templates at each star's own noise and gaps. Beside "linear" also any family that is fitted bin by
+        bin, such as "trees" (`moefast.experts.protocol`). Of several, each bin gets the best.
     n_clouds, n_tangents : int
         Of a "posterior".
+    n_gravity_bins : int
+        Of a "posterior": the number of bins of log g, in each bin of the grid, whose stars are one cloud each. If 0,
+        clouds are found by k-means instead, and their number is `n_clouds`.
     slope_widths : tuple of float
         Of a "posterior": prior widths of Legendre polynomials 1, 2, … of wavelength times the mean spectrum, by which
         calibration, slope and reddening may change a spectrum. Empty where the calibration can be trusted.
@@ -94,6 +99,7 @@ class Options:
     families: tuple[str, ...] = ("linear",)
     n_clouds: int = 440
     n_tangents: int = 5
+    n_gravity_bins: int = 0
     slope_widths: tuple[float, ...] = ()
     sky_width: float = 0.0
     trunk: Kind = "pca-mlp"
@@ -123,13 +129,7 @@ class Options:
             raise InputError(f"alpha must be positive, or None to have it chosen; found {self.alpha}")
         if self.n_folds < 2 or self.n_levels < 2:
             raise InputError("at least two folds and two noise levels are needed")
-        unknown, several = set(self.families) - set(FAMILIES), len(self.families) > 1
-        apart = several and ("linear" not in self.families or {"heads", "posterior"} & set(self.families))
-        if unknown or not self.families or apart:
-            raise InputError(
-                f"families must be of {', '.join(FAMILIES)}, linear among them if several, heads and posterior alone; "
-                f"found {self.families}"
-            )
+        self._check_families()
         if self.trunk not in KINDS or self.size not in SIZES or (self.steps is not None and self.steps < 1):
             raise InputError(
                 f"a trunk is one of {', '.join(KINDS)}, its size one of {', '.join(SIZES)}, its steps positive; found "
@@ -143,11 +143,12 @@ class Options:
         if (
             self.n_clouds < 1
             or self.n_tangents < 0
+            or self.n_gravity_bins < 0
             or not all(0 < width < math.inf for width in self.slope_widths)
         ):
             raise InputError(
-                "clouds, tangents and positive widths of slopes expected; found "
-                f"{self.n_clouds}, {self.n_tangents}, {self.slope_widths}"
+                "clouds, tangents, bins of log g and positive widths of slopes expected; found "
+                f"{self.n_clouds}, {self.n_tangents}, {self.n_gravity_bins}, {self.slope_widths}"
             )
         if set(self.residuals) - set(RESIDUALS):
             raise InputError(f"residuals must be of {', '.join(RESIDUALS)}; found {self.residuals}")
@@ -167,6 +168,16 @@ class Options:
             raise InputError(
                 f"at least one component, also for the gate, {STRETCH} sample rows and one draw are needed; found "
                 f"{self.n_components}, {self.n_gate}, {self.sample_rows}, {self.sample_draws}"
+            )
+
+    def _check_families(self) -> None:
+        named, own = set(self.families), fitted_in_bins()
+        in_bins = named - set(WHOLE)
+        apart = {"heads", "posterior"} & named or "linear" not in named
+        if not named or not in_bins <= own or ((len(named) > 1 or in_bins) and apart):
+            raise InputError(
+                f"families must be of {', '.join((*WHOLE, *sorted(own)))}, linear among them if several or one of "
+                f"{', '.join(sorted(own))}, heads and posterior alone; found {self.families}"
             )
 
     @property

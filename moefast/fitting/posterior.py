@@ -8,6 +8,7 @@ ten stars seven train the error model, two stop and calibrate it and set the lim
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -24,7 +25,7 @@ from moefast.fitting.training_set import TrainingSet
 from moefast.gating.mlp import as_float32, fit_error_model
 from moefast.mixture import Mixture
 from moefast.posterior import LABELS, PosteriorMixture, fit_clouds, sky_residuals, slopes
-from moefast.simulate.gaps import GAPS
+from moefast.simulate.gaps import GAPS, GapKind
 
 __all__ = ["GAP_KINDS", "fit_posterior"]
 
@@ -45,7 +46,7 @@ GAP_KINDS = (
     "reddest 10 %",
     "Ca II alone",
 )
-"""Kinds of `moefast.simulate.gaps.GAPS` that draws have in turn; every other draw has all of its pixels."""
+"""Kinds of `moefast.simulate.gaps.GAPS` that draws have in turn; every other draw has the first, all of its pixels."""
 DISTANCE_QUANTILE, CHI2_QUANTILE = 0.995, 0.999
 """Share of stars of the training set that the limits let pass."""
 DISTANCE_KNOTS = 6
@@ -81,7 +82,7 @@ def fit_posterior(data: TrainingSet, mixture: Mixture) -> tuple[PosteriorMixture
     arrays = fit_clouds(
         stars.z, values[rows], data.bins[rows], options.grid.n_bins, basis=mixture.basis.astype(np.float64),
         reference=reference, noise_shape=noise_shape, n_clouds=options.n_clouds, n_tangents=options.n_tangents,
-        seed=options.seed,
+        n_gravity_bins=options.n_gravity_bins, seed=options.seed,
     )  # fmt: skip
     sky = sky_residuals(noise_shape, options.sky_width)
     nuisances = [slopes(mixture.wave, reference, options.slope_widths), sky]
@@ -114,6 +115,8 @@ def _calibrate(
 ) -> tuple[PosteriorMixture, dict[str, Any]]:
     """The error model, the factors of the other labels, and the limits of stars like the training set."""
     parts: list[tuple[NDArray, ...]] = []
+    gaps = _gaps(data)
+    names = tuple(gaps)
     stretches = data.sample_stretches()
     total = sum(b - a for a, b in stretches)
     draws = int(np.clip(CALIBRATION_ROWS // total, 1, data.options.sample_draws))
@@ -126,11 +129,11 @@ def _calibrate(
             x = add_noise(
                 clean + _nuisances(mixture, sigma, rows, draw), sigma, data.options.seed + 1 + draw, rows
             )
-            kind = _kind_of(rows, data.options.seed + 2000 + draw)
+            kind = _kind_of(rows, len(gaps), data.options.seed + 2000 + draw)
             lost = np.zeros(x.shape, bool)
             for k in np.unique(kind):
                 mine = kind == k
-                lost[mine] = GAPS[GAP_KINDS[k]](mixture.wave, rows[mine], data.options.seed + draw)
+                lost[mine] = gaps[names[k]](mixture.wave, rows[mine], data.options.seed + draw)
             found = mixture.outputs(x, np.where(sigma > 0, sigma, np.nan), lost)
             parts.append((
                 rows, kind, found["error_features"], found["label"], found["label_sd"], found["chi2"][:, 0],
@@ -162,7 +165,7 @@ def _calibrate(
     )
     within = {
         name: [float(np.mean(ratio[mine] <= factor)), float(np.mean(ratio[mine] <= Z_95 * factor))]
-        for k, name in enumerate(GAP_KINDS)
+        for k, name in enumerate(names)
         if (mine := check & (kind == k)).any()
     }
     whole = check & (kind == 0)
@@ -183,7 +186,7 @@ def _calibrate(
             "coverage_by_gap": within,
             "r2_by_gap": {
                 name: r2(y[mine, 0], log_g[mine])
-                for k, name in enumerate(GAP_KINDS)
+                for k, name in enumerate(names)
                 if (mine := check & (kind == k)).sum() > 1
             },
             "label_r2": {
@@ -210,10 +213,16 @@ def _nuisances(mixture: PosteriorMixture, error: NDArray, rows: NDArray[np.int64
     return (size @ mixture.directions[:, n:].T.astype(np.float64)).astype(np.float32)
 
 
-def _kind_of(rows: NDArray[np.int64], seed: int) -> NDArray[np.intp]:
-    """Kind of gap of each row, at random: none in every other one, each of the kinds alike in the others."""
-    turn = fold_of_rows(rows, 2 * len(GAP_KINDS), seed)
-    return np.where(turn < len(GAP_KINDS), 0, turn - len(GAP_KINDS)).astype(np.intp)
+def _gaps(data: TrainingSet) -> Mapping[str, GapKind]:
+    """Kinds of gaps that draws have: those of the files that training stars look like, or `GAP_KINDS`."""
+    gaps = getattr(data.spectra, "gaps", None)
+    return gaps if gaps is not None else {name: GAPS[name] for name in GAP_KINDS}
+
+
+def _kind_of(rows: NDArray[np.int64], n_kinds: int, seed: int) -> NDArray[np.intp]:
+    """Kind of gap of each row, at random: the first in every other one, each of the kinds alike in the others."""
+    turn = fold_of_rows(rows, 2 * n_kinds, seed)
+    return np.where(turn < n_kinds, 0, turn - n_kinds).astype(np.intp)
 
 
 def _distance_limit(distance: NDArray, strength: NDArray) -> dict[str, list[float]]:

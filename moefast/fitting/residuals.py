@@ -7,16 +7,15 @@ tenths of the stars train, two judge (`moefast.experts.residual`), and the last 
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moefast.core.grids import SNR_NORM_NAMES, assign_snr_bins
-from moefast.experts.inputs import Expert, Inputs
+from moefast.experts.protocol import Expert, Inputs
 from moefast.experts.residual import choose_residuals, fit_linear_residual, fit_ridge_residual, regions
-from moefast.fitting.families import FOREST_ROWS, families_of
+from moefast.fitting.families import FIT_ROWS
 from moefast.fitting.sample import Sample
 from moefast.fitting.training_set import TrainingSet
 from moefast.mixture import Mixture
@@ -41,7 +40,7 @@ def add_residuals(
     """The mixture with the residuals that are kept, the sample's values of its experts with them, and what was kept."""
     options, rows = data.options, sample.rows
     part, y, strong = data.part_of(rows), data.y[rows], (gate * values).sum(1)
-    families = families_of(mixture)
+    families = mixture.families
 
     def seen(k: int, some: NDArray | slice) -> Inputs:
         own = Inputs(*(a[some] for a in sample.inputs[:3]))
@@ -74,7 +73,8 @@ def add_residuals(
         values = values.copy()
     for k, expert in chosen.items():
         values[:, k] += expert.predict(seen(k, slice(None)))
-    return replace(mixture, residuals=chosen), values, kept.summary(options.grid.names)
+        mixture = mixture.with_expert(expert, k, added=True)
+    return mixture, values, kept.summary(options.grid.names)
 
 
 def _fit_residual(name: str, seen: Inputs, wrong: F64, weight: F64, seed: int) -> Expert:
@@ -85,7 +85,7 @@ def _fit_residual(name: str, seen: Inputs, wrong: F64, weight: F64, seed: int) -
         return fit_ridge_residual(seen, wrong, weight, PENALTY)
     from moefast.experts.trees import fit_trees, stacking
 
-    few = slice(None, None, -(-len(wrong) // FOREST_ROWS))
+    few = slice(None, None, -(-len(wrong) // FIT_ROWS))
     features = stacking(Inputs(*(a[few] for a in seen[:3])))
     return fit_trees(
         features, wrong[few], weight[few], sees="stacking", seed=seed,

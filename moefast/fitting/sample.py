@@ -13,13 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefast.core.random import add_noise
-from moefast.experts.inputs import Inputs
+from moefast.experts.protocol import Inputs
 from moefast.fitting.linear_experts import LinearExperts
 from moefast.fitting.training_set import TrainingSet
 from moefast.gating.tower import quality_logs
 from moefast.kernels import Projected, perceptron, project, tangent_posterior
 from moefast.kernels.reference import hat_weights, prepare_reference
 from moefast.mixture import Mixture
+from moefast.trunks.heads import Heads
 
 __all__ = ["Faint", "Sample", "draw_faint", "draw_sample"]
 
@@ -122,8 +123,8 @@ def draw_sample(data: TrainingSet, mixture: Mixture, experts: LinearExperts) -> 
         log_g, sd, logits = of_network
         sample.values["heads"], sample.noise["heads"] = log_g.astype(np.float64), sd
         sample = sample._replace(logits=logits.astype(np.float64))
-    if mixture.library is not None:
-        posterior = tangent_posterior(sample.inputs.z, sample.inputs.log_level, mixture.library)
+    if (library := mixture.clouds[0]) is not None:
+        posterior = tangent_posterior(sample.inputs.z, sample.inputs.log_level, library)
         sample.values["template"] = posterior.mean.astype(np.float64)
         sample.noise["template"] = posterior.sd
         evidence = posterior.log_evidence.astype(np.float64)
@@ -187,7 +188,6 @@ def _draw(
         each += experts.fold_intercepts[f]
         values[mine] = (each * hat[mine][:, None]).sum(2)
     inputs = mixture.inputs(found)
-    of_network: tuple[F32, ...] = ()
-    if mixture.heads is not None:
-        of_network = mixture.heads.predict(inputs._replace(x=x))
+    network = mixture.place(Heads)
+    of_network = () if network is None else tuple(network.evaluate(inputs._replace(x=x)))
     return _Draw(found, inputs, features, values, noise, chi2, of_network)

@@ -18,7 +18,7 @@ from moefast.core.errors import InputError, LabelError, WaveGridError
 from moefast.core.grids import Grid, SnrGrid
 from moefast.core.progress import StageProgress
 from moefast.core.random import add_noise, fold_of_rows
-from moefast.experts.inputs import Inputs
+from moefast.experts.protocol import Inputs
 from moefast.fitting.options import STRETCH, Options
 from moefast.gating.features import line_columns
 from moefast.kernels import all_within, project
@@ -108,7 +108,8 @@ class TrainingSet:
                 )
             self.array = "noisy" if all(noisy) else "flux"
         try:
-            line_columns(spectra.wave)
+            # A posterior looks at no line apart.
+            line_columns(spectra.wave, all_lines=options.families != ("posterior",))
         except ValueError as error:
             raise WaveGridError(f"{spectra.shards[0].path}: spectrumdataset/wave: {error}") from error
         if np.ptp(self.y) == 0:

@@ -10,8 +10,9 @@ import numpy as np
 from moefast.checkpoint import Checkpoint
 from moefast.core.progress import SAMPLED, StageProgress
 from moefast.experts.linear_form import LinearForm
+from moefast.experts.template import Templates
 from moefast.fitting.error_model import train_error_model
-from moefast.fitting.families import choose_families, families_of, make_library
+from moefast.fitting.families import choose_families, make_library
 from moefast.fitting.first_pass import gather
 from moefast.fitting.gate import train_gate
 from moefast.fitting.linear_experts import mixture_of, solve
@@ -113,7 +114,7 @@ def _both_passes(data: TrainingSet, checkpoint: Checkpoint | None, backend: Lite
     stages: dict[str, Any] = {}
     if "template" in options.families:
         library, tried = make_library(data, mixture)
-        mixture = replace(mixture, library=library)
+        mixture = mixture.with_expert(Templates(library))
         stages["library"] = {
             "clouds": len(library.keys),
             "tangents": library.variances.shape[1],
@@ -121,11 +122,11 @@ def _both_passes(data: TrainingSet, checkpoint: Checkpoint | None, backend: Lite
         }
     if "heads" in options.families:
         heads, stages["heads"] = train_heads(data, mixture, checkpoint, backend)
-        mixture = replace(mixture, heads=heads)
+        mixture = mixture.with_expert(heads)
     sample = draw_sample(data, mixture, experts)
     if len(options.families) > 1:
         mixture, stages["families"] = choose_families(data, mixture, sample)
-    values, noise = sample.of_families(families_of(mixture))
+    values, noise = sample.of_families(mixture.families)
     mixture, logits = train_gate(data, mixture, experts, sample, values)
     gate = softmax(logits)
     if options.residuals:

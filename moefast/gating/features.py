@@ -53,12 +53,14 @@ LEAST_CONTINUUM = 0.05
 """Continua (flux units) below this are noise; the bound keeps the division finite and is part of the model."""
 
 
-def line_columns(wave: NDArray[np.float64]) -> NDArray[np.float64]:
+def line_columns(wave: NDArray[np.float64], *, all_lines: bool = True) -> NDArray[np.float64]:
     """Columns that turn a spectrum into core, window and continuum of each line.
 
     Parameters
     ----------
     wave : array of shape (p,), Å
+    all_lines : bool
+        Whether a line that lies outside the grid is an error; if not, its columns are zero.
 
     Returns
     -------
@@ -83,6 +85,9 @@ def line_columns(wave: NDArray[np.float64]) -> NDArray[np.float64]:
         return chosen
 
     for i, line in enumerate(LINES):
+        windows = (line.window, line.blue, line.red)
+        if not all_lines and not all(((wave >= low) & (wave < high)).any() for low, high in windows):
+            continue
         core = inside(line.centre - CORE_WIDTH / 2, line.centre + CORE_WIDTH / 2, line.name)
         window = inside(*line.window, line.name)
         blue, red = inside(*line.blue, line.name), inside(*line.red, line.name)

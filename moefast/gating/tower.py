@@ -15,7 +15,7 @@ on another step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -23,7 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefast.kernels import perceptron
-from moefast.kernels.reference import perceptron_reference
+from moefast.kernels.forward import LARGEST_FLUX, LAYERS
+from moefast.kernels.forward import perceptron as perceptron_of
+from moefast.ops.arithmetic import SolvingArithmetic
 from moefast.spectra.quality import QUALITY_FEATURES, QUALITY_STEP, quality_features
 
 __all__ = ["RAMP", "Sees", "Tower", "quality_logs"]
@@ -35,7 +37,6 @@ RAMP = 0.02
 """Part of the limit over which the share of a tower falls from one to zero."""
 LEAST_LOG = -140
 """Smallest logarithm, in steps of `QUALITY_STEP`: that of a standard deviation of zero."""
-_LAYERS = ("w1", "b1", "w2", "b2")
 
 
 def quality_logs(error: NDArray, good: NDArray[np.bool_] | None = None) -> F32:
@@ -117,13 +118,7 @@ class Tower:
         share = np.clip((limit - snr_norm) / width, 0, 1)
         return np.where(np.isnan(share), 0, share).astype(snr_norm.dtype)
 
-    def logits(
-        self,
-        snr_norm: NDArray,
-        view: Callable[[NDArray[np.intp]], NDArray],
-        *,
-        reference: bool = False,
-    ) -> NDArray:
+    def logits(self, snr_norm: NDArray, view: Callable[[NDArray[np.intp]], NDArray]) -> NDArray:
         """What is added to the gate's logits, (n, K), in the dtype of `snr_norm`.
 
         Parameters
@@ -131,175 +126,99 @@ class Tower:
         snr_norm : array of shape (n,)
         view : callable
             Gives what the tower sees of some rows, by their numbers.
-        reference : bool
-            In float64, without compiled code.
         """
         share = self.share(snr_norm)
         out = np.zeros((len(share), self.n_experts), share.dtype)
         rows = np.flatnonzero(share)
         if rows.size:
-            seen = view(rows)
-            found = perceptron_reference(seen, *self.layers) if reference else perceptron(seen, self.layers)
-            out[rows] = share[rows, None] * found
+            out[rows] = share[rows, None] * perceptron(view(rows), self.layers)
         return out
 
-    def add_nodes(self, graph: Any, inputs: Mapping[str, str], n_pixels: int) -> str:
-        """Write itself into an ONNX graph; its numbers are the initializers `tower.{sees}.{name}`.
+    @property
+    def stem(self) -> str:
+        """What the names of its numbers in a file begin with."""
+        return f"tower.{self.sees}"
+
+    def arrays(self) -> dict[str, NDArray]:
+        """Its layers, and its limit if it has one."""
+        limit = {} if math.isinf(self.limit) else {"limit": np.array([self.limit], np.float32)}
+        return dict(zip(LAYERS, self.layers, strict=True)) | limit
+
+    def describe(
+        self, op: SolvingArithmetic, features: Any, snr_norm: Any, error: Any, good: Any, n_pixels: int
+    ) -> Any:
+        """What is added to the gate's logits, (n, K).
 
         Parameters
         ----------
-        graph : moefast.export graph
-        inputs : dict of str to str
-            Names of the values features (n, f), snr_norm (n, 1), error and good (n, p), of which it takes what it
-            needs.
+        op : SolvingArithmetic
+            With the numbers of `arrays`.
+        features : value of shape (n, f)
+            Of the first tower.
+        snr_norm : value of shape (n, 1)
+        error, good : values of shape (n, p)
         n_pixels : int
             p.
-
-        Returns
-        -------
-        str
-            Name of a value (n, K).
         """
-        seen = inputs["features"] if self.sees == "features" else _quality_nodes(graph, inputs, n_pixels)
-        w1, b1, w2, b2 = (
-            graph.number(f"tower.{self.sees}.{name}", value)
-            for name, value in zip(_LAYERS, self.layers, strict=True)
-        )
-        hidden = graph.add("Tanh", [graph.add("Gemm", [seen, w1, b1], "tower/hidden_sum")], "tower/hidden")
-        logits = graph.add("Gemm", [hidden, w2, b2], "tower/output")
+        seen = features if self.sees == "features" else _quality_logs(op, error, good, n_pixels)
+        logits = perceptron_of(op, seen, "")
         if math.isinf(self.limit):
             return logits
-        limit = graph.number(f"tower.{self.sees}.limit", np.array([self.limit], np.float32))
-        below = graph.add("Sub", [limit, inputs["snr_norm"]], "tower/below_limit")
-        width = graph.add("Mul", [limit, graph.scalar("tower_ramp", RAMP)], "tower/ramp")
-        share = graph.add("Div", [below, width], "tower/share_as_found")
-        share = graph.add("Max", [share, graph.scalar("zero", 0.0)], "tower/share_from_zero")
-        share = graph.add("Min", [share, graph.scalar("one", 1.0)], "tower/share")
-        return graph.add("Mul", [share, logits], "tower/logits")
+        limit = op.number("limit")
+        width = op.multiply(limit, op.constant(RAMP))
+        share = op.divide(op.subtract(limit, snr_norm), width)
+        return op.multiply(op.clip(share, op.constant(0.0), op.constant(1.0)), logits)
 
 
-def _quality_nodes(graph: Any, inputs: Mapping[str, str], n_pixels: int) -> str:
+def _quality_logs(op: SolvingArithmetic, error: Any, good: Any, n_pixels: int) -> Any:
     """`quality_logs` of the good pixels, (n, 10): zeros in a row without any."""
-    from onnx import TensorProto
+    number = op.double
 
-    def double(value: str, name: str) -> str:
-        return graph.add("Cast", [value], f"quality/{name}", to=TensorProto.DOUBLE)
+    def total(value: Any) -> Any:
+        return op.shaped(op.total(value, 1), (1,))
 
-    def number(name: str, value: float) -> str:
-        return graph.number(f"constant.double_{name}", np.array(value, np.float64))
+    def positive(value: Any) -> Any:
+        return op.where(op.above(value, zero), value, one)
 
-    def total(value: str, name: str) -> str:
-        return graph.total(value, 1, f"quality/{name}", keep=True)
-
-    def at_least(value: str, least: str, name: str) -> str:
-        return graph.add("Max", [value, least], f"quality/{name}")
-
-    zero, one = number("zero", 0.0), number("one", 1.0)
-    good, error = inputs["good"], inputs["error"]
-    tiny = number("tiny", 1e-300)
-    used = double(graph.add("Where", [good, error, graph.scalar("zero", 0.0)], "quality/good_error"), "used")
-    n_good = total(double(good, "weight"), "n_good")
-    n = at_least(n_good, one, "n_good_or_one")
-    whole = total(used, "sum")
-    mean = graph.add("Div", [whole, n], "quality/mean")
-    apart = graph.add(
-        "Where", [good, graph.add("Sub", [used, mean], "quality/minus_mean"), zero], "quality/apart"
-    )
-    square = graph.add("Mul", [apart, apart], "quality/square")
-    powers = {
-        "second": square,
-        "third": graph.add("Mul", [square, apart], "quality/cube"),
-        "fourth": graph.add("Mul", [square, square], "quality/fourth_power"),
-    }
+    zero, one = number(0.0), number(1.0)
+    used = op.where(good, op.precise(error), zero)
+    n = op.larger(total(op.where(good, one, zero)), one)
+    whole = total(used)
+    mean = op.divide(whole, n)
+    apart = op.where(good, op.subtract(used, mean), zero)
+    square = op.multiply(apart, apart)
     second, third, fourth = (
-        graph.add("Div", [total(value, f"{name}_sum"), n], f"quality/{name}")
-        for name, value in powers.items()
+        op.divide(total(power), n)
+        for power in (square, op.multiply(square, apart), op.multiply(square, square))
     )
-    sd = graph.add("Sqrt", [second], "quality/sd")
+    sd = op.root(second)
 
     # Bad pixels are put behind the good ones, where no quantile reaches.
-    last = graph.scalar("largest", float(np.finfo(np.float32).max))
-    kept = graph.add("Where", [good, error, last], "quality/bad_last")
-    width = graph.shape("n_pixels", [n_pixels])
-    ordered, _ = graph.add_many(
-        "TopK",
-        [kept, width],
-        "quality/sort",
-        ["quality/ordered", "quality/order"],
-        axis=1,
-        largest=0,
-        sorted=1,
-    )
-    quantiles = graph.number("constant.quantiles", np.array([[0.0, 0.25, 0.5, 0.75, 1.0]]))
-    position = graph.add(
-        "Mul", [graph.add("Sub", [n, one], "quality/last_good"), quantiles], "quality/position"
-    )
-    below = graph.add("Floor", [position], "quality/below")
-    share = graph.add("Sub", [position, below], "quality/share_above")
-    above = graph.add(
-        "Min",
-        [graph.add("Add", [below, one], "quality/next"), graph.add("Sub", [n, one], "quality/last")],
-        "quality/above",
-    )
+    ordered = op.ascending(op.where(good, error, op.constant(LARGEST_FLUX)), n_pixels)
+    last = op.subtract(n, one)
 
-    def pick(places: str, name: str) -> str:
-        index = graph.add("Cast", [places], f"quality/{name}_index", to=TensorProto.INT64)
-        return double(graph.add("GatherElements", [ordered, index], f"quality/{name}_picked", axis=1), name)
-
-    low, high = pick(below, "low"), pick(above, "high")
-    step = graph.add("Mul", [share, graph.add("Sub", [high, low], "quality/gap")], "quality/step")
-    found = graph.add("Add", [low, step], "quality/quantiles")
-
-    def kept32(value: str, name: str) -> str:
-        """Rounded to float32, as `quality_features` are before their logarithms are taken."""
-        single = graph.add("Cast", [value], f"quality/{name}_32", to=TensorProto.FLOAT)
-        return double(single, f"{name}_as_kept")
-
+    position = op.multiply(last, number([0.0, 0.25, 0.5, 0.75, 1.0]))
+    below = op.floor(position)
+    above = op.smaller(op.add(below, one), last)
+    low, high = (op.precise(op.taken(ordered, places)) for places in (below, above))
+    quantiles = op.add(low, op.multiply(op.subtract(position, below), op.subtract(high, low)))
     names = ("min", "q25", "median", "q75", "max")
-    parts = graph.add_many(
-        "Split",
-        [found, graph.shape("ones_of_quantiles", [1] * 5)],
-        "quality/split",
-        [f"quality/{q}" for q in names],
-        axis=1,
-    )
-    by_name = dict(zip(names, parts, strict=True)) | {"mean": mean, "std": sd, "sum": whole}
+    by_name = {name: op.part(quantiles, 1, i, i + 1) for i, name in enumerate(names)}
     # Where all errors are equal, what is left of the powers is rounding.
-    spread = graph.add("Greater", [by_name["max"], by_name["min"]], "quality/spread")
-    by_name["std"] = graph.add("Where", [spread, sd, zero], "quality/std")
-    sizes = graph.add("Concat", [by_name[name] for name in QUALITY_FEATURES[:-2]], "quality/sizes", axis=1)
-    sizes = kept32(sizes, "sizes")
-    floor = number("least_quality", math.exp(LEAST_LOG * QUALITY_STEP))
-    size_logs = graph.add("Log", [at_least(sizes, floor, "sizes_or_floor")], "quality/size_logs")
+    spread = op.above(by_name["max"], by_name["min"])
+    by_name |= {"mean": mean, "sum": whole, "std": op.where(spread, sd, zero)}
+    # Rounded to single precision, as `quality_features` are before their logarithms are taken.
+    sizes = op.rounded_to_single(op.joined([by_name[name] for name in QUALITY_FEATURES[:-2]], 1))
+    sizes = op.log(op.larger(sizes, number(math.exp(LEAST_LOG * QUALITY_STEP))))
 
-    skew = graph.add(
-        "Div",
-        [third, at_least(graph.add("Mul", [second, sd], "quality/sd3"), tiny, "sd3_or_tiny")],
-        "quality/skew",
-    )
-    flat = graph.add(
-        "Div",
-        [fourth, at_least(graph.add("Mul", [second, second], "quality/sd4"), tiny, "sd4_or_tiny")],
-        "quality/flat",
-    )
-    kurtosis = graph.add("Sub", [flat, number("three", 3.0)], "quality/excess")
-    shape = graph.add("Concat", [skew, kurtosis], "quality/shape_as_found", axis=1)
-    shape = kept32(graph.add("Where", [spread, shape, zero], "quality/shape_or_zero"), "shape")
-    shape_logs = graph.add(
-        "Log",
-        [graph.add("Add", [graph.add("Abs", [shape], "quality/shape_size"), one], "quality/one_more")],
-        "quality/shape_logs",
-    )
-    positive = graph.add("Greater", [shape, zero], "quality/positive")
-    mirrored = graph.add("Sub", [zero, shape_logs], "quality/mirrored")
-    shape_logs = graph.add("Where", [positive, shape_logs, mirrored], "quality/signed_shape_logs")
+    skewness = op.divide(third, positive(op.multiply(second, sd)))
+    kurtosis = op.subtract(op.divide(fourth, positive(op.multiply(second, second))), number(3.0))
+    shape = op.where(spread, op.joined([skewness, kurtosis], 1), zero)
+    shape = op.rounded_to_single(shape)
+    logs = op.log(op.add(op.absolute(shape), one))
+    logs = op.where(op.above(shape, zero), logs, op.subtract(zero, logs))
 
-    logs = graph.add("Concat", [size_logs, shape_logs], "quality/exact_logs", axis=1)
-    grid = number("quality_step", QUALITY_STEP)
-    steps = graph.add("Round", [graph.add("Div", [logs, grid], "quality/in_steps")], "quality/steps")
-    return graph.add(
-        "Cast",
-        [graph.add("Mul", [steps, grid], "quality/rounded_logs")],
-        "quality/logs",
-        to=TensorProto.FLOAT,
-    )
+    step = number(QUALITY_STEP)
+    steps = op.rounded(op.divide(op.joined([sizes, logs], 1), step))
+    # As the kernels keep them.
+    return op.single(op.rounded_to_single(op.multiply(steps, step)))

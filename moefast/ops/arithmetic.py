@@ -5,18 +5,22 @@ Design: a network (`moefast.trunks.networks`) or a forward pass (`moefast.poster
 and shapes. NumPy does them at once, torch keeps what their gradients need, ONNX writes them down as nodes. So the
 readers cannot drift apart. Values have the star as their first axis; shapes are given without it.
 
-`SolvingArithmetic` adds what a posterior needs: comparisons, logarithms and the elimination of small symmetric positive
-definite matrices, which ONNX does not have and gets as unrolled steps. NumPy and ONNX read it; torch does not need it.
+`SolvingArithmetic` adds what whole forward passes need: comparisons, logarithms, order statistics, and the elimination
+of small symmetric positive definite matrices, which ONNX does not have and gets as unrolled steps. NumPy and ONNX read
+it; torch does not need it. A step that is none of these, such as a forest, brings a function for each reader
+(`SolvingArithmetic.step`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
+
+from moefast.core.errors import ModelError
 
 __all__ = [
     "FIXED",
@@ -38,7 +42,7 @@ FIXED = (
 """Numbers that are set, not fitted: scales of what goes in and comes out."""
 HEAD = 32
 """Width of an attention head, d."""
-FLOAT, BOOL, HALF, DOUBLE = 1, 9, 10, 11
+FLOAT, INT64, BOOL, HALF, DOUBLE = 1, 7, 9, 10, 11
 """`onnx.TensorProto` types."""
 
 
@@ -140,7 +144,94 @@ class Arithmetic(Protocol):
 
 
 class SolvingArithmetic(Arithmetic, Protocol):
-    """What a posterior may do besides."""
+    """What a whole forward pass may do besides."""
+
+    def within(self, stem: str, numbers: Mapping[str, NDArray], *, short: bool = False) -> SolvingArithmetic:
+        """The same arithmetic with the numbers of a part of the model, whose names begin with `stem` in a file.
+
+        `short`: matrices that half precision holds exactly are stored in it, and multiplied in it where that is asked
+        for.
+        """
+        ...
+
+    def affine(self, a: Any, weights: Any, bias: Any) -> Any:
+        """A W + b of values (n, f)."""
+        ...
+
+    def softmax(self, a: Any) -> Any:
+        """Exp(a) over its sum along the last axis."""
+        ...
+
+    def larger(self, a: Any, b: Any) -> Any:
+        """The larger of a and b, broadcast."""
+        ...
+
+    def smaller(self, a: Any, b: Any) -> Any:
+        """The smaller of a and b, broadcast."""
+        ...
+
+    def double(self, value: float | Sequence[float]) -> Any:
+        """A scalar or a vector in double precision."""
+        ...
+
+    def above(self, a: Any, b: Any) -> Any:
+        """Where a > b, broadcast; never where one is NaN."""
+        ...
+
+    def as_number(self, condition: Any) -> Any:
+        """One where it holds, zero elsewhere."""
+        ...
+
+    def marks(self, chosen: Sequence[bool]) -> Any:
+        """A vector of truth values."""
+        ...
+
+    def floor(self, a: Any) -> Any:
+        """The next whole number below."""
+        ...
+
+    def rounded(self, a: Any) -> Any:
+        """The nearest whole number, the even one of two."""
+        ...
+
+    def rounded_to_single(self, a: Any) -> Any:
+        """Double precision rounded to the digits of single precision."""
+        ...
+
+    def split(self, a: Any, name: str, sizes: Sequence[int]) -> list[Any]:
+        """Consecutive parts of values (n, …) along their second axis; their `sizes` are the number of that name."""
+        ...
+
+    def ascending(self, a: Any, size: int) -> Any:
+        """Values (n, size) in ascending order along the last axis."""
+        ...
+
+    def taken(self, a: Any, places: Any) -> Any:
+        """Values (n, …) at places (n, k) of the last axis, which are whole numbers."""
+        ...
+
+    def step(
+        self,
+        values: Sequence[Any],
+        run: Callable[..., NDArray],
+        write: Callable[[Any, Sequence[str], str], str] | None,
+    ) -> Any:
+        """A step of its own kind: `run(*values)` in NumPy, `write(graph, names, stem)` in ONNX.
+
+        Parameters
+        ----------
+        values : sequence of values
+        run : callable
+            Takes arrays.
+        write : callable, optional
+            Adds nodes to a graph and returns the name of the result. Without it the step cannot be exported.
+
+        Raises
+        ------
+        ModelError
+            The step cannot be exported.
+        """
+        ...
 
     def log(self, a: Any) -> Any:
         """Natural logarithm."""
@@ -251,9 +342,9 @@ class NumPyArithmetic:
         return apart
 
     def convolve(self, a: NDArray, weights: NDArray, bias: NDArray, stride: int) -> NDArray:
-        c, _, kernel = weights.shape
+        c, before, kernel = weights.shape
         windows = sliding_window_view(a, kernel, axis=2)[:, :, ::stride]
-        places = windows.transpose(0, 2, 1, 3).reshape(len(a), windows.shape[2], -1)
+        places = windows.transpose(0, 2, 1, 3).reshape(len(a), windows.shape[2], before * kernel)
         return np.swapaxes(np.matmul(places, weights.reshape(c, -1).T) + bias, 1, 2)
 
     def shaped(self, a: NDArray, shape: Sequence[int]) -> NDArray:
@@ -297,6 +388,60 @@ class NumPyArithmetic:
 
     def inverse(self, a: NDArray, size: int) -> tuple[NDArray, NDArray]:
         return np.linalg.inv(a), np.linalg.slogdet(a)[1]
+
+    def within(self, stem: str, numbers: Mapping[str, NDArray], *, short: bool = False) -> NumPyArithmetic:
+        return NumPyArithmetic(numbers, self.dtype)
+
+    def affine(self, a: NDArray, weights: NDArray, bias: NDArray) -> NDArray:
+        return a @ weights + bias
+
+    def softmax(self, a: NDArray) -> NDArray:
+        weights = np.exp(a - a.max(-1, keepdims=True))
+        return np.asarray(weights / weights.sum(-1, keepdims=True))
+
+    def larger(self, a: NDArray, b: NDArray) -> NDArray:
+        return np.maximum(a, b)
+
+    def smaller(self, a: NDArray, b: NDArray) -> NDArray:
+        return np.minimum(a, b)
+
+    def double(self, value: float | Sequence[float]) -> Any:
+        return np.array(value, np.float64)
+
+    def above(self, a: NDArray, b: NDArray) -> NDArray:
+        return np.greater(a, b)
+
+    def as_number(self, condition: NDArray) -> NDArray:
+        return condition.astype(self.dtype)
+
+    def marks(self, chosen: Sequence[bool]) -> NDArray:
+        return np.array(chosen, np.bool_)
+
+    def floor(self, a: NDArray) -> NDArray:
+        return np.floor(a)
+
+    def rounded(self, a: NDArray) -> NDArray:
+        return np.round(a)
+
+    def rounded_to_single(self, a: NDArray) -> NDArray:
+        return a.astype(np.float32).astype(np.float64)
+
+    def split(self, a: NDArray, name: str, sizes: Sequence[int]) -> list[NDArray]:
+        return np.split(a, np.cumsum(sizes)[:-1], axis=1)
+
+    def ascending(self, a: NDArray, size: int) -> NDArray:
+        return np.sort(a, axis=-1)
+
+    def taken(self, a: NDArray, places: NDArray) -> NDArray:
+        return np.take_along_axis(a, places.astype(np.int64), axis=-1)
+
+    def step(
+        self,
+        values: Sequence[NDArray],
+        run: Callable[..., NDArray],
+        write: Callable[[Any, Sequence[str], str], str] | None,
+    ) -> NDArray:
+        return np.asarray(run(*values), self.dtype)
 
 
 class TorchArithmetic:
@@ -383,13 +528,17 @@ class OnnxArithmetic:
     stem : str
         What the names of nodes and initializers begin with.
     half : bool
-        Products of matrices are made in half precision; sums of tokens, norms and weights of attention stay in single
-        precision. Matrices that half precision holds exactly are stored in it, whatever this says.
+        Products of matrices of a network are made in half precision; sums of tokens, norms and weights of attention
+        stay in single precision.
+    short : bool
+        The numbers are those of a network: matrices that half precision holds exactly are stored in it.
     """
 
-    def __init__(self, graph: Any, numbers: Mapping[str, NDArray], stem: str, half: bool = False) -> None:
+    def __init__(
+        self, graph: Any, numbers: Mapping[str, NDArray], stem: str, half: bool = False, short: bool = False
+    ) -> None:
         self._graph, self._numbers, self._stem, self._count = graph, numbers, stem, 0
-        self._half = half
+        self.half, self._half, self._short = half, half and short, short
         self._stored: dict[str, str] = {}
         """What is stored in half precision, by the value that is made of it."""
 
@@ -403,7 +552,7 @@ class OnnxArithmetic:
 
     def number(self, name: str) -> str:
         array = self._numbers[name]
-        if not (self._half and is_matrix(name, array.ndim)) and not is_half(name, array):
+        if not (self._half and is_matrix(name, array.ndim)) and not (self._short and is_half(name, array)):
             return str(self._graph.number(f"{self._stem}.{name}", array))
         stored = self._graph.number(f"{self._stem}.{name}", array.astype(np.float16))
         value = self._cast(stored, FLOAT)
@@ -412,7 +561,7 @@ class OnnxArithmetic:
         return value
 
     def constant(self, value: float) -> str:
-        return str(self._graph.scalar(f"of_networks_{value!r}", value))
+        return str(self._graph.scalar(f"{value!r}", value))
 
     def add(self, a: str, b: str) -> str:
         return self._add("Add", [a, b])
@@ -527,3 +676,71 @@ class OnnxArithmetic:
             a = self.subtract(a, self.multiply(apart, scaled))
         every, axes = self._add("Concat", logs, axis=-1), self._graph.shape("matrix_axes", [-2, -1])
         return self.divide(a, scales), self._add("ReduceSum", [every, axes], keepdims=0)
+
+    def within(self, stem: str, numbers: Mapping[str, NDArray], *, short: bool = False) -> OnnxArithmetic:
+        return OnnxArithmetic(self._graph, numbers, stem, self.half, short)
+
+    def affine(self, a: str, weights: str, bias: str) -> str:
+        return self._add("Gemm", [a, weights, bias])
+
+    def softmax(self, a: str) -> str:
+        return self._add("Softmax", [a], axis=-1)
+
+    def larger(self, a: str, b: str) -> str:
+        return self._add("Max", [a, b])
+
+    def smaller(self, a: str, b: str) -> str:
+        return self._add("Min", [a, b])
+
+    def double(self, value: float | Sequence[float]) -> str:
+        words = "_".join(map(repr, np.ravel(value).tolist()))
+        return str(self._graph.number(f"constant.double_{words}", np.array(value, np.float64)))
+
+    def above(self, a: str, b: str) -> str:
+        return self._add("Greater", [a, b])
+
+    def as_number(self, condition: str) -> str:
+        return self._cast(condition, FLOAT)
+
+    def marks(self, chosen: Sequence[bool]) -> str:
+        word = "".join("01"[mark] for mark in chosen)
+        return str(self._graph.number(f"constant.marks_{word}", np.array(chosen, np.bool_)))
+
+    def floor(self, a: str) -> str:
+        return self._add("Floor", [a])
+
+    def rounded(self, a: str) -> str:
+        return self._add("Round", [a])
+
+    def rounded_to_single(self, a: str) -> str:
+        return self._cast(self._cast(a, FLOAT), DOUBLE)
+
+    def split(self, a: str, name: str, sizes: Sequence[int]) -> list[str]:
+        self._count += 1
+        node = f"{self._stem}/{self._count:03d}_split"
+        names = [f"{node}_{i}" for i in range(len(sizes))]
+        return [
+            str(part) for part in self._graph.add_many("Split", [a, self.number(name)], node, names, axis=1)
+        ]
+
+    def ascending(self, a: str, size: int) -> str:
+        self._count += 1
+        names = [f"{self._stem}/{self._count:03d}_{name}" for name in ("ascending", "order")]
+        inputs, name = [a, self._graph.shape(f"place_{size}", [size])], names[0]
+        return str(self._graph.add_many("TopK", inputs, name, names, axis=-1, largest=0, sorted=1)[0])
+
+    def taken(self, a: str, places: str) -> str:
+        return self._add("GatherElements", [a, self._cast(places, INT64)], axis=-1)
+
+    def step(
+        self,
+        values: Sequence[str],
+        run: Callable[..., NDArray],
+        write: Callable[[Any, Sequence[str], str], str] | None,
+    ) -> str:
+        if write is None:
+            raise ModelError(
+                f"a step of {self._stem} does not say how it is written as ONNX nodes, and a model folder keeps its "
+                "experts in such a file; give `write` to `step`, or describe the expert by other steps"
+            )
+        return write(self._graph, values, self._stem)

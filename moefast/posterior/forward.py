@@ -81,6 +81,47 @@ class Sizes:
     n_experts: int
 
 
+@dataclass(frozen=True)
+class CloudValues:
+    """What n stars say, cloud by cloud: the middle of the forward pass, from which labels and spectra follow.
+
+    Attributes
+    ----------
+    matrix, vector : values of shape (n, n + q, n + q) and (n, n + q, 1)
+        M and u of coordinates and nuisances together, expanded around a point near the star.
+    prior : value of shape (n, q, q), or None
+        H, the prior precision of the nuisances; None where there are none.
+    smoothing : value of shape (n, n, n)
+        (I + M)⁻¹ with the nuisances marginalised.
+    smoothed : value of shape (n, n, 1)
+        u₁.
+    evidence : value of shape (n, m)
+    inverse : value of shape (n, m, t, t)
+        A⁻¹.
+    coefficients : value of shape (n, m, t, 1)
+        γ.
+    energy, explained, distance, strength, scale, level2, n_good : values of shape (n, 1)
+        Energy of the flux around the reference, and the part of it that the best free point explains; the others as
+        `forward` gives them, with level2 the mean of σ²/(c₀² D), and distance not divided by n.
+    """
+
+    matrix: Any
+    vector: Any
+    prior: Any
+    smoothing: Any
+    smoothed: Any
+    evidence: Any
+    inverse: Any
+    coefficients: Any
+    energy: Any
+    explained: Any
+    distance: Any
+    strength: Any
+    scale: Any
+    level2: Any
+    n_good: Any
+
+
 def cell_products(op: SolvingArithmetic, sizes: Sizes) -> Any:
     """Σ B B'/D over the pixels of each cell, (p / cell, (n + q)²): what turns means of a′ D into M."""
     width = sizes.n_coordinates + sizes.n_nuisances
@@ -91,48 +132,10 @@ def cell_products(op: SolvingArithmetic, sizes: Sizes) -> Any:
     return op.reshaped(products, (n_cells, width * width))
 
 
-def forward(op: SolvingArithmetic, sizes: Sizes, flux: Any, error: Any) -> dict[str, Any]:
-    """The posterior of n stars.
-
-    Parameters
-    ----------
-    op : SolvingArithmetic
-        With the numbers of `PosteriorMixture.numbers`.
-    sizes : Sizes
-    flux, error : values of shape (n, p)
-        A bad pixel has a flux that is not finite, or an error that is not positive, above 1e6 or NaN.
-
-    Returns
-    -------
-    dict of str to value
-        log_g, log_g_err : (n, 1)
-            Posterior mean within the range of the training labels, and its calibrated error, dex.
-        label, label_sd, label_cov : (n, l)
-            Posterior mean and standard deviation of each label, and its covariance with the first, log g. The scale
-            over c₀ is the last.
-        weights : (n, K)
-            Probability of each expert's clouds.
-        expert_label : (n, K)
-            Mean of log g by the clouds of each expert alone.
-        error_features : (n, 5)
-            What the error model sees: log g, ln of its standard deviation, ln of that between clouds, the second and
-            third label.
-        chi2 : (n, 1)
-            Energy outside the space of spectra and nuisances, per degree of freedom.
-        distance : (n, 1)
-            What the best point of the space gains over the best cloud, 2 Δ ln L per coordinate: about 1 for a star like
-            those of the library.
-        strength : (n, 1)
-            c₀ over its standard error.
-        scale : (n, 1)
-            c₀.
-        log_level : (n, 1)
-            ½ ln of the mean of σ²/D over good pixels, of the spectrum divided by c₀.
-        n_good : (n, 1)
-            Good pixels.
-    """
+def cloud_values(op: SolvingArithmetic, sizes: Sizes, flux: Any, error: Any) -> CloudValues:
+    """What n stars say of every cloud; arguments as those of `forward`."""
     p, n, q = sizes.n_pixels, sizes.n_coordinates, sizes.n_nuisances
-    k, m, t, labels = sizes.n_experts, sizes.n_clouds, sizes.n_tangents, sizes.n_labels
+    m, t = sizes.n_clouds, sizes.n_tangents
     number, constant = op.number, op.constant
 
     # -- pixels ------------------------------------------------------------------------------------------------
@@ -194,7 +197,7 @@ def forward(op: SolvingArithmetic, sizes: Sizes, flux: Any, error: Any) -> dict[
 
     # -- nuisances, and the spread within clouds ---------------------------------------------------------------
     information, vector = op.part(op.part(matrix, 1, 0, n), 2, 0, n), op.part(u, 1, 0, n)
-    explained = zero
+    explained, prior = zero, None
     if q:
         follows = op.precise(number("follows_noise"))
         steady = op.subtract(one, follows)
@@ -237,6 +240,75 @@ def forward(op: SolvingArithmetic, sizes: Sizes, flux: Any, error: Any) -> dict[
     )
     distance = op.subtract(gain, op.multiply(op.precise(constant(2.0)), op.largest(nearest, 1)))
 
+    return CloudValues(
+        matrix=matrix,
+        vector=u,
+        prior=prior,
+        smoothing=smoothing,
+        smoothed=u1,
+        evidence=evidence,
+        inverse=inverse,
+        coefficients=coefficients,
+        energy=energy,
+        explained=explained,
+        distance=distance,
+        strength=strength,
+        scale=scale,
+        level2=level2,
+        n_good=counted,
+    )
+
+
+def forward(op: SolvingArithmetic, sizes: Sizes, flux: Any, error: Any) -> dict[str, Any]:
+    """The posterior of n stars.
+
+    Parameters
+    ----------
+    op : SolvingArithmetic
+        With the numbers of `PosteriorMixture.numbers`.
+    sizes : Sizes
+    flux, error : values of shape (n, p)
+        A bad pixel has a flux that is not finite, or an error that is not positive, above 1e6 or NaN.
+
+    Returns
+    -------
+    dict of str to value
+        log_g, log_g_err : (n, 1)
+            Posterior mean within the range of the training labels, and its calibrated error, dex.
+        label, label_sd, label_cov : (n, l)
+            Posterior mean and standard deviation of each label, and its covariance with the first, log g. The scale
+            over c₀ is the last.
+        weights : (n, K)
+            Probability of each expert's clouds.
+        expert_label : (n, K)
+            Mean of log g by the clouds of each expert alone.
+        error_features : (n, 5)
+            What the error model sees: log g, ln of its standard deviation, ln of that between clouds, the second and
+            third label.
+        chi2 : (n, 1)
+            Energy outside the space of spectra and nuisances, per degree of freedom.
+        distance : (n, 1)
+            What the best point of the space gains over the best cloud, 2 Δ ln L per coordinate: about 1 for a star like
+            those of the library.
+        strength : (n, 1)
+            c₀ over its standard error.
+        scale : (n, 1)
+            c₀.
+        log_level : (n, 1)
+            ½ ln of the mean of σ²/D over good pixels, of the spectrum divided by c₀.
+        n_good : (n, 1)
+            Good pixels.
+    """
+    n, k, m, labels = sizes.n_coordinates, sizes.n_experts, sizes.n_clouds, sizes.n_labels
+    number, constant = op.number, op.constant
+    star = cloud_values(op, sizes, flux, error)
+    inverse, coefficients = star.inverse, star.coefficients
+    evidence, scale, level2 = star.evidence, star.scale, star.level2
+    one, half, tiny = (op.precise(constant(value)) for value in (1.0, 0.5, TINY))
+
+    def tall(value: Any) -> Any:
+        return op.shaped(value, (1,))
+
     # -- labels ------------------------------------------------------------------------------------------------
     share = op.exp(op.subtract(evidence, op.largest(evidence, 1)))
     total = tall(op.total(share, 1))
@@ -265,8 +337,8 @@ def forward(op: SolvingArithmetic, sizes: Sizes, flux: Any, error: Any) -> dict[
     expert = op.shaped(op.divide(op.product(each, first_means), op.shaped(op.total(each, 2), (k, 1))), (k,))
 
     # -- what a user sees --------------------------------------------------------------------------------------
-    freedom = op.add(one, op.relu(op.subtract(counted, op.precise(constant(float(n + 1))))))
-    chi2 = op.divide(op.subtract(energy, explained), freedom)
+    freedom = op.add(one, op.relu(op.subtract(star.n_good, op.precise(constant(float(n + 1))))))
+    chi2 = op.divide(op.subtract(star.energy, star.explained), freedom)
     log_level = op.multiply(half, op.log(op.add(level2, tiny)))
     spread = op.root(op.add(between, tiny))
     sd = op.root(op.add(op.relu(label_variance), tiny))
@@ -297,9 +369,9 @@ def forward(op: SolvingArithmetic, sizes: Sizes, flux: Any, error: Any) -> dict[
         "weights": weights,
         "expert_label": expert,
         "chi2": chi2,
-        "distance": op.divide(distance, op.precise(constant(float(n)))),
-        "strength": strength,
+        "distance": op.divide(star.distance, op.precise(constant(float(n)))),
+        "strength": star.strength,
         "scale": scale,
         "log_level": log_level,
-        "n_good": tall(n_good),
+        "n_good": star.n_good,
     }

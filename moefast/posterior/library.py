@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import maximum_filter1d, median_filter, minimum_filter1d, uniform_filter1d
 
 from moefast.experts.template import clouds_of_bins
+from moefast.posterior.linear import gravity_bins
 from moefast.posterior.mixture import SCALE_UNIT
 
 __all__ = ["LEAST_SCATTER", "fit_clouds", "sky_residuals", "slopes"]
@@ -86,6 +87,7 @@ def fit_clouds(
     noise_shape: F64,
     n_clouds: int,
     n_tangents: int,
+    n_gravity_bins: int = 0,
     seed: int = 0,
 ) -> dict[str, NDArray]:
     """Clouds of the stars of each bin, as many as its share of the stars, in coordinates of their own.
@@ -105,6 +107,9 @@ def fit_clouds(
         Reference spectrum, and mean noise variance D of the training set.
     n_clouds, n_tangents : int
         Clouds in all, and tangents of each.
+    n_gravity_bins : int
+        Clouds are so many bins of log g within each expert's bin, instead of `n_clouds` found by k-means; see
+        `moefast.posterior.linear`. 0 for k-means.
     seed : int
 
     Returns
@@ -119,7 +124,12 @@ def fit_clouds(
     ValueError
         A bin is empty.
     """
-    clouds, first = clouds_of_bins(z, labels[:, GROUPED_BY], bins, n_experts, n_clouds=n_clouds, seed=seed)
+    if n_gravity_bins:
+        clouds, first = gravity_bins(labels[:, 0], bins, n_experts, n_gravity_bins)
+    else:
+        clouds, first = clouds_of_bins(
+            z, labels[:, GROUPED_BY], bins, n_experts, n_clouds=n_clouds, seed=seed
+        )
     r, t = z.shape[1], min(n_tangents, z.shape[1])
     parts, within = [], np.zeros((r, r))
     for cloud in clouds:

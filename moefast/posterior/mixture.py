@@ -15,6 +15,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from moefast.core.threads import one_blas_thread
 from moefast.kernels import CloudPosterior, Clouds, Space, cloud_posterior
 from moefast.mixture import Mixture, Prediction
 from moefast.ops.arithmetic import NumPyArithmetic
@@ -222,7 +223,9 @@ class PosteriorMixture:
         members = (np.repeat(groups, np.diff(self.first))[:, None] == groups).astype(np.float32)
         w1, b1, w2, b2 = self.error_model
         q = self.n_nuisances
-        precision, pull = self._library_as_one_cloud(tangents)
+        # Sums that several threads share out depend on their number: the bits of a prediction must not.
+        with one_blas_thread():
+            precision, pull = self._library_as_one_cloud(tangents)
         return {
             "reference": self.reference,
             "noise_shape": self.noise_shape,

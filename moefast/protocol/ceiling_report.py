@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from moefast.core.pictures import literal
+from moefast.pages.drawing import LIGHT, literal, styled, write
 
 # isort: split
-import io
 import os
 import textwrap
 from collections.abc import Mapping
@@ -13,19 +12,18 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
-from moefast.core.atomic import write_atomically
 from moefast.core.text import bracket, number, percent, table
 from moefast.protocol.figures import PUBLISHED_RIDGE_OCTILES, PUBLISHED_VIT_OCTILES
 
 __all__ = ["figure", "format_text"]
 
-# Okabe & Ito's colours: told apart by every kind of colour vision.
-_BAYES, _MEDIAN, _MEAN, _PRIOR = "#0072B2", "#E69F00", "#D55E00", "#009E73"
+_BAYES, _MEDIAN, _MEAN, _PRIOR = (LIGHT[role] for role in ("own", "first", "third", "second"))
+_OTHERS = {"color": LIGHT["muted"], "markerfacecolor": "none", "linestyle": "none", "markersize": 5}
+"""How published numbers of other data are drawn: open and grey, never joined by a line."""
 
 
 def format_text(summary: Mapping[str, Any]) -> str:
@@ -134,7 +132,7 @@ def format_text(summary: Mapping[str, Any]) -> str:
 
 
 def figure(summary: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Draw R² ceilings against SNR, the bound against magnitude, and the ranks of the truth, into a PNG file.
+    """Draw R² ceilings against SNR, the bound against magnitude, and the ranks of the truth, as PNG, SVG or PDF.
 
     Raises
     ------
@@ -142,19 +140,17 @@ def figure(summary: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
         The file could not be written.
     """
     panels = 1 + bool(summary["fisher"]) + bool(summary["bayes"])
-    canvas = Figure(figsize=(5.6 * panels, 5.4), dpi=110, layout=ConstrainedLayoutEngine(wspace=0.05))
-    FigureCanvasAgg(canvas)
-    axes = np.atleast_1d(canvas.subplots(1, panels))
-    _against_snr(axes[0], summary)
-    if summary["fisher"]:
-        _against_magnitude(axes[1], summary["fisher"])
-    if summary["bayes"]:
-        _ranks(axes[-1], summary["bayes"])
-    data = summary["data_set"]
-    canvas.suptitle(f"Ceilings of log g on {literal(data['name'])} ({data['n']:,} stars)")
-    stream = io.BytesIO()
-    canvas.savefig(stream, format="png", metadata={"Software": None})
-    write_atomically(path, stream.getvalue())
+    with styled(LIGHT):
+        canvas = Figure(figsize=(5.6 * panels, 5.4), layout=ConstrainedLayoutEngine(wspace=0.05))
+        axes = np.atleast_1d(canvas.subplots(1, panels))
+        _against_snr(axes[0], summary)
+        if summary["fisher"]:
+            _against_magnitude(axes[1], summary["fisher"])
+        if summary["bayes"]:
+            _ranks(axes[-1], summary["bayes"])
+        data = summary["data_set"]
+        canvas.suptitle(f"Ceilings of log g on {literal(data['name'])} ({data['n']:,} stars)")
+        write(canvas, path, dpi=110)
 
 
 def _against_snr(axes: Axes, summary: Mapping[str, Any]) -> None:
@@ -176,16 +172,14 @@ def _against_snr(axes: Axes, summary: Mapping[str, Any]) -> None:
     axes.plot(
         *np.array(PUBLISHED_VIT_OCTILES).T,
         "^",
-        color="black",
-        markersize=5,
-        label="published ViT (other data)",
+        label="ViT, published for other data",
+        **_OTHERS,
     )
     axes.plot(
         *np.array(PUBLISHED_RIDGE_OCTILES).T,
-        "x",
-        color="black",
-        markersize=6,
-        label="published ridge (other data)",
+        "s",
+        label="ridge, published for other data",
+        **_OTHERS,
     )
     axes.set(xlabel="snr_median (median of the octile)", ylabel="R² within the octile", ylim=(0, 1))
     axes.set_xscale("log")
@@ -206,9 +200,8 @@ def _against_magnitude(axes: Axes, fisher: Mapping[str, Any]) -> None:
         mag,
         [row["published"] for row in rows],
         "s",
-        color="black",
-        markersize=5,
-        label="published (other data)",
+        label="published for other data",
+        **_OTHERS,
     )
     axes.set(xlabel="magnitude (HSC i)", ylabel="1 − CRLB / Var(log g)", ylim=(-0.05, 1.03))
     axes.grid(alpha=0.25)

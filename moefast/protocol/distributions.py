@@ -14,13 +14,31 @@ from numpy.typing import ArrayLike, NDArray
 
 from moefast.core import metrics
 
-__all__ = ["N_CELLS", "N_STEPS", "calibration", "density", "residual_profile", "routing_by_group"]
+__all__ = [
+    "GIANTS_BELOW",
+    "KIEL_CELLS",
+    "N_CELLS",
+    "N_STEPS",
+    "calibration",
+    "density",
+    "error_by_group",
+    "giants_and_dwarfs",
+    "kiel",
+    "residual_profile",
+    "routing_by_group",
+]
 
 N_CELLS = 40
 """Cells of the density of predicted against true log g, each way."""
 
 N_STEPS = 12
 """Steps of equal numbers of stars along a label."""
+
+KIEL_CELLS = (14, 12)
+"""Cells of the Kiel diagram in T_eff and log g."""
+
+GIANTS_BELOW = 3.5
+"""log g [dex] below which a star counts as a giant."""
 
 N_ERROR_STEPS = 10
 _LEVELS = (*(round(0.05 * k, 2) for k in range(1, 20)), 0.99)
@@ -162,4 +180,113 @@ def routing_by_group(
         if true_bin is not None and len(here):
             row["accuracy"] = (here.argmax(axis=1) == np.asarray(true_bin)[chosen & routed]).mean()
         rows.append(row)
+    return rows
+
+
+def kiel(t_eff: F64, y: F64, yhat: F64) -> dict[str, Any]:
+    """Bias and scatter of log g per cell of true T_eff and true log g.
+
+    Parameters
+    ----------
+    t_eff, y, yhat : array of shape (n,)
+        K, dex, dex.
+
+    Returns
+    -------
+    dict
+        t_eff, log_g (edges), cells (lists of five: index of T_eff, index of log g, number of stars, mean of ŷ − y, root
+        mean square of it; empty cells are left out).
+    """
+    if not y.size:
+        return {"t_eff": [], "log_g": [], "cells": []}
+    edges = [
+        np.linspace(values.min(), values.max() if np.ptp(values) else values.min() + 1, n + 1)
+        for values, n in zip((t_eff, y), KIEL_CELLS, strict=True)
+    ]
+    i, k = (
+        np.clip(np.searchsorted(e, values, side="right") - 1, 0, n - 1)
+        for e, values, n in zip(edges, (t_eff, y), KIEL_CELLS, strict=True)
+    )
+    cell, residual = i * KIEL_CELLS[1] + k, yhat - y
+    n = KIEL_CELLS[0] * KIEL_CELLS[1]
+    count, total, squares = (np.bincount(cell, w, n) for w in (None, residual, residual**2))
+    found = [
+        [*divmod(int(c), KIEL_CELLS[1]), int(count[c]), total[c] / count[c], np.sqrt(squares[c] / count[c])]
+        for c in np.flatnonzero(count)
+    ]
+    return {"t_eff": edges[0], "log_g": edges[1], "cells": found}
+
+
+def giants_and_dwarfs(
+    y: F64, yhat: F64, members: Sequence[tuple[str, NDArray[np.bool_]]], centres: Sequence[float | None]
+) -> dict[str, Any]:
+    """How well giants are told from dwarfs, in each group of stars.
+
+    Parameters
+    ----------
+    y, yhat : array of shape (n,)
+    members : sequence of (name, array of shape (n,), bool)
+    centres : sequence of float or None
+        Signal-to-noise ratio of each group.
+
+    Returns
+    -------
+    dict
+        below [dex], and parts: name ("giants", "dwarfs") and groups with name, centre, n, bias, rmse [dex] and right,
+        the share of them that are predicted on their side; None where a group is empty.
+    """
+    parts = []
+    for name, side in (("giants", y < GIANTS_BELOW), ("dwarfs", y >= GIANTS_BELOW)):
+        groups = []
+        for (group, chosen), centre in zip(members, centres, strict=True):
+            here = chosen & side
+            residual = yhat[here] - y[here]
+            right = (yhat[here] < GIANTS_BELOW) == (name == "giants")
+            groups.append(
+                {
+                    "name": group,
+                    "centre": centre,
+                    "n": int(here.sum()),
+                    "bias": residual.mean() if here.any() else None,
+                    "rmse": np.sqrt((residual**2).mean()) if here.any() else None,
+                    "right": right.mean() if here.any() else None,
+                }
+            )
+        parts.append({"name": name, "groups": groups})
+    return {"below": GIANTS_BELOW, "parts": parts}
+
+
+def error_by_group(
+    y: F64,
+    yhat: F64,
+    err: F64 | None,
+    members: Sequence[tuple[str, NDArray[np.bool_]]],
+    centres: Sequence[float | None],
+) -> list[dict[str, Any]]:
+    """Errors that are made and errors that are claimed, in each group of stars.
+
+    Returns
+    -------
+    list of dict
+        name, centre, n, rmse [dex], and the root mean square (rms) and quantiles p16, median, p84 of the claimed errors
+        [dex]; None where there is none.
+    """
+    rows = []
+    for (name, chosen), centre in zip(members, centres, strict=True):
+        residual = yhat[chosen] - y[chosen]
+        claimed = np.empty(0) if err is None else err[chosen]
+        claimed = claimed[np.isfinite(claimed) & (claimed > 0)]
+        p16, median, p84 = np.quantile(claimed, [0.16, 0.5, 0.84]) if claimed.size else (None,) * 3
+        rows.append(
+            {
+                "name": name,
+                "centre": centre,
+                "n": int(chosen.sum()),
+                "rmse": np.sqrt((residual**2).mean()) if residual.size else None,
+                "rms": np.sqrt((claimed**2).mean()) if claimed.size else None,
+                "p16": p16,
+                "median": median,
+                "p84": p84,
+            }
+        )
     return rows

@@ -443,7 +443,12 @@ def check_report(target: Path, overwrite: bool) -> None:
 
 
 def write_report(
-    evaluation: Evaluation, folder: str | Path, *, pictures: bool = True, overwrite: bool = False
+    evaluation: Evaluation,
+    folder: str | Path,
+    *,
+    pictures: bool = True,
+    overwrite: bool = False,
+    judged: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """Write the report to a folder, which is made if need be.
 
@@ -459,6 +464,9 @@ def write_report(
         Whether to draw: the last three of `REPORT_FILES`. Drawing takes a few seconds.
     overwrite : bool
         Whether a report may be replaced; pictures of it that are not drawn again are removed.
+    judged : mapping, optional
+        What the evaluation says about the milestones, from `moefast.protocol.milestones.judge_alone`: a table more in
+        report.txt and report.html.
 
     Returns
     -------
@@ -493,13 +501,13 @@ def write_report(
     partial = partial_folder(target)
     try:
         write_kept(partial / "predictions.h5", evaluation.stars, attrs)
-        write_atomically(partial / "report.txt", (format_text(report, run) + "\n").encode())
+        write_atomically(partial / "report.txt", (format_text(report, run, judged) + "\n").encode())
         write_atomically(
             partial / "run.json", (json.dumps(run, indent=1, ensure_ascii=False) + "\n").encode()
         )
         write_json(report, partial / "report.json")
         if pictures:
-            _draw(report, run, partial)
+            _draw(report, run, judged, partial)
         _publish(partial, target, overwrite)
     except OSError as error:
         raise OutputError(f"{target}: cannot be written ({error.strerror})") from error
@@ -537,7 +545,9 @@ def _holds_a_report_alone(folder: Path) -> bool:
     )
 
 
-def _draw(report: Mapping[str, Any], run: Mapping[str, Any], target: Path) -> None:
+def _draw(
+    report: Mapping[str, Any], run: Mapping[str, Any], judged: Mapping[str, Any] | None, target: Path
+) -> None:
     from moefast.protocol.figures import FIGURES, overview, png
     from moefast.protocol.html import write_page
 
@@ -549,7 +559,7 @@ def _draw(report: Mapping[str, Any], run: Mapping[str, Any], target: Path) -> No
         if drawing.exists(report):
             png(report, name, target / "figures" / f"{name}.png")
     overview(report, target / "report.png")
-    write_page(report, run, target / "report.html")
+    write_page(report, run, target / "report.html", judged)
 
 
 def _remove(path: Path) -> None:

@@ -11,10 +11,8 @@ from __future__ import annotations
 from moefast.core.pictures import literal
 
 # isort: split
-import html
-import io
+import itertools
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,23 +20,29 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.patches import PathPatch, Rectangle
-from matplotlib.path import Path as Outline
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
-from matplotlib.transforms import ScaledTranslation
+from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
-from moefast.core.atomic import write_atomically
+from moefast.pages.drawing import (
+    AXES,
+    LEFT,
+    LIGHT,
+    PAGE,
+    Palette,
+    embedded,
+    legend_below,
+    single,
+    snr_axis,
+    styled,
+    write,
+)
+from moefast.pages.drawing import cells as cells_of
 from moefast.protocol.report import Report
 
 __all__ = [
-    "DARK",
     "FIGURES",
-    "LIGHT",
     "PUBLISHED_RIDGE_OCTILES",
     "PUBLISHED_VIT_OCTILES",
     "Drawing",
@@ -70,36 +74,8 @@ PUBLISHED_VIT_OCTILES = tuple(
 """(snr_median, R²) of a vision transformer per octile, as published; the SNRs between the first and the last, which
 alone are given, are spaced evenly in the logarithm."""
 
-Palette = Mapping[str, str]
-
-# After Okabe & Ito: told apart by every kind of colour vision. Never the only difference: markers differ, too.
-LIGHT: Palette = {
-    "ink": "#1c2127",
-    "muted": "#5b6570",
-    "grid": "#d5dae0",
-    "surface": "#ffffff",
-    "own": "#0b5ea8",
-    "first": "#b35309",
-    "second": "#0a7d5a",
-    "third": "#a3397a",
-    "ceiling": "#1c2127",
-}
-DARK: Palette = {
-    "ink": "#e7eaee",
-    "muted": "#a3adb8",
-    "grid": "#3a434d",
-    "surface": "#171b20",
-    "own": "#6ab4f5",
-    "first": "#f0a35c",
-    "second": "#4fc79f",
-    "third": "#e58abf",
-    "ceiling": "#e7eaee",
-}
-_SENTINEL: Palette = {role: f"#0102{number:02x}" for number, role in enumerate(LIGHT, 0xA0)}
-
-# Inches: width of a figure; left, right and upper margin, height of the axes, room below them, a line of the legend.
-_WIDTH, _LEFT, _RIGHT, _TOP, _HEIGHT, _BELOW, _LINE = 4.7, 0.64, 0.2, 0.1, 2.75, 0.52, 0.19
-_DPI = 150
+_WIDTH = 4.7
+"""Inches."""
 _OVERVIEW = (
     "r2-against-snr",
     "r2-by-bin",
@@ -109,19 +85,6 @@ _OVERVIEW = (
     "error-calibration",
 )
 _SHADES = 10
-_STYLE = {
-    "font.family": ["sans-serif"],
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 9,
-    "axes.labelsize": 9,
-    "xtick.labelsize": 8.5,
-    "ytick.labelsize": 8.5,
-    "legend.fontsize": 8.5,
-    "axes.linewidth": 0.8,
-    "axes.unicode_minus": True,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "moefast",
-}
 
 
 @dataclass(frozen=True)
@@ -150,7 +113,7 @@ class Drawing:
     describe: Callable[[Report], str]
     exists: Callable[[Report], bool] = lambda report: True
     lines: int = 1
-    left: float = _LEFT
+    left: float = LEFT
 
 
 def png(report: Report, name: str, path: str | os.PathLike[str]) -> None:
@@ -169,22 +132,16 @@ def png(report: Report, name: str, path: str | os.PathLike[str]) -> None:
     OutputError
         The file could not be written.
     """
-    with mpl.rc_context(_style(LIGHT)):
-        _write_png(_single(report, FIGURES[name], LIGHT), path)
+    with styled(LIGHT):
+        write(_single(report, FIGURES[name], LIGHT), path)
 
 
 def svg(report: Report, name: str) -> str:
-    """One figure of `FIGURES` as an <svg> element whose colours are CSS variables, for a page that sets them.
-
-    The variables are "--" and the roles of `LIGHT`. The same report gives the same text.
-    """
-    stream = io.StringIO()
-    with mpl.rc_context(_style(_SENTINEL)):
-        canvas = _single(report, FIGURES[name], _SENTINEL)
-        FigureCanvasSVG(canvas)
-        canvas.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    """One figure of `FIGURES` as an <svg> element whose colours are variables of the page that it stands in."""
     drawing = FIGURES[name]
-    return _for_page(stream.getvalue(), name, drawing.title, drawing.describe(report))
+    with styled(PAGE):
+        canvas = _single(report, drawing, PAGE)
+        return embedded(canvas, name, drawing.title, drawing.describe(report))
 
 
 def overview(report: Report, path: str | os.PathLike[str]) -> None:
@@ -195,7 +152,7 @@ def overview(report: Report, path: str | os.PathLike[str]) -> None:
     OutputError
         The file could not be written.
     """
-    with mpl.rc_context(_style(LIGHT)):
+    with styled(LIGHT):
         canvas = Figure(
             figsize=(15.6, 9.4), layout=ConstrainedLayoutEngine(wspace=0.05, hspace=0.06), facecolor="white"
         )
@@ -214,7 +171,7 @@ def overview(report: Report, path: str | os.PathLike[str]) -> None:
             + f": R² {_text(overall['r2'])}{_bracket(overall['r2_interval'])}, "
             f"{data['n']:,} stars, fingerprint {fingerprint}"
         )
-        _write_png(canvas, path, dpi=110)
+        write(canvas, path, dpi=110)
 
 
 def compared(reports: Mapping[str, Report], path: str | os.PathLike[str]) -> None:
@@ -235,7 +192,7 @@ def compared(reports: Mapping[str, Report], path: str | os.PathLike[str]) -> Non
         The file could not be written.
     """
     palette = LIGHT
-    with mpl.rc_context(_style(palette)):
+    with styled(palette):
         canvas = Figure(figsize=(2 * _WIDTH, 4.1), layout="constrained", facecolor=palette["surface"])
         left, right = canvas.subplots(1, 2)
         groups = [report["snr_median"]["groups"] for report in reports.values()]
@@ -268,75 +225,13 @@ def compared(reports: Mapping[str, Report], path: str | os.PathLike[str]) -> Non
         left.legend(loc="lower right", frameon=False)
         data = next(iter(reports.values()))["data_set"]
         canvas.suptitle(f"{literal(data['name'])}, {data['n']:,} stars", fontsize=10.5)
-        _write_png(canvas, path)
-
-
-def _write_png(canvas: Figure, path: str | os.PathLike[str], dpi: int = _DPI) -> None:
-    """Whole or not at all; within the style that the figure was drawn in."""
-    stream = io.BytesIO()
-    FigureCanvasAgg(canvas)
-    canvas.savefig(stream, format="png", dpi=dpi, metadata={"Software": None})
-    write_atomically(path, stream.getvalue())
-
-
-def _style(palette: Palette) -> dict[Any, Any]:
-    ink, muted = palette["ink"], palette["muted"]
-    return _STYLE | {
-        "text.color": ink,
-        "axes.labelcolor": ink,
-        "axes.edgecolor": muted,
-        "axes.facecolor": "none",
-        "xtick.color": muted,
-        "ytick.color": muted,
-        "xtick.labelcolor": ink,
-        "ytick.labelcolor": ink,
-        "grid.color": palette["grid"],
-        "legend.labelcolor": ink,
-    }
+        write(canvas, path)
 
 
 def _single(report: Report, drawing: Drawing, palette: Palette) -> Figure:
-    below = _BELOW + _LINE * drawing.lines
-    height = _TOP + _HEIGHT + below
-    canvas = Figure(figsize=(_WIDTH, height), facecolor="white" if palette is LIGHT else "none")
-    width = _WIDTH - drawing.left - _RIGHT
-    box = (drawing.left / _WIDTH, below / height, width / _WIDTH, _HEIGHT / height)
-    drawing.draw(canvas.add_axes(box), report, palette)
-    return canvas
-
-
-def _for_page(text: str, name: str, title: str, words: str) -> str:
-    """An SVG file as an element: no fixed size, no names that clash with other figures, roles as CSS variables."""
-    body = text[text.index("<svg") :]
-    body = re.sub(r"<metadata>.*?</metadata>\s*", "", body, flags=re.DOTALL)
-    body = re.sub(r"<!--.*?-->\s*", "", body, flags=re.DOTALL)
-    box = re.search(r'viewBox="([^"]+)"', body)
-    assert box is not None
-    body = body[body.index(">") + 1 :]
-    # Two decimals of a point are finer than any screen. Inside tags only: numbers that are read stay as they are.
-    body = re.sub(r"<[^>]+>", lambda tag: re.sub(r"-?\d+\.\d{3,}", _short_number, tag[0]), body)
-    body = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', body)
-    body = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{name}-", body)
-    body = body.replace("xlink:href", "href")
-    # The page chooses the typeface; sizes stay.
-    body = re.sub(r"font(?:-family)?: ?([\d.]+px )?'DejaVu Sans'[^;\"]*", _font, body)
-    for role, colour in _SENTINEL.items():
-        body = body.replace(colour, f"var(--{role})")
-    body = re.sub(r"\n\s*", "\n", body)
-    head = (
-        f'<svg viewBox="{box[1]}" role="img" aria-labelledby="{name}-title {name}-words">'
-        f'<title id="{name}-title">{html.escape(title)}</title>'
-        f'<desc id="{name}-words">{html.escape(words)}</desc>'
+    return single(
+        lambda axes: drawing.draw(axes, report, palette), palette, lines=drawing.lines, left=drawing.left
     )
-    return head + body.strip()
-
-
-def _short_number(match: re.Match[str]) -> str:
-    return f"{float(match[0]):.2f}".rstrip("0").rstrip(".")
-
-
-def _font(match: re.Match[str]) -> str:
-    return f"font-size: {match[1].strip()}" if match[1] else "font-family: inherit"
 
 
 # --- drawings ------------------------------------------------------------------------------------------
@@ -362,12 +257,18 @@ def _against_snr(axes: Axes, report: Report, palette: Palette) -> None:
         elif report["ceilings"].get(name, {}).get("r2") is not None:
             value = report["ceilings"][name]["r2"]
             axes.axhline(value, linestyle=style, color=palette["ceiling"], label=f"{label} (all stars)")
-    muted = palette["muted"]
-    axes.plot(*np.array(PUBLISHED_RIDGE_OCTILES).T, "x", color=muted, markersize=5, label="published ridge*")
-    axes.plot(*np.array(PUBLISHED_VIT_OCTILES).T, "^", color=muted, markersize=4, label="published ViT*")
+    # Points of other data are apart: open, grey, behind, never joined by a line.
+    for points, marker, name in (
+        (PUBLISHED_RIDGE_OCTILES, "s", "ridge, published for other data"),
+        (PUBLISHED_VIT_OCTILES, "^", "ViT, published for other data"),
+    ):
+        axes.plot(
+            *np.array(points).T, marker, color=palette["muted"], markersize=4, markerfacecolor="none",
+            markeredgewidth=0.8, alpha=0.8, linestyle="none", label=name, zorder=1,
+        )  # fmt: skip
     _snr_axis(axes)
     _r2_axis(axes, lowest)
-    _legend(axes)
+    legend_below(axes)
 
 
 def _metal_poor(axes: Axes, report: Report, palette: Palette) -> None:
@@ -385,7 +286,7 @@ def _metal_poor(axes: Axes, report: Report, palette: Palette) -> None:
             )  # fmt: skip
     _snr_axis(axes)
     _r2_axis(axes, lowest)
-    _legend(axes)
+    legend_below(axes)
 
 
 def _over_grid(axes: Axes, report: Report, palette: Palette) -> None:
@@ -407,19 +308,9 @@ def _predictions(axes: Axes, report: Report, palette: Palette) -> None:
         members = cells[step == k]
         if not members.size:
             continue
-        # One outline per shade: a few paths instead of a thousand.
-        x, y, size = edges[members[:, 0]], edges[members[:, 1]], edges[1] - edges[0]
-        corners = np.stack(
-            [np.column_stack([x + a * size, y + b * size]) for a, b in ((0, 0), (1, 0), (1, 1), (0, 1))],
-            axis=1,
-        )
-        closed = np.concatenate([corners, corners[:, :1]], axis=1).reshape(-1, 2)
-        codes = np.tile(
-            [Outline.MOVETO, Outline.LINETO, Outline.LINETO, Outline.LINETO, Outline.CLOSEPOLY], len(x)
-        )
-        patch = PathPatch(Outline(closed, codes), facecolor=palette["own"], edgecolor="none")
+        size = edges[1] - edges[0]
+        patch = cells_of(axes, edges[members[:, 0]], edges[members[:, 1]], size, size, palette["own"])
         patch.set_alpha(0.08 + 0.92 * (k / _SHADES) ** 1.4)
-        axes.add_patch(patch)
     limits = (edges[0], edges[-1])
     axes.plot(limits, limits, color=palette["ink"], linewidth=1, linestyle="--", label="equal")
     axes.set(xlim=limits, ylim=limits, xlabel="true log g [dex]", ylabel="predicted log g [dex]")
@@ -465,7 +356,7 @@ def _residuals(label: str, unit: str) -> Callable[[Axes, Report, Palette], None]
         limit = max(0.2, 1.15 * max(every, default=0.2))
         axes.set_ylim(-limit, limit)
         axes.grid(alpha=0.7, linewidth=0.6)
-        _legend(axes)
+        legend_below(axes)
 
     return draw
 
@@ -478,7 +369,7 @@ def _calibration(axes: Axes, report: Report, palette: Palette) -> None:
     axes.plot(expected, found, "o-", color=palette["own"], markersize=3.5, linewidth=1.8, label="found")
     axes.set(xlim=(0, 1), ylim=(0, 1.01), xlabel="expected share of stars within z·σ", ylabel="found share")
     axes.grid(alpha=0.7, linewidth=0.6)
-    _legend(axes)
+    legend_below(axes)
 
 
 def _error_size(axes: Axes, report: Report, palette: Palette) -> None:
@@ -491,7 +382,7 @@ def _error_size(axes: Axes, report: Report, palette: Palette) -> None:
     )
     axes.set(xlim=(0, high), ylim=(0, high), xlabel="claimed σ, root mean square [dex]", ylabel="RMSE [dex]")
     axes.grid(alpha=0.7, linewidth=0.6)
-    _legend(axes)
+    legend_below(axes)
 
 
 def _gate(kind: str) -> Callable[[Axes, Report, Palette], None]:
@@ -528,13 +419,15 @@ def _ladder(axes: Axes, report: Report, palette: Palette) -> None:
         (name, entry["r2"], entry["r2_interval"], "muted") for name, entry in report["references"].items()
     ]
     rows.append(("this model", overall["r2"], overall["r2_interval"], "own"))
-    rows += [
-        (f"ceiling: {name}", entry["r2"], [None, None], "ceiling")
-        for name, entry in report["ceilings"].items()
-        if name in {"bayes", "fisher mean", "fisher median"}
+    rows = sorted((row for row in rows if row[1] is not None), key=lambda row: row[1])
+    # Ceilings stand above all models. The mean Fisher bound, which single stars without information drag far below the
+    # models, is none of the whole set and stays in the table.
+    limits = [
+        (name, report["ceilings"][key]["r2"], [None, None], "ceiling")
+        for key, name in (("bayes", "Bayes ceiling"), ("fisher median", "Fisher ceiling, median"))
+        if report["ceilings"].get(key, {}).get("r2") is not None
     ]
-    rows = [row for row in rows if row[1] is not None]
-    rows.sort(key=lambda row: row[1])
+    rows += sorted(limits, key=lambda row: row[1])
     for k, (_, value, interval, role) in enumerate(rows):
         if None not in interval:
             axes.plot(interval, [k, k], color=palette[role], linewidth=3, alpha=0.45, solid_capstyle="butt")
@@ -545,6 +438,8 @@ def _ladder(axes: Axes, report: Report, palette: Palette) -> None:
             f"{value:.3f}".replace("-", "−"), (right, k), (6, 0), textcoords="offset points", va="center",
             fontsize=8.5, color=palette["ink"], fontweight="bold" if role == "own" else "normal",
         )  # fmt: skip
+    if limits and len(rows) > len(limits):
+        axes.axhline(len(rows) - len(limits) - 0.5, color=palette["muted"], linewidth=0.8, linestyle=":")
     values = [row[1] for row in rows]
     span = max(values) - min(values)
     axes.set_xlim(min(values) - max(0.04, 0.08 * span), max(values) + max(0.12, 0.3 * span))
@@ -552,6 +447,76 @@ def _ladder(axes: Axes, report: Report, palette: Palette) -> None:
     axes.set_yticks(np.arange(len(rows)), [row[0] for row in rows])
     axes.set_xlabel("R², all stars")
     axes.grid(axis="x", alpha=0.7, linewidth=0.6)
+    for role, marker, name in (
+        ("own", "o", "this model"),
+        ("muted", "s", "simpler fits"),
+        ("ceiling", "d", "ceilings"),
+    ):
+        if any(row[3] == role for row in rows):
+            axes.plot([], [], marker, color=palette[role], linestyle="none", label=name)
+    legend_below(axes, columns=3)
+
+
+LEAST_IN_CELL = 5
+"""Stars that a cell of the Kiel diagram needs, to have a bias."""
+BIAS_STEPS = (-0.4, -0.2, -0.1, 0.1, 0.2, 0.4)
+"""dex between which the Kiel diagram changes its colour."""
+
+
+def _kiel(axes: Axes, report: Report, palette: Palette) -> None:
+    kiel = report["kiel"]
+    t_eff, log_g = _floats(kiel["t_eff"]), _floats(kiel["log_g"])
+    found = np.array(kiel["cells"], np.float64).reshape(-1, 5)
+    if not found.size:
+        return
+    found = found[found[:, 2] >= LEAST_IN_CELL]
+    step = np.searchsorted(BIAS_STEPS, found[:, 3])
+    colours = mpl.colormaps["PuOr"](np.linspace(0.04, 0.96, len(BIAS_STEPS) + 1))
+    signs = [f"{value:+g}".replace("-", "−") for value in BIAS_STEPS]
+    names = [
+        f"below {signs[0]}",
+        *(f"{a} to {b}" for a, b in itertools.pairwise(signs)),
+        f"above {signs[-1]}",
+    ]
+    for k, (colour, name) in enumerate(zip(colours, names, strict=True)):
+        i, j = found[step == k, 0].astype(int), found[step == k, 1].astype(int)
+        cells_of(axes, t_eff[i], log_g[j], t_eff[1] - t_eff[0], log_g[1] - log_g[0], tuple(colour), name)
+    axes.set(xlabel=AXES["T_eff"], ylabel=f"true {AXES['log_g']}")
+    axes.set_xlim(t_eff[-1], t_eff[0])
+    axes.set_ylim(log_g[-1], log_g[0])
+    legend_below(axes, columns=3)
+
+
+def _giants(axes: Axes, report: Report, palette: Palette) -> None:
+    below = report["giants"]["below"]
+    for part, role, marker, sign in zip(
+        report["giants"]["parts"], ("first", "own"), "sD", ("<", "≥"), strict=True
+    ):
+        x, y = (_floats(group[key] for group in part["groups"]) for key in ("centre", "right"))
+        label = f"{part['name']}, log g {sign} {below:g}"
+        axes.plot(x, 100 * y, f"{marker}-", color=palette[role], markersize=4, linewidth=1.8, label=label)
+    axes.axhline(50, color=palette["ink"], linewidth=0.9, linestyle="--", label="even odds")
+    _snr_axis(axes)
+    axes.set(ylabel="predicted on their side [%]", ylim=(0, 102))
+    axes.grid(alpha=0.7, linewidth=0.6)
+    legend_below(axes)
+
+
+def _error_by_snr(axes: Axes, report: Report, palette: Palette) -> None:
+    rows = report["errors_by_snr"]
+    x = _floats(row["centre"] for row in rows)
+    rmse, p16, rms, p84 = (_floats(row[key] for row in rows) for key in ("rmse", "p16", "rms", "p84"))
+    if np.isfinite(rms).any():
+        axes.fill_between(
+            x, p16, p84, color=palette["own"], alpha=0.2, linewidth=0, label="claimed, 16 to 84 % of stars"
+        )
+        axes.plot(x, rms, "o-", color=palette["own"], markersize=4, linewidth=1.8, label="claimed, RMS")
+    axes.plot(x, rmse, "s--", color=palette["first"], markersize=4, linewidth=1.4, label="made, RMSE")
+    _snr_axis(axes)
+    axes.set_ylabel("σ(log g) [dex]")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.7, linewidth=0.6)
+    legend_below(axes)
 
 
 # --- parts of drawings ---------------------------------------------------------------------------------
@@ -574,13 +539,7 @@ def _line(
 
 
 def _snr_axis(axes: Axes) -> None:
-    axes.set_xscale("log")
-    ticks = [1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 50, 100, 200, 500]
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("snr_median (median of the octile)")
+    snr_axis(axes, "snr_median (median of the octile)")
 
 
 def _r2_axis(axes: Axes, lowest: Iterable[float]) -> None:
@@ -590,15 +549,6 @@ def _r2_axis(axes: Axes, lowest: Iterable[float]) -> None:
     axes.set_ylim(max(-1.0, min(0.0, bottom)), 1.0)
     axes.set_ylabel("R² within the octile")
     axes.grid(alpha=0.7, linewidth=0.6)
-
-
-def _legend(axes: Axes) -> None:
-    # In points below the axes, so that their height does not matter.
-    place = axes.transAxes + ScaledTranslation(-36 / 72, -33 / 72, axes.figure.dpi_scale_trans)
-    axes.legend(
-        loc="upper left", bbox_to_anchor=(0, 0), bbox_transform=place, ncols=2, frameon=False, borderaxespad=0.2,
-        columnspacing=1.4, handlelength=1.9,
-    )  # fmt: skip
 
 
 def _grid_map(axes: Axes, report: Report, groups: Sequence[Report]) -> None:
@@ -680,6 +630,35 @@ def _short(value: float | None) -> str:
 # --- in words ------------------------------------------------------------------------------------------
 
 
+def _says_kiel(report: Report) -> str:
+    cells = [cell for cell in report["kiel"]["cells"] if cell[2] >= LEAST_IN_CELL]
+    if not cells:
+        return "No cell of T_eff and log g holds enough stars for a bias."
+    worst = max(cells, key=lambda cell: abs(cell[3]))
+    place = [
+        0.5 * (edges[k] + edges[k + 1])
+        for edges, k in zip((report["kiel"]["t_eff"], report["kiel"]["log_g"]), worst[:2], strict=True)
+    ]
+    return (
+        f"Bias of log g in {len(cells)} cells of T_eff and log g; the largest, {_text(worst[3])} dex, at "
+        f"{place[0]:.0f} K and log g {place[1]:.2f}."
+    )
+
+
+def _says_giants(report: Report) -> str:
+    return "Share on their side of log g 3.5 by snr_median: " + "; ".join(
+        f"{part['name']} " + ", ".join(f"{_short(g['centre'])}: {_text(g['right'])}" for g in part["groups"])
+        for part in report["giants"]["parts"]
+    )
+
+
+def _says_error_by_snr(report: Report) -> str:
+    return "Claimed and made error of log g in dex by snr_median: " + ", ".join(
+        f"{_short(row['centre'])}: {_text(row['rms'])}, {_text(row['rmse'])}"
+        for row in report["errors_by_snr"]
+    )
+
+
 def _says_groups(what: str, kind: str) -> Callable[[Report], str]:
     def describe(report: Report) -> str:
         label = (lambda g: f"{_short(g['centre'])}") if kind == "snr_median" else (lambda g: g["name"])
@@ -752,6 +731,11 @@ def _has_calibration(report: Report) -> bool:
     return report["calibration"] is not None
 
 
+def _has(key: str) -> Callable[[Report], bool]:
+    """Whether a report has an entry; those of earlier versions lack the newest."""
+    return lambda report: bool(report.get(key))
+
+
 def _has_gate(report: Report) -> bool:
     return report["routing"] is not None
 
@@ -759,7 +743,8 @@ def _has_gate(report: Report) -> bool:
 FIGURES: Mapping[str, Drawing] = {
     "r2-against-snr": Drawing(
         "R² against signal-to-noise",
-        "Octiles of snr_median; the band is the bootstrap interval. * Published for other data, which are not public.",
+        "Octiles of snr_median; the band is the bootstrap interval. Open symbols are published numbers of other data, "
+        "which are not public: they are no marks for this set.",
         _against_snr,
         _says_groups("R² by median snr_median of the octile", "snr_median"),
         lines=4,
@@ -770,7 +755,7 @@ FIGURES: Mapping[str, Drawing] = {
         _ladder,
         _says_ladder,
         lambda report: bool(report["references"] or report["ceilings"]),
-        lines=0,
+        lines=1,
         left=1.95,
     ),
     "r2-by-bin": Drawing(
@@ -794,12 +779,28 @@ FIGURES: Mapping[str, Drawing] = {
         _says_metal_poor,
         lines=2,
     ),
+    "giants-and-dwarfs": Drawing(
+        "Giants against dwarfs",
+        "Share of the true giants and dwarfs of each octile of snr_median that are predicted as such.",
+        _giants,
+        _says_giants,
+        _has("giants"),
+        lines=2,
+    ),
     "predicted-against-true": Drawing(
         "Predicted against true log g",
         "Predictions beyond the frame are drawn at its edge.",
         _predictions,
         _says_density,
         lines=2,
+    ),
+    "kiel-bias": Drawing(
+        "Bias over the Kiel diagram",
+        "Mean of predicted − true log g [dex] of the stars of each cell of true T_eff and log g, five at least.",
+        _kiel,
+        _says_kiel,
+        _has("kiel"),
+        lines=3,
     ),
     "residuals-log_g": Drawing(
         "Residuals along log g",
@@ -835,6 +836,15 @@ FIGURES: Mapping[str, Drawing] = {
         _calibration,
         _says_calibration,
         _has_calibration,
+    ),
+    "error-by-snr": Drawing(
+        "Error of log g against signal-to-noise",
+        "Errors that are claimed, and those that are made, in octiles of snr_median: the root mean squares should "
+        "agree.",
+        _error_by_snr,
+        _says_error_by_snr,
+        _has("errors_by_snr"),
+        lines=2,
     ),
     "error-size": Drawing(
         "Claimed against real errors",

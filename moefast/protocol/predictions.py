@@ -1,6 +1,7 @@
 """Tables of predictions: those of others, to be measured, and those an evaluation keeps, to be compared.
 
-Design: a prediction belongs to a row of the test set, and every row has exactly one. A table that lacks rows, repeats
+Design: a prediction belongs to a row of the test set, by its number or by the star's identifiers, and every row has
+exactly one. A table that lacks rows, repeats
 them or has more is refused with the rows named, never patched: a subset would be measured on easier stars. A prediction
 that is not finite stays what it is; the protocol counts it as the mean label.
 """
@@ -23,12 +24,14 @@ from moefast.core.errors import InputError
 from moefast.core.outputs import kept_columns
 from moefast.spectra.files import SpectrumSet
 from moefast.spectra.tables import READERS, Column, open_table, read_table
+from moefast.spectra.velocities import KEYS
 
 __all__ = ["SUFFIXES", "PredictionTable", "read_predictions", "write_kept"]
 
 SUFFIXES = (".csv", *READERS)
 """Endings of a table of predictions."""
 
+_IDENTIFIERS = frozenset(name for keys in KEYS for name in keys)
 _SHOWN = 10
 _WEIGHT = re.compile(r"weight_[0-9]+")
 
@@ -62,8 +65,9 @@ def read_predictions(path: str | Path, spectra: SpectrumSet) -> PredictionTable:
     ----------
     path : path
         .h5, .parquet or .fits as `moefast predict` writes them, or .csv with a line of names. Columns: `row` (row of
-        the spectrum, from 0; within its file where there is a column `file`, else of the whole set), `log_g` [dex],
-        and optionally `log_g_err` [dex] and `weight_0`, `weight_1`, …; all others are ignored.
+        the spectrum, from 0; within its file where there is a column `file`, else of the whole set) or, without it,
+        identifiers that the test set has, too (catId and objId, objId, TARGETID, targetId or id); `log_g` [dex], and
+        optionally `log_g_err` [dex] and `weight_0`, `weight_1`, …; all others are ignored.
     spectra : SpectrumSet
 
     Raises
@@ -75,16 +79,15 @@ def read_predictions(path: str | Path, spectra: SpectrumSet) -> PredictionTable:
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such file; name a table of predictions ({', '.join(SUFFIXES)})")
     found, attrs = _read_csv(path) if path.suffix.lower() == ".csv" else read_table(path)
-    for name in ("row", "log_g"):
-        if name not in found:
-            raise InputError(f"{path}: column {name} is missing; found {', '.join(found) or 'none'}")
+    if "log_g" not in found:
+        raise InputError(f"{path}: column log_g is missing; found {', '.join(found) or 'none'}")
     made_of = attrs.get("input_sha256")
     if made_of is not None and made_of != spectra.fingerprint():
         raise InputError(
             f"{path}: these are predictions for other spectra (fingerprint {str(made_of)[:12]}, the test set has "
             f"{spectra.fingerprint()[:12]}); predict the test set itself"
         )
-    order = _order(path, found, spectra)
+    order = _order(path, found, spectra) if "row" in found else _order_by_identifier(path, found, spectra)
     weights = sorted(
         (name for name in found if _WEIGHT.fullmatch(name)),
         key=lambda name: int(name[7:]),
@@ -131,21 +134,86 @@ def _read_csv(path: Path) -> tuple[dict[str, NDArray], dict[str, Any]]:
     wanted = {
         name: i
         for i, name in enumerate(names)
-        if name in {"row", "file", "log_g", "log_g_err"} or name.startswith("weight_")
+        if name in {"row", "file", "log_g", "log_g_err", *_IDENTIFIERS} or name.startswith("weight_")
     }
+    if "log_g" not in wanted:
+        raise InputError(f"{path}: column log_g is missing; found {', '.join(names)}")
+    if not wanted.keys() & {"row", *_IDENTIFIERS}:
+        raise InputError(f"{path}: column row, or an identifier, is missing; found {', '.join(names)}")
     out: dict[str, NDArray] = {}
     for name, i in wanted.items():
         values: list[float] = []
+        texts: list[str] = []
         for (number, _), record in zip(lines[1:], records[1:], strict=True):
             if len(record) != len(names):
                 raise InputError(f"{path}: line {number}: {len(names)} fields expected; found {len(record)}")
             text = record[i].strip()
+            if name in _IDENTIFIERS:
+                texts.append(text)
+                continue
             try:
                 values.append(float(text) if text else np.nan)
             except ValueError:
                 raise InputError(f"{path}: line {number}: {name} must be a number; found {text!r}") from None
-        out[name] = np.array(values, np.float64)
+        out[name] = _whole_numbers(texts) if name in _IDENTIFIERS else np.array(values, np.float64)
     return out, {}
+
+
+def _whole_numbers(texts: list[str]) -> NDArray:
+    """Identifiers as whole numbers, to the last digit, if all are; else as text."""
+    try:
+        return np.array([int(text) for text in texts], np.int64)
+    except (ValueError, OverflowError):
+        return np.array(texts, str)
+
+
+def _order_by_identifier(path: Path, found: Mapping[str, NDArray], spectra: SpectrumSet) -> NDArray[np.int64]:
+    """Which row of the table belongs to each row of the test set, by what names the stars."""
+    keys = next((k for k in KEYS if all(name in found and name in spectra.columns for name in k)), None)
+    if keys is None:
+        raise InputError(
+            f"{path}: column row, or an identifier of the test set, is missing; found {', '.join(found) or 'none'}, "
+            f"the test set has {', '.join(spectra.columns) or 'none'}"
+        )
+    ours, theirs = spectra.params(keys), {name: np.asarray(found[name]) for name in keys}
+    for name in keys:
+        if (ours[name].dtype.kind in "iu") != (theirs[name].dtype.kind in "iu"):
+            raise InputError(
+                f"{path}: column {name} holds {theirs[name].dtype}, that of the test set {ours[name].dtype}; "
+                "identifiers must be whole numbers in both, or text in both"
+            )
+    stars = [tuple(map(_plain, one)) for one in zip(*(ours[name].tolist() for name in keys), strict=True)]
+    given = [tuple(map(_plain, one)) for one in zip(*(theirs[name].tolist() for name in keys), strict=True)]
+    words = " and ".join(keys)
+
+    def told(what: str, which: list[tuple]) -> list[str]:
+        names = [" ".join(map(str, key)) for key in dict.fromkeys(which)]
+        return [f"{what}: {_named(names)}"] if names else []
+
+    place: dict[tuple, int] = {}
+    repeated = [key for row, key in enumerate(given) if place.setdefault(key, row) != row]
+    seen: set[tuple] = set()
+    doubled = [key for key in stars if key in seen or seen.add(key)]  # type: ignore[func-returns-value]
+    if doubled:
+        raise InputError(
+            f"{path}: stars cannot be told apart by {words}: {told('the test set repeats', doubled)[0]}; "
+            "give the column row"
+        )
+    wrong = [
+        *told("missing", [key for key in stars if key not in place]),
+        *told("given more than once", repeated),
+        *told("not in the test set", [key for key in given if key not in seen]),
+    ]
+    if wrong:
+        raise InputError(
+            f"{path}: one prediction for each {words} of the test set expected; {'; '.join(wrong)}. "
+            "Give a star without a prediction as NaN: it counts as the mean label"
+        )
+    return np.array([place[key] for key in stars], np.int64)
+
+
+def _plain(value: Any) -> Any:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
 
 
 def _order(path: Path, found: Mapping[str, NDArray], spectra: SpectrumSet) -> NDArray[np.int64]:

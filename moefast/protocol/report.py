@@ -242,6 +242,9 @@ def evaluate_predictions(
         if weights is None
         else _routing(weights, n, expert_grid, temperature, metallicity, groups),
         "density": distributions.density(truth, filled),
+        "kiel": distributions.kiel(temperature, truth, filled),
+        "giants": distributions.giants_and_dwarfs(truth, filled, groups["snr_median"], centres),
+        "errors_by_snr": distributions.error_by_group(truth, filled, sigma, groups["snr_median"], centres),
         "residuals": {
             name: distributions.residual_profile(values, filled - truth)
             for name, values in (

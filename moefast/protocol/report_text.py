@@ -6,13 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from moefast.core.text import bracket, number, percent, table
-from moefast.protocol.milestones import judge_alone
 from moefast.protocol.milestones_report import format_section
 
 __all__ = ["format_text", "norm_label", "octile_label"]
 
 
-def format_text(report: Mapping[str, Any], throughput: Mapping[str, Any] | None = None) -> str:
+def format_text(
+    report: Mapping[str, Any],
+    throughput: Mapping[str, Any] | None = None,
+    judged: Mapping[str, Any] | None = None,
+) -> str:
     """Plain-text report for a terminal, headline first, within 100 columns unless names are long.
 
     Parameters
@@ -21,6 +24,8 @@ def format_text(report: Mapping[str, Any], throughput: Mapping[str, Any] | None 
         From `evaluate_predictions`, or read back from its JSON.
     throughput : mapping, optional
         "spectra_per_second" and "device" or "backend", for the headline.
+    judged : mapping, optional
+        What the evaluation says about the milestones, from `moefast.protocol.milestones.judge_alone`.
 
     Returns
     -------
@@ -33,7 +38,6 @@ def format_text(report: Mapping[str, Any], throughput: Mapping[str, Any] | None 
     if report["ceilings"]:
         lines += ["", *_ceilings(report)]
     lines += ["", *_groups(report)]
-    judged = judge_alone(report)
     section = format_section(judged) if judged else []
     if section:
         lines += ["", *section]

@@ -2,9 +2,11 @@
 
 from .emulator import LABELS, Emulator
 from .noise import Exposure, Instrument, NoiseModel, Sky
-from .rows import Settings, SimulatedBlock, simulate_file, simulate_params, simulate_rows
+from .observed import Observed
+from .rows import Settings, SimulatedBlock, simulate_params, simulate_rows
 from .sets import FINGERPRINTS, REFERENCE_SETS, identify, simulate_set
 from .source import SimulatedSpectra
+from .writing import simulate_file
 
 __all__ = [
     "FINGERPRINTS",
@@ -14,6 +16,7 @@ __all__ = [
     "Exposure",
     "Instrument",
     "NoiseModel",
+    "Observed",
     "Settings",
     "SimulatedBlock",
     "SimulatedSpectra",

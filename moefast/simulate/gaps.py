@@ -21,6 +21,7 @@ from moefast.spectra.telluric import telluric_pixels
 __all__ = [
     "CALCIUM",
     "GAPS",
+    "GapKind",
     "Gaps",
     "lost_block",
     "lost_edges",
@@ -31,6 +32,8 @@ __all__ = [
 Mask = NDArray[np.bool_]
 Rows = NDArray[np.integer]
 Range = tuple[float, float]
+GapKind = Callable[[np.ndarray, Rows, int], Mask]
+"""Lost pixels (n, p) of the stars `rows` on a wave grid [Å], with a seed."""
 
 CALCIUM = (8400.0, 8850.0)
 """Å: the region of the Ca II triplet, which many surveys observe alone."""
@@ -171,11 +174,11 @@ class Gaps:
 _NO_GAPS = Gaps(telluric=0.0, random=(0.0, 0.0), block=0.0, edges=0.0)
 
 
-def _drawn(gaps: Gaps) -> Callable[[np.ndarray, Rows, int], Mask]:
+def _drawn(gaps: Gaps) -> GapKind:
     return lambda wave, rows, seed: gaps.lost_pixels(wave, rows, seed=seed)
 
 
-def _fixed(first: float, stop: float) -> Callable[[np.ndarray, Rows, int], Mask]:
+def _fixed(first: float, stop: float) -> GapKind:
     """The pixels from `first` to `stop`, as shares of the spectrum, in every star."""
 
     def lost(wave: np.ndarray, rows: Rows, seed: int) -> Mask:
@@ -186,7 +189,7 @@ def _fixed(first: float, stop: float) -> Callable[[np.ndarray, Rows, int], Mask]
     return lost
 
 
-GAPS: dict[str, Callable[[np.ndarray, Rows, int], Mask]] = {
+GAPS: dict[str, GapKind] = {
     "none": _drawn(_NO_GAPS),
     "telluric": _drawn(replace(_NO_GAPS, telluric=1.0)),
     "random": _drawn(replace(_NO_GAPS, random=(0.005, 0.05))),

@@ -54,13 +54,14 @@ _EXACT_ORDER = {"contract", "nsz"}
 # --- velocity ----------------------------------------------------------------------------------------------
 
 
-def velocity_limit(emulator: Emulator) -> float:
+def velocity_limit(emulator: Emulator, beyond: int = 0) -> float:
     """Largest velocity, either way, for which the emulator's margin holds what moves in [km/s].
 
-    The reddest pixel needs the spectrum wave v/c to its blue, and the interpolation `STENCIL` pixels more.
+    The reddest pixel needs the spectrum wave v/c to its blue, and the interpolation `STENCIL` pixels more. `beyond` of
+    the margin's pixels may be asked for themselves.
     """
     step = emulator.wave[1] - emulator.wave[0]
-    reach = max(0, emulator.margin - STENCIL) * step / emulator.wave[-1]
+    reach = max(0, emulator.margin - beyond - STENCIL) * step / emulator.wave[-1]
     return float(LIGHT_SPEED * reach / (1.0 + reach))
 
 

@@ -6,11 +6,9 @@ import itertools
 import json
 import math
 import types
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -32,7 +30,6 @@ from .nuisance import (
 )
 from .visit import VISIT_PARAMS, Visit, broaden, median_of_good, sky_of
 
-BLOCK_ROWS = 1024
 ROWS_AT_REST = 256
 CALIBRATION = tuple(f"calibration_{k + 1}" for k in range(N_CALIBRATION))
 PARAMS = {"id": "int64"} | dict.fromkeys(
@@ -307,10 +304,10 @@ def simulate_rows(
     labels = np.stack([params[name] for name in LABELS], axis=1)
     visit = settings.visit
     if settings.moving or visit is not None:
-        _check_velocity(settings, emulator)
-        velocity = LIGHT_SPEED * ((1.0 + params["redshift"]) * (1.0 + params["velocity"] / LIGHT_SPEED) - 1.0)
+        check_velocity(settings, emulator)
+        velocity = velocity_of(params)
         width = params["line_spread"] if visit is not None else None
-        flux = _shifted(emulator, labels, velocity, first, out, width)
+        flux = shifted(emulator, labels, velocity, first, out, width)
     else:
         flux = emulator.flux(labels, out, first_row=first)
     if any(settings.reddening):
@@ -364,17 +361,28 @@ def _visited(
     )
 
 
-def _shifted(
+def velocity_of(params: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Velocity of each star, redshift and velocity together [km/s]."""
+    return np.asarray(
+        LIGHT_SPEED * ((1.0 + params["redshift"]) * (1.0 + params["velocity"] / LIGHT_SPEED) - 1.0)
+    )
+
+
+def shifted(
     emulator: Emulator,
     labels: np.ndarray,
     velocity: np.ndarray,
     first_row: int,
-    out: np.ndarray | None,
+    out: np.ndarray | None = None,
     width: np.ndarray | None = None,
+    wave: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Emulated spectra in motion, a few at a time: those at rest stay in the cache."""
-    n = len(labels)
-    flux = np.empty((n, len(emulator.wave)), dtype=np.float32) if out is None else out
+    """Emulated spectra in motion, a few at a time: those at rest stay in the cache.
+
+    `wave` are the emulator's pixels, those of its detector if absent, or more of them to either side.
+    """
+    n, wave = len(labels), emulator.wave if wave is None else wave
+    flux = np.empty((n, len(wave)), dtype=np.float32) if out is None else out
     padded = np.empty((min(n, ROWS_AT_REST), len(emulator.mean)), dtype=np.float32)
     step = (emulator.wave[-1] - emulator.wave[0]) / (len(emulator.wave) - 1)
     padded_wave = emulator.wave[0] + step * (np.arange(len(emulator.mean)) - emulator.margin)
@@ -384,17 +392,18 @@ def _shifted(
         rest = emulator.padded_flux(labels[a:b], padded[: b - a], first_row=first_row + a)
         if width is not None:
             rest = broaden(rest, width[a:b], padded_wave)
-        doppler(rest, velocity[a:b], emulator.wave, flux[a:b])
+        doppler(rest, velocity[a:b], wave, flux[a:b])
     return flux
 
 
-def _check_velocity(settings: Settings, emulator: Emulator) -> None:
-    limit = velocity_limit(emulator)
+def check_velocity(settings: Settings, emulator: Emulator, beyond: int = 0) -> None:
+    """Refuse velocities that the emulator's margin, less `beyond` pixels of it, does not hold."""
+    limit = velocity_limit(emulator, beyond)
     if settings.largest_velocity > limit:
         raise MoefastError(
             f"velocities up to {settings.largest_velocity:.0f} km/s ({LARGEST_NORMAL:g} times the scatter "
             f"{settings.velocity_scatter:g} km/s, redshift {settings.redshift[0]:g} to {settings.redshift[1]:g}) are "
-            f"asked for; the emulator's {emulator.margin} pixels beyond the detector allow {limit:.0f} km/s"
+            f"asked for; the emulator's {emulator.margin - beyond} pixels beyond the detector allow {limit:.0f} km/s"
         )
 
 
@@ -415,92 +424,3 @@ def noise_model(emulator: Emulator, settings: Settings) -> NoiseModel:
 @lru_cache(maxsize=4)
 def _noise_model(wave_edges: bytes, instrument: Instrument, sky: Sky, exposure: Exposure) -> NoiseModel:
     return NoiseModel(np.frombuffer(wave_edges), instrument=instrument, sky=sky, exposure=exposure)
-
-
-def simulate_file(
-    path: str | Path,
-    n_rows: int,
-    *,
-    seed: int,
-    settings: Settings | None = None,
-    first_row: int = 0,
-    noisy: bool = True,
-    overwrite: bool = False,
-    attrs: Mapping[str, Any] | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> None:
-    """Write `n_rows` rows of the survey with this seed in the layout of the PFS simulator.
-
-    A block is written while the next one is made; memory does not grow with the number of rows.
-
-    Parameters
-    ----------
-    path : str or Path
-        The file appears under this name only when it is complete.
-    n_rows : int
-    seed : int
-    settings : Settings, optional
-    first_row : int
-        Row of the survey that the file begins with: a shard holds the same rows as one large file.
-    noisy : bool
-        Whether to store the noisy flux beside flux and error.
-    overwrite : bool
-        Whether an existing file may be replaced.
-    attrs : mapping, optional
-        Further attributes of the file.
-    progress : callable, optional
-        Called with the number of rows done after each block.
-
-    Raises
-    ------
-    MoefastError
-        If an argument is out of range or the file cannot be written.
-    """
-    from moefast.spectra.files import SpectrumWriter
-
-    if n_rows < 1:
-        raise MoefastError(f"n_rows: expected at least 1, found {n_rows}")
-    settings = settings or Settings()
-    emulator = Emulator.load()
-    # What cannot be simulated must be known before the file is begun.
-    simulate_rows(first_row, first_row, seed=seed, settings=settings)
-    about = {
-        "simulator": "moefast.simulate",
-        "seed": str(seed),
-        "first_row": first_row,
-        "settings": settings.to_json(),
-        "emulator": json.dumps(dict(emulator.provenance), sort_keys=True),
-        "emulator_sha256": emulator.sha256,
-    }
-    arrays = ("flux", "error", *(("noisy",) if noisy else ()), *(("mask",) if settings.visit else ()))
-    writer = SpectrumWriter(
-        path,
-        n_rows=n_rows,
-        wave=emulator.wave,
-        wave_edges=emulator.wave_edges,
-        arrays=arrays,
-        params=columns_of(settings),
-        attrs=about | dict(attrs or {}),
-        overwrite=overwrite,
-    )
-    # One block is made while the other is written.
-    memory = np.empty((2, min(n_rows, BLOCK_ROWS), len(emulator.wave)), dtype=np.float32)
-    with writer, ThreadPoolExecutor(1) as behind:
-        written: Future[None] | None = None
-        for start in range(0, n_rows, BLOCK_ROWS):
-            stop = min(start + BLOCK_ROWS, n_rows)
-            flux = memory[start // BLOCK_ROWS % 2, : stop - start]
-            block = simulate_rows(
-                first_row + start, first_row + stop, seed=seed, settings=settings, noisy=noisy, out=flux
-            )
-            if written is not None:
-                written.result()
-                if progress is not None:
-                    progress(start)
-            values = {name: getattr(block, name) for name in arrays}
-            written = behind.submit(writer.write, start, params=block.params, **values)
-            del block, values
-        if written is not None:
-            written.result()
-        if progress is not None:
-            progress(n_rows)

@@ -25,8 +25,9 @@ from moefast.spectra.files import Shard
 
 from .emulator import Emulator
 from .gaps import Gaps
-from .rows import MEASURED, Settings, columns_of, noise_model, simulate_file, simulate_params, simulate_rows
+from .rows import MEASURED, Settings, columns_of, noise_model, simulate_params, simulate_rows
 from .visit import Visit
+from .writing import simulate_file
 
 __all__ = [
     "FINGERPRINTS",

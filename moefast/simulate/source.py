@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from moefast.core.errors import InputError, LabelError, MoefastError
 from moefast.spectra.files import Block, Failure, block_edges
 
 from .emulator import Emulator
+from .observed import OBSERVED_PARAMS, Observed, simulate_observed
 from .rows import (
     MEASURED,
     Settings,
@@ -47,6 +49,10 @@ class SimulatedSpectra:
         Row of the survey that is row 0 here.
     emulator : Emulator, optional
         To be used instead of the shipped one.
+    observed : Observed, optional
+        Spectra of files that these should look like: their pixels, resolution, noise and gaps.
+    whole : bool
+        Whether spectra are handed out without the gaps of `observed`, for fits that look for them in `gaps`.
 
     Attributes
     ----------
@@ -68,6 +74,8 @@ class SimulatedSpectra:
         0 and n_rows.
     failures : list
         Empty.
+    gaps : dict of str to callable, or None
+        Kinds of gaps that the spectra would have, as `moefast.simulate.gaps.GAPS`; None where `observed` is not given.
 
     Raises
     ------
@@ -89,21 +97,29 @@ class SimulatedSpectra:
         settings: Settings | None = None,
         first_row: int = 0,
         emulator: Emulator | None = None,
+        observed: Observed | None = None,
+        whole: bool = False,
     ) -> None:
         if n_rows < 1:
             raise MoefastError(f"n_rows: expected at least 1, found {n_rows}")
         self.settings = settings or Settings()
         self.seed, self.first_row, self.n_rows = int(seed), int(first_row), int(n_rows)
-        self._emulator = emulator or Emulator.load()
+        self._observed, self._whole = observed, whole
+        self._emulator = observed.spectrograph.emulator if observed else emulator or Emulator.load()
         self._noise = noise_model(self._emulator, self.settings)
         # What cannot be simulated must be known before a long run.
         self._simulate(0, 0)
-        self.wave = self._emulator.wave
+        self.wave = observed.wave if observed else self._emulator.wave
         self.n_pixels = len(self.wave)
-        self.columns = tuple(columns_of(self.settings))
-        self.arrays = ("flux", "error", "noisy") + (("mask",) if self.settings.visit else ())
+        self.columns = tuple(OBSERVED_PARAMS if observed else columns_of(self.settings))
+        masked = not whole if observed else self.settings.visit is not None
+        self.arrays = ("flux", "error", "noisy") + (("mask",) if masked else ())
+        self.gaps = observed.gaps(self.first_row, seed=self.seed) if observed else None
         self.identity: Identity | None = None
-        self.path = Path(f"simulated, seed {seed}, rows {first_row}:{first_row + n_rows}")
+        like = f" like {observed.name}" if observed else ""
+        self.path = Path(
+            f"simulated{like}, seed {seed}, rows {first_row}:{first_row + n_rows}".replace("/", " ")
+        )
         self.shards = (self,)
         self.first_rows = np.array([0, n_rows], dtype=np.int64)
         self.failures: list[Failure] = []
@@ -130,6 +146,42 @@ class SimulatedSpectra:
         spectra.path = Path(f"{name} {part}, rows {first}:{stop}")
         return spectra
 
+    @classmethod
+    def like(
+        cls,
+        observed: Observed,
+        n_rows: int,
+        *,
+        name: str = "library",
+        part: str = "train",
+        whole: bool = False,
+    ) -> SimulatedSpectra:
+        """The stars of a reference set, observed like the spectra of files.
+
+        Parameters
+        ----------
+        observed : Observed
+        n_rows : int
+        name, part : str
+            See `moefast.simulate.sets`. What a set says of noise, sky and gaps is replaced by what the files say.
+        whole : bool
+            See `SimulatedSpectra`.
+
+        Raises
+        ------
+        MoefastError
+            The set or part does not exist, or its velocities are beyond the emulator's margin.
+        """
+        chosen, its_part, (first, stop) = part_rows(name, part, (0, n_rows))
+        return cls(
+            stop - first,
+            seed=its_part.seed,
+            settings=chosen.settings,
+            first_row=first,
+            observed=observed,
+            whole=whole,
+        )
+
     def __len__(self) -> int:
         return self.n_rows
 
@@ -143,12 +195,14 @@ class SimulatedSpectra:
         """SHA-256, as hex digits, of what decides the content; that of the reference set if it is one."""
         if self.identity is not None:
             return self.identity.fingerprint
-        header = {
+        header: dict[str, Any] = {
             "settings": self.settings.to_json(),
             "seed": self.seed,
             "rows": [self.first_row, self.first_row + self.n_rows],
             "emulator": self._emulator.sha256,
         }
+        if self._observed is not None:
+            header["observed"] = self._observed.fingerprint
         return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
 
     def params(self, names: Iterable[str]) -> dict[str, np.ndarray]:
@@ -163,6 +217,7 @@ class SimulatedSpectra:
         found = simulate_params(
             self.first_row, self.first_row + self.n_rows, seed=self.seed, settings=self.settings
         )
+        found = {name: values for name, values in found.items() if name in self.columns}
         for name in wanted:
             if name not in found:
                 raise InputError(f"{self.path}: has no column {name!r}; it has {', '.join(found)}")
@@ -184,8 +239,8 @@ class SimulatedSpectra:
             raise LabelError(str(error)) from error
 
     def label_notes(self, names: Sequence[str] = ("T_eff", "log_g", "M_H")) -> list[str]:
-        """Nothing: simulated labels are complete and in order."""
-        return []
+        """What users should know of the files that spectra look like: labels are complete and in order."""
+        return [] if self._observed is None else list(self._observed.notes)
 
     def has_labels(self, names: Sequence[str] = ("T_eff", "log_g", "M_H")) -> bool:
         """Whether `labels` would succeed."""
@@ -237,9 +292,15 @@ class SimulatedSpectra:
             yield Block(first, 0, flux, made.error, mask, {name: made.params[name] for name in names})
 
     def _simulate(self, first: int, stop: int, *, noisy: bool = False) -> SimulatedBlock:
+        first, stop = self.first_row + first, self.first_row + stop
+        if self._observed is not None:
+            block = simulate_observed(
+                first, stop, seed=self.seed, settings=self.settings, observed=self._observed, noisy=noisy
+            )
+            return replace(block, mask=None) if self._whole else block
         return simulate_rows(
-            self.first_row + first,
-            self.first_row + stop,
+            first,
+            stop,
             seed=self.seed,
             settings=self.settings,
             emulator=self._emulator,

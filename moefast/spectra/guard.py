@@ -22,7 +22,7 @@ from moefast.spectra.files import SpectrumSet
 from moefast.spectra.prepared import PreparedShard
 from moefast.spectra.quality import good_pixels
 
-__all__ = ["Oddity", "Sample", "look", "noisy_already", "take"]
+__all__ = ["Oddity", "Sample", "look", "noisy_already", "spread_rows", "take"]
 
 F64 = NDArray[np.float64]
 
@@ -158,6 +158,12 @@ def take(
     return Sample.of(spectra.wave, flux, error, mask, rows=found, resampled=resampled)
 
 
+def spread_rows(n: int, each: int = MOST_ROWS // RUNS) -> NDArray[np.int64]:
+    """Rows of a sample of `n`: `RUNS` runs of `each` neighbours, spread evenly."""
+    firsts = np.linspace(0, max(n - each, 0), min(RUNS, -(-n // each))).astype(np.int64)
+    return np.unique(firsts[:, None] + np.arange(min(each, n)))
+
+
 def _runs(
     spectra: SpectrumSet, start: int, stop: int, wanted: NDArray[np.bool_] | None
 ) -> Iterator[tuple[int, int, int]]:
@@ -169,8 +175,7 @@ def _runs(
     each = MOST_ROWS // RUNS
     if any(isinstance(shard, PreparedShard) and len(shard.files) > 1 for shard in spectra.shards):
         each = MOST_READS // RUNS
-    firsts = np.linspace(0, max(n - each, 0), min(RUNS, -(-n // each))).astype(np.int64)
-    chosen = np.unique(firsts[:, None] + np.arange(min(each, n)))
+    chosen = spread_rows(n, each)
     rows = start + chosen if places is None else places[chosen]
     if not rows.size:
         return

@@ -42,6 +42,7 @@ __all__ = [
     "PreparedShard",
     "in_vacuum",
     "open_as_found",
+    "open_measured",
     "open_prepared",
     "prepare_rows",
 ]
@@ -52,6 +53,8 @@ TOGETHER = 4096
 FINGERPRINT_FILES = 16
 LEAST_OVERLAP = 0.5
 """Share of the model's grid that an HDF5 file on another grid must cover."""
+BESIDE_GRID = 0.01
+"""Share of the wavelength by which more than the grid is read on either side."""
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 
 
@@ -136,6 +139,7 @@ class PreparedShard(Shard):
         self.first_rows = np.cumsum([0, *(file.n_rows for file in files)], dtype=np.int64)
         self.n_rows = int(self.first_rows[-1])
         self.wave, self.n_pixels = preparation.wave, len(preparation.wave)
+        self._ask_for(np.ones(1))
         self.arrays = (*files[0].arrays, "error", "mask")
         self.dtypes = {name: np.dtype(bool if name == "mask" else np.float32) for name in self.arrays}
         self.layout = dict.fromkeys(self.arrays, files[0].layout)
@@ -147,6 +151,7 @@ class PreparedShard(Shard):
         self._velocity: NDArray[np.float64] | None = None
         self._lock = threading.RLock()
         self._held: tuple[tuple[str, int, int], dict[str, NDArray]] | None = None
+        self._measured_blocks: dict[tuple[str, int, int], list[Pixels]] | None = None
 
     def __getstate__(self) -> dict[str, object]:
         raise TypeError("prepared spectra belong to one process")
@@ -157,6 +162,42 @@ class PreparedShard(Shard):
             raise ValueError(f"{self.n_rows} velocities expected, found shape {velocity.shape}")
         with self._lock:
             self._velocity, self._held = velocity, None
+        if len(velocity):
+            self._ask_for(1 + velocity / LIGHT_SPEED)
+
+    def _ask_for(self, factor: NDArray[np.float64]) -> None:
+        """Tell the files which wavelengths are needed; `factor` are those of λ over λ at rest."""
+        needed = float(self.wave[0] * factor.min()), float(self.wave[-1] * factor.max())
+        for file in self.files:
+            file.needed = needed[0] * (1 - BESIDE_GRID), needed[1] * (1 + BESIDE_GRID)
+
+    @property
+    def observed(self) -> bool:
+        """Whether these are spectra of a survey, barycentric, and not of a simulator that leaves stars at rest."""
+        return any(file.through_atmosphere for file in self.files)
+
+    def keep_measured(self) -> None:
+        """From now on keep the pixels of every block that is read, until `measured` is asked for them."""
+        with self._lock:
+            self._measured_blocks, self._held = {}, None
+
+    def measured(self, array: str, start: int, stop: int) -> list[Pixels]:
+        """Rows of an array as they were measured, arm by arm, wavelengths in vacuum; see `at_velocity`."""
+        with self._lock:
+            kept = (
+                None
+                if self._measured_blocks is None
+                else self._measured_blocks.pop((array, start, stop), None)
+            )
+            return self._gathered(array, start, stop) if kept is None else kept
+
+    def at_velocity(
+        self, arms: Sequence[Pixels], velocity: NDArray[np.float64], rows: NDArray[np.intp]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]:
+        """Flux, error and mask on the model's grid of some rows of `measured`, velocities [km/s] of each removed."""
+        factor = 1 + velocity / LIGHT_SPEED
+        taken = [arm.take(rows) for arm in arms]
+        return prepare_rows(taken, factor, self.wave, scale=not self.files[0].normalised)[:3]
 
     @property
     def notes(self) -> list[str]:
@@ -194,7 +235,7 @@ class PreparedShard(Shard):
         np.copyto(out, values, casting="unsafe")
         return out
 
-    def _prepared(self, array: str, start: int, stop: int) -> dict[str, NDArray]:
+    def _gathered(self, array: str, start: int, stop: int) -> list[Pixels]:
         pieces = []
         row = start
         while row < stop:
@@ -202,12 +243,16 @@ class PreparedShard(Shard):
             end = min(stop, int(self.first_rows[index + 1]))
             pieces.append(self._measured(index, array, row, end))
             row = end
+        return _stacked(pieces)
+
+    def _prepared(self, array: str, start: int, stop: int) -> dict[str, NDArray]:
+        arms = self._gathered(array, start, stop)
+        if self._measured_blocks is not None:
+            self._measured_blocks[array, start, stop] = arms
         factor = np.ones(stop - start)
         if self._velocity is not None:
             factor += self._velocity[start:stop] / LIGHT_SPEED
-        flux, error, mask, faults = prepare_rows(
-            _stacked(pieces), factor, self.wave, scale=not self.files[0].normalised
-        )
+        flux, error, mask, faults = prepare_rows(arms, factor, self.wave, scale=not self.files[0].normalised)
         for bad, text in faults.items():
             self._fault(start + bad, text)
         for row in self.faults:
@@ -357,6 +402,11 @@ def _is_fits(path: Path) -> bool:
     except OSError:
         return False
     return head != _HDF5 and (head.startswith((b"SIMPLE  ", b"\x1f\x8b")) or ".fit" in path.name.lower())
+
+
+def open_measured(path: Path) -> SurveyFile:
+    """Open a spectrum file of any layout, to read its spectra as they were measured."""
+    return open_survey_file(path) if _is_fits(path) else survey_file(Shard(path))
 
 
 def _open(path: Path, preparation: Preparation) -> Shard:

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moefast.core.atomic import atomic_file
-from moefast.core.errors import InputError
+from moefast.core.errors import InputError, OutputError
 from moefast.spectra import guard
 from moefast.spectra.files import SpectrumSet
 from moefast.spectra.quality import Flag, assess, good_pixels
+from moefast.spectra.smoothing import FRAME, frame, smoothed
 
 __all__ = ["format_text", "picture", "summarise"]
 
@@ -27,6 +27,7 @@ _BLOCK_ROWS = 2048
 _FIRST_BAD = 10
 _MOST_FILES = 12
 _NORMALISED = (0.8, 1.25)
+_SMOOTHING = 9
 _LABELS = {"T_eff": "K", "log_g": "dex", "M_H": "dex", "a_M": "dex", "C_M": "dex"}
 
 
@@ -299,14 +300,14 @@ def _format_ranges(files: Sequence[Mapping[str, Any]]) -> list[str]:
 def picture(
     spectra: SpectrumSet, path: str | Path, *, max_rows: int | None = 20_000, overwrite: bool = True
 ) -> Path:
-    """Draw a few spectra with their 1σ band, and the histograms of both signal-to-noise ratios.
+    """Draw a few spectra with their smoothed flux, and the histograms of both signal-to-noise ratios.
 
     Parameters
     ----------
     spectra : SpectrumSet
         The spectra.
     path : str or Path
-        PNG file to write.
+        PNG, SVG or PDF file to write.
     max_rows : int, optional
         Rows that the histograms are made of at most, spread evenly over the set.
     overwrite : bool
@@ -322,10 +323,9 @@ def picture(
     OutputError
         If the file cannot be written.
     """
-    from moefast.core.pictures import literal
+    from moefast.pages.drawing import LIGHT, literal, styled, write
 
     # isort: split
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     path = Path(path)
@@ -339,42 +339,54 @@ def picture(
     snr_norm, snr_median = np.concatenate(norms), np.concatenate(medians)
 
     chosen = np.unique(np.linspace(0, spectra.n_rows - 1, 4).astype(int))
-    figure = Figure(figsize=(11, 2.1 * len(chosen) + 3.4), layout="constrained", dpi=120)
-    FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(len(chosen) + 1, 2, height_ratios=[*[1.0] * len(chosen), 1.35])
-    titled: list[str] = [name for name in ("T_eff", "log_g", "M_H") if name in spectra.columns]
-    axes: list[Any] = []
-    for k, row in enumerate(chosen):
-        axis = figure.add_subplot(grid[k, :], sharex=axes[0] if axes else None)
-        axes.append(axis)
-        _draw_spectrum(axis, spectra, int(row), titled)
-        axis.set_ylabel("flux ± 1σ")
-        axis.tick_params(labelbottom=k == len(chosen) - 1)
-    axes[-1].set_xlabel("wavelength [Å]")
-    for k, (values, name) in enumerate(
-        ((snr_norm, "snr_norm = ‖flux‖₂ / ‖error‖₂"), (snr_median, "snr_median = median(flux / error)"))
-    ):
-        axis = figure.add_subplot(grid[-1, k])
-        finite = values[np.isfinite(values)]
-        if len(finite):
-            low, high = np.percentile(finite, [0, 99.5])
-            n_bins = int(np.clip(2 * np.sqrt(len(finite)), 8, 40))
-            edges = np.linspace(low, max(high, low + 1e-3), n_bins + 1).tolist()
-            axis.hist(np.clip(finite, edges[0], edges[-1]), edges, color="#4c78a8", edgecolor="white", lw=0.4)
-            middle = float(np.median(finite))
-            axis.axvline(middle, color="#e45756", lw=1.2, label=f"median {middle:.2f}")
-            axis.legend(frameon=False, fontsize=8)
-        axis.set_xlabel(f"{name}  [no unit]")
-        axis.set_ylabel("spectra")
-        axis.spines[["top", "right"]].set_visible(False)
-    files = f"{len(spectra.shards)} files" if len(spectra.shards) > 1 else str(spectra.shards[0].path.name)
-    figure.suptitle(f"{literal(files)}: {spectra.n_rows} spectra, {spectra.n_pixels} pixels", fontsize=11)
-    with atomic_file(path, overwrite=overwrite) as partial:
-        figure.savefig(partial, format="png")
+    if not overwrite and path.exists():
+        raise OutputError(f"{path}: exists already; choose another name")
+    with styled(LIGHT):
+        figure = Figure(figsize=(11, 2.1 * len(chosen) + 3.4), layout="constrained")
+        grid = figure.add_gridspec(len(chosen) + 1, 2, height_ratios=[*[1.0] * len(chosen), 1.35])
+        titled: list[str] = [name for name in ("T_eff", "log_g", "M_H") if name in spectra.columns]
+        axes: list[Any] = []
+        for k, row in enumerate(chosen):
+            axis = figure.add_subplot(grid[k, :], sharex=axes[0] if axes else None)
+            axes.append(axis)
+            _draw_spectrum(axis, spectra, int(row), titled, LIGHT)
+            axis.set_ylabel("flux")
+            axis.tick_params(labelbottom=k == len(chosen) - 1)
+        axes[0].legend(loc="lower left", ncols=2, frameon=False, fontsize=8, borderaxespad=0.2)
+        axes[-1].set_xlabel("wavelength [Å]")
+        for k, (values, name) in enumerate(
+            ((snr_norm, "snr_norm = ‖flux‖₂ / ‖error‖₂"), (snr_median, "snr_median = median(flux / error)"))
+        ):
+            axis = figure.add_subplot(grid[-1, k])
+            finite = values[np.isfinite(values)]
+            if len(finite):
+                low, high = np.percentile(finite, [0, 99.5])
+                n_bins = int(np.clip(2 * np.sqrt(len(finite)), 8, 40))
+                edges = np.linspace(low, max(high, low + 1e-3), n_bins + 1).tolist()
+                axis.hist(
+                    np.clip(finite, edges[0], edges[-1]),
+                    edges,
+                    color=LIGHT["own"],
+                    edgecolor=LIGHT["surface"],
+                    lw=0.4,
+                )
+                middle = float(np.median(finite))
+                axis.axvline(middle, color=LIGHT["first"], lw=1.2, label=f"median {middle:.2f}")
+                axis.legend(frameon=False, fontsize=8)
+            axis.set_xlabel(f"{name}  [no unit]")
+            axis.set_ylabel("spectra")
+            axis.spines[["top", "right"]].set_visible(False)
+        files = (
+            f"{len(spectra.shards)} files" if len(spectra.shards) > 1 else str(spectra.shards[0].path.name)
+        )
+        figure.suptitle(f"{literal(files)}: {spectra.n_rows} spectra, {spectra.n_pixels} pixels", fontsize=11)
+        write(figure, path, dpi=120)
     return path
 
 
-def _draw_spectrum(axis: Any, spectra: SpectrumSet, row: int, titled: list[str]) -> None:
+def _draw_spectrum(
+    axis: Any, spectra: SpectrumSet, row: int, titled: list[str], palette: Mapping[str, str]
+) -> None:
     try:
         block = next(iter(spectra.blocks(1, rows=(row, row + 1), params=titled, prefetch=False)))
     except InputError:
@@ -385,13 +397,13 @@ def _draw_spectrum(axis: Any, spectra: SpectrumSet, row: int, titled: list[str])
     if good is not None:
         flux[~good[0]] = np.nan
         error[~good[0]] = np.nan
-    axis.fill_between(spectra.wave, flux - error, flux + error, color="#4c78a8", alpha=0.3, lw=0)
-    axis.plot(spectra.wave, flux, color="#1f3b5c", lw=0.6)
-    finite = flux[np.isfinite(flux)]
-    if len(finite):
-        low, high = np.percentile(finite, [0.2, 99.8])
-        margin = max(0.25 * (high - low), 1e-3 * max(abs(high), 1.0))
-        axis.set_ylim(low - margin, high + margin)
+    usable = np.isfinite(flux) & np.isfinite(error)
+    weights = np.where(usable, 1 / np.where(usable, error, 1.0) ** 2, 0.0)
+    mean = smoothed(flux, weights, _SMOOTHING)
+    axis.plot(spectra.wave, flux, color=palette["muted"], lw=0.5, alpha=0.55, label="flux, good pixels")
+    axis.plot(spectra.wave, mean, color=palette["ink"], lw=0.9, label=f"mean of {_SMOOTHING} pixels")
+    if np.isfinite(mean).any():
+        axis.set_ylim(*frame([*np.nanpercentile(mean, FRAME)], below=2))
     labels = ", ".join(
         f"{name} {float(block.params[name][0]):.4g}{' K' if name == 'T_eff' else ''}"
         for name in titled

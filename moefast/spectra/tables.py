@@ -16,7 +16,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -38,6 +38,7 @@ __all__ = [
     "TableWriter",
     "open_table",
     "read_attributes",
+    "read_layout",
     "read_table",
 ]
 
@@ -45,6 +46,8 @@ GROUP = "predictions"
 """HDF5 group, and FITS extension, that holds the columns."""
 
 _ROW_GROUP = 1 << 16
+_TEXT_BYTES = 1024
+"""Bytes of text in a Parquet column that does not say how many it keeps."""
 _HEADER_UNIT = 2880
 _HEADER_ROOM = 5 * _HEADER_UNIT
 
@@ -337,6 +340,24 @@ def _read_hdf5(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         return columns, _attributes(file)
 
 
+def _hdf5_layout(path: Path) -> tuple[list[Column], dict[str, Any], int]:
+    with h5py.File(path, "r") as file:
+        if GROUP not in file:
+            raise InputError(f"{path}: no group {GROUP!r}: not a prediction table")
+        group = file[GROUP]
+        datasets = [group[name] for name in json.loads(group.attrs["columns"])]
+        columns = [
+            Column(
+                dataset.name.rpartition("/")[2],
+                np.dtype(f"S{dataset.dtype.itemsize}") if dataset.dtype.kind == "S" else dataset.dtype,
+                str(dataset.attrs["unit"]),
+                str(dataset.attrs["description"]),
+            )
+            for dataset in datasets
+        ]
+        return columns, _attributes(file), len(datasets[0])
+
+
 def _decode(values: np.ndarray) -> np.ndarray:
     return np.char.decode(values.astype("S"), "utf-8") if values.size else values.astype("U1")
 
@@ -354,7 +375,11 @@ class _ParquetTable(TableWriter):
                     column.name,
                     pa.string() if column.text_bytes else pa.from_numpy_dtype(column.dtype),
                     nullable=False,
-                    metadata={"unit": column.unit, "description": column.description},
+                    metadata={
+                        "unit": column.unit,
+                        "description": column.description,
+                        **({"bytes": str(column.text_bytes)} if column.text_bytes else {}),
+                    },
                 )
                 for column in self.columns
             ]
@@ -411,21 +436,39 @@ def _read_parquet(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
     with open(path, "rb") as opened, pq.ParquetFile(opened, page_checksum_verification=True) as file:
         table = file.read()
-        stored = file.metadata.metadata or {}
+        attrs = _parquet_attributes(file)
     columns = {}
     for name in table.column_names:
         column = table.column(name)
         values = column.to_numpy()
         columns[name] = values.astype(str) if pa.types.is_string(column.type) else values
+    return columns, attrs
+
+
+def _parquet_attributes(file: Any) -> dict[str, Any]:
     attrs = {}
-    for key, value in stored.items():
+    for key, value in (file.metadata.metadata or {}).items():
         name, text = key.decode(), value.decode()
         if name not in {"ARROW:schema", "pandas"}:
             try:
                 attrs[name] = json.loads(text)
             except ValueError:
                 attrs[name] = text
-    return columns, attrs
+    return attrs
+
+
+def _parquet_layout(path: Path) -> tuple[list[Column], dict[str, Any], int]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with open(path, "rb") as opened, pq.ParquetFile(opened) as file:
+        columns = []
+        for field in file.schema_arrow:
+            said = {key.decode(): value.decode() for key, value in (field.metadata or {}).items()}
+            text = pa.types.is_string(field.type)
+            dtype = np.dtype(f"S{said.get('bytes', _TEXT_BYTES)}" if text else field.type.to_pandas_dtype())
+            columns.append(Column(field.name, dtype, said.get("unit", ""), said.get("description", "")))
+        return columns, _parquet_attributes(file), file.metadata.num_rows
 
 
 _FITS_FORMATS: dict[str, tuple[str, str, int]] = {
@@ -615,20 +658,44 @@ def _read_fits(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
                 columns[name] = values.astype(str)
             else:
                 columns[name] = values.astype(values.dtype.newbyteorder("="))
-        attrs = {}
-        for card in file[0].header.cards:
-            name, value = card.keyword, card.value
-            if name in _RESERVED or not name:
-                continue
-            if name.startswith("LONG") and name[4:].isdigit():
-                name, _, value = value.partition("=")
-            if isinstance(value, str):
-                if value[:1] == '"' or value in {"NaN", "Infinity", "-Infinity"}:
-                    with contextlib.suppress(ValueError):
-                        value = json.loads(value)
-                value = _from_text(value) if isinstance(value, str) else value
-            attrs[name.lower()] = value
-    return columns, attrs
+        return columns, _fits_attributes(file[0].header)
+
+
+def _fits_attributes(header: Any) -> dict[str, Any]:
+    attrs = {}
+    for card in header.cards:
+        name, value = card.keyword, card.value
+        if name in _RESERVED or not name:
+            continue
+        if name.startswith("LONG") and name[4:].isdigit():
+            name, _, value = value.partition("=")
+        if isinstance(value, str):
+            if value[:1] == '"' or value in {"NaN", "Infinity", "-Infinity"}:
+                with contextlib.suppress(ValueError):
+                    value = json.loads(value)
+            value = _from_text(value) if isinstance(value, str) else value
+        attrs[name.lower()] = value
+    return attrs
+
+
+def _fits_layout(path: Path) -> tuple[list[Column], dict[str, Any], int]:
+    from astropy.io import fits
+
+    types = {(code, offset): key for key, (code, _, offset) in _FITS_FORMATS.items()}
+    with fits.open(path, memmap=False) as file:
+        header = file[GROUP.upper()].header
+        columns = []
+        for number in range(1, header["TFIELDS"] + 1):
+            code, offset = header[f"TFORM{number}"], header.get(f"TZERO{number}", 0)
+            dtype = f"S{code[:-1]}" if code.endswith("A") else types[code, int(offset)]
+            unit, text = header.get(f"TUNIT{number}", ""), header.get(f"TCOMM{number}", "")
+            if text[:1] == '"':
+                text = json.loads(text)
+            for said in _NO_FITS_UNITS:
+                if text.startswith(f"[{said}] "):
+                    unit, text = said, text.removeprefix(f"[{said}] ")
+            columns.append(Column(header[f"TTYPE{number}"], np.dtype(dtype), unit, text))
+        return columns, _fits_attributes(file[0].header), header["NAXIS2"]
 
 
 WRITERS: dict[str, type[TableWriter]] = {
@@ -637,6 +704,7 @@ WRITERS: dict[str, type[TableWriter]] = {
     ".parquet": _ParquetTable,
     ".fits": _FitsTable,
 }
+_LAYOUTS = {".h5": _hdf5_layout, ".hdf5": _hdf5_layout, ".parquet": _parquet_layout, ".fits": _fits_layout}
 READERS = {".h5": _read_hdf5, ".hdf5": _read_hdf5, ".parquet": _read_parquet, ".fits": _read_fits}
 
 
@@ -674,6 +742,20 @@ def open_table(
     return WRITERS[suffix](path, n_rows, columns, attrs, overwrite=overwrite)
 
 
+def read_layout(path: str | Path) -> tuple[tuple[Column, ...], dict[str, Any], int]:
+    """Columns, attributes and number of rows of a table that `open_table` wrote, without reading its rows.
+
+    Types that a format has not come back as the wider ones that it keeps.
+
+    Raises
+    ------
+    InputError
+        If the file is missing, damaged, or not such a table.
+    """
+    columns, attributes, n_rows = _read(path, _LAYOUTS)
+    return tuple(columns), attributes, n_rows
+
+
 def read_table(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Columns, each an array of shape (n_rows,), and attributes of a table that `open_table` wrote.
 
@@ -682,12 +764,16 @@ def read_table(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]
     InputError
         If the file is missing, damaged, or not such a table.
     """
+    return _read(path, READERS)
+
+
+def _read(path: str | Path, readers: Mapping[str, Callable[[Path], Any]]) -> Any:
     path = Path(path)
     suffix = path.suffix.lower()
-    if suffix not in READERS:
-        raise InputError(f"{path}: unknown table format {suffix!r}; expected {', '.join(READERS)}")
+    if suffix not in readers:
+        raise InputError(f"{path}: unknown table format {suffix!r}; expected {', '.join(readers)}")
     try:
-        return READERS[suffix](path)
+        return readers[suffix](path)
     except InputError:
         raise
     except Exception as error:

@@ -10,18 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moefast.core.threads import in_threads, one_blas_thread
-from moefast.experts.inputs import Inputs
-from moefast.ops.arithmetic import NumPyArithmetic, OnnxArithmetic, is_matrix
+from moefast.experts.protocol import Expert, ExpertValues, Inputs, expert, in_tiles, read_initializers
+from moefast.ops.arithmetic import NumPyArithmetic, SolvingArithmetic, is_matrix
 from moefast.trunks.networks import KINDS, SEES_FLUX, Kind, Plan, answer, shapes
 
 if TYPE_CHECKING:
-    from typing import Self
+    from onnx import ModelProto
 
 __all__ = ["STEM", "Heads"]
 
@@ -31,8 +30,9 @@ TILE = {"pca-mlp": 64, "cnn": 16, "vit": 8}
 """Stars that are scored at once: their hidden values stay in the second cache."""
 
 
+@expert
 @dataclass(frozen=True)
-class Heads:
+class Heads(Expert):
     """A network by its plan and its numbers.
 
     Attributes
@@ -49,6 +49,10 @@ class Heads:
 
     plan: Plan
     numbers: Mapping[str, F32]
+
+    family: ClassVar[str] = "heads"
+    short: ClassVar[bool] = True
+    has_noise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         expected = shapes(self.plan)
@@ -73,44 +77,43 @@ class Heads:
         """Whether `Inputs.x` must be given."""
         return self.plan.sees_flux
 
+    @property
+    def stem(self) -> str:
+        """A mixture has one network; its kind is part of the name."""
+        return f"{STEM}.{self.plan.kind}"
+
+    @property
+    def words(self) -> str:
+        """The kind of network, for messages."""
+        return f"a {self.plan.kind} with heads"
+
+    def check(self, n_experts: int, n_components: int, n_pixels: int) -> None:
+        """See `Expert.check`."""
+        size = n_pixels if self.needs_flux else n_components
+        if self.n_experts != n_experts or self.plan.n_inputs != size:
+            raise ValueError(
+                f"a trunk for {size} {'pixels' if self.needs_flux else 'components'} with {n_experts} heads expected; "
+                f"found {self.plan.n_inputs} and {self.n_experts}"
+            )
+
+    def describe(self, op: SolvingArithmetic, seen: Mapping[str, Any]) -> ExpertValues:
+        """Log g, its 1σ, dex, and logits of the gate, each (n, K); see `moefast.trunks.networks.answer`."""
+        return ExpertValues(*answer(op, self.plan, seen)[:3])
+
     @cached_property
     def _single(self) -> NumPyArithmetic:
         return NumPyArithmetic(self.numbers, np.float32)
 
-    def predict(self, inputs: Inputs) -> tuple[F32, F32, F32]:
-        """Log g (n, K), its 1σ (n, K), dex, and logits (n, K), float32."""
-        seen = self._seen(inputs, np.float32)
-        n, k, tile = len(seen["log_level"]), self.n_experts, TILE[self.plan.kind]
-        out = np.empty((3, n, k), np.float32)
-        arithmetic = self._single
+    def evaluate(self, inputs: Inputs) -> ExpertValues:
+        """See `Expert.evaluate`."""
+        seen, single = self._seen(inputs).columns(np.float32), self._single
+        return in_tiles(lambda block: self.describe(single, block), seen, TILE[self.plan.kind])
 
-        # BLAS rounds differently at the edges of its own tiles: a star must be at the same place of a product however
-        # the rows are shared out to threads.
-        def run(first: int, stop: int) -> None:
-            for begin in range(first * tile, stop * tile, tile):
-                rows = slice(begin, min(begin + tile, n))
-                few = rows.stop - begin
-                block = {name: value[rows] for name, value in seen.items()}
-                if few < tile:
-                    block = {
-                        name: np.concatenate([v, np.repeat(v[-1:], tile - few, 0)])
-                        for name, v in block.items()
-                    }
-                # What a bad spectrum overflows stays in its own row.
-                with np.errstate(over="ignore", invalid="ignore"):
-                    found = answer(arithmetic, self.plan, block)
-                for i in range(3):
-                    out[i, rows] = found[i][:few]
+    def evaluate_reference(self, inputs: Inputs) -> ExpertValues:
+        """See `Expert.evaluate_reference`."""
+        return super().evaluate_reference(self._seen(inputs))
 
-        with one_blas_thread():
-            in_threads(-(-n // tile), run, least=1)
-        return out[0], out[1], out[2]
-
-    def predict_reference(self, inputs: Inputs) -> tuple[NDArray, NDArray, NDArray]:
-        """The same in plain NumPy and float64: the contract of `predict` and of the ONNX nodes."""
-        return answer(NumPyArithmetic(self.numbers), self.plan, self._seen(inputs, np.float64))[:3]
-
-    def _seen(self, inputs: Inputs, dtype: Any) -> dict[str, NDArray]:
+    def _seen(self, inputs: Inputs) -> Inputs:
         name = "x" if self.needs_flux else "z"
         spectrum = inputs.x if self.needs_flux else inputs.z
         if spectrum is None or spectrum.ndim != 2 or spectrum.shape[1] != self.plan.n_inputs:
@@ -118,27 +121,14 @@ class Heads:
                 f"a {self.plan.kind} sees {name} of shape (n, {self.plan.n_inputs}); "
                 f"found {None if spectrum is None else spectrum.shape}"
             )
-        seen = {name: spectrum, "log_level": inputs.log_level[:, None], "lines": inputs.lines}
-        return {name: np.ascontiguousarray(value, dtype) for name, value in seen.items()}
+        return inputs
 
-    def add_nodes(self, graph: Any, inputs: Mapping[str, str], *, half: bool = False) -> tuple[str, str, str]:
-        """Write itself into an ONNX graph; its numbers are the initializers `heads.{kind}.{name}`.
+    def of_bin(self, k: int) -> None:
+        """A trunk has no parts."""
 
-        Parameters
-        ----------
-        graph : moefast.export graph
-        inputs : dict of str to str
-            Names of the values z (n, r), log_level (n, 1), lines (n, 9) and x (n, p), of which it takes what it needs.
-        half : bool
-            Matrices in half precision; what is written cannot be read back then.
-
-        Returns
-        -------
-        tuple of str
-            Names of values (n, K): log g, 1σ, logits.
-        """
-        arithmetic = OnnxArithmetic(graph, self.numbers, f"{STEM}.{self.plan.kind}", half)
-        return answer(arithmetic, self.plan, inputs)[:3]
+    def arrays(self) -> dict[str, NDArray]:
+        """All numbers by name."""
+        return dict(self.numbers)
 
     def rounded(self) -> Heads:
         """The network with matrices that half precision holds exactly: a model folder stores them in half the bytes."""
@@ -151,19 +141,34 @@ class Heads:
         return replace(self, numbers={name: short(name, array) for name, array in self.numbers.items()})
 
     @classmethod
-    def read(cls, kind: Kind, names: Mapping[str, tuple[int, ...]], read: Callable[[str], F32]) -> Self:
-        """From the shapes of numbers by name, and a function that gives them.
+    def read_nodes(cls, model: ModelProto, stem: str) -> Heads:
+        """From an ONNX model, to the last bit.
 
         Raises
         ------
-        ValueError
-            They do not fit together.
+        ModelError
+            Numbers are missing, or do not fit together.
         """
-        try:
-            plan = _plan_of(kind, names)
-        except (KeyError, IndexError, ZeroDivisionError) as error:
-            raise ValueError(f"these are not the numbers of a {kind}: {error} is missing") from error
-        return cls(plan, {name: read(name) for name in shapes(plan)})
+        kind, sizes = stem.removeprefix(f"{STEM}."), {}
+        for tensor in model.graph.initializer:
+            if tensor.name.startswith(f"{stem}."):
+                sizes[tensor.name.removeprefix(f"{stem}.")] = tuple(tensor.dims)
+
+        def make(read: Callable[[str], NDArray]) -> Heads:
+            try:
+                plan = _plan_of(kind, sizes)  # type: ignore[arg-type]
+            except (KeyError, IndexError, ZeroDivisionError) as error:
+                raise ValueError(f"these are not the numbers of a {kind}: {error} is missing") from error
+            numbers = {}
+            for name, shape in shapes(plan).items():
+                value = read(name)
+                halved = is_matrix(name, value.ndim) and value.dtype == np.float16
+                if value.shape != shape or not (halved or value.dtype == np.float32):
+                    raise ValueError(f"{name} is {value.dtype} {value.shape}, float32 {shape} expected")
+                numbers[name] = value.astype(np.float32)
+            return cls(plan, numbers)
+
+        return read_initializers(make, model, stem, "network")
 
 
 def _plan_of(kind: Kind, names: Mapping[str, tuple[int, ...]]) -> Plan:

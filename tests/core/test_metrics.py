@@ -1,5 +1,6 @@
 """The ruler against hand-computed values, scikit-learn, SciPy and a naive bootstrap."""
 
+import json
 import math
 
 import numpy as np
@@ -207,3 +208,45 @@ def test_coverage_counts_what_is_undefined_as_missed():
         metrics.coverage(y, y, err, (68,))
     with pytest.raises(ValueError, match="err must have the shape"):
         metrics.coverage(y, y, err[:3])
+
+
+# -- in one pass ----
+
+
+@pytest.mark.parametrize("block", [1, 7, 100])
+def test_streamed_r2_counts_missing_rows_as_the_label_mean(block):
+    rng = np.random.default_rng(3)
+    y = 100 + rng.normal(size=500)
+    yhat = y + rng.normal(size=500)
+    yhat[rng.random(500) < 0.2] = np.nan
+    yhat[:block] = np.nan
+    running = metrics.SquaredErrors()
+    for start in range(0, 500, block):
+        running.add(y[start : start + block], yhat[start : start + block])
+    assert running.r2() == pytest.approx(metrics.r2(y, yhat), abs=1e-12)
+    filled = np.where(np.isnan(yhat), y.mean(), yhat)
+    assert running.r2() == pytest.approx(sklearn_metrics.r2_score(y, filled), abs=1e-12)
+
+
+@pytest.mark.parametrize("values", [(), (3.0,), (3.0, 3.0)])
+def test_r2_that_does_not_exist(values):
+    running = metrics.SquaredErrors()
+    running.add(np.array(values), np.array(values))
+    assert running.r2() is None
+
+
+def test_sums_of_parts_are_those_of_the_whole():
+    rng = np.random.default_rng(4)
+    y = 1e4 + rng.normal(size=300)
+    yhat = y + rng.normal(size=300)
+    yhat[rng.random(300) < 0.2] = np.nan
+    parts = []
+    for rows in (slice(0, 0), slice(0, 10), slice(10, 11), slice(11, 300)):
+        parts.append(metrics.SquaredErrors())
+        parts[-1].add(y[rows], yhat[rows])
+    total = sum(parts, metrics.SquaredErrors())
+    assert total.r2() == pytest.approx(metrics.r2(y, yhat), abs=1e-9)
+    assert sum(parts[::-1], metrics.SquaredErrors()).r2() == pytest.approx(metrics.r2(y, yhat), abs=1e-9)
+    assert metrics.SquaredErrors.from_numbers(json.loads(json.dumps(total.numbers()))) == total
+    with pytest.raises(ValueError, match="sums"):
+        metrics.SquaredErrors.from_numbers({"n": 1})

@@ -1,4 +1,4 @@
-"""The schema of outputs: complete, plain, and what tables, graph, parity check and README say."""
+"""The schema of outputs: complete, plain, and what tables, graph, parity check and documentation say."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from moefast.scoring import predict, table_columns
 from moefast.spectra.quality import Flag
 from moefast.spectra.tables import Column, open_table
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs/outputs.md"
 
 
 def test_names_differ_and_units_are_known():
@@ -98,10 +98,10 @@ def test_a_label_brings_value_error_and_correlation():
     ]
 
 
-@pytest.mark.skipif(not README.is_file(), reason="only in a checkout")
-def test_the_readme_says_what_the_schema_says():
+@pytest.mark.skipif(not PAGE.is_file(), reason="only in a checkout")
+def test_the_page_of_columns_says_what_the_schema_says():
     expected = outputs.markdown()
-    assert expected in README.read_text(encoding="utf-8"), f"put this table into README.md:\n{expected}"
+    assert expected in PAGE.read_text(encoding="utf-8"), f"put this table into docs/outputs.md:\n{expected}"
 
 
 def test_a_column_of_an_output(tmp_path):

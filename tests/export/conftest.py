@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 from made_network import with_heads
-from plans import random_lean, random_library, random_mixture, random_ridge, random_tower, random_trees
+from plans import random_lean, random_mixture, random_ridge, random_templates, random_tower, random_trees
 
 KINDS = ["linear", "library", "some of each", "residuals", "dual", "conditional", "pca-mlp", "vit"]
 
@@ -19,12 +19,8 @@ def mixture(request):
     if request.param in {"pca-mlp", "vit"}:
         return with_heads(made, request.param)
     if request.param == "library":
-        return replace(made, library=random_library())
-    marks, others = (
-        (True, False, False, True, False),
-        {1: random_trees(9 + 12 + 1), 4: random_trees(512, "flux")},
-    )
-    made = replace(made, library=random_library(), from_library=marks, others=others)
+        return made.with_expert(random_templates())
+    made = made.with_expert(random_templates(), 0, 3).with_expert(random_trees(9 + 12 + 1), 1)
     if request.param == "residuals":
         # Beside an expert of the library, trees, and linear ones.
         residuals = {
@@ -34,8 +30,10 @@ def mixture(request):
             2: random_trees(9 + 12 + 1, seed=2),
             4: random_trees(512, "flux", seed=3),
         }
-        return replace(made, others={1: others[1]}, residuals=residuals)
-    return made
+        for k, residual in residuals.items():
+            made = made.with_expert(residual, k, added=True)
+        return made
+    return made.with_expert(random_trees(512, "flux"), 4)
 
 
 @pytest.fixture

@@ -8,12 +8,14 @@ from made_network import with_heads
 from made_posterior import random_posterior
 from one_expert import model_of, network
 from onnx import TensorProto, helper, numpy_helper
-from plans import random_library, random_mixture, random_tower
+from plans import random_mixture, random_templates, random_tower
 
 import moefast
 from moefast.core.errors import ModelError, OutputError
 from moefast.export import build, load, read_mixture, save
 from moefast.export.graph import _OPERATORS, IR_VERSION, OPSET, check, part_of
+from moefast.export.mixture_graph import PLACES
+from moefast.trunks.heads import Heads
 
 CLOUDS = ("keys", "tangents", "variances", "gains", "rest", "log_weights", "log_g", "scatter")
 PARTS = ("mixture", "gate", "expert-0", "expert-4")
@@ -60,7 +62,7 @@ def test_nothing_in_the_graph_is_unused_unnamed_or_stored_twice(mixture, part):
     names = [tensor.name for tensor in model.graph.initializer]
     assert set(names) <= used
     # TopK gives the order whether it is wanted or not.
-    assert set(made) - {"quality/order"} <= used
+    assert {name for name in made if not name.endswith("_order")} <= used
     assert len(set(names)) == len(names)
     assert all(node.name for node in model.graph.node)
     assert len({node.name for node in model.graph.node}) == len(model.graph.node)
@@ -69,7 +71,7 @@ def test_nothing_in_the_graph_is_unused_unnamed_or_stored_twice(mixture, part):
 def test_the_list_of_allowed_operators_is_the_list_of_those_in_use():
     plain = random_mixture()
     tower = random_tower(10, 5, "quality")
-    mixtures = plain, replace(plain, library=random_library()), replace(plain, tower=tower)
+    mixtures = plain, plain.with_expert(random_templates()), replace(plain, tower=tower)
     models = [build(mixture, part) for mixture in mixtures for part in PARTS]
     models += [model_of(network(), p=320), build(with_heads(plain, "pca-mlp")), build(random_posterior())]
     assert {node.op_type for model in models for node in model.graph.node} == _OPERATORS
@@ -86,8 +88,9 @@ def test_outputs_of_each_part(mixture):
 def test_the_file_holds_the_expert_weights_once(mixture):
     size = build(mixture).ByteSize()
     pixels = mixture.columns.nbytes + mixture.line_columns.nbytes + 2 * mixture.reference.nbytes
-    experts = [*mixture.others.values(), *mixture.residuals.values()]
-    clouds = 0 if mixture.library is None else sum(getattr(mixture.library, name).nbytes for name in CLOUDS)
+    experts = [place.expert for place in mixture.experts]
+    library, heads = mixture.clouds[0], mixture.place(Heads)
+    clouds = 0 if library is None else sum(getattr(library, name).nbytes for name in CLOUDS)
     # Nodes of the library are a page or two, and it has tens of them for every expert; a node of a tree takes 50 bytes.
     nodes = (
         30_000
@@ -95,8 +98,8 @@ def test_the_file_holds_the_expert_weights_once(mixture):
         + 50 * sum(39 * e.forest.n_trees for e in experts if e.family == "trees")
     )
     numbers = 0
-    if mixture.heads is not None:
-        numbers = sum(array.nbytes for array in mixture.heads.numbers.values()) + 20_000
+    if heads is not None:
+        numbers = sum(array.nbytes for array in heads.numbers.values()) + 20_000
     assert size < pixels + mixture.expert_weights.nbytes + clouds + nodes + numbers
 
 
@@ -133,33 +136,56 @@ def test_round_trip_is_exact(mixture, tmp_path, clipped):
     back = read_mixture(load(tmp_path / "model.onnx"), mixture.wave)
     for field in fields(mixture):
         a, b = getattr(mixture, field.name), getattr(back, field.name)
-        if field.name in {"label_range", "clipped", "n_basis", "n_gate", "from_library"}:
+        if field.name in {"label_range", "clipped", "n_basis", "n_gate"}:
             assert a == b
-        elif field.name in {"others", "residuals"}:
-            assert list(a) == list(b)
-            for k, expert in a.items():
-                assert (type(b[k]), b[k].needs_flux) == (type(expert), expert.needs_flux)
-                assert all(same_bits(expert.arrays()[key], value) for key, value in b[k].arrays().items())
-        elif field.name == "library":
-            assert (a is None) == (b is None)
-            for name in () if a is None else (*CLOUDS, "first"):
-                assert same_bits(getattr(a, name), getattr(b, name)), name
+        elif field.name == "experts":
+            assert [(place.bins, place.added) for place in a] == [(place.bins, place.added) for place in b]
+            for mine, theirs in ((x.expert, y.expert) for x, y in zip(a, b, strict=True)):
+                assert (type(mine), mine.needs_flux) == (type(theirs), theirs.needs_flux)
+                assert mine.arrays().keys() == theirs.arrays().keys()
+                assert all(same_bits(mine.arrays()[key], value) for key, value in theirs.arrays().items())
+                assert getattr(mine, "plan", None) == getattr(theirs, "plan", None)
         elif field.name == "tower":
             assert (a is None) == (b is None)
             if a is not None:
                 assert (a.sees, a.limit) == (b.sees, b.limit)
                 assert all(same_bits(x, y) for x, y in zip(a.layers, b.layers, strict=True))
-        elif field.name == "heads":
-            assert (a is None) == (b is None)
-            if a is not None:
-                assert a.plan == b.plan
-                assert all(same_bits(b.numbers[name], value) for name, value in a.numbers.items())
         elif isinstance(a, tuple):
             assert all(same_bits(x, y) for x, y in zip(a, b, strict=True)), field.name
         else:
             assert same_bits(a, b), field.name
     again = build(back)
     assert again.SerializeToString(deterministic=True) == model.SerializeToString(deterministic=True)
+
+
+def test_files_that_tell_by_names_where_experts_stand_are_read(mixture):
+    """As they were written before the metadata told it."""
+    model = build(mixture)
+    entry = next(entry for entry in model.metadata_props if entry.key == PLACES)
+    model.metadata_props.remove(entry)
+    for place in mixture.experts:
+        if place.expert.family == "template":
+            name, marks = "experts.from_library", [k in place.bins for k in range(mixture.n_experts)]
+        else:
+            name, marks = f"{place.stem}.{place.expert.family.removesuffix(' residual')}", [True]
+        model.graph.initializer.append(numpy_helper.from_array(np.array(marks), name))
+    back = read_mixture(model, mixture.wave)
+    by_stem = {place.stem: (place.expert.family, place.bins, place.added) for place in mixture.experts}
+    assert {p.stem: (p.expert.family, p.bins, p.added) for p in back.experts} == by_stem
+    flux = np.ones((3, mixture.n_pixels), np.float32)
+    found, expected = (m.predict(flux, np.full_like(flux, 0.1)) for m in (back, mixture))
+    np.testing.assert_array_equal(found.log_g, expected.log_g)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[", "[1]", '[{"family": "trees"}]', '[{"family": "trees", "stem": "s", "bins": "x", "added": 0}]'],
+)
+def test_metadata_that_do_not_tell_where_experts_stand_are_refused(mixture, text):
+    model = build(mixture)
+    next(entry for entry in model.metadata_props if entry.key == PLACES).value = text
+    with pytest.raises(ModelError, match="do not tell where experts stand"):
+        read_mixture(model, mixture.wave)
 
 
 def test_flux_is_clipped_at_zero_and_nowhere_else(mixture):

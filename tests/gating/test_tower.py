@@ -11,6 +11,7 @@ from tolerances import assert_close
 from moefast.gating.tower import RAMP, Tower, quality_logs
 from moefast.kernels import perceptron
 from moefast.kernels.reference import perceptron_reference
+from moefast.ops.arithmetic import NumPyArithmetic
 from moefast.spectra.quality import QUALITY_FEATURES, quality_features
 
 
@@ -72,7 +73,9 @@ def test_logits_are_the_share_times_the_perceptron_and_rows_without_share_are_no
 
     expected = tower.share(snr)[:, None] * perceptron_reference(seen, *tower.layers)
     assert_close(tower.logits(snr, view), expected, made_in=np.float32)
-    exact = tower.logits(snr.astype(np.float64), view, reference=True)
+    # The description sees every row.
+    op, wide = NumPyArithmetic(tower.arrays()), snr.astype(np.float64)
+    exact = tower.describe(op, seen.astype(np.float64), np.nan_to_num(wide, nan=3)[:, None], None, None, 0)
     assert exact.dtype == np.float64
     assert_close(
         exact, tower.share(snr.astype(np.float64))[:, None] * perceptron_reference(seen, *tower.layers)

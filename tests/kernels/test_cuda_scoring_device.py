@@ -1,6 +1,5 @@
 """Scoring and template posteriors on a real device. Run by `pytest -m gpu` where there is one."""
 
-import dataclasses
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ from tolerances import assert_close
 
 from moefast.backend import cuda_devices
 from moefast.core.errors import BackendError
+from moefast.experts.template import Templates
 from moefast.kernels import project, soft_mix, tangent_posterior, template_posterior
 from moefast.kernels.reference import project_reference, soft_mix_reference
 from moefast.kernels.reference_tangent import tangent_posterior_reference
@@ -129,7 +129,7 @@ def test_the_engine_of_a_mixture_with_a_library(marks):
 
     plain = random_mixture(n_pixels=4096, n_experts=9)
     library = random_library(9, plain.n_basis, n_tangents=9, clouds=20)
-    mixture = dataclasses.replace(plain, library=library, from_library=marks)
+    mixture = plain.with_expert(Templates(library), *np.flatnonzero(marks).tolist())
     flux, error = spectra(700, mixture.projection)
     found, _ = CudaEngine(mixture)(flux, error, None, 0)
     expected, _ = mixture.score(flux, error)

@@ -13,8 +13,9 @@ from made_up import report as made_up
 from matplotlib.figure import Figure
 
 from moefast.core.errors import OutputError
+from moefast.pages.drawing import DARK, LIGHT
 from moefast.protocol import figures
-from moefast.protocol.figures import DARK, FIGURES, LIGHT
+from moefast.protocol.figures import FIGURES
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -104,10 +105,13 @@ def test_lines_carry_the_numbers(report):
         lines["published-ridge"].get_ydata(), report["references"]["published-ridge"]["r2_snr_median"]
     )
     np.testing.assert_array_equal(lines["Bayes ceiling"].get_ydata(), np.full(8, 0.9))
-    np.testing.assert_array_equal(
-        lines["published ridge*"].get_ydata(), [r2 for _, r2 in figures.PUBLISHED_RIDGE_OCTILES]
-    )
-    assert {"Fisher ceiling, median", "published ViT*"} <= set(lines)
+    assert "Fisher ceiling, median" in lines
+    for name, points in (
+        ("ridge", figures.PUBLISHED_RIDGE_OCTILES), ("ViT", figures.PUBLISHED_VIT_OCTILES),
+    ):  # fmt: skip
+        other = lines[f"{name}, published for other data"]
+        np.testing.assert_array_equal(other.get_ydata(), [r2 for _, r2 in points])
+        assert (other.get_markerfacecolor(), other.get_linestyle()) == ("none", "None")
 
 
 def test_a_ceiling_without_groups_is_a_level(bare):
@@ -160,6 +164,68 @@ def test_gate_by_group(report):
         np.testing.assert_allclose(pooled, report["routing"]["mean_weight"], rtol=1e-8)
         accuracy = sum(row["n"] * row["accuracy"] for row in rows) / report["overall"]["n"]
         assert accuracy == pytest.approx(report["routing"]["accuracy"])
+
+
+def test_kiel_diagram_holds_every_star_and_its_bias(report):
+    cells = np.array(report["kiel"]["cells"])
+    assert cells[:, 2].sum() == report["overall"]["n"]
+    assert (cells[:, 2] * cells[:, 3]).sum() / cells[:, 2].sum() == pytest.approx(
+        report["overall"]["bias"], abs=1e-9
+    )
+    rmse = np.sqrt((cells[:, 2] * cells[:, 4] ** 2).sum() / cells[:, 2].sum())
+    assert rmse == pytest.approx(report["overall"]["rmse"], rel=1e-8)
+    drawn = sum(len(patch.get_path().vertices) for patch in axes_of("kiel-bias", report).patches)
+    assert drawn == 5 * (cells[:, 2] >= figures.LEAST_IN_CELL).sum()
+
+
+def test_giants_and_dwarfs():
+    y = np.array([1.0, 2.0, 3.0, 3.4, 3.5, 4.0, 4.5, 5.0] * 50)
+    n = len(y)
+    # Every fourth giant is taken for a dwarf, and no dwarf for a giant.
+    yhat = np.where(y == 3.4, 3.6, y)
+    one = {"weights": None, "expert_grid": None, "references": {}, "ceilings": {}, "group_ceilings": None}
+    found = made_up(n, y=y, yhat=yhat, snr_median=np.arange(n) + 1.0, snr_norm=np.ones(n), **one)
+    giants, dwarfs = found["giants"]["parts"]
+    for part, right in ((giants, 0.75), (dwarfs, 1.0)):
+        assert sum(group["n"] for group in part["groups"]) == n / 2
+        share = sum(g["n"] * g["right"] for g in part["groups"]) / sum(g["n"] for g in part["groups"])
+        assert share == pytest.approx(right)
+    drawn = {line.get_label(): line for line in axes_of("giants-and-dwarfs", found).get_lines()}
+    np.testing.assert_allclose(
+        drawn["giants, log g < 3.5"].get_ydata(), [100 * g["right"] for g in giants["groups"]]
+    )
+
+
+def test_errors_by_snr_are_those_claimed_and_made(report):
+    rows = report["errors_by_snr"]
+    assert sum(row["n"] for row in rows) == report["overall"]["n"]
+    squares = sum(row["n"] * row["rmse"] ** 2 for row in rows) / report["overall"]["n"]
+    assert squares == pytest.approx(report["overall"]["rmse"] ** 2)
+    for row, group in zip(rows, report["snr_median"]["groups"], strict=True):
+        # Errors are 3 / SNR by construction.
+        assert row["p16"] < 3 / group["centre"] < row["p84"]
+        assert row["median"] == pytest.approx(3 / group["centre"], rel=0.01)
+
+
+def test_ceilings_stand_above_all_models():
+    ceilings = {"bayes": 0.9, "fisher median": 0.8, "fisher mean": -3.0}
+    axes = axes_of("what-helped", made_up(ceilings=ceilings, group_ceilings=None))
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names[-2:] == ["Fisher ceiling, median", "Bayes ceiling"]
+    assert not any("mean" in name for name in names)
+    assert axes.get_xlim()[0] > -1
+    assert {text.get_text() for text in axes.get_legend().get_texts()} == {
+        "this model",
+        "simpler fits",
+        "ceilings",
+    }
+
+
+def test_a_report_of_an_earlier_version_is_drawn(report, tmp_path):
+    old = {key: value for key, value in report.items() if key not in {"kiel", "giants", "errors_by_snr"}}
+    drawn = {name for name, drawing in FIGURES.items() if drawing.exists(old)}
+    assert set(FIGURES) - drawn == {"kiel-bias", "giants-and-dwarfs", "error-by-snr"}
+    figures.overview(old, tmp_path / "overview.png")
 
 
 def test_many_experts_are_drawn_without_words():

@@ -121,7 +121,7 @@ def test_for_every_eye_and_width(text, read):
     assert "prefers-color-scheme: dark" in text
     assert 'content="width=device-width, initial-scale=1"' in text
     pictures = [attributes for tag, attributes in read.attributes if tag == "svg"]
-    assert len(pictures) == 14
+    assert len(pictures) == 17
     assert all(picture["role"] == "img" and picture["aria-labelledby"] for picture in pictures)
     assert all("scope" in attributes for tag, attributes in read.attributes if tag == "th")
     scrolled = [attributes for _, attributes in read.attributes if attributes.get("class") == "scroll"]
@@ -129,6 +129,17 @@ def test_for_every_eye_and_width(text, read):
     assert all(region["tabindex"] == "0" and region["aria-label"] for region in scrolled)
     used = set(re.findall(r"var\(--(\w+)\)", text))
     assert all(text.count(f"--{role}: #") == 3 for role in used)
+
+
+def test_marks_of_the_roadmap_only_when_asked_for(report):
+    from moefast.protocol.milestones import judge_alone
+
+    protocol = made_up(n_resamples=1000, model={"kind": "model", "name": "m", "recipe": "published-ridge"})
+    judged = judge_alone(protocol)
+    assert "Milestones" not in Reader(page(protocol, RUN)).text
+    read = Reader(page(protocol, RUN, judged))
+    assert "Milestones that this evaluation bears on" in read.text
+    assert "C0" in read.text
 
 
 def test_what_others_wrote_is_text():

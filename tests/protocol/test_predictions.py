@@ -168,7 +168,8 @@ def test_rows_are_named(spectra, tmp_path):
         ("row,log_g\n0,1\n1,high\n", "line 3: log_g must be a number; found 'high'"),
         ("# c\nrow,log_g\n0,1\n1,2,3\n", "line 4: 2 fields expected; found 3"),
         ("row,logg\n0,1\n", "column log_g is missing; found row"),
-        ("star,log_g\n0,1\n", "column row is missing"),
+        ("star,log_g\n0,1\n", "column row, or an identifier, is missing; found star, log_g"),
+        ("objId,log_g\n0,1\n", "found objId, log_g, the test set has"),
         ("row log_g\n0 1\n", "separated by commas"),
         ("row,row,log_g\n0,0,1\n", "names must differ"),
         ('row,log_g\n0,"1\n1",2\n', "several lines"),
@@ -178,6 +179,38 @@ def test_rows_are_named(spectra, tmp_path):
 def test_other_nonsense(text, words, spectra, tmp_path):
     (tmp_path / "t.csv").write_text(text)
     refused(tmp_path / "t.csv", spectra, words)
+
+
+def test_stars_are_matched_by_their_identifiers(stars, tmp_path):
+    few = stars.take(slice(0, 40))
+    few.params["catId"] = np.repeat([1, 2], 20)
+    # One beyond what a double holds exactly.
+    few.params["objId"] = np.tile(2**60 + np.arange(20), 2)
+    path = few.write(tmp_path / "x.h5")
+    order = np.random.default_rng(1).permutation(40)
+    columns = {name: few.params[name][order] for name in ("objId", "catId")} | {
+        "log_g": few.params["log_g"][order]
+    }
+    expected = np.asarray(few.params["log_g"], np.float64)
+    spectra = open_spectra(path)
+    found = read_predictions(write_csv(tmp_path / "t.csv", columns), spectra)
+    np.testing.assert_allclose(found.columns["log_g"], expected, rtol=1e-6)
+    layout = [Column(name, values.dtype) for name, values in columns.items()]
+    with open_table(tmp_path / "t.parquet", 40, layout) as table:
+        table.write(0, columns)
+    found = read_predictions(tmp_path / "t.parquet", spectra)
+    np.testing.assert_array_equal(found.columns["log_g"], few.params["log_g"])
+    some = {name: values[:39] for name, values in columns.items()}
+    words = refused(write_csv(tmp_path / "u.csv", some), spectra, "catId and objId .* expected; missing: ")
+    assert f"missing: {columns['catId'][39]} {columns['objId'][39]}" in words
+    twice = {name: np.append(values, values[:1]) for name, values in columns.items()}
+    refused(write_csv(tmp_path / "v.csv", twice), spectra, "given more than once: ")
+    other = columns | {"objId": np.append(columns["objId"][:39], 7)}
+    refused(write_csv(tmp_path / "w.csv", other), spectra, "not in the test set: . 7")
+    text = columns | {"objId": [f"star {i}" for i in order]}
+    refused(write_csv(tmp_path / "y.csv", text), spectra, "whole numbers in both")
+    alone = {name: columns[name] for name in ("objId", "log_g")}
+    refused(write_csv(tmp_path / "z.csv", alone), spectra, "cannot be told apart by objId")
 
 
 def test_absent_tables(spectra, tmp_path):

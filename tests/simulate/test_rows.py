@@ -215,7 +215,7 @@ def test_shards_hold_the_rows_of_one_file(tmp_path):
 
 def test_blocks_are_written_in_order(tmp_path, monkeypatch):
     simulate_file(tmp_path / "one.h5", 41, seed=3)
-    monkeypatch.setattr("moefast.simulate.rows.BLOCK_ROWS", 8)
+    monkeypatch.setattr("moefast.simulate.writing.BLOCK_ROWS", 8)
     done = []
     simulate_file(tmp_path / "many.h5", 41, seed=3, progress=done.append)
     assert done == [8, 16, 24, 32, 40, 41]

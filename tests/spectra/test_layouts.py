@@ -13,8 +13,10 @@ from survey_files import BITS, LIGHT_SPEED, write_desi, write_pfs_many, write_pf
 
 from moefast.core.errors import InputError, WaveGridError
 from moefast.spectra.layouts.fits_file import FitsFile
+from moefast.spectra.layouts.pfs import visit_hash
 from moefast.spectra.layouts.registry import known_layouts, open_survey_file
 from moefast.spectra.prepared import Origins, Preparation, PreparedShard, open_prepared
+from moefast.spectra.quality import good_pixels
 
 SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
 WAVE = 8000 + 0.5 * np.arange(200)
@@ -63,6 +65,41 @@ def test_pfs_calibrated_and_coadd(visits, spectra, tmp_path):
     np.testing.assert_array_equal(params["nVisit"], np.full(5, visits))
     assert list(params["patch"]) == ["1,1"] * 5
     assert ("visit" in params) == (visits == 1)
+
+
+def test_the_hash_of_exposures_is_that_of_the_names_of_given_files(spectra, tmp_path):
+    """pfsObject-…-011-0x4a52… is of exposures 123064 to 123074, pfsStar-…-001-0x6054… of the first alone."""
+    assert visit_hash(np.arange(123064, 123075)[::-1]) == 0x4A525D3199161F3A
+    assert visit_hash(np.array([123064])) == 0x6054AAA5945ECC2D
+    path = write_pfs_many(tmp_path / "a.fits", WAVE, *spectra, visits=11)
+    np.testing.assert_array_equal(
+        open_survey_file(path).columns["pfsVisitHash"], np.full(5, 0x4A525D3199161F3A)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("pfsCalibrated_PFS_123064_test", {"visit": 123064, "nVisit": 1, "pfsVisitHash": 0x6054AAA5945ECC2D}),
+        ("pfsCoadd_PFS_test_10092_0_test", {"nVisit": 11, "pfsVisitHash": 0x4A525D3199161F3A}),
+        (
+            "pfsObject-10092-00001-1,1-0000000600009709-011-0x4a525d3199161f3a",
+            {"objId": 0x0000000600009709, "nVisit": 11, "pfsVisitHash": 0x4A525D3199161F3A},
+        ),
+        (
+            "pfsStar-10092-00001-1,1-0000000600009709-001-0x6054aaa5945ecc2d",
+            {"objId": 0x0000000600009709, "visit": 123064, "pfsVisitHash": 0x6054AAA5945ECC2D},
+        ),
+    ],
+)
+def test_identifiers_of_given_pfs_files_have_the_names_of_the_catalogue(name, expected):
+    path = _given("pfs") / f"{name}.fits"
+    file = open_survey_file(path)
+    for column, value in ({"catId": 10092, "tract": 1, "patch": "1,1", "targetType": 1} | expected).items():
+        assert column in file.identifiers
+        assert file.columns[column][0] == value
+    assert {"ra", "dec", "objId", "fiberId", "nVisit"} <= set(file.identifiers)
+    assert ("visit" in file.identifiers) == ("visit" in expected)
 
 
 def test_rows_of_flux_table_are_matched_by_target(spectra, tmp_path):
@@ -140,6 +177,23 @@ def test_desi_arms_are_joined(compressed, coadd, tmp_path):
     assert np.ptp(scale) < 1e-5
     np.testing.assert_allclose(block.flux[0][overlap] / scale[0], star(WAVE)[overlap] + 0.2 * 0.2, rtol=1e-5)
     np.testing.assert_allclose(block.error[0][overlap] / scale[0], np.sqrt(1 / 125), rtol=1e-5)
+
+
+def test_arms_beyond_the_grid_are_left_out_and_change_nothing(spectra, tmp_path):
+    """An arm that only a fast star would bring there is read for that star."""
+    far = WAVE + 400
+    arm = {"Z": (WAVE, *spectra)}
+    alone = blocks(write_desi(tmp_path / "a.fits", arm))[1]
+    path = write_desi(tmp_path / "b.fits", {"R": (WAVE - 4000, *spectra), **arm})
+    both = blocks(path)
+    np.testing.assert_array_equal(both[1].flux, alone.flux)
+    assert [a.where for a in both[0].shards[0].files[0].read("flux", 0, 2)[0]] == ["HDU Z_FLUX"]
+    elsewhere = write_desi(tmp_path / "c.fits", {"R": (WAVE - 4000, *spectra), "Z": (far, *spectra)})
+    found, block = blocks(elsewhere)
+    assert block.mask.all()
+    assert block.mask.shape == (5, 200)
+    found.shards[0].set_velocity(np.full(5, LIGHT_SPEED * 400 / 8050))
+    assert not next(found.blocks(9, prefetch=False)).mask.all()
 
 
 def test_a_velocity_is_removed_and_a_star_at_rest_on_the_grid_keeps_its_bits(spectra, tmp_path):
@@ -326,6 +380,34 @@ def test_damaged_files_are_named(spectra, tmp_path):
         open_survey_file(cut)
     with pytest.raises(InputError, match=r"none\.fits: cannot be read as FITS: .*No such file"):
         open_survey_file(tmp_path / "none.fits")
+
+
+@pytest.mark.parametrize(("name", "share"), [("x.fits.gz", 0.6), ("x.fits.fz", 0.6), ("x.fits.fz", 0.97)])
+def test_truncated_files_that_are_compressed_are_named(name, share, spectra, tmp_path):
+    path = write_desi(tmp_path / "a.fits", {"Z": (WAVE, *spectra)}, compressed=True)
+    whole = path.read_bytes()
+    whole = gzip.compress(whole) if name.endswith("gz") else whole
+    (tmp_path / name).write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(InputError, match=rf"{name}: (truncated|cannot be read|HDU)"):
+        blocks(tmp_path / name)
+
+
+def test_pixels_with_negative_variances_are_bad_and_told(spectra, tmp_path):
+    """COVAR of a pfsObject without FLUX_TABLE; a negative error in FLUXTABLE."""
+    one = write_pfs_one(tmp_path / "a.fits", WAVE, spectra[0][0], spectra[1][0], table=False)
+    with fits.open(one, mode="update") as file:
+        file["COVAR"].data[0, 50] *= -1
+    found, block = blocks(one)
+    good = good_pixels(block.flux, block.error, block.mask)
+    assert good is not None
+    np.testing.assert_array_equal(np.argwhere(~good), [[0, 50]])
+    assert any("negative variances" in note for note in found.shards[0].notes)
+    error = spectra[1].copy()
+    error[3, 70] *= -1
+    block = blocks(write_pfs_many(tmp_path / "c.fits", WAVE, spectra[0], error))[1]
+    good = good_pixels(block.flux, block.error, block.mask)
+    assert good is not None
+    np.testing.assert_array_equal(np.argwhere(~good), [[3, 70]])
 
 
 def test_a_missing_hdu_is_named(spectra, tmp_path):

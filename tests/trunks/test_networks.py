@@ -9,7 +9,7 @@ from plans import random_mixture, spectra
 from tolerances import assert_close
 
 from moefast.core.errors import ModelError
-from moefast.experts.inputs import Inputs
+from moefast.experts.protocol import Inputs
 from moefast.export import build, open_session, read_mixture
 from moefast.ops.arithmetic import NumPyArithmetic, TorchArithmetic, is_half, is_matrix
 from moefast.trunks.heads import Heads
@@ -64,9 +64,9 @@ def test_single_experts_and_the_gate_leave_the_graph_alone(mixture):
 
 
 def test_a_file_gives_the_network_back_to_the_last_bit(mixture):
-    again = read_mixture(build(mixture), mixture.wave).heads
-    assert again.plan == mixture.heads.plan
-    for name, array in mixture.heads.numbers.items():
+    again = read_mixture(build(mixture), mixture.wave).place(Heads)
+    assert again.plan == mixture.place(Heads).plan
+    for name, array in mixture.place(Heads).numbers.items():
         np.testing.assert_array_equal(again.numbers[name], array, err_msg=name)
 
 
@@ -74,11 +74,11 @@ def test_a_tampered_network_is_refused(mixture):
     from onnx import numpy_helper
 
     proto = build(mixture)
-    name = f"heads.{mixture.heads.plan.kind}.gate.in.w"
+    name = f"heads.{mixture.place(Heads).plan.kind}.gate.in.w"
     tensor = next(t for t in proto.graph.initializer if t.name == name)
     whole = numpy_helper.to_array(tensor)
     tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(whole[:-1]), name))
-    with pytest.raises(ModelError, match=r"does not fit together: gate\.in\.w"):
+    with pytest.raises(ModelError, match=r"cannot be read: gate\.in\.w"):
         read_mixture(proto, mixture.wave)
     tensor.CopyFrom(numpy_helper.from_array(np.full_like(whole, np.nan), name))
     with pytest.raises(ModelError, match="not finite"):
@@ -87,7 +87,7 @@ def test_a_tampered_network_is_refused(mixture):
 
 def test_torch_gives_the_same(mixture):
     torch = pytest.importorskip("torch")
-    heads = mixture.heads
+    heads = mixture.place(Heads)
     rng = np.random.default_rng(3)
     seen = {
         "log_level": rng.uniform(-1, 1, (9, 1)), "lines": rng.standard_normal((9, 9)),
@@ -113,7 +113,7 @@ def test_the_metal_poor_head_speaks_in_metal_poor_bins_alone():
     inputs = Inputs(
         np.zeros((5, heads.plan.n_inputs), np.float32), np.zeros(5, np.float32), np.zeros((5, 9), np.float32)
     )
-    before, after = heads.predict(inputs)[0], Heads(heads.plan, other).predict(inputs)[0]
+    before, after = heads.evaluate(inputs)[0], Heads(heads.plan, other).evaluate(inputs)[0]
     spread = heads.numbers["log_g.scale"][1]
     expected = np.where(np.isin(np.arange(heads.n_experts), poor), 0.1 * spread, 0)
     np.testing.assert_allclose(after - before, np.broadcast_to(expected, before.shape), atol=1e-6)
@@ -121,7 +121,7 @@ def test_the_metal_poor_head_speaks_in_metal_poor_bins_alone():
 
 @pytest.mark.parametrize("level", [-50.0, 50.0])
 def test_noise_beyond_the_training_set_counts_as_the_last_that_was_seen(mixture, level):
-    heads = mixture.heads
+    heads = mixture.place(Heads)
     limits = heads.numbers["level.limits"]
     rng = np.random.default_rng(0)
     spectrum = rng.standard_normal((4, heads.plan.n_inputs)).astype(np.float32)
@@ -130,17 +130,17 @@ def test_noise_beyond_the_training_set_counts_as_the_last_that_was_seen(mixture,
     def at(value):
         seen = np.full(4, value, np.float32)
         z, x = (None, spectrum) if heads.needs_flux else (spectrum, None)
-        return heads.predict(Inputs(z, seen, lines, x))[0]
+        return heads.evaluate(Inputs(z, seen, lines, x))[0]
 
     np.testing.assert_array_equal(at(level), at(limits[0] if level < 0 else limits[1]))
 
 
 def test_answers_are_bounded_whatever_is_seen(mixture):
-    heads = mixture.heads
+    heads = mixture.place(Heads)
     mean, spread = heads.numbers["log_g.scale"]
     huge = np.full((3, heads.plan.n_inputs), 1e20, np.float32)
     z, x = (None, huge) if heads.needs_flux else (huge, None)
-    log_g, sd, _ = heads.predict(Inputs(z, np.zeros(3, np.float32), np.full((3, 9), 1e20, np.float32), x))
+    log_g, sd, _ = heads.evaluate(Inputs(z, np.zeros(3, np.float32), np.full((3, 9), 1e20, np.float32), x))
     finite = np.isfinite(log_g)
     assert (np.abs(log_g[finite] - mean) <= 3 * spread * (1 + 1e-5)).all()
     assert (sd[np.isfinite(sd)] <= spread * np.e * (1 + 1e-5)).all()
@@ -179,12 +179,12 @@ def test_numbers_that_do_not_fit_are_refused():
 def test_a_mixture_refuses_a_network_of_another_shape():
     mixture = random_mixture()
     for changes in ({"n_experts": 4}, {"n_components": 11}):
-        other = with_heads(random_mixture(**changes), "pca-mlp").heads
+        other = with_heads(random_mixture(**changes), "pca-mlp").place(Heads)
         with pytest.raises(ValueError, match="a trunk for 12 components with 5 heads"):
-            dataclasses.replace(mixture, heads=other)
+            mixture.with_expert(other)
     heads = network(mixture, "pca-mlp")
     with pytest.raises(ValueError, match=r"a pca-mlp sees z of shape \(n, 12\)"):
-        heads.predict(Inputs(np.zeros((2, 3)), np.zeros(2), np.zeros((2, 9))))
+        heads.evaluate(Inputs(np.zeros((2, 3)), np.zeros(2), np.zeros((2, 9))))
 
 
 def test_half_precision_costs_little_and_halves_the_file(mixture, tmp_path):
@@ -194,7 +194,7 @@ def test_half_precision_costs_little_and_halves_the_file(mixture, tmp_path):
     for half in (False, True):
         export_model(mixture, tmp_path / f"{half}.onnx", half=half)
         found[half] = (tmp_path / f"{half}.onnx").stat().st_size
-    matrices = sum(a.size for name, a in mixture.heads.numbers.items() if a.ndim > 1)
+    matrices = sum(a.size for name, a in mixture.place(Heads).numbers.items() if a.ndim > 1)
     assert found[False] - found[True] > 1.5 * matrices
     flux, error = spectra(50, mixture.projection)
     (log_g,) = open_session(tmp_path / "True.onnx").run(["log_g"], {"flux": flux, "error": error})
@@ -205,13 +205,13 @@ def test_half_precision_costs_little_and_halves_the_file(mixture, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_matrices_that_half_precision_holds_take_half_the_bytes_and_lose_nothing(kind, mixture):
     exact = network(mixture, kind)
-    short = dataclasses.replace(mixture, heads=exact.rounded())
+    short = mixture.with_expert(exact.rounded())
     matrices = sum(a.size for name, a in exact.numbers.items() if is_matrix(name, a.ndim))
-    sizes = [build(dataclasses.replace(mixture, heads=h)).ByteSize() for h in (exact, short.heads)]
+    sizes = [build(mixture.with_expert(h)).ByteSize() for h in (exact, short.place(Heads))]
     assert sizes[0] - sizes[1] == pytest.approx(2 * matrices, rel=0.1)
     again = read_mixture(build(short), mixture.wave)
-    for name, array in short.heads.numbers.items():
-        np.testing.assert_array_equal(again.heads.numbers[name], array, err_msg=name)
+    for name, array in short.place(Heads).numbers.items():
+        np.testing.assert_array_equal(again.place(Heads).numbers[name], array, err_msg=name)
         assert is_half(name, array) == is_matrix(name, array.ndim)
     flux, error = spectra(50, mixture.projection)
     (log_g,) = open_session(build(short)).run(["log_g"], {"flux": flux, "error": error})

@@ -2,6 +2,7 @@
 
 Facts that the code rests on: per arm B, R, Z images FLUX (1e-17 erg s⁻¹ cm⁻² Å⁻¹), IVAR and MASK (n, p) and one
 WAVELENGTH (p,) in Å, vacuum and barycentric, velocities not removed. A pixel is bad where MASK is not 0 or IVAR is 0.
+RESOLUTION (n, k, p) holds the line-spread function at each pixel, as k diagonals of a matrix.
 FIBERMAP has a row for every spectrum; spectra-* have several of a target.
 """
 
@@ -27,11 +28,14 @@ FLUX_UNIT, WAVE_UNIT = "1e-17 erg / (s cm2 Angstrom)", "Angstrom"
 NAMES = {"TARGETID": "TARGETID", "TARGET_RA": "ra", "TARGET_DEC": "dec", "FIBER": "fiberId"}
 BESIDE = ("OBJTYPE", "COADD_FIBERSTATUS", "FIBERSTATUS", "NIGHT", "EXPID", "TILEID")
 SCIENCE, SKY, FLUX_STANDARD = 1, 2, 3
+ROWS_OF_RESOLUTION = 64
+"""First rows, at least, that the line-spread function is the mean of."""
+FWHM_OF_SIGMA = 2.354820045
 _STANDARDS = 1 << 33 | 1 << 34 | 1 << 35
 """Bits STD_FAINT, STD_WD and STD_BRIGHT of DESI_TARGET."""
 _WIDER = (
     "DESI spectra: their line-spread function (R 4000 to 5000) is wider than that of the PFS medium-resolution arm; "
-    "log g is right only from a model that was fitted for it"
+    "log g is right only from a model that was fitted for it (moefast fit --simulate N --like FILE)"
 )
 
 
@@ -68,16 +72,32 @@ def _open(file: FitsFile) -> SurveyFile:
     columns |= {name: told.pop(name) for name in BESIDE if name in told}
     identifiers = tuple(columns)
     name = "DESI coadd" if "COADD_FIBERSTATUS" in columns or "EXP_FIBERMAP" in file else "DESI spectra"
+    waves = {arm: _wave(file, arm) for arm in arms}
     notes = [_WIDER]
     note = noting(notes)
 
     def read(array: str, start: int, stop: int) -> tuple[list[Pixels], dict[int, str]]:
-        return [_read_arm(file, arm, start, stop, note) for arm in arms], {}
+        low, high = survey_file.needed
+        # Of files that have no arm there, one tells that all pixels are lost.
+        chosen = [arm for arm in arms if _overlaps(waves[arm], low, high)] or arms[:1]
+        return [_read_arm(file, arm, waves[arm], start, stop, note) for arm in chosen], {}
 
-    return SurveyFile(
+    survey_file = SurveyFile(
         file.path, name, fibermap.n_rows, columns | told, identifiers, read, file.close, notes=notes,
-        fingerprint=lambda: fingerprint_of(file),
+        line_spread=lambda: [_line_spread(file, arm) for arm in arms], fingerprint=lambda: fingerprint_of(file),
     )  # fmt: skip
+    return survey_file
+
+
+def _wave(file: FitsFile, arm: str) -> NDArray[np.float64]:
+    hdu = file[f"{arm}_WAVELENGTH"]
+    unit = wave_factor(hdu.unit() or WAVE_UNIT, f"HDU {hdu.name}")
+    return np.asarray(file.image(hdu).astype(np.float64) * unit)
+
+
+def _overlaps(wave: NDArray[np.float64], low: float, high: float) -> bool:
+    """Whether an arm has pixels there; one with wavelengths that are not finite is left to those who refuse it."""
+    return not (wave.max() < low or wave.min() > high)
 
 
 def _target_type(told: dict[str, NDArray], n: int) -> NDArray[np.int16]:
@@ -92,16 +112,41 @@ def _target_type(told: dict[str, NDArray], n: int) -> NDArray[np.int16]:
     return out
 
 
-def _read_arm(file: FitsFile, arm: str, start: int, stop: int, note: Callable[[str], None]) -> Pixels:
-    flux_hdu, wave_hdu = file[f"{arm}_FLUX"], file[f"{arm}_WAVELENGTH"]
+def _line_spread(file: FitsFile, arm: str) -> NDArray[np.float64] | None:
+    """FWHM [Å] at each pixel: 2.355 times the standard deviation of the rows of RESOLUTION, the mean over stars."""
+    if f"{arm}_RESOLUTION" not in file:
+        return None
+    hdu = file[f"{arm}_RESOLUTION"]
+    bands = np.zeros(hdu.shape[1:])
+    for start in range(0, hdu.n_rows, ROWS_OF_RESOLUTION):
+        bands += file.image(hdu, start, min(start + ROWS_OF_RESOLUTION, hdu.n_rows)).sum(0, dtype=np.float64)
+        if bands.any():
+            break
+    offset = np.arange(len(bands))[:, None] - len(bands) // 2
+    with np.errstate(all="ignore"):
+        total = bands.sum(0)
+        mean = (bands * offset).sum(0) / total
+        variance = (bands * offset**2).sum(0) / total - mean**2
+        wave = _wave(file, arm)
+        fwhm = np.asarray(FWHM_OF_SIGMA * np.sqrt(variance) * np.gradient(wave), np.float64)
+    known = np.isfinite(fwhm) & (fwhm > 0)
+    if not known.any():
+        return None
+    return np.asarray(np.interp(wave, wave[known], fwhm[known]))
+
+
+def _read_arm(
+    file: FitsFile, arm: str, wave: NDArray[np.float64], start: int, stop: int, note: Callable[[str], None]
+) -> Pixels:
+    flux_hdu = file[f"{arm}_FLUX"]
     where = f"HDU {arm}_FLUX"
-    wave = file.image(wave_hdu).astype(np.float64) * wave_factor(wave_hdu.unit() or WAVE_UNIT, where)
     flux, ivar = file.image(flux_hdu, start, stop), file.image(file[f"{arm}_IVAR"], start, stop)
     mask = file.image(file[f"{arm}_MASK"], start, stop)
     if np.any(ivar < 0):
         row = int(np.flatnonzero((ivar < 0).any(1))[0])
         note(f"{file.path}: HDU {arm}_IVAR: negative from row {start + row} on; such pixels count as bad")
-    factor = flux_factor(flux_hdu.unit() or FLUX_UNIT, wave, where)
+    # As precise as the fluxes are.
+    factor = flux_factor(flux_hdu.unit() or FLUX_UNIT, wave, where).astype(flux.dtype)
     with np.errstate(all="ignore"):
         error = factor / np.sqrt(ivar)
         return Pixels.of_rows(wave, flux * factor, error, (mask != 0) | ~(ivar > 0), where)

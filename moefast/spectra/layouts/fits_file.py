@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import gzip
 import io
+import math
 import os
 import re
 import threading
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -54,7 +58,7 @@ class Hdu:
         EXTNAME in capitals; "PRIMARY" of the first.
     index : int
         Its place in the file.
-    header : dict
+    header : mapping
         Keywords in capitals to numbers, text or bool.
     offset, n_bytes : int
         Of the data, without what fills the last block.
@@ -62,7 +66,7 @@ class Hdu:
 
     name: str
     index: int
-    header: dict[str, Any]
+    header: Mapping[str, Any]
     offset: int
     n_bytes: int
 
@@ -105,7 +109,7 @@ class Hdu:
 
 
 class FitsFile:
-    """A FITS file, plain or gzipped.
+    """A FITS file, plain or gzipped; open until `close`, and again when something is read.
 
     Attributes
     ----------
@@ -127,9 +131,11 @@ class FitsFile:
             self.n_bytes = self._open().seek(0, io.SEEK_END)
             self.hdus = self._walk()
         except (OSError, EOFError, zlib.error) as error:
-            raise InputError(f"{self.path}: cannot be read as FITS: {error}") from error
-        finally:
             self.close()
+            raise InputError(f"{self.path}: cannot be read as FITS: {error}") from error
+        except BaseException:
+            self.close()
+            raise
         self._by_name = {hdu.name: hdu for hdu in reversed(self.hdus)}
 
     def __contains__(self, name: str) -> bool:
@@ -389,7 +395,9 @@ def _end_card(text: bytes) -> int:
     return at
 
 
-def _parse(text: bytes) -> dict[str, Any]:
+@lru_cache(maxsize=512)
+def _parse(text: bytes) -> Mapping[str, Any]:
+    """Keywords and values; most headers of thousands of files of one kind are alike to the last byte, and kept."""
     header: dict[str, Any] = {}
     for at in range(0, len(text), CARD):
         card = text[at : at + CARD].decode("ascii", "replace")
@@ -401,7 +409,7 @@ def _parse(text: bytes) -> dict[str, Any]:
         else:
             continue
         header.setdefault(key, _value(value))
-    return header
+    return MappingProxyType(header)
 
 
 def _value(text: str) -> Any:
@@ -424,12 +432,11 @@ def _value(text: str) -> Any:
         return text
 
 
-def _data_bytes(header: dict[str, Any]) -> int:
+def _data_bytes(header: Mapping[str, Any]) -> int:
     n_axes = header.get("NAXIS", 0)
     if not n_axes:
         return 0
-    sizes = [int(header.get(f"NAXIS{i}", 0)) for i in range(1, int(n_axes) + 1)]
-    cells = int(np.prod(sizes, dtype=object))
+    cells = math.prod(int(header.get(f"NAXIS{i}", 0)) for i in range(1, int(n_axes) + 1))
     return (
         abs(int(header.get("BITPIX", 8)))
         // 8
@@ -438,17 +445,33 @@ def _data_bytes(header: dict[str, Any]) -> int:
     )
 
 
-def _row_layout(path: os.PathLike[str], hdu: Hdu) -> tuple[np.dtype, dict[str, tuple[int, str]]]:
+def _row_layout(path: os.PathLike[str], hdu: Hdu) -> tuple[np.dtype, Mapping[str, tuple[int, str]]]:
     """Type of a row, and of each column its number and code."""
-    kinds: list[tuple[Any, ...]] = []
-    fields: dict[str, tuple[int, str]] = {}
     if not hdu.is_table:
         raise InputError(f"{path}: HDU {hdu.name} is an image, expected a table")
-    for number, name in enumerate(hdu.columns, 1):
-        form = str(hdu.header.get(f"TFORM{number}", ""))
-        match = _TFORM.fullmatch(form.strip())
+    forms = tuple(str(hdu.header.get(f"TFORM{i}", "")).strip() for i in range(1, len(hdu.columns) + 1))
+    try:
+        layout, fields = _layout_of(hdu.columns, forms)
+    except InputError as error:
+        raise InputError(f"{path}: HDU {hdu.name}: {error}") from error
+    if layout.itemsize != int(hdu.header["NAXIS1"]):
+        raise InputError(
+            f"{path}: HDU {hdu.name}: rows of {layout.itemsize} bytes expected from its columns, the header says "
+            f"{hdu.header['NAXIS1']}"
+        )
+    return layout, fields
+
+
+@lru_cache(maxsize=256)
+def _layout_of(
+    names: tuple[str, ...], forms: tuple[str, ...]
+) -> tuple[np.dtype, Mapping[str, tuple[int, str]]]:
+    kinds: list[tuple[Any, ...]] = []
+    fields: dict[str, tuple[int, str]] = {}
+    for number, (name, form) in enumerate(zip(names, forms, strict=True), 1):
+        match = _TFORM.fullmatch(form)
         if match is None:
-            raise InputError(f"{path}: HDU {hdu.name}: column {name!r} has the unknown format {form!r}")
+            raise InputError(f"column {name!r} has the unknown format {form!r}")
         repeat, code = int(match[1] or 1), match[2]
         if code in "PQ":
             kinds.append((f"c{number}", ">i4" if code == "P" else ">i8", (2,)))
@@ -462,16 +485,10 @@ def _row_layout(path: os.PathLike[str], hdu: Hdu) -> tuple[np.dtype, dict[str, t
             )
         if not (code == "A" and not repeat):
             fields[name] = (number, code)
-    layout = np.dtype(kinds)
-    if layout.itemsize != int(hdu.header["NAXIS1"]):
-        raise InputError(
-            f"{path}: HDU {hdu.name}: rows of {layout.itemsize} bytes expected from its columns, the header says "
-            f"{hdu.header['NAXIS1']}"
-        )
-    return layout, fields
+    return np.dtype(kinds), fields
 
 
-def _scaled(header: dict[str, Any], number: int, values: NDArray) -> NDArray:
+def _scaled(header: Mapping[str, Any], number: int, values: NDArray) -> NDArray:
     zero, scale = header.get(f"TZERO{number}", 0), header.get(f"TSCAL{number}", 1)
     native = values.astype(values.dtype.newbyteorder("="))
     if (zero, scale) == (0, 1):

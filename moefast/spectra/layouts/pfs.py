@@ -9,6 +9,7 @@ two neighbours is correlated, and variance + 2 (covariances) is what the varianc
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable
 
@@ -17,11 +18,11 @@ from numpy.typing import NDArray
 
 from moefast.core.errors import InputError
 from moefast.spectra.layouts.fits_file import FitsFile, Hdu
-from moefast.spectra.layouts.registry import Layout, SurveyFile, fingerprint_of, noting, register
+from moefast.spectra.layouts.registry import Layout, Reader, SurveyFile, fingerprint_of, noting, register
 from moefast.spectra.resample import Pixels
 from moefast.spectra.units import flux_factor, wave_factor
 
-__all__ = ["BAD_BITS"]
+__all__ = ["BAD_BITS", "visit_hash"]
 
 BAD_BITS = frozenset(
     {
@@ -35,6 +36,7 @@ TABLES = ("FLUXTABLE", "FLUX_TABLE")
 TARGETS = ("catId", "tract", "patch", "objId", "ra", "dec", "targetType")
 FLUX_UNIT, WAVE_UNIT = "nJy", "nm"
 """Where a file does not say."""
+_63_BITS = (1 << 63) - 1
 _METADATA_BIT = re.compile(r"MP_(\w+?)\s*:\s*(\d+)")
 _LOW_RESOLUTION = (
     "has no medium-resolution red arm (arms {arms!r}, expected an m among them): the low-resolution arm does not "
@@ -150,23 +152,34 @@ def _open_many(file: FitsFile) -> SurveyFile:
                 faults.setdefault(row, _LOW_RESOLUTION.format(arms=str(arms[start + row])))
         return [pixels], faults
 
+    return _survey_file(file, name, columns, identifiers, read, notes)
+
+
+def _survey_file(
+    file: FitsFile, name: str, columns: dict[str, NDArray], identifiers: tuple[str, ...], read: Reader,
+    notes: list[str],
+) -> SurveyFile:  # fmt: skip
     return SurveyFile(
-        file.path,
-        name,
-        n,
-        columns,
-        identifiers,
-        read,
-        file.close,
-        notes=notes,
+        file.path, name, len(columns["nVisit"]), columns, identifiers, read, file.close, notes=notes,
         fingerprint=lambda: fingerprint_of(file),
-    )
+    )  # fmt: skip
+
+
+def visit_hash(visits: NDArray[np.integer]) -> int:
+    """The survey's pfsVisitHash of the exposures of a coadd.
+
+    The last 63 bits of the SHA-1 of the list of their numbers as Python writes it, each as bytes: ``[b'1', b'2']``.
+
+    Source: `createHash` and `calculatePfsVisitHash` of Subaru-PFS/datamodel; checked against names of its files.
+    """
+    text = "[" + ", ".join(f"b'{visit}'" for visit in np.unique(visits).tolist()) + "]"
+    return int.from_bytes(hashlib.sha1(text.encode(), usedforsecurity=False).digest()[-8:], "big") & _63_BITS
 
 
 def _of_observations(
     file: FitsFile, ids: NDArray, seen: dict[str, NDArray], columns: dict[str, NDArray]
 ) -> list[str]:
-    """Arms of each target; adds fiberId, visit and nVisit to the columns."""
+    """Arms of each target; adds fiberId, visit, nVisit and pfsVisitHash to the columns."""
     order = np.argsort(seen["targetId"], kind="stable")
     sorted_ids = seen["targetId"][order]
     first, stop = np.searchsorted(sorted_ids, ids), np.searchsorted(sorted_ids, ids, side="right")
@@ -180,6 +193,15 @@ def _of_observations(
     if np.all(n_visit == 1):
         columns["visit"] = seen["visit"][order[first]]
     columns["nVisit"] = n_visit.astype(np.int32)
+    hashes: dict[bytes, int] = {}
+    visits = seen["visit"][order]
+    columns["pfsVisitHash"] = np.array(
+        [
+            hashes.get(key := visits[a:b].tobytes()) or hashes.setdefault(key, visit_hash(visits[a:b]))
+            for a, b in zip(first, stop, strict=True)
+        ],
+        np.int64,
+    )
     if np.all(n_visit == 1):
         return [str(arm) for arm in seen["arm"][order[first]]]
     return ["".join(sorted(set("".join(seen["arm"][order[a:b]])))) for a, b in zip(first, stop, strict=True)]
@@ -303,7 +325,7 @@ def _is_one(file: FitsFile) -> bool:
 def _open_one(file: FitsFile) -> SurveyFile:
     header = file["TARGET"].header
     observations = file["OBSERVATIONS"]
-    seen = file.table(observations)
+    seen = file.table(observations, ["visit", "arm", "fiberId"])
     if not observations.n_rows:
         raise InputError(f"{file.path}: HDU OBSERVATIONS has no rows: a coadd of nothing")
     arms = "".join(sorted(set("".join(seen["arm"].tolist()))))
@@ -320,6 +342,7 @@ def _open_one(file: FitsFile) -> SurveyFile:
     if n_visit == 1:
         columns["visit"] = seen["visit"][:1]
     columns["nVisit"] = np.array([n_visit], np.int32)
+    columns["pfsVisitHash"] = np.array([visit_hash(seen["visit"])], np.int64)
     identifiers = tuple(columns)
     if "STELLARPARAM" in file:
         columns |= _stellar_parameters(file)
@@ -342,17 +365,7 @@ def _open_one(file: FitsFile) -> SurveyFile:
         units = table.unit("wavelength"), table.unit("flux")
         return [_pixels(told["wavelength"], told["flux"], told["error"], bad, starts, where, units)], faults
 
-    return SurveyFile(
-        file.path,
-        name,
-        1,
-        columns,
-        identifiers,
-        read,
-        file.close,
-        notes=notes,
-        fingerprint=lambda: fingerprint_of(file),
-    )
+    return _survey_file(file, name, columns, identifiers, read, notes)
 
 
 def _one_image(file: FitsFile, bits: _Bits, note: Callable[[str], None]) -> tuple[Pixels, dict[int, str]]:

@@ -15,6 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Literal, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 from moefast.core.errors import InputError, MoefastError
@@ -24,6 +25,7 @@ from moefast.spectra.resample import Pixels
 __all__ = [
     "LAYOUTS",
     "Layout",
+    "Reader",
     "SurveyFile",
     "damage",
     "fingerprint_of",
@@ -71,6 +73,11 @@ class SurveyFile:
         Whether the Earth's absorption is in the spectra: in all but those of a simulator that leaves it out.
     notes : list of str
         What users must know: another line-spread function, values that were taken for bad.
+    line_spread : callable, optional
+        Gives the FWHM [Å] of the line-spread function at each pixel of each arm, in the order of `read`, or None for an
+        arm of which it is not known; for files whose rows share their wavelengths.
+    needed : (float, float)
+        Wavelengths [Å] that are needed; arms that lie outside may be left out.
     fingerprint, order_problems : callable, optional
         As of `moefast.spectra.files.Shard`.
     """
@@ -87,6 +94,8 @@ class SurveyFile:
     normalised: bool = False
     through_atmosphere: bool = True
     notes: list[str] = field(default_factory=list)
+    line_spread: Callable[[], list[NDArray[np.float64] | None]] | None = None
+    needed: tuple[float, float] = (0.0, np.inf)
     fingerprint: Callable[[], str] | None = None
     order_problems: Callable[[], list[str]] | None = None
 
@@ -161,13 +170,13 @@ def open_survey_file(path: str | Path) -> SurveyFile:
     """
     with damage(path, "headers and tables"):
         file = FitsFile(path)
-        for layout in known_layouts().values():
-            if layout.recognises(file):
-                try:
+        try:
+            for layout in known_layouts().values():
+                if layout.recognises(file):
                     return layout.open(file)
-                finally:
-                    # Thousands of files must not be open at the same time.
-                    file.close()
+        finally:
+            # Thousands of files must not be open at the same time.
+            file.close()
     raise InputError(
         f"{path}: no known layout of spectra: it has HDUs {', '.join(hdu.name or '(no name)' for hdu in file.hdus)}. "
         f"Known are {', '.join(LAYOUTS)}, and the HDF5 files of the PFS simulator"

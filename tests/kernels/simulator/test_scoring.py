@@ -10,6 +10,7 @@ from plans import random_library, random_mixture, random_plans, random_tower, ra
 from tolerances import assert_close
 
 from moefast.core.errors import BackendError
+from moefast.experts.template import Templates
 from moefast.kernels import Given, project, soft_mix, tangent_posterior
 from moefast.kernels.cuda import CudaScorer, median, mix, score, scoring
 from moefast.kernels.cuda.device import DeviceMemoryError, PinnedMemoryError
@@ -466,7 +467,7 @@ def test_an_engine_without_memory_is_a_backend_error(monkeypatch):
 def test_the_engine_of_a_mixture_with_a_library():
     mixture = random_mixture()
     library = random_library(mixture.n_experts, mixture.n_basis)
-    mixture = dataclasses.replace(mixture, library=library, from_library=(True, False, True, True, True))
+    mixture = mixture.with_expert(Templates(library), 0, 2, 3, 4)
     flux, error = spectra(2, mixture.projection)
     found, _ = CudaEngine(mixture)(flux, error, None, 0)
     expected, _ = mixture.score(flux, error)
@@ -476,7 +477,7 @@ def test_the_engine_of_a_mixture_with_a_library():
 
 
 def test_an_engine_refuses_experts_that_have_no_kernel():
-    mixture = dataclasses.replace(random_mixture(n_pixels=64), others={1: random_trees(3)})
+    mixture = random_mixture(n_pixels=64).with_expert(random_trees(3), 1)
     with pytest.raises(BackendError, match="no kernels for experts of the family trees; use backend cpu"):
         CudaEngine(mixture)
 

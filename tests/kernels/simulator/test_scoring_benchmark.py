@@ -31,11 +31,8 @@ def script(monkeypatch):
         mixing=mixing,
         n_pixels=24,
         n_experts=3,
-        library=None,
-        from_library=(),
-        heads=None,
-        others={},
-        residuals={},
+        experts=(),
+        clouds=(None, ()),
         tower=None,
         predict=lambda flux, error: soft_mix(project(flux, error, None, projection), mixing),
     )

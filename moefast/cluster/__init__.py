@@ -1,0 +1,1 @@
+"""Past one process: parts of a job, runs of many files, and what joins them."""

@@ -1,0 +1,262 @@
+"""The shard functions on a Dask cluster: the same parts, the same tables, whoever computes them.
+
+Design: a task is one shard, a pure function of files, model, options and its number, which writes its table under its
+own name. A task that is lost with its worker is done again by another; a table that is there and was made of the same
+is not made again, so that a client that was killed goes on where it stood. A task gives its number of rows: nothing
+large moves through the scheduler. Tables are merged in the order of their shards, not in that of finishing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moefast.cluster.merge import Merged, merge_tables
+from moefast.core.errors import BackendError, InputError, ModelError, MoefastError, OutputError
+from moefast.core.threads import CORES
+from moefast.core.version import __version__
+from moefast.model import Model
+from moefast.scoring import count_rows, predict
+from moefast.spectra.files import find_files
+from moefast.spectra.tables import read_layout
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+__all__ = ["connect", "predict_on", "workers_of"]
+
+ROWS_PER_TASK = 50_000
+"""Rows of a task, about: seconds of work, so that little is lost with a worker."""
+LARGEST_COUNT = 10_000
+"""Tasks at most: the scheduler takes a millisecond for each."""
+RETRIES = 10
+"""How often a task is begun again after its worker was lost."""
+
+
+def workers_of(scheduler: str) -> int | None:
+    """Number of workers of ``local`` or ``local:N``; None for an address.
+
+    Raises
+    ------
+    InputError
+        N is no number above 0.
+    """
+    if scheduler != "local" and not scheduler.startswith("local:"):
+        return None
+    count = scheduler.removeprefix("local").removeprefix(":") or str(CORES)
+    if not count.isdecimal() or not int(count):
+        raise InputError(
+            f"--scheduler {scheduler}: expected local:N with N workers, such as local:4, or an address"
+        )
+    return int(count)
+
+
+@contextmanager
+def connect(scheduler: str) -> Generator[Client, None, None]:
+    """A client of the scheduler at an address, or of workers on this machine.
+
+    Parameters
+    ----------
+    scheduler : str
+        ``tcp://host:8786``, ``local`` (a worker per core) or ``local:N``. Workers on this machine share its cores.
+
+    Raises
+    ------
+    BackendError
+        Dask is not installed, or nothing answers at the address.
+    """
+    try:
+        import dask
+        from distributed import Client, LocalCluster
+    except ImportError as error:
+        raise BackendError(f'--scheduler needs Dask ({error}): pip install "moefast[dask]"') from error
+    count = workers_of(scheduler)
+    if count is None:
+        try:
+            client = Client(scheduler, timeout=20, set_as_default=False)
+        except (OSError, ValueError) as error:
+            raise BackendError(
+                f"--scheduler {scheduler}: no Dask scheduler answers there ({error})"
+            ) from error
+        with client:
+            yield client
+        return
+    threads = str(max(1, CORES // count))
+    alone = {
+        "OMP_NUM_THREADS": threads,
+        "NUMBA_NUM_THREADS": threads,
+        "OPENBLAS_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+    }
+    settings = {
+        "distributed.nanny.pre-spawn-environ": alone,
+        "distributed.scheduler.allowed-failures": RETRIES,
+        # Tasks load compiled code, which takes longer than Dask expects of a healthy worker.
+        "distributed.scheduler.worker-ttl": None,
+    }
+    with (
+        dask.config.set(settings),
+        LocalCluster(n_workers=count, threads_per_worker=1, dashboard_address=":0") as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        yield client
+
+
+def predict_on(
+    client: Client,
+    paths: Iterable[str | Path],
+    model: str | Path | None,
+    out: str | Path,
+    *,
+    options: Mapping[str, Any],
+    overwrite: bool = False,
+    rows_per_task: int = ROWS_PER_TASK,
+    progress: Callable[[int, int], None] | None = None,
+) -> Merged:
+    """Predict on the workers of a cluster, one shard after the other, and merge their tables.
+
+    The columns are those of `moefast.predict` on one machine, bit for bit, however many workers there are and in
+    whatever order they finish. Tables of shards lie in a folder beside `out` until they are merged; what is there and
+    was made of the same input, model and options is not made again.
+
+    Parameters
+    ----------
+    client : distributed.Client
+    paths : iterable of path
+        Files, folders or patterns that all workers see under the same names.
+    model : path or name of a shipped model, optional
+    out : path
+        Table to write, on a disk that all workers see.
+    options : mapping
+        Options of `moefast.predict`.
+    overwrite : bool
+    rows_per_task : int
+    progress : callable, optional
+        Called with rows done and rows in all.
+
+    Raises
+    ------
+    InputError, ModelError
+        A worker does not see a file, or has another model or version; the worker is named.
+    OutputError
+        The table exists, or cannot be written.
+    """
+    out = Path(os.path.abspath(out))
+    if os.path.lexists(out) and not overwrite:
+        raise OutputError(f"{out}: exists already; choose another name, or replace it with --overwrite")
+    files = [os.path.abspath(path) for path in find_files(list(paths))]
+    name = None if model is None else _shared_name(model)
+    chosen = Model.load(name)
+    n_rows = count_rows(files, chosen)
+    workers = _check_workers(client, files, name, chosen.hash)
+    count = max(1, min(LARGEST_COUNT, n_rows, max(-(-n_rows // rows_per_task), len(workers))))
+    record = {
+        "inputs": [[path, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in files],
+        "model_sha256": chosen.hash, "moefast_version": __version__, "shards": count,
+        "options": json.loads(json.dumps(options, default=str)),
+    }  # fmt: skip
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    folder = out.with_name(f".{out.name}.shards-{digest[:16]}")
+    folder.mkdir(exist_ok=True)
+    tables = [folder / f"{index}-of-{count}.parquet" for index in range(count)]
+    tasks = [
+        client.submit(
+            _predict_shard,
+            files,
+            name,
+            str(table),
+            (index, count),
+            dict(options),
+            digest,
+            retries=RETRIES,
+            pure=False,
+        )
+        for index, table in enumerate(tables)
+    ]
+    _gather(client, tasks, n_rows, progress)
+    merged = merge_tables(tables, out, overwrite=overwrite)
+    shutil.rmtree(folder, ignore_errors=True)
+    return merged
+
+
+def _shared_name(model: str | Path) -> str:
+    """Name under which a worker elsewhere finds the model: that of a shipped one, else the whole path."""
+    return os.path.abspath(model) if os.path.lexists(model) else str(model)
+
+
+def _predict_shard(
+    files: Sequence[str],
+    model: str | None,
+    table: str,
+    shard: tuple[int, int],
+    options: dict[str, Any],
+    digest: str,
+) -> int:
+    """Rows of a shard, once its table is there."""
+    with suppress(MoefastError):
+        _, attributes, n_rows = read_layout(table)
+        if attributes.get("made_of") == {"digest": digest}:
+            return n_rows
+    summary = predict(files, model, table, shard=shard, overwrite=True, record={"digest": digest}, **options)
+    return summary.n_rows
+
+
+def _gather(
+    client: Client, tasks: list[Any], n_rows: int, progress: Callable[[int, int], None] | None
+) -> None:
+    from distributed import as_completed
+
+    done = 0
+    try:
+        for task in as_completed(tasks, loop=client.loop):
+            # Raises what the task raised.
+            done += task.result()
+            if progress is not None:
+                progress(min(done, n_rows), n_rows)
+    except BaseException:
+        client.cancel(tasks)
+        raise
+
+
+def _seen_by_worker(files: Sequence[str], model: str | None) -> dict[str, Any]:
+    """What a worker has of a job, told by itself."""
+    found: dict[str, Any] = {"version": __version__}
+    found["missing"] = [path for path in files if not os.access(path, os.R_OK)]
+    try:
+        found["model"] = Model.load(model).hash
+    except MoefastError as error:
+        found["error"] = str(error)
+    return found
+
+
+def _check_workers(client: Client, files: list[str], model: str | None, expected: str) -> list[str]:
+    """Addresses of the workers, if each has all files, this version and this model."""
+    try:
+        found: dict[str, dict[str, Any]] = client.run(_seen_by_worker, files, model)
+    except ModuleNotFoundError as error:
+        raise BackendError(f"a worker of the cluster has no moefast ({error}); install it there") from error
+    if not found:
+        raise BackendError("the scheduler has no workers; start some, then repeat the command")
+    for worker, facts in found.items():
+        if facts["version"] != __version__:
+            raise BackendError(f"worker {worker} has moefast {facts['version']}, this is {__version__}")
+        if facts["missing"]:
+            path, more = facts["missing"][0], len(facts["missing"]) - 1
+            others = f" and {more} more" if more else ""
+            raise InputError(
+                f"worker {worker} does not see {path}{others}; use a disk that all workers share"
+            )
+        if "error" in facts:
+            raise ModelError(f"worker {worker}: {facts['error']}")
+        if facts["model"] != expected:
+            raise ModelError(
+                f"worker {worker} has another model under this name (sha256 {facts['model'][:12]}, expected "
+                f"{expected[:12]})"
+            )
+    return list(found)

@@ -1,0 +1,1 @@
+"""Pages and pictures: one palette, SVG that stands in a page, and templates of HTML."""

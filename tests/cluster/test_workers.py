@@ -1,0 +1,156 @@
+"""Shards on the workers of a Dask cluster: the bits of one machine, whatever happens to a worker."""
+
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from moefast.cli import cli
+from moefast.cluster import workers
+from moefast.core.errors import BackendError, InputError, LabelError, ModelError, OutputError
+from moefast.scoring import predict
+from moefast.spectra.tables import read_table
+
+distributed = pytest.importorskip("distributed")
+# Sockets and loops of Dask's that are closed late are not ours.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:distributed"),
+]
+
+
+@pytest.fixture(scope="module")
+def client():
+    with workers.connect("local:2") as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def source(stars, tmp_path_factory):
+    return stars.take(slice(0, 400)).write(tmp_path_factory.mktemp("dask") / "x.h5")
+
+
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory):
+    return model.save(tmp_path_factory.mktemp("dask") / "model").path
+
+
+@pytest.fixture(scope="module")
+def reference(source, model):
+    return predict(source, model)
+
+
+def same(path, reference):
+    columns = read_table(path)[0]
+    assert list(columns) == list(reference.columns)
+    for name, values in reference.columns.items():
+        np.testing.assert_array_equal(columns[name], values, err_msg=name)
+
+
+def test_the_table_is_that_of_one_machine(client, source, saved, reference, tmp_path):
+    out, seen = tmp_path / "t.fits", []
+    merged = workers.predict_on(
+        client, [source], saved, out, options={}, rows_per_task=37, progress=lambda *step: seen.append(step)
+    )
+    same(out, reference)
+    assert (merged.n_rows, merged.n_parts) == (400, 11)
+    assert merged.r2 == pytest.approx(reference.r2, abs=1e-12)
+    assert seen[-1] == (400, 400)
+    assert [path.name for path in tmp_path.iterdir()] == ["t.fits"]
+    with pytest.raises(OutputError, match="exists already"):
+        workers.predict_on(client, [source], saved, out, options={})
+
+
+def test_a_worker_that_is_killed_loses_nothing(client, source, saved, reference, tmp_path):
+    pids = list(client.run(os.getpid).values())
+    killed = threading.Timer(0.3, lambda: os.kill(pids[0], signal.SIGKILL))
+    killed.start()
+    for round_ in range(3):
+        out = tmp_path / f"{round_}.h5"
+        workers.predict_on(client, [source], saved, out, options={}, rows_per_task=10)
+        same(out, reference)
+    killed.join()
+    deadline = time.monotonic() + 60
+    while len(client.run(os.getpid)) < 2 and time.monotonic() < deadline:
+        client.wait_for_workers(2, timeout=60)
+    assert pids[0] not in client.run(os.getpid).values()
+
+
+def test_shards_that_are_there_are_not_made_again(client, source, saved, reference, tmp_path, monkeypatch):
+    out = tmp_path / "t.h5"
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workers, "merge_tables", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            workers.predict_on(client, [source], saved, out, options={}, rows_per_task=100)
+    (folder,) = tmp_path.iterdir()
+    tables = sorted(folder.iterdir())
+    assert len(tables) == 4
+    times = [table.stat().st_mtime_ns for table in tables]
+    # One that was cut off is made again.
+    tables[2].write_bytes(tables[2].read_bytes()[:1000])
+    made = []
+    with monkeypatch.context() as patch:
+        merge = workers.merge_tables
+        patch.setattr(
+            workers,
+            "merge_tables",
+            lambda parts, *a, **k: made.extend(p.stat().st_mtime_ns for p in parts) or merge(parts, *a, **k),
+        )
+        workers.predict_on(client, [source], saved, out, options={}, rows_per_task=100)
+    assert [a == b for a, b in zip(times, made, strict=True)] == [True, True, False, True]
+    same(out, reference)
+    assert not folder.exists()
+
+
+def test_what_a_worker_lacks_is_told_with_its_name(client, source, saved, tmp_path, monkeypatch):
+    address = next(iter(client.scheduler_info(n_workers=-1)["workers"]))
+
+    def told(**facts):
+        full = {"version": workers.__version__, "missing": [], "model": "0" * 64} | facts
+        monkeypatch.setattr(client, "run", lambda *_: {address: full})
+        workers.predict_on(client, [source], saved, tmp_path / "t.h5", options={})
+
+    with pytest.raises(InputError, match=rf"worker {address} does not see {source}"):
+        told(missing=[str(source)])
+    with pytest.raises(BackendError, match=r"has moefast 0\.0\.1"):
+        told(version="0.0.1")
+    with pytest.raises(ModelError, match="has another model under this name"):
+        told()
+    with pytest.raises(ModelError, match="no manifest"):
+        told(error="no manifest.json here")
+    monkeypatch.setattr(client, "run", lambda *_: {})
+    with pytest.raises(BackendError, match="no workers"):
+        workers.predict_on(client, [source], saved, tmp_path / "t.h5", options={})
+    assert not (tmp_path / "t.h5").exists()
+
+
+def test_errors_of_a_task_are_ours(client, source, saved, tmp_path):
+    with pytest.raises(InputError, match="--select"):
+        workers.predict_on(client, [source], saved, tmp_path / "t.h5", options={"select": "nothing == 1"})
+    with pytest.raises((InputError, LabelError), match="no such file"):
+        workers.predict_on(client, [tmp_path / "absent.h5"], saved, tmp_path / "t.h5", options={})
+
+
+def test_names_of_schedulers():
+    assert workers.workers_of("tcp://10.0.0.1:8786") is None
+    assert workers.workers_of("local:3") == 3
+    assert workers.workers_of("local") == workers.CORES
+    for wrong in ("local:0", "local:x", "local:-1"):
+        with pytest.raises(InputError, match="expected local:N"):
+            workers.workers_of(wrong)
+
+
+def test_options_that_a_cluster_does_not_take():
+    result = CliRunner().invoke(cli, ["predict", "x.h5", "--scheduler", "local:2", "--shard", "0/2"])
+    assert result.exit_code == 2
+    assert "leave out --rows" in result.output
