@@ -8,7 +8,7 @@ hold the three together. Stored are the numbers that cannot be derived from othe
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import ClassVar
 
@@ -84,7 +84,7 @@ class PosteriorMixture:
     n_foreign : int
         f, groups of clouds of spectra that are no stars.
     cells, cell_shares : array of shape (k, s), int64 and float32
-        Cells of pixels; see `moefast.posterior.cells.alike_pixels`, which finds them where they are None.
+        Cells of pixels; see `moefast.posterior.cells.alike_pixels`, which finds them where they are empty.
     """
 
     kind: ClassVar[str] = "posterior"
@@ -107,8 +107,8 @@ class PosteriorMixture:
     label_names: tuple[str, ...] = LABELS
     n_sky: int = 0
     n_foreign: int = 0
-    cells: NDArray[np.int64] | None = None
-    cell_shares: F32 | None = None
+    cells: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 0), np.int64))
+    cell_shares: F32 = field(default_factory=lambda: np.empty((0, 0), np.float32))
 
     def __post_init__(self) -> None:
         # What is stored in single precision must be what was used before it was stored.
@@ -147,7 +147,7 @@ class PosteriorMixture:
             raise ValueError("an error model of five features and one answer expected")
         if not (self.noise_shape > 0).all():
             raise ValueError("noise_shape must be positive in every pixel")
-        if self.cells is None:
+        if self.cells.size == 0:
             precision, _ = self._library_as_one_cloud(self._all_tangents())
             cells, shares = alike_pixels(self.directions, self.noise_shape, precision)
             object.__setattr__(self, "cells", cells)
@@ -402,7 +402,7 @@ class PosteriorMixture:
 
 def _as_described(found: CloudPosterior) -> dict[str, NDArray]:
     """Outputs of the kernels in the shapes of the description's."""
-    arrays = {field.name: getattr(found, field.name) for field in fields(found)}
+    arrays = {one.name: getattr(found, one.name) for one in fields(found)}
     return {name: a[:, None] if a.ndim == 1 else a for name, a in arrays.items()}
 
 
