@@ -190,9 +190,9 @@ class PosteriorMixture:
     @cached_property
     def sizes(self) -> Sizes:
         """Shapes of the forward pass."""
-        m, t = self.gains.shape[:2]
+        (m, t), (n_cells, cell) = self.gains.shape[:2], self.cells.shape
         return Sizes(
-            self.n_pixels, *self.cells.shape, self.n_coordinates, self.n_nuisances, m, t + 1,
+            self.n_pixels, n_cells, cell, self.n_coordinates, self.n_nuisances, m, t + 1,
             len(self.label_names) + 1, self.first.size - 1,
         )  # fmt: skip
 
