@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,8 @@ from moefast.core.atomic import (
     partial_folder,
     publish_folder,
     recover_folder,
+    refuse_impossible,
+    remove_quietly,
     synchronise_folder,
     write_atomically,
     write_json,
@@ -431,6 +432,7 @@ def check_report_folder(folder: str | Path, overwrite: bool) -> None:
     ------
     OutputError
     """
+    refuse_impossible(Path(folder))
     recover_folder(Path(folder))
     check_report(Path(folder), overwrite)
 
@@ -519,7 +521,7 @@ def write_report(
     except OSError as error:
         raise OutputError(f"{target}: cannot be written ({error.strerror})") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove_quietly(partial)
     return [target / name for name in (REPORT_FILES if pictures else REPORT_FILES[:-_PICTURES])]
 
 

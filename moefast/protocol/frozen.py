@@ -594,7 +594,9 @@ hold for it.
 
 {about}
 
-The Bayes ceiling of `wild` is not computed.
+The Bayes ceiling of `wild` knows the magnitude, the seeing, the sky and the lost pixels of each star. It marginalises
+labels, velocity, reddening, line-spread function, calibration error, tilt and sky residuals over what the stars were
+drawn from, and the scale of the flux, of which the median of the noisy flux is taken to say nothing.
 
 In `wild`, star *i* of a part is star *i* of `survey`, with a velocity of σ = {wild["velocity_scatter"]:g} km/s. Each
 star has a sky of its own: its continuum is brighter by a log-normal factor of scatter

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -255,7 +256,7 @@ def read_reports(paths: Iterable[str | Path]) -> list[ReadEvaluation]:
 
 
 def _files(path: Path) -> list[Path]:
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return [path]
     files = [path / "report.json"] if (path / "report.json").is_file() else sorted(path.glob("*/report.json"))
     if not files:
