@@ -638,7 +638,6 @@ def predict(
         "inputs": [str(path) for path in origins.paths],
         "input_sha256": spectra.fingerprint(),
         "array": "+".join(scored),
-        "medium": medium,
         "telluric": telluric,
         "rows": f"{start}:{stop}",
         "backend": where.name,
