@@ -79,6 +79,11 @@ class VelocityTemplates:
     log_weights: F32
     arrays: tuple = field(init=False, repr=False)
 
+    @property
+    def n_velocities(self) -> int:
+        """Velocities n_v."""
+        return len(self.lines)
+
     def __post_init__(self) -> None:
         c, k = self.continuum.shape
         (n_v, r, _), (_, s, _), m = self.lines.shape, self.squares.shape, self.log_weights.size
@@ -102,10 +107,6 @@ class VelocityTemplates:
             np.ascontiguousarray(self.log_weights, np.float32),
         )
         object.__setattr__(self, "arrays", arrays)
-        # The copies above are what is read from here on.
-        object.__setattr__(self, "n_velocities", n_v)
-
-    n_velocities: int = field(init=False)
 
 
 def _in_lanes(components: F32) -> F32:

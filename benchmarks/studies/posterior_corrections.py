@@ -189,7 +189,7 @@ def _trees(train: Draws) -> Correction:
     forest = fit_trees(
         train.features.astype(np.float32), train.truth - train.log_g, n_trees=N_TREES, rate=0.03, seed=SEED
     ).forest
-    return lambda features, _: forest_predict(features.astype(np.float32), forest)
+    return lambda features, _: forest_predict(features.astype(np.float32), forest).astype(np.float64)
 
 
 def _network(train: Draws) -> Correction:
