@@ -54,7 +54,9 @@ __all__ = [
     "open_engine",
     "predict",
     "score_block",
+    "score_moving",
     "unlike_reasons",
+    "velocity_fit",
 ]
 
 BLOCK_ROWS = 2048
@@ -618,7 +620,7 @@ def predict(
         if not wanted_rows.any():
             raise InputError(f"--select {select!r}: holds for none of the rows {start}:{stop}")
     n_out = int(wanted_rows.sum())
-    fit = _fit_of(chosen, spectra, velocity, velocity_range)
+    fit = velocity_fit(chosen, spectra, velocity, velocity_range)
     moved = fit if fit is not None or velocity is None else move(spectra, velocity, wanted_rows)
     ids = {name: _id_dtype(spectra, name) for name in _carried(spectra, keep)}
     labelled = spectra.has_labels((_LABEL,))
@@ -636,7 +638,6 @@ def predict(
         "inputs": [str(path) for path in origins.paths],
         "input_sha256": spectra.fingerprint(),
         "array": "+".join(scored),
-        "medium": medium,
         "telluric": telluric,
         "rows": f"{start}:{stop}",
         "backend": where.name,
@@ -866,7 +867,7 @@ def _velocity_columns(
     return out
 
 
-def _fit_of(
+def velocity_fit(
     model: Model, spectra: SpectrumSet, velocity: float | str | Path | None, largest: float
 ) -> VelocityFit | None:
     """What fits velocities, if that is asked for or, of spectra of surveys, nothing is; see `predict`."""

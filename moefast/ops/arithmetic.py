@@ -178,6 +178,10 @@ class SolvingArithmetic(Arithmetic, Protocol):
         """Where a > b, broadcast; never where one is NaN."""
         ...
 
+    def as_number(self, condition: Any) -> Any:
+        """One where it holds, zero elsewhere."""
+        ...
+
     def marks(self, chosen: Sequence[bool]) -> Any:
         """A vector of truth values."""
         ...
@@ -251,6 +255,10 @@ class SolvingArithmetic(Arithmetic, Protocol):
 
     def absolute(self, a: Any) -> Any:
         """Absolute value."""
+        ...
+
+    def picked(self, a: Any, places: Any, axis: int) -> Any:
+        """The entries at such places of an axis, places (…) of whole numbers read row by row."""
         ...
 
     def reshaped(self, a: Any, shape: Sequence[int]) -> Any:
@@ -373,6 +381,9 @@ class NumPyArithmetic:
     def absolute(self, a: NDArray) -> NDArray:
         return np.abs(a)
 
+    def picked(self, a: NDArray, places: NDArray, axis: int) -> NDArray:
+        return np.take(a, places.astype(np.intp).reshape(-1), axis)
+
     def reshaped(self, a: NDArray, shape: Sequence[int]) -> NDArray:
         return a.reshape(shape)
 
@@ -406,6 +417,9 @@ class NumPyArithmetic:
 
     def above(self, a: NDArray, b: NDArray) -> NDArray:
         return np.greater(a, b)
+
+    def as_number(self, condition: NDArray) -> NDArray:
+        return condition.astype(self.dtype)
 
     def marks(self, chosen: Sequence[bool]) -> NDArray:
         return np.array(chosen, np.bool_)
@@ -639,6 +653,9 @@ class OnnxArithmetic:
     def absolute(self, a: str) -> str:
         return self._add("Abs", [a])
 
+    def picked(self, a: str, places: str, axis: int) -> str:
+        return self._add("Gather", [a, self.reshaped(places, (-1,))], axis=axis)
+
     def reshaped(self, a: str, shape: Sequence[int]) -> str:
         return self._add("Reshape", [a, self._graph.shape("_".join(["shape", *map(str, shape)]), shape)])
 
@@ -691,6 +708,9 @@ class OnnxArithmetic:
 
     def above(self, a: str, b: str) -> str:
         return self._add("Greater", [a, b])
+
+    def as_number(self, condition: str) -> str:
+        return self._cast(condition, FLOAT)
 
     def marks(self, chosen: Sequence[bool]) -> str:
         word = "".join("01"[mark] for mark in chosen)
