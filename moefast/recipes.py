@@ -47,7 +47,13 @@ RECIPES: dict[str, Recipe] = {
     "posterior": Recipe(
         PHYSICAL_GRID,
         "posterior over clouds of templates at each star's own noise and gaps; scale and slope of the flux are free",
-        {"families": ("posterior",), "slope_widths": (0.1, 0.05, 0.05, 0.05), "sky_width": 4.0},
+        {
+            "families": ("posterior",),
+            "slope_widths": (0.1, 0.05, 0.05, 0.05),
+            "sky_width": 4.0,
+            "beyond": True,
+            "n_clouds": 560,
+        },
     ),
     "posterior-calibrated": Recipe(
         PHYSICAL_GRID,

@@ -63,6 +63,8 @@ class Options:
     sky_width : float
         Of a "posterior": prior width of residuals of the sky's lines, in standard deviations of the noise where the
         lines are brightest; 0 where sky subtraction is perfect, as in simulations.
+    beyond : bool
+        Of a "posterior": whether it also holds clouds of stars that are hotter than the training set.
     trunk : "pca-mlp", "cnn" or "vit"
         What the network of "heads" is; see `moefast.trunks.networks`.
     size : "small" or "base"
@@ -102,6 +104,7 @@ class Options:
     n_gravity_bins: int = 0
     slope_widths: tuple[float, ...] = ()
     sky_width: float = 0.0
+    beyond: bool = False
     trunk: Kind = "pca-mlp"
     size: Size = "small"
     steps: int | None = None

@@ -1,8 +1,9 @@
 """The posterior at a star's own noise: its library, its error model, and the limits of what is usual.
 
-Design: the library is made of clean stars that are not in the sample. The sample then gets noise of its own in every
-draw, and in half of the draws gaps of one kind or another, so that errors and limits hold whatever a star has lost. Of
-ten stars seven train the error model, two stop and calibrate it and set the limits, one measures the outcome.
+Design: the library is made of clean stars that are not in the sample. The sample then gets nuisances and noise of its
+own in every draw, and in half of the draws gaps of one kind or another, so that errors and limits hold whatever a star
+has lost. Of ten stars seven train the error model, two stop and calibrate it and set the limits, one measures the
+outcome.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ F64 = NDArray[np.float64]
 
 SCALE_WIDTH = 0.3
 """Prior width of the scale, relative to the scale that the mean spectrum suggests: as good as free."""
-CALIBRATION_ROWS = 60_000
+CALIBRATION_ROWS = 40_000
 """Noisy draws for the error model and the limits."""
 GAP_KINDS = (
     "none",
@@ -47,13 +48,15 @@ GAP_KINDS = (
     "Ca II alone",
 )
 """Kinds of `moefast.simulate.gaps.GAPS` that draws have in turn; every other draw has the first, all of its pixels."""
-DISTANCE_QUANTILE, CHI2_QUANTILE = 0.995, 0.999
+DISTANCE_QUANTILE, CHI2_QUANTILE = 0.997, 0.999
 """Share of stars of the training set that the limits let pass."""
 DISTANCE_KNOTS = 6
+LEAST_VELOCITY = 10.0
+"""Scatter of the stars' velocities [km/s] above which clouds are small in velocity, too."""
 LEAST_CHI2_MARGIN = 0.1
 LEAST_CHI2 = 0.5
 """Below it the errors are no errors of these pixels: of noise-free spectra, or far too large."""
-FOREIGN_QUANTILE = 0.998
+FOREIGN_QUANTILE = 0.995
 """The same as above of the probability of being no star."""
 NUISANCE_STREAM = 20
 STRENGTH_LIMIT = 12.0
@@ -77,14 +80,19 @@ def fit_posterior(data: TrainingSet, mixture: Mixture) -> tuple[PosteriorMixture
     # Stars that lack any of these labels are used for nothing from here on.
     data.labelled = data.labelled & np.isfinite(values).all(1)
     stars, rows = data.inputs(mixture, "templates", data.other_stretches(LIBRARY_ROWS), noisy=False)
+    grouped_by = None
+    if "velocity" in data.spectra.columns:
+        velocity = data.spectra.params(("velocity",))["velocity"][rows].astype(np.float64)
+        if np.isfinite(velocity).all() and velocity.std() > LEAST_VELOCITY:
+            grouped_by = velocity[:, None]
     reference = mixture.reference.astype(np.float64)
     noise_shape = mixture.noise_shape.astype(np.float64)
     arrays = fit_clouds(
         stars.z, values[rows], data.bins[rows], options.grid.n_bins, basis=mixture.basis.astype(np.float64),
         reference=reference, noise_shape=noise_shape, n_clouds=options.n_clouds, n_tangents=options.n_tangents,
-        n_gravity_bins=options.n_gravity_bins, seed=options.seed,
+        n_gravity_bins=options.n_gravity_bins, grouped_by=grouped_by, beyond=options.beyond, seed=options.seed,
     )  # fmt: skip
-    sky = sky_residuals(noise_shape, options.sky_width)
+    sky = sky_residuals(mixture.wave, noise_shape, options.sky_width)
     nuisances = [slopes(mixture.wave, reference, options.slope_widths), sky]
     arrays["directions"] = np.concatenate([arrays["directions"], *nuisances], axis=1).astype(np.float32)
     found = PosteriorMixture(
@@ -208,8 +216,6 @@ def _nuisances(mixture: PosteriorMixture, error: NDArray, rows: NDArray[np.int64
     good = error > 0
     level = (np.where(good, error, 0.0) ** 2 / mixture.noise_shape).sum(1) / np.maximum(good.sum(1), 1)
     size[:, q - sky :] *= np.sqrt(level)[:, None]
-    # The prior also holds spectra without any: half of the stars have none.
-    size[fold_of_rows(rows, 2, draw + 3000) == 0] = 0
     return (size @ mixture.directions[:, n:].T.astype(np.float64)).astype(np.float32)
 
 

@@ -40,7 +40,14 @@ from moefast.mixture import hat_weights
 from moefast.model import SHIPPED, Model, shipped_path
 from moefast.posterior.mixture import AnyMixture, PosteriorMixture
 from moefast.protocol.predictions import write_kept
-from moefast.protocol.report import ORACLE, evaluate_predictions
+from moefast.protocol.report import (
+    ORACLE,
+    Comparisons,
+    DataSet,
+    Predictions,
+    Stars,
+    evaluate_predictions,
+)
 from moefast.protocol.report_text import format_text
 from moefast.protocol.subject import ModelSubject, Subject, open_subject
 from moefast.scoring import BLOCK_ROWS
@@ -193,24 +200,26 @@ def evaluate(
     several = n_experts > 1
     own = isinstance(subject, ModelSubject)
     report = evaluate_predictions(
-        labels["log_g"],
-        table["log_g"].astype(np.float64),
-        table.get("log_g_err"),
-        t_eff=labels["T_eff"],
-        m_h=labels["M_H"],
-        snr_norm=table["snr_norm"],
-        snr_median=table["snr_median"],
-        data_set=name or _set_name(spectra, identity),
-        fingerprint=spectra.fingerprint(),
-        reference_set=None if identity is None else identity._asdict(),
-        weights=np.column_stack([table[f"weight_{k}"] for k in range(n_experts)]) if several else None,
-        expert_grid=subject.expert_grid if several else None,
-        references={key: np.concatenate(parts)[labelled] for key, parts in references.items()},
-        n_unlabelled=int((~labelled).sum()),
-        oracle_reference=_oracle(subject.model.mixture) if own and several and subject.model else None,
-        ceilings=ceilings,
-        group_ceilings=group_ceilings,
-        **about_noise,
+        Stars(labels["log_g"], labels["T_eff"], labels["M_H"], table["snr_norm"], table["snr_median"]),
+        Predictions(
+            table["log_g"].astype(np.float64),
+            table.get("log_g_err"),
+            weights=np.column_stack([table[f"weight_{k}"] for k in range(n_experts)]) if several else None,
+            expert_grid=subject.expert_grid if several else None,
+        ),
+        DataSet(
+            name or _set_name(spectra, identity),
+            spectra.fingerprint(),
+            n_unlabelled=int((~labelled).sum()),
+            reference_set=None if identity is None else identity._asdict(),
+            **about_noise,
+        ),
+        comparisons=Comparisons(
+            references={key: np.concatenate(parts)[labelled] for key, parts in references.items()},
+            oracle_reference=_oracle(subject.model.mixture) if own and several and subject.model else None,
+            ceilings=ceilings,
+            group_ceilings=group_ceilings,
+        ),
         model={**subject.about, "references_of": _name(beside), "share_seen": _share_seen(subject, labels)},
     )
     stars: dict[str, NDArray] = {

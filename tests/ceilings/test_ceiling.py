@@ -10,7 +10,7 @@ from sklearn.metrics import r2_score
 
 from moefast.ceilings import ceiling
 from moefast.core import metrics
-from moefast.core.errors import InputError, MoefastError
+from moefast.core.errors import InputError
 from moefast.protocol.ceiling_report import figure, format_text
 from moefast.simulate import Settings, simulate_file
 from moefast.simulate.sets import FINGERPRINTS, REFERENCE_SETS, simulate_set
@@ -169,10 +169,16 @@ def test_settings_travel_in_the_file(found):
     assert Settings.from_json(json.dumps(found.summary["data_set"]["settings"])) == Settings()
 
 
-def test_no_ceiling_is_made_up_for_wild(tmp_path):
-    simulate_set(tmp_path / "wild.h5", "wild", "validation", rows=(0, 3))
-    with pytest.raises(MoefastError, match="there is no ceiling for them"):
-        ceiling.compute(tmp_path / "wild.h5", method="bayes")
+def test_a_ceiling_of_wild(tmp_path):
+    simulate_set(tmp_path / "wild.h5", "wild", "validation", rows=(0, 8))
+    found = ceiling.compute(tmp_path / "wild.h5")
+    stars = found.stars
+    assert (stars["ess"] >= 200).all()
+    assert (np.abs(stars["bayes"] - stars["log_g"]) < 4 * stars["bayes_sd"]).all()
+    # More is unknown than of the same stars of z0, and some pixels are lost.
+    simulate_set(tmp_path / "z0.h5", "z0", "validation", rows=(0, 8))
+    plain = ceiling.compute(tmp_path / "z0.h5", method="fisher").stars
+    assert (stars["crlb_prior"] > plain["crlb_prior"]).all()
 
 
 @pytest.mark.parametrize(("name", "part"), [key for key in FINGERPRINTS if key[0] != "wild"])
