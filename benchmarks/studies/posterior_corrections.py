@@ -68,8 +68,8 @@ def seen(mixture: PosteriorMixture, products: F64, flux: NDArray, error: NDArray
     sd = found["label_sd"][:, :count]
     good = np.isfinite(flux) & (error > 0)
     weight = np.where(good, found["scale"] / np.where(good, error, 1.0), 0.0) ** 2
-    width, cell = mixture.directions.shape[1], mixture.sizes.cell
-    cells = (weight * mixture.noise_shape).reshape(len(flux), -1, cell).mean(2)
+    width = mixture.directions.shape[1]
+    cells = ((weight * mixture.noise_shape)[:, mixture.cells] * mixture.cell_shares).sum(2)
     information = (cells @ products).reshape(-1, width, width)
     apart = np.where(good, flux / found["scale"] - mixture.reference, 0.0)
     u = (weight * apart) @ mixture.directions.astype(np.float64)
