@@ -94,10 +94,17 @@ def test_training_draws_have_the_errors_of_other_stars(mixture):
     block = Block(0, 0, np.repeat(mixture.reference[None], 100, axis=0), error, None, {})
     lost = np.zeros(error.shape, bool)
     flux, other, gaps = study._for_training(mixture, block, lost, np.arange(100), rng, 1)
+    np.testing.assert_array_equal(flux, block.flux)
     np.testing.assert_array_equal(np.sort(other[:, 0]), np.sort(error[:, 0]))
     assert (other[:, 0] != error[:, 0]).all()
     assert 0.2 < gaps.any(1).mean() < 0.7
-    assert (flux != block.flux).all(1).all()
+    changed = study._with_nuisances(mixture, flux, other, rng)
+    assert (changed != flux).any(1).all()
+    # What is added lies in the space of the nuisances.
+    across = mixture.directions[:, mixture.n_coordinates :].astype(np.float64)
+    added = (changed - flux).astype(np.float64).T
+    left = added - across @ np.linalg.lstsq(across, added, rcond=None)[0]
+    assert np.abs(left).max() < 1e-6
 
 
 @pytest.mark.parametrize("told", [False, True])

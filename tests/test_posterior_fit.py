@@ -74,6 +74,27 @@ def test_gaps_cost_information_and_no_calibration(fitted, stars, gap, least):
     assert np.mean(apart < 1.96) == pytest.approx(0.95, abs=0.03)
 
 
+@pytest.fixture(scope="module")
+def linear():
+    options = Options(
+        grid=PHYSICAL_GRID, families=("posterior",), references=False, n_gravity_bins=4, n_tangents=6, sample_draws=3
+    )  # fmt: skip
+    return fit_mixture(SimulatedSpectra.of_set("z0", rows=(0, 5000)), options)
+
+
+def test_linear_experts_are_right_with_gaps_and_calibrated_over_them(linear, stars):
+    flux, error, log_g, wave = stars
+    assert linear.mixture.first.tolist() == [*range(0, 37, 4), 37]
+    apart = []
+    for gap, least in {"none": 0.65, "telluric": 0.6, "random 28 %": 0.6, "Ca II alone": 0.5}.items():
+        found = linear.mixture.predict(flux, error, GAPS[gap](wave, np.arange(N_TEST), 3))
+        assert r2(log_g, found.log_g) > least, gap
+        apart.append(np.abs(found.log_g - log_g) / found.log_g_err)
+    # Draws of a star with one noise and several gaps are one draw, nearly: three standard errors of 600 stars.
+    assert np.mean(np.array(apart) < 1) == pytest.approx(0.68, abs=0.06)
+    assert np.mean(np.array(apart) < 1.96) == pytest.approx(0.95, abs=0.03)
+
+
 def test_the_scale_of_the_flux_changes_the_scale_alone(fitted, stars):
     flux, error, _, _ = (a[:50] for a in stars)
     plain = fitted.mixture.predict(flux, error)

@@ -68,8 +68,8 @@ def seen(mixture: PosteriorMixture, products: F64, flux: NDArray, error: NDArray
     sd = found["label_sd"][:, :count]
     good = np.isfinite(flux) & (error > 0)
     weight = np.where(good, found["scale"] / np.where(good, error, 1.0), 0.0) ** 2
-    width, cell = mixture.directions.shape[1], mixture.sizes.cell
-    cells = (weight * mixture.noise_shape).reshape(len(flux), -1, cell).mean(2)
+    width = mixture.directions.shape[1]
+    cells = ((weight * mixture.noise_shape)[:, mixture.cells] * mixture.cell_shares).sum(2)
     information = (cells @ products).reshape(-1, width, width)
     apart = np.where(good, flux / found["scale"] - mixture.reference, 0.0)
     u = (weight * apart) @ mixture.directions.astype(np.float64)
@@ -87,7 +87,12 @@ def seen(mixture: PosteriorMixture, products: F64, flux: NDArray, error: NDArray
 
 
 def draw_stars(
-    mixture: PosteriorMixture, spectra: SimulatedSpectra, *, seed: int, gap: str | None = None
+    mixture: PosteriorMixture,
+    spectra: SimulatedSpectra,
+    *,
+    seed: int,
+    gap: str | None = None,
+    nuisances: bool = True,
 ) -> Draws:
     """One draw of noise of each star.
 
@@ -97,8 +102,10 @@ def draw_stars(
     spectra : SimulatedSpectra
     seed : int
     gap : str, optional
-        Of `GAPS`, for stars with errors of their own. If None, the stars are for training: with nuisances of the model,
-        none or any kind of gap, and the errors of another star.
+        Of `GAPS`, for stars with errors of their own. If None, the stars are for training: with none or any kind of
+        gap, and the errors of another star.
+    nuisances : bool
+        Whether stars for training have the nuisances of the model added to them.
     """
     products = cell_products(NumPyArithmetic(mixture.numbers), mixture.sizes)
     parts = []
@@ -110,6 +117,8 @@ def draw_stars(
         if gap is None:
             rng = np.random.default_rng([seed, block.first_row])
             flux, error, lost = _for_training(mixture, block, lost, rows, rng, seed)
+            if nuisances:
+                flux = _with_nuisances(mixture, flux, error, rng)
         else:
             lost |= GAPS[gap](mixture.wave, rows, seed)
         noisy = add_noise(flux, error, seed, rows)
@@ -126,19 +135,25 @@ def _for_training(
     rng: np.random.Generator,
     seed: int,
 ) -> tuple[NDArray, NDArray, NDArray[np.bool_]]:
-    """Flux with nuisances, errors and lost pixels of another star, and gaps in every other star."""
-    n, q, n_sky = mixture.n_coordinates, mixture.n_nuisances, mixture.n_sky
+    """Flux, the errors and lost pixels of another star, and gaps in every other star."""
     other = np.roll(np.arange(len(rows)), 1 + int(rng.integers(max(1, len(rows) - 1))))
     error, lost = block.error[other], lost[other]
-    size = rng.standard_normal((len(rows), q))
-    size[:, q - n_sky :] *= np.sqrt((error.astype(np.float64) ** 2 / mixture.noise_shape).mean(1))[:, None]
-    flux = (block.flux + size @ mixture.directions[:, n:].T).astype(np.float32)
     kind = rng.integers(2 * len(GAP_KINDS), size=len(rows))
     for k, name in enumerate(GAP_KINDS):
         mine = kind == k
         if mine.any():
             lost[mine] |= GAPS[name](mixture.wave, rows[mine], seed)
-    return flux, error, lost
+    return block.flux, error, lost
+
+
+def _with_nuisances(
+    mixture: PosteriorMixture, flux: NDArray, error: NDArray, rng: np.random.Generator
+) -> NDArray:
+    """Flux with nuisances as large as their prior widths have them."""
+    n, q, n_sky = mixture.n_coordinates, mixture.n_nuisances, mixture.n_sky
+    size = rng.standard_normal((len(flux), q))
+    size[:, q - n_sky :] *= np.sqrt((error.astype(np.float64) ** 2 / mixture.noise_shape).mean(1))[:, None]
+    return (flux + size @ mixture.directions[:, n:].T).astype(np.float32)
 
 
 # -- corrections -----------------------------------------------------------------------------------------------
@@ -174,7 +189,7 @@ def _trees(train: Draws) -> Correction:
     forest = fit_trees(
         train.features.astype(np.float32), train.truth - train.log_g, n_trees=N_TREES, rate=0.03, seed=SEED
     ).forest
-    return lambda features, _: forest_predict(features.astype(np.float32), forest)
+    return lambda features, _: forest_predict(features.astype(np.float32), forest).astype(np.float64)
 
 
 def _network(train: Draws) -> Correction:
@@ -229,17 +244,26 @@ def from_errors_alone(mixture: PosteriorMixture, spectra: SimulatedSpectra, *, s
 @click.option("--train", default="z0", show_default=True, help="Set whose stars corrections are fitted on.")
 @click.option("--validate", multiple=True, default=("z0",), help="Set to validate on; repeat it for several.")
 @click.option("--gap", "gaps", multiple=True, default=("none",), help="Kind of gap; repeat it for several.")
+@click.option(
+    "--nuisances/--no-nuisances", default=True, show_default=True, help="Added to the stars that are fitted."
+)
 @click.option("-n", "n_train", type=click.IntRange(1000), default=100_000, show_default=True)
 @click.option("--stars", "n_stars", type=click.IntRange(100), default=16_000, show_default=True)
 def main(
-    model: str, train: str, validate: Sequence[str], gaps: Sequence[str], n_train: int, n_stars: int
+    model: str,
+    train: str,
+    validate: Sequence[str],
+    gaps: Sequence[str],
+    nuisances: bool,
+    n_train: int,
+    n_stars: int,
 ) -> None:
     """Fit corrections to the log g of MODEL, a posterior, and print what each gains."""
     mixture = Model.load(model).mixture
     if not isinstance(mixture, PosteriorMixture):
         raise click.BadParameter(f"{model} is no posterior", param_hint="MODEL")
     stars = SimulatedSpectra.of_set(train, rows=(FIRST_ROW, FIRST_ROW + n_train))
-    drawn = draw_stars(mixture, stars, seed=SEED)
+    drawn = draw_stars(mixture, stars, seed=SEED, nuisances=nuisances)
     fitted = {name: fit(drawn) for name, fit in CORRECTIONS.items()}
     rows = []
     for name in validate:

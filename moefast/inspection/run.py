@@ -376,7 +376,7 @@ def _worst_star(
             name: here[name] if np.isfinite(here[name]) else None
             for name in ("log_g", "log_g_err", "snr_median", "chi2")
         },
-        velocity=float(columns["v_los"][row]) if "v_los" in columns else None,
+        velocity=float(np.nan_to_num(columns["v_los"][row])) if "v_los" in columns else None,
     )
 
 

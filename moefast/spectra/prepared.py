@@ -19,10 +19,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefast.core.errors import InputError, WaveGridError
+from moefast.core.regular import refuse_special
 from moefast.kernels.resample import normalise
-from moefast.spectra.files import Failure, OnError, Shard, SpectrumSet, open_spectra, same_wave
+from moefast.spectra.files import (
+    Failure,
+    OnError,
+    Shard,
+    SpectrumSet,
+    describe_difference,
+    open_spectra,
+    same_wave,
+)
 from moefast.spectra.layouts.pfsspec import survey_file
-from moefast.spectra.layouts.registry import SurveyFile, open_survey_file
+from moefast.spectra.layouts.registry import SurveyFile, damage, open_survey_file
 from moefast.spectra.resample import Pixels, on_grid
 from moefast.spectra.telluric import CHOICES, Telluric, without_telluric, words_of_ranges
 from moefast.spectra.units import LIGHT_SPEED, air_to_vacuum
@@ -255,7 +264,8 @@ class PreparedShard(Shard):
     def _measured(self, index: int, array: str, row: int, end: int) -> list[Pixels]:
         file, base = self.files[index], int(self.first_rows[index])
         try:
-            arms, faults = file.read(array, row - base, end - base)
+            with damage(file.path, f"rows {row - base} to {end - base - 1}"):
+                arms, faults = file.read(array, row - base, end - base)
         except InputError as error:
             if len(self.files) == 1:
                 raise
@@ -321,7 +331,8 @@ class PreparedShard(Shard):
         looked_at = np.unique(np.linspace(0, len(self.files) - 1, FINGERPRINT_FILES).astype(int))
         for file in (self.files[index] for index in looked_at):
             if file.fingerprint is not None:
-                digest.update(file.fingerprint().encode())
+                with damage(file.path, "headers and data"):
+                    digest.update(file.fingerprint().encode())
                 file.close()
         return digest.hexdigest()
 
@@ -386,6 +397,7 @@ def open_as_found(
 
 def _is_fits(path: Path) -> bool:
     """Whether a file is FITS, or calls itself so; one that cannot be opened is left to those who will say why."""
+    refuse_special(path)
     try:
         with open(path, "rb") as file:
             head = file.read(len(_HDF5))
@@ -413,20 +425,16 @@ def _open(path: Path, preparation: Preparation) -> Shard:
         covered = (min(high, shard.wave[-1]) - max(low, shard.wave[0])) / (high - low)
         if covered < LEAST_OVERLAP:
             raise WaveGridError(
-                f"{path}: spectrumdataset/wave has {_words(shard.wave)}, which covers {max(0.0, covered):.0%} of the "
-                f"model's {_words(preparation.wave)}; {LEAST_OVERLAP:.0%} at least are needed. Choose another model "
-                "with -m, or fit one on spectra of this grid"
+                f"{path}: spectrumdataset/wave covers {max(0.0, covered):.0%} of the model's, {LEAST_OVERLAP:.0%} at "
+                f"least are needed: {describe_difference(shard.wave, preparation.wave)}. Choose another model with -m, "
+                "or fit one on spectra of this grid"
             )
         found.notes.append(
-            f"spectra on another grid ({_words(shard.wave)}) are resampled to the model's "
-            f"({_words(preparation.wave)}); log g is right only if they were taken with the same line-spread function"
+            "spectra on another grid than the model's are resampled: "
+            f"{describe_difference(shard.wave, preparation.wave)}; log g is right only if they were taken with the "
+            "same line-spread function"
         )
     return PreparedShard([found], preparation)
-
-
-def _words(wave: NDArray[np.float64]) -> str:
-    step = (wave[-1] - wave[0]) / max(1, len(wave) - 1)
-    return f"{len(wave)} pixels, {wave[0]:.3f}-{wave[-1]:.3f} Å, step {step:.5f} Å"
 
 
 def _put_together(shards: Sequence[Shard], preparation: Preparation) -> list[Shard]:

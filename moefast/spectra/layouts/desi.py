@@ -22,6 +22,7 @@ from moefast.spectra.units import flux_factor, wave_factor
 __all__: list[str] = []
 
 ARMS = ("B", "R", "Z")
+BESIDE_FLUX = ("WAVELENGTH", "IVAR", "MASK")
 FLUX_UNIT, WAVE_UNIT = "1e-17 erg / (s cm2 Angstrom)", "Angstrom"
 """Where a file does not say."""
 NAMES = {"TARGETID": "TARGETID", "TARGET_RA": "ra", "TARGET_DEC": "dec", "FIBER": "fiberId"}
@@ -39,18 +40,19 @@ _WIDER = (
 
 
 def _arms(file: FitsFile) -> list[str]:
-    return [arm for arm in ARMS if f"{arm}_FLUX" in file]
+    """Arms that a file has anything of: one of which a part is missing is damaged, and not to be left out."""
+    return [arm for arm in ARMS if any(f"{arm}_{name}" in file for name in ("FLUX", *BESIDE_FLUX))]
 
 
 def _recognises(file: FitsFile) -> bool:
-    return "FIBERMAP" in file and any(f"{arm}_FLUX" in file or f"{arm}_WAVELENGTH" in file for arm in ARMS)
+    return "FIBERMAP" in file and bool(_arms(file))
 
 
 def _open(file: FitsFile) -> SurveyFile:
     arms = _arms(file)
     fibermap = file["FIBERMAP"]
     for arm in arms:
-        for name in ("WAVELENGTH", "IVAR", "MASK"):
+        for name in ("FLUX", *BESIDE_FLUX):
             _ = file[f"{arm}_{name}"]
         for name in ("FLUX", "IVAR", "MASK"):
             shape, expected = file[f"{arm}_{name}"].shape, (fibermap.n_rows, *file[f"{arm}_WAVELENGTH"].shape)
