@@ -12,10 +12,10 @@ import numpy as np
 
 from moefast.core.compiled import njit
 from moefast.kernels.cpu import FAST
-from moefast.kernels.cpu_information import CHUNK, SPECTRUM, STEP, TINY, substitute, unpack
+from moefast.kernels.cpu_information import CHUNK, SPECTRUM, STEP, TINY, factor, unpack
 from moefast.kernels.cpu_information import LANES as COLUMNS
 from moefast.kernels.quality import LARGEST32, LARGEST_ERROR32, ZERO32
-from moefast.kernels.vectors import VECTORS, add_tile, width_of
+from moefast.kernels.vectors import VECTORS, add_tile, set_tile, width_of
 
 __all__ = ["LANES", "gains", "multiply", "read_star", "slopes_of", "step"]
 
@@ -141,6 +141,7 @@ def multiply(values, rows, templates, out):
                     min(CHUNK, p - c),
                     out,
                     place,
+                    LANES,
                 )
 
 
@@ -211,10 +212,10 @@ def slopes_of(y, information, rows, points, spectra, slopes, reference_slope, we
     for r in range(0, rows, STEP):
         for j in range(0, p, SPECTRUM):
             start = j // SPECTRUM * width * SPECTRUM
-            spectrum[:] = ZERO32
-            slope[:] = ZERO32
-            add_tile(points, r * points.shape[1], points.shape[1], spectra, start, width, spectrum, 0)
-            add_tile(points, r * points.shape[1], points.shape[1], slopes, start, width, slope, 0)
+            set_tile(
+                points, r * points.shape[1], points.shape[1], spectra, start, width, spectrum, 0, SPECTRUM
+            )
+            set_tile(points, r * points.shape[1], points.shape[1], slopes, start, width, slope, 0, SPECTRUM)
             here = slice(j, j + SPECTRUM)
             for i in range(STEP):
                 force, curvature = _sums(
@@ -226,31 +227,31 @@ def slopes_of(y, information, rows, points, spectra, slopes, reference_slope, we
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def step(rows, points, packed, factors, precision, pull, u, across, sums, found):
+def step(rows, points, packed, precision, pull, u, across, sums, found):
     """How far velocities of the first rows are off, and their curvature, (·, 2), with everything else marginalised.
 
-    Points, factors and u are what `refine` of `moefast.kernels.cpu_information` leaves; `across` (blocks, ·, ·) is
-    Bᵀa′d.
+    Points and u are what `refine` of `moefast.kernels.cpu_information` leaves; `across` (·, columns) is Bᵀa′d.
     """
     width = len(pull)
-    line, matrix = np.empty(packed.shape[0] * COLUMNS), np.zeros((width, width))
-    left, one = np.empty(width), np.empty(width)
+    a, left = np.zeros((-(-width // STEP) * STEP, -(-(width + 2) // COLUMNS) * COLUMNS)), np.empty(width)
     for i in range(rows):
-        unpack(packed, i, line, matrix)
+        unpack(packed, i, a, width)
         for k in range(width):
-            left[k] = u[k // COLUMNS, i, k % COLUMNS] + pull[k]
+            left[k] = u[i, k] + pull[k]
         for k in range(width):
-            left[k] -= (matrix[k, k] + precision[k, k]) * points[i, k]
+            for j in range(k, width):
+                a[k, j] += precision[k, j]
+            left[k] -= a[k, k] * points[i, k]
             for j in range(k + 1, width):
-                element = matrix[k, j] + precision[k, j]
-                left[k] -= element * points[i, j]
-                left[j] -= element * points[i, k]
+                left[k] -= a[k, j] * points[i, j]
+                left[j] -= a[k, j] * points[i, k]
         for k in range(width):
-            one[k] = across[k // COLUMNS, i, k % COLUMNS]
-        substitute(factors[i], width, one)
+            a[k, width], a[k, width + 1] = across[i, k], left[k]
+        # With UᵀU = M + P⁻¹ these columns become U⁻ᵀ times what they were.
+        factor(a, width, width, 0.0)
         force, curvature = sums[i, 0], sums[i, 1]
         for k in range(width):
-            force -= one[k] * left[k]
-            curvature -= one[k] * across[k // COLUMNS, i, k % COLUMNS]
+            force -= a[k, width] * a[k, width + 1]
+            curvature -= a[k, width] * a[k, width]
         found[i, 0] = force / max(curvature, TINY)
         found[i, 1] = curvature

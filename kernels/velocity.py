@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from moefast.core.threads import in_threads
 from moefast.kernels import cpu_information, cpu_velocity
 from moefast.kernels.clouds import Space
-from moefast.kernels.cpu_information import GROUP, ROWS, SPECTRUM
+from moefast.kernels.cpu_information import ROWS, SPECTRUM
 from moefast.kernels.cpu_velocity import LANES
 
 __all__ = ["Slopes", "VelocityTemplates", "velocity_evidence", "velocity_step"]
@@ -79,6 +79,11 @@ class VelocityTemplates:
     log_weights: F32
     arrays: tuple = field(init=False, repr=False)
 
+    @property
+    def n_velocities(self) -> int:
+        """Velocities n_v."""
+        return len(self.lines)
+
     def __post_init__(self) -> None:
         c, k = self.continuum.shape
         (n_v, r, _), (_, s, _), m = self.lines.shape, self.squares.shape, self.log_weights.size
@@ -102,10 +107,6 @@ class VelocityTemplates:
             np.ascontiguousarray(self.log_weights, np.float32),
         )
         object.__setattr__(self, "arrays", arrays)
-        # The copies above are what is read from here on.
-        object.__setattr__(self, "n_velocities", n_v)
-
-    n_velocities: int = field(init=False)
 
 
 def _in_lanes(components: F32) -> F32:
@@ -237,33 +238,31 @@ def velocity_step(
     found = np.empty((n, 2))
 
     def run(first_block: int, stop_block: int) -> None:
-        columns, products, spectra, precision, pull = space.arrays
+        columns, products, spectra, precision, pull, cell, share = space.arrays
         of_directions, of_reference = slopes.arrays
         y, cells = np.zeros((ROWS, columns.shape[1]), np.float32), np.zeros((ROWS, products.shape[1]))
         information, weighed = np.zeros_like(y), np.zeros_like(y)
         points, sums = np.empty((ROWS, width), np.float32), np.empty((ROWS, 2))
-        u, across = (np.empty((len(columns), ROWS, columns.shape[2])) for _ in range(2))
-        packed = np.empty((len(products), ROWS, products.shape[2]))
-        factors, numbers = np.zeros((ROWS, width, _up(width, GROUP))), np.empty((ROWS, 5))
+        u, across = (np.empty((ROWS, len(columns) * columns.shape[2])) for _ in range(2))
+        packed, numbers = np.empty((ROWS, len(products) * products.shape[2])), np.empty((ROWS, 5))
         quality = [np.empty(ROWS, dtype) for dtype in (np.float32, np.float32, np.int32, np.uint32)]
         for start in range(first_block * ROWS, min(stop_block * ROWS, n), ROWS):
             here = slice(start, min(start + ROWS, n))
             count = here.stop - start
             cpu_information.read_pixels(
                 flux[here], error[here], mask[here] if mask.size else mask, space.reference, space.noise_shape,
-                space.cell, y, information, cells, numbers, *quality,
+                cell, share, y, information, cells, numbers, *quality,
             )  # fmt: skip
             cpu_information.multiply_pixels(y, count, columns, u)
             cpu_information.multiply_cells(cells, count, products, packed)
             cpu_information.refine(
-                y, information, count, packed, spectra, columns, precision, pull, max(1, space.refinements), numbers,
-                points, factors, u,
-            )  # fmt: skip
+                y, information, count, packed, spectra, columns, precision, pull, numbers, points, u
+            )
             cpu_velocity.slopes_of(
                 y, information, count, points, spectra, of_directions, of_reference, weighed, sums
             )
             cpu_information.multiply_pixels(weighed, count, columns, across)
-            cpu_velocity.step(count, points, packed, factors, precision, pull, u, across, sums, found[here])
+            cpu_velocity.step(count, points, packed, precision, pull, u, across, sums, found[here])
 
     in_threads(-(-n // ROWS), run, least=1)
     return found[:, 0].copy(), 1 / np.sqrt(np.maximum(found[:, 1], cpu_information.TINY))

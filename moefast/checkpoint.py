@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from moefast.core.atomic import atomic_file
 from moefast.core.errors import InputError, OutputError
+from moefast.core.regular import refuse_special
 from moefast.core.version import __version__
 
 __all__ = ["NETWORK_FILE", "Checkpoint"]
@@ -112,6 +113,7 @@ class Checkpoint:
         """
         if not self.path.exists():
             return None
+        refuse_special(self.path)
         try:
             # Opened here, because np.load leaves the file open if it is no archive.
             with self.path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:

@@ -30,7 +30,7 @@ from moefast.mixture import Prediction
 from moefast.model import Model, shipped_path
 from moefast.posterior.mixture import AnyMixture, PosteriorMixture
 from moefast.posterior.moving import predict_moving
-from moefast.posterior.velocities import DEFAULT_RANGE, VelocityFit
+from moefast.posterior.velocities import DEFAULT_RANGE, FittedVelocities, VelocityFit
 from moefast.spectra import guard
 from moefast.spectra.files import Block, Failure, SpectrumSet, find_files
 from moefast.spectra.layouts.pfsspec import IDENTIFIER, identifiers
@@ -638,7 +638,6 @@ def predict(
         "inputs": [str(path) for path in origins.paths],
         "input_sha256": spectra.fingerprint(),
         "array": "+".join(scored),
-        "medium": medium,
         "telluric": telluric,
         "rows": f"{start}:{stop}",
         "backend": where.name,
@@ -656,7 +655,9 @@ def predict(
     if select is not None:
         attrs["select"] = select
     if moved is not None:
-        attrs["velocity"] = moved.source if fit is None else f"fitted within {fit.largest:g} km/s"
+        attrs["velocity"] = (
+            moved.source if isinstance(moved, Velocities) else f"fitted within {moved.largest:g} km/s"
+        )
     summary = Summary(
         backend=where.name,
         device=where.device,
@@ -679,7 +680,7 @@ def predict(
         """Account for rows that could not be read; of a single file they end the run instead."""
         if first == last or not several:
             return
-        _fill_gap(sink, spectra, origins, first, last, ids, wanted_rows, None if fit is not None else moved)
+        _fill_gap(sink, spectra, origins, first, last, ids, wanted_rows, moved)
         lost = int(wanted_rows[first:last].sum())
         for f in _LOST:
             summary.flags[str(f.name)] = summary.flags.get(str(f.name), 0) + lost
@@ -692,11 +693,12 @@ def predict(
         shard = spectra.shards[block.shard]
         if fit is not None and isinstance(shard, PreparedShard) and (velocity is not None or shard.observed):
             which = "noisy" if array != "flux" and "noisy" in shard.arrays else "flux"
-            *found, moving = score_moving(engine, fit, shard, which, block, block.first_row - base)
-            return _Scored(block.first_row, block.shard, block.params, *found, *moving)
-        n = len(block) if fit is not None else 0
-        found = score_block(engine, block, block.first_row - base)
-        return _Scored(block.first_row, block.shard, block.params, *found, np.zeros(n), np.full(n, np.nan))
+            result, quality, fitted = score_moving(engine, fit, shard, which, block, block.first_row - base)
+            moving = (fitted.velocity, fitted.error)
+        else:
+            result, quality = score_block(engine, block, block.first_row - base)
+            moving = (np.zeros(len(block)), np.full(len(block), np.nan))
+        return _Scored(block.first_row, block.shard, block.params, result, quality, *moving)
 
     def write(parts: list[_Scored]) -> None:
         """Flag rows of one file that follow each other, and write them."""
@@ -712,12 +714,10 @@ def predict(
             columns, params = ({k: v[chosen_rows] for k, v in each.items()} for each in (columns, params))
         lead = _lead(origins, shard, (begin, begin + n), chosen_rows, several)
         lead |= {name: _identifiers(params[name], dtype) for name, dtype in ids.items()}
-        if fit is None:
-            lead |= _velocity_columns(moved, first, chosen_rows)
-        else:
-            nothing = columns["flag"] & np.uint32(Flag.NO_DATA) != 0
-            fitted = zip(VELOCITY, ("velocity", "velocity_error"), strict=True)
-            for one, name in fitted:
+        lead |= _velocity_columns(moved, first, chosen_rows)
+        if fit is not None:
+            nothing = (columns["flag"] & np.uint32(Flag.NO_DATA)) != 0
+            for one, name in zip(VELOCITY, ("velocity", "velocity_error"), strict=True):
                 values = np.concatenate([getattr(p, name) for p in parts])[chosen_rows]
                 lead[one.name] = np.where(nothing, np.nan, values).astype(one.dtype)
         sink.write({**lead, **columns})
@@ -735,9 +735,9 @@ def predict(
     warm_up(engine, chosen.mixture.n_pixels)
     if fit is not None:
         fit.prepare()
-        for part in spectra.shards:
-            if isinstance(part, PreparedShard):
-                part.keep_measured()
+        for each in spectra.shards:
+            if isinstance(each, PreparedShard):
+                each.keep_measured()
     begin = time.perf_counter()
     with sink, one_blas_thread():
         position, waiting = start, list[_Scored]()
@@ -854,8 +854,11 @@ def _lead(
     return lead
 
 
-def _velocity_columns(moved: Velocities | None, first: int, wanted: NDArray[np.bool_]) -> dict[str, NDArray]:
-    if moved is None:
+def _velocity_columns(
+    moved: Velocities | VelocityFit | None, first: int, wanted: NDArray[np.bool_]
+) -> dict[str, NDArray]:
+    """Velocities that were given; what is fitted comes with each block."""
+    if not isinstance(moved, Velocities):
         return {}
     here = slice(first, first + len(wanted))
     out = {"v_los": moved.velocity[here][wanted].astype(np.float32)}
@@ -890,10 +893,12 @@ def cannot_fit(model: Model) -> str:
 
 def score_moving(
     engine: Engine, fit: VelocityFit, shard: PreparedShard, array: str, block: Block, first_row: int
-) -> tuple[Prediction, Quality, tuple[NDArray, NDArray]]:
-    """What an engine gives for a block of stars whose velocities are fitted, and these with their errors."""
+) -> tuple[Prediction, Quality, FittedVelocities]:
+    """What an engine gives for a block of stars whose velocities are fitted, and these."""
     arms = shard.measured(array, first_row, first_row + len(block))
-    lost = np.zeros(len(block), bool) if block.mask is None else block.mask.all(1)
+    lost = np.zeros(len(block), np.bool_)
+    if block.mask is not None:
+        np.all(block.mask, axis=1, out=lost)
 
     def at_rest(velocity: NDArray, rows: NDArray[np.intp]) -> tuple[NDArray, NDArray, NDArray[np.bool_]]:
         flux, error, mask = shard.at_velocity(arms, velocity, rows)
@@ -901,9 +906,11 @@ def score_moving(
         mask[lost[rows]] = True
         return flux, error, mask
 
+    def score(flux: NDArray, error: NDArray, mask: NDArray[np.bool_]) -> tuple[Prediction, Quality]:
+        return engine(flux, error, mask, first_row)
+
     with np.errstate(over="ignore", invalid="ignore"):
-        result, quality, found = predict_moving(fit, lambda *a: engine(*a, first_row), len(block), at_rest)
-    return result, quality, (found.velocity, found.error)
+        return predict_moving(fit, score, len(block), at_rest)
 
 
 def _told(

@@ -212,3 +212,39 @@ def test_a_column_whose_name_only_looks_like_a_weight_is_ignored(few, model, pla
     table.write_text("\n".join(lines) + "\n", encoding="utf-8")
     found = evaluate(few, table)
     assert not [name for name in found.stars if name.startswith("weight")]
+
+
+# -- pipes ---------------------------------------------------------------------------------------------------------
+
+PIPES = {
+    "predict": ("predict", "PIPE.h5", "-m", "MODEL", "-o", "t.h5"),
+    "predict fits": ("predict", "PIPE.fits", "-m", "MODEL", "-o", "t.h5"),
+    "predict by a model": ("predict", "FEW", "-m", "PIPE", "-o", "t.h5"),
+    "velocities": ("predict", "FEW", "-m", "MODEL", "-o", "t.h5", "--velocity", "PIPE.csv"),
+    "velocities fits": ("predict", "FEW", "-m", "MODEL", "-o", "t.h5", "--velocity", "PIPE.fits"),
+    "inspect": ("inspect", "PIPE.h5"),
+    "evaluate a graph": ("evaluate", "FEW", "-m", "PIPE.onnx", "-o", "r"),
+    "evaluate a table": ("evaluate", "FEW", "-m", "PIPE.csv", "-o", "r"),
+    "evaluate a table .h5": ("evaluate", "FEW", "-m", "PIPE.h5", "-o", "r"),
+    "milestones": ("milestones", "PIPE.json"),
+    "compare": ("compare", "PIPE", "PIPE"),
+    "fit": ("fit", "PIPE.h5", "-o", "m"),
+    "checkpoint": ("fit", "FEW", "-o", "m", "--checkpoint", "."),
+}
+
+
+@pytest.mark.parametrize("name", PIPES)
+def test_nobody_waits_for_a_pipe(name, few, model_folder, place, monkeypatch):
+    monkeypatch.chdir(place)
+    words = {"FEW": str(few), "MODEL": str(model_folder)}
+    arguments = [words.get(word, word.replace("PIPE", "pipe")) for word in PIPES[name]]
+    pipe = (
+        "first-pass.npz"
+        if name == "checkpoint"
+        else next(word for word in arguments if word.startswith("pipe"))
+    )
+    os.mkfifo(place / pipe)
+    ended = run(command(*arguments), place.parent / "log", limit=100)
+    assert ended.code in {3, 6, 8}, (ended.code, ended.said)
+    assert "moefast: error: " in ended.said
+    assert [item.name for item in place.iterdir()] == [pipe]

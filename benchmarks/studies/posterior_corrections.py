@@ -68,8 +68,8 @@ def seen(mixture: PosteriorMixture, products: F64, flux: NDArray, error: NDArray
     sd = found["label_sd"][:, :count]
     good = np.isfinite(flux) & (error > 0)
     weight = np.where(good, found["scale"] / np.where(good, error, 1.0), 0.0) ** 2
-    width, cell = mixture.directions.shape[1], mixture.sizes.cell
-    cells = (weight * mixture.noise_shape).reshape(len(flux), -1, cell).mean(2)
+    width = mixture.directions.shape[1]
+    cells = ((weight * mixture.noise_shape)[:, mixture.cells] * mixture.cell_shares).sum(2)
     information = (cells @ products).reshape(-1, width, width)
     apart = np.where(good, flux / found["scale"] - mixture.reference, 0.0)
     u = (weight * apart) @ mixture.directions.astype(np.float64)
@@ -189,7 +189,7 @@ def _trees(train: Draws) -> Correction:
     forest = fit_trees(
         train.features.astype(np.float32), train.truth - train.log_g, n_trees=N_TREES, rate=0.03, seed=SEED
     ).forest
-    return lambda features, _: forest_predict(features.astype(np.float32), forest)
+    return lambda features, _: forest_predict(features.astype(np.float32), forest).astype(np.float64)
 
 
 def _network(train: Draws) -> Correction:

@@ -257,6 +257,10 @@ class SolvingArithmetic(Arithmetic, Protocol):
         """Absolute value."""
         ...
 
+    def picked(self, a: Any, places: Any, axis: int) -> Any:
+        """The entries at such places of an axis, places (…) of whole numbers read row by row."""
+        ...
+
     def reshaped(self, a: Any, shape: Sequence[int]) -> Any:
         """Another shape for a number, which has no axis of stars."""
         ...
@@ -376,6 +380,9 @@ class NumPyArithmetic:
 
     def absolute(self, a: NDArray) -> NDArray:
         return np.abs(a)
+
+    def picked(self, a: NDArray, places: NDArray, axis: int) -> NDArray:
+        return np.take(a, places.astype(np.intp).reshape(-1), axis)
 
     def reshaped(self, a: NDArray, shape: Sequence[int]) -> NDArray:
         return a.reshape(shape)
@@ -645,6 +652,9 @@ class OnnxArithmetic:
 
     def absolute(self, a: str) -> str:
         return self._add("Abs", [a])
+
+    def picked(self, a: str, places: str, axis: int) -> str:
+        return self._add("Gather", [a, self.reshaped(places, (-1,))], axis=axis)
 
     def reshaped(self, a: str, shape: Sequence[int]) -> str:
         return self._add("Reshape", [a, self._graph.shape("_".join(["shape", *map(str, shape)]), shape)])

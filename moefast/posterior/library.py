@@ -186,14 +186,14 @@ def fit_clouds(
     # Coordinates in which what is left within clouds is the identity: z = F ζ with F Fᵀ = E.
     variances, vectors = np.linalg.eigh(within)
     root = np.sqrt(np.maximum(variances, 0) + LEAST_SCATTER)
-    forth, back = vectors * root, vectors / root
+    forth, back, tangents = _concentrated(tangents, log_weights, vectors * root, vectors / root)
     directions = (noise_shape[:, None] * basis) @ forth
     own, beside, height = _without_lines(reference, noise_shape, directions)
     none = np.zeros((len(keys), 2))
     arrays = {
         "directions": np.column_stack([directions, beside, SCALE_UNIT * reference]),
         "keys": np.concatenate([keys @ back, none], axis=1),
-        "tangents": np.concatenate([tangents @ back, np.zeros((*tangents.shape[:2], 2))], axis=2),
+        "tangents": np.concatenate([tangents, np.zeros((*tangents.shape[:2], 2))], axis=2),
         "gains": gains,
         "log_weights": log_weights,
         "labels": means,
@@ -212,6 +212,22 @@ def fit_clouds(
     return {name: np.ascontiguousarray(value, np.float32) for name, value in arrays.items()} | {
         "first": np.array([*first, first[-1] + 1], np.int64)
     }
+
+
+def _concentrated(tangents: F64, log_weights: F64, forth: F64, back: F64) -> tuple[F64, F64, F64]:
+    """Coordinates in which the last ones have no tangent, and the tangents in them.
+
+    Where tangents vary less than what is left within clouds, which is one in all coordinates, that takes them in: it
+    is told once, not once per cloud.
+    """
+    share = np.exp(log_weights)
+    tangents = tangents @ back
+    variances, vectors = np.linalg.eigh(np.einsum("m,mta,mtb->ab", share, tangents, tangents, optimize=True))
+    variances, vectors = np.maximum(variances[::-1], 0) / share.sum(), vectors[:, ::-1]
+    few = variances < 1
+    width = np.sqrt(1 + np.where(few, variances, 0))
+    tangents = (tangents @ vectors) * ~few
+    return forth @ vectors * width, back @ vectors / width, tangents
 
 
 def _beyond(

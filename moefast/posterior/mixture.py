@@ -19,7 +19,8 @@ from moefast.core.threads import one_blas_thread
 from moefast.kernels import CloudPosterior, Clouds, Space, cloud_posterior
 from moefast.mixture import Mixture, Prediction
 from moefast.ops.arithmetic import NumPyArithmetic
-from moefast.posterior.forward import REFINEMENTS, Sizes, forward
+from moefast.posterior.cells import alike_pixels
+from moefast.posterior.forward import Sizes, forward
 from moefast.spectra.quality import Quality
 
 __all__ = ["LABELS", "ORDER", "SCALE_UNIT", "AnyMixture", "PosteriorMixture"]
@@ -31,13 +32,12 @@ LABELS = ("log_g", "T_eff", "M_H", "a_M", "C_M")
 """Labels of a library, those that the training set has; log g is the headline and comes first."""
 SCALE_UNIT = 1e-3
 """The coordinate of the scale counts parts in a thousand of the reference spectrum."""
-CELL = 2
-"""Pixels of a cell where the number of pixels is even: cells of 8 cost a star of SNR 50 several of its errors."""
 REFERENCE_ROWS = 32
 """Stars that the description sees at a time: it holds a matrix for each star and cloud."""
 ORDER = (
     "reference", "noise_shape", "directions", "keys", "tangents", "gains", "log_weights", "labels", "scatter",
-    "first", "n_sky", "scale_width", "label_range", "error.w1", "error.b1", "error.w2", "error.b2", "label_factors",
+    "first", "n_sky", "cells", "cell_shares", "scale_width", "label_range", "error.w1", "error.b1", "error.w2",
+    "error.b2", "label_factors",
 )  # fmt: skip
 """What is stored of a mixture."""
 
@@ -83,6 +83,8 @@ class PosteriorMixture:
         The last so many nuisances grow with the noise of the star.
     n_foreign : int
         f, groups of clouds of spectra that are no stars.
+    cells, cell_shares : array of shape (k, s), int64 and float32
+        Cells of pixels; see `moefast.posterior.cells.alike_pixels`, which finds them where they are None.
     """
 
     kind: ClassVar[str] = "posterior"
@@ -105,6 +107,8 @@ class PosteriorMixture:
     label_names: tuple[str, ...] = LABELS
     n_sky: int = 0
     n_foreign: int = 0
+    cells: NDArray[np.int64] | None = None
+    cell_shares: F32 | None = None
 
     def __post_init__(self) -> None:
         # What is stored in single precision must be what was used before it was stored.
@@ -143,6 +147,18 @@ class PosteriorMixture:
             raise ValueError("an error model of five features and one answer expected")
         if not (self.noise_shape > 0).all():
             raise ValueError("noise_shape must be positive in every pixel")
+        if self.cells is None:
+            precision, _ = self._library_as_one_cloud(self._all_tangents())
+            cells, shares = alike_pixels(self.directions, self.noise_shape, precision)
+            object.__setattr__(self, "cells", cells)
+            object.__setattr__(self, "cell_shares", shares)
+        if self.cells.shape != self.cell_shares.shape or self.cells.ndim != 2:
+            raise ValueError(
+                f"cell_shares of shape {self.cells.shape} expected; found {self.cell_shares.shape}"
+            )
+        held = np.bincount(self.cells[self.cell_shares > 0], minlength=p)
+        if len(held) != p or (held != 1).any():
+            raise ValueError(f"cells that hold each of {p} pixels once expected")
 
     # -- what others ask of a mixture --------------------------------------------------------------------------
 
@@ -176,7 +192,7 @@ class PosteriorMixture:
         """Shapes of the forward pass."""
         m, t = self.gains.shape[:2]
         return Sizes(
-            self.n_pixels, 1 if self.n_pixels % CELL else CELL, self.n_coordinates, self.n_nuisances, m, t + 1,
+            self.n_pixels, *self.cells.shape, self.n_coordinates, self.n_nuisances, m, t + 1,
             len(self.label_names) + 1, self.first.size - 1,
         )  # fmt: skip
 
@@ -209,10 +225,8 @@ class PosteriorMixture:
         """What the description asks for, derived from what is stored."""
         m, n = self.keys.shape
         t, labels = self.gains.shape[1:]
-        # The change of a cloud's mean spectrum with the scale, and the scale itself as the last label.
-        along = self.keys.copy()
-        along[:, -1] = 1 / SCALE_UNIT
-        tangents = np.concatenate([self.tangents, self.scale_width * along[:, None]], axis=1)
+        tangents = self._all_tangents()
+        # The scale itself is the last label.
         gains = np.zeros((m, t + 1, labels + 1), np.float32)
         gains[:, :t, :labels] = self.gains
         gains[:, t, labels] = self.scale_width
@@ -229,6 +243,8 @@ class PosteriorMixture:
         return {
             "reference": self.reference,
             "noise_shape": self.noise_shape,
+            "cells": self.cells,
+            "cell_shares": self.cell_shares,
             "directions": self.directions,
             "library_precision": precision,
             "library_pull": pull,
@@ -253,6 +269,12 @@ class PosteriorMixture:
             "error.w2": w2,
             "error.b2": b2,
         }
+
+    def _all_tangents(self) -> NDArray:
+        """Those of the clouds, and the change of a cloud's mean spectrum with the scale."""
+        along = self.keys.copy()
+        along[:, -1] = 1 / SCALE_UNIT
+        return np.concatenate([self.tangents, self.scale_width * along[:, None]], axis=1)
 
     def _library_as_one_cloud(self, tangents: NDArray) -> tuple[F64, F64]:
         """P⁻¹ (n + q, n + q) and P⁻¹b₀ (n + q, 1) of the mean and covariance of all clouds, nuisances behind."""
@@ -352,10 +374,10 @@ class PosteriorMixture:
             noise_shape=self.noise_shape,
             directions=self.directions,
             n_nuisances=self.n_nuisances,
-            cell=self.sizes.cell,
+            cells=self.cells,
+            cell_shares=self.cell_shares,
             precision=numbers["library_precision"],
             pull=numbers["library_pull"][:, 0],
-            refinements=REFINEMENTS,
             n_sky=self.n_sky,
         )
 

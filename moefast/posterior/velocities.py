@@ -22,7 +22,6 @@ from scipy.special import ndtr, ndtri
 from moefast.core.errors import InputError
 from moefast.kernels import Slopes, Space, VelocityTemplates, velocity_evidence, velocity_step
 from moefast.kernels.resample import pixel_edges, resample
-from moefast.posterior.forward import REFINEMENTS
 from moefast.posterior.mixture import PosteriorMixture
 from moefast.spectra.units import LIGHT_SPEED
 
@@ -199,8 +198,9 @@ class VelocityFit:
         at_rest[:n, :n] = np.linalg.inv((covariance + covariance.T) / 2)
         return Space(
             reference=mixture.reference, noise_shape=mixture.noise_shape, directions=mixture.directions,
-            n_nuisances=mixture.n_nuisances, cell=mixture.sizes.cell, precision=at_rest,
-            pull=np.concatenate([at_rest[:n, :n] @ mean, pull[n:]]), refinements=REFINEMENTS, n_sky=mixture.n_sky,
+            n_nuisances=mixture.n_nuisances, cells=mixture.cells, cell_shares=mixture.cell_shares,
+            precision=at_rest,
+            pull=np.concatenate([at_rest[:n, :n] @ mean, pull[n:]]), n_sky=mixture.n_sky,
         )  # fmt: skip
 
     def prepare(self) -> None:

@@ -36,6 +36,7 @@ from moefast.core.grids import (
     assign_snr_bins,
 )
 from moefast.core.random import NOISE_SEED
+from moefast.core.regular import refuse_special
 from moefast.protocol import report
 from moefast.protocol.report import LOW_SNR_NORM, PUBLISHED
 from moefast.spectra.tables import read_table
@@ -269,6 +270,7 @@ def _files(path: Path) -> list[Path]:
 
 def _read(path: Path) -> ReadEvaluation:
     hint = "give files that moefast evaluate wrote"
+    refuse_special(path)
     try:
         raw = path.read_bytes()
         content = json.loads(raw)

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefast.core.errors import InputError, WaveGridError
+from moefast.core.regular import refuse_special
 from moefast.kernels.resample import normalise
 from moefast.spectra.files import (
     Failure,
@@ -396,6 +397,7 @@ def open_as_found(
 
 def _is_fits(path: Path) -> bool:
     """Whether a file is FITS, or calls itself so; one that cannot be opened is left to those who will say why."""
+    refuse_special(path)
     try:
         with open(path, "rb") as file:
             head = file.read(len(_HDF5))

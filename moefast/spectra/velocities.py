@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefast.core.errors import InputError
+from moefast.core.regular import refuse_special
 from moefast.spectra.files import SpectrumSet, find_files
 from moefast.spectra.layouts.fits_file import FitsFile
 from moefast.spectra.prepared import Origins
@@ -210,6 +211,7 @@ def read_velocity_table(given: str | Path) -> VelocityTable:
 
 
 def _read_one(path: Path) -> VelocityTable:
+    refuse_special(path)
     name = path.name.lower()
     if name.endswith((".fits", ".fit", ".fits.gz")):
         return _of_fits(FitsFile(path))

@@ -10,6 +10,7 @@ from made_clouds import mixture, stars
 
 from moefast.kernels import Slopes, Space, VelocityTemplates, velocity_evidence, velocity_step
 from moefast.kernels.reference_velocity import velocity_evidence_reference, velocity_step_reference
+from moefast.posterior.cells import neighbouring_pixels
 
 P, FIRST = 700, 20
 
@@ -100,10 +101,11 @@ def test_scan_of_other_shapes_is_refused():
 
 
 def space_of(mix, cell):
+    cells, shares = neighbouring_pixels(mix.n_pixels, cell)
     numbers = mix.numbers
     space = Space(
         reference=mix.reference, noise_shape=mix.noise_shape, directions=mix.directions, n_nuisances=mix.n_nuisances,
-        cell=cell, precision=numbers["library_precision"], pull=numbers["library_pull"][:, 0], refinements=2,
+        cells=cells, cell_shares=shares, precision=numbers["library_precision"], pull=numbers["library_pull"][:, 0],
     )  # fmt: skip
     moved = np.gradient(mix.directions, axis=0)
     moved[:, mix.n_coordinates :] = 0

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefast.core.errors import InputError
+from moefast.core.regular import refuse_special
 
 __all__ = ["FitsFile", "Hdu"]
 
@@ -124,6 +125,7 @@ class FitsFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        refuse_special(self.path)
         self._lock = threading.RLock()
         self._file: Any = None
         self._astropy: Any = None
