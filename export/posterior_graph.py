@@ -197,6 +197,7 @@ def build_posterior(mixture: PosteriorMixture, part: str, metadata: dict[str, st
         "kind": PosteriorMixture.kind,
         "label_names": ",".join(mixture.label_names),
         "n_foreign": str(mixture.n_foreign),
+        **({"n_fast": ",".join(map(str, mixture.n_fast))} if mixture.n_fast else {}),
         "flux_unit": "any; the scale is a nuisance",
     }
     return assemble(
@@ -241,6 +242,7 @@ def read_posterior(model: ModelProto, wave: NDArray[np.float64]) -> PosteriorMix
             f"{PosteriorMixture.kind}.{name}", *any_size, dtype=np.int64 if name in _WHOLE else np.float32
         )
     try:
-        return PosteriorMixture.from_stored(wave, arrays, names, int(said(model, "n_foreign")))
+        fast = tuple(int(n) for n in said(model, "n_fast").split(",") if n)
+        return PosteriorMixture.from_stored(wave, arrays, names, int(said(model, "n_foreign")), fast)
     except (ValueError, IndexError) as error:
         raise ModelError(f"the posterior of the ONNX model does not fit together: {error}") from error

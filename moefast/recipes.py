@@ -52,7 +52,7 @@ RECIPES: dict[str, Recipe] = {
             "slope_widths": (0.1, 0.05, 0.05, 0.05),
             "sky_width": 4.0,
             "beyond": True,
-            "n_clouds": 560,
+            "n_clouds": 640,
         },
     ),
     "posterior-calibrated": Recipe(

@@ -51,8 +51,6 @@ GAP_KINDS = (
 DISTANCE_QUANTILE, CHI2_QUANTILE = 0.997, 0.999
 """Share of stars of the training set that the limits let pass."""
 DISTANCE_KNOTS = 6
-LEAST_VELOCITY = 10.0
-"""Scatter of the stars' velocities [km/s] above which clouds are small in velocity, too."""
 LEAST_CHI2_MARGIN = 0.1
 LEAST_CHI2 = 0.5
 """Below it the errors are no errors of these pixels: of noise-free spectra, or far too large."""
@@ -80,24 +78,24 @@ def fit_posterior(data: TrainingSet, mixture: Mixture) -> tuple[PosteriorMixture
     # Stars that lack any of these labels are used for nothing from here on.
     data.labelled = data.labelled & np.isfinite(values).all(1)
     stars, rows = data.inputs(mixture, "templates", data.other_stretches(LIBRARY_ROWS), noisy=False)
-    grouped_by = None
+    velocity = None
     if "velocity" in data.spectra.columns:
-        velocity = data.spectra.params(("velocity",))["velocity"][rows].astype(np.float64)
-        if np.isfinite(velocity).all() and velocity.std() > LEAST_VELOCITY:
-            grouped_by = velocity[:, None]
+        found_velocity = data.spectra.params(("velocity",))["velocity"][rows].astype(np.float64)
+        velocity = found_velocity if np.isfinite(found_velocity).all() else None
     reference = mixture.reference.astype(np.float64)
     noise_shape = mixture.noise_shape.astype(np.float64)
     arrays = fit_clouds(
         stars.z, values[rows], data.bins[rows], options.grid.n_bins, basis=mixture.basis.astype(np.float64),
         reference=reference, noise_shape=noise_shape, n_clouds=options.n_clouds, n_tangents=options.n_tangents,
-        n_gravity_bins=options.n_gravity_bins, grouped_by=grouped_by, beyond=options.beyond, seed=options.seed,
+        n_gravity_bins=options.n_gravity_bins, velocity=velocity, beyond=options.beyond, seed=options.seed,
     )  # fmt: skip
+    n_fast = tuple(int(n) for n in arrays.pop("n_fast"))
     sky = sky_residuals(mixture.wave, noise_shape, options.sky_width)
     nuisances = [slopes(mixture.wave, reference, options.slope_widths), sky]
     arrays["directions"] = np.concatenate([arrays["directions"], *nuisances], axis=1).astype(np.float32)
     found = PosteriorMixture(
         wave=mixture.wave, reference=mixture.reference, noise_shape=mixture.noise_shape, **arrays,
-        n_sky=sky.shape[1], n_foreign=1, scale_width=SCALE_WIDTH, label_range=mixture.label_range, error_model=_idle(),
+        n_sky=sky.shape[1], n_foreign=1, n_fast=n_fast if any(n_fast) else (), scale_width=SCALE_WIDTH, label_range=mixture.label_range, error_model=_idle(),
         label_factors=np.ones(len(names), np.float32), label_names=names,
     )  # fmt: skip
     found, summary = _calibrate(data, found, values)

@@ -40,6 +40,8 @@ SKY_BANDS = 10
 """Bands of wavelength in which residuals of sky lines are free apart, beyond that table."""
 FOREIGN_SHARE = 0.02
 """Share of spectra, before they are looked at, that have no lines: dead fibres, hot stars, galaxies."""
+SLOW, LEAST_OF_A_KIND = 15.0, 100
+"""km/s; and stars of each kind, slow and fast, that every expert must have for clouds of them to be told apart."""
 BEYOND_SHARE = 0.05
 """Share of stars, before they are looked at, that are hotter than the training set."""
 BEYOND_LABEL, BEYOND_SLAB = 1, 0.15
@@ -117,7 +119,7 @@ def fit_clouds(
     n_clouds: int,
     n_tangents: int,
     n_gravity_bins: int = 0,
-    grouped_by: F64 | None = None,
+    velocity: F64 | None = None,
     beyond: bool = False,
     seed: int = 0,
 ) -> dict[str, NDArray]:
@@ -141,8 +143,9 @@ def fit_clouds(
     n_gravity_bins : int
         Clouds are so many bins of log g within each expert's bin, instead of `n_clouds` found by k-means; see
         `moefast.posterior.linear`. 0 for k-means.
-    grouped_by : array of shape (n, k), optional
-        What else a cloud should be small in, such as the velocity of stars that move.
+    velocity : array of shape (n,), km/s, optional
+        Half of the clouds are of stars that move by more than `SLOW`, and small in velocity, too; where each expert has
+        stars of both kinds.
     beyond : bool
         Whether there are clouds of stars that are hotter than all of the training set, too: those of its hot end,
         continued. They belong to the expert of the star from which they are continued.
@@ -153,7 +156,8 @@ def fit_clouds(
     dict of str to array
         Arrays of a `PosteriorMixture`: `directions` (p, r + 2), that of what a spectrum without lines has beside all
         stars and the scale last; `keys`, `tangents`, `gains`, `log_weights`, `labels`, `scatter`, `first`. The last
-        expert is one cloud: a spectrum without lines, which is no star.
+        expert is one cloud: a spectrum without lines, which is no star. `n_fast` (n_experts,) are the clouds of stars
+        that move, the last ones of each expert.
 
     Raises
     ------
@@ -162,11 +166,9 @@ def fit_clouds(
     """
     if n_gravity_bins:
         clouds, first = gravity_bins(labels[:, 0], bins, n_experts, n_gravity_bins)
+        n_fast = np.zeros(n_experts, np.int64)
     else:
-        places = labels[:, GROUPED_BY]
-        if grouped_by is not None:
-            places = np.concatenate([places, grouped_by], axis=1)
-        clouds, first = clouds_of_bins(z, places, bins, n_experts, n_clouds=n_clouds, seed=seed)
+        clouds, first, n_fast = _by_velocity(z, labels, velocity, bins, n_experts, n_clouds, seed)
     r, t = z.shape[1], min(n_tangents, z.shape[1])
     parts, within = [], np.zeros((r, r))
     for cloud in clouds:
@@ -176,8 +178,10 @@ def fit_clouds(
     if beyond and np.ptp(labels[:, BEYOND_LABEL]) > 0:
         experts = np.repeat(np.arange(n_experts), np.diff(first))
         further, of_expert = _beyond(z, labels, bins, t, seed)
+        # Stars that move stay the last of each expert.
+        fast = [rank >= stop - n for rank, stop, n in zip(*_ranks(first, n_fast), strict=True)]
         experts = np.concatenate([experts, of_expert])
-        order = np.argsort(experts, kind="stable")
+        order = np.lexsort(([*fast, *np.zeros(len(further), bool)], experts))
         parts = [(parts + further)[i] for i in order]
         first = np.searchsorted(experts[order], np.arange(n_experts + 1))
     keys, tangents, gains, log_weights, means, scatter = (
@@ -210,8 +214,50 @@ def fit_clouds(
     }
     arrays |= {name: np.concatenate([arrays[name], np.asarray(one)[None]]) for name, one in foreign.items()}
     return {name: np.ascontiguousarray(value, np.float32) for name, value in arrays.items()} | {
-        "first": np.array([*first, first[-1] + 1], np.int64)
+        "first": np.array([*first, first[-1] + 1], np.int64),
+        "n_fast": n_fast,
     }
+
+
+def _ranks(first: NDArray[np.int64], n_fast: NDArray[np.int64]) -> tuple[NDArray, NDArray, NDArray]:
+    """Of each cloud its number, and of its expert the end and how many clouds of stars that move it has."""
+    sizes = np.diff(first)
+    return np.arange(first[-1]), np.repeat(first[1:], sizes), np.repeat(n_fast, sizes)
+
+
+def _by_velocity(
+    z: F32,
+    labels: F64,
+    velocity: F64 | None,
+    bins: NDArray[np.integer],
+    n_experts: int,
+    n_clouds: int,
+    seed: int,
+) -> tuple[list[NDArray[np.intp]], NDArray[np.int64], NDArray[np.int64]]:
+    """Stars of each cloud by expert, first clouds, and how many clouds, at the end of each expert, are of fast stars."""
+    places = labels[:, GROUPED_BY]
+    fast = np.zeros(len(z), bool) if velocity is None else np.abs(velocity) > SLOW
+    counts = [np.bincount(bins[part], minlength=n_experts) for part in (fast, ~fast)]
+    if velocity is None or min(count.min() for count in counts) < LEAST_OF_A_KIND:
+        clouds, first = clouds_of_bins(z, places, bins, n_experts, n_clouds=n_clouds, seed=seed)
+        return clouds, first, np.zeros(n_experts, np.int64)
+    parts, firsts = [], []
+    for rows in (np.flatnonzero(~fast), np.flatnonzero(fast)):
+        where = places[rows]
+        if fast[rows[0]]:
+            where = np.column_stack([where, velocity[rows]])
+        found, first = clouds_of_bins(
+            z[rows], where, bins[rows], n_experts, n_clouds=n_clouds // 2, seed=seed
+        )
+        parts.append([rows[cloud] for cloud in found])
+        firsts.append(first)
+    clouds = [
+        cloud
+        for k in range(n_experts)
+        for part, first in zip(parts, firsts, strict=True)
+        for cloud in part[first[k] : first[k + 1]]
+    ]
+    return clouds, firsts[0] + firsts[1], np.diff(firsts[1])
 
 
 def _concentrated(tangents: F64, log_weights: F64, forth: F64, back: F64) -> tuple[F64, F64, F64]:

@@ -83,6 +83,8 @@ class PosteriorMixture:
         The last so many nuisances grow with the noise of the star.
     n_foreign : int
         f, groups of clouds of spectra that are no stars.
+    n_fast : tuple of int
+        How many clouds, the last ones of each expert, are of stars that move; empty if none are told apart.
     cells, cell_shares : array of shape (k, s), int64 and float32
         Cells of pixels; see `moefast.posterior.cells.alike_pixels`, which finds them where they are empty.
     """
@@ -107,6 +109,7 @@ class PosteriorMixture:
     label_names: tuple[str, ...] = LABELS
     n_sky: int = 0
     n_foreign: int = 0
+    n_fast: tuple[int, ...] = ()
     cells: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 0), np.int64))
     cell_shares: F32 = field(default_factory=lambda: np.empty((0, 0), np.float32))
 
@@ -139,6 +142,11 @@ class PosteriorMixture:
             raise ValueError(f"every expert needs clouds, {m} in all; found boundaries {first.tolist()}")
         if not 0 <= self.n_foreign < first.size - 1:
             raise ValueError(f"0 to {first.size - 2} groups that are no stars; found {self.n_foreign}")
+        if self.n_fast and (
+            len(self.n_fast) != self.n_experts
+            or not all(0 <= n < size for n, size in zip(self.n_fast, np.diff(first), strict=False))
+        ):
+            raise ValueError(f"fast clouds of each expert, fewer than it has, expected; found {self.n_fast}")
         if not 0 <= self.n_sky <= self.n_nuisances:
             raise ValueError(
                 f"0 to {self.n_nuisances} nuisances that grow with the noise; found {self.n_sky}"
@@ -207,7 +215,12 @@ class PosteriorMixture:
 
     @classmethod
     def from_stored(
-        cls, wave: F64, arrays: dict[str, NDArray], label_names: tuple[str, ...], n_foreign: int = 0
+        cls,
+        wave: F64,
+        arrays: dict[str, NDArray],
+        label_names: tuple[str, ...],
+        n_foreign: int = 0,
+        n_fast: tuple[int, ...] = (),
     ) -> PosteriorMixture:
         """The inverse of `stored`; ValueError where the arrays do not fit together."""
         arrays = dict(arrays)
@@ -216,7 +229,7 @@ class PosteriorMixture:
         width = float(arrays.pop("scale_width")[0])
         n_sky = int(arrays.pop("n_sky")[0])
         return cls(
-            wave=wave, **arrays, n_sky=n_sky, n_foreign=n_foreign, scale_width=width, label_range=(low, high),
+            wave=wave, **arrays, n_sky=n_sky, n_foreign=n_foreign, n_fast=n_fast, scale_width=width, label_range=(low, high),
             error_model=(w1, b1, w2, b2), label_names=label_names,
         )  # fmt: skip
 
@@ -276,10 +289,29 @@ class PosteriorMixture:
         along[:, -1] = 1 / SCALE_UNIT
         return np.concatenate([self.tangents, self.scale_width * along[:, None]], axis=1)
 
-    def _library_as_one_cloud(self, tangents: NDArray) -> tuple[F64, F64]:
+    @cached_property
+    def slow_clouds(self) -> NDArray[np.bool_]:
+        """Which clouds are of stars, and not of stars that move, (m,)."""
+        slow = np.zeros(len(self.keys), bool)
+        for k, n_fast in enumerate(self.n_fast or (0,) * self.n_experts):
+            slow[self.first[k] : self.first[k + 1] - n_fast] = True
+        return slow
+
+    def library_at_rest(self) -> tuple[F64, F64]:
+        """As the numbers `library_precision` and `library_pull`, of the clouds of stars that hardly move."""
+        if not any(self.n_fast):
+            return self.numbers["library_precision"], self.numbers["library_pull"]
+        with one_blas_thread():
+            return self._library_as_one_cloud(self._all_tangents(), self.slow_clouds)
+
+    def _library_as_one_cloud(
+        self, tangents: NDArray, which: NDArray[np.bool_] | None = None
+    ) -> tuple[F64, F64]:
         """P⁻¹ (n + q, n + q) and P⁻¹b₀ (n + q, 1) of the mean and covariance of all clouds, nuisances behind."""
         n, q = self.n_coordinates, self.n_nuisances
         share = np.exp(self.log_weights.astype(np.float64))
+        if which is not None:
+            share = np.where(which, share, 0.0)
         share /= share.sum()
         keys, tangents = self.keys.astype(np.float64), tangents.astype(np.float64)
         apart = keys - share @ keys

@@ -116,9 +116,10 @@ class VelocityFit:
         self.grid = np.linspace(-largest, largest, n_steps + 1)
         self._seen = slice(int(seen[0]), int(seen[-1]) + 1)
 
-    @cached_property
-    def _star_clouds(self) -> slice:
-        return slice(0, int(self.mixture.first[self.mixture.n_experts]))
+    @property
+    def _star_clouds(self) -> NDArray[np.bool_]:
+        """Clouds of stars at rest: those of moving stars would fit at other velocities."""
+        return self.mixture.slow_clouds
 
     @cached_property
     def templates(self) -> VelocityTemplates:
@@ -177,7 +178,8 @@ class VelocityFit:
     def space(self) -> Space:
         """The mixture's space, with the library as one Gaussian of stars at rest."""
         mixture, n = self.mixture, self.mixture.n_coordinates
-        precision, pull = mixture.numbers["library_precision"], mixture.numbers["library_pull"][:, 0]
+        precision, pull = mixture.library_at_rest()
+        pull = pull[:, 0]
         covariance = np.linalg.inv(precision[:n, :n])
         mean = covariance @ pull[:n]
         # What velocities make of clouds, in coordinates, as far as the space holds it.

@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
-from moefast.posterior.library import BEYOND_SHARE, BEYOND_SLAB, BEYOND_STEPS, fit_clouds, sky_residuals
+from moefast.posterior.library import (
+    BEYOND_SHARE,
+    BEYOND_SLAB,
+    BEYOND_STEPS,
+    LEAST_OF_A_KIND,
+    SLOW,
+    fit_clouds,
+    sky_residuals,
+)  # fmt: skip
 from moefast.simulate import Emulator, Settings
 from moefast.simulate.rows import noise_model
 
@@ -47,15 +55,31 @@ def test_stars_beyond_go_on_as_their_neighbours_do():
     np.testing.assert_allclose(z[:-1][further][:, 0], expected, atol=0.15)
 
 
-def test_clouds_are_small_in_what_stars_are_grouped_by():
+def test_clouds_of_stars_that_move_are_apart_and_small_in_velocity():
     """The fourth component is the velocity: without the option each cloud holds all of it."""
-    velocity = np.linspace(-40, 40, N)[:, None]
+    velocity = np.linspace(-40, 40, N)
     scatter = []
-    for options in ({}, {"grouped_by": velocity}):
-        _, z, whole = clouds(**options)
-        scatter.append(np.std(z[:-1, 3]) / np.std(whole[:, 3]))
+    for options in ({}, {"velocity": velocity}, {"velocity": velocity, "beyond": True}):
+        arrays, z, whole = clouds(**options)
+        stars = arrays["labels"][:-1, 1] < 6000
+        scatter.append(np.std(z[:-1, 3][stars]) / np.std(whole[:, 3]))
+        first, n_fast = arrays["first"], arrays["n_fast"]
+        assert n_fast.shape == (2,)
+        for k, n in enumerate(n_fast):
+            moving = z[first[k] : first[k + 1], 3]
+            assert (np.abs(moving[len(moving) - n :]) > SLOW).all()
+            assert (np.abs(moving[: len(moving) - n]) < SLOW).all() or not options
+    assert n_fast.sum() == 20
     assert scatter[1] > scatter[0]
-    assert scatter[1] > 0.8
+    assert scatter[1] > 0.75
+
+
+def test_without_enough_stars_of_a_kind_nothing_is_apart():
+    velocity = np.zeros(N)
+    velocity[:LEAST_OF_A_KIND] = 100
+    arrays, _, _ = clouds(velocity=velocity)
+    assert not arrays["n_fast"].any()
+    assert len(arrays["keys"]) == len(clouds()[0]["keys"])
 
 
 def test_residuals_of_sky_lines_are_groups_of_airglow():
