@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from astropy.table import Table
 from numpy.typing import NDArray
 
 from moefast.core.atomic import write_json
-from moefast.core.errors import OutputError
+from moefast.core.errors import OddSpectraWarning, OutputError
 from moefast.core.random import standard_normals
 from moefast.core.text import number, percent, table
 from moefast.model import Model
@@ -152,7 +153,10 @@ def _flagged(found: Table) -> dict[str, float]:
 def _of_noise(model: Model, stars: dict[str, NDArray]) -> dict[str, float]:
     """Spectra without a star."""
     noise = stars["error"] * standard_normals(SEED + 1, np.arange(len(stars["error"])), len(stars["wave"]))
-    return _flagged(predict_arrays(noise.astype(np.float32), stars["error"], model, velocity="fit", unit=""))
+    with warnings.catch_warnings():
+        # Noise is odd in every respect.
+        warnings.simplefilter("ignore", OddSpectraWarning)
+        return _flagged(predict_arrays(noise.astype(np.float32), stars["error"], model, velocity="fit"))
 
 
 def _beyond(model: Model, stars: dict[str, NDArray]) -> dict[str, float]:

@@ -886,8 +886,8 @@ def velocity_fit(
 def cannot_fit(model: Model) -> str:
     """Why a model that is no posterior fits no velocities, and what to do."""
     return (
-        f"velocity fit: the model {model.name} (recipe {model.manifest.get('recipe')}) is no posterior and cannot "
-        "tell how probable a velocity is; use one that is (-m observed, -m z0), or give velocities"
+        f"velocity fit: the model {model.name} is no posterior and cannot tell how probable a velocity is; use one "
+        "that is (-m observed, -m z0), or give velocities"
     )
 
 

@@ -104,8 +104,10 @@ def test_the_scale_of_the_flux_changes_the_scale_alone(fitted, stars):
     np.testing.assert_allclose(found.scale, plain.scale * 2.0**-40, rtol=1e-12)
 
 
-def test_errors_tell_nothing_of_log_g(fitted, stars):
+@pytest.mark.parametrize("made", ["fitted", "linear"])
+def test_errors_tell_nothing_of_log_g(made, stars, request):
     """σ holds the star's own photons; it may weigh the flux, never speak: here all stars have the same flux."""
+    fitted = request.getfixturevalue(made)
     flux, error, log_g, _ = stars
     same = np.repeat(fitted.mixture.reference[None], N_TEST, axis=0)
     known = np.corrcoef(error.mean(1) / flux.mean(1), log_g)[0, 1] ** 2

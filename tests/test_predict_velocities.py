@@ -92,7 +92,7 @@ def test_spectra_of_the_simulator_are_at_rest_unless_asked(simulated, stars, mod
     moving = predict(simulated, model, velocity="fit")
     assert_right(moving.columns, stars)
     assert moving.r2 is not None
-    array = predict_arrays(stars["moved"], stars["error"], model, velocity="fit")
+    array = predict_arrays(stars["moved"], stars["error"], model, wave=stars["wave"], velocity="fit")
     for name in ("v_los", "v_los_err", "log_g", "log_g_err", "T_eff", "flag", "chi2"):
         np.testing.assert_array_equal(
             moving.columns[name], np.asarray(array[name], moving.columns[name].dtype), err_msg=name
@@ -167,7 +167,7 @@ def test_desi_is_fitted(stars, model, tmp_path):
 
 def test_models_that_are_no_posteriors_refuse(night, simulated):
     heads = Model.load("survey")
-    with pytest.raises(InputError, match=r"velocity fit: the model survey \(recipe heads\) is no posterior"):
+    with pytest.raises(InputError, match=r"velocity fit: the model heads .*survey.* is no posterior"):
         predict(simulated, heads, velocity="fit")
     with pytest.raises(InputError, match="is no posterior"):
         predict_arrays(np.ones(4096), np.ones(4096), heads, velocity="fit")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 import h5py
@@ -212,6 +214,28 @@ def test_a_column_whose_name_only_looks_like_a_weight_is_ignored(few, model, pla
     table.write_text("\n".join(lines) + "\n", encoding="utf-8")
     found = evaluate(few, table)
     assert not [name for name in found.stars if name.startswith("weight")]
+
+
+# -- handles -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.5])
+def test_more_files_than_may_be_open(shift, stars, model, place):
+    """On the grid of the model, and on another one; with identifiers, labels and velocities to look at."""
+    some = stars.take(slice(0, 2)).observed()
+    some = replace(some, wave=some.wave + shift)
+    for i in range(60):
+        some.write(place / f"f{i:02d}.h5")
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (48, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+
+    def work():
+        found = predict(place, model)
+        print(len(found.columns["log_g"]), len(found.failures), "id" in found.columns)
+
+    ended = run(work, place.parent / "log", first=limit, limit=300)
+    assert "120 0 True" in ended.said, ended.said
 
 
 # -- pipes ---------------------------------------------------------------------------------------------------------

@@ -36,9 +36,17 @@ __all__ = ["CAMPAIGNS"]
 _INTERRUPTED = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
 
-def _listing(place: Path, target: Path) -> list[str]:
-    """What lies in the folder of a case besides its result."""
-    return sorted(path.name for path in place.iterdir() if path.name != target.name)
+def _listing(place: Path, *known: Path) -> list[str]:
+    """What lies in the folder of a case besides its result and what it was made of."""
+    return sorted({path.name for path in place.iterdir()} - {path.name for path in known})
+
+
+def _is_done(ended: Ended) -> bool:
+    return ended.code == 0
+
+
+def _says_right(ended: Ended) -> bool:
+    return "right" in ended.said
 
 
 def _chosen(made: dict[str, Product], n: int, rng: np.random.Generator) -> Iterator[tuple[str, Product]]:
@@ -194,13 +202,11 @@ def damaged_files(ground: Ground, n: int, seed: int) -> Iterator[Case]:
         path, out = place / ground.variants[variant].name, place / "t.h5"
         content, what = _damaged(contents[variant], allowed[variant], rng)
         path.write_bytes(content)
-        ended = run(lambda path=path, out=out: predict(path, ground.model, out, backend="cpu"), ground.log)
+        ended = run(partial(predict, path, ground.model, out, backend="cpu"), ground.log)
         yield judge(
             "damaged spectra", f"{variant}: {what}", ended, out.exists,
             partial(ground.is_right_or_marked, out, variant), codes={3, 4},
-            leftovers=lambda place=place, path=path, out=out: [
-                name for name in _listing(place, out) if name != path.name
-            ],
+            leftovers=partial(_listing, place, out, path),
         )  # fmt: skip
 
 
@@ -289,8 +295,8 @@ def damaged_tables(ground: Ground, n: int, seed: int) -> Iterator[Case]:
         read = _read_checkpoint if name == "checkpoint" else _read_damaged_table
         ended = run(partial(read, made[name], path), ground.log)
         yield judge(
-            "damaged tables", f"{name}: {what}", ended, lambda ended=ended: ended.code == 0,
-            lambda ended=ended: "right" in ended.said, codes={InputError.exit_code},
+            "damaged tables", f"{name}: {what}", ended, partial(_is_done, ended), partial(_says_right, ended),
+            codes={InputError.exit_code},
         )  # fmt: skip
 
 
@@ -342,13 +348,13 @@ def damaged_models(ground: Ground, n: int, seed: int) -> Iterator[Case]:
         another = kind not in {"flip", "cut"}
         if not another:
             path = folder / str(rng.choice([MANIFEST, ONNX, REFERENCES]))
-            content = bytearray(path.read_bytes())
-            at = int(rng.integers(len(content)))
+            changed = bytearray(path.read_bytes())
+            at = int(rng.integers(len(changed)))
             if kind == "flip":
-                content[at] ^= 1 << int(rng.integers(8))
+                changed[at] ^= 1 << int(rng.integers(8))
             else:
-                del content[at:]
-            path.write_bytes(content)
+                del changed[at:]
+            path.write_bytes(changed)
             what = f"{kind} of {path.name} at byte {at}"
         elif kind in {"graph", "foreign"}:
             content, what = _damaged(
@@ -359,7 +365,7 @@ def damaged_models(ground: Ground, n: int, seed: int) -> Iterator[Case]:
             if kind == "foreign":
                 ended = run(partial(_evaluate_foreign, ground, folder / ONNX), ground.log)
                 yield judge(
-                    "damaged models", what, ended, lambda e=ended: e.code == 0, lambda: True, codes={3, 6}
+                    "damaged models", what, ended, partial(_is_done, ended), partial(bool, True), codes={3, 6}
                 )
                 continue
             _refit(folder, ONNX)
@@ -378,7 +384,7 @@ def damaged_models(ground: Ground, n: int, seed: int) -> Iterator[Case]:
             what = _spoil_archive(folder / REFERENCES, rng)
             _refit(folder, REFERENCES)
         ended = run(
-            lambda folder=folder, out=out: predict(ground.spectra, str(folder), out, backend="cpu"),
+            partial(predict, ground.spectra, str(folder), out, backend="cpu"),
             ground.log,
         )
         yield judge(
@@ -386,7 +392,7 @@ def damaged_models(ground: Ground, n: int, seed: int) -> Iterator[Case]:
             what,
             ended,
             out.exists,
-            lambda another=another: another,
+            partial(bool, another),
             codes={ModelError.exit_code},
         )
 
@@ -459,25 +465,25 @@ def names(ground: Ground, n: int, seed: int) -> Iterator[Case]:
             os.link(ground.spectra, source)
         except OSError:
             source = ground.spectra
-        work: list[str | Path] = [
+        commands: list[list[str | Path]] = [
             ["predict", source, "-q", "-o", out, "--backend", "cpu"],
             ["simulate", out, "-n", "4", "--seed", "5", "-q"],
             ["export", "z0", "-o", out],
             ["inspect", source],
-        ][kind]
-        ended: Ended = run(command(*work), ground.log)
-        right: Callable[[], bool] = [
+        ]
+        work = commands[kind]
+        ended = run(command(*work), ground.log)
+        judges: list[Callable[[], bool]] = [
             partial(ground.is_right, out),
             partial(made["simulate"].is_right, out),
             out.exists,
-            lambda: True,
-        ][kind]
-        is_there = (lambda ended=ended: ended.code == 0) if kind == 3 else partial(_is_there, out)
+            partial(bool, True),
+        ]
+        right = judges[kind]
+        is_there = partial(_is_done, ended) if kind == 3 else partial(_is_there, out)
         yield judge(
             "names", f"{work[0]} {stem!r}"[:60], ended, is_there, right, codes={2, 3, 8},
-            leftovers=lambda place=place, source=source, out=out: [
-                name for name in _listing(place, out) if name != source.name
-            ],
+            leftovers=partial(_listing, place, out, source),
         )  # fmt: skip
 
 

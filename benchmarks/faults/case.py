@@ -169,7 +169,7 @@ def judge(
         outcome = "hang"
     elif "Traceback (most recent" in said or "Exception ignored" in said:
         outcome = "traceback"
-    elif killed and -ended.code not in (signal.SIGKILL, signal.SIGTERM):  # type: ignore[operator]
+    elif killed and -ended.code not in (signal.SIGKILL, signal.SIGTERM):
         outcome = "crash"
     elif is_there():
         outcome = "right" if is_right() else "wrong"

@@ -113,7 +113,7 @@ def _replace_layer(fails: Callable[[], bool], number: int, short: bool) -> None:
             named.get("newline", newline),
         )
 
-    builtins.open = io.open = opened  # type: ignore[assignment]
+    builtins.open = io.open = opened
 
 
 def full(size: int) -> Callable[[], None]:

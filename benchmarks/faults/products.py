@@ -68,15 +68,15 @@ def products(ground: Ground) -> dict[str, Product]:
     if not right.exists():
         simulate_file(right, 4, seed=5)
 
-    def run_simulate(path: Path, overwrite: bool) -> object:
-        return simulate_file(path, 4, seed=5, overwrite=overwrite)
+    def run_simulate(path: Path, overwrite: bool) -> None:
+        simulate_file(path, 4, seed=5, overwrite=overwrite)
 
     found["simulate"] = Product("s.h5", run_simulate, partial(_same_spectra, right), 0.2)
     graph = build(ground.small.mixture)
     content = graph.SerializeToString(deterministic=True)
 
-    def write_graph(path: Path, overwrite: bool) -> object:
-        return save(graph, path)
+    def write_graph(path: Path, overwrite: bool) -> None:
+        save(graph, path)
 
     found["export"] = Product("m.onnx", write_graph, lambda path: path.read_bytes() == content)
 
@@ -139,12 +139,14 @@ def _right_spectra(path: Path) -> bool:
 
 
 def _same_spectra(right: Path, path: Path) -> bool:
-    blocks = [
+    first, second = (
         next(iter(open_spectra(p).blocks(100, params=["log_g"], prefetch=False))) for p in (right, path)
-    ]
-    return all(
-        np.array_equal(*(getattr(block, name) for block in blocks)) for name in ("flux", "error")
-    ) and np.array_equal(*(block.params["log_g"] for block in blocks))
+    )
+    return (
+        np.array_equal(first.flux, second.flux)
+        and np.array_equal(first.error, second.error)
+        and np.array_equal(first.params["log_g"], second.params["log_g"])
+    )
 
 
 _REPORT = {"values": list(range(3000)), "name": "é"}

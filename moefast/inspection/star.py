@@ -263,7 +263,8 @@ def _scored(
     if fit is not None and isinstance(shard, PreparedShard) and (velocity is not None or shard.observed):
         fit.prepare()
         which = "noisy" if array != "flux" and "noisy" in shard.arrays else "flux"
-        result, quality, (speed, speed_error) = score_moving(engine, fit, shard, which, block, first)
+        result, quality, found = score_moving(engine, fit, shard, which, block, first)
+        speed, speed_error = found.velocity, found.error
         if np.isfinite(speed[0]):
             fitted = {"v_los": float(speed[0]), "v_los_err": float(speed_error[0])}
             arms = shard.measured(which, first, first + 1)

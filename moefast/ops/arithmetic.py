@@ -548,6 +548,8 @@ class OnnxArithmetic:
         self.half, self._half, self._short = half, half and short, short
         self._stored: dict[str, str] = {}
         """What is stored in half precision, by the value that is made of it."""
+        self._rounded: dict[str, str] = {}
+        """What is in single precision already, by the value in double precision that is made of it."""
 
     def _add(self, operator: str, inputs: Sequence[str], **attributes: Any) -> str:
         self._count += 1
@@ -663,7 +665,7 @@ class OnnxArithmetic:
         return self._cast(a, DOUBLE)
 
     def single(self, a: str) -> str:
-        return self._cast(a, FLOAT)
+        return self._rounded.get(a) or self._cast(a, FLOAT)
 
     def inverse(self, a: str, size: int) -> tuple[str, str]:
         # Gauss-Jordan steps in place, a - (column - e)(row + e)ᵀ / pivot: a positive definite matrix needs no exchange
@@ -723,7 +725,10 @@ class OnnxArithmetic:
         return self._add("Round", [a])
 
     def rounded_to_single(self, a: str) -> str:
-        return self._cast(self._cast(a, FLOAT), DOUBLE)
+        single = self._cast(a, FLOAT)
+        double = self._cast(single, DOUBLE)
+        self._rounded[double] = single
+        return double
 
     def split(self, a: str, name: str, sizes: Sequence[int]) -> list[str]:
         self._count += 1

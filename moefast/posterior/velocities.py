@@ -20,6 +20,7 @@ from scipy.interpolate import CubicSpline
 from scipy.special import ndtr, ndtri
 
 from moefast.core.errors import InputError
+from moefast.core.threads import one_blas_thread
 from moefast.kernels import Slopes, Space, VelocityTemplates, velocity_evidence, velocity_step
 from moefast.kernels.resample import pixel_edges, resample
 from moefast.posterior.mixture import PosteriorMixture
@@ -204,8 +205,10 @@ class VelocityFit:
         )  # fmt: skip
 
     def prepare(self) -> None:
-        """Make now what is made once: it takes a few seconds."""
-        _ = self.templates, self.space, self.slopes
+        """Make now what is made once: it takes a few seconds, and always the same bits."""
+        # Sums of BLAS depend on its number of threads in the last bits.
+        with one_blas_thread():
+            _ = self.templates, self.space, self.slopes
 
     def fit(self, n: int, at_rest: AtRest) -> FittedVelocities:
         """Velocities of n stars.
@@ -216,6 +219,7 @@ class VelocityFit:
         at_rest : callable
             Gives spectra with velocities removed.
         """
+        self.prepare()
         everyone = np.arange(n)
         evidence = velocity_evidence(*at_rest(np.zeros(n), everyone), self.templates)
         start = _peaks(self.grid, evidence)
