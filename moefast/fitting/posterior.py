@@ -95,7 +95,8 @@ def fit_posterior(data: TrainingSet, mixture: Mixture) -> tuple[PosteriorMixture
     arrays["directions"] = np.concatenate([arrays["directions"], *nuisances], axis=1).astype(np.float32)
     found = PosteriorMixture(
         wave=mixture.wave, reference=mixture.reference, noise_shape=mixture.noise_shape, **arrays,
-        n_sky=sky.shape[1], n_foreign=1, n_fast=n_fast if any(n_fast) else (), scale_width=SCALE_WIDTH, label_range=mixture.label_range, error_model=_idle(),
+        n_sky=sky.shape[1], n_foreign=1, n_fast=n_fast if any(n_fast) else (), scale_width=SCALE_WIDTH,
+        label_range=mixture.label_range, error_model=_idle(),
         label_factors=np.ones(len(names), np.float32), label_names=names,
     )  # fmt: skip
     found, summary = _calibrate(data, found, values)

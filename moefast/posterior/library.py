@@ -177,7 +177,8 @@ def fit_clouds(
         parts.append(part)
     if beyond and np.ptp(labels[:, BEYOND_LABEL]) > 0:
         experts = np.repeat(np.arange(n_experts), np.diff(first))
-        further, of_expert = _beyond(z, labels, bins, t, seed)
+        still = np.ones(len(z), bool) if not n_fast.any() else np.abs(velocity) <= SLOW
+        further, of_expert = _beyond(z[still], labels[still], bins[still], t, seed)
         # Stars that move stay the last of each expert.
         fast = [rank >= stop - n for rank, stop, n in zip(*_ranks(first, n_fast), strict=True)]
         experts = np.concatenate([experts, of_expert])
@@ -234,7 +235,7 @@ def _by_velocity(
     n_clouds: int,
     seed: int,
 ) -> tuple[list[NDArray[np.intp]], NDArray[np.int64], NDArray[np.int64]]:
-    """Stars of each cloud by expert, first clouds, and how many clouds, at the end of each expert, are of fast stars."""
+    """Stars of each cloud by expert, first clouds, and how many clouds at the end of each expert are of fast stars."""
     places = labels[:, GROUPED_BY]
     fast = np.zeros(len(z), bool) if velocity is None else np.abs(velocity) > SLOW
     counts = [np.bincount(bins[part], minlength=n_experts) for part in (fast, ~fast)]

@@ -229,8 +229,8 @@ class PosteriorMixture:
         width = float(arrays.pop("scale_width")[0])
         n_sky = int(arrays.pop("n_sky")[0])
         return cls(
-            wave=wave, **arrays, n_sky=n_sky, n_foreign=n_foreign, n_fast=n_fast, scale_width=width, label_range=(low, high),
-            error_model=(w1, b1, w2, b2), label_names=label_names,
+            wave=wave, **arrays, n_sky=n_sky, n_foreign=n_foreign, n_fast=n_fast, scale_width=width,
+            label_range=(low, high), error_model=(w1, b1, w2, b2), label_names=label_names,
         )  # fmt: skip
 
     @cached_property
