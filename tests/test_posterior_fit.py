@@ -114,7 +114,7 @@ def test_errors_tell_nothing_of_log_g(made, stars, request):
     from_errors = fitted.mixture.predict(same, error)
     assert np.corrcoef(from_errors.log_g, log_g)[0, 1] ** 2 < 0.05
     # What a straight line, and a parabola, of all that a user sees makes of stars of the same flux, each with noise of
-    # its own errors. Without noise even differences in the last digits would be read: standardised, they are all there is.
+    # its own errors. Without noise even differences in the last digits would be read: standardised, they are all.
     noisy = fitted.mixture.predict(add_noise(same, error, 7, np.arange(N_TEST)), error)
     seen = np.column_stack([noisy.log_g, noisy.labels, np.log(noisy.log_g_err)])
     seen = (seen - seen.mean(0)) / seen.std(0)
