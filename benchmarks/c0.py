@@ -32,7 +32,8 @@ from moefast.experts.normal_equations import Moments, NormalEquations
 from moefast.experts.ridge import NoisePath, principal_subspace, ridge
 from moefast.fitting import PUBLISHED_ALPHA
 from moefast.mixture import hat_weights
-from moefast.protocol.report import evaluate_predictions
+from moefast.protocol.report import DataSet, Predictions, evaluate_predictions
+from moefast.protocol.report import Stars as Measured
 from moefast.simulate import SimulatedSpectra
 from moefast.spectra.quality import assess
 
@@ -544,12 +545,15 @@ def evaluation(
     quality = assess(stars.noisy(seed), stars.error, None, None)
     identity = stars.spectra.identity
     return evaluate_predictions(
-        stars.labels["log_g"], predicted, None,
-        t_eff=stars.labels["T_eff"], m_h=stars.labels["M_H"],
-        snr_norm=quality.snr_norm, snr_median=quality.snr_median,
-        data_set=f"{name} {TESTS[0]}", fingerprint=stars.spectra.fingerprint(),
-        reference_set=None if identity is None else identity._asdict(),
-        noise="stored" if seed is None else "drawn", noise_level=1.0, noise_seed=seed,
+        Measured(
+            stars.labels["log_g"], stars.labels["T_eff"], stars.labels["M_H"], quality.snr_norm, quality.snr_median
+        ),
+        Predictions(predicted),
+        DataSet(
+            f"{name} {TESTS[0]}", stars.spectra.fingerprint(),
+            reference_set=None if identity is None else identity._asdict(),
+            noise="stored" if seed is None else "drawn", noise_level=1.0, noise_seed=seed,
+        ),
         model={
             "kind": "model", "name": "published-ridge", "recipe": "published-ridge",
             "training": {"fingerprint": training["fingerprint"], "n_spectra": plan.train, "seed": training["seed"]},

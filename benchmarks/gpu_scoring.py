@@ -159,9 +159,9 @@ def with_clouds(
     """
     from moefast.kernels import Given, project, soft_mix, tangent_posterior
 
-    found, marks = mixture.clouds
-    if found is not None:
-        return found, marks, mixture.predict(flux, error).log_g
+    own, marks = mixture.clouds
+    if own is not None:
+        return own, marks, mixture.predict(flux, error).log_g
     linear = project(flux, error, None, mixture.projection)
     z = linear.columns[:, : mixture.mixing.n_basis]
     shape = CLOUDS["z0"]

@@ -234,10 +234,10 @@ def run(folder: Path, kind: str, n: int, model: Model, repeats: int = 3) -> dict
 def main(folder: str, rows: int, files: int, model: str, repeats: int, out: str | None) -> None:
     """Measure and print."""
     chosen = Model.load(model)
-    results = [
-        run(Path(folder), kind, n, chosen, repeats) for kind, n in (("coadd", rows), ("objects", files))
-    ]
-    for result in results:
+    results = []
+    for kind, n in (("coadd", rows), ("objects", files)):
+        result = run(Path(folder), kind, n, chosen, repeats)
+        results.append(result)
         best = {name: np.max(samples, axis=0) for name, samples in result["rates"].items()}
         click.echo(f"{result['kind']}: {result['spectra']:,} spectra, {result['bytes'] / 1e6:,.0f} MB")
         lines = [

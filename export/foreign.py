@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
 
 from moefast.core.errors import ModelError
+from moefast.core.regular import refuse_special
 from moefast.export.graph import LARGEST_FILE
 
 __all__ = ["DOMAINS", "load_foreign"]
@@ -32,6 +33,7 @@ def load_foreign(path: str | Path) -> ModelProto:
         part of the ONNX standard.
     """
     path = Path(path)
+    refuse_special(path)
     try:
         size = path.stat().st_size
         if size > LARGEST_FILE:

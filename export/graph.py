@@ -40,7 +40,7 @@ LARGEST_FILE = 2**31 - 1
 
 # fmt: off
 _OPERATORS = frozenset([
-    "Abs", "Add", "And", "Cast", "Concat", "Conv", "Div", "Exp", "Floor", "GatherElements", "Gemm", "Greater",
+    "Abs", "Add", "And", "Cast", "Concat", "Conv", "Div", "Exp", "Floor", "Gather", "GatherElements", "Gemm", "Greater",
     "LayerNormalization",
     "LessOrEqual", "Log", "MatMul", "Max", "Min", "Mul", "Pad", "ReduceMax", "ReduceSum", "Relu",
     "Reshape", "Round", "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "TopK", "Transpose", "Where",

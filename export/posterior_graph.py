@@ -21,12 +21,13 @@ from moefast.core.errors import ModelError
 from moefast.core.outputs import by_onnx, words
 from moefast.export.graph import Graph, Initializers, assemble, number_of_part, said
 from moefast.ops.arithmetic import OnnxArithmetic
+from moefast.posterior.cells import neighbouring_pixels
 from moefast.posterior.forward import Sizes, forward
 from moefast.posterior.mixture import ORDER, SCALE_UNIT, PosteriorMixture
 
 __all__ = ["build_posterior", "read_posterior"]
 
-_WHOLE = ("first", "n_sky")
+_WHOLE = ("first", "n_sky", "cells")
 """What is stored as whole numbers."""
 
 
@@ -196,6 +197,7 @@ def build_posterior(mixture: PosteriorMixture, part: str, metadata: dict[str, st
         "kind": PosteriorMixture.kind,
         "label_names": ",".join(mixture.label_names),
         "n_foreign": str(mixture.n_foreign),
+        **({"n_fast": ",".join(map(str, mixture.n_fast))} if mixture.n_fast else {}),
         "flux_unit": "any; the scale is a nuisance",
     }
     return assemble(
@@ -229,12 +231,18 @@ def read_posterior(model: ModelProto, wave: NDArray[np.float64]) -> PosteriorMix
             # The graph of a posterior without nuisances has no use for it.
             arrays[name] = np.zeros(1, np.int64)
             continue
+        if name in ("cells", "cell_shares") and f"{PosteriorMixture.kind}.{name}" not in read:
+            # Graphs of before have cells of two neighbours.
+            pairs = neighbouring_pixels(wave.size, 1 if wave.size % 2 else 2)
+            arrays[name] = pairs[name == "cell_shares"]
+            continue
         tensor = read.tensors.get(f"{PosteriorMixture.kind}.{name}")
         any_size = (None,) * (0 if tensor is None else len(tensor.dims))
         arrays[name] = read(
             f"{PosteriorMixture.kind}.{name}", *any_size, dtype=np.int64 if name in _WHOLE else np.float32
         )
     try:
-        return PosteriorMixture.from_stored(wave, arrays, names, int(said(model, "n_foreign")))
+        fast = tuple(int(n) for n in said(model, "n_fast").split(",") if n)
+        return PosteriorMixture.from_stored(wave, arrays, names, int(said(model, "n_foreign")), fast)
     except (ValueError, IndexError) as error:
         raise ModelError(f"the posterior of the ONNX model does not fit together: {error}") from error

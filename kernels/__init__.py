@@ -31,6 +31,7 @@ from moefast.kernels.scoring import (
 )
 from moefast.kernels.tangent import Library, TangentPosterior, tangent_posterior
 from moefast.kernels.template import TemplatePosterior, template_posterior
+from moefast.kernels.velocity import Slopes, VelocityTemplates, velocity_evidence, velocity_step
 
 __all__ = [
     "GRAM_ROWS",
@@ -44,9 +45,11 @@ __all__ = [
     "Mixing",
     "Projected",
     "Projection",
+    "Slopes",
     "Space",
     "TangentPosterior",
     "TemplatePosterior",
+    "VelocityTemplates",
     "add_gram",
     "all_within",
     "assign_bins",
@@ -65,4 +68,6 @@ __all__ = [
     "tangent_posterior",
     "template_posterior",
     "unpack_symmetric",
+    "velocity_evidence",
+    "velocity_step",
 ]

@@ -11,18 +11,19 @@ No large number is subtracted from another, and the constant cancels in the weig
 triangular T, TTᵀ = I + LᵀL, it is Cᵀ = T⁻¹Lᵀ and λ = T⁻¹L⁻¹u: upper triangular, too, and without a difference from 1.
 
 Design: `moefast.kernels.cpu_information` reads flux and error once and gives (u, M), C and λ in double precision;
-`moefast.kernels.cpu_clouds` passes one star over all clouds in single precision. Floor in multiply-adds per star, for
-p = 4096 pixels, cells of 2, n + q = 52, m = 450 clouds of t = 5 tangents and the scale:
+`moefast.kernels.cpu_clouds` passes four stars over all clouds in single precision. Floor in multiply-adds per star, for
+p = 4096 pixels, g = 352 cells, n = 82 coordinates, q = 14 nuisances, m = 441 clouds of t = 5 tangents, which have
+r = 52 of the coordinates, and the scale:
 
-    u                  p (n + q)                     0.21 M double
-    M                  p/2 (n + q)(n + q + 1)/2      2.82 M double
-    two expansions     2 · 2 p (n + q)               0.43 M single, 0.43 M double
-    roots              1.1 n³                        0.13 M double
-    clouds             m (t + 1) n (n + 1)/2         3.31 M single
-    their products     m (t + 2)(t + 3)/2 n          0.62 M single
+    u                  p (n + q)                                    0.39 M double
+    M                  g (n + q)(n + q + 1)/2                       1.64 M double
+    expansion          2 p (n + q)                                  0.39 M single, 0.39 M double
+    roots              (n + q)³/6 + q (n + q)²/2 + 5 n³/6           0.67 M double
+    clouds             m (n (n + 1) + t r (r + 1))/2                4.54 M single
+    their products     m (t (t + 7) r/2 + 5 n)                      0.87 M single
 
-The floor of memory is 8 p bytes, 33 kB; arrays of clouds, 0.5 MB, are read from the second cache, and the products of
-cells, 23 MB, once for `cpu_information.ROWS` stars.
+The floor of memory is 8 p bytes, 33 kB; the arrays of clouds, 0.6 MB, are read from the third cache once for four
+stars, and the products of cells, 13 MB, once for `cpu_information.ROWS` stars.
 All sums have one order, whatever row, block or thread: a row's bits depend on that row alone.
 """
 
@@ -36,16 +37,14 @@ from numpy.typing import NDArray
 from moefast.core.threads import in_threads
 from moefast.kernels import cpu_clouds, cpu_information
 from moefast.kernels.cpu_clouds import LANES
-from moefast.kernels.cpu_information import GROUP, ROWS, SPECTRUM, STEP
 from moefast.kernels.cpu_information import LANES as COLUMNS
+from moefast.kernels.cpu_information import ROWS, SPECTRUM, STEP
 
 __all__ = ["CloudPosterior", "Clouds", "Space", "cloud_posterior"]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 _NO_MASK = np.zeros((0, 0), np.bool_)
-WIDE = 8
-"""Labels are filled up to whole rows of as many."""
 
 
 def _up(size: int, step: int) -> int:
@@ -64,14 +63,14 @@ class Space:
         Coordinates, the scale last, then q linear nuisances of unit prior width.
     n_nuisances : int
         q.
-    cell : int
-        Pixels over which a′D is averaged for M; divides p. 1 is exact.
+    cells : array of shape (k, s), int64
+        Pixels of each cell over which a′D is averaged for M, as `moefast.posterior.cells` has them.
+    cell_shares : array of shape (k, s), float32
+        Weight of each in the mean of its cell; 0 in places without a pixel.
     precision : array of shape (n + q, n + q), float64
         P⁻¹ of the whole library and the nuisances as one Gaussian, near whose best point the likelihood is expanded.
     pull : array of shape (n + q,), float64
         P⁻¹ times its mean.
-    refinements : int
-        Expansions around a better point; none is needed where `cell` is 1.
     n_sky : int
         The last so many nuisances have a prior width that grows with the noise of the star.
     """
@@ -80,10 +79,10 @@ class Space:
     noise_shape: F32
     directions: F32
     n_nuisances: int
-    cell: int
+    cells: NDArray[np.int64]
+    cell_shares: F32
     precision: F64
     pull: F64
-    refinements: int
     n_sky: int = 0
     arrays: tuple = field(init=False, repr=False)
 
@@ -103,8 +102,12 @@ class Space:
             raise ValueError(f"n_nuisances from 0 to {width - 1} expected; found {self.n_nuisances}")
         if not 0 <= self.n_sky <= self.n_nuisances:
             raise ValueError(f"n_sky from 0 to {self.n_nuisances} expected; found {self.n_sky}")
-        if self.cell < 1 or p % self.cell:
-            raise ValueError(f"a cell that divides {p} pixels expected; found {self.cell}")
+        if self.cells.ndim != 2 or self.cell_shares.shape != self.cells.shape:
+            raise ValueError(
+                f"cell_shares of shape {self.cells.shape} expected; found {self.cell_shares.shape}"
+            )
+        if self.cells.size == 0 or not 0 <= self.cells.min() <= self.cells.max() < p:
+            raise ValueError(f"pixels 0 to {p - 1} in cells expected")
         if not (self.noise_shape > 0).all():
             raise ValueError("noise_shape must be positive in every pixel")
         if self.precision.shape != (width, width) or self.pull.shape != (width,):
@@ -124,17 +127,20 @@ class Space:
         for block, lanes in enumerate(columns):
             part = inside[:, block * COLUMNS : (block + 1) * COLUMNS]
             lanes[:p, : part.shape[1]] = part
-        groups, size = p // self.cell, width * (width + 1) // 2
-        cells = inside.reshape(groups, self.cell, width)
-        shape = self.noise_shape.astype(np.float64).reshape(groups, self.cell, 1)
-        upper = np.triu_indices(width)
-        products = np.zeros((_up(size, COLUMNS) // COLUMNS, _up(groups, STEP), COLUMNS))
-        packed = ((cells / shape).transpose(0, 2, 1) @ cells)[:, *upper]
+        groups, size = len(self.cells), width * (width + 1) // 2
+        shape = self.noise_shape.astype(np.float64)
+        products = np.zeros((_up(size, COLUMNS) // COLUMNS, groups, COLUMNS))
+        upper, packed = np.triu_indices(width), np.zeros((groups, products.shape[0] * COLUMNS))
+        for row, group, share in zip(packed, self.cells, self.cell_shares, strict=True):
+            ours = group[share > 0]
+            row[:size] = ((inside[ours] / shape[ours, None]).T @ inside[ours])[upper]
         for block, lanes in enumerate(products):
-            part = packed[:, block * COLUMNS : (block + 1) * COLUMNS]
-            lanes[:groups, : part.shape[1]] = part
+            lanes[:] = packed[:, block * COLUMNS : (block + 1) * COLUMNS]
+        cell, share = np.zeros(p, np.int64), np.zeros(p)
+        there = self.cell_shares > 0
+        cell[self.cells[there]], share[self.cells[there]] = np.nonzero(there)[0], self.cell_shares[there]
         pull = np.roll(self.pull.astype(np.float64), q)
-        object.__setattr__(self, "arrays", (columns, products, spectra, precision, pull))
+        object.__setattr__(self, "arrays", (columns, products, spectra, precision, pull, cell, share))
 
     @property
     def n_coordinates(self) -> int:
@@ -151,7 +157,8 @@ class Clouds:
     keys : array of shape (m, n), float32
         Means k_j.
     tangents : array of shape (m, t, n), float32
-        Directions along which the spectra of a cloud scatter by one, without that of the scale.
+        Directions along which the spectra of a cloud scatter by one, without that of the scale. Last coordinates that
+        no tangent of any cloud has cost them nothing.
     gains : array of shape (m, t + 1, l), float32
         Covariance of the coordinate along each tangent, and the scale's, with each label; the first label is log g.
     log_weights : array of shape (m,), float32
@@ -199,36 +206,31 @@ class Clouds:
         first = np.ascontiguousarray(self.first, np.int64)
         if first.ndim != 1 or first[0] != 0 or first[-1] != m or (np.diff(first) < 1).any():
             raise ValueError(f"every expert needs clouds, {m} in all; found boundaries {first.tolist()}")
-        panels, blocks, wide = -(-m // LANES), -(-n // STEP), _up(labels, WIDE)
+        panels, blocks = -(-m // LANES), -(-n // STEP)
         drawn = np.concatenate([self.keys[:, None], self.tangents], axis=1)
         columns = np.zeros((panels * LANES, t + 1, blocks * STEP), np.float32)
         columns[:m, :, :n] = drawn
         columns = columns.reshape(panels, LANES, t + 1, blocks * STEP).transpose(0, 2, 3, 1)
         log_weights = np.full(panels * LANES, -1e30, np.float32)
         log_weights[:m] = self.log_weights
-        gains, of_first = (
-            np.zeros((m, t + 1, wide), np.float32),
-            np.zeros((panels * LANES, t + 1), np.float32),
-        )
-        gains[:, :, :labels], of_first[:m] = self.gains, self.gains[:, :, 0]
-        means = np.zeros(panels * LANES, np.float32)
-        means[:m] = self.labels[:, 0]
 
-        def filled(array: F32) -> F32:
-            out = np.zeros((m, wide), np.float32)
-            out[:, :labels] = array
-            return out
+        def in_panels(array: F32) -> F32:
+            """From (m, …) to (panels, …, `LANES`)."""
+            out = np.zeros((panels * LANES, *array.shape[1:]), np.float32)
+            out[:m] = array
+            return np.ascontiguousarray(np.moveaxis(out.reshape(panels, LANES, *array.shape[1:]), 1, -1))
 
+        seen = np.flatnonzero(self.tangents.any((0, 1)))
+        reach = _up(int(seen[-1]) + 1, STEP) if seen.size else STEP
         arrays = (
             (0,) * (t + 1),
+            reach,
             np.ascontiguousarray(columns),
             log_weights.reshape(panels, LANES),
-            gains,
-            filled(self.labels),
-            filled(self.scatter),
-            filled(self.scatter_with_first),
-            np.ascontiguousarray(of_first.reshape(panels, LANES, t + 1).transpose(0, 2, 1)),
-            means.reshape(panels, LANES),
+            in_panels(self.gains.transpose(0, 2, 1)),
+            in_panels(self.labels),
+            in_panels(self.scatter),
+            in_panels(self.scatter_with_first),
             first,
             float(self.scale_unit),
             np.float32(self.scale_width),
@@ -306,34 +308,22 @@ def cloud_posterior(
     quality = [np.empty(rows, dtype) for dtype in (np.float32, np.float32, np.int32, np.uint32)]
 
     def run(first_block: int, stop_block: int) -> None:
-        columns, products, spectra, precision, pull = space.arrays
+        columns, products, spectra, precision, pull, cell, share = space.arrays
         y, cells = np.zeros((ROWS, columns.shape[1]), np.float32), np.zeros((ROWS, products.shape[1]))
         information, points = np.zeros_like(y), np.empty((ROWS, n + q), np.float32)
-        u, packed = np.empty((len(columns), ROWS, COLUMNS)), np.empty((len(products), ROWS, COLUMNS))
-        factors, numbers = np.zeros((ROWS, n + q, _up(n + q, GROUP))), np.empty((ROWS, 5))
+        u, packed = (np.empty((ROWS, len(part) * COLUMNS)) for part in (columns, products))
+        numbers = np.empty((ROWS, 5))
         for start in range(first_block * ROWS, min(stop_block * ROWS, rows), ROWS):
             here = slice(start, min(start + ROWS, rows))
             count = here.stop - start
             cpu_information.read_pixels(
                 flux[here], error[here], mask[here] if mask.size else mask, space.reference, space.noise_shape,
-                space.cell, y, information, cells, numbers, *(array[here] for array in quality),
+                cell, share, y, information, cells, numbers, *(array[here] for array in quality),
             )  # fmt: skip
             cpu_information.multiply_pixels(y, count, columns, u)
             cpu_information.multiply_cells(cells, count, products, packed)
             cpu_information.refine(
-                y,
-                information,
-                count,
-                packed,
-                spectra,
-                columns,
-                precision,
-                pull,
-                space.refinements,
-                numbers,
-                points,
-                factors,
-                u,
+                y, information, count, packed, spectra, columns, precision, pull, numbers, points, u
             )
             cpu_clouds.posterior(
                 numbers[:count],

@@ -1,7 +1,8 @@
 """Loops of one star over all clouds; see `moefast.kernels.clouds`.
 
-Design: `LANES` clouds lie side by side in a panel, so that SIMD goes over clouds whatever the number of tangents. C',
-upper triangular, multiplies the means and tangents of a panel; then each vector of clouds is solved in registers, and
+Design: `LANES` clouds lie side by side in a panel, so that SIMD goes over clouds whatever the number of tangents, and a
+few stars pass over a panel while it is near. C', upper triangular, multiplies the means and tangents of a panel, these
+as far as they have coordinates; then each vector of clouds is solved in registers, and
 what is left of a cloud's distance at its best point is summed from its residual: the product form |δ|² − ρᵀA⁻¹ρ loses
 the digits that a star far from a cloud's mean, along a tangent of it, has above the rest.
 """
@@ -14,15 +15,17 @@ import numpy as np
 
 from moefast.core.compiled import njit
 from moefast.kernels.cpu import FAST, exp32, log32
-from moefast.kernels.cpu_information import GROUP, STEP, TINY, solve, unpack
 from moefast.kernels.cpu_information import LANES as COLUMNS
-from moefast.kernels.vectors import VECTORS, add_tile, cloud_group, width_of
+from moefast.kernels.cpu_information import STEP, TINY, solve, unpack
+from moefast.kernels.vectors import VECTORS, cloud_group, label_group, set_tile, width_of
 
 __all__ = ["posterior"]
 
 WIDTH = width_of(32)
 LANES = VECTORS * WIDTH
 """Clouds of a panel."""
+TOGETHER = 4
+"""Stars that pass over a panel while it is in the second cache."""
 LEAST_SHARE = np.float32(1e-9)
 """Of the best cloud's weight: clouds below have no say in labels but the first."""
 LEAST_EVIDENCE = np.float32(-1e30)
@@ -35,27 +38,28 @@ HALF32 = np.float32(0.5)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _whiten(columns, panel, root, vectors):
-    """Vectors of a panel times C', upper triangular."""
+def _whiten(columns, panel, reach, root, star, vectors):
+    """Vectors of a panel times C' of a star, upper triangular; all but the means have `reach` coordinates."""
     _, drawn, size, _ = columns.shape
-    vectors[:] = ZERO32
     for v in range(drawn):
-        for r in range(0, size, STEP):
+        length = size if v == 0 else reach
+        for r in range(0, length, STEP):
             start, place = ((panel * drawn + v) * size + r) * LANES, (v * size + r) * LANES
-            add_tile(root, r * size + r, size, columns, start, size - r, vectors, place)
+            set_tile(
+                root, (star * size + r) * size + r, size, columns, start, length - r, vectors, place, LANES
+            )
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def _conclude(log_weight, square, pivots, labels_of_first, gains_of_first, coefficients, evidence, means):
-    """Evidence and mean first label of the clouds of a panel."""
+def _conclude(panel, place, log_weight, square, pivots, labels, gains, coefficients, evidence, means):
+    """Evidence and mean first label of the clouds of a panel, in the place of a star and panel."""
     for i in range(LANES):
-        evidence[i] = log_weight[i] - HALF32 * square[i]
-        means[i] = labels_of_first[i]
+        evidence[place, i] = log_weight[panel, i] - HALF32 * square[place, i]
+        means[place, i] = labels[panel, 0, i]
     for k in range(len(pivots)):
-        pivot, gamma, gain = pivots[k], coefficients[k], gains_of_first[k]
         for i in range(LANES):
-            evidence[i] -= HALF32 * log32(pivot[i])
-            means[i] += gamma[i] * gain[i]
+            evidence[place, i] -= HALF32 * log32(pivots[k, i])
+            means[place, i] += coefficients[place, k, i] * gains[panel, 0, k, i]
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
@@ -70,37 +74,51 @@ def _shares(evidence, start, stop, top, share):
     return total
 
 
+# Views of arrays are counted, which costs more than what follows does: places are handed on as numbers.
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def _labels_of(j, lower, inverse_root, coefficients, gains, labels, solved, mean):
-    """Mean labels of cloud j, and L⁻¹ g, whose squares are the variances that its tangents leave."""
-    panel, lane = j // LANES, j % LANES
-    t = gains.shape[1]
-    mean[:] = labels[j]
-    for a in range(t):
-        gamma = coefficients[panel, a, lane]
-        gain = gains[j, a]
-        for x in range(gain.size):
-            mean[x] += gamma * gain[x]
-            solved[a, x] = gain[x]
-    for k in range(t):
-        inverse = inverse_root[panel, k, lane]
-        row = solved[k]
-        for x in range(row.size):
-            row[x] *= inverse
-        for i in range(k + 1, t):
-            along = lower[panel, i * (i + 1) // 2 + k, lane]
-            other = solved[i]
-            for x in range(row.size):
-                other[x] -= along * row[x]
+def _within(panel, x, share, means, scatter, scatter_with_first, variance, along):
+    """Mean of a label, its variance within clouds, and such a covariance with the first label, times shares."""
+    total, square, product, start = 0.0, 0.0, 0.0, panel * LANES
+    for i in range(LANES):
+        w = np.float64(share[start + i])
+        total += w * np.float64(means[panel, x, i])
+        square += w * np.float64(scatter[panel, x, i] + variance[i])
+        product += w * np.float64(scatter_with_first[panel, x, i] + along[i])
+    return total, square, product
+
+
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+def _between(panel, x, share, means, middle, middle_of_first):
+    """Variance of a label between clouds, and such a covariance with the first label, times shares."""
+    square, product, start = 0.0, 0.0, panel * LANES
+    for i in range(LANES):
+        apart = np.float64(means[panel, x, i]) - middle
+        weighed = np.float64(share[start + i]) * apart
+        square += weighed * apart
+        product += weighed * (np.float64(means[panel, 0, i]) - middle_of_first)
+    return square, product
+
+
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+def _is_empty(panel, share):
+    total = ZERO32
+    for i in range(panel * LANES, (panel + 1) * LANES):
+        total += share[i]
+    return total == ZERO32
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
 def _moments(
-    evidence, lower, inverse_root, coefficients, gains, labels, scatter, scatter_with_first, first, means_of_first,
-    share, chosen, means, variances, covariances, solved, label, sd, covariance, weights, expert,
+    evidence, n_tangents, base, lower, inverse_root, coefficients, gains, labels, scatter, scatter_with_first, first,
+    means_of_first, share, variance, along, solved, means, label, sd, covariance, weights, expert,
 ):  # fmt: skip
-    """From evidences to labels, as `moefast.posterior.forward` has it; returns the scatter of log g between clouds."""
-    m, k, n_labels = evidence.size, first.size - 1, label.size
+    """From evidences to labels, as `moefast.posterior.forward` has it; returns the scatter of log g between clouds.
+
+    `lower`, `inverse_root` and `coefficients` of the star begin at panel `base`. `share` (panels · `LANES`) is 0 behind
+    the last cloud; `variance`, `along` (`LANES`), `solved` (t, `LANES`) and `means` (panels, l, `LANES`) are scratch.
+    """
+    panels, n_labels = means.shape[:2]
+    m, k = evidence.size, first.size - 1
     top = np.float32(-np.inf)
     for j in range(m):
         top = max(top, evidence[j])
@@ -108,64 +126,59 @@ def _moments(
         # Beyond single precision, 1e15 times the noise away from any cloud, there is no answer.
         label[:], sd[:], covariance[:], weights[:], expert[:] = np.nan, np.nan, np.nan, np.nan, np.nan
         return np.nan
-    total = 0.0
+    total, best = 0.0, 0.0
+    flat = means_of_first.reshape(-1)
     for e in range(k):
+        start, stop = first[e], first[e + 1]
         highest = np.float32(-np.inf)
-        for j in range(first[e], first[e + 1]):
+        for j in range(start, stop):
             highest = max(highest, evidence[j])
-        norm = _shares(evidence, first[e], first[e + 1], highest, share)
+        norm = _shares(evidence, start, stop, highest, share)
         mean = 0.0
-        for j in range(first[e], first[e + 1]):
-            panel, lane = j // LANES, j % LANES
-            mean += np.float64(share[j]) * np.float64(means_of_first[panel, lane])
+        for j in range(start, stop):
+            mean += np.float64(share[j]) * np.float64(flat[j])
         expert[e] = mean / norm
         among = math.exp(np.float64(highest) - np.float64(top))
         weights[e] = among * norm
         total += among * norm
-        for j in range(first[e], first[e + 1]):
+        best += among * mean
+        for j in range(start, stop):
             share[j] *= np.float32(among)
     for e in range(k):
         weights[e] /= total
-    flat = means_of_first.reshape(-1)
-    best, between = 0.0, 0.0
-    for j in range(m):
-        best += np.float64(share[j]) * np.float64(flat[j])
     best /= total
+    between, kept = 0.0, 0.0
     for j in range(m):
         apart = np.float64(flat[j]) - best
         between += np.float64(share[j]) * apart * apart
+        share[j] = share[j] if share[j] >= LEAST_SHARE else ZERO32
+        kept += np.float64(share[j])
     between /= total
-    n_chosen, kept = 0, 0.0
-    for j in range(m):
-        if share[j] >= LEAST_SHARE:
-            chosen[n_chosen] = j
-            n_chosen += 1
-            kept += np.float64(share[j])
-    label[:] = 0.0
-    for c in range(n_chosen):
-        j = chosen[c]
-        _labels_of(j, lower, inverse_root, coefficients, gains, labels, solved, means[c])
-        w = np.float64(share[j]) / kept
-        variance, along = variances[c], covariances[c]
-        variance[:] = scatter[j]
-        along[:] = scatter_with_first[j]
-        for a in range(solved.shape[0]):
-            row = solved[a]
-            one = row[0]
-            for x in range(row.size):
-                variance[x] += row[x] * row[x]
-                along[x] += one * row[x]
+    label[:], sd[:], covariance[:] = 0.0, 0.0, 0.0
+    for panel in range(panels):
+        if _is_empty(panel, share):
+            continue
         for x in range(n_labels):
-            label[x] += w * np.float64(means[c, x])
+            place = panel * n_labels + x
+            for lane in range(0, LANES, WIDTH):
+                label_group(
+                    lane, LANES, n_tangents, base + panel, lower, inverse_root, coefficients, place, gains, labels,
+                    means, x == 0, solved, variance, along,
+                )  # fmt: skip
+            middle, square, product = _within(
+                panel, x, share, means, scatter, scatter_with_first, variance, along
+            )
+            label[x] += middle / kept
+            sd[x] += square / kept
+            covariance[x] += product / kept
     label[0] = best
-    sd[:], covariance[:] = 0.0, 0.0
-    for c in range(n_chosen):
-        w = np.float64(share[chosen[c]]) / kept
-        of_first = np.float64(means[c, 0]) - label[0]
+    for panel in range(panels):
+        if _is_empty(panel, share):
+            continue
         for x in range(n_labels):
-            apart = np.float64(means[c, x]) - label[x]
-            sd[x] += w * (np.float64(variances[c, x]) + apart * apart)
-            covariance[x] += w * (np.float64(covariances[c, x]) + of_first * apart)
+            square, product = _between(panel, x, share, means, label[x], label[0])
+            sd[x] += square / kept
+            covariance[x] += product / kept
     for x in range(n_labels):
         sd[x] = math.sqrt(max(sd[x], 0.0) + TINY)
     return between
@@ -185,65 +198,84 @@ def _perceptron(features, w1, b1, w2, b2):
 @njit(nogil=True, cache=True, error_model="numpy")
 def posterior(
     numbers, u, packed, q, n_sky, n,
-    drawn, columns, log_weights, gains, labels, scatter, scatter_with_first, gains_of_first, labels_of_first, first,
+    drawn, reach, columns, log_weights, gains, labels, scatter, scatter_with_first, first,
     unit, width, lowest, highest, w1, b1, w2, b2,
     log_g, log_g_err, features, label, sd, covariance, weights, expert, chi2, distance, strength, scale, log_level,
 ):  # fmt: skip
     """Posterior of each star of a block; arrays of clouds as `moefast.kernels.clouds.Clouds` lays them out."""
     panels, _, size, _ = columns.shape
-    t, m, wide = gains.shape[1], first[-1], gains.shape[2]
-    a = np.zeros((q + n, -(-(q + n + 1) // GROUP) * GROUP))
-    whole = np.zeros((n, -(-(n + 1) // GROUP) * GROUP))
-    exact, of_root, line = np.zeros_like(whole), np.zeros_like(whole), np.empty(packed.shape[0] * COLUMNS)
-    root, vectors = np.zeros((size, size), np.float32), np.empty((t, size, LANES), np.float32)
-    centre, spectrum = np.zeros(size, np.float32), np.zeros(size, np.float32)
-    lower = np.empty((panels, t * (t + 1) // 2, LANES), np.float32)
+    n_labels, t, m = gains.shape[1], gains.shape[2], first[-1]
+    a = np.zeros((-(-(q + n) // STEP) * STEP, -(-(q + n + 1) // COLUMNS) * COLUMNS))
+    exact = np.zeros((-(-n // STEP) * STEP, -(-(n + 1) // COLUMNS) * COLUMNS))
+    of_root, scratch = np.zeros_like(exact), np.zeros_like(exact)
+    root, vectors = np.zeros((TOGETHER, size, size), np.float32), np.empty((t, size, LANES), np.float32)
+    centre, spectrum = np.zeros((TOGETHER, size), np.float32), np.zeros((TOGETHER, size), np.float32)
+    places = TOGETHER * panels
+    lower = np.empty((places, t * (t + 1) // 2, LANES), np.float32)
     inverse_root, coefficients = (
-        np.empty((panels, t, LANES), np.float32),
-        np.empty((panels, t, LANES), np.float32),
+        np.empty((places, t, LANES), np.float32),
+        np.empty((places, t, LANES), np.float32),
     )
-    square, means_of_first = np.empty((panels, LANES), np.float32), np.empty((panels, LANES), np.float32)
-    evidence, pivots = np.empty((panels, LANES), np.float32), np.empty((t, LANES), np.float32)
-    share, chosen = np.empty(m, np.float32), np.empty(m, np.int64)
-    means, variances = np.empty((m, wide), np.float32), np.empty((m, wide), np.float32)
-    covariances, solved = np.empty((m, wide), np.float32), np.empty((t, wide), np.float32)
-    for i in range(len(numbers)):
-        unpack(packed, i, line, a)
-        for k in range(q + n):
-            a[k, q + n] = u[k // COLUMNS, i, k % COLUMNS]
-        c0, level, n_good = numbers[i, 0], numbers[i, 3], numbers[i, 4]
-        level2 = level / (n_good + TINY) / (c0 * c0)
-        explained, beyond = solve(a, q, n_sky, level2, whole, of_root, exact)
-        for r in range(n):
-            for c in range(r, n):
-                root[r, c] = np.float32(exact[r, c])
-            centre[r] = np.float32(exact[r, n])
-            spectrum[r] = np.float32(exact[r, n] + exact[r, n - 1] / unit)
+    square, means_of_first = np.empty((places, LANES), np.float32), np.empty((places, LANES), np.float32)
+    evidence, pivots = np.empty((places, LANES), np.float32), np.empty((t, LANES), np.float32)
+    share, solved = np.zeros(panels * LANES, np.float32), np.empty((t, LANES), np.float32)
+    variance, along = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    means, explained, beyond = (
+        np.empty((panels, n_labels, LANES), np.float32),
+        np.empty(TOGETHER),
+        np.empty(TOGETHER),
+    )
+    for begin in range(0, len(numbers), TOGETHER):
+        count = min(TOGETHER, len(numbers) - begin)
+        for star in range(count):
+            i = begin + star
+            unpack(packed, i, a, q + n)
+            for k in range(q + n):
+                a[k, q + n] = u[i, k]
+            level2 = numbers[i, 3] / (numbers[i, 4] + TINY) / (numbers[i, 0] * numbers[i, 0])
+            log_level[i] = 0.5 * math.log(level2 + TINY)
+            explained[star], beyond[star] = solve(a, q, n, n_sky, level2, scratch, of_root, exact)
+            for r in range(n):
+                for c in range(r, n):
+                    root[star, r, c] = np.float32(exact[r, c])
+                centre[star, r] = np.float32(exact[r, n])
+                spectrum[star, r] = np.float32(exact[r, n] + exact[r, n - 1] / unit)
         for panel in range(panels):
-            _whiten(columns, panel, root, vectors)
-            for lane in range(0, LANES, WIDTH):
-                cloud_group(
-                    vectors, lane, LANES, size, drawn, centre, spectrum, width, lower[panel], inverse_root[panel],
-                    coefficients[panel], square[panel], pivots,
-                )  # fmt: skip
-            _conclude(
-                log_weights[panel], square[panel], pivots, labels_of_first[panel], gains_of_first[panel],
-                coefficients[panel], evidence[panel], means_of_first[panel],
+            for star in range(count):
+                place = star * panels + panel
+                _whiten(columns, panel, reach, root, star, vectors)
+                for lane in range(0, LANES, WIDTH):
+                    cloud_group(
+                        vectors, lane, LANES, size, reach, drawn, star, centre, spectrum, width, place, lower,
+                        inverse_root, coefficients, square, pivots,
+                    )  # fmt: skip
+                _conclude(
+                    panel,
+                    place,
+                    log_weights,
+                    square,
+                    pivots,
+                    labels,
+                    gains,
+                    coefficients,
+                    evidence,
+                    means_of_first,
+                )
+        for star in range(count):
+            i, base = begin + star, star * panels
+            between = _moments(
+                evidence[base : base + panels].reshape(-1)[:m], drawn, base, lower, inverse_root, coefficients, gains,
+                labels, scatter, scatter_with_first, first, means_of_first[base : base + panels], share, variance,
+                along, solved, means, label[i], sd[i], covariance[i], weights[i], expert[i],
             )  # fmt: skip
-        between = _moments(
-            evidence.reshape(-1)[:m], lower, inverse_root, coefficients, gains, labels, scatter, scatter_with_first,
-            first, means_of_first, share, chosen, means, variances, covariances, solved,
-            label[i], sd[i], covariance[i], weights[i], expert[i],
-        )  # fmt: skip
-        nearest = np.float64(square.reshape(-1)[:m].min())
-        chi2[i] = (numbers[i, 2] - explained) / (1.0 + max(n_good - (n + 1), 0.0))
-        distance[i] = (beyond + nearest) / n
-        strength[i], scale[i] = numbers[i, 1], c0
-        log_level[i] = 0.5 * math.log(level2 + TINY)
-        answer = label[i, 0]
-        log_g[i] = answer if math.isnan(answer) else min(max(answer, lowest), highest)
-        features[i, 0] = log_g[i]
-        features[i, 1] = math.log(sd[i, 0] + LEAST_SPREAD)
-        features[i, 2] = math.log(math.sqrt(between + TINY) + LEAST_SPREAD)
-        features[i, 3], features[i, 4] = label[i, 1], label[i, 2]
-        log_g_err[i] = math.exp(_perceptron(features[i], w1, b1, w2, b2))
+            nearest = np.float64(square[base : base + panels].reshape(-1)[:m].min())
+            chi2[i] = (numbers[i, 2] - explained[star]) / (1.0 + max(numbers[i, 4] - (n + 1), 0.0))
+            distance[i] = (beyond[star] + nearest) / n
+            strength[i], scale[i] = numbers[i, 1], numbers[i, 0]
+            answer = label[i, 0]
+            log_g[i] = answer if math.isnan(answer) else min(max(answer, lowest), highest)
+            features[i, 0] = log_g[i]
+            features[i, 1] = math.log(sd[i, 0] + LEAST_SPREAD)
+            features[i, 2] = math.log(math.sqrt(between + TINY) + LEAST_SPREAD)
+            features[i, 3], features[i, 4] = label[i, 1], label[i, 2]
+            log_g_err[i] = math.exp(_perceptron(features[i], w1, b1, w2, b2))

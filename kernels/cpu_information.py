@@ -18,7 +18,7 @@ from moefast.core.compiled import njit
 from moefast.kernels.cpu import FAST
 from moefast.kernels.quality import LARGEST32, LARGEST_ERROR32, ZERO32, median_near, quantile_scratch
 from moefast.kernels.vectors import ROWS as STEP
-from moefast.kernels.vectors import VECTORS, add_tile, subtract_row, width_of
+from moefast.kernels.vectors import VECTORS, add_tile, subtract_row, subtract_tile, width_of
 
 __all__ = [
     "CHUNK",
@@ -40,8 +40,8 @@ GROUP = width_of(64)
 """Numbers in double precision that are handled together; rows of matrices are filled up to whole groups."""
 LANES = VECTORS * GROUP
 """Columns of u and of packed M that lie side by side."""
-ROWS = 32
-"""Stars whose pixels are read before their products are formed: y and the cells of all stay in the second cache."""
+ROWS = 64
+"""Stars whose pixels are read before their products are formed: what is multiplied is read once for all of them."""
 SPECTRUM = VECTORS * width_of(32)
 """Pixels of a spectrum that lie side by side."""
 CHUNK = 512
@@ -93,39 +93,24 @@ def _first_look(flux, error, mask, masked, reference, noise_shape, weight, ratio
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def _second_look(flux, reference, noise_shape, scale, cell, weight, y, information):
-    """Fill y, a′, and a′D/cell in place of the weights; return the energy Σ a (x − c₀ r)²."""
-    energy = 0.0
-    share = scale * scale / cell
+def _second_look(flux, reference, noise_shape, scale, weight, y, information):
+    """Fill y, a′, and a′D in place of the weights."""
+    share = scale * scale
     for j in range(flux.size):
         w = weight[j]
         apart = (np.float64(flux[j]) if w > 0.0 else 0.0) - scale * np.float64(reference[j])
         weighed = w * apart
-        energy += weighed * apart
         y[j] = np.float32(scale * weighed)
         information[j] = np.float32(scale * w * scale)
         weight[j] = w * np.float64(noise_shape[j]) * share
-    return energy
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def _add_cells(weight, cell, cells):
-    """Sums of `weight` over cells; `weight` is scratch afterwards."""
-    n = weight.size
-    if cell == 8:
-        # In pairs, pairs of pairs, …, in place: each loop becomes SIMD, one over eight neighbours would not.
-        while n > 2 * (weight.size // 8):
-            n //= 2
-            for g in range(n):
-                weight[g] = weight[2 * g] + weight[2 * g + 1]
-        for g in range(n // 2):
-            cells[g] = weight[2 * g] + weight[2 * g + 1]
-    else:
-        for g in range(n // cell):
-            total = 0.0
-            for j in range(g * cell, (g + 1) * cell):
-                total += weight[j]
-            cells[g] = total
+@njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
+def _average_cells(weight, cell, share, cells):
+    """Means of `weight` over cells, where each pixel has a cell and a share in its mean."""
+    cells[:] = 0.0
+    for j in range(weight.size):
+        cells[cell[j]] += share[j] * weight[j]
 
 
 @njit(nogil=True, cache=True)
@@ -142,12 +127,12 @@ def _keep_finite(ratio):
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
 def read_pixels(
-    flux, error, mask, reference, noise_shape, cell,
+    flux, error, mask, reference, noise_shape, cell, share,
     y, information, cells, numbers, snr_norm, snr_median, n_good, flag,
 ):  # fmt: skip
-    """Row by row: y and a′ (n, p), means of a′D over cells (n, p / cell), and `numbers` of the row.
+    """Row by row: y and a′ (n, p), means of a′D over cells (n, k), and `numbers` of the row.
 
-    `numbers` (n, 5): scale c₀, strength, energy, Σ σ²/D, number of good pixels. SNRs and flags as in
+    `numbers` (n, 5): scale c₀, strength, a place for the energy, Σ σ²/D, number of good pixels. SNRs and flags as in
     `moefast.spectra.quality.assess`.
     """
     n, p = flux.shape
@@ -165,11 +150,9 @@ def read_pixels(
         error_of_scale = math.sqrt(curvature)
         scale = (error_of_scale + max(overlap - error_of_scale, 0.0)) / curvature
         numbers[i, 0], numbers[i, 1] = scale, overlap / error_of_scale
-        numbers[i, 2] = _second_look(
-            flux[i], reference, noise_shape, scale, cell, weight, y[i], information[i]
-        )
+        _second_look(flux[i], reference, noise_shape, scale, weight, y[i], information[i])
         numbers[i, 3], numbers[i, 4] = level, n_used
-        _add_cells(weight, cell, cells[i])
+        _average_cells(weight, cell, share, cells[i])
         n_good[i] = n_sound
         flag[i] = np.uint32(4 * (n_wrong > 0) + 2 * (2 * n_sound < p) + (n_sound == 0))
         snr_norm[i], snr_median[i] = np.nan, np.nan
@@ -191,50 +174,55 @@ def read_pixels(
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def multiply_pixels(y, rows, directions, u):
-    """U = y · directions of the first rows: y (·, p), directions (blocks, p, `LANES`), u (blocks, ·, `LANES`)."""
+    """U = y · directions of the first rows: y (·, p), directions (blocks, p, `LANES`), u (·, columns)."""
     blocks, p, _ = directions.shape
     u[:] = 0.0
     for block in range(blocks):
         for c in range(0, p, CHUNK):
             for r in range(0, rows, STEP):
-                start, place = (block * p + c) * LANES, (block * u.shape[1] + r) * LANES
-                add_tile(y, r * y.shape[1] + c, y.shape[1], directions, start, min(CHUNK, p - c), u, place)
+                start, place = (block * p + c) * LANES, r * u.shape[1] + block * LANES
+                first, size = r * y.shape[1] + c, min(CHUNK, p - c)
+                add_tile(y, first, y.shape[1], directions, start, size, u, place, u.shape[1])
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def multiply_cells(cells, rows, products, packed):
-    """Packed M of the first rows: cells (·, g), products (blocks, g, `LANES`), packed (blocks, ·, `LANES`)."""
+    """Packed M of the first rows: cells (·, g), products (blocks, g, `LANES`), packed (·, columns)."""
     blocks, g, _ = products.shape
     packed[:] = 0.0
     for block in range(blocks):
         for c in range(0, g, CHUNK):
             for r in range(0, rows, STEP):
-                start, place = (block * g + c) * LANES, (block * packed.shape[1] + r) * LANES
-                add_tile(cells, r * g + c, g, products, start, min(CHUNK, g - c), packed, place)
+                start, place = (block * g + c) * LANES, r * packed.shape[1] + block * LANES
+                add_tile(
+                    cells, r * g + c, g, products, start, min(CHUNK, g - c), packed, place, packed.shape[1]
+                )
 
 
 @njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
-def factor(a, start, stop, n, ridge):
-    """Rows `start` to `stop` of U, with UᵀU = a + ridge, in place; rows up to n become what they do not explain.
+def factor(a, stop, n, ridge):
+    """Rows up to `stop` of U, with UᵀU = a + ridge, in place; rows up to n become what they do not explain.
 
     Only columns from the diagonal on are read and right; columns from n on go along. Pivots below the ridge, and below
-    what rounding leaves of the diagonal, are rounding.
+    what rounding leaves of the diagonal, are rounding. Rows of `a` are filled up to whole `STEP`, columns to `LANES`.
     """
     stride = a.shape[1]
-    diagonal = np.empty(n)
-    for k in range(start, stop):
+    diagonal = np.empty(stop)
+    for k in range(stop):
         diagonal[k] = a[k, k]
-    for k in range(start, stop):
-        row = a[k]
-        least = ridge + ROUNDING * diagonal[k] + TINY
-        root = math.sqrt(max(row[k] + least, least))
-        inverse = 1.0 / root
-        for j in range(k, stride):
-            row[j] *= inverse
-        row[k] = root
-        for i in range(k + 1, n):
-            begin = i // GROUP * GROUP
-            subtract_row(a, i * stride + begin, a, k * stride + begin, row[i], (stride - begin) // GROUP)
+    for top in range(0, n, STEP):
+        for j in range(top // LANES * LANES, stride, LANES):
+            subtract_tile(a, top, 1, stride, a, j, stride, min(top, stop), a, top * stride + j, stride)
+        for k in range(top, min(top + STEP, stop)):
+            least = ridge + ROUNDING * diagonal[k] + TINY
+            root = math.sqrt(max(a[k, k] + least, least))
+            inverse = 1.0 / root
+            for j in range(k // GROUP * GROUP, stride):
+                a[k, j] *= inverse
+            a[k, k] = root
+            for i in range(k + 1, min(top + STEP, n)):
+                begin = i // GROUP * GROUP
+                subtract_row(a, i * stride + begin, a, k * stride + begin, a[k, i], (stride - begin) // GROUP)
 
 
 @njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
@@ -242,188 +230,182 @@ def shrink(a, columns, t, n):
     """U ← T⁻¹U in place, with T upper triangular and TTᵀ = I + UUᵀ; columns from n on go along.
 
     Then UᵀU is (I + M)⁻¹M of what was M = UᵀU: nothing is subtracted from 1, and small information keeps its digits.
-    `columns` and `t` (n, ·) are scratch.
+    `columns` (−Uᵀ) and `t` are scratch of the shape of `a`, without numbers that are not finite.
     """
-    stride, wide = a.shape[1], t.shape[1]
+    stride = a.shape[1]
     for k in range(n):
-        for j in range(n):
-            columns[k, j] = a[j, k] if j <= k else 0.0
+        # Left of the diagonal stands what was there before.
+        for j in range(k):
+            a[k, j] = 0.0
+        for j in range(k // LANES * LANES + LANES):
             t[k, j] = 0.0
         t[k, k] = 1.0
-    for k in range(n):
-        for i in range(k + 1):
-            subtract_row(t, i * wide, columns, k * wide, -columns[k, i], i // GROUP + 1)
+    for begin in range(0, n, GROUP):
+        for k in range(begin, n):
+            for j in range(begin, min(begin + GROUP, n)):
+                columns[k, j] = -a[j, k]
+    last = (n - 1) // STEP * STEP
+    for top in range(0, n, STEP):
+        for j in range(0, top + STEP, LANES):
+            first = top * stride
+            subtract_tile(
+                a, first + top, stride, 1, columns, first + j, stride, n - top, t, first + j, stride
+            )
     # Row k of t becomes column k of T.
-    for k in range(n - 1, -1, -1):
-        row = t[k]
-        root = math.sqrt(row[k])
-        inverse = 1.0 / root
-        for j in range(k):
-            row[j] *= inverse
-        row[k] = root
-        for i in range(k):
-            subtract_row(t, i * wide, t, k * wide, row[i], i // GROUP + 1)
-    for k in range(n - 1, -1, -1):
-        row, inverse = a[k], 1.0 / t[k, k]
-        for j in range(k, stride):
-            row[j] *= inverse
-        begin = k // GROUP * GROUP
-        # Left of the diagonal stands what was there before.
-        for j in range(begin, k):
-            row[j] = 0.0
-        for i in range(k):
-            subtract_row(a, i * stride + begin, a, k * stride + begin, t[k, i], (stride - begin) // GROUP)
+    for top in range(last, -1, -STEP):
+        below = top + STEP
+        if below < n:
+            for j in range(0, below, LANES):
+                first, place = below * stride, top * stride + j
+                subtract_tile(t, first + top, 1, stride, t, first + j, stride, n - below, t, place, stride)
+        for k in range(min(below, n) - 1, top - 1, -1):
+            root = math.sqrt(t[k, k])
+            inverse = 1.0 / root
+            for j in range(k):
+                t[k, j] *= inverse
+            t[k, k] = root
+            for i in range(top, k):
+                subtract_row(t, i * stride, t, k * stride, t[k, i], i // GROUP + 1)
+    for top in range(last, -1, -STEP):
+        below = top + STEP
+        if below < n:
+            for j in range(top // LANES * LANES, stride, LANES):
+                first, place = below * stride, top * stride + j
+                subtract_tile(t, first + top, 1, stride, a, first + j, stride, n - below, a, place, stride)
+        for k in range(min(below, n) - 1, top - 1, -1):
+            inverse = 1.0 / t[k, k]
+            for j in range(k, stride):
+                a[k, j] *= inverse
+            begin = k // GROUP * GROUP
+            for i in range(top, k):
+                subtract_row(a, i * stride + begin, a, k * stride + begin, t[k, i], (stride - begin) // GROUP)
 
 
 @njit(nogil=True, cache=True)
-def unpack(packed, row, line, a):
-    """Upper triangle of M of one row of a block; `line` is scratch."""
-    width = a.shape[0]
-    for block in range(packed.shape[0]):
-        line[block * LANES : (block + 1) * LANES] = packed[block, row]
+def unpack(packed, row, a, width):
+    """Upper triangle (width, width) of M of one row of a block."""
     start = 0
     for i in range(width):
-        a[i, i:width] = line[start : start + width - i]
+        for j in range(width - i):
+            a[i, i + j] = packed[row, start + j]
         start += width - i
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def _substitute(a, n, vector):
-    """Solve UᵀU x = vector in place, with the rows of U in `a`."""
-    for k in range(n):
-        row = a[k]
-        value = vector[k] / row[k]
-        vector[k] = value
-        for j in range(k + 1, n):
-            vector[j] -= row[j] * value
+def _substitute_back(a, n, x):
+    """Solve U x = v, where the rows of U in `a` have v in column n."""
     for k in range(n - 1, -1, -1):
-        row = a[k]
-        value = vector[k]
+        value = a[k, n]
         for j in range(k + 1, n):
-            value -= row[j] * vector[j]
-        vector[k] = value / row[k]
+            value -= a[k, j] * x[j]
+        x[k] = value / a[k, k]
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def _multiply_upper(a, n, x, out):
-    """Add to `out` the symmetric matrix whose upper triangle is in `a`, times x."""
+def _add_product(packed, row, x, out):
+    """Add to `out` M of one row of a block, times x."""
+    n, start = x.size, 0
     for i in range(n):
-        row, one = a[i], x[i]
-        total = row[i] * one
-        for j in range(i + 1, n):
-            total += row[j] * x[j]
-            out[j] += row[j] * one
+        one, total = x[i], packed[row, start] * x[i]
+        for j in range(1, n - i):
+            total += packed[row, start + j] * x[i + j]
+            out[i + j] += packed[row, start + j] * one
         out[i] += total
+        start += n - i
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def _what_is_left(y, information, spectrum, left):
-    """Y − a′ · spectrum of `SPECTRUM` pixels."""
-    for j in range(SPECTRUM):
-        left[j] = y[j] - information[j] * spectrum[j]
+def _what_is_left(y, information, row, pixel, tile, left, place, energy):
+    """Y − a′ · spectrum of `SPECTRUM` pixels of `STEP` rows; add its squares over a′ to the energy of the rows."""
+    for i in range(STEP):
+        total = ZERO32
+        for j in range(SPECTRUM):
+            weight = information[row + i, pixel + j]
+            apart = y[row + i, pixel + j] - weight * tile[i, j]
+            left[i, place + j] = apart
+            total += apart * apart / weight if weight > ZERO32 else ZERO32
+        energy[row + i] += np.float64(total)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _gradient(y, information, rows, points, spectra, directions, tile, left, u):
-    """U = Bᵀ(y − a′ B b) of the first rows; `spectra` (p / `SPECTRUM`, n + q, `SPECTRUM`) is B."""
+def _gradient(y, information, rows, points, spectra, directions, tile, left, u, energy):
+    """U = Bᵀ(y − a′ B b) and the energy left of the first rows; `spectra` (p / `SPECTRUM`, n + q, `SPECTRUM`) is B."""
     blocks, p, _ = directions.shape
     width = spectra.shape[1]
-    u[:] = 0.0
+    u[:], energy[:] = 0.0, 0.0
     for c in range(0, p, CHUNK):
         size = min(CHUNK, p - c)
         for r in range(0, rows, STEP):
             for j in range(0, size, SPECTRUM):
                 tile[:] = ZERO32
                 start = (c + j) // SPECTRUM * width * SPECTRUM
-                add_tile(points, r * points.shape[1], points.shape[1], spectra, start, width, tile, 0)
-                here = slice(c + j, c + j + SPECTRUM)
-                for i in range(STEP):
-                    _what_is_left(
-                        y[r + i, here], information[r + i, here], tile[i], left[i, j : j + SPECTRUM]
-                    )
+                add_tile(
+                    points, r * points.shape[1], points.shape[1], spectra, start, width, tile, 0, SPECTRUM
+                )
+                _what_is_left(y, information, r, c + j, tile, left, j, energy)
             for block in range(blocks):
-                start, place = (block * p + c) * LANES, (block * u.shape[1] + r) * LANES
-                add_tile(left, 0, CHUNK, directions, start, size, u, place)
+                start, place = (block * p + c) * LANES, r * u.shape[1] + block * LANES
+                add_tile(left, 0, CHUNK, directions, start, size, u, place, u.shape[1])
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def refine(
-    y,
-    information,
-    rows,
-    packed,
-    spectra,
-    directions,
-    precision,
-    pull,
-    refinements,
-    numbers,
-    points,
-    factors,
-    u,
-):
-    """Expand the likelihood around a point near the star, `refinements` times: u and the energy are what is changed.
+def refine(y, information, rows, packed, spectra, directions, precision, pull, numbers, points, u):
+    """Expand the likelihood around a point near the star: u is changed, and the energy found.
 
-    `points` (·, n + q) is float32 scratch, and so is `factors` (·, n + q, ·), one matrix for each row.
+    `points` (·, n + q) is float32 scratch.
     """
     width = len(pull)
-    line, vector = np.empty(packed.shape[0] * LANES), np.empty(width)
-    matrix, before = np.zeros((width, width)), np.empty((rows, width))
+    vector, point = np.empty(width), np.empty(width)
+    a = np.zeros((-(-width // STEP) * STEP, -(-(width + 1) // LANES) * LANES))
+    energy = np.empty(len(y))
     tile, left = np.empty((STEP, SPECTRUM), np.float32), np.zeros((STEP, CHUNK), np.float32)
     points[:] = ZERO32
     for i in range(rows):
-        a = factors[i]
-        unpack(packed, i, line, a)
+        unpack(packed, i, a, width)
         for k in range(width):
             for j in range(k, width):
                 a[k, j] += precision[k, j]
-            before[i, k] = u[k // LANES, i, k % LANES]
-        factor(a, 0, width, width, 0.0)
-    for _ in range(refinements):
-        for i in range(rows):
-            for k in range(width):
-                vector[k] = u[k // LANES, i, k % LANES] + pull[k]
-            _substitute(factors[i], width, vector)
-            for k in range(width):
-                points[i, k] = np.float32(vector[k])
-        _gradient(y, information, rows, points, spectra, directions, tile, left, u)
-        for i in range(rows):
-            for k in range(width):
-                vector[k] = u[k // LANES, i, k % LANES]
-            unpack(packed, i, line, matrix)
-            _multiply_upper(matrix, width, points[i], vector)
-            for k in range(width):
-                u[k // LANES, i, k % LANES] = vector[k]
+            a[k, width] = u[i, k] + pull[k]
+        factor(a, width, width, 0.0)
+        _substitute_back(a, width, point)
+        for k in range(width):
+            points[i, k] = np.float32(point[k])
+    _gradient(y, information, rows, points, spectra, directions, tile, left, u, energy)
     for i in range(rows):
         for k in range(width):
-            numbers[i, 2] += points[i, k] * (u[k // LANES, i, k % LANES] - before[i, k])
+            vector[k], point[k] = u[i, k], np.float64(points[i, k])
+        _add_product(packed, i, point, vector)
+        # What the energy would be without the point, if the likelihood were what it is near it.
+        numbers[i, 2] = energy[i]
+        for k in range(width):
+            numbers[i, 2] += point[k] * (vector[k] + u[i, k])
+            u[i, k] = vector[k]
 
 
 @njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
-def solve(a, q, n_sky, level2, whole, columns, root):
+def solve(a, q, n, n_sky, level2, scratch, columns, root):
     """Marginalise q nuisances, then the scatter within clouds: `root` (n, ·) becomes C' of M₁ = C C', and λ behind it.
 
-    `a` (q + n, ·) is the upper triangle of M, nuisances first, and u behind it; `whole` and `columns` are scratch like
+    `a` (q + n, ·) is the upper triangle of M, nuisances first, and u behind it; `scratch` and `columns` are like
     `root`. The last `n_sky` nuisances grow with the noise of the star, of mean square `level2`.
     Returns what nuisances and the best point of the space explain, and what the latter gains beyond |λ|² under M₁.
     """
-    n = root.shape[0]
     for i in range(q):
         a[i, i] += 1.0 if i < q - n_sky else 1.0 / (level2 + TINY)
-    factor(a, 0, q, q + n, 0.0)
+    factor(a, q, q + n, 0.0)
     explained = 0.0
     for i in range(q):
         explained += a[i, q + n] * a[i, q + n]
     for i in range(n):
         for j in range(i, n + 1):
-            whole[i, j] = a[q + i, q + j]
             root[i, j] = a[q + i, q + j]
-    factor(whole, 0, n, n, LEAST_CURVATURE)
-    factor(root, 0, n, n, LEAST_INFORMATION)
+            scratch[i, j] = a[q + i, q + j]
+    factor(scratch, n, n, LEAST_CURVATURE)
+    factor(root, n, n, LEAST_INFORMATION)
     gain, beyond = 0.0, 0.0
     for i in range(n):
-        gain += whole[i, n] * whole[i, n]
+        gain += scratch[i, n] * scratch[i, n]
         # |λ|² = uᵀM⁻¹u − uᵀ(I + M)⁻¹u, and the best point gains the same with the least curvature in M⁻¹ alone.
         beyond -= root[i, n] * root[i, n]
-    shrink(root, columns, whole, n)
+    shrink(root, columns, scratch, n)
     return explained + gain, gain + beyond

@@ -30,7 +30,6 @@ __all__ = [
     "Light",
     "Sizes",
     "Star",
-    "at_level",
     "chi2",
     "error_features",
     "gate_features",
@@ -135,7 +134,7 @@ def light(op: SolvingArithmetic, sizes: Sizes, flux: Any, error: Any) -> Light:
     finite = op.at_most(op.absolute(flux), op.constant(LARGEST_FLUX))
     known = op.at_most(error, op.constant(LARGEST_ERROR))
     good = op.both(op.both(finite, known), op.above(error, zero))
-    n_good = op.shaped(op.total(op.where(good, one, zero), 1), (1,))
+    n_good = op.shaped(op.total(op.as_number(good), 1), (1,))
     # The presence of this number tells a reader of a file that flux is clipped.
     seen = op.larger(flux, op.number("least_flux")) if sizes.clipped else flux
     x = op.where(good, op.subtract(seen, op.number("reference")), zero)
@@ -229,11 +228,6 @@ def hat(op: SolvingArithmetic, n_levels: int, level: Any) -> Any:
     return op.larger(share, op.constant(0.0))
 
 
-def at_level(op: SolvingArithmetic, sizes: Sizes, cube: Any, weights: Any) -> Any:
-    """(n, K, M) at the star's own noise level, (n, K); `weights` are those of `hat`."""
-    return op.total(op.multiply(cube, op.shaped(weights, (1, sizes.n_levels))), 2)
-
-
 def linear_experts(op: SolvingArithmetic, sizes: Sizes, seen: Any, weights: Any) -> Any:
     """Values of the linear experts, (n, K).
 
@@ -242,13 +236,14 @@ def linear_experts(op: SolvingArithmetic, sizes: Sizes, seen: Any, weights: Any)
     """
     flat = op.product(seen, op.number("experts.weights"))
     cube = op.shaped(flat, (sizes.n_experts, sizes.n_levels))
-    return at_level(op, sizes, op.add(cube, op.number("experts.intercepts")), weights)
+    cube = op.add(cube, op.number("experts.intercepts"))
+    return op.total(op.multiply(cube, op.shaped(weights, (1, sizes.n_levels))), 2)
 
 
 def linear_noise(op: SolvingArithmetic, sizes: Sizes, variances: Any, weights: Any) -> Any:
     """Noise of the linear experts, 1σ, (n, K), from their variances (n, M · K) at all levels."""
     cube = op.shaped(variances, (sizes.n_levels, sizes.n_experts))
-    return op.root(at_level(op, sizes, op.ordered(cube, (0, 2, 1)), weights))
+    return op.root(op.total(op.multiply(cube, op.shaped(weights, (sizes.n_levels, 1))), 1))
 
 
 def chi2(op: SolvingArithmetic, sizes: Sizes, star: Star) -> Any:

@@ -1,4 +1,4 @@
-"""Three inner loops for Numba functions that are written in vectors: its vectoriser keeps no sums in registers.
+"""Inner loops for Numba functions that are written in vectors: its vectoriser keeps no sums in registers.
 
 Design: each is an intrinsic, a function that writes the compiler's intermediate code: vectors of 512 bits, which a
 machine with shorter registers sees as several. Sums stand in registers from the first term to the last, in one order,
@@ -14,7 +14,17 @@ from llvmlite import ir
 from numba import extending
 from numba.core import cgutils, types
 
-__all__ = ["ROWS", "VECTORS", "add_tile", "cloud_group", "subtract_row", "width_of"]
+__all__ = [
+    "ROWS",
+    "VECTORS",
+    "add_tile",
+    "cloud_group",
+    "label_group",
+    "set_tile",
+    "subtract_row",
+    "subtract_tile",
+    "width_of",
+]
 
 # Called without the typing context, which is no argument to a reader of types.
 intrinsic: Any = extending.intrinsic
@@ -86,22 +96,93 @@ def _data(context: Any, builder: Any, kind: Any, value: Any) -> Any:
     return context.make_array(kind)(context, builder, value).data
 
 
-@intrinsic
-def add_tile(typingctx, a, first, step, b, start, n, out, place):  # type: ignore[no-untyped-def]
-    """Out[place + r L + l] += Σ_c a[first + r step + c] b[start + c L + l] for r < 4, c < n, l < L, L = 4 vectors."""
-    signature = types.void(a, types.intp, types.intp, b, types.intp, types.intp, out, types.intp)
+def _tile(a, first, step, b, start, n, out, place, far, *, fresh):  # type: ignore[no-untyped-def]
+    """Signature and code of `add_tile`, or of `set_tile`, whose sums begin at nothing."""
+    signature = types.void(a, types.intp, types.intp, b, types.intp, types.intp, out, types.intp, types.intp)
 
     def write(context, builder, signature, args):  # type: ignore[no-untyped-def]
         kinds = signature.args
         factors, terms, sums = (_data(context, builder, kinds[k], args[k]) for k in (0, 3, 6))
-        _, first, step, _, start, n, _, place = args
+        _, first, step, _, start, n, _, place, far = args
         vectors = _Vectors(builder, context.get_data_type(kinds[3].dtype))
         index = context.get_value_type(types.intp)
         lanes = VECTORS * vectors.width
         rows = [builder.gep(factors, [builder.add(first, builder.mul(step, index(r)))]) for r in range(ROWS)]
         ends = [
             [
-                builder.gep(sums, [builder.add(place, index(r * lanes + v * vectors.width))])
+                builder.gep(
+                    sums,
+                    [builder.add(builder.add(place, builder.mul(far, index(r))), index(v * vectors.width))],
+                )
+                for v in range(VECTORS)
+            ]
+            for r in range(ROWS)
+        ]
+        totals = [
+            [vectors.variable(vectors.constant(0.0) if fresh else vectors.load(end)) for end in row]
+            for row in ends
+        ]
+        begin = builder.gep(terms, [start])
+        with cgutils.for_range(builder, n, intp=index) as loop:
+            line = builder.gep(begin, [builder.mul(loop.index, index(lanes))])
+            parts = [vectors.load(builder.gep(line, [index(v * vectors.width)])) for v in range(VECTORS)]
+            for row, total in zip(rows, totals, strict=True):
+                factor = vectors.all_of(builder.load(builder.gep(row, [loop.index])))
+                for part, register in zip(parts, total, strict=True):
+                    builder.store(vectors.add_product(builder.load(register), factor, part), register)
+        for row, total in zip(ends, totals, strict=True):
+            for end, register in zip(row, total, strict=True):
+                vectors.store(builder.load(register), end)
+        return context.get_dummy_value()
+
+    return signature, write
+
+
+@intrinsic
+def add_tile(typingctx, a, first, step, b, start, n, out, place, far):  # type: ignore[no-untyped-def]
+    """Out[place + r far + l] += Σ_c a[first + r step + c] b[start + c L + l] for r < 4, c < n, l < L, L = 4 vectors."""
+    return _tile(a, first, step, b, start, n, out, place, far, fresh=False)
+
+
+@intrinsic
+def set_tile(typingctx, a, first, step, b, start, n, out, place, far):  # type: ignore[no-untyped-def]
+    """Out[place + r far + l] = Σ_c a[first + r step + c] b[start + c L + l] for r < 4, c < n, l < L, L = 4 vectors."""
+    return _tile(a, first, step, b, start, n, out, place, far, fresh=True)
+
+
+@intrinsic
+def subtract_tile(typingctx, a, first, step, hop, b, start, stride, n, out, place, far):  # type: ignore[no-untyped-def]
+    """Out[place + r far + l] −= Σ_c a[first + r step + c hop] b[start + c stride + l] for r < 4, c < n, l < 4 vectors.
+
+    The three may be one array, whose rows of sums are none of the rows that are added.
+    """
+    signature = types.void(
+        a,
+        types.intp,
+        types.intp,
+        types.intp,
+        b,
+        types.intp,
+        types.intp,
+        types.intp,
+        out,
+        types.intp,
+        types.intp,
+    )
+
+    def write(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        kinds = signature.args
+        factors, terms, sums = (_data(context, builder, kinds[k], args[k]) for k in (0, 4, 8))
+        _, first, step, hop, _, start, stride, n, _, place, far = args
+        vectors = _Vectors(builder, context.get_data_type(kinds[4].dtype))
+        index = context.get_value_type(types.intp)
+        rows = [builder.gep(factors, [builder.add(first, builder.mul(step, index(r)))]) for r in range(ROWS)]
+        ends = [
+            [
+                builder.gep(
+                    sums,
+                    [builder.add(builder.add(place, builder.mul(far, index(r))), index(v * vectors.width))],
+                )
                 for v in range(VECTORS)
             ]
             for r in range(ROWS)
@@ -109,10 +190,11 @@ def add_tile(typingctx, a, first, step, b, start, n, out, place):  # type: ignor
         totals = [[vectors.variable(vectors.load(end)) for end in row] for row in ends]
         begin = builder.gep(terms, [start])
         with cgutils.for_range(builder, n, intp=index) as loop:
-            line = builder.gep(begin, [builder.mul(loop.index, index(lanes))])
+            line = builder.gep(begin, [builder.mul(loop.index, stride)])
             parts = [vectors.load(builder.gep(line, [index(v * vectors.width)])) for v in range(VECTORS)]
+            along = builder.mul(loop.index, hop)
             for row, total in zip(rows, totals, strict=True):
-                factor = vectors.all_of(builder.load(builder.gep(row, [loop.index])))
+                factor = vectors.all_of(builder.fneg(builder.load(builder.gep(row, [along]))))
                 for part, register in zip(parts, total, strict=True):
                     builder.store(vectors.add_product(builder.load(register), factor, part), register)
         for row, total in zip(ends, totals, strict=True):
@@ -154,10 +236,13 @@ def cloud_group(  # type: ignore[no-untyped-def]
     lane,
     stride,
     n,
+    reach,
     n_drawn,
+    star,
     centre,
     spectrum,
     width,
+    panel,
     lower,
     inverse,
     coefficients,
@@ -166,40 +251,51 @@ def cloud_group(  # type: ignore[no-untyped-def]
 ):
     """Best points of a vector of clouds, with the star in whitened coordinates.
 
-    With x_v[c] = vectors[v n stride + c stride + lane], δ = x₀ − centre and tangents x₁, …, width (δ + spectrum):
+    With x_v[c] = vectors[v n stride + c stride + lane], δ = x₀ − centre[star] and tangents x₁, …, which are zero from
+    `reach` on, and width (δ + spectrum[star]):
     L of L Lᵀ = I + T Tᵀ, rows of its lower triangle one behind the other; 1/L_kk; γ = −(L Lᵀ)⁻¹ T δ;
-    |δ + Tᵀγ|² + |γ|²; and L_kk². Vectors of all of these are `stride` numbers apart. `n_drawn` = 1 + the number of
-    tangents x₁, … is a tuple of so many numbers, since the code is written for it.
+    |δ + Tᵀγ|² + |γ|²; and L_kk². Vectors of all of these are `stride` numbers apart, and all but the last are put in
+    their place of a panel. `n_drawn` = 1 + the number of tangents x₁, … is a tuple of so many numbers, since the code
+    is written for it.
     """
     signature = types.void(
-        vectors, types.intp, types.intp, types.intp, n_drawn, centre, spectrum, width, lower, inverse, coefficients,
-        square, pivots,
+        vectors, types.intp, types.intp, types.intp, types.intp, n_drawn, types.intp, centre, spectrum, width,
+        types.intp, lower, inverse, coefficients, square, pivots,
     )  # fmt: skip
     drawn = len(n_drawn)
 
     def write(context, builder, signature, args):  # type: ignore[no-untyped-def]
         kinds = signature.args
         drawn_data, of_centre, of_spectrum, lowers, inverses, gammas, squares, of_pivots = (
-            _data(context, builder, kinds[k], args[k]) for k in (0, 5, 6, 8, 9, 10, 11, 12)
+            _data(context, builder, kinds[k], args[k]) for k in (0, 7, 8, 11, 12, 13, 14, 15)
         )
-        lane, stride, n = args[1:4]
+        lane, stride, n, reach, star, panel = (args[k] for k in (1, 2, 3, 4, 6, 10))
         v = _Vectors(builder, context.get_data_type(kinds[0].dtype))
         index = context.get_value_type(types.intp)
-        broad = v.all_of(args[7])
+        broad = v.all_of(args[9])
+        of_centre, of_spectrum = (
+            builder.gep(base, [builder.mul(star, n)]) for base in (of_centre, of_spectrum)
+        )
         t = drawn
         whole = builder.mul(n, stride)
         starts = [
             builder.gep(drawn_data, [builder.add(lane, builder.mul(whole, index(k)))]) for k in range(drawn)
         ]
 
+        def of_panel(base: Any, size: int) -> Any:
+            return builder.gep(base, [builder.mul(panel, builder.mul(stride, index(size)))])
+
+        lowers, squares = of_panel(lowers, t * (t + 1) // 2), of_panel(squares, 1)
+        inverses, gammas = of_panel(inverses, t), of_panel(gammas, t)
+
         def at(base: Any, k: int) -> Any:
             return builder.gep(base, [builder.add(lane, builder.mul(stride, index(k)))])
 
-        def coordinates(loop: Any) -> list[Any]:
-            here = builder.mul(loop.index, stride)
-            x = [v.load(builder.gep(start, [here])) for start in starts]
-            x[0] = builder.fsub(x[0], v.all_of(builder.load(builder.gep(of_centre, [loop.index]))))
-            more = v.all_of(builder.load(builder.gep(of_spectrum, [loop.index])))
+        def coordinates(place: Any, *, with_tangents: bool = True) -> list[Any]:
+            here = builder.mul(place, stride)
+            x = [v.load(builder.gep(start, [here])) for start in (starts if with_tangents else starts[:1])]
+            x[0] = builder.fsub(x[0], v.all_of(builder.load(builder.gep(of_centre, [place]))))
+            more = v.all_of(builder.load(builder.gep(of_spectrum, [place])))
             return [*x, builder.fmul(broad, builder.fadd(x[0], more))]
 
         zero, one = v.constant(0.0), v.constant(1.0)
@@ -209,10 +305,15 @@ def cloud_group(  # type: ignore[no-untyped-def]
             for b in range(a, t + 1)
             if b > 0
         }
-        with cgutils.for_range(builder, n, intp=index) as loop:
-            x = coordinates(loop)
+        with cgutils.for_range(builder, reach, intp=index) as loop:
+            x = coordinates(loop.index)
             for (a, b), register in products.items():
                 builder.store(v.add_product(builder.load(register), x[a], x[b]), register)
+        with cgutils.for_range_slice(builder, reach, n, index(1), intp=index) as (place, _):
+            apart, scaled = coordinates(place, with_tangents=False)
+            for (a, b), x in (((0, t), apart), ((t, t), scaled)):
+                register = products[a, b]
+                builder.store(v.add_product(builder.load(register), x, scaled), register)
         rho = [builder.fneg(builder.load(products[0, k + 1])) for k in range(t)]
         matrix = {(a, b): builder.load(products[b + 1, a + 1]) for a in range(t) for b in range(a + 1)}
         roots = []
@@ -242,12 +343,95 @@ def cloud_group(  # type: ignore[no-untyped-def]
         for gamma in rho:
             total = v.add_product(total, gamma, gamma)
         register = v.variable(total)
-        with cgutils.for_range(builder, n, intp=index) as loop:
-            residual, *tangents = coordinates(loop)
+        with cgutils.for_range(builder, reach, intp=index) as loop:
+            residual, *tangents = coordinates(loop.index)
             for gamma, tangent in zip(rho, tangents, strict=True):
                 residual = v.add_product(residual, gamma, tangent)
             builder.store(v.add_product(builder.load(register), residual, residual), register)
+        with cgutils.for_range_slice(builder, reach, n, index(1), intp=index) as (place, _):
+            residual, scaled = coordinates(place, with_tangents=False)
+            residual = v.add_product(residual, rho[-1], scaled)
+            builder.store(v.add_product(builder.load(register), residual, residual), register)
         v.store(builder.load(register), at(squares, 0))
+        return context.get_dummy_value()
+
+    return signature, write
+
+
+@intrinsic
+def label_group(  # type: ignore[no-untyped-def]
+    typingctx,
+    lane,
+    stride,
+    n_tangents,
+    panel,
+    lower,
+    inverse,
+    coefficients,
+    place,
+    gains,
+    labels,
+    mean,
+    is_first,
+    first,
+    variance,
+    along,
+):
+    """A label of a vector of clouds: mean + γᵀg, |L⁻¹g|², and L⁻¹g times that of the first label.
+
+    `lower`, `inverse` and `coefficients` are L, 1/L_kk and γ of `cloud_group` in the place of a panel; gains, labels
+    and means have a place of their own for each panel and label. `first` holds L⁻¹g of the first label, and is filled
+    with it where this is the first. `n_tangents` is a tuple of so many numbers.
+    """
+    signature = types.void(
+        types.intp, types.intp, n_tangents, types.intp, lower, inverse, coefficients, types.intp, gains, labels, mean,
+        types.boolean, first, variance, along,
+    )  # fmt: skip
+    t = len(n_tangents)
+
+    def write(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        kinds = signature.args
+        lowers, inverses, gammas, of_gains, of_labels, means, firsts, variances, products = (
+            _data(context, builder, kinds[k], args[k]) for k in (4, 5, 6, 8, 9, 10, 12, 13, 14)
+        )
+        lane, stride, panel, place, is_first = args[0], args[1], args[3], args[7], args[11]
+        v = _Vectors(builder, context.get_data_type(kinds[4].dtype))
+        index = context.get_value_type(types.intp)
+
+        def placed(base: Any, which: Any, size: int) -> Any:
+            return builder.gep(base, [builder.mul(which, builder.mul(stride, index(size)))])
+
+        lowers, inverses, gammas = (
+            placed(base, panel, size)
+            for base, size in ((lowers, t * (t + 1) // 2), (inverses, t), (gammas, t))
+        )
+        of_gains, of_labels, means = (
+            placed(of_gains, place, t),
+            placed(of_labels, place, 1),
+            placed(means, place, 1),
+        )
+
+        def at(base: Any, k: int) -> Any:
+            return builder.gep(base, [builder.add(lane, builder.mul(stride, index(k)))])
+
+        total, square, product = v.load(at(of_labels, 0)), v.constant(0.0), v.constant(0.0)
+        solved: list[Any] = []
+        for a in range(t):
+            gain = v.load(at(of_gains, a))
+            total = v.add_product(total, v.load(at(gammas, a)), gain)
+            for b, other in enumerate(solved):
+                gain = v.add_product(gain, builder.fneg(v.load(at(lowers, a * (a + 1) // 2 + b))), other)
+            gain = builder.fmul(gain, v.load(at(inverses, a)))
+            solved.append(gain)
+            square = v.add_product(square, gain, gain)
+        with builder.if_then(builder.trunc(is_first, ir.IntType(1))):
+            for a, gain in enumerate(solved):
+                v.store(gain, at(firsts, a))
+        for a, gain in enumerate(solved):
+            product = v.add_product(product, gain, v.load(at(firsts, a)))
+        v.store(total, at(means, 0))
+        v.store(square, at(variances, 0))
+        v.store(product, at(products, 0))
         return context.get_dummy_value()
 
     return signature, write

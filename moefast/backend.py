@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moefast.core.errors import BackendError
+from moefast.core.threads import CORES
 
 __all__ = [
     "BACKENDS",
@@ -121,8 +122,8 @@ def cpu_name() -> str:
 
 
 def cpu_count() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use, within the quota of its group and OMP_NUM_THREADS."""
+    return CORES
 
 
 def physical_memory() -> int:

@@ -3,7 +3,8 @@
 Design: one file with every total, the rows still waiting to be multiplied and the number of rows done, so that a fit
 that goes on gives the bits of one that was never stopped. It is written under another name, flushed to the disk and
 renamed: the file before it stays until the new one is complete. Its header says which spectra, options and version it
-is of; a fit of anything else refuses it. An .npz archive checks every array by its CRC; no pickle.
+is of, and the SHA-256 of every array and of itself: a fit of anything else refuses it, and numbers that were changed
+since are not gone on from. No pickle.
 
 At 4096 pixels a bin and fold takes 67 MB of totals, and waiting rows take at most 1 GiB together: 1.9 to 3 GB for nine
 bins in three folds, and while it is replaced twice that.
@@ -11,6 +12,7 @@ bins in three folds, and while it is replaced twice that.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shutil
@@ -24,11 +26,12 @@ from numpy.typing import NDArray
 
 from moefast.core.atomic import atomic_file
 from moefast.core.errors import InputError, OutputError
+from moefast.core.regular import refuse_special
 from moefast.core.version import __version__
 
 __all__ = ["NETWORK_FILE", "Checkpoint"]
 
-SCHEMA = 1
+SCHEMA = 2
 WHAT = "moefast checkpoint of a fit"
 FILE = "first-pass.npz"
 NETWORK_FILE = "heads.safetensors"
@@ -110,6 +113,7 @@ class Checkpoint:
         """
         if not self.path.exists():
             return None
+        refuse_special(self.path)
         try:
             # Opened here, because np.load leaves the file open if it is no archive.
             with self.path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
@@ -117,7 +121,16 @@ class Checkpoint:
                 if header["what"] != WHAT:
                     raise ValueError(f"it holds {header['what']!r}")
                 self._compare(header["schema"], header["key"])
-                built = build(int(header["rows"]), file.__getitem__)
+                if header["checksum"] != _checksum(header):
+                    raise ValueError("its header was changed")
+
+                def read(name: str) -> NDArray:
+                    array: NDArray = file[name]
+                    if header["sha256"][name] != _digest(array):
+                        raise ValueError(f"{name} was changed")
+                    return array
+
+                built = build(int(header["rows"]), read)
         except InputError:
             raise
         except Exception as error:
@@ -151,7 +164,9 @@ class Checkpoint:
     def save(self, rows: int, arrays: Arrays) -> None:
         """Write the state after so many rows; a disk that does not take it is told, and the fit goes on without."""
         begin = time.monotonic()
-        header = json.dumps({"schema": SCHEMA, "what": WHAT, "key": self._key, "rows": rows})
+        document: dict[str, Any] = {"schema": SCHEMA, "what": WHAT, "key": self._key, "rows": rows}
+        document["sha256"] = {name: _digest(array) for name, array in arrays.items()}
+        header = json.dumps(document | {"checksum": _checksum(document)})
         try:
             # What another process left behind, on this machine or another, would take the room of two checkpoints.
             self._remove_partial()
@@ -175,6 +190,19 @@ class Checkpoint:
     def _remove_partial(self) -> None:
         for left in self.folder.glob(f".{FILE}.*.partial"):
             left.unlink(missing_ok=True)
+
+
+def _digest(array: NDArray) -> str:
+    """SHA-256 of an array with its type and shape."""
+    digest = hashlib.sha256(f"{array.dtype.str} {array.shape} ".encode())
+    digest.update(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
+    return digest.hexdigest()
+
+
+def _checksum(header: Mapping[str, Any]) -> str:
+    """SHA-256 of all that a header says, but for this number itself."""
+    said = {name: value for name, value in header.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _flat(key: Mapping[str, Any], above: str = "") -> dict[str, Any]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata, resources
@@ -21,14 +20,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefast.core.archives import read_archive
-from moefast.core.atomic import partial_folder, publish_folder, recover_folder
+from moefast.core.atomic import (
+    partial_folder,
+    publish_folder,
+    recover_folder,
+    refuse_impossible,
+    remove_quietly,
+)
 from moefast.core.errors import ModelError, OutputError, WaveGridError
 from moefast.core.grids import Grid, SnrGrid, read_grid
 from moefast.core.version import __version__
 from moefast.experts.linear_form import LinearForm
 from moefast.mixture import Mixture
 from moefast.posterior.mixture import AnyMixture, PosteriorMixture
-from moefast.spectra.files import same_wave
+from moefast.spectra.files import describe_difference, same_wave
 
 if TYPE_CHECKING:
     from astropy.table import Table
@@ -211,14 +216,9 @@ class Model:
         """
         mine = self.mixture.wave
         if not same_wave(mine, wave):
-
-            def words(w: NDArray[np.float64]) -> str:
-                step = (w[-1] - w[0]) / max(1, w.size - 1)
-                return f"{w.size} pixels, {w[0]:.3f}-{w[-1]:.3f} Å, step {step:.5f} Å"
-
             raise WaveGridError(
-                f"{where}: spectrumdataset/wave has {words(wave)}; the model {self.name} was fitted on {words(mine)}. "
-                "Fit a model on spectra of this grid, or choose one with -m"
+                f"{where}: spectrumdataset/wave is not that of the model {self.name}: "
+                f"{describe_difference(wave, mine)}. Fit a model on spectra of this grid, or choose one with -m"
             )
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Model:
@@ -253,7 +253,7 @@ class Model:
         except OSError as error:
             raise OutputError(f"{target}: cannot be written ({error.strerror})") from error
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove_quietly(partial)
         return Model.load(target)
 
     @classmethod
@@ -374,6 +374,7 @@ def check_target(target: Path, overwrite: bool) -> None:
     OutputError
         The folder exists and is not to be replaced, or is not a model folder, or has no parent.
     """
+    refuse_impossible(target)
     recover_folder(target)
     if not target.absolute().parent.is_dir():
         raise OutputError(f"{target}: the folder {target.absolute().parent} does not exist; create it first")

@@ -18,12 +18,16 @@ from numpy.typing import NDArray
 
 from moefast.core.errors import InputError, OddSpectraWarning
 from moefast.core.threads import one_blas_thread
+from moefast.mixture import Prediction
 from moefast.model import Model, predict_with
 from moefast.posterior import PosteriorMixture
-from moefast.scoring import columns_of, open_engine, table_columns
+from moefast.posterior.moving import predict_moving
+from moefast.posterior.velocities import DEFAULT_RANGE, VelocityFit
+from moefast.scoring import FIT, Engine, cannot_fit, columns_of, open_engine, table_columns
 from moefast.spectra import guard
 from moefast.spectra.files import same_wave
 from moefast.spectra.prepared import in_vacuum, prepare_rows
+from moefast.spectra.quality import Flag, Quality
 from moefast.spectra.resample import Pixels
 from moefast.spectra.telluric import CHOICES, Telluric, without_telluric
 from moefast.spectra.units import LIGHT_SPEED, flux_factor, wave_factor
@@ -54,6 +58,11 @@ class _Given:
     wave: NDArray[np.float64] | None
     unit: Any
 
+    @property
+    def has_unit(self) -> bool:
+        """Whether flux has a unit, and so was observed."""
+        return self.unit is not None and str(self.unit) != ""
+
 
 def predict_arrays(
     flux: Any,
@@ -63,6 +72,7 @@ def predict_arrays(
     wave: Any = None,
     mask: Any = None,
     velocity: Any = None,
+    velocity_range: float = DEFAULT_RANGE,
     unit: Any = None,
     medium: Literal["vacuum", "air"] = "vacuum",
     telluric: Telluric = "auto",
@@ -83,8 +93,12 @@ def predict_arrays(
         Wavelengths, in Å if they have no unit; the model's grid if absent.
     mask : array of the same shape, optional
         True (not 0) where a pixel is bad.
-    velocity : number, quantity or array of shape (n,), optional
-        Velocity that is removed, km/s.
+    velocity : number, quantity, array of shape (n,) or "fit", optional
+        Velocity that is removed, km/s. "fit": one is fitted to each spectrum, and predictions are averaged over its
+        posterior; only by posteriors. Without it that is done to flux with a unit, which was observed, if the model
+        can, and spectra are taken to be at rest otherwise.
+    velocity_range : float
+        Fitted velocities lie within so many km/s of 0, either way.
     unit : unit or text, optional
         Unit of flux and error, if they have none of their own.
     medium : "vacuum" or "air"
@@ -128,34 +142,28 @@ def predict_arrays(
     if several and (error is not None or wave is not None or mask is not None):
         raise InputError("error, wave and mask: spectra that are objects have their own; leave these out")
     parts = [_read(each, error, wave, mask, unit) for each in (flux if several else [flux])]
-    moved = _velocities(velocity, sum(len(part.flux) for part in parts))
-    prepared, row = [], 0
-    for part in parts:
-        stop = row + len(part.flux)
-        factor = np.ones(stop - row) if moved is None else 1 + moved.velocity[row:stop] / LIGHT_SPEED
-        prepared.append(
-            _prepared(part, factor, chosen.mixture.wave, row, air=medium == "air", telluric=telluric)
-        )
-        row = stop
-    x, e, bad = (np.concatenate(arrays) for arrays in zip(*prepared, strict=True))
-    moving = moved is not None and bool(np.any(moved.velocity))
-    resampled = moving or any(not _on_grid(part.wave, chosen.mixture.wave) for part in parts)
-    oddities = _look(chosen, x, e, bad, resampled=resampled)
+    fit = _fit_of(chosen, velocity, velocity_range, parts)
+    n = sum(len(part.flux) for part in parts)
+    moved = None if fit is not None else _velocities(velocity, n)
+    velocities = np.zeros(n) if moved is None else moved.velocity
+    ready = _all_ready(parts, chosen.mixture.wave, air=medium == "air", telluric=telluric)
+    resampled = bool(velocities.any()) or any(not _on_grid(part.wave, chosen.mixture.wave) for part in parts)
+    oddities = _look(chosen, ready, velocities, resampled=resampled)
     for words in oddities:
         warnings.warn(words, OddSpectraWarning, stacklevel=2)
     engine, where = open_engine(chosen.mixture, backend)
     pieces: dict[str, list[NDArray]] = {}
-    with one_blas_thread(), np.errstate(over="ignore", invalid="ignore"):
-        for first in range(0, len(x), engine.block_rows):
-            here = slice(first, first + engine.block_rows)
-            hidden = bad[here] if bad[here].any() else None
-            for name, column in columns_of(chosen, *engine(x[here], e[here], hidden, first)).items():
+    for part in ready:
+        for first in range(0, len(part), engine.block_rows):
+            rows = np.arange(first, min(first + engine.block_rows, len(part)))
+            found = _of_block(chosen, engine, part, rows, velocities[part.first_row + rows], fit)
+            for name, column in found.items():
                 pieces.setdefault(name, []).append(column)
     values = {name: np.concatenate(parts_of) for name, parts_of in pieces.items()}
-    values["row"] = np.arange(len(x))
+    values["row"] = np.arange(n)
     if moved is not None:
         values["v_los"] = moved.velocity.astype(np.float32)
-    layout = table_columns(chosen.mixture, {}, False, moved)
+    layout = table_columns(chosen.mixture, {}, False, moved if fit is None else fit)
     return Table(
         [
             Column(values[c.name], c.name, unit=units.Unit(c.unit) if c.unit else None, description=c.description)
@@ -163,9 +171,55 @@ def predict_arrays(
         ],
         meta={
             "model": chosen.name, "model_sha256": chosen.hash, "backend": where.name, "device": where.device,
+            "velocity": _words(moved, fit),
             "oddities": oddities,
         },
     )  # fmt: skip
+
+
+def _fit_of(model: Model, velocity: Any, largest: float, parts: list[_Given]) -> VelocityFit | None:
+    """What fits velocities; see `predict_arrays`."""
+    asked = isinstance(velocity, str) and velocity == FIT
+    if not (asked or (velocity is None and any(part.has_unit for part in parts))):
+        return None
+    if not isinstance(model.mixture, PosteriorMixture):
+        if asked:
+            raise InputError(cannot_fit(model))
+        return None
+    return VelocityFit(model.mixture, largest)
+
+
+def _words(moved: Velocities | None, fit: VelocityFit | None) -> str:
+    """What was done about velocities."""
+    if fit is not None:
+        return f"fitted within {fit.largest:g} km/s"
+    return "as given" if moved is not None else "taken to be at rest"
+
+
+def _of_block(
+    model: Model,
+    engine: Engine,
+    ready: _Ready,
+    rows: NDArray[np.intp],
+    velocity: NDArray,
+    fit: VelocityFit | None,
+) -> dict[str, NDArray]:
+    """Columns of some rows."""
+
+    def predict(flux: NDArray, error: NDArray, bad: NDArray[np.bool_]) -> tuple[Prediction, Quality]:
+        return engine(flux, error, bad if bad.any() else None, int(rows[0]))
+
+    with one_blas_thread(), np.errstate(over="ignore", invalid="ignore"):
+        if fit is None:
+            return columns_of(model, *predict(*ready.at_velocity(velocity, rows)))
+        result, quality, found = predict_moving(
+            fit, predict, len(rows), lambda v, some: ready.at_velocity(v, rows[some])
+        )
+        columns = columns_of(model, result, quality)
+    nothing = columns["flag"] & np.uint32(Flag.NO_DATA) != 0
+    for name, values in (("v_los", found.velocity), ("v_los_err", found.error)):
+        columns[name] = np.where(nothing, np.nan, values).astype(np.float32)
+    return columns
 
 
 def _on_grid(wave: NDArray[np.float64] | None, grid: NDArray[np.float64]) -> bool:
@@ -173,16 +227,28 @@ def _on_grid(wave: NDArray[np.float64] | None, grid: NDArray[np.float64]) -> boo
     return wave is None or (wave.ndim == 1 and same_wave(wave, grid))
 
 
-def _look(
-    model: Model, flux: NDArray, error: NDArray, bad: NDArray[np.bool_], *, resampled: bool
-) -> list[str]:
+def _look(model: Model, ready: list[_Ready], velocity: NDArray, *, resampled: bool) -> list[str]:
     """What is odd about spectra on the model's grid, as of the first array of a file."""
-    rows = guard.spread_rows(len(flux))
-    sample = guard.Sample.of(
-        model.mixture.wave, flux[rows], error[rows], bad[rows], rows=rows, resampled=resampled
-    )
+    rows = guard.spread_rows(len(velocity))
+    parts = []
+    for part in ready:
+        own = rows[(rows >= part.first_row) & (rows < part.first_row + len(part))]
+        parts.append(part.at_velocity(velocity[own], own - part.first_row))
+    flux, error, bad = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    sample = guard.Sample.of(model.mixture.wave, flux, error, bad, rows=rows, resampled=resampled)
     free_scale = isinstance(model.mixture, PosteriorMixture)
     return [odd.words for odd in guard.look(sample, model.mixture.reference, free_scale=free_scale)]
+
+
+def _all_ready(
+    parts: list[_Given], grid: NDArray[np.float64], *, air: bool, telluric: Telluric
+) -> list[_Ready]:
+    """Spectra that need only be put on the model's grid."""
+    out, row = [], 0
+    for part in parts:
+        out.append(_Ready.of(part, grid, row, air=air, telluric=telluric))
+        row += len(part.flux)
+    return out
 
 
 def _velocities(velocity: Any, n: int) -> Velocities | None:
@@ -288,39 +354,64 @@ def _unpacked(thing: Any, error: Any, wave: Any, mask: Any) -> tuple[Any, Any, A
     return flux, error, wave, mask
 
 
-def _prepared(
-    given: _Given,
-    factor: NDArray[np.float64],
-    grid: NDArray[np.float64],
-    first_row: int,
-    *,
-    air: bool,
-    telluric: Telluric,
-) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]:
-    x, e, wave = given.flux, given.error, given.wave
-    if wave is None:
-        if x.shape[1] != len(grid):
-            raise InputError(
-                f"flux has {x.shape[1]} pixels, the model's grid {len(grid)} ({grid[0]:.2f} to {grid[-1]:.2f} Å); give "
-                "the wavelengths as wave"
-            )
-        wave = grid
-    scale = given.unit is not None and str(given.unit) != ""
-    if scale:
-        factors = np.broadcast_to(flux_factor(given.unit, wave.ravel(), "flux").reshape(wave.shape), x.shape)
-        with np.errstate(all="ignore"):
-            x, e = x * factors, e * factors
-    else:
-        _check_scale(x, e, given.bad)
-    arm = Pixels.of_rows(wave, x, e, given.bad, "wave")
-    arm = in_vacuum(arm) if air else arm
-    if telluric == "mask" or (telluric == "auto" and scale):
-        arm = without_telluric(arm)
-    x, e, lost, faults = prepare_rows([arm], factor, grid, scale=scale)
-    if faults:
-        row, text = min(faults.items())
-        raise InputError(f"spectrum {first_row + row}: {text}")
-    return x, e, lost
+@dataclass(frozen=True)
+class _Ready:
+    """Spectra in f_λ and in vacuum, bad pixels marked, that need only be put on the model's grid.
+
+    Attributes
+    ----------
+    arm : Pixels
+    grid : array of shape (p,), Å
+    scale : bool
+        Whether each is divided by its median.
+    first_row : int
+        For messages.
+    """
+
+    arm: Pixels
+    grid: NDArray[np.float64]
+    scale: bool
+    first_row: int
+
+    def __len__(self) -> int:
+        return self.arm.n_rows
+
+    @classmethod
+    def of(
+        cls, given: _Given, grid: NDArray[np.float64], first_row: int, *, air: bool, telluric: Telluric
+    ) -> _Ready:
+        """What was given, in the units that models know."""
+        x, e, wave = given.flux, given.error, given.wave
+        if wave is None:
+            if x.shape[1] != len(grid):
+                raise InputError(
+                    f"flux has {x.shape[1]} pixels, the model's grid {len(grid)} ({grid[0]:.2f} to {grid[-1]:.2f} Å); "
+                    "give the wavelengths as wave"
+                )
+            wave = grid
+        if given.has_unit:
+            factors = flux_factor(given.unit, wave.ravel(), "flux").reshape(wave.shape)
+            factors = np.broadcast_to(factors, x.shape)
+            with np.errstate(all="ignore"):
+                x, e = x * factors, e * factors
+        else:
+            _check_scale(x, e, given.bad)
+        arm = Pixels.of_rows(wave, x, e, given.bad, "wave")
+        arm = in_vacuum(arm) if air else arm
+        if telluric == "mask" or (telluric == "auto" and given.has_unit):
+            arm = without_telluric(arm)
+        return cls(arm, grid, given.has_unit, first_row)
+
+    def at_velocity(
+        self, velocity: NDArray, rows: NDArray[np.intp]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]:
+        """Flux, error and mask of some rows on the grid, with a velocity [km/s] of each removed."""
+        factor = 1 + velocity / LIGHT_SPEED
+        x, e, lost, faults = prepare_rows([self.arm.take(rows)], factor, self.grid, scale=self.scale)
+        if faults:
+            row, text = min(faults.items())
+            raise InputError(f"spectrum {self.first_row + int(rows[row])}: {text}")
+        return x, e, lost
 
 
 def _check_scale(x: NDArray, e: NDArray, bad: NDArray[np.bool_]) -> None:

@@ -47,12 +47,29 @@ RECIPES: dict[str, Recipe] = {
     "posterior": Recipe(
         PHYSICAL_GRID,
         "posterior over clouds of templates at each star's own noise and gaps; scale and slope of the flux are free",
-        {"families": ("posterior",), "slope_widths": (0.1, 0.05, 0.05, 0.05), "sky_width": 4.0},
+        {
+            "families": ("posterior",),
+            "slope_widths": (0.1, 0.05, 0.05, 0.05),
+            "sky_width": 4.0,
+            "beyond": True,
+            "n_clouds": 640,
+        },
     ),
     "posterior-calibrated": Recipe(
         PHYSICAL_GRID,
         "the same for spectra whose flux calibration can be trusted: the scale is free, the slope is not",
         {"families": ("posterior",)},
+    ),
+    "posterior-linear": Recipe(
+        PHYSICAL_GRID,
+        "linear experts at each star's own noise and gaps, 12 bins of log g in each of 9 bins, gate by evidence",
+        {
+            "families": ("posterior",),
+            "n_gravity_bins": 12,
+            "n_tangents": 8,
+            "slope_widths": (0.1, 0.05, 0.05, 0.05),
+            "sky_width": 4.0,
+        },
     ),
     "hybrid-moe": Recipe(
         PHYSICAL_GRID,

@@ -22,13 +22,15 @@ from moefast.backend import Backend, resolve_backend
 from moefast.core.errors import BackendError, InputError, MoefastError, OutputError
 from moefast.core.labels import plausible
 from moefast.core.metrics import SquaredErrors
-from moefast.core.outputs import INPUTS, ROW, prediction_columns
+from moefast.core.outputs import INPUTS, ROW, VELOCITY, prediction_columns
 from moefast.core.threads import CORES, map_in_order, one_blas_thread
 from moefast.core.version import __version__
 from moefast.kernels import PROJECT_ROWS
 from moefast.mixture import Prediction
 from moefast.model import Model, shipped_path
 from moefast.posterior.mixture import AnyMixture, PosteriorMixture
+from moefast.posterior.moving import predict_moving
+from moefast.posterior.velocities import DEFAULT_RANGE, FittedVelocities, VelocityFit
 from moefast.spectra import guard
 from moefast.spectra.files import Block, Failure, SpectrumSet, find_files
 from moefast.spectra.layouts.pfsspec import IDENTIFIER, identifiers
@@ -40,7 +42,9 @@ from moefast.spectra.telluric import Telluric
 from moefast.spectra.velocities import Velocities, find_velocities
 
 __all__ = [
+    "FIT",
     "Summary",
+    "cannot_fit",
     "choose_rows",
     "columns_of",
     "count_rows",
@@ -50,7 +54,9 @@ __all__ = [
     "open_engine",
     "predict",
     "score_block",
+    "score_moving",
     "unlike_reasons",
+    "velocity_fit",
 ]
 
 BLOCK_ROWS = 2048
@@ -65,6 +71,8 @@ ONNX_ROWS, ONNX_BYTES = 1024, 2**27
 """Rows of a block for ONNX Runtime at most, and bytes of the largest value that it makes of a block."""
 LEAST_ROWS = 16
 """Spectra that a GPU must have room for: with less, halving a block does not help."""
+FIT = "fit"
+"""In the place of velocities: fit them."""
 _LABEL = "log_g"
 _LOST = (Flag.NO_DATA, Flag.FEW_GOOD_PIXELS)
 
@@ -223,7 +231,7 @@ def without_kernels(mixture: AnyMixture) -> str:
         return "a posterior of all labels"
     if unknown := sorted({p.expert.words for p in mixture.experts if not (p.added or p.expert.on_cuda)}):
         return " or ".join(unknown)
-    if mixture.residuals:
+    if any(place.added for place in mixture.experts):
         return "residuals of experts"
     return "" if mixture.tower is None else "the second tower of a gate"
 
@@ -470,19 +478,20 @@ KNOWN = {
 
 
 def table_columns(
-    mixture: AnyMixture, ids: Mapping[str, np.dtype], several: bool, velocity: Velocities | None = None
+    mixture: AnyMixture,
+    ids: Mapping[str, np.dtype],
+    several: bool,
+    velocity: Velocities | VelocityFit | None = None,
 ) -> list[Column]:
-    """Columns of a prediction table, in order."""
+    """Columns of a prediction table, in order; with `velocity` those that tell what was removed."""
     columns = [Column.of(one) for one in (INPUTS if several else (ROW,))]
     columns += [
         Column(name, dtype, *KNOWN.get(name, ("", "carried along from the input")))
         for name, dtype in ids.items()
     ]
     if velocity is not None:
-        columns.append(Column("v_los", np.dtype("float32"), "km s-1", "velocity that was removed"))
-        if velocity.error is not None:
-            error = Column("v_los_err", np.dtype("float32"), "km s-1", "1 sigma of the velocity, as given")
-            columns.append(error)
+        known = isinstance(velocity, VelocityFit) or velocity.error is not None
+        columns += [Column.of(one) for one in (VELOCITY if known else VELOCITY[:1])]
     bits = ", ".join(f"{flag.value} {flag.name}" for flag in Flag)
     meanings = {"flag": f"sum of {bits}; 0 is what you want"}
     return columns + [
@@ -532,6 +541,7 @@ def predict(
     shard: tuple[int, int] | None = None,
     overwrite: bool = False,
     velocity: float | str | Path | None = None,
+    velocity_range: float = DEFAULT_RANGE,
     medium: Literal["auto", "vacuum", "air"] = "auto",
     telluric: Telluric = "auto",
     select: str | None = None,
@@ -561,9 +571,13 @@ def predict(
         (i, N): score part i of N equal parts.
     overwrite : bool
         Replace an existing table.
-    velocity : number, column or path, optional
+    velocity : number, column, path or "fit", optional
         Velocities that are removed [km/s]: one for all, a column of the spectra, or a table that is joined by
-        identifiers (see `moefast.spectra.velocities`). Without it spectra are taken to be at rest.
+        identifiers (see `moefast.spectra.velocities`). "fit": one is fitted to each spectrum, and predictions are
+        averaged over its posterior; only by posteriors. Without it spectra of surveys are fitted if the model can, and
+        all others, those of the simulator among them, are taken to be at rest.
+    velocity_range : float
+        Fitted velocities lie within so many km/s of 0, either way.
     medium : "auto", "vacuum" or "air"
         What wavelengths are in; "auto" is what the survey uses.
     telluric : "auto", "mask" or "keep"
@@ -606,7 +620,8 @@ def predict(
         if not wanted_rows.any():
             raise InputError(f"--select {select!r}: holds for none of the rows {start}:{stop}")
     n_out = int(wanted_rows.sum())
-    moved = None if velocity is None else move(spectra, velocity, wanted_rows)
+    fit = velocity_fit(chosen, spectra, velocity, velocity_range)
+    moved = fit if fit is not None or velocity is None else move(spectra, velocity, wanted_rows)
     ids = {name: _id_dtype(spectra, name) for name in _carried(spectra, keep)}
     labelled = spectra.has_labels((_LABEL,))
     layout = table_columns(chosen.mixture, ids, several, moved)
@@ -623,7 +638,6 @@ def predict(
         "inputs": [str(path) for path in origins.paths],
         "input_sha256": spectra.fingerprint(),
         "array": "+".join(scored),
-        "medium": medium,
         "telluric": telluric,
         "rows": f"{start}:{stop}",
         "backend": where.name,
@@ -641,7 +655,9 @@ def predict(
     if select is not None:
         attrs["select"] = select
     if moved is not None:
-        attrs["velocity"] = moved.source
+        attrs["velocity"] = (
+            moved.source if isinstance(moved, Velocities) else f"fitted within {moved.largest:g} km/s"
+        )
     summary = Summary(
         backend=where.name,
         device=where.device,
@@ -674,8 +690,15 @@ def predict(
 
     def score(block: Block) -> _Scored:
         base = int(spectra.first_rows[block.shard])
-        found = score_block(engine, block, block.first_row - base)
-        return _Scored(block.first_row, block.shard, block.params, *found)
+        shard = spectra.shards[block.shard]
+        if fit is not None and isinstance(shard, PreparedShard) and (velocity is not None or shard.observed):
+            which = "noisy" if array != "flux" and "noisy" in shard.arrays else "flux"
+            result, quality, fitted = score_moving(engine, fit, shard, which, block, block.first_row - base)
+            moving = (fitted.velocity, fitted.error)
+        else:
+            result, quality = score_block(engine, block, block.first_row - base)
+            moving = (np.zeros(len(block)), np.full(len(block), np.nan))
+        return _Scored(block.first_row, block.shard, block.params, result, quality, *moving)
 
     def write(parts: list[_Scored]) -> None:
         """Flag rows of one file that follow each other, and write them."""
@@ -692,6 +715,11 @@ def predict(
         lead = _lead(origins, shard, (begin, begin + n), chosen_rows, several)
         lead |= {name: _identifiers(params[name], dtype) for name, dtype in ids.items()}
         lead |= _velocity_columns(moved, first, chosen_rows)
+        if fit is not None:
+            nothing = (columns["flag"] & np.uint32(Flag.NO_DATA)) != 0
+            for one, name in zip(VELOCITY, ("velocity", "velocity_error"), strict=True):
+                values = np.concatenate([getattr(p, name) for p in parts])[chosen_rows]
+                lead[one.name] = np.where(nothing, np.nan, values).astype(one.dtype)
         sink.write({**lead, **columns})
         if labelled:
             known = plausible(_LABEL, params[_LABEL])
@@ -705,6 +733,11 @@ def predict(
         parts.clear()
 
     warm_up(engine, chosen.mixture.n_pixels)
+    if fit is not None:
+        fit.prepare()
+        for each in spectra.shards:
+            if isinstance(each, PreparedShard):
+                each.keep_measured()
     begin = time.perf_counter()
     with sink, one_blas_thread():
         position, waiting = start, list[_Scored]()
@@ -737,7 +770,11 @@ def predict(
         summary.seconds = time.perf_counter() - begin
         summary.spectra_per_second = summary.n_rows / summary.seconds
         summary.r2 = r2.r2() if labelled else None
-        summary.notes = [*_told(spectra, moved), *_notes(looked_at, unlike, summary, chosen), *about_params]
+        summary.notes = [
+            *_told(spectra, moved, chosen, velocity),
+            *_notes(looked_at, unlike, summary, chosen),
+            *about_params,
+        ]
         sink.attrs.update(
             seconds=summary.seconds,
             spectra_per_second=summary.spectra_per_second,
@@ -817,8 +854,11 @@ def _lead(
     return lead
 
 
-def _velocity_columns(moved: Velocities | None, first: int, wanted: NDArray[np.bool_]) -> dict[str, NDArray]:
-    if moved is None:
+def _velocity_columns(
+    moved: Velocities | VelocityFit | None, first: int, wanted: NDArray[np.bool_]
+) -> dict[str, NDArray]:
+    """Velocities that were given; what is fitted comes with each block."""
+    if not isinstance(moved, Velocities):
         return {}
     here = slice(first, first + len(wanted))
     out = {"v_los": moved.velocity[here][wanted].astype(np.float32)}
@@ -827,10 +867,82 @@ def _velocity_columns(moved: Velocities | None, first: int, wanted: NDArray[np.b
     return out
 
 
-def _told(spectra: SpectrumSet, moved: Velocities | None) -> list[str]:
+def velocity_fit(
+    model: Model, spectra: SpectrumSet, velocity: float | str | Path | None, largest: float
+) -> VelocityFit | None:
+    """What fits velocities, if that is asked for or, of spectra of surveys, nothing is; see `predict`."""
+    if velocity is not None and velocity != FIT:
+        return None
+    shards = [s for s in spectra.shards if isinstance(s, PreparedShard) and (velocity == FIT or s.observed)]
+    if not isinstance(model.mixture, PosteriorMixture):
+        if velocity == FIT:
+            raise InputError(cannot_fit(model))
+        return None
+    if not shards:
+        return None
+    return VelocityFit(model.mixture, largest)
+
+
+def cannot_fit(model: Model) -> str:
+    """Why a model that is no posterior fits no velocities, and what to do."""
+    return (
+        f"velocity fit: the model {model.name} is no posterior and cannot tell how probable a velocity is; use one "
+        "that is (-m observed, -m z0), or give velocities"
+    )
+
+
+def score_moving(
+    engine: Engine, fit: VelocityFit, shard: PreparedShard, array: str, block: Block, first_row: int
+) -> tuple[Prediction, Quality, FittedVelocities]:
+    """What an engine gives for a block of stars whose velocities are fitted, and these."""
+    arms = shard.measured(array, first_row, first_row + len(block))
+    lost = np.zeros(len(block), np.bool_)
+    if block.mask is not None:
+        np.all(block.mask, axis=1, out=lost)
+
+    def at_rest(velocity: NDArray, rows: NDArray[np.intp]) -> tuple[NDArray, NDArray, NDArray[np.bool_]]:
+        flux, error, mask = shard.at_velocity(arms, velocity, rows)
+        # What is wrong with a row is wrong with it at every velocity.
+        mask[lost[rows]] = True
+        return flux, error, mask
+
+    def score(flux: NDArray, error: NDArray, mask: NDArray[np.bool_]) -> tuple[Prediction, Quality]:
+        return engine(flux, error, mask, first_row)
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        return predict_moving(fit, score, len(block), at_rest)
+
+
+def _told(
+    spectra: SpectrumSet,
+    moved: Velocities | VelocityFit | None,
+    model: Model,
+    velocity: float | str | Path | None,
+) -> list[str]:
     """What the files, and the velocities, have users know."""
     notes = [note for shard in spectra.shards if isinstance(shard, PreparedShard) for note in shard.notes]
-    return list(dict.fromkeys([*notes, *([] if moved is None else moved.notes)]))
+    if isinstance(moved, VelocityFit):
+        why = "" if velocity is not None else "none were given, so "
+        how = (
+            ""
+            if velocity is not None
+            else "; --velocity TABLE gives them, --velocity 0 takes spectra to be at rest"
+        )
+        notes.append(
+            f"velocities: {why}one was fitted to each star within {moved.largest:g} km/s (v_los, v_los_err){how}"
+        )
+    elif moved is not None:
+        notes += moved.notes
+    elif any(isinstance(shard, PreparedShard) and shard.observed for shard in spectra.shards):
+        notes.append(
+            "velocities: none were given, and this model fits none: spectra are taken to be at rest, which those of "
+            "surveys are not; use --velocity, or a model that fits them (-m observed)"
+        )
+    elif isinstance(model.mixture, PosteriorMixture):
+        notes.append(
+            "velocities: spectra of the simulator are taken to be at rest; --velocity fit fits one to each"
+        )
+    return list(dict.fromkeys(notes))
 
 
 def _same_file(first: str | Path, second: Path) -> bool:
@@ -1017,13 +1129,15 @@ def _misfit(chi2: NDArray, snr: NDArray) -> tuple[float, float] | None:
 
 @dataclass(frozen=True)
 class _Scored:
-    """A scored block: its first row in the set, its shard, params, and what the engine gave."""
+    """A scored block: its first row in the set, its shard, params, what the engine gave, and velocities if fitted."""
 
     first_row: int
     shard: int
     params: dict[str, NDArray]
     result: Prediction
     quality: Quality
+    velocity: NDArray
+    velocity_error: NDArray
 
 
 class _Sink:

@@ -6,7 +6,23 @@ import numpy as np
 
 from moefast.core import grids
 from moefast.core.groups import groups_of
-from moefast.protocol.report import evaluate_predictions
+from moefast.protocol.report import Bootstrap, Comparisons, DataSet, Predictions, Stars, evaluate_predictions
+
+
+def evaluated(y, yhat, err, *, t_eff, m_h, snr_norm, snr_median, data_set, fingerprint, model=None, **more):
+    """A report of columns and options that tests change one by one."""
+    names = {kind: kind.__dataclass_fields__ for kind in (Predictions, DataSet, Comparisons, Bootstrap)}
+    unknown = set(more) - {name for fields in names.values() for name in fields}
+    assert not unknown, unknown
+    of = {kind: {name: more[name] for name in fields if name in more} for kind, fields in names.items()}
+    return evaluate_predictions(
+        Stars(y, t_eff, m_h, snr_norm, snr_median),
+        Predictions(yhat, err, **of[Predictions]),
+        DataSet(data_set, fingerprint, **of[DataSet]),
+        comparisons=Comparisons(**of[Comparisons]),
+        model=model,
+        bootstrap=Bootstrap(**of[Bootstrap]),
+    )
 
 
 def report(n=1201, *, n_resamples=40, **changes):
@@ -44,7 +60,7 @@ def report(n=1201, *, n_resamples=40, **changes):
         "noise_level": 1.0,
         "model": {"kind": "model", "name": "phys-moe", "sha256": "aa", "references_of": "phys-moe"},
     }
-    return evaluate_predictions(**(arguments | labels | changes), n_resamples=n_resamples)
+    return evaluated(**(arguments | labels | changes), n_resamples=n_resamples)
 
 
 RUN = {

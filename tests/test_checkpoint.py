@@ -152,8 +152,8 @@ def test_a_checkpoint_of_another_fit_is_refused_and_stays(toy_file, train_file, 
         fit(toy_file, noise="sampled", references=False, checkpoint=kept)
     with pytest.raises(InputError, match=r"options\.grid\.t_eff_edges was"):
         fit(toy_file, recipe="global-ridge", checkpoint=kept)
-    monkeypatch.setattr(module, "SCHEMA", 2)
-    with pytest.raises(InputError, match="schema was 1, is 2"):
+    monkeypatch.setattr(module, "SCHEMA", 3)
+    with pytest.raises(InputError, match="schema was 2, is 3"):
         fit(toy_file, checkpoint=kept)
     monkeypatch.undo()
     monkeypatch.setattr(module, "__version__", "9.9")
@@ -163,7 +163,9 @@ def test_a_checkpoint_of_another_fit_is_refused_and_stays(toy_file, train_file, 
 
 
 @pytest.mark.usefixtures("only_the_first_pass")
-@pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "text", "foreign", "waiting", "rows"])
+@pytest.mark.parametrize(
+    "damage", ["cut", "empty", "flipped", "text", "foreign", "waiting", "rows", "edited"]
+)
 def test_a_damaged_checkpoint_is_told_and_the_fit_starts_anew(toy_file, kept, damage, caplog):
     path = kept / FILE
     content = bytearray(path.read_bytes())
@@ -183,6 +185,13 @@ def test_a_damaged_checkpoint_is_told_and_the_fit_starts_anew(toy_file, kept, da
         np.savez(path, **(arrays | {"header": np.frombuffer(header, np.uint8)}))
     elif damage == "waiting":
         np.savez(path, **(arrays | {"equations/waiting": arrays["equations/waiting"] + 64}))
+    elif damage == "edited":
+        # Rows, too, so that nothing contradicts: by hand, with NumPy, as anybody might.
+        header = json.loads(arrays["header"].tobytes())
+        name = next(name for name in arrays if arrays[name].dtype.kind == "f" and arrays[name].size > 1)
+        arrays[name].flat[0] += 1
+        arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
+        np.savez(path, **arrays)
     else:
         np.savez(path, **(arrays | {"equations/count": arrays["equations/count"] + 1}))
     seen = {}
@@ -195,6 +204,22 @@ def test_a_damaged_checkpoint_is_told_and_the_fit_starts_anew(toy_file, kept, da
     with np.load(path) as file:
         assert json.loads(file["header"].tobytes())["rows"] == ROWS
         assert file["equations/count"].sum() == ROWS - 1
+
+
+@pytest.mark.parametrize("what", ["rows", "key", "checksum"])
+def test_a_header_changed_by_hand_is_told(what, tmp_path):
+    said = []
+    kept = Checkpoint(tmp_path, tell=said.append)
+    kept.begin({"spectra": "x"}, 100)
+    kept.save(3, {"numbers": np.arange(3)})
+    with np.load(kept.path) as file:
+        arrays = {name: file[name] for name in file.files}
+    header = json.loads(arrays["header"].tobytes())
+    assert kept.load(lambda rows, read: (rows, read("numbers").tolist())) == (3, [0, 1, 2])
+    header[what] = {"rows": 2, "key": {**header["key"], "more": 1}, "checksum": "0" * 64}[what]
+    np.savez(kept.path, **(arrays | {"header": np.frombuffer(json.dumps(header).encode(), np.uint8)}))
+    assert kept.load(lambda rows, read: (rows, read("numbers"))) is None
+    assert "its header was changed" in said[-1]
 
 
 def test_the_one_before_stays_until_the_next_is_complete(tmp_path, monkeypatch):

@@ -10,6 +10,8 @@ from importlib import import_module, metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = {
@@ -90,3 +92,20 @@ def test_python_started_inside_a_clone_finds_all_of_the_package():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip()).parent.name == "kernels"
+
+
+def test_constraints_pin_every_requirement_within_its_range():
+    """Of all extras: what is not pinned is another version tomorrow."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    pins = {canonicalize_name(name): version for name, version in pins.items()}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    assert {"build", "test", "cuda"} <= set(extras)
+    for text in [*project["dependencies"], *(text for extra in extras.values() for text in extra)]:
+        requirement = Requirement(text)
+        # Of two kinds of ONNX Runtime a machine gets one.
+        if requirement.name == "moefast" or (requirement.marker and not requirement.marker.evaluate()):
+            continue
+        assert canonicalize_name(requirement.name) in pins, text
+        assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), text

@@ -1,30 +1,35 @@
-"""One case: a command of moefast in a process of its own, and what became of it.
+"""One case: work of moefast in a forked process, and what became of it.
 
 Design: the process is forked from one that has everything loaded, so that a case takes as long as the work itself. A
-case survives if its result is right, or if it is refused with a message of moefast's own and nothing is left under the
-name.
+case survives if its result is right, or if it is refused with a message of moefast's own and the exit code that belongs
+to it, and nothing is left under the name or beside it.
 """
 
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["OUTCOMES", "Case", "Ended", "judge", "run_command"]
+from moefast.core.errors import MoefastError
 
-OUTCOMES = ("right", "refused", "wrong", "traceback", "crash", "hang")
-"""The first two are survivals."""
+__all__ = ["OUTCOMES", "SURVIVED", "Case", "Ended", "command", "judge", "run"]
+
+SURVIVED = 2
+OUTCOMES = ("right", "refused", "wrong", "misleading", "left behind", "traceback", "crash", "hang")
+"""The first two are survivals. Wrong: other numbers under the final name, or none with exit code 0; misleading: refused
+without a message or with an exit code of another cause; left behind: right or refused, but something lies beside it."""
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended.
+    """How work ended.
 
     Attributes
     ----------
@@ -32,10 +37,13 @@ class Ended:
         Exit code; None if it had to be stopped, minus the number of a signal that ended it.
     said : str
         Standard output and standard error together.
+    seconds : float
+        How long it took.
     """
 
     code: int | None
     said: str
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -47,26 +55,43 @@ class Case:
     outcome: str
     said: str = ""
 
+    @property
+    def survived(self) -> bool:
+        """Whether the result was right, or was refused as it should be."""
+        return self.outcome in OUTCOMES[:SURVIVED]
 
-def run_command(
-    arguments: list[str],
+
+def command(*arguments: str | Path) -> Callable[[], None]:
+    """The work of the command `moefast` with these arguments."""
+
+    def work() -> None:
+        from moefast.cli import main
+
+        sys.argv = ["moefast", *map(str, arguments)]
+        main()
+
+    return work
+
+
+def run(
+    work: Callable[[], object],
     log: Path,
     *,
-    limit: float = 120.0,
+    limit: float = 600.0,
     first: Callable[[], None] = lambda: None,
     kill: tuple[float, int] | None = None,
 ) -> Ended:
-    """Run `moefast` with these arguments in a forked process.
+    """Do some work in a forked process; an error of moefast ends it as it ends a command.
 
     Parameters
     ----------
-    arguments : list of str
+    work : callable
     log : Path
         File for what it says.
     limit : float
         Seconds after which it counts as hanging.
     first : callable
-        Done in the new process before anything else.
+        Done in the new process before the work.
     kill : (float, int), optional
         Seconds after which it gets a signal, and which.
     """
@@ -74,39 +99,39 @@ def run_command(
     sys.stderr.flush()
     child = os.fork()
     if child == 0:
-        _in_child(arguments, log, first)
-    begin, killed = time.monotonic(), False
-    while True:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            code = os.waitstatus_to_exitcode(status)
-            return Ended(code, log.read_text(errors="replace"))
-        now = time.monotonic() - begin
-        if kill is not None and not killed and now > kill[0]:
+        _in_child(work, log, first)
+    begin = time.monotonic()
+    # Waiting costs nothing, unlike asking again and again.
+    handle = os.pidfd_open(child)
+    try:
+        if kill is not None and not select.select([handle], [], [], kill[0])[0]:
             os.kill(child, kill[1])
-            killed = True
-        if now > limit:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            return Ended(None, log.read_text(errors="replace"))
-        time.sleep(0.002)
+        hangs = not select.select([handle], [], [], limit)[0]
+    finally:
+        os.close(handle)
+    if hangs:
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    code = None if hangs else os.waitstatus_to_exitcode(status)
+    return Ended(code, log.read_text(errors="replace"), time.monotonic() - begin)
 
 
-def _in_child(arguments: list[str], log: Path, first: Callable[[], None]) -> None:
+def _in_child(work: Callable[[], object], log: Path, first: Callable[[], None]) -> None:
     code = 1
     try:
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-        sys.argv = ["moefast", *arguments]
-        from moefast.cli import main
-
+        # The streams must not close the log: a failing layer would count that call.
+        sys.stdout, sys.stderr = (os.fdopen(n, "w", closefd=False) for n in (1, 2))
         first()
-        main()
+        work()
         code = 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1 if error.code else 0
+    except MoefastError as error:
+        print(f"moefast: error: {error}", file=sys.stderr)
+        code = error.exit_code
     except BaseException:
         traceback.print_exc()
     finally:
@@ -116,9 +141,16 @@ def _in_child(arguments: list[str], log: Path, first: Callable[[], None]) -> Non
 
 
 def judge(
-    campaign: str, name: str, ended: Ended, is_there: Callable[[], bool], is_right: Callable[[], bool]
+    campaign: str,
+    name: str,
+    ended: Ended,
+    is_there: Callable[[], bool],
+    is_right: Callable[[], bool],
+    *,
+    codes: Collection[int] = range(1, 256),
+    leftovers: Callable[[], list[str]] = list,
 ) -> Case:
-    """Judge how a command ended.
+    """Judge how work ended.
 
     Parameters
     ----------
@@ -126,15 +158,27 @@ def judge(
     ended : Ended
     is_there, is_right : callable
         Whether there is a result under its final name, and whether it is what it should be.
+    codes : collection of int
+        Exit codes with which it may be refused.
+    leftovers : callable
+        What lies beside the result and should not.
     """
+    said = ended.said
+    killed = ended.code is not None and ended.code < 0
     if ended.code is None:
         outcome = "hang"
-    elif "Traceback (most recent" in ended.said or "Exception ignored" in ended.said:
+    elif "Traceback (most recent" in said or "Exception ignored" in said:
         outcome = "traceback"
-    elif ended.code < 0 and -ended.code not in (signal.SIGKILL, signal.SIGTERM):
+    elif killed and -ended.code not in (signal.SIGKILL, signal.SIGTERM):
         outcome = "crash"
     elif is_there():
         outcome = "right" if is_right() else "wrong"
+    elif ended.code == 0:
+        outcome = "wrong"
+    elif not killed and (ended.code not in codes or "moefast: " not in said):
+        outcome, said = "misleading", f"exit code {ended.code}: {said}"
     else:
-        outcome = "wrong" if ended.code == 0 else "refused"
-    return Case(campaign, name, outcome, "" if outcome in OUTCOMES[:2] else ended.said[-2000:])
+        outcome = "refused"
+    if outcome in OUTCOMES[:SURVIVED] and not killed and (left := leftovers()):
+        outcome, said = "left behind", f"{left}: {said}"
+    return Case(campaign, name, outcome, "" if outcome in OUTCOMES[:SURVIVED] else said[-2000:])

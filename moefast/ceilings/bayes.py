@@ -14,6 +14,7 @@ Cost: 3000 likelihoods and 0.15 s of a core per star without nuisances, 5800 and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -22,11 +23,13 @@ from numpy.typing import NDArray
 from scipy.special import ndtri
 from scipy.stats import qmc
 
+from moefast.ceilings.likelihood import VisitLikelihood
 from moefast.ceilings.posterior import sample_posterior
 from moefast.core.threads import CORES, one_blas_thread
 from moefast.kernels import gaussian_log_likelihood
 from moefast.simulate.emulator import LABELS
 from moefast.simulate.forward import ForwardModel
+from moefast.simulate.noise import SkyFactors
 from moefast.simulate.rows import SEEING_MEDIAN
 
 __all__ = ["Library", "StarPosteriors", "posteriors"]
@@ -58,6 +61,7 @@ class Library:
     _mean: F32
     _whitener: F32
     _directions: F32
+    _away: F32
 
     @classmethod
     def draw(cls, forward: ForwardModel, *, size: int = LIBRARY_SIZE) -> Library:
@@ -75,6 +79,7 @@ class Library:
         whitener = (1.0 / np.sqrt(variance)).astype(np.float32)
         white = (sample - mean) * whitener
         shapes = forward.calibration_shapes
+        away = np.zeros((len(mean), 0), np.float32)
         if shapes is not None:
             # Directions in which calibration errors move a spectrum tell nothing here.
             away, _ = np.linalg.qr((shapes * mean * whitener).T)
@@ -93,17 +98,31 @@ class Library:
 
         with one_blas_thread(), ThreadPoolExecutor(CORES) as pool:
             list(pool.map(fill, range(0, size, ROWS_AT_A_TIME)))
-        return cls(z, keys, (keys**2).sum(axis=1), mean, whitener, directions)
+        return cls(z, keys, (keys**2).sum(axis=1), mean, whitener, directions, away)
 
     def log_likelihood(self, data: F64, error: F64, good: NDArray[np.bool_] | None) -> F64:
-        """Approximate log-likelihood of every draw, shape (m,): white noise of one level in the subspace."""
-        apart = np.where(np.isfinite(data), data, self._mean) - self._mean
-        if good is not None:
-            apart = np.where(good, apart, 0.0)
-        key = (apart.astype(np.float32) * self._whitener) @ self._directions
-        white = (error * self._whitener) ** 2
-        level = np.median(white if good is None else white[good])
-        return -0.5 * (self._norms - 2.0 * (self.keys @ key)).astype(float) / level
+        """Approximate log-likelihood of every draw, shape (m,): white noise of one level in the subspace.
+
+        Of a star that has lost pixels the others count as they are, with the calibration free; lost pixels taken as
+        the mean spectrum would draw the start towards it.
+        """
+        use = np.ones(len(self._mean), bool) if good is None else good
+        apart = np.where(use, data - self._mean, 0.0).astype(np.float32) * self._whitener
+        level = float(np.median((error * self._whitener)[use] ** 2))
+        if use.all():
+            key = apart @ self._directions
+            return -0.5 * (self._norms - 2.0 * (self.keys @ key)).astype(float) / level
+        seen = np.concatenate([self._directions, self._away], axis=1) * use[:, None].astype(np.float32)
+        matrix, vector = (seen.T @ seen).astype(float), (seen.T @ apart).astype(float)
+        k = self.keys.shape[1]
+        free = np.linalg.solve(
+            matrix[k:, k:] + 1e-6 * np.eye(len(matrix) - k), np.column_stack([matrix[k:, :k], vector[k:]])
+        )
+        vector = vector[:k] - matrix[:k, k:] @ free[:, -1]
+        matrix = matrix[:k, :k] - matrix[:k, k:] @ free[:, :-1]
+        curved = self.keys @ matrix.astype(np.float32)
+        gain = self.keys @ vector.astype(np.float32) - 0.5 * np.einsum("mk,mk->m", curved, self.keys)
+        return gain.astype(float) / level
 
 
 @dataclass(frozen=True)
@@ -141,6 +160,7 @@ def posteriors(
     truth: dict[str, F64],
     *,
     good: NDArray[np.bool_] | None = None,
+    sky: SkyFactors | None = None,
     target_ess: float = TARGET_ESS,
     seed: int = 0,
     threads: int | None = None,
@@ -159,6 +179,8 @@ def posteriors(
     truth : dict of str to array of shape (n,)
         True labels, for the ranks.
     good : array of shape (n, p), bool, optional
+    sky : SkyFactors, optional
+        Brightness of each star's sky, where visits differ.
     target_ess : float
     seed : int
     threads : int, optional
@@ -168,13 +190,24 @@ def posteriors(
     shapes = forward.calibration_shapes
 
     def one(i: int) -> list[float]:
-        terms = forward.variance_terms(float(mag[i]), float(seeing[i]))
         x = np.asarray(data[i], dtype=float)
         use = None if good is None else good[i]
+        log_likelihood: Callable[[F64], F64]
+        if sky is None:
+            terms = forward.variance_terms(float(mag[i]), float(seeing[i]))
 
-        def log_likelihood(z: F64) -> F64:
-            flux = forward.flux(forward.parameters(z))
-            return gaussian_log_likelihood(flux, x, basis=shapes, good=use, **terms)
+            def log_likelihood(z: F64) -> F64:
+                flux = forward.flux(forward.parameters(z))
+                return gaussian_log_likelihood(flux, x, basis=shapes, good=use, **terms)
+        else:
+            own = SkyFactors(sky.continuum[i : i + 1], sky.lines[i : i + 1])
+            likelihood = VisitLikelihood(
+                x, use, shapes, forward.sky_shapes(float(mag[i]), float(seeing[i]), own),
+                **forward.variance_terms(float(mag[i]), float(seeing[i]), own),
+            )  # fmt: skip
+
+            def log_likelihood(z: F64) -> F64:
+                return likelihood(forward.flux(forward.parameters(z)))
 
         found = sample_posterior(
             log_likelihood,

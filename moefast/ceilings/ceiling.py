@@ -31,8 +31,10 @@ from moefast.core.groups import groups_of
 from moefast.core.random import NOISE_SEED, standard_normals
 from moefast.simulate.emulator import LABELS
 from moefast.simulate.forward import ForwardModel
+from moefast.simulate.noise import SkyFactors
 from moefast.simulate.rows import SEEING_MEDIAN, Settings
 from moefast.simulate.sets import Identity, identify
+from moefast.simulate.visit import VISIT_PARAMS, sky_of
 from moefast.spectra.files import SpectrumSet, open_spectra
 from moefast.spectra.quality import assess, good_pixels
 
@@ -45,7 +47,7 @@ SCHEMA_VERSION = 1
 BLOCK_ROWS = 512
 LEAST_ESS = 200.0
 RANK_BINS = 20
-NUISANCES = ("redshift", "ebv", "velocity")
+NUISANCES = ("redshift", "ebv", "velocity", "line_spread")
 PUBLISHED_CRLB = ((18.0, 0.9993), (20.0, 0.989), (21.5, 0.874), (22.0, 0.698), (22.5, 0.265), (23.0, 0.0))
 """(magnitude, R²max) of the five-parameter bound, as published for a test set that is not public."""
 PER_STAR = ("crlb", "crlb_prior", "bayes", "bayes_sd", "monte_carlo_error", "ess", "rank")
@@ -128,7 +130,9 @@ def compute(
     with_bayes = method != "fisher" and settings is not None
     labels = spectra.labels(("T_eff", "log_g", "M_H"))
     parameters = labels | _others(spectra, forward)
-    observation = _observation(spectra, needed=with_bayes)
+    visit = None if settings is None else settings.visit
+    observation = _observation(spectra, needed=with_bayes or visit is not None)
+    seen = None if visit is None else spectra.params(tuple(VISIT_PARAMS))
     n = min(stars or spectra.n_rows, spectra.n_rows)
     found: dict[str, list[F64]] = {}
     shares: list[F64] = []
@@ -145,6 +149,12 @@ def compute(
             block.flux += standard_normals(NOISE_SEED, rows, spectra.n_pixels) * block.error
         good = good_pixels(block.flux, block.error, block.mask)
         quality = assess(block.flux, block.error, good, block.mask)
+        sky = sky_shapes = None
+        if seen is not None:
+            # In the units in which stars and their noise were drawn; the likelihood leaves the scale free.
+            divisor = seen["median"][rows, None].astype(np.float32)
+            block.flux, block.error = block.flux * divisor, block.error * divisor
+            sky = sky_of({name: values[rows] for name, values in seen.items()})[0]
         error = block.error if good is None else np.where(good, block.error, np.inf)
         here = {key: values[rows] for key, values in parameters.items()}
         columns: dict[str, F64] = {
@@ -154,7 +164,9 @@ def compute(
         }
         if method != "bayes":
             begin = time.perf_counter()
-            names, matrices = fisher.information(forward, here, error)
+            if sky is not None:
+                sky_shapes = _sky_shapes(forward, here, observation, rows, sky)
+            names, matrices = fisher.information(forward, here, error, sky_shapes)
             bare = fisher.prior_information(forward, names, labels=False)
             columns["crlb"] = fisher.bounds(matrices, bare)
             columns["crlb_prior"] = fisher.bounds(
@@ -167,11 +179,11 @@ def compute(
             begin = time.perf_counter()
             mag, seeing = observation["mag"][rows], observation["seeing"][rows]
             if library is None:
-                _check_errors(spectra, forward, here, block.error, mag, seeing)
+                _check_errors(spectra, forward, here, block.error, mag, seeing, sky)
                 library = _library(settings)
             star = bayes.posteriors(
                 forward, library, rows, block.flux, block.error, mag, seeing, here,
-                good=good, target_ess=target_ess, seed=seed, threads=threads,
+                good=good, sky=sky, target_ess=target_ess, seed=seed, threads=threads,
             )  # fmt: skip
             columns |= {"bayes": star.mean, "bayes_sd": star.sd, "monte_carlo_error": star.monte_carlo_error}
             columns |= {"ess": star.ess, "rank": star.rank[:, LABELS.index("log_g")]}
@@ -273,7 +285,7 @@ def _check_wave(spectra: SpectrumSet, forward: ForwardModel) -> None:
 
 
 def _others(spectra: SpectrumSet, forward: ForwardModel) -> dict[str, F64]:
-    """Abundances and nuisances of every row: 0 where a file has no such column, or no value in it."""
+    """Abundances and nuisances of every row: as of a spectrum without any where a file has no such column or value."""
     names = ("a_M", "C_M", *NUISANCES)
     present = [name for name in names if name in spectra.columns]
     columns = spectra.params(present)
@@ -283,6 +295,8 @@ def _others(spectra: SpectrumSet, forward: ForwardModel) -> dict[str, F64]:
         values = np.zeros(spectra.n_rows)
         if name in columns:
             values = np.nan_to_num(np.asarray(columns[name], dtype=float), nan=0.0)
+        elif name == "line_spread":
+            values += 1.0
         if name in limits:
             values = np.clip(values, *limits[name])
         out[name] = values
@@ -307,11 +321,12 @@ def _check_errors(
     error: NDArray[np.float32],
     mag: F64,
     seeing: F64,
+    sky: SkyFactors | None,
 ) -> None:
     """The likelihood is right only if the file's noise is what this version would give the same stars."""
     flux = forward.flux(parameters)
     level = forward.settings.noise_level
-    expected, _ = forward.noise.error(flux, mag, seeing, noise_level=level)
+    expected, _ = forward.noise.error(flux, mag, seeing, noise_level=level, factors=sky)
     ratio = float(np.median(error / expected))
     scatter = float(np.percentile(np.abs(error / expected - ratio), 99))
     if abs(ratio - 1) > 1e-3 or scatter > 5e-3:
@@ -319,6 +334,27 @@ def _check_errors(
             f"{spectra.shards[0].path}: its errors are {ratio:.4f} ± {scatter:.4f} of what this version of moefast "
             "simulates for the same stars; simulate the file again"
         )
+
+
+def _sky_shapes(
+    forward: ForwardModel,
+    parameters: dict[str, F64],
+    observation: dict[str, F64],
+    rows: NDArray[np.integer],
+    sky: SkyFactors,
+) -> F64 | None:
+    """What sky subtraction may leave in each star, (n, g, p), in shapes of unit variance."""
+    level = forward.flux(parameters) @ forward.noise.band_weight
+    shapes = [
+        forward.sky_shapes(
+            observation["mag"][row], observation["seeing"][row],
+            SkyFactors(sky.continuum[i : i + 1], sky.lines[i : i + 1]),
+        )
+        for i, row in enumerate(rows)
+    ]  # fmt: skip
+    return (
+        None if shapes[0] is None else np.stack([mean * one for mean, one in zip(level, shapes, strict=True)])
+    )
 
 
 # --- summaries -----------------------------------------------------------------------------------------

@@ -27,7 +27,10 @@ LOG_G = LABELS.index("log_g")
 
 
 def information(
-    forward: ForwardModel, parameters: dict[str, F64], error: NDArray[np.floating]
+    forward: ForwardModel,
+    parameters: dict[str, F64],
+    error: NDArray[np.floating],
+    sky_shapes: F64 | None = None,
 ) -> tuple[tuple[str, ...], F64]:
     """Fisher information of the data, without any prior.
 
@@ -38,11 +41,13 @@ def information(
         True values: labels [K, dex], redshift, ebv [mag], velocity [km/s].
     error : array of shape (n, p)
         1σ of each pixel; a pixel of infinite error counts for nothing.
+    sky_shapes : array of shape (n, g, p), optional
+        What sky subtraction may leave in each spectrum, in shapes of unit variance.
 
     Returns
     -------
     names : tuple of str
-        The five labels, then the nuisances that vary, calibration coefficients last.
+        The five labels, then the nuisances that vary, coefficients of calibration and of sky residuals last.
     information : array of shape (n, n_names, n_names), float64
         Per unit of each parameter squared.
     """
@@ -52,6 +57,9 @@ def information(
         flux = forward.flux(parameters).astype(float)
         slopes = np.concatenate([slopes, flux[:, None] * shapes], axis=1)
         names = (*names, *(f"calibration_{k + 1}" for k in range(len(shapes))))
+    if sky_shapes is not None:
+        slopes = np.concatenate([slopes, sky_shapes], axis=1)
+        names = (*names, *(f"sky_{k + 1}" for k in range(sky_shapes.shape[1])))
     weighted = slopes / np.asarray(error, dtype=float)[:, None] ** 2
     return names, weighted @ slopes.transpose(0, 2, 1)
 
@@ -72,7 +80,7 @@ def prior_information(forward: ForwardModel, names: tuple[str, ...], *, labels: 
     for i, name in enumerate(names):
         if name == "velocity":
             result[i] = 1.0 / forward.velocity_scatter**2
-        elif name.startswith("calibration"):
+        elif name.startswith(("calibration", "sky")):
             result[i] = 1.0
         elif name not in forward.uniform:
             result[i] = np.inf

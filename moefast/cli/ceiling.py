@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import click
 
 from moefast.cli.messages import Progress
 from moefast.cli.options import FILES, JSON, OVERWRITE, QUIET
-from moefast.core.errors import OutputError
+from moefast.core.atomic import refuse_taken
 
 __all__ = ["ceiling"]
 
@@ -52,10 +51,8 @@ def ceiling(
     from moefast.protocol.ceiling_report import figure, format_text
 
     for path in (out, picture):
-        if path and Path(path).exists() and not overwrite:
-            raise OutputError(f"{path}: exists already; choose another name, or replace it with --overwrite")
-        if path and not Path(path).absolute().parent.is_dir():
-            raise OutputError(f"{path}: the folder does not exist; create it first")
+        if path:
+            refuse_taken(path, overwrite=overwrite)
     progress = Progress(quiet)
     found = ceilings.compute(
         files, method=method, stars=stars, seed=seed, name=name, progress=progress.rows("ceiling"),  # type: ignore[arg-type]

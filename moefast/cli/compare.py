@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from moefast.cli.options import JSON, OVERWRITE
+from moefast.core.atomic import refuse_taken, write_json
 from moefast.core.errors import OutputError
 
 __all__ = ["compare"]
@@ -32,17 +33,14 @@ def compare(
     stars: the difference of R² with its interval, and better, worse or no difference. Evaluations of other stars or
     other noise are refused.
     """
-    from moefast.core.atomic import write_json
     from moefast.protocol.compare import compare as run
     from moefast.protocol.compare import format_text, read_evaluation
 
     if picture and (Path(picture).suffix.lower() != ".png" or (out and Path(out) == Path(picture))):
         raise OutputError(f"{picture}: the picture is a PNG; give it a name of its own that ends in .png")
     for target in (out, picture):
-        if target and Path(target).exists() and not overwrite:
-            raise OutputError(
-                f"{target}: exists already; choose another name, or replace it with --overwrite"
-            )
+        if target:
+            refuse_taken(target, overwrite=overwrite)
     kept = [read_evaluation(folder) for folder in reports]
     found = run(kept)
     click.echo(json.dumps(found, indent=1) if as_json else format_text(found))

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from moefast.cli.options import OVERWRITE
-from moefast.core.errors import OutputError
+from moefast.core.atomic import refuse_taken
 
 __all__ = ["export"]
 
@@ -30,8 +30,7 @@ def export(model: str, out: str, part: str, half: bool, overwrite: bool) -> None
     from moefast.export import export_model
     from moefast.model import Model
 
-    if Path(out).exists() and not overwrite:
-        raise OutputError(f"{out}: exists already; choose another name, or replace it with --overwrite")
+    refuse_taken(out, overwrite=overwrite)
     chosen = Model.load(model)
     parts = ["mixture", "gate", *(f"expert-{k}" for k in range(chosen.mixture.n_experts))]
     if part not in parts:

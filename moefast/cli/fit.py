@@ -102,6 +102,9 @@ def fit(
         posterior-calibrated
                          the same where the calibration can be trusted: the
                          scale is free, the slope is not
+        posterior-linear linear experts for bins of T_eff, [M/H] and log g at
+                         the noise and gaps of each star; nuisances as for
+                         posterior
         template         posterior mean over templates, at the mean noise of
                          the training set; needs clean spectra
         phys-moe         nine linear experts behind a gate; any spectra

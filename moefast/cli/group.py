@@ -29,6 +29,7 @@ from moefast.cli.roadmap import roadmap
 from moefast.cli.scenarios import scenarios
 from moefast.cli.signals import Terminated, not_lost, terminate
 from moefast.cli.simulate import simulate
+from moefast.core.atomic import remove_unfinished
 from moefast.core.errors import MoefastError, OutputError
 from moefast.core.version import __version__
 
@@ -71,6 +72,11 @@ class _Group(click.Group):
         except Terminated:
             click.echo("\nmoefast: terminated; nothing was written", err=True)
             ctx.exit(143)
+        except ValueError as error:
+            if "null byte" not in str(error):
+                raise
+            click.echo("\nmoefast: error: no name of a file holds a NUL byte; choose another one", err=True)
+            ctx.exit(2)
         except (MemoryError, OSError) as error:
             # What no check of a file foresees: a full disk, a lost network share, no memory.
             number = getattr(error, "errno", None)
@@ -123,4 +129,8 @@ def main() -> None:
     if hasattr(signal, "SIGPIPE"):
         # `moefast inspect … | head` must end quietly.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    cli()
+    try:
+        cli()
+    finally:
+        # An interrupt may come when a file has been begun and nobody is there yet to remove it.
+        remove_unfinished()

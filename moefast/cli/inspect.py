@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import click
 
 from moefast.cli.messages import tell_failures
 from moefast.cli.options import FILES, JSON, MEDIUM, MODEL, OVERWRITE, TELLURIC, VELOCITY
-from moefast.core.errors import InputError, OutputError
+from moefast.core.atomic import refuse_taken
+from moefast.core.errors import InputError
 
 __all__ = ["inspect"]
 
@@ -130,8 +130,8 @@ def _table(
     from moefast.inspection.run_page import write_page
     from moefast.inspection.worst import spectra_of_worst
 
-    if report and Path(report).exists() and not overwrite:
-        raise OutputError(f"{report}: exists already; choose another name, or replace it with --overwrite")
+    if report:
+        refuse_taken(report, overwrite=overwrite)
     run = summarise_table(path)
     click.echo(json.dumps(run.to_dict(), indent=1) if as_json else format_text(run))
     if report:

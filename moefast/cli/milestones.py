@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import click
 
 from moefast.cli.options import JSON, OVERWRITE
-from moefast.core.errors import OutputError
+from moefast.core.atomic import refuse_taken, write_json
 
 __all__ = ["milestones"]
 
@@ -24,12 +23,11 @@ def milestones(reports: tuple[str, ...], out: str | None, overwrite: bool, as_js
     REPORT is a folder that moefast evaluate -o wrote, its report.json, or a folder of such folders. Test sets are kept
     apart. What no evaluation holds is not run, never passed; without any REPORT the marks and the commands are shown.
     """
-    from moefast.core.atomic import write_json
     from moefast.protocol.milestones import judge, read_reports
     from moefast.protocol.milestones_report import format_text
 
-    if out and Path(out).exists() and not overwrite:
-        raise OutputError(f"{out}: exists already; choose another name, or replace it with --overwrite")
+    if out:
+        refuse_taken(out, overwrite=overwrite)
     found = judge(read_reports(reports))
     click.echo(json.dumps(found, indent=1, ensure_ascii=False) if as_json else format_text(found))
     if out:

@@ -180,7 +180,8 @@ VELOCITY = click.option(
     "--velocity",
     metavar="V",
     help="Velocities to remove: a number [km/s], a column of the spectra, or a table that is joined by identifiers "
-    "(pfsStarCatalog, pfsStar files, redrock, rvspecfit, or any with v_los).",
+    "(pfsStarCatalog, pfsStar files, redrock, rvspecfit, or any with v_los); or fit: one is fitted to each spectrum.  "
+    "[default: fit where files are of surveys and the model is a posterior, else 0]",
 )
 
 

@@ -92,6 +92,8 @@ _OF_TASK = "of this task"
               help="Predict on a Dask cluster: the address of its scheduler, or local:N for N workers on this machine. "
               "The table is that of one machine, bit for bit.")  # fmt: skip
 @VELOCITY
+@click.option("--velocity-range", type=click.FloatRange(min=0, min_open=True), default=500.0, show_default=True,
+              metavar="KM/S", help="Fitted velocities lie within so many km/s of 0.")  # fmt: skip
 @MEDIUM
 @TELLURIC
 @click.option(
@@ -111,18 +113,20 @@ def predict(
     files: tuple[str, ...], listing: str | None, model: str | None, out: str | None, folder: str | None, suffix: str,
     skip_existing: bool, status: str | None, log: str | None, array: str, backend: str,
     rows: tuple[int, int] | None, limit: int | None, shard: tuple[int, int] | None, scheduler: str | None,
-    velocity: str | None, medium: str, telluric: str, select: str | None, keep: tuple[str, ...],
-    report: str | None, overwrite: bool, quiet: bool, as_json: bool,
+    velocity: str | None, velocity_range: float, medium: str, telluric: str, select: str | None,
+    keep: tuple[str, ...], report: str | None, overwrite: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Predict log g for every spectrum and write a table: one row per spectrum, in order.
 
     FILE is an HDF5 file of the PFS simulator, a pfsCalibrated, pfsCoadd, pfsSingle, pfsObject or pfsStar, or a DESI
     coadd or spectra file, recognised by its content; a folder of them, or a pattern. Units, masks and grids are the
-    file's (docs/formats.md). Spectra are taken to be at rest unless --velocity says how they move.
+    file's (docs/formats.md). Velocities of stars in files of surveys are fitted, and log g is averaged over their
+    posterior; spectra of the simulator are taken to be at rest. --velocity says otherwise (docs/velocities.md).
 
     Columns: row, identifiers of the input, log_g [dex], log_g_err (calibrated 1σ), log_g_err_raw (pixel noise
     alone), weight_k (gate), expert, snr_norm, snr_median, chi2, flag; of a posterior also T_eff [K], M_H, a_M, C_M
-    [dex], each with _err and _corr (correlation with log_g), and scale. Spectra without data get NaN and a flag,
+    [dex], each with _err and _corr (correlation with log_g), and scale; where velocities were given or fitted v_los and
+    v_los_err [km/s]. Spectra without data get NaN and a flag,
     never a missing row. If the files have labels, R² is printed. What is odd about the spectra as a whole (slope, dead
     fibres, errors that do not fit the scatter, …) is said before the first is scored; no number is changed.
     """
@@ -144,8 +148,8 @@ def predict(
                 "--report is for one table: moefast inspect TABLE --report writes the page of each"
             )
         options = {
-            "array": array, "backend": backend, "rows": rows, "limit": limit, "velocity": velocity, "medium": medium,
-            "telluric": telluric, "select": select, "keep": keep,
+            "array": array, "backend": backend, "rows": rows, "limit": limit, "velocity": velocity,
+            "velocity_range": velocity_range, "medium": medium, "telluric": telluric, "select": select, "keep": keep,
         }  # fmt: skip
         _each(
             files, model, Path(folder), f".{suffix}", options, skip_existing=skip_existing, overwrite=overwrite,
@@ -166,8 +170,8 @@ def predict(
         if rows or limit or shard:
             raise click.UsageError("--scheduler predicts all rows: leave out --rows, --limit and --shard")
         options = {
-            "array": array, "backend": backend, "velocity": velocity, "medium": medium, "telluric": telluric,
-            "select": select, "keep": keep,
+            "array": array, "backend": backend, "velocity": velocity, "velocity_range": velocity_range,
+            "medium": medium, "telluric": telluric, "select": select, "keep": keep,
         }  # fmt: skip
         _on_cluster(
             scheduler, files, model, target, options, report=report, overwrite=overwrite, quiet=quiet,
@@ -177,8 +181,9 @@ def predict(
     progress = Progress(quiet or as_json)
     summary = run(
         files, model, target, array=array, backend=backend, rows=rows, limit=limit,  # type: ignore[arg-type]
-        shard=shard, overwrite=overwrite, velocity=velocity, medium=medium, telluric=telluric,  # type: ignore[arg-type]
-        select=select, keep=keep, progress=progress.rows("predict"), tell=lambda words: progress.note(f"note: {words}"),
+        shard=shard, overwrite=overwrite, velocity=velocity, velocity_range=velocity_range,
+        medium=medium, telluric=telluric, select=select, keep=keep,  # type: ignore[arg-type]
+        progress=progress.rows("predict"), tell=lambda words: progress.note(f"note: {words}"),
     )  # fmt: skip
     progress.close()
     facts = {

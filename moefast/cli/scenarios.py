@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import click
 
 from moefast.cli.messages import Progress
 from moefast.cli.options import BACKEND, DEVICE, JSON, OVERWRITE, QUIET
-from moefast.core.errors import OutputError
+from moefast.core.atomic import refuse_taken, write_json
 
 __all__ = ["scenarios"]
 
@@ -44,12 +43,11 @@ def scenarios(
     each: R², coverage, the share of spectra with a flag, and silent failures, which carry no flag and lie beyond three
     claimed errors.
     """
-    from moefast.core.atomic import write_json
     from moefast.model import Model
     from moefast.protocol.scenarios import format_text, run_scenarios
 
-    if out and Path(out).exists() and not overwrite:
-        raise OutputError(f"{out}: exists already; choose another name, or replace it with --overwrite")
+    if out:
+        refuse_taken(out, overwrite=overwrite)
     progress = Progress(quiet)
     found = run_scenarios(
         Model.load(model), n=number, names=names or None, backend=backend, progress=progress.rows("scenarios")

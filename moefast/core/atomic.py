@@ -1,20 +1,27 @@
 """Files that are complete or absent under their final name.
 
-Design: everything is written to `.<name>.<pid>.partial` in the folder of the final file, so that the last
-step is a rename inside one file system; folders of several files likewise. What a killed process leaves behind is
-recognised by its dead pid and removed by the next writer of the same name.
+Design: everything is written to `.<name>.<writer>.partial` in the folder of the final file, so that the last step is
+a rename inside one file system; folders of several files likewise. The writer is a machine, its boot, a process, the
+time it began, and a number: numbers of processes are used again, and several machines share a file system. What a
+killed process leaves behind is recognised by that and removed by the next writer of the same name; what a process on
+another machine left is, once nobody has touched it for a week. An interrupt can come before anybody is there to clear
+up, so names in use are remembered, and a command removes what is left of them at its end.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
+import socket
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,27 +35,125 @@ __all__ = [
     "publish",
     "publish_folder",
     "recover_folder",
+    "refuse_impossible",
+    "refuse_taken",
     "remove_quietly",
+    "remove_unfinished",
     "synchronise_folder",
     "write_atomically",
     "write_json",
 ]
 
-_LONGEST_NAME, _ENDING = 255, 32
+_LONGEST_NAME, _ENDING = 255, 80
 """Bytes of a file name on most file systems, and those kept for the ending of a partial file."""
+_ABANDONED = 7 * 86400.0
+"""Seconds after which what another machine left untouched counts as abandoned."""
+_WRITER = r"([0-9a-f]{8})-([0-9a-f]{8})-(\d+)-(\d+)-\d+"
+
+_numbers = itertools.count()
+_in_use: dict[Path, int] = {}
+"""Names of unfinished files and folders, and the processes that write them."""
 
 
-def _alive(pid: int) -> bool:
+@functools.cache
+def _machine() -> tuple[str, str]:
+    """Tokens for the machine, with the numbering of processes that is seen here, and for its boot."""
+    numbering = ""
+    with contextlib.suppress(OSError):
+        # Containers count processes for themselves.
+        numbering = os.readlink("/proc/self/ns/pid")
+    boot = ""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+    return tuple(
+        hashlib.sha256(text.encode()).hexdigest()[:8] for text in (socket.gethostname() + numbering, boot)
+    )  # type: ignore[return-value]
+
+
+def _began(pid: int) -> int | None:
+    """When a process began, in ticks since the boot; 0 where that cannot be told, None if there is no such process."""
     if os.name == "nt":
         # os.kill(pid, 0) ends the process on Windows.
-        return True
+        return 0
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
-        return False
+        return None
     except OSError:
-        return True
-    return True
+        pass
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        # The name of the program, in parentheses, may hold anything.
+        return int(status.rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def _writer() -> str:
+    """Token for the process, with a number that it has not given before."""
+    machine, boot = _machine()
+    return f"{machine}-{boot}-{os.getpid()}-{_began(os.getpid()) or 0}-{next(_numbers)}"
+
+
+def _has_ended(match: re.Match[str], path: Path) -> bool:
+    """Whether the writer of an unfinished file or folder is gone."""
+    if path in _in_use:
+        return _in_use[path] != os.getpid()
+    machine, boot = _machine()
+    if match[1] != machine:
+        return time.time() - path.lstat().st_mtime > _ABANDONED
+    began = _began(int(match[3]))
+    return match[2] != boot or began is None or (began != int(match[4]) and 0 not in (began, int(match[4])))
+
+
+def remove_unfinished() -> None:
+    """Remove all files and folders that this process has begun and neither finished nor removed."""
+    for path, pid in list(_in_use.items()):
+        if pid == os.getpid():
+            _in_use.pop(path, None)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def refuse_impossible(path: Path) -> None:
+    """Refuse a name that no file or folder can have.
+
+    Raises
+    ------
+    OutputError
+    """
+    if "\0" in str(path):
+        raise OutputError(f"{str(path)!r}: no name of a file holds a NUL byte; choose another one")
+    if len(os.fsencode(path.name)) > _LONGEST_NAME:
+        raise OutputError(f"{path}: the name is longer than {_LONGEST_NAME} bytes; choose a shorter one")
+
+
+def refuse_taken(path: str | os.PathLike[str], *, overwrite: bool) -> None:
+    """Refuse a name that no file can be written under: known before hours of work, not after.
+
+    Raises
+    ------
+    OutputError
+        It exists and may not be replaced, is a folder, is no possible name, or its folder does not exist.
+    """
+    path = Path(path)
+    refuse_impossible(path)
+    try:
+        if path.is_dir():
+            raise OutputError(f"{path}: is a folder; give the name of a file")
+        if not overwrite and os.path.lexists(path):
+            raise _exists(path)
+        if not path.parent.is_dir():
+            raise OutputError(f"{path}: the folder {path.parent} does not exist; create it first")
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error}") from error
 
 
 def partial_path(path: Path, *, overwrite: bool) -> Path:
@@ -64,34 +169,31 @@ def partial_path(path: Path, *, overwrite: bool) -> Path:
     Returns
     -------
     Path
-        `.<name>.<pid>.partial` in the same folder.
+        `.<name>.<writer>.partial` in the same folder.
 
     Raises
     ------
     OutputError
         If `path` exists and may not be replaced, is a folder, or its folder does not exist.
     """
-    if "\0" in str(path):
-        raise OutputError(f"{str(path)!r}: no name of a file holds a NUL byte; choose another one")
+    refuse_taken(path, overwrite=overwrite)
     try:
-        if path.is_dir():
-            raise OutputError(f"{path}: is a folder; give the name of a file")
-        if not overwrite and os.path.lexists(path):
-            raise _exists(path)
-        if not path.parent.is_dir():
-            raise OutputError(f"{path}: the folder {path.parent} does not exist; create it first")
-        if len(os.fsencode(path.name)) > _LONGEST_NAME:
-            raise OutputError(f"{path}: the name is longer than {_LONGEST_NAME} bytes; choose a shorter one")
         name = _short(path.name)
-        pattern = re.compile(re.escape(f".{name}.") + r"(\d+)\.partial(\.wide)?")
+        pattern = re.compile(re.escape(f".{name}.") + _WRITER + r"\.partial(\.wide)?")
         for other in path.parent.iterdir():
             match = pattern.fullmatch(other.name)
-            if match and (int(match[1]) == os.getpid() or not _alive(int(match[1]))):
+            if match:
                 with contextlib.suppress(OSError):
-                    other.unlink()
+                    if _has_ended(match, other):
+                        other.unlink()
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error}") from error
-    return path.parent / f".{name}.{os.getpid()}.partial"
+    return _begun(path.parent / f".{name}.{_writer()}.partial")
+
+
+def _begun(partial: Path) -> Path:
+    _in_use[partial] = os.getpid()
+    return partial
 
 
 def _short(name: str) -> str:
@@ -136,6 +238,7 @@ def publish(partial: Path, path: Path, *, overwrite: bool) -> None:
         ) from error
     except OSError as error:
         raise OutputError(f"{path}: could not be completed: {error}") from error
+    _in_use.pop(partial, None)
     synchronise_folder(path.parent)
 
 
@@ -157,8 +260,9 @@ def _rename_exclusively(partial: Path, path: Path) -> None:
         raise
     except OSError:
         # File systems without hard links (FAT, some network shares): take the name first, then replace what took it.
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        taken = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
+            os.close(taken)
             os.replace(partial, path)
         except BaseException:
             path.unlink(missing_ok=True)
@@ -249,9 +353,8 @@ def partial_folder(target: Path) -> Path:
         It cannot be made.
     """
     recover_folder(target)
-    partial = target.with_name(f".{_short(target.name)}.{os.getpid()}.partial")
+    partial = _begun(target.with_name(f".{_short(target.name)}.{_writer()}.partial"))
     try:
-        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
     except OSError as error:
         raise OutputError(f"{target}: cannot be written: {error}") from error
@@ -260,13 +363,13 @@ def partial_folder(target: Path) -> Path:
 
 def recover_folder(target: Path) -> None:
     """Clear what ended processes left of a folder; one put aside for a successor that never came is put back."""
-    pattern = re.compile(re.escape(f".{_short(target.name)}.") + r"(\d+)\.(partial|old)")
+    pattern = re.compile(re.escape(f".{_short(target.name)}.") + _WRITER + r"\.(partial|old)")
     with contextlib.suppress(OSError):
         for other in sorted(target.absolute().parent.iterdir()):
             match = pattern.fullmatch(other.name)
-            if not match or (int(match[1]) != os.getpid() and _alive(int(match[1]))) or not other.is_dir():
+            if not match or not other.is_dir() or not _has_ended(match, other):
                 continue
-            if match[2] == "old" and not os.path.lexists(target):
+            if match[5] == "old" and not os.path.lexists(target):
                 other.rename(target)
             else:
                 shutil.rmtree(other, ignore_errors=True)
@@ -287,7 +390,7 @@ def publish_folder(partial: Path, target: Path, *, overwrite: bool) -> None:
             with open(os.path.join(folder, name), "rb+") as file:
                 os.fsync(file.fileno())
         synchronise_folder(Path(folder))
-    old = target.with_name(f".{_short(target.name)}.{os.getpid()}.old")
+    old = target.with_name(f".{_short(target.name)}.{_writer()}.old")
     if not target.exists():
         partial.rename(target)
     elif not overwrite:
@@ -302,6 +405,7 @@ def publish_folder(partial: Path, target: Path, *, overwrite: bool) -> None:
     synchronise_folder(target.absolute().parent)
     for left in (partial, old):
         shutil.rmtree(left, ignore_errors=True)
+    _in_use.pop(partial, None)
 
 
 def _exchange(first: Path, second: Path) -> bool:
@@ -317,6 +421,6 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def remove_quietly(path: Path) -> None:
-    """Remove a file that is not needed, if it is there and can be removed."""
-    with contextlib.suppress(OSError):
-        path.unlink(missing_ok=True)
+    """Remove a file or folder that is not needed, if it is there and can be removed."""
+    _in_use.pop(path, None)
+    _remove(path)

@@ -6,6 +6,8 @@ The ranges are wider than those of any star, so that they refuse marks and nothi
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -40,17 +42,30 @@ def plausible(name: str, values: ArrayLike) -> NDArray[np.bool_]:
         return (numbers >= low) & (numbers <= high)
 
 
-def describe_implausible(name: str, values: ArrayLike) -> str:
-    """How many values of a column are no labels, the first of them, and what was expected; "" if all are labels."""
-    numbers = np.asarray(values, np.float64)
-    bad = np.flatnonzero(~plausible(name, numbers))
-    if not len(bad):
+def describe_implausible(name: str, pieces: Iterable[ArrayLike]) -> str:
+    """How many values of a column are no labels, the first of them, and what was expected; "" if all are labels.
+
+    Parameters
+    ----------
+    name : str
+    pieces : iterable of arrays
+        The column, piece by piece.
+    """
+    n, n_bad, any_number = 0, 0, False
+    first: list[tuple[int, float]] = []
+    for piece in pieces:
+        numbers = np.asarray(piece, np.float64)
+        bad = np.flatnonzero(~plausible(name, numbers))
+        first += [(n + int(i), float(numbers[i])) for i in bad[: _SHOWN - len(first)]]
+        n, n_bad = n + len(numbers), n_bad + len(bad)
+        any_number |= bool(np.isfinite(numbers[bad]).any())
+    if not n_bad:
         return ""
-    if np.isfinite(numbers[bad]).any():
+    if any_number:
         low, high = RANGES.get(name, (-_LARGEST, _LARGEST))
         what = f"is outside {low:g} to {high:g}{_UNITS.get(name, '')} or not finite"
     else:
         what = "is not finite"
-    rows = ", ".join(f"{i}" for i in bad[:_SHOWN])
-    found = ", ".join(f"{value:g}" for value in numbers[bad[:_SHOWN]])
-    return f"{name} {what} in {len(bad)} of {len(numbers)} rows, the first of them {rows} ({found})"
+    rows = ", ".join(f"{i}" for i, _ in first)
+    found = ", ".join(f"{value:g}" for _, value in first)
+    return f"{name} {what} in {n_bad} of {n} rows, the first of them {rows} ({found})"

@@ -20,6 +20,7 @@ __all__ = [
     "POSTERIOR_ONNX",
     "PREDICTIONS",
     "ROW",
+    "VELOCITY",
     "Output",
     "TableColumn",
     "by_name",
@@ -102,6 +103,18 @@ FILE = Output("file", "index of the input file in the attribute inputs", dtype="
 ROW = Output("row", "row of the input file, from 0", dtype="int64")
 INPUTS = (FILE, ROW)
 """Which input a row of a table belongs to; `file` only if there are several."""
+
+VELOCITY = (
+    Output(
+        "v_los", "line-of-sight velocity that was removed, given or fitted, in the frame of the input's wavelengths",
+        "km s-1",
+    ),
+    Output(
+        "v_los_err", "1 sigma of the velocity: as given, or half the width of the interval around it that holds 68.3 % "
+        "of the fitted posterior", "km s-1",
+    ),
+)  # fmt: skip
+"""What was done about velocities; where they were given or fitted, the error if it is known."""
 
 PREDICTIONS = (
     Output(
@@ -192,7 +205,7 @@ KEPT = (
 
 def by_name(name: str) -> Output:
     """The output with this name in tables."""
-    return next(one for one in (*INPUTS, *PREDICTIONS) if one.name == name)
+    return next(one for one in (*INPUTS, *VELOCITY, *PREDICTIONS) if one.name == name)
 
 
 def by_onnx(name: str) -> Output:
@@ -272,7 +285,7 @@ def words(output: Output) -> str:
 def markdown() -> str:
     """All columns of tables of predictions as a table of a Markdown document."""
     lines = ["| column | unit | what it is |", "|---|---|---|"]
-    for one in (*INPUTS, *PREDICTIONS):
+    for one in (*INPUTS, *VELOCITY, *PREDICTIONS):
         if not one.in_tables:
             continue
         names, unit = [one.name], one.unit

@@ -8,11 +8,14 @@ threads wait actively for the other's; therefore BLAS is held to one thread wher
 from __future__ import annotations
 
 import collections
+import contextlib
+import math
 import os
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 from threadpoolctl import ThreadpoolController
@@ -22,7 +25,52 @@ __all__ = ["CORES", "in_threads", "map_in_order", "one_blas_thread"]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+def _quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+    """Cores' worth of time that the control groups of this process may use; inf without a limit."""
+    least = math.inf
+    with contextlib.suppress(OSError):
+        for line in own.read_text(encoding="utf-8").splitlines():
+            number, controllers, place = line.split(":", 2)
+            if number == "0":
+                folder = root / place.lstrip("/")
+            elif "cpu" in controllers.split(","):
+                folder = root / "cpu" / place.lstrip("/")
+            else:
+                continue
+            # A group can have no more than those that it is in. In a container the names may be those of the host.
+            for group in (folder, *folder.parents, root, root / "cpu"):
+                if group.is_relative_to(root):
+                    least = min(least, _limit(group))
+    return least
+
+
+def _limit(group: Path) -> float:
+    """What one control group may use, as version 2 of the kernel's interface says it, or version 1."""
+    try:
+        if (group / "cpu.max").is_file():
+            quota, period = (group / "cpu.max").read_text(encoding="ascii").split()
+        else:
+            quota, period = (
+                (group / f"cpu.cfs_{name}_us").read_text(encoding="ascii") for name in ("quota", "period")
+            )
+        return math.inf if quota == "max" or float(quota) <= 0 else float(quota) / float(period)
+    except (OSError, ValueError, ZeroDivisionError):
+        return math.inf
+
+
+def _cores() -> int:
+    """Threads that are worth having: cores of this process, within the quota of its group and OMP_NUM_THREADS."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if (quota := _quota()) < cores:
+        cores = max(1, math.ceil(quota))
+    # A list says how many on each level of nested work.
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return min(cores, int(asked)) if asked.isdecimal() and int(asked) else cores
+
+
+CORES = _cores()
+"""Threads that share out rows."""
 ROWS_PER_THREAD = 32
 """Fewer rows than this are not worth a thread: starting one takes as long as a few rows."""
 

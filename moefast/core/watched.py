@@ -78,6 +78,11 @@ class WatchedFile:
             except OSError as error:
                 self.problem = self.problem or error
 
+    @property
+    def closed(self) -> bool:
+        """Whether it is closed."""
+        return self._handle is None
+
     # -- what a library calls ------------------------------------------------------------------------------
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:

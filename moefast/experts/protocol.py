@@ -15,7 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import cache
 from importlib import import_module, metadata
+from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
@@ -50,8 +52,6 @@ ENTRY_POINTS = "moefast.experts"
 """Group of entry points by which an installed package names its families: `name = "package.module:Class"`."""
 TILE = 64
 """Stars that are evaluated at once by default."""
-_HOMES = ("cnn", "residual", "template", "trees")
-"""Modules beside this one that register families."""
 _FAMILIES: dict[str, type[Expert]] = {}
 
 
@@ -283,6 +283,13 @@ def expert(cls: Class) -> Class:
     return cls
 
 
+@cache
+def _import_own() -> None:
+    """Import every module beside this one: those that hold a family register it."""
+    for module in iter_modules(import_module("moefast.experts").__path__):
+        import_module(f"moefast.experts.{module.name}")
+
+
 def family(name: str) -> type[Expert]:
     """The class of a family, by name; entry points are looked up where no module that is loaded has registered it.
 
@@ -291,8 +298,7 @@ def family(name: str) -> type[Expert]:
     ModelError
         It is unknown.
     """
-    for home in _HOMES:
-        import_module(f"moefast.experts.{home}")
+    _import_own()
     if name not in _FAMILIES:
         for point in metadata.entry_points(group=ENTRY_POINTS, name=name):
             expert(point.load())
@@ -306,8 +312,7 @@ def family(name: str) -> type[Expert]:
 
 def fitted_in_bins() -> set[str]:
     """Names of the families that say how they are fitted bin by bin, those of entry points among them."""
-    for home in _HOMES:
-        import_module(f"moefast.experts.{home}")
+    _import_own()
     for point in metadata.entry_points(group=ENTRY_POINTS):
         family(point.name)
     return {name for name, cls in _FAMILIES.items() if cls.fit.__func__ is not Expert.fit.__func__}  # type: ignore[attr-defined]

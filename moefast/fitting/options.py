@@ -54,12 +54,17 @@ class Options:
         bin, such as "trees" (`moefast.experts.protocol`). Of several, each bin gets the best.
     n_clouds, n_tangents : int
         Of a "posterior".
+    n_gravity_bins : int
+        Of a "posterior": the number of bins of log g, in each bin of the grid, whose stars are one cloud each. If 0,
+        clouds are found by k-means instead, and their number is `n_clouds`.
     slope_widths : tuple of float
         Of a "posterior": prior widths of Legendre polynomials 1, 2, … of wavelength times the mean spectrum, by which
         calibration, slope and reddening may change a spectrum. Empty where the calibration can be trusted.
     sky_width : float
         Of a "posterior": prior width of residuals of the sky's lines, in standard deviations of the noise where the
         lines are brightest; 0 where sky subtraction is perfect, as in simulations.
+    beyond : bool
+        Of a "posterior": whether it also holds clouds of stars that are hotter than the training set.
     trunk : "pca-mlp", "cnn" or "vit"
         What the network of "heads" is; see `moefast.trunks.networks`.
     size : "small" or "base"
@@ -96,8 +101,10 @@ class Options:
     families: tuple[str, ...] = ("linear",)
     n_clouds: int = 440
     n_tangents: int = 5
+    n_gravity_bins: int = 0
     slope_widths: tuple[float, ...] = ()
     sky_width: float = 0.0
+    beyond: bool = False
     trunk: Kind = "pca-mlp"
     size: Size = "small"
     steps: int | None = None
@@ -139,11 +146,12 @@ class Options:
         if (
             self.n_clouds < 1
             or self.n_tangents < 0
+            or self.n_gravity_bins < 0
             or not all(0 < width < math.inf for width in self.slope_widths)
         ):
             raise InputError(
-                "clouds, tangents and positive widths of slopes expected; found "
-                f"{self.n_clouds}, {self.n_tangents}, {self.slope_widths}"
+                "clouds, tangents, bins of log g and positive widths of slopes expected; found "
+                f"{self.n_clouds}, {self.n_tangents}, {self.n_gravity_bins}, {self.slope_widths}"
             )
         if set(self.residuals) - set(RESIDUALS):
             raise InputError(f"residuals must be of {', '.join(RESIDUALS)}; found {self.residuals}")

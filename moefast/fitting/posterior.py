@@ -1,8 +1,9 @@
 """The posterior at a star's own noise: its library, its error model, and the limits of what is usual.
 
-Design: the library is made of clean stars that are not in the sample. The sample then gets noise of its own in every
-draw, and in half of the draws gaps of one kind or another, so that errors and limits hold whatever a star has lost. Of
-ten stars seven train the error model, two stop and calibrate it and set the limits, one measures the outcome.
+Design: the library is made of clean stars that are not in the sample. The sample then gets nuisances and noise of its
+own in every draw, and in half of the draws gaps of one kind or another, so that errors and limits hold whatever a star
+has lost. Of ten stars seven train the error model, two stop and calibrate it and set the limits, one measures the
+outcome.
 """
 
 from __future__ import annotations
@@ -46,14 +47,14 @@ GAP_KINDS = (
     "reddest 10 %",
     "Ca II alone",
 )
-"""Kinds of `moefast.simulate.gaps.GAPS` that draws have in turn; every other draw has the first, all of its pixels."""
-DISTANCE_QUANTILE, CHI2_QUANTILE = 0.995, 0.999
+"""Kinds of `moefast.simulate.gaps.GAPS` that draws have; three times as many have the first, all of their pixels."""
+DISTANCE_QUANTILE, CHI2_QUANTILE = 0.997, 0.999
 """Share of stars of the training set that the limits let pass."""
 DISTANCE_KNOTS = 6
 LEAST_CHI2_MARGIN = 0.1
 LEAST_CHI2 = 0.5
 """Below it the errors are no errors of these pixels: of noise-free spectra, or far too large."""
-FOREIGN_QUANTILE = 0.998
+FOREIGN_QUANTILE = 0.995
 """The same as above of the probability of being no star."""
 NUISANCE_STREAM = 20
 STRENGTH_LIMIT = 12.0
@@ -77,14 +78,18 @@ def fit_posterior(data: TrainingSet, mixture: Mixture) -> tuple[PosteriorMixture
     # Stars that lack any of these labels are used for nothing from here on.
     data.labelled = data.labelled & np.isfinite(values).all(1)
     stars, rows = data.inputs(mixture, "templates", data.other_stretches(LIBRARY_ROWS), noisy=False)
+    velocity = None
+    if "velocity" in data.spectra.columns:
+        found_velocity = data.spectra.params(("velocity",))["velocity"][rows].astype(np.float64)
+        velocity = found_velocity if np.isfinite(found_velocity).all() else None
     reference = mixture.reference.astype(np.float64)
     noise_shape = mixture.noise_shape.astype(np.float64)
     arrays = fit_clouds(
         stars.z, values[rows], data.bins[rows], options.grid.n_bins, basis=mixture.basis.astype(np.float64),
         reference=reference, noise_shape=noise_shape, n_clouds=options.n_clouds, n_tangents=options.n_tangents,
-        seed=options.seed,
+        n_gravity_bins=options.n_gravity_bins, velocity=velocity, beyond=options.beyond, seed=options.seed,
     )  # fmt: skip
-    sky = sky_residuals(noise_shape, options.sky_width)
+    sky = sky_residuals(mixture.wave, noise_shape, options.sky_width)
     nuisances = [slopes(mixture.wave, reference, options.slope_widths), sky]
     arrays["directions"] = np.concatenate([arrays["directions"], *nuisances], axis=1).astype(np.float32)
     found = PosteriorMixture(
@@ -208,8 +213,6 @@ def _nuisances(mixture: PosteriorMixture, error: NDArray, rows: NDArray[np.int64
     good = error > 0
     level = (np.where(good, error, 0.0) ** 2 / mixture.noise_shape).sum(1) / np.maximum(good.sum(1), 1)
     size[:, q - sky :] *= np.sqrt(level)[:, None]
-    # The prior also holds spectra without any: half of the stars have none.
-    size[fold_of_rows(rows, 2, draw + 3000) == 0] = 0
     return (size @ mixture.directions[:, n:].T.astype(np.float64)).astype(np.float32)
 
 
@@ -219,10 +222,10 @@ def _gaps(data: TrainingSet) -> Mapping[str, GapKind]:
     return gaps if gaps is not None else {name: GAPS[name] for name in GAP_KINDS}
 
 
-def _kind_of(rows: NDArray[np.int64], n_kinds: int, seed: int) -> NDArray[np.intp]:
-    """Kind of gap of each row, at random: the first in every other one, each of the kinds alike in the others."""
-    turn = fold_of_rows(rows, 2 * n_kinds, seed)
-    return np.where(turn < n_kinds, 0, turn - n_kinds).astype(np.intp)
+def _kind_of(rows: NDArray[np.integer], n_kinds: int, seed: int) -> NDArray[np.intp]:
+    """Kind of gap of each row, at random: each of the kinds alike, but the first three times as often."""
+    turn = fold_of_rows(rows, n_kinds + 2, seed)
+    return np.maximum(turn - 2, 0).astype(np.intp)
 
 
 def _distance_limit(distance: NDArray, strength: NDArray) -> dict[str, list[float]]:

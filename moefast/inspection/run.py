@@ -7,6 +7,7 @@ can judge before joining the table to a catalogue.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -159,7 +160,7 @@ def is_table(path: str | Path) -> bool:
     """Whether a file is a table of predictions, by what it holds; spectra are none."""
     path = Path(path)
     suffix = path.suffix.lower()
-    if suffix not in READERS or not path.is_file():
+    if suffix not in READERS or not os.path.isfile(path):
         return False
     if suffix == ".parquet":
         return True
@@ -376,7 +377,7 @@ def _worst_star(
             name: here[name] if np.isfinite(here[name]) else None
             for name in ("log_g", "log_g_err", "snr_median", "chi2")
         },
-        velocity=float(columns["v_los"][row]) if "v_los" in columns else None,
+        velocity=float(np.nan_to_num(columns["v_los"][row])) if "v_los" in columns else None,
     )
 
 

@@ -21,8 +21,19 @@ from moefast.mixture import Prediction
 from moefast.model import Model
 from moefast.posterior.mixture import PosteriorMixture
 from moefast.posterior.star import StarPosterior, star_posterior
-from moefast.scoring import columns_of, labels_at_the_edge, move, unlike_reasons
-from moefast.spectra.files import SpectrumSet
+from moefast.posterior.velocities import DEFAULT_RANGE
+from moefast.scoring import (
+    FIT,
+    CpuEngine,
+    columns_of,
+    labels_at_the_edge,
+    move,
+    score_block,
+    score_moving,
+    unlike_reasons,
+    velocity_fit,
+)
+from moefast.spectra.files import Block, SpectrumSet
 from moefast.spectra.layouts.pfsspec import identifiers
 from moefast.spectra.prepared import Origins, Preparation, PreparedShard, open_prepared
 from moefast.spectra.quality import Flag, Quality, good_pixels
@@ -125,7 +136,7 @@ def look_at(
     identifier : str, optional
         Value of an identifier column, or NAME=VALUE; instead of `row`.
     array, velocity, medium, telluric
-        As in `moefast.predict`.
+        As in `moefast.predict`: of files of surveys the velocity is fitted where none is given.
 
     Raises
     ------
@@ -144,7 +155,7 @@ def look_at(
     spectra = open_prepared(paths, preparation)
     at = find_row(spectra, row, identifier)
     needed = np.arange(spectra.n_rows) == at
-    moved = None if velocity is None else move(spectra, velocity, needed)
+    moved = None if velocity in {None, FIT} else move(spectra, velocity, needed)
     names = [*_identifiers(spectra), *(name for name in _labels(chosen) if name in spectra.columns)]
     block = next(iter(spectra.blocks(1, array=array, rows=(at, at + 1), params=names, prefetch=False)))
     origins = Origins(spectra)
@@ -152,14 +163,15 @@ def look_at(
     file, own = origins.of(block.shard, inside, inside + 1)
     notes = [note for shard in spectra.shards if isinstance(shard, PreparedShard) for note in shard.notes]
     notes += [str(failure.error) for failure in origins.faults(at, at + 1)]
-    star = _scored(chosen, block.flux, block.error, block.mask)
+    star = _scored(chosen, spectra, block, velocity, array)
+    if moved is not None:
+        star["values"] = {"v_los": float(moved.velocity[at])} | star["values"]
     return Star(
         file=str(origins.paths[int(file[0])]),
         row=int(own[0]),
         ids={name: _plain(block.params[name][0]) for name in _identifiers(spectra)},
         labels={name: float(block.params[name][0]) for name in _labels(chosen) if name in block.params},
         notes=list(dict.fromkeys([*notes, *star.pop("notes")])),
-        values=({} if moved is None else {"v_los": float(moved.velocity[at])}) | star.pop("values"),
         **star,
     )
 
@@ -234,16 +246,40 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _scored(model: Model, flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None) -> dict[str, Any]:
-    """What a model says of one spectrum (1, p)."""
-    mixture = model.mixture
+def _scored(
+    model: Model,
+    spectra: SpectrumSet,
+    block: Block,
+    velocity: float | str | Path | None,
+    array: Literal["auto", "flux", "noisy"],
+) -> dict[str, Any]:
+    """What a model says of the one spectrum of a block, and the spectrum at rest."""
+    mixture, shard = model.mixture, spectra.shards[block.shard]
+    flux, error, mask = block.flux, block.error, block.mask
+    engine, first = CpuEngine(mixture), block.first_row - int(spectra.first_rows[block.shard])
+    fit = velocity_fit(model, spectra, velocity, DEFAULT_RANGE)
+    fitted: dict[str, float] = {}
+    notes, posterior = [], None
+    if fit is not None and isinstance(shard, PreparedShard) and (velocity is not None or shard.observed):
+        fit.prepare()
+        which = "noisy" if array != "flux" and "noisy" in shard.arrays else "flux"
+        result, quality, found = score_moving(engine, fit, shard, which, block, first)
+        speed, speed_error = found.velocity, found.error
+        if np.isfinite(speed[0]):
+            fitted = {"v_los": float(speed[0]), "v_los_err": float(speed_error[0])}
+            arms = shard.measured(which, first, first + 1)
+            flux, error, at_rest = shard.at_velocity(arms, speed, np.zeros(1, np.intp))
+            mask = at_rest if mask is None or not mask.all() else mask
+            notes.append(
+                "the velocity is fitted, and the numbers are averages over what it may be; the spectrum and the "
+                "density of log g are those at the fitted one"
+            )
+    else:
+        result, quality = score_block(engine, block, first)
     good = good_pixels(flux, error, mask)
     seen = np.ones(flux.shape[1], bool) if good is None else good[0]
-    with np.errstate(over="ignore", invalid="ignore"):
-        result, quality = mixture.score(flux, error, mask)
     columns = columns_of(model, result, quality)
-    values = {name: float(column[0]) for name, column in columns.items()}
-    notes, posterior = [], None
+    values = fitted | {name: float(column[0]) for name, column in columns.items()}
     if not isinstance(mixture, PosteriorMixture):
         notes.append(
             f"{model.name} is no posterior: it says what log g is, not what the spectrum without noise would be; so "
@@ -329,7 +365,9 @@ def describe(star: Star) -> str:
             text = f"{values[label]:.{digits}f} ± {values[f'{label}_err']:.{digits}f}{unit}"
             line(label, text + _truth(star, label, digits))
     if "v_los" in values:
-        line("velocity", f"{values['v_los']:.1f} km/s, removed")
+        fitted = "v_los_err" in values
+        error = f" ± {values['v_los_err']:.1f} km/s, fitted" if fitted else " km/s, as given"
+        line("velocity", f"{values['v_los']:.1f}{error}")
     line(
         "signal to noise", f"{values['snr_median']:.1f} per pixel (median), snr_norm {values['snr_norm']:.2f}"
     )

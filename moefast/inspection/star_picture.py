@@ -30,8 +30,9 @@ from numpy.typing import NDArray
 
 from moefast.inspection.lines import CALCIUM, lines_within
 from moefast.inspection.star import Star, describe
+from moefast.spectra.smoothing import FRAME, frame, smoothed
 
-__all__ = ["draw_star", "figure", "small_picture", "smoothed"]
+__all__ = ["draw_star", "figure", "small_picture"]
 
 F64 = NDArray[np.float64]
 
@@ -43,8 +44,6 @@ TOGETHER = 15
 """Pixels, odd, whose residuals are taken together."""
 LARGEST_PULL = 6.0
 """Errors beyond which residuals are drawn at the edge."""
-FRAME, MARGIN = (2, 98), 0.3
-"""Percentiles of the smoothed flux that set the frame beside the whole model, and room beyond them, in their range."""
 LEVELS = (0.683, 0.954)
 """Probability within the contours."""
 _LINE_ROLES = {
@@ -97,9 +96,9 @@ def figure(star: Star, palette: Palette = LIGHT) -> Figure:
     triplet = canvas.add_subplot(lower[0])
     residual.sharex(spectrum)
     log_g, kiel, words = (canvas.add_subplot(side[k]) for k in range(3))
-    canvas.text(0.05, 0.97, literal(_result(star)), fontsize=12.5, fontweight="bold", va="center")
-    name = "\n".join(textwrap.wrap(f"{star.name}; {star.model}", 175))
-    canvas.text(0.985, 0.97, literal(name), fontsize=8.5, va="center", ha="right", color=palette["muted"])
+    canvas.text(0.05, 0.978, literal(_result(star)), fontsize=12.5, fontweight="bold", va="center")
+    name = textwrap.shorten(f"{star.name}; {star.model}", 200, placeholder=" …")
+    canvas.text(0.05, 0.951, literal(name), fontsize=8.5, va="center", color=palette["muted"])
     whole = (float(star.wave[0]), float(star.wave[-1]))
     _spectrum(spectrum, star, palette, whole, SMOOTHING)
     _name_lines(spectrum, palette, whole, names=True)
@@ -146,23 +145,6 @@ def _result(star: Star) -> str:
     return f"{known}, {flags}"
 
 
-def smoothed(values: F64, weights: F64, width: int) -> F64:
-    """Weighted running mean over `width` pixels; NaN where no pixel has weight.
-
-    Parameters
-    ----------
-    values, weights : array of shape (p,)
-        A pixel of weight 0 counts for nothing, whatever its value.
-    width : int
-        Odd.
-    """
-    window = np.ones(width)
-    used = np.where(weights > 0, values, 0.0) * weights
-    total = np.convolve(weights, window, "same")
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(total > 0, np.convolve(used, window, "same") / total, np.nan)
-
-
 def _weights(star: Star) -> F64:
     return np.where(star.good, 1 / np.where(star.good, star.error, 1.0) ** 2, 0.0)
 
@@ -198,8 +180,7 @@ def _spectrum(
     axes.plot(
         wave[here], mean[here], color=palette["ink"], linewidth=1.0, label=f"flux, mean of {width} pixels"
     )
-    known = mean[here & np.isfinite(mean)]
-    limits = list(np.percentile(known, FRAME)) if known.size else []
+    limits = list(np.nanpercentile(mean[here], FRAME)) if np.isfinite(mean[here]).any() else []
     if star.posterior is not None:
         model, sd = star.posterior.star, star.posterior.star_sd
         if small:
@@ -215,10 +196,8 @@ def _spectrum(
         limits += [model[here].min(), model[here].max()]
     _shade(axes, star, palette, step=SMALL_STEP if small else 1)
     if limits:
-        low, high = float(np.min(limits)), float(np.max(limits))
-        room = MARGIN * max(high - low, 0.05 * abs(high), 1e-12)
         # More below, where the legend stands.
-        low, high = low - (2 * room if legend else room), high + room
+        low, high = frame(limits, below=2 if legend else 1)
         axes.set_ylim(low, high)
         n_beyond = int(np.sum((star.flux < low) | (star.flux > high), where=star.good & here))
         if n_beyond and not small:

@@ -56,7 +56,7 @@ def spectra_of_worst(
             f"No pictures: the table was made by another model than {chosen.name}; name it with --model.",
         )
     stars: dict[tuple[int, int], Star] = {}
-    reason = ""
+    reason, options = "", run.attributes.get("options") or {}
     for star in run.worst[:MOST_PICTURES]:
         file = files[star.file] if star.file < len(files) else None
         if file is None:
@@ -70,7 +70,7 @@ def spectra_of_worst(
                 array=_array(run),
                 velocity=star.velocity,
                 telluric=run.attributes.get("telluric") or "auto",
-                medium=run.attributes.get("medium") or "auto",
+                medium=options.get("medium") or "auto",
             )
         except MoefastError as error:
             reason = f"Of some stars the spectra cannot be read: {error}"

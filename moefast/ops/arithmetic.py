@@ -178,6 +178,10 @@ class SolvingArithmetic(Arithmetic, Protocol):
         """Where a > b, broadcast; never where one is NaN."""
         ...
 
+    def as_number(self, condition: Any) -> Any:
+        """One where it holds, zero elsewhere."""
+        ...
+
     def marks(self, chosen: Sequence[bool]) -> Any:
         """A vector of truth values."""
         ...
@@ -251,6 +255,10 @@ class SolvingArithmetic(Arithmetic, Protocol):
 
     def absolute(self, a: Any) -> Any:
         """Absolute value."""
+        ...
+
+    def picked(self, a: Any, places: Any, axis: int) -> Any:
+        """The entries at such places of an axis, places (…) of whole numbers read row by row."""
         ...
 
     def reshaped(self, a: Any, shape: Sequence[int]) -> Any:
@@ -373,6 +381,9 @@ class NumPyArithmetic:
     def absolute(self, a: NDArray) -> NDArray:
         return np.abs(a)
 
+    def picked(self, a: NDArray, places: NDArray, axis: int) -> NDArray:
+        return np.take(a, places.astype(np.intp).reshape(-1), axis)
+
     def reshaped(self, a: NDArray, shape: Sequence[int]) -> NDArray:
         return a.reshape(shape)
 
@@ -406,6 +417,9 @@ class NumPyArithmetic:
 
     def above(self, a: NDArray, b: NDArray) -> NDArray:
         return np.greater(a, b)
+
+    def as_number(self, condition: NDArray) -> NDArray:
+        return condition.astype(self.dtype)
 
     def marks(self, chosen: Sequence[bool]) -> NDArray:
         return np.array(chosen, np.bool_)
@@ -534,6 +548,8 @@ class OnnxArithmetic:
         self.half, self._half, self._short = half, half and short, short
         self._stored: dict[str, str] = {}
         """What is stored in half precision, by the value that is made of it."""
+        self._rounded: dict[str, str] = {}
+        """What is in single precision already, by the value in double precision that is made of it."""
 
     def _add(self, operator: str, inputs: Sequence[str], **attributes: Any) -> str:
         self._count += 1
@@ -639,6 +655,9 @@ class OnnxArithmetic:
     def absolute(self, a: str) -> str:
         return self._add("Abs", [a])
 
+    def picked(self, a: str, places: str, axis: int) -> str:
+        return self._add("Gather", [a, self.reshaped(places, (-1,))], axis=axis)
+
     def reshaped(self, a: str, shape: Sequence[int]) -> str:
         return self._add("Reshape", [a, self._graph.shape("_".join(["shape", *map(str, shape)]), shape)])
 
@@ -646,7 +665,7 @@ class OnnxArithmetic:
         return self._cast(a, DOUBLE)
 
     def single(self, a: str) -> str:
-        return self._cast(a, FLOAT)
+        return self._rounded.get(a) or self._cast(a, FLOAT)
 
     def inverse(self, a: str, size: int) -> tuple[str, str]:
         # Gauss-Jordan steps in place, a - (column - e)(row + e)ᵀ / pivot: a positive definite matrix needs no exchange
@@ -692,6 +711,9 @@ class OnnxArithmetic:
     def above(self, a: str, b: str) -> str:
         return self._add("Greater", [a, b])
 
+    def as_number(self, condition: str) -> str:
+        return self._cast(condition, FLOAT)
+
     def marks(self, chosen: Sequence[bool]) -> str:
         word = "".join("01"[mark] for mark in chosen)
         return str(self._graph.number(f"constant.marks_{word}", np.array(chosen, np.bool_)))
@@ -703,7 +725,10 @@ class OnnxArithmetic:
         return self._add("Round", [a])
 
     def rounded_to_single(self, a: str) -> str:
-        return self._cast(self._cast(a, FLOAT), DOUBLE)
+        single = self._cast(a, FLOAT)
+        double = self._cast(single, DOUBLE)
+        self._rounded[double] = single
+        return double
 
     def split(self, a: str, name: str, sizes: Sequence[int]) -> list[str]:
         self._count += 1

@@ -22,12 +22,13 @@ and one direction more, the change of its mean spectrum with the scale. Its evid
 and the posterior is the mixture of all clouds with weights exp e_j. There is no ln σ² term: the noise is a known weight
 and says nothing by itself, though it holds the photons of the star.
 
-Design: M is made of averages of a′ over cells of a few pixels, in units of the training set's mean noise, so that it is
-one matrix product; `Sizes.cell` = 1 is exact. An M that is off by a per cent would be off by many σ for a star far from
-the reference. Therefore the likelihood is expanded around a point b near the star, where its gradient is exact, and M
-weighs only what lies between b and the clouds: with the whole library and the nuisances as one Gaussian N(b₀, P),
+Design: M is made of averages of a′ over cells of alike pixels (`moefast.posterior.cells`), in units of the training
+set's mean noise, so that it is one small matrix product; cells of one pixel are exact. An M that is off by a per cent
+would be off by many σ for a star far from the reference. Therefore the likelihood is expanded around a point b near
+the star, where its gradient is exact, and M weighs only what lies between b and the clouds: with the whole library and
+the nuisances as one Gaussian N(b₀, P),
 
-    b = (P⁻¹ + M)⁻¹ (P⁻¹b₀ + u),      u ← Bᵀ(y − a′ B b) + M b,      `REFINEMENTS` times,
+    b = (P⁻¹ + M)⁻¹ (P⁻¹b₀ + u),      u ← Bᵀ(y − a′ B b) + M b,
 
 which changes nothing where M is exact. From u on everything is in double precision. The fast CPU kernels
 (`moefast.kernels.clouds`) are judged by this description, read in NumPy and float64; ONNX is a second reader of it.
@@ -44,7 +45,7 @@ from typing import Any
 from moefast.kernels.quality import LARGEST_ERROR
 from moefast.ops.arithmetic import SolvingArithmetic
 
-__all__ = ["LEAST_CURVATURE", "REFINEMENTS", "Sizes", "cell_products", "forward"]
+__all__ = ["LEAST_CURVATURE", "Sizes", "cell_products", "forward"]
 
 LARGEST_FLUX = 3.4028234663852886e38
 """Of float32: infinite flux is no flux."""
@@ -53,8 +54,6 @@ LEAST_SPREAD = 1e-4
 """Added in dex to standard deviations whose logarithms the error model sees."""
 LEAST_CURVATURE = 1e-8
 """Added to M where the best point of the whole space is asked for: directions that a star does not see stay put."""
-REFINEMENTS = 2
-"""Expansions around a better point; the second one matters for bright stars."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,8 @@ class Sizes:
 
     Attributes
     ----------
-    n_pixels, cell : int
-        p, and pixels over which a′ is averaged for M; `cell` divides p.
+    n_pixels, n_cells, cell : int
+        p; number of cells over which a′ is averaged for M, and places for pixels in each.
     n_coordinates, n_nuisances : int
         n, q. The last coordinate is the scale.
     n_clouds, n_tangents, n_labels, n_experts : int
@@ -72,6 +71,7 @@ class Sizes:
     """
 
     n_pixels: int
+    n_cells: int
     cell: int
     n_coordinates: int
     n_nuisances: int
@@ -123,13 +123,17 @@ class CloudValues:
 
 
 def cell_products(op: SolvingArithmetic, sizes: Sizes) -> Any:
-    """Σ B B'/D over the pixels of each cell, (p / cell, (n + q)²): what turns means of a′ D into M."""
+    """Σ B B'/D over the pixels of each cell, (cells, (n + q)²): what turns means of a′ D into M."""
     width = sizes.n_coordinates + sizes.n_nuisances
-    n_cells = sizes.n_pixels // sizes.cell
-    inside = op.reshaped(op.precise(op.number("directions")), (n_cells, sizes.cell, width))
-    shape = op.reshaped(op.precise(op.number("noise_shape")), (n_cells, sizes.cell, 1))
+    size = (sizes.n_cells, sizes.cell)
+    inside = op.picked(op.precise(op.number("directions")), op.number("cells"), 0)
+    shape = op.reshaped(op.picked(op.precise(op.number("noise_shape")), op.number("cells"), 0), (*size, 1))
+    # Places without a pixel have no share.
+    there = op.at_most(op.constant(TINY), op.reshaped(op.number("cell_shares"), (*size, 1)))
+    inside = op.reshaped(inside, (*size, width))
+    inside = op.where(there, inside, op.precise(op.constant(0.0)))
     products = op.product(op.ordered(op.divide(inside, shape), (0, 2, 1)), inside)
-    return op.reshaped(products, (n_cells, width * width))
+    return op.reshaped(products, (sizes.n_cells, width * width))
 
 
 def cloud_values(op: SolvingArithmetic, sizes: Sizes, flux: Any, error: Any) -> CloudValues:
@@ -173,8 +177,9 @@ def cloud_values(op: SolvingArithmetic, sizes: Sizes, flux: Any, error: Any) -> 
     y = op.multiply(scale, op.multiply(weight, apart))
     directions = op.precise(number("directions"))
     u = op.product(y, directions)
-    cells = op.total(op.shaped(relative, (p // sizes.cell, sizes.cell)), 2)
-    cells = op.multiply(cells, op.divide(op.multiply(scale, scale), op.precise(constant(float(sizes.cell)))))
+    cells = op.shaped(op.picked(relative, number("cells"), 1), (sizes.n_cells, sizes.cell))
+    cells = op.multiply(cells, op.reshaped(op.precise(number("cell_shares")), (1, sizes.n_cells, sizes.cell)))
+    cells = op.multiply(op.total(cells, 2), op.multiply(scale, scale))
     products = cell_products(op, sizes)
     matrix = op.shaped(op.product(cells, products), (n + q, n + q))
     u = gathered = op.shaped(u, (n + q, 1))
@@ -182,12 +187,11 @@ def cloud_values(op: SolvingArithmetic, sizes: Sizes, flux: Any, error: Any) -> 
     # -- expansion around a point near the star ----------------------------------------------------------------
     whole, _ = op.inverse(op.add(matrix, op.precise(number("library_precision"))), n + q)
     pull, curvatures = op.precise(number("library_pull")), op.multiply(op.multiply(scale, scale), weight)
-    for _ in range(REFINEMENTS):
-        point = op.product(whole, op.add(u, pull))
-        spectrum = op.shaped(op.product(directions, point), (p,))
-        left = op.subtract(y, op.multiply(curvatures, spectrum))
-        gradient = op.shaped(op.product(left, directions), (n + q, 1))
-        u = op.add(gradient, op.product(matrix, point))
+    point = op.product(whole, op.add(u, pull))
+    spectrum = op.shaped(op.product(directions, point), (p,))
+    left = op.subtract(y, op.multiply(curvatures, spectrum))
+    gradient = op.shaped(op.product(left, directions), (n + q, 1))
+    u = op.add(gradient, op.product(matrix, point))
     moved = op.product(op.ordered(point, (0, 2, 1)), op.subtract(u, gathered))
     energy = op.add(energy, op.shaped(moved, (1,)))
 

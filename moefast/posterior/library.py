@@ -13,13 +13,16 @@ count beside components.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import maximum_filter1d, median_filter, minimum_filter1d, uniform_filter1d
 
 from moefast.experts.template import clouds_of_bins
+from moefast.posterior.linear import gravity_bins
 from moefast.posterior.mixture import SCALE_UNIT
+from moefast.simulate.noise import SKY_GROUPS, Instrument, airglow_groups, airglow_lines
 
 __all__ = ["LEAST_SCATTER", "fit_clouds", "sky_residuals", "slopes"]
 
@@ -30,10 +33,24 @@ GROUPED_BY = [0, 1, 2]
 """Labels in which a cloud should be small: log g, T_eff, [M/H], which every training set has."""
 LEAST_SCATTER = 1e-3
 """Variance within clouds, at the least, in units of the noise of the training set."""
+AIRGLOW = (7100.0, 8870.0)
+"""Å: what the table of airglow lines covers."""
+LEAST_LIGHT = 1e-6
+"""Of the brightest line, where a pixel has any."""
 SKY_BANDS = 10
-"""Bands of wavelength in which residuals of sky lines are free apart."""
+"""Bands of wavelength in which residuals of sky lines are free apart, beyond that table."""
 FOREIGN_SHARE = 0.02
 """Share of spectra, before they are looked at, that have no lines: dead fibres, hot stars, galaxies."""
+SLOW, LEAST_OF_A_KIND = 15.0, 100
+"""km/s; and stars of each kind, slow and fast, that every expert must have for clouds of them to be told apart."""
+BEYOND_SHARE = 0.05
+"""Share of stars, before they are looked at, that are hotter than the training set."""
+BEYOND_LABEL, BEYOND_SLAB = 1, 0.15
+"""T_eff; and the part of its range, at its upper end, whose stars tell how spectra go on."""
+BEYOND_STEPS = 3
+"""How many times that part is moved on by its own width: 340 to 1010 K of a range of 2250 K."""
+BEYOND_CLOUDS = 24
+"""Clouds of each step."""
 WIDEST_LINE, CONTINUUM_DEGREE = 101, 5
 """Pixels beyond which no line reaches, and degree of a polynomial that no line makes."""
 ENVELOPE = 41
@@ -49,30 +66,46 @@ def slopes(wave: F64, reference: NDArray, widths: Sequence[float]) -> F64:
     return np.stack(each, axis=1) if each else np.empty((wave.size, 0))
 
 
-def sky_residuals(noise_shape: F64, width: float, n_bands: int = SKY_BANDS) -> F64:
-    """What sky subtraction leaves of the lines of the night sky, (p, `n_bands`), in units of the training set's flux.
+def sky_residuals(wave: F64, noise_shape: F64, width: float, n_bands: int = SKY_BANDS) -> F64:
+    """What sky subtraction leaves of the lines of the night sky, (p, q), in units of the training set's flux.
 
-    The lines are what the noise variance has above its lower envelope; bands of wavelength, each fading into the next,
-    are free apart.
+    Where the table of airglow covers all wavelengths, the lines are its own, and groups that brighten together are free
+    apart. Elsewhere they are what the noise variance has above its lower envelope, and bands of wavelength, each fading
+    into the next, are free apart. The table is better: noise is not proportional to the light of a line.
 
     Parameters
     ----------
+    wave : array of shape (p,), Å
     noise_shape : array of shape (p,)
         Mean noise variance of the training set.
     width : float
         Prior width in standard deviations of the noise, in the pixel where the lines are brightest.
     n_bands : int
     """
-    envelope = median_filter(minimum_filter1d(noise_shape, ENVELOPE), 2 * ENVELOPE + 1)
-    lines = np.maximum(noise_shape - envelope, 0)
+    if AIRGLOW[0] <= wave[0] and wave[-1] <= AIRGLOW[1]:
+        parts = _airglow(wave).T
+        lines = parts.sum(1)
+    else:
+        envelope = median_filter(minimum_filter1d(noise_shape, ENVELOPE), 2 * ENVELOPE + 1)
+        lines = np.maximum(noise_shape - envelope, 0)
+        place = np.linspace(0, n_bands - 1, noise_shape.size)
+        parts = lines[:, None] * np.maximum(1 - np.abs(place[:, None] - np.arange(n_bands)), 0)
     brightest = lines.argmax()
     if not width or lines[brightest] == 0:
         return np.empty((noise_shape.size, 0))
-    place = np.linspace(0, n_bands - 1, noise_shape.size)
-    bands = np.maximum(1 - np.abs(place[:, None] - np.arange(n_bands)), 0)
-    height = width * np.sqrt(noise_shape[brightest]) / lines[brightest]
-    shapes = height * lines[:, None] * bands
+    shapes: F64 = width * np.sqrt(noise_shape[brightest]) / lines[brightest] * parts
     return shapes[:, shapes.any(0)]
+
+
+def _airglow(wave: F64) -> F64:
+    """Light of each group of airglow lines at each pixel, (g, p), in units that are the same for all."""
+    places, intensities = airglow_lines()
+    width = np.hypot(Instrument().lsf_sigma, np.gradient(wave) / np.sqrt(12))
+    profiles = np.exp(-0.5 * ((wave - places[:, None]) / width) ** 2) / width
+    groups = airglow_groups() == np.arange(len(SKY_GROUPS))[:, None]
+    light: F64 = (groups * intensities) @ profiles
+    # A line of the next pixel but ten is no light.
+    return np.where(light > LEAST_LIGHT * light.max(), light, 0.0)
 
 
 def fit_clouds(
@@ -86,8 +119,11 @@ def fit_clouds(
     noise_shape: F64,
     n_clouds: int,
     n_tangents: int,
+    n_gravity_bins: int = 0,
+    velocity: F64 | None = None,
+    beyond: bool = False,
     seed: int = 0,
-) -> dict[str, NDArray]:
+) -> dict[str, Any]:
     """Clouds of the stars of each bin, as many as its share of the stars, in coordinates of their own.
 
     Parameters
@@ -105,41 +141,67 @@ def fit_clouds(
         Reference spectrum, and mean noise variance D of the training set.
     n_clouds, n_tangents : int
         Clouds in all, and tangents of each.
+    n_gravity_bins : int
+        Clouds are so many bins of log g within each expert's bin, instead of `n_clouds` found by k-means; see
+        `moefast.posterior.linear`. 0 for k-means.
+    velocity : array of shape (n,), km/s, optional
+        Half of the clouds are of stars that move by more than `SLOW`, and small in velocity, too; where each expert has
+        stars of both kinds.
+    beyond : bool
+        Whether there are clouds of stars that are hotter than all of the training set, too: those of its hot end,
+        continued. They belong to the expert of the star from which they are continued.
     seed : int
 
     Returns
     -------
-    dict of str to array
-        Arrays of a `PosteriorMixture`: `directions` (p, r + 2), that of what a spectrum without lines has beside all
+    dict
+        Fields of a `PosteriorMixture`: `directions` (p, r + 2), that of what a spectrum without lines has beside all
         stars and the scale last; `keys`, `tangents`, `gains`, `log_weights`, `labels`, `scatter`, `first`. The last
-        expert is one cloud: a spectrum without lines, which is no star.
+        expert is one cloud: a spectrum without lines, which is no star. `n_fast` counts the clouds of stars that move,
+        the last ones of each expert.
 
     Raises
     ------
     ValueError
         A bin is empty.
     """
-    clouds, first = clouds_of_bins(z, labels[:, GROUPED_BY], bins, n_experts, n_clouds=n_clouds, seed=seed)
+    if n_gravity_bins:
+        clouds, first = gravity_bins(labels[:, 0], bins, n_experts, n_gravity_bins)
+        n_fast = np.zeros(n_experts, np.int64)
+    else:
+        clouds, first, n_fast = _by_velocity(z, labels, velocity, bins, n_experts, n_clouds, seed)
     r, t = z.shape[1], min(n_tangents, z.shape[1])
     parts, within = [], np.zeros((r, r))
     for cloud in clouds:
         *part, left = _cloud(z[cloud].astype(np.float64), labels[cloud], t, len(bins))
         within += len(cloud) / len(bins) * left
         parts.append(part)
+    if beyond and np.ptp(labels[:, BEYOND_LABEL]) > 0:
+        experts = np.repeat(np.arange(n_experts), np.diff(first))
+        still = np.ones(len(z), bool)
+        if velocity is not None and n_fast.any():
+            still = np.abs(velocity) <= SLOW
+        further, of_expert = _beyond(z[still], labels[still], bins[still], t, seed)
+        # Stars that move stay the last of each expert.
+        fast = [rank >= stop - n for rank, stop, n in zip(*_ranks(first, n_fast), strict=True)]
+        experts = np.concatenate([experts, of_expert])
+        order = np.lexsort(([*fast, *np.zeros(len(further), bool)], experts))
+        parts = [(parts + further)[i] for i in order]
+        first = np.searchsorted(experts[order], np.arange(n_experts + 1))
     keys, tangents, gains, log_weights, means, scatter = (
         np.array(column) for column in zip(*parts, strict=True)
     )
     # Coordinates in which what is left within clouds is the identity: z = F ζ with F Fᵀ = E.
     variances, vectors = np.linalg.eigh(within)
     root = np.sqrt(np.maximum(variances, 0) + LEAST_SCATTER)
-    forth, back = vectors * root, vectors / root
+    forth, back, tangents = _concentrated(tangents, log_weights, vectors * root, vectors / root)
     directions = (noise_shape[:, None] * basis) @ forth
     own, beside, height = _without_lines(reference, noise_shape, directions)
     none = np.zeros((len(keys), 2))
     arrays = {
         "directions": np.column_stack([directions, beside, SCALE_UNIT * reference]),
         "keys": np.concatenate([keys @ back, none], axis=1),
-        "tangents": np.concatenate([tangents @ back, np.zeros((*tangents.shape[:2], 2))], axis=2),
+        "tangents": np.concatenate([tangents, np.zeros((*tangents.shape[:2], 2))], axis=2),
         "gains": gains,
         "log_weights": log_weights,
         "labels": means,
@@ -156,8 +218,107 @@ def fit_clouds(
     }
     arrays |= {name: np.concatenate([arrays[name], np.asarray(one)[None]]) for name, one in foreign.items()}
     return {name: np.ascontiguousarray(value, np.float32) for name, value in arrays.items()} | {
-        "first": np.array([*first, first[-1] + 1], np.int64)
+        "first": np.array([*first, first[-1] + 1], np.int64),
+        "n_fast": tuple(int(n) for n in n_fast) if n_fast.any() else (),
     }
+
+
+def _ranks(first: NDArray[np.int64], n_fast: NDArray[np.int64]) -> tuple[NDArray, NDArray, NDArray]:
+    """Of each cloud its number, and of its expert the end and how many clouds of stars that move it has."""
+    sizes = np.diff(first)
+    return np.arange(first[-1]), np.repeat(first[1:], sizes), np.repeat(n_fast, sizes)
+
+
+def _by_velocity(
+    z: F32,
+    labels: F64,
+    velocity: F64 | None,
+    bins: NDArray[np.integer],
+    n_experts: int,
+    n_clouds: int,
+    seed: int,
+) -> tuple[list[NDArray[np.intp]], NDArray[np.int64], NDArray[np.int64]]:
+    """Stars of each cloud by expert, first clouds, and how many clouds at the end of each expert are of fast stars."""
+    places = labels[:, GROUPED_BY]
+    fast = np.zeros(len(z), bool) if velocity is None else np.abs(velocity) > SLOW
+    counts = [np.bincount(bins[part], minlength=n_experts) for part in (fast, ~fast)]
+    if velocity is None or min(count.min() for count in counts) < LEAST_OF_A_KIND:
+        clouds, first = clouds_of_bins(z, places, bins, n_experts, n_clouds=n_clouds, seed=seed)
+        return clouds, first, np.zeros(n_experts, np.int64)
+    parts, firsts = [], []
+    for rows in (np.flatnonzero(~fast), np.flatnonzero(fast)):
+        where = places[rows]
+        if fast[rows[0]]:
+            where = np.column_stack([where, velocity[rows]])
+        found, first = clouds_of_bins(
+            z[rows], where, bins[rows], n_experts, n_clouds=n_clouds // 2, seed=seed
+        )
+        parts.append([rows[cloud] for cloud in found])
+        firsts.append(first)
+    clouds = [
+        cloud
+        for k in range(n_experts)
+        for part, first in zip(parts, firsts, strict=True)
+        for cloud in part[first[k] : first[k + 1]]
+    ]
+    return clouds, firsts[0] + firsts[1], np.diff(firsts[1])
+
+
+def _concentrated(tangents: F64, log_weights: F64, forth: F64, back: F64) -> tuple[F64, F64, F64]:
+    """Coordinates in which the last ones have no tangent, and the tangents in them.
+
+    Where tangents vary less than what is left within clouds, which is one in all coordinates, that takes them in: it
+    is told once, not once per cloud.
+    """
+    share = np.exp(log_weights)
+    tangents = tangents @ back
+    variances, vectors = np.linalg.eigh(np.einsum("m,mta,mtb->ab", share, tangents, tangents, optimize=True))
+    variances, vectors = np.maximum(variances[::-1], 0) / share.sum(), vectors[:, ::-1]
+    few = variances < 1
+    width = np.sqrt(1 + np.where(few, variances, 0))
+    tangents = (tangents @ vectors) * ~few
+    return forth @ vectors * width, back @ vectors / width, tangents
+
+
+def _beyond(
+    z: F32, labels: F64, bins: NDArray[np.integer], t: int, seed: int
+) -> tuple[list[list], NDArray[np.integer]]:
+    """Clouds of stars beyond the upper end of `BEYOND_LABEL`, as of `_cloud`, and the expert of each.
+
+    Stars of the slab below that end are grouped in clouds, and the clouds are moved along the derivative of spectra by
+    the label at the end, from a polynomial of second degree of all labels.
+    """
+    column = labels[:, BEYOND_LABEL]
+    low, high = column.min(), column.max()
+    slab = np.flatnonzero(column > high - BEYOND_SLAB * (high - low))
+    spectra, y = z[slab].astype(np.float64), labels[slab]
+    centre, spread = y.mean(0), y.std(0)
+    i, j = np.triu_indices(y.shape[1])
+
+    def terms(values: F64) -> F64:
+        q = (values - centre) / np.where(spread > 0, spread, 1.0)
+        return np.concatenate([np.ones((len(q), 1)), q, q[:, i] * q[:, j]], axis=1)
+
+    coefficients = np.linalg.lstsq(terms(y), spectra, rcond=None)[0]
+    clouds, _ = clouds_of_bins(
+        z[slab], y[:, GROUPED_BY], np.zeros(len(slab), np.int64), 1, n_clouds=BEYOND_CLOUDS, seed=seed
+    )
+    parts, experts = [], []
+    for cloud in clouds:
+        mean, *others, log_share, label, scatter, _ = _cloud(spectra[cloud], y[cloud], t, len(slab))
+        expert = int(np.bincount(bins[slab[cloud]]).argmax())
+        # A difference over a small part of the slab is the derivative of a parabola, rounded.
+        there, before = label[None].copy(), label[None].copy()
+        there[:, BEYOND_LABEL] = high
+        before[:, BEYOND_LABEL] = high - 0.01 * (high - low)
+        slope = ((terms(there) - terms(before)) @ coefficients)[0] / 0.01
+        for step in BEYOND_SLAB * np.arange(1, BEYOND_STEPS + 1):
+            moved = label.copy()
+            moved[BEYOND_LABEL] += step * (high - low)
+            share = log_share + np.log(BEYOND_SHARE / BEYOND_STEPS)
+            parts.append([mean + step * slope, *others, share, moved, scatter])
+            experts.append(expert)
+    return parts, np.array(experts)
 
 
 def _without_lines(reference: F64, noise_shape: F64, directions: F64) -> tuple[F64, F64, float]:

@@ -8,7 +8,7 @@ hold the three together. Stored are the numbers that cannot be derived from othe
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import ClassVar
 
@@ -19,7 +19,8 @@ from moefast.core.threads import one_blas_thread
 from moefast.kernels import CloudPosterior, Clouds, Space, cloud_posterior
 from moefast.mixture import Mixture, Prediction
 from moefast.ops.arithmetic import NumPyArithmetic
-from moefast.posterior.forward import REFINEMENTS, Sizes, forward
+from moefast.posterior.cells import alike_pixels
+from moefast.posterior.forward import Sizes, forward
 from moefast.spectra.quality import Quality
 
 __all__ = ["LABELS", "ORDER", "SCALE_UNIT", "AnyMixture", "PosteriorMixture"]
@@ -31,13 +32,12 @@ LABELS = ("log_g", "T_eff", "M_H", "a_M", "C_M")
 """Labels of a library, those that the training set has; log g is the headline and comes first."""
 SCALE_UNIT = 1e-3
 """The coordinate of the scale counts parts in a thousand of the reference spectrum."""
-CELL = 2
-"""Pixels of a cell where the number of pixels is even: cells of 8 cost a star of SNR 50 several of its errors."""
 REFERENCE_ROWS = 32
 """Stars that the description sees at a time: it holds a matrix for each star and cloud."""
 ORDER = (
     "reference", "noise_shape", "directions", "keys", "tangents", "gains", "log_weights", "labels", "scatter",
-    "first", "n_sky", "scale_width", "label_range", "error.w1", "error.b1", "error.w2", "error.b2", "label_factors",
+    "first", "n_sky", "cells", "cell_shares", "scale_width", "label_range", "error.w1", "error.b1", "error.w2",
+    "error.b2", "label_factors",
 )  # fmt: skip
 """What is stored of a mixture."""
 
@@ -83,6 +83,10 @@ class PosteriorMixture:
         The last so many nuisances grow with the noise of the star.
     n_foreign : int
         f, groups of clouds of spectra that are no stars.
+    n_fast : tuple of int
+        How many clouds, the last ones of each expert, are of stars that move; empty if none are told apart.
+    cells, cell_shares : array of shape (k, s), int64 and float32
+        Cells of pixels; see `moefast.posterior.cells.alike_pixels`, which finds them where they are empty.
     """
 
     kind: ClassVar[str] = "posterior"
@@ -105,6 +109,9 @@ class PosteriorMixture:
     label_names: tuple[str, ...] = LABELS
     n_sky: int = 0
     n_foreign: int = 0
+    n_fast: tuple[int, ...] = ()
+    cells: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 0), np.int64))
+    cell_shares: F32 = field(default_factory=lambda: np.empty((0, 0), np.float32))
 
     def __post_init__(self) -> None:
         # What is stored in single precision must be what was used before it was stored.
@@ -135,6 +142,11 @@ class PosteriorMixture:
             raise ValueError(f"every expert needs clouds, {m} in all; found boundaries {first.tolist()}")
         if not 0 <= self.n_foreign < first.size - 1:
             raise ValueError(f"0 to {first.size - 2} groups that are no stars; found {self.n_foreign}")
+        if self.n_fast and (
+            len(self.n_fast) != self.n_experts
+            or not all(0 <= n < size for n, size in zip(self.n_fast, np.diff(first), strict=False))
+        ):
+            raise ValueError(f"fast clouds of each expert, fewer than it has, expected; found {self.n_fast}")
         if not 0 <= self.n_sky <= self.n_nuisances:
             raise ValueError(
                 f"0 to {self.n_nuisances} nuisances that grow with the noise; found {self.n_sky}"
@@ -143,6 +155,18 @@ class PosteriorMixture:
             raise ValueError("an error model of five features and one answer expected")
         if not (self.noise_shape > 0).all():
             raise ValueError("noise_shape must be positive in every pixel")
+        if self.cells.size == 0:
+            precision, _ = self._library_as_one_cloud(self._all_tangents())
+            cells, shares = alike_pixels(self.directions, self.noise_shape, precision)
+            object.__setattr__(self, "cells", cells)
+            object.__setattr__(self, "cell_shares", shares)
+        if self.cells.shape != self.cell_shares.shape or self.cells.ndim != 2:
+            raise ValueError(
+                f"cell_shares of shape {self.cells.shape} expected; found {self.cell_shares.shape}"
+            )
+        held = np.bincount(self.cells[self.cell_shares > 0], minlength=p)
+        if len(held) != p or (held != 1).any():
+            raise ValueError(f"cells that hold each of {p} pixels once expected")
 
     # -- what others ask of a mixture --------------------------------------------------------------------------
 
@@ -174,9 +198,9 @@ class PosteriorMixture:
     @cached_property
     def sizes(self) -> Sizes:
         """Shapes of the forward pass."""
-        m, t = self.gains.shape[:2]
+        (m, t), (n_cells, cell) = self.gains.shape[:2], self.cells.shape
         return Sizes(
-            self.n_pixels, 1 if self.n_pixels % CELL else CELL, self.n_coordinates, self.n_nuisances, m, t + 1,
+            self.n_pixels, n_cells, cell, self.n_coordinates, self.n_nuisances, m, t + 1,
             len(self.label_names) + 1, self.first.size - 1,
         )  # fmt: skip
 
@@ -191,7 +215,12 @@ class PosteriorMixture:
 
     @classmethod
     def from_stored(
-        cls, wave: F64, arrays: dict[str, NDArray], label_names: tuple[str, ...], n_foreign: int = 0
+        cls,
+        wave: F64,
+        arrays: dict[str, NDArray],
+        label_names: tuple[str, ...],
+        n_foreign: int = 0,
+        n_fast: tuple[int, ...] = (),
     ) -> PosteriorMixture:
         """The inverse of `stored`; ValueError where the arrays do not fit together."""
         arrays = dict(arrays)
@@ -200,8 +229,8 @@ class PosteriorMixture:
         width = float(arrays.pop("scale_width")[0])
         n_sky = int(arrays.pop("n_sky")[0])
         return cls(
-            wave=wave, **arrays, n_sky=n_sky, n_foreign=n_foreign, scale_width=width, label_range=(low, high),
-            error_model=(w1, b1, w2, b2), label_names=label_names,
+            wave=wave, **arrays, n_sky=n_sky, n_foreign=n_foreign, n_fast=n_fast, scale_width=width,
+            label_range=(low, high), error_model=(w1, b1, w2, b2), label_names=label_names,
         )  # fmt: skip
 
     @cached_property
@@ -209,10 +238,8 @@ class PosteriorMixture:
         """What the description asks for, derived from what is stored."""
         m, n = self.keys.shape
         t, labels = self.gains.shape[1:]
-        # The change of a cloud's mean spectrum with the scale, and the scale itself as the last label.
-        along = self.keys.copy()
-        along[:, -1] = 1 / SCALE_UNIT
-        tangents = np.concatenate([self.tangents, self.scale_width * along[:, None]], axis=1)
+        tangents = self._all_tangents()
+        # The scale itself is the last label.
         gains = np.zeros((m, t + 1, labels + 1), np.float32)
         gains[:, :t, :labels] = self.gains
         gains[:, t, labels] = self.scale_width
@@ -229,6 +256,8 @@ class PosteriorMixture:
         return {
             "reference": self.reference,
             "noise_shape": self.noise_shape,
+            "cells": self.cells,
+            "cell_shares": self.cell_shares,
             "directions": self.directions,
             "library_precision": precision,
             "library_pull": pull,
@@ -254,10 +283,35 @@ class PosteriorMixture:
             "error.b2": b2,
         }
 
-    def _library_as_one_cloud(self, tangents: NDArray) -> tuple[F64, F64]:
+    def _all_tangents(self) -> NDArray:
+        """Those of the clouds, and the change of a cloud's mean spectrum with the scale."""
+        along = self.keys.copy()
+        along[:, -1] = 1 / SCALE_UNIT
+        return np.concatenate([self.tangents, self.scale_width * along[:, None]], axis=1)
+
+    @cached_property
+    def slow_clouds(self) -> NDArray[np.bool_]:
+        """Which clouds are of stars, and not of stars that move, (m,)."""
+        slow = np.zeros(len(self.keys), bool)
+        for k, n_fast in enumerate(self.n_fast or (0,) * self.n_experts):
+            slow[self.first[k] : self.first[k + 1] - n_fast] = True
+        return slow
+
+    def library_at_rest(self) -> tuple[F64, F64]:
+        """As the numbers `library_precision` and `library_pull`, of the clouds of stars that hardly move."""
+        if not any(self.n_fast):
+            return self.numbers["library_precision"], self.numbers["library_pull"]
+        with one_blas_thread():
+            return self._library_as_one_cloud(self._all_tangents(), self.slow_clouds)
+
+    def _library_as_one_cloud(
+        self, tangents: NDArray, which: NDArray[np.bool_] | None = None
+    ) -> tuple[F64, F64]:
         """P⁻¹ (n + q, n + q) and P⁻¹b₀ (n + q, 1) of the mean and covariance of all clouds, nuisances behind."""
         n, q = self.n_coordinates, self.n_nuisances
         share = np.exp(self.log_weights.astype(np.float64))
+        if which is not None:
+            share = np.where(which, share, 0.0)
         share /= share.sum()
         keys, tangents = self.keys.astype(np.float64), tangents.astype(np.float64)
         apart = keys - share @ keys
@@ -352,10 +406,10 @@ class PosteriorMixture:
             noise_shape=self.noise_shape,
             directions=self.directions,
             n_nuisances=self.n_nuisances,
-            cell=self.sizes.cell,
+            cells=self.cells,
+            cell_shares=self.cell_shares,
             precision=numbers["library_precision"],
             pull=numbers["library_pull"][:, 0],
-            refinements=REFINEMENTS,
             n_sky=self.n_sky,
         )
 
@@ -380,7 +434,7 @@ class PosteriorMixture:
 
 def _as_described(found: CloudPosterior) -> dict[str, NDArray]:
     """Outputs of the kernels in the shapes of the description's."""
-    arrays = {field.name: getattr(found, field.name) for field in fields(found)}
+    arrays = {one.name: getattr(found, one.name) for one in fields(found)}
     return {name: a[:, None] if a.ndim == 1 else a for name, a in arrays.items()}
 
 

@@ -22,7 +22,12 @@ from moefast.protocol.figures import PUBLISHED_RIDGE_OCTILES, PUBLISHED_VIT_OCTI
 __all__ = ["figure", "format_text"]
 
 _BAYES, _MEDIAN, _MEAN, _PRIOR = (LIGHT[role] for role in ("own", "first", "third", "second"))
-_OTHERS = {"color": LIGHT["muted"], "markerfacecolor": "none", "linestyle": "none", "markersize": 5}
+_OTHERS: dict[str, Any] = {
+    "color": LIGHT["muted"],
+    "markerfacecolor": "none",
+    "linestyle": "none",
+    "markersize": 5,
+}
 """How published numbers of other data are drawn: open and grey, never joined by a line."""
 
 
@@ -132,7 +137,7 @@ def format_text(summary: Mapping[str, Any]) -> str:
 
 
 def figure(summary: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Draw R² ceilings against SNR, the bound against magnitude, and the ranks of the truth, into a PNG, SVG or PDF file.
+    """Draw R² ceilings against SNR, the bound against magnitude, and the ranks of the truth, as PNG, SVG or PDF.
 
     Raises
     ------

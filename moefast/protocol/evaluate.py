@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,8 @@ from moefast.core.atomic import (
     partial_folder,
     publish_folder,
     recover_folder,
+    refuse_impossible,
+    remove_quietly,
     synchronise_folder,
     write_atomically,
     write_json,
@@ -39,7 +40,14 @@ from moefast.mixture import hat_weights
 from moefast.model import SHIPPED, Model, shipped_path
 from moefast.posterior.mixture import AnyMixture, PosteriorMixture
 from moefast.protocol.predictions import write_kept
-from moefast.protocol.report import ORACLE, evaluate_predictions
+from moefast.protocol.report import (
+    ORACLE,
+    Comparisons,
+    DataSet,
+    Predictions,
+    Stars,
+    evaluate_predictions,
+)
 from moefast.protocol.report_text import format_text
 from moefast.protocol.subject import ModelSubject, Subject, open_subject
 from moefast.scoring import BLOCK_ROWS
@@ -192,24 +200,26 @@ def evaluate(
     several = n_experts > 1
     own = isinstance(subject, ModelSubject)
     report = evaluate_predictions(
-        labels["log_g"],
-        table["log_g"].astype(np.float64),
-        table.get("log_g_err"),
-        t_eff=labels["T_eff"],
-        m_h=labels["M_H"],
-        snr_norm=table["snr_norm"],
-        snr_median=table["snr_median"],
-        data_set=name or _set_name(spectra, identity),
-        fingerprint=spectra.fingerprint(),
-        reference_set=None if identity is None else identity._asdict(),
-        weights=np.column_stack([table[f"weight_{k}"] for k in range(n_experts)]) if several else None,
-        expert_grid=subject.expert_grid if several else None,
-        references={key: np.concatenate(parts)[labelled] for key, parts in references.items()},
-        n_unlabelled=int((~labelled).sum()),
-        oracle_reference=_oracle(subject.model.mixture) if own and several and subject.model else None,
-        ceilings=ceilings,
-        group_ceilings=group_ceilings,
-        **about_noise,
+        Stars(labels["log_g"], labels["T_eff"], labels["M_H"], table["snr_norm"], table["snr_median"]),
+        Predictions(
+            table["log_g"].astype(np.float64),
+            table.get("log_g_err"),
+            weights=np.column_stack([table[f"weight_{k}"] for k in range(n_experts)]) if several else None,
+            expert_grid=subject.expert_grid if several else None,
+        ),
+        DataSet(
+            name or _set_name(spectra, identity),
+            spectra.fingerprint(),
+            n_unlabelled=int((~labelled).sum()),
+            reference_set=None if identity is None else identity._asdict(),
+            **about_noise,
+        ),
+        comparisons=Comparisons(
+            references={key: np.concatenate(parts)[labelled] for key, parts in references.items()},
+            oracle_reference=_oracle(subject.model.mixture) if own and several and subject.model else None,
+            ceilings=ceilings,
+            group_ceilings=group_ceilings,
+        ),
         model={**subject.about, "references_of": _name(beside), "share_seen": _share_seen(subject, labels)},
     )
     stars: dict[str, NDArray] = {
@@ -422,6 +432,7 @@ def check_report_folder(folder: str | Path, overwrite: bool) -> None:
     ------
     OutputError
     """
+    refuse_impossible(Path(folder))
     recover_folder(Path(folder))
     check_report(Path(folder), overwrite)
 
@@ -510,7 +521,7 @@ def write_report(
     except OSError as error:
         raise OutputError(f"{target}: cannot be written ({error.strerror})") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove_quietly(partial)
     return [target / name for name in (REPORT_FILES if pictures else REPORT_FILES[:-_PICTURES])]
 
 

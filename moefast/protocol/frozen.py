@@ -31,7 +31,7 @@ from moefast.core.random import DRAW_STREAM, NOISE_SEED, NOISE_STREAM, standard_
 from moefast.fitting import PUBLISHED_ALPHA
 from moefast.protocol import report, scenarios
 from moefast.protocol.milestones import MILESTONES, N_SEEDS, TEST_PART, TEST_SIZE, Rule
-from moefast.protocol.report import evaluate_predictions
+from moefast.protocol.report import Comparisons, DataSet, Predictions, Stars, evaluate_predictions
 from moefast.simulate.emulator import LABELS
 from moefast.simulate.sets import FINGERPRINTS, REFERENCE_SETS
 from moefast.spectra.quality import LARGEST_ERROR
@@ -232,17 +232,13 @@ def gauge_stars() -> dict[str, F64]:
 def _gauge_report() -> dict[str, Any]:
     stars = gauge_stars()
     return evaluate_predictions(
-        stars["log_g"],
-        stars["model"],
-        stars["error"],
-        t_eff=stars["t_eff"],
-        m_h=stars["m_h"],
-        snr_norm=stars["snr_norm"],
-        snr_median=stars["snr_median"],
-        data_set="gauge",
-        fingerprint="",
-        references={name: stars[name] for name in ("published-ridge", "global-ridge", "oracle-ridge")},
-        ceilings={"bayes": GAUGE_CEILING},
+        Stars(stars["log_g"], stars["t_eff"], stars["m_h"], stars["snr_norm"], stars["snr_median"]),
+        Predictions(stars["model"], stars["error"]),
+        DataSet("gauge", ""),
+        comparisons=Comparisons(
+            references={name: stars[name] for name in ("published-ridge", "global-ridge", "oracle-ridge")},
+            ceilings={"bayes": GAUGE_CEILING},
+        ),
     )
 
 
@@ -598,7 +594,9 @@ hold for it.
 
 {about}
 
-The Bayes ceiling of `wild` is not computed.
+The Bayes ceiling of `wild` knows the magnitude, the seeing, the sky and the lost pixels of each star. It marginalises
+labels, velocity, reddening, line-spread function, calibration error, tilt and sky residuals over what the stars were
+drawn from, and the scale of the flux, of which the median of the noisy flux is taken to say nothing.
 
 In `wild`, star *i* of a part is star *i* of `survey`, with a velocity of σ = {wild["velocity_scatter"]:g} km/s. Each
 star has a sky of its own: its continuum is brighter by a log-normal factor of scatter

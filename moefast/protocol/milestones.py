@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,6 +36,7 @@ from moefast.core.grids import (
     assign_snr_bins,
 )
 from moefast.core.random import NOISE_SEED
+from moefast.core.regular import refuse_special
 from moefast.protocol import report
 from moefast.protocol.report import LOW_SNR_NORM, PUBLISHED
 from moefast.spectra.tables import read_table
@@ -255,7 +257,7 @@ def read_reports(paths: Iterable[str | Path]) -> list[ReadEvaluation]:
 
 
 def _files(path: Path) -> list[Path]:
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return [path]
     files = [path / "report.json"] if (path / "report.json").is_file() else sorted(path.glob("*/report.json"))
     if not files:
@@ -268,6 +270,7 @@ def _files(path: Path) -> list[Path]:
 
 def _read(path: Path) -> ReadEvaluation:
     hint = "give files that moefast evaluate wrote"
+    refuse_special(path)
     try:
         raw = path.read_bytes()
         content = json.loads(raw)

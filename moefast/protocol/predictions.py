@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,7 @@ SUFFIXES = (".csv", *READERS)
 
 _IDENTIFIERS = frozenset(name for keys in KEYS for name in keys)
 _SHOWN = 10
+_WEIGHT = re.compile(r"weight_[0-9]+")
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def read_predictions(path: str | Path, spectra: SpectrumSet) -> PredictionTable:
         The table cannot be read, lacks a column, was made of other spectra, or its rows are not those of the test set.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"{path}: no such file; name a table of predictions ({', '.join(SUFFIXES)})")
     found, attrs = _read_csv(path) if path.suffix.lower() == ".csv" else read_table(path)
     if "log_g" not in found:
@@ -86,7 +89,7 @@ def read_predictions(path: str | Path, spectra: SpectrumSet) -> PredictionTable:
         )
     order = _order(path, found, spectra) if "row" in found else _order_by_identifier(path, found, spectra)
     weights = sorted(
-        (name for name in found if name.startswith("weight_") and name[7:].isdigit()),
+        (name for name in found if _WEIGHT.fullmatch(name)),
         key=lambda name: int(name[7:]),
     )
     if weights != [f"weight_{k}" for k in range(len(weights))]:

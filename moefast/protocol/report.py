@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,16 @@ from moefast.core.grids import METAL_POOR, PHYSICAL_GRID, SNR_NORM_EDGES, Grid
 from moefast.core.groups import N_OCTILES, Group, groups_of, octile_edges
 from moefast.protocol import distributions
 
-__all__ = ["SCHEMA_VERSION", "Report", "evaluate_predictions"]
+__all__ = [
+    "SCHEMA_VERSION",
+    "Bootstrap",
+    "Comparisons",
+    "DataSet",
+    "Predictions",
+    "Report",
+    "Stars",
+    "evaluate_predictions",
+]
 
 Report = Mapping[str, Any]
 """What `evaluate_predictions` gives, or what is read back from its JSON."""
@@ -44,73 +54,130 @@ _SIGNIFICANT_DIGITS = 10
 _ROUNDING = 1e-12
 
 
+@dataclass(frozen=True)
+class Stars:
+    """Labelled stars.
+
+    Attributes
+    ----------
+    log_g : array of shape (n,)
+        True log g [dex].
+    t_eff, m_h : array of shape (n,)
+        True T_eff [K] and [M/H] [dex]; they define the bins (edge-clamped) and the covered part.
+    snr_norm, snr_median : array of shape (n,)
+        ‖flux‖₂/‖error‖₂ and median(flux/error); a value that is not finite leaves the star out of the groups by that
+        SNR, and only there, and is counted.
+    """
+
+    log_g: ArrayLike
+    t_eff: ArrayLike
+    m_h: ArrayLike
+    snr_norm: ArrayLike
+    snr_median: ArrayLike
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model says of the stars.
+
+    Attributes
+    ----------
+    log_g : array of shape (n,)
+        Predicted log g [dex]. One that is not finite counts as the mean label of the whole set, in every group, and is
+        reported.
+    err : array of shape (n,), or None
+        Claimed 1σ error [dex].
+    weights : array of shape (n, n_experts), or None
+        Gate weights, for the routing summary.
+    expert_grid : Grid or None
+        Grid whose bins are the experts; gives the accuracy of the routing.
+    """
+
+    log_g: ArrayLike
+    err: ArrayLike | None = None
+    weights: ArrayLike | None = None
+    expert_grid: Grid | None = None
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Which stars these are, and where their noise comes from.
+
+    Attributes
+    ----------
+    name, fingerprint : str
+        Name and content fingerprint of the test set.
+    n_unlabelled : int
+        Stars of the test set that have no labels and are not among those measured.
+    reference_set : mapping or None
+        reference_set, part and fingerprint (`moefast.simulate.identify`), if the test set is part of one.
+    noise : str or None
+        Where the noise of the test set comes from: "stored", "drawn" or "none".
+    noise_level, noise_seed
+        Of the noise drawn on the test set.
+    """
+
+    name: str
+    fingerprint: str
+    n_unlabelled: int = 0
+    reference_set: Mapping[str, str] | None = None
+    noise: str | None = None
+    noise_level: float | None = None
+    noise_seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Comparisons:
+    """What the predictions are compared with.
+
+    Attributes
+    ----------
+    references : mapping of str to array of shape (n,)
+        Predictions of reference models for the same stars and the same noise, by name.
+    global_reference, oracle_reference : str
+        Which references enter ρ; the oracle defaults to the first whose name starts with "oracle".
+    ceilings : mapping of str to float
+        R² ceilings of this test set by name ("bayes", "fisher median", …): adds efficiency and closed gap.
+    group_ceilings : mapping of str to sequence of mapping, or None
+        R² ceilings by name within each group, in the order of `groups_of`.
+    """
+
+    references: Mapping[str, ArrayLike] = field(default_factory=dict)
+    global_reference: str = GLOBAL
+    oracle_reference: str | None = None
+    ceilings: Mapping[str, float] = field(default_factory=dict)
+    group_ceilings: Mapping[str, Sequence[Mapping[str, float]]] | None = None
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """Resamples of the intervals, and their seed."""
+
+    n_resamples: int = metrics.N_RESAMPLES
+    seed: int = metrics.SEED
+
+
 def evaluate_predictions(
-    y: ArrayLike,
-    yhat: ArrayLike,
-    err: ArrayLike | None,
+    stars: Stars,
+    predictions: Predictions,
+    data_set: DataSet,
     *,
-    t_eff: ArrayLike,
-    m_h: ArrayLike,
-    snr_norm: ArrayLike,
-    snr_median: ArrayLike,
-    data_set: str,
-    fingerprint: str,
-    n_unlabelled: int = 0,
-    weights: ArrayLike | None = None,
-    expert_grid: Grid | None = None,
-    references: Mapping[str, ArrayLike] | None = None,
-    global_reference: str = GLOBAL,
-    oracle_reference: str | None = None,
-    ceilings: Mapping[str, float] | None = None,
-    group_ceilings: Mapping[str, Sequence[Mapping[str, float]]] | None = None,
-    reference_set: Mapping[str, str] | None = None,
-    noise: str | None = None,
-    noise_level: float | None = None,
-    noise_seed: int | None = None,
+    comparisons: Comparisons | None = None,
     model: Mapping[str, Any] | None = None,
-    n_resamples: int = metrics.N_RESAMPLES,
-    seed: int = metrics.SEED,
+    bootstrap: Bootstrap | None = None,
 ) -> dict[str, Any]:
     """Score one set of predictions by the frozen protocol.
 
     Parameters
     ----------
-    y, yhat : array of shape (n,)
-        True and predicted log g [dex]. A prediction that is not finite counts as the mean label of the whole
-        set, in every group, and is reported.
-    err : array of shape (n,) or None
-        Claimed 1σ error [dex].
-    t_eff, m_h : array of shape (n,)
-        True T_eff [K] and [M/H] [dex]; they define the bins (edge-clamped) and the covered part.
-    snr_norm, snr_median : array of shape (n,)
-        ‖flux‖₂/‖error‖₂ and median(flux/error); a value that is not finite leaves the star out of the groups
-        by that SNR, and only there, and is counted.
-    data_set, fingerprint : str
-        Name and content fingerprint of the test set.
-    n_unlabelled : int
-        Stars of the test set that have no labels and are not among these.
-    weights : array of shape (n, n_experts), optional
-        Gate weights, for the routing summary.
-    expert_grid : Grid, optional
-        Grid whose bins are the experts; gives the accuracy of the routing.
-    references : mapping of str to array of shape (n,), optional
-        Predictions of reference models for the same stars and the same noise, by name.
-    global_reference, oracle_reference : str
-        Which references enter ρ; the oracle defaults to the first whose name starts with "oracle".
-    ceilings : mapping of str to float, optional
-        R² ceilings of this test set by name ("bayes", "fisher median", …): adds efficiency and closed gap.
-    group_ceilings : mapping of str to sequence of mapping, optional
-        R² ceilings by name within each group, in the order of `groups_of`.
-    reference_set : mapping, optional
-        reference_set, part and fingerprint (`moefast.simulate.identify`), if the test set is part of one.
-    noise : str, optional
-        Where the noise of the test set comes from: "stored", "drawn" or "none".
-    noise_level, noise_seed
-        Of the noise drawn on the test set.
+    stars : Stars
+    predictions : Predictions
+        Of the same stars.
+    data_set : DataSet
+    comparisons : Comparisons, optional
     model : mapping, optional
         Written into the report as it is (JSON values).
-    n_resamples, seed
-        Of the bootstrap.
+    bootstrap : Bootstrap, optional
 
     Returns
     -------
@@ -124,12 +191,14 @@ def evaluate_predictions(
     ValueError
         Another argument has the wrong shape, or an oracle or global reference named here does not exist.
     """
-    truth = np.asarray(y, dtype=np.float64)
-    filled, missing = metrics.fill_missing(truth, yhat)
+    against, resamples = comparisons or Comparisons(), bootstrap or Bootstrap()
+    n_resamples, seed = resamples.n_resamples, resamples.seed
+    truth = np.asarray(stars.log_g, dtype=np.float64)
+    filled, missing = metrics.fill_missing(truth, predictions.log_g)
     n = truth.size
-    sigma = None if err is None else _column("err", err, n)
-    temperature, metallicity = _column("t_eff", t_eff, n), _column("m_h", m_h, n)
-    norm, median = _column("snr_norm", snr_norm, n), _column("snr_median", snr_median, n)
+    sigma = None if predictions.err is None else _column("err", predictions.err, n)
+    temperature, metallicity = _column("t_eff", stars.t_eff, n), _column("m_h", stars.m_h, n)
+    norm, median = _column("snr_norm", stars.snr_norm, n), _column("snr_median", stars.snr_median, n)
     covered = PHYSICAL_GRID.covered(temperature, metallicity)
 
     groups = groups_of(temperature, metallicity, norm, median)
@@ -159,7 +228,7 @@ def evaluate_predictions(
     overall["error_coverage"] = error_coverage(everyone)
 
     def of_kind(kind: str, extra: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        limits = (group_ceilings or {}).get(kind)
+        limits = (against.group_ceilings or {}).get(kind)
         if limits is not None and len(limits) != len(groups[kind]):
             raise ValueError(
                 f"group_ceilings[{kind!r}] must have {len(groups[kind])} entries; found {len(limits)}"
@@ -187,14 +256,14 @@ def evaluate_predictions(
     report: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "data_set": {
-            "name": data_set,
-            "fingerprint": fingerprint,
+            "name": data_set.name,
+            "fingerprint": data_set.fingerprint,
             "n": n,
-            "n_unlabelled": n_unlabelled,
-            "reference_set": None if reference_set is None else dict(reference_set),
-            "noise": noise,
-            "noise_level": noise_level,
-            "noise_seed": noise_seed,
+            "n_unlabelled": data_set.n_unlabelled,
+            "reference_set": None if data_set.reference_set is None else dict(data_set.reference_set),
+            "noise": data_set.noise,
+            "noise_level": data_set.noise_level,
+            "noise_seed": data_set.noise_seed,
         },
         "model": dict(model or {}),
         "protocol": {
@@ -239,8 +308,8 @@ def evaluate_predictions(
             "metallicity": [group(name, low & members) for name, members in groups["metallicity"]],
         },
         "routing": None
-        if weights is None
-        else _routing(weights, n, expert_grid, temperature, metallicity, groups),
+        if predictions.weights is None
+        else _routing(predictions.weights, n, predictions.expert_grid, temperature, metallicity, groups),
         "density": distributions.density(truth, filled),
         "kiel": distributions.kiel(temperature, truth, filled),
         "giants": distributions.giants_and_dwarfs(truth, filled, groups["snr_median"], centres),
@@ -261,7 +330,7 @@ def evaluate_predictions(
 
     others: dict[str, NDArray[np.float64]] = {}
     report["references"] = {}
-    for name, prediction in (references or {}).items():
+    for name, prediction in against.references.items():
         others[name], absent = metrics.fill_missing(truth, prediction)
         other = others[name]
         alone = metrics.bootstrap(truth, other, n_resamples=n_resamples, seed=seed)
@@ -279,8 +348,8 @@ def evaluate_predictions(
         truth,
         filled,
         others,
-        global_name=global_reference,
-        oracle_name=oracle_reference,
+        global_name=against.global_reference,
+        oracle_name=against.oracle_reference,
         n_resamples=n_resamples,
         seed=seed,
     )
@@ -288,7 +357,7 @@ def evaluate_predictions(
         name: _against_ceiling(
             truth, filled, others.get(PUBLISHED), float(ceiling), n_resamples=n_resamples, seed=seed
         )
-        for name, ceiling in (ceilings or {}).items()
+        for name, ceiling in against.ceilings.items()
     }
     ready: dict[str, Any] = _json_ready(report)
     return ready

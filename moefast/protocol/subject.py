@@ -7,6 +7,7 @@ Design: a subject turns a block of noisy spectra into columns of predictions, an
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -294,9 +295,9 @@ def open_subject(
         model = what if isinstance(what, Model) else Model.load()
     else:
         path = Path(what)
-        if path.suffix.lower() == ".onnx" and not path.is_dir():
+        if path.suffix.lower() == ".onnx" and not os.path.isdir(path):
             return OnnxSubject.open(path, spectra, backend)
-        if path.suffix.lower() in SUFFIXES and not path.is_dir():
+        if path.suffix.lower() in SUFFIXES and not os.path.isdir(path):
             return TableSubject.open(path, spectra, noise)
         model = Model.load(path)
     model.check_wave(spectra.wave, str(spectra.shards[0].path))

@@ -47,6 +47,7 @@ LARGEST_NORMAL = 6.4
 
 # Streams of `moefast.core.random.row_uniforms`. One each, so that switching a nuisance on moves no other number.
 VELOCITY_STREAM, REDSHIFT_STREAM, REDDENING_STREAM, CALIBRATION_STREAM = 2, 3, 4, 5
+FAST_STREAM = 14
 
 Range = tuple[float, float]
 
@@ -62,6 +63,8 @@ class Settings:
     ----------
     velocity_scatter : float
         Standard deviation of Gaussian velocities about 0 [km/s]; 0 is off.
+    fast_share, fast_scatter : float
+        Probability that a star's velocity has a standard deviation of `fast_scatter` [km/s] instead; 0 is off.
     redshift : (float, float)
         Range of a uniform redshift; (0, 0) is off.
     reddening : (float, float)
@@ -80,6 +83,8 @@ class Settings:
     a_m: Range = (-0.3, 0.5)
     c_m: Range = (-0.5, 0.5)
     velocity_scatter: float = 0.0
+    fast_share: float = 0.0
+    fast_scatter: float = 0.0
     redshift: Range = (0.0, 0.0)
     reddening: Range = (0.0, 0.0)
     calibration: float = 0.0
@@ -98,7 +103,9 @@ class Settings:
                 )
         if self.seeing[0] <= 0:
             raise MoefastError(f"seeing: expected a positive FWHM in arcsec, found {self.seeing[0]:g}")
-        for name in ("noise_level", "velocity_scatter", "calibration"):
+        if not 0 <= self.fast_share <= 1:
+            raise MoefastError(f"fast_share: expected a share from 0 to 1, found {self.fast_share:g}")
+        for name in ("noise_level", "velocity_scatter", "fast_scatter", "calibration"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise MoefastError(f"{name}: expected a number of at least 0, found {value:g}")
@@ -111,12 +118,17 @@ class Settings:
     @property
     def moving(self) -> bool:
         """Whether spectra are shifted at all."""
-        return self.velocity_scatter > 0 or any(self.redshift)
+        return self.widest_scatter > 0 or any(self.redshift)
+
+    @property
+    def widest_scatter(self) -> float:
+        """The larger of the standard deviations of velocities [km/s]."""
+        return max(self.velocity_scatter, self.fast_scatter if self.fast_share else 0.0)
 
     @property
     def largest_velocity(self) -> float:
         """Largest velocity, either way, that redshift and velocity can add up to [km/s]."""
-        velocity = LARGEST_NORMAL * self.velocity_scatter / LIGHT_SPEED
+        velocity = LARGEST_NORMAL * self.widest_scatter / LIGHT_SPEED
         return LIGHT_SPEED * max(
             abs((1.0 + z) * (1.0 + sign * velocity) - 1.0) for z in self.redshift for sign in (-1, 1)
         )
@@ -124,12 +136,14 @@ class Settings:
     def to_json(self) -> str:
         """The settings as JSON text, which `from_json` reads.
 
-        Without visits that differ the text does not speak of them: it is part of the fingerprint of sets that are
-        older than they.
+        Without visits that differ, or stars that are fast, the text does not speak of them: it is part of the
+        fingerprint of sets that are older than they.
         """
         plain = asdict(self)
         if self.visit is None:
             del plain["visit"]
+        if not self.fast_share:
+            del plain["fast_share"], plain["fast_scatter"]
         return json.dumps({"schema": SETTINGS_SCHEMA} | plain, sort_keys=True)
 
     @classmethod
@@ -148,7 +162,7 @@ class Settings:
         schema = found.pop("schema", None) if isinstance(found, dict) else None
         if schema != SETTINGS_SCHEMA:
             raise MoefastError(f"settings: expected schema {SETTINGS_SCHEMA}, found {schema}")
-        found.setdefault("visit", None)
+        found = {"visit": None, "fast_share": 0.0, "fast_scatter": 0.0} | found
         return _from_plain(cls, found, "settings")
 
 
@@ -252,8 +266,10 @@ def simulate_params(
     params |= {name: drawn[:, i].copy() for i, name in enumerate((*LABELS, "mag"))}
     params["seeing"] = _seeing(uniform[:, 6], settings.seeing)
     params["redshift"] = between(settings.redshift, REDSHIFT_STREAM)
-    scatter = settings.velocity_scatter
-    params["velocity"] = scatter * ndtri(uniforms(1, VELOCITY_STREAM)[:, 0]) if scatter else np.zeros(n)
+    scatter = np.full(n, settings.velocity_scatter)
+    if settings.fast_share:
+        scatter[uniforms(1, FAST_STREAM)[:, 0] < settings.fast_share] = settings.fast_scatter
+    params["velocity"] = scatter * ndtri(uniforms(1, VELOCITY_STREAM)[:, 0]) if scatter.any() else np.zeros(n)
     params["ebv"] = between(settings.reddening, REDDENING_STREAM)
     bent = np.zeros((n, N_CALIBRATION))
     if settings.calibration:
@@ -400,10 +416,12 @@ def check_velocity(settings: Settings, emulator: Emulator, beyond: int = 0) -> N
     """Refuse velocities that the emulator's margin, less `beyond` pixels of it, does not hold."""
     limit = velocity_limit(emulator, beyond)
     if settings.largest_velocity > limit:
+        fastest, scatter, (low, high) = settings.largest_velocity, settings.widest_scatter, settings.redshift
+        margin = emulator.margin - beyond
         raise MoefastError(
-            f"velocities up to {settings.largest_velocity:.0f} km/s ({LARGEST_NORMAL:g} times the scatter "
-            f"{settings.velocity_scatter:g} km/s, redshift {settings.redshift[0]:g} to {settings.redshift[1]:g}) are "
-            f"asked for; the emulator's {emulator.margin - beyond} pixels beyond the detector allow {limit:.0f} km/s"
+            f"velocities up to {fastest:.0f} km/s ({LARGEST_NORMAL:g} times the scatter {scatter:g} km/s, redshift "
+            f"{low:g} to {high:g}) are asked for; the emulator's {margin} pixels beyond the detector allow "
+            f"{limit:.0f} km/s"
         )
 
 

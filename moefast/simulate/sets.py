@@ -115,10 +115,12 @@ REFERENCE_SETS: dict[str, ReferenceSet] = {
 
 TRAINING_SETS: dict[str, ReferenceSet] = {
     "library": ReferenceSet(
-        "the stars of z0 with velocities of 5 km/s and line-spread functions of ±10 %, for posteriors",
+        "the stars of z0 with line-spread functions of ±10 %, 5 km/s, a third of them 40 km/s, for posteriors",
         replace(
             _Z0,
             velocity_scatter=5.0,
+            fast_share=0.35,
+            fast_scatter=40.0,
             visit=Visit(
                 sky_continuum=0.0, sky_lines=0.0, sky_residual=0.0, tilt=0.0, line_spread=0.1, own_median=False,
                 gaps=Gaps(telluric=0.0, random=(0.0, 0.0), block=0.0, edges=0.0, calcium=0.0),

@@ -33,7 +33,7 @@ __all__ = ["BEYOND", "Spectrograph", "emulated_fwhm", "reachable", "read_resolut
 
 F64 = NDArray[np.float64]
 
-BEYOND = 10
+BEYOND = 8
 """Pixels beyond either edge of the emulator's detector that spectra are made for; the rest of its margin is for
 velocities."""
 LEAST_PIXELS = 100

@@ -44,7 +44,7 @@ from moefast.core.labels import describe_implausible, plausible
 from moefast.core.threads import CORES
 from moefast.core.watched import WatchedFile
 from moefast.spectra.params import ParamColumn, create_params_table, index_column, param_columns, read_columns
-from moefast.spectra.stored import Gaps, find, gaps_of, owned_by
+from moefast.spectra.stored import Gaps, find, gaps_of, lacking_filter, owned_by
 
 __all__ = [
     "Block",
@@ -53,6 +53,7 @@ __all__ = [
     "SpectrumSet",
     "SpectrumWriter",
     "block_edges",
+    "describe_difference",
     "find_files",
     "open_spectra",
     "same_wave",
@@ -191,6 +192,18 @@ def same_wave(first: np.ndarray, second: np.ndarray) -> bool:
         return False
     step = np.abs(np.gradient(first)) if len(first) > 1 else np.ones(1)
     return bool(np.all(np.abs(first - second) < 0.01 * step))
+
+
+def describe_difference(found: np.ndarray, expected: np.ndarray) -> str:
+    """Two wave grids, arrays of shape (p,) in Å, and where they differ most, so that no two words are alike."""
+    text = f"{_describe_wave(found)}; expected {_describe_wave(expected)}"
+    if len(found) == len(expected):
+        most = int(np.argmax(np.abs(found - expected)))
+        text += (
+            f"; they differ most at pixel {most}, {found[most]:.5f} Å where {expected[most]:.5f} Å are expected "
+            f"({found[most] - expected[most]:+.5f} Å)"
+        )
+    return text
 
 
 @dataclass(frozen=True)
@@ -568,6 +581,8 @@ class Shard:
 
     def _locate(self, dataset: h5py.Dataset, path: str, file: h5py.File) -> _Stored:
         n_rows, n_pixels = dataset.shape
+        if lacking := lacking_filter(dataset):
+            raise InputError(f"{self.path}: {path} {lacking}")
         creation = dataset.id.get_create_plist()
         filtered = creation.get_nfilters() > 0
         gaps = gaps_of(dataset)
@@ -610,6 +625,8 @@ class Shard:
         node = find(file, path)
         if not isinstance(node, h5py.Dataset):
             raise InputError(f"{self.path}: dataset spectrumdataset/wave is missing; found {_contents(file)}")
+        if lacking := lacking_filter(node):
+            raise InputError(f"{self.path}: {path} {lacking}")
         n_pixels = next(iter(self._stored.values())).n_pixels
         wave = np.asarray(node[()], dtype=np.float64)
         if wave.shape != (n_pixels,):
@@ -835,19 +852,41 @@ class Shard:
         indices = {"the index": self._index} if self._index is not None else {}
         columns = {f"column {name!r}": self._columns[name] for name in ("id", "row") if name in self.columns}
         for name, column in (indices | columns).items():
-            with self._lock:
-                numbers = read_columns(self._file(), {"": column}, 0, self.n_rows)[""]
-            if numbers.dtype.kind not in "iu" or len(numbers) < 2:
-                continue
-            offset = numbers - numbers.min()
-            step = np.flatnonzero(offset != np.arange(len(offset), dtype=offset.dtype))
-            if len(step) and np.array_equal(np.sort(offset), np.arange(len(offset), dtype=offset.dtype)):
+            if (found := self._other_order(column)) is not None:
+                row, number = found
                 problems.append(
-                    f"{name} of dataset/params numbers the spectra in another order than they lie in (row {step[0]} "
-                    f"has {numbers[step[0]]}): rows of params are taken to belong to the spectra of the same row; if "
+                    f"{name} of dataset/params numbers the spectra in another order than they lie in (row {row} "
+                    f"has {number}): rows of params are taken to belong to the spectra of the same row; if "
                     "they do not, labels and identifiers are those of other stars"
                 )
         return problems
+
+    def _other_order(self, column: ParamColumn) -> tuple[int, int] | None:
+        """The first row whose number is not the next one, and the number, if the column holds every number once."""
+
+        def pieces() -> Iterator[tuple[int, np.ndarray]]:
+            for start in range(0, self.n_rows, _TABLE_ROWS):
+                with self._lock:
+                    stop = min(start + _TABLE_ROWS, self.n_rows)
+                    yield start, read_columns(self._file(), {"": column}, start, stop)[""]
+
+        ends = []
+        for _, values in pieces():
+            if values.dtype.kind not in "iu" or self.n_rows < 2:
+                return None
+            ends += [int(values.min()), int(values.max())]
+        least = min(ends)
+        if max(ends) - least + 1 != self.n_rows:
+            return None
+        first = None
+        there = np.zeros(self.n_rows, bool)
+        for start, values in pieces():
+            offset = (values - values.dtype.type(least)).astype(np.int64)
+            there[offset] = True
+            differs = np.flatnonzero(offset != np.arange(start, start + len(offset)))
+            if first is None and len(differs):
+                first = start + int(differs[0]), int(values[differs[0]])
+        return first if there.all() else None
 
     def fingerprint(self) -> str:
         """SHA-256, as hex digits, that identifies the content at the cost of reading a few rows.
@@ -1003,7 +1042,7 @@ class SpectrumSet:
                     raise LabelError(
                         f"{shard.path}: dataset/params: label {name} is {values.dtype}, not a number"
                     )
-                if problem := describe_implausible(name, values):
+                if problem := describe_implausible(name, [values]):
                     problems.append(f"{shard.path}: dataset/params: {problem}")
                 out[name][first : first + len(values)] = np.where(plausible(name, values), values, np.nan)
         if problems and not (partial and np.isfinite(np.sum([*out.values()], axis=0)).any()):
@@ -1023,7 +1062,7 @@ class SpectrumSet:
         notes = []
         for shard in self._closing():
             for name in names:
-                if problem := describe_implausible(name, shard.params([name])[name]):
+                if problem := describe_implausible(name, shard.slices(name)):
                     notes.append(f"{shard.path}: {problem}: these rows count as unlabelled")
             notes += [f"{shard.path}: {problem}" for problem in shard.order_problems()]
         return notes
@@ -1169,8 +1208,8 @@ def _ahead(source: Iterator[Block]) -> Iterator[Block]:
 def _check_wave(shard: Shard, first: Shard) -> None:
     if not same_wave(first.wave, shard.wave):
         raise WaveGridError(
-            f"{shard.path}: another wave grid ({_describe_wave(shard.wave)}) than {first.path} "
-            f"({_describe_wave(first.wave)}). Spectra of one run must share a grid"
+            f"{shard.path}: another wave grid than {first.path}: {describe_difference(shard.wave, first.wave)}. "
+            "Spectra of one run must share a grid"
         )
 
 

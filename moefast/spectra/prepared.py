@@ -19,10 +19,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefast.core.errors import InputError, WaveGridError
+from moefast.core.regular import refuse_special
 from moefast.kernels.resample import normalise
-from moefast.spectra.files import Failure, OnError, Shard, SpectrumSet, open_spectra, same_wave
+from moefast.spectra.files import (
+    Failure,
+    OnError,
+    Shard,
+    SpectrumSet,
+    describe_difference,
+    open_spectra,
+    same_wave,
+)
 from moefast.spectra.layouts.pfsspec import survey_file
-from moefast.spectra.layouts.registry import SurveyFile, open_survey_file
+from moefast.spectra.layouts.registry import SurveyFile, damage, open_survey_file
 from moefast.spectra.resample import Pixels, on_grid
 from moefast.spectra.telluric import CHOICES, Telluric, without_telluric, words_of_ranges
 from moefast.spectra.units import LIGHT_SPEED, air_to_vacuum
@@ -45,6 +54,8 @@ TOGETHER = 4096
 FINGERPRINT_FILES = 16
 LEAST_OVERLAP = 0.5
 """Share of the model's grid that an HDF5 file on another grid must cover."""
+BESIDE_GRID = 0.01
+"""Share of the wavelength by which more than the grid is read on either side."""
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 
 
@@ -129,6 +140,7 @@ class PreparedShard(Shard):
         self.first_rows = np.cumsum([0, *(file.n_rows for file in files)], dtype=np.int64)
         self.n_rows = int(self.first_rows[-1])
         self.wave, self.n_pixels = preparation.wave, len(preparation.wave)
+        self._ask_for(np.ones(1))
         self.arrays = (*files[0].arrays, "error", "mask")
         self.dtypes = {name: np.dtype(bool if name == "mask" else np.float32) for name in self.arrays}
         self.layout = dict.fromkeys(self.arrays, files[0].layout)
@@ -140,6 +152,7 @@ class PreparedShard(Shard):
         self._velocity: NDArray[np.float64] | None = None
         self._lock = threading.RLock()
         self._held: tuple[tuple[str, int, int], dict[str, NDArray]] | None = None
+        self._measured_blocks: dict[tuple[str, int, int], list[Pixels]] | None = None
 
     def __getstate__(self) -> dict[str, object]:
         raise TypeError("prepared spectra belong to one process")
@@ -150,6 +163,42 @@ class PreparedShard(Shard):
             raise ValueError(f"{self.n_rows} velocities expected, found shape {velocity.shape}")
         with self._lock:
             self._velocity, self._held = velocity, None
+        if len(velocity):
+            self._ask_for(1 + velocity / LIGHT_SPEED)
+
+    def _ask_for(self, factor: NDArray[np.float64]) -> None:
+        """Tell the files which wavelengths are needed; `factor` are those of λ over λ at rest."""
+        needed = float(self.wave[0] * factor.min()), float(self.wave[-1] * factor.max())
+        for file in self.files:
+            file.needed = needed[0] * (1 - BESIDE_GRID), needed[1] * (1 + BESIDE_GRID)
+
+    @property
+    def observed(self) -> bool:
+        """Whether these are spectra of a survey, barycentric, and not of a simulator that leaves stars at rest."""
+        return any(file.through_atmosphere for file in self.files)
+
+    def keep_measured(self) -> None:
+        """From now on keep the pixels of every block that is read, until `measured` is asked for them."""
+        with self._lock:
+            self._measured_blocks, self._held = {}, None
+
+    def measured(self, array: str, start: int, stop: int) -> list[Pixels]:
+        """Rows of an array as they were measured, arm by arm, wavelengths in vacuum; see `at_velocity`."""
+        with self._lock:
+            kept = (
+                None
+                if self._measured_blocks is None
+                else self._measured_blocks.pop((array, start, stop), None)
+            )
+            return self._gathered(array, start, stop) if kept is None else kept
+
+    def at_velocity(
+        self, arms: Sequence[Pixels], velocity: NDArray[np.float64], rows: NDArray[np.intp]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]:
+        """Flux, error and mask on the model's grid of some rows of `measured`, velocities [km/s] of each removed."""
+        factor = 1 + velocity / LIGHT_SPEED
+        taken = [arm.take(rows) for arm in arms]
+        return prepare_rows(taken, factor, self.wave, scale=not self.files[0].normalised)[:3]
 
     @property
     def notes(self) -> list[str]:
@@ -187,7 +236,7 @@ class PreparedShard(Shard):
         np.copyto(out, values, casting="unsafe")
         return out
 
-    def _prepared(self, array: str, start: int, stop: int) -> dict[str, NDArray]:
+    def _gathered(self, array: str, start: int, stop: int) -> list[Pixels]:
         pieces = []
         row = start
         while row < stop:
@@ -195,12 +244,16 @@ class PreparedShard(Shard):
             end = min(stop, int(self.first_rows[index + 1]))
             pieces.append(self._measured(index, array, row, end))
             row = end
+        return _stacked(pieces)
+
+    def _prepared(self, array: str, start: int, stop: int) -> dict[str, NDArray]:
+        arms = self._gathered(array, start, stop)
+        if self._measured_blocks is not None:
+            self._measured_blocks[array, start, stop] = arms
         factor = np.ones(stop - start)
         if self._velocity is not None:
             factor += self._velocity[start:stop] / LIGHT_SPEED
-        flux, error, mask, faults = prepare_rows(
-            _stacked(pieces), factor, self.wave, scale=not self.files[0].normalised
-        )
+        flux, error, mask, faults = prepare_rows(arms, factor, self.wave, scale=not self.files[0].normalised)
         for bad, text in faults.items():
             self._fault(start + bad, text)
         for row in self.faults:
@@ -211,7 +264,8 @@ class PreparedShard(Shard):
     def _measured(self, index: int, array: str, row: int, end: int) -> list[Pixels]:
         file, base = self.files[index], int(self.first_rows[index])
         try:
-            arms, faults = file.read(array, row - base, end - base)
+            with damage(file.path, f"rows {row - base} to {end - base - 1}"):
+                arms, faults = file.read(array, row - base, end - base)
         except InputError as error:
             if len(self.files) == 1:
                 raise
@@ -277,7 +331,8 @@ class PreparedShard(Shard):
         looked_at = np.unique(np.linspace(0, len(self.files) - 1, FINGERPRINT_FILES).astype(int))
         for file in (self.files[index] for index in looked_at):
             if file.fingerprint is not None:
-                digest.update(file.fingerprint().encode())
+                with damage(file.path, "headers and data"):
+                    digest.update(file.fingerprint().encode())
                 file.close()
         return digest.hexdigest()
 
@@ -342,6 +397,7 @@ def open_as_found(
 
 def _is_fits(path: Path) -> bool:
     """Whether a file is FITS, or calls itself so; one that cannot be opened is left to those who will say why."""
+    refuse_special(path)
     try:
         with open(path, "rb") as file:
             head = file.read(len(_HDF5))
@@ -369,20 +425,16 @@ def _open(path: Path, preparation: Preparation) -> Shard:
         covered = (min(high, shard.wave[-1]) - max(low, shard.wave[0])) / (high - low)
         if covered < LEAST_OVERLAP:
             raise WaveGridError(
-                f"{path}: spectrumdataset/wave has {_words(shard.wave)}, which covers {max(0.0, covered):.0%} of the "
-                f"model's {_words(preparation.wave)}; {LEAST_OVERLAP:.0%} at least are needed. Choose another model "
-                "with -m, or fit one on spectra of this grid"
+                f"{path}: spectrumdataset/wave covers {max(0.0, covered):.0%} of the model's, {LEAST_OVERLAP:.0%} at "
+                f"least are needed: {describe_difference(shard.wave, preparation.wave)}. Choose another model with -m, "
+                "or fit one on spectra of this grid"
             )
         found.notes.append(
-            f"spectra on another grid ({_words(shard.wave)}) are resampled to the model's "
-            f"({_words(preparation.wave)}); log g is right only if they were taken with the same line-spread function"
+            "spectra on another grid than the model's are resampled: "
+            f"{describe_difference(shard.wave, preparation.wave)}; log g is right only if they were taken with the "
+            "same line-spread function"
         )
     return PreparedShard([found], preparation)
-
-
-def _words(wave: NDArray[np.float64]) -> str:
-    step = (wave[-1] - wave[0]) / max(1, len(wave) - 1)
-    return f"{len(wave)} pixels, {wave[0]:.3f}-{wave[-1]:.3f} Å, step {step:.5f} Å"
 
 
 def _put_together(shards: Sequence[Shard], preparation: Preparation) -> list[Shard]:

@@ -45,6 +45,8 @@ class Flag(enum.IntFlag):
     """log_g_err is above 0.8 of the scatter of log g in the training set: the spectrum says next to nothing."""
     UNLIKE_TRAINING = 32
     """chi2 is above the limit of the model: no combination of its principal components gives this spectrum."""
+    VELOCITY_UNCERTAIN = 64
+    """The velocity was fitted, and others fit about as well, or it lies at an end of the range."""
 
 
 QUALITY_FEATURES = ("mean", "std", "min", "max", "median", "sum", "q25", "q75", "skewness", "kurtosis")

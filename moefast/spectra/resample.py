@@ -63,6 +63,24 @@ class Pixels:
         """Number of spectra."""
         return len(self.starts) - 1
 
+    def take(self, rows: NDArray[np.intp]) -> Pixels:
+        """Some of the rows, in the order in which they are named."""
+        if len(rows) == self.n_rows and (rows == np.arange(self.n_rows)).all():
+            return self
+        lengths = np.diff(self.starts)[rows]
+        starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        at = np.repeat(self.starts[rows] - starts[:-1], lengths) + np.arange(starts[-1])
+        shared = len(self.wave) != len(self.flux)
+        # Rows that share their wavelengths say so by having fewer of them than pixels.
+        wave = (
+            self.wave
+            if shared and len(rows) > 1
+            else np.tile(self.wave, len(rows))
+            if shared
+            else self.wave[at]
+        )
+        return Pixels(wave, self.flux[at], self.error[at], self.bad[at], starts, self.where)
+
 
 @dataclass(frozen=True)
 class OnGrid:

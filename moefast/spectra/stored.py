@@ -7,6 +7,8 @@ places without values are known as such.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +20,14 @@ from numpy.typing import NDArray
 
 from moefast.core.errors import InputError
 
-__all__ = ["Gaps", "find", "gaps_of", "owned_by"]
+__all__ = ["Gaps", "find", "gaps_of", "lacking_filter", "owned_by"]
 
+_PLUGINS = "hdf5plugin"
+_FILTERS = {
+    305: "LZO", 307: "BZIP2", 32001: "Blosc", 32004: "LZ4", 32008: "Bitshuffle", 32013: "ZFP", 32015: "Zstandard",
+    32017: "SZ", 32023: "FCIDECOMP", 32026: "Blosc2",
+}  # fmt: skip
+"""Compressions that HDF5 does not have by itself, as they are registered."""
 _DEEPEST = 8
 """Virtual datasets made of virtual datasets that are followed."""
 
@@ -74,6 +82,29 @@ def owned_by(dataset: h5py.Dataset, file: h5py.File) -> bool:
     """Whether the bytes of a dataset lie in this very file, not in one that an external link leads to."""
     # The numbers are those of open files, so both must be open, as they are here.
     return bool(h5py.h5o.get_info(dataset.id).fileno == h5py.h5o.get_info(file.id).fileno)
+
+
+def lacking_filter(dataset: h5py.Dataset) -> str:
+    """Why the values of a dataset cannot be decoded, and what to do; "" if nothing is lacking."""
+    creation = dataset.id.get_create_plist()
+    codes = [creation.get_filter(i)[0] for i in range(creation.get_nfilters())]
+    if all(h5py.h5z.filter_avail(code) for code in codes):
+        return ""
+    with contextlib.suppress(ImportError):
+        # Where it is installed, importing it is all that it takes.
+        importlib.import_module(_PLUGINS)
+    if not dataset.id.get_num_chunks():
+        return ""
+    # A filter may have been left out where a chunk was written.
+    left_out = dataset.id.get_chunk_info(0).filter_mask
+    for i, code in enumerate(codes):
+        if not h5py.h5z.filter_avail(code) and not left_out >> i & 1:
+            name = _FILTERS.get(code, "an unknown filter")
+            return (
+                f"is compressed with {name} (HDF5 filter {code}), which is not installed here: "
+                f"pip install {_PLUGINS}, or write the file anew with h5repack -f GZIP=1"
+            )
+    return ""
 
 
 @dataclass(frozen=True)

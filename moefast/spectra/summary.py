@@ -18,6 +18,7 @@ from moefast.core.errors import InputError, OutputError
 from moefast.spectra import guard
 from moefast.spectra.files import SpectrumSet
 from moefast.spectra.quality import Flag, assess, good_pixels
+from moefast.spectra.smoothing import FRAME, frame, smoothed
 
 __all__ = ["format_text", "picture", "summarise"]
 
@@ -26,6 +27,7 @@ _BLOCK_ROWS = 2048
 _FIRST_BAD = 10
 _MOST_FILES = 12
 _NORMALISED = (0.8, 1.25)
+_SMOOTHING = 9
 _LABELS = {"T_eff": "K", "log_g": "dex", "M_H": "dex", "a_M": "dex", "C_M": "dex"}
 
 
@@ -298,7 +300,7 @@ def _format_ranges(files: Sequence[Mapping[str, Any]]) -> list[str]:
 def picture(
     spectra: SpectrumSet, path: str | Path, *, max_rows: int | None = 20_000, overwrite: bool = True
 ) -> Path:
-    """Draw a few spectra with their 1σ band, and the histograms of both signal-to-noise ratios.
+    """Draw a few spectra with their smoothed flux, and the histograms of both signal-to-noise ratios.
 
     Parameters
     ----------
@@ -348,8 +350,9 @@ def picture(
             axis = figure.add_subplot(grid[k, :], sharex=axes[0] if axes else None)
             axes.append(axis)
             _draw_spectrum(axis, spectra, int(row), titled, LIGHT)
-            axis.set_ylabel("flux ± 1σ")
+            axis.set_ylabel("flux")
             axis.tick_params(labelbottom=k == len(chosen) - 1)
+        axes[0].legend(loc="lower left", ncols=2, frameon=False, fontsize=8, borderaxespad=0.2)
         axes[-1].set_xlabel("wavelength [Å]")
         for k, (values, name) in enumerate(
             ((snr_norm, "snr_norm = ‖flux‖₂ / ‖error‖₂"), (snr_median, "snr_median = median(flux / error)"))
@@ -394,15 +397,13 @@ def _draw_spectrum(
     if good is not None:
         flux[~good[0]] = np.nan
         error[~good[0]] = np.nan
-    axis.fill_between(
-        spectra.wave, flux - error, flux + error, color=palette["own"], alpha=0.3, lw=0, label="1σ"
-    )
-    axis.plot(spectra.wave, flux, color=palette["ink"], lw=0.6, label="flux, good pixels")
-    finite = flux[np.isfinite(flux)]
-    if len(finite):
-        low, high = np.percentile(finite, [0.2, 99.8])
-        margin = max(0.25 * (high - low), 1e-3 * max(abs(high), 1.0))
-        axis.set_ylim(low - margin, high + margin)
+    usable = np.isfinite(flux) & np.isfinite(error)
+    weights = np.where(usable, 1 / np.where(usable, error, 1.0) ** 2, 0.0)
+    mean = smoothed(flux, weights, _SMOOTHING)
+    axis.plot(spectra.wave, flux, color=palette["muted"], lw=0.5, alpha=0.55, label="flux, good pixels")
+    axis.plot(spectra.wave, mean, color=palette["ink"], lw=0.9, label=f"mean of {_SMOOTHING} pixels")
+    if np.isfinite(mean).any():
+        axis.set_ylim(*frame([*np.nanpercentile(mean, FRAME)], below=2))
     labels = ", ".join(
         f"{name} {float(block.params[name][0]):.4g}{' K' if name == 'T_eff' else ''}"
         for name in titled

@@ -384,7 +384,10 @@ class _ParquetTable(TableWriter):
                 for column in self.columns
             ]
         )
-        self._writer = pq.ParquetWriter(self._partial, self._schema)
+        # Arrow takes a name for a URI, which not every name of a file is: so it gets an open file.
+        self._watched = WatchedFile(self._partial)
+        self._writer = pq.ParquetWriter(self._watched, self._schema, write_page_checksum=True)
+        self._watched.check()
         self._waiting: list[dict[str, np.ndarray]] = []
         self._n_waiting = 0
 
@@ -407,22 +410,31 @@ class _ParquetTable(TableWriter):
         self._writer.write_table(
             pa.Table.from_arrays(arrays, schema=self._schema), row_group_size=2 * _ROW_GROUP
         )
+        self._watched.check()
         self._waiting, self._n_waiting = [], 0
 
     def _end(self) -> None:
         self._flush()
         self._writer.add_key_value_metadata({name: _to_json(value) for name, value in self.attrs.items()})
         self._writer.close()
+        self._watched.synchronise()
+        self._watched.close()
+        self._watched.check()
 
     def _abort(self) -> None:
-        self._writer.close()
+        # What is still to be written has nowhere to go: closing must not fail.
+        self._watched.problem = self._watched.problem or OutputError(f"{self.path}: given up")
+        try:
+            self._writer.close()
+        finally:
+            self._watched.close()
 
 
 def _read_parquet(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path) as file:
+    with open(path, "rb") as opened, pq.ParquetFile(opened, page_checksum_verification=True) as file:
         table = file.read()
         attrs = _parquet_attributes(file)
     columns = {}
@@ -449,7 +461,7 @@ def _parquet_layout(path: Path) -> tuple[list[Column], dict[str, Any], int]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path) as file:
+    with open(path, "rb") as opened, pq.ParquetFile(opened) as file:
         columns = []
         for field in file.schema_arrow:
             said = {key.decode(): value.decode() for key, value in (field.metadata or {}).items()}
@@ -499,6 +511,11 @@ class _FitsTable(TableWriter):
         header["TFIELDS"] = len(self.columns)
         header["EXTNAME"] = GROUP.upper()
         for number, column in enumerate(self.columns, 1):
+            if not (column.name.isascii() and column.name.isprintable()):
+                raise OutputError(
+                    f"{self.path}: column {column.name!r} has a name beyond ASCII, which FITS cannot keep; write .h5 "
+                    "or .parquet"
+                )
             if column.text_bytes:
                 code, stored, offset = f"{column.text_bytes}A", f"S{column.text_bytes}", 0
             else:
@@ -757,5 +774,8 @@ def _read(path: str | Path, readers: Mapping[str, Callable[[Path], Any]]) -> Any
         raise InputError(f"{path}: unknown table format {suffix!r}; expected {', '.join(readers)}")
     try:
         return readers[suffix](path)
-    except (OSError, KeyError, ValueError) as error:
+    except InputError:
+        raise
+    except Exception as error:
+        # Damaged headers make the libraries raise nearly anything.
         raise InputError(f"{path}: cannot be read as a table: {error}") from error

@@ -7,6 +7,7 @@ rvspecfit (VRAD); and any FITS, CSV, ECSV, Parquet or HDF5 table with identifier
 from __future__ import annotations
 
 import glob
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefast.core.errors import InputError
+from moefast.core.regular import refuse_special
 from moefast.spectra.files import SpectrumSet, find_files
 from moefast.spectra.layouts.fits_file import FitsFile
 from moefast.spectra.prepared import Origins
@@ -101,7 +103,7 @@ def find_velocities(
         if not -LIGHT_SPEED < number < np.inf:
             raise InputError(f"--velocity {given}: expected a velocity in km/s")
         return Velocities(np.full(n, number), None, f"{number:g} km/s")
-    if Path(str(given)).exists() or glob.has_magic(str(given)):
+    if os.path.exists(str(given)) or glob.has_magic(str(given)):
         return _joined(read_velocity_table(str(given)), spectra, needed)
     name = str(given)
     for shard in spectra.shards:
@@ -191,7 +193,7 @@ def read_velocity_table(given: str | Path) -> VelocityTable:
         A file cannot be read, or has no velocities or no identifiers.
     """
     path = Path(given)
-    paths = find_files(given) if path.is_dir() or glob.has_magic(str(given)) else [path]
+    paths = find_files(given) if os.path.isdir(path) or glob.has_magic(str(given)) else [path]
     tables = [_read_one(each) for each in paths]
     if len(tables) == 1:
         return tables[0]
@@ -209,6 +211,7 @@ def read_velocity_table(given: str | Path) -> VelocityTable:
 
 
 def _read_one(path: Path) -> VelocityTable:
+    refuse_special(path)
     name = path.name.lower()
     if name.endswith((".fits", ".fit", ".fits.gz")):
         return _of_fits(FitsFile(path))

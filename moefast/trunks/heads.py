@@ -141,7 +141,7 @@ class Heads(Expert):
         return replace(self, numbers={name: short(name, array) for name, array in self.numbers.items()})
 
     @classmethod
-    def read_nodes(cls, model: ModelProto, stem: str) -> Heads:  # type: ignore[override]
+    def read_nodes(cls, model: ModelProto, stem: str) -> Heads:
         """From an ONNX model, to the last bit.
 
         Raises

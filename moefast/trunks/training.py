@@ -16,7 +16,9 @@ compile them (`torch.compile`), since what a network does between its products i
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -500,28 +502,46 @@ class _Training:
         from safetensors.torch import save_file
 
         self.file.parent.mkdir(parents=True, exist_ok=True)
+        state = {name: value.contiguous() for name, value in self.state().items()}
         said = {
             "key": self.key, "step": str(self.step), "curve": json.dumps(self.curve), "kernels": self.kernels,
         }  # fmt: skip
+        said["sha256"] = self._digest(state, said)
         with atomic_file(self.file) as partial:
-            save_file({name: value.contiguous() for name, value in self.state().items()}, partial, said)
+            save_file(state, partial, said)
+
+    def _digest(self, state: Mapping[str, Any], said: Mapping[str, str]) -> str:
+        """SHA-256 of all that a checkpoint holds, but for this number itself."""
+        told = {name: text for name, text in said.items() if name != "sha256"}
+        digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+        for name in sorted(state):
+            digest.update(f"{name} {state[name].dtype} {tuple(state[name].shape)} ".encode())
+            digest.update(state[name].reshape(-1).view(self.torch.uint8).cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     def resume(self) -> None:
-        """Go on from the checkpoint, if there is one of this fit."""
+        """Go on from the checkpoint, if there is one of this fit; one that was changed is told and ignored."""
         if self.file is None or not self.file.exists():
             return
         from safetensors import safe_open
 
-        with safe_open(self.file, "pt", device=str(self.device)) as file:
-            said = file.metadata()
-            if said.get("key") != self.key:
-                return
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        self.step, self.curve, self.kernels = (
-            int(said["step"]),
-            json.loads(said["curve"]),
-            said.get("kernels", "plain"),
-        )
+        try:
+            with safe_open(self.file, "pt", device=str(self.device)) as file:
+                said = file.metadata() or {}
+                if said.get("key") != self.key:
+                    return
+                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            if said["sha256"] != self._digest(found, said):
+                raise ValueError("its content was changed")
+        except Exception as error:
+            # Damaged headers raise errors of several kinds, some of them of the library's own.
+            logging.getLogger(__name__).warning(
+                "%s: not a complete checkpoint (%s); the network is fitted from the beginning",
+                self.file,
+                error,
+            )
+            return
+        self.step, self.curve, self.kernels = int(said["step"]), json.loads(said["curve"]), said["kernels"]
         for name, value in self.weights.items():
             with self.torch.no_grad():
                 value.copy_(found[f"weights/{name}"])

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from sklearn.metrics import r2_score
 
-from moefast.ceilings import ceiling
+from moefast.ceilings import bayes, ceiling
 from moefast.core import metrics
-from moefast.core.errors import InputError, MoefastError
+from moefast.core.errors import InputError
 from moefast.protocol.ceiling_report import figure, format_text
 from moefast.simulate import Settings, simulate_file
+from moefast.simulate.forward import ForwardModel
 from moefast.simulate.sets import FINGERPRINTS, REFERENCE_SETS, simulate_set
 from moefast.spectra.files import open_spectra
 
@@ -169,10 +170,19 @@ def test_settings_travel_in_the_file(found):
     assert Settings.from_json(json.dumps(found.summary["data_set"]["settings"])) == Settings()
 
 
-def test_no_ceiling_is_made_up_for_wild(tmp_path):
-    simulate_set(tmp_path / "wild.h5", "wild", "validation", rows=(0, 3))
-    with pytest.raises(MoefastError, match="there is no ceiling for them"):
-        ceiling.compute(tmp_path / "wild.h5", method="bayes")
+def test_a_ceiling_of_wild(tmp_path, monkeypatch):
+    # A library an eighth as large is where the sampler starts from, and takes a few seconds.
+    few = bayes.Library.draw(ForwardModel(REFERENCE_SETS["wild"].settings), size=8192)
+    monkeypatch.setattr(ceiling, "_library", lambda settings: few)
+    simulate_set(tmp_path / "wild.h5", "wild", "validation", rows=(0, 8))
+    found = ceiling.compute(tmp_path / "wild.h5")
+    stars = found.stars
+    assert (stars["ess"] >= 200).all()
+    assert (np.abs(stars["bayes"] - stars["log_g"]) < 4 * stars["bayes_sd"]).all()
+    # More is unknown than of the same stars of z0, and some pixels are lost.
+    simulate_set(tmp_path / "z0.h5", "z0", "validation", rows=(0, 8))
+    plain = ceiling.compute(tmp_path / "z0.h5", method="fisher").stars
+    assert (stars["crlb_prior"] > plain["crlb_prior"]).all()
 
 
 @pytest.mark.parametrize(("name", "part"), [key for key in FINGERPRINTS if key[0] != "wild"])

@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 
 from moefast.core import atomic
-from moefast.core.atomic import partial_folder, publish, publish_folder, recover_folder, write_atomically
+from moefast.core.atomic import (
+    partial_folder,
+    publish,
+    publish_folder,
+    recover_folder,
+    remove_quietly,
+    write_atomically,
+)
 from moefast.core.errors import OutputError
 from moefast.core.watched import WatchedFile
 from moefast.spectra.files import SpectrumWriter, open_spectra
@@ -85,6 +92,7 @@ def right_text(path):
 PRODUCTS = {
     "table.h5": (write_table, right_table),
     "table.fits": (write_table, right_table),
+    "table.parquet": (write_table, right_table),
     "spectra.h5": (write_spectra, right_spectra),
     "report.json": (write_text, right_text),
 }
@@ -294,6 +302,7 @@ def test_folders_are_replaced_as_a_whole_or_not_at_all(in_one_step, call, tmp_pa
                 publish_folder(partial, target, overwrite=True)
             assert set(held(target).values()) == {"old"}
         monkeypatch.undo()
+    remove_quietly(partial)
     recover_folder(target)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
@@ -303,7 +312,8 @@ def test_what_a_killed_process_left_is_cleared_or_put_back(tmp_path):
     ended.wait()
     target = tmp_path / "model"
     for ending, text in (("old", "old"), ("partial", "half")):
-        folder = tmp_path / f".model.{ended.pid}.{ending}"
+        machine, boot = atomic._machine()
+        folder = tmp_path / f".model.{machine}-{boot}-{ended.pid}-1-0.{ending}"
         folder.mkdir()
         fill(folder, text)
     recover_folder(target)

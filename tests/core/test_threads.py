@@ -1,12 +1,15 @@
 """Rows are shared out whole, and the setting of BLAS comes back."""
 
+import math
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
-from moefast.core.threads import _BLAS, in_threads, map_in_order, one_blas_thread
+from moefast.core import threads
+from moefast.core.threads import _BLAS, _quota, in_threads, map_in_order, one_blas_thread
 
 
 @pytest.mark.parametrize("cores", [1, 2, 7])
@@ -103,3 +106,69 @@ def test_what_a_worker_raises_is_raised(where):
 
     with pytest.raises(OSError, match="no more"):
         list(map_in_order(work, items(), workers=2))
+
+
+# -- how many ------------------------------------------------------------------------------------------------------
+
+
+def groups(folder, own, **limits):
+    """A control-group file system with the limits of some groups, and what a process says of its own group."""
+    for name, text in limits.items():
+        file = folder / "groups" / name.replace("__", "/")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        kind, _, value = text.partition("=")
+        if kind == "max":
+            (file / "cpu.max").parent.mkdir(exist_ok=True)
+            (file / "cpu.max").write_text(value + "\n")
+        else:
+            file.mkdir(exist_ok=True)
+            (file / "cpu.cfs_quota_us").write_text(value.split()[0] + "\n")
+            (file / "cpu.cfs_period_us").write_text(value.split()[1] + "\n")
+    (folder / "own").write_text(own)
+    return folder / "groups", folder / "own"
+
+
+@pytest.mark.parametrize(
+    ("own", "limits", "quota"),
+    [
+        ("0::/job\n", {"job": "max=150000 100000"}, 1.5),
+        ("0::/job\n", {"job": "max=max 100000"}, math.inf),
+        ("0::/job/step\n", {"job": "max=200000 100000", "job__step": "max=max 100000"}, 2.0),
+        ("0::/job/step\n", {"job": "max=400000 100000", "job__step": "max=50000 100000"}, 0.5),
+        ("4:cpu,cpuacct:/job\n1:memory:/x\n", {"cpu__job": "cfs=300000 100000"}, 3.0),
+        ("4:cpu,cpuacct:/job\n", {"cpu__job": "cfs=-1 100000"}, math.inf),
+        # In a container the name is that of the host, and the limit lies at the root.
+        ("0::/docker/17ab\n", {".": "max=100000 100000"}, 1.0),
+        ("", {}, math.inf),
+        ("0::/job\n", {"job": "max=nonsense"}, math.inf),
+    ],
+)
+def test_the_quota_of_a_control_group(own, limits, quota, tmp_path):
+    assert _quota(*groups(tmp_path, own, **limits)) == quota
+
+
+@pytest.mark.parametrize(
+    ("quota", "asked", "expected"),
+    [
+        (math.inf, None, 8),
+        (2.0, None, 2),
+        (2.5, None, 3),
+        (0.1, None, 1),
+        (64.0, None, 8),
+        (math.inf, "3", 3),
+        (math.inf, "3,2", 3),
+        (math.inf, "100", 8),
+        (2.0, "3", 2),
+        (math.inf, "", 8),
+        (math.inf, "0", 8),
+        (math.inf, "all", 8),
+    ],
+)
+def test_affinity_quota_and_environment_limit_the_threads(quota, asked, expected, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(threads, "_quota", lambda: quota)
+    if asked is None:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    else:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert threads._cores() == expected

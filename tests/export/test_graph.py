@@ -262,10 +262,10 @@ def test_numbers_that_mean_nothing_are_refused(mixture, model, name, value, mess
 
 
 def test_another_wave_grid_is_refused(mixture, model):
-    with pytest.raises(ModelError, match="do not lie on this wave grid"):
-        read_mixture(model, mixture.wave + 0.4)
-    with pytest.raises(ModelError, match="no pixel in"):
-        read_mixture(model, mixture.wave - 3000.0)
+    # The second grid holds none of the lines, which a model of it would do without.
+    for shift in (0.4, -3000.0):
+        with pytest.raises(ModelError, match="do not lie on this wave grid"):
+            read_mixture(model, mixture.wave + shift)
     with pytest.raises(ModelError, match="expected"):
         read_mixture(model, mixture.wave[:-1])
 

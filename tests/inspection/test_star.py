@@ -17,9 +17,10 @@ from moefast.cli import cli
 from moefast.core.errors import InputError, OutputError
 from moefast.inspection.lines import lines_within
 from moefast.inspection.star import describe, look_at
-from moefast.inspection.star_picture import LARGEST_PULL, figure, smoothed
+from moefast.inspection.star_picture import LARGEST_PULL, figure
 from moefast.pages.drawing import LIGHT, styled
 from moefast.scoring import predict
+from moefast.spectra.smoothing import smoothed
 
 
 @pytest.fixture(scope="module")
@@ -87,16 +88,22 @@ def test_of_several_files_rows_are_counted_through_them(odd_stars, posterior_mod
 def test_survey_files_are_shown_at_rest(stars, posterior_model, tmp_path):
     few = stars.take(slice(2400, 2404)).observed()
     path = write_pfs_many(tmp_path / "pfs.fits", few.wave, few.flux.astype(float), few.error.astype(float))
-    still = look_at(path, posterior_model, identifier="1002", telluric="keep")
+    still = look_at(path, posterior_model, identifier="1002", velocity=0.0, telluric="keep")
     assert still.ids["objId"] == 1002
     assert still.row == 2
-    masked = look_at(path, posterior_model, row=2)
+    masked = look_at(path, posterior_model, row=2, velocity=0.0)
     assert masked.good.sum() < still.good.sum()
     assert any("atmosphere" in note for note in masked.notes)
     moved = look_at(path, posterior_model, row=2, velocity=120.0, telluric="keep")
     assert moved.values["v_los"] == 120.0
     expected = predict(path, posterior_model, velocity=120.0, telluric="keep").columns
     assert moved.values["log_g"] == expected["log_g"][2]
+    # Of files of surveys the velocity is fitted where none is given, by the command and here.
+    fitted, expected = look_at(path, posterior_model, row=2), predict(path, posterior_model).columns
+    for name in ("v_los", "v_los_err", "log_g", "log_g_err"):
+        assert fitted.values[name] == pytest.approx(expected[name][2], rel=1e-5), name
+    assert any("the velocity is fitted" in note for note in fitted.notes)
+    assert fitted.posterior is not None
 
 
 def test_the_picture_draws_flux_model_residuals_and_posterior(star):

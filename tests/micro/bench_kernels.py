@@ -352,8 +352,8 @@ def cloud_posterior():
     flux, error = spectra(128)
     space, clouds = mixture._space, mixture._clouds
     draw = rng()
-    y, cells = flux, draw.uniform(0, 1, (len(flux), P // space.cell))
-    products = draw.standard_normal((P // space.cell, 52 * 53 // 2))
+    y, cells = flux, draw.uniform(0, 1, (len(flux), len(space.cells)))
+    products = draw.standard_normal((len(space.cells), 52 * 53 // 2))
     root, vectors = (
         draw.standard_normal((2, 49, 49), dtype=np.float32)[0],
         draw.standard_normal((49, 448 * 6)),

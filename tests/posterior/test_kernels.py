@@ -1,12 +1,14 @@
 """The compiled posterior against its description; gaps, scales, neighbours."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from made_clouds import mixture, stars
 
 from moefast.kernels import cloud_posterior
+from moefast.posterior.cells import alike_pixels
 from moefast.spectra.quality import assess, good_pixels
 
 LABELS = 4
@@ -74,6 +76,42 @@ def test_any_number_of_clouds(m):
 def test_any_size_of_the_space(p, n, q, labels):
     made = mixture(p=p, n=n, q=q, labels=labels)
     assert_as_described(made, *stars(made, 6))
+
+
+GAPS = {
+    "none": lambda pixel, draw: pixel < 0,
+    "at random": lambda pixel, draw: draw.random(pixel.size) < 0.28,
+    "a block": lambda pixel, draw: (pixel > 150) & (pixel < 260),
+    # Beyond 400, two coordinates of this space are seen together only, and the best point of the space loses digits.
+    "an edge": lambda pixel, draw: pixel > 480,
+    "all but a few": lambda pixel, draw: (pixel < 300) | (pixel > 330),
+}
+
+
+@pytest.mark.parametrize("gap", GAPS)
+@pytest.mark.parametrize("noise", ["of the training set", "flat", "of every pixel"])
+def test_cells_of_several_pixels(gap, noise):
+    made = mixture(p=576, m=70, n=9, q=2)
+    cells, shares = alike_pixels(
+        made.directions, made.noise_shape, made.numbers["library_precision"], n_cells=60
+    )
+    made = replace(made, cells=cells, cell_shares=shares)
+    flux, error = stars(made, 9, snr=20)
+    draw = np.random.default_rng(4)
+    if noise == "flat":
+        error = np.full_like(error, 0.03)
+    elif noise == "of every pixel":
+        error = (error * np.exp(draw.normal(0, 0.5, error.shape))).astype(np.float32)
+    lost = np.stack([GAPS[gap](np.arange(576), draw) for _ in flux])
+    assert_as_described(made, flux, error, lost)
+
+
+@pytest.mark.parametrize("reach", [0, 1, 5, 8])
+def test_last_coordinates_without_tangents(reach):
+    made = mixture(n=12)
+    tangents = made.tangents.copy()
+    tangents[:, :, reach:] = 0
+    assert_as_described(replace(made, tangents=tangents), *stars(made, 9))
 
 
 def test_nuisances_that_grow_with_the_noise():

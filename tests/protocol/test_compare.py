@@ -8,12 +8,13 @@ import shutil
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from made_up import evaluated
 
 from moefast.cli import cli
 from moefast.core import metrics
 from moefast.core.errors import InputError, OutputError
 from moefast.protocol import compare as comparing
-from moefast.protocol import figures, report
+from moefast.protocol import figures
 from moefast.protocol.compare import Kept, compare, format_text, read_evaluation
 from moefast.protocol.evaluate import evaluate, write_report
 
@@ -33,7 +34,7 @@ def kept(path, predicted, seed=4, **data_set):
         "snr_median": snr.astype(np.float32),
     }
     stars["log_g"] = predicted(stars["log_g_true"], stars)
-    found = report.evaluate_predictions(
+    found = evaluated(
         stars["log_g_true"],
         stars["log_g"],
         None,
@@ -239,7 +240,6 @@ def test_folders_of_the_same_name_are_told_apart_in_the_picture(folders, monkeyp
 
 def test_the_picture_has_every_model_and_the_ceiling_if_it_is_known(folders, monkeypatch, tmp_path):
     drawn = []
-    monkeypatch.setattr(figures, "write_atomically", lambda path, data: None)
     savefig = figures.Figure.savefig
     monkeypatch.setattr(
         figures.Figure, "savefig", lambda self, *a, **k: (drawn.append(self), savefig(self, *a, **k))

@@ -10,13 +10,14 @@ import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from made_up import evaluated
 
 from moefast.cli import cli
 from moefast.core import metrics
 from moefast.core.errors import InputError
 from moefast.protocol import evaluate as evaluation_module
-from moefast.protocol import milestones, report, report_text
-from moefast.protocol.milestones import MILESTONES, judge, read_reports
+from moefast.protocol import milestones, report_text
+from moefast.protocol.milestones import MILESTONES, judge, judge_alone, read_reports
 from moefast.protocol.milestones_report import format_text
 from moefast.simulate.sets import FINGERPRINTS
 from moefast.spectra.tables import Column, open_table
@@ -49,7 +50,7 @@ def evaluation(recipe, r2, *, references=(), data_set="z0 test_10k", fingerprint
                reference_set=True, noise_seed=None, noise_level=1.0, training=(), n=10_000):  # fmt: skip
     """JSON of an evaluation; `references` are (name, R²) pairs. `n` is claimed: the numbers come from 400 stars."""
     data = stars()
-    content = report.evaluate_predictions(
+    content = evaluated(
         data["log_g"],
         predictions(np.sqrt(1 - np.asarray(r2))),
         None,
@@ -444,16 +445,17 @@ def test_text_names_set_fingerprint_marks_and_commands(tmp_path):
         assert expected in text
 
 
-def test_a_report_has_a_section_of_the_milestones_it_bears_on():
-    text = report_text.format_text(json.loads(evaluation("phys-moe", 0.63, references=PHYS)))
+def test_a_report_has_a_section_of_the_milestones_it_bears_on_if_they_are_asked_for():
+    content = json.loads(evaluation("phys-moe", 0.63, references=PHYS))
+    text = report_text.format_text(content, judged=judge_alone(content))
     head, *rows = text.partition("\nMilestones ")[2].splitlines()[1:]
     assert head.split()[-4:] == ["their", "mark", "any", "set"]
     assert [row.split()[0] for row in rows] == ["C0", "C2"]
     assert rows[1].split()[-2:] == ["fail", "fail"]
+    assert "Milestones" not in report_text.format_text(content)
     # Numbers that were not made by the frozen protocol are judged by nothing.
-    other = json.loads(evaluation("phys-moe", 0.63, references=PHYS))
-    other["protocol"]["n_resamples"] = 10
-    assert "Milestones" not in report_text.format_text(other)
+    content["protocol"]["n_resamples"] = 10
+    assert judge_alone(content) is None
 
 
 def test_commands_are_commands_of_this_version(monkeypatch):

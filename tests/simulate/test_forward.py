@@ -8,8 +8,12 @@ import pytest
 from moefast.kernels import gaussian_log_likelihood
 from moefast.simulate import Settings, simulate_rows
 from moefast.simulate.emulator import LABELS
-from moefast.simulate.forward import ForwardModel
-from moefast.simulate.nuisance import calibrate
+from moefast.simulate.forward import SCALE_WIDTH, ForwardModel
+from moefast.simulate.noise import SkyFactors
+from moefast.simulate.nuisance import calibrate, calibration_basis
+from moefast.simulate.rows import simulate_params
+from moefast.simulate.sets import REFERENCE_SETS
+from moefast.simulate.visit import sky_of
 
 Z0 = Settings()
 SURVEY = replace(Z0, velocity_scatter=30.0, reddening=(0.0, 0.3), calibration=0.03)
@@ -101,3 +105,42 @@ def test_far_draws_count_as_the_limit():
     flux = forward.flux(forward.parameters(z))
     assert np.isfinite(flux).all()
     np.testing.assert_array_equal(flux[0], flux[1])
+
+
+def test_wild_rows_are_what_the_likelihood_supposes():
+    """Flux, errors and sky residuals of rows whose visits differ, from their parameters."""
+    settings = REFERENCE_SETS["wild"].settings
+    forward = ForwardModel(settings)
+    block = simulate_rows(0, 6, seed=5, settings=settings)
+    params = block.params
+    assert {"line_spread", "ebv", "velocity"} < set(forward.names)
+    flux = forward.flux(
+        {name: params[name] for name in (*LABELS, "redshift", "ebv", "velocity", "line_spread")}
+    )
+    basis = calibration_basis(forward.emulator.wave)
+    amplitudes = settings.calibration * np.column_stack([params[f"calibration_{k + 1}"] for k in range(4)])
+    amplitudes[:, 0] += params["tilt"] * 0.5 / basis[0, -1]
+    sky, left = sky_of(params)
+    for i in range(6):
+        own = SkyFactors(sky.continuum[i : i + 1], sky.lines[i : i + 1])
+        terms = forward.variance_terms(params["mag"][i], params["seeing"][i], own)
+        level = flux[i] @ terms["band_weight"]
+        shapes = forward.sky_shapes(params["mag"][i], params["seeing"][i], own)
+        lit = forward.noise.line_electrons.any(axis=1)
+        residual = level * (left[i, lit] / settings.visit.sky_residual) @ shapes
+        expected = flux[i] * (1 + amplitudes[i] @ basis) + residual
+        np.testing.assert_allclose(block.flux[i] * params["median"][i], expected, atol=1e-5)
+        variance = terms["constant"] + level * terms["linear"] * flux[i] + level**2 * terms["quadratic"]
+        np.testing.assert_allclose(block.error[i] * params["median"][i], np.sqrt(variance), rtol=5e-5)
+
+
+def test_prior_widths_of_what_multiplies_wild():
+    """Tilt and calibration error add up in the first shape; the scale is the last one and free."""
+    settings = REFERENCE_SETS["wild"].settings
+    params = simulate_params(0, 2000, seed=5, settings=settings)
+    basis = calibration_basis(ForwardModel(settings).emulator.wave)
+    first = settings.calibration * params["calibration_1"] + params["tilt"] * 0.5 / basis[0, -1]
+    shapes = ForwardModel(settings).calibration_shapes
+    assert len(shapes) == 5
+    assert shapes[0, -1] / basis[0, -1] == pytest.approx(first.std(), rel=0.06)
+    assert (shapes[-1] == SCALE_WIDTH).all()

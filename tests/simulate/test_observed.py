@@ -168,7 +168,7 @@ def test_files_elsewhere_are_refused_and_bad_ones_left_out(tmp_path, desi):
     flux, error, _ = spectra_on(wave)
     blue = write_desi(tmp_path / "blue.fits", {"B": (wave, flux, error)})
     with pytest.raises(
-        WaveGridError, match=r"blue\.fits: has 4000.0 to 6900.0 Å, and no pixels between 7095"
+        WaveGridError, match=r"blue\.fits: has 4000.0 to 6900.0 Å, and no pixels between 7096"
     ):
         Observed.of_files(blue)
     broken = tmp_path / "a.fits"

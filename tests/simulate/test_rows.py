@@ -1,6 +1,7 @@
 """Rows, noise and files."""
 
 import math
+from dataclasses import replace
 
 import h5py
 import numpy as np
@@ -292,3 +293,18 @@ def test_arguments_are_checked(tmp_path):
         Exposure(0.0, 1)
     with pytest.raises(MoefastError, match="T_eff"):
         simulate_rows(0, 2, seed=1, settings=Settings(t_eff=(7000.0, 8000.0)))
+
+
+def test_some_stars_are_fast():
+    """A share of them has another scatter; the text of settings without speaks of none, as it always did."""
+    settings = Settings(velocity_scatter=5.0, fast_share=0.3, fast_scatter=40.0)
+    fast = simulate_params(0, 20_000, seed=1, settings=settings)["velocity"]
+    slow = simulate_params(0, 20_000, seed=1, settings=replace(settings, fast_share=0.0))["velocity"]
+    changed = fast != slow
+    assert changed.mean() == pytest.approx(0.3, abs=0.015)
+    np.testing.assert_allclose(fast[changed], 8 * slow[changed])
+    assert settings.largest_velocity > 6 * 40
+    assert Settings.from_json(settings.to_json()) == settings
+    assert "fast" not in replace(settings, fast_share=0.0, fast_scatter=0.0).to_json()
+    with pytest.raises(MoefastError, match="fast_share"):
+        Settings(fast_share=1.5)

@@ -7,7 +7,7 @@ from scipy.special import erf
 from moefast.core.errors import MoefastError, WaveGridError
 from moefast.kernels.resample import pixel_edges
 from moefast.simulate import Emulator
-from moefast.simulate.spectrograph import Spectrograph, emulated_fwhm, read_resolution
+from moefast.simulate.spectrograph import BEYOND, Spectrograph, emulated_fwhm, read_resolution
 
 FWHM_OF_SIGMA = 2.0 * np.sqrt(2.0 * np.log(2.0))
 
@@ -53,7 +53,7 @@ def test_its_own_pixels_pass_as_they_are_and_rows_do_not_depend_on_each_other():
     emulator = Emulator.load()
     own = Spectrograph(emulator, emulator.wave)
     fine = np.random.default_rng(1).random((9, len(own.fine_wave)), dtype=np.float32)
-    np.testing.assert_array_equal(own.observe(fine), fine[:, 10:-10])
+    np.testing.assert_array_equal(own.observe(fine), fine[:, BEYOND:-BEYOND])
     other = Spectrograph(emulator, np.arange(7200, 8000, 1.0))
     np.testing.assert_array_equal(other.observe(fine)[4:5], other.observe(fine[4:5]))
 

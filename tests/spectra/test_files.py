@@ -8,7 +8,10 @@ import os
 import pickle
 import resource
 import shutil
+import subprocess
+import sys
 import threading
+import tracemalloc
 from pathlib import Path
 
 import h5py
@@ -320,7 +323,7 @@ def test_wave_grids_must_agree(make_file):
     short, _ = make_file("d.h5", p=31)
     assert open_spectra([first, near]).n_rows == 22
     with pytest.raises(
-        WaveGridError, match=r"c\.h5.*32 pixels, 7101\.129 to.*a\.h5.*32 pixels, 7100\.000 to"
+        WaveGridError, match=r"c\.h5.*than .*a\.h5: 32 pixels, 7101\.129 to.*expected 32 pixels, 7100\.000 to"
     ):
         open_spectra([first, far])
     with pytest.raises(WaveGridError, match="31 pixels"):
@@ -719,3 +722,103 @@ def test_damage_is_not_blamed_for_what_others_do(said, remedy, make_file, monkey
     with pytest.raises(InputError, match=remedy) as caught:
         Shard(path)
     assert "damaged" not in str(caught.value)
+
+
+@pytest.mark.parametrize("off", [0.02, -0.02])
+def test_grids_that_differ_a_little_are_told_apart(off, make_file):
+    """A fiftieth of an Å inside the grid: both ends, and the mean step, are the same."""
+    wave = 7100 + 0.4 * np.arange(32)
+    bent = wave + off * (np.arange(32) == 3)
+    first, _ = make_file("a.h5", wave=wave)
+    second, _ = make_file("b.h5", wave=bent)
+    with pytest.raises(WaveGridError) as caught:
+        open_spectra([first, second])
+    assert f"pixel 3, {bent[3]:.5f} Å where {wave[3]:.5f} Å are expected ({off:+.5f} Å)" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("code", "name"), [(32001, "Blosc"), (32015, "Zstandard"), (40000, "unknown filter")]
+)
+@pytest.mark.parametrize("array", ["flux", "params"])
+def test_a_compression_that_is_not_installed_is_named(code, name, array, make_file):
+    if h5py.h5z.filter_avail(code):
+        pytest.skip(f"{name} is installed")
+    path, _ = make_file(labels=None)
+    with h5py.File(path, "r+") as file:
+        place = {"flux": "dataset/arrays/flux/value", "params": "dataset/params/id"}[array]
+        if array == "flux":
+            values = file[place][()]
+            del file[place]
+        else:
+            values = np.arange(len(file["dataset/arrays/flux/value"]))
+        creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        creation.set_chunk(values.shape)
+        creation.set_filter(code, h5py.h5z.FLAG_OPTIONAL)
+        file.require_group(place.rpartition("/")[0])
+        space, kind = h5py.h5s.create_simple(values.shape), h5py.h5t.py_create(values.dtype)
+        made = h5py.h5d.create(file.id, place.encode(), kind, space, dcpl=creation)
+        # As if it had been compressed by somebody who has the filter.
+        made.write_direct_chunk((0,) * values.ndim, values.tobytes(), filter_mask=0)
+    if array == "flux":
+        with pytest.raises(
+            InputError, match=rf"flux/value is compressed with .*{name}.*hdf5plugin"
+        ) as caught:
+            Shard(path)
+        assert "damaged" not in str(caught.value)
+        assert "truncated" not in str(caught.value)
+    else:
+        assert "hdf5plugin" in Shard(path).unreadable["id"]
+
+
+def test_a_writer_at_work_is_told(make_file):
+    path, _ = make_file()
+    script = "import h5py, sys; f = h5py.File(sys.argv[1], 'r+'); print('open', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "open\n"
+        with pytest.raises(InputError, match=r"another program has it open for writing.*LOCKING=FALSE"):
+            Shard(path)
+    Shard(path)
+
+
+# -- memory --------------------------------------------------------------------------------------------------------
+
+
+def _many(path, n):
+    """Spectra of four pixels with identifiers of both kinds."""
+    with h5py.File(path, "w") as file:
+        for name in ("flux", "error"):
+            # Real files hold as many bytes of spectra as one likes: these are about the params.
+            file.create_dataset(f"dataset/arrays/{name}/value", data=np.ones((n, 4), np.float32))
+        file["spectrumdataset/wave"] = np.arange(7000.0, 7004.0)
+        table = np.zeros(n, [("id", "i8"), ("name", "S24"), ("T_eff", "f8"), ("log_g", "f8"), ("M_H", "f8")])
+        # The last one is the first: the order must be told, which asks for all of them.
+        table["id"] = np.roll(np.arange(n), 1)
+        table["name"] = np.char.add("star ", np.arange(n).astype(str))
+        table["T_eff"] = 5000
+        table["log_g"][-1] = -9999
+        file["dataset/params"] = table
+    return path
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path):
+    from moefast.scoring import _id_dtype
+
+    peaks = {}
+    for n in (50_000, 800_000):
+        spectra = open_spectra(_many(tmp_path / f"{n}.h5", n))
+        tracemalloc.start()
+        notes = spectra.label_notes()
+        assert _id_dtype(spectra, "name") == np.dtype(f"U{len(f'star {n - 1}')}")
+        assert spectra.has_labels()
+        spectra.fingerprint()
+        rows = sum(len(block) for block in spectra.blocks(2048, params=["id", "name"], prefetch=False))
+        peaks[n] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert rows == n
+        assert f"in 1 of {n} rows, the first of them {n - 1} (-9999)" in notes[0]
+        assert "row 0 has" in notes[1]
+        spectra.close()
+    # One byte a row says which numbers have been met.
+    assert peaks[800_000] < 1.1 * peaks[50_000] + 800_000, peaks

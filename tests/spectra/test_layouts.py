@@ -179,6 +179,23 @@ def test_desi_arms_are_joined(compressed, coadd, tmp_path):
     np.testing.assert_allclose(block.error[0][overlap] / scale[0], np.sqrt(1 / 125), rtol=1e-5)
 
 
+def test_arms_beyond_the_grid_are_left_out_and_change_nothing(spectra, tmp_path):
+    """An arm that only a fast star would bring there is read for that star."""
+    far = WAVE + 400
+    arm = {"Z": (WAVE, *spectra)}
+    alone = blocks(write_desi(tmp_path / "a.fits", arm))[1]
+    path = write_desi(tmp_path / "b.fits", {"R": (WAVE - 4000, *spectra), **arm})
+    both = blocks(path)
+    np.testing.assert_array_equal(both[1].flux, alone.flux)
+    assert [a.where for a in both[0].shards[0].files[0].read("flux", 0, 2)[0]] == ["HDU Z_FLUX"]
+    elsewhere = write_desi(tmp_path / "c.fits", {"R": (WAVE - 4000, *spectra), "Z": (far, *spectra)})
+    found, block = blocks(elsewhere)
+    assert block.mask.all()
+    assert block.mask.shape == (5, 200)
+    found.shards[0].set_velocity(np.full(5, LIGHT_SPEED * 400 / 8050))
+    assert not next(found.blocks(9, prefetch=False)).mask.all()
+
+
 def test_a_velocity_is_removed_and_a_star_at_rest_on_the_grid_keeps_its_bits(spectra, tmp_path):
     flux, error = spectra
     velocity = np.array([0.0, 150.0, -300.0, 7.0, 0.0])
@@ -548,3 +565,65 @@ def test_given_desi_files_agree_with_astropy():
     scale = np.median(flux[0, 300:2800])
     np.testing.assert_allclose(got, flux[0, 300:2800] / scale, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(error, ivar[0, 300:2800] ** -0.5 / scale, rtol=1e-4)
+
+
+# -- damaged headers ---------------------------------------------------------------------------------------------------
+
+
+def two_arms(path, spectra):
+    left, right = slice(0, 120), slice(80, None)
+    return write_desi(
+        path, {arm: (WAVE[part], *(array[:, part] for array in spectra)) for arm, part in (("R", left), ("Z", right))}
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["Z_FLUX", "Z_WAVELENGTH", "R_IVAR", "R_MASK", "R_FLUX"])
+def test_an_arm_without_a_part_is_not_left_out(name, spectra, tmp_path):
+    path = two_arms(tmp_path / "a.fits", spectra)
+    assert blocks(path)[1].flux.shape == (5, 200)
+    content = path.read_bytes()
+    path.write_bytes(content.replace(f"EXTNAME = '{name}".encode(), f"EXTNAME = '{name[:-1]}_".encode()))
+    with pytest.raises(InputError, match=f"HDU {name} is missing"):
+        open_survey_file(path)
+
+
+@pytest.mark.parametrize("hdu", range(2, 10))
+def test_a_file_does_not_end_where_an_hdu_is_damaged(hdu, spectra, tmp_path):
+    path = two_arms(tmp_path / "a.fits", spectra)
+    content = bytearray(path.read_bytes())
+    with fits.open(path) as file:
+        at = file[hdu - 1]._data_offset + -(-file[hdu - 1]._data_size // 2880) * 2880
+    assert content[at : at + 8] == b"XTENSION"
+    content[at] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=rf"a\.fits: HDU {hdu} is damaged.*XTENSION"):
+        FitsFile(path)
+
+
+def test_what_fills_a_file_up_is_no_hdu(spectra, tmp_path):
+    path = two_arms(tmp_path / "a.fits", spectra)
+    path.write_bytes(path.read_bytes() + bytes(5760))
+    assert len(FitsFile(path).hdus) == 10
+
+
+@pytest.mark.parametrize("card", [b'NAXIS   = "                  2', b"NAXIS2  =                  five"])
+def test_headers_that_make_no_sense_are_an_error(card, spectra, tmp_path):
+    path = two_arms(tmp_path / "a.fits", spectra)
+    content = bytearray(path.read_bytes())
+    at = content.rindex(card[:10])
+    content[at : at + 30] = card.ljust(30)
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"a\.fits: "):
+        open_survey_file(path)
+
+
+@pytest.mark.parametrize("lost", [1, 400])
+def test_a_file_that_ends_in_what_fills_an_hdu_up_is_truncated(lost, spectra, tmp_path):
+    """The second arm was cut off, and the first one is whole: half of the pixels would be taken for all."""
+    path = two_arms(tmp_path / "a.fits", spectra)
+    with fits.open(path) as file:
+        end = file["R_MASK"]._data_offset + -(-file["R_MASK"]._data_size // 2880) * 2880
+        assert file["R_MASK"]._data_size % 2880 < 2880 - lost
+    path.write_bytes(path.read_bytes()[: end - lost])
+    with pytest.raises(InputError, match=r"a\.fits: truncated file: \d+ bytes, .* blocks of 2880"):
+        open_survey_file(path)

@@ -154,6 +154,24 @@ def test_a_fit_that_was_stopped_goes_on_to_the_same_network(tmp_path, monkeypatc
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize("damage", ["cut", "edited", "step"])
+def test_a_checkpoint_that_was_changed_is_told_and_not_used(damage, tmp_path, monkeypatch, caplog):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        fitted(tmp_path, stop_after=2, monkeypatch=patch)
+    path = tmp_path / "heads.safetensors"
+    content = bytearray(path.read_bytes())
+    if damage == "cut":
+        del content[len(content) // 2 :]
+    elif damage == "edited":
+        content[-3] ^= 1
+    else:
+        at = content.index(b'"step":"20"')
+        content[at : at + 11] = b'"step":"10"'
+    path.write_bytes(content)
+    assert_same(fitted(tmp_path)[0], fitted()[0])
+    assert "heads.safetensors: not a complete checkpoint" in caplog.text
+
+
 def test_a_checkpoint_of_another_fit_is_not_used(tmp_path):
     fitted(tmp_path)
     other = training.Schedule(steps=40, batch=32, looks=4, seed=5)

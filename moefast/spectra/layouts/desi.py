@@ -22,6 +22,7 @@ from moefast.spectra.units import flux_factor, wave_factor
 __all__: list[str] = []
 
 ARMS = ("B", "R", "Z")
+BESIDE_FLUX = ("WAVELENGTH", "IVAR", "MASK")
 FLUX_UNIT, WAVE_UNIT = "1e-17 erg / (s cm2 Angstrom)", "Angstrom"
 """Where a file does not say."""
 NAMES = {"TARGETID": "TARGETID", "TARGET_RA": "ra", "TARGET_DEC": "dec", "FIBER": "fiberId"}
@@ -39,18 +40,19 @@ _WIDER = (
 
 
 def _arms(file: FitsFile) -> list[str]:
-    return [arm for arm in ARMS if f"{arm}_FLUX" in file]
+    """Arms that a file has anything of: one of which a part is missing is damaged, and not to be left out."""
+    return [arm for arm in ARMS if any(f"{arm}_{name}" in file for name in ("FLUX", *BESIDE_FLUX))]
 
 
 def _recognises(file: FitsFile) -> bool:
-    return "FIBERMAP" in file and any(f"{arm}_FLUX" in file or f"{arm}_WAVELENGTH" in file for arm in ARMS)
+    return "FIBERMAP" in file and bool(_arms(file))
 
 
 def _open(file: FitsFile) -> SurveyFile:
     arms = _arms(file)
     fibermap = file["FIBERMAP"]
     for arm in arms:
-        for name in ("WAVELENGTH", "IVAR", "MASK"):
+        for name in ("FLUX", *BESIDE_FLUX):
             _ = file[f"{arm}_{name}"]
         for name in ("FLUX", "IVAR", "MASK"):
             shape, expected = file[f"{arm}_{name}"].shape, (fibermap.n_rows, *file[f"{arm}_WAVELENGTH"].shape)
@@ -70,16 +72,32 @@ def _open(file: FitsFile) -> SurveyFile:
     columns |= {name: told.pop(name) for name in BESIDE if name in told}
     identifiers = tuple(columns)
     name = "DESI coadd" if "COADD_FIBERSTATUS" in columns or "EXP_FIBERMAP" in file else "DESI spectra"
+    waves = {arm: _wave(file, arm) for arm in arms}
     notes = [_WIDER]
     note = noting(notes)
 
     def read(array: str, start: int, stop: int) -> tuple[list[Pixels], dict[int, str]]:
-        return [_read_arm(file, arm, start, stop, note) for arm in arms], {}
+        low, high = survey_file.needed
+        # Of files that have no arm there, one tells that all pixels are lost.
+        chosen = [arm for arm in arms if _overlaps(waves[arm], low, high)] or arms[:1]
+        return [_read_arm(file, arm, waves[arm], start, stop, note) for arm in chosen], {}
 
-    return SurveyFile(
+    survey_file = SurveyFile(
         file.path, name, fibermap.n_rows, columns | told, identifiers, read, file.close, notes=notes,
         line_spread=lambda: [_line_spread(file, arm) for arm in arms], fingerprint=lambda: fingerprint_of(file),
     )  # fmt: skip
+    return survey_file
+
+
+def _wave(file: FitsFile, arm: str) -> NDArray[np.float64]:
+    hdu = file[f"{arm}_WAVELENGTH"]
+    unit = wave_factor(hdu.unit() or WAVE_UNIT, f"HDU {hdu.name}")
+    return np.asarray(file.image(hdu).astype(np.float64) * unit)
+
+
+def _overlaps(wave: NDArray[np.float64], low: float, high: float) -> bool:
+    """Whether an arm has pixels there; one with wavelengths that are not finite is left to those who refuse it."""
+    return not (wave.max() < low or wave.min() > high)
 
 
 def _target_type(told: dict[str, NDArray], n: int) -> NDArray[np.int16]:
@@ -109,7 +127,7 @@ def _line_spread(file: FitsFile, arm: str) -> NDArray[np.float64] | None:
         total = bands.sum(0)
         mean = (bands * offset).sum(0) / total
         variance = (bands * offset**2).sum(0) / total - mean**2
-        wave = file.image(file[f"{arm}_WAVELENGTH"]).astype(np.float64)
+        wave = _wave(file, arm)
         fwhm = np.asarray(FWHM_OF_SIGMA * np.sqrt(variance) * np.gradient(wave), np.float64)
     known = np.isfinite(fwhm) & (fwhm > 0)
     if not known.any():
@@ -117,16 +135,18 @@ def _line_spread(file: FitsFile, arm: str) -> NDArray[np.float64] | None:
     return np.asarray(np.interp(wave, wave[known], fwhm[known]))
 
 
-def _read_arm(file: FitsFile, arm: str, start: int, stop: int, note: Callable[[str], None]) -> Pixels:
-    flux_hdu, wave_hdu = file[f"{arm}_FLUX"], file[f"{arm}_WAVELENGTH"]
+def _read_arm(
+    file: FitsFile, arm: str, wave: NDArray[np.float64], start: int, stop: int, note: Callable[[str], None]
+) -> Pixels:
+    flux_hdu = file[f"{arm}_FLUX"]
     where = f"HDU {arm}_FLUX"
-    wave = file.image(wave_hdu).astype(np.float64) * wave_factor(wave_hdu.unit() or WAVE_UNIT, where)
     flux, ivar = file.image(flux_hdu, start, stop), file.image(file[f"{arm}_IVAR"], start, stop)
     mask = file.image(file[f"{arm}_MASK"], start, stop)
     if np.any(ivar < 0):
         row = int(np.flatnonzero((ivar < 0).any(1))[0])
         note(f"{file.path}: HDU {arm}_IVAR: negative from row {start + row} on; such pixels count as bad")
-    factor = flux_factor(flux_hdu.unit() or FLUX_UNIT, wave, where)
+    # As precise as the fluxes are.
+    factor = flux_factor(flux_hdu.unit() or FLUX_UNIT, wave, where).astype(flux.dtype)
     with np.errstate(all="ignore"):
         error = factor / np.sqrt(ivar)
         return Pixels.of_rows(wave, flux * factor, error, (mask != 0) | ~(ivar > 0), where)

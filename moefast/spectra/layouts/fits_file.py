@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefast.core.errors import InputError
+from moefast.core.regular import refuse_special
 
 __all__ = ["FitsFile", "Hdu"]
 
@@ -124,6 +125,7 @@ class FitsFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        refuse_special(self.path)
         self._lock = threading.RLock()
         self._file: Any = None
         self._astropy: Any = None
@@ -216,7 +218,12 @@ class FitsFile:
             if not hdus and not text.startswith(b"SIMPLE  ="):
                 raise InputError(f"{self.path}: not a FITS file (it starts with {bytes(text[:8])!r})")
             if hdus and not text.startswith(b"XTENSION"):
-                # What follows the last HDU is of no concern.
+                if text.strip(b"\0 "):
+                    raise InputError(
+                        f"{self.path}: HDU {len(hdus)} is damaged: it begins with {bytes(text[:8])!r}, expected "
+                        "XTENSION; copy or produce the file again"
+                    )
+                # Filled up with nothing.
                 break
             while (end := _end_card(text)) < 0:
                 more = self._file.read(4 * BLOCK)
@@ -243,6 +250,12 @@ class FitsFile:
             offset = begin + -(-size // BLOCK) * BLOCK
         if not hdus:
             raise InputError(f"{self.path}: not a FITS file (it is empty)")
+        if self.n_bytes % BLOCK:
+            # HDUs may have followed that nothing else tells of.
+            raise InputError(
+                f"{self.path}: truncated file: {self.n_bytes} bytes, and FITS files come in blocks of {BLOCK}; copy or "
+                "produce it again"
+            )
         return hdus
 
     # -- tables ----------------------------------------------------------------------------------------------------

@@ -29,8 +29,11 @@ def survey_file(shard: Shard) -> SurveyFile:
         bad = shard.read("mask", start, stop) if "mask" in shard.arrays else np.zeros(flux.shape, bool)
         return [Pixels.of_rows(shard.wave, flux, error, bad, f"dataset/arrays/{array}/value")], {}
 
+    columns = shard.params()
+    # Thousands of files must not be open at the same time; reading opens it again.
+    shard.close()
     return SurveyFile(
-        shard.path, "pfsspec", shard.n_rows, shard.params(), identifiers(shard), read, shard.close, arrays,
+        shard.path, "pfsspec", shard.n_rows, columns, identifiers(shard), read, shard.close, arrays,
         normalised=True, through_atmosphere=False, fingerprint=shard.fingerprint,
         order_problems=shard.order_problems,
     )  # fmt: skip

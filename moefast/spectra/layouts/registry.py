@@ -8,7 +8,8 @@ spectra as they were measured, in f_λ at wavelengths in Å, and columns with on
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from moefast.core.errors import InputError
+from moefast.core.errors import InputError, MoefastError
 from moefast.spectra.layouts.fits_file import FitsFile
 from moefast.spectra.resample import Pixels
 
@@ -26,6 +27,7 @@ __all__ = [
     "Layout",
     "Reader",
     "SurveyFile",
+    "damage",
     "fingerprint_of",
     "known_layouts",
     "noting",
@@ -74,6 +76,8 @@ class SurveyFile:
     line_spread : callable, optional
         Gives the FWHM [Å] of the line-spread function at each pixel of each arm, in the order of `read`, or None for an
         arm of which it is not known; for files whose rows share their wavelengths.
+    needed : (float, float)
+        Wavelengths [Å] that are needed; arms that lie outside may be left out.
     fingerprint, order_problems : callable, optional
         As of `moefast.spectra.files.Shard`.
     """
@@ -91,6 +95,7 @@ class SurveyFile:
     through_atmosphere: bool = True
     notes: list[str] = field(default_factory=list)
     line_spread: Callable[[], list[NDArray[np.float64] | None]] | None = None
+    needed: tuple[float, float] = (0.0, np.inf)
     fingerprint: Callable[[], str] | None = None
     order_problems: Callable[[], list[str]] | None = None
 
@@ -141,6 +146,20 @@ def known_layouts() -> dict[str, Layout]:
     return LAYOUTS
 
 
+@contextmanager
+def damage(path: str | Path, what: str) -> Iterator[None]:
+    """Raise InputError for whatever damaged headers, types and shapes make others raise."""
+    try:
+        yield
+    except MoefastError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"{path}: {what} cannot be read, the file is damaged ({type(error).__name__}: {error}); copy or produce it "
+            "again"
+        ) from error
+
+
 def open_survey_file(path: str | Path) -> SurveyFile:
     """Open a FITS file of any layout.
 
@@ -149,14 +168,15 @@ def open_survey_file(path: str | Path) -> SurveyFile:
     InputError
         If it cannot be read, is of no known layout, or of one that is refused.
     """
-    file = FitsFile(path)
-    try:
-        for layout in known_layouts().values():
-            if layout.recognises(file):
-                return layout.open(file)
-    finally:
-        # Thousands of files must not be open at the same time.
-        file.close()
+    with damage(path, "headers and tables"):
+        file = FitsFile(path)
+        try:
+            for layout in known_layouts().values():
+                if layout.recognises(file):
+                    return layout.open(file)
+        finally:
+            # Thousands of files must not be open at the same time.
+            file.close()
     raise InputError(
         f"{path}: no known layout of spectra: it has HDUs {', '.join(hdu.name or '(no name)' for hdu in file.hdus)}. "
         f"Known are {', '.join(LAYOUTS)}, and the HDF5 files of the PFS simulator"

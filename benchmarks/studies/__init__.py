@@ -1,0 +1,1 @@
+"""Measurements behind decisions: what was tried beside what the recipes do."""

@@ -1,0 +1,109 @@
+"""Clouds of stars beyond the training set, and clouds that are small in what stars are grouped by."""
+
+import numpy as np
+import pytest
+
+from moefast.posterior.library import (
+    BEYOND_SHARE,
+    BEYOND_SLAB,
+    BEYOND_STEPS,
+    LEAST_OF_A_KIND,
+    SLOW,
+    fit_clouds,
+    sky_residuals,
+)  # fmt: skip
+from moefast.simulate import Emulator, Settings
+from moefast.simulate.rows import noise_model
+
+P, R, N = 30, 6, 4000
+
+
+def clouds(**options):
+    """Stars whose spectra are a parabola in T_eff and linear in the other labels."""
+    rng = np.random.default_rng(0)
+    labels = np.column_stack([rng.uniform(1, 5, N), rng.uniform(4000, 6000, N), rng.uniform(-2, 0, N)])
+    u = (labels[:, 1] - 6000) / 2000
+    z = np.zeros((N, R))
+    z[:, 0], z[:, 1], z[:, 2] = 8 * u + 3 * u**2, 2 * labels[:, 0], labels[:, 2]
+    z[:, 3] = np.linspace(-40, 40, N)
+    basis = np.linalg.qr(rng.standard_normal((P, R)))[0]
+    reference = np.linspace(1, 2, P)
+    arrays = fit_clouds(
+        z.astype(np.float32), labels, (labels[:, 1] > 5000).astype(int), 2, basis=basis, reference=reference,
+        noise_shape=np.ones(P), n_clouds=40, n_tangents=2, **options,
+    )  # fmt: skip
+    # Coordinates to components: the columns of the directions are basis times F.
+    forth = basis.T @ arrays["directions"][:, :R].astype(float)
+    return arrays, arrays["keys"][:, :R].astype(float) @ forth.T, z
+
+
+def test_stars_beyond_go_on_as_their_neighbours_do():
+    plain, _, _ = clouds()
+    arrays, z, _ = clouds(beyond=True)
+    further = arrays["labels"][:-1, 1] > 6000
+    assert further.sum() > 0
+    assert further.sum() % BEYOND_STEPS == 0
+    assert np.exp(arrays["log_weights"][:-1])[further].sum() == pytest.approx(BEYOND_SHARE, rel=1e-4)
+    # They belong to the expert of the hot end, and all clouds stay sorted by expert.
+    first = arrays["first"]
+    assert (np.flatnonzero(further) >= first[1]).all()
+    assert first[-1] == len(arrays["keys"]) == len(plain["keys"]) + further.sum()
+    # Their spectra: those of the mean T_eff of the cloud that is moved, and the slope at the end, 8 per 2000 K.
+    moved = (arrays["labels"][:-1, 1][further].astype(float) - 6000) / 2000
+    start = (moved % BEYOND_SLAB) - BEYOND_SLAB
+    expected = 8 * start + 3 * start**2 + 8 * (moved - start)
+    np.testing.assert_allclose(z[:-1][further][:, 0], expected, atol=0.15)
+
+
+def test_clouds_of_stars_that_move_are_apart_and_small_in_velocity():
+    """The fourth component is the velocity: without the option each cloud holds all of it."""
+    velocity = np.linspace(-40, 40, N)
+    scatter = []
+    for options in ({}, {"velocity": velocity}, {"velocity": velocity, "beyond": True}):
+        arrays, z, whole = clouds(**options)
+        stars = arrays["labels"][:-1, 1] < 6000
+        scatter.append(np.std(z[:-1, 3][stars]) / np.std(whole[:, 3]))
+        first, n_fast = arrays["first"], np.array(arrays["n_fast"] or (0, 0))
+        assert n_fast.shape == (2,)
+        for k, n in enumerate(n_fast):
+            of_expert = np.arange(first[k], first[k + 1])
+            own, moves = z[of_expert, 3], of_expert >= first[k + 1] - n
+            assert (np.abs(own[moves]) > SLOW).all()
+            assert (np.abs(own[~moves & stars[of_expert]]) < SLOW).all() or not options
+    assert n_fast.sum() == 20
+    assert scatter[1] > scatter[0]
+    assert scatter[1] > 0.75
+
+
+def test_without_enough_stars_of_a_kind_nothing_is_apart():
+    velocity = np.zeros(N)
+    velocity[:LEAST_OF_A_KIND] = 100
+    arrays, _, _ = clouds(velocity=velocity)
+    assert arrays["n_fast"] == ()
+    assert len(arrays["keys"]) == len(clouds()[0]["keys"])
+
+
+def test_residuals_of_sky_lines_are_groups_of_airglow():
+    """Against what the simulator leaves of a group: the same shape, pixel by pixel."""
+    wave = Emulator.load().wave
+    noise = noise_model(Emulator.load(), Settings())
+    shape = (noise.sky_variance / noise.response**2).astype(float)
+    found = sky_residuals(wave, shape, 4.0)
+    lit = noise.line_electrons.any(axis=1)
+    assert found.shape == (len(wave), lit.sum())
+    for mine, light in zip(found.T, noise.line_electrons[lit] / noise.response, strict=True):
+        # Response and absorption by air, which differ along the arm, are no matter of the prior.
+        assert np.corrcoef(mine, light)[0, 1] > 0.9
+    brightest = found.sum(1).argmax()
+    assert found[brightest].sum() == pytest.approx(4 * np.sqrt(shape[brightest]))
+    assert sky_residuals(wave, shape, 0.0).shape == (len(wave), 0)
+
+
+def test_residuals_of_sky_lines_beyond_the_table_follow_the_noise():
+    wave = np.linspace(9000, 9500, 400)
+    shape = np.ones(400)
+    shape[[50, 200]] = 5, 9
+    found = sky_residuals(wave, shape, 3.0)
+    assert (found[[50, 200]].sum(1) > 0).all()
+    assert found[200].sum() == pytest.approx(3 * 3)
+    assert found[100:150].sum() == 0
