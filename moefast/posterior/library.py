@@ -177,7 +177,9 @@ def fit_clouds(
         parts.append(part)
     if beyond and np.ptp(labels[:, BEYOND_LABEL]) > 0:
         experts = np.repeat(np.arange(n_experts), np.diff(first))
-        still = np.ones(len(z), bool) if not n_fast.any() else np.abs(velocity) <= SLOW
+        still = np.ones(len(z), bool)
+        if velocity is not None and n_fast.any():
+            still = np.abs(velocity) <= SLOW
         further, of_expert = _beyond(z[still], labels[still], bins[still], t, seed)
         # Stars that move stay the last of each expert.
         fast = [rank >= stop - n for rank, stop, n in zip(*_ranks(first, n_fast), strict=True)]
