@@ -231,7 +231,7 @@ def without_kernels(mixture: AnyMixture) -> str:
         return "a posterior of all labels"
     if unknown := sorted({p.expert.words for p in mixture.experts if not (p.added or p.expert.on_cuda)}):
         return " or ".join(unknown)
-    if mixture.residuals:
+    if any(place.added for place in mixture.experts):
         return "residuals of experts"
     return "" if mixture.tower is None else "the second tower of a gate"
 

@@ -597,7 +597,7 @@ def test_every_bin_of_a_hybrid_has_the_best_family(train_file, test_toy, templat
         ({"tower": "quality", "tower_limit": 0.0}, "positive snr_norm"),
         ({"first_tower": False}, "needs a second one without a limit"),
         ({"tower": "quality", "families": ("template",)}, "for linear experts"),
-        ({"families": ("forest",)}, "families must be of linear, template, trees"),
+        ({"families": ("forest",)}, "families must be of linear, template, heads, posterior, .*trees"),
         ({"families": ()}, "families must be of"),
         ({"families": ("template", "trees")}, "linear among them"),
         ({"families": ("template",), "noise": "sampled"}, "noise in closed form"),

@@ -211,7 +211,7 @@ def test_pickled_references_are_refused(folder):
 
 def test_wave_of_spectra_is_checked(model):
     model.check_wave(model.mixture.wave + 1e-4, "here")
-    with pytest.raises(WaveGridError, match=r"here: .*1023 pixels.*fitted on 1024 pixels"):
+    with pytest.raises(WaveGridError, match=r"here: .*1023 pixels.*expected 1024 pixels"):
         model.check_wave(model.mixture.wave[1:], "here")
 
 

@@ -89,14 +89,12 @@ def fit_posterior(data: TrainingSet, mixture: Mixture) -> tuple[PosteriorMixture
         reference=reference, noise_shape=noise_shape, n_clouds=options.n_clouds, n_tangents=options.n_tangents,
         n_gravity_bins=options.n_gravity_bins, velocity=velocity, beyond=options.beyond, seed=options.seed,
     )  # fmt: skip
-    n_fast = tuple(int(n) for n in arrays.pop("n_fast"))
     sky = sky_residuals(mixture.wave, noise_shape, options.sky_width)
     nuisances = [slopes(mixture.wave, reference, options.slope_widths), sky]
     arrays["directions"] = np.concatenate([arrays["directions"], *nuisances], axis=1).astype(np.float32)
     found = PosteriorMixture(
         wave=mixture.wave, reference=mixture.reference, noise_shape=mixture.noise_shape, **arrays,
-        n_sky=sky.shape[1], n_foreign=1, n_fast=n_fast if any(n_fast) else (), scale_width=SCALE_WIDTH,
-        label_range=mixture.label_range, error_model=_idle(),
+        n_sky=sky.shape[1], n_foreign=1, scale_width=SCALE_WIDTH, label_range=mixture.label_range, error_model=_idle(),
         label_factors=np.ones(len(names), np.float32), label_names=names,
     )  # fmt: skip
     found, summary = _calibrate(data, found, values)

@@ -7,6 +7,7 @@ can judge before joining the table to a catalogue.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -159,7 +160,7 @@ def is_table(path: str | Path) -> bool:
     """Whether a file is a table of predictions, by what it holds; spectra are none."""
     path = Path(path)
     suffix = path.suffix.lower()
-    if suffix not in READERS or not path.is_file():
+    if suffix not in READERS or not os.path.isfile(path):
         return False
     if suffix == ".parquet":
         return True

@@ -13,6 +13,7 @@ count beside components.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -122,7 +123,7 @@ def fit_clouds(
     velocity: F64 | None = None,
     beyond: bool = False,
     seed: int = 0,
-) -> dict[str, NDArray]:
+) -> dict[str, Any]:
     """Clouds of the stars of each bin, as many as its share of the stars, in coordinates of their own.
 
     Parameters
@@ -153,11 +154,11 @@ def fit_clouds(
 
     Returns
     -------
-    dict of str to array
-        Arrays of a `PosteriorMixture`: `directions` (p, r + 2), that of what a spectrum without lines has beside all
+    dict
+        Fields of a `PosteriorMixture`: `directions` (p, r + 2), that of what a spectrum without lines has beside all
         stars and the scale last; `keys`, `tangents`, `gains`, `log_weights`, `labels`, `scatter`, `first`. The last
-        expert is one cloud: a spectrum without lines, which is no star. `n_fast` (n_experts,) are the clouds of stars
-        that move, the last ones of each expert.
+        expert is one cloud: a spectrum without lines, which is no star. `n_fast` counts the clouds of stars that move,
+        the last ones of each expert.
 
     Raises
     ------
@@ -218,7 +219,7 @@ def fit_clouds(
     arrays |= {name: np.concatenate([arrays[name], np.asarray(one)[None]]) for name, one in foreign.items()}
     return {name: np.ascontiguousarray(value, np.float32) for name, value in arrays.items()} | {
         "first": np.array([*first, first[-1] + 1], np.int64),
-        "n_fast": n_fast,
+        "n_fast": tuple(int(n) for n in n_fast) if n_fast.any() else (),
     }
 
 

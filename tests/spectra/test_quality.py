@@ -241,4 +241,4 @@ def test_no_rows():
 
 
 def test_flags_are_bits_below_16():
-    assert [flag.value for flag in Flag] == [1, 2, 4, 8, 16, 32]
+    assert [flag.value for flag in Flag] == [1, 2, 4, 8, 16, 32, 64]
