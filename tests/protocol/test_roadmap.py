@@ -1,0 +1,142 @@
+"""The roadmap: which stage follows which, by which number; what is there is not done again."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+from made_reports import evaluation
+
+from moefast.cli import cli
+from moefast.core.errors import InputError, OutputError
+from moefast.protocol import roadmap as module
+from moefast.protocol.roadmap import STAGES, Plan, roadmap, roadmap_text
+
+PLAN = Plan(train=1000, seeds=2)
+OTHERS = (
+    ("published-ridge", 0.5),
+    ("global-ridge", 0.6),
+    ("oracle-ridge", 0.8),
+    ("oracle-ridge, sampled", 0.7),
+)
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Stands in for fits and evaluations: reports with the R² that a test asks for, by the name of the run."""
+    numbers = {
+        "phys-moe": 0.79,
+        "hybrid-moe": 0.82,
+        "conditional-moe": 0.8,
+        "heads": 0.84,
+        "residual-moe": 0.85,
+    }
+    oracle, performed = {"r2": 0.83}, []
+
+    def perform(run, plan, folder, test, backend, progress):
+        for seed in (None, *run.noise_seeds):
+            name = run.name if seed is None else f"{run.name}-noise-{seed}"
+            report = folder / "reports" / name
+            if (report / "report.json").exists():
+                continue
+            performed.append(name)
+            report.mkdir(parents=True)
+            training = (("fingerprint", f"{run.training}"), ("seed", 0), ("n_spectra", plan.train))
+            content = evaluation(
+                run.recipe, numbers.get(run.recipe, 0.5 + 0.001 * run.training),
+                references=(*OTHERS, ("oracle-hybrid", oracle["r2"])), noise_seed=seed, training=training,
+            )  # fmt: skip
+            (report / "report.json").write_text(content)
+
+    monkeypatch.setattr(module, "_perform", perform)
+    monkeypatch.setattr(module, "simulate_set", lambda path, *_: path.write_bytes(b""))
+    return numbers, oracle, performed
+
+
+def test_a_strong_hybrid_and_a_good_gate_lead_to_residuals(made, tmp_path):
+    said = []
+    result = roadmap(tmp_path / "r", PLAN, say=said.append)
+    assert result["path"] == ["C0", "C1", "C2", "C4"]
+    words = [stage["decision"]["words"] for stage in result["stages"]]
+    assert words[1].startswith("oracle-hybrid 0.8")
+    assert "C2 follows" in words[1]
+    assert "≥ 0.85" in words[2]
+    assert result["stages"][-1]["decision"]["follows"] == module.END
+    assert any(line.startswith("C2: ρ") for line in said)
+    assert json.loads((tmp_path / "r/roadmap.json").read_text()) == result
+    text = (tmp_path / "r/roadmap.txt").read_text()
+    assert text == roadmap_text(result) + "\n"
+    for stage in result["stages"]:
+        for row in stage["milestones"]:
+            assert f"{row['id']}  {row['what']}" in text
+    assert "moefast fit train.h5 -o models/phys-moe/ --recipe phys-moe" in text.replace(" \\\n     ", "")
+
+
+@pytest.mark.parametrize(
+    ("change", "path"),
+    [
+        ({"oracle": 0.6}, ["C0", "C1", "C3", "C4"]),
+        ({"phys-moe": 0.75}, ["C0", "C1", "C2", "C3", "C4"]),
+        ({"phys-moe": 0.7}, ["C0", "C1", "C2"]),
+    ],
+)
+def test_weaker_numbers_take_other_branches(made, tmp_path, change, path):
+    """ρ = (R² − 0.6)/(0.8 − 0.6): 0.75 for 0.75, 0.5 for 0.7, which leads back to C1 and ends there."""
+    numbers, oracle, _ = made
+    oracle["r2"] = change.pop("oracle", 0.83)
+    numbers.update(change)
+    result = roadmap(tmp_path / "r", PLAN)
+    assert result["path"] == path
+
+
+def test_all_stages_are_run_if_asked_for_and_decisions_are_told_all_the_same(made, tmp_path):
+    made[1]["r2"] = 0.6
+    result = roadmap(tmp_path / "r", PLAN, everything=True)
+    assert result["path"] == [stage.id for stage in STAGES]
+    assert result["stages"][1]["decision"]["follows"] == "C3"
+
+
+def test_what_is_there_is_not_done_again(made, tmp_path):
+    _, _, performed = made
+    first = roadmap(tmp_path / "r", PLAN)
+    n = len(performed)
+    assert {
+        "ruler-0",
+        "ruler-0-noise-1",
+        "ruler-1",
+        "hybrid-moe",
+        "phys-moe",
+        "conditional-moe",
+        "heads",
+    } <= set(performed)
+    with pytest.raises(OutputError, match="--resume"):
+        roadmap(tmp_path / "r", PLAN)
+    again = roadmap(tmp_path / "r", PLAN, resume=True)
+    assert len(performed) == n
+    assert again["path"] == first["path"]
+    with pytest.raises(InputError, match="train was 1000, is 2000"):
+        roadmap(tmp_path / "r", Plan(train=2000, seeds=2), resume=True)
+
+
+def test_folders_of_others_are_left_alone(made, tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(OutputError, match="not empty"):
+        roadmap(tmp_path, PLAN)
+
+
+def test_a_ruler_that_is_not_stable_is_said(made, tmp_path):
+    made[0]["published-ridge"] = 0.5
+    result = roadmap(tmp_path / "r", PLAN)
+    assert (
+        "not measured" in result["stages"][0]["decision"]["words"]
+    )  # Two seeds of the five that the mark needs.
+    full = roadmap(tmp_path / "s", Plan(train=1000, seeds=5))
+    assert "is stable" in full["stages"][0]["decision"]["words"]
+
+
+def test_the_command(made, tmp_path):
+    call = ["roadmap", "-o", str(tmp_path / "r"), "--train", "1000", "--seeds", "2", "-q"]
+    result = CliRunner().invoke(cli, call)
+    assert result.exit_code == 0, result.output
+    assert "Decisions" in result.output
+    result = CliRunner().invoke(cli, [*call, "--resume", "--json"])
+    assert json.loads(result.stdout)["path"] == ["C0", "C1", "C2", "C4"]
