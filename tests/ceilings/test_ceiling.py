@@ -185,7 +185,7 @@ def test_a_ceiling_of_wild(tmp_path, monkeypatch):
     assert (stars["crlb_prior"] > plain["crlb_prior"]).all()
 
 
-@pytest.mark.parametrize(("name", "part"), [key for key in FINGERPRINTS if key[0] != "wild"])
+@pytest.mark.parametrize(("name", "part"), [key for key in FINGERPRINTS if key != ("wild", "test_10k")])
 def test_shipped_ceilings_are_those_of_the_frozen_sets(name, part):
     path = files("moefast.ceilings") / "data" / f"{name}-{part}.json.gz"
     with as_file(path) as file:
