@@ -252,6 +252,8 @@ class Summary:
         Why this backend.
     array : str
         Which array was scored.
+    model : str
+        Name of the model.
     r2 : float or None
         If labels are present; rows without a prediction count as the label mean.
     flags : dict of str to int
@@ -273,6 +275,7 @@ class Summary:
     device: str = ""
     reason: str = ""
     array: str = ""
+    model: str = ""
     r2: float | None = None
     flags: dict[str, int] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
@@ -663,6 +666,7 @@ def predict(
         device=where.device,
         reason=where.reason,
         array="+".join(scored),
+        model=chosen.name,
         failures=failures,
     )
     sample = guard.take(spectra, array=array, rows=(start, stop), wanted=wanted_rows)

@@ -189,6 +189,7 @@ def predict(
     facts = {
         "table": str(target), "rows": summary.n_rows, "seconds": summary.seconds,
         "spectra_per_second": summary.spectra_per_second, "r2": summary.r2, "array": summary.array,
+        "model": summary.model,
         "backend": summary.backend, "device": summary.device, "reason": summary.reason,
         "flags": summary.flags, "oddities": summary.oddities, "notes": summary.notes,
         "failures": [str(failure.error) for failure in summary.failures],
@@ -196,7 +197,7 @@ def predict(
     if as_json:
         click.echo(json.dumps(facts, indent=1))
     else:
-        click.echo(f"{target}: {summary.n_rows:,} spectra, array {summary.array}")
+        click.echo(f"{target}: {summary.n_rows:,} spectra, array {summary.array}, model {summary.model}")
         speed = f"{summary.spectra_per_second:,.0f} spectra/s"
         nothing = summary.flags.get("NO_DATA", 0) == summary.n_rows
         none = "nothing to measure R² on" if nothing else "no labels, so no R²"
