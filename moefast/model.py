@@ -290,6 +290,11 @@ class Model:
     def _read(cls, path: Path) -> Model:
         from moefast.export import load, read_mixture
 
+        if path.is_file():
+            raise ModelError(
+                f"{path}: is a file, and a model is a folder; name it, or a shipped model ({', '.join(SHIPPED)}), after -m, "
+                "and spectra without it"
+            )
         if not (path / MANIFEST).is_file():
             raise ModelError(
                 f"{path}: no {MANIFEST} here, so this is no model folder; make one with "

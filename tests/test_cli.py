@@ -418,6 +418,13 @@ def test_6_models(run, few, model_folder):
     assert os.listdir() == ["altered"]
 
 
+def test_swapped_arguments_are_told(run, few, model_folder):
+    result = run("predict", model_folder, "-m", few, code=6)
+    assert "is a file, and a model is a folder" in result.stderr
+    result = run("predict", model_folder, "-m", model_folder, code=3)
+    assert "it is the folder of a model, which is named after -m" in result.stderr
+
+
 def test_7_backend(run, few, model_folder):
     for command in ("predict", "evaluate"):
         message = run(command, few, "-m", model_folder, "--backend", "cuda", code=7).stderr

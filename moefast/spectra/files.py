@@ -166,7 +166,12 @@ def _matches(given: str | Path) -> list[Path]:
     if path.is_dir():
         matches = [p for p in _below(path) if not _is_table(p)]
         if not matches:
-            raise InputError(f"{given}: no file *.h5, *.hdf5 or *.fits in this folder or below it")
+            hint = (
+                "; it is the folder of a model, which is named after -m"
+                if (path / "manifest.json").exists()
+                else ""
+            )
+            raise InputError(f"{given}: no file *.h5, *.hdf5 or *.fits in this folder or below it{hint}")
         return matches
     if os.path.lexists(path):
         return [path]
