@@ -292,8 +292,8 @@ class Model:
 
         if path.is_file():
             raise ModelError(
-                f"{path}: is a file, and a model is a folder; name it, or a shipped model ({', '.join(SHIPPED)}), after "
-                "-m, and spectra without it"
+                f"{path}: is a file, and a model is a folder; name it, or a shipped model ({', '.join(SHIPPED)}), "
+                "after -m, and spectra without it"
             )
         if not (path / MANIFEST).is_file():
             raise ModelError(
