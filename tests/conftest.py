@@ -16,6 +16,27 @@ sys.path.append(str(Path(__file__).parent))
 hypothesis.settings.register_profile("fixed", derandomize=True)
 hypothesis.settings.load_profile("fixed")
 
+LONGEST = (
+    "test_cuda_simulator.py",
+    "test_benchmarks.py",
+    "test_fitting.py",
+    "test_checkpoint.py",
+    "test_ceiling.py",
+)
+"""Files of tests that take longest: begun first, so that no process ends long after the others."""
+
+
+def pytest_configure(config):
+    # With a process per core, files with few tests would come last, and some of them take minutes.
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
 # Pixels of 2.7 Å: the narrowest stretch that the gate measures, 3 Å, holds one at least.
 N_PIXELS = 640
 
