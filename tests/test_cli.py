@@ -21,6 +21,7 @@ from small import same_rows
 import moefast
 from moefast import backend
 from moefast.cli import cli
+from moefast.cli.signals import Terminated
 from moefast.core.errors import MoefastError
 from moefast.protocol.evaluate import REPORT_FILES
 from moefast.recipes import RECIPES
@@ -457,6 +458,18 @@ def test_130_interrupted(run, few, model_folder, monkeypatch):
 
 
 # -- doctor ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("signal", "code", "words"),
+    [(KeyboardInterrupt, 130, "interrupted"), (Terminated, 143, "terminated")],
+)
+def test_interrupts_before_a_command_begins(run, few, monkeypatch, signal, code, words):
+    def interrupted(*_, **__):
+        raise signal
+
+    monkeypatch.setattr(cli, "make_context", interrupted)
+    assert words in run("predict", few, code=code).stderr
 
 
 def test_doctor(run, model, monkeypatch):

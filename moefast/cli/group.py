@@ -59,6 +59,23 @@ class _Group(click.Group):
         """Names of the commands, in the order in which they were added."""
         return list(self.commands)
 
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        """Run; an interrupt that comes before a command begins ends as one that comes in it."""
+        if not standalone_mode:
+            return super().main(*args, standalone_mode=False, **extra)
+        try:
+            code = super().main(*args, standalone_mode=False, **extra)
+        except click.ClickException as error:
+            error.show()
+            code = error.exit_code
+        except click.Abort:
+            click.echo("\nmoefast: interrupted; nothing was written", err=True)
+            code = 130
+        except Terminated:
+            click.echo("\nmoefast: terminated; nothing was written", err=True)
+            code = 143
+        sys.exit(code if isinstance(code, int) else 0)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         try:
