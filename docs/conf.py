@@ -38,6 +38,8 @@ copybutton_exclude = ".linenos, .gp, .go"
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 napoleon_google_docstring = False
+napoleon_use_ivar = True
+napoleon_use_param = False
 napoleon_use_rtype = False
 
 exclude_patterns = ["**/.ipynb_checkpoints"]
