@@ -371,6 +371,53 @@ def cloud_posterior():
     return kernel, baseline
 
 
+def velocity_evidence():
+    """The floor: weights and weighed flux of all stars times the lines, and their squares, at all velocities."""
+    draw, n_v, r, r2, m, k, n = rng(), 41, 20, 20, 300, P - 64, 128
+    lines, squares = (0.1 * draw.standard_normal((n_v, size, k), dtype=np.float32) for size in (r, r2))
+    templates = kernels.VelocityTemplates(
+        first=32, continuum=np.stack([np.linspace(-1, 1, k) ** i for i in range(5)]), precision=np.ones(5),
+        lines=lines, squares=squares, of_lines=draw.standard_normal((m, r), dtype=np.float32),
+        of_squares=draw.standard_normal((m, r2), dtype=np.float32),
+        log_weights=np.full(m, -np.log(m), np.float32),
+    )  # fmt: skip
+    flux, error = spectra(n)
+    columns = [np.ascontiguousarray(rows.reshape(-1, k).T) for rows in (lines, squares)]
+
+    def baseline():
+        weight = (1 / error[:, 32:-32] ** 2).astype(np.float32)
+        for power in range(5):
+            _ = (weight * templates.continuum[power].astype(np.float32)) @ columns[0]
+        _ = (weight * flux[:, 32:-32]) @ columns[0], weight @ columns[1]
+
+    def kernel():
+        kernels.velocity_evidence(flux, error, None, templates)
+
+    return kernel, baseline
+
+
+def velocity_step():
+    """The floor: u, M and the root of M of every star."""
+    mixture = posterior(p=P, m=40, n=49, t=5, q=3, labels=5)
+    flux, error = spectra(128)
+    space, width = mixture._space, mixture.directions.shape[1]
+    slopes = kernels.Slopes(mixture.reference, mixture.directions, mixture.n_nuisances)
+    draw = rng()
+    cells = draw.uniform(0, 1, (len(flux), len(space.cells)))
+    products = draw.standard_normal((len(space.cells), width * (width + 1) // 2))
+    matrix = np.eye(width) + 0.01
+
+    def baseline():
+        _ = flux.astype(np.float64) @ mixture.directions.astype(np.float64), cells @ products
+        for _ in flux:
+            np.linalg.cholesky(matrix)
+
+    def kernel():
+        kernels.velocity_step(flux, error, None, space, slopes)
+
+    return kernel, baseline
+
+
 CASES = {
     normal_equations: 5.0,
     collect_rows: 2.0,
@@ -391,12 +438,15 @@ CASES = {
     assess_all_good: 0.6,
     resample_rows: 0.6,
     cloud_posterior: 2.5,
+    velocity_evidence: 1.5,
+    velocity_step: 2.0,
 }
 """Largest ratio of the kernel's time to the baseline's."""
 
 NO_KERNELS = {
     "CloudPosterior", "Clouds", "GRAM_ROWS", "PROJECT_ROWS", "Forest", "Given", "Library", "Mixed", "Mixing",
-    "Projected", "Projection", "Space", "TangentPosterior", "TemplatePosterior", "cell_size", "packed_size",
+    "Projected", "Projection", "Slopes", "Space", "TangentPosterior", "TemplatePosterior", "VelocityTemplates", "cell_size",
+    "packed_size",
     "unpack_symmetric",
 }  # fmt: skip
 
