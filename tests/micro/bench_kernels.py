@@ -445,9 +445,8 @@ CASES = {
 
 NO_KERNELS = {
     "CloudPosterior", "Clouds", "GRAM_ROWS", "PROJECT_ROWS", "Forest", "Given", "Library", "Mixed", "Mixing",
-    "Projected", "Projection", "Slopes", "Space", "TangentPosterior", "TemplatePosterior", "VelocityTemplates", "cell_size",
-    "packed_size",
-    "unpack_symmetric",
+    "Projected", "Projection", "Slopes", "Space", "TangentPosterior", "TemplatePosterior", "VelocityTemplates",
+    "cell_size", "packed_size", "unpack_symmetric",
 }  # fmt: skip
 
 
