@@ -47,7 +47,8 @@ F64 = NDArray[np.float64]
 _NO_MASK = np.zeros((0, 0), np.bool_)
 
 
-def _up(size: int, step: int) -> int:
+def rounded_up(size: int, step: int) -> int:
+    """The least multiple of `step` that is not below `size`: what lanes and blocks of a kernel fill."""
     return -(-size // step) * step
 
 
@@ -118,18 +119,18 @@ class Space:
         # Nuisances first: to marginalise them is to begin with them.
         q = self.n_nuisances
         inside = np.roll(self.directions.astype(np.float64), q, axis=1)
-        pixels = _up(p, SPECTRUM)
+        pixels = rounded_up(p, SPECTRUM)
         spectra = np.zeros((pixels, width), np.float32)
         spectra[:p] = inside
         spectra = np.ascontiguousarray(spectra.reshape(-1, SPECTRUM, width).transpose(0, 2, 1))
         precision = np.ascontiguousarray(np.roll(self.precision.astype(np.float64), (q, q), (0, 1)))
-        columns = np.zeros((_up(width, COLUMNS) // COLUMNS, pixels, COLUMNS))
+        columns = np.zeros((rounded_up(width, COLUMNS) // COLUMNS, pixels, COLUMNS))
         for block, lanes in enumerate(columns):
             part = inside[:, block * COLUMNS : (block + 1) * COLUMNS]
             lanes[:p, : part.shape[1]] = part
         groups, size = len(self.cells), width * (width + 1) // 2
         shape = self.noise_shape.astype(np.float64)
-        products = np.zeros((_up(size, COLUMNS) // COLUMNS, groups, COLUMNS))
+        products = np.zeros((rounded_up(size, COLUMNS) // COLUMNS, groups, COLUMNS))
         upper, packed = np.triu_indices(width), np.zeros((groups, products.shape[0] * COLUMNS))
         for row, group, share in zip(packed, self.cells, self.cell_shares, strict=True):
             ours = group[share > 0]
@@ -221,7 +222,7 @@ class Clouds:
             return np.ascontiguousarray(np.moveaxis(out.reshape(panels, LANES, *array.shape[1:]), 1, -1))
 
         seen = np.flatnonzero(self.tangents.any((0, 1)))
-        reach = _up(int(seen[-1]) + 1, STEP) if seen.size else STEP
+        reach = rounded_up(int(seen[-1]) + 1, STEP) if seen.size else STEP
         arrays = (
             (0,) * (t + 1),
             reach,

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from moefast.core.threads import in_threads
 from moefast.kernels import cpu_information, cpu_velocity
-from moefast.kernels.clouds import Space
+from moefast.kernels.clouds import Space, rounded_up
 from moefast.kernels.cpu_information import ROWS, SPECTRUM
 from moefast.kernels.cpu_velocity import LANES
 
@@ -41,10 +41,6 @@ __all__ = ["Slopes", "VelocityTemplates", "velocity_evidence", "velocity_step"]
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 _NO_MASK = np.zeros((0, 0), np.bool_)
-
-
-def _up(size: int, step: int) -> int:
-    return -(-size // step) * step
 
 
 @dataclass(frozen=True)
@@ -112,7 +108,7 @@ class VelocityTemplates:
 def _in_lanes(components: F32) -> F32:
     """Components (n_v, r, k) as (blocks, k, `LANES`)."""
     n_v, r, k = components.shape
-    lanes = np.zeros((_up(n_v * r, LANES), k), np.float32)
+    lanes = np.zeros((rounded_up(n_v * r, LANES), k), np.float32)
     lanes[: n_v * r] = components.reshape(n_v * r, k)
     return np.ascontiguousarray(lanes.reshape(-1, LANES, k).transpose(0, 2, 1))
 
@@ -140,7 +136,7 @@ class Slopes:
         p, width = self.of_directions.shape
         if self.of_reference.shape != (p,):
             raise ValueError(f"of_reference of shape ({p},) expected; found {self.of_reference.shape}")
-        pixels = _up(p, SPECTRUM)
+        pixels = rounded_up(p, SPECTRUM)
         slopes, reference = np.zeros((pixels, width), np.float32), np.zeros(pixels, np.float32)
         slopes[:p] = np.roll(self.of_directions, self.n_nuisances, axis=1)
         reference[:p] = self.of_reference

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moefast.cluster.merge import Merged, merge_tables
+from moefast.cluster.nights import signature
 from moefast.core.errors import BackendError, InputError, ModelError, MoefastError, OutputError
 from moefast.core.threads import CORES
 from moefast.core.version import __version__
@@ -157,7 +158,7 @@ def predict_on(
     workers = _check_workers(client, files, name, chosen.hash)
     count = max(1, min(LARGEST_COUNT, n_rows, max(-(-n_rows // rows_per_task), len(workers))))
     record = {
-        "inputs": [[path, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in files],
+        "inputs": [[path, signature(path)] for path in files],
         "model_sha256": chosen.hash, "moefast_version": __version__, "shards": count,
         "options": json.loads(json.dumps(options, default=str)),
     }  # fmt: skip
