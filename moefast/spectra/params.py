@@ -133,10 +133,9 @@ def _attribute_text(owner: Any, name: str) -> str:
 
 
 def _attribute_bytes(owner: Any, name: str) -> bytes | None:
-    try:
-        value = owner.attrs[name]
-    except (KeyError, OSError, TypeError, ValueError):
+    if name not in owner.attrs:
         return None
+    value = owner.attrs[name]
     if isinstance(value, bytes):
         return bytes(value)
     return value.encode("utf-8", errors="surrogatepass") if isinstance(value, str) else None

@@ -137,8 +137,8 @@ def _digest(n_rows: int, columns: Sequence[Sequence[str]], attributes: Mapping[s
 def _compare_digest(path: Path, kept: Any, found: str) -> None:
     if kept != found:
         raise InputError(
-            f"{path}: attributes or columns are not those that were written ({_CHECKSUM} is {kept}, expected {found} by "
-            "what the file says): damaged, or changed by another program; copy or produce it again"
+            f"{path}: attributes or columns are not those that were written ({_CHECKSUM} is {kept}, expected {found} "
+            "by what the file says): damaged, or changed by another program; copy or produce it again"
         )
 
 
