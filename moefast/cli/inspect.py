@@ -90,10 +90,10 @@ def inspect(
         _star(files, model, picture, as_json, row=row, identifier=identifier, velocity=velocity, medium=medium,
               telluric=telluric)  # fmt: skip
         return
-    from moefast.spectra.files import same_wave
     from moefast.spectra.prepared import open_as_found
     from moefast.spectra.summary import format_text, summarise
     from moefast.spectra.summary import picture as draw
+    from moefast.spectra.wave import same_wave
 
     # Files of surveys have no grid of their own that all rows share.
     found = open_as_found(files, lambda: _mixture_of(model).wave, on_error="skip")
