@@ -27,8 +27,8 @@ from moefast.benchmarks.faults.ground import SUFFIXES, Ground
 from moefast.benchmarks.faults.products import Product, products
 from moefast.core.errors import InputError, ModelError, OutputError
 from moefast.model import MANIFEST, ONNX, REFERENCES, _checksum, _hash, shipped_path
+from moefast.predicting.files import predict
 from moefast.protocol.evaluate import evaluate
-from moefast.scoring import predict
 from moefast.spectra.tables import read_table
 
 __all__ = ["CAMPAIGNS"]

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from moefast.cli.messages import tell_failures
-from moefast.cli.options import FILES, JSON, MEDIUM, MODEL, OVERWRITE, TELLURIC, VELOCITY
+from moefast.cli.options import EXPERT, FILES, JSON, MEDIUM, MODEL, OVERWRITE, TELLURIC, VELOCITY
 from moefast.core.atomic import refuse_taken
 from moefast.core.errors import InputError
 
@@ -45,6 +45,7 @@ def _mixture_of(model: str | None) -> Any:
 @VELOCITY
 @MEDIUM
 @TELLURIC
+@EXPERT
 @OVERWRITE
 @JSON
 def inspect(
@@ -92,10 +93,10 @@ def inspect(
         _star(files, model, picture, overwrite, as_json, row=row, identifier=identifier, velocity=velocity,
               medium=medium, telluric=telluric)  # fmt: skip
         return
-    from moefast.spectra.files import same_wave
     from moefast.spectra.prepared import open_as_found
     from moefast.spectra.summary import format_text, summarise
     from moefast.spectra.summary import picture as draw
+    from moefast.spectra.wave import same_wave
 
     # Files of surveys have no grid of their own that all rows share.
     found = open_as_found(files, lambda: _mixture_of(model).wave, on_error="skip")
