@@ -10,9 +10,9 @@ from astropy.table import Table
 from survey_files import LIGHT_SPEED, write_desi, write_pfs_many, write_pfs_one
 
 from moefast.core.errors import InputError
-from moefast.spectra.files import open_spectra
 from moefast.spectra.prepared import Preparation, open_prepared
 from moefast.spectra.selection import parse_selection, select
+from moefast.spectra.spectrum_set import open_spectra
 from moefast.spectra.tables import Column, open_table
 from moefast.spectra.units import air_to_vacuum, flux_factor, read_unit, wave_factor
 from moefast.spectra.velocities import find_velocities, read_velocity_table
