@@ -121,8 +121,15 @@ def _to_json(value: Any) -> str:
     return json.dumps(value, default=other)
 
 
+def _kept(value: Any) -> str | bool | int | float:
+    """The value as an attribute in HDF5: texts there hold no NUL, and look like JSON only if they are."""
+    plain = _plain(value)
+    as_json = plain is None or (isinstance(plain, str) and ("\0" in plain or plain[:1] == '"'))
+    return _to_json(value if plain is None else plain) if as_json or plain is None else plain
+
+
 def _from_text(text: str) -> Any:
-    if text[:1] in {"[", "{"} or text == "null":
+    if text[:1] in {"[", "{", '"'} or text == "null":
         with contextlib.suppress(ValueError):
             return json.loads(text)
     return text
@@ -326,11 +333,9 @@ class _Hdf5Table(TableWriter):
         self._watched.check()
 
     def _end(self) -> None:
-        stored = {}
-        for name, value in self.attrs.items():
-            plain = _plain(value)
-            stored[name] = _to_json(value) if plain is None else plain
-            self._file.attrs[name] = stored[name]
+        stored = {name: _kept(value) for name, value in self.attrs.items()}
+        for name, kept in stored.items():
+            self._file.attrs[name] = kept
         self._file.attrs[_CHECKSUM] = _hdf5_digest(list(self._datasets.values()), stored)
         self._file.close()
         self._watched.synchronise()
