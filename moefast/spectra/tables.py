@@ -34,7 +34,7 @@ import numpy as np
 from moefast.core.atomic import partial_path, publish, remove_quietly
 from moefast.core.errors import InputError, OutputError
 from moefast.core.outputs import Output
-from moefast.core.watched import WatchedFile
+from moefast.core.watched import WatchedFile, uninterrupted
 from moefast.spectra.fits_checksums import add_words, encode_checksum, refuse_wrong_checksums
 from moefast.spectra.stored import refuse_endless_heaps
 
@@ -303,6 +303,7 @@ def _cast(column: Column, values: np.ndarray) -> np.ndarray:
 class _Hdf5Table(TableWriter):
     """One dataset per column in the group `predictions`; attributes on the root."""
 
+    @uninterrupted()
     def _begin(self) -> None:
         # HDF5 loses errors of what it writes late; this file remembers them.
         self._watched = WatchedFile(self._partial)
@@ -324,6 +325,7 @@ class _Hdf5Table(TableWriter):
         group.attrs["columns"] = json.dumps([column.name for column in self.columns])
         self._watched.check()
 
+    @uninterrupted()
     def _append(self, first_row: int, rows: dict[str, np.ndarray]) -> None:
         for name, values in rows.items():
             if len(values):
@@ -332,6 +334,7 @@ class _Hdf5Table(TableWriter):
                 dataset[first_row : first_row + len(values)] = values.view(dataset.dtype)
         self._watched.check()
 
+    @uninterrupted()
     def _end(self) -> None:
         stored = {name: _kept(value) for name, value in self.attrs.items()}
         for name, kept in stored.items():
@@ -342,6 +345,7 @@ class _Hdf5Table(TableWriter):
         self._watched.close()
         self._watched.check()
 
+    @uninterrupted()
     def _abort(self) -> None:
         # What is still to be written has nowhere to go: closing must not fail.
         self._watched.problem = self._watched.problem or OutputError(f"{self.path}: given up")

@@ -167,7 +167,7 @@ def test_a_graph_without_end_is_stopped():
 
 
 def test_nothing_is_written_to_the_home_of_the_user(tmp_path):
-    """ONNX Runtime keeps an identifier of the machine there, and sends what it is used for, unless it is told not to."""
+    """ONNX Runtime keeps an identifier of the machine there, and sends what it is used for, unless told not to."""
     kept = {
         name: text
         for name, text in os.environ.items()
