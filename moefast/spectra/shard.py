@@ -33,7 +33,15 @@ import numpy as np
 from moefast.core.errors import InputError
 from moefast.spectra.hdf5 import ARRAYS, STAGING_BYTES, contents_of, open_hdf5
 from moefast.spectra.params import ParamColumn, index_column, owners_of_params, param_columns, read_columns
-from moefast.spectra.stored import Gaps, find, gaps_of, lacking_filter, owned_by, refuse_damaged_texts
+from moefast.spectra.stored import (
+    Gaps,
+    find,
+    gaps_of,
+    lacking_filter,
+    owned_by,
+    refuse_damaged_texts,
+    refuse_misspelt,
+)
 
 __all__ = ["TABLE_ROWS", "Shard"]
 
@@ -150,6 +158,8 @@ class Shard:
     # -- what is in the file -------------------------------------------------------------------------------
 
     def _find_arrays(self, file: h5py.File) -> dict[str, _Stored]:
+        refuse_misspelt(file, "/dataset", ("arrays", "params"))
+        refuse_misspelt(file, "/dataset/arrays", ARRAYS)
         datasets = {}
         for name in ARRAYS:
             path = f"/dataset/arrays/{name}/value"

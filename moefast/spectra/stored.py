@@ -29,6 +29,7 @@ __all__ = [
     "owned_by",
     "refuse_damaged_texts",
     "refuse_endless_heaps",
+    "refuse_misspelt",
 ]
 
 _PLUGINS = "hdf5plugin"
@@ -296,6 +297,41 @@ def _check_external(dataset: h5py.Dataset) -> None:
                 f"of {offset + needed}; copy it again"
             )
         left -= needed
+
+
+def refuse_misspelt(file: h5py.File, path: str, known: Iterable[str]) -> None:
+    """Refuse a group in which a name differs from a known one by a letter, or ends too early.
+
+    Names have no checksum in older files; an array whose name is damaged would count as not there.
+
+    Parameters
+    ----------
+    file : h5py.File
+    path : str
+        The group; nothing is said if there is none.
+    known : iterable of str
+
+    Raises
+    ------
+    InputError
+    """
+    group = find(file, path)
+    if not isinstance(group, h5py.Group):
+        return
+    names = [name if isinstance(name, str) else repr(name) for name in group]
+    for name in names:
+        for right in known:
+            apart = sum(a != b for a, b in zip(name, right, strict=False))
+            if (
+                name != right
+                and right not in names
+                and ((len(name) == len(right) and apart == 1) or right.startswith(name))
+            ):
+                raise InputError(
+                    f"{_file_name(file)}: {path[1:]}/{name}: expected {right!r}, from which the name differs by "
+                    f"{'a letter' if len(name) == len(right) else 'its end'}: damaged, or misspelt; copy the file "
+                    "again, or give the group its name"
+                )
 
 
 def refuse_damaged_texts(owners: Iterable[Any], values: Iterable[h5py.Dataset]) -> None:

@@ -109,11 +109,12 @@ class SpectrumWriter:
 
     @uninterrupted()
     def _create(self, wave: np.ndarray, wave_edges: np.ndarray, attrs: Mapping[str, Any]) -> None:
-        # Data that start on a page can be mapped and read without an unaligned first piece.
+        # Data that start on a page can be mapped and read without an unaligned first piece. Since HDF5 1.10 all
+        # structure has checksums.
         self._file = file = h5py.File(
             self._watched,
             "w",
-            libver=("earliest", "v110"),
+            libver=("v110", "latest"),
             alignment_threshold=1 << 16,
             alignment_interval=4096,
         )

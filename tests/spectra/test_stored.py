@@ -79,6 +79,19 @@ def test_a_mask_group_without_values_is_an_error(tmp_path):
         Shard(path)
 
 
+@pytest.mark.parametrize("name", ["nask", "mas", "m\x61s\xeb"])
+def test_a_name_that_is_damaged_is_not_taken_for_absence(name, tmp_path):
+    path = tmp_path / "x.h5"
+    spectra(path, mask=np.zeros((ROWS, PIXELS), "u1"))
+    with h5py.File(path, "r+") as file:
+        file.move("dataset/arrays/mask", f"dataset/arrays/{name}")
+    with pytest.raises(InputError, match="expected 'mask', from which the name differs"):
+        Shard(path)
+    with h5py.File(path, "r+") as file:
+        file.move(f"dataset/arrays/{name}", "dataset/arrays/sky")
+    assert Shard(path).arrays == ("flux", "error")
+
+
 def test_no_mask_is_no_mask(tmp_path):
     spectra(tmp_path / "s.h5")
     assert Shard(tmp_path / "s.h5").arrays == ("flux", "error")
