@@ -7,7 +7,7 @@ import json
 import click
 
 from moefast.cli.messages import Progress
-from moefast.cli.options import BACKEND, CONFIG, DEVICE, FILES, JSON, NOISE_LEVEL, OVERWRITE, QUIET
+from moefast.cli.options import BACKEND, CONFIG, DEVICE, EXPERT, FILES, JSON, NOISE_LEVEL, OVERWRITE, QUIET
 
 __all__ = ["evaluate"]
 
@@ -45,6 +45,7 @@ __all__ = ["evaluate"]
 )  # fmt: skip
 @BACKEND
 @DEVICE
+@EXPERT
 @CONFIG
 @OVERWRITE
 @QUIET

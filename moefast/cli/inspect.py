@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from moefast.cli.messages import tell_failures
-from moefast.cli.options import FILES, JSON, MEDIUM, MODEL, OVERWRITE, TELLURIC, VELOCITY
+from moefast.cli.options import EXPERT, FILES, JSON, MEDIUM, MODEL, OVERWRITE, TELLURIC, VELOCITY
 from moefast.core.atomic import refuse_taken
 from moefast.core.errors import InputError
 
@@ -45,6 +45,7 @@ def _mixture_of(model: str | None) -> Any:
 @VELOCITY
 @MEDIUM
 @TELLURIC
+@EXPERT
 @OVERWRITE
 @JSON
 def inspect(

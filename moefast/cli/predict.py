@@ -19,6 +19,7 @@ from moefast.cli.options import (
     BACKEND,
     CONFIG,
     DEVICE,
+    EXPERT,
     JSON,
     MEDIUM,
     MODEL,
@@ -105,6 +106,7 @@ _OF_TASK = "of this task"
 @click.option("--report", type=click.Path(dir_okay=False), metavar="PAGE",
               help="Also write a page on the run, one HTML file: flags, χ² and errors against SNR, stars to look at, "
               "as moefast inspect TABLE --report does.")  # fmt: skip
+@EXPERT
 @CONFIG
 @OVERWRITE
 @QUIET
