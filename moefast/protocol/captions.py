@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from moefast.protocol.drawings import LEAST_IN_CELL
 from moefast.protocol.report import Report
 
 __all__ = [
+    "LEAST_IN_CELL",
     "as_text",
     "has",
     "has_calibration",
@@ -29,6 +29,9 @@ __all__ = [
     "says_residuals",
     "shortly",
 ]
+
+LEAST_IN_CELL = 5
+"""Stars that a cell of the Kiel diagram needs, to have a bias."""
 
 
 def as_text(value: float | None) -> str:

@@ -18,12 +18,11 @@ from numpy.typing import NDArray
 
 from moefast.pages.drawing import AXES, Palette, legend_below, snr_axis
 from moefast.pages.drawing import cells as cells_of
-from moefast.protocol.captions import as_text, in_brackets, shortly
+from moefast.protocol.captions import LEAST_IN_CELL, as_text, in_brackets, shortly
 from moefast.protocol.report import Report
 
 __all__ = [
     "BIAS_STEPS",
-    "LEAST_IN_CELL",
     "PUBLISHED_RIDGE_OCTILES",
     "PUBLISHED_VIT_OCTILES",
     "WIDTH",
@@ -305,8 +304,6 @@ def draw_ladder(axes: Axes, report: Report, palette: Palette) -> None:
     legend_below(axes, columns=3)
 
 
-LEAST_IN_CELL = 5
-"""Stars that a cell of the Kiel diagram needs, to have a bias."""
 BIAS_STEPS = (-0.4, -0.2, -0.1, 0.1, 0.2, 0.4)
 """dex between which the Kiel diagram changes its colour."""
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from moefast.core.errors import OutputError
 from moefast.pages.drawing import DARK, LIGHT
-from moefast.protocol import drawings, figures
+from moefast.protocol import captions, drawings, figures
 from moefast.protocol.figures import FIGURES
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -175,7 +175,7 @@ def test_kiel_diagram_holds_every_star_and_its_bias(report):
     rmse = np.sqrt((cells[:, 2] * cells[:, 4] ** 2).sum() / cells[:, 2].sum())
     assert rmse == pytest.approx(report["overall"]["rmse"], rel=1e-8)
     drawn = sum(len(patch.get_path().vertices) for patch in axes_of("kiel-bias", report).patches)
-    assert drawn == 5 * (cells[:, 2] >= drawings.LEAST_IN_CELL).sum()
+    assert drawn == 5 * (cells[:, 2] >= captions.LEAST_IN_CELL).sum()
 
 
 def test_giants_and_dwarfs():
