@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,10 +24,7 @@ from moefast.gating.features import line_columns
 from moefast.kernels import all_within, project
 from moefast.mixture import Mixture
 from moefast.spectra.quality import good_pixels
-
-if TYPE_CHECKING:
-    from moefast.simulate.source import SimulatedSpectra
-    from moefast.spectra.spectrum_set import SpectrumSet
+from moefast.spectra.source import SpectrumSource
 
 __all__ = ["BLOCK_ROWS", "TrainingSet"]
 
@@ -46,7 +43,7 @@ class TrainingSet:
 
     Parameters
     ----------
-    spectra : SpectrumSet or SimulatedSpectra
+    spectra : SpectrumSource
         With labels T_eff [K], log_g [dex], M_H [dex].
     options : Options
     progress : callable
@@ -81,9 +78,7 @@ class TrainingSet:
     reference: F64
     largest_error: float
 
-    def __init__(
-        self, spectra: SpectrumSet | SimulatedSpectra, options: Options, progress: StageProgress
-    ) -> None:
+    def __init__(self, spectra: SpectrumSource, options: Options, progress: StageProgress) -> None:
         self.spectra, self.options, self.progress = spectra, options, progress
         labels = spectra.labels(("T_eff", "log_g", "M_H"), partial=True)
         self.labelled: NDArray[np.bool_] = np.isfinite(np.sum([*labels.values()], axis=0))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -26,10 +26,7 @@ from moefast.fitting.training_set import TrainingSet
 from moefast.gating.mlp import softmax
 from moefast.mixture import Mixture
 from moefast.posterior import PosteriorMixture
-
-if TYPE_CHECKING:
-    from moefast.simulate.source import SimulatedSpectra
-    from moefast.spectra.spectrum_set import SpectrumSet
+from moefast.spectra.source import SpectrumSource
 
 __all__ = ["Fit", "fit_mixture"]
 
@@ -46,7 +43,7 @@ class Fit:
 
 
 def fit_mixture(
-    spectra: SpectrumSet | SimulatedSpectra,
+    spectra: SpectrumSource,
     options: Options,
     progress: StageProgress | None = None,
     checkpoint: Checkpoint | None = None,
@@ -56,7 +53,7 @@ def fit_mixture(
 
     Parameters
     ----------
-    spectra : SpectrumSet or SimulatedSpectra
+    spectra : SpectrumSource
         With labels T_eff [K], log_g [dex], M_H [dex].
     options : Options
     progress : callable, optional
