@@ -8,8 +8,9 @@ from pathlib import Path
 
 import click
 
-from moefast.cli.messages import Progress, tell_failures
+from moefast.cli.messages import tell_failures
 from moefast.cli.options import BACKEND, CONFIG, DEVICE, JSON, LIKE, NOISE_LEVEL, OVERWRITE, QUIET, RESOLUTION
+from moefast.core.progress import ProgressLine
 
 __all__ = ["fit"]
 
@@ -142,7 +143,7 @@ def fit(
     if resolution is not None and not like:
         raise click.UsageError("--resolution is that of the spectra which --like names")
     check_target(Path(out), overwrite)
-    progress = Progress(quiet)
+    progress = ProgressLine(quiet)
     spectra: SimulatedSpectra | tuple[str, ...] = files
     observed = Observed.of_files(like, resolution=resolution) if like else None
     if simulate and observed is not None:

@@ -515,6 +515,20 @@ def test_our_reader_reads_what_astropy_wrote(tmp_path):
         file.table(file["SOME"], ["x"])
 
 
+@pytest.mark.parametrize("name", ["REDSHIFTS", "RVTAB"])
+def test_a_table_of_velocities_among_the_spectra_is_told_where_it_belongs(name, tmp_path):
+    table = fits.BinTableHDU.from_columns(
+        [fits.Column("TARGETID", "K", array=[1]), fits.Column("Z", "D", array=[0.0])]
+    )
+    table.name = name
+    path = tmp_path / "redrock.fits"
+    fits.HDUList([fits.PrimaryHDU(), table]).writeto(path)
+    with pytest.raises(
+        InputError, match=r"redrock\.fits: a table of velocities .* name this table with --velocity"
+    ):
+        open_survey_file(path)
+
+
 def test_every_layout_is_registered():
     names = ", ".join(known_layouts())
     for name in (
@@ -526,6 +540,7 @@ def test_every_layout_is_registered():
         "pfsMerged",
         "DESI coadd",
         "DESI spectra",
+        "redrock",
     ):
         assert name in names
 

@@ -152,4 +152,16 @@ def _read_arm(
         return Pixels.of_rows(wave, flux * factor, error, (mask != 0) | ~(ivar > 0), where)
 
 
+def _refuse_velocities(file: FitsFile) -> SurveyFile:
+    raise InputError(
+        f"{file.path}: a table of velocities (redrock or rvspecfit): it holds no spectra; use the coadd or spectra file "
+        "beside it, and name this table with --velocity"
+    )
+
+
+def _is_table_of_velocities(file: FitsFile) -> bool:
+    return ("REDSHIFTS" in file or "RVTAB" in file) and not _arms(file)
+
+
+register(Layout("DESI redrock, rvspecfit", _is_table_of_velocities, _refuse_velocities))
 register(Layout("DESI coadd, DESI spectra", _recognises, _open))
