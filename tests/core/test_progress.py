@@ -51,7 +51,8 @@ class Notebook:
         self.outputs = []
 
     def display(self, data, *, raw, display_id):
-        assert raw and display_id
+        assert raw
+        assert display_id
         self.outputs.append(data["text/plain"])
         number = len(self.outputs) - 1
 

@@ -154,8 +154,8 @@ def _read_arm(
 
 def _refuse_velocities(file: FitsFile) -> SurveyFile:
     raise InputError(
-        f"{file.path}: a table of velocities (redrock or rvspecfit): it holds no spectra; use the coadd or spectra file "
-        "beside it, and name this table with --velocity"
+        f"{file.path}: a table of velocities (redrock or rvspecfit): it holds no spectra; use the coadd or spectra "
+        "file beside it, and name this table with --velocity"
     )
 
 
