@@ -15,7 +15,15 @@ from numpy.typing import NDArray
 
 from moefast.core.errors import InputError
 from moefast.spectra.layouts.fits_file import FitsFile
-from moefast.spectra.layouts.registry import Layout, SurveyFile, fingerprint_of, noting, register
+from moefast.spectra.layouts.registry import (
+    Layout,
+    SurveyFile,
+    check_units,
+    check_wavelengths,
+    fingerprint_of,
+    noting,
+    register,
+)
 from moefast.spectra.resample import Pixels
 from moefast.spectra.units import flux_factor, wave_factor
 
@@ -73,6 +81,10 @@ def _open(file: FitsFile) -> SurveyFile:
     identifiers = tuple(columns)
     name = "DESI coadd" if "COADD_FIBERSTATUS" in columns or "EXP_FIBERMAP" in file else "DESI spectra"
     waves = {arm: _wave(file, arm) for arm in arms}
+    for arm, wave in waves.items():
+        check_wavelengths(file, file[f"{arm}_WAVELENGTH"], wave)
+        flux = file[f"{arm}_FLUX"]
+        check_units(file, flux, WAVE_UNIT, flux.unit() or FLUX_UNIT)
     notes = [_WIDER]
     note = noting(notes)
 

@@ -18,7 +18,16 @@ from numpy.typing import NDArray
 
 from moefast.core.errors import InputError
 from moefast.spectra.layouts.fits_file import FitsFile, Hdu
-from moefast.spectra.layouts.registry import Layout, Reader, SurveyFile, fingerprint_of, noting, register
+from moefast.spectra.layouts.registry import (
+    Layout,
+    Reader,
+    SurveyFile,
+    check_units,
+    check_wavelengths,
+    fingerprint_of,
+    noting,
+    register,
+)
 from moefast.spectra.resample import Pixels
 from moefast.spectra.units import flux_factor, wave_factor
 
@@ -106,6 +115,26 @@ def _pixels(
         return Pixels(wave, flux * factor, error * factor, bad, starts, where)
 
 
+def _check_table(file: FitsFile, table: Hdu) -> None:
+    for name in ("wavelength", "flux", "error", "mask"):
+        if name not in table.columns:
+            raise InputError(
+                f"{file.path}: HDU {table.name} has no column {name!r}; it has {', '.join(table.columns)}"
+            )
+    check_units(file, table, table.unit("wavelength") or WAVE_UNIT, table.unit("flux") or FLUX_UNIT)
+
+
+def _check_images(file: FitsFile) -> None:
+    """HDUs of spectra that are images; wavelengths that all rows share."""
+    hdus = [file[name] for name in ("FLUX", "MASK", "COVAR")]
+    check_units(file, hdus[0], WAVE_UNIT, hdus[0].unit() or FLUX_UNIT)
+    if "WAVELENGTH" in file:
+        hdu = file["WAVELENGTH"]
+        check_units(file, hdu, hdu.unit() or WAVE_UNIT, FLUX_UNIT)
+        if not hdu.is_table and len(hdu.shape) == 1:
+            check_wavelengths(file, hdu, file.image(hdu))
+
+
 # -- many stars in one file: pfsCalibrated, pfsCoadd ---------------------------------------------------------------
 
 
@@ -141,6 +170,10 @@ def _open_many(file: FitsFile) -> SurveyFile:
     notes: list[str] = []
     note = noting(notes)
     rows = _table_rows(file, table, ids) if table is not None else None
+    if table is not None:
+        _check_table(file, table)
+    else:
+        _check_images(file)
 
     def read(array: str, start: int, stop: int) -> tuple[list[Pixels], dict[int, str]]:
         if table is not None and rows is not None:
@@ -353,6 +386,11 @@ def _open_one(file: FitsFile) -> SurveyFile:
     bits = _Bits.of_header(*(hdu for hdu in (table, file.first_of("MASK"), file.hdus[0]) if hdu is not None))
     if table is not None and not table.n_rows:
         raise InputError(f"{file.path}: HDU {table.name} has no rows: an empty coadd")
+
+    if table is not None:
+        _check_table(file, table)
+    else:
+        _check_images(file)
 
     def read(array: str, start: int, stop: int) -> tuple[list[Pixels], dict[int, str]]:
         if table is None:

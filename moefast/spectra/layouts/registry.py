@@ -19,14 +19,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefast.core.errors import InputError, MoefastError
-from moefast.spectra.layouts.fits_file import FitsFile
+from moefast.spectra.layouts.fits_file import FitsFile, Hdu
 from moefast.spectra.resample import Pixels
+from moefast.spectra.units import flux_factor, wave_factor
 
 __all__ = [
     "LAYOUTS",
     "Layout",
     "Reader",
     "SurveyFile",
+    "check_units",
+    "check_wavelengths",
     "damage",
     "fingerprint_of",
     "known_layouts",
@@ -148,11 +151,13 @@ def known_layouts() -> dict[str, Layout]:
 
 @contextmanager
 def damage(path: str | Path, what: str) -> Iterator[None]:
-    """Raise InputError for whatever damaged headers, types and shapes make others raise."""
+    """Raise InputError, with the file's name, for whatever damaged headers, types and shapes make others raise."""
     try:
         yield
-    except MoefastError:
-        raise
+    except MoefastError as error:
+        if str(path) in str(error):
+            raise
+        raise type(error)(f"{path}: {error}") from error
     except Exception as error:
         raise InputError(
             f"{path}: {what} cannot be read, the file is damaged ({type(error).__name__}: {error}); copy or produce it "
@@ -181,6 +186,26 @@ def open_survey_file(path: str | Path) -> SurveyFile:
         f"{path}: no known layout of spectra: it has HDUs {', '.join(hdu.name or '(no name)' for hdu in file.hdus)}. "
         f"Known are {', '.join(LAYOUTS)}, and the HDF5 files of the PFS simulator"
     )
+
+
+def check_wavelengths(file: FitsFile, hdu: Hdu, wave: NDArray[np.float64]) -> None:
+    """Refuse a file whose rows share wavelengths that are not finite or not increasing."""
+    wrong = np.flatnonzero(~np.isfinite(wave))
+    if len(wrong):
+        raise InputError(f"{file.path}: HDU {hdu.name}: wavelength of pixel {wrong[0]} is not finite")
+    wrong = np.flatnonzero(np.diff(wave) <= 0)
+    if len(wrong):
+        raise InputError(
+            f"{file.path}: HDU {hdu.name}: wavelength of pixel {wrong[0] + 1} is not above the one before it"
+        )
+
+
+def check_units(file: FitsFile, hdu: Hdu, wave: str, flux: str) -> None:
+    """Refuse a file whose units are none of a length and of a flux density."""
+    where = f"HDU {hdu.name}"
+    with damage(file.path, where):
+        wave_factor(wave, where)
+        flux_factor(flux, np.ones(1), where)
 
 
 def noting(notes: list[str]) -> Callable[[str], None]:
