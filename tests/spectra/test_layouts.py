@@ -12,6 +12,7 @@ from astropy.io import fits
 from survey_files import BITS, LIGHT_SPEED, write_desi, write_pfs_many, write_pfs_one
 
 from moefast.core.errors import InputError, WaveGridError
+from moefast.spectra.files import Shard
 from moefast.spectra.layouts.fits_file import FitsFile
 from moefast.spectra.layouts.pfs import visit_hash
 from moefast.spectra.layouts.registry import known_layouts, open_survey_file
@@ -97,7 +98,7 @@ def test_identifiers_of_given_pfs_files_have_the_names_of_the_catalogue(name, ex
     file = open_survey_file(path)
     for column, value in ({"catId": 10092, "tract": 1, "patch": "1,1", "targetType": 1} | expected).items():
         assert column in file.identifiers
-        assert file.columns[column][0] == value
+        assert file.columns[column][:1][0] == value
     assert {"ra", "dec", "objId", "fiberId", "nVisit"} <= set(file.identifiers)
     assert ("visit" in file.identifiers) == ("visit" in expected)
 
@@ -481,6 +482,33 @@ def test_a_folder_that_mixes_layouts(spectra, tmp_path, make_file):
     assert [shard.n_rows for shard in found.shards] == [5, 5, 11]
     assert [failure.path.name for failure in found.failures] == ["d.fits"]
     assert len(list(found.blocks(100, prefetch=False))) == 3
+
+
+def test_columns_are_read_when_rows_of_them_are_asked_for(spectra, tmp_path, make_file, monkeypatch):
+    """Tables of a million rows do not fit into memory."""
+    n = 5000
+    flux = np.ones((n, 8), "f4")
+    path = write_desi(tmp_path / "many.fits", {"Z": (WAVE[:8], flux, flux)})
+    asked, read = [], FitsFile._bytes
+    monkeypatch.setattr(FitsFile, "_bytes", lambda *given: asked.append(given[2]) or read(*given))
+    found = PreparedShard([open_survey_file(path)], Preparation(WAVE[:8]))
+    whole = found.files[0].columns["TARGETID"].n_rows * 40
+    assert {"targetType", "ra", "OBJTYPE"} <= set(found.columns)
+    values = found.params(["TARGETID", "ra", "targetType"], 4000, 4010)
+    np.testing.assert_array_equal(values["TARGETID"], 39633345008634465 + np.arange(4000, 4010))
+    np.testing.assert_array_equal(values["targetType"], np.ones(10))
+    assert max(asked) < whole / 10
+    params = Shard.params
+    rows = []
+    monkeypatch.setattr(
+        Shard,
+        "params",
+        lambda self, names, start, stop: rows.append(stop - start) or params(self, names, start, stop),
+    )
+    resampled = open_prepared(make_file("c.h5", wave=WAVE + 0.2, p=200), Preparation(WAVE)).shards[0]
+    assert not rows
+    assert len(resampled.params(["id"], 3, 5)["id"]) == 2
+    assert rows == [2]
 
 
 # -- the reader of FITS --------------------------------------------------------------------------------------------

@@ -17,12 +17,14 @@ from moefast.core.errors import InputError
 from moefast.spectra.layouts.fits_file import FitsFile
 from moefast.spectra.layouts.registry import (
     Layout,
+    StoredColumn,
     SurveyFile,
     check_units,
     check_wavelengths,
     fingerprint_of,
     noting,
     register,
+    stored_columns,
 )
 from moefast.spectra.resample import Pixels
 from moefast.spectra.units import flux_factor, wave_factor
@@ -72,11 +74,15 @@ def _open(file: FitsFile) -> SurveyFile:
         raise InputError(
             f"{file.path}: no spectra in this file: FIBERMAP has {fibermap.n_rows} rows, FLUX of arms {arms}"
         )
-    told = {name: values for name, values in file.table(fibermap).items() if values.ndim == 1}
+    told = stored_columns(file, fibermap)
     if "TARGETID" not in told:
         raise InputError(f"{file.path}: HDU FIBERMAP has no column TARGETID")
+    of_type = [name for name in told if name == "OBJTYPE" or name.endswith("DESI_TARGET")]
     columns = {ours: told.pop(theirs) for theirs, ours in NAMES.items() if theirs in told}
-    columns["targetType"] = _target_type(told, fibermap.n_rows)
+    columns["targetType"] = StoredColumn(
+        fibermap.n_rows,
+        lambda start, stop: _target_type(file.table(fibermap, of_type, start, stop), stop - start),
+    )
     columns |= {name: told.pop(name) for name in BESIDE if name in told}
     identifiers = tuple(columns)
     name = "DESI coadd" if "COADD_FIBERSTATUS" in columns or "EXP_FIBERMAP" in file else "DESI spectra"

@@ -8,7 +8,7 @@ spectra as they were measured, in f_λ at wavelengths in Å, and columns with on
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -27,6 +27,7 @@ __all__ = [
     "LAYOUTS",
     "Layout",
     "Reader",
+    "StoredColumn",
     "SurveyFile",
     "check_units",
     "check_wavelengths",
@@ -36,6 +37,7 @@ __all__ = [
     "noting",
     "open_survey_file",
     "register",
+    "stored_columns",
 ]
 
 Medium = Literal["vacuum", "air"]
@@ -48,6 +50,40 @@ class Reader(Protocol):
         """Rows `start` to `stop` of an array, arm by arm, and what is wrong with single ones (counted from `start`)."""
 
 
+@dataclass(frozen=True)
+class StoredColumn:
+    """A column that is read when rows of it are asked for: of millions of rows, all columns do not fit into memory.
+
+    Attributes
+    ----------
+    n_rows : int
+    read : callable
+        Gives rows `start` to `stop`.
+    """
+
+    n_rows: int
+    read: Callable[[int, int], NDArray]
+
+    @property
+    def shape(self) -> tuple[int]:
+        """As an array's."""
+        return (self.n_rows,)
+
+    def __getitem__(self, rows: slice) -> NDArray:
+        start, stop, _ = rows.indices(self.n_rows)
+        return self.read(start, stop)
+
+
+def stored_columns(file: FitsFile, table: Hdu) -> dict[str, StoredColumn]:
+    """Columns of a FITS table with one value in a row, to be read later."""
+    few = file.table(table, stop=min(1, table.n_rows))
+
+    def column(name: str) -> StoredColumn:
+        return StoredColumn(table.n_rows, lambda start, stop: file.table(table, [name], start, stop)[name])
+
+    return {name: column(name) for name, values in few.items() if values.ndim == 1}
+
+
 @dataclass
 class SurveyFile:
     """Spectra of one file, whatever its layout.
@@ -58,7 +94,7 @@ class SurveyFile:
     layout : str
         Name of the layout.
     n_rows : int
-    columns : dict of str to array of shape (n_rows,)
+    columns : dict of str to array of shape (n_rows,), or StoredColumn
         Identifiers, conditions and labels.
     identifiers : tuple of str
         Columns that go into every table of predictions.
@@ -88,7 +124,7 @@ class SurveyFile:
     path: Path
     layout: str
     n_rows: int
-    columns: dict[str, NDArray]
+    columns: Mapping[str, NDArray | StoredColumn]
     identifiers: tuple[str, ...]
     read: Reader
     close: Callable[[], None]
