@@ -22,8 +22,8 @@ from moefast.core.sketches import sketch
 from moefast.fitting import PUBLISHED_ALPHA, Noise, Options, fit_mixture
 from moefast.model import Model
 from moefast.simulate.source import SimulatedSpectra
-from moefast.spectra.files import SpectrumSet, open_spectra
 from moefast.spectra.guard import noisy_already, take
+from moefast.spectra.spectrum_set import SpectrumSet, open_spectra
 from moefast.trunks.presets import Size
 
 __all__ = ["DEFAULT", "RECIPES", "Recipe", "fit"]

@@ -21,8 +21,8 @@ from survey_files import LIGHT_SPEED, write_desi, write_pfs_many, write_pfs_one
 
 from moefast.cli import cli
 from moefast.core.errors import InputError
-from moefast.predicting_arrays import predict_arrays
-from moefast.scoring import predict
+from moefast.predicting.arrays import predict_arrays
+from moefast.predicting.files import predict
 from moefast.spectra import open_spectra, read_table
 from moefast.spectra.telluric import telluric_pixels
 

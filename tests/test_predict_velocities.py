@@ -16,11 +16,11 @@ from moefast.cli import cli
 from moefast.core.errors import InputError
 from moefast.inspection.star import describe, look_at
 from moefast.model import Model
-from moefast.predicting_arrays import predict_arrays
-from moefast.scoring import predict
+from moefast.predicting.arrays import predict_arrays
+from moefast.predicting.files import predict
 from moefast.spectra import read_table
-from moefast.spectra.files import SpectrumWriter
 from moefast.spectra.quality import Flag
+from moefast.spectra.writer import SpectrumWriter
 
 N = 16
 

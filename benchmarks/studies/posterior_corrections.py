@@ -32,7 +32,7 @@ from moefast.posterior import PosteriorMixture
 from moefast.posterior.forward import cell_products
 from moefast.simulate.gaps import GAPS
 from moefast.simulate.source import SimulatedSpectra
-from moefast.spectra.files import Block
+from moefast.spectra.source import Block
 
 __all__ = ["CORRECTIONS", "Draws", "draw_stars", "from_errors_alone", "gains", "seen"]
 

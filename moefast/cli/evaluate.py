@@ -6,7 +6,7 @@ import json
 
 import click
 
-from moefast.cli.options import BACKEND, CONFIG, DEVICE, FILES, JSON, NOISE_LEVEL, OVERWRITE, QUIET
+from moefast.cli.options import BACKEND, CONFIG, DEVICE, EXPERT, FILES, JSON, NOISE_LEVEL, OVERWRITE, QUIET
 from moefast.core.progress import ProgressLine
 
 __all__ = ["evaluate"]
@@ -45,6 +45,7 @@ __all__ = ["evaluate"]
 )  # fmt: skip
 @BACKEND
 @DEVICE
+@EXPERT
 @CONFIG
 @OVERWRITE
 @QUIET

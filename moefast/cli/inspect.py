@@ -9,7 +9,17 @@ from typing import Any
 import click
 
 from moefast.cli.messages import tell_failures
-from moefast.cli.options import FILES, JSON, MEDIUM, MODEL, OVERWRITE, TELLURIC, VELOCITY, VELOCITY_RANGE
+from moefast.cli.options import (
+    EXPERT,
+    FILES,
+    JSON,
+    MEDIUM,
+    MODEL,
+    OVERWRITE,
+    TELLURIC,
+    VELOCITY,
+    VELOCITY_RANGE,
+)
 from moefast.core.atomic import refuse_taken
 from moefast.core.errors import InputError
 
@@ -46,6 +56,7 @@ def _mixture_of(model: str | None) -> Any:
 @VELOCITY_RANGE
 @MEDIUM
 @TELLURIC
+@EXPERT
 @OVERWRITE
 @JSON
 def inspect(
@@ -91,10 +102,10 @@ def inspect(
         _star(files, model, picture, as_json, row=row, identifier=identifier, velocity=velocity,
               velocity_range=velocity_range, medium=medium, telluric=telluric)  # fmt: skip
         return
-    from moefast.spectra.files import same_wave
     from moefast.spectra.prepared import open_as_found
     from moefast.spectra.summary import format_text, summarise
     from moefast.spectra.summary import picture as draw
+    from moefast.spectra.wave import same_wave
 
     # Files of surveys have no grid of their own that all rows share.
     found = open_as_found(files, lambda: _mixture_of(model).wave, on_error="skip")

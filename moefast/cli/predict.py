@@ -19,6 +19,7 @@ from moefast.cli.options import (
     BACKEND,
     CONFIG,
     DEVICE,
+    EXPERT,
     JSON,
     MEDIUM,
     MODEL,
@@ -105,6 +106,7 @@ _OF_TASK = "of this task"
 @click.option("--report", type=click.Path(dir_okay=False), metavar="PAGE",
               help="Also write a page on the run, one HTML file: flags, χ² and errors against SNR, stars to look at, "
               "as moefast inspect TABLE --report does.")  # fmt: skip
+@EXPERT
 @CONFIG
 @OVERWRITE
 @QUIET
@@ -130,7 +132,7 @@ def predict(
     never a missing row. If the files have labels, R² is printed. What is odd about the spectra as a whole (slope, dead
     fibres, errors that do not fit the scatter, …) is said before the first is scored; no number is changed.
     """
-    from moefast.scoring import predict as run
+    from moefast.predicting.files import predict as run
 
     if listing is not None:
         from moefast.cluster.nights import listed
@@ -306,7 +308,7 @@ def _on_cluster(
 
 def _check_same_inputs(target: Path, files: tuple[str, ...]) -> None:
     """Refuse to replace a table of other spectra under the default name: files of spectra are often called alike."""
-    from moefast.spectra.files import find_files
+    from moefast.spectra.paths import find_files
     from moefast.spectra.tables import read_attributes
 
     if not target.is_file():

@@ -6,7 +6,7 @@ import json
 
 import click
 
-from moefast.cli.options import BACKEND, DEVICE, JSON, OVERWRITE, QUIET
+from moefast.cli.options import BACKEND, DEVICE, EXPERT, JSON, OVERWRITE, QUIET
 from moefast.core.atomic import refuse_taken, write_json
 from moefast.core.progress import ProgressLine
 
@@ -29,6 +29,7 @@ __all__ = ["scenarios"]
 @click.option("-o", "--out", metavar="FILE", help="Write the results with all their numbers as JSON.")
 @BACKEND
 @DEVICE
+@EXPERT
 @OVERWRITE
 @QUIET
 @JSON

@@ -22,21 +22,15 @@ from moefast.model import Model
 from moefast.posterior.mixture import PosteriorMixture
 from moefast.posterior.star import StarPosterior, star_posterior
 from moefast.posterior.velocities import DEFAULT_RANGE
-from moefast.scoring import (
-    FIT,
-    CpuEngine,
-    columns_of,
-    labels_at_the_edge,
-    move,
-    score_block,
-    score_moving,
-    unlike_reasons,
-    velocity_fit,
-)
-from moefast.spectra.files import Block, SpectrumSet
+from moefast.predicting.columns import columns_of
+from moefast.predicting.engines import CpuEngine, score_block
+from moefast.predicting.flags import labels_at_the_edge, unlike_reasons
+from moefast.predicting.velocities import FIT, move, score_moving, velocity_fit
 from moefast.spectra.layouts.pfsspec import identifiers
 from moefast.spectra.prepared import Origins, Preparation, PreparedShard, open_prepared
 from moefast.spectra.quality import Flag, Quality, good_pixels
+from moefast.spectra.source import Block
+from moefast.spectra.spectrum_set import SpectrumSet
 from moefast.spectra.telluric import Telluric
 from moefast.spectra.velocities import Velocities
 

@@ -51,13 +51,17 @@ from moefast.protocol.report import (
 )
 from moefast.protocol.report_text import format_text
 from moefast.protocol.subject import ModelSubject, Subject, open_subject
-from moefast.scoring import BLOCK_ROWS
 from moefast.simulate.sets import Identity, identify
-from moefast.spectra.files import Block, SpectrumSet, open_spectra, same_wave
 from moefast.spectra.guard import noisy_already, take
 from moefast.spectra.quality import assess, good_pixels
+from moefast.spectra.source import Block
+from moefast.spectra.spectrum_set import SpectrumSet, open_spectra
+from moefast.spectra.wave import same_wave
 
 __all__ = ["Evaluation", "check_report_folder", "evaluate", "write_report"]
+
+BLOCK_ROWS = 2048
+"""Spectra that are read and looked at together."""
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,22 @@ then; FITS keeps room for them at the head of the file.
 
 Numbers and text are attributes as they are; lists, mappings and None are stored as JSON text and come back as
 what they were. FITS knows no lower case: there the names of attributes come back in lower case.
+
+Every byte that matters is covered by a checksum, and checked when a table is read. Where the format has its own, other
+readers check it, too: Fletcher's for the values in HDF5 and for all of its structure since version 1.10, one for each
+page in Parquet, DATASUM and CHECKSUM in FITS. Attributes, and names, types and units of columns have none in HDF5 and
+Parquet: for those there is the attribute `attributes_sha256`. A table without any, from elsewhere, is read as it is.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +35,8 @@ from moefast.core.atomic import partial_path, publish, remove_quietly
 from moefast.core.errors import InputError, OutputError
 from moefast.core.outputs import Output
 from moefast.core.watched import WatchedFile
+from moefast.spectra.fits_checksums import add_words, encode_checksum, refuse_wrong_checksums
+from moefast.spectra.stored import refuse_endless_heaps
 
 __all__ = [
     "GROUP",
@@ -45,7 +53,11 @@ __all__ = [
 GROUP = "predictions"
 """HDF5 group, and FITS extension, that holds the columns."""
 
+_CHECKSUM = "attributes_sha256"
 _ROW_GROUP = 1 << 16
+_CHUNK_BYTES = 1 << 19
+"""Bytes of values in HDF5 that have one checksum; the library keeps one such chunk of each column in memory."""
+_FIELD_METADATA = ("unit", "description", "bytes")
 _TEXT_BYTES = 1024
 """Bytes of text in a Parquet column that does not say how many it keeps."""
 _HEADER_UNIT = 2880
@@ -114,6 +126,20 @@ def _from_text(text: str) -> Any:
         with contextlib.suppress(ValueError):
             return json.loads(text)
     return text
+
+
+def _digest(n_rows: int, columns: Sequence[Sequence[str]], attributes: Mapping[str, Any]) -> str:
+    """SHA-256 of what a table says of itself: rows, columns with types, units and meanings, attributes as stored."""
+    said = json.dumps([n_rows, [list(column) for column in columns], sorted(attributes.items())])
+    return hashlib.sha256(said.encode()).hexdigest()
+
+
+def _compare_digest(path: Path, kept: Any, found: str) -> None:
+    if kept != found:
+        raise InputError(
+            f"{path}: attributes or columns are not those that were written ({_CHECKSUM} is {kept}, expected {found} by "
+            "what the file says): damaged, or changed by another program; copy or produce it again"
+        )
 
 
 class TableWriter:
@@ -273,30 +299,39 @@ class _Hdf5Table(TableWriter):
     def _begin(self) -> None:
         # HDF5 loses errors of what it writes late; this file remembers them.
         self._watched = WatchedFile(self._partial)
-        # Attributes of more than 64 kB need the storage of HDF5 1.8.
-        self._file = h5py.File(self._watched, "w", libver=("v108", "latest"))
+        # Since 1.10 all structure has checksums; attributes of more than 64 kB need the storage of HDF5 1.8.
+        self._file = h5py.File(self._watched, "w", libver=("v110", "latest"))
         group = self._file.create_group(GROUP)
+        # Open until the end: closing a dataset writes its last chunk, which more rows may fill.
+        self._datasets = {}
         for column in self.columns:
             dtype = h5py.string_dtype("utf-8", column.text_bytes) if column.text_bytes else column.dtype
-            dataset = group.create_dataset(column.name, (self.n_rows,), dtype)
+            n_chunks = -(-self.n_rows * column.dtype.itemsize // _CHUNK_BYTES)
+            chunks = (-(-self.n_rows // n_chunks),) if n_chunks else None
+            dataset = group.create_dataset(
+                column.name, (self.n_rows,), dtype, chunks=chunks, fletcher32=bool(chunks)
+            )
             dataset.attrs["unit"] = column.unit
             dataset.attrs["description"] = column.description
+            self._datasets[column.name] = dataset
         group.attrs["columns"] = json.dumps([column.name for column in self.columns])
         self._watched.check()
 
     def _append(self, first_row: int, rows: dict[str, np.ndarray]) -> None:
-        group = self._file[GROUP]
         for name, values in rows.items():
             if len(values):
-                dataset = group[name]
+                dataset = self._datasets[name]
                 # HDF5 does not convert text between character sets; the view carries the dataset's own.
                 dataset[first_row : first_row + len(values)] = values.view(dataset.dtype)
         self._watched.check()
 
     def _end(self) -> None:
+        stored = {}
         for name, value in self.attrs.items():
             plain = _plain(value)
-            self._file.attrs[name] = _to_json(value) if plain is None else plain
+            stored[name] = _to_json(value) if plain is None else plain
+            self._file.attrs[name] = stored[name]
+        self._file.attrs[_CHECKSUM] = _hdf5_digest(list(self._datasets.values()), stored)
         self._file.close()
         self._watched.synchronise()
         self._watched.close()
@@ -314,48 +349,61 @@ class _Hdf5Table(TableWriter):
 def read_attributes(path: str | Path) -> dict[str, Any]:
     """Attributes of a table in HDF5; empty for any other file."""
     try:
-        with h5py.File(path, "r") as file:
-            return _attributes(file) if GROUP in file else {}
-    except (OSError, RuntimeError, ValueError):
+        return _hdf5_layout(Path(path))[1]
+    except (InputError, OSError, RuntimeError, ValueError, KeyError):
         return {}
 
 
-def _attributes(file: h5py.File) -> dict[str, Any]:
-    attrs = {}
-    for name, value in file.attrs.items():
-        plain = _plain(value)
-        attrs[name] = _from_text(plain) if isinstance(plain, str) else plain
-    return attrs
+def _hdf5_digest(datasets: Sequence[h5py.Dataset], stored: Mapping[str, Any]) -> str:
+    columns = [
+        (dataset.name, dataset.dtype.str, str(dataset.attrs["unit"]), str(dataset.attrs["description"]))
+        for dataset in datasets
+    ]
+    return _digest(len(datasets[0]), columns, stored)
+
+
+@contextlib.contextmanager
+def _open_hdf5(path: Path) -> Iterator[tuple[list[h5py.Dataset], dict[str, Any]]]:
+    """Columns, in order, and attributes of a table whose checksum of both has been compared."""
+    with h5py.File(path, "r") as file:
+        if GROUP not in file:
+            raise InputError(f"{path}: no group {GROUP!r}: not a prediction table")
+        group = file[GROUP]
+        refuse_endless_heaps(file, [item for item in group.values() if isinstance(item, h5py.Dataset)])
+        datasets = [group[name] for name in json.loads(group.attrs["columns"])]
+        stored = {name: _plain(value) for name, value in file.attrs.items()}
+        if (kept := stored.pop(_CHECKSUM, None)) is not None:
+            _compare_digest(path, kept, _hdf5_digest(datasets, stored))
+        attributes = {
+            name: _from_text(value) if isinstance(value, str) else value for name, value in stored.items()
+        }
+        yield datasets, attributes
 
 
 def _read_hdf5(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    with h5py.File(path, "r") as file:
-        if GROUP not in file:
-            raise InputError(f"{path}: no group {GROUP!r}: not a prediction table")
-        group = file[GROUP]
-        columns = {}
-        for name in json.loads(group.attrs["columns"]):
-            dataset = group[name]
-            columns[name] = dataset[()] if dataset.dtype.kind != "S" else _decode(dataset[()])
-        return columns, _attributes(file)
+    with _open_hdf5(path) as (datasets, attributes):
+        return {
+            _name_of(dataset): dataset[()] if dataset.dtype.kind != "S" else _decode(dataset[()])
+            for dataset in datasets
+        }, attributes
+
+
+def _name_of(dataset: h5py.Dataset) -> str:
+    return str(dataset.name).rpartition("/")[2]
 
 
 def _hdf5_layout(path: Path) -> tuple[list[Column], dict[str, Any], int]:
-    with h5py.File(path, "r") as file:
-        if GROUP not in file:
-            raise InputError(f"{path}: no group {GROUP!r}: not a prediction table")
-        group = file[GROUP]
-        datasets = [group[name] for name in json.loads(group.attrs["columns"])]
+    with _open_hdf5(path) as (datasets, attributes):
         columns = [
             Column(
-                dataset.name.rpartition("/")[2],
+                _name_of(dataset),
                 np.dtype(f"S{dataset.dtype.itemsize}") if dataset.dtype.kind == "S" else dataset.dtype,
                 str(dataset.attrs["unit"]),
                 str(dataset.attrs["description"]),
             )
             for dataset in datasets
         ]
-        return columns, _attributes(file), len(datasets[0])
+        return columns, attributes, len(datasets[0])
 
 
 def _decode(values: np.ndarray) -> np.ndarray:
@@ -415,7 +463,9 @@ class _ParquetTable(TableWriter):
 
     def _end(self) -> None:
         self._flush()
-        self._writer.add_key_value_metadata({name: _to_json(value) for name, value in self.attrs.items()})
+        stored = {name: _to_json(value) for name, value in self.attrs.items()}
+        stored[_CHECKSUM] = _parquet_digest(self.n_rows, self._schema, stored)
+        self._writer.add_key_value_metadata(stored)
         self._writer.close()
         self._watched.synchronise()
         self._watched.close()
@@ -435,8 +485,8 @@ def _read_parquet(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     import pyarrow.parquet as pq
 
     with open(path, "rb") as opened, pq.ParquetFile(opened, page_checksum_verification=True) as file:
+        attrs = _parquet_attributes(path, file)
         table = file.read()
-        attrs = _parquet_attributes(file)
     columns = {}
     for name in table.column_names:
         column = table.column(name)
@@ -445,15 +495,32 @@ def _read_parquet(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     return columns, attrs
 
 
-def _parquet_attributes(file: Any) -> dict[str, Any]:
+def _parquet_digest(n_rows: int, schema: Any, stored: Mapping[str, str]) -> str:
+    columns = []
+    for field in schema:
+        said = {key.decode(): value.decode() for key, value in (field.metadata or {}).items()}
+        columns.append((field.name, str(field.type), *(said.get(key, "") for key in _FIELD_METADATA)))
+    return _digest(n_rows, columns, stored)
+
+
+def _parquet_attributes(path: Path, file: Any) -> dict[str, Any]:
+    """Attributes of a table, compared with their checksum; whatever else Arrow or pandas keep there is left out."""
+    stored = {
+        key.decode(): value.decode()
+        for key, value in (file.metadata.metadata or {}).items()
+        if key not in {b"ARROW:schema", b"pandas"}
+    }
+    kept = stored.pop(_CHECKSUM, None)
+    schema = file.schema_arrow
+    mine = len(schema) > 0 and all(b"description" in (field.metadata or {}) for field in schema)
+    if kept is not None or mine:
+        _compare_digest(path, kept, _parquet_digest(file.metadata.num_rows, schema, stored))
     attrs = {}
-    for key, value in (file.metadata.metadata or {}).items():
-        name, text = key.decode(), value.decode()
-        if name not in {"ARROW:schema", "pandas"}:
-            try:
-                attrs[name] = json.loads(text)
-            except ValueError:
-                attrs[name] = text
+    for name, text in stored.items():
+        try:
+            attrs[name] = json.loads(text)
+        except ValueError:
+            attrs[name] = text
     return attrs
 
 
@@ -468,7 +535,7 @@ def _parquet_layout(path: Path) -> tuple[list[Column], dict[str, Any], int]:
             text = pa.types.is_string(field.type)
             dtype = np.dtype(f"S{said.get('bytes', _TEXT_BYTES)}" if text else field.type.to_pandas_dtype())
             columns.append(Column(field.name, dtype, said.get("unit", ""), said.get("description", "")))
-        return columns, _parquet_attributes(file), file.metadata.num_rows
+        return columns, _parquet_attributes(path, file), file.metadata.num_rows
 
 
 _FITS_FORMATS: dict[str, tuple[str, str, int]] = {
@@ -540,10 +607,11 @@ class _FitsTable(TableWriter):
                 header[f"TCOMM{number}"] = _fits_text(text)
         self._row = np.dtype(row)
         header["NAXIS1"] = self._row.itemsize
-        self._table_header = header.tostring().encode("ascii")
+        self._sum = 0
+        self._header = header
         self._room = _padded(len(self._primary().tostring(padding=False)) + _HEADER_ROOM)
         self._file = open(self._partial, "wb+")  # noqa: SIM115
-        self._file.write(b" " * self._room + self._table_header)
+        self._file.write(b" " * self._room + _with_checksums(header, 0))
 
     def _append(self, first_row: int, rows: dict[str, np.ndarray]) -> None:
         out = np.zeros(len(next(iter(rows.values()))), self._row)
@@ -564,7 +632,9 @@ class _FitsTable(TableWriter):
                 target[...] = (values ^ top).view(f"i{column.dtype.itemsize}")
             else:
                 target[...] = values
-        self._file.write(out.data)
+        data = out.tobytes()
+        self._sum = add_words(self._sum, data, first_row * self._row.itemsize)
+        self._file.write(data)
 
     def _primary(self) -> Any:
         from astropy.io import fits
@@ -585,11 +655,13 @@ class _FitsTable(TableWriter):
     def _end(self) -> None:
         size = self.n_rows * self._row.itemsize
         self._file.write(bytes(_padded(size) - size))
-        head = self._primary().tostring(endcard=False, padding=False).encode("ascii")
-        if len(head) + 80 > self._room:
-            self._make_room(_padded(len(head) + 80))
+        primary = self._primary()
+        needed = len(_with_checksums(primary, 0))
+        if needed > self._room:
+            self._make_room(needed)
         self._file.seek(0)
-        self._file.write(head.ljust(self._room - 80) + b"END".ljust(80))
+        self._file.write(_with_checksums(primary, 0, self._room))
+        self._file.write(_with_checksums(self._header, self._sum))
         self._file.close()
 
     def _make_room(self, room: int) -> None:
@@ -611,11 +683,28 @@ class _FitsTable(TableWriter):
             self._file.close()
 
 
-_RESERVED = {"SIMPLE", "BITPIX", "NAXIS", "EXTEND", "END", "COMMENT", "HISTORY", "CONTINUE", "HIERARCH"}
+_SUMS = ("CHECKSUM", "DATASUM")
+_RESERVED = {
+    "SIMPLE", "BITPIX", "NAXIS", "EXTEND", "END", "COMMENT", "HISTORY", "CONTINUE", "HIERARCH", *_SUMS,
+}  # fmt: skip
 
 
 def _padded(size: int) -> int:
     return -(-size // _HEADER_UNIT) * _HEADER_UNIT
+
+
+def _with_checksums(header: Any, data_sum: int, size: int = 0) -> bytes:
+    """A header of at least so many bytes, its END at the end, with the checksums of itself and its data.
+
+    Source: FITS standard 4.0, section 4.4.2.7 and appendix J: all words of an HDU add up to -0.
+    """
+    cards = header.tostring(endcard=False, padding=False).encode("ascii")
+    sums = f"CHECKSUM= '{'0' * 16}'".ljust(80) + f"DATASUM = '{data_sum}'".ljust(80)
+    size = max(size, _padded(len(cards) + len(sums) + 80))
+    blank = (cards + sums.encode()).ljust(size - 80) + b"END".ljust(80)
+    total = add_words(add_words(0, blank), data_sum.to_bytes(4, "big"))
+    at = len(cards) + 11
+    return blank[:at] + encode_checksum(total ^ 0xFFFFFFFF) + blank[at + 16 :]
 
 
 def _fits_text(text: str) -> str:
@@ -650,6 +739,7 @@ def _read_fits(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     from astropy.io import fits
 
     with fits.open(path, memmap=False) as file:
+        refuse_wrong_checksums(path, file)
         table = file[GROUP.upper()]
         columns = {}
         for name in table.columns.names:
@@ -683,6 +773,7 @@ def _fits_layout(path: Path) -> tuple[list[Column], dict[str, Any], int]:
 
     types = {(code, offset): key for key, (code, _, offset) in _FITS_FORMATS.items()}
     with fits.open(path, memmap=False) as file:
+        refuse_wrong_checksums(path, file)
         header = file[GROUP.upper()].header
         columns = []
         for number in range(1, header["TFIELDS"] + 1):

@@ -1,4 +1,4 @@
-"""HDF5 files of the PFS simulator that must be shifted or resampled; for their layout see `moefast.spectra.files`."""
+"""HDF5 files of the PFS simulator that must be shifted or resampled; for their layout see `moefast.spectra.shard`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import re
 
 import numpy as np
 
-from moefast.spectra.files import Shard
 from moefast.spectra.layouts.registry import StoredColumn, SurveyFile
 from moefast.spectra.resample import Pixels
+from moefast.spectra.shard import Shard
 
 __all__ = ["IDENTIFIER", "identifiers", "survey_file"]
 

@@ -118,7 +118,7 @@ class SurveyFile:
     needed : (float, float)
         Wavelengths [Å] that are needed; arms that lie outside may be left out.
     fingerprint, order_problems : callable, optional
-        As of `moefast.spectra.files.Shard`.
+        As of `moefast.spectra.shard.Shard`.
     """
 
     path: Path

@@ -1,8 +1,8 @@
 """Predictions for spectra that are in memory: arrays, masked arrays, quantities, NDData and specutils objects.
 
-Design: what becomes of a spectrum is what becomes of one in a file (`moefast.spectra.prepared`, `moefast.scoring`), so
-the numbers are the command's. Objects of other packages are known by what they have, not by their types: a flux or data
-with a unit, an uncertainty of a named type, a mask, a spectral axis.
+Design: what becomes of a spectrum is what becomes of one in a file (`moefast.spectra.prepared`,
+`moefast.predicting.files`), so the numbers are the command's. Objects of other packages are known by what they have,
+not by their types: a flux or data with a unit, an uncertainty of a named type, a mask, a spectral axis.
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ from moefast.model import Model, predict_with
 from moefast.posterior import PosteriorMixture
 from moefast.posterior.moving import predict_moving
 from moefast.posterior.velocities import DEFAULT_RANGE, VelocityFit
-from moefast.scoring import FIT, Engine, cannot_fit, columns_of, open_engine, table_columns
+from moefast.predicting.columns import columns_of, table_columns
+from moefast.predicting.engines import Engine, open_engine
+from moefast.predicting.velocities import FIT, cannot_fit
 from moefast.spectra import guard
-from moefast.spectra.files import same_wave
 from moefast.spectra.prepared import in_vacuum, prepare_rows
 from moefast.spectra.quality import Flag, Quality
 from moefast.spectra.resample import Pixels
 from moefast.spectra.telluric import CHOICES, Telluric, without_telluric
 from moefast.spectra.units import LIGHT_SPEED, flux_factor, wave_factor
 from moefast.spectra.velocities import Velocities
+from moefast.spectra.wave import same_wave
 
 if TYPE_CHECKING:
     from astropy.table import Table
