@@ -6,8 +6,8 @@ import json
 
 import click
 
-from moefast.cli.messages import Progress
 from moefast.cli.options import BACKEND, CONFIG, DEVICE, EXPERT, FILES, JSON, NOISE_LEVEL, OVERWRITE, QUIET
+from moefast.core.progress import ProgressLine
 
 __all__ = ["evaluate"]
 
@@ -67,7 +67,7 @@ def evaluate(
 
     if out:
         check_report_folder(out, overwrite)
-    progress = Progress(quiet)
+    progress = ProgressLine(quiet)
     result = run(
         files, model, noise=noise, noise_level=noise_level, ceiling=ceiling, backend=backend, name=name,  # type: ignore[arg-type]
         progress=progress.rows("evaluate"), tell=lambda words: progress.note(f"note: {words}"),

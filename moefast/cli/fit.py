@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from moefast.cli.messages import Progress, tell_failures
+from moefast.cli.messages import tell_failures
 from moefast.cli.options import (
     BACKEND,
     CONFIG,
@@ -22,6 +22,7 @@ from moefast.cli.options import (
     QUIET,
     RESOLUTION,
 )
+from moefast.core.progress import ProgressLine
 
 __all__ = ["fit"]
 
@@ -157,7 +158,7 @@ def fit(
     if resolution is not None and not like:
         raise click.UsageError("--resolution is that of the spectra which --like names")
     check_target(Path(out), overwrite)
-    progress = Progress(quiet)
+    progress = ProgressLine(quiet)
     spectra: SimulatedSpectra | tuple[str, ...] = files
     observed = Observed.of_files(like, resolution=resolution) if like else None
     if simulate and observed is not None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from moefast.cli.messages import Progress, tell_failures
+from moefast.cli.messages import tell_failures
 from moefast.cli.options import (
     BACKEND,
     CONFIG,
@@ -27,11 +27,12 @@ from moefast.cli.options import (
     QUIET,
     TELLURIC,
     VELOCITY,
+    VELOCITY_RANGE,
     names,
     rows,
 )
 from moefast.core.errors import InputError, OutputError
-from moefast.core.progress import FILES
+from moefast.core.progress import FILES, ProgressLine
 
 __all__ = ["predict"]
 
@@ -93,8 +94,7 @@ _OF_TASK = "of this task"
               help="Predict on a Dask cluster: the address of its scheduler, or local:N for N workers on this machine. "
               "The table is that of one machine, bit for bit.")  # fmt: skip
 @VELOCITY
-@click.option("--velocity-range", type=click.FloatRange(min=0, min_open=True), default=500.0, show_default=True,
-              metavar="KM/S", help="Fitted velocities lie within so many km/s of 0.")  # fmt: skip
+@VELOCITY_RANGE
 @MEDIUM
 @TELLURIC
 @click.option(
@@ -180,7 +180,7 @@ def predict(
             as_json=as_json,
         )  # fmt: skip
         return
-    progress = Progress(quiet or as_json)
+    progress = ProgressLine(quiet or as_json)
     summary = run(
         files, model, target, array=array, backend=backend, rows=rows, limit=limit,  # type: ignore[arg-type]
         shard=shard, overwrite=overwrite, velocity=velocity, velocity_range=velocity_range,
@@ -237,7 +237,7 @@ def _each(
     jobs = nights.plan(files, folder, suffix)
     chosen = Model.load(model)
     folder.mkdir(parents=True, exist_ok=True)
-    progress = Progress(quiet or as_json)
+    progress = ProgressLine(quiet or as_json)
     with contextlib.ExitStack() as stack:
         stream = stack.enter_context(open(log, "a", encoding="utf-8", errors="replace")) if log else None
 
@@ -273,7 +273,7 @@ def _on_cluster(
     """The same table by the workers of a cluster."""
     from moefast.cluster.workers import connect, predict_on
 
-    progress = Progress(quiet or as_json)
+    progress = ProgressLine(quiet or as_json)
     begin = time.perf_counter()
     with connect(scheduler) as client:
         workers = len(client.scheduler_info(n_workers=-1)["workers"])

@@ -306,9 +306,13 @@ class PreparedShard(Shard):
         for name in self.columns if names is None else names:
             if name not in self.columns:
                 raise InputError(f"{self.path}: has no column {name!r}; it has {', '.join(self.columns)}")
-            values = np.concatenate([file.columns[name] for file in self.files[first : last + 1]])
-            base = int(self.first_rows[first])
-            out[name] = values[start - base : stop - base]
+            pieces = [
+                file.columns[name][max(start - base, 0) : max(stop - base, 0)]
+                for file, base in zip(
+                    self.files[first : last + 1], self.first_rows[first : last + 1].tolist(), strict=True
+                )
+            ]
+            out[name] = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
         return out
 
     def order_problems(self) -> list[str]:
@@ -321,7 +325,9 @@ class PreparedShard(Shard):
         """SHA-256, as hex digits, of all columns, and of sizes, headers and first data of up to 16 files."""
         digest = hashlib.sha256()
         for name in self.columns:
-            digest.update(name.encode() + self.params([name])[name].tobytes())
+            digest.update(name.encode())
+            for values in self.slices(name):
+                digest.update(values.tobytes())
         # As of a large file, single values of many small ones are not seen.
         looked_at = np.unique(np.linspace(0, len(self.files) - 1, FINGERPRINT_FILES).astype(int))
         for file in (self.files[index] for index in looked_at):
