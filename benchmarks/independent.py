@@ -23,11 +23,13 @@ from moefast.core.errors import OutputError
 from moefast.core.random import F32, add_noise
 from moefast.core.text import number, percent, table
 from moefast.model import Model
+from moefast.predicting.columns import columns_of
+from moefast.predicting.engines import open_engine, score_block
 from moefast.protocol.scenarios import measure
-from moefast.scoring import columns_of, open_engine, score_block
 from moefast.simulate.emulator import LABELS, Emulator
 from moefast.spectra import open_spectra
-from moefast.spectra.files import Block, SpectrumSet
+from moefast.spectra.source import Block
+from moefast.spectra.spectrum_set import SpectrumSet
 from moefast.spectra.telluric import telluric_pixels
 
 __all__ = ["format_text", "run"]

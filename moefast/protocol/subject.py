@@ -22,10 +22,13 @@ from moefast.core.threads import one_blas_thread
 from moefast.model import Model
 from moefast.peers.choose import peer
 from moefast.peers.least_squares import SpectralModel, fit_labels
+from moefast.predicting.columns import columns_of
+from moefast.predicting.engines import open_engine, score_block, warm_up
 from moefast.protocol.predictions import SUFFIXES, PredictionTable, read_predictions
-from moefast.scoring import BLOCK_ROWS, columns_of, open_engine, score_block, warm_up
 from moefast.simulate.emulator import LABELS
-from moefast.spectra.files import Block, SpectrumSet, describe_difference, same_wave
+from moefast.spectra.source import Block
+from moefast.spectra.spectrum_set import SpectrumSet
+from moefast.spectra.wave import describe_difference, same_wave
 
 __all__ = ["ModelSubject", "OnnxSubject", "PeerSubject", "Subject", "TableSubject", "open_subject"]
 
@@ -48,8 +51,8 @@ class Subject(Protocol):
         Bins of its experts, if it has experts with bins.
     where : Backend or None
         Where it computes; None if it was computed elsewhere.
-    rows_at_once : int
-        Rows of the blocks that it likes.
+    rows_at_once : int or None
+        Rows of a block at most, where progress would not be seen otherwise.
     """
 
     @property
@@ -73,7 +76,7 @@ class Subject(Protocol):
         ...
 
     @property
-    def rows_at_once(self) -> int:
+    def rows_at_once(self) -> int | None:
         """See above."""
         ...
 
@@ -103,7 +106,7 @@ class ModelSubject:
     expert_grid: Grid | None
     where: Backend
     _engine: Any
-    rows_at_once: int = BLOCK_ROWS
+    rows_at_once: None = None
 
     @classmethod
     def open(cls, model: Model, backend: str) -> ModelSubject:
@@ -140,7 +143,7 @@ class OnnxSubject:
     _path: Path
     model: None = None
     expert_grid: None = None
-    rows_at_once: int = BLOCK_ROWS
+    rows_at_once: None = None
 
     @classmethod
     def open(cls, path: Path, spectra: SpectrumSet, backend: str) -> OnnxSubject:
@@ -245,7 +248,7 @@ class TableSubject:
     _table: PredictionTable
     model: None = None
     where: None = None
-    rows_at_once: int = BLOCK_ROWS
+    rows_at_once: None = None
 
     @classmethod
     def open(cls, path: Path, spectra: SpectrumSet, noise: dict[str, Any]) -> TableSubject:
