@@ -46,9 +46,11 @@ from moefast.kernels.cuda.information import (
     STRENGTH,
     TINY,
     expand_stars,
+    marginalise_stars,
     multiply_rows,
     product_launch,
     read_spectra,
+    root_stars,
     solve_launch,
     subtract_spectra,
     whiten_stars,
@@ -80,7 +82,7 @@ EACH = 4
 """Rows and columns of the tile that a thread owns."""
 PANEL = 16
 """Terms that are staged in shared memory at a time; divides COORDINATES."""
-PAD = 4
+PADDED = COORDINATES + 4
 """Rows of neighbouring terms then begin in different banks of shared memory, and vectors of four where they may."""
 MOST_CLOUDS = 16
 """Clouds of a panel, at most."""
@@ -122,6 +124,7 @@ def _written_for(vectors: int) -> Callable[..., None]:
     """`compare_clouds` for clouds of so many tangents, the scale's included."""
     t = vectors
     n_clouds = clouds_of_panel(t)
+    n_vectors = t + 1
     n_products = (t + 1) * (t + 2) // 2 - 1
     n_lower = t * (t + 1) // 2
     parts = PARTS
@@ -140,13 +143,13 @@ def _written_for(vectors: int) -> Callable[..., None]:
         Launch: (panels, n stars) blocks of THREADS threads, with 4 · n · COLUMNS bytes of dynamic shared memory.
         """
         x_of = cuda.shared.array(0, float32)
-        left = cuda.shared.array((PANEL, COORDINATES + PAD), float32, alignment=ALIGNED)
+        left = cuda.shared.array((PANEL, PADDED), float32, alignment=ALIGNED)
         right = cuda.shared.array((PANEL, COLUMNS), float32, alignment=ALIGNED)
-        scratch = cuda.shared.array(MOST_CLOUDS * PARTS, float32)
+        scratch = cuda.shared.array(THREADS, float32)
         sums = cuda.local.array((EACH, EACH), float32)
         a = cuda.local.array(EACH, float32)
         b = cuda.local.array(EACH, float32)
-        x = cuda.local.array(t + 1, float32)
+        x = cuda.local.array(n_vectors, float32)
         products = cuda.local.array(n_products, float32)
         lower = cuda.local.array(n_lower, float32)
         inverse = cuda.local.array(t, float32)
@@ -251,9 +254,11 @@ def _written_for(vectors: int) -> Callable[..., None]:
             x[t] = width * (x[0] + spectrum[star, c])
             for k in range(1, t + 1):
                 products[k - 1] += x[0] * x[k]
+            # Loops of constant length are written out, and their numbers stay in registers.
             for i in range(1, t + 1):
-                for k in range(i, t + 1):
-                    products[t + (i - 1) * t - (i - 1) * (i - 2) // 2 + k - i] += x[i] * x[k]
+                for k in range(1, t + 1):
+                    if k >= i:
+                        products[t + (i - 1) * t - (i - 1) * (i - 2) // 2 + k - i] += x[i] * x[k]
         beyond = reach + ((part - reach) & (parts - 1))
         for c in range(beyond, n, parts):
             apart = x_of[c * COLUMNS + (lane ^ turn)] - centre[star, c]
@@ -266,26 +271,31 @@ def _written_for(vectors: int) -> Callable[..., None]:
         determinant = float32(0)
         for i in range(t):
             gamma[i] = -products[i]
-            for k in range(i + 1):
-                # Product (k + 1, i + 1).
-                lower[i * (i + 1) // 2 + k] = products[t + k * t - k * (k - 1) // 2 + i - k]
+            for k in range(t):
+                if k <= i:
+                    # Product (k + 1, i + 1).
+                    lower[i * (i + 1) // 2 + k] = products[t + k * t - k * (k - 1) // 2 + i - k]
             lower[i * (i + 1) // 2 + i] += float32(1)
         for k in range(t):
             pivot = lower[k * (k + 1) // 2 + k]
             determinant += math.log(pivot)
             inverse[k] = float32(1) / math.sqrt(pivot)
             gamma[k] *= inverse[k]
-            for i in range(k + 1, t):
-                lower[i * (i + 1) // 2 + k] *= inverse[k]
-            for i in range(k + 1, t):
-                less = lower[i * (i + 1) // 2 + k]
-                gamma[i] -= less * gamma[k]
-                for j in range(k + 1, i + 1):
-                    lower[i * (i + 1) // 2 + j] -= less * lower[j * (j + 1) // 2 + k]
+            for i in range(t):
+                if i > k:
+                    lower[i * (i + 1) // 2 + k] *= inverse[k]
+            for i in range(t):
+                if i > k:
+                    less = lower[i * (i + 1) // 2 + k]
+                    gamma[i] -= less * gamma[k]
+                    for j in range(t):
+                        if k < j <= i:
+                            lower[i * (i + 1) // 2 + j] -= less * lower[j * (j + 1) // 2 + k]
         for s in range(t):
             k = t - 1 - s
-            for i in range(k + 1, t):
-                gamma[k] -= lower[i * (i + 1) // 2 + k] * gamma[i]
+            for i in range(t):
+                if i > k:
+                    gamma[k] -= lower[i * (i + 1) // 2 + k] * gamma[i]
             gamma[k] *= inverse[k]
 
         # -- what is left at the best point -------------------------------------------------------------------------
@@ -311,8 +321,9 @@ def _written_for(vectors: int) -> Callable[..., None]:
         n_labels = labels.shape[1]
         for k in range(t):
             gain = gains[cloud, 0, k]
-            for i in range(k):
-                gain -= lower[k * (k + 1) // 2 + i] * of_first[i]
+            for i in range(t):
+                if i < k:
+                    gain -= lower[k * (k + 1) // 2 + i] * of_first[i]
             of_first[k] = gain * inverse[k]
         for label in range(part, n_labels, parts):
             mean = labels[cloud, label]
@@ -321,8 +332,9 @@ def _written_for(vectors: int) -> Callable[..., None]:
             for k in range(t):
                 gain = gains[cloud, label, k]
                 mean += gamma[k] * gain
-                for i in range(k):
-                    gain -= lower[k * (k + 1) // 2 + i] * solved[i]
+                for i in range(t):
+                    if i < k:
+                        gain -= lower[k * (k + 1) // 2 + i] * solved[i]
                 solved[k] = gain * inverse[k]
                 variance += solved[k] * solved[k]
                 along += solved[k] * of_first[k]
@@ -463,9 +475,7 @@ def conclude_stars(  # type: ignore[no-untyped-def]
                 weight = float64(share)
                 apart = float64(found[star, FIRST_LABEL + place, j]) - middle
                 of_first = float64(found[star, FIRST_LABEL, j]) - best
-                variance += weight * (
-                    float64(found[star, FIRST_LABEL + n_labels + place, j]) + apart * apart
-                )
+                variance += weight * (float64(found[star, FIRST_LABEL + n_labels + place, j]) + apart * apart)
                 along += weight * (
                     float64(found[star, FIRST_LABEL + 2 * n_labels + place, j]) + apart * of_first
                 )
@@ -558,7 +568,7 @@ class DevicePosterior:
             raise ValueError(f"clouds in {n} coordinates expected; found {n_keys}")
         self.vectors, self.shared = vectors, 4 * n * COLUMNS
         self.solve_threads, self.solve_shared = solve_launch(width)
-        fixed = 4 * (PANEL * (COORDINATES + PAD + COLUMNS) + THREADS)
+        fixed = 4 * (PANEL * (PADDED + COLUMNS) + THREADS)
         needed = max(self.shared + fixed, self.solve_shared + 8 * SCRATCH)
         if needed > MOST_SHARED or vectors > COLUMNS:
             raise ValueError(
@@ -624,7 +634,7 @@ class DevicePosterior:
         self.label_range = tuple(float(limit) for limit in clouds.label_range)
         self.error_model = tuple(on_device(part, f32) for part in clouds.error_model)
         self.no_mask = cuda.to_device(_NO_MASK)
-        of_block = 8 * ((width * (width + 2)) + 2 * n * (n + 2))
+        of_block = 8 * (width * (width + 2) + n * (n + 2))
         self.blocks = int(np.clip(SCRATCH_BYTES / of_block, LEAST_BLOCKS, MOST_BLOCKS))
 
     def kinds(self, rows: int) -> list[tuple[tuple[int, ...], type]]:
@@ -684,9 +694,13 @@ class DevicePosterior:
         multiply(work.points, self.transposed, work.spectra)
         subtract_spectra[n, READ_THREADS, stream](work.y, work.information, work.spectra, work.numbers)
         multiply(work.y, self.directions, work.u)
+        marginalise_stars[solve](
+            n, work.packed, work.u, work.points, q, self.n_sky, work.scratch, work.numbers
+        )
+        root_stars[solve](n, work.packed, work.u, c, work.second_scratch, work.numbers)
         whiten_stars[solve](
-            n, work.packed, work.u, work.points, q, self.n_sky, self.unit, work.scratch, work.root_scratch,
-            work.t_scratch, work.numbers, work.roots, work.centre, work.spectrum,
+            n, work.packed, work.u, self.unit, work.scratch, work.second_scratch,
+            work.roots, work.centre, work.spectrum,
         )  # fmt: skip
         compare_kernel(self.vectors)[(self.panels, n), THREADS, stream, self.shared](
             c, self.reach, *self.clouds, work.roots, work.centre, work.spectrum, self.width, work.found
@@ -717,7 +731,7 @@ class Work:
             doubles(rows, NUMBERS),
         )
         self.scratch = doubles(blocks, width, width + 2)
-        self.root_scratch, self.t_scratch = doubles(blocks, n, n + 2), doubles(blocks, n, n + 2)
+        self.second_scratch = doubles(blocks, n, n + 2)
         self.roots = cuda.device_array((rows, n, n), np.float32)
         self.centre, self.spectrum = (cuda.device_array((rows, n), np.float32) for _ in range(2))
         self.found = cuda.device_array((rows, FIRST_LABEL + 3 * plan.n_labels, plan.n_clouds), np.float32)
@@ -751,7 +765,9 @@ class CudaPosteriorScorer(BlockScorer):
     ) -> None:
         super().__init__(lambda: DevicePosterior(space, clouds), block_rows, slots)
 
-    def __call__(self, flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None = None) -> CloudPosterior:
+    def __call__(
+        self, flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None = None
+    ) -> CloudPosterior:
         """Posteriors of spectra on the host; see `moefast.kernels.cloud_posterior`."""
         return CloudPosterior(*self._scored(flux, error, mask))
 
