@@ -25,7 +25,7 @@ from moefast.core.metrics import SquaredErrors
 from moefast.core.outputs import INPUTS, ROW, VELOCITY, prediction_columns
 from moefast.core.threads import CORES, map_in_order, one_blas_thread
 from moefast.core.version import __version__
-from moefast.kernels import PROJECT_ROWS
+from moefast.kernels import PROJECT_ROWS, without_cuda
 from moefast.mixture import Prediction
 from moefast.model import Model, shipped_path
 from moefast.posterior.mixture import AnyMixture, PosteriorMixture
@@ -73,6 +73,8 @@ LEAST_ROWS = 16
 """Spectra that a GPU must have room for: with less, halving a block does not help."""
 FIT = "fit"
 """In the place of velocities: fit them."""
+ON_CPU = "spectra are read, moved and fitted for their velocities on the CPU, predictions at these on the GPU"
+"""What belongs to the reason for a GPU where velocities are fitted."""
 _LABEL = "log_g"
 _LOST = (Flag.NO_DATA, Flag.FEW_GOOD_PIXELS)
 
@@ -129,7 +131,7 @@ class CpuEngine:
 
 
 class CudaEngine:
-    """The CUDA kernels on the current device: see `moefast.kernels.cuda.CudaScorer`.
+    """The CUDA kernels on the current device: see `moefast.kernels.cuda.CudaScorer` and `CudaPosteriorScorer`.
 
     Raises
     ------
@@ -141,27 +143,33 @@ class CudaEngine:
 
     def __init__(self, mixture: AnyMixture) -> None:
         lack = without_kernels(mixture)
-        if lack or isinstance(mixture, PosteriorMixture):
+        if lack:
             raise BackendError(f"backend cuda: there are no kernels for {lack}; use backend cpu")
         from moefast.kernels.cuda.device import first_launch, require_device
 
         require_device()
         # Only now: the CUDA packages are optional.
-        from moefast.kernels.cuda.scoring import SLOTS, CudaScorer
+        from moefast.kernels.cuda import CudaPosteriorScorer, CudaScorer
 
+        self._mixture = mixture
         ones = np.ones((1, mixture.n_pixels), np.float32)
         with first_launch():
-            self._scorer = CudaScorer(mixture.projection, mixture.mixing, *mixture.clouds)
+            if isinstance(mixture, PosteriorMixture):
+                self._scorer: Any = CudaPosteriorScorer(*mixture.kernel_arrays)
+            else:
+                self._scorer = CudaScorer(mixture.projection, mixture.mixing, *mixture.clouds)
             self._scorer(ones, ones)
         self.block_rows = self._scorer.block_rows
         # One reads a file, while the others have a slot each; more would only wait for their turn to read.
-        self.workers = min(SLOTS, 4) + 1
+        self.workers = min(self._scorer.slots, 4) + 1
 
     def __call__(
         self, flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None, first_row: int
     ) -> tuple[Prediction, Quality]:
         """See `Engine`; no row's numbers depend on where it lies."""
         found = self._scorer(flux, error, mask)
+        if isinstance(self._mixture, PosteriorMixture):
+            return self._mixture.of_kernels(found)
         return (
             Prediction(
                 found.log_g, found.log_g_err, found.log_g_err_raw, found.weights, found.expert_log_g, found.chi2,
@@ -228,7 +236,7 @@ class OnnxEngine:
 def without_kernels(mixture: AnyMixture) -> str:
     """What of a mixture the CUDA kernels do not know, in words; empty if they know it all."""
     if isinstance(mixture, PosteriorMixture):
-        return "a posterior of all labels"
+        return without_cuda(*mixture.kernel_arrays)
     if unknown := sorted({p.expert.words for p in mixture.experts if not (p.added or p.expert.on_cuda)}):
         return " or ".join(unknown)
     if any(place.added for place in mixture.experts):
@@ -624,6 +632,8 @@ def predict(
             raise InputError(f"--select {select!r}: holds for none of the rows {start}:{stop}")
     n_out = int(wanted_rows.sum())
     fit = velocity_fit(chosen, spectra, velocity, velocity_range)
+    if fit is not None and where.name == "cuda":
+        where = replace(where, reason=f"{where.reason}; {ON_CPU}")
     moved = fit if fit is not None or velocity is None else move(spectra, velocity, wanted_rows)
     ids = {name: _id_dtype(spectra, name) for name in _carried(spectra, keep)}
     labelled = spectra.has_labels((_LABEL,))

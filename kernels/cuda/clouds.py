@@ -14,8 +14,8 @@ of tangents, so that small matrices live in registers: `compare_kernel` makes it
 
 Floor in multiply-adds of single precision per star, for m = 712 clouds of t = 5 tangents with r = 97 of n = 130
 coordinates: vectors m (n (n + 1) + t r (r + 1))/2 = 23.0 M, products and residuals m (t + 3)(t + 4) r/2 = 2.5 M: 1.0 µs
-at 50 TFLOP/s. C' is read once per panel, 2.4 MB, and panels once per COORDINATES rows, 4.7 MB: 1.3 µs at the 5.5 TB/s of
-the second cache.
+at 50 TFLOP/s. C' is read once per panel, 2.4 MB, and panels once per COORDINATES rows, 4.7 MB: 1.3 µs at the 5.5 TB/s
+of the second cache.
 
 `CudaPosteriorScorer` streams blocks through slots as `moefast.kernels.cuda.scoring` does: a block of BLOCK_ROWS stars
 keeps 0.4 MB of each on the device.
@@ -29,10 +29,11 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import config, cuda, float32, float64, int32
+from numba import config, cuda, float32, float64
 from numpy.typing import NDArray
 
-from moefast.kernels.clouds import CloudPosterior, Clouds, Space
+from moefast.core.errors import BackendError
+from moefast.kernels.clouds import CloudPosterior, Clouds, Space, without_cuda
 from moefast.kernels.cuda.gram import ALIGNED
 from moefast.kernels.cuda.information import (
     BEYOND,
@@ -59,7 +60,7 @@ from moefast.kernels.cuda.lanes import SCRATCH, most_of_warp, sum_of_parts, sum_
 from moefast.kernels.cuda.median import THREADS as MEDIAN_THREADS
 from moefast.kernels.cuda.median import median_rows
 from moefast.kernels.cuda.registry import kernel, launchable
-from moefast.kernels.cuda.scoring import MOST_SHARED, BlockScorer
+from moefast.kernels.cuda.scoring import BlockScorer
 
 __all__ = [
     "BLOCK_ROWS",
@@ -393,12 +394,12 @@ def conclude_stars(  # type: ignore[no-untyped-def]
     top = float64(LEAST_EVIDENCE)
     nearest = float64(np.inf)
     for j in range(lane, m, lanes):
-        # A comparison with NaN is false.
+        # A comparison with NaN is false; max() and min() on a device may be either.
         evidence = float64(found[star, EVIDENCE, j])
-        if evidence > top:
+        if evidence > top:  # noqa: PLR1730
             top = evidence
         square = float64(found[star, SQUARE, j])
-        if square < nearest:
+        if square < nearest:  # noqa: PLR1730
             nearest = square
     top = most_of_warp(top, scratch)
     nearest = -most_of_warp(-nearest, scratch)
@@ -409,7 +410,7 @@ def conclude_stars(  # type: ignore[no-untyped-def]
         most = float64(LEAST_EVIDENCE)
         for j in range(first[e] + lane, first[e + 1], lanes):
             evidence = float64(found[star, EVIDENCE, j])
-            if evidence > most:
+            if evidence > most:  # noqa: PLR1730
                 most = evidence
         most = most_of_warp(most, scratch)
         norm = float64(0)
@@ -496,9 +497,10 @@ def conclude_stars(  # type: ignore[no-untyped-def]
             covariance[star, place] = along
 
     answer = best
-    if answer < lowest:
+    # Not min() and max(), which on a device are not NaN where one of the two is.
+    if answer < lowest:  # noqa: PLR1730
         answer = lowest
-    if answer > highest:
+    if answer > highest:  # noqa: PLR1730
         answer = highest
     of_width = math.log(first_sd + LEAST_SPREAD)
     of_spread = math.log(math.sqrt(between + TINY) + LEAST_SPREAD)
@@ -555,7 +557,9 @@ class DevicePosterior:
     Raises
     ------
     ValueError
-        They do not fit each other, or need more shared memory than a block has.
+        They do not fit each other.
+    BackendError
+        They need more shared memory than a block has.
     """
 
     results = Posteriors
@@ -568,13 +572,8 @@ class DevicePosterior:
             raise ValueError(f"clouds in {n} coordinates expected; found {n_keys}")
         self.vectors, self.shared = vectors, 4 * n * COLUMNS
         self.solve_threads, self.solve_shared = solve_launch(width)
-        fixed = 4 * (PANEL * (PADDED + COLUMNS) + THREADS)
-        needed = max(self.shared + fixed, self.solve_shared + 8 * SCRATCH)
-        if needed > MOST_SHARED or vectors > COLUMNS:
-            raise ValueError(
-                f"{n} coordinates, {q} nuisances and {vectors} tangents need {needed} bytes of shared memory, where a "
-                f"block has {MOST_SHARED}, and at most {COLUMNS} tangents: use backend cpu"
-            )
+        if lack := without_cuda(space, clouds):
+            raise BackendError(f"backend cuda: there are no kernels for {lack}; use backend cpu")
         self.n_pixels, self.n_coordinates, self.n_nuisances, self.n_sky = p, n, q, space.n_sky
         self.n_cells, self.n_clouds, self.n_labels = len(space.cells), m, clouds.labels.shape[1]
         self.n_experts, self.packed = clouds.n_experts, width * (width + 1) // 2
@@ -753,9 +752,9 @@ class CudaPosteriorScorer(BlockScorer):
     Raises
     ------
     ValueError
-        Space and clouds do not fit each other, or are too large for the kernels.
+        Space and clouds do not fit each other.
     BackendError
-        There is no usable device.
+        There is no usable device, or they are too large for the kernels.
     DeviceMemoryError, PinnedMemoryError
         Memory of the device, or pinned memory of the host, is too small for blocks of FLOOR_ROWS rows in all slots.
     """

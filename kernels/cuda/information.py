@@ -25,11 +25,11 @@ Floor in multiply-adds per star for p = 4096, g = 220, n = 130, q = 12: u and th
 g w (w + 1)/2 = 2.2 M, roots w³/6 + q w²/2 + 5 n³/6 = 2.4 M: 6.4 M, 0.4 µs at 34 TFLOP/s. The floor of bytes, 33 kB, is
 0.01 µs; what is written and read on the way, 0.4 MB, 0.1 µs.
 
-Roots: a block of threads owns a star. Matrices (n, n) lie in scratch of the device's memory, of as many blocks as run at
-a time, which the second cache holds; rows are made STEP at a time: what the panel's columns have of all rows above is
-staged in shared memory, and each thread owns a column of the panel, STEP numbers in registers:
+Roots: a block of threads owns a star. Matrices (n, n) lie in scratch of the device's memory, of as many blocks as run
+at a time, which the second cache holds; rows are made STEP at a time: what the panel's columns have of all rows above
+is staged in shared memory, and each thread owns a column of the panel, STEP numbers in registers:
 
-    column j     v_r = a_rj − Σ_k<top U_kr U_kj        one number from the cache and STEP from shared memory, STEP products
+    column j     v_r = a_rj − Σ_k<top U_kr U_kj        of a number from the cache and STEP from shared memory
     corner       the panel's own STEP × STEP root by one thread
     column j     v ← corner⁻ᵀ v
 
@@ -124,8 +124,8 @@ def read_spectra(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Scale, y, a′, means over cells, SNR and flags of each star, as `cpu_information.read_pixels`.
 
-    `flux`, `error` and `mask` are flat; `mask` is empty where there is none. The pixels of cell c are pixels[offsets[c] : offsets[c + 1]], with `shares` in its mean. `numbers`
-    (·, NUMBERS) has a place for the energy.
+    `flux`, `error` and `mask` are flat; `mask` is empty where there is none. The pixels of cell c are
+    pixels[offsets[c] : offsets[c + 1]], with `shares` in its mean. `numbers` (·, NUMBERS) has a place for the energy.
 
     Launch: a block of READ_THREADS threads for each star.
     """
@@ -230,8 +230,8 @@ def multiply_rows(rows, matrix, n, out):  # type: ignore[no-untyped-def]
 
     A number is the sum of its terms in their order, whatever stands in the other rows.
 
-    Launch: `product_launch`. Thread (ty, tx) owns rows 8 ty … 8 ty + 7 of its tile, and columns 2 tx, 2 tx + 1 of either
-    half: 8 + 4 numbers from shared memory, in vectors, feed 32 multiply-adds.
+    Launch: `product_launch`. Thread (ty, tx) owns rows 8 ty … 8 ty + 7 of its tile, and columns 2 tx, 2 tx + 1 of
+    either half: 8 + 4 numbers from shared memory, in vectors, feed 32 multiply-adds.
     """
     left = cuda.shared.array((PANEL, PADDED), float64, alignment=ALIGNED)
     right = cuda.shared.array((PANEL, TILE_COLUMNS), float64, alignment=ALIGNED)
