@@ -95,9 +95,9 @@ LANES = 32
 """Threads of a block of `conclude_stars`: one warp."""
 USUAL_VECTORS = 6
 """Tangents of the clouds of models that are shipped, the scale's included."""
-SCRATCH_BYTES = 40e6
-"""Of matrices whose roots are found at the same time: what the second cache of such devices holds."""
-LEAST_BLOCKS, MOST_BLOCKS = 132, 1056
+SCRATCH_BYTES = 80e6
+"""Of matrices whose roots are found at the same time: half of them is used, and fits the second cache."""
+LEAST_BLOCKS, MOST_BLOCKS = 264, 1056
 EVIDENCE, SQUARE, FIRST_LABEL = 0, 1, 2
 """Places in what `compare_clouds` finds: ln of the evidence, least distance squared, then means, variances and
 covariances with the first of all labels."""
@@ -646,7 +646,7 @@ class DevicePosterior:
     def bytes_per_row(self) -> int:
         """Device memory of a row, flux, error and mask included, but for scratch that all rows of a block share."""
         p, n, width = self.n_pixels, self.n_coordinates, self.n_coordinates + self.n_nuisances
-        doubles = 3 * p + self.n_cells + self.packed + 3 * width + NUMBERS
+        doubles = 3 * p + self.n_cells + self.packed + 2 * width + NUMBERS
         singles = n * n + 2 * n + (FIRST_LABEL + 3 * self.n_labels) * self.n_clouds
         results = sum(np.dtype(kind).itemsize * int(np.prod(shape)) for shape, kind in self.kinds(1))
         return 9 * p + 8 * doubles + 4 * singles + results

@@ -351,11 +351,12 @@ def _substitute(shared, corner, pivots, v):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit(device=True)
-def _eliminate(a, stop, n, ridge, shared, corner, pivots):  # type: ignore[no-untyped-def]
+def _eliminate(a, stop, n, ridge, mirrored, shared, corner, pivots):  # type: ignore[no-untyped-def]
     """Rows up to `stop` of the upper U with UᵀU = a + ridge, in place; rows up to n become what they do not explain.
 
     `a` is laid out as the module says, with a vector behind the columns, in place n + 1, that goes along; a[k, k] holds
-    the diagonal. STEP · stop numbers of `shared` are scratch.
+    the diagonal. Where `mirrored`, columns of U are kept below the diagonal. STEP · stop numbers of `shared` are
+    scratch.
     """
     v = cuda.local.array(STEP, float64)
     thread = cuda.threadIdx.x
@@ -402,7 +403,7 @@ def _eliminate(a, stop, n, ridge, shared, corner, pivots):  # type: ignore[no-un
                         if top < stop:
                             if j == top + r:
                                 value = shared[corner + r * STEP + r]
-                            if j < n:
+                            if mirrored and j < n:
                                 a[j, first + r] = value
                         a[first + r, j + 1] = value
         top += height
@@ -520,7 +521,7 @@ def expand_stars(n, packed, u, precision, pull, scratch, points):  # type: ignor
                     a[i, i] = value
         for i in range(thread, width, threads):
             a[i, width + 1] = u[star, i] + pull[i]
-        _eliminate(a, width, width, float64(0), shared, corner, pivots)
+        _eliminate(a, width, width, float64(0), True, shared, corner, pivots)
         for i in range(thread, width, threads):
             shared[vector + i] = a[i, width + 1]
         # U b = v from the last rows on, STEP at a time: row k below the diagonal holds column k of U.
@@ -593,7 +594,7 @@ def marginalise_stars(n_stars, packed, vectors, points, q, n_sky, scratch, numbe
             part += points[star, i] * value
         # What the energy would be without the point, if the likelihood were what it is near it.
         energy = numbers[star, ENERGY] + sum_of_block(part, sums)
-        _eliminate(a, q, width, float64(0), shared, corner, pivots)
+        _eliminate(a, q, width, float64(0), False, shared, corner, pivots)
         part = float64(0)
         for i in range(thread, q, threads):
             part += a[i, width + 1] * a[i, width + 1]
@@ -644,7 +645,8 @@ def root_stars(n_stars, packed, vectors, n, scratch, numbers):  # type: ignore[n
                         a[i, i] = value
             for i in range(thread, n, threads):
                 a[i, n + 1] = vectors[star, i]
-            _eliminate(a, n, n, LEAST_CURVATURE if step == 0 else LEAST_INFORMATION, shared, corner, pivots)
+            ridge = LEAST_CURVATURE if step == 0 else LEAST_INFORMATION
+            _eliminate(a, n, n, ridge, False, shared, corner, pivots)
             part = float64(0)
             for i in range(thread, n, threads):
                 part += a[i, n + 1] * a[i, n + 1]
