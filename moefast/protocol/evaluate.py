@@ -40,6 +40,7 @@ from moefast.experts.linear_form import LinearForm
 from moefast.mixture import hat_weights
 from moefast.model import SHIPPED, Model, shipped_path
 from moefast.posterior.mixture import AnyMixture, PosteriorMixture
+from moefast.protocol.milestones.verdicts import Judgement
 from moefast.protocol.predictions import write_kept
 from moefast.protocol.report import (
     ORACLE,
@@ -477,7 +478,7 @@ def write_report(
     *,
     pictures: bool = True,
     overwrite: bool = False,
-    judged: Mapping[str, Any] | None = None,
+    judged: Judgement | None = None,
 ) -> list[Path]:
     """Write the report to a folder, which is made if need be.
 
@@ -493,7 +494,7 @@ def write_report(
         Whether to draw: the last three of `REPORT_FILES`. Drawing takes a few seconds.
     overwrite : bool
         Whether a report may be replaced; pictures of it that are not drawn again are removed.
-    judged : mapping, optional
+    judged : Judgement, optional
         What the evaluation says about the milestones, from `moefast.protocol.milestones.judge.judge_alone`: a table
         more in report.txt and report.html.
 
@@ -574,9 +575,7 @@ def _holds_a_report_alone(folder: Path) -> bool:
     )
 
 
-def _draw(
-    report: Mapping[str, Any], run: Mapping[str, Any], judged: Mapping[str, Any] | None, target: Path
-) -> None:
+def _draw(report: Mapping[str, Any], run: Mapping[str, Any], judged: Judgement | None, target: Path) -> None:
     from moefast.protocol.figures import FIGURES, overview, png
     from moefast.protocol.html import write_page
 
