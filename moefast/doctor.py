@@ -68,7 +68,7 @@ def examine() -> dict[str, Any]:
         problems.append(f"onnxruntime does not import ({error})")
     try:
         from moefast.model import SHIPPED, Model, shipped_path
-        from moefast.scoring import open_engine
+        from moefast.predicting.engines import open_engine
 
         shipped = {}
         for name in SHIPPED:
@@ -84,6 +84,16 @@ def examine() -> dict[str, Any]:
         _, chosen = open_engine(shipped[SHIPPED[0]].mixture, "auto")
     except MoefastError as error:
         problems.append(str(error))
+    families: list[str] = []
+    try:
+        from moefast.experts.protocol import fitted_in_bins
+        from moefast.fitting.options import WHOLE
+
+        families = [*WHOLE, *sorted(fitted_in_bins())]
+    except Exception as error:  # Whatever a package of others does when it is imported.
+        problems.append(
+            f"an installed package with experts cannot be imported: {type(error).__name__}: {error}"
+        )
     from moefast.core.compiled import cache_place
     from moefast.kernels.cpu import centre
 
@@ -104,6 +114,7 @@ def examine() -> dict[str, Any]:
         "backend_reason": chosen.reason,
         "packages": versions,
         "shipped_models": models,
+        "families": families,
         "problems": problems,
     }
 
@@ -122,6 +133,7 @@ def format_text(facts: dict[str, Any]) -> str:
         f"  backend  auto will use {facts['backend']} ({facts['backend_device']}): {facts['backend_reason']}",
         "  packages " + ", ".join(f"{name} {version}" for name, version in facts["packages"].items()),
     ]
+    lines.append("  families " + ", ".join(facts["families"]) + ": what --families of moefast fit knows")
     for name, model in facts["shipped_models"].items():
         low, high = model["wave"]
         lines.append(

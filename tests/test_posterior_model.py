@@ -16,17 +16,10 @@ from moefast.cli import cli
 from moefast.core.errors import BackendError, ModelError
 from moefast.core.grids import PHYSICAL_GRID
 from moefast.model import MANIFEST, SCHEMA, Model
+from moefast.predicting.columns import columns_of, table_columns
+from moefast.predicting.engines import CudaEngine, OnnxEngine, joined, make_engine, without_kernels
+from moefast.predicting.files import predict
 from moefast.protocol.evaluate import evaluate
-from moefast.scoring import (
-    CudaEngine,
-    OnnxEngine,
-    _joined,
-    columns_of,
-    make_engine,
-    predict,
-    table_columns,
-    without_kernels,
-)
 from moefast.spectra import Flag, read_table
 from moefast.spectra.quality import assess
 
@@ -217,7 +210,9 @@ def test_blocks_for_onnx_runtime_hold_no_more_than_fits():
     assert 16 <= rows < 64
 
 
-def test_there_are_no_cuda_kernels_for_a_posterior(fitted):
+def test_the_cuda_kernels_know_a_posterior_unless_it_is_too_large(fitted, monkeypatch):
+    assert without_kernels(fitted) == ""
+    monkeypatch.setattr("moefast.kernels.clouds.CUDA_TANGENTS", 0)
     assert "posterior" in without_kernels(fitted)
     with pytest.raises(BackendError, match="no kernels for a posterior"):
         CudaEngine(fitted)
@@ -226,8 +221,8 @@ def test_there_are_no_cuda_kernels_for_a_posterior(fitted):
 def test_parts_are_joined_with_what_they_lack(fitted, few):
     one = fitted.predict(few.noisy[:2].astype(np.float32), few.error[:2].astype(np.float32))
     bare = replace(one, scale=None)
-    assert _joined([bare, bare]).scale is None
-    np.testing.assert_array_equal(_joined([one, one]).scale, np.tile(one.scale, 2))
+    assert joined([bare, bare]).scale is None
+    np.testing.assert_array_equal(joined([one, one]).scale, np.tile(one.scale, 2))
 
 
 # -- flags -----------------------------------------------------------------------------------------------------

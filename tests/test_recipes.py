@@ -8,9 +8,10 @@ import pytest
 from moefast.core.errors import BackendError, InputError
 from moefast.export import build, open_session
 from moefast.model import Model
+from moefast.predicting.engines import CudaEngine
+from moefast.predicting.files import predict
 from moefast.protocol.evaluate import evaluate
 from moefast.recipes import RECIPES, fit
-from moefast.scoring import CudaEngine, predict
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ import json
 
 import click
 
-from moefast.cli.messages import Progress
 from moefast.cli.options import FILES, JSON, OVERWRITE, QUIET
 from moefast.core.atomic import refuse_taken
+from moefast.core.progress import ProgressLine
 
 __all__ = ["ceiling"]
 
@@ -53,7 +53,7 @@ def ceiling(
     for path in (out, picture):
         if path:
             refuse_taken(path, overwrite=overwrite)
-    progress = Progress(quiet)
+    progress = ProgressLine(quiet)
     found = ceilings.compute(
         files, method=method, stars=stars, seed=seed, name=name, progress=progress.rows("ceiling"),  # type: ignore[arg-type]
     )  # fmt: skip

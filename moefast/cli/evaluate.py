@@ -6,8 +6,8 @@ import json
 
 import click
 
-from moefast.cli.messages import Progress
-from moefast.cli.options import BACKEND, CONFIG, DEVICE, FILES, JSON, NOISE_LEVEL, OVERWRITE, QUIET
+from moefast.cli.options import BACKEND, CONFIG, DEVICE, EXPERT, FILES, JSON, NOISE_LEVEL, OVERWRITE, QUIET
+from moefast.core.progress import ProgressLine
 
 __all__ = ["evaluate"]
 
@@ -45,6 +45,7 @@ __all__ = ["evaluate"]
 )  # fmt: skip
 @BACKEND
 @DEVICE
+@EXPERT
 @CONFIG
 @OVERWRITE
 @QUIET
@@ -61,12 +62,12 @@ def evaluate(
     """
     from moefast.protocol.evaluate import check_report_folder, write_report
     from moefast.protocol.evaluate import evaluate as run
-    from moefast.protocol.milestones import judge_alone
+    from moefast.protocol.milestones.judge import judge_alone
     from moefast.protocol.report_text import format_text
 
     if out:
         check_report_folder(out, overwrite)
-    progress = Progress(quiet)
+    progress = ProgressLine(quiet)
     result = run(
         files, model, noise=noise, noise_level=noise_level, ceiling=ceiling, backend=backend, name=name,  # type: ignore[arg-type]
         progress=progress.rows("evaluate"), tell=lambda words: progress.note(f"note: {words}"),

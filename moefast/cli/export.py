@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from moefast.cli.options import OVERWRITE
+from moefast.cli.options import EXPERT, OVERWRITE
 from moefast.core.atomic import refuse_taken
 
 __all__ = ["export"]
@@ -19,6 +19,7 @@ __all__ = ["export"]
 @click.option(
     "--half", is_flag=True, help="Products of a network in half precision, for GPUs that are faster in it."
 )
+@EXPERT
 @OVERWRITE
 def export(model: str, out: str, part: str, half: bool, overwrite: bool) -> None:
     """Write a model folder, or a part of it, as one ONNX file, verified against the model first.

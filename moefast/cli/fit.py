@@ -8,8 +8,21 @@ from pathlib import Path
 
 import click
 
-from moefast.cli.messages import Progress, tell_failures
-from moefast.cli.options import BACKEND, CONFIG, DEVICE, JSON, LIKE, NOISE_LEVEL, OVERWRITE, QUIET, RESOLUTION
+from moefast.cli.messages import tell_failures
+from moefast.cli.options import (
+    BACKEND,
+    CONFIG,
+    DEVICE,
+    EXPERT,
+    FAMILIES,
+    JSON,
+    LIKE,
+    NOISE_LEVEL,
+    OVERWRITE,
+    QUIET,
+    RESOLUTION,
+)
+from moefast.core.progress import ProgressLine
 
 __all__ = ["fit"]
 
@@ -45,6 +58,8 @@ def _grid(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int
     show_default=True,
     help="Which model: see above.",
 )
+@FAMILIES
+@EXPERT
 @click.option(
     "--grid", callback=_grid, metavar="TxM", help="Bins in T_eff and [M/H], instead of the recipe's."
 )
@@ -82,7 +97,7 @@ def _grid(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int
 @JSON
 def fit(
     files: tuple[str, ...], out: str, simulate: int | None, name: str | None, like: tuple[str, ...],
-    resolution: str | None, recipe: str,
+    resolution: str | None, recipe: str, families: tuple[str, ...] | None,
     grid: tuple[int, int] | None, noise: str, noise_level: float, size: str, steps: int | None,
     references: bool, seed: int, checkpoint: str | None, backend: str, overwrite: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
@@ -93,6 +108,7 @@ def fit(
         moefast fit --simulate 200000 --set library --recipe posterior -o model/
         moefast fit train/ -o model/ --checkpoint fit-so-far/
         moefast fit --simulate 20000 --like coadd.fits --recipe posterior -o model/
+        moefast fit train.h5 --expert mine.py --families linear,mine -o model/
 
     \b
     Recipes:
@@ -142,7 +158,7 @@ def fit(
     if resolution is not None and not like:
         raise click.UsageError("--resolution is that of the spectra which --like names")
     check_target(Path(out), overwrite)
-    progress = Progress(quiet)
+    progress = ProgressLine(quiet)
     spectra: SimulatedSpectra | tuple[str, ...] = files
     observed = Observed.of_files(like, resolution=resolution) if like else None
     if simulate and observed is not None:
@@ -157,7 +173,7 @@ def fit(
     progress.note(f"backend {where.name} ({where.device}): {where.reason}")
     begin = time.monotonic()
     model = run(
-        spectra, recipe=recipe, grid=uniform(*grid) if grid else None, noise=noise,  # type: ignore[arg-type]
+        spectra, recipe=recipe, families=families, grid=uniform(*grid) if grid else None, noise=noise,  # type: ignore[arg-type]
         noise_level=noise_level, size=size, steps=steps, references=references, seed=seed,  # type: ignore[arg-type]
         progress=progress.stage, checkpoint=kept, backend=where.name,
         tell=lambda words: progress.note(f"note: {words}"),

@@ -9,7 +9,17 @@ from typing import Any
 import click
 
 from moefast.cli.messages import tell_failures
-from moefast.cli.options import FILES, JSON, MEDIUM, MODEL, OVERWRITE, TELLURIC, VELOCITY
+from moefast.cli.options import (
+    EXPERT,
+    FILES,
+    JSON,
+    MEDIUM,
+    MODEL,
+    OVERWRITE,
+    TELLURIC,
+    VELOCITY,
+    VELOCITY_RANGE,
+)
 from moefast.core.atomic import refuse_taken
 from moefast.core.errors import InputError
 
@@ -43,14 +53,16 @@ def _mixture_of(model: str | None) -> Any:
 )  # fmt: skip
 @click.option("--limit", type=click.IntRange(1), help="Look at so many rows at most.")
 @VELOCITY
+@VELOCITY_RANGE
 @MEDIUM
 @TELLURIC
+@EXPERT
 @OVERWRITE
 @JSON
 def inspect(
     files: tuple[str, ...], model: str | None, row: int | None, identifier: str | None, picture: str | None,
-    report: str | None, spectra: tuple[str, ...], limit: int | None, velocity: str | None, medium: str, telluric: str,
-    overwrite: bool, as_json: bool,
+    report: str | None, spectra: tuple[str, ...], limit: int | None, velocity: str | None,
+    velocity_range: float, medium: str, telluric: str, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Look into files of spectra, at one star, or at a table of predictions.
 
@@ -87,13 +99,13 @@ def inspect(
             f"{files[0]}: --report and --spectra are for one table that moefast predict wrote (.h5, .parquet or .fits)"
         )
     if row is not None or identifier is not None:
-        _star(files, model, picture, as_json, row=row, identifier=identifier, velocity=velocity, medium=medium,
-              telluric=telluric)  # fmt: skip
+        _star(files, model, picture, as_json, row=row, identifier=identifier, velocity=velocity,
+              velocity_range=velocity_range, medium=medium, telluric=telluric)  # fmt: skip
         return
-    from moefast.spectra.files import same_wave
     from moefast.spectra.prepared import open_as_found
     from moefast.spectra.summary import format_text, summarise
     from moefast.spectra.summary import picture as draw
+    from moefast.spectra.wave import same_wave
 
     # Files of surveys have no grid of their own that all rows share.
     found = open_as_found(files, lambda: _mixture_of(model).wave, on_error="skip")

@@ -6,8 +6,8 @@ import json
 
 import click
 
-from moefast.cli.messages import Progress
 from moefast.cli.options import JSON, OVERWRITE, QUIET
+from moefast.core.progress import ProgressLine
 
 __all__ = ["merge"]
 
@@ -32,7 +32,7 @@ def merge(parts: tuple[str, ...], out: str, overwrite: bool, quiet: bool, as_jso
     """
     from moefast.cluster.merge import merge_tables, tables_named
 
-    progress = Progress(quiet or as_json)
+    progress = ProgressLine(quiet or as_json)
     merged = merge_tables(tables_named(parts), out, overwrite=overwrite, progress=progress.rows("merge"))
     progress.close()
     if as_json:

@@ -12,6 +12,8 @@ __all__ = [
     "BACKEND",
     "CONFIG",
     "DEVICE",
+    "EXPERT",
+    "FAMILIES",
     "FILES",
     "JSON",
     "LIKE",
@@ -23,6 +25,7 @@ __all__ = [
     "RESOLUTION",
     "TELLURIC",
     "VELOCITY",
+    "VELOCITY_RANGE",
     "names",
     "positive",
     "rows",
@@ -54,6 +57,39 @@ def _use_device(_: click.Context, __: click.Parameter, value: int | None) -> Non
 def names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...]:
     """Names of a list with commas."""
     return tuple(part.strip() for part in (value or "").split(",") if part.strip())
+
+
+def _import_experts(_: click.Context, __: click.Parameter, value: tuple[str, ...]) -> None:
+    """Import families of one's own before anything asks for them by name."""
+    from moefast.core.errors import InputError
+
+    for source in value:
+        # Only now: help needs no library of its own.
+        from moefast.experts.protocol import import_families
+
+        try:
+            import_families(source)
+        except InputError as error:
+            raise click.BadParameter(str(error)) from error
+
+
+def _families(ctx: click.Context, option: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    """Names of families of experts that are known here; None if the option is absent."""
+    if value is None:
+        return None
+    from moefast.experts.protocol import fitted_in_bins
+    from moefast.fitting.options import WHOLE
+
+    known = (*WHOLE, *sorted(fitted_in_bins()))
+    chosen = names(ctx, option, value)
+    unknown = [name for name in chosen if name not in known]
+    if unknown or not chosen:
+        found = ", ".join(map(repr, unknown)) or "nothing"
+        raise click.BadParameter(
+            f"found {found}; known families are {', '.join(known)}. A family of your own is known once --expert names "
+            "its file, or its package is installed"
+        )
+    return chosen
 
 
 def positive(_: click.Context, __: click.Parameter, value: float) -> float:
@@ -183,6 +219,10 @@ VELOCITY = click.option(
     "(pfsStarCatalog, pfsStar files, redrock, rvspecfit, or any with v_los); or fit: one is fitted to each spectrum.  "
     "[default: fit where files are of surveys and the model is a posterior, else 0]",
 )
+VELOCITY_RANGE = click.option(
+    "--velocity-range", type=click.FloatRange(min=0, min_open=True), default=500.0, show_default=True, metavar="KM/S",
+    help="Fitted velocities lie within so many km/s of 0.",
+)  # fmt: skip
 
 
 MEDIUM = click.option(
@@ -203,6 +243,20 @@ TELLURIC = click.option(
     help="Whether pixels where the Earth's atmosphere absorbs count as bad; auto says so of spectra of surveys, not of "
     "the simulator's.",
 )
+
+
+EXPERT = click.option(
+    "--expert", multiple=True, is_eager=True, expose_value=False, callback=_import_experts, metavar="FILE.py|MODULE",
+    help="Python file, or module, with experts of your own (moefast.expert), which is run to import them; may be "
+    "repeated. Not needed for packages with an entry point moefast.experts.",
+)  # fmt: skip
+
+
+FAMILIES = click.option(
+    "--families", callback=_families, metavar="A,B,…",
+    help="Families of experts of which each bin keeps the best, instead of those of the recipe: linear with any of "
+    "template, trees and your own (--expert). moefast doctor lists what is known here.",
+)  # fmt: skip
 
 
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")

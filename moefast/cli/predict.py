@@ -14,11 +14,12 @@ from typing import Any
 
 import click
 
-from moefast.cli.messages import Progress, tell_failures
+from moefast.cli.messages import tell_failures
 from moefast.cli.options import (
     BACKEND,
     CONFIG,
     DEVICE,
+    EXPERT,
     JSON,
     MEDIUM,
     MODEL,
@@ -26,11 +27,12 @@ from moefast.cli.options import (
     QUIET,
     TELLURIC,
     VELOCITY,
+    VELOCITY_RANGE,
     names,
     rows,
 )
-from moefast.core.errors import OutputError
-from moefast.core.progress import FILES
+from moefast.core.errors import InputError, OutputError
+from moefast.core.progress import FILES, ProgressLine
 
 __all__ = ["predict"]
 
@@ -92,8 +94,7 @@ _OF_TASK = "of this task"
               help="Predict on a Dask cluster: the address of its scheduler, or local:N for N workers on this machine. "
               "The table is that of one machine, bit for bit.")  # fmt: skip
 @VELOCITY
-@click.option("--velocity-range", type=click.FloatRange(min=0, min_open=True), default=500.0, show_default=True,
-              metavar="KM/S", help="Fitted velocities lie within so many km/s of 0.")  # fmt: skip
+@VELOCITY_RANGE
 @MEDIUM
 @TELLURIC
 @click.option(
@@ -105,6 +106,7 @@ _OF_TASK = "of this task"
 @click.option("--report", type=click.Path(dir_okay=False), metavar="PAGE",
               help="Also write a page on the run, one HTML file: flags, χ² and errors against SNR, stars to look at, "
               "as moefast inspect TABLE --report does.")  # fmt: skip
+@EXPERT
 @CONFIG
 @OVERWRITE
 @QUIET
@@ -130,7 +132,7 @@ def predict(
     never a missing row. If the files have labels, R² is printed. What is odd about the spectra as a whole (slope, dead
     fibres, errors that do not fit the scatter, …) is said before the first is scored; no number is changed.
     """
-    from moefast.scoring import predict as run
+    from moefast.predicting.files import predict as run
 
     if listing is not None:
         from moefast.cluster.nights import listed
@@ -178,7 +180,7 @@ def predict(
             as_json=as_json,
         )  # fmt: skip
         return
-    progress = Progress(quiet or as_json)
+    progress = ProgressLine(quiet or as_json)
     summary = run(
         files, model, target, array=array, backend=backend, rows=rows, limit=limit,  # type: ignore[arg-type]
         shard=shard, overwrite=overwrite, velocity=velocity, velocity_range=velocity_range,
@@ -235,7 +237,7 @@ def _each(
     jobs = nights.plan(files, folder, suffix)
     chosen = Model.load(model)
     folder.mkdir(parents=True, exist_ok=True)
-    progress = Progress(quiet or as_json)
+    progress = ProgressLine(quiet or as_json)
     with contextlib.ExitStack() as stack:
         stream = stack.enter_context(open(log, "a", encoding="utf-8", errors="replace")) if log else None
 
@@ -271,7 +273,7 @@ def _on_cluster(
     """The same table by the workers of a cluster."""
     from moefast.cluster.workers import connect, predict_on
 
-    progress = Progress(quiet or as_json)
+    progress = ProgressLine(quiet or as_json)
     begin = time.perf_counter()
     with connect(scheduler) as client:
         workers = len(client.scheduler_info(n_workers=-1)["workers"])
@@ -306,12 +308,14 @@ def _on_cluster(
 
 def _check_same_inputs(target: Path, files: tuple[str, ...]) -> None:
     """Refuse to replace a table of other spectra under the default name: files of spectra are often called alike."""
-    from moefast.spectra.files import find_files
-    from moefast.spectra.tables import read_attributes
+    from moefast.spectra.paths import find_files
+    from moefast.spectra.tables import read_layout
 
     if not target.is_file():
         return
-    inputs = read_attributes(target).get("inputs")
+    inputs = None
+    with contextlib.suppress(InputError):
+        inputs = read_layout(target)[1].get("inputs")
     if not isinstance(inputs, list) or not {os.path.realpath(p) for p in inputs} <= {
         os.path.realpath(p) for p in find_files(files)
     }:

@@ -6,9 +6,10 @@ from typing import Any
 
 import click
 
-from moefast.cli.messages import Progress, tell_failures
+from moefast.cli.messages import tell_failures
 from moefast.cli.options import CONFIG, LIKE, OVERWRITE, QUIET, RESOLUTION, positive, rows
 from moefast.core.errors import MoefastError
+from moefast.core.progress import ProgressLine
 
 __all__ = ["simulate"]
 
@@ -105,7 +106,7 @@ def simulate(
     if number and rows:
         raise click.UsageError("-n and --rows both say which rows to make; give one of them")
     span = rows or ((0, number) if number else None)
-    progress = Progress(quiet)
+    progress = ProgressLine(quiet)
     report = progress.rows("simulate")
     own: dict[str, Any] = {
         "mag": mag, "velocity_scatter": velocity, "redshift": redshift, "reddening": reddening,

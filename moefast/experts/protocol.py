@@ -8,15 +8,19 @@ ONNX file stays the only home of a model's numbers. A family that can be fitted 
 `fit`, and then stands beside the others in `moefast.fitting.Options.families`.
 
 A family of one's own needs no change here: a class decorated with `moefast.expert` in a module that is imported before
-the model is fitted or read, or one that an installed package names under the entry point `moefast.experts`.
+the model is fitted or read (`import_families`, the option --expert of commands), or one that an installed package names
+under the entry point `moefast.experts`.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib import import_module, metadata
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
@@ -25,7 +29,8 @@ from numpy.typing import NDArray
 
 from moefast.core.errors import InputError, ModelError
 from moefast.core.threads import in_threads, one_blas_thread
-from moefast.ops.arithmetic import NumPyArithmetic, SolvingArithmetic
+from moefast.ops.arithmetic import SolvingArithmetic
+from moefast.ops.on_numpy import NumPyArithmetic
 
 if TYPE_CHECKING:
     from typing import Self
@@ -41,6 +46,7 @@ __all__ = [
     "expert",
     "family",
     "fitted_in_bins",
+    "import_families",
     "in_tiles",
     "read_initializers",
 ]
@@ -304,8 +310,8 @@ def family(name: str) -> type[Expert]:
             expert(point.load())
     if name not in _FAMILIES:
         raise ModelError(
-            f"experts of the family {name!r} are unknown here; import the module that defines them, or install the "
-            f"package that brings them (known are {', '.join(sorted(_FAMILIES))})"
+            f"experts of the family {name!r} are unknown here; import the module that defines them (--expert "
+            f"FILE.py of commands), or install the package that brings them (known are {', '.join(sorted(_FAMILIES))})"
         )
     return _FAMILIES[name]
 
@@ -316,6 +322,58 @@ def fitted_in_bins() -> set[str]:
     for point in metadata.entry_points(group=ENTRY_POINTS):
         family(point.name)
     return {name for name, cls in _FAMILIES.items() if cls.fit.__func__ is not Expert.fit.__func__}  # type: ignore[attr-defined]
+
+
+def import_families(source: str) -> tuple[str, ...]:
+    """Import the families of a Python file or module, and give their names.
+
+    Parameters
+    ----------
+    source : str
+        Path of a file that ends in `.py`, or the name of a module that Python finds.
+
+    Raises
+    ------
+    InputError
+        It cannot be imported, or registers no family.
+    """
+    _import_own()
+    name = str(Path(source).resolve()) if source.endswith(".py") else source
+    if name not in sys.modules:
+        try:
+            if source.endswith(".py"):
+                _import_file(name)
+            else:
+                import_module(name)
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"{source}: experts cannot be imported from it: {type(error).__name__}: {error}; name a Python file "
+                "that ends in .py, or a module that is installed"
+            ) from error
+    families = tuple(sorted(key for key, cls in _FAMILIES.items() if cls.__module__ == name))
+    if not families:
+        raise InputError(
+            f"{source}: defines no family of experts; derive a class from moefast.Expert and decorate it with "
+            "@moefast.expert"
+        )
+    return families
+
+
+def _import_file(name: str) -> None:
+    """Import a file under its path as the name, which no other module has."""
+    spec = spec_from_file_location(name, name)
+    if spec is None or spec.loader is None:
+        raise InputError(f"{name}: is no Python file")
+    module = module_from_spec(spec)
+    # Dataclasses look their module up while it is made.
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
 
 
 def in_tiles(

@@ -32,6 +32,7 @@ from moefast.core.atomic import (
 )
 from moefast.core.errors import InputError, OutputError
 from moefast.core.grids import Grid, SnrGrid
+from moefast.core.progress import RowProgress, row_progress
 from moefast.core.random import NOISE_SEED, standard_normals
 from moefast.core.sketches import share_seen
 from moefast.core.version import __version__
@@ -50,13 +51,17 @@ from moefast.protocol.report import (
 )
 from moefast.protocol.report_text import format_text
 from moefast.protocol.subject import ModelSubject, Subject, open_subject
-from moefast.scoring import BLOCK_ROWS
 from moefast.simulate.sets import Identity, identify
-from moefast.spectra.files import Block, SpectrumSet, open_spectra, same_wave
 from moefast.spectra.guard import noisy_already, take
 from moefast.spectra.quality import assess, good_pixels
+from moefast.spectra.source import Block
+from moefast.spectra.spectrum_set import SpectrumSet, open_spectra
+from moefast.spectra.wave import same_wave
 
 __all__ = ["Evaluation", "check_report_folder", "evaluate", "write_report"]
+
+BLOCK_ROWS = 2048
+"""Spectra that are read and looked at together."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,7 @@ def evaluate(
     ceiling: Ceiling | str | Path | None = None,
     backend: str = "auto",
     name: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: RowProgress | Literal[False] | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Evaluation:
     """Evaluate a model, an ONNX file or a table of predictions on labelled spectra.
@@ -125,7 +130,8 @@ def evaluate(
     name : str, optional
         Name of the test set in the report.
     progress : callable, optional
-        Called with rows done and rows in all.
+        Called with rows done and rows in all. Without it a line shows them in notebooks and interactive sessions; False
+        leaves it out.
     tell : callable, optional
         Called, before the first row is scored, with what makes the noise that is added doubtful.
 
@@ -168,29 +174,29 @@ def evaluate(
     found: dict[str, list[NDArray]] = {}
     references: dict[str, list[NDArray]] = {}
     scoring = 0.0
-    for block in spectra.blocks(BLOCK_ROWS, array="noisy" if stored else "flux"):
-        rows = np.arange(block.first_row, block.first_row + len(block))
-        if noise_level != 1.0:
-            block.error *= np.float32(noise_level)
-        if drawn:
-            draw = standard_normals(noise_seed, rows, spectra.n_pixels)
-            draw *= block.error
-            block.flux += draw
-        good = good_pixels(block.flux, block.error, block.mask)
-        quality = assess(block.flux, block.error, good, block.mask)
-        begin = time.perf_counter()
-        columns = subject.predict(block, good, int(spectra.first_rows[block.shard]))
-        scoring += time.perf_counter() - begin
-        columns |= {"snr_norm": quality.snr_norm, "snr_median": quality.snr_median}
-        for key, values in columns.items():
-            found.setdefault(key, []).append(values)
-        if isinstance(grid, SnrGrid):
-            bins[rows] = grid.assign(np.nan_to_num(quality.snr_norm))
-        if beside is not None:
-            for key, values in _reference_predictions(beside, subject, block, good, bins[rows]).items():
-                references.setdefault(key, []).append(values)
-        if progress is not None:
-            progress(int(rows[-1]) + 1, spectra.n_rows)
+    with row_progress(progress, "evaluate") as report:
+        for block in spectra.blocks(BLOCK_ROWS, array="noisy" if stored else "flux"):
+            rows = np.arange(block.first_row, block.first_row + len(block))
+            if noise_level != 1.0:
+                block.error *= np.float32(noise_level)
+            if drawn:
+                draw = standard_normals(noise_seed, rows, spectra.n_pixels)
+                draw *= block.error
+                block.flux += draw
+            good = good_pixels(block.flux, block.error, block.mask)
+            quality = assess(block.flux, block.error, good, block.mask)
+            begin = time.perf_counter()
+            columns = subject.predict(block, good, int(spectra.first_rows[block.shard]))
+            scoring += time.perf_counter() - begin
+            columns |= {"snr_norm": quality.snr_norm, "snr_median": quality.snr_median}
+            for key, values in columns.items():
+                found.setdefault(key, []).append(values)
+            if isinstance(grid, SnrGrid):
+                bins[rows] = grid.assign(np.nan_to_num(quality.snr_norm))
+            if beside is not None:
+                for key, values in _reference_predictions(beside, subject, block, good, bins[rows]).items():
+                    references.setdefault(key, []).append(values)
+            report(int(rows[-1]) + 1, spectra.n_rows)
     table = {key: np.concatenate(parts)[labelled] for key, parts in found.items()}
     labels = {key: values[labelled] for key, values in labels.items()}
     if not labelled.all():
@@ -474,8 +480,8 @@ def write_report(
     overwrite : bool
         Whether a report may be replaced; pictures of it that are not drawn again are removed.
     judged : mapping, optional
-        What the evaluation says about the milestones, from `moefast.protocol.milestones.judge_alone`: a table more in
-        report.txt and report.html.
+        What the evaluation says about the milestones, from `moefast.protocol.milestones.judge.judge_alone`: a table
+        more in report.txt and report.html.
 
     Returns
     -------

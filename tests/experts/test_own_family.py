@@ -1,24 +1,27 @@
 """A family of experts of one's own, in this one file: fitted, saved, read back, evaluated, exported; or refused."""
 
+import sys
 from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import ClassVar
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from one_expert import inputs, model_of, run
 from plans import random_mixture
 from tolerances import assert_close
 
 import moefast
+from moefast.cli import cli
 from moefast.core.errors import InputError, ModelError
 from moefast.experts import protocol
 from moefast.experts.protocol import ENTRY_POINTS, ExpertValues, Place, family
 from moefast.export import build, open_session, read_mixture, verify
 from moefast.fitting import Options
+from moefast.predicting.files import predict
 from moefast.protocol.evaluate import evaluate
 from moefast.recipes import fit
-from moefast.scoring import predict
 
 
 @moefast.expert
@@ -202,3 +205,82 @@ def test_a_bin_has_one_expert_and_one_residual():
     ):
         with pytest.raises(ValueError, match="can be replaced once"):
             replace(mixture, experts=places)
+
+
+# -- at the command line ---------------------------------------------------------------------------------------
+
+FILE = """
+import dataclasses, typing
+import numpy as np
+import moefast
+from moefast.experts.protocol import ExpertValues
+
+@moefast.expert
+@dataclasses.dataclass(frozen=True)
+class Mean(moefast.Expert):
+    intercept: np.ndarray
+    family: typing.ClassVar[str] = "mean"
+
+    def describe(self, op, seen):
+        nothing = op.multiply(op.part(seen["z"], 1, 0, 1), op.constant(0.0))
+        return ExpertValues(op.add(nothing, op.number("intercept")))
+
+    @classmethod
+    def fit(cls, inputs, y, *, seed):
+        return cls(np.array([y.mean()], np.float32))
+"""
+
+
+@pytest.fixture
+def own_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(protocol, "_FAMILIES", dict(protocol._FAMILIES))
+    path = tmp_path / "mean.py"
+    path.write_text(FILE)
+    yield path
+    sys.modules.pop(str(path), None)
+
+
+def command(*arguments, code=0):
+    result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def test_a_family_in_a_file_is_fitted_by_the_command(own_file, labelled_file, tmp_path):
+    model = tmp_path / "model"
+    command("fit", labelled_file, "-o", model, "--expert", own_file, "--families", "linear,mean",
+            "--no-references", "--seed", 1, "-q")  # fmt: skip
+    fitted = moefast.load(model)
+    assert all("mean" in entry["gain"] for entry in fitted.manifest["fit"]["families"].values())
+    assert "mean" in command("doctor").stdout
+    # No bin keeps it; a model in which one has it needs the file.
+    mean = family("mean")(np.array([3], np.float32))
+    replace(fitted, mixture=fitted.mixture.with_expert(mean, 0)).save(tmp_path / "with")
+    del protocol._FAMILIES["mean"], sys.modules[str(own_file)]
+    night = labelled_file
+    refused = command("predict", night, "-m", tmp_path / "with", "-o", tmp_path / "no.h5", code=6).stderr
+    assert "--expert" in refused
+    assert "'mean' are unknown here" in refused
+    command("predict", night, "-m", tmp_path / "with", "-o", tmp_path / "t.h5", "--expert", own_file, "-q")
+    assert (tmp_path / "t.h5").is_file()
+
+
+def test_unknown_families_are_told_with_those_that_are_known(labelled_file, tmp_path):
+    said = command("fit", labelled_file, "-o", tmp_path / "m", "--families", "linear,treees", code=2).stderr
+    assert "'treees'; known families are linear, template, heads, posterior, " in " ".join(said.split())
+    assert "trees" in said.split("known families")[1]
+    assert not (tmp_path / "m").exists()
+
+
+def test_files_without_experts_are_refused(labelled_file, tmp_path):
+    (tmp_path / "empty.py").write_text("x = 1")
+    (tmp_path / "wrong.py").write_text("import nothing_of_that_name")
+    for name, words in (
+        ("empty.py", "defines no family of experts"),
+        ("wrong.py", "ModuleNotFoundError: No module named 'nothing_of_that_name'"),
+        ("absent.py", "FileNotFoundError"),
+        ("no_such_module", "No module named 'no_such_module'"),
+    ):
+        source = tmp_path / name if name.endswith(".py") else name
+        said = command("fit", labelled_file, "-o", tmp_path / "m", "--expert", source, code=2).stderr
+        assert words in " ".join(said.split())
