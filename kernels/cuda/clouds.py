@@ -24,7 +24,7 @@ keeps 0.4 MB of each on the device.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -655,6 +655,75 @@ class DevicePosterior:
         """Device memory for so many stars."""
         return Work(rows, self)
 
+    def steps(
+        self, flux: Any, error: Any, mask: Any, n: int, work: Work, scores: Posteriors, stream: Any
+    ) -> Iterator[tuple[str, Callable[[], None]]]:
+        """What is done to n spectra, in its order: a name in words, and what starts it in `stream`; see `launch`."""
+        p, c, q = self.n_pixels, self.n_coordinates, self.n_nuisances
+        hidden = self.no_mask if mask is None else mask
+        solve = (min(n, len(work.scratch)), self.solve_threads, stream, self.solve_shared)
+
+        def multiply(rows: Any, matrix: Any, out: Any) -> None:
+            blocks, threads = product_launch(n, out.shape[1])
+            multiply_rows[blocks, threads, stream](rows, matrix, n, out)
+
+        yield (
+            "read pixels, cells",
+            lambda: read_spectra[n, READ_THREADS, stream](
+                flux, error, hidden, p, *self.pixels, work.y, work.information, work.cells, work.numbers,
+                scores.snr_norm, scores.n_good, scores.flag,
+            ),
+        )  # fmt: skip
+        yield "M", lambda: multiply(work.cells, self.products, work.packed)
+        yield "u", lambda: multiply(work.y, self.directions, work.u)
+        yield (
+            "point near the star",
+            lambda: expand_stars[solve](
+                n, work.packed, work.u, self.precision, self.pull, work.scratch, work.points
+            ),
+        )
+        yield "its spectrum", lambda: multiply(work.points, self.transposed, work.spectra)
+        yield (
+            "what is left of pixels",
+            lambda: subtract_spectra[n, READ_THREADS, stream](
+                work.y, work.information, work.spectra, work.numbers
+            ),
+        )
+        yield "u at the point", lambda: multiply(work.y, self.directions, work.u)
+        yield (
+            "nuisances",
+            lambda: marginalise_stars[solve](
+                n, work.packed, work.u, work.points, q, self.n_sky, work.scratch, work.numbers
+            ),
+        )
+        yield (
+            "root of M",
+            lambda: root_stars[solve](n, work.packed, work.u, c, work.second_scratch, work.numbers),
+        )
+        yield (
+            "spread within clouds",
+            lambda: whiten_stars[solve](
+                n, work.packed, work.u, self.unit, work.scratch, work.second_scratch,
+                work.roots, work.centre, work.spectrum,
+            ),
+        )  # fmt: skip
+        yield (
+            "clouds",
+            lambda: compare_kernel(self.vectors)[(self.panels, n), THREADS, stream, self.shared](
+                c, self.reach, *self.clouds, work.roots, work.centre, work.spectrum, self.width, work.found
+            ),
+        )
+        yield (
+            "labels",
+            lambda: conclude_stars[n, LANES, stream](
+                work.found, work.numbers, self.first, c, *self.label_range, *self.error_model, *scores[:13]
+            ),
+        )
+        yield (
+            "median SNR",
+            lambda: median_rows[n, MEDIAN_THREADS, stream](flux, error, hidden, p, scores.snr_median),
+        )
+
     def launch(self, flux: Any, error: Any, mask: Any, n: int, work: Work, stream: Any) -> Posteriors:
         """Score n > 0 spectra that are on the device, in `stream`, without waiting; nothing is checked.
 
@@ -672,42 +741,9 @@ class DevicePosterior:
         Posteriors
             Device arrays, cut to n rows.
         """
-        p, c, q = self.n_pixels, self.n_coordinates, self.n_nuisances
-        scores = work.scores
-        if n < work.rows:
-            scores = Posteriors(*(a[:n] for a in scores))
-        hidden = self.no_mask if mask is None else mask
-        read_spectra[n, READ_THREADS, stream](
-            flux, error, hidden, p, *self.pixels, work.y, work.information, work.cells, work.numbers,
-            scores.snr_norm, scores.n_good, scores.flag,
-        )  # fmt: skip
-
-        def multiply(rows: Any, matrix: Any, out: Any) -> None:
-            blocks, threads = product_launch(n, out.shape[1])
-            multiply_rows[blocks, threads, stream](rows, matrix, n, out)
-
-        multiply(work.cells, self.products, work.packed)
-        multiply(work.y, self.directions, work.u)
-        solve = (min(n, self.blocks), self.solve_threads, stream, self.solve_shared)
-        expand_stars[solve](n, work.packed, work.u, self.precision, self.pull, work.scratch, work.points)
-        multiply(work.points, self.transposed, work.spectra)
-        subtract_spectra[n, READ_THREADS, stream](work.y, work.information, work.spectra, work.numbers)
-        multiply(work.y, self.directions, work.u)
-        marginalise_stars[solve](
-            n, work.packed, work.u, work.points, q, self.n_sky, work.scratch, work.numbers
-        )
-        root_stars[solve](n, work.packed, work.u, c, work.second_scratch, work.numbers)
-        whiten_stars[solve](
-            n, work.packed, work.u, self.unit, work.scratch, work.second_scratch,
-            work.roots, work.centre, work.spectrum,
-        )  # fmt: skip
-        compare_kernel(self.vectors)[(self.panels, n), THREADS, stream, self.shared](
-            c, self.reach, *self.clouds, work.roots, work.centre, work.spectrum, self.width, work.found
-        )
-        conclude_stars[n, LANES, stream](
-            work.found, work.numbers, self.first, c, *self.label_range, *self.error_model, *scores[:13]
-        )
-        median_rows[n, MEDIAN_THREADS, stream](flux, error, hidden, p, scores.snr_median)
+        scores = work.scores if n == work.rows else Posteriors(*(a[:n] for a in work.scores))
+        for _, start in self.steps(flux, error, mask, n, work, scores, stream):
+            start()
         return scores
 
 

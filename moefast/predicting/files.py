@@ -29,7 +29,7 @@ from moefast.predicting.run import PredictionRun
 from moefast.predicting.source import Source, choose_rows, open_files, open_source
 from moefast.predicting.summary import Summary
 from moefast.predicting.table import Sink
-from moefast.predicting.velocities import ON_CPU
+from moefast.predicting.velocities import FITTED_ON_CPU
 from moefast.spectra import guard
 from moefast.spectra.prepared import Origins, Preparation
 from moefast.spectra.tables import Column
@@ -129,7 +129,7 @@ def predict(
         keep=keep,
     )
     if isinstance(source.velocity, VelocityFit) and where.name == "cuda":
-        where = replace(where, reason=f"{where.reason}; {ON_CPU}")
+        where = replace(where, reason=f"{where.reason}; {FITTED_ON_CPU}")
     layout = _layout(chosen, source)
     about_params = notes_on_params(spectra, source.identifiers, source.labelled)
     summary = Summary(

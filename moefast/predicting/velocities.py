@@ -20,11 +20,13 @@ from moefast.spectra.source import Block
 from moefast.spectra.spectrum_set import SpectrumSet
 from moefast.spectra.velocities import Velocities, find_velocities
 
-__all__ = ["FIT", "ON_CPU", "cannot_fit", "move", "score_moving", "velocity_columns", "velocity_fit"]
+__all__ = ["FIT", "FITTED_ON_CPU", "cannot_fit", "move", "score_moving", "velocity_columns", "velocity_fit"]
 
 FIT = "fit"
 """In the place of velocities: fit them."""
-ON_CPU = "spectra are read, moved and fitted for their velocities on the CPU, predictions at these on the GPU"
+FITTED_ON_CPU = (
+    "spectra are moved and their velocities fitted on the CPU, predictions at these made on the GPU"
+)
 """What belongs to the reason for a GPU where velocities are fitted."""
 
 

@@ -15,24 +15,7 @@ from moefast.posterior.cells import alike_pixels
 from moefast.predicting.engines import CudaEngine, without_kernels
 from moefast.spectra.quality import assess, good_pixels
 
-SMALL = (
-    (information, {"STEP": 4, "SOLVE_THREADS": 4, "TILE_ROWS": 16, "TILE_COLUMNS": 16}),
-    (
-        clouds,
-        {
-            "READ_THREADS": 2, "MEDIAN_THREADS": 2, "LANES": 2, "COORDINATES": 8, "COLUMNS": 16, "PANEL": 4,
-            "MOST_CLOUDS": 4, "PARTS": 2, "THREADS": 8, "LEAST_BLOCKS": 3, "MOST_BLOCKS": 3,
-        },
-    ),
-)  # fmt: skip
-"""Tiles and blocks of threads that the simulator starts quickly; three blocks share the roots of all stars."""
-
-
-@pytest.fixture(autouse=True)
-def few_threads(monkeypatch):
-    for module, values in SMALL:
-        for name, value in values.items():
-            monkeypatch.setattr(module, name, value)
+pytestmark = pytest.mark.usefixtures("small_tiles")
 
 
 @pytest.fixture(scope="module")
