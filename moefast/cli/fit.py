@@ -23,6 +23,7 @@ from moefast.cli.options import (
     OVERWRITE,
     QUIET,
     RESOLUTION,
+    SCHEDULER,
     shard_of,
 )
 from moefast.core.progress import ProgressLine
@@ -103,8 +104,7 @@ def _grid(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int
 @click.option("--shard", callback=shard_of, metavar="[i/N]", is_flag=False, flag_value=OF_TASK,
               help="Gather the statistics of part i of N (from 0) and write them to the file -o; moefast merge "
               "finishes the fit. Without a value: the part of this task of a SLURM job array.")  # fmt: skip
-@click.option("--scheduler", metavar="ADDRESS",
-              help="Fit on the workers of a Dask cluster at this address, or of this machine: local:N.")  # fmt: skip
+@SCHEDULER
 @BACKEND
 @DEVICE
 @CONFIG
@@ -268,12 +268,10 @@ def _on_cluster(
     scheduler: str, plan: FitPlan, prepared: PreparedFit, out: str, backend: str, progress: ProgressLine
 ) -> Model:
     """The same model by the workers of a cluster."""
+    from moefast.cli.spread import connected
     from moefast.cluster.fit_on_workers import fit_on
-    from moefast.cluster.workers import connect
 
-    with connect(scheduler) as client:
-        workers = len(client.scheduler_info(n_workers=-1)["workers"])
-        progress.note(f"{workers} workers; dashboard {client.dashboard_link}")
+    with connected(scheduler, progress) as client:
         return fit_on(
             client, plan, prepared, out, backend="cuda" if backend == "cuda" else "cpu", progress=progress.stage,
             tell=lambda words: progress.note(f"note: {words}"),

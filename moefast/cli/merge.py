@@ -18,10 +18,13 @@ __all__ = ["merge"]
 @click.argument("parts", nargs=-1, required=True, metavar="PART…")
 @click.option("-o", "--out", required=True, metavar="OUT",
               help="Table to write: .h5, .parquet or .fits; of statistics the model folder.")  # fmt: skip
+@click.option("--hats", is_flag=True,
+              help="Write a catalogue, a folder of Parquet files divided on the sky that LSDB opens; the tables need "
+              "columns ra and dec (predict --keep ra,dec).")  # fmt: skip
 @OVERWRITE
 @QUIET
 @JSON
-def merge(parts: tuple[str, ...], out: str, overwrite: bool, quiet: bool, as_json: bool) -> None:
+def merge(parts: tuple[str, ...], out: str, hats: bool, overwrite: bool, quiet: bool, as_json: bool) -> None:
     """Join the tables that moefast predict wrote with --shard, or with --rows, into one; or finish a fit.
 
     \b
@@ -47,6 +50,9 @@ def merge(parts: tuple[str, ...], out: str, overwrite: bool, quiet: bool, as_jso
     if is_part(parts[0]):
         _finish_fit(files_named(parts), out, overwrite=overwrite, quiet=quiet, as_json=as_json)
         return
+    if hats:
+        _catalogue(tables_named(parts), out, overwrite=overwrite, quiet=quiet, as_json=as_json)
+        return
     progress = ProgressLine(quiet or as_json)
     merged = merge_tables(tables_named(parts), out, overwrite=overwrite, progress=progress.rows("merge"))
     progress.close()
@@ -62,6 +68,25 @@ def merge(parts: tuple[str, ...], out: str, overwrite: bool, quiet: bool, as_jso
     click.echo(f"{out}: {merged.n_rows:,} spectra of {merged.n_parts} parts, rows {first}:{last}{r2}")
     for note in merged.notes:
         click.echo(f"  note: {note}")
+
+
+def _catalogue(tables: list[Path], out: str, *, overwrite: bool, quiet: bool, as_json: bool) -> None:
+    """Tables as a catalogue that is divided on the sky."""
+    from moefast.cluster.catalogue import write_catalogue
+    from moefast.core.progress import FILES
+
+    progress = ProgressLine(quiet or as_json)
+    found = write_catalogue(tables, out, overwrite=overwrite, progress=progress.rows(FILES))
+    progress.close()
+    if as_json:
+        facts = {
+            "catalogue": out, "rows": found.n_rows, "files": found.n_files, "left_out": found.n_without_position,
+        }  # fmt: skip
+        click.echo(json.dumps(facts, indent=1))
+        return
+    click.echo(f"{out}: {found.n_rows:,} stars in {found.n_files:,} files")
+    if found.n_without_position:
+        click.echo(f"  {found.n_without_position:,} stars without a position were left out")
 
 
 def _finish_fit(parts: list[Path], out: str, *, overwrite: bool, quiet: bool, as_json: bool) -> None:

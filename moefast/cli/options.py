@@ -25,6 +25,7 @@ __all__ = [
     "OVERWRITE",
     "QUIET",
     "RESOLUTION",
+    "SCHEDULER",
     "TELLURIC",
     "VELOCITY",
     "VELOCITY_RANGE",
@@ -283,6 +284,14 @@ FAMILIES = click.option(
     help="Families of experts of which each bin keeps the best, instead of those of the recipe: linear with any of "
     "template, trees and your own (--expert). moefast doctor lists what is known here.",
 )  # fmt: skip
+
+
+SCHEDULER = click.option(
+    "--scheduler",
+    metavar="ADDRESS",
+    help="Work on a Dask cluster with its scheduler at this address, such as tcp://host:8786, or on N workers of this "
+    "machine: local:N.",
+)
 
 
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")

@@ -68,8 +68,14 @@ def assert_same(one, two):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "noise"),
-    [("phys-moe", "closed-form"), ("snr-moe", "closed-form"), ("global-ridge", "observed")],
+    ("recipe", "noise", "counts"),
+    [
+        ("phys-moe", "closed-form", (2, 15)),
+        ("snr-moe", "closed-form", (3,)),
+        ("global-ridge", "observed", (4,)),
+        ("published-ridge", "sampled", (2,)),
+        ("posterior-calibrated", "closed-form", (2,)),
+    ],
 )
 def test_parts_give_the_model_of_one_process(source, tmp_path, recipe, noise, counts):
     whole = fit(source, recipe=recipe, noise=noise)
@@ -160,7 +166,7 @@ def test_the_commands(source, tmp_path, monkeypatch):
         assert done.exit_code == 0, done.output
         assert json.loads(done.stdout)["shard"] == [index, 2]
     again = run(cli, ["fit", str(source), *options, "--shard", "0/2", "-o", str(tmp_path / "p0.npz")])
-    assert again.exit_code == 6
+    assert again.exit_code == 8
     assert "exists already" in again.output
     wrong = run(cli, ["fit", str(source), *options, "--shard", "0/2", "-o", str(tmp_path / "model")])
     assert wrong.exit_code == 2
