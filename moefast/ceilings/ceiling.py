@@ -62,7 +62,6 @@ PUBLISHED_CRLB = ((18.0, 0.9993), (20.0, 0.989), (21.5, 0.874), (22.0, 0.698), (
 """(magnitude, R²max) of the five-parameter bound, as published for a test set that is not public."""
 FREE_LABELS = ("T_eff", "M_H", "C_M", "a_M")
 """Labels that are freed one after the other beside log g."""
-PER_STAR = ("crlb", "crlb_prior", "bayes", "bayes_sd", "monte_carlo_error", "ess", "rank")
 
 
 @dataclass(frozen=True)
@@ -328,8 +327,8 @@ def _name(spectra: SpectrumSet, identity: Identity | None) -> str:
 
 
 @lru_cache(maxsize=2)
-def _library(settings: Settings) -> bayes.Library:
-    return bayes.Library.draw(ForwardModel(settings))
+def _library(settings: Settings) -> bayes.TemplateLibrary:
+    return bayes.TemplateLibrary.draw(ForwardModel(settings))
 
 
 # --- what the files say --------------------------------------------------------------------------------

@@ -25,7 +25,6 @@ from moefast.core.errors import InputError, MoefastError, OutputError
 from moefast.core.progress import RowProgress
 from moefast.core.version import __version__
 from moefast.model import Model
-from moefast.protocol.evaluate import BLOCK_ROWS as EVALUATION_ROWS
 from moefast.protocol.evaluate import Scored, Scorer
 from moefast.simulate import Observed, Settings, simulate_file, simulate_set
 from moefast.spectra.paths import find_files
@@ -94,6 +93,7 @@ def scores_on(
     InputError, ModelError
         A worker does not see a file, or has another model or version; the worker is named.
     """
+    arguments = scorer.arguments
     files = [os.path.abspath(path) for path in find_files(arguments["paths"])]
     model = arguments["model"]
     if isinstance(model, Model):
@@ -104,7 +104,9 @@ def scores_on(
     expected = Model.load(name).hash if is_model else None
     workers = check_workers(client, [*files, *other], name if is_model else None, expected)
     job = {**arguments, "paths": files, "model": name}
-    yield from _in_order(client, _score, job, _spans(n_rows, EVALUATION_ROWS, len(workers)), report)
+    yield from _in_order(
+        client, _score, job, _spans(scorer.spectra.n_rows, scorer.block_rows, len(workers)), report
+    )
 
 
 @functools.lru_cache(maxsize=1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,10 +26,7 @@ from moefast.gating.features import line_columns
 from moefast.kernels import all_within, project
 from moefast.mixture import Mixture
 from moefast.spectra.quality import good_pixels
-
-if TYPE_CHECKING:
-    from moefast.simulate.source import SimulatedSpectra
-    from moefast.spectra.spectrum_set import SpectrumSet
+from moefast.spectra.source import SpectrumSource
 
 __all__ = ["BLOCK_ROWS", "Rows", "TrainingSet"]
 
@@ -53,7 +50,7 @@ class TrainingSet:
 
     Parameters
     ----------
-    spectra : SpectrumSet or SimulatedSpectra
+    spectra : SpectrumSource
         With labels T_eff [K], log_g [dex], M_H [dex].
     options : Options
     progress : callable
@@ -91,9 +88,7 @@ class TrainingSet:
     largest_error: float
     scales: Scales
 
-    def __init__(
-        self, spectra: SpectrumSet | SimulatedSpectra, options: Options, progress: StageProgress
-    ) -> None:
+    def __init__(self, spectra: SpectrumSource, options: Options, progress: StageProgress) -> None:
         self.spectra, self.options, self.progress = spectra, options, progress
         labels = spectra.labels(("T_eff", "log_g", "M_H"), partial=True)
         self.labelled: NDArray[np.bool_] = np.isfinite(np.sum([*labels.values()], axis=0))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -27,10 +27,7 @@ from moefast.fitting.training_set import TrainingSet
 from moefast.gating.mlp import softmax
 from moefast.mixture import Mixture
 from moefast.posterior import PosteriorMixture
-
-if TYPE_CHECKING:
-    from moefast.simulate.source import SimulatedSpectra
-    from moefast.spectra.spectrum_set import SpectrumSet
+from moefast.spectra.source import SpectrumSource
 
 __all__ = ["HERE", "Fit", "Passes", "fit_mixture"]
 
@@ -62,7 +59,7 @@ class Fit:
 
 
 def fit_mixture(
-    spectra: SpectrumSet | SimulatedSpectra,
+    spectra: SpectrumSource,
     options: Options,
     progress: StageProgress | None = None,
     checkpoint: Checkpoint | None = None,
@@ -73,7 +70,7 @@ def fit_mixture(
 
     Parameters
     ----------
-    spectra : SpectrumSet or SimulatedSpectra
+    spectra : SpectrumSource
         With labels T_eff [K], log_g [dex], M_H [dex].
     options : Options
     progress : callable, optional

@@ -41,6 +41,7 @@ from moefast.experts.linear_form import LinearForm
 from moefast.mixture import hat_weights
 from moefast.model import SHIPPED, Model, shipped_path
 from moefast.posterior.mixture import AnyMixture, PosteriorMixture
+from moefast.protocol.milestones.verdicts import Judgement
 from moefast.protocol.predictions import write_kept
 from moefast.protocol.report import (
     ORACLE,
@@ -51,7 +52,7 @@ from moefast.protocol.report import (
     evaluate_predictions,
 )
 from moefast.protocol.report_text import format_text
-from moefast.protocol.subject import ModelSubject, Subject, open_subject
+from moefast.protocol.subject import ModelSubject, PeerSubject, Subject, open_subject
 from moefast.simulate.sets import Identity, identify
 from moefast.spectra.guard import noisy_already, take
 from moefast.spectra.quality import assess, good_pixels
@@ -59,11 +60,11 @@ from moefast.spectra.source import Block
 from moefast.spectra.spectrum_set import SpectrumSet, open_spectra
 from moefast.spectra.wave import same_wave
 
-__all__ = ["BLOCK_ROWS", "Evaluation", "Scored", "Scorer", "check_report_folder", "evaluate", "write_report"]
+__all__ = ["Evaluation", "Scored", "Scorer", "check_report_folder", "evaluate", "write_report"]
 
 Scored = tuple[dict[str, NDArray], dict[str, NDArray[np.float64]], float]
 """Of a block: columns of the stars, predictions of simpler fits, and seconds of scoring."""
-Spread = Callable[[dict[str, Any], int, RowProgress], Iterator[Scored]]
+
 
 BLOCK_ROWS = 2048
 """Spectra that are read and looked at together."""
@@ -104,6 +105,7 @@ def evaluate(
     paths: str | Path | Iterable[str | Path],
     model: Model | str | Path | None = None,
     *,
+    peer: str | None = None,
     noise: Literal["auto", "draw", "none"] = "auto",
     noise_level: float = 1.0,
     noise_seed: int = NOISE_SEED,
@@ -112,7 +114,7 @@ def evaluate(
     name: str | None = None,
     progress: RowProgress | Literal[False] | None = None,
     tell: Callable[[str], None] | None = None,
-    spread: Spread | None = None,
+    spread: Callable[[Scorer, RowProgress], Iterator[Scored]] | None = None,
 ) -> Evaluation:
     """Evaluate a model, an ONNX file or a table of predictions on labelled spectra.
 
@@ -124,6 +126,8 @@ def evaluate(
         A model folder; an ONNX file (.onnx) with inputs flux and error and an output log_g; or a table of predictions
         (.h5, .parquet, .fits, .csv; see `moefast.protocol.predictions.read_predictions`). The first of the models
         shipped with moefast if absent.
+    peer : str, optional
+        Evaluate this method of others instead of a model: see `moefast.peers.choose.PEERS`.
     noise : "auto", "draw" or "none"
         "auto" takes the array `noisy` where a file has it (at noise level 1) and else adds noise to `flux`; "draw"
         always adds noise to `flux`; "none" scores `flux` as it is, for spectra that are observed.
@@ -141,7 +145,7 @@ def evaluate(
     tell : callable, optional
         Called, before the first row is scored, with what makes the noise that is added doubtful.
     spread : callable, optional
-        Has the rows scored elsewhere: called with what makes a `Scorer`, the number of rows, and `progress`.
+        Has the rows scored elsewhere: called with a `Scorer` and `progress`.
 
     Raises
     ------
@@ -172,7 +176,7 @@ def evaluate(
         if spread is None:
             scored = scorer.score((0, spectra.n_rows), report)
         else:
-            scored = spread(scorer.arguments, spectra.n_rows, report)
+            scored = spread(scorer, report)
         for columns, others, seconds in scored:
             for key, values in columns.items():
                 found.setdefault(key, []).append(values)
@@ -232,6 +236,7 @@ def evaluate(
         "command": _command(
             given,
             model,
+            peer=peer,
             noise=noise,
             noise_level=noise_level,
             noise_seed=noise_seed,
@@ -251,6 +256,8 @@ class Scorer:
         What makes another one, elsewhere.
     drawn : bool
         Whether noise is added.
+    block_rows : int
+        Rows of a block.
     """
 
     def __init__(
@@ -258,15 +265,18 @@ class Scorer:
         paths: Sequence[str | Path],
         model: Model | str | Path | None,
         *,
+        peer: str | None,
         noise: str,
         noise_level: float,
         noise_seed: int,
         backend: str,
     ) -> None:
+        if peer is not None and model is not None:
+            raise InputError("a model or a peer is evaluated, not both; leave one out")
         if not noise_level > 0:
             raise InputError(f"the noise level must be positive, found {noise_level}")
         self.arguments = {
-            "paths": paths, "model": model, "noise": noise, "noise_level": noise_level, "noise_seed": noise_seed,
+            "paths": paths, "model": model, "peer": peer, "noise": noise, "noise_level": noise_level, "noise_seed": noise_seed,
             "backend": backend,
         }  # fmt: skip
         spectra = self.spectra = open_spectra(paths)
@@ -283,7 +293,13 @@ class Scorer:
         labels = self.labels = spectra.labels(("T_eff", "log_g", "M_H"), partial=True)
         labelled = self.labelled = np.isfinite(np.sum([*labels.values()], axis=0))
         self.identity = identify(spectra.shards[0]) if len(spectra.shards) == 1 else None
-        self.subject = open_subject(model, spectra, backend=backend, noise=self.about_noise)
+        self.subject: Subject
+        if peer is not None:
+            name = "z0" if self.identity is None else self.identity.reference_set
+            self.subject = PeerSubject.open(peer, spectra, name)
+        else:
+            self.subject = open_subject(model, spectra, backend=backend, noise=self.about_noise)
+        self.block_rows = BLOCK_ROWS if self.subject.rows_at_once is None else self.subject.rows_at_once
         self.beside = _references_of(self.subject, spectra, self.identity)
         self.grid = self.beside.grid if self.beside else None
         self.bins = np.zeros(spectra.n_rows, np.int16)
@@ -294,7 +310,7 @@ class Scorer:
     def score(self, rows: tuple[int, int], report: RowProgress) -> Iterator[Scored]:
         """What is found of each block of some rows, in order."""
         spectra = self.spectra
-        for block in spectra.blocks(BLOCK_ROWS, array="noisy" if self.stored else "flux", rows=rows):
+        for block in spectra.blocks(self.block_rows, array="noisy" if self.stored else "flux", rows=rows):
             here = np.arange(block.first_row, block.first_row + len(block))
             if self.noise_level != 1.0:
                 block.error *= np.float32(self.noise_level)
@@ -452,6 +468,7 @@ def _command(
     paths: Sequence[str | Path],
     model: Model | str | Path | None,
     *,
+    peer: str | None,
     noise: str,
     noise_level: float,
     noise_seed: int,
@@ -465,6 +482,8 @@ def _command(
         return None
     if folder is not None:
         words += ["-m", str(folder)]
+    if peer is not None:
+        words += ["--peer", peer]
     if noise != "auto":
         words += ["--noise", noise]
     if noise_level != 1.0:
@@ -522,7 +541,7 @@ def write_report(
     *,
     pictures: bool = True,
     overwrite: bool = False,
-    judged: Mapping[str, Any] | None = None,
+    judged: Judgement | None = None,
 ) -> list[Path]:
     """Write the report to a folder, which is made if need be.
 
@@ -538,7 +557,7 @@ def write_report(
         Whether to draw: the last three of `REPORT_FILES`. Drawing takes a few seconds.
     overwrite : bool
         Whether a report may be replaced; pictures of it that are not drawn again are removed.
-    judged : mapping, optional
+    judged : Judgement, optional
         What the evaluation says about the milestones, from `moefast.protocol.milestones.judge.judge_alone`: a table
         more in report.txt and report.html.
 
@@ -619,9 +638,7 @@ def _holds_a_report_alone(folder: Path) -> bool:
     )
 
 
-def _draw(
-    report: Mapping[str, Any], run: Mapping[str, Any], judged: Mapping[str, Any] | None, target: Path
-) -> None:
+def _draw(report: Mapping[str, Any], run: Mapping[str, Any], judged: Judgement | None, target: Path) -> None:
     from moefast.protocol.figures import FIGURES, overview, png
     from moefast.protocol.html import write_page
 
