@@ -215,7 +215,7 @@ def fit(
 
 
 def prepare(
-    paths: str | Path | Iterable[str | Path] | SpectrumSet | SimulatedSpectra,
+    paths: str | Path | Iterable[str | Path] | SpectrumSource,
     *,
     recipe: str = DEFAULT,
     grid: Grid | None = None,
@@ -263,7 +263,7 @@ def prepare(
 class PreparedFit:
     """A fit that is ready to begin: spectra and their `fingerprint`, options, recipe, and notes on what is odd."""
 
-    spectra: SpectrumSet | SimulatedSpectra
+    spectra: SpectrumSource
     options: Options
     recipe: str
     fingerprint: str

@@ -31,7 +31,8 @@ from moefast.model import Model
 from moefast.recipes import PreparedFit, prepare
 from moefast.simulate import Observed, SimulatedSpectra
 from moefast.spectra.paths import find_files
-from moefast.spectra.spectrum_set import SpectrumSet, open_spectra
+from moefast.spectra.source import SpectrumSource
+from moefast.spectra.spectrum_set import open_spectra
 
 __all__ = [
     "FitPlan", "Source", "fit_of_parts", "gather_to_file", "is_part", "only_one_first_pass", "part_header",
@@ -85,7 +86,7 @@ class Source:
         """What the files that simulated spectra should look like say."""
         return Observed.of_files(self.like, resolution=self.resolution) if self.like else None
 
-    def open(self, observed: Observed | None = None) -> SpectrumSet | SimulatedSpectra:
+    def open(self, observed: Observed | None = None) -> SpectrumSource:
         """The spectra; `observed` if it was read already.
 
         Raises
@@ -110,7 +111,7 @@ class FitPlan:
     arguments: dict[str, Any]
 
     def prepare(
-        self, spectra: SpectrumSet | SimulatedSpectra | None = None, tell: Callable[[str], None] | None = None
+        self, spectra: SpectrumSource | None = None, tell: Callable[[str], None] | None = None
     ) -> PreparedFit:
         """The fit itself; `spectra` if they are open already."""
         return prepare(spectra or self.source.open(), **self.arguments, tell=tell)

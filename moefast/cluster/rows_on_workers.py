@@ -83,9 +83,7 @@ def _score(content: bytes, digest: str, span: tuple[int, int]) -> list[Scored]:
         return list(_scorer(content, digest).score(span, _nothing))
 
 
-def scores_on(
-    client: Client, arguments: dict[str, Any], n_rows: int, report: RowProgress
-) -> Iterator[Scored]:
+def scores_on(client: Client, scorer: Scorer, report: RowProgress) -> Iterator[Scored]:
     """The `spread` of `moefast.protocol.evaluate.evaluate`, with a client before its arguments.
 
     Raises

@@ -173,10 +173,7 @@ def evaluate(
     references: dict[str, list[NDArray]] = {}
     scoring = 0.0
     with row_progress(progress, "evaluate") as report:
-        if spread is None:
-            scored = scorer.score((0, spectra.n_rows), report)
-        else:
-            scored = spread(scorer, report)
+        scored = scorer.score((0, spectra.n_rows), report) if spread is None else spread(scorer, report)
         for columns, others, seconds in scored:
             for key, values in columns.items():
                 found.setdefault(key, []).append(values)
@@ -276,8 +273,8 @@ class Scorer:
         if not noise_level > 0:
             raise InputError(f"the noise level must be positive, found {noise_level}")
         self.arguments = {
-            "paths": paths, "model": model, "peer": peer, "noise": noise, "noise_level": noise_level, "noise_seed": noise_seed,
-            "backend": backend,
+            "paths": paths, "model": model, "peer": peer, "noise": noise, "noise_level": noise_level,
+            "noise_seed": noise_seed, "backend": backend,
         }  # fmt: skip
         spectra = self.spectra = open_spectra(paths)
         self.stored = (
