@@ -22,6 +22,7 @@ from moefast.core.errors import InputError, OutputError
 from moefast.core.labels import plausible
 from moefast.core.metrics import SquaredErrors
 from moefast.core.outputs import HEADLINE, VELOCITY
+from moefast.core.progress import RowProgress, row_progress
 from moefast.core.threads import map_in_order, one_blas_thread
 from moefast.core.version import __version__
 from moefast.mixture import Prediction
@@ -34,7 +35,7 @@ from moefast.predicting.identifiers import as_identifiers, carried_columns, iden
 from moefast.predicting.notes import notes_on_input, notes_on_params, notes_on_predictions
 from moefast.predicting.summary import Summary
 from moefast.predicting.table import LOST, Sink, fill_gap, lead_columns
-from moefast.predicting.velocities import move, score_moving, velocity_columns, velocity_fit
+from moefast.predicting.velocities import fit_beside, move, score_moving, velocity_columns, velocity_fit
 from moefast.spectra import guard
 from moefast.spectra.paths import find_files
 from moefast.spectra.prepared import Origins, Preparation, PreparedShard, open_prepared
@@ -100,7 +101,7 @@ def predict(
     select: str | None = None,
     keep: Iterable[str] = (),
     record: Mapping[str, Any] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: RowProgress | Literal[False] | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Summary:
     """Predict log g for every spectrum of one or more files.
@@ -126,9 +127,10 @@ def predict(
         Replace an existing table.
     velocity : number, column, path or "fit", optional
         Velocities that are removed [km/s]: one for all, a column of the spectra, or a table that is joined by
-        identifiers (see `moefast.spectra.velocities`). "fit": one is fitted to each spectrum, and predictions are
-        averaged over its posterior; only by posteriors. Without it spectra of surveys are fitted if the model can, and
-        all others, those of the simulator among them, are taken to be at rest.
+        identifiers (see `moefast.spectra.velocities`). Where they have errors above 5 km/s and the model is a
+        posterior, each is weighed with what the spectrum says. "fit": one is fitted to each spectrum, and predictions
+        are averaged over its posterior; only by posteriors. Without it spectra of surveys are fitted if the model can,
+        and all others, those of the simulator among them, are taken to be at rest.
     velocity_range : float
         Fitted velocities lie within so many km/s of 0, either way.
     medium : "auto", "vacuum" or "air"
@@ -143,7 +145,8 @@ def predict(
     record : mapping, optional
         What the caller wants to find again in the table's attribute ``made_of``: numbers, text, lists and mappings.
     progress : callable, optional
-        Called with rows done and rows in all.
+        Called with rows done and rows in all. Without it a line shows them in notebooks and interactive sessions; False
+        leaves it out.
     tell : callable, optional
         Called with each oddity before the first row is scored.
 
@@ -174,7 +177,10 @@ def predict(
             raise InputError(f"--select {select!r}: holds for none of the rows {start}:{stop}")
     n_out = int(wanted_rows.sum())
     fit = velocity_fit(chosen, spectra, velocity, velocity_range)
-    moved = fit if fit is not None or velocity is None else move(spectra, velocity, wanted_rows)
+    given = None if fit is not None or velocity is None else move(spectra, velocity, wanted_rows)
+    if given is not None:
+        fit = fit_beside(chosen, spectra, given, wanted_rows, velocity_range)
+    moved = fit if given is None else given
     ids = {name: identifier_dtype(spectra, name) for name in carried_columns(spectra, keep)}
     labelled = spectra.has_labels((HEADLINE,))
     layout = table_columns(chosen.mixture, ids, several, moved)
@@ -246,10 +252,11 @@ def predict(
         base = int(spectra.first_rows[block.shard])
         shard = spectra.shards[block.shard]
         if fit is not None and isinstance(shard, PreparedShard) and (velocity is not None or shard.observed):
-            which = "noisy" if array != "flux" and "noisy" in shard.arrays else "flux"
-            result, quality, fitted = score_moving(engine, fit, shard, which, block, block.first_row - base)
+            result, quality, fitted = score_moving(engine, fit, shard, block, block.first_row - base, given)
             moving = (fitted.velocity, fitted.error)
         else:
+            if isinstance(shard, PreparedShard):
+                shard.fill(block, block.first_row - base)
             result, quality = score_block(engine, block, block.first_row - base)
             moving = (np.zeros(len(block)), np.full(len(block), np.nan))
         return _Scored(block.first_row, block.shard, block.params, result, quality, *moving)
@@ -273,7 +280,8 @@ def predict(
             nothing = (columns["flag"] & np.uint32(Flag.NO_DATA)) != 0
             for one, name in zip(VELOCITY, ("velocity", "velocity_error"), strict=True):
                 values = np.concatenate([getattr(p, name) for p in parts])[chosen_rows]
-                lead[one.name] = np.where(nothing, np.nan, values).astype(one.dtype)
+                # What was given is known of stars without data, too.
+                lead[one.name] = np.where(nothing & (given is None), np.nan, values).astype(one.dtype)
         sink.write({**lead, **columns})
         if labelled:
             known = plausible(HEADLINE, params[HEADLINE])
@@ -291,11 +299,8 @@ def predict(
     warm_up(engine, chosen.mixture.n_pixels)
     if fit is not None:
         fit.prepare()
-        for each in spectra.shards:
-            if isinstance(each, PreparedShard):
-                each.keep_measured()
     begin = time.perf_counter()
-    with sink, one_blas_thread():
+    with sink, one_blas_thread(), row_progress(progress, "predict") as report:
         position, waiting = start, list[_Scored]()
         blocks = spectra.blocks(
             engine.block_rows,
@@ -305,6 +310,7 @@ def predict(
             # Workers read for themselves; a single one reads ahead.
             prefetch=engine.workers == 1,
             on_error="skip" if several else "raise",
+            measured=True,
         )
         for part in map_in_order(score, blocks, engine.workers):
             n_waiting = position - waiting[0].first_row if waiting else 0
@@ -317,8 +323,7 @@ def predict(
                 fill(position, part.first_row)
             waiting.append(part)
             position = part.first_row + len(part.result.log_g)
-            if progress is not None:
-                progress(position - start, stop - start)
+            report(position - start, stop - start)
         write(waiting)
         summary.failures = [*spectra.failures, *origins.faults(start, stop)]
         fill(position, stop)
@@ -327,7 +332,7 @@ def predict(
         summary.spectra_per_second = summary.n_rows / summary.seconds
         summary.r2 = r2.r2() if labelled else None
         summary.notes = [
-            *notes_on_input(spectra, moved, chosen, velocity),
+            *notes_on_input(spectra, moved, chosen, velocity, weighed=given is not None and fit is not None),
             *notes_on_predictions(looked_at, unlike, summary, chosen),
             *about_params,
         ]
