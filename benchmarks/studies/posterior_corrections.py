@@ -27,7 +27,7 @@ from moefast.fitting.posterior import GAP_KINDS
 from moefast.gating.mlp import fit_network
 from moefast.kernels import forest_predict
 from moefast.model import Model
-from moefast.ops.arithmetic import NumPyArithmetic
+from moefast.ops.on_numpy import NumPyArithmetic
 from moefast.posterior import PosteriorMixture
 from moefast.posterior.forward import cell_products
 from moefast.simulate.gaps import GAPS

@@ -62,7 +62,7 @@ def evaluate(
     """
     from moefast.protocol.evaluate import check_report_folder, write_report
     from moefast.protocol.evaluate import evaluate as run
-    from moefast.protocol.milestones import judge_alone
+    from moefast.protocol.milestones.judge import judge_alone
     from moefast.protocol.report_text import format_text
 
     if out:

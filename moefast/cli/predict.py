@@ -31,7 +31,7 @@ from moefast.cli.options import (
     names,
     rows,
 )
-from moefast.core.errors import OutputError
+from moefast.core.errors import InputError, OutputError
 from moefast.core.progress import FILES, ProgressLine
 
 __all__ = ["predict"]
@@ -309,11 +309,13 @@ def _on_cluster(
 def _check_same_inputs(target: Path, files: tuple[str, ...]) -> None:
     """Refuse to replace a table of other spectra under the default name: files of spectra are often called alike."""
     from moefast.spectra.paths import find_files
-    from moefast.spectra.tables import read_attributes
+    from moefast.spectra.tables import read_layout
 
     if not target.is_file():
         return
-    inputs = read_attributes(target).get("inputs")
+    inputs = None
+    with contextlib.suppress(InputError):
+        inputs = read_layout(target)[1].get("inputs")
     if not isinstance(inputs, list) or not {os.path.realpath(p) for p in inputs} <= {
         os.path.realpath(p) for p in find_files(files)
     }:

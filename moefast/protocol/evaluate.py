@@ -480,8 +480,8 @@ def write_report(
     overwrite : bool
         Whether a report may be replaced; pictures of it that are not drawn again are removed.
     judged : mapping, optional
-        What the evaluation says about the milestones, from `moefast.protocol.milestones.judge_alone`: a table more in
-        report.txt and report.html.
+        What the evaluation says about the milestones, from `moefast.protocol.milestones.judge.judge_alone`: a table
+        more in report.txt and report.html.
 
     Returns
     -------

@@ -311,9 +311,7 @@ def refuse_endless_heaps(file: h5py.File, datasets: Iterable[h5py.Dataset] = ())
     """
     _, length_size = file.id.get_create_plist().get_sizes()
     path = _file_name(file)
-    values = sorted(
-        place for dataset in datasets if owned_by(dataset, file) for place in _values_of(dataset)
-    )
+    values = sorted(place for dataset in datasets if owned_by(dataset, file) for place in _values_of(dataset))
     with open(path, "rb") as raw:
         end = raw.seek(0, os.SEEK_END)
         start = 0
@@ -332,7 +330,9 @@ def _values_of(dataset: h5py.Dataset) -> list[tuple[int, int]]:
         if (offset := dataset.id.get_offset()) is not None:
             places.append((offset, offset + dataset.id.get_storage_size()))
     elif dataset.id.get_num_chunks():
-        dataset.id.chunk_iter(lambda chunk: places.append((chunk.byte_offset, chunk.byte_offset + chunk.size)))
+        dataset.id.chunk_iter(
+            lambda chunk: places.append((chunk.byte_offset, chunk.byte_offset + chunk.size))
+        )
     return places
 
 

@@ -17,7 +17,7 @@ from astropy.io import fits
 
 from moefast.core.errors import InputError, OutputError
 from moefast.spectra import Column, open_table, read_table
-from moefast.spectra.tables import WRITERS, read_attributes, read_layout
+from moefast.spectra.tables import WRITERS, read_layout
 
 SUFFIXES = list(WRITERS)
 COLUMNS = [
@@ -321,14 +321,14 @@ def test_any_bit_that_changes_is_told_or_does_no_harm(tmp_path, suffix, small_ta
 def test_any_value_that_changes_is_told(tmp_path, small_tables):
     """Values are where no structure would notice: each of them is found by its bytes."""
     for suffix in (".h5", ".fits"):
-        value = rows(50)["T_eff"][7].astype("<f8" if suffix == ".h5" else ">f8").tobytes()
+        value = rows(50)["T_eff"][7:8].astype("<f8" if suffix == ".h5" else ">f8").tobytes()
         at = small_tables[suffix].find(value)
         assert at > 0
         damaged = bytearray(small_tables[suffix])
         damaged[at] ^= 1
         path = tmp_path / f"t{suffix}"
         path.write_bytes(damaged)
-        with pytest.raises(InputError, match="checksum|filter returned failure"):
+        with pytest.raises(InputError, match=r"checksum|filter returned failure"):
             read_table(path)
 
 
@@ -376,4 +376,3 @@ def test_a_heap_of_zeros_does_not_hang(tmp_path):
         for read in (read_table, read_layout):
             with pytest.raises(InputError):
                 read(path)
-        assert read_attributes(path) == {}
