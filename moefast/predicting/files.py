@@ -43,6 +43,7 @@ from moefast.spectra.quality import Flag, Quality
 from moefast.spectra.selection import select as select_rows
 from moefast.spectra.source import Block, Failure
 from moefast.spectra.spectrum_set import SpectrumSet
+from moefast.spectra.targets import rows_of_targets
 from moefast.spectra.telluric import Telluric
 from moefast.spectra.velocities import Velocities
 
@@ -99,6 +100,7 @@ def predict(
     medium: Literal["auto", "vacuum", "air"] = "auto",
     telluric: Telluric = "auto",
     select: str | None = None,
+    targets: str | Path | None = None,
     keep: Iterable[str] = (),
     record: Mapping[str, Any] | None = None,
     progress: RowProgress | Literal[False] | None = None,
@@ -140,6 +142,9 @@ def predict(
         the simulator's.
     select : str, optional
         Rows to predict, such as ``targetType == 1 and nVisit > 2``; the others get no row in the table.
+    targets : path or text, optional
+        Rows to predict: those of the targets in a table with identifiers, in a file with one in each line, or named
+        with commas between them; see `moefast.spectra.targets`.
     keep : iterable of str
         Columns of the input that go into the table besides identifiers.
     record : mapping, optional
@@ -175,6 +180,10 @@ def predict(
         wanted_rows &= select_rows(select, lambda names: spectra.params(present(spectra, names, "--select")))
         if not wanted_rows.any():
             raise InputError(f"--select {select!r}: holds for none of the rows {start}:{stop}")
+    if targets is not None:
+        wanted_rows &= rows_of_targets(targets, spectra)
+        if not wanted_rows.any():
+            raise InputError(f"--targets {targets}: none of them is among the rows that are left to predict")
     n_out = int(wanted_rows.sum())
     fit = velocity_fit(chosen, spectra, velocity, velocity_range)
     given = None if fit is not None or velocity is None else move(spectra, velocity, wanted_rows)
@@ -205,7 +214,8 @@ def predict(
     }
     attrs["options"] = {
         "limit": limit, "velocity": None if velocity is None else str(velocity), "medium": medium,
-        "telluric": telluric, "select": select, "keep": list(keep),
+        "telluric": telluric, "select": select, "targets": None if targets is None else str(targets),
+        "keep": list(keep),
     }  # fmt: skip
     if record is not None:
         attrs["made_of"] = dict(record)
@@ -213,6 +223,8 @@ def predict(
         attrs["shard"] = f"{shard[0]}/{shard[1]}"
     if select is not None:
         attrs["select"] = select
+    if targets is not None:
+        attrs["targets"] = str(targets)
     if moved is not None:
         attrs["velocity"] = (
             moved.source if isinstance(moved, Velocities) else f"fitted within {moved.largest:g} km/s"
