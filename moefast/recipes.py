@@ -21,8 +21,8 @@ from moefast.core.progress import StageProgress, stage_progress
 from moefast.core.sketches import sketch
 from moefast.fitting import PUBLISHED_ALPHA, Noise, Options, fit_mixture
 from moefast.model import Model
-from moefast.simulate.source import SimulatedSpectra
 from moefast.spectra.guard import noisy_already, take
+from moefast.spectra.source import SpectrumSource
 from moefast.spectra.spectrum_set import SpectrumSet, open_spectra
 from moefast.trunks.presets import Size
 
@@ -126,7 +126,7 @@ DEFAULT = "phys-moe"
 
 
 def fit(
-    paths: str | Path | Iterable[str | Path] | SpectrumSet | SimulatedSpectra,
+    paths: str | Path | Iterable[str | Path] | SpectrumSource,
     *,
     recipe: str = DEFAULT,
     grid: Grid | None = None,
@@ -146,7 +146,7 @@ def fit(
 
     Parameters
     ----------
-    paths : path, folder, pattern, or several; SpectrumSet; SimulatedSpectra
+    paths : path, folder, pattern, or several; or a SpectrumSource
         Training spectra with labels T_eff [K], log_g [dex], M_H [dex]. Simulated spectra are generated as they are
         needed, with no file between.
     recipe : str
@@ -201,7 +201,7 @@ def fit(
         own["families"] = tuple(families)
     if own.get("clipped") and noise == "closed-form":
         noise = "sampled"
-    spectra = paths if isinstance(paths, SpectrumSet | SimulatedSpectra) else open_spectra(paths)
+    spectra = paths if isinstance(paths, SpectrumSource) else open_spectra(paths)
     odd = []
     if isinstance(spectra, SpectrumSet) and noise != "observed":
         odd = [

@@ -463,9 +463,7 @@ def conclude_stars(  # type: ignore[no-untyped-def]
                 weight = float64(share)
                 apart = float64(found[star, FIRST_LABEL + place, j]) - middle
                 of_first = float64(found[star, FIRST_LABEL, j]) - best
-                variance += weight * (
-                    float64(found[star, FIRST_LABEL + n_labels + place, j]) + apart * apart
-                )
+                variance += weight * (float64(found[star, FIRST_LABEL + n_labels + place, j]) + apart * apart)
                 along += weight * (
                     float64(found[star, FIRST_LABEL + 2 * n_labels + place, j]) + apart * of_first
                 )
@@ -751,7 +749,9 @@ class CudaPosteriorScorer(BlockScorer):
     ) -> None:
         super().__init__(lambda: DevicePosterior(space, clouds), block_rows, slots)
 
-    def __call__(self, flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None = None) -> CloudPosterior:
+    def __call__(
+        self, flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None = None
+    ) -> CloudPosterior:
         """Posteriors of spectra on the host; see `moefast.kernels.cloud_posterior`."""
         return CloudPosterior(*self._scored(flux, error, mask))
 

@@ -499,9 +499,7 @@ class CudaScorer(BlockScorer):
         block_rows: int = BLOCK_ROWS,
         slots: int = SLOTS,
     ) -> None:
-        super().__init__(
-            lambda: DevicePlan(projection, mixing, library, from_library), block_rows, slots
-        )
+        super().__init__(lambda: DevicePlan(projection, mixing, library, from_library), block_rows, slots)
 
     def __call__(self, flux: F32, error: F32, mask: NDArray[np.bool_] | None = None) -> Scores:
         """Score spectra on the host; any n, any layout.

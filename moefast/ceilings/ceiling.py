@@ -50,7 +50,6 @@ RANK_BINS = 20
 NUISANCES = ("redshift", "ebv", "velocity", "line_spread")
 PUBLISHED_CRLB = ((18.0, 0.9993), (20.0, 0.989), (21.5, 0.874), (22.0, 0.698), (22.5, 0.265), (23.0, 0.0))
 """(magnitude, R²max) of the five-parameter bound, as published for a test set that is not public."""
-PER_STAR = ("crlb", "crlb_prior", "bayes", "bayes_sd", "monte_carlo_error", "ess", "rank")
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ def compute(
     names: tuple[str, ...] = ()
     seconds = {"fisher": 0.0, "bayes": 0.0}
     likelihoods = 0
-    library: bayes.Library | None = None
+    library: bayes.TemplateLibrary | None = None
     blocks = spectra.blocks(BLOCK_ROWS, array="noisy" if stored else "flux", rows=(0, n))
     for block in blocks:
         rows = np.arange(block.first_row, block.first_row + len(block))
@@ -251,8 +250,8 @@ def _name(spectra: SpectrumSet, identity: Identity | None) -> str:
 
 
 @lru_cache(maxsize=2)
-def _library(settings: Settings) -> bayes.Library:
-    return bayes.Library.draw(ForwardModel(settings))
+def _library(settings: Settings) -> bayes.TemplateLibrary:
+    return bayes.TemplateLibrary.draw(ForwardModel(settings))
 
 
 # --- what the files say --------------------------------------------------------------------------------

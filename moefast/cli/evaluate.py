@@ -21,6 +21,11 @@ __all__ = ["evaluate"]
     "shipped model, observed (the default), z0 or survey.",
 )  # fmt: skip
 @click.option(
+    "--peer", metavar="NAME",
+    help="Measure what others fit labels with instead of a model, some 20 spectra a second: chi2, a full-spectrum fit "
+    "of the simulator's emulator, or cannon, a quadratic model of 2000 labelled stars of the test set's reference set.",
+)  # fmt: skip
+@click.option(
     "-o", "--out", metavar="FOLDER",
     help="Write report.json, report.html with all figures, the figures as PNG, report.txt, predictions.h5 (every star) "
     "and run.json to this folder.",
@@ -51,14 +56,17 @@ __all__ = ["evaluate"]
 @QUIET
 @JSON
 def evaluate(
-    files: tuple[str, ...], model: str | None, out: str | None, pictures: bool, noise: str, noise_level: float,
-    ceiling: str | None, name: str | None, milestones: bool, backend: str, overwrite: bool, quiet: bool, as_json: bool,
+    files: tuple[str, ...], model: str | None, peer: str | None, out: str | None, pictures: bool, noise: str,
+    noise_level: float, ceiling: str | None, name: str | None, milestones: bool, backend: str, overwrite: bool,
+    quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure a model on labelled spectra: R² with intervals, by SNR and bin, beside simpler fits.
 
     Models of others are measured by the same rules: as an ONNX file, or as a table with one prediction for each row of
     the test set. A table must have been made of the noise that is measured with: of the array noisy, which moefast
     simulate writes, or of observed flux with --noise none. A prediction that is NaN counts as the mean label.
+
+    --peer measures a method that astronomers would use without a model of moefast.
     """
     from moefast.protocol.evaluate import check_report_folder, write_report
     from moefast.protocol.evaluate import evaluate as run
@@ -69,7 +77,7 @@ def evaluate(
         check_report_folder(out, overwrite)
     progress = ProgressLine(quiet)
     result = run(
-        files, model, noise=noise, noise_level=noise_level, ceiling=ceiling, backend=backend, name=name,  # type: ignore[arg-type]
+        files, model, peer=peer, noise=noise, noise_level=noise_level, ceiling=ceiling, backend=backend, name=name,  # type: ignore[arg-type]
         progress=progress.rows("evaluate"), tell=lambda words: progress.note(f"note: {words}"),
     )  # fmt: skip
     progress.close()

@@ -50,7 +50,7 @@ from moefast.protocol.report import (
     evaluate_predictions,
 )
 from moefast.protocol.report_text import format_text
-from moefast.protocol.subject import ModelSubject, Subject, open_subject
+from moefast.protocol.subject import ModelSubject, PeerSubject, Subject, open_subject
 from moefast.simulate.sets import Identity, identify
 from moefast.spectra.guard import noisy_already, take
 from moefast.spectra.quality import assess, good_pixels
@@ -99,6 +99,7 @@ def evaluate(
     paths: str | Path | Iterable[str | Path],
     model: Model | str | Path | None = None,
     *,
+    peer: str | None = None,
     noise: Literal["auto", "draw", "none"] = "auto",
     noise_level: float = 1.0,
     noise_seed: int = NOISE_SEED,
@@ -118,6 +119,8 @@ def evaluate(
         A model folder; an ONNX file (.onnx) with inputs flux and error and an output log_g; or a table of predictions
         (.h5, .parquet, .fits, .csv; see `moefast.protocol.predictions.read_predictions`). The first of the models
         shipped with moefast if absent.
+    peer : str, optional
+        Evaluate this method of others instead of a model: see `moefast.peers.choose.PEERS`.
     noise : "auto", "draw" or "none"
         "auto" takes the array `noisy` where a file has it (at noise level 1) and else adds noise to `flux`; "draw"
         always adds noise to `flux`; "none" scores `flux` as it is, for spectra that are observed.
@@ -145,6 +148,8 @@ def evaluate(
     ModelError
         The model or ONNX file is refused.
     """
+    if peer is not None and model is not None:
+        raise InputError("a model or a peer is evaluated, not both; leave one out")
     if not noise_level > 0:
         raise InputError(f"the noise level must be positive, found {noise_level}")
     given = [paths] if isinstance(paths, str | Path) else list(paths)
@@ -164,7 +169,11 @@ def evaluate(
     labelled = np.isfinite(np.sum([*labels.values()], axis=0))
     identity = identify(spectra.shards[0]) if len(spectra.shards) == 1 else None
     ceilings, group_ceilings = _ceilings(ceiling, spectra, about_noise)
-    subject = open_subject(model, spectra, backend=backend, noise=about_noise)
+    subject: Subject
+    if peer is not None:
+        subject = PeerSubject.open(peer, spectra, "z0" if identity is None else identity.reference_set)
+    else:
+        subject = open_subject(model, spectra, backend=backend, noise=about_noise)
     beside = _references_of(subject, spectra, identity)
     grid = beside.grid if beside else None
     bins = np.zeros(spectra.n_rows, np.int16)
@@ -174,8 +183,9 @@ def evaluate(
     found: dict[str, list[NDArray]] = {}
     references: dict[str, list[NDArray]] = {}
     scoring = 0.0
+    block_rows = BLOCK_ROWS if subject.rows_at_once is None else subject.rows_at_once
     with row_progress(progress, "evaluate") as report:
-        for block in spectra.blocks(BLOCK_ROWS, array="noisy" if stored else "flux"):
+        for block in spectra.blocks(block_rows, array="noisy" if stored else "flux"):
             rows = np.arange(block.first_row, block.first_row + len(block))
             if noise_level != 1.0:
                 block.error *= np.float32(noise_level)
@@ -250,6 +260,7 @@ def evaluate(
         "command": _command(
             given,
             model,
+            peer=peer,
             noise=noise,
             noise_level=noise_level,
             noise_seed=noise_seed,
@@ -393,6 +404,7 @@ def _command(
     paths: Sequence[str | Path],
     model: Model | str | Path | None,
     *,
+    peer: str | None,
     noise: str,
     noise_level: float,
     noise_seed: int,
@@ -406,6 +418,8 @@ def _command(
         return None
     if folder is not None:
         words += ["-m", str(folder)]
+    if peer is not None:
+        words += ["--peer", peer]
     if noise != "auto":
         words += ["--noise", noise]
     if noise_level != 1.0:

@@ -50,6 +50,7 @@ _SUBJECTS = {
     "model": "model of moefast",
     "onnx": "ONNX file",
     "table": "table of predictions made elsewhere",
+    "peer": "what others fit labels with",
 }
 
 

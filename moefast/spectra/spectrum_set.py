@@ -14,7 +14,7 @@ from moefast.core.labels import describe_implausible, plausible
 from moefast.spectra.blocks import BlockMemory, ParamsReader, read_ahead
 from moefast.spectra.paths import find_files
 from moefast.spectra.shard import Shard
-from moefast.spectra.source import Block, Failure, OnError, block_edges
+from moefast.spectra.source import Block, Failure, OnError, block_edges, rows_of_request
 from moefast.spectra.wave import describe_difference, describe_wave, same_wave
 
 __all__ = ["SpectrumSet", "open_spectra"]
@@ -191,16 +191,8 @@ class SpectrumSet:
         InputError
             If rows, an array or a column cannot be read.
         """
-        start, stop = (0, self.n_rows) if rows is None else rows
-        if block_rows < 1:
-            raise ValueError(f"block_rows must be at least 1, found {block_rows}")
-        if not 0 <= start <= stop <= self.n_rows:
-            raise ValueError(f"rows {start} to {stop} asked for, the set has {self.n_rows}")
-        if array not in {"auto", "flux", "noisy"}:
-            raise ValueError(f"array must be 'auto', 'flux' or 'noisy', found {array!r}")
-        if on_error not in {"raise", "skip"}:
-            raise ValueError(f"on_error must be 'raise' or 'skip', found {on_error!r}")
-        source = self._read_blocks(block_rows, array, (start, stop), list(params), on_error, measured)
+        asked = rows_of_request(self.n_rows, block_rows, array, rows, on_error)
+        source = self._read_blocks(block_rows, array, asked, list(params), on_error, measured)
         return read_ahead(source) if prefetch else source
 
     def _read_blocks(
