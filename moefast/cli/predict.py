@@ -80,6 +80,9 @@ __all__ = ["predict"]
 @click.option(
     "--select", metavar="EXPRESSION", help='Rows to predict, such as "targetType == 1 and nVisit > 2".'
 )
+@click.option("--targets", metavar="LIST",
+              help="Predict these targets alone: identifiers with commas between, a file with one in each line, or a "
+              "table with catId and objId, objId, TARGETID or id.")  # fmt: skip
 @click.option(
     "--keep", callback=names, metavar="A,B,…", help="Columns of the input to keep besides identifiers."
 )
@@ -96,6 +99,7 @@ def predict(
     skip_existing: bool, status: str | None, log: str | None, array: str, backend: str,
     rows: tuple[int, int] | None, limit: int | None, shard: tuple[int, int] | None, scheduler: str | None,
     velocity: str | None, velocity_range: float, medium: str, telluric: str, select: str | None,
+    targets: str | None,
     keep: tuple[str, ...], report: str | None, overwrite: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Predict log g for every spectrum and write a table: one row per spectrum, in order.
@@ -131,7 +135,8 @@ def predict(
             )
         options = {
             "array": array, "backend": backend, "rows": rows, "limit": limit, "velocity": velocity,
-            "velocity_range": velocity_range, "medium": medium, "telluric": telluric, "select": select, "keep": keep,
+            "velocity_range": velocity_range, "medium": medium, "telluric": telluric, "select": select,
+            "targets": targets, "keep": keep,
         }  # fmt: skip
         _each(
             files, model, Path(folder), f".{suffix}", options, skip_existing=skip_existing, overwrite=overwrite,
@@ -153,7 +158,8 @@ def predict(
             raise click.UsageError("--scheduler predicts all rows: leave out --rows, --limit and --shard")
         options = {
             "array": array, "backend": backend, "velocity": velocity, "velocity_range": velocity_range,
-            "medium": medium, "telluric": telluric, "select": select, "keep": keep,
+            "medium": medium, "telluric": telluric, "select": select,
+            "targets": targets, "keep": keep,
         }  # fmt: skip
         _on_cluster(
             scheduler, files, model, target, options, report=report, overwrite=overwrite, quiet=quiet,
@@ -164,7 +170,7 @@ def predict(
     summary = run(
         files, model, target, array=array, backend=backend, rows=rows, limit=limit,  # type: ignore[arg-type]
         shard=shard, overwrite=overwrite, velocity=velocity, velocity_range=velocity_range,
-        medium=medium, telluric=telluric, select=select, keep=keep,  # type: ignore[arg-type]
+        medium=medium, telluric=telluric, select=select, targets=targets, keep=keep,  # type: ignore[arg-type]
         progress=progress.rows("predict"), tell=lambda words: progress.note(f"note: {words}"),
     )  # fmt: skip
     progress.close()
