@@ -43,7 +43,7 @@ from moefast.kernels.reference import (
     prepare_reference,
     window_features,
 )
-from moefast.ops.arithmetic import NumPyArithmetic
+from moefast.ops.on_numpy import NumPyArithmetic
 from moefast.spectra.quality import Quality, good_pixels
 
 __all__ = ["N_GATE_COMPONENTS", "Mixture", "Prediction", "Prepared", "hat_weights", "n_gate_features"]
@@ -245,11 +245,6 @@ class Mixture:
             for k in () if place.added else place.bins:
                 found[k] = place.expert.family
         return found
-
-    @property
-    def residuals(self) -> dict[int, Expert]:
-        """Residual of each bin that has one."""
-        return {place.bins[0]: place.expert for place in self.experts if place.added}
 
     def place(self, family: type[Own]) -> Own | None:
         """The expert of a family of which a mixture has one at most; None if it has none."""

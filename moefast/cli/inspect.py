@@ -9,7 +9,17 @@ from typing import Any
 import click
 
 from moefast.cli.messages import tell_failures
-from moefast.cli.options import EXPERT, FILES, JSON, MEDIUM, MODEL, OVERWRITE, TELLURIC, VELOCITY
+from moefast.cli.options import (
+    EXPERT,
+    FILES,
+    JSON,
+    MEDIUM,
+    MODEL,
+    OVERWRITE,
+    TELLURIC,
+    VELOCITY,
+    VELOCITY_RANGE,
+)
 from moefast.core.atomic import refuse_taken
 from moefast.core.errors import InputError
 
@@ -43,6 +53,7 @@ def _mixture_of(model: str | None) -> Any:
 )  # fmt: skip
 @click.option("--limit", type=click.IntRange(1), help="Look at so many rows at most.")
 @VELOCITY
+@VELOCITY_RANGE
 @MEDIUM
 @TELLURIC
 @EXPERT
@@ -50,8 +61,8 @@ def _mixture_of(model: str | None) -> Any:
 @JSON
 def inspect(
     files: tuple[str, ...], model: str | None, row: int | None, identifier: str | None, picture: str | None,
-    report: str | None, spectra: tuple[str, ...], limit: int | None, velocity: str | None, medium: str, telluric: str,
-    overwrite: bool, as_json: bool,
+    report: str | None, spectra: tuple[str, ...], limit: int | None, velocity: str | None,
+    velocity_range: float, medium: str, telluric: str, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Look into files of spectra, at one star, or at a table of predictions.
 
@@ -91,7 +102,7 @@ def inspect(
         )
     if row is not None or identifier is not None:
         _star(files, model, picture, overwrite, as_json, row=row, identifier=identifier, velocity=velocity,
-              medium=medium, telluric=telluric)  # fmt: skip
+              velocity_range=velocity_range, medium=medium, telluric=telluric)  # fmt: skip
         return
     from moefast.spectra.prepared import open_as_found
     from moefast.spectra.summary import format_text, summarise

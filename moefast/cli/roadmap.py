@@ -6,8 +6,8 @@ import json
 
 import click
 
-from moefast.cli.messages import Progress
 from moefast.cli.options import BACKEND, CONFIG, DEVICE, JSON, QUIET
+from moefast.core.progress import ProgressLine
 
 __all__ = ["roadmap"]
 
@@ -49,13 +49,16 @@ def roadmap(
     fit networks and need torch. A roadmap that was stopped goes on with --resume. Twenty thousand training spectra
     take about half an hour on two cores.
     """
+    from moefast.core.records import as_entries
     from moefast.protocol.roadmap import Plan, roadmap_text
     from moefast.protocol.roadmap import roadmap as run
 
-    progress = Progress(quiet or as_json)
+    progress = ProgressLine(quiet or as_json)
     result = run(
         out, Plan(name, train, part, size, steps, seeds), everything=everything, resume=resume,  # type: ignore[arg-type]
         backend=backend, say=progress.note, progress=progress.stage,
     )  # fmt: skip
     progress.close()
-    click.echo(json.dumps(result, indent=1, ensure_ascii=False) if as_json else roadmap_text(result))
+    click.echo(
+        json.dumps(as_entries(result), indent=1, ensure_ascii=False) if as_json else roadmap_text(result)
+    )

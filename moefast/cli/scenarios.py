@@ -6,9 +6,9 @@ import json
 
 import click
 
-from moefast.cli.messages import Progress
 from moefast.cli.options import BACKEND, DEVICE, EXPERT, JSON, OVERWRITE, QUIET
 from moefast.core.atomic import refuse_taken, write_json
+from moefast.core.progress import ProgressLine
 
 __all__ = ["scenarios"]
 
@@ -49,7 +49,7 @@ def scenarios(
 
     if out:
         refuse_taken(out, overwrite=overwrite)
-    progress = Progress(quiet)
+    progress = ProgressLine(quiet)
     found = run_scenarios(
         Model.load(model), n=number, names=names or None, backend=backend, progress=progress.rows("scenarios")
     )

@@ -17,7 +17,7 @@ from astropy.io import fits
 
 from moefast.core.errors import InputError, OutputError
 from moefast.spectra import Column, open_table, read_table
-from moefast.spectra.tables import WRITERS, read_attributes, read_layout
+from moefast.spectra.tables import WRITERS, read_layout
 
 SUFFIXES = list(WRITERS)
 COLUMNS = [
@@ -377,4 +377,3 @@ def test_a_heap_of_zeros_does_not_hang(tmp_path):
         for read in (read_table, read_layout):
             with pytest.raises(InputError):
                 read(path)
-        assert read_attributes(path) == {}
