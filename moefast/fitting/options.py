@@ -54,6 +54,9 @@ class Options:
         bin, such as "trees" (`moefast.experts.protocol`). Of several, each bin gets the best.
     n_clouds, n_tangents : int
         Of a "posterior".
+    n_coordinates : int, optional
+        Of a "posterior": coordinates in which its clouds are told, those that say most of log g; as many as components
+        by default. Time grows with their square.
     n_gravity_bins : int
         Of a "posterior": the number of bins of log g, in each bin of the grid, whose stars are one cloud each. If 0,
         clouds are found by k-means instead, and their number is `n_clouds`.
@@ -101,6 +104,7 @@ class Options:
     families: tuple[str, ...] = ("linear",)
     n_clouds: int = 440
     n_tangents: int = 5
+    n_coordinates: int | None = None
     n_gravity_bins: int = 0
     slope_widths: tuple[float, ...] = ()
     sky_width: float = 0.0
@@ -146,12 +150,13 @@ class Options:
         if (
             self.n_clouds < 1
             or self.n_tangents < 0
+            or (self.n_coordinates is not None and self.n_coordinates < 1)
             or self.n_gravity_bins < 0
             or not all(0 < width < math.inf for width in self.slope_widths)
         ):
             raise InputError(
-                "clouds, tangents, bins of log g and positive widths of slopes expected; found "
-                f"{self.n_clouds}, {self.n_tangents}, {self.n_gravity_bins}, {self.slope_widths}"
+                "clouds, tangents, coordinates, bins of log g and positive widths of slopes expected; found "
+                f"{self.n_clouds}, {self.n_tangents}, {self.n_coordinates}, {self.n_gravity_bins}, {self.slope_widths}"
             )
         if set(self.residuals) - set(RESIDUALS):
             raise InputError(f"residuals must be of {', '.join(RESIDUALS)}; found {self.residuals}")
