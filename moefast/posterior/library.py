@@ -51,7 +51,7 @@ FOREIGN_SHARE = 0.02
 """Share of spectra, before they are looked at, that have no lines: dead fibres, hot stars, galaxies."""
 SLOW, LEAST_OF_A_KIND = 15.0, 100
 """km/s; and stars of each kind, slow and fast, that every expert must have for clouds of them to be told apart."""
-FAST_SHARE = 0.5
+FAST_SHARE = 0.33
 """Of the clouds that are of fast stars."""
 BEYOND_SHARE = 0.05
 """Share of stars, before they are looked at, that are hotter than the training set."""
@@ -158,8 +158,8 @@ def fit_clouds(
         Clouds are so many bins of log g within each expert's bin, instead of `n_clouds` found by k-means; see
         `moefast.posterior.linear`. 0 for k-means.
     velocity : array of shape (n,), km/s, optional
-        Half of the clouds are of stars that move by more than `SLOW`, and small in velocity, too; where each expert has
-        stars of both kinds.
+        `FAST_SHARE` of the clouds are of stars that move by more than `SLOW`, and small in velocity, too; where each
+        expert has stars of both kinds.
     beyond : bool
         Whether there are clouds of stars that are hotter than all of the training set, too: those of its hot end,
         continued. They belong to the expert of the star from which they are continued.
@@ -265,7 +265,12 @@ def _by_velocity(
         if of_fast := bool(fast[rows[0]]):
             where = np.column_stack([where, velocity[rows]])
         found, first = clouds_of_bins(
-            z[rows], where, bins[rows], n_experts, n_clouds=n_fast if of_fast else n_clouds - n_fast, seed=seed
+            z[rows],
+            where,
+            bins[rows],
+            n_experts,
+            n_clouds=n_fast if of_fast else n_clouds - n_fast,
+            seed=seed,
         )
         parts.append([rows[cloud] for cloud in found])
         firsts.append(first)
