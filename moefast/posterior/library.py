@@ -333,17 +333,17 @@ def _changes(z: F32, labels: F64, bins: NDArray[np.integer], n_experts: int) -> 
     """
     spread = labels.std(0)
     q = (labels - labels.mean(0)) / np.where(spread > 0, spread, 1.0)
-    l = q.shape[1]
-    i, j = np.triu_indices(l)
+    count = q.shape[1]
+    i, j = np.triu_indices(count)
     parts = []
     for k in range(n_experts):
         y = q[bins == k]
         terms = np.concatenate([np.ones((len(y), 1)), y, y[:, i] * y[:, j]], axis=1)
         of_terms = np.linalg.lstsq(terms, z[bins == k].astype(np.float64), rcond=None)[0][1:]
-        of_squares = np.zeros((l, l, z.shape[1]))
-        of_squares[i, j] += of_terms[l:]
-        of_squares[j, i] += of_terms[l:]
-        parts.append(of_terms[:l] + np.tensordot(y[:: max(1, len(q) // N_CHANGES)], of_squares, 1))
+        of_squares = np.zeros((count, count, z.shape[1]))
+        of_squares[i, j] += of_terms[count:]
+        of_squares[j, i] += of_terms[count:]
+        parts.append(of_terms[:count] + np.tensordot(y[:: max(1, len(q) // N_CHANGES)], of_squares, 1))
     return np.concatenate(parts)
 
 

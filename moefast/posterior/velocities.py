@@ -195,8 +195,8 @@ class VelocityFit:
         made = (moved * share) @ moved.T
         root = np.linalg.cholesky(covariance)
         shares, vectors = np.linalg.eigh(np.linalg.solve(root, np.linalg.solve(root, made).T))
-        # Where velocities make all of the variance, its quotient with that of 1 km/s is their variance. The largest alone
-        # is too small an estimate in one direction, and a star's own velocity is spread over several.
+        # Where velocities make all of the variance, its quotient with that of 1 km/s is their variance. One direction
+        # alone gives too little, and what a star's own velocity makes is spread over several.
         variance = 1 / max(float(shares[-N_SHARES:].mean()), 1e-12)
         left = np.maximum(1 - (1 + SURPLUS) * variance * shares, SEEN)
         covariance = root @ (vectors * left) @ vectors.T @ root.T
