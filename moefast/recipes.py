@@ -53,7 +53,9 @@ RECIPES: dict[str, Recipe] = {
             "slope_widths": (0.1, 0.05, 0.05, 0.05),
             "sky_width": 4.0,
             "beyond": True,
-            "n_clouds": 640,
+            "n_clouds": 320,
+            "n_tangents": 9,
+            "n_coordinates": 56,
         },
     ),
     "posterior-calibrated": Recipe(
