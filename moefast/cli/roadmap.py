@@ -59,4 +59,6 @@ def roadmap(
         backend=backend, say=progress.note, progress=progress.stage,
     )  # fmt: skip
     progress.close()
-    click.echo(json.dumps(as_entries(result), indent=1, ensure_ascii=False) if as_json else roadmap_text(result))
+    click.echo(
+        json.dumps(as_entries(result), indent=1, ensure_ascii=False) if as_json else roadmap_text(result)
+    )
