@@ -55,7 +55,6 @@ __all__ = [
     "BLOCK_ROWS",
     "FLOOR_ROWS",
     "FREE_SHARE",
-    "MOST_SHARED",
     "SLOTS",
     "BlockPlan",
     "BlockScorer",
