@@ -21,11 +21,12 @@ from moefast.core.random import NOISE_SEED
 from moefast.core.records import as_entries
 from moefast.core.text import bracket, number, table
 from moefast.model import Model
-from moefast.protocol.evaluate import evaluate, write_report
+from moefast.protocol.evaluate import evaluate
 from moefast.protocol.milestones.evaluations import read_reports
 from moefast.protocol.milestones.judge import judge
 from moefast.protocol.milestones.text import format_text
 from moefast.protocol.milestones.verdicts import JudgedSet, Judgement, MilestoneResult
+from moefast.protocol.report_folder import write_report
 from moefast.recipes import fit
 from moefast.simulate import SimulatedSpectra
 from moefast.simulate.sets import simulate_set

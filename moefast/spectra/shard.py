@@ -33,7 +33,7 @@ import numpy as np
 from moefast.core.errors import InputError
 from moefast.spectra.hdf5 import ARRAYS, STAGING_BYTES, contents_of, open_hdf5
 from moefast.spectra.params import ParamColumn, index_column, param_columns, read_columns
-from moefast.spectra.stored import Gaps, find, gaps_of, lacking_filter, owned_by
+from moefast.spectra.stored import UnwrittenPlaces, find, gaps_of, lacking_filter, owned_by
 
 __all__ = ["TABLE_ROWS", "Shard"]
 
@@ -62,7 +62,7 @@ class _Stored:
     chunk_rows: int = 0
     slab_rows: int = 0
     own_chunks: bool = False
-    gaps: Gaps | None = None
+    gaps: UnwrittenPlaces | None = None
 
     @property
     def row_bytes(self) -> int:
