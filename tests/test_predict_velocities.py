@@ -233,6 +233,29 @@ def test_a_star_that_is_looked_at_has_the_numbers_of_the_table(given, night, mod
     assert f"km/s, {'fitted' if star.velocity_fitted else 'as given'}" in describe(star)
 
 
+def test_a_velocity_with_a_large_error_is_weighed_with_what_the_spectrum_says(night, model, stars, tmp_path):
+    error = np.where(np.arange(N) % 2, 25.0, 3.0)
+    given = stars["velocity"] + np.where(np.arange(N) % 2, 25.0, 0.0)
+    columns = {"objId": 1000 + np.arange(N), "v_los": given}
+    Table(columns).write(tmp_path / "exact.csv")
+    Table(columns | {"v_losErr": error}).write(tmp_path / "known.csv")
+    exact = predict(night, model, velocity=tmp_path / "exact.csv")
+    found = predict(night, model, velocity=tmp_path / "known.csv")
+    # What is known well enough is taken as it is, to the last bit.
+    for name in ("log_g", "log_g_err", "v_los"):
+        np.testing.assert_array_equal(found.columns[name][::2], exact.columns[name][::2])
+    np.testing.assert_array_equal(found.columns["v_los_err"][::2], np.float32(3))
+    off = np.abs(found.columns["v_los"] - stars["velocity"])[1::2]
+    assert (found.columns["v_los_err"][1::2] < 25).all()
+    assert np.median(off) < 10
+    assert (off < 5 * found.columns["v_los_err"][1::2]).all()
+    assert any("errors above 5 km/s are weighed" in note for note in found.notes)
+    assert not any("are weighed" in note for note in exact.notes)
+    star = look_at(night, model, row=5, velocity=tmp_path / "known.csv")
+    for name, value in star.values.items():
+        assert value == found.columns[name][5], name
+
+
 def test_a_star_whose_velocity_is_uncertain_can_be_looked_at(night, model, stars):
     fastest = int(np.abs(stars["velocity"]).argmax())
     short = abs(float(stars["velocity"][fastest])) / 2

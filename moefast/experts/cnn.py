@@ -30,7 +30,7 @@ from moefast.core.threads import in_threads, one_blas_thread
 from moefast.experts.protocol import Expert, ExpertValues, Inputs, expert
 from moefast.ops.arithmetic import SolvingArithmetic
 
-__all__ = ["ConvNet", "fit_network", "n_places"]
+__all__ = ["ConvNet", "fit_conv_net", "n_places"]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -216,7 +216,7 @@ class ConvNet(Expert):
 # --- fitting ---------------------------------------------------------------------------------------------------
 
 
-def fit_network(
+def fit_conv_net(
     flux: F32,
     error: F32,
     y: NDArray,
