@@ -124,7 +124,8 @@ def fit(
         template         posterior mean over templates, at the mean noise of
                          the training set; needs clean spectra
         phys-moe         nine linear experts behind a gate; any spectra
-        hybrid-moe       the best of linear, template, trees in each bin
+        hybrid-moe       the best of linear, template, trees in each bin, or
+                         of --families
         residual-moe     heads, and what they get wrong on average learnt
                          beside them, where that helps beyond doubt
         conditional-moe  phys-moe, its gate with a second part for faint stars

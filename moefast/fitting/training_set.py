@@ -18,7 +18,7 @@ from moefast.core.errors import InputError, LabelError, WaveGridError
 from moefast.core.grids import Grid, SnrGrid
 from moefast.core.progress import StageProgress
 from moefast.core.random import add_noise, fold_of_rows
-from moefast.experts.protocol import Inputs
+from moefast.experts.protocol import CleanStars, Inputs
 from moefast.fitting.options import STRETCH, Options
 from moefast.gating.features import line_columns
 from moefast.kernels import all_within, project
@@ -196,10 +196,16 @@ class TrainingSet:
         *,
         noisy: bool,
         flux: bool = False,
+        bin_: int | None = None,
     ) -> tuple[Inputs, NDArray[np.int64]]:
-        """What experts that are not linear see of stars, and their rows; `noisy` with the noise of their first draw."""
+        """What experts that are not linear see of stars, and their rows; `noisy` with the noise of their first draw.
+
+        Of one bin alone if `bin_` is given.
+        """
         parts = []
         for here, x, sigma, usable in self.blocks(stage, stretches):
+            if bin_ is not None:
+                usable &= self.bins[here] == bin_
             rows = np.arange(here.start, here.stop)[usable]
             x, sigma = x[usable], sigma[usable]
             if noisy:
@@ -208,6 +214,23 @@ class TrainingSet:
             parts.append((*found[:3], x if flux else x[:, :0], rows))
         z, level, lines, whole, rows = (np.concatenate(column) for column in zip(*parts, strict=True))
         return Inputs(z, level, lines, whole if flux else None), rows
+
+    def clean_stars(
+        self, mixture: Mixture, stage: str, stretches: list[tuple[int, int]], bin_: int
+    ) -> tuple[CleanStars, NDArray[np.int64]]:
+        """Flux without noise and errors of the stars of one bin that are whole, and their rows."""
+        parts = []
+        for here, x, sigma, usable in self.blocks(stage, stretches):
+            # A pixel without variance is a bad one, and a network that draws noise would learn its value.
+            usable &= (self.bins[here] == bin_) & (sigma > 0).all(1)
+            parts.append((x[usable], sigma[usable], np.arange(here.start, here.stop)[usable]))
+        flux, error, rows = (np.concatenate(column) for column in zip(*parts, strict=True))
+        if len(rows) < 2:
+            raise InputError(
+                f"{self.spectra.shards[0].path}: a family that draws noise itself needs stars without bad pixels; "
+                f"found {len(rows)} in bin {bin_}; leave that family out, or fit spectra without gaps"
+            )
+        return CleanStars(flux, error, mixture.reference, mixture.noise_shape), rows
 
     # -- which rows are for what --------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from moefast.protocol.evaluate import evaluate, write_report
 from moefast.protocol.milestones.evaluations import read_reports
 from moefast.protocol.milestones.judge import judge
 from moefast.protocol.milestones.text import format_text
+from moefast.protocol.roadmap_page import page
 from moefast.recipes import fit
 from moefast.simulate import SimulatedSpectra
 from moefast.simulate.sets import simulate_set
@@ -32,7 +33,7 @@ __all__ = ["STAGES", "Decision", "Plan", "Stage", "roadmap", "roadmap_text"]
 
 SCHEMA_VERSION = 1
 END = "the end"
-RESULT, TEXT = "roadmap.json", "roadmap.txt"
+RESULT, TEXT, PAGE = "roadmap.json", "roadmap.txt", "roadmap.html"
 
 Report = Callable[[str, int, int], None]
 
@@ -55,6 +56,8 @@ class Plan:
         Of networks; what belongs to the size if None.
     seeds : int
         Training sets, and draws of noise, of the ruler C0.
+    families : tuple of str, or None
+        Families of experts that each bin of C1 chooses from; those of the recipe `hybrid-moe` if None.
     """
 
     set: str = "z0"
@@ -63,6 +66,7 @@ class Plan:
     size: Literal["small", "base"] = "small"
     steps: int | None = None
     seeds: int = 5
+    families: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -78,12 +82,15 @@ class Run:
         Which stretch of the training part it is fitted on.
     noise_seeds : tuple of int
         Draws of noise that it is evaluated with, besides the protocol's.
+    families : tuple of str, or None
+        Instead of the recipe's.
     """
 
     name: str
     recipe: str
     training: int = 0
     noise_seeds: tuple[int, ...] = ()
+    families: tuple[str, ...] | None = None
 
     def commands(self, plan: Plan, backend: str) -> list[str]:
         """What gives the same at the command line."""
@@ -91,9 +98,11 @@ class Run:
         rows = "" if not first else f" --rows {first}:{first + plan.train}"
         size = "" if plan.size == "small" else f" --size {plan.size}"
         steps = "" if plan.steps is None else f" --steps {plan.steps}"
+        families = "" if self.families is None else f" --families {','.join(self.families)}"
         return [
             f"moefast simulate train.h5 --set {plan.set} --part train{rows or f' -n {plan.train}'}",
-            f"moefast fit train.h5 -o models/{self.name}/ --recipe {self.recipe}{size}{steps} --backend {backend}",
+            f"moefast fit train.h5 -o models/{self.name}/ --recipe {self.recipe}{families}{size}{steps} "
+            f"--backend {backend}",
             f"moefast evaluate test.h5 -m models/{self.name}/ -o reports/{self.name}/",
         ]
 
@@ -196,7 +205,7 @@ STAGES = (
     Stage("C0", "the ruler: one ridge as published, over training and noise seeds", _ruler, ("C0",), _after_ruler),
     Stage(
         "C1", "experts: the best family in each bin, true bins; rescue of the metal-poor",
-        lambda _: (Run("hybrid-moe", "hybrid-moe"),), ("C1",), _after_hybrid,
+        lambda plan: (Run("hybrid-moe", "hybrid-moe", families=plan.families),), ("C1",), _after_hybrid,
     ),
     Stage(
         "C2", "a gate that can be deployed, and conditional fusion for faint stars",
@@ -294,9 +303,11 @@ def _open_folder(folder: Path, plan: Plan, resume: bool) -> None:
             raise OutputError(
                 f"{folder}: holds a roadmap already; go on with --resume, or name another folder"
             )
-        if found != asdict(plan):
+        # As it would be read back: with lists for tuples.
+        own = json.loads(json.dumps(asdict(plan)))
+        if found != own:
             other = ", ".join(
-                f"{k} was {found.get(k)!r}, is {v!r}" for k, v in asdict(plan).items() if found.get(k) != v
+                f"{k} was {found.get(k)!r}, is {v!r}" for k, v in own.items() if found.get(k) != v
             )
             raise InputError(f"{folder}: holds a roadmap of another plan ({other}); name another folder")
         return
@@ -313,7 +324,7 @@ def _perform(run: Run, plan: Plan, folder: Path, test: Path, backend: str, progr
         first = run.training * plan.train
         spectra = SimulatedSpectra.of_set(plan.set, rows=(first, first + plan.train))
         model = fit(
-            spectra, recipe=run.recipe, size=plan.size, steps=plan.steps, backend=backend,
+            spectra, recipe=run.recipe, families=run.families, size=plan.size, steps=plan.steps, backend=backend,
             progress=progress,
         )  # fmt: skip
         model.save(target)
@@ -346,6 +357,7 @@ def _write(folder: Path, plan: Plan, done: Mapping[str, dict[str, Any]]) -> dict
     }  # fmt: skip
     write_json(result, folder / RESULT)
     write_atomically(folder / TEXT, (roadmap_text(result) + "\n").encode())
+    write_atomically(folder / PAGE, page(result).encode())
     return result
 
 
