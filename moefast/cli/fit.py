@@ -134,6 +134,8 @@ def fit(
                          fitted by torch, scored without it
         heads-cnn        the same, convolutions on the flux
         heads-vit        the same, a vision transformer on the flux
+        heads-single     the network of heads with one head, to compare with
+        heads-vit-single that of heads-vit with one head, to compare with
         snr-moe          linear experts for four bins of signal-to-noise
         global-ridge     one linear expert
         published-ridge  one ridge as published, to compare with

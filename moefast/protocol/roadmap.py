@@ -20,11 +20,12 @@ from moefast.core.errors import InputError, OutputError
 from moefast.core.random import NOISE_SEED
 from moefast.core.text import bracket, number, table
 from moefast.model import Model
+from moefast.protocol.compare import compare
 from moefast.protocol.evaluate import evaluate, write_report
 from moefast.protocol.milestones.evaluations import read_reports
 from moefast.protocol.milestones.judge import judge
 from moefast.protocol.milestones.text import format_text
-from moefast.protocol.roadmap_page import page
+from moefast.protocol.roadmap_page import comparison_words, page
 from moefast.recipes import fit
 from moefast.simulate import SimulatedSpectra
 from moefast.simulate.sets import simulate_set
@@ -128,6 +129,8 @@ class Stage:
         That judge it.
     decide : callable
         What follows, from the judged milestones by their id.
+    pairs : tuple of (str, str, str)
+        A question that a paired comparison answers, and two runs: the one that stands for no, and the other.
     """
 
     id: str
@@ -135,6 +138,7 @@ class Stage:
     runs: Callable[[Plan], tuple[Run, ...]]
     milestones: tuple[str, ...]
     decide: Callable[[Mapping[str, Mapping[str, Any]]], Decision]
+    pairs: tuple[tuple[str, str, str], ...] = ()
 
 
 def _ruler(plan: Plan) -> tuple[Run, ...]:
@@ -212,7 +216,9 @@ STAGES = (
         lambda _: (Run("phys-moe", "phys-moe"), Run("conditional-moe", "conditional-moe")), ("C2",), _after_gate,
     ),
     Stage(
-        "C3", "a shared trunk and heads", lambda _: (Run("heads", "heads"),), ("C3", "C3+"), _after_trunk,
+        "C3", "a shared trunk and heads, and the same trunk with one head",
+        lambda _: (Run("heads", "heads"), Run("heads-single", "heads-single")), ("C3", "C3+"), _after_trunk,
+        (("what the heads bring over one head on the same trunk", "heads-single", "heads"),),
     ),
     Stage(
         "C4", "residuals on a strong model",
@@ -252,8 +258,8 @@ def roadmap(
     Returns
     -------
     dict
-        JSON-ready: plan, stages (id, what, seconds, commands, judged milestones, decision), path (ids in the order in
-        which they were run).
+        JSON-ready: plan, stages (id, what, seconds, commands, judged milestones, comparisons, decision), path (ids in
+        the order in which they were run).
 
     Raises
     ------
@@ -285,8 +291,11 @@ def roadmap(
             "id": stage.id, "what": stage.what, "seconds": time.monotonic() - begin,
             "commands": [line for run in runs for line in run.commands(plan, backend)],
             "milestones": [rows[name] for name in stage.milestones],
+            "comparisons": [_compared(folder, *pair) for pair in stage.pairs],
             "decision": asdict(decision),
         }  # fmt: skip
+        for one in done[stage.id]["comparisons"]:
+            told(f"{stage.id}: {comparison_words(one)}")
         told(f"{stage.id}: {decision.words}")
         _write(folder, plan, done)
         position = order.index(stage.id) + 1
@@ -350,6 +359,14 @@ def _judged(folder: Path, runs: Sequence[Run]) -> dict[str, Mapping[str, Any]]:
     return {row["id"]: row for row in section["milestones"]}
 
 
+def _compared(folder: Path, what: str, base: str, other: str) -> dict[str, Any]:
+    """The paired difference in R² of two runs, with its interval and verdict."""
+    found = compare([folder / "reports" / base, folder / "reports" / other])["comparisons"][0]["overall"][
+        "r2"
+    ]
+    return {"what": what, "base": base, "other": other} | found
+
+
 def _write(folder: Path, plan: Plan, done: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     result = {
         "schema_version": SCHEMA_VERSION, "what": "moefast roadmap", "plan": asdict(plan),
@@ -384,6 +401,12 @@ def roadmap_text(result: Mapping[str, Any]) -> str:
     lines += table(("", "published R²", "our R²", "interval", "their mark", "any set", "time"), cells, left=2)
     lines += ["", "Decisions"]
     lines += [f"  {stage['id']}  {stage['decision']['words']}" for stage in result["stages"]]
+    compared = [
+        f"  {stage['id']}  {comparison_words(one)}"
+        for stage in result["stages"]
+        for one in stage["comparisons"]
+    ]
+    lines += ["", "Paired comparisons", *compared] if compared else []
     milestones = [
         row | {"commands": stage["commands"]} for stage in result["stages"] for row in stage["milestones"]
     ]

@@ -7,7 +7,7 @@ from typing import Any
 
 from moefast.pages.page import Table, Words, bracket, number, render
 
-__all__ = ["page"]
+__all__ = ["comparison_words", "page"]
 
 _SECTIONS = (
     ("marks", "Marks"),
@@ -47,10 +47,23 @@ def page(result: Mapping[str, Any]) -> str:
         ],
         notes=[],
         marks=_marks(rows),
-        decisions=[(stage["id"], stage["decision"]["words"]) for stage in stages],
+        decisions=[(stage["id"], words) for stage in stages for words in _said(stage)],
         checks=_checks(rows),
         commands=[(f"{stage['id']}: {stage['what']}", list(dict.fromkeys(stage["commands"]))) for stage in stages],
     )  # fmt: skip
+
+
+def comparison_words(one: Mapping[str, Any]) -> str:
+    """A comparison of a stage in one sentence."""
+    return (
+        f"{one['what']}: {number(one['difference'], sign=True)} {bracket(one['interval'], sign=True)} of R² "
+        f"({one['base']} {number(one['from'])}, {one['other']} {number(one['to'])}), {one['verdict']}"
+    )
+
+
+def _said(stage: Mapping[str, Any]) -> list[str]:
+    """What was found besides the marks, and what follows."""
+    return [*map(comparison_words, stage["comparisons"]), stage["decision"]["words"]]
 
 
 def _tile(label: str, value: str, detail: str, *, main: bool = False) -> dict[str, Any]:

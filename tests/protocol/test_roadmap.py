@@ -48,6 +48,15 @@ def made(monkeypatch):
             )  # fmt: skip
             (report / "report.json").write_text(content)
 
+    def compare(folders):
+        first, second = (numbers.get(folder.name, 0.8) for folder in folders)
+        entry = {
+            "n": 10, "from": first, "to": second, "difference": second - first, "interval": [0.01, 0.05],
+            "verdict": "better",
+        }  # fmt: skip
+        return {"comparisons": [{"overall": {"r2": entry}}]}
+
+    monkeypatch.setattr(module, "compare", compare)
     monkeypatch.setattr(module, "_perform", perform)
     monkeypatch.setattr(module, "simulate_set", lambda path, *_: path.write_bytes(b""))
     return numbers, oracle, performed
@@ -96,6 +105,11 @@ def test_weaker_numbers_take_other_branches(made, tmp_path, change, path):
     numbers.update(change)
     result = roadmap(tmp_path / "r", PLAN)
     assert result["path"] == path
+    text, html = ((tmp_path / "r" / f"roadmap.{kind}").read_text() for kind in ("txt", "html"))
+    said = (
+        "one head on the same trunk: +0.040 [+0.010, +0.050] of R² (heads-single 0.800, heads 0.840), better"
+    )
+    assert (said in text) == (said in html) == ("C3" in path)
 
 
 def test_all_stages_are_run_if_asked_for_and_decisions_are_told_all_the_same(made, tmp_path):
