@@ -52,6 +52,7 @@ def roadmap(
     fit networks and need torch. The experts of C1 are chosen from --families. A roadmap that was stopped goes on with
     --resume. Twenty thousand training spectra take about half an hour on two cores.
     """
+    from moefast.core.records import as_entries
     from moefast.protocol.roadmap import Plan, roadmap_text
     from moefast.protocol.roadmap import roadmap as run
 
@@ -61,4 +62,6 @@ def roadmap(
         backend=backend, say=progress.note, progress=progress.stage,
     )  # fmt: skip
     progress.close()
-    click.echo(json.dumps(result, indent=1, ensure_ascii=False) if as_json else roadmap_text(result))
+    click.echo(
+        json.dumps(as_entries(result), indent=1, ensure_ascii=False) if as_json else roadmap_text(result)
+    )

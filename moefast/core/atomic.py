@@ -30,6 +30,8 @@ from moefast.core.errors import OutputError
 
 __all__ = [
     "atomic_file",
+    "owner_has_ended",
+    "owner_token",
     "partial_folder",
     "partial_path",
     "publish",
@@ -104,6 +106,17 @@ def _has_ended(match: re.Match[str], path: Path) -> bool:
         return time.time() - path.lstat().st_mtime > _ABANDONED
     began = _began(int(match[3]))
     return match[2] != boot or began is None or (began != int(match[4]) and 0 not in (began, int(match[4])))
+
+
+def owner_token() -> str:
+    """What says that something belongs to this process."""
+    return _writer()
+
+
+def owner_has_ended(token: str, path: Path) -> bool:
+    """Whether the process that gave a token for a file or folder is gone; of none of ours, yes."""
+    match = re.fullmatch(_WRITER, token)
+    return match is None or _has_ended(match, path)
 
 
 def remove_unfinished() -> None:

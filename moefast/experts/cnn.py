@@ -30,7 +30,7 @@ from moefast.core.threads import in_threads, one_blas_thread
 from moefast.experts.protocol import CleanStars, Expert, ExpertValues, Inputs, expert
 from moefast.ops.arithmetic import SolvingArithmetic
 
-__all__ = ["ConvNet", "fit_network", "n_places"]
+__all__ = ["ConvNet", "fit_conv_net", "n_places"]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -204,8 +204,8 @@ class ConvNet(Expert):
 
     @classmethod
     def fit_clean(cls, stars: CleanStars, y: NDArray, *, seed: int) -> ConvNet:
-        """A network for the stars of one bin; see `fit_network`."""
-        return fit_network(
+        """A network for the stars of one bin; see `fit_conv_net`."""
+        return fit_conv_net(
             stars.flux, stars.error, y, reference=stars.reference, noise_shape=stars.noise_shape, seed=seed
         )
 
@@ -224,7 +224,7 @@ class ConvNet(Expert):
 # --- fitting ---------------------------------------------------------------------------------------------------
 
 
-def fit_network(
+def fit_conv_net(
     flux: F32,
     error: F32,
     y: NDArray,

@@ -17,7 +17,7 @@ from moefast.core.random import add_noise
 from moefast.experts.protocol import Inputs, on_flux
 from moefast.fitting.linear_experts import LinearExperts
 from moefast.fitting.options import WHOLE
-from moefast.fitting.training_set import TrainingSet
+from moefast.fitting.training_set import Rows, TrainingSet
 from moefast.gating.tower import quality_logs
 from moefast.kernels import Projected, perceptron, project, tangent_posterior
 from moefast.kernels.reference import hat_weights, prepare_reference
@@ -103,18 +103,9 @@ def draw_sample(data: TrainingSet, mixture: Mixture, experts: LinearExperts) -> 
         With its library or network, which have not seen the sample.
     experts : LinearExperts
     """
-    options = data.options
     stretches = data.sample_stretches()
-    draws = _draws(data)
-    parts: list[tuple] = []
-    for here, flux, error, usable in data.blocks("gate sample", stretches):
-        rows = np.arange(here.start, here.stop)[usable]
-        flux, error = flux[usable], error[usable]
-        quality = quality_logs(error, error > 0) if options.tower == "quality" else np.empty((len(rows), 0))
-        for draw in range(draws):
-            one = _draw(data, mixture, experts, rows, flux, error, draw)
-            seen = (one.projected.snr_norm, quality, *one.inputs[:3])
-            parts.append((one.features, one.chi2, rows, one.values, one.noise, *seen, *one.of_network))
+    drawn = data.map_blocks("gate sample", stretches, _sample_of, mixture, experts, _draws(data))
+    parts = [part for block in drawn for part in block]
     features, chi2, rows, values, noise, snr_norm, quality, z, level, lines, *of_network = (
         np.concatenate(columns) for columns in zip(*parts, strict=True)
     )
@@ -167,6 +158,22 @@ def flux_of_sample(data: TrainingSet, stage: str) -> Iterator[tuple[slice, F32]]
             first += len(rows)
 
 
+def _sample_of(
+    data: TrainingSet, block: Rows, mixture: Mixture, experts: LinearExperts, draws: int
+) -> list[tuple[NDArray, ...]]:
+    """All draws of a block's stars."""
+    here, flux, error, usable = block
+    rows = np.arange(here.start, here.stop)[usable]
+    flux, error = flux[usable], error[usable]
+    quality = quality_logs(error, error > 0) if data.options.tower == "quality" else np.empty((len(rows), 0))
+    parts = []
+    for draw in range(draws):
+        one = _draw(data, mixture, experts, rows, flux, error, draw)
+        seen = (one.projected.snr_norm, quality, *one.inputs[:3])
+        parts.append((one.features, one.chi2, rows, one.values, one.noise, *seen, *one.of_network))
+    return parts
+
+
 def draw_faint(data: TrainingSet, mixture: Mixture, experts: LinearExperts) -> Faint:
     """The sample's stars with the errors of stars below the tower's limit, each that of another in every draw.
 
@@ -178,20 +185,31 @@ def draw_faint(data: TrainingSet, mixture: Mixture, experts: LinearExperts) -> F
     nothing = np.empty((0, options.grid.n_bins), np.float32)
     seen = np.empty((0, len(mixture.gate[0])), np.float32)
     parts = [Faint(np.empty(0, np.int64), seen, nothing, nothing)]
-    for here, flux, error, usable in data.blocks("faint stars", stretches):
-        rows = np.arange(here.start, here.stop)[usable]
-        faint = np.flatnonzero(usable & (data.snr_norm(flux, error) <= options.tower_limit))
-        if not faint.size:
-            continue
-        rng = np.random.default_rng([options.seed, here.start])
-        for draw in range(draws):
-            lent = error[rng.choice(faint, len(rows))]
-            x = np.where(lent > 0, flux[usable], data.reference.astype(np.float32))
-            one = _draw(data, mixture, experts, rows, x, lent, options.sample_draws + draw)
-            below = one.projected.snr_norm <= options.tower_limit
-            features, values = one.features[below], one.values[below].astype(np.float32)
-            parts.append(Faint(rows[below], features, values, perceptron(features, mixture.gate)))
+    for block in data.map_blocks("faint stars", stretches, _faint_of, mixture, experts, draws):
+        parts += block
     return Faint(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+
+def _faint_of(
+    data: TrainingSet, block: Rows, mixture: Mixture, experts: LinearExperts, draws: int
+) -> list[Faint]:
+    """All draws of a block's stars that came out faint."""
+    here, flux, error, usable = block
+    options = data.options
+    rows = np.arange(here.start, here.stop)[usable]
+    faint = np.flatnonzero(usable & (data.snr_norm(flux, error) <= options.tower_limit))
+    if not faint.size:
+        return []
+    rng = np.random.default_rng([options.seed, here.start])
+    parts = []
+    for draw in range(draws):
+        lent = error[rng.choice(faint, len(rows))]
+        x = np.where(lent > 0, flux[usable], data.reference.astype(np.float32))
+        one = _draw(data, mixture, experts, rows, x, lent, options.sample_draws + draw)
+        below = one.projected.snr_norm <= options.tower_limit
+        features, values = one.features[below], one.values[below].astype(np.float32)
+        parts.append(Faint(rows[below], features, values, perceptron(features, mixture.gate)))
+    return parts
 
 
 def _draw(

@@ -387,16 +387,23 @@ class PosteriorMixture:
         self, flux: F32, error: F32, mask: NDArray[np.bool_] | None = None, *, first_row: int = 0
     ) -> tuple[Prediction, Quality]:
         """Predictions, and the quality of the spectra; see `predict`."""
-        found = self._posterior(flux, error, mask)
+        return self.of_kernels(cloud_posterior(flux, error, mask, *self.kernel_arrays))
+
+    def of_kernels(self, found: CloudPosterior) -> tuple[Prediction, Quality]:
+        """Predictions for users, and the quality of the spectra, from what the kernels of any backend give."""
         quality = Quality(found.snr_norm, found.snr_median, found.n_good, found.flag)
         return self.prediction(_as_described(found)), quality
 
-    def outputs(self, flux: F32, error: F32, mask: NDArray[np.bool_] | None = None) -> dict[str, NDArray]:
-        """Every output of the forward pass on the CPU kernels; see `predict` and `moefast.posterior.forward`."""
-        return _as_described(self._posterior(flux, error, mask))
+    def outputs(
+        self, flux: F32, error: F32, mask: NDArray[np.bool_] | None = None, *, backend: str = "cpu"
+    ) -> dict[str, NDArray]:
+        """Every output of the forward pass by the kernels; see `predict` and `moefast.posterior.forward`."""
+        return _as_described(cloud_posterior(flux, error, mask, *self.kernel_arrays, backend=backend))
 
-    def _posterior(self, flux: F32, error: F32, mask: NDArray[np.bool_] | None) -> CloudPosterior:
-        return cloud_posterior(flux, error, mask, self._space, self._clouds)
+    @property
+    def kernel_arrays(self) -> tuple[Space, Clouds]:
+        """What the kernels read."""
+        return self._space, self._clouds
 
     @cached_property
     def _space(self) -> Space:

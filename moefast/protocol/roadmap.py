@@ -11,13 +11,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from moefast.core.atomic import write_atomically, write_json
 from moefast.core.errors import InputError, OutputError
 from moefast.core.random import NOISE_SEED
+from moefast.core.records import as_entries
 from moefast.core.text import bracket, number, table
 from moefast.model import Model
 from moefast.protocol.compare import compare
@@ -25,6 +26,7 @@ from moefast.protocol.evaluate import evaluate, write_report
 from moefast.protocol.milestones.evaluations import read_reports
 from moefast.protocol.milestones.judge import judge
 from moefast.protocol.milestones.text import format_text
+from moefast.protocol.milestones.verdicts import JudgedSet, Judgement, MilestoneResult
 from moefast.protocol.roadmap_page import comparison_words, page
 from moefast.recipes import fit
 from moefast.simulate import SimulatedSpectra
@@ -137,8 +139,46 @@ class Stage:
     what: str
     runs: Callable[[Plan], tuple[Run, ...]]
     milestones: tuple[str, ...]
-    decide: Callable[[Mapping[str, Mapping[str, Any]]], Decision]
+    decide: Callable[[Mapping[str, MilestoneResult]], Decision]
     pairs: tuple[tuple[str, str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a paired comparison of two runs says: R² of each, the difference with its interval, and a verdict."""
+
+    what: str
+    base: str
+    other: str
+    from_base: float | None
+    to_other: float | None
+    difference: float | None
+    interval: tuple[float | None, float | None]
+    verdict: str
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """A stage that was run: how long it took, what reproduces it, its milestones, and what was decided."""
+
+    id: str
+    what: str
+    seconds: float
+    commands: tuple[str, ...]
+    milestones: tuple[MilestoneResult, ...]
+    comparisons: tuple[Comparison, ...]
+    decision: Decision
+
+
+@dataclass(frozen=True)
+class RoadmapResult:
+    """A roadmap as far as it was run; `path` are the stages in the order in which they were."""
+
+    schema_version: int
+    what: str
+    plan: Plan
+    path: tuple[str, ...]
+    stages: tuple[StageResult, ...]
 
 
 def _ruler(plan: Plan) -> tuple[Run, ...]:
@@ -147,16 +187,15 @@ def _ruler(plan: Plan) -> tuple[Run, ...]:
     return tuple(Run(f"ruler-{i}", "published-ridge", i, draws if i == 0 else ()) for i in range(plan.seeds))
 
 
-def _check(row: Mapping[str, Any], words: str) -> float | None:
+def _check(row: MilestoneResult, words: str) -> float | None:
     """Number of the check, on either mark, whose words begin so."""
-    for rule in ("absolute", "reference"):
-        for check in row[rule]["checks"]:
-            if str(check["what"]).startswith(words) and check["value"] is not None:
-                return float(check["value"])
+    for check in (*row.absolute.checks, *row.reference.checks):
+        if check.what.startswith(words) and check.value is not None:
+            return check.value
     return None
 
 
-def _after_ruler(rows: Mapping[str, Mapping[str, Any]]) -> Decision:
+def _after_ruler(rows: Mapping[str, MilestoneResult]) -> Decision:
     spread = _check(rows["C0"], "half the spread")
     if spread is None:
         return Decision("C1", "the stability of the ruler was not measured on this test set; C1 follows")
@@ -166,7 +205,7 @@ def _after_ruler(rows: Mapping[str, Mapping[str, Any]]) -> Decision:
     )
 
 
-def _after_hybrid(rows: Mapping[str, Mapping[str, Any]]) -> Decision:
+def _after_hybrid(rows: Mapping[str, MilestoneResult]) -> Decision:
     value = _check(rows["C1"], "R² of hybrid-moe with true bins")
     if value is None:
         return Decision("C3", "the oracle of the hybrid was not measured; C3 follows")
@@ -179,7 +218,7 @@ def _after_hybrid(rows: Mapping[str, Mapping[str, Any]]) -> Decision:
     )
 
 
-def _after_gate(rows: Mapping[str, Mapping[str, Any]]) -> Decision:
+def _after_gate(rows: Mapping[str, MilestoneResult]) -> Decision:
     value = _check(rows["C2"], "ρ of phys-moe")
     if value is None:
         return Decision("C3", "ρ was not measured; C3 follows")
@@ -194,15 +233,15 @@ def _after_gate(rows: Mapping[str, Mapping[str, Any]]) -> Decision:
     )
 
 
-def _after_trunk(rows: Mapping[str, Mapping[str, Any]]) -> Decision:
-    verdict = rows["C3"]["reference"]["verdict"]
+def _after_trunk(rows: Mapping[str, MilestoneResult]) -> Decision:
+    verdict = rows["C3"].reference.verdict
     return Decision(
         "C4", f"trunk and heads: {verdict} on the mark for any set; residuals on top of them follow in C4"
     )
 
 
-def _after_residual(rows: Mapping[str, Mapping[str, Any]]) -> Decision:
-    return Decision(END, f"residual mixture: {rows['C4']['reference']['verdict']} on the mark for any set")
+def _after_residual(rows: Mapping[str, MilestoneResult]) -> Decision:
+    return Decision(END, f"residual mixture: {rows['C4'].reference.verdict} on the mark for any set")
 
 
 STAGES = (
@@ -237,7 +276,7 @@ def roadmap(
     backend: str = "auto",
     say: Callable[[str], None] | None = None,
     progress: Report | None = None,
-) -> dict[str, Any]:
+) -> RoadmapResult:
     """Run the roadmap and write its table.
 
     Parameters
@@ -257,9 +296,7 @@ def roadmap(
 
     Returns
     -------
-    dict
-        JSON-ready: plan, stages (id, what, seconds, commands, judged milestones, comparisons, decision), path (ids in
-        the order in which they were run).
+    RoadmapResult
 
     Raises
     ------
@@ -275,7 +312,7 @@ def roadmap(
     if not test.exists():
         simulate_set(test, plan.set, plan.part)
     stages = {stage.id: stage for stage in STAGES}
-    done: dict[str, dict[str, Any]] = {}
+    done: dict[str, StageResult] = {}
     order, following = [stage.id for stage in STAGES], STAGES[0].id
     while following != END and following not in done:
         stage = stages[following]
@@ -287,15 +324,17 @@ def roadmap(
             _perform(run, plan, folder, test, backend, progress)
         rows = _judged(folder, runs)
         decision = stage.decide(rows)
-        done[stage.id] = {
-            "id": stage.id, "what": stage.what, "seconds": time.monotonic() - begin,
-            "commands": [line for run in runs for line in run.commands(plan, backend)],
-            "milestones": [rows[name] for name in stage.milestones],
-            "comparisons": [_compared(folder, *pair) for pair in stage.pairs],
-            "decision": asdict(decision),
-        }  # fmt: skip
-        for one in done[stage.id]["comparisons"]:
-            told(f"{stage.id}: {comparison_words(one)}")
+        done[stage.id] = StageResult(
+            id=stage.id,
+            what=stage.what,
+            seconds=time.monotonic() - begin,
+            commands=tuple(line for run in runs for line in run.commands(plan, backend)),
+            milestones=tuple(rows[name] for name in stage.milestones),
+            comparisons=tuple(_compared(folder, *pair) for pair in stage.pairs),
+            decision=decision,
+        )
+        for one in done[stage.id].comparisons:
+            told(f"{stage.id}: {comparison_words(as_entries(one))}")
         told(f"{stage.id}: {decision.words}")
         _write(folder, plan, done)
         position = order.index(stage.id) + 1
@@ -312,8 +351,7 @@ def _open_folder(folder: Path, plan: Plan, resume: bool) -> None:
             raise OutputError(
                 f"{folder}: holds a roadmap already; go on with --resume, or name another folder"
             )
-        # As it would be read back: with lists for tuples.
-        own = json.loads(json.dumps(asdict(plan)))
+        own = as_entries(plan)
         if found != own:
             other = ", ".join(
                 f"{k} was {found.get(k)!r}, is {v!r}" for k, v in own.items() if found.get(k) != v
@@ -348,70 +386,69 @@ def _perform(run: Run, plan: Plan, folder: Path, test: Path, backend: str, progr
         write_report(found, report, pictures=False)
 
 
-def _judged(folder: Path, runs: Sequence[Run]) -> dict[str, Mapping[str, Any]]:
+def _judged(folder: Path, runs: Sequence[Run]) -> dict[str, MilestoneResult]:
     """Milestones by their id, judged by all evaluations of the stage."""
     reports = [
         folder / "reports" / name
         for run in runs
         for name in (run.name, *(f"{run.name}-noise-{seed}" for seed in run.noise_seeds))
     ]
-    (section,) = judge(read_reports(reports))["sections"]
-    return {row["id"]: row for row in section["milestones"]}
+    (section,) = judge(read_reports(reports)).sections
+    return {row.id: row for row in section.milestones}
 
 
-def _compared(folder: Path, what: str, base: str, other: str) -> dict[str, Any]:
+def _compared(folder: Path, what: str, base: str, other: str) -> Comparison:
     """The paired difference in R² of two runs, with its interval and verdict."""
     found = compare([folder / "reports" / base, folder / "reports" / other])["comparisons"][0]["overall"][
         "r2"
     ]
-    return {"what": what, "base": base, "other": other} | found
+    low, high = found["interval"]
+    return Comparison(
+        what, base, other, found["from"], found["to"], found["difference"], (low, high), found["verdict"]
+    )
 
 
-def _write(folder: Path, plan: Plan, done: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    result = {
-        "schema_version": SCHEMA_VERSION, "what": "moefast roadmap", "plan": asdict(plan),
-        "path": list(done), "stages": list(done.values()),
-    }  # fmt: skip
-    write_json(result, folder / RESULT)
+def _write(folder: Path, plan: Plan, done: Mapping[str, StageResult]) -> RoadmapResult:
+    result = RoadmapResult(SCHEMA_VERSION, "moefast roadmap", plan, tuple(done), tuple(done.values()))
+    write_json(as_entries(result), folder / RESULT)
     write_atomically(folder / TEXT, (roadmap_text(result) + "\n").encode())
-    write_atomically(folder / PAGE, page(result).encode())
+    write_atomically(folder / PAGE, page(as_entries(result)).encode())
     return result
 
 
-def roadmap_text(result: Mapping[str, Any]) -> str:
+def roadmap_text(result: RoadmapResult) -> str:
     """The table, the decisions in their order, and every check, as plain text.
 
     Parameters
     ----------
-    result : mapping
-        From `roadmap`.
+    result : RoadmapResult
     """
-    plan = result["plan"]
+    plan = result.plan
     lines = [
-        f"Roadmap on {plan['set']} {plan['part']}: {plan['train']:,} training spectra, networks {plan['size']}", "",
+        f"Roadmap on {plan.set} {plan.part}: {plan.train:,} training spectra, networks {plan.size}", "",
     ]  # fmt: skip
     cells = [
         (
-            row["id"], row["published"], number(row["ours"]["value"]), bracket(row["ours"]["interval"]),
-            row["absolute"]["verdict"], row["reference"]["verdict"], f"{stage['seconds']:.0f} s",
+            row.id, row.published, number(row.ours.value), bracket(row.ours.interval),
+            row.absolute.verdict, row.reference.verdict, f"{stage.seconds:.0f} s",
         )
-        for stage in result["stages"]
-        for row in stage["milestones"]
+        for stage in result.stages
+        for row in stage.milestones
     ]  # fmt: skip
     lines += table(("", "published R²", "our R²", "interval", "their mark", "any set", "time"), cells, left=2)
     lines += ["", "Decisions"]
-    lines += [f"  {stage['id']}  {stage['decision']['words']}" for stage in result["stages"]]
+    lines += [f"  {stage.id}  {stage.decision.words}" for stage in result.stages]
     compared = [
-        f"  {stage['id']}  {comparison_words(one)}"
-        for stage in result["stages"]
-        for one in stage["comparisons"]
+        f"  {stage.id}  {comparison_words(as_entries(one))}"
+        for stage in result.stages
+        for one in stage.comparisons
     ]
     lines += ["", "Paired comparisons", *compared] if compared else []
     milestones = [
-        row | {"commands": stage["commands"]} for stage in result["stages"] for row in stage["milestones"]
+        replace(row, commands=stage.commands) for stage in result.stages for row in stage.milestones
     ]
-    section = {"data_set": None, "notes": [], "evaluations": [], "milestones": milestones}
+    section = JudgedSet(None, (), (), tuple(milestones))
     # Its own head and table say what stands above.
-    detail = format_text({"sections": [section]}).splitlines()
+    detail = format_text(Judgement(SCHEMA_VERSION, result.what, (section,))).splitlines()
     start = next(i for i, line in enumerate(detail) if line.startswith("C0  "))
     return "\n".join([*lines, "", *detail[start:]])

@@ -24,7 +24,7 @@ def page(result: Mapping[str, Any]) -> str:
     Parameters
     ----------
     result : mapping
-        From `moefast.protocol.roadmap.roadmap`, or read back from its JSON.
+        The entries of a `RoadmapResult` (`as_entries`), or its JSON read back.
 
     Returns
     -------
@@ -57,7 +57,7 @@ def comparison_words(one: Mapping[str, Any]) -> str:
     """A comparison of a stage in one sentence."""
     return (
         f"{one['what']}: {number(one['difference'], sign=True)} {bracket(one['interval'], sign=True)} of R² "
-        f"({one['base']} {number(one['from'])}, {one['other']} {number(one['to'])}), {one['verdict']}"
+        f"({one['base']} {number(one['from_base'])}, {one['other']} {number(one['to_other'])}), {one['verdict']}"
     )
 
 

@@ -23,7 +23,16 @@ from moefast.spectra.spectrum_set import SpectrumSet
 from moefast.spectra.tables import READERS, read_table
 from moefast.spectra.units import LIGHT_SPEED
 
-__all__ = ["Velocities", "VelocityTable", "find_velocities", "read_velocity_table"]
+__all__ = [
+    "KEYS",
+    "Velocities",
+    "VelocityTable",
+    "columns_of_file",
+    "find_velocities",
+    "is_fits_name",
+    "is_table_name",
+    "read_velocity_table",
+]
 
 KEYS: tuple[tuple[str, ...], ...] = (("catId", "objId"), ("objId",), ("TARGETID",), ("targetId",), ("id",))
 """Identifiers that tables are joined by: the first of these that both sides have, else any of the same name."""
@@ -212,10 +221,28 @@ def read_velocity_table(given: str | Path) -> VelocityTable:
 
 
 def _read_one(path: Path) -> VelocityTable:
+    return _of_fits(FitsFile(path)) if is_fits_name(path) else _of_columns(str(path), columns_of_file(path))
+
+
+def is_fits_name(path: Path) -> bool:
+    """Whether a table is FITS, by its name."""
+    return path.name.lower().endswith((".fits", ".fit", ".fits.gz", ".fits.fz"))
+
+
+def is_table_name(path: Path) -> bool:
+    """Whether `columns_of_file` reads it, by its name."""
+    return path.suffix in _TEXT or path.suffix in READERS
+
+
+def columns_of_file(path: Path) -> dict[str, NDArray]:
+    """Columns of a table of text, Parquet or HDF5.
+
+    Raises
+    ------
+    InputError
+        It cannot be read.
+    """
     refuse_special(path)
-    name = path.name.lower()
-    if name.endswith((".fits", ".fit", ".fits.gz")):
-        return _of_fits(FitsFile(path))
     if path.suffix in _TEXT:
         from astropy.table import Table
 
@@ -224,9 +251,9 @@ def _read_one(path: Path) -> VelocityTable:
         except Exception as error:
             # Readers of text raise many kinds.
             raise InputError(f"{path}: cannot be read as a table: {error}") from error
-        return _of_columns(str(path), {column: np.asarray(read[column]) for column in read.colnames})
+        return {column: np.asarray(read[column]) for column in read.colnames}
     if path.suffix in READERS:
-        return _of_columns(str(path), read_table(path)[0])
+        return read_table(path)[0]
     raise InputError(f"{path}: unknown kind of table; expected .fits, .csv, .ecsv, {', '.join(READERS)}")
 
 
