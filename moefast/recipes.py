@@ -117,6 +117,17 @@ RECIPES: dict[str, Recipe] = {
             ("heads-vit", "vit", 10_000, 1, "a vision transformer on patches of the flux"),
         )
     },
+    **{
+        name: Recipe(
+            uniform(1, 1),
+            what + " with one head and no gate, to compare with",
+            {"families": ("heads",), "trunk": trunk, "sample_rows": rows, "sample_draws": draws},
+        )
+        for name, trunk, rows, draws, what in (
+            ("heads-single", "pca-mlp", 20_000, 8, "the network of heads"),
+            ("heads-vit-single", "vit", 10_000, 1, "the network of heads-vit"),
+        )
+    },
     "global-ridge": Recipe(uniform(1, 1), "one linear expert per noise level, no gate"),
     "published-ridge": Recipe(
         uniform(1, 1),
