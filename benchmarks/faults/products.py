@@ -17,7 +17,7 @@ from moefast.core.errors import MoefastError, OutputError
 from moefast.export import build, save
 from moefast.model import Model
 from moefast.predicting.files import predict
-from moefast.protocol.evaluate import write_report
+from moefast.protocol.report_folder import write_report
 from moefast.simulate import simulate_file
 from moefast.spectra.spectrum_set import open_spectra
 from moefast.spectra.tables import Column, open_table, read_table

@@ -34,7 +34,7 @@ from moefast.core.errors import InputError
 from moefast.spectra.hdf5 import ARRAYS, STAGING_BYTES, contents_of, open_hdf5
 from moefast.spectra.params import ParamColumn, index_column, owners_of_params, param_columns, read_columns
 from moefast.spectra.stored import (
-    Gaps,
+    UnwrittenPlaces,
     find,
     gaps_of,
     lacking_filter,
@@ -70,7 +70,7 @@ class _Stored:
     chunk_rows: int = 0
     slab_rows: int = 0
     own_chunks: bool = False
-    gaps: Gaps | None = None
+    gaps: UnwrittenPlaces | None = None
 
     @property
     def row_bytes(self) -> int:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from moefast.core.errors import InputError
 
 __all__ = [
-    "Gaps",
+    "UnwrittenPlaces",
     "find",
     "gaps_of",
     "lacking_filter",
@@ -122,7 +122,7 @@ def lacking_filter(dataset: h5py.Dataset) -> str:
 
 
 @dataclass(frozen=True)
-class Gaps:
+class UnwrittenPlaces:
     """Places of an (n, p) dataset that hold no values.
 
     Attributes
@@ -149,7 +149,7 @@ class Gaps:
             out[absent[:, k], self.edges[k] : self.edges[k + 1]] = value
 
 
-def gaps_of(dataset: h5py.Dataset) -> Gaps | None:
+def gaps_of(dataset: h5py.Dataset) -> UnwrittenPlaces | None:
     """Places of a dataset that hold no values; None if there are none.
 
     A one-dimensional dataset counts as one with a single pixel.
@@ -162,7 +162,7 @@ def gaps_of(dataset: h5py.Dataset) -> Gaps | None:
     return _gaps(dataset, _DEEPEST)
 
 
-def _gaps(dataset: h5py.Dataset, depth: int) -> Gaps | None:
+def _gaps(dataset: h5py.Dataset, depth: int) -> UnwrittenPlaces | None:
     shape = (*dataset.shape, 1)[:2]
     if dataset.ndim not in (1, 2) or 0 in shape:
         return None
@@ -189,7 +189,7 @@ def _gaps(dataset: h5py.Dataset, depth: int) -> Gaps | None:
     return _without(shape, boxes)
 
 
-def _without(shape: tuple[int, int], boxes: list[_Box]) -> Gaps | None:
+def _without(shape: tuple[int, int], boxes: list[_Box]) -> UnwrittenPlaces | None:
     """Gaps of a dataset in which only these boxes hold values."""
     n, p = shape
     edges = np.unique([0, p, *(min(max(e, 0), p) for box in boxes for e in box[2:])]).astype(np.int64)
@@ -197,7 +197,7 @@ def _without(shape: tuple[int, int], boxes: list[_Box]) -> Gaps | None:
     for first, stop, low, high in boxes:
         begin, end = np.searchsorted(edges, (low, min(high, p)))
         absent[first:stop, begin:end] = False
-    return Gaps(edges, absent) if absent.any() else None
+    return UnwrittenPlaces(edges, absent) if absent.any() else None
 
 
 def _virtual_boxes(dataset: h5py.Dataset, depth: int) -> list[_Box]:

@@ -10,8 +10,9 @@ import pytest
 
 from moefast.core.errors import InputError
 from moefast.predicting.files import predict
-from moefast.protocol.evaluate import evaluate, write_report
+from moefast.protocol.evaluate import evaluate
 from moefast.protocol.predictions import read_predictions
+from moefast.protocol.report_folder import write_report
 from moefast.spectra import open_spectra, read_table
 from moefast.spectra.tables import Column, open_table
 
