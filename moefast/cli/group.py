@@ -33,6 +33,7 @@ from moefast.cli.simulate import simulate
 from moefast.core.atomic import remove_unfinished
 from moefast.core.errors import MoefastError, OutputError
 from moefast.core.version import __version__
+from moefast.core.watched import interrupt_behind
 
 __all__ = ["cli", "main"]
 
@@ -85,12 +86,14 @@ class _Group(click.Group):
         except MoefastError as error:
             click.echo(f"\nmoefast: error: {error}", err=True)
             ctx.exit(error.exit_code)
-        except KeyboardInterrupt:
-            click.echo("\nmoefast: interrupted; nothing was written", err=True)
-            ctx.exit(130)
-        except Terminated:
-            click.echo("\nmoefast: terminated; nothing was written", err=True)
-            ctx.exit(143)
+        except (KeyboardInterrupt, Terminated, SystemError) as error:
+            interrupt = interrupt_behind(error)
+            if interrupt is None:
+                raise
+            terminated = isinstance(interrupt, Terminated)
+            words = "terminated" if terminated else "interrupted"
+            click.echo(f"\nmoefast: {words}; nothing was written", err=True)
+            ctx.exit(143 if terminated else 130)
         except ValueError as error:
             if "null byte" not in str(error):
                 raise
