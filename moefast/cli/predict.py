@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from moefast.cli.messages import Progress, tell_failures
+from moefast.cli.messages import tell_failures
 from moefast.cli.options import (
     BACKEND,
     CONFIG,
@@ -23,39 +23,21 @@ from moefast.cli.options import (
     JSON,
     MEDIUM,
     MODEL,
+    OF_TASK,
     OVERWRITE,
     QUIET,
     TELLURIC,
     VELOCITY,
+    VELOCITY_RANGE,
     names,
     rows,
+    shard_of,
 )
+from moefast.core.atomic import refuse_taken
 from moefast.core.errors import InputError, OutputError
-from moefast.core.progress import FILES
+from moefast.core.progress import FILES, ProgressLine
 
 __all__ = ["predict"]
-
-
-def _shard(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:
-    if value is None:
-        return None
-    if value == _OF_TASK:
-        from moefast.cluster.shards import shard_of_task
-
-        return shard_of_task(os.environ)
-    try:
-        index, count = (int(part) for part in value.split("/"))
-    except ValueError:
-        raise click.BadParameter(
-            f"{value!r} is not i/N, for example 0/8; without a value --shard comes last, or before another option"
-        ) from None
-    if not 0 <= index < count:
-        raise click.BadParameter(f"{value!r}: i counts from 0 and must be less than N")
-    return index, count
-
-
-_OF_TASK = "of this task"
-"""What `--shard` alone stands for."""
 
 
 @click.command(short_help="Predict log g: one row of a table per spectrum.")
@@ -86,20 +68,22 @@ _OF_TASK = "of this task"
 @DEVICE
 @click.option("--rows", callback=rows, metavar="FIRST:LAST", help="Score these rows only, LAST not included.")
 @click.option("--limit", type=click.IntRange(1), help="Score at most so many rows.")
-@click.option("--shard", callback=_shard, metavar="[i/N]", is_flag=False, flag_value=_OF_TASK,
+@click.option("--shard", callback=shard_of, metavar="[i/N]", is_flag=False, flag_value=OF_TASK,
               help="Score part i (from 0) of N equal parts; without a value the part of this task of a SLURM job "
               "array. moefast merge joins the tables.")  # fmt: skip
 @click.option("--scheduler", metavar="ADDRESS",
               help="Predict on a Dask cluster: the address of its scheduler, or local:N for N workers on this machine. "
               "The table is that of one machine, bit for bit.")  # fmt: skip
 @VELOCITY
-@click.option("--velocity-range", type=click.FloatRange(min=0, min_open=True), default=500.0, show_default=True,
-              metavar="KM/S", help="Fitted velocities lie within so many km/s of 0.")  # fmt: skip
+@VELOCITY_RANGE
 @MEDIUM
 @TELLURIC
 @click.option(
     "--select", metavar="EXPRESSION", help='Rows to predict, such as "targetType == 1 and nVisit > 2".'
 )
+@click.option("--targets", metavar="LIST",
+              help="Predict these targets alone: identifiers with commas between, a file with one in each line, or a "
+              "table with catId and objId, objId, TARGETID or id.")  # fmt: skip
 @click.option(
     "--keep", callback=names, metavar="A,B,…", help="Columns of the input to keep besides identifiers."
 )
@@ -116,6 +100,7 @@ def predict(
     skip_existing: bool, status: str | None, log: str | None, array: str, backend: str,
     rows: tuple[int, int] | None, limit: int | None, shard: tuple[int, int] | None, scheduler: str | None,
     velocity: str | None, velocity_range: float, medium: str, telluric: str, select: str | None,
+    targets: str | None,
     keep: tuple[str, ...], report: str | None, overwrite: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Predict log g for every spectrum and write a table: one row per spectrum, in order.
@@ -151,7 +136,8 @@ def predict(
             )
         options = {
             "array": array, "backend": backend, "rows": rows, "limit": limit, "velocity": velocity,
-            "velocity_range": velocity_range, "medium": medium, "telluric": telluric, "select": select, "keep": keep,
+            "velocity_range": velocity_range, "medium": medium, "telluric": telluric, "select": select,
+            "targets": targets, "keep": keep,
         }  # fmt: skip
         _each(
             files, model, Path(folder), f".{suffix}", options, skip_existing=skip_existing, overwrite=overwrite,
@@ -166,25 +152,26 @@ def predict(
     target = Path(out) if out else Path(f"{stem}.log_g{part}.h5")
     if overwrite and not out:
         _check_same_inputs(target, files)
-    if report and os.path.exists(report) and not overwrite:
-        raise OutputError(f"{report}: exists already; choose another name, or replace it with --overwrite")
+    if report:
+        refuse_taken(report, overwrite=overwrite)
     if scheduler is not None:
         if rows or limit or shard:
             raise click.UsageError("--scheduler predicts all rows: leave out --rows, --limit and --shard")
         options = {
             "array": array, "backend": backend, "velocity": velocity, "velocity_range": velocity_range,
-            "medium": medium, "telluric": telluric, "select": select, "keep": keep,
+            "medium": medium, "telluric": telluric, "select": select,
+            "targets": targets, "keep": keep,
         }  # fmt: skip
         _on_cluster(
             scheduler, files, model, target, options, report=report, overwrite=overwrite, quiet=quiet,
             as_json=as_json,
         )  # fmt: skip
         return
-    progress = Progress(quiet or as_json)
+    progress = ProgressLine(quiet or as_json)
     summary = run(
         files, model, target, array=array, backend=backend, rows=rows, limit=limit,  # type: ignore[arg-type]
         shard=shard, overwrite=overwrite, velocity=velocity, velocity_range=velocity_range,
-        medium=medium, telluric=telluric, select=select, keep=keep,  # type: ignore[arg-type]
+        medium=medium, telluric=telluric, select=select, targets=targets, keep=keep,  # type: ignore[arg-type]
         progress=progress.rows("predict"), tell=lambda words: progress.note(f"note: {words}"),
     )  # fmt: skip
     progress.close()
@@ -211,18 +198,18 @@ def predict(
         for note in summary.notes:
             click.echo(f"  note: {note}")
     if report:
-        _write_report(target, model, report)
+        _write_report(target, model, report, overwrite)
     tell_failures(summary.failures)
 
 
-def _write_report(table: Path, model: str | None, page: str) -> None:
+def _write_report(table: Path, model: str | None, page: str, overwrite: bool) -> None:
     from moefast.inspection.run import summarise_table
     from moefast.inspection.run_page import write_page
     from moefast.inspection.worst import spectra_of_worst
 
     found = summarise_table(table)
     stars, reason = spectra_of_worst(found, model)
-    write_page(found, page, stars, reason)
+    write_page(found, page, stars, reason, overwrite=overwrite)
     click.echo(f"written: {page}" + (f". {reason}" if reason else ""), err=True)
 
 
@@ -237,7 +224,7 @@ def _each(
     jobs = nights.plan(files, folder, suffix)
     chosen = Model.load(model)
     folder.mkdir(parents=True, exist_ok=True)
-    progress = Progress(quiet or as_json)
+    progress = ProgressLine(quiet or as_json)
     with contextlib.ExitStack() as stack:
         stream = stack.enter_context(open(log, "a", encoding="utf-8", errors="replace")) if log else None
 
@@ -273,7 +260,7 @@ def _on_cluster(
     """The same table by the workers of a cluster."""
     from moefast.cluster.workers import connect, predict_on
 
-    progress = Progress(quiet or as_json)
+    progress = ProgressLine(quiet or as_json)
     begin = time.perf_counter()
     with connect(scheduler) as client:
         workers = len(client.scheduler_info(n_workers=-1)["workers"])
@@ -290,7 +277,7 @@ def _on_cluster(
     progress.close()
     seconds = time.perf_counter() - begin
     if report:
-        _write_report(target, model, report)
+        _write_report(target, model, report, overwrite)
     if as_json:
         facts = {
             "table": str(target), "rows": merged.n_rows, "shards": merged.n_parts, "workers": workers,

@@ -6,9 +6,9 @@ import json
 
 import click
 
-from moefast.cli.messages import Progress
 from moefast.cli.options import BACKEND, DEVICE, EXPERT, JSON, OVERWRITE, QUIET
 from moefast.core.atomic import refuse_taken, write_json
+from moefast.core.progress import ProgressLine
 
 __all__ = ["scenarios"]
 
@@ -49,12 +49,12 @@ def scenarios(
 
     if out:
         refuse_taken(out, overwrite=overwrite)
-    progress = Progress(quiet)
+    progress = ProgressLine(quiet)
     found = run_scenarios(
         Model.load(model), n=number, names=names or None, backend=backend, progress=progress.rows("scenarios")
     )
     progress.close()
     click.echo(json.dumps(found, indent=1, ensure_ascii=False) if as_json else format_text(found))
     if out:
-        write_json(found, out)
+        write_json(found, out, overwrite=overwrite)
         click.echo(f"written: {out}", err=True)

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefast.core.errors import InputError, OddSpectraWarning
+from moefast.core.progress import RowProgress, row_progress
 from moefast.core.threads import one_blas_thread
 from moefast.mixture import Prediction
 from moefast.model import Model, predict_with
@@ -79,6 +80,7 @@ def predict_arrays(
     medium: Literal["vacuum", "air"] = "vacuum",
     telluric: Telluric = "auto",
     backend: str = "auto",
+    progress: RowProgress | Literal[False] | None = None,
 ) -> Table:
     """Predict log g for spectra in memory, with the numbers and columns of ``moefast predict``.
 
@@ -109,6 +111,9 @@ def predict_arrays(
         Whether pixels where the Earth's atmosphere absorbs count as bad; "auto" says so of flux with a unit, which was
         observed, not of flux that is normalised already.
     backend : "auto", "cpu" or "cuda"
+    progress : callable, optional
+        Called with spectra done and those in all. Without it a line shows them in notebooks and interactive sessions;
+        False leaves it out.
 
     Returns
     -------
@@ -155,12 +160,14 @@ def predict_arrays(
         warnings.warn(words, OddSpectraWarning, stacklevel=2)
     engine, where = open_engine(chosen.mixture, backend)
     pieces: dict[str, list[NDArray]] = {}
-    for part in ready:
-        for first in range(0, len(part), engine.block_rows):
-            rows = np.arange(first, min(first + engine.block_rows, len(part)))
-            found = _of_block(chosen, engine, part, rows, velocities[part.first_row + rows], fit)
-            for name, column in found.items():
-                pieces.setdefault(name, []).append(column)
+    with row_progress(progress, "predict") as report:
+        for part in ready:
+            for first in range(0, len(part), engine.block_rows):
+                rows = np.arange(first, min(first + engine.block_rows, len(part)))
+                found = _of_block(chosen, engine, part, rows, velocities[part.first_row + rows], fit)
+                for name, column in found.items():
+                    pieces.setdefault(name, []).append(column)
+                report(part.first_row + int(rows[-1]) + 1, n)
     values = {name: np.concatenate(parts_of) for name, parts_of in pieces.items()}
     values["row"] = np.arange(n)
     if moved is not None:
@@ -237,7 +244,7 @@ def _look(model: Model, ready: list[_Ready], velocity: NDArray, *, resampled: bo
         own = rows[(rows >= part.first_row) & (rows < part.first_row + len(part))]
         parts.append(part.at_velocity(velocity[own], own - part.first_row))
     flux, error, bad = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    sample = guard.Sample.of(model.mixture.wave, flux, error, bad, rows=rows, resampled=resampled)
+    sample = guard.SampledRows.of(model.mixture.wave, flux, error, bad, rows=rows, resampled=resampled)
     free_scale = isinstance(model.mixture, PosteriorMixture)
     return [odd.words for odd in guard.look(sample, model.mixture.reference, free_scale=free_scale)]
 

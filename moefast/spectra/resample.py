@@ -12,9 +12,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moefast.kernels.resample import NOT_FINITE, NOT_INCREASING, pixel_edges, resample
+from moefast.kernels.resample import (
+    NOT_FINITE,
+    NOT_INCREASING,
+    join,
+    pixel_edges,
+    resample,
+    wrong_wavelengths,
+)
 
-__all__ = ["OnGrid", "Pixels", "on_grid"]
+__all__ = ["OnGrid", "Pixels", "faults_of_wavelengths", "on_grid"]
 
 _WORDS = {NOT_FINITE: "is not finite", NOT_INCREASING: "is not above the one before it"}
 SAME = 0.01
@@ -115,9 +122,11 @@ def on_grid(arms: Sequence[Pixels], factor: NDArray[np.float64], wave: NDArray[n
         Pixel centres of the grid.
     """
     first, *others = [_arm(arm, factor, wave) for arm in arms]
+    faults = dict(first.faults)
     for other in others:
-        first = _joined(first, other)
-    return first
+        join(first.flux, first.error, first.mask, (other.flux, other.error, other.mask))
+        faults = {**other.faults, **faults}
+    return OnGrid(first.flux, first.error, first.mask, faults)
 
 
 def _arm(arm: Pixels, factor: NDArray[np.float64], wave: NDArray[np.float64]) -> OnGrid:
@@ -136,11 +145,24 @@ def _arm(arm: Pixels, factor: NDArray[np.float64], wave: NDArray[np.float64]) ->
         own = slice(arm.starts[row], arm.starts[row + 1])
         with np.errstate(over="ignore"):
             flux[row], error[row], mask[row] = arm.flux[own], arm.error[own], arm.bad[own]
-    faults = {
+    return OnGrid(flux, error, mask, _in_words(arm, status))
+
+
+def faults_of_wavelengths(
+    arm: Pixels, factor: NDArray[np.float64], wave: NDArray[np.float64]
+) -> dict[int, str]:
+    """What is wrong with the wavelengths of each row, as `on_grid` would find it."""
+    edges = pixel_edges(wave)
+    return _in_words(
+        arm, wrong_wavelengths(arm.wave, arm.starts, np.ascontiguousarray(factor, np.float64), edges)
+    )
+
+
+def _in_words(arm: Pixels, status: NDArray[np.int64]) -> dict[int, str]:
+    return {
         int(row): f"{arm.where}: wavelength of pixel {status[row, 1]} {_WORDS[int(status[row, 0])]}"
         for row in np.flatnonzero(status[:, 0])
     }
-    return OnGrid(flux, error, mask, faults)
 
 
 def _there_already(arm: Pixels, factor: NDArray[np.float64], wave: NDArray[np.float64]) -> NDArray[np.bool_]:
@@ -156,14 +178,3 @@ def _there_already(arm: Pixels, factor: NDArray[np.float64], wave: NDArray[np.fl
     for row in np.flatnonzero(there):
         there[row] = np.all(np.abs(arm.wave[arm.starts[row] : arm.starts[row + 1]] - wave) < step)
     return there
-
-
-def _joined(a: OnGrid, b: OnGrid) -> OnGrid:
-    """The mean of two arms, weighed by their variances; where only one has a pixel, that one."""
-    both = ~a.mask & ~b.mask
-    flux, error = np.where(a.mask, b.flux, a.flux), np.where(a.mask, b.error, a.error)
-    if both.any():
-        va, vb = a.error[both].astype(np.float64) ** 2, b.error[both].astype(np.float64) ** 2
-        flux[both] = (a.flux[both] * vb + b.flux[both] * va) / (va + vb)
-        error[both] = np.sqrt(va * vb / (va + vb))
-    return OnGrid(flux, error, a.mask & b.mask, {**b.faults, **a.faults})

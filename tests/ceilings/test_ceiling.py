@@ -172,7 +172,7 @@ def test_settings_travel_in_the_file(found):
 
 def test_a_ceiling_of_wild(tmp_path, monkeypatch):
     # A library an eighth as large is where the sampler starts from, and takes a few seconds.
-    few = bayes.Library.draw(ForwardModel(REFERENCE_SETS["wild"].settings), size=8192)
+    few = bayes.TemplateLibrary.draw(ForwardModel(REFERENCE_SETS["wild"].settings), size=8192)
     monkeypatch.setattr(ceiling, "_library", lambda settings: few)
     simulate_set(tmp_path / "wild.h5", "wild", "validation", rows=(0, 8))
     found = ceiling.compute(tmp_path / "wild.h5")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
 import shutil
 import warnings
 
@@ -94,6 +96,39 @@ def test_rows_that_are_selected_are_those_of_the_whole(coadd, model, tmp_path):
         predict(coadd, model, keep=["nothing"])
 
 
+@pytest.mark.parametrize("kind", ["commas", "lines", "csv", "fits", "several"])
+def test_targets_on_a_list_are_those_of_the_whole(kind, coadd, model, tmp_path):
+    whole = predict(coadd, model).columns
+    ids = {"catId": [10092, 10092, 7], "objId": [1007, 1002, 1003]}
+    rows, given = [2, 7], tmp_path / f"list.{kind}"
+    if kind == "commas":
+        given, rows = "1007, 1002,99", [2, 7]
+    elif kind == "lines":
+        given.write_text("# mine\n1007\n1002  # the second\n\n")
+    elif kind == "several":
+        given, rows = "1001,1002,1003", [1]
+    else:
+        Table(ids).write(given)
+    found = predict(coadd, model, targets=given, select="targetType == 1" if kind == "several" else None)
+    same_rows(found.columns, whole, slice(None), other_rows=rows)
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ("4711,4712", "none of its 2 targets is among the spectra .compared by objId"),
+        (",", "names no target"), ("nowhere.csv", "no such file"), ("empty.txt", "names no target"),
+        ("other.csv", "no identifier in common with the spectra; the table has name"),
+    ],
+)  # fmt: skip
+def test_lists_that_name_no_target(given, match, coadd, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("# nothing\n")
+    (tmp_path / "other.csv").write_text("name\nSun\n")
+    with pytest.raises(InputError, match=match):
+        predict(coadd, model, targets=given)
+
+
 def test_simulated_files_can_be_selected_and_keep_columns(stars_file, model, whole):
     found = predict(stars_file, model, select="T_eff > 5000", keep=["T_eff", "mag"], limit=500)
     rows = found.columns["row"]
@@ -155,10 +190,72 @@ def test_bad_rows_and_files_cost_themselves_alone(few, coadd, model, tmp_path):
     assert "bad.fits: row 4: HDU FLUXTABLE: wavelength of pixel 100 is not finite" in texts[1]
 
 
+def _bad_files(folder, few):
+    """Files each of which is wrong in its own way, and what must be said of each."""
+    wave, flux, error = few.wave, few.flux.astype(float), few.error.astype(float)
+
+    def desi(name, wave=wave, rows=N):
+        return write_desi(folder / name, {"R": (wave, flux[:rows], error[:rows])})
+
+    nan, twice = wave.copy(), wave.copy()
+    nan[7], twice[9] = np.nan, twice[8]
+    whole = desi("cut.fits").read_bytes()
+    (folder / "cut.fits").write_bytes(whole[: len(whole) // 2])
+    (folder / "packed.fits.gz").write_bytes(gzip.compress(whole)[:1000])
+    with fits.open(desi("incomplete.fits"), mode="update") as file:
+        del file["R_IVAR"]
+    (
+        desi("nan.fits", nan),
+        desi("backwards.fits", wave[::-1]),
+        desi("twice.fits", twice),
+        desi("empty.fits", rows=0),
+    )
+    with fits.open(desi("unit.fits"), mode="update", output_verify="ignore") as file:
+        file["R_FLUX"].header["BUNIT"] = "sausages"
+    with fits.open(desi("counts.fits"), mode="update") as file:
+        file["R_FLUX"].header["BUNIT"] = "electron"
+    write_pfs_many(folder / "nothing.fits", wave, flux[:0], error[:0])
+    star = write_pfs_one(folder / "column.fits", wave, flux[0], error[0])
+    with fits.open(star, mode="update") as file:
+        file["FLUX_TABLE"].columns.change_name("error", "sigma")
+    table = fits.BinTableHDU.from_columns([fits.Column("TARGETID", "K", array=[1])], name="REDSHIFTS")
+    fits.HDUList([fits.PrimaryHDU(), table]).writeto(folder / "redrock.fits")
+    return {
+        "cut": r"truncated file: HDU \d \(\w+\) ends at byte", "packed": "cannot be read as FITS",
+        "incomplete": "HDU R_IVAR is missing; found PRIMARY, FIBERMAP",
+        "nan": "HDU R_WAVELENGTH: wavelength of pixel 7 is not finite",
+        "backwards": "HDU R_WAVELENGTH: wavelength of pixel 1 is not above the one before it",
+        "twice": "HDU R_WAVELENGTH: wavelength of pixel 9 is not above the one before it",
+        "empty": "no spectra in this file", "unit": "HDU R_FLUX: 'sausages' is no unit that astropy knows",
+        "counts": "HDU R_FLUX: flux in electron found, expected a flux density",
+        "nothing": "HDU TARGET has no rows", "column": "HDU FLUX_TABLE has no column 'error'",
+        "redrock": "name this table with --velocity",
+    }  # fmt: skip
+
+
+def test_a_folder_full_of_bad_files_costs_these_files(few, coadd, model, model_folder, tmp_path):
+    folder = tmp_path / "night"
+    folder.mkdir()
+    shutil.copy(coadd, folder / "a_good.fits")
+    said = _bad_files(folder, few)
+    shutil.copy(coadd, folder / "z_good.fits")
+    out = tmp_path / "t.h5"
+    done = CliRunner().invoke(cli, ["predict", str(folder), "-m", str(model_folder), "-o", str(out)])
+    assert done.exit_code == 3, done.output
+    for name, words in said.items():
+        assert re.search(rf"error: \S*{name}\.fits\S*: .*{words}", done.stderr), name
+    assert done.stderr.count("moefast: error:") == len(said)
+    columns, attrs = read_table(out)
+    good = predict(coadd, model).columns
+    for name in ("log_g", "log_g_err", "flag"):
+        np.testing.assert_array_equal(columns[name], np.tile(good[name], 2))
+    assert len(attrs["failures"]) == len(said)
+
+
 def test_desi_is_read_with_a_warning(few, model, tmp_path):
     scale = {"R": few.wave < 7620, "Z": few.wave > 7520}
     arms = {
-        arm: (few.wave[k], few.flux[:, k].astype(float), few.error[:, k].astype(float))
+        arm: (few.wave[k] + 0.05, few.flux[:, k].astype(float), few.error[:, k].astype(float))
         for arm, k in scale.items()
     }
     path = write_desi(tmp_path / "x.fits", arms)
