@@ -27,7 +27,7 @@ from moefast.core.errors import InputError, OutputError
 from moefast.core.regular import refuse_special
 from moefast.core.version import __version__
 
-__all__ = ["NETWORK_FILE", "Checkpoint"]
+__all__ = ["NETWORK_FILE", "Checkpoint", "flat"]
 
 SCHEMA = 3
 WHAT = "moefast checkpoint of a fit"
@@ -127,9 +127,9 @@ class Checkpoint:
     def _compare(self, header: Header) -> None:
         schema, key = header["schema"], header["key"]
         other = [
-            f"{name} was {_flat(key).get(name)!r}, is {value!r}"
-            for name, value in _flat(self._key).items()
-            if _flat(key).get(name) != value
+            f"{name} was {flat(key).get(name)!r}, is {value!r}"
+            for name, value in flat(self._key).items()
+            if flat(key).get(name) != value
         ]
         if schema != SCHEMA:
             other = [f"schema was {schema!r}, is {SCHEMA!r}"]
@@ -174,9 +174,9 @@ class Checkpoint:
             left.unlink(missing_ok=True)
 
 
-def _flat(key: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+def flat(key: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     """Nested names joined by dots."""
     found: dict[str, Any] = {}
     for name, value in key.items():
-        found |= _flat(value, f"{above}{name}.") if isinstance(value, dict) else {above + name: value}
+        found |= flat(value, f"{above}{name}.") if isinstance(value, dict) else {above + name: value}
     return found

@@ -6,7 +6,8 @@ import json
 
 import click
 
-from moefast.cli.options import FILES, JSON, OVERWRITE, QUIET
+from moefast.cli.options import FILES, JSON, OVERWRITE, QUIET, SCHEDULER
+from moefast.cli.spread import spread_over
 from moefast.core.atomic import refuse_taken
 from moefast.core.progress import ProgressLine
 
@@ -35,12 +36,13 @@ __all__ = ["ceiling"]
 @click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the posterior samples."
 )
+@SCHEDULER
 @OVERWRITE
 @QUIET
 @JSON
 def ceiling(
     files: tuple[str, ...], out: str | None, picture: str | None, method: str, stars: int | None, name: str | None,
-    seed: int, overwrite: bool, quiet: bool, as_json: bool,
+    seed: int, scheduler: str | None, overwrite: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """What the physics allows: R² ceilings of labelled spectra, by Fisher information and by Bayes.
 
@@ -54,14 +56,16 @@ def ceiling(
         if path:
             refuse_taken(path, overwrite=overwrite)
     progress = ProgressLine(quiet)
-    found = ceilings.compute(
-        files, method=method, stars=stars, seed=seed, name=name, progress=progress.rows("ceiling"),  # type: ignore[arg-type]
-    )  # fmt: skip
+    with spread_over(scheduler, "ceilings_on", progress) as spread:
+        found = ceilings.compute(
+            files, method=method, stars=stars, seed=seed, name=name, progress=progress.rows("ceiling"),  # type: ignore[arg-type]
+            spread=spread,
+        )  # fmt: skip
     progress.close()
     click.echo(json.dumps(found.summary, indent=1) if as_json else format_text(found.summary))
     if out:
-        ceilings.write(found, out)
+        ceilings.write(found, out, overwrite=overwrite)
         click.echo(f"written: {out}", err=True)
     if picture:
-        figure(found.summary, picture)
+        figure(found.summary, picture, overwrite=overwrite)
         click.echo(f"picture: {picture}", err=True)

@@ -6,7 +6,19 @@ import json
 
 import click
 
-from moefast.cli.options import BACKEND, CONFIG, DEVICE, EXPERT, FILES, JSON, NOISE_LEVEL, OVERWRITE, QUIET
+from moefast.cli.options import (
+    BACKEND,
+    CONFIG,
+    DEVICE,
+    EXPERT,
+    FILES,
+    JSON,
+    NOISE_LEVEL,
+    OVERWRITE,
+    QUIET,
+    SCHEDULER,
+)
+from moefast.cli.spread import spread_over
 from moefast.core.progress import ProgressLine
 
 __all__ = ["evaluate"]
@@ -48,6 +60,7 @@ __all__ = ["evaluate"]
     "--milestones", is_flag=True,
     help="Also judge the marks of the project's roadmap that this evaluation bears on; moefast milestones judges all.",
 )  # fmt: skip
+@SCHEDULER
 @BACKEND
 @DEVICE
 @EXPERT
@@ -57,8 +70,8 @@ __all__ = ["evaluate"]
 @JSON
 def evaluate(
     files: tuple[str, ...], model: str | None, peer: str | None, out: str | None, pictures: bool, noise: str,
-    noise_level: float, ceiling: str | None, name: str | None, milestones: bool, backend: str, overwrite: bool,
-    quiet: bool, as_json: bool,
+    noise_level: float, ceiling: str | None, name: str | None, milestones: bool, scheduler: str | None, backend: str,
+    overwrite: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure a model on labelled spectra: R² with intervals, by SNR and bin, beside simpler fits.
 
@@ -68,18 +81,19 @@ def evaluate(
 
     --peer measures a method that astronomers would use without a model of moefast.
     """
-    from moefast.protocol.evaluate import check_report_folder, write_report
     from moefast.protocol.evaluate import evaluate as run
     from moefast.protocol.milestones.judge import judge_alone
+    from moefast.protocol.report_folder import check_report_folder, write_report
     from moefast.protocol.report_text import format_text
 
     if out:
         check_report_folder(out, overwrite)
     progress = ProgressLine(quiet)
-    result = run(
-        files, model, peer=peer, noise=noise, noise_level=noise_level, ceiling=ceiling, backend=backend, name=name,  # type: ignore[arg-type]
-        progress=progress.rows("evaluate"), tell=lambda words: progress.note(f"note: {words}"),
-    )  # fmt: skip
+    with spread_over(scheduler, "scores_on", progress) as spread:
+        result = run(
+            files, model, peer=peer, noise=noise, noise_level=noise_level, ceiling=ceiling, backend=backend, name=name,  # type: ignore[arg-type]
+            progress=progress.rows("evaluate"), tell=lambda words: progress.note(f"note: {words}"), spread=spread,
+        )  # fmt: skip
     progress.close()
     judged = judge_alone(result.report) if milestones else None
     # First what took long; a terminal may refuse the text.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,13 +19,23 @@ from moefast.cli.options import (
     JSON,
     LIKE,
     NOISE_LEVEL,
+    OF_TASK,
     OVERWRITE,
     QUIET,
     RESOLUTION,
+    SCHEDULER,
+    shard_of,
 )
 from moefast.core.progress import ProgressLine
 
-__all__ = ["fit"]
+if TYPE_CHECKING:
+    from moefast.checkpoint import Checkpoint
+    from moefast.cluster.fit_parts import FitPlan
+    from moefast.model import Model
+    from moefast.recipes import PreparedFit
+    from moefast.simulate import SimulatedSpectra
+
+__all__ = ["fit", "tell_model"]
 
 
 def _grid(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:
@@ -41,7 +52,8 @@ def _grid(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int
 
 @click.command(short_help="Fit a model on labelled spectra.")
 @click.argument("files", nargs=-1, metavar="[FILE…]")
-@click.option("-o", "--out", required=True, metavar="FOLDER", help="Model folder to write.")
+@click.option("-o", "--out", required=True, metavar="FOLDER",
+              help="Model folder to write; with --shard a file of statistics, PART.npz.")  # fmt: skip
 @click.option(
     "--simulate", type=click.IntRange(1), metavar="N",
     help="Fit N spectra that are simulated as they are needed, with no file between; instead of FILE.",
@@ -89,6 +101,10 @@ def _grid(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int
     help="Keep the statistics here every two minutes (up to 3 GB with nine bins, twice that while they are replaced): "
     "the same command goes on where a killed one stood, to the same model. Cleared once the model is written.",
 )  # fmt: skip
+@click.option("--shard", callback=shard_of, metavar="[i/N]", is_flag=False, flag_value=OF_TASK,
+              help="Gather the statistics of part i of N (from 0) and write them to the file -o; moefast merge "
+              "finishes the fit. Without a value: the part of this task of a SLURM job array.")  # fmt: skip
+@SCHEDULER
 @BACKEND
 @DEVICE
 @CONFIG
@@ -99,7 +115,8 @@ def fit(
     files: tuple[str, ...], out: str, simulate: int | None, name: str | None, like: tuple[str, ...],
     resolution: str | None, recipe: str, families: tuple[str, ...] | None,
     grid: tuple[int, int] | None, noise: str, noise_level: float, size: str, steps: int | None,
-    references: bool, seed: int, checkpoint: str | None, backend: str, overwrite: bool, quiet: bool, as_json: bool,
+    references: bool, seed: int, checkpoint: str | None, shard: tuple[int, int] | None, scheduler: str | None,
+    backend: str, overwrite: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Fit a model on labelled spectra (T_eff, log_g, M_H in dataset/params) and write it to a folder.
 
@@ -124,7 +141,8 @@ def fit(
         template         posterior mean over templates, at the mean noise of
                          the training set; needs clean spectra
         phys-moe         nine linear experts behind a gate; any spectra
-        hybrid-moe       the best of linear, template, trees in each bin
+        hybrid-moe       the best of linear, template, trees in each bin, or
+                         of --families
         residual-moe     heads, and what they get wrong on average learnt
                          beside them, where that helps beyond doubt
         conditional-moe  phys-moe, its gate with a second part for faint stars
@@ -133,17 +151,20 @@ def fit(
                          fitted by torch, scored without it
         heads-cnn        the same, convolutions on the flux
         heads-vit        the same, a vision transformer on the flux
+        heads-single     the network of heads with one head, to compare with
+        heads-vit-single that of heads-vit with one head, to compare with
         snr-moe          linear experts for four bins of signal-to-noise
         global-ridge     one linear expert
         published-ridge  one ridge as published, to compare with
     """
     from moefast.backend import resolve_kernels
     from moefast.checkpoint import Checkpoint
+    from moefast.cluster.fit_parts import FitPlan, Source
+    from moefast.core.atomic import refuse_taken
     from moefast.core.grids import uniform
     from moefast.model import check_target
     from moefast.recipes import RECIPES
     from moefast.recipes import fit as run
-    from moefast.simulate import Observed, SimulatedSpectra
 
     if recipe not in RECIPES:
         raise click.BadParameter(
@@ -157,27 +178,50 @@ def fit(
         raise click.UsageError("--like and --resolution say what to simulate; say how many with --simulate N")
     if resolution is not None and not like:
         raise click.UsageError("--resolution is that of the spectra which --like names")
-    check_target(Path(out), overwrite)
+    if scheduler is not None and (shard or checkpoint):
+        raise click.UsageError(
+            "--scheduler has parts and checkpoints of its own: leave out --shard and --checkpoint"
+        )
+    if shard is None:
+        check_target(Path(out), overwrite)
+    else:
+        if Path(out).suffix != ".npz":
+            raise click.UsageError("--shard writes a file of statistics: -o PART.npz")
+        refuse_taken(out, overwrite=overwrite)
     progress = ProgressLine(quiet)
+    # A posterior takes templates without gaps, and has errors calibrated over those of the files.
+    whole = bool(like) and RECIPES[recipe].options.get("families") == ("posterior",)
+    source = Source(simulate=simulate, name=name, like=like, resolution=resolution, whole=whole)
+    observed = source.observed()
     spectra: SimulatedSpectra | tuple[str, ...] = files
-    observed = Observed.of_files(like, resolution=resolution) if like else None
-    if simulate and observed is not None:
+    if simulate:
+        spectra = source.open(observed)  # type: ignore[assignment]  # no files
+    if observed is not None:
         progress.note(str(observed))
-        # A posterior takes templates without gaps, and has errors calibrated over those of the files.
-        whole = RECIPES[recipe].options.get("families") == ("posterior",)
-        spectra = SimulatedSpectra.like(observed, simulate, name=name or "library", whole=whole)
-    elif simulate:
-        spectra = SimulatedSpectra.of_set(name or "z0", rows=(0, simulate))
-    kept = Checkpoint(checkpoint, tell=progress.note) if checkpoint else None
     where = resolve_kernels(backend)
     progress.note(f"backend {where.name} ({where.device}): {where.reason}")
     begin = time.monotonic()
-    model = run(
-        spectra, recipe=recipe, families=families, grid=uniform(*grid) if grid else None, noise=noise,  # type: ignore[arg-type]
-        noise_level=noise_level, size=size, steps=steps, references=references, seed=seed,  # type: ignore[arg-type]
-        progress=progress.stage, checkpoint=kept, backend=where.name,
-        tell=lambda words: progress.note(f"note: {words}"),
-    )  # fmt: skip
+    arguments = {
+        "recipe": recipe, "families": families, "grid": uniform(*grid) if grid else None, "noise": noise,
+        "noise_level": noise_level, "size": size, "steps": steps, "references": references, "seed": seed,
+    }  # fmt: skip
+    kept = Checkpoint(checkpoint, tell=progress.note) if checkpoint else None
+    if shard is not None or scheduler is not None:
+        plan = FitPlan(source if simulate else Source.of_files(files), arguments)
+        prepared = plan.prepare(
+            spectra if simulate else None,  # type: ignore[arg-type]  # no names of files
+            lambda words: progress.note(f"note: {words}"),
+        )
+    if shard is not None:
+        _gather(plan, prepared, shard, out, kept, where.name, progress, begin, as_json=as_json)
+        return
+    if scheduler is not None:
+        model = _on_cluster(scheduler, plan, prepared, out, where.name, progress)
+    else:
+        model = run(
+            spectra, **arguments, progress=progress.stage, checkpoint=kept, backend=where.name,
+            tell=lambda words: progress.note(f"note: {words}"),
+        )  # fmt: skip
     progress.close()
     model = model.save(out, overwrite=overwrite)
     if kept is not None:
@@ -188,6 +232,57 @@ def fit(
     }  # fmt: skip
     if observed is not None:
         facts["left_out"] = [str(failure.error) for failure in observed.failures]
+    tell_model(facts, model, out, as_json=as_json)
+    if observed is not None and not as_json:
+        tell_failures(observed.failures)
+
+
+def _gather(
+    plan: FitPlan, prepared: PreparedFit, shard: tuple[int, int], out: str, kept: Checkpoint | None, backend: str,
+    progress: ProgressLine, begin: float, *, as_json: bool,
+) -> None:  # fmt: skip
+    """The statistics of one part."""
+    from moefast.cluster.fit_parts import gather_to_file, only_one_first_pass
+    from moefast.fitting.statistics import rows_of_part
+
+    only_one_first_pass(prepared)
+    rows = rows_of_part(prepared.spectra.n_rows, *shard)
+    gather_to_file(
+        out, plan, prepared, rows, shard=shard, backend="cuda" if backend == "cuda" else "cpu",
+        progress=progress.stage, checkpoint=kept,
+    )  # fmt: skip
+    progress.close()
+    if kept is not None:
+        kept.remove()
+    facts = {
+        "statistics": out, "rows": list(rows), "shard": list(shard), "of_rows": prepared.spectra.n_rows,
+        "seconds": time.monotonic() - begin, "backend": backend,
+    }  # fmt: skip
+    if as_json:
+        click.echo(json.dumps(facts, indent=1))
+        return
+    click.echo(
+        f"{out}: statistics of rows {rows[0]}:{rows[1]} of {prepared.spectra.n_rows:,}, part {shard[0]}/{shard[1]}; "
+        "moefast merge PART… -o FOLDER finishes the fit"
+    )
+
+
+def _on_cluster(
+    scheduler: str, plan: FitPlan, prepared: PreparedFit, out: str, backend: str, progress: ProgressLine
+) -> Model:
+    """The same model by the workers of a cluster."""
+    from moefast.cli.spread import connected
+    from moefast.cluster.fit_on_workers import fit_on
+
+    with connected(scheduler, progress) as client:
+        return fit_on(
+            client, plan, prepared, out, backend="cuda" if backend == "cuda" else "cpu", progress=progress.stage,
+            tell=lambda words: progress.note(f"note: {words}"),
+        )  # fmt: skip
+
+
+def tell_model(facts: dict[str, Any], model: Model, out: str, *, as_json: bool) -> None:
+    """Say what was fitted."""
     if as_json:
         click.echo(json.dumps(facts, indent=1))
         return
@@ -215,5 +310,3 @@ def fit(
         f"1σ holds {100 * check['coverage_68']:.1f} %, 1.96σ {100 * check['coverage_95']:.1f} %"
     )
     click.echo("  measure it on spectra it has not seen: moefast evaluate TEST… -m " + str(out))
-    if observed is not None:
-        tell_failures(observed.failures)

@@ -23,6 +23,7 @@ from moefast.cli.options import (
     JSON,
     MEDIUM,
     MODEL,
+    OF_TASK,
     OVERWRITE,
     QUIET,
     TELLURIC,
@@ -30,33 +31,13 @@ from moefast.cli.options import (
     VELOCITY_RANGE,
     names,
     rows,
+    shard_of,
 )
+from moefast.core.atomic import refuse_taken
 from moefast.core.errors import InputError, OutputError
 from moefast.core.progress import FILES, ProgressLine
 
 __all__ = ["predict"]
-
-
-def _shard(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:
-    if value is None:
-        return None
-    if value == _OF_TASK:
-        from moefast.cluster.shards import shard_of_task
-
-        return shard_of_task(os.environ)
-    try:
-        index, count = (int(part) for part in value.split("/"))
-    except ValueError:
-        raise click.BadParameter(
-            f"{value!r} is not i/N, for example 0/8; without a value --shard comes last, or before another option"
-        ) from None
-    if not 0 <= index < count:
-        raise click.BadParameter(f"{value!r}: i counts from 0 and must be less than N")
-    return index, count
-
-
-_OF_TASK = "of this task"
-"""What `--shard` alone stands for."""
 
 
 @click.command(short_help="Predict log g: one row of a table per spectrum.")
@@ -87,7 +68,7 @@ _OF_TASK = "of this task"
 @DEVICE
 @click.option("--rows", callback=rows, metavar="FIRST:LAST", help="Score these rows only, LAST not included.")
 @click.option("--limit", type=click.IntRange(1), help="Score at most so many rows.")
-@click.option("--shard", callback=_shard, metavar="[i/N]", is_flag=False, flag_value=_OF_TASK,
+@click.option("--shard", callback=shard_of, metavar="[i/N]", is_flag=False, flag_value=OF_TASK,
               help="Score part i (from 0) of N equal parts; without a value the part of this task of a SLURM job "
               "array. moefast merge joins the tables.")  # fmt: skip
 @click.option("--scheduler", metavar="ADDRESS",
@@ -171,8 +152,8 @@ def predict(
     target = Path(out) if out else Path(f"{stem}.log_g{part}.h5")
     if overwrite and not out:
         _check_same_inputs(target, files)
-    if report and os.path.exists(report) and not overwrite:
-        raise OutputError(f"{report}: exists already; choose another name, or replace it with --overwrite")
+    if report:
+        refuse_taken(report, overwrite=overwrite)
     if scheduler is not None:
         if rows or limit or shard:
             raise click.UsageError("--scheduler predicts all rows: leave out --rows, --limit and --shard")
@@ -217,18 +198,18 @@ def predict(
         for note in summary.notes:
             click.echo(f"  note: {note}")
     if report:
-        _write_report(target, model, report)
+        _write_report(target, model, report, overwrite)
     tell_failures(summary.failures)
 
 
-def _write_report(table: Path, model: str | None, page: str) -> None:
+def _write_report(table: Path, model: str | None, page: str, overwrite: bool) -> None:
     from moefast.inspection.run import summarise_table
     from moefast.inspection.run_page import write_page
     from moefast.inspection.worst import spectra_of_worst
 
     found = summarise_table(table)
     stars, reason = spectra_of_worst(found, model)
-    write_page(found, page, stars, reason)
+    write_page(found, page, stars, reason, overwrite=overwrite)
     click.echo(f"written: {page}" + (f". {reason}" if reason else ""), err=True)
 
 
@@ -296,7 +277,7 @@ def _on_cluster(
     progress.close()
     seconds = time.perf_counter() - begin
     if report:
-        _write_report(target, model, report)
+        _write_report(target, model, report, overwrite)
     if as_json:
         facts = {
             "table": str(target), "rows": merged.n_rows, "shards": merged.n_parts, "workers": workers,

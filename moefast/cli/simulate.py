@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from moefast.cli.messages import tell_failures
-from moefast.cli.options import CONFIG, LIKE, OVERWRITE, QUIET, RESOLUTION, positive, rows
+from moefast.cli.options import CONFIG, LIKE, OVERWRITE, QUIET, RESOLUTION, SCHEDULER, positive, rows
 from moefast.core.errors import MoefastError
 from moefast.core.progress import ProgressLine
 
@@ -62,6 +62,7 @@ def _positive_if_given(context: click.Context, option: click.Parameter, value: f
 )
 @LIKE
 @RESOLUTION
+@SCHEDULER
 @click.option(
     "--noisy/--clean", default=None,
     help="Whether to store the array with noise added.  [default: noisy, but clean for train and validation parts]",
@@ -73,8 +74,8 @@ def simulate(
     out: str | None, number: int | None, rows: tuple[int, int] | None, seed: int | None, name: str | None,
     part: str | None, list_sets: bool, mag: tuple[float, float] | None, velocity: float | None,
     redshift: tuple[float, float] | None, reddening: tuple[float, float] | None, calibration: float | None,
-    noise_level: float | None, like: tuple[str, ...], resolution: str | None, noisy: bool | None,
-    overwrite: bool, quiet: bool,
+    noise_level: float | None, like: tuple[str, ...], resolution: str | None, scheduler: str | None,
+    noisy: bool | None, overwrite: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Simulate spectra of the PFS medium-resolution red arm, with labels, and write them to OUT.
 
@@ -87,6 +88,9 @@ def simulate(
         moefast simulate test.h5 --set z0 --part test_10k
         moefast simulate shard-3.h5 --set survey --part train --rows 300000:400000
         moefast simulate mine.h5 -n 5000 --seed 2 --like coadd.fits
+        moefast simulate train/ --set z0 --part train -n 1000000 --scheduler local:4
+
+    With --scheduler OUT is a folder of files.
     """
     from moefast.simulate import (
         REFERENCE_SETS,
@@ -144,6 +148,15 @@ def simulate(
                 f"{name} {part} has any number of rows: say how many with -n, or which with --rows"
             )
         total = part_rows(name, part, span)[2]
+        if scheduler is not None:
+            if span is None:
+                raise click.UsageError(
+                    f"{name} {part} is one file; --scheduler writes parts of any size to a folder"
+                )
+            _on_cluster(
+                scheduler, out, total, progress, name=name, part=part, noisy=noisy, overwrite=overwrite
+            )
+            return
         identity = simulate_set(
             out, name, part, rows=span, noisy=noisy, overwrite=overwrite,
             progress=lambda done: report(done, total[1] - total[0]),
@@ -176,6 +189,12 @@ def simulate(
     except MoefastError as error:
         raise click.UsageError(str(error)) from error
     noisy = noisy is None or noisy
+    if scheduler is not None:
+        _on_cluster(
+            scheduler, out, span, progress, seed=seed, settings=settings, like=like, resolution=resolution,
+            noisy=noisy, overwrite=overwrite,
+        )  # fmt: skip
+        return
     simulate_file(
         out, last - first, seed=seed, settings=settings, first_row=first, noisy=noisy, overwrite=overwrite,
         progress=lambda done: report(done, last - first), observed=observed,
@@ -189,3 +208,14 @@ def simulate(
         for note in observed.notes:
             click.echo(f"  note: {note}")
         tell_failures(observed.failures)
+
+
+def _on_cluster(scheduler: str, out: str, rows: tuple[int, int], progress: ProgressLine, **job: Any) -> None:
+    """The same spectra in the files of a folder, by the workers of a cluster."""
+    from moefast.cli.spread import connected
+    from moefast.cluster.rows_on_workers import simulate_on
+
+    with connected(scheduler, progress) as client:
+        paths = simulate_on(client, out, rows, progress=progress.rows("simulate"), **job)
+    progress.close()
+    click.echo(f"{out}: {rows[1] - rows[0]:,} spectra, rows {rows[0]}:{rows[1]}, in {len(paths)} files")

@@ -8,7 +8,6 @@ a checkpoint holds, and what a part of a fit gives; a fit that goes on from it e
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -22,7 +21,7 @@ from moefast.core.threads import one_blas_thread
 from moefast.experts.device import DeviceEquations
 from moefast.experts.normal_equations import NormalEquations
 from moefast.fitting.options import Options
-from moefast.fitting.statistics import UNIT_ROWS, Statistics
+from moefast.fitting.statistics import Statistics, units_of
 from moefast.fitting.training_set import BLOCK_ROWS, TrainingSet
 from moefast.kernels import all_within
 
@@ -158,8 +157,8 @@ def _add_rows(data: TrainingSet, found: Statistics, stop: int, checkpoint: Check
     draws = options.noise == "sampled" or (options.noise != "observed" and found.published is not None)
     # Fresh memory for every block costs a page fault per page.
     memory = np.empty((BLOCK_ROWS if draws else 0, data.reference.size), np.float32)
-    cuts = [found.rows, *range((found.rows // UNIT_ROWS + 1) * UNIT_ROWS, stop, UNIT_ROWS), stop]
-    units = [(a, b) for a, b in itertools.pairwise(cuts) if a < b]
+    units = units_of(found.rows, stop)
+    ends = {end for _, end in units}
     for here, flux, error, usable in data.blocks("normal equations", units, found.rows - found.first):
         rows = np.arange(here.start, here.stop)
         if not usable.all():
@@ -175,7 +174,7 @@ def _add_rows(data: TrainingSet, found: Statistics, stop: int, checkpoint: Check
         if found.published is not None:
             found.published.add(noisy, y, clipped=True)
         found.rows = here.stop
-        if found.rows % UNIT_ROWS == 0:
+        if found.rows in ends:
             found.equations.end_unit()
             if found.published is not None:
                 found.published.end_unit()

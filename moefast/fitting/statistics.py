@@ -7,6 +7,7 @@ whatever order these are done. A part is a run of whole units.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from moefast.core.errors import InputError
 from moefast.experts.device import DeviceEquations
 from moefast.experts.normal_equations import NormalEquations
 
-__all__ = ["UNIT_ROWS", "Statistics", "n_units", "rows_of_part"]
+__all__ = ["UNIT_ROWS", "Statistics", "n_units", "rows_of_part", "units_of"]
 
 F64 = NDArray[np.float64]
 
@@ -45,6 +46,12 @@ def rows_of_part(n_rows: int, index: int, count: int) -> tuple[int, int]:
             f"statistics are as large as these; divide them into {units} parts at most"
         )
     return index * units // count * UNIT_ROWS, min(n_rows, (index + 1) * units // count * UNIT_ROWS)
+
+
+def units_of(first: int, stop: int) -> list[tuple[int, int]]:
+    """First row of each unit, or of what is left of it, and the one after its last, from row `first` to `stop`."""
+    cuts = [first, *range((first // UNIT_ROWS + 1) * UNIT_ROWS, stop, UNIT_ROWS), stop]
+    return [(a, b) for a, b in itertools.pairwise(cuts) if a < b]
 
 
 @dataclass

@@ -20,10 +20,23 @@ from moefast.spectra.source import Block
 from moefast.spectra.spectrum_set import SpectrumSet
 from moefast.spectra.velocities import Velocities, find_velocities
 
-__all__ = ["FIT", "cannot_fit", "fit_beside", "move", "score_moving", "velocity_columns", "velocity_fit"]
+__all__ = [
+    "FIT",
+    "FITTED_ON_CPU",
+    "cannot_fit",
+    "fit_beside",
+    "move",
+    "score_moving",
+    "velocity_columns",
+    "velocity_fit",
+]
 
 FIT = "fit"
 """In the place of velocities: fit them."""
+FITTED_ON_CPU = (
+    "spectra are moved and their velocities fitted on the CPU, predictions at these made on the GPU"
+)
+"""What belongs to the reason for a GPU where velocities are fitted."""
 
 
 def move(spectra: SpectrumSet, velocity: float | str | Path, needed: NDArray[np.bool_]) -> Velocities:

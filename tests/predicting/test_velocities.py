@@ -10,14 +10,17 @@ from astropy.table import Table
 from click.testing import CliRunner
 from survey_files import write_desi, write_pfs_many, write_pfs_one
 
+from moefast.backend import Backend
 from moefast.benchmarks import velocities
 from moefast.benchmarks.velocities import moving_stars
 from moefast.cli import cli
 from moefast.core.errors import InputError
 from moefast.inspection.star import describe, look_at
 from moefast.model import Model
+from moefast.predicting import files
 from moefast.predicting.arrays import predict_arrays
 from moefast.predicting.files import predict
+from moefast.predicting.velocities import FITTED_ON_CPU
 from moefast.spectra import read_table
 from moefast.spectra.quality import Flag
 from moefast.spectra.writer import SpectrumWriter
@@ -74,6 +77,19 @@ def test_files_of_surveys_are_fitted_and_say_so(fitted, stars):
     assert "one was fitted to each star within 500 km/s" in told
     assert "--velocity 0" in told
     assert list(fitted.columns).index("v_los") < list(fitted.columns).index("log_g")
+
+
+def test_a_run_on_a_gpu_says_that_velocities_are_fitted_on_the_cpu(night, model, monkeypatch):
+    real = files.open_engine
+
+    def on_a_gpu(mixture, backend):
+        return real(mixture, "cpu")[0], Backend(backend, "Fake H200", "as asked")
+
+    monkeypatch.setattr(files, "open_engine", on_a_gpu)
+    fitted = predict(night, model, backend="cuda", limit=2)
+    assert fitted.reason == f"as asked; {FITTED_ON_CPU}"
+    assert "velocities fitted on the CPU" in fitted.reason
+    assert predict(night, model, backend="cuda", limit=2, velocity=0).reason == "as asked"
 
 
 def test_a_velocity_that_is_given_has_precedence(night, model, fitted):
