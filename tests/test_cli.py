@@ -23,7 +23,7 @@ from moefast import backend
 from moefast.cli import cli
 from moefast.cli.signals import Terminated
 from moefast.core.errors import MoefastError
-from moefast.protocol.evaluate import REPORT_FILES
+from moefast.protocol.report_folder import REPORT_FILES
 from moefast.recipes import RECIPES
 from moefast.spectra import open_spectra, read_table
 

@@ -439,14 +439,14 @@ def conclude_stars(  # type: ignore[no-untyped-def]
     kept = float64(0)
     for j in range(lane, m, lanes):
         evidence = float64(found[star, EVIDENCE, j])
-        share = float32(0)
+        rounded = float32(0)
         if evidence > float64(LEAST_EVIDENCE):
-            share = float32(math.exp(evidence - top) / total)
-        found[star, EVIDENCE, j] = share
-        if share > float32(0):
+            rounded = float32(math.exp(evidence - top) / total)
+        found[star, EVIDENCE, j] = rounded
+        if rounded > float32(0):
             apart = float64(found[star, FIRST_LABEL, j]) - best
-            between += float64(share) * apart * apart
-            kept += float64(share)
+            between += float64(rounded) * apart * apart
+            kept += float64(rounded)
     between = sum_of_warp(between, scratch)
     kept = sum_of_warp(kept, scratch)
     if not known:
@@ -462,29 +462,28 @@ def conclude_stars(  # type: ignore[no-untyped-def]
     for place in range(n_labels):
         middle = float64(0)
         for j in range(lane, m, lanes):
-            share = found[star, EVIDENCE, j]
-            if share > float32(0):
-                middle += float64(share) * float64(found[star, FIRST_LABEL + place, j])
+            share = float64(found[star, EVIDENCE, j])
+            if share > float64(0):
+                middle += share * float64(found[star, FIRST_LABEL + place, j])
         middle = sum_of_warp(middle, scratch) / kept
         if place == 0:
             middle = best
         variance = float64(0)
         along = float64(0)
         for j in range(lane, m, lanes):
-            share = found[star, EVIDENCE, j]
-            if share > float32(0):
-                weight = float64(share)
+            share = float64(found[star, EVIDENCE, j])
+            if share > float64(0):
                 apart = float64(found[star, FIRST_LABEL + place, j]) - middle
                 of_first = float64(found[star, FIRST_LABEL, j]) - best
-                variance += weight * (float64(found[star, FIRST_LABEL + n_labels + place, j]) + apart * apart)
-                along += weight * (
+                variance += share * (float64(found[star, FIRST_LABEL + n_labels + place, j]) + apart * apart)
+                along += share * (
                     float64(found[star, FIRST_LABEL + 2 * n_labels + place, j]) + apart * of_first
                 )
         variance = sum_of_warp(variance, scratch) / kept
         along = sum_of_warp(along, scratch) / kept
-        spread = math.sqrt(variance + TINY) if variance > float64(0) else math.sqrt(float64(TINY))
-        if not known:
-            spread = float64(NAN)
+        spread = float64(NAN)
+        if known:
+            spread = float64(math.sqrt(max(variance, float64(0)) + TINY))
         if place == 0:
             first_sd = spread
         if place == 1:
@@ -562,7 +561,7 @@ class DevicePosterior:
         They need more shared memory than a block has.
     """
 
-    results = Posteriors
+    results: Callable[..., Any] = Posteriors
 
     def __init__(self, space: Space, clouds: Clouds) -> None:
         p, width = space.directions.shape
@@ -635,6 +634,7 @@ class DevicePosterior:
         self.no_mask = cuda.to_device(_NO_MASK)
         of_block = 8 * (width * (width + 2) + n * (n + 2))
         self.blocks = int(np.clip(SCRATCH_BYTES / of_block, LEAST_BLOCKS, MOST_BLOCKS))
+        self.scratch_bytes = self.blocks * of_block
 
     def kinds(self, rows: int) -> list[tuple[tuple[int, ...], type]]:
         """Shape and dtype of each array of `Posteriors`."""
@@ -644,12 +644,12 @@ class DevicePosterior:
         return [(shape, np.float64) for shape in shapes] + [(vector, kind) for kind in kinds]
 
     def bytes_per_row(self) -> int:
-        """Device memory of a row, flux, error and mask included, but for scratch that all rows of a block share."""
+        """Device memory of a row, flux, error and mask included, and its share of a block's scratch."""
         p, n, width = self.n_pixels, self.n_coordinates, self.n_coordinates + self.n_nuisances
         doubles = 3 * p + self.n_cells + self.packed + 2 * width + NUMBERS
         singles = n * n + 2 * n + (FIRST_LABEL + 3 * self.n_labels) * self.n_clouds
         results = sum(np.dtype(kind).itemsize * int(np.prod(shape)) for shape, kind in self.kinds(1))
-        return 9 * p + 8 * doubles + 4 * singles + results
+        return 9 * p + 8 * doubles + 4 * singles + results + -(-self.scratch_bytes // BLOCK_ROWS)
 
     def work(self, rows: int) -> Work:
         """Device memory for so many stars."""

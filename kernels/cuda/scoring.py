@@ -213,7 +213,7 @@ class DevicePlan:
             self.library = DeviceLibrary(library)
         self.taken, self.nothing_given = cuda.to_device(taken), cuda.to_device(_NOTHING_GIVEN)
 
-    results = Scores
+    results: Callable[..., Any] = Scores
 
     def kinds(self, rows: int) -> list[tuple[tuple[int, ...], type]]:
         """See `BlockPlan`."""

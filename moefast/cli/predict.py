@@ -33,6 +33,7 @@ from moefast.cli.options import (
     rows,
     shard_of,
 )
+from moefast.core.atomic import refuse_taken
 from moefast.core.errors import InputError, OutputError
 from moefast.core.progress import FILES, ProgressLine
 
@@ -80,6 +81,9 @@ __all__ = ["predict"]
 @click.option(
     "--select", metavar="EXPRESSION", help='Rows to predict, such as "targetType == 1 and nVisit > 2".'
 )
+@click.option("--targets", metavar="LIST",
+              help="Predict these targets alone: identifiers with commas between, a file with one in each line, or a "
+              "table with catId and objId, objId, TARGETID or id.")  # fmt: skip
 @click.option(
     "--keep", callback=names, metavar="A,B,…", help="Columns of the input to keep besides identifiers."
 )
@@ -96,6 +100,7 @@ def predict(
     skip_existing: bool, status: str | None, log: str | None, array: str, backend: str,
     rows: tuple[int, int] | None, limit: int | None, shard: tuple[int, int] | None, scheduler: str | None,
     velocity: str | None, velocity_range: float, medium: str, telluric: str, select: str | None,
+    targets: str | None,
     keep: tuple[str, ...], report: str | None, overwrite: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Predict log g for every spectrum and write a table: one row per spectrum, in order.
@@ -131,7 +136,8 @@ def predict(
             )
         options = {
             "array": array, "backend": backend, "rows": rows, "limit": limit, "velocity": velocity,
-            "velocity_range": velocity_range, "medium": medium, "telluric": telluric, "select": select, "keep": keep,
+            "velocity_range": velocity_range, "medium": medium, "telluric": telluric, "select": select,
+            "targets": targets, "keep": keep,
         }  # fmt: skip
         _each(
             files, model, Path(folder), f".{suffix}", options, skip_existing=skip_existing, overwrite=overwrite,
@@ -146,14 +152,15 @@ def predict(
     target = Path(out) if out else Path(f"{stem}.log_g{part}.h5")
     if overwrite and not out:
         _check_same_inputs(target, files)
-    if report and os.path.exists(report) and not overwrite:
-        raise OutputError(f"{report}: exists already; choose another name, or replace it with --overwrite")
+    if report:
+        refuse_taken(report, overwrite=overwrite)
     if scheduler is not None:
         if rows or limit or shard:
             raise click.UsageError("--scheduler predicts all rows: leave out --rows, --limit and --shard")
         options = {
             "array": array, "backend": backend, "velocity": velocity, "velocity_range": velocity_range,
-            "medium": medium, "telluric": telluric, "select": select, "keep": keep,
+            "medium": medium, "telluric": telluric, "select": select,
+            "targets": targets, "keep": keep,
         }  # fmt: skip
         _on_cluster(
             scheduler, files, model, target, options, report=report, overwrite=overwrite, quiet=quiet,
@@ -164,7 +171,7 @@ def predict(
     summary = run(
         files, model, target, array=array, backend=backend, rows=rows, limit=limit,  # type: ignore[arg-type]
         shard=shard, overwrite=overwrite, velocity=velocity, velocity_range=velocity_range,
-        medium=medium, telluric=telluric, select=select, keep=keep,  # type: ignore[arg-type]
+        medium=medium, telluric=telluric, select=select, targets=targets, keep=keep,  # type: ignore[arg-type]
         progress=progress.rows("predict"), tell=lambda words: progress.note(f"note: {words}"),
     )  # fmt: skip
     progress.close()
@@ -191,18 +198,18 @@ def predict(
         for note in summary.notes:
             click.echo(f"  note: {note}")
     if report:
-        _write_report(target, model, report)
+        _write_report(target, model, report, overwrite)
     tell_failures(summary.failures)
 
 
-def _write_report(table: Path, model: str | None, page: str) -> None:
+def _write_report(table: Path, model: str | None, page: str, overwrite: bool) -> None:
     from moefast.inspection.run import summarise_table
     from moefast.inspection.run_page import write_page
     from moefast.inspection.worst import spectra_of_worst
 
     found = summarise_table(table)
     stars, reason = spectra_of_worst(found, model)
-    write_page(found, page, stars, reason)
+    write_page(found, page, stars, reason, overwrite=overwrite)
     click.echo(f"written: {page}" + (f". {reason}" if reason else ""), err=True)
 
 
@@ -270,7 +277,7 @@ def _on_cluster(
     progress.close()
     seconds = time.perf_counter() - begin
     if report:
-        _write_report(target, model, report)
+        _write_report(target, model, report, overwrite)
     if as_json:
         facts = {
             "table": str(target), "rows": merged.n_rows, "shards": merged.n_parts, "workers": workers,

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from moefast.backend import Backend
 from moefast.core.errors import InputError, OutputError
+from moefast.core.progress import RowProgress, row_progress
 from moefast.core.threads import one_blas_thread
 from moefast.core.version import __version__
 from moefast.model import Model
@@ -54,9 +55,10 @@ def predict(
     medium: Literal["auto", "vacuum", "air"] = "auto",
     telluric: Telluric = "auto",
     select: str | None = None,
+    targets: str | Path | None = None,
     keep: Iterable[str] = (),
     record: Mapping[str, Any] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: RowProgress | Literal[False] | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Summary:
     """Predict log g for every spectrum of one or more files.
@@ -82,9 +84,10 @@ def predict(
         Replace an existing table.
     velocity : number, column, path or "fit", optional
         Velocities that are removed [km/s]: one for all, a column of the spectra, or a table that is joined by
-        identifiers (see `moefast.spectra.velocities`). "fit": one is fitted to each spectrum, and predictions are
-        averaged over its posterior; only by posteriors. Without it spectra of surveys are fitted if the model can, and
-        all others, those of the simulator among them, are taken to be at rest.
+        identifiers (see `moefast.spectra.velocities`). Where they have errors above 5 km/s and the model is a
+        posterior, each is weighed with what the spectrum says. "fit": one is fitted to each spectrum, and predictions
+        are averaged over its posterior; only by posteriors. Without it spectra of surveys are fitted if the model can,
+        and all others, those of the simulator among them, are taken to be at rest.
     velocity_range : float
         Fitted velocities lie within so many km/s of 0, either way.
     medium : "auto", "vacuum" or "air"
@@ -94,12 +97,16 @@ def predict(
         the simulator's.
     select : str, optional
         Rows to predict, such as ``targetType == 1 and nVisit > 2``; the others get no row in the table.
+    targets : path or text, optional
+        Rows to predict: those of the targets in a table with identifiers, in a file with one in each line, or named
+        with commas between them; see `moefast.spectra.targets`.
     keep : iterable of str
         Columns of the input that go into the table besides identifiers.
     record : mapping, optional
         What the caller wants to find again in the table's attribute ``made_of``: numbers, text, lists and mappings.
     progress : callable, optional
-        Called with rows done and rows in all.
+        Called with rows done and rows in all. Without it a line shows them in notebooks and interactive sessions;
+        False leaves it out.
     tell : callable, optional
         Called with each oddity before the first row is scored.
 
@@ -126,6 +133,7 @@ def predict(
         velocity=velocity,
         velocity_range=velocity_range,
         select=select,
+        targets=targets,
         keep=keep,
     )
     if isinstance(source.velocity, VelocityFit) and where.name == "cuda":
@@ -143,7 +151,8 @@ def predict(
     attrs = _attributes(chosen, source, where, telluric)
     attrs["options"] = {
         "limit": limit, "velocity": None if velocity is None else str(velocity), "medium": medium,
-        "telluric": telluric, "select": select, "keep": list(keep),
+        "telluric": telluric, "select": select, "targets": None if targets is None else str(targets),
+        "keep": list(keep),
     }  # fmt: skip
     if record is not None:
         attrs["made_of"] = dict(record)
@@ -151,6 +160,8 @@ def predict(
         attrs["shard"] = f"{shard[0]}/{shard[1]}"
     if select is not None:
         attrs["select"] = select
+    if targets is not None:
+        attrs["targets"] = str(targets)
     if source.velocity is not None:
         attrs["velocity"] = source.velocity_words
     _look(chosen, source, summary, tell)
@@ -159,7 +170,8 @@ def predict(
     run.prepare()
     begin = time.perf_counter()
     with sink, one_blas_thread():
-        run.go(progress)
+        with row_progress(progress, "predict") as report:
+            run.go(report)
         summary.failures = [*spectra.failures, *origins.faults(source.start, source.stop)]
         summary.n_rows = source.n_wanted
         summary.seconds = time.perf_counter() - begin
@@ -167,7 +179,9 @@ def predict(
         summary.flags = run.counts.flags
         summary.r2 = run.counts.squared_errors.r2() if source.labelled else None
         summary.notes = [
-            *notes_on_input(spectra, source.velocity, chosen, velocity),
+            *notes_on_input(
+                spectra, source.velocity, chosen, velocity, weighed=source.weighed_by is not None
+            ),
             *notes_on_predictions(run.counts, summary, chosen),
             *about_params,
         ]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from moefast.core.outputs import HEADLINE
 from moefast.model import Model, shipped_path
 from moefast.posterior.mixture import PosteriorMixture
-from moefast.posterior.velocities import VelocityFit
+from moefast.posterior.velocities import KNOWN, VelocityFit
 from moefast.predicting.flags import SURE
 from moefast.predicting.run import Counts
 from moefast.predicting.summary import Summary
@@ -39,6 +39,8 @@ def notes_on_input(
     moved: Velocities | VelocityFit | None,
     model: Model,
     velocity: float | str | Path | None,
+    *,
+    weighed: bool,
 ) -> list[str]:
     """What the files, and the velocities, have users know."""
     notes = [note for shard in spectra.shards if isinstance(shard, PreparedShard) for note in shard.notes]
@@ -54,6 +56,11 @@ def notes_on_input(
         )
     elif moved is not None:
         notes += moved.notes
+        if weighed:
+            notes.append(
+                f"velocities: those with errors above {KNOWN:g} km/s are weighed with what the spectra say; v_los and "
+                "v_los_err are those of both together"
+            )
     elif any(isinstance(shard, PreparedShard) and shard.observed for shard in spectra.shards):
         notes.append(
             "velocities: none were given, and this model fits none: spectra are taken to be at rest, which those of "

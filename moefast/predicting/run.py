@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from moefast.core.labels import plausible
 from moefast.core.metrics import SquaredErrors
 from moefast.core.outputs import HEADLINE, VELOCITY
+from moefast.core.progress import RowProgress
 from moefast.core.threads import map_in_order
 from moefast.mixture import Prediction
 from moefast.model import Model
@@ -94,11 +95,8 @@ class PredictionRun:
         warm_up(self.engine, self.model.mixture.n_pixels)
         if self.source.fit is not None:
             self.source.fit.prepare()
-            for shard in self.source.spectra.shards:
-                if isinstance(shard, PreparedShard):
-                    shard.keep_measured()
 
-    def go(self, progress: Callable[[int, int], None] | None) -> None:
+    def go(self, progress: RowProgress) -> None:
         """Predict, flag and write all rows, those that cannot be read among them."""
         source = self.source
         position, waiting = source.start, list[_Scored]()
@@ -113,8 +111,7 @@ class PredictionRun:
                 self._fill(position, part.first_row)
             waiting.append(part)
             position = part.first_row + len(part.result.log_g)
-            if progress is not None:
-                progress(position - source.start, source.stop - source.start)
+            progress(position - source.start, source.stop - source.start)
         self._write(waiting)
         self._fill(position, source.stop)
 
@@ -127,6 +124,7 @@ class PredictionRun:
             # Workers read for themselves; a single one reads ahead.
             prefetch=self.engine.workers == 1,
             on_error="skip" if self.source.several else "raise",
+            measured=True,
         )
 
     def _score(self, block: Block) -> _Scored:
@@ -134,12 +132,13 @@ class PredictionRun:
         base = int(source.spectra.first_rows[block.shard])
         shard = source.spectra.shards[block.shard]
         if source.fit is not None and isinstance(shard, PreparedShard) and source.is_fitted(shard):
-            array = source.array_of(shard)
             result, quality, fitted = score_moving(
-                self.engine, source.fit, shard, array, block, block.first_row - base
+                self.engine, source.fit, shard, block, block.first_row - base, source.given
             )
             moving = (fitted.velocity, fitted.error)
         else:
+            if isinstance(shard, PreparedShard):
+                shard.fill(block, block.first_row - base)
             result, quality = score_block(self.engine, block, block.first_row - base)
             moving = (np.zeros(len(block)), np.full(len(block), np.nan))
         return _Scored(block.first_row, block.shard, block.params, result, quality, *moving)
@@ -164,7 +163,8 @@ class PredictionRun:
             nothing = (columns["flag"] & np.uint32(Flag.NO_DATA)) != 0
             for one, name in zip(VELOCITY, ("velocity", "velocity_error"), strict=True):
                 values = np.concatenate([getattr(p, name) for p in parts])[chosen]
-                lead[one.name] = np.where(nothing, np.nan, values).astype(one.dtype)
+                # What was given is known of stars without data, too.
+                lead[one.name] = np.where(nothing & (source.given is None), np.nan, values).astype(one.dtype)
         self.sink.write({**lead, **columns})
         self._count(columns, params)
         parts.clear()

@@ -16,13 +16,14 @@ from moefast.core.outputs import HEADLINE
 from moefast.model import Model
 from moefast.posterior.velocities import VelocityFit
 from moefast.predicting.identifiers import carried_columns, identifier_dtype, present
-from moefast.predicting.velocities import move, velocity_fit
+from moefast.predicting.velocities import fit_beside, move, velocity_fit
 from moefast.spectra.paths import find_files
 from moefast.spectra.prepared import Origins, Preparation, PreparedShard, open_prepared
 from moefast.spectra.selection import select as select_rows
 from moefast.spectra.shard import Shard
 from moefast.spectra.source import Failure
 from moefast.spectra.spectrum_set import SpectrumSet
+from moefast.spectra.targets import rows_of_targets
 from moefast.spectra.velocities import Velocities
 
 __all__ = ["Source", "choose_rows", "open_files", "open_source"]
@@ -47,6 +48,8 @@ class Source:
         Rows of the set that get a row in the table.
     velocity : Velocities, VelocityFit or None
         Velocities that were given, or what fits them.
+    weighed_by : VelocityFit or None
+        What weighs given velocities with what the spectra say, if errors are so large that it matters.
     asked : bool
         Whether something was said about velocities: if not, those of spectra of surveys alone are fitted.
     identifiers : dict of str to dtype
@@ -63,6 +66,7 @@ class Source:
     stop: int
     wanted: NDArray[np.bool_]
     velocity: Velocities | VelocityFit | None
+    weighed_by: VelocityFit | None
     asked: bool
     identifiers: dict[str, np.dtype]
     labelled: bool
@@ -75,7 +79,12 @@ class Source:
     @property
     def fit(self) -> VelocityFit | None:
         """What fits velocities, if that is done."""
-        return self.velocity if isinstance(self.velocity, VelocityFit) else None
+        return self.velocity if isinstance(self.velocity, VelocityFit) else self.weighed_by
+
+    @property
+    def given(self) -> Velocities | None:
+        """Velocities that were given."""
+        return self.velocity if isinstance(self.velocity, Velocities) else None
 
     @property
     def velocity_words(self) -> str:
@@ -166,6 +175,7 @@ def open_source(
     velocity: float | str | Path | None,
     velocity_range: float,
     select: str | None,
+    targets: str | Path | None,
     keep: Iterable[str],
 ) -> Source:
     """What is asked for of opened spectra; for the parameters see `moefast.predicting.files.predict`.
@@ -187,7 +197,12 @@ def open_source(
         wanted &= select_rows(select, lambda names: spectra.params(present(spectra, names, "--select")))
         if not wanted.any():
             raise InputError(f"--select {select!r}: holds for none of the rows {start}:{stop}")
+    if targets is not None:
+        wanted &= rows_of_targets(targets, spectra)
+        if not wanted.any():
+            raise InputError(f"--targets {targets}: none of them is among the rows that are left to predict")
     fit = velocity_fit(model, spectra, velocity, velocity_range)
+    given = None if fit is not None or velocity is None else move(spectra, velocity, wanted)
     return Source(
         spectra=spectra,
         origins=origins,
@@ -196,7 +211,8 @@ def open_source(
         start=start,
         stop=stop,
         wanted=wanted,
-        velocity=fit if fit is not None or velocity is None else move(spectra, velocity, wanted),
+        velocity=fit if given is None else given,
+        weighed_by=None if given is None else fit_beside(model, spectra, given, wanted, velocity_range),
         asked=velocity is not None,
         identifiers={name: identifier_dtype(spectra, name) for name in carried_columns(spectra, keep)},
         labelled=spectra.has_labels((HEADLINE,)),

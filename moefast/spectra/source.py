@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -36,6 +36,9 @@ class Block:
         True where a pixel is bad. None if no pixel of the block is masked.
     params : dict of str to array of shape (n,)
         The columns asked for.
+    measured : list of moefast.spectra.resample.Pixels, or None
+        The pixels as they were measured, if flux, error and mask hold nothing yet and are to be made of them: see
+        `moefast.spectra.prepared.PreparedShard.fill`.
     """
 
     first_row: int
@@ -44,6 +47,7 @@ class Block:
     error: np.ndarray
     mask: np.ndarray | None = None
     params: dict[str, np.ndarray] = field(default_factory=dict)
+    measured: list[Any] | None = None
 
     def __len__(self) -> int:
         return len(self.flux)
