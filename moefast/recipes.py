@@ -25,7 +25,7 @@ from moefast.spectra.files import SpectrumSet, open_spectra
 from moefast.spectra.guard import noisy_already, take
 from moefast.trunks.presets import Size
 
-__all__ = ["DEFAULT", "RECIPES", "Recipe", "fit"]
+__all__ = ["DEFAULT", "RECIPES", "Recipe", "fit", "options_of"]
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,31 @@ RECIPES: dict[str, Recipe] = {
 DEFAULT = "phys-moe"
 
 
+def options_of(
+    recipe: str = DEFAULT,
+    *,
+    grid: Grid | None = None,
+    families: Sequence[str] | None = None,
+    noise: Noise = "closed-form",
+    **changes: Any,
+) -> Options:
+    """Options of a recipe, with what is said otherwise; parameters as those of `fit`.
+
+    Raises
+    ------
+    InputError
+        The recipe is unknown, or what is said does not go together.
+    """
+    if recipe not in RECIPES:
+        raise InputError(f"recipe {recipe!r} is unknown; choose one of {', '.join(RECIPES)}")
+    own = dict(RECIPES[recipe].options)
+    if families is not None:
+        own["families"] = tuple(families)
+    if own.get("clipped") and noise == "closed-form":
+        noise = "sampled"
+    return Options(grid=grid or RECIPES[recipe].grid, noise=noise, **changes, **own)
+
+
 def fit(
     paths: str | Path | Iterable[str | Path] | SpectrumSet | SimulatedSpectra,
     *,
@@ -192,13 +217,11 @@ def fit(
     BackendError
         "cuda" was asked for and cannot be used.
     """
-    if recipe not in RECIPES:
-        raise InputError(f"recipe {recipe!r} is unknown; choose one of {', '.join(RECIPES)}")
-    chosen, own = grid or RECIPES[recipe].grid, dict(RECIPES[recipe].options)
-    if families is not None:
-        own["families"] = tuple(families)
-    if own.get("clipped") and noise == "closed-form":
-        noise = "sampled"
+    options = options_of(
+        recipe, grid=grid, families=families, noise=noise, noise_level=noise_level, size=size, steps=steps,
+        references=references, seed=seed,
+    )  # fmt: skip
+    chosen, noise = options.grid, options.noise
     spectra = paths if isinstance(paths, SpectrumSet | SimulatedSpectra) else open_spectra(paths)
     odd = []
     if isinstance(spectra, SpectrumSet) and noise != "observed":
@@ -209,16 +232,6 @@ def fit(
         if tell is not None:
             for words in odd:
                 tell(words)
-    options = Options(
-        grid=chosen,
-        noise=noise,
-        noise_level=noise_level,
-        references=references,
-        seed=seed,
-        size=size,
-        steps=steps,
-        **own,
-    )
     fingerprint = spectra.fingerprint()
     kept = Checkpoint(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint
     where = resolve_kernels(backend)

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import as_file, files
@@ -28,6 +29,7 @@ from moefast.core import metrics
 from moefast.core.atomic import write_atomically
 from moefast.core.errors import InputError
 from moefast.core.groups import groups_of
+from moefast.core.progress import StageProgress
 from moefast.core.random import NOISE_SEED, standard_normals
 from moefast.simulate.emulator import LABELS
 from moefast.simulate.forward import ForwardModel
@@ -39,6 +41,8 @@ from moefast.spectra.files import SpectrumSet, open_spectra
 from moefast.spectra.quality import assess, good_pixels
 
 __all__ = ["PUBLISHED_CRLB", "Ceiling", "compute", "known", "read", "write"]
+
+_LOG = logging.getLogger(__name__)
 
 Method = Literal["auto", "both", "fisher", "bayes"]
 F64 = NDArray[np.float64]
@@ -88,7 +92,7 @@ def compute(
     seed: int = 0,
     threads: int | None = None,
     name: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: StageProgress | None = None,
 ) -> Ceiling:
     """Compute the ceilings of labelled spectra.
 
@@ -109,7 +113,8 @@ def compute(
     name : str, optional
         Name of the set.
     progress : callable, optional
-        Called with rows done and rows in all.
+        Called with the name of a stage ("ceiling", and "prior draws", in which nothing is counted), rows done and rows
+        in all.
 
     Returns
     -------
@@ -122,6 +127,7 @@ def compute(
     InputError
         A file cannot be read, or does not say what the Bayes ceiling needs.
     """
+    report = progress or (lambda *_: None)
     spectra = open_spectra(paths)
     identity = identify(spectra.shards[0]) if len(spectra.shards) == 1 else None
     settings = _settings(spectra, needed=method in {"both", "bayes"})
@@ -134,6 +140,8 @@ def compute(
     observation = _observation(spectra, needed=with_bayes or visit is not None)
     seen = None if visit is None else spectra.params(tuple(VISIT_PARAMS))
     n = min(stars or spectra.n_rows, spectra.n_rows)
+    _LOG.info("%d stars; Fisher bound: %s, Bayes ceiling: %s", n, method != "bayes", with_bayes)
+    report("ceiling", 0, n)
     found: dict[str, list[F64]] = {}
     shares: list[F64] = []
     stored = all("noisy" in shard.arrays for shard in spectra.shards)
@@ -180,10 +188,14 @@ def compute(
             mag, seeing = observation["mag"][rows], observation["seeing"][rows]
             if library is None:
                 _check_errors(spectra, forward, here, block.error, mag, seeing, sky)
+                report("prior draws", 0, 0)
                 library = _library(settings)
+                report("ceiling", int(rows[0]), n)
+                _LOG.info("library of %d spectra drawn from the prior that made the stars", len(library.z))
             star = bayes.posteriors(
                 forward, library, rows, block.flux, block.error, mag, seeing, here,
                 good=good, sky=sky, target_ess=target_ess, seed=seed, threads=threads,
+                progress=lambda done, first=int(rows[0]): report("ceiling", first + done, n),  # type: ignore[misc]
             )  # fmt: skip
             columns |= {"bayes": star.mean, "bayes_sd": star.sd, "monte_carlo_error": star.monte_carlo_error}
             columns |= {"ess": star.ess, "rank": star.rank[:, LABELS.index("log_g")]}
@@ -192,8 +204,7 @@ def compute(
             seconds["bayes"] += time.perf_counter() - begin
         for key, values in columns.items():
             found.setdefault(key, []).append(values)
-        if progress is not None:
-            progress(int(rows[-1]) + 1, n)
+        report("ceiling", int(rows[-1]) + 1, n)
     table = {key: np.concatenate(parts) for key, parts in found.items()}
     table |= {key: np.asarray(labels[key][:n], dtype=float) for key in labels}
     summary: dict[str, Any] = {

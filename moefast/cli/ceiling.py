@@ -6,8 +6,8 @@ import json
 
 import click
 
-from moefast.cli.messages import Progress
-from moefast.cli.options import FILES, JSON, OVERWRITE, QUIET
+from moefast.cli.messages import Progress, tell_written
+from moefast.cli.options import FILES, JSON, OVERWRITE, talk
 from moefast.core.atomic import refuse_taken
 
 __all__ = ["ceiling"]
@@ -36,13 +36,18 @@ __all__ = ["ceiling"]
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the posterior samples."
 )
 @OVERWRITE
-@QUIET
+@talk
 @JSON
 def ceiling(
     files: tuple[str, ...], out: str | None, picture: str | None, method: str, stars: int | None, name: str | None,
     seed: int, overwrite: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """What the physics allows: R² ceilings of labelled spectra, by Fisher information and by Bayes.
+
+    \b
+        moefast simulate test.h5 --set wild --part test_1k
+        moefast ceiling test.h5 -o ceiling.json.gz --picture ceiling.png
+        moefast evaluate test.h5 --ceiling ceiling.json.gz
 
     The Bayes ceiling is the R² of the exact posterior mean: no method does better on these stars. It takes 40 to 130 ms
     per star on two cores. The ceilings of the reference sets come with moefast; evaluate finds them by itself.
@@ -53,15 +58,14 @@ def ceiling(
     for path in (out, picture):
         if path:
             refuse_taken(path, overwrite=overwrite)
-    progress = Progress(quiet)
-    found = ceilings.compute(
-        files, method=method, stars=stars, seed=seed, name=name, progress=progress.rows("ceiling"),  # type: ignore[arg-type]
-    )  # fmt: skip
-    progress.close()
+    with Progress(quiet) as progress:
+        found = ceilings.compute(
+            files, method=method, stars=stars, seed=seed, name=name, progress=progress.stage,  # type: ignore[arg-type]
+        )  # fmt: skip
     click.echo(json.dumps(found.summary, indent=1) if as_json else format_text(found.summary))
     if out:
         ceilings.write(found, out)
-        click.echo(f"written: {out}", err=True)
+        tell_written(out)
     if picture:
         figure(found.summary, picture)
-        click.echo(f"picture: {picture}", err=True)
+        tell_written(picture)

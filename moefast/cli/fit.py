@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 
-from moefast.cli.messages import Progress, tell_failures
+from moefast.cli.messages import Progress, tell_failures, tell_result
 from moefast.cli.options import (
     BACKEND,
     CONFIG,
@@ -19,11 +21,14 @@ from moefast.cli.options import (
     LIKE,
     NOISE_LEVEL,
     OVERWRITE,
-    QUIET,
     RESOLUTION,
+    talk,
 )
 
 __all__ = ["fit"]
+
+WRITING = "writing the model"
+"""Last stage of the command: an ONNX file that is compared with the model before it is kept."""
 
 
 def _grid(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:
@@ -92,7 +97,7 @@ def _grid(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int
 @DEVICE
 @CONFIG
 @OVERWRITE
-@QUIET
+@talk
 @JSON
 def fit(
     files: tuple[str, ...], out: str, simulate: int | None, name: str | None, like: tuple[str, ...],
@@ -139,10 +144,12 @@ def fit(
     from moefast.backend import resolve_kernels
     from moefast.checkpoint import Checkpoint
     from moefast.core.grids import uniform
+    from moefast.fitting import expected_stages
     from moefast.model import check_target
-    from moefast.recipes import RECIPES
+    from moefast.recipes import RECIPES, options_of
     from moefast.recipes import fit as run
     from moefast.simulate import Observed, SimulatedSpectra
+    from moefast.spectra import SpectrumSet, open_spectra
 
     if recipe not in RECIPES:
         raise click.BadParameter(
@@ -157,28 +164,34 @@ def fit(
     if resolution is not None and not like:
         raise click.UsageError("--resolution is that of the spectra which --like names")
     check_target(Path(out), overwrite)
-    progress = Progress(quiet)
-    spectra: SimulatedSpectra | tuple[str, ...] = files
-    observed = Observed.of_files(like, resolution=resolution) if like else None
-    if simulate and observed is not None:
-        progress.note(str(observed))
-        # A posterior takes templates without gaps, and has errors calibrated over those of the files.
-        whole = RECIPES[recipe].options.get("families") == ("posterior",)
-        spectra = SimulatedSpectra.like(observed, simulate, name=name or "library", whole=whole)
-    elif simulate:
-        spectra = SimulatedSpectra.of_set(name or "z0", rows=(0, simulate))
-    kept = Checkpoint(checkpoint, tell=progress.note) if checkpoint else None
-    where = resolve_kernels(backend)
-    progress.note(f"backend {where.name} ({where.device}): {where.reason}")
-    begin = time.monotonic()
-    model = run(
-        spectra, recipe=recipe, families=families, grid=uniform(*grid) if grid else None, noise=noise,  # type: ignore[arg-type]
-        noise_level=noise_level, size=size, steps=steps, references=references, seed=seed,  # type: ignore[arg-type]
-        progress=progress.stage, checkpoint=kept, backend=where.name,
-        tell=lambda words: progress.note(f"note: {words}"),
-    )  # fmt: skip
-    progress.close()
-    model = model.save(out, overwrite=overwrite)
+    with Progress(quiet) as progress:
+        progress.doing("fit: reading")
+        spectra: SimulatedSpectra | SpectrumSet
+        observed = Observed.of_files(like, resolution=resolution) if like else None
+        if simulate and observed is not None:
+            progress.note(str(observed))
+            # A posterior takes templates without gaps, and has errors calibrated over those of the files.
+            whole = RECIPES[recipe].options.get("families") == ("posterior",)
+            spectra = SimulatedSpectra.like(observed, simulate, name=name or "library", whole=whole)
+        elif simulate:
+            spectra = SimulatedSpectra.of_set(name or "z0", rows=(0, simulate))
+        else:
+            spectra = open_spectra(files)
+        kept = Checkpoint(checkpoint, tell=progress.note) if checkpoint else None
+        where = resolve_kernels(backend)
+        progress.note(f"backend {where.name} ({where.device}): {where.reason}")
+        how: dict[str, Any] = {
+            "families": families, "grid": uniform(*grid) if grid else None, "noise": noise, "noise_level": noise_level,
+            "size": size, "steps": steps, "references": references, "seed": seed,
+        }  # fmt: skip
+        progress.expect(expected_stages(options_of(recipe, **how), spectra.n_rows) | {WRITING: 3.0})
+        begin = time.monotonic()
+        model = run(
+            spectra, recipe=recipe, **how, progress=progress.stage, checkpoint=kept, backend=where.name,
+            tell=lambda words: progress.note(f"note: {words}"),
+        )  # fmt: skip
+        progress.doing(WRITING)
+        model = model.save(out, overwrite=overwrite)
     if kept is not None:
         kept.remove()
     facts = {
@@ -191,28 +204,29 @@ def fit(
         click.echo(json.dumps(facts, indent=1))
         return
     check = facts["cross_validation"]
-    click.echo(
+    say = partial(tell_result, quiet=quiet)
+    say(
         f"{out}: {model.manifest['recipe']}, {facts['rows']['used']:,} spectra, {facts['seconds']:.0f} s on "
         f"{facts['backend']}"
     )
     unlabelled = facts["rows"].get("unlabelled", 0)
     if facts["rows"]["left_out"] > unlabelled:
-        click.echo(
+        say(
             f"  {facts['rows']['left_out'] - unlabelled:,} spectra with fewer than half of their pixels good were left "
             "out"
         )
     if unlabelled:
-        click.echo(f"  {unlabelled:,} spectra without labels were left out")
+        say(f"  {unlabelled:,} spectra without labels were left out")
     for note in model.manifest["training"]["notes"]:
-        click.echo(f"  note: {note}")
-    click.echo(f"  {facts['solver']}")
+        say(f"  note: {note}")
+    say(f"  {facts['solver']}")
     kernels = facts.get("heads", {}).get("kernels", "")
     if kernels.startswith("plain: "):
-        click.echo(f"  note: the network was fitted without fused kernels, slower: {kernels[7:]}")
-    click.echo(
+        say(f"  note: the network was fitted without fused kernels, slower: {kernels[7:]}")
+    say(
         f"  rows held back: R² {check['r2']:.3f} (with true bins {check['r2_true_bins']:.3f}), "
         f"1σ holds {100 * check['coverage_68']:.1f} %, 1.96σ {100 * check['coverage_95']:.1f} %"
     )
-    click.echo("  measure it on spectra it has not seen: moefast evaluate TEST… -m " + str(out))
+    say("  measure it on spectra it has not seen: moefast evaluate TEST… -m " + str(out))
     if observed is not None:
         tell_failures(observed.failures)

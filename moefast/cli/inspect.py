@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from moefast.cli.messages import tell_failures
-from moefast.cli.options import EXPERT, FILES, JSON, MEDIUM, MODEL, OVERWRITE, TELLURIC, VELOCITY
+from moefast.cli.messages import Progress, tell_failures, tell_written
+from moefast.cli.options import EXPERT, FILES, JSON, MEDIUM, MODEL, OVERWRITE, TELLURIC, VELOCITY, talk
 from moefast.core.atomic import refuse_taken
 from moefast.core.errors import InputError
 
@@ -47,11 +47,12 @@ def _mixture_of(model: str | None) -> Any:
 @TELLURIC
 @EXPERT
 @OVERWRITE
+@talk
 @JSON
 def inspect(
     files: tuple[str, ...], model: str | None, row: int | None, identifier: str | None, picture: str | None,
     report: str | None, spectra: tuple[str, ...], limit: int | None, velocity: str | None, medium: str, telluric: str,
-    overwrite: bool, as_json: bool,
+    overwrite: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Look into files of spectra, at one star, or at a table of predictions.
 
@@ -81,15 +82,19 @@ def inspect(
                 f"{files[0]}: is a table of predictions, which has no spectra; name the file of spectra for --row, "
                 "--id and --picture"
             )
-        _table(files[0], model, report, spectra, overwrite, as_json)
+        with Progress(quiet) as progress:
+            progress.doing("inspect: reading the table")
+            _table(files[0], model, report, spectra, overwrite, as_json, progress)
         return
     if report or spectra:
         raise InputError(
             f"{files[0]}: --report and --spectra are for one table that moefast predict wrote (.h5, .parquet or .fits)"
         )
     if row is not None or identifier is not None:
-        _star(files, model, picture, as_json, row=row, identifier=identifier, velocity=velocity, medium=medium,
-              telluric=telluric)  # fmt: skip
+        with Progress(quiet) as progress:
+            progress.doing("inspect: looking at the star")
+            _star(files, model, picture, as_json, progress, row=row, identifier=identifier, velocity=velocity,
+                  medium=medium, telluric=telluric)  # fmt: skip
         return
     from moefast.spectra.files import same_wave
     from moefast.spectra.prepared import open_as_found
@@ -97,19 +102,28 @@ def inspect(
     from moefast.spectra.summary import picture as draw
 
     # Files of surveys have no grid of their own that all rows share.
-    found = open_as_found(files, lambda: _mixture_of(model).wave, on_error="skip")
-    mixture = _mixture_of(model)
-    reference = mixture.reference if same_wave(found.wave, mixture.wave) else None
-    facts = summarise(found, max_rows=limit, reference=reference)
+    with Progress(quiet) as progress:
+        progress.doing("inspect: reading")
+        found = open_as_found(files, lambda: _mixture_of(model).wave, on_error="skip")
+        mixture = _mixture_of(model)
+        reference = mixture.reference if same_wave(found.wave, mixture.wave) else None
+        facts = summarise(found, max_rows=limit, reference=reference)
+        if picture:
+            progress.doing("inspect: drawing")
+            draw(found, picture)
     click.echo(json.dumps(facts, indent=1) if as_json else format_text(facts))
     if picture:
-        draw(found, picture)
-        click.echo(f"picture: {picture}", err=True)
+        tell_written(picture)
     tell_failures(found.failures)
 
 
 def _star(
-    files: tuple[str, ...], model: str | None, picture: str | None, as_json: bool, **which: Any
+    files: tuple[str, ...],
+    model: str | None,
+    picture: str | None,
+    as_json: bool,
+    progress: Progress,
+    **which: Any,
 ) -> None:
     from moefast.inspection.star import describe, look_at
     from moefast.inspection.star_picture import draw_star
@@ -118,14 +132,23 @@ def _star(
     if picture:
         check_suffix(picture)
     star = look_at(files, model, **which)
+    if picture:
+        progress.doing("inspect: drawing")
+        draw_star(star, picture)
+    progress.close()
     click.echo(json.dumps(star.to_dict(), indent=1) if as_json else describe(star))
     if picture:
-        draw_star(star, picture)
-        click.echo(f"picture: {picture}", err=True)
+        tell_written(picture)
 
 
 def _table(
-    path: str, model: str | None, report: str | None, spectra: tuple[str, ...], overwrite: bool, as_json: bool
+    path: str,
+    model: str | None,
+    report: str | None,
+    spectra: tuple[str, ...],
+    overwrite: bool,
+    as_json: bool,
+    progress: Progress,
 ) -> None:
     from moefast.inspection.run import format_text, summarise_table
     from moefast.inspection.run_page import write_page
@@ -134,8 +157,12 @@ def _table(
     if report:
         refuse_taken(report, overwrite=overwrite)
     run = summarise_table(path)
-    click.echo(json.dumps(run.to_dict(), indent=1) if as_json else format_text(run))
+    reason = ""
     if report:
+        progress.doing("inspect: drawing the page")
         stars, reason = spectra_of_worst(run, model, spectra)
         write_page(run, report, stars, reason)
-        click.echo(f"written: {report}" + (f". {reason}" if reason else ""), err=True)
+    progress.close()
+    click.echo(json.dumps(run.to_dict(), indent=1) if as_json else format_text(run))
+    if report:
+        tell_written(report, reason=reason)

@@ -6,8 +6,8 @@ import json
 
 import click
 
-from moefast.cli.messages import Progress
-from moefast.cli.options import JSON, OVERWRITE, QUIET
+from moefast.cli.messages import Progress, tell_result
+from moefast.cli.options import JSON, OVERWRITE, talk
 
 __all__ = ["merge"]
 
@@ -16,7 +16,7 @@ __all__ = ["merge"]
 @click.argument("parts", nargs=-1, required=True, metavar="TABLE…")
 @click.option("-o", "--out", required=True, metavar="TABLE", help="Table to write: .h5, .parquet or .fits.")
 @OVERWRITE
-@QUIET
+@talk
 @JSON
 def merge(parts: tuple[str, ...], out: str, overwrite: bool, quiet: bool, as_json: bool) -> None:
     """Join the tables that moefast predict wrote with --shard, or with --rows, into one.
@@ -32,9 +32,8 @@ def merge(parts: tuple[str, ...], out: str, overwrite: bool, quiet: bool, as_jso
     """
     from moefast.cluster.merge import merge_tables, tables_named
 
-    progress = Progress(quiet or as_json)
-    merged = merge_tables(tables_named(parts), out, overwrite=overwrite, progress=progress.rows("merge"))
-    progress.close()
+    with Progress(quiet or as_json) as progress:
+        merged = merge_tables(tables_named(parts), out, overwrite=overwrite, progress=progress.rows("merge"))
     if as_json:
         facts = {
             "table": out, "rows": merged.n_rows, "parts": merged.n_parts, "of_rows": list(merged.rows), "r2": merged.r2,
@@ -44,6 +43,8 @@ def merge(parts: tuple[str, ...], out: str, overwrite: bool, quiet: bool, as_jso
         return
     r2 = "" if merged.r2 is None else f", R² {merged.r2:.3f}"
     first, last = merged.rows
-    click.echo(f"{out}: {merged.n_rows:,} spectra of {merged.n_parts} parts, rows {first}:{last}{r2}")
+    tell_result(
+        f"{out}: {merged.n_rows:,} spectra of {merged.n_parts} parts, rows {first}:{last}{r2}", quiet=quiet
+    )
     for note in merged.notes:
-        click.echo(f"  note: {note}")
+        tell_result(f"  note: {note}", quiet=quiet)

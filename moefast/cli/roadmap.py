@@ -7,7 +7,7 @@ import json
 import click
 
 from moefast.cli.messages import Progress
-from moefast.cli.options import BACKEND, CONFIG, DEVICE, JSON, QUIET
+from moefast.cli.options import BACKEND, CONFIG, DEVICE, JSON, talk
 
 __all__ = ["roadmap"]
 
@@ -32,7 +32,7 @@ __all__ = ["roadmap"]
 @BACKEND
 @DEVICE
 @CONFIG
-@QUIET
+@talk
 @JSON
 def roadmap(
     out: str, name: str, train: int, part: str, size: str, steps: int | None, seeds: int, everything: bool,
@@ -52,10 +52,9 @@ def roadmap(
     from moefast.protocol.roadmap import Plan, roadmap_text
     from moefast.protocol.roadmap import roadmap as run
 
-    progress = Progress(quiet or as_json)
-    result = run(
-        out, Plan(name, train, part, size, steps, seeds), everything=everything, resume=resume,  # type: ignore[arg-type]
-        backend=backend, say=progress.note, progress=progress.stage,
-    )  # fmt: skip
-    progress.close()
+    with Progress(quiet or as_json) as progress:
+        result = run(
+            out, Plan(name, train, part, size, steps, seeds), everything=everything, resume=resume,  # type: ignore[arg-type]
+            backend=backend, say=progress.note, progress=progress.stage,
+        )  # fmt: skip
     click.echo(json.dumps(result, indent=1, ensure_ascii=False) if as_json else roadmap_text(result))

@@ -17,11 +17,13 @@ From the top down:
     linear_experts  components, noise levels and linear experts from the normal equations
     first_pass      the normal equations
     training_set    rows as every stage reads them, and which of them are for what
+    stages          about how long each of them takes
     options         how to fit
 """
 
 from moefast.fitting.options import Noise, Options
 from moefast.fitting.references import PUBLISHED_ALPHA
+from moefast.fitting.stages import expected_stages
 from moefast.fitting.two_passes import Fit, fit_mixture
 
-__all__ = ["PUBLISHED_ALPHA", "Fit", "Noise", "Options", "fit_mixture"]
+__all__ = ["PUBLISHED_ALPHA", "Fit", "Noise", "Options", "expected_stages", "fit_mixture"]

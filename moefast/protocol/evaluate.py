@@ -9,10 +9,12 @@ What a clock measured is kept apart from the report, so that evaluating twice gi
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +34,7 @@ from moefast.core.atomic import (
 )
 from moefast.core.errors import InputError, OutputError
 from moefast.core.grids import Grid, SnrGrid
+from moefast.core.progress import StageProgress
 from moefast.core.random import NOISE_SEED, standard_normals
 from moefast.core.sketches import share_seen
 from moefast.core.version import __version__
@@ -56,7 +59,15 @@ from moefast.spectra.files import Block, SpectrumSet, open_spectra, same_wave
 from moefast.spectra.guard import noisy_already, take
 from moefast.spectra.quality import assess, good_pixels
 
-__all__ = ["Evaluation", "check_report_folder", "evaluate", "write_report"]
+__all__ = ["Evaluation", "check_report_folder", "evaluate", "expected_stages", "write_report"]
+
+_LOG = logging.getLogger(__name__)
+
+
+# Seconds on two cores, by which the stages of an evaluation are weighed.
+SECONDS_PER_ROW = 7e-4
+INTERVALS = (1.0, 4e-4)
+PICTURES = 8.0
 
 
 @dataclass(frozen=True)
@@ -100,7 +111,7 @@ def evaluate(
     ceiling: Ceiling | str | Path | None = None,
     backend: str = "auto",
     name: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: StageProgress | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Evaluation:
     """Evaluate a model, an ONNX file or a table of predictions on labelled spectra.
@@ -125,7 +136,7 @@ def evaluate(
     name : str, optional
         Name of the test set in the report.
     progress : callable, optional
-        Called with rows done and rows in all.
+        Called with the name of a stage ("evaluate", "intervals"), rows or steps done, and those in all.
     tell : callable, optional
         Called, before the first row is scored, with what makes the noise that is added doubtful.
 
@@ -165,6 +176,16 @@ def evaluate(
     if isinstance(grid, Grid):
         # Stars without labels are predicted and not measured; any bin will do.
         bins[labelled] = grid.assign(labels["T_eff"][labelled], labels["M_H"][labelled])
+    _LOG.info(
+        "%s: %d spectra, %d with labels; noise: %s", spectra.shards[0].path, spectra.n_rows, labelled.sum(),
+        "the stored array noisy" if stored else f"drawn on flux, seed {noise_seed}" if drawn else "none is added",
+    )  # fmt: skip
+    _LOG.info(
+        "subject %s; simpler fits beside it are those of %s; ceilings: %s", subject.about["name"],
+        _name(beside) or "no model", ", ".join(ceilings) or "none known of this set",
+    )  # fmt: skip
+    if progress is not None:
+        progress("evaluate", 0, spectra.n_rows)
     found: dict[str, list[NDArray]] = {}
     references: dict[str, list[NDArray]] = {}
     scoring = 0.0
@@ -190,7 +211,7 @@ def evaluate(
             for key, values in _reference_predictions(beside, subject, block, good, bins[rows]).items():
                 references.setdefault(key, []).append(values)
         if progress is not None:
-            progress(int(rows[-1]) + 1, spectra.n_rows)
+            progress("evaluate", int(rows[-1]) + 1, spectra.n_rows)
     table = {key: np.concatenate(parts)[labelled] for key, parts in found.items()}
     labels = {key: values[labelled] for key, values in labels.items()}
     if not labelled.all():
@@ -221,6 +242,7 @@ def evaluate(
             group_ceilings=group_ceilings,
         ),
         model={**subject.about, "references_of": _name(beside), "share_seen": _share_seen(subject, labels)},
+        progress=None if progress is None else partial(progress, "intervals"),
     )
     stars: dict[str, NDArray] = {
         "row": np.flatnonzero(labelled).astype(np.int64),
@@ -451,6 +473,20 @@ def check_report(target: Path, overwrite: bool) -> None:
         raise OutputError(f"{target / there[0]}: exists already; choose another folder or use --overwrite")
 
 
+def expected_stages(n_rows: int, *, pictures: bool) -> dict[str, float]:
+    """Stages of an evaluation and its report in their order, with the seconds that each takes about.
+
+    Parameters
+    ----------
+    n_rows : int
+        Test spectra.
+    pictures : bool
+        Whether the report is drawn.
+    """
+    seconds = {"evaluate": SECONDS_PER_ROW * n_rows, "intervals": INTERVALS[0] + INTERVALS[1] * n_rows}
+    return seconds | ({"pictures": PICTURES} if pictures else {})
+
+
 def write_report(
     evaluation: Evaluation,
     folder: str | Path,
@@ -458,6 +494,7 @@ def write_report(
     pictures: bool = True,
     overwrite: bool = False,
     judged: Mapping[str, Any] | None = None,
+    progress: StageProgress | None = None,
 ) -> list[Path]:
     """Write the report to a folder, which is made if need be.
 
@@ -476,6 +513,8 @@ def write_report(
     judged : mapping, optional
         What the evaluation says about the milestones, from `moefast.protocol.milestones.judge_alone`: a table more in
         report.txt and report.html.
+    progress : callable, optional
+        Called with "pictures", those drawn and those in all.
 
     Returns
     -------
@@ -507,21 +546,21 @@ def write_report(
     except OSError as error:
         raise OutputError(f"{target}: cannot be made ({error.strerror})") from error
     # All of it or nothing: an old report must not stand beside new predictions.
-    partial = partial_folder(target)
+    unfinished = partial_folder(target)
     try:
-        write_kept(partial / "predictions.h5", evaluation.stars, attrs)
-        write_atomically(partial / "report.txt", (format_text(report, run, judged) + "\n").encode())
+        write_kept(unfinished / "predictions.h5", evaluation.stars, attrs)
+        write_atomically(unfinished / "report.txt", (format_text(report, run, judged) + "\n").encode())
         write_atomically(
-            partial / "run.json", (json.dumps(run, indent=1, ensure_ascii=False) + "\n").encode()
+            unfinished / "run.json", (json.dumps(run, indent=1, ensure_ascii=False) + "\n").encode()
         )
-        write_json(report, partial / "report.json")
+        write_json(report, unfinished / "report.json")
         if pictures:
-            _draw(report, run, judged, partial)
-        _publish(partial, target, overwrite)
+            _draw(report, run, judged, unfinished, progress or (lambda *_: None))
+        _publish(unfinished, target, overwrite)
     except OSError as error:
         raise OutputError(f"{target}: cannot be written ({error.strerror})") from error
     finally:
-        remove_quietly(partial)
+        remove_quietly(unfinished)
     return [target / name for name in (REPORT_FILES if pictures else REPORT_FILES[:-_PICTURES])]
 
 
@@ -555,8 +594,9 @@ def _holds_a_report_alone(folder: Path) -> bool:
 
 
 def _draw(
-    report: Mapping[str, Any], run: Mapping[str, Any], judged: Mapping[str, Any] | None, target: Path
-) -> None:
+    report: Mapping[str, Any], run: Mapping[str, Any], judged: Mapping[str, Any] | None, target: Path,
+    progress: StageProgress,
+) -> None:  # fmt: skip
     from moefast.protocol.figures import FIGURES, overview, png
     from moefast.protocol.html import write_page
 
@@ -564,11 +604,17 @@ def _draw(
         (target / "figures").mkdir(exist_ok=True)
     except OSError as error:
         raise OutputError(f"{target / 'figures'}: cannot be made ({error.strerror})") from error
-    for name, drawing in FIGURES.items():
-        if drawing.exists(report):
-            png(report, name, target / "figures" / f"{name}.png")
+    names = [name for name, drawing in FIGURES.items() if drawing.exists(report)]
+    # The overview and the page draw as much again.
+    n_steps = len(names) + 2
+    for done, name in enumerate(names):
+        progress("pictures", done, n_steps)
+        png(report, name, target / "figures" / f"{name}.png")
+    progress("pictures", len(names), n_steps)
     overview(report, target / "report.png")
+    progress("pictures", len(names) + 1, n_steps)
     write_page(report, run, target / "report.html", judged)
+    progress("pictures", n_steps, n_steps)
 
 
 def _remove(path: Path) -> None:
