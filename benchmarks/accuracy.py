@@ -20,11 +20,12 @@ from moefast.core.atomic import write_json
 from moefast.core.errors import InputError, OutputError
 from moefast.core.text import number, percent, table
 from moefast.model import Model
+from moefast.predicting.columns import columns_of
+from moefast.predicting.engines import open_engine, score_block
 from moefast.protocol.scenarios import measure
-from moefast.scoring import columns_of, open_engine, score_block
 from moefast.simulate.gaps import GAPS
 from moefast.spectra import open_spectra
-from moefast.spectra.files import Block
+from moefast.spectra.source import Block
 
 __all__ = ["RATIOS", "format_text", "run"]
 

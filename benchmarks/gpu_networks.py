@@ -31,7 +31,7 @@ from moefast.export import build, open_session
 from moefast.gating.features import LEAST_CONTINUUM
 from moefast.mixture import Mixture
 from moefast.model import Model
-from moefast.ops.arithmetic import TorchArithmetic
+from moefast.ops.on_torch import TorchArithmetic
 from moefast.trunks import training
 from moefast.trunks.heads import Heads
 from moefast.trunks.networks import KINDS, SEES_FLUX, Kind, Plan, answer, start

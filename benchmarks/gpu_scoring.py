@@ -73,7 +73,7 @@ def stars(model: Model, small: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray
     """Noisy flux, error and log g of simulated stars on the model's wave grid."""
     from moefast.core.random import standard_normals
     from moefast.simulate import simulate_file
-    from moefast.spectra.files import open_spectra
+    from moefast.spectra.spectrum_set import open_spectra
 
     n = SMALL_ROWS if small else STARS
     with tempfile.TemporaryDirectory() as folder:
@@ -333,7 +333,7 @@ def of_few_stars() -> Model:
 def measure(model: Model, samples: int, small: bool) -> dict[str, Any]:
     """All engines that score."""
     from moefast.kernels import project, soft_mix
-    from moefast.scoring import CudaEngine
+    from moefast.predicting.engines import CudaEngine
 
     mixture = model.mixture
     if isinstance(mixture, PosteriorMixture):

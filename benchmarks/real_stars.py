@@ -27,11 +27,12 @@ from moefast.core.errors import InputError, OutputError
 from moefast.core.random import add_noise
 from moefast.core.text import number, percent, table
 from moefast.model import Model
+from moefast.predicting.columns import columns_of
+from moefast.predicting.engines import open_engine, score_block
 from moefast.protocol.scenarios import FLAGS, measure
-from moefast.scoring import columns_of, open_engine, score_block
 from moefast.simulate.emulator import Emulator
 from moefast.simulate.noise import NoiseModel
-from moefast.spectra.files import Block
+from moefast.spectra.source import Block
 from moefast.spectra.telluric import telluric_pixels
 
 __all__ = ["DATA", "RealStar", "case", "format_text", "read_stars", "run"]

@@ -31,7 +31,7 @@ from moefast.core.errors import BenchmarkError, InputError, WaveGridError
 from moefast.core.grids import Grid
 from moefast.model import Model
 from moefast.simulate import SimulatedSpectra
-from moefast.spectra.files import SpectrumWriter
+from moefast.spectra.writer import SpectrumWriter
 
 __all__ = ["SCHEMA", "SEED", "benchmark", "growth_exponent", "in_own_process", "prepare", "wrong_answers"]
 

@@ -30,7 +30,7 @@ from moefast.kernels import Library
 from moefast.mixture import Mixture
 from moefast.model import Model
 from moefast.posterior.mixture import AnyMixture, PosteriorMixture
-from moefast.spectra.files import open_spectra
+from moefast.spectra.spectrum_set import open_spectra
 
 __all__ = [
     "BLOCK_ROWS",
@@ -216,7 +216,7 @@ def _own(problem: ScoreProblem) -> Work:
 
 
 def _own_cuda(problem: ScoreProblem) -> Work:
-    from moefast.scoring import open_engine
+    from moefast.predicting.engines import open_engine
 
     engine, where = open_engine(problem.mixture, "cuda")
     work = in_blocks(problem, lambda flux, error: engine(flux, error, None, 0)[0].log_g)

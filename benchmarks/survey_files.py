@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from moefast.core.errors import BenchmarkError
 from moefast.core.text import table
 from moefast.model import Model
-from moefast.scoring import predict
+from moefast.predicting.files import predict
 from moefast.simulate.source import SimulatedSpectra
 from moefast.spectra.prepared import Preparation, open_prepared
 

@@ -26,7 +26,7 @@ from moefast.core.errors import OddSpectraWarning, OutputError
 from moefast.core.random import standard_normals
 from moefast.core.text import number, percent, table
 from moefast.model import Model
-from moefast.predicting_arrays import predict_arrays
+from moefast.predicting.arrays import predict_arrays
 from moefast.simulate import Emulator, simulate_rows
 from moefast.simulate.nuisance import doppler
 from moefast.spectra.quality import Flag

@@ -32,7 +32,7 @@ from moefast.gating.features import LINE_FEATURES, LINES
 from moefast.gating.tower import Sees, Tower
 from moefast.kernels.forward import LAYERS
 from moefast.mixture import Mixture, n_gate_features
-from moefast.ops.arithmetic import OnnxArithmetic
+from moefast.ops.on_onnx import OnnxArithmetic
 from moefast.trunks.heads import STEM, Heads
 from moefast.trunks.networks import KINDS
 

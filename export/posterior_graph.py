@@ -20,7 +20,7 @@ from onnx import ModelProto
 from moefast.core.errors import ModelError
 from moefast.core.outputs import by_onnx, words
 from moefast.export.graph import Graph, Initializers, assemble, number_of_part, said
-from moefast.ops.arithmetic import OnnxArithmetic
+from moefast.ops.on_onnx import OnnxArithmetic
 from moefast.posterior.cells import neighbouring_pixels
 from moefast.posterior.forward import Sizes, forward
 from moefast.posterior.mixture import ORDER, SCALE_UNIT, PosteriorMixture

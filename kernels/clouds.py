@@ -39,6 +39,7 @@ from moefast.kernels import cpu_clouds, cpu_information
 from moefast.kernels.cpu_clouds import LANES
 from moefast.kernels.cpu_information import LANES as COLUMNS
 from moefast.kernels.cpu_information import ROWS, SPECTRUM, STEP
+from moefast.kernels.dispatch import on_cuda
 
 __all__ = ["CloudPosterior", "Clouds", "Space", "cloud_posterior"]
 
@@ -275,7 +276,13 @@ class CloudPosterior:
 
 
 def cloud_posterior(
-    flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None, space: Space, clouds: Clouds
+    flux: NDArray,
+    error: NDArray,
+    mask: NDArray[np.bool_] | None,
+    space: Space,
+    clouds: Clouds,
+    *,
+    backend: str = "cpu",
 ) -> CloudPosterior:
     """Posterior of the labels of each star; see the module's equations.
 
@@ -288,11 +295,14 @@ def cloud_posterior(
         True where a pixel is bad whatever it holds.
     space : Space
     clouds : Clouds
+    backend : "cpu" or "cuda"
 
     Raises
     ------
     ValueError
         Shapes that do not fit.
+    BackendError
+        CUDA was asked for and cannot be used.
     """
     flux, error = np.ascontiguousarray(flux, np.float32), np.ascontiguousarray(error, np.float32)
     p, n, q = space.reference.size, space.n_coordinates, space.n_nuisances
@@ -302,10 +312,13 @@ def cloud_posterior(
         raise ValueError(f"mask must be bool of shape {flux.shape}; found {mask.dtype} {mask.shape}")
     if clouds.keys.shape[1] != n:
         raise ValueError(f"clouds in {n} coordinates expected; found {clouds.keys.shape[1]}")
+    if backend != "cpu":
+        found: CloudPosterior = on_cuda("cloud_posterior", backend)(flux, error, mask, space, clouds)
+        return found
     mask = _NO_MASK if mask is None else np.ascontiguousarray(mask)
     rows, labels, k = len(flux), clouds.labels.shape[1], clouds.n_experts
     shapes = ((), (), (5,), (labels,), (labels,), (labels,), (k,), (k,), (), (), (), (), ())
-    found = [np.empty((rows, *shape)) for shape in shapes]
+    arrays = [np.empty((rows, *shape)) for shape in shapes]
     quality = [np.empty(rows, dtype) for dtype in (np.float32, np.float32, np.int32, np.uint32)]
 
     def run(first_block: int, stop_block: int) -> None:
@@ -334,8 +347,8 @@ def cloud_posterior(
                 space.n_sky,
                 n,
                 *clouds.arrays,
-                *(array[here] for array in found),
+                *(array[here] for array in arrays),
             )
 
     in_threads(-(-rows // ROWS), run, least=1)
-    return CloudPosterior(*found, *quality)
+    return CloudPosterior(*arrays, *quality)

@@ -12,7 +12,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from moefast.kernels import forward
 from moefast.kernels.scoring import Given, Mixed, Mixing, Projected, Projection
-from moefast.ops.arithmetic import NumPyArithmetic
+from moefast.ops.on_numpy import NumPyArithmetic
 
 __all__ = [
     "error_inputs",

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from moefast.kernels import forward_tangent
 from moefast.kernels.tangent import Library
-from moefast.ops.arithmetic import NumPyArithmetic
+from moefast.ops.on_numpy import NumPyArithmetic
 
 __all__ = ["tangent_posterior_reference"]
 

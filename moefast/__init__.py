@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from moefast.inspection.star import look_at
     from moefast.inspection.star_picture import draw_star
     from moefast.model import Model
-    from moefast.predicting_arrays import predict_arrays
+    from moefast.predicting.arrays import predict_arrays
+    from moefast.predicting.files import predict
     from moefast.protocol.evaluate import evaluate
     from moefast.recipes import fit
-    from moefast.scoring import predict
 
     load = Model.load
 
@@ -41,8 +41,8 @@ _HOMES = {
     "expert": "moefast.experts.protocol",
     "fit": "moefast.recipes",
     "look_at": "moefast.inspection.star",
-    "predict": "moefast.scoring",
-    "predict_arrays": "moefast.predicting_arrays",
+    "predict": "moefast.predicting.files",
+    "predict_arrays": "moefast.predicting.arrays",
 }
 
 
@@ -55,7 +55,7 @@ def __getattr__(name: str) -> Any:
 
     if name in {"load", "Model", "fit"}:
         # Models predict arrays by it.
-        import_module("moefast.predicting_arrays")
+        import_module("moefast.predicting.arrays")
     if name == "load":
         return import_module("moefast.model").Model.load
     if name in _HOMES:

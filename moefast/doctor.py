@@ -68,7 +68,7 @@ def examine() -> dict[str, Any]:
         problems.append(f"onnxruntime does not import ({error})")
     try:
         from moefast.model import SHIPPED, Model, shipped_path
-        from moefast.scoring import open_engine
+        from moefast.predicting.engines import open_engine
 
         shipped = {}
         for name in SHIPPED:

@@ -43,7 +43,7 @@ from moefast.kernels.reference import (
     prepare_reference,
     window_features,
 )
-from moefast.ops.arithmetic import NumPyArithmetic
+from moefast.ops.on_numpy import NumPyArithmetic
 from moefast.spectra.quality import Quality, good_pixels
 
 __all__ = ["N_GATE_COMPONENTS", "Mixture", "Prediction", "Prepared", "hat_weights", "n_gate_features"]

@@ -33,7 +33,7 @@ from moefast.core.version import __version__
 from moefast.experts.linear_form import LinearForm
 from moefast.mixture import Mixture
 from moefast.posterior.mixture import AnyMixture, PosteriorMixture
-from moefast.spectra.files import describe_difference, same_wave
+from moefast.spectra.wave import describe_difference, same_wave
 
 if TYPE_CHECKING:
     from astropy.table import Table

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -17,12 +17,13 @@ from moefast.backend import resolve_kernels
 from moefast.checkpoint import Checkpoint
 from moefast.core.errors import InputError
 from moefast.core.grids import PHYSICAL_GRID, Grid, SnrGrid, uniform
+from moefast.core.progress import StageProgress, stage_progress
 from moefast.core.sketches import sketch
-from moefast.fitting import PUBLISHED_ALPHA, Noise, Options, fit_mixture
+from moefast.fitting import PUBLISHED_ALPHA, Noise, Options, expected_stages, fit_mixture
 from moefast.model import Model
 from moefast.simulate.source import SimulatedSpectra
-from moefast.spectra.files import SpectrumSet, open_spectra
 from moefast.spectra.guard import noisy_already, take
+from moefast.spectra.spectrum_set import SpectrumSet, open_spectra
 from moefast.trunks.presets import Size
 
 __all__ = ["DEFAULT", "RECIPES", "Recipe", "fit", "options_of"]
@@ -161,7 +162,7 @@ def fit(
     steps: int | None = None,
     references: bool = True,
     seed: int = 0,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: StageProgress | Literal[False] | None = None,
     checkpoint: str | Path | Checkpoint | None = None,
     backend: str = "auto",
     tell: Callable[[str], None] | None = None,
@@ -193,7 +194,8 @@ def fit(
     seed : int
         Of folds, noise draws and networks.
     progress : callable, optional
-        Called with the name of a stage, rows (or steps) done and rows in all.
+        Called with the name of a stage, rows (or steps) done and rows in all. Without it a line shows them in notebooks
+        and interactive sessions; False leaves it out.
     checkpoint : path or Checkpoint, optional
         Folder in which the statistics are kept every two minutes, so that a fit that is killed goes on where it stood
         when it is repeated, on a CPU to a model with the same bits. A folder given by its path is cleared once the fit
@@ -235,7 +237,8 @@ def fit(
     fingerprint = spectra.fingerprint()
     kept = Checkpoint(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint
     where = resolve_kernels(backend)
-    fitted = fit_mixture(spectra, options, progress, kept, "cuda" if where.name == "cuda" else "cpu")
+    with stage_progress(progress, expected_stages(options, spectra.n_rows)) as report:
+        fitted = fit_mixture(spectra, options, report, kept, "cuda" if where.name == "cuda" else "cpu")
     labels = spectra.labels(("T_eff", "log_g", "M_H"), partial=True)
     complete = np.isfinite(np.sum([*labels.values()], axis=0))
     labels = {name: values[complete] for name, values in labels.items()}

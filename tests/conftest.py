@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moefast.core.random import standard_normals
-from moefast.spectra.files import SpectrumWriter
+from moefast.spectra.writer import SpectrumWriter
 
 # `from tolerances import assert_close` in any folder; appended, so that nothing installed is shadowed.
 sys.path.append(str(Path(__file__).parent))
@@ -153,6 +153,6 @@ def model(model_folder):
 @pytest.fixture(scope="session")
 def whole(model, stars_file):
     """The table of all rows of `stars_file`, in memory."""
-    from moefast.scoring import predict
+    from moefast.predicting.files import predict
 
     return predict(stars_file, model)

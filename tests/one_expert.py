@@ -6,7 +6,7 @@ from onnx import TensorProto, helper
 from moefast.experts.cnn import ConvNet, n_places
 from moefast.experts.protocol import Inputs
 from moefast.export.graph import IR_VERSION, Graph, _opsets
-from moefast.ops.arithmetic import OnnxArithmetic
+from moefast.ops.on_onnx import OnnxArithmetic
 
 N_COMPONENTS, N_PIXELS = 6, 64
 

@@ -8,12 +8,13 @@ import os
 import pytest
 from click.testing import CliRunner
 
-from moefast import backend, doctor, scoring
+from moefast import backend, doctor
 from moefast.backend import cuda_devices, resolve_backend, resolve_kernels, use_device
 from moefast.cli import cli
 from moefast.core.errors import BackendError
+from moefast.predicting import engines
+from moefast.predicting.files import predict
 from moefast.protocol.evaluate import evaluate
-from moefast.scoring import predict
 from moefast.spectra import read_table
 
 
@@ -351,4 +352,4 @@ def test_the_gpu_gives_the_numbers_of_the_cpu(stars_file, model, whole):
         pytest.skip("no CUDA device")
     found = predict(stars_file, model, backend="cuda").columns
     assert abs(found["log_g"] - whole.columns["log_g"]).max() < 1e-4
-    assert scoring.resolve_backend("auto").name == "cuda"
+    assert engines.resolve_backend("auto").name == "cuda"

@@ -12,7 +12,8 @@ import moefast
 from moefast.benchmarks import c0
 from moefast.core.metrics import r2
 from moefast.experts.normal_equations import NormalEquations
-from moefast.protocol.milestones import judge, read_reports
+from moefast.protocol.milestones.evaluations import read_reports
+from moefast.protocol.milestones.judge import judge
 from moefast.simulate import REFERENCE_SETS, SimulatedSpectra
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -453,7 +453,7 @@ def test_130_interrupted(run, few, model_folder, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("moefast.scoring.score_block", interrupt)
+    monkeypatch.setattr("moefast.predicting.files.score_block", interrupt)
     result = run("predict", few, "-m", model_folder, code=130)
     assert "interrupted" in result.stderr
     assert os.listdir() == []

@@ -2,9 +2,11 @@
 
 import errno
 import faulthandler
+import itertools
 import os
 import signal
 import time
+from functools import partial
 
 import pytest
 
@@ -61,6 +63,8 @@ def test_a_disk_fails_where_it_is_told_to(tmp_path):
 
 def test_what_hangs_is_stopped_and_what_crashes_is_seen(tmp_path):
     assert run(lambda: time.sleep(60), tmp_path / "log", limit=0.2).code is None
+    # Who computes without end is stopped by that, however busy the machine is.
+    assert run(partial(sum, itertools.count()), tmp_path / "log", cpu_limit=1).code is None
     # pytest would have the dump of a crash printed.
     assert run(os.abort, tmp_path / "log", first=faulthandler.disable).code == -signal.SIGABRT
     assert run(lambda: time.sleep(60), tmp_path / "log", kill=(0.1, signal.SIGKILL)).code == -signal.SIGKILL

@@ -21,7 +21,7 @@ from moefast.fitting.linear_experts import choose_rank, find_levels, held_out, m
 from moefast.fitting.sample import draw_faint, draw_sample
 from moefast.fitting.training_set import TrainingSet
 from moefast.mixture import hat_weights
-from moefast.spectra.files import open_spectra
+from moefast.spectra.spectrum_set import open_spectra
 
 GRID = uniform(3, 2)
 QUICK = {"grid": uniform(2, 1), "n_levels": 4, "sample_draws": 1, "references": False}

@@ -15,8 +15,8 @@ import pytest
 from click.testing import CliRunner
 
 from moefast.cli import cli, messages
-from moefast.cli.messages import LOGGER, Progress
-from moefast.core.progress import Whole
+from moefast.core import progress as module
+from moefast.core.progress import LOGGER, SCREEN, ProgressLine, Whole
 
 
 class Clock:
@@ -32,9 +32,9 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     made = Clock()
-    monkeypatch.setattr(messages, "time", made)
+    monkeypatch.setattr(module, "time", made)
     # Nothing happens between reports but what a test says.
-    monkeypatch.setattr(messages.threading, "Thread", lambda **_: NoThread())
+    monkeypatch.setattr(module.threading, "Thread", lambda **_: NoThread())
     return made
 
 
@@ -49,7 +49,7 @@ class NoThread:
 @pytest.fixture
 def lines(monkeypatch):
     said = []
-    monkeypatch.setattr(messages._SCREEN, "line", said.append)
+    monkeypatch.setattr(SCREEN, "line", said.append)
     return said
 
 
@@ -71,7 +71,7 @@ def test_a_share_of_all_stages_never_falls():
 
 
 def test_stages_have_one_time_to_go(clock, lines):
-    with Progress(shares={"first": 10.0, "second": 30.0}) as progress:
+    with ProgressLine(shares={"first": 10.0, "second": 30.0}) as progress:
         progress.stage("first", 0, 5)
         clock.now += 10
         progress.stage("first", 5, 5)
@@ -86,7 +86,7 @@ def test_stages_have_one_time_to_go(clock, lines):
 
 
 def test_one_stage_has_a_rate_and_a_time_to_go(clock, lines):
-    with Progress() as progress:
+    with ProgressLine() as progress:
         report = progress.rows("predict")
         report(0, 1000)
         clock.now += 10
@@ -100,7 +100,7 @@ def test_one_stage_has_a_rate_and_a_time_to_go(clock, lines):
 
 
 def test_lines_are_often_at_first_and_seldom_later(clock, lines):
-    with Progress() as progress:
+    with ProgressLine() as progress:
         for second in range(1200):
             progress.stage("network", second, 2000)
             clock.now += 1
@@ -113,7 +113,7 @@ def test_lines_are_often_at_first_and_seldom_later(clock, lines):
 
 
 def test_a_stage_without_reports_tells_how_long_it_takes(clock, lines):
-    with Progress() as progress:
+    with ProgressLine() as progress:
         progress.doing("building")
         for _ in range(3):
             clock.now += 5
@@ -122,12 +122,12 @@ def test_a_stage_without_reports_tells_how_long_it_takes(clock, lines):
 
 
 def test_the_thread_speaks_while_nothing_is_reported(lines, monkeypatch):
-    monkeypatch.setattr(messages, "EVERY", 0.01)
-    monkeypatch.setattr(messages, "PAUSES", ((float("inf"), 0.02),))
-    monkeypatch.setattr(messages, "PATIENCE", -1.0)
-    spoken = messages.threading.Event()
-    monkeypatch.setattr(messages._SCREEN, "line", lambda text: (lines.append(text), spoken.set()))
-    with Progress() as progress:
+    monkeypatch.setattr(module, "EVERY", 0.01)
+    monkeypatch.setattr(module, "PAUSES", ((float("inf"), 0.02),))
+    monkeypatch.setattr(module, "PATIENCE", -1.0)
+    spoken = module.threading.Event()
+    monkeypatch.setattr(SCREEN, "line", lambda text: (lines.append(text), spoken.set()))
+    with ProgressLine() as progress:
         progress.doing("building")
         assert spoken.wait(20)
     n = len(lines)
@@ -145,7 +145,7 @@ def command():
     @click.command("speak")
     @messages_talk()
     def speak(quiet):
-        with Progress(quiet) as progress:
+        with ProgressLine(quiet) as progress:
             progress.stage("steps", 1, 1)
             logging.getLogger("moefast.somewhere").info("a decision")
             progress.note("note: something odd")
@@ -209,8 +209,8 @@ def test_errors_are_said_once_however_quiet_and_logged(tmp_path):
 def test_on_a_terminal_one_line_changes_and_nothing_has_colours():
     code = (
         "import time\n"
-        "from moefast.cli.messages import Progress\n"
-        "with Progress(shares={'reading': 1, 'fitting': 3}) as progress:\n"
+        "from moefast.core.progress import ProgressLine\n"
+        "with ProgressLine(shares={'reading': 1, 'fitting': 3}) as progress:\n"
         "    for stage in ('reading', 'fitting'):\n"
         "        for done in range(4):\n"
         "            progress.stage(stage, done, 3)\n"

@@ -9,7 +9,7 @@ from tolerances import assert_close
 from moefast.core.grids import uniform
 from moefast.fitting import Options, fit_mixture
 from moefast.mixture import Mixture, hat_weights
-from moefast.spectra.files import open_spectra
+from moefast.spectra.spectrum_set import open_spectra
 
 
 @pytest.fixture(scope="module")

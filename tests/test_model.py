@@ -15,7 +15,7 @@ from small import same_rows
 from moefast import model as module
 from moefast.core.errors import ModelError, OutputError, WaveGridError
 from moefast.model import MANIFEST, SHIPPED, Model, check_target, shipped_path
-from moefast.scoring import predict
+from moefast.predicting.files import predict
 
 FILES = {"manifest.json", "model.onnx", "references.npz"}
 

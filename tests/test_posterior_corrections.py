@@ -6,9 +6,9 @@ from click.testing import CliRunner
 from made_posterior import random_posterior
 
 from moefast.benchmarks.studies import posterior_corrections as study
-from moefast.ops.arithmetic import NumPyArithmetic
+from moefast.ops.on_numpy import NumPyArithmetic
 from moefast.posterior.forward import cell_products
-from moefast.spectra.files import Block
+from moefast.spectra.source import Block
 
 N = 4000
 

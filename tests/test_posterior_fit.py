@@ -13,8 +13,8 @@ from moefast.fitting import Options, fit_mixture
 from moefast.fitting.posterior import GAP_KINDS
 from moefast.model import Model
 from moefast.posterior import PosteriorMixture
+from moefast.predicting.columns import columns_of
 from moefast.protocol.scenarios import SCENARIOS, _stars
-from moefast.scoring import columns_of
 from moefast.simulate.emulator import Emulator
 from moefast.simulate.gaps import GAPS
 from moefast.simulate.source import SimulatedSpectra

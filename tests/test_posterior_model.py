@@ -16,17 +16,10 @@ from moefast.cli import cli
 from moefast.core.errors import BackendError, ModelError
 from moefast.core.grids import PHYSICAL_GRID
 from moefast.model import MANIFEST, SCHEMA, Model
+from moefast.predicting.columns import columns_of, table_columns
+from moefast.predicting.engines import CudaEngine, OnnxEngine, joined, make_engine, without_kernels
+from moefast.predicting.files import predict
 from moefast.protocol.evaluate import evaluate
-from moefast.scoring import (
-    CudaEngine,
-    OnnxEngine,
-    _joined,
-    columns_of,
-    make_engine,
-    predict,
-    table_columns,
-    without_kernels,
-)
 from moefast.spectra import Flag, read_table
 from moefast.spectra.quality import assess
 
@@ -226,8 +219,8 @@ def test_there_are_no_cuda_kernels_for_a_posterior(fitted):
 def test_parts_are_joined_with_what_they_lack(fitted, few):
     one = fitted.predict(few.noisy[:2].astype(np.float32), few.error[:2].astype(np.float32))
     bare = replace(one, scale=None)
-    assert _joined([bare, bare]).scale is None
-    np.testing.assert_array_equal(_joined([one, one]).scale, np.tile(one.scale, 2))
+    assert joined([bare, bare]).scale is None
+    np.testing.assert_array_equal(joined([one, one]).scale, np.tile(one.scale, 2))
 
 
 # -- flags -----------------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
 import shutil
 import warnings
 
@@ -19,8 +21,8 @@ from survey_files import LIGHT_SPEED, write_desi, write_pfs_many, write_pfs_one
 
 from moefast.cli import cli
 from moefast.core.errors import InputError
-from moefast.predicting_arrays import predict_arrays
-from moefast.scoring import predict
+from moefast.predicting.arrays import predict_arrays
+from moefast.predicting.files import predict
 from moefast.spectra import open_spectra, read_table
 from moefast.spectra.telluric import telluric_pixels
 
@@ -153,6 +155,68 @@ def test_bad_rows_and_files_cost_themselves_alone(few, coadd, model, tmp_path):
     texts = [str(failure.error) for failure in found.failures]
     assert "cut.fits: truncated file" in texts[0]
     assert "bad.fits: row 4: HDU FLUXTABLE: wavelength of pixel 100 is not finite" in texts[1]
+
+
+def _bad_files(folder, few):
+    """Files each of which is wrong in its own way, and what must be said of each."""
+    wave, flux, error = few.wave, few.flux.astype(float), few.error.astype(float)
+
+    def desi(name, wave=wave, rows=N):
+        return write_desi(folder / name, {"R": (wave, flux[:rows], error[:rows])})
+
+    nan, twice = wave.copy(), wave.copy()
+    nan[7], twice[9] = np.nan, twice[8]
+    whole = desi("cut.fits").read_bytes()
+    (folder / "cut.fits").write_bytes(whole[: len(whole) // 2])
+    (folder / "packed.fits.gz").write_bytes(gzip.compress(whole)[:1000])
+    with fits.open(desi("incomplete.fits"), mode="update") as file:
+        del file["R_IVAR"]
+    (
+        desi("nan.fits", nan),
+        desi("backwards.fits", wave[::-1]),
+        desi("twice.fits", twice),
+        desi("empty.fits", rows=0),
+    )
+    with fits.open(desi("unit.fits"), mode="update", output_verify="ignore") as file:
+        file["R_FLUX"].header["BUNIT"] = "sausages"
+    with fits.open(desi("counts.fits"), mode="update") as file:
+        file["R_FLUX"].header["BUNIT"] = "electron"
+    write_pfs_many(folder / "nothing.fits", wave, flux[:0], error[:0])
+    star = write_pfs_one(folder / "column.fits", wave, flux[0], error[0])
+    with fits.open(star, mode="update") as file:
+        file["FLUX_TABLE"].columns.change_name("error", "sigma")
+    table = fits.BinTableHDU.from_columns([fits.Column("TARGETID", "K", array=[1])], name="REDSHIFTS")
+    fits.HDUList([fits.PrimaryHDU(), table]).writeto(folder / "redrock.fits")
+    return {
+        "cut": r"truncated file: HDU \d \(\w+\) ends at byte", "packed": "cannot be read as FITS",
+        "incomplete": "HDU R_IVAR is missing; found PRIMARY, FIBERMAP",
+        "nan": "HDU R_WAVELENGTH: wavelength of pixel 7 is not finite",
+        "backwards": "HDU R_WAVELENGTH: wavelength of pixel 1 is not above the one before it",
+        "twice": "HDU R_WAVELENGTH: wavelength of pixel 9 is not above the one before it",
+        "empty": "no spectra in this file", "unit": "HDU R_FLUX: 'sausages' is no unit that astropy knows",
+        "counts": "HDU R_FLUX: flux in electron found, expected a flux density",
+        "nothing": "HDU TARGET has no rows", "column": "HDU FLUX_TABLE has no column 'error'",
+        "redrock": "name this table with --velocity",
+    }  # fmt: skip
+
+
+def test_a_folder_full_of_bad_files_costs_these_files(few, coadd, model, model_folder, tmp_path):
+    folder = tmp_path / "night"
+    folder.mkdir()
+    shutil.copy(coadd, folder / "a_good.fits")
+    said = _bad_files(folder, few)
+    shutil.copy(coadd, folder / "z_good.fits")
+    out = tmp_path / "t.h5"
+    done = CliRunner().invoke(cli, ["predict", str(folder), "-m", str(model_folder), "-o", str(out)])
+    assert done.exit_code == 3, done.output
+    for name, words in said.items():
+        assert re.search(rf"error: \S*{name}\.fits\S*: .*{words}", done.stderr), name
+    assert done.stderr.count("moefast: error:") == len(said)
+    columns, attrs = read_table(out)
+    good = predict(coadd, model).columns
+    for name in ("log_g", "log_g_err", "flag"):
+        np.testing.assert_array_equal(columns[name], np.tile(good[name], 2))
+    assert len(attrs["failures"]) == len(said)
 
 
 def test_desi_is_read_with_a_warning(few, model, tmp_path):

@@ -14,12 +14,13 @@ from moefast.benchmarks import velocities
 from moefast.benchmarks.velocities import moving_stars
 from moefast.cli import cli
 from moefast.core.errors import InputError
+from moefast.inspection.star import describe, look_at
 from moefast.model import Model
-from moefast.predicting_arrays import predict_arrays
-from moefast.scoring import predict
+from moefast.predicting.arrays import predict_arrays
+from moefast.predicting.files import predict
 from moefast.spectra import read_table
-from moefast.spectra.files import SpectrumWriter
 from moefast.spectra.quality import Flag
+from moefast.spectra.writer import SpectrumWriter
 
 N = 16
 
@@ -195,6 +196,40 @@ def test_the_command(night, fitted, tmp_path):
     far = CliRunner().invoke(cli, [*arguments, "--overwrite", "--velocity-range", "90000"])
     assert far.exit_code == 3
     assert "velocity range 90000" in far.stderr
+
+
+@pytest.mark.parametrize("given", ["fit", "-26", "table", "default"])
+def test_a_star_that_is_looked_at_has_the_numbers_of_the_table(given, night, model, stars, tmp_path):
+    velocity: str | None = None if given == "default" else given
+    if given == "table":
+        path = tmp_path / "velocities.csv"
+        Table({"objId": 1000 + np.arange(N), "v_los": stars["velocity"], "v_losErr": np.full(N, 3.5)}).write(
+            path
+        )
+        velocity = str(path)
+    columns = predict(night, model, velocity=velocity, rows=(4, 7)).columns
+    star = look_at(night, model, row=5, velocity=velocity)
+    assert {"v_los", "log_g", "log_g_err", "flag"} <= set(star.values)
+    for name, value in star.values.items():
+        assert value == columns[name][1], name
+    assert ("v_los_err" in star.values) == (given != "-26")
+    assert star.velocity_fitted == (given in {"fit", "default"})
+    assert f"km/s, {'fitted' if star.velocity_fitted else 'as given'}" in describe(star)
+
+
+def test_a_star_whose_velocity_is_uncertain_can_be_looked_at(night, model, stars):
+    fastest = int(np.abs(stars["velocity"]).argmax())
+    short = abs(float(stars["velocity"][fastest])) / 2
+    columns = predict(night, model, velocity="fit", velocity_range=short, rows=(fastest, fastest + 1)).columns
+    assert columns["flag"][0] & np.uint32(Flag.VELOCITY_UNCERTAIN)
+    star = look_at(night, model, row=fastest, velocity="fit", velocity_range=short)
+    assert "the last of the range" in dict(star.flags)["VELOCITY_UNCERTAIN"]
+    assert star.values["v_los"] == columns["v_los"][0]
+    done = CliRunner().invoke(
+        cli, ["inspect", str(night), "-m", "z0", "--row", str(fastest), "--velocity-range", str(short)]
+    )
+    assert done.exit_code == 0, done.output
+    assert "VELOCITY_UNCERTAIN" in done.output
 
 
 def test_the_benchmark_measures_what_it_says(model):

@@ -15,8 +15,8 @@ from survey_files import write_desi
 
 import moefast
 from moefast.core.errors import InputError, OddSpectraWarning
-from moefast.predicting_arrays import predict_arrays
-from moefast.scoring import predict
+from moefast.predicting.arrays import predict_arrays
+from moefast.predicting.files import predict
 
 LIGHT_SPEED = 299_792.458
 UNIT = units.Unit("1e-17 erg / (s cm2 Angstrom)")

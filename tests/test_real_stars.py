@@ -118,9 +118,15 @@ def test_own_spectra_give_what_is_known_of_them(tmp_path, model):
     assert 0.65 < plain["r2"] < 0.87
     assert 0.6 < plain["within_1_sigma"] < 0.76
     assert masked["r2"] < plain["r2"]
+    assert abs(plain["r2_expected"] - plain["r2"]) < 0.1  # honest errors say what R² they allow
+    assert masked["r2_expected"] < plain["r2_expected"]
     brighter = independent.run(model, tmp_path / "own.h5", draws=2, noise_level=0.5, backend="cpu")
     assert brighter["masks"][0]["r2"] > plain["r2"] + 0.03
     assert brighter["snr_median"] == pytest.approx(2 * found["snr_median"], rel=1e-6)
+    ours = independent.run(model, tmp_path / "own.h5", draws=2, emulator=True, backend="cpu")
+    assert ours["masks"][0]["r2"] == pytest.approx(
+        plain["r2"], abs=2e-3
+    )  # the file's spectra are the emulator's
     json.dumps(found, allow_nan=False)
     call = CliRunner().invoke(
         independent.main,

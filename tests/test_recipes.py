@@ -11,9 +11,10 @@ from moefast.core.progress import Whole
 from moefast.export import build, open_session
 from moefast.fitting import expected_stages
 from moefast.model import Model
+from moefast.predicting.engines import CudaEngine
+from moefast.predicting.files import predict
 from moefast.protocol.evaluate import evaluate
 from moefast.recipes import RECIPES, fit, options_of
-from moefast.scoring import CudaEngine, predict
 
 
 @pytest.fixture(scope="module")

@@ -23,10 +23,10 @@ from sklearn.preprocessing import StandardScaler
 from small import same_rows
 from small import stars as simulate
 
-from moefast import scoring
 from moefast.core.errors import InputError, WaveGridError
 from moefast.core.metrics import r2
-from moefast.scoring import predict
+from moefast.predicting import engines, files
+from moefast.predicting.files import predict
 from moefast.spectra import Flag, open_spectra, read_table
 
 N = 530
@@ -243,16 +243,16 @@ def test_no_rows(few, model, tmp_path):
 
 
 def test_a_file_that_shrinks_while_it_is_read(few, model, tmp_path, monkeypatch):
-    monkeypatch.setattr(scoring, "make_engine", lambda mixture, _: scoring.CpuEngine(mixture, 64))
+    monkeypatch.setattr(engines, "make_engine", lambda mixture, _: engines.CpuEngine(mixture, 64))
     path = few.write(tmp_path / "x.h5")
-    score = scoring.score_block
+    score = files.score_block
 
     def shrink(*args):
         with open(path, "rb+") as file:
             file.truncate(200_000)
         return score(*args)
 
-    monkeypatch.setattr(scoring, "score_block", shrink)
+    monkeypatch.setattr(files, "score_block", shrink)
     with pytest.raises(InputError, match=r"x\.h5: .*rows \d+ to \d+ cannot be read"):
         predict(path, model, tmp_path / "t.h5")
     assert [item.name for item in tmp_path.iterdir()] == ["x.h5"]

@@ -18,14 +18,15 @@ from sklearn.metrics import r2_score
 from small import Stars, same_rows
 
 import moefast
-from moefast import scoring
 from moefast.backend import Backend
 from moefast.core.errors import BackendError, InputError, LabelError, MoefastError, OutputError, WaveGridError
 from moefast.core.metrics import r2
 from moefast.export.parity import synthetic_spectra
 from moefast.mixture import Mixture
 from moefast.model import Model
-from moefast.scoring import CpuEngine, CudaEngine, OnnxEngine, choose_rows, make_engine, open_engine, predict
+from moefast.predicting import engines, files, notes
+from moefast.predicting.engines import CpuEngine, CudaEngine, OnnxEngine, make_engine, open_engine
+from moefast.predicting.files import choose_rows, predict
 from moefast.simulate import Emulator
 from moefast.spectra import Flag, open_spectra, read_table
 
@@ -122,26 +123,26 @@ def test_light_that_the_model_has_not_seen_is_told(stars, model, whole, tmp_path
         assert words is None or (words in found.notes[0] and "Fit a model" in found.notes[0])
         assert found.flags.get("UNLIKE_TRAINING", 0) < found.n_rows / 2
         if words is not None:
-            monkeypatch.setattr(scoring, "shipped_path", lambda: model.path)
+            monkeypatch.setattr(notes, "shipped_path", lambda: model.path)
             assert "Try -m survey" in predict(tmp_path / f"{shift}.h5", model).notes[0]
 
 
 def test_errors_that_are_too_small_are_no_such_light():
     rng = np.random.default_rng(0)
     chi2, snr = rng.chisquare(4000, 20_000) / 4000, rng.uniform(1, 20, 20_000)
-    assert scoring._misfit(chi2, snr) is None
-    assert scoring._misfit(1.5 * chi2, snr) is None
-    bright, faint = scoring._misfit(chi2 + 0.0004 * snr**2, snr)
+    assert notes.misfit(chi2, snr) is None
+    assert notes.misfit(1.5 * chi2, snr) is None
+    bright, faint = notes.misfit(chi2 + 0.0004 * snr**2, snr)
     assert faint == pytest.approx(np.median((chi2 + 0.0004 * snr**2)[snr <= np.median(snr)]))
     assert bright > faint + 0.05
-    assert scoring._misfit(chi2 + 0.00005 * snr**2, snr) is None, "beyond doubt, but too little to matter"
+    assert notes.misfit(chi2 + 0.00005 * snr**2, snr) is None, "beyond doubt, but too little to matter"
     little = chi2 + 0.0001 * snr**2
-    assert scoring._misfit(little, snr)
-    assert scoring._misfit(little[:40], snr[:40]) is None, "few spectra prove nothing"
+    assert notes.misfit(little, snr)
+    assert notes.misfit(little[:40], snr[:40]) is None, "few spectra prove nothing"
     for n in (0, 1, 2, 4, 12, 59):
         # Quartiles of a handful can be as near as one likes.
-        assert scoring._misfit(np.r_[np.ones(n // 2), np.full(n - n // 2, 9.0)], np.arange(n)) is None
-    assert scoring._misfit(np.r_[np.ones(30), np.full(30, 9.0)], np.arange(60)) == (9, 1)
+        assert notes.misfit(np.r_[np.ones(n // 2), np.full(n - n // 2, 9.0)], np.arange(n)) is None
+    assert notes.misfit(np.r_[np.ones(30), np.full(30, 9.0)], np.arange(60)) == (9, 1)
 
 
 def test_noisy_asked_for_and_not_there(stars, model, tmp_path):
@@ -173,7 +174,7 @@ def test_r2_of_a_file_with_rows_without_data(stars, model, tmp_path):
 
 @pytest.mark.parametrize("block_rows", [1, 512, 513, 2049, 10_000])
 def test_blocks_change_nothing(block_rows, stars_file, model, whole, monkeypatch):
-    monkeypatch.setattr(scoring, "BLOCK_ROWS", block_rows)
+    monkeypatch.setattr(engines, "make_engine", lambda mixture, _: CpuEngine(mixture, block_rows))
     rows = (500, 560) if block_rows == 1 else None
     found = predict(stars_file, model, rows=rows)
     same_rows(found.columns, whole.columns, slice(None), other_rows=slice(*rows or (None,)))
@@ -272,8 +273,8 @@ def test_4096_pixels_in_any_blocks_and_parts(tmp_path, monkeypatch):
     every = predict(path, model).columns
     assert np.isnan(every["log_g"]).sum() == 1
     for block_rows, workers in ((300, 1), (511, 2), (1024, 3)):
-        engine = scoring.CpuEngine(model.mixture, block_rows, workers)
-        monkeypatch.setattr(scoring, "make_engine", lambda *_, engine=engine: engine)
+        engine = CpuEngine(model.mixture, block_rows, workers)
+        monkeypatch.setattr(engines, "make_engine", lambda *_, engine=engine: engine)
         same_rows(predict(path, model).columns, every, but=())
     for rows in ((0, 1), (510, 515), (1099, 1100)):
         same_rows(predict(path, model, rows=rows).columns, every, slice(None), other_rows=slice(*rows))
@@ -359,7 +360,7 @@ def test_a_file_on_another_grid_is_left_out_wherever_it_stands(position, stars, 
 
 def test_rows_that_cannot_be_read_keep_their_place(stars, model, tmp_path, monkeypatch):
     """A chunk that does not decompress, in one of two files: NaN and NO_DATA there, everything else as it was."""
-    monkeypatch.setattr(scoring, "BLOCK_ROWS", 64)
+    monkeypatch.setattr(engines, "make_engine", lambda mixture, _: CpuEngine(mixture, 64))
     first = stars.take(slice(0, 64)).write(tmp_path / "a.h5")
     second = stars.take(slice(64, 264)).write(tmp_path / "b.h5", chunks=(8, 256), compression="gzip")
     clean = predict([first, second], model).columns
@@ -408,7 +409,7 @@ def no_scoring(monkeypatch):
     def refuse(*_, **__):
         pytest.fail("spectra were scored before the output was refused")
 
-    monkeypatch.setattr(scoring, "score_block", refuse)
+    monkeypatch.setattr(files, "score_block", refuse)
 
 
 @pytest.mark.usefixtures("no_scoring")
@@ -442,7 +443,7 @@ def test_replaced_only_when_complete(stars_file, model, tmp_path, monkeypatch):
     out = tmp_path / "t.h5"
     predict(stars_file, model, out, limit=5)
     before = out.read_bytes()
-    calls = iter([scoring.score_block, None])
+    calls = iter([files.score_block, None])
 
     def once(*args):
         work = next(calls)
@@ -452,7 +453,7 @@ def test_replaced_only_when_complete(stars_file, model, tmp_path, monkeypatch):
         return work(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(scoring, "score_block", once)
+        patch.setattr(files, "score_block", once)
         with pytest.raises(MoefastError, match="midway"):
             predict(stars_file, model, out, overwrite=True)
     assert out.read_bytes() == before
@@ -624,7 +625,9 @@ def test_a_gpu_that_is_short_of_memory_gets_half_of_the_block(monkeypatch):
 
 def test_a_gpu_scores_what_it_has_no_kernels_for_in_onnx_runtime(monkeypatch):
     asked = []
-    monkeypatch.setattr("moefast.scoring.OnnxEngine", lambda mixture, backend: asked.append(backend))
+    monkeypatch.setattr(
+        "moefast.predicting.engines.OnnxEngine", lambda mixture, backend: asked.append(backend)
+    )
     make_engine(with_heads(random_mixture(), "pca-mlp"), Backend("cuda", "a GPU", "as asked"))
     assert asked == ["cuda"]
     with pytest.raises(BackendError, match="no kernels for a pca-mlp with heads; use backend cpu"):

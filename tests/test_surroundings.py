@@ -21,8 +21,8 @@ from small import same_rows
 from moefast.benchmarks.faults.case import command, run
 from moefast.benchmarks.faults.disk import full
 from moefast.cli import cli
+from moefast.predicting.files import predict
 from moefast.protocol.evaluate import evaluate
-from moefast.scoring import predict
 from moefast.spectra import read_table
 
 pytestmark = pytest.mark.skipif(
@@ -92,13 +92,13 @@ def test_a_fit_on_a_full_disk(train_file, place):
 )
 def test_a_signal_before_anybody_could_clear_up(number, code, word, few, model_folder, place, monkeypatch):
     """The table is begun, and the block that would remove it has not been entered."""
-    from moefast import scoring
+    from moefast.predicting import files
 
     def strike(*_):
         assert len(list(place.iterdir())) == 1
         os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(scoring, "warm_up", strike)
+    monkeypatch.setattr(files, "warm_up", strike)
     ended = run(command("predict", few, "-m", model_folder, "-q", "-o", place / "t.h5"), place.parent / "log")
     assert ended.code == code
     assert ended.said.count("moefast: ") == 1

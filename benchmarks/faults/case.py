@@ -8,6 +8,7 @@ to it, and nothing is left under the name or beside it.
 from __future__ import annotations
 
 import os
+import resource
 import select
 import signal
 import sys
@@ -78,6 +79,7 @@ def run(
     log: Path,
     *,
     limit: float = 600.0,
+    cpu_limit: int = 60,
     first: Callable[[], None] = lambda: None,
     kill: tuple[float, int] | None = None,
 ) -> Ended:
@@ -90,6 +92,8 @@ def run(
         File for what it says.
     limit : float
         Seconds after which it counts as hanging.
+    cpu_limit : int
+        Seconds of computing after which it does: the machine may be busy with other work.
     first : callable
         Done in the new process before the work.
     kill : (float, int), optional
@@ -99,7 +103,7 @@ def run(
     sys.stderr.flush()
     child = os.fork()
     if child == 0:
-        _in_child(work, log, first)
+        _in_child(work, log, first, cpu_limit)
     begin = time.monotonic()
     # Waiting costs nothing, unlike asking again and again.
     handle = os.pidfd_open(child)
@@ -112,13 +116,15 @@ def run(
     if hangs:
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
-    code = None if hangs else os.waitstatus_to_exitcode(status)
+    code = os.waitstatus_to_exitcode(status)
+    code = None if hangs or code == -signal.SIGXCPU else code
     return Ended(code, log.read_text(errors="replace"), time.monotonic() - begin)
 
 
-def _in_child(work: Callable[[], object], log: Path, first: Callable[[], None]) -> None:
+def _in_child(work: Callable[[], object], log: Path, first: Callable[[], None], cpu_limit: int) -> None:
     code = 1
     try:
+        resource.setrlimit(resource.RLIMIT_CPU, (cpu_limit, resource.RLIM_INFINITY))
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(handle, 1)
         os.dup2(handle, 2)

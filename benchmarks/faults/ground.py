@@ -13,11 +13,11 @@ from astropy.io import fits
 
 from moefast.core.errors import MoefastError
 from moefast.model import Model
+from moefast.predicting.files import predict
 from moefast.protocol.evaluate import Evaluation, evaluate
-from moefast.scoring import predict
 from moefast.simulate import simulate_file
-from moefast.spectra.files import open_spectra
 from moefast.spectra.quality import Flag
+from moefast.spectra.spectrum_set import open_spectra
 from moefast.spectra.tables import read_table
 
 __all__ = ["N_SPECTRA", "SUFFIXES", "Ground", "prepare"]

@@ -16,11 +16,12 @@ from moefast.core.atomic import write_json
 from moefast.core.errors import MoefastError, OutputError
 from moefast.export import build, save
 from moefast.model import Model
+from moefast.predicting.files import predict
 from moefast.protocol.evaluate import write_report
-from moefast.scoring import predict
 from moefast.simulate import simulate_file
-from moefast.spectra.files import SpectrumWriter, open_spectra
+from moefast.spectra.spectrum_set import open_spectra
 from moefast.spectra.tables import Column, open_table, read_table
+from moefast.spectra.writer import SpectrumWriter
 
 __all__ = ["Product", "products"]
 

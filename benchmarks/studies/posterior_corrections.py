@@ -27,12 +27,12 @@ from moefast.fitting.posterior import GAP_KINDS
 from moefast.gating.mlp import fit_network
 from moefast.kernels import forest_predict
 from moefast.model import Model
-from moefast.ops.arithmetic import NumPyArithmetic
+from moefast.ops.on_numpy import NumPyArithmetic
 from moefast.posterior import PosteriorMixture
 from moefast.posterior.forward import cell_products
 from moefast.simulate.gaps import GAPS
 from moefast.simulate.source import SimulatedSpectra
-from moefast.spectra.files import Block
+from moefast.spectra.source import Block
 
 __all__ = ["CORRECTIONS", "Draws", "draw_stars", "from_errors_alone", "gains", "seen"]
 

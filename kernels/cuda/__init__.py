@@ -47,6 +47,8 @@ PUBLIC = {
     "template_posterior": "moefast.kernels.cuda.template",
     "score": "moefast.kernels.cuda.scoring",
     "CudaScorer": "moefast.kernels.cuda.scoring",
+    "cloud_posterior": "moefast.kernels.cuda.clouds",
+    "CudaPosteriorScorer": "moefast.kernels.cuda.clouds",
 }
 """Public functions and classes, and the modules that hold them: imported when first used."""
 

@@ -10,7 +10,17 @@ from __future__ import annotations
 import numpy as np
 from numba import config, cuda
 
-__all__ = ["GROUP", "SCRATCH", "bits_float", "float_bits", "least_of_block", "sum_of_block", "sum_of_warp"]
+__all__ = [
+    "GROUP",
+    "SCRATCH",
+    "bits_float",
+    "float_bits",
+    "least_of_block",
+    "most_of_warp",
+    "sum_of_block",
+    "sum_of_parts",
+    "sum_of_warp",
+]
 
 SIMULATED = bool(config.ENABLE_CUDASIM)  # type: ignore[attr-defined]
 GROUP = 1 if SIMULATED else 32
@@ -45,6 +55,23 @@ if SIMULATED:
     def sum_of_warp(value, scratch):  # type: ignore[no-untyped-def]
         """Sum over a block of one warp, through `scratch`."""
         return sum_of_block(value, scratch)
+
+    @cuda.jit(device=True)
+    def most_of_warp(value, scratch):  # type: ignore[no-untyped-def]
+        """Maximum over a block of one warp, through `scratch`."""
+        return -least_of_block(-value, scratch)
+
+    @cuda.jit(device=True)
+    def sum_of_parts(value, parts, scratch):  # type: ignore[no-untyped-def]
+        """Sum over `parts` neighbouring threads, a power of two up to 32; `scratch` holds a number of each thread."""
+        cuda.syncthreads()
+        scratch[cuda.threadIdx.x] = value
+        cuda.syncthreads()
+        begin = cuda.threadIdx.x // parts * parts
+        total = scratch[begin]
+        for part in range(1, parts):
+            total += scratch[begin + part]
+        return total
 
 else:
     from numba.cuda import libdevice
@@ -83,6 +110,20 @@ else:
     def sum_of_warp(value, scratch):  # type: ignore[no-untyped-def]
         """Sum over a block of one warp; `scratch` is the simulator's."""
         return sum_of_group(value)
+
+    @cuda.jit(device=True)
+    def most_of_warp(value, scratch):  # type: ignore[no-untyped-def]
+        """Maximum over a block of one warp; `scratch` is the simulator's."""
+        return -least_of_group(-value)
+
+    @cuda.jit(device=True)
+    def sum_of_parts(value, parts, scratch):  # type: ignore[no-untyped-def]
+        """Sum over `parts` neighbouring lanes, a power of two up to 32; `scratch` is the simulator's."""
+        apart = parts >> 1
+        while apart > 0:
+            value += cuda.shfl_xor_sync(EVERY_LANE, value, apart)
+            apart >>= 1
+        return value
 
 
 @cuda.jit(device=True)

@@ -20,7 +20,7 @@ with suppress(ImportError):  # the simulator has no settings of its own
 
     of_cuda.CUDA_LOW_OCCUPANCY_WARNINGS = 0
 
-__all__ = ["KERNELS", "MODULES", "Kernel", "kernel", "load"]
+__all__ = ["KERNELS", "MODULES", "Kernel", "kernel", "launchable", "load"]
 
 MODULES = (
     "moefast.kernels.cuda.binning",
@@ -31,6 +31,8 @@ MODULES = (
     "moefast.kernels.cuda.tangent",
     "moefast.kernels.cuda.template",
     "moefast.kernels.cuda.tensor",
+    "moefast.kernels.cuda.information",
+    "moefast.kernels.cuda.clouds",
 )
 """Modules with kernels; importing them fills `KERNELS`."""
 
@@ -89,11 +91,19 @@ def kernel(
         if name in KERNELS:
             raise ValueError(f"two kernels are called {name}: {KERNELS[name].function} and {function}")
         KERNELS[name] = Kernel(name, function, signature, (threads, blocks), serves)
-        # The simulator knows no launch bounds.
-        options: dict[str, Any] = {"launch_bounds": (threads, blocks), "cache": True}
-        return cuda.jit(**({} if config.ENABLE_CUDASIM else options))(function)  # type: ignore[attr-defined]
+        return launchable(function, threads, blocks)
 
     return register
+
+
+def launchable(function: Callable[..., None], threads: int, blocks: int = 1) -> Any:
+    """A function as a kernel that is compiled when it is first launched, not entered in `KERNELS`.
+
+    For kernels of which one is made for each of many sizes; one of them is entered by `kernel`.
+    """
+    # The simulator knows no launch bounds.
+    options: dict[str, Any] = {"launch_bounds": (threads, blocks), "cache": True}
+    return cuda.jit(**({} if config.ENABLE_CUDASIM else options))(function)  # type: ignore[attr-defined]
 
 
 def load() -> dict[str, Kernel]:

@@ -24,9 +24,9 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 from numba import cuda
@@ -55,7 +55,10 @@ __all__ = [
     "BLOCK_ROWS",
     "FLOOR_ROWS",
     "FREE_SHARE",
+    "MOST_SHARED",
     "SLOTS",
+    "BlockPlan",
+    "BlockScorer",
     "CudaScorer",
     "DevicePlan",
     "Scores",
@@ -105,6 +108,36 @@ def _kinds(rows: int, n_experts: int) -> list[tuple[tuple[int, ...], type]]:
     """Shape and dtype of each array of `Scores`."""
     vector, matrix = ((rows,), np.float32), ((rows, n_experts), np.float32)
     return [vector, vector, vector, matrix, matrix, *[vector] * 4, ((rows,), np.int32), ((rows,), np.uint32)]
+
+
+class BlockPlan(Protocol):
+    """What a `BlockScorer` streams blocks through: numbers on the device, and kernels that read them.
+
+    Attributes
+    ----------
+    n_pixels : int
+    results : callable
+        Makes one value of all results.
+    """
+
+    n_pixels: int
+    results: Callable[..., Any]
+
+    def kinds(self, rows: int) -> list[tuple[tuple[int, ...], type]]:
+        """Shape and dtype of each result of so many rows."""
+        ...
+
+    def bytes_per_row(self) -> int:
+        """Device memory of a row, flux, error and mask included."""
+        ...
+
+    def work(self, rows: int) -> Any:
+        """Device memory between the kernels for so many rows."""
+        ...
+
+    def launch(self, flux: Any, error: Any, mask: Any, n: int, work: Any, stream: Any) -> Any:
+        """Score n rows that are on the device, in `stream`, without waiting; device arrays, cut to n rows."""
+        ...
 
 
 class DevicePlan:
@@ -180,6 +213,24 @@ class DevicePlan:
                 )
             self.library = DeviceLibrary(library)
         self.taken, self.nothing_given = cuda.to_device(taken), cuda.to_device(_NOTHING_GIVEN)
+
+    results = Scores
+
+    def kinds(self, rows: int) -> list[tuple[tuple[int, ...], type]]:
+        """See `BlockPlan`."""
+        return _kinds(rows, self.n_experts)
+
+    def bytes_per_row(self) -> int:
+        """See `BlockPlan`."""
+        return Work.bytes_per_row(self)
+
+    def work(self, rows: int) -> Work:
+        """See `BlockPlan`."""
+        return Work(rows, self)
+
+    def launch(self, flux: Any, error: Any, mask: Any, n: int, work: Work, stream: Any) -> Any:
+        """See `BlockPlan`."""
+        return launch(self, flux, error, mask, n, work, stream)
 
 
 class Work:
@@ -293,7 +344,113 @@ def score(
     return scorer(flux, error, mask)
 
 
-class CudaScorer:
+class BlockScorer:
+    """Streams blocks of spectra through the kernels of a plan; several threads may call it.
+
+    Parameters
+    ----------
+    plan : callable
+        Makes the `BlockPlan`, when there is known to be a device.
+    block_rows, slots : int
+        Rows per block, and blocks on their way, at most.
+
+    Attributes
+    ----------
+    block_rows : int
+        The rows per block that memory allows.
+
+    Raises
+    ------
+    BackendError
+        There is no usable device.
+    DeviceMemoryError, PinnedMemoryError
+        Memory of the device, or pinned memory of the host, is too small for blocks of FLOOR_ROWS rows in all slots.
+    """
+
+    def __init__(self, plan: Callable[[], BlockPlan], block_rows: int, slots: int) -> None:
+        if block_rows < 1 or slots < 1:
+            raise ValueError(f"block_rows and slots must be at least 1; found {block_rows} and {slots}")
+        require_device()
+        self._device = current_device()
+        self.plan = plan()
+        floor = min(FLOOR_ROWS, block_rows)
+        free = cuda.current_context().get_memory_info().free
+        self.slots = slots
+        fitting = FREE_SHARE * free / (slots * self.plan.bytes_per_row())
+        self.block_rows = max(floor, int(min(block_rows, fitting)))
+        places: list[_Slot] = []
+        while True:
+            try:
+                places = [_Slot(self.block_rows, self.plan) for _ in range(slots)]
+                break
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                if self.block_rows == floor:
+                    raise self._shortage(error) from error
+            # Outside the handler, whose traceback keeps the arrays that were allocated alive.
+            self.block_rows = max(floor, self.block_rows // 2)
+        self._free: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
+        for place in places:
+            self._free.put(place)
+        self._pool = ThreadPoolExecutor(slots, thread_name_prefix="moefast-slot")
+        # Launches of different threads take turns.
+        self._launching = threading.Lock()
+
+    def _shortage(self, error: Exception) -> BackendError:
+        blocks = f"{self.slots} blocks of {self.block_rows} spectra"
+        if isinstance(error, PinnedMemoryError):
+            pinned = self.slots * self.block_rows * _Slot.pinned_bytes_per_row(self.plan)
+            return pinned_shortage(pinned, blocks, error)
+        needed = self.slots * self.block_rows * self.plan.bytes_per_row()
+        free = cuda.current_context().get_memory_info().free
+        return DeviceMemoryError(
+            f"device memory: {needed / 1e9:.3f} GB for {blocks} are needed, {free / 1e9:.3f} GB are free; end other "
+            "programs on the device, or use backend cpu"
+        )
+
+    def _scored(self, flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None) -> Any:
+        """Score spectra on the host; any n, any layout. ValueError if shapes do not fit."""
+        p = self.plan.n_pixels
+        if flux.ndim != 2 or flux.shape[1] != p or error.shape != flux.shape:
+            raise ValueError(f"flux and error must have shape (n, {p}); found {flux.shape} and {error.shape}")
+        if mask is not None and (mask.shape != flux.shape or mask.dtype != np.bool_):
+            raise ValueError(f"mask must be bool of shape {flux.shape}, found {mask.dtype} {mask.shape}")
+        n = len(flux)
+        out = self.plan.results(*(np.empty(*kind) for kind in self.plan.kinds(n)))
+
+        def one(start: int) -> None:
+            here = slice(start, min(start + self.block_rows, n))
+            # Each block takes one slot and waits for nothing else: callers cannot wait for each other forever.
+            slot = self._free.get()
+            try:
+                # A thread's own device is the first one unless it says otherwise.
+                with self._device:
+                    try:
+                        slot.fill(flux[here], error[here], None if mask is None else mask[here])
+                        with self._launching:
+                            slot.start()
+                        slot.collect(out, here)
+                    finally:
+                        # What was started before a failure still reads and writes the buffers.
+                        slot.stream.synchronize()
+            finally:
+                self._free.put(slot)
+
+        starts = range(0, n, self.block_rows)
+        if len(starts) > 1:
+            tasks = [self._pool.submit(one, start) for start in starts]
+            # After a failure, too: none may read the caller's arrays any longer.
+            wait(tasks)
+            for task in tasks:
+                task.result()
+        else:
+            for start in starts:
+                one(start)
+        return out
+
+
+class CudaScorer(BlockScorer):
     """Scores spectra on the device, block by block; several threads may call it.
 
     Parameters
@@ -342,45 +499,8 @@ class CudaScorer:
         block_rows: int = BLOCK_ROWS,
         slots: int = SLOTS,
     ) -> None:
-        if block_rows < 1 or slots < 1:
-            raise ValueError(f"block_rows and slots must be at least 1; found {block_rows} and {slots}")
-        require_device()
-        self._device = current_device()
-        self.plan = DevicePlan(projection, mixing, library, from_library)
-        floor = min(FLOOR_ROWS, block_rows)
-        free = cuda.current_context().get_memory_info().free
-        self.slots = slots
-        fitting = FREE_SHARE * free / (slots * Work.bytes_per_row(self.plan))
-        self.block_rows = max(floor, int(min(block_rows, fitting)))
-        places: list[_Slot] = []
-        while True:
-            try:
-                places = [_Slot(self.block_rows, self.plan) for _ in range(slots)]
-                break
-            except Exception as error:
-                if not out_of_memory(error):
-                    raise
-                if self.block_rows == floor:
-                    raise self._shortage(error) from error
-            # Outside the handler, whose traceback keeps the arrays that were allocated alive.
-            self.block_rows = max(floor, self.block_rows // 2)
-        self._free: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
-        for place in places:
-            self._free.put(place)
-        self._pool = ThreadPoolExecutor(slots, thread_name_prefix="moefast-slot")
-        # Launches of different threads take turns.
-        self._launching = threading.Lock()
-
-    def _shortage(self, error: Exception) -> BackendError:
-        blocks = f"{self.slots} blocks of {self.block_rows} spectra"
-        if isinstance(error, PinnedMemoryError):
-            pinned = self.slots * self.block_rows * _Slot.pinned_bytes_per_row(self.plan)
-            return pinned_shortage(pinned, blocks, error)
-        needed = self.slots * self.block_rows * Work.bytes_per_row(self.plan)
-        free = cuda.current_context().get_memory_info().free
-        return DeviceMemoryError(
-            f"device memory: {needed / 1e9:.3f} GB for {blocks} are needed, {free / 1e9:.3f} GB are free; end other "
-            "programs on the device, or use backend cpu"
+        super().__init__(
+            lambda: DevicePlan(projection, mixing, library, from_library), block_rows, slots
         )
 
     def __call__(self, flux: F32, error: F32, mask: NDArray[np.bool_] | None = None) -> Scores:
@@ -397,64 +517,26 @@ class CudaScorer:
         ValueError
             Shapes that do not fit.
         """
-        p = self.plan.n_pixels
-        if flux.ndim != 2 or flux.shape[1] != p or error.shape != flux.shape:
-            raise ValueError(f"flux and error must have shape (n, {p}); found {flux.shape} and {error.shape}")
-        if mask is not None and (mask.shape != flux.shape or mask.dtype != np.bool_):
-            raise ValueError(f"mask must be bool of shape {flux.shape}, found {mask.dtype} {mask.shape}")
-        n = len(flux)
-        out = Scores(*(np.empty(*kind) for kind in _kinds(n, self.plan.n_experts)))
-
-        def one(start: int) -> None:
-            here = slice(start, min(start + self.block_rows, n))
-            # Each block takes one slot and waits for nothing else: callers cannot wait for each other forever.
-            slot = self._free.get()
-            try:
-                # A thread's own device is the first one unless it says otherwise.
-                with self._device:
-                    try:
-                        slot.fill(flux[here], error[here], None if mask is None else mask[here])
-                        with self._launching:
-                            slot.start()
-                        slot.collect(out, here)
-                    finally:
-                        # What was started before a failure still reads and writes the buffers.
-                        slot.stream.synchronize()
-            finally:
-                self._free.put(slot)
-
-        starts = range(0, n, self.block_rows)
-        if len(starts) > 1:
-            tasks = [self._pool.submit(one, start) for start in starts]
-            # After a failure, too: none may read the caller's arrays any longer.
-            wait(tasks)
-            for task in tasks:
-                task.result()
-        else:
-            for start in starts:
-                one(start)
-        return out
+        return cast(Scores, self._scored(flux, error, mask))
 
 
 class _Slot:
     """One of the places that blocks pass through: pinned buffers, device buffers and a stream."""
 
-    def __init__(self, rows: int, plan: DevicePlan) -> None:
+    def __init__(self, rows: int, plan: BlockPlan) -> None:
         self.plan, p = plan, plan.n_pixels
         kinds = {"flux": np.float32, "error": np.float32, "mask": np.bool_}
         self.device = {name: cuda.device_array(rows * p, dtype) for name, dtype in kinds.items()}
-        self.work = Work(rows, plan)
+        self.work = plan.work(rows)
         self.host = {name: pinned_array((rows, p), dtype) for name, dtype in kinds.items()}
-        self.results = Scores(*(pinned_array(*kind) for kind in _kinds(rows, plan.n_experts)))
+        self.results = plan.results(*(pinned_array(*kind) for kind in plan.kinds(rows)))
         self.stream = cuda.stream()
         self.n, self.masked = 0, False
 
     @staticmethod
-    def pinned_bytes_per_row(plan: DevicePlan) -> int:
+    def pinned_bytes_per_row(plan: BlockPlan) -> int:
         """Pinned host memory of a row: flux, error, mask and results."""
-        results = sum(
-            np.dtype(dtype).itemsize * int(np.prod(shape)) for shape, dtype in _kinds(1, plan.n_experts)
-        )
+        results = sum(np.dtype(dtype).itemsize * int(np.prod(shape)) for shape, dtype in plan.kinds(1))
         return 9 * plan.n_pixels + results
 
     def fill(self, flux: F32, error: F32, mask: NDArray[np.bool_] | None) -> None:
@@ -471,14 +553,14 @@ class _Slot:
         count = n * self.plan.n_pixels
         for name in names:
             self.device[name][:count].copy_to_device(self.host[name][:n].reshape(count), stream=self.stream)
-        scores = launch(
-            self.plan, self.device["flux"], self.device["error"], self.device["mask"] if self.masked else None,
-            n, self.work, self.stream,
-        )  # fmt: skip
+        hidden = self.device["mask"] if self.masked else None
+        scores = self.plan.launch(
+            self.device["flux"], self.device["error"], hidden, n, self.work, self.stream
+        )
         for found, target in zip(scores, self.results, strict=True):
             found.copy_to_host(target[:n], stream=self.stream)
 
-    def collect(self, out: Scores, here: slice) -> None:
+    def collect(self, out: Any, here: slice) -> None:
         """Wait for the block and copy its results to its rows of `out`."""
         self.stream.synchronize()
         for target, found in zip(out, self.results, strict=True):

@@ -37,8 +37,8 @@ from moefast.simulate.noise import SkyFactors
 from moefast.simulate.rows import SEEING_MEDIAN, Settings
 from moefast.simulate.sets import Identity, identify
 from moefast.simulate.visit import VISIT_PARAMS, sky_of
-from moefast.spectra.files import SpectrumSet, open_spectra
 from moefast.spectra.quality import assess, good_pixels
+from moefast.spectra.spectrum_set import SpectrumSet, open_spectra
 
 __all__ = ["PUBLISHED_CRLB", "Ceiling", "compute", "known", "read", "write"]
 

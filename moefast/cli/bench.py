@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from moefast.cli.messages import Progress
 from moefast.cli.options import DEVICE, JSON, MODEL, OVERWRITE, names, positive, talk
+from moefast.core.progress import ProgressLine
 
 __all__ = ["bench"]
 
@@ -95,7 +95,7 @@ def bench(
         if path:
             # Known before minutes of work, not after.
             partial_path(Path(path), overwrite=overwrite)
-    with Progress(quiet) as progress:
+    with ProgressLine(quiet) as progress:
         result = benchmark(
             tasks=tasks, engines=engines, n=number, samples=samples, growth=growth, model_path=model, limit=limit,
             scratch=scratch, say=progress.note, doing=progress.doing,

@@ -6,9 +6,10 @@ import json
 
 import click
 
-from moefast.cli.messages import Progress, tell_written
+from moefast.cli.messages import tell_written
 from moefast.cli.options import FILES, JSON, OVERWRITE, talk
 from moefast.core.atomic import refuse_taken
+from moefast.core.progress import ProgressLine
 
 __all__ = ["ceiling"]
 
@@ -58,7 +59,7 @@ def ceiling(
     for path in (out, picture):
         if path:
             refuse_taken(path, overwrite=overwrite)
-    with Progress(quiet) as progress:
+    with ProgressLine(quiet) as progress:
         found = ceilings.compute(
             files, method=method, stars=stars, seed=seed, name=name, progress=progress.stage,  # type: ignore[arg-type]
         )  # fmt: skip

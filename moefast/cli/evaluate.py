@@ -6,8 +6,9 @@ import json
 
 import click
 
-from moefast.cli.messages import Progress, tell_written
+from moefast.cli.messages import tell_written
 from moefast.cli.options import BACKEND, CONFIG, DEVICE, EXPERT, FILES, JSON, NOISE_LEVEL, OVERWRITE, talk
+from moefast.core.progress import ProgressLine
 
 __all__ = ["evaluate"]
 
@@ -68,13 +69,13 @@ def evaluate(
     """
     from moefast.protocol.evaluate import check_report_folder, expected_stages, write_report
     from moefast.protocol.evaluate import evaluate as run
-    from moefast.protocol.milestones import judge_alone
+    from moefast.protocol.milestones.judge import judge_alone
     from moefast.protocol.report_text import format_text
 
     if out:
         check_report_folder(out, overwrite)
     drawn = pictures and out is not None
-    with Progress(quiet, lambda n_rows: expected_stages(n_rows, pictures=drawn)) as progress:
+    with ProgressLine(quiet, lambda n_rows: expected_stages(n_rows, pictures=drawn)) as progress:
         progress.doing("evaluate: loading the model")
         result = run(
             files, model, noise=noise, noise_level=noise_level, ceiling=ceiling, backend=backend, name=name,  # type: ignore[arg-type]

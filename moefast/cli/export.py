@@ -6,9 +6,10 @@ from pathlib import Path
 
 import click
 
-from moefast.cli.messages import Progress, tell_result
+from moefast.cli.messages import tell_result
 from moefast.cli.options import EXPERT, OVERWRITE, talk
 from moefast.core.atomic import refuse_taken
+from moefast.core.progress import ProgressLine
 
 __all__ = ["export"]
 
@@ -42,7 +43,7 @@ def export(model: str, out: str, part: str, half: bool, overwrite: bool, quiet: 
     parts = ["mixture", "gate", *(f"expert-{k}" for k in range(chosen.mixture.n_experts))]
     if part not in parts:
         raise click.BadParameter(f"{part!r} is none of {', '.join(parts)}", param_hint="--part")
-    with Progress(quiet) as progress:
+    with ProgressLine(quiet) as progress:
         progress.doing("export: building the graph and comparing it with the model")
         differences = export_model(
             chosen.mixture, out, part=part, metadata={"recipe": chosen.manifest["recipe"]}, half=half

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from moefast.cli.messages import Progress, tell_failures, tell_result
+from moefast.cli.messages import tell_failures, tell_result
 from moefast.cli.options import (
     BACKEND,
     CONFIG,
@@ -24,6 +24,7 @@ from moefast.cli.options import (
     RESOLUTION,
     talk,
 )
+from moefast.core.progress import ProgressLine
 
 __all__ = ["fit"]
 
@@ -164,7 +165,7 @@ def fit(
     if resolution is not None and not like:
         raise click.UsageError("--resolution is that of the spectra which --like names")
     check_target(Path(out), overwrite)
-    with Progress(quiet) as progress:
+    with ProgressLine(quiet) as progress:
         progress.doing("fit: reading")
         spectra: SimulatedSpectra | SpectrumSet
         observed = Observed.of_files(like, resolution=resolution) if like else None

@@ -8,10 +8,22 @@ from typing import Any
 
 import click
 
-from moefast.cli.messages import Progress, tell_failures, tell_written
-from moefast.cli.options import EXPERT, FILES, JSON, MEDIUM, MODEL, OVERWRITE, TELLURIC, VELOCITY, talk
+from moefast.cli.messages import tell_failures, tell_written
+from moefast.cli.options import (
+    EXPERT,
+    FILES,
+    JSON,
+    MEDIUM,
+    MODEL,
+    OVERWRITE,
+    TELLURIC,
+    VELOCITY,
+    VELOCITY_RANGE,
+    talk,
+)
 from moefast.core.atomic import refuse_taken
 from moefast.core.errors import InputError
+from moefast.core.progress import ProgressLine
 
 __all__ = ["inspect"]
 
@@ -43,6 +55,7 @@ def _mixture_of(model: str | None) -> Any:
 )  # fmt: skip
 @click.option("--limit", type=click.IntRange(1), help="Look at so many rows at most.")
 @VELOCITY
+@VELOCITY_RANGE
 @MEDIUM
 @TELLURIC
 @EXPERT
@@ -51,8 +64,8 @@ def _mixture_of(model: str | None) -> Any:
 @JSON
 def inspect(
     files: tuple[str, ...], model: str | None, row: int | None, identifier: str | None, picture: str | None,
-    report: str | None, spectra: tuple[str, ...], limit: int | None, velocity: str | None, medium: str, telluric: str,
-    overwrite: bool, quiet: bool, as_json: bool,
+    report: str | None, spectra: tuple[str, ...], limit: int | None, velocity: str | None,
+    velocity_range: float, medium: str, telluric: str, overwrite: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Look into files of spectra, at one star, or at a table of predictions.
 
@@ -82,7 +95,7 @@ def inspect(
                 f"{files[0]}: is a table of predictions, which has no spectra; name the file of spectra for --row, "
                 "--id and --picture"
             )
-        with Progress(quiet) as progress:
+        with ProgressLine(quiet) as progress:
             progress.doing("inspect: reading the table")
             _table(files[0], model, report, spectra, overwrite, as_json, progress)
         return
@@ -91,18 +104,18 @@ def inspect(
             f"{files[0]}: --report and --spectra are for one table that moefast predict wrote (.h5, .parquet or .fits)"
         )
     if row is not None or identifier is not None:
-        with Progress(quiet) as progress:
+        with ProgressLine(quiet) as progress:
             progress.doing("inspect: looking at the star")
             _star(files, model, picture, as_json, progress, row=row, identifier=identifier, velocity=velocity,
-                  medium=medium, telluric=telluric)  # fmt: skip
+                  velocity_range=velocity_range, medium=medium, telluric=telluric)  # fmt: skip
         return
-    from moefast.spectra.files import same_wave
     from moefast.spectra.prepared import open_as_found
     from moefast.spectra.summary import format_text, summarise
     from moefast.spectra.summary import picture as draw
+    from moefast.spectra.wave import same_wave
 
     # Files of surveys have no grid of their own that all rows share.
-    with Progress(quiet) as progress:
+    with ProgressLine(quiet) as progress:
         progress.doing("inspect: reading")
         found = open_as_found(files, lambda: _mixture_of(model).wave, on_error="skip")
         mixture = _mixture_of(model)
@@ -122,7 +135,7 @@ def _star(
     model: str | None,
     picture: str | None,
     as_json: bool,
-    progress: Progress,
+    progress: ProgressLine,
     **which: Any,
 ) -> None:
     from moefast.inspection.star import describe, look_at
@@ -148,7 +161,7 @@ def _table(
     spectra: tuple[str, ...],
     overwrite: bool,
     as_json: bool,
-    progress: Progress,
+    progress: ProgressLine,
 ) -> None:
     from moefast.inspection.run import format_text, summarise_table
     from moefast.inspection.run_page import write_page

@@ -6,8 +6,9 @@ import json
 
 import click
 
-from moefast.cli.messages import Progress, tell_result
+from moefast.cli.messages import tell_result
 from moefast.cli.options import JSON, OVERWRITE, talk
+from moefast.core.progress import ProgressLine
 
 __all__ = ["merge"]
 
@@ -32,7 +33,7 @@ def merge(parts: tuple[str, ...], out: str, overwrite: bool, quiet: bool, as_jso
     """
     from moefast.cluster.merge import merge_tables, tables_named
 
-    with Progress(quiet or as_json) as progress:
+    with ProgressLine(quiet or as_json) as progress:
         merged = merge_tables(tables_named(parts), out, overwrite=overwrite, progress=progress.rows("merge"))
     if as_json:
         facts = {

@@ -31,8 +31,9 @@ def milestones(
     REPORT is a folder that moefast evaluate -o wrote, its report.json, or a folder of such folders. Test sets are kept
     apart. What no evaluation holds is not run, never passed; without any REPORT the marks and the commands are shown.
     """
-    from moefast.protocol.milestones import judge, read_reports
-    from moefast.protocol.milestones_report import format_text
+    from moefast.protocol.milestones.evaluations import read_reports
+    from moefast.protocol.milestones.judge import judge
+    from moefast.protocol.milestones.text import format_text
 
     if out:
         refuse_taken(out, overwrite=overwrite)

@@ -27,6 +27,7 @@ __all__ = [
     "RESOLUTION",
     "TELLURIC",
     "VELOCITY",
+    "VELOCITY_RANGE",
     "names",
     "positive",
     "rows",
@@ -258,6 +259,10 @@ VELOCITY = click.option(
     "(pfsStarCatalog, pfsStar files, redrock, rvspecfit, or any with v_los); or fit: one is fitted to each spectrum.  "
     "[default: fit where files are of surveys and the model is a posterior, else 0]",
 )
+VELOCITY_RANGE = click.option(
+    "--velocity-range", type=click.FloatRange(min=0, min_open=True), default=500.0, show_default=True, metavar="KM/S",
+    help="Fitted velocities lie within so many km/s of 0.",
+)  # fmt: skip
 
 
 MEDIUM = click.option(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import os
@@ -13,7 +14,7 @@ from typing import Any
 
 import click
 
-from moefast.cli.messages import Progress, detail, fail, tell_failures, tell_result, tell_written
+from moefast.cli.messages import detail, fail, tell_failures, tell_result, tell_written
 from moefast.cli.options import (
     BACKEND,
     CONFIG,
@@ -25,12 +26,13 @@ from moefast.cli.options import (
     OVERWRITE,
     TELLURIC,
     VELOCITY,
+    VELOCITY_RANGE,
     names,
     rows,
     talk,
 )
-from moefast.core.errors import OutputError
-from moefast.core.progress import FILES
+from moefast.core.errors import InputError, OutputError
+from moefast.core.progress import FILES, ProgressLine
 
 __all__ = ["predict"]
 
@@ -89,8 +91,7 @@ _OF_TASK = "of this task"
               help="Predict on a Dask cluster: the address of its scheduler, or local:N for N workers on this machine. "
               "The table is that of one machine, bit for bit.")  # fmt: skip
 @VELOCITY
-@click.option("--velocity-range", type=click.FloatRange(min=0, min_open=True), default=500.0, show_default=True,
-              metavar="KM/S", help="Fitted velocities lie within so many km/s of 0.")  # fmt: skip
+@VELOCITY_RANGE
 @MEDIUM
 @TELLURIC
 @click.option(
@@ -133,7 +134,7 @@ def predict(
     never a missing row. If the files have labels, R² is printed. What is odd about the spectra as a whole (slope, dead
     fibres, errors that do not fit the scatter, …) is said before the first is scored; no number is changed.
     """
-    from moefast.scoring import predict as run
+    from moefast.predicting.files import predict as run
 
     if listing is not None:
         from moefast.cluster.nights import listed
@@ -181,7 +182,7 @@ def predict(
             as_json=as_json,
         )  # fmt: skip
         return
-    with Progress(quiet or as_json) as progress:
+    with ProgressLine(quiet or as_json) as progress:
         progress.doing("predict: reading")
         summary = run(
             files, model, target, array=array, backend=backend, rows=rows, limit=limit,  # type: ignore[arg-type]
@@ -222,7 +223,7 @@ def _write_report(table: Path, model: str | None, page: str, quiet: bool) -> Non
     from moefast.inspection.run_page import write_page
     from moefast.inspection.worst import spectra_of_worst
 
-    with Progress(quiet) as progress:
+    with ProgressLine(quiet) as progress:
         progress.doing("predict: drawing the page")
         found = summarise_table(table)
         stars, reason = spectra_of_worst(found, model)
@@ -241,7 +242,7 @@ def _each(
     jobs = nights.plan(files, folder, suffix)
     chosen = Model.load(model)
     folder.mkdir(parents=True, exist_ok=True)
-    with Progress(quiet or as_json) as progress:
+    with ProgressLine(quiet or as_json) as progress:
         nights.run(
             jobs, chosen, options=options, skip_existing=skip_existing, overwrite=overwrite,
             status=status or folder / "status.csv", log=detail, progress=progress.rows(FILES),
@@ -271,7 +272,7 @@ def _on_cluster(
     from moefast.cluster.workers import connect, predict_on
 
     begin = time.perf_counter()
-    with Progress(quiet or as_json) as progress, connect(scheduler) as client:
+    with ProgressLine(quiet or as_json) as progress, connect(scheduler) as client:
         workers = len(client.scheduler_info(n_workers=-1)["workers"])
         progress.note(f"{workers} workers; dashboard {client.dashboard_link}")
         merged = predict_on(
@@ -304,12 +305,14 @@ def _on_cluster(
 
 def _check_same_inputs(target: Path, files: tuple[str, ...]) -> None:
     """Refuse to replace a table of other spectra under the default name: files of spectra are often called alike."""
-    from moefast.spectra.files import find_files
-    from moefast.spectra.tables import read_attributes
+    from moefast.spectra.paths import find_files
+    from moefast.spectra.tables import read_layout
 
     if not target.is_file():
         return
-    inputs = read_attributes(target).get("inputs")
+    inputs = None
+    with contextlib.suppress(InputError):
+        inputs = read_layout(target)[1].get("inputs")
     if not isinstance(inputs, list) or not {os.path.realpath(p) for p in inputs} <= {
         os.path.realpath(p) for p in find_files(files)
     }:

@@ -6,8 +6,8 @@ import json
 
 import click
 
-from moefast.cli.messages import Progress
 from moefast.cli.options import BACKEND, CONFIG, DEVICE, JSON, talk
+from moefast.core.progress import ProgressLine
 
 __all__ = ["roadmap"]
 
@@ -52,7 +52,7 @@ def roadmap(
     from moefast.protocol.roadmap import Plan, roadmap_text
     from moefast.protocol.roadmap import roadmap as run
 
-    with Progress(quiet or as_json) as progress:
+    with ProgressLine(quiet or as_json) as progress:
         result = run(
             out, Plan(name, train, part, size, steps, seeds), everything=everything, resume=resume,  # type: ignore[arg-type]
             backend=backend, say=progress.note, progress=progress.stage,

@@ -6,9 +6,10 @@ import json
 
 import click
 
-from moefast.cli.messages import Progress, tell_written
+from moefast.cli.messages import tell_written
 from moefast.cli.options import BACKEND, DEVICE, EXPERT, JSON, OVERWRITE, talk
 from moefast.core.atomic import refuse_taken, write_json
+from moefast.core.progress import ProgressLine
 
 __all__ = ["scenarios"]
 
@@ -53,7 +54,7 @@ def scenarios(
 
     if out:
         refuse_taken(out, overwrite=overwrite)
-    with Progress(quiet) as progress:
+    with ProgressLine(quiet) as progress:
         progress.doing("scenarios: loading model and simulator")
         found = run_scenarios(
             Model.load(model),

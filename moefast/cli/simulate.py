@@ -7,9 +7,10 @@ from typing import Any
 
 import click
 
-from moefast.cli.messages import Progress, tell_failures, tell_result
+from moefast.cli.messages import tell_failures, tell_result
 from moefast.cli.options import CONFIG, LIKE, OVERWRITE, RESOLUTION, positive, rows, talk
 from moefast.core.errors import MoefastError
+from moefast.core.progress import ProgressLine
 
 __all__ = ["simulate"]
 
@@ -142,7 +143,7 @@ def simulate(
                 f"{name} {part} has any number of rows: say how many with -n, or which with --rows"
             )
         total = part_rows(name, part, span)[2]
-        with Progress(quiet) as progress:
+        with ProgressLine(quiet) as progress:
             report = progress.rows("simulate")
             identity = simulate_set(
                 out, name, part, rows=span, noisy=noisy, overwrite=overwrite,
@@ -175,7 +176,7 @@ def simulate(
     except MoefastError as error:
         raise click.UsageError(str(error)) from error
     noisy = noisy is None or noisy
-    with Progress(quiet) as progress:
+    with ProgressLine(quiet) as progress:
         report = progress.rows("simulate")
         simulate_file(
             out, last - first, seed=seed, settings=settings, first_row=first, noisy=noisy, overwrite=overwrite,

@@ -21,8 +21,9 @@ from moefast.core.atomic import write_atomically
 from moefast.core.errors import InputError, MoefastError
 from moefast.core.version import __version__
 from moefast.model import Model
-from moefast.scoring import Summary, predict
-from moefast.spectra.files import find_files
+from moefast.predicting.files import predict
+from moefast.predicting.summary import Summary
+from moefast.spectra.paths import find_files
 from moefast.spectra.tables import WRITERS, read_layout
 
 __all__ = ["STATES", "Job", "listed", "plan", "run", "signature", "worst"]

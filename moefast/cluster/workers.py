@@ -23,8 +23,8 @@ from moefast.core.errors import BackendError, InputError, ModelError, MoefastErr
 from moefast.core.threads import CORES
 from moefast.core.version import __version__
 from moefast.model import Model
-from moefast.scoring import count_rows, predict
-from moefast.spectra.files import find_files
+from moefast.predicting.files import count_rows, predict
+from moefast.spectra.paths import find_files
 from moefast.spectra.tables import read_layout
 
 if TYPE_CHECKING:

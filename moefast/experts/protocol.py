@@ -29,7 +29,8 @@ from numpy.typing import NDArray
 
 from moefast.core.errors import InputError, ModelError
 from moefast.core.threads import in_threads, one_blas_thread
-from moefast.ops.arithmetic import NumPyArithmetic, SolvingArithmetic
+from moefast.ops.arithmetic import SolvingArithmetic
+from moefast.ops.on_numpy import NumPyArithmetic
 
 if TYPE_CHECKING:
     from typing import Self

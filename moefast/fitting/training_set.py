@@ -27,7 +27,7 @@ from moefast.spectra.quality import good_pixels
 
 if TYPE_CHECKING:
     from moefast.simulate.source import SimulatedSpectra
-    from moefast.spectra.files import SpectrumSet
+    from moefast.spectra.spectrum_set import SpectrumSet
 
 __all__ = ["BLOCK_ROWS", "TrainingSet"]
 

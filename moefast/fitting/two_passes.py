@@ -29,7 +29,7 @@ from moefast.posterior import PosteriorMixture
 
 if TYPE_CHECKING:
     from moefast.simulate.source import SimulatedSpectra
-    from moefast.spectra.files import SpectrumSet
+    from moefast.spectra.spectrum_set import SpectrumSet
 
 __all__ = ["Fit", "fit_mixture"]
 

@@ -22,22 +22,17 @@ from moefast.model import Model
 from moefast.posterior.mixture import PosteriorMixture
 from moefast.posterior.star import StarPosterior, star_posterior
 from moefast.posterior.velocities import DEFAULT_RANGE
-from moefast.scoring import (
-    FIT,
-    CpuEngine,
-    columns_of,
-    labels_at_the_edge,
-    move,
-    score_block,
-    score_moving,
-    unlike_reasons,
-    velocity_fit,
-)
-from moefast.spectra.files import Block, SpectrumSet
+from moefast.predicting.columns import columns_of
+from moefast.predicting.engines import CpuEngine, score_block
+from moefast.predicting.flags import labels_at_the_edge, unlike_reasons
+from moefast.predicting.velocities import FIT, move, score_moving, velocity_fit
 from moefast.spectra.layouts.pfsspec import identifiers
 from moefast.spectra.prepared import Origins, Preparation, PreparedShard, open_prepared
 from moefast.spectra.quality import Flag, Quality, good_pixels
+from moefast.spectra.source import Block
+from moefast.spectra.spectrum_set import SpectrumSet
 from moefast.spectra.telluric import Telluric
+from moefast.spectra.velocities import Velocities
 
 __all__ = ["Star", "describe", "find_row", "look_at"]
 
@@ -72,6 +67,8 @@ class Star:
         None for a star without data, and for models that are no posterior.
     experts : array of shape (K, 2)
         Weight of each expert, and its log g [dex].
+    velocity_fitted : bool
+        Whether the velocity was found from the spectrum, and not given.
     notes : list of str
         What cannot be shown, and what must be known of the file.
     """
@@ -89,6 +86,7 @@ class Star:
     flags: list[tuple[str, str]]
     posterior: StarPosterior | None
     experts: NDArray[np.float64]
+    velocity_fitted: bool = False
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -121,6 +119,7 @@ def look_at(
     identifier: str | None = None,
     array: Literal["auto", "flux", "noisy"] = "auto",
     velocity: float | str | Path | None = None,
+    velocity_range: float = DEFAULT_RANGE,
     medium: Literal["auto", "vacuum", "air"] = "auto",
     telluric: Telluric = "auto",
 ) -> Star:
@@ -135,7 +134,7 @@ def look_at(
         Row of the file, from 0; of several files, counted through them in order. The only one if absent.
     identifier : str, optional
         Value of an identifier column, or NAME=VALUE; instead of `row`.
-    array, velocity, medium, telluric
+    array, velocity, velocity_range, medium, telluric
         As in `moefast.predict`: of files of surveys the velocity is fitted where none is given.
 
     Raises
@@ -163,9 +162,9 @@ def look_at(
     file, own = origins.of(block.shard, inside, inside + 1)
     notes = [note for shard in spectra.shards if isinstance(shard, PreparedShard) for note in shard.notes]
     notes += [str(failure.error) for failure in origins.faults(at, at + 1)]
-    star = _scored(chosen, spectra, block, velocity, array)
+    star = _scored(chosen, spectra, block, velocity, velocity_range, array)
     if moved is not None:
-        star["values"] = {"v_los": float(moved.velocity[at])} | star["values"]
+        star["values"] = _velocity_of(moved, at) | star["values"]
     return Star(
         file=str(origins.paths[int(file[0])]),
         row=int(own[0]),
@@ -174,6 +173,16 @@ def look_at(
         notes=list(dict.fromkeys([*notes, *star.pop("notes")])),
         **star,
     )
+
+
+def _velocity_of(moved: Velocities, row: int) -> dict[str, float]:
+    """Columns of a velocity that was given."""
+    given = (
+        {"v_los": moved.velocity}
+        if moved.error is None
+        else {"v_los": moved.velocity, "v_los_err": moved.error}
+    )
+    return {name: float(np.float32(values[row])) for name, values in given.items()}
 
 
 def find_row(spectra: SpectrumSet, row: int | None, identifier: str | None) -> int:
@@ -251,13 +260,14 @@ def _scored(
     spectra: SpectrumSet,
     block: Block,
     velocity: float | str | Path | None,
+    velocity_range: float,
     array: Literal["auto", "flux", "noisy"],
 ) -> dict[str, Any]:
     """What a model says of the one spectrum of a block, and the spectrum at rest."""
     mixture, shard = model.mixture, spectra.shards[block.shard]
     flux, error, mask = block.flux, block.error, block.mask
     engine, first = CpuEngine(mixture), block.first_row - int(spectra.first_rows[block.shard])
-    fit = velocity_fit(model, spectra, velocity, DEFAULT_RANGE)
+    fit = velocity_fit(model, spectra, velocity, velocity_range)
     fitted: dict[str, float] = {}
     notes, posterior = [], None
     if fit is not None and isinstance(shard, PreparedShard) and (velocity is not None or shard.observed):
@@ -266,7 +276,7 @@ def _scored(
         result, quality, found = score_moving(engine, fit, shard, which, block, first)
         speed, speed_error = found.velocity, found.error
         if np.isfinite(speed[0]):
-            fitted = {"v_los": float(speed[0]), "v_los_err": float(speed_error[0])}
+            fitted = {"v_los": float(np.float32(speed[0])), "v_los_err": float(np.float32(speed_error[0]))}
             arms = shard.measured(which, first, first + 1)
             flux, error, at_rest = shard.at_velocity(arms, speed, np.zeros(1, np.intp))
             mask = at_rest if mask is None or not mask.all() else mask
@@ -298,6 +308,7 @@ def _scored(
         "values": values,
         "flags": _flags(model, columns, result, quality),
         "posterior": posterior,
+        "velocity_fitted": bool(fitted),
         "experts": np.column_stack([result.weights[0], result.expert_log_g[0]]).astype(np.float64),
         "notes": notes,
     }
@@ -335,6 +346,7 @@ def _flags(
                 for what, (value, limit, beyond) in unlike_reasons(result, limits, quality).items()
                 if beyond[0]
             ),
+            Flag.VELOCITY_UNCERTAIN: "other velocities fit about as well, or the best one is the last of the range",
         }[one]
         found.append((str(one.name), words))
     return found
@@ -365,9 +377,11 @@ def describe(star: Star) -> str:
             text = f"{values[label]:.{digits}f} ± {values[f'{label}_err']:.{digits}f}{unit}"
             line(label, text + _truth(star, label, digits))
     if "v_los" in values:
-        fitted = "v_los_err" in values
-        error = f" ± {values['v_los_err']:.1f} km/s, fitted" if fitted else " km/s, as given"
-        line("velocity", f"{values['v_los']:.1f}{error}")
+        error = f" ± {values['v_los_err']:.1f}" if "v_los_err" in values else ""
+        line(
+            "velocity",
+            f"{values['v_los']:.1f}{error} km/s, {'fitted' if star.velocity_fitted else 'as given'}",
+        )
     line(
         "signal to noise", f"{values['snr_median']:.1f} per pixel (median), snr_norm {values['snr_norm']:.2f}"
     )

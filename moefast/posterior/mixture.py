@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from moefast.core.threads import one_blas_thread
 from moefast.kernels import CloudPosterior, Clouds, Space, cloud_posterior
 from moefast.mixture import Mixture, Prediction
-from moefast.ops.arithmetic import NumPyArithmetic
+from moefast.ops.on_numpy import NumPyArithmetic
 from moefast.posterior.cells import alike_pixels
 from moefast.posterior.forward import Sizes, forward
 from moefast.spectra.quality import Quality

@@ -23,7 +23,7 @@ Predict = Callable[[NDArray, NDArray, NDArray[np.bool_]], tuple[Prediction, Qual
 
 
 def predict_moving(
-    fit: VelocityFit, predict: Predict, n: int, at_rest: AtRest
+    fit: VelocityFit, predict: Predict, n: int, at_rest: AtRest, given: tuple[NDArray, NDArray] | None = None
 ) -> tuple[Prediction, Quality, FittedVelocities]:
     """Velocities of n stars and, averaged over their posterior, everything else.
 
@@ -33,7 +33,7 @@ def predict_moving(
     predict : callable
         Predictions and quality of flux, error and mask.
     n : int
-    at_rest : callable
+    at_rest, given
         See `VelocityFit.fit`.
 
     Returns
@@ -41,7 +41,7 @@ def predict_moving(
     Prediction, Quality, FittedVelocities
         Of quality, the flag tells velocities that are uncertain.
     """
-    found = fit.fit(n, at_rest)
+    found = fit.fit(n, at_rest, given)
     first, quality = predict(*at_rest(found.nodes[:, 0], np.arange(n)))
     parts = [(np.arange(n), first)]
     for k in range(1, found.nodes.shape[1]):

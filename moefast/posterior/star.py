@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moefast.ops.arithmetic import NumPyArithmetic
+from moefast.ops.on_numpy import NumPyArithmetic
 from moefast.posterior.forward import cloud_values
 from moefast.posterior.mixture import PosteriorMixture
 

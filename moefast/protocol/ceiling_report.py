@@ -17,7 +17,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from moefast.core.text import bracket, number, percent, table
-from moefast.protocol.figures import PUBLISHED_RIDGE_OCTILES, PUBLISHED_VIT_OCTILES
+from moefast.protocol.drawings import PUBLISHED_RIDGE_OCTILES, PUBLISHED_VIT_OCTILES
 
 __all__ = ["figure", "format_text"]
 

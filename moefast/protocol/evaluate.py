@@ -34,7 +34,7 @@ from moefast.core.atomic import (
 )
 from moefast.core.errors import InputError, OutputError
 from moefast.core.grids import Grid, SnrGrid
-from moefast.core.progress import StageProgress
+from moefast.core.progress import StageProgress, stage_progress
 from moefast.core.random import NOISE_SEED, standard_normals
 from moefast.core.sketches import share_seen
 from moefast.core.version import __version__
@@ -53,11 +53,12 @@ from moefast.protocol.report import (
 )
 from moefast.protocol.report_text import format_text
 from moefast.protocol.subject import ModelSubject, Subject, open_subject
-from moefast.scoring import BLOCK_ROWS
 from moefast.simulate.sets import Identity, identify
-from moefast.spectra.files import Block, SpectrumSet, open_spectra, same_wave
 from moefast.spectra.guard import noisy_already, take
 from moefast.spectra.quality import assess, good_pixels
+from moefast.spectra.source import Block
+from moefast.spectra.spectrum_set import SpectrumSet, open_spectra
+from moefast.spectra.wave import same_wave
 
 __all__ = ["Evaluation", "check_report_folder", "evaluate", "expected_stages", "write_report"]
 
@@ -68,6 +69,9 @@ _LOG = logging.getLogger(__name__)
 SECONDS_PER_ROW = 7e-4
 INTERVALS = (1.0, 4e-4)
 PICTURES = 8.0
+
+BLOCK_ROWS = 2048
+"""Spectra that are read and looked at together."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ def evaluate(
     ceiling: Ceiling | str | Path | None = None,
     backend: str = "auto",
     name: str | None = None,
-    progress: StageProgress | None = None,
+    progress: StageProgress | Literal[False] | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Evaluation:
     """Evaluate a model, an ONNX file or a table of predictions on labelled spectra.
@@ -136,7 +140,8 @@ def evaluate(
     name : str, optional
         Name of the test set in the report.
     progress : callable, optional
-        Called with the name of a stage ("evaluate", "intervals"), rows or steps done, and those in all.
+        Called with the name of a stage ("evaluate", "intervals"), rows or steps done, and those in all. Without it a
+        line shows them in notebooks and interactive sessions; False leaves it out.
     tell : callable, optional
         Called, before the first row is scored, with what makes the noise that is added doubtful.
 
@@ -184,66 +189,73 @@ def evaluate(
         "subject %s; simpler fits beside it are those of %s; ceilings: %s", subject.about["name"],
         _name(beside) or "no model", ", ".join(ceilings) or "none known of this set",
     )  # fmt: skip
-    if progress is not None:
-        progress("evaluate", 0, spectra.n_rows)
-    found: dict[str, list[NDArray]] = {}
-    references: dict[str, list[NDArray]] = {}
-    scoring = 0.0
-    for block in spectra.blocks(BLOCK_ROWS, array="noisy" if stored else "flux"):
-        rows = np.arange(block.first_row, block.first_row + len(block))
-        if noise_level != 1.0:
-            block.error *= np.float32(noise_level)
-        if drawn:
-            draw = standard_normals(noise_seed, rows, spectra.n_pixels)
-            draw *= block.error
-            block.flux += draw
-        good = good_pixels(block.flux, block.error, block.mask)
-        quality = assess(block.flux, block.error, good, block.mask)
-        begin = time.perf_counter()
-        columns = subject.predict(block, good, int(spectra.first_rows[block.shard]))
-        scoring += time.perf_counter() - begin
-        columns |= {"snr_norm": quality.snr_norm, "snr_median": quality.snr_median}
-        for key, values in columns.items():
-            found.setdefault(key, []).append(values)
-        if isinstance(grid, SnrGrid):
-            bins[rows] = grid.assign(np.nan_to_num(quality.snr_norm))
-        if beside is not None:
-            for key, values in _reference_predictions(beside, subject, block, good, bins[rows]).items():
-                references.setdefault(key, []).append(values)
-        if progress is not None:
-            progress("evaluate", int(rows[-1]) + 1, spectra.n_rows)
-    table = {key: np.concatenate(parts)[labelled] for key, parts in found.items()}
-    labels = {key: values[labelled] for key, values in labels.items()}
-    if not labelled.all():
-        # They are those of all stars.
-        ceilings, group_ceilings = {}, None
-    n_experts = sum(key.startswith("weight_") for key in table)
-    several = n_experts > 1
-    own = isinstance(subject, ModelSubject)
-    report = evaluate_predictions(
-        Stars(labels["log_g"], labels["T_eff"], labels["M_H"], table["snr_norm"], table["snr_median"]),
-        Predictions(
-            table["log_g"].astype(np.float64),
-            table.get("log_g_err"),
-            weights=np.column_stack([table[f"weight_{k}"] for k in range(n_experts)]) if several else None,
-            expert_grid=subject.expert_grid if several else None,
-        ),
-        DataSet(
-            name or _set_name(spectra, identity),
-            spectra.fingerprint(),
-            n_unlabelled=int((~labelled).sum()),
-            reference_set=None if identity is None else identity._asdict(),
-            **about_noise,
-        ),
-        comparisons=Comparisons(
-            references={key: np.concatenate(parts)[labelled] for key, parts in references.items()},
-            oracle_reference=_oracle(subject.model.mixture) if own and several and subject.model else None,
-            ceilings=ceilings,
-            group_ceilings=group_ceilings,
-        ),
-        model={**subject.about, "references_of": _name(beside), "share_seen": _share_seen(subject, labels)},
-        progress=None if progress is None else partial(progress, "intervals"),
-    )
+    with stage_progress(progress, partial(expected_stages, pictures=False)) as told:
+        told("evaluate", 0, spectra.n_rows)
+        found: dict[str, list[NDArray]] = {}
+        references: dict[str, list[NDArray]] = {}
+        scoring = 0.0
+        for block in spectra.blocks(BLOCK_ROWS, array="noisy" if stored else "flux"):
+            rows = np.arange(block.first_row, block.first_row + len(block))
+            if noise_level != 1.0:
+                block.error *= np.float32(noise_level)
+            if drawn:
+                draw = standard_normals(noise_seed, rows, spectra.n_pixels)
+                draw *= block.error
+                block.flux += draw
+            good = good_pixels(block.flux, block.error, block.mask)
+            quality = assess(block.flux, block.error, good, block.mask)
+            begin = time.perf_counter()
+            columns = subject.predict(block, good, int(spectra.first_rows[block.shard]))
+            scoring += time.perf_counter() - begin
+            columns |= {"snr_norm": quality.snr_norm, "snr_median": quality.snr_median}
+            for key, values in columns.items():
+                found.setdefault(key, []).append(values)
+            if isinstance(grid, SnrGrid):
+                bins[rows] = grid.assign(np.nan_to_num(quality.snr_norm))
+            if beside is not None:
+                for key, values in _reference_predictions(beside, subject, block, good, bins[rows]).items():
+                    references.setdefault(key, []).append(values)
+            told("evaluate", int(rows[-1]) + 1, spectra.n_rows)
+        table = {key: np.concatenate(parts)[labelled] for key, parts in found.items()}
+        labels = {key: values[labelled] for key, values in labels.items()}
+        if not labelled.all():
+            # They are those of all stars.
+            ceilings, group_ceilings = {}, None
+        n_experts = sum(key.startswith("weight_") for key in table)
+        several = n_experts > 1
+        own = isinstance(subject, ModelSubject)
+        report = evaluate_predictions(
+            Stars(labels["log_g"], labels["T_eff"], labels["M_H"], table["snr_norm"], table["snr_median"]),
+            Predictions(
+                table["log_g"].astype(np.float64),
+                table.get("log_g_err"),
+                weights=np.column_stack([table[f"weight_{k}"] for k in range(n_experts)])
+                if several
+                else None,
+                expert_grid=subject.expert_grid if several else None,
+            ),
+            DataSet(
+                name or _set_name(spectra, identity),
+                spectra.fingerprint(),
+                n_unlabelled=int((~labelled).sum()),
+                reference_set=None if identity is None else identity._asdict(),
+                **about_noise,
+            ),
+            comparisons=Comparisons(
+                references={key: np.concatenate(parts)[labelled] for key, parts in references.items()},
+                oracle_reference=_oracle(subject.model.mixture)
+                if own and several and subject.model
+                else None,
+                ceilings=ceilings,
+                group_ceilings=group_ceilings,
+            ),
+            model={
+                **subject.about,
+                "references_of": _name(beside),
+                "share_seen": _share_seen(subject, labels),
+            },
+            progress=partial(told, "intervals"),
+        )
     stars: dict[str, NDArray] = {
         "row": np.flatnonzero(labelled).astype(np.int64),
         "log_g_true": labels["log_g"].astype(np.float64),
@@ -511,8 +523,8 @@ def write_report(
     overwrite : bool
         Whether a report may be replaced; pictures of it that are not drawn again are removed.
     judged : mapping, optional
-        What the evaluation says about the milestones, from `moefast.protocol.milestones.judge_alone`: a table more in
-        report.txt and report.html.
+        What the evaluation says about the milestones, from `moefast.protocol.milestones.judge.judge_alone`: a table
+        more in report.txt and report.html.
     progress : callable, optional
         Called with "pictures", those drawn and those in all.
 

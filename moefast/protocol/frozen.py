@@ -30,7 +30,9 @@ from moefast.core.atomic import write_atomically
 from moefast.core.random import DRAW_STREAM, NOISE_SEED, NOISE_STREAM, standard_normals
 from moefast.fitting import PUBLISHED_ALPHA
 from moefast.protocol import report, scenarios
-from moefast.protocol.milestones import MILESTONES, N_SEEDS, TEST_PART, TEST_SIZE, Rule
+from moefast.protocol.milestones.marks import MILESTONES
+from moefast.protocol.milestones.quantities import N_SEEDS, TEST_PART, TEST_SIZE
+from moefast.protocol.milestones.rules import Rule
 from moefast.protocol.report import Comparisons, DataSet, Predictions, Stars, evaluate_predictions
 from moefast.simulate.emulator import LABELS
 from moefast.simulate.sets import FINGERPRINTS, REFERENCE_SETS

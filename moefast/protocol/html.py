@@ -65,7 +65,7 @@ def page(
     run : mapping, optional
         `Evaluation.run`: throughput, device and command.
     judged : mapping, optional
-        What the evaluation says about the milestones, from `moefast.protocol.milestones.judge_alone`.
+        What the evaluation says about the milestones, from `moefast.protocol.milestones.judge.judge_alone`.
 
     Returns
     -------

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from moefast.core.errors import InputError
 from moefast.core.outputs import kept_columns
-from moefast.spectra.files import SpectrumSet
+from moefast.spectra.spectrum_set import SpectrumSet
 from moefast.spectra.tables import READERS, Column, open_table, read_table
 from moefast.spectra.velocities import KEYS
 

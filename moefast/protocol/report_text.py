@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moefast.core.text import bracket, number, percent, table
-from moefast.protocol.milestones_report import format_section
+from moefast.protocol.milestones.text import format_section
 
 __all__ = ["format_text", "norm_label", "octile_label"]
 
@@ -25,7 +25,7 @@ def format_text(
     throughput : mapping, optional
         "spectra_per_second" and "device" or "backend", for the headline.
     judged : mapping, optional
-        What the evaluation says about the milestones, from `moefast.protocol.milestones.judge_alone`.
+        What the evaluation says about the milestones, from `moefast.protocol.milestones.judge.judge_alone`.
 
     Returns
     -------

@@ -21,8 +21,9 @@ from moefast.core.random import NOISE_SEED
 from moefast.core.text import bracket, number, table
 from moefast.model import Model
 from moefast.protocol.evaluate import evaluate, write_report
-from moefast.protocol.milestones import judge, read_reports
-from moefast.protocol.milestones_report import format_text
+from moefast.protocol.milestones.evaluations import read_reports
+from moefast.protocol.milestones.judge import judge
+from moefast.protocol.milestones.text import format_text
 from moefast.recipes import fit
 from moefast.simulate import SimulatedSpectra
 from moefast.simulate.sets import simulate_set

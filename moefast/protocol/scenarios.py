@@ -23,15 +23,16 @@ from moefast.core.errors import MoefastError
 from moefast.core.random import NOISE_STREAM, add_noise, standard_normals, uniforms_of_rows
 from moefast.core.text import number, percent, table
 from moefast.model import Model
-from moefast.scoring import columns_of, open_engine, score_block
+from moefast.predicting.columns import columns_of
+from moefast.predicting.engines import open_engine, score_block
 from moefast.simulate.emulator import LABELS, Emulator
 from moefast.simulate.gaps import GAPS
 from moefast.simulate.noise import SKY_GROUPS, NoiseModel
 from moefast.simulate.nuisance import LIGHT_SPEED
 from moefast.simulate.rows import Settings, SimulatedBlock, noise_model, simulate_rows
 from moefast.simulate.sets import REFERENCE_SETS
-from moefast.spectra.files import Block
 from moefast.spectra.quality import Flag
+from moefast.spectra.source import Block
 
 __all__ = [
     "FLAGS",

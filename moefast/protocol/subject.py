@@ -19,9 +19,11 @@ from moefast.backend import Backend, resolve_backend
 from moefast.core.errors import BackendError, InputError, ModelError, WaveGridError
 from moefast.core.grids import Grid
 from moefast.model import Model
+from moefast.predicting.columns import columns_of
+from moefast.predicting.engines import open_engine, score_block, warm_up
 from moefast.protocol.predictions import SUFFIXES, PredictionTable, read_predictions
-from moefast.scoring import columns_of, open_engine, score_block, warm_up
-from moefast.spectra.files import Block, SpectrumSet
+from moefast.spectra.source import Block
+from moefast.spectra.spectrum_set import SpectrumSet
 
 __all__ = ["ModelSubject", "OnnxSubject", "Subject", "TableSubject", "open_subject"]
 

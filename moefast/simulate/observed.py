@@ -32,10 +32,11 @@ from scipy.special import ndtri
 
 from moefast.core.errors import InputError, WaveGridError
 from moefast.core.random import NOISE_STREAM, add_noise, uniforms_of_rows
-from moefast.spectra.files import Block, Failure, SpectrumSet
 from moefast.spectra.grids import measured_grid
 from moefast.spectra.prepared import Preparation, open_prepared
 from moefast.spectra.quality import good_pixels
+from moefast.spectra.source import Block, Failure
+from moefast.spectra.spectrum_set import SpectrumSet
 from moefast.spectra.telluric import Telluric
 
 from .emulator import LABELS, Emulator

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moefast.core.errors import InputError, MoefastError
-from moefast.spectra.files import Shard
+from moefast.spectra.shard import Shard
 
 from .emulator import Emulator
 from .gaps import Gaps

@@ -1,8 +1,8 @@
 """Simulated spectra that never touch a disk: generated block by block for whoever reads them.
 
-Design: the reading interface of `moefast.spectra.files.SpectrumSet`, with the simulator in the place of the files. Rows
-are pure functions of seed and number, so a second pass generates them again instead of keeping them: memory does not
-grow with their number. Nothing is read ahead: generation keeps all cores busy by itself.
+Design: the reading interface of `moefast.spectra.spectrum_set.SpectrumSet`, with the simulator in the place of the
+files. Rows are pure functions of seed and number, so a second pass generates them again instead of keeping them: memory
+does not grow with their number. Nothing is read ahead: generation keeps all cores busy by itself.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from moefast.core.errors import InputError, LabelError, MoefastError
-from moefast.spectra.files import Block, Failure, block_edges
+from moefast.spectra.source import Block, Failure, block_edges
 
 from .emulator import Emulator
 from .observed import OBSERVED_PARAMS, Observed, simulate_observed

@@ -23,7 +23,7 @@ from moefast.core.compiled import njit
 from moefast.core.errors import MoefastError, WaveGridError
 from moefast.core.threads import in_threads
 from moefast.kernels.resample import pixel_edges
-from moefast.spectra.files import same_wave
+from moefast.spectra.wave import same_wave
 
 from .emulator import Emulator
 from .nuisance import LINE_SPREAD, STENCIL

@@ -12,7 +12,7 @@ import numpy as np
 
 from moefast.core.errors import MoefastError
 from moefast.kernels.resample import pixel_edges
-from moefast.spectra.files import SpectrumWriter
+from moefast.spectra.writer import SpectrumWriter
 
 from .emulator import Emulator
 from .observed import OBSERVED_PARAMS, Observed, simulate_observed

@@ -1,15 +1,6 @@
 """Spectrum files in, prediction tables out: the only code that knows file layouts."""
 
-from moefast.spectra.files import (
-    Block,
-    Failure,
-    Shard,
-    SpectrumSet,
-    SpectrumWriter,
-    find_files,
-    open_spectra,
-    same_wave,
-)
+from moefast.spectra.paths import find_files
 from moefast.spectra.quality import (
     QUALITY_FEATURES,
     Flag,
@@ -18,8 +9,13 @@ from moefast.spectra.quality import (
     good_pixels,
     quality_features,
 )
+from moefast.spectra.shard import Shard
+from moefast.spectra.source import Block, Failure
+from moefast.spectra.spectrum_set import SpectrumSet, open_spectra
 from moefast.spectra.summary import picture, summarise
 from moefast.spectra.tables import Column, TableWriter, open_table, read_table
+from moefast.spectra.wave import same_wave
+from moefast.spectra.writer import SpectrumWriter
 
 __all__ = [
     "QUALITY_FEATURES",

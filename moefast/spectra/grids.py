@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from moefast.core.errors import InputError, WaveGridError
 from moefast.kernels.resample import pixel_edges
-from moefast.spectra.files import find_files
+from moefast.spectra.paths import find_files
 from moefast.spectra.prepared import in_vacuum, open_measured
 from moefast.spectra.resample import Pixels
 

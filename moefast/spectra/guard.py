@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefast.core.errors import MoefastError
-from moefast.spectra.files import SpectrumSet
 from moefast.spectra.prepared import PreparedShard
 from moefast.spectra.quality import good_pixels
+from moefast.spectra.spectrum_set import SpectrumSet
 
 __all__ = ["Oddity", "Sample", "look", "noisy_already", "spread_rows", "take"]
 

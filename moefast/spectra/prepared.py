@@ -1,6 +1,6 @@
 """Survey files as shards on a model's grid: what is behind this door knows no layout.
 
-Design: a `PreparedShard` has the interface of `moefast.spectra.files.Shard`. Its flux is f_λ at rest on the grid that
+Design: a `PreparedShard` has the interface of `moefast.spectra.shard.Shard`. Its flux is f_λ at rest on the grid that
 was asked for, divided by its median where the file's is not. Files of one star each are put together, many in a shard,
 so that they are read and predicted in blocks of many rows; where a row came from, `Origins` tells. What is wrong with a
 single row costs that row alone: it is handed out without a good pixel, and the fault is kept in `faults`.
@@ -21,20 +21,15 @@ from numpy.typing import NDArray
 from moefast.core.errors import InputError, WaveGridError
 from moefast.core.regular import refuse_special
 from moefast.kernels.resample import normalise
-from moefast.spectra.files import (
-    Failure,
-    OnError,
-    Shard,
-    SpectrumSet,
-    describe_difference,
-    open_spectra,
-    same_wave,
-)
 from moefast.spectra.layouts.pfsspec import survey_file
 from moefast.spectra.layouts.registry import SurveyFile, damage, open_survey_file
 from moefast.spectra.resample import Pixels, on_grid
+from moefast.spectra.shard import Shard
+from moefast.spectra.source import Failure, OnError
+from moefast.spectra.spectrum_set import SpectrumSet, open_spectra
 from moefast.spectra.telluric import CHOICES, Telluric, without_telluric, words_of_ranges
 from moefast.spectra.units import LIGHT_SPEED, air_to_vacuum
+from moefast.spectra.wave import describe_difference, same_wave
 
 __all__ = [
     "MEDIA",
@@ -311,9 +306,13 @@ class PreparedShard(Shard):
         for name in self.columns if names is None else names:
             if name not in self.columns:
                 raise InputError(f"{self.path}: has no column {name!r}; it has {', '.join(self.columns)}")
-            values = np.concatenate([file.columns[name] for file in self.files[first : last + 1]])
-            base = int(self.first_rows[first])
-            out[name] = values[start - base : stop - base]
+            pieces = [
+                file.columns[name][max(start - base, 0) : max(stop - base, 0)]
+                for file, base in zip(
+                    self.files[first : last + 1], self.first_rows[first : last + 1].tolist(), strict=True
+                )
+            ]
+            out[name] = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
         return out
 
     def order_problems(self) -> list[str]:
@@ -326,7 +325,9 @@ class PreparedShard(Shard):
         """SHA-256, as hex digits, of all columns, and of sizes, headers and first data of up to 16 files."""
         digest = hashlib.sha256()
         for name in self.columns:
-            digest.update(name.encode() + self.params([name])[name].tobytes())
+            digest.update(name.encode())
+            for values in self.slices(name):
+                digest.update(values.tobytes())
         # As of a large file, single values of many small ones are not seen.
         looked_at = np.unique(np.linspace(0, len(self.files) - 1, FINGERPRINT_FILES).astype(int))
         for file in (self.files[index] for index in looked_at):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moefast.kernels.resample import NOT_FINITE, NOT_INCREASING, pixel_edges, resample
+from moefast.kernels.resample import NOT_FINITE, NOT_INCREASING, join, pixel_edges, resample
 
 __all__ = ["OnGrid", "Pixels", "on_grid"]
 
@@ -115,9 +115,11 @@ def on_grid(arms: Sequence[Pixels], factor: NDArray[np.float64], wave: NDArray[n
         Pixel centres of the grid.
     """
     first, *others = [_arm(arm, factor, wave) for arm in arms]
+    faults = dict(first.faults)
     for other in others:
-        first = _joined(first, other)
-    return first
+        join(first.flux, first.error, first.mask, (other.flux, other.error, other.mask))
+        faults = {**other.faults, **faults}
+    return OnGrid(first.flux, first.error, first.mask, faults)
 
 
 def _arm(arm: Pixels, factor: NDArray[np.float64], wave: NDArray[np.float64]) -> OnGrid:
@@ -156,14 +158,3 @@ def _there_already(arm: Pixels, factor: NDArray[np.float64], wave: NDArray[np.fl
     for row in np.flatnonzero(there):
         there[row] = np.all(np.abs(arm.wave[arm.starts[row] : arm.starts[row + 1]] - wave) < step)
     return there
-
-
-def _joined(a: OnGrid, b: OnGrid) -> OnGrid:
-    """The mean of two arms, weighed by their variances; where only one has a pixel, that one."""
-    both = ~a.mask & ~b.mask
-    flux, error = np.where(a.mask, b.flux, a.flux), np.where(a.mask, b.error, a.error)
-    if both.any():
-        va, vb = a.error[both].astype(np.float64) ** 2, b.error[both].astype(np.float64) ** 2
-        flux[both] = (a.flux[both] * vb + b.flux[both] * va) / (va + vb)
-        error[both] = np.sqrt(va * vb / (va + vb))
-    return OnGrid(flux, error, a.mask & b.mask, {**b.faults, **a.faults})

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from moefast.core.errors import InputError, OutputError
 from moefast.spectra import guard
-from moefast.spectra.files import SpectrumSet
 from moefast.spectra.quality import Flag, assess, good_pixels
 from moefast.spectra.smoothing import FRAME, frame, smoothed
+from moefast.spectra.spectrum_set import SpectrumSet
 
 __all__ = ["format_text", "picture", "summarise"]
 

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefast.experts.protocol import Expert, ExpertValues, Inputs, expert, in_tiles, read_initializers
-from moefast.ops.arithmetic import NumPyArithmetic, SolvingArithmetic, is_matrix
+from moefast.ops.arithmetic import SolvingArithmetic, is_matrix
+from moefast.ops.on_numpy import NumPyArithmetic
 from moefast.trunks.networks import KINDS, SEES_FLUX, Kind, Plan, answer, shapes
 
 if TYPE_CHECKING:

@@ -32,7 +32,8 @@ from numpy.typing import NDArray
 from moefast.checkpoint import NETWORK_FILE
 from moefast.core.atomic import atomic_file
 from moefast.core.errors import MoefastError
-from moefast.ops.arithmetic import FIXED, TorchArithmetic, is_matrix
+from moefast.ops.arithmetic import FIXED, is_matrix
+from moefast.ops.on_torch import TorchArithmetic
 from moefast.trunks.heads import Heads
 from moefast.trunks.networks import answer
 

@@ -15,7 +15,7 @@ from moefast.protocol.ceiling_report import figure, format_text
 from moefast.simulate import Settings, simulate_file
 from moefast.simulate.forward import ForwardModel
 from moefast.simulate.sets import FINGERPRINTS, REFERENCE_SETS, simulate_set
-from moefast.spectra.files import open_spectra
+from moefast.spectra.spectrum_set import open_spectra
 
 N = 24
 

@@ -7,7 +7,7 @@ from click.testing import CliRunner
 from moefast.cli import cli
 from moefast.cluster.merge import merge_tables, tables_named
 from moefast.core.errors import InputError, OutputError
-from moefast.scoring import predict
+from moefast.predicting.files import predict
 from moefast.spectra.tables import read_layout, read_table
 
 FORMATS = (".h5", ".parquet", ".fits")

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from moefast.cli import cli
 from moefast.cluster import nights
 from moefast.core.errors import InputError
-from moefast.scoring import predict
+from moefast.predicting.files import predict
 from moefast.spectra.tables import read_table
 
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from moefast.cli import cli
 from moefast.cluster import workers
 from moefast.core.errors import BackendError, InputError, LabelError, ModelError, OutputError
-from moefast.scoring import predict
+from moefast.predicting.files import predict
 from moefast.spectra.tables import read_table
 
 distributed = pytest.importorskip("distributed")

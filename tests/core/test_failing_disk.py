@@ -22,8 +22,9 @@ from moefast.core.atomic import (
 )
 from moefast.core.errors import OutputError
 from moefast.core.watched import WatchedFile
-from moefast.spectra.files import SpectrumWriter, open_spectra
+from moefast.spectra.spectrum_set import open_spectra
 from moefast.spectra.tables import WRITERS, Column, open_table, read_table
+from moefast.spectra.writer import SpectrumWriter
 
 CALLS = ("write", "fsync", "replace", "link", "close")
 ROWS = 3000

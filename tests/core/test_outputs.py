@@ -12,7 +12,8 @@ from moefast.core.outputs import Output
 from moefast.export import build
 from moefast.export.parity import POSTERIOR_TOLERANCES, TOLERANCES
 from moefast.mixture import Prediction
-from moefast.scoring import predict, table_columns
+from moefast.predicting.columns import table_columns
+from moefast.predicting.files import predict
 from moefast.spectra.quality import Flag
 from moefast.spectra.tables import Column, open_table
 

@@ -100,7 +100,7 @@ def test_nothing_is_asked_of_the_device_before_rows_come(device):
 def test_a_fit_on_the_device_is_the_fit(train_file):
     from moefast.core.grids import uniform
     from moefast.fitting import Options, fit_mixture
-    from moefast.spectra.files import open_spectra
+    from moefast.spectra.spectrum_set import open_spectra
 
     options = Options(grid=uniform(2, 1), n_levels=3, sample_draws=1, references=True)
     found = fit_mixture(open_spectra(train_file), options, backend="cuda")

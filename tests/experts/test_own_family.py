@@ -19,9 +19,9 @@ from moefast.experts import protocol
 from moefast.experts.protocol import ENTRY_POINTS, ExpertValues, Place, family
 from moefast.export import build, open_session, read_mixture, verify
 from moefast.fitting import Options
+from moefast.predicting.files import predict
 from moefast.protocol.evaluate import evaluate
 from moefast.recipes import fit
-from moefast.scoring import predict
 
 
 @moefast.expert

@@ -14,7 +14,7 @@ from moefast.export import parity as module
 from moefast.export.graph import IR_VERSION, OPSET, Graph, kind_of, part_of
 from moefast.export.parity import POSTERIOR_TOLERANCES, TOLERANCES, expected_outputs, synthetic_spectra
 from moefast.export.session import start_session
-from moefast.ops.arithmetic import OnnxArithmetic
+from moefast.ops.on_onnx import OnnxArithmetic
 from moefast.spectra.quality import good_pixels
 
 OUTPUTS = (*TOLERANCES, *POSTERIOR_TOLERANCES)

@@ -11,7 +11,7 @@ from tolerances import assert_close
 from moefast.gating.tower import RAMP, Tower, quality_logs
 from moefast.kernels import perceptron
 from moefast.kernels.reference import perceptron_reference
-from moefast.ops.arithmetic import NumPyArithmetic
+from moefast.ops.on_numpy import NumPyArithmetic
 from moefast.spectra.quality import QUALITY_FEATURES, quality_features
 
 

@@ -15,7 +15,7 @@ from moefast.inspection.run import format_text, is_table, summarise, summarise_t
 from moefast.inspection.run_page import FIGURES, page
 from moefast.inspection.worst import spectra_of_worst
 from moefast.pages.drawing import LIGHT, single, styled
-from moefast.scoring import predict
+from moefast.predicting.files import predict
 from moefast.spectra.quality import Flag
 
 N = 2000

@@ -19,7 +19,7 @@ from moefast.inspection.lines import lines_within
 from moefast.inspection.star import describe, look_at
 from moefast.inspection.star_picture import LARGEST_PULL, figure
 from moefast.pages.drawing import LIGHT, styled
-from moefast.scoring import predict
+from moefast.predicting.files import predict
 from moefast.spectra.smoothing import smoothed
 
 

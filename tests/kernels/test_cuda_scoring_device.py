@@ -111,7 +111,7 @@ def test_a_bad_row_leaves_its_neighbours_alone():
 @pytest.mark.gpu
 @pytest.mark.usefixtures("device")
 def test_the_engine():
-    from moefast.scoring import CudaEngine
+    from moefast.predicting.engines import CudaEngine
 
     mixture = random_mixture(n_pixels=4096)
     flux, error = spectra(700, mixture.projection)
@@ -125,7 +125,7 @@ def test_the_engine():
 @pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("marks", [(True,) * 9, (True, False, True) * 3])
 def test_the_engine_of_a_mixture_with_a_library(marks):
-    from moefast.scoring import CudaEngine
+    from moefast.predicting.engines import CudaEngine
 
     plain = random_mixture(n_pixels=4096, n_experts=9)
     library = random_library(9, plain.n_basis, n_tangents=9, clouds=20)

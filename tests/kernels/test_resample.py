@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moefast.kernels.reference_resample import resample_reference, resampling_matrix
-from moefast.kernels.resample import GOOD, NOT_FINITE, NOT_INCREASING, normalise, pixel_edges, resample
+from moefast.kernels.resample import GOOD, NOT_FINITE, NOT_INCREASING, join, normalise, pixel_edges, resample
 
 STEP = 0.4272
 WAVE = 8000 + STEP * np.arange(400)
@@ -33,7 +33,7 @@ def inner(to, wave=WAVE, factor=1.0):
     return (to * factor > wave[6]) & (to * factor < wave[-7])
 
 
-@pytest.mark.parametrize("step", [0.2, 0.4272, 0.45, 0.8, 1.3])
+@pytest.mark.parametrize("step", [0.05, 0.2, 0.4272, 0.45, 0.8, 1.3])
 def test_kernel_is_the_reference(step):
     rng = np.random.default_rng(1)
     wave = 8000 + np.cumsum(step * (1 + 0.02 * np.sin(np.arange(300) / 20)))
@@ -183,6 +183,40 @@ def test_rows_of_different_lengths_are_alone():
         )  # fmt: skip
         for a, b in zip(together[:3], alone[:3], strict=True):
             assert a[row].tobytes() == b[0].tobytes()
+
+
+def test_rows_on_one_grid_have_the_bits_that_they_have_alone():
+    """Weights are kept from one row to the next as long as wavelengths and velocity are the same."""
+    rng = np.random.default_rng(8)
+    factor = np.array([1, 1, 1.0002, 1.0002, 1, 0.9997, 1.00021])
+    n = len(factor)
+    flux, error, bad = rng.random((n, 400)), rng.uniform(0.5, 2, (n, 400)), rng.random((n, 400)) < 0.05
+    wave = np.delete(np.append(WAVE, WAVE[-1] + STEP), 200)
+    edges = pixel_edges(WAVE[20:-20] + 0.1)
+    together = resample(wave, flux.ravel(), error.ravel(), bad.ravel(), np.arange(n + 1) * 400, factor, edges)
+    assert 0.05 < together[2].mean() < 0.3
+    for row in range(n):
+        alone = resample(
+            wave, flux[row], error[row], bad[row], np.array([0, 400]), factor[row : row + 1], edges
+        )
+        for a, b in zip(together, alone, strict=True):
+            assert a[row].tobytes() == b[0].tobytes()
+
+
+def test_arms_are_joined_by_their_variances():
+    flux, error = np.array([[1, 2, 3, 9]], "f4"), np.array([[1, 1, np.inf, np.inf]], "f4")
+    mask = np.array([[False, False, True, True]])
+    beside = (
+        np.array([[5, 9, 7, 9]], "f4"),
+        np.array([[2, 1, 3, 1]], "f4"),
+        np.array([[False, True, False, True]]),
+    )
+    join(flux, error, mask, beside)
+    np.testing.assert_allclose(flux[0], [(1 * 4 + 5 * 1) / 5, 2, 7, 9])
+    np.testing.assert_allclose(error[0, :3], [np.sqrt(4 / 5), 1, 3], rtol=1e-6)
+    np.testing.assert_array_equal(mask[0], [False, False, False, True])
+    with pytest.raises(ValueError, match="of one shape"):
+        join(flux, error, mask[:, :3], beside)
 
 
 def test_nothing_is_checked_in_vain():

@@ -67,6 +67,34 @@ def test_velocities_are_right_and_their_errors_calibrated(stars, found):
     assert np.median(np.abs(off[bright])) < 2
 
 
+def test_what_is_known_of_velocities_counts_with_what_the_spectrum_says(stars, fit, found):
+    rng = np.random.default_rng(9)
+    n = 200
+    error = np.full(n, 20.0)
+    about = stars["velocity"][:n] + error * rng.standard_normal(n)
+    error[:3] = [5, np.nan, 480]
+    some = slice(n)
+    n_stars, at_rest = at_rest_of(stars, fit, some)
+    both = fit.fit(n_stars, at_rest, (about, error))
+    np.testing.assert_array_equal(both.velocity[:3], about[:3])
+    np.testing.assert_array_equal(both.error[:2], error[:2])
+    assert (both.weights[:3] == [1, 0, 0, 0, 0]).all()
+    off, free = (np.abs(each.velocity[:n] - stars["velocity"][some])[3:] for each in (both, found[2]))
+    known, unknown = both.error[3:], found[2].error[3:n]
+    assert np.mean(off < known) == pytest.approx(0.68, abs=0.1)
+    assert not both.uncertain.any()
+    assert off.max() < 60 < free.max()
+    # Faint stars gain: the error of both together is smaller than either.
+    wide = (unknown > 10) & ~found[2].uncertain[3:n]
+    assert wide.sum() > 5
+    assert (known[wide] < unknown[wide]).all()
+    assert (known < 20).all()
+    # What says nothing changes nothing.
+    nearly = fit.fit(n_stars, at_rest, (np.zeros(n), np.full(n, fit.largest / 4.001)))
+    sure = (known < 5) & (unknown < 5)
+    np.testing.assert_allclose(nearly.velocity[3:][sure], found[2].velocity[3:n][sure], atol=0.3)
+
+
 def test_log_g_is_what_it_is_at_rest(stars, fit, found):
     prediction, quality, _ = found
     still = fit.mixture.predict(stars["at_rest"], stars["error"])

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from moefast.core.errors import OutputError
 from moefast.pages.drawing import DARK, LIGHT
-from moefast.protocol import figures
+from moefast.protocol import captions, drawings, figures
 from moefast.protocol.figures import FIGURES
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -107,7 +107,7 @@ def test_lines_carry_the_numbers(report):
     np.testing.assert_array_equal(lines["Bayes ceiling"].get_ydata(), np.full(8, 0.9))
     assert "Fisher ceiling, median" in lines
     for name, points in (
-        ("ridge", figures.PUBLISHED_RIDGE_OCTILES), ("ViT", figures.PUBLISHED_VIT_OCTILES),
+        ("ridge", drawings.PUBLISHED_RIDGE_OCTILES), ("ViT", drawings.PUBLISHED_VIT_OCTILES),
     ):  # fmt: skip
         other = lines[f"{name}, published for other data"]
         np.testing.assert_array_equal(other.get_ydata(), [r2 for _, r2 in points])
@@ -175,7 +175,7 @@ def test_kiel_diagram_holds_every_star_and_its_bias(report):
     rmse = np.sqrt((cells[:, 2] * cells[:, 4] ** 2).sum() / cells[:, 2].sum())
     assert rmse == pytest.approx(report["overall"]["rmse"], rel=1e-8)
     drawn = sum(len(patch.get_path().vertices) for patch in axes_of("kiel-bias", report).patches)
-    assert drawn == 5 * (cells[:, 2] >= figures.LEAST_IN_CELL).sum()
+    assert drawn == 5 * (cells[:, 2] >= captions.LEAST_IN_CELL).sum()
 
 
 def test_giants_and_dwarfs():

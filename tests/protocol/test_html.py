@@ -132,7 +132,7 @@ def test_for_every_eye_and_width(text, read):
 
 
 def test_marks_of_the_roadmap_only_when_asked_for(report):
-    from moefast.protocol.milestones import judge_alone
+    from moefast.protocol.milestones.judge import judge_alone
 
     protocol = made_up(n_resamples=1000, model={"kind": "model", "name": "m", "recipe": "published-ridge"})
     judged = judge_alone(protocol)

@@ -15,13 +15,17 @@ from moefast.cli import cli
 from moefast.core import metrics
 from moefast.core.errors import InputError
 from moefast.protocol import evaluate as evaluation_module
-from moefast.protocol import milestones, report_text
-from moefast.protocol.milestones import MILESTONES, judge, judge_alone, read_reports
-from moefast.protocol.milestones_report import format_text
+from moefast.protocol import report_text
+from moefast.protocol.milestones.evaluations import NotRunError, Section, read_reports
+from moefast.protocol.milestones.judge import judge, judge_alone
+from moefast.protocol.milestones.marks import MILESTONES
+from moefast.protocol.milestones.quantities import HYBRID_ORACLE, RIDGE_ORACLE, SAMPLED_ORACLE
+from moefast.protocol.milestones.rules import Check, Measured, Quantity, Rule
+from moefast.protocol.milestones.text import format_text
 from moefast.simulate.sets import FINGERPRINTS
 from moefast.spectra.tables import Column, open_table
 
-NOTHING = milestones.Section((), (), None, None)
+NOTHING = Section((), (), None, None)
 
 
 def write(folder, *contents):
@@ -101,8 +105,8 @@ def hybrid(gain, poor_gain):
     own = np.where(poor, 0.5 + poor_gain, 0.85 + gain)
     return evaluation(
         "hybrid-moe", 0.8, bayes=0.85,
-        references=((milestones.HYBRID_ORACLE, tuple(own.tolist())), (milestones.RIDGE_ORACLE, 0.78),
-                    (milestones.SAMPLED_ORACLE, tuple(sampled.tolist()))),
+        references=((HYBRID_ORACLE, tuple(own.tolist())), (RIDGE_ORACLE, 0.78),
+                    (SAMPLED_ORACLE, tuple(sampled.tolist()))),
     )  # fmt: skip
 
 
@@ -126,7 +130,7 @@ def test_a_hybrid_without_the_oracles_it_is_compared_with_is_not_run(tmp_path):
         read_reports(write(tmp_path, evaluation("hybrid-moe", 0.8, references=(("oracle-ridge", 0.7),))))
     )
     assert verdicts(result)["C1"] == ("not run", "not run")
-    assert f"no reference {milestones.HYBRID_ORACLE}" in row_of(result, "C1")["ours"]["reason"]
+    assert f"no reference {HYBRID_ORACLE}" in row_of(result, "C1")["ours"]["reason"]
 
 
 @pytest.mark.parametrize(
@@ -315,24 +319,24 @@ def test_tables_of_predictions_are_of_no_recipe(tmp_path):
 
 @pytest.mark.parametrize("mark", [0.69, 0.7000001, 0.8])
 def test_a_point_decides_not_its_interval(mark):
-    quantity = milestones.Quantity("R²", lambda _: milestones.Measured(0.7, (0.6, 0.8)))
-    assert milestones.Check(quantity, "≥", mark).run(NOTHING)["passed"] is (mark <= 0.7)
-    assert milestones.Check(quantity, "≤", mark).run(NOTHING)["passed"] is (mark >= 0.7)
+    quantity = Quantity("R²", lambda _: Measured(0.7, (0.6, 0.8)))
+    assert Check(quantity, "≥", mark).run(NOTHING)["passed"] is (mark <= 0.7)
+    assert Check(quantity, "≤", mark).run(NOTHING)["passed"] is (mark >= 0.7)
 
 
 def test_what_was_not_run_never_passes_by_itself():
     def missing(_):
-        raise milestones._NotRunError("nothing")
+        raise NotRunError("nothing")
 
-    passed = milestones.Check(milestones.Quantity("a", lambda _: milestones.Measured(1.0)), "≥", 0.5)
-    failed = milestones.Check(milestones.Quantity("b", lambda _: milestones.Measured(0.0)), "≥", 0.5)
-    absent = milestones.Check(milestones.Quantity("c", missing), "≥", 0.5)
+    passed = Check(Quantity("a", lambda _: Measured(1.0)), "≥", 0.5)
+    failed = Check(Quantity("b", lambda _: Measured(0.0)), "≥", 0.5)
+    absent = Check(Quantity("c", missing), "≥", 0.5)
     verdict = {
         ("all", (passed, passed)): "pass", ("all", (passed, absent)): "not run", ("all", (absent, failed)): "fail",
         ("any", (passed, absent)): "pass", ("any", (failed, absent)): "not run", ("any", (failed, failed)): "fail",
     }  # fmt: skip
     for (combine, checks), expected in verdict.items():
-        assert milestones.Rule(checks, combine).run(NOTHING)["verdict"] == expected
+        assert Rule(checks, combine).run(NOTHING)["verdict"] == expected
 
 
 def broken(**changes):

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from moefast.core.errors import InputError
+from moefast.predicting.files import predict
 from moefast.protocol.evaluate import evaluate, write_report
 from moefast.protocol.predictions import read_predictions
-from moefast.scoring import predict
 from moefast.spectra import open_spectra, read_table
 from moefast.spectra.tables import Column, open_table
 

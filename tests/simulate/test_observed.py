@@ -11,12 +11,12 @@ from moefast.core.errors import InputError, MoefastError, WaveGridError
 from moefast.core.grids import PHYSICAL_GRID
 from moefast.fitting import Options, fit_mixture
 from moefast.model import Model
-from moefast.scoring import predict
+from moefast.predicting.files import predict
 from moefast.simulate import Emulator, Observed, Settings, SimulatedSpectra, simulate_rows
 from moefast.simulate.observed import simulate_observed
 from moefast.simulate.spectrograph import Spectrograph
-from moefast.spectra.files import Shard
 from moefast.spectra.quality import Flag
+from moefast.spectra.shard import Shard
 from moefast.spectra.telluric import telluric_pixels
 
 WAVE_R, WAVE_Z = 5760 + 0.8 * np.arange(2326), 7520 + 0.8 * np.arange(2881)

@@ -184,7 +184,7 @@ def test_the_shipped_emulator_is_as_good_as_it_must_be():
 
 def test_emulated_calcium_follows_the_independent_spectra():
     """The emulator as it is shipped, without the synthesis: Ca II within 25 % in every star but the coolest."""
-    from moefast.spectra.files import open_spectra
+    from moefast.spectra.spectrum_set import open_spectra
 
     spectra = open_spectra([shared("pfsspec_contiguous.h5")])
     columns = spectra.params(["T_eff", "log_g", "M_H"])

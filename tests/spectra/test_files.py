@@ -20,7 +20,7 @@ import pytest
 
 from moefast.core.errors import InputError, LabelError, WaveGridError
 from moefast.spectra import Shard, find_files, open_spectra, same_wave
-from moefast.spectra import files as files_module
+from moefast.spectra import shard as shard_module
 
 
 def gather(blocks):
@@ -115,7 +115,7 @@ def test_any_range_of_rows(make_file, layout, rows):
 
 
 def test_conversion_in_several_pieces(make_file, monkeypatch):
-    monkeypatch.setattr(files_module, "_STAGING_BYTES", 3 * 32 * 8)
+    monkeypatch.setattr(shard_module, "STAGING_BYTES", 3 * 32 * 8)
     path, values = make_file(arrays=("flux", "error", "mask"))
     shard = Shard(path)
     np.testing.assert_array_equal(shard.read("flux", 1, 11), values["flux"][1:])
@@ -124,7 +124,7 @@ def test_conversion_in_several_pieces(make_file, monkeypatch):
 
 def test_compressed_chunks_are_decoded_once(make_file, monkeypatch):
     path, _ = make_file(n=64, chunks=(16, 32), compression="gzip")
-    monkeypatch.setattr(files_module, "_SLAB_BYTES", 16 * 32 * 4)
+    monkeypatch.setattr(shard_module, "_SLAB_BYTES", 16 * 32 * 4)
     calls = []
     original = h5py.Dataset.read_direct
 
@@ -803,14 +803,14 @@ def _many(path, n):
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path):
-    from moefast.scoring import _id_dtype
+    from moefast.predicting.identifiers import identifier_dtype
 
     peaks = {}
     for n in (50_000, 800_000):
         spectra = open_spectra(_many(tmp_path / f"{n}.h5", n))
         tracemalloc.start()
         notes = spectra.label_notes()
-        assert _id_dtype(spectra, "name") == np.dtype(f"U{len(f'star {n - 1}')}")
+        assert identifier_dtype(spectra, "name") == np.dtype(f"U{len(f'star {n - 1}')}")
         assert spectra.has_labels()
         spectra.fingerprint()
         rows = sum(len(block) for block in spectra.blocks(2048, params=["id", "name"], prefetch=False))

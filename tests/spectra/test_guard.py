@@ -10,11 +10,12 @@ import pytest
 from moefast.simulate import simulate_rows
 from moefast.simulate.gaps import GAPS
 from moefast.simulate.sets import REFERENCE_SETS
-from moefast.spectra.files import SpectrumWriter, open_spectra
 from moefast.spectra.guard import Sample, look, noisy_already, take
 from moefast.spectra.prepared import prepare_rows
 from moefast.spectra.resample import Pixels
+from moefast.spectra.spectrum_set import open_spectra
 from moefast.spectra.units import LIGHT_SPEED
+from moefast.spectra.writer import SpectrumWriter
 
 N = 128
 

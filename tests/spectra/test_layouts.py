@@ -17,6 +17,7 @@ from moefast.spectra.layouts.pfs import visit_hash
 from moefast.spectra.layouts.registry import known_layouts, open_survey_file
 from moefast.spectra.prepared import Origins, Preparation, PreparedShard, open_prepared
 from moefast.spectra.quality import good_pixels
+from moefast.spectra.shard import Shard
 
 SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
 WAVE = 8000 + 0.5 * np.arange(200)
@@ -97,7 +98,7 @@ def test_identifiers_of_given_pfs_files_have_the_names_of_the_catalogue(name, ex
     file = open_survey_file(path)
     for column, value in ({"catId": 10092, "tract": 1, "patch": "1,1", "targetType": 1} | expected).items():
         assert column in file.identifiers
-        assert file.columns[column][0] == value
+        assert file.columns[column][:1][0] == value
     assert {"ra", "dec", "objId", "fiberId", "nVisit"} <= set(file.identifiers)
     assert ("visit" in file.identifiers) == ("visit" in expected)
 
@@ -483,6 +484,35 @@ def test_a_folder_that_mixes_layouts(spectra, tmp_path, make_file):
     assert len(list(found.blocks(100, prefetch=False))) == 3
 
 
+def test_columns_are_read_when_rows_of_them_are_asked_for(spectra, tmp_path, make_file, monkeypatch):
+    """Tables of a million rows do not fit into memory."""
+    n = 5000
+    flux = np.ones((n, 8), "f4")
+    path = write_desi(tmp_path / "many.fits", {"Z": (WAVE[:8], flux, flux)})
+    asked, read = [], FitsFile._bytes
+    monkeypatch.setattr(FitsFile, "_bytes", lambda *given: asked.append(given[2]) or read(*given))
+    found = PreparedShard([open_survey_file(path)], Preparation(WAVE[:8]))
+    whole = found.files[0].columns["TARGETID"].n_rows * 40
+    assert {"targetType", "ra", "OBJTYPE"} <= set(found.columns)
+    values = found.params(["TARGETID", "ra", "targetType"], 4000, 4010)
+    np.testing.assert_array_equal(values["TARGETID"], 39633345008634465 + np.arange(4000, 4010))
+    np.testing.assert_array_equal(values["targetType"], np.ones(10))
+    assert max(asked) < whole / 10
+    path = tmp_path / "c.h5"
+    make_file("c.h5", wave=WAVE + 0.2, p=200)
+    params = Shard.params
+    rows = []
+    monkeypatch.setattr(
+        Shard,
+        "params",
+        lambda self, names, start, stop: rows.append(stop - start) or params(self, names, start, stop),
+    )
+    resampled = open_prepared(path, Preparation(WAVE)).shards[0]
+    assert not rows
+    assert len(resampled.params(["log_g"], 3, 5)["log_g"]) == 2
+    assert rows == [2]
+
+
 # -- the reader of FITS --------------------------------------------------------------------------------------------
 
 
@@ -515,6 +545,20 @@ def test_our_reader_reads_what_astropy_wrote(tmp_path):
         file.table(file["SOME"], ["x"])
 
 
+@pytest.mark.parametrize("name", ["REDSHIFTS", "RVTAB"])
+def test_a_table_of_velocities_among_the_spectra_is_told_where_it_belongs(name, tmp_path):
+    table = fits.BinTableHDU.from_columns(
+        [fits.Column("TARGETID", "K", array=[1]), fits.Column("Z", "D", array=[0.0])]
+    )
+    table.name = name
+    path = tmp_path / "redrock.fits"
+    fits.HDUList([fits.PrimaryHDU(), table]).writeto(path)
+    with pytest.raises(
+        InputError, match=r"redrock\.fits: a table of velocities .* name this table with --velocity"
+    ):
+        open_survey_file(path)
+
+
 def test_every_layout_is_registered():
     names = ", ".join(known_layouts())
     for name in (
@@ -526,6 +570,7 @@ def test_every_layout_is_registered():
         "pfsMerged",
         "DESI coadd",
         "DESI spectra",
+        "redrock",
     ):
         assert name in names
 

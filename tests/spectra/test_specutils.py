@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import moefast
-from moefast.scoring import predict
+from moefast.predicting.files import predict
 from moefast.spectra.layouts.registry import open_survey_file
 
 specutils = pytest.importorskip("specutils")

@@ -6,9 +6,10 @@ import pytest
 
 from moefast.core.errors import InputError
 from moefast.kernels import PROJECT_ROWS
-from moefast.scoring import predict
-from moefast.spectra.files import Shard, open_spectra
+from moefast.predicting.files import predict
 from moefast.spectra.quality import Flag
+from moefast.spectra.shard import Shard
+from moefast.spectra.spectrum_set import open_spectra
 
 ARRAYS = ("flux", "error", "mask", "noisy")
 ROWS, PIXELS = 40, 30

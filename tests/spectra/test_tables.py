@@ -17,7 +17,7 @@ from astropy.io import fits
 
 from moefast.core.errors import InputError, OutputError
 from moefast.spectra import Column, open_table, read_table
-from moefast.spectra.tables import WRITERS
+from moefast.spectra.tables import WRITERS, read_layout
 
 SUFFIXES = list(WRITERS)
 COLUMNS = [
@@ -276,3 +276,103 @@ def test_a_killed_process_leaves_no_final_name_and_the_next_one_tidies_up(tmp_pa
     write(path, rows(4), 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"out{suffix}", f"out2{suffix}"]
     assert len(read_table(path)[0]["row"]) == 4
+
+
+# -- checksums ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small_tables(tmp_path_factory):
+    """A table of each format, its content, and what is in it."""
+    folder = tmp_path_factory.mktemp("tables")
+    found = {}
+    for suffix in SUFFIXES:
+        path = folder / f"t{suffix}"
+        write(path, rows(50), 20)
+        found[suffix] = path.read_bytes()
+    return found
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".parquet", ".fits"])
+def test_any_bit_that_changes_is_told_or_does_no_harm(tmp_path, suffix, small_tables):
+    path, content = tmp_path / f"t{suffix}", small_tables[suffix]
+    path.write_bytes(content)
+    expected, attributes = read_table(path)
+    rng, told = np.random.default_rng(3), 0
+    places = rng.choice(len(content), 300, replace=False)
+    for at in places:
+        damaged = bytearray(content)
+        damaged[at] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                columns, attrs = read_table(path)
+        except InputError:
+            told += 1
+            continue
+        assert attrs == attributes, at
+        assert list(columns) == list(expected), at
+        for name in expected:
+            np.testing.assert_array_equal(columns[name], expected[name], err_msg=f"{name}, byte {at}")
+    assert told > 30
+
+
+def test_any_value_that_changes_is_told(tmp_path, small_tables):
+    """Values are where no structure would notice: each of them is found by its bytes."""
+    for suffix in (".h5", ".fits"):
+        value = rows(50)["T_eff"][7:8].astype("<f8" if suffix == ".h5" else ">f8").tobytes()
+        at = small_tables[suffix].find(value)
+        assert at > 0
+        damaged = bytearray(small_tables[suffix])
+        damaged[at] ^= 1
+        path = tmp_path / f"t{suffix}"
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"checksum|filter returned failure"):
+            read_table(path)
+
+
+def test_other_readers_check_the_checksums(tmp_path, small_tables):
+    for suffix in (".h5", ".fits"):
+        (tmp_path / f"t{suffix}").write_bytes(small_tables[suffix])
+    with warnings.catch_warnings():
+        # astropy warns of sums that do not fit.
+        warnings.simplefilter("error")
+        with fits.open(tmp_path / "t.fits", checksum=True) as file:
+            assert [("CHECKSUM" in hdu.header, "DATASUM" in hdu.header) for hdu in file] == [(True, True)] * 2
+            assert file[1].header["DATASUM"] != "0"
+    with h5py.File(tmp_path / "t.h5") as file:
+        assert all(dataset.fletcher32 for dataset in file["predictions"].values())
+
+
+@pytest.mark.parametrize("n", [1, 65_536, 65_537, 200_001])
+def test_chunks_waste_next_to_nothing(tmp_path, n):
+    path = tmp_path / "t.h5"
+    with open_table(path, n, [Column("x", np.dtype("f8"))]) as table:
+        table.write(0, {"x": np.arange(n, dtype=float)})
+    assert path.stat().st_size < 8 * n + 10_000
+    np.testing.assert_array_equal(read_table(path)[0]["x"], np.arange(n))
+
+
+def test_a_table_that_others_changed_is_told(tmp_path):
+    write(tmp_path / "t.h5", rows(5), 5)
+    with h5py.File(tmp_path / "t.h5", "r+") as file:
+        file.attrs["backend"] = "abacus"
+    with pytest.raises(InputError, match=r"t\.h5: attributes or columns are not those that were written"):
+        read_table(tmp_path / "t.h5")
+    with pytest.raises(InputError, match="not those that were written"):
+        read_layout(tmp_path / "t.h5")
+
+
+def test_a_heap_of_zeros_does_not_hang(tmp_path):
+    """Texts of attributes lie in a heap without checksum, in which HDF5 goes on for ever at an object of no size."""
+    path = tmp_path / "t.h5"
+    write(path, rows(5), 5)
+    content = path.read_bytes()
+    at = content.find(b"GCOL")
+    assert at > 0
+    for first in range(at + 16, at + 80, 8):
+        path.write_bytes(content[:first] + bytes(16) + content[first + 16 :])
+        for read in (read_table, read_layout):
+            with pytest.raises(InputError):
+                read(path)

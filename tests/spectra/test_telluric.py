@@ -5,10 +5,10 @@ import pytest
 from survey_files import LIGHT_SPEED, write_pfs_many
 
 from moefast.core.errors import InputError
-from moefast.spectra.files import SpectrumWriter
 from moefast.spectra.prepared import Preparation, open_prepared
 from moefast.spectra.resample import Pixels
 from moefast.spectra.telluric import TELLURIC, telluric_pixels, without_telluric, words_of_ranges
+from moefast.spectra.writer import SpectrumWriter
 
 WAVE = np.arange(7100.0, 8850.0, 0.8)
 N = 4

@@ -11,7 +11,9 @@ from tolerances import assert_close
 from moefast.core.errors import ModelError
 from moefast.experts.protocol import Inputs
 from moefast.export import build, open_session, read_mixture
-from moefast.ops.arithmetic import NumPyArithmetic, TorchArithmetic, is_half, is_matrix
+from moefast.ops.arithmetic import is_half, is_matrix
+from moefast.ops.on_numpy import NumPyArithmetic
+from moefast.ops.on_torch import TorchArithmetic
 from moefast.trunks.heads import Heads
 from moefast.trunks.networks import Plan, answer, shapes, start
 

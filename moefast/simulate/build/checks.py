@@ -175,7 +175,7 @@ def print_bands() -> None:
 
 def print_spectra(synthesizer: Synthesizer, path: Path) -> None:
     """Tables of the comparison with spectra of somebody else."""
-    from moefast.spectra.files import open_spectra
+    from moefast.spectra.spectrum_set import open_spectra
 
     with closing(open_spectra([path])) as spectra:
         columns = spectra.params(["T_eff", "log_g", "M_H"])

@@ -15,7 +15,17 @@ from numpy.typing import NDArray
 
 from moefast.core.errors import InputError
 from moefast.spectra.layouts.fits_file import FitsFile
-from moefast.spectra.layouts.registry import Layout, SurveyFile, fingerprint_of, noting, register
+from moefast.spectra.layouts.registry import (
+    Layout,
+    StoredColumn,
+    SurveyFile,
+    check_units,
+    check_wavelengths,
+    fingerprint_of,
+    noting,
+    register,
+    stored_columns,
+)
 from moefast.spectra.resample import Pixels
 from moefast.spectra.units import flux_factor, wave_factor
 
@@ -64,15 +74,23 @@ def _open(file: FitsFile) -> SurveyFile:
         raise InputError(
             f"{file.path}: no spectra in this file: FIBERMAP has {fibermap.n_rows} rows, FLUX of arms {arms}"
         )
-    told = {name: values for name, values in file.table(fibermap).items() if values.ndim == 1}
+    told = stored_columns(file, fibermap)
     if "TARGETID" not in told:
         raise InputError(f"{file.path}: HDU FIBERMAP has no column TARGETID")
+    of_type = [name for name in told if name == "OBJTYPE" or name.endswith("DESI_TARGET")]
     columns = {ours: told.pop(theirs) for theirs, ours in NAMES.items() if theirs in told}
-    columns["targetType"] = _target_type(told, fibermap.n_rows)
+    columns["targetType"] = StoredColumn(
+        fibermap.n_rows,
+        lambda start, stop: _target_type(file.table(fibermap, of_type, start, stop), stop - start),
+    )
     columns |= {name: told.pop(name) for name in BESIDE if name in told}
     identifiers = tuple(columns)
     name = "DESI coadd" if "COADD_FIBERSTATUS" in columns or "EXP_FIBERMAP" in file else "DESI spectra"
     waves = {arm: _wave(file, arm) for arm in arms}
+    for arm, wave in waves.items():
+        check_wavelengths(file, file[f"{arm}_WAVELENGTH"], wave)
+        flux = file[f"{arm}_FLUX"]
+        check_units(file, flux, WAVE_UNIT, flux.unit() or FLUX_UNIT)
     notes = [_WIDER]
     note = noting(notes)
 
@@ -152,4 +170,16 @@ def _read_arm(
         return Pixels.of_rows(wave, flux * factor, error, (mask != 0) | ~(ivar > 0), where)
 
 
+def _refuse_velocities(file: FitsFile) -> SurveyFile:
+    raise InputError(
+        f"{file.path}: a table of velocities (redrock or rvspecfit): it holds no spectra; use the coadd or spectra "
+        "file beside it, and name this table with --velocity"
+    )
+
+
+def _is_table_of_velocities(file: FitsFile) -> bool:
+    return ("REDSHIFTS" in file or "RVTAB" in file) and not _arms(file)
+
+
+register(Layout("DESI redrock, rvspecfit", _is_table_of_velocities, _refuse_velocities))
 register(Layout("DESI coadd, DESI spectra", _recognises, _open))

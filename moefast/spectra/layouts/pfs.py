@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -18,7 +19,18 @@ from numpy.typing import NDArray
 
 from moefast.core.errors import InputError
 from moefast.spectra.layouts.fits_file import FitsFile, Hdu
-from moefast.spectra.layouts.registry import Layout, Reader, SurveyFile, fingerprint_of, noting, register
+from moefast.spectra.layouts.registry import (
+    Layout,
+    Reader,
+    StoredColumn,
+    SurveyFile,
+    check_units,
+    check_wavelengths,
+    fingerprint_of,
+    noting,
+    register,
+    stored_columns,
+)
 from moefast.spectra.resample import Pixels
 from moefast.spectra.units import flux_factor, wave_factor
 
@@ -36,6 +48,8 @@ TABLES = ("FLUXTABLE", "FLUX_TABLE")
 TARGETS = ("catId", "tract", "patch", "objId", "ra", "dec", "targetType")
 FLUX_UNIT, WAVE_UNIT = "nJy", "nm"
 """Where a file does not say."""
+ROWS = 4096
+"""Rows of METADATA that are read together."""
 _63_BITS = (1 << 63) - 1
 _METADATA_BIT = re.compile(r"MP_(\w+?)\s*:\s*(\d+)")
 _LOW_RESOLUTION = (
@@ -106,6 +120,26 @@ def _pixels(
         return Pixels(wave, flux * factor, error * factor, bad, starts, where)
 
 
+def _check_table(file: FitsFile, table: Hdu) -> None:
+    for name in ("wavelength", "flux", "error", "mask"):
+        if name not in table.columns:
+            raise InputError(
+                f"{file.path}: HDU {table.name} has no column {name!r}; it has {', '.join(table.columns)}"
+            )
+    check_units(file, table, table.unit("wavelength") or WAVE_UNIT, table.unit("flux") or FLUX_UNIT)
+
+
+def _check_images(file: FitsFile) -> None:
+    """HDUs of spectra that are images; wavelengths that all rows share."""
+    hdus = [file[name] for name in ("FLUX", "MASK", "COVAR")]
+    check_units(file, hdus[0], WAVE_UNIT, hdus[0].unit() or FLUX_UNIT)
+    if "WAVELENGTH" in file:
+        hdu = file["WAVELENGTH"]
+        check_units(file, hdu, hdu.unit() or WAVE_UNIT, FLUX_UNIT)
+        if not hdu.is_table and len(hdu.shape) == 1:
+            check_wavelengths(file, hdu, file.image(hdu))
+
+
 # -- many stars in one file: pfsCalibrated, pfsCoadd ---------------------------------------------------------------
 
 
@@ -118,20 +152,17 @@ def _open_many(file: FitsFile) -> SurveyFile:
     n = target.n_rows
     if not n:
         raise InputError(f"{file.path}: HDU TARGET has no rows: no spectra in this file")
-    told = file.table(target)
-    ids = told.pop("targetId")
-    seen = file.table(observations)
-    columns = {name: told[name] for name in TARGETS if name in told}
+    told = stored_columns(file, target)
+    ids = told.pop("targetId")[:]
+    seen = file.table(observations, ["targetId", "visit", "arm", "fiberId"])
+    columns: dict[str, NDArray | StoredColumn] = {name: told[name] for name in TARGETS if name in told}
     arms = _of_observations(file, ids, seen, columns)
     if all("m" not in each for each in arms):
         raise InputError(f"{file.path}: {_LOW_RESOLUTION.format(arms=str(arms[0]))}")
-    metadata = file.table(file["METADATA"])
-    known: dict[str, _Bits] = {}
-    texts = dict(zip(metadata["targetId"].tolist(), metadata["metadata"].tolist(), strict=True))
-    bits = [known.setdefault(t, _Bits.of_text(t)) for t in (texts.get(i, "") for i in ids.tolist())]
+    bits = _bits_of_targets(file, ids)
     table = file.first_of(*TABLES)
     identifiers = tuple(columns)
-    columns |= {name: values for name, values in told.items() if name not in columns and values.ndim == 1}
+    columns |= {name: values for name, values in told.items() if name not in columns}
     # Every target has one visit in a pfsCalibrated.
     name = (
         "pfsCalibrated"
@@ -141,6 +172,10 @@ def _open_many(file: FitsFile) -> SurveyFile:
     notes: list[str] = []
     note = noting(notes)
     rows = _table_rows(file, table, ids) if table is not None else None
+    if table is not None:
+        _check_table(file, table)
+    else:
+        _check_images(file)
 
     def read(array: str, start: int, stop: int) -> tuple[list[Pixels], dict[int, str]]:
         if table is not None and rows is not None:
@@ -155,12 +190,26 @@ def _open_many(file: FitsFile) -> SurveyFile:
     return _survey_file(file, name, columns, identifiers, read, notes)
 
 
+def _bits_of_targets(file: FitsFile, ids: NDArray) -> list[_Bits]:
+    """Names of the mask bits of each target; texts of many targets, mostly alike, do not stay in memory."""
+    metadata = file["METADATA"]
+    known: dict[str, _Bits] = {"": _Bits.of_text("")}
+    of_target: dict[int, _Bits] = {}
+    for start in range(0, metadata.n_rows, ROWS):
+        told = file.table(metadata, ["targetId", "metadata"], start, min(start + ROWS, metadata.n_rows))
+        for target, text in zip(told["targetId"].tolist(), told["metadata"].tolist(), strict=True):
+            if text not in known:
+                known[text] = _Bits.of_text(text)
+            of_target[target] = known[text]
+    return [of_target.get(target, known[""]) for target in ids.tolist()]
+
+
 def _survey_file(
-    file: FitsFile, name: str, columns: dict[str, NDArray], identifiers: tuple[str, ...], read: Reader,
+    file: FitsFile, name: str, columns: dict[str, NDArray | StoredColumn], identifiers: tuple[str, ...], read: Reader,
     notes: list[str],
 ) -> SurveyFile:  # fmt: skip
     return SurveyFile(
-        file.path, name, len(columns["nVisit"]), columns, identifiers, read, file.close, notes=notes,
+        file.path, name, columns["nVisit"].shape[0], columns, identifiers, read, file.close, notes=notes,
         fingerprint=lambda: fingerprint_of(file),
     )  # fmt: skip
 
@@ -177,7 +226,7 @@ def visit_hash(visits: NDArray[np.integer]) -> int:
 
 
 def _of_observations(
-    file: FitsFile, ids: NDArray, seen: dict[str, NDArray], columns: dict[str, NDArray]
+    file: FitsFile, ids: NDArray, seen: dict[str, NDArray], columns: dict[str, NDArray | StoredColumn]
 ) -> list[str]:
     """Arms of each target; adds fiberId, visit, nVisit and pfsVisitHash to the columns."""
     order = np.argsort(seen["targetId"], kind="stable")
@@ -203,8 +252,9 @@ def _of_observations(
         np.int64,
     )
     if np.all(n_visit == 1):
-        return [str(arm) for arm in seen["arm"][order[first]]]
-    return ["".join(sorted(set("".join(seen["arm"][order[a:b]])))) for a, b in zip(first, stop, strict=True)]
+        return [sys.intern(arm) for arm in seen["arm"][order[first]].tolist()]
+    arms = seen["arm"][order].tolist()
+    return [sys.intern("".join(sorted(set("".join(arms[a:b]))))) for a, b in zip(first, stop, strict=True)]
 
 
 def _table_rows(file: FitsFile, table: Hdu, ids: NDArray) -> NDArray[np.int64]:
@@ -331,7 +381,7 @@ def _open_one(file: FitsFile) -> SurveyFile:
     arms = "".join(sorted(set("".join(seen["arm"].tolist()))))
     if "m" not in arms:
         raise InputError(f"{file.path}: {_LOW_RESOLUTION.format(arms=arms)}")
-    columns = {
+    columns: dict[str, NDArray | StoredColumn] = {
         name: np.array([header[name.upper()]], "f8" if name in {"ra", "dec"} else None)
         for name in TARGETS
         if name.upper() in header
@@ -353,6 +403,11 @@ def _open_one(file: FitsFile) -> SurveyFile:
     bits = _Bits.of_header(*(hdu for hdu in (table, file.first_of("MASK"), file.hdus[0]) if hdu is not None))
     if table is not None and not table.n_rows:
         raise InputError(f"{file.path}: HDU {table.name} has no rows: an empty coadd")
+
+    if table is not None:
+        _check_table(file, table)
+    else:
+        _check_images(file)
 
     def read(array: str, start: int, stop: int) -> tuple[list[Pixels], dict[int, str]]:
         if table is None:

@@ -1,4 +1,4 @@
-"""HDF5 files of the PFS simulator that must be shifted or resampled; for their layout see `moefast.spectra.files`."""
+"""HDF5 files of the PFS simulator that must be shifted or resampled; for their layout see `moefast.spectra.shard`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import re
 
 import numpy as np
 
-from moefast.spectra.files import Shard
-from moefast.spectra.layouts.registry import SurveyFile
+from moefast.spectra.layouts.registry import StoredColumn, SurveyFile
 from moefast.spectra.resample import Pixels
+from moefast.spectra.shard import Shard
 
 __all__ = ["IDENTIFIER", "identifiers", "survey_file"]
 
@@ -29,7 +29,10 @@ def survey_file(shard: Shard) -> SurveyFile:
         bad = shard.read("mask", start, stop) if "mask" in shard.arrays else np.zeros(flux.shape, bool)
         return [Pixels.of_rows(shard.wave, flux, error, bad, f"dataset/arrays/{array}/value")], {}
 
-    columns = shard.params()
+    def column(name: str) -> StoredColumn:
+        return StoredColumn(shard.n_rows, lambda start, stop: shard.params([name], start, stop)[name])
+
+    columns = {name: column(name) for name in shard.columns}
     # Thousands of files must not be open at the same time; reading opens it again.
     shard.close()
     return SurveyFile(

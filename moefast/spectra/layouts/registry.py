@@ -8,7 +8,7 @@ spectra as they were measured, in f_λ at wavelengths in Å, and columns with on
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -19,20 +19,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefast.core.errors import InputError, MoefastError
-from moefast.spectra.layouts.fits_file import FitsFile
+from moefast.spectra.layouts.fits_file import FitsFile, Hdu
 from moefast.spectra.resample import Pixels
+from moefast.spectra.units import flux_factor, wave_factor
 
 __all__ = [
     "LAYOUTS",
     "Layout",
     "Reader",
+    "StoredColumn",
     "SurveyFile",
+    "check_units",
+    "check_wavelengths",
     "damage",
     "fingerprint_of",
     "known_layouts",
     "noting",
     "open_survey_file",
     "register",
+    "stored_columns",
 ]
 
 Medium = Literal["vacuum", "air"]
@@ -45,6 +50,40 @@ class Reader(Protocol):
         """Rows `start` to `stop` of an array, arm by arm, and what is wrong with single ones (counted from `start`)."""
 
 
+@dataclass(frozen=True)
+class StoredColumn:
+    """A column that is read when rows of it are asked for: of millions of rows, all columns do not fit into memory.
+
+    Attributes
+    ----------
+    n_rows : int
+    read : callable
+        Gives rows `start` to `stop`.
+    """
+
+    n_rows: int
+    read: Callable[[int, int], NDArray]
+
+    @property
+    def shape(self) -> tuple[int]:
+        """As an array's."""
+        return (self.n_rows,)
+
+    def __getitem__(self, rows: slice) -> NDArray:
+        start, stop, _ = rows.indices(self.n_rows)
+        return self.read(start, stop)
+
+
+def stored_columns(file: FitsFile, table: Hdu) -> dict[str, StoredColumn]:
+    """Columns of a FITS table with one value in a row, to be read later."""
+    few = file.table(table, stop=min(1, table.n_rows))
+
+    def column(name: str) -> StoredColumn:
+        return StoredColumn(table.n_rows, lambda start, stop: file.table(table, [name], start, stop)[name])
+
+    return {name: column(name) for name, values in few.items() if values.ndim == 1}
+
+
 @dataclass
 class SurveyFile:
     """Spectra of one file, whatever its layout.
@@ -55,7 +94,7 @@ class SurveyFile:
     layout : str
         Name of the layout.
     n_rows : int
-    columns : dict of str to array of shape (n_rows,)
+    columns : dict of str to array of shape (n_rows,), or StoredColumn
         Identifiers, conditions and labels.
     identifiers : tuple of str
         Columns that go into every table of predictions.
@@ -79,13 +118,13 @@ class SurveyFile:
     needed : (float, float)
         Wavelengths [Å] that are needed; arms that lie outside may be left out.
     fingerprint, order_problems : callable, optional
-        As of `moefast.spectra.files.Shard`.
+        As of `moefast.spectra.shard.Shard`.
     """
 
     path: Path
     layout: str
     n_rows: int
-    columns: dict[str, NDArray]
+    columns: Mapping[str, NDArray | StoredColumn]
     identifiers: tuple[str, ...]
     read: Reader
     close: Callable[[], None]
@@ -148,11 +187,13 @@ def known_layouts() -> dict[str, Layout]:
 
 @contextmanager
 def damage(path: str | Path, what: str) -> Iterator[None]:
-    """Raise InputError for whatever damaged headers, types and shapes make others raise."""
+    """Raise InputError, with the file's name, for whatever damaged headers, types and shapes make others raise."""
     try:
         yield
-    except MoefastError:
-        raise
+    except MoefastError as error:
+        if str(path) in str(error):
+            raise
+        raise type(error)(f"{path}: {error}") from error
     except Exception as error:
         raise InputError(
             f"{path}: {what} cannot be read, the file is damaged ({type(error).__name__}: {error}); copy or produce it "
@@ -181,6 +222,26 @@ def open_survey_file(path: str | Path) -> SurveyFile:
         f"{path}: no known layout of spectra: it has HDUs {', '.join(hdu.name or '(no name)' for hdu in file.hdus)}. "
         f"Known are {', '.join(LAYOUTS)}, and the HDF5 files of the PFS simulator"
     )
+
+
+def check_wavelengths(file: FitsFile, hdu: Hdu, wave: NDArray[np.float64]) -> None:
+    """Refuse a file whose rows share wavelengths that are not finite or not increasing."""
+    wrong = np.flatnonzero(~np.isfinite(wave))
+    if len(wrong):
+        raise InputError(f"{file.path}: HDU {hdu.name}: wavelength of pixel {wrong[0]} is not finite")
+    wrong = np.flatnonzero(np.diff(wave) <= 0)
+    if len(wrong):
+        raise InputError(
+            f"{file.path}: HDU {hdu.name}: wavelength of pixel {wrong[0] + 1} is not above the one before it"
+        )
+
+
+def check_units(file: FitsFile, hdu: Hdu, wave: str, flux: str) -> None:
+    """Refuse a file whose units are none of a length and of a flux density."""
+    where = f"HDU {hdu.name}"
+    with damage(file.path, where):
+        wave_factor(wave, where)
+        flux_factor(flux, np.ones(1), where)
 
 
 def noting(notes: list[str]) -> Callable[[str], None]:

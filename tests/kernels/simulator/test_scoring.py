@@ -16,7 +16,7 @@ from moefast.kernels.cuda import CudaScorer, median, mix, score, scoring
 from moefast.kernels.cuda.device import DeviceMemoryError, PinnedMemoryError
 from moefast.kernels.reference import project_reference, soft_mix_reference
 from moefast.kernels.reference_tangent import tangent_posterior_reference
-from moefast.scoring import CudaEngine
+from moefast.predicting.engines import CudaEngine
 
 OF_MIX = ("log_g", "log_g_err", "log_g_err_raw", "weights", "expert_log_g", "chi2")
 OF_PROJECT = ("log_level", "snr_norm", "snr_median", "n_good", "flag")

@@ -1,8 +1,8 @@
 """Predictions for spectra that are in memory: arrays, masked arrays, quantities, NDData and specutils objects.
 
-Design: what becomes of a spectrum is what becomes of one in a file (`moefast.spectra.prepared`, `moefast.scoring`), so
-the numbers are the command's. Objects of other packages are known by what they have, not by their types: a flux or data
-with a unit, an uncertainty of a named type, a mask, a spectral axis.
+Design: what becomes of a spectrum is what becomes of one in a file (`moefast.spectra.prepared`,
+`moefast.predicting.files`), so the numbers are the command's. Objects of other packages are known by what they have,
+not by their types: a flux or data with a unit, an uncertainty of a named type, a mask, a spectral axis.
 """
 
 from __future__ import annotations
@@ -17,21 +17,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefast.core.errors import InputError, OddSpectraWarning
+from moefast.core.progress import RowProgress, row_progress
 from moefast.core.threads import one_blas_thread
 from moefast.mixture import Prediction
 from moefast.model import Model, predict_with
 from moefast.posterior import PosteriorMixture
 from moefast.posterior.moving import predict_moving
 from moefast.posterior.velocities import DEFAULT_RANGE, VelocityFit
-from moefast.scoring import FIT, Engine, cannot_fit, columns_of, open_engine, table_columns
+from moefast.predicting.columns import columns_of, table_columns
+from moefast.predicting.engines import Engine, open_engine
+from moefast.predicting.velocities import FIT, cannot_fit
 from moefast.spectra import guard
-from moefast.spectra.files import same_wave
 from moefast.spectra.prepared import in_vacuum, prepare_rows
 from moefast.spectra.quality import Flag, Quality
 from moefast.spectra.resample import Pixels
 from moefast.spectra.telluric import CHOICES, Telluric, without_telluric
 from moefast.spectra.units import LIGHT_SPEED, flux_factor, wave_factor
 from moefast.spectra.velocities import Velocities
+from moefast.spectra.wave import same_wave
 
 if TYPE_CHECKING:
     from astropy.table import Table
@@ -77,6 +80,7 @@ def predict_arrays(
     medium: Literal["vacuum", "air"] = "vacuum",
     telluric: Telluric = "auto",
     backend: str = "auto",
+    progress: RowProgress | Literal[False] | None = None,
 ) -> Table:
     """Predict log g for spectra in memory, with the numbers and columns of ``moefast predict``.
 
@@ -107,6 +111,9 @@ def predict_arrays(
         Whether pixels where the Earth's atmosphere absorbs count as bad; "auto" says so of flux with a unit, which was
         observed, not of flux that is normalised already.
     backend : "auto", "cpu" or "cuda"
+    progress : callable, optional
+        Called with spectra done and those in all. Without it a line shows them in notebooks and interactive sessions;
+        False leaves it out.
 
     Returns
     -------
@@ -153,12 +160,14 @@ def predict_arrays(
         warnings.warn(words, OddSpectraWarning, stacklevel=2)
     engine, where = open_engine(chosen.mixture, backend)
     pieces: dict[str, list[NDArray]] = {}
-    for part in ready:
-        for first in range(0, len(part), engine.block_rows):
-            rows = np.arange(first, min(first + engine.block_rows, len(part)))
-            found = _of_block(chosen, engine, part, rows, velocities[part.first_row + rows], fit)
-            for name, column in found.items():
-                pieces.setdefault(name, []).append(column)
+    with row_progress(progress, "predict") as report:
+        for part in ready:
+            for first in range(0, len(part), engine.block_rows):
+                rows = np.arange(first, min(first + engine.block_rows, len(part)))
+                found = _of_block(chosen, engine, part, rows, velocities[part.first_row + rows], fit)
+                for name, column in found.items():
+                    pieces.setdefault(name, []).append(column)
+                report(part.first_row + int(rows[-1]) + 1, n)
     values = {name: np.concatenate(parts_of) for name, parts_of in pieces.items()}
     values["row"] = np.arange(n)
     if moved is not None:

@@ -1,0 +1,627 @@
+"""From flux and error to a star's information (u, M), and its dense algebra, on the device.
+
+The equations are those of `moefast.posterior.forward`, in the form of `moefast.kernels.clouds`. Data flow, for a few
+hundred stars at a time, whose numbers stay on the device; (…) is what is kept of a star:
+
+    read_spectra       flux, error   →  c₀, y = a′(x/c₀ − r), a′ (2 p), means of a′D over cells (g), SNR, flags
+    multiply_rows      cells · products  →  M, packed (w (w + 1)/2);    y · B  →  u (w)
+    expand_stars       (P⁻¹ + M) b = P⁻¹b₀ + u  →  b (w)
+    multiply_rows      b · Bᵀ  →  spectrum (p)
+    subtract_spectra   y  →  y − a′ B b, and the energy that is left
+    multiply_rows      (y − a′ B b) · B  →  Bᵀ(y − a′ B b) (w)
+    whiten_stars       u = Bᵀ(y − a′ B b) + M b, nuisances marginalised, M = UᵀU, TTᵀ = I + UUᵀ  →  C' = T⁻¹U (n²), λ (n)
+    moefast.kernels.cuda.clouds   C', λ and the clouds  →  evidence of every cloud  →  labels
+
+with w = n + q directions, nuisances first. Every product whose second factor all stars share is one matrix product of
+all stars; what belongs to a star is done by a block of threads.
+
+Precision: everything here is in double precision, as on the CPU but for y and what is left of it, which the CPU rounds
+to single: in single precision M has negative eigenvalues wherever gaps make it singular. Devices for computing have
+half as many units for double as for single precision.
+
+Floor in multiply-adds per star for p = 4096, g = 220, n = 130, q = 12: u and the expansion 3 p w = 1.7 M, M
+g w (w + 1)/2 = 2.2 M, roots w³/6 + q w²/2 + 5 n³/6 = 2.4 M: 6.4 M, 0.4 µs at 34 TFLOP/s. The floor of bytes, 33 kB, is
+0.01 µs; what is written and read on the way, 0.4 MB, 0.1 µs.
+
+Roots: a block of threads owns a star. Matrices (n, n) lie in scratch of the device's memory, of as many blocks as run at
+a time, which the second cache holds; rows are made STEP at a time: what the panel's columns have of all rows above is
+staged in shared memory, and each thread owns a column of the panel, STEP numbers in registers:
+
+    column j     v_r = a_rj − Σ_k<top U_kr U_kj        one number from the cache and STEP from shared memory, STEP products
+    corner       the panel's own STEP × STEP root by one thread
+    column j     v ← corner⁻ᵀ v
+
+Row k of such a matrix holds column k of what lies above the diagonal and the diagonal in its first k + 1 places, and
+U_kj from the diagonal on in place j + 1, so that sums along rows and along columns both read neighbours.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import cuda, float32, float64, int32, uint32
+
+from moefast.kernels.cuda.gram import ALIGNED
+from moefast.kernels.cuda.lanes import SCRATCH, sum_of_block
+from moefast.kernels.cuda.registry import kernel
+from moefast.kernels.quality import LARGEST32, LARGEST_ERROR32
+
+__all__ = [
+    "READ_THREADS",
+    "SOLVE_THREADS",
+    "STEP",
+    "expand_stars",
+    "multiply_rows",
+    "product_launch",
+    "read_spectra",
+    "solve_launch",
+    "subtract_spectra",
+    "whiten_stars",
+]
+
+READ_THREADS = 128
+SOLVE_THREADS = 256
+"""Threads of a block of `expand_stars` and `whiten_stars`, at most."""
+STEP = 8
+"""Rows of a matrix whose root is found together."""
+TILE_ROWS = 64
+TILE_COLUMNS = 64
+"""Sides of the tile of a product that a block of threads owns; powers of two."""
+EACH_ROWS = 8
+EACH_COLUMNS = 4
+"""Numbers of a tile that a thread owns."""
+PANEL = 8
+"""Terms of a product that are staged in shared memory at a time."""
+PRODUCT_THREADS = TILE_ROWS // EACH_ROWS * TILE_COLUMNS // EACH_COLUMNS
+PAD = 2
+"""Rows of neighbouring terms then begin in different banks of shared memory."""
+TINY = 1e-30
+LEAST_CURVATURE = 1e-8
+LEAST_INFORMATION = 1e-13
+ROUNDING = 1e-14
+"""As in `moefast.kernels.cpu_information`."""
+SCALE, STRENGTH, ENERGY, LEVEL, N_USED, EXPLAINED, BEYOND = range(7)
+NUMBERS = 7
+"""Places in the numbers of a star: scale c₀, strength, energy, Σ σ²/D, pixels that weigh, what nuisances and the best
+point of the space explain, and what the latter gains beyond |λ|²."""
+NAN = np.float32(np.nan)
+
+
+def product_launch(n: int, columns: int) -> tuple[tuple[int, int], int]:
+    """Blocks and threads of `multiply_rows` for n rows."""
+    threads = TILE_ROWS // EACH_ROWS * (TILE_COLUMNS // EACH_COLUMNS)
+    return (-(-columns // TILE_COLUMNS), -(-n // TILE_ROWS)), threads
+
+
+def solve_launch(width: int) -> tuple[int, int]:
+    """Threads of `expand_stars` and `whiten_stars` for so many directions, and bytes of dynamic shared memory.
+
+    A thread owns a column of a panel, the vector that goes along and the corner's columns included.
+    """
+    threads = min(SOLVE_THREADS, 32 * -(-(width + 1 + STEP) // 32))
+    return threads, 8 * (2 * STEP * width + width + STEP * STEP + STEP)
+
+
+@kernel(
+    "void(float32[::1], float32[::1], boolean[::1], int64, float32[::1], float32[::1], int64[::1], int64[::1],"
+    " float64[::1], float64[:,::1], float64[:,::1], float64[:,::1], float64[:,::1], float32[::1], int32[::1],"
+    " uint32[::1])",
+    threads=READ_THREADS,
+    blocks=8,
+    serves=("cloud_posterior",),
+)
+def read_spectra(  # type: ignore[no-untyped-def]
+    flux, error, mask, p, reference, noise_shape, pixels, offsets, shares,
+    y, information, cells, numbers, snr_norm, n_good, flag,
+):  # fmt: skip
+    """Scale, y, a′, means over cells, SNR and flags of each star, as `cpu_information.read_pixels`.
+
+    `flux`, `error` and `mask` are flat; `mask` is empty where there is none. The pixels of cell c are pixels[offsets[c] : offsets[c + 1]], with `shares` in its mean. `numbers`
+    (·, NUMBERS) has a place for the energy.
+
+    Launch: a block of READ_THREADS threads for each star.
+    """
+    sums = cuda.shared.array(SCRATCH, float64)
+    counts = cuda.shared.array(SCRATCH, int32)
+    thread = cuda.threadIdx.x
+    threads = cuda.blockDim.x
+    star = cuda.blockIdx.x
+    begin = star * p
+    masked = mask.size > 0
+
+    curvature = float64(0)
+    overlap = float64(0)
+    level = float64(0)
+    signal = float64(0)
+    noise = float64(0)
+    n_used = int32(0)
+    n_sound = int32(0)
+    n_wrong = int32(0)
+    for j in range(thread, p, threads):
+        f = flux[begin + j]
+        e = error[begin + j]
+        shown = True
+        if masked:
+            shown = not mask[begin + j]
+        # A comparison with NaN is false.
+        finite = abs(f) <= LARGEST32 and shown
+        sound = e > float32(0) and e <= LARGEST_ERROR32
+        if finite and sound:
+            x = float64(f)
+            variance = float64(e) * float64(e)
+            n_sound += int32(1)
+            signal += x * x
+            noise += variance
+            if float64(e) >= TINY:
+                n_used += int32(1)
+                r = float64(reference[j])
+                weighed = r / variance
+                curvature += weighed * r
+                overlap += weighed * x
+                level += variance / float64(noise_shape[j])
+        elif finite:
+            n_wrong += int32(1)
+    curvature = sum_of_block(curvature, sums) + TINY
+    overlap = sum_of_block(overlap, sums)
+    level = sum_of_block(level, sums)
+    signal = sum_of_block(signal, sums)
+    noise = sum_of_block(noise, sums)
+    n_used = sum_of_block(n_used, counts)
+    n_sound = sum_of_block(n_sound, counts)
+    n_wrong = sum_of_block(n_wrong, counts)
+
+    error_of_scale = math.sqrt(curvature)
+    scale = (error_of_scale + max(overlap - error_of_scale, float64(0))) / curvature
+    for j in range(thread, p, threads):
+        f = flux[begin + j]
+        e = error[begin + j]
+        shown = True
+        if masked:
+            shown = not mask[begin + j]
+        left = float64(0)
+        weight = float64(0)
+        if abs(f) <= LARGEST32 and shown and float64(e) >= TINY and e <= LARGEST_ERROR32:
+            w = float64(1) / (float64(e) * float64(e))
+            left = scale * (w * (float64(f) - scale * float64(reference[j])))
+            weight = scale * w * scale
+        y[star, j] = left
+        information[star, j] = weight
+    # Cells gather what other threads of the block have written.
+    cuda.syncthreads()
+    for c in range(thread, cells.shape[1], threads):
+        total = float64(0)
+        for place in range(offsets[c], offsets[c + 1]):
+            j = pixels[place]
+            total += shares[place] * (information[star, j] * float64(noise_shape[j]))
+        cells[star, c] = total
+    if thread == 0:
+        numbers[star, SCALE] = scale
+        numbers[star, STRENGTH] = overlap / error_of_scale
+        numbers[star, LEVEL] = level
+        numbers[star, N_USED] = float64(n_used)
+        bits = uint32(4) if n_wrong > 0 else uint32(0)
+        if 2 * n_sound < p:
+            bits |= uint32(2)
+        snr_norm[star] = NAN
+        if n_sound == 0:
+            bits |= uint32(1)
+        else:
+            snr_norm[star] = float32(math.sqrt(signal / noise))
+        n_good[star] = n_sound
+        flag[star] = bits
+
+
+@kernel(
+    "void(float64[:,::1], float64[:,::1], int64, float64[:,::1])",
+    threads=PRODUCT_THREADS,
+    blocks=4,
+    serves=("cloud_posterior",),
+)
+def multiply_rows(rows, matrix, n, out):  # type: ignore[no-untyped-def]
+    """Products of the first n rows (·, k) with a matrix (k, c), in the first n rows of `out` (·, c).
+
+    A number is the sum of its terms in their order, whatever stands in the other rows.
+
+    Launch: `product_launch`. Thread (ty, tx) owns rows 8 ty … 8 ty + 7 of its tile, and columns 2 tx, 2 tx + 1 of either
+    half: 8 + 4 numbers from shared memory, in vectors, feed 32 multiply-adds.
+    """
+    left = cuda.shared.array((PANEL, TILE_ROWS + PAD), float64, alignment=ALIGNED)
+    right = cuda.shared.array((PANEL, TILE_COLUMNS), float64, alignment=ALIGNED)
+    sums = cuda.local.array((EACH_ROWS, EACH_COLUMNS), float64)
+    a = cuda.local.array(EACH_ROWS, float64)
+    b = cuda.local.array(EACH_COLUMNS, float64)
+    threads = TILE_ROWS // EACH_ROWS * (TILE_COLUMNS // EACH_COLUMNS)
+    # Masks instead of divisions tell the compiler that indices are not negative: it then reads vectors.
+    thread = cuda.threadIdx.x & (threads - 1)
+    tx = thread & (TILE_COLUMNS // EACH_COLUMNS - 1)
+    ty = (thread // (TILE_COLUMNS // EACH_COLUMNS)) & (TILE_ROWS // EACH_ROWS - 1)
+    top = cuda.blockIdx.y * TILE_ROWS
+    edge = cuda.blockIdx.x * TILE_COLUMNS
+    depth = matrix.shape[0]
+    c = matrix.shape[1]
+    for i in range(EACH_ROWS):
+        for j in range(EACH_COLUMNS):
+            sums[i, j] = float64(0)
+    for start in range(0, depth, PANEL):
+        for place in range(thread, PANEL * TILE_ROWS, threads):
+            term = place & (PANEL - 1)
+            row = place // PANEL
+            value = float64(0)
+            if start + term < depth and top + row < n:
+                value = rows[top + row, start + term]
+            left[term, row] = value
+        for place in range(thread, PANEL * TILE_COLUMNS, threads):
+            term = place // TILE_COLUMNS
+            column = place & (TILE_COLUMNS - 1)
+            value = float64(0)
+            if start + term < depth and edge + column < c:
+                value = matrix[start + term, edge + column]
+            right[term, column] = value
+        cuda.syncthreads()
+        for term in range(PANEL):
+            for i in range(EACH_ROWS):
+                a[i] = left[term, EACH_ROWS * ty + i]
+            for j in range(EACH_COLUMNS):
+                b[j] = right[term, 2 * tx + (j & 1) + (TILE_COLUMNS // 2) * (j >> 1)]
+            for i in range(EACH_ROWS):
+                for j in range(EACH_COLUMNS):
+                    sums[i, j] += a[i] * b[j]
+        cuda.syncthreads()
+    for i in range(EACH_ROWS):
+        row = top + EACH_ROWS * ty + i
+        if row < n:
+            for j in range(EACH_COLUMNS):
+                column = edge + 2 * tx + (j & 1) + (TILE_COLUMNS // 2) * (j >> 1)
+                if column < c:
+                    out[row, column] = sums[i, j]
+
+
+@kernel(
+    "void(float64[:,::1], float64[:,::1], float64[:,::1], float64[:,::1])",
+    threads=READ_THREADS,
+    blocks=8,
+    serves=("cloud_posterior",),
+)
+def subtract_spectra(y, information, spectra, numbers):  # type: ignore[no-untyped-def]
+    """Y − a′ · spectrum in the place of y, and Σ of its squares over a′ as the energy of each star.
+
+    Launch: a block of READ_THREADS threads for each star.
+    """
+    sums = cuda.shared.array(SCRATCH, float64)
+    star = cuda.blockIdx.x
+    total = float64(0)
+    for j in range(cuda.threadIdx.x, y.shape[1], cuda.blockDim.x):
+        weight = information[star, j]
+        apart = y[star, j] - weight * spectra[star, j]
+        y[star, j] = apart
+        if weight > float64(0):
+            total += apart * apart / weight
+    total = sum_of_block(total, sums)
+    if cuda.threadIdx.x == 0:
+        numbers[star, ENERGY] = total
+
+
+@cuda.jit(device=True)
+def _packed(width, i, j):  # type: ignore[no-untyped-def]
+    """Place of number (i, j ≥ i) in a packed upper triangle."""
+    return i * width - i * (i - 1) // 2 + j - i
+
+
+@cuda.jit(device=True)
+def _root_of_corner(shared, corner, pivots, height, a, top, ridge):  # type: ignore[no-untyped-def]
+    """The upper root of the panel's corner in its place, and the inverse of its diagonal; by one thread.
+
+    Pivots below the ridge, and below what rounding leaves of the diagonal, which a[k, k] holds, are rounding.
+    """
+    for k in range(height):
+        least = ridge + TINY
+        if ridge >= float64(0):
+            least += ROUNDING * a[top + k, top + k]
+            root = math.sqrt(max(shared[corner + k * STEP + k] + least, least))
+        else:
+            root = math.sqrt(shared[corner + k * STEP + k])
+        inverse = float64(1) / root
+        shared[corner + k * STEP + k] = root
+        shared[pivots + k] = inverse
+        for j in range(k + 1, height):
+            shared[corner + k * STEP + j] *= inverse
+        for i in range(k + 1, height):
+            factor = shared[corner + k * STEP + i]
+            for j in range(i, height):
+                shared[corner + i * STEP + j] -= factor * shared[corner + k * STEP + j]
+
+
+@cuda.jit(device=True)
+def _substitute(shared, corner, pivots, height, v):  # type: ignore[no-untyped-def]
+    """V ← corner⁻ᵀ v for one column; numbers from `height` on mean nothing."""
+    for r in range(STEP):
+        if r < height:
+            value = v[r]
+            for s in range(r):
+                value -= shared[corner + s * STEP + r] * v[s]
+            v[r] = value * shared[pivots + r]
+
+
+@cuda.jit(device=True)
+def _eliminate(a, stop, n, ridge, shared, corner, pivots):  # type: ignore[no-untyped-def]
+    """Rows up to `stop` of the upper U with UᵀU = a + ridge, in place; rows up to n become what they do not explain.
+
+    `a` is laid out as the module says, with a vector behind the columns, in place n + 1, that goes along; a[k, k] holds
+    the diagonal. STEP · stop numbers of `shared` are scratch.
+    """
+    v = cuda.local.array(STEP, float64)
+    thread = cuda.threadIdx.x
+    threads = cuda.blockDim.x
+    top = 0
+    while top < n:
+        # The last panel of what is eliminated may be lower than others; the next one begins behind it.
+        end = stop if top < stop else n
+        height = min(STEP, end - top)
+        depth = min(top, stop)
+        cuda.syncthreads()
+        for place in range(thread, depth * STEP, threads):
+            k = place // STEP
+            r = place & (STEP - 1)
+            shared[place] = a[k, top + r + 1] if r < height else float64(0)
+        cuda.syncthreads()
+        for begin in range(top, n + 1, threads):
+            j = begin + thread
+            for r in range(STEP):
+                v[r] = float64(0)
+            if j <= n:
+                for r in range(STEP):
+                    if r < height and j >= top + r:
+                        v[r] = a[top + r, j + 1]
+                for k in range(depth):
+                    value = a[k, j + 1]
+                    for r in range(STEP):
+                        v[r] -= shared[k * STEP + r] * value
+            if top < stop:
+                if begin == top:
+                    if thread < STEP:
+                        for r in range(STEP):
+                            shared[corner + r * STEP + thread] = v[r]
+                    cuda.syncthreads()
+                    if thread == 0:
+                        _root_of_corner(shared, corner, pivots, height, a, top, ridge)
+                    cuda.syncthreads()
+                _substitute(shared, corner, pivots, height, v)
+            if j <= n:
+                for r in range(STEP):
+                    if r < height and j >= top + r:
+                        value = v[r]
+                        if top < stop:
+                            if j == top + r:
+                                value = shared[corner + r * STEP + r]
+                            if j < n:
+                                a[j, top + r] = value
+                        a[top + r, j + 1] = value
+        top += height
+    cuda.syncthreads()
+
+
+@cuda.jit(device=True)
+def _shrink(root, t, n, shared, corner, pivots, out):  # type: ignore[no-untyped-def]
+    """U ← T⁻¹U in the upper part of `root`, and `out` (n, n) in single precision; TTᵀ = I + UUᵀ, T upper triangular.
+
+    Both are laid out as the module says, the lower part of `root` being Uᵀ; `t` becomes the root of I + UUᵀ with rows
+    and columns in reverse order, which is the transpose of T in reverse order. Its columns and those of U in reverse
+    order, which go along, are one panel: T⁻¹U is what `_eliminate` makes of a vector. 2 · STEP · n numbers of `shared`
+    are scratch.
+    """
+    v = cuda.local.array(STEP, float64)
+    thread = cuda.threadIdx.x
+    threads = cuda.blockDim.x
+    other = STEP * n
+    for top in range(0, n, STEP):
+        height = min(STEP, n - top)
+        bottom = n - 1 - top
+        last = bottom - height + 1
+        cuda.syncthreads()
+        for place in range(thread, (n - last) * STEP, threads):
+            k = last + place // STEP
+            r = place & (STEP - 1)
+            shared[place] = root[k, bottom - r] if r < height and k >= bottom - r else float64(0)
+        for place in range(thread, top * STEP, threads):
+            r = place & (STEP - 1)
+            shared[other + place] = t[place // STEP, top + r + 1] if r < height else float64(0)
+        cuda.syncthreads()
+        # Columns of t from `top` on, then those of U from `last` on, the vector included.
+        of_t = n - top
+        count = of_t + n - last + 1
+        for begin in range(0, count, threads):
+            c = begin + thread
+            column = last + c - of_t
+            for r in range(STEP):
+                v[r] = float64(0)
+            if c < of_t:
+                for r in range(STEP):
+                    if r == c:
+                        v[r] = float64(1)
+                for k in range(last, n):
+                    value = root[k, bottom - c]
+                    for r in range(STEP):
+                        v[r] += shared[(k - last) * STEP + r] * value
+                for k in range(top):
+                    value = t[k, top + c + 1]
+                    for r in range(STEP):
+                        v[r] -= shared[other + k * STEP + r] * value
+            elif c < count:
+                for r in range(STEP):
+                    if r < height and column >= bottom - r:
+                        v[r] = root[bottom - r, column + 1]
+                # Rows of T⁻¹U begin at their diagonals.
+                for k in range(max(0, n - 1 - column), top):
+                    value = root[n - 1 - k, column + 1]
+                    for r in range(STEP):
+                        v[r] -= shared[other + k * STEP + r] * value
+            if begin == 0:
+                if thread < STEP:
+                    for r in range(STEP):
+                        shared[corner + r * STEP + thread] = v[r]
+                cuda.syncthreads()
+                if thread == 0:
+                    _root_of_corner(shared, corner, pivots, height, root, 0, float64(-1))
+                cuda.syncthreads()
+            _substitute(shared, corner, pivots, height, v)
+            if c < of_t:
+                for r in range(STEP):
+                    if r < height and r <= c:
+                        t[top + r, top + c + 1] = v[r]
+            elif c < count:
+                for r in range(STEP):
+                    if r < height and column >= bottom - r:
+                        root[bottom - r, column + 1] = v[r]
+                        if column < n:
+                            out[bottom - r, column] = float32(v[r])
+    cuda.syncthreads()
+
+
+@kernel(
+    "void(int64, float64[:,::1], float64[:,::1], float64[:,::1], float64[::1], float64[:,:,::1], float64[:,::1])",
+    threads=SOLVE_THREADS,
+    blocks=2,
+    serves=("cloud_posterior",),
+)
+def expand_stars(n, packed, u, precision, pull, scratch, points):  # type: ignore[no-untyped-def]
+    """The best point b of the space for each of n stars: (M + P⁻¹) b = u + P⁻¹b₀.
+
+    `packed` (·, w (w + 1)/2) is M, `precision` (w, w) P⁻¹ and `pull` (w,) P⁻¹b₀; `scratch` (blocks, w, w + 2).
+
+    Launch: as many blocks as `scratch` has, which share the stars; threads and shared memory as `solve_launch` says.
+    """
+    shared = cuda.shared.array(0, float64)
+    width = pull.size
+    vector = 2 * STEP * width
+    corner = vector + width
+    pivots = corner + STEP * STEP
+    thread = cuda.threadIdx.x
+    threads = cuda.blockDim.x
+    lanes = min(32, threads)
+    a = scratch[cuda.blockIdx.x]
+    for star in range(cuda.blockIdx.x, n, cuda.gridDim.x):
+        cuda.syncthreads()
+        for i in range(thread // lanes, width, threads // lanes):
+            for j in range(i + thread % lanes, width, lanes):
+                value = packed[star, _packed(width, i, j)] + precision[i, j]
+                a[i, j + 1] = value
+                if i == j:
+                    a[i, i] = value
+        for i in range(thread, width, threads):
+            a[i, width + 1] = u[star, i] + pull[i]
+        _eliminate(a, width, width, float64(0), shared, corner, pivots)
+        for i in range(thread, width, threads):
+            shared[vector + i] = a[i, width + 1]
+        # U b = v from the last rows on, STEP at a time: row k below the diagonal holds column k of U.
+        top = (width - 1) // STEP * STEP
+        while top >= 0:
+            height = min(STEP, width - top)
+            cuda.syncthreads()
+            if thread == 0:
+                for k in range(top + height - 1, top - 1, -1):
+                    value = shared[vector + k]
+                    for j in range(k + 1, top + height):
+                        value -= a[j, k] * shared[vector + j]
+                    shared[vector + k] = value / a[k, k]
+            cuda.syncthreads()
+            for i in range(thread, top, threads):
+                value = shared[vector + i]
+                for k in range(top, top + height):
+                    value -= a[k, i] * shared[vector + k]
+                shared[vector + i] = value
+            top -= STEP
+        cuda.syncthreads()
+        for i in range(thread, width, threads):
+            points[star, i] = shared[vector + i]
+
+
+@kernel(
+    "void(int64, float64[:,::1], float64[:,::1], float64[:,::1], int64, int64, float64, float64[:,:,::1],"
+    " float64[:,:,::1], float64[:,:,::1], float64[:,::1], float32[:,:,::1], float32[:,::1], float32[:,::1])",
+    threads=SOLVE_THREADS,
+    blocks=2,
+    serves=("cloud_posterior",),
+)
+def whiten_stars(  # type: ignore[no-untyped-def]
+    n_stars, packed, gradient, points, q, n_sky, unit, scratch, root_scratch, t_scratch,
+    numbers, roots, centre, spectrum,
+):  # fmt: skip
+    """C' of M₁ = C C' and λ of each star, with nuisances marginalised, as `cpu_information.solve`.
+
+    `gradient` is Bᵀ(y − a′ B b) and `points` b. `roots` (·, n, n) gets C' on and above its diagonal, `centre` (·, n) λ,
+    and `spectrum` λ and the last column of C' over `unit`: the whole of a star's spectrum. `numbers` gets what is
+    explained and what is beyond, and its energy what the point has of it.
+
+    `scratch` (blocks, w, w + 2); `root_scratch` and `t_scratch` (blocks, n, n + 2).
+
+    Launch: as `expand_stars`.
+    """
+    shared = cuda.shared.array(0, float64)
+    sums = cuda.shared.array(SCRATCH, float64)
+    width = points.shape[1]
+    n = centre.shape[1]
+    corner = 2 * STEP * width + width
+    pivots = corner + STEP * STEP
+    thread = cuda.threadIdx.x
+    threads = cuda.blockDim.x
+    lanes = min(32, threads)
+    a = scratch[cuda.blockIdx.x]
+    root = root_scratch[cuda.blockIdx.x]
+    t = t_scratch[cuda.blockIdx.x]
+    for star in range(cuda.blockIdx.x, n_stars, cuda.gridDim.x):
+        cuda.syncthreads()
+        scale = numbers[star, SCALE]
+        level2 = numbers[star, LEVEL] / (numbers[star, N_USED] + TINY) / (scale * scale)
+        for i in range(thread // lanes, width, threads // lanes):
+            for j in range(i + thread % lanes, width, lanes):
+                value = packed[star, _packed(width, i, j)]
+                if i == j:
+                    if i < q:
+                        value += float64(1) if i < q - n_sky else float64(1) / (level2 + TINY)
+                    a[i, i] = value
+                a[i, j + 1] = value
+        part = float64(0)
+        for i in range(thread, width, threads):
+            value = gradient[star, i]
+            for j in range(i):
+                value += packed[star, _packed(width, j, i)] * points[star, j]
+            for j in range(i, width):
+                value += packed[star, _packed(width, i, j)] * points[star, j]
+            a[i, width + 1] = value
+            part += points[star, i] * (value + gradient[star, i])
+        # What the energy would be without the point, if the likelihood were what it is near it.
+        energy = numbers[star, ENERGY] + sum_of_block(part, sums)
+
+        _eliminate(a, q, width, float64(0), shared, corner, pivots)
+        part = float64(0)
+        for i in range(thread, q, threads):
+            part += a[i, width + 1] * a[i, width + 1]
+        explained = sum_of_block(part, sums)
+        for i in range(thread // lanes, n, threads // lanes):
+            for j in range(i + thread % lanes, n + 1, lanes):
+                value = a[q + i, q + j + 1]
+                t[i, j + 1] = value
+                root[i, j + 1] = value
+                if i == j:
+                    t[i, i] = value
+                    root[i, i] = value
+        _eliminate(t, n, n, LEAST_CURVATURE, shared, corner, pivots)
+        _eliminate(root, n, n, LEAST_INFORMATION, shared, corner, pivots)
+        part = float64(0)
+        for i in range(thread, n, threads):
+            part += t[i, n + 1] * t[i, n + 1]
+        gain = sum_of_block(part, sums)
+        part = float64(0)
+        for i in range(thread, n, threads):
+            part += root[i, n + 1] * root[i, n + 1]
+        known = sum_of_block(part, sums)
+        _shrink(root, t, n, shared, corner, pivots, roots[star])
+        for i in range(thread, n, threads):
+            value = root[i, n + 1]
+            centre[star, i] = float32(value)
+            spectrum[star, i] = float32(value + root[i, n] / unit)
+        if thread == 0:
+            numbers[star, ENERGY] = energy
+            numbers[star, EXPLAINED] = explained + gain
+            numbers[star, BEYOND] = gain - known

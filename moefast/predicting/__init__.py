@@ -1,0 +1,1 @@
+"""Streaming prediction: blocks of spectra in, rows of a table out."""

@@ -1,0 +1,258 @@
+"""What predicts a block of spectra, on which device: the CPU kernels, the CUDA kernels, or the exported graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moefast.backend import Backend, resolve_backend
+from moefast.core.errors import BackendError
+from moefast.core.threads import CORES
+from moefast.kernels import PROJECT_ROWS
+from moefast.mixture import Prediction
+from moefast.posterior.mixture import AnyMixture, PosteriorMixture
+from moefast.spectra.quality import Quality, assess, good_pixels
+from moefast.spectra.source import Block
+
+__all__ = [
+    "LEAST_ROWS",
+    "ONNX_BYTES",
+    "ONNX_ROWS",
+    "CpuEngine",
+    "CudaEngine",
+    "Engine",
+    "OnnxEngine",
+    "joined",
+    "make_engine",
+    "open_engine",
+    "score_block",
+    "warm_up",
+    "without_kernels",
+]
+
+LEAST_ROWS = 16
+"""Spectra that a GPU must have room for: with less, halving a block does not help."""
+ONNX_ROWS, ONNX_BYTES = 1024, 2**27
+"""Rows of a block for ONNX Runtime at most, and bytes of the largest value that it makes of a block."""
+
+
+class Engine(Protocol):
+    """Scores a block: flux, error (n, p) float32, mask (n, p) bool (True = bad) or None, index of its first row.
+
+    Attributes
+    ----------
+    block_rows : int
+        Rows that it likes best at a time.
+    workers : int
+        Threads that may call it at the same time.
+    note : str
+        What belongs to the reason for the backend, such as work that runs elsewhere; mostly empty.
+    """
+
+    @property
+    def block_rows(self) -> int:
+        """See above."""
+        ...
+
+    @property
+    def workers(self) -> int:
+        """See above."""
+        ...
+
+    @property
+    def note(self) -> str:
+        """See above."""
+        ...
+
+    def __call__(
+        self, flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None, first_row: int
+    ) -> tuple[Prediction, Quality]:
+        """What becomes of a block."""
+        ...
+
+
+@dataclass(frozen=True)
+class CpuEngine:
+    """The CPU kernels."""
+
+    mixture: AnyMixture
+    block_rows: int = PROJECT_ROWS
+    workers: int = CORES
+    note: str = ""
+
+    def __call__(
+        self, flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None, first_row: int
+    ) -> tuple[Prediction, Quality]:
+        """See `Engine`."""
+        return self.mixture.score(flux, error, mask, first_row=first_row)
+
+
+class CudaEngine:
+    """The CUDA kernels on the current device: see `moefast.kernels.cuda.CudaScorer`.
+
+    Raises
+    ------
+    BackendError
+        The kernels do not run here, or the mixture has experts that they do not know.
+    """
+
+    note = ""
+
+    def __init__(self, mixture: AnyMixture) -> None:
+        lack = without_kernels(mixture)
+        if lack or isinstance(mixture, PosteriorMixture):
+            raise BackendError(f"backend cuda: there are no kernels for {lack}; use backend cpu")
+        from moefast.kernels.cuda.device import first_launch, require_device
+
+        require_device()
+        # Only now: the CUDA packages are optional.
+        from moefast.kernels.cuda.scoring import SLOTS, CudaScorer
+
+        ones = np.ones((1, mixture.n_pixels), np.float32)
+        with first_launch():
+            self._scorer = CudaScorer(mixture.projection, mixture.mixing, *mixture.clouds)
+            self._scorer(ones, ones)
+        self.block_rows = self._scorer.block_rows
+        # One reads a file, while the others have a slot each; more would only wait for their turn to read.
+        self.workers = min(SLOTS, 4) + 1
+
+    def __call__(
+        self, flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None, first_row: int
+    ) -> tuple[Prediction, Quality]:
+        """See `Engine`; no row's numbers depend on where it lies."""
+        found = self._scorer(flux, error, mask)
+        return (
+            Prediction(
+                found.log_g, found.log_g_err, found.log_g_err_raw, found.weights, found.expert_log_g, found.chi2,
+                found.log_level,
+            ),
+            Quality(found.snr_norm, found.snr_median, found.n_good, found.flag),
+        )  # fmt: skip
+
+
+class OnnxEngine:
+    """The exported graph in ONNX Runtime, for what the CUDA kernels do not know; quality by the CPU kernels.
+
+    Parameters
+    ----------
+    mixture : Mixture or PosteriorMixture
+    backend : "cpu" or "cuda"
+        Where ONNX Runtime runs it.
+
+    Raises
+    ------
+    BackendError
+        ONNX Runtime does not run there.
+    """
+
+    # ONNX Runtime has threads of its own; one caller reads while another one waits for the device.
+    workers = 2
+
+    def __init__(self, mixture: AnyMixture, backend: str) -> None:
+        from moefast.export import build, on_the_cpu, open_session
+
+        self._session = open_session(build(mixture), backend)
+        self._names = [output.name for output in self._session.get_outputs()]
+        self.block_rows = ONNX_ROWS
+        if isinstance(mixture, PosteriorMixture):
+            # The tangents of every cloud, seen by every star, in double precision.
+            sizes = mixture.sizes
+            each = 8 * sizes.n_clouds * sizes.n_tangents * sizes.n_coordinates
+            self.block_rows = min(ONNX_ROWS, max(LEAST_ROWS, ONNX_BYTES // each))
+        self.note = on_the_cpu(self._session) if backend == "cuda" else ""
+        # A device that is full lets a session start, and refuses its first block.
+        ones = np.ones((1, mixture.n_pixels), np.float32)
+        self._run(ones, ones)
+
+    def __call__(
+        self, flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None, first_row: int
+    ) -> tuple[Prediction, Quality]:
+        """See `Engine`."""
+        quality = assess(flux, error, good_pixels(flux, error, mask), mask)
+        seen = error if mask is None else np.where(mask, np.float32(np.nan), error)
+        return self._run(flux, seen), quality
+
+    def _run(self, flux: NDArray, error: NDArray) -> Prediction:
+        try:
+            found = self._session.run(self._names, {"flux": flux, "error": error})
+        except Exception as problem:
+            # ONNX Runtime has no type of its own for memory that is short.
+            half = len(flux) // 2
+            if half < LEAST_ROWS or "allocate" not in str(problem):
+                raise BackendError(f"ONNX Runtime cannot score {len(flux)} spectra: {problem}") from problem
+            return joined([self._run(flux[:half], error[:half]), self._run(flux[half:], error[half:])])
+        return Prediction(**dict(zip(self._names, found, strict=True)))
+
+
+def without_kernels(mixture: AnyMixture) -> str:
+    """What of a mixture the CUDA kernels do not know, in words; empty if they know it all."""
+    if isinstance(mixture, PosteriorMixture):
+        return "a posterior of all labels"
+    if unknown := sorted({p.expert.words for p in mixture.experts if not (p.added or p.expert.on_cuda)}):
+        return " or ".join(unknown)
+    if any(place.added for place in mixture.experts):
+        return "residuals of experts"
+    return "" if mixture.tower is None else "the second tower of a gate"
+
+
+def make_engine(mixture: AnyMixture, backend: Backend) -> Engine:
+    """Score on the CPU kernels or on the CUDA kernels; what these do not know, in ONNX Runtime on the GPU.
+
+    Raises
+    ------
+    BackendError
+        The GPU cannot be used after all.
+    """
+    if backend.name == "cpu":
+        return CpuEngine(mixture)
+    return OnnxEngine(mixture, "cuda") if without_kernels(mixture) else CudaEngine(mixture)
+
+
+def open_engine(mixture: AnyMixture, backend: str = "auto") -> tuple[Engine, Backend]:
+    """The engine for a backend asked for, and the backend it really runs on; "auto" falls back to the CPU.
+
+    Raises
+    ------
+    BackendError
+        "cuda" was asked for and cannot be used.
+    """
+    where = resolve_backend(backend)
+    try:
+        engine = make_engine(mixture, where)
+        return engine, replace(where, reason="; ".join(filter(None, (where.reason, engine.note))))
+    except BackendError as error:
+        if backend != "auto":
+            raise
+        reason = f"{where.device} was found but cannot be used: {error}"
+        where = Backend("cpu", resolve_backend("cpu").device, reason)
+        return make_engine(mixture, where), where
+
+
+def warm_up(engine: Engine, n_pixels: int) -> None:
+    """Load compiled code before the clock starts: it is no part of the throughput."""
+    ones = np.ones((1, n_pixels), np.float32)
+    engine(ones, ones, None, 0)
+
+
+def score_block(engine: Engine, block: Block, first_row: int) -> tuple[Prediction, Quality]:
+    """What an engine gives for a block.
+
+    Parameters
+    ----------
+    engine : Engine
+    block : Block
+    first_row : int
+        Index of the block's first row in its file.
+    """
+    # Pixels near the end of float32 overflow in their own row, which the flags tell.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return engine(block.flux, block.error, block.mask, first_row)
+
+
+def joined(parts: list[Any]) -> Any:
+    """One dataclass of arrays for several; what the first does not have, none has."""
+    found = {item.name: [getattr(part, item.name) for part in parts] for item in fields(parts[0])}
+    return type(parts[0])(**{k: None if v[0] is None else np.concatenate(v) for k, v in found.items()})

@@ -1,0 +1,1 @@
+"""Milestones: their marks, and what evaluations say about each."""

@@ -1,0 +1,33 @@
+"""Wave grids of spectra: whether two are the same, and what tells them apart, in words."""
+
+from __future__ import annotations
+
+import numpy as np
+
+__all__ = ["describe_difference", "describe_wave", "same_wave"]
+
+
+def describe_wave(wave: np.ndarray) -> str:
+    """A wave grid, array of shape (p,) in Å, in words."""
+    step = (wave[-1] - wave[0]) / (len(wave) - 1) if len(wave) > 1 else float("nan")
+    return f"{len(wave)} pixels, {wave[0]:.3f} to {wave[-1]:.3f} Å, mean step {step:.5f} Å"
+
+
+def same_wave(first: np.ndarray, second: np.ndarray) -> bool:
+    """Whether two wave grids, arrays of shape (p,) in Å, agree to 0.01 pixel everywhere."""
+    if len(first) != len(second):
+        return False
+    step = np.abs(np.gradient(first)) if len(first) > 1 else np.ones(1)
+    return bool(np.all(np.abs(first - second) < 0.01 * step))
+
+
+def describe_difference(found: np.ndarray, expected: np.ndarray) -> str:
+    """Two wave grids, arrays of shape (p,) in Å, and where they differ most, so that no two words are alike."""
+    text = f"{describe_wave(found)}; expected {describe_wave(expected)}"
+    if len(found) == len(expected):
+        most = int(np.argmax(np.abs(found - expected)))
+        text += (
+            f"; they differ most at pixel {most}, {found[most]:.5f} Å where {expected[most]:.5f} Å are expected "
+            f"({found[most] - expected[most]:+.5f} Å)"
+        )
+    return text
