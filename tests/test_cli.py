@@ -112,6 +112,17 @@ def test_help_does_not_wait_for_numba():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_predictions_import_nothing_that_they_do_not_need():
+    code = (
+        "import sys, moefast.predicting.files\n"
+        "slow = {'scipy.interpolate', 'scipy.ndimage', 'scipy.optimize', 'scipy.stats', 'matplotlib', 'jinja2',\n"
+        "        'torch', 'lightgbm', 'dask', 'pandas', 'moefast.fitting', 'moefast.protocol'}\n"
+        "sys.exit(', '.join(slow & set(sys.modules)) or None)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 # -- work ------------------------------------------------------------------------------------------------------
 
 

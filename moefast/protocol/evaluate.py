@@ -617,8 +617,8 @@ def _draw(
     except OSError as error:
         raise OutputError(f"{target / 'figures'}: cannot be made ({error.strerror})") from error
     names = [name for name, drawing in FIGURES.items() if drawing.exists(report)]
-    # The overview and the page draw as much again.
-    n_steps = len(names) + 2
+    # The page draws all of them again.
+    n_steps = 2 * len(names) + 1
     for done, name in enumerate(names):
         progress("pictures", done, n_steps)
         png(report, name, target / "figures" / f"{name}.png")
