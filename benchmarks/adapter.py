@@ -76,6 +76,8 @@ class Engine:
         It gives no answer: it shows what any engine must spend.
     environment : mapping
         Environment variables of its process.
+    most_rows : int or None
+        Spectra that it is given at most, where it takes too long for more; None if as many as the others.
     """
 
     name: str
@@ -89,6 +91,7 @@ class Engine:
     in_memory: bool = True
     is_floor: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
+    most_rows: int | None = None
 
 
 def why_not(engine: Engine) -> str:

@@ -28,7 +28,7 @@ from moefast.core.random import add_noise
 from moefast.experts.linear_form import LinearForm
 from moefast.experts.protocol import Inputs
 from moefast.fitting import Options, fit_mixture
-from moefast.gating.mlp import fit_gate, fit_network, softmax
+from moefast.gating.mlp import fit_gate, fit_perceptron, softmax
 from moefast.gating.tower import quality_logs
 from moefast.kernels import project
 from moefast.kernels.reference import prepare_reference
@@ -167,7 +167,7 @@ def classifier(
         slope[here] -= 1
         return float(-np.log(np.maximum(gate[here], 1e-30)).sum(dtype=np.float64)), slope
 
-    return fit_network(features, n, loss, held(seen), hidden=hidden, steps=steps)
+    return fit_perceptron(features, n, loss, held(seen), hidden=hidden, steps=steps)
 
 
 def hard(gate: NDArray) -> NDArray:

@@ -92,7 +92,7 @@ def flops(torch: Any, heads: Heads) -> float:
     return float(counter.get_total_flops()) / 2
 
 
-def stars_of(torch: Any, device: str, heads: Heads, mixture: Mixture, n: int) -> training.Stars:
+def stars_of(torch: Any, device: str, heads: Heads, mixture: Mixture, n: int) -> training.TrainingStars:
     """Random stars to fit on."""
     rng = np.random.default_rng(SEED)
     low, high = mixture.knots[[0, -1]].tolist()
@@ -101,14 +101,14 @@ def stars_of(torch: Any, device: str, heads: Heads, mixture: Mixture, n: int) ->
         shape = (n, mixture.n_pixels)
         flux, error = (rng.standard_normal(shape, np.float32).astype(np.float16) for _ in range(2))
         inverse = (1 / np.sqrt(mixture.noise_shape)).astype(np.float32)
-        return training.Pixels(
+        return training.StarsInPixels(
             torch, device, flux, abs(error), level, mixture.reference, inverse, mixture.line_columns,
             mixture.line_widths, LEAST_CONTINUUM,
         )  # fmt: skip
     z = rng.standard_normal((n, mixture.n_basis)).astype(np.float32)
     covariance = training.component_covariance(mixture.basis, mixture.line_columns, mixture.noise_shape)
     windows = np.ones((n, mixture.line_columns.shape[1]), np.float32)
-    return training.Components(
+    return training.StarsInComponents(
         torch, device, z, windows, level, covariance, mixture.line_widths, LEAST_CONTINUUM
     )
 

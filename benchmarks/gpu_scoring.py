@@ -1,7 +1,7 @@
 """Scoring on the GPU: rate and R² beside the bandwidths of this machine, ONNX Runtime and torch, in one run.
 
-`python -m moefast.benchmarks.gpu_scoring [-o FILE] [-m MODEL] [--part PART]… [--samples N] [--small]`; exit code 7
-without a GPU.
+`python -m moefast.benchmarks.gpu_scoring [-o FILE] [-m MODEL] [--part PART]… [--posterior MODEL]… [--samples N]
+[--small]`; exit code 7 without a GPU. The part `posteriors` times the posterior at each star's own noise step by step.
 
 Three floors are measured, not looked up: a copy within device memory (read and written bytes both count), a copy from
 pinned host memory, and the matrix products alone in torch without TF32. Scoring resident data is compared with the
@@ -34,7 +34,7 @@ from moefast.mixture import Mixture
 from moefast.model import Model
 from moefast.posterior import PosteriorMixture
 
-PARTS = ("scoring", "templates", "clouds")
+PARTS = ("scoring", "templates", "clouds", "posteriors")
 RESULTS = Path(__file__).parent / "results"
 TOLERANCE = 1e-4
 """Largest difference of log g between engines, dex."""
@@ -54,6 +54,9 @@ CLOUDS = {
 }
 """Libraries of clouds of the size of those of the reference sets, shared by EXPERTS experts."""
 SMALL_CLOUDS = {"small": {"n": 96, "m": 20, "r": 5, "t": 2}}
+POSTERIORS = ("observed", "z0")
+"""Models whose posteriors at a star's own noise are timed: those that are shipped."""
+STARS_ON_CPU = 1024
 EXPERTS = 9
 CHECKED = 64
 """Stars whose posterior is made in float64, too."""
@@ -317,6 +320,71 @@ def weighed_clouds(samples: int, n: int, m: int, r: int, t: int) -> dict[str, An
     return {"n": n, "m": m, "r": r, "t": t, "engines": found}
 
 
+def own_noise(model: Model, samples: int, small: bool) -> dict[str, Any]:
+    """Posteriors at each star's own noise: every step on resident data, the whole from host memory, and on the CPU."""
+    from numba import cuda
+
+    from moefast.kernels.cuda.clouds import BLOCK_ROWS, DevicePosterior
+    from moefast.predicting.engines import CudaEngine
+
+    mixture = model.mixture
+    if not isinstance(mixture, PosteriorMixture):
+        raise BackendError(f"the model {model.name} is no posterior; name one that is")
+    flux, error, truth = stars(model, small)
+    expected, found = mixture.predict(flux, error).log_g, dict[str, Any]()
+    p, n = mixture.n_pixels, min(BLOCK_ROWS, len(flux))
+    few = slice(0, min(STARS_ON_CPU, len(flux)))
+
+    def note(name: str, rows: int, seconds: list[float], log_g: np.ndarray) -> None:
+        difference = float(np.abs(log_g - expected[: len(log_g)]).max())
+        found[name] = {
+            "rows": rows,
+            "seconds": seconds,
+            "rows_per_second": rows / min(seconds),
+            "r2": r2(truth[: len(log_g)], log_g),
+            "difference": difference,
+            "agrees": difference < TOLERANCE,
+        }
+
+    try:
+        plan, stream = DevicePosterior(*mixture.kernel_arrays), cuda.stream()
+        work = plan.work(n)
+        device_flux, device_error = (
+            cuda.to_device(np.ascontiguousarray(a[:n]).reshape(-1)) for a in (flux, error)
+        )
+
+        def resident() -> None:
+            plan.launch(device_flux, device_error, None, n, work, stream)
+            stream.synchronize()
+
+        resident()
+        steps: dict[str, list[float]] = {}
+        for _ in range(samples):
+            for name, start in plan.steps(device_flux, device_error, None, n, work, work.scores, stream):
+                begin = time.perf_counter()
+                start()
+                stream.synchronize()
+                steps.setdefault(name, []).append(time.perf_counter() - begin)
+        seconds = sampled(resident, samples)
+        there: Any = work.scores.log_g
+        note("moefast, resident", n, seconds, there.copy_to_host())
+        found["moefast, resident"]["steps"] = steps
+    except Exception as problem:  # the others are to be measured all the same
+        found["moefast, resident"] = failure(problem)
+    rows = SMALL_ROWS if small else HOST
+    many_flux, many_error = (np.tile(a, (-(-rows // len(a)), 1))[:rows] for a in (flux, error))
+    try:
+        engine = CudaEngine(mixture)
+        answer = engine(many_flux, many_error, None, 0)[0].log_g[: len(truth)]
+        seconds = sampled(lambda: engine(many_flux, many_error, None, 0), samples)
+        note("moefast, from host memory", rows, seconds, answer)
+    except Exception as problem:
+        found["moefast, from host memory"] = failure(problem)
+    seconds = sampled(lambda: mixture.predict(flux[few], error[few]), samples)
+    note("moefast, on the CPU", len(flux[few]), seconds, expected[few])
+    return {"pixels": p, "coordinates": mixture.n_coordinates, "clouds": len(mixture.keys), "engines": found}
+
+
 def failure(error: Exception) -> dict[str, Any]:
     """An engine that did not run: a missing package is no failure."""
     return {"error": f"{type(error).__name__}: {error}", "failed": not isinstance(error, ImportError)}
@@ -397,10 +465,21 @@ def measure(model: Model, samples: int, small: bool) -> dict[str, Any]:
 @click.command()
 @click.option("-m", "--model", help="Model folder.  [default: a template model of a few stars, fitted first]")
 @click.option("--samples", default=7, show_default=True, help="Timed runs of each engine.")
+@click.option(
+    "--posterior", "posteriors", multiple=True, default=POSTERIORS, show_default=True,
+    help="Model of the part `posteriors`.",
+)  # fmt: skip
 @click.option("--small", is_flag=True, help="Sizes of a test: seconds instead of minutes.")
 @click.option("--part", "parts", multiple=True, type=click.Choice(PARTS), help="By default all.")
 @click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), help="JSON file to write.")
-def main(model: str | None, samples: int, small: bool, parts: tuple[str, ...], out: Path | None) -> None:
+def main(
+    model: str | None,
+    samples: int,
+    posteriors: tuple[str, ...],
+    small: bool,
+    parts: tuple[str, ...],
+    out: Path | None,
+) -> None:
     """Measure, print, and write JSON (by default into benchmarks/results/)."""
     from moefast.kernels.cuda.device import require_device
 
@@ -410,7 +489,8 @@ def main(model: str | None, samples: int, small: bool, parts: tuple[str, ...], o
         click.echo(f"not measured: {error}", err=True)
         sys.exit(error.exit_code)
     device = (cuda_devices()[0] or ["simulated"])[0]
-    chosen = Model.load(model) if model else of_few_stars()
+    wanted = set(parts or PARTS)
+    chosen = Model.load(model) if model or wanted == {"posteriors"} else of_few_stars()
     report: dict[str, Any] = {
         "what": "scoring on the GPU",
         "device": device,
@@ -420,8 +500,8 @@ def main(model: str | None, samples: int, small: bool, parts: tuple[str, ...], o
         "scoring": {"pixels": chosen.mixture.n_pixels, "copies": {}, "engines": {}},
         "template_posterior": {"engines": {}},
         "tangent_posterior": {},
+        "posteriors": {},
     }
-    wanted = set(parts or PARTS)
     if "scoring" in wanted:
         report["scoring"] = measure(chosen, samples, small)
     if "templates" in wanted:
@@ -429,6 +509,9 @@ def main(model: str | None, samples: int, small: bool, parts: tuple[str, ...], o
     if "clouds" in wanted:
         for name, shape in (SMALL_CLOUDS if small else CLOUDS).items():
             report["tangent_posterior"][name] = weighed_clouds(samples, **shape)
+    if "posteriors" in wanted:
+        for name in posteriors:
+            report["posteriors"][name] = own_noise(Model.load(name), samples, small)
     click.echo(f"{device}, {report['scoring']['pixels']} pixels")
     for name, entry in report["scoring"]["copies"].items():
         click.echo(f"  {name:<40}{entry['gb_per_second']:>12,.1f} GB/s")
@@ -456,6 +539,18 @@ def main(model: str | None, samples: int, small: bool, parts: tuple[str, ...], o
                 f"{entry['difference']:.1e} dex"
             )
             click.echo(f"  {name:<40}{text}")
+    for which, entry in report["posteriors"].items():
+        click.echo(
+            f"{which}: {entry['clouds']} clouds in {entry['coordinates']} coordinates, each star its own noise"
+        )
+        for name, engine in entry["engines"].items():
+            text = engine.get("error") or (
+                f"{engine['rows_per_second']:>12,.0f} stars/s, R² {engine['r2']:.3f}, off by "
+                f"{engine['difference']:.1e} dex"
+            )
+            click.echo(f"  {name:<40}{text}")
+            for step, seconds in engine.get("steps", {}).items():
+                click.echo(f"    {step:<38}{1e6 * min(seconds) / engine['rows']:>12.3f} µs a star")
     path = out or RESULTS / f"{report['environment']['date']}-gpu-scoring.json"
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     click.echo(f"wrote {path}")
@@ -464,6 +559,11 @@ def main(model: str | None, samples: int, small: bool, parts: tuple[str, ...], o
         **library["engines"],
         **{
             f"clouds of {size}, {k}": e for size, found in clouds.items() for k, e in found["engines"].items()
+        },
+        **{
+            f"posterior {name}, {k}": e
+            for name, found in report["posteriors"].items()
+            for k, e in found["engines"].items()
         },
     }
     failed = [name for name, entry in engines.items() if entry.get("failed") or not entry.get("agrees", True)]

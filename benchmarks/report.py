@@ -81,7 +81,11 @@ def _floors(result: Mapping[str, Any]) -> Iterator[str]:
 def _table(result: Mapping[str, Any], task: str) -> Iterator[str]:
     rows = measured(result, task)
     everything = [row for row in result["results"] if row["task"] == task]
-    width = max(len(row["title"]) for row in everything)
+    titles = {
+        row["engine"]: row["title"] if row["n"] == result["n"] else f"{row['title']}, {row['n']:,} of them"
+        for row in everything
+    }
+    width = max(map(len, titles.values()))
     yield f"{_TASKS[task]}; n = {result['n']:,}"
     yield (
         f"{'engine':<{width}}  {'spectra/s':>10}  {'median':>10}  {'R²':>6}  {'peak memory':>11}  "
@@ -91,7 +95,7 @@ def _table(result: Mapping[str, Any], task: str) -> Iterator[str]:
         r2 = "" if row["r2"] is None else f"{row['r2']:.3f}"
         share = f"{row['fraction_of_floor']:.2f} of {row['floor']}" if "floor" in row else ""
         yield (
-            f"{row['title']:<{width}}  {row['spectra_per_second']:>10,.0f}  "
+            f"{titles[row['engine']]:<{width}}  {row['spectra_per_second']:>10,.0f}  "
             f"{row['spectra_per_second_median']:>10,.0f}  {r2:>6}  {size(row['peak_bytes']):>11}  "
             f"{size(row['working_bytes']):>11}  {share}"
         ).rstrip()

@@ -211,7 +211,7 @@ def benchmark(
     too_large = {
         (engine.task, engine.name, size): _too_large(size, engine, where)
         for engine in chosen
-        for size in {n, *sizes}
+        for size in {n, *sizes, *([] if engine.most_rows is None else [engine.most_rows])}
     }
     with tempfile.TemporaryDirectory(prefix="moefast-bench-", dir=where) as name:
         folder = Path(name)
@@ -225,6 +225,7 @@ def benchmark(
             data |= prepare(folder, max(fitting), [task], model, doing)
 
         def one(engine: Engine, size: int, count: int) -> dict[str, Any]:
+            size = size if engine.most_rows is None else min(size, engine.most_rows)
             if reason := too_large[engine.task, engine.name, size]:
                 about = {"task": engine.task, "engine": engine.name, "title": engine.title, "n": size}
                 return about | {"unavailable": reason}
@@ -241,6 +242,9 @@ def benchmark(
         rows = [one(engine, n, samples) for engine in chosen]
         curves = {}
         for engine in chosen if sizes else []:
+            if engine.most_rows is not None:
+                # Star by star: its time is linear in n.
+                continue
             first = next(row for row in rows if (row["task"], row["engine"]) == (engine.task, engine.name))
             if "seconds" in first or first.get("unavailable", "").startswith(("stopped", "killed")):
                 curves[f"{engine.task} {engine.name}"] = _grow(

@@ -30,6 +30,7 @@ from moefast.kernels import Library
 from moefast.mixture import Mixture
 from moefast.model import Model
 from moefast.posterior.mixture import AnyMixture, PosteriorMixture
+from moefast.simulate.emulator import LABELS
 from moefast.spectra.spectrum_set import open_spectra
 
 __all__ = [
@@ -50,6 +51,9 @@ TOLERANCE = 1e-4
 LIGHTGBM_SEED = 20260203
 LIGHTGBM_ROWS, LIGHTGBM_TREES = 4000, 100
 """Stars that LightGBM is trained on, and its trees: enough for a fair speed, not for its best R²."""
+
+PEER_ROWS = 300
+"""Stars that the full-spectrum fit is given: it fits some 20 a second."""
 
 
 @dataclass(frozen=True)
@@ -573,6 +577,23 @@ def _lightgbm(problem: ScoreProblem) -> Work:
     return work
 
 
+def _chi2(problem: ScoreProblem) -> Work:
+    """What others do: a full-spectrum fit of the emulator, star by star on one core."""
+    from moefast.core.threads import one_blas_thread
+    from moefast.peers.choose import peer
+    from moefast.peers.least_squares import fit_labels
+
+    model = peer("chi2").open("z0")
+    at = LABELS.index("log_g")
+
+    def score(flux: F32, error: F32) -> NDArray:
+        with one_blas_thread():
+            stars = zip(flux, error, strict=True)
+            return np.array([fit_labels(model, *star).labels[at] for star in stars])
+
+    return in_blocks(problem, score)
+
+
 def _engines() -> Iterator[Engine]:
     own: dict[str, Any] = {"task": "score", "environment": OWN_ENVIRONMENT}
     file: dict[str, Any] = own | {"in_memory": False}
@@ -623,6 +644,10 @@ def _engines() -> Iterator[Engine]:
         floor="memory read",
         same=False,
     )
+    yield Engine(
+        "chi2", "full-spectrum fit, one core", "score", _chi2, floor="memory read", same=False,
+        most_rows=PEER_ROWS, environment=OWN_ENVIRONMENT,
+    )  # fmt: skip
 
 
 SCORE = {engine.name: engine for engine in _engines()}

@@ -41,11 +41,14 @@ from moefast.kernels.cpu_information import LANES as COLUMNS
 from moefast.kernels.cpu_information import ROWS, SPECTRUM, STEP
 from moefast.kernels.dispatch import on_cuda
 
-__all__ = ["CloudPosterior", "Clouds", "Space", "cloud_posterior"]
+__all__ = ["CloudPosterior", "Clouds", "Space", "cloud_posterior", "without_cuda"]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 _NO_MASK = np.zeros((0, 0), np.bool_)
+CUDA_COORDINATES, CUDA_DIRECTIONS, CUDA_TANGENTS = 160, 320, 15
+"""Coordinates, coordinates and nuisances together, and tangents that the CUDA kernels have shared memory and registers
+for."""
 
 
 def rounded_up(size: int, step: int) -> int:
@@ -246,6 +249,17 @@ class Clouds:
     def n_experts(self) -> int:
         """Number of experts K."""
         return len(self.first) - 1
+
+
+def without_cuda(space: Space, clouds: Clouds) -> str:
+    """Why the CUDA kernels cannot hold a space and its clouds, in words; empty if they can."""
+    n, width, t = space.n_coordinates, space.directions.shape[1], clouds.tangents.shape[1]
+    if n <= CUDA_COORDINATES and width <= CUDA_DIRECTIONS and t <= CUDA_TANGENTS:
+        return ""
+    return (
+        f"a posterior in {n} coordinates with {width - n} nuisances and {t} tangents (at most {CUDA_COORDINATES}, "
+        f"{CUDA_DIRECTIONS} with the nuisances, and {CUDA_TANGENTS})"
+    )
 
 
 @dataclass(frozen=True)

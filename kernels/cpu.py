@@ -132,13 +132,14 @@ def multiply_tile(rows, i, j, product):
 
 
 @njit(nogil=True, cache=True)
-def add_tile(tile, i, j, p, packed):
-    """Add a tile of a (p, p) matrix to its upper triangle, packed row by row."""
+def add_tile(tile, i, j, p, packed, scales):
+    """Add a tile of a (p, p) matrix to its upper triangle, packed row by row; scales as in `gram.add_gram`."""
     for a in range(tile.shape[0]):
         row = i + a
         start = row * p - (row * (row - 1)) // 2 - row + j
         for b in range(max(0, row - j), tile.shape[1]):
-            packed[start + b] += tile[a, b]
+            large = 3.0 * scales[row] * scales[j + b]
+            packed[start + b] += (tile[a, b] + large) - large
 
 
 @njit(cache=True, inline="always")

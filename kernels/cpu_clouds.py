@@ -33,7 +33,6 @@ LEAST_EVIDENCE = np.float32(-1e30)
 LEAST_SPREAD = 1e-4
 """Added in dex to standard deviations whose logarithms the error model sees, as in `moefast.posterior.forward`."""
 ZERO32 = np.float32(0.0)
-ONE32 = np.float32(1.0)
 HALF32 = np.float32(0.5)
 
 

@@ -129,7 +129,7 @@ def normal_equations(
     return out
 
 
-def add_gram(rows: F32, packed: F64) -> None:
+def add_gram(rows: F32, packed: F64, *, scales: F64 | None = None) -> None:
     """Add Σxxᵀ of rows x to the packed upper triangle `packed`.
 
     Products are float32 over `GRAM_ROWS` rows, one tile of the triangle at a time, and are added up in float64. The
@@ -140,6 +140,8 @@ def add_gram(rows: F32, packed: F64) -> None:
     rows : array of shape (n, p), float32
     packed : array of shape (p(p+1)/2,), float64
         Changed in place.
+    scales : array of shape (p,), powers of two, optional
+        Round products to multiples of s_i s_j 2⁻⁵¹ before they are added; see `moefast.experts.exact_sums`.
 
     Raises
     ------
@@ -150,6 +152,10 @@ def add_gram(rows: F32, packed: F64) -> None:
         raise ValueError(f"rows (n, p) and packed (p(p+1)/2,) expected; found {rows.shape}, {packed.shape}")
     rows = np.ascontiguousarray(rows, np.float32)
     n, p = rows.shape
+    # Adding and subtracting zero rounds nothing.
+    scales = np.zeros(p) if scales is None else np.ascontiguousarray(scales, np.float64)
+    if scales.shape != (p,):
+        raise ValueError(f"{p} scales expected; found {scales.shape}")
     side, corners = min(p, cpu.GRAM_TILE), range(0, p, cpu.GRAM_TILE)
     # Large tiles first, those of the diagonal count half: so all cores end together.
     work_of = {
@@ -171,7 +177,7 @@ def add_gram(rows: F32, packed: F64) -> None:
                     return
                 for start in range(0, n, cpu.GRAM_ROWS):
                     tile = cpu.multiply_tile(rows[start : start + cpu.GRAM_ROWS], i, j, product)
-                    cpu.add_tile(tile, i, j, p, packed)
+                    cpu.add_tile(tile, i, j, p, packed, scales)
 
     with one_blas_thread():
         in_threads(workers, work, least=1)

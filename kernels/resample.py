@@ -45,6 +45,7 @@ __all__ = [
     "normalise",
     "pixel_edges",
     "resample",
+    "wrong_wavelengths",
 ]
 
 GOOD, NOT_FINITE, NOT_INCREASING = 0, 1, 2
@@ -121,6 +122,32 @@ def resample(
 
     in_threads(n, part, least=8)
     return *out, status
+
+
+def wrong_wavelengths(
+    wave: NDArray[np.float64],
+    starts: NDArray[np.int64],
+    factor: NDArray[np.float64],
+    edges: NDArray[np.float64],
+) -> NDArray[np.int64]:
+    """The status (n, 2) that `resample` gives of rows, without resampling them; parameters as there."""
+    n = len(starts) - 1
+    status = np.zeros((n, 2), np.int64)
+    shared = n > 1 and len(wave) != starts[-1]
+    if factor.shape != (n,) or (shared and np.any(np.diff(starts) != len(wave))):
+        raise ValueError(f"{n} rows of {len(wave)} wavelengths and a factor each expected")
+    _wrong(wave, shared, starts, factor, edges, status)
+    return status
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _wrong(wave, shared, starts, factor, edges, status):
+    for r in range(len(status)):
+        if shared and r > 0 and factor[r] == factor[r - 1]:
+            status[r] = status[r - 1]
+        else:
+            lam = wave if shared else wave[starts[r] : starts[r + 1]]
+            _, _, status[r, 0], status[r, 1] = _locate(lam, edges[0] * factor[r], edges[-1] * factor[r])
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

@@ -12,7 +12,6 @@ bins in three folds, and while it is replaced twice that.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -21,17 +20,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from moefast.core.atomic import atomic_file
+from moefast.core.archives import Header, open_hashed, write_hashed
 from moefast.core.errors import InputError, OutputError
 from moefast.core.regular import refuse_special
 from moefast.core.version import __version__
 
-__all__ = ["NETWORK_FILE", "Checkpoint"]
+__all__ = ["NETWORK_FILE", "Checkpoint", "flat"]
 
-SCHEMA = 2
+SCHEMA = 3
 WHAT = "moefast checkpoint of a fit"
 FILE = "first-pass.npz"
 NETWORK_FILE = "heads.safetensors"
@@ -115,21 +113,7 @@ class Checkpoint:
             return None
         refuse_special(self.path)
         try:
-            # Opened here, because np.load leaves the file open if it is no archive.
-            with self.path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-                header = json.loads(file["header"].tobytes())
-                if header["what"] != WHAT:
-                    raise ValueError(f"it holds {header['what']!r}")
-                self._compare(header["schema"], header["key"])
-                if header["checksum"] != _checksum(header):
-                    raise ValueError("its header was changed")
-
-                def read(name: str) -> NDArray:
-                    array: NDArray = file[name]
-                    if header["sha256"][name] != _digest(array):
-                        raise ValueError(f"{name} was changed")
-                    return array
-
+            with open_hashed(self.path, WHAT, self._compare) as (header, read):
                 built = build(int(header["rows"]), read)
         except InputError:
             raise
@@ -140,11 +124,12 @@ class Checkpoint:
         self.tell(f"{self.path}: {header['rows']:,} spectra are done, the fit goes on from there")
         return built
 
-    def _compare(self, schema: Any, key: dict[str, Any]) -> None:
+    def _compare(self, header: Header) -> None:
+        schema, key = header["schema"], header["key"]
         other = [
-            f"{name} was {_flat(key).get(name)!r}, is {value!r}"
-            for name, value in _flat(self._key).items()
-            if _flat(key).get(name) != value
+            f"{name} was {flat(key).get(name)!r}, is {value!r}"
+            for name, value in flat(self._key).items()
+            if flat(key).get(name) != value
         ]
         if schema != SCHEMA:
             other = [f"schema was {schema!r}, is {SCHEMA!r}"]
@@ -164,14 +149,11 @@ class Checkpoint:
     def save(self, rows: int, arrays: Arrays) -> None:
         """Write the state after so many rows; a disk that does not take it is told, and the fit goes on without."""
         begin = time.monotonic()
-        document: dict[str, Any] = {"schema": SCHEMA, "what": WHAT, "key": self._key, "rows": rows}
-        document["sha256"] = {name: _digest(array) for name, array in arrays.items()}
-        header = json.dumps(document | {"checksum": _checksum(document)})
+        document = {"schema": SCHEMA, "what": WHAT, "key": self._key, "rows": rows}
         try:
             # What another process left behind, on this machine or another, would take the room of two checkpoints.
             self._remove_partial()
-            with atomic_file(self.path) as partial, partial.open("wb") as file:
-                np.savez(file, header=np.frombuffer(header.encode(), np.uint8), **arrays)  # type: ignore[arg-type]  # names are not those of its options
+            write_hashed(self.path, document, arrays)
         except (OSError, OutputError) as error:
             self.tell(
                 f"{self.path}: the checkpoint after {rows:,} spectra could not be written ({error.__cause__ or error})"
@@ -192,22 +174,9 @@ class Checkpoint:
             left.unlink(missing_ok=True)
 
 
-def _digest(array: NDArray) -> str:
-    """SHA-256 of an array with its type and shape."""
-    digest = hashlib.sha256(f"{array.dtype.str} {array.shape} ".encode())
-    digest.update(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
-    return digest.hexdigest()
-
-
-def _checksum(header: Mapping[str, Any]) -> str:
-    """SHA-256 of all that a header says, but for this number itself."""
-    said = {name: value for name, value in header.items() if name != "checksum"}
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-
-
-def _flat(key: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+def flat(key: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     """Nested names joined by dots."""
     found: dict[str, Any] = {}
     for name, value in key.items():
-        found |= _flat(value, f"{above}{name}.") if isinstance(value, dict) else {above + name: value}
+        found |= flat(value, f"{above}{name}.") if isinstance(value, dict) else {above + name: value}
     return found

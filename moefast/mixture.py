@@ -246,11 +246,6 @@ class Mixture:
                 found[k] = place.expert.family
         return found
 
-    @property
-    def residuals(self) -> dict[int, Expert]:
-        """Residual of each bin that has one."""
-        return {place.bins[0]: place.expert for place in self.experts if place.added}
-
     def place(self, family: type[Own]) -> Own | None:
         """The expert of a family of which a mixture has one at most; None if it has none."""
         return next((place.expert for place in self.experts if isinstance(place.expert, family)), None)

@@ -19,14 +19,14 @@ from moefast.core.errors import InputError
 from moefast.core.grids import PHYSICAL_GRID, Grid, SnrGrid, uniform
 from moefast.core.progress import StageProgress, stage_progress
 from moefast.core.sketches import sketch
-from moefast.fitting import PUBLISHED_ALPHA, Noise, Options, expected_stages, fit_mixture
+from moefast.fitting import HERE, PUBLISHED_ALPHA, Noise, Options, Passes, expected_stages, fit_mixture
 from moefast.model import Model
-from moefast.simulate.source import SimulatedSpectra
 from moefast.spectra.guard import noisy_already, take
+from moefast.spectra.source import SpectrumSource
 from moefast.spectra.spectrum_set import SpectrumSet, open_spectra
 from moefast.trunks.presets import Size
 
-__all__ = ["DEFAULT", "RECIPES", "Recipe", "fit", "options_of"]
+__all__ = ["DEFAULT", "RECIPES", "PreparedFit", "Recipe", "fit", "options_of", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,9 @@ RECIPES: dict[str, Recipe] = {
             "slope_widths": (0.1, 0.05, 0.05, 0.05),
             "sky_width": 4.0,
             "beyond": True,
-            "n_clouds": 640,
+            "n_clouds": 320,
+            "n_tangents": 9,
+            "n_coordinates": 56,
         },
     ),
     "posterior-calibrated": Recipe(
@@ -115,6 +117,17 @@ RECIPES: dict[str, Recipe] = {
             ("heads-vit", "vit", 10_000, 1, "a vision transformer on patches of the flux"),
         )
     },
+    **{
+        name: Recipe(
+            uniform(1, 1),
+            what + " with one head and no gate, to compare with",
+            {"families": ("heads",), "trunk": trunk, "sample_rows": rows, "sample_draws": draws},
+        )
+        for name, trunk, rows, draws, what in (
+            ("heads-single", "pca-mlp", 20_000, 8, "the network of heads"),
+            ("heads-vit-single", "vit", 10_000, 1, "the network of heads-vit"),
+        )
+    },
     "global-ridge": Recipe(uniform(1, 1), "one linear expert per noise level, no gate"),
     "published-ridge": Recipe(
         uniform(1, 1),
@@ -151,7 +164,7 @@ def options_of(
 
 
 def fit(
-    paths: str | Path | Iterable[str | Path] | SpectrumSet | SimulatedSpectra,
+    paths: str | Path | Iterable[str | Path] | SpectrumSource,
     *,
     recipe: str = DEFAULT,
     grid: Grid | None = None,
@@ -171,7 +184,7 @@ def fit(
 
     Parameters
     ----------
-    paths : path, folder, pattern, or several; SpectrumSet; SimulatedSpectra
+    paths : path, folder, pattern, or several; or a SpectrumSource
         Training spectra with labels T_eff [K], log_g [dex], M_H [dex]. Simulated spectra are generated as they are
         needed, with no file between.
     recipe : str
@@ -219,12 +232,47 @@ def fit(
     BackendError
         "cuda" was asked for and cannot be used.
     """
+    kept = Checkpoint(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint
+    prepared = prepare(
+        paths,
+        recipe=recipe,
+        grid=grid,
+        families=families,
+        noise=noise,
+        noise_level=noise_level,
+        size=size,
+        steps=steps,
+        references=references,
+        seed=seed,
+        tell=tell,
+    )
+    model = prepared.fit(progress, kept, backend)
+    if kept is not None and kept is not checkpoint:
+        kept.remove()
+    return model
+
+
+def prepare(
+    paths: str | Path | Iterable[str | Path] | SpectrumSource,
+    *,
+    recipe: str = DEFAULT,
+    grid: Grid | None = None,
+    families: Sequence[str] | None = None,
+    noise: Noise = "closed-form",
+    noise_level: float = 1.0,
+    size: Size = "small",
+    steps: int | None = None,
+    references: bool = True,
+    seed: int = 0,
+    tell: Callable[[str], None] | None = None,
+) -> PreparedFit:
+    """All that is known of a fit before its first row is read; parameters and errors are those of `fit`."""
     options = options_of(
         recipe, grid=grid, families=families, noise=noise, noise_level=noise_level, size=size, steps=steps,
         references=references, seed=seed,
     )  # fmt: skip
-    chosen, noise = options.grid, options.noise
-    spectra = paths if isinstance(paths, SpectrumSet | SimulatedSpectra) else open_spectra(paths)
+    noise = options.noise
+    spectra = paths if isinstance(paths, SpectrumSource) else open_spectra(paths)
     odd = []
     if isinstance(spectra, SpectrumSet) and noise != "observed":
         odd = [
@@ -234,35 +282,54 @@ def fit(
         if tell is not None:
             for words in odd:
                 tell(words)
-    fingerprint = spectra.fingerprint()
-    kept = Checkpoint(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint
-    where = resolve_kernels(backend)
-    with stage_progress(progress, expected_stages(options, spectra.n_rows)) as report:
-        fitted = fit_mixture(spectra, options, report, kept, "cuda" if where.name == "cuda" else "cpu")
-    labels = spectra.labels(("T_eff", "log_g", "M_H"), partial=True)
-    complete = np.isfinite(np.sum([*labels.values()], axis=0))
-    labels = {name: values[complete] for name, values in labels.items()}
-    training: dict[str, Any] = {
-        "files": [shard.path.name for shard in spectra.shards],
-        "fingerprint": fingerprint,
-        "n_spectra": spectra.n_rows,
-        "noise": noise,
-        "noise_level": noise_level,
-        "seed": seed,
-        "backend": where.name,
-        "labels": {name: [float(v.min()), float(v.max())] for name, v in labels.items()},
-        "log_g_std": float(np.std(labels["log_g"])),
-        "row_sketch": sketch(labels),
-        "notes": [*odd, *spectra.label_notes()],
-    }
-    model = Model.of_mixture(
-        fitted.mixture,
-        fitted.references,
-        recipe=recipe,
-        grid=chosen,
-        training=training,
-        summary=fitted.summary,
-    )
-    if kept is not None and kept is not checkpoint:
-        kept.remove()
-    return model
+    return PreparedFit(spectra, options, recipe, spectra.fingerprint(), odd)
+
+
+@dataclass(frozen=True)
+class PreparedFit:
+    """A fit that is ready to begin: spectra and their `fingerprint`, options, recipe, and notes on what is odd."""
+
+    spectra: SpectrumSource
+    options: Options
+    recipe: str
+    fingerprint: str
+    notes: Sequence[str] = ()
+
+    def fit(
+        self,
+        progress: StageProgress | Literal[False] | None = None,
+        checkpoint: Checkpoint | None = None,
+        backend: str = "auto",
+        passes: Passes = HERE,
+    ) -> Model:
+        """The fitted model, not saved yet; `passes` says who reads the rows, the rest is as for `fit`."""
+        where = resolve_kernels(backend)
+        spectra, options = self.spectra, self.options
+        with stage_progress(progress, expected_stages(options, spectra.n_rows)) as report:
+            fitted = fit_mixture(
+                spectra, options, report, checkpoint, "cuda" if where.name == "cuda" else "cpu", passes
+            )
+        labels = spectra.labels(("T_eff", "log_g", "M_H"), partial=True)
+        complete = np.isfinite(np.sum([*labels.values()], axis=0))
+        labels = {name: values[complete] for name, values in labels.items()}
+        training: dict[str, Any] = {
+            "files": [shard.path.name for shard in spectra.shards],
+            "fingerprint": self.fingerprint,
+            "n_spectra": spectra.n_rows,
+            "noise": options.noise,
+            "noise_level": options.noise_level,
+            "seed": options.seed,
+            "backend": where.name,
+            "labels": {name: [float(v.min()), float(v.max())] for name, v in labels.items()},
+            "log_g_std": float(np.std(labels["log_g"])),
+            "row_sketch": sketch(labels),
+            "notes": [*self.notes, *spectra.label_notes()],
+        }
+        return Model.of_mixture(
+            fitted.mixture,
+            fitted.references,
+            recipe=self.recipe,
+            grid=options.grid,
+            training=training,
+            summary=fitted.summary,
+        )

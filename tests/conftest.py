@@ -1,5 +1,6 @@
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import hypothesis
@@ -33,6 +34,10 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
+    if find_spec("torch") is None:
+        for item in items:
+            if "torch" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="torch is not installed"))
     rank = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 

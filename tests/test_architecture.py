@@ -28,7 +28,7 @@ FLOORS = (
     ("moefast.forward", "moefast.trunks"),
     ("moefast.mixture",),
     ("moefast.posterior",),
-    ("moefast.ceilings", "moefast.export"),
+    ("moefast.ceilings", "moefast.export", "moefast.peers"),
     # The folder of a model verifies its ONNX file, so it stands above the export of the mixture.
     ("moefast.model",),
     ("moefast.fitting", "moefast.predicting"),

@@ -148,10 +148,10 @@ def test_a_path_without_the_published_penalty_is_refused():
 def test_evaluations_are_read_by_milestones(found, folder):
     reports = read_reports([folder])
     assert len(reports) == 3
-    (section,) = judge(reports)["sections"]
-    row = next(row for row in section["milestones"] if row["id"] == "C0")
+    (section,) = judge(reports).sections
+    row = next(row for row in section.milestones if row.id == "C0")
     own = found["recipes"]["published-ridge"]["test_10k"]["r2"]
-    assert row["ours"]["value"] == pytest.approx(np.mean([own[0][0], own[0][1], own[1][0]]))
+    assert row.ours.value == pytest.approx(np.mean([own[0][0], own[0][1], own[1][0]]))
 
 
 def test_the_command_writes_numbers_tables_and_picture(found, tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ from moefast import backend
 from moefast.cli import cli
 from moefast.cli.signals import Terminated
 from moefast.core.errors import MoefastError
-from moefast.protocol.evaluate import REPORT_FILES
+from moefast.protocol.report_folder import REPORT_FILES
 from moefast.recipes import RECIPES
 from moefast.spectra import open_spectra, read_table
 
@@ -464,7 +464,7 @@ def test_130_interrupted(run, few, model_folder, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("moefast.predicting.files.score_block", interrupt)
+    monkeypatch.setattr("moefast.predicting.run.score_block", interrupt)
     result = run("predict", few, "-m", model_folder, code=130)
     assert "interrupted" in result.stderr
     assert os.listdir() == []

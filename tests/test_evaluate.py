@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from moefast.ceilings import ceiling
-from moefast.core.errors import InputError, OutputError
+from moefast.core.errors import InputError, OutputError, WaveGridError
 from moefast.core.metrics import r2
 from moefast.core.random import NOISE_SEED, standard_normals
 from moefast.export import build, open_session
 from moefast.predicting.files import predict
-from moefast.protocol.evaluate import REPORT_FILES, check_report_folder, evaluate, write_report
+from moefast.protocol.evaluate import evaluate
 from moefast.protocol.figures import FIGURES
+from moefast.protocol.report_folder import REPORT_FILES, check_report_folder, write_report
 from moefast.simulate import simulate_set
 from moefast.spectra import open_spectra
 
@@ -278,6 +279,31 @@ def test_tables_are_measured_beside_the_shipped_fits(simulated, tmp_path):
         assert entry == own.report["references"][name]
     assert not any(name.startswith("oracle") for name in report["references"])
     assert report["rho"] is None
+
+
+def test_a_peer_is_measured_on_the_same_noise(simulated, few, model, tmp_path):
+    found = evaluate(simulated, peer="chi2")
+    assert found.report["model"] | {"sha256": ""} == {
+        "kind": "peer", "name": "chi2", "sha256": "", "references_of": "posterior-calibrated", "share_seen": None,
+        "what": "full-spectrum fit of the emulator, five labels and a scale",
+    }  # fmt: skip
+    own = evaluate(simulated, "z0")
+    assert (
+        found.report["references"]["published-ridge"]["r2"]
+        == own.report["references"]["published-ridge"]["r2"]
+    )
+    assert found.report["calibration"] is not None
+    assert found.run["command"].endswith("--peer chi2")
+    # The least squares of 60 stars, and not of others or without noise.
+    error = np.abs(found.predicted - found.log_g)
+    assert 0.1 < np.median(error) < 0.6
+    assert 0.5 < (error < found.stars["log_g_err"]).mean() < 0.9
+    with pytest.raises(InputError, match="a model or a peer"):
+        evaluate(simulated, model, peer="chi2")
+    with pytest.raises(InputError, match="choose one of chi2, cannon"):
+        evaluate(simulated, peer="payne")
+    with pytest.raises(WaveGridError, match="peer chi2 needs spectra on the simulator's wave grid"):
+        evaluate(few.write(tmp_path / "binned.h5"), peer="chi2")
 
 
 def test_flux_that_is_noisy_already_is_told(few, clean_file, noisy_file, model, tmp_path):

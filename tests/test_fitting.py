@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import sys
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -12,10 +13,12 @@ from moefast.core.errors import BackendError, InputError, LabelError, MoefastErr
 from moefast.core.grids import Grid, SnrGrid, uniform
 from moefast.core.metrics import r2
 from moefast.core.random import add_noise, fold_of_rows
-from moefast.experts import normal_equations
+from moefast.experts import normal_equations, protocol, trees
+from moefast.experts.protocol import Expert, ExpertValues, expert
 from moefast.experts.ridge import principal_subspace
+from moefast.experts.trees import Trees
 from moefast.fitting import Options, error_model, fit_mixture, gate, linear_experts, residuals, training_set
-from moefast.fitting.families import make_library
+from moefast.fitting.families import check_installed, make_library
 from moefast.fitting.first_pass import gather
 from moefast.fitting.linear_experts import choose_rank, find_levels, held_out, mixture_of, solve
 from moefast.fitting.sample import draw_faint, draw_sample
@@ -40,11 +43,23 @@ def first_pass(data):
     return solve(data, equations, times_good)
 
 
+def few_steps(monkeypatch):
+    for module, name in ((gate, "fit_gate"), (error_model, "fit_error_model")):
+        monkeypatch.setattr(module, name, functools.partial(getattr(module, name), hidden=4, steps=150))
+
+
 @pytest.fixture
 def quick(monkeypatch):
     """Few iterations of the networks, where their quality is not the question."""
-    for module, name in ((gate, "fit_gate"), (error_model, "fit_error_model")):
-        monkeypatch.setattr(module, name, functools.partial(getattr(module, name), hidden=4, steps=150))
+    few_steps(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def quick_fit(train_file):
+    """The quick fit of all training stars, which others are compared with."""
+    with pytest.MonkeyPatch.context() as patch:
+        few_steps(patch)
+        return fitted(train_file, **QUICK)
 
 
 @pytest.fixture(scope="module")
@@ -242,11 +257,11 @@ class TestBits:
             np.testing.assert_array_equal(a, b, err_msg=name)
         assert one.summary == two.summary
 
-    def test_the_same_seed_gives_the_same_model(self, train_file):
-        self.assert_same(fitted(train_file, **QUICK), fitted(train_file, **QUICK))
+    def test_the_same_seed_gives_the_same_model(self, train_file, quick_fit):
+        self.assert_same(quick_fit, fitted(train_file, **QUICK))
 
-    def test_another_seed_gives_another_gate(self, train_file):
-        one, two = fitted(train_file, **QUICK), fitted(train_file, seed=1, **QUICK)
+    def test_another_seed_gives_another_gate(self, train_file, quick_fit):
+        one, two = quick_fit, fitted(train_file, seed=1, **QUICK)
         assert not np.array_equal(one.mixture.gate[0], two.mixture.gate[0])
         np.testing.assert_allclose(one.mixture.knots, two.mixture.knots)
 
@@ -263,12 +278,12 @@ class TestBits:
         # A sampled row's place in its matrix product differs, and with it the last bit of its features.
         np.testing.assert_allclose(two.mixture.gate[0], one.mixture.gate[0], rtol=0.02, atol=0.02)
 
-    def test_shards_are_one_set(self, train_toy, train_file, tmp_path):
+    def test_shards_are_one_set(self, train_toy, quick_fit, tmp_path):
         shards = [
             train_toy.write(tmp_path / f"part_{i}.h5", rows=slice(a, b))
             for i, (a, b) in enumerate([(0, 700), (700, 701), (701, 3000)])
         ]
-        one, two = fitted(train_file, **QUICK), fitted(shards, **QUICK)
+        one, two = quick_fit, fitted(shards, **QUICK)
         np.testing.assert_array_equal(one.mixture.expert_weights, two.mixture.expert_weights)
 
     def test_only_a_sample_is_read_twice(self, train_file):
@@ -300,7 +315,7 @@ class TestBits:
         one, two = fitted(train_file, noise_level=2.0, **QUICK), fitted(louder, **QUICK)
         self.assert_same(one, two)
 
-    def test_bad_pixels_and_rows_are_left_out(self, train_toy, train_file, test_toy, tmp_path):
+    def test_bad_pixels_and_rows_are_left_out(self, train_toy, quick_fit, test_toy, tmp_path):
         flux, error = train_toy.flux.copy(), train_toy.error.copy()
         rng = np.random.default_rng(0)
         flux[rng.random(flux.shape) < 0.002] = np.nan
@@ -310,28 +325,26 @@ class TestBits:
         fit = fitted(path, **(QUICK | {"sample_draws": 3}))
         assert fit.summary["rows"] == {"used": 2998, "left_out": 2}
         assert all(np.isfinite(a).all() for _, a in self.arrays(fit))
-        assert score(fit, test_toy) == pytest.approx(score(fitted(train_file, **QUICK), test_toy), abs=0.03)
+        assert score(fit, test_toy) == pytest.approx(score(quick_fit, test_toy), abs=0.03)
 
-    def test_a_pixel_bad_in_every_row_costs_only_itself(self, train_toy, train_file, test_toy, tmp_path):
+    def test_a_pixel_bad_in_every_row_costs_only_itself(self, train_toy, quick_fit, test_toy, tmp_path):
         error = train_toy.error.copy()
         error[:, 300:304] = 0
         error[::2, 310] = np.nan
         fit = fitted(train_toy.write(tmp_path / "gap.h5", arrays={"error": error}), **QUICK)
-        whole = fitted(train_file, **QUICK)
         # Half of the rows tell the noise of a pixel as well as all of them.
-        assert fit.mixture.noise_shape[310] == pytest.approx(whole.mixture.noise_shape[310], rel=0.1)
-        assert score(fit, test_toy) == pytest.approx(score(whole, test_toy), abs=0.03)
+        assert fit.mixture.noise_shape[310] == pytest.approx(quick_fit.mixture.noise_shape[310], rel=0.1)
+        assert score(fit, test_toy) == pytest.approx(score(quick_fit, test_toy), abs=0.03)
 
     @pytest.mark.parametrize(
         ("array", "value"), [("error", 1e3), ("error", 1e10), ("flux", 1e6), ("flux", -1e10)]
     )
-    def test_one_absurd_value_spoils_nothing(self, train_toy, train_file, test_toy, tmp_path, array, value):
+    def test_one_absurd_value_spoils_nothing(self, train_toy, quick_fit, test_toy, tmp_path, array, value):
         absurd = getattr(train_toy, array).copy()
         absurd[1234, 77] = value
         fit = fitted(train_toy.write(tmp_path / "absurd.h5", arrays={array: absurd}), **QUICK)
-        whole = fitted(train_file, **QUICK)
-        assert score(fit, test_toy) == pytest.approx(score(whole, test_toy), abs=0.01)
-        assert fit.summary["chi2_limit"] == pytest.approx(whole.summary["chi2_limit"], rel=0.05)
+        assert score(fit, test_toy) == pytest.approx(score(quick_fit, test_toy), abs=0.01)
+        assert fit.summary["chi2_limit"] == pytest.approx(quick_fit.summary["chi2_limit"], rel=0.05)
 
     def test_a_set_of_one_noise_level_fits(self, train_toy, test_toy, tmp_path):
         error = np.broadcast_to(train_toy.error[0], train_toy.error.shape)
@@ -590,6 +603,67 @@ def test_every_bin_of_a_hybrid_has_the_best_family(train_file, test_toy, templat
     assert linear_r2(form, fit, test_toy, bins) < r2(test_toy.labels["log_g"], oracle)
 
 
+@pytest.mark.usefixtures("quick")
+def test_families_that_see_pixels_are_fitted_bin_by_bin(train_file, test_toy, monkeypatch):
+    """Trees on flux and a network stand beside the linear experts, and what they say of the sample is their own."""
+    asked, trained = {}, {}
+
+    @expert
+    @dataclasses.dataclass(frozen=True)
+    class Pixel(Expert):
+        """Log g from the mean of the flux over all pixels, fitted to clean stars."""
+
+        slope: np.ndarray
+        intercept: np.ndarray
+        family: ClassVar[str] = "pixel"
+
+        @property
+        def needs_flux(self):
+            return True
+
+        def evaluate(self, inputs):
+            assert inputs.x.shape == (len(inputs.z), test_toy.flux.shape[1])
+            asked[len(asked)] = len(inputs.x)
+            return ExpertValues((inputs.x.mean(1) * self.slope + self.intercept)[:, None].astype(np.float32))
+
+        @classmethod
+        def fit_clean(cls, stars, y, *, seed):
+            trained[len(trained)] = len(y)
+            assert stars.flux.shape == stars.error.shape == (len(y), test_toy.flux.shape[1])
+            assert stars.noise_shape.shape == stars.reference.shape == (test_toy.flux.shape[1],)
+            # Clean flux: twice the same rows would be the same.
+            assert (stars.error > 0).all()
+            slope, intercept = np.polyfit(stars.flux.mean(1), y, 1)
+            return cls(np.float32([slope]), np.float32([intercept]))
+
+    monkeypatch.setattr(
+        trees, "fit_trees", functools.partial(trees.fit_trees, n_trees=20, least_stars=10, threads=1)
+    )
+    try:
+        fit = fitted(train_file, **QUICK, families=("linear", "whitened", "trees-flux", "pixel"))
+    finally:
+        del protocol._FAMILIES["pixel"]
+    said = fit.summary["families"]
+    assert len(said) == 2
+    for entry in said.values():
+        assert set(entry["gain"]) == {"linear", "whitened", "trees-flux", "pixel"}
+        # A mean over pixels, and twenty trees, know less than a plane in the components.
+        assert entry["gain"]["pixel"] < 0
+        assert entry["gain"]["trees-flux"] < 0
+    # Each star of a bin that is not in the sample trains, each of the sample is asked of the expert of its own bin.
+    data = rows_of(train_file, **QUICK, families=("linear", "trees-flux"))
+    n_sample = sum(b - a for a, b in data.sample_stretches())
+    assert sum(trained.values()) == 3000 - n_sample
+    assert sum(asked.values()) == n_sample
+
+
+def test_what_a_family_needs_is_known_before_the_first_row(monkeypatch):
+    check_installed(("linear", "template", "whitened"))
+    monkeypatch.setattr(Trees, "requires", ("no_such_module",))
+    with pytest.raises(MoefastError, match=r"trees are fitted by no_such_module.*pip install no_such_module"):
+        check_installed(("linear", "trees"))
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
@@ -614,17 +688,18 @@ def test_families_that_cannot_be_are_refused(options, match):
 
 
 @pytest.mark.usefixtures("quick")
-def test_forests_find_what_one_linear_expert_gets_wrong_and_every_region_stays_as_good(train_file, test_toy):
-    plain = fitted(train_file, **QUICK)
+def test_forests_find_what_one_linear_expert_gets_wrong_and_every_region_stays_as_good(
+    train_file, test_toy, quick_fit
+):
     fit = fitted(train_file, **QUICK, residuals=("linear", "ridge", "trees"))
     said = fit.summary["residuals"]
     # A linear expert has nothing to lean on.
     assert {"trees"} <= {entry["residual"] for entry in said["kept"].values()} <= {"ridge", "trees"}
-    assert len(fit.mixture.residuals) == len(said["kept"]) > 0
+    assert sum(place.added for place in fit.mixture.experts) == len(said["kept"]) > 0
     assert said["all"]["gain"] > 2 * said["all"]["standard_error"]
     for name, region in said["regions"].items():
         assert region["gain"] >= -max(2 * region["standard_error"], 1e-3 * region["before"]), name
-    assert score(fit, test_toy) > score(plain, test_toy) + 0.003
+    assert score(fit, test_toy) > score(quick_fit, test_toy) + 0.003
     # The error model knows of them.
     found = fit.mixture.predict(test_toy.noisy(), test_toy.error)
     ratio = np.abs(test_toy.labels["log_g"] - found.log_g) / found.log_g_err
@@ -637,7 +712,7 @@ def test_forests_find_what_one_linear_expert_gets_wrong_and_every_region_stays_a
     without = dataclasses.replace(
         fit.mixture, experts=tuple(p for p in fit.mixture.experts if not p.added)
     ).predict(*spectra)
-    np.testing.assert_array_equal(without.expert_log_g, plain.mixture.predict(*spectra).expert_log_g)
+    np.testing.assert_array_equal(without.expert_log_g, quick_fit.mixture.predict(*spectra).expert_log_g)
 
 
 @pytest.mark.usefixtures("quick")
@@ -646,7 +721,7 @@ def test_residuals_that_help_nowhere_are_left_out_and_the_fit_says_so(train_file
     monkeypatch.setattr(residuals, "choose_residuals", never)
     options = {"grid": GRID, "sample_draws": 1, "families": ("template",), "references": False}
     fit = fitted(train_file, **options, residuals=("ridge",))
-    assert fit.mixture.residuals == {}
+    assert not any(place.added for place in fit.mixture.experts)
     assert fit.summary["residuals"]["kept"] == {}
     np.testing.assert_array_equal(
         fit.mixture.predict(test_toy.noisy(), test_toy.error).log_g,
@@ -682,9 +757,9 @@ def snr_norm_of(toy, flux):
 
 @pytest.mark.parametrize("noise", ["closed-form", "sampled", "observed"])
 @pytest.mark.usefixtures("quick")
-def test_a_tower_with_a_limit_leaves_brighter_stars_alone(train_file, test_toy, decided, noise):
+def test_a_tower_with_a_limit_leaves_brighter_stars_alone(train_file, test_toy, quick_fit, decided, noise):
     decided(True)
-    plain = fitted(train_file, **QUICK, noise=noise)
+    plain = quick_fit if noise == "closed-form" else fitted(train_file, **QUICK, noise=noise)
     fit = fitted(train_file, **QUICK, **TOWER, noise=noise)
     assert not plain.summary["cross_validation"]["tower_learnt"]
     assert fit.summary["cross_validation"]["tower_learnt"]
@@ -792,14 +867,15 @@ class _Untouched:
         return getattr(self._spectra, name)
 
 
-@pytest.mark.parametrize("lack", ["torch", "safetensors", "memory", "device"])
+@pytest.mark.parametrize(
+    "lack",
+    ["torch", *(pytest.param(lack, marks=pytest.mark.torch) for lack in ("safetensors", "memory", "device"))],
+)
 def test_what_a_network_lacks_is_known_before_the_first_pass(train_file, tmp_path, monkeypatch, lack):
     options = Options(families=("heads",), trunk="vit", sample_rows=600)
     checkpoint, device, error, match = None, "cpu", MoefastError, lack
     if lack == "torch":
         monkeypatch.setitem(sys.modules, "torch", None)
-    else:
-        pytest.importorskip("torch")
     if lack == "safetensors":
         checkpoint = Checkpoint(tmp_path)
         monkeypatch.setattr("moefast.trunks.training.find_spec", lambda name: None)

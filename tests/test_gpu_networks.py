@@ -10,6 +10,7 @@ from moefast.trunks.heads import Heads
 from moefast.trunks.networks import KINDS
 
 torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.torch
 
 
 @pytest.fixture(scope="module")

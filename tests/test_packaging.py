@@ -55,6 +55,19 @@ def test_listed_packages_import() -> None:
             assert import_module(name).__doc__, f"{name} says nothing about itself"
 
 
+def test_every_file_of_the_tree_is_installed() -> None:
+    """Also templates of pages and what modules import only when they are asked to."""
+    for name, folder in ROOMS.items():
+        home = Path(str(import_module(name).__file__)).parent
+        files = [
+            path
+            for path in (ROOT / folder).rglob("*")
+            if path.is_file() and "__pycache__" not in path.parts and "results" not in path.parts
+        ]
+        assert len(files) > 5
+        assert [str(path) for path in files if not (home / path.relative_to(ROOT / folder)).is_file()] == []
+
+
 def test_version_is_the_installed_one() -> None:
     import moefast
 

@@ -210,7 +210,9 @@ def test_blocks_for_onnx_runtime_hold_no_more_than_fits():
     assert 16 <= rows < 64
 
 
-def test_there_are_no_cuda_kernels_for_a_posterior(fitted):
+def test_the_cuda_kernels_know_a_posterior_unless_it_is_too_large(fitted, monkeypatch):
+    assert without_kernels(fitted) == ""
+    monkeypatch.setattr("moefast.kernels.clouds.CUDA_TANGENTS", 0)
     assert "posterior" in without_kernels(fitted)
     with pytest.raises(BackendError, match="no kernels for a posterior"):
         CudaEngine(fitted)

@@ -25,7 +25,7 @@ from small import stars as simulate
 
 from moefast.core.errors import InputError, WaveGridError
 from moefast.core.metrics import r2
-from moefast.predicting import engines, files
+from moefast.predicting import engines, run
 from moefast.predicting.files import predict
 from moefast.spectra import Flag, open_spectra, read_table
 
@@ -245,14 +245,14 @@ def test_no_rows(few, model, tmp_path):
 def test_a_file_that_shrinks_while_it_is_read(few, model, tmp_path, monkeypatch):
     monkeypatch.setattr(engines, "make_engine", lambda mixture, _: engines.CpuEngine(mixture, 64))
     path = few.write(tmp_path / "x.h5")
-    score = files.score_block
+    score = run.score_block
 
     def shrink(*args):
         with open(path, "rb+") as file:
             file.truncate(200_000)
         return score(*args)
 
-    monkeypatch.setattr(files, "score_block", shrink)
+    monkeypatch.setattr(run, "score_block", shrink)
     with pytest.raises(InputError, match=r"x\.h5: .*rows \d+ to \d+ cannot be read"):
         predict(path, model, tmp_path / "t.h5")
     assert [item.name for item in tmp_path.iterdir()] == ["x.h5"]

@@ -10,10 +10,10 @@ from moefast.benchmarks import scaling
 
 @pytest.fixture(scope="module")
 def found():
-    pytest.importorskip("torch")
     return scaling.measure("z0", [600, 1200], "small", 40, judges=300, basis_rows=1500)
 
 
+@pytest.mark.torch
 def test_more_stars_do_no_harm_and_something_is_learnt(found):
     for curve in found["curves"].values():
         few, many = (curve[n]["r2"] for n in ("600", "1200"))

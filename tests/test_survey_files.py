@@ -9,7 +9,7 @@ from moefast.benchmarks.survey_files import run
 from moefast.core.errors import BenchmarkError
 from moefast.spectra.prepared import Preparation, open_prepared
 
-WAYS = ["bytes", "astropy", "moefast reads", "moefast predict"]
+WAYS = ["bytes", "astropy", "moefast reads", "moefast predicts", "velocities fitted"]
 
 
 def test_a_coadd_of_any_number_of_rows(model, tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from moefast.core.random import add_noise
 from moefast.core.text import number, table
 from moefast.experts.trees import fit_trees
 from moefast.fitting.posterior import GAP_KINDS
-from moefast.gating.mlp import fit_network
+from moefast.gating.mlp import fit_perceptron
 from moefast.kernels import forest_predict
 from moefast.model import Model
 from moefast.ops.on_numpy import NumPyArithmetic
@@ -201,7 +201,7 @@ def _network(train: Draws) -> Correction:
         left = sd[rows] * outputs[:, 0] - wrong[rows]
         return float(np.sum(left**2, dtype=np.float64)), (2 * sd[rows] * left)[:, None]
 
-    net = fit_network(
+    net = fit_perceptron(
         standard(train.features), 1, loss, np.arange(len(sd)) % 5 == 0, hidden=HIDDEN, decay=DECAY, seed=SEED
     )
     return lambda features, own: own * net(standard(features))[:, 0]

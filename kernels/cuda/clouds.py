@@ -14,8 +14,8 @@ of tangents, so that small matrices live in registers: `compare_kernel` makes it
 
 Floor in multiply-adds of single precision per star, for m = 712 clouds of t = 5 tangents with r = 97 of n = 130
 coordinates: vectors m (n (n + 1) + t r (r + 1))/2 = 23.0 M, products and residuals m (t + 3)(t + 4) r/2 = 2.5 M: 1.0 µs
-at 50 TFLOP/s. C' is read once per panel, 2.4 MB, and panels once per COORDINATES rows, 4.7 MB: 1.3 µs at the 5.5 TB/s of
-the second cache.
+at 50 TFLOP/s. C' is read once per panel, 2.4 MB, and panels once per COORDINATES rows, 4.7 MB: 1.3 µs at the 5.5 TB/s
+of the second cache.
 
 `CudaPosteriorScorer` streams blocks through slots as `moefast.kernels.cuda.scoring` does: a block of BLOCK_ROWS stars
 keeps 0.4 MB of each on the device.
@@ -24,15 +24,16 @@ keeps 0.4 MB of each on the device.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import config, cuda, float32, float64, int32
+from numba import config, cuda, float32, float64
 from numpy.typing import NDArray
 
-from moefast.kernels.clouds import CloudPosterior, Clouds, Space
+from moefast.core.errors import BackendError
+from moefast.kernels.clouds import CloudPosterior, Clouds, Space, without_cuda
 from moefast.kernels.cuda.gram import ALIGNED
 from moefast.kernels.cuda.information import (
     BEYOND,
@@ -46,9 +47,11 @@ from moefast.kernels.cuda.information import (
     STRENGTH,
     TINY,
     expand_stars,
+    marginalise_stars,
     multiply_rows,
     product_launch,
     read_spectra,
+    root_stars,
     solve_launch,
     subtract_spectra,
     whiten_stars,
@@ -57,7 +60,7 @@ from moefast.kernels.cuda.lanes import SCRATCH, most_of_warp, sum_of_parts, sum_
 from moefast.kernels.cuda.median import THREADS as MEDIAN_THREADS
 from moefast.kernels.cuda.median import median_rows
 from moefast.kernels.cuda.registry import kernel, launchable
-from moefast.kernels.cuda.scoring import MOST_SHARED, BlockScorer
+from moefast.kernels.cuda.scoring import BlockScorer
 
 __all__ = [
     "BLOCK_ROWS",
@@ -80,7 +83,7 @@ EACH = 4
 """Rows and columns of the tile that a thread owns."""
 PANEL = 16
 """Terms that are staged in shared memory at a time; divides COORDINATES."""
-PAD = 4
+PADDED = COORDINATES + 4
 """Rows of neighbouring terms then begin in different banks of shared memory, and vectors of four where they may."""
 MOST_CLOUDS = 16
 """Clouds of a panel, at most."""
@@ -92,9 +95,9 @@ LANES = 32
 """Threads of a block of `conclude_stars`: one warp."""
 USUAL_VECTORS = 6
 """Tangents of the clouds of models that are shipped, the scale's included."""
-SCRATCH_BYTES = 40e6
-"""Of matrices whose roots are found at the same time: what the second cache of such devices holds."""
-LEAST_BLOCKS, MOST_BLOCKS = 132, 1056
+SCRATCH_BYTES = 80e6
+"""Of matrices whose roots are found at the same time: half of them is used, and fits the second cache."""
+LEAST_BLOCKS, MOST_BLOCKS = 264, 1056
 EVIDENCE, SQUARE, FIRST_LABEL = 0, 1, 2
 """Places in what `compare_clouds` finds: ln of the evidence, least distance squared, then means, variances and
 covariances with the first of all labels."""
@@ -122,6 +125,7 @@ def _written_for(vectors: int) -> Callable[..., None]:
     """`compare_clouds` for clouds of so many tangents, the scale's included."""
     t = vectors
     n_clouds = clouds_of_panel(t)
+    n_vectors = t + 1
     n_products = (t + 1) * (t + 2) // 2 - 1
     n_lower = t * (t + 1) // 2
     parts = PARTS
@@ -140,13 +144,13 @@ def _written_for(vectors: int) -> Callable[..., None]:
         Launch: (panels, n stars) blocks of THREADS threads, with 4 · n · COLUMNS bytes of dynamic shared memory.
         """
         x_of = cuda.shared.array(0, float32)
-        left = cuda.shared.array((PANEL, COORDINATES + PAD), float32, alignment=ALIGNED)
+        left = cuda.shared.array((PANEL, PADDED), float32, alignment=ALIGNED)
         right = cuda.shared.array((PANEL, COLUMNS), float32, alignment=ALIGNED)
-        scratch = cuda.shared.array(MOST_CLOUDS * PARTS, float32)
+        scratch = cuda.shared.array(THREADS, float32)
         sums = cuda.local.array((EACH, EACH), float32)
         a = cuda.local.array(EACH, float32)
         b = cuda.local.array(EACH, float32)
-        x = cuda.local.array(t + 1, float32)
+        x = cuda.local.array(n_vectors, float32)
         products = cuda.local.array(n_products, float32)
         lower = cuda.local.array(n_lower, float32)
         inverse = cuda.local.array(t, float32)
@@ -251,9 +255,11 @@ def _written_for(vectors: int) -> Callable[..., None]:
             x[t] = width * (x[0] + spectrum[star, c])
             for k in range(1, t + 1):
                 products[k - 1] += x[0] * x[k]
+            # Loops of constant length are written out, and their numbers stay in registers.
             for i in range(1, t + 1):
-                for k in range(i, t + 1):
-                    products[t + (i - 1) * t - (i - 1) * (i - 2) // 2 + k - i] += x[i] * x[k]
+                for k in range(1, t + 1):
+                    if k >= i:
+                        products[t + (i - 1) * t - (i - 1) * (i - 2) // 2 + k - i] += x[i] * x[k]
         beyond = reach + ((part - reach) & (parts - 1))
         for c in range(beyond, n, parts):
             apart = x_of[c * COLUMNS + (lane ^ turn)] - centre[star, c]
@@ -266,26 +272,31 @@ def _written_for(vectors: int) -> Callable[..., None]:
         determinant = float32(0)
         for i in range(t):
             gamma[i] = -products[i]
-            for k in range(i + 1):
-                # Product (k + 1, i + 1).
-                lower[i * (i + 1) // 2 + k] = products[t + k * t - k * (k - 1) // 2 + i - k]
+            for k in range(t):
+                if k <= i:
+                    # Product (k + 1, i + 1).
+                    lower[i * (i + 1) // 2 + k] = products[t + k * t - k * (k - 1) // 2 + i - k]
             lower[i * (i + 1) // 2 + i] += float32(1)
         for k in range(t):
             pivot = lower[k * (k + 1) // 2 + k]
             determinant += math.log(pivot)
             inverse[k] = float32(1) / math.sqrt(pivot)
             gamma[k] *= inverse[k]
-            for i in range(k + 1, t):
-                lower[i * (i + 1) // 2 + k] *= inverse[k]
-            for i in range(k + 1, t):
-                less = lower[i * (i + 1) // 2 + k]
-                gamma[i] -= less * gamma[k]
-                for j in range(k + 1, i + 1):
-                    lower[i * (i + 1) // 2 + j] -= less * lower[j * (j + 1) // 2 + k]
+            for i in range(t):
+                if i > k:
+                    lower[i * (i + 1) // 2 + k] *= inverse[k]
+            for i in range(t):
+                if i > k:
+                    less = lower[i * (i + 1) // 2 + k]
+                    gamma[i] -= less * gamma[k]
+                    for j in range(t):
+                        if k < j <= i:
+                            lower[i * (i + 1) // 2 + j] -= less * lower[j * (j + 1) // 2 + k]
         for s in range(t):
             k = t - 1 - s
-            for i in range(k + 1, t):
-                gamma[k] -= lower[i * (i + 1) // 2 + k] * gamma[i]
+            for i in range(t):
+                if i > k:
+                    gamma[k] -= lower[i * (i + 1) // 2 + k] * gamma[i]
             gamma[k] *= inverse[k]
 
         # -- what is left at the best point -------------------------------------------------------------------------
@@ -311,8 +322,9 @@ def _written_for(vectors: int) -> Callable[..., None]:
         n_labels = labels.shape[1]
         for k in range(t):
             gain = gains[cloud, 0, k]
-            for i in range(k):
-                gain -= lower[k * (k + 1) // 2 + i] * of_first[i]
+            for i in range(t):
+                if i < k:
+                    gain -= lower[k * (k + 1) // 2 + i] * of_first[i]
             of_first[k] = gain * inverse[k]
         for label in range(part, n_labels, parts):
             mean = labels[cloud, label]
@@ -321,8 +333,9 @@ def _written_for(vectors: int) -> Callable[..., None]:
             for k in range(t):
                 gain = gains[cloud, label, k]
                 mean += gamma[k] * gain
-                for i in range(k):
-                    gain -= lower[k * (k + 1) // 2 + i] * solved[i]
+                for i in range(t):
+                    if i < k:
+                        gain -= lower[k * (k + 1) // 2 + i] * solved[i]
                 solved[k] = gain * inverse[k]
                 variance += solved[k] * solved[k]
                 along += solved[k] * of_first[k]
@@ -381,12 +394,12 @@ def conclude_stars(  # type: ignore[no-untyped-def]
     top = float64(LEAST_EVIDENCE)
     nearest = float64(np.inf)
     for j in range(lane, m, lanes):
-        # A comparison with NaN is false.
+        # A comparison with NaN is false; max() and min() on a device may be either.
         evidence = float64(found[star, EVIDENCE, j])
-        if evidence > top:
+        if evidence > top:  # noqa: PLR1730
             top = evidence
         square = float64(found[star, SQUARE, j])
-        if square < nearest:
+        if square < nearest:  # noqa: PLR1730
             nearest = square
     top = most_of_warp(top, scratch)
     nearest = -most_of_warp(-nearest, scratch)
@@ -397,7 +410,7 @@ def conclude_stars(  # type: ignore[no-untyped-def]
         most = float64(LEAST_EVIDENCE)
         for j in range(first[e] + lane, first[e + 1], lanes):
             evidence = float64(found[star, EVIDENCE, j])
-            if evidence > most:
+            if evidence > most:  # noqa: PLR1730
                 most = evidence
         most = most_of_warp(most, scratch)
         norm = float64(0)
@@ -426,14 +439,14 @@ def conclude_stars(  # type: ignore[no-untyped-def]
     kept = float64(0)
     for j in range(lane, m, lanes):
         evidence = float64(found[star, EVIDENCE, j])
-        share = float32(0)
+        rounded = float32(0)
         if evidence > float64(LEAST_EVIDENCE):
-            share = float32(math.exp(evidence - top) / total)
-        found[star, EVIDENCE, j] = share
-        if share > float32(0):
+            rounded = float32(math.exp(evidence - top) / total)
+        found[star, EVIDENCE, j] = rounded
+        if rounded > float32(0):
             apart = float64(found[star, FIRST_LABEL, j]) - best
-            between += float64(share) * apart * apart
-            kept += float64(share)
+            between += float64(rounded) * apart * apart
+            kept += float64(rounded)
     between = sum_of_warp(between, scratch)
     kept = sum_of_warp(kept, scratch)
     if not known:
@@ -449,31 +462,28 @@ def conclude_stars(  # type: ignore[no-untyped-def]
     for place in range(n_labels):
         middle = float64(0)
         for j in range(lane, m, lanes):
-            share = found[star, EVIDENCE, j]
-            if share > float32(0):
-                middle += float64(share) * float64(found[star, FIRST_LABEL + place, j])
+            share = float64(found[star, EVIDENCE, j])
+            if share > float64(0):
+                middle += share * float64(found[star, FIRST_LABEL + place, j])
         middle = sum_of_warp(middle, scratch) / kept
         if place == 0:
             middle = best
         variance = float64(0)
         along = float64(0)
         for j in range(lane, m, lanes):
-            share = found[star, EVIDENCE, j]
-            if share > float32(0):
-                weight = float64(share)
+            share = float64(found[star, EVIDENCE, j])
+            if share > float64(0):
                 apart = float64(found[star, FIRST_LABEL + place, j]) - middle
                 of_first = float64(found[star, FIRST_LABEL, j]) - best
-                variance += weight * (
-                    float64(found[star, FIRST_LABEL + n_labels + place, j]) + apart * apart
-                )
-                along += weight * (
+                variance += share * (float64(found[star, FIRST_LABEL + n_labels + place, j]) + apart * apart)
+                along += share * (
                     float64(found[star, FIRST_LABEL + 2 * n_labels + place, j]) + apart * of_first
                 )
         variance = sum_of_warp(variance, scratch) / kept
         along = sum_of_warp(along, scratch) / kept
-        spread = math.sqrt(variance + TINY) if variance > float64(0) else math.sqrt(float64(TINY))
-        if not known:
-            spread = float64(NAN)
+        spread = float64(NAN)
+        if known:
+            spread = float64(math.sqrt(max(variance, float64(0)) + TINY))
         if place == 0:
             first_sd = spread
         if place == 1:
@@ -486,9 +496,10 @@ def conclude_stars(  # type: ignore[no-untyped-def]
             covariance[star, place] = along
 
     answer = best
-    if answer < lowest:
+    # Not min() and max(), which on a device are not NaN where one of the two is.
+    if answer < lowest:  # noqa: PLR1730
         answer = lowest
-    if answer > highest:
+    if answer > highest:  # noqa: PLR1730
         answer = highest
     of_width = math.log(first_sd + LEAST_SPREAD)
     of_spread = math.log(math.sqrt(between + TINY) + LEAST_SPREAD)
@@ -545,10 +556,12 @@ class DevicePosterior:
     Raises
     ------
     ValueError
-        They do not fit each other, or need more shared memory than a block has.
+        They do not fit each other.
+    BackendError
+        They need more shared memory than a block has.
     """
 
-    results = Posteriors
+    results: Callable[..., Any] = Posteriors
 
     def __init__(self, space: Space, clouds: Clouds) -> None:
         p, width = space.directions.shape
@@ -558,13 +571,8 @@ class DevicePosterior:
             raise ValueError(f"clouds in {n} coordinates expected; found {n_keys}")
         self.vectors, self.shared = vectors, 4 * n * COLUMNS
         self.solve_threads, self.solve_shared = solve_launch(width)
-        fixed = 4 * (PANEL * (COORDINATES + PAD + COLUMNS) + THREADS)
-        needed = max(self.shared + fixed, self.solve_shared + 8 * SCRATCH)
-        if needed > MOST_SHARED or vectors > COLUMNS:
-            raise ValueError(
-                f"{n} coordinates, {q} nuisances and {vectors} tangents need {needed} bytes of shared memory, where a "
-                f"block has {MOST_SHARED}, and at most {COLUMNS} tangents: use backend cpu"
-            )
+        if lack := without_cuda(space, clouds):
+            raise BackendError(f"backend cuda: there are no kernels for {lack}; use backend cpu")
         self.n_pixels, self.n_coordinates, self.n_nuisances, self.n_sky = p, n, q, space.n_sky
         self.n_cells, self.n_clouds, self.n_labels = len(space.cells), m, clouds.labels.shape[1]
         self.n_experts, self.packed = clouds.n_experts, width * (width + 1) // 2
@@ -624,8 +632,9 @@ class DevicePosterior:
         self.label_range = tuple(float(limit) for limit in clouds.label_range)
         self.error_model = tuple(on_device(part, f32) for part in clouds.error_model)
         self.no_mask = cuda.to_device(_NO_MASK)
-        of_block = 8 * ((width * (width + 2)) + 2 * n * (n + 2))
+        of_block = 8 * (width * (width + 2) + n * (n + 2))
         self.blocks = int(np.clip(SCRATCH_BYTES / of_block, LEAST_BLOCKS, MOST_BLOCKS))
+        self.scratch_bytes = self.blocks * of_block
 
     def kinds(self, rows: int) -> list[tuple[tuple[int, ...], type]]:
         """Shape and dtype of each array of `Posteriors`."""
@@ -635,16 +644,85 @@ class DevicePosterior:
         return [(shape, np.float64) for shape in shapes] + [(vector, kind) for kind in kinds]
 
     def bytes_per_row(self) -> int:
-        """Device memory of a row, flux, error and mask included, but for scratch that all rows of a block share."""
+        """Device memory of a row, flux, error and mask included, and its share of a block's scratch."""
         p, n, width = self.n_pixels, self.n_coordinates, self.n_coordinates + self.n_nuisances
-        doubles = 3 * p + self.n_cells + self.packed + 3 * width + NUMBERS
+        doubles = 3 * p + self.n_cells + self.packed + 2 * width + NUMBERS
         singles = n * n + 2 * n + (FIRST_LABEL + 3 * self.n_labels) * self.n_clouds
         results = sum(np.dtype(kind).itemsize * int(np.prod(shape)) for shape, kind in self.kinds(1))
-        return 9 * p + 8 * doubles + 4 * singles + results
+        return 9 * p + 8 * doubles + 4 * singles + results + -(-self.scratch_bytes // BLOCK_ROWS)
 
     def work(self, rows: int) -> Work:
         """Device memory for so many stars."""
         return Work(rows, self)
+
+    def steps(
+        self, flux: Any, error: Any, mask: Any, n: int, work: Work, scores: Posteriors, stream: Any
+    ) -> Iterator[tuple[str, Callable[[], None]]]:
+        """What is done to n spectra, in its order: a name in words, and what starts it in `stream`; see `launch`."""
+        p, c, q = self.n_pixels, self.n_coordinates, self.n_nuisances
+        hidden = self.no_mask if mask is None else mask
+        solve = (min(n, len(work.scratch)), self.solve_threads, stream, self.solve_shared)
+
+        def multiply(rows: Any, matrix: Any, out: Any) -> None:
+            blocks, threads = product_launch(n, out.shape[1])
+            multiply_rows[blocks, threads, stream](rows, matrix, n, out)
+
+        yield (
+            "read pixels, cells",
+            lambda: read_spectra[n, READ_THREADS, stream](
+                flux, error, hidden, p, *self.pixels, work.y, work.information, work.cells, work.numbers,
+                scores.snr_norm, scores.n_good, scores.flag,
+            ),
+        )  # fmt: skip
+        yield "M", lambda: multiply(work.cells, self.products, work.packed)
+        yield "u", lambda: multiply(work.y, self.directions, work.u)
+        yield (
+            "point near the star",
+            lambda: expand_stars[solve](
+                n, work.packed, work.u, self.precision, self.pull, work.scratch, work.points
+            ),
+        )
+        yield "its spectrum", lambda: multiply(work.points, self.transposed, work.spectra)
+        yield (
+            "what is left of pixels",
+            lambda: subtract_spectra[n, READ_THREADS, stream](
+                work.y, work.information, work.spectra, work.numbers
+            ),
+        )
+        yield "u at the point", lambda: multiply(work.y, self.directions, work.u)
+        yield (
+            "nuisances",
+            lambda: marginalise_stars[solve](
+                n, work.packed, work.u, work.points, q, self.n_sky, work.scratch, work.numbers
+            ),
+        )
+        yield (
+            "root of M",
+            lambda: root_stars[solve](n, work.packed, work.u, c, work.second_scratch, work.numbers),
+        )
+        yield (
+            "spread within clouds",
+            lambda: whiten_stars[solve](
+                n, work.packed, work.u, self.unit, work.scratch, work.second_scratch,
+                work.roots, work.centre, work.spectrum,
+            ),
+        )  # fmt: skip
+        yield (
+            "clouds",
+            lambda: compare_kernel(self.vectors)[(self.panels, n), THREADS, stream, self.shared](
+                c, self.reach, *self.clouds, work.roots, work.centre, work.spectrum, self.width, work.found
+            ),
+        )
+        yield (
+            "labels",
+            lambda: conclude_stars[n, LANES, stream](
+                work.found, work.numbers, self.first, c, *self.label_range, *self.error_model, *scores[:13]
+            ),
+        )
+        yield (
+            "median SNR",
+            lambda: median_rows[n, MEDIAN_THREADS, stream](flux, error, hidden, p, scores.snr_median),
+        )
 
     def launch(self, flux: Any, error: Any, mask: Any, n: int, work: Work, stream: Any) -> Posteriors:
         """Score n > 0 spectra that are on the device, in `stream`, without waiting; nothing is checked.
@@ -663,38 +741,9 @@ class DevicePosterior:
         Posteriors
             Device arrays, cut to n rows.
         """
-        p, c, q = self.n_pixels, self.n_coordinates, self.n_nuisances
-        scores = work.scores
-        if n < work.rows:
-            scores = Posteriors(*(a[:n] for a in scores))
-        hidden = self.no_mask if mask is None else mask
-        read_spectra[n, READ_THREADS, stream](
-            flux, error, hidden, p, *self.pixels, work.y, work.information, work.cells, work.numbers,
-            scores.snr_norm, scores.n_good, scores.flag,
-        )  # fmt: skip
-
-        def multiply(rows: Any, matrix: Any, out: Any) -> None:
-            blocks, threads = product_launch(n, out.shape[1])
-            multiply_rows[blocks, threads, stream](rows, matrix, n, out)
-
-        multiply(work.cells, self.products, work.packed)
-        multiply(work.y, self.directions, work.u)
-        solve = (min(n, self.blocks), self.solve_threads, stream, self.solve_shared)
-        expand_stars[solve](n, work.packed, work.u, self.precision, self.pull, work.scratch, work.points)
-        multiply(work.points, self.transposed, work.spectra)
-        subtract_spectra[n, READ_THREADS, stream](work.y, work.information, work.spectra, work.numbers)
-        multiply(work.y, self.directions, work.u)
-        whiten_stars[solve](
-            n, work.packed, work.u, work.points, q, self.n_sky, self.unit, work.scratch, work.root_scratch,
-            work.t_scratch, work.numbers, work.roots, work.centre, work.spectrum,
-        )  # fmt: skip
-        compare_kernel(self.vectors)[(self.panels, n), THREADS, stream, self.shared](
-            c, self.reach, *self.clouds, work.roots, work.centre, work.spectrum, self.width, work.found
-        )
-        conclude_stars[n, LANES, stream](
-            work.found, work.numbers, self.first, c, *self.label_range, *self.error_model, *scores[:13]
-        )
-        median_rows[n, MEDIAN_THREADS, stream](flux, error, hidden, p, scores.snr_median)
+        scores = work.scores if n == work.rows else Posteriors(*(a[:n] for a in work.scores))
+        for _, start in self.steps(flux, error, mask, n, work, scores, stream):
+            start()
         return scores
 
 
@@ -717,7 +766,7 @@ class Work:
             doubles(rows, NUMBERS),
         )
         self.scratch = doubles(blocks, width, width + 2)
-        self.root_scratch, self.t_scratch = doubles(blocks, n, n + 2), doubles(blocks, n, n + 2)
+        self.second_scratch = doubles(blocks, n, n + 2)
         self.roots = cuda.device_array((rows, n, n), np.float32)
         self.centre, self.spectrum = (cuda.device_array((rows, n), np.float32) for _ in range(2))
         self.found = cuda.device_array((rows, FIRST_LABEL + 3 * plan.n_labels, plan.n_clouds), np.float32)
@@ -739,9 +788,9 @@ class CudaPosteriorScorer(BlockScorer):
     Raises
     ------
     ValueError
-        Space and clouds do not fit each other, or are too large for the kernels.
+        Space and clouds do not fit each other.
     BackendError
-        There is no usable device.
+        There is no usable device, or they are too large for the kernels.
     DeviceMemoryError, PinnedMemoryError
         Memory of the device, or pinned memory of the host, is too small for blocks of FLOOR_ROWS rows in all slots.
     """
@@ -751,7 +800,9 @@ class CudaPosteriorScorer(BlockScorer):
     ) -> None:
         super().__init__(lambda: DevicePosterior(space, clouds), block_rows, slots)
 
-    def __call__(self, flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None = None) -> CloudPosterior:
+    def __call__(
+        self, flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None = None
+    ) -> CloudPosterior:
         """Posteriors of spectra on the host; see `moefast.kernels.cloud_posterior`."""
         return CloudPosterior(*self._scored(flux, error, mask))
 

@@ -9,7 +9,9 @@ hundred stars at a time, whose numbers stay on the device; (…) is what is kept
     multiply_rows      b · Bᵀ  →  spectrum (p)
     subtract_spectra   y  →  y − a′ B b, and the energy that is left
     multiply_rows      (y − a′ B b) · B  →  Bᵀ(y − a′ B b) (w)
-    whiten_stars       u = Bᵀ(y − a′ B b) + M b, nuisances marginalised, M = UᵀU, TTᵀ = I + UUᵀ  →  C' = T⁻¹U (n²), λ (n)
+    marginalise_stars  u = Bᵀ(y − a′ B b) + M b, nuisances taken out  →  u (n), M (n (n + 1)/2)
+    root_stars         M = UᵀU  →  U, U⁻ᵀu in their places
+    whiten_stars       TTᵀ = I + UUᵀ  →  C' = T⁻¹U (n²), λ = T⁻¹U⁻ᵀu (n)
     moefast.kernels.cuda.clouds   C', λ and the clouds  →  evidence of every cloud  →  labels
 
 with w = n + q directions, nuisances first. Every product whose second factor all stars share is one matrix product of
@@ -23,11 +25,11 @@ Floor in multiply-adds per star for p = 4096, g = 220, n = 130, q = 12: u and th
 g w (w + 1)/2 = 2.2 M, roots w³/6 + q w²/2 + 5 n³/6 = 2.4 M: 6.4 M, 0.4 µs at 34 TFLOP/s. The floor of bytes, 33 kB, is
 0.01 µs; what is written and read on the way, 0.4 MB, 0.1 µs.
 
-Roots: a block of threads owns a star. Matrices (n, n) lie in scratch of the device's memory, of as many blocks as run at
-a time, which the second cache holds; rows are made STEP at a time: what the panel's columns have of all rows above is
-staged in shared memory, and each thread owns a column of the panel, STEP numbers in registers:
+Roots: a block of threads owns a star. Matrices (n, n) lie in scratch of the device's memory, of as many blocks as run
+at a time, which the second cache holds; rows are made STEP at a time: what the panel's columns have of all rows above
+is staged in shared memory, and each thread owns a column of the panel, STEP numbers in registers:
 
-    column j     v_r = a_rj − Σ_k<top U_kr U_kj        one number from the cache and STEP from shared memory, STEP products
+    column j     v_r = a_rj − Σ_k<top U_kr U_kj        of a number from the cache and STEP from shared memory
     corner       the panel's own STEP × STEP root by one thread
     column j     v ← corner⁻ᵀ v
 
@@ -52,17 +54,20 @@ __all__ = [
     "SOLVE_THREADS",
     "STEP",
     "expand_stars",
+    "marginalise_stars",
     "multiply_rows",
     "product_launch",
     "read_spectra",
+    "root_stars",
     "solve_launch",
     "subtract_spectra",
     "whiten_stars",
 ]
 
 READ_THREADS = 128
-SOLVE_THREADS = 256
-"""Threads of a block of `expand_stars` and `whiten_stars`, at most."""
+SOLVE_THREADS = 128
+"""Threads of a block of those that solve, at most: they take some 200 registers each, and two blocks should fit a
+multiprocessor."""
 STEP = 8
 """Rows of a matrix whose root is found together."""
 TILE_ROWS = 64
@@ -74,13 +79,15 @@ EACH_COLUMNS = 4
 PANEL = 8
 """Terms of a product that are staged in shared memory at a time."""
 PRODUCT_THREADS = TILE_ROWS // EACH_ROWS * TILE_COLUMNS // EACH_COLUMNS
-PAD = 2
+PADDED = TILE_ROWS + 2
 """Rows of neighbouring terms then begin in different banks of shared memory."""
 TINY = 1e-30
 LEAST_CURVATURE = 1e-8
 LEAST_INFORMATION = 1e-13
 ROUNDING = 1e-14
 """As in `moefast.kernels.cpu_information`."""
+NOT_NEGATIVE = 0x7FFFFFFFFFFFFFFF
+"""A mask that tells the compiler so: it then counts no index from the end, and needs fewer registers."""
 SCALE, STRENGTH, ENERGY, LEVEL, N_USED, EXPLAINED, BEYOND = range(7)
 NUMBERS = 7
 """Places in the numbers of a star: scale c₀, strength, energy, Σ σ²/D, pixels that weigh, what nuisances and the best
@@ -95,7 +102,7 @@ def product_launch(n: int, columns: int) -> tuple[tuple[int, int], int]:
 
 
 def solve_launch(width: int) -> tuple[int, int]:
-    """Threads of `expand_stars` and `whiten_stars` for so many directions, and bytes of dynamic shared memory.
+    """Threads of the kernels that solve for so many directions, and bytes of their dynamic shared memory.
 
     A thread owns a column of a panel, the vector that goes along and the corner's columns included.
     """
@@ -108,7 +115,7 @@ def solve_launch(width: int) -> tuple[int, int]:
     " float64[::1], float64[:,::1], float64[:,::1], float64[:,::1], float64[:,::1], float32[::1], int32[::1],"
     " uint32[::1])",
     threads=READ_THREADS,
-    blocks=8,
+    blocks=5,
     serves=("cloud_posterior",),
 )
 def read_spectra(  # type: ignore[no-untyped-def]
@@ -117,8 +124,8 @@ def read_spectra(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Scale, y, a′, means over cells, SNR and flags of each star, as `cpu_information.read_pixels`.
 
-    `flux`, `error` and `mask` are flat; `mask` is empty where there is none. The pixels of cell c are pixels[offsets[c] : offsets[c + 1]], with `shares` in its mean. `numbers`
-    (·, NUMBERS) has a place for the energy.
+    `flux`, `error` and `mask` are flat; `mask` is empty where there is none. The pixels of cell c are
+    pixels[offsets[c] : offsets[c + 1]], with `shares` in its mean. `numbers` (·, NUMBERS) has a place for the energy.
 
     Launch: a block of READ_THREADS threads for each star.
     """
@@ -215,7 +222,7 @@ def read_spectra(  # type: ignore[no-untyped-def]
 @kernel(
     "void(float64[:,::1], float64[:,::1], int64, float64[:,::1])",
     threads=PRODUCT_THREADS,
-    blocks=4,
+    blocks=3,
     serves=("cloud_posterior",),
 )
 def multiply_rows(rows, matrix, n, out):  # type: ignore[no-untyped-def]
@@ -223,10 +230,10 @@ def multiply_rows(rows, matrix, n, out):  # type: ignore[no-untyped-def]
 
     A number is the sum of its terms in their order, whatever stands in the other rows.
 
-    Launch: `product_launch`. Thread (ty, tx) owns rows 8 ty … 8 ty + 7 of its tile, and columns 2 tx, 2 tx + 1 of either
-    half: 8 + 4 numbers from shared memory, in vectors, feed 32 multiply-adds.
+    Launch: `product_launch`. Thread (ty, tx) owns rows 8 ty … 8 ty + 7 of its tile, and columns 2 tx, 2 tx + 1 of
+    either half: 8 + 4 numbers from shared memory, in vectors, feed 32 multiply-adds.
     """
-    left = cuda.shared.array((PANEL, TILE_ROWS + PAD), float64, alignment=ALIGNED)
+    left = cuda.shared.array((PANEL, PADDED), float64, alignment=ALIGNED)
     right = cuda.shared.array((PANEL, TILE_COLUMNS), float64, alignment=ALIGNED)
     sums = cuda.local.array((EACH_ROWS, EACH_COLUMNS), float64)
     a = cuda.local.array(EACH_ROWS, float64)
@@ -305,7 +312,7 @@ def subtract_spectra(y, information, spectra, numbers):  # type: ignore[no-untyp
 @cuda.jit(device=True)
 def _packed(width, i, j):  # type: ignore[no-untyped-def]
     """Place of number (i, j ≥ i) in a packed upper triangle."""
-    return i * width - i * (i - 1) // 2 + j - i
+    return (i * width - (i * (i - 1) >> 1) + j - i) & NOT_NEGATIVE
 
 
 @cuda.jit(device=True)
@@ -333,22 +340,23 @@ def _root_of_corner(shared, corner, pivots, height, a, top, ridge):  # type: ign
 
 
 @cuda.jit(device=True)
-def _substitute(shared, corner, pivots, height, v):  # type: ignore[no-untyped-def]
-    """V ← corner⁻ᵀ v for one column; numbers from `height` on mean nothing."""
-    for r in range(STEP):
-        if r < height:
-            value = v[r]
-            for s in range(r):
-                value -= shared[corner + s * STEP + r] * v[s]
-            v[r] = value * shared[pivots + r]
+def _substitute(shared, corner, pivots, v):  # type: ignore[no-untyped-def]
+    """V ← corner⁻ᵀ v for one column; numbers beyond the panel's height mean nothing."""
+    # Loops of constant length are written out, and their numbers stay in registers.
+    for s in range(STEP):
+        v[s] *= shared[pivots + s]
+        for r in range(STEP):
+            if r > s:
+                v[r] -= shared[corner + s * STEP + r] * v[s]
 
 
 @cuda.jit(device=True)
-def _eliminate(a, stop, n, ridge, shared, corner, pivots):  # type: ignore[no-untyped-def]
+def _eliminate(a, stop, n, ridge, mirrored, shared, corner, pivots):  # type: ignore[no-untyped-def]
     """Rows up to `stop` of the upper U with UᵀU = a + ridge, in place; rows up to n become what they do not explain.
 
     `a` is laid out as the module says, with a vector behind the columns, in place n + 1, that goes along; a[k, k] holds
-    the diagonal. STEP · stop numbers of `shared` are scratch.
+    the diagonal. Where `mirrored`, columns of U are kept below the diagonal. STEP · stop numbers of `shared` are
+    scratch.
     """
     v = cuda.local.array(STEP, float64)
     thread = cuda.threadIdx.x
@@ -359,20 +367,21 @@ def _eliminate(a, stop, n, ridge, shared, corner, pivots):  # type: ignore[no-un
         end = stop if top < stop else n
         height = min(STEP, end - top)
         depth = min(top, stop)
+        first = top & NOT_NEGATIVE
         cuda.syncthreads()
         for place in range(thread, depth * STEP, threads):
             k = place // STEP
             r = place & (STEP - 1)
-            shared[place] = a[k, top + r + 1] if r < height else float64(0)
+            shared[place] = a[k, first + r + 1] if r < height else float64(0)
         cuda.syncthreads()
         for begin in range(top, n + 1, threads):
-            j = begin + thread
+            j = (begin + thread) & NOT_NEGATIVE
             for r in range(STEP):
                 v[r] = float64(0)
             if j <= n:
                 for r in range(STEP):
                     if r < height and j >= top + r:
-                        v[r] = a[top + r, j + 1]
+                        v[r] = a[first + r, j + 1]
                 for k in range(depth):
                     value = a[k, j + 1]
                     for r in range(STEP):
@@ -384,9 +393,9 @@ def _eliminate(a, stop, n, ridge, shared, corner, pivots):  # type: ignore[no-un
                             shared[corner + r * STEP + thread] = v[r]
                     cuda.syncthreads()
                     if thread == 0:
-                        _root_of_corner(shared, corner, pivots, height, a, top, ridge)
+                        _root_of_corner(shared, corner, pivots, height, a, first, ridge)
                     cuda.syncthreads()
-                _substitute(shared, corner, pivots, height, v)
+                _substitute(shared, corner, pivots, v)
             if j <= n:
                 for r in range(STEP):
                     if r < height and j >= top + r:
@@ -394,9 +403,9 @@ def _eliminate(a, stop, n, ridge, shared, corner, pivots):  # type: ignore[no-un
                         if top < stop:
                             if j == top + r:
                                 value = shared[corner + r * STEP + r]
-                            if j < n:
-                                a[j, top + r] = value
-                        a[top + r, j + 1] = value
+                            if mirrored and j < n:
+                                a[j, first + r] = value
+                        a[first + r, j + 1] = value
         top += height
     cuda.syncthreads()
 
@@ -416,13 +425,15 @@ def _shrink(root, t, n, shared, corner, pivots, out):  # type: ignore[no-untyped
     other = STEP * n
     for top in range(0, n, STEP):
         height = min(STEP, n - top)
-        bottom = n - 1 - top
-        last = bottom - height + 1
+        bottom = (n - 1 - top) & NOT_NEGATIVE
+        last = (bottom - height + 1) & NOT_NEGATIVE
         cuda.syncthreads()
         for place in range(thread, (n - last) * STEP, threads):
             k = last + place // STEP
             r = place & (STEP - 1)
-            shared[place] = root[k, bottom - r] if r < height and k >= bottom - r else float64(0)
+            shared[place] = (
+                root[k, (bottom - r) & NOT_NEGATIVE] if r < height and k >= bottom - r else float64(0)
+            )
         for place in range(thread, top * STEP, threads):
             r = place & (STEP - 1)
             shared[other + place] = t[place // STEP, top + r + 1] if r < height else float64(0)
@@ -431,16 +442,16 @@ def _shrink(root, t, n, shared, corner, pivots, out):  # type: ignore[no-untyped
         of_t = n - top
         count = of_t + n - last + 1
         for begin in range(0, count, threads):
-            c = begin + thread
-            column = last + c - of_t
+            c = (begin + thread) & NOT_NEGATIVE
+            column = (last + c - of_t) & NOT_NEGATIVE
+            mirrored = (bottom - c) & NOT_NEGATIVE
             for r in range(STEP):
                 v[r] = float64(0)
             if c < of_t:
                 for r in range(STEP):
-                    if r == c:
-                        v[r] = float64(1)
+                    v[r] = float64(1) if r == c else float64(0)
                 for k in range(last, n):
-                    value = root[k, bottom - c]
+                    value = root[k, mirrored]
                     for r in range(STEP):
                         v[r] += shared[(k - last) * STEP + r] * value
                 for k in range(top):
@@ -450,10 +461,10 @@ def _shrink(root, t, n, shared, corner, pivots, out):  # type: ignore[no-untyped
             elif c < count:
                 for r in range(STEP):
                     if r < height and column >= bottom - r:
-                        v[r] = root[bottom - r, column + 1]
+                        v[r] = root[(bottom - r) & NOT_NEGATIVE, column + 1]
                 # Rows of T⁻¹U begin at their diagonals.
                 for k in range(max(0, n - 1 - column), top):
-                    value = root[n - 1 - k, column + 1]
+                    value = root[(n - 1 - k) & NOT_NEGATIVE, column + 1]
                     for r in range(STEP):
                         v[r] -= shared[other + k * STEP + r] * value
             if begin == 0:
@@ -464,7 +475,7 @@ def _shrink(root, t, n, shared, corner, pivots, out):  # type: ignore[no-untyped
                 if thread == 0:
                     _root_of_corner(shared, corner, pivots, height, root, 0, float64(-1))
                 cuda.syncthreads()
-            _substitute(shared, corner, pivots, height, v)
+            _substitute(shared, corner, pivots, v)
             if c < of_t:
                 for r in range(STEP):
                     if r < height and r <= c:
@@ -472,9 +483,9 @@ def _shrink(root, t, n, shared, corner, pivots, out):  # type: ignore[no-untyped
             elif c < count:
                 for r in range(STEP):
                     if r < height and column >= bottom - r:
-                        root[bottom - r, column + 1] = v[r]
+                        root[(bottom - r) & NOT_NEGATIVE, column + 1] = v[r]
                         if column < n:
-                            out[bottom - r, column] = float32(v[r])
+                            out[(bottom - r) & NOT_NEGATIVE, column] = float32(v[r])
     cuda.syncthreads()
 
 
@@ -510,7 +521,7 @@ def expand_stars(n, packed, u, precision, pull, scratch, points):  # type: ignor
                     a[i, i] = value
         for i in range(thread, width, threads):
             a[i, width + 1] = u[star, i] + pull[i]
-        _eliminate(a, width, width, float64(0), shared, corner, pivots)
+        _eliminate(a, width, width, float64(0), True, shared, corner, pivots)
         for i in range(thread, width, threads):
             shared[vector + i] = a[i, width + 1]
         # U b = v from the last rows on, STEP at a time: row k below the diagonal holds column k of U.
@@ -537,38 +548,30 @@ def expand_stars(n, packed, u, precision, pull, scratch, points):  # type: ignor
 
 
 @kernel(
-    "void(int64, float64[:,::1], float64[:,::1], float64[:,::1], int64, int64, float64, float64[:,:,::1],"
-    " float64[:,:,::1], float64[:,:,::1], float64[:,::1], float32[:,:,::1], float32[:,::1], float32[:,::1])",
+    "void(int64, float64[:,::1], float64[:,::1], float64[:,::1], int64, int64, float64[:,:,::1], float64[:,::1])",
     threads=SOLVE_THREADS,
     blocks=2,
     serves=("cloud_posterior",),
 )
-def whiten_stars(  # type: ignore[no-untyped-def]
-    n_stars, packed, gradient, points, q, n_sky, unit, scratch, root_scratch, t_scratch,
-    numbers, roots, centre, spectrum,
-):  # fmt: skip
-    """C' of M₁ = C C' and λ of each star, with nuisances marginalised, as `cpu_information.solve`.
+def marginalise_stars(n_stars, packed, vectors, points, q, n_sky, scratch, numbers):  # type: ignore[no-untyped-def]
+    """Take the q nuisances of each star out of M and u.
 
-    `gradient` is Bᵀ(y − a′ B b) and `points` b. `roots` (·, n, n) gets C' on and above its diagonal, `centre` (·, n) λ,
-    and `spectrum` λ and the last column of C' over `unit`: the whole of a star's spectrum. `numbers` gets what is
-    explained and what is beyond, and its energy what the point has of it.
-
-    `scratch` (blocks, w, w + 2); `root_scratch` and `t_scratch` (blocks, n, n + 2).
+    `vectors` is Bᵀ(y − a′ B b) and `points` b. The first n (n + 1)/2 places of `packed` become M, and the first n of
+    `vectors` u; the last `n_sky` nuisances grow with the noise. `numbers` gets what nuisances explain, and its energy
+    what the point has of it. `scratch` (blocks, w, w + 2).
 
     Launch: as `expand_stars`.
     """
     shared = cuda.shared.array(0, float64)
     sums = cuda.shared.array(SCRATCH, float64)
     width = points.shape[1]
-    n = centre.shape[1]
+    n = width - q
     corner = 2 * STEP * width + width
     pivots = corner + STEP * STEP
     thread = cuda.threadIdx.x
     threads = cuda.blockDim.x
     lanes = min(32, threads)
     a = scratch[cuda.blockIdx.x]
-    root = root_scratch[cuda.blockIdx.x]
-    t = t_scratch[cuda.blockIdx.x]
     for star in range(cuda.blockIdx.x, n_stars, cuda.gridDim.x):
         cuda.syncthreads()
         scale = numbers[star, SCALE]
@@ -583,45 +586,119 @@ def whiten_stars(  # type: ignore[no-untyped-def]
                 a[i, j + 1] = value
         part = float64(0)
         for i in range(thread, width, threads):
-            value = gradient[star, i]
-            for j in range(i):
-                value += packed[star, _packed(width, j, i)] * points[star, j]
-            for j in range(i, width):
-                value += packed[star, _packed(width, i, j)] * points[star, j]
+            value = vectors[star, i]
+            part += points[star, i] * value
+            for j in range(width):
+                value += packed[star, _packed(width, min(i, j), max(i, j))] * points[star, j]
             a[i, width + 1] = value
-            part += points[star, i] * (value + gradient[star, i])
+            part += points[star, i] * value
         # What the energy would be without the point, if the likelihood were what it is near it.
         energy = numbers[star, ENERGY] + sum_of_block(part, sums)
-
-        _eliminate(a, q, width, float64(0), shared, corner, pivots)
+        _eliminate(a, q, width, float64(0), False, shared, corner, pivots)
         part = float64(0)
         for i in range(thread, q, threads):
             part += a[i, width + 1] * a[i, width + 1]
-        explained = sum_of_block(part, sums)
+        part = sum_of_block(part, sums)
         for i in range(thread // lanes, n, threads // lanes):
-            for j in range(i + thread % lanes, n + 1, lanes):
-                value = a[q + i, q + j + 1]
-                t[i, j + 1] = value
+            for j in range(i + thread % lanes, n, lanes):
+                packed[star, _packed(n, i, j)] = a[q + i, q + j + 1]
+        for i in range(thread, n, threads):
+            vectors[star, i] = a[q + i, width + 1]
+        if thread == 0:
+            numbers[star, ENERGY] = energy
+            numbers[star, EXPLAINED] = part
+
+
+@kernel(
+    "void(int64, float64[:,::1], float64[:,::1], int64, float64[:,:,::1], float64[:,::1])",
+    threads=SOLVE_THREADS,
+    blocks=2,
+    serves=("cloud_posterior",),
+)
+def root_stars(n_stars, packed, vectors, n, scratch, numbers):  # type: ignore[no-untyped-def]
+    """The root U of each star's M = UᵀU, in its place, and U⁻ᵀu in that of u; both as `marginalise_stars` leaves them.
+
+    `numbers` gets what the best point of the space explains, and what it gains beyond |λ|². `scratch` (blocks, n,
+    n + 2).
+
+    Launch: as `expand_stars`.
+    """
+    shared = cuda.shared.array(0, float64)
+    sums = cuda.shared.array(SCRATCH, float64)
+    width = vectors.shape[1]
+    corner = 2 * STEP * width + width
+    pivots = corner + STEP * STEP
+    thread = cuda.threadIdx.x
+    threads = cuda.blockDim.x
+    lanes = min(32, threads)
+    a = scratch[cuda.blockIdx.x]
+    for star in range(cuda.blockIdx.x, n_stars, cuda.gridDim.x):
+        gain = float64(0)
+        known = float64(0)
+        for step in range(2):
+            cuda.syncthreads()
+            for i in range(thread // lanes, n, threads // lanes):
+                for j in range(i + thread % lanes, n, lanes):
+                    value = packed[star, _packed(n, i, j)]
+                    a[i, j + 1] = value
+                    if i == j:
+                        a[i, i] = value
+            for i in range(thread, n, threads):
+                a[i, n + 1] = vectors[star, i]
+            ridge = LEAST_CURVATURE if step == 0 else LEAST_INFORMATION
+            _eliminate(a, n, n, ridge, False, shared, corner, pivots)
+            part = float64(0)
+            for i in range(thread, n, threads):
+                part += a[i, n + 1] * a[i, n + 1]
+            known = sum_of_block(part, sums)
+            if step == 0:
+                gain = known
+        for i in range(thread // lanes, n, threads // lanes):
+            for j in range(i + thread % lanes, n, lanes):
+                packed[star, _packed(n, i, j)] = a[i, j + 1]
+        for i in range(thread, n, threads):
+            vectors[star, i] = a[i, n + 1]
+        if thread == 0:
+            numbers[star, EXPLAINED] += gain
+            numbers[star, BEYOND] = gain - known
+
+
+@kernel(
+    "void(int64, float64[:,::1], float64[:,::1], float64, float64[:,:,::1], float64[:,:,::1], float32[:,:,::1],"
+    " float32[:,::1], float32[:,::1])",
+    threads=SOLVE_THREADS,
+    blocks=2,
+    serves=("cloud_posterior",),
+)
+def whiten_stars(n_stars, packed, vectors, unit, scratch, second_scratch, roots, centre, spectrum):  # type: ignore[no-untyped-def]
+    """C' of M₁ = C C' and λ of each star, from what `root_stars` leaves of it.
+
+    `roots` (·, n, n) gets C' on and above its diagonal, `centre` (·, n) λ, and `spectrum` λ and the last column of C'
+    over `unit`: the whole of a star's spectrum.
+
+    Launch: as `expand_stars`.
+    """
+    shared = cuda.shared.array(0, float64)
+    width = vectors.shape[1]
+    n = centre.shape[1]
+    corner = 2 * STEP * width + width
+    pivots = corner + STEP * STEP
+    thread = cuda.threadIdx.x
+    threads = cuda.blockDim.x
+    lanes = min(32, threads)
+    root = scratch[cuda.blockIdx.x]
+    t = second_scratch[cuda.blockIdx.x]
+    for star in range(cuda.blockIdx.x, n_stars, cuda.gridDim.x):
+        cuda.syncthreads()
+        for i in range(thread // lanes, n, threads // lanes):
+            for j in range(i + thread % lanes, n, lanes):
+                value = packed[star, _packed(n, i, j)]
                 root[i, j + 1] = value
-                if i == j:
-                    t[i, i] = value
-                    root[i, i] = value
-        _eliminate(t, n, n, LEAST_CURVATURE, shared, corner, pivots)
-        _eliminate(root, n, n, LEAST_INFORMATION, shared, corner, pivots)
-        part = float64(0)
+                root[j, i] = value
         for i in range(thread, n, threads):
-            part += t[i, n + 1] * t[i, n + 1]
-        gain = sum_of_block(part, sums)
-        part = float64(0)
-        for i in range(thread, n, threads):
-            part += root[i, n + 1] * root[i, n + 1]
-        known = sum_of_block(part, sums)
+            root[i, n + 1] = vectors[star, i]
         _shrink(root, t, n, shared, corner, pivots, roots[star])
         for i in range(thread, n, threads):
             value = root[i, n + 1]
             centre[star, i] = float32(value)
             spectrum[star, i] = float32(value + root[i, n] / unit)
-        if thread == 0:
-            numbers[star, ENERGY] = energy
-            numbers[star, EXPLAINED] = explained + gain
-            numbers[star, BEYOND] = gain - known

@@ -119,10 +119,17 @@ else:
     @cuda.jit(device=True)
     def sum_of_parts(value, parts, scratch):  # type: ignore[no-untyped-def]
         """Sum over `parts` neighbouring lanes, a power of two up to 32; `scratch` is the simulator's."""
-        apart = parts >> 1
-        while apart > 0:
-            value += cuda.shfl_xor_sync(EVERY_LANE, value, apart)
-            apart >>= 1
+        # Written out: a loop would keep those around it from being written out.
+        if parts > 16:
+            value += cuda.shfl_xor_sync(EVERY_LANE, value, 16)
+        if parts > 8:
+            value += cuda.shfl_xor_sync(EVERY_LANE, value, 8)
+        if parts > 4:
+            value += cuda.shfl_xor_sync(EVERY_LANE, value, 4)
+        if parts > 2:
+            value += cuda.shfl_xor_sync(EVERY_LANE, value, 2)
+        if parts > 1:
+            value += cuda.shfl_xor_sync(EVERY_LANE, value, 1)
         return value
 
 

@@ -55,7 +55,6 @@ __all__ = [
     "BLOCK_ROWS",
     "FLOOR_ROWS",
     "FREE_SHARE",
-    "MOST_SHARED",
     "SLOTS",
     "BlockPlan",
     "BlockScorer",
@@ -214,7 +213,7 @@ class DevicePlan:
             self.library = DeviceLibrary(library)
         self.taken, self.nothing_given = cuda.to_device(taken), cuda.to_device(_NOTHING_GIVEN)
 
-    results = Scores
+    results: Callable[..., Any] = Scores
 
     def kinds(self, rows: int) -> list[tuple[tuple[int, ...], type]]:
         """See `BlockPlan`."""
@@ -499,9 +498,7 @@ class CudaScorer(BlockScorer):
         block_rows: int = BLOCK_ROWS,
         slots: int = SLOTS,
     ) -> None:
-        super().__init__(
-            lambda: DevicePlan(projection, mixing, library, from_library), block_rows, slots
-        )
+        super().__init__(lambda: DevicePlan(projection, mixing, library, from_library), block_rows, slots)
 
     def __call__(self, flux: F32, error: F32, mask: NDArray[np.bool_] | None = None) -> Scores:
         """Score spectra on the host; any n, any layout.

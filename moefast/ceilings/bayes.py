@@ -32,7 +32,7 @@ from moefast.simulate.forward import ForwardModel
 from moefast.simulate.noise import SkyFactors
 from moefast.simulate.rows import SEEING_MEDIAN
 
-__all__ = ["Library", "StarPosteriors", "posteriors"]
+__all__ = ["StarPosteriors", "TemplateLibrary", "posteriors"]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -45,7 +45,7 @@ TARGET_ESS = 250.0
 
 
 @dataclass(frozen=True)
-class Library:
+class TemplateLibrary:
     """Prior draws with their spectra as coordinates in a whitened subspace.
 
     Attributes
@@ -64,7 +64,7 @@ class Library:
     _away: F32
 
     @classmethod
-    def draw(cls, forward: ForwardModel, *, size: int = LIBRARY_SIZE) -> Library:
+    def draw(cls, forward: ForwardModel, *, size: int = LIBRARY_SIZE) -> TemplateLibrary:
         """Draw from the prior; whiten for the noise of the middle magnitude and the usual seeing.
 
         It depends on the settings alone, never on the stars that it will serve.
@@ -151,7 +151,7 @@ class StarPosteriors:
 
 def posteriors(
     forward: ForwardModel,
-    library: Library,
+    library: TemplateLibrary,
     rows: NDArray[np.integer],
     data: NDArray[np.floating],
     error: NDArray[np.floating],
@@ -171,7 +171,7 @@ def posteriors(
     Parameters
     ----------
     forward : ForwardModel
-    library : Library
+    library : TemplateLibrary
     rows : array of shape (n,)
         Row of each star in its set: its random numbers belong to it, whatever the block.
     data, error : arrays of shape (n, p)

@@ -13,12 +13,12 @@ import gzip
 import json
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,7 @@ from moefast.core import metrics
 from moefast.core.atomic import write_atomically
 from moefast.core.errors import InputError
 from moefast.core.groups import groups_of
-from moefast.core.progress import StageProgress
+from moefast.core.progress import RowProgress, StageProgress
 from moefast.core.random import NOISE_SEED, standard_normals
 from moefast.simulate.emulator import LABELS
 from moefast.simulate.forward import ForwardModel
@@ -40,7 +40,17 @@ from moefast.simulate.visit import VISIT_PARAMS, sky_of
 from moefast.spectra.quality import assess, good_pixels
 from moefast.spectra.spectrum_set import SpectrumSet, open_spectra
 
-__all__ = ["PUBLISHED_CRLB", "Ceiling", "compute", "known", "read", "write"]
+__all__ = [
+    "BLOCK_ROWS",
+    "PUBLISHED_CRLB",
+    "BlockBounds",
+    "Ceiling",
+    "StarBounds",
+    "compute",
+    "known",
+    "read",
+    "write",
+]
 
 _LOG = logging.getLogger(__name__)
 
@@ -54,7 +64,8 @@ RANK_BINS = 20
 NUISANCES = ("redshift", "ebv", "velocity", "line_spread")
 PUBLISHED_CRLB = ((18.0, 0.9993), (20.0, 0.989), (21.5, 0.874), (22.0, 0.698), (22.5, 0.265), (23.0, 0.0))
 """(magnitude, R²max) of the five-parameter bound, as published for a test set that is not public."""
-PER_STAR = ("crlb", "crlb_prior", "bayes", "bayes_sd", "monte_carlo_error", "ess", "rank")
+FREE_LABELS = ("T_eff", "M_H", "C_M", "a_M")
+"""Labels that are freed one after the other beside log g."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +104,7 @@ def compute(
     threads: int | None = None,
     name: str | None = None,
     progress: StageProgress | None = None,
+    spread: Callable[..., Iterator[BlockBounds]] | None = None,
 ) -> Ceiling:
     """Compute the ceilings of labelled spectra.
 
@@ -113,8 +125,10 @@ def compute(
     name : str, optional
         Name of the set.
     progress : callable, optional
-        Called with the name of a stage ("ceiling", and "prior draws", in which nothing is counted), rows done and rows
-        in all.
+        Called with the name of the stage, "ceiling", rows done and rows in all.
+    spread : callable, optional
+        Has the rows computed elsewhere: called with what makes a `StarBounds`, the number
+        of rows, and a callback that is told of them.
 
     Returns
     -------
@@ -127,84 +141,35 @@ def compute(
     InputError
         A file cannot be read, or does not say what the Bayes ceiling needs.
     """
-    report = progress or (lambda *_: None)
-    spectra = open_spectra(paths)
+    stars_of = StarBounds(paths, method=method, target_ess=target_ess, seed=seed, threads=threads)
+    spectra, settings, forward, labels = (
+        stars_of.spectra,
+        stars_of.settings,
+        stars_of.forward,
+        stars_of.labels,
+    )
     identity = identify(spectra.shards[0]) if len(spectra.shards) == 1 else None
-    settings = _settings(spectra, needed=method in {"both", "bayes"})
-    forward = ForwardModel(settings or Settings())
-    _check_wave(spectra, forward)
-    with_bayes = method != "fisher" and settings is not None
-    labels = spectra.labels(("T_eff", "log_g", "M_H"))
-    parameters = labels | _others(spectra, forward)
-    visit = None if settings is None else settings.visit
-    observation = _observation(spectra, needed=with_bayes or visit is not None)
-    seen = None if visit is None else spectra.params(tuple(VISIT_PARAMS))
+    parameters, with_bayes, stored = stars_of.parameters, stars_of.with_bayes, stars_of.stored
     n = min(stars or spectra.n_rows, spectra.n_rows)
     _LOG.info("%d stars; Fisher bound: %s, Bayes ceiling: %s", n, method != "bayes", with_bayes)
-    report("ceiling", 0, n)
     found: dict[str, list[F64]] = {}
     shares: list[F64] = []
-    stored = all("noisy" in shard.arrays for shard in spectra.shards)
-    order = ("T_eff", "M_H", "C_M", "a_M")
+    order = FREE_LABELS
     names: tuple[str, ...] = ()
     seconds = {"fisher": 0.0, "bayes": 0.0}
     likelihoods = 0
-    library: bayes.Library | None = None
-    blocks = spectra.blocks(BLOCK_ROWS, array="noisy" if stored else "flux", rows=(0, n))
+    report: RowProgress = partial(progress or (lambda *_: None), "ceiling")
+    report(0, n)
+    blocks = stars_of.blocks((0, n), report) if spread is None else spread(stars_of.arguments, n, report)
     for block in blocks:
-        rows = np.arange(block.first_row, block.first_row + len(block))
-        if not stored:
-            block.flux += standard_normals(NOISE_SEED, rows, spectra.n_pixels) * block.error
-        good = good_pixels(block.flux, block.error, block.mask)
-        quality = assess(block.flux, block.error, good, block.mask)
-        sky = sky_shapes = None
-        if seen is not None:
-            # In the units in which stars and their noise were drawn; the likelihood leaves the scale free.
-            divisor = seen["median"][rows, None].astype(np.float32)
-            block.flux, block.error = block.flux * divisor, block.error * divisor
-            sky = sky_of({name: values[rows] for name, values in seen.items()})[0]
-        error = block.error if good is None else np.where(good, block.error, np.inf)
-        here = {key: values[rows] for key, values in parameters.items()}
-        columns: dict[str, F64] = {
-            "row": rows.astype(float),
-            "snr_norm": quality.snr_norm.astype(float),
-            "snr_median": quality.snr_median.astype(float),
-        }
-        if method != "bayes":
-            begin = time.perf_counter()
-            if sky is not None:
-                sky_shapes = _sky_shapes(forward, here, observation, rows, sky)
-            names, matrices = fisher.information(forward, here, error, sky_shapes)
-            bare = fisher.prior_information(forward, names, labels=False)
-            columns["crlb"] = fisher.bounds(matrices, bare)
-            columns["crlb_prior"] = fisher.bounds(
-                matrices, fisher.prior_information(forward, names, labels=True)
-            )
-            free = (*order, *(key for key in names if key not in LABELS))
-            shares.append(fisher.retained(matrices, names, bare, free))
-            seconds["fisher"] += time.perf_counter() - begin
-        if with_bayes:
-            begin = time.perf_counter()
-            mag, seeing = observation["mag"][rows], observation["seeing"][rows]
-            if library is None:
-                _check_errors(spectra, forward, here, block.error, mag, seeing, sky)
-                report("prior draws", 0, 0)
-                library = _library(settings)
-                report("ceiling", int(rows[0]), n)
-                _LOG.info("library of %d spectra drawn from the prior that made the stars", len(library.z))
-            star = bayes.posteriors(
-                forward, library, rows, block.flux, block.error, mag, seeing, here,
-                good=good, sky=sky, target_ess=target_ess, seed=seed, threads=threads,
-                progress=lambda done, first=int(rows[0]): report("ceiling", first + done, n),  # type: ignore[misc]
-            )  # fmt: skip
-            columns |= {"bayes": star.mean, "bayes_sd": star.sd, "monte_carlo_error": star.monte_carlo_error}
-            columns |= {"ess": star.ess, "rank": star.rank[:, LABELS.index("log_g")]}
-            columns |= {f"rank_{key}": star.rank[:, i] for i, key in enumerate(LABELS) if key != "log_g"}
-            likelihoods += int(star.n_likelihoods.sum())
-            seconds["bayes"] += time.perf_counter() - begin
-        for key, values in columns.items():
+        for key, values in block.columns.items():
             found.setdefault(key, []).append(values)
-        report("ceiling", int(rows[-1]) + 1, n)
+        if block.share is not None:
+            shares.append(block.share)
+        names = block.names
+        likelihoods += block.likelihoods
+        for key, spent in block.seconds.items():
+            seconds[key] += spent
     table = {key: np.concatenate(parts) for key, parts in found.items()}
     table |= {key: np.asarray(labels[key][:n], dtype=float) for key in labels}
     summary: dict[str, Any] = {
@@ -242,6 +207,119 @@ def compute(
     return Ceiling(summary, table)
 
 
+class BlockBounds(NamedTuple):
+    """What is found of a block of stars.
+
+    `columns` of the stars; `share` of the information that each label takes, None without the Fisher bound, and `names`
+    of its parameters; numbers of `likelihoods`; and `seconds` by method.
+    """
+
+    columns: dict[str, F64]
+    share: F64 | None
+    names: tuple[str, ...]
+    likelihoods: int
+    seconds: dict[str, float]
+
+
+class StarBounds:
+    """Bounds and posteriors of stars, block by block; parameters and errors are those of `compute`.
+
+    `arguments` are what makes another one, elsewhere.
+    """
+
+    def __init__(
+        self,
+        paths: str | Path | Iterable[str | Path],
+        *,
+        method: Method,
+        target_ess: float,
+        seed: int,
+        threads: int | None,
+    ) -> None:
+        paths = [paths] if isinstance(paths, str | Path) else list(paths)
+        self.arguments = {
+            "paths": paths, "method": method, "target_ess": target_ess, "seed": seed, "threads": threads,
+        }  # fmt: skip
+        self.method, self.target_ess, self.seed, self.threads = method, target_ess, seed, threads
+        spectra = self.spectra = open_spectra(paths)
+        settings = self.settings = _settings(spectra, needed=method in {"both", "bayes"})
+        self.forward = ForwardModel(settings or Settings())
+        _check_wave(spectra, self.forward)
+        self.with_bayes = method != "fisher" and settings is not None
+        self.labels = spectra.labels(("T_eff", "log_g", "M_H"))
+        self.parameters = self.labels | _others(spectra, self.forward)
+        visit = None if settings is None else settings.visit
+        self.observation = _observation(spectra, needed=self.with_bayes or visit is not None)
+        self.visit = None if visit is None else spectra.params(tuple(VISIT_PARAMS))
+        self.stored = all("noisy" in shard.arrays for shard in spectra.shards)
+        self._checked = False
+
+    def blocks(self, span: tuple[int, int], progress: Callable[[int, int], None]) -> Iterator[BlockBounds]:
+        """What is found of each block of some rows, in order."""
+        spectra, forward, method, visit = self.spectra, self.forward, self.method, self.visit
+        for block in spectra.blocks(BLOCK_ROWS, array="noisy" if self.stored else "flux", rows=span):
+            rows = np.arange(block.first_row, block.first_row + len(block))
+            if not self.stored:
+                block.flux += standard_normals(NOISE_SEED, rows, spectra.n_pixels) * block.error
+            good = good_pixels(block.flux, block.error, block.mask)
+            quality = assess(block.flux, block.error, good, block.mask)
+            sky = sky_shapes = share = None
+            if visit is not None:
+                # In the units in which stars and their noise were drawn; the likelihood leaves the scale free.
+                divisor = visit["median"][rows, None].astype(np.float32)
+                block.flux, block.error = block.flux * divisor, block.error * divisor
+                sky = sky_of({name: values[rows] for name, values in visit.items()})[0]
+            error = block.error if good is None else np.where(good, block.error, np.inf)
+            here = {key: values[rows] for key, values in self.parameters.items()}
+            columns: dict[str, F64] = {
+                "row": rows.astype(float),
+                "snr_norm": quality.snr_norm.astype(float),
+                "snr_median": quality.snr_median.astype(float),
+            }
+            names: tuple[str, ...] = ()
+            seconds, likelihoods = {"fisher": 0.0, "bayes": 0.0}, 0
+            if method != "bayes":
+                begin = time.perf_counter()
+                if sky is not None:
+                    sky_shapes = _sky_shapes(forward, here, self.observation, rows, sky)
+                names, matrices = fisher.information(forward, here, error, sky_shapes)
+                bare = fisher.prior_information(forward, names, labels=False)
+                columns["crlb"] = fisher.bounds(matrices, bare)
+                columns["crlb_prior"] = fisher.bounds(
+                    matrices, fisher.prior_information(forward, names, labels=True)
+                )
+                free = (*FREE_LABELS, *(key for key in names if key not in LABELS))
+                share = fisher.retained(matrices, names, bare, free)
+                seconds["fisher"] = time.perf_counter() - begin
+            if self.with_bayes and self.settings is not None:
+                begin = time.perf_counter()
+                mag, seeing = self.observation["mag"][rows], self.observation["seeing"][rows]
+                if not self._checked:
+                    _check_errors(spectra, forward, here, block.error, mag, seeing, sky)
+                    self._checked = True
+                star = bayes.posteriors(
+                    forward, _library(self.settings), rows, block.flux, block.error, mag, seeing, here,
+                    good=good, sky=sky, target_ess=self.target_ess, seed=self.seed, threads=self.threads,
+                    progress=partial(_report_star, progress, int(rows[0]) - span[0], span[1] - span[0]),
+                )  # fmt: skip
+                columns |= {
+                    "bayes": star.mean,
+                    "bayes_sd": star.sd,
+                    "monte_carlo_error": star.monte_carlo_error,
+                }
+                columns |= {"ess": star.ess, "rank": star.rank[:, LABELS.index("log_g")]}
+                columns |= {f"rank_{key}": star.rank[:, i] for i, key in enumerate(LABELS) if key != "log_g"}
+                likelihoods = int(star.n_likelihoods.sum())
+                seconds["bayes"] = time.perf_counter() - begin
+            yield BlockBounds(columns, share, names, likelihoods, seconds)
+            progress(int(rows[-1]) + 1 - span[0], span[1] - span[0])
+
+
+def _report_star(progress: RowProgress, before: int, total: int, done: int) -> None:
+    """Report a star of a block."""
+    progress(before + done, total)
+
+
 def known(spectra: SpectrumSet) -> Ceiling | None:
     """The ceiling that comes with the package, if `spectra` is a part of a reference set that has one."""
     identity = identify(spectra.shards[0]) if len(spectra.shards) == 1 else None
@@ -262,8 +340,8 @@ def _name(spectra: SpectrumSet, identity: Identity | None) -> str:
 
 
 @lru_cache(maxsize=2)
-def _library(settings: Settings) -> bayes.Library:
-    return bayes.Library.draw(ForwardModel(settings))
+def _library(settings: Settings) -> bayes.TemplateLibrary:
+    return bayes.TemplateLibrary.draw(ForwardModel(settings))
 
 
 # --- what the files say --------------------------------------------------------------------------------
@@ -496,7 +574,7 @@ def _group(table: Mapping[str, F64], name: str, members: NDArray[np.bool_]) -> d
 # --- files ---------------------------------------------------------------------------------------------
 
 
-def write(ceiling: Ceiling, path: str | Path) -> None:
+def write(ceiling: Ceiling, path: str | Path, *, overwrite: bool = True) -> None:
     """Write as JSON, compressed if the name ends in .gz.
 
     Raises
@@ -512,7 +590,7 @@ def write(ceiling: Ceiling, path: str | Path) -> None:
     if str(path).endswith(".gz"):
         # No time stamp: the same ceiling gives the same bytes.
         content = gzip.compress(content, mtime=0)
-    write_atomically(path, content)
+    write_atomically(path, content, overwrite=overwrite)
 
 
 def _rounded(value: float) -> float | None:

@@ -7,7 +7,8 @@ import json
 import click
 
 from moefast.cli.messages import tell_written
-from moefast.cli.options import FILES, JSON, OVERWRITE, talk
+from moefast.cli.options import FILES, JSON, OVERWRITE, SCHEDULER, talk
+from moefast.cli.spread import spread_over
 from moefast.core.atomic import refuse_taken
 from moefast.core.progress import ProgressLine
 
@@ -36,12 +37,13 @@ __all__ = ["ceiling"]
 @click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the posterior samples."
 )
+@SCHEDULER
 @OVERWRITE
 @talk
 @JSON
 def ceiling(
     files: tuple[str, ...], out: str | None, picture: str | None, method: str, stars: int | None, name: str | None,
-    seed: int, overwrite: bool, quiet: bool, as_json: bool,
+    seed: int, scheduler: str | None, overwrite: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """What the physics allows: R² ceilings of labelled spectra, by Fisher information and by Bayes.
 
@@ -59,14 +61,15 @@ def ceiling(
     for path in (out, picture):
         if path:
             refuse_taken(path, overwrite=overwrite)
-    with ProgressLine(quiet) as progress:
+    with ProgressLine(quiet) as progress, spread_over(scheduler, "ceilings_on", progress) as spread:
         found = ceilings.compute(
             files, method=method, stars=stars, seed=seed, name=name, progress=progress.stage,  # type: ignore[arg-type]
+            spread=spread,
         )  # fmt: skip
     click.echo(json.dumps(found.summary, indent=1) if as_json else format_text(found.summary))
     if out:
-        ceilings.write(found, out)
+        ceilings.write(found, out, overwrite=overwrite)
         tell_written(out)
     if picture:
-        figure(found.summary, picture)
+        figure(found.summary, picture, overwrite=overwrite)
         tell_written(picture)

@@ -7,7 +7,19 @@ import json
 import click
 
 from moefast.cli.messages import tell_written
-from moefast.cli.options import BACKEND, CONFIG, DEVICE, EXPERT, FILES, JSON, NOISE_LEVEL, OVERWRITE, talk
+from moefast.cli.options import (
+    BACKEND,
+    CONFIG,
+    DEVICE,
+    EXPERT,
+    FILES,
+    JSON,
+    NOISE_LEVEL,
+    OVERWRITE,
+    SCHEDULER,
+    talk,
+)
+from moefast.cli.spread import spread_over
 from moefast.core.progress import ProgressLine
 
 __all__ = ["evaluate"]
@@ -20,6 +32,11 @@ __all__ = ["evaluate"]
     help="What is measured: a model folder, an ONNX file (.onnx) with inputs flux and error and an output log_g, or a "
     "table of predictions (.h5, .parquet, .fits, .csv) with columns log_g and row, or the stars' identifiers; or a "
     "shipped model, observed (the default), z0 or survey.",
+)  # fmt: skip
+@click.option(
+    "--peer", metavar="NAME",
+    help="Measure what others fit labels with instead of a model, some 20 spectra a second: chi2, a full-spectrum fit "
+    "of the simulator's emulator, or cannon, a quadratic model of 2000 labelled stars of the test set's reference set.",
 )  # fmt: skip
 @click.option(
     "-o", "--out", metavar="FOLDER",
@@ -44,6 +61,7 @@ __all__ = ["evaluate"]
     "--milestones", is_flag=True,
     help="Also judge the marks of the project's roadmap that this evaluation bears on; moefast milestones judges all.",
 )  # fmt: skip
+@SCHEDULER
 @BACKEND
 @DEVICE
 @EXPERT
@@ -52,8 +70,9 @@ __all__ = ["evaluate"]
 @talk
 @JSON
 def evaluate(
-    files: tuple[str, ...], model: str | None, out: str | None, pictures: bool, noise: str, noise_level: float,
-    ceiling: str | None, name: str | None, milestones: bool, backend: str, overwrite: bool, quiet: bool, as_json: bool,
+    files: tuple[str, ...], model: str | None, peer: str | None, out: str | None, pictures: bool, noise: str,
+    noise_level: float, ceiling: str | None, name: str | None, milestones: bool, scheduler: str | None, backend: str,
+    overwrite: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure a model on labelled spectra: R² with intervals, by SNR and bin, beside simpler fits.
 
@@ -66,10 +85,13 @@ def evaluate(
     Models of others are measured by the same rules: as an ONNX file, or as a table with one prediction for each row of
     the test set. A table must have been made of the noise that is measured with: of the array noisy, which moefast
     simulate writes, or of observed flux with --noise none. A prediction that is NaN counts as the mean label.
+
+    --peer measures a method that astronomers would use without a model of moefast.
     """
-    from moefast.protocol.evaluate import check_report_folder, expected_stages, write_report
     from moefast.protocol.evaluate import evaluate as run
+    from moefast.protocol.evaluate import expected_stages
     from moefast.protocol.milestones.judge import judge_alone
+    from moefast.protocol.report_folder import check_report_folder, write_report
     from moefast.protocol.report_text import format_text
 
     if out:
@@ -77,10 +99,11 @@ def evaluate(
     drawn = pictures and out is not None
     with ProgressLine(quiet, lambda n_rows: expected_stages(n_rows, pictures=drawn)) as progress:
         progress.doing("evaluate: loading the model")
-        result = run(
-            files, model, noise=noise, noise_level=noise_level, ceiling=ceiling, backend=backend, name=name,  # type: ignore[arg-type]
-            progress=progress.stage, tell=lambda words: progress.note(f"note: {words}"),
-        )  # fmt: skip
+        with spread_over(scheduler, "scores_on", progress) as spread:
+            result = run(
+                files, model, peer=peer, noise=noise, noise_level=noise_level, ceiling=ceiling, backend=backend,  # type: ignore[arg-type]
+                name=name, progress=progress.stage, tell=lambda words: progress.note(f"note: {words}"), spread=spread,
+            )  # fmt: skip
         judged = judge_alone(result.report) if milestones else None
         # First what took long; a terminal may refuse the text.
         written = (

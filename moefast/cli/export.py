@@ -46,8 +46,9 @@ def export(model: str, out: str, part: str, half: bool, overwrite: bool, quiet: 
     with ProgressLine(quiet) as progress:
         progress.doing("export: building the graph and comparing it with the model")
         differences = export_model(
-            chosen.mixture, out, part=part, metadata={"recipe": chosen.manifest["recipe"]}, half=half
-        )
+            chosen.mixture, out, part=part, metadata={"recipe": chosen.manifest["recipe"]}, half=half,
+            overwrite=overwrite,
+        )  # fmt: skip
     size = Path(out).stat().st_size / 1e6
     largest = ", ".join(
         f"{name} {value:.1e}" for name, value in differences.items() if isinstance(value, float)

@@ -6,7 +6,7 @@ import json
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,13 +20,22 @@ from moefast.cli.options import (
     JSON,
     LIKE,
     NOISE_LEVEL,
+    OF_TASK,
     OVERWRITE,
     RESOLUTION,
+    SCHEDULER,
+    shard_of,
     talk,
 )
 from moefast.core.progress import ProgressLine
 
-__all__ = ["fit"]
+if TYPE_CHECKING:
+    from moefast.checkpoint import Checkpoint
+    from moefast.cluster.fit_parts import FitPlan
+    from moefast.model import Model
+    from moefast.recipes import PreparedFit
+
+__all__ = ["fit", "tell_model"]
 
 WRITING = "writing the model"
 """Last stage of the command: an ONNX file that is compared with the model before it is kept."""
@@ -46,7 +55,8 @@ def _grid(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int
 
 @click.command(short_help="Fit a model on labelled spectra.")
 @click.argument("files", nargs=-1, metavar="[FILE…]")
-@click.option("-o", "--out", required=True, metavar="FOLDER", help="Model folder to write.")
+@click.option("-o", "--out", required=True, metavar="FOLDER",
+              help="Model folder to write; with --shard a file of statistics, PART.npz.")  # fmt: skip
 @click.option(
     "--simulate", type=click.IntRange(1), metavar="N",
     help="Fit N spectra that are simulated as they are needed, with no file between; instead of FILE.",
@@ -94,6 +104,10 @@ def _grid(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int
     help="Keep the statistics here every two minutes (up to 3 GB with nine bins, twice that while they are replaced): "
     "the same command goes on where a killed one stood, to the same model. Cleared once the model is written.",
 )  # fmt: skip
+@click.option("--shard", callback=shard_of, metavar="[i/N]", is_flag=False, flag_value=OF_TASK,
+              help="Gather the statistics of part i of N (from 0) and write them to the file -o; moefast merge "
+              "finishes the fit. Without a value: the part of this task of a SLURM job array.")  # fmt: skip
+@SCHEDULER
 @BACKEND
 @DEVICE
 @CONFIG
@@ -104,7 +118,8 @@ def fit(
     files: tuple[str, ...], out: str, simulate: int | None, name: str | None, like: tuple[str, ...],
     resolution: str | None, recipe: str, families: tuple[str, ...] | None,
     grid: tuple[int, int] | None, noise: str, noise_level: float, size: str, steps: int | None,
-    references: bool, seed: int, checkpoint: str | None, backend: str, overwrite: bool, quiet: bool, as_json: bool,
+    references: bool, seed: int, checkpoint: str | None, shard: tuple[int, int] | None, scheduler: str | None,
+    backend: str, overwrite: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Fit a model on labelled spectra (T_eff, log_g, M_H in dataset/params) and write it to a folder.
 
@@ -129,7 +144,8 @@ def fit(
         template         posterior mean over templates, at the mean noise of
                          the training set; needs clean spectra
         phys-moe         nine linear experts behind a gate; any spectra
-        hybrid-moe       the best of linear, template, trees in each bin
+        hybrid-moe       the best of linear, template, trees in each bin, or
+                         of --families
         residual-moe     heads, and what they get wrong on average learnt
                          beside them, where that helps beyond doubt
         conditional-moe  phys-moe, its gate with a second part for faint stars
@@ -138,19 +154,22 @@ def fit(
                          fitted by torch, scored without it
         heads-cnn        the same, convolutions on the flux
         heads-vit        the same, a vision transformer on the flux
+        heads-single     the network of heads with one head, to compare with
+        heads-vit-single that of heads-vit with one head, to compare with
         snr-moe          linear experts for four bins of signal-to-noise
         global-ridge     one linear expert
         published-ridge  one ridge as published, to compare with
     """
     from moefast.backend import resolve_kernels
     from moefast.checkpoint import Checkpoint
+    from moefast.cluster.fit_parts import FitPlan, Source
+    from moefast.core.atomic import refuse_taken
     from moefast.core.grids import uniform
     from moefast.fitting import expected_stages
     from moefast.model import check_target
     from moefast.recipes import RECIPES, options_of
     from moefast.recipes import fit as run
-    from moefast.simulate import Observed, SimulatedSpectra
-    from moefast.spectra import SpectrumSet, open_spectra
+    from moefast.spectra import open_spectra
 
     if recipe not in RECIPES:
         raise click.BadParameter(
@@ -164,33 +183,54 @@ def fit(
         raise click.UsageError("--like and --resolution say what to simulate; say how many with --simulate N")
     if resolution is not None and not like:
         raise click.UsageError("--resolution is that of the spectra which --like names")
-    check_target(Path(out), overwrite)
+    if scheduler is not None and (shard or checkpoint):
+        raise click.UsageError(
+            "--scheduler has parts and checkpoints of its own: leave out --shard and --checkpoint"
+        )
+    if shard is None:
+        check_target(Path(out), overwrite)
+    else:
+        if Path(out).suffix != ".npz":
+            raise click.UsageError("--shard writes a file of statistics: -o PART.npz")
+        refuse_taken(out, overwrite=overwrite)
     with ProgressLine(quiet) as progress:
+        # A posterior takes templates without gaps, and has errors calibrated over those of the files.
+        whole = bool(like) and RECIPES[recipe].options.get("families") == ("posterior",)
+        source = Source(simulate=simulate, name=name, like=like, resolution=resolution, whole=whole)
+        observed = source.observed()
         progress.doing("fit: reading")
-        spectra: SimulatedSpectra | SpectrumSet
-        observed = Observed.of_files(like, resolution=resolution) if like else None
-        if simulate and observed is not None:
+        spectra = source.open(observed) if simulate else open_spectra(files)
+        if observed is not None:
             progress.note(str(observed))
-            # A posterior takes templates without gaps, and has errors calibrated over those of the files.
-            whole = RECIPES[recipe].options.get("families") == ("posterior",)
-            spectra = SimulatedSpectra.like(observed, simulate, name=name or "library", whole=whole)
-        elif simulate:
-            spectra = SimulatedSpectra.of_set(name or "z0", rows=(0, simulate))
-        else:
-            spectra = open_spectra(files)
-        kept = Checkpoint(checkpoint, tell=progress.note) if checkpoint else None
         where = resolve_kernels(backend)
         progress.note(f"backend {where.name} ({where.device}): {where.reason}")
-        how: dict[str, Any] = {
-            "families": families, "grid": uniform(*grid) if grid else None, "noise": noise, "noise_level": noise_level,
-            "size": size, "steps": steps, "references": references, "seed": seed,
-        }  # fmt: skip
-        progress.expect(expected_stages(options_of(recipe, **how), spectra.n_rows) | {WRITING: 3.0})
         begin = time.monotonic()
-        model = run(
-            spectra, recipe=recipe, **how, progress=progress.stage, checkpoint=kept, backend=where.name,
-            tell=lambda words: progress.note(f"note: {words}"),
-        )  # fmt: skip
+        arguments = {
+            "recipe": recipe, "families": families, "grid": uniform(*grid) if grid else None, "noise": noise,
+            "noise_level": noise_level, "size": size, "steps": steps, "references": references, "seed": seed,
+        }  # fmt: skip
+        kept = Checkpoint(checkpoint, tell=progress.note) if checkpoint else None
+        progress.expect(
+            expected_stages(options_of(**arguments), spectra.n_rows) | {WRITING: 3.0}  # type: ignore[arg-type]
+        )
+        if shard is not None or scheduler is not None:
+            plan = FitPlan(source if simulate else Source.of_files(files), arguments)
+            prepared = plan.prepare(
+                spectra if simulate else None,  # type: ignore[arg-type]  # no names of files
+                lambda words: progress.note(f"note: {words}"),
+            )
+        if shard is not None:
+            _gather(
+                plan, prepared, shard, out, kept, where.name, progress, begin, quiet=quiet, as_json=as_json
+            )
+            return
+        if scheduler is not None:
+            model = _on_cluster(scheduler, plan, prepared, out, where.name, progress)
+        else:
+            model = run(
+                spectra, **arguments, progress=progress.stage, checkpoint=kept, backend=where.name,
+                tell=lambda words: progress.note(f"note: {words}"),
+            )  # fmt: skip
         progress.doing(WRITING)
         model = model.save(out, overwrite=overwrite)
     if kept is not None:
@@ -201,6 +241,58 @@ def fit(
     }  # fmt: skip
     if observed is not None:
         facts["left_out"] = [str(failure.error) for failure in observed.failures]
+    tell_model(facts, model, out, quiet=quiet, as_json=as_json)
+    if observed is not None and not as_json:
+        tell_failures(observed.failures)
+
+
+def _gather(
+    plan: FitPlan, prepared: PreparedFit, shard: tuple[int, int], out: str, kept: Checkpoint | None, backend: str,
+    progress: ProgressLine, begin: float, *, quiet: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """The statistics of one part."""
+    from moefast.cluster.fit_parts import gather_to_file, only_one_first_pass
+    from moefast.fitting.statistics import rows_of_part
+
+    only_one_first_pass(prepared)
+    rows = rows_of_part(prepared.spectra.n_rows, *shard)
+    gather_to_file(
+        out, plan, prepared, rows, shard=shard, backend="cuda" if backend == "cuda" else "cpu",
+        progress=progress.stage, checkpoint=kept,
+    )  # fmt: skip
+    progress.close()
+    if kept is not None:
+        kept.remove()
+    facts = {
+        "statistics": out, "rows": list(rows), "shard": list(shard), "of_rows": prepared.spectra.n_rows,
+        "seconds": time.monotonic() - begin, "backend": backend,
+    }  # fmt: skip
+    if as_json:
+        click.echo(json.dumps(facts, indent=1))
+        return
+    tell_result(
+        f"{out}: statistics of rows {rows[0]}:{rows[1]} of {prepared.spectra.n_rows:,}, part {shard[0]}/{shard[1]}; "
+        "moefast merge PART… -o FOLDER finishes the fit",
+        quiet=quiet,
+    )
+
+
+def _on_cluster(
+    scheduler: str, plan: FitPlan, prepared: PreparedFit, out: str, backend: str, progress: ProgressLine
+) -> Model:
+    """The same model by the workers of a cluster."""
+    from moefast.cli.spread import connected
+    from moefast.cluster.fit_on_workers import fit_on
+
+    with connected(scheduler, progress) as client:
+        return fit_on(
+            client, plan, prepared, out, backend="cuda" if backend == "cuda" else "cpu", progress=progress.stage,
+            tell=lambda words: progress.note(f"note: {words}"),
+        )  # fmt: skip
+
+
+def tell_model(facts: dict[str, Any], model: Model, out: str, *, quiet: bool, as_json: bool) -> None:
+    """Say what was fitted."""
     if as_json:
         click.echo(json.dumps(facts, indent=1))
         return
@@ -229,5 +321,3 @@ def fit(
         f"1σ holds {100 * check['coverage_68']:.1f} %, 1.96σ {100 * check['coverage_95']:.1f} %"
     )
     say("  measure it on spectra it has not seen: moefast evaluate TEST… -m " + str(out))
-    if observed is not None:
-        tell_failures(observed.failures)

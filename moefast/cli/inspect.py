@@ -89,6 +89,8 @@ def inspect(
     """
     from moefast.inspection.run import is_table
 
+    if picture:
+        refuse_taken(picture, overwrite=overwrite)
     if len(files) == 1 and is_table(files[0]):
         if row is not None or identifier is not None or picture:
             raise InputError(
@@ -106,8 +108,8 @@ def inspect(
     if row is not None or identifier is not None:
         with ProgressLine(quiet) as progress:
             progress.doing("inspect: looking at the star")
-            _star(files, model, picture, as_json, progress, row=row, identifier=identifier, velocity=velocity,
-                  velocity_range=velocity_range, medium=medium, telluric=telluric)  # fmt: skip
+            _star(files, model, picture, overwrite, as_json, progress, row=row, identifier=identifier,
+                  velocity=velocity, velocity_range=velocity_range, medium=medium, telluric=telluric)  # fmt: skip
         return
     from moefast.spectra.prepared import open_as_found
     from moefast.spectra.summary import format_text, summarise
@@ -123,7 +125,7 @@ def inspect(
         facts = summarise(found, max_rows=limit, reference=reference)
         if picture:
             progress.doing("inspect: drawing")
-            draw(found, picture)
+            draw(found, picture, overwrite=overwrite)
     click.echo(json.dumps(facts, indent=1) if as_json else format_text(facts))
     if picture:
         tell_written(picture)
@@ -134,6 +136,7 @@ def _star(
     files: tuple[str, ...],
     model: str | None,
     picture: str | None,
+    overwrite: bool,
     as_json: bool,
     progress: ProgressLine,
     **which: Any,
@@ -147,7 +150,7 @@ def _star(
     star = look_at(files, model, **which)
     if picture:
         progress.doing("inspect: drawing")
-        draw_star(star, picture)
+        draw_star(star, picture, overwrite=overwrite)
     progress.close()
     click.echo(json.dumps(star.to_dict(), indent=1) if as_json else describe(star))
     if picture:
@@ -174,7 +177,7 @@ def _table(
     if report:
         progress.doing("inspect: drawing the page")
         stars, reason = spectra_of_worst(run, model, spectra)
-        write_page(run, report, stars, reason)
+        write_page(run, report, stars, reason, overwrite=overwrite)
     progress.close()
     click.echo(json.dumps(run.to_dict(), indent=1) if as_json else format_text(run))
     if report:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from pathlib import Path
 
 import click
 
@@ -13,14 +15,18 @@ from moefast.core.progress import ProgressLine
 __all__ = ["merge"]
 
 
-@click.command(short_help="Join the tables of shards into one.")
-@click.argument("parts", nargs=-1, required=True, metavar="TABLE…")
-@click.option("-o", "--out", required=True, metavar="TABLE", help="Table to write: .h5, .parquet or .fits.")
+@click.command(short_help="Join the tables, or the statistics of a fit, of shards.")
+@click.argument("parts", nargs=-1, required=True, metavar="PART…")
+@click.option("-o", "--out", required=True, metavar="OUT",
+              help="Table to write: .h5, .parquet or .fits; of statistics the model folder.")  # fmt: skip
+@click.option("--hats", is_flag=True,
+              help="Write a catalogue, a folder of Parquet files divided on the sky that LSDB opens; the tables need "
+              "columns ra and dec (predict --keep ra,dec).")  # fmt: skip
 @OVERWRITE
 @talk
 @JSON
-def merge(parts: tuple[str, ...], out: str, overwrite: bool, quiet: bool, as_json: bool) -> None:
-    """Join the tables that moefast predict wrote with --shard, or with --rows, into one.
+def merge(parts: tuple[str, ...], out: str, hats: bool, overwrite: bool, quiet: bool, as_json: bool) -> None:
+    """Join the tables that moefast predict wrote with --shard, or with --rows, into one; or finish a fit.
 
     \b
         moefast predict night/ --shard 0/2 -o part-0.parquet
@@ -28,11 +34,26 @@ def merge(parts: tuple[str, ...], out: str, overwrite: bool, quiet: bool, as_jso
         moefast merge part-*.parquet -o night.parquet
 
     The columns are those of one run over all rows, bit for bit. Tables of another model, input or options, and parts
-    that are missing or given twice, are refused and named; the order in which they are named does not matter. TABLE may
+    that are missing or given twice, are refused and named; the order in which they are named does not matter. PART may
     be a pattern.
-    """
-    from moefast.cluster.merge import merge_tables, tables_named
 
+    \b
+        moefast fit train/ --shard 0/2 -o part-0.npz
+        moefast fit train/ --shard 1/2 -o part-1.npz
+        moefast merge part-*.npz -o model/
+
+    Files of statistics (.npz) give the model of one fit over all rows, bit for bit. What follows the first pass reads
+    some spectra again, under the names that the parts were written with.
+    """
+    from moefast.cluster.fit_parts import is_part
+    from moefast.cluster.merge import files_named, merge_tables, tables_named
+
+    if is_part(parts[0]):
+        _finish_fit(files_named(parts), out, overwrite=overwrite, quiet=quiet, as_json=as_json)
+        return
+    if hats:
+        _catalogue(tables_named(parts), out, overwrite=overwrite, quiet=quiet, as_json=as_json)
+        return
     with ProgressLine(quiet or as_json) as progress:
         merged = merge_tables(tables_named(parts), out, overwrite=overwrite, progress=progress.rows("merge"))
     if as_json:
@@ -49,3 +70,40 @@ def merge(parts: tuple[str, ...], out: str, overwrite: bool, quiet: bool, as_jso
     )
     for note in merged.notes:
         tell_result(f"  note: {note}", quiet=quiet)
+
+
+def _catalogue(tables: list[Path], out: str, *, overwrite: bool, quiet: bool, as_json: bool) -> None:
+    """Tables as a catalogue that is divided on the sky."""
+    from moefast.cluster.catalogue import write_catalogue
+    from moefast.core.progress import FILES
+
+    with ProgressLine(quiet or as_json) as progress:
+        found = write_catalogue(tables, out, overwrite=overwrite, progress=progress.rows(FILES))
+    if as_json:
+        facts = {
+            "catalogue": out, "rows": found.n_rows, "files": found.n_files, "left_out": found.n_without_position,
+        }  # fmt: skip
+        click.echo(json.dumps(facts, indent=1))
+        return
+    tell_result(f"{out}: {found.n_rows:,} stars in {found.n_files:,} files", quiet=quiet)
+    if found.n_without_position:
+        tell_result(f"  {found.n_without_position:,} stars without a position were left out", quiet=quiet)
+
+
+def _finish_fit(parts: list[Path], out: str, *, overwrite: bool, quiet: bool, as_json: bool) -> None:
+    """The model that the statistics of all parts give."""
+    from moefast.cli.fit import tell_model
+    from moefast.cluster.fit_parts import fit_of_parts
+    from moefast.model import check_target
+
+    check_target(Path(out), overwrite)
+    begin = time.monotonic()
+    with ProgressLine(quiet or as_json) as progress:
+        model = fit_of_parts(
+            parts, progress=progress.stage, tell=lambda words: progress.note(f"note: {words}")
+        ).save(out, overwrite=overwrite)
+    facts = {
+        "model": out, "parts": len(parts), "seconds": time.monotonic() - begin,
+        "backend": model.manifest["training"]["backend"], **model.manifest["fit"],
+    }  # fmt: skip
+    tell_model(facts, model, out, quiet=quiet, as_json=as_json)

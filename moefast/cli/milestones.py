@@ -31,6 +31,7 @@ def milestones(
     REPORT is a folder that moefast evaluate -o wrote, its report.json, or a folder of such folders. Test sets are kept
     apart. What no evaluation holds is not run, never passed; without any REPORT the marks and the commands are shown.
     """
+    from moefast.core.records import as_entries
     from moefast.protocol.milestones.evaluations import read_reports
     from moefast.protocol.milestones.judge import judge
     from moefast.protocol.milestones.text import format_text
@@ -38,7 +39,7 @@ def milestones(
     if out:
         refuse_taken(out, overwrite=overwrite)
     found = judge(read_reports(reports))
-    click.echo(json.dumps(found, indent=1, ensure_ascii=False) if as_json else format_text(found))
+    click.echo(json.dumps(as_entries(found), indent=1, ensure_ascii=False) if as_json else format_text(found))
     if out:
-        write_json(found, out)
+        write_json(as_entries(found), out, overwrite=overwrite)
         tell_written(out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from difflib import get_close_matches
 from typing import Any
@@ -23,14 +24,17 @@ __all__ = [
     "MEDIUM",
     "MODEL",
     "NOISE_LEVEL",
+    "OF_TASK",
     "OVERWRITE",
     "RESOLUTION",
+    "SCHEDULER",
     "TELLURIC",
     "VELOCITY",
     "VELOCITY_RANGE",
     "names",
     "positive",
     "rows",
+    "shard_of",
     "talk",
 ]
 
@@ -46,6 +50,29 @@ def rows(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int,
     if not 0 <= first < last:
         raise click.BadParameter(f"{value!r}: FIRST counts from 0 and must be less than LAST")
     return first, last
+
+
+OF_TASK = "of this task"
+"""What `--shard` alone stands for."""
+
+
+def shard_of(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    """Part i of N, or what the batch system says of this task."""
+    if value is None:
+        return None
+    if value == OF_TASK:
+        from moefast.cluster.shards import shard_of_task
+
+        return shard_of_task(os.environ)
+    try:
+        index, count = (int(part) for part in value.split("/"))
+    except ValueError:
+        raise click.BadParameter(
+            f"{value!r} is not i/N, for example 0/8; without a value --shard comes last, or before another option"
+        ) from None
+    if not 0 <= index < count:
+        raise click.BadParameter(f"{value!r}: i counts from 0 and must be less than N")
+    return index, count
 
 
 def _use_device(_: click.Context, __: click.Parameter, value: int | None) -> None:
@@ -295,8 +322,16 @@ EXPERT = click.option(
 FAMILIES = click.option(
     "--families", callback=_families, metavar="A,B,…",
     help="Families of experts of which each bin keeps the best, instead of those of the recipe: linear with any of "
-    "template, trees and your own (--expert). moefast doctor lists what is known here.",
+    "template, trees, trees-flux, cnn, whitened and your own (--expert). moefast doctor lists what is known here.",
 )  # fmt: skip
+
+
+SCHEDULER = click.option(
+    "--scheduler",
+    metavar="ADDRESS",
+    help="Work on a Dask cluster with its scheduler at this address, such as tcp://host:8786, or on N workers of this "
+    "machine: local:N.",
+)
 
 
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")

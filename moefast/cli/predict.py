@@ -23,40 +23,21 @@ from moefast.cli.options import (
     JSON,
     MEDIUM,
     MODEL,
+    OF_TASK,
     OVERWRITE,
     TELLURIC,
     VELOCITY,
     VELOCITY_RANGE,
     names,
     rows,
+    shard_of,
     talk,
 )
+from moefast.core.atomic import refuse_taken
 from moefast.core.errors import InputError, OutputError
 from moefast.core.progress import FILES, ProgressLine
 
 __all__ = ["predict"]
-
-
-def _shard(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:
-    if value is None:
-        return None
-    if value == _OF_TASK:
-        from moefast.cluster.shards import shard_of_task
-
-        return shard_of_task(os.environ)
-    try:
-        index, count = (int(part) for part in value.split("/"))
-    except ValueError:
-        raise click.BadParameter(
-            f"{value!r} is not i/N, for example 0/8; without a value --shard comes last, or before another option"
-        ) from None
-    if not 0 <= index < count:
-        raise click.BadParameter(f"{value!r}: i counts from 0 and must be less than N")
-    return index, count
-
-
-_OF_TASK = "of this task"
-"""What `--shard` alone stands for."""
 
 
 @click.command(short_help="Predict log g: one row of a table per spectrum.")
@@ -84,7 +65,7 @@ _OF_TASK = "of this task"
 @DEVICE
 @click.option("--rows", callback=rows, metavar="FIRST:LAST", help="Score these rows only, LAST not included.")
 @click.option("--limit", type=click.IntRange(1), help="Score at most so many rows.")
-@click.option("--shard", callback=_shard, metavar="[i/N]", is_flag=False, flag_value=_OF_TASK,
+@click.option("--shard", callback=shard_of, metavar="[i/N]", is_flag=False, flag_value=OF_TASK,
               help="Score part i (from 0) of N equal parts; without a value the part of this task of a SLURM job "
               "array. moefast merge joins the tables.")  # fmt: skip
 @click.option("--scheduler", metavar="ADDRESS",
@@ -97,6 +78,9 @@ _OF_TASK = "of this task"
 @click.option(
     "--select", metavar="EXPRESSION", help='Rows to predict, such as "targetType == 1 and nVisit > 2".'
 )
+@click.option("--targets", metavar="LIST",
+              help="Predict these targets alone: identifiers with commas between, a file with one in each line, or a "
+              "table with catId and objId, objId, TARGETID or id.")  # fmt: skip
 @click.option(
     "--keep", callback=names, metavar="A,B,…", help="Columns of the input to keep besides identifiers."
 )
@@ -113,6 +97,7 @@ def predict(
     skip_existing: bool, status: str | None, array: str, backend: str,
     rows: tuple[int, int] | None, limit: int | None, shard: tuple[int, int] | None, scheduler: str | None,
     velocity: str | None, velocity_range: float, medium: str, telluric: str, select: str | None,
+    targets: str | None,
     keep: tuple[str, ...], report: str | None, overwrite: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Predict log g for every spectrum and write a table: one row per spectrum, in order.
@@ -153,7 +138,8 @@ def predict(
             )
         options = {
             "array": array, "backend": backend, "rows": rows, "limit": limit, "velocity": velocity,
-            "velocity_range": velocity_range, "medium": medium, "telluric": telluric, "select": select, "keep": keep,
+            "velocity_range": velocity_range, "medium": medium, "telluric": telluric, "select": select,
+            "targets": targets, "keep": keep,
         }  # fmt: skip
         _each(
             files, model, Path(folder), f".{suffix}", options, skip_existing=skip_existing, overwrite=overwrite,
@@ -168,14 +154,15 @@ def predict(
     target = Path(out) if out else Path(f"{stem}.log_g{part}.h5")
     if overwrite and not out:
         _check_same_inputs(target, files)
-    if report and os.path.exists(report) and not overwrite:
-        raise OutputError(f"{report}: exists already; choose another name, or replace it with --overwrite")
+    if report:
+        refuse_taken(report, overwrite=overwrite)
     if scheduler is not None:
         if rows or limit or shard:
             raise click.UsageError("--scheduler predicts all rows: leave out --rows, --limit and --shard")
         options = {
             "array": array, "backend": backend, "velocity": velocity, "velocity_range": velocity_range,
-            "medium": medium, "telluric": telluric, "select": select, "keep": keep,
+            "medium": medium, "telluric": telluric, "select": select,
+            "targets": targets, "keep": keep,
         }  # fmt: skip
         _on_cluster(
             scheduler, files, model, target, options, report=report, overwrite=overwrite, quiet=quiet,
@@ -187,7 +174,7 @@ def predict(
         summary = run(
             files, model, target, array=array, backend=backend, rows=rows, limit=limit,  # type: ignore[arg-type]
             shard=shard, overwrite=overwrite, velocity=velocity, velocity_range=velocity_range,
-            medium=medium, telluric=telluric, select=select, keep=keep,  # type: ignore[arg-type]
+            medium=medium, telluric=telluric, select=select, targets=targets, keep=keep,  # type: ignore[arg-type]
             progress=progress.rows("predict"), tell=lambda words: progress.note(f"note: {words}"),
         )  # fmt: skip
     facts = {
@@ -214,11 +201,11 @@ def predict(
         for note in summary.notes:
             say(f"  note: {note}")
     if report:
-        _write_report(target, model, report, quiet)
+        _write_report(target, model, report, overwrite, quiet)
     tell_failures(summary.failures)
 
 
-def _write_report(table: Path, model: str | None, page: str, quiet: bool) -> None:
+def _write_report(table: Path, model: str | None, page: str, overwrite: bool, quiet: bool) -> None:
     from moefast.inspection.run import summarise_table
     from moefast.inspection.run_page import write_page
     from moefast.inspection.worst import spectra_of_worst
@@ -227,7 +214,7 @@ def _write_report(table: Path, model: str | None, page: str, quiet: bool) -> Non
         progress.doing("predict: drawing the page")
         found = summarise_table(table)
         stars, reason = spectra_of_worst(found, model)
-        write_page(found, page, stars, reason)
+        write_page(found, page, stars, reason, overwrite=overwrite)
     tell_written(page, reason=reason)
 
 
@@ -286,7 +273,7 @@ def _on_cluster(
         )
     seconds = time.perf_counter() - begin
     if report:
-        _write_report(target, model, report, quiet)
+        _write_report(target, model, report, overwrite, quiet)
     if as_json:
         facts = {
             "table": str(target), "rows": merged.n_rows, "shards": merged.n_parts, "workers": workers,

@@ -65,5 +65,5 @@ def scenarios(
         )
     click.echo(json.dumps(found, indent=1, ensure_ascii=False) if as_json else format_text(found))
     if out:
-        write_json(found, out)
+        write_json(found, out, overwrite=overwrite)
         tell_written(out)

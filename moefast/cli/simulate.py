@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from moefast.cli.messages import tell_failures, tell_result
-from moefast.cli.options import CONFIG, LIKE, OVERWRITE, RESOLUTION, positive, rows, talk
+from moefast.cli.options import CONFIG, LIKE, OVERWRITE, RESOLUTION, SCHEDULER, positive, rows, talk
 from moefast.core.errors import MoefastError
 from moefast.core.progress import ProgressLine
 
@@ -63,6 +63,7 @@ def _positive_if_given(context: click.Context, option: click.Parameter, value: f
 )
 @LIKE
 @RESOLUTION
+@SCHEDULER
 @click.option(
     "--noisy/--clean", default=None,
     help="Whether to store the array with noise added.  [default: noisy, but clean for train and validation parts]",
@@ -74,8 +75,8 @@ def simulate(
     out: str | None, number: int | None, rows: tuple[int, int] | None, seed: int | None, name: str | None,
     part: str | None, list_sets: bool, mag: tuple[float, float] | None, velocity: float | None,
     redshift: tuple[float, float] | None, reddening: tuple[float, float] | None, calibration: float | None,
-    noise_level: float | None, like: tuple[str, ...], resolution: str | None, noisy: bool | None,
-    overwrite: bool, quiet: bool,
+    noise_level: float | None, like: tuple[str, ...], resolution: str | None, scheduler: str | None,
+    noisy: bool | None, overwrite: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Simulate spectra of the PFS medium-resolution red arm, with labels, and write them to OUT.
 
@@ -88,6 +89,9 @@ def simulate(
         moefast simulate test.h5 --set z0 --part test_10k
         moefast simulate shard-3.h5 --set survey --part train --rows 300000:400000
         moefast simulate mine.h5 -n 5000 --seed 2 --like coadd.fits
+        moefast simulate train/ --set z0 --part train -n 1000000 --scheduler local:4
+
+    With --scheduler OUT is a folder of files.
     """
     from moefast.simulate import (
         REFERENCE_SETS,
@@ -145,6 +149,15 @@ def simulate(
         total = part_rows(name, part, span)[2]
         with ProgressLine(quiet) as progress:
             report = progress.rows("simulate")
+            if scheduler is not None:
+                if span is None:
+                    raise click.UsageError(
+                        f"{name} {part} is one file; --scheduler writes parts of any size to a folder"
+                    )
+                _on_cluster(
+                    scheduler, out, total, progress, name=name, part=part, noisy=noisy, overwrite=overwrite
+                )
+                return
             identity = simulate_set(
                 out, name, part, rows=span, noisy=noisy, overwrite=overwrite,
                 progress=lambda done: report(done, total[1] - total[0]),
@@ -178,6 +191,12 @@ def simulate(
     noisy = noisy is None or noisy
     with ProgressLine(quiet) as progress:
         report = progress.rows("simulate")
+        if scheduler is not None:
+            _on_cluster(
+                scheduler, out, span, progress, seed=seed, settings=settings, like=like, resolution=resolution,
+                noisy=noisy, overwrite=overwrite,
+            )  # fmt: skip
+            return
         simulate_file(
             out, last - first, seed=seed, settings=settings, first_row=first, noisy=noisy, overwrite=overwrite,
             progress=lambda done: report(done, last - first), observed=observed,
@@ -191,3 +210,14 @@ def simulate(
         for note in observed.notes:
             say(f"  note: {note}")
         tell_failures(observed.failures)
+
+
+def _on_cluster(scheduler: str, out: str, rows: tuple[int, int], progress: ProgressLine, **job: Any) -> None:
+    """The same spectra in the files of a folder, by the workers of a cluster."""
+    from moefast.cli.spread import connected
+    from moefast.cluster.rows_on_workers import simulate_on
+
+    with connected(scheduler, progress) as client:
+        paths = simulate_on(client, out, rows, progress=progress.rows("simulate"), **job)
+    progress.close()
+    click.echo(f"{out}: {rows[1] - rows[0]:,} spectra, rows {rows[0]}:{rows[1]}, in {len(paths)} files")

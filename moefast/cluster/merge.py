@@ -21,7 +21,7 @@ from moefast.core.errors import InputError
 from moefast.core.metrics import SquaredErrors
 from moefast.spectra.tables import WRITERS, Column, open_table, read_layout, read_table
 
-__all__ = ["Merged", "merge_tables", "tables_named"]
+__all__ = ["Merged", "files_named", "merge_tables", "tables_named"]
 
 SAME = {
     "model_sha256": "another model",
@@ -134,19 +134,30 @@ def tables_named(names: Iterable[str | Path]) -> list[Path]:
     InputError
         A name matches nothing.
     """
+    return files_named(names, tuple(WRITERS))
+
+
+def files_named(names: Iterable[str | Path], suffixes: tuple[str, ...] = (".npz",)) -> list[Path]:
+    """The same for files with these endings.
+
+    Raises
+    ------
+    InputError
+        A name matches nothing.
+    """
     found: list[Path] = []
     for name in names:
         path = Path(name).expanduser()
         if path.is_dir():
             matches = sorted(
-                one for one in path.iterdir() if one.suffix in WRITERS and not one.name.startswith(".")
+                one for one in path.iterdir() if one.suffix in suffixes and not one.name.startswith(".")
             )
         elif os.path.lexists(path) or not glob.has_magic(str(path)):
             matches = [path]
         else:
             matches = sorted(map(Path, glob.glob(str(path), recursive=True)))
         if not matches:
-            raise InputError(f"{name}: no table {', '.join(WRITERS)} is named by this")
+            raise InputError(f"{name}: no table {', '.join(suffixes)} is named by this")
         found += matches
     return found
 

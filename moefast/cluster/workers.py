@@ -8,15 +8,15 @@ large moves through the scheduler. Tables are merged in the order of their shard
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import shutil
+import threading
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moefast.cluster.folders import digest_of, remove_folder, working_folder
 from moefast.cluster.merge import Merged, merge_tables
 from moefast.cluster.nights import signature
 from moefast.core.errors import BackendError, InputError, ModelError, MoefastError, OutputError
@@ -30,7 +30,7 @@ from moefast.spectra.tables import read_layout
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["connect", "predict_on", "workers_of"]
+__all__ = ["ALONE", "RETRIES", "check_workers", "connect", "gather_results", "predict_on", "workers_of"]
 
 ROWS_PER_TASK = 50_000
 """Rows of a task, about: seconds of work, so that little is lost with a worker."""
@@ -38,6 +38,8 @@ LARGEST_COUNT = 10_000
 """Tasks at most: the scheduler takes a millisecond for each."""
 RETRIES = 10
 """How often a task is begun again after its worker was lost."""
+ALONE = threading.Lock()
+"""Tasks have all cores of their process: of a worker with several threads one computes at a time."""
 
 
 def workers_of(scheduler: str) -> int | None:
@@ -106,7 +108,30 @@ def connect(scheduler: str) -> Generator[Client, None, None]:
         LocalCluster(n_workers=count, threads_per_worker=1, dashboard_address=":0") as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
+        if devices := devices_of(os.environ):
+            client.register_plugin(_device_plugin(devices))
         yield client
+
+
+def devices_of(environment: Mapping[str, str]) -> list[str]:
+    """Numbers of the GPUs that workers of this machine share out; none without a driver."""
+    if "CUDA_VISIBLE_DEVICES" in environment:
+        return [name for name in environment["CUDA_VISIBLE_DEVICES"].split(",") if name.strip()]
+    return [str(number) for number in range(len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))]
+
+
+def _device_plugin(devices: Sequence[str]) -> Any:
+    """What gives each worker a GPU of its own, also those that take the place of lost ones."""
+    from distributed import WorkerPlugin
+
+    class OneDevice(WorkerPlugin):  # type: ignore[misc]  # untyped
+        name = "moefast-device"
+
+        def setup(self, worker: Any) -> None:
+            # Workers of this machine are called by their numbers. No driver has been started yet.
+            os.environ["CUDA_VISIBLE_DEVICES"] = devices[int(worker.name) % len(devices)]
+
+    return OneDevice()
 
 
 def predict_on(
@@ -155,16 +180,15 @@ def predict_on(
     name = None if model is None else _shared_name(model)
     chosen = Model.load(name)
     n_rows = count_rows(files, chosen)
-    workers = _check_workers(client, files, name, chosen.hash)
+    workers = check_workers(client, files, name, chosen.hash)
     count = max(1, min(LARGEST_COUNT, n_rows, max(-(-n_rows // rows_per_task), len(workers))))
     record = {
         "inputs": [[path, signature(path)] for path in files],
         "model_sha256": chosen.hash, "moefast_version": __version__, "shards": count,
         "options": json.loads(json.dumps(options, default=str)),
     }  # fmt: skip
-    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-    folder = out.with_name(f".{out.name}.shards-{digest[:16]}")
-    folder.mkdir(exist_ok=True)
+    digest = digest_of(record)
+    folder = working_folder(out, digest)
     tables = [folder / f"{index}-of-{count}.parquet" for index in range(count)]
     tasks = [
         client.submit(
@@ -180,9 +204,17 @@ def predict_on(
         )
         for index, table in enumerate(tables)
     ]
-    _gather(client, tasks, n_rows, progress)
+    done = 0
+
+    def count_rows_done(rows: int) -> None:
+        nonlocal done
+        done += rows
+        if progress is not None:
+            progress(min(done, n_rows), n_rows)
+
+    gather_results(client, tasks, count_rows_done)
     merged = merge_tables(tables, out, overwrite=overwrite)
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_folder(out, digest)
     return merged
 
 
@@ -204,31 +236,36 @@ def _predict_shard(
         _, attributes, n_rows = read_layout(table)
         if attributes.get("made_of") == {"digest": digest}:
             return n_rows
-    summary = predict(files, model, table, shard=shard, overwrite=True, record={"digest": digest}, **options)
+    with ALONE:
+        summary = predict(
+            files, model, table, shard=shard, overwrite=True, record={"digest": digest}, **options
+        )
     return summary.n_rows
 
 
-def _gather(
-    client: Client, tasks: list[Any], n_rows: int, progress: Callable[[int, int], None] | None
-) -> None:
+def gather_results(client: Client, tasks: list[Any], done: Callable[[Any], None] | None = None) -> None:
+    """Wait for tasks and call `done` with each result as it comes; what a task raises is raised here.
+
+    All tasks are cancelled then, and also if this is interrupted.
+    """
     from distributed import as_completed
 
-    done = 0
     try:
         for task in as_completed(tasks, loop=client.loop):
-            # Raises what the task raised.
-            done += task.result()
-            if progress is not None:
-                progress(min(done, n_rows), n_rows)
+            result = task.result()
+            if done is not None:
+                done(result)
     except BaseException:
         client.cancel(tasks)
         raise
 
 
-def _seen_by_worker(files: Sequence[str], model: str | None) -> dict[str, Any]:
+def _seen_by_worker(files: Sequence[str], model: str | None, with_model: bool) -> dict[str, Any]:
     """What a worker has of a job, told by itself."""
     found: dict[str, Any] = {"version": __version__}
     found["missing"] = [path for path in files if not os.access(path, os.R_OK)]
+    if not with_model:
+        return found
     try:
         found["model"] = Model.load(model).hash
     except MoefastError as error:
@@ -236,10 +273,27 @@ def _seen_by_worker(files: Sequence[str], model: str | None) -> dict[str, Any]:
     return found
 
 
-def _check_workers(client: Client, files: list[str], model: str | None, expected: str) -> list[str]:
-    """Addresses of the workers, if each has all files, this version and this model."""
+def check_workers(
+    client: Client, files: Sequence[str], model: str | None = None, expected: str | None = None
+) -> list[str]:
+    """Addresses of the workers, if each has all files, this version and this model.
+
+    Parameters
+    ----------
+    client : distributed.Client
+    files : sequence of str
+    model : str, optional
+        Folder or name of the model; the default model if None.
+    expected : str, optional
+        Hash of the model; if None, the job needs no model.
+
+    Raises
+    ------
+    BackendError, InputError, ModelError
+        A worker has not; it is named.
+    """
     try:
-        found: dict[str, dict[str, Any]] = client.run(_seen_by_worker, files, model)
+        found: dict[str, dict[str, Any]] = client.run(_seen_by_worker, files, model, expected is not None)
     except ModuleNotFoundError as error:
         raise BackendError(f"a worker of the cluster has no moefast ({error}); install it there") from error
     if not found:
@@ -255,7 +309,7 @@ def _check_workers(client: Client, files: list[str], model: str | None, expected
             )
         if "error" in facts:
             raise ModelError(f"worker {worker}: {facts['error']}")
-        if facts["model"] != expected:
+        if expected is not None and facts["model"] != expected:
             raise ModelError(
                 f"worker {worker} has another model under this name (sha256 {facts['model'][:12]}, expected "
                 f"{expected[:12]})"

@@ -30,6 +30,8 @@ from moefast.core.errors import OutputError
 
 __all__ = [
     "atomic_file",
+    "owner_has_ended",
+    "owner_token",
     "partial_folder",
     "partial_path",
     "publish",
@@ -104,6 +106,17 @@ def _has_ended(match: re.Match[str], path: Path) -> bool:
         return time.time() - path.lstat().st_mtime > _ABANDONED
     began = _began(int(match[3]))
     return match[2] != boot or began is None or (began != int(match[4]) and 0 not in (began, int(match[4])))
+
+
+def owner_token() -> str:
+    """What says that something belongs to this process."""
+    return _writer()
+
+
+def owner_has_ended(token: str, path: Path) -> bool:
+    """Whether the process that gave a token for a file or folder is gone; of none of ours, yes."""
+    match = re.fullmatch(_WRITER, token)
+    return match is None or _has_ended(match, path)
 
 
 def remove_unfinished() -> None:
@@ -320,19 +333,19 @@ def atomic_file(path: str | os.PathLike[str], *, overwrite: bool = True) -> Iter
         remove_quietly(partial)
 
 
-def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a whole file; one that exists is replaced.
+def write_atomically(path: str | os.PathLike[str], content: bytes, *, overwrite: bool = True) -> None:
+    """Write a whole file; one that exists, or has come to be meanwhile, is replaced if it may be.
 
     Raises
     ------
     OutputError
         The folder does not exist, is read-only or full; no partial file is left behind.
     """
-    with atomic_file(path) as partial:
+    with atomic_file(path, overwrite=overwrite) as partial:
         partial.write_bytes(content)
 
 
-def write_json(document: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+def write_json(document: Mapping[str, Any], path: str | os.PathLike[str], *, overwrite: bool = True) -> None:
     """Write a document as UTF-8 JSON; the final name is absent or complete.
 
     Raises
@@ -341,7 +354,7 @@ def write_json(document: Mapping[str, Any], path: str | os.PathLike[str]) -> Non
         The file could not be written.
     """
     text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
-    write_atomically(path, (text + "\n").encode())
+    write_atomically(path, (text + "\n").encode(), overwrite=overwrite)
 
 
 def partial_folder(target: Path) -> Path:

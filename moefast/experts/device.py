@@ -83,6 +83,9 @@ class DeviceEquations:
         self._accumulator.add_block(centred - self.reference.astype(np.float32), y, group, variance)
         self._added += len(x)
 
+    def end_unit(self) -> None:
+        """Nothing: totals on a device are sums in the order of rows."""
+
     def finish(self) -> NormalEquations:
         """The totals, on the host; more rows may be added later."""
         found = NormalEquations(self.reference, *self.shape)

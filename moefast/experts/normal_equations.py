@@ -5,14 +5,15 @@ n, Σx, Σy, Σy², Σxy, Σxxᵀ, Σv are all that ridge regression, PCA, white
 hold-out errors ever need. Totals of disjoint rows add, so shards, nodes and nights merge with `+`, and a fold is left
 out with `-`. Products are float32 BLAS over 4096 rows at most, totals float64. Each bin and fold gathers its rows
 in a buffer of its own, the reference subtracted on the way, and multiplies them when it is full: every row is written
-once, and the result depends neither on the blocks in which rows arrived nor on the number of cores.
+once, and the result depends neither on the blocks in which rows arrived nor on the number of cores. With scales, totals
+are sums of units, runs of rows that end with `end_unit`, and have the same bits in whatever order and in how many parts
+these are added (`moefast.experts.exact_sums`).
 """
 
 from __future__ import annotations
 
 import json
 import math
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from moefast.core.archives import read_archive
 from moefast.core.atomic import atomic_file
 from moefast.core.errors import ModelError
+from moefast.experts.exact_sums import Scales, rounded
 from moefast.kernels import GRAM_ROWS, add_gram, all_within, collect_rows, packed_size, unpack_symmetric
 
 __all__ = ["Moments", "NormalEquations", "checked_groups"]
@@ -38,6 +41,8 @@ BUFFER_BYTES = 2**30
 LARGEST = 1e15
 """Largest |value| of a row: squares of larger ones overflow float32 sums."""
 _TOTALS = ("count", "sum_x", "sum_y", "sum_yy", "sum_xy", "gram", "sum_v")
+_SUMS = ("sum_x", "sum_y", "sum_yy", "sum_xy", "sum_v")
+"""Totals to which rows are added one by one."""
 
 
 @dataclass(frozen=True)
@@ -88,10 +93,15 @@ class NormalEquations:
         Fixed spectrum subtracted from every row before it is multiplied: Σxxᵀ of flux near 1 is badly conditioned.
         Totals can be merged only if they share it.
     n_bins, n_folds : int
+    scales : Scales, optional
+        Makes totals of units exact: see `end_unit`.
     """
 
-    def __init__(self, reference: NDArray, n_bins: int = 1, n_folds: int = 1) -> None:
+    def __init__(
+        self, reference: NDArray, n_bins: int = 1, n_folds: int = 1, *, scales: Scales | None = None
+    ) -> None:
         self.reference: F64 = np.array(reference, np.float64)
+        self.scales = scales
         p, shape = self.reference.size, (n_bins, n_folds)
         self.count: NDArray[np.int64] = np.zeros(shape, np.int64)
         self.sum_x: F64 = np.zeros((*shape, p))
@@ -102,6 +112,7 @@ class NormalEquations:
         self.sum_v: F64 = np.zeros((*shape, p))
         self._rows: F32 | None = None
         self._waiting: NDArray[np.int64] = np.zeros(n_bins * n_folds, np.int64)
+        self._unit = {} if scales is None else {name: np.zeros_like(getattr(self, name)) for name in _SUMS}
 
     @property
     def n_pixels(self) -> int:
@@ -191,13 +202,16 @@ class NormalEquations:
         if self._rows is None:
             self._rows = self._buffers()
         reference = self.reference.astype(np.float32)
+        if self.scales is not None and not self._unit:
+            self._unit = {name: np.zeros_like(getattr(self, name)) for name in _SUMS}
+        sums = self._unit or {name: getattr(self, name) for name in _SUMS}
         totals = (
             self.count.reshape(-1),
-            self.sum_x.reshape(-1, self.n_pixels),
-            self.sum_y.reshape(-1),
-            self.sum_yy.reshape(-1),
-            self.sum_xy.reshape(-1, self.n_pixels),
-            self.sum_v.reshape(-1, self.n_pixels),
+            sums["sum_x"].reshape(-1, self.n_pixels),
+            sums["sum_y"].reshape(-1),
+            sums["sum_yy"].reshape(-1),
+            sums["sum_xy"].reshape(-1, self.n_pixels),
+            sums["sum_v"].reshape(-1, self.n_pixels),
         )
         done = 0
         while done < n:
@@ -211,17 +225,49 @@ class NormalEquations:
     def _multiply(self, group: int) -> None:
         """Add the products of the rows that wait in a group's buffer, and empty it."""
         if self._rows is not None and self._waiting[group]:
-            add_gram(self._rows[group, : self._waiting[group]], self.gram.reshape(self.count.size, -1)[group])
+            add_gram(
+                self._rows[group, : self._waiting[group]],
+                self.gram.reshape(self.count.size, -1)[group],
+                scales=None if self.scales is None else self.scales.x,
+            )
         self._waiting[group] = 0
 
     def _flush(self) -> None:
         for group in range(self.count.size):
             self._multiply(group)
+        if self.scales is not None and self._unit:
+            x, v, y, one = self.scales
+            scale = {"sum_x": x * one, "sum_y": y * one, "sum_yy": y * y, "sum_xy": x * y, "sum_v": v}
+            for name, sums in self._unit.items():
+                total = getattr(self, name)
+                total += rounded(sums, scale[name])
+                sums[:] = 0
+
+    def end_unit(self) -> None:
+        """Add the rows since the last unit ended to the totals.
+
+        With scales, totals of the same units have the same bits, in whatever order and by how many processes they were
+        gathered and merged, as long as `is_exact`.
+        """
+        self._flush()
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether all totals are within the scales, so that the order of units did not matter."""
+        self._flush()
+        if self.scales is None:
+            return False
+        x, v, y, one = self.scales
+        diagonal = np.cumsum(np.arange(self.n_pixels, 0, -1)) - np.arange(self.n_pixels, 0, -1)
+        within = (
+            self.gram[..., diagonal] <= x * x, self.sum_v <= v, self.sum_yy <= y * y, self.count <= one * one,
+        )  # fmt: skip
+        return all(bool(one.all()) for one in within)
 
     def finish(self) -> NormalEquations:
-        """Multiply the rows still waiting and free the buffers; more rows may be added later."""
+        """Multiply the rows still waiting, end the unit and free the buffers; more rows may be added later."""
         self._flush()
-        self._rows = None
+        self._rows, self._unit = None, {}
         return self
 
     def state(self) -> dict[str, NDArray]:
@@ -233,11 +279,15 @@ class NormalEquations:
         arrays |= {name: getattr(self, name) for name in _TOTALS}
         if self._rows is not None:
             arrays |= {f"rows/{g}": self._rows[g, : self._waiting[g]] for g in np.flatnonzero(self._waiting)}
+        if self.scales is not None:
+            arrays["scales"] = self.scales.array()
+            unit = self._unit or {name: np.zeros_like(getattr(self, name)) for name in _SUMS}
+            arrays |= {f"unit/{name}": sums for name, sums in unit.items()}
         return arrays
 
     @classmethod
-    def from_state(cls, read: Callable[[str], NDArray]) -> NormalEquations:
-        """Go on from what `state` gave; `read` gives the array of a name.
+    def from_state(cls, read: Callable[[str], NDArray], *, exact: bool = False) -> NormalEquations:
+        """Go on from what `state` gave; `read` gives the array of a name. `exact` says that it had scales.
 
         Raises
         ------
@@ -247,9 +297,15 @@ class NormalEquations:
         reference, count = read("reference"), read("count")
         if reference.ndim != 1 or reference.dtype != np.float64 or count.ndim != 2:
             raise ValueError(f"reference {reference.shape} and count {count.shape} are not those of a state")
-        result = cls(reference, *count.shape)
+        scales = None
+        if exact:
+            both = _expected("scales", read("scales"), np.zeros(2 * len(reference) + 2))
+            scales = Scales.of_array(both)
+        result = cls(reference, *count.shape, scales=scales)
         for name in _TOTALS:
             setattr(result, name, _expected(name, read(name), getattr(result, name)))
+        for name, sums in result._unit.items():
+            result._unit[name] = _expected(name, read(f"unit/{name}"), sums)
         result._waiting = _expected("waiting", read("waiting"), result._waiting)
         if result._waiting.any():
             result._rows = result._buffers()
@@ -266,15 +322,39 @@ class NormalEquations:
 
     # -- arithmetic ---------------------------------------------------------------------------------------------
 
-    def _combine(self, other: NormalEquations, sign: int) -> NormalEquations:
-        self._flush()
-        other._flush()
+    def _check_alike(self, other: NormalEquations) -> None:
         if not np.array_equal(self.reference, other.reference):
             raise ValueError("normal equations with different reference spectra cannot be combined")
         if self.count.shape != other.count.shape:
             raise ValueError(
                 f"normal equations of {self.count.shape} and {other.count.shape} bins and folds cannot be combined"
             )
+        if (self.scales is None) != (other.scales is None) or (
+            self.scales is not None
+            and other.scales is not None
+            and not np.array_equal(self.scales.array(), other.scales.array())
+        ):
+            raise ValueError("normal equations with different scales cannot be combined")
+
+    def include(self, other: NormalEquations) -> None:
+        """Add the totals of another set of rows in place: `+` without the memory for a third.
+
+        Raises
+        ------
+        ValueError
+            Its reference, bins, folds or scales are others.
+        """
+        self._check_alike(other)
+        self._flush()
+        other._flush()
+        for name in _TOTALS:
+            total = getattr(self, name)
+            total += getattr(other, name)
+
+    def _combine(self, other: NormalEquations, sign: int) -> NormalEquations:
+        self._check_alike(other)
+        self._flush()
+        other._flush()
         pairs = {name: (getattr(self, name), getattr(other, name)) for name in _TOTALS}
         result = _like(self, {name: a + b if sign > 0 else a - b for name, (a, b) in pairs.items()})
         if (result.count < 0).any():
@@ -386,19 +466,16 @@ class NormalEquations:
             The file is not such a file, is cut off, or has another schema.
         """
         try:
-            # Opened here, because np.load leaves the file open if it is no archive.
-            with Path(path).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-                header = json.loads(file["header"].tobytes())
-                if header["what"] != WHAT:
-                    raise ValueError(f"it holds {header['what']!r}")
-                if header["schema"] != SCHEMA:
-                    raise ModelError(f"{path}: schema {header['schema']} found, {SCHEMA} expected; fit again")
-                reference = file["reference"]
-                result = cls(reference, *file["count"].shape)
-                for name in _TOTALS:
-                    setattr(result, name, _expected(name, file[name], getattr(result, name)))
-        # A cut-off archive raises BadZipFile, a lone .npy array TypeError.
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            arrays = read_archive(Path(path))
+            header = json.loads(arrays["header"].tobytes())
+            if header["what"] != WHAT:
+                raise ValueError(f"it holds {header['what']!r}")
+            if header["schema"] != SCHEMA:
+                raise ModelError(f"{path}: schema {header['schema']} found, {SCHEMA} expected; fit again")
+            result = cls(arrays["reference"], *arrays["count"].shape)
+            for name in _TOTALS:
+                setattr(result, name, _expected(name, arrays[name], getattr(result, name)))
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ModelError(
                 f"{path}: not a complete file of normal equations ({error}); write it again"
             ) from error
@@ -451,7 +528,7 @@ def _expected(name: str, array: NDArray, like: NDArray) -> NDArray:
 
 def _like(source: NormalEquations, totals: dict[str, NDArray]) -> NormalEquations:
     result = NormalEquations.__new__(NormalEquations)
-    result.reference, result._rows = source.reference, None
+    result.reference, result._rows, result.scales, result._unit = source.reference, None, source.scales, {}
     result._waiting = np.zeros(totals["count"].size, np.int64)
     for name, value in totals.items():
         setattr(result, name, value)

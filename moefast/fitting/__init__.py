@@ -15,7 +15,8 @@ From the top down:
     families, network                 experts that are not linear
     sample          noise draws of stars, and what experts that never saw them say
     linear_experts  components, noise levels and linear experts from the normal equations
-    first_pass      the normal equations
+    first_pass      the normal equations of all rows, or of a part
+    statistics      what a part of the rows gives; parts add
     training_set    rows as every stage reads them, and which of them are for what
     stages          about how long each of them takes
     options         how to fit
@@ -24,6 +25,8 @@ From the top down:
 from moefast.fitting.options import Noise, Options
 from moefast.fitting.references import PUBLISHED_ALPHA
 from moefast.fitting.stages import expected_stages
-from moefast.fitting.two_passes import Fit, fit_mixture
+from moefast.fitting.two_passes import HERE, Fit, Passes, fit_mixture
 
-__all__ = ["PUBLISHED_ALPHA", "Fit", "Noise", "Options", "expected_stages", "fit_mixture"]
+__all__ = [
+    "HERE", "PUBLISHED_ALPHA", "Fit", "Noise", "Options", "Passes", "expected_stages", "fit_mixture",
+]  # fmt: skip

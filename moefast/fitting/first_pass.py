@@ -1,15 +1,13 @@
-"""The first pass: normal equations of all rows, kept on disk now and then.
+"""The first pass: normal equations of all rows, or of a part of them, kept on disk now and then.
 
 Design: one reading of the rows fills the totals of every bin and fold, and beside them those of the published-style
-ridge, which sees clipped draws. What has been gathered so far is one state (`_Gathering`): that is what a checkpoint
-holds, and a fit that goes on from it ends with the same bits.
+ridge, which sees clipped draws. What has been gathered so far is one state (`moefast.fitting.statistics`): that is what
+a checkpoint holds, and what a part of a fit gives; a fit that goes on from it ends with the same bits.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -22,10 +20,12 @@ from moefast.core.random import add_noise
 from moefast.core.threads import one_blas_thread
 from moefast.experts.device import DeviceEquations
 from moefast.experts.normal_equations import NormalEquations
+from moefast.fitting.options import Options
+from moefast.fitting.statistics import Statistics, units_of
 from moefast.fitting.training_set import BLOCK_ROWS, TrainingSet
 from moefast.kernels import all_within
 
-__all__ = ["Gathered", "gather"]
+__all__ = ["Gathered", "complete", "gather", "gather_part", "has_published"]
 
 F64 = NDArray[np.float64]
 
@@ -43,45 +43,9 @@ class Gathered(NamedTuple):
     rows: dict[str, int]
 
 
-@dataclass
-class _Gathering:
-    """What has been gathered from the first `rows` rows: all that the rest of the pass depends on.
-
-    `times_good` (p,) counts the rows in which a pixel was good; `saved` are the rows that a checkpoint holds.
-    """
-
-    equations: NormalEquations | DeviceEquations
-    published: NormalEquations | DeviceEquations | None
-    times_good: F64
-    largest_error: float
-    left_out: int = 0
-    rows: int = 0
-    saved: int = 0
-
-    def arrays(self) -> dict[str, NDArray]:
-        """Everything but `rows` by name; views of what is here."""
-        found = {"times_good": self.times_good, "rest": np.array([self.largest_error, self.left_out])}
-        found |= {f"equations/{name}": array for name, array in self.equations.state().items()}
-        if self.published is not None:
-            found |= {f"published/{name}": array for name, array in self.published.state().items()}
-        return found
-
-    @classmethod
-    def restored(
-        cls,
-        rows: int,
-        read: Callable[[str], NDArray],
-        apart: bool,
-        on: Callable[[NormalEquations], NormalEquations | DeviceEquations],
-    ) -> _Gathering:
-        """From the names of `arrays`; raises KeyError or ValueError where one is not what it should be."""
-        equations = on(NormalEquations.from_state(lambda name: read(f"equations/{name}")))
-        published = on(NormalEquations.from_state(lambda name: read(f"published/{name}"))) if apart else None
-        largest_error, left_out = read("rest").tolist()
-        times_good = read("times_good")
-        if times_good.shape != equations.reference.shape or equations.n_rows + left_out != rows:
-            raise ValueError(f"{equations.n_rows} rows and {left_out:.0f} left out are not {rows}")
-        return cls(equations, published, times_good, largest_error, int(left_out), rows, rows)
+def has_published(options: Options) -> bool:
+    """Whether the published-style ridge has totals of its own: clipped draws are what it is fitted on."""
+    return options.references and not options.clipped
 
 
 def gather(data: TrainingSet, checkpoint: Checkpoint | None, backend: Literal["cpu", "cuda"]) -> Gathered:
@@ -92,9 +56,20 @@ def gather(data: TrainingSet, checkpoint: Checkpoint | None, backend: Literal["c
     InputError
         The totals do not fit in the memory, a bin has too few rows, or the checkpoint is of another fit.
     """
-    options = data.options
-    # Clipped draws are what the published-style ridge is fitted on, so the totals of the experts hold it.
-    apart = options.references and not options.clipped
+    return complete(data, gather_part(data, (0, data.spectra.n_rows), checkpoint, backend))
+
+
+def gather_part(
+    data: TrainingSet, rows: tuple[int, int], checkpoint: Checkpoint | None, backend: Literal["cpu", "cuda"]
+) -> Statistics:
+    """The statistics of some rows, whole units; sets reference and largest error of `data`.
+
+    Raises
+    ------
+    InputError
+        The totals do not fit in the memory, or the checkpoint is of another fit.
+    """
+    options, apart = data.options, has_published(data.options)
     needed = NormalEquations.memory(data.spectra.n_pixels, options.grid.n_bins, options.n_folds)
     if apart:
         needed += NormalEquations.memory(data.spectra.n_pixels, 1, 1)
@@ -103,73 +78,106 @@ def gather(data: TrainingSet, checkpoint: Checkpoint | None, backend: Literal["c
             f"{options.grid.n_bins} bins in {options.n_folds} folds need {needed / 1e9:.1f} GB for their normal "
             f"equations; this machine has {physical_memory() / 1e9:.1f} GB. Fit a coarser grid"
         )
-    equations_of = DeviceEquations if backend == "cuda" else NormalEquations
-    gathering = _resumed(data, checkpoint, backend, needed, apart)
-    if gathering is None:
+    found = _resumed(data, rows, checkpoint, backend, needed)
+    if found is None:
         data.find_reference()
-        gathering = _Gathering(
-            equations_of(data.reference, options.grid.n_bins, options.n_folds),
-            equations_of(data.reference) if apart else None,
+
+        def empty(n_bins: int, n_folds: int) -> NormalEquations | DeviceEquations:
+            if backend == "cuda":
+                return DeviceEquations(data.reference, n_bins, n_folds)
+            return NormalEquations(data.reference, n_bins, n_folds, scales=data.scales)
+
+        found = Statistics(
+            empty(options.grid.n_bins, options.n_folds),
+            empty(1, 1) if apart else None,
             np.zeros(data.reference.size),
             data.largest_error,
+            first=rows[0],
+            rows=rows[0],
         )
-    data.reference, data.largest_error = gathering.equations.reference, gathering.largest_error
+    data.reference, data.largest_error = found.equations.reference, found.largest_error
     # Every pass over the rows below has a thread per core of its own; BLAS must not add its threads to them.
     with one_blas_thread():
-        _add_rows(data, gathering, checkpoint)
-    equations = gathering.equations.finish()
-    published = None if gathering.published is None else gathering.published.finish()
-    if checkpoint is not None and gathering.rows > gathering.saved:
-        checkpoint.save(gathering.rows, gathering.arrays())
-    empty = [n for n, c in zip(options.grid.names, equations.count, strict=True) if (c.sum() - c < 2).any()]
+        _add_rows(data, found, rows[1], checkpoint)
+    found.finish()
+    if checkpoint is not None and found.rows > found.saved:
+        checkpoint.save(found.rows, found.arrays())
+    return found
+
+
+def complete(data: TrainingSet, found: Statistics) -> Gathered:
+    """What the statistics of all rows give; sets reference and largest error of `data`.
+
+    Raises
+    ------
+    InputError
+        A bin has too few rows.
+    """
+    data.reference, data.largest_error = found.equations.reference, found.largest_error
+    equations, published = found.equations, found.published
+    assert isinstance(equations, NormalEquations)
+    assert not isinstance(published, DeviceEquations)
+    empty = [
+        n for n, c in zip(data.options.grid.names, equations.count, strict=True) if (c.sum() - c < 2).any()
+    ]
     if empty:
         raise InputError(
             f"too few rows to fit: bins {', '.join(empty)} hold fewer than two rows outside a fold; "
             "add training spectra there or fit a coarser grid"
         )
-    used = {"used": equations.n_rows, "left_out": gathering.left_out}
+    used = {"used": equations.n_rows, "left_out": found.left_out}
     if unlabelled := int((~data.labelled).sum()):
         used["unlabelled"] = unlabelled
-    return Gathered(equations, published, gathering.times_good, used)
+    return Gathered(equations, published, found.times_good, used)
 
 
 def _resumed(
     data: TrainingSet,
+    rows: tuple[int, int],
     checkpoint: Checkpoint | None,
     backend: Literal["cpu", "cuda"],
     nbytes: int,
-    apart: bool,
-) -> _Gathering | None:
+) -> Statistics | None:
     """The first pass of a fit that was stopped, if there is a checkpoint of it."""
     if checkpoint is None:
         return None
     options = dataclasses.asdict(data.options)
-    checkpoint.begin({"spectra": data.spectra.fingerprint(), "options": options, "backend": backend}, nbytes)
+    key = {"spectra": data.spectra.fingerprint(), "options": options, "backend": backend, "rows": list(rows)}
+    checkpoint.begin(key, nbytes)
+    apart, exact = has_published(data.options), backend == "cpu"
     on = DeviceEquations.of if backend == "cuda" else lambda found: found
-    return checkpoint.load(lambda rows, read: _Gathering.restored(rows, read, apart, on))
+    return checkpoint.load(
+        lambda stop, read: Statistics.restored((rows[0], stop), read, apart=apart, exact=exact, on=on)
+    )
 
 
-def _add_rows(data: TrainingSet, gathering: _Gathering, checkpoint: Checkpoint | None) -> None:
-    """Add all rows that the first pass lacks, saving its state now and then."""
-    options, n = data.options, data.spectra.n_rows
-    draws = options.noise == "sampled" or (options.noise != "observed" and gathering.published is not None)
+def _add_rows(data: TrainingSet, found: Statistics, stop: int, checkpoint: Checkpoint | None) -> None:
+    """Add all rows up to `stop` that the statistics lack, saving them now and then."""
+    options = data.options
+    draws = options.noise == "sampled" or (options.noise != "observed" and found.published is not None)
     # Fresh memory for every block costs a page fault per page.
     memory = np.empty((BLOCK_ROWS if draws else 0, data.reference.size), np.float32)
-    for here, flux, error, usable in data.blocks("normal equations", [(gathering.rows, n)], gathering.rows):
+    units = units_of(found.rows, stop)
+    ends = {end for _, end in units}
+    for here, flux, error, usable in data.blocks("normal equations", units, found.rows - found.first):
         rows = np.arange(here.start, here.stop)
         if not usable.all():
-            gathering.left_out += int((~usable).sum())
+            found.left_out += int((~usable).sum())
             flux, error, rows = flux[usable], error[usable], rows[usable]
         noisy = flux
         if draws:
             noisy = add_noise(flux, error, options.seed, rows, out=memory[: len(rows)])
         x = noisy if options.noise == "sampled" else flux
         y, bins, folds = data.y[rows], data.bins[rows], data.folds[rows]
-        gathering.times_good += len(rows) if all_within(error, 0, np.inf) else np.count_nonzero(error, axis=0)
-        gathering.equations.add(x, y, None, bins, folds, error=error, clipped=options.clipped)
-        if gathering.published is not None:
-            gathering.published.add(noisy, y, clipped=True)
-        gathering.rows = here.stop
+        found.times_good += len(rows) if all_within(error, 0, np.inf) else np.count_nonzero(error, axis=0)
+        found.equations.add(x, y, None, bins, folds, error=error, clipped=options.clipped)
+        if found.published is not None:
+            found.published.add(noisy, y, clipped=True)
+        found.rows = here.stop
+        if found.rows in ends:
+            found.equations.end_unit()
+            if found.published is not None:
+                found.published.end_unit()
         if checkpoint is not None and checkpoint.due:
-            checkpoint.save(gathering.rows, gathering.arrays())
-            gathering.saved = gathering.rows
+            checkpoint.save(found.rows, found.arrays())
+            found.saved = found.rows

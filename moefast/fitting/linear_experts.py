@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from moefast.experts.normal_equations import Moments, NormalEquations
 from moefast.experts.ridge import NoisePath, Subspace, principal_subspace, ridge
 from moefast.fitting.options import Options
-from moefast.fitting.training_set import TrainingSet
+from moefast.fitting.training_set import Rows, TrainingSet
 from moefast.mixture import Mixture, n_gate_features
 
 __all__ = [
@@ -126,21 +126,26 @@ def solve(data: TrainingSet, equations: NormalEquations, times_good: F64) -> Sol
 
 def find_levels(data: TrainingSet, noise_shape: F64) -> Levels:
     """Evenly spaced ln s from half the 0.1 % quantile to twice the 99.9 % quantile of the training set."""
-    shape = noise_shape.astype(np.float32)
-    found = []
     sample = data.sample_stretches()
     some = sample[:: max(1, sum(b - a for a, b in sample) // LEVEL_ROWS)]
-    for _, _, error, usable in data.blocks("noise levels", some):
-        chosen = error[usable]
-        # Bad pixels were given zero error; they do not count.
-        n_good = np.count_nonzero(chosen, axis=1)
-        found.append(0.5 * np.log((chosen * chosen / shape).sum(1) / n_good))
-    log_levels = np.concatenate(found)
+    log_levels = np.concatenate(
+        list(data.map_blocks("noise levels", some, _log_levels, noise_shape.astype(np.float32)))
+    )
     low, high = np.quantile(log_levels, [0.001, 0.999])
     margin = np.log(2.0)
     knots = np.linspace(low - margin, high + margin, data.options.n_levels)
     nearest = np.abs(log_levels[:, None] - knots).argmin(1)
     return Levels(knots, np.bincount(nearest, minlength=knots.size) / nearest.size)
+
+
+def _log_levels(data: TrainingSet, block: Rows, shape: F32) -> NDArray:
+    """Ln s of a block's stars."""
+    _, _, error, usable = block
+    chosen = error[usable]
+    # Bad pixels were given zero error; they do not count.
+    n_good = np.count_nonzero(chosen, axis=1)
+    levels: NDArray = 0.5 * np.log((chosen * chosen / shape).sum(1) / n_good)
+    return levels
 
 
 def held_out(

@@ -124,15 +124,15 @@ def train_heads(
     scales = training.scales_of(data.y[rows], level, judges.lines, mixture.knots, grid.metal_poor)
     scales |= {"reference": mixture.reference, "inverse_noise": inverse} if pixels else {"variance": z.var(0)}
     begin = training.scaled(Heads(plan, start(plan, options.seed)), scales)
-    stars: training.Stars
+    stars: training.TrainingStars
     if pixels:
-        stars = training.Pixels(
+        stars = training.StarsInPixels(
             torch, backend, flux, error, level, mixture.reference, inverse, mixture.line_columns,
             mixture.line_widths, LEAST_CONTINUUM,
         )  # fmt: skip
     else:
         covariance = training.component_covariance(mixture.basis, mixture.line_columns, mixture.noise_shape)
-        stars = training.Components(
+        stars = training.StarsInComponents(
             torch, backend, z, windows, level, covariance, mixture.line_widths, LEAST_CONTINUUM
         )
     labels = training.Labels(

@@ -1,4 +1,4 @@
-"""How to fit: the options, and which of them go together."""
+"""How to fit: the options, a group for each stage with the rules that hold in it, and which of them go together."""
 
 from __future__ import annotations
 
@@ -13,7 +13,19 @@ from moefast.gating.tower import Sees
 from moefast.trunks.networks import KINDS, Kind
 from moefast.trunks.presets import SIZES, Size
 
-__all__ = ["RESIDUALS", "STRETCH", "WHOLE", "Noise", "Options"]
+__all__ = [
+    "RESIDUALS",
+    "STRETCH",
+    "WHOLE",
+    "GateOptions",
+    "LinearOptions",
+    "NetworkOptions",
+    "Noise",
+    "NoiseOptions",
+    "Options",
+    "PosteriorOptions",
+    "SampleOptions",
+]
 
 Noise = Literal["closed-form", "sampled", "observed"]
 WHOLE = ("linear", "template", "heads", "posterior")
@@ -24,13 +36,11 @@ STRETCH = 512
 
 
 @dataclass(frozen=True)
-class Options:
-    """How to fit.
+class NoiseOptions:
+    """The noise of the training spectra.
 
     Attributes
     ----------
-    grid : Grid or SnrGrid
-        One expert per bin of T_eff × [M/H], or of snr_norm; a 1 × 1 grid is a global fit.
     noise : "closed-form", "sampled" or "observed"
         Clean flux with noise added to the normal equations in closed form; clean flux with one noise draw per row;
         or flux that is noisy already (`noisy` where a file has it).
@@ -39,87 +49,19 @@ class Options:
     clipped : bool
         Flux is set to zero where it is negative, by the fit and by the model, as published. Noise in closed form is
         that of flux as it is: clipped flux must be sampled or observed.
-    alpha : float, optional
-        Ridge penalty per row, in flux² (scikit-learn's alpha over n), of experts in pixel space that are the same at
-        every noise level. If None, the penalty of each bin is chosen by cross-validation and its expert is solved
-        for each noise level.
-    n_levels : int
-        Noise levels per expert.
-    n_components : int, optional
-        Principal components of a spectrum that experts see at most. If None, as many as their cross-validated R² needs.
-    families : tuple of str
-        Kinds of experts: "linear", "template" (posterior means over a library of templates, stars of the training set,
-        whose evidence is the gate), or, alone, "heads" on one trunk, a network with its own gate, or "posterior",
-        clouds of templates at each star's own noise and gaps. Beside "linear" also any family that is fitted bin by
-        bin, such as "trees" (`moefast.experts.protocol`). Of several, each bin gets the best.
-    n_clouds, n_tangents : int
-        Of a "posterior".
-    n_gravity_bins : int
-        Of a "posterior": the number of bins of log g, in each bin of the grid, whose stars are one cloud each. If 0,
-        clouds are found by k-means instead, and their number is `n_clouds`.
-    slope_widths : tuple of float
-        Of a "posterior": prior widths of Legendre polynomials 1, 2, … of wavelength times the mean spectrum, by which
-        calibration, slope and reddening may change a spectrum. Empty where the calibration can be trusted.
-    sky_width : float
-        Of a "posterior": prior width of residuals of the sky's lines, in standard deviations of the noise where the
-        lines are brightest; 0 where sky subtraction is perfect, as in simulations.
-    beyond : bool
-        Of a "posterior": whether it also holds clouds of stars that are hotter than the training set.
-    trunk : "pca-mlp", "cnn" or "vit"
-        What the network of "heads" is; see `moefast.trunks.networks`.
-    size : "small" or "base"
-        Of that network: for a laptop or for a GPU.
-    steps : int, optional
-        Of its fit; what belongs to the size if None.
-    residuals : tuple of str
-        Kinds of residuals that are tried beside each expert, of "linear", "ridge" and "trees"; see
-        `moefast.experts.residual`.
-    n_gate : int
-        Principal components among the features of the gate, at most.
-    first_tower : bool
-        Whether the gate learns from lines and components. If not, it is the second tower alone.
-    tower : "features" or "quality", optional
-        What a second tower of the gate sees, if there is to be one; see `moefast.gating.tower`.
-    tower_limit : float
-        Largest snr_norm of the stars that the second tower speaks to.
-    n_folds : int
-        Folds for cross-validation and cross-fitting.
-    sample_rows, sample_draws : int
-        Rows, and noise draws of each, for gate and error model, at most; of few rows more draws are taken.
-    references : bool
-        Also fit the published-style ridge that results are compared with; doubles the work of the first pass.
-    seed : int
     """
 
-    grid: Grid | SnrGrid = field(default_factory=Grid)
     noise: Noise = "closed-form"
     noise_level: float = 1.0
     clipped: bool = False
-    alpha: float | None = None
-    n_levels: int = 8
-    n_components: int | None = None
-    families: tuple[str, ...] = ("linear",)
-    n_clouds: int = 440
-    n_tangents: int = 5
-    n_gravity_bins: int = 0
-    slope_widths: tuple[float, ...] = ()
-    sky_width: float = 0.0
-    beyond: bool = False
-    trunk: Kind = "pca-mlp"
-    size: Size = "small"
-    steps: int | None = None
-    residuals: tuple[str, ...] = ()
-    n_gate: int = 48
-    first_tower: bool = True
-    tower: Sees | None = None
-    tower_limit: float = math.inf
-    n_folds: int = 3
-    sample_rows: int = 120_000
-    sample_draws: int = 24
-    references: bool = True
-    seed: int = 0
 
-    def __post_init__(self) -> None:
+    @property
+    def noise_inside(self) -> float:
+        """Mean squared noise level that the totals contain: those of noisy rows hold the noise already."""
+        return 0.0 if self.noise == "closed-form" else 1.0
+
+    def check_noise(self) -> None:
+        """Raise `InputError` unless these options go together."""
         if self.noise not in get_args(Noise):
             raise InputError(f"noise must be one of {get_args(Noise)}, found {self.noise!r}")
         if not self.noise_level > 0:
@@ -128,33 +70,140 @@ class Options:
             raise InputError("observed spectra have the noise they have; leave the noise level at 1")
         if self.clipped and self.noise == "closed-form":
             raise InputError("noise in closed form is that of flux as it is; clip sampled or observed flux")
+
+
+@dataclass(frozen=True)
+class LinearOptions:
+    """Linear experts.
+
+    Attributes
+    ----------
+    alpha : float, optional
+        Ridge penalty per row, in flux² (scikit-learn's alpha over n), of experts in pixel space that are the same at
+        every noise level. If None, the penalty of each bin is chosen by cross-validation and its expert is solved
+        for each noise level.
+    n_levels : int
+        Noise levels per expert.
+    n_components : int, optional
+        Principal components of a spectrum that experts see at most. If None, as many as their cross-validated R² needs.
+    n_folds : int
+        Folds for cross-validation and cross-fitting.
+    """
+
+    alpha: float | None = None
+    n_levels: int = 8
+    n_components: int | None = None
+    n_folds: int = 3
+
+    def check_linear(self) -> None:
+        """Raise `InputError` unless these options make sense."""
         if self.alpha is not None and not self.alpha > 0:
             raise InputError(f"alpha must be positive, or None to have it chosen; found {self.alpha}")
         if self.n_folds < 2 or self.n_levels < 2:
             raise InputError("at least two folds and two noise levels are needed")
-        self._check_families()
+        if self.n_components is not None and self.n_components < 1:
+            raise InputError(f"at least one component is needed; found {self.n_components}")
+
+
+@dataclass(frozen=True)
+class PosteriorOptions:
+    """A "posterior".
+
+    Attributes
+    ----------
+    n_clouds, n_tangents : int
+        Clouds, and tangents of each.
+    n_coordinates : int, optional
+        Coordinates in which clouds are told, those that say most of log g; as many as components by default. Time grows
+        with their square.
+    n_gravity_bins : int
+        The number of bins of log g, in each bin of the grid, whose stars are one cloud each. If 0, clouds are found by
+        k-means instead, and their number is `n_clouds`.
+    slope_widths : tuple of float
+        Prior widths of Legendre polynomials 1, 2, … of wavelength times the mean spectrum, by which calibration, slope
+        and reddening may change a spectrum. Empty where the calibration can be trusted.
+    sky_width : float
+        Prior width of residuals of the sky's lines, in standard deviations of the noise where the lines are brightest;
+        0 where sky subtraction is perfect, as in simulations.
+    beyond : bool
+        Whether it also holds clouds of stars that are hotter than the training set.
+    """
+
+    n_clouds: int = 440
+    n_tangents: int = 5
+    n_coordinates: int | None = None
+    n_gravity_bins: int = 0
+    slope_widths: tuple[float, ...] = ()
+    sky_width: float = 0.0
+    beyond: bool = False
+
+    def check_posterior(self) -> None:
+        """Raise `InputError` unless these options make sense."""
+        if (
+            self.n_clouds < 1
+            or self.n_tangents < 0
+            or (self.n_coordinates is not None and self.n_coordinates < 1)
+            or self.n_gravity_bins < 0
+            or not all(0 < width < math.inf for width in self.slope_widths)
+        ):
+            raise InputError(
+                "clouds, tangents, coordinates, bins of log g and positive widths of slopes expected; found "
+                f"{self.n_clouds}, {self.n_tangents}, {self.n_coordinates}, {self.n_gravity_bins}, {self.slope_widths}"
+            )
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """The network of "heads".
+
+    Attributes
+    ----------
+    trunk : "pca-mlp", "cnn" or "vit"
+        What it is; see `moefast.trunks.networks`.
+    size : "small" or "base"
+        For a laptop or for a GPU.
+    steps : int, optional
+        Number of training steps; the default depends on `size`.
+    """
+
+    trunk: Kind = "pca-mlp"
+    size: Size = "small"
+    steps: int | None = None
+
+    def check_network(self) -> None:
+        """Raise `InputError` unless these options make sense."""
         if self.trunk not in KINDS or self.size not in SIZES or (self.steps is not None and self.steps < 1):
             raise InputError(
                 f"a trunk is one of {', '.join(KINDS)}, its size one of {', '.join(SIZES)}, its steps positive; found "
                 f"{self.trunk!r}, {self.size!r}, {self.steps}"
             )
-        if self.families != ("linear",) and (self.alpha is not None or self.noise != "closed-form"):
-            raise InputError(
-                "templates, trees and networks need clean training spectra, with noise in closed form, and experts in "
-                "principal components; for other spectra fit phys-moe"
-            )
-        if (
-            self.n_clouds < 1
-            or self.n_tangents < 0
-            or self.n_gravity_bins < 0
-            or not all(0 < width < math.inf for width in self.slope_widths)
-        ):
-            raise InputError(
-                "clouds, tangents, bins of log g and positive widths of slopes expected; found "
-                f"{self.n_clouds}, {self.n_tangents}, {self.n_gravity_bins}, {self.slope_widths}"
-            )
-        if set(self.residuals) - set(RESIDUALS):
-            raise InputError(f"residuals must be of {', '.join(RESIDUALS)}; found {self.residuals}")
+
+
+@dataclass(frozen=True)
+class GateOptions:
+    """The gate.
+
+    Attributes
+    ----------
+    n_gate : int
+        Principal components among the features of the gate, at most.
+    first_tower : bool
+        Whether the gate learns from lines and components. If not, it is the second tower alone.
+    tower : "features" or "quality", optional
+        What a second tower of the gate sees, if there is to be one; see `moefast.gating.tower`.
+    tower_limit : float
+        Largest snr_norm of the stars that the second tower is applied to.
+    """
+
+    n_gate: int = 48
+    first_tower: bool = True
+    tower: Sees | None = None
+    tower_limit: float = math.inf
+
+    def check_gate(self) -> None:
+        """Raise `InputError` unless these options go together."""
+        if self.n_gate < 1:
+            raise InputError(f"at least one component, also for the gate, is needed; found {self.n_gate}")
         if self.tower not in (None, *get_args(Sees)) or not self.tower_limit > 0:
             raise InputError(
                 f"a second tower sees one of {get_args(Sees)} up to a positive snr_norm; "
@@ -162,16 +211,65 @@ class Options:
             )
         if not self.first_tower and (self.tower is None or self.tower_limit < math.inf):
             raise InputError("a gate without its first tower needs a second one without a limit")
-        if (isinstance(self.grid, SnrGrid) or self.tower is not None) and self.families != ("linear",):
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """The sample of the second pass, for gate and error model.
+
+    Attributes
+    ----------
+    sample_rows, sample_draws : int
+        Rows, and noise draws of each, at most; of few rows more draws are taken.
+    """
+
+    sample_rows: int = 120_000
+    sample_draws: int = 24
+
+    def check_sample(self) -> None:
+        """Raise `InputError` unless there is a sample."""
+        if self.sample_rows < STRETCH or self.sample_draws < 1:
             raise InputError(
-                "experts by snr_norm and gates of two towers are for linear experts; choose one or the other"
+                f"at least {STRETCH} sample rows and one draw are needed; found {self.sample_rows}, {self.sample_draws}"
             )
-        few = self.n_components is not None and self.n_components < 1
-        if few or self.n_gate < 1 or self.sample_rows < STRETCH or self.sample_draws < 1:
-            raise InputError(
-                f"at least one component, also for the gate, {STRETCH} sample rows and one draw are needed; found "
-                f"{self.n_components}, {self.n_gate}, {self.sample_rows}, {self.sample_draws}"
-            )
+
+
+@dataclass(frozen=True)
+class Options(NoiseOptions, LinearOptions, PosteriorOptions, NetworkOptions, GateOptions, SampleOptions):
+    """How to fit: the options of all stages, and what is to be fitted.
+
+    Attributes
+    ----------
+    grid : Grid or SnrGrid
+        One expert per bin of T_eff × [M/H], or of snr_norm; a 1 × 1 grid is a global fit.
+    families : tuple of str
+        Kinds of experts: "linear", "template" (posterior means over a library of templates, stars of the training set,
+        whose evidence is the gate), or, alone, "heads" on one trunk, a network with its own gate, or "posterior",
+        clouds of templates at each star's own noise and gaps. Beside "linear" also any family that is fitted bin by
+        bin, such as "trees" (`moefast.experts.protocol`). Of several, each bin gets the best.
+    residuals : tuple of str
+        Kinds of residuals that are tried beside each expert, of "linear", "ridge" and "trees"; see
+        `moefast.experts.residual`.
+    references : bool
+        Also fit the published-style ridge that results are compared with; doubles the work of the first pass.
+    seed : int
+    """
+
+    grid: Grid | SnrGrid = field(default_factory=Grid)
+    families: tuple[str, ...] = ("linear",)
+    residuals: tuple[str, ...] = ()
+    references: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.check_noise()
+        self.check_linear()
+        self._check_families()
+        self.check_network()
+        self.check_posterior()
+        self.check_gate()
+        self.check_sample()
+        self._check_together()
 
     def _check_families(self) -> None:
         named, own = set(self.families), fitted_in_bins()
@@ -182,8 +280,19 @@ class Options:
                 f"families must be of {', '.join((*WHOLE, *sorted(own)))}, linear among them if several or one of "
                 f"{', '.join(sorted(own))}, heads and posterior alone; found {self.families}"
             )
+        if set(self.residuals) - set(RESIDUALS):
+            raise InputError(f"residuals must be of {', '.join(RESIDUALS)}; found {self.residuals}")
 
-    @property
-    def noise_inside(self) -> float:
-        """Mean squared noise level that the totals contain: those of noisy rows hold the noise already."""
-        return 0.0 if self.noise == "closed-form" else 1.0
+    def _check_together(self) -> None:
+        """What the families ask of the other groups."""
+        if self.families == ("linear",):
+            return
+        if self.alpha is not None or self.noise != "closed-form":
+            raise InputError(
+                "templates, trees and networks need clean training spectra, with noise in closed form, and experts in "
+                "principal components; for other spectra fit phys-moe"
+            )
+        if isinstance(self.grid, SnrGrid) or self.tower is not None:
+            raise InputError(
+                "experts by snr_norm and gates of two towers are for linear experts; choose one or the other"
+            )

@@ -22,7 +22,7 @@ from moefast.core.metrics import r2
 from moefast.core.random import add_noise, fold_of_rows, uniforms_of_rows
 from moefast.fitting.error_model import Z_95, balanced_factor
 from moefast.fitting.families import LIBRARY_ROWS
-from moefast.fitting.training_set import TrainingSet
+from moefast.fitting.training_set import Rows, TrainingSet
 from moefast.gating.mlp import as_float32, fit_error_model
 from moefast.mixture import Mixture
 from moefast.posterior import LABELS, PosteriorMixture, fit_clouds, sky_residuals, slopes
@@ -88,7 +88,8 @@ def fit_posterior(data: TrainingSet, mixture: Mixture) -> tuple[PosteriorMixture
     arrays = fit_clouds(
         stars.z, values[rows], data.bins[rows], options.grid.n_bins, basis=mixture.basis.astype(np.float64),
         reference=reference, noise_shape=noise_shape, n_clouds=options.n_clouds, n_tangents=options.n_tangents,
-        n_gravity_bins=options.n_gravity_bins, velocity=velocity, beyond=options.beyond, seed=options.seed,
+        n_coordinates=options.n_coordinates, n_gravity_bins=options.n_gravity_bins, velocity=velocity,
+        beyond=options.beyond, seed=options.seed,
     )  # fmt: skip
     step()
     sky = sky_residuals(mixture.wave, noise_shape, options.sky_width)
@@ -121,33 +122,13 @@ def _calibrate(
     data: TrainingSet, mixture: PosteriorMixture, values: F64
 ) -> tuple[PosteriorMixture, dict[str, Any]]:
     """The error model, the factors of the other labels, and the limits of stars like the training set."""
-    parts: list[tuple[NDArray, ...]] = []
-    gaps = _gaps(data)
-    names = tuple(gaps)
+    names = tuple(_gaps(data))
     stretches = data.sample_stretches()
     total = sum(b - a for a, b in stretches)
     draws = int(np.clip(CALIBRATION_ROWS // total, 1, data.options.sample_draws))
     thin = max(1, total * draws // CALIBRATION_ROWS)
-    for here, flux, error, usable in data.blocks("calibration", stretches):
-        rows = np.arange(here.start, here.stop)
-        chosen = usable & (rows % thin == 0)
-        rows, clean, sigma = rows[chosen], flux[chosen], error[chosen]
-        for draw in range(draws):
-            x = add_noise(
-                clean + _nuisances(mixture, sigma, rows, draw), sigma, data.options.seed + 1 + draw, rows
-            )
-            kind = _kind_of(rows, len(gaps), data.options.seed + 2000 + draw)
-            lost = np.zeros(x.shape, bool)
-            for k in np.unique(kind):
-                mine = kind == k
-                lost[mine] = gaps[names[k]](mixture.wave, rows[mine], data.options.seed + draw)
-            found = mixture.outputs(x, np.where(sigma > 0, sigma, np.nan), lost)
-            parts.append((
-                rows, kind, found["error_features"], found["label"], found["label_sd"], found["chi2"][:, 0],
-                found["distance"][:, 0], found["strength"][:, 0], found["log_level"][:, 0],
-                found["weights"][:, mixture.n_experts :].sum(1),
-                found["expert_label"][np.arange(len(rows)), data.bins[rows]],
-            ))  # fmt: skip
+    drawn = data.map_blocks("calibration", stretches, _draws_of, mixture, draws, thin)
+    parts = [part for block in drawn for part in block]
     rows, kind, features, label, sd, chi2, distance, strength, level, foreign, by_true_expert = (
         np.concatenate(column) for column in zip(*parts, strict=True)
     )
@@ -203,6 +184,36 @@ def _calibrate(
         },
     }
     return mixture, summary
+
+
+def _draws_of(
+    data: TrainingSet, block: Rows, mixture: PosteriorMixture, draws: int, thin: int
+) -> list[tuple[NDArray, ...]]:
+    """What the mixture says of all draws of a block's stars."""
+    gaps = _gaps(data)
+    names = tuple(gaps)
+    here, flux, error, usable = block
+    rows = np.arange(here.start, here.stop)
+    chosen = usable & (rows % thin == 0)
+    rows, clean, sigma = rows[chosen], flux[chosen], error[chosen]
+    parts = []
+    for draw in range(draws):
+        x = add_noise(
+            clean + _nuisances(mixture, sigma, rows, draw), sigma, data.options.seed + 1 + draw, rows
+        )
+        kind = _kind_of(rows, len(gaps), data.options.seed + 2000 + draw)
+        lost = np.zeros(x.shape, bool)
+        for k in np.unique(kind):
+            mine = kind == k
+            lost[mine] = gaps[names[k]](mixture.wave, rows[mine], data.options.seed + draw)
+        found = mixture.outputs(x, np.where(sigma > 0, sigma, np.nan), lost)
+        parts.append((
+            rows, kind, found["error_features"], found["label"], found["label_sd"], found["chi2"][:, 0],
+            found["distance"][:, 0], found["strength"][:, 0], found["log_level"][:, 0],
+            found["weights"][:, mixture.n_experts :].sum(1),
+            found["expert_label"][np.arange(len(rows)), data.bins[rows]],
+        ))  # fmt: skip
+    return parts
 
 
 def _nuisances(mixture: PosteriorMixture, error: NDArray, rows: NDArray[np.int64], draw: int) -> NDArray:

@@ -6,15 +6,13 @@ same first pass; linear experts on one noise draw per star, instead of noise in 
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 from numpy.typing import NDArray
 
 from moefast.experts.linear_form import LinearForm
 from moefast.experts.normal_equations import NormalEquations
 from moefast.experts.ridge import NoisePath, ridge
-from moefast.fitting.first_pass import gather
+from moefast.fitting.first_pass import Gathered
 from moefast.fitting.linear_experts import Solved, solve
 from moefast.fitting.training_set import TrainingSet
 
@@ -88,9 +86,8 @@ def reference_forms(
     return forms
 
 
-def sampled_oracle(data: TrainingSet, backend: Literal["cpu", "cuda"]) -> LinearForm:
+def sampled_oracle(data: TrainingSet, gathered: Gathered) -> LinearForm:
     """The linear experts of a training set alone, with no second pass."""
-    gathered = gather(data, None, backend)
     solved = solve(data, gathered.equations, gathered.times_good)
     weights = np.einsum("pc,kmc->pkm", solved.experts.columns, solved.experts.weights, optimize=True)
     knots = solved.levels.knots.astype(np.float32)

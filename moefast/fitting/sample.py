@@ -7,28 +7,32 @@ same. `draw_faint` lends the errors of the few faint stars to all others.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moefast.core.random import add_noise
-from moefast.experts.protocol import Inputs
+from moefast.experts.protocol import Inputs, on_flux
 from moefast.fitting.linear_experts import LinearExperts
-from moefast.fitting.training_set import TrainingSet
+from moefast.fitting.options import WHOLE
+from moefast.fitting.training_set import Rows, TrainingSet
 from moefast.gating.tower import quality_logs
 from moefast.kernels import Projected, perceptron, project, tangent_posterior
 from moefast.kernels.reference import hat_weights, prepare_reference
 from moefast.mixture import Mixture
 from moefast.trunks.heads import Heads
 
-__all__ = ["Faint", "Sample", "draw_faint", "draw_sample"]
+__all__ = ["Faint", "Sample", "draw_faint", "draw_sample", "flux_of_sample"]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
 NOISY_ROWS = 600_000
 """Noisy rows for gate and error model: a gate of fifty features gains until there are some hundred thousand."""
+ROWS_WITH_FLUX = 60_000
+"""The same where an expert sees pixels: a network takes a millisecond for each."""
 TOWER_ROWS = 800_000
 """Noisy rows of a tower for faint stars."""
 
@@ -99,19 +103,9 @@ def draw_sample(data: TrainingSet, mixture: Mixture, experts: LinearExperts) -> 
         With its library or network, which have not seen the sample.
     experts : LinearExperts
     """
-    options = data.options
     stretches = data.sample_stretches()
-    n = sum(b - a for a, b in stretches)
-    draws = 1 if options.noise == "observed" else int(np.clip(NOISY_ROWS // n, 1, options.sample_draws))
-    parts: list[tuple] = []
-    for here, flux, error, usable in data.blocks("gate sample", stretches):
-        rows = np.arange(here.start, here.stop)[usable]
-        flux, error = flux[usable], error[usable]
-        quality = quality_logs(error, error > 0) if options.tower == "quality" else np.empty((len(rows), 0))
-        for draw in range(draws):
-            one = _draw(data, mixture, experts, rows, flux, error, draw)
-            seen = (one.projected.snr_norm, quality, *one.inputs[:3])
-            parts.append((one.features, one.chi2, rows, one.values, one.noise, *seen, *one.of_network))
+    drawn = data.map_blocks("gate sample", stretches, _sample_of, mixture, experts, _draws(data))
+    parts = [part for block in drawn for part in block]
     features, chi2, rows, values, noise, snr_norm, quality, z, level, lines, *of_network = (
         np.concatenate(columns) for columns in zip(*parts, strict=True)
     )
@@ -132,6 +126,54 @@ def draw_sample(data: TrainingSet, mixture: Mixture, experts: LinearExperts) -> 
     return sample
 
 
+def _draws(data: TrainingSet) -> int:
+    """Noise draws of each star of the sample."""
+    options = data.options
+    if options.noise == "observed":
+        return 1
+    n = sum(b - a for a, b in data.sample_stretches())
+    bounded = any(on_flux(name) for name in options.families if name not in WHOLE)
+    most = ROWS_WITH_FLUX if bounded else NOISY_ROWS
+    return int(np.clip(most // n, 1, options.sample_draws))
+
+
+def flux_of_sample(data: TrainingSet, stage: str) -> Iterator[tuple[slice, F32]]:
+    """The noisy flux of the sample again, which is too large to be kept: places in it, and flux (n, p).
+
+    Parameters
+    ----------
+    data : TrainingSet
+    stage : str
+        Name of the stage.
+    """
+    first, draws = 0, _draws(data)
+    for here, flux, error, usable in data.blocks(stage, data.sample_stretches()):
+        rows = np.arange(here.start, here.stop)[usable]
+        clean, sigma = flux[usable], error[usable]
+        for draw in range(draws):
+            yield (
+                slice(first, first + len(rows)),
+                add_noise(clean, sigma, data.options.seed + 1 + draw, rows),
+            )
+            first += len(rows)
+
+
+def _sample_of(
+    data: TrainingSet, block: Rows, mixture: Mixture, experts: LinearExperts, draws: int
+) -> list[tuple[NDArray, ...]]:
+    """All draws of a block's stars."""
+    here, flux, error, usable = block
+    rows = np.arange(here.start, here.stop)[usable]
+    flux, error = flux[usable], error[usable]
+    quality = quality_logs(error, error > 0) if data.options.tower == "quality" else np.empty((len(rows), 0))
+    parts = []
+    for draw in range(draws):
+        one = _draw(data, mixture, experts, rows, flux, error, draw)
+        seen = (one.projected.snr_norm, quality, *one.inputs[:3])
+        parts.append((one.features, one.chi2, rows, one.values, one.noise, *seen, *one.of_network))
+    return parts
+
+
 def draw_faint(data: TrainingSet, mixture: Mixture, experts: LinearExperts) -> Faint:
     """The sample's stars with the errors of stars below the tower's limit, each that of another in every draw.
 
@@ -143,20 +185,31 @@ def draw_faint(data: TrainingSet, mixture: Mixture, experts: LinearExperts) -> F
     nothing = np.empty((0, options.grid.n_bins), np.float32)
     seen = np.empty((0, len(mixture.gate[0])), np.float32)
     parts = [Faint(np.empty(0, np.int64), seen, nothing, nothing)]
-    for here, flux, error, usable in data.blocks("faint stars", stretches):
-        rows = np.arange(here.start, here.stop)[usable]
-        faint = np.flatnonzero(usable & (data.snr_norm(flux, error) <= options.tower_limit))
-        if not faint.size:
-            continue
-        rng = np.random.default_rng([options.seed, here.start])
-        for draw in range(draws):
-            lent = error[rng.choice(faint, len(rows))]
-            x = np.where(lent > 0, flux[usable], data.reference.astype(np.float32))
-            one = _draw(data, mixture, experts, rows, x, lent, options.sample_draws + draw)
-            below = one.projected.snr_norm <= options.tower_limit
-            features, values = one.features[below], one.values[below].astype(np.float32)
-            parts.append(Faint(rows[below], features, values, perceptron(features, mixture.gate)))
+    for block in data.map_blocks("faint stars", stretches, _faint_of, mixture, experts, draws):
+        parts += block
     return Faint(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+
+def _faint_of(
+    data: TrainingSet, block: Rows, mixture: Mixture, experts: LinearExperts, draws: int
+) -> list[Faint]:
+    """All draws of a block's stars that came out faint."""
+    here, flux, error, usable = block
+    options = data.options
+    rows = np.arange(here.start, here.stop)[usable]
+    faint = np.flatnonzero(usable & (data.snr_norm(flux, error) <= options.tower_limit))
+    if not faint.size:
+        return []
+    rng = np.random.default_rng([options.seed, here.start])
+    parts = []
+    for draw in range(draws):
+        lent = error[rng.choice(faint, len(rows))]
+        x = np.where(lent > 0, flux[usable], data.reference.astype(np.float32))
+        one = _draw(data, mixture, experts, rows, x, lent, options.sample_draws + draw)
+        below = one.projected.snr_norm <= options.tower_limit
+        features, values = one.features[below], one.values[below].astype(np.float32)
+        parts.append(Faint(rows[below], features, values, perceptron(features, mixture.gate)))
+    return parts
 
 
 def _draw(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,23 +18,27 @@ from moefast.core.errors import InputError, LabelError, WaveGridError
 from moefast.core.grids import Grid, SnrGrid
 from moefast.core.progress import StageProgress
 from moefast.core.random import add_noise, fold_of_rows
-from moefast.experts.protocol import Inputs
+from moefast.core.threads import CORES, map_in_order, one_blas_thread
+from moefast.experts.exact_sums import Scales
+from moefast.experts.protocol import CleanStars, Inputs
 from moefast.fitting.options import STRETCH, Options
 from moefast.gating.features import line_columns
 from moefast.kernels import all_within, project
 from moefast.mixture import Mixture
 from moefast.spectra.quality import good_pixels
+from moefast.spectra.source import SpectrumSource
 
-if TYPE_CHECKING:
-    from moefast.simulate.source import SimulatedSpectra
-    from moefast.spectra.spectrum_set import SpectrumSet
-
-__all__ = ["BLOCK_ROWS", "TrainingSet"]
+__all__ = ["BLOCK_ROWS", "Rows", "TrainingSet"]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
+Rows = tuple[slice, F32, F32, NDArray]
+"""A block: which rows, flux, error, and which of them are usable."""
+Result = TypeVar("Result")
 
 BLOCK_ROWS = 2048
+MOST_BLOCKS = 8
+"""Blocks that are worked on at the same time at most: each takes some hundred megabytes."""
 CHOICE_ROWS = 8_000
 """Noisy stars on which the size of a library is chosen, and a network judged."""
 LARGEST_RATIO = 1e3
@@ -46,7 +50,7 @@ class TrainingSet:
 
     Parameters
     ----------
-    spectra : SpectrumSet or SimulatedSpectra
+    spectra : SpectrumSource
         With labels T_eff [K], log_g [dex], M_H [dex].
     options : Options
     progress : callable
@@ -67,6 +71,8 @@ class TrainingSet:
         What stands in bad pixels, and is subtracted from spectra.
     largest_error : float
         That still counts. The first pass sets it and the reference; nothing can be read before.
+    scales : Scales
+        Of exact sums over all rows; set with the reference.
 
     Raises
     ------
@@ -80,10 +86,9 @@ class TrainingSet:
 
     reference: F64
     largest_error: float
+    scales: Scales
 
-    def __init__(
-        self, spectra: SpectrumSet | SimulatedSpectra, options: Options, progress: StageProgress
-    ) -> None:
+    def __init__(self, spectra: SpectrumSource, options: Options, progress: StageProgress) -> None:
         self.spectra, self.options, self.progress = spectra, options, progress
         labels = spectra.labels(("T_eff", "log_g", "M_H"), partial=True)
         self.labelled: NDArray[np.bool_] = np.isfinite(np.sum([*labels.values()], axis=0))
@@ -123,9 +128,7 @@ class TrainingSet:
 
     # -- reading ------------------------------------------------------------------------------------------------
 
-    def blocks(
-        self, stage: str, rows: list[tuple[int, int]] | None = None, done: int = 0
-    ) -> Iterator[tuple[slice, F32, F32, NDArray]]:
+    def blocks(self, stage: str, rows: list[tuple[int, int]] | None = None, done: int = 0) -> Iterator[Rows]:
         """Rows with labels and at least half of their pixels good; bad pixels hold the reference and no variance.
 
         `done` rows of the stage were done before.
@@ -158,6 +161,19 @@ class TrainingSet:
                 done += len(block)
                 self.progress(stage, done, total)
 
+    def map_blocks(
+        self, stage: str, rows: list[tuple[int, int]], work: Callable[..., Result], *arguments: Any
+    ) -> Iterator[Result]:
+        """What `work(self, block, *arguments)` gives for the blocks of `blocks`, in order, some blocks at a time.
+
+        `work` is a function of a module, which depends on nothing else: others may do it elsewhere. BLAS has one thread
+        for each block, so that no bit depends on the number of cores.
+        """
+        with one_blas_thread():
+            yield from map_in_order(
+                lambda block: work(self, block, *arguments), self.blocks(stage, rows), min(CORES, MOST_BLOCKS)
+            )
+
     def snr_norm(self, flux: F32, error: F32) -> F64:
         """‖flux‖/‖error‖ over good pixels; of clean flux, as it is expected with noise. 0 without good pixels."""
         signal = np.einsum("np,np->n", np.where(error > 0, flux, 0), flux, dtype=np.float64)
@@ -173,13 +189,17 @@ class TrainingSet:
         """
         n, p = self.spectra.n_rows, self.spectra.n_pixels
         self.reference, self.largest_error = np.zeros(p), np.inf
-        total, count, errors = np.zeros(p), np.zeros(p), []
+        total, square, variance, count = np.zeros(p), np.zeros(p), np.zeros(p), np.zeros(p)
+        errors = []
         starts = np.unique(np.linspace(0, max(0, n - 64), 8).astype(int))
         for _, flux, error, usable in self.blocks(
             "mean spectrum", [(int(a), min(int(a) + 64, n)) for a in starts]
         ):
             good = error[usable] > 0
-            total += np.where(good, flux[usable], 0).sum(0, dtype=np.float64)
+            shown = np.where(good, flux[usable], 0)
+            total += shown.sum(0, dtype=np.float64)
+            square += (shown.astype(np.float64) ** 2).sum(0)
+            variance += (error[usable].astype(np.float64) ** 2).sum(0)
             count += good.sum(0)
             errors.append(error[usable][good])
         if not count.any():
@@ -189,6 +209,9 @@ class TrainingSet:
         mean = np.divide(total, count, where=count > 0, out=np.full(p, np.nan))
         self.reference = np.where(count > 0, mean, np.nanmedian(mean))
         self.largest_error = float(LARGEST_RATIO * np.median(np.concatenate(errors)))
+        often = np.maximum(count, 1)
+        square, variance = np.maximum(square / often - (total / often) ** 2, 0), variance / often
+        self.scales = Scales.of(n, square + variance, variance, float(np.abs(self.y).max()))
 
     def inputs(
         self,
@@ -198,18 +221,32 @@ class TrainingSet:
         *,
         noisy: bool,
         flux: bool = False,
+        bin_: int | None = None,
     ) -> tuple[Inputs, NDArray[np.int64]]:
-        """What experts that are not linear see of stars, and their rows; `noisy` with the noise of their first draw."""
-        parts = []
-        for here, x, sigma, usable in self.blocks(stage, stretches):
-            rows = np.arange(here.start, here.stop)[usable]
-            x, sigma = x[usable], sigma[usable]
-            if noisy:
-                x = add_noise(x, sigma, self.options.seed + 1, rows)
-            found = mixture.inputs(project(x, sigma, None, mixture.projection))
-            parts.append((*found[:3], x if flux else x[:, :0], rows))
+        """What experts that are not linear see of stars, and their rows; `noisy` with the noise of their first draw.
+
+        Of one bin alone if `bin_` is given.
+        """
+        parts = self.map_blocks(stage, stretches, _inputs_of, mixture, noisy, flux, bin_)
         z, level, lines, whole, rows = (np.concatenate(column) for column in zip(*parts, strict=True))
         return Inputs(z, level, lines, whole if flux else None), rows
+
+    def clean_stars(
+        self, mixture: Mixture, stage: str, stretches: list[tuple[int, int]], bin_: int
+    ) -> tuple[CleanStars, NDArray[np.int64]]:
+        """Flux without noise and errors of the stars of one bin that are whole, and their rows."""
+        parts = []
+        for here, x, sigma, usable in self.blocks(stage, stretches):
+            # A pixel without variance is a bad one, and a network that draws noise would learn its value.
+            usable &= (self.bins[here] == bin_) & (sigma > 0).all(1)
+            parts.append((x[usable], sigma[usable], np.arange(here.start, here.stop)[usable]))
+        flux, error, rows = (np.concatenate(column) for column in zip(*parts, strict=True))
+        if len(rows) < 2:
+            raise InputError(
+                f"{self.spectra.shards[0].path}: a family that draws noise itself needs stars without bad pixels; "
+                f"found {len(rows)} in bin {bin_}; leave that family out, or fit spectra without gaps"
+            )
+        return CleanStars(flux, error, mixture.reference, mixture.noise_shape), rows
 
     # -- which rows are for what --------------------------------------------------------------------------------
 
@@ -246,3 +283,18 @@ class TrainingSet:
     def part_of(self, rows: NDArray[np.int64]) -> NDArray[np.integer]:
         """Tenth of the stars that a row belongs to: 0 only measures, 1 and 2 decide when to stop, the others train."""
         return fold_of_rows(rows, 10, self.options.seed + 1000)
+
+
+def _inputs_of(
+    data: TrainingSet, block: Rows, mixture: Mixture, noisy: bool, flux: bool, bin_: int | None
+) -> tuple[NDArray, ...]:
+    """Inputs of a block's stars, or of those of one bin, their flux if asked for, and their rows."""
+    here, x, sigma, usable = block
+    if bin_ is not None:
+        usable = usable & (data.bins[here] == bin_)
+    rows = np.arange(here.start, here.stop)[usable]
+    x, sigma = x[usable], sigma[usable]
+    if noisy:
+        x = add_noise(x, sigma, data.options.seed + 1, rows)
+    found = mixture.inputs(project(x, sigma, None, mixture.projection))
+    return (*found[:3], x if flux else x[:, :0], rows)

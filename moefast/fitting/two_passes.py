@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -12,8 +13,8 @@ from moefast.core.progress import SAMPLED, StageProgress
 from moefast.experts.linear_form import LinearForm
 from moefast.experts.template import Templates
 from moefast.fitting.error_model import train_error_model
-from moefast.fitting.families import choose_families, make_library
-from moefast.fitting.first_pass import gather
+from moefast.fitting.families import check_installed, choose_families, make_library
+from moefast.fitting.first_pass import Gathered, gather
 from moefast.fitting.gate import train_gate
 from moefast.fitting.linear_experts import mixture_of, solve
 from moefast.fitting.network import check_network, train_heads
@@ -26,14 +27,26 @@ from moefast.fitting.training_set import TrainingSet
 from moefast.gating.mlp import softmax
 from moefast.mixture import Mixture
 from moefast.posterior import PosteriorMixture
+from moefast.spectra.source import SpectrumSource
 
-if TYPE_CHECKING:
-    from moefast.simulate.source import SimulatedSpectra
-    from moefast.spectra.spectrum_set import SpectrumSet
-
-__all__ = ["Fit", "fit_mixture"]
+__all__ = ["HERE", "Fit", "Passes", "fit_mixture"]
 
 CHI2_QUANTILE = 0.999
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Who reads the rows: this process, unless others do.
+
+    `training_set` makes the rows of a fit, `first_pass` gives what its first pass gathers from them; arguments and
+    results are those of `TrainingSet` and `moefast.fitting.first_pass.gather`.
+    """
+
+    training_set: Callable[..., TrainingSet] = TrainingSet
+    first_pass: Callable[..., Gathered] = gather
+
+
+HERE = Passes()
 
 
 @dataclass(frozen=True)
@@ -46,17 +59,18 @@ class Fit:
 
 
 def fit_mixture(
-    spectra: SpectrumSet | SimulatedSpectra,
+    spectra: SpectrumSource,
     options: Options,
     progress: StageProgress | None = None,
     checkpoint: Checkpoint | None = None,
     backend: Literal["cpu", "cuda"] = "cpu",
+    passes: Passes = HERE,
 ) -> Fit:
     """Fit a mixture of linear experts, its gate and its error model.
 
     Parameters
     ----------
-    spectra : SpectrumSet or SimulatedSpectra
+    spectra : SpectrumSource
         With labels T_eff [K], log_g [dex], M_H [dex].
     options : Options
     progress : callable, optional
@@ -65,6 +79,8 @@ def fit_mixture(
         Where the first pass is kept; goes on from what is there, on a CPU with the same bits. The caller removes it.
     backend : "cpu" or "cuda"
         Where the normal equations are gathered.
+    passes : Passes
+        Who reads the rows.
 
     Raises
     ------
@@ -78,22 +94,28 @@ def fit_mixture(
         There is no usable GPU, or its memory is too small.
     """
     report = progress or (lambda *_: None)
-    found = _both_passes(TrainingSet(spectra, options, report), checkpoint, backend)
+    found = _both_passes(passes.training_set(spectra, options, report), passes, checkpoint, backend)
     if len(options.families) > 1 and options.references and options.noise == "closed-form":
         # What the choice of families is compared with: one noise draw per star, as published.
         sampled = replace(options, noise="sampled", families=("linear",), references=False)
-        again = TrainingSet(spectra, sampled, lambda stage, *steps: report(f"{stage}{SAMPLED}", *steps))
-        found.references["oracle-ridge, sampled"] = sampled_oracle(again, backend)
+        again = passes.training_set(
+            spectra, sampled, lambda stage, *steps: report(f"{stage}{SAMPLED}", *steps)
+        )
+        gathered = passes.first_pass(again, None, backend)
+        found.references["oracle-ridge, sampled"] = sampled_oracle(again, gathered)
     return found
 
 
-def _both_passes(data: TrainingSet, checkpoint: Checkpoint | None, backend: Literal["cpu", "cuda"]) -> Fit:
+def _both_passes(
+    data: TrainingSet, passes: Passes, checkpoint: Checkpoint | None, backend: Literal["cpu", "cuda"]
+) -> Fit:
     """The stages in order. What they hold is freed when it returns."""
     options = data.options
+    check_installed(options.families)
     if "heads" in options.families:
         # What a network lacks must be known before the first pass, not after.
         check_network(data, checkpoint, backend)
-    equations, published, times_good, used = gather(data, checkpoint, backend)
+    equations, published, times_good, used = passes.first_pass(data, checkpoint, backend)
     solved = solve(data, equations, times_good)
     # Gigabytes that nothing below needs.
     del equations

@@ -26,7 +26,7 @@ __all__ = [
     "descend",
     "fit_error_model",
     "fit_gate",
-    "fit_network",
+    "fit_perceptron",
     "softmax",
 ]
 
@@ -149,7 +149,7 @@ def descend(layers: Layers, x: NDArray, loss: Loss, rows: NDArray[np.intp]) -> t
     return value, [x.T @ back, back.sum(0), active.T @ slope, slope.sum(0)]
 
 
-def fit_network(
+def fit_perceptron(
     features: NDArray,
     n_out: int,
     loss: Loss,
@@ -301,14 +301,14 @@ def fit_gate(
     given : array of shape (n, k), optional
         Logits from elsewhere, to which those of this gate are added.
     hidden, decay, seed, steps, progress
-        As in `fit_network`.
+        As in `fit_perceptron`.
 
     Raises
     ------
     ValueError
         No row is held back, or every row is.
     """
-    return fit_network(
+    return fit_perceptron(
         features, values.shape[1], _gate_loss(values, y, given), held_back,
         hidden=hidden, decay=decay, seed=seed, steps=steps, progress=progress,
     )  # fmt: skip
@@ -335,7 +335,7 @@ def fit_error_model(
     held_back : array of shape (n,), bool
         Rows that choose among the nets passed on the way.
     hidden, decay, seed, steps, progress
-        As in `fit_network`.
+        As in `fit_perceptron`.
 
     Raises
     ------
@@ -343,7 +343,7 @@ def fit_error_model(
         No row is held back, or every row is.
     """
     bias = np.array([0.5 * np.log(np.mean(residual**2, dtype=np.float64) + 1e-12)])
-    return fit_network(
+    return fit_perceptron(
         features, 1, _error_loss(residual), held_back,
         hidden=hidden, bias=bias, decay=decay, seed=seed, steps=steps, progress=progress,
     )  # fmt: skip

@@ -25,7 +25,7 @@ from moefast.posterior.velocities import DEFAULT_RANGE
 from moefast.predicting.columns import columns_of
 from moefast.predicting.engines import CpuEngine, score_block
 from moefast.predicting.flags import labels_at_the_edge, unlike_reasons
-from moefast.predicting.velocities import FIT, move, score_moving, velocity_fit
+from moefast.predicting.velocities import FIT, fit_beside, move, score_moving, velocity_fit
 from moefast.spectra.layouts.pfsspec import identifiers
 from moefast.spectra.prepared import Origins, Preparation, PreparedShard, open_prepared
 from moefast.spectra.quality import Flag, Quality, good_pixels
@@ -156,13 +156,15 @@ def look_at(
     needed = np.arange(spectra.n_rows) == at
     moved = None if velocity in {None, FIT} else move(spectra, velocity, needed)
     names = [*_identifiers(spectra), *(name for name in _labels(chosen) if name in spectra.columns)]
-    block = next(iter(spectra.blocks(1, array=array, rows=(at, at + 1), params=names, prefetch=False)))
+    block = next(
+        iter(spectra.blocks(1, array=array, rows=(at, at + 1), params=names, prefetch=False, measured=True))
+    )
     origins = Origins(spectra)
     inside = at - int(spectra.first_rows[block.shard])
     file, own = origins.of(block.shard, inside, inside + 1)
     notes = [note for shard in spectra.shards if isinstance(shard, PreparedShard) for note in shard.notes]
     notes += [str(failure.error) for failure in origins.faults(at, at + 1)]
-    star = _scored(chosen, spectra, block, velocity, velocity_range, array)
+    star = _scored(chosen, spectra, block, velocity, velocity_range, moved)
     if moved is not None:
         star["values"] = _velocity_of(moved, at) | star["values"]
     return Star(
@@ -261,32 +263,34 @@ def _scored(
     block: Block,
     velocity: float | str | Path | None,
     velocity_range: float,
-    array: Literal["auto", "flux", "noisy"],
+    given: Velocities | None,
 ) -> dict[str, Any]:
     """What a model says of the one spectrum of a block, and the spectrum at rest."""
     mixture, shard = model.mixture, spectra.shards[block.shard]
-    flux, error, mask = block.flux, block.error, block.mask
     engine, first = CpuEngine(mixture), block.first_row - int(spectra.first_rows[block.shard])
     fit = velocity_fit(model, spectra, velocity, velocity_range)
+    if given is not None:
+        fit = fit_beside(model, spectra, given, np.arange(spectra.n_rows) == block.first_row, velocity_range)
     fitted: dict[str, float] = {}
     notes, posterior = [], None
     if fit is not None and isinstance(shard, PreparedShard) and (velocity is not None or shard.observed):
         fit.prepare()
-        which = "noisy" if array != "flux" and "noisy" in shard.arrays else "flux"
-        result, quality, found = score_moving(engine, fit, shard, which, block, first)
+        result, quality, found = score_moving(engine, fit, shard, block, first, given)
         speed, speed_error = found.velocity, found.error
         if np.isfinite(speed[0]):
             fitted = {"v_los": float(np.float32(speed[0])), "v_los_err": float(np.float32(speed_error[0]))}
-            arms = shard.measured(which, first, first + 1)
-            flux, error, at_rest = shard.at_velocity(arms, speed, np.zeros(1, np.intp))
-            mask = at_rest if mask is None or not mask.all() else mask
+            shard.set_velocity(np.where(np.arange(shard.n_rows) == first, speed[0], 0.0))
             notes.append(
                 "the velocity is fitted, and the numbers are averages over what it may be; the spectrum and the "
                 "density of log g are those at the fitted one"
             )
+        shard.fill(block, first)
     else:
+        if isinstance(shard, PreparedShard):
+            shard.fill(block, first)
         result, quality = score_block(engine, block, first)
-    good = good_pixels(flux, error, mask)
+    flux, error = block.flux, block.error
+    good = good_pixels(flux, error, block.mask)
     seen = np.ones(flux.shape[1], bool) if good is None else good[0]
     columns = columns_of(model, result, quality)
     values = fitted | {name: float(column[0]) for name, column in columns.items()}

@@ -155,6 +155,18 @@ class PosteriorMixture:
             raise ValueError("an error model of five features and one answer expected")
         if not (self.noise_shape > 0).all():
             raise ValueError("noise_shape must be positive in every pixel")
+        for name in (
+            "reference",
+            "noise_shape",
+            "directions",
+            "keys",
+            "tangents",
+            "gains",
+            "labels",
+            "scatter",
+        ):
+            if not np.isfinite(getattr(self, name)).all():
+                raise ValueError(f"{name} must be finite")
         if self.cells.size == 0:
             precision, _ = self._library_as_one_cloud(self._all_tangents())
             cells, shares = alike_pixels(self.directions, self.noise_shape, precision)
@@ -164,6 +176,9 @@ class PosteriorMixture:
             raise ValueError(
                 f"cell_shares of shape {self.cells.shape} expected; found {self.cell_shares.shape}"
             )
+        # Places of a cell without a pixel hold one all the same, of no weight.
+        if not 0 <= self.cells.min() <= self.cells.max() < p:
+            raise ValueError(f"pixels 0 to {p - 1} in cells expected")
         held = np.bincount(self.cells[self.cell_shares > 0], minlength=p)
         if len(held) != p or (held != 1).any():
             raise ValueError(f"cells that hold each of {p} pixels once expected")
@@ -387,16 +402,23 @@ class PosteriorMixture:
         self, flux: F32, error: F32, mask: NDArray[np.bool_] | None = None, *, first_row: int = 0
     ) -> tuple[Prediction, Quality]:
         """Predictions, and the quality of the spectra; see `predict`."""
-        found = self._posterior(flux, error, mask)
+        return self.of_kernels(cloud_posterior(flux, error, mask, *self.kernel_arrays))
+
+    def of_kernels(self, found: CloudPosterior) -> tuple[Prediction, Quality]:
+        """Predictions for users, and the quality of the spectra, from what the kernels of any backend give."""
         quality = Quality(found.snr_norm, found.snr_median, found.n_good, found.flag)
         return self.prediction(_as_described(found)), quality
 
-    def outputs(self, flux: F32, error: F32, mask: NDArray[np.bool_] | None = None) -> dict[str, NDArray]:
-        """Every output of the forward pass on the CPU kernels; see `predict` and `moefast.posterior.forward`."""
-        return _as_described(self._posterior(flux, error, mask))
+    def outputs(
+        self, flux: F32, error: F32, mask: NDArray[np.bool_] | None = None, *, backend: str = "cpu"
+    ) -> dict[str, NDArray]:
+        """Every output of the forward pass by the kernels; see `predict` and `moefast.posterior.forward`."""
+        return _as_described(cloud_posterior(flux, error, mask, *self.kernel_arrays, backend=backend))
 
-    def _posterior(self, flux: F32, error: F32, mask: NDArray[np.bool_] | None) -> CloudPosterior:
-        return cloud_posterior(flux, error, mask, self._space, self._clouds)
+    @property
+    def kernel_arrays(self) -> tuple[Space, Clouds]:
+        """What the kernels read."""
+        return self._space, self._clouds
 
     @cached_property
     def _space(self) -> Space:

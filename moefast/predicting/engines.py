@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefast.backend import Backend, resolve_backend
-from moefast.core.errors import BackendError
+from moefast.core.errors import BackendError, ModelError
 from moefast.core.threads import CORES
-from moefast.kernels import PROJECT_ROWS
+from moefast.kernels import PROJECT_ROWS, without_cuda
 from moefast.mixture import Prediction
 from moefast.posterior.mixture import AnyMixture, PosteriorMixture
 from moefast.spectra.quality import Quality, assess, good_pixels
@@ -91,7 +91,7 @@ class CpuEngine:
 
 
 class CudaEngine:
-    """The CUDA kernels on the current device: see `moefast.kernels.cuda.CudaScorer`.
+    """The CUDA kernels on the current device: see `moefast.kernels.cuda.CudaScorer` and `CudaPosteriorScorer`.
 
     Raises
     ------
@@ -103,27 +103,33 @@ class CudaEngine:
 
     def __init__(self, mixture: AnyMixture) -> None:
         lack = without_kernels(mixture)
-        if lack or isinstance(mixture, PosteriorMixture):
+        if lack:
             raise BackendError(f"backend cuda: there are no kernels for {lack}; use backend cpu")
         from moefast.kernels.cuda.device import first_launch, require_device
 
         require_device()
         # Only now: the CUDA packages are optional.
-        from moefast.kernels.cuda.scoring import SLOTS, CudaScorer
+        from moefast.kernels.cuda import CudaPosteriorScorer, CudaScorer
 
+        self._mixture = mixture
         ones = np.ones((1, mixture.n_pixels), np.float32)
         with first_launch():
-            self._scorer = CudaScorer(mixture.projection, mixture.mixing, *mixture.clouds)
+            if isinstance(mixture, PosteriorMixture):
+                self._scorer: Any = CudaPosteriorScorer(*mixture.kernel_arrays)
+            else:
+                self._scorer = CudaScorer(mixture.projection, mixture.mixing, *mixture.clouds)
             self._scorer(ones, ones)
         self.block_rows = self._scorer.block_rows
         # One reads a file, while the others have a slot each; more would only wait for their turn to read.
-        self.workers = min(SLOTS, 4) + 1
+        self.workers = min(self._scorer.slots, 4) + 1
 
     def __call__(
         self, flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None, first_row: int
     ) -> tuple[Prediction, Quality]:
         """See `Engine`; no row's numbers depend on where it lies."""
         found = self._scorer(flux, error, mask)
+        if isinstance(self._mixture, PosteriorMixture):
+            return self._mixture.of_kernels(found)
         return (
             Prediction(
                 found.log_g, found.log_g_err, found.log_g_err_raw, found.weights, found.expert_log_g, found.chi2,
@@ -190,7 +196,7 @@ class OnnxEngine:
 def without_kernels(mixture: AnyMixture) -> str:
     """What of a mixture the CUDA kernels do not know, in words; empty if they know it all."""
     if isinstance(mixture, PosteriorMixture):
-        return "a posterior of all labels"
+        return without_cuda(*mixture.kernel_arrays)
     if unknown := sorted({p.expert.words for p in mixture.experts if not (p.added or p.expert.on_cuda)}):
         return " or ".join(unknown)
     if any(place.added for place in mixture.experts):
@@ -232,9 +238,20 @@ def open_engine(mixture: AnyMixture, backend: str = "auto") -> tuple[Engine, Bac
 
 
 def warm_up(engine: Engine, n_pixels: int) -> None:
-    """Load compiled code before the clock starts: it is no part of the throughput."""
+    """Load compiled code before the clock starts: it is no part of the throughput.
+
+    Raises
+    ------
+    ModelError
+        If not even this spectrum can be computed: arrays of the model do not fit together.
+    """
     ones = np.ones((1, n_pixels), np.float32)
-    engine(ones, ones, None, 0)
+    try:
+        engine(ones, ones, None, 0)
+    except (ValueError, IndexError, ArithmeticError) as error:
+        raise ModelError(
+            f"the model cannot be computed ({type(error).__name__}: {error}): it was changed; fit or copy it again"
+        ) from error
 
 
 def score_block(engine: Engine, block: Block, first_row: int) -> tuple[Prediction, Quality]:

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from moefast.core.outputs import HEADLINE
 from moefast.model import Model, shipped_path
 from moefast.posterior.mixture import PosteriorMixture
-from moefast.posterior.velocities import VelocityFit
+from moefast.posterior.velocities import KNOWN, VelocityFit
 from moefast.predicting.flags import SURE
+from moefast.predicting.run import Counts
 from moefast.predicting.summary import Summary
 from moefast.spectra.layouts.pfsspec import IDENTIFIER
 from moefast.spectra.prepared import PreparedShard
@@ -38,6 +39,8 @@ def notes_on_input(
     moved: Velocities | VelocityFit | None,
     model: Model,
     velocity: float | str | Path | None,
+    *,
+    weighed: bool,
 ) -> list[str]:
     """What the files, and the velocities, have users know."""
     notes = [note for shard in spectra.shards if isinstance(shard, PreparedShard) for note in shard.notes]
@@ -53,6 +56,11 @@ def notes_on_input(
         )
     elif moved is not None:
         notes += moved.notes
+        if weighed:
+            notes.append(
+                f"velocities: those with errors above {KNOWN:g} km/s are weighed with what the spectra say; v_los and "
+                "v_los_err are those of both together"
+            )
     elif any(isinstance(shard, PreparedShard) and shard.observed for shard in spectra.shards):
         notes.append(
             "velocities: none were given, and this model fits none: spectra are taken to be at rest, which those of "
@@ -92,32 +100,18 @@ def notes_on_params(spectra: SpectrumSet, ids: Mapping[str, np.dtype], labelled:
     return notes
 
 
-def notes_on_predictions(
-    looked_at: list[tuple[NDArray, NDArray]], unlike: int, summary: Summary, model: Model
-) -> list[str]:
-    """What the predictions themselves say: spectra lost, unlike the training set, or fitting worse if bright.
-
-    Parameters
-    ----------
-    looked_at : list of (array, array)
-        χ² and SNR of some of the rows.
-    unlike : int
-        Rows that are flagged as unlike the training set.
-    """
+def notes_on_predictions(counts: Counts, summary: Summary, model: Model) -> list[str]:
+    """What the predictions themselves say: spectra lost, unlike the training set, or fitting worse if bright."""
     notes = []
     lost = summary.flags.get(str(Flag.NO_DATA.name), 0)
     if lost:
         counted = "; each counts as the label mean in R²" if summary.r2 is not None else ""
         notes.append(f"{lost} of {summary.n_rows} spectra have no good pixel and got no prediction{counted}")
-    chi2, snr = (
-        (np.concatenate(column) for column in zip(*looked_at, strict=True))
-        if looked_at
-        else 2 * [np.empty(0)]
-    )
+    chi2, snr = (np.concatenate(values) if values else np.empty(0) for values in (counts.chi2, counts.snr))
     chi2, snr = chi2[np.isfinite(chi2)], snr[np.isfinite(chi2)]
-    if summary.n_rows and unlike > summary.n_rows / 2:
+    if summary.n_rows and counts.unlike > summary.n_rows / 2:
         notes.append(
-            f"{unlike} of {summary.n_rows} spectra are flagged UNLIKE_TRAINING: check that flux is "
+            f"{counts.unlike} of {summary.n_rows} spectra are flagged UNLIKE_TRAINING: check that flux is "
             + ("" if isinstance(model.mixture, PosteriorMixture) else "normalised to a median near 1 and ")
             + "in the units of its error, or fit a model on spectra like these"
         )

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from moefast.core.errors import MoefastError
 from moefast.predicting.identifiers import as_identifiers
+from moefast.predicting.source import Source
 from moefast.predicting.velocities import velocity_columns
 from moefast.spectra.prepared import Origins
 from moefast.spectra.quality import Flag
@@ -71,26 +72,27 @@ def lead_columns(
     return lead
 
 
-def fill_gap(sink, spectra, origins, first, stop, ids, wanted_rows, moved):  # type: ignore[no-untyped-def]
+def fill_gap(sink: Sink, source: Source, first: int, stop: int) -> None:
     """Write rows that could not be read: NaN and NO_DATA, so that no row is lost."""
-    for index, base in enumerate(spectra.first_rows[:-1]):
-        low, high = max(first, int(base)), min(stop, int(spectra.first_rows[index + 1]))
+    first_rows = source.spectra.first_rows.tolist()
+    for index, base in enumerate(first_rows[:-1]):
+        low, high = max(first, base), min(stop, first_rows[index + 1])
         if low >= high:
             continue
-        wanted = wanted_rows[low:high]
+        wanted = source.wanted[low:high]
         n = int(wanted.sum())
         row: dict[str, NDArray] = {}
         for column in sink.layout:
             kind = column.dtype.kind
             row[column.name] = np.full(n, np.nan, column.dtype) if kind == "f" else np.zeros(n, column.dtype)
-        row |= lead_columns(origins, index, (low - base, high - base), wanted, "file" in row)
-        row |= velocity_columns(moved, low, wanted)
+        row |= lead_columns(source.origins, index, (low - base, high - base), wanted, "file" in row)
+        row |= velocity_columns(source.velocity, low, wanted)
         row["expert"][:] = -1
         row["flag"][:] = np.uint32(sum(LOST))
-        for name in ids:
+        for name, dtype in source.identifiers.items():
             try:
-                values = spectra.shards[index].params([name], low - base, high - base)[name][wanted]
-                row[name] = as_identifiers(values, ids[name])
+                values = source.spectra.shards[index].params([name], low - base, high - base)[name][wanted]
+                row[name] = as_identifiers(values, dtype)
             except MoefastError:
                 continue
         sink.write(row)

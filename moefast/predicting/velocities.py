@@ -12,7 +12,7 @@ from moefast.mixture import Prediction
 from moefast.model import Model
 from moefast.posterior.mixture import PosteriorMixture
 from moefast.posterior.moving import predict_moving
-from moefast.posterior.velocities import FittedVelocities, VelocityFit
+from moefast.posterior.velocities import KNOWN, FittedVelocities, VelocityFit
 from moefast.predicting.engines import Engine
 from moefast.spectra.prepared import PreparedShard
 from moefast.spectra.quality import Quality
@@ -20,10 +20,23 @@ from moefast.spectra.source import Block
 from moefast.spectra.spectrum_set import SpectrumSet
 from moefast.spectra.velocities import Velocities, find_velocities
 
-__all__ = ["FIT", "cannot_fit", "move", "score_moving", "velocity_columns", "velocity_fit"]
+__all__ = [
+    "FIT",
+    "FITTED_ON_CPU",
+    "cannot_fit",
+    "fit_beside",
+    "move",
+    "score_moving",
+    "velocity_columns",
+    "velocity_fit",
+]
 
 FIT = "fit"
 """In the place of velocities: fit them."""
+FITTED_ON_CPU = (
+    "spectra are moved and their velocities fitted on the CPU, predictions at these made on the GPU"
+)
+"""What belongs to the reason for a GPU where velocities are fitted."""
 
 
 def move(spectra: SpectrumSet, velocity: float | str | Path, needed: NDArray[np.bool_]) -> Velocities:
@@ -51,6 +64,18 @@ def velocity_fit(
     return VelocityFit(model.mixture, largest)
 
 
+def fit_beside(
+    model: Model, spectra: SpectrumSet, given: Velocities, needed: NDArray[np.bool_], largest: float
+) -> VelocityFit | None:
+    """What weighs velocities that were given with what spectra say, if errors are so large that it matters."""
+    if given.error is None or not isinstance(model.mixture, PosteriorMixture):
+        return None
+    here = [np.full(s.n_rows, isinstance(s, PreparedShard)) for s in spectra.shards]
+    rows = needed & np.concatenate(here)
+    with np.errstate(invalid="ignore"):
+        return VelocityFit(model.mixture, largest) if np.any(given.error[rows] > KNOWN) else None
+
+
 def cannot_fit(model: Model) -> str:
     """Why a model that is no posterior fits no velocities, and what to do."""
     return (
@@ -60,13 +85,34 @@ def cannot_fit(model: Model) -> str:
 
 
 def score_moving(
-    engine: Engine, fit: VelocityFit, shard: PreparedShard, array: str, block: Block, first_row: int
+    engine: Engine,
+    fit: VelocityFit,
+    shard: PreparedShard,
+    block: Block,
+    first_row: int,
+    given: Velocities | None,
 ) -> tuple[Prediction, Quality, FittedVelocities]:
-    """What an engine gives for a block of stars whose velocities are fitted, and these."""
-    arms = shard.measured(array, first_row, first_row + len(block))
-    lost = np.zeros(len(block), np.bool_)
-    if block.mask is not None:
-        np.all(block.mask, axis=1, out=lost)
+    """What an engine gives for a block of stars whose velocities are fitted, and these.
+
+    Parameters
+    ----------
+    engine : Engine
+    fit : VelocityFit
+    shard : PreparedShard
+    block : Block
+        As it was measured.
+    first_row : int
+        Row of the shard that it starts with.
+    given : Velocities, optional
+        What is known of the velocities beforehand, with errors.
+    """
+    arms = block.measured
+    if arms is None:
+        raise ValueError("spectra as they were measured expected")
+    lost = shard.wrong_rows(arms, first_row)
+    known = None
+    if given is not None and given.error is not None:
+        known = given.velocity[block.rows], given.error[block.rows]
 
     def at_rest(velocity: NDArray, rows: NDArray[np.intp]) -> tuple[NDArray, NDArray, NDArray[np.bool_]]:
         flux, error, mask = shard.at_velocity(arms, velocity, rows)
@@ -78,7 +124,7 @@ def score_moving(
         return engine(flux, error, mask, first_row)
 
     with np.errstate(over="ignore", invalid="ignore"):
-        return predict_moving(fit, score, len(block), at_rest)
+        return predict_moving(fit, score, len(block), at_rest, known)
 
 
 def velocity_columns(

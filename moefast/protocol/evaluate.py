@@ -8,11 +8,10 @@ What a clock measured is kept apart from the report, so that evaluating twice gi
 
 from __future__ import annotations
 
-import json
 import logging
 import shlex
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,37 +21,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefast.ceilings.ceiling import Ceiling, known, read
-from moefast.core.atomic import (
-    partial_folder,
-    publish_folder,
-    recover_folder,
-    refuse_impossible,
-    remove_quietly,
-    synchronise_folder,
-    write_atomically,
-    write_json,
-)
-from moefast.core.errors import InputError, OutputError
+from moefast.core.errors import InputError
 from moefast.core.grids import Grid, SnrGrid
-from moefast.core.progress import StageProgress, stage_progress
+from moefast.core.progress import RowProgress, StageProgress, stage_progress
 from moefast.core.random import NOISE_SEED, standard_normals
 from moefast.core.sketches import share_seen
+from moefast.core.threads import one_blas_thread
 from moefast.core.version import __version__
 from moefast.experts.linear_form import LinearForm
 from moefast.mixture import hat_weights
 from moefast.model import SHIPPED, Model, shipped_path
 from moefast.posterior.mixture import AnyMixture, PosteriorMixture
-from moefast.protocol.predictions import write_kept
-from moefast.protocol.report import (
-    ORACLE,
-    Comparisons,
-    DataSet,
-    Predictions,
-    Stars,
-    evaluate_predictions,
-)
-from moefast.protocol.report_text import format_text
-from moefast.protocol.subject import ModelSubject, Subject, open_subject
+from moefast.protocol.report import ORACLE, Comparisons, DataSet, Predictions, Stars, evaluate_predictions
+from moefast.protocol.subject import ModelSubject, PeerSubject, Subject, open_subject
 from moefast.simulate.sets import Identity, identify
 from moefast.spectra.guard import noisy_already, take
 from moefast.spectra.quality import assess, good_pixels
@@ -60,10 +41,12 @@ from moefast.spectra.source import Block
 from moefast.spectra.spectrum_set import SpectrumSet, open_spectra
 from moefast.spectra.wave import same_wave
 
-__all__ = ["Evaluation", "check_report_folder", "evaluate", "expected_stages", "write_report"]
+__all__ = ["BLOCK_ROWS", "Evaluation", "Scored", "Scorer", "evaluate", "expected_stages"]
+
+Scored = tuple[dict[str, NDArray], dict[str, NDArray[np.float64]], float]
+"""Of a block: columns of the stars, predictions of simpler fits, and seconds of scoring."""
 
 _LOG = logging.getLogger(__name__)
-
 
 # Seconds on two cores, by which the stages of an evaluation are weighed.
 SECONDS_PER_ROW = 7e-4
@@ -109,6 +92,7 @@ def evaluate(
     paths: str | Path | Iterable[str | Path],
     model: Model | str | Path | None = None,
     *,
+    peer: str | None = None,
     noise: Literal["auto", "draw", "none"] = "auto",
     noise_level: float = 1.0,
     noise_seed: int = NOISE_SEED,
@@ -117,6 +101,7 @@ def evaluate(
     name: str | None = None,
     progress: StageProgress | Literal[False] | None = None,
     tell: Callable[[str], None] | None = None,
+    spread: Callable[[Scorer, RowProgress], Iterator[Scored]] | None = None,
 ) -> Evaluation:
     """Evaluate a model, an ONNX file or a table of predictions on labelled spectra.
 
@@ -128,6 +113,8 @@ def evaluate(
         A model folder; an ONNX file (.onnx) with inputs flux and error and an output log_g; or a table of predictions
         (.h5, .parquet, .fits, .csv; see `moefast.protocol.predictions.read_predictions`). The first of the models
         shipped with moefast if absent.
+    peer : str, optional
+        Evaluate this method of others instead of a model: see `moefast.peers.choose.PEERS`.
     noise : "auto", "draw" or "none"
         "auto" takes the array `noisy` where a file has it (at noise level 1) and else adds noise to `flux`; "draw"
         always adds noise to `flux`; "none" scores `flux` as it is, for spectra that are observed.
@@ -144,6 +131,8 @@ def evaluate(
         line shows them in notebooks and interactive sessions; False leaves it out.
     tell : callable, optional
         Called, before the first row is scored, with what makes the noise that is added doubtful.
+    spread : callable, optional
+        Has the rows scored elsewhere: called with a `Scorer` and `progress`.
 
     Raises
     ------
@@ -155,67 +144,39 @@ def evaluate(
     ModelError
         The model or ONNX file is refused.
     """
-    if not noise_level > 0:
-        raise InputError(f"the noise level must be positive, found {noise_level}")
     given = [paths] if isinstance(paths, str | Path) else list(paths)
-    spectra = open_spectra(given)
-    stored = noise == "auto" and noise_level == 1.0 and all("noisy" in s.arrays for s in spectra.shards)
-    drawn = noise != "none" and not stored
-    about_noise: dict[str, Any] = {
-        "noise": "stored" if stored else "drawn" if drawn else "none",
-        "noise_level": None if noise == "none" else noise_level,
-        "noise_seed": noise_seed if drawn else None,
-    }
-    odd = noisy_already(take(spectra, array="flux"), "use --noise none") if drawn else []
+    scorer = Scorer(
+        given, model, noise=noise, noise_level=noise_level, noise_seed=noise_seed, backend=backend
+    )
+    spectra, subject, beside, about_noise = scorer.spectra, scorer.subject, scorer.beside, scorer.about_noise
+    odd = noisy_already(take(spectra, array="flux"), "use --noise none") if scorer.drawn else []
     for each in odd:
         if tell is not None:
             tell(each.words)
-    labels = spectra.labels(("T_eff", "log_g", "M_H"), partial=True)
-    labelled = np.isfinite(np.sum([*labels.values()], axis=0))
-    identity = identify(spectra.shards[0]) if len(spectra.shards) == 1 else None
+    labels, labelled = scorer.labels, scorer.labelled
+    identity = scorer.identity
     ceilings, group_ceilings = _ceilings(ceiling, spectra, about_noise)
-    subject = open_subject(model, spectra, backend=backend, noise=about_noise)
-    beside = _references_of(subject, spectra, identity)
-    grid = beside.grid if beside else None
-    bins = np.zeros(spectra.n_rows, np.int16)
-    if isinstance(grid, Grid):
-        # Stars without labels are predicted and not measured; any bin will do.
-        bins[labelled] = grid.assign(labels["T_eff"][labelled], labels["M_H"][labelled])
     _LOG.info(
         "%s: %d spectra, %d with labels; noise: %s", spectra.shards[0].path, spectra.n_rows, labelled.sum(),
-        "the stored array noisy" if stored else f"drawn on flux, seed {noise_seed}" if drawn else "none is added",
+        about_noise["noise"],
     )  # fmt: skip
     _LOG.info(
         "subject %s; simpler fits beside it are those of %s; ceilings: %s", subject.about["name"],
         _name(beside) or "no model", ", ".join(ceilings) or "none known of this set",
     )  # fmt: skip
+    found: dict[str, list[NDArray]] = {}
+    references: dict[str, list[NDArray]] = {}
+    scoring = 0.0
     with stage_progress(progress, partial(expected_stages, pictures=False)) as told:
-        told("evaluate", 0, spectra.n_rows)
-        found: dict[str, list[NDArray]] = {}
-        references: dict[str, list[NDArray]] = {}
-        scoring = 0.0
-        for block in spectra.blocks(BLOCK_ROWS, array="noisy" if stored else "flux"):
-            rows = np.arange(block.first_row, block.first_row + len(block))
-            if noise_level != 1.0:
-                block.error *= np.float32(noise_level)
-            if drawn:
-                draw = standard_normals(noise_seed, rows, spectra.n_pixels)
-                draw *= block.error
-                block.flux += draw
-            good = good_pixels(block.flux, block.error, block.mask)
-            quality = assess(block.flux, block.error, good, block.mask)
-            begin = time.perf_counter()
-            columns = subject.predict(block, good, int(spectra.first_rows[block.shard]))
-            scoring += time.perf_counter() - begin
-            columns |= {"snr_norm": quality.snr_norm, "snr_median": quality.snr_median}
+        of_rows = partial(told, "evaluate")
+        of_rows(0, spectra.n_rows)
+        scored = scorer.score((0, spectra.n_rows), of_rows) if spread is None else spread(scorer, of_rows)
+        for columns, others, seconds in scored:
             for key, values in columns.items():
                 found.setdefault(key, []).append(values)
-            if isinstance(grid, SnrGrid):
-                bins[rows] = grid.assign(np.nan_to_num(quality.snr_norm))
-            if beside is not None:
-                for key, values in _reference_predictions(beside, subject, block, good, bins[rows]).items():
-                    references.setdefault(key, []).append(values)
-            told("evaluate", int(rows[-1]) + 1, spectra.n_rows)
+            for key, values in others.items():
+                references.setdefault(key, []).append(values)
+            scoring += seconds
         table = {key: np.concatenate(parts)[labelled] for key, parts in found.items()}
         labels = {key: values[labelled] for key, values in labels.items()}
         if not labelled.all():
@@ -278,6 +239,7 @@ def evaluate(
         "command": _command(
             given,
             model,
+            peer=peer,
             noise=noise,
             noise_level=noise_level,
             noise_seed=noise_seed,
@@ -286,6 +248,94 @@ def evaluate(
         ),
     }
     return Evaluation(report, stars, run)
+
+
+class Scorer:
+    """What scores the stars of a test set, block by block; parameters, attributes and errors are those of `evaluate`.
+
+    Attributes
+    ----------
+    arguments : dict
+        What makes another one, elsewhere.
+    drawn : bool
+        Whether noise is added.
+    block_rows : int
+        Rows of a block.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        model: Model | str | Path | None,
+        *,
+        peer: str | None,
+        noise: str,
+        noise_level: float,
+        noise_seed: int,
+        backend: str,
+    ) -> None:
+        if peer is not None and model is not None:
+            raise InputError("a model or a peer is evaluated, not both; leave one out")
+        if not noise_level > 0:
+            raise InputError(f"the noise level must be positive, found {noise_level}")
+        self.arguments = {
+            "paths": paths, "model": model, "peer": peer, "noise": noise, "noise_level": noise_level,
+            "noise_seed": noise_seed, "backend": backend,
+        }  # fmt: skip
+        spectra = self.spectra = open_spectra(paths)
+        self.stored = (
+            noise == "auto" and noise_level == 1.0 and all("noisy" in s.arrays for s in spectra.shards)
+        )
+        self.drawn = noise != "none" and not self.stored
+        self.noise_level, self.noise_seed = noise_level, noise_seed
+        self.about_noise: dict[str, Any] = {
+            "noise": "stored" if self.stored else "drawn" if self.drawn else "none",
+            "noise_level": None if noise == "none" else noise_level,
+            "noise_seed": noise_seed if self.drawn else None,
+        }
+        labels = self.labels = spectra.labels(("T_eff", "log_g", "M_H"), partial=True)
+        labelled = self.labelled = np.isfinite(np.sum([*labels.values()], axis=0))
+        self.identity = identify(spectra.shards[0]) if len(spectra.shards) == 1 else None
+        self.subject: Subject
+        if peer is not None:
+            name = "z0" if self.identity is None else self.identity.reference_set
+            self.subject = PeerSubject.open(peer, spectra, name)
+        else:
+            self.subject = open_subject(model, spectra, backend=backend, noise=self.about_noise)
+        self.block_rows = BLOCK_ROWS if self.subject.rows_at_once is None else self.subject.rows_at_once
+        self.beside = _references_of(self.subject, spectra, self.identity)
+        self.grid = self.beside.grid if self.beside else None
+        self.bins = np.zeros(spectra.n_rows, np.int16)
+        if isinstance(self.grid, Grid):
+            # Stars without labels are predicted and not measured; any bin will do.
+            self.bins[labelled] = self.grid.assign(labels["T_eff"][labelled], labels["M_H"][labelled])
+
+    def score(self, rows: tuple[int, int], report: RowProgress) -> Iterator[Scored]:
+        """What is found of each block of some rows, in order."""
+        spectra = self.spectra
+        for block in spectra.blocks(self.block_rows, array="noisy" if self.stored else "flux", rows=rows):
+            here = np.arange(block.first_row, block.first_row + len(block))
+            if self.noise_level != 1.0:
+                block.error *= np.float32(self.noise_level)
+            if self.drawn:
+                draw = standard_normals(self.noise_seed, here, spectra.n_pixels)
+                draw *= block.error
+                block.flux += draw
+            good = good_pixels(block.flux, block.error, block.mask)
+            quality = assess(block.flux, block.error, good, block.mask)
+            begin = time.perf_counter()
+            columns = self.subject.predict(block, good, int(spectra.first_rows[block.shard]))
+            seconds = time.perf_counter() - begin
+            columns |= {"snr_norm": quality.snr_norm, "snr_median": quality.snr_median}
+            if isinstance(self.grid, SnrGrid):
+                self.bins[here] = self.grid.assign(np.nan_to_num(quality.snr_norm))
+            others: dict[str, NDArray[np.float64]] = {}
+            if self.beside is not None:
+                # The bits of a product may depend on the number of threads.
+                with one_blas_thread():
+                    others = _reference_predictions(self.beside, self.subject, block, good, self.bins[here])
+            yield columns, others, seconds
+            report(int(here[-1]) + 1 - rows[0], rows[1] - rows[0])
 
 
 def _set_name(spectra: SpectrumSet, identity: Identity | None) -> str:
@@ -421,6 +471,7 @@ def _command(
     paths: Sequence[str | Path],
     model: Model | str | Path | None,
     *,
+    peer: str | None,
     noise: str,
     noise_level: float,
     noise_seed: int,
@@ -434,6 +485,8 @@ def _command(
         return None
     if folder is not None:
         words += ["-m", str(folder)]
+    if peer is not None:
+        words += ["--peer", peer]
     if noise != "auto":
         words += ["--noise", noise]
     if noise_level != 1.0:
@@ -443,46 +496,6 @@ def _command(
     if name:
         words += ["--name", name]
     return shlex.join(words)
-
-
-REPORT_FILES = (
-    "report.json",
-    "report.txt",
-    "predictions.h5",
-    "run.json",
-    "report.html",
-    "report.png",
-    "figures",
-)
-"""What a report folder holds; the last three are pictures."""
-
-_PICTURES = 3
-
-
-def check_report_folder(folder: str | Path, overwrite: bool) -> None:
-    """Refuse a folder that holds a report already: known before the evaluation, not after.
-
-    Raises
-    ------
-    OutputError
-    """
-    refuse_impossible(Path(folder))
-    recover_folder(Path(folder))
-    check_report(Path(folder), overwrite)
-
-
-def check_report(target: Path, overwrite: bool) -> None:
-    """Refuse a folder that holds a report which is not to be replaced.
-
-    Raises
-    ------
-    OutputError
-    """
-    if target.exists() and not target.is_dir():
-        raise OutputError(f"{target}: is a file; name a folder for the report")
-    there = [name for name in REPORT_FILES if (target / name).exists()]
-    if there and not overwrite:
-        raise OutputError(f"{target / there[0]}: exists already; choose another folder or use --overwrite")
 
 
 def expected_stages(n_rows: int, *, pictures: bool) -> dict[str, float]:
@@ -497,146 +510,3 @@ def expected_stages(n_rows: int, *, pictures: bool) -> dict[str, float]:
     """
     seconds = {"evaluate": SECONDS_PER_ROW * n_rows, "intervals": INTERVALS[0] + INTERVALS[1] * n_rows}
     return seconds | ({"pictures": PICTURES} if pictures else {})
-
-
-def write_report(
-    evaluation: Evaluation,
-    folder: str | Path,
-    *,
-    pictures: bool = True,
-    overwrite: bool = False,
-    judged: Mapping[str, Any] | None = None,
-    progress: StageProgress | None = None,
-) -> list[Path]:
-    """Write the report to a folder, which is made if need be.
-
-    report.json (the numbers), report.txt, predictions.h5 (every star, for `moefast compare`) and run.json (throughput,
-    device, command); report.html (all figures and tables in one file), report.png (the main figures) and figures/
-    (each by itself).
-
-    Parameters
-    ----------
-    evaluation : Evaluation
-    folder : path
-    pictures : bool
-        Whether to draw: the last three of `REPORT_FILES`. Drawing takes a few seconds.
-    overwrite : bool
-        Whether a report may be replaced; pictures of it that are not drawn again are removed.
-    judged : mapping, optional
-        What the evaluation says about the milestones, from `moefast.protocol.milestones.judge.judge_alone`: a table
-        more in report.txt and report.html.
-    progress : callable, optional
-        Called with "pictures", those drawn and those in all.
-
-    Returns
-    -------
-    list of Path
-        What was written.
-
-    Raises
-    ------
-    OutputError
-        A report is there already, or the folder cannot be written.
-    """
-    check_report_folder(folder, overwrite)
-    target = Path(folder)
-    report, run = evaluation.report, evaluation.run
-    data = report["data_set"]
-    attrs = {
-        "moefast_version": __version__,
-        "subject": report["model"]["name"],
-        "subject_sha256": report["model"]["sha256"],
-        "input_sha256": data["fingerprint"],
-        "data_set": data["name"],
-        "noise": data["noise"],
-        "noise_level": data["noise_level"],
-        "noise_seed": data["noise_seed"],
-        "expert_grid": report["routing"]["grid"] if report["routing"] else None,
-    }
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{target}: cannot be made ({error.strerror})") from error
-    # All of it or nothing: an old report must not stand beside new predictions.
-    unfinished = partial_folder(target)
-    try:
-        write_kept(unfinished / "predictions.h5", evaluation.stars, attrs)
-        write_atomically(unfinished / "report.txt", (format_text(report, run, judged) + "\n").encode())
-        write_atomically(
-            unfinished / "run.json", (json.dumps(run, indent=1, ensure_ascii=False) + "\n").encode()
-        )
-        write_json(report, unfinished / "report.json")
-        if pictures:
-            _draw(report, run, judged, unfinished, progress or (lambda *_: None))
-        _publish(unfinished, target, overwrite)
-    except OSError as error:
-        raise OutputError(f"{target}: cannot be written ({error.strerror})") from error
-    finally:
-        remove_quietly(unfinished)
-    return [target / name for name in (REPORT_FILES if pictures else REPORT_FILES[:-_PICTURES])]
-
-
-def _publish(partial: Path, target: Path, overwrite: bool) -> None:
-    """Give a report its folder. What else lies there is kept, and then the files come one by one, report.json last."""
-    check_report(target, overwrite)
-    if not target.exists() or _holds_a_report_alone(target):
-        publish_folder(partial, target, overwrite=True)
-        return
-    (target / "report.json").unlink(missing_ok=True)
-    for name in REPORT_FILES:
-        _remove(target / name)
-    for item in sorted(partial.iterdir(), key=lambda item: item.name == "report.json"):
-        if item.is_dir() and (target / item.name).exists():
-            for picture in item.iterdir():
-                picture.replace(target / item.name / picture.name)
-        else:
-            item.replace(target / item.name)
-    synchronise_folder(target)
-
-
-def _holds_a_report_alone(folder: Path) -> bool:
-    from moefast.protocol.figures import FIGURES
-
-    pictures = {f"{name}.png" for name in FIGURES}
-    return all(
-        item.name in REPORT_FILES
-        and (not item.is_dir() or (item.name == "figures" and {p.name for p in item.iterdir()} <= pictures))
-        for item in folder.iterdir()
-    )
-
-
-def _draw(
-    report: Mapping[str, Any], run: Mapping[str, Any], judged: Mapping[str, Any] | None, target: Path,
-    progress: StageProgress,
-) -> None:  # fmt: skip
-    from moefast.protocol.figures import FIGURES, overview, png
-    from moefast.protocol.html import write_page
-
-    try:
-        (target / "figures").mkdir(exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{target / 'figures'}: cannot be made ({error.strerror})") from error
-    names = [name for name, drawing in FIGURES.items() if drawing.exists(report)]
-    # The page draws all of them again.
-    n_steps = 2 * len(names) + 1
-    for done, name in enumerate(names):
-        progress("pictures", done, n_steps)
-        png(report, name, target / "figures" / f"{name}.png")
-    progress("pictures", len(names), n_steps)
-    overview(report, target / "report.png")
-    progress("pictures", len(names) + 1, n_steps)
-    write_page(report, run, target / "report.html", judged)
-    progress("pictures", n_steps, n_steps)
-
-
-def _remove(path: Path) -> None:
-    """Remove a picture, or the folder of them; only what a report holds."""
-    from moefast.protocol.figures import FIGURES
-
-    if not path.is_dir():
-        path.unlink(missing_ok=True)
-        return
-    for name in FIGURES:
-        (path / f"{name}.png").unlink(missing_ok=True)
-    if not any(path.iterdir()):
-        path.rmdir()

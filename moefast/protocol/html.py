@@ -15,6 +15,7 @@ from markupsafe import Markup
 from moefast.core.atomic import write_atomically
 from moefast.pages.page import Cell, Figure, Table, Words, bracket, number, percent, render, signs
 from moefast.protocol.figures import FIGURES, svg
+from moefast.protocol.milestones.verdicts import Judgement
 from moefast.protocol.report import Report
 from moefast.protocol.report_text import efficiency_words, norm_label, octile_label
 
@@ -50,12 +51,11 @@ _SUBJECTS = {
     "model": "model of moefast",
     "onnx": "ONNX file",
     "table": "table of predictions made elsewhere",
+    "peer": "what others fit labels with",
 }
 
 
-def page(
-    report: Report, run: Mapping[str, Any] | None = None, judged: Mapping[str, Any] | None = None
-) -> str:
+def page(report: Report, run: Mapping[str, Any] | None = None, judged: Judgement | None = None) -> str:
     """The report as an HTML document.
 
     Parameters
@@ -64,7 +64,7 @@ def page(
         From `moefast.protocol.report.evaluate_predictions`, or read back from its JSON.
     run : mapping, optional
         `Evaluation.run`: throughput, device and command.
-    judged : mapping, optional
+    judged : Judgement, optional
         What the evaluation says about the milestones, from `moefast.protocol.milestones.judge.judge_alone`.
 
     Returns
@@ -102,7 +102,7 @@ def write_page(
     report: Report,
     run: Mapping[str, Any] | None,
     path: str | os.PathLike[str],
-    judged: Mapping[str, Any] | None = None,
+    judged: Judgement | None = None,
 ) -> None:
     """Write `page` to a file.
 
@@ -256,21 +256,21 @@ def _ceilings(report: Report) -> Table | None:
     )
 
 
-def _milestones(judged: Mapping[str, Any] | None) -> Table | None:
+def _milestones(judged: Judgement | None) -> Table | None:
     rows = [
         (
-            row["id"],
+            row.id,
             [
-                Words(row["what"]),
-                Words(row["published"]),
-                number(row["ours"]["value"]),
-                bracket(row["ours"]["interval"] or [None, None]),
-                row["absolute"]["verdict"],
-                row["reference"]["verdict"],
+                Words(row.what),
+                Words(row.published),
+                number(row.ours.value),
+                bracket(row.ours.interval or [None, None]),
+                row.absolute.verdict,
+                row.reference.verdict,
             ],
         )
-        for row in (judged["sections"][0]["milestones"] if judged else [])
-        if row["ours"]["value"] is not None
+        for row in (judged.sections[0].milestones if judged else ())
+        if row.ours.value is not None
     ]
     if not rows:
         return None

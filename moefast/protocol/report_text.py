@@ -7,6 +7,7 @@ from typing import Any
 
 from moefast.core.text import bracket, number, percent, table
 from moefast.protocol.milestones.text import format_section
+from moefast.protocol.milestones.verdicts import Judgement
 
 __all__ = ["efficiency_words", "format_text", "norm_label", "octile_label"]
 
@@ -17,7 +18,7 @@ NO_LIMIT = "fisher mean"
 def format_text(
     report: Mapping[str, Any],
     throughput: Mapping[str, Any] | None = None,
-    judged: Mapping[str, Any] | None = None,
+    judged: Judgement | None = None,
 ) -> str:
     """Plain-text report for a terminal, headline first, within 100 columns unless names are long.
 
@@ -27,7 +28,7 @@ def format_text(
         From `evaluate_predictions`, or read back from its JSON.
     throughput : mapping, optional
         "spectra_per_second" and "device" or "backend", for the headline.
-    judged : mapping, optional
+    judged : Judgement, optional
         What the evaluation says about the milestones, from `moefast.protocol.milestones.judge.judge_alone`.
 
     Returns

@@ -11,19 +11,24 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from moefast.core.atomic import write_atomically, write_json
 from moefast.core.errors import InputError, OutputError
 from moefast.core.random import NOISE_SEED
+from moefast.core.records import as_entries
 from moefast.core.text import bracket, number, table
 from moefast.model import Model
-from moefast.protocol.evaluate import evaluate, write_report
+from moefast.protocol.compare import compare
+from moefast.protocol.evaluate import evaluate
 from moefast.protocol.milestones.evaluations import read_reports
 from moefast.protocol.milestones.judge import judge
 from moefast.protocol.milestones.text import format_text
+from moefast.protocol.milestones.verdicts import JudgedSet, Judgement, MilestoneResult
+from moefast.protocol.report_folder import write_report
+from moefast.protocol.roadmap_page import comparison_words, page
 from moefast.recipes import fit
 from moefast.simulate import SimulatedSpectra
 from moefast.simulate.sets import simulate_set
@@ -32,7 +37,7 @@ __all__ = ["STAGES", "Decision", "Plan", "Stage", "roadmap", "roadmap_text"]
 
 SCHEMA_VERSION = 1
 END = "the end"
-RESULT, TEXT = "roadmap.json", "roadmap.txt"
+RESULT, TEXT, PAGE = "roadmap.json", "roadmap.txt", "roadmap.html"
 
 Report = Callable[[str, int, int], None]
 
@@ -55,6 +60,8 @@ class Plan:
         Of networks; what belongs to the size if None.
     seeds : int
         Training sets, and draws of noise, of the ruler C0.
+    families : tuple of str, or None
+        Families of experts that each bin of C1 chooses from; those of the recipe `hybrid-moe` if None.
     """
 
     set: str = "z0"
@@ -63,6 +70,7 @@ class Plan:
     size: Literal["small", "base"] = "small"
     steps: int | None = None
     seeds: int = 5
+    families: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -78,12 +86,15 @@ class Run:
         Which stretch of the training part it is fitted on.
     noise_seeds : tuple of int
         Draws of noise that it is evaluated with, besides the protocol's.
+    families : tuple of str, or None
+        Instead of the recipe's.
     """
 
     name: str
     recipe: str
     training: int = 0
     noise_seeds: tuple[int, ...] = ()
+    families: tuple[str, ...] | None = None
 
     def commands(self, plan: Plan, backend: str) -> list[str]:
         """What gives the same at the command line."""
@@ -91,9 +102,11 @@ class Run:
         rows = "" if not first else f" --rows {first}:{first + plan.train}"
         size = "" if plan.size == "small" else f" --size {plan.size}"
         steps = "" if plan.steps is None else f" --steps {plan.steps}"
+        families = "" if self.families is None else f" --families {','.join(self.families)}"
         return [
             f"moefast simulate train.h5 --set {plan.set} --part train{rows or f' -n {plan.train}'}",
-            f"moefast fit train.h5 -o models/{self.name}/ --recipe {self.recipe}{size}{steps} --backend {backend}",
+            f"moefast fit train.h5 -o models/{self.name}/ --recipe {self.recipe}{families}{size}{steps} "
+            f"--backend {backend}",
             f"moefast evaluate test.h5 -m models/{self.name}/ -o reports/{self.name}/",
         ]
 
@@ -119,13 +132,54 @@ class Stage:
         That judge it.
     decide : callable
         What follows, from the judged milestones by their id.
+    pairs : tuple of (str, str, str)
+        A question that a paired comparison answers, and two runs: the one that stands for no, and the other.
     """
 
     id: str
     what: str
     runs: Callable[[Plan], tuple[Run, ...]]
     milestones: tuple[str, ...]
-    decide: Callable[[Mapping[str, Mapping[str, Any]]], Decision]
+    decide: Callable[[Mapping[str, MilestoneResult]], Decision]
+    pairs: tuple[tuple[str, str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a paired comparison of two runs says: R² of each, the difference with its interval, and a verdict."""
+
+    what: str
+    base: str
+    other: str
+    from_base: float | None
+    to_other: float | None
+    difference: float | None
+    interval: tuple[float | None, float | None]
+    verdict: str
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """A stage that was run: how long it took, what reproduces it, its milestones, and what was decided."""
+
+    id: str
+    what: str
+    seconds: float
+    commands: tuple[str, ...]
+    milestones: tuple[MilestoneResult, ...]
+    comparisons: tuple[Comparison, ...]
+    decision: Decision
+
+
+@dataclass(frozen=True)
+class RoadmapResult:
+    """A roadmap as far as it was run; `path` are the stages in the order in which they were."""
+
+    schema_version: int
+    what: str
+    plan: Plan
+    path: tuple[str, ...]
+    stages: tuple[StageResult, ...]
 
 
 def _ruler(plan: Plan) -> tuple[Run, ...]:
@@ -134,16 +188,15 @@ def _ruler(plan: Plan) -> tuple[Run, ...]:
     return tuple(Run(f"ruler-{i}", "published-ridge", i, draws if i == 0 else ()) for i in range(plan.seeds))
 
 
-def _check(row: Mapping[str, Any], words: str) -> float | None:
+def _check(row: MilestoneResult, words: str) -> float | None:
     """Number of the check, on either mark, whose words begin so."""
-    for rule in ("absolute", "reference"):
-        for check in row[rule]["checks"]:
-            if str(check["what"]).startswith(words) and check["value"] is not None:
-                return float(check["value"])
+    for check in (*row.absolute.checks, *row.reference.checks):
+        if check.what.startswith(words) and check.value is not None:
+            return check.value
     return None
 
 
-def _after_ruler(rows: Mapping[str, Mapping[str, Any]]) -> Decision:
+def _after_ruler(rows: Mapping[str, MilestoneResult]) -> Decision:
     spread = _check(rows["C0"], "half the spread")
     if spread is None:
         return Decision("C1", "the stability of the ruler was not measured on this test set; C1 follows")
@@ -153,7 +206,7 @@ def _after_ruler(rows: Mapping[str, Mapping[str, Any]]) -> Decision:
     )
 
 
-def _after_hybrid(rows: Mapping[str, Mapping[str, Any]]) -> Decision:
+def _after_hybrid(rows: Mapping[str, MilestoneResult]) -> Decision:
     value = _check(rows["C1"], "R² of hybrid-moe with true bins")
     if value is None:
         return Decision("C3", "the oracle of the hybrid was not measured; C3 follows")
@@ -166,7 +219,7 @@ def _after_hybrid(rows: Mapping[str, Mapping[str, Any]]) -> Decision:
     )
 
 
-def _after_gate(rows: Mapping[str, Mapping[str, Any]]) -> Decision:
+def _after_gate(rows: Mapping[str, MilestoneResult]) -> Decision:
     value = _check(rows["C2"], "ρ of phys-moe")
     if value is None:
         return Decision("C3", "ρ was not measured; C3 follows")
@@ -181,29 +234,31 @@ def _after_gate(rows: Mapping[str, Mapping[str, Any]]) -> Decision:
     )
 
 
-def _after_trunk(rows: Mapping[str, Mapping[str, Any]]) -> Decision:
-    verdict = rows["C3"]["reference"]["verdict"]
+def _after_trunk(rows: Mapping[str, MilestoneResult]) -> Decision:
+    verdict = rows["C3"].reference.verdict
     return Decision(
         "C4", f"trunk and heads: {verdict} on the mark for any set; residuals on top of them follow in C4"
     )
 
 
-def _after_residual(rows: Mapping[str, Mapping[str, Any]]) -> Decision:
-    return Decision(END, f"residual mixture: {rows['C4']['reference']['verdict']} on the mark for any set")
+def _after_residual(rows: Mapping[str, MilestoneResult]) -> Decision:
+    return Decision(END, f"residual mixture: {rows['C4'].reference.verdict} on the mark for any set")
 
 
 STAGES = (
     Stage("C0", "the ruler: one ridge as published, over training and noise seeds", _ruler, ("C0",), _after_ruler),
     Stage(
         "C1", "experts: the best family in each bin, true bins; rescue of the metal-poor",
-        lambda _: (Run("hybrid-moe", "hybrid-moe"),), ("C1",), _after_hybrid,
+        lambda plan: (Run("hybrid-moe", "hybrid-moe", families=plan.families),), ("C1",), _after_hybrid,
     ),
     Stage(
         "C2", "a gate that can be deployed, and conditional fusion for faint stars",
         lambda _: (Run("phys-moe", "phys-moe"), Run("conditional-moe", "conditional-moe")), ("C2",), _after_gate,
     ),
     Stage(
-        "C3", "a shared trunk and heads", lambda _: (Run("heads", "heads"),), ("C3", "C3+"), _after_trunk,
+        "C3", "a shared trunk and heads, and the same trunk with one head",
+        lambda _: (Run("heads", "heads"), Run("heads-single", "heads-single")), ("C3", "C3+"), _after_trunk,
+        (("what the heads bring over one head on the same trunk", "heads-single", "heads"),),
     ),
     Stage(
         "C4", "residuals on a strong model",
@@ -222,7 +277,7 @@ def roadmap(
     backend: str = "auto",
     say: Callable[[str], None] | None = None,
     progress: Report | None = None,
-) -> dict[str, Any]:
+) -> RoadmapResult:
     """Run the roadmap and write its table.
 
     Parameters
@@ -242,9 +297,7 @@ def roadmap(
 
     Returns
     -------
-    dict
-        JSON-ready: plan, stages (id, what, seconds, commands, judged milestones, decision), path (ids in the order in
-        which they were run).
+    RoadmapResult
 
     Raises
     ------
@@ -260,7 +313,7 @@ def roadmap(
     if not test.exists():
         simulate_set(test, plan.set, plan.part)
     stages = {stage.id: stage for stage in STAGES}
-    done: dict[str, dict[str, Any]] = {}
+    done: dict[str, StageResult] = {}
     order, following = [stage.id for stage in STAGES], STAGES[0].id
     while following != END and following not in done:
         stage = stages[following]
@@ -272,12 +325,17 @@ def roadmap(
             _perform(run, plan, folder, test, backend, progress)
         rows = _judged(folder, runs)
         decision = stage.decide(rows)
-        done[stage.id] = {
-            "id": stage.id, "what": stage.what, "seconds": time.monotonic() - begin,
-            "commands": [line for run in runs for line in run.commands(plan, backend)],
-            "milestones": [rows[name] for name in stage.milestones],
-            "decision": asdict(decision),
-        }  # fmt: skip
+        done[stage.id] = StageResult(
+            id=stage.id,
+            what=stage.what,
+            seconds=time.monotonic() - begin,
+            commands=tuple(line for run in runs for line in run.commands(plan, backend)),
+            milestones=tuple(rows[name] for name in stage.milestones),
+            comparisons=tuple(_compared(folder, *pair) for pair in stage.pairs),
+            decision=decision,
+        )
+        for one in done[stage.id].comparisons:
+            told(f"{stage.id}: {comparison_words(as_entries(one))}")
         told(f"{stage.id}: {decision.words}")
         _write(folder, plan, done)
         position = order.index(stage.id) + 1
@@ -294,9 +352,10 @@ def _open_folder(folder: Path, plan: Plan, resume: bool) -> None:
             raise OutputError(
                 f"{folder}: holds a roadmap already; go on with --resume, or name another folder"
             )
-        if found != asdict(plan):
+        own = as_entries(plan)
+        if found != own:
             other = ", ".join(
-                f"{k} was {found.get(k)!r}, is {v!r}" for k, v in asdict(plan).items() if found.get(k) != v
+                f"{k} was {found.get(k)!r}, is {v!r}" for k, v in own.items() if found.get(k) != v
             )
             raise InputError(f"{folder}: holds a roadmap of another plan ({other}); name another folder")
         return
@@ -313,7 +372,7 @@ def _perform(run: Run, plan: Plan, folder: Path, test: Path, backend: str, progr
         first = run.training * plan.train
         spectra = SimulatedSpectra.of_set(plan.set, rows=(first, first + plan.train))
         model = fit(
-            spectra, recipe=run.recipe, size=plan.size, steps=plan.steps, backend=backend,
+            spectra, recipe=run.recipe, families=run.families, size=plan.size, steps=plan.steps, backend=backend,
             progress=progress,
         )  # fmt: skip
         model.save(target)
@@ -328,55 +387,69 @@ def _perform(run: Run, plan: Plan, folder: Path, test: Path, backend: str, progr
         write_report(found, report, pictures=False)
 
 
-def _judged(folder: Path, runs: Sequence[Run]) -> dict[str, Mapping[str, Any]]:
+def _judged(folder: Path, runs: Sequence[Run]) -> dict[str, MilestoneResult]:
     """Milestones by their id, judged by all evaluations of the stage."""
     reports = [
         folder / "reports" / name
         for run in runs
         for name in (run.name, *(f"{run.name}-noise-{seed}" for seed in run.noise_seeds))
     ]
-    (section,) = judge(read_reports(reports))["sections"]
-    return {row["id"]: row for row in section["milestones"]}
+    (section,) = judge(read_reports(reports)).sections
+    return {row.id: row for row in section.milestones}
 
 
-def _write(folder: Path, plan: Plan, done: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    result = {
-        "schema_version": SCHEMA_VERSION, "what": "moefast roadmap", "plan": asdict(plan),
-        "path": list(done), "stages": list(done.values()),
-    }  # fmt: skip
-    write_json(result, folder / RESULT)
+def _compared(folder: Path, what: str, base: str, other: str) -> Comparison:
+    """The paired difference in R² of two runs, with its interval and verdict."""
+    found = compare([folder / "reports" / base, folder / "reports" / other])["comparisons"][0]["overall"][
+        "r2"
+    ]
+    low, high = found["interval"]
+    return Comparison(
+        what, base, other, found["from"], found["to"], found["difference"], (low, high), found["verdict"]
+    )
+
+
+def _write(folder: Path, plan: Plan, done: Mapping[str, StageResult]) -> RoadmapResult:
+    result = RoadmapResult(SCHEMA_VERSION, "moefast roadmap", plan, tuple(done), tuple(done.values()))
+    write_json(as_entries(result), folder / RESULT)
     write_atomically(folder / TEXT, (roadmap_text(result) + "\n").encode())
+    write_atomically(folder / PAGE, page(as_entries(result)).encode())
     return result
 
 
-def roadmap_text(result: Mapping[str, Any]) -> str:
+def roadmap_text(result: RoadmapResult) -> str:
     """The table, the decisions in their order, and every check, as plain text.
 
     Parameters
     ----------
-    result : mapping
-        From `roadmap`.
+    result : RoadmapResult
     """
-    plan = result["plan"]
+    plan = result.plan
     lines = [
-        f"Roadmap on {plan['set']} {plan['part']}: {plan['train']:,} training spectra, networks {plan['size']}", "",
+        f"Roadmap on {plan.set} {plan.part}: {plan.train:,} training spectra, networks {plan.size}", "",
     ]  # fmt: skip
     cells = [
         (
-            row["id"], row["published"], number(row["ours"]["value"]), bracket(row["ours"]["interval"]),
-            row["absolute"]["verdict"], row["reference"]["verdict"], f"{stage['seconds']:.0f} s",
+            row.id, row.published, number(row.ours.value), bracket(row.ours.interval),
+            row.absolute.verdict, row.reference.verdict, f"{stage.seconds:.0f} s",
         )
-        for stage in result["stages"]
-        for row in stage["milestones"]
+        for stage in result.stages
+        for row in stage.milestones
     ]  # fmt: skip
     lines += table(("", "published R²", "our R²", "interval", "their mark", "any set", "time"), cells, left=2)
     lines += ["", "Decisions"]
-    lines += [f"  {stage['id']}  {stage['decision']['words']}" for stage in result["stages"]]
-    milestones = [
-        row | {"commands": stage["commands"]} for stage in result["stages"] for row in stage["milestones"]
+    lines += [f"  {stage.id}  {stage.decision.words}" for stage in result.stages]
+    compared = [
+        f"  {stage.id}  {comparison_words(as_entries(one))}"
+        for stage in result.stages
+        for one in stage.comparisons
     ]
-    section = {"data_set": None, "notes": [], "evaluations": [], "milestones": milestones}
+    lines += ["", "Paired comparisons", *compared] if compared else []
+    milestones = [
+        replace(row, commands=stage.commands) for stage in result.stages for row in stage.milestones
+    ]
+    section = JudgedSet(None, (), (), tuple(milestones))
     # Its own head and table say what stands above.
-    detail = format_text({"sections": [section]}).splitlines()
+    detail = format_text(Judgement(SCHEMA_VERSION, result.what, (section,))).splitlines()
     start = next(i for i, line in enumerate(detail) if line.startswith("C0  "))
     return "\n".join([*lines, "", *detail[start:]])

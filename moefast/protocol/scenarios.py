@@ -99,7 +99,7 @@ class Spectra:
 
 
 @dataclass(frozen=True)
-class Stars:
+class BaseStars:
     """Rows of the base set, and what it takes to observe others in their place.
 
     Attributes
@@ -158,13 +158,13 @@ class Scenario:
     kind : {"reference", "star", "no star"}
         Whether nothing is wrong (a set by its name), something is, or there is no log g at all.
     make : callable
-        Spectra of some `Stars`.
+        Spectra of some `BaseStars`.
     """
 
     name: str
     what: str
     kind: Kind
-    make: Callable[[Stars], Spectra]
+    make: Callable[[BaseStars], Spectra]
 
 
 def _base_seed() -> int:
@@ -174,12 +174,12 @@ def _base_seed() -> int:
 # --- what goes wrong ---------------------------------------------------------------------------------------
 
 
-def _of_set(name: str) -> Callable[[Stars], Spectra]:
+def _of_set(name: str) -> Callable[[BaseStars], Spectra]:
     return _simulated(REFERENCE_SETS[name].settings)
 
 
-def _simulated(settings: Settings) -> Callable[[Stars], Spectra]:
-    def make(stars: Stars) -> Spectra:
+def _simulated(settings: Settings) -> Callable[[BaseStars], Spectra]:
+    def make(stars: BaseStars) -> Spectra:
         block = simulate_rows(
             stars.first, stars.stop, seed=_base_seed(), settings=settings, emulator=stars.emulator
         )
@@ -189,17 +189,17 @@ def _simulated(settings: Settings) -> Callable[[Stars], Spectra]:
     return make
 
 
-def _times(factor: Callable[[F64], F64]) -> Callable[[Stars], Spectra]:
+def _times(factor: Callable[[F64], F64]) -> Callable[[BaseStars], Spectra]:
     """Flux and error times a function of wavelength [Å]."""
 
-    def make(stars: Stars) -> Spectra:
+    def make(stars: BaseStars) -> Spectra:
         curve = factor(stars.emulator.wave).astype(np.float32)
         return Spectra(stars.noisy * curve, stars.block.error * curve, stars.log_g)
 
     return make
 
 
-def _scale(value: float) -> Callable[[Stars], Spectra]:
+def _scale(value: float) -> Callable[[BaseStars], Spectra]:
     return _times(lambda wave: np.full(wave.shape, value))
 
 
@@ -211,7 +211,7 @@ def _f_nu(wave: F64) -> F64:
     return (wave / np.median(wave)) ** 2
 
 
-def _continuum_normalised(stars: Stars) -> Spectra:
+def _continuum_normalised(stars: BaseStars) -> Spectra:
     """Divided by a cubic through the upper half of the flux without noise."""
     wave, flux = stars.emulator.wave, stars.block.flux
     u = np.linspace(-1.0, 1.0, len(wave))
@@ -229,25 +229,25 @@ def _continuum_normalised(stars: Stars) -> Spectra:
     )
 
 
-def _moved(velocity: float) -> Callable[[Stars], Spectra]:
-    """Stars that all move at `velocity` [km/s]."""
+def _moved(velocity: float) -> Callable[[BaseStars], Spectra]:
+    """BaseStars that all move at `velocity` [km/s]."""
     shift = velocity / LIGHT_SPEED
     return _simulated(replace(REFERENCE_SETS[BASE_SET].settings, redshift=(shift, shift)))
 
 
-def _gap(kind: str) -> Callable[[Stars], Spectra]:
-    def make(stars: Stars) -> Spectra:
+def _gap(kind: str) -> Callable[[BaseStars], Spectra]:
+    def make(stars: BaseStars) -> Spectra:
         lost = GAPS[kind](stars.emulator.wave, stars.rows, SEED)
         return Spectra(stars.noisy, stars.block.error, stars.log_g, lost)
 
     return make
 
 
-def _small_errors(stars: Stars) -> Spectra:
+def _small_errors(stars: BaseStars) -> Spectra:
     return Spectra(stars.noisy, stars.block.error * np.float32(0.5), stars.log_g)
 
 
-def _sky_residuals(stars: Stars) -> Spectra:
+def _sky_residuals(stars: BaseStars) -> Spectra:
     """A share of 3 % (1 sigma) of each group of airglow lines is left."""
     normal = standard_normals(SEED, stars.rows, len(SKY_GROUPS), stream=1).astype(float)
     params = stars.block.params
@@ -255,7 +255,7 @@ def _sky_residuals(stars: Stars) -> Spectra:
     return Spectra(stars.noisy + left, stars.block.error, stars.log_g)
 
 
-def _cosmic_rays(stars: Stars) -> Spectra:
+def _cosmic_rays(stars: BaseStars) -> Spectra:
     """Ten hits of three pixels, 10 to 300 times the error high, log-uniform."""
     hits = 10
     flux, p = stars.noisy.copy(), len(stars.emulator.wave)
@@ -268,7 +268,7 @@ def _cosmic_rays(stars: Stars) -> Spectra:
     return Spectra(flux, stars.block.error, stars.log_g)
 
 
-def _blend(stars: Stars) -> Spectra:
+def _blend(stars: BaseStars) -> Spectra:
     """Three tenths of the light are another star's: a further row of the same seed."""
     other = simulate_rows(
         stars.first + 100_000, stars.stop + 100_000, seed=_base_seed(), emulator=stars.emulator, noisy=False
@@ -277,8 +277,8 @@ def _blend(stars: Stars) -> Spectra:
     return stars.observed(flux, stars.log_g)
 
 
-def _outside(stars: Stars) -> Spectra:
-    """Stars of 6250 to 6750 K: the emulator ends at 6000 K and is continued linearly."""
+def _outside(stars: BaseStars) -> Spectra:
+    """BaseStars of 6250 to 6750 K: the emulator ends at 6000 K and is continued linearly."""
     labels = np.stack([stars.block.params[name] for name in LABELS], axis=1)
     edge = stars.emulator.limits["T_eff"][1]
     labels[:, 0] = edge
@@ -290,7 +290,7 @@ def _outside(stars: Stars) -> Spectra:
     return stars.observed(flux.astype(np.float32), stars.log_g)
 
 
-def _black_body(stars: Stars) -> Spectra:
+def _black_body(stars: BaseStars) -> Spectra:
     """Planck's law at 8000 K, median 1, under the noise of the stars."""
     wave = stars.emulator.wave * 1e-8
     light = wave**-5.0 / np.expm1(1.438777 / (wave * 8000.0))
@@ -298,11 +298,11 @@ def _black_body(stars: Stars) -> Spectra:
     return stars.observed(flux)
 
 
-def _noise_only(stars: Stars) -> Spectra:
+def _noise_only(stars: BaseStars) -> Spectra:
     return Spectra(stars.noisy - stars.block.flux, stars.block.error, None)
 
 
-def _constant(value: float) -> Callable[[Stars], Spectra]:
+def _constant(value: float) -> Callable[[BaseStars], Spectra]:
     return lambda stars: Spectra(np.full_like(stars.noisy, value), stars.block.error, None)
 
 
@@ -382,7 +382,7 @@ def gauge(n: int = 4) -> dict[str, list[float]]:
     Parameters
     ----------
     n : int
-        Stars of each scenario.
+        BaseStars of each scenario.
 
     Returns
     -------
@@ -511,7 +511,7 @@ def run_scenarios(
     ----------
     model : Model
     n : int
-        Stars of each scenario, at most as many as the part `BASE_PART` has.
+        BaseStars of each scenario, at most as many as the part `BASE_PART` has.
     names : tuple of str, optional
         Which of `SCENARIOS`; all if absent.
     backend : "auto", "cpu" or "cuda"
@@ -569,7 +569,7 @@ def run_scenarios(
     }
 
 
-def _stars(n: int, emulator: Emulator) -> Iterator[Stars]:
+def _stars(n: int, emulator: Emulator) -> Iterator[BaseStars]:
     settings = REFERENCE_SETS[BASE_SET].settings
     noise = noise_model(emulator, settings)
     for first in range(0, n, ROWS_AT_ONCE):
@@ -577,7 +577,7 @@ def _stars(n: int, emulator: Emulator) -> Iterator[Stars]:
         block = simulate_rows(
             first, stop, seed=_base_seed(), settings=settings, emulator=emulator, noise=noise
         )
-        yield Stars(first, stop, block, emulator, noise)
+        yield BaseStars(first, stop, block, emulator, noise)
 
 
 def format_text(found: Mapping[str, Any]) -> str:

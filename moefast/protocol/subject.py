@@ -1,4 +1,4 @@
-"""What is evaluated: a model folder, an ONNX file, or a table of predictions that somebody else made.
+"""What is evaluated: a model folder, an ONNX file, a table of predictions that somebody else made, or a peer.
 
 Design: a subject turns a block of noisy spectra into columns of predictions, and says what it is. Everything else
 (noise, SNRs, groups, references) is the evaluation's, the same for all.
@@ -18,14 +18,19 @@ from numpy.typing import NDArray
 from moefast.backend import Backend, resolve_backend
 from moefast.core.errors import BackendError, InputError, ModelError, WaveGridError
 from moefast.core.grids import Grid
+from moefast.core.threads import one_blas_thread
 from moefast.model import Model
+from moefast.peers.choose import peer
+from moefast.peers.least_squares import SpectralModel, fit_labels
 from moefast.predicting.columns import columns_of
 from moefast.predicting.engines import open_engine, score_block, warm_up
 from moefast.protocol.predictions import SUFFIXES, PredictionTable, read_predictions
+from moefast.simulate.emulator import LABELS
 from moefast.spectra.source import Block
 from moefast.spectra.spectrum_set import SpectrumSet
+from moefast.spectra.wave import describe_difference, same_wave
 
-__all__ = ["ModelSubject", "OnnxSubject", "Subject", "TableSubject", "open_subject"]
+__all__ = ["ModelSubject", "OnnxSubject", "PeerSubject", "Subject", "TableSubject", "open_subject"]
 
 INPUTS = ("flux", "error")
 _OUTPUTS = ("log_g", "log_g_err", "weights")
@@ -39,13 +44,15 @@ class Subject(Protocol):
     Attributes
     ----------
     about : dict
-        kind ("model", "onnx" or "table"), name, sha256: JSON values for the report.
+        kind ("model", "onnx", "table" or "peer"), name, sha256: JSON values for the report.
     model : Model or None
         The model folder behind it, whose simpler fits are scored beside.
     expert_grid : Grid or None
         Bins of its experts, if it has experts with bins.
     where : Backend or None
         Where it computes; None if it was computed elsewhere.
+    rows_at_once : int or None
+        Rows of a block at most, where progress would not be seen otherwise.
     """
 
     @property
@@ -65,6 +72,11 @@ class Subject(Protocol):
 
     @property
     def where(self) -> Backend | None:
+        """See above."""
+        ...
+
+    @property
+    def rows_at_once(self) -> int | None:
         """See above."""
         ...
 
@@ -94,6 +106,7 @@ class ModelSubject:
     expert_grid: Grid | None
     where: Backend
     _engine: Any
+    rows_at_once: None = None
 
     @classmethod
     def open(cls, model: Model, backend: str) -> ModelSubject:
@@ -130,6 +143,7 @@ class OnnxSubject:
     _path: Path
     model: None = None
     expert_grid: None = None
+    rows_at_once: None = None
 
     @classmethod
     def open(cls, path: Path, spectra: SpectrumSet, backend: str) -> OnnxSubject:
@@ -234,6 +248,7 @@ class TableSubject:
     _table: PredictionTable
     model: None = None
     where: None = None
+    rows_at_once: None = None
 
     @classmethod
     def open(cls, path: Path, spectra: SpectrumSet, noise: dict[str, Any]) -> TableSubject:
@@ -281,6 +296,53 @@ def _check_noise(path: Path, attrs: dict[str, Any], noise: dict[str, Any]) -> No
             f"{path}: was made of the array {used}; this evaluation measures on {array} "
             f"(predict with --array {array}, or choose another --noise)"
         )
+
+
+@dataclass(frozen=True)
+class PeerSubject:
+    """What others fit labels with, star by star, on one core; see `Subject`."""
+
+    about: dict[str, Any]
+    where: Backend
+    _spectral_model: SpectralModel
+    model: None = None
+    expert_grid: None = None
+    rows_at_once: int = 64
+
+    @classmethod
+    def open(cls, name: str, spectra: SpectrumSet, reference_set: str) -> PeerSubject:
+        """A peer by its name; one that learns from labelled stars takes those of the reference set.
+
+        Raises
+        ------
+        InputError
+            There is no such peer.
+        WaveGridError
+            The test set has another wave grid than the emulator.
+        """
+        chosen = peer(name)
+        model = chosen.open(reference_set)
+        if not same_wave(model.wave, spectra.wave):
+            raise WaveGridError(
+                f"{spectra.shards[0].path}: peer {name} needs spectra on the simulator's wave grid; "
+                f"{describe_difference(spectra.wave, model.wave)}"
+            )
+        digest = hashlib.sha256(model.columns.tobytes()).hexdigest()
+        about = {"kind": "peer", "name": name, "what": chosen.what, "sha256": digest}
+        return cls(about, resolve_backend("cpu"), model)
+
+    def predict(self, block: Block, good: NDArray[np.bool_] | None, base: int) -> dict[str, NDArray]:
+        """See `Subject.predict`."""
+        with one_blas_thread():
+            found = [
+                fit_labels(self._spectral_model, flux, error, None if good is None else good[i])
+                for i, (flux, error) in enumerate(zip(block.flux, block.error, strict=True))
+            ]
+        at = LABELS.index("log_g")
+        return {
+            "log_g": np.array([one.labels[at] for one in found]),
+            "log_g_err": np.array([one.errors[at] for one in found]),
+        }
 
 
 def open_subject(

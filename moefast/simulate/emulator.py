@@ -364,43 +364,68 @@ class Emulator:
         MoefastError
             If labels have another shape, are not finite or lie outside `limits`.
         """
-        x = self._scaled(labels)
-        labels = np.asarray(labels, dtype=float)
-        n, n_inputs = x.shape
-        # d coordinates / d labels by complex steps: exact to rounding.
-        jacobian = np.empty((n, len(LABELS), n_inputs))
-        for i in range(len(LABELS)):
-            step = labels.astype(complex)
-            step[:, i] += 1e-30j
-            jacobian[:, i] = coordinates(step).imag / 1e-30 / self._half_range
+        x, jacobian = self._scaled(labels), self._jacobian(labels)
+        n = len(x)
         margin = 0 if padded else self.margin
         basis = self.basis[:, margin : len(self.mean) - margin].astype(float)
         result = np.empty((n, len(LABELS), basis.shape[1]))
-        n_terms = len(self._powers)
         tiles = [slice(a, min(a + ROWS_PER_SLOPE_TILE, n)) for a in range(0, n, ROWS_PER_SLOPE_TILE)]
 
         def work(first: int, last: int) -> None:
-            design = np.empty((ROWS_PER_SLOPE_TILE, n_inputs, len(self._weights)))
-            terms = np.empty((ROWS_PER_SLOPE_TILE, n_inputs, n_terms))
-            kernel = np.empty((ROWS_PER_SLOPE_TILE, n_inputs, len(self._weights) - n_terms))
             for here in tiles[first:last]:
-                size = here.stop - here.start
-                _polynomial_slopes(x[here], self._powers, terms)
-                _matern_slopes(x[here] / self._scales, self._nodes, self._scales, kernel)
-                design[..., :n_terms], design[..., n_terms:] = terms, kernel
-                gradient = (design[:size].reshape(size * n_inputs, -1) @ self._weights).reshape(
-                    size, n_inputs, -1
-                )
-                slopes = jacobian[here] @ gradient
+                slopes = self._slopes(x[here], jacobian[here])
                 np.matmul(
-                    slopes.reshape(size * len(LABELS), -1),
-                    basis,
-                    out=result[here].reshape(-1, basis.shape[1]),
+                    slopes.reshape(-1, slopes.shape[2]), basis, out=result[here].reshape(-1, basis.shape[1])
                 )
 
         with one_blas_thread():
             in_threads(len(tiles), work, least=1)
         return result
+
+    def coefficient_derivatives(self, labels: np.ndarray) -> np.ndarray:
+        """Analytic derivatives of `coefficients`, on the thread of the caller.
+
+        Parameters
+        ----------
+        labels : array of shape (n, 5)
+            T_eff [K], log g, [M/H], [a/M], [C/M] [dex].
+
+        Returns
+        -------
+        array of shape (n, 5, n_components), float64
+            Per K and per dex.
+
+        Raises
+        ------
+        MoefastError
+            If labels have another shape, are not finite or lie outside `limits`.
+        """
+        x, jacobian = self._scaled(labels), self._jacobian(labels)
+        parts = [
+            self._slopes(x[a : a + ROWS_PER_SLOPE_TILE], jacobian[a : a + ROWS_PER_SLOPE_TILE])
+            for a in range(0, len(x), ROWS_PER_SLOPE_TILE)
+        ]
+        return np.concatenate([np.empty((0, len(LABELS), len(self.basis))), *parts])
+
+    def _jacobian(self, labels: np.ndarray) -> np.ndarray:
+        """Derivatives of the scaled coordinates by the labels, (n, 5, 7): complex steps, exact to rounding."""
+        steps = np.repeat(np.asarray(labels, dtype=float)[:, None], len(LABELS), axis=1).astype(complex)
+        steps += 1e-30j * np.eye(len(LABELS))
+        slopes = coordinates(steps.reshape(-1, len(LABELS))).imag / 1e-30 / self._half_range
+        return slopes.reshape(len(steps), len(LABELS), len(self._scales))
+
+    def _slopes(self, x: np.ndarray, jacobian: np.ndarray) -> np.ndarray:
+        """Derivatives of the coefficients, (n, 5, n_components), of at most one tile of rows."""
+        size, n_inputs = x.shape
+        n_terms = len(self._powers)
+        design = np.empty((size, n_inputs, len(self._weights)))
+        terms = np.empty((size, n_inputs, n_terms))
+        kernel = np.empty((size, n_inputs, len(self._weights) - n_terms))
+        _polynomial_slopes(x, self._powers, terms)
+        _matern_slopes(x / self._scales, self._nodes, self._scales, kernel)
+        design[..., :n_terms], design[..., n_terms:] = terms, kernel
+        gradient = (design.reshape(size * n_inputs, -1) @ self._weights).reshape(size, n_inputs, -1)
+        return np.matmul(jacobian, gradient)
 
     def _design(self, x: np.ndarray, out: np.ndarray) -> None:
         """Fill out (n, n_terms + n_nodes) with what multiplies the weights."""

@@ -289,33 +289,6 @@ def _line_flux(
             out[i, j] = electrons[j] * inverse_response[j]
 
 
-@njit(cache=True, nogil=True, fastmath={"reassoc", "contract"}, error_model="numpy")
-def _rescale(
-    flux: np.ndarray, error: np.ndarray, star: np.ndarray, old: np.ndarray, new: np.ndarray, out: np.ndarray
-) -> None:
-    """Fill out with error sqrt[(f star u + new u^2) / (f star u + old u^2)], u the median of what the errors say.
-
-    `star` and `old` (p,) are those of `_errors`, `new` (n, p) is `old` under another sky.
-    """
-    n, p = flux.shape
-    for i in range(n):
-        units = np.empty(p + 1, np.float32)
-        keys, scratch = np.empty(p + 2, np.int32), quantile_scratch()
-        good = 0
-        for j in range(p):
-            light, sigma = max(flux[i, j], np.float32(0.0)) * star[j], error[i, j]
-            if 0.0 < sigma < np.inf and np.isfinite(light):
-                units[good] = (math.sqrt(light * light + 4.0 * old[j] * sigma * sigma) - light) / (
-                    2.0 * old[j]
-                )
-                good += 1
-        unit = quantile(units, good, 0.5, keys, scratch) if good else 0.0
-        for j in range(p):
-            light = max(flux[i, j], np.float32(0.0)) * star[j]
-            before, after = light + unit * old[j], light + unit * new[i, j]
-            out[i, j] = error[i, j] * math.sqrt(after / before) if before > 0.0 else error[i, j]
-
-
 class NoiseModel:
     """Errors of spectra on one wave grid.
 
@@ -468,47 +441,6 @@ class NoiseModel:
             )  # fmt: skip
 
         in_threads(len(out), fill)
-        return out
-
-    def rescaled_error(self, flux: np.ndarray, error: np.ndarray, factors: SkyFactors) -> np.ndarray:
-        """Errors as they would be under a sky of another brightness.
-
-        How much light a star's errors stand for is found from the errors themselves: the median over the pixels of
-        the electrons per unit flux that this noise model needs to give them. For spectra of this noise model the
-        result is exact; others keep the ratio of their errors to this model's.
-
-        Parameters
-        ----------
-        flux : array of shape (n, p), float32
-            Flux without noise, or the best that is known of it.
-        error : array of shape (n, p), float32
-            Pixels without a positive finite error keep what they have.
-        factors : SkyFactors
-            Of the n stars.
-
-        Returns
-        -------
-        array of shape (n, p), float32
-
-        Raises
-        ------
-        MoefastError
-            If the shapes do not fit each other and the wave grid.
-        """
-        flux = np.ascontiguousarray(flux, dtype=np.float32)
-        error = np.ascontiguousarray(error, dtype=np.float32)
-        if flux.shape != (len(factors.continuum), len(self.response)) or error.shape != flux.shape:
-            raise MoefastError(
-                f"flux and error: expected shape ({len(factors.continuum)}, {len(self.response)}), "
-                f"found {flux.shape}, {error.shape}"
-            )
-        new = self._scaled_sky(factors, (self._largest / self.response) ** 2, np.float32)
-        out = np.empty_like(error)
-
-        def fill(a: int, b: int) -> None:
-            _rescale(flux[a:b], error[a:b], self._star, self._sky, new[a:b], out[a:b])
-
-        in_threads(len(flux), fill)
         return out
 
     def line_flux(

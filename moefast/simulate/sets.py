@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -266,6 +266,7 @@ def simulate_set(
     noisy: bool | None = None,
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
+    attrs: Mapping[str, str] | None = None,
 ) -> Identity:
     """Write a part of a reference set, with the attributes `reference_set`, `part` and `fingerprint`.
 
@@ -280,6 +281,8 @@ def simulate_set(
     overwrite : bool
     progress : callable, optional
         Called with the number of rows done.
+    attrs : mapping, optional
+        Further attributes of the file.
 
     Raises
     ------
@@ -296,7 +299,7 @@ def simulate_set(
         first_row=first,
         noisy=its_part.n_rows is not None if noisy is None else noisy,
         overwrite=overwrite,
-        attrs=identity._asdict(),
+        attrs={**(attrs or {}), **identity._asdict()},
         progress=progress,
     )
     return identity

@@ -1,8 +1,8 @@
 """Simulated spectra that never touch a disk: generated block by block for whoever reads them.
 
-Design: the reading interface of `moefast.spectra.spectrum_set.SpectrumSet`, with the simulator in the place of the
-files. Rows are pure functions of seed and number, so a second pass generates them again instead of keeping them: memory
-does not grow with their number. Nothing is read ahead: generation keeps all cores busy by itself.
+Design: a `moefast.spectra.source.SpectrumSource` with the simulator in the place of the files. Rows are pure functions
+of seed and number, so a second pass generates them again instead of keeping them: memory does not grow with their
+number. Nothing is read ahead: generation keeps all cores busy by itself.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from moefast.core.errors import InputError, LabelError, MoefastError
-from moefast.spectra.source import Block, Failure, block_edges
+from moefast.spectra.source import Block, Failure, OnError, block_edges, rows_of_request
 
 from .emulator import Emulator
 from .observed import OBSERVED_PARAMS, Observed, simulate_observed
@@ -254,7 +254,7 @@ class SimulatedSpectra:
         rows: tuple[int, int] | None = None,
         params: Sequence[str] = (),
         prefetch: bool = True,
-        on_error: Literal["raise", "skip"] = "raise",
+        on_error: OnError = "raise",
     ) -> Iterator[Block]:
         """Iterate over the spectra, block by block, in order.
 
@@ -271,13 +271,7 @@ class SimulatedSpectra:
         prefetch, on_error
             As for files, where they matter.
         """
-        start, stop = (0, self.n_rows) if rows is None else rows
-        if block_rows < 1:
-            raise ValueError(f"block_rows must be at least 1, found {block_rows}")
-        if not 0 <= start <= stop <= self.n_rows:
-            raise ValueError(f"rows {start} to {stop} asked for, the set has {self.n_rows}")
-        if array not in {"auto", "flux", "noisy"}:
-            raise ValueError(f"array must be 'auto', 'flux' or 'noisy', found {array!r}")
+        start, stop = rows_of_request(self.n_rows, block_rows, array, rows, on_error)
         if unknown := [name for name in params if name not in self.columns]:
             raise InputError(f"{self.path}: has no column {unknown[0]!r}; it has {', '.join(self.columns)}")
         return self._blocks(block_rows, array != "flux", start, stop, list(params))

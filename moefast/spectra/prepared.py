@@ -23,9 +23,9 @@ from moefast.core.regular import refuse_special
 from moefast.kernels.resample import normalise
 from moefast.spectra.layouts.pfsspec import survey_file
 from moefast.spectra.layouts.registry import SurveyFile, damage, open_survey_file
-from moefast.spectra.resample import Pixels, on_grid
+from moefast.spectra.resample import SAME, Pixels, faults_of_wavelengths, on_grid
 from moefast.spectra.shard import Shard
-from moefast.spectra.source import Failure, OnError
+from moefast.spectra.source import Block, Failure, OnError
 from moefast.spectra.spectrum_set import SpectrumSet, open_spectra
 from moefast.spectra.telluric import CHOICES, Telluric, without_telluric, words_of_ranges
 from moefast.spectra.units import LIGHT_SPEED, air_to_vacuum
@@ -147,7 +147,6 @@ class PreparedShard(Shard):
         self._velocity: NDArray[np.float64] | None = None
         self._lock = threading.RLock()
         self._held: tuple[tuple[str, int, int], dict[str, NDArray]] | None = None
-        self._measured_blocks: dict[tuple[str, int, int], list[Pixels]] | None = None
 
     def __getstate__(self) -> dict[str, object]:
         raise TypeError("prepared spectra belong to one process")
@@ -172,20 +171,10 @@ class PreparedShard(Shard):
         """Whether these are spectra of a survey, barycentric, and not of a simulator that leaves stars at rest."""
         return any(file.through_atmosphere for file in self.files)
 
-    def keep_measured(self) -> None:
-        """From now on keep the pixels of every block that is read, until `measured` is asked for them."""
-        with self._lock:
-            self._measured_blocks, self._held = {}, None
-
     def measured(self, array: str, start: int, stop: int) -> list[Pixels]:
-        """Rows of an array as they were measured, arm by arm, wavelengths in vacuum; see `at_velocity`."""
+        """Rows of an array as they were measured, arm by arm, wavelengths in vacuum; see `at_velocity` and `fill`."""
         with self._lock:
-            kept = (
-                None
-                if self._measured_blocks is None
-                else self._measured_blocks.pop((array, start, stop), None)
-            )
-            return self._gathered(array, start, stop) if kept is None else kept
+            return self._gathered(array, start, stop)
 
     def at_velocity(
         self, arms: Sequence[Pixels], velocity: NDArray[np.float64], rows: NDArray[np.intp]
@@ -195,10 +184,32 @@ class PreparedShard(Shard):
         taken = [arm.take(rows) for arm in arms]
         return prepare_rows(taken, factor, self.wave, scale=not self.files[0].normalised)[:3]
 
+    def fill(self, block: Block, first_row: int) -> None:
+        """Put the spectra of a block on the grid, in place; `first_row` is the row of the shard that it starts with."""
+        if block.measured is not None:
+            block.flux, block.error, block.mask = self._on_grid(block.measured, first_row)
+
+    def wrong_rows(self, arms: Sequence[Pixels], first_row: int) -> NDArray[np.bool_]:
+        """Rows of `measured` that have no good pixel at any velocity, because of a fault; it is kept in `faults`."""
+        for arm in arms:
+            for row, text in faults_of_wavelengths(
+                arm, self._factor(first_row, arm.n_rows), self.wave
+            ).items():
+                self._fault(first_row + row, text)
+        return np.array([row in self.faults for row in range(first_row, first_row + arms[0].n_rows)], bool)
+
+    def _factor(self, first_row: int, n: int) -> NDArray[np.float64]:
+        """λ over λ at rest, with the velocities that were given."""
+        factor = np.ones(n)
+        if self._velocity is not None:
+            factor += self._velocity[first_row : first_row + n] / LIGHT_SPEED
+        return factor
+
     @property
     def notes(self) -> list[str]:
         """What users must know of these files, each thing once."""
-        notes = [note for file in self.files for note in file.notes]
+        notes = [file.wider for file in self.files if file.wider and not _made_for(self.wave, file.grid)]
+        notes += [note for file in self.files for note in file.notes]
         if any(self._masked(file) for file in self.files):
             notes.append(
                 f"pixels where the Earth's atmosphere absorbs ({words_of_ranges()} Å) count as bad; --telluric keep "
@@ -224,7 +235,11 @@ class PreparedShard(Shard):
             of_flux = array in {"error", "mask"}
             if held is None or held[0][1:] != (start, stop) or not (of_flux or held[0][0] == array):
                 which = self.files[0].arrays[0] if of_flux else array
-                held = self._held = ((which, start, stop), self._prepared(which, start, stop))
+                made = self._on_grid(self._gathered(which, start, stop), start)
+                held = self._held = (
+                    (which, start, stop),
+                    dict(zip(("flux", "error", "mask"), made, strict=True)),
+                )
             values = held[1]["flux" if not of_flux else array]
         if out is None:
             return values.copy()
@@ -241,20 +256,20 @@ class PreparedShard(Shard):
             row = end
         return _stacked(pieces)
 
-    def _prepared(self, array: str, start: int, stop: int) -> dict[str, NDArray]:
-        arms = self._gathered(array, start, stop)
-        if self._measured_blocks is not None:
-            self._measured_blocks[array, start, stop] = arms
-        factor = np.ones(stop - start)
-        if self._velocity is not None:
-            factor += self._velocity[start:stop] / LIGHT_SPEED
-        flux, error, mask, faults = prepare_rows(arms, factor, self.wave, scale=not self.files[0].normalised)
+    def _on_grid(
+        self, arms: Sequence[Pixels], start: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]:
+        """Flux, error and mask of rows from `start` on, velocities removed."""
+        n = arms[0].n_rows
+        flux, error, mask, faults = prepare_rows(
+            arms, self._factor(start, n), self.wave, scale=not self.files[0].normalised
+        )
         for bad, text in faults.items():
             self._fault(start + bad, text)
-        for row in self.faults:
-            if start <= row < stop:
-                mask[row - start] = True
-        return {"flux": flux, "error": error, "mask": mask}
+        for row in range(n):
+            if start + row in self.faults:
+                mask[row] = True
+        return flux, error, mask
 
     def _measured(self, index: int, array: str, row: int, end: int) -> list[Pixels]:
         file, base = self.files[index], int(self.first_rows[index])
@@ -336,6 +351,15 @@ class PreparedShard(Shard):
                     digest.update(file.fingerprint().encode())
                 file.close()
         return digest.hexdigest()
+
+
+def _made_for(wave: NDArray[np.float64], grid: NDArray[np.float64] | None) -> bool:
+    """Whether the pixels of a model are pixels of a file."""
+    if grid is None:
+        return False
+    at = np.clip(np.searchsorted(grid, wave), 1, len(grid) - 1)
+    nearest = np.minimum(np.abs(grid[at] - wave), np.abs(grid[at - 1] - wave))
+    return bool(np.all(nearest < SAME * np.abs(np.gradient(wave))))
 
 
 def _stacked(pieces: Sequence[list[Pixels]]) -> list[Pixels]:

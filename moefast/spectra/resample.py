@@ -12,9 +12,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moefast.kernels.resample import NOT_FINITE, NOT_INCREASING, join, pixel_edges, resample
+from moefast.kernels.resample import (
+    NOT_FINITE,
+    NOT_INCREASING,
+    join,
+    pixel_edges,
+    resample,
+    wrong_wavelengths,
+)
 
-__all__ = ["OnGrid", "Pixels", "on_grid"]
+__all__ = ["OnGrid", "Pixels", "faults_of_wavelengths", "on_grid"]
 
 _WORDS = {NOT_FINITE: "is not finite", NOT_INCREASING: "is not above the one before it"}
 SAME = 0.01
@@ -138,11 +145,24 @@ def _arm(arm: Pixels, factor: NDArray[np.float64], wave: NDArray[np.float64]) ->
         own = slice(arm.starts[row], arm.starts[row + 1])
         with np.errstate(over="ignore"):
             flux[row], error[row], mask[row] = arm.flux[own], arm.error[own], arm.bad[own]
-    faults = {
+    return OnGrid(flux, error, mask, _in_words(arm, status))
+
+
+def faults_of_wavelengths(
+    arm: Pixels, factor: NDArray[np.float64], wave: NDArray[np.float64]
+) -> dict[int, str]:
+    """What is wrong with the wavelengths of each row, as `on_grid` would find it."""
+    edges = pixel_edges(wave)
+    return _in_words(
+        arm, wrong_wavelengths(arm.wave, arm.starts, np.ascontiguousarray(factor, np.float64), edges)
+    )
+
+
+def _in_words(arm: Pixels, status: NDArray[np.int64]) -> dict[int, str]:
+    return {
         int(row): f"{arm.where}: wavelength of pixel {status[row, 1]} {_WORDS[int(status[row, 0])]}"
         for row in np.flatnonzero(status[:, 0])
     }
-    return OnGrid(flux, error, mask, faults)
 
 
 def _there_already(arm: Pixels, factor: NDArray[np.float64], wave: NDArray[np.float64]) -> NDArray[np.bool_]:

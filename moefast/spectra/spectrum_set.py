@@ -14,7 +14,7 @@ from moefast.core.labels import describe_implausible, plausible
 from moefast.spectra.blocks import BlockMemory, ParamsReader, read_ahead
 from moefast.spectra.paths import find_files
 from moefast.spectra.shard import Shard
-from moefast.spectra.source import Block, Failure, OnError, block_edges
+from moefast.spectra.source import Block, Failure, OnError, block_edges, rows_of_request
 from moefast.spectra.wave import describe_difference, describe_wave, same_wave
 
 __all__ = ["SpectrumSet", "open_spectra"]
@@ -163,6 +163,7 @@ class SpectrumSet:
         params: Sequence[str] = (),
         prefetch: bool = True,
         on_error: OnError = "raise",
+        measured: bool = False,
     ) -> Iterator[Block]:
         """Iterate over the spectra, block by block, in order.
 
@@ -181,26 +182,27 @@ class SpectrumSet:
         on_error : {"raise", "skip"}
             Whether unreadable rows end the iteration, or are left out and noted in `failures`; the other
             blocks keep their row numbers.
+        measured : bool
+            Whether spectra that must be put on the grid are handed out as they were measured (`Block.measured`), so
+            that whoever takes the block does that work, and not the reader, for whom others wait.
 
         Raises
         ------
         InputError
             If rows, an array or a column cannot be read.
         """
-        start, stop = (0, self.n_rows) if rows is None else rows
-        if block_rows < 1:
-            raise ValueError(f"block_rows must be at least 1, found {block_rows}")
-        if not 0 <= start <= stop <= self.n_rows:
-            raise ValueError(f"rows {start} to {stop} asked for, the set has {self.n_rows}")
-        if array not in {"auto", "flux", "noisy"}:
-            raise ValueError(f"array must be 'auto', 'flux' or 'noisy', found {array!r}")
-        if on_error not in {"raise", "skip"}:
-            raise ValueError(f"on_error must be 'raise' or 'skip', found {on_error!r}")
-        source = self._read_blocks(block_rows, array, (start, stop), list(params), on_error)
+        asked = rows_of_request(self.n_rows, block_rows, array, rows, on_error)
+        source = self._read_blocks(block_rows, array, asked, list(params), on_error, measured)
         return read_ahead(source) if prefetch else source
 
     def _read_blocks(
-        self, block_rows: int, array: str, rows: tuple[int, int], names: list[str], on_error: OnError
+        self,
+        block_rows: int,
+        array: str,
+        rows: tuple[int, int],
+        names: list[str],
+        on_error: OnError,
+        measured: bool,
     ) -> Iterator[Block]:
         start, stop = rows
         memory, table = BlockMemory(), ParamsReader(names)
@@ -213,7 +215,7 @@ class SpectrumSet:
             try:
                 for row, end in block_edges(first, last, block_rows):
                     try:
-                        yield self._read_block(memory, table, index, which, (row, end))
+                        yield self._read_block(memory, table, index, which, (row, end), measured)
                     except InputError as error:
                         if on_error == "raise":
                             raise
@@ -222,10 +224,20 @@ class SpectrumSet:
                 shard.close()
 
     def _read_block(
-        self, memory: BlockMemory, table: ParamsReader, index: int, array: str, rows: tuple[int, int]
+        self,
+        memory: BlockMemory,
+        table: ParamsReader,
+        index: int,
+        array: str,
+        rows: tuple[int, int],
+        measured: bool,
     ) -> Block:
-        shard = self.shards[index]
+        shard, first_row = self.shards[index], int(self.first_rows[index]) + rows[0]
         shape = (rows[1] - rows[0], self.n_pixels)
+        pixels = shard.measured(array, *rows) if measured else None
+        if pixels is not None:
+            empty = np.empty(shape, np.float32)
+            return Block(first_row, index, empty, empty, None, table.rows(shard, *rows), pixels)
         flux = shard.read(array, *rows, out=memory.array(shape, np.float32))
         error = shard.read("error", *rows, out=memory.array(shape, np.float32))
         mask = None
@@ -234,7 +246,7 @@ class SpectrumSet:
             if not mask.any():
                 mask = None
         params = table.rows(shard, *rows)
-        return Block(int(self.first_rows[index]) + rows[0], index, flux, error, mask, params)
+        return Block(first_row, index, flux, error, mask, params)
 
 
 def _check_wave(shard: Shard, first: Shard) -> None:

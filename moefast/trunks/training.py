@@ -7,11 +7,12 @@ the σ honest, the others say what the physics of a star is: they help where log
 the last is dropped after the fit.
 
 Design: stars lie on the device as they are without noise, and each step draws some of them with noise of their own: in
-components, where noise is white, or in pixels (`Components`, `Pixels`). Draws depend on seed and step alone, so that a
-fit that goes on from a checkpoint takes the steps it would have taken. The search is AdamW with a warm-up and a cosine;
-what is kept is a running mean of the weights, at the step where it was best on stars that did not train. Half precision
-is used for the products of networks that see pixels, on a GPU; there, loss and gradients are fused kernels if torch can
-compile them (`torch.compile`), since what a network does between its products is bound by memory.
+components, where noise is white, or in pixels (`StarsInComponents`, `StarsInPixels`). Draws depend on seed and step
+alone, so that a fit that goes on from a checkpoint takes the steps it would have taken. The search is AdamW with a
+warm-up and a cosine; what is kept is a running mean of the weights, at the step where it was best on stars that did not
+train. Half precision is used for the products of networks that see pixels, on a GPU; there, loss and gradients are
+fused kernels if torch can compile them (`torch.compile`), since what a network does between its products is bound by
+memory.
 """
 
 from __future__ import annotations
@@ -31,19 +32,19 @@ from numpy.typing import NDArray
 
 from moefast.checkpoint import NETWORK_FILE
 from moefast.core.atomic import atomic_file
-from moefast.core.errors import MoefastError
+from moefast.core.errors import MoefastError, OutputError
 from moefast.ops.arithmetic import FIXED, is_matrix
 from moefast.ops.on_torch import TorchArithmetic
 from moefast.trunks.heads import Heads
 from moefast.trunks.networks import answer
 
 __all__ = [
-    "Components",
     "Fitted",
     "Judges",
     "Labels",
-    "Pixels",
     "Schedule",
+    "StarsInComponents",
+    "StarsInPixels",
     "check_checkpoints",
     "component_covariance",
     "fit_heads",
@@ -119,7 +120,7 @@ class Fitted(NamedTuple):
     kernels: str
 
 
-class Stars(Protocol):
+class TrainingStars(Protocol):
     """Clean stars on a device."""
 
     def __len__(self) -> int:
@@ -131,8 +132,8 @@ class Stars(Protocol):
         ...
 
 
-class Components:
-    """Stars in noise-white components; their lines get the noise that belongs to that of the components.
+class StarsInComponents:
+    """TrainingStars in noise-white components; their lines get the noise that belongs to that of the components.
 
     Noise of pixels √D ε gives the columns A = (T, lines) noise of covariance AᵀDA = LLᵀ; times s it is that of a star
     to within what its noise differs in shape from D.
@@ -167,7 +168,7 @@ class Components:
         return len(self._z)
 
     def draw(self, index: Any, random: Any) -> dict[str, Any]:
-        """See `Stars`."""
+        """See `TrainingStars`."""
         torch, r = self._torch, self._z.shape[1]
         level = self._level[index]
         shape = (len(index), len(self._factor))
@@ -177,8 +178,8 @@ class Components:
         return {"z": self._z[index] + noise[:, :r], "log_level": level[:, None], "lines": lines}
 
 
-class Pixels:
-    """Stars in pixels, as half-precision numbers in units of the mean noise: a thousandth of that is lost.
+class StarsInPixels:
+    """TrainingStars in pixels, as half-precision numbers in units of the mean noise: a thousandth of that is lost.
 
     Parameters
     ----------
@@ -191,7 +192,7 @@ class Pixels:
     columns : array of shape (p, 12)
         Of the lines.
     widths, least
-        As in `Components`.
+        As in `StarsInComponents`.
     """
 
     def __init__(
@@ -210,7 +211,7 @@ class Pixels:
         return len(self._flux)
 
     def draw(self, index: Any, random: Any) -> dict[str, Any]:
-        """See `Stars`."""
+        """See `TrainingStars`."""
         torch = self._torch
         shape = (len(index), self._flux.shape[1])
         scaled = torch.randn(shape, generator=random, device=self._device)
@@ -277,7 +278,7 @@ def check_checkpoints() -> None:
 
 def fit_heads(
     begin: Heads,
-    stars: Stars,
+    stars: TrainingStars,
     labels: Labels,
     judges: Judges,
     schedule: Schedule,
@@ -294,7 +295,7 @@ def fit_heads(
     ----------
     begin : Heads
         With the numbers to start from; their scales stay as they are.
-    stars : Components or Pixels
+    stars : StarsInComponents or StarsInPixels
         On `device`.
     labels : Labels
         Of the stars.
@@ -335,8 +336,8 @@ class _Training:
     """State of a fit: weights, their running mean, the moments of the search, the step and the curve."""
 
     def __init__(
-        self, torch: Any, begin: Heads, stars: Stars, labels: Labels, judges: Judges, schedule: Schedule, device: str,
-        checkpoint: Path | None, key: str, fused: bool, progress: Callable[[int, int], None] | None,
+        self, torch: Any, begin: Heads, stars: TrainingStars, labels: Labels, judges: Judges, schedule: Schedule,
+        device: str, checkpoint: Path | None, key: str, fused: bool, progress: Callable[[int, int], None] | None,
     ) -> None:  # fmt: skip
         self.torch, self.plan, self.stars, self.schedule = torch, begin.plan, stars, schedule
         self.device, self.progress = torch.device(device), progress or (lambda done, total: None)
@@ -497,19 +498,28 @@ class _Training:
         return found
 
     def save(self) -> None:
-        """Write the state; the file is complete or absent."""
+        """Write the state; the file is complete or absent. A disk that does not take it is told, no more."""
         if self.file is None:
             return
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         state = {name: value.contiguous() for name, value in self.state().items()}
         said = {
             "key": self.key, "step": str(self.step), "curve": json.dumps(self.curve), "kernels": self.kernels,
         }  # fmt: skip
         said["sha256"] = self._digest(state, said)
-        with atomic_file(self.file) as partial:
-            save_file(state, partial, said)
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(self.file) as partial:
+                save_file(state, partial, said)
+        except (OSError, OutputError, SafetensorError) as error:
+            logging.getLogger(__name__).warning(
+                "%s: the checkpoint after step %d could not be written (%s)",
+                self.file,
+                self.step,
+                error.__cause__ or error,
+            )
 
     def _digest(self, state: Mapping[str, Any], said: Mapping[str, str]) -> str:
         """SHA-256 of all that a checkpoint holds, but for this number itself."""

@@ -53,7 +53,7 @@ def toy():
     error = np.repeat(sigma[:, None], P, axis=1)
     covariance = np.stack([np.linalg.inv(np.eye(5) + model.matrix @ model.matrix.T / s**2) for s in sigma])
     mean = np.einsum("nij,nj->ni", covariance, (data - 1) @ model.matrix.T / sigma[:, None] ** 2)
-    library = bayes.Library.draw(model, size=8192)
+    library = bayes.TemplateLibrary.draw(model, size=8192)
 
     def run(rows, **options):
         chosen = {name: values[rows] for name, values in truth.items()}
@@ -115,7 +115,7 @@ def test_bad_pixels_count_for_nothing(toy):
     good = np.ones((4, P), bool)
     good[:, ::2] = False
     data[:, ::2] = np.nan
-    library = bayes.Library.draw(model, size=8192)
+    library = bayes.TemplateLibrary.draw(model, size=8192)
     zero = np.zeros(4)
     found = bayes.posteriors(
         model, library, np.arange(4), data, np.full((4, P), SIGMA), zero, zero + 1, truth, good=good

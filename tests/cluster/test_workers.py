@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -93,7 +94,7 @@ def test_shards_that_are_there_are_not_made_again(client, source, saved, referen
         with pytest.raises(KeyboardInterrupt):
             workers.predict_on(client, [source], saved, out, options={}, rows_per_task=100)
     (folder,) = tmp_path.iterdir()
-    tables = sorted(folder.iterdir())
+    tables = sorted(folder.glob("*.parquet"))
     assert len(tables) == 4
     times = [table.stat().st_mtime_ns for table in tables]
     # One that was cut off is made again.
@@ -148,6 +149,17 @@ def test_names_of_schedulers():
     for wrong in ("local:0", "local:x", "local:-1"):
         with pytest.raises(InputError, match="expected local:N"):
             workers.workers_of(wrong)
+
+
+def test_workers_of_this_machine_share_out_its_gpus():
+    assert workers.devices_of({"CUDA_VISIBLE_DEVICES": "2,5"}) == ["2", "5"]
+    assert workers.devices_of({"CUDA_VISIBLE_DEVICES": ""}) == []
+    plugin = workers._device_plugin(["2", "5"])
+    with pytest.MonkeyPatch.context() as patch:
+        for name, device in (("0", "2"), (1, "5"), (2, "2")):
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+            plugin.setup(SimpleNamespace(name=name))
+            assert os.environ["CUDA_VISIBLE_DEVICES"] == device
 
 
 def test_options_that_a_cluster_does_not_take():

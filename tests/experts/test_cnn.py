@@ -1,7 +1,6 @@
 """A convolutional network that is scored without torch: against its reference, torch, and what it should learn."""
 
 import builtins
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -9,9 +8,8 @@ from one_expert import inputs, network, same_arrays
 from tolerances import assert_close
 
 from moefast.core.errors import MoefastError
-from moefast.experts.cnn import ROWS, ConvNet, fit_network, n_places
+from moefast.experts.cnn import ROWS, ConvNet, fit_conv_net, n_places
 
-needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
 P = 320
 
 
@@ -117,11 +115,11 @@ def stars(n, seed):
 FIT = {"reference": np.ones(P), "noise_shape": (0.05 * (1 + 0.3 * np.sin(np.arange(P)))) ** 2}
 
 
-@needs_torch
+@pytest.mark.torch
 def test_a_fit_learns_what_no_linear_fit_can_and_is_the_same_again():
     flux, error, y, _ = stars(1200, 1)
     told = []
-    net = fit_network(flux, error, y, **FIT, seed=4, epochs=15, progress=lambda *step: told.append(step))
+    net = fit_conv_net(flux, error, y, **FIT, seed=4, epochs=15, progress=lambda *step: told.append(step))
     assert told == [(epoch, 15) for epoch in range(1, 16)]
     clean, sigma, truth, level = stars(500, 2)
     noisy = clean + sigma * np.random.default_rng(3).standard_normal(clean.shape, dtype=np.float32)
@@ -131,12 +129,12 @@ def test_a_fit_learns_what_no_linear_fit_can_and_is_the_same_again():
     matrix = np.column_stack([flux, np.ones(len(flux))])
     linear = np.column_stack([noisy, np.ones(500)]) @ np.linalg.lstsq(matrix, y, rcond=1e-3)[0]
     assert abs(np.corrcoef(linear, truth)[0, 1]) < 0.3
-    again = [fit_network(flux[:200], error[:200], y[:200], **FIT, seed=seed, epochs=2) for seed in (4, 4, 5)]
+    again = [fit_conv_net(flux[:200], error[:200], y[:200], **FIT, seed=seed, epochs=2) for seed in (4, 4, 5)]
     same_arrays(again[0].arrays(), again[1].arrays())
     assert again[0].w1.tobytes() != again[2].w1.tobytes()
 
 
-@needs_torch
+@pytest.mark.torch
 def test_torch_gives_what_is_scored():
     import torch
 
@@ -149,14 +147,14 @@ def test_torch_gives_what_is_scored():
     assert_close(found, net.predict_reference(seen))
 
 
-@needs_torch
+@pytest.mark.torch
 def test_a_fit_ends_when_time_is_up_and_leaves_torch_as_it_was():
     import torch
 
     usual = torch.get_num_threads()
     flux, error, y, level = stars(300, 1)
     told = []
-    net = fit_network(
+    net = fit_conv_net(
         flux, error, y, **FIT, epochs=10**6, minutes=0.005, progress=lambda *step: told.append(step)
     )
     assert 1 <= len(told) < 10**5
@@ -167,13 +165,13 @@ def test_a_fit_ends_when_time_is_up_and_leaves_torch_as_it_was():
 def test_arguments_are_checked():
     flux, error, y, _ = stars(4, 1)
     with pytest.raises(ValueError, match="two stars at least expected"):
-        fit_network(flux, error[1:], y, **FIT)
+        fit_conv_net(flux, error[1:], y, **FIT)
     with pytest.raises(ValueError, match="positive noise_shape of 320 pixels"):
-        fit_network(flux, error, y, **(FIT | {"noise_shape": np.zeros(P)}))
+        fit_conv_net(flux, error, y, **(FIT | {"noise_shape": np.zeros(P)}))
     with pytest.raises(ValueError, match="40 pixels are too few"):
-        fit_network(flux[:, :40], error[:, :40], y, reference=np.ones(40), noise_shape=np.ones(40))
+        fit_conv_net(flux[:, :40], error[:, :40], y, reference=np.ones(40), noise_shape=np.ones(40))
     with pytest.raises(ValueError, match="finite flux"):
-        fit_network(flux, -error, y, **FIT)
+        fit_conv_net(flux, -error, y, **FIT)
 
 
 def test_without_torch_the_error_says_what_to_install(monkeypatch):
@@ -187,4 +185,4 @@ def test_without_torch_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     flux, error, y, _ = stars(4, 1)
     with pytest.raises(MoefastError, match=r"pip install torch"):
-        fit_network(flux, error, y, **FIT)
+        fit_conv_net(flux, error, y, **FIT)

@@ -14,8 +14,9 @@ from made_reports import Z0, N, evaluation, predictions, stars
 from moefast.cli import cli
 from moefast.core import metrics
 from moefast.core.errors import InputError
+from moefast.core.records import as_entries
 from moefast.protocol import evaluate as evaluation_module
-from moefast.protocol import report_text
+from moefast.protocol import report_folder, report_text
 from moefast.protocol.milestones.evaluations import NotRunError, Section, read_reports
 from moefast.protocol.milestones.judge import judge, judge_alone
 from moefast.protocol.milestones.marks import MILESTONES
@@ -39,21 +40,19 @@ def write(folder, *contents):
 
 
 def verdicts(result, index=0):
-    return {row["id"]: (row["absolute"]["verdict"], row["reference"]["verdict"])
-            for row in result["sections"][index]["milestones"]}  # fmt: skip
+    return {row.id: (row.absolute.verdict, row.reference.verdict)
+            for row in result.sections[index].milestones}  # fmt: skip
 
 
 def row_of(result, identifier, index=0):
-    return next(row for row in result["sections"][index]["milestones"] if row["id"] == identifier)
+    return next(row for row in result.sections[index].milestones if row.id == identifier)
 
 
 def test_nothing_given_is_nothing_run():
     result = judge([])
     assert list(verdicts(result)) == ["C0", "C1", "C2", "C3", "C3+", "C4"]
     assert set(verdicts(result).values()) == {("not run", "not run")}
-    assert all(
-        row["ours"]["value"] is None and row["ours"]["reason"] for row in result["sections"][0]["milestones"]
-    )
+    assert all(row.ours.value is None and row.ours.reason for row in result.sections[0].milestones)
 
 
 PHYS = (("published-ridge", 0.5), ("global-ridge", 0.6), ("oracle-ridge", 0.8))
@@ -61,16 +60,16 @@ PHYS = (("published-ridge", 0.5), ("global-ridge", 0.6), ("oracle-ridge", 0.8))
 
 def test_a_gate_that_passes_and_one_that_fails(tmp_path):
     good = judge(read_reports(write(tmp_path, evaluation("phys-moe", 0.795, references=PHYS))))
-    rho = row_of(good, "C2")["absolute"]["checks"][0]
-    assert rho["value"] == pytest.approx(0.975, abs=1e-3)
-    assert rho["interval"][0] <= rho["value"] <= rho["interval"][1]
+    rho = row_of(good, "C2").absolute.checks[0]
+    assert rho.value == pytest.approx(0.975, abs=1e-3)
+    assert rho.interval[0] <= rho.value <= rho.interval[1]
     # Fusion was not measured: the reference mark is neither passed nor failed.
     assert verdicts(good)["C2"] == ("pass", "not run")
-    assert "no evaluation of conditional-moe" in row_of(good, "C2")["reference"]["checks"][1]["reason"]
+    assert "no evaluation of conditional-moe" in row_of(good, "C2").reference.checks[1].reason
 
     bad = judge(read_reports(write(tmp_path, evaluation("phys-moe", 0.63, references=PHYS))))
     assert verdicts(bad)["C2"] == ("fail", "fail")
-    assert row_of(bad, "C2")["ours"]["value"] == pytest.approx(0.63, abs=0.01)
+    assert row_of(bad, "C2").ours.value == pytest.approx(0.63, abs=0.01)
 
 
 def fusion(gain_x, gain_rest):
@@ -92,8 +91,8 @@ def test_conditional_fusion(tmp_path, gain_x, gain_rest, verdict):
         evaluation("conditional-moe", fusion(gain_x, gain_rest)),
     )
     result = judge(read_reports(files))
-    x, rest = row_of(result, "C2")["reference"]["checks"][1:]
-    assert (x["value"] >= 0.01, rest["value"] >= -1e-9) == (gain_x >= 0.01, gain_rest >= 0)
+    x, rest = row_of(result, "C2").reference.checks[1:]
+    assert (x.value >= 0.01, rest.value >= -1e-9) == (gain_x >= 0.01, gain_rest >= 0)
     assert verdicts(result)["C2"][1] == verdict
 
 
@@ -116,13 +115,13 @@ def hybrid(gain, poor_gain):
 def test_oracle_uplift(tmp_path, gain, poor_gain, verdict):
     result = judge(read_reports(write(tmp_path, hybrid(gain, poor_gain))))
     row = row_of(result, "C1")
-    assert row["reference"]["checks"][2]["note"] == "bin cool-poor"
-    assert row["reference"]["checks"][2]["passed"] == (poor_gain >= 0.05)
-    assert row["reference"]["checks"][3]["passed"] == (gain > -0.05)
-    assert row["reference"]["verdict"] == verdict
+    assert row.reference.checks[2].note == "bin cool-poor"
+    assert row.reference.checks[2].passed == (poor_gain >= 0.05)
+    assert row.reference.checks[3].passed == (gain > -0.05)
+    assert row.reference.verdict == verdict
     # Any one of the two absolute marks is enough.
-    assert row["absolute"]["combine"] == "any"
-    assert row["absolute"]["verdict"] == "pass"
+    assert row.absolute.combine == "any"
+    assert row.absolute.verdict == "pass"
 
 
 def test_a_hybrid_without_the_oracles_it_is_compared_with_is_not_run(tmp_path):
@@ -130,7 +129,7 @@ def test_a_hybrid_without_the_oracles_it_is_compared_with_is_not_run(tmp_path):
         read_reports(write(tmp_path, evaluation("hybrid-moe", 0.8, references=(("oracle-ridge", 0.7),))))
     )
     assert verdicts(result)["C1"] == ("not run", "not run")
-    assert f"no reference {HYBRID_ORACLE}" in row_of(result, "C1")["ours"]["reason"]
+    assert f"no reference {HYBRID_ORACLE}" in row_of(result, "C1").ours.reason
 
 
 @pytest.mark.parametrize(
@@ -149,7 +148,7 @@ def test_without_a_bayes_ceiling_no_gap_is_closed(tmp_path):
     content = evaluation("heads", 0.94, references=(("published-ridge", 0.5),), bayes=None)
     result = judge(read_reports(write(tmp_path, content)))
     assert verdicts(result)["C3"] == ("pass", "not run")
-    assert "no Bayes ceiling" in row_of(result, "C3")["reference"]["checks"][0]["reason"]
+    assert "no Bayes ceiling" in row_of(result, "C3").reference.checks[0].reason
 
 
 def residual(change_poor):
@@ -165,19 +164,17 @@ def test_residual_mixture_must_be_no_worse_than_heads_where_it_is_hard(tmp_path,
         evaluation("residual-moe", residual(change_poor), references=published),
     )
     row = row_of(judge(read_reports(files)), "C4")
-    gap, efficiency, poor, low_snr = row["reference"]["checks"]
-    assert poor["passed"] is passed
-    assert poor["value"] == pytest.approx(change_poor, abs=0.01)
-    assert low_snr["passed"] is True
-    assert row["absolute"]["verdict"] == ("pass" if passed else "fail")
+    gap, efficiency, poor, low_snr = row.reference.checks
+    assert poor.passed is passed
+    assert poor.value == pytest.approx(change_poor, abs=0.01)
+    assert low_snr.passed is True
+    assert row.absolute.verdict == ("pass" if passed else "fail")
     overall = json.loads(evaluation("residual-moe", residual(change_poor), references=published))["overall"][
         "r2"
     ]
-    assert efficiency["value"] == pytest.approx(overall / 0.95)
-    assert gap["passed"] == (gap["value"] >= 0.95)
-    assert row["reference"]["verdict"] == (
-        "pass" if passed and gap["passed"] and efficiency["passed"] else "fail"
-    )
+    assert efficiency.value == pytest.approx(overall / 0.95)
+    assert gap.passed == (gap.value >= 0.95)
+    assert row.reference.verdict == ("pass" if passed and gap.passed and efficiency.passed else "fail")
 
 
 def test_kept_predictions_give_differences_an_interval(tmp_path):
@@ -188,7 +185,7 @@ def test_kept_predictions_give_differences_an_interval(tmp_path):
     )
     files = write(tmp_path, *contents)
     result = judge(read_reports(files))
-    assert row_of(result, "C4")["absolute"]["checks"][1]["interval"] is None
+    assert row_of(result, "C4").absolute.checks[1].interval is None
 
     data = stars()
     names = ("log_g_true", "log_g", "M_H", "snr_norm")
@@ -197,17 +194,17 @@ def test_kept_predictions_give_differences_an_interval(tmp_path):
         layout = [Column(name, np.dtype("float64"), "", "") for name in names]
         with open_table(path / "predictions.h5", N, layout, {}) as table:
             table.write(0, dict(zip(names, values, strict=True)))
-    poor = row_of(judge(read_reports(files)), "C4")["absolute"]["checks"][1]
+    poor = row_of(judge(read_reports(files)), "C4").absolute.checks[1]
     members = data["m_h"] < -1
     expected = metrics.bootstrap_difference(
         data["log_g"][members], predictions(0.2)[members], predictions(np.sqrt(0.1))[members]
     )
-    assert poor["interval"] == pytest.approx([expected.low, expected.high], rel=1e-6)
-    assert poor["value"] == pytest.approx(expected.value, rel=1e-6)
+    assert poor.interval == pytest.approx([expected.low, expected.high], rel=1e-6)
+    assert poor.value == pytest.approx(expected.value, rel=1e-6)
 
     # A table that is not of this report is not believed.
     (files[0] / "predictions.h5").write_bytes((files[1] / "predictions.h5").read_bytes())
-    assert row_of(judge(read_reports(files)), "C4")["absolute"]["checks"][1]["interval"] is None
+    assert row_of(judge(read_reports(files)), "C4").absolute.checks[1].interval is None
 
 
 def ruler(r2, training, noise_seed=None, **more):
@@ -223,12 +220,12 @@ def test_the_ruler_is_stable_over_training_and_noise_seeds(tmp_path):
     result = judge(read_reports(write(tmp_path, *trained, *noisy)))
     row = row_of(result, "C0")
     assert verdicts(result)["C0"] == ("pass", "pass")
-    spread = row["reference"]["checks"][0]
-    assert spread["value"] == pytest.approx(0.002, abs=5e-4)
-    assert spread["note"] == "5 training and 5 noise seeds, 9 runs"
-    assert row["ours"]["interval"][0] < row["ours"]["value"] < row["ours"]["interval"][1]
+    spread = row.reference.checks[0]
+    assert spread.value == pytest.approx(0.002, abs=5e-4)
+    assert spread.note == "5 training and 5 noise seeds, 9 runs"
+    assert row.ours.interval[0] < row.ours.value < row.ours.interval[1]
     # Other draws of noise enter the ruler only.
-    assert any("count for C0 only" in note for note in result["sections"][0]["notes"])
+    assert any("count for C0 only" in note for note in result.sections[0].notes)
 
     wide = judge(read_reports(write(tmp_path, *trained, *noisy, ruler(0.54, 5))))
     assert verdicts(wide)["C0"][1] == "fail"
@@ -238,10 +235,7 @@ def test_too_few_seeds_or_a_repeated_file_do_not_make_a_ruler(tmp_path):
     trained = [ruler(0.5 + 0.0005 * k, k) for k in range(5)]
     few = judge(read_reports(write(tmp_path, *trained, ruler(0.5, 0, noise_seed=1))))
     assert verdicts(few)["C0"] == ("pass", "not run")
-    assert (
-        row_of(few, "C0")["reference"]["checks"][0]["reason"]
-        == "needs 5 training and 5 noise seeds, found 5 and 2"
-    )
+    assert row_of(few, "C0").reference.checks[0].reason == "needs 5 training and 5 noise seeds, found 5 and 2"
 
     same = read_reports(write(tmp_path, *[ruler(0.5, 0)] * 5))
     assert len(same) == 1
@@ -253,8 +247,8 @@ def test_the_weakest_evaluation_counts(tmp_path):
     contents = [evaluation("heads", r2, references=(("published-ridge", 0.5),)) for r2 in (0.94, 0.6)]
     result = judge(read_reports(write(tmp_path, *contents)))
     assert verdicts(result)["C3"] == ("fail", "fail")
-    assert row_of(result, "C3")["ours"]["note"] == "weakest of 2"
-    assert any("of 2 evaluations of heads" in note for note in result["sections"][0]["notes"])
+    assert row_of(result, "C3").ours.note == "weakest of 2"
+    assert any("of 2 evaluations of heads" in note for note in result.sections[0].notes)
 
 
 def test_sets_and_noise_levels_are_kept_apart(tmp_path):
@@ -266,7 +260,7 @@ def test_sets_and_noise_levels_are_kept_apart(tmp_path):
         evaluation("heads", 0.6, references=(("published-ridge", 0.5),), noise_level=2.0),
     )  # fmt: skip
     result = judge(read_reports(files))
-    assert len(result["sections"]) == 3
+    assert len(result.sections) == 3
     assert verdicts(result, 0)["C3"] == ("pass", "pass")
     assert verdicts(result, 2)["C3"] == ("fail", "fail")
     # Heads of another set say nothing here, and a mark for reference sets needs one.
@@ -276,13 +270,13 @@ def test_sets_and_noise_levels_are_kept_apart(tmp_path):
 def test_marks_for_reference_sets_need_a_reference_set(tmp_path):
     content = evaluation("heads", 0.94, references=(("published-ridge", 0.5),), reference_set=False)
     row = row_of(judge(read_reports(write(tmp_path, content))), "C3")
-    assert row["absolute"]["verdict"] == "pass"
-    assert row["reference"]["verdict"] == "not run"
-    assert row["reference"]["checks"][0]["passed"] is True
+    assert row.absolute.verdict == "pass"
+    assert row.reference.verdict == "not run"
+    assert row.reference.checks[0].passed is True
     forged = json.loads(content)
     forged["data_set"]["reference_set"] = Z0 | {"fingerprint": "0" * 64}
     row = row_of(judge(read_reports(write(tmp_path, json.dumps(forged)))), "C3")
-    assert row["reference"]["verdict"] == "not run"
+    assert row.reference.verdict == "not run"
 
 
 def test_the_small_part_of_a_reference_set_passes_nothing(tmp_path):
@@ -294,8 +288,8 @@ def test_the_small_part_of_a_reference_set_passes_nothing(tmp_path):
         "fingerprint": FINGERPRINTS["z0", part],
     }
     row = row_of(judge(read_reports(write(tmp_path, json.dumps(content)))), "C3")
-    assert row["reference"]["verdict"] == "not run"
-    assert row["reference"]["reason"] == "needs test_10k of a reference set, this is z0 test_1k"
+    assert row.reference.verdict == "not run"
+    assert row.reference.reason == "needs test_10k of a reference set, this is z0 test_1k"
 
 
 def test_a_model_fitted_on_its_test_set_is_refused(tmp_path):
@@ -320,8 +314,8 @@ def test_tables_of_predictions_are_of_no_recipe(tmp_path):
 @pytest.mark.parametrize("mark", [0.69, 0.7000001, 0.8])
 def test_a_point_decides_not_its_interval(mark):
     quantity = Quantity("R²", lambda _: Measured(0.7, (0.6, 0.8)))
-    assert Check(quantity, "≥", mark).run(NOTHING)["passed"] is (mark <= 0.7)
-    assert Check(quantity, "≤", mark).run(NOTHING)["passed"] is (mark >= 0.7)
+    assert Check(quantity, "≥", mark).run(NOTHING).passed is (mark <= 0.7)
+    assert Check(quantity, "≤", mark).run(NOTHING).passed is (mark >= 0.7)
 
 
 def test_what_was_not_run_never_passes_by_itself():
@@ -336,7 +330,7 @@ def test_what_was_not_run_never_passes_by_itself():
         ("any", (passed, absent)): "pass", ("any", (failed, absent)): "not run", ("any", (failed, failed)): "fail",
     }  # fmt: skip
     for (combine, checks), expected in verdict.items():
-        assert Rule(checks, combine).run(NOTHING)["verdict"] == expected
+        assert Rule(checks, combine).run(NOTHING).verdict == expected
 
 
 def broken(**changes):
@@ -378,7 +372,7 @@ def test_command_line(tmp_path):
     assert run.exit_code == 0, run.output
     assert "fail" in run.output
     found = json.loads(out.read_text())
-    assert found == judge(read_reports([tmp_path]))
+    assert found == as_entries(judge(read_reports([tmp_path])))
     again = CliRunner().invoke(cli, ["milestones", str(tmp_path), "--json"])
     assert json.loads(again.output) == found
     assert CliRunner().invoke(cli, ["milestones", str(tmp_path), "-o", str(out)]).exit_code == 8
@@ -416,10 +410,10 @@ def test_a_report_has_a_section_of_the_milestones_it_bears_on_if_they_are_asked_
 def test_commands_are_commands_of_this_version(monkeypatch):
     """Every command parses: the options it names exist."""
     done = []
-    for name in ("evaluate", "write_report"):
-        signature = inspect.signature(getattr(evaluation_module, name))
+    for module, name in ((evaluation_module, "evaluate"), (report_folder, "write_report")):
+        signature = inspect.signature(getattr(module, name))
         monkeypatch.setattr(
-            evaluation_module, name, lambda *a, _s=signature, **k: done.append(_s.bind(*a, **k).arguments)
+            module, name, lambda *a, _s=signature, **k: done.append(_s.bind(*a, **k).arguments)
         )
     for milestone in MILESTONES:
         for line in milestone.commands:

@@ -58,7 +58,7 @@ def test_spectra_are_well_formed_and_the_same_in_any_block(made, name):
     assert (spectra.error > 0).all()
     assert (spectra.log_g is None) == (SCENARIOS[name].kind == "no star")
     emulator = Emulator.load()
-    whole = scenarios.Stars(
+    whole = scenarios.BaseStars(
         5, 7, simulate_rows(5, 7, seed=REFERENCE_SETS["z0"].parts["test_10k"].seed), emulator,
         next(scenarios._stars(2, emulator)).noise,
     )  # fmt: skip

@@ -249,7 +249,7 @@ def test_the_parts_are_the_sky(model):
 
 def test_a_sky_as_it_was_changes_nothing(stars, model):
     block, _ = stars
-    found = model.rescaled_error(block.flux, block.error, ones(20))
+    found, _ = model.error(block.flux, block.params["mag"], block.params["seeing"], factors=ones(20))
     np.testing.assert_allclose(found, block.error, rtol=1e-6)
 
 
@@ -259,7 +259,8 @@ def test_errors_under_another_sky_are_those_of_a_model_with_that_sky(stars, mode
     brighter = NoiseModel(EDGES, sky=Sky(continuum=Sky().continuum - 2.5 * np.log10(2.0), lines=3.0))
     expected, _ = brighter.error(block.flux, block.params["mag"], block.params["seeing"])
     factors = SkyFactors(np.full(20, 2.0), np.full((20, len(SKY_GROUPS)), 3.0))
-    np.testing.assert_allclose(model.rescaled_error(block.flux, block.error, factors), expected, rtol=2e-5)
+    found, _ = model.error(block.flux, block.params["mag"], block.params["seeing"], factors=factors)
+    np.testing.assert_allclose(found, expected, rtol=2e-5)
 
 
 def test_one_group_moves_its_own_lines_only(stars, model):
@@ -267,23 +268,12 @@ def test_one_group_moves_its_own_lines_only(stars, model):
     factors = ones(20)
     group = SKY_GROUPS.index("OH 6-2")
     factors.lines[:, group] = 4.0
-    ratio = model.rescaled_error(block.flux, block.error, factors) / block.error
+    found, _ = model.error(block.flux, block.params["mag"], block.params["seeing"], factors=factors)
+    ratio = found / block.error
     dark = model.line_electrons[group] == 0
     # The scattered light of the brighter lines reaches every pixel.
     assert ratio[:, dark].max() < 1.03
     assert ratio[:, model.line_electrons[group].argmax()].min() > 1.5
-
-
-def test_lost_pixels_do_not_spoil_the_others(stars, model):
-    block, factors = stars
-    whole = model.rescaled_error(block.flux, block.error, factors)
-    error, flux = block.error.copy(), block.flux.copy()
-    error[3, 100:1500], error[4], flux[5, 7] = np.nan, 0.0, np.nan
-    found = model.rescaled_error(flux, error, factors)
-    good = np.isfinite(error) & (error > 0) & np.isfinite(flux)
-    np.testing.assert_allclose(found[good], whole[good], rtol=1e-5)
-    assert np.isnan(found[3, 100:1500]).all()
-    assert (found[4] == 0).all()
 
 
 def test_factors_belong_to_a_row_and_have_their_scatter():
@@ -295,9 +285,3 @@ def test_factors_belong_to_a_row_and_have_their_scatter():
     assert np.log(many.lines).std(axis=0) == pytest.approx(np.full(len(SKY_GROUPS), 0.5), rel=0.06)
     correlation = np.corrcoef(np.log(np.column_stack([many.continuum, many.lines])).T)
     assert np.abs(correlation - np.eye(len(correlation))).max() < 0.08
-
-
-def test_shapes_that_do_not_fit_are_refused(stars, model):
-    block, factors = stars
-    with pytest.raises(MoefastError, match=r"expected shape \(20, 4096\)"):
-        model.rescaled_error(block.flux[:5], block.error[:5], factors)

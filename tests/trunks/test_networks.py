@@ -87,8 +87,10 @@ def test_a_tampered_network_is_refused(mixture):
         read_mixture(proto, mixture.wave)
 
 
+@pytest.mark.torch
 def test_torch_gives_the_same(mixture):
-    torch = pytest.importorskip("torch")
+    import torch
+
     heads = mixture.place(Heads)
     rng = np.random.default_rng(3)
     seen = {

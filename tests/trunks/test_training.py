@@ -1,5 +1,7 @@
 """Fitting a network: noise that is what it should be, steps that can be repeated and gone on from, and stars learnt."""
 
+import resource
+import signal
 import sys
 
 import numpy as np
@@ -15,6 +17,7 @@ from moefast.trunks.heads import Heads
 from moefast.trunks.networks import Plan, start
 
 torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.torch
 
 RANK, N_LINES, P = 6, 12, 320
 SCHEDULE = training.Schedule(steps=40, batch=64, looks=4, seed=5)
@@ -47,7 +50,7 @@ def fitted(folder=None, schedule=SCHEDULE, stop_after=None, monkeypatch=None, ke
     covariance[:RANK, :RANK] = np.eye(RANK)
     covariance[:RANK, RANK:] = covariance[RANK:, :RANK] = 0
     widths = np.full(N_LINES // 3, 2, np.float32)
-    stars = training.Components(torch, "cpu", z, windows, level, covariance, widths, LEAST_CONTINUUM)
+    stars = training.StarsInComponents(torch, "cpu", z, windows, level, covariance, widths, LEAST_CONTINUUM)
     plan = Plan("pca-mlp", RANK, 2, width=32, head=8, gate=8)
     begin = training.scaled(
         Heads(plan, start(plan, 0)),
@@ -87,7 +90,7 @@ def test_noise_of_components_has_the_covariance_that_it_should_have():
     level = np.log(np.float32([2, 2]))
     # Windows are seen as line features alone; with continua of one these are the windows, but for signs.
     windows[:] = 1e6
-    stars = training.Components(
+    stars = training.StarsInComponents(
         torch, "cpu", z, windows, level, covariance, np.zeros(N_LINES // 3, np.float32), 0.1
     )
     random = torch.Generator().manual_seed(0)
@@ -114,7 +117,7 @@ def test_noise_of_pixels_is_that_of_the_file():
         rng.uniform(0.5, 2, (2, P)).astype(np.float16),
     )
     columns = rng.uniform(0, 1, (P, N_LINES)).astype(np.float32)
-    stars = training.Pixels(
+    stars = training.StarsInPixels(
         torch, "cpu", flux, error, np.zeros(2, np.float32), reference, inverse, columns,
         np.ones(N_LINES // 3, np.float32), LEAST_CONTINUUM,
     )  # fmt: skip
@@ -170,6 +173,22 @@ def test_a_checkpoint_that_was_changed_is_told_and_not_used(damage, tmp_path, mo
     path.write_bytes(content)
     assert_same(fitted(tmp_path)[0], fitted()[0])
     assert "heads.safetensors: not a complete checkpoint" in caplog.text
+
+
+def test_a_disk_that_takes_no_checkpoint_is_told_and_the_fit_goes_on(tmp_path, caplog):
+    """The limit on the size of a file is a disk that is full there, for libraries that write past Python, too."""
+    expected = fitted()[0]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        found = fitted(tmp_path)[0]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert_same(found, expected)
+    assert "heads.safetensors: the checkpoint after step 10 could not be written" in caplog.text
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_checkpoint_of_another_fit_is_not_used(tmp_path):

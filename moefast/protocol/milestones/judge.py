@@ -14,20 +14,29 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from moefast.core.random import NOISE_SEED
 from moefast.protocol.milestones.evaluations import NotRunError, ReadEvaluation, Section, deviation
 from moefast.protocol.milestones.marks import MILESTONES
 from moefast.protocol.milestones.quantities import TEST_PART
-from moefast.protocol.milestones.rules import Milestone, as_entries
+from moefast.protocol.milestones.rules import Milestone
+from moefast.protocol.milestones.verdicts import (
+    EvaluatedSet,
+    JudgedEvaluation,
+    JudgedSet,
+    Judgement,
+    MilestoneResult,
+    OwnNumber,
+)
 
 __all__ = ["SCHEMA_VERSION", "judge", "judge_alone"]
 
 SCHEMA_VERSION = 1
 
 
-def judge(reports: Sequence[ReadEvaluation], milestones: Sequence[Milestone] = MILESTONES) -> dict[str, Any]:
+def judge(reports: Sequence[ReadEvaluation], milestones: Sequence[Milestone] = MILESTONES) -> Judgement:
     """Judge every milestone by the evaluations given.
 
     Parameters
@@ -38,20 +47,18 @@ def judge(reports: Sequence[ReadEvaluation], milestones: Sequence[Milestone] = M
 
     Returns
     -------
-    dict
-        JSON-ready: schema_version, what, sections. One section per test set and noise level, each with data_set (None
-        without any report), notes, and per milestone: id, what, published, ours (what, value, interval, reason, note),
-        absolute and reference (verdict, combine, checks), commands.
+    Judgement
+        One section per test set and noise level.
     """
     apart: dict[tuple[Any, Any], list[ReadEvaluation]] = {}
     for one in reports:
         data = one.content["data_set"]
         apart.setdefault((data["fingerprint"], data["noise_level"]), []).append(one)
     sections = [_section(group, milestones) for group in apart.values()] or [_section([], milestones)]
-    return {"schema_version": SCHEMA_VERSION, "what": "moefast milestones", "sections": sections}
+    return Judgement(SCHEMA_VERSION, "moefast milestones", tuple(sections))
 
 
-def judge_alone(content: Mapping[str, Any]) -> dict[str, Any] | None:
+def judge_alone(content: Mapping[str, Any]) -> Judgement | None:
     """What one evaluation says by itself, for a section of its own report.
 
     Parameters
@@ -61,13 +68,13 @@ def judge_alone(content: Mapping[str, Any]) -> dict[str, Any] | None:
 
     Returns
     -------
-    dict or None
+    Judgement or None
         As from `judge`; None if the evaluation was not made by the frozen protocol.
     """
     return None if deviation(content["protocol"]) else judge([ReadEvaluation("this evaluation", "", content)])
 
 
-def _section(reports: Sequence[ReadEvaluation], milestones: Sequence[Milestone]) -> dict[str, Any]:
+def _section(reports: Sequence[ReadEvaluation], milestones: Sequence[Milestone]) -> JudgedSet:
     scored = _protocol_noise(reports)
     name, part = _identity(reports)
     section = Section(tuple(reports), scored, name, part)
@@ -82,21 +89,14 @@ def _section(reports: Sequence[ReadEvaluation], milestones: Sequence[Milestone])
             f"no report shows that this is {TEST_PART} of a reference set: marks for any set are not run"
         )
     data = reports[0].content["data_set"] if reports else None
-    return {
-        "data_set": None
+    return JudgedSet(
+        data_set=None
         if data is None
-        else {
-            "name": data["name"],
-            "reference_set": name,
-            "part": part,
-            "fingerprint": data["fingerprint"],
-            "n": data["n"],
-            "noise_level": data["noise_level"],
-        },
-        "evaluations": [{"path": one.path, "sha256": one.sha256, "recipe": one.recipe} for one in reports],
-        "notes": notes,
-        "milestones": [_row(milestone, section) for milestone in milestones],
-    }
+        else EvaluatedSet(data["name"], name, part, data["fingerprint"], data["n"], data["noise_level"]),
+        evaluations=tuple(JudgedEvaluation(one.path, one.sha256, one.recipe) for one in reports),
+        notes=tuple(notes),
+        milestones=tuple(_row(milestone, section) for milestone in milestones),
+    )
 
 
 def _protocol_noise(reports: Sequence[ReadEvaluation]) -> tuple[ReadEvaluation, ...]:
@@ -117,25 +117,23 @@ def _identity(reports: Sequence[ReadEvaluation]) -> tuple[str | None, str | None
     return found.pop() if len(found) == 1 else (None, None)
 
 
-def _row(milestone: Milestone, section: Section) -> dict[str, Any]:
+def _row(milestone: Milestone, section: Section) -> MilestoneResult:
     reference = milestone.reference.run(section)
-    if section.part != TEST_PART and reference["verdict"] != "not run":
+    if section.part != TEST_PART and reference.verdict != "not run":
         found = f"{section.reference_set} {section.part}" if section.reference_set else "not known to be one"
-        reference |= {
-            "verdict": "not run",
-            "reason": f"needs {TEST_PART} of a reference set, this is {found}",
-        }
-    ours = {"what": milestone.ours.what, "value": None, "interval": None, "reason": "", "note": ""}
+        reason = f"needs {TEST_PART} of a reference set, this is {found}"
+        reference = replace(reference, verdict="not run", reason=reason)
     try:
-        ours |= as_entries(milestone.ours.worst(section, "≥"))
+        own = milestone.ours.worst(section, "≥")
+        ours = OwnNumber(milestone.ours.what, own.value, own.interval, note=own.note)
     except NotRunError as error:
-        ours["reason"] = str(error)
-    return {
-        "id": milestone.id,
-        "what": milestone.what,
-        "published": milestone.published,
-        "ours": ours,
-        "absolute": milestone.absolute.run(section),
-        "reference": reference,
-        "commands": [line.format(set=section.reference_set or "z0") for line in milestone.commands],
-    }
+        ours = OwnNumber(milestone.ours.what, None, reason=str(error))
+    return MilestoneResult(
+        id=milestone.id,
+        what=milestone.what,
+        published=milestone.published,
+        ours=ours,
+        absolute=milestone.absolute.run(section),
+        reference=reference,
+        commands=tuple(line.format(set=section.reference_set or "z0") for line in milestone.commands),
+    )

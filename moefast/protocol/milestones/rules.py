@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any, Literal
+from typing import Literal
 
 from moefast.protocol.milestones.evaluations import ROUNDING, Interval, NotRunError, Section
+from moefast.protocol.milestones.verdicts import CheckResult, Relation, RuleResult, Verdict
 
-__all__ = ["Check", "Measured", "Milestone", "Quantity", "Relation", "Rule", "Verdict", "as_entries"]
-
-Verdict = Literal["pass", "fail", "not run"]
-Relation = Literal["≥", "≤"]
+__all__ = ["Check", "Measured", "Milestone", "Quantity", "Rule"]
 
 
 @dataclass(frozen=True)
@@ -57,15 +55,15 @@ class Check:
     relation: Relation
     mark: float
 
-    def run(self, section: Section) -> dict[str, Any]:
-        """JSON-ready: what, relation, mark, value, interval, passed (None if not run), reason, note."""
-        out: dict[str, Any] = {"what": self.quantity.what, "relation": self.relation, "mark": self.mark}
+    def run(self, section: Section) -> CheckResult:
+        """The number, and whether it passes the mark."""
+        named = (self.quantity.what, self.relation, self.mark)
         try:
             found = self.quantity.worst(section, self.relation)
         except NotRunError as error:
-            return out | {"value": None, "interval": None, "passed": None, "reason": str(error), "note": ""}
+            return CheckResult(*named, value=None, interval=None, passed=None, reason=str(error))
         above = found.value - self.mark if self.relation == "≥" else self.mark - found.value
-        return out | as_entries(found) | {"passed": above >= -ROUNDING, "reason": ""}
+        return CheckResult(*named, found.value, found.interval, above >= -ROUNDING, note=found.note)
 
 
 @dataclass(frozen=True)
@@ -75,17 +73,17 @@ class Rule:
     checks: tuple[Check, ...]
     combine: Literal["all", "any"] = "all"
 
-    def run(self, section: Section) -> dict[str, Any]:
-        """JSON-ready: verdict, combine and the checks. One that decides alone decides, even if others were not run."""
-        checks = [check.run(section) for check in self.checks]
-        passed = [check["passed"] for check in checks]
+    def run(self, section: Section) -> RuleResult:
+        """The verdict and the checks. One that decides alone decides, even if others were not run."""
+        checks = tuple(check.run(section) for check in self.checks)
+        passed = [check.passed for check in checks]
         decisive = self.combine == "any"
         verdict: Verdict = "fail" if decisive else "pass"
         if decisive in passed:
             verdict = "pass" if decisive else "fail"
         elif None in passed:
             verdict = "not run"
-        return {"verdict": verdict, "reason": "", "combine": self.combine, "checks": checks}
+        return RuleResult(verdict, "", self.combine, checks)
 
 
 @dataclass(frozen=True)
@@ -114,8 +112,3 @@ class Milestone:
     absolute: Rule
     reference: Rule
     commands: tuple[str, ...]
-
-
-def as_entries(found: Measured) -> dict[str, Any]:
-    """JSON-ready: value, interval and note."""
-    return {"value": found.value, "interval": found.interval and list(found.interval), "note": found.note}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from moefast.core.text import bracket, number, table
+from moefast.protocol.milestones.verdicts import CheckResult, JudgedSet, Judgement, MilestoneResult, OwnNumber
 
 __all__ = ["format_section", "format_text"]
 
@@ -14,12 +14,12 @@ _WIDTH = 100
 _TIE = "\N{NO-BREAK SPACE}"
 
 
-def format_text(result: Mapping[str, Any]) -> str:
+def format_text(result: Judgement) -> str:
     """Plain text within 100 columns, names and paths permitting: a table per test set, then every check.
 
     Parameters
     ----------
-    result : mapping
+    result : Judgement
         From `judge`.
 
     Returns
@@ -28,95 +28,88 @@ def format_text(result: Mapping[str, Any]) -> str:
         Without a final newline.
     """
     blocks = []
-    for section in result["sections"]:
-        lines = [*_head(section), "", *_summary(section["milestones"])]
-        for note in section["notes"]:
+    for section in result.sections:
+        lines = [*_head(section), "", *_summary(section.milestones)]
+        for note in section.notes:
             lines += _wrapped(f"  {note}", "  ")
         before: Sequence[str] = ()
-        for row in section["milestones"]:
+        for row in section.milestones:
             lines += ["", *_format_row(row)]
-            if row["commands"] != before:
-                lines += ["  commands:", *(line for one in row["commands"] for line in _command(one))]
-            before = row["commands"]
-        if section["evaluations"]:
+            if row.commands != before:
+                lines += ["  commands:", *(line for one in row.commands for line in _command(one))]
+            before = row.commands
+        if section.evaluations:
             lines += [
                 "",
                 "Evaluations",
-                *(f"  {one['path']}: {one['recipe']}" for one in section["evaluations"]),
+                *(f"  {one.path}: {one.recipe}" for one in section.evaluations),
             ]
         blocks.append("\n".join(line.rstrip() for line in lines))
     return "\n\n".join(blocks)
 
 
-def format_section(result: Mapping[str, Any]) -> list[str]:
+def format_section(result: Judgement) -> list[str]:
     """Lines for the report of an evaluation: the milestones that it bears on; none if there are none.
 
     Parameters
     ----------
-    result : mapping
+    result : Judgement
         From `judge_alone`.
     """
-    rows = [row for row in result["sections"][0]["milestones"] if row["ours"]["value"] is not None]
+    rows = [row for row in result.sections[0].milestones if row.ours.value is not None]
     return ["Milestones (moefast milestones shows every check)", *_summary(rows)] if rows else []
 
 
-def _head(section: Mapping[str, Any]) -> list[str]:
-    data = section["data_set"]
+def _head(section: JudgedSet) -> list[str]:
+    data = section.data_set
     if data is None:
         return ["Milestones: no evaluation was given, so none was run"]
-    level = "" if data["noise_level"] is None else f", noise level {data['noise_level']:g}"
-    name = f"{data['reference_set']} {data['part']}" if data["reference_set"] else data["name"]
-    return [f"Milestones on {name}: {data['n']:,} stars{level}", f"fingerprint {data['fingerprint']}"]
+    level = "" if data.noise_level is None else f", noise level {data.noise_level:g}"
+    name = f"{data.reference_set} {data.part}" if data.reference_set else data.name
+    return [f"Milestones on {name}: {data.n:,} stars{level}", f"fingerprint {data.fingerprint}"]
 
 
-def _summary(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _summary(rows: Sequence[MilestoneResult]) -> list[str]:
     header = ("", "published R²", "our R²", "interval", "their mark", "any set")
     cells = [
         (
-            row["id"],
-            row["published"],
-            number(row["ours"]["value"]),
-            bracket(row["ours"]["interval"]),
-            row["absolute"]["verdict"],
-            row["reference"]["verdict"],
+            row.id,
+            row.published,
+            number(row.ours.value),
+            bracket(row.ours.interval),
+            row.absolute.verdict,
+            row.reference.verdict,
         )
         for row in rows
     ]
     return table(header, cells, left=2)
 
 
-def _format_row(row: Mapping[str, Any]) -> list[str]:
-    ours = row["ours"]
-    measured = ours["reason"] or _measured(ours)
-    lines = [f"{row['id']}  {row['what']}", *_wrapped(f"  {ours['what']}: {measured}", "    ")]
-    for key, title in (
-        ("absolute", "mark set on the published data"),
-        ("reference", "mark on any reference set"),
+def _format_row(row: MilestoneResult) -> list[str]:
+    ours = row.ours
+    measured = ours.reason or _measured(ours)
+    lines = [f"{row.id}  {row.what}", *_wrapped(f"  {ours.what}: {measured}", "    ")]
+    for rule, title in (
+        (row.absolute, "mark set on the published data"),
+        (row.reference, "mark on any reference set"),
     ):
-        rule = row[key]
-        how = " (one is enough)" if rule["combine"] == "any" else ""
-        reason = f": {rule['reason']}" if rule["reason"] else ""
-        lines.append(f"  {title}{how}: {rule['verdict']}{reason}")
-        for check in rule["checks"]:
-            verdict = "not run" if check["passed"] is None else "pass" if check["passed"] else "fail"
-            what = f"    {verdict:<7}  {check['what']}"
-            found = _measured(check) if check["passed"] is not None else check["reason"]
+        how = " (one is enough)" if rule.combine == "any" else ""
+        reason = f": {rule.reason}" if rule.reason else ""
+        lines.append(f"  {title}{how}: {rule.verdict}{reason}")
+        for check in rule.checks:
+            verdict = "not run" if check.passed is None else "pass" if check.passed else "fail"
+            what = f"    {verdict:<7}  {check.what}"
+            found = _measured(check) if check.passed is not None else check.reason
             # What is missing for all of a milestone was said in its first line.
-            found = (
-                ""
-                if found == ours["reason"]
-                else f"{found}, "
-                if check["passed"] is not None
-                else f"{found}; "
-            )
-            mark = f"mark{_TIE}{check['relation']}{_TIE}{check['mark']:g}"
+            found = "" if found == ours.reason else f"{found}, " if check.passed is not None else f"{found}; "
+            mark = f"mark{_TIE}{check.relation}{_TIE}{check.mark:g}"
             lines += _wrapped(f"{what}: {found}{mark}", " " * 13)
     return lines
 
 
-def _measured(found: Mapping[str, Any]) -> str:
-    note = f"({found['note']})" if found["note"] else ""
-    parts = (number(found["value"], 4), bracket(found["interval"], 4), note)
+def _measured(found: OwnNumber | CheckResult) -> str:
+    note = f"({found.note})" if found.note else ""
+    parts = (number(found.value, 4), bracket(found.interval, 4), note)
     return " ".join(part for part in parts if part)
 
 

@@ -16,7 +16,6 @@ from .constants import ATOMIC_MASS, BOLTZMANN
 from .elements import ATOMIC_NUMBERS, INDEX, IONISATION_EV, MASSES
 
 COLUMNS = ("wave_air", "species", "e_low", "log_gf", "log_vdw", "log_rad", "source")
-RYDBERG_EV = 13.606
 
 # log of the full width gamma / N_H at 10 000 K, rad cm3 / s, of lines strong enough for their wings to be seen. Ca II:
 # cross-section 291 a_0^2, velocity exponent 0.275 (Barklem & O'Mara 1998, MNRAS 300, 863). The others: interpolated

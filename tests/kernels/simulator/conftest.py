@@ -34,3 +34,17 @@ def one_shared_array_per_block(monkeypatch):
         return found
 
     monkeypatch.setattr(FakeCUDAShared, "array", array)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Of the posterior: a simulated thread takes a millisecond to start. Three blocks share the roots of all stars."""
+    from moefast.kernels.cuda import clouds, information
+
+    few = {"STEP": 4, "SOLVE_THREADS": 4, "TILE_ROWS": 16, "TILE_COLUMNS": 16}
+    for name, value in few.items():
+        monkeypatch.setattr(information, name, value)
+    few = {"READ_THREADS": 2, "MEDIAN_THREADS": 2, "LANES": 2, "COORDINATES": 8, "COLUMNS": 16, "PANEL": 4}
+    few |= {"MOST_CLOUDS": 4, "PARTS": 2, "THREADS": 8, "LEAST_BLOCKS": 3, "MOST_BLOCKS": 3}
+    for name, value in few.items():
+        monkeypatch.setattr(clouds, name, value)

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
+from made_clouds import mixture as posterior_mixture
+from made_clouds import stars as posterior_stars
 from plans import random_plans, spectra
 
 from moefast.core.errors import BackendError
@@ -17,7 +19,7 @@ SCRIPT = Path(__file__).resolve().parents[3] / "benchmarks" / "gpu_scoring.py"
 
 
 @pytest.fixture
-def script(monkeypatch):
+def script(monkeypatch, small_tiles):
     spec = importlib.util.spec_from_file_location("gpu_scoring", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -43,15 +45,25 @@ def script(monkeypatch):
 
     monkeypatch.setattr(module, "onnx_runtime", no_provider)
     monkeypatch.setattr(module, "of_few_stars", lambda: SimpleNamespace(mixture=mixture, hash="abc"))
-    monkeypatch.setattr(module, "stars", lambda model, small: (flux, error, truth))
+    posterior = posterior_mixture(p=24, m=4, n=4, q=1)
+    seen = posterior_stars(posterior, 3)
+    of_posterior = SimpleNamespace(mixture=posterior, name="posterior", hash="def")
+    monkeypatch.setattr(module.Model, "load", lambda name: of_posterior)
+    answer = posterior.predict(*seen).log_g + [0.01, -0.01, 0.02]
+    monkeypatch.setattr(
+        module,
+        "stars",
+        lambda model, small: (*seen, answer) if model is of_posterior else (flux, error, truth),
+    )
     monkeypatch.setattr(module, "SMALL_ROWS", 4)
     monkeypatch.setattr(module, "SMALL_LIBRARY", {"n": 3, "m": 5, "r": 2, "q": 1})
     monkeypatch.setattr(module, "SMALL_CLOUDS", {"small": {"n": 3, "m": 9, "r": 3, "t": 2}})
     return module
 
 
-def run(script, out):
-    done = CliRunner().invoke(script.main, ["--small", "--samples", "1", "-o", str(out)])
+def run(script, out, *more):
+    options = ["--small", "--samples", "1", "--posterior", "posterior", *more, "-o", str(out)]
+    done = CliRunner().invoke(script.main, options)
     return done, json.loads(out.read_text())
 
 
@@ -75,12 +87,18 @@ def test_the_report(script, tmp_path):
     for name in ("moefast", "moefast, on the CPU"):
         assert clouds[name]["agrees"]
         assert clouds[name]["tflops"] > 0
+    (posterior,) = report["posteriors"].values()
+    for name in ("moefast, resident", "moefast, from host memory", "moefast, on the CPU"):
+        assert posterior["engines"][name]["agrees"]
+        assert posterior["engines"][name]["rows_per_second"] > 0
+    steps = posterior["engines"]["moefast, resident"]["steps"]
+    assert len(steps["clouds"]) == 1
     assert "spectra/s" in done.output
 
 
 def test_wrong_numbers_are_a_failure(script, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "TOLERANCE", -1.0)
-    done, _ = run(script, tmp_path / "report.json")
+    done, _ = run(script, tmp_path / "report.json", "--part", "scoring")
     assert done.exit_code == 1
     assert "failed, or off by more than" in done.output
     assert "moefast, from host memory" in done.output.splitlines()[-1]

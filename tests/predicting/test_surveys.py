@@ -96,6 +96,39 @@ def test_rows_that_are_selected_are_those_of_the_whole(coadd, model, tmp_path):
         predict(coadd, model, keep=["nothing"])
 
 
+@pytest.mark.parametrize("kind", ["commas", "lines", "csv", "fits", "several"])
+def test_targets_on_a_list_are_those_of_the_whole(kind, coadd, model, tmp_path):
+    whole = predict(coadd, model).columns
+    ids = {"catId": [10092, 10092, 7], "objId": [1007, 1002, 1003]}
+    rows, given = [2, 7], tmp_path / f"list.{kind}"
+    if kind == "commas":
+        given, rows = "1007, 1002,99", [2, 7]
+    elif kind == "lines":
+        given.write_text("# mine\n1007\n1002  # the second\n\n")
+    elif kind == "several":
+        given, rows = "1001,1002,1003", [1]
+    else:
+        Table(ids).write(given)
+    found = predict(coadd, model, targets=given, select="targetType == 1" if kind == "several" else None)
+    same_rows(found.columns, whole, slice(None), other_rows=rows)
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ("4711,4712", "none of its 2 targets is among the spectra .compared by objId"),
+        (",", "names no target"), ("nowhere.csv", "no such file"), ("empty.txt", "names no target"),
+        ("other.csv", "no identifier in common with the spectra; the table has name"),
+    ],
+)  # fmt: skip
+def test_lists_that_name_no_target(given, match, coadd, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("# nothing\n")
+    (tmp_path / "other.csv").write_text("name\nSun\n")
+    with pytest.raises(InputError, match=match):
+        predict(coadd, model, targets=given)
+
+
 def test_simulated_files_can_be_selected_and_keep_columns(stars_file, model, whole):
     found = predict(stars_file, model, select="T_eff > 5000", keep=["T_eff", "mag"], limit=500)
     rows = found.columns["row"]
@@ -222,7 +255,7 @@ def test_a_folder_full_of_bad_files_costs_these_files(few, coadd, model, model_f
 def test_desi_is_read_with_a_warning(few, model, tmp_path):
     scale = {"R": few.wave < 7620, "Z": few.wave > 7520}
     arms = {
-        arm: (few.wave[k], few.flux[:, k].astype(float), few.error[:, k].astype(float))
+        arm: (few.wave[k] + 0.05, few.flux[:, k].astype(float), few.error[:, k].astype(float))
         for arm, k in scale.items()
     }
     path = write_desi(tmp_path / "x.fits", arms)

@@ -24,9 +24,10 @@ from moefast.core.metrics import r2
 from moefast.export.parity import synthetic_spectra
 from moefast.mixture import Mixture
 from moefast.model import Model
-from moefast.predicting import engines, files, notes
+from moefast.predicting import engines, notes, run
 from moefast.predicting.engines import CpuEngine, CudaEngine, OnnxEngine, make_engine, open_engine
-from moefast.predicting.files import choose_rows, predict
+from moefast.predicting.files import predict
+from moefast.predicting.source import choose_rows
 from moefast.simulate import Emulator
 from moefast.spectra import Flag, open_spectra, read_table
 
@@ -409,7 +410,7 @@ def no_scoring(monkeypatch):
     def refuse(*_, **__):
         pytest.fail("spectra were scored before the output was refused")
 
-    monkeypatch.setattr(files, "score_block", refuse)
+    monkeypatch.setattr(run, "score_block", refuse)
 
 
 @pytest.mark.usefixtures("no_scoring")
@@ -443,7 +444,7 @@ def test_replaced_only_when_complete(stars_file, model, tmp_path, monkeypatch):
     out = tmp_path / "t.h5"
     predict(stars_file, model, out, limit=5)
     before = out.read_bytes()
-    calls = iter([files.score_block, None])
+    calls = iter([run.score_block, None])
 
     def once(*args):
         work = next(calls)
@@ -453,7 +454,7 @@ def test_replaced_only_when_complete(stars_file, model, tmp_path, monkeypatch):
         return work(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "score_block", once)
+        patch.setattr(run, "score_block", once)
         with pytest.raises(MoefastError, match="midway"):
             predict(stars_file, model, out, overwrite=True)
     assert out.read_bytes() == before

@@ -10,14 +10,17 @@ from astropy.table import Table
 from click.testing import CliRunner
 from survey_files import write_desi, write_pfs_many, write_pfs_one
 
+from moefast.backend import Backend
 from moefast.benchmarks import velocities
 from moefast.benchmarks.velocities import moving_stars
 from moefast.cli import cli
 from moefast.core.errors import InputError
 from moefast.inspection.star import describe, look_at
 from moefast.model import Model
+from moefast.predicting import files
 from moefast.predicting.arrays import predict_arrays
 from moefast.predicting.files import predict
+from moefast.predicting.velocities import FITTED_ON_CPU
 from moefast.spectra import read_table
 from moefast.spectra.quality import Flag
 from moefast.spectra.writer import SpectrumWriter
@@ -74,6 +77,19 @@ def test_files_of_surveys_are_fitted_and_say_so(fitted, stars):
     assert "one was fitted to each star within 500 km/s" in told
     assert "--velocity 0" in told
     assert list(fitted.columns).index("v_los") < list(fitted.columns).index("log_g")
+
+
+def test_a_run_on_a_gpu_says_that_velocities_are_fitted_on_the_cpu(night, model, monkeypatch):
+    real = files.open_engine
+
+    def on_a_gpu(mixture, backend):
+        return real(mixture, "cpu")[0], Backend(backend, "Fake H200", "as asked")
+
+    monkeypatch.setattr(files, "open_engine", on_a_gpu)
+    fitted = predict(night, model, backend="cuda", limit=2)
+    assert fitted.reason == f"as asked; {FITTED_ON_CPU}"
+    assert "velocities fitted on the CPU" in fitted.reason
+    assert predict(night, model, backend="cuda", limit=2, velocity=0).reason == "as asked"
 
 
 def test_a_velocity_that_is_given_has_precedence(night, model, fitted):
@@ -215,6 +231,29 @@ def test_a_star_that_is_looked_at_has_the_numbers_of_the_table(given, night, mod
     assert ("v_los_err" in star.values) == (given != "-26")
     assert star.velocity_fitted == (given in {"fit", "default"})
     assert f"km/s, {'fitted' if star.velocity_fitted else 'as given'}" in describe(star)
+
+
+def test_a_velocity_with_a_large_error_is_weighed_with_what_the_spectrum_says(night, model, stars, tmp_path):
+    error = np.where(np.arange(N) % 2, 25.0, 3.0)
+    given = stars["velocity"] + np.where(np.arange(N) % 2, 25.0, 0.0)
+    columns = {"objId": 1000 + np.arange(N), "v_los": given}
+    Table(columns).write(tmp_path / "exact.csv")
+    Table(columns | {"v_losErr": error}).write(tmp_path / "known.csv")
+    exact = predict(night, model, velocity=tmp_path / "exact.csv")
+    found = predict(night, model, velocity=tmp_path / "known.csv")
+    # What is known well enough is taken as it is, to the last bit.
+    for name in ("log_g", "log_g_err", "v_los"):
+        np.testing.assert_array_equal(found.columns[name][::2], exact.columns[name][::2])
+    np.testing.assert_array_equal(found.columns["v_los_err"][::2], np.float32(3))
+    off = np.abs(found.columns["v_los"] - stars["velocity"])[1::2]
+    assert (found.columns["v_los_err"][1::2] < 25).all()
+    assert np.median(off) < 10
+    assert (off < 5 * found.columns["v_los_err"][1::2]).all()
+    assert any("errors above 5 km/s are weighed" in note for note in found.notes)
+    assert not any("are weighed" in note for note in exact.notes)
+    star = look_at(night, model, row=5, velocity=tmp_path / "known.csv")
+    for name, value in star.values.items():
+        assert value == found.columns[name][5], name
 
 
 def test_a_star_whose_velocity_is_uncertain_can_be_looked_at(night, model, stars):

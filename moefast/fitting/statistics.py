@@ -1,0 +1,133 @@
+"""What the first pass gathers from a range of rows: the partial statistics of a fit, which add.
+
+Design: the unit is `UNIT_ROWS` rows at fixed places of the whole input. Totals of units are exact sums
+(`moefast.experts.exact_sums`), so that a fit has the same bits however its units are divided among processes, and in
+whatever order these are done. A part is a run of whole units.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moefast.core.errors import InputError
+from moefast.experts.device import DeviceEquations
+from moefast.experts.normal_equations import NormalEquations
+
+__all__ = ["UNIT_ROWS", "Statistics", "n_units", "rows_of_part", "units_of"]
+
+F64 = NDArray[np.float64]
+
+UNIT_ROWS = 65_536
+"""Rows of a unit: in nine bins and three folds, as many as are multiplied at once in each."""
+
+
+def n_units(n_rows: int) -> int:
+    """Units of an input."""
+    return -(-n_rows // UNIT_ROWS)
+
+
+def rows_of_part(n_rows: int, index: int, count: int) -> tuple[int, int]:
+    """First row of a part of an input, and the one after the last: whole units, as equal in number as can be.
+
+    Raises
+    ------
+    InputError
+        There are more parts than units.
+    """
+    units = n_units(n_rows)
+    if count > units:
+        raise InputError(
+            f"{n_rows:,} spectra in {count} parts: a part of a fit has {UNIT_ROWS:,} spectra at the least, since its "
+            f"statistics are as large as these; divide them into {units} parts at most"
+        )
+    return index * units // count * UNIT_ROWS, min(n_rows, (index + 1) * units // count * UNIT_ROWS)
+
+
+def units_of(first: int, stop: int) -> list[tuple[int, int]]:
+    """First row of each unit, or of what is left of it, and the one after its last, from row `first` to `stop`."""
+    cuts = [first, *range((first // UNIT_ROWS + 1) * UNIT_ROWS, stop, UNIT_ROWS), stop]
+    return [(a, b) for a, b in itertools.pairwise(cuts) if a < b]
+
+
+@dataclass
+class Statistics:
+    """What has been gathered from rows `first` to `rows`: all that the rest of the pass depends on.
+
+    `times_good` (p,) counts the rows in which a pixel was good; `saved` are the rows that a checkpoint holds.
+    """
+
+    equations: NormalEquations | DeviceEquations
+    published: NormalEquations | DeviceEquations | None
+    times_good: F64
+    largest_error: float
+    left_out: int = 0
+    first: int = 0
+    rows: int = 0
+    saved: int = 0
+
+    def finish(self) -> Statistics:
+        """The same on the host, with nothing waiting."""
+        self.equations = self.equations.finish()
+        self.published = None if self.published is None else self.published.finish()
+        return self
+
+    def add(self, other: Statistics) -> None:
+        """Add the statistics of the rows that follow, both finished.
+
+        Raises
+        ------
+        ValueError
+            They do not follow, or are of another fit.
+        """
+        if self.rows != other.first or self.largest_error != other.largest_error:
+            raise ValueError(f"rows from {self.rows} on are expected, found {other.first}")
+        if (self.published is None) != (other.published is None):
+            raise ValueError("one of two parts has no published-style ridge")
+        assert isinstance(self.equations, NormalEquations)
+        assert isinstance(other.equations, NormalEquations)
+        self.equations.include(other.equations)
+        if self.published is not None:
+            assert isinstance(self.published, NormalEquations)
+            assert isinstance(other.published, NormalEquations)
+            self.published.include(other.published)
+        self.times_good = self.times_good + other.times_good
+        self.left_out += other.left_out
+        self.rows = other.rows
+
+    def arrays(self) -> dict[str, NDArray]:
+        """Everything but `first` and `rows` by name; views of what is here."""
+        arrays = {"times_good": self.times_good, "rest": np.array([self.largest_error, self.left_out])}
+        arrays |= {f"equations/{name}": array for name, array in self.equations.state().items()}
+        if self.published is not None:
+            arrays |= {f"published/{name}": array for name, array in self.published.state().items()}
+        return arrays
+
+    @classmethod
+    def restored(
+        cls,
+        rows: tuple[int, int],
+        read: Callable[[str], NDArray],
+        *,
+        apart: bool,
+        exact: bool,
+        on: Callable[[NormalEquations], NormalEquations | DeviceEquations] = lambda equations: equations,
+    ) -> Statistics:
+        """From the names of `arrays`; raises KeyError or ValueError where one is not what it should be.
+
+        `apart` says that there is a published-style ridge, `exact` that sums do not depend on the order of units.
+        """
+        equations = on(NormalEquations.from_state(lambda name: read(f"equations/{name}"), exact=exact))
+        published = None
+        if apart:
+            published = on(NormalEquations.from_state(lambda name: read(f"published/{name}"), exact=exact))
+        largest_error, left_out = read("rest").tolist()
+        times_good = read("times_good")
+        first, stop = rows
+        if times_good.shape != equations.reference.shape or equations.n_rows + left_out != stop - first:
+            raise ValueError(f"{equations.n_rows} rows and {left_out:.0f} left out are not {stop - first}")
+        return cls(equations, published, times_good, largest_error, int(left_out), first, stop, stop)

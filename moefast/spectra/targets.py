@@ -1,0 +1,102 @@
+"""Which rows: those of the targets on a list, by identifier."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moefast.core.errors import InputError
+from moefast.core.regular import refuse_special
+from moefast.spectra.layouts.fits_file import FitsFile
+from moefast.spectra.spectrum_set import SpectrumSet
+from moefast.spectra.velocities import KEYS, columns_of_file, is_fits_name, is_table_name
+
+__all__ = ["rows_of_targets"]
+
+_SINGLE = tuple(dict.fromkeys(name for keys in KEYS for name in keys if name != "catId"))
+"""Identifiers that a bare list may hold, which does not say of what they are."""
+
+
+def rows_of_targets(given: str | Path, spectra: SpectrumSet) -> NDArray[np.bool_]:
+    """Rows (n,) of a set whose targets are on a list.
+
+    Parameters
+    ----------
+    given : path, or text
+        A FITS, CSV, ECSV, Parquet or HDF5 table with identifiers that the spectra have, too (catId and objId, objId,
+        TARGETID, id, …); any other file with an identifier in each line; or identifiers with commas between them.
+    spectra : SpectrumSet
+
+    Raises
+    ------
+    InputError
+        The list cannot be read, has no identifier in common with the spectra, or none of its targets is among them.
+    """
+    path = Path(given)
+    if not os.path.exists(path):
+        texts = [text.strip() for text in str(given).split(",") if text.strip()]
+        if any(os.sep in text or text.lower().endswith((".fits", ".csv", ".txt")) for text in texts):
+            raise InputError(f"--targets {given}: no such file")
+        return _rows_of_texts(texts, spectra, f"--targets {given}")
+    if is_fits_name(path):
+        return _rows_of_columns(_ids_of_fits(path), spectra, str(path))
+    if is_table_name(path):
+        return _rows_of_columns(columns_of_file(path), spectra, str(path))
+    refuse_special(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as a list of targets: {error}") from error
+    texts = [text for line in lines if (text := line.partition("#")[0].strip())]
+    return _rows_of_texts(texts, spectra, str(path))
+
+
+def _ids_of_fits(path: Path) -> dict[str, NDArray]:
+    """Columns of the first table of a FITS file that has identifiers."""
+    file = FitsFile(path)
+    known = {name for keys in KEYS for name in keys}
+    try:
+        for hdu in file.hdus:
+            names = [name for name in hdu.columns if name in known] if hdu.is_table else []
+            if names:
+                return file.table(hdu, names)
+    finally:
+        file.close()
+    raise InputError(f"{path}: no table with a column {', '.join(sorted(known))}")
+
+
+def _rows_of_columns(told: dict[str, NDArray], spectra: SpectrumSet, where: str) -> NDArray[np.bool_]:
+    keys = next((k for k in KEYS if all(name in told and name in spectra.columns for name in k)), None)
+    if keys is None:
+        raise InputError(
+            f"{where}: no identifier in common with the spectra; the table has {', '.join(told) or 'none'}, the "
+            f"spectra {', '.join(spectra.columns) or 'none'}"
+        )
+    wanted = set(zip(*(told[name].tolist() for name in keys), strict=True))
+    ours = spectra.params(keys)
+    rows = np.array(
+        [key in wanted for key in zip(*(ours[name].tolist() for name in keys), strict=True)], bool
+    )
+    return _some(rows, len(wanted), where, keys)
+
+
+def _rows_of_texts(texts: list[str], spectra: SpectrumSet, where: str) -> NDArray[np.bool_]:
+    keys = [name for name in _SINGLE if name in spectra.columns][:1]
+    if not texts or not keys:
+        what = "names no target" if not texts else "the spectra have no identifier such as objId or TARGETID"
+        raise InputError(f"{where}: {what}")
+    values = spectra.params(keys)[keys[0]]
+    if values.dtype.kind == "S":
+        values = np.char.decode(values, "utf-8", "replace")
+    return _some(np.isin(values.astype(str), texts), len(set(texts)), where, tuple(keys))
+
+
+def _some(rows: NDArray[np.bool_], n_targets: int, where: str, keys: tuple[str, ...]) -> NDArray[np.bool_]:
+    if not rows.any():
+        raise InputError(
+            f"{where}: none of its {n_targets:,} targets is among the spectra (compared by {' and '.join(keys)})"
+        )
+    return rows

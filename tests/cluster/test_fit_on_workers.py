@@ -1,0 +1,152 @@
+"""Fits on the workers of a Dask cluster: the model of one process, bit for bit, whoever is killed."""
+
+import functools
+import os
+import signal
+import threading
+
+import numpy as np
+import pytest
+
+from moefast.cluster import fit_on_workers, workers
+from moefast.cluster.fit_on_workers import fit_on
+from moefast.cluster.fit_parts import FitPlan, Source
+from moefast.core.errors import InputError
+from moefast.experts import normal_equations
+from moefast.fitting import error_model, gate, linear_experts, sample, statistics
+from moefast.recipes import fit
+
+distributed = pytest.importorskip("distributed")
+# Sockets and loops of Dask's that are closed late are not ours.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:distributed"),
+]
+ROWS = 960
+
+
+def make_small():
+    """Units of a few rows, small samples and few choices, in this process."""
+    normal_equations.BUFFER_ROWS, statistics.UNIT_ROWS = 32, 64
+    linear_experts.RANK_STEP, linear_experts.ALPHAS = 200, (0.0, 0.1)
+    sample.NOISY_ROWS = 2000
+
+
+class Small(distributed.WorkerPlugin):
+    """The same in the workers, also in those that take the place of lost ones."""
+
+    def setup(self, worker):
+        make_small()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with pytest.MonkeyPatch.context() as patch:
+        for room, name in ((gate, "fit_gate"), (error_model, "fit_error_model")):
+            patch.setattr(room, name, functools.partial(getattr(room, name), steps=60))
+        for room, names in (
+            (normal_equations, ("BUFFER_ROWS",)), (statistics, ("UNIT_ROWS",)),
+            (linear_experts, ("RANK_STEP", "ALPHAS")), (sample, ("NOISY_ROWS",)),
+        ):  # fmt: skip
+            for name in names:
+                patch.setattr(room, name, getattr(room, name))
+        make_small()
+        yield
+
+
+@pytest.fixture(scope="module")
+def client():
+    with workers.connect("local:2") as found:
+        found.register_plugin(Small())
+        yield found
+
+
+@pytest.fixture(scope="module")
+def source(make_toy, tmp_path_factory):
+    return make_toy(ROWS, 8).write(tmp_path_factory.mktemp("toy") / "train.h5")
+
+
+@pytest.fixture(scope="module")
+def plan(source):
+    return FitPlan(Source.of_files([source]), {"recipe": "phys-moe"})
+
+
+@pytest.fixture(scope="module")
+def whole(source):
+    return fit(source, recipe="phys-moe")
+
+
+def assert_same(one, two):
+    assert one.manifest["fit"] == two.manifest["fit"]
+    for name in ("reference", "noise_shape", "expert_weights", "expert_intercepts", "basis", "knots"):
+        np.testing.assert_array_equal(getattr(one.mixture, name), getattr(two.mixture, name), err_msg=name)
+    for name in ("gate", "error_model"):
+        for a, b in zip(getattr(one.mixture, name), getattr(two.mixture, name), strict=True):
+            np.testing.assert_array_equal(a, b, err_msg=name)
+    for name, form in one.references.items():
+        np.testing.assert_array_equal(form.weights, two.references[name].weights, err_msg=name)
+
+
+def test_the_model_is_that_of_one_process(client, plan, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(fit_on_workers, "FAN_IN", 3)
+    seen = {}
+    model = fit_on(
+        client, plan, plan.prepare(), tmp_path / "model", n_parts=11,
+        progress=lambda stage, done, total: seen.setdefault(stage, []).append((done, total)),
+    )  # fmt: skip
+    assert_same(model, whole)
+    assert seen["normal equations"][-1] == (ROWS, ROWS)
+    assert seen["gate sample"][-1][0] == seen["gate sample"][-1][1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_worker_that_is_killed_loses_nothing(client, plan, whole, tmp_path):
+    killed = threading.Event()
+
+    def progress(stage, done, _):
+        if stage == "normal equations" and done > ROWS // 3 and not killed.is_set():
+            killed.set()
+            pid = next(iter(client.run(os.getpid, on_error="ignore").values()))
+            os.kill(pid, signal.SIGKILL)
+
+    # Called by a thread of the client's, which must not wait for itself.
+    later = lambda *step: threading.Thread(target=progress, args=step).start()  # noqa: E731
+    assert_same(fit_on(client, plan, plan.prepare(), tmp_path / "m", n_parts=8, progress=later), whole)
+    assert killed.is_set()
+
+
+def test_a_client_that_is_stopped_goes_on(client, plan, whole, tmp_path, monkeypatch):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fit_on_workers, "complete", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            fit_on(client, plan, plan.prepare(), tmp_path / "m", n_parts=4)
+    (folder,) = tmp_path.iterdir()
+    parts = sorted(folder.glob("*.npz"))
+    assert len(parts) == 4
+    times = {part: part.stat().st_mtime_ns for part in parts}
+    parts[1].write_bytes(parts[1].read_bytes()[:-100])
+    kept = {}
+    with monkeypatch.context() as patch:
+        complete = fit_on_workers.complete
+        patch.setattr(
+            fit_on_workers,
+            "complete",
+            lambda *a: kept.update({part: part.stat().st_mtime_ns for part in parts}) or complete(*a),
+        )
+        # The number of parts is that of the first attempt.
+        assert_same(fit_on(client, plan, plan.prepare(), tmp_path / "m", n_parts=7), whole)
+    assert [kept[part] == times[part] for part in parts] == [True, False, True, True]
+    assert not folder.exists()
+
+
+def test_what_a_worker_does_not_see_is_named(client, plan, tmp_path, monkeypatch):
+    address = next(iter(client.scheduler_info(n_workers=-1)["workers"]))
+    facts = {"version": workers.__version__, "missing": [plan.source.files[0]]}
+    monkeypatch.setattr(client, "run", lambda *_: {address: facts})
+    with pytest.raises(InputError, match=rf"worker {address} does not see .*train\.h5"):
+        fit_on(client, plan, plan.prepare(), tmp_path / "m")

@@ -1,0 +1,183 @@
+"""Fits in parts: the model of one process, bit for bit, or a refusal that names what does not belong together."""
+
+import functools
+import json
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from moefast.cli import cli
+from moefast.cluster import fit_parts
+from moefast.cluster.fit_parts import FitPlan, Source, fit_of_parts, gather_to_file, only_one_first_pass
+from moefast.core.errors import InputError
+from moefast.core.grids import uniform
+from moefast.experts import normal_equations
+from moefast.fitting import error_model, gate, linear_experts, posterior, sample, statistics
+from moefast.recipes import fit
+from moefast.simulate import SimulatedSpectra
+
+ROWS, UNIT = 960, 64
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Small samples and few choices, whose quality is not the question, and units of a few rows."""
+    for room in (gate, error_model, posterior):
+        name = "fit_gate" if room is gate else "fit_error_model"
+        monkeypatch.setattr(room, name, functools.partial(getattr(room, name), steps=60))
+    monkeypatch.setattr(normal_equations, "BUFFER_ROWS", 32)
+    monkeypatch.setattr(statistics, "UNIT_ROWS", UNIT)
+    monkeypatch.setattr(linear_experts, "RANK_STEP", 200)
+    monkeypatch.setattr(linear_experts, "ALPHAS", (0.0, 0.1))
+    monkeypatch.setattr(sample, "NOISY_ROWS", 2000)
+    monkeypatch.setattr(posterior, "CALIBRATION_ROWS", 1000)
+
+
+@pytest.fixture(scope="module")
+def source(make_toy, tmp_path_factory):
+    toy = make_toy(ROWS, 8)
+    flux = toy.flux.copy()
+    flux[77] = np.nan
+    flux[234, 5] = np.nan
+    return toy.write(tmp_path_factory.mktemp("toy") / "train.h5", arrays={"flux": flux})
+
+
+def write_parts(plan, folder, count):
+    prepared = plan.prepare()
+    paths = [folder / f"part-{index}.npz" for index in range(count)]
+    for index, path in enumerate(paths):
+        rows = statistics.rows_of_part(prepared.spectra.n_rows, index, count)
+        gather_to_file(path, plan, prepared, rows, shard=(index, count))
+    return paths
+
+
+def assert_same(one, two):
+    """Models with the same bits: arrays, and what the manifest says of the fit."""
+    assert one.manifest["fit"] == two.manifest["fit"]
+    for name, value in vars(one.mixture).items():
+        other = getattr(two.mixture, name)
+        if isinstance(value, np.ndarray):
+            np.testing.assert_array_equal(value, other, err_msg=name)
+        elif isinstance(value, tuple) and value and isinstance(value[0], np.ndarray):
+            for a, b in zip(value, other, strict=True):
+                np.testing.assert_array_equal(a, b, err_msg=name)
+    assert list(one.references) == list(two.references)
+    for name, form in one.references.items():
+        np.testing.assert_array_equal(form.weights, two.references[name].weights, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "noise", "counts"),
+    [
+        ("phys-moe", "closed-form", (2, 15)),
+        ("snr-moe", "closed-form", (3,)),
+        ("global-ridge", "observed", (4,)),
+        ("published-ridge", "sampled", (2,)),
+        ("posterior-calibrated", "closed-form", (2,)),
+    ],
+)
+def test_parts_give_the_model_of_one_process(source, tmp_path, recipe, noise, counts):
+    whole = fit(source, recipe=recipe, noise=noise)
+    plan = FitPlan(Source.of_files([source]), {"recipe": recipe, "noise": noise})
+    said = []
+    for count in counts:
+        paths = write_parts(plan, tmp_path, count)
+        assert_same(fit_of_parts(paths[::-1], tell=said.append), whole)
+    assert said == []
+
+
+def test_what_does_not_belong_together_is_named(source, train_file, tmp_path):
+    plan = FitPlan(Source.of_files([source]), {"recipe": "global-ridge", "references": False})
+    a, b, c = write_parts(plan, tmp_path, 3)
+    other = tmp_path / "other"
+    other.mkdir()
+
+    def refused(parts, match):
+        with pytest.raises(InputError, match=match):
+            fit_of_parts(parts)
+
+    refused([a, c], r"rows 320:640 are missing between .*part-0\.npz and .*part-2\.npz: shards 1/3; fit them")
+    refused([a, b], r"rows 640:960 are missing after .*part-1\.npz: shards 2/3")
+    refused([b, c], r"rows 0:320 are missing before .*part-1\.npz: shards 0/3")
+    refused([a, b, b, c], r"part-1\.npz: rows 320:640 are in .*part-1\.npz already")
+    for arguments, match in (
+        ({"seed": 3}, r"is of other options than .* seed 3, expected 0"),
+        ({"noise_level": 2.0}, r"other options .* noise_level 2\.0, expected 1\.0"),
+        ({"recipe": "phys-moe"}, "is of another recipe"),
+    ):
+        odd = write_parts(FitPlan(plan.source, plan.arguments | arguments), other, 3)[1]
+        refused([a, odd, c], match)
+    odd = write_parts(FitPlan(Source.of_files([train_file]), plan.arguments), other, 3)[1]
+    refused([a, odd, c], r"part-1\.npz: is of another input than .*part-0\.npz")
+    b.write_bytes(b.read_bytes()[:-2000])
+    refused([a, b, c], r"part-1\.npz: not a complete file of statistics")
+    refused([], "no statistics")
+
+
+def test_a_plan_is_read_as_it_was_written():
+    plan = FitPlan(
+        Source(simulate=600, name="survey", like=("a.fits",)),
+        {"recipe": "phys-moe", "grid": uniform(2, 1), "families": ("linear",)},
+    )
+    again = FitPlan.of_document(json.loads(json.dumps(plan.document())))
+    assert again.source == plan.source
+    assert again.arguments | {"families": ("linear",)} == plan.arguments
+    spectra = Source(simulate=20, name="survey").open()
+    assert isinstance(spectra, SimulatedSpectra)
+    assert len(spectra) == 20
+
+
+def test_an_input_that_changed_is_named(make_toy, tmp_path):
+    path = make_toy(200, 1).write(tmp_path / "x.h5")
+    plan = FitPlan(Source.of_files([path]), {"recipe": "global-ridge", "references": False})
+    parts = write_parts(plan, tmp_path, 2)
+    path.unlink()
+    make_toy(200, 2).write(path)
+    with pytest.raises(InputError, match=r"x\.h5: the input has changed since .*part-0\.npz was written"):
+        fit_of_parts(parts)
+    path.unlink()
+    with pytest.raises(InputError, match=r"x\.h5"):
+        fit_of_parts(parts)
+
+
+def test_parts_are_whole_units():
+    bounds = [statistics.rows_of_part(1000, index, 5) for index in range(5)]
+    assert [a for a, _ in bounds[1:]] == [b for _, b in bounds[:-1]]
+    assert bounds[0][0] == 0
+    assert bounds[-1][1] == 1000
+    assert all(a % UNIT == 0 for a, _ in bounds)
+    with pytest.raises(InputError, match="divide them into 16 parts at most"):
+        statistics.rows_of_part(1000, 0, 17)
+
+
+def test_a_fit_that_needs_two_first_passes_has_no_parts(source):
+    plan = FitPlan(Source.of_files([source]), {"recipe": "hybrid-moe"})
+    with pytest.raises(InputError, match="--no-references"):
+        only_one_first_pass(plan.prepare())
+
+
+def test_the_commands(source, tmp_path, monkeypatch):
+    run = CliRunner().invoke
+    options = ["--recipe", "global-ridge", "--no-references", "--grid", "2x1", "-q"]
+    for index in range(2):
+        out = str(tmp_path / f"p{index}.npz")
+        done = run(cli, ["fit", str(source), *options, "--shard", f"{index}/2", "-o", out, "--json"])
+        assert done.exit_code == 0, done.output
+        assert json.loads(done.stdout)["shard"] == [index, 2]
+    again = run(cli, ["fit", str(source), *options, "--shard", "0/2", "-o", str(tmp_path / "p0.npz")])
+    assert again.exit_code == 8
+    assert "exists already" in again.output
+    wrong = run(cli, ["fit", str(source), *options, "--shard", "0/2", "-o", str(tmp_path / "model")])
+    assert wrong.exit_code == 2
+    assert "PART.npz" in wrong.output
+    done = run(cli, ["merge", str(tmp_path / "p*.npz"), "-o", str(tmp_path / "model"), "-q"])
+    assert done.exit_code == 0, done.output
+    assert "global-ridge, 959 spectra" in done.output
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    for name, value in (("MIN", "0"), ("MAX", "1"), ("COUNT", "2")):
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
+    done = run(cli, ["fit", str(source), *options, "-o", str(tmp_path / "p1.npz"), "--overwrite", "--shard"])
+    assert done.exit_code == 0, done.output
+    assert "part 1/2" in done.output
+    assert fit_parts.read_header(tmp_path / "p1.npz")["shard"] == [1, 2]
