@@ -110,7 +110,7 @@ def train(
         labels.log_g, stars.log_level, judges.seen["lines"], mixture.knots, PHYSICAL_GRID.metal_poor
     )
     begin = training.scaled(Heads(plan, start(plan, SEED)), scales | {"variance": stars.z.var(0)})
-    pool = training.Components(
+    pool = training.StarsInComponents(
         torch,
         device,
         stars.z,

@@ -347,7 +347,7 @@ def load(path: str | Path) -> ModelProto:
     return model
 
 
-def save(model: ModelProto, path: str | Path) -> None:
+def save(model: ModelProto, path: str | Path, *, overwrite: bool = True) -> None:
     """Write a model; the file is complete or absent.
 
     Raises
@@ -355,4 +355,4 @@ def save(model: ModelProto, path: str | Path) -> None:
     OutputError
         The file cannot be written.
     """
-    write_atomically(path, model.SerializeToString(deterministic=True))
+    write_atomically(path, model.SerializeToString(deterministic=True), overwrite=overwrite)

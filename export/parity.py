@@ -243,8 +243,9 @@ def export_model(
     metadata: dict[str, str] | None = None,
     *,
     half: bool = False,
+    overwrite: bool = True,
 ) -> dict[str, float]:
-    """Build a model, verify it against the mixture, and only then write it; see `build` and `verify`.
+    """Build a model, verify it against the mixture, and only then write it; see `build`, `verify` and `save`.
 
     Returns
     -------
@@ -260,5 +261,5 @@ def export_model(
     """
     model = build(mixture, part, metadata, half=half)
     differences = verify(model, mixture)
-    save(model, path)
+    save(model, path, overwrite=overwrite)
     return differences

@@ -32,9 +32,6 @@ __all__ = [
     "start_session",
 ]
 
-# It would write identifiers of the machine below the user's cache folder, to be sent.
-onnxruntime.disable_telemetry_events()
-
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _ERRORS_ONLY = 3
 _RECORD_NODES = "session.record_ep_graph_assignment_info"

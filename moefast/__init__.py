@@ -6,6 +6,7 @@ star and `draw_star`, and the `Model` itself; `Expert` and the decorator `expert
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from moefast.recipes import fit
 
     load = Model.load
+
+# ONNX Runtime sends what it runs to its makers, and writes an identifier of the machine below the user's cache
+# folder, as soon as it is loaded: no call comes early enough. Whoever wants that sets the variable to 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HERE = Path(__file__).parent
 if not (_HERE / "kernels").is_dir() and (_HERE.parent / "kernels").is_dir():

@@ -305,7 +305,9 @@ class Model:
                 f"{path / MANIFEST}: larger than {LARGEST_MANIFEST} bytes; not a manifest of moefast"
             )
         try:
-            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            manifest = json.loads(
+                (path / MANIFEST).read_text(encoding="utf-8"), parse_float=_finite, parse_constant=_finite
+            )
             schema = manifest["schema"]
             files = {
                 str(name): (int(entry["bytes"]), str(entry["sha256"]))
@@ -349,6 +351,15 @@ class Model:
                 raise TypeError("recipe or training")
             if "distance" in limits:
                 _check_distance(limits["distance"])
+            sketch = manifest["training"].get("row_sketch")
+            if sketch is not None and not (
+                isinstance(sketch, list) and all(isinstance(v, str) and int(v, 16) < 2**64 for v in sketch)
+            ):
+                raise TypeError("row_sketch")
+            _ = [
+                (float(low), float(high))
+                for low, high in dict(manifest["training"].get("labels", {})).values()
+            ]
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(
                 f"{path / MANIFEST}: {error!r} is missing or of the wrong type; fit the model again"
@@ -364,6 +375,14 @@ class Model:
             )
         references = _read_references(path / REFERENCES, wave.size) if REFERENCES in files else {}
         return cls(mixture, manifest, references, path)
+
+
+def _finite(text: str) -> float:
+    """A number of a manifest; ValueError if it is beyond what a number can be, such as 1e999."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is no number")
+    return number
 
 
 def shipped_path(name: str = SHIPPED[0]) -> Path:

@@ -53,7 +53,9 @@ RECIPES: dict[str, Recipe] = {
             "slope_widths": (0.1, 0.05, 0.05, 0.05),
             "sky_width": 4.0,
             "beyond": True,
-            "n_clouds": 640,
+            "n_clouds": 320,
+            "n_tangents": 9,
+            "n_coordinates": 56,
         },
     ),
     "posterior-calibrated": Recipe(
@@ -113,6 +115,17 @@ RECIPES: dict[str, Recipe] = {
             ("heads", "pca-mlp", 20_000, 8, "a network on noise-white components"),
             ("heads-cnn", "cnn", 20_000, 2, "a convolutional network on the flux"),
             ("heads-vit", "vit", 10_000, 1, "a vision transformer on patches of the flux"),
+        )
+    },
+    **{
+        name: Recipe(
+            uniform(1, 1),
+            what + " with one head and no gate, to compare with",
+            {"families": ("heads",), "trunk": trunk, "sample_rows": rows, "sample_draws": draws},
+        )
+        for name, trunk, rows, draws, what in (
+            ("heads-single", "pca-mlp", 20_000, 8, "the network of heads"),
+            ("heads-vit-single", "vit", 10_000, 1, "the network of heads-vit"),
         )
     },
     "global-ridge": Recipe(uniform(1, 1), "one linear expert per noise level, no gate"),

@@ -14,8 +14,9 @@ from moefast.core.metrics import r2
 from moefast.core.random import NOISE_SEED, standard_normals
 from moefast.export import build, open_session
 from moefast.predicting.files import predict
-from moefast.protocol.evaluate import REPORT_FILES, check_report_folder, evaluate, write_report
+from moefast.protocol.evaluate import evaluate
 from moefast.protocol.figures import FIGURES
+from moefast.protocol.report_folder import REPORT_FILES, check_report_folder, write_report
 from moefast.simulate import simulate_set
 from moefast.spectra import open_spectra
 

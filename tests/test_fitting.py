@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import sys
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -12,10 +13,12 @@ from moefast.core.errors import BackendError, InputError, LabelError, MoefastErr
 from moefast.core.grids import Grid, SnrGrid, uniform
 from moefast.core.metrics import r2
 from moefast.core.random import add_noise, fold_of_rows
-from moefast.experts import normal_equations
+from moefast.experts import normal_equations, protocol, trees
+from moefast.experts.protocol import Expert, ExpertValues, expert
 from moefast.experts.ridge import principal_subspace
+from moefast.experts.trees import Trees
 from moefast.fitting import Options, error_model, fit_mixture, gate, linear_experts, residuals, training_set
-from moefast.fitting.families import make_library
+from moefast.fitting.families import check_installed, make_library
 from moefast.fitting.first_pass import gather
 from moefast.fitting.linear_experts import choose_rank, find_levels, held_out, mixture_of, solve
 from moefast.fitting.sample import draw_faint, draw_sample
@@ -598,6 +601,67 @@ def test_every_bin_of_a_hybrid_has_the_best_family(train_file, test_toy, templat
     bins = GRID.assign(test_toy.labels["T_eff"], test_toy.labels["M_H"])
     oracle = fit.mixture.prepare(test_toy.noisy(), test_toy.error).linear_log_g[np.arange(1000), bins]
     assert linear_r2(form, fit, test_toy, bins) < r2(test_toy.labels["log_g"], oracle)
+
+
+@pytest.mark.usefixtures("quick")
+def test_families_that_see_pixels_are_fitted_bin_by_bin(train_file, test_toy, monkeypatch):
+    """Trees on flux and a network stand beside the linear experts, and what they say of the sample is their own."""
+    asked, trained = {}, {}
+
+    @expert
+    @dataclasses.dataclass(frozen=True)
+    class Pixel(Expert):
+        """Log g from the mean of the flux over all pixels, fitted to clean stars."""
+
+        slope: np.ndarray
+        intercept: np.ndarray
+        family: ClassVar[str] = "pixel"
+
+        @property
+        def needs_flux(self):
+            return True
+
+        def evaluate(self, inputs):
+            assert inputs.x.shape == (len(inputs.z), test_toy.flux.shape[1])
+            asked[len(asked)] = len(inputs.x)
+            return ExpertValues((inputs.x.mean(1) * self.slope + self.intercept)[:, None].astype(np.float32))
+
+        @classmethod
+        def fit_clean(cls, stars, y, *, seed):
+            trained[len(trained)] = len(y)
+            assert stars.flux.shape == stars.error.shape == (len(y), test_toy.flux.shape[1])
+            assert stars.noise_shape.shape == stars.reference.shape == (test_toy.flux.shape[1],)
+            # Clean flux: twice the same rows would be the same.
+            assert (stars.error > 0).all()
+            slope, intercept = np.polyfit(stars.flux.mean(1), y, 1)
+            return cls(np.float32([slope]), np.float32([intercept]))
+
+    monkeypatch.setattr(
+        trees, "fit_trees", functools.partial(trees.fit_trees, n_trees=20, least_stars=10, threads=1)
+    )
+    try:
+        fit = fitted(train_file, **QUICK, families=("linear", "whitened", "trees-flux", "pixel"))
+    finally:
+        del protocol._FAMILIES["pixel"]
+    said = fit.summary["families"]
+    assert len(said) == 2
+    for entry in said.values():
+        assert set(entry["gain"]) == {"linear", "whitened", "trees-flux", "pixel"}
+        # A mean over pixels, and twenty trees, know less than a plane in the components.
+        assert entry["gain"]["pixel"] < 0
+        assert entry["gain"]["trees-flux"] < 0
+    # Each star of a bin that is not in the sample trains, each of the sample is asked of the expert of its own bin.
+    data = rows_of(train_file, **QUICK, families=("linear", "trees-flux"))
+    n_sample = sum(b - a for a, b in data.sample_stretches())
+    assert sum(trained.values()) == 3000 - n_sample
+    assert sum(asked.values()) == n_sample
+
+
+def test_what_a_family_needs_is_known_before_the_first_row(monkeypatch):
+    check_installed(("linear", "template", "whitened"))
+    monkeypatch.setattr(Trees, "requires", ("no_such_module",))
+    with pytest.raises(MoefastError, match=r"trees are fitted by no_such_module.*pip install no_such_module"):
+        check_installed(("linear", "trees"))
 
 
 @pytest.mark.parametrize(

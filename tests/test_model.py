@@ -163,6 +163,16 @@ TAMPERINGS = {
     "wave grid altered": (_put("wave", "values", 7, value=7000.0, checksum=True), "wave grid was altered"),
     "wave grid shorter": (_put("wave", "values", value=[1.0], checksum=True), "wave grid was altered"),
     "grid not a grid": (_put("grid", value={}, checksum=True), "expected a grid"),
+    "number beyond numbers": (_put("fit", value={"rows": float("inf")}, checksum=True), "is no number"),
+    "sketch of the training set a number": (
+        _put("training", "row_sketch", value=3, checksum=True),
+        "row_sketch",
+    ),
+    "sketch of words": (_put("training", "row_sketch", value=["x"], checksum=True), "wrong type"),
+    "ranges of labels no ranges": (
+        _put("training", "labels", value={"log_g": 3}, checksum=True),
+        "wrong type",
+    ),
     "limits gone": (_manifest(lambda m: m.pop("limits"), True), "missing or of the wrong type"),
 }
 

@@ -84,6 +84,49 @@ def test_a_fit_on_a_full_disk(train_file, place):
     assert list(place.iterdir()) == []
 
 
+# -- names that are taken meanwhile ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["simulate", "export", "inspect --picture", "predict --report"])
+def test_a_name_taken_meanwhile_is_left_alone(name, few, model, model_folder, place, monkeypatch):
+    """Somebody else writes under the name when the result is complete and about to get it."""
+    target = (
+        place
+        / {
+            "simulate": "s.h5",
+            "export": "m.onnx",
+            "inspect --picture": "p.png",
+            "predict --report": "p.html",
+        }[name]
+    )
+    predict(few, model, place.parent / "t.h5")
+    arguments = {
+        "simulate": ["simulate", target, "-n", "3", "--seed", "1"],
+        "export": ["export", model_folder, "-o", target],
+        "inspect --picture": ["inspect", few, "-m", model_folder, "--picture", target],
+        "predict --report": ["inspect", place.parent / "t.h5", "--report", target],
+    }[name]
+    real = os.fsync
+
+    def fsync(handle):
+        if not target.exists():
+            target.write_text("precious")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    result = CliRunner().invoke(cli, [str(word) for word in arguments])
+    assert result.exit_code == 8, result.output
+    assert "during this run" in result.stderr
+    assert [item.name for item in place.iterdir()] == [target.name]
+    assert target.read_text() == "precious"
+    again = CliRunner().invoke(cli, [str(word) for word in arguments])
+    assert again.exit_code == 8
+    assert "exists already" in again.stderr
+    replaced = CliRunner().invoke(cli, [*(str(word) for word in arguments), "--overwrite"])
+    assert replaced.exit_code == 0, replaced.output
+    assert target.stat().st_size > 100
+
+
 # -- signals -------------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,9 @@ def main(cases: int, chosen: tuple[str, ...], seed: int, out: str | None) -> Non
     done: list[Case] = []
     with tempfile.TemporaryDirectory() as folder:
         ground = prepare(Path(folder))
+        # What the processes of the cases share need not be looked at by their garbage collectors.
+        gc.collect()
+        gc.freeze()
         # In rounds, so that what was done says something about every campaign whenever it ends.
         for number, first in enumerate(range(0, cases, _ROUND)):
             for name in names:

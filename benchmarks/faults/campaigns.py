@@ -23,7 +23,7 @@ import numpy as np
 
 from moefast.benchmarks.faults.case import Case, Ended, command, judge, run
 from moefast.benchmarks.faults.disk import ERRORS, Failing, full
-from moefast.benchmarks.faults.ground import SUFFIXES, Ground
+from moefast.benchmarks.faults.ground import SUFFIXES, Ground, options_of
 from moefast.benchmarks.faults.products import Product, products
 from moefast.core.errors import InputError, ModelError, OutputError
 from moefast.model import MANIFEST, ONNX, REFERENCES, _checksum, _hash, shipped_path
@@ -202,7 +202,7 @@ def damaged_files(ground: Ground, n: int, seed: int) -> Iterator[Case]:
         path, out = place / ground.variants[variant].name, place / "t.h5"
         content, what = _damaged(contents[variant], allowed[variant], rng)
         path.write_bytes(content)
-        ended = run(partial(predict, path, ground.model, out, backend="cpu"), ground.log)
+        ended = run(partial(predict, path, ground.model, out, backend="cpu", **options_of(path)), ground.log)
         yield judge(
             "damaged spectra", f"{variant}: {what}", ended, out.exists,
             partial(ground.is_right_or_marked, out, variant), codes={3, 4},

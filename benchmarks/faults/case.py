@@ -7,6 +7,7 @@ to it, and nothing is left under the name or beside it.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import resource
 import select
@@ -22,6 +23,7 @@ from moefast.core.errors import MoefastError
 
 __all__ = ["OUTCOMES", "SURVIVED", "Case", "Ended", "command", "judge", "run"]
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SURVIVED = 2
 OUTCOMES = ("right", "refused", "wrong", "misleading", "left behind", "traceback", "crash", "hang")
 """The first two are survivals. Wrong: other numbers under the final name, or none with exit code 0; misleading: refused
@@ -101,9 +103,12 @@ def run(
     """
     sys.stdout.flush()
     sys.stderr.flush()
+    # What comes before or after the work is no part of it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     child = os.fork()
     if child == 0:
         _in_child(work, log, first, cpu_limit)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     begin = time.monotonic()
     # Waiting costs nothing, unlike asking again and again.
     handle = os.pidfd_open(child)
@@ -125,13 +130,20 @@ def _in_child(work: Callable[[], object], log: Path, first: Callable[[], None], 
     code = 1
     try:
         resource.setrlimit(resource.RLIMIT_CPU, (cpu_limit, resource.RLIM_INFINITY))
+        # What a shell starts in the background is told to ignore interrupts.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
         # The streams must not close the log: a failing layer would count that call.
         sys.stdout, sys.stderr = (os.fdopen(n, "w", closefd=False) for n in (1, 2))
+        faulthandler.enable()
         first()
-        work()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        try:
+            work()
+        finally:
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         code = 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1 if error.code else 0
@@ -176,7 +188,7 @@ def judge(
     elif "Traceback (most recent" in said or "Exception ignored" in said:
         outcome = "traceback"
     elif killed and -ended.code not in (signal.SIGKILL, signal.SIGTERM):
-        outcome = "crash"
+        outcome, said = "crash", f"ended by signal {-(ended.code or 0)}: {said}"
     elif is_there():
         outcome = "right" if is_right() else "wrong"
     elif ended.code == 0:

@@ -20,10 +20,12 @@ from moefast.spectra.quality import Flag
 from moefast.spectra.spectrum_set import open_spectra
 from moefast.spectra.tables import read_table
 
-__all__ = ["N_SPECTRA", "SUFFIXES", "Ground", "prepare"]
+__all__ = ["N_SPECTRA", "SUFFIXES", "Ground", "options_of", "prepare"]
 
 N_SPECTRA = 8
 SUFFIXES = (".h5", ".parquet", ".fits")
+_AT_REST: dict[str, Any] = {"velocity": 0.0}
+"""Options for files of surveys: to fit velocities takes a second, and damage does the same without."""
 _NUMBERS = ("log_g", "log_g_err", "chi2", "flag", "snr_median")
 
 
@@ -97,6 +99,11 @@ class Ground:
         )
 
 
+def options_of(path: Path) -> dict[str, Any]:
+    """Options of `predict` for a variant."""
+    return _AT_REST if path.suffix == ".fits" else {}
+
+
 def prepare(folder: Path) -> Ground:
     """Simulate the spectra, predict them undisturbed, and load all code that the cases will need."""
     spectra = folder / "spectra.h5"
@@ -111,7 +118,7 @@ def prepare(folder: Path) -> Ground:
     tables = {}
     for name, path in variants.items():
         table = folder / f"right-{path.stem}.h5"
-        predict(path, model, table, backend="cpu")
+        predict(path, model, table, backend="cpu", **options_of(path))
         tables[name] = read_table(table)[0]
     for suffix in SUFFIXES:
         predict(spectra, model, folder / f"right{suffix}", backend="cpu")

@@ -17,7 +17,7 @@ from moefast.core.errors import MoefastError, OutputError
 from moefast.export import build, save
 from moefast.model import Model
 from moefast.predicting.files import predict
-from moefast.protocol.evaluate import write_report
+from moefast.protocol.report_folder import write_report
 from moefast.simulate import simulate_file
 from moefast.spectra.spectrum_set import open_spectra
 from moefast.spectra.tables import Column, open_table, read_table
@@ -77,7 +77,7 @@ def products(ground: Ground) -> dict[str, Product]:
     content = graph.SerializeToString(deterministic=True)
 
     def write_graph(path: Path, overwrite: bool) -> None:
-        save(graph, path)
+        save(graph, path, overwrite=overwrite)
 
     found["export"] = Product("m.onnx", write_graph, lambda path: path.read_bytes() == content)
 
@@ -154,7 +154,7 @@ _REPORT = {"values": list(range(3000)), "name": "é"}
 
 
 def _write_report(path: Path, overwrite: bool) -> None:
-    write_json(_REPORT, path)
+    write_json(_REPORT, path, overwrite=overwrite)
 
 
 def _right_report(path: Path) -> bool:

@@ -561,7 +561,7 @@ def _group(table: Mapping[str, F64], name: str, members: NDArray[np.bool_]) -> d
 # --- files ---------------------------------------------------------------------------------------------
 
 
-def write(ceiling: Ceiling, path: str | Path) -> None:
+def write(ceiling: Ceiling, path: str | Path, *, overwrite: bool = True) -> None:
     """Write as JSON, compressed if the name ends in .gz.
 
     Raises
@@ -577,7 +577,7 @@ def write(ceiling: Ceiling, path: str | Path) -> None:
     if str(path).endswith(".gz"):
         # No time stamp: the same ceiling gives the same bytes.
         content = gzip.compress(content, mtime=0)
-    write_atomically(path, content)
+    write_atomically(path, content, overwrite=overwrite)
 
 
 def _rounded(value: float) -> float | None:

@@ -100,9 +100,9 @@ def bench(
     )  # fmt: skip
     text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
     if out:
-        write_atomically(out, (text + "\n").encode())
+        write_atomically(out, (text + "\n").encode(), overwrite=overwrite)
     if picture:
-        write_atomically(picture, draw(result))
+        write_atomically(picture, draw(result), overwrite=overwrite)
     click.echo(text if as_json else format_text(result))
     if wrong := wrong_answers(result):
         raise BenchmarkError("; ".join(wrong))

@@ -64,8 +64,8 @@ def ceiling(
     progress.close()
     click.echo(json.dumps(found.summary, indent=1) if as_json else format_text(found.summary))
     if out:
-        ceilings.write(found, out)
+        ceilings.write(found, out, overwrite=overwrite)
         click.echo(f"written: {out}", err=True)
     if picture:
-        figure(found.summary, picture)
+        figure(found.summary, picture, overwrite=overwrite)
         click.echo(f"picture: {picture}", err=True)

@@ -45,7 +45,7 @@ def compare(
     found = run(kept)
     click.echo(json.dumps(found, indent=1) if as_json else format_text(found))
     if out:
-        write_json(found, out)
+        write_json(found, out, overwrite=overwrite)
         click.echo(f"written: {out}", err=True)
     if picture:
         # Only now: drawing takes a second to import.
@@ -55,5 +55,6 @@ def compare(
         if len(set(names)) < len(names):
             # Letters, as in the text, tell folders of the same name apart.
             names = [f"{chr(ord('A') + i)} {name}" for i, name in enumerate(names)]
-        compared({name: item.report for name, item in zip(names, kept, strict=True)}, picture)
+        reports_by_name = {name: item.report for name, item in zip(names, kept, strict=True)}
+        compared(reports_by_name, picture, overwrite=overwrite)
         click.echo(f"written: {picture}", err=True)

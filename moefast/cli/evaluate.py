@@ -81,9 +81,9 @@ def evaluate(
 
     --peer measures a method that astronomers would use without a model of moefast.
     """
-    from moefast.protocol.evaluate import check_report_folder, write_report
     from moefast.protocol.evaluate import evaluate as run
     from moefast.protocol.milestones.judge import judge_alone
+    from moefast.protocol.report_folder import check_report_folder, write_report
     from moefast.protocol.report_text import format_text
 
     if out:

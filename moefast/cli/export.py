@@ -37,7 +37,12 @@ def export(model: str, out: str, part: str, half: bool, overwrite: bool) -> None
     if part not in parts:
         raise click.BadParameter(f"{part!r} is none of {', '.join(parts)}", param_hint="--part")
     differences = export_model(
-        chosen.mixture, out, part=part, metadata={"recipe": chosen.manifest["recipe"]}, half=half
+        chosen.mixture,
+        out,
+        part=part,
+        metadata={"recipe": chosen.manifest["recipe"]},
+        half=half,
+        overwrite=overwrite,
     )
     size = Path(out).stat().st_size / 1e6
     largest = ", ".join(

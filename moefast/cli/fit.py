@@ -141,7 +141,8 @@ def fit(
         template         posterior mean over templates, at the mean noise of
                          the training set; needs clean spectra
         phys-moe         nine linear experts behind a gate; any spectra
-        hybrid-moe       the best of linear, template, trees in each bin
+        hybrid-moe       the best of linear, template, trees in each bin, or
+                         of --families
         residual-moe     heads, and what they get wrong on average learnt
                          beside them, where that helps beyond doubt
         conditional-moe  phys-moe, its gate with a second part for faint stars
@@ -150,6 +151,8 @@ def fit(
                          fitted by torch, scored without it
         heads-cnn        the same, convolutions on the flux
         heads-vit        the same, a vision transformer on the flux
+        heads-single     the network of heads with one head, to compare with
+        heads-vit-single that of heads-vit with one head, to compare with
         snr-moe          linear experts for four bins of signal-to-noise
         global-ridge     one linear expert
         published-ridge  one ridge as published, to compare with

@@ -86,6 +86,8 @@ def inspect(
     """
     from moefast.inspection.run import is_table
 
+    if picture:
+        refuse_taken(picture, overwrite=overwrite)
     if len(files) == 1 and is_table(files[0]):
         if row is not None or identifier is not None or picture:
             raise InputError(
@@ -99,7 +101,7 @@ def inspect(
             f"{files[0]}: --report and --spectra are for one table that moefast predict wrote (.h5, .parquet or .fits)"
         )
     if row is not None or identifier is not None:
-        _star(files, model, picture, as_json, row=row, identifier=identifier, velocity=velocity,
+        _star(files, model, picture, overwrite, as_json, row=row, identifier=identifier, velocity=velocity,
               velocity_range=velocity_range, medium=medium, telluric=telluric)  # fmt: skip
         return
     from moefast.spectra.prepared import open_as_found
@@ -114,13 +116,18 @@ def inspect(
     facts = summarise(found, max_rows=limit, reference=reference)
     click.echo(json.dumps(facts, indent=1) if as_json else format_text(facts))
     if picture:
-        draw(found, picture)
+        draw(found, picture, overwrite=overwrite)
         click.echo(f"picture: {picture}", err=True)
     tell_failures(found.failures)
 
 
 def _star(
-    files: tuple[str, ...], model: str | None, picture: str | None, as_json: bool, **which: Any
+    files: tuple[str, ...],
+    model: str | None,
+    picture: str | None,
+    overwrite: bool,
+    as_json: bool,
+    **which: Any,
 ) -> None:
     from moefast.inspection.star import describe, look_at
     from moefast.inspection.star_picture import draw_star
@@ -131,7 +138,7 @@ def _star(
     star = look_at(files, model, **which)
     click.echo(json.dumps(star.to_dict(), indent=1) if as_json else describe(star))
     if picture:
-        draw_star(star, picture)
+        draw_star(star, picture, overwrite=overwrite)
         click.echo(f"picture: {picture}", err=True)
 
 
@@ -148,5 +155,5 @@ def _table(
     click.echo(json.dumps(run.to_dict(), indent=1) if as_json else format_text(run))
     if report:
         stars, reason = spectra_of_worst(run, model, spectra)
-        write_page(run, report, stars, reason)
+        write_page(run, report, stars, reason, overwrite=overwrite)
         click.echo(f"written: {report}" + (f". {reason}" if reason else ""), err=True)

@@ -33,5 +33,5 @@ def milestones(reports: tuple[str, ...], out: str | None, overwrite: bool, as_js
     found = judge(read_reports(reports))
     click.echo(json.dumps(as_entries(found), indent=1, ensure_ascii=False) if as_json else format_text(found))
     if out:
-        write_json(as_entries(found), out)
+        write_json(as_entries(found), out, overwrite=overwrite)
         click.echo(f"written: {out}", err=True)

@@ -282,7 +282,7 @@ EXPERT = click.option(
 FAMILIES = click.option(
     "--families", callback=_families, metavar="A,B,…",
     help="Families of experts of which each bin keeps the best, instead of those of the recipe: linear with any of "
-    "template, trees and your own (--expert). moefast doctor lists what is known here.",
+    "template, trees, trees-flux, cnn, whitened and your own (--expert). moefast doctor lists what is known here.",
 )  # fmt: skip
 
 

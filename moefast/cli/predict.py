@@ -33,6 +33,7 @@ from moefast.cli.options import (
     rows,
     shard_of,
 )
+from moefast.core.atomic import refuse_taken
 from moefast.core.errors import InputError, OutputError
 from moefast.core.progress import FILES, ProgressLine
 
@@ -151,8 +152,8 @@ def predict(
     target = Path(out) if out else Path(f"{stem}.log_g{part}.h5")
     if overwrite and not out:
         _check_same_inputs(target, files)
-    if report and os.path.exists(report) and not overwrite:
-        raise OutputError(f"{report}: exists already; choose another name, or replace it with --overwrite")
+    if report:
+        refuse_taken(report, overwrite=overwrite)
     if scheduler is not None:
         if rows or limit or shard:
             raise click.UsageError("--scheduler predicts all rows: leave out --rows, --limit and --shard")
@@ -197,18 +198,18 @@ def predict(
         for note in summary.notes:
             click.echo(f"  note: {note}")
     if report:
-        _write_report(target, model, report)
+        _write_report(target, model, report, overwrite)
     tell_failures(summary.failures)
 
 
-def _write_report(table: Path, model: str | None, page: str) -> None:
+def _write_report(table: Path, model: str | None, page: str, overwrite: bool) -> None:
     from moefast.inspection.run import summarise_table
     from moefast.inspection.run_page import write_page
     from moefast.inspection.worst import spectra_of_worst
 
     found = summarise_table(table)
     stars, reason = spectra_of_worst(found, model)
-    write_page(found, page, stars, reason)
+    write_page(found, page, stars, reason, overwrite=overwrite)
     click.echo(f"written: {page}" + (f". {reason}" if reason else ""), err=True)
 
 
@@ -276,7 +277,7 @@ def _on_cluster(
     progress.close()
     seconds = time.perf_counter() - begin
     if report:
-        _write_report(target, model, report)
+        _write_report(target, model, report, overwrite)
     if as_json:
         facts = {
             "table": str(target), "rows": merged.n_rows, "shards": merged.n_parts, "workers": workers,

@@ -6,7 +6,7 @@ import json
 
 import click
 
-from moefast.cli.options import BACKEND, CONFIG, DEVICE, JSON, QUIET
+from moefast.cli.options import BACKEND, CONFIG, DEVICE, EXPERT, FAMILIES, JSON, QUIET
 from moefast.core.progress import ProgressLine
 
 __all__ = ["roadmap"]
@@ -14,8 +14,9 @@ __all__ = ["roadmap"]
 
 @click.command(short_help="Run the roadmap C0 to C4 and decide after each stage.")
 @click.option(
-    "-o", "--out", required=True, metavar="FOLDER", help="Keeps test spectra, models, reports and the table."
-)
+    "-o", "--out", required=True, metavar="FOLDER",
+    help="Keeps test spectra, models, reports, and the table as text, JSON and an HTML page.",
+)  # fmt: skip
 @click.option("--set", "name", type=click.Choice(["z0", "survey", "wild"]), default="z0", show_default=True,
               help="Reference set.")  # fmt: skip
 @click.option("--train", type=click.IntRange(1000), default=20_000, show_default=True,
@@ -27,6 +28,8 @@ __all__ = ["roadmap"]
 @click.option("--steps", type=click.IntRange(1), help="Of networks, instead of what belongs to their size.")
 @click.option("--seeds", type=click.IntRange(2), default=5, show_default=True,
               help="Training sets, and draws of noise, of C0.")  # fmt: skip
+@FAMILIES
+@EXPERT
 @click.option("--all", "everything", is_flag=True, help="Run every stage, whatever the decisions say.")
 @click.option("--resume", is_flag=True, help="Go on with what is in the folder.")
 @BACKEND
@@ -35,8 +38,8 @@ __all__ = ["roadmap"]
 @QUIET
 @JSON
 def roadmap(
-    out: str, name: str, train: int, part: str, size: str, steps: int | None, seeds: int, everything: bool,
-    resume: bool, backend: str, quiet: bool, as_json: bool,
+    out: str, name: str, train: int, part: str, size: str, steps: int | None, seeds: int,
+    families: tuple[str, ...] | None, everything: bool, resume: bool, backend: str, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Run the roadmap: the ruler (C0), experts (C1), a gate (C2), a trunk with heads (C3), residuals (C4).
 
@@ -46,8 +49,8 @@ def roadmap(
 
     After each stage its milestones are judged, and the number says which stage follows: an oracle hybrid of 0.70 leads
     to the gate, else to the trunk; ρ of the gate of 0.85 leads to residuals, below 0.70 back to the experts. C3 and C4
-    fit networks and need torch. A roadmap that was stopped goes on with --resume. Twenty thousand training spectra
-    take about half an hour on two cores.
+    fit networks and need torch. The experts of C1 are chosen from --families. A roadmap that was stopped goes on with
+    --resume. Twenty thousand training spectra take about half an hour on two cores.
     """
     from moefast.core.records import as_entries
     from moefast.protocol.roadmap import Plan, roadmap_text
@@ -55,7 +58,7 @@ def roadmap(
 
     progress = ProgressLine(quiet or as_json)
     result = run(
-        out, Plan(name, train, part, size, steps, seeds), everything=everything, resume=resume,  # type: ignore[arg-type]
+        out, Plan(name, train, part, size, steps, seeds, families), everything=everything, resume=resume,  # type: ignore[arg-type]
         backend=backend, say=progress.note, progress=progress.stage,
     )  # fmt: skip
     progress.close()

@@ -56,5 +56,5 @@ def scenarios(
     progress.close()
     click.echo(json.dumps(found, indent=1, ensure_ascii=False) if as_json else format_text(found))
     if out:
-        write_json(found, out)
+        write_json(found, out, overwrite=overwrite)
         click.echo(f"written: {out}", err=True)

@@ -25,7 +25,7 @@ from moefast.core.version import __version__
 from moefast.model import Model
 from moefast.predicting.files import count_rows, predict
 from moefast.spectra.paths import find_files
-from moefast.spectra.tables import read_layout
+from moefast.spectra.tables import read_layout, read_table
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -108,7 +108,30 @@ def connect(scheduler: str) -> Generator[Client, None, None]:
         LocalCluster(n_workers=count, threads_per_worker=1, dashboard_address=":0") as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
+        if devices := devices_of(os.environ):
+            client.register_plugin(_device_plugin(devices))
         yield client
+
+
+def devices_of(environment: Mapping[str, str]) -> list[str]:
+    """Numbers of the GPUs that workers of this machine share out; none without a driver."""
+    if "CUDA_VISIBLE_DEVICES" in environment:
+        return [name for name in environment["CUDA_VISIBLE_DEVICES"].split(",") if name.strip()]
+    return [str(number) for number in range(len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))]
+
+
+def _device_plugin(devices: Sequence[str]) -> Any:
+    """What gives each worker a GPU of its own, also those that take the place of lost ones."""
+    from distributed import WorkerPlugin
+
+    class OneDevice(WorkerPlugin):  # type: ignore[misc]  # untyped
+        name = "moefast-device"
+
+        def setup(self, worker: Any) -> None:
+            # Workers of this machine are called by their numbers. No driver has been started yet.
+            os.environ["CUDA_VISIBLE_DEVICES"] = devices[int(worker.name) % len(devices)]
+
+    return OneDevice()
 
 
 def predict_on(
@@ -212,6 +235,8 @@ def _predict_shard(
     with suppress(MoefastError):
         _, attributes, n_rows = read_layout(table)
         if attributes.get("made_of") == {"digest": digest}:
+            # Every value: they have checksums, which are compared when they are read.
+            read_table(table)
             return n_rows
     with ALONE:
         summary = predict(

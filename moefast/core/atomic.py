@@ -333,19 +333,19 @@ def atomic_file(path: str | os.PathLike[str], *, overwrite: bool = True) -> Iter
         remove_quietly(partial)
 
 
-def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a whole file; one that exists is replaced.
+def write_atomically(path: str | os.PathLike[str], content: bytes, *, overwrite: bool = True) -> None:
+    """Write a whole file; one that exists, or has come to be meanwhile, is replaced if it may be.
 
     Raises
     ------
     OutputError
         The folder does not exist, is read-only or full; no partial file is left behind.
     """
-    with atomic_file(path) as partial:
+    with atomic_file(path, overwrite=overwrite) as partial:
         partial.write_bytes(content)
 
 
-def write_json(document: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+def write_json(document: Mapping[str, Any], path: str | os.PathLike[str], *, overwrite: bool = True) -> None:
     """Write a document as UTF-8 JSON; the final name is absent or complete.
 
     Raises
@@ -354,7 +354,7 @@ def write_json(document: Mapping[str, Any], path: str | os.PathLike[str]) -> Non
         The file could not be written.
     """
     text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
-    write_atomically(path, (text + "\n").encode())
+    write_atomically(path, (text + "\n").encode(), overwrite=overwrite)
 
 
 def partial_folder(target: Path) -> Path:

@@ -8,6 +8,7 @@ no clamping.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -176,7 +177,7 @@ class Grid:
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(
                 f"expected a grid with t_eff_edges and m_h_edges, two or more increasing numbers each; "
-                f"found {data!r} ({error})"
+                f"found {reprlib.repr(data)} ({error})"
             ) from error
 
 
@@ -229,7 +230,7 @@ def read_grid(data: Mapping[str, Any]) -> Grid | SnrGrid:
     try:
         return SnrGrid(tuple(data["snr_norm_edges"]))
     except (TypeError, ValueError) as error:
-        raise ModelError(f"expected a grid of snr_norm; found {data!r} ({error})") from error
+        raise ModelError(f"expected a grid of snr_norm; found {reprlib.repr(data)} ({error})") from error
 
 
 PHYSICAL_GRID = Grid()

@@ -3,16 +3,43 @@
 Design: HDF5 writes when an object is freed or a cache overflows, and an error there is printed and forgotten, or ends
 the process. So HDF5 is given this file instead of a name. A write that fails is remembered and reported to the library
 as done, as are all that follow: the library stays in a state that it can close, and `check` raises what happened
-before anybody takes the file for complete.
+before anybody takes the file for complete. An interrupt, too, must wait until the library has returned: raised in a
+function that it calls, it would be taken for a failure of the file, and the process might end.
 """
 
 from __future__ import annotations
 
 import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["WatchedFile"]
+__all__ = ["WatchedFile", "uninterrupted"]
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Put off SIGINT and SIGTERM until the block has ended."""
+    if threading.current_thread() is not threading.main_thread():
+        # Python tells no other thread of signals.
+        yield
+        return
+    handlers: dict[int, Any] = {}
+    waiting: list[int] = []
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if callable(handler := signal.getsignal(number)):
+                handlers[number] = handler
+                signal.signal(number, lambda number, _: waiting.append(number))
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in waiting:
+            signal.raise_signal(number)
 
 
 class WatchedFile:

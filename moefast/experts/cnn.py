@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from moefast.core.errors import MoefastError
 from moefast.core.random import DRAW_STREAM, add_noise
 from moefast.core.threads import in_threads, one_blas_thread
-from moefast.experts.protocol import Expert, ExpertValues, Inputs, expert
+from moefast.experts.protocol import CleanStars, Expert, ExpertValues, Inputs, expert
 from moefast.ops.arithmetic import SolvingArithmetic
 
 __all__ = ["ConvNet", "fit_conv_net", "n_places"]
@@ -92,6 +92,7 @@ class ConvNet(Expert):
     c2: F32
 
     family: ClassVar[str] = "cnn"
+    requires: ClassVar[tuple[str, ...]] = ("torch",)
 
     def __post_init__(self) -> None:
         for name, array in self.arrays().items():
@@ -200,6 +201,13 @@ class ConvNet(Expert):
         hidden += self.c1
         np.maximum(hidden, np.float32(0), out=hidden)
         return np.asarray((hidden * self.v2[:, 0]).sum(1) + self.c2[0])
+
+    @classmethod
+    def fit_clean(cls, stars: CleanStars, y: NDArray, *, seed: int) -> ConvNet:
+        """A network for the stars of one bin; see `fit_conv_net`."""
+        return fit_conv_net(
+            stars.flux, stars.error, y, reference=stars.reference, noise_shape=stars.noise_shape, seed=seed
+        )
 
     def describe(self, op: SolvingArithmetic, seen: Mapping[str, Any]) -> ExpertValues:
         """Convolutions and two matrix products; see `moefast.experts.protocol.Expert`."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from moefast.core.archives import read_archive
 from moefast.core.atomic import atomic_file
 from moefast.core.errors import ModelError
 from moefast.experts.exact_sums import Scales, rounded
@@ -466,19 +466,16 @@ class NormalEquations:
             The file is not such a file, is cut off, or has another schema.
         """
         try:
-            # Opened here, because np.load leaves the file open if it is no archive.
-            with Path(path).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-                header = json.loads(file["header"].tobytes())
-                if header["what"] != WHAT:
-                    raise ValueError(f"it holds {header['what']!r}")
-                if header["schema"] != SCHEMA:
-                    raise ModelError(f"{path}: schema {header['schema']} found, {SCHEMA} expected; fit again")
-                reference = file["reference"]
-                result = cls(reference, *file["count"].shape)
-                for name in _TOTALS:
-                    setattr(result, name, _expected(name, file[name], getattr(result, name)))
-        # A cut-off archive raises BadZipFile, a lone .npy array TypeError.
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            arrays = read_archive(Path(path))
+            header = json.loads(arrays["header"].tobytes())
+            if header["what"] != WHAT:
+                raise ValueError(f"it holds {header['what']!r}")
+            if header["schema"] != SCHEMA:
+                raise ModelError(f"{path}: schema {header['schema']} found, {SCHEMA} expected; fit again")
+            result = cls(arrays["reference"], *arrays["count"].shape)
+            for name in _TOTALS:
+                setattr(result, name, _expected(name, arrays[name], getattr(result, name)))
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ModelError(
                 f"{path}: not a complete file of normal equations ({error}); write it again"
             ) from error

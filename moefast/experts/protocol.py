@@ -39,15 +39,18 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ENTRY_POINTS",
+    "CleanStars",
     "Expert",
     "ExpertValues",
     "Inputs",
     "Place",
     "expert",
     "family",
+    "fitted_clean",
     "fitted_in_bins",
     "import_families",
     "in_tiles",
+    "on_flux",
     "read_initializers",
 ]
 
@@ -97,6 +100,23 @@ class Inputs(NamedTuple):
         return {name: np.ascontiguousarray(value, dtype) for name, value in tall.items()}
 
 
+class CleanStars(NamedTuple):
+    """Stars without noise, for families that draw noise themselves.
+
+    Attributes
+    ----------
+    flux, error : array of shape (n, p), float32
+        Flux without noise, and 1σ; the reference spectrum in the place of bad pixels.
+    reference, noise_shape : array of shape (p,)
+        Of the mixture: what is subtracted from flux, and the mean noise variance D.
+    """
+
+    flux: NDArray
+    error: NDArray
+    reference: NDArray
+    noise_shape: NDArray
+
+
 class ExpertValues(NamedTuple):
     """What experts say of n stars: arrays of shape (n, 1) of one expert, or (n, K) of those of all bins.
 
@@ -127,12 +147,18 @@ class Expert:
         Whether the CUDA kernels know the family.
     has_noise : bool
         Whether it says itself what the noise of the pixels leaves; if not, that of the linear expert counts.
+    fits_on_flux : bool
+        Whether `fit` is given flux, `Inputs.x`, which takes memory in proportion to the pixels.
+    requires : tuple of str
+        Modules without which it cannot be fitted.
     """
 
     family: ClassVar[str]
     short: ClassVar[bool] = False
     on_cuda: ClassVar[bool] = False
     has_noise: ClassVar[bool] = False
+    fits_on_flux: ClassVar[bool] = False
+    requires: ClassVar[tuple[str, ...]] = ()
 
     @property
     def needs_flux(self) -> bool:
@@ -217,7 +243,7 @@ class Expert:
         Parameters
         ----------
         inputs : Inputs
-            z, log_level and lines of n stars with noise.
+            z, log_level and lines of n stars with noise; x, too, if the family `fits_on_flux`.
         y : array of shape (n,), dex
             Log g.
         seed : int
@@ -228,6 +254,24 @@ class Expert:
             This family is not fitted bin by bin.
         """
         raise InputError(f"the family {cls.family} is not fitted bin by bin; give it a method fit")
+
+    @classmethod
+    def fit_clean(cls, stars: CleanStars, y: NDArray, *, seed: int) -> Self:
+        """The same from stars without noise, for families that draw it themselves; instead of `fit`.
+
+        Parameters
+        ----------
+        stars : CleanStars
+        y : array of shape (n,), dex
+            Log g.
+        seed : int
+
+        Raises
+        ------
+        InputError
+            This family has no such fit.
+        """
+        raise InputError(f"the family {cls.family} is not fitted to clean stars; give it a method fit_clean")
 
 
 @dataclass(frozen=True)
@@ -321,7 +365,21 @@ def fitted_in_bins() -> set[str]:
     _import_own()
     for point in metadata.entry_points(group=ENTRY_POINTS):
         family(point.name)
-    return {name for name, cls in _FAMILIES.items() if cls.fit.__func__ is not Expert.fit.__func__}  # type: ignore[attr-defined]
+    return {name for name, cls in _FAMILIES.items() if _overrides(cls, "fit") or _overrides(cls, "fit_clean")}
+
+
+def fitted_clean(name: str) -> bool:
+    """Whether a family is fitted to stars without noise."""
+    return _overrides(family(name), "fit_clean")
+
+
+def on_flux(name: str) -> bool:
+    """Whether a family is fitted to pixels, and sees them when it is asked."""
+    return family(name).fits_on_flux or fitted_clean(name)
+
+
+def _overrides(cls: type[Expert], method: str) -> bool:
+    return getattr(cls, method).__func__ is not getattr(Expert, method).__func__
 
 
 def import_families(source: str) -> tuple[str, ...]:

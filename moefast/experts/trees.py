@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from onnx import ModelProto
 
-__all__ = ["SEES", "Trees", "fit_trees", "float32_below", "read_booster", "stacking"]
+__all__ = ["SEES", "Trees", "TreesOnFlux", "fit_trees", "float32_below", "read_booster", "stacking"]
 
 SEES = ("flux", "stacking")
 """What trees may see: raw flux, or line features, principal components and ln noise level, in this order."""
@@ -62,6 +62,7 @@ class Trees(Expert):
     sees: str
 
     family: ClassVar[str] = "trees"
+    requires: ClassVar[tuple[str, ...]] = ("lightgbm",)
 
     def __post_init__(self) -> None:
         if self.sees not in SEES:
@@ -160,6 +161,21 @@ class Trees(Expert):
                 f"the trees {name!r} of the ONNX model are not as moefast writes them; write it again"
             )
         return cls(forest, "stacking" if node.input[0] == _features(stem) else "flux")
+
+
+@expert
+class TreesOnFlux(Trees):
+    """A forest on noisy flux as it is, never standardised: the published way."""
+
+    family: ClassVar[str] = "trees-flux"
+    fits_on_flux: ClassVar[bool] = True
+
+    @classmethod
+    def fit(cls, inputs: Inputs, y: NDArray, *, seed: int) -> Self:
+        """A forest on flux; see `fit_trees`."""
+        if inputs.x is None:
+            raise ValueError("these trees see flux, which the inputs lack; give x")
+        return cls(fit_trees(inputs.x, y, sees="flux", seed=seed).forest, "flux")
 
 
 def stacking(inputs: Inputs) -> NDArray[np.float32]:

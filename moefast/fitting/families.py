@@ -6,27 +6,32 @@ expert unless another is better beyond doubt (`moefast.experts.choice`).
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from moefast.core.errors import MoefastError
 from moefast.experts.choice import choose
-from moefast.experts.protocol import Expert, Inputs, family
+from moefast.experts.protocol import Expert, Inputs, family, fitted_clean, on_flux
 from moefast.experts.template import choose_library, fit_library
 from moefast.fitting.options import WHOLE
-from moefast.fitting.sample import Sample
+from moefast.fitting.sample import Sample, flux_of_sample
 from moefast.fitting.training_set import TrainingSet
 from moefast.kernels import Library
 from moefast.mixture import Mixture
 
-__all__ = ["FIT_ROWS", "LIBRARY_ROWS", "choose_families", "make_library"]
+__all__ = ["FIT_ROWS", "LIBRARY_ROWS", "check_installed", "choose_families", "make_library"]
 
 LIBRARY_ROWS = 200_000
 """Stars that a library is made of at most: a thousand clouds of two hundred."""
 FIT_ROWS = 100_000
 """Stars that the experts of all bins of another family are fitted on at most."""
+FLUX_ROWS, CLEAN_ROWS = 20_000, 10_000
+"""Stars of one bin whose pixels are held at most: 16 kB each, and 33 kB with their errors."""
 
 
 def make_library(data: TrainingSet, mixture: Mixture) -> tuple[Library, dict[str, float]]:
@@ -50,10 +55,14 @@ def make_library(data: TrainingSet, mixture: Mixture) -> tuple[Library, dict[str
 def choose_families(data: TrainingSet, mixture: Mixture, sample: Sample) -> tuple[Mixture, dict[str, Any]]:
     """The family of each bin that is best, beyond doubt, on stars of the sample that do not measure the outcome.
 
-    Families that are fitted bin by bin see the library's stars, with one draw of noise.
+    Families that are fitted bin by bin see the library's stars, with one draw of noise or with those that they make.
     """
     options, names = data.options, data.options.grid.names
-    fitted = {name: _fit_bins(data, mixture, sample, name) for name in options.families if name not in WHOLE}
+    in_bins = [name for name in options.families if name not in WHOLE]
+    fitted = {name: _fit_bins(data, mixture, name) for name in in_bins}
+    for name, experts in fitted.items():
+        # What sees pixels is asked for all bins once it is chosen.
+        _ask(data, sample, name, dict(enumerate(experts)), own_bin=on_flux(name))
     seen = data.part_of(sample.rows) != 0
     bins = data.bins[sample.rows[seen]]
     own = np.arange(len(sample.rows)), data.bins[sample.rows]
@@ -73,6 +82,10 @@ def choose_families(data: TrainingSet, mixture: Mixture, sample: Sample) -> tupl
     for k, name in enumerate(choice.families):
         if name in fitted:
             mixture = mixture.with_expert(fitted[name][k], k)
+    for name in filter(on_flux, in_bins):
+        chosen = {k: fitted[name][k] for k, family_name in enumerate(choice.families) if family_name == name}
+        if chosen:
+            _ask(data, sample, name, chosen, own_bin=False)
     table = {
         names[k]: {
             "family": choice.families[k],
@@ -85,18 +98,67 @@ def choose_families(data: TrainingSet, mixture: Mixture, sample: Sample) -> tupl
     return mixture, table
 
 
-def _fit_bins(data: TrainingSet, mixture: Mixture, sample: Sample, name: str) -> list[Expert]:
-    """An expert of a family for each bin; what they say of the sample is added to it."""
-    own, n_bins = family(name), data.options.grid.n_bins
-    inputs, rows = data.inputs(mixture, "stars of the bins", data.other_stretches(FIT_ROWS), noisy=True)
+def check_installed(families: Sequence[str]) -> None:
+    """Refuse families whose fit lacks a module: before the first pass, not after.
+
+    Raises
+    ------
+    MoefastError
+    """
+    for name in families:
+        missing = (
+            []
+            if name in WHOLE
+            else [one for one in family(name).requires if importlib.util.find_spec(one) is None]
+        )
+        if missing:
+            raise MoefastError(
+                f"experts of the family {name} are fitted by {', '.join(missing)}, which is not installed; "
+                f"install it (pip install {' '.join(missing)}), or leave {name} out of the families"
+            )
+
+
+def _fit_bins(data: TrainingSet, mixture: Mixture, name: str) -> list[Expert]:
+    """An expert of a family for each bin."""
+    own, n_bins, seed = family(name), data.options.grid.n_bins, data.options.seed
     step = data.steps("families", n_bins)
-    sample.values[name] = np.empty_like(sample.values["linear"])
-    sample.noise[name] = sample.noise["linear"]
     fitted = []
+    if not on_flux(name):
+        inputs, rows = data.inputs(mixture, "stars of the bins", data.other_stretches(FIT_ROWS), noisy=True)
+        for k in range(n_bins):
+            here = data.bins[rows] == k
+            fitted.append(own.fit(Inputs(*(a[here] for a in inputs[:3])), data.y[rows[here]], seed=seed))
+            step()
+        return fitted
+    # Pixels of one bin at a time, or they would not be held.
+    clean = fitted_clean(name)
+    most = CLEAN_ROWS if clean else FLUX_ROWS
     for k in range(n_bins):
-        here = data.bins[rows] == k
-        mine = Inputs(*(a[here] for a in inputs[:3]))
-        fitted.append(own.fit(mine, data.y[rows[here]], seed=data.options.seed))
-        sample.values[name][:, k] = fitted[k].predict(sample.inputs)
+        stretches = data.other_stretches(round(most / max(float((data.bins == k).mean()), 1e-9)))
+        stage = f"stars of bin {k + 1} of {n_bins}"
+        if clean:
+            stars, rows = data.clean_stars(mixture, stage, stretches, k)
+            fitted.append(own.fit_clean(stars, data.y[rows], seed=seed))
+        else:
+            inputs, rows = data.inputs(mixture, stage, stretches, noisy=True, flux=True, bin_=k)
+            fitted.append(own.fit(inputs, data.y[rows], seed=seed))
         step()
     return fitted
+
+
+def _ask(
+    data: TrainingSet, sample: Sample, name: str, experts: Mapping[int, Expert], *, own_bin: bool
+) -> None:
+    """Add to the sample what experts of a family, by their bin, say of it; with `own_bin` only of stars of that bin."""
+    values = sample.values.setdefault(name, sample.values["linear"].copy())
+    sample.noise[name] = sample.noise["linear"]
+    whole = slice(0, len(sample.rows))
+    parts = flux_of_sample(data, f"what {name} says") if on_flux(name) else iter([(whole, None)])
+    for here, x in parts:
+        seen = Inputs(*(a[here] for a in sample.inputs[:3]), x)
+        bins = data.bins[sample.rows[here]]
+        for k, one in experts.items():
+            rows = np.flatnonzero(bins == k) if own_bin else np.arange(len(bins))
+            if rows.size:
+                inputs = Inputs(*(None if a is None else a[rows] for a in seen[:4]))
+                values[here.start + rows, k] = one.predict(inputs)

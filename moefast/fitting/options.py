@@ -113,6 +113,9 @@ class PosteriorOptions:
     ----------
     n_clouds, n_tangents : int
         Clouds, and tangents of each.
+    n_coordinates : int, optional
+        Coordinates in which clouds are told, those that say most of log g; as many as components by default. Time grows
+        with their square.
     n_gravity_bins : int
         The number of bins of log g, in each bin of the grid, whose stars are one cloud each. If 0, clouds are found by
         k-means instead, and their number is `n_clouds`.
@@ -128,6 +131,7 @@ class PosteriorOptions:
 
     n_clouds: int = 440
     n_tangents: int = 5
+    n_coordinates: int | None = None
     n_gravity_bins: int = 0
     slope_widths: tuple[float, ...] = ()
     sky_width: float = 0.0
@@ -138,12 +142,13 @@ class PosteriorOptions:
         if (
             self.n_clouds < 1
             or self.n_tangents < 0
+            or (self.n_coordinates is not None and self.n_coordinates < 1)
             or self.n_gravity_bins < 0
             or not all(0 < width < math.inf for width in self.slope_widths)
         ):
             raise InputError(
-                "clouds, tangents, bins of log g and positive widths of slopes expected; found "
-                f"{self.n_clouds}, {self.n_tangents}, {self.n_gravity_bins}, {self.slope_widths}"
+                "clouds, tangents, coordinates, bins of log g and positive widths of slopes expected; found "
+                f"{self.n_clouds}, {self.n_tangents}, {self.n_coordinates}, {self.n_gravity_bins}, {self.slope_widths}"
             )
 
 

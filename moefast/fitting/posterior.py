@@ -87,7 +87,8 @@ def fit_posterior(data: TrainingSet, mixture: Mixture) -> tuple[PosteriorMixture
     arrays = fit_clouds(
         stars.z, values[rows], data.bins[rows], options.grid.n_bins, basis=mixture.basis.astype(np.float64),
         reference=reference, noise_shape=noise_shape, n_clouds=options.n_clouds, n_tangents=options.n_tangents,
-        n_gravity_bins=options.n_gravity_bins, velocity=velocity, beyond=options.beyond, seed=options.seed,
+        n_coordinates=options.n_coordinates, n_gravity_bins=options.n_gravity_bins, velocity=velocity,
+        beyond=options.beyond, seed=options.seed,
     )  # fmt: skip
     sky = sky_residuals(mixture.wave, noise_shape, options.sky_width)
     nuisances = [slopes(mixture.wave, reference, options.slope_widths), sky]

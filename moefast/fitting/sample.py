@@ -7,14 +7,16 @@ same. `draw_faint` lends the errors of the few faint stars to all others.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moefast.core.random import add_noise
-from moefast.experts.protocol import Inputs
+from moefast.experts.protocol import Inputs, on_flux
 from moefast.fitting.linear_experts import LinearExperts
+from moefast.fitting.options import WHOLE
 from moefast.fitting.training_set import Rows, TrainingSet
 from moefast.gating.tower import quality_logs
 from moefast.kernels import Projected, perceptron, project, tangent_posterior
@@ -22,13 +24,15 @@ from moefast.kernels.reference import hat_weights, prepare_reference
 from moefast.mixture import Mixture
 from moefast.trunks.heads import Heads
 
-__all__ = ["Faint", "Sample", "draw_faint", "draw_sample"]
+__all__ = ["Faint", "Sample", "draw_faint", "draw_sample", "flux_of_sample"]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
 NOISY_ROWS = 600_000
 """Noisy rows for gate and error model: a gate of fifty features gains until there are some hundred thousand."""
+ROWS_WITH_FLUX = 60_000
+"""The same where an expert sees pixels: a network takes a millisecond for each."""
 TOWER_ROWS = 800_000
 """Noisy rows of a tower for faint stars."""
 
@@ -99,11 +103,8 @@ def draw_sample(data: TrainingSet, mixture: Mixture, experts: LinearExperts) -> 
         With its library or network, which have not seen the sample.
     experts : LinearExperts
     """
-    options = data.options
     stretches = data.sample_stretches()
-    n = sum(b - a for a, b in stretches)
-    draws = 1 if options.noise == "observed" else int(np.clip(NOISY_ROWS // n, 1, options.sample_draws))
-    drawn = data.map_blocks("gate sample", stretches, _sample_of, mixture, experts, draws)
+    drawn = data.map_blocks("gate sample", stretches, _sample_of, mixture, experts, _draws(data))
     parts = [part for block in drawn for part in block]
     features, chi2, rows, values, noise, snr_norm, quality, z, level, lines, *of_network = (
         np.concatenate(columns) for columns in zip(*parts, strict=True)
@@ -123,6 +124,38 @@ def draw_sample(data: TrainingSet, mixture: Mixture, experts: LinearExperts) -> 
         evidence = posterior.log_evidence.astype(np.float64)
         sample = sample._replace(logits=evidence - evidence.max(1, keepdims=True))
     return sample
+
+
+def _draws(data: TrainingSet) -> int:
+    """Noise draws of each star of the sample."""
+    options = data.options
+    if options.noise == "observed":
+        return 1
+    n = sum(b - a for a, b in data.sample_stretches())
+    bounded = any(on_flux(name) for name in options.families if name not in WHOLE)
+    most = ROWS_WITH_FLUX if bounded else NOISY_ROWS
+    return int(np.clip(most // n, 1, options.sample_draws))
+
+
+def flux_of_sample(data: TrainingSet, stage: str) -> Iterator[tuple[slice, F32]]:
+    """The noisy flux of the sample again, which is too large to be kept: places in it, and flux (n, p).
+
+    Parameters
+    ----------
+    data : TrainingSet
+    stage : str
+        Name of the stage.
+    """
+    first, draws = 0, _draws(data)
+    for here, flux, error, usable in data.blocks(stage, data.sample_stretches()):
+        rows = np.arange(here.start, here.stop)[usable]
+        clean, sigma = flux[usable], error[usable]
+        for draw in range(draws):
+            yield (
+                slice(first, first + len(rows)),
+                add_noise(clean, sigma, data.options.seed + 1 + draw, rows),
+            )
+            first += len(rows)
 
 
 def _sample_of(

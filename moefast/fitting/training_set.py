@@ -20,7 +20,7 @@ from moefast.core.progress import StageProgress
 from moefast.core.random import add_noise, fold_of_rows
 from moefast.core.threads import CORES, map_in_order, one_blas_thread
 from moefast.experts.exact_sums import Scales
-from moefast.experts.protocol import Inputs
+from moefast.experts.protocol import CleanStars, Inputs
 from moefast.fitting.options import STRETCH, Options
 from moefast.gating.features import line_columns
 from moefast.kernels import all_within, project
@@ -219,11 +219,32 @@ class TrainingSet:
         *,
         noisy: bool,
         flux: bool = False,
+        bin_: int | None = None,
     ) -> tuple[Inputs, NDArray[np.int64]]:
-        """What experts that are not linear see of stars, and their rows; `noisy` with the noise of their first draw."""
-        parts = self.map_blocks(stage, stretches, _inputs_of, mixture, noisy, flux)
+        """What experts that are not linear see of stars, and their rows; `noisy` with the noise of their first draw.
+
+        Of one bin alone if `bin_` is given.
+        """
+        parts = self.map_blocks(stage, stretches, _inputs_of, mixture, noisy, flux, bin_)
         z, level, lines, whole, rows = (np.concatenate(column) for column in zip(*parts, strict=True))
         return Inputs(z, level, lines, whole if flux else None), rows
+
+    def clean_stars(
+        self, mixture: Mixture, stage: str, stretches: list[tuple[int, int]], bin_: int
+    ) -> tuple[CleanStars, NDArray[np.int64]]:
+        """Flux without noise and errors of the stars of one bin that are whole, and their rows."""
+        parts = []
+        for here, x, sigma, usable in self.blocks(stage, stretches):
+            # A pixel without variance is a bad one, and a network that draws noise would learn its value.
+            usable &= (self.bins[here] == bin_) & (sigma > 0).all(1)
+            parts.append((x[usable], sigma[usable], np.arange(here.start, here.stop)[usable]))
+        flux, error, rows = (np.concatenate(column) for column in zip(*parts, strict=True))
+        if len(rows) < 2:
+            raise InputError(
+                f"{self.spectra.shards[0].path}: a family that draws noise itself needs stars without bad pixels; "
+                f"found {len(rows)} in bin {bin_}; leave that family out, or fit spectra without gaps"
+            )
+        return CleanStars(flux, error, mixture.reference, mixture.noise_shape), rows
 
     # -- which rows are for what --------------------------------------------------------------------------------
 
@@ -263,10 +284,12 @@ class TrainingSet:
 
 
 def _inputs_of(
-    data: TrainingSet, block: Rows, mixture: Mixture, noisy: bool, flux: bool
+    data: TrainingSet, block: Rows, mixture: Mixture, noisy: bool, flux: bool, bin_: int | None
 ) -> tuple[NDArray, ...]:
-    """Inputs of a block's stars, their flux if asked for, and their rows."""
+    """Inputs of a block's stars, or of those of one bin, their flux if asked for, and their rows."""
     here, x, sigma, usable = block
+    if bin_ is not None:
+        usable = usable & (data.bins[here] == bin_)
     rows = np.arange(here.start, here.stop)[usable]
     x, sigma = x[usable], sigma[usable]
     if noisy:

@@ -13,7 +13,7 @@ from moefast.core.progress import SAMPLED, StageProgress
 from moefast.experts.linear_form import LinearForm
 from moefast.experts.template import Templates
 from moefast.fitting.error_model import train_error_model
-from moefast.fitting.families import choose_families, make_library
+from moefast.fitting.families import check_installed, choose_families, make_library
 from moefast.fitting.first_pass import Gathered, gather
 from moefast.fitting.gate import train_gate
 from moefast.fitting.linear_experts import mixture_of, solve
@@ -111,6 +111,7 @@ def _both_passes(
 ) -> Fit:
     """The stages in order. What they hold is freed when it returns."""
     options = data.options
+    check_installed(options.families)
     if "heads" in options.families:
         # What a network lacks must be known before the first pass, not after.
         check_network(data, checkpoint, backend)

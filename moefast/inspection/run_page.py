@@ -104,14 +104,16 @@ def write_page(
     path: str | os.PathLike[str],
     stars: Mapping[tuple[int, int], Star] | None = None,
     why_no_pictures: str = "",
+    *,
+    overwrite: bool = True,
 ) -> None:
-    """Write `page` to a file.
+    """Write `page` to a file, which is replaced if it may be.
 
     Raises
     ------
     OutputError
     """
-    write_atomically(path, page(run, stars, why_no_pictures).encode())
+    write_atomically(path, page(run, stars, why_no_pictures).encode(), overwrite=overwrite)
 
 
 def _drawn(run: Run, names: Sequence[str]) -> list[Figure]:

@@ -56,7 +56,7 @@ _LINE_ROLES = {
 }
 
 
-def draw_star(star: Star, path: str | os.PathLike[str]) -> None:
+def draw_star(star: Star, path: str | os.PathLike[str], *, overwrite: bool = True) -> None:
     """Draw a star into a PNG, SVG or PDF file, by the end of its name.
 
     Raises
@@ -72,7 +72,7 @@ def draw_star(star: Star, path: str | os.PathLike[str]) -> None:
     """
     check_suffix(path)
     with styled(LIGHT):
-        write(figure(star, LIGHT), path, dpi=130)
+        write(figure(star, LIGHT), path, dpi=130, overwrite=overwrite)
 
 
 def figure(star: Star, palette: Palette = LIGHT) -> Figure:

@@ -200,7 +200,7 @@ def check_suffix(path: str | os.PathLike[str]) -> None:
         raise OutputError(f"{path}: the name of a picture ends with {', '.join(SUFFIXES)}")
 
 
-def write(canvas: Figure, path: str | os.PathLike[str], dpi: int = 150) -> None:
+def write(canvas: Figure, path: str | os.PathLike[str], dpi: int = 150, *, overwrite: bool = True) -> None:
     """Write a figure as PNG, SVG or PDF, by the end of the name: whole or not at all, and the same bytes every time.
 
     Call it within the style that the figure was made in.
@@ -224,7 +224,7 @@ def write(canvas: Figure, path: str | os.PathLike[str], dpi: int = 150) -> None:
         canvas.savefig(
             stream, format="pdf", dpi=dpi, metadata={"CreationDate": None, "Producer": None, "Creator": None}
         )
-    write_atomically(path, stream.getvalue())
+    write_atomically(path, stream.getvalue(), overwrite=overwrite)
 
 
 def embedded(canvas: Figure, name: str, title: str, words: str) -> str:

@@ -4,7 +4,9 @@ Design: a cloud is the training stars around one place of the Hertzsprung-Russel
 directions in which they scatter most (tangents), and the regression of every label on these. What the tangents leave
 out is nearly the same everywhere, so its mean over all clouds serves for each, and coordinates are chosen in which it
 is the identity: a star's likelihood is blurred by it once, not once per cloud. One cloud with all tangents is the
-linear expert of a bin at the star's own noise; many clouds of few tangents are a posterior over templates.
+linear expert of a bin at the star's own noise; many clouds of few tangents are a posterior over templates. Time grows
+with the square of the number of coordinates, so few are kept: those in which clouds differ most at the noise of bright
+stars, and those in which spectra change with log g as with no other label.
 
 Clouds are found as those of `moefast.experts.template`, by k-means among the stars of an expert's bin, where labels
 count beside components.
@@ -33,6 +35,12 @@ GROUPED_BY = [0, 1, 2]
 """Labels in which a cloud should be small: log g, T_eff, [M/H], which every training set has."""
 LEAST_SCATTER = 1e-3
 """Variance within clouds, at the least, in units of the noise of the training set."""
+BRIGHT_NOISE = 0.5
+"""Standard deviation of the noise of bright stars, in units of that of the training set."""
+LEAST_TANGENT = 0.05
+"""Mean variance of tangents along a coordinate, in units of what is not known of a bright star, for it to have any."""
+N_CHANGES = 300
+"""Stars, about, at which changes of spectra with labels are looked at."""
 AIRGLOW = (7100.0, 8870.0)
 """Å: what the table of airglow lines covers."""
 LEAST_LIGHT = 1e-6
@@ -43,6 +51,8 @@ FOREIGN_SHARE = 0.02
 """Share of spectra, before they are looked at, that have no lines: dead fibres, hot stars, galaxies."""
 SLOW, LEAST_OF_A_KIND = 15.0, 100
 """km/s; and stars of each kind, slow and fast, that every expert must have for clouds of them to be told apart."""
+FAST_SHARE = 0.33
+"""Of the clouds that are of fast stars."""
 BEYOND_SHARE = 0.05
 """Share of stars, before they are looked at, that are hotter than the training set."""
 BEYOND_LABEL, BEYOND_SLAB = 1, 0.15
@@ -119,6 +129,7 @@ def fit_clouds(
     noise_shape: F64,
     n_clouds: int,
     n_tangents: int,
+    n_coordinates: int | None = None,
     n_gravity_bins: int = 0,
     velocity: F64 | None = None,
     beyond: bool = False,
@@ -141,12 +152,14 @@ def fit_clouds(
         Reference spectrum, and mean noise variance D of the training set.
     n_clouds, n_tangents : int
         Clouds in all, and tangents of each.
+    n_coordinates : int, optional
+        Coordinates besides those of spectra without lines and of the scale; all r components by default.
     n_gravity_bins : int
         Clouds are so many bins of log g within each expert's bin, instead of `n_clouds` found by k-means; see
         `moefast.posterior.linear`. 0 for k-means.
     velocity : array of shape (n,), km/s, optional
-        Half of the clouds are of stars that move by more than `SLOW`, and small in velocity, too; where each expert has
-        stars of both kinds.
+        `FAST_SHARE` of the clouds are of stars that move by more than `SLOW`, and small in velocity, too; where each
+        expert has stars of both kinds.
     beyond : bool
         Whether there are clouds of stars that are hotter than all of the training set, too: those of its hot end,
         continued. They belong to the expert of the star from which they are continued.
@@ -155,7 +168,7 @@ def fit_clouds(
     Returns
     -------
     dict
-        Fields of a `PosteriorMixture`: `directions` (p, r + 2), that of what a spectrum without lines has beside all
+        Fields of a `PosteriorMixture`: `directions` (p, n + 2), that of what a spectrum without lines has beside all
         stars and the scale last; `keys`, `tangents`, `gains`, `log_weights`, `labels`, `scatter`, `first`. The last
         expert is one cloud: a spectrum without lines, which is no star. `n_fast` counts the clouds of stars that move,
         the last ones of each expert.
@@ -191,16 +204,17 @@ def fit_clouds(
     keys, tangents, gains, log_weights, means, scatter = (
         np.array(column) for column in zip(*parts, strict=True)
     )
-    # Coordinates in which what is left within clouds is the identity: z = F ζ with F Fᵀ = E.
-    variances, vectors = np.linalg.eigh(within)
-    root = np.sqrt(np.maximum(variances, 0) + LEAST_SCATTER)
-    forth, back, tangents = _concentrated(tangents, log_weights, vectors * root, vectors / root)
+    within += LEAST_SCATTER * np.eye(r)
+    told = labels if velocity is None else np.column_stack([labels, velocity])
+    forth, keys, tangents = _coordinates(
+        keys, tangents, np.exp(log_weights), within, _changes(z, told, bins, n_experts), n_coordinates or r
+    )
     directions = (noise_shape[:, None] * basis) @ forth
     own, beside, height = _without_lines(reference, noise_shape, directions)
     none = np.zeros((len(keys), 2))
     arrays = {
         "directions": np.column_stack([directions, beside, SCALE_UNIT * reference]),
-        "keys": np.concatenate([keys @ back, none], axis=1),
+        "keys": np.concatenate([keys, none], axis=1),
         "tangents": np.concatenate([tangents, np.zeros((*tangents.shape[:2], 2))], axis=2),
         "gains": gains,
         "log_weights": log_weights,
@@ -210,7 +224,7 @@ def fit_clouds(
     every = labels - labels.mean(0)
     foreign = {
         "keys": np.concatenate([own, [height, 0.0]]),
-        "tangents": np.zeros((t, r + 2)),
+        "tangents": np.zeros((t, keys.shape[1] + 2)),
         "gains": np.zeros((t, labels.shape[1])),
         "log_weights": np.log(FOREIGN_SHARE),
         "labels": labels.mean(0),
@@ -247,11 +261,16 @@ def _by_velocity(
         return clouds, first, np.zeros(n_experts, np.int64)
     parts, firsts = [], []
     for rows in (np.flatnonzero(~fast), np.flatnonzero(fast)):
-        where = places[rows]
-        if fast[rows[0]]:
+        where, n_fast = places[rows], round(FAST_SHARE * n_clouds)
+        if of_fast := bool(fast[rows[0]]):
             where = np.column_stack([where, velocity[rows]])
         found, first = clouds_of_bins(
-            z[rows], where, bins[rows], n_experts, n_clouds=n_clouds // 2, seed=seed
+            z[rows],
+            where,
+            bins[rows],
+            n_experts,
+            n_clouds=n_fast if of_fast else n_clouds - n_fast,
+            seed=seed,
         )
         parts.append([rows[cloud] for cloud in found])
         firsts.append(first)
@@ -264,20 +283,68 @@ def _by_velocity(
     return clouds, firsts[0] + firsts[1], np.diff(firsts[1])
 
 
-def _concentrated(tangents: F64, log_weights: F64, forth: F64, back: F64) -> tuple[F64, F64, F64]:
-    """Coordinates in which the last ones have no tangent, and the tangents in them.
+def _coordinates(
+    keys: F64, tangents: F64, share: F64, within: F64, changes: F64, n_coordinates: int
+) -> tuple[F64, F64, F64]:
+    """Coordinates ζ of components z = F ζ in which clouds are told: F (r, n), and keys and tangents in them.
 
-    Where tangents vary less than what is left within clouds, which is one in all coordinates, that takes them in: it
-    is told once, not once per cloud.
+    Half of them are those in which clouds differ most at the noise of bright stars, the other half those in which
+    spectra change most besides with the first label, as with no other one; `changes` (k, l, r) are those with each
+    label. What clouds and tangents have in others is scatter within clouds, which is the identity in these coordinates.
+    Tangents have only the first of them, those in which they vary.
     """
-    share = np.exp(log_weights)
-    tangents = tangents @ back
-    variances, vectors = np.linalg.eigh(np.einsum("m,mta,mtb->ab", share, tangents, tangents, optimize=True))
-    variances, vectors = np.maximum(variances[::-1], 0) / share.sum(), vectors[:, ::-1]
-    few = variances < 1
-    width = np.sqrt(1 + np.where(few, variances, 0))
-    tangents = (tangents @ vectors) * ~few
-    return forth @ vectors * width, back @ vectors / width, tangents
+    r = len(within)
+    # In units of what is not known of a bright star within a cloud.
+    root = np.linalg.cholesky(within + BRIGHT_NOISE**2 * np.eye(r))
+    white = np.linalg.inv(root)
+    keys, tangents, changes = keys @ white.T, tangents @ white.T, changes @ white.T
+    share = share / share.sum()
+    along = np.einsum("m,mta,mtb->ab", share, tangents, tangents, optimize=True)
+    n_differing = n_coordinates if n_coordinates >= r else n_coordinates // 2
+    axes = _leading((share * keys.T) @ keys + along, n_differing)
+    if n_differing < n_coordinates:
+        first, others = changes[:, :1], changes[:, 1:]
+        known = others @ others.transpose(0, 2, 1) + np.eye(others.shape[1])
+        alone = first - np.linalg.solve(known, others @ first.transpose(0, 2, 1)).transpose(0, 2, 1) @ others
+        besides = alone[:, 0] - (alone[:, 0] @ axes) @ axes.T
+        axes = np.concatenate([axes, _leading(besides.T @ besides, n_coordinates - n_differing)], axis=1)
+    turn = _leading(axes.T @ along @ axes, axes.shape[1])
+    axes = axes @ turn
+    few = np.einsum("ab,ab->b", axes, along @ axes) < LEAST_TANGENT
+    in_axes, along_axes = keys @ axes, np.where(few, 0.0, tangents @ axes)
+    apart, astray = keys - in_axes @ axes.T, tangents - along_axes @ axes.T
+    scatter = white @ within @ white.T + (share * apart.T) @ apart
+    scatter += np.einsum("m,mta,mtb->ab", share, astray, astray, optimize=True)
+    half = np.linalg.cholesky(scatter)
+    # The axes in coordinates where scatter is one; a triangular U keeps tangents in the first of them.
+    turned, upper = np.linalg.qr(np.linalg.solve(half, axes))
+    return root @ half @ turned, in_axes @ upper.T, along_axes @ upper.T
+
+
+def _leading(matrix: F64, n: int) -> F64:
+    """Eigenvectors of the n largest eigenvalues, (r, n)."""
+    return np.linalg.eigh(matrix)[1][:, ::-1][:, :n]
+
+
+def _changes(z: F32, labels: F64, bins: NDArray[np.integer], n_experts: int) -> F64:
+    """Changes of spectra with each label, in units of the scatter of that label, (k, l, r), at k stars of all bins.
+
+    They are derivatives of a polynomial of second degree in the labels.
+    """
+    spread = labels.std(0)
+    q = (labels - labels.mean(0)) / np.where(spread > 0, spread, 1.0)
+    count = q.shape[1]
+    i, j = np.triu_indices(count)
+    parts = []
+    for k in range(n_experts):
+        y = q[bins == k]
+        terms = np.concatenate([np.ones((len(y), 1)), y, y[:, i] * y[:, j]], axis=1)
+        of_terms = np.linalg.lstsq(terms, z[bins == k].astype(np.float64), rcond=None)[0][1:]
+        of_squares = np.zeros((count, count, z.shape[1]))
+        of_squares[i, j] += of_terms[count:]
+        of_squares[j, i] += of_terms[count:]
+        parts.append(of_terms[:count] + np.tensordot(y[:: max(1, len(q) // N_CHANGES)], of_squares, 1))
+    return np.concatenate(parts)
 
 
 def _beyond(

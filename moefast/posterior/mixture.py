@@ -155,6 +155,18 @@ class PosteriorMixture:
             raise ValueError("an error model of five features and one answer expected")
         if not (self.noise_shape > 0).all():
             raise ValueError("noise_shape must be positive in every pixel")
+        for name in (
+            "reference",
+            "noise_shape",
+            "directions",
+            "keys",
+            "tangents",
+            "gains",
+            "labels",
+            "scatter",
+        ):
+            if not np.isfinite(getattr(self, name)).all():
+                raise ValueError(f"{name} must be finite")
         if self.cells.size == 0:
             precision, _ = self._library_as_one_cloud(self._all_tangents())
             cells, shares = alike_pixels(self.directions, self.noise_shape, precision)
@@ -164,6 +176,9 @@ class PosteriorMixture:
             raise ValueError(
                 f"cell_shares of shape {self.cells.shape} expected; found {self.cell_shares.shape}"
             )
+        # Places of a cell without a pixel hold one all the same, of no weight.
+        if not 0 <= self.cells.min() <= self.cells.max() < p:
+            raise ValueError(f"pixels 0 to {p - 1} in cells expected")
         held = np.bincount(self.cells[self.cell_shares > 0], minlength=p)
         if len(held) != p or (held != 1).any():
             raise ValueError(f"cells that hold each of {p} pixels once expected")

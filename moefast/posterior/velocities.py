@@ -63,9 +63,9 @@ N_NODES = 5
 """Velocities at most at which labels are predicted."""
 SIGMA = 2 * float(ndtr(1.0)) - 1
 """Probability within one standard deviation."""
-SURPLUS, SEEN = 0.1, 2e-3
-"""What is taken out beyond the largest scatter of velocities that the library can hold, relative to its variance, and
-share of its variance that is left to any direction."""
+N_SHARES, SURPLUS, SEEN = 5, 0.1, 2e-3
+"""The scatter of velocities in the library is taken from so many directions that velocities make most of; what is taken
+out beyond it, relative to its variance; and share of its variance that is left to any direction."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,10 @@ class VelocityFit:
         made = (moved * share) @ moved.T
         root = np.linalg.cholesky(covariance)
         shares, vectors = np.linalg.eigh(np.linalg.solve(root, np.linalg.solve(root, made).T))
-        left = np.maximum(1 - (1 + SURPLUS) * shares / max(shares[-1], 1e-12), SEEN)
+        # Where velocities make all of the variance, its quotient with that of 1 km/s is their variance. One direction
+        # alone gives too little, and what a star's own velocity makes is spread over several.
+        variance = 1 / max(float(shares[-N_SHARES:].mean()), 1e-12)
+        left = np.maximum(1 - (1 + SURPLUS) * variance * shares, SEEN)
         covariance = root @ (vectors * left) @ vectors.T @ root.T
         at_rest = precision.copy()
         at_rest[:n, :n] = np.linalg.inv((covariance + covariance.T) / 2)

@@ -244,7 +244,7 @@ def _look(model: Model, ready: list[_Ready], velocity: NDArray, *, resampled: bo
         own = rows[(rows >= part.first_row) & (rows < part.first_row + len(part))]
         parts.append(part.at_velocity(velocity[own], own - part.first_row))
     flux, error, bad = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    sample = guard.Sample.of(model.mixture.wave, flux, error, bad, rows=rows, resampled=resampled)
+    sample = guard.SampledRows.of(model.mixture.wave, flux, error, bad, rows=rows, resampled=resampled)
     free_scale = isinstance(model.mixture, PosteriorMixture)
     return [odd.words for odd in guard.look(sample, model.mixture.reference, free_scale=free_scale)]
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefast.backend import Backend, resolve_backend
-from moefast.core.errors import BackendError
+from moefast.core.errors import BackendError, ModelError
 from moefast.core.threads import CORES
 from moefast.kernels import PROJECT_ROWS, without_cuda
 from moefast.mixture import Prediction
@@ -238,9 +238,20 @@ def open_engine(mixture: AnyMixture, backend: str = "auto") -> tuple[Engine, Bac
 
 
 def warm_up(engine: Engine, n_pixels: int) -> None:
-    """Load compiled code before the clock starts: it is no part of the throughput."""
+    """Load compiled code before the clock starts: it is no part of the throughput.
+
+    Raises
+    ------
+    ModelError
+        If not even this spectrum can be computed: arrays of the model do not fit together.
+    """
     ones = np.ones((1, n_pixels), np.float32)
-    engine(ones, ones, None, 0)
+    try:
+        engine(ones, ones, None, 0)
+    except (ValueError, IndexError, ArithmeticError) as error:
+        raise ModelError(
+            f"the model cannot be computed ({type(error).__name__}: {error}): it was changed; fit or copy it again"
+        ) from error
 
 
 def score_block(engine: Engine, block: Block, first_row: int) -> tuple[Prediction, Quality]:

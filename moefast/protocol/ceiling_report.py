@@ -136,7 +136,7 @@ def format_text(summary: Mapping[str, Any]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def figure(summary: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+def figure(summary: Mapping[str, Any], path: str | os.PathLike[str], *, overwrite: bool = True) -> None:
     """Draw R² ceilings against SNR, the bound against magnitude, and the ranks of the truth, as PNG, SVG or PDF.
 
     Raises
@@ -155,7 +155,7 @@ def figure(summary: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
             _ranks(axes[-1], summary["bayes"])
         data = summary["data_set"]
         canvas.suptitle(f"Ceilings of log g on {literal(data['name'])} ({data['n']:,} stars)")
-        write(canvas, path, dpi=110)
+        write(canvas, path, dpi=110, overwrite=overwrite)
 
 
 def _against_snr(axes: Axes, summary: Mapping[str, Any]) -> None:

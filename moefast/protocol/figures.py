@@ -161,7 +161,7 @@ def overview(report: Report, path: str | os.PathLike[str]) -> None:
         write(canvas, path, dpi=110)
 
 
-def compared(reports: Mapping[str, Report], path: str | os.PathLike[str]) -> None:
+def compared(reports: Mapping[str, Report], path: str | os.PathLike[str], *, overwrite: bool = True) -> None:
     """Draw R² of several models against SNR, and what each lacks to the Bayes ceiling, into a PNG file.
 
     Without a ceiling the second panel shows what each lacks to the first model.
@@ -172,6 +172,8 @@ def compared(reports: Mapping[str, Report], path: str | os.PathLike[str]) -> Non
         Of the same stars, by the name in the legend.
     path : path
         Output; absent or complete.
+    overwrite : bool
+        Whether an existing file may be replaced.
 
     Raises
     ------
@@ -212,7 +214,7 @@ def compared(reports: Mapping[str, Report], path: str | os.PathLike[str]) -> Non
         left.legend(loc="lower right", frameon=False)
         data = next(iter(reports.values()))["data_set"]
         canvas.suptitle(f"{literal(data['name'])}, {data['n']:,} stars", fontsize=10.5)
-        write(canvas, path)
+        write(canvas, path, overwrite=overwrite)
 
 
 def _single(report: Report, drawing: Drawing, palette: Palette) -> Figure:

@@ -33,6 +33,8 @@ SUFFIXES = (".csv", *READERS)
 
 _IDENTIFIERS = frozenset(name for keys in KEYS for name in keys)
 _SHOWN = 10
+_LARGEST = 90.0
+"""Predictions beyond are marks for "none"; those of a bad model must be measured."""
 _WEIGHT = re.compile(r"weight_[0-9]+")
 
 
@@ -103,10 +105,26 @@ def read_predictions(path: str | Path, spectra: SpectrumSet) -> PredictionTable:
         values = np.asarray(found[name])
         if values.dtype.kind not in "fiu":
             raise InputError(f"{path}: column {name} must hold numbers; found {values.dtype}")
+        _refuse_marks(path, name, values)
         columns[name] = values[order] if values.dtype.kind == "f" else values[order].astype(np.float64)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return PredictionTable(columns, attrs, len(weights), digest)
+
+
+def _refuse_marks(path: Path, name: str, values: NDArray) -> None:
+    """Refuse numbers that stand for "none", such as -9999 and 1e20, one of which would decide what is measured."""
+    if name not in {"log_g", "log_g_err"}:
+        return
+    low, high = 0.0 if name == "log_g_err" else -_LARGEST, _LARGEST
+    with np.errstate(invalid="ignore"):
+        wrong = np.flatnonzero(np.isfinite(values) & ((values < low) | (values > high)))
+    if len(wrong):
+        raise InputError(
+            f"{path}: column {name} holds {values[wrong[0]]:g} as number {wrong[0]} of the column (from 0), and "
+            f"{len(wrong)} of {len(values)} numbers outside {low:g} to {high:g}, which no {name} is; give a row "
+            "without a prediction as NaN: it counts as the mean label"
+        )
 
 
 def _read_csv(path: Path) -> tuple[dict[str, NDArray], dict[str, Any]]:

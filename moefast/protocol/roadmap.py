@@ -21,11 +21,14 @@ from moefast.core.random import NOISE_SEED
 from moefast.core.records import as_entries
 from moefast.core.text import bracket, number, table
 from moefast.model import Model
-from moefast.protocol.evaluate import evaluate, write_report
+from moefast.protocol.compare import compare
+from moefast.protocol.evaluate import evaluate
 from moefast.protocol.milestones.evaluations import read_reports
 from moefast.protocol.milestones.judge import judge
 from moefast.protocol.milestones.text import format_text
 from moefast.protocol.milestones.verdicts import JudgedSet, Judgement, MilestoneResult
+from moefast.protocol.report_folder import write_report
+from moefast.protocol.roadmap_page import comparison_words, page
 from moefast.recipes import fit
 from moefast.simulate import SimulatedSpectra
 from moefast.simulate.sets import simulate_set
@@ -34,7 +37,7 @@ __all__ = ["STAGES", "Decision", "Plan", "Stage", "roadmap", "roadmap_text"]
 
 SCHEMA_VERSION = 1
 END = "the end"
-RESULT, TEXT = "roadmap.json", "roadmap.txt"
+RESULT, TEXT, PAGE = "roadmap.json", "roadmap.txt", "roadmap.html"
 
 Report = Callable[[str, int, int], None]
 
@@ -57,6 +60,8 @@ class Plan:
         Of networks; what belongs to the size if None.
     seeds : int
         Training sets, and draws of noise, of the ruler C0.
+    families : tuple of str, or None
+        Families of experts that each bin of C1 chooses from; those of the recipe `hybrid-moe` if None.
     """
 
     set: str = "z0"
@@ -65,6 +70,7 @@ class Plan:
     size: Literal["small", "base"] = "small"
     steps: int | None = None
     seeds: int = 5
+    families: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,12 +86,15 @@ class Run:
         Which stretch of the training part it is fitted on.
     noise_seeds : tuple of int
         Draws of noise that it is evaluated with, besides the protocol's.
+    families : tuple of str, or None
+        Instead of the recipe's.
     """
 
     name: str
     recipe: str
     training: int = 0
     noise_seeds: tuple[int, ...] = ()
+    families: tuple[str, ...] | None = None
 
     def commands(self, plan: Plan, backend: str) -> list[str]:
         """What gives the same at the command line."""
@@ -93,9 +102,11 @@ class Run:
         rows = "" if not first else f" --rows {first}:{first + plan.train}"
         size = "" if plan.size == "small" else f" --size {plan.size}"
         steps = "" if plan.steps is None else f" --steps {plan.steps}"
+        families = "" if self.families is None else f" --families {','.join(self.families)}"
         return [
             f"moefast simulate train.h5 --set {plan.set} --part train{rows or f' -n {plan.train}'}",
-            f"moefast fit train.h5 -o models/{self.name}/ --recipe {self.recipe}{size}{steps} --backend {backend}",
+            f"moefast fit train.h5 -o models/{self.name}/ --recipe {self.recipe}{families}{size}{steps} "
+            f"--backend {backend}",
             f"moefast evaluate test.h5 -m models/{self.name}/ -o reports/{self.name}/",
         ]
 
@@ -121,6 +132,8 @@ class Stage:
         That judge it.
     decide : callable
         What follows, from the judged milestones by their id.
+    pairs : tuple of (str, str, str)
+        A question that a paired comparison answers, and two runs: the one that stands for no, and the other.
     """
 
     id: str
@@ -128,6 +141,21 @@ class Stage:
     runs: Callable[[Plan], tuple[Run, ...]]
     milestones: tuple[str, ...]
     decide: Callable[[Mapping[str, MilestoneResult]], Decision]
+    pairs: tuple[tuple[str, str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a paired comparison of two runs says: R² of each, the difference with its interval, and a verdict."""
+
+    what: str
+    base: str
+    other: str
+    from_base: float | None
+    to_other: float | None
+    difference: float | None
+    interval: tuple[float | None, float | None]
+    verdict: str
 
 
 @dataclass(frozen=True)
@@ -139,6 +167,7 @@ class StageResult:
     seconds: float
     commands: tuple[str, ...]
     milestones: tuple[MilestoneResult, ...]
+    comparisons: tuple[Comparison, ...]
     decision: Decision
 
 
@@ -220,14 +249,16 @@ STAGES = (
     Stage("C0", "the ruler: one ridge as published, over training and noise seeds", _ruler, ("C0",), _after_ruler),
     Stage(
         "C1", "experts: the best family in each bin, true bins; rescue of the metal-poor",
-        lambda _: (Run("hybrid-moe", "hybrid-moe"),), ("C1",), _after_hybrid,
+        lambda plan: (Run("hybrid-moe", "hybrid-moe", families=plan.families),), ("C1",), _after_hybrid,
     ),
     Stage(
         "C2", "a gate that can be deployed, and conditional fusion for faint stars",
         lambda _: (Run("phys-moe", "phys-moe"), Run("conditional-moe", "conditional-moe")), ("C2",), _after_gate,
     ),
     Stage(
-        "C3", "a shared trunk and heads", lambda _: (Run("heads", "heads"),), ("C3", "C3+"), _after_trunk,
+        "C3", "a shared trunk and heads, and the same trunk with one head",
+        lambda _: (Run("heads", "heads"), Run("heads-single", "heads-single")), ("C3", "C3+"), _after_trunk,
+        (("what the heads bring over one head on the same trunk", "heads-single", "heads"),),
     ),
     Stage(
         "C4", "residuals on a strong model",
@@ -300,8 +331,11 @@ def roadmap(
             seconds=time.monotonic() - begin,
             commands=tuple(line for run in runs for line in run.commands(plan, backend)),
             milestones=tuple(rows[name] for name in stage.milestones),
+            comparisons=tuple(_compared(folder, *pair) for pair in stage.pairs),
             decision=decision,
         )
+        for one in done[stage.id].comparisons:
+            told(f"{stage.id}: {comparison_words(as_entries(one))}")
         told(f"{stage.id}: {decision.words}")
         _write(folder, plan, done)
         position = order.index(stage.id) + 1
@@ -318,9 +352,10 @@ def _open_folder(folder: Path, plan: Plan, resume: bool) -> None:
             raise OutputError(
                 f"{folder}: holds a roadmap already; go on with --resume, or name another folder"
             )
-        if found != asdict(plan):
+        own = as_entries(plan)
+        if found != own:
             other = ", ".join(
-                f"{k} was {found.get(k)!r}, is {v!r}" for k, v in asdict(plan).items() if found.get(k) != v
+                f"{k} was {found.get(k)!r}, is {v!r}" for k, v in own.items() if found.get(k) != v
             )
             raise InputError(f"{folder}: holds a roadmap of another plan ({other}); name another folder")
         return
@@ -337,7 +372,7 @@ def _perform(run: Run, plan: Plan, folder: Path, test: Path, backend: str, progr
         first = run.training * plan.train
         spectra = SimulatedSpectra.of_set(plan.set, rows=(first, first + plan.train))
         model = fit(
-            spectra, recipe=run.recipe, size=plan.size, steps=plan.steps, backend=backend,
+            spectra, recipe=run.recipe, families=run.families, size=plan.size, steps=plan.steps, backend=backend,
             progress=progress,
         )  # fmt: skip
         model.save(target)
@@ -363,10 +398,22 @@ def _judged(folder: Path, runs: Sequence[Run]) -> dict[str, MilestoneResult]:
     return {row.id: row for row in section.milestones}
 
 
+def _compared(folder: Path, what: str, base: str, other: str) -> Comparison:
+    """The paired difference in R² of two runs, with its interval and verdict."""
+    found = compare([folder / "reports" / base, folder / "reports" / other])["comparisons"][0]["overall"][
+        "r2"
+    ]
+    low, high = found["interval"]
+    return Comparison(
+        what, base, other, found["from"], found["to"], found["difference"], (low, high), found["verdict"]
+    )
+
+
 def _write(folder: Path, plan: Plan, done: Mapping[str, StageResult]) -> RoadmapResult:
     result = RoadmapResult(SCHEMA_VERSION, "moefast roadmap", plan, tuple(done), tuple(done.values()))
     write_json(as_entries(result), folder / RESULT)
     write_atomically(folder / TEXT, (roadmap_text(result) + "\n").encode())
+    write_atomically(folder / PAGE, page(as_entries(result)).encode())
     return result
 
 
@@ -392,6 +439,12 @@ def roadmap_text(result: RoadmapResult) -> str:
     lines += table(("", "published R²", "our R²", "interval", "their mark", "any set", "time"), cells, left=2)
     lines += ["", "Decisions"]
     lines += [f"  {stage.id}  {stage.decision.words}" for stage in result.stages]
+    compared = [
+        f"  {stage.id}  {comparison_words(as_entries(one))}"
+        for stage in result.stages
+        for one in stage.comparisons
+    ]
+    lines += ["", "Paired comparisons", *compared] if compared else []
     milestones = [
         replace(row, commands=stage.commands) for stage in result.stages for row in stage.milestones
     ]

@@ -22,7 +22,7 @@ from moefast.spectra.prepared import PreparedShard
 from moefast.spectra.quality import good_pixels
 from moefast.spectra.spectrum_set import SpectrumSet
 
-__all__ = ["Oddity", "Sample", "look", "noisy_already", "spread_rows", "take"]
+__all__ = ["Oddity", "SampledRows", "look", "noisy_already", "spread_rows", "take"]
 
 F64 = NDArray[np.float64]
 
@@ -71,7 +71,7 @@ class Oddity:
 
 
 @dataclass(frozen=True)
-class Sample:
+class SampledRows:
     """Rows of a set.
 
     Attributes
@@ -102,7 +102,7 @@ class Sample:
         *,
         rows: NDArray | None = None,
         resampled: bool = False,
-    ) -> Sample:
+    ) -> SampledRows:
         """A sample of spectra in memory; `mask` is True where a pixel is bad."""
         flux, error = np.ascontiguousarray(flux, np.float32), np.ascontiguousarray(error, np.float32)
         good = good_pixels(flux, error, mask)
@@ -122,7 +122,7 @@ def take(
     array: str = "auto",
     rows: tuple[int, int] | None = None,
     wanted: NDArray[np.bool_] | None = None,
-) -> Sample:
+) -> SampledRows:
     """Rows spread over a set; those that cannot be read are left to whoever reads all.
 
     Parameters
@@ -153,9 +153,9 @@ def take(
         parts.append((flux, error, mask, here))
     if not parts:
         empty = np.empty((0, spectra.n_pixels), np.float32)
-        return Sample.of(spectra.wave, empty, empty)
+        return SampledRows.of(spectra.wave, empty, empty)
     flux, error, mask, found = (np.concatenate(each) for each in zip(*parts, strict=True))
-    return Sample.of(spectra.wave, flux, error, mask, rows=found, resampled=resampled)
+    return SampledRows.of(spectra.wave, flux, error, mask, rows=found, resampled=resampled)
 
 
 def spread_rows(n: int, each: int = MOST_ROWS // RUNS) -> NDArray[np.int64]:
@@ -191,13 +191,13 @@ def _runs(
 
 
 def look(
-    sample: Sample, reference: NDArray | None, *, free_scale: bool = True, array: str = "flux"
+    sample: SampledRows, reference: NDArray | None, *, free_scale: bool = True, array: str = "flux"
 ) -> list[Oddity]:
     """Everything that is odd about a sample.
 
     Parameters
     ----------
-    sample : Sample
+    sample : SampledRows
     reference : array of shape (p,) or None
         Typical spectrum of what the model was fitted on, on the sample's grid; without it level and slope are not
         looked at.
@@ -218,12 +218,12 @@ def look(
     return found
 
 
-def noisy_already(sample: Sample, remedy: str) -> list[Oddity]:
+def noisy_already(sample: SampledRows, remedy: str) -> list[Oddity]:
     """Whether flux that noise would be added to has its noise already.
 
     Parameters
     ----------
-    sample : Sample
+    sample : SampledRows
         Of the array that is said to be clean.
     remedy : str
         What to do.
@@ -246,14 +246,14 @@ def _named(rows: NDArray) -> str:
     return f"row{'s' if len(rows) > 1 else ''} {words}{', …' if len(rows) > _NAMED_ROWS else ''}"
 
 
-def _constant(sample: Sample) -> NDArray[np.bool_]:
+def _constant(sample: SampledRows) -> NDArray[np.bool_]:
     """Rows whose good pixels all hold one value."""
     low = np.where(sample.good, sample.flux, np.inf).min(1, initial=np.inf)
     high = np.where(sample.good, sample.flux, -np.inf).max(1, initial=-np.inf)
     return high <= low
 
 
-def _dead(sample: Sample, usable: NDArray[np.bool_]) -> list[Oddity]:
+def _dead(sample: SampledRows, usable: NDArray[np.bool_]) -> list[Oddity]:
     dead = sample.rows[usable & _constant(sample)]
     if not dead.size:
         return []
@@ -266,7 +266,7 @@ def _dead(sample: Sample, usable: NDArray[np.bool_]) -> list[Oddity]:
     ]
 
 
-def _twins(sample: Sample, usable: NDArray[np.bool_]) -> list[Oddity]:
+def _twins(sample: SampledRows, usable: NDArray[np.bool_]) -> list[Oddity]:
     """Rows whose flux is that of another, bit by bit."""
     first: dict[bytes, int] = {}
     twins: list[tuple[int, int]] = []
@@ -286,7 +286,7 @@ def _twins(sample: Sample, usable: NDArray[np.bool_]) -> list[Oddity]:
     ]
 
 
-def _one_error(sample: Sample, alive: NDArray[np.bool_]) -> list[Oddity]:
+def _one_error(sample: SampledRows, alive: NDArray[np.bool_]) -> list[Oddity]:
     low = np.where(sample.good, sample.error, np.inf).min(1, initial=np.inf)
     high = np.where(sample.good, sample.error, 0).max(1, initial=0)
     n = int((alive & (high <= low * (1 + 1e-6))).sum())
@@ -301,7 +301,7 @@ def _one_error(sample: Sample, alive: NDArray[np.bool_]) -> list[Oddity]:
     ]
 
 
-def _ratios(sample: Sample, alive: NDArray[np.bool_]) -> tuple[F64, F64]:
+def _ratios(sample: SampledRows, alive: NDArray[np.bool_]) -> tuple[F64, F64]:
     """Scatter of second differences over what errors say, and what sharp lines make of it, of the fainter half."""
     ratio, snr = [], []
     for i in np.flatnonzero(alive):
@@ -319,7 +319,7 @@ def _ratios(sample: Sample, alive: NDArray[np.bool_]) -> tuple[F64, F64]:
     return ratios[fainter], LINES * levels[fainter]
 
 
-def _scatter(sample: Sample, alive: NDArray[np.bool_], array: str) -> list[Oddity]:
+def _scatter(sample: SampledRows, alive: NDArray[np.bool_], array: str) -> list[Oddity]:
     ratio, lines = _ratios(sample, alive)
     if not ratio.size:
         return []
@@ -353,7 +353,7 @@ def _scatter(sample: Sample, alive: NDArray[np.bool_], array: str) -> list[Oddit
     return []
 
 
-def _levels(sample: Sample, alive: NDArray[np.bool_], divisor: F64) -> F64:
+def _levels(sample: SampledRows, alive: NDArray[np.bool_], divisor: F64) -> F64:
     """Median of flux over a divisor in each stretch of each star (n, STRETCHES); NaN where too few pixels are good."""
     edges = np.linspace(0, len(sample.wave), STRETCHES + 1).astype(int)
     levels = np.full((int(alive.sum()), STRETCHES), np.nan)
@@ -383,7 +383,7 @@ def _slopes_and_bends(levels: F64) -> tuple[F64, F64]:
     return np.array(slopes, np.float64), np.array(bends, np.float64)
 
 
-def _shape(sample: Sample, alive: NDArray[np.bool_], reference: F64, free_scale: bool) -> list[Oddity]:
+def _shape(sample: SampledRows, alive: NDArray[np.bool_], reference: F64, free_scale: bool) -> list[Oddity]:
     levels = _levels(sample, alive, reference)
     found = []
     stars = np.array([np.median(level[np.isfinite(level)]) for level in levels if np.isfinite(level).any()])
@@ -430,7 +430,7 @@ def _shape(sample: Sample, alive: NDArray[np.bool_], reference: F64, free_scale:
     return found
 
 
-def _flat(sample: Sample, alive: NDArray[np.bool_]) -> Oddity | None:
+def _flat(sample: SampledRows, alive: NDArray[np.bool_]) -> Oddity | None:
     """Whether spectra of all stars are flat alike, as division by a continuum makes them."""
     slopes, _ = _slopes_and_bends(_levels(sample, alive, np.ones(len(sample.wave))))
     if slopes.size < LEAST_FLAT:

@@ -28,6 +28,7 @@ __all__ = [
     "create_params_table",
     "index_column",
     "names_from_pickle",
+    "owners_of_params",
     "param_columns",
     "read_columns",
 ]
@@ -133,10 +134,9 @@ def _attribute_text(owner: Any, name: str) -> str:
 
 
 def _attribute_bytes(owner: Any, name: str) -> bytes | None:
-    try:
-        value = owner.attrs[name]
-    except (KeyError, OSError, TypeError, ValueError):
+    if name not in owner.attrs:
         return None
+    value = owner.attrs[name]
     if isinstance(value, bytes):
         return bytes(value)
     return value.encode("utf-8", errors="surrogatepass") if isinstance(value, str) else None
@@ -250,6 +250,15 @@ def param_columns(file: h5py.File) -> dict[str, ParamColumn]:
         for name, child in children.items()
         if isinstance(child, h5py.Dataset) and child.ndim == 1 and not child.dtype.names
     }
+
+
+def owners_of_params(file: h5py.File) -> list[Any]:
+    """The params table of an open file, and the datasets directly in it."""
+    node = find(file, _PLACE)
+    if node is None:
+        return []
+    inner = [find(node, name) for name in node] if isinstance(node, h5py.Group) else []
+    return [node, *(item for item in inner if isinstance(item, h5py.Dataset))]
 
 
 def index_column(file: h5py.File) -> ParamColumn | None:

@@ -23,7 +23,7 @@ from moefast.core.regular import refuse_special
 from moefast.kernels.resample import normalise
 from moefast.spectra.layouts.pfsspec import survey_file
 from moefast.spectra.layouts.registry import SurveyFile, damage, open_survey_file
-from moefast.spectra.resample import Pixels, faults_of_wavelengths, on_grid
+from moefast.spectra.resample import SAME, Pixels, faults_of_wavelengths, on_grid
 from moefast.spectra.shard import Shard
 from moefast.spectra.source import Block, Failure, OnError
 from moefast.spectra.spectrum_set import SpectrumSet, open_spectra
@@ -208,7 +208,8 @@ class PreparedShard(Shard):
     @property
     def notes(self) -> list[str]:
         """What users must know of these files, each thing once."""
-        notes = [note for file in self.files for note in file.notes]
+        notes = [file.wider for file in self.files if file.wider and not _made_for(self.wave, file.grid)]
+        notes += [note for file in self.files for note in file.notes]
         if any(self._masked(file) for file in self.files):
             notes.append(
                 f"pixels where the Earth's atmosphere absorbs ({words_of_ranges()} Å) count as bad; --telluric keep "
@@ -350,6 +351,15 @@ class PreparedShard(Shard):
                     digest.update(file.fingerprint().encode())
                 file.close()
         return digest.hexdigest()
+
+
+def _made_for(wave: NDArray[np.float64], grid: NDArray[np.float64] | None) -> bool:
+    """Whether the pixels of a model are pixels of a file."""
+    if grid is None:
+        return False
+    at = np.clip(np.searchsorted(grid, wave), 1, len(grid) - 1)
+    nearest = np.minimum(np.abs(grid[at] - wave), np.abs(grid[at - 1] - wave))
+    return bool(np.all(nearest < SAME * np.abs(np.gradient(wave))))
 
 
 def _stacked(pieces: Sequence[list[Pixels]]) -> list[Pixels]:

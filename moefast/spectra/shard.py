@@ -32,8 +32,16 @@ import numpy as np
 
 from moefast.core.errors import InputError
 from moefast.spectra.hdf5 import ARRAYS, STAGING_BYTES, contents_of, open_hdf5
-from moefast.spectra.params import ParamColumn, index_column, param_columns, read_columns
-from moefast.spectra.stored import Gaps, find, gaps_of, lacking_filter, owned_by
+from moefast.spectra.params import ParamColumn, index_column, owners_of_params, param_columns, read_columns
+from moefast.spectra.stored import (
+    UnwrittenPlaces,
+    find,
+    gaps_of,
+    lacking_filter,
+    owned_by,
+    refuse_damaged_texts,
+    refuse_misspelt,
+)
 
 __all__ = ["TABLE_ROWS", "Shard"]
 
@@ -62,7 +70,7 @@ class _Stored:
     chunk_rows: int = 0
     slab_rows: int = 0
     own_chunks: bool = False
-    gaps: Gaps | None = None
+    gaps: UnwrittenPlaces | None = None
 
     @property
     def row_bytes(self) -> int:
@@ -111,6 +119,7 @@ class Shard:
         try:
             self._size = self.path.stat().st_size
             self._stored = self._find_arrays(file)
+            self._check_texts(file)
             self.wave = self._find_wave(file)
             self._columns = self._find_columns(file)
             self._index = index_column(file)
@@ -149,6 +158,8 @@ class Shard:
     # -- what is in the file -------------------------------------------------------------------------------
 
     def _find_arrays(self, file: h5py.File) -> dict[str, _Stored]:
+        refuse_misspelt(file, "/dataset", ("arrays", "params"))
+        refuse_misspelt(file, "/dataset/arrays", ARRAYS)
         datasets = {}
         for name in ARRAYS:
             path = f"/dataset/arrays/{name}/value"
@@ -223,6 +234,13 @@ class Shard:
             slab_rows=min(slab, n_rows),
             own_chunks=filtered and direct,
             gaps=gaps,
+        )
+
+    def _check_texts(self, file: h5py.File) -> None:
+        params = owners_of_params(file)
+        plain = [item for item in params if isinstance(item, h5py.Dataset) and not item.dtype.hasobject]
+        refuse_damaged_texts(
+            [file, *params], [*(file[stored.dataset] for stored in self._stored.values()), *plain]
         )
 
     def _find_wave(self, file: h5py.File) -> np.ndarray:

@@ -21,7 +21,16 @@ from numpy.typing import NDArray
 
 from moefast.core.errors import InputError
 
-__all__ = ["Gaps", "find", "gaps_of", "lacking_filter", "owned_by", "refuse_endless_heaps"]
+__all__ = [
+    "UnwrittenPlaces",
+    "find",
+    "gaps_of",
+    "lacking_filter",
+    "owned_by",
+    "refuse_damaged_texts",
+    "refuse_endless_heaps",
+    "refuse_misspelt",
+]
 
 _PLUGINS = "hdf5plugin"
 _FILTERS = {
@@ -113,7 +122,7 @@ def lacking_filter(dataset: h5py.Dataset) -> str:
 
 
 @dataclass(frozen=True)
-class Gaps:
+class UnwrittenPlaces:
     """Places of an (n, p) dataset that hold no values.
 
     Attributes
@@ -140,7 +149,7 @@ class Gaps:
             out[absent[:, k], self.edges[k] : self.edges[k + 1]] = value
 
 
-def gaps_of(dataset: h5py.Dataset) -> Gaps | None:
+def gaps_of(dataset: h5py.Dataset) -> UnwrittenPlaces | None:
     """Places of a dataset that hold no values; None if there are none.
 
     A one-dimensional dataset counts as one with a single pixel.
@@ -153,7 +162,7 @@ def gaps_of(dataset: h5py.Dataset) -> Gaps | None:
     return _gaps(dataset, _DEEPEST)
 
 
-def _gaps(dataset: h5py.Dataset, depth: int) -> Gaps | None:
+def _gaps(dataset: h5py.Dataset, depth: int) -> UnwrittenPlaces | None:
     shape = (*dataset.shape, 1)[:2]
     if dataset.ndim not in (1, 2) or 0 in shape:
         return None
@@ -180,7 +189,7 @@ def _gaps(dataset: h5py.Dataset, depth: int) -> Gaps | None:
     return _without(shape, boxes)
 
 
-def _without(shape: tuple[int, int], boxes: list[_Box]) -> Gaps | None:
+def _without(shape: tuple[int, int], boxes: list[_Box]) -> UnwrittenPlaces | None:
     """Gaps of a dataset in which only these boxes hold values."""
     n, p = shape
     edges = np.unique([0, p, *(min(max(e, 0), p) for box in boxes for e in box[2:])]).astype(np.int64)
@@ -188,7 +197,7 @@ def _without(shape: tuple[int, int], boxes: list[_Box]) -> Gaps | None:
     for first, stop, low, high in boxes:
         begin, end = np.searchsorted(edges, (low, min(high, p)))
         absent[first:stop, begin:end] = False
-    return Gaps(edges, absent) if absent.any() else None
+    return UnwrittenPlaces(edges, absent) if absent.any() else None
 
 
 def _virtual_boxes(dataset: h5py.Dataset, depth: int) -> list[_Box]:
@@ -290,6 +299,63 @@ def _check_external(dataset: h5py.Dataset) -> None:
         left -= needed
 
 
+def refuse_misspelt(file: h5py.File, path: str, known: Iterable[str]) -> None:
+    """Refuse a group in which a name differs from a known one by a letter, or ends too early.
+
+    Names have no checksum in older files; an array whose name is damaged would count as not there.
+
+    Parameters
+    ----------
+    file : h5py.File
+    path : str
+        The group; nothing is said if there is none.
+    known : iterable of str
+
+    Raises
+    ------
+    InputError
+    """
+    group = find(file, path)
+    if not isinstance(group, h5py.Group):
+        return
+    names = [name if isinstance(name, str) else repr(name) for name in group]
+    for name in names:
+        for right in known:
+            apart = sum(a != b for a, b in zip(name, right, strict=False))
+            if (
+                name != right
+                and right not in names
+                and ((len(name) == len(right) and apart == 1) or right.startswith(name))
+            ):
+                raise InputError(
+                    f"{_file_name(file)}: {path[1:]}/{name}: expected {right!r}, from which the name differs by "
+                    f"{'a letter' if len(name) == len(right) else 'its end'}: damaged, or misspelt; copy the file "
+                    "again, or give the group its name"
+                )
+
+
+def refuse_damaged_texts(owners: Iterable[Any], values: Iterable[h5py.Dataset]) -> None:
+    """Refuse files in which HDF5 would never come to the end of a text, if texts of variable length are in use at all.
+
+    Parameters
+    ----------
+    owners : iterable of h5py.Group and h5py.Dataset
+        What has attributes that will be read, or is such a text.
+    values : iterable of h5py.Dataset
+        Large datasets of numbers, see `refuse_endless_heaps`.
+    """
+    files = {owner.file.filename: owner.file for owner in owners if _has_texts(owner)}
+    for file in files.values():
+        refuse_endless_heaps(file, values)
+
+
+def _has_texts(owner: Any) -> bool:
+    """Whether an object, or an attribute of it, holds values of variable length."""
+    if isinstance(owner, h5py.Dataset) and owner.dtype.hasobject:
+        return True
+    return any(owner.attrs.get_id(name).dtype.hasobject for name in owner.attrs)
+
+
 def refuse_endless_heaps(file: h5py.File, datasets: Iterable[h5py.Dataset] = ()) -> None:
     """Refuse a file in which HDF5 would look for a text of variable length for ever.
 
@@ -330,9 +396,15 @@ def _values_of(dataset: h5py.Dataset) -> list[tuple[int, int]]:
         if (offset := dataset.id.get_offset()) is not None:
             places.append((offset, offset + dataset.id.get_storage_size()))
     elif dataset.id.get_num_chunks():
-        dataset.id.chunk_iter(
-            lambda chunk: places.append((chunk.byte_offset, chunk.byte_offset + chunk.size))
-        )
+
+        def note(chunk: Any) -> None:
+            # Chunks mostly follow each other.
+            first, stop = chunk.byte_offset, chunk.byte_offset + chunk.size
+            if places and places[-1][1] == first:
+                first = places.pop()[0]
+            places.append((first, stop))
+
+        dataset.id.chunk_iter(note)
     return places
 
 

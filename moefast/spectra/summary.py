@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moefast.core.errors import InputError, OutputError
+from moefast.core.errors import InputError
 from moefast.spectra import guard
 from moefast.spectra.quality import Flag, assess, good_pixels
 from moefast.spectra.smoothing import FRAME, frame, smoothed
@@ -339,8 +339,6 @@ def picture(
     snr_norm, snr_median = np.concatenate(norms), np.concatenate(medians)
 
     chosen = np.unique(np.linspace(0, spectra.n_rows - 1, 4).astype(int))
-    if not overwrite and path.exists():
-        raise OutputError(f"{path}: exists already; choose another name")
     with styled(LIGHT):
         figure = Figure(figsize=(11, 2.1 * len(chosen) + 3.4), layout="constrained")
         grid = figure.add_gridspec(len(chosen) + 1, 2, height_ratios=[*[1.0] * len(chosen), 1.35])
@@ -380,7 +378,7 @@ def picture(
             f"{len(spectra.shards)} files" if len(spectra.shards) > 1 else str(spectra.shards[0].path.name)
         )
         figure.suptitle(f"{literal(files)}: {spectra.n_rows} spectra, {spectra.n_pixels} pixels", fontsize=11)
-        write(figure, path, dpi=120)
+        write(figure, path, dpi=120, overwrite=overwrite)
     return path
 
 

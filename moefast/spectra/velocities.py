@@ -10,6 +10,7 @@ import glob
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,6 +60,8 @@ class VelocityTable:
         km/s; NaN where it is not known.
     error : array of shape (n,), or None
     notes : list of str
+    unusable : list of str
+        Columns called like identifiers that name no star everywhere: fields are empty, or numbers not whole.
     """
 
     where: str
@@ -66,6 +69,7 @@ class VelocityTable:
     velocity: NDArray[np.float64]
     error: NDArray[np.float64] | None
     notes: list[str] = field(default_factory=list)
+    unusable: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -180,8 +184,15 @@ def _joined(table: VelocityTable, spectra: SpectrumSet, needed: NDArray[np.bool_
 
 def _common(table: VelocityTable, spectra: SpectrumSet) -> tuple[str, ...]:
     for keys in KEYS:
-        if all(name in table.ids and name in spectra.columns for name in keys):
-            return keys
+        named = [name for name in keys if name in spectra.columns and name in [*table.ids, *table.unusable]]
+        if len(named) < len(keys):
+            continue
+        if lost := [name for name in keys if name in table.unusable]:
+            raise InputError(
+                f"{table.where}: column {lost[0]} has empty fields or numbers that are not whole; every row needs its "
+                "identifier, to the last digit"
+            )
+        return keys
     alike = [name for name in table.ids if name in spectra.columns and name.lower().endswith("id")]
     if alike:
         return (alike[0],)
@@ -213,10 +224,12 @@ def read_velocity_table(given: str | Path) -> VelocityTable:
         error = np.concatenate([table.error for table in tables if table.error is not None])
     return VelocityTable(
         f"{given} ({len(tables)} files)",
-        {name: np.concatenate([table.ids[name] for table in tables]) for name in names},
+        # As objects: signed and unsigned numbers would become real ones together, and lose digits.
+        {name: np.concatenate([table.ids[name].astype(object) for table in tables]) for name in names},
         np.concatenate([table.velocity for table in tables]),
         error,
         list(dict.fromkeys(note for table in tables for note in table.notes)),
+        list(dict.fromkeys(name for table in tables for name in table.unusable)),
     )
 
 
@@ -251,10 +264,20 @@ def columns_of_file(path: Path) -> dict[str, NDArray]:
         except Exception as error:
             # Readers of text raise many kinds.
             raise InputError(f"{path}: cannot be read as a table: {error}") from error
-        return {column: np.asarray(read[column]) for column in read.colnames}
+        return {column: _filled(read[column]) for column in read.colnames}
     if path.suffix in READERS:
         return read_table(path)[0]
     raise InputError(f"{path}: unknown kind of table; expected .fits, .csv, .ecsv, {', '.join(READERS)}")
+
+
+def _filled(column: Any) -> NDArray:
+    """A column with NaN in its empty fields, where astropy keeps a number that nobody wrote; text becomes objects."""
+    values, empty = np.asarray(column), np.ma.getmaskarray(column)
+    if not empty.any():
+        return values
+    if values.dtype.kind not in "iuf":
+        return np.where(empty, None, values.astype(object))
+    return np.where(empty, np.nan, values.astype(np.float64))
 
 
 def _of_fits(file: FitsFile) -> VelocityTable:
@@ -307,7 +330,16 @@ def _of_columns(where: str, told: dict[str, NDArray]) -> VelocityTable:
         for key, values in told.items()
         if values.ndim == 1 and values.dtype.kind in "iuUS" and key != name
     }
+    unusable = [
+        key for key in dict.fromkeys(key for keys in KEYS for key in keys) if key in told and key not in ids
+    ]
     return VelocityTable(
-        where, ids, np.asarray(told[name], np.float64),
-        None if beside is None else np.asarray(told[beside], np.float64),
+        where, ids, _numbers(where, name, told[name]),
+        None if beside is None else _numbers(where, beside, told[beside]), unusable=unusable,
     )  # fmt: skip
+
+
+def _numbers(where: str, name: str, values: NDArray) -> NDArray[np.float64]:
+    if values.dtype.kind not in "iuf" or values.ndim != 1:
+        raise InputError(f"{where}: column {name} must hold a number in each row; found {values.dtype}")
+    return values.astype(np.float64)

@@ -14,7 +14,7 @@ import numpy as np
 
 from moefast.core.atomic import partial_path, publish, remove_quietly
 from moefast.core.errors import OutputError
-from moefast.core.watched import WatchedFile
+from moefast.core.watched import WatchedFile, uninterrupted
 from moefast.spectra.hdf5 import ARRAYS
 from moefast.spectra.params import create_params_table
 
@@ -98,14 +98,6 @@ class SpectrumWriter:
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be written: {error}") from error
         try:
-            # Data that start on a page can be mapped and read without an unaligned first piece.
-            self._file = h5py.File(
-                self._watched,
-                "w",
-                libver=("earliest", "v110"),
-                alignment_threshold=1 << 16,
-                alignment_interval=4096,
-            )
             self._create(wave, wave_edges, attrs or {})
             self._watched.check()
         except OSError as error:
@@ -115,8 +107,17 @@ class SpectrumWriter:
             self.abort()
             raise
 
+    @uninterrupted()
     def _create(self, wave: np.ndarray, wave_edges: np.ndarray, attrs: Mapping[str, Any]) -> None:
-        file = self._file
+        # Data that start on a page can be mapped and read without an unaligned first piece. Since HDF5 1.10 all
+        # structure has checksums.
+        self._file = file = h5py.File(
+            self._watched,
+            "w",
+            libver=("v110", "latest"),
+            alignment_threshold=1 << 16,
+            alignment_interval=4096,
+        )
         for name, value in attrs.items():
             plain = isinstance(value, str | bool | int | float | np.number | np.bool_)
             file.attrs[name] = value if plain else json.dumps(value, default=str)
@@ -177,13 +178,14 @@ class SpectrumWriter:
             if self._written[first_row:stop].any():
                 raise OutputError(f"{self.path}: rows {first_row} to {stop - 1} have been written before")
             try:
-                for name, array in arrays.items():
-                    values = np.asarray(array)
-                    dataset = self._datasets[name]
-                    values = values != 0 if name == "mask" else values
-                    dataset[first_row:stop] = values.astype(dataset.dtype, copy=False)
-                if self._table is not None:
-                    self._table[first_row:stop] = rows
+                with uninterrupted():
+                    for name, array in arrays.items():
+                        values = np.asarray(array)
+                        dataset = self._datasets[name]
+                        values = values != 0 if name == "mask" else values
+                        dataset[first_row:stop] = values.astype(dataset.dtype, copy=False)
+                    if self._table is not None:
+                        self._table[first_row:stop] = rows
                 self._watched.check()
             except OSError as error:
                 raise OutputError(f"{self.path}: rows {first_row} to {stop - 1}: {error}") from error
@@ -195,7 +197,8 @@ class SpectrumWriter:
         self._watched.problem = self._watched.problem or OutputError(f"{self.path}: given up")
         try:
             if hasattr(self, "_file"):
-                self._file.close()
+                with uninterrupted():
+                    self._file.close()
         finally:
             self._watched.close()
             remove_quietly(self._partial)
@@ -214,7 +217,8 @@ class SpectrumWriter:
             raise OutputError(f"{self.path}: {len(missing)} rows were not written, the first is {missing[0]}")
         try:
             try:
-                self._file.close()
+                with uninterrupted():
+                    self._file.close()
                 self._watched.synchronise()
                 self._watched.close()
                 self._watched.check()

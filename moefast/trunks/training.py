@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from moefast.checkpoint import NETWORK_FILE
 from moefast.core.atomic import atomic_file
-from moefast.core.errors import MoefastError
+from moefast.core.errors import MoefastError, OutputError
 from moefast.ops.arithmetic import FIXED, is_matrix
 from moefast.ops.on_torch import TorchArithmetic
 from moefast.trunks.heads import Heads
@@ -498,19 +498,28 @@ class _Training:
         return found
 
     def save(self) -> None:
-        """Write the state; the file is complete or absent."""
+        """Write the state; the file is complete or absent. A disk that does not take it is told, no more."""
         if self.file is None:
             return
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         state = {name: value.contiguous() for name, value in self.state().items()}
         said = {
             "key": self.key, "step": str(self.step), "curve": json.dumps(self.curve), "kernels": self.kernels,
         }  # fmt: skip
         said["sha256"] = self._digest(state, said)
-        with atomic_file(self.file) as partial:
-            save_file(state, partial, said)
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(self.file) as partial:
+                save_file(state, partial, said)
+        except (OSError, OutputError, SafetensorError) as error:
+            logging.getLogger(__name__).warning(
+                "%s: the checkpoint after step %d could not be written (%s)",
+                self.file,
+                self.step,
+                error.__cause__ or error,
+            )
 
     def _digest(self, state: Mapping[str, Any], said: Mapping[str, str]) -> str:
         """SHA-256 of all that a checkpoint holds, but for this number itself."""

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -148,6 +149,17 @@ def test_names_of_schedulers():
     for wrong in ("local:0", "local:x", "local:-1"):
         with pytest.raises(InputError, match="expected local:N"):
             workers.workers_of(wrong)
+
+
+def test_workers_of_this_machine_share_out_its_gpus():
+    assert workers.devices_of({"CUDA_VISIBLE_DEVICES": "2,5"}) == ["2", "5"]
+    assert workers.devices_of({"CUDA_VISIBLE_DEVICES": ""}) == []
+    plugin = workers._device_plugin(["2", "5"])
+    with pytest.MonkeyPatch.context() as patch:
+        for name, device in (("0", "2"), (1, "5"), (2, "2")):
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+            plugin.setup(SimpleNamespace(name=name))
+            assert os.environ["CUDA_VISIBLE_DEVICES"] == device
 
 
 def test_options_that_a_cluster_does_not_take():

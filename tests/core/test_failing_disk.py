@@ -186,6 +186,47 @@ def test_an_interrupt_inside_hdf5_is_not_swallowed(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("call", ["seek", "tell", "write", "readinto", "truncate", "flush"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("name", ["table.h5", "spectra.h5"])
+def test_a_signal_waits_until_hdf5_has_returned(name, number, call, tmp_path, monkeypatch):
+    """Raised in any function that the library calls, it would look like a failure of the file to the library."""
+
+    class Ended(BaseException):
+        pass
+
+    def end(*_):
+        raise Ended
+
+    real, calls = getattr(WatchedFile, call), []
+
+    def strike(self, *arguments):
+        calls.append(call)
+        if len(calls) == at:
+            signal.raise_signal(number)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(WatchedFile, call, strike)
+    before = signal.signal(number, end)
+    try:
+        at = 0
+        PRODUCTS[name][0](tmp_path / f"whole-{name}")
+        n_calls, outcomes = len(calls), set()
+        for at in range(1, n_calls + 1, max(1, n_calls // 6)):
+            calls.clear()
+            folder = tmp_path / str(at)
+            folder.mkdir()
+            with pytest.raises(Ended):
+                PRODUCTS[name][0](folder / name)
+            outcomes.add((folder / name).exists())
+            assert not list(folder.glob(".*"))
+        assert True not in outcomes
+        assert outcomes or not n_calls
+        assert signal.getsignal(number) is end
+    finally:
+        signal.signal(number, before)
+
+
 def test_a_name_taken_meanwhile_is_left_alone(tmp_path):
     path = tmp_path / "log_g.h5"
     table = open_table(path, ROWS, COLUMNS)

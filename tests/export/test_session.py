@@ -1,4 +1,7 @@
+import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import onnxruntime
@@ -161,3 +164,25 @@ def test_a_graph_without_end_is_stopped():
     session = start_session(model, "cpu")
     with pytest.raises(TimeoutError, match=r"0\.5 s are over"):
         run_within(0.5, session, ["out"], {"x0": np.ones(3, np.float32)})
+
+
+def test_nothing_is_written_to_the_home_of_the_user(tmp_path):
+    """ONNX Runtime keeps an identifier of the machine there, and sends what it is used for, unless told not to."""
+    kept = {
+        name: text
+        for name, text in os.environ.items()
+        if name in {"PATH", "NUMBA_CACHE_DIR", "LD_LIBRARY_PATH"}
+    }
+    code = (
+        "import moefast.export.session as session, onnxruntime, os; print(os.environ['ORT_DISABLE_TELEMETRY']); "
+        "onnxruntime.SessionOptions()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=kept | {"HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "1\n"
+    assert not list(tmp_path.rglob("*Microsoft*"))

@@ -7,7 +7,9 @@ from moefast.posterior.library import (
     BEYOND_SHARE,
     BEYOND_SLAB,
     BEYOND_STEPS,
+    FAST_SHARE,
     LEAST_OF_A_KIND,
+    LEAST_SCATTER,
     SLOW,
     fit_clouds,
     sky_residuals,
@@ -18,15 +20,23 @@ from moefast.simulate.rows import noise_model
 P, R, N = 30, 6, 4000
 
 
-def clouds(**options):
-    """Stars whose spectra are a parabola in T_eff and linear in the other labels."""
+def toy(gravity=2.0, fastest=40):
+    """Basis of components, labels and components of stars.
+
+    The second component is `gravity` times log g, and the fourth is up to `fastest` and no label.
+    """
     rng = np.random.default_rng(0)
     labels = np.column_stack([rng.uniform(1, 5, N), rng.uniform(4000, 6000, N), rng.uniform(-2, 0, N)])
     u = (labels[:, 1] - 6000) / 2000
     z = np.zeros((N, R))
-    z[:, 0], z[:, 1], z[:, 2] = 8 * u + 3 * u**2, 2 * labels[:, 0], labels[:, 2]
-    z[:, 3] = np.linspace(-40, 40, N)
-    basis = np.linalg.qr(rng.standard_normal((P, R)))[0]
+    z[:, 0], z[:, 1], z[:, 2] = 8 * u + 3 * u**2, gravity * labels[:, 0], labels[:, 2]
+    z[:, 3] = np.linspace(-fastest, fastest, N)
+    return np.linalg.qr(rng.standard_normal((P, R)))[0], labels, z
+
+
+def clouds(gravity=2.0, fastest=40, **options):
+    """Stars whose spectra are a parabola in T_eff and linear in the other labels."""
+    basis, labels, z = toy(gravity, fastest)
     reference = np.linspace(1, 2, P)
     arrays = fit_clouds(
         z.astype(np.float32), labels, (labels[:, 1] > 5000).astype(int), 2, basis=basis, reference=reference,
@@ -62,7 +72,8 @@ def test_clouds_of_stars_that_move_are_apart_and_small_in_velocity():
     for options in ({}, {"velocity": velocity}, {"velocity": velocity, "beyond": True}):
         arrays, z, whole = clouds(**options)
         stars = arrays["labels"][:-1, 1] < 6000
-        scatter.append(np.std(z[:-1, 3][stars]) / np.std(whole[:, 3]))
+        share = np.exp(arrays["log_weights"][:-1][stars].astype(float))
+        scatter.append(np.sqrt(np.average(z[:-1, 3][stars] ** 2, weights=share)) / np.std(whole[:, 3]))
         first, n_fast = arrays["first"], np.array(arrays["n_fast"] or (0, 0))
         assert n_fast.shape == (2,)
         for k, n in enumerate(n_fast):
@@ -70,9 +81,36 @@ def test_clouds_of_stars_that_move_are_apart_and_small_in_velocity():
             own, moves = z[of_expert, 3], of_expert >= first[k + 1] - n
             assert (np.abs(own[moves]) > SLOW).all()
             assert (np.abs(own[~moves & stars[of_expert]]) < SLOW).all() or not options
-    assert n_fast.sum() == 20
+    assert n_fast.sum() == round(FAST_SHARE * 40)
     assert scatter[1] > scatter[0]
     assert scatter[1] > 0.75
+
+
+def test_keys_and_tangents_and_what_they_leave_out_are_all_scatter_of_the_stars():
+    arrays, _, z = clouds()
+    keys, tangents = (arrays[name][:-1, ..., :R].astype(float) for name in ("keys", "tangents"))
+    share = np.exp(arrays["log_weights"][:-1].astype(float))
+    moments = np.einsum("m,ma,mb->ab", share, keys, keys) + np.einsum(
+        "m,mta,mtb->ab", share, tangents, tangents
+    )
+    # Noise is one in all pixels, and components are orthogonal: spectra have the moments of components.
+    spectra = arrays["directions"][:, :R].astype(float)
+    found = np.linalg.eigvalsh(spectra @ (moments + np.eye(R)) @ spectra.T)[-R:]
+    expected = np.linalg.eigvalsh(z.T @ z / N + LEAST_SCATTER * np.eye(R))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_few_coordinates_hold_the_change_with_log_g():
+    """Of the six components three vary, and that with log g varies least."""
+    n = 2
+    arrays, _, z = clouds(gravity=0.3, fastest=0, n_coordinates=n)
+    assert np.argsort(z.var(0))[::-1].tolist()[:3] == [0, 2, 1]
+    assert arrays["keys"].shape[1] == arrays["directions"].shape[1] == n + 2
+    keys, log_g = arrays["keys"][:-1, :n].astype(float), arrays["labels"][:-1, 0].astype(float)
+    terms = np.column_stack([np.ones(len(keys)), keys])
+    left = log_g - terms @ np.linalg.lstsq(terms, log_g, rcond=None)[0]
+    # In the two strongest components there is nothing of it.
+    assert left.var() < 0.05 * log_g.var()
 
 
 def test_without_enough_stars_of_a_kind_nothing_is_apart():

@@ -16,7 +16,8 @@ from moefast.core.errors import InputError, OutputError
 from moefast.protocol import compare as comparing
 from moefast.protocol import figures
 from moefast.protocol.compare import Kept, compare, format_text, read_evaluation
-from moefast.protocol.evaluate import evaluate, write_report
+from moefast.protocol.evaluate import evaluate
+from moefast.protocol.report_folder import write_report
 
 N = 900
 

@@ -90,7 +90,7 @@ def test_one_pixel_of_the_error_acts_through_the_noise_level_alone(pixel, block,
 
 
 def test_evaluating_twice_gives_the_same_bytes(stars_file, model, tmp_path):
-    from moefast.protocol.evaluate import write_report
+    from moefast.protocol.report_folder import write_report
 
     for name in ("first", "second"):
         write_report(evaluate(stars_file, model), tmp_path / name, pictures=False)

@@ -16,7 +16,7 @@ from moefast.core import metrics
 from moefast.core.errors import InputError
 from moefast.core.records import as_entries
 from moefast.protocol import evaluate as evaluation_module
-from moefast.protocol import report_text
+from moefast.protocol import report_folder, report_text
 from moefast.protocol.milestones.evaluations import NotRunError, Section, read_reports
 from moefast.protocol.milestones.judge import judge, judge_alone
 from moefast.protocol.milestones.marks import MILESTONES
@@ -410,10 +410,10 @@ def test_a_report_has_a_section_of_the_milestones_it_bears_on_if_they_are_asked_
 def test_commands_are_commands_of_this_version(monkeypatch):
     """Every command parses: the options it names exist."""
     done = []
-    for name in ("evaluate", "write_report"):
-        signature = inspect.signature(getattr(evaluation_module, name))
+    for module, name in ((evaluation_module, "evaluate"), (report_folder, "write_report")):
+        signature = inspect.signature(getattr(module, name))
         monkeypatch.setattr(
-            evaluation_module, name, lambda *a, _s=signature, **k: done.append(_s.bind(*a, **k).arguments)
+            module, name, lambda *a, _s=signature, **k: done.append(_s.bind(*a, **k).arguments)
         )
     for milestone in MILESTONES:
         for line in milestone.commands:

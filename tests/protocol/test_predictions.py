@@ -10,8 +10,9 @@ import pytest
 
 from moefast.core.errors import InputError
 from moefast.predicting.files import predict
-from moefast.protocol.evaluate import evaluate, write_report
+from moefast.protocol.evaluate import evaluate
 from moefast.protocol.predictions import read_predictions
+from moefast.protocol.report_folder import write_report
 from moefast.spectra import open_spectra, read_table
 from moefast.spectra.tables import Column, open_table
 
@@ -173,6 +174,18 @@ def test_rows_are_named(spectra, tmp_path):
         ("row log_g\n0 1\n", "separated by commas"),
         ("row,row,log_g\n0,0,1\n", "names must differ"),
         ('row,log_g\n0,"1\n1",2\n', "several lines"),
+        (
+            "row,log_g\n" + "".join(f"{i},{-9999 if i in (3, 8) else 3}\n" for i in range(N)),
+            "log_g holds -9999 as number 3 of the column .* 2 of 300 numbers outside -90 to 90",
+        ),
+        (
+            "row,log_g\n" + "".join(f"{i},{1e200 if i == 3 else 3}\n" for i in range(N)),
+            r"log_g holds 1e\+200",
+        ),
+        (
+            "row,log_g,log_g_err\n" + "".join(f"{i},3,{-1 if i == 9 else 0.1}\n" for i in range(N)),
+            "log_g_err holds -1 as number 9",
+        ),
         ("row,log_g,weight_0,weight_2\n" + "".join(f"{i},1,1,0\n" for i in range(N)), "weight_0 to weight_1"),
     ],
 )

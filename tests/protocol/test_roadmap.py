@@ -5,6 +5,7 @@ import json
 import pytest
 from click.testing import CliRunner
 from made_reports import evaluation
+from markupsafe import escape
 
 from moefast.cli import cli
 from moefast.core.errors import InputError, OutputError
@@ -48,6 +49,15 @@ def made(monkeypatch):
             )  # fmt: skip
             (report / "report.json").write_text(content)
 
+    def compare(folders):
+        first, second = (numbers.get(folder.name, 0.8) for folder in folders)
+        entry = {
+            "n": 10, "from": first, "to": second, "difference": second - first, "interval": [0.01, 0.05],
+            "verdict": "better",
+        }  # fmt: skip
+        return {"comparisons": [{"overall": {"r2": entry}}]}
+
+    monkeypatch.setattr(module, "compare", compare)
     monkeypatch.setattr(module, "_perform", perform)
     monkeypatch.setattr(module, "simulate_set", lambda path, *_: path.write_bytes(b""))
     return numbers, oracle, performed
@@ -66,6 +76,15 @@ def test_a_strong_hybrid_and_a_good_gate_lead_to_residuals(made, tmp_path):
     assert json.loads((tmp_path / "r/roadmap.json").read_text()) == as_entries(result)
     text = (tmp_path / "r/roadmap.txt").read_text()
     assert text == roadmap_text(result) + "\n"
+    html = (tmp_path / "r/roadmap.html").read_text()
+    for stage in result.stages:
+        assert escape(stage.decision.words) in html
+        for row in stage.milestones:
+            assert escape(row.what) in html
+            for check in row.reference.checks:
+                assert escape(check.what) in html
+    assert "C0 → C1 → C2 → C4" in html
+    assert "moefast fit train.h5 -o models/phys-moe/ --recipe phys-moe" in html
     for stage in result.stages:
         for row in stage.milestones:
             assert f"{row.id}  {row.what}" in text
@@ -87,6 +106,11 @@ def test_weaker_numbers_take_other_branches(made, tmp_path, change, path):
     numbers.update(change)
     result = roadmap(tmp_path / "r", PLAN)
     assert list(result.path) == path
+    text, html = ((tmp_path / "r" / f"roadmap.{kind}").read_text() for kind in ("txt", "html"))
+    said = (
+        "one head on the same trunk: +0.040 [+0.010, +0.050] of R² (heads-single 0.800, heads 0.840), better"
+    )
+    assert (said in text) == (said in html) == ("C3" in path)
 
 
 def test_all_stages_are_run_if_asked_for_and_decisions_are_told_all_the_same(made, tmp_path):
@@ -116,6 +140,17 @@ def test_what_is_there_is_not_done_again(made, tmp_path):
     assert again.path == first.path
     with pytest.raises(InputError, match="train was 1000, is 2000"):
         roadmap(tmp_path / "r", Plan(train=2000, seeds=2), resume=True)
+
+
+def test_families_are_those_of_the_hybrid_alone_and_part_of_the_plan(made, tmp_path):
+    plan = Plan(train=1000, seeds=2, families=("linear", "whitened"))
+    result = roadmap(tmp_path / "r", plan)
+    commands = [line for stage in result.stages for line in stage.commands if "--families" in line]
+    assert len(commands) == 1
+    assert "--recipe hybrid-moe --families linear,whitened " in commands[0]
+    assert roadmap(tmp_path / "r", plan, resume=True).path == result.path
+    with pytest.raises(InputError, match="families was"):
+        roadmap(tmp_path / "r", PLAN, resume=True)
 
 
 def test_folders_of_others_are_left_alone(made, tmp_path):

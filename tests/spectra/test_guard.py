@@ -10,7 +10,7 @@ import pytest
 from moefast.simulate import simulate_rows
 from moefast.simulate.gaps import GAPS
 from moefast.simulate.sets import REFERENCE_SETS
-from moefast.spectra.guard import Sample, look, noisy_already, take
+from moefast.spectra.guard import SampledRows, look, noisy_already, take
 from moefast.spectra.prepared import prepare_rows
 from moefast.spectra.resample import Pixels
 from moefast.spectra.spectrum_set import open_spectra
@@ -43,7 +43,7 @@ def names(odd):
 
 
 def seen(wave, reference, flux, error, mask=None, *, free_scale=False, resampled=False):
-    sample = Sample.of(wave, flux, error, mask, resampled=resampled)
+    sample = SampledRows.of(wave, flux, error, mask, resampled=resampled)
     return names(look(sample, reference, free_scale=free_scale))
 
 
@@ -146,25 +146,28 @@ def test_spectra_without_data_are_left_to_the_flags(wave, reference, z0):
     nothing = np.full((5, len(wave)), np.nan, np.float32)
     assert seen(wave, reference, nothing, nothing) == []
     assert seen(wave, reference, z0.noisy[:0], z0.error[:0]) == []
-    assert names(look(Sample.of(wave, np.zeros((4, len(wave))), np.ones((4, len(wave)))), reference)) == [
-        "dead"
-    ]
+    assert names(
+        look(SampledRows.of(wave, np.zeros((4, len(wave))), np.ones((4, len(wave)))), reference)
+    ) == ["dead"]
 
 
 def test_rows_are_named(wave, reference, z0):
     dead = z0.noisy.copy()
     dead[[3, 9]] = 0
-    sample = Sample.of(wave, dead, z0.error, rows=1000 + np.arange(N))
+    sample = SampledRows.of(wave, dead, z0.error, rows=1000 + np.arange(N))
     assert "rows 1003, 1009" in look(sample, reference)[0].words
 
 
 def test_flux_that_is_noisy_already(wave, z0):
-    assert names(noisy_already(Sample.of(wave, z0.noisy, z0.error), "use --noise none")) == ["noisy already"]
+    assert names(noisy_already(SampledRows.of(wave, z0.noisy, z0.error), "use --noise none")) == [
+        "noisy already"
+    ]
     assert (
-        "use --noise none" in noisy_already(Sample.of(wave, z0.noisy, z0.error), "use --noise none")[0].words
+        "use --noise none"
+        in noisy_already(SampledRows.of(wave, z0.noisy, z0.error), "use --noise none")[0].words
     )
     for level in (0.02, 0.1, 1.0):
-        clean = Sample.of(wave, z0.flux, level * z0.error)
+        clean = SampledRows.of(wave, z0.flux, level * z0.error)
         assert noisy_already(clean, "") == [], level
 
 

@@ -169,7 +169,6 @@ def test_desi_arms_are_joined(compressed, coadd, tmp_path):
     found, block = blocks(path)
     shard = found.shards[0]
     assert shard.layouts == ("DESI coadd" if coadd else "DESI spectra",)
-    assert "line-spread function" in shard.notes[0]
     np.testing.assert_array_equal(shard.params(["targetType"])["targetType"], [1, 2])
     assert {"TARGETID", "ra", "dec", "fiberId", "OBJTYPE"} <= set(shard.identifiers)
     # Overlap: weights 100 and 25.
@@ -283,7 +282,10 @@ def test_desi_pixels_without_information_are_bad(tmp_path):
     path = write_desi(tmp_path / "x.fits", {"Z": (WAVE, flux, flux)}, ivar={"Z": ivar}, mask={"Z": mask})
     found, block = blocks(path)
     np.testing.assert_array_equal(np.argwhere(block.mask), [[0, 40], [0, 80], [1, 60]])
-    assert "HDU Z_IVAR: negative from row 1 on" in found.shards[0].notes[1]
+    # The model's pixels are the file's: it was made for such spectra, and nothing is said of their resolution.
+    assert "HDU Z_IVAR: negative from row 1 on" in found.shards[0].notes[0]
+    assert not any("line-spread" in note for note in found.shards[0].notes)
+    assert any("line-spread" in note for note in blocks(path, WAVE + 0.2)[0].shards[0].notes)
 
 
 def test_pixels_that_are_not_finite_are_lost(spectra, tmp_path):

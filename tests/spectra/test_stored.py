@@ -4,12 +4,14 @@ import h5py
 import numpy as np
 import pytest
 
+from moefast.benchmarks.faults.case import run
 from moefast.core.errors import InputError
 from moefast.kernels import PROJECT_ROWS
 from moefast.predicting.files import predict
 from moefast.spectra.quality import Flag
 from moefast.spectra.shard import Shard
 from moefast.spectra.spectrum_set import open_spectra
+from moefast.spectra.stored import refuse_endless_heaps
 
 ARRAYS = ("flux", "error", "mask", "noisy")
 ROWS, PIXELS = 40, 30
@@ -75,6 +77,19 @@ def test_a_mask_group_without_values_is_an_error(tmp_path):
     replace(path, "dataset/arrays/mask/value", lambda f: None)
     with pytest.raises(InputError, match="mask/value is missing"):
         Shard(path)
+
+
+@pytest.mark.parametrize("name", ["nask", "mas", "m\x61s\xeb"])
+def test_a_name_that_is_damaged_is_not_taken_for_absence(name, tmp_path):
+    path = tmp_path / "x.h5"
+    spectra(path, mask=np.zeros((ROWS, PIXELS), "u1"))
+    with h5py.File(path, "r+") as file:
+        file.move("dataset/arrays/mask", f"dataset/arrays/{name}")
+    with pytest.raises(InputError, match="expected 'mask', from which the name differs"):
+        Shard(path)
+    with h5py.File(path, "r+") as file:
+        file.move(f"dataset/arrays/{name}", "dataset/arrays/sky")
+    assert Shard(path).arrays == ("flux", "error")
 
 
 def test_no_mask_is_no_mask(tmp_path):
@@ -297,3 +312,53 @@ def test_a_damaged_type_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(h5py.Dataset, "dtype", property(refuse))
     with pytest.raises(InputError, match="damaged"):
         Shard(path)
+
+
+# -- texts of variable length ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def texts(stars, tmp_path):
+    """A file whose identifiers and attributes are texts of variable length, as h5py writes them."""
+    path = stars.take(slice(0, 3)).write(tmp_path / "texts.h5", params=[])
+    with h5py.File(path, "r+") as file:
+        file.attrs["origin"] = "a survey"
+        file["dataset/params/id"] = ["one", "two", "three"]
+        file["dataset/params/log_g"] = [1.0, 2.0, 3.0]
+    return path
+
+
+def test_texts_of_variable_length_are_read(texts):
+    spectra = open_spectra(texts)
+    assert spectra.params(["id"])["id"].tolist() == ["one", "two", "three"]
+    assert spectra.shards[0].attrs["origin"] == "a survey"
+
+
+def test_a_collection_of_texts_without_end_is_an_error(texts, tmp_path):
+    """HDF5 goes on for ever at an object of no size; nothing in the process could stop it."""
+    content = texts.read_bytes()
+    at = content.find(b"GCOL")
+    assert at > 0
+
+    def work():
+        print(open_spectra(texts).params(["id"]))
+
+    for length in (0, 2**64 - 16, 10**9):
+        # The size of the first object, and its number, which 0 makes room that is left.
+        changed = bytearray(content)
+        changed[at + 16 : at + 18] = b"\0\0"
+        changed[at + 24 : at + 32] = length.to_bytes(8, "little")
+        texts.write_bytes(changed)
+        ended = run(work, tmp_path / "log", cpu_limit=20)
+        assert ended.code == 3, ended.said
+        assert f"texts.h5: texts of variable length, at byte {at}, are damaged" in ended.said
+
+
+def test_numbers_are_not_looked_through_for_texts(texts):
+    """What looks like a collection among the fluxes is none."""
+    with h5py.File(texts, "r+") as file:
+        dataset = file["dataset/arrays/flux/value"]
+        dataset[0, :6] = np.frombuffer(b"GCOL\x01\0\0\0" + bytes([32]) + bytes(15), np.float32)
+    assert open_spectra(texts).n_rows == 3
+    with h5py.File(texts) as file, pytest.raises(InputError, match="are damaged"):
+        refuse_endless_heaps(file)

@@ -90,6 +90,7 @@ def test_attributes_of_every_kind_and_length(tmp_path, suffix):
         "empty": "",
         "ampersand": "this & that &",
         "quoted": '"so"',
+        "nul": "before\0after",
     }
     path = tmp_path / f"out{suffix}"
     write(path, rows(5), 5, attrs={})

@@ -12,10 +12,16 @@ from survey_files import LIGHT_SPEED, write_desi, write_pfs_many, write_pfs_one
 from moefast.core.errors import InputError
 from moefast.spectra.prepared import Preparation, open_prepared
 from moefast.spectra.selection import parse_selection, select
+from moefast.spectra.spectrum_set import open_spectra
+from moefast.spectra.tables import Column, open_table
 from moefast.spectra.units import air_to_vacuum, flux_factor, read_unit, wave_factor
 from moefast.spectra.velocities import find_velocities, read_velocity_table
 
 WAVE = 8000 + 0.5 * np.arange(60)
+ECSV = (
+    "# %ECSV 1.0\n# ---\n# delimiter: ','\n# datatype:\n# - {name: objId, datatype: int64}\n"
+    "# - {name: v_los, datatype: float64}\n"
+)
 FLUX, ERROR = np.ones((4, 60)), np.full((4, 60), 0.1)
 
 
@@ -209,3 +215,47 @@ def test_units_that_cannot_be_used():
 def test_air():
     """Ca II 8542.09 Å in air lies at 8544.44 Å in vacuum, Hα 6562.79 at 6564.61."""
     np.testing.assert_allclose(air_to_vacuum(np.array([8542.09, 6562.79])), [8544.44, 6564.60], atol=0.01)
+
+
+@pytest.mark.parametrize(("name", "head"), [("v.csv", ""), ("v.ecsv", ECSV)])
+def test_empty_fields_are_no_velocities(name, head, tmp_path):
+    """astropy keeps zeros in them."""
+    path, gap = tmp_path / name, '""' if head else ""
+    path.write_text(f"{head}objId,v_los\n1,{gap}\n2,5\n3,7\n")
+    found = read_velocity_table(path)
+    np.testing.assert_array_equal(found.velocity, [np.nan, 5, 7])
+    np.testing.assert_array_equal(found.ids["objId"], [1, 2, 3])
+    path.write_text(f"{head}objId,v_los\n1,-9\n{gap},5\n3,7\n")
+    found = read_velocity_table(path)
+    assert not found.ids
+    assert found.unusable == ["objId"]
+
+
+def test_a_table_whose_identifiers_are_not_all_there_is_refused(stars, tmp_path):
+    spectra = open_spectra(stars.take(slice(0, 3)).write(tmp_path / "s.h5"))
+    path = tmp_path / "v.csv"
+    path.write_text("id,TARGETID,v_los\n0,7,1\n1,8,2\n2,9,3\n")
+    np.testing.assert_array_equal(find_velocities(path, spectra).velocity, [1, 2, 3])
+    path.write_text("id,TARGETID,v_los\n0,7,1\n,8,2\n2,9,3\n")
+    with pytest.raises(InputError, match=r"v\.csv: column id has empty fields"):
+        find_velocities(path, spectra)
+    path.write_text("id,v_los\n0,1\n1,fast\n2,3\n")
+    with pytest.raises(InputError, match="v_los must hold a number in each row"):
+        find_velocities(path, spectra)
+
+
+def test_identifiers_of_several_tables_keep_their_digits(stars, tmp_path):
+    """Signed and unsigned whole numbers together would become real ones in NumPy, and neighbours the same star."""
+    some = stars.take(slice(0, 4))
+    ids = np.array([2**63 - 3, 2**63 - 2, 39633345008634465, 39633345008634466], np.int64)
+    some.params["id"] = ids
+    spectra = open_spectra(some.write(tmp_path / "s.h5"))
+    folder = tmp_path / "velocities"
+    folder.mkdir()
+    for k, kind in enumerate(("i8", "u8")):
+        part = slice(2 * k, 2 * k + 2)
+        columns = [Column("id", kind), Column("v_los", "f8")]
+        with open_table(folder / f"v{k}.parquet", 2, columns) as table:
+            table.write(0, {"id": ids[part].astype(kind), "v_los": np.arange(4.0)[part]})
+    found = find_velocities(f"{folder}/v*.parquet", spectra)
+    np.testing.assert_array_equal(found.velocity, np.arange(4.0))

@@ -1,5 +1,7 @@
 """Fitting a network: noise that is what it should be, steps that can be repeated and gone on from, and stars learnt."""
 
+import resource
+import signal
 import sys
 
 import numpy as np
@@ -171,6 +173,22 @@ def test_a_checkpoint_that_was_changed_is_told_and_not_used(damage, tmp_path, mo
     path.write_bytes(content)
     assert_same(fitted(tmp_path)[0], fitted()[0])
     assert "heads.safetensors: not a complete checkpoint" in caplog.text
+
+
+def test_a_disk_that_takes_no_checkpoint_is_told_and_the_fit_goes_on(tmp_path, caplog):
+    """The limit on the size of a file is a disk that is full there, for libraries that write past Python, too."""
+    expected = fitted()[0]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        found = fitted(tmp_path)[0]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert_same(found, expected)
+    assert "heads.safetensors: the checkpoint after step 10 could not be written" in caplog.text
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_checkpoint_of_another_fit_is_not_used(tmp_path):

@@ -92,7 +92,8 @@ MILESTONES = (
             "for s in 0 1 2 3 4; do moefast fit train-$s.h5 -o model-$s/ --recipe global-ridge; done",
             "for s in 0 1 2 3 4; do moefast evaluate test.h5 -m model-$s/ -o c0/training-$s/; done",
             # The command line has no option for the seed of drawn noise, which nobody else should change.
-            'for s in 1 2 3 4; do python -c "from moefast.protocol.evaluate import evaluate, write_report; '
+            'for s in 1 2 3 4; do python -c "from moefast.protocol.evaluate import evaluate; '
+            "from moefast.protocol.report_folder import write_report; "
             "write_report(evaluate('test.h5', 'model-0/', noise='draw', noise_seed=$s), 'c0/noise-$s/')\"; done",
             "moefast milestones c0/",
         ),

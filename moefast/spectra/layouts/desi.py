@@ -91,7 +91,7 @@ def _open(file: FitsFile) -> SurveyFile:
         check_wavelengths(file, file[f"{arm}_WAVELENGTH"], wave)
         flux = file[f"{arm}_FLUX"]
         check_units(file, flux, WAVE_UNIT, flux.unit() or FLUX_UNIT)
-    notes = [_WIDER]
+    notes: list[str] = []
     note = noting(notes)
 
     def read(array: str, start: int, stop: int) -> tuple[list[Pixels], dict[int, str]]:
@@ -101,7 +101,8 @@ def _open(file: FitsFile) -> SurveyFile:
         return [_read_arm(file, arm, waves[arm], start, stop, note) for arm in chosen], {}
 
     survey_file = SurveyFile(
-        file.path, name, fibermap.n_rows, columns | told, identifiers, read, file.close, notes=notes,
+        file.path, name, fibermap.n_rows, columns | told, identifiers, read, file.close, notes=notes, wider=_WIDER,
+        grid=np.sort(np.concatenate(list(waves.values()))),
         line_spread=lambda: [_line_spread(file, arm) for arm in arms], fingerprint=lambda: fingerprint_of(file),
     )  # fmt: skip
     return survey_file

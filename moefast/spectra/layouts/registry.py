@@ -112,6 +112,10 @@ class SurveyFile:
         Whether the Earth's absorption is in the spectra: in all but those of a simulator that leaves it out.
     notes : list of str
         What users must know: another line-spread function, values that were taken for bad.
+    wider : str
+        What users of a model on another grid must know, because it was fitted for another line-spread function.
+    grid : array of shape (k,), Å, or None
+        Pixels that all rows share, in increasing order; those of a model that was made for such files are among them.
     line_spread : callable, optional
         Gives the FWHM [Å] of the line-spread function at each pixel of each arm, in the order of `read`, or None for an
         arm of which it is not known; for files whose rows share their wavelengths.
@@ -133,6 +137,8 @@ class SurveyFile:
     normalised: bool = False
     through_atmosphere: bool = True
     notes: list[str] = field(default_factory=list)
+    wider: str = ""
+    grid: NDArray[np.float64] | None = None
     line_spread: Callable[[], list[NDArray[np.float64] | None]] | None = None
     needed: tuple[float, float] = (0.0, np.inf)
     fingerprint: Callable[[], str] | None = None

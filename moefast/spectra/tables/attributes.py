@@ -13,7 +13,7 @@ import numpy as np
 
 from moefast.core.errors import InputError
 
-__all__ = ["CHECKSUM", "as_plain", "compare_digest", "digest_of", "from_text", "to_json"]
+__all__ = ["CHECKSUM", "as_kept", "as_plain", "compare_digest", "digest_of", "from_text", "to_json"]
 
 CHECKSUM = "attributes_sha256"
 
@@ -38,9 +38,17 @@ def to_json(value: Any) -> str:
     return json.dumps(value, default=other)
 
 
+def as_kept(value: Any) -> str | bool | int | float:
+    """The value as an attribute in HDF5: texts there hold no NUL, and look like JSON only if they are."""
+    plain = as_plain(value)
+    if plain is None or (isinstance(plain, str) and ("\0" in plain or plain[:1] == '"')):
+        return to_json(value if plain is None else plain)
+    return plain
+
+
 def from_text(text: str) -> Any:
     """What `to_json` was given, if the text is such, else the text."""
-    if text[:1] in {"[", "{"} or text == "null":
+    if text[:1] in {"[", "{", '"'} or text == "null":
         with contextlib.suppress(ValueError):
             return json.loads(text)
     return text
@@ -56,6 +64,6 @@ def compare_digest(path: Path, kept: Any, found: str) -> None:
     """Refuse a table whose own words are not those that were written."""
     if kept != found:
         raise InputError(
-            f"{path}: attributes or columns are not those that were written ({CHECKSUM} is {kept}, expected {found} by "
-            "what the file says): damaged, or changed by another program; copy or produce it again"
+            f"{path}: attributes or columns are not those that were written ({CHECKSUM} is {kept}, expected {found} "
+            "by what the file says): damaged, or changed by another program; copy or produce it again"
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -247,10 +246,7 @@ def _fits_attributes(header: Any) -> dict[str, Any]:
         if name.startswith("LONG") and name[4:].isdigit():
             name, _, value = value.partition("=")
         if isinstance(value, str):
-            if value[:1] == '"' or value in {"NaN", "Infinity", "-Infinity"}:
-                with contextlib.suppress(ValueError):
-                    value = json.loads(value)
-            value = from_text(value) if isinstance(value, str) else value
+            value = json.loads(value) if value in {"NaN", "Infinity", "-Infinity"} else from_text(value)
         attrs[name.lower()] = value
     return attrs
 

@@ -12,15 +12,15 @@ import h5py
 import numpy as np
 
 from moefast.core.errors import InputError, OutputError
-from moefast.core.watched import WatchedFile
+from moefast.core.watched import WatchedFile, uninterrupted
 from moefast.spectra.stored import refuse_endless_heaps
 from moefast.spectra.tables.attributes import (
     CHECKSUM,
+    as_kept,
     as_plain,
     compare_digest,
     digest_of,
     from_text,
-    to_json,
 )
 from moefast.spectra.tables.column import GROUP, Column, decode
 from moefast.spectra.tables.writer import TableWriter
@@ -34,6 +34,7 @@ _CHUNK_BYTES = 1 << 19
 class Hdf5Table(TableWriter):
     """One dataset per column in the group `predictions`; attributes on the root."""
 
+    @uninterrupted()
     def _begin(self) -> None:
         # HDF5 loses errors of what it writes late; this file remembers them.
         self._watched = WatchedFile(self._partial)
@@ -55,6 +56,7 @@ class Hdf5Table(TableWriter):
         group.attrs["columns"] = json.dumps([column.name for column in self.columns])
         self._watched.check()
 
+    @uninterrupted()
     def _append(self, first_row: int, rows: dict[str, np.ndarray]) -> None:
         for name, values in rows.items():
             if len(values):
@@ -63,18 +65,18 @@ class Hdf5Table(TableWriter):
                 dataset[first_row : first_row + len(values)] = values.view(dataset.dtype)
         self._watched.check()
 
+    @uninterrupted()
     def _end(self) -> None:
-        stored = {}
-        for name, value in self.attrs.items():
-            plain = as_plain(value)
-            stored[name] = to_json(value) if plain is None else plain
-            self._file.attrs[name] = stored[name]
+        stored = {name: as_kept(value) for name, value in self.attrs.items()}
+        for name, kept in stored.items():
+            self._file.attrs[name] = kept
         self._file.attrs[CHECKSUM] = _hdf5_digest(list(self._datasets.values()), stored)
         self._file.close()
         self._watched.synchronise()
         self._watched.close()
         self._watched.check()
 
+    @uninterrupted()
     def _abort(self) -> None:
         # What is still to be written has nowhere to go: closing must not fail.
         self._watched.problem = self._watched.problem or OutputError(f"{self.path}: given up")

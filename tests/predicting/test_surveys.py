@@ -255,7 +255,7 @@ def test_a_folder_full_of_bad_files_costs_these_files(few, coadd, model, model_f
 def test_desi_is_read_with_a_warning(few, model, tmp_path):
     scale = {"R": few.wave < 7620, "Z": few.wave > 7520}
     arms = {
-        arm: (few.wave[k], few.flux[:, k].astype(float), few.error[:, k].astype(float))
+        arm: (few.wave[k] + 0.05, few.flux[:, k].astype(float), few.error[:, k].astype(float))
         for arm, k in scale.items()
     }
     path = write_desi(tmp_path / "x.fits", arms)

@@ -1,0 +1,127 @@
+"""Fit and predict on a local cluster beside one process: seconds, what the cluster costs, and whether bits agree.
+
+`python -m moefast.benchmarks.cluster -n 1000000 --workers 2 --folder SCRATCH [--recipe phys-moe] [-o FILE]`
+
+Design: the same spectra, simulated to files once and kept in the folder, are fitted and predicted by one process with
+all cores, and by workers that share these cores. The start of the cluster is measured apart, as it does not grow with
+the number of spectra. Models and tables must agree bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from moefast.benchmarks.environment import describe
+from moefast.cluster.fit_on_workers import fit_on
+from moefast.cluster.fit_parts import FitPlan, Source
+from moefast.cluster.workers import connect, predict_on
+from moefast.model import Model
+from moefast.predicting.files import predict
+from moefast.simulate import simulate_set
+from moefast.spectra.tables import read_table
+
+__all__ = ["measure", "same_model", "same_table"]
+
+FILE_ROWS = 100_000
+"""Spectra of a file."""
+
+
+def same_table(one: Path, two: Path) -> bool:
+    """Whether two tables have the same columns, bit for bit."""
+    a, b = read_table(one)[0], read_table(two)[0]
+    return list(a) == list(b) and all(a[name].tobytes() == b[name].tobytes() for name in a)
+
+
+def same_model(one: Model, two: Model) -> bool:
+    """Whether two models have the same arrays, bit for bit, and say the same of their fit."""
+    if one.manifest["fit"] != two.manifest["fit"]:
+        return False
+    for name, value in vars(one.mixture).items():
+        other = getattr(two.mixture, name)
+        pairs = [(value, other)] if isinstance(value, np.ndarray) else []
+        if isinstance(value, tuple):
+            pairs = [(a, b) for a, b in zip(value, other, strict=True) if isinstance(a, np.ndarray)]
+        if any(a.tobytes() != b.tobytes() for a, b in pairs):
+            return False
+    return True
+
+
+def measure(number: int, workers: int, folder: Path, recipe: str, set_name: str) -> dict[str, Any]:
+    """Seconds of each step, and whether results agree."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data = folder / f"{set_name}-{number}"
+    data.mkdir(exist_ok=True)
+    for first in range(0, number, FILE_ROWS):
+        path = data / f"{first:010d}.h5"
+        if not path.exists():
+            click.echo(f"simulating {path}", err=True)
+            simulate_set(path, set_name, "train", rows=(first, min(number, first + FILE_ROWS)))
+    files = sorted(data.glob("*.h5"))
+    plan = FitPlan(Source.of_files(files), {"recipe": recipe})
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, begin: float) -> None:
+        seconds[name] = time.perf_counter() - begin
+        click.echo(f"{name}: {seconds[name]:.1f} s", err=True)
+
+    begin = time.perf_counter()
+    alone = plan.prepare().fit(False)
+    timed("fit, one process", begin)
+    alone = alone.save(folder / "model", overwrite=True)
+    begin = time.perf_counter()
+    predict(files, folder / "model", folder / "alone.parquet", overwrite=True)
+    timed("predict, one process", begin)
+    begin = time.perf_counter()
+    with connect(f"local:{workers}") as client:
+        timed("start of the cluster", begin)
+        begin = time.perf_counter()
+        spread = fit_on(client, plan, plan.prepare(), folder / "spread")
+        timed("fit, workers", begin)
+        begin = time.perf_counter()
+        predict_on(client, files, folder / "model", folder / "workers.parquet", options={}, overwrite=True)
+        timed("predict, workers", begin)
+    spread = spread.save(folder / "spread", overwrite=True)
+    return {
+        "number": number, "workers": workers, "recipe": recipe, "set": set_name, "seconds": seconds,
+        "overhead": {
+            name: seconds[f"{name}, workers"] / seconds[f"{name}, one process"] - 1 for name in ("fit", "predict")
+        },
+        "same_bits": {
+            "fit": same_model(alone, spread),
+            "predict": same_table(folder / "alone.parquet", folder / "workers.parquet"),
+        },
+    }  # fmt: skip
+
+
+@click.command()
+@click.option("-n", "--number", type=click.IntRange(1), default=20_000, show_default=True, help="Spectra.")
+@click.option("--workers", type=click.IntRange(1), default=2, show_default=True)
+@click.option("--folder", type=click.Path(path_type=Path), required=True,
+              help="Where spectra and results are kept: 33 kB a spectrum, and 4 GB.")  # fmt: skip
+@click.option("--recipe", default="phys-moe", show_default=True)
+@click.option("--set", "set_name", default="z0", show_default=True)
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Also write what was found as JSON.")
+def main(number: int, workers: int, folder: Path, recipe: str, set_name: str, out: Path | None) -> None:
+    """Fit and predict on workers beside one process."""
+    found = measure(number, workers, folder, recipe, set_name)
+    for name in ("fit", "predict"):
+        alone, spread = (found["seconds"][f"{name}, {who}"] for who in ("one process", "workers"))
+        click.echo(
+            f"{name}: {spread:.1f} s by {workers} workers, {alone:.1f} s by one process "
+            f"({100 * found['overhead'][name]:+.0f} %), "
+            f"{'the same bits' if found['same_bits'][name] else 'OTHER BITS'}"
+        )
+    if out is not None:
+        out.write_text(json.dumps({"environment": describe(), **found}, indent=1) + "\n", encoding="utf-8")
+    if not all(found["same_bits"].values()):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
