@@ -34,7 +34,7 @@ FLOORS = (
     ("moefast.fitting", "moefast.predicting"),
     ("moefast.recipes",),
     ("moefast.inspection", "moefast.protocol"),
-    # Evaluations run on clusters, too.
+    # Runs of all of these on many machines.
     ("moefast.cluster",),
     # The public names: `moefast.load`, `fit`, `predict`, `evaluate`.
     ("moefast",),

@@ -24,7 +24,7 @@ from moefast.model import Model
 from moefast.predicting.files import predict
 from moefast.predicting.summary import Summary
 from moefast.spectra.paths import find_files
-from moefast.spectra.tables import WRITERS, read_layout
+from moefast.spectra.tables import WRITERS, read_layout, read_table
 
 __all__ = ["STATES", "Job", "listed", "plan", "run", "signature", "worst"]
 
@@ -178,14 +178,16 @@ def _record(job: Job, model: Model, options: Mapping[str, Any]) -> dict[str, Any
 def _why_not(job: Job, record: Mapping[str, Any]) -> str:
     """Why the table that is there is not what this run would write; empty if it is."""
     try:
-        attributes = read_layout(job.table)[1]
+        kept = read_layout(job.table)[1].get("made_of")
+        if not isinstance(kept, Mapping):
+            return "the table that is there does not say what it was made of"
+        if changed := [name for name in record if kept.get(name) != record[name]]:
+            return f"made of another {', '.join(changed)}"
+        # Every value: they have checksums, which are compared when they are read.
+        read_table(job.table)
     except MoefastError as error:
         return f"the table that is there cannot be read: {error}"
-    kept = attributes.get("made_of")
-    if not isinstance(kept, Mapping):
-        return "the table that is there does not say what it was made of"
-    changed = [name for name in record if kept.get(name) != record[name]]
-    return f"made of another {', '.join(changed)}" if changed else ""
+    return ""
 
 
 def run(

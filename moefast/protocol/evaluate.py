@@ -138,7 +138,13 @@ def evaluate(
     """
     given = [paths] if isinstance(paths, str | Path) else list(paths)
     scorer = Scorer(
-        given, model, peer=peer, noise=noise, noise_level=noise_level, noise_seed=noise_seed, backend=backend
+        given,
+        model,
+        peer=peer,
+        noise=noise,
+        noise_level=noise_level,
+        noise_seed=noise_seed,
+        backend=backend,
     )
     spectra, subject, beside, about_noise = scorer.spectra, scorer.subject, scorer.beside, scorer.about_noise
     odd = noisy_already(take(spectra, array="flux"), "use --noise none") if scorer.drawn else []

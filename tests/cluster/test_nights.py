@@ -88,6 +88,26 @@ def test_tables_are_skipped_only_if_nothing_changed(night, saved, stars):
     assert changed("--limit", "5") == ["a"]
 
 
+@pytest.mark.parametrize("suffix", ["h5", "parquet", "fits"])
+def test_a_table_with_a_value_that_changed_is_not_trusted(suffix, night, saved):
+    (night / "list.txt").write_text("a.h5\n")
+    assert run(night, saved, "--format", suffix).exit_code == 0
+    path = night / f"out/a.log_g.{suffix}"
+    content = path.read_bytes()
+    values = read_table(path)[0]["log_g"]
+    at = content.find(
+        values.astype(">f4" if suffix == "fits" else "<f4").tobytes()[: 4 if suffix == "fits" else None]
+    )
+    assert at > 0
+    path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    result = run(night, saved, "--format", suffix, "--skip-existing", "--log", str(night / "log"))
+    assert result.exit_code == 0, result.output
+    assert "1 done" in result.output
+    assert "the table that is there cannot be read" in (night / "log").read_text()
+    np.testing.assert_array_equal(read_table(path)[0]["log_g"], values)
+    assert "1 skipped" in run(night, saved, "--format", suffix, "--skip-existing").output
+
+
 def test_without_a_word_nothing_is_replaced(night, saved):
     run(night, saved)
     before = (night / "out/a.log_g.h5").read_bytes()
