@@ -507,7 +507,11 @@ def test_doctor_ends_with_1_where_something_is_wrong(run, tmp_path, monkeypatch)
     ("words", "expected"), [("moefast pre", "plain,predict"), ("moefast predict --tar", "plain,--targets")]
 )
 def test_shells_complete_commands_and_options(words, expected):
-    env = {"_MOEFAST_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    env = {
+        "_MOEFAST_COMPLETE": "bash_complete",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(len(words.split()) - 1),
+    }
     done = CliRunner().invoke(cli, [], prog_name="moefast", env=env)
     assert done.output.splitlines() == [expected]
 
