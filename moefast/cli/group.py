@@ -34,6 +34,7 @@ from moefast.cli.simulate import simulate
 from moefast.core.atomic import remove_unfinished
 from moefast.core.errors import MoefastError, OutputError
 from moefast.core.version import __version__
+from moefast.core.watched import interrupt_behind
 
 __all__ = ["cli", "main"]
 
@@ -86,12 +87,14 @@ class _Group(click.Group):
         except MoefastError as error:
             fail(f"moefast: error: {error}")
             ctx.exit(error.exit_code)
-        except KeyboardInterrupt:
-            fail("\nmoefast: interrupted; nothing was written")
-            ctx.exit(130)
-        except Terminated:
-            fail("\nmoefast: terminated; nothing was written")
-            ctx.exit(143)
+        except (KeyboardInterrupt, Terminated, SystemError) as error:
+            interrupt = interrupt_behind(error)
+            if interrupt is None:
+                raise
+            terminated = isinstance(interrupt, Terminated)
+            words = "terminated" if terminated else "interrupted"
+            fail(f"\nmoefast: {words}; nothing was written")
+            ctx.exit(143 if terminated else 130)
         except ValueError as error:
             if "null byte" not in str(error):
                 raise
