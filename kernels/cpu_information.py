@@ -18,7 +18,7 @@ from moefast.core.compiled import njit
 from moefast.kernels.cpu import FAST
 from moefast.kernels.quality import LARGEST32, LARGEST_ERROR32, ZERO32, median_near, quantile_scratch
 from moefast.kernels.vectors import ROWS as STEP
-from moefast.kernels.vectors import VECTORS, add_tile, subtract_row, subtract_tile, width_of
+from moefast.kernels.vectors import VECTORS, add_tile, set_tile, subtract_row, subtract_tile, width_of
 
 __all__ = [
     "CHUNK",
@@ -322,7 +322,7 @@ def _what_is_left(y, information, row, pixel, tile, left, place, energy):
         for j in range(SPECTRUM):
             weight = information[row + i, pixel + j]
             apart = y[row + i, pixel + j] - weight * tile[i, j]
-            left[i, place + j] = apart
+            left[row + i, place + j] = apart
             total += apart * apart / weight if weight > ZERO32 else ZERO32
         energy[row + i] += np.float64(total)
 
@@ -335,17 +335,17 @@ def _gradient(y, information, rows, points, spectra, directions, tile, left, u, 
     u[:], energy[:] = 0.0, 0.0
     for c in range(0, p, CHUNK):
         size = min(CHUNK, p - c)
-        for r in range(0, rows, STEP):
-            for j in range(0, size, SPECTRUM):
-                tile[:] = ZERO32
-                start = (c + j) // SPECTRUM * width * SPECTRUM
-                add_tile(
-                    points, r * points.shape[1], points.shape[1], spectra, start, width, tile, 0, SPECTRUM
-                )
+        for j in range(0, size, SPECTRUM):
+            start = (c + j) // SPECTRUM * width * SPECTRUM
+            for r in range(0, rows, STEP):
+                first, step = r * points.shape[1], points.shape[1]
+                set_tile(points, first, step, spectra, start, width, tile, 0, SPECTRUM)
                 _what_is_left(y, information, r, c + j, tile, left, j, energy)
-            for block in range(blocks):
-                start, place = (block * p + c) * LANES, r * u.shape[1] + block * LANES
-                add_tile(left, 0, CHUNK, directions, start, size, u, place, u.shape[1])
+        for block in range(blocks):
+            start = (block * p + c) * LANES
+            for r in range(0, rows, STEP):
+                place = r * u.shape[1] + block * LANES
+                add_tile(left, r * CHUNK, CHUNK, directions, start, size, u, place, u.shape[1])
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -358,7 +358,7 @@ def refine(y, information, rows, packed, spectra, directions, precision, pull, n
     vector, point = np.empty(width), np.empty(width)
     a = np.zeros((-(-width // STEP) * STEP, -(-(width + 1) // LANES) * LANES))
     energy = np.empty(len(y))
-    tile, left = np.empty((STEP, SPECTRUM), np.float32), np.zeros((STEP, CHUNK), np.float32)
+    tile, left = np.empty((STEP, SPECTRUM), np.float32), np.zeros((len(y), CHUNK), np.float32)
     points[:] = ZERO32
     for i in range(rows):
         unpack(packed, i, a, width)

@@ -8,6 +8,7 @@ around. Offsets are counted in elements; nothing is checked.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from llvmlite import ir
@@ -33,6 +34,8 @@ ROWS = 4
 """Rows of a tile of `add_tile`."""
 VECTORS = 4
 """Vectors next to each other in a tile: 16 sums stand in registers, which hides the latency of an addition."""
+TOGETHER = 4
+"""Directions of a cloud whose products with as many others are summed at the same time, in registers."""
 BITS = 512
 
 
@@ -291,12 +294,20 @@ def cloud_group(  # type: ignore[no-untyped-def]
         def at(base: Any, k: int) -> Any:
             return builder.gep(base, [builder.add(lane, builder.mul(stride, index(k)))])
 
-        def coordinates(place: Any, *, with_tangents: bool = True) -> list[Any]:
+        def coordinate(k: int, place: Any) -> Any:
+            """One of δ, the tangents, and the change with the scale, which is the last."""
             here = builder.mul(place, stride)
-            x = [v.load(builder.gep(start, [here])) for start in (starts if with_tangents else starts[:1])]
-            x[0] = builder.fsub(x[0], v.all_of(builder.load(builder.gep(of_centre, [place]))))
+            x = v.load(builder.gep(starts[k % t], [here]))
+            if k % t:
+                return x
+            x = builder.fsub(x, v.all_of(builder.load(builder.gep(of_centre, [place]))))
+            if k == 0:
+                return x
             more = v.all_of(builder.load(builder.gep(of_spectrum, [place])))
-            return [*x, builder.fmul(broad, builder.fadd(x[0], more))]
+            return builder.fmul(broad, builder.fadd(x, more))
+
+        def coordinates(place: Any, *, with_tangents: bool = True) -> list[Any]:
+            return [coordinate(k, place) for k in range(t + 1) if with_tangents or k % t == 0]
 
         zero, one = v.constant(0.0), v.constant(1.0)
         products = {
@@ -305,10 +316,15 @@ def cloud_group(  # type: ignore[no-untyped-def]
             for b in range(a, t + 1)
             if b > 0
         }
-        with cgutils.for_range(builder, reach, intp=index) as loop:
-            x = coordinates(loop.index)
-            for (a, b), register in products.items():
-                builder.store(v.add_product(builder.load(register), x[a], x[b]), register)
+        # More sums than registers would be written to memory in every step: a few at a time.
+        parts = [range(k, min(k + TOGETHER, t + 1)) for k in range(0, t + 1, TOGETHER)]
+        for rows, columns in itertools.combinations_with_replacement(parts, 2):
+            with cgutils.for_range(builder, reach, intp=index) as loop:
+                x = {k: coordinate(k, loop.index) for k in sorted({*rows, *columns})}
+                for a, b in itertools.product(rows, columns):
+                    if (a, b) in products:
+                        register = products[a, b]
+                        builder.store(v.add_product(builder.load(register), x[a], x[b]), register)
         with cgutils.for_range_slice(builder, reach, n, index(1), intp=index) as (place, _):
             apart, scaled = coordinates(place, with_tangents=False)
             for (a, b), x in (((0, t), apart), ((t, t), scaled)):

@@ -46,10 +46,10 @@ def uninterrupted() -> Iterator[None]:
                 signal.signal(number, lambda number, _: waiting.append(number))
         yield
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for number in waiting:
-            signal.raise_signal(number)
+        for caught, handler in handlers.items():
+            signal.signal(caught, handler)
+        for caught in waiting:
+            signal.raise_signal(caught)
 
 
 class WatchedFile:

@@ -1,15 +1,19 @@
 """Fits in parts: the model of one process, bit for bit, or a refusal that names what does not belong together."""
 
+import errno
 import functools
 import json
+import os
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from moefast.cli import cli
+from moefast.cli.signals import Terminated
 from moefast.cluster import fit_parts
 from moefast.cluster.fit_parts import FitPlan, Source, fit_of_parts, gather_to_file, only_one_first_pass
+from moefast.cluster.folders import OWNER, remove_folder, working_folder
 from moefast.core.errors import InputError
 from moefast.core.grids import uniform
 from moefast.experts import normal_equations
@@ -181,3 +185,36 @@ def test_the_commands(source, tmp_path, monkeypatch):
     assert done.exit_code == 0, done.output
     assert "part 1/2" in done.output
     assert fit_parts.read_header(tmp_path / "p1.npz")["shard"] == [1, 2]
+
+
+@pytest.mark.parametrize("what", ["full", "terminated"])
+def test_a_part_that_cannot_be_written_leaves_nothing(source, tmp_path, monkeypatch, what):
+    original = np.savez
+
+    def fail(file, **arrays):
+        original(file, **arrays)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if what == "full" else Terminated
+
+    monkeypatch.setattr(np, "savez", fail)
+    out = tmp_path / "p.npz"
+    options = ["--recipe", "global-ridge", "--no-references", "--shard", "0/2", "-o", str(out), "-q"]
+    done = CliRunner().invoke(cli, ["fit", str(source), *options])
+    if what == "full":
+        assert done.exit_code == 8
+        assert f"{out}: cannot be written: No space left on device" in done.output
+    else:
+        assert done.exit_code == 143
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_of_ended_jobs_are_removed(tmp_path):
+    out = tmp_path / "model"
+    dead, alive = (working_folder(out, digest * 64) for digest in "ab")
+    # No process has the largest number.
+    token = (dead / OWNER).read_text().split("-")
+    (dead / OWNER).write_text("-".join([*token[:2], str(2**22), *token[3:]]))
+    assert working_folder(out, "c" * 64).is_dir()
+    assert not dead.exists()
+    assert alive.exists()
+    remove_folder(out, "c" * 64)
+    assert {path.name for path in tmp_path.iterdir()} == {alive.name}
