@@ -190,7 +190,9 @@ def _missing_chunks(dataset: h5py.Dataset, shape: tuple[int, int]) -> UnwrittenP
 
     def note(chunk: Any) -> None:
         row, pixel = (*chunk.chunk_offset, 0)[:2]
-        if 0 <= row < n and 0 <= pixel < p and row % rows == 0 and pixel % pixels == 0:
+        inside = 0 <= row < n and 0 <= pixel < p and row % rows == 0 and pixel % pixels == 0
+        # A place that is taken already stands for another one, too.
+        if inside and not written[row // rows, pixel // pixels]:
             written[row // rows, pixel // pixels] = True
         else:
             astray.append(chunk.chunk_offset)
@@ -199,8 +201,9 @@ def _missing_chunks(dataset: h5py.Dataset, shape: tuple[int, int]) -> UnwrittenP
         dataset.id.chunk_iter(note)
     if astray:
         raise InputError(
-            f"{dataset.file.filename}: {dataset.name}: a chunk lies at {astray[0]}, which is no place of a dataset of "
-            f"shape {dataset.shape} in chunks of {dataset.chunks}: damaged; copy or produce the file again"
+            f"{dataset.file.filename}: {dataset.name}: a chunk lies at {astray[0]}, which is no place, or that of "
+            f"another one, in a dataset of shape {dataset.shape} in chunks of {dataset.chunks}: damaged; copy or "
+            "produce the file again"
         )
     if written.all():
         return None

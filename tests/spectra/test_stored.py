@@ -169,6 +169,12 @@ def test_a_chunk_whose_place_is_damaged_is_an_error(tmp_path):
     # Its place in the tree of chunks: row 20, pixel 10, byte 0 of a value.
     place = b"".join(value.to_bytes(8, "little") for value in (20, 10, 0))
     assert content.count(place) == 1
+    # That of another chunk.
+    path.write_bytes(content.replace(place, bytes(24)))
+    with pytest.raises(
+        InputError, match=r"a chunk lies at \(0, 0\), which is no place, or that of another one"
+    ):
+        Shard(path)
     path.write_bytes(
         content.replace(
             place, (20).to_bytes(8, "little") + (10 + 10 * 2**24).to_bytes(8, "little") + bytes(8)
