@@ -201,8 +201,8 @@ def simulate(
         report = progress.rows("simulate")
         if scheduler is not None:
             _on_cluster(
-                scheduler, out, span, progress, quiet=quiet, seed=seed, settings=settings, like=like, resolution=resolution,
-                noisy=noisy, overwrite=overwrite,
+                scheduler, out, span, progress, quiet=quiet, seed=seed, settings=settings, like=like,
+                resolution=resolution, noisy=noisy, overwrite=overwrite,
             )  # fmt: skip
             return
         simulate_file(
