@@ -176,17 +176,36 @@ def _gaps(dataset: h5py.Dataset, depth: int) -> UnwrittenPlaces | None:
             dataset.id.get_create_plist().get_layout() == h5py.h5d.COMPACT or dataset.id.get_storage_size()
         )
         return None if written else _without(shape, [])
-    rows, pixels = (*dataset.chunks, 1)[:2]
-    if dataset.id.get_num_chunks() >= -(-shape[0] // rows) * -(-shape[1] // pixels):
-        return None
-    boxes: list[_Box] = []
+    return _missing_chunks(dataset, shape)
+
+
+def _missing_chunks(dataset: h5py.Dataset, shape: tuple[int, int]) -> UnwrittenPlaces | None:
+    """Gaps where chunks were never written.
+
+    The number of chunks does not tell: one whose place is damaged is counted, and its values are read as zeros.
+    """
+    (n, p), (rows, pixels) = shape, (*dataset.chunks, 1)[:2]
+    written = np.zeros((-(-n // rows), -(-p // pixels)), bool)
+    astray: list[tuple[int, ...]] = []
 
     def note(chunk: Any) -> None:
         row, pixel = (*chunk.chunk_offset, 0)[:2]
-        boxes.append((row, row + rows, pixel, pixel + pixels))
+        if 0 <= row < n and 0 <= pixel < p and row % rows == 0 and pixel % pixels == 0:
+            written[row // rows, pixel // pixels] = True
+        else:
+            astray.append(chunk.chunk_offset)
 
-    dataset.id.chunk_iter(note)
-    return _without(shape, boxes)
+    if dataset.id.get_num_chunks():
+        dataset.id.chunk_iter(note)
+    if astray:
+        raise InputError(
+            f"{dataset.file.filename}: {dataset.name}: a chunk lies at {astray[0]}, which is no place of a dataset of "
+            f"shape {dataset.shape} in chunks of {dataset.chunks}: damaged; copy or produce the file again"
+        )
+    if written.all():
+        return None
+    edges = np.append(np.arange(0, p, pixels), p).astype(np.int64)
+    return UnwrittenPlaces(edges, np.repeat(~written, rows, axis=0)[:n])
 
 
 def _without(shape: tuple[int, int], boxes: list[_Box]) -> UnwrittenPlaces | None:

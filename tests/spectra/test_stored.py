@@ -157,6 +157,29 @@ def test_chunks_never_written_hold_no_data(name, chunks, options, tmp_path):
     np.testing.assert_array_equal(read, expected)
 
 
+def test_a_chunk_whose_place_is_damaged_is_an_error(tmp_path):
+    """It is counted among the chunks, and HDF5 reads zeros where it should be."""
+    path = tmp_path / "x.h5"
+    spectra(path)
+    with h5py.File(path, "r+") as file:
+        values = file["dataset/arrays/error/value"][()]
+        del file["dataset/arrays/error/value"]
+        file.create_dataset("dataset/arrays/error/value", data=values, chunks=(20, 10), compression="gzip")
+    content = path.read_bytes()
+    # Its place in the tree of chunks: row 20, pixel 10, byte 0 of a value.
+    place = b"".join(value.to_bytes(8, "little") for value in (20, 10, 0))
+    assert content.count(place) == 1
+    path.write_bytes(
+        content.replace(
+            place, (20).to_bytes(8, "little") + (10 + 10 * 2**24).to_bytes(8, "little") + bytes(8)
+        )
+    )
+    with h5py.File(path) as file:
+        assert (file["dataset/arrays/error/value"][20:, 10:20] == 0).all()
+    with pytest.raises(InputError, match=r"arrays/error/value: a chunk lies at \(20, 167772170\)"):
+        Shard(path)
+
+
 @pytest.mark.parametrize("chunks", [None, (8, PIXELS)])
 def test_an_array_never_written_at_all_is_an_error(chunks, tmp_path):
     path = tmp_path / "s.h5"
