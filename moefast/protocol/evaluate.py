@@ -157,8 +157,8 @@ def evaluate(
     found: dict[str, list[NDArray]] = {}
     references: dict[str, list[NDArray]] = {}
     scoring = 0.0
-    with row_progress(progress, "evaluate") as report:
-        scored = scorer.score((0, spectra.n_rows), report) if spread is None else spread(scorer, report)
+    with row_progress(progress, "evaluate") as told:
+        scored = scorer.score((0, spectra.n_rows), told) if spread is None else spread(scorer, told)
         for columns, others, seconds in scored:
             for key, values in columns.items():
                 found.setdefault(key, []).append(values)
