@@ -48,7 +48,7 @@ Measure = Callable[[Engine, Spec, float], dict[str, Any]]
 Say = Callable[[str], None]
 
 
-def prepare(folder: Path, n: int, tasks: Sequence[str], model: Model, say: Say) -> dict[str, Any]:
+def prepare(folder: Path, n: int, tasks: Sequence[str], model: Model, doing: Say) -> dict[str, Any]:
     """Simulate `n` spectra and write what the tasks need: spectra.h5, expected.npy; x.npy, labels.npz.
 
     Returns
@@ -71,7 +71,7 @@ def prepare(folder: Path, n: int, tasks: Sequence[str], model: Model, say: Say) 
                 f"{model.mixture.wave[-1]:.1f} Å; the benchmark simulates {spectra.n_pixels} pixels, "
                 f"{spectra.wave[0]:.1f}-{spectra.wave[-1]:.1f} Å; name a model for that grid"
             )
-        say(f"simulating {n:,} noisy spectra")
+        doing(f"bench: simulating {n:,} noisy spectra")
         expected = []
         step = float(spectra.wave[1] - spectra.wave[0])
         with SpectrumWriter(
@@ -95,7 +95,7 @@ def prepare(folder: Path, n: int, tasks: Sequence[str], model: Model, say: Say) 
                     expected.append(model.mixture.predict_reference(block.flux, block.error).log_g)
         np.save(folder / "expected.npy", np.concatenate(expected))
     if "fit" in tasks:
-        say(f"simulating {n:,} clean spectra")
+        doing(f"bench: simulating {n:,} clean spectra")
         x = np.lib.format.open_memmap(folder / "x.npy", "w+", np.float32, (n, spectra.n_pixels))
         reference = scale = None
         for block in spectra.blocks(BLOCK_ROWS, array="flux"):
@@ -153,6 +153,7 @@ def benchmark(
     limit: float = 300.0,
     scratch: str | None = None,
     say: Say = lambda _: None,
+    doing: Say = lambda _: None,
     measure: Measure = in_own_process,
 ) -> dict[str, Any]:
     """Run the benchmark.
@@ -178,6 +179,8 @@ def benchmark(
         Folder for the simulated spectra, 33 kB each for `score`, 16 kB for `fit`; the system's temporary folder if
         absent.
     say : callable
+        Told the outcome of each engine.
+    doing : callable
         Told what is being done.
     measure : callable
         How one engine is measured.
@@ -219,7 +222,7 @@ def benchmark(
                 raise InputError(
                     f"-n {n:,}: too many spectra for this machine and {where}; take fewer, or another --scratch"
                 )
-            data |= prepare(folder, max(fitting), [task], model, say)
+            data |= prepare(folder, max(fitting), [task], model, doing)
 
         def one(engine: Engine, size: int, count: int) -> dict[str, Any]:
             size = size if engine.most_rows is None else min(size, engine.most_rows)
@@ -227,11 +230,12 @@ def benchmark(
                 about = {"task": engine.task, "engine": engine.name, "title": engine.title, "n": size}
                 return about | {"unavailable": reason}
             spec = Spec(engine.task, engine.name, name, size, count, budget, model_path)
+            doing(f"bench: {engine.task} {engine.name}, n = {size:,}")
             row = finish(measure(engine, spec, limit))
             say(f"{engine.task} {engine.name}, n = {size:,}: {_outcome(row)}")
             return row
 
-        say("measuring floors")
+        doing("bench: measuring the floors of this machine")
         floors = _child(Spec("floors", "", name, data["n_pixels"], samples, budget), {}, limit)
         if isinstance(floors, str):
             raise BenchmarkError(f"the floors could not be measured ({floors})")

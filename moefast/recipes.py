@@ -19,14 +19,14 @@ from moefast.core.errors import InputError
 from moefast.core.grids import PHYSICAL_GRID, Grid, SnrGrid, uniform
 from moefast.core.progress import StageProgress, stage_progress
 from moefast.core.sketches import sketch
-from moefast.fitting import HERE, PUBLISHED_ALPHA, Noise, Options, Passes, fit_mixture
+from moefast.fitting import HERE, PUBLISHED_ALPHA, Noise, Options, Passes, expected_stages, fit_mixture
 from moefast.model import Model
 from moefast.spectra.guard import noisy_already, take
 from moefast.spectra.source import SpectrumSource
 from moefast.spectra.spectrum_set import SpectrumSet, open_spectra
 from moefast.trunks.presets import Size
 
-__all__ = ["DEFAULT", "RECIPES", "PreparedFit", "Recipe", "fit", "prepare"]
+__all__ = ["DEFAULT", "RECIPES", "PreparedFit", "Recipe", "fit", "options_of", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,31 @@ RECIPES: dict[str, Recipe] = {
 DEFAULT = "phys-moe"
 
 
+def options_of(
+    recipe: str = DEFAULT,
+    *,
+    grid: Grid | None = None,
+    families: Sequence[str] | None = None,
+    noise: Noise = "closed-form",
+    **changes: Any,
+) -> Options:
+    """Options of a recipe, with what is said otherwise; parameters as those of `fit`.
+
+    Raises
+    ------
+    InputError
+        The recipe is unknown, or what is said does not go together.
+    """
+    if recipe not in RECIPES:
+        raise InputError(f"recipe {recipe!r} is unknown; choose one of {', '.join(RECIPES)}")
+    own = dict(RECIPES[recipe].options)
+    if families is not None:
+        own["families"] = tuple(families)
+    if own.get("clipped") and noise == "closed-form":
+        noise = "sampled"
+    return Options(grid=grid or RECIPES[recipe].grid, noise=noise, **changes, **own)
+
+
 def fit(
     paths: str | Path | Iterable[str | Path] | SpectrumSource,
     *,
@@ -242,13 +267,11 @@ def prepare(
     tell: Callable[[str], None] | None = None,
 ) -> PreparedFit:
     """All that is known of a fit before its first row is read; parameters and errors are those of `fit`."""
-    if recipe not in RECIPES:
-        raise InputError(f"recipe {recipe!r} is unknown; choose one of {', '.join(RECIPES)}")
-    chosen, own = grid or RECIPES[recipe].grid, dict(RECIPES[recipe].options)
-    if families is not None:
-        own["families"] = tuple(families)
-    if own.get("clipped") and noise == "closed-form":
-        noise = "sampled"
+    options = options_of(
+        recipe, grid=grid, families=families, noise=noise, noise_level=noise_level, size=size, steps=steps,
+        references=references, seed=seed,
+    )  # fmt: skip
+    noise = options.noise
     spectra = paths if isinstance(paths, SpectrumSource) else open_spectra(paths)
     odd = []
     if isinstance(spectra, SpectrumSet) and noise != "observed":
@@ -259,16 +282,6 @@ def prepare(
         if tell is not None:
             for words in odd:
                 tell(words)
-    options = Options(
-        grid=chosen,
-        noise=noise,
-        noise_level=noise_level,
-        references=references,
-        seed=seed,
-        size=size,
-        steps=steps,
-        **own,
-    )
     return PreparedFit(spectra, options, recipe, spectra.fingerprint(), odd)
 
 
@@ -292,7 +305,7 @@ class PreparedFit:
         """The fitted model, not saved yet; `passes` says who reads the rows, the rest is as for `fit`."""
         where = resolve_kernels(backend)
         spectra, options = self.spectra, self.options
-        with stage_progress(progress) as report:
+        with stage_progress(progress, expected_stages(options, spectra.n_rows)) as report:
             fitted = fit_mixture(
                 spectra, options, report, checkpoint, "cuda" if where.name == "cuda" else "cpu", passes
             )

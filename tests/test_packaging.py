@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -122,3 +125,121 @@ def test_constraints_pin_every_requirement_within_its_range():
             continue
         assert canonicalize_name(requirement.name) in pins, text
         assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), text
+
+
+def _project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+@pytest.mark.skipif(not (ROOT / "conda").is_dir(), reason="only in a checkout")
+def test_conda_recipe_asks_for_what_the_project_asks_for() -> None:
+    import moefast
+
+    text = (ROOT / "conda/meta.yaml").read_text()
+    run = re.search(r"\n  run:\n((?:    - .*\n)+)", text)
+    host = re.search(r"\n  host:\n((?:    - .*\n)+)", text)
+    assert run is not None
+    assert host is not None
+    names = {"astropy": "astropy-base", "matplotlib": "matplotlib-base", "onnxruntime-gpu": "onnxruntime"}
+    project = _project()
+    wanted = {"python": SpecifierSet(project["requires-python"])}
+    for requirement in map(Requirement, project["dependencies"]):
+        wanted[names.get(requirement.name, requirement.name)] = requirement.specifier
+    found = dict(re.findall(r"- (\S+) ?(.*)\n", run[1]))
+    assert {name: SpecifierSet(versions) for name, versions in found.items()} == wanted
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    assert all(" ".join(re.split(r"(?=>)", each)) in host[1] for each in build)
+    assert f'version: "{moefast.__version__}"' in text
+    ((name, target),) = project["scripts"].items()
+    assert f"- {name} = {target}" in text
+
+
+def test_extras_exist_that_extras_and_messages_name() -> None:
+    extras = set(_project()["optional-dependencies"])
+    named = set()
+    for folder in (*ROOMS.values(), "docs"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in {".py", ".md"}:
+                named |= set(re.findall(r"moefast\[([\w,]+)\]", path.read_text(encoding="utf-8")))
+    for requirements in _project()["optional-dependencies"].values():
+        for requirement in map(Requirement, requirements):
+            if requirement.name == "moefast":
+                named |= requirement.extras
+    assert {name for each in named for name in each.split(",")} <= extras
+    assert set(metadata.metadata("moefast").get_all("Provides-Extra") or ()) == extras
+
+
+def _without(package: str, code: str) -> str:
+    """What a program says that runs where a package is not installed."""
+    text = f"import sys\nsys.modules[{package!r}] = None\n{code}"
+    done = subprocess.run(
+        [sys.executable, "-c", text], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode != 0, "it runs without the package"
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    ("package", "extra", "code"),
+    [
+        ("dask", "dask", "from moefast.cluster.workers import connect\nwith connect('local:1'): pass"),
+        ("distributed", "dask", "from moefast.cluster.workers import connect\nwith connect('local:1'): pass"),
+        ("lightgbm", "hybrid", "from moefast.experts.trees import Trees\nfrom moefast.experts.protocol import Inputs\n"
+         "import numpy as np\nz = np.zeros((50, 3), 'f4')\n"
+         "Trees.fit(Inputs(z, z[:, 0], np.zeros((50, 9), 'f4')), np.arange(50.0), seed=0)"),
+        ("numba_cuda", "cuda", "from moefast.kernels.cuda.device import require_device\nrequire_device()"),
+    ],
+)  # fmt: skip
+def test_what_needs_an_extra_says_so_where_it_is_missing(package, extra, code) -> None:
+    said = _without(package, code)
+    assert f"moefast[{extra}]" in said
+    assert "ModuleNotFoundError" not in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize("engine", ["sklearn", "himalaya", "lightgbm", "torch"])
+def test_engines_of_others_are_listed_with_what_is_missing(engine) -> None:
+    package = {"sklearn": "sklearn"}.get(engine, engine)
+    code = (
+        "from moefast.benchmarks.adapter import TASKS, why_not\n"
+        "from moefast.benchmarks.engines import choose\n"
+        f"import sys\nfound = [why_not(e) for e in choose(TASKS, ()) if {engine!r} in e.name]\n"
+        "sys.exit('; '.join(found) if found and all(found) else 0)"
+    )
+    assert "not installed" in _without(package, code)
+
+
+def test_systems_that_are_not_posix_import_and_predict(tmp_path) -> None:
+    """What Windows has not is blocked; its paths and its locks of open files are not tried by this."""
+    code = f"""
+import os, signal, sys
+sys.modules.update(dict.fromkeys(("fcntl", "resource", "grp", "termios", "pty", "syslog")))
+for name in ("fork", "getuid", "geteuid", "sched_getaffinity", "sysconf", "posix_fadvise", "getloadavg", "statvfs"):
+    delattr(os, name)
+for name in ("SIGPIPE", "SIGKILL", "SIGHUP", "SIGALRM", "SIGXFSZ"):
+    delattr(signal, name)
+sys.argv = ["moefast"]
+from moefast.cli import cli
+path = {str(tmp_path / "spectra.h5")!r}
+cli(["simulate", path, "-n", "3", "--seed", "1", "-q"], standalone_mode=False)
+cli(["predict", path, "-m", "z0", "-o", path + ".log_g.h5", "-q"], standalone_mode=False)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "spectra.h5.log_g.h5").is_file()
+
+
+@pytest.mark.skipif(not (ROOT / "Containerfile").is_file(), reason="only in a checkout")
+def test_container_file_has_commands_that_exist() -> None:
+    from moefast.cli import cli
+
+    text = (ROOT / "Containerfile").read_text()
+    steps = re.sub(r"\\\n", " ", re.sub(r"^#.*\n", "", text, flags=re.MULTILINE))
+    version = re.search(r"^FROM \S+/python:(\d+\.\d+)-slim$", steps, re.MULTILINE)
+    assert version is not None
+    assert SpecifierSet(_project()["requires-python"]).contains(version[1])
+    calls = re.findall(r"&& moefast (\w+) ([^&\n]+)", steps)
+    assert [name for name, _ in calls] == ["simulate", "predict"]
+    for name, words in calls:
+        # Parsed, not run.
+        cli.commands[name].make_context(name, shlex.split(words))
+    assert 'ENTRYPOINT ["moefast"]' in steps

@@ -1,17 +1,20 @@
 """Every recipe from files to tables: fitted, saved, read back to the last bit, scored, evaluated, exported."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
 
 from moefast.core.errors import BackendError, InputError
+from moefast.core.progress import Whole
 from moefast.export import build, open_session
+from moefast.fitting import expected_stages
 from moefast.model import Model
 from moefast.predicting.engines import CudaEngine
 from moefast.predicting.files import predict
 from moefast.protocol.evaluate import evaluate
-from moefast.recipes import RECIPES, fit
+from moefast.recipes import RECIPES, fit, options_of
 
 ALL_RECIPES = [
     pytest.param(name, marks=pytest.mark.torch) if recipe.options.get("families") == ("heads",) else name
@@ -22,20 +25,43 @@ ALL_RECIPES = [
 @pytest.fixture(scope="module")
 def fitted(labelled_file, tmp_path_factory):
     """Each recipe fitted once, when it is first asked for."""
-    made, folder = {}, tmp_path_factory.mktemp("recipes")
+    made, folder, stages = {}, tmp_path_factory.mktemp("recipes"), {}
 
     def get(recipe):
         if recipe not in made:
             # These stars are binned, hence bright: with their own noise the faintest bin of snr-moe would be empty.
             noise_level = 2.0 if recipe == "snr-moe" else 1.0
             references = recipe == "hybrid-moe"
+            stages[recipe] = []
             made[recipe] = fit(
-                labelled_file, recipe=recipe, references=references, noise_level=noise_level, steps=60
-            )
+                labelled_file, recipe=recipe, references=references, noise_level=noise_level, steps=60,
+                progress=lambda *report: stages[recipe].append(report),
+            )  # fmt: skip
             made[recipe].save(folder / recipe)
         return made[recipe], folder / recipe
 
+    get.stages = stages
     return get
+
+
+@pytest.mark.parametrize("recipe", ALL_RECIPES)
+def test_a_fit_goes_through_the_stages_that_are_expected_of_it(fitted, recipe):
+    model, _ = fitted(recipe)
+    reports = fitted.stages[recipe]
+    stages = [stage for stage, _ in itertools.groupby(reports, key=lambda report: report[0])]
+    options = options_of(recipe, references=recipe == "hybrid-moe", steps=60)
+    expected = expected_stages(options, model.manifest["training"]["n_spectra"])
+    assert stages == list(expected)
+    assert min(expected.values()) > 0
+    whole, shares = Whole(expected), [0.0]
+    for stage, done, total in reports:
+        whole.report(stage, done, total)
+        assert whole.share >= shares[-1]
+        shares.append(whole.share)
+    # A network that no longer learns stops early.
+    assert shares[-1] == pytest.approx(1)
+    for stage in stages:
+        assert next(done for name, done, _ in reports if name == stage) <= 1, f"{stage} begins in silence"
 
 
 @pytest.mark.parametrize("recipe", ALL_RECIPES)

@@ -259,6 +259,29 @@ def test_a_column_whose_name_only_looks_like_a_weight_is_ignored(few, model, pla
     assert not [name for name in found.stars if name.startswith("weight")]
 
 
+def test_default_names_are_those_of_the_files(few, stars, model_folder, place, monkeypatch):
+    """A file may be called like a pattern; and a table of other spectra is never replaced under the default name."""
+    monkeypatch.chdir(place)
+    for k in (1, 2):
+        stars.take(slice(10 * k, 10 * k + 10)).write(place / f"run[{k}].h5")
+
+    def go(*arguments):
+        return CliRunner().invoke(
+            cli, ["predict", *map(str, arguments), "-m", str(model_folder), "-q", "--overwrite"]
+        )
+
+    for k in (1, 2):
+        assert go(f"run[{k}].h5").exit_code == 0
+    ids = {k: read_table(place / f"run[{k}].log_g.h5")[0]["id"].tolist() for k in (1, 2)}
+    assert ids == {k: list(range(10 * k, 10 * k + 10)) for k in (1, 2)}
+    (place / "elsewhere").mkdir()
+    shutil.copy(few, place / "elsewhere" / "run[1].h5")
+    refused = go("elsewhere/run[1].h5")
+    assert refused.exit_code == 8
+    assert "run[1].log_g.h5: is the table of other spectra" in refused.stderr
+    assert read_table(place / "run[1].log_g.h5")[0]["id"].tolist() == ids[1]
+
+
 # -- handles -------------------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ to it, and nothing is left under the name or beside it.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import resource
@@ -153,9 +154,13 @@ def _in_child(work: Callable[[], object], log: Path, first: Callable[[], None], 
     except BaseException:
         traceback.print_exc()
     finally:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        os._exit(code)
+        # Whatever happens, this process must not go on as the one that it was forked from.
+        try:
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError, ValueError):
+                    stream.flush()
+        finally:
+            os._exit(code)
 
 
 def judge(

@@ -164,6 +164,7 @@ def posteriors(
     target_ess: float = TARGET_ESS,
     seed: int = 0,
     threads: int | None = None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> StarPosteriors:
     """Posterior of each star of a block.
 
@@ -185,6 +186,8 @@ def posteriors(
     seed : int
     threads : int, optional
         As many as there are cores if absent.
+    progress : callable
+        Called with the number of stars done, after each.
     """
     varied = [name in forward.uniform for name in LABELS]
     shapes = forward.calibration_shapes
@@ -226,7 +229,11 @@ def posteriors(
         return [*numbers, found.ess, found.n_likelihoods, *ranks]
 
     with one_blas_thread(), ThreadPoolExecutor(threads or CORES) as pool:
-        table = np.array(list(pool.map(one, range(len(rows))))).reshape(len(rows), 10)
+        numbers: list[list[float]] = []
+        for row in pool.map(one, range(len(rows))):
+            numbers.append(row)
+            progress(len(numbers))
+        table = np.array(numbers).reshape(len(rows), 10)
     return StarPosteriors(
         table[:, 0], table[:, 1], table[:, 2], table[:, 3], table[:, 4].astype(np.int64), table[:, 5:]
     )

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -28,6 +29,7 @@ from moefast.core import metrics
 from moefast.core.atomic import write_atomically
 from moefast.core.errors import InputError
 from moefast.core.groups import groups_of
+from moefast.core.progress import RowProgress, StageProgress
 from moefast.core.random import NOISE_SEED, standard_normals
 from moefast.simulate.emulator import LABELS
 from moefast.simulate.forward import ForwardModel
@@ -49,6 +51,8 @@ __all__ = [
     "read",
     "write",
 ]
+
+_LOG = logging.getLogger(__name__)
 
 Method = Literal["auto", "both", "fisher", "bayes"]
 F64 = NDArray[np.float64]
@@ -99,7 +103,7 @@ def compute(
     seed: int = 0,
     threads: int | None = None,
     name: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: StageProgress | None = None,
     spread: Callable[..., Iterator[BlockBounds]] | None = None,
 ) -> Ceiling:
     """Compute the ceilings of labelled spectra.
@@ -121,9 +125,10 @@ def compute(
     name : str, optional
         Name of the set.
     progress : callable, optional
-        Called with rows done and rows in all.
+        Called with the name of the stage, "ceiling", rows done and rows in all.
     spread : callable, optional
-        Has the rows computed elsewhere: called with what makes a `StarBounds`, the number of rows, and `progress`.
+        Has the rows computed elsewhere: called with what makes a `StarBounds`, the number
+        of rows, and a callback that is told of them.
 
     Returns
     -------
@@ -146,13 +151,15 @@ def compute(
     identity = identify(spectra.shards[0]) if len(spectra.shards) == 1 else None
     parameters, with_bayes, stored = stars_of.parameters, stars_of.with_bayes, stars_of.stored
     n = min(stars or spectra.n_rows, spectra.n_rows)
+    _LOG.info("%d stars; Fisher bound: %s, Bayes ceiling: %s", n, method != "bayes", with_bayes)
     found: dict[str, list[F64]] = {}
     shares: list[F64] = []
     order = FREE_LABELS
     names: tuple[str, ...] = ()
     seconds = {"fisher": 0.0, "bayes": 0.0}
     likelihoods = 0
-    report = progress or (lambda *_: None)
+    report: RowProgress = partial(progress or (lambda *_: None), "ceiling")
+    report(0, n)
     blocks = stars_of.blocks((0, n), report) if spread is None else spread(stars_of.arguments, n, report)
     for block in blocks:
         for key, values in block.columns.items():
@@ -293,6 +300,7 @@ class StarBounds:
                 star = bayes.posteriors(
                     forward, _library(self.settings), rows, block.flux, block.error, mag, seeing, here,
                     good=good, sky=sky, target_ess=self.target_ess, seed=self.seed, threads=self.threads,
+                    progress=partial(_report_star, progress, int(rows[0]) - span[0], span[1] - span[0]),
                 )  # fmt: skip
                 columns |= {
                     "bayes": star.mean,
@@ -305,6 +313,11 @@ class StarBounds:
                 seconds["bayes"] = time.perf_counter() - begin
             yield BlockBounds(columns, share, names, likelihoods, seconds)
             progress(int(rows[-1]) + 1 - span[0], span[1] - span[0])
+
+
+def _report_star(progress: RowProgress, before: int, total: int, done: int) -> None:
+    """Report a star of a block."""
+    progress(before + done, total)
 
 
 def known(spectra: SpectrumSet) -> Ceiling | None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from moefast.cli.options import DEVICE, JSON, MODEL, OVERWRITE, QUIET, names, positive
+from moefast.cli.options import DEVICE, JSON, MODEL, OVERWRITE, names, positive, talk
+from moefast.core.progress import ProgressLine
 
 __all__ = ["bench"]
 
@@ -52,7 +53,7 @@ def _sizes(_: click.Context, __: click.Parameter, value: str | None) -> tuple[in
 )  # fmt: skip
 @DEVICE
 @OVERWRITE
-@QUIET
+@talk
 @JSON
 def bench(
     task: str, engines: tuple[str, ...], as_list: bool, number: int, samples: int, growth: tuple[int, ...],
@@ -94,10 +95,11 @@ def bench(
         if path:
             # Known before minutes of work, not after.
             partial_path(Path(path), overwrite=overwrite)
-    result = benchmark(
-        tasks=tasks, engines=engines, n=number, samples=samples, growth=growth, model_path=model, limit=limit,
-        scratch=scratch, say=(lambda _: None) if quiet else (lambda text: click.echo(text, err=True)),
-    )  # fmt: skip
+    with ProgressLine(quiet) as progress:
+        result = benchmark(
+            tasks=tasks, engines=engines, n=number, samples=samples, growth=growth, model_path=model, limit=limit,
+            scratch=scratch, say=progress.note, doing=progress.doing,
+        )  # fmt: skip
     text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
     if out:
         write_atomically(out, (text + "\n").encode(), overwrite=overwrite)

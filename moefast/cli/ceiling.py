@@ -6,7 +6,8 @@ import json
 
 import click
 
-from moefast.cli.options import FILES, JSON, OVERWRITE, QUIET, SCHEDULER
+from moefast.cli.messages import tell_written
+from moefast.cli.options import FILES, JSON, OVERWRITE, SCHEDULER, talk
 from moefast.cli.spread import spread_over
 from moefast.core.atomic import refuse_taken
 from moefast.core.progress import ProgressLine
@@ -38,13 +39,18 @@ __all__ = ["ceiling"]
 )
 @SCHEDULER
 @OVERWRITE
-@QUIET
+@talk
 @JSON
 def ceiling(
     files: tuple[str, ...], out: str | None, picture: str | None, method: str, stars: int | None, name: str | None,
     seed: int, scheduler: str | None, overwrite: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """What the physics allows: R² ceilings of labelled spectra, by Fisher information and by Bayes.
+
+    \b
+        moefast simulate test.h5 --set wild --part test_1k
+        moefast ceiling test.h5 -o ceiling.json.gz --picture ceiling.png
+        moefast evaluate test.h5 --ceiling ceiling.json.gz
 
     The Bayes ceiling is the R² of the exact posterior mean: no method does better on these stars. It takes 40 to 130 ms
     per star on two cores. The ceilings of the reference sets come with moefast; evaluate finds them by itself.
@@ -55,17 +61,15 @@ def ceiling(
     for path in (out, picture):
         if path:
             refuse_taken(path, overwrite=overwrite)
-    progress = ProgressLine(quiet)
-    with spread_over(scheduler, "ceilings_on", progress) as spread:
+    with ProgressLine(quiet) as progress, spread_over(scheduler, "ceilings_on", progress) as spread:
         found = ceilings.compute(
-            files, method=method, stars=stars, seed=seed, name=name, progress=progress.rows("ceiling"),  # type: ignore[arg-type]
+            files, method=method, stars=stars, seed=seed, name=name, progress=progress.stage,  # type: ignore[arg-type]
             spread=spread,
         )  # fmt: skip
-    progress.close()
     click.echo(json.dumps(found.summary, indent=1) if as_json else format_text(found.summary))
     if out:
         ceilings.write(found, out, overwrite=overwrite)
-        click.echo(f"written: {out}", err=True)
+        tell_written(out)
     if picture:
         figure(found.summary, picture, overwrite=overwrite)
-        click.echo(f"picture: {picture}", err=True)
+        tell_written(picture)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from moefast.cli.options import JSON, OVERWRITE
+from moefast.cli.messages import tell_written
+from moefast.cli.options import JSON, OVERWRITE, talk
 from moefast.core.atomic import refuse_taken, write_json
 from moefast.core.errors import OutputError
 
@@ -23,11 +24,22 @@ __all__ = ["compare"]
     help="Draw R² of all of them against SNR, beside the Bayes ceiling, to a PNG.",
 )
 @OVERWRITE
+@talk
 @JSON
 def compare(
-    reports: tuple[str, ...], out: str | None, picture: str | None, overwrite: bool, as_json: bool
+    reports: tuple[str, ...],
+    out: str | None,
+    picture: str | None,
+    overwrite: bool,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     """Is one model better than another? Paired differences of two or more evaluations on the same stars.
+
+    \b
+        moefast evaluate test.h5 -m z0 -o reports/z0
+        moefast evaluate test.h5 -m mine/ -o reports/mine
+        moefast compare reports/z0 reports/mine --picture compared.png
 
     REPORT is a folder that moefast evaluate -o wrote; the first is what the others are compared with. Per group of
     stars: the difference of R² with its interval, and better, worse or no difference. Evaluations of other stars or
@@ -46,7 +58,7 @@ def compare(
     click.echo(json.dumps(found, indent=1) if as_json else format_text(found))
     if out:
         write_json(found, out, overwrite=overwrite)
-        click.echo(f"written: {out}", err=True)
+        tell_written(out)
     if picture:
         # Only now: drawing takes a second to import.
         from moefast.protocol.figures import compared
@@ -57,4 +69,4 @@ def compare(
             names = [f"{chr(ord('A') + i)} {name}" for i, name in enumerate(names)]
         reports_by_name = {name: item.report for name, item in zip(names, kept, strict=True)}
         compared(reports_by_name, picture, overwrite=overwrite)
-        click.echo(f"written: {picture}", err=True)
+        tell_written(picture)

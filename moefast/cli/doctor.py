@@ -7,16 +7,25 @@ import sys
 
 import click
 
-from moefast.cli.options import DEVICE, JSON
+from moefast.cli.options import DEVICE, JSON, talk
 
 __all__ = ["doctor"]
 
 
 @click.command(short_help="Say what this machine has and what is used of it.")
 @DEVICE
+@talk
 @JSON
-def doctor(as_json: bool) -> None:
-    """Say what this machine has, what moefast will use, and why not more."""
+def doctor(quiet: bool, as_json: bool) -> None:
+    """Say what this machine has, what moefast will use, and why not more.
+
+    \b
+        moefast doctor
+        moefast doctor --json > machine.json
+
+    Versions, cores, GPUs and why one is not used, where compiled code is kept, shipped models, families of experts. The
+    exit code is 1 if something is wrong.
+    """
     from moefast.doctor import examine, format_text
 
     facts = examine()

@@ -6,6 +6,7 @@ import json
 
 import click
 
+from moefast.cli.messages import tell_written
 from moefast.cli.options import (
     BACKEND,
     CONFIG,
@@ -15,8 +16,8 @@ from moefast.cli.options import (
     JSON,
     NOISE_LEVEL,
     OVERWRITE,
-    QUIET,
     SCHEDULER,
+    talk,
 )
 from moefast.cli.spread import spread_over
 from moefast.core.progress import ProgressLine
@@ -66,7 +67,7 @@ __all__ = ["evaluate"]
 @EXPERT
 @CONFIG
 @OVERWRITE
-@QUIET
+@talk
 @JSON
 def evaluate(
     files: tuple[str, ...], model: str | None, peer: str | None, out: str | None, pictures: bool, noise: str,
@@ -75,6 +76,12 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Measure a model on labelled spectra: R² with intervals, by SNR and bin, beside simpler fits.
 
+    \b
+        moefast evaluate test.h5 -o report/
+        moefast evaluate test.h5 -m model/ -o report/ --name "my test set"
+        moefast evaluate observed.h5 --noise none
+        moefast evaluate test.h5 -m predictions-of-others.csv -o report/
+
     Models of others are measured by the same rules: as an ONNX file, or as a table with one prediction for each row of
     the test set. A table must have been made of the noise that is measured with: of the array noisy, which moefast
     simulate writes, or of observed flux with --noise none. A prediction that is NaN counts as the mean label.
@@ -82,25 +89,33 @@ def evaluate(
     --peer measures a method that astronomers would use without a model of moefast.
     """
     from moefast.protocol.evaluate import evaluate as run
+    from moefast.protocol.evaluate import expected_stages
     from moefast.protocol.milestones.judge import judge_alone
     from moefast.protocol.report_folder import check_report_folder, write_report
     from moefast.protocol.report_text import format_text
 
     if out:
         check_report_folder(out, overwrite)
-    progress = ProgressLine(quiet)
-    with spread_over(scheduler, "scores_on", progress) as spread:
-        result = run(
-            files, model, peer=peer, noise=noise, noise_level=noise_level, ceiling=ceiling, backend=backend, name=name,  # type: ignore[arg-type]
-            progress=progress.rows("evaluate"), tell=lambda words: progress.note(f"note: {words}"), spread=spread,
-        )  # fmt: skip
-    progress.close()
-    judged = judge_alone(result.report) if milestones else None
-    # First what took long; a terminal may refuse the text.
-    written = write_report(result, out, pictures=pictures, overwrite=overwrite, judged=judged) if out else []
+    drawn = pictures and out is not None
+    with ProgressLine(quiet, lambda n_rows: expected_stages(n_rows, pictures=drawn)) as progress:
+        progress.doing("evaluate: loading the model")
+        with spread_over(scheduler, "scores_on", progress) as spread:
+            result = run(
+                files, model, peer=peer, noise=noise, noise_level=noise_level, ceiling=ceiling, backend=backend,  # type: ignore[arg-type]
+                name=name, progress=progress.stage, tell=lambda words: progress.note(f"note: {words}"), spread=spread,
+            )  # fmt: skip
+        judged = judge_alone(result.report) if milestones else None
+        # First what took long; a terminal may refuse the text.
+        written = (
+            write_report(
+                result, out, pictures=pictures, overwrite=overwrite, judged=judged, progress=progress.stage
+            )
+            if out
+            else []
+        )
     text = json.dumps(result.report, indent=1) if as_json else format_text(result.report, result.run, judged)
     click.echo(text)
     if as_json and not quiet and result.run["spectra_per_second"]:
         click.echo(f"{result.run['spectra_per_second']:,.0f} spectra/s on {result.run['device']}", err=True)
     if out:
-        click.echo("written: " + ", ".join(str(path) for path in written), err=True)
+        tell_written(*written)

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import click
 
-from moefast.cli.options import EXPERT, OVERWRITE
+from moefast.cli.messages import tell_result
+from moefast.cli.options import EXPERT, OVERWRITE, talk
 from moefast.core.atomic import refuse_taken
+from moefast.core.progress import ProgressLine
 
 __all__ = ["export"]
 
@@ -21,8 +23,13 @@ __all__ = ["export"]
 )
 @EXPERT
 @OVERWRITE
-def export(model: str, out: str, part: str, half: bool, overwrite: bool) -> None:
+@talk
+def export(model: str, out: str, part: str, half: bool, overwrite: bool, quiet: bool) -> None:
     """Write a model folder, or a part of it, as one ONNX file, verified against the model first.
+
+    \b
+        moefast export observed -o log_g.onnx
+        moefast export model/ -o gate.onnx --part gate
 
     Inputs flux and error (n, pixels) float32; outputs log_g, log_g_err, weights, expert_log_g and more. The file
     runs in plain ONNX Runtime. MODEL is a model folder, or a shipped model: observed, z0 or survey. What
@@ -36,16 +43,16 @@ def export(model: str, out: str, part: str, half: bool, overwrite: bool) -> None
     parts = ["mixture", "gate", *(f"expert-{k}" for k in range(chosen.mixture.n_experts))]
     if part not in parts:
         raise click.BadParameter(f"{part!r} is none of {', '.join(parts)}", param_hint="--part")
-    differences = export_model(
-        chosen.mixture,
-        out,
-        part=part,
-        metadata={"recipe": chosen.manifest["recipe"]},
-        half=half,
-        overwrite=overwrite,
-    )
+    with ProgressLine(quiet) as progress:
+        progress.doing("export: building the graph and comparing it with the model")
+        differences = export_model(
+            chosen.mixture, out, part=part, metadata={"recipe": chosen.manifest["recipe"]}, half=half,
+            overwrite=overwrite,
+        )  # fmt: skip
     size = Path(out).stat().st_size / 1e6
     largest = ", ".join(
         f"{name} {value:.1e}" for name, value in differences.items() if isinstance(value, float)
     )
-    click.echo(f"{out}: {part}, {size:.1f} MB; largest difference from the model in float64: {largest}")
+    tell_result(
+        f"{out}: {part}, {size:.1f} MB; largest difference from the model in float64: {largest}", quiet=quiet
+    )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from moefast.cli.messages import tell_failures
+from moefast.cli.messages import tell_failures, tell_result
 from moefast.cli.options import (
     BACKEND,
     CONFIG,
@@ -21,10 +22,10 @@ from moefast.cli.options import (
     NOISE_LEVEL,
     OF_TASK,
     OVERWRITE,
-    QUIET,
     RESOLUTION,
     SCHEDULER,
     shard_of,
+    talk,
 )
 from moefast.core.progress import ProgressLine
 
@@ -33,9 +34,11 @@ if TYPE_CHECKING:
     from moefast.cluster.fit_parts import FitPlan
     from moefast.model import Model
     from moefast.recipes import PreparedFit
-    from moefast.simulate import SimulatedSpectra
 
 __all__ = ["fit", "tell_model"]
+
+WRITING = "writing the model"
+"""Last stage of the command: an ONNX file that is compared with the model before it is kept."""
 
 
 def _grid(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:
@@ -109,7 +112,7 @@ def _grid(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int
 @DEVICE
 @CONFIG
 @OVERWRITE
-@QUIET
+@talk
 @JSON
 def fit(
     files: tuple[str, ...], out: str, simulate: int | None, name: str | None, like: tuple[str, ...],
@@ -162,9 +165,11 @@ def fit(
     from moefast.cluster.fit_parts import FitPlan, Source
     from moefast.core.atomic import refuse_taken
     from moefast.core.grids import uniform
+    from moefast.fitting import expected_stages
     from moefast.model import check_target
-    from moefast.recipes import RECIPES
+    from moefast.recipes import RECIPES, options_of
     from moefast.recipes import fit as run
+    from moefast.spectra import open_spectra
 
     if recipe not in RECIPES:
         raise click.BadParameter(
@@ -188,42 +193,46 @@ def fit(
         if Path(out).suffix != ".npz":
             raise click.UsageError("--shard writes a file of statistics: -o PART.npz")
         refuse_taken(out, overwrite=overwrite)
-    progress = ProgressLine(quiet)
-    # A posterior takes templates without gaps, and has errors calibrated over those of the files.
-    whole = bool(like) and RECIPES[recipe].options.get("families") == ("posterior",)
-    source = Source(simulate=simulate, name=name, like=like, resolution=resolution, whole=whole)
-    observed = source.observed()
-    spectra: SimulatedSpectra | tuple[str, ...] = files
-    if simulate:
-        spectra = source.open(observed)  # type: ignore[assignment]  # no files
-    if observed is not None:
-        progress.note(str(observed))
-    where = resolve_kernels(backend)
-    progress.note(f"backend {where.name} ({where.device}): {where.reason}")
-    begin = time.monotonic()
-    arguments: dict[str, Any] = {
-        "recipe": recipe, "families": families, "grid": uniform(*grid) if grid else None, "noise": noise,
-        "noise_level": noise_level, "size": size, "steps": steps, "references": references, "seed": seed,
-    }  # fmt: skip
-    kept = Checkpoint(checkpoint, tell=progress.note) if checkpoint else None
-    if shard is not None or scheduler is not None:
-        plan = FitPlan(source if simulate else Source.of_files(files), arguments)
-        prepared = plan.prepare(
-            spectra if simulate else None,  # type: ignore[arg-type]  # no names of files
-            lambda words: progress.note(f"note: {words}"),
+    with ProgressLine(quiet) as progress:
+        # A posterior takes templates without gaps, and has errors calibrated over those of the files.
+        whole = bool(like) and RECIPES[recipe].options.get("families") == ("posterior",)
+        source = Source(simulate=simulate, name=name, like=like, resolution=resolution, whole=whole)
+        observed = source.observed()
+        progress.doing("fit: reading")
+        spectra = source.open(observed) if simulate else open_spectra(files)
+        if observed is not None:
+            progress.note(str(observed))
+        where = resolve_kernels(backend)
+        progress.note(f"backend {where.name} ({where.device}): {where.reason}")
+        begin = time.monotonic()
+        arguments: dict[str, Any] = {
+            "recipe": recipe, "families": families, "grid": uniform(*grid) if grid else None, "noise": noise,
+            "noise_level": noise_level, "size": size, "steps": steps, "references": references, "seed": seed,
+        }  # fmt: skip
+        kept = Checkpoint(checkpoint, tell=progress.note) if checkpoint else None
+        progress.expect(
+            expected_stages(options_of(**arguments), spectra.n_rows) | {WRITING: 3.0}  # type: ignore[arg-type]
         )
-    if shard is not None:
-        _gather(plan, prepared, shard, out, kept, where.name, progress, begin, as_json=as_json)
-        return
-    if scheduler is not None:
-        model = _on_cluster(scheduler, plan, prepared, out, where.name, progress)
-    else:
-        model = run(
-            spectra, **arguments, progress=progress.stage, checkpoint=kept, backend=where.name,
-            tell=lambda words: progress.note(f"note: {words}"),
-        )  # fmt: skip
-    progress.close()
-    model = model.save(out, overwrite=overwrite)
+        if shard is not None or scheduler is not None:
+            plan = FitPlan(source if simulate else Source.of_files(files), arguments)
+            prepared = plan.prepare(
+                spectra if simulate else None,  # type: ignore[arg-type]  # no names of files
+                lambda words: progress.note(f"note: {words}"),
+            )
+        if shard is not None:
+            _gather(
+                plan, prepared, shard, out, kept, where.name, progress, begin, quiet=quiet, as_json=as_json
+            )
+            return
+        if scheduler is not None:
+            model = _on_cluster(scheduler, plan, prepared, out, where.name, progress)
+        else:
+            model = run(
+                spectra, **arguments, progress=progress.stage, checkpoint=kept, backend=where.name,
+                tell=lambda words: progress.note(f"note: {words}"),
+            )  # fmt: skip
+        progress.doing(WRITING)
+        model = model.save(out, overwrite=overwrite)
     if kept is not None:
         kept.remove()
     facts = {
@@ -232,14 +241,14 @@ def fit(
     }  # fmt: skip
     if observed is not None:
         facts["left_out"] = [str(failure.error) for failure in observed.failures]
-    tell_model(facts, model, out, as_json=as_json)
+    tell_model(facts, model, out, quiet=quiet, as_json=as_json)
     if observed is not None and not as_json:
         tell_failures(observed.failures)
 
 
 def _gather(
     plan: FitPlan, prepared: PreparedFit, shard: tuple[int, int], out: str, kept: Checkpoint | None, backend: str,
-    progress: ProgressLine, begin: float, *, as_json: bool,
+    progress: ProgressLine, begin: float, *, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """The statistics of one part."""
     from moefast.cluster.fit_parts import gather_to_file, only_one_first_pass
@@ -261,9 +270,10 @@ def _gather(
     if as_json:
         click.echo(json.dumps(facts, indent=1))
         return
-    click.echo(
+    tell_result(
         f"{out}: statistics of rows {rows[0]}:{rows[1]} of {prepared.spectra.n_rows:,}, part {shard[0]}/{shard[1]}; "
-        "moefast merge PART… -o FOLDER finishes the fit"
+        "moefast merge PART… -o FOLDER finishes the fit",
+        quiet=quiet,
     )
 
 
@@ -281,32 +291,33 @@ def _on_cluster(
         )  # fmt: skip
 
 
-def tell_model(facts: dict[str, Any], model: Model, out: str, *, as_json: bool) -> None:
+def tell_model(facts: dict[str, Any], model: Model, out: str, *, quiet: bool, as_json: bool) -> None:
     """Say what was fitted."""
     if as_json:
         click.echo(json.dumps(facts, indent=1))
         return
     check = facts["cross_validation"]
-    click.echo(
+    say = partial(tell_result, quiet=quiet)
+    say(
         f"{out}: {model.manifest['recipe']}, {facts['rows']['used']:,} spectra, {facts['seconds']:.0f} s on "
         f"{facts['backend']}"
     )
     unlabelled = facts["rows"].get("unlabelled", 0)
     if facts["rows"]["left_out"] > unlabelled:
-        click.echo(
+        say(
             f"  {facts['rows']['left_out'] - unlabelled:,} spectra with fewer than half of their pixels good were left "
             "out"
         )
     if unlabelled:
-        click.echo(f"  {unlabelled:,} spectra without labels were left out")
+        say(f"  {unlabelled:,} spectra without labels were left out")
     for note in model.manifest["training"]["notes"]:
-        click.echo(f"  note: {note}")
-    click.echo(f"  {facts['solver']}")
+        say(f"  note: {note}")
+    say(f"  {facts['solver']}")
     kernels = facts.get("heads", {}).get("kernels", "")
     if kernels.startswith("plain: "):
-        click.echo(f"  note: the network was fitted without fused kernels, slower: {kernels[7:]}")
-    click.echo(
+        say(f"  note: the network was fitted without fused kernels, slower: {kernels[7:]}")
+    say(
         f"  rows held back: R² {check['r2']:.3f} (with true bins {check['r2_true_bins']:.3f}), "
         f"1σ holds {100 * check['coverage_68']:.1f} %, 1.96σ {100 * check['coverage_95']:.1f} %"
     )
-    click.echo("  measure it on spectra it has not seen: moefast evaluate TEST… -m " + str(out))
+    say("  measure it on spectra it has not seen: moefast evaluate TEST… -m " + str(out))

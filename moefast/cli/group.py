@@ -24,6 +24,7 @@ from moefast.cli.export import export
 from moefast.cli.fit import fit
 from moefast.cli.inspect import inspect
 from moefast.cli.merge import merge
+from moefast.cli.messages import fail
 from moefast.cli.milestones import milestones
 from moefast.cli.predict import predict
 from moefast.cli.roadmap import roadmap
@@ -33,6 +34,7 @@ from moefast.cli.simulate import simulate
 from moefast.core.atomic import remove_unfinished
 from moefast.core.errors import MoefastError, OutputError
 from moefast.core.version import __version__
+from moefast.core.watched import interrupt_behind
 
 __all__ = ["cli", "main"]
 
@@ -71,10 +73,10 @@ class _Group(click.Group):
             error.show()
             code = error.exit_code
         except click.Abort:
-            click.echo("\nmoefast: interrupted; nothing was written", err=True)
+            fail("\nmoefast: interrupted; nothing was written")
             code = 130
         except Terminated:
-            click.echo("\nmoefast: terminated; nothing was written", err=True)
+            fail("\nmoefast: terminated; nothing was written")
             code = 143
         sys.exit(code if isinstance(code, int) else 0)
 
@@ -83,25 +85,27 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except MoefastError as error:
-            click.echo(f"\nmoefast: error: {error}", err=True)
+            fail(f"moefast: error: {error}")
             ctx.exit(error.exit_code)
-        except KeyboardInterrupt:
-            click.echo("\nmoefast: interrupted; nothing was written", err=True)
-            ctx.exit(130)
-        except Terminated:
-            click.echo("\nmoefast: terminated; nothing was written", err=True)
-            ctx.exit(143)
+        except (KeyboardInterrupt, Terminated, SystemError) as error:
+            interrupt = interrupt_behind(error)
+            if interrupt is None:
+                raise
+            terminated = isinstance(interrupt, Terminated)
+            words = "terminated" if terminated else "interrupted"
+            fail(f"\nmoefast: {words}; nothing was written")
+            ctx.exit(143 if terminated else 130)
         except ValueError as error:
             if "null byte" not in str(error):
                 raise
-            click.echo("\nmoefast: error: no name of a file holds a NUL byte; choose another one", err=True)
+            fail("moefast: error: no name of a file holds a NUL byte; choose another one")
             ctx.exit(2)
         except (MemoryError, OSError) as error:
             # What no check of a file foresees: a full disk, a lost network share, no memory.
             number = getattr(error, "errno", None)
             if number == errno.EPIPE:
                 raise
-            click.echo(f"\nmoefast: error: {str(error) or 'out of memory'}", err=True)
+            fail(f"moefast: error: {str(error) or 'out of memory'}")
             ctx.exit(OutputError.exit_code if number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) else 1)
 
 

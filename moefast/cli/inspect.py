@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from moefast.cli.messages import tell_failures
+from moefast.cli.messages import tell_failures, tell_written
 from moefast.cli.options import (
     EXPERT,
     FILES,
@@ -19,9 +19,11 @@ from moefast.cli.options import (
     TELLURIC,
     VELOCITY,
     VELOCITY_RANGE,
+    talk,
 )
 from moefast.core.atomic import refuse_taken
 from moefast.core.errors import InputError
+from moefast.core.progress import ProgressLine
 
 __all__ = ["inspect"]
 
@@ -58,11 +60,12 @@ def _mixture_of(model: str | None) -> Any:
 @TELLURIC
 @EXPERT
 @OVERWRITE
+@talk
 @JSON
 def inspect(
     files: tuple[str, ...], model: str | None, row: int | None, identifier: str | None, picture: str | None,
     report: str | None, spectra: tuple[str, ...], limit: int | None, velocity: str | None,
-    velocity_range: float, medium: str, telluric: str, overwrite: bool, as_json: bool,
+    velocity_range: float, medium: str, telluric: str, overwrite: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Look into files of spectra, at one star, or at a table of predictions.
 
@@ -94,15 +97,19 @@ def inspect(
                 f"{files[0]}: is a table of predictions, which has no spectra; name the file of spectra for --row, "
                 "--id and --picture"
             )
-        _table(files[0], model, report, spectra, overwrite, as_json)
+        with ProgressLine(quiet) as progress:
+            progress.doing("inspect: reading the table")
+            _table(files[0], model, report, spectra, overwrite, as_json, progress)
         return
     if report or spectra:
         raise InputError(
             f"{files[0]}: --report and --spectra are for one table that moefast predict wrote (.h5, .parquet or .fits)"
         )
     if row is not None or identifier is not None:
-        _star(files, model, picture, overwrite, as_json, row=row, identifier=identifier, velocity=velocity,
-              velocity_range=velocity_range, medium=medium, telluric=telluric)  # fmt: skip
+        with ProgressLine(quiet) as progress:
+            progress.doing("inspect: looking at the star")
+            _star(files, model, picture, overwrite, as_json, progress, row=row, identifier=identifier,
+                  velocity=velocity, velocity_range=velocity_range, medium=medium, telluric=telluric)  # fmt: skip
         return
     from moefast.spectra.prepared import open_as_found
     from moefast.spectra.summary import format_text, summarise
@@ -110,14 +117,18 @@ def inspect(
     from moefast.spectra.wave import same_wave
 
     # Files of surveys have no grid of their own that all rows share.
-    found = open_as_found(files, lambda: _mixture_of(model).wave, on_error="skip")
-    mixture = _mixture_of(model)
-    reference = mixture.reference if same_wave(found.wave, mixture.wave) else None
-    facts = summarise(found, max_rows=limit, reference=reference)
+    with ProgressLine(quiet) as progress:
+        progress.doing("inspect: reading")
+        found = open_as_found(files, lambda: _mixture_of(model).wave, on_error="skip")
+        mixture = _mixture_of(model)
+        reference = mixture.reference if same_wave(found.wave, mixture.wave) else None
+        facts = summarise(found, max_rows=limit, reference=reference)
+        if picture:
+            progress.doing("inspect: drawing")
+            draw(found, picture, overwrite=overwrite)
     click.echo(json.dumps(facts, indent=1) if as_json else format_text(facts))
     if picture:
-        draw(found, picture, overwrite=overwrite)
-        click.echo(f"picture: {picture}", err=True)
+        tell_written(picture)
     tell_failures(found.failures)
 
 
@@ -127,6 +138,7 @@ def _star(
     picture: str | None,
     overwrite: bool,
     as_json: bool,
+    progress: ProgressLine,
     **which: Any,
 ) -> None:
     from moefast.inspection.star import describe, look_at
@@ -136,14 +148,23 @@ def _star(
     if picture:
         check_suffix(picture)
     star = look_at(files, model, **which)
+    if picture:
+        progress.doing("inspect: drawing")
+        draw_star(star, picture, overwrite=overwrite)
+    progress.close()
     click.echo(json.dumps(star.to_dict(), indent=1) if as_json else describe(star))
     if picture:
-        draw_star(star, picture, overwrite=overwrite)
-        click.echo(f"picture: {picture}", err=True)
+        tell_written(picture)
 
 
 def _table(
-    path: str, model: str | None, report: str | None, spectra: tuple[str, ...], overwrite: bool, as_json: bool
+    path: str,
+    model: str | None,
+    report: str | None,
+    spectra: tuple[str, ...],
+    overwrite: bool,
+    as_json: bool,
+    progress: ProgressLine,
 ) -> None:
     from moefast.inspection.run import format_text, summarise_table
     from moefast.inspection.run_page import write_page
@@ -152,8 +173,12 @@ def _table(
     if report:
         refuse_taken(report, overwrite=overwrite)
     run = summarise_table(path)
-    click.echo(json.dumps(run.to_dict(), indent=1) if as_json else format_text(run))
+    reason = ""
     if report:
+        progress.doing("inspect: drawing the page")
         stars, reason = spectra_of_worst(run, model, spectra)
         write_page(run, report, stars, reason, overwrite=overwrite)
-        click.echo(f"written: {report}" + (f". {reason}" if reason else ""), err=True)
+    progress.close()
+    click.echo(json.dumps(run.to_dict(), indent=1) if as_json else format_text(run))
+    if report:
+        tell_written(report, reason=reason)

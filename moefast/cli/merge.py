@@ -8,7 +8,8 @@ from pathlib import Path
 
 import click
 
-from moefast.cli.options import JSON, OVERWRITE, QUIET
+from moefast.cli.messages import tell_result
+from moefast.cli.options import JSON, OVERWRITE, talk
 from moefast.core.progress import ProgressLine
 
 __all__ = ["merge"]
@@ -22,7 +23,7 @@ __all__ = ["merge"]
               help="Write a catalogue, a folder of Parquet files divided on the sky that LSDB opens; the tables need "
               "columns ra and dec (predict --keep ra,dec).")  # fmt: skip
 @OVERWRITE
-@QUIET
+@talk
 @JSON
 def merge(parts: tuple[str, ...], out: str, hats: bool, overwrite: bool, quiet: bool, as_json: bool) -> None:
     """Join the tables that moefast predict wrote with --shard, or with --rows, into one; or finish a fit.
@@ -53,9 +54,8 @@ def merge(parts: tuple[str, ...], out: str, hats: bool, overwrite: bool, quiet: 
     if hats:
         _catalogue(tables_named(parts), out, overwrite=overwrite, quiet=quiet, as_json=as_json)
         return
-    progress = ProgressLine(quiet or as_json)
-    merged = merge_tables(tables_named(parts), out, overwrite=overwrite, progress=progress.rows("merge"))
-    progress.close()
+    with ProgressLine(quiet or as_json) as progress:
+        merged = merge_tables(tables_named(parts), out, overwrite=overwrite, progress=progress.rows("merge"))
     if as_json:
         facts = {
             "table": out, "rows": merged.n_rows, "parts": merged.n_parts, "of_rows": list(merged.rows), "r2": merged.r2,
@@ -65,9 +65,11 @@ def merge(parts: tuple[str, ...], out: str, hats: bool, overwrite: bool, quiet: 
         return
     r2 = "" if merged.r2 is None else f", R² {merged.r2:.3f}"
     first, last = merged.rows
-    click.echo(f"{out}: {merged.n_rows:,} spectra of {merged.n_parts} parts, rows {first}:{last}{r2}")
+    tell_result(
+        f"{out}: {merged.n_rows:,} spectra of {merged.n_parts} parts, rows {first}:{last}{r2}", quiet=quiet
+    )
     for note in merged.notes:
-        click.echo(f"  note: {note}")
+        tell_result(f"  note: {note}", quiet=quiet)
 
 
 def _catalogue(tables: list[Path], out: str, *, overwrite: bool, quiet: bool, as_json: bool) -> None:
@@ -75,18 +77,17 @@ def _catalogue(tables: list[Path], out: str, *, overwrite: bool, quiet: bool, as
     from moefast.cluster.catalogue import write_catalogue
     from moefast.core.progress import FILES
 
-    progress = ProgressLine(quiet or as_json)
-    found = write_catalogue(tables, out, overwrite=overwrite, progress=progress.rows(FILES))
-    progress.close()
+    with ProgressLine(quiet or as_json) as progress:
+        found = write_catalogue(tables, out, overwrite=overwrite, progress=progress.rows(FILES))
     if as_json:
         facts = {
             "catalogue": out, "rows": found.n_rows, "files": found.n_files, "left_out": found.n_without_position,
         }  # fmt: skip
         click.echo(json.dumps(facts, indent=1))
         return
-    click.echo(f"{out}: {found.n_rows:,} stars in {found.n_files:,} files")
+    tell_result(f"{out}: {found.n_rows:,} stars in {found.n_files:,} files", quiet=quiet)
     if found.n_without_position:
-        click.echo(f"  {found.n_without_position:,} stars without a position were left out")
+        tell_result(f"  {found.n_without_position:,} stars without a position were left out", quiet=quiet)
 
 
 def _finish_fit(parts: list[Path], out: str, *, overwrite: bool, quiet: bool, as_json: bool) -> None:
@@ -96,13 +97,13 @@ def _finish_fit(parts: list[Path], out: str, *, overwrite: bool, quiet: bool, as
     from moefast.model import check_target
 
     check_target(Path(out), overwrite)
-    progress, begin = ProgressLine(quiet or as_json), time.monotonic()
-    model = fit_of_parts(
-        parts, progress=progress.stage, tell=lambda words: progress.note(f"note: {words}")
-    ).save(out, overwrite=overwrite)
-    progress.close()
+    begin = time.monotonic()
+    with ProgressLine(quiet or as_json) as progress:
+        model = fit_of_parts(
+            parts, progress=progress.stage, tell=lambda words: progress.note(f"note: {words}")
+        ).save(out, overwrite=overwrite)
     facts = {
         "model": out, "parts": len(parts), "seconds": time.monotonic() - begin,
         "backend": model.manifest["training"]["backend"], **model.manifest["fit"],
     }  # fmt: skip
-    tell_model(facts, model, out, as_json=as_json)
+    tell_model(facts, model, out, quiet=quiet, as_json=as_json)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from difflib import get_close_matches
 from typing import Any
 
 import click
+
+from moefast.cli.messages import start_talking
 
 __all__ = [
     "BACKEND",
@@ -23,7 +26,6 @@ __all__ = [
     "NOISE_LEVEL",
     "OF_TASK",
     "OVERWRITE",
-    "QUIET",
     "RESOLUTION",
     "SCHEDULER",
     "TELLURIC",
@@ -33,6 +35,7 @@ __all__ = [
     "positive",
     "rows",
     "shard_of",
+    "talk",
 ]
 
 
@@ -212,7 +215,44 @@ DEVICE = click.option(
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
 
 
-QUIET = click.option("-q", "--quiet", is_flag=True, help="No progress.")
+_LOG = "moefast.log"
+
+
+def _keep_log(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
+    ctx.meta[_LOG] = value
+
+
+def _talk(ctx: click.Context, _: click.Parameter, verbose: bool) -> None:
+    """Begin to show and keep what is logged: -q and --log were read before."""
+    quiet, log = ctx.params.get("quiet", False), ctx.meta.get(_LOG)
+    if quiet and verbose:
+        raise click.UsageError("-q says nothing and -v says more; give one of them")
+    try:
+        start_talking(ctx, quiet=quiet, verbose=verbose, log=log)
+    except OSError as error:
+        raise click.BadParameter(
+            f"{log}: cannot be written ({error.strerror})", param_hint="--log"
+        ) from error
+
+
+def talk(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options -q (passed on as `quiet`), -v and --log."""
+    for option in (
+        click.option(
+            "--log", metavar="FILE", is_eager=True, expose_value=False, callback=_keep_log,
+            help="Append what -v says to a file, with the time of each line.",
+        ),
+        click.option(
+            "-v", "--verbose", is_flag=True, expose_value=False, callback=_talk,
+            help="Say more: what is read, chosen and decided, and how long each stage takes.",
+        ),
+        click.option(
+            "-q", "--quiet", is_flag=True, is_eager=True,
+            help="Say nothing but errors, and the result if it is not written to a file.",
+        ),
+    ):  # fmt: skip
+        command = option(command)
+    return command
 
 
 LIKE = click.option(

@@ -8,13 +8,13 @@ import json
 import os
 import sys
 import time
-from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from moefast.cli.messages import tell_failures
+from moefast.cli.messages import detail, fail, tell_failures, tell_result, tell_written
 from moefast.cli.options import (
     BACKEND,
     CONFIG,
@@ -25,13 +25,13 @@ from moefast.cli.options import (
     MODEL,
     OF_TASK,
     OVERWRITE,
-    QUIET,
     TELLURIC,
     VELOCITY,
     VELOCITY_RANGE,
     names,
     rows,
     shard_of,
+    talk,
 )
 from moefast.core.atomic import refuse_taken
 from moefast.core.errors import InputError, OutputError
@@ -59,9 +59,6 @@ __all__ = ["predict"]
 @click.option("--status", metavar="FILE",
               help="With --out-dir: CSV file with the state of each input, kept up to date.  [default: status.csv in "
               "the folder]")  # fmt: skip
-@click.option(
-    "--log", metavar="FILE", help="With --out-dir: append a line with the time for all that happens."
-)
 @click.option("--array", type=click.Choice(["auto", "flux", "noisy"]), default="auto", show_default=True,
               help="Array to score; auto is noisy where a file has it.")  # fmt: skip
 @BACKEND
@@ -93,17 +90,22 @@ __all__ = ["predict"]
 @EXPERT
 @CONFIG
 @OVERWRITE
-@QUIET
+@talk
 @JSON
 def predict(
     files: tuple[str, ...], listing: str | None, model: str | None, out: str | None, folder: str | None, suffix: str,
-    skip_existing: bool, status: str | None, log: str | None, array: str, backend: str,
+    skip_existing: bool, status: str | None, array: str, backend: str,
     rows: tuple[int, int] | None, limit: int | None, shard: tuple[int, int] | None, scheduler: str | None,
     velocity: str | None, velocity_range: float, medium: str, telluric: str, select: str | None,
     targets: str | None,
     keep: tuple[str, ...], report: str | None, overwrite: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Predict log g for every spectrum and write a table: one row per spectrum, in order.
+
+    \b
+        moefast predict spectra.h5 -o log_g.h5
+        moefast predict night/*.fits --select "targetType == 1" -o night.fits
+        moefast predict night/*.fits --out-dir tables/ --skip-existing
 
     FILE is an HDF5 file of the PFS simulator, a pfsCalibrated, pfsCoadd, pfsSingle, pfsObject or pfsStar, or a DESI
     coadd or spectra file, recognised by its content; a folder of them, or a pattern. Units, masks and grids are the
@@ -125,8 +127,8 @@ def predict(
         files = (*files, *listed(listing))
     if not files:
         raise click.UsageError("name a FILE, or a list of them with --from-file")
-    if folder is None and (skip_existing or status or log):
-        raise click.UsageError("--skip-existing, --status and --log belong to --out-dir")
+    if folder is None and (skip_existing or status):
+        raise click.UsageError("--skip-existing and --status belong to --out-dir")
     if folder is not None:
         if out is not None or shard is not None:
             raise click.UsageError("--out-dir writes a table for each input: leave out -o and --shard")
@@ -141,7 +143,7 @@ def predict(
         }  # fmt: skip
         _each(
             files, model, Path(folder), f".{suffix}", options, skip_existing=skip_existing, overwrite=overwrite,
-            status=status, log=log, quiet=quiet, as_json=as_json,
+            status=status, quiet=quiet, as_json=as_json,
         )  # fmt: skip
         return
     # Parts that run at the same time must not write to one name.
@@ -167,14 +169,14 @@ def predict(
             as_json=as_json,
         )  # fmt: skip
         return
-    progress = ProgressLine(quiet or as_json)
-    summary = run(
-        files, model, target, array=array, backend=backend, rows=rows, limit=limit,  # type: ignore[arg-type]
-        shard=shard, overwrite=overwrite, velocity=velocity, velocity_range=velocity_range,
-        medium=medium, telluric=telluric, select=select, targets=targets, keep=keep,  # type: ignore[arg-type]
-        progress=progress.rows("predict"), tell=lambda words: progress.note(f"note: {words}"),
-    )  # fmt: skip
-    progress.close()
+    with ProgressLine(quiet or as_json) as progress:
+        progress.doing("predict: reading")
+        summary = run(
+            files, model, target, array=array, backend=backend, rows=rows, limit=limit,  # type: ignore[arg-type]
+            shard=shard, overwrite=overwrite, velocity=velocity, velocity_range=velocity_range,
+            medium=medium, telluric=telluric, select=select, targets=targets, keep=keep,  # type: ignore[arg-type]
+            progress=progress.rows("predict"), tell=lambda words: progress.note(f"note: {words}"),
+        )  # fmt: skip
     facts = {
         "table": str(target), "rows": summary.n_rows, "seconds": summary.seconds,
         "spectra_per_second": summary.spectra_per_second, "r2": summary.r2, "array": summary.array,
@@ -186,36 +188,39 @@ def predict(
     if as_json:
         click.echo(json.dumps(facts, indent=1))
     else:
-        click.echo(f"{target}: {summary.n_rows:,} spectra, array {summary.array}, model {summary.model}")
+        say = partial(tell_result, quiet=quiet)
+        say(f"{target}: {summary.n_rows:,} spectra, array {summary.array}, model {summary.model}")
         speed = f"{summary.spectra_per_second:,.0f} spectra/s"
         nothing = summary.flags.get("NO_DATA", 0) == summary.n_rows
         none = "nothing to measure R² on" if nothing else "no labels, so no R²"
         r2 = none if summary.r2 is None else f"R² {summary.r2:.3f}"
-        click.echo(f"  {speed} on {summary.backend} ({summary.device}), {r2}")
-        click.echo(f"  backend {summary.backend}: {summary.reason}")
+        say(f"  {speed} on {summary.backend} ({summary.device}), {r2}")
+        say(f"  backend {summary.backend}: {summary.reason}")
         if summary.flags:
-            click.echo("  flags: " + ", ".join(f"{name} {count:,}" for name, count in summary.flags.items()))
+            say("  flags: " + ", ".join(f"{name} {count:,}" for name, count in summary.flags.items()))
         for note in summary.notes:
-            click.echo(f"  note: {note}")
+            say(f"  note: {note}")
     if report:
-        _write_report(target, model, report, overwrite)
+        _write_report(target, model, report, overwrite, quiet)
     tell_failures(summary.failures)
 
 
-def _write_report(table: Path, model: str | None, page: str, overwrite: bool) -> None:
+def _write_report(table: Path, model: str | None, page: str, overwrite: bool, quiet: bool) -> None:
     from moefast.inspection.run import summarise_table
     from moefast.inspection.run_page import write_page
     from moefast.inspection.worst import spectra_of_worst
 
-    found = summarise_table(table)
-    stars, reason = spectra_of_worst(found, model)
-    write_page(found, page, stars, reason, overwrite=overwrite)
-    click.echo(f"written: {page}" + (f". {reason}" if reason else ""), err=True)
+    with ProgressLine(quiet) as progress:
+        progress.doing("predict: drawing the page")
+        found = summarise_table(table)
+        stars, reason = spectra_of_worst(found, model)
+        write_page(found, page, stars, reason, overwrite=overwrite)
+    tell_written(page, reason=reason)
 
 
 def _each(
     files: tuple[str, ...], model: str | None, folder: Path, suffix: str, options: dict[str, Any], *,
-    skip_existing: bool, overwrite: bool, status: str | None, log: str | None, quiet: bool, as_json: bool,
+    skip_existing: bool, overwrite: bool, status: str | None, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """A table for each input."""
     from moefast.cluster import nights
@@ -224,20 +229,11 @@ def _each(
     jobs = nights.plan(files, folder, suffix)
     chosen = Model.load(model)
     folder.mkdir(parents=True, exist_ok=True)
-    progress = ProgressLine(quiet or as_json)
-    with contextlib.ExitStack() as stack:
-        stream = stack.enter_context(open(log, "a", encoding="utf-8", errors="replace")) if log else None
-
-        def say(words: str) -> None:
-            if stream is not None:
-                stream.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {words}\n")
-                stream.flush()
-
+    with ProgressLine(quiet or as_json) as progress:
         nights.run(
             jobs, chosen, options=options, skip_existing=skip_existing, overwrite=overwrite,
-            status=status or folder / "status.csv", log=say, progress=progress.rows(FILES),
+            status=status or folder / "status.csv", log=detail, progress=progress.rows(FILES),
         )  # fmt: skip
-    progress.close()
     counts = {state: sum(job.state == state for job in jobs) for state in ("done", "skipped", "failed")}
     if as_json:
         facts = [{**vars(job), "source": str(job.source), "table": str(job.table)} for job in jobs]
@@ -245,10 +241,12 @@ def _each(
     else:
         n_rows = sum(job.rows for job in jobs)
         words = ", ".join(f"{count:,} {state}" for state, count in counts.items() if count)
-        click.echo(f"{folder}: {len(jobs):,} inputs ({words}), {n_rows:,} spectra, model {chosen.name}")
+        tell_result(
+            f"{folder}: {len(jobs):,} inputs ({words}), {n_rows:,} spectra, model {chosen.name}", quiet=quiet
+        )
     for job in jobs:
         if job.exit_code:
-            click.echo(f"moefast: error: {job.message}", err=True)
+            fail(f"moefast: error: {job.message}")
     if any(job.exit_code for job in jobs):
         sys.exit(nights.worst(jobs))
 
@@ -260,9 +258,8 @@ def _on_cluster(
     """The same table by the workers of a cluster."""
     from moefast.cluster.workers import connect, predict_on
 
-    progress = ProgressLine(quiet or as_json)
     begin = time.perf_counter()
-    with connect(scheduler) as client:
+    with ProgressLine(quiet or as_json) as progress, connect(scheduler) as client:
         workers = len(client.scheduler_info(n_workers=-1)["workers"])
         progress.note(f"{workers} workers; dashboard {client.dashboard_link}")
         merged = predict_on(
@@ -274,10 +271,9 @@ def _on_cluster(
             overwrite=overwrite,
             progress=progress.rows("predict"),
         )
-    progress.close()
     seconds = time.perf_counter() - begin
     if report:
-        _write_report(target, model, report, overwrite)
+        _write_report(target, model, report, overwrite, quiet)
     if as_json:
         facts = {
             "table": str(target), "rows": merged.n_rows, "shards": merged.n_parts, "workers": workers,
@@ -286,11 +282,12 @@ def _on_cluster(
         click.echo(json.dumps(facts, indent=1))
         return
     r2 = "no labels, so no R²" if merged.r2 is None else f"R² {merged.r2:.3f}"
-    click.echo(
+    say = partial(tell_result, quiet=quiet)
+    say(
         f"{target}: {merged.n_rows:,} spectra, {merged.n_parts} shards by {workers} workers in {seconds:.0f} s, {r2}"
     )
     for note in merged.notes:
-        click.echo(f"  note: {note}")
+        say(f"  note: {note}")
 
 
 def _check_same_inputs(target: Path, files: tuple[str, ...]) -> None:

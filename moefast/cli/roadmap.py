@@ -6,7 +6,7 @@ import json
 
 import click
 
-from moefast.cli.options import BACKEND, CONFIG, DEVICE, EXPERT, FAMILIES, JSON, QUIET
+from moefast.cli.options import BACKEND, CONFIG, DEVICE, EXPERT, FAMILIES, JSON, talk
 from moefast.core.progress import ProgressLine
 
 __all__ = ["roadmap"]
@@ -35,7 +35,7 @@ __all__ = ["roadmap"]
 @BACKEND
 @DEVICE
 @CONFIG
-@QUIET
+@talk
 @JSON
 def roadmap(
     out: str, name: str, train: int, part: str, size: str, steps: int | None, seeds: int,
@@ -56,12 +56,11 @@ def roadmap(
     from moefast.protocol.roadmap import Plan, roadmap_text
     from moefast.protocol.roadmap import roadmap as run
 
-    progress = ProgressLine(quiet or as_json)
-    result = run(
-        out, Plan(name, train, part, size, steps, seeds, families), everything=everything, resume=resume,  # type: ignore[arg-type]
-        backend=backend, say=progress.note, progress=progress.stage,
-    )  # fmt: skip
-    progress.close()
+    with ProgressLine(quiet or as_json) as progress:
+        result = run(
+            out, Plan(name, train, part, size, steps, seeds, families), everything=everything, resume=resume,  # type: ignore[arg-type]
+            backend=backend, say=progress.note, progress=progress.stage,
+        )  # fmt: skip
     click.echo(
         json.dumps(as_entries(result), indent=1, ensure_ascii=False) if as_json else roadmap_text(result)
     )

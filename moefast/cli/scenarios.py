@@ -6,7 +6,8 @@ import json
 
 import click
 
-from moefast.cli.options import BACKEND, DEVICE, EXPERT, JSON, OVERWRITE, QUIET
+from moefast.cli.messages import tell_written
+from moefast.cli.options import BACKEND, DEVICE, EXPERT, JSON, OVERWRITE, talk
 from moefast.core.atomic import refuse_taken, write_json
 from moefast.core.progress import ProgressLine
 
@@ -31,13 +32,17 @@ __all__ = ["scenarios"]
 @DEVICE
 @EXPERT
 @OVERWRITE
-@QUIET
+@talk
 @JSON
 def scenarios(
     model: str | None, number: int, names: tuple[str, ...], out: str | None, backend: str, overwrite: bool,
     quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """What a model says of spectra with which something is wrong, and how much of it is silently false.
+
+    \b
+        moefast scenarios
+        moefast scenarios model/ -n 200 --scenario "tilt 10 %" -o scenarios.json
 
     MODEL is a model folder or a shipped model. A fixed table of scenarios is made from stored seeds: another scale, a
     tilt, F_nu, a velocity that nobody knows, every kind of gap, errors that are too small, no star at all, and more. Of
@@ -49,12 +54,16 @@ def scenarios(
 
     if out:
         refuse_taken(out, overwrite=overwrite)
-    progress = ProgressLine(quiet)
-    found = run_scenarios(
-        Model.load(model), n=number, names=names or None, backend=backend, progress=progress.rows("scenarios")
-    )
-    progress.close()
+    with ProgressLine(quiet) as progress:
+        progress.doing("scenarios: loading model and simulator")
+        found = run_scenarios(
+            Model.load(model),
+            n=number,
+            names=names or None,
+            backend=backend,
+            progress=progress.rows("scenarios"),
+        )
     click.echo(json.dumps(found, indent=1, ensure_ascii=False) if as_json else format_text(found))
     if out:
         write_json(found, out, overwrite=overwrite)
-        click.echo(f"written: {out}", err=True)
+        tell_written(out)

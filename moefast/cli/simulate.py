@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import click
 
-from moefast.cli.messages import tell_failures
-from moefast.cli.options import CONFIG, LIKE, OVERWRITE, QUIET, RESOLUTION, SCHEDULER, positive, rows
+from moefast.cli.messages import tell_failures, tell_result
+from moefast.cli.options import CONFIG, LIKE, OVERWRITE, RESOLUTION, SCHEDULER, positive, rows, talk
 from moefast.core.errors import MoefastError
 from moefast.core.progress import ProgressLine
 
@@ -69,7 +70,7 @@ def _positive_if_given(context: click.Context, option: click.Parameter, value: f
 )  # fmt: skip
 @CONFIG
 @OVERWRITE
-@QUIET
+@talk
 def simulate(
     out: str | None, number: int | None, rows: tuple[int, int] | None, seed: int | None, name: str | None,
     part: str | None, list_sets: bool, mag: tuple[float, float] | None, velocity: float | None,
@@ -110,8 +111,6 @@ def simulate(
     if number and rows:
         raise click.UsageError("-n and --rows both say which rows to make; give one of them")
     span = rows or ((0, number) if number else None)
-    progress = ProgressLine(quiet)
-    report = progress.rows("simulate")
     own: dict[str, Any] = {
         "mag": mag, "velocity_scatter": velocity, "redshift": redshift, "reddening": reddening,
         "calibration": calibration, "noise_level": noise_level,
@@ -148,26 +147,27 @@ def simulate(
                 f"{name} {part} has any number of rows: say how many with -n, or which with --rows"
             )
         total = part_rows(name, part, span)[2]
-        if scheduler is not None:
-            if span is None:
-                raise click.UsageError(
-                    f"{name} {part} is one file; --scheduler writes parts of any size to a folder"
+        with ProgressLine(quiet) as progress:
+            report = progress.rows("simulate")
+            if scheduler is not None:
+                if span is None:
+                    raise click.UsageError(
+                        f"{name} {part} is one file; --scheduler writes parts of any size to a folder"
+                    )
+                _on_cluster(
+                    scheduler, out, total, progress, name=name, part=part, noisy=noisy, overwrite=overwrite
                 )
-            _on_cluster(
-                scheduler, out, total, progress, name=name, part=part, noisy=noisy, overwrite=overwrite
-            )
-            return
-        identity = simulate_set(
-            out, name, part, rows=span, noisy=noisy, overwrite=overwrite,
-            progress=lambda done: report(done, total[1] - total[0]),
-        )  # fmt: skip
-        progress.close()
+                return
+            identity = simulate_set(
+                out, name, part, rows=span, noisy=noisy, overwrite=overwrite,
+                progress=lambda done: report(done, total[1] - total[0]),
+            )  # fmt: skip
         frozen = FINGERPRINTS.get((name, part), "")
         as_frozen = " (as frozen)" if identity.fingerprint == frozen else ""
-        click.echo(f"{out}: {total[1] - total[0]:,} spectra, {name} {part}")
-        click.echo(f"  fingerprint {identity.fingerprint}{as_frozen}")
+        tell_result(f"{out}: {total[1] - total[0]:,} spectra, {name} {part}", quiet=quiet)
+        tell_result(f"  fingerprint {identity.fingerprint}{as_frozen}", quiet=quiet)
         if frozen and not as_frozen:
-            click.echo(f"  this is NOT the frozen {name} {part}, whose fingerprint is {frozen}", err=True)
+            progress.note(f"  this is NOT the frozen {name} {part}, whose fingerprint is {frozen}")
         return
     if part is not None:
         raise click.UsageError("--part is a part of a reference set; say which with --set")
@@ -189,24 +189,26 @@ def simulate(
     except MoefastError as error:
         raise click.UsageError(str(error)) from error
     noisy = noisy is None or noisy
-    if scheduler is not None:
-        _on_cluster(
-            scheduler, out, span, progress, seed=seed, settings=settings, like=like, resolution=resolution,
-            noisy=noisy, overwrite=overwrite,
+    with ProgressLine(quiet) as progress:
+        report = progress.rows("simulate")
+        if scheduler is not None:
+            _on_cluster(
+                scheduler, out, span, progress, seed=seed, settings=settings, like=like, resolution=resolution,
+                noisy=noisy, overwrite=overwrite,
+            )  # fmt: skip
+            return
+        simulate_file(
+            out, last - first, seed=seed, settings=settings, first_row=first, noisy=noisy, overwrite=overwrite,
+            progress=lambda done: report(done, last - first), observed=observed,
         )  # fmt: skip
-        return
-    simulate_file(
-        out, last - first, seed=seed, settings=settings, first_row=first, noisy=noisy, overwrite=overwrite,
-        progress=lambda done: report(done, last - first), observed=observed,
-    )  # fmt: skip
-    progress.close()
     shard = f", rows {first}:{last}" if first else ""
     arrays = "flux, error, noisy" if noisy else "flux, error"
-    click.echo(f"{out}: {last - first:,} spectra, seed {seed}{shard}, {arrays}{', mask' if observed else ''}")
+    say = partial(tell_result, quiet=quiet)
+    say(f"{out}: {last - first:,} spectra, seed {seed}{shard}, {arrays}{', mask' if observed else ''}")
     if observed is not None:
-        click.echo(f"  {observed}")
+        say(f"  {observed}")
         for note in observed.notes:
-            click.echo(f"  note: {note}")
+            say(f"  note: {note}")
         tell_failures(observed.failures)
 
 

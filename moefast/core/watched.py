@@ -17,7 +17,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["WatchedFile", "uninterrupted"]
+__all__ = ["WatchedFile", "interrupt_behind", "uninterrupted"]
+
+
+def interrupt_behind(error: BaseException | None) -> BaseException | None:
+    """The interrupt that a library took for an error of its own; None if there is none.
+
+    Raised inside a function in C that has returned a result already, it comes out as the cause of a SystemError.
+    """
+    while error is not None and isinstance(error, Exception):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 @contextmanager
@@ -36,10 +46,10 @@ def uninterrupted() -> Iterator[None]:
                 signal.signal(number, lambda number, _: waiting.append(number))
         yield
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for number in waiting:
-            signal.raise_signal(number)
+        for caught, handler in handlers.items():
+            signal.signal(caught, handler)
+        for caught in waiting:
+            signal.raise_signal(caught)
 
 
 class WatchedFile:

@@ -18,11 +18,15 @@ From the top down:
     first_pass      the normal equations of all rows, or of a part
     statistics      what a part of the rows gives; parts add
     training_set    rows as every stage reads them, and which of them are for what
+    stages          about how long each of them takes
     options         how to fit
 """
 
 from moefast.fitting.options import Noise, Options
 from moefast.fitting.references import PUBLISHED_ALPHA
+from moefast.fitting.stages import expected_stages
 from moefast.fitting.two_passes import HERE, Fit, Passes, fit_mixture
 
-__all__ = ["HERE", "PUBLISHED_ALPHA", "Fit", "Noise", "Options", "Passes", "fit_mixture"]
+__all__ = [
+    "HERE", "PUBLISHED_ALPHA", "Fit", "Noise", "Options", "Passes", "expected_stages", "fit_mixture",
+]  # fmt: skip

@@ -100,20 +100,23 @@ def solve(data: TrainingSet, equations: NormalEquations, times_good: F64) -> Sol
         Rows in which a pixel was good.
     """
     options = data.options
+    step = data.steps("components", 2)
     pooled = equations.pooled()
     moments = pooled.moments()
+    step()
     # Σv holds nothing for bad pixels: divide by the rows in which a pixel was good.
     seen = times_good > 0
     noise_shape = np.divide(moments.variance * moments.n, times_good, where=seen, out=np.zeros(seen.size))
     noise_shape[~seen] = np.median(noise_shape[seen])
     subspace = principal_subspace(moments, noise_shape, seed=options.seed)
-    step = data.steps("experts", 2 + options.grid.n_bins * (2 if options.alpha is None else 1))
     step()
     levels = find_levels(data, noise_shape)
+    n_bins, ranks = options.grid.n_bins, _ranks(options, len(subspace.variance))
+    step = data.steps("experts", 1 + (len(ranks) + 2 * n_bins if options.alpha is None else n_bins))
     small = equations.transform(subspace.basis)
     step()
     if options.alpha is None:
-        rank = choose_rank(options, small, levels)
+        rank = choose_rank(options, small, levels, step)
         leading = small.transform(np.eye(len(subspace.variance), rank))
         experts = _in_components(options, leading, subspace, levels, step)
     else:
@@ -163,20 +166,32 @@ def held_out(
     return loss
 
 
-def choose_rank(options: Options, small: NormalEquations, levels: Levels) -> int:
+def _ranks(options: Options, full: int) -> list[int]:
+    """Numbers of leading components to choose from."""
+    if options.n_components is not None:
+        return [min(options.n_components, full)]
+    return [*range(RANK_STEP, full, RANK_STEP), full]
+
+
+def choose_rank(
+    options: Options, small: NormalEquations, levels: Levels, step: Callable[[], None] = lambda: None
+) -> int:
     """The least number of leading components, in steps of `RANK_STEP`, within `RANK_LOSS` of the best R².
 
     Scoring takes time in proportion to them, and the last of many carry next to nothing.
     """
     full = small.n_pixels
-    if options.n_components is not None:
-        return min(options.n_components, full)
+    ranks = _ranks(options, full)
+    if len(ranks) == 1:
+        step()
+        return ranks[0]
 
     def loss(rank: int) -> float:
+        step()
         leading = small.transform(np.eye(full, rank))
         return float(sum(held_out(options, leading, k, levels, (0.0,))[0] for k in range(small.n_bins)))
 
-    losses = {rank: loss(rank) for rank in (*range(RANK_STEP, full, RANK_STEP), full)}
+    losses = {rank: loss(rank) for rank in ranks}
     # The best, not the full number: with few noisy rows the last components do harm.
     allowed = min(losses.values()) + RANK_LOSS * small.moments().sum_yy
     return next(rank for rank, found in losses.items() if found <= allowed)

@@ -84,12 +84,14 @@ def fit_posterior(data: TrainingSet, mixture: Mixture) -> tuple[PosteriorMixture
         velocity = found_velocity if np.isfinite(found_velocity).all() else None
     reference = mixture.reference.astype(np.float64)
     noise_shape = mixture.noise_shape.astype(np.float64)
+    step = data.steps("clouds", 1)
     arrays = fit_clouds(
         stars.z, values[rows], data.bins[rows], options.grid.n_bins, basis=mixture.basis.astype(np.float64),
         reference=reference, noise_shape=noise_shape, n_clouds=options.n_clouds, n_tangents=options.n_tangents,
         n_coordinates=options.n_coordinates, n_gravity_bins=options.n_gravity_bins, velocity=velocity,
         beyond=options.beyond, seed=options.seed,
     )  # fmt: skip
+    step()
     sky = sky_residuals(mixture.wave, noise_shape, options.sky_width)
     nuisances = [slopes(mixture.wave, reference, options.slope_widths), sky]
     arrays["directions"] = np.concatenate([arrays["directions"], *nuisances], axis=1).astype(np.float32)

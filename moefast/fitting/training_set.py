@@ -123,6 +123,7 @@ class TrainingSet:
     def steps(self, stage: str, total: int) -> Callable[[], None]:
         """Reports the next of so many steps of a stage each time it is called."""
         done = itertools.count(1)
+        self.progress(stage, 0, total)
         return lambda: self.progress(stage, next(done), total)
 
     # -- reading ------------------------------------------------------------------------------------------------
@@ -133,6 +134,7 @@ class TrainingSet:
         `done` rows of the stage were done before.
         """
         total = self.spectra.n_rows if rows is None else done + sum(b - a for a, b in rows)
+        self.progress(stage, done, total)
         for part in [None] if rows is None else rows:
             for block in self.spectra.blocks(BLOCK_ROWS, array=self.array, rows=part):
                 here = slice(block.first_row, block.first_row + len(block))

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import maximum_filter1d, median_filter, minimum_filter1d, uniform_filter1d
 
 from moefast.experts.template import clouds_of_bins
 from moefast.posterior.linear import gravity_bins
@@ -96,6 +95,9 @@ def sky_residuals(wave: F64, noise_shape: F64, width: float, n_bands: int = SKY_
         parts = _airglow(wave).T
         lines = parts.sum(1)
     else:
+        # Only now, as below: fits need it, predictions never.
+        from scipy.ndimage import median_filter, minimum_filter1d
+
         envelope = median_filter(minimum_filter1d(noise_shape, ENVELOPE), 2 * ENVELOPE + 1)
         lines = np.maximum(noise_shape - envelope, 0)
         place = np.linspace(0, n_bands - 1, noise_shape.size)
@@ -391,6 +393,8 @@ def _beyond(
 def _without_lines(reference: F64, noise_shape: F64, directions: F64) -> tuple[F64, F64, float]:
     """A spectrum that is all continuum: its coordinates, a direction for what they leave out, and how far along it."""
     x = np.linspace(-1, 1, reference.size)
+    from scipy.ndimage import maximum_filter1d, uniform_filter1d
+
     envelope = uniform_filter1d(maximum_filter1d(reference, WIDEST_LINE), WIDEST_LINE)
     continuum = np.polynomial.Legendre.fit(x, envelope, CONTINUUM_DEGREE)(x)
     white = 1 / np.sqrt(noise_shape)

@@ -16,7 +16,6 @@ from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.interpolate import CubicSpline
 from scipy.special import ndtr, ndtri
 
 from moefast.core.errors import InputError
@@ -335,6 +334,9 @@ def _peaks(grid: F64, evidence: F64) -> F64:
 
 def _slope(wave: F64, spectra: F64) -> F64:
     """Change of spectra (p, …) per km/s."""
+    # Only now: it takes as long to import as NumPy, and predictions at rest need it never.
+    from scipy.interpolate import CubicSpline
+
     change = CubicSpline(wave, spectra, axis=0)(wave, 1)
     return -change * (wave / LIGHT_SPEED).reshape(-1, *(1,) * (spectra.ndim - 1))
 

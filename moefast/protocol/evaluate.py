@@ -8,10 +8,12 @@ What a clock measured is kept apart from the report, so that evaluating twice gi
 
 from __future__ import annotations
 
+import logging
 import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +23,7 @@ from numpy.typing import NDArray
 from moefast.ceilings.ceiling import Ceiling, known, read
 from moefast.core.errors import InputError
 from moefast.core.grids import Grid, SnrGrid
-from moefast.core.progress import RowProgress, row_progress
+from moefast.core.progress import RowProgress, StageProgress, stage_progress
 from moefast.core.random import NOISE_SEED, standard_normals
 from moefast.core.sketches import share_seen
 from moefast.core.threads import one_blas_thread
@@ -39,11 +41,17 @@ from moefast.spectra.source import Block
 from moefast.spectra.spectrum_set import SpectrumSet, open_spectra
 from moefast.spectra.wave import same_wave
 
-__all__ = ["BLOCK_ROWS", "Evaluation", "Scored", "Scorer", "evaluate"]
+__all__ = ["BLOCK_ROWS", "Evaluation", "Scored", "Scorer", "evaluate", "expected_stages"]
 
 Scored = tuple[dict[str, NDArray], dict[str, NDArray[np.float64]], float]
 """Of a block: columns of the stars, predictions of simpler fits, and seconds of scoring."""
 
+_LOG = logging.getLogger(__name__)
+
+# Seconds on two cores, by which the stages of an evaluation are weighed.
+SECONDS_PER_ROW = 7e-4
+INTERVALS = (1.0, 4e-4)
+PICTURES = 8.0
 
 BLOCK_ROWS = 2048
 """Spectra that are read and looked at together."""
@@ -91,7 +99,7 @@ def evaluate(
     ceiling: Ceiling | str | Path | None = None,
     backend: str = "auto",
     name: str | None = None,
-    progress: RowProgress | Literal[False] | None = None,
+    progress: StageProgress | Literal[False] | None = None,
     tell: Callable[[str], None] | None = None,
     spread: Callable[[Scorer, RowProgress], Iterator[Scored]] | None = None,
 ) -> Evaluation:
@@ -119,8 +127,8 @@ def evaluate(
     name : str, optional
         Name of the test set in the report.
     progress : callable, optional
-        Called with rows done and rows in all. Without it a line shows them in notebooks and interactive sessions; False
-        leaves it out.
+        Called with the name of a stage ("evaluate", "intervals"), rows or steps done, and those in all. Without it a
+        line shows them in notebooks and interactive sessions; False leaves it out.
     tell : callable, optional
         Called, before the first row is scored, with what makes the noise that is added doubtful.
     spread : callable, optional
@@ -154,48 +162,67 @@ def evaluate(
     labels, labelled = scorer.labels, scorer.labelled
     identity = scorer.identity
     ceilings, group_ceilings = _ceilings(ceiling, spectra, about_noise)
+    _LOG.info(
+        "%s: %d spectra, %d with labels; noise: %s", spectra.shards[0].path, spectra.n_rows, labelled.sum(),
+        about_noise["noise"],
+    )  # fmt: skip
+    _LOG.info(
+        "subject %s; simpler fits beside it are those of %s; ceilings: %s", subject.about["name"],
+        _name(beside) or "no model", ", ".join(ceilings) or "none known of this set",
+    )  # fmt: skip
     found: dict[str, list[NDArray]] = {}
     references: dict[str, list[NDArray]] = {}
     scoring = 0.0
-    with row_progress(progress, "evaluate") as told:
-        scored = scorer.score((0, spectra.n_rows), told) if spread is None else spread(scorer, told)
+    with stage_progress(progress, partial(expected_stages, pictures=False)) as told:
+        of_rows = partial(told, "evaluate")
+        of_rows(0, spectra.n_rows)
+        scored = scorer.score((0, spectra.n_rows), of_rows) if spread is None else spread(scorer, of_rows)
         for columns, others, seconds in scored:
             for key, values in columns.items():
                 found.setdefault(key, []).append(values)
             for key, values in others.items():
                 references.setdefault(key, []).append(values)
             scoring += seconds
-    table = {key: np.concatenate(parts)[labelled] for key, parts in found.items()}
-    labels = {key: values[labelled] for key, values in labels.items()}
-    if not labelled.all():
-        # They are those of all stars.
-        ceilings, group_ceilings = {}, None
-    n_experts = sum(key.startswith("weight_") for key in table)
-    several = n_experts > 1
-    own = isinstance(subject, ModelSubject)
-    report = evaluate_predictions(
-        Stars(labels["log_g"], labels["T_eff"], labels["M_H"], table["snr_norm"], table["snr_median"]),
-        Predictions(
-            table["log_g"].astype(np.float64),
-            table.get("log_g_err"),
-            weights=np.column_stack([table[f"weight_{k}"] for k in range(n_experts)]) if several else None,
-            expert_grid=subject.expert_grid if several else None,
-        ),
-        DataSet(
-            name or _set_name(spectra, identity),
-            spectra.fingerprint(),
-            n_unlabelled=int((~labelled).sum()),
-            reference_set=None if identity is None else identity._asdict(),
-            **about_noise,
-        ),
-        comparisons=Comparisons(
-            references={key: np.concatenate(parts)[labelled] for key, parts in references.items()},
-            oracle_reference=_oracle(subject.model.mixture) if own and several and subject.model else None,
-            ceilings=ceilings,
-            group_ceilings=group_ceilings,
-        ),
-        model={**subject.about, "references_of": _name(beside), "share_seen": _share_seen(subject, labels)},
-    )
+        table = {key: np.concatenate(parts)[labelled] for key, parts in found.items()}
+        labels = {key: values[labelled] for key, values in labels.items()}
+        if not labelled.all():
+            # They are those of all stars.
+            ceilings, group_ceilings = {}, None
+        n_experts = sum(key.startswith("weight_") for key in table)
+        several = n_experts > 1
+        own = isinstance(subject, ModelSubject)
+        report = evaluate_predictions(
+            Stars(labels["log_g"], labels["T_eff"], labels["M_H"], table["snr_norm"], table["snr_median"]),
+            Predictions(
+                table["log_g"].astype(np.float64),
+                table.get("log_g_err"),
+                weights=np.column_stack([table[f"weight_{k}"] for k in range(n_experts)])
+                if several
+                else None,
+                expert_grid=subject.expert_grid if several else None,
+            ),
+            DataSet(
+                name or _set_name(spectra, identity),
+                spectra.fingerprint(),
+                n_unlabelled=int((~labelled).sum()),
+                reference_set=None if identity is None else identity._asdict(),
+                **about_noise,
+            ),
+            comparisons=Comparisons(
+                references={key: np.concatenate(parts)[labelled] for key, parts in references.items()},
+                oracle_reference=_oracle(subject.model.mixture)
+                if own and several and subject.model
+                else None,
+                ceilings=ceilings,
+                group_ceilings=group_ceilings,
+            ),
+            model={
+                **subject.about,
+                "references_of": _name(beside),
+                "share_seen": _share_seen(subject, labels),
+            },
+            progress=partial(told, "intervals"),
+        )
     stars: dict[str, NDArray] = {
         "row": np.flatnonzero(labelled).astype(np.int64),
         "log_g_true": labels["log_g"].astype(np.float64),
@@ -475,3 +502,17 @@ def _command(
     if name:
         words += ["--name", name]
     return shlex.join(words)
+
+
+def expected_stages(n_rows: int, *, pictures: bool) -> dict[str, float]:
+    """Stages of an evaluation and its report in their order, with the seconds that each takes about.
+
+    Parameters
+    ----------
+    n_rows : int
+        Test spectra.
+    pictures : bool
+        Whether the report is drawn.
+    """
+    seconds = {"evaluate": SECONDS_PER_ROW * n_rows, "intervals": INTERVALS[0] + INTERVALS[1] * n_rows}
+    return seconds | ({"pictures": PICTURES} if pictures else {})

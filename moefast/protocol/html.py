@@ -17,7 +17,7 @@ from moefast.pages.page import Cell, Figure, Table, Words, bracket, number, perc
 from moefast.protocol.figures import FIGURES, svg
 from moefast.protocol.milestones.verdicts import Judgement
 from moefast.protocol.report import Report
-from moefast.protocol.report_text import norm_label, octile_label
+from moefast.protocol.report_text import efficiency_words, norm_label, octile_label
 
 __all__ = ["page", "write_page"]
 
@@ -240,7 +240,7 @@ def _ceilings(report: Report) -> Table | None:
             name,
             [
                 number(entry["r2"]),
-                number(entry["efficiency"]) if not entry["efficiency_reason"] else "–",
+                efficiency_words(name, entry),
                 number(entry["gap_closed"]),
                 bracket(entry["gap_closed_interval"]),
             ],

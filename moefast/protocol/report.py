@@ -9,6 +9,7 @@ model on the same stars gives the same bytes.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from moefast.core import metrics
 from moefast.core.errors import LabelError
 from moefast.core.grids import METAL_POOR, PHYSICAL_GRID, SNR_NORM_EDGES, Grid
 from moefast.core.groups import N_OCTILES, Group, groups_of, octile_edges
+from moefast.core.progress import RowProgress
 from moefast.protocol import distributions
 
 __all__ = [
@@ -165,6 +167,7 @@ def evaluate_predictions(
     comparisons: Comparisons | None = None,
     model: Mapping[str, Any] | None = None,
     bootstrap: Bootstrap | None = None,
+    progress: RowProgress | None = None,
 ) -> dict[str, Any]:
     """Score one set of predictions by the frozen protocol.
 
@@ -178,6 +181,9 @@ def evaluate_predictions(
     model : mapping, optional
         Written into the report as it is (JSON values).
     bootstrap : Bootstrap, optional
+
+    progress : callable, optional
+        Called with the number of intervals done and of all.
 
     Returns
     -------
@@ -204,7 +210,18 @@ def evaluate_predictions(
     groups = groups_of(temperature, metallicity, norm, median)
     edges = octile_edges(median)
 
+    sizes = {kind: len(members) for kind, members in groups.items()}
+    # Of all stars, of each group, of the octiles of both metallicities, of faint stars; and of each reference.
+    n_intervals = 3 + len(metrics.STATISTICS) + sum(sizes.values()) + 2 * len(against.references)
+    n_intervals += sizes["metallicity"] * (sizes["snr_median"] + 1) + sizes["grid"]
+    done = itertools.count(1)
+
+    def step() -> None:
+        if progress is not None:
+            progress(next(done), n_intervals)
+
     def group(name: str, members: NDArray[np.bool_], **extra: Any) -> dict[str, Any]:
+        step()
         interval = metrics.bootstrap(truth[members], filled[members], n_resamples=n_resamples, seed=seed)
         return {
             "name": name,
@@ -223,6 +240,7 @@ def evaluate_predictions(
     everyone = np.ones(n, dtype=bool)
     overall = group("overall", everyone)
     for statistic in metrics.STATISTICS:
+        step()
         interval = metrics.bootstrap(truth, filled, statistic, n_resamples=n_resamples, seed=seed)
         overall[f"{statistic}_interval"] = [interval.low, interval.high]
     overall["error_coverage"] = error_coverage(everyone)
@@ -333,7 +351,9 @@ def evaluate_predictions(
     for name, prediction in against.references.items():
         others[name], absent = metrics.fill_missing(truth, prediction)
         other = others[name]
+        step()
         alone = metrics.bootstrap(truth, other, n_resamples=n_resamples, seed=seed)
+        step()
         versus = metrics.bootstrap_difference(truth, filled, other, n_resamples=n_resamples, seed=seed)
         report["references"][name] = {
             **metrics.scores(truth, other),

@@ -18,6 +18,7 @@ from moefast.core.atomic import (
     write_json,
 )
 from moefast.core.errors import OutputError
+from moefast.core.progress import StageProgress
 from moefast.core.version import __version__
 from moefast.protocol.evaluate import Evaluation
 from moefast.protocol.milestones.verdicts import Judgement
@@ -74,6 +75,7 @@ def write_report(
     pictures: bool = True,
     overwrite: bool = False,
     judged: Judgement | None = None,
+    progress: StageProgress | None = None,
 ) -> list[Path]:
     """Write the report to a folder, which is made if need be.
 
@@ -92,6 +94,8 @@ def write_report(
     judged : Judgement, optional
         What the evaluation says about the milestones, from `moefast.protocol.milestones.judge.judge_alone`: a table
         more in report.txt and report.html.
+    progress : callable, optional
+        Called with "pictures", those drawn and those in all.
 
     Returns
     -------
@@ -132,7 +136,7 @@ def write_report(
         )
         write_json(report, partial / "report.json")
         if pictures:
-            _draw(report, run, judged, partial)
+            _draw(report, run, judged, partial, progress or (lambda *_: None))
         _publish(partial, target, overwrite)
     except OSError as error:
         raise OutputError(f"{target}: cannot be written ({error.strerror})") from error
@@ -170,7 +174,10 @@ def _holds_a_report_alone(folder: Path) -> bool:
     )
 
 
-def _draw(report: Mapping[str, Any], run: Mapping[str, Any], judged: Judgement | None, target: Path) -> None:
+def _draw(
+    report: Mapping[str, Any], run: Mapping[str, Any], judged: Judgement | None, target: Path,
+    progress: StageProgress,
+) -> None:  # fmt: skip
     from moefast.protocol.figures import FIGURES, overview, png
     from moefast.protocol.html import write_page
 
@@ -178,11 +185,17 @@ def _draw(report: Mapping[str, Any], run: Mapping[str, Any], judged: Judgement |
         (target / "figures").mkdir(exist_ok=True)
     except OSError as error:
         raise OutputError(f"{target / 'figures'}: cannot be made ({error.strerror})") from error
-    for name, drawing in FIGURES.items():
-        if drawing.exists(report):
-            png(report, name, target / "figures" / f"{name}.png")
+    names = [name for name, drawing in FIGURES.items() if drawing.exists(report)]
+    # The page draws all of them again.
+    n_steps = 2 * len(names) + 1
+    for done, name in enumerate(names):
+        progress("pictures", done, n_steps)
+        png(report, name, target / "figures" / f"{name}.png")
+    progress("pictures", len(names), n_steps)
     overview(report, target / "report.png")
+    progress("pictures", len(names) + 1, n_steps)
     write_page(report, run, target / "report.html", judged)
+    progress("pictures", n_steps, n_steps)
 
 
 def _remove(path: Path) -> None:

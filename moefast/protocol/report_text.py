@@ -9,7 +9,10 @@ from moefast.core.text import bracket, number, percent, table
 from moefast.protocol.milestones.text import format_section
 from moefast.protocol.milestones.verdicts import Judgement
 
-__all__ = ["format_text", "norm_label", "octile_label"]
+__all__ = ["efficiency_words", "format_text", "norm_label", "octile_label"]
+
+NO_LIMIT = "fisher mean"
+"""Mean Fisher bound without prior: single stars without information drag it below what models reach."""
 
 
 def format_text(
@@ -136,12 +139,17 @@ def _what_helped(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def efficiency_words(name: str, ceiling: Mapping[str, Any]) -> str:
+    """Efficiency against a ceiling; a dash where it is none, or where the ceiling is no limit of the set."""
+    return "–" if name == NO_LIMIT or ceiling["efficiency_reason"] else number(ceiling["efficiency"])
+
+
 def _ceilings(report: Mapping[str, Any]) -> list[str]:
     rows = [
         (
             name,
             number(ceiling["r2"]),
-            number(ceiling["efficiency"]),
+            efficiency_words(name, ceiling),
             number(ceiling["gap_closed"]),
             bracket(ceiling["gap_closed_interval"]),
         )

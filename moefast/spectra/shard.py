@@ -31,6 +31,7 @@ import h5py
 import numpy as np
 
 from moefast.core.errors import InputError
+from moefast.core.watched import interrupt_behind
 from moefast.spectra.hdf5 import ARRAYS, STAGING_BYTES, contents_of, open_hdf5
 from moefast.spectra.params import ParamColumn, index_column, owners_of_params, param_columns, read_columns
 from moefast.spectra.stored import (
@@ -132,6 +133,8 @@ class Shard:
         except InputError:
             raise
         except Exception as error:
+            if (interrupt := interrupt_behind(error)) is not None:
+                raise interrupt from None
             # Damaged descriptions of types and shapes make h5py raise nearly anything.
             raise InputError(f"{self.path}: metadata cannot be read, damaged? {error}") from error
         finally:
@@ -352,6 +355,8 @@ class Shard:
                 if stored.gaps is not None:
                     stored.gaps.blank(out, start)
         except Exception as error:
+            if (interrupt := interrupt_behind(error)) is not None:
+                raise interrupt from None
             raise InputError(
                 f"{self.path}: {stored.dataset}: rows {start} to {stop - 1} cannot be read, the file is "
                 f"truncated or damaged: {error}"
@@ -461,6 +466,8 @@ class Shard:
             with self._lock:
                 return read_columns(self._file(), {name: self._columns[name] for name in wanted}, start, stop)
         except Exception as error:
+            if (interrupt := interrupt_behind(error)) is not None:
+                raise interrupt from None
             raise InputError(
                 f"{self.path}: dataset/params: rows {start} to {stop - 1} cannot be read, the file is "
                 f"truncated or damaged: {error}"

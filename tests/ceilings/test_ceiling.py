@@ -28,8 +28,18 @@ def file(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def found(file):
-    return ceiling.compute(file, name="toy")
+def reports():
+    return []
+
+
+@pytest.fixture(scope="module")
+def found(file, reports):
+    return ceiling.compute(file, name="toy", progress=lambda *report: reports.append(report))
+
+
+def test_every_star_is_reported(found, reports):
+    assert reports[0] == ("ceiling", 0, N)
+    assert [done for stage, done, _ in reports if stage == "ceiling"][-N - 1 :] == [*range(1, N + 1), N]
 
 
 def test_summary(found):

@@ -130,7 +130,7 @@ def test_other_files_are_no_parts(parts, source, tmp_path):
 
 def test_the_command(parts, tmp_path):
     out = tmp_path / "m.h5"
-    result = CliRunner().invoke(cli, ["merge", str(parts[0].parent / "part-*.parquet"), "-o", str(out), "-q"])
+    result = CliRunner().invoke(cli, ["merge", str(parts[0].parent / "part-*.parquet"), "-o", str(out)])
     assert result.exit_code == 0, result.output
     assert "120 spectra of 3 parts, rows 0:120, R²" in result.output
     result = CliRunner().invoke(cli, ["merge", str(parts[0]), "-o", str(tmp_path / "n.h5"), "-q"])

@@ -42,7 +42,6 @@ def run(night, saved, *options):
         str(saved),
         "--out-dir",
         str(night / "out"),
-        "-q",
     ]
     return CliRunner().invoke(cli, [*command, *options])
 

@@ -12,6 +12,7 @@ from made_up import report as made_up
 
 from moefast.core.errors import OutputError
 from moefast.protocol.html import page, write_page
+from moefast.protocol.report_text import efficiency_words
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 
@@ -176,3 +177,10 @@ def test_a_report_without_most_things():
 def test_a_page_that_cannot_be_written(report, tmp_path):
     with pytest.raises(OutputError, match="missing"):
         write_page(report, None, tmp_path / "missing" / "report.html")
+
+
+def test_what_is_no_limit_has_no_efficiency():
+    entry = {"efficiency": 2.269, "efficiency_reason": ""}
+    assert efficiency_words("fisher mean", entry) == "–"
+    assert efficiency_words("bayes", entry) == "2.269"
+    assert efficiency_words("bayes", entry | {"efficiency_reason": "the ceiling is not above zero"}) == "–"

@@ -186,7 +186,7 @@ def test_the_commands_write_and_refuse(tmp_path, desi):
     out = tmp_path / "out.h5"
     run = CliRunner().invoke(
         cli,
-        ["simulate", str(out), "-n", "30", "--seed", "4", "--like", str(desi), "--resolution", "3.5A", "-q"],
+        ["simulate", str(out), "-n", "30", "--seed", "4", "--like", str(desi), "--resolution", "3.5A"],
     )
     assert run.exit_code == 0, run.output
     assert "like coadd.fits, resolution 3.5A" in run.output

@@ -6,6 +6,7 @@ import pytest
 
 from moefast.benchmarks.faults.case import run
 from moefast.core.errors import InputError
+from moefast.core.watched import interrupt_behind
 from moefast.kernels import PROJECT_ROWS
 from moefast.predicting.files import predict
 from moefast.spectra.quality import Flag
@@ -362,3 +363,31 @@ def test_numbers_are_not_looked_through_for_texts(texts):
     assert open_spectra(texts).n_rows == 3
     with h5py.File(texts) as file, pytest.raises(InputError, match="are damaged"):
         refuse_endless_heaps(file)
+
+
+class _Interrupt(BaseException):
+    pass
+
+
+def _behind(interrupt):
+    try:
+        raise SystemError("a function returned a result with an exception set") from interrupt
+    except SystemError as error:
+        return error
+
+
+def test_an_interrupt_that_a_library_wraps_is_no_damage(texts, monkeypatch):
+    """h5py gives its lock back in C: an interrupt there comes out as a SystemError."""
+
+    def struck(*_):
+        raise _behind(_Interrupt())
+
+    monkeypatch.setattr(Shard, "_find_wave", struck)
+    with pytest.raises(_Interrupt):
+        Shard(texts)
+    monkeypatch.undo()
+    shard = Shard(texts)
+    monkeypatch.setattr(Shard, "_fill", struck)
+    with pytest.raises(_Interrupt):
+        shard.read("flux", 0, 2)
+    assert interrupt_behind(ValueError("damaged")) is None

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from moefast.core.errors import InputError, OutputError
+from moefast.core.watched import interrupt_behind
 from moefast.spectra.tables.column import Column
 from moefast.spectra.tables.fits import FitsTable, fits_layout, read_fits
 from moefast.spectra.tables.hdf5 import Hdf5Table, hdf5_layout, read_hdf5
@@ -97,5 +98,7 @@ def _read(path: str | Path, readers: Mapping[str, Callable[[Path], Any]]) -> Any
     except InputError:
         raise
     except Exception as error:
+        if (interrupt := interrupt_behind(error)) is not None:
+            raise interrupt from None
         # Damaged headers make the libraries raise nearly anything.
         raise InputError(f"{path}: cannot be read as a table: {error}") from error
