@@ -56,7 +56,7 @@ ARGUMENTS = {"recipe": "global-ridge", "references": False}
 def make_small() -> None:
     """Units of a few rows, small samples, short trainings: quality is not the question."""
     normal_equations.BUFFER_ROWS, statistics.UNIT_ROWS, sample.NOISY_ROWS = 64, UNIT, 3000
-    linear_experts.RANK_STEP, linear_experts.ALPHAS = 200, (0.0, 0.1)
+    linear_experts.RANK_STEP, linear_experts.ALPHAS = 200, (0.0, 1e-4, 1e-3, 1e-2, 0.1, 1.0)
     for room, name in ((gate, "fit_gate"), (error_model, "fit_error_model")):
         work = getattr(room, name)
         if not isinstance(work, functools.partial):
@@ -168,7 +168,7 @@ def campaign(
     """Cases one after the other: what was killed when, whether it was at work, and what was wrong afterwards."""
     from distributed import WorkerPlugin
 
-    class Small(WorkerPlugin):  # type: ignore[misc]  # untyped
+    class Small(WorkerPlugin):
         def setup(self, worker: Any) -> None:
             make_small()
 
@@ -206,7 +206,7 @@ def campaign(
                 if who == "worker":
                     result, during = worker_case(ground, case, what, client, after)
                 elif who == "client":
-                    address = str(client.scheduler.address)
+                    address = str(client.scheduler_info(n_workers=0)["address"])
                     during = killed(
                         ["--client", what, "--address", address, "--case", str(case), "--folder", str(folder)], after
                     )  # fmt: skip

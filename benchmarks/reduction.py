@@ -112,7 +112,8 @@ def same_bits(n_workers: int, n_pixels: int = 24, seed: int = 0) -> bool:
     def empty() -> NormalEquations:
         return NormalEquations(np.zeros(n_pixels), 2, 2, scales=scales)
 
-    whole, files = empty(), []
+    whole = empty()
+    files: list[NormalEquations] = []
     for worker in range(n_workers):
         x = (rng.standard_normal((64, 4)) @ mixing).astype(np.float32)
         y, bins, folds = rng.uniform(1, 5, 64), rng.integers(0, 2, 64), rng.integers(0, 2, 64)

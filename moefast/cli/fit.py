@@ -205,7 +205,7 @@ def fit(
         where = resolve_kernels(backend)
         progress.note(f"backend {where.name} ({where.device}): {where.reason}")
         begin = time.monotonic()
-        arguments = {
+        arguments: dict[str, Any] = {
             "recipe": recipe, "families": families, "grid": uniform(*grid) if grid else None, "noise": noise,
             "noise_level": noise_level, "size": size, "steps": steps, "references": references, "seed": seed,
         }  # fmt: skip

@@ -170,7 +170,7 @@ def predict(
         )  # fmt: skip
         return
     with ProgressLine(quiet or as_json) as progress:
-        progress.doing("predict: reading")
+        progress.doing("predict: getting ready")
         summary = run(
             files, model, target, array=array, backend=backend, rows=rows, limit=limit,  # type: ignore[arg-type]
             shard=shard, overwrite=overwrite, velocity=velocity, velocity_range=velocity_range,

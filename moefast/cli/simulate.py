@@ -155,7 +155,15 @@ def simulate(
                         f"{name} {part} is one file; --scheduler writes parts of any size to a folder"
                     )
                 _on_cluster(
-                    scheduler, out, total, progress, name=name, part=part, noisy=noisy, overwrite=overwrite
+                    scheduler,
+                    out,
+                    total,
+                    progress,
+                    quiet=quiet,
+                    name=name,
+                    part=part,
+                    noisy=noisy,
+                    overwrite=overwrite,
                 )
                 return
             identity = simulate_set(
@@ -193,8 +201,8 @@ def simulate(
         report = progress.rows("simulate")
         if scheduler is not None:
             _on_cluster(
-                scheduler, out, span, progress, seed=seed, settings=settings, like=like, resolution=resolution,
-                noisy=noisy, overwrite=overwrite,
+                scheduler, out, span, progress, quiet=quiet, seed=seed, settings=settings, like=like,
+                resolution=resolution, noisy=noisy, overwrite=overwrite,
             )  # fmt: skip
             return
         simulate_file(
@@ -212,7 +220,9 @@ def simulate(
         tell_failures(observed.failures)
 
 
-def _on_cluster(scheduler: str, out: str, rows: tuple[int, int], progress: ProgressLine, **job: Any) -> None:
+def _on_cluster(
+    scheduler: str, out: str, rows: tuple[int, int], progress: ProgressLine, *, quiet: bool, **job: Any
+) -> None:
     """The same spectra in the files of a folder, by the workers of a cluster."""
     from moefast.cli.spread import connected
     from moefast.cluster.rows_on_workers import simulate_on
@@ -220,4 +230,6 @@ def _on_cluster(scheduler: str, out: str, rows: tuple[int, int], progress: Progr
     with connected(scheduler, progress) as client:
         paths = simulate_on(client, out, rows, progress=progress.rows("simulate"), **job)
     progress.close()
-    click.echo(f"{out}: {rows[1] - rows[0]:,} spectra, rows {rows[0]}:{rows[1]}, in {len(paths)} files")
+    tell_result(
+        f"{out}: {rows[1] - rows[0]:,} spectra, rows {rows[0]}:{rows[1]}, in {len(paths)} files", quiet=quiet
+    )

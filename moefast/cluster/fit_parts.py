@@ -129,7 +129,7 @@ class FitPlan:
     @classmethod
     def of_document(cls, document: dict[str, Any]) -> FitPlan:
         """From what `document` gave."""
-        source = {
+        source: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in document["source"].items()
         }

@@ -91,7 +91,7 @@ def scores_on(client: Client, scorer: Scorer, report: RowProgress) -> Iterator[S
     InputError, ModelError
         A worker does not see a file, or has another model or version; the worker is named.
     """
-    arguments = scorer.arguments
+    arguments: dict[str, Any] = dict(scorer.arguments)
     files = [os.path.abspath(path) for path in find_files(arguments["paths"])]
     model = arguments["model"]
     if isinstance(model, Model):

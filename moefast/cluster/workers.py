@@ -124,7 +124,7 @@ def _device_plugin(devices: Sequence[str]) -> Any:
     """What gives each worker a GPU of its own, also those that take the place of lost ones."""
     from distributed import WorkerPlugin
 
-    class OneDevice(WorkerPlugin):  # type: ignore[misc]  # untyped
+    class OneDevice(WorkerPlugin):
         name = "moefast-device"
 
         def setup(self, worker: Any) -> None:

@@ -7,12 +7,13 @@ expert unless another is better beyond doubt (`moefast.experts.choice`).
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moefast.core.errors import MoefastError
 from moefast.experts.choice import choose
@@ -153,12 +154,16 @@ def _ask(
     values = sample.values.setdefault(name, sample.values["linear"].copy())
     sample.noise[name] = sample.noise["linear"]
     whole = slice(0, len(sample.rows))
-    parts = flux_of_sample(data, f"what {name} says") if on_flux(name) else iter([(whole, None)])
+    parts: Iterable[tuple[slice, NDArray | None]] = [(whole, None)]
+    if on_flux(name):
+        parts = flux_of_sample(data, f"what {name} says")
+    z, level, lines = sample.inputs.z, sample.inputs.log_level, sample.inputs.lines
     for here, x in parts:
-        seen = Inputs(*(a[here] for a in sample.inputs[:3]), x)
         bins = data.bins[sample.rows[here]]
         for k, one in experts.items():
             rows = np.flatnonzero(bins == k) if own_bin else np.arange(len(bins))
             if rows.size:
-                inputs = Inputs(*(None if a is None else a[rows] for a in seen[:4]))
-                values[here.start + rows, k] = one.predict(inputs)
+                at = here.start + rows
+                values[at, k] = one.predict(
+                    Inputs(z[at], level[at], lines[at], None if x is None else x[rows])
+                )

@@ -196,7 +196,7 @@ def _draws_of(
     rows = np.arange(here.start, here.stop)
     chosen = usable & (rows % thin == 0)
     rows, clean, sigma = rows[chosen], flux[chosen], error[chosen]
-    parts = []
+    parts: list[tuple[NDArray, ...]] = []
     for draw in range(draws):
         x = add_noise(
             clean + _nuisances(mixture, sigma, rows, draw), sigma, data.options.seed + 1 + draw, rows

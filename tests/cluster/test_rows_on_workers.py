@@ -11,6 +11,7 @@ from moefast.cli import cli
 from moefast.cluster import rows_on_workers
 from moefast.cluster.rows_on_workers import ceilings_on, scores_on, simulate_on
 from moefast.core.errors import InputError, OutputError
+from moefast.model import Model
 from moefast.protocol import evaluate as evaluation
 from moefast.protocol.evaluate import evaluate
 from moefast.simulate import Settings, simulate_file
@@ -50,11 +51,18 @@ def without_seconds(summary):
     }  # fmt: skip
 
 
-def test_an_evaluation_is_that_of_one_process(client, stars_file, model_folder, monkeypatch):
-    monkeypatch.setattr(evaluation, "BLOCK_ROWS", 300)
-    whole, seen = evaluate(stars_file, model_folder, progress=False), []
+@pytest.fixture(scope="module")
+def stars_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("stars") / "x.h5"
+    simulate_file(path, 100, seed=5)
+    return path
+
+
+def test_an_evaluation_is_that_of_one_process(client, stars_file, monkeypatch):
+    monkeypatch.setattr(evaluation, "BLOCK_ROWS", 16)
+    whole, seen = evaluate(stars_file, "z0", progress=False), []
     spread = functools.partial(scores_on, client)
-    found = evaluate(stars_file, model_folder, spread=spread, progress=lambda *step: seen.append(step))
+    found = evaluate(stars_file, "z0", spread=spread, progress=lambda *step: seen.append(step))
     same(found.stars, whole.stars)
     assert found.report == whole.report
     assert seen[-1][0] == seen[-1][1] == len(whole.log_g)
@@ -96,9 +104,9 @@ def test_a_simulation_has_the_rows_of_one_file(client, tmp_path):
         simulate_on(client, folder, (10, 60), seed=8, settings=settings, rows_per_file=20)
 
 
-def test_what_workers_cannot_do_is_said(client, stars_file, model, monkeypatch):
+def test_what_workers_cannot_do_is_said(client, stars_file, monkeypatch):
     with pytest.raises(InputError, match="give the folder"):
-        evaluate(stars_file, model, spread=functools.partial(scores_on, client))
+        evaluate(stars_file, Model.load("z0"), spread=functools.partial(scores_on, client))
     address = next(iter(client.scheduler_info(n_workers=-1)["workers"]))
     facts = {"version": rows_on_workers.__version__, "missing": [str(stars_file)]}
     monkeypatch.setattr(client, "run", lambda *_: {address: facts})
