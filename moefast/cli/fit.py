@@ -210,13 +210,11 @@ def fit(
             "noise_level": noise_level, "size": size, "steps": steps, "references": references, "seed": seed,
         }  # fmt: skip
         kept = Checkpoint(checkpoint, tell=progress.note) if checkpoint else None
-        progress.expect(
-            expected_stages(options_of(**arguments), spectra.n_rows) | {WRITING: 3.0}  # type: ignore[arg-type]
-        )
+        progress.expect(expected_stages(options_of(**arguments), spectra.n_rows) | {WRITING: 3.0})
         if shard is not None or scheduler is not None:
             plan = FitPlan(source if simulate else Source.of_files(files), arguments)
             prepared = plan.prepare(
-                spectra if simulate else None,  # type: ignore[arg-type]  # no names of files
+                spectra if simulate else None,
                 lambda words: progress.note(f"note: {words}"),
             )
         if shard is not None:
