@@ -123,8 +123,8 @@ def run(
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
-    code = None if hangs or code == -signal.SIGXCPU else code
-    return Ended(code, log.read_text(errors="replace"), time.monotonic() - begin)
+    out_of_time = hangs or code == -signal.SIGXCPU
+    return Ended(None if out_of_time else code, log.read_text(errors="replace"), time.monotonic() - begin)
 
 
 def _in_child(work: Callable[[], object], log: Path, first: Callable[[], None], cpu_limit: int) -> None:

@@ -276,7 +276,9 @@ def _filled(column: Any) -> NDArray:
     if not empty.any():
         return values
     if values.dtype.kind not in "iuf":
-        return np.where(empty, None, values.astype(object))
+        objects = values.astype(object)
+        objects[empty] = None
+        return objects
     return np.where(empty, np.nan, values.astype(np.float64))
 
 
