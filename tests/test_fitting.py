@@ -67,7 +67,7 @@ def whole(train_file):
     stages = {}
 
     def progress(stage, done, total):
-        assert 0 < done <= total
+        assert 0 <= done <= total  # 0 says that the stage begins
         assert stages.get(stage, (0, total)) <= (done, total)
         stages[stage] = (done, total)
 
@@ -77,6 +77,7 @@ def whole(train_file):
         for name, n in {
             "mean spectrum": 512,
             "normal equations": 3000,
+            "components": 2,
             "experts": 2 + 2 * 6,
             "noise levels": 3000,
             "gate sample": 3000,
