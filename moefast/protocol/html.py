@@ -266,7 +266,7 @@ def _milestones(judged: Judgement | None) -> Table | None:
                 Words(row.what),
                 Words(row.published),
                 number(row.ours.value),
-                bracket(row.ours.interval or [None, None]),
+                bracket(row.ours.interval),
                 row.absolute.verdict,
                 row.reference.verdict,
             ],
