@@ -30,9 +30,9 @@ in pairs, so that they do not wait for each other.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from moefast.core.compiled import njit
 from moefast.core.threads import in_threads
 from moefast.kernels.quality import quantile, quantile_scratch
 

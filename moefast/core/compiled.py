@@ -4,6 +4,10 @@ Design: Numba keys a cached function on the source file of that function alone, 
 other files are compiled into it; here the key is the content of all files that may be. Machine code is kept with its
 SHA-256. What cannot be read is removed and compiled again; what cannot be written is compiled in every process, which
 costs some twenty seconds and nothing else.
+
+Functions are compiled into those that call them. Left alone, a call goes to whichever copy of the callee a process has:
+the one inside its caller, if it was read from the cache, or the one that was compiled before, which is optimised on its
+own and sums in another order. Then the first run of a machine would have other last digits than the second.
 """
 
 from __future__ import annotations
@@ -169,7 +173,7 @@ def njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     cached = options.pop("cache", False)
 
     def decorate(function: Callable[..., Any]) -> Any:
-        dispatcher = numba.njit(**options)(function)
+        dispatcher = numba.njit(forceinline=True, **options)(function)
         if cached:
             try:
                 dispatcher._cache = _Cache(function)

@@ -163,7 +163,7 @@ def test_a_fit_that_needs_two_first_passes_has_no_parts(source):
 
 def test_the_commands(source, tmp_path, monkeypatch):
     run = CliRunner().invoke
-    options = ["--recipe", "global-ridge", "--no-references", "--grid", "2x1", "-q"]
+    options = ["--recipe", "global-ridge", "--no-references", "--grid", "2x1"]
     for index in range(2):
         out = str(tmp_path / f"p{index}.npz")
         done = run(cli, ["fit", str(source), *options, "--shard", f"{index}/2", "-o", out, "--json"])
@@ -175,7 +175,7 @@ def test_the_commands(source, tmp_path, monkeypatch):
     wrong = run(cli, ["fit", str(source), *options, "--shard", "0/2", "-o", str(tmp_path / "model")])
     assert wrong.exit_code == 2
     assert "PART.npz" in wrong.output
-    done = run(cli, ["merge", str(tmp_path / "p*.npz"), "-o", str(tmp_path / "model"), "-q"])
+    done = run(cli, ["merge", str(tmp_path / "p*.npz"), "-o", str(tmp_path / "model")])
     assert done.exit_code == 0, done.output
     assert "global-ridge, 959 spectra" in done.output
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")

@@ -144,3 +144,27 @@ def test_a_folder_that_others_can_write_is_not_trusted(no_home, caplog):
     assert kernel(np.int64(1)) == 2
     assert not list(folder.iterdir())
     assert "set NUMBA_CACHE_DIR" in caplog.text
+
+
+PREDICT = """
+import sys
+import numpy as np
+from moefast.model import Model
+from moefast.simulate.source import SimulatedSpectra
+
+spectra = SimulatedSpectra.of_set("z0", rows=(0, 40))
+block = next(iter(spectra.blocks(40)))
+flux = block.flux + block.error * np.random.default_rng(1).standard_normal(block.flux.shape).astype(np.float32)
+found = Model.load("z0").mixture.predict(flux, block.error)
+np.savez(sys.argv[1], log_g=found.log_g, chi2=found.chi2, scale=found.scale, labels=found.labels)
+"""
+
+
+def test_the_process_that_compiles_gives_the_bits_of_those_that_read_its_code(tmp_path):
+    env = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "code")}
+    for name in ("first", "second"):
+        subprocess.run([sys.executable, "-c", PREDICT, tmp_path / name], env=env, check=True)
+    first, second = (dict(np.load(tmp_path / f"{name}.npz")) for name in ("first", "second"))
+    assert np.isfinite(first["log_g"]).all()
+    for name, values in first.items():
+        np.testing.assert_array_equal(second[name], values, err_msg=name)
