@@ -417,7 +417,7 @@ class ErrorsOfGroup:
     centre: float | None
     n: int
     rmse: float | None
-    rms: float | None
+    rms: float | None = None
     p16: float | None
     median: float | None
     p84: float | None
