@@ -28,12 +28,14 @@ from moefast.core.atomic import write_json
 from moefast.core.groups import assign_octiles, octile_edges
 from moefast.core.metrics import r2
 from moefast.core.random import NOISE_SEED, add_noise
+from moefast.core.records import as_entries
 from moefast.experts.normal_equations import Moments, NormalEquations
 from moefast.experts.ridge import NoisePath, principal_subspace, ridge
 from moefast.fitting import PUBLISHED_ALPHA
 from moefast.mixture import hat_weights
 from moefast.protocol.report import DataSet, Predictions, evaluate_predictions
 from moefast.protocol.report import Stars as Measured
+from moefast.protocol.report_parts import Report
 from moefast.simulate import SimulatedSpectra
 from moefast.spectra.quality import assess
 
@@ -506,7 +508,7 @@ def measure_set(
                 content = evaluation(name, parts[part], predicted, plan, training[k], plan.noise_seeds[d])
                 folder = reports / f"{name}-training-{k}-noise-{d}"
                 folder.mkdir(parents=True, exist_ok=True)
-                write_json(content, folder / "report.json")
+                write_json(as_entries(content), folder / "report.json")
         say(f"{name}: reports written")
     return {
         "fingerprints": {
@@ -540,7 +542,7 @@ def measure_set(
 
 def evaluation(
     name: str, stars: Stars, predicted: F64, plan: Plan, training: Mapping[str, Any], seed: int | None
-) -> dict[str, Any]:
+) -> Report:
     """The evaluation of one fit of `published-ridge`, as `moefast evaluate` writes it."""
     quality = assess(stars.noisy(seed), stars.error, None, None)
     identity = stars.spectra.identity

@@ -7,6 +7,7 @@ import numpy as np
 from made_up import evaluated
 
 from moefast.core import metrics
+from moefast.core.records import as_entries
 from moefast.simulate.sets import FINGERPRINTS
 
 N = 400
@@ -36,7 +37,7 @@ def evaluation(recipe, r2, *, references=(), data_set="z0 test_10k", fingerprint
                reference_set=True, noise_seed=None, noise_level=1.0, training=(), n=10_000):  # fmt: skip
     """JSON of an evaluation; `references` are (name, R²) pairs. `n` is claimed: the numbers come from 400 stars."""
     data = stars()
-    content = evaluated(
+    report = evaluated(
         data["log_g"],
         predictions(np.sqrt(1 - np.asarray(r2))),
         None,
@@ -54,6 +55,7 @@ def evaluation(recipe, r2, *, references=(), data_set="z0 test_10k", fingerprint
         n_resamples=50,
     )
     # Fifty resamples are as good as a thousand to test with, and much quicker.
+    content = as_entries(report)
     content["protocol"]["n_resamples"] = metrics.N_RESAMPLES
     content["data_set"] |= {"n": n, "reference_set": Z0 if reference_set else None}
     return json.dumps(content)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 
 from moefast.core import grids
 from moefast.core.groups import groups_of
+from moefast.core.records import as_entries, read_entries
 from moefast.protocol.report import Bootstrap, Comparisons, DataSet, Predictions, Stars, evaluate_predictions
+from moefast.protocol.report_parts import Report
 
 
 def evaluated(y, yhat, err, *, t_eff, m_h, snr_norm, snr_median, data_set, fingerprint, model=None, **more):
@@ -61,6 +65,13 @@ def report(n=1201, *, n_resamples=40, **changes):
         "model": {"kind": "model", "name": "phys-moe", "sha256": "aa", "references_of": "phys-moe"},
     }
     return evaluated(**(arguments | labels | changes), n_resamples=n_resamples)
+
+
+def read_back(report, *without):
+    """The report that is read from the JSON of another, perhaps without some of its entries."""
+    entries = json.loads(json.dumps(as_entries(report), allow_nan=False))
+    kept = {key: value for key, value in entries.items() if key not in without}
+    return read_entries(Report, kept, "report.json")
 
 
 RUN = {

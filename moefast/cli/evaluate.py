@@ -104,7 +104,7 @@ def evaluate(
                 files, model, peer=peer, noise=noise, noise_level=noise_level, ceiling=ceiling, backend=backend,  # type: ignore[arg-type]
                 name=name, progress=progress.stage, tell=lambda words: progress.note(f"note: {words}"), spread=spread,
             )  # fmt: skip
-        judged = judge_alone(result.report) if milestones else None
+        judged = judge_alone(result.record) if milestones else None
         # First what took long; a terminal may refuse the text.
         written = (
             write_report(
@@ -113,7 +113,7 @@ def evaluate(
             if out
             else []
         )
-    text = json.dumps(result.report, indent=1) if as_json else format_text(result.report, result.run, judged)
+    text = json.dumps(result.report, indent=1) if as_json else format_text(result.record, result.run, judged)
     click.echo(text)
     if as_json and not quiet and result.run["spectra_per_second"]:
         click.echo(f"{result.run['spectra_per_second']:,.0f} spectra/s on {result.run['device']}", err=True)

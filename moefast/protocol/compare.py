@@ -20,8 +20,10 @@ from numpy.typing import NDArray
 from moefast.core import metrics
 from moefast.core.errors import InputError
 from moefast.core.groups import Group, groups_of
+from moefast.core.records import as_entries, read_entries
 from moefast.core.text import bracket, number, table
 from moefast.protocol.report import SCHEMA_VERSION as REPORT_SCHEMA
+from moefast.protocol.report_parts import Report
 from moefast.spectra.tables import read_table
 
 __all__ = ["SCHEMA_VERSION", "Kept", "compare", "format_text", "read_evaluation"]
@@ -49,13 +51,13 @@ class Kept:
     """An evaluation as `moefast evaluate -o` keeps it: its folder, report, and columns of shape (n,) per star."""
 
     path: Path
-    report: dict[str, Any]
+    report: Report
     stars: dict[str, NDArray]
 
     @property
     def name(self) -> str:
         """Folder and model."""
-        return f"{self.path} ({self.report['model'].get('name', 'unnamed')})"
+        return f"{self.path} ({self.report.model.get('name', 'unnamed')})"
 
 
 def read_evaluation(folder: str | Path) -> Kept:
@@ -70,8 +72,8 @@ def read_evaluation(folder: str | Path) -> Kept:
     if path.name == "report.json":
         path = path.parent
     try:
-        report = json.loads((path / "report.json").read_text(encoding="utf-8"))
-        version = report["schema_version"]
+        entries = json.loads((path / "report.json").read_text(encoding="utf-8"))
+        version = entries["schema_version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{path}: no evaluation ({error}); name folders that moefast evaluate -o wrote"
@@ -80,13 +82,14 @@ def read_evaluation(folder: str | Path) -> Kept:
         raise InputError(
             f"{path}: report of schema {version} found, {REPORT_SCHEMA} expected; evaluate the model again"
         )
+    report = read_entries(Report, entries, str(path / "report.json"))
     if not (path / "predictions.h5").is_file():
         raise InputError(f"{path}: predictions.h5 is missing; evaluate the model again")
     stars, _ = read_table(path / "predictions.h5")
     needed = {"row", "log_g_true", "log_g", "T_eff", "M_H", "snr_norm", "snr_median"}
     if lacking := sorted(needed - stars.keys()):
         raise InputError(f"{path / 'predictions.h5'}: lacks {', '.join(lacking)}; evaluate the model again")
-    found, told = metrics.r2(stars["log_g_true"], stars["log_g"]), report["overall"]["r2"]
+    found, told = metrics.r2(stars["log_g_true"], stars["log_g"]), report.overall.r2
     same = math.isnan(found) if told is None else abs(found - told) <= _SAME * max(1.0, abs(told))
     if not same:
         raise InputError(
@@ -97,18 +100,18 @@ def read_evaluation(folder: str | Path) -> Kept:
 
 
 def _check_same(first: Kept, other: Kept) -> None:
-    mine, theirs = first.report["data_set"], other.report["data_set"]
-    for key, what in (
-        ("fingerprint", "test sets"),
-        ("n", "numbers of stars"),
-        ("noise", "kinds of noise"),
-        ("noise_level", "noise levels"),
-        ("noise_seed", "noise seeds"),
+    a, b = first.report.data_set, other.report.data_set
+    for what, mine, theirs in (
+        ("test sets", a.fingerprint, b.fingerprint),
+        ("numbers of stars", a.n, b.n),
+        ("kinds of noise", a.noise, b.noise),
+        ("noise levels", a.noise_level, b.noise_level),
+        ("noise seeds", a.noise_seed, b.noise_seed),
     ):
-        if mine[key] != theirs[key]:
+        if mine != theirs:
             raise InputError(
-                f"{first.path} and {other.path}: different {what}, {mine[key]} and {theirs[key]}; compare evaluations "
-                "of the same stars and the same noise"
+                f"{first.path} and {other.path}: different {what}, {mine} and {theirs}; compare evaluations of the "
+                "same stars and the same noise"
             )
     for column in ("row", "log_g_true", "T_eff", "M_H"):
         if not np.array_equal(first.stars[column], other.stars[column]):
@@ -186,7 +189,7 @@ def compare(
 
     return {
         "schema_version": SCHEMA_VERSION,
-        "data_set": first.report["data_set"],
+        "data_set": as_entries(first.report.data_set),
         "protocol": {
             "n_resamples": n_resamples,
             "seed": seed,
@@ -196,10 +199,10 @@ def compare(
         "evaluations": [
             {
                 "path": str(item.path),
-                "model": item.report["model"],
-                "r2": item.report["overall"]["r2"],
-                "r2_interval": item.report["overall"]["r2_interval"],
-                "n_nan": item.report["overall"]["n_nan"],
+                "model": item.report.model,
+                "r2": item.report.overall.r2,
+                "r2_interval": list(item.report.overall.r2_interval),
+                "n_nan": item.report.overall.n_nan,
             }
             for item in kept
         ],

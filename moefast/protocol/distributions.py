@@ -1,18 +1,32 @@
 """What pictures of an evaluation need: densities, profiles of residuals, calibration of errors, use of the experts.
 
-Design: small tables that go into the report, so that every figure is a function of the report alone and can be drawn
-again from its JSON. Predictions come filled (`moefast.core.metrics.fill_missing`), so no star is left out.
+Design: small tables that go into the report (types in `report_parts.py`), so that every figure is a function of the
+report alone and can be drawn again from its JSON. Predictions come filled (`moefast.core.metrics.fill_missing`), so no
+star is left out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moefast.core import metrics
+from moefast.protocol.report_parts import (
+    CalibrationLevel,
+    ClaimedErrors,
+    Density,
+    ErrorCalibration,
+    ErrorCoverage,
+    ErrorsOfGroup,
+    Giants,
+    GiantsPart,
+    GiantsShare,
+    Kiel,
+    ResidualStep,
+    RoutingOfGroup,
+)
 
 __all__ = [
     "GIANTS_BELOW",
@@ -22,6 +36,7 @@ __all__ = [
     "calibration",
     "density",
     "error_by_group",
+    "error_coverage",
     "giants_and_dwarfs",
     "kiel",
     "residual_profile",
@@ -47,29 +62,21 @@ _ONE_SIGMA = 0.682689492137
 F64 = NDArray[np.float64]
 
 
-def density(y: F64, yhat: F64) -> dict[str, Any]:
-    """Number of stars per cell of (true, predicted) log g [dex].
-
-    Returns
-    -------
-    dict
-        edges (N_CELLS + 1 numbers, the same for both axes: the range of the labels and 8 % of it on either side),
-        cells (lists of three: index of true, index of predicted, number of stars; empty cells are left out),
-        n_beyond (predictions beyond the edges, counted in the outermost cells).
-    """
+def density(y: F64, yhat: F64) -> Density:
+    """Number of stars per cell of (true, predicted) log g [dex], N_CELLS each way."""
     if not y.size:
-        return {"edges": [], "cells": [], "n_beyond": 0}
+        return Density(edges=(), cells=(), n_beyond=0)
     low, high = float(y.min()), float(y.max())
     margin = max(0.25, 0.08 * (high - low))
     edges = np.linspace(low - margin, high + margin, N_CELLS + 1)
     inside = np.clip(yhat, edges[0], edges[-1])
     counts, _, _ = np.histogram2d(y, inside, bins=[edges, edges])
     i, k = np.nonzero(counts)
-    cells = np.column_stack([i, k, counts[i, k]]).astype(int)
-    return {"edges": edges, "cells": cells.tolist(), "n_beyond": int((inside != yhat).sum())}
+    cells = zip(i.tolist(), k.tolist(), counts[i, k].astype(int).tolist(), strict=True)
+    return Density(edges=tuple(edges), cells=tuple(cells), n_beyond=int((inside != yhat).sum()))
 
 
-def residual_profile(values: F64, residual: F64) -> list[dict[str, Any]]:
+def residual_profile(values: F64, residual: F64) -> tuple[ResidualStep, ...]:
     """Residuals ŷ − y [dex] along a label or an SNR, in steps of equal numbers of stars.
 
     Parameters
@@ -80,14 +87,13 @@ def residual_profile(values: F64, residual: F64) -> list[dict[str, Any]]:
 
     Returns
     -------
-    list of dict
-        range, centre (median of `values`), n, mean, and the quantiles p16, median, p84 of the residuals; steps
-        without stars are left out.
+    tuple of ResidualStep
+        Steps without stars are left out.
     """
     known = np.isfinite(values)
     values, residual = values[known], residual[known]
     if not values.size:
-        return []
+        return ()
     edges = np.quantile(values, np.arange(N_STEPS + 1) / N_STEPS)
     step = np.searchsorted(edges[1:-1], values, side="right")
     rows = []
@@ -97,20 +103,32 @@ def residual_profile(values: F64, residual: F64) -> list[dict[str, Any]]:
             continue
         p16, median, p84 = np.quantile(residual[members], [0.16, 0.5, 0.84])
         rows.append(
-            {
-                "range": edges[k : k + 2],
-                "centre": np.median(values[members]),
-                "n": int(members.sum()),
-                "mean": residual[members].mean(),
-                "p16": p16,
-                "median": median,
-                "p84": p84,
-            }
+            ResidualStep(
+                range=(edges[k], edges[k + 1]),
+                centre=float(np.median(values[members])),
+                n=int(members.sum()),
+                mean=residual[members].mean(),
+                p16=p16,
+                median=median,
+                p84=p84,
+            )
         )
-    return rows
+    return tuple(rows)
 
 
-def calibration(y: F64, yhat: F64, err: F64) -> dict[str, Any] | None:
+def error_coverage(
+    y: F64, yhat: F64, err: F64, levels: Sequence[float] = metrics.COVERAGE_LEVELS
+) -> ErrorCoverage:
+    """`moefast.core.metrics.coverage` as it stands in a report."""
+    found = metrics.coverage(y, yhat, err, levels=levels)
+    return ErrorCoverage(
+        n=found["n"],
+        n_undefined=found["n_undefined"],
+        levels=tuple(CalibrationLevel(**row) for row in found["levels"]),
+    )
+
+
+def calibration(y: F64, yhat: F64, err: F64) -> ErrorCalibration | None:
     """Whether claimed errors are as large as those made.
 
     Parameters
@@ -120,40 +138,38 @@ def calibration(y: F64, yhat: F64, err: F64) -> dict[str, Any] | None:
 
     Returns
     -------
-    dict or None
-        levels (expected and found share of stars within z·err); scale, the factor that would make the errors cover
-        68.27 % of the stars; pull_mean and pull_std of (ŷ − y)/err; by_error, in ten steps of the claimed error: n,
-        err (root mean square of the claims), rmse; n_undefined. None if no star has both a prediction and an error.
+    ErrorCalibration or None
+        None if no star has both a prediction and an error.
     """
     defined = np.isfinite(yhat) & np.isfinite(err) & (err > 0)
     if not defined.any():
         return None
-    covered = metrics.coverage(y, yhat, err, levels=_LEVELS)
+    covered = error_coverage(y, yhat, err, _LEVELS)
     residual, sigma = (yhat - y)[defined], err[defined]
     pull = residual / sigma
     order = np.argsort(sigma, kind="stable")
-    by_error = [
-        {
-            "n": int(part.size),
-            "err": np.sqrt((sigma[part] ** 2).mean()),
-            "rmse": np.sqrt((residual[part] ** 2).mean()),
-        }
+    by_error = tuple(
+        ClaimedErrors(
+            n=int(part.size),
+            err=np.sqrt((sigma[part] ** 2).mean()),
+            rmse=np.sqrt((residual[part] ** 2).mean()),
+        )
         for part in np.array_split(order, N_ERROR_STEPS)
         if part.size
-    ]
-    return {
-        "levels": covered["levels"],
-        "n_undefined": covered["n_undefined"],
-        "scale": np.quantile(np.abs(pull), _ONE_SIGMA),
-        "pull_mean": pull.mean(),
-        "pull_std": pull.std(),
-        "by_error": by_error,
-    }
+    )
+    return ErrorCalibration(
+        levels=covered.levels,
+        n_undefined=covered.n_undefined,
+        scale=float(np.quantile(np.abs(pull), _ONE_SIGMA)),
+        pull_mean=pull.mean(),
+        pull_std=pull.std(),
+        by_error=by_error,
+    )
 
 
 def routing_by_group(
     gate: F64, true_bin: ArrayLike | None, members: Sequence[tuple[str, NDArray[np.bool_]]]
-) -> list[dict[str, Any]]:
+) -> tuple[RoutingOfGroup, ...]:
     """How a gate weighs its experts in each group of stars.
 
     Parameters
@@ -163,42 +179,36 @@ def routing_by_group(
     true_bin : array of shape (n,), int, or None
         The expert whose bin holds the star; without it there is no accuracy.
     members : sequence of (name, array of shape (n,), bool)
-
-    Returns
-    -------
-    list of dict
-        name, n, mean_weight (n_experts numbers), mean_largest_weight, accuracy; None where a group is empty.
     """
     routed = np.isfinite(gate).all(axis=1)
     rows = []
     for name, chosen in members:
         here = gate[chosen & routed]
-        row: dict[str, Any] = {"name": name, "n": len(here)}
-        row["mean_weight"] = here.mean(axis=0) if len(here) else None
-        row["mean_largest_weight"] = here.max(axis=1).mean() if len(here) else None
-        row["accuracy"] = None
+        accuracy = None
         if true_bin is not None and len(here):
-            row["accuracy"] = (here.argmax(axis=1) == np.asarray(true_bin)[chosen & routed]).mean()
-        rows.append(row)
-    return rows
+            accuracy = (here.argmax(axis=1) == np.asarray(true_bin)[chosen & routed]).mean()
+        rows.append(
+            RoutingOfGroup(
+                name=name,
+                n=len(here),
+                mean_weight=tuple(here.mean(axis=0)) if len(here) else None,
+                mean_largest_weight=here.max(axis=1).mean() if len(here) else None,
+                accuracy=accuracy,
+            )
+        )
+    return tuple(rows)
 
 
-def kiel(t_eff: F64, y: F64, yhat: F64) -> dict[str, Any]:
+def kiel(t_eff: F64, y: F64, yhat: F64) -> Kiel:
     """Bias and scatter of log g per cell of true T_eff and true log g.
 
     Parameters
     ----------
     t_eff, y, yhat : array of shape (n,)
         K, dex, dex.
-
-    Returns
-    -------
-    dict
-        t_eff, log_g (edges), cells (lists of five: index of T_eff, index of log g, number of stars, mean of ŷ − y, root
-        mean square of it; empty cells are left out).
     """
     if not y.size:
-        return {"t_eff": [], "log_g": [], "cells": []}
+        return Kiel(t_eff=(), log_g=(), cells=())
     edges = [
         np.linspace(values.min(), values.max() if np.ptp(values) else values.min() + 1, n + 1)
         for values, n in zip((t_eff, y), KIEL_CELLS, strict=True)
@@ -210,16 +220,16 @@ def kiel(t_eff: F64, y: F64, yhat: F64) -> dict[str, Any]:
     cell, residual = i * KIEL_CELLS[1] + k, yhat - y
     n = KIEL_CELLS[0] * KIEL_CELLS[1]
     count, total, squares = (np.bincount(cell, w, n) for w in (None, residual, residual**2))
-    found = [
-        [*divmod(int(c), KIEL_CELLS[1]), int(count[c]), total[c] / count[c], np.sqrt(squares[c] / count[c])]
+    cells = tuple(
+        (*divmod(int(c), KIEL_CELLS[1]), int(count[c]), total[c] / count[c], np.sqrt(squares[c] / count[c]))
         for c in np.flatnonzero(count)
-    ]
-    return {"t_eff": edges[0], "log_g": edges[1], "cells": found}
+    )
+    return Kiel(t_eff=tuple(edges[0]), log_g=tuple(edges[1]), cells=cells)
 
 
 def giants_and_dwarfs(
     y: F64, yhat: F64, members: Sequence[tuple[str, NDArray[np.bool_]]], centres: Sequence[float | None]
-) -> dict[str, Any]:
+) -> Giants:
     """How well giants are told from dwarfs, in each group of stars.
 
     Parameters
@@ -228,12 +238,6 @@ def giants_and_dwarfs(
     members : sequence of (name, array of shape (n,), bool)
     centres : sequence of float or None
         Signal-to-noise ratio of each group.
-
-    Returns
-    -------
-    dict
-        below [dex], and parts: name ("giants", "dwarfs") and groups with name, centre, n, bias, rmse [dex] and right,
-        the share of them that are predicted on their side; None where a group is empty.
     """
     parts = []
     for name, side in (("giants", y < GIANTS_BELOW), ("dwarfs", y >= GIANTS_BELOW)):
@@ -243,17 +247,17 @@ def giants_and_dwarfs(
             residual = yhat[here] - y[here]
             right = (yhat[here] < GIANTS_BELOW) == (name == "giants")
             groups.append(
-                {
-                    "name": group,
-                    "centre": centre,
-                    "n": int(here.sum()),
-                    "bias": residual.mean() if here.any() else None,
-                    "rmse": np.sqrt((residual**2).mean()) if here.any() else None,
-                    "right": right.mean() if here.any() else None,
-                }
+                GiantsShare(
+                    name=group,
+                    centre=centre,
+                    n=int(here.sum()),
+                    bias=residual.mean() if here.any() else None,
+                    rmse=np.sqrt((residual**2).mean()) if here.any() else None,
+                    right=right.mean() if here.any() else None,
+                )
             )
-        parts.append({"name": name, "groups": groups})
-    return {"below": GIANTS_BELOW, "parts": parts}
+        parts.append(GiantsPart(name=name, groups=tuple(groups)))
+    return Giants(below=GIANTS_BELOW, parts=tuple(parts))
 
 
 def error_by_group(
@@ -262,15 +266,8 @@ def error_by_group(
     err: F64 | None,
     members: Sequence[tuple[str, NDArray[np.bool_]]],
     centres: Sequence[float | None],
-) -> list[dict[str, Any]]:
-    """Errors that are made and errors that are claimed, in each group of stars.
-
-    Returns
-    -------
-    list of dict
-        name, centre, n, rmse [dex], and the root mean square (rms) and quantiles p16, median, p84 of the claimed errors
-        [dex]; None where there is none.
-    """
+) -> tuple[ErrorsOfGroup, ...]:
+    """Errors that are made and errors that are claimed, in each group of stars."""
     rows = []
     for (name, chosen), centre in zip(members, centres, strict=True):
         residual = yhat[chosen] - y[chosen]
@@ -278,15 +275,15 @@ def error_by_group(
         claimed = claimed[np.isfinite(claimed) & (claimed > 0)]
         p16, median, p84 = np.quantile(claimed, [0.16, 0.5, 0.84]) if claimed.size else (None,) * 3
         rows.append(
-            {
-                "name": name,
-                "centre": centre,
-                "n": int(chosen.sum()),
-                "rmse": np.sqrt((residual**2).mean()) if residual.size else None,
-                "rms": np.sqrt((claimed**2).mean()) if claimed.size else None,
-                "p16": p16,
-                "median": median,
-                "p84": p84,
-            }
+            ErrorsOfGroup(
+                name=name,
+                centre=centre,
+                n=int(chosen.sum()),
+                rmse=np.sqrt((residual**2).mean()) if residual.size else None,
+                rms=np.sqrt((claimed**2).mean()) if claimed.size else None,
+                p16=p16,
+                median=median,
+                p84=p84,
+            )
         )
-    return rows
+    return tuple(rows)

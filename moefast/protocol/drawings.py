@@ -8,7 +8,7 @@ import moefast.core.pictures  # noqa: F401
 # isort: split
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -19,7 +19,15 @@ from numpy.typing import NDArray
 from moefast.pages.drawing import AXES, Palette, legend_below, snr_axis
 from moefast.pages.drawing import cells as cells_of
 from moefast.protocol.captions import LEAST_IN_CELL, as_text, in_brackets, shortly
-from moefast.protocol.report import Report
+from moefast.protocol.report_parts import (
+    BinScores,
+    Interval,
+    NamedScores,
+    OctileScores,
+    PartOctileScores,
+    Report,
+    Scores,
+)
 
 __all__ = [
     "BIAS_STEPS",
@@ -74,24 +82,23 @@ _SHADES = 10
 
 def draw_against_snr(axes: Axes, report: Report, palette: Palette) -> None:
     """R² per octile of snr_median, with references, ceilings and published points."""
-    groups = report["snr_median"]["groups"]
-    centres = floats(group["centre"] for group in groups)
+    groups = report.snr_median.groups
+    centres = floats(group.centre for group in groups)
     lowest = [*_own_line(axes, groups, palette, _level(report)), PUBLISHED_RIDGE_OCTILES[0][1]]
     # Variants have a comma in their name; they are in the table.
-    shown = [name for name in report["references"] if "," not in name][:3]
+    shown = [name for name in report.references if "," not in name][:3]
     for name, role, marker in zip(shown, ("first", "second", "third"), "sDv", strict=False):
-        values = floats(report["references"][name]["r2_snr_median"])
+        values = floats(report.references[name].r2_snr_median)
         axes.plot(
             centres, values, f"{marker}-", color=palette[role], label=name, markersize=3.5, linewidth=1.2
         )
         lowest += [*values]
     for name, style in (("bayes", "--"), ("fisher median", ":")):
-        values = floats(group["ceilings"].get(name) for group in groups)
+        values = floats(group.ceilings.get(name) for group in groups)
         label = f"{'Bayes' if name == 'bayes' else 'Fisher'} ceiling{', median' if 'median' in name else ''}"
         if np.isfinite(values).any():
             axes.plot(centres, values, style, color=palette["ceiling"], linewidth=1.5, label=label)
-        elif report["ceilings"].get(name, {}).get("r2") is not None:
-            value = report["ceilings"][name]["r2"]
+        elif (value := _ceiling(report, name)) is not None:
             axes.axhline(value, linestyle=style, color=palette["ceiling"], label=f"{label} (all stars)")
     # Points of other data are apart: open, grey, behind, never joined by a line.
     for points, marker, name in (
@@ -110,16 +117,16 @@ def draw_against_snr(axes: Axes, report: Report, palette: Palette) -> None:
 def draw_metal_poor(axes: Axes, report: Report, palette: Palette) -> None:
     """The same for metal-poor stars and the rest."""
     lowest: list[float] = []
-    parts = report["metallicity"]["by_snr_median"]
+    parts = report.metallicity.by_snr_median
     for part, role, marker, label in zip(
         parts, ("first", "own"), "sD", ("metal-poor, [M/H] < −1", "the rest, [M/H] ≥ −1"), strict=True
     ):
-        lowest += draw_line(axes, part["groups"], palette[role], marker, label)
-    for overall, role in zip(report["metallicity"]["groups"], ("first", "own"), strict=True):
-        if overall["ceilings"].get("bayes") is not None:
+        lowest += draw_line(axes, part.groups, palette[role], marker, label)
+    for overall, role in zip(report.metallicity.groups, ("first", "own"), strict=True):
+        if (limit := overall.ceilings.get("bayes")) is not None:
             axes.axhline(
-                overall["ceilings"]["bayes"], color=palette[role], linestyle="--", linewidth=1,
-                label=f"Bayes ceiling, all SNRs: {overall['ceilings']['bayes']:.3f}",
+                limit, color=palette[role], linestyle="--", linewidth=1,
+                label=f"Bayes ceiling, all SNRs: {limit:.3f}",
             )  # fmt: skip
     snr_median_axis(axes)
     r2_axis(axes, lowest)
@@ -128,18 +135,18 @@ def draw_metal_poor(axes: Axes, report: Report, palette: Palette) -> None:
 
 def draw_over_grid(axes: Axes, report: Report, palette: Palette) -> None:
     """R² per bin of T_eff and [M/H]."""
-    _grid_map(axes, report, report["grid"]["groups"])
+    _grid_map(axes, report, report.grid.groups)
 
 
 def draw_low_snr(axes: Axes, report: Report, palette: Palette) -> None:
     """The same for faint stars."""
-    _grid_map(axes, report, report["low_snr"]["grid"])
+    _grid_map(axes, report, report.low_snr.grid)
 
 
 def draw_predictions(axes: Axes, report: Report, palette: Palette) -> None:
     """Density of predicted against true log g."""
-    edges = floats(report["density"]["edges"])
-    cells = np.array(report["density"]["cells"], dtype=int).reshape(-1, 3)
+    edges = floats(report.density.edges)
+    cells = np.array(report.density.cells, dtype=int).reshape(-1, 3)
     if not cells.size:
         return
     shade = np.log1p(cells[:, 2]) / np.log1p(cells[:, 2].max())
@@ -154,14 +161,14 @@ def draw_predictions(axes: Axes, report: Report, palette: Palette) -> None:
     limits = (edges[0], edges[-1])
     axes.plot(limits, limits, color=palette["ink"], linewidth=1, linestyle="--", label="equal")
     axes.set(xlim=limits, ylim=limits, xlabel="true log g [dex]", ylabel="predicted log g [dex]")
-    overall = report["overall"]
+    overall = report.overall
     notes = [
-        f"R² {as_text(overall['r2'])}{in_brackets(overall['r2_interval'])}; RMSE {as_text(overall['rmse'])}, "
-        f"MAE {as_text(overall['mae'])}, bias {as_text(overall['bias'])} dex",
+        f"R² {as_text(overall.r2)}{in_brackets(overall.r2_interval)}; RMSE {as_text(overall.rmse)}, "
+        f"MAE {as_text(overall.mae)}, bias {as_text(overall.bias)} dex",
         f"shade: 1 to {cells[:, 2].max():,} stars per cell, logarithmic",
     ]
-    if overall["n_nan"]:
-        notes[1] += f"; {overall['n_nan']:,} without prediction, at the mean label"
+    if overall.n_nan:
+        notes[1] += f"; {overall.n_nan:,} without prediction, at the mean label"
     for k, note in enumerate(notes):
         axes.annotate(
             note,
@@ -177,11 +184,10 @@ def draw_residuals(label: str, unit: str) -> Callable[[Axes, Report, Palette], N
     """Residuals of log g along a label."""
 
     def draw(axes: Axes, report: Report, palette: Palette) -> None:
-        rows = report["residuals"][label]
-        x = [row["centre"] for row in rows]
-        p16, median, p84, mean = (
-            floats(row[key] for row in rows) for key in ("p16", "median", "p84", "mean")
-        )
+        rows = report.residuals[label]
+        x = [row.centre for row in rows]
+        p16, p84 = floats(row.p16 for row in rows), floats(row.p84 for row in rows)
+        median, mean = floats(row.median for row in rows), floats(row.mean for row in rows)
         axes.axhline(0, color=palette["ink"], linewidth=0.9, linestyle="--")
         axes.fill_between(
             x, p16, p84, color=palette["own"], alpha=0.2, linewidth=0, label="16 to 84 % of stars"
@@ -192,9 +198,7 @@ def draw_residuals(label: str, unit: str) -> Callable[[Axes, Report, Palette], N
         if label == "snr_median":
             snr_median_axis(axes)
         # The same scale in all of them: twice the largest half-width, never less than 0.2 dex.
-        every = [
-            abs(row[key]) for other in report["residuals"].values() for row in other for key in ("p16", "p84")
-        ]
+        every = [abs(p) for other in report.residuals.values() for row in other for p in (row.p16, row.p84)]
         limit = max(0.2, 1.15 * max(every, default=0.2))
         axes.set_ylim(-limit, limit)
         axes.grid(alpha=0.7, linewidth=0.6)
@@ -205,10 +209,12 @@ def draw_residuals(label: str, unit: str) -> Callable[[Axes, Report, Palette], N
 
 def draw_calibration(axes: Axes, report: Report, palette: Palette) -> None:
     """Share of stars within their errors against the share that should be."""
-    levels = report["calibration"]["levels"]
+    if report.calibration is None:
+        return
+    levels = report.calibration.levels
     axes.plot([0, 1], [0, 1], color=palette["ink"], linewidth=1, linestyle="--", label="as claimed")
-    expected = [0.0, *(row["expected"] for row in levels), 1.0]
-    found = [0.0, *(row["fraction"] for row in levels), 1.0]
+    expected = [0.0, *(row.expected for row in levels), 1.0]
+    found = [0.0, *floats(row.fraction for row in levels), 1.0]
     axes.plot(expected, found, "o-", color=palette["own"], markersize=3.5, linewidth=1.8, label="found")
     axes.set(xlim=(0, 1), ylim=(0, 1.01), xlabel="expected share of stars within z·σ", ylabel="found share")
     axes.grid(alpha=0.7, linewidth=0.6)
@@ -217,8 +223,10 @@ def draw_calibration(axes: Axes, report: Report, palette: Palette) -> None:
 
 def draw_error_size(axes: Axes, report: Report, palette: Palette) -> None:
     """RMSE against the claimed error."""
-    rows = report["calibration"]["by_error"]
-    claimed, made = floats(row["err"] for row in rows), floats(row["rmse"] for row in rows)
+    if report.calibration is None:
+        return
+    rows = report.calibration.by_error
+    claimed, made = floats(row.err for row in rows), floats(row.rmse for row in rows)
     high = 1.08 * float(max(claimed.max(), made.max()))
     axes.plot([0, high], [0, high], color=palette["ink"], linewidth=1, linestyle="--", label="as claimed")
     axes.plot(
@@ -229,55 +237,58 @@ def draw_error_size(axes: Axes, report: Report, palette: Palette) -> None:
     legend_below(axes)
 
 
-def draw_gate(kind: str) -> Callable[[Axes, Report, Palette], None]:
+def draw_gate(kind: Literal["grid", "snr_median"]) -> Callable[[Axes, Report, Palette], None]:
     """Mean weights of experts per group."""
 
     def draw(axes: Axes, report: Report, palette: Palette) -> None:
-        routing = report["routing"]
-        groups = routing["by_group"][kind]
-        names = [group["name"] for group in groups]
+        routing = report.routing
+        if routing is None:
+            return
+        groups = routing.by_group[kind]
+        names = [group.name for group in groups]
         if kind == "snr_median":
-            names = [shortly(group["centre"]) for group in report["snr_median"]["groups"]]
+            names = [shortly(group.centre) for group in report.snr_median.groups]
         values = np.array(
-            [
-                [np.nan] * routing["n_experts"] if g["mean_weight"] is None else g["mean_weight"]
-                for g in groups
-            ],
+            [[np.nan] * routing.n_experts if g.mean_weight is None else g.mean_weight for g in groups],
             dtype=np.float64,
         )
         top = 1.0 if np.isnan(values).all() else max(0.2, float(np.nanmax(values)))
-        _cells(axes, values.T, 0.0, top, text=routing["n_experts"] <= 12, digits=2, least=0.005)
+        _cells(axes, values.T, 0.0, top, text=routing.n_experts <= 12, digits=2, least=0.005)
         axes.set_xticks(
             np.arange(len(names)), names, rotation=0 if kind == "snr_median" else 40,
             ha="center" if kind == "snr_median" else "right", rotation_mode="anchor",
         )  # fmt: skip
-        if routing["n_experts"] <= 12:
-            axes.set_yticks(np.arange(routing["n_experts"]), routing["names"])
+        if routing.n_experts <= 12:
+            axes.set_yticks(np.arange(routing.n_experts), routing.names)
         axes.set_xlabel("snr_median" if kind == "snr_median" else "true bin")
-        axes.set_ylabel("expert" if routing["n_experts"] > 12 else "")
+        axes.set_ylabel("expert" if routing.n_experts > 12 else "")
 
     return draw
 
 
 def draw_ladder(axes: Axes, report: Report, palette: Palette) -> None:
     """References, this model and ceilings, one above the other."""
-    overall = report["overall"]
-    rows = [
-        (name, entry["r2"], entry["r2_interval"], "muted") for name, entry in report["references"].items()
+    scored: list[tuple[str, Scores, str]] = [
+        *((name, entry, "muted") for name, entry in report.references.items()),
+        ("this model", report.overall, "own"),
     ]
-    rows.append(("this model", overall["r2"], overall["r2_interval"], "own"))
-    rows = sorted((row for row in rows if row[1] is not None), key=lambda row: row[1])
+    rows: list[tuple[str, float, Interval, str]] = [
+        (name, scores.r2, scores.r2_interval, role) for name, scores, role in scored if scores.r2 is not None
+    ]
+    rows.sort(key=lambda row: row[1])
     # Ceilings stand above all models. The mean Fisher bound, which single stars without information drag far below the
     # models, is none of the whole set and stays in the table.
-    limits = [
-        (name, report["ceilings"][key]["r2"], [None, None], "ceiling")
+    limits: list[tuple[str, float, Interval, str]] = [
+        (name, value, (None, None), "ceiling")
         for key, name in (("bayes", "Bayes ceiling"), ("fisher median", "Fisher ceiling, median"))
-        if report["ceilings"].get(key, {}).get("r2") is not None
+        if (value := _ceiling(report, key)) is not None
     ]
     rows += sorted(limits, key=lambda row: row[1])
     for k, (_, value, interval, role) in enumerate(rows):
         if None not in interval:
-            axes.plot(interval, [k, k], color=palette[role], linewidth=3, alpha=0.45, solid_capstyle="butt")
+            axes.plot(
+                floats(interval), [k, k], color=palette[role], linewidth=3, alpha=0.45, solid_capstyle="butt"
+            )
         marker = {"own": "o", "ceiling": "d"}.get(role, "s")
         axes.plot([value], [k], marker, color=palette[role], markersize=6 if role == "own" else 5)
         right = max([value, *(v for v in interval if v is not None)])
@@ -310,9 +321,11 @@ BIAS_STEPS = (-0.4, -0.2, -0.1, 0.1, 0.2, 0.4)
 
 def draw_kiel(axes: Axes, report: Report, palette: Palette) -> None:
     """Bias in cells of T_eff and log g."""
-    kiel = report["kiel"]
-    t_eff, log_g = floats(kiel["t_eff"]), floats(kiel["log_g"])
-    found = np.array(kiel["cells"], np.float64).reshape(-1, 5)
+    kiel = report.kiel
+    if kiel is None:
+        return
+    t_eff, log_g = floats(kiel.t_eff), floats(kiel.log_g)
+    found = np.array(kiel.cells, np.float64).reshape(-1, 5)
     if not found.size:
         return
     found = found[found[:, 2] >= LEAST_IN_CELL]
@@ -335,12 +348,12 @@ def draw_kiel(axes: Axes, report: Report, palette: Palette) -> None:
 
 def draw_giants(axes: Axes, report: Report, palette: Palette) -> None:
     """Shares of giants and dwarfs on their side of log g 3.5."""
-    below = report["giants"]["below"]
-    for part, role, marker, sign in zip(
-        report["giants"]["parts"], ("first", "own"), "sD", ("<", "≥"), strict=True
-    ):
-        x, y = (floats(group[key] for group in part["groups"]) for key in ("centre", "right"))
-        label = f"{part['name']}, log g {sign} {below:g}"
+    if report.giants is None:
+        return
+    below = report.giants.below
+    for part, role, marker, sign in zip(report.giants.parts, ("first", "own"), "sD", ("<", "≥"), strict=True):
+        x, y = floats(group.centre for group in part.groups), floats(group.right for group in part.groups)
+        label = f"{part.name}, log g {sign} {below:g}"
         axes.plot(x, 100 * y, f"{marker}-", color=palette[role], markersize=4, linewidth=1.8, label=label)
     axes.axhline(50, color=palette["ink"], linewidth=0.9, linestyle="--", label="even odds")
     snr_median_axis(axes)
@@ -351,9 +364,10 @@ def draw_giants(axes: Axes, report: Report, palette: Palette) -> None:
 
 def draw_error_by_snr(axes: Axes, report: Report, palette: Palette) -> None:
     """Errors claimed and made, per octile of snr_median."""
-    rows = report["errors_by_snr"]
-    x = floats(row["centre"] for row in rows)
-    rmse, p16, rms, p84 = (floats(row[key] for row in rows) for key in ("rmse", "p16", "rms", "p84"))
+    rows = report.errors_by_snr
+    x = floats(row.centre for row in rows)
+    rmse, rms = floats(row.rmse for row in rows), floats(row.rms for row in rows)
+    p16, p84 = floats(row.p16 for row in rows), floats(row.p84 for row in rows)
     if np.isfinite(rms).any():
         axes.fill_between(
             x, p16, p84, color=palette["own"], alpha=0.2, linewidth=0, label="claimed, 16 to 84 % of stars"
@@ -367,17 +381,18 @@ def draw_error_by_snr(axes: Axes, report: Report, palette: Palette) -> None:
     legend_below(axes)
 
 
-def _own_line(axes: Axes, groups: Sequence[Report], palette: Palette, level: float) -> list[float]:
+def _own_line(axes: Axes, groups: Sequence[OctileScores], palette: Palette, level: float) -> list[float]:
     return draw_line(axes, groups, palette["own"], "o", f"this model ({level:g} %)", width=2.2)
 
 
 def draw_line(
-    axes: Axes, groups: Sequence[Report], colour: str, marker: str, label: str, width: float = 1.8, band: bool = True
+    axes: Axes, groups: Sequence[OctileScores] | Sequence[PartOctileScores], colour: str, marker: str, label: str,
+    width: float = 1.8, band: bool = True,
 ) -> list[float]:  # fmt: skip
     """R² of groups as a line with its band; gives the values."""
-    x = floats(group["centre"] for group in groups)
-    y = floats(group["r2"] for group in groups)
-    low, high = (floats(group["r2_interval"][i] for group in groups) for i in (0, 1))
+    x = floats(group.centre for group in groups)
+    y = floats(group.r2 for group in groups)
+    low, high = (floats(group.r2_interval[i] for group in groups) for i in (0, 1))
     if band:
         axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
     axes.plot(x, y, f"{marker}-", color=colour, markersize=4.5, linewidth=width, label=label, zorder=3)
@@ -399,17 +414,18 @@ def r2_axis(axes: Axes, lowest: Iterable[float]) -> None:
     axes.grid(alpha=0.7, linewidth=0.6)
 
 
-def _grid_map(axes: Axes, report: Report, groups: Sequence[Report]) -> None:
-    grid = report["protocol"]["grid"]
-    t_eff, m_h = grid["t_eff_edges"], grid["m_h_edges"]
+def _grid_map(axes: Axes, report: Report, groups: Sequence[BinScores] | Sequence[NamedScores]) -> None:
+    grid = report.protocol.grid
+    t_eff, m_h = grid.t_eff_edges, grid.m_h_edges
     shape = (len(t_eff) - 1, len(m_h) - 1)
-    values = floats(group["r2"] for group in groups).reshape(shape)
+    values = floats(group.r2 for group in groups).reshape(shape)
     below = []
     for group in groups:
-        limit = group.get("ceilings", {}).get("bayes")
-        line = f"n = {group['n']:,}"
-        if None not in group["r2_interval"]:
-            half = 0.5 * (group["r2_interval"][1] - group["r2_interval"][0])
+        limit = group.ceilings.get("bayes") if isinstance(group, BinScores) else None
+        line = f"n = {group.n:,}"
+        low, high = group.r2_interval
+        if low is not None and high is not None:
+            half = 0.5 * (high - low)
             line = f"± {half:.3f}, {line}"
         below.append(line + ("" if limit is None else f"\nBayes {limit:.3f}"))
     _cells(axes, values.T, 0.0, 1.0, digits=3, below=np.array(below, object).reshape(shape).T)
@@ -461,4 +477,9 @@ def floats(items: Iterable[float | None]) -> NDArray[np.float64]:
 
 
 def _level(report: Report) -> float:
-    return float(100 * report["protocol"]["level"])
+    return 100 * report.protocol.level
+
+
+def _ceiling(report: Report, name: str) -> float | None:
+    """A ceiling of all stars."""
+    return report.ceilings[name].r2 if name in report.ceilings else None

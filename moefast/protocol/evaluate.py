@@ -25,6 +25,7 @@ from moefast.core.errors import InputError
 from moefast.core.grids import Grid, SnrGrid
 from moefast.core.progress import RowProgress, StageProgress, stage_progress
 from moefast.core.random import NOISE_SEED, standard_normals
+from moefast.core.records import as_entries
 from moefast.core.sketches import share_seen
 from moefast.core.threads import one_blas_thread
 from moefast.core.version import __version__
@@ -33,6 +34,7 @@ from moefast.mixture import hat_weights
 from moefast.model import SHIPPED, Model, shipped_path
 from moefast.posterior.mixture import AnyMixture, PosteriorMixture
 from moefast.protocol.report import ORACLE, Comparisons, DataSet, Predictions, Stars, evaluate_predictions
+from moefast.protocol.report_parts import Report
 from moefast.protocol.subject import ModelSubject, PeerSubject, Subject, open_subject
 from moefast.simulate.sets import Identity, identify
 from moefast.spectra.guard import noisy_already, take
@@ -63,8 +65,9 @@ class Evaluation:
 
     Attributes
     ----------
-    report : dict
-        See `moefast.protocol.report.evaluate_predictions`: the same for the same model and stars.
+    record : Report
+        The numbers, as `moefast.protocol.report.evaluate_predictions` gives them: the same for the same model and
+        stars.
     stars : dict of str to array of shape (n,)
         row; log_g_true, log_g, log_g_err [dex] (if errors are claimed); T_eff [K], M_H [dex]; snr_norm, snr_median;
         weight_k (if there is a gate).
@@ -73,9 +76,15 @@ class Evaluation:
         the labels.
     """
 
-    report: dict[str, Any]
+    record: Report
     stars: dict[str, NDArray]
     run: dict[str, Any]
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """The numbers as report.json holds them."""
+        entries: dict[str, Any] = as_entries(self.record)
+        return entries
 
     @property
     def log_g(self) -> NDArray[np.float64]:
@@ -191,7 +200,7 @@ def evaluate(
         n_experts = sum(key.startswith("weight_") for key in table)
         several = n_experts > 1
         own = isinstance(subject, ModelSubject)
-        report = evaluate_predictions(
+        record = evaluate_predictions(
             Stars(labels["log_g"], labels["T_eff"], labels["M_H"], table["snr_norm"], table["snr_median"]),
             Predictions(
                 table["log_g"].astype(np.float64),
@@ -236,7 +245,7 @@ def evaluate(
     }
     run = {
         "moefast_version": __version__,
-        "r2": report["overall"]["r2"],
+        "r2": record.overall.r2,
         "spectra_per_second": spectra.n_rows / scoring if subject.where else None,
         "what": "scoring alone, spectra in memory" if subject.where else "computed elsewhere",
         "backend": subject.where.name if subject.where else None,
@@ -253,7 +262,7 @@ def evaluate(
             name=name,
         ),
     }
-    return Evaluation(report, stars, run)
+    return Evaluation(record, stars, run)
 
 
 class Scorer:

@@ -23,9 +23,11 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from moefast.pages.drawing import LEFT, LIGHT, PAGE, Palette, embedded, single, styled, write
 from moefast.protocol.captions import (
     as_text,
-    has,
     has_calibration,
+    has_error_by_snr,
     has_gate,
+    has_giants,
+    has_kiel,
     in_brackets,
     says_calibration,
     says_density,
@@ -60,7 +62,7 @@ from moefast.protocol.drawings import (
     r2_axis,
     snr_median_axis,
 )
-from moefast.protocol.report import Report
+from moefast.protocol.report_parts import Report
 
 __all__ = ["FIGURES", "Drawing", "compared", "overview", "png", "svg"]
 
@@ -108,7 +110,7 @@ def png(report: Report, name: str, path: str | os.PathLike[str]) -> None:
 
     Parameters
     ----------
-    report : mapping
+    report : Report
         From `moefast.protocol.report.evaluate_predictions`, or read back from its JSON.
     name : str
     path : path
@@ -150,13 +152,13 @@ def overview(report: Report, path: str | os.PathLike[str]) -> None:
                 axes.set_title(drawing.title, fontsize=10.5)
             else:
                 axes.set_axis_off()
-        data, overall = report["data_set"], report["overall"]
-        name = report["model"].get("name") or report["model"].get("recipe") or "model"
-        fingerprint = data["fingerprint"].rpartition(":")[2][:12]
+        data, overall = report.data_set, report.overall
+        name = report.model.get("name") or report.model.get("recipe") or "model"
+        fingerprint = data.fingerprint.rpartition(":")[2][:12]
         canvas.suptitle(
-            literal(f"{name} on {data['name']}")
-            + f": R² {as_text(overall['r2'])}{in_brackets(overall['r2_interval'])}, "
-            f"{data['n']:,} stars, fingerprint {fingerprint}"
+            literal(f"{name} on {data.name}")
+            + f": R² {as_text(overall.r2)}{in_brackets(overall.r2_interval)}, "
+            f"{data.n:,} stars, fingerprint {fingerprint}"
         )
         write(canvas, path, dpi=110)
 
@@ -168,7 +170,7 @@ def compared(reports: Mapping[str, Report], path: str | os.PathLike[str], *, ove
 
     Parameters
     ----------
-    reports : mapping of str to mapping
+    reports : mapping of str to Report
         Of the same stars, by the name in the legend.
     path : path
         Output; absent or complete.
@@ -184,24 +186,24 @@ def compared(reports: Mapping[str, Report], path: str | os.PathLike[str], *, ove
     with styled(palette):
         canvas = Figure(figsize=(2 * WIDTH, 4.1), layout="constrained", facecolor=palette["surface"])
         left, right = canvas.subplots(1, 2)
-        groups = [report["snr_median"]["groups"] for report in reports.values()]
-        of_reports = [floats(group.get("ceilings", {}).get("bayes") for group in mine) for mine in groups]
+        groups = [report.snr_median.groups for report in reports.values()]
+        of_reports = [floats(group.ceilings.get("bayes") for group in mine) for mine in groups]
         limits = next((found for found in of_reports if np.isfinite(found).any()), of_reports[0])
         known = bool(np.isfinite(limits).any())
-        aim = limits if known else floats(group["r2"] for group in groups[0])
+        aim = limits if known else floats(group.r2 for group in groups[0])
         roles = ("own", "first", "second", "third", "muted", "ink")
         lowest: list[float] = []
         for i, (name, mine) in enumerate(zip(reports, groups, strict=True)):
             colour, marker = palette[roles[i % len(roles)]], "osDv^X"[(i + i // len(roles)) % 6]
-            whole = reports[name]["overall"]["r2"]
+            whole = reports[name].overall.r2
             label = f"{literal(name)}: {as_text(whole)}"
             lowest += draw_line(left, mine, colour, marker, label, width=1.4, band=i == 0)
             right.plot(
-                floats(group["centre"] for group in mine), aim - floats(group["r2"] for group in mine),
+                floats(group.centre for group in mine), aim - floats(group.r2 for group in mine),
                 f"{marker}-", color=colour, markersize=4, linewidth=1.4, label=label,
             )  # fmt: skip
         if known:
-            centres = floats(group["centre"] for group in groups[0])
+            centres = floats(group.centre for group in groups[0])
             left.plot(centres, limits, "--", color=palette["ceiling"], linewidth=1.5, label="Bayes ceiling")
         right.axhline(0, color=palette["ceiling"], linestyle="--", linewidth=1)
         right.grid(alpha=0.7, linewidth=0.6)
@@ -212,8 +214,8 @@ def compared(reports: Mapping[str, Report], path: str | os.PathLike[str], *, ove
             snr_median_axis(axes)
         r2_axis(left, lowest)
         left.legend(loc="lower right", frameon=False)
-        data = next(iter(reports.values()))["data_set"]
-        canvas.suptitle(f"{literal(data['name'])}, {data['n']:,} stars", fontsize=10.5)
+        data = next(iter(reports.values())).data_set
+        canvas.suptitle(f"{literal(data.name)}, {data.n:,} stars", fontsize=10.5)
         write(canvas, path, overwrite=overwrite)
 
 
@@ -237,7 +239,7 @@ FIGURES: Mapping[str, Drawing] = {
         "Simpler fits on the same stars with their intervals, and what the physics allows.",
         draw_ladder,
         says_ladder,
-        lambda report: bool(report["references"] or report["ceilings"]),
+        lambda report: bool(report.references or report.ceilings),
         lines=1,
         left=1.95,
     ),
@@ -267,7 +269,7 @@ FIGURES: Mapping[str, Drawing] = {
         "Share of the true giants and dwarfs of each octile of snr_median that are predicted as such.",
         draw_giants,
         says_giants,
-        has("giants"),
+        has_giants,
         lines=2,
     ),
     "predicted-against-true": Drawing(
@@ -282,7 +284,7 @@ FIGURES: Mapping[str, Drawing] = {
         "Mean of predicted − true log g [dex] of the stars of each cell of true T_eff and log g, five at least.",
         draw_kiel,
         says_kiel,
-        has("kiel"),
+        has_kiel,
         lines=3,
     ),
     "residuals-log_g": Drawing(
@@ -326,7 +328,7 @@ FIGURES: Mapping[str, Drawing] = {
         "agree.",
         draw_error_by_snr,
         says_error_by_snr,
-        has("errors_by_snr"),
+        has_error_by_snr,
         lines=2,
     ),
     "error-size": Drawing(

@@ -28,12 +28,14 @@ from moefast.ceilings import bayes, ceiling
 from moefast.core import grids, groups, metrics
 from moefast.core.atomic import write_atomically
 from moefast.core.random import DRAW_STREAM, NOISE_SEED, NOISE_STREAM, standard_normals
+from moefast.core.records import as_entries
 from moefast.fitting import PUBLISHED_ALPHA
 from moefast.protocol import report, scenarios
 from moefast.protocol.milestones.marks import MILESTONES
 from moefast.protocol.milestones.quantities import N_SEEDS, TEST_PART, TEST_SIZE
 from moefast.protocol.milestones.rules import Rule
 from moefast.protocol.report import Comparisons, DataSet, Predictions, Stars, evaluate_predictions
+from moefast.protocol.report_parts import Report
 from moefast.simulate.emulator import LABELS
 from moefast.simulate.sets import FINGERPRINTS, REFERENCE_SETS
 from moefast.spectra.quality import LARGEST_ERROR
@@ -231,7 +233,7 @@ def gauge_stars() -> dict[str, F64]:
     }
 
 
-def _gauge_report() -> dict[str, Any]:
+def _gauge_report() -> Report:
     stars = gauge_stars()
     return evaluate_predictions(
         Stars(stars["log_g"], stars["t_eff"], stars["m_h"], stars["snr_norm"], stars["snr_median"]),
@@ -246,7 +248,7 @@ def _gauge_report() -> dict[str, Any]:
 
 def gauge() -> dict[str, Any]:
     """What the ruler says about the made-up stars."""
-    found = _gauge_report()
+    found = as_entries(_gauge_report())
     overall, rho, against = found["overall"], found["rho"], found["ceilings"]["bayes"]
     numbers: dict[str, Any] = {"n": found["data_set"]["n"], "n_nan": overall["n_nan"]}
     for name in metrics.STATISTICS:

@@ -16,7 +16,7 @@ from moefast.core.atomic import write_atomically
 from moefast.pages.page import Cell, Figure, Table, Words, bracket, number, percent, render, signs
 from moefast.protocol.figures import FIGURES, svg
 from moefast.protocol.milestones.verdicts import Judgement
-from moefast.protocol.report import Report
+from moefast.protocol.report_parts import GroupKind, MeasuredSet, Report
 from moefast.protocol.report_text import efficiency_words, norm_label, octile_label
 
 __all__ = ["page", "write_page"]
@@ -41,11 +41,11 @@ _FIGURES = {
     "gate": ("gate-by-bin", "gate-by-snr"),
 }  # fmt: skip
 """Figures of each section."""
-_KINDS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], str]], ...] = (
+_KINDS: tuple[tuple[GroupKind, str, Callable[[Any], str]], ...] = (
     ("snr_norm", "By snr_norm", norm_label),
     ("snr_median", "By octile of snr_median", octile_label),
-    ("grid", "By bin of T_eff and [M/H]", lambda group: str(group["name"])),
-    ("metallicity", "By metallicity", lambda group: signs(group["name"])),
+    ("grid", "By bin of T_eff and [M/H]", lambda group: group.name),
+    ("metallicity", "By metallicity", lambda group: signs(group.name)),
 )
 _SUBJECTS = {
     "model": "model of moefast",
@@ -60,7 +60,7 @@ def page(report: Report, run: Mapping[str, Any] | None = None, judged: Judgement
 
     Parameters
     ----------
-    report : mapping
+    report : Report
         From `moefast.protocol.report.evaluate_predictions`, or read back from its JSON.
     run : mapping, optional
         `Evaluation.run`: throughput, device and command.
@@ -73,12 +73,12 @@ def page(report: Report, run: Mapping[str, Any] | None = None, judged: Judgement
         The same for the same arguments.
     """
     facts = dict(run or {})
-    data, model = report["data_set"], report["model"]
+    data, model = report.data_set, report.model
     return render(
         "report.html.j2",
         parts="report",
-        sections=[each for each in _SECTIONS if each[0] != "gate" or report["routing"] is not None],
-        title=f"{model.get('name') or model.get('recipe') or 'a model'} on {data['name']}",
+        sections=[each for each in _SECTIONS if each[0] != "gate" or report.routing is not None],
+        title=f"{model.get('name') or model.get('recipe') or 'a model'} on {data.name}",
         kind=_SUBJECTS.get(model.get("kind", ""), "model"),
         noise=_noise(data),
         report=report,
@@ -124,14 +124,14 @@ def _drawn(report: Report, names: Sequence[str]) -> list[Figure]:
 # --- head ----------------------------------------------------------------------------------------------
 
 
-def _noise(data: Mapping[str, Any]) -> str:
-    level = "" if data["noise_level"] is None else f", noise level {data['noise_level']:g}"
+def _noise(data: MeasuredSet) -> str:
+    level = "" if data.noise_level is None else f", noise level {data.noise_level:g}"
     where = {
         "stored": "noise as stored with the spectra",
-        "drawn": f"noise drawn from seed {data['noise_seed']}",
+        "drawn": f"noise drawn from seed {data.noise_seed}",
         "none": "flux as it is, no noise added",
     }
-    return where.get(data["noise"], "noise not recorded") + level
+    return where.get(data.noise or "", "noise not recorded") + level
 
 
 def _tile(label: str, value: str, detail: str = "", main: bool = False) -> dict[str, Any]:
@@ -139,31 +139,32 @@ def _tile(label: str, value: str, detail: str = "", main: bool = False) -> dict[
 
 
 def _tiles(report: Report, run: Mapping[str, Any]) -> list[dict[str, Any]]:
-    overall = report["overall"]
-    level = f"{100 * report['protocol']['level']:g} % interval"
-    tiles = [
-        _tile("R², all stars", number(overall["r2"]), f"{level} {bracket(overall['r2_interval'])}", main=True)
-    ]
-    for name, label in (("rmse", "RMSE"), ("mae", "MAE"), ("bias", "Bias")):
-        sign = name == "bias"
-        interval = bracket(overall[f"{name}_interval"], sign=sign)
-        tiles.append(_tile(f"{label} [dex]", number(overall[name], sign=sign), interval))
-    known = next((name for name in ("bayes", "fisher median") if name in report["ceilings"]), None)
+    overall = report.overall
+    level = f"{100 * report.protocol.level:g} % interval"
+    tiles = [_tile("R², all stars", number(overall.r2), f"{level} {bracket(overall.r2_interval)}", main=True)]
+    for label, value, interval in (
+        ("RMSE", overall.rmse, overall.rmse_interval),
+        ("MAE", overall.mae, overall.mae_interval),
+        ("Bias", overall.bias, overall.bias_interval),
+    ):
+        sign = label == "Bias"
+        tiles.append(_tile(f"{label} [dex]", number(value, sign=sign), bracket(interval, sign=sign)))
+    known = next((name for name in ("bayes", "fisher median") if name in report.ceilings), None)
     if known is not None:
-        ceiling = report["ceilings"][known]
-        detail = f"ceiling {number(ceiling['r2'])}"
-        if ceiling["gap_closed"] is not None:
-            closed = f"{number(ceiling['gap_closed'], 2)} {bracket(ceiling['gap_closed_interval'], 2)}"
+        ceiling = report.ceilings[known]
+        detail = f"ceiling {number(ceiling.r2)}"
+        if ceiling.gap_closed is not None:
+            closed = f"{number(ceiling.gap_closed, 2)} {bracket(ceiling.gap_closed_interval, 2)}"
             detail += f"; gap closed {closed}"
         word = "Bayes" if known == "bayes" else "median Fisher"
-        tiles.append(_tile(f"R² over the {word} ceiling", number(ceiling["efficiency"]), detail))
-    if report["rho"] is not None:
-        rho = report["rho"]
-        detail = rho["reason"] or f"{bracket(rho['interval'], 2)}, {rho['global']} to {rho['oracle']}"
-        tiles.append(_tile("ρ, share of the oracle's gain", number(rho["value"], 2), detail))
-    if overall["error_coverage"] is not None:
-        one = overall["error_coverage"]["levels"][0]
-        tiles.append(_tile("Within 1σ", percent(one["fraction"]), f"{percent(one['expected'])} expected"))
+        tiles.append(_tile(f"R² over the {word} ceiling", number(ceiling.efficiency), detail))
+    if report.rho is not None:
+        rho = report.rho
+        detail = rho.reason or f"{bracket(rho.interval, 2)}, {rho.global_reference} to {rho.oracle}"
+        tiles.append(_tile("ρ, share of the oracle's gain", number(rho.value, 2), detail))
+    if overall.error_coverage is not None:
+        one = overall.error_coverage.levels[0]
+        tiles.append(_tile("Within 1σ", percent(one.fraction), f"{percent(one.expected)} expected"))
     rate = run.get("spectra_per_second")
     if rate is not None:
         where = run.get("device") or run.get("backend") or ""
@@ -172,18 +173,18 @@ def _tiles(report: Report, run: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _notes(report: Report) -> list[str]:
-    overall, model, notes = report["overall"], report["model"], []
+    overall, model, notes = report.overall, report.model, []
     if seen := model.get("share_seen"):
         notes.append(
             f"Warning: {100 * seen:.1f} % of these stars are in the training set of the model. This is no measure of "
             "what it does elsewhere."
         )
-    if overall["n_nan"]:
+    if overall.n_nan:
         notes.append(
-            f"{overall['n_nan']:,} of {overall['n']:,} predictions are not finite: each counts as the mean label, in "
+            f"{overall.n_nan:,} of {overall.n:,} predictions are not finite: each counts as the mean label, in "
             "every number here."
         )
-    if report["data_set"]["noise"] == "none":
+    if report.data_set.noise == "none":
         notes.append(
             "No noise was added: right for observed spectra, far too good for simulated ones without noise."
         )
@@ -191,15 +192,16 @@ def _notes(report: Report) -> list[str]:
         notes.append(
             "The ONNX file does not say on which wave grid it was made; only the number of pixels was checked."
         )
-    if model.get("kind") == "table" and report["data_set"]["noise"] == "stored":
+    if model.get("kind") == "table" and report.data_set.noise == "stored":
         notes.append(
             "That these predictions were made of the noisy spectra is taken on trust where the table does not say so."
         )
-    for kind in ("snr_norm", "snr_median"):
-        if report[kind]["n_unassigned"]:
-            notes.append(
-                f"{report[kind]['n_unassigned']:,} stars have no finite {kind} and are in no group of it."
-            )
+    for name, n in (
+        ("snr_norm", report.snr_norm.n_unassigned),
+        ("snr_median", report.snr_median.n_unassigned),
+    ):
+        if n:
+            notes.append(f"{n:,} stars have no finite {name} and are in no group of it.")
     return notes
 
 
@@ -207,25 +209,25 @@ def _notes(report: Report) -> list[str]:
 
 
 def _references(report: Report) -> Table | None:
-    if not report["references"]:
+    if not report.references:
         return None
-    overall = report["overall"]
+    overall = report.overall
     rows = [
         (
             name,
             [
-                number(entry["r2"]),
-                bracket(entry["r2_interval"]),
-                number(entry["r2_gain"], sign=True),
-                bracket(entry["r2_gain_interval"], sign=True),
+                number(entry.r2),
+                bracket(entry.r2_interval),
+                number(entry.r2_gain, sign=True),
+                bracket(entry.r2_gain_interval, sign=True),
             ],
         )
-        for name, entry in report["references"].items()
+        for name, entry in report.references.items()
     ]
-    rows.append(("this model", [number(overall["r2"]), bracket(overall["r2_interval"]), "", ""]))
+    rows.append(("this model", [number(overall.r2), bracket(overall.r2_interval), "", ""]))
     return Table(
         "Simpler fits on the same stars and how far this model is above each, paired over the stars; fitted with the "
-        f"model {report['model'].get('references_of') or 'itself'}",
+        f"model {report.model.get('references_of') or 'itself'}",
         ("reference", "R²", "interval", "gain", "interval"),
         rows,
         own="this model",
@@ -233,19 +235,19 @@ def _references(report: Report) -> Table | None:
 
 
 def _ceilings(report: Report) -> Table | None:
-    if not report["ceilings"]:
+    if not report.ceilings:
         return None
     rows = [
         (
             name,
             [
-                number(entry["r2"]),
+                number(entry.r2),
                 efficiency_words(name, entry),
-                number(entry["gap_closed"]),
-                bracket(entry["gap_closed_interval"]),
+                number(entry.gap_closed),
+                bracket(entry.gap_closed_interval),
             ],
         )
-        for name, entry in report["ceilings"].items()
+        for name, entry in report.ceilings.items()
     ]
     return Table(
         "What the physics allows: efficiency is R² over the ceiling, gap closed the share of the way from the "
@@ -264,7 +266,7 @@ def _milestones(judged: Judgement | None) -> Table | None:
                 Words(row.what),
                 Words(row.published),
                 number(row.ours.value),
-                bracket(row.ours.interval or [None, None]),
+                bracket(row.ours.interval),
                 row.absolute.verdict,
                 row.reference.verdict,
             ],
@@ -283,32 +285,38 @@ def _milestones(judged: Judgement | None) -> Table | None:
 
 
 def _errors(report: Report) -> Table | None:
-    if report["calibration"] is None:
+    coverage = report.overall.error_coverage
+    if report.calibration is None or coverage is None:
         return None
-    head = [
-        f"within {row['z']:.2f}σ ({percent(row['expected'])})"
-        for row in report["overall"]["error_coverage"]["levels"]
+    head = [f"within {row.z:.2f}σ ({percent(row.expected)})" for row in coverage.levels]
+    groups = [("all stars", report.overall.n, coverage)]
+    groups += [
+        (norm_label(group), group.n, group.error_coverage)
+        for group in report.snr_norm.groups
+        if group.error_coverage is not None
     ]
-    groups = [("all stars", report["overall"]), *((norm_label(g), g) for g in report["snr_norm"]["groups"])]
     rows = [
-        (name, [f"{group['n']:,}", *(percent(row["fraction"]) for row in group["error_coverage"]["levels"])])
-        for name, group in groups
+        (name, [f"{n:,}", *(percent(row.fraction) for row in covered.levels)]) for name, n, covered in groups
     ]
     caption = "Share of stars within the claimed error, by snr_norm (expected in brackets)"
     return Table(caption, ("", "n", *head), rows)
 
 
 def _gate(report: Report) -> Table | None:
-    routing = report["routing"]
+    routing = report.routing
     if routing is None:
         return None
+    names = {
+        "snr_norm": [norm_label(group) for group in report.snr_norm.groups],
+        "snr_median": [octile_label(group) for group in report.snr_median.groups],
+    }
     rows = [
         (
-            f"{kind} {label(scored)}",
-            [f"{group['n']:,}", number(group["mean_largest_weight"], 2), percent(group["accuracy"])],
+            f"{kind} {name}",
+            [f"{group.n:,}", number(group.mean_largest_weight, 2), percent(group.accuracy)],
         )
-        for kind, label in (("snr_norm", norm_label), ("snr_median", octile_label))
-        for group, scored in zip(routing["by_group"][kind], report[kind]["groups"], strict=True)
+        for kind, of_kind in names.items()
+        for name, group in zip(of_kind, routing.by_group[kind], strict=True)
     ]
     return Table(
         "How sure the gate is, by signal-to-noise", ("", "n", "mean largest weight", "true bin"), rows
@@ -318,48 +326,45 @@ def _gate(report: Report) -> Table | None:
 def _numbers(report: Report) -> list[Table]:
     tables = []
     # Variants have a comma in their name, and tables have a width.
-    references = [name for name in report["references"] if "," not in name]
+    references = [name for name in report.references if "," not in name]
     for kind, title, label in _KINDS:
-        groups = report[kind]["groups"]
-        ceilings = [name for name in ("bayes", "fisher median") if any(name in g["ceilings"] for g in groups)]
+        groups = report.groups(kind)
+        ceilings = [name for name in ("bayes", "fisher median") if any(name in g.ceilings for g in groups)]
         rows = []
         for k, group in enumerate(groups):
             cells: list[Cell] = [
-                f"{group['n']:,}",
-                number(group["r2"]),
-                bracket(group["r2_interval"]),
-                number(group["mae"]),
-                number(group["rmse"]),
-                number(group["bias"], sign=True),
-                *(number(group["ceilings"].get(name)) for name in ceilings),
-                *(number(report["references"][name][f"r2_{kind}"][k]) for name in references),
+                f"{group.n:,}",
+                number(group.r2),
+                bracket(group.r2_interval),
+                number(group.mae),
+                number(group.rmse),
+                number(group.bias, sign=True),
+                *(number(group.ceilings.get(name)) for name in ceilings),
+                *(number(report.references[name].r2_by(kind)[k]) for name in references),
             ]
             rows.append((label(group), cells))
         header = (
             "", "n", "R²", "interval", "MAE", "RMSE", "bias", *(f"{n} ceiling" for n in ceilings), *references,
         )  # fmt: skip
         tables.append(Table(f"{title}; ceilings and references are R² within the group", header, rows))
-    low = report["low_snr"]
+    low = report.low_snr
     named = [
-        ("all", low["overall"]),
-        *((signs(group["name"]), group) for group in low["metallicity"]),
-        *((group["name"], group) for group in low["grid"]),
+        ("all", low.overall),
+        *((signs(group.name), group) for group in low.metallicity),
+        *((group.name, group) for group in low.grid),
     ]
-    rows = [
-        (name, [f"{g['n']:,}", number(g["r2"]), bracket(g["r2_interval"]), number(g["rmse"])])
-        for name, g in named
-    ]
-    title = f"Stars with snr_norm up to {low['snr_norm_up_to']:g}"
+    rows = [(name, [f"{g.n:,}", number(g.r2), bracket(g.r2_interval), number(g.rmse)]) for name, g in named]
+    title = f"Stars with snr_norm up to {low.snr_norm_up_to:g}"
     return [*tables, Table(title, ("", "n", "R²", "interval", "RMSE"), rows)]
 
 
 def _terms(report: Report) -> list[tuple[str, str]]:
     """What the words mean, and how it was measured."""
-    protocol, data, model = report["protocol"], report["data_set"], report["model"]
-    grid = protocol["grid"]
-    edges = " / ".join(f"{edge:g}" for edge in grid["t_eff_edges"])
-    metal = " / ".join(f"{edge:g}".replace("-", "−") for edge in grid["m_h_edges"])
-    claim = data["reference_set"]
+    protocol, data, model = report.protocol, report.data_set, report.model
+    grid = protocol.grid
+    edges = " / ".join(f"{edge:g}" for edge in grid.t_eff_edges)
+    metal = " / ".join(f"{edge:g}".replace("-", "−") for edge in grid.m_h_edges)
+    claim = data.reference_set
     known = f"; recognised by its content as {claim['reference_set']} {claim['part']}" if claim else ""
     return [
         (
@@ -369,11 +374,11 @@ def _terms(report: Report) -> list[tuple[str, str]]:
         ("snr_norm", "‖flux‖₂/‖error‖₂ of a spectrum. It defines the bins X ≤ 2, L (2, 4], M (4, 7], H > 7"),
         ("snr_median", "median(flux/error) of a spectrum, the axis of the figures. The two are different numbers"),
         ("Bins", f"T_eff {edges} K × [M/H] {metal} dex; a star outside counts in the nearest bin"),
-        ("Metal-poor", f"[M/H] < {protocol['metal_poor_below']:g} dex".replace("-", "−")),
+        ("Metal-poor", f"[M/H] < {protocol.metal_poor_below:g} dex".replace("-", "−")),
         (
             "Intervals",
-            f"{100 * protocol['level']:g} % percentile bootstrap over stars, {protocol['n_resamples']} resamples, seed "
-            f"{protocol['seed']}; differences are paired over the same stars",
+            f"{100 * protocol.level:g} % percentile bootstrap over stars, {protocol.n_resamples} resamples, seed "
+            f"{protocol.seed}; differences are paired over the same stars",
         ),
         ("No prediction", "a prediction that is not finite counts as the mean label and is reported, never left out"),
         ("Noise", _noise(data) + "; the same noisy stars for every model"),
@@ -385,6 +390,6 @@ def _terms(report: Report) -> list[tuple[str, str]]:
         ),
         ("ρ", "(R² − R² of the global ridge)/(R² of the oracle, true bins − R² of the global ridge)"),
         ("Gap closed", "(R² − R² of the published-style ridge)/(ceiling − R² of the published-style ridge)"),
-        ("Test set", f"{data['name']}, fingerprint {data['fingerprint']}{known}"),
+        ("Test set", f"{data.name}, fingerprint {data.fingerprint}{known}"),
         ("Measured", f"{model.get('name', 'model')}, SHA-256 {model.get('sha256') or 'none: never saved'}"),
     ]  # fmt: skip

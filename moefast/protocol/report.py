@@ -1,4 +1,4 @@
-"""The frozen protocol as one report: a JSON-ready dict.
+"""The frozen protocol as one report.
 
 Design: every model enters by the same door, `evaluate_predictions`, which needs predictions and labels only
 and knows nothing of models or files. The report is a pure function of its arguments: values are rounded to
@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,33 @@ from moefast.core.errors import LabelError
 from moefast.core.grids import METAL_POOR, PHYSICAL_GRID, SNR_NORM_EDGES, Grid
 from moefast.core.groups import N_OCTILES, Group, groups_of, octile_edges
 from moefast.core.progress import RowProgress
+from moefast.core.records import as_entries
 from moefast.protocol import distributions
+from moefast.protocol.report_parts import (
+    BinScores,
+    CeilingComparison,
+    ErrorCoverage,
+    GridEdges,
+    GridGroups,
+    GroupKind,
+    LowSnr,
+    MeasuredSet,
+    Metallicity,
+    MetallicityPart,
+    MetallicityScores,
+    NamedScores,
+    NormBinScores,
+    OctileScores,
+    OverallScores,
+    PartOctileScores,
+    Protocol,
+    ReferenceScores,
+    Report,
+    Rho,
+    Routing,
+    SnrMedianGroups,
+    SnrNormGroups,
+)
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -31,13 +57,9 @@ __all__ = [
     "Comparisons",
     "DataSet",
     "Predictions",
-    "Report",
     "Stars",
     "evaluate_predictions",
 ]
-
-Report = Mapping[str, Any]
-"""What `evaluate_predictions` gives, or what is read back from its JSON."""
 
 SCHEMA_VERSION = 2
 LOW_SNR_NORM = 4.0
@@ -168,7 +190,7 @@ def evaluate_predictions(
     model: Mapping[str, Any] | None = None,
     bootstrap: Bootstrap | None = None,
     progress: RowProgress | None = None,
-) -> dict[str, Any]:
+) -> Report:
     """Score one set of predictions by the frozen protocol.
 
     Parameters
@@ -187,8 +209,8 @@ def evaluate_predictions(
 
     Returns
     -------
-    dict
-        JSON-ready: str, int, float, bool, None, list, dict only.
+    Report
+        `moefast.core.records.as_entries` of it is the content of report.json.
 
     Raises
     ------
@@ -220,119 +242,155 @@ def evaluate_predictions(
         if progress is not None:
             progress(next(done), n_intervals)
 
-    def group(name: str, members: NDArray[np.bool_], **extra: Any) -> dict[str, Any]:
+    def scores(members: NDArray[np.bool_]) -> dict[str, Any]:
+        """What every group has, as arguments of its class."""
         step()
         interval = metrics.bootstrap(truth[members], filled[members], n_resamples=n_resamples, seed=seed)
         return {
-            "name": name,
-            **extra,
             **metrics.scores(truth[members], filled[members]),
             "n_nan": int(missing[members].sum()),
-            "r2_interval": [interval.low, interval.high],
+            "r2_interval": (interval.low, interval.high),
         }
 
-    def error_coverage(members: NDArray[np.bool_]) -> dict[str, Any] | None:
+    def error_coverage(members: NDArray[np.bool_]) -> ErrorCoverage | None:
         if sigma is None:
             return None
         predicted = np.where(missing, np.nan, filled)
-        return metrics.coverage(truth[members], predicted[members], sigma[members])
+        return distributions.error_coverage(truth[members], predicted[members], sigma[members])
+
+    def limits(kind: GroupKind) -> Sequence[Mapping[str, float]]:
+        """R² ceilings within each group of a kind; empty where there are none."""
+        found = (against.group_ceilings or {}).get(kind)
+        if found is not None and len(found) != len(groups[kind]):
+            raise ValueError(
+                f"group_ceilings[{kind!r}] must have {len(groups[kind])} entries; found {len(found)}"
+            )
+        return found or [{}] * len(groups[kind])
 
     everyone = np.ones(n, dtype=bool)
-    overall = group("overall", everyone)
+    of_all = scores(everyone)
     for statistic in metrics.STATISTICS:
         step()
         interval = metrics.bootstrap(truth, filled, statistic, n_resamples=n_resamples, seed=seed)
-        overall[f"{statistic}_interval"] = [interval.low, interval.high]
-    overall["error_coverage"] = error_coverage(everyone)
+        of_all[f"{statistic}_interval"] = (interval.low, interval.high)
+    overall = OverallScores(name="overall", **of_all, error_coverage=error_coverage(everyone))
 
-    def of_kind(kind: str, extra: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        limits = (against.group_ceilings or {}).get(kind)
-        if limits is not None and len(limits) != len(groups[kind]):
-            raise ValueError(
-                f"group_ceilings[{kind!r}] must have {len(groups[kind])} entries; found {len(limits)}"
-            )
-        return [
-            group(name, members, **more, ceilings=dict(limits[k]) if limits else {})
-            for k, ((name, members), more) in enumerate(zip(groups[kind], extra, strict=True))
-        ]
-
-    by_norm = of_kind(
-        "snr_norm",
-        [
-            {"range": _snr_range(k), "error_coverage": error_coverage(members)}
-            for k, (_, members) in enumerate(groups["snr_norm"])
-        ],
+    by_norm = tuple(
+        NormBinScores(
+            name=name,
+            range=_snr_range(k),
+            error_coverage=error_coverage(members),
+            ceilings=limits("snr_norm")[k],
+            **scores(members),
+        )
+        for k, (name, members) in enumerate(groups["snr_norm"])
     )
     centres = [np.median(median[members]) if members.any() else None for _, members in groups["snr_median"]]
-    by_octile = of_kind(
-        "snr_median", [{"range": edges[k : k + 2], "centre": centres[k]} for k in range(N_OCTILES)]
+    by_octile = tuple(
+        OctileScores(
+            name=name,
+            range=(edges[k], edges[k + 1]),
+            centre=centres[k],
+            ceilings=limits("snr_median")[k],
+            **scores(members),
+        )
+        for k, (name, members) in enumerate(groups["snr_median"])
     )
-    by_bin = of_kind("grid", [{"n_covered": int(covered[members].sum())} for _, members in groups["grid"]])
-    by_metal = of_kind("metallicity", [{}, {}])
+    by_bin = tuple(
+        BinScores(
+            name=name,
+            n_covered=int(covered[members].sum()),
+            ceilings=limits("grid")[k],
+            **scores(members),
+        )
+        for k, (name, members) in enumerate(groups["grid"])
+    )
+    by_metal = tuple(
+        MetallicityScores(name=name, ceilings=limits("metallicity")[k], **scores(members))
+        for k, (name, members) in enumerate(groups["metallicity"])
+    )
     low = norm <= LOW_SNR_NORM
-
-    report: dict[str, Any] = {
-        "schema_version": SCHEMA_VERSION,
-        "data_set": {
-            "name": data_set.name,
-            "fingerprint": data_set.fingerprint,
-            "n": n,
-            "n_unlabelled": data_set.n_unlabelled,
-            "reference_set": None if data_set.reference_set is None else dict(data_set.reference_set),
-            "noise": data_set.noise,
-            "noise_level": data_set.noise_level,
-            "noise_seed": data_set.noise_seed,
-        },
-        "model": dict(model or {}),
-        "protocol": {
-            "grid": PHYSICAL_GRID.to_dict(),
-            "snr_norm_edges": list(SNR_NORM_EDGES),
-            "metal_poor_below": METAL_POOR,
-            "n_octiles": N_OCTILES,
-            "n_resamples": n_resamples,
-            "seed": seed,
-            "level": metrics.LEVEL,
-            "coverage_levels": list(metrics.COVERAGE_LEVELS),
-            "r2": "1 - SS_res/SS_tot",
-            "outside_grid": "edge-clamped to the nearest bin",
-            "not_finite": "counts as the mean label of the whole set",
-        },
-        "overall": overall,
-        "covered": group("covered only", covered),
-        "snr_norm": {"n_unassigned": int((~np.isfinite(norm)).sum()), "groups": by_norm},
-        "snr_median": {
-            "n_unassigned": int((~np.isfinite(median)).sum()),
-            "edges": edges,
-            "groups": by_octile,
-        },
-        "grid": {"groups": by_bin},
-        "metallicity": {
-            "groups": by_metal,
-            "by_snr_median": [
-                {
-                    "name": name,
-                    "groups": [
-                        group(octile, chosen & members, centre=centres[k])
+    others: dict[str, NDArray[np.float64]] = {}
+    references: dict[str, ReferenceScores] = {}
+    for name, prediction in against.references.items():
+        others[name], absent = metrics.fill_missing(truth, prediction)
+        other = others[name]
+        step()
+        alone = metrics.bootstrap(truth, other, n_resamples=n_resamples, seed=seed)
+        step()
+        versus = metrics.bootstrap_difference(truth, filled, other, n_resamples=n_resamples, seed=seed)
+        references[name] = ReferenceScores(
+            **metrics.scores(truth, other) | {"n_nan": int(absent.sum())},
+            r2_interval=(alone.low, alone.high),
+            r2_gain=versus.value,
+            r2_gain_interval=(versus.low, versus.high),
+            r2_snr_norm=_r2_by(truth, other, groups["snr_norm"]),
+            r2_snr_median=_r2_by(truth, other, groups["snr_median"]),
+            r2_grid=_r2_by(truth, other, groups["grid"]),
+            r2_metallicity=_r2_by(truth, other, groups["metallicity"]),
+        )
+    report = Report(
+        schema_version=SCHEMA_VERSION,
+        data_set=MeasuredSet(
+            name=data_set.name,
+            fingerprint=data_set.fingerprint,
+            n=n,
+            n_unlabelled=data_set.n_unlabelled,
+            reference_set=data_set.reference_set,
+            noise=data_set.noise,
+            noise_level=data_set.noise_level,
+            noise_seed=data_set.noise_seed,
+        ),
+        model=model or {},
+        protocol=Protocol(
+            grid=_edges(PHYSICAL_GRID),
+            snr_norm_edges=SNR_NORM_EDGES,
+            metal_poor_below=METAL_POOR,
+            n_octiles=N_OCTILES,
+            n_resamples=n_resamples,
+            seed=seed,
+            level=metrics.LEVEL,
+            coverage_levels=metrics.COVERAGE_LEVELS,
+            r2="1 - SS_res/SS_tot",
+            outside_grid="edge-clamped to the nearest bin",
+            not_finite="counts as the mean label of the whole set",
+        ),
+        overall=overall,
+        covered=NamedScores(name="covered only", **scores(covered)),
+        snr_norm=SnrNormGroups(n_unassigned=int((~np.isfinite(norm)).sum()), groups=by_norm),
+        snr_median=SnrMedianGroups(
+            n_unassigned=int((~np.isfinite(median)).sum()), edges=tuple(edges), groups=by_octile
+        ),
+        grid=GridGroups(groups=by_bin),
+        metallicity=Metallicity(
+            groups=by_metal,
+            by_snr_median=tuple(
+                MetallicityPart(
+                    name=part,
+                    groups=tuple(
+                        PartOctileScores(name=octile, centre=centres[k], **scores(chosen & members))
                         for k, (octile, members) in enumerate(groups["snr_median"])
-                    ],
-                }
-                for name, chosen in groups["metallicity"]
-            ],
-        },
-        "low_snr": {
-            "snr_norm_up_to": LOW_SNR_NORM,
-            "overall": group("low SNR", low),
-            "grid": [group(name, low & members) for name, members in groups["grid"]],
-            "metallicity": [group(name, low & members) for name, members in groups["metallicity"]],
-        },
-        "routing": None
+                    ),
+                )
+                for part, chosen in groups["metallicity"]
+            ),
+        ),
+        low_snr=LowSnr(
+            snr_norm_up_to=LOW_SNR_NORM,
+            overall=NamedScores(name="low SNR", **scores(low)),
+            grid=tuple(NamedScores(name=name, **scores(low & members)) for name, members in groups["grid"]),
+            metallicity=tuple(
+                NamedScores(name=name, **scores(low & members)) for name, members in groups["metallicity"]
+            ),
+        ),
+        routing=None
         if predictions.weights is None
         else _routing(predictions.weights, n, predictions.expert_grid, temperature, metallicity, groups),
-        "density": distributions.density(truth, filled),
-        "kiel": distributions.kiel(temperature, truth, filled),
-        "giants": distributions.giants_and_dwarfs(truth, filled, groups["snr_median"], centres),
-        "errors_by_snr": distributions.error_by_group(truth, filled, sigma, groups["snr_median"], centres),
-        "residuals": {
+        density=distributions.density(truth, filled),
+        kiel=distributions.kiel(temperature, truth, filled),
+        giants=distributions.giants_and_dwarfs(truth, filled, groups["snr_median"], centres),
+        errors_by_snr=distributions.error_by_group(truth, filled, sigma, groups["snr_median"], centres),
+        residuals={
             name: distributions.residual_profile(values, filled - truth)
             for name, values in (
                 ("log_g", truth),
@@ -341,46 +399,29 @@ def evaluate_predictions(
                 ("snr_median", median),
             )
         },
-        "calibration": None
+        calibration=None
         if sigma is None
         else distributions.calibration(truth, np.where(missing, np.nan, filled), sigma),
-    }
-
-    others: dict[str, NDArray[np.float64]] = {}
-    report["references"] = {}
-    for name, prediction in against.references.items():
-        others[name], absent = metrics.fill_missing(truth, prediction)
-        other = others[name]
-        step()
-        alone = metrics.bootstrap(truth, other, n_resamples=n_resamples, seed=seed)
-        step()
-        versus = metrics.bootstrap_difference(truth, filled, other, n_resamples=n_resamples, seed=seed)
-        report["references"][name] = {
-            **metrics.scores(truth, other),
-            "n_nan": int(absent.sum()),
-            "r2_interval": [alone.low, alone.high],
-            "r2_gain": versus.value,
-            "r2_gain_interval": [versus.low, versus.high],
-            **{f"r2_{kind}": _r2_by(truth, other, members) for kind, members in groups.items()},
-        }
-
-    report["rho"] = _rho(
-        truth,
-        filled,
-        others,
-        global_name=against.global_reference,
-        oracle_name=against.oracle_reference,
-        n_resamples=n_resamples,
-        seed=seed,
+        references=references,
+        rho=_rho(
+            truth,
+            filled,
+            others,
+            global_name=against.global_reference,
+            oracle_name=against.oracle_reference,
+            n_resamples=n_resamples,
+            seed=seed,
+        ),
+        ceilings={
+            name: _against_ceiling(
+                truth, filled, others.get(PUBLISHED), float(ceiling), n_resamples=n_resamples, seed=seed
+            )
+            for name, ceiling in against.ceilings.items()
+        },
     )
-    report["ceilings"] = {
-        name: _against_ceiling(
-            truth, filled, others.get(PUBLISHED), float(ceiling), n_resamples=n_resamples, seed=seed
-        )
-        for name, ceiling in against.ceilings.items()
-    }
-    ready: dict[str, Any] = _json_ready(report)
-    return ready
+    rounded: Report = _rounded(report)
+    # What the model says is written as it is: lists stay lists.
+    return replace(rounded, model=as_entries(rounded.model))
 
 
 # --- parts of the report -------------------------------------------------------------------------------
@@ -394,13 +435,17 @@ def _column(name: str, values: ArrayLike, n: int) -> NDArray[np.float64]:
     return column
 
 
-def _snr_range(k: int) -> list[float | None]:
+def _edges(grid: Grid) -> GridEdges:
+    return GridEdges(t_eff_edges=grid.t_eff_edges, m_h_edges=grid.m_h_edges)
+
+
+def _snr_range(k: int) -> tuple[float | None, float | None]:
     cuts = [None, *SNR_NORM_EDGES, None]
-    return cuts[k : k + 2]
+    return cuts[k], cuts[k + 1]
 
 
-def _r2_by(y: NDArray[np.float64], yhat: NDArray[np.float64], groups: Sequence[Group]) -> list[float]:
-    return [metrics.r2(y[members], yhat[members]) for _, members in groups]
+def _r2_by(y: NDArray[np.float64], yhat: NDArray[np.float64], groups: Sequence[Group]) -> tuple[float, ...]:
+    return tuple(metrics.r2(y[members], yhat[members]) for _, members in groups)
 
 
 def _routing(
@@ -410,7 +455,7 @@ def _routing(
     t_eff: NDArray[np.float64],
     m_h: NDArray[np.float64],
     groups: Mapping[str, Sequence[Group]],
-) -> dict[str, Any]:
+) -> Routing:
     gate = np.asarray(weights, dtype=np.float64)
     if gate.ndim != 2 or len(gate) != n:
         raise ValueError(f"weights must have shape ({n}, n_experts); found {gate.shape}")
@@ -428,17 +473,17 @@ def _routing(
     accuracy = None
     if true_bin is not None and len(gate):
         accuracy = float((expert == true_bin[routed]).mean())
-    return {
-        "n_experts": n_experts,
-        "n_unrouted": int((~routed).sum()),
-        "accuracy": accuracy,
-        "mean_largest_weight": gate.max(axis=1).mean() if len(gate) else None,
-        "usage": usage,
-        "mean_weight": gate.mean(axis=0) if len(gate) else [None] * n_experts,
-        "names": list(grid.names) if grid is not None else [f"expert {k}" for k in range(n_experts)],
-        "grid": None if grid is None else grid.to_dict(),
-        "by_group": by_group,
-    }
+    return Routing(
+        n_experts=n_experts,
+        n_unrouted=int((~routed).sum()),
+        accuracy=accuracy,
+        mean_largest_weight=gate.max(axis=1).mean() if len(gate) else None,
+        usage=tuple(usage),
+        mean_weight=tuple(gate.mean(axis=0)) if len(gate) else (None,) * n_experts,
+        names=grid.names if grid is not None else tuple(f"expert {k}" for k in range(n_experts)),
+        grid=None if grid is None else _edges(grid),
+        by_group=by_group,
+    )
 
 
 def _rho(
@@ -450,7 +495,7 @@ def _rho(
     oracle_name: str | None,
     n_resamples: int,
     seed: int,
-) -> dict[str, Any] | None:
+) -> Rho | None:
     if oracle_name is None:
         oracle_name = next((name for name in others if name.startswith(ORACLE)), None)
     elif oracle_name not in others:
@@ -462,14 +507,14 @@ def _rho(
     base, oracle = others[global_name], others[oracle_name]
     point = metrics.rho(metrics.r2(y, yhat), metrics.r2(y, base), metrics.r2(y, oracle))
     interval = metrics.bootstrap_rho(y, yhat, base, oracle, n_resamples=n_resamples, seed=seed)
-    return {
-        "value": point.value,
-        "interval": [interval.low, interval.high],
-        "n_undefined": interval.n_undefined,
-        "reason": point.reason,
-        "global": global_name,
-        "oracle": oracle_name,
-    }
+    return Rho(
+        value=point.value,
+        interval=(interval.low, interval.high),
+        n_undefined=interval.n_undefined,
+        reason=point.reason,
+        global_reference=global_name,
+        oracle=oracle_name,
+    )
 
 
 def _against_ceiling(
@@ -480,35 +525,39 @@ def _against_ceiling(
     *,
     n_resamples: int,
     seed: int,
-) -> dict[str, Any]:
+) -> CeilingComparison:
     own = metrics.r2(y, yhat)
     efficiency = metrics.efficiency(own, ceiling)
-    out: dict[str, Any] = {
-        "r2": ceiling,
-        "efficiency": efficiency.value,
-        "efficiency_reason": efficiency.reason,
-        "gap_closed": None,
-        "gap_closed_interval": None,
-        "gap_closed_reason": f"no predictions of {PUBLISHED} were given",
-    }
-    if published is not None:
-        gap = metrics.gap_closed(own, metrics.r2(y, published), ceiling)
-        interval = metrics.bootstrap_gap_closed(
-            y, yhat, published, ceiling, n_resamples=n_resamples, seed=seed
-        )
-        out["gap_closed"] = gap.value
-        out["gap_closed_interval"] = [interval.low, interval.high]
-        out["gap_closed_reason"] = gap.reason
-    return out
+    alone = CeilingComparison(
+        r2=ceiling,
+        efficiency=efficiency.value,
+        efficiency_reason=efficiency.reason,
+        gap_closed=None,
+        gap_closed_interval=None,
+        gap_closed_reason=f"no predictions of {PUBLISHED} were given",
+    )
+    if published is None:
+        return alone
+    gap = metrics.gap_closed(own, metrics.r2(y, published), ceiling)
+    interval = metrics.bootstrap_gap_closed(y, yhat, published, ceiling, n_resamples=n_resamples, seed=seed)
+    return replace(
+        alone,
+        gap_closed=gap.value,
+        gap_closed_interval=(interval.low, interval.high),
+        gap_closed_reason=gap.reason,
+    )
 
 
-def _json_ready(value: Any) -> Any:
+def _rounded(value: Any) -> Any:
+    """A part of a report with values that JSON has, rounded; lists and arrays become tuples."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{item.name: _rounded(getattr(value, item.name)) for item in fields(value)})
     if isinstance(value, Mapping):
-        return {str(key): _json_ready(item) for key, item in value.items()}
+        return {str(key): _rounded(item) for key, item in value.items()}
     if isinstance(value, np.ndarray):
-        return _json_ready(value.tolist())
+        return _rounded(value.tolist())
     if isinstance(value, list | tuple):
-        return [_json_ready(item) for item in value]
+        return tuple(_rounded(item) for item in value)
     if isinstance(value, bool | np.bool_):
         return bool(value)
     if isinstance(value, int | np.integer):

@@ -19,10 +19,12 @@ from moefast.core.atomic import (
 )
 from moefast.core.errors import OutputError
 from moefast.core.progress import StageProgress
+from moefast.core.records import as_entries
 from moefast.core.version import __version__
 from moefast.protocol.evaluate import Evaluation
 from moefast.protocol.milestones.verdicts import Judgement
 from moefast.protocol.predictions import write_kept
+from moefast.protocol.report_parts import Report
 from moefast.protocol.report_text import format_text
 
 __all__ = ["REPORT_FILES", "check_report", "check_report_folder", "write_report"]
@@ -109,18 +111,18 @@ def write_report(
     """
     check_report_folder(folder, overwrite)
     target = Path(folder)
-    report, run = evaluation.report, evaluation.run
-    data = report["data_set"]
+    report, run = evaluation.record, evaluation.run
+    data = report.data_set
     attrs = {
         "moefast_version": __version__,
-        "subject": report["model"]["name"],
-        "subject_sha256": report["model"]["sha256"],
-        "input_sha256": data["fingerprint"],
-        "data_set": data["name"],
-        "noise": data["noise"],
-        "noise_level": data["noise_level"],
-        "noise_seed": data["noise_seed"],
-        "expert_grid": report["routing"]["grid"] if report["routing"] else None,
+        "subject": report.model["name"],
+        "subject_sha256": report.model["sha256"],
+        "input_sha256": data.fingerprint,
+        "data_set": data.name,
+        "noise": data.noise,
+        "noise_level": data.noise_level,
+        "noise_seed": data.noise_seed,
+        "expert_grid": as_entries(report.routing.grid) if report.routing else None,
     }
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +136,7 @@ def write_report(
         write_atomically(
             partial / "run.json", (json.dumps(run, indent=1, ensure_ascii=False) + "\n").encode()
         )
-        write_json(report, partial / "report.json")
+        write_json(as_entries(report), partial / "report.json")
         if pictures:
             _draw(report, run, judged, partial, progress or (lambda *_: None))
         _publish(partial, target, overwrite)
@@ -175,7 +177,7 @@ def _holds_a_report_alone(folder: Path) -> bool:
 
 
 def _draw(
-    report: Mapping[str, Any], run: Mapping[str, Any], judged: Judgement | None, target: Path,
+    report: Report, run: Mapping[str, Any], judged: Judgement | None, target: Path,
     progress: StageProgress,
 ) -> None:  # fmt: skip
     from moefast.protocol.figures import FIGURES, overview, png

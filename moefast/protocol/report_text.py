@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from moefast.core.text import bracket, number, percent, table
 from moefast.protocol.milestones.text import format_section
 from moefast.protocol.milestones.verdicts import Judgement
+from moefast.protocol.report_parts import CeilingComparison, NormBinScores, OctileScores, Report
 
 __all__ = ["efficiency_words", "format_text", "norm_label", "octile_label"]
 
@@ -16,7 +17,7 @@ NO_LIMIT = "fisher mean"
 
 
 def format_text(
-    report: Mapping[str, Any],
+    report: Report,
     throughput: Mapping[str, Any] | None = None,
     judged: Judgement | None = None,
 ) -> str:
@@ -24,7 +25,7 @@ def format_text(
 
     Parameters
     ----------
-    report : mapping
+    report : Report
         From `evaluate_predictions`, or read back from its JSON.
     throughput : mapping, optional
         "spectra_per_second" and "device" or "backend", for the headline.
@@ -37,9 +38,9 @@ def format_text(
         Without a final newline.
     """
     lines = _headline(report, throughput or {})
-    if report["references"]:
+    if report.references:
         lines += ["", *_what_helped(report)]
-    if report["ceilings"]:
+    if report.ceilings:
         lines += ["", *_ceilings(report)]
     lines += ["", *_groups(report)]
     section = format_section(judged) if judged else []
@@ -48,55 +49,55 @@ def format_text(
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _headline(report: Mapping[str, Any], throughput: Mapping[str, Any]) -> list[str]:
-    data, overall, covered = report["data_set"], report["overall"], report["covered"]
-    noise = "" if data["noise_level"] is None else f", noise level {data['noise_level']:g}"
-    if data["noise_seed"] is not None:
-        noise += f" (seed {data['noise_seed']})"
-    model = report["model"].get("recipe") or report["model"].get("name")
-    level = f"{100 * report['protocol']['level']:g} %"
+def _headline(report: Report, throughput: Mapping[str, Any]) -> list[str]:
+    data, overall, covered = report.data_set, report.overall, report.covered
+    noise = "" if data.noise_level is None else f", noise level {data.noise_level:g}"
+    if data.noise_seed is not None:
+        noise += f" (seed {data.noise_seed})"
+    model = report.model.get("recipe") or report.model.get("name")
+    level = f"{100 * report.protocol.level:g} %"
     lines = [
-        f"log g on {data['name']}: {data['n']} stars{noise}",
-        f"fingerprint {data['fingerprint']}" + (f", model {model}" if model else ""),
+        f"log g on {data.name}: {data.n} stars{noise}",
+        f"fingerprint {data.fingerprint}" + (f", model {model}" if model else ""),
     ]
-    if report["model"].get("share_seen"):
+    if report.model.get("share_seen"):
         lines.append(
-            f"WARNING: {percent(report['model']['share_seen'])} of these stars are in the training set of the model: "
+            f"WARNING: {percent(report.model['share_seen'])} of these stars are in the training set of the model: "
             "no measure of what it does elsewhere"
         )
-    if data.get("n_unlabelled"):
-        lines.append(f"{data['n_unlabelled']} stars of the set have no labels and are not measured")
+    if data.n_unlabelled:
+        lines.append(f"{data.n_unlabelled} stars of the set have no labels and are not measured")
     lines += [f"note: {note}" for note in throughput.get("notes", ())]
     lines.append("")
     rows = [
-        ("R²", number(overall["r2"], 4), bracket(overall["r2_interval"], 4), "full coverage"),
-        ("MAE", number(overall["mae"], 4), bracket(overall["mae_interval"], 4), "dex"),
-        ("RMSE", number(overall["rmse"], 4), bracket(overall["rmse_interval"], 4), "dex"),
-        ("bias", number(overall["bias"], 4, True), bracket(overall["bias_interval"], 4, True), "dex"),
+        ("R²", number(overall.r2, 4), bracket(overall.r2_interval, 4), "full coverage"),
+        ("MAE", number(overall.mae, 4), bracket(overall.mae_interval, 4), "dex"),
+        ("RMSE", number(overall.rmse, 4), bracket(overall.rmse_interval, 4), "dex"),
+        ("bias", number(overall.bias, 4, True), bracket(overall.bias_interval, 4, True), "dex"),
         (
             "R², covered only",
-            number(covered["r2"], 4),
-            bracket(covered["r2_interval"], 4),
-            f"{covered['n']} stars on the grid",
+            number(covered.r2, 4),
+            bracket(covered.r2_interval, 4),
+            f"{covered.n} stars on the grid",
         ),
     ]
-    rho = report["rho"]
+    rho = report.rho
     if rho is not None:
-        remark = rho["reason"] or f"from {rho['global']} to {rho['oracle']}"
-        rows.append(("ρ", number(rho["value"]), bracket(rho["interval"]), remark))
+        remark = rho.reason or f"from {rho.global_reference} to {rho.oracle}"
+        rows.append(("ρ", number(rho.value), bracket(rho.interval), remark))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     lines += [
         f"  {name:<{widths[0]}}  {value:>{widths[1]}}  {interval:<{widths[2]}}  {remark}"
         for name, value, interval, remark in rows
     ]
-    if overall["error_coverage"] is not None:
+    if overall.error_coverage is not None:
         shares = ", ".join(
-            f"{percent(row['fraction'])} within {row['z']:.2f} σ (expected {percent(row['expected'])})"
-            for row in overall["error_coverage"]["levels"]
+            f"{percent(row.fraction)} within {row.z:.2f} σ (expected {percent(row.expected)})"
+            for row in overall.error_coverage.levels
         )
         lines.append(f"  {'errors':<{widths[0]}}  {shares}")
-        if report["calibration"] is not None:
-            scale = report["calibration"]["scale"]
+        if report.calibration is not None:
+            scale = report.calibration.scale
             lines.append(f"  {'':<{widths[0]}}  multiplied by {scale:.2f} they would cover 68.3 %")
     rate = throughput.get("spectra_per_second")
     if rate is not None:
@@ -104,72 +105,70 @@ def _headline(report: Mapping[str, Any], throughput: Mapping[str, Any]) -> list[
         lines.append(
             f"  {'throughput':<{widths[0]}}  {rate:,.0f} spectra/s" + (f" on {where}" if where else "")
         )
-    routing = report["routing"]
+    routing = report.routing
     if routing is not None:
-        accuracy = "" if routing["accuracy"] is None else f", true bin in {percent(routing['accuracy'])}"
+        accuracy = "" if routing.accuracy is None else f", true bin in {percent(routing.accuracy)}"
         lines.append(
-            f"  {'gate':<{widths[0]}}  {routing['n_experts']} experts, mean largest weight "
-            f"{number(routing['mean_largest_weight'], 2)}{accuracy}"
+            f"  {'gate':<{widths[0]}}  {routing.n_experts} experts, mean largest weight "
+            f"{number(routing.mean_largest_weight, 2)}{accuracy}"
         )
-    if overall["n_nan"]:
-        lines.append(f"  {overall['n_nan']} predictions are not finite: each counts as the mean label")
+    if overall.n_nan:
+        lines.append(f"  {overall.n_nan} predictions are not finite: each counts as the mean label")
     lines.append(
-        f"  (brackets: {level} bootstrap intervals over stars, {report['protocol']['n_resamples']} resamples)"
+        f"  (brackets: {level} bootstrap intervals over stars, {report.protocol.n_resamples} resamples)"
     )
     return lines
 
 
-def _what_helped(report: Mapping[str, Any]) -> list[str]:
+def _what_helped(report: Report) -> list[str]:
     rows = [
         (
             name,
-            number(reference["r2"]),
-            bracket(reference["r2_interval"]),
-            number(reference["r2_gain"], 3, True),
-            bracket(reference["r2_gain_interval"], 3, True),
+            number(reference.r2),
+            bracket(reference.r2_interval),
+            number(reference.r2_gain, 3, True),
+            bracket(reference.r2_gain_interval, 3, True),
         )
-        for name, reference in report["references"].items()
+        for name, reference in report.references.items()
     ]
-    rows.append(
-        ("this model", number(report["overall"]["r2"]), bracket(report["overall"]["r2_interval"]), "", "")
-    )
+    rows.append(("this model", number(report.overall.r2), bracket(report.overall.r2_interval), "", ""))
     return [
         "What helped: references on the same stars, and how much this model is above each (paired)",
         *table(("reference", "R²", "interval", "gain", "interval"), rows),
     ]
 
 
-def efficiency_words(name: str, ceiling: Mapping[str, Any]) -> str:
+def efficiency_words(name: str, ceiling: CeilingComparison) -> str:
     """Efficiency against a ceiling; a dash where it is none, or where the ceiling is no limit of the set."""
-    return "–" if name == NO_LIMIT or ceiling["efficiency_reason"] else number(ceiling["efficiency"])
+    return "–" if name == NO_LIMIT or ceiling.efficiency_reason else number(ceiling.efficiency)
 
 
-def _ceilings(report: Mapping[str, Any]) -> list[str]:
+def _ceilings(report: Report) -> list[str]:
     rows = [
         (
             name,
-            number(ceiling["r2"]),
+            number(ceiling.r2),
             efficiency_words(name, ceiling),
-            number(ceiling["gap_closed"]),
-            bracket(ceiling["gap_closed_interval"]),
+            number(ceiling.gap_closed),
+            bracket(ceiling.gap_closed_interval),
         )
-        for name, ceiling in report["ceilings"].items()
+        for name, ceiling in report.ceilings.items()
     ]
     reasons = [
-        f"  {name}: {ceiling[key]}"
-        for name, ceiling in report["ceilings"].items()
-        for key in ("efficiency_reason", "gap_closed_reason")
-        if ceiling[key]
+        f"  {name}: {reason}"
+        for name, ceiling in report.ceilings.items()
+        for reason in (ceiling.efficiency_reason, ceiling.gap_closed_reason)
+        if reason
     ]
     return ["Ceilings", *table(("ceiling", "R²", "efficiency", "gap closed", "interval"), rows), *reasons]
 
 
-def _groups(report: Mapping[str, Any]) -> list[str]:
-    sections = [
-        ("By snr_norm", report["snr_norm"]["groups"], norm_label),
-        ("By snr_median", report["snr_median"]["groups"], octile_label),
-        ("By T_eff × [M/H]", report["grid"]["groups"], lambda group: group["name"]),
-        ("By metallicity", report["metallicity"]["groups"], lambda group: group["name"]),
+def _groups(report: Report) -> list[str]:
+    sections: list[tuple[str, Sequence[Any], Callable[[Any], str]]] = [
+        ("By snr_norm", report.snr_norm.groups, norm_label),
+        ("By snr_median", report.snr_median.groups, octile_label),
+        ("By T_eff × [M/H]", report.grid.groups, lambda group: group.name),
+        ("By metallicity", report.metallicity.groups, lambda group: group.name),
     ]
     header = ("", "n", "R²", "interval", "MAE", "RMSE", "bias")
     # One table, so that the columns of all sections stand under each other.
@@ -180,12 +179,12 @@ def _groups(report: Mapping[str, Any]) -> list[str]:
         rows += [
             (
                 label(group),
-                str(group["n"]),
-                number(group["r2"]),
-                bracket(group["r2_interval"]),
-                number(group["mae"]),
-                number(group["rmse"]),
-                number(group["bias"], 3, True),
+                str(group.n),
+                number(group.r2),
+                bracket(group.r2_interval),
+                number(group.mae),
+                number(group.rmse),
+                number(group.bias, 3, True),
             )
             for group in groups
         ]
@@ -196,23 +195,24 @@ def _groups(report: Mapping[str, Any]) -> list[str]:
             title = titles[i]
             lines += [*([""] if i else []), title + head[len(title) :]]
         lines.append(line)
-    for key in ("snr_norm", "snr_median"):
-        if report[key]["n_unassigned"]:
-            lines.append(
-                f"  {report[key]['n_unassigned']} stars have no finite {key} and are in no group of it"
-            )
+    for name, n in (
+        ("snr_norm", report.snr_norm.n_unassigned),
+        ("snr_median", report.snr_median.n_unassigned),
+    ):
+        if n:
+            lines.append(f"  {n} stars have no finite {name} and are in no group of it")
     return lines
 
 
-def norm_label(group: Mapping[str, Any]) -> str:
+def norm_label(group: NormBinScores) -> str:
     """Name of an snr_norm bin with its range."""
-    low, high = group["range"]
+    low, high = group.range
     if low is None:
-        return f"{group['name']}  ≤ {high:g}"
-    return f"{group['name']}  > {low:g}" if high is None else f"{group['name']}  ({low:g}, {high:g}]"
+        return f"{group.name}  ≤ {high:g}"
+    return f"{group.name}  > {low:g}" if high is None else f"{group.name}  ({low:g}, {high:g}]"
 
 
-def octile_label(group: Mapping[str, Any]) -> str:
+def octile_label(group: OctileScores) -> str:
     """Range of an snr_median octile."""
-    low, high = group["range"]
-    return group["name"] if low is None else f"{low:.2f} – {high:.2f}"
+    low, high = group.range
+    return group.name if low is None else f"{low:.2f} – {high:.2f}"

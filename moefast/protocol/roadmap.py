@@ -29,6 +29,7 @@ from moefast.protocol.milestones.text import format_text
 from moefast.protocol.milestones.verdicts import JudgedSet, Judgement, MilestoneResult
 from moefast.protocol.report_folder import write_report
 from moefast.protocol.roadmap_page import comparison_words, page
+from moefast.protocol.roadmap_result import Comparison, Decision, Plan, RoadmapResult, StageResult
 from moefast.recipes import fit
 from moefast.simulate import SimulatedSpectra
 from moefast.simulate.sets import simulate_set
@@ -40,37 +41,6 @@ END = "the end"
 RESULT, TEXT, PAGE = "roadmap.json", "roadmap.txt", "roadmap.html"
 
 Report = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a roadmap is run on.
-
-    Attributes
-    ----------
-    set : str
-        Reference set.
-    train : int
-        Training spectra of each fit.
-    part : "test_10k" or "test_1k"
-        Test spectra. Marks for any set are judged on test_10k alone.
-    size : "small" or "base"
-        Of networks.
-    steps : int or None
-        Of networks; what belongs to the size if None.
-    seeds : int
-        Training sets, and draws of noise, of the ruler C0.
-    families : tuple of str, or None
-        Families of experts that each bin of C1 chooses from; those of the recipe `hybrid-moe` if None.
-    """
-
-    set: str = "z0"
-    train: int = 20_000
-    part: str = "test_10k"
-    size: Literal["small", "base"] = "small"
-    steps: int | None = None
-    seeds: int = 5
-    families: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -112,14 +82,6 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Decision:
-    """Which stage follows, and by which number."""
-
-    follows: str
-    words: str
-
-
-@dataclass(frozen=True)
 class Stage:
     """A stage of the roadmap.
 
@@ -142,44 +104,6 @@ class Stage:
     milestones: tuple[str, ...]
     decide: Callable[[Mapping[str, MilestoneResult]], Decision]
     pairs: tuple[tuple[str, str, str], ...] = ()
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What a paired comparison of two runs says: R² of each, the difference with its interval, and a verdict."""
-
-    what: str
-    base: str
-    other: str
-    from_base: float | None
-    to_other: float | None
-    difference: float | None
-    interval: tuple[float | None, float | None]
-    verdict: str
-
-
-@dataclass(frozen=True)
-class StageResult:
-    """A stage that was run: how long it took, what reproduces it, its milestones, and what was decided."""
-
-    id: str
-    what: str
-    seconds: float
-    commands: tuple[str, ...]
-    milestones: tuple[MilestoneResult, ...]
-    comparisons: tuple[Comparison, ...]
-    decision: Decision
-
-
-@dataclass(frozen=True)
-class RoadmapResult:
-    """A roadmap as far as it was run; `path` are the stages in the order in which they were."""
-
-    schema_version: int
-    what: str
-    plan: Plan
-    path: tuple[str, ...]
-    stages: tuple[StageResult, ...]
 
 
 def _ruler(plan: Plan) -> tuple[Run, ...]:
@@ -335,7 +259,7 @@ def roadmap(
             decision=decision,
         )
         for one in done[stage.id].comparisons:
-            told(f"{stage.id}: {comparison_words(as_entries(one))}")
+            told(f"{stage.id}: {comparison_words(one)}")
         told(f"{stage.id}: {decision.words}")
         _write(folder, plan, done)
         position = order.index(stage.id) + 1
@@ -413,7 +337,7 @@ def _write(folder: Path, plan: Plan, done: Mapping[str, StageResult]) -> Roadmap
     result = RoadmapResult(SCHEMA_VERSION, "moefast roadmap", plan, tuple(done), tuple(done.values()))
     write_json(as_entries(result), folder / RESULT)
     write_atomically(folder / TEXT, (roadmap_text(result) + "\n").encode())
-    write_atomically(folder / PAGE, page(as_entries(result)).encode())
+    write_atomically(folder / PAGE, page(result).encode())
     return result
 
 
@@ -440,9 +364,7 @@ def roadmap_text(result: RoadmapResult) -> str:
     lines += ["", "Decisions"]
     lines += [f"  {stage.id}  {stage.decision.words}" for stage in result.stages]
     compared = [
-        f"  {stage.id}  {comparison_words(as_entries(one))}"
-        for stage in result.stages
-        for one in stage.comparisons
+        f"  {stage.id}  {comparison_words(one)}" for stage in result.stages for one in stage.comparisons
     ]
     lines += ["", "Paired comparisons", *compared] if compared else []
     milestones = [

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 from moefast.pages.page import Table, Words, bracket, number, render
+from moefast.protocol.milestones.verdicts import MilestoneResult
+from moefast.protocol.roadmap_result import Comparison, RoadmapResult, StageResult
 
 __all__ = ["comparison_words", "page"]
 
@@ -15,55 +17,53 @@ _SECTIONS = (
     ("checks", "Every check"),
     ("again", "Commands"),
 )
-_RULES = (("absolute", "their mark"), ("reference", "any set"))
 
 
-def page(result: Mapping[str, Any]) -> str:
+def page(result: RoadmapResult) -> str:
     """The page of a roadmap.
 
     Parameters
     ----------
-    result : mapping
-        The entries of a `RoadmapResult` (`as_entries`), or its JSON read back.
+    result : RoadmapResult
 
     Returns
     -------
     str
         One HTML document, the same for the same argument.
     """
-    plan, stages = result["plan"], result["stages"]
-    rows = [(stage, row) for stage in stages for row in stage["milestones"]]
-    passed = sum(row["reference"]["verdict"] == "pass" for _, row in rows)
+    plan, stages = result.plan, result.stages
+    rows = [(stage, row) for stage in stages for row in stage.milestones]
+    passed = sum(row.reference.verdict == "pass" for _, row in rows)
     return render(
         "roadmap.html.j2",
         parts="roadmap",
         sections=_SECTIONS,
-        title=f"Roadmap on {plan['set']}",
+        title=f"Roadmap on {plan.set}",
         plan=plan,
         tiles=[
-            _tile("stages run", " → ".join(result["path"]), "in the order that the decisions gave", main=True),
+            _tile("stages run", " → ".join(result.path), "in the order that the decisions gave", main=True),
             _tile("marks for any set", f"{passed} of {len(rows)}", "passed"),
-            _tile("time", _time(sum(stage["seconds"] for stage in stages)), "of fits and evaluations of this run"),
+            _tile("time", _time(sum(stage.seconds for stage in stages)), "of fits and evaluations of this run"),
         ],
         notes=[],
         marks=_marks(rows),
-        decisions=[(stage["id"], words) for stage in stages for words in _said(stage)],
+        decisions=[(stage.id, words) for stage in stages for words in _said(stage)],
         checks=_checks(rows),
-        commands=[(f"{stage['id']}: {stage['what']}", list(dict.fromkeys(stage["commands"]))) for stage in stages],
+        commands=[(f"{stage.id}: {stage.what}", list(dict.fromkeys(stage.commands))) for stage in stages],
     )  # fmt: skip
 
 
-def comparison_words(one: Mapping[str, Any]) -> str:
+def comparison_words(one: Comparison) -> str:
     """A comparison of a stage in one sentence."""
     return (
-        f"{one['what']}: {number(one['difference'], sign=True)} {bracket(one['interval'], sign=True)} of R² "
-        f"({one['base']} {number(one['from_base'])}, {one['other']} {number(one['to_other'])}), {one['verdict']}"
+        f"{one.what}: {number(one.difference, sign=True)} {bracket(one.interval, sign=True)} of R² "
+        f"({one.base} {number(one.from_base)}, {one.other} {number(one.to_other)}), {one.verdict}"
     )
 
 
-def _said(stage: Mapping[str, Any]) -> list[str]:
+def _said(stage: StageResult) -> list[str]:
     """What was found besides the marks, and what follows."""
-    return [*map(comparison_words, stage["comparisons"]), stage["decision"]["words"]]
+    return [*map(comparison_words, stage.comparisons), stage.decision.words]
 
 
 def _tile(label: str, value: str, detail: str, *, main: bool = False) -> dict[str, Any]:
@@ -74,18 +74,18 @@ def _time(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
-def _marks(rows: list[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> Table:
+def _marks(rows: Sequence[tuple[StageResult, MilestoneResult]]) -> Table:
     cells = [
         (
-            row["id"],
+            row.id,
             [
-                Words(row["what"]),
-                Words(row["published"]),
-                number(row["ours"]["value"]),
-                bracket(row["ours"]["interval"] or [None, None]),
-                row["absolute"]["verdict"],
-                row["reference"]["verdict"],
-                _time(stage["seconds"]),
+                Words(row.what),
+                Words(row.published),
+                number(row.ours.value),
+                bracket(row.ours.interval),
+                row.absolute.verdict,
+                row.reference.verdict,
+                _time(stage.seconds),
             ],
         )
         for stage, row in rows
@@ -97,22 +97,22 @@ def _marks(rows: list[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> Table:
     )
 
 
-def _checks(rows: list[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> Table:
+def _checks(rows: Sequence[tuple[StageResult, MilestoneResult]]) -> Table:
     cells = [
         (
-            row["id"],
+            row.id,
             [
                 Words(words),
-                Words(check["what"]),
-                f"{check['relation']} {check['mark']:g}",
-                number(check["value"]),
-                bracket(check.get("interval") or [None, None]),
-                {True: "pass", False: "fail", None: f"not run: {check['reason']}"}[check["passed"]],
+                Words(check.what),
+                f"{check.relation} {check.mark:g}",
+                number(check.value),
+                bracket(check.interval),
+                {True: "pass", False: "fail", None: f"not run: {check.reason}"}[check.passed],
             ],
         )
         for _, row in rows
-        for rule, words in _RULES
-        for check in row[rule]["checks"]
+        for words, rule in (("their mark", row.absolute), ("any set", row.reference))
+        for check in rule.checks
     ]
     header = ("", Words("mark"), Words("check"), "asked", "ours", "interval", "verdict")
     return Table("What each mark asks for, and the number that it was judged by", header, cells)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -225,7 +226,7 @@ def test_the_picture(folders, tmp_path):
 
 def test_folders_of_the_same_name_are_told_apart_in_the_picture(folders, monkeypatch, tmp_path):
     drawn = []
-    monkeypatch.setattr(figures, "compared", lambda reports, path: drawn.append(list(reports)))
+    monkeypatch.setattr(figures, "compared", lambda reports, path, overwrite: drawn.append(list(reports)))
     for name in ("a", "b"):
         shutil.copytree(folders / "moe", tmp_path / name / "report")
     command = [
@@ -246,8 +247,8 @@ def test_the_picture_has_every_model_and_the_ceiling_if_it_is_known(folders, mon
         figures.Figure, "savefig", lambda self, *a, **k: (drawn.append(self), savefig(self, *a, **k))
     )
     report = read_evaluation(folders / "moe").report
-    for group in report["snr_median"]["groups"]:
-        group["ceilings"] = {"bayes": group["r2"] + 0.01}
+    octiles = tuple(replace(group, ceilings={"bayes": group.r2 + 0.01}) for group in report.snr_median.groups)
+    report = replace(report, snr_median=replace(report.snr_median, groups=octiles))
     without, other = (read_evaluation(folders / name).report for name in ("ridge", "moe"))
     figures.compared({str(i): report for i in range(8)}, tmp_path / "a.png")
     figures.compared({"ridge": without, "moe": other}, tmp_path / "b.png")
@@ -256,10 +257,7 @@ def test_the_picture_has_every_model_and_the_ceiling_if_it_is_known(folders, mon
     looks = {(line.get_color(), line.get_marker()) for line in left.lines}
     assert len(looks) == len(left.lines) == 9  # eight models that can be told apart, and the ceiling
     np.testing.assert_allclose(right.lines[0].get_ydata(), 0.01)
-    expected = [
-        a["r2"] - b["r2"]
-        for a, b in zip(*(r["snr_median"]["groups"] for r in (without, report)), strict=True)
-    ]
+    expected = [a.r2 - b.r2 for a, b in zip(*(r.snr_median.groups for r in (without, report)), strict=True)]
     np.testing.assert_allclose(beside.lines[1].get_ydata(), expected)
     assert beside.get_ylabel() == "R² lacking to ridge"
     np.testing.assert_allclose(
@@ -273,10 +271,13 @@ def test_folders_that_are_no_evaluations(folders, tmp_path):
     source = folders / "moe"
     for name in ("report.json", "predictions.h5"):
         (tmp_path / name).write_bytes((source / name).read_bytes())
-    assert read_evaluation(tmp_path).report["overall"]["n"] == 300
+    assert read_evaluation(tmp_path).report.overall.n == 300
     told = json.loads((source / "report.json").read_text())
     (tmp_path / "report.json").write_text(json.dumps(told | {"schema_version": 1}))
     with pytest.raises(InputError, match="schema 1 found, 2 expected"):
+        read_evaluation(tmp_path)
+    (tmp_path / "report.json").write_text(json.dumps(told | {"overall": told["overall"] | {"r2": "x"}}))
+    with pytest.raises(InputError, match=r"report\.json: entry overall\.r2: expected a number, found 'x'"):
         read_evaluation(tmp_path)
     told["overall"]["r2"] += 0.01
     (tmp_path / "report.json").write_text(json.dumps(told))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from xml.etree import ElementTree
 
 import matplotlib as mpl
 import numpy as np
 import pytest
+from made_up import read_back
 from made_up import report as made_up
 from matplotlib.figure import Figure
 
@@ -58,7 +58,7 @@ def test_png_and_svg(name, report, tmp_path):
     figures.png(report, name, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     text = figures.svg(report, name)
-    assert text == figures.svg(json.loads(json.dumps(report)), name)
+    assert text == figures.svg(read_back(report), name)
     assert dict(mpl.rcParams) == before
     root = parsed(text)
     assert root.find(f"{SVG}title").text == FIGURES[name].title
@@ -99,10 +99,10 @@ def test_lines_carry_the_numbers(report):
     axes = axes_of("r2-against-snr", report)
     lines = {line.get_label(): line for line in axes.get_lines()}
     own = lines["this model (95 %)"]
-    np.testing.assert_allclose(own.get_ydata(), [g["r2"] for g in report["snr_median"]["groups"]])
-    np.testing.assert_allclose(own.get_xdata(), [g["centre"] for g in report["snr_median"]["groups"]])
+    np.testing.assert_allclose(own.get_ydata(), [g.r2 for g in report.snr_median.groups])
+    np.testing.assert_allclose(own.get_xdata(), [g.centre for g in report.snr_median.groups])
     np.testing.assert_allclose(
-        lines["published-ridge"].get_ydata(), report["references"]["published-ridge"]["r2_snr_median"]
+        lines["published-ridge"].get_ydata(), report.references["published-ridge"].r2_snr_median
     )
     np.testing.assert_array_equal(lines["Bayes ceiling"].get_ydata(), np.full(8, 0.9))
     assert "Fisher ceiling, median" in lines
@@ -115,7 +115,7 @@ def test_lines_carry_the_numbers(report):
 
 
 def test_a_ceiling_without_groups_is_a_level(bare):
-    only = json.loads(json.dumps(made_up(group_ceilings=None)))
+    only = read_back(made_up(group_ceilings=None))
     lines = {line.get_label() for line in axes_of("r2-against-snr", only).get_lines()}
     assert "Bayes ceiling (all stars)" in lines
     assert not any("ceiling" in line.get_label() for line in axes_of("r2-against-snr", bare).get_lines())
@@ -126,54 +126,54 @@ def test_texts_keep_their_digits(report):
     texts = [
         "".join(element.itertext()) for element in parsed(figures.svg(report, "r2-by-bin")).iter(f"{SVG}text")
     ]
-    for group in report["grid"]["groups"]:
-        assert f"{group['r2']:.3f}".replace("-", "−") in texts
+    for group in report.grid.groups:
+        assert f"{group.r2:.3f}".replace("-", "−") in texts
     helped = figures.svg(report, "what-helped")
-    assert f"{report['overall']['r2']:.3f}" in helped
+    assert f"{report.overall.r2:.3f}" in helped
 
 
 def test_every_star_is_in_the_density(report):
-    cells = report["density"]["cells"]
-    assert sum(count for _, _, count in cells) == report["overall"]["n"]
-    edges = report["density"]["edges"]
+    cells = report.density.cells
+    assert sum(count for _, _, count in cells) == report.overall.n
+    edges = report.density.edges
     assert len(edges) == 41
     assert all(0 <= i < 40 and 0 <= k < 40 for i, k, _ in cells)
 
 
 def test_profiles_and_calibration(report):
-    for rows in report["residuals"].values():
-        assert sum(row["n"] for row in rows) == report["overall"]["n"]
-        mean = sum(row["n"] * row["mean"] for row in rows) / report["overall"]["n"]
-        assert mean == pytest.approx(report["overall"]["bias"], abs=1e-9)
-        assert all(row["p16"] <= row["median"] <= row["p84"] for row in rows)
-    found = report["calibration"]
+    for rows in report.residuals.values():
+        assert sum(row.n for row in rows) == report.overall.n
+        mean = sum(row.n * row.mean for row in rows) / report.overall.n
+        assert mean == pytest.approx(report.overall.bias, abs=1e-9)
+        assert all(row.p16 <= row.median <= row.p84 for row in rows)
+    found = report.calibration
     # The claims are right by construction.
-    assert found["scale"] == pytest.approx(1, abs=0.06)
-    assert found["pull_std"] == pytest.approx(1, abs=0.06)
-    assert found["n_undefined"] == 3
-    assert sum(row["n"] for row in found["by_error"]) == report["overall"]["n"] - 3
-    for row in found["levels"]:
-        assert row["fraction"] == pytest.approx(row["expected"], abs=0.05)
+    assert found.scale == pytest.approx(1, abs=0.06)
+    assert found.pull_std == pytest.approx(1, abs=0.06)
+    assert found.n_undefined == 3
+    assert sum(row.n for row in found.by_error) == report.overall.n - 3
+    for row in found.levels:
+        assert row.fraction == pytest.approx(row.expected, abs=0.05)
 
 
 def test_gate_by_group(report):
     for kind in ("grid", "snr_median", "snr_norm", "metallicity"):
-        rows = report["routing"]["by_group"][kind]
-        assert [row["n"] for row in rows] == [group["n"] for group in report[kind]["groups"]]
-        pooled = sum(row["n"] * np.array(row["mean_weight"]) for row in rows) / report["overall"]["n"]
-        np.testing.assert_allclose(pooled, report["routing"]["mean_weight"], rtol=1e-8)
-        accuracy = sum(row["n"] * row["accuracy"] for row in rows) / report["overall"]["n"]
-        assert accuracy == pytest.approx(report["routing"]["accuracy"])
+        rows = report.routing.by_group[kind]
+        assert [row.n for row in rows] == [group.n for group in report.groups(kind)]
+        pooled = sum(row.n * np.array(row.mean_weight) for row in rows) / report.overall.n
+        np.testing.assert_allclose(pooled, report.routing.mean_weight, rtol=1e-8)
+        accuracy = sum(row.n * row.accuracy for row in rows) / report.overall.n
+        assert accuracy == pytest.approx(report.routing.accuracy)
 
 
 def test_kiel_diagram_holds_every_star_and_its_bias(report):
-    cells = np.array(report["kiel"]["cells"])
-    assert cells[:, 2].sum() == report["overall"]["n"]
+    cells = np.array(report.kiel.cells)
+    assert cells[:, 2].sum() == report.overall.n
     assert (cells[:, 2] * cells[:, 3]).sum() / cells[:, 2].sum() == pytest.approx(
-        report["overall"]["bias"], abs=1e-9
+        report.overall.bias, abs=1e-9
     )
     rmse = np.sqrt((cells[:, 2] * cells[:, 4] ** 2).sum() / cells[:, 2].sum())
-    assert rmse == pytest.approx(report["overall"]["rmse"], rel=1e-8)
+    assert rmse == pytest.approx(report.overall.rmse, rel=1e-8)
     drawn = sum(len(patch.get_path().vertices) for patch in axes_of("kiel-bias", report).patches)
     assert drawn == 5 * (cells[:, 2] >= captions.LEAST_IN_CELL).sum()
 
@@ -185,26 +185,26 @@ def test_giants_and_dwarfs():
     yhat = np.where(y == 3.4, 3.6, y)
     one = {"weights": None, "expert_grid": None, "references": {}, "ceilings": {}, "group_ceilings": None}
     found = made_up(n, y=y, yhat=yhat, snr_median=np.arange(n) + 1.0, snr_norm=np.ones(n), **one)
-    giants, dwarfs = found["giants"]["parts"]
+    giants, dwarfs = found.giants.parts
     for part, right in ((giants, 0.75), (dwarfs, 1.0)):
-        assert sum(group["n"] for group in part["groups"]) == n / 2
-        share = sum(g["n"] * g["right"] for g in part["groups"]) / sum(g["n"] for g in part["groups"])
+        assert sum(group.n for group in part.groups) == n / 2
+        share = sum(g.n * g.right for g in part.groups) / sum(g.n for g in part.groups)
         assert share == pytest.approx(right)
     drawn = {line.get_label(): line for line in axes_of("giants-and-dwarfs", found).get_lines()}
     np.testing.assert_allclose(
-        drawn["giants, log g < 3.5"].get_ydata(), [100 * g["right"] for g in giants["groups"]]
+        drawn["giants, log g < 3.5"].get_ydata(), [100 * g.right for g in giants.groups]
     )
 
 
 def test_errors_by_snr_are_those_claimed_and_made(report):
-    rows = report["errors_by_snr"]
-    assert sum(row["n"] for row in rows) == report["overall"]["n"]
-    squares = sum(row["n"] * row["rmse"] ** 2 for row in rows) / report["overall"]["n"]
-    assert squares == pytest.approx(report["overall"]["rmse"] ** 2)
-    for row, group in zip(rows, report["snr_median"]["groups"], strict=True):
+    rows = report.errors_by_snr
+    assert sum(row.n for row in rows) == report.overall.n
+    squares = sum(row.n * row.rmse**2 for row in rows) / report.overall.n
+    assert squares == pytest.approx(report.overall.rmse**2)
+    for row, group in zip(rows, report.snr_median.groups, strict=True):
         # Errors are 3 / SNR by construction.
-        assert row["p16"] < 3 / group["centre"] < row["p84"]
-        assert row["median"] == pytest.approx(3 / group["centre"], rel=0.01)
+        assert row.p16 < 3 / group.centre < row.p84
+        assert row.median == pytest.approx(3 / group.centre, rel=0.01)
 
 
 def test_ceilings_stand_above_all_models():
@@ -222,7 +222,7 @@ def test_ceilings_stand_above_all_models():
 
 
 def test_a_report_of_an_earlier_version_is_drawn(report, tmp_path):
-    old = {key: value for key, value in report.items() if key not in {"kiel", "giants", "errors_by_snr"}}
+    old = read_back(report, "kiel", "giants", "errors_by_snr")
     drawn = {name for name, drawing in FIGURES.items() if drawing.exists(old)}
     assert set(FIGURES) - drawn == {"kiel-bias", "giants-and-dwarfs", "error-by-snr"}
     figures.overview(old, tmp_path / "overview.png")

@@ -9,7 +9,7 @@ import pytest
 from sklearn.metrics import mean_absolute_error, r2_score
 
 from moefast.core import grids, groups, metrics
-from moefast.protocol import frozen, milestones, report
+from moefast.protocol import frozen, report
 from moefast.simulate import sets
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "eval_protocol_frozen.md"
@@ -106,7 +106,7 @@ def clipped(y, yhat, honest=metrics.fill_missing):
         (groups, "assign_snr_bins", lambda norm: grids.assign_snr_bins(norm, (2.5, 4.0, 7.0))),
         (groups, "PHYSICAL_GRID", grids.Grid((3750.0, 4400.0, 5250.0, 6000.0))),
         (sets, "REFERENCE_SETS", {}),
-        (milestones, "MILESTONES", ()),
+        (frozen, "MILESTONES", ()),
     ],
 )
 def test_a_change_of_constant_or_code_changes_the_hash(found, monkeypatch, owner, name, value):

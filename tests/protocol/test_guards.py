@@ -107,7 +107,7 @@ def test_training_stars_among_the_test_stars_are_told(stars, tmp_path):
         )
         found = evaluate(test, model)
         assert found.report["model"]["share_seen"] == pytest.approx(share)
-        assert ("WARNING" in format_text(found.report)) == (share > 0)
+        assert ("WARNING" in format_text(found.record)) == (share > 0)
 
 
 @pytest.mark.parametrize("shipped", SHIPPED)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
-from made_up import RUN
+from made_up import RUN, read_back
 from made_up import report as made_up
 
 from moefast.core.errors import OutputError
@@ -63,7 +64,7 @@ def read(text):
 
 
 def test_the_same_bytes_and_not_too_many(report, text, tmp_path):
-    again = page(json.loads(json.dumps(report)), json.loads(json.dumps(RUN)))
+    again = page(read_back(report), json.loads(json.dumps(RUN)))
     assert again == text
     write_page(report, RUN, tmp_path / "report.html")
     assert (tmp_path / "report.html").read_bytes() == text.encode()
@@ -92,11 +93,11 @@ def test_references_inside_the_page_lead_somewhere(read):
 
 
 def test_headline_and_tables_carry_the_numbers(report, read):
-    overall = report["overall"]
+    overall = report.overall
     for words in (
         "phys-moe on fake",
-        f"{overall['r2']:.3f}",
-        f"[{overall['r2_interval'][0]:.3f}, {overall['r2_interval'][1]:.3f}]",
+        f"{overall.r2:.3f}",
+        f"[{overall.r2_interval[0]:.3f}, {overall.r2_interval[1]:.3f}]",
         "12,346",
         "a CPU",
         "0123456789abcdef",
@@ -108,13 +109,13 @@ def test_headline_and_tables_carry_the_numbers(report, read):
     ):
         assert words in read.text, words
     for kind in ("snr_norm", "snr_median", "grid", "metallicity"):
-        for group in report[kind]["groups"]:
-            assert f"{group['r2']:.3f}".replace("-", "−") in read.text
-            low, high = (f"{v:.3f}".replace("-", "−") for v in group["r2_interval"])
+        for group in report.groups(kind):
+            assert f"{group.r2:.3f}".replace("-", "−") in read.text
+            low, high = (f"{v:.3f}".replace("-", "−") for v in group.r2_interval)
             assert f"[{low}, {high}]" in read.text
-    for name, entry in report["references"].items():
+    for name, entry in report.references.items():
         assert name in read.text
-        assert f"{entry['r2_gain']:+.3f}".replace("-", "−") in read.text
+        assert f"{entry.r2_gain:+.3f}".replace("-", "−") in read.text
 
 
 def test_for_every_eye_and_width(text, read):
@@ -180,7 +181,8 @@ def test_a_page_that_cannot_be_written(report, tmp_path):
 
 
 def test_what_is_no_limit_has_no_efficiency():
-    entry = {"efficiency": 2.269, "efficiency_reason": ""}
+    entry = made_up(40, ceilings={"bayes": 0.4}, group_ceilings=None).ceilings["bayes"]
+    entry = replace(entry, efficiency=2.269)
     assert efficiency_words("fisher mean", entry) == "–"
     assert efficiency_words("bayes", entry) == "2.269"
-    assert efficiency_words("bayes", entry | {"efficiency_reason": "the ceiling is not above zero"}) == "–"
+    assert efficiency_words("bayes", replace(entry, efficiency_reason="the ceiling is not above zero")) == "–"

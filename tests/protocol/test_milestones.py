@@ -4,6 +4,7 @@ import inspect
 import json
 import re
 import shlex
+from dataclasses import replace
 
 import click
 import numpy as np
@@ -14,7 +15,7 @@ from made_reports import Z0, N, evaluation, predictions, stars
 from moefast.cli import cli
 from moefast.core import metrics
 from moefast.core.errors import InputError
-from moefast.core.records import as_entries
+from moefast.core.records import as_entries, read_entries
 from moefast.protocol import evaluate as evaluation_module
 from moefast.protocol import report_folder, report_text
 from moefast.protocol.milestones.evaluations import NotRunError, Section, read_reports
@@ -23,6 +24,7 @@ from moefast.protocol.milestones.marks import MILESTONES
 from moefast.protocol.milestones.quantities import HYBRID_ORACLE, RIDGE_ORACLE, SAMPLED_ORACLE
 from moefast.protocol.milestones.rules import Check, Measured, Quantity, Rule
 from moefast.protocol.milestones.text import format_text
+from moefast.protocol.report_parts import Report
 from moefast.simulate.sets import FINGERPRINTS
 from moefast.spectra.tables import Column, open_table
 
@@ -344,7 +346,9 @@ def broken(**changes):
     ("text", "message"),
     [("no json", "found no JSON"), ("[1]", "found a list"), ('{"a": 1}', "is no evaluation"),
      (broken(schema_version=99), "found 99"),
-     (broken(protocol={"seed": 1}), "not made by the frozen protocol")],
+     (broken(overall={}), "expected an entry overall.name, found none"),
+     (broken(references=None), "entry references: expected an object, found None"),
+     (broken(protocol=json.loads(broken())["protocol"] | {"seed": 1}), "not made by the frozen protocol")],
 )  # fmt: skip
 def test_what_is_no_evaluation_is_refused_by_name(tmp_path, text, message):
     path = tmp_path / "some.json"
@@ -395,16 +399,15 @@ def test_text_names_set_fingerprint_marks_and_commands(tmp_path):
 
 
 def test_a_report_has_a_section_of_the_milestones_it_bears_on_if_they_are_asked_for():
-    content = json.loads(evaluation("phys-moe", 0.63, references=PHYS))
-    text = report_text.format_text(content, judged=judge_alone(content))
+    report = read_entries(Report, json.loads(evaluation("phys-moe", 0.63, references=PHYS)), "report.json")
+    text = report_text.format_text(report, judged=judge_alone(report))
     head, *rows = text.partition("\nMilestones ")[2].splitlines()[1:]
     assert head.split()[-4:] == ["their", "mark", "any", "set"]
     assert [row.split()[0] for row in rows] == ["C0", "C2"]
     assert rows[1].split()[-2:] == ["fail", "fail"]
-    assert "Milestones" not in report_text.format_text(content)
+    assert "Milestones" not in report_text.format_text(report)
     # Numbers that were not made by the frozen protocol are judged by nothing.
-    content["protocol"]["n_resamples"] = 10
-    assert judge_alone(content) is None
+    assert judge_alone(replace(report, protocol=replace(report.protocol, n_resamples=10))) is None
 
 
 def test_commands_are_commands_of_this_version(monkeypatch):

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_up import evaluated
+from made_up import evaluated, read_back
 from sklearn.metrics import r2_score
 
 from moefast.core import grids, groups, metrics
 from moefast.core.atomic import write_json
 from moefast.core.errors import LabelError, OutputError
+from moefast.core.records import as_entries
 from moefast.protocol import figures, html, report, report_text
 
 N = 1201
@@ -55,52 +56,58 @@ def result(sample):
 
 def test_json_is_deterministic_and_strict(sample, result, tmp_path):
     again = evaluated(**{key: value for key, value in sample.items()})
-    assert json.dumps(again, allow_nan=False) == json.dumps(result, allow_nan=False)
-    write_json(result, tmp_path / "report.json")
-    write_json(again, tmp_path / "again.json")
+    assert json.dumps(as_entries(again), allow_nan=False) == json.dumps(as_entries(result), allow_nan=False)
+    write_json(as_entries(result), tmp_path / "report.json")
+    write_json(as_entries(again), tmp_path / "again.json")
     assert (tmp_path / "report.json").read_bytes() == (tmp_path / "again.json").read_bytes()
-    assert json.loads((tmp_path / "report.json").read_text()) == result
+    assert json.loads((tmp_path / "report.json").read_text()) == as_entries(result)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again.json", "report.json"]
+
+
+def test_what_is_read_back_is_what_was_written(sample, result):
+    assert read_back(result) == result
+    for few in (minimal(sample, slice(0, 0)), minimal(sample, slice(9), model={"list": [1, [2.5, None]]})):
+        assert read_back(few) == few
 
 
 def test_headline_matches_scikit_learn_with_the_mean_rule(sample, result):
     filled = np.where(np.isfinite(sample["yhat"]), sample["yhat"], sample["y"].mean())
-    assert result["schema_version"] == report.SCHEMA_VERSION == 2
-    assert result["overall"]["n_nan"] == 3
-    assert result["overall"]["r2"] == pytest.approx(r2_score(sample["y"], filled), rel=1e-9)
-    low, high = result["overall"]["r2_interval"]
-    assert low < result["overall"]["r2"] < high
+    assert result.schema_version == report.SCHEMA_VERSION == 2
+    assert result.overall.n_nan == 3
+    assert result.overall.r2 == pytest.approx(r2_score(sample["y"], filled), rel=1e-9)
+    low, high = result.overall.r2_interval
+    assert low < result.overall.r2 < high
     covered = grids.PHYSICAL_GRID.covered(sample["t_eff"], sample["m_h"])
-    assert result["covered"]["n"] == covered.sum()
-    assert result["covered"]["r2"] == pytest.approx(r2_score(sample["y"][covered], filled[covered]), rel=1e-9)
+    assert result.covered.n == covered.sum()
+    assert result.covered.r2 == pytest.approx(r2_score(sample["y"][covered], filled[covered]), rel=1e-9)
 
 
 @pytest.mark.parametrize(
     ("key", "size"), [("snr_norm", 4), ("snr_median", 8), ("grid", 9), ("metallicity", 2)]
 )
 def test_every_star_is_in_one_group_of_each_kind(result, key, size):
-    groups = result[key]["groups"]
+    groups = result.groups(key)
     assert len(groups) == size
-    assert sum(group["n"] for group in groups) == N
-    assert sum(group["n_nan"] for group in groups) == 3
+    assert sum(group.n for group in groups) == N
+    assert sum(group.n_nan for group in groups) == 3
     # Residual sums of squares add up to the whole.
-    total = sum(group["n"] * group["rmse"] ** 2 for group in groups if group["n"])
-    assert total == pytest.approx(N * result["overall"]["rmse"] ** 2, rel=1e-8)
+    total = sum(group.n * group.rmse**2 for group in groups if group.n)
+    assert total == pytest.approx(N * result.overall.rmse**2, rel=1e-8)
 
 
 def test_groups_select_the_right_stars(sample, result):
     norm, m_h = sample["snr_norm"], sample["m_h"]
-    assert [group["n"] for group in result["snr_norm"]["groups"]] == [
+    assert [group.n for group in result.snr_norm.groups] == [
         (norm <= 2).sum(),
         ((norm > 2) & (norm <= 4)).sum(),
         ((norm > 4) & (norm <= 7)).sum(),
         (norm > 7).sum(),
     ]
-    assert result["metallicity"]["groups"][0]["n"] == (m_h < -1).sum()
+    assert result.metallicity.groups[0].n == (m_h < -1).sum()
     poor_cool = (m_h < -1) & (sample["t_eff"] < 4500)
-    assert result["grid"]["groups"][0]["name"] == "cool-poor"
-    assert result["grid"]["groups"][0]["n"] == poor_cool.sum()
-    assert result["grid"]["groups"][0]["n_covered"] == (poor_cool & (m_h >= -2)).sum()
+    assert result.grid.groups[0].name == "cool-poor"
+    assert result.grid.groups[0].n == poor_cool.sum()
+    assert result.grid.groups[0].n_covered == (poor_cool & (m_h >= -2)).sum()
 
 
 def test_octiles_of_a_known_sample():
@@ -113,46 +120,44 @@ def test_octiles_of_a_known_sample():
 
 def test_octile_edges_are_reported(sample, result):
     np.testing.assert_allclose(
-        result["snr_median"]["edges"], np.percentile(sample["snr_median"], 12.5 * np.arange(9)), rtol=1e-9
+        result.snr_median.edges, np.percentile(sample["snr_median"], 12.5 * np.arange(9)), rtol=1e-9
     )
-    sizes = [group["n"] for group in result["snr_median"]["groups"]]
+    sizes = [group.n for group in result.snr_median.groups]
     assert max(sizes) - min(sizes) <= 1
-    for group in result["snr_median"]["groups"]:
-        assert group["range"][0] <= group["centre"] <= group["range"][1]
+    for group in result.snr_median.groups:
+        assert group.range[0] <= group.centre <= group.range[1]
 
 
 def test_references_rho_and_ceilings(sample, result):
-    references = result["references"]
+    references = result.references
     assert list(references) == list(sample["references"])
     published = references["published-ridge"]
-    assert published["r2_gain"] == pytest.approx(result["overall"]["r2"] - published["r2"], abs=1e-9)
-    assert published["r2_gain_interval"][0] < published["r2_gain"] < published["r2_gain_interval"][1]
-    assert [len(published[f"r2_{key}"]) for key in ("snr_norm", "snr_median", "grid")] == [4, 8, 9]
-    rho = metrics.rho(
-        result["overall"]["r2"], references["global-ridge"]["r2"], references["oracle phys-moe"]["r2"]
-    )
-    assert result["rho"]["value"] == pytest.approx(rho.value, rel=1e-7)
-    assert result["rho"]["oracle"] == "oracle phys-moe"
-    bayes = result["ceilings"]["bayes"]
-    assert bayes["efficiency"] == pytest.approx(result["overall"]["r2"] / 0.9, rel=1e-8)
-    gap = metrics.gap_closed(result["overall"]["r2"], published["r2"], 0.9)
-    assert bayes["gap_closed"] == pytest.approx(gap.value, rel=1e-7)
+    assert published.r2_gain == pytest.approx(result.overall.r2 - published.r2, abs=1e-9)
+    assert published.r2_gain_interval[0] < published.r2_gain < published.r2_gain_interval[1]
+    assert [len(published.r2_by(key)) for key in ("snr_norm", "snr_median", "grid")] == [4, 8, 9]
+    rho = metrics.rho(result.overall.r2, references["global-ridge"].r2, references["oracle phys-moe"].r2)
+    assert result.rho.value == pytest.approx(rho.value, rel=1e-7)
+    assert result.rho.oracle == "oracle phys-moe"
+    bayes = result.ceilings["bayes"]
+    assert bayes.efficiency == pytest.approx(result.overall.r2 / 0.9, rel=1e-8)
+    gap = metrics.gap_closed(result.overall.r2, published.r2, 0.9)
+    assert bayes.gap_closed == pytest.approx(gap.value, rel=1e-7)
 
 
 def test_routing_summary(sample, result):
     gate = sample["weights"]
     expected = (gate.argmax(axis=1) == grids.PHYSICAL_GRID.assign(sample["t_eff"], sample["m_h"])).mean()
-    assert result["routing"]["accuracy"] == pytest.approx(expected)
-    assert sum(result["routing"]["usage"]) == pytest.approx(1)
-    assert sum(result["routing"]["mean_weight"]) == pytest.approx(1)
+    assert result.routing.accuracy == pytest.approx(expected)
+    assert sum(result.routing.usage) == pytest.approx(1)
+    assert sum(result.routing.mean_weight) == pytest.approx(1)
 
 
 def test_calibrated_errors_cover_as_they_should(result):
-    one, two = result["overall"]["error_coverage"]["levels"]
-    assert one["fraction"] == pytest.approx(0.6827, abs=0.05)
-    assert two["fraction"] == pytest.approx(0.95, abs=0.025)
-    assert result["overall"]["error_coverage"]["n_undefined"] == 3
-    assert sum(group["error_coverage"]["n"] for group in result["snr_norm"]["groups"]) == N
+    one, two = result.overall.error_coverage.levels
+    assert one.fraction == pytest.approx(0.6827, abs=0.05)
+    assert two.fraction == pytest.approx(0.95, abs=0.025)
+    assert result.overall.error_coverage.n_undefined == 3
+    assert sum(group.error_coverage.n for group in result.snr_norm.groups) == N
 
 
 def minimal(sample, rows, **changes):
@@ -165,11 +170,11 @@ def minimal(sample, rows, **changes):
 @pytest.mark.parametrize("n", [0, 1, 2, 9])
 def test_tiny_sets_give_a_report_text_and_picture(sample, n, tmp_path):
     found = minimal(sample, slice(100, 100 + n))
-    json.dumps(found, allow_nan=False)
-    assert found["rho"] is None
-    assert found["routing"] is None
-    assert found["references"] == found["ceilings"] == {}
-    assert (found["overall"]["r2"] is None) == (n < 2)
+    json.dumps(as_entries(found), allow_nan=False)
+    assert found.rho is None
+    assert found.routing is None
+    assert found.references == found.ceilings == {}
+    assert (found.overall.r2 is None) == (n < 2)
     assert "log g on fake" in report_text.format_text(found)
     figures.overview(found, tmp_path / "tiny.png")
     assert f"{n:,} stars" in html.page(found)
@@ -180,9 +185,9 @@ def test_stars_without_snr_stay_in_the_headline(sample):
     snr = sample["snr_norm"][:50].copy()
     snr[[3, 7]] = np.nan
     found = minimal(sample, slice(50), snr_norm=snr, snr_median=snr)
-    assert found["overall"]["n"] == 50
-    assert found["snr_norm"]["n_unassigned"] == found["snr_median"]["n_unassigned"] == 2
-    assert sum(group["n"] for group in found["snr_median"]["groups"]) == 48
+    assert found.overall.n == 50
+    assert found.snr_norm.n_unassigned == found.snr_median.n_unassigned == 2
+    assert sum(group.n for group in found.snr_median.groups) == 48
     assert "2 stars have no finite snr_norm" in report_text.format_text(found)
 
 
@@ -190,14 +195,14 @@ def test_an_oracle_without_uplift_is_said_aloud(sample):
     y = sample["y"][:50]
     references = {"global-ridge": y + 0.1, "oracle-ridge": y + 0.2}
     found = minimal(sample, slice(50), references=references)
-    assert found["rho"]["value"] is None
-    assert "the oracle is no better" in found["rho"]["reason"]
+    assert found.rho.value is None
+    assert "the oracle is no better" in found.rho.reason
     assert "the oracle is no better" in report_text.format_text(found)
 
 
 def test_a_ceiling_without_the_published_ridge_says_why_there_is_no_gap(sample):
     found = minimal(sample, slice(50), ceilings={"bayes": 0.8})
-    assert found["ceilings"]["bayes"]["gap_closed"] is None
+    assert found.ceilings["bayes"].gap_closed is None
     assert "no predictions of published-ridge" in report_text.format_text(found)
 
 
@@ -226,23 +231,23 @@ def test_text_leads_with_the_headline_and_lines_up(result):
     lines = text.splitlines()
     assert lines[0] == "log g on fake: 1201 stars, noise level 1 (seed 11)"
     assert lines[3].split()[0] == "R²"
-    assert f"{result['overall']['r2']:.4f}" in lines[3]
+    assert f"{result.overall.r2:.4f}" in lines[3]
     assert "12,346 spectra/s on CPU" in text
     assert "3 predictions are not finite" in text
     assert max(len(line) for line in lines) <= 100
     rows = [line for line in lines if line.startswith(("  cool", "  warm", "  hot"))]
     assert len(rows) == 9
     assert len({len(row) for row in rows}) == 1
-    assert report_text.format_text(json.loads(json.dumps(result)), throughput) == text
+    assert report_text.format_text(read_back(result), throughput) == text
     assert "spectra/s" not in report_text.format_text(result)
 
 
 def test_failed_writes_are_named_and_leave_nothing(result, tmp_path):
     with pytest.raises(OutputError, match=r"missing/report\.json"):
-        write_json(result, tmp_path / "missing" / "report.json")
+        write_json(as_entries(result), tmp_path / "missing" / "report.json")
     (tmp_path / "folder").mkdir()
     with pytest.raises(OutputError, match="folder"):
-        write_json(result, tmp_path / "folder")
+        write_json(as_entries(result), tmp_path / "folder")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
@@ -259,6 +264,6 @@ def paths_of(value, path=""):
 def test_entries_of_report_json_are_those_documented(result):
     """Other programs read report.json: an entry may come, none may go or move without a new schema version."""
     stored = Path(__file__).with_name("report_entries.txt").read_text().split("\n")
-    found = paths_of(result) - {".model.recipe"}
+    found = paths_of(as_entries(result)) - {".model.recipe"}
     assert sorted(found) == [line for line in stored if line], "add new entries to report_entries.txt"
-    assert result["schema_version"] == 2
+    assert result.schema_version == 2

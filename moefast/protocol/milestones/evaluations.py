@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from moefast.core import metrics
 from moefast.core.errors import InputError
 from moefast.core.grids import METAL_POOR, PHYSICAL_GRID, SNR_NORM_EDGES
+from moefast.core.records import as_entries, read_entries
 from moefast.core.regular import refuse_special
-from moefast.protocol import report
+from moefast.protocol.report import SCHEMA_VERSION
+from moefast.protocol.report_parts import CeilingComparison, Protocol, ReferenceScores, Report
 from moefast.spectra.tables import read_table
 
 __all__ = [
@@ -45,37 +47,35 @@ class NotRunError(Exception):
 
 @dataclass(frozen=True)
 class ReadEvaluation:
-    """An evaluation as read from its file: where it is, the SHA-256 of its bytes, its content."""
+    """An evaluation as read from its file: where it is, the SHA-256 of its bytes, its report."""
 
     path: str
     sha256: str
-    content: Mapping[str, Any]
+    report: Report
 
     @property
     def recipe(self) -> str:
         """Recipe of the model; for predictions of others, which are of no recipe, what they are."""
-        model = self.content["model"]
+        model = self.report.model
         kind, name = model.get("kind", "model"), str(model.get("recipe") or model.get("name") or "")
         return name if kind == "model" else f"{kind} {name}"
 
     @property
     def training(self) -> Mapping[str, Any]:
         """What the model was fitted on: fingerprint, n_spectra, seed; empty where the report does not say."""
-        return self.content["model"].get("training") or {}
+        return self.report.model.get("training") or {}
 
-    def reference(self, name: str) -> Mapping[str, Any]:
+    def reference(self, name: str) -> ReferenceScores:
         """Scores of a reference on the same stars."""
-        if name not in self.content["references"]:
+        if name not in self.report.references:
             raise NotRunError(f"{self.path} holds no reference {name}")
-        found: Mapping[str, Any] = self.content["references"][name]
-        return found
+        return self.report.references[name]
 
-    def ceiling(self) -> Mapping[str, Any]:
+    def ceiling(self) -> CeilingComparison:
         """The Bayes ceiling and what depends on it."""
-        if BAYES not in self.content["ceilings"]:
+        if BAYES not in self.report.ceilings:
             raise NotRunError(f"{self.path} holds no Bayes ceiling")
-        found: Mapping[str, Any] = self.content["ceilings"][BAYES]
-        return found
+        return self.report.ceilings[BAYES]
 
     def stars(self) -> dict[str, NDArray] | None:
         """Label, prediction and group labels of every star, where the evaluation kept them beside its report."""
@@ -83,7 +83,7 @@ class ReadEvaluation:
         if not kept.is_file():
             return None
         stars, _ = read_table(kept)
-        own = self.content["overall"]["r2"]
+        own = self.report.overall.r2
         # A table that does not give this report's R² is not its table.
         if own is None or not math.isclose(
             metrics.r2(stars["log_g_true"], stars["log_g"]), own, abs_tol=ROUNDING
@@ -142,36 +142,35 @@ def _read(path: Path) -> ReadEvaluation:
         raise InputError(
             f"{path}: expected the JSON of an evaluation, found no JSON ({error}); {hint}"
         ) from error
-    needed = ("schema_version", "data_set", "model", "protocol", "overall", "snr_norm", "grid", "metallicity",
-              "low_snr", "references", "rho", "ceilings")  # fmt: skip
     if not isinstance(content, dict):
         raise InputError(
             f"{path}: expected the JSON of an evaluation, found a {type(content).__name__}; {hint}"
         )
-    missing = [key for key in needed if key not in content]
-    if missing:
-        raise InputError(f"{path}: is no evaluation: it has no entry {missing[0]}; {hint}")
-    if content["schema_version"] != report.SCHEMA_VERSION:
+    if "schema_version" not in content:
+        raise InputError(f"{path}: is no evaluation: it has no entry schema_version; {hint}")
+    if content["schema_version"] != SCHEMA_VERSION:
         raise InputError(
-            f"{path}: expected an evaluation of schema {report.SCHEMA_VERSION}, found {content['schema_version']}; "
+            f"{path}: expected an evaluation of schema {SCHEMA_VERSION}, found {content['schema_version']}; "
             "evaluate again with this version"
         )
-    changed = deviation(content["protocol"])
+    report = read_entries(Report, content, str(path))
+    changed = deviation(report.protocol)
     if changed:
         raise InputError(
             f"{path}: was not made by the frozen protocol: {changed}; evaluate again with moefast evaluate"
         )
-    found = ReadEvaluation(str(path), hashlib.sha256(raw).hexdigest(), content)
-    same = found.training.get("fingerprint", "") == content["data_set"]["fingerprint"]
-    if same or content["model"].get("share_seen"):
+    found = ReadEvaluation(str(path), hashlib.sha256(raw).hexdigest(), report)
+    same = found.training.get("fingerprint", "") == report.data_set.fingerprint
+    if same or report.model.get("share_seen"):
         raise InputError(
             f"{path}: the model was fitted on stars of its test set; evaluate it on spectra it has not seen"
         )
     return found
 
 
-def deviation(protocol: Mapping[str, Any]) -> str:
+def deviation(protocol: Protocol) -> str:
     """In what a report's protocol is not the frozen one."""
+    entries = as_entries(protocol)
     frozen = {
         "grid": PHYSICAL_GRID.to_dict(),
         "snr_norm_edges": list(SNR_NORM_EDGES),
@@ -180,8 +179,8 @@ def deviation(protocol: Mapping[str, Any]) -> str:
         "seed": metrics.SEED,
         "level": metrics.LEVEL,
     }
-    wrong = [key for key, value in frozen.items() if protocol.get(key) != value]
-    return f"expected {wrong[0]} = {frozen[wrong[0]]}, found {protocol.get(wrong[0])}" if wrong else ""
+    wrong = [key for key, value in frozen.items() if entries[key] != value]
+    return f"expected {wrong[0]} = {frozen[wrong[0]]}, found {entries[wrong[0]]}" if wrong else ""
 
 
 @dataclass(frozen=True)

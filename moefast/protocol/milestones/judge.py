@@ -13,7 +13,7 @@ must hold `HYBRID_ORACLE` (its own experts with true bins), `RIDGE_ORACLE` and `
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +30,7 @@ from moefast.protocol.milestones.verdicts import (
     MilestoneResult,
     OwnNumber,
 )
+from moefast.protocol.report_parts import Report
 
 __all__ = ["SCHEMA_VERSION", "judge", "judge_alone"]
 
@@ -52,18 +53,18 @@ def judge(reports: Sequence[ReadEvaluation], milestones: Sequence[Milestone] = M
     """
     apart: dict[tuple[Any, Any], list[ReadEvaluation]] = {}
     for one in reports:
-        data = one.content["data_set"]
-        apart.setdefault((data["fingerprint"], data["noise_level"]), []).append(one)
+        data = one.report.data_set
+        apart.setdefault((data.fingerprint, data.noise_level), []).append(one)
     sections = [_section(group, milestones) for group in apart.values()] or [_section([], milestones)]
     return Judgement(SCHEMA_VERSION, "moefast milestones", tuple(sections))
 
 
-def judge_alone(content: Mapping[str, Any]) -> Judgement | None:
+def judge_alone(report: Report) -> Judgement | None:
     """What one evaluation says by itself, for a section of its own report.
 
     Parameters
     ----------
-    content : mapping
+    report : Report
         From `evaluate_predictions`.
 
     Returns
@@ -71,7 +72,7 @@ def judge_alone(content: Mapping[str, Any]) -> Judgement | None:
     Judgement or None
         As from `judge`; None if the evaluation was not made by the frozen protocol.
     """
-    return None if deviation(content["protocol"]) else judge([ReadEvaluation("this evaluation", "", content)])
+    return None if deviation(report.protocol) else judge([ReadEvaluation("this evaluation", "", report)])
 
 
 def _section(reports: Sequence[ReadEvaluation], milestones: Sequence[Milestone]) -> JudgedSet:
@@ -88,11 +89,11 @@ def _section(reports: Sequence[ReadEvaluation], milestones: Sequence[Milestone])
         notes.append(
             f"no report shows that this is {TEST_PART} of a reference set: marks for any set are not run"
         )
-    data = reports[0].content["data_set"] if reports else None
+    data = reports[0].report.data_set if reports else None
     return JudgedSet(
         data_set=None
         if data is None
-        else EvaluatedSet(data["name"], name, part, data["fingerprint"], data["n"], data["noise_level"]),
+        else EvaluatedSet(data.name, name, part, data.fingerprint, data.n, data.noise_level),
         evaluations=tuple(JudgedEvaluation(one.path, one.sha256, one.recipe) for one in reports),
         notes=tuple(notes),
         milestones=tuple(_row(milestone, section) for milestone in milestones),
@@ -100,9 +101,9 @@ def _section(reports: Sequence[ReadEvaluation], milestones: Sequence[Milestone])
 
 
 def _protocol_noise(reports: Sequence[ReadEvaluation]) -> tuple[ReadEvaluation, ...]:
-    seeds = {one.content["data_set"]["noise_seed"] for one in reports}
+    seeds = {one.report.data_set.noise_seed for one in reports}
     wanted = None if None in seeds else NOISE_SEED
-    return tuple(one for one in reports if one.content["data_set"]["noise_seed"] == wanted)
+    return tuple(one for one in reports if one.report.data_set.noise_seed == wanted)
 
 
 def _identity(reports: Sequence[ReadEvaluation]) -> tuple[str | None, str | None]:
@@ -111,7 +112,7 @@ def _identity(reports: Sequence[ReadEvaluation]) -> tuple[str | None, str | None
 
     found = set()
     for one in reports:
-        claim = one.content["data_set"].get("reference_set") or {}
+        claim = one.report.data_set.reference_set or {}
         key = (str(claim.get("reference_set")), str(claim.get("part")))
         found.add(key if FINGERPRINTS.get(key, "") == claim.get("fingerprint") else (None, None))
     return found.pop() if len(found) == 1 else (None, None)

@@ -60,7 +60,7 @@ _NO_WORSE = (
     Check(
         over_heads(
             f"where [M/H] < {METAL_POOR:g}",
-            lambda content: content["metallicity"]["groups"][0],
+            lambda report: report.metallicity.groups[0],
             lambda stars: stars["M_H"] < METAL_POOR,
         ),
         "≥",
@@ -69,7 +69,7 @@ _NO_WORSE = (
     Check(
         over_heads(
             f"where snr_norm ≤ {LOW_SNR_NORM:g}",
-            lambda content: content["low_snr"]["overall"],
+            lambda report: report.low_snr.overall,
             lambda stars: stars["snr_norm"] <= LOW_SNR_NORM,
         ),
         "≥",

@@ -14,6 +14,7 @@ from moefast.core.grids import METAL_POOR, PHYSICAL_GRID, SNR_NORM_NAMES, assign
 from moefast.protocol.milestones.evaluations import Interval, NotRunError, ReadEvaluation, Section
 from moefast.protocol.milestones.rules import Measured, Quantity
 from moefast.protocol.report import PUBLISHED
+from moefast.protocol.report_parts import Report, Scores
 
 __all__ = [
     "HYBRID_ORACLE",
@@ -65,8 +66,8 @@ def r2_of(recipe: str) -> Quantity:
     """R² of a model."""
 
     def measure(_: Section, one: ReadEvaluation) -> Measured:
-        overall = one.content["overall"]
-        return Measured(_defined(overall["r2"], f"R² of {one.path}"), _interval(overall["r2_interval"]))
+        overall = one.report.overall
+        return Measured(_defined(overall.r2, f"R² of {one.path}"), _interval(overall.r2_interval))
 
     return Quantity(f"R² of {recipe}", measure, (recipe,))
 
@@ -76,9 +77,9 @@ def gap_closed(recipe: str) -> Quantity:
 
     def measure(_: Section, one: ReadEvaluation) -> Measured:
         ceiling = one.ceiling()
-        if ceiling["gap_closed"] is None:
-            raise NotRunError(f"no closed gap in {one.path}: {ceiling['gap_closed_reason']}")
-        return Measured(ceiling["gap_closed"], _interval(ceiling["gap_closed_interval"]))
+        if ceiling.gap_closed is None:
+            raise NotRunError(f"no closed gap in {one.path}: {ceiling.gap_closed_reason}")
+        return Measured(ceiling.gap_closed, _interval(ceiling.gap_closed_interval))
 
     return Quantity(f"gap closed by {recipe}", measure, (recipe,))
 
@@ -87,12 +88,12 @@ def efficiency_of(recipe: str, reference: str | None = None) -> Quantity:
     """R²/R²_ceiling of a model, or of a reference in its report; the ceiling is held fixed."""
 
     def measure(_: Section, one: ReadEvaluation) -> Measured:
-        own = one.content["overall"] if reference is None else one.reference(reference)
-        top = one.ceiling()["r2"]
-        value = metrics.efficiency(_defined(own["r2"], f"R² of {reference or recipe} in {one.path}"), top)
+        own: Scores = one.report.overall if reference is None else one.reference(reference)
+        top = _defined(one.ceiling().r2, f"the Bayes ceiling in {one.path}")
+        value = metrics.efficiency(_defined(own.r2, f"R² of {reference or recipe} in {one.path}"), top)
         if value.reason:
             raise NotRunError(f"no efficiency in {one.path}: {value.reason}")
-        bounds = _interval(own["r2_interval"])
+        bounds = _interval(own.r2_interval)
         return Measured(value.value, bounds and (bounds[0] / top, bounds[1] / top))
 
     return Quantity(f"R² of {reference or recipe} / Bayes ceiling", measure, (recipe,))
@@ -102,12 +103,12 @@ def rho_of(recipe: str) -> Quantity:
     """ρ of a model: where it lies between the global and the oracle reference."""
 
     def measure(_: Section, one: ReadEvaluation) -> Measured:
-        rho = one.content["rho"]
+        rho = one.report.rho
         if rho is None:
             raise NotRunError(f"{one.path} holds no ρ: it lacks the global or the oracle reference")
-        if rho["value"] is None:
-            raise NotRunError(f"no ρ in {one.path}: {rho['reason']}")
-        return Measured(rho["value"], _interval(rho["interval"]), f"from {rho['global']} to {rho['oracle']}")
+        if rho.value is None:
+            raise NotRunError(f"no ρ in {one.path}: {rho.reason}")
+        return Measured(rho.value, _interval(rho.interval), f"from {rho.global_reference} to {rho.oracle}")
 
     return Quantity(f"ρ of {recipe}", measure, (recipe,))
 
@@ -127,16 +128,14 @@ def runs_of(section: Section) -> list[_Run]:
     sizes: dict[int | None, list[_Run]] = {}
     for one in section.reports:
         if one.recipe == PUBLISHED:
-            r2 = one.content["overall"]["r2"]
-        elif PUBLISHED in one.content["references"]:
-            r2 = one.reference(PUBLISHED)["r2"]
+            r2 = one.report.overall.r2
+        elif PUBLISHED in one.report.references:
+            r2 = one.reference(PUBLISHED).r2
         else:
             continue
         known = one.training
         training = (known["fingerprint"], known.get("seed")) if "fingerprint" in known else None
-        run = _Run(
-            training, one.content["data_set"]["noise_seed"], _defined(r2, f"R² of {PUBLISHED} in {one.path}")
-        )
+        run = _Run(training, one.report.data_set.noise_seed, _defined(r2, f"R² of {PUBLISHED} in {one.path}"))
         sizes.setdefault(known.get("n_spectra"), []).append(run)
     if not sizes:
         raise NotRunError(f"no evaluation holds {PUBLISHED}")
@@ -149,7 +148,7 @@ def runs_of(section: Section) -> list[_Run]:
 def runs_on_main_set(section: Section) -> list[_Run]:
     """The same, if the section is the main test set or as large."""
     runs = runs_of(section)
-    n = section.reports[0].content["data_set"]["n"]
+    n = section.reports[0].report.data_set.n
     if section.part != TEST_PART and (section.reference_set is not None or n < TEST_SIZE):
         raise NotRunError(
             f"needs the test set of {TEST_SIZE} stars, found {section.part or 'another'} of {n}"
@@ -185,22 +184,18 @@ def spread(section: Section) -> Measured:
 def hybrid_r2(_: Section, one: ReadEvaluation) -> Measured:
     """R² of the hybrid's experts with true bins."""
     own = one.reference(HYBRID_ORACLE)
-    return Measured(
-        _defined(own["r2"], f"R² of {HYBRID_ORACLE} in {one.path}"), _interval(own["r2_interval"])
-    )
+    return Measured(_defined(own.r2, f"R² of {HYBRID_ORACLE} in {one.path}"), _interval(own.r2_interval))
 
 
 def hybrid_gain(_: Section, one: ReadEvaluation) -> Measured:
     """How much that is above the ridge oracle's."""
-    own, base = (
-        _defined(one.reference(name)["r2"], f"R² of {name}") for name in (HYBRID_ORACLE, RIDGE_ORACLE)
-    )
+    own, base = (_defined(one.reference(name).r2, f"R² of {name}") for name in (HYBRID_ORACLE, RIDGE_ORACLE))
     return Measured(own - base)
 
 
 def _gains_per_bin(one: ReadEvaluation) -> list[tuple[str, float, float]]:
     """(bin, R² of the sampled ridge, how much the hybrid is above it), both with true bins."""
-    own, base = one.reference(HYBRID_ORACLE)["r2_grid"], one.reference(SAMPLED_ORACLE)["r2_grid"]
+    own, base = one.reference(HYBRID_ORACLE).r2_grid, one.reference(SAMPLED_ORACLE).r2_grid
     rows = []
     for name, a, b in zip(PHYSICAL_GRID.names, own, base, strict=True):
         below = _defined(b, f"R² in bin {name}")
@@ -252,10 +247,11 @@ def _in_norm_bin(name: str) -> Callable[[Mapping[str, NDArray]], NDArray]:
 def _fusion_gains(conditional: ReadEvaluation, phys: ReadEvaluation) -> dict[str, float]:
     """R² of conditional-moe less that of phys-moe per snr_norm bin; bins without R² are left out."""
     own, base = (
-        {group["name"]: group["r2"] for group in one.content["snr_norm"]["groups"]}
-        for one in (conditional, phys)
+        {group.name: group.r2 for group in one.report.snr_norm.groups} for one in (conditional, phys)
     )
-    return {name: r2 - base[name] for name, r2 in own.items() if r2 is not None and base[name] is not None}
+    return {
+        name: r2 - other for name, r2 in own.items() if r2 is not None and (other := base[name]) is not None
+    }
 
 
 def fusion_gain_x(_: Section, conditional: ReadEvaluation, phys: ReadEvaluation) -> Measured:
@@ -277,13 +273,13 @@ def fusion_least_gain(_: Section, conditional: ReadEvaluation, phys: ReadEvaluat
 
 def over_heads(
     what: str,
-    select: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+    select: Callable[[Report], Scores],
     members: Callable[[Mapping[str, NDArray]], NDArray],
 ) -> Quantity:
     """R² of residual-moe less that of heads within a group of stars."""
 
     def measure(_: Section, residual: ReadEvaluation, heads: ReadEvaluation) -> Measured:
-        own, base = (_defined(select(one.content)["r2"], f"R² {what}") for one in (residual, heads))
+        own, base = (_defined(select(one.report).r2, f"R² {what}") for one in (residual, heads))
         return Measured(own - base, _paired(residual, heads, members))
 
     return Quantity(f"R² of residual-moe over heads' {what}", measure, ("residual-moe", "heads"))
