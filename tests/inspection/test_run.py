@@ -221,7 +221,7 @@ def test_the_commands(odd_stars, model_folder, tmp_path):
         return result
 
     table, first, second = tmp_path / "log_g.h5", tmp_path / "first.html", tmp_path / "second.html"
-    result = run("predict", odd_stars, "-m", model_folder, "-o", table, "--report", first, "-q")
+    result = run("predict", odd_stars, "-m", model_folder, "-o", table, "--report", first)
     assert f"written: {first}" in result.stderr
     text = run("inspect", table, "--report", second)
     assert "40 predictions by" in text.stdout
