@@ -51,6 +51,9 @@ def test_a_fit_goes_through_the_stages_that_are_expected_of_it(fitted, recipe):
     stages = [stage for stage, _ in itertools.groupby(reports, key=lambda report: report[0])]
     options = options_of(recipe, references=recipe == "hybrid-moe", steps=60)
     expected = expected_stages(options, model.manifest["training"]["n_spectra"])
+    if recipe == "conditional-moe":
+        # These stars are bright: a tower for the faint ones has nothing to learn from.
+        del expected["tower"]
     assert stages == list(expected)
     assert min(expected.values()) > 0
     whole, shares = Whole(expected), [0.0]
@@ -134,6 +137,7 @@ def test_libraries_need_clean_spectra(labelled_file):
         fit(labelled_file, recipe="template", noise="observed")
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(
     ("recipe", "trunk"), [("heads", "pca-mlp"), ("heads-cnn", "cnn"), ("heads-vit", "vit")]
 )

@@ -122,16 +122,17 @@ def check_installed(families: Sequence[str]) -> None:
 def _fit_bins(data: TrainingSet, mixture: Mixture, name: str) -> list[Expert]:
     """An expert of a family for each bin."""
     own, n_bins, seed = family(name), data.options.grid.n_bins, data.options.seed
-    step = data.steps("families", n_bins)
-    fitted = []
+    fitted: list[Expert] = []
     if not on_flux(name):
         inputs, rows = data.inputs(mixture, "stars of the bins", data.other_stretches(FIT_ROWS), noisy=True)
+        step = data.steps("families", n_bins)
         for k in range(n_bins):
             here = data.bins[rows] == k
             fitted.append(own.fit(Inputs(*(a[here] for a in inputs[:3])), data.y[rows[here]], seed=seed))
             step()
         return fitted
     # Pixels of one bin at a time, or they would not be held.
+    step = data.steps("families", n_bins)
     clean = fitted_clean(name)
     most = CLEAN_ROWS if clean else FLUX_ROWS
     for k in range(n_bins):

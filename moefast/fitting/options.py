@@ -271,6 +271,11 @@ class Options(NoiseOptions, LinearOptions, PosteriorOptions, NetworkOptions, Gat
         self.check_sample()
         self._check_together()
 
+    @property
+    def n_simpler_fits(self) -> int:
+        """How many simpler fits are made beside: the published-style ridge, and three of the experts' totals."""
+        return int(self.references) + (3 if self.alpha is None else 0)
+
     def _check_families(self) -> None:
         named, own = set(self.families), fitted_in_bins()
         in_bins = named - set(WHOLE)

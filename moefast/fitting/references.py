@@ -42,7 +42,9 @@ def reference_forms(
     forms: dict[str, LinearForm] = {}
     one = np.zeros(1, np.float32)
     conditional = options.alpha is None
-    step = data.steps("simpler fits", int(options.references) + (3 if conditional else 0))
+    if not options.n_simpler_fits:
+        return forms
+    step = data.steps("simpler fits", options.n_simpler_fits)
 
     def single(
         weights: F64,

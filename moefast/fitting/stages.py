@@ -43,13 +43,16 @@ def expected_stages(options: Options, n_rows: int) -> dict[str, float]:
     others = n_rows - sample
     if "posterior" in families:
         rows = min(others, LIBRARY_ROWS)
-        return seconds | {
-            "templates": rows * (READ + PROJECT),
-            "clouds": 4.0 + 2e-4 * rows,
-            "calibration": min(sample * options.sample_draws, CALIBRATION_ROWS) * POSTERIOR,
-            "error model": 3.0,
-            "simpler fits": 1.0 + LEAST_SQUARES,
-        }
+        return (
+            seconds
+            | {
+                "templates": rows * (READ + PROJECT),
+                "clouds": 4.0 + 2e-4 * rows,
+                "calibration": min(sample * options.sample_draws, CALIBRATION_ROWS) * POSTERIOR,
+                "error model": 3.0,
+            }
+            | _simpler_fits(options)
+        )
     if "template" in families:
         seconds |= {
             "templates": min(others, LIBRARY_ROWS) * (READ + PROJECT),
@@ -82,10 +85,14 @@ def expected_stages(options: Options, n_rows: int) -> dict[str, float]:
         seconds["tower"] = 6.0
     if options.residuals:
         seconds["residuals"] = 1.5 * len(options.residuals) * n_bins
-    seconds |= {"error model": 5.0, "simpler fits": 1.0 + LEAST_SQUARES}
+    seconds |= {"error model": 5.0} | _simpler_fits(options)
     if len(families) > 1 and options.references and options.noise == "closed-form":
         seconds |= {f"{stage}{SAMPLED}": size for stage, size in _first_pass(options, n_rows).items()}
     return seconds
+
+
+def _simpler_fits(options: Options) -> dict[str, float]:
+    return {"simpler fits": 1.0 + LEAST_SQUARES} if options.n_simpler_fits else {}
 
 
 def _first_pass(options: Options, n_rows: int) -> dict[str, float]:

@@ -384,6 +384,7 @@ class _Training:
     def run(self) -> Fitted:
         self.resume()
         torch, schedule = self.torch, self.schedule
+        self.progress(self.step, schedule.steps)
         every = max(1, schedule.steps // schedule.looks)
         total, count = torch.zeros((), device=self.device), 0
         while self.step < schedule.steps and not self.is_over():
