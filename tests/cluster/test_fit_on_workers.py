@@ -3,8 +3,10 @@
 import functools
 import os
 import signal
+import sys
 import threading
 
+import cloudpickle
 import numpy as np
 import pytest
 
@@ -58,6 +60,8 @@ def quick():
 
 @pytest.fixture(scope="module")
 def client():
+    # Workers have no folder of tests.
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
     with workers.connect("local:2") as found:
         found.register_plugin(Small())
         yield found
