@@ -256,25 +256,14 @@ def prepare(
     paths: str | Path | Iterable[str | Path] | SpectrumSource,
     *,
     recipe: str = DEFAULT,
-    grid: Grid | None = None,
-    families: Sequence[str] | None = None,
-    noise: Noise = "closed-form",
-    noise_level: float = 1.0,
-    size: Size = "small",
-    steps: int | None = None,
-    references: bool = True,
-    seed: int = 0,
     tell: Callable[[str], None] | None = None,
+    **said: Any,
 ) -> PreparedFit:
-    """All that is known of a fit before its first row is read; parameters and errors are those of `fit`."""
-    options = options_of(
-        recipe, grid=grid, families=families, noise=noise, noise_level=noise_level, size=size, steps=steps,
-        references=references, seed=seed,
-    )  # fmt: skip
-    noise = options.noise
+    """All that is known of a fit before its first row is read; `said` is for `options_of`, all else as for `fit`."""
+    options = options_of(recipe, **said)
     spectra = paths if isinstance(paths, SpectrumSource) else open_spectra(paths)
     odd = []
-    if isinstance(spectra, SpectrumSet) and noise != "observed":
+    if isinstance(spectra, SpectrumSet) and options.noise != "observed":
         odd = [
             each.words
             for each in noisy_already(take(spectra, array="flux"), "fit them with --noise observed")
