@@ -24,7 +24,7 @@ from moefast.core.progress import StageProgress
 from moefast.core.version import __version__
 from moefast.experts.normal_equations import NormalEquations
 from moefast.fitting import Passes
-from moefast.fitting.first_pass import complete, gather_part, has_published
+from moefast.fitting.first_pass import complete, gather_part
 from moefast.fitting.statistics import Statistics
 from moefast.fitting.training_set import TrainingSet
 from moefast.model import Model
@@ -146,8 +146,7 @@ def only_one_first_pass(prepared: PreparedFit) -> None:
     ------
     InputError
     """
-    options = prepared.options
-    if len(options.families) > 1 and options.references and options.noise == "closed-form":
+    if prepared.options.has_sampled_oracle:
         raise InputError(
             f"{prepared.recipe} is compared with a fit that needs another first pass, which has no parts; leave it out "
             "with --no-references"
@@ -192,7 +191,7 @@ def part_header(
         "schema": SCHEMA, "what": WHAT, "version": __version__, "fingerprint": prepared.fingerprint,
         "recipe": prepared.recipe, "options": dataclasses.asdict(prepared.options), "backend": backend,
         "plan": plan.document(), "n_rows": prepared.spectra.n_rows, "rows": list(rows),
-        "shard": None if shard is None else list(shard), "published": has_published(prepared.options),
+        "shard": None if shard is None else list(shard), "published": prepared.options.has_published,
     }  # fmt: skip
     header: Header = json.loads(json.dumps(document))
     return header

@@ -20,12 +20,11 @@ from moefast.core.random import add_noise
 from moefast.core.threads import one_blas_thread
 from moefast.experts.device import DeviceEquations
 from moefast.experts.normal_equations import NormalEquations
-from moefast.fitting.options import Options
 from moefast.fitting.statistics import Statistics, units_of
 from moefast.fitting.training_set import BLOCK_ROWS, TrainingSet
 from moefast.kernels import all_within
 
-__all__ = ["Gathered", "complete", "gather", "gather_part", "has_published"]
+__all__ = ["Gathered", "complete", "gather", "gather_part"]
 
 F64 = NDArray[np.float64]
 
@@ -41,11 +40,6 @@ class Gathered(NamedTuple):
     published: NormalEquations | None
     times_good: F64
     rows: dict[str, int]
-
-
-def has_published(options: Options) -> bool:
-    """Whether the published-style ridge has totals of its own: clipped draws are what it is fitted on."""
-    return options.references and not options.clipped
 
 
 def gather(data: TrainingSet, checkpoint: Checkpoint | None, backend: Literal["cpu", "cuda"]) -> Gathered:
@@ -69,7 +63,7 @@ def gather_part(
     InputError
         The totals do not fit in the memory, or the checkpoint is of another fit.
     """
-    options, apart = data.options, has_published(data.options)
+    options, apart = data.options, data.options.has_published
     needed = NormalEquations.memory(data.spectra.n_pixels, options.grid.n_bins, options.n_folds)
     if apart:
         needed += NormalEquations.memory(data.spectra.n_pixels, 1, 1)
@@ -144,7 +138,7 @@ def _resumed(
     options = dataclasses.asdict(data.options)
     key = {"spectra": data.spectra.fingerprint(), "options": options, "backend": backend, "rows": list(rows)}
     checkpoint.begin(key, nbytes)
-    apart, exact = has_published(data.options), backend == "cpu"
+    apart, exact = data.options.has_published, backend == "cpu"
     on = DeviceEquations.of if backend == "cuda" else lambda found: found
     return checkpoint.load(
         lambda stop, read: Statistics.restored((rows[0], stop), read, apart=apart, exact=exact, on=on)

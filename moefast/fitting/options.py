@@ -276,6 +276,16 @@ class Options(NoiseOptions, LinearOptions, PosteriorOptions, NetworkOptions, Gat
         """How many simpler fits are made beside: the published-style ridge, and three of the experts' totals."""
         return int(self.references) + (3 if self.alpha is None else 0)
 
+    @property
+    def has_published(self) -> bool:
+        """Whether the published-style ridge has totals of its own: clipped draws are what it is fitted on."""
+        return self.references and not self.clipped
+
+    @property
+    def has_sampled_oracle(self) -> bool:
+        """Whether the choice of families is compared with a fit of drawn noise, which has a first pass of its own."""
+        return len(self.families) > 1 and self.references and self.noise == "closed-form"
+
     def _check_families(self) -> None:
         named, own = set(self.families), fitted_in_bins()
         in_bins = named - set(WHOLE)

@@ -86,7 +86,7 @@ def expected_stages(options: Options, n_rows: int) -> dict[str, float]:
     if options.residuals:
         seconds["residuals"] = 1.5 * len(options.residuals) * n_bins
     seconds |= {"error model": 5.0} | _simpler_fits(options)
-    if len(families) > 1 and options.references and options.noise == "closed-form":
+    if options.has_sampled_oracle:
         seconds |= {f"{stage}{SAMPLED}": size for stage, size in _first_pass(options, n_rows).items()}
     return seconds
 
@@ -98,11 +98,10 @@ def _simpler_fits(options: Options) -> dict[str, float]:
 def _first_pass(options: Options, n_rows: int) -> dict[str, float]:
     """Stages up to the linear experts."""
     n_bins, n_solves = options.grid.n_bins, options.n_folds + 1
-    apart = options.references and not options.clipped
     each = 0.08 if options.alpha is None else LEAST_SQUARES
     return {
         "mean spectrum": 0.2,
-        "normal equations": n_rows * (READ + ADD * (1 + apart)) + 0.5,
+        "normal equations": n_rows * (READ + ADD * (1 + options.has_published)) + 0.5,
         "components": 8.0,
         "noise levels": min(n_rows, LEVEL_ROWS) * READ,
         "experts": 1.0 + n_bins * n_solves * each,

@@ -95,7 +95,7 @@ def fit_mixture(
     """
     report = progress or (lambda *_: None)
     found = _both_passes(passes.training_set(spectra, options, report), passes, checkpoint, backend)
-    if len(options.families) > 1 and options.references and options.noise == "closed-form":
+    if options.has_sampled_oracle:
         # What the choice of families is compared with: one noise draw per star, as published.
         sampled = replace(options, noise="sampled", families=("linear",), references=False)
         again = passes.training_set(

@@ -230,7 +230,7 @@ def _continuum_normalised(stars: BaseStars) -> Spectra:
 
 
 def _moved(velocity: float) -> Callable[[BaseStars], Spectra]:
-    """BaseStars that all move at `velocity` [km/s]."""
+    """Stars that all move at `velocity` [km/s]."""
     shift = velocity / LIGHT_SPEED
     return _simulated(replace(REFERENCE_SETS[BASE_SET].settings, redshift=(shift, shift)))
 
@@ -278,7 +278,7 @@ def _blend(stars: BaseStars) -> Spectra:
 
 
 def _outside(stars: BaseStars) -> Spectra:
-    """BaseStars of 6250 to 6750 K: the emulator ends at 6000 K and is continued linearly."""
+    """Stars of 6250 to 6750 K: the emulator ends at 6000 K and is continued linearly."""
     labels = np.stack([stars.block.params[name] for name in LABELS], axis=1)
     edge = stars.emulator.limits["T_eff"][1]
     labels[:, 0] = edge
@@ -382,7 +382,7 @@ def gauge(n: int = 4) -> dict[str, list[float]]:
     Parameters
     ----------
     n : int
-        BaseStars of each scenario.
+        Stars of each scenario.
 
     Returns
     -------
@@ -511,7 +511,7 @@ def run_scenarios(
     ----------
     model : Model
     n : int
-        BaseStars of each scenario, at most as many as the part `BASE_PART` has.
+        Stars of each scenario, at most as many as the part `BASE_PART` has.
     names : tuple of str, optional
         Which of `SCENARIOS`; all if absent.
     backend : "auto", "cpu" or "cuda"
