@@ -9,16 +9,15 @@ before it lies in a file that it checks by its hash; its results go to the clien
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import os
 import pickle
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -35,7 +34,7 @@ from moefast.cluster.fit_parts import (
     tell_if_inexact,
 )
 from moefast.cluster.folders import OWNER, digest_of, remove_folder, working_folder
-from moefast.cluster.workers import ALONE, RETRIES, check_workers, gather_results
+from moefast.cluster.workers import ALONE, check_workers, gather_results, results_in_order, submit
 from moefast.core.archives import write_hashed
 from moefast.core.atomic import write_atomically
 from moefast.core.errors import InputError
@@ -43,7 +42,7 @@ from moefast.core.progress import StageProgress
 from moefast.core.version import __version__
 from moefast.fitting import Options, Passes
 from moefast.fitting.first_pass import Gathered, complete
-from moefast.fitting.statistics import n_units, rows_of_part
+from moefast.fitting.statistics import Statistics, cut_at_multiples, n_units, rows_of_part
 from moefast.fitting.training_set import BLOCK_ROWS, Rows, TrainingSet
 from moefast.model import Model
 from moefast.recipes import PreparedFit
@@ -73,7 +72,7 @@ class Cluster:
 
     def submit(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """A task that is begun again if its worker is lost."""
-        return self.client.submit(work, *arguments, retries=RETRIES, pure=False)
+        return submit(self.client, work, *arguments)
 
 
 def fit_on(
@@ -141,7 +140,7 @@ def _digest(prepared: PreparedFit, backend: str) -> str:
         "fingerprint": prepared.fingerprint, "options": dataclasses.asdict(prepared.options),
         "recipe": prepared.recipe, "version": __version__, "backend": backend,
     }  # fmt: skip
-    return digest_of(json.loads(json.dumps(record)))
+    return digest_of(record)
 
 
 # -- first pass -----------------------------------------------------------------------------------------------------
@@ -155,13 +154,13 @@ def _first_pass(
     n_rows, units = prepared.spectra.n_rows, n_units(prepared.spectra.n_rows)
     kept = cluster.folder / "parts.json"
     count = min(units, n_parts or TASKS_PER_WORKER * cluster.n_workers)
-    with suppress(OSError, ValueError, KeyError):
+    with contextlib.suppress(OSError, ValueError, KeyError):
         # A fit that goes on has the parts that it had.
         count = min(units, int(json.loads(kept.read_text())["parts"]))
     write_atomically(kept, json.dumps({"parts": count}).encode())
     done: dict[int, int] = {}
     # Two fits of the same spectra may have a first pass each.
-    name = digest_of({"options": json.loads(json.dumps(dataclasses.asdict(prepared.options)))})[:8]
+    name = digest_of({"options": dataclasses.asdict(prepared.options)})[:8]
     paths = [cluster.folder / f"{name}-{index}-of-{count}.npz" for index in range(count)]
 
     def heard(event: tuple[float, Any]) -> None:
@@ -193,9 +192,7 @@ def _first_pass(
             for group, path in zip(groups, paths, strict=True)
         ]
         gather_results(cluster.client, tasks)
-    total = statistics_of(paths[0])
-    for path in paths[1:]:
-        total.add(statistics_of(path))
+    total = _sum(paths)
     tell_if_inexact(total, tell)
     return complete(data, total)
 
@@ -212,7 +209,7 @@ def _gather_part(
     """Rows of a part, once its file is there."""
     with ALONE:
         prepared = PreparedFit(_opened(plan.source), options, recipe, fingerprint)
-        with suppress(InputError, OSError):
+        with contextlib.suppress(InputError, OSError):
             header, expected = read_header(path), part_header(plan, prepared, rows, backend)
             if {key: header[key] for key in expected} == expected:
                 _say(name, rows[1] - rows[0])
@@ -236,8 +233,15 @@ def _say(name: tuple[str, int], rows: int) -> None:
     """Tell the client how many rows of a part are done."""
     from distributed import get_worker
 
-    with suppress(ValueError):
+    with contextlib.suppress(ValueError):
         get_worker().log_event(TOPIC, (*name, rows))
+
+
+def _sum(paths: Sequence[str | Path]) -> Statistics:
+    total = statistics_of(paths[0])
+    for path in paths[1:]:
+        total.add(statistics_of(path))
+    return total
 
 
 def _join(paths: list[str], out: str) -> None:
@@ -246,15 +250,13 @@ def _join(paths: list[str], out: str) -> None:
         header = read_header(paths[0])
         last = read_header(paths[-1])
         header["rows"] = [header["rows"][0], last["rows"][1]]
-        with suppress(InputError, OSError):
+        with contextlib.suppress(InputError, OSError):
             found = read_header(out)
             if {key: found[key] for key in header if key not in _OF_ONE_FILE} == {
                 key: value for key, value in header.items() if key not in _OF_ONE_FILE
             }:
                 return
-        total = statistics_of(paths[0])
-        for path in paths[1:]:
-            total.add(statistics_of(path))
+        total = _sum(paths)
         document = {key: value for key, value in header.items() if key not in _OF_ONE_FILE}
         write_hashed(Path(out), document, total.arrays())
 
@@ -282,7 +284,7 @@ class SpreadTrainingSet(TrainingSet):
         digest = hashlib.sha256(content).hexdigest()
         path = cluster.folder / f"{digest[:16]}.stage"
         write_atomically(path, content)
-        pieces = [piece for stretch in rows for piece in _pieces(*stretch)]
+        pieces = [piece for stretch in rows for piece in cut_at_multiples(*stretch, BLOCK_ROWS)]
         n_tasks = min(len(pieces), STRETCHES_PER_TASK * cluster.n_workers)
         groups = [
             pieces[len(pieces) * i // n_tasks : len(pieces) * (i + 1) // n_tasks] for i in range(n_tasks)
@@ -292,24 +294,15 @@ class SpreadTrainingSet(TrainingSet):
         ]
         total, done = sum(b - a for a, b in pieces), 0
         try:
-            for place, group in enumerate(groups):
-                # Raises what the task raised.
-                results = tasks[place].result()
-                tasks[place] = None
-                done += sum(b - a for a, b in group)
-                self.progress(stage, done, total)
-                for first, stop, bins, result in results:
-                    self.bins[first:stop] = bins
-                    yield result
+            with contextlib.closing(results_in_order(cluster.client, tasks)) as found:
+                for group, results in zip(groups, found, strict=True):
+                    done += sum(b - a for a, b in group)
+                    self.progress(stage, done, total)
+                    for first, stop, bins, result in results:
+                        self.bins[first:stop] = bins
+                        yield result
         finally:
-            cluster.client.cancel([task for task in tasks if task is not None])
             path.unlink(missing_ok=True)
-
-
-def _pieces(first: int, stop: int) -> list[tuple[int, int]]:
-    """A stretch of rows, cut where blocks are cut."""
-    cuts = [first, *range((first // BLOCK_ROWS + 1) * BLOCK_ROWS, stop, BLOCK_ROWS), stop]
-    return list(itertools.pairwise(cuts))
 
 
 @functools.lru_cache(maxsize=1)

@@ -6,6 +6,7 @@ says whose it is: those of other jobs for the same output are removed once their
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import shutil
@@ -45,7 +46,7 @@ def working_folder(out: Path, digest: str) -> Path:
     """
     folder = out.with_name(f".{out.name}.parts-{digest[:16]}")
     try:
-        for other in out.parent.glob(f".{out.name}.parts-*"):
+        for other in out.parent.glob(f".{glob.escape(out.name)}.parts-*"):
             if other != folder and _is_abandoned(other):
                 shutil.rmtree(other, ignore_errors=True)
         folder.mkdir(exist_ok=True)

@@ -7,8 +7,8 @@ complete or absent. What several tasks of a worker need is opened once.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import hashlib
 import itertools
 import json
 import os
@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 from moefast.ceilings.ceiling import BLOCK_ROWS as CEILING_ROWS
 from moefast.ceilings.ceiling import BlockBounds, StarBounds
-from moefast.cluster.workers import ALONE, RETRIES, check_workers, gather_results
+from moefast.cluster.workers import (
+    ALONE,
+    check_workers,
+    gather_results,
+    results_in_order,
+    shared_name,
+    submit,
+)
 from moefast.core.errors import InputError, MoefastError, OutputError
 from moefast.core.progress import RowProgress
 from moefast.core.version import __version__
@@ -57,30 +64,22 @@ def _in_order(
 ) -> Iterator[Any]:  # fmt: skip
     """What the tasks of all spans give, in their order."""
     content = pickle.dumps(job)
-    digest = hashlib.sha256(content).hexdigest()
-    tasks: list[Any] = [
-        client.submit(work, content, digest, span, retries=RETRIES, pure=False) for span in spans
-    ]
-    try:
-        for place, (_, stop) in enumerate(spans):
-            # Raises what the task raised.
-            results = tasks[place].result()
-            tasks[place] = None
+    tasks = [submit(client, work, content, span) for span in spans]
+    with contextlib.closing(results_in_order(client, tasks)) as found:
+        for (_, stop), results in zip(spans, found, strict=True):
             report(stop, spans[-1][1])
             yield from results
-    finally:
-        client.cancel([task for task in tasks if task is not None])
 
 
 @functools.lru_cache(maxsize=1)
-def _scorer(content: bytes, _: str) -> Scorer:
+def _scorer(content: bytes) -> Scorer:
     # Of the client of this very task, within what Dask itself pickles.
     return Scorer(**pickle.loads(content))
 
 
-def _score(content: bytes, digest: str, span: tuple[int, int]) -> list[Scored]:
+def _score(content: bytes, span: tuple[int, int]) -> list[Scored]:
     with ALONE:
-        return list(_scorer(content, digest).score(span, _nothing))
+        return list(_scorer(content).score(span, _nothing))
 
 
 def scores_on(client: Client, scorer: Scorer, report: RowProgress) -> Iterator[Scored]:
@@ -96,7 +95,7 @@ def scores_on(client: Client, scorer: Scorer, report: RowProgress) -> Iterator[S
     model = arguments["model"]
     if isinstance(model, Model):
         raise InputError("workers of a cluster read the model from its folder; give the folder")
-    name = os.path.abspath(model) if model is not None and os.path.lexists(model) else model
+    name = None if model is None else shared_name(model)
     is_model = name is None or not Path(name).is_file()
     other = [] if is_model else [str(name)]
     expected = Model.load(name).hash if is_model else None
@@ -108,14 +107,14 @@ def scores_on(client: Client, scorer: Scorer, report: RowProgress) -> Iterator[S
 
 
 @functools.lru_cache(maxsize=1)
-def _star_bounds(content: bytes, _: str) -> StarBounds:
+def _star_bounds(content: bytes) -> StarBounds:
     # As above.
     return StarBounds(**pickle.loads(content))
 
 
-def _bounds(content: bytes, digest: str, span: tuple[int, int]) -> list[BlockBounds]:
+def _bounds(content: bytes, span: tuple[int, int]) -> list[BlockBounds]:
     with ALONE:
-        return list(_star_bounds(content, digest).blocks(span, _nothing))
+        return list(_star_bounds(content).blocks(span, _nothing))
 
 
 def ceilings_on(
@@ -208,20 +207,10 @@ def simulate_on(
     digits = len(str(stop))
     paths = [folder / f"rows-{a:0{digits}d}-{b:0{digits}d}.h5" for a, b in itertools.pairwise(cuts)]
     tasks = [
-        client.submit(
-            _simulate, job, str(path), (a, b), overwrite, retries=RETRIES, pure=False
-        )
+        submit(client, _simulate, job, str(path), (a, b), overwrite)
         for path, a, b in zip(paths, cuts[:-1], cuts[1:], strict=True)
-    ]  # fmt: skip
-    done = 0
-
-    def count_rows_done(n_rows: int) -> None:
-        nonlocal done
-        done += n_rows
-        if progress is not None:
-            progress(done, stop - first)
-
-    gather_results(client, tasks, count_rows_done)
+    ]
+    gather_results(client, tasks, stop - first, progress)
     return paths
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,17 @@ from moefast.spectra.tables import read_layout, read_table
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["ALONE", "RETRIES", "check_workers", "connect", "gather_results", "predict_on", "workers_of"]
+__all__ = [
+    "ALONE",
+    "check_workers",
+    "connect",
+    "gather_results",
+    "predict_on",
+    "results_in_order",
+    "shared_name",
+    "submit",
+    "workers_of",
+]
 
 ROWS_PER_TASK = 50_000
 """Rows of a task, about: seconds of work, so that little is lost with a worker."""
@@ -177,7 +187,7 @@ def predict_on(
     if os.path.lexists(out) and not overwrite:
         raise OutputError(f"{out}: exists already; choose another name, or replace it with --overwrite")
     files = [os.path.abspath(path) for path in find_files(list(paths))]
-    name = None if model is None else _shared_name(model)
+    name = None if model is None else shared_name(model)
     chosen = Model.load(name)
     n_rows = count_rows(files, chosen)
     workers = check_workers(client, files, name, chosen.hash)
@@ -191,34 +201,16 @@ def predict_on(
     folder = working_folder(out, digest)
     tables = [folder / f"{index}-of-{count}.parquet" for index in range(count)]
     tasks = [
-        client.submit(
-            _predict_shard,
-            files,
-            name,
-            str(table),
-            (index, count),
-            dict(options),
-            digest,
-            retries=RETRIES,
-            pure=False,
-        )
+        submit(client, _predict_shard, files, name, str(table), (index, count), dict(options), digest)
         for index, table in enumerate(tables)
     ]
-    done = 0
-
-    def count_rows_done(rows: int) -> None:
-        nonlocal done
-        done += rows
-        if progress is not None:
-            progress(min(done, n_rows), n_rows)
-
-    gather_results(client, tasks, count_rows_done)
+    gather_results(client, tasks, n_rows, progress)
     merged = merge_tables(tables, out, overwrite=overwrite)
     remove_folder(out, digest)
     return merged
 
 
-def _shared_name(model: str | Path) -> str:
+def shared_name(model: str | Path) -> str:
     """Name under which a worker elsewhere finds the model: that of a shipped one, else the whole path."""
     return os.path.abspath(model) if os.path.lexists(model) else str(model)
 
@@ -245,21 +237,44 @@ def _predict_shard(
     return summary.n_rows
 
 
-def gather_results(client: Client, tasks: list[Any], done: Callable[[Any], None] | None = None) -> None:
-    """Wait for tasks and call `done` with each result as it comes; what a task raises is raised here.
+def submit(client: Client, work: Callable[..., Any], *arguments: Any) -> Any:
+    """A task that is begun again if its worker is lost."""
+    return client.submit(work, *arguments, retries=RETRIES, pure=False)
 
-    All tasks are cancelled then, and also if this is interrupted.
+
+def gather_results(
+    client: Client, tasks: list[Any], n_rows: int = 0, progress: Callable[[int, int], None] | None = None
+) -> None:
+    """Wait for tasks; what one of them raises is raised here. All are cancelled then, and if this is interrupted.
+
+    Tasks that give rows tell `progress` of them, out of `n_rows`.
     """
     from distributed import as_completed
 
+    done = 0
     try:
         for task in as_completed(tasks, loop=client.loop):
+            # Raises what the task raised.
             result = task.result()
-            if done is not None:
-                done(result)
+            if progress is not None:
+                done += result
+                progress(min(done, n_rows), n_rows)
     except BaseException:
         client.cancel(tasks)
         raise
+
+
+def results_in_order(client: Client, tasks: list[Any]) -> Iterator[Any]:
+    """The result of each task, which is let go then; those that are left are cancelled if this ends early."""
+    tasks.reverse()
+    try:
+        while tasks:
+            # Raises what the task raised.
+            result = tasks[-1].result()
+            tasks.pop()
+            yield result
+    finally:
+        client.cancel(tasks)
 
 
 def _seen_by_worker(files: Sequence[str], model: str | None, with_model: bool) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from moefast.core.errors import InputError
 from moefast.experts.device import DeviceEquations
 from moefast.experts.normal_equations import NormalEquations
 
-__all__ = ["UNIT_ROWS", "Statistics", "n_units", "rows_of_part", "units_of"]
+__all__ = ["UNIT_ROWS", "Statistics", "cut_at_multiples", "n_units", "rows_of_part", "units_of"]
 
 F64 = NDArray[np.float64]
 
@@ -48,10 +48,15 @@ def rows_of_part(n_rows: int, index: int, count: int) -> tuple[int, int]:
     return index * units // count * UNIT_ROWS, min(n_rows, (index + 1) * units // count * UNIT_ROWS)
 
 
+def cut_at_multiples(first: int, stop: int, length: int) -> list[tuple[int, int]]:
+    """Rows `first` to `stop`, cut at the multiples of a length."""
+    cuts = [first, *range((first // length + 1) * length, stop, length), stop]
+    return [(a, b) for a, b in itertools.pairwise(cuts) if a < b]
+
+
 def units_of(first: int, stop: int) -> list[tuple[int, int]]:
     """First row of each unit, or of what is left of it, and the one after its last, from row `first` to `stop`."""
-    cuts = [first, *range((first // UNIT_ROWS + 1) * UNIT_ROWS, stop, UNIT_ROWS), stop]
-    return [(a, b) for a, b in itertools.pairwise(cuts) if a < b]
+    return cut_at_multiples(first, stop, UNIT_ROWS)
 
 
 @dataclass
