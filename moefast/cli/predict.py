@@ -33,6 +33,7 @@ from moefast.cli.options import (
     shard_of,
     talk,
 )
+from moefast.cli.spread import connected
 from moefast.core.atomic import refuse_taken
 from moefast.core.errors import InputError, OutputError
 from moefast.core.progress import FILES, ProgressLine
@@ -129,6 +130,10 @@ def predict(
         raise click.UsageError("name a FILE, or a list of them with --from-file")
     if folder is None and (skip_existing or status):
         raise click.UsageError("--skip-existing and --status belong to --out-dir")
+    options: dict[str, Any] = {
+        "array": array, "backend": backend, "velocity": velocity, "velocity_range": velocity_range,
+        "medium": medium, "telluric": telluric, "select": select, "targets": targets, "keep": keep,
+    }  # fmt: skip
     if folder is not None:
         if out is not None or shard is not None:
             raise click.UsageError("--out-dir writes a table for each input: leave out -o and --shard")
@@ -136,14 +141,9 @@ def predict(
             raise click.UsageError(
                 "--report is for one table: moefast inspect TABLE --report writes the page of each"
             )
-        options = {
-            "array": array, "backend": backend, "rows": rows, "limit": limit, "velocity": velocity,
-            "velocity_range": velocity_range, "medium": medium, "telluric": telluric, "select": select,
-            "targets": targets, "keep": keep,
-        }  # fmt: skip
         _each(
-            files, model, Path(folder), f".{suffix}", options, skip_existing=skip_existing, overwrite=overwrite,
-            status=status, quiet=quiet, as_json=as_json,
+            files, model, Path(folder), f".{suffix}", {**options, "rows": rows, "limit": limit},
+            skip_existing=skip_existing, overwrite=overwrite, status=status, quiet=quiet, as_json=as_json,
         )  # fmt: skip
         return
     # Parts that run at the same time must not write to one name.
@@ -159,11 +159,6 @@ def predict(
     if scheduler is not None:
         if rows or limit or shard:
             raise click.UsageError("--scheduler predicts all rows: leave out --rows, --limit and --shard")
-        options = {
-            "array": array, "backend": backend, "velocity": velocity, "velocity_range": velocity_range,
-            "medium": medium, "telluric": telluric, "select": select,
-            "targets": targets, "keep": keep,
-        }  # fmt: skip
         _on_cluster(
             scheduler, files, model, target, options, report=report, overwrite=overwrite, quiet=quiet,
             as_json=as_json,
@@ -172,9 +167,7 @@ def predict(
     with ProgressLine(quiet or as_json) as progress:
         progress.doing("predict: getting ready")
         summary = run(
-            files, model, target, array=array, backend=backend, rows=rows, limit=limit,  # type: ignore[arg-type]
-            shard=shard, overwrite=overwrite, velocity=velocity, velocity_range=velocity_range,
-            medium=medium, telluric=telluric, select=select, targets=targets, keep=keep,  # type: ignore[arg-type]
+            files, model, target, rows=rows, limit=limit, shard=shard, overwrite=overwrite, **options,
             progress=progress.rows("predict"), tell=lambda words: progress.note(f"note: {words}"),
         )  # fmt: skip
     facts = {
@@ -256,12 +249,11 @@ def _on_cluster(
     report: str | None, overwrite: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """The same table by the workers of a cluster."""
-    from moefast.cluster.workers import connect, predict_on
+    from moefast.cluster.workers import predict_on
 
     begin = time.perf_counter()
-    with ProgressLine(quiet or as_json) as progress, connect(scheduler) as client:
+    with ProgressLine(quiet or as_json) as progress, connected(scheduler, progress) as client:
         workers = len(client.scheduler_info(n_workers=-1)["workers"])
-        progress.note(f"{workers} workers; dashboard {client.dashboard_link}")
         merged = predict_on(
             client,
             files,

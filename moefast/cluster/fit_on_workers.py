@@ -33,10 +33,10 @@ from moefast.cluster.fit_parts import (
     statistics_of,
     tell_if_inexact,
 )
-from moefast.cluster.folders import OWNER, digest_of, remove_folder, working_folder
+from moefast.cluster.folders import OWNER, digest_of, working_folder
 from moefast.cluster.workers import ALONE, check_workers, gather_results, results_in_order, submit
 from moefast.core.archives import write_hashed
-from moefast.core.atomic import write_atomically
+from moefast.core.atomic import remove_quietly, write_atomically
 from moefast.core.errors import InputError
 from moefast.core.progress import StageProgress
 from moefast.core.version import __version__
@@ -131,7 +131,7 @@ def fit_on(
 
     passes = Passes(functools.partial(SpreadTrainingSet, cluster), first_pass)
     model = prepared.fit(report, None, backend, passes)
-    remove_folder(out, digest)
+    remove_quietly(folder)
     return model
 
 

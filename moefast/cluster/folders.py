@@ -18,7 +18,7 @@ from typing import Any
 from moefast.core.atomic import owner_has_ended, owner_token, write_atomically
 from moefast.core.errors import OutputError
 
-__all__ = ["OWNER", "digest_of", "remove_folder", "working_folder"]
+__all__ = ["OWNER", "digest_of", "working_folder"]
 
 OWNER = ".owner"
 """File that says which process a folder belongs to."""
@@ -60,8 +60,3 @@ def _is_abandoned(folder: Path) -> bool:
     with suppress(OSError):
         return owner_has_ended((folder / OWNER).read_text(encoding="ascii", errors="replace"), folder)
     return False
-
-
-def remove_folder(out: Path, digest: str) -> None:
-    """Remove the folder of a job that is complete."""
-    shutil.rmtree(out.with_name(f".{out.name}.parts-{digest[:16]}"), ignore_errors=True)

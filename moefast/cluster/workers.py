@@ -16,9 +16,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moefast.cluster.folders import digest_of, remove_folder, working_folder
+from moefast.cluster.folders import digest_of, working_folder
 from moefast.cluster.merge import Merged, merge_tables
 from moefast.cluster.nights import signature
+from moefast.core.atomic import remove_quietly
 from moefast.core.errors import BackendError, InputError, ModelError, MoefastError, OutputError
 from moefast.core.threads import CORES
 from moefast.core.version import __version__
@@ -206,7 +207,7 @@ def predict_on(
     ]
     gather_results(client, tasks, n_rows, progress)
     merged = merge_tables(tables, out, overwrite=overwrite)
-    remove_folder(out, digest)
+    remove_quietly(folder)
     return merged
 
 

@@ -91,8 +91,8 @@ def _began(pid: int) -> int | None:
         return 0
 
 
-def _writer() -> str:
-    """Token for the process, with a number that it has not given before."""
+def owner_token() -> str:
+    """What says that something belongs to this process, with a number that was not given before."""
     machine, boot = _machine()
     return f"{machine}-{boot}-{os.getpid()}-{_began(os.getpid()) or 0}-{next(_numbers)}"
 
@@ -106,11 +106,6 @@ def _has_ended(match: re.Match[str], path: Path) -> bool:
         return time.time() - path.lstat().st_mtime > _ABANDONED
     began = _began(int(match[3]))
     return match[2] != boot or began is None or (began != int(match[4]) and 0 not in (began, int(match[4])))
-
-
-def owner_token() -> str:
-    """What says that something belongs to this process."""
-    return _writer()
 
 
 def owner_has_ended(token: str, path: Path) -> bool:
@@ -201,7 +196,7 @@ def partial_path(path: Path, *, overwrite: bool) -> Path:
                         other.unlink()
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error}") from error
-    return _begun(path.parent / f".{name}.{_writer()}.partial")
+    return _begun(path.parent / f".{name}.{owner_token()}.partial")
 
 
 def _begun(partial: Path) -> Path:
@@ -366,7 +361,7 @@ def partial_folder(target: Path) -> Path:
         It cannot be made.
     """
     recover_folder(target)
-    partial = _begun(target.with_name(f".{_short(target.name)}.{_writer()}.partial"))
+    partial = _begun(target.with_name(f".{_short(target.name)}.{owner_token()}.partial"))
     try:
         partial.mkdir()
     except OSError as error:
@@ -403,7 +398,7 @@ def publish_folder(partial: Path, target: Path, *, overwrite: bool) -> None:
             with open(os.path.join(folder, name), "rb+") as file:
                 os.fsync(file.fileno())
         synchronise_folder(Path(folder))
-    old = target.with_name(f".{_short(target.name)}.{_writer()}.old")
+    old = target.with_name(f".{_short(target.name)}.{owner_token()}.old")
     if not target.exists():
         partial.rename(target)
     elif not overwrite:
