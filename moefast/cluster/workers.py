@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -265,7 +265,7 @@ def gather_results(
         raise
 
 
-def results_in_order(client: Client, tasks: list[Any]) -> Iterator[Any]:
+def results_in_order(client: Client, tasks: list[Any]) -> Generator[Any, None, None]:
     """The result of each task, which is let go then; those that are left are cancelled if this ends early."""
     tasks.reverse()
     try:
