@@ -25,8 +25,8 @@ from moefast.posterior.velocities import DEFAULT_RANGE
 from moefast.predicting.columns import columns_of
 from moefast.predicting.engines import CpuEngine, score_block
 from moefast.predicting.flags import labels_at_the_edge, unlike_reasons
-from moefast.predicting.velocities import FIT, fit_beside, move, score_moving, velocity_fit
-from moefast.spectra.layouts.pfsspec import identifiers
+from moefast.predicting.identifiers import carried_columns
+from moefast.predicting.velocities import FIT, fit_beside, move, score_moving, velocity_columns, velocity_fit
 from moefast.spectra.prepared import Origins, Preparation, PreparedShard, open_prepared
 from moefast.spectra.quality import Flag, Quality, good_pixels
 from moefast.spectra.source import Block
@@ -155,7 +155,8 @@ def look_at(
     at = find_row(spectra, row, identifier)
     needed = np.arange(spectra.n_rows) == at
     moved = None if velocity in {None, FIT} else move(spectra, velocity, needed)
-    names = [*_identifiers(spectra), *(name for name in _labels(chosen) if name in spectra.columns)]
+    ids = carried_columns(spectra, ())
+    names = [*ids, *(name for name in _labels(chosen) if name in spectra.columns)]
     block = next(
         iter(spectra.blocks(1, array=array, rows=(at, at + 1), params=names, prefetch=False, measured=True))
     )
@@ -166,25 +167,16 @@ def look_at(
     notes += [str(failure.error) for failure in origins.faults(at, at + 1)]
     star = _scored(chosen, spectra, block, velocity, velocity_range, moved)
     if moved is not None:
-        star["values"] = _velocity_of(moved, at) | star["values"]
+        given = velocity_columns(moved, at, np.ones(1, bool))
+        star["values"] = {name: float(values[0]) for name, values in given.items()} | star["values"]
     return Star(
         file=str(origins.paths[int(file[0])]),
         row=int(own[0]),
-        ids={name: _plain(block.params[name][0]) for name in _identifiers(spectra)},
+        ids={name: _plain(block.params[name][0]) for name in ids},
         labels={name: float(block.params[name][0]) for name in _labels(chosen) if name in block.params},
         notes=list(dict.fromkeys([*notes, *star.pop("notes")])),
         **star,
     )
-
-
-def _velocity_of(moved: Velocities, row: int) -> dict[str, float]:
-    """Columns of a velocity that was given."""
-    given = (
-        {"v_los": moved.velocity}
-        if moved.error is None
-        else {"v_los": moved.velocity, "v_los_err": moved.error}
-    )
-    return {name: float(np.float32(values[row])) for name, values in given.items()}
 
 
 def find_row(spectra: SpectrumSet, row: int | None, identifier: str | None) -> int:
@@ -211,7 +203,7 @@ def find_row(spectra: SpectrumSet, row: int | None, identifier: str | None) -> i
 def _row_of(spectra: SpectrumSet, identifier: str) -> int:
     name, sign, value = identifier.partition("=")
     where = f"{spectra.shards[0].path}: --id {identifier}"
-    known = _identifiers(spectra)
+    known = carried_columns(spectra, ())
     if sign and name.strip() in spectra.columns:
         columns, value = [name.strip()], value.strip()
     else:
@@ -237,14 +229,6 @@ def _texts(values: NDArray) -> NDArray:
     if values.dtype.kind == "S":
         values = np.char.decode(values, "utf-8", "replace")
     return np.char.strip(values.astype(str))
-
-
-def _identifiers(spectra: SpectrumSet) -> list[str]:
-    names: dict[str, None] = {}
-    for shard in spectra.shards:
-        own = shard.identifiers if isinstance(shard, PreparedShard) else identifiers(shard)
-        names |= dict.fromkeys(name for name in own if name in spectra.columns)
-    return list(names)
 
 
 def _labels(model: Model) -> tuple[str, ...]:

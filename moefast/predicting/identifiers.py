@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,7 @@ from moefast.spectra.layouts.pfsspec import identifiers
 from moefast.spectra.prepared import PreparedShard
 from moefast.spectra.spectrum_set import SpectrumSet
 
-__all__ = ["as_identifiers", "carried_columns", "identifier_dtype", "present"]
+__all__ = ["as_identifiers", "carried_columns", "identifier_dtypes", "present"]
 
 
 def present(spectra: SpectrumSet, names: Iterable[str], option: str) -> list[str]:
@@ -29,31 +30,33 @@ def present(spectra: SpectrumSet, names: Iterable[str], option: str) -> list[str
 
 def carried_columns(spectra: SpectrumSet, keep: Iterable[str]) -> list[str]:
     """Columns that go from the input to the table: identifiers that all files have, and what is to be kept."""
-    names: dict[str, None] = {}
+    # What all files have is asked of all of them.
+    shared, names = set(spectra.columns), dict[str, None]()
     for shard in spectra.shards:
         own = shard.identifiers if isinstance(shard, PreparedShard) else identifiers(shard)
-        names |= dict.fromkeys(name for name in own if name in spectra.columns)
+        names |= dict.fromkeys(name for name in own if name in shared)
     return list(names | dict.fromkeys(present(spectra, keep, "--keep")))
 
 
-def identifier_dtype(spectra: SpectrumSet, name: str) -> np.dtype:
-    """Type that holds the identifiers of all files."""
-    dtypes = []
-    for shard in spectra.shards:
-        dtype = shard.params([name], 0, 1)[name].dtype
-        if dtype.kind == "U":
-            # Text comes as long as the longest of the rows read: one row says nothing about the others.
-            dtype = max((values.dtype for values in shard.slices(name)), key=lambda kind: kind.itemsize)
-        dtypes.append(dtype)
+def identifier_dtypes(spectra: SpectrumSet, names: Sequence[str]) -> dict[str, np.dtype]:
+    """Types that hold the identifiers of all files, by column."""
+    dtypes: dict[str, list[np.dtype]] = {name: [] for name in names}
+    for shard in spectra.shards if names else ():
+        for name, values in shard.params(names, 0, 1).items():
+            dtype = values.dtype
+            if dtype.kind == "U":
+                # Text comes as long as the longest of the rows read: one row says nothing about the others.
+                dtype = max((part.dtype for part in shard.slices(name)), key=lambda kind: kind.itemsize)
+            dtypes[name].append(dtype)
         # Thousands of files must not be open at once.
         shard.close()
 
-    def slices() -> Iterator[NDArray]:
+    def slices(name: str) -> Iterator[NDArray]:
         for shard in spectra.shards:
             yield from shard.slices(name)
             shard.close()
 
-    return _exactly(dtypes, slices)
+    return {name: _exactly(found, partial(slices, name)) for name, found in dtypes.items()}
 
 
 def _exactly(dtypes: list[np.dtype], slices: Callable[[], Iterator[NDArray]]) -> np.dtype:

@@ -15,7 +15,7 @@ from moefast.core.labels import plausible
 from moefast.core.outputs import HEADLINE
 from moefast.model import Model
 from moefast.posterior.velocities import VelocityFit
-from moefast.predicting.identifiers import carried_columns, identifier_dtype, present
+from moefast.predicting.identifiers import carried_columns, identifier_dtypes, present
 from moefast.predicting.velocities import fit_beside, move, velocity_fit
 from moefast.spectra.paths import find_files
 from moefast.spectra.prepared import Origins, Preparation, PreparedShard, open_prepared
@@ -97,14 +97,10 @@ class Source:
         """Whether velocities of the stars of a file are fitted, where any are."""
         return self.asked or shard.observed
 
-    def array_of(self, shard: Shard) -> str:
-        """Name of the array that is predicted of a file."""
-        return _array_of(self.array, shard)
-
     @property
     def arrays(self) -> str:
         """Names of the arrays that are predicted, joined by +."""
-        return "+".join(sorted({self.array_of(shard) for shard in self.spectra.shards}))
+        return "+".join(sorted({_array_of(self.array, shard) for shard in self.spectra.shards}))
 
     def labels_between(self, first: int, last: int) -> NDArray:
         """Labels of wanted rows that could not be read, as far as they are labels."""
@@ -214,6 +210,6 @@ def open_source(
         velocity=fit if given is None else given,
         weighed_by=None if given is None else fit_beside(model, spectra, given, wanted, velocity_range),
         asked=velocity is not None,
-        identifiers={name: identifier_dtype(spectra, name) for name in carried_columns(spectra, keep)},
+        identifiers=identifier_dtypes(spectra, carried_columns(spectra, keep)),
         labelled=spectra.has_labels((HEADLINE,)),
     )

@@ -12,11 +12,19 @@ from moefast.core.errors import InputError
 from moefast.core.regular import refuse_special
 from moefast.spectra.layouts.fits_file import FitsFile
 from moefast.spectra.spectrum_set import SpectrumSet
-from moefast.spectra.velocities import KEYS, columns_of_file, is_fits_name, is_table_name
+from moefast.spectra.velocities import (
+    KEY_NAMES,
+    columns_of_file,
+    common_keys,
+    identifiers_of,
+    is_fits_name,
+    is_table_name,
+    keys_of_rows,
+)
 
 __all__ = ["rows_of_targets"]
 
-_SINGLE = tuple(dict.fromkeys(name for keys in KEYS for name in keys if name != "catId"))
+_SINGLE = tuple(name for name in KEY_NAMES if name != "catId")
 """Identifiers that a bare list may hold, which does not say of what they are."""
 
 
@@ -57,29 +65,20 @@ def rows_of_targets(given: str | Path, spectra: SpectrumSet) -> NDArray[np.bool_
 def _ids_of_fits(path: Path) -> dict[str, NDArray]:
     """Columns of the first table of a FITS file that has identifiers."""
     file = FitsFile(path)
-    known = {name for keys in KEYS for name in keys}
     try:
         for hdu in file.hdus:
-            names = [name for name in hdu.columns if name in known] if hdu.is_table else []
+            names = [name for name in hdu.columns if name in KEY_NAMES] if hdu.is_table else []
             if names:
                 return file.table(hdu, names)
     finally:
         file.close()
-    raise InputError(f"{path}: no table with a column {', '.join(sorted(known))}")
+    raise InputError(f"{path}: no table with a column {', '.join(sorted(KEY_NAMES))}")
 
 
 def _rows_of_columns(told: dict[str, NDArray], spectra: SpectrumSet, where: str) -> NDArray[np.bool_]:
-    keys = next((k for k in KEYS if all(name in told and name in spectra.columns for name in k)), None)
-    if keys is None:
-        raise InputError(
-            f"{where}: no identifier in common with the spectra; the table has {', '.join(told) or 'none'}, the "
-            f"spectra {', '.join(spectra.columns) or 'none'}"
-        )
-    wanted = set(zip(*(told[name].tolist() for name in keys), strict=True))
-    ours = spectra.params(keys)
-    rows = np.array(
-        [key in wanted for key in zip(*(ours[name].tolist() for name in keys), strict=True)], bool
-    )
+    keys = common_keys(where, *identifiers_of(told), spectra)
+    wanted = set(keys_of_rows(told, keys))
+    rows = np.array([key in wanted for key in keys_of_rows(spectra.params(keys), keys)], bool)
     return _some(rows, len(wanted), where, keys)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,18 +26,23 @@ from moefast.spectra.tables import READERS, read_table
 from moefast.spectra.units import LIGHT_SPEED
 
 __all__ = [
-    "KEYS",
+    "KEY_NAMES",
     "Velocities",
     "VelocityTable",
     "columns_of_file",
+    "common_keys",
     "find_velocities",
+    "identifiers_of",
     "is_fits_name",
     "is_table_name",
+    "keys_of_rows",
     "read_velocity_table",
 ]
 
 KEYS: tuple[tuple[str, ...], ...] = (("catId", "objId"), ("objId",), ("TARGETID",), ("targetId",), ("id",))
 """Identifiers that tables are joined by: the first of these that both sides have, else any of the same name."""
+KEY_NAMES = tuple(dict.fromkeys(name for keys in KEYS for name in keys))
+"""All of them."""
 COLUMNS = {
     "v_los": ("v_los_err", "v_losErr"),
     "VRAD": ("VRAD_ERR",),
@@ -160,9 +166,9 @@ def _refuse_missing(
 
 
 def _joined(table: VelocityTable, spectra: SpectrumSet, needed: NDArray[np.bool_]) -> Velocities:
-    keys = _common(table, spectra)
+    keys = common_keys(table.where, table.ids, table.unusable, spectra)
     ours = spectra.params(keys)
-    theirs = list(zip(*(table.ids[name].tolist() for name in keys), strict=True))
+    theirs = keys_of_rows(table.ids, keys)
     places = {key: row for row, key in enumerate(theirs)}
     if len(places) < len(theirs):
         seen: set[tuple] = set()
@@ -172,9 +178,7 @@ def _joined(table: VelocityTable, spectra: SpectrumSet, needed: NDArray[np.bool_
             f"{table.where}: {words} occurs more than once ({len(theirs)} rows, {len(places)} different identifiers); "
             "keep one velocity of each star"
         )
-    at = np.array(
-        [places.get(key, -1) for key in zip(*(ours[name].tolist() for name in keys), strict=True)], np.int64
-    )
+    at = np.array([places.get(key, -1) for key in keys_of_rows(ours, keys)], np.int64)
     velocity = np.where(at >= 0, table.velocity[at] if len(table.velocity) else np.nan, np.nan)
     _refuse_missing(velocity, needed, spectra, table.where)
     error = None if table.error is None else np.where(at >= 0, table.error[at], np.nan)
@@ -182,24 +186,48 @@ def _joined(table: VelocityTable, spectra: SpectrumSet, needed: NDArray[np.bool_
     return Velocities(np.where(np.isfinite(velocity), velocity, 0.0), error, source, table.notes)
 
 
-def _common(table: VelocityTable, spectra: SpectrumSet) -> tuple[str, ...]:
+def identifiers_of(told: Mapping[str, NDArray], but: str = "") -> tuple[dict[str, NDArray], list[str]]:
+    """Columns of a table that may name stars, `but` one; and those called like identifiers that do not everywhere."""
+    ids = {
+        key: values
+        for key, values in told.items()
+        if values.ndim == 1 and values.dtype.kind in "iuUS" and key != but
+    }
+    return ids, [key for key in KEY_NAMES if key in told and key not in ids]
+
+
+def common_keys(
+    where: str, ids: Mapping[str, NDArray], unusable: Sequence[str], spectra: SpectrumSet
+) -> tuple[str, ...]:
+    """Columns by which a table is joined with spectra, of what `identifiers_of` gave.
+
+    Raises
+    ------
+    InputError
+        There is none, or rows of the table lack their identifier.
+    """
     for keys in KEYS:
-        named = [name for name in keys if name in spectra.columns and name in [*table.ids, *table.unusable]]
+        named = [name for name in keys if name in spectra.columns and name in [*ids, *unusable]]
         if len(named) < len(keys):
             continue
-        if lost := [name for name in keys if name in table.unusable]:
+        if lost := [name for name in keys if name in unusable]:
             raise InputError(
-                f"{table.where}: column {lost[0]} has empty fields or numbers that are not whole; every row needs its "
+                f"{where}: column {lost[0]} has empty fields or numbers that are not whole; every row needs its "
                 "identifier, to the last digit"
             )
         return keys
-    alike = [name for name in table.ids if name in spectra.columns and name.lower().endswith("id")]
+    alike = [name for name in ids if name in spectra.columns and name.lower().endswith("id")]
     if alike:
         return (alike[0],)
     raise InputError(
-        f"{table.where}: no identifier in common with the spectra; the table has {', '.join(table.ids) or 'none'}, the "
+        f"{where}: no identifier in common with the spectra; the table has {', '.join(ids) or 'none'}, the "
         f"spectra {', '.join(spectra.columns) or 'none'}"
     )
+
+
+def keys_of_rows(columns: Mapping[str, NDArray], keys: Sequence[str]) -> list[tuple[Any, ...]]:
+    """The identifier of each row."""
+    return list(zip(*(columns[name].tolist() for name in keys), strict=True))
 
 
 # -- tables --------------------------------------------------------------------------------------------------------
@@ -327,14 +355,7 @@ def _of_columns(where: str, told: dict[str, NDArray]) -> VelocityTable:
     if name is None:
         raise InputError(f"{where}: no column of velocities ({', '.join(COLUMNS)}); it has {', '.join(told)}")
     beside = next((each for each in COLUMNS[name] if each in told), None)
-    ids = {
-        key: values
-        for key, values in told.items()
-        if values.ndim == 1 and values.dtype.kind in "iuUS" and key != name
-    }
-    unusable = [
-        key for key in dict.fromkeys(key for keys in KEYS for key in keys) if key in told and key not in ids
-    ]
+    ids, unusable = identifiers_of(told, name)
     return VelocityTable(
         where, ids, _numbers(where, name, told[name]),
         None if beside is None else _numbers(where, beside, told[beside]), unusable=unusable,

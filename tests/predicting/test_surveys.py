@@ -119,12 +119,15 @@ def test_targets_on_a_list_are_those_of_the_whole(kind, coadd, model, tmp_path):
         ("4711,4712", "none of its 2 targets is among the spectra .compared by objId"),
         (",", "names no target"), ("nowhere.csv", "no such file"), ("empty.txt", "names no target"),
         ("other.csv", "no identifier in common with the spectra; the table has name"),
+        # A field left out would make real numbers of the others, and large ones that of a neighbour.
+        ("gap.csv", "gap.csv: column objId has empty fields or numbers that are not whole"),
     ],
 )  # fmt: skip
 def test_lists_that_name_no_target(given, match, coadd, model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("# nothing\n")
     (tmp_path / "other.csv").write_text("name\nSun\n")
+    (tmp_path / "gap.csv").write_text("catId,objId\n10092,9007199254740993\n10092,\n")
     with pytest.raises(InputError, match=match):
         predict(coadd, model, targets=given)
 

@@ -803,14 +803,14 @@ def _many(path, n):
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path):
-    from moefast.predicting.identifiers import identifier_dtype
+    from moefast.predicting.identifiers import identifier_dtypes
 
     peaks = {}
     for n in (50_000, 800_000):
         spectra = open_spectra(_many(tmp_path / f"{n}.h5", n))
         tracemalloc.start()
         notes = spectra.label_notes()
-        assert identifier_dtype(spectra, "name") == np.dtype(f"U{len(f'star {n - 1}')}")
+        assert identifier_dtypes(spectra, ["name"])["name"] == np.dtype(f"U{len(f'star {n - 1}')}")
         assert spectra.has_labels()
         spectra.fingerprint()
         rows = sum(len(block) for block in spectra.blocks(2048, params=["id", "name"], prefetch=False))
