@@ -115,6 +115,28 @@ class WatchedFile:
             except OSError as error:
                 self.problem = self.problem or error
 
+    def complete(self) -> None:
+        """Flush the file to the disk and close it.
+
+        Raises
+        ------
+        OSError
+            What went wrong first.
+        """
+        self.synchronise()
+        self.close()
+        self.check()
+
+    @contextmanager
+    def given_up(self) -> Iterator[None]:
+        """Close the file after the library has closed what it holds: what it still writes has nowhere to go."""
+        # With a problem nothing is written any more, and closing cannot fail.
+        self.problem = self.problem or OSError(f"{self.path}: given up")
+        try:
+            yield
+        finally:
+            self.close()
+
     @property
     def closed(self) -> bool:
         """Whether it is closed."""

@@ -193,14 +193,12 @@ class SpectrumWriter:
 
     def abort(self) -> None:
         """Give up: close and remove what has been written."""
-        # What is still to be written has nowhere to go: closing must not fail.
-        self._watched.problem = self._watched.problem or OutputError(f"{self.path}: given up")
         try:
-            if hasattr(self, "_file"):
-                with uninterrupted():
-                    self._file.close()
+            with self._watched.given_up():
+                if hasattr(self, "_file"):
+                    with uninterrupted():
+                        self._file.close()
         finally:
-            self._watched.close()
             remove_quietly(self._partial)
 
     def close(self) -> None:
@@ -219,9 +217,7 @@ class SpectrumWriter:
             try:
                 with uninterrupted():
                     self._file.close()
-                self._watched.synchronise()
-                self._watched.close()
-                self._watched.check()
+                self._watched.complete()
             except (OSError, RuntimeError) as error:
                 raise OutputError(f"{self.path}: could not be completed: {error}") from error
             publish(self._partial, self.path, overwrite=self._overwrite)

@@ -11,7 +11,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from moefast.core.errors import InputError, OutputError
+from moefast.core.errors import InputError
 from moefast.core.watched import WatchedFile, uninterrupted
 from moefast.spectra.stored import refuse_endless_heaps
 from moefast.spectra.tables.attributes import (
@@ -72,18 +72,12 @@ class Hdf5Table(TableWriter):
             self._file.attrs[name] = kept
         self._file.attrs[CHECKSUM] = _hdf5_digest(list(self._datasets.values()), stored)
         self._file.close()
-        self._watched.synchronise()
-        self._watched.close()
-        self._watched.check()
+        self._watched.complete()
 
     @uninterrupted()
     def _abort(self) -> None:
-        # What is still to be written has nowhere to go: closing must not fail.
-        self._watched.problem = self._watched.problem or OutputError(f"{self.path}: given up")
-        try:
+        with self._watched.given_up():
             self._file.close()
-        finally:
-            self._watched.close()
 
 
 def _hdf5_digest(datasets: Sequence[h5py.Dataset], stored: Mapping[str, Any]) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from moefast.core.errors import OutputError
 from moefast.core.watched import WatchedFile
 from moefast.spectra.tables.attributes import CHECKSUM, compare_digest, digest_of, to_json
 from moefast.spectra.tables.column import Column, decode
@@ -80,17 +79,11 @@ class ParquetTable(TableWriter):
         stored[CHECKSUM] = _parquet_digest(self.n_rows, self._schema, stored)
         self._writer.add_key_value_metadata(stored)
         self._writer.close()
-        self._watched.synchronise()
-        self._watched.close()
-        self._watched.check()
+        self._watched.complete()
 
     def _abort(self) -> None:
-        # What is still to be written has nowhere to go: closing must not fail.
-        self._watched.problem = self._watched.problem or OutputError(f"{self.path}: given up")
-        try:
+        with self._watched.given_up():
             self._writer.close()
-        finally:
-            self._watched.close()
 
 
 def read_parquet(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
