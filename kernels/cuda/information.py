@@ -97,8 +97,7 @@ NAN = np.float32(np.nan)
 
 def product_launch(n: int, columns: int) -> tuple[tuple[int, int], int]:
     """Blocks and threads of `multiply_rows` for n rows."""
-    threads = TILE_ROWS // EACH_ROWS * (TILE_COLUMNS // EACH_COLUMNS)
-    return (-(-columns // TILE_COLUMNS), -(-n // TILE_ROWS)), threads
+    return (-(-columns // TILE_COLUMNS), -(-n // TILE_ROWS)), PRODUCT_THREADS
 
 
 def solve_launch(width: int) -> tuple[int, int]:

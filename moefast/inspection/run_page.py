@@ -35,7 +35,7 @@ from moefast.core.text import percent
 from moefast.inspection.run import ERROR_STEPS, Run, WorstStar
 from moefast.inspection.star import Star
 from moefast.inspection.star_picture import small_picture
-from moefast.pages.page import Figure, Table, Words, number, render
+from moefast.pages.page import Figure, Table, Words, number, render, tile
 
 __all__ = ["FIGURES", "page", "write_page"]
 
@@ -147,14 +147,10 @@ def _attributes(run: Run) -> dict[str, Any]:
     return known | {"inputs": []} | run.attributes
 
 
-def _tile(label: str, value: str, detail: str = "", main: bool = False) -> dict[str, Any]:
-    return {"label": label, "value": value, "detail": detail, "main": main}
-
-
 def _tiles(run: Run) -> list[dict[str, Any]]:
     tiles = [
-        _tile("Stars", f"{run.n:,}", "one row each", main=True),
-        _tile(
+        tile("Stars", f"{run.n:,}", "one row each", main=True),
+        tile(
             "Without a flag", percent(1 - run.n_flagged / max(run.n, 1)), f"{run.n - run.n_flagged:,} stars"
         ),
     ]
@@ -166,12 +162,12 @@ def _tiles(run: Run) -> list[dict[str, Any]]:
         values = run.percentiles[name]
         if values is not None:
             spread = f"{number(values[0], digits)} to {number(values[4], digits)} in 90 %; {unit}"
-            tiles.append(_tile(label, number(values[2], digits), spread))
+            tiles.append(tile(label, number(values[2], digits), spread))
     if run.attributes.get("r2") is not None:
-        tiles.append(_tile("R² of log g", number(run.attributes["r2"]), "against the labels of the files"))
+        tiles.append(tile("R² of log g", number(run.attributes["r2"]), "against the labels of the files"))
     rate = run.attributes.get("spectra_per_second")
     if rate:
-        tiles.append(_tile("Spectra per second", f"{rate:,.0f}", str(run.attributes.get("device") or "")))
+        tiles.append(tile("Spectra per second", f"{rate:,.0f}", str(run.attributes.get("device") or "")))
     return tiles
 
 

@@ -19,7 +19,7 @@ from moefast.core import text
 from moefast.core.text import percent
 from moefast.pages.drawing import DARK, LIGHT
 
-__all__ = ["Cell", "Figure", "Table", "Words", "bracket", "number", "percent", "render", "signs"]
+__all__ = ["Cell", "Figure", "Table", "Words", "bracket", "number", "percent", "render", "signs", "tile"]
 
 
 class Words(str):
@@ -105,3 +105,8 @@ def render(template: str, **values: Any) -> str:
         Name of a file in `moefast/pages/templates`.
     """
     return _environment().get_template(template).render(**values)
+
+
+def tile(label: str, value: str, detail: str = "", main: bool = False) -> dict[str, Any]:
+    """A number of the head of a page."""
+    return {"label": label, "value": value, "detail": detail, "main": main}

@@ -13,7 +13,7 @@ from typing import Any
 from markupsafe import Markup
 
 from moefast.core.atomic import write_atomically
-from moefast.pages.page import Cell, Figure, Table, Words, bracket, number, percent, render, signs
+from moefast.pages.page import Cell, Figure, Table, Words, bracket, number, percent, render, signs, tile
 from moefast.protocol.figures import FIGURES, svg
 from moefast.protocol.milestones.verdicts import Judgement
 from moefast.protocol.report_parts import GroupKind, MeasuredSet, Report
@@ -134,21 +134,17 @@ def _noise(data: MeasuredSet) -> str:
     return where.get(data.noise or "", "noise not recorded") + level
 
 
-def _tile(label: str, value: str, detail: str = "", main: bool = False) -> dict[str, Any]:
-    return {"label": label, "value": value, "detail": detail, "main": main}
-
-
 def _tiles(report: Report, run: Mapping[str, Any]) -> list[dict[str, Any]]:
     overall = report.overall
     level = f"{100 * report.protocol.level:g} % interval"
-    tiles = [_tile("R², all stars", number(overall.r2), f"{level} {bracket(overall.r2_interval)}", main=True)]
+    tiles = [tile("R², all stars", number(overall.r2), f"{level} {bracket(overall.r2_interval)}", main=True)]
     for label, value, interval in (
         ("RMSE", overall.rmse, overall.rmse_interval),
         ("MAE", overall.mae, overall.mae_interval),
         ("Bias", overall.bias, overall.bias_interval),
     ):
         sign = label == "Bias"
-        tiles.append(_tile(f"{label} [dex]", number(value, sign=sign), bracket(interval, sign=sign)))
+        tiles.append(tile(f"{label} [dex]", number(value, sign=sign), bracket(interval, sign=sign)))
     known = next((name for name in ("bayes", "fisher median") if name in report.ceilings), None)
     if known is not None:
         ceiling = report.ceilings[known]
@@ -157,18 +153,18 @@ def _tiles(report: Report, run: Mapping[str, Any]) -> list[dict[str, Any]]:
             closed = f"{number(ceiling.gap_closed, 2)} {bracket(ceiling.gap_closed_interval, 2)}"
             detail += f"; gap closed {closed}"
         word = "Bayes" if known == "bayes" else "median Fisher"
-        tiles.append(_tile(f"R² over the {word} ceiling", number(ceiling.efficiency), detail))
+        tiles.append(tile(f"R² over the {word} ceiling", number(ceiling.efficiency), detail))
     if report.rho is not None:
         rho = report.rho
         detail = rho.reason or f"{bracket(rho.interval, 2)}, {rho.global_reference} to {rho.oracle}"
-        tiles.append(_tile("ρ, share of the oracle's gain", number(rho.value, 2), detail))
+        tiles.append(tile("ρ, share of the oracle's gain", number(rho.value, 2), detail))
     if overall.error_coverage is not None:
         one = overall.error_coverage.levels[0]
-        tiles.append(_tile("Within 1σ", percent(one.fraction), f"{percent(one.expected)} expected"))
+        tiles.append(tile("Within 1σ", percent(one.fraction), f"{percent(one.expected)} expected"))
     rate = run.get("spectra_per_second")
     if rate is not None:
         where = run.get("device") or run.get("backend") or ""
-        tiles.append(_tile("Spectra per second", f"{rate:,.0f}", f"{where}; {run.get('what', '')}"))
+        tiles.append(tile("Spectra per second", f"{rate:,.0f}", f"{where}; {run.get('what', '')}"))
     return tiles
 
 

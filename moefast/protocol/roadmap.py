@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -25,8 +25,8 @@ from moefast.protocol.compare import compare
 from moefast.protocol.evaluate import evaluate
 from moefast.protocol.milestones.evaluations import read_reports
 from moefast.protocol.milestones.judge import judge
-from moefast.protocol.milestones.text import format_text
-from moefast.protocol.milestones.verdicts import JudgedSet, Judgement, MilestoneResult
+from moefast.protocol.milestones.text import format_checks
+from moefast.protocol.milestones.verdicts import MilestoneResult
 from moefast.protocol.report_folder import write_report
 from moefast.protocol.roadmap_page import comparison_words, page
 from moefast.protocol.roadmap_result import Comparison, Decision, Plan, RoadmapResult, StageResult
@@ -261,10 +261,10 @@ def roadmap(
         for one in done[stage.id].comparisons:
             told(f"{stage.id}: {comparison_words(one)}")
         told(f"{stage.id}: {decision.words}")
-        _write(folder, plan, done)
+        result = _write(folder, plan, done)
         position = order.index(stage.id) + 1
         following = decision.follows if not everything else order[position] if position < len(order) else END
-    return _write(folder, plan, done)
+    return result
 
 
 def _open_folder(folder: Path, plan: Plan, resume: bool) -> None:
@@ -285,7 +285,7 @@ def _open_folder(folder: Path, plan: Plan, resume: bool) -> None:
         return
     if any(folder.iterdir()):
         raise OutputError(f"{folder}: is not empty and holds no roadmap; name another folder")
-    write_json(asdict(plan), kept)
+    write_json(as_entries(plan), kept)
 
 
 def _perform(run: Run, plan: Plan, folder: Path, test: Path, backend: str, progress: Report | None) -> None:
@@ -370,8 +370,4 @@ def roadmap_text(result: RoadmapResult) -> str:
     milestones = [
         replace(row, commands=stage.commands) for stage in result.stages for row in stage.milestones
     ]
-    section = JudgedSet(None, (), (), tuple(milestones))
-    # Its own head and table say what stands above.
-    detail = format_text(Judgement(SCHEMA_VERSION, result.what, (section,))).splitlines()
-    start = next(i for i, line in enumerate(detail) if line.startswith("C0  "))
-    return "\n".join([*lines, "", *detail[start:]])
+    return "\n".join([*lines, *(line.rstrip() for line in format_checks(milestones))])

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from moefast.pages.page import Table, Words, bracket, number, render
+from moefast.pages.page import Table, Words, bracket, number, render, tile
 from moefast.protocol.milestones.verdicts import MilestoneResult
 from moefast.protocol.roadmap_result import Comparison, RoadmapResult, StageResult
 
@@ -41,9 +40,9 @@ def page(result: RoadmapResult) -> str:
         title=f"Roadmap on {plan.set}",
         plan=plan,
         tiles=[
-            _tile("stages run", " → ".join(result.path), "in the order that the decisions gave", main=True),
-            _tile("marks for any set", f"{passed} of {len(rows)}", "passed"),
-            _tile("time", _time(sum(stage.seconds for stage in stages)), "of fits and evaluations of this run"),
+            tile("stages run", " → ".join(result.path), "in the order that the decisions gave", main=True),
+            tile("marks for any set", f"{passed} of {len(rows)}", "passed"),
+            tile("time", _time(sum(stage.seconds for stage in stages)), "of fits and evaluations of this run"),
         ],
         notes=[],
         marks=_marks(rows),
@@ -64,10 +63,6 @@ def comparison_words(one: Comparison) -> str:
 def _said(stage: StageResult) -> list[str]:
     """What was found besides the marks, and what follows."""
     return [*map(comparison_words, stage.comparisons), stage.decision.words]
-
-
-def _tile(label: str, value: str, detail: str, *, main: bool = False) -> dict[str, Any]:
-    return {"label": label, "value": value, "detail": detail, "main": main}
 
 
 def _time(seconds: float) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from moefast.core.text import bracket, number, table
 from moefast.protocol.milestones.verdicts import CheckResult, JudgedSet, Judgement, MilestoneResult, OwnNumber
 
-__all__ = ["format_section", "format_text"]
+__all__ = ["format_checks", "format_section", "format_text"]
 
 _WIDTH = 100
 _TIE = "\N{NO-BREAK SPACE}"
@@ -32,12 +32,7 @@ def format_text(result: Judgement) -> str:
         lines = [*_head(section), "", *_summary(section.milestones)]
         for note in section.notes:
             lines += _wrapped(f"  {note}", "  ")
-        before: Sequence[str] = ()
-        for row in section.milestones:
-            lines += ["", *_format_row(row)]
-            if row.commands != before:
-                lines += ["  commands:", *(line for one in row.commands for line in _command(one))]
-            before = row.commands
+        lines += format_checks(section.milestones)
         if section.evaluations:
             lines += [
                 "",
@@ -46,6 +41,18 @@ def format_text(result: Judgement) -> str:
             ]
         blocks.append("\n".join(line.rstrip() for line in lines))
     return "\n\n".join(blocks)
+
+
+def format_checks(rows: Sequence[MilestoneResult]) -> list[str]:
+    """Every check of milestones, and the commands of each; a blank line before each."""
+    lines: list[str] = []
+    before: Sequence[str] = ()
+    for row in rows:
+        lines += ["", *_format_row(row)]
+        if row.commands != before:
+            lines += ["  commands:", *(line for one in row.commands for line in _command(one))]
+        before = row.commands
+    return lines
 
 
 def format_section(result: Judgement) -> list[str]:
