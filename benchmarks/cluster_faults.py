@@ -84,12 +84,11 @@ class Ground:
     """Spectra, a model, and what one process makes of them."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.spectra = folder, folder / "spectra.h5"
+        self.spectra = folder / "spectra.h5"
         folder.mkdir(parents=True, exist_ok=True)
         if not self.spectra.exists():
             write_spectra(self.spectra, 1)
-        self.plan = FitPlan(Source.of_files([self.spectra]), ARGUMENTS)
-        self.whole = self.plan.prepare().fit(False).save(folder / "model", overwrite=True)
+        self.whole = plan_of(folder).prepare().fit(False).save(folder / "model", overwrite=True)
         self.table = folder / "table.parquet"
         predict(self.spectra, folder / "model", self.table, overwrite=True)
 
@@ -102,19 +101,25 @@ class Ground:
         return "; ".join(filter(None, ("" if good else "other bits", f"left {left}" if left else "")))
 
 
-def job(ground: Ground, case: Path, what: str, client: Any) -> Any:
+def plan_of(folder: Path) -> FitPlan:
+    """The fit of the spectra of a folder."""
+    return FitPlan(Source.of_files([folder / "spectra.h5"]), ARGUMENTS)
+
+
+def job(folder: Path, case: Path, what: str, client: Any) -> Any:
     """The job on a cluster."""
     if what == "fit":
-        return fit_on(client, ground.plan, ground.plan.prepare(), case / "out", n_parts=6)
+        plan = plan_of(folder)
+        return fit_on(client, plan, plan.prepare(), case / "out", n_parts=6)
     return predict_on(
-        client, [ground.spectra], ground.folder / "model", case / "out.parquet", options={}, rows_per_task=100
+        client, [folder / "spectra.h5"], folder / "model", case / "out.parquet", options={}, rows_per_task=100
     )
 
 
 def one_shard(folder: Path, case: Path, what: str, index: int) -> None:
     """One part, as a task of a job array does it."""
     if what == "fit":
-        plan = FitPlan(Source.of_files([folder / "spectra.h5"]), ARGUMENTS)
+        plan = plan_of(folder)
         prepared = plan.prepare()
         rows = statistics.rows_of_part(ROWS, index, SHARDS)
         gather_to_file(case / f"part-{index}.npz", plan, prepared, rows, shard=(index, SHARDS))
@@ -140,7 +145,7 @@ def killed(arguments: list[str], after: float) -> bool:
         return True
 
 
-def worker_case(ground: Ground, case: Path, what: str, client: Any, after: float) -> tuple[Any, bool]:
+def worker_case(folder: Path, case: Path, what: str, client: Any, after: float) -> tuple[Any, bool]:
     """Kill a worker while the job is done."""
     struck: list[int] = []
 
@@ -153,7 +158,7 @@ def worker_case(ground: Ground, case: Path, what: str, client: Any, after: float
     timer = threading.Timer(after, strike)
     timer.start()
     try:
-        result = job(ground, case, what, client)
+        result = job(folder, case, what, client)
     finally:
         during = bool(struck)
         timer.cancel()
@@ -183,11 +188,11 @@ def campaign(
             case = folder / "usual"
             shutil.rmtree(case, ignore_errors=True)
             case.mkdir()
-            job(ground, case, what, client)
+            job(folder, case, what, client)
             begin = time.monotonic()
             shutil.rmtree(case)
             case.mkdir()
-            job(ground, case, what, client)
+            job(folder, case, what, client)
             usual[what] = time.monotonic() - begin
             shutil.rmtree(case)
         begin = time.monotonic()
@@ -204,14 +209,14 @@ def campaign(
             problem, result = "", None
             try:
                 if who == "worker":
-                    result, during = worker_case(ground, case, what, client, after)
+                    result, during = worker_case(folder, case, what, client, after)
                 elif who == "client":
                     address = str(client.scheduler_info(n_workers=0)["address"])
                     during = killed(
                         ["--client", what, "--address", address, "--case", str(case), "--folder", str(folder)], after
                     )  # fmt: skip
                     if what == "fit" or not (case / "out.parquet").exists():
-                        result = job(ground, case, what, client)
+                        result = job(folder, case, what, client)
                 else:
                     struck = rng.randrange(SHARDS)
                     during = killed(
@@ -289,11 +294,8 @@ def main(
 
 def _as_client(folder: Path, case: Path, what: str, address: str) -> None:
     """The job, by a client of its own."""
-    ground = Ground.__new__(Ground)
-    ground.folder, ground.spectra = folder, folder / "spectra.h5"
-    ground.plan = FitPlan(Source.of_files([ground.spectra]), ARGUMENTS)
     with connect(address) as client:
-        job(ground, case, what, client)
+        job(folder, case, what, client)
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def evaluate(
         with spread_over(scheduler, "scores_on", progress) as spread:
             result = run(
                 files, model, peer=peer, noise=noise, noise_level=noise_level, ceiling=ceiling, backend=backend,  # type: ignore[arg-type]
-                name=name, progress=progress.stage, tell=lambda words: progress.note(f"note: {words}"), spread=spread,
+                name=name, progress=progress.stage, tell=progress.tell, spread=spread,
             )  # fmt: skip
         judged = judge_alone(result.record) if milestones else None
         # First what took long; a terminal may refuse the text.

@@ -215,7 +215,7 @@ def fit(
             plan = FitPlan(source if simulate else Source.of_files(files), arguments)
             prepared = plan.prepare(
                 spectra if simulate else None,
-                lambda words: progress.note(f"note: {words}"),
+                progress.tell,
             )
         if shard is not None:
             _gather(
@@ -227,7 +227,7 @@ def fit(
         else:
             model = run(
                 spectra, **arguments, progress=progress.stage, checkpoint=kept, backend=where.name,
-                tell=lambda words: progress.note(f"note: {words}"),
+                tell=progress.tell,
             )  # fmt: skip
         progress.doing(WRITING)
         model = model.save(out, overwrite=overwrite)
@@ -285,7 +285,7 @@ def _on_cluster(
     with connected(scheduler, progress) as client:
         return fit_on(
             client, plan, prepared, out, backend="cuda" if backend == "cuda" else "cpu", progress=progress.stage,
-            tell=lambda words: progress.note(f"note: {words}"),
+            tell=progress.tell,
         )  # fmt: skip
 
 

@@ -99,9 +99,9 @@ def _finish_fit(parts: list[Path], out: str, *, overwrite: bool, quiet: bool, as
     check_target(Path(out), overwrite)
     begin = time.monotonic()
     with ProgressLine(quiet or as_json) as progress:
-        model = fit_of_parts(
-            parts, progress=progress.stage, tell=lambda words: progress.note(f"note: {words}")
-        ).save(out, overwrite=overwrite)
+        model = fit_of_parts(parts, progress=progress.stage, tell=progress.tell).save(
+            out, overwrite=overwrite
+        )
     facts = {
         "model": out, "parts": len(parts), "seconds": time.monotonic() - begin,
         "backend": model.manifest["training"]["backend"], **model.manifest["fit"],

@@ -168,7 +168,7 @@ def predict(
         progress.doing("predict: getting ready")
         summary = run(
             files, model, target, rows=rows, limit=limit, shard=shard, overwrite=overwrite, **options,
-            progress=progress.rows("predict"), tell=lambda words: progress.note(f"note: {words}"),
+            progress=progress.rows("predict"), tell=progress.tell,
         )  # fmt: skip
     facts = {
         "table": str(target), "rows": summary.n_rows, "seconds": summary.seconds,

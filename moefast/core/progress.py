@@ -229,6 +229,10 @@ class ProgressLine:
         """Say what a user should know, now; with -q in the log alone."""
         LOGGER.warning(text)
 
+    def tell(self, words: str) -> None:
+        """A note on the work itself, in words that were not written for the screen."""
+        self.note(f"note: {words}")
+
     def close(self) -> None:
         """End the changing line."""
         with self._lock:
