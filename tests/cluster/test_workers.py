@@ -118,7 +118,7 @@ def test_what_a_worker_lacks_is_told_with_its_name(client, source, saved, tmp_pa
 
     def told(**facts):
         full = {"version": workers.__version__, "missing": [], "model": "0" * 64} | facts
-        monkeypatch.setattr(client, "run", lambda *_: {address: full})
+        monkeypatch.setattr(client, "run", lambda *_, **__: {address: full})
         workers.predict_on(client, [source], saved, tmp_path / "t.h5", options={})
 
     with pytest.raises(InputError, match=rf"worker {address} does not see {source}"):
@@ -129,7 +129,7 @@ def test_what_a_worker_lacks_is_told_with_its_name(client, source, saved, tmp_pa
         told()
     with pytest.raises(ModelError, match="no manifest"):
         told(error="no manifest.json here")
-    monkeypatch.setattr(client, "run", lambda *_: {})
+    monkeypatch.setattr(client, "run", lambda *_, **__: {})
     with pytest.raises(BackendError, match="no workers"):
         workers.predict_on(client, [source], saved, tmp_path / "t.h5", options={})
     assert not (tmp_path / "t.h5").exists()
