@@ -50,15 +50,19 @@ from moefast.kernels.cuda.registry import kernel
 from moefast.kernels.quality import LARGEST32, LARGEST_ERROR32
 
 __all__ = [
+    "BAND",
     "READ_THREADS",
     "SOLVE_THREADS",
     "STEP",
+    "add_parts",
     "expand_stars",
     "marginalise_stars",
     "multiply_rows",
+    "parts_of_product",
     "product_launch",
     "read_spectra",
     "root_stars",
+    "size_of_root",
     "solve_launch",
     "subtract_spectra",
     "whiten_stars",
@@ -79,6 +83,14 @@ EACH_COLUMNS = 4
 PANEL = 8
 """Terms of a product that are staged in shared memory at a time."""
 PRODUCT_THREADS = TILE_ROWS // EACH_ROWS * TILE_COLUMNS // EACH_COLUMNS
+LEFT, RIGHT = PANEL * TILE_ROWS // PRODUCT_THREADS, PANEL * TILE_COLUMNS // PRODUCT_THREADS
+"""Numbers of a panel that a thread fetches."""
+BAND = 8
+"""Rows of C' that lie together, column by column, so that some threads read some of them in vectors."""
+PART_TERMS = 512
+"""Terms that one block adds up, of products of few columns: their tiles alone are too few for all multiprocessors."""
+MANY_COLUMNS = 512
+"""From so many on, tiles are enough."""
 PADDED = TILE_ROWS + 2
 """Rows of neighbouring terms then begin in different banks of shared memory."""
 TINY = 1e-30
@@ -95,9 +107,22 @@ point of the space explain, and what the latter gains beyond |λ|²."""
 NAN = np.float32(np.nan)
 
 
-def product_launch(n: int, columns: int) -> tuple[tuple[int, int], int]:
+def size_of_root(n: int) -> int:
+    """Numbers of C' in bands: BAND rows from their first diagonal on, columns made up to fours."""
+    columns = -(-n // 4) * 4
+    return sum(BAND * (columns - first) for first in range(0, n, BAND))
+
+
+def parts_of_product(depth: int, columns: int) -> tuple[int, int]:
+    """Parts of the products with a matrix (depth, columns), and terms of each: whatever the number of rows."""
+    if columns >= MANY_COLUMNS or depth <= PART_TERMS:
+        return 1, depth
+    return -(-depth // PART_TERMS), PART_TERMS
+
+
+def product_launch(n: int, columns: int, n_parts: int) -> tuple[tuple[int, int, int], int]:
     """Blocks and threads of `multiply_rows` for n rows."""
-    return (-(-columns // TILE_COLUMNS), -(-n // TILE_ROWS)), PRODUCT_THREADS
+    return (-(-columns // TILE_COLUMNS), -(-n // TILE_ROWS), n_parts), PRODUCT_THREADS
 
 
 def solve_launch(width: int) -> tuple[int, int]:
@@ -218,25 +243,50 @@ def read_spectra(  # type: ignore[no-untyped-def]
         flag[star] = bits
 
 
+@cuda.jit(device=True)
+def _fetch(rows, matrix, top, edge, n, start, end, thread, left, right):  # type: ignore[no-untyped-def]
+    """A thread's share of the terms [start, start + PANEL) of a tile; those from `end` on are 0 in `left`.
+
+    Rows and columns beyond the last are those of the last, which nothing keeps: without branches, all reads are on
+    their way together.
+    """
+    threads = TILE_ROWS // EACH_ROWS * (TILE_COLUMNS // EACH_COLUMNS)
+    last = matrix.shape[1] - 1
+    for i in range(LEFT):
+        place = thread + i * threads
+        term = start + (place & (PANEL - 1))
+        row = min(top + place // PANEL, n - 1) & NOT_NEGATIVE
+        value = rows[row, min(term, end - 1) & NOT_NEGATIVE]
+        left[i] = value if term < end else float64(0)
+    for i in range(RIGHT):
+        place = thread + i * threads
+        term = min(start + place // TILE_COLUMNS, end - 1) & NOT_NEGATIVE
+        right[i] = matrix[term, min(edge + (place & (TILE_COLUMNS - 1)), last) & NOT_NEGATIVE]
+
+
 @kernel(
-    "void(float64[:,::1], float64[:,::1], int64, float64[:,::1])",
+    "void(float64[:,::1], float64[:,::1], int64, int64, int64, float64[:,::1])",
     threads=PRODUCT_THREADS,
     blocks=3,
     serves=("cloud_posterior",),
 )
-def multiply_rows(rows, matrix, n, out):  # type: ignore[no-untyped-def]
-    """Products of the first n rows (·, k) with a matrix (k, c), in the first n rows of `out` (·, c).
+def multiply_rows(rows, matrix, n, terms, below, out):  # type: ignore[no-untyped-def]
+    """Products of the first n rows (·, k) with a matrix (k, c), in parts of so many terms each.
 
-    A number is the sum of its terms in their order, whatever stands in the other rows.
+    Rows z · `below` + (0 … n − 1) of `out` (·, c) get the sums over the terms of part z, in their order, whatever stands
+    in the other rows; `add_parts` adds them up.
 
     Launch: `product_launch`. Thread (ty, tx) owns rows 8 ty … 8 ty + 7 of its tile, and columns 2 tx, 2 tx + 1 of
-    either half: 8 + 4 numbers from shared memory, in vectors, feed 32 multiply-adds.
+    either half: 8 + 4 numbers from shared memory, in vectors, feed 32 multiply-adds. While PANEL terms are multiplied,
+    the next are on their way to registers.
     """
-    left = cuda.shared.array((PANEL, PADDED), float64, alignment=ALIGNED)
-    right = cuda.shared.array((PANEL, TILE_COLUMNS), float64, alignment=ALIGNED)
+    left = cuda.shared.array((2, PANEL, PADDED), float64, alignment=ALIGNED)
+    right = cuda.shared.array((2, PANEL, TILE_COLUMNS), float64, alignment=ALIGNED)
     sums = cuda.local.array((EACH_ROWS, EACH_COLUMNS), float64)
     a = cuda.local.array(EACH_ROWS, float64)
     b = cuda.local.array(EACH_COLUMNS, float64)
+    next_left = cuda.local.array(LEFT, float64)
+    next_right = cuda.local.array(RIGHT, float64)
     threads = TILE_ROWS // EACH_ROWS * (TILE_COLUMNS // EACH_COLUMNS)
     # Masks instead of divisions tell the compiler that indices are not negative: it then reads vectors.
     thread = cuda.threadIdx.x & (threads - 1)
@@ -244,43 +294,64 @@ def multiply_rows(rows, matrix, n, out):  # type: ignore[no-untyped-def]
     ty = (thread // (TILE_COLUMNS // EACH_COLUMNS)) & (TILE_ROWS // EACH_ROWS - 1)
     top = cuda.blockIdx.y * TILE_ROWS
     edge = cuda.blockIdx.x * TILE_COLUMNS
-    depth = matrix.shape[0]
+    part = cuda.blockIdx.z
+    begin = part * terms
+    end = min(begin + terms, matrix.shape[0])
     c = matrix.shape[1]
     for i in range(EACH_ROWS):
         for j in range(EACH_COLUMNS):
             sums[i, j] = float64(0)
-    for start in range(0, depth, PANEL):
-        for place in range(thread, PANEL * TILE_ROWS, threads):
-            term = place & (PANEL - 1)
-            row = place // PANEL
-            value = float64(0)
-            if start + term < depth and top + row < n:
-                value = rows[top + row, start + term]
-            left[term, row] = value
-        for place in range(thread, PANEL * TILE_COLUMNS, threads):
-            term = place // TILE_COLUMNS
-            column = place & (TILE_COLUMNS - 1)
-            value = float64(0)
-            if start + term < depth and edge + column < c:
-                value = matrix[start + term, edge + column]
-            right[term, column] = value
+    _fetch(rows, matrix, top, edge, n, begin, end, thread, next_left, next_right)
+    side = 0
+    for start in range(begin, end, PANEL):
+        for i in range(LEFT):
+            place = thread + i * threads
+            left[side, place & (PANEL - 1), place // PANEL] = next_left[i]
+        for i in range(RIGHT):
+            place = thread + i * threads
+            right[side, place // TILE_COLUMNS, place & (TILE_COLUMNS - 1)] = next_right[i]
+        # Whoever still reads the other side has passed this barrier before it is written again.
         cuda.syncthreads()
+        if start + PANEL < end:
+            _fetch(rows, matrix, top, edge, n, start + PANEL, end, thread, next_left, next_right)
         for term in range(PANEL):
             for i in range(EACH_ROWS):
-                a[i] = left[term, EACH_ROWS * ty + i]
+                a[i] = left[side, term, EACH_ROWS * ty + i]
             for j in range(EACH_COLUMNS):
-                b[j] = right[term, 2 * tx + (j & 1) + (TILE_COLUMNS // 2) * (j >> 1)]
+                b[j] = right[side, term, 2 * tx + (j & 1) + (TILE_COLUMNS // 2) * (j >> 1)]
             for i in range(EACH_ROWS):
                 for j in range(EACH_COLUMNS):
                     sums[i, j] += a[i] * b[j]
-        cuda.syncthreads()
+        side = 1 - side
     for i in range(EACH_ROWS):
         row = top + EACH_ROWS * ty + i
         if row < n:
             for j in range(EACH_COLUMNS):
                 column = edge + 2 * tx + (j & 1) + (TILE_COLUMNS // 2) * (j >> 1)
                 if column < c:
-                    out[row, column] = sums[i, j]
+                    out[part * below + row, column] = sums[i, j]
+
+
+@kernel(
+    "void(float64[:,::1], int64, int64, int64, float64[:,::1])",
+    threads=READ_THREADS,
+    blocks=8,
+    serves=("cloud_posterior",),
+)
+def add_parts(parts, n_parts, below, n, out):  # type: ignore[no-untyped-def]
+    """Sums over the parts of n products, in their order, in the first n rows of `out` (·, c).
+
+    Launch: as many threads as there are sums, at least.
+    """
+    place = cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
+    c = out.shape[1]
+    if place < n * c:
+        row = place // c
+        column = place - row * c
+        total = parts[row, column]
+        for part in range(1, n_parts):
+            total += parts[part * below + row, column]
+        out[row, column] = total
 
 
 @kernel(
@@ -410,8 +481,16 @@ def _eliminate(a, stop, n, ridge, mirrored, shared, corner, pivots):  # type: ig
 
 
 @cuda.jit(device=True)
+def _in_bands(n, i, k):  # type: ignore[no-untyped-def]
+    """Place of number (i, k ≥ i) of C' in its bands."""
+    first = i & (-BAND)
+    columns = (n + 3) & (-4)
+    return (first * columns - (first * (first - BAND) >> 1) + (k - first) * BAND + (i - first)) & NOT_NEGATIVE
+
+
+@cuda.jit(device=True)
 def _shrink(root, t, n, shared, corner, pivots, out):  # type: ignore[no-untyped-def]
-    """U ← T⁻¹U in the upper part of `root`, and `out` (n, n) in single precision; TTᵀ = I + UUᵀ, T upper triangular.
+    """U ← T⁻¹U in the upper part of `root`, and, in single precision, in the bands of `out`; TTᵀ = I + UUᵀ, T upper triangular.
 
     Both are laid out as the module says, the lower part of `root` being Uᵀ; `t` becomes the root of I + UUᵀ with rows
     and columns in reverse order, which is the transpose of T in reverse order. Its columns and those of U in reverse
@@ -484,7 +563,7 @@ def _shrink(root, t, n, shared, corner, pivots, out):  # type: ignore[no-untyped
                     if r < height and column >= bottom - r:
                         root[(bottom - r) & NOT_NEGATIVE, column + 1] = v[r]
                         if column < n:
-                            out[(bottom - r) & NOT_NEGATIVE, column] = float32(v[r])
+                            out[_in_bands(n, bottom - r, column)] = float32(v[r])
     cuda.syncthreads()
 
 
@@ -663,7 +742,7 @@ def root_stars(n_stars, packed, vectors, n, scratch, numbers):  # type: ignore[n
 
 
 @kernel(
-    "void(int64, float64[:,::1], float64[:,::1], float64, float64[:,:,::1], float64[:,:,::1], float32[:,:,::1],"
+    "void(int64, float64[:,::1], float64[:,::1], float64, float64[:,:,::1], float64[:,:,::1], float32[:,::1],"
     " float32[:,::1], float32[:,::1])",
     threads=SOLVE_THREADS,
     blocks=2,
@@ -672,7 +751,7 @@ def root_stars(n_stars, packed, vectors, n, scratch, numbers):  # type: ignore[n
 def whiten_stars(n_stars, packed, vectors, unit, scratch, second_scratch, roots, centre, spectrum):  # type: ignore[no-untyped-def]
     """C' of M₁ = C C' and λ of each star, from what `root_stars` leaves of it.
 
-    `roots` (·, n, n) gets C' on and above its diagonal, `centre` (·, n) λ, and `spectrum` λ and the last column of C'
+    `roots` gets C' on and above its diagonal, in bands as `size_of_root` and `_in_bands` have them, `centre` (·, n) λ, and `spectrum` λ and the last column of C'
     over `unit`: the whole of a star's spectrum.
 
     Launch: as `expand_stars`.
