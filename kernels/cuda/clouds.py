@@ -60,7 +60,7 @@ from moefast.kernels.cuda.information import (
     subtract_spectra,
     whiten_stars,
 )
-from moefast.kernels.cuda.lanes import SCRATCH, most_of_warp, sum_of_parts, sum_of_warp
+from moefast.kernels.cuda.lanes import SCRATCH, WRITTEN_OUT, most_of_warp, sum_of_parts, sum_of_warp
 from moefast.kernels.cuda.median import THREADS as MEDIAN_THREADS
 from moefast.kernels.cuda.median import median_rows
 from moefast.kernels.cuda.registry import kernel, launchable
@@ -164,10 +164,6 @@ SIGNATURE = (
 )
 
 
-WRITTEN_OUT: dict[str, bool] = {} if config.ENABLE_CUDASIM else {"forceinline": True}  # type: ignore[attr-defined]
-"""For device functions whose loops depend on constants that they are called with; the simulator does not know it."""
-
-
 @cuda.jit(device=True)
 def _stage(source, begin, count, first, step, target, at):  # type: ignore[no-untyped-def]
     """Copy `count` numbers of `source` from `begin` on, shared by threads `first`, `first` + 1 … of `step`.
@@ -255,6 +251,7 @@ def _written_for(vectors: int) -> Callable[..., None]:
     stride = stride_of(t)
     quads = t // 4
     n_odd = stride // CLOUDS - 4 * quads
+    place_of_odd = PLACE if n_odd == 1 else PLACE_OF_PAIR
     n_vectors = t + 1
     n_products = (t + 1) * (t + 2) // 2 - 1
     n_lower = t * (t + 1) // 2
@@ -340,7 +337,7 @@ def _written_for(vectors: int) -> Callable[..., None]:
                 for k in range(max(first, low), high, QUAD):
                     of_root = (at_band + BAND * (k - first) + EACH * part) & PLACE_OF_QUAD
                     whole = (at_vectors + stride * (k - low) + 4 * lane) & PLACE_OF_QUAD
-                    odd = (at_vectors + stride * (k - low) + 4 * CLOUDS * quads + n_odd * lane) & PLACE_OF_PAIR
+                    odd = (at_vectors + stride * (k - low) + 4 * CLOUDS * quads + n_odd * lane) & place_of_odd
                     # Not in a loop, which the compiler does not write out if it is long.
                     _add_term(numbers, of_root, whole, odd, quads, t, b, row_of_root, sums)
                     of_root += BAND
@@ -414,7 +411,7 @@ def _written_for(vectors: int) -> Callable[..., None]:
                 cuda.syncthreads()
             for k in range(low + part, high, PARTS):
                 whole = (at_vectors + stride * (k - low) + 4 * lane) & PLACE_OF_QUAD
-                odd = (at_vectors + stride * (k - low) + 4 * CLOUDS * quads + n_odd * lane) & PLACE_OF_PAIR
+                odd = (at_vectors + stride * (k - low) + 4 * CLOUDS * quads + n_odd * lane) & place_of_odd
                 _read_vectors(numbers, whole, odd, quads, t, b)
                 value = b[0] + more * b[0]
                 for d in range(1, t):
@@ -706,7 +703,7 @@ class DevicePosterior:
         if n_keys != n:
             raise ValueError(f"clouds in {n} coordinates expected; found {n_keys}")
         self.vectors = vectors
-        self.solve_threads, self.solve_shared = solve_launch(width)
+        self.solving = solve_launch(width), solve_launch(n), solve_launch(n, 2)
         if lack := without_cuda(space, clouds):
             raise BackendError(f"backend cuda: there are no kernels for {lack}; use backend cpu")
         self.n_pixels, self.n_coordinates, self.n_nuisances, self.n_sky = p, n, q, space.n_sky
@@ -773,9 +770,11 @@ class DevicePosterior:
         self.label_range = tuple(float(limit) for limit in clouds.label_range)
         self.error_model = tuple(on_device(part, f32) for part in clouds.error_model)
         self.no_mask = cuda.to_device(_NO_MASK)
-        of_block = 8 * (width * (width + 2) + n * (n + 2))
-        self.blocks = int(np.clip(SCRATCH_BYTES / of_block, LEAST_BLOCKS, MOST_BLOCKS))
-        self.scratch_bytes = self.blocks * of_block
+        # Of a block: its matrix, if not all matrices fit in shared memory, and that of the spread within clouds.
+        self.in_shared = all(solving.fits for solving in self.solving)
+        self.of_block = 1 if self.in_shared else self.solving[0].matrix // 8, self.solving[2].matrix // 8
+        self.blocks = int(np.clip(SCRATCH_BYTES / (8 * sum(self.of_block)), LEAST_BLOCKS, MOST_BLOCKS))
+        self.scratch_bytes = 8 * self.blocks * sum(self.of_block)
 
     def kinds(self, rows: int) -> list[tuple[tuple[int, ...], type]]:
         """Shape and dtype of each array of `Posteriors`."""
@@ -787,16 +786,22 @@ class DevicePosterior:
     def bytes_per_row(self) -> int:
         """Device memory of a row, flux, error and mask included, and its share of a block's scratch."""
         p, n, width = self.n_pixels, self.n_coordinates, self.n_coordinates + self.n_nuisances
-        doubles = 3 * p + self.n_cells + self.packed + 2 * width + NUMBERS + sum(self.in_parts())
+        doubles = 3 * p + self.n_cells + self.packed + 2 * width + NUMBERS 
+        doubles += sum(columns * count for columns, count in self.in_parts().items())
         singles = size_of_root(n) + 2 * n + (FIRST_LABEL + 3 * self.n_labels) * self.n_clouds
         results = sum(np.dtype(kind).itemsize * int(np.prod(shape)) for shape, kind in self.kinds(1))
         return 9 * p + 8 * doubles + 4 * singles + results + -(-self.scratch_bytes // BLOCK_ROWS)
 
-    def in_parts(self) -> list[int]:
-        """Numbers of a star in products that are made in parts: columns times parts."""
-        p, width = self.n_pixels, self.n_coordinates + self.n_nuisances
-        products = ((self.n_cells, self.packed), (p, width))
-        return [parts_of_product(*shape)[0] * shape[1] for shape in products if parts_of_product(*shape)[0] > 1]
+    def in_parts(self) -> dict[int, int]:
+        """Of the products that are made in parts: how many, by their columns."""
+        width = self.n_coordinates + self.n_nuisances
+        shapes = ((self.n_cells, self.packed), (self.n_pixels, width), (width, self.n_pixels))
+        parts: dict[int, int] = {}
+        for depth, columns in shapes:
+            count, _ = parts_of_product(depth, columns)
+            if count > 1:
+                parts[columns] = max(count, parts.get(columns, 0))
+        return parts
 
     def work(self, rows: int) -> Work:
         """Device memory for so many stars."""
@@ -808,7 +813,15 @@ class DevicePosterior:
         """What is done to n spectra, in its order: a name in words, and what starts it in `stream`; see `launch`."""
         p, c, q = self.n_pixels, self.n_coordinates, self.n_nuisances
         hidden = self.no_mask if mask is None else mask
-        solve = (min(n, len(work.scratch)), self.solve_threads, stream, self.solve_shared)
+        of_all, of_coordinates, of_spread = (
+            (
+                n if self.in_shared and each is not self.solving[2] else min(n, self.blocks),
+                each.threads,
+                stream,
+                each.staged + (each.matrix if self.in_shared else 0),
+            )
+            for each in self.solving
+        )
 
         def multiply(rows: Any, matrix: Any, out: Any) -> None:
             c = out.shape[1]
@@ -830,7 +843,7 @@ class DevicePosterior:
         yield "u", lambda: multiply(work.y, self.directions, work.u)
         yield (
             "point near the star",
-            lambda: expand_stars[solve](
+            lambda: expand_stars[of_all](
                 n, work.packed, work.u, self.precision, self.pull, work.scratch, work.points
             ),
         )
@@ -844,17 +857,17 @@ class DevicePosterior:
         yield "u at the point", lambda: multiply(work.y, self.directions, work.u)
         yield (
             "nuisances",
-            lambda: marginalise_stars[solve](
+            lambda: marginalise_stars[of_all](
                 n, work.packed, work.u, work.points, q, self.n_sky, work.scratch, work.numbers
             ),
         )
         yield (
             "root of M",
-            lambda: root_stars[solve](n, work.packed, work.u, c, work.second_scratch, work.numbers),
+            lambda: root_stars[of_coordinates](n, work.packed, work.u, c, work.scratch, work.numbers),
         )
         yield (
             "spread within clouds",
-            lambda: whiten_stars[solve](
+            lambda: whiten_stars[of_spread](
                 n, work.packed, work.u, self.unit, work.scratch, work.second_scratch,
                 work.roots, work.centre, work.spectrum,
             ),
@@ -920,13 +933,8 @@ class Work:
             doubles(rows, width),
             doubles(rows, NUMBERS),
         )
-        self.scratch = doubles(blocks, width, width + 2)
-        self.second_scratch = doubles(blocks, n, n + 2)
-        self.parts = {
-            columns: doubles(parts_of_product(depth, columns)[0] * rows, columns)
-            for depth, columns in ((plan.n_cells, plan.packed), (p, width))
-            if parts_of_product(depth, columns)[0] > 1
-        }
+        self.scratch, self.second_scratch = (doubles(blocks, size) for size in plan.of_block)
+        self.parts = {columns: doubles(count * rows, columns) for columns, count in plan.in_parts().items()}
         # What lies below the diagonal in a band, and what is there to make it whole, is never written.
         self.roots = cuda.to_device(np.zeros((rows, size_of_root(n)), np.float32))
         self.pairs_of_roots = self.roots.view(np.float64)

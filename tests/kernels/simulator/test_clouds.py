@@ -204,10 +204,9 @@ def test_blocks_pass_through_the_slots_and_memory_is_that_of_a_block(mix):
     work, inputs = plan.work(3), 3 * 9 * plan.n_pixels
     scratch = work.scratch.nbytes + work.second_scratch.nbytes
     assert scratch == plan.scratch_bytes
-    arrays = [
-        a for name, a in vars(work).items() if name not in ("rows", "scores", "scratch", "second_scratch")
-    ]
-    arrays += list(work.scores)
+    others = ("rows", "scores", "scratch", "second_scratch", "parts", "pairs_of_roots")
+    arrays = [a for name, a in vars(work).items() if name not in others]
+    arrays += [*work.scores, *work.parts.values()]
     share = -(-scratch // clouds.BLOCK_ROWS)
     assert 3 * (plan.bytes_per_row() - share) == inputs + sum(a.nbytes for a in arrays)
 
@@ -254,7 +253,8 @@ def test_the_largest_fits_in_shared_memory(monkeypatch):
         assert 1 <= sizes.stars <= clouds.MOST_STARS
         assert sizes.depth % clouds.QUAD == 0 < sizes.depth <= reach
     # Sums of a block go through a number of each of at most 32 warps.
-    assert information.solve_launch(of_clouds.CUDA_DIRECTIONS)[1] + 8 * 32 <= MOST_SHARED
+    largest = (information.solve_launch(of_clouds.CUDA_DIRECTIONS), information.solve_launch(n, 2))
+    assert max(each.staged for each in largest) + 8 * 32 <= MOST_SHARED
 
 
 def test_vectors_that_do_not_fit_are_staged_in_turns(monkeypatch):
