@@ -33,6 +33,7 @@ from numba import config, cuda, float32, float64
 from numpy.typing import NDArray
 
 from moefast.core.errors import BackendError
+from moefast.core.threads import CORES
 from moefast.kernels.clouds import CloudPosterior, Clouds, Space, rounded_up, without_cuda
 from moefast.kernels.cuda.gram import ALIGNED
 from moefast.kernels.cuda.information import (
@@ -64,7 +65,7 @@ from moefast.kernels.cuda.lanes import SCRATCH, WRITTEN_OUT, most_of_warp, sum_o
 from moefast.kernels.cuda.median import THREADS as MEDIAN_THREADS
 from moefast.kernels.cuda.median import median_rows
 from moefast.kernels.cuda.registry import kernel, launchable
-from moefast.kernels.cuda.scoring import MOST_SHARED, BlockScorer
+from moefast.kernels.cuda.scoring import MOST_SHARED, BlockScorer, Slot
 
 __all__ = [
     "BLOCK_ROWS",
@@ -78,8 +79,8 @@ __all__ = [
 
 BLOCK_ROWS = 1024
 """Most stars of a block: some forty launches and copies, 0.4 ms of the interpreter, are less than the kernels take."""
-SLOTS = 4
-"""Blocks on their way: one is computed, while others are filled and copied."""
+SLOTS = max(4, min(8, CORES))
+"""Blocks on their way: one or two are computed, while the others are read and copied."""
 CLOUDS = 16
 """Clouds of a panel, whose vectors a block keeps in shared memory; a power of two."""
 PARTS = 2
@@ -971,10 +972,14 @@ class CudaPosteriorScorer(BlockScorer):
         super().__init__(lambda: DevicePosterior(space, clouds), block_rows, slots)
 
     def __call__(
-        self, flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None = None
+        self,
+        flux: NDArray,
+        error: NDArray,
+        mask: NDArray[np.bool_] | None = None,
+        slot: Slot | None = None,
     ) -> CloudPosterior:
-        """Posteriors of spectra on the host; see `moefast.kernels.cloud_posterior`."""
-        return CloudPosterior(*self._scored(flux, error, mask))
+        """Posteriors of spectra on the host; see `moefast.kernels.cloud_posterior`, and `BlockScorer.slot`."""
+        return CloudPosterior(*self._scored(flux, error, mask, slot))
 
 
 def cloud_posterior(

@@ -215,7 +215,7 @@ def test_the_engine_gives_what_the_cpu_gives(mix):
     flux, error, mask = spoilt(mix)
     assert without_kernels(mix) == ""
     engine = CudaEngine(mix)
-    assert engine.workers == min(clouds.SLOTS, 4) + 1
+    assert engine.workers == clouds.SLOTS
     found, quality = engine(flux, error, mask, 0)
     expected, same = mix.score(flux, error, mask)
     rows = same.n_good > 1
