@@ -5,9 +5,9 @@ The transform of Box and Muller is that of the CPU, term by term, in float32; co
 multiplication and an addition, so that a number is off the CPU's by 10⁻⁶, or 10⁻⁶ of itself, at most: some units of its
 last place.
 
-Floor: a row of 4096 pixels is 32 kB of flux and error that are read and 16 kB that are written, 32 kB where two fits see
-it: 64 kB, 0.02 µs at 3.3 TB/s. A pixel of noise takes 5 wide multiplications and some 45 other instructions, 0.2 M a row:
-0.01 µs on 132 multiprocessors. Drawn on the host, it would take 0.3 µs on the bus, and 6 µs of a core.
+Floor: a row of 4096 pixels is 32 kB of flux and error that are read and 16 kB that are written, 32 kB where two fits
+see it: 64 kB, 0.02 µs at 3.3 TB/s. A pixel of noise takes 5 wide multiplications and some 45 other instructions, 0.2 M
+a row: 0.01 µs on 132 multiprocessors. Drawn on the host, it would take 0.3 µs on the bus, and 6 µs of a core.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The first pass of a fit on the device: flux and errors of the host to the totals of one fit, or of two.
 
 Design: only what was read crosses the bus, flux, σ, labels and row numbers, 32 kB a row of 4096 pixels. All else is
-made on the device: bins by label or by SNR, groups, noise by counter, clipping, centring, σ², sorting and products; and rows
-that two fits see (with noise in closed form, and clipped draws of it) cross it once.
+made on the device: bins by label or by SNR, groups, noise by counter, clipping, centring, σ², sorting and products; and
+rows that two fits see (with noise in closed form, and clipped draws of it) cross it once.
 
 Pieces of PIECE_ROWS rows are copied to pinned slots by a thread each, and from there to their place in a stage, a block
 of rows on the device. A full stage is worked on by one thread after the other stage, while pieces fill that one:

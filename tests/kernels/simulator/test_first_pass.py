@@ -29,26 +29,6 @@ def few_threads(monkeypatch):
     monkeypatch.setattr(draws, "THREADS", 4)
 
 
-class NumpyProducts:
-    """Σxxᵀ without the 256 threads of a tile in each group: the kernels of products have tests of their own."""
-
-    name = "numba"
-
-    def __init__(self, rows, p, n_groups):
-        self.upper = np.triu_indices(p)
-
-    def add(self, x, order, offsets, bounds, totals, stream):
-        np.testing.assert_array_equal(offsets._ary, bounds)
-        for group, total in enumerate(totals._ary):
-            here = x._ary[order._ary[bounds[group] : bounds[group + 1]]]
-            total += (here.T @ here)[self.upper]
-
-
-@pytest.fixture
-def numpy_products(monkeypatch):
-    monkeypatch.setitem(products.METHODS, "numba", NumpyProducts)
-
-
 def stars(n, p, seed=0):
     rng = np.random.default_rng(seed + n)
     flux = (1 + 0.3 * rng.standard_normal((n, p))).astype(np.float32)
