@@ -49,3 +49,26 @@ def small_tiles(monkeypatch):
     few |= {"LEAST_BLOCKS": 3, "MOST_BLOCKS": 3}
     for name, value in few.items():
         monkeypatch.setattr(clouds, name, value)
+
+
+class NumpyProducts:
+    """Σxxᵀ without the 256 threads of a tile in each group: the kernels of products have tests of their own."""
+
+    name = "numba"
+
+    def __init__(self, rows, p, n_groups):
+        self.upper = np.triu_indices(p)
+
+    def add(self, x, order, offsets, bounds, totals, stream):
+        np.testing.assert_array_equal(offsets._ary, bounds)
+        for group, total in enumerate(totals._ary):
+            here = x._ary[order._ary[bounds[group] : bounds[group + 1]]]
+            total += (here.T @ here)[self.upper]
+
+
+@pytest.fixture
+def numpy_products(monkeypatch):
+    """`NumpyProducts` in the place of our own."""
+    from moefast.kernels.cuda import products
+
+    monkeypatch.setitem(products.METHODS, "numba", NumpyProducts)
