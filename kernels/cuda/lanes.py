@@ -19,6 +19,7 @@ __all__ = [
     "least_of_block",
     "most_of_warp",
     "sum_of_block",
+    "sum_of_group",
     "sum_of_parts",
     "sum_of_warp",
 ]
