@@ -17,7 +17,6 @@ table with every row once, or arrays of the model. Nothing may be left beside th
 from __future__ import annotations
 
 import functools
-import json
 import os
 import random
 import resource
@@ -43,6 +42,7 @@ from moefast.cluster.fit_on_workers import fit_on
 from moefast.cluster.fit_parts import FitPlan, Source, fit_of_parts, gather_to_file
 from moefast.cluster.merge import merge_tables
 from moefast.cluster.workers import connect, predict_on
+from moefast.core.atomic import write_json
 from moefast.core.errors import BackendError
 from moefast.experts import normal_equations
 from moefast.fitting import error_model, gate, linear_experts, sample, statistics
@@ -335,7 +335,8 @@ def seconds_of(folder: Path, client: Any) -> dict[str, tuple[float, float]]:
 
 
 def campaign(
-    n_cases: int, seed: int, folder: Path, faults: tuple[str, ...] = FAULTS, tell: Callable[[str], None] = print
+    n_cases: int, seed: int, folder: Path, faults: tuple[str, ...] = FAULTS, tell: Callable[[str], None] = print,
+    keep: Callable[[list[dict[str, Any]]], None] = lambda found: None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Cases one after the other: what was done when, whether the job was under way, and what was wrong afterwards."""
     from distributed import WorkerPlugin
@@ -380,6 +381,7 @@ def campaign(
                 "seconds": time.monotonic() - begin,
             })  # fmt: skip
             tell(f"{number + 1}/{n_cases} {fault} at {share:.2f}: {problem or 'the same bits'}")
+            keep(found)
             shutil.rmtree(case, ignore_errors=True)
     return found
 
@@ -425,12 +427,13 @@ def main(
     if address is not None and case is not None and what is not None:
         _as_client(folder, case, what, address)
         return
-    found = campaign(cases, seed, folder, faults or FAULTS, tell=lambda words: click.echo(words, err=True))
+
+    def keep(found: list[dict[str, Any]]) -> None:
+        if out is not None:
+            write_json({"environment": describe(), "seed": seed, "cases": found}, out, overwrite=True)
+
+    found = campaign(cases, seed, folder, faults or FAULTS, lambda words: click.echo(words, err=True), keep)
     click.echo(table_of(found))
-    if out is not None:
-        out.write_text(
-            json.dumps({"environment": describe(), "cases": found}, indent=1) + "\n", encoding="utf-8"
-        )
     if any(one["problem"] for one in found):
         raise SystemExit(1)
 
