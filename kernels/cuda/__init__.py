@@ -51,6 +51,10 @@ PUBLIC = {
     "CudaScorer": "moefast.kernels.cuda.scoring",
     "cloud_posterior": "moefast.kernels.cuda.clouds",
     "CudaPosteriorScorer": "moefast.kernels.cuda.clouds",
+    "velocity_evidence": "moefast.kernels.cuda.velocity",
+    "velocity_step": "moefast.kernels.cuda.velocity",
+    "CudaVelocityScan": "moefast.kernels.cuda.velocity",
+    "CudaVelocityStep": "moefast.kernels.cuda.velocity",
 }
 """Public functions and classes, and the modules that hold them: imported when first used."""
 

@@ -34,6 +34,7 @@ MODULES = (
     "moefast.kernels.cuda.tensor",
     "moefast.kernels.cuda.information",
     "moefast.kernels.cuda.clouds",
+    "moefast.kernels.cuda.velocity",
 )
 """Modules with kernels; importing them fills `KERNELS`."""
 
