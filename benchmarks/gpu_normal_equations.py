@@ -29,7 +29,7 @@ from moefast.fitting import Options
 from moefast.fitting.first_pass import gather_part
 from moefast.fitting.training_set import TrainingSet
 from moefast.kernels import unpack_symmetric
-from moefast.spectra.source import Block
+from moefast.spectra.source import Block, Failure
 
 PARTS = ("accuracy", "speed", "streamed", "first-pass")
 RESULTS = Path(__file__).parent / "results"
@@ -260,7 +260,8 @@ class RowsInMemory:
         self.error = rng.uniform(0.1, 0.3, self.flux.shape).astype(np.float32)
         values = rng.uniform([3750, 1, -2], [6000, 5, 0.5], (n, 3)).T
         self._labels = dict(zip(self.columns, values, strict=True))
-        self.path, self.arrays, self.failures = Path("rows in memory"), ("flux", "error"), []
+        self.path, self.arrays = Path("rows in memory"), ("flux", "error")
+        self.failures: list[Failure] = []
         self.shards = (self,)
 
     def fingerprint(self) -> str:
