@@ -100,6 +100,8 @@ class PredictionRun:
         """Predict, flag and write all rows, those that cannot be read among them."""
         source = self.source
         position, waiting = source.start, list[_Scored]()
+        # The clock of the rate starts here.
+        progress(0, source.stop - source.start)
         for part in map_in_order(self._score, self._blocks(), self.engine.workers):
             n_waiting = position - waiting[0].first_row if waiting else 0
             if (
