@@ -166,18 +166,23 @@ SIGNATURE = (
 
 
 @cuda.jit(device=True)
-def _stage(source, begin, count, first, step, target, at):  # type: ignore[no-untyped-def]
-    """Copy `count` numbers of `source` from `begin` on, shared by threads `first`, `first` + 1 … of `step`.
+def _stage(source, begin, count, group, groups, target, at):  # type: ignore[no-untyped-def]
+    """Copy `count` numbers of `source` from `begin` on, shared by so many groups of CLOUDS · PARTS threads.
 
-    Without branches, STAGED reads of a thread are on their way together.
+    STAGED reads of a thread are on their way together.
     """
     held = cuda.local.array(STAGED, float64)
-    for place in range(first, count, STAGED * step):
-        for i in range(STAGED):
-            held[i] = source[(begin + min(place + i * step, count - 1)) & PLACE]
+    step = CLOUDS * PARTS
+    first = group * (STAGED * step) + (cuda.threadIdx.x & (step - 1))
+    for place in range(first, count, STAGED * step * groups):
+        from_place = (begin + place) & PLACE
+        to_place = (at + place) & PLACE
         for i in range(STAGED):
             if place + i * step < count:
-                target[(at + place + i * step) & PLACE] = held[i]
+                held[i] = source[from_place + i * step]
+        for i in range(STAGED):
+            if place + i * step < count:
+                target[to_place + i * step] = held[i]
 
 
 @cuda.jit(device=True, **WRITTEN_OUT)
@@ -327,13 +332,13 @@ def _written_for(vectors: int) -> Callable[..., None]:
                 sums[i] = float32(0)
             cuda.syncthreads()
             begin = (first * n - (first * (first - BAND) >> 1)) >> 1
-            _stage(roots[star], begin, BAND * (n - first) >> 1, of_star, CLOUDS * PARTS, pairs, at_band >> 1)
+            _stage(roots[star], begin, BAND * (n - first) >> 1, 0, 1, pairs, at_band >> 1)
             for low in range(first // depth * depth, reach, depth):
                 high = min(low + depth, reach)
                 if first == 0 or not at_once:
                     cuda.syncthreads()
-                    _stage(columns[panel], low * stride >> 1, (high - low) * stride >> 1, thread, threads, pairs,
-                           at_vectors >> 1)  # fmt: skip
+                    begin, count = low * stride >> 1, (high - low) * stride >> 1
+                    _stage(columns[panel], begin, count, place_of_star, together, pairs, at_vectors >> 1)
                 cuda.syncthreads()
                 for k in range(max(first, low), high, QUAD):
                     of_root = (at_band + BAND * (k - first) + EACH * part) & PLACE_OF_QUAD
@@ -411,8 +416,8 @@ def _written_for(vectors: int) -> Callable[..., None]:
             high = min(low + depth, reach)
             if not at_once:
                 cuda.syncthreads()
-                _stage(columns[panel], low * stride >> 1, (high - low) * stride >> 1, thread, threads, pairs,
-                       at_vectors >> 1)  # fmt: skip
+                begin, count = low * stride >> 1, (high - low) * stride >> 1
+                _stage(columns[panel], begin, count, place_of_star, together, pairs, at_vectors >> 1)
                 cuda.syncthreads()
             for k in range(low + part, high, PARTS):
                 whole = (at_vectors + stride * (k - low) + 4 * lane) & PLACE_OF_QUAD
@@ -431,7 +436,7 @@ def _written_for(vectors: int) -> Callable[..., None]:
                 sums[i] = float32(0)
             cuda.syncthreads()
             begin = (first * n - (first * (first - BAND) >> 1)) >> 1
-            _stage(roots[star], begin, BAND * (n - first) >> 1, of_star, CLOUDS * PARTS, pairs, at_band >> 1)
+            _stage(roots[star], begin, BAND * (n - first) >> 1, 0, 1, pairs, at_band >> 1)
             cuda.syncthreads()
             for k in range(first, n, QUAD):
                 of_root = (at_band + BAND * (k - first) + EACH * part) & PLACE_OF_QUAD
