@@ -17,7 +17,6 @@ __all__ = [
     "bits_float",
     "float_bits",
     "least_of_block",
-    "most_of_warp",
     "sum_of_block",
     "sum_of_group",
     "sum_of_parts",
@@ -60,11 +59,6 @@ if SIMULATED:
     def sum_of_warp(value, scratch):  # type: ignore[no-untyped-def]
         """Sum over a block of one warp, through `scratch`."""
         return sum_of_block(value, scratch)
-
-    @cuda.jit(device=True)
-    def most_of_warp(value, scratch):  # type: ignore[no-untyped-def]
-        """Maximum over a block of one warp, through `scratch`."""
-        return -least_of_block(-value, scratch)
 
     @cuda.jit(device=True)
     def sum_of_parts(value, parts, scratch):  # type: ignore[no-untyped-def]
@@ -115,11 +109,6 @@ else:
     def sum_of_warp(value, scratch):  # type: ignore[no-untyped-def]
         """Sum over a block of one warp; `scratch` is the simulator's."""
         return sum_of_group(value)
-
-    @cuda.jit(device=True)
-    def most_of_warp(value, scratch):  # type: ignore[no-untyped-def]
-        """Maximum over a block of one warp; `scratch` is the simulator's."""
-        return -least_of_group(-value)
 
     @cuda.jit(device=True)
     def sum_of_parts(value, parts, scratch):  # type: ignore[no-untyped-def]
