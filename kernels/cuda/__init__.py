@@ -43,6 +43,8 @@ PUBLIC = {
     "sort_by_bin": "moefast.kernels.cuda.binning",
     "normal_equations": "moefast.kernels.cuda.accumulator",
     "NormalEquationsAccumulator": "moefast.kernels.cuda.accumulator",
+    "FirstPass": "moefast.kernels.cuda.first_pass",
+    "RowsSeen": "moefast.kernels.cuda.first_pass",
     "tangent_posterior": "moefast.kernels.cuda.tangent",
     "template_posterior": "moefast.kernels.cuda.template",
     "score": "moefast.kernels.cuda.scoring",

@@ -25,6 +25,7 @@ __all__ = ["KERNELS", "MODULES", "Kernel", "kernel", "launchable", "load"]
 MODULES = (
     "moefast.kernels.cuda.binning",
     "moefast.kernels.cuda.gram",
+    "moefast.kernels.cuda.draws",
     "moefast.kernels.cuda.project",
     "moefast.kernels.cuda.mix",
     "moefast.kernels.cuda.median",

@@ -24,8 +24,9 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
@@ -61,6 +62,7 @@ __all__ = [
     "CudaScorer",
     "DevicePlan",
     "Scores",
+    "Slot",
     "Work",
     "launch",
     "score",
@@ -377,10 +379,10 @@ class BlockScorer:
         self.slots = slots
         fitting = FREE_SHARE * free / (slots * self.plan.bytes_per_row())
         self.block_rows = max(floor, int(min(block_rows, fitting)))
-        places: list[_Slot] = []
+        places: list[Slot] = []
         while True:
             try:
-                places = [_Slot(self.block_rows, self.plan) for _ in range(slots)]
+                places = [Slot(self.block_rows, self.plan) for _ in range(slots)]
                 break
             except Exception as error:
                 if not out_of_memory(error):
@@ -389,7 +391,7 @@ class BlockScorer:
                     raise self._shortage(error) from error
             # Outside the handler, whose traceback keeps the arrays that were allocated alive.
             self.block_rows = max(floor, self.block_rows // 2)
-        self._free: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
+        self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
         for place in places:
             self._free.put(place)
         self._pool = ThreadPoolExecutor(slots, thread_name_prefix="moefast-slot")
@@ -399,7 +401,7 @@ class BlockScorer:
     def _shortage(self, error: Exception) -> BackendError:
         blocks = f"{self.slots} blocks of {self.block_rows} spectra"
         if isinstance(error, PinnedMemoryError):
-            pinned = self.slots * self.block_rows * _Slot.pinned_bytes_per_row(self.plan)
+            pinned = self.slots * self.block_rows * Slot.pinned_bytes_per_row(self.plan)
             return pinned_shortage(pinned, blocks, error)
         needed = self.slots * self.block_rows * self.plan.bytes_per_row()
         free = cuda.current_context().get_memory_info().free
@@ -408,7 +410,24 @@ class BlockScorer:
             "programs on the device, or use backend cpu"
         )
 
-    def _scored(self, flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None) -> Any:
+    @contextmanager
+    def slot(self) -> Iterator[Slot]:
+        """A slot that is the caller's until it leaves: spectra that are made in its arrays are not copied there."""
+        slot = self._free.get()
+        try:
+            # A thread's own device is the first one unless it says otherwise.
+            with self._device:
+                try:
+                    yield slot
+                finally:
+                    # What was started before a failure still reads and writes the buffers.
+                    slot.stream.synchronize()
+        finally:
+            self._free.put(slot)
+
+    def _scored(
+        self, flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None, entered: Slot | None = None
+    ) -> Any:
         """Score spectra on the host; any n, any layout. ValueError if shapes do not fit."""
         p = self.plan.n_pixels
         if flux.ndim != 2 or flux.shape[1] != p or error.shape != flux.shape:
@@ -418,26 +437,23 @@ class BlockScorer:
         n = len(flux)
         out = self.plan.results(*(np.empty(*kind) for kind in self.plan.kinds(n)))
 
-        def one(start: int) -> None:
+        def through(slot: Slot, start: int) -> None:
             here = slice(start, min(start + self.block_rows, n))
+            slot.fill(flux[here], error[here], None if mask is None else mask[here])
+            with self._launching:
+                slot.start()
+            slot.collect(out, here)
+
+        def one(start: int) -> None:
             # Each block takes one slot and waits for nothing else: callers cannot wait for each other forever.
-            slot = self._free.get()
-            try:
-                # A thread's own device is the first one unless it says otherwise.
-                with self._device:
-                    try:
-                        slot.fill(flux[here], error[here], None if mask is None else mask[here])
-                        with self._launching:
-                            slot.start()
-                        slot.collect(out, here)
-                    finally:
-                        # What was started before a failure still reads and writes the buffers.
-                        slot.stream.synchronize()
-            finally:
-                self._free.put(slot)
+            with self.slot() as slot:
+                through(slot, start)
 
         starts = range(0, n, self.block_rows)
-        if len(starts) > 1:
+        if entered is not None:
+            for start in starts:
+                through(entered, start)
+        elif len(starts) > 1:
             tasks = [self._pool.submit(one, start) for start in starts]
             # After a failure, too: none may read the caller's arrays any longer.
             wait(tasks)
@@ -500,7 +516,13 @@ class CudaScorer(BlockScorer):
     ) -> None:
         super().__init__(lambda: DevicePlan(projection, mixing, library, from_library), block_rows, slots)
 
-    def __call__(self, flux: F32, error: F32, mask: NDArray[np.bool_] | None = None) -> Scores:
+    def __call__(
+        self,
+        flux: F32,
+        error: F32,
+        mask: NDArray[np.bool_] | None = None,
+        slot: Slot | None = None,
+    ) -> Scores:
         """Score spectra on the host; any n, any layout.
 
         Parameters
@@ -508,16 +530,18 @@ class CudaScorer(BlockScorer):
         flux, error : array of shape (n, p), float32
         mask : array of shape (n, p), bool, or None
             True where a pixel is bad whatever it holds.
+        slot : Slot, optional
+            One that the caller has entered (see `BlockScorer.slot`); any that is free if absent.
 
         Raises
         ------
         ValueError
             Shapes that do not fit.
         """
-        return cast(Scores, self._scored(flux, error, mask))
+        return cast(Scores, self._scored(flux, error, mask, slot))
 
 
-class _Slot:
+class Slot:
     """One of the places that blocks pass through: pinned buffers, device buffers and a stream."""
 
     def __init__(self, rows: int, plan: BlockPlan) -> None:
@@ -536,13 +560,16 @@ class _Slot:
         results = sum(np.dtype(dtype).itemsize * int(np.prod(shape)) for shape, dtype in plan.kinds(1))
         return 9 * plan.n_pixels + results
 
+    def array(self, name: str, shape: tuple[int, int]) -> NDArray:
+        """The pinned flux, error or mask of the first rows."""
+        return self.host[name][: shape[0]]
+
     def fill(self, flux: F32, error: F32, mask: NDArray[np.bool_] | None) -> None:
-        """Copy a block to the pinned buffers."""
+        """Copy a block to the pinned buffers, as far as it does not lie there."""
         self.n, self.masked = len(flux), mask is not None
-        self.host["flux"][: self.n] = flux
-        self.host["error"][: self.n] = error
-        if mask is not None:
-            self.host["mask"][: self.n] = mask
+        for name, rows in (("flux", flux), ("error", error), ("mask", mask)):
+            if rows is not None and not _lies_in(rows, there := self.array(name, rows.shape)):
+                there[:] = rows
 
     def start(self) -> None:
         """Start copy, kernels and the copy back of what `fill` left, without waiting."""
@@ -562,3 +589,9 @@ class _Slot:
         self.stream.synchronize()
         for target, found in zip(out, self.results, strict=True):
             target[here] = found[: self.n]
+
+
+def _lies_in(rows: NDArray, there: NDArray) -> bool:
+    """Whether two arrays of the same shape are the same memory, read in the same way."""
+    own, other = rows.__array_interface__, there.__array_interface__
+    return all(own[key] == other[key] for key in ("data", "typestr", "strides"))

@@ -311,6 +311,8 @@ def tell_model(facts: dict[str, Any], model: Model, out: str, *, quiet: bool, as
     for note in model.manifest["training"]["notes"]:
         say(f"  note: {note}")
     say(f"  {facts['solver']}")
+    if "calibrated_on_cpu" in facts:
+        say(f"  note: posteriors of the sample were computed on the CPU: {facts['calibrated_on_cpu']}")
     kernels = facts.get("heads", {}).get("kernels", "")
     if kernels.startswith("plain: "):
         say(f"  note: the network was fitted without fused kernels, slower: {kernels[7:]}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import resource
 from dataclasses import replace
-from itertools import pairwise
+from itertools import chain, pairwise, repeat
 
 import h5py
 import numpy as np
@@ -444,7 +444,7 @@ def test_replaced_only_when_complete(stars_file, model, tmp_path, monkeypatch):
     out = tmp_path / "t.h5"
     predict(stars_file, model, out, limit=5)
     before = out.read_bytes()
-    calls = iter([run.score_block, None])
+    calls = chain([run.score_block], repeat(None))
 
     def once(*args):
         work = next(calls)
