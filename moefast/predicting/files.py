@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +21,7 @@ from moefast.core.threads import one_blas_thread
 from moefast.core.version import __version__
 from moefast.model import Model
 from moefast.posterior.mixture import PosteriorMixture
-from moefast.posterior.velocities import DEFAULT_RANGE, VelocityFit
+from moefast.posterior.velocities import DEFAULT_RANGE
 from moefast.predicting.columns import table_columns
 from moefast.predicting.decisions import decisions_on_input, decisions_on_model
 from moefast.predicting.engines import open_engine
@@ -31,7 +30,7 @@ from moefast.predicting.run import PredictionRun
 from moefast.predicting.source import Source, choose_rows, open_files, open_source
 from moefast.predicting.summary import Summary
 from moefast.predicting.table import Sink
-from moefast.predicting.velocities import FITTED_ON_CPU
+from moefast.predicting.velocities import fit_on
 from moefast.spectra import guard
 from moefast.spectra.prepared import Origins, Preparation
 from moefast.spectra.tables import Column
@@ -139,8 +138,7 @@ def predict(
         keep=keep,
     )
     _tell(decisions_on_input(source, preparation))
-    if isinstance(source.velocity, VelocityFit) and where.name == "cuda":
-        where = replace(where, reason=f"{where.reason}; {FITTED_ON_CPU}")
+    where = fit_on(engine, source.fit, where, backend)
     layout = _layout(chosen, source)
     about_params = notes_on_params(spectra, source.identifiers, source.labelled)
     summary = Summary(
