@@ -16,13 +16,14 @@ from typing import Any, Literal
 
 from moefast.backend import Backend
 from moefast.core.errors import InputError, OutputError
-from moefast.core.progress import RowProgress, row_progress
+from moefast.core.progress import LOGGER, RowProgress, row_progress
 from moefast.core.threads import one_blas_thread
 from moefast.core.version import __version__
 from moefast.model import Model
 from moefast.posterior.mixture import PosteriorMixture
 from moefast.posterior.velocities import DEFAULT_RANGE
 from moefast.predicting.columns import table_columns
+from moefast.predicting.decisions import decisions_on_input, decisions_on_model
 from moefast.predicting.engines import open_engine
 from moefast.predicting.notes import notes_on_input, notes_on_params, notes_on_predictions
 from moefast.predicting.run import PredictionRun
@@ -116,6 +117,7 @@ def predict(
     """
     chosen = model if isinstance(model, Model) else Model.load(model)
     engine, where = open_engine(chosen.mixture, backend)
+    _tell(decisions_on_model(chosen, engine, where))
     keep = tuple(keep)
     preparation = Preparation(chosen.mixture.wave, medium, moving=velocity is not None, telluric=telluric)
     spectra, failures = open_files(paths, preparation)
@@ -135,6 +137,7 @@ def predict(
         targets=targets,
         keep=keep,
     )
+    _tell(decisions_on_input(source, preparation))
     where = fit_on(engine, source.fit, where, backend)
     layout = _layout(chosen, source)
     about_params = notes_on_params(spectra, source.identifiers, source.labelled)
@@ -186,6 +189,11 @@ def predict(
         _conclude(sink, summary, run)
     summary.columns = sink.columns
     return summary
+
+
+def _tell(decisions: Iterable[str]) -> None:
+    for words in decisions:
+        LOGGER.info(words)
 
 
 def _layout(model: Model, source: Source) -> list[Column]:
