@@ -46,13 +46,17 @@ from moefast.kernels.cuda.information import (
     SOLVE_THREADS,
     STEP,
     TINY,
+    _at,
     _eliminate,
     _packed,
+    add_parts,
     expand_stars,
     multiply_rows,
+    parts_of_product,
     product_launch,
     read_spectra,
     solve_launch,
+    stride_of_matrix,
     subtract_spectra,
 )
 from moefast.kernels.cuda.lanes import GROUP, SCRATCH, most_of_warp, sum_of_block, sum_of_group, sum_of_warp
@@ -497,7 +501,7 @@ def weigh_slopes(y, information, slopes, of_reference, sums):  # type: ignore[no
 
 @kernel(
     "void(int64, float64[:,::1], float64[:,::1], float64[:,::1], float64[:,::1], float64[:,::1], float64[:,::1],"
-    " float64[::1], float64[:,:,::1], float64[:,::1])",
+    " float64[::1], float64[:,::1], float64[:,::1])",
     threads=SOLVE_THREADS,
     blocks=2,
     serves=("velocity_step",),
@@ -506,42 +510,46 @@ def step_stars(n_stars, packed, vectors, across, points, sums, precision, pull, 
     """How far velocities of stars are off, and their curvature h, (·, 2), with everything else marginalised.
 
     `packed` is M, `vectors` Bᵀ(y − a′ B b), `across` Bᵀ(a′ d), `points` b and `sums` what `weigh_slopes` gives. The
-    velocity is one column more behind M + P⁻¹: what the others do not explain of it is h, and h δ beside it.
-    `scratch` (blocks, w + 1, w + 3).
+    velocity is one column more behind M + P⁻¹: what the others do not explain of it is h, and h δ beside it. The matrix
+    lies in shared memory if `scratch` (blocks, (w + 1) · `stride_of_matrix`) has fewer columns.
 
     Launch: as `expand_stars`, for one direction more.
     """
     shared = cuda.shared.array(0, float64)
     width = pull.size
     n = width + 1
-    corner = 2 * STEP * n + n
+    corner = STEP * n
     pivots = corner + STEP * STEP
     thread = cuda.threadIdx.x
     threads = cuda.blockDim.x
     lanes = min(32, threads)
-    a = scratch[cuda.blockIdx.x]
+    stride = stride_of_matrix(n)
+    if scratch.shape[1] < n * stride:  # noqa: SIM108
+        a = shared[pivots + STEP : pivots + STEP + n * stride]
+    else:
+        a = scratch[cuda.blockIdx.x]
     for star in range(cuda.blockIdx.x, n_stars, cuda.gridDim.x):
         cuda.syncthreads()
         for i in range(thread // lanes, width, threads // lanes):
             for j in range(i + thread % lanes, width, lanes):
                 value = packed[star, _packed(width, i, j)] + precision[i, j]
-                a[i, j + 1] = value
+                a[_at(stride, i, j + 1)] = value
                 if i == j:
-                    a[i, i] = value
+                    a[_at(stride, i, i)] = value
         for i in range(thread, width, threads):
             value = vectors[star, i] + pull[i]
             for j in range(width):
                 value -= precision[j, i] * points[star, j]
-            a[i, n] = across[star, i]
-            a[i, n + 1] = value
+            a[_at(stride, i, n)] = across[star, i]
+            a[_at(stride, i, n + 1)] = value
         if thread == 0:
-            a[width, width] = sums[star, 1]
-            a[width, n] = sums[star, 1]
-            a[width, n + 1] = sums[star, 0]
-        _eliminate(a, width, n, float64(0), False, shared, corner, pivots)
+            a[_at(stride, width, width)] = sums[star, 1]
+            a[_at(stride, width, n)] = sums[star, 1]
+            a[_at(stride, width, n + 1)] = sums[star, 0]
+        _eliminate(a, stride, width, n, float64(0), False, shared, corner, pivots)
         if thread == 0:
-            curvature = a[width, n]
-            found[star, 0] = a[width, n + 1] / max(curvature, TINY)
+            curvature = a[_at(stride, width, n)]
+            found[star, 0] = a[_at(stride, width, n + 1)] / max(curvature, TINY)
             found[star, 1] = curvature
 
 
@@ -705,9 +713,12 @@ class DeviceStep:
         self.slopes = on_device(np.roll(slopes.of_directions, q, axis=1).T, np.float64)
         self.of_reference = on_device(slopes.of_reference, np.float32)
         self.no_mask = cuda.to_device(_NO_MASK)
-        of_block = 8 * (width + 1) * (width + 3)
-        self.blocks = int(np.clip(SCRATCH_BYTES / of_block, LEAST_BLOCKS, MOST_BLOCKS))
-        self.scratch_bytes = self.blocks * of_block
+        self.solving = solve_launch(width), solve_launch(width + 1)
+        # Of a block: its matrix, if not all matrices fit in shared memory.
+        self.in_shared = all(solving.fits for solving in self.solving)
+        self.of_block = 1 if self.in_shared else self.solving[1].matrix // 8
+        self.blocks = int(np.clip(SCRATCH_BYTES / (8 * self.of_block), LEAST_BLOCKS, MOST_BLOCKS))
+        self.scratch_bytes = 8 * self.blocks * self.of_block
 
     def kinds(self, rows: int) -> list[tuple[tuple[int, ...], type]]:
         """Shape and dtype of each array of `Steps`."""
@@ -717,8 +728,18 @@ class DeviceStep:
         """Device memory of a row, flux, error and mask included, and its share of a block's scratch."""
         space = self.space
         doubles = 3 * self.n_pixels + space.n_cells + space.packed + 3 * space.width + NUMBERS + 4
+        doubles += sum(columns * count for columns, count in self.in_parts().items())
         # SNR, good pixels and flag, which the reading kernel gives as well.
         return 9 * self.n_pixels + 8 * doubles + 12 + -(-self.scratch_bytes // BLOCK_ROWS)
+
+    def in_parts(self) -> dict[int, int]:
+        """Of the products that are made in parts: how many, by their columns."""
+        space, parts = self.space, dict[int, int]()
+        for matrix in (space.products, space.directions, space.transposed):
+            count, _ = parts_of_product(*matrix.shape)
+            if count > 1:
+                parts[matrix.shape[1]] = max(count, parts.get(matrix.shape[1], 0))
+        return parts
 
     def work(self, rows: int) -> StepWork:
         """Device memory for so many stars."""
@@ -731,13 +752,24 @@ class DeviceStep:
         space = self.space
         hidden = self.no_mask if mask is None else mask
 
-        def solve(width: int) -> tuple[int, int, Any, int]:
-            threads, shared = solve_launch(width)
-            return min(n, len(work.scratch)), threads, stream, shared
+        of_point, of_step = (
+            (
+                n if self.in_shared else min(n, len(work.scratch)),
+                each.threads,
+                stream,
+                each.staged + (each.matrix if self.in_shared else 0),
+            )
+            for each in self.solving
+        )
 
         def multiply(rows: Any, matrix: Any, out: Any) -> None:
-            blocks, threads = product_launch(n, out.shape[1])
-            multiply_rows[blocks, threads, stream](rows, matrix, n, out)
+            c = out.shape[1]
+            n_parts, terms = parts_of_product(*matrix.shape)
+            blocks, threads = product_launch(n, c, n_parts)
+            target, below = out if n_parts == 1 else work.parts[c], len(work.y)
+            multiply_rows[blocks, threads, stream](rows, matrix, n, terms, below, target)
+            if n_parts > 1:
+                add_parts[-(-n * c // READ_THREADS), READ_THREADS, stream](target, n_parts, below, n, out)
 
         return [
             (
@@ -751,7 +783,7 @@ class DeviceStep:
             ("u", lambda: multiply(work.y, space.directions, work.u)),
             (
                 "point near the star",
-                lambda: expand_stars[solve(space.width)](
+                lambda: expand_stars[of_point](
                     n, work.packed, work.u, space.precision, space.pull, work.scratch, work.points
                 ),
             ),
@@ -773,7 +805,7 @@ class DeviceStep:
             ("slopes times directions", lambda: multiply(work.spectra, space.directions, work.across)),
             (
                 "step",
-                lambda: step_stars[solve(space.width + 1)](
+                lambda: step_stars[of_step](
                     n, work.packed, work.u, work.across, work.points, work.sums, space.precision, space.pull,
                     work.scratch, found,
                 ),
@@ -801,7 +833,8 @@ class StepWork:
         self.cells, self.packed = doubles(rows, plan.space.n_cells), doubles(rows, plan.space.packed)
         self.u, self.points, self.across = (doubles(rows, width) for _ in range(3))
         self.numbers, self.sums, self.found = doubles(rows, NUMBERS), doubles(rows, 2), doubles(rows, 2)
-        self.scratch = doubles(min(rows, plan.blocks), width + 1, width + 3)
+        self.scratch = doubles(min(rows, plan.blocks), plan.of_block)
+        self.parts = {columns: doubles(count * rows, columns) for columns, count in plan.in_parts().items()}
         self.snr = cuda.device_array(rows, np.float32)
         self.n_good = cuda.device_array(rows, np.int32)
         self.flag = cuda.device_array(rows, np.uint32)

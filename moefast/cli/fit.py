@@ -27,6 +27,7 @@ from moefast.cli.options import (
     shard_of,
     talk,
 )
+from moefast.cli.swapped import swapped_told
 from moefast.core.progress import ProgressLine
 
 if TYPE_CHECKING:
@@ -114,6 +115,7 @@ def _grid(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int
 @OVERWRITE
 @talk
 @JSON
+@swapped_told
 def fit(
     files: tuple[str, ...], out: str, simulate: int | None, name: str | None, like: tuple[str, ...],
     resolution: str | None, recipe: str, families: tuple[str, ...] | None,

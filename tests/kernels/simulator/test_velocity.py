@@ -9,7 +9,7 @@ from made_velocities import expected_evidence, expected_step, space_of, stars_of
 from moefast.core.errors import BackendError
 from moefast.kernels import velocity as of_velocity
 from moefast.kernels import velocity_evidence, velocity_step
-from moefast.kernels.cuda import CudaVelocityScan, CudaVelocityStep, velocity
+from moefast.kernels.cuda import CudaVelocityScan, CudaVelocityStep, information, velocity
 from moefast.kernels.cuda.scoring import MOST_SHARED
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
@@ -100,7 +100,10 @@ def test_the_step_is_one_gaussian_over_everything(q):
     np.testing.assert_array_equal(alone, (step[3:4], sigma[3:4]))
 
 
-def test_the_step_in_cells_of_several_pixels_is_that_of_the_cpu():
+@pytest.mark.parametrize("in_shared", [True, False])
+def test_the_step_in_cells_of_several_pixels_is_that_of_the_cpu(in_shared, monkeypatch):
+    if not in_shared:
+        monkeypatch.setattr(information, "MOST_OF_BLOCK", 0)
     mix = mixture(p=64, m=5, n=7, q=2)
     space, slopes = space_of(mix, 2)
     flux, error = stars(mix, 4)
@@ -120,7 +123,8 @@ def test_blocks_of_the_step_pass_through_the_slots_and_memory_is_that_of_a_block
     plan = scorer.plan
     work = plan.work(3)
     assert work.scratch.nbytes == plan.scratch_bytes
-    held = sum(array.nbytes for name, array in vars(work).items() if name != "scratch")
+    arrays = [array for name, array in vars(work).items() if name not in ("scratch", "parts")]
+    held = sum(array.nbytes for array in [*arrays, *work.parts.values()])
     share = -(-plan.scratch_bytes // velocity.BLOCK_ROWS)
     assert 3 * (plan.bytes_per_row() - share) == 3 * 9 * 32 + held
 
@@ -142,8 +146,7 @@ def test_what_is_too_large_is_refused_in_words(few, monkeypatch):
 def test_the_largest_fits_in_shared_memory(monkeypatch):
     monkeypatch.undo()
     assert 4 * (velocity.VELOCITIES * of_velocity.CUDA_VALUES) <= MOST_SHARED
-    # The sums of other kernels go through static shared memory; these two have none.
-    assert velocity.solve_launch(of_velocity.CUDA_DIRECTIONS)[1] <= MOST_SHARED
+    assert velocity.solve_launch(of_velocity.CUDA_DIRECTIONS).staged <= information.MOST_OF_BLOCK
     assert (velocity.TILE * velocity.TILE, velocity.LOADS) == (
         velocity.EACH**2 * velocity.PRODUCT_THREADS,
         velocity.PANEL * velocity.TILE // velocity.PRODUCT_THREADS,
