@@ -41,6 +41,7 @@ from moefast.core.errors import BackendError
 from moefast.kernels.clouds import Space
 from moefast.kernels.cuda.gram import ALIGNED
 from moefast.kernels.cuda.information import (
+    NOT_NEGATIVE,
     NUMBERS,
     READ_THREADS,
     SOLVE_THREADS,
@@ -117,6 +118,8 @@ LANES = 32
 VELOCITIES = 8
 TEMPLATES = 4
 """Velocities and templates that a thread compares at a time."""
+WHOLE = NOT_NEGATIVE - 3
+"""A mask that tells the compiler that an index is not negative, and that a vector of four numbers may begin there."""
 FAINTEST = -LARGEST32
 ROUNDING = 1e-12
 """As in `moefast.kernels.cpu_velocity`."""
@@ -373,7 +376,7 @@ def multiply_lines(rows, components, n, out):  # type: ignore[no-untyped-def]
 
 
 @kernel(
-    "void(float32[:,::1], float32[:,::1], int64, int64, float32[:,::1], float32[:,::1], float32[::1], float64[:,::1])",
+    "void(float32[:,::1], float32[:,::1], int64, int64, float32[::1], float32[::1], float32[::1], float64[:,::1])",
     threads=LANES,
     blocks=16,
     serves=("velocity_evidence",),
@@ -384,13 +387,13 @@ def compare_velocities(  # type: ignore[no-untyped-def]
     """Ln Σ_j π_j exp(what template j gains over no lines), at every velocity.
 
     `of_rows` and `of_weights` are what `multiply_lines` gives, column v r + k of velocity v and component k.
-    `of_lines` (r, m), `of_squares` (s, m) are templates in components, m a multiple of LANES · TEMPLATES; of those
-    that there are not the `log_weights` are so low that they count nothing. `evidence` (stars, n_v).
+    `of_lines` (r m), `of_squares` (s m) are templates in components, m a multiple of LANES · TEMPLATES; of those that
+    there are not the `log_weights` are so low that they count nothing. `evidence` (stars, n_v).
 
     Launch: (⌈n_v / VELOCITIES⌉, stars) blocks of LANES threads, with 4 · VELOCITIES · (EACH_STAR r + s) bytes of
     dynamic shared memory. A thread owns TEMPLATES templates at VELOCITIES velocities at a time.
     """
-    values = cuda.shared.array(0, float32)
+    values = cuda.shared.array(0, float32, alignment=ALIGNED)
     scratch = cuda.shared.array(SCRATCH, float32)
     sums = cuda.local.array((TEMPLATES, VELOCITIES), float32)
     energy = cuda.local.array((TEMPLATES, VELOCITIES), float32)
@@ -402,6 +405,7 @@ def compare_velocities(  # type: ignore[no-untyped-def]
     star = cuda.blockIdx.y
     first = cuda.blockIdx.x * VELOCITIES
     n_v = evidence.shape[1]
+    m = log_weights.size
     of_star = star * EACH_STAR
     squares = EACH_STAR * n_lines * VELOCITIES
 
@@ -425,15 +429,17 @@ def compare_velocities(  # type: ignore[no-untyped-def]
     for v in range(VELOCITIES):
         best[v] = FAINTEST
         total[v] = float32(0)
-    for begin in range(0, log_weights.size, LANES * TEMPLATES):
+    for begin in range(0, m, LANES * TEMPLATES):
         for t in range(TEMPLATES):
             for v in range(VELOCITIES):
                 energy[t, v] = float32(0)
         for k in range(n_squares):
+            at = (k * m + begin + lane) & NOT_NEGATIVE
             for t in range(TEMPLATES):
-                a[t] = of_squares[k, begin + t * LANES + lane]
+                a[t] = of_squares[at + t * LANES]
+            place = (squares + k * VELOCITIES) & WHOLE
             for v in range(VELOCITIES):
-                b[v] = values[squares + k * VELOCITIES + v]
+                b[v] = values[place + v]
             for t in range(TEMPLATES):
                 for v in range(VELOCITIES):
                     energy[t, v] += a[t] * b[v]
@@ -443,10 +449,12 @@ def compare_velocities(  # type: ignore[no-untyped-def]
                 for v in range(VELOCITIES):
                     sums[t, v] = float32(0)
             for k in range(n_lines):
+                at = (k * m + begin + lane) & NOT_NEGATIVE
                 for t in range(TEMPLATES):
-                    a[t] = of_lines[k, begin + t * LANES + lane]
+                    a[t] = of_lines[at + t * LANES]
+                place = ((row * n_lines + k) * VELOCITIES) & WHOLE
                 for v in range(VELOCITIES):
-                    b[v] = values[(row * n_lines + k) * VELOCITIES + v]
+                    b[v] = values[place + v]
                 for t in range(TEMPLATES):
                     for v in range(VELOCITIES):
                         sums[t, v] += a[t] * b[v]
@@ -605,7 +613,7 @@ class DeviceScan:
         def filled(values: NDArray, value: float) -> Any:
             out = np.full((*values.shape[:-1], columns), value, np.float32)
             out[..., :m] = values
-            return on_device(out, np.float32)
+            return on_device(out.reshape(-1), np.float32)
 
         self.templates = (
             filled(templates.of_lines.T, 0),
