@@ -117,7 +117,7 @@ LANES = 32
 """Threads of a block of `compare_velocities`: one warp."""
 VELOCITIES = 8
 TEMPLATES = 4
-"""Velocities and templates that a thread compares at a time."""
+"""Velocities, a multiple of four, and templates that a thread compares at a time."""
 WHOLE = NOT_NEGATIVE - 3
 """A mask that tells the compiler that an index is not negative, and that a vector of four numbers may begin there."""
 FAINTEST = -LARGEST32

@@ -53,7 +53,7 @@ def small_tiles(monkeypatch):
         "STEP": 4,
         "READ_THREADS": 2,
         "LANES": 2,
-        "VELOCITIES": 2,
+        "VELOCITIES": 4,
         "TEMPLATES": 2,
         "LEAST_BLOCKS": 3,
         "MOST_BLOCKS": 3,
