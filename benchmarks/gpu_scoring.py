@@ -1,8 +1,8 @@
 """Scoring on the GPU: rate and R² beside the bandwidths of this machine, ONNX Runtime and torch, in one run.
 
-`python -m moefast.benchmarks.gpu_scoring [-o FILE] [-m MODEL] [--part PART]… [--posterior MODEL]… [--samples N]
-[--small]`; exit code 7 without a GPU. The part `posteriors` times the posterior at each star's own noise step by step,
-the part `velocities` the fit of velocities, and `predict` with it from a file to a table.
+`python -m moefast.benchmarks.gpu_scoring [-o FILE] [-m MODEL] [--part PART]… [--posterior MODEL]… [--rows N]…
+[--samples N] [--small]`; exit code 7 without a GPU. The part `posteriors` times the posterior at each star's own noise
+step by step, the part `velocities` the fit of velocities, and `predict` with it from a file to a table.
 
 Three floors are measured, not looked up: a copy within device memory (read and written bytes both count), a copy from
 pinned host memory, and the matrix products alone in torch without TF32. Scoring resident data is compared with the
@@ -357,8 +357,12 @@ def stepwise(
     return seconds, steps, tuple(array.copy_to_host() for array in found)
 
 
-def own_noise(model: Model, samples: int, small: bool) -> dict[str, Any]:
-    """Posteriors at each star's own noise: every step on resident data, the whole from host memory, and on the CPU."""
+def own_noise(model: Model, samples: int, small: bool, block_rows: Sequence[int] = ()) -> dict[str, Any]:
+    """Posteriors at each star's own noise: every step on resident data, the whole from host memory, and on the CPU.
+
+    In blocks of the default number of stars, which `predict` uses, and in blocks of each of `block_rows`.
+    """
+    from moefast.kernels.cuda import CudaPosteriorScorer
     from moefast.kernels.cuda.clouds import BLOCK_ROWS, DevicePosterior
     from moefast.predicting.engines import CudaEngine
 
@@ -367,7 +371,7 @@ def own_noise(model: Model, samples: int, small: bool) -> dict[str, Any]:
         raise BackendError(f"the model {model.name} is no posterior; name one that is")
     flux, error, truth = stars(model, small)
     expected, found = mixture.predict(flux, error).log_g, dict[str, Any]()
-    p, n = mixture.n_pixels, min(BLOCK_ROWS, len(flux))
+    p = mixture.n_pixels
     few = slice(0, min(STARS_ON_CPU, len(flux)))
 
     def note(name: str, rows: int, seconds: list[float], log_g: np.ndarray) -> None:
@@ -381,21 +385,35 @@ def own_noise(model: Model, samples: int, small: bool) -> dict[str, Any]:
             "agrees": difference < TOLERANCE,
         }
 
-    try:
+    def on_device(name: str, block: int) -> None:
+        n = min(block, len(flux))
         seconds, steps, answers = stepwise(DevicePosterior(*mixture.kernel_arrays), n, flux, error, samples)
-        note("moefast, resident", n, seconds, answers[0])
-        found["moefast, resident"]["steps"] = steps
-    except Exception as problem:  # the others are to be measured all the same
-        found["moefast, resident"] = failure(problem)
+        note(name, n, seconds, answers[0])
+        found[name]["steps"] = steps
+
     rows = SMALL_ROWS if small else HOST
     many_flux, many_error = (np.tile(a, (-(-rows // len(a)), 1))[:rows] for a in (flux, error))
-    try:
-        engine = CudaEngine(mixture)
-        answer = engine(many_flux, many_error, None, 0)[0].log_g[: len(truth)]
-        seconds = sampled(lambda: engine(many_flux, many_error, None, 0), samples)
-        note("moefast, from host memory", rows, seconds, answer)
-    except Exception as problem:
-        found["moefast, from host memory"] = failure(problem)
+
+    def from_host(name: str, block: int | None) -> None:
+        if block is None:
+            score = partial(CudaEngine(mixture), many_flux, many_error, None, 0)
+        else:
+            scorer = CudaPosteriorScorer(*mixture.kernel_arrays, block_rows=block)
+            score = lambda: mixture.of_kernels(scorer(many_flux, many_error))  # noqa: E731
+        answer = score()[0].log_g[: len(truth)]
+        note(name, rows, sampled(score, samples), answer)
+
+    for block in (None, *block_rows):
+        of_block = "" if block is None else f", blocks of {block}"
+        ways = {
+            f"moefast, resident{of_block}": partial(on_device, block=block or BLOCK_ROWS),
+            f"moefast, from host memory{of_block}": partial(from_host, block=block),
+        }
+        for name, way in ways.items():
+            try:
+                way(name)
+            except Exception as problem:  # the others are to be measured all the same
+                found[name] = failure(problem)
     seconds = sampled(lambda: mixture.predict(flux[few], error[few]), samples)
     note("moefast, on the CPU", len(flux[few]), seconds, expected[few])
     return {"pixels": p, "coordinates": mixture.n_coordinates, "clouds": len(mixture.keys), "engines": found}
@@ -606,6 +624,10 @@ def measure(model: Model, samples: int, small: bool) -> dict[str, Any]:
     "--posterior", "posteriors", multiple=True, default=POSTERIORS, show_default=True,
     help="Model of the parts `posteriors` and `velocities`.",
 )  # fmt: skip
+@click.option(
+    "--rows", "block_rows", type=click.IntRange(1), multiple=True,
+    help="Stars of a block, to be tried in the part `posteriors` beside the default.",
+)  # fmt: skip
 @click.option("--small", is_flag=True, help="Sizes of a test: seconds instead of minutes.")
 @click.option("--part", "parts", multiple=True, type=click.Choice(PARTS), help="By default all.")
 @click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), help="JSON file to write.")
@@ -613,6 +635,7 @@ def main(
     model: str | None,
     samples: int,
     posteriors: tuple[str, ...],
+    block_rows: tuple[int, ...],
     small: bool,
     parts: tuple[str, ...],
     out: Path | None,
@@ -650,7 +673,7 @@ def main(
             report["tangent_posterior"][name] = weighed_clouds(samples, **shape)
     if "posteriors" in wanted:
         for name in posteriors:
-            report["posteriors"][name] = own_noise(Model.load(name), samples, small)
+            report["posteriors"][name] = own_noise(Model.load(name), samples, small, block_rows)
     if "velocities" in wanted:
         for name in posteriors:
             report["velocities"][name] = moving(Model.load(name), samples, small)

@@ -2,20 +2,21 @@
 
 Contract: `moefast.posterior.forward`, in the form and the precision of `moefast.kernels.clouds`.
 
-`compare_clouds`: a block of threads owns a star and a panel of clouds, as many as have COLUMNS means and tangents
-together. The whitened vectors X = C' · (means, tangents), C' upper triangular, are a matrix product in register tiles,
-COORDINATES rows at a time, and stay in shared memory; beyond the coordinates that tangents have (`reach`), the means
-alone go on. Then PARTS neighbouring threads share a cloud: each adds up the products of the cloud's vectors over its
-part of the coordinates, all of them solve the cloud's small system in registers, and each adds up its part of the
-residual at the best point, for the reason that `moefast.kernels.cpu_clouds` gives. The kernel is written for a number
-of tangents, so that small matrices live in registers: `compare_kernel` makes it.
+`compare_clouds`: a warp owns a star and a panel of CLOUDS clouds, and a block some stars and one panel, whose vectors,
+means and tangents, it keeps in shared memory as far as they have coordinates (`reach`; beyond, there are the means
+alone). PARTS neighbouring threads share a cloud. A thread makes EACH rows of the whitened vectors X = C' · (mean,
+tangents) of its cloud at a time, in registers, where C', upper triangular, is staged BAND rows at a time, and adds up
+their products in registers, too. Both threads of a cloud solve its small system, and the best point, combined from the
+vectors, is whitened once more, for its residual is what the distance is summed from, as `moefast.kernels.cpu_clouds`
+tells why. The kernel is written for a number of tangents, so that small matrices live in registers: `compare_kernel`
+makes it.
 
-`conclude_stars`: a warp owns a star and goes through its clouds, 20 numbers each, in double precision.
+`conclude_stars`: a block owns a star and goes through its clouds, 20 numbers each, in double precision.
 
-Floor in multiply-adds of single precision per star, for m = 712 clouds of t = 5 tangents with r = 97 of n = 130
-coordinates: vectors m (n (n + 1) + t r (r + 1))/2 = 23.0 M, products and residuals m (t + 3)(t + 4) r/2 = 2.5 M: 1.0 µs
-at 50 TFLOP/s. C' is read once per panel, 2.4 MB, and panels once per COORDINATES rows, 4.7 MB: 1.3 µs at the 5.5 TB/s
-of the second cache.
+Floor in multiply-adds of single precision per star, for m = 393 clouds of t = 10 tangents, the scale's included, with
+r = 45 of n = 58 coordinates: vectors m (n (n + 1) + (t − 1) r (r + 1))/2 = 4.3 M, products and residuals
+m (n (n + 1) + r (t + 1) (t + 2) + 2 n t)/2 = 2.1 M: 0.26 µs at 50 TFLOP/s. C' goes from the second cache to shared
+memory twice for each panel, 0.4 MB, and the vectors once for the stars of a block, 0.25 MB: 0.1 µs at 5.5 TB/s.
 
 `CudaPosteriorScorer` streams blocks through slots as `moefast.kernels.cuda.scoring` does: a block of BLOCK_ROWS stars
 keeps 0.4 MB of each on the device.
@@ -61,7 +62,7 @@ from moefast.kernels.cuda.information import (
     subtract_spectra,
     whiten_stars,
 )
-from moefast.kernels.cuda.lanes import SCRATCH, WRITTEN_OUT, most_of_warp, sum_of_parts, sum_of_warp
+from moefast.kernels.cuda.lanes import SCRATCH, WRITTEN_OUT, least_of_block, sum_of_block, sum_of_parts
 from moefast.kernels.cuda.median import THREADS as MEDIAN_THREADS
 from moefast.kernels.cuda.median import median_rows
 from moefast.kernels.cuda.registry import kernel, launchable
@@ -100,8 +101,8 @@ QUAD = 4
 PLACE, PLACE_OF_PAIR, PLACE_OF_QUAD = 0x7FFFFFFF, 0x7FFFFFFE, 0x7FFFFFFC
 """Masks that tell the compiler that an index is not negative, nor its sum with others, and that a vector of two or four
 numbers may begin there."""
-LANES = 32
-"""Threads of a block of `conclude_stars`: one warp."""
+LANES = 128
+"""Threads of a block of `conclude_stars`."""
 USUAL_VECTORS = (6, 10)
 """Tangents of the clouds of models that are shipped, the scale's included."""
 SCRATCH_BYTES = 80e6
@@ -166,18 +167,23 @@ SIGNATURE = (
 
 
 @cuda.jit(device=True)
-def _stage(source, begin, count, first, step, target, at):  # type: ignore[no-untyped-def]
-    """Copy `count` numbers of `source` from `begin` on, shared by threads `first`, `first` + 1 … of `step`.
+def _stage(source, begin, count, group, groups, target, at):  # type: ignore[no-untyped-def]
+    """Copy `count` numbers of `source` from `begin` on, shared by so many groups of CLOUDS · PARTS threads.
 
-    Without branches, STAGED reads of a thread are on their way together.
+    STAGED reads of a thread are on their way together.
     """
     held = cuda.local.array(STAGED, float64)
-    for place in range(first, count, STAGED * step):
-        for i in range(STAGED):
-            held[i] = source[(begin + min(place + i * step, count - 1)) & PLACE]
+    step = CLOUDS * PARTS
+    first = group * (STAGED * step) + (cuda.threadIdx.x & (step - 1))
+    for place in range(first, count, STAGED * step * groups):
+        from_place = (begin + place) & PLACE
+        to_place = (at + place) & PLACE
         for i in range(STAGED):
             if place + i * step < count:
-                target[(at + place + i * step) & PLACE] = held[i]
+                held[i] = source[from_place + i * step]
+        for i in range(STAGED):
+            if place + i * step < count:
+                target[to_place + i * step] = held[i]
 
 
 @cuda.jit(device=True, **WRITTEN_OUT)
@@ -218,7 +224,7 @@ def _sum_products(begin, end, products, scratch):  # type: ignore[no-untyped-def
 
 @cuda.jit(device=True, **WRITTEN_OUT)
 def _eliminate_column(k, t, lower, gamma, inverse):  # type: ignore[no-untyped-def]
-    """Column k of the lower root of a symmetric matrix, packed by rows, and of the vector that goes along; ln of pivot."""
+    """Column k of the lower root of a symmetric matrix, packed by rows, and of a vector with it; ln of the pivot."""
     if k >= t:
         return float32(0)
     pivot = lower[k * (k + 1) // 2 + k]
@@ -327,13 +333,13 @@ def _written_for(vectors: int) -> Callable[..., None]:
                 sums[i] = float32(0)
             cuda.syncthreads()
             begin = (first * n - (first * (first - BAND) >> 1)) >> 1
-            _stage(roots[star], begin, BAND * (n - first) >> 1, of_star, CLOUDS * PARTS, pairs, at_band >> 1)
+            _stage(roots[star], begin, BAND * (n - first) >> 1, 0, 1, pairs, at_band >> 1)
             for low in range(first // depth * depth, reach, depth):
                 high = min(low + depth, reach)
                 if first == 0 or not at_once:
                     cuda.syncthreads()
-                    _stage(columns[panel], low * stride >> 1, (high - low) * stride >> 1, thread, threads, pairs,
-                           at_vectors >> 1)  # fmt: skip
+                    begin, count = low * stride >> 1, (high - low) * stride >> 1
+                    _stage(columns[panel], begin, count, place_of_star, together, pairs, at_vectors >> 1)
                 cuda.syncthreads()
                 for k in range(max(first, low), high, QUAD):
                     of_root = (at_band + BAND * (k - first) + EACH * part) & PLACE_OF_QUAD
@@ -392,8 +398,12 @@ def _written_for(vectors: int) -> Callable[..., None]:
                     lower[i * (i + 1) // 2 + k] = products[t + k * t - k * (k - 1) // 2 + i - k]
             lower[i * (i + 1) // 2 + i] += float32(1)
         # Not in a loop, which the compiler does not write out if it is long: `lower` would lie in memory.
-        determinant = _eliminate_four(0, t, lower, gamma, inverse) + _eliminate_four(4, t, lower, gamma, inverse)
-        determinant += _eliminate_four(8, t, lower, gamma, inverse) + _eliminate_four(12, t, lower, gamma, inverse)
+        determinant = _eliminate_four(0, t, lower, gamma, inverse) + _eliminate_four(
+            4, t, lower, gamma, inverse
+        )
+        determinant += _eliminate_four(8, t, lower, gamma, inverse) + _eliminate_four(
+            12, t, lower, gamma, inverse
+        )
         for s in range(t):
             k = t - 1 - s
             for i in range(t):
@@ -407,8 +417,8 @@ def _written_for(vectors: int) -> Callable[..., None]:
             high = min(low + depth, reach)
             if not at_once:
                 cuda.syncthreads()
-                _stage(columns[panel], low * stride >> 1, (high - low) * stride >> 1, thread, threads, pairs,
-                       at_vectors >> 1)  # fmt: skip
+                begin, count = low * stride >> 1, (high - low) * stride >> 1
+                _stage(columns[panel], begin, count, place_of_star, together, pairs, at_vectors >> 1)
                 cuda.syncthreads()
             for k in range(low + part, high, PARTS):
                 whole = (at_vectors + stride * (k - low) + 4 * lane) & PLACE_OF_QUAD
@@ -427,7 +437,7 @@ def _written_for(vectors: int) -> Callable[..., None]:
                 sums[i] = float32(0)
             cuda.syncthreads()
             begin = (first * n - (first * (first - BAND) >> 1)) >> 1
-            _stage(roots[star], begin, BAND * (n - first) >> 1, of_star, CLOUDS * PARTS, pairs, at_band >> 1)
+            _stage(roots[star], begin, BAND * (n - first) >> 1, 0, 1, pairs, at_band >> 1)
             cuda.syncthreads()
             for k in range(first, n, QUAD):
                 of_root = (at_band + BAND * (k - first) + EACH * part) & PLACE_OF_QUAD
@@ -504,7 +514,7 @@ def compare_kernel(vectors: int) -> Any:
     " float64[:,::1], float64[:,::1], float64[:,::1], float64[::1], float64[::1], float64[::1], float64[::1],"
     " float64[::1])",
     threads=LANES,
-    blocks=16,
+    blocks=4,
     serves=("cloud_posterior",),
 )
 def conclude_stars(  # type: ignore[no-untyped-def]
@@ -535,8 +545,8 @@ def conclude_stars(  # type: ignore[no-untyped-def]
         square = float64(found[star, SQUARE, j])
         if square < nearest:  # noqa: PLR1730
             nearest = square
-    top = most_of_warp(top, scratch)
-    nearest = -most_of_warp(-nearest, scratch)
+    top = -least_of_block(-top, scratch)
+    nearest = least_of_block(nearest, scratch)
 
     total = float64(0)
     best = float64(0)
@@ -546,7 +556,7 @@ def conclude_stars(  # type: ignore[no-untyped-def]
             evidence = float64(found[star, EVIDENCE, j])
             if evidence > most:  # noqa: PLR1730
                 most = evidence
-        most = most_of_warp(most, scratch)
+        most = -least_of_block(-most, scratch)
         norm = float64(0)
         mean = float64(0)
         for j in range(first[e] + lane, first[e + 1], lanes):
@@ -555,8 +565,8 @@ def conclude_stars(  # type: ignore[no-untyped-def]
                 share = math.exp(evidence - most)
                 norm += share
                 mean += share * float64(found[star, FIRST_LABEL, j])
-        norm = sum_of_warp(norm, scratch)
-        mean = sum_of_warp(mean, scratch)
+        norm = sum_of_block(norm, scratch)
+        mean = sum_of_block(mean, scratch)
         among = math.exp(most - top) if norm > float64(0) else float64(0)
         total += among * norm
         best += among * mean
@@ -581,8 +591,8 @@ def conclude_stars(  # type: ignore[no-untyped-def]
             apart = float64(found[star, FIRST_LABEL, j]) - best
             between += float64(rounded) * apart * apart
             kept += float64(rounded)
-    between = sum_of_warp(between, scratch)
-    kept = sum_of_warp(kept, scratch)
+    between = sum_of_block(between, scratch)
+    kept = sum_of_block(kept, scratch)
     if not known:
         kept = float64(NAN)
     between /= kept
@@ -599,7 +609,7 @@ def conclude_stars(  # type: ignore[no-untyped-def]
             share = float64(found[star, EVIDENCE, j])
             if share > float64(0):
                 middle += share * float64(found[star, FIRST_LABEL + place, j])
-        middle = sum_of_warp(middle, scratch) / kept
+        middle = sum_of_block(middle, scratch) / kept
         if place == 0:
             middle = best
         variance = float64(0)
@@ -613,8 +623,8 @@ def conclude_stars(  # type: ignore[no-untyped-def]
                 along += share * (
                     float64(found[star, FIRST_LABEL + 2 * n_labels + place, j]) + apart * of_first
                 )
-        variance = sum_of_warp(variance, scratch) / kept
-        along = sum_of_warp(along, scratch) / kept
+        variance = sum_of_block(variance, scratch) / kept
+        along = sum_of_block(along, scratch) / kept
         spread = float64(NAN)
         if known:
             spread = float64(math.sqrt(max(variance, float64(0)) + TINY))
@@ -643,7 +653,7 @@ def conclude_stars(  # type: ignore[no-untyped-def]
         active += answer * float64(w1[0, h]) + of_width * float64(w1[1, h]) + of_spread * float64(w1[2, h])
         active += second * float64(w1[3, h]) + third * float64(w1[4, h])
         value += math.tanh(active) * float64(w2[h, 0])
-    value = sum_of_warp(value, scratch) + float64(b2[0])
+    value = sum_of_block(value, scratch) + float64(b2[0])
     if lane == 0:
         c0 = numbers[star, SCALE]
         level2 = numbers[star, LEVEL] / (numbers[star, N_USED] + TINY) / (c0 * c0)
@@ -787,7 +797,7 @@ class DevicePosterior:
     def bytes_per_row(self) -> int:
         """Device memory of a row, flux, error and mask included, and its share of a block's scratch."""
         p, n, width = self.n_pixels, self.n_coordinates, self.n_coordinates + self.n_nuisances
-        doubles = 3 * p + self.n_cells + self.packed + 2 * width + NUMBERS 
+        doubles = 3 * p + self.n_cells + self.packed + 2 * width + NUMBERS
         doubles += sum(columns * count for columns, count in self.in_parts().items())
         singles = size_of_root(n) + 2 * n + (FIRST_LABEL + 3 * self.n_labels) * self.n_clouds
         results = sum(np.dtype(kind).itemsize * int(np.prod(shape)) for shape, kind in self.kinds(1))
@@ -813,7 +823,7 @@ class DevicePosterior:
     ) -> Iterator[tuple[str, Callable[[], None]]]:
         """What is done to n spectra, in its order: a name in words, and what starts it in `stream`; see `launch`."""
         p, c, q = self.n_pixels, self.n_coordinates, self.n_nuisances
-        hidden = self.no_mask if mask is None else mask
+        hidden, sizes = self.no_mask if mask is None else mask, self.sizes
         of_all, of_coordinates, of_spread = (
             (
                 n if self.in_shared and each is not self.solving[2] else min(n, self.blocks),
@@ -876,9 +886,9 @@ class DevicePosterior:
         yield (
             "clouds",
             lambda: compare_kernel(self.vectors)[
-                (self.panels, -(-n // self.sizes.stars)), CLOUDS * PARTS * self.sizes.stars, stream, 4 * self.sizes.shared
+                (self.panels, -(-n // sizes.stars)), CLOUDS * PARTS * sizes.stars, stream, 4 * sizes.shared
             ](
-                n, self.padded, self.reach, self.sizes.depth, *self.clouds,
+                n, self.padded, self.reach, sizes.depth, *self.clouds,
                 work.pairs_of_roots, work.centre, work.spectrum, self.width, work.found,
             ),
         )  # fmt: skip

@@ -17,7 +17,6 @@ __all__ = [
     "bits_float",
     "float_bits",
     "least_of_block",
-    "most_of_warp",
     "sum_of_block",
     "sum_of_group",
     "sum_of_parts",

@@ -264,7 +264,9 @@ def test_vectors_that_do_not_fit_are_staged_in_turns(monkeypatch):
     expected = made.outputs(flux, error, backend="cuda")
     plain = clouds.sizes_of(16, 16, 5)
     assert plain.depth == 16
-    monkeypatch.setattr(clouds, "sizes_of", lambda n, reach, vectors: clouds.Sizes(1, 4, plain.stride, plain.shared))
+    monkeypatch.setattr(
+        clouds, "sizes_of", lambda n, reach, vectors: clouds.Sizes(1, 4, plain.stride, plain.shared)
+    )
     assert_same_bits(made.outputs(flux, error, backend="cuda"), expected)
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from moefast.core.grids import uniform
+from moefast.fitting import Options
 from moefast.kernels.cuda import binning, draws, gram
 
 SCRIPT = Path(__file__).resolve().parents[3] / "benchmarks" / "gpu_normal_equations.py"
@@ -34,7 +36,8 @@ PARTS = [word for part in ("accuracy", "speed", "streamed") for word in ("--part
 def test_the_first_pass(script, monkeypatch):
     monkeypatch.setattr(draws, "THREADS", 2)
     monkeypatch.setattr(script, "MADE", 5)
-    found = script.first_pass(6, 7, 640, samples=1, n_compared=8)
+    options = Options(grid=uniform(1, 1), n_folds=2)
+    found = script.first_pass(6, 7, 640, samples=1, n_compared=8, options=options)
     assert found["difference"] < script.GOAL
     assert {name: len(seconds) for name, seconds in found["seconds"].items()} == {"cuda": 1, "cpu": 1}
 
