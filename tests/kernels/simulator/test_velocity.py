@@ -124,8 +124,9 @@ def test_blocks_of_the_step_pass_through_the_slots_and_memory_is_that_of_a_block
     plan = scorer.plan
     work = plan.work(3)
     assert work.scratch.nbytes == plan.scratch_bytes
-    arrays = [array for name, array in vars(work).items() if name not in ("scratch", "parts")]
-    held = sum(array.nbytes for array in [*arrays, *work.parts.values()])
+    others = ("rows", "scratch", "parts", "quality")
+    arrays = [array for name, array in vars(work).items() if name not in others]
+    held = sum(array.nbytes for array in [*arrays, *work.parts.values(), *work.quality])
     share = -(-plan.scratch_bytes // velocity.BLOCK_ROWS)
     assert 3 * (plan.bytes_per_row() - share) == 3 * 9 * 32 + held
 
