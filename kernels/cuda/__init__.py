@@ -43,12 +43,18 @@ PUBLIC = {
     "sort_by_bin": "moefast.kernels.cuda.binning",
     "normal_equations": "moefast.kernels.cuda.accumulator",
     "NormalEquationsAccumulator": "moefast.kernels.cuda.accumulator",
+    "FirstPass": "moefast.kernels.cuda.first_pass",
+    "RowsSeen": "moefast.kernels.cuda.first_pass",
     "tangent_posterior": "moefast.kernels.cuda.tangent",
     "template_posterior": "moefast.kernels.cuda.template",
     "score": "moefast.kernels.cuda.scoring",
     "CudaScorer": "moefast.kernels.cuda.scoring",
     "cloud_posterior": "moefast.kernels.cuda.clouds",
     "CudaPosteriorScorer": "moefast.kernels.cuda.clouds",
+    "velocity_evidence": "moefast.kernels.cuda.velocity",
+    "velocity_step": "moefast.kernels.cuda.velocity",
+    "CudaVelocityScan": "moefast.kernels.cuda.velocity",
+    "CudaVelocityStep": "moefast.kernels.cuda.velocity",
 }
 """Public functions and classes, and the modules that hold them: imported when first used."""
 

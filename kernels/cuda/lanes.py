@@ -13,11 +13,12 @@ from numba import config, cuda
 __all__ = [
     "GROUP",
     "SCRATCH",
+    "WRITTEN_OUT",
     "bits_float",
     "float_bits",
     "least_of_block",
-    "most_of_warp",
     "sum_of_block",
+    "sum_of_group",
     "sum_of_parts",
     "sum_of_warp",
 ]
@@ -28,6 +29,9 @@ GROUP = 1 if SIMULATED else 32
 SCRATCH = 1024 // GROUP
 """Numbers of shared memory that sums and minima over the largest block need."""
 EVERY_LANE = 0xFFFFFFFF
+WRITTEN_OUT: dict[str, bool] = {} if SIMULATED else {"forceinline": True}
+"""For device functions whose loops have bounds, and arrays indices, that are constants where they are called: inlined
+first and written out then, they leave numbers in registers. The simulator does not know the option."""
 
 if SIMULATED:
 
@@ -55,11 +59,6 @@ if SIMULATED:
     def sum_of_warp(value, scratch):  # type: ignore[no-untyped-def]
         """Sum over a block of one warp, through `scratch`."""
         return sum_of_block(value, scratch)
-
-    @cuda.jit(device=True)
-    def most_of_warp(value, scratch):  # type: ignore[no-untyped-def]
-        """Maximum over a block of one warp, through `scratch`."""
-        return -least_of_block(-value, scratch)
 
     @cuda.jit(device=True)
     def sum_of_parts(value, parts, scratch):  # type: ignore[no-untyped-def]
@@ -110,11 +109,6 @@ else:
     def sum_of_warp(value, scratch):  # type: ignore[no-untyped-def]
         """Sum over a block of one warp; `scratch` is the simulator's."""
         return sum_of_group(value)
-
-    @cuda.jit(device=True)
-    def most_of_warp(value, scratch):  # type: ignore[no-untyped-def]
-        """Maximum over a block of one warp; `scratch` is the simulator's."""
-        return -least_of_group(-value)
 
     @cuda.jit(device=True)
     def sum_of_parts(value, parts, scratch):  # type: ignore[no-untyped-def]

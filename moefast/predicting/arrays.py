@@ -26,7 +26,7 @@ from moefast.posterior.moving import predict_moving
 from moefast.posterior.velocities import DEFAULT_RANGE, VelocityFit
 from moefast.predicting.columns import columns_of, table_columns
 from moefast.predicting.engines import Engine, open_engine
-from moefast.predicting.velocities import FIT, cannot_fit
+from moefast.predicting.velocities import FIT, cannot_fit, fit_on
 from moefast.spectra import guard
 from moefast.spectra.prepared import in_vacuum, prepare_rows
 from moefast.spectra.quality import Flag, Quality
@@ -159,6 +159,7 @@ def predict_arrays(
     for words in oddities:
         warnings.warn(words, OddSpectraWarning, stacklevel=2)
     engine, where = open_engine(chosen.mixture, backend)
+    where = fit_on(engine, fit, where, backend)
     pieces: dict[str, list[NDArray]] = {}
     with row_progress(progress, "predict") as report:
         for part in ready:
