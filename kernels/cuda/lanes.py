@@ -61,6 +61,11 @@ if SIMULATED:
         return sum_of_block(value, scratch)
 
     @cuda.jit(device=True)
+    def most_of_warp(value, scratch):  # type: ignore[no-untyped-def]
+        """Maximum over a block of one warp, through `scratch`."""
+        return -least_of_block(-value, scratch)
+
+    @cuda.jit(device=True)
     def sum_of_parts(value, parts, scratch):  # type: ignore[no-untyped-def]
         """Sum over `parts` neighbouring threads, a power of two up to 32; `scratch` holds a number of each thread."""
         cuda.syncthreads()
@@ -109,6 +114,11 @@ else:
     def sum_of_warp(value, scratch):  # type: ignore[no-untyped-def]
         """Sum over a block of one warp; `scratch` is the simulator's."""
         return sum_of_group(value)
+
+    @cuda.jit(device=True)
+    def most_of_warp(value, scratch):  # type: ignore[no-untyped-def]
+        """Maximum over a block of one warp; `scratch` is the simulator's."""
+        return -least_of_group(-value)
 
     @cuda.jit(device=True)
     def sum_of_parts(value, parts, scratch):  # type: ignore[no-untyped-def]
