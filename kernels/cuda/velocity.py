@@ -61,7 +61,7 @@ from moefast.kernels.cuda.information import (
 )
 from moefast.kernels.cuda.lanes import GROUP, SCRATCH, most_of_warp, sum_of_block, sum_of_group, sum_of_warp
 from moefast.kernels.cuda.registry import kernel
-from moefast.kernels.cuda.scoring import BlockScorer
+from moefast.kernels.cuda.scoring import BlockScorer, results_on_device
 from moefast.kernels.cuda.space import DeviceSpace, on_device
 from moefast.kernels.quality import LARGEST32, LARGEST_ERROR32
 from moefast.kernels.velocity import (
@@ -690,7 +690,7 @@ class ScanWork:
         self.rows, self.weights = singles(rows * EACH_STAR, plan.depth), singles(rows, plan.depth)
         self.of_rows = singles(rows * EACH_STAR, plan.lines.shape[1])
         self.of_weights = singles(rows, plan.squares.shape[1])
-        self.evidence = cuda.device_array((rows, plan.n_velocities), np.float64)
+        self.memory_of_scores, (self.evidence,) = results_on_device(plan, rows)
 
 
 class DeviceStep:
@@ -832,7 +832,8 @@ class StepWork:
         self.y, self.information, self.spectra = doubles(rows, p), doubles(rows, p), doubles(rows, p)
         self.cells, self.packed = doubles(rows, plan.space.n_cells), doubles(rows, plan.space.packed)
         self.u, self.points, self.across = (doubles(rows, width) for _ in range(3))
-        self.numbers, self.sums, self.found = doubles(rows, NUMBERS), doubles(rows, 2), doubles(rows, 2)
+        self.numbers, self.sums = doubles(rows, NUMBERS), doubles(rows, 2)
+        self.memory_of_scores, (self.found,) = results_on_device(plan, rows)
         self.scratch = doubles(min(rows, plan.blocks), plan.of_block)
         self.parts = {columns: doubles(count * rows, columns) for columns, count in plan.in_parts().items()}
         self.snr = cuda.device_array(rows, np.float32)
