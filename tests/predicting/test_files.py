@@ -471,8 +471,10 @@ class Pinned(CpuEngine):
             self.scored.append((len(flux), mask is not None))
             return self(flux, error, mask, first_row)
 
-        yield Place(lambda name, shape: arrays[name][: shape[0]], score)
-        self.free.put(arrays)
+        try:
+            yield Place(lambda name, shape: arrays[name][: shape[0]], score)
+        finally:
+            self.free.put(arrays)
 
 
 @pytest.mark.parametrize(
