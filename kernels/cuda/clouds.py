@@ -44,22 +44,13 @@ from moefast.kernels.cuda.information import (
     EXPLAINED,
     LEVEL,
     N_USED,
-    NUMBERS,
-    READ_THREADS,
     SCALE,
     STRENGTH,
     TINY,
-    add_parts,
-    expand_stars,
     marginalise_stars,
-    multiply_rows,
-    parts_of_product,
-    product_launch,
-    read_spectra,
     root_stars,
     size_of_root,
     solve_launch,
-    subtract_spectra,
     whiten_stars,
 )
 from moefast.kernels.cuda.lanes import SCRATCH, WRITTEN_OUT, least_of_block, sum_of_block, sum_of_parts
@@ -67,6 +58,7 @@ from moefast.kernels.cuda.median import THREADS as MEDIAN_THREADS
 from moefast.kernels.cuda.median import median_rows
 from moefast.kernels.cuda.registry import kernel, launchable
 from moefast.kernels.cuda.scoring import MOST_SHARED, BlockScorer, Slot
+from moefast.kernels.cuda.space import DeviceSpace, SpaceWork, on_device
 
 __all__ = [
     "BLOCK_ROWS",
@@ -717,38 +709,9 @@ class DevicePosterior:
         self.solving = solve_launch(width), solve_launch(n), solve_launch(n, 2)
         if lack := without_cuda(space, clouds):
             raise BackendError(f"backend cuda: there are no kernels for {lack}; use backend cpu")
-        self.n_pixels, self.n_coordinates, self.n_nuisances, self.n_sky = p, n, q, space.n_sky
-        self.n_cells, self.n_clouds, self.n_labels = len(space.cells), m, clouds.labels.shape[1]
-        self.n_experts, self.packed = clouds.n_experts, width * (width + 1) // 2
-        # Nuisances first: to marginalise them is to begin with them.
-        directions = np.roll(space.directions.astype(np.float64), q, axis=1)
-        upper, shape = np.triu_indices(width), space.noise_shape.astype(np.float64)
-        products = np.empty((self.n_cells, self.packed))
-        there = space.cell_shares > 0
-        for row, cell, kept in zip(products, space.cells, there, strict=True):
-            row[:] = ((directions[cell[kept]] / shape[cell[kept], None]).T @ directions[cell[kept]])[upper]
-        precision = np.roll(space.precision.astype(np.float64), (q, q), (0, 1))
-
-        def on_device(array: NDArray, dtype: Any) -> Any:
-            return cuda.to_device(np.ascontiguousarray(array, dtype))
-
-        # Pixels of a cell in their order, as on the CPU.
-        order = [np.argsort(cell[kept], kind="stable") for cell, kept in zip(space.cells, there, strict=True)]
-        pixels = [c[k][o] for c, k, o in zip(space.cells, there, order, strict=True)]
-        shares = [s[k][o] for s, k, o in zip(space.cell_shares, there, order, strict=True)]
-        self.pixels = (
-            on_device(space.reference, np.float32),
-            on_device(space.noise_shape, np.float32),
-            on_device(np.concatenate(pixels), np.int64),
-            on_device(np.concatenate([[0], np.cumsum(there.sum(1))]), np.int64),
-            on_device(np.concatenate(shares), np.float64),
-        )
-        self.directions, self.transposed = (
-            on_device(directions, np.float64),
-            on_device(directions.T, np.float64),
-        )
-        self.products, self.precision = on_device(products, np.float64), on_device(precision, np.float64)
-        self.pull = on_device(np.roll(space.pull, q), np.float64)
+        self.space, self.n_pixels, self.n_sky = DeviceSpace(space), p, space.n_sky
+        self.n_coordinates, self.n_nuisances = n, q
+        self.n_clouds, self.n_labels, self.n_experts = m, clouds.labels.shape[1], clouds.n_experts
         self.unit = float(clouds.scale_unit)
 
         self.panels, self.padded = -(-m // CLOUDS), rounded_up(n, QUAD)
@@ -796,23 +759,11 @@ class DevicePosterior:
 
     def bytes_per_row(self) -> int:
         """Device memory of a row, flux, error and mask included, and its share of a block's scratch."""
-        p, n, width = self.n_pixels, self.n_coordinates, self.n_coordinates + self.n_nuisances
-        doubles = 3 * p + self.n_cells + self.packed + 2 * width + NUMBERS
-        doubles += sum(columns * count for columns, count in self.in_parts().items())
+        n = self.n_coordinates
         singles = size_of_root(n) + 2 * n + (FIRST_LABEL + 3 * self.n_labels) * self.n_clouds
         results = sum(np.dtype(kind).itemsize * int(np.prod(shape)) for shape, kind in self.kinds(1))
-        return 9 * p + 8 * doubles + 4 * singles + results + -(-self.scratch_bytes // BLOCK_ROWS)
-
-    def in_parts(self) -> dict[int, int]:
-        """Of the products that are made in parts: how many, by their columns."""
-        width = self.n_coordinates + self.n_nuisances
-        shapes = ((self.n_cells, self.packed), (self.n_pixels, width), (width, self.n_pixels))
-        parts: dict[int, int] = {}
-        for depth, columns in shapes:
-            count, _ = parts_of_product(depth, columns)
-            if count > 1:
-                parts[columns] = max(count, parts.get(columns, 0))
-        return parts
+        floats = 8 * self.space.doubles() + 4 * singles
+        return 9 * self.n_pixels + floats + results + -(-self.scratch_bytes // BLOCK_ROWS)
 
     def work(self, rows: int) -> Work:
         """Device memory for so many stars."""
@@ -834,38 +785,8 @@ class DevicePosterior:
             for each in self.solving
         )
 
-        def multiply(rows: Any, matrix: Any, out: Any) -> None:
-            c = out.shape[1]
-            n_parts, terms = parts_of_product(*matrix.shape)
-            blocks, threads = product_launch(n, c, n_parts)
-            target = out if n_parts == 1 else work.parts[c]
-            multiply_rows[blocks, threads, stream](rows, matrix, n, terms, work.rows, target)
-            if n_parts > 1:
-                add_parts[-(-n * c // READ_THREADS), READ_THREADS, stream](target, n_parts, work.rows, n, out)
-
-        yield (
-            "read pixels, cells",
-            lambda: read_spectra[n, READ_THREADS, stream](
-                flux, error, hidden, p, *self.pixels, work.y, work.information, work.cells, work.numbers,
-                scores.snr_norm, scores.n_good, scores.flag,
-            ),
-        )  # fmt: skip
-        yield "M", lambda: multiply(work.cells, self.products, work.packed)
-        yield "u", lambda: multiply(work.y, self.directions, work.u)
-        yield (
-            "point near the star",
-            lambda: expand_stars[of_all](
-                n, work.packed, work.u, self.precision, self.pull, work.scratch, work.points
-            ),
-        )
-        yield "its spectrum", lambda: multiply(work.points, self.transposed, work.spectra)
-        yield (
-            "what is left of pixels",
-            lambda: subtract_spectra[n, READ_THREADS, stream](
-                work.y, work.information, work.spectra, work.numbers
-            ),
-        )
-        yield "u at the point", lambda: multiply(work.y, self.directions, work.u)
+        quality = scores.snr_norm, scores.n_good, scores.flag
+        yield from self.space.to_point(flux, error, hidden, n, work, quality, of_all, stream)
         yield (
             "nuisances",
             lambda: marginalise_stars[of_all](
@@ -926,26 +847,13 @@ class DevicePosterior:
         return scores
 
 
-class Work:
+class Work(SpaceWork):
     """Device memory of up to `rows` spectra between the kernels, and the results."""
 
     def __init__(self, rows: int, plan: DevicePosterior) -> None:
-        p, n, width = plan.n_pixels, plan.n_coordinates, plan.n_coordinates + plan.n_nuisances
-        self.rows = rows
-        blocks = min(rows, plan.blocks)
-
-        def doubles(*shape: int) -> Any:
-            return cuda.device_array(shape, np.float64)
-
-        self.y, self.information, self.spectra = doubles(rows, p), doubles(rows, p), doubles(rows, p)
-        self.cells, self.packed = doubles(rows, plan.n_cells), doubles(rows, plan.packed)
-        self.u, self.points, self.numbers = (
-            doubles(rows, width),
-            doubles(rows, width),
-            doubles(rows, NUMBERS),
-        )
-        self.scratch, self.second_scratch = (doubles(blocks, size) for size in plan.of_block)
-        self.parts = {columns: doubles(count * rows, columns) for columns, count in plan.in_parts().items()}
+        n, (of_block, of_spread) = plan.n_coordinates, plan.of_block
+        super().__init__(rows, plan.space, (plan.blocks, of_block))
+        self.second_scratch = cuda.device_array((min(rows, plan.blocks), of_spread), np.float64)
         # What lies below the diagonal in a band, and what is there to make it whole, is never written.
         self.roots = cuda.to_device(np.zeros((rows, size_of_root(n)), np.float32))
         self.pairs_of_roots = self.roots.view(np.float64)

@@ -41,7 +41,7 @@ from moefast.core.errors import BackendError
 from moefast.kernels.clouds import Space
 from moefast.kernels.cuda.gram import ALIGNED
 from moefast.kernels.cuda.information import (
-    NUMBERS,
+    NOT_NEGATIVE,
     READ_THREADS,
     SOLVE_THREADS,
     STEP,
@@ -49,20 +49,13 @@ from moefast.kernels.cuda.information import (
     _at,
     _eliminate,
     _packed,
-    add_parts,
-    expand_stars,
-    multiply_rows,
-    parts_of_product,
-    product_launch,
-    read_spectra,
     solve_launch,
     stride_of_matrix,
-    subtract_spectra,
 )
 from moefast.kernels.cuda.lanes import GROUP, SCRATCH, most_of_warp, sum_of_block, sum_of_group, sum_of_warp
 from moefast.kernels.cuda.registry import kernel
 from moefast.kernels.cuda.scoring import BlockScorer
-from moefast.kernels.cuda.space import DeviceSpace, on_device
+from moefast.kernels.cuda.space import DeviceSpace, SpaceWork, on_device
 from moefast.kernels.quality import LARGEST32, LARGEST_ERROR32
 from moefast.kernels.velocity import (
     CUDA_CONTINUUM,
@@ -116,7 +109,9 @@ LANES = 32
 """Threads of a block of `compare_velocities`: one warp."""
 VELOCITIES = 8
 TEMPLATES = 4
-"""Velocities and templates that a thread compares at a time."""
+"""Velocities, a multiple of four, and templates that a thread compares at a time."""
+WHOLE = NOT_NEGATIVE - 3
+"""A mask that tells the compiler that an index is not negative, and that a vector of four numbers may begin there."""
 FAINTEST = -LARGEST32
 ROUNDING = 1e-12
 """As in `moefast.kernels.cpu_velocity`."""
@@ -373,7 +368,7 @@ def multiply_lines(rows, components, n, out):  # type: ignore[no-untyped-def]
 
 
 @kernel(
-    "void(float32[:,::1], float32[:,::1], int64, int64, float32[:,::1], float32[:,::1], float32[::1], float64[:,::1])",
+    "void(float32[:,::1], float32[:,::1], int64, int64, float32[::1], float32[::1], float32[::1], float64[:,::1])",
     threads=LANES,
     blocks=16,
     serves=("velocity_evidence",),
@@ -384,13 +379,13 @@ def compare_velocities(  # type: ignore[no-untyped-def]
     """Ln Σ_j π_j exp(what template j gains over no lines), at every velocity.
 
     `of_rows` and `of_weights` are what `multiply_lines` gives, column v r + k of velocity v and component k.
-    `of_lines` (r, m), `of_squares` (s, m) are templates in components, m a multiple of LANES · TEMPLATES; of those
-    that there are not the `log_weights` are so low that they count nothing. `evidence` (stars, n_v).
+    `of_lines` (r m), `of_squares` (s m) are templates in components, m a multiple of LANES · TEMPLATES; of those that
+    there are not the `log_weights` are so low that they count nothing. `evidence` (stars, n_v).
 
     Launch: (⌈n_v / VELOCITIES⌉, stars) blocks of LANES threads, with 4 · VELOCITIES · (EACH_STAR r + s) bytes of
     dynamic shared memory. A thread owns TEMPLATES templates at VELOCITIES velocities at a time.
     """
-    values = cuda.shared.array(0, float32)
+    values = cuda.shared.array(0, float32, alignment=ALIGNED)
     scratch = cuda.shared.array(SCRATCH, float32)
     sums = cuda.local.array((TEMPLATES, VELOCITIES), float32)
     energy = cuda.local.array((TEMPLATES, VELOCITIES), float32)
@@ -402,6 +397,7 @@ def compare_velocities(  # type: ignore[no-untyped-def]
     star = cuda.blockIdx.y
     first = cuda.blockIdx.x * VELOCITIES
     n_v = evidence.shape[1]
+    m = log_weights.size
     of_star = star * EACH_STAR
     squares = EACH_STAR * n_lines * VELOCITIES
 
@@ -425,15 +421,17 @@ def compare_velocities(  # type: ignore[no-untyped-def]
     for v in range(VELOCITIES):
         best[v] = FAINTEST
         total[v] = float32(0)
-    for begin in range(0, log_weights.size, LANES * TEMPLATES):
+    for begin in range(0, m, LANES * TEMPLATES):
         for t in range(TEMPLATES):
             for v in range(VELOCITIES):
                 energy[t, v] = float32(0)
         for k in range(n_squares):
+            at = (k * m + begin + lane) & NOT_NEGATIVE
             for t in range(TEMPLATES):
-                a[t] = of_squares[k, begin + t * LANES + lane]
+                a[t] = of_squares[at + t * LANES]
+            place = (squares + k * VELOCITIES) & WHOLE
             for v in range(VELOCITIES):
-                b[v] = values[squares + k * VELOCITIES + v]
+                b[v] = values[place + v]
             for t in range(TEMPLATES):
                 for v in range(VELOCITIES):
                     energy[t, v] += a[t] * b[v]
@@ -443,10 +441,12 @@ def compare_velocities(  # type: ignore[no-untyped-def]
                 for v in range(VELOCITIES):
                     sums[t, v] = float32(0)
             for k in range(n_lines):
+                at = (k * m + begin + lane) & NOT_NEGATIVE
                 for t in range(TEMPLATES):
-                    a[t] = of_lines[k, begin + t * LANES + lane]
+                    a[t] = of_lines[at + t * LANES]
+                place = ((row * n_lines + k) * VELOCITIES) & WHOLE
                 for v in range(VELOCITIES):
-                    b[v] = values[(row * n_lines + k) * VELOCITIES + v]
+                    b[v] = values[place + v]
                 for t in range(TEMPLATES):
                     for v in range(VELOCITIES):
                         sums[t, v] += a[t] * b[v]
@@ -605,7 +605,7 @@ class DeviceScan:
         def filled(values: NDArray, value: float) -> Any:
             out = np.full((*values.shape[:-1], columns), value, np.float32)
             out[..., :m] = values
-            return on_device(out, np.float32)
+            return on_device(out.reshape(-1), np.float32)
 
         self.templates = (
             filled(templates.of_lines.T, 0),
@@ -726,20 +726,9 @@ class DeviceStep:
 
     def bytes_per_row(self) -> int:
         """Device memory of a row, flux, error and mask included, and its share of a block's scratch."""
-        space = self.space
-        doubles = 3 * self.n_pixels + space.n_cells + space.packed + 3 * space.width + NUMBERS + 4
-        doubles += sum(columns * count for columns, count in self.in_parts().items())
-        # SNR, good pixels and flag, which the reading kernel gives as well.
+        doubles = self.space.doubles() + self.space.width + 4
+        # With the 12 bytes of SNR, good pixels and flag.
         return 9 * self.n_pixels + 8 * doubles + 12 + -(-self.scratch_bytes // BLOCK_ROWS)
-
-    def in_parts(self) -> dict[int, int]:
-        """Of the products that are made in parts: how many, by their columns."""
-        space, parts = self.space, dict[int, int]()
-        for matrix in (space.products, space.directions, space.transposed):
-            count, _ = parts_of_product(*matrix.shape)
-            if count > 1:
-                parts[matrix.shape[1]] = max(count, parts.get(matrix.shape[1], 0))
-        return parts
 
     def work(self, rows: int) -> StepWork:
         """Device memory for so many stars."""
@@ -763,38 +752,10 @@ class DeviceStep:
         )
 
         def multiply(rows: Any, matrix: Any, out: Any) -> None:
-            c = out.shape[1]
-            n_parts, terms = parts_of_product(*matrix.shape)
-            blocks, threads = product_launch(n, c, n_parts)
-            target, below = out if n_parts == 1 else work.parts[c], len(work.y)
-            multiply_rows[blocks, threads, stream](rows, matrix, n, terms, below, target)
-            if n_parts > 1:
-                add_parts[-(-n * c // READ_THREADS), READ_THREADS, stream](target, n_parts, below, n, out)
+            space.multiply(n, rows, matrix, out, work, stream)
 
         return [
-            (
-                "read pixels, cells",
-                lambda: read_spectra[n, READ_THREADS, stream](
-                    flux, error, hidden, self.n_pixels, *space.pixels, work.y, work.information, work.cells,
-                    work.numbers, work.snr, work.n_good, work.flag,
-                ),
-            ),
-            ("M", lambda: multiply(work.cells, space.products, work.packed)),
-            ("u", lambda: multiply(work.y, space.directions, work.u)),
-            (
-                "point near the star",
-                lambda: expand_stars[of_point](
-                    n, work.packed, work.u, space.precision, space.pull, work.scratch, work.points
-                ),
-            ),
-            ("its spectrum", lambda: multiply(work.points, space.transposed, work.spectra)),
-            (
-                "what is left of pixels",
-                lambda: subtract_spectra[n, READ_THREADS, stream](
-                    work.y, work.information, work.spectra, work.numbers
-                ),
-            ),
-            ("u at the point", lambda: multiply(work.y, space.directions, work.u)),
+            *space.to_point(flux, error, hidden, n, work, work.quality, of_point, stream),
             ("its slopes", lambda: multiply(work.points, self.slopes, work.spectra)),
             (
                 "slopes times information",
@@ -820,24 +781,23 @@ class DeviceStep:
         return Steps(found)
 
 
-class StepWork:
+class StepWork(SpaceWork):
     """Device memory of up to `rows` spectra between the kernels, and the results."""
 
     def __init__(self, rows: int, plan: DeviceStep) -> None:
-        p, width = plan.n_pixels, plan.space.width
+        super().__init__(rows, plan.space, (plan.blocks, plan.of_block))
 
         def doubles(*shape: int) -> Any:
             return cuda.device_array(shape, np.float64)
 
-        self.y, self.information, self.spectra = doubles(rows, p), doubles(rows, p), doubles(rows, p)
-        self.cells, self.packed = doubles(rows, plan.space.n_cells), doubles(rows, plan.space.packed)
-        self.u, self.points, self.across = (doubles(rows, width) for _ in range(3))
-        self.numbers, self.sums, self.found = doubles(rows, NUMBERS), doubles(rows, 2), doubles(rows, 2)
-        self.scratch = doubles(min(rows, plan.blocks), plan.of_block)
-        self.parts = {columns: doubles(count * rows, columns) for columns, count in plan.in_parts().items()}
-        self.snr = cuda.device_array(rows, np.float32)
-        self.n_good = cuda.device_array(rows, np.int32)
-        self.flag = cuda.device_array(rows, np.uint32)
+        self.across, self.sums, self.found = (
+            doubles(rows, plan.space.width),
+            doubles(rows, 2),
+            doubles(rows, 2),
+        )
+        # What the reading kernel gives as well.
+        kinds = (np.float32, np.int32, np.uint32)
+        self.quality = tuple(cuda.device_array(rows, kind) for kind in kinds)
 
 
 class CudaVelocityScan(BlockScorer):

@@ -39,13 +39,13 @@ def one_shared_array_per_block(monkeypatch):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Of the posterior: a simulated thread takes a millisecond to start. Three blocks share the roots of all stars."""
-    from moefast.kernels.cuda import clouds, information, velocity
+    from moefast.kernels.cuda import clouds, information, space, velocity
 
     few = {"STEP": 4, "SOLVE_THREADS": 4, "TILE_ROWS": 16, "TILE_COLUMNS": 16, "PART_TERMS": 24}
     few |= {"PRODUCT_THREADS": 8, "LEFT": 16, "RIGHT": 16}
     for name, value in few.items():
         monkeypatch.setattr(information, name, value)
-    few = {"READ_THREADS": 2, "MEDIAN_THREADS": 2, "LANES": 2, "CLOUDS": 4, "MOST_STARS": 2, "THREADS": 16}
+    few = {"MEDIAN_THREADS": 2, "LANES": 2, "CLOUDS": 4, "MOST_STARS": 2, "THREADS": 16}
     few |= {"LEAST_BLOCKS": 3, "MOST_BLOCKS": 3}
     for name, value in few.items():
         monkeypatch.setattr(clouds, name, value)
@@ -53,7 +53,7 @@ def small_tiles(monkeypatch):
         "STEP": 4,
         "READ_THREADS": 2,
         "LANES": 2,
-        "VELOCITIES": 2,
+        "VELOCITIES": 4,
         "TEMPLATES": 2,
         "LEAST_BLOCKS": 3,
         "MOST_BLOCKS": 3,
@@ -61,6 +61,7 @@ def small_tiles(monkeypatch):
     few |= {"TILE": 16, "HALF": 8, "PADDED": 20, "PRODUCT_THREADS": 4, "LOADS": 32}
     for name, value in few.items():
         monkeypatch.setattr(velocity, name, value)
+    monkeypatch.setattr(space, "READ_THREADS", 2)
 
 
 class NumpyProducts:

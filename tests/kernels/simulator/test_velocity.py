@@ -11,6 +11,7 @@ from moefast.kernels import velocity as of_velocity
 from moefast.kernels import velocity_evidence, velocity_step
 from moefast.kernels.cuda import CudaVelocityScan, CudaVelocityStep, information, velocity
 from moefast.kernels.cuda.scoring import MOST_SHARED
+from moefast.posterior.velocities import VelocityFit
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 
@@ -123,10 +124,25 @@ def test_blocks_of_the_step_pass_through_the_slots_and_memory_is_that_of_a_block
     plan = scorer.plan
     work = plan.work(3)
     assert work.scratch.nbytes == plan.scratch_bytes
-    arrays = [array for name, array in vars(work).items() if name not in ("scratch", "parts")]
-    held = sum(array.nbytes for array in [*arrays, *work.parts.values()])
+    others = ("rows", "scratch", "parts", "quality")
+    arrays = [array for name, array in vars(work).items() if name not in others]
+    held = sum(array.nbytes for array in [*arrays, *work.parts.values(), *work.quality])
     share = -(-plan.scratch_bytes // velocity.BLOCK_ROWS)
     assert 3 * (plan.bytes_per_row() - share) == 3 * 9 * 32 + held
+
+
+def test_a_fit_on_the_device_gives_what_the_cpu_gives():
+    mix = mixture(p=32, m=4, n=4, q=1)
+    fits = [VelocityFit(mix, 30.0) for _ in range(2)]
+    fits[1].use_device()
+    assert [fit.backend for fit in fits] == ["cpu", "cuda"]
+    flux, error = stars(mix, 3)
+    mask = np.zeros(flux.shape, bool)
+    mask[0, 7] = True
+    expected, found = (fit.fit(3, lambda v, rows: (flux[rows], error[rows], mask[rows])) for fit in fits)
+    np.testing.assert_allclose(found.error, expected.error, rtol=1e-3)
+    assert (np.abs(found.velocity - expected.velocity) < 5e-3 * expected.error).all()
+    np.testing.assert_array_equal(found.uncertain, expected.uncertain)
 
 
 def test_what_is_too_large_is_refused_in_words(few, monkeypatch):
