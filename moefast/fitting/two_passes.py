@@ -111,7 +111,7 @@ def _both_passes(
 ) -> Fit:
     """The stages in order. What they hold is freed when it returns."""
     options = data.options
-    check_installed(options.families)
+    check_installed(options.all_families)
     if "heads" in options.families:
         # What a network lacks must be known before the first pass, not after.
         check_network(data, checkpoint, backend)
@@ -146,7 +146,7 @@ def _both_passes(
         heads, stages["heads"] = train_heads(data, mixture, checkpoint, backend)
         mixture = mixture.with_expert(heads)
     sample = draw_sample(data, mixture, experts, backend)
-    if len(options.families) > 1:
+    if len(options.all_families) > 1:
         mixture, stages["families"] = choose_families(data, mixture, sample)
     values, noise = sample.of_families(mixture.families)
     mixture, logits = train_gate(data, mixture, experts, sample, values)
