@@ -29,6 +29,7 @@ from moefast.cli.options import (
     shard_of,
     talk,
 )
+from moefast.cli.swapped import swapped_told
 from moefast.core.progress import ProgressLine
 
 if TYPE_CHECKING:
@@ -118,6 +119,7 @@ def _grid(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int
 @OVERWRITE
 @talk
 @JSON
+@swapped_told
 def fit(
     files: tuple[str, ...], out: str, simulate: int | None, name: str | None, like: tuple[str, ...],
     resolution: str | None, recipe: str, families: tuple[str, ...] | None, focus: str | None, strong: str | None,
@@ -327,6 +329,8 @@ def tell_model(facts: dict[str, Any], model: Model, out: str, *, quiet: bool, as
     for note in model.manifest["training"]["notes"]:
         say(f"  note: {note}")
     say(f"  {facts['solver']}")
+    if "calibrated_on_cpu" in facts:
+        say(f"  note: posteriors of the sample were computed on the CPU: {facts['calibrated_on_cpu']}")
     kernels = facts.get("heads", {}).get("kernels", "")
     if kernels.startswith("plain: "):
         say(f"  note: the network was fitted without fused kernels, slower: {kernels[7:]}")

@@ -78,7 +78,7 @@ def fit_mixture(
     checkpoint : Checkpoint, optional
         Where the first pass is kept; goes on from what is there, on a CPU with the same bits. The caller removes it.
     backend : "cpu" or "cuda"
-        Where the normal equations are gathered.
+        Where the normal equations are gathered, and posteriors of the sample computed.
     passes : Passes
         Who reads the rows.
 
@@ -133,7 +133,7 @@ def _both_passes(
         "noise_levels": solved.levels.s.tolist(),
     }
     if "posterior" in options.families:
-        posterior, of_posterior = fit_posterior(data, mixture)
+        posterior, of_posterior = fit_posterior(data, mixture, backend)
         return Fit(posterior, reference_forms(data, published, solved), summary | of_posterior)
     stages: dict[str, Any] = {}
     if "template" in options.families:
@@ -147,7 +147,7 @@ def _both_passes(
     if "heads" in options.families:
         heads, stages["heads"] = train_heads(data, mixture, checkpoint, backend)
         mixture = mixture.with_expert(heads)
-    sample = draw_sample(data, mixture, experts)
+    sample = draw_sample(data, mixture, experts, backend)
     if len(options.all_families) > 1:
         mixture, stages["families"] = choose_families(data, mixture, sample)
     values, noise = sample.of_families(mixture.families)
