@@ -111,7 +111,7 @@ def test_the_onnx_graph_gives_the_numbers_of_the_table(fitted, recipe, stars):
     np.testing.assert_allclose(found[1], expected.weights, atol=2e-3)
 
 
-@pytest.mark.parametrize("recipe", ["template", "hybrid-moe"])
+@pytest.mark.parametrize("recipe", ["template", "hybrid-moe", "hybrid-regression"])
 def test_the_oracle_is_that_of_the_experts_and_the_ridges_stand_beside_it(fitted, recipe, stars, tmp_path):
     model, folder = fitted(recipe)
     few = stars.take(slice(0, 700))
@@ -120,6 +120,13 @@ def test_the_oracle_is_that_of_the_experts_and_the_ridges_stand_beside_it(fitted
     assert {"oracle-hybrid", "oracle-ridge"} <= names
     assert ("oracle-ridge, sampled" in names) == (recipe == "hybrid-moe")
     assert report["rho"]["oracle"] == "oracle-hybrid"
+    assert ("bayes-gate" in names) == (report["rho_bayes"] is not None) == bool(np.any(model.mixture.gate[2]))
+    if report["rho_bayes"] is not None:
+        wrong = model.mixture.by_evidence(few.noisy, few.error) - few.params["log_g"]
+        r2 = 1 - (wrong @ wrong) / (700 * few.params["log_g"].var())
+        assert report["references"]["bayes-gate"]["r2"] == pytest.approx(r2, abs=1e-5)
+        low, high = (report["references"][name]["r2"] for name in ("global-ridge", "oracle-hybrid"))
+        assert report["rho_bayes"]["value"] == pytest.approx((r2 - low) / (high - low), abs=1e-4)
     prepared = model.mixture.prepare(few.noisy, few.error)
     bins = model.grid.assign(few.params["T_eff"], few.params["M_H"])
     here = np.arange(700), bins

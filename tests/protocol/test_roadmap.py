@@ -85,8 +85,10 @@ def test_a_tiny_roadmap_is_fitted_evaluated_and_judged(labelled_file, stars, tmp
         module, "simulate_set", lambda path, *_: few.write(path, arrays=("flux", "error", "noisy"))
     )
     monkeypatch.setattr(module.SimulatedSpectra, "of_set", lambda *_, **__: spectra)
-    plan = Plan(train=1500, seeds=2, steps=5, families=("linear", "template"))
-    result = roadmap(tmp_path / "r", plan, everything=True, say=lambda w: print(__import__("time").process_time(), w))
+    plan = Plan(train=1500, seeds=2, steps=5, families=("linear", "whitened"))
+    result = roadmap(
+        tmp_path / "r", plan, everything=True, say=lambda w: print(__import__("time").process_time(), w)
+    )
     assert result.path == tuple(stage.id for stage in STAGES)
     rows = {row.id: row for stage in result.stages for row in stage.milestones}
     assert all(row.ours.value is not None for row in rows.values())
@@ -101,7 +103,8 @@ def test_a_tiny_roadmap_is_fitted_evaluated_and_judged(labelled_file, stars, tmp
 
     (check,) = rows["C2.0"].absolute.checks
     assert check.value == pytest.approx(rho("own"), abs=1e-6)
-    assert found["rho_bayes"]["value"] == pytest.approx(rho("bayes-gate"), abs=1e-6)
+    # There is no library, and so no evidence.
+    assert found["rho_bayes"] is None
     worst = reports["hybrid-metal-poor"]["worst_metal_poor"]
     assert rows["C1.1"].ours.value == worst["r2_oracle"]
     assert f"bin {worst['name']}" in rows["C1.1"].ours.note
