@@ -25,7 +25,11 @@ import numpy as np
 from moefast.backend import cuda_devices
 from moefast.benchmarks.environment import describe
 from moefast.core.errors import BackendError
-from moefast.spectra.source import Block
+from moefast.fitting import Options
+from moefast.fitting.first_pass import gather_part
+from moefast.fitting.training_set import TrainingSet
+from moefast.kernels import unpack_symmetric
+from moefast.spectra.source import Block, Failure
 
 PARTS = ("accuracy", "speed", "streamed", "first-pass")
 RESULTS = Path(__file__).parent / "results"
@@ -256,7 +260,8 @@ class RowsInMemory:
         self.error = rng.uniform(0.1, 0.3, self.flux.shape).astype(np.float32)
         values = rng.uniform([3750, 1, -2], [6000, 5, 0.5], (n, 3)).T
         self._labels = dict(zip(self.columns, values, strict=True))
-        self.path, self.arrays, self.failures = Path("rows in memory"), ("flux", "error"), []
+        self.path, self.arrays = Path("rows in memory"), ("flux", "error")
+        self.failures: list[Failure] = []
         self.shards = (self,)
 
     def fingerprint(self) -> str:
@@ -277,19 +282,18 @@ class RowsInMemory:
             first += here.stop - here.start
 
 
-def first_pass(n: int, n_on_cpu: int, p: int, samples: int, n_compared: int = 4096) -> dict[str, Any]:
+def first_pass(
+    n: int, n_on_cpu: int, p: int, samples: int, n_compared: int = 4096, options: Options | None = None
+) -> dict[str, Any]:
     """Rows per second of the first pass of a fit from memory, noise, bins and both ridges included, on either backend.
 
     `difference` is the largest one of the pooled totals of `n_compared` rows, in units of √(G_ii G_jj); infinite if
     rows are in other bins.
     """
-    from moefast.fitting import Options
-    from moefast.fitting.first_pass import gather_part
-    from moefast.fitting.training_set import TrainingSet
-    from moefast.kernels import unpack_symmetric
+    source = RowsInMemory(max(n, n_on_cpu, n_compared), p)
+    data = TrainingSet(source, options or Options(), lambda *_: None)  # type: ignore[arg-type]
 
     def run(rows: int, backend: Any) -> tuple[float, Any]:
-        data = TrainingSet(RowsInMemory(rows, p), Options(), lambda *_: None)  # type: ignore[arg-type]
         begin = time.perf_counter()
         found = gather_part(data, (0, rows), None, backend)
         return time.perf_counter() - begin, found

@@ -299,6 +299,30 @@ def test_predict(run, few, model, model_folder):
     same_rows(read_table("few.log_g.h5")[0], columns, but=())
 
 
+def test_details_of_predict_are_its_decisions_line_by_line(run, few, model, model_folder):
+    result = run("predict", few, "-m", model_folder, "--rows", "3:20", "-v", "--log", "log.txt")
+    lines = (
+        f"model: phys-moe ({model_folder}), SHA-256 {model.hash[:12]}…, 1024 pixels from 7100.9 to 8849.1 Å",
+        "backend: cpu (",
+        "blocks: ",
+        "input: 1 file, rows 3:20 of 40, of which 17 are predicted",
+        "layout: HDF5 of the PFS simulator, contiguous",
+        "array: noisy (--array auto takes noisy where a file has it)",
+        "wavelengths: vacuum",
+        "resampling: none, spectra are on the model's grid",
+        "telluric: no pixels are masked (--telluric auto)",
+        "velocity: spectra are taken to be at rest",
+        "columns of the input in the table: id",
+    )
+    with open("log.txt", encoding="utf-8") as file:
+        log = file.read().splitlines()
+    for line in lines:
+        assert sum(f" s] {line}" in said for said in result.stderr.splitlines()) == 1, line
+        assert sum(f" {line}" in said for said in log) == 1, line
+    quiet = run("predict", few, "-m", model_folder, "--overwrite").stderr
+    assert not any(line in quiet for line in lines)
+
+
 def test_predict_without_labels_says_so(run, stars, tmp_path, model_folder):
     path = stars.take(slice(0, 4)).write(tmp_path / "x.h5", params=())
     assert "no labels, so no R²" in run("predict", path, "-m", model_folder).stdout
@@ -392,7 +416,8 @@ def test_results_among_the_spectra_are_no_spectra(run, few, model_folder):
         run("predict", ".", "-m", model_folder, "-o", "mine.log_g.h5", "--overwrite", "-q")
     run("predict", "*.h5", "-m", model_folder, "-q")
     assert len(read_table("spectra.log_g.h5")[0]["row"]) == 40
-    assert "predictions" in run("predict", "mine.log_g.h5", "-m", model_folder, code=3).stderr
+    said = run("predict", "mine.log_g.h5", "-m", model_folder, code=3).stderr
+    assert "is a table of predictions" in said
 
 
 def test_spectra_without_data_have_no_r2(run, few, model_folder):
@@ -432,11 +457,42 @@ def test_6_models(run, few, model_folder):
     assert os.listdir() == ["altered"]
 
 
+SWAPPED = [
+    ("predict z0 -m few.h5", 3, "z0: is a model that comes with moefast, where spectra are expected",
+     "moefast predict few.h5 -m z0"),
+    ("predict few.h5 z0", 3, "z0: is a model that comes with moefast", "moefast predict few.h5 -m z0"),
+    ("predict model -m few.h5", 6, "model: is the folder of a model, where spectra", "moefast predict few.h5 -m model"),
+    ("evaluate observed", 3, "observed: is a model that comes with moefast", "moefast evaluate FILE -m observed"),
+    ("fit z0 -o own", 3, "z0: is a model that comes with moefast", "name files of spectra"),
+    ("predict table.h5", 3, "table.h5: is a table of predictions, where spectra", "moefast inspect table.h5"),
+    ("evaluate table.h5 -m few.h5", 3, "table.h5: is a table", "moefast evaluate few.h5 -m table.h5"),
+    ("evaluate table.h5", 3, "table.h5: is a table", "moefast evaluate FILE -m table.h5"),
+    ("evaluate few.h5 -m few.h5", 3, "few.h5: holds spectra, where a model is expected", "evaluate few.h5 -m MODEL"),
+    ("predict few.h5 -m table.h5", 6, "table.h5: is a table of predictions, where a model", "(observed, z0, survey)"),
+    ("export few.h5 -o x.onnx", 6, "few.h5: holds spectra, where a model", "a model that moefast fit wrote"),
+    ("scenarios few.h5", 6, "few.h5: holds spectra, where a model", "a model that moefast fit wrote"),
+    ("simulate x.h5 -n 2 --seed 1 --like z0", 3, "z0: is a model", "name files of spectra"),
+]  # fmt: skip
+
+
 def test_swapped_arguments_are_told(run, few, model_folder):
-    result = run("predict", model_folder, "-m", few, code=6)
-    assert "is a file, and a model is a folder" in result.stderr
-    result = run("predict", model_folder, "-m", model_folder, code=3)
-    assert "it is the folder of a model, which is named after -m" in result.stderr
+    shutil.copy(few, "few.h5")
+    os.symlink(model_folder, "model")
+    run("predict", few, "-m", model_folder, "-o", "table.h5", "--limit", "3", "-q")
+    before = sorted(os.listdir())
+    for line, code, found, remedy in SWAPPED:
+        said = run(*line.split(), code=code).stderr
+        assert found in said, line
+        assert remedy in said, line
+    assert sorted(os.listdir()) == before
+
+
+def test_nothing_is_called_swapped_that_is_in_its_place(run, few, model_folder):
+    os.mkdir("z0")
+    shutil.copy(few, "z0/few.h5")
+    run("predict", "z0", "-m", model_folder, "-o", "table.h5", "--limit", "3", "-q")
+    assert "no such file or folder" in run("predict", "absent.h5", "-m", model_folder, code=3).stderr
+    assert "which has no spectra" in run("inspect", "table.h5", "--row", "1", code=3).stderr
 
 
 def test_7_backend(run, few, model_folder):

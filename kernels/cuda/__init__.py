@@ -12,7 +12,7 @@ How CUDA code is tested where there is no GPU:
    thread: it shows wrong indices, missing barriers and wrong edges, at small sizes.
 2. *Compiler.* `python -m moefast.kernels.cuda` compiles every registered kernel for sm_80 and sm_90 with the NVVM and
    nvJitLink wheels, no driver needed, and prints registers, shared memory, stack and spills. A test asserts that none
-   spills. `--tensor` does the same for the one kernel that is built around a library (cuBLASDx) and not registered.
+   spills.
 3. *Device.* `pytest -m gpu` compares the same functions with the float64 reference on a real device.
 
 How to add a kernel:

@@ -2,20 +2,21 @@
 
 Contract: `moefast.posterior.forward`, in the form and the precision of `moefast.kernels.clouds`.
 
-`compare_clouds`: a block of threads owns a star and a panel of clouds, as many as have COLUMNS means and tangents
-together. The whitened vectors X = C' · (means, tangents), C' upper triangular, are a matrix product in register tiles,
-COORDINATES rows at a time, and stay in shared memory; beyond the coordinates that tangents have (`reach`), the means
-alone go on. Then PARTS neighbouring threads share a cloud: each adds up the products of the cloud's vectors over its
-part of the coordinates, all of them solve the cloud's small system in registers, and each adds up its part of the
-residual at the best point, for the reason that `moefast.kernels.cpu_clouds` gives. The kernel is written for a number
-of tangents, so that small matrices live in registers: `compare_kernel` makes it.
+`compare_clouds`: a warp owns a star and a panel of CLOUDS clouds, and a block some stars and one panel, whose vectors,
+means and tangents, it keeps in shared memory as far as they have coordinates (`reach`; beyond, there are the means
+alone). PARTS neighbouring threads share a cloud. A thread makes EACH rows of the whitened vectors X = C' · (mean,
+tangents) of its cloud at a time, in registers, where C', upper triangular, is staged BAND rows at a time, and adds up
+their products in registers, too. Both threads of a cloud solve its small system, and the best point, combined from the
+vectors, is whitened once more, for its residual is what the distance is summed from, as `moefast.kernels.cpu_clouds`
+tells why. The kernel is written for a number of tangents, so that small matrices live in registers: `compare_kernel`
+makes it.
 
-`conclude_stars`: a warp owns a star and goes through its clouds, 20 numbers each, in double precision.
+`conclude_stars`: a block owns a star and goes through its clouds, 20 numbers each, in double precision.
 
-Floor in multiply-adds of single precision per star, for m = 712 clouds of t = 5 tangents with r = 97 of n = 130
-coordinates: vectors m (n (n + 1) + t r (r + 1))/2 = 23.0 M, products and residuals m (t + 3)(t + 4) r/2 = 2.5 M: 1.0 µs
-at 50 TFLOP/s. C' is read once per panel, 2.4 MB, and panels once per COORDINATES rows, 4.7 MB: 1.3 µs at the 5.5 TB/s
-of the second cache.
+Floor in multiply-adds of single precision per star, for m = 393 clouds of t = 10 tangents, the scale's included, with
+r = 45 of n = 58 coordinates: vectors m (n (n + 1) + (t − 1) r (r + 1))/2 = 4.3 M, products and residuals
+m (n (n + 1) + r (t + 1) (t + 2) + 2 n t)/2 = 2.1 M: 0.26 µs at 50 TFLOP/s. C' goes from the second cache to shared
+memory twice for each panel, 0.4 MB, and the vectors once for the stars of a block, 0.25 MB: 0.1 µs at 5.5 TB/s.
 
 `CudaPosteriorScorer` streams blocks through slots as `moefast.kernels.cuda.scoring` does: a block of BLOCK_ROWS stars
 keeps 0.4 MB of each on the device.
@@ -43,29 +44,21 @@ from moefast.kernels.cuda.information import (
     EXPLAINED,
     LEVEL,
     N_USED,
-    NUMBERS,
-    READ_THREADS,
     SCALE,
     STRENGTH,
     TINY,
-    add_parts,
-    expand_stars,
     marginalise_stars,
-    multiply_rows,
-    parts_of_product,
-    product_launch,
-    read_spectra,
     root_stars,
     size_of_root,
     solve_launch,
-    subtract_spectra,
     whiten_stars,
 )
-from moefast.kernels.cuda.lanes import SCRATCH, WRITTEN_OUT, most_of_warp, sum_of_parts, sum_of_warp
+from moefast.kernels.cuda.lanes import SCRATCH, WRITTEN_OUT, least_of_block, sum_of_block, sum_of_parts
 from moefast.kernels.cuda.median import THREADS as MEDIAN_THREADS
 from moefast.kernels.cuda.median import median_rows
 from moefast.kernels.cuda.registry import kernel, launchable
-from moefast.kernels.cuda.scoring import MOST_SHARED, BlockScorer, Slot
+from moefast.kernels.cuda.scoring import MOST_SHARED, BlockScorer, Slot, results_on_device
+from moefast.kernels.cuda.space import DeviceSpace, SpaceWork, on_device
 
 __all__ = [
     "BLOCK_ROWS",
@@ -100,8 +93,8 @@ QUAD = 4
 PLACE, PLACE_OF_PAIR, PLACE_OF_QUAD = 0x7FFFFFFF, 0x7FFFFFFE, 0x7FFFFFFC
 """Masks that tell the compiler that an index is not negative, nor its sum with others, and that a vector of two or four
 numbers may begin there."""
-LANES = 32
-"""Threads of a block of `conclude_stars`: one warp."""
+LANES = 128
+"""Threads of a block of `conclude_stars`."""
 USUAL_VECTORS = (6, 10)
 """Tangents of the clouds of models that are shipped, the scale's included."""
 SCRATCH_BYTES = 80e6
@@ -166,18 +159,23 @@ SIGNATURE = (
 
 
 @cuda.jit(device=True)
-def _stage(source, begin, count, first, step, target, at):  # type: ignore[no-untyped-def]
-    """Copy `count` numbers of `source` from `begin` on, shared by threads `first`, `first` + 1 … of `step`.
+def _stage(source, begin, count, group, groups, target, at):  # type: ignore[no-untyped-def]
+    """Copy `count` numbers of `source` from `begin` on, shared by so many groups of CLOUDS · PARTS threads.
 
-    Without branches, STAGED reads of a thread are on their way together.
+    STAGED reads of a thread are on their way together.
     """
     held = cuda.local.array(STAGED, float64)
-    for place in range(first, count, STAGED * step):
-        for i in range(STAGED):
-            held[i] = source[(begin + min(place + i * step, count - 1)) & PLACE]
+    step = CLOUDS * PARTS
+    first = group * (STAGED * step) + (cuda.threadIdx.x & (step - 1))
+    for place in range(first, count, STAGED * step * groups):
+        from_place = (begin + place) & PLACE
+        to_place = (at + place) & PLACE
         for i in range(STAGED):
             if place + i * step < count:
-                target[(at + place + i * step) & PLACE] = held[i]
+                held[i] = source[from_place + i * step]
+        for i in range(STAGED):
+            if place + i * step < count:
+                target[to_place + i * step] = held[i]
 
 
 @cuda.jit(device=True, **WRITTEN_OUT)
@@ -218,7 +216,7 @@ def _sum_products(begin, end, products, scratch):  # type: ignore[no-untyped-def
 
 @cuda.jit(device=True, **WRITTEN_OUT)
 def _eliminate_column(k, t, lower, gamma, inverse):  # type: ignore[no-untyped-def]
-    """Column k of the lower root of a symmetric matrix, packed by rows, and of the vector that goes along; ln of pivot."""
+    """Column k of the lower root of a symmetric matrix, packed by rows, and of a vector with it; ln of the pivot."""
     if k >= t:
         return float32(0)
     pivot = lower[k * (k + 1) // 2 + k]
@@ -327,13 +325,13 @@ def _written_for(vectors: int) -> Callable[..., None]:
                 sums[i] = float32(0)
             cuda.syncthreads()
             begin = (first * n - (first * (first - BAND) >> 1)) >> 1
-            _stage(roots[star], begin, BAND * (n - first) >> 1, of_star, CLOUDS * PARTS, pairs, at_band >> 1)
+            _stage(roots[star], begin, BAND * (n - first) >> 1, 0, 1, pairs, at_band >> 1)
             for low in range(first // depth * depth, reach, depth):
                 high = min(low + depth, reach)
                 if first == 0 or not at_once:
                     cuda.syncthreads()
-                    _stage(columns[panel], low * stride >> 1, (high - low) * stride >> 1, thread, threads, pairs,
-                           at_vectors >> 1)  # fmt: skip
+                    begin, count = low * stride >> 1, (high - low) * stride >> 1
+                    _stage(columns[panel], begin, count, place_of_star, together, pairs, at_vectors >> 1)
                 cuda.syncthreads()
                 for k in range(max(first, low), high, QUAD):
                     of_root = (at_band + BAND * (k - first) + EACH * part) & PLACE_OF_QUAD
@@ -392,8 +390,12 @@ def _written_for(vectors: int) -> Callable[..., None]:
                     lower[i * (i + 1) // 2 + k] = products[t + k * t - k * (k - 1) // 2 + i - k]
             lower[i * (i + 1) // 2 + i] += float32(1)
         # Not in a loop, which the compiler does not write out if it is long: `lower` would lie in memory.
-        determinant = _eliminate_four(0, t, lower, gamma, inverse) + _eliminate_four(4, t, lower, gamma, inverse)
-        determinant += _eliminate_four(8, t, lower, gamma, inverse) + _eliminate_four(12, t, lower, gamma, inverse)
+        determinant = _eliminate_four(0, t, lower, gamma, inverse) + _eliminate_four(
+            4, t, lower, gamma, inverse
+        )
+        determinant += _eliminate_four(8, t, lower, gamma, inverse) + _eliminate_four(
+            12, t, lower, gamma, inverse
+        )
         for s in range(t):
             k = t - 1 - s
             for i in range(t):
@@ -407,8 +409,8 @@ def _written_for(vectors: int) -> Callable[..., None]:
             high = min(low + depth, reach)
             if not at_once:
                 cuda.syncthreads()
-                _stage(columns[panel], low * stride >> 1, (high - low) * stride >> 1, thread, threads, pairs,
-                       at_vectors >> 1)  # fmt: skip
+                begin, count = low * stride >> 1, (high - low) * stride >> 1
+                _stage(columns[panel], begin, count, place_of_star, together, pairs, at_vectors >> 1)
                 cuda.syncthreads()
             for k in range(low + part, high, PARTS):
                 whole = (at_vectors + stride * (k - low) + 4 * lane) & PLACE_OF_QUAD
@@ -427,7 +429,7 @@ def _written_for(vectors: int) -> Callable[..., None]:
                 sums[i] = float32(0)
             cuda.syncthreads()
             begin = (first * n - (first * (first - BAND) >> 1)) >> 1
-            _stage(roots[star], begin, BAND * (n - first) >> 1, of_star, CLOUDS * PARTS, pairs, at_band >> 1)
+            _stage(roots[star], begin, BAND * (n - first) >> 1, 0, 1, pairs, at_band >> 1)
             cuda.syncthreads()
             for k in range(first, n, QUAD):
                 of_root = (at_band + BAND * (k - first) + EACH * part) & PLACE_OF_QUAD
@@ -504,7 +506,7 @@ def compare_kernel(vectors: int) -> Any:
     " float64[:,::1], float64[:,::1], float64[:,::1], float64[::1], float64[::1], float64[::1], float64[::1],"
     " float64[::1])",
     threads=LANES,
-    blocks=16,
+    blocks=4,
     serves=("cloud_posterior",),
 )
 def conclude_stars(  # type: ignore[no-untyped-def]
@@ -535,8 +537,8 @@ def conclude_stars(  # type: ignore[no-untyped-def]
         square = float64(found[star, SQUARE, j])
         if square < nearest:  # noqa: PLR1730
             nearest = square
-    top = most_of_warp(top, scratch)
-    nearest = -most_of_warp(-nearest, scratch)
+    top = -least_of_block(-top, scratch)
+    nearest = least_of_block(nearest, scratch)
 
     total = float64(0)
     best = float64(0)
@@ -546,7 +548,7 @@ def conclude_stars(  # type: ignore[no-untyped-def]
             evidence = float64(found[star, EVIDENCE, j])
             if evidence > most:  # noqa: PLR1730
                 most = evidence
-        most = most_of_warp(most, scratch)
+        most = -least_of_block(-most, scratch)
         norm = float64(0)
         mean = float64(0)
         for j in range(first[e] + lane, first[e + 1], lanes):
@@ -555,8 +557,8 @@ def conclude_stars(  # type: ignore[no-untyped-def]
                 share = math.exp(evidence - most)
                 norm += share
                 mean += share * float64(found[star, FIRST_LABEL, j])
-        norm = sum_of_warp(norm, scratch)
-        mean = sum_of_warp(mean, scratch)
+        norm = sum_of_block(norm, scratch)
+        mean = sum_of_block(mean, scratch)
         among = math.exp(most - top) if norm > float64(0) else float64(0)
         total += among * norm
         best += among * mean
@@ -581,8 +583,8 @@ def conclude_stars(  # type: ignore[no-untyped-def]
             apart = float64(found[star, FIRST_LABEL, j]) - best
             between += float64(rounded) * apart * apart
             kept += float64(rounded)
-    between = sum_of_warp(between, scratch)
-    kept = sum_of_warp(kept, scratch)
+    between = sum_of_block(between, scratch)
+    kept = sum_of_block(kept, scratch)
     if not known:
         kept = float64(NAN)
     between /= kept
@@ -599,7 +601,7 @@ def conclude_stars(  # type: ignore[no-untyped-def]
             share = float64(found[star, EVIDENCE, j])
             if share > float64(0):
                 middle += share * float64(found[star, FIRST_LABEL + place, j])
-        middle = sum_of_warp(middle, scratch) / kept
+        middle = sum_of_block(middle, scratch) / kept
         if place == 0:
             middle = best
         variance = float64(0)
@@ -613,8 +615,8 @@ def conclude_stars(  # type: ignore[no-untyped-def]
                 along += share * (
                     float64(found[star, FIRST_LABEL + 2 * n_labels + place, j]) + apart * of_first
                 )
-        variance = sum_of_warp(variance, scratch) / kept
-        along = sum_of_warp(along, scratch) / kept
+        variance = sum_of_block(variance, scratch) / kept
+        along = sum_of_block(along, scratch) / kept
         spread = float64(NAN)
         if known:
             spread = float64(math.sqrt(max(variance, float64(0)) + TINY))
@@ -643,7 +645,7 @@ def conclude_stars(  # type: ignore[no-untyped-def]
         active += answer * float64(w1[0, h]) + of_width * float64(w1[1, h]) + of_spread * float64(w1[2, h])
         active += second * float64(w1[3, h]) + third * float64(w1[4, h])
         value += math.tanh(active) * float64(w2[h, 0])
-    value = sum_of_warp(value, scratch) + float64(b2[0])
+    value = sum_of_block(value, scratch) + float64(b2[0])
     if lane == 0:
         c0 = numbers[star, SCALE]
         level2 = numbers[star, LEVEL] / (numbers[star, N_USED] + TINY) / (c0 * c0)
@@ -707,38 +709,9 @@ class DevicePosterior:
         self.solving = solve_launch(width), solve_launch(n), solve_launch(n, 2)
         if lack := without_cuda(space, clouds):
             raise BackendError(f"backend cuda: there are no kernels for {lack}; use backend cpu")
-        self.n_pixels, self.n_coordinates, self.n_nuisances, self.n_sky = p, n, q, space.n_sky
-        self.n_cells, self.n_clouds, self.n_labels = len(space.cells), m, clouds.labels.shape[1]
-        self.n_experts, self.packed = clouds.n_experts, width * (width + 1) // 2
-        # Nuisances first: to marginalise them is to begin with them.
-        directions = np.roll(space.directions.astype(np.float64), q, axis=1)
-        upper, shape = np.triu_indices(width), space.noise_shape.astype(np.float64)
-        products = np.empty((self.n_cells, self.packed))
-        there = space.cell_shares > 0
-        for row, cell, kept in zip(products, space.cells, there, strict=True):
-            row[:] = ((directions[cell[kept]] / shape[cell[kept], None]).T @ directions[cell[kept]])[upper]
-        precision = np.roll(space.precision.astype(np.float64), (q, q), (0, 1))
-
-        def on_device(array: NDArray, dtype: Any) -> Any:
-            return cuda.to_device(np.ascontiguousarray(array, dtype))
-
-        # Pixels of a cell in their order, as on the CPU.
-        order = [np.argsort(cell[kept], kind="stable") for cell, kept in zip(space.cells, there, strict=True)]
-        pixels = [c[k][o] for c, k, o in zip(space.cells, there, order, strict=True)]
-        shares = [s[k][o] for s, k, o in zip(space.cell_shares, there, order, strict=True)]
-        self.pixels = (
-            on_device(space.reference, np.float32),
-            on_device(space.noise_shape, np.float32),
-            on_device(np.concatenate(pixels), np.int64),
-            on_device(np.concatenate([[0], np.cumsum(there.sum(1))]), np.int64),
-            on_device(np.concatenate(shares), np.float64),
-        )
-        self.directions, self.transposed = (
-            on_device(directions, np.float64),
-            on_device(directions.T, np.float64),
-        )
-        self.products, self.precision = on_device(products, np.float64), on_device(precision, np.float64)
-        self.pull = on_device(np.roll(space.pull, q), np.float64)
+        self.space, self.n_pixels, self.n_sky = DeviceSpace(space), p, space.n_sky
+        self.n_coordinates, self.n_nuisances = n, q
+        self.n_clouds, self.n_labels, self.n_experts = m, clouds.labels.shape[1], clouds.n_experts
         self.unit = float(clouds.scale_unit)
 
         self.panels, self.padded = -(-m // CLOUDS), rounded_up(n, QUAD)
@@ -786,23 +759,11 @@ class DevicePosterior:
 
     def bytes_per_row(self) -> int:
         """Device memory of a row, flux, error and mask included, and its share of a block's scratch."""
-        p, n, width = self.n_pixels, self.n_coordinates, self.n_coordinates + self.n_nuisances
-        doubles = 3 * p + self.n_cells + self.packed + 2 * width + NUMBERS 
-        doubles += sum(columns * count for columns, count in self.in_parts().items())
+        n = self.n_coordinates
         singles = size_of_root(n) + 2 * n + (FIRST_LABEL + 3 * self.n_labels) * self.n_clouds
         results = sum(np.dtype(kind).itemsize * int(np.prod(shape)) for shape, kind in self.kinds(1))
-        return 9 * p + 8 * doubles + 4 * singles + results + -(-self.scratch_bytes // BLOCK_ROWS)
-
-    def in_parts(self) -> dict[int, int]:
-        """Of the products that are made in parts: how many, by their columns."""
-        width = self.n_coordinates + self.n_nuisances
-        shapes = ((self.n_cells, self.packed), (self.n_pixels, width), (width, self.n_pixels))
-        parts: dict[int, int] = {}
-        for depth, columns in shapes:
-            count, _ = parts_of_product(depth, columns)
-            if count > 1:
-                parts[columns] = max(count, parts.get(columns, 0))
-        return parts
+        floats = 8 * self.space.doubles() + 4 * singles
+        return 9 * self.n_pixels + floats + results + -(-self.scratch_bytes // BLOCK_ROWS)
 
     def work(self, rows: int) -> Work:
         """Device memory for so many stars."""
@@ -813,7 +774,7 @@ class DevicePosterior:
     ) -> Iterator[tuple[str, Callable[[], None]]]:
         """What is done to n spectra, in its order: a name in words, and what starts it in `stream`; see `launch`."""
         p, c, q = self.n_pixels, self.n_coordinates, self.n_nuisances
-        hidden = self.no_mask if mask is None else mask
+        hidden, sizes = self.no_mask if mask is None else mask, self.sizes
         of_all, of_coordinates, of_spread = (
             (
                 n if self.in_shared and each is not self.solving[2] else min(n, self.blocks),
@@ -824,38 +785,8 @@ class DevicePosterior:
             for each in self.solving
         )
 
-        def multiply(rows: Any, matrix: Any, out: Any) -> None:
-            c = out.shape[1]
-            n_parts, terms = parts_of_product(*matrix.shape)
-            blocks, threads = product_launch(n, c, n_parts)
-            target = out if n_parts == 1 else work.parts[c]
-            multiply_rows[blocks, threads, stream](rows, matrix, n, terms, work.rows, target)
-            if n_parts > 1:
-                add_parts[-(-n * c // READ_THREADS), READ_THREADS, stream](target, n_parts, work.rows, n, out)
-
-        yield (
-            "read pixels, cells",
-            lambda: read_spectra[n, READ_THREADS, stream](
-                flux, error, hidden, p, *self.pixels, work.y, work.information, work.cells, work.numbers,
-                scores.snr_norm, scores.n_good, scores.flag,
-            ),
-        )  # fmt: skip
-        yield "M", lambda: multiply(work.cells, self.products, work.packed)
-        yield "u", lambda: multiply(work.y, self.directions, work.u)
-        yield (
-            "point near the star",
-            lambda: expand_stars[of_all](
-                n, work.packed, work.u, self.precision, self.pull, work.scratch, work.points
-            ),
-        )
-        yield "its spectrum", lambda: multiply(work.points, self.transposed, work.spectra)
-        yield (
-            "what is left of pixels",
-            lambda: subtract_spectra[n, READ_THREADS, stream](
-                work.y, work.information, work.spectra, work.numbers
-            ),
-        )
-        yield "u at the point", lambda: multiply(work.y, self.directions, work.u)
+        quality = scores.snr_norm, scores.n_good, scores.flag
+        yield from self.space.to_point(flux, error, hidden, n, work, quality, of_all, stream)
         yield (
             "nuisances",
             lambda: marginalise_stars[of_all](
@@ -876,9 +807,9 @@ class DevicePosterior:
         yield (
             "clouds",
             lambda: compare_kernel(self.vectors)[
-                (self.panels, -(-n // self.sizes.stars)), CLOUDS * PARTS * self.sizes.stars, stream, 4 * self.sizes.shared
+                (self.panels, -(-n // sizes.stars)), CLOUDS * PARTS * sizes.stars, stream, 4 * sizes.shared
             ](
-                n, self.padded, self.reach, self.sizes.depth, *self.clouds,
+                n, self.padded, self.reach, sizes.depth, *self.clouds,
                 work.pairs_of_roots, work.centre, work.spectrum, self.width, work.found,
             ),
         )  # fmt: skip
@@ -916,32 +847,19 @@ class DevicePosterior:
         return scores
 
 
-class Work:
+class Work(SpaceWork):
     """Device memory of up to `rows` spectra between the kernels, and the results."""
 
     def __init__(self, rows: int, plan: DevicePosterior) -> None:
-        p, n, width = plan.n_pixels, plan.n_coordinates, plan.n_coordinates + plan.n_nuisances
-        self.rows = rows
-        blocks = min(rows, plan.blocks)
-
-        def doubles(*shape: int) -> Any:
-            return cuda.device_array(shape, np.float64)
-
-        self.y, self.information, self.spectra = doubles(rows, p), doubles(rows, p), doubles(rows, p)
-        self.cells, self.packed = doubles(rows, plan.n_cells), doubles(rows, plan.packed)
-        self.u, self.points, self.numbers = (
-            doubles(rows, width),
-            doubles(rows, width),
-            doubles(rows, NUMBERS),
-        )
-        self.scratch, self.second_scratch = (doubles(blocks, size) for size in plan.of_block)
-        self.parts = {columns: doubles(count * rows, columns) for columns, count in plan.in_parts().items()}
+        n, (of_block, of_spread) = plan.n_coordinates, plan.of_block
+        super().__init__(rows, plan.space, (plan.blocks, of_block))
+        self.second_scratch = cuda.device_array((min(rows, plan.blocks), of_spread), np.float64)
         # What lies below the diagonal in a band, and what is there to make it whole, is never written.
         self.roots = cuda.to_device(np.zeros((rows, size_of_root(n)), np.float32))
         self.pairs_of_roots = self.roots.view(np.float64)
         self.centre, self.spectrum = (cuda.device_array((rows, n), np.float32) for _ in range(2))
         self.found = cuda.device_array((rows, FIRST_LABEL + 3 * plan.n_labels, plan.n_clouds), np.float32)
-        self.scores = Posteriors(*(cuda.device_array(*kind) for kind in plan.kinds(rows)))
+        self.memory_of_scores, self.scores = results_on_device(plan, rows)
 
 
 class CudaPosteriorScorer(BlockScorer):

@@ -315,7 +315,7 @@ class FirstPass:
             self._compute.synchronize()
             if self._bad.copy_to_host()[0]:
                 raise ValueError("a row with NaN, infinite or absurdly large flux or error cannot be added")
-            return (self._others if other else self._totals).fetch()  # type: ignore[no-any-return]
+            return (self._others if other else self._totals).fetch()
 
 
 class _Stage:

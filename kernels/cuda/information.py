@@ -4,7 +4,7 @@ The equations are those of `moefast.posterior.forward`, in the form of `moefast.
 hundred stars at a time, whose numbers stay on the device; (…) is what is kept of a star:
 
     read_spectra       flux, error   →  c₀, y = a′(x/c₀ − r), a′ (2 p), means of a′D over cells (g), SNR, flags
-    multiply_rows      cells · products  →  M, packed (w (w + 1)/2);    y · B  →  u (w)
+    multiply_rows      cells · products  →  M, packed (w (w + 1)/2);    y · B  →  u (w), summed by add_parts
     expand_stars       (P⁻¹ + M) b = P⁻¹b₀ + u  →  b (w)
     multiply_rows      b · Bᵀ  →  spectrum (p)
     subtract_spectra   y  →  y − a′ B b, and the energy that is left
@@ -26,10 +26,11 @@ g w (w + 1)/2 = 2.2 M, roots w³/6 + q w²/2 + 5 n³/6 = 2.4 M: 6.4 M, 0.4 µs a
 0.01 µs; what is written and read on the way, 0.4 MB, 0.1 µs.
 
 Roots: a block of threads owns a star. Matrices (n, n) lie in shared memory, or, where they are too large, in scratch
-of the device's memory, of as many blocks as run at a time, which the second cache holds; rows are made STEP at a time: what the panel's columns have of all rows above
-is staged in shared memory, and each thread owns a column of the panel, STEP numbers in registers:
+of the device's memory, of as many blocks as run at a time, which the second cache holds; rows are made STEP at a
+time: what the panel's columns have of all rows above is staged in shared memory, and each thread owns a column of the
+panel, STEP numbers in registers:
 
-    column j     v_r = a_rj − Σ_k<top U_kr U_kj        of a number from the cache and STEP from shared memory
+    column j     v_r = a_rj − Σ_k<top U_kr U_kj        of a number of the matrix and STEP that are staged
     column j     v ← corner⁻ᵀ v, with corner the panel's own STEP × STEP root
 
 Row k of such a matrix holds column k of what lies above the diagonal and the diagonal in its first k + 1 places, and
@@ -71,8 +72,8 @@ __all__ = [
 
 READ_THREADS = 128
 SOLVE_THREADS = 128
-"""Threads of a block of those that solve, at most: they take some 200 registers each, and two blocks should fit a
-multiprocessor."""
+"""Threads of a block of those that solve, at most: they take some 200 registers each, and two or three blocks should
+fit a multiprocessor."""
 STEP = 8
 """Rows of a matrix whose root is found together."""
 TILE_ROWS = 64
@@ -305,8 +306,8 @@ def _fetch(rows, matrix, top, edge, n, start, end, thread, left, right):  # type
 def multiply_rows(rows, matrix, n, terms, below, out):  # type: ignore[no-untyped-def]
     """Products of the first n rows (·, k) with a matrix (k, c), in parts of so many terms each.
 
-    Rows z · `below` + (0 … n − 1) of `out` (·, c) get the sums over the terms of part z, in their order, whatever stands
-    in the other rows; `add_parts` adds them up.
+    Rows z · `below` + (0 … n − 1) of `out` (·, c) get the sums over the terms of part z, in their order, whatever
+    stands in the other rows; `add_parts` adds them up.
 
     Launch: `product_launch`. Thread (ty, tx) owns rows 8 ty … 8 ty + 7 of its tile, and columns 2 tx, 2 tx + 1 of
     either half: 8 + 4 numbers from shared memory, in vectors, feed 32 multiply-adds. While PANEL terms are multiplied,
@@ -544,8 +545,9 @@ def _in_bands(n, i, k):  # type: ignore[no-untyped-def]
 
 @cuda.jit(device=True)
 def _shrink(root, t, stride, n, shared, corner, pivots, out):  # type: ignore[no-untyped-def]
-    """U ← T⁻¹U in the upper part of `root`, and, in single precision, in the bands of `out`; TTᵀ = I + UUᵀ, T upper triangular.
+    """U ← T⁻¹U in the upper part of `root`, and `out` in single precision; TTᵀ = I + UUᵀ, T upper triangular.
 
+    `out` gets it in bands, as `_in_bands` has them.
     Both are laid out as the module says, the lower part of `root` being Uᵀ; `t` becomes the root of I + UUᵀ with rows
     and columns in reverse order, which is the transpose of T in reverse order. Its columns and those of U in reverse
     order, which go along, are one panel: T⁻¹U is what `_eliminate` makes of a vector. 2 · STEP · n numbers of `shared`
@@ -564,7 +566,9 @@ def _shrink(root, t, stride, n, shared, corner, pivots, out):  # type: ignore[no
             k = last + place // STEP
             r = place & (STEP - 1)
             shared[place] = (
-                root[_at(stride, k, (bottom - r) & NOT_NEGATIVE)] if r < height and k >= bottom - r else float64(0)
+                root[_at(stride, k, (bottom - r) & NOT_NEGATIVE)]
+                if r < height and k >= bottom - r
+                else float64(0)
             )
         for place in range(thread, top * STEP, threads):
             r = place & (STEP - 1)
@@ -619,14 +623,14 @@ def _shrink(root, t, stride, n, shared, corner, pivots, out):  # type: ignore[no
 @kernel(
     "void(int64, float64[:,::1], float64[:,::1], float64[:,::1], float64[::1], float64[:,::1], float64[:,::1])",
     threads=SOLVE_THREADS,
-    blocks=2,
+    blocks=3,
     serves=("cloud_posterior",),
 )
 def expand_stars(n, packed, u, precision, pull, scratch, points):  # type: ignore[no-untyped-def]
     """The best point b of the space for each of n stars: (M + P⁻¹) b = u + P⁻¹b₀.
 
-    `packed` (·, w (w + 1)/2) is M, `precision` (w, w) P⁻¹ and `pull` (w,) P⁻¹b₀; The matrix lies in shared memory if `scratch`
-    (blocks, w · `stride_of_matrix`) has fewer columns.
+    `packed` (·, w (w + 1)/2) is M, `precision` (w, w) P⁻¹ and `pull` (w,) P⁻¹b₀. `scratch` holds the matrix of each
+    block in a row, of w · `stride_of_matrix` numbers; if rows are shorter, shared memory does.
 
     Launch: as many blocks as `scratch` has, which share the stars; threads and shared memory as `solve_launch` says.
     """
@@ -639,10 +643,9 @@ def expand_stars(n, packed, u, precision, pull, scratch, points):  # type: ignor
     threads = cuda.blockDim.x
     lanes = min(32, threads)
     stride = stride_of_matrix(width)
-    if scratch.shape[1] < width * stride:
-        a = shared[pivots + STEP : pivots + STEP + width * stride]
-    else:
-        a = scratch[cuda.blockIdx.x]
+    begin = pivots + STEP
+    end = begin + width * stride
+    a = shared[begin:end] if scratch.shape[1] < width * stride else scratch[cuda.blockIdx.x]
     for star in range(cuda.blockIdx.x, n, cuda.gridDim.x):
         cuda.syncthreads()
         for i in range(thread // lanes, width, threads // lanes):
@@ -682,7 +685,7 @@ def expand_stars(n, packed, u, precision, pull, scratch, points):  # type: ignor
 @kernel(
     "void(int64, float64[:,::1], float64[:,::1], float64[:,::1], int64, int64, float64[:,::1], float64[:,::1])",
     threads=SOLVE_THREADS,
-    blocks=2,
+    blocks=3,
     serves=("cloud_posterior",),
 )
 def marginalise_stars(n_stars, packed, vectors, points, q, n_sky, scratch, numbers):  # type: ignore[no-untyped-def]
@@ -690,8 +693,7 @@ def marginalise_stars(n_stars, packed, vectors, points, q, n_sky, scratch, numbe
 
     `vectors` is Bᵀ(y − a′ B b) and `points` b. The first n (n + 1)/2 places of `packed` become M, and the first n of
     `vectors` u; the last `n_sky` nuisances grow with the noise. `numbers` gets what nuisances explain, and its energy
-    what the point has of it. The matrix lies in shared memory if `scratch`
-    (blocks, w · `stride_of_matrix`) has fewer columns.
+    what the point has of it. `scratch` is as in `expand_stars`.
 
     Launch: as `expand_stars`.
     """
@@ -705,10 +707,9 @@ def marginalise_stars(n_stars, packed, vectors, points, q, n_sky, scratch, numbe
     threads = cuda.blockDim.x
     lanes = min(32, threads)
     stride = stride_of_matrix(width)
-    if scratch.shape[1] < width * stride:
-        a = shared[pivots + STEP : pivots + STEP + width * stride]
-    else:
-        a = scratch[cuda.blockIdx.x]
+    begin = pivots + STEP
+    end = begin + width * stride
+    a = shared[begin:end] if scratch.shape[1] < width * stride else scratch[cuda.blockIdx.x]
     for star in range(cuda.blockIdx.x, n_stars, cuda.gridDim.x):
         cuda.syncthreads()
         scale = numbers[star, SCALE]
@@ -749,13 +750,14 @@ def marginalise_stars(n_stars, packed, vectors, points, q, n_sky, scratch, numbe
 @kernel(
     "void(int64, float64[:,::1], float64[:,::1], int64, float64[:,::1], float64[:,::1])",
     threads=SOLVE_THREADS,
-    blocks=2,
+    blocks=3,
     serves=("cloud_posterior",),
 )
 def root_stars(n_stars, packed, vectors, n, scratch, numbers):  # type: ignore[no-untyped-def]
     """The root U of each star's M = UᵀU, in its place, and U⁻ᵀu in that of u; both as `marginalise_stars` leaves them.
 
-    `numbers` gets what the best point of the space explains, and what it gains beyond |λ|². `scratch` is as in `expand_stars`.
+    `numbers` gets what the best point of the space explains, and what it gains beyond |λ|². `scratch` is
+    as in `expand_stars`.
 
     Launch: as `expand_stars`.
     """
@@ -767,10 +769,9 @@ def root_stars(n_stars, packed, vectors, n, scratch, numbers):  # type: ignore[n
     threads = cuda.blockDim.x
     lanes = min(32, threads)
     stride = stride_of_matrix(n)
-    if scratch.shape[1] < n * stride:
-        a = shared[pivots + STEP : pivots + STEP + n * stride]
-    else:
-        a = scratch[cuda.blockIdx.x]
+    begin = pivots + STEP
+    end = begin + n * stride
+    a = shared[begin:end] if scratch.shape[1] < n * stride else scratch[cuda.blockIdx.x]
     for star in range(cuda.blockIdx.x, n_stars, cuda.gridDim.x):
         gain = float64(0)
         known = float64(0)
@@ -812,8 +813,8 @@ def root_stars(n_stars, packed, vectors, n, scratch, numbers):  # type: ignore[n
 def whiten_stars(n_stars, packed, vectors, unit, scratch, second_scratch, roots, centre, spectrum):  # type: ignore[no-untyped-def]
     """C' of M₁ = C C' and λ of each star, from what `root_stars` leaves of it.
 
-    `roots` gets C' on and above its diagonal, in bands as `size_of_root` and `_in_bands` have them, `centre` (·, n) λ, and `spectrum` λ and the last column of C'
-    over `unit`: the whole of a star's spectrum.
+    `roots` gets C' on and above its diagonal, in bands as `_in_bands` has them, `centre` (·, n) λ, and `spectrum` λ and
+    the last column of C' over `unit`: the whole of a star's spectrum.
 
     Launch: as `expand_stars`.
     """
@@ -825,10 +826,9 @@ def whiten_stars(n_stars, packed, vectors, unit, scratch, second_scratch, roots,
     threads = cuda.blockDim.x
     lanes = min(32, threads)
     stride = stride_of_matrix(n)
-    if scratch.shape[1] < n * stride:
-        root = shared[pivots + STEP : pivots + STEP + n * stride]
-    else:
-        root = scratch[cuda.blockIdx.x]
+    begin = pivots + STEP
+    end = begin + n * stride
+    root = shared[begin:end] if scratch.shape[1] < n * stride else scratch[cuda.blockIdx.x]
     t = second_scratch[cuda.blockIdx.x]
     for star in range(cuda.blockIdx.x, n_stars, cuda.gridDim.x):
         cuda.syncthreads()

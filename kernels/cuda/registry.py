@@ -31,7 +31,6 @@ MODULES = (
     "moefast.kernels.cuda.median",
     "moefast.kernels.cuda.tangent",
     "moefast.kernels.cuda.template",
-    "moefast.kernels.cuda.tensor",
     "moefast.kernels.cuda.information",
     "moefast.kernels.cuda.clouds",
     "moefast.kernels.cuda.velocity",

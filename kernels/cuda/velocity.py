@@ -41,24 +41,21 @@ from moefast.core.errors import BackendError
 from moefast.kernels.clouds import Space
 from moefast.kernels.cuda.gram import ALIGNED
 from moefast.kernels.cuda.information import (
-    NUMBERS,
+    NOT_NEGATIVE,
     READ_THREADS,
     SOLVE_THREADS,
     STEP,
     TINY,
+    _at,
     _eliminate,
     _packed,
-    expand_stars,
-    multiply_rows,
-    product_launch,
-    read_spectra,
     solve_launch,
-    subtract_spectra,
+    stride_of_matrix,
 )
 from moefast.kernels.cuda.lanes import GROUP, SCRATCH, most_of_warp, sum_of_block, sum_of_group, sum_of_warp
 from moefast.kernels.cuda.registry import kernel
-from moefast.kernels.cuda.scoring import BlockScorer
-from moefast.kernels.cuda.space import DeviceSpace, on_device
+from moefast.kernels.cuda.scoring import BlockScorer, results_on_device
+from moefast.kernels.cuda.space import DeviceSpace, SpaceWork, on_device
 from moefast.kernels.quality import LARGEST32, LARGEST_ERROR32
 from moefast.kernels.velocity import (
     CUDA_CONTINUUM,
@@ -112,7 +109,9 @@ LANES = 32
 """Threads of a block of `compare_velocities`: one warp."""
 VELOCITIES = 8
 TEMPLATES = 4
-"""Velocities and templates that a thread compares at a time."""
+"""Velocities, a multiple of four, and templates that a thread compares at a time."""
+WHOLE = NOT_NEGATIVE - 3
+"""A mask that tells the compiler that an index is not negative, and that a vector of four numbers may begin there."""
 FAINTEST = -LARGEST32
 ROUNDING = 1e-12
 """As in `moefast.kernels.cpu_velocity`."""
@@ -369,7 +368,7 @@ def multiply_lines(rows, components, n, out):  # type: ignore[no-untyped-def]
 
 
 @kernel(
-    "void(float32[:,::1], float32[:,::1], int64, int64, float32[:,::1], float32[:,::1], float32[::1], float64[:,::1])",
+    "void(float32[:,::1], float32[:,::1], int64, int64, float32[::1], float32[::1], float32[::1], float64[:,::1])",
     threads=LANES,
     blocks=16,
     serves=("velocity_evidence",),
@@ -380,13 +379,13 @@ def compare_velocities(  # type: ignore[no-untyped-def]
     """Ln Σ_j π_j exp(what template j gains over no lines), at every velocity.
 
     `of_rows` and `of_weights` are what `multiply_lines` gives, column v r + k of velocity v and component k.
-    `of_lines` (r, m), `of_squares` (s, m) are templates in components, m a multiple of LANES · TEMPLATES; of those
-    that there are not the `log_weights` are so low that they count nothing. `evidence` (stars, n_v).
+    `of_lines` (r m), `of_squares` (s m) are templates in components, m a multiple of LANES · TEMPLATES; of those that
+    there are not the `log_weights` are so low that they count nothing. `evidence` (stars, n_v).
 
     Launch: (⌈n_v / VELOCITIES⌉, stars) blocks of LANES threads, with 4 · VELOCITIES · (EACH_STAR r + s) bytes of
     dynamic shared memory. A thread owns TEMPLATES templates at VELOCITIES velocities at a time.
     """
-    values = cuda.shared.array(0, float32)
+    values = cuda.shared.array(0, float32, alignment=ALIGNED)
     scratch = cuda.shared.array(SCRATCH, float32)
     sums = cuda.local.array((TEMPLATES, VELOCITIES), float32)
     energy = cuda.local.array((TEMPLATES, VELOCITIES), float32)
@@ -398,6 +397,7 @@ def compare_velocities(  # type: ignore[no-untyped-def]
     star = cuda.blockIdx.y
     first = cuda.blockIdx.x * VELOCITIES
     n_v = evidence.shape[1]
+    m = log_weights.size
     of_star = star * EACH_STAR
     squares = EACH_STAR * n_lines * VELOCITIES
 
@@ -421,15 +421,17 @@ def compare_velocities(  # type: ignore[no-untyped-def]
     for v in range(VELOCITIES):
         best[v] = FAINTEST
         total[v] = float32(0)
-    for begin in range(0, log_weights.size, LANES * TEMPLATES):
+    for begin in range(0, m, LANES * TEMPLATES):
         for t in range(TEMPLATES):
             for v in range(VELOCITIES):
                 energy[t, v] = float32(0)
         for k in range(n_squares):
+            at = (k * m + begin + lane) & NOT_NEGATIVE
             for t in range(TEMPLATES):
-                a[t] = of_squares[k, begin + t * LANES + lane]
+                a[t] = of_squares[at + t * LANES]
+            place = (squares + k * VELOCITIES) & WHOLE
             for v in range(VELOCITIES):
-                b[v] = values[squares + k * VELOCITIES + v]
+                b[v] = values[place + v]
             for t in range(TEMPLATES):
                 for v in range(VELOCITIES):
                     energy[t, v] += a[t] * b[v]
@@ -439,10 +441,12 @@ def compare_velocities(  # type: ignore[no-untyped-def]
                 for v in range(VELOCITIES):
                     sums[t, v] = float32(0)
             for k in range(n_lines):
+                at = (k * m + begin + lane) & NOT_NEGATIVE
                 for t in range(TEMPLATES):
-                    a[t] = of_lines[k, begin + t * LANES + lane]
+                    a[t] = of_lines[at + t * LANES]
+                place = ((row * n_lines + k) * VELOCITIES) & WHOLE
                 for v in range(VELOCITIES):
-                    b[v] = values[(row * n_lines + k) * VELOCITIES + v]
+                    b[v] = values[place + v]
                 for t in range(TEMPLATES):
                     for v in range(VELOCITIES):
                         sums[t, v] += a[t] * b[v]
@@ -497,7 +501,7 @@ def weigh_slopes(y, information, slopes, of_reference, sums):  # type: ignore[no
 
 @kernel(
     "void(int64, float64[:,::1], float64[:,::1], float64[:,::1], float64[:,::1], float64[:,::1], float64[:,::1],"
-    " float64[::1], float64[:,:,::1], float64[:,::1])",
+    " float64[::1], float64[:,::1], float64[:,::1])",
     threads=SOLVE_THREADS,
     blocks=2,
     serves=("velocity_step",),
@@ -506,42 +510,46 @@ def step_stars(n_stars, packed, vectors, across, points, sums, precision, pull, 
     """How far velocities of stars are off, and their curvature h, (·, 2), with everything else marginalised.
 
     `packed` is M, `vectors` Bᵀ(y − a′ B b), `across` Bᵀ(a′ d), `points` b and `sums` what `weigh_slopes` gives. The
-    velocity is one column more behind M + P⁻¹: what the others do not explain of it is h, and h δ beside it.
-    `scratch` (blocks, w + 1, w + 3).
+    velocity is one column more behind M + P⁻¹: what the others do not explain of it is h, and h δ beside it. The matrix
+    lies in shared memory if `scratch` (blocks, (w + 1) · `stride_of_matrix`) has fewer columns.
 
     Launch: as `expand_stars`, for one direction more.
     """
     shared = cuda.shared.array(0, float64)
     width = pull.size
     n = width + 1
-    corner = 2 * STEP * n + n
+    corner = STEP * n
     pivots = corner + STEP * STEP
     thread = cuda.threadIdx.x
     threads = cuda.blockDim.x
     lanes = min(32, threads)
-    a = scratch[cuda.blockIdx.x]
+    stride = stride_of_matrix(n)
+    if scratch.shape[1] < n * stride:  # noqa: SIM108
+        a = shared[pivots + STEP : pivots + STEP + n * stride]
+    else:
+        a = scratch[cuda.blockIdx.x]
     for star in range(cuda.blockIdx.x, n_stars, cuda.gridDim.x):
         cuda.syncthreads()
         for i in range(thread // lanes, width, threads // lanes):
             for j in range(i + thread % lanes, width, lanes):
                 value = packed[star, _packed(width, i, j)] + precision[i, j]
-                a[i, j + 1] = value
+                a[_at(stride, i, j + 1)] = value
                 if i == j:
-                    a[i, i] = value
+                    a[_at(stride, i, i)] = value
         for i in range(thread, width, threads):
             value = vectors[star, i] + pull[i]
             for j in range(width):
                 value -= precision[j, i] * points[star, j]
-            a[i, n] = across[star, i]
-            a[i, n + 1] = value
+            a[_at(stride, i, n)] = across[star, i]
+            a[_at(stride, i, n + 1)] = value
         if thread == 0:
-            a[width, width] = sums[star, 1]
-            a[width, n] = sums[star, 1]
-            a[width, n + 1] = sums[star, 0]
-        _eliminate(a, width, n, float64(0), False, shared, corner, pivots)
+            a[_at(stride, width, width)] = sums[star, 1]
+            a[_at(stride, width, n)] = sums[star, 1]
+            a[_at(stride, width, n + 1)] = sums[star, 0]
+        _eliminate(a, stride, width, n, float64(0), False, shared, corner, pivots)
         if thread == 0:
-            curvature = a[width, n]
-            found[star, 0] = a[width, n + 1] / max(curvature, TINY)
+            curvature = a[_at(stride, width, n)]
+            found[star, 0] = a[_at(stride, width, n + 1)] / max(curvature, TINY)
             found[star, 1] = curvature
 
 
@@ -597,7 +605,7 @@ class DeviceScan:
         def filled(values: NDArray, value: float) -> Any:
             out = np.full((*values.shape[:-1], columns), value, np.float32)
             out[..., :m] = values
-            return on_device(out, np.float32)
+            return on_device(out.reshape(-1), np.float32)
 
         self.templates = (
             filled(templates.of_lines.T, 0),
@@ -682,7 +690,7 @@ class ScanWork:
         self.rows, self.weights = singles(rows * EACH_STAR, plan.depth), singles(rows, plan.depth)
         self.of_rows = singles(rows * EACH_STAR, plan.lines.shape[1])
         self.of_weights = singles(rows, plan.squares.shape[1])
-        self.evidence = cuda.device_array((rows, plan.n_velocities), np.float64)
+        self.memory_of_scores, (self.evidence,) = results_on_device(plan, rows)
 
 
 class DeviceStep:
@@ -705,9 +713,12 @@ class DeviceStep:
         self.slopes = on_device(np.roll(slopes.of_directions, q, axis=1).T, np.float64)
         self.of_reference = on_device(slopes.of_reference, np.float32)
         self.no_mask = cuda.to_device(_NO_MASK)
-        of_block = 8 * (width + 1) * (width + 3)
-        self.blocks = int(np.clip(SCRATCH_BYTES / of_block, LEAST_BLOCKS, MOST_BLOCKS))
-        self.scratch_bytes = self.blocks * of_block
+        self.solving = solve_launch(width), solve_launch(width + 1)
+        # Of a block: its matrix, if not all matrices fit in shared memory.
+        self.in_shared = all(solving.fits for solving in self.solving)
+        self.of_block = 1 if self.in_shared else self.solving[1].matrix // 8
+        self.blocks = int(np.clip(SCRATCH_BYTES / (8 * self.of_block), LEAST_BLOCKS, MOST_BLOCKS))
+        self.scratch_bytes = 8 * self.blocks * self.of_block
 
     def kinds(self, rows: int) -> list[tuple[tuple[int, ...], type]]:
         """Shape and dtype of each array of `Steps`."""
@@ -715,9 +726,8 @@ class DeviceStep:
 
     def bytes_per_row(self) -> int:
         """Device memory of a row, flux, error and mask included, and its share of a block's scratch."""
-        space = self.space
-        doubles = 3 * self.n_pixels + space.n_cells + space.packed + 3 * space.width + NUMBERS + 4
-        # SNR, good pixels and flag, which the reading kernel gives as well.
+        doubles = self.space.doubles() + self.space.width + 4
+        # With the 12 bytes of SNR, good pixels and flag.
         return 9 * self.n_pixels + 8 * doubles + 12 + -(-self.scratch_bytes // BLOCK_ROWS)
 
     def work(self, rows: int) -> StepWork:
@@ -731,38 +741,21 @@ class DeviceStep:
         space = self.space
         hidden = self.no_mask if mask is None else mask
 
-        def solve(width: int) -> tuple[int, int, Any, int]:
-            threads, shared = solve_launch(width)
-            return min(n, len(work.scratch)), threads, stream, shared
+        of_point, of_step = (
+            (
+                n if self.in_shared else min(n, len(work.scratch)),
+                each.threads,
+                stream,
+                each.staged + (each.matrix if self.in_shared else 0),
+            )
+            for each in self.solving
+        )
 
         def multiply(rows: Any, matrix: Any, out: Any) -> None:
-            blocks, threads = product_launch(n, out.shape[1])
-            multiply_rows[blocks, threads, stream](rows, matrix, n, out)
+            space.multiply(n, rows, matrix, out, work, stream)
 
         return [
-            (
-                "read pixels, cells",
-                lambda: read_spectra[n, READ_THREADS, stream](
-                    flux, error, hidden, self.n_pixels, *space.pixels, work.y, work.information, work.cells,
-                    work.numbers, work.snr, work.n_good, work.flag,
-                ),
-            ),
-            ("M", lambda: multiply(work.cells, space.products, work.packed)),
-            ("u", lambda: multiply(work.y, space.directions, work.u)),
-            (
-                "point near the star",
-                lambda: expand_stars[solve(space.width)](
-                    n, work.packed, work.u, space.precision, space.pull, work.scratch, work.points
-                ),
-            ),
-            ("its spectrum", lambda: multiply(work.points, space.transposed, work.spectra)),
-            (
-                "what is left of pixels",
-                lambda: subtract_spectra[n, READ_THREADS, stream](
-                    work.y, work.information, work.spectra, work.numbers
-                ),
-            ),
-            ("u at the point", lambda: multiply(work.y, space.directions, work.u)),
+            *space.to_point(flux, error, hidden, n, work, work.quality, of_point, stream),
             ("its slopes", lambda: multiply(work.points, self.slopes, work.spectra)),
             (
                 "slopes times information",
@@ -773,7 +766,7 @@ class DeviceStep:
             ("slopes times directions", lambda: multiply(work.spectra, space.directions, work.across)),
             (
                 "step",
-                lambda: step_stars[solve(space.width + 1)](
+                lambda: step_stars[of_step](
                     n, work.packed, work.u, work.across, work.points, work.sums, space.precision, space.pull,
                     work.scratch, found,
                 ),
@@ -788,23 +781,20 @@ class DeviceStep:
         return Steps(found)
 
 
-class StepWork:
+class StepWork(SpaceWork):
     """Device memory of up to `rows` spectra between the kernels, and the results."""
 
     def __init__(self, rows: int, plan: DeviceStep) -> None:
-        p, width = plan.n_pixels, plan.space.width
+        super().__init__(rows, plan.space, (plan.blocks, plan.of_block))
 
         def doubles(*shape: int) -> Any:
             return cuda.device_array(shape, np.float64)
 
-        self.y, self.information, self.spectra = doubles(rows, p), doubles(rows, p), doubles(rows, p)
-        self.cells, self.packed = doubles(rows, plan.space.n_cells), doubles(rows, plan.space.packed)
-        self.u, self.points, self.across = (doubles(rows, width) for _ in range(3))
-        self.numbers, self.sums, self.found = doubles(rows, NUMBERS), doubles(rows, 2), doubles(rows, 2)
-        self.scratch = doubles(min(rows, plan.blocks), width + 1, width + 3)
-        self.snr = cuda.device_array(rows, np.float32)
-        self.n_good = cuda.device_array(rows, np.int32)
-        self.flag = cuda.device_array(rows, np.uint32)
+        self.across, self.sums = doubles(rows, plan.space.width), doubles(rows, 2)
+        self.memory_of_scores, (self.found,) = results_on_device(plan, rows)
+        # What the reading kernel gives as well.
+        kinds = (np.float32, np.int32, np.uint32)
+        self.quality = tuple(cuda.device_array(rows, kind) for kind in kinds)
 
 
 class CudaVelocityScan(BlockScorer):

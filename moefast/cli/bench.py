@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from moefast.cli.options import DEVICE, JSON, MODEL, OVERWRITE, names, positive, talk
+from moefast.cli.swapped import swapped_told
 from moefast.core.progress import ProgressLine
 
 __all__ = ["bench"]
@@ -55,6 +56,7 @@ def _sizes(_: click.Context, __: click.Parameter, value: str | None) -> tuple[in
 @OVERWRITE
 @talk
 @JSON
+@swapped_told
 def bench(
     task: str, engines: tuple[str, ...], as_list: bool, number: int, samples: int, growth: tuple[int, ...],
     model: str | None, out: str | None, picture: str | None, limit: float, scratch: str | None, overwrite: bool,

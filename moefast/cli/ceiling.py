@@ -9,6 +9,7 @@ import click
 from moefast.cli.messages import tell_written
 from moefast.cli.options import FILES, JSON, OVERWRITE, SCHEDULER, talk
 from moefast.cli.spread import spread_over
+from moefast.cli.swapped import swapped_told
 from moefast.core.atomic import refuse_taken
 from moefast.core.progress import ProgressLine
 
@@ -41,6 +42,7 @@ __all__ = ["ceiling"]
 @OVERWRITE
 @talk
 @JSON
+@swapped_told
 def ceiling(
     files: tuple[str, ...], out: str | None, picture: str | None, method: str, stars: int | None, name: str | None,
     seed: int, scheduler: str | None, overwrite: bool, quiet: bool, as_json: bool,

@@ -20,6 +20,7 @@ from moefast.cli.options import (
     talk,
 )
 from moefast.cli.spread import spread_over
+from moefast.cli.swapped import swapped_told
 from moefast.core.progress import ProgressLine
 
 __all__ = ["evaluate"]
@@ -69,6 +70,7 @@ __all__ = ["evaluate"]
 @OVERWRITE
 @talk
 @JSON
+@swapped_told
 def evaluate(
     files: tuple[str, ...], model: str | None, peer: str | None, out: str | None, pictures: bool, noise: str,
     noise_level: float, ceiling: str | None, name: str | None, milestones: bool, scheduler: str | None, backend: str,

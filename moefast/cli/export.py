@@ -8,6 +8,7 @@ import click
 
 from moefast.cli.messages import tell_result
 from moefast.cli.options import EXPERT, OVERWRITE, talk
+from moefast.cli.swapped import swapped_told
 from moefast.core.atomic import refuse_taken
 from moefast.core.progress import ProgressLine
 
@@ -24,6 +25,7 @@ __all__ = ["export"]
 @EXPERT
 @OVERWRITE
 @talk
+@swapped_told
 def export(model: str, out: str, part: str, half: bool, overwrite: bool, quiet: bool) -> None:
     """Write a model folder, or a part of it, as one ONNX file, verified against the model first.
 

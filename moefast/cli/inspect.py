@@ -21,6 +21,7 @@ from moefast.cli.options import (
     VELOCITY_RANGE,
     talk,
 )
+from moefast.cli.swapped import swapped_told
 from moefast.core.atomic import refuse_taken
 from moefast.core.errors import InputError
 from moefast.core.progress import ProgressLine
@@ -62,6 +63,7 @@ def _mixture_of(model: str | None) -> Any:
 @OVERWRITE
 @talk
 @JSON
+@swapped_told
 def inspect(
     files: tuple[str, ...], model: str | None, row: int | None, identifier: str | None, picture: str | None,
     report: str | None, spectra: tuple[str, ...], limit: int | None, velocity: str | None,

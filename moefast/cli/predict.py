@@ -34,6 +34,7 @@ from moefast.cli.options import (
     talk,
 )
 from moefast.cli.spread import connected
+from moefast.cli.swapped import swapped_told
 from moefast.core.atomic import refuse_taken
 from moefast.core.errors import InputError, OutputError
 from moefast.core.progress import FILES, ProgressLine
@@ -93,6 +94,7 @@ __all__ = ["predict"]
 @OVERWRITE
 @talk
 @JSON
+@swapped_told
 def predict(
     files: tuple[str, ...], listing: str | None, model: str | None, out: str | None, folder: str | None, suffix: str,
     skip_existing: bool, status: str | None, array: str, backend: str,
@@ -183,7 +185,8 @@ def predict(
     else:
         say = partial(tell_result, quiet=quiet)
         say(f"{target}: {summary.n_rows:,} spectra, array {summary.array}, model {summary.model}")
-        speed = f"{summary.spectra_per_second:,.0f} spectra/s"
+        rate = summary.spectra_per_second
+        speed = f"{rate:,.0f} spectra/s" if rate >= 10 else f"{rate:.2g} spectra/s"
         nothing = summary.flags.get("NO_DATA", 0) == summary.n_rows
         none = "nothing to measure R² on" if nothing else "no labels, so no R²"
         r2 = none if summary.r2 is None else f"R² {summary.r2:.3f}"

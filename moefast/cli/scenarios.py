@@ -8,6 +8,7 @@ import click
 
 from moefast.cli.messages import tell_written
 from moefast.cli.options import BACKEND, DEVICE, EXPERT, JSON, OVERWRITE, talk
+from moefast.cli.swapped import swapped_told
 from moefast.core.atomic import refuse_taken, write_json
 from moefast.core.progress import ProgressLine
 
@@ -34,6 +35,7 @@ __all__ = ["scenarios"]
 @OVERWRITE
 @talk
 @JSON
+@swapped_told
 def scenarios(
     model: str | None, number: int, names: tuple[str, ...], out: str | None, backend: str, overwrite: bool,
     quiet: bool, as_json: bool,

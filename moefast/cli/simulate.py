@@ -9,6 +9,7 @@ import click
 
 from moefast.cli.messages import tell_failures, tell_result
 from moefast.cli.options import CONFIG, LIKE, OVERWRITE, RESOLUTION, SCHEDULER, positive, rows, talk
+from moefast.cli.swapped import swapped_told
 from moefast.core.errors import MoefastError
 from moefast.core.progress import ProgressLine
 
@@ -71,6 +72,7 @@ def _positive_if_given(context: click.Context, option: click.Parameter, value: f
 @CONFIG
 @OVERWRITE
 @talk
+@swapped_told
 def simulate(
     out: str | None, number: int | None, rows: tuple[int, int] | None, seed: int | None, name: str | None,
     part: str | None, list_sets: bool, mag: tuple[float, float] | None, velocity: float | None,

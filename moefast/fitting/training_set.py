@@ -260,7 +260,7 @@ class TrainingSet:
         """
         n = self.spectra.n_rows
         most, length = self.options.sample_rows, STRETCH
-        if self.options.families != ("linear",):
+        if self.options.all_families != ("linear",):
             most, length = min(most, n // 3), min(length, max(1, n // 30))
         if n <= most:
             return [(0, n)]

@@ -1,36 +1,37 @@
 """Streaming prediction: blocks of spectra in, rows of a table out, one for one and in order.
 
-Design: on a CPU every core reads a small block and scores it while it lies in its cache; reading takes turns, so that
-files are read in order. On a GPU large blocks follow one another through slots of pinned memory: one thread reads while
-the others' blocks are copied and scored. What comes out, two hundred bytes a spectrum, is gathered, flagged and
-appended to a table that gets its final name only when it is complete. Memory does not grow with the number of spectra.
-A row's numbers depend on the row alone, so `--rows`, `--shard` and bad neighbours change nothing.
+Design: every worker takes the next block, reads it to where its engine wants it and scores it there: on a CPU each core
+a small one that stays in its cache, on a GPU large ones in slots of pinned memory, from which the device copies them.
+Workers read side by side where the file allows it; what must be decoded is read in turns, in order. What comes out, two
+hundred bytes a spectrum, is gathered in the order of the rows, flagged and appended to a table that gets its final name
+only when it is complete. Memory does not grow with the number of spectra. A row's numbers depend on the row alone, so
+`--rows`, `--shard` and bad neighbours change nothing.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from moefast.backend import Backend
 from moefast.core.errors import InputError, OutputError
-from moefast.core.progress import RowProgress, row_progress
+from moefast.core.progress import LOGGER, RowProgress, row_progress
 from moefast.core.threads import one_blas_thread
 from moefast.core.version import __version__
 from moefast.model import Model
 from moefast.posterior.mixture import PosteriorMixture
-from moefast.posterior.velocities import DEFAULT_RANGE, VelocityFit
+from moefast.posterior.velocities import DEFAULT_RANGE
 from moefast.predicting.columns import table_columns
+from moefast.predicting.decisions import decisions_on_input, decisions_on_model
 from moefast.predicting.engines import open_engine
 from moefast.predicting.notes import notes_on_input, notes_on_params, notes_on_predictions
 from moefast.predicting.run import PredictionRun
 from moefast.predicting.source import Source, choose_rows, open_files, open_source
 from moefast.predicting.summary import Summary
 from moefast.predicting.table import Sink
-from moefast.predicting.velocities import FITTED_ON_CPU
+from moefast.predicting.velocities import fit_on
 from moefast.spectra import guard
 from moefast.spectra.prepared import Origins, Preparation
 from moefast.spectra.tables import Column
@@ -117,6 +118,7 @@ def predict(
     """
     chosen = model if isinstance(model, Model) else Model.load(model)
     engine, where = open_engine(chosen.mixture, backend)
+    _tell(decisions_on_model(chosen, engine, where))
     keep = tuple(keep)
     preparation = Preparation(chosen.mixture.wave, medium, moving=velocity is not None, telluric=telluric)
     spectra, failures = open_files(paths, preparation)
@@ -136,8 +138,8 @@ def predict(
         targets=targets,
         keep=keep,
     )
-    if isinstance(source.velocity, VelocityFit) and where.name == "cuda":
-        where = replace(where, reason=f"{where.reason}; {FITTED_ON_CPU}")
+    _tell(decisions_on_input(source, preparation))
+    where = fit_on(engine, source.fit, where, backend)
     layout = _layout(chosen, source)
     about_params = notes_on_params(spectra, source.identifiers, source.labelled)
     summary = Summary(
@@ -188,6 +190,11 @@ def predict(
         _conclude(sink, summary, run)
     summary.columns = sink.columns
     return summary
+
+
+def _tell(decisions: Iterable[str]) -> None:
+    for words in decisions:
+        LOGGER.info(words)
 
 
 def _layout(model: Model, source: Source) -> list[Column]:

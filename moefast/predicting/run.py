@@ -106,6 +106,8 @@ class PredictionRun:
             params=self._params,
         )
         position, waiting, last = source.start, list[_Scored](), 0
+        # The clock of the rate starts here.
+        progress(0, source.stop - source.start)
         # Two workers at least: one waits for the disk while the other computes.
         for shard, part in map_in_order(self._score, blocks, max(2, self.engine.workers)):
             if shard != last:

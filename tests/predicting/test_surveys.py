@@ -58,6 +58,22 @@ def test_a_pfs_file_gives_what_its_spectra_give(coadd, want, model):
     assert found.r2 is None
 
 
+def test_what_is_done_to_spectra_is_logged(coadd, stars_file, model, caplog):
+    with caplog.at_level("INFO", logger="moefast"):
+        predict([coadd, stars_file], model, limit=20, velocity=20, medium="air", array="flux")
+    said = caplog.messages
+    assert "input: 2 files, rows 0:20 of 2,612, of which 20 are predicted" in said
+    assert "layout: pfsCoadd (1 file), pfsspec (1 file)" in said
+    assert "array: flux, as --array says" in said
+    assert "wavelengths: air, as --wave-medium says" in said
+    assert "resampling: spectra of 2 of 2 files are put on the model's grid" in said
+    assert (
+        "telluric: pixels at 7150-7400, 7590-7715, 8100-8380 Å count as bad in 1 of 2 files (--telluric auto)"
+        in said
+    )
+    assert "velocity: removed: 20 km/s" in said
+
+
 def test_files_of_one_star_are_one_table(few, coadd, model, tmp_path):
     for i in range(N):
         write_pfs_one(

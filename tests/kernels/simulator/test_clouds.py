@@ -204,7 +204,7 @@ def test_blocks_pass_through_the_slots_and_memory_is_that_of_a_block(mix):
     work, inputs = plan.work(3), 3 * 9 * plan.n_pixels
     scratch = work.scratch.nbytes + work.second_scratch.nbytes
     assert scratch == plan.scratch_bytes
-    others = ("rows", "scores", "scratch", "second_scratch", "parts", "pairs_of_roots")
+    others = ("rows", "scores", "memory_of_scores", "scratch", "second_scratch", "parts", "pairs_of_roots")
     arrays = [a for name, a in vars(work).items() if name not in others]
     arrays += [*work.scores, *work.parts.values()]
     share = -(-scratch // clouds.BLOCK_ROWS)
@@ -264,7 +264,9 @@ def test_vectors_that_do_not_fit_are_staged_in_turns(monkeypatch):
     expected = made.outputs(flux, error, backend="cuda")
     plain = clouds.sizes_of(16, 16, 5)
     assert plain.depth == 16
-    monkeypatch.setattr(clouds, "sizes_of", lambda n, reach, vectors: clouds.Sizes(1, 4, plain.stride, plain.shared))
+    monkeypatch.setattr(
+        clouds, "sizes_of", lambda n, reach, vectors: clouds.Sizes(1, 4, plain.stride, plain.shared)
+    )
     assert_same_bits(made.outputs(flux, error, backend="cuda"), expected)
 
 

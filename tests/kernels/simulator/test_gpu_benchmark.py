@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from moefast.kernels.cuda import binning, draws, gram
+from moefast.core.grids import uniform
+from moefast.fitting import Options
+from moefast.kernels.cuda import binning, draws, gram, products
 
 SCRIPT = Path(__file__).resolve().parents[3] / "benchmarks" / "gpu_normal_equations.py"
 
@@ -21,6 +23,8 @@ def script(monkeypatch):
         monkeypatch.setattr(gram, name, value)
     for name in ("THREADS", "SCAN_THREADS"):
         monkeypatch.setattr(binning, name, 4)
+    # Two shares of each of two groups, not the hundred that fill a device.
+    monkeypatch.setattr(products, "ENOUGH_BLOCKS", 4)
     monkeypatch.setattr(module, "SMALL_ACCURACY", ((9, 5, 2),))
     monkeypatch.setattr(module, "SMALL_SPEED", ((6, 4, 1),))
     monkeypatch.setattr(module, "SMALL_STREAMED", (5, 3, 1))
@@ -34,7 +38,8 @@ PARTS = [word for part in ("accuracy", "speed", "streamed") for word in ("--part
 def test_the_first_pass(script, monkeypatch):
     monkeypatch.setattr(draws, "THREADS", 2)
     monkeypatch.setattr(script, "MADE", 5)
-    found = script.first_pass(6, 7, 640, samples=1, n_compared=8)
+    options = Options(grid=uniform(1, 1), n_folds=2)
+    found = script.first_pass(6, 7, 640, samples=1, n_compared=8, options=options)
     assert found["difference"] < script.GOAL
     assert {name: len(seconds) for name, seconds in found["seconds"].items()} == {"cuda": 1, "cpu": 1}
 

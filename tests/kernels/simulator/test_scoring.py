@@ -274,6 +274,28 @@ def test_blocks_are_filled_side_by_side(monkeypatch):
         assert_scores(scorer(flux, error), flux, error, None, plans)
 
 
+def test_what_is_made_in_a_slot_is_not_copied():
+    plans = random_plans(p=16, c=3, w=1, n_experts=2, n_levels=2, hidden=2)
+    flux, error = spectra(5, plans[0])
+    mask = np.random.default_rng(0).random(flux.shape) < 0.1
+    scorer = CudaScorer(*plans, block_rows=5, slots=2)
+    for n, hidden in ((5, mask), (3, None)):
+        with scorer.slot() as slot:
+            made = [slot.array(name, (n, 16)) for name in ("flux", "error", "mask")]
+            for array, rows in zip(made, (flux, error, mask), strict=True):
+                array[:] = rows[:n]
+                slot.host["flux"].flags.writeable = slot.host["error"].flags.writeable = False
+            found = scorer(made[0], made[1], None if hidden is None else made[2], slot)
+            for array in slot.host.values():
+                array.flags.writeable = True
+            # Of others in the same slot, only what lies elsewhere is copied.
+            turned = scorer(flux[:n][::-1], made[1], None, slot)
+        assert_scores(found, flux[:n], error[:n], None if hidden is None else mask, plans)
+        assert_scores(turned, flux[:n][::-1], error[:n], None, plans)
+    # Both are free again.
+    assert_scores(scorer(flux, error), flux, error, None, plans)
+
+
 def test_callers_in_threads_share_the_slots():
     """More callers than slots, each with several blocks: all end, each with its own numbers."""
     plans = random_plans(p=16, c=3, w=1, n_experts=2, n_levels=2, hidden=2)
@@ -444,7 +466,6 @@ def test_the_engine_gives_predictions_and_quality():
     mask = np.zeros(flux.shape, bool)
     mask[2, 100:] = True
     engine = CudaEngine(mixture)
-    # One reads while either slot is at work.
     assert engine.workers == scoring.SLOTS
     found, quality = engine(flux, error, mask, 0)
     expected, same = mixture.score(flux, error, mask)

@@ -9,8 +9,9 @@ from made_velocities import expected_evidence, expected_step, space_of, stars_of
 from moefast.core.errors import BackendError
 from moefast.kernels import velocity as of_velocity
 from moefast.kernels import velocity_evidence, velocity_step
-from moefast.kernels.cuda import CudaVelocityScan, CudaVelocityStep, velocity
+from moefast.kernels.cuda import CudaVelocityScan, CudaVelocityStep, information, velocity
 from moefast.kernels.cuda.scoring import MOST_SHARED
+from moefast.posterior.velocities import VelocityFit
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 
@@ -78,7 +79,8 @@ def test_blocks_of_the_scan_pass_through_the_slots_and_memory_is_that_of_a_block
     expected = velocity_evidence(flux, error, None, few, backend="cuda")
     np.testing.assert_array_equal(scan(flux, error), expected)
     work = scan.plan.work(3)
-    held = sum(array.nbytes for array in vars(work).values())
+    # Results are arrays in one piece of memory, which counts once.
+    held = sum(array.nbytes for name, array in vars(work).items() if name != "memory_of_scores")
     assert 3 * scan.plan.bytes_per_row() == 3 * 9 * P + held
 
 
@@ -100,7 +102,10 @@ def test_the_step_is_one_gaussian_over_everything(q):
     np.testing.assert_array_equal(alone, (step[3:4], sigma[3:4]))
 
 
-def test_the_step_in_cells_of_several_pixels_is_that_of_the_cpu():
+@pytest.mark.parametrize("in_shared", [True, False])
+def test_the_step_in_cells_of_several_pixels_is_that_of_the_cpu(in_shared, monkeypatch):
+    if not in_shared:
+        monkeypatch.setattr(information, "MOST_OF_BLOCK", 0)
     mix = mixture(p=64, m=5, n=7, q=2)
     space, slopes = space_of(mix, 2)
     flux, error = stars(mix, 4)
@@ -120,9 +125,25 @@ def test_blocks_of_the_step_pass_through_the_slots_and_memory_is_that_of_a_block
     plan = scorer.plan
     work = plan.work(3)
     assert work.scratch.nbytes == plan.scratch_bytes
-    held = sum(array.nbytes for name, array in vars(work).items() if name != "scratch")
+    others = ("rows", "memory_of_scores", "scratch", "parts", "quality")
+    arrays = [array for name, array in vars(work).items() if name not in others]
+    held = sum(array.nbytes for array in [*arrays, *work.parts.values(), *work.quality])
     share = -(-plan.scratch_bytes // velocity.BLOCK_ROWS)
     assert 3 * (plan.bytes_per_row() - share) == 3 * 9 * 32 + held
+
+
+def test_a_fit_on_the_device_gives_what_the_cpu_gives():
+    mix = mixture(p=32, m=4, n=4, q=1)
+    fits = [VelocityFit(mix, 30.0) for _ in range(2)]
+    fits[1].use_device()
+    assert [fit.backend for fit in fits] == ["cpu", "cuda"]
+    flux, error = stars(mix, 3)
+    mask = np.zeros(flux.shape, bool)
+    mask[0, 7] = True
+    expected, found = (fit.fit(3, lambda v, rows: (flux[rows], error[rows], mask[rows])) for fit in fits)
+    np.testing.assert_allclose(found.error, expected.error, rtol=1e-3)
+    assert (np.abs(found.velocity - expected.velocity) < 5e-3 * expected.error).all()
+    np.testing.assert_array_equal(found.uncertain, expected.uncertain)
 
 
 def test_what_is_too_large_is_refused_in_words(few, monkeypatch):
@@ -142,8 +163,7 @@ def test_what_is_too_large_is_refused_in_words(few, monkeypatch):
 def test_the_largest_fits_in_shared_memory(monkeypatch):
     monkeypatch.undo()
     assert 4 * (velocity.VELOCITIES * of_velocity.CUDA_VALUES) <= MOST_SHARED
-    # The sums of other kernels go through static shared memory; these two have none.
-    assert velocity.solve_launch(of_velocity.CUDA_DIRECTIONS)[1] <= MOST_SHARED
+    assert velocity.solve_launch(of_velocity.CUDA_DIRECTIONS).staged <= information.MOST_OF_BLOCK
     assert (velocity.TILE * velocity.TILE, velocity.LOADS) == (
         velocity.EACH**2 * velocity.PRODUCT_THREADS,
         velocity.PANEL * velocity.TILE // velocity.PRODUCT_THREADS,
