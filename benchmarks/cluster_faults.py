@@ -330,14 +330,13 @@ def seconds_of(folder: Path, client: Any) -> dict[str, tuple[float, float]]:
     start = timed(lambda: process("--nothing"))
     found = {}
     for what in JOBS:
+        work = functools.partial(job, folder, case, what, client)
         # The first time something is compiled.
-        timed(lambda what=what: job(folder, case, what, client))  # type: ignore[misc]
-        found[f"worker, {what}"] = 0.0, timed(lambda what=what: job(folder, case, what, client))  # type: ignore[misc]
-        found[f"client, {what}"] = (
-            start,
-            timed(lambda what=what: process("--client", what, "--address", address)),
-        )  # type: ignore[misc]
-        found[f"shard, {what}"] = start, timed(lambda what=what: process("--shard", "0", "--client", what))  # type: ignore[misc]
+        timed(work)
+        found[f"worker, {what}"] = 0.0, timed(work)
+        by_client = functools.partial(process, "--client", what, "--address", address)
+        found[f"client, {what}"] = start, timed(by_client)
+        found[f"shard, {what}"] = start, timed(functools.partial(process, "--shard", "0", "--client", what))
     shutil.rmtree(case)
     return found
 
