@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,30 @@ import numpy as np
 from moefast.backend import cuda_devices
 from moefast.benchmarks.environment import describe
 from moefast.core.errors import BackendError
+from moefast.fitting import Options
+from moefast.fitting.first_pass import gather_part
+from moefast.fitting.training_set import TrainingSet
+from moefast.kernels import unpack_symmetric
+from moefast.spectra.source import Block, Failure
 
-PARTS = ("accuracy", "speed", "streamed")
+PARTS = ("accuracy", "speed", "streamed", "first-pass")
 RESULTS = Path(__file__).parent / "results"
 GOAL = 1e-6
 SEED = 20261127
 ACCURACY = ((1_000_000, 256, 1), (1_000_000, 256, 9), (20_000, 4096, 1), (20_000, 4096, 9))
-SPEED = ((16_384, 4096, 1), (16_384, 4096, 9), (65_536, 1024, 9), (131_072, 256, 1))
+SPEED = (
+    (16_384, 4096, 1), (16_384, 4096, 9), (16_384, 4096, 27), (2048, 4096, 27), (65_536, 1024, 9), (131_072, 256, 1),
+)  # fmt: skip
+"""27 groups are nine bins in three folds, 16 384 rows a stage of the first pass and 2048 a block of what is read."""
 STREAMED = (163_840, 4096, 9)
+FIRST_PASS, FIRST_PASS_ON_CPU, PIXELS = 196_608, 16_384, 4096
+"""Rows of the first pass on the device and on the CPU: whole stages, and enough for a rate."""
 SMALL_ACCURACY = ((3000, 96, 3),)
 SMALL_SPEED = ((2048, 160, 3),)
 SMALL_STREAMED = (4096, 160, 3)
+SMALL_FIRST_PASS, SMALL_PIXELS = 4096, 640
+MADE = 8192
+"""Rows that are made; more are these again, with other numbers and other noise."""
 ACCURACY_BLOCK = 50_000
 AGREE = 5e-6
 """Largest difference between engines: the goal for each, and room for libraries that sum all rows in float32."""
@@ -235,6 +248,76 @@ def streamed(methods: list[str], n: int, p: int, n_groups: int, samples: int) ->
     return {"n": n, "p": p, "groups": n_groups, "rows_per_second": rates}
 
 
+class RowsInMemory:
+    """A `moefast.spectra.source.SpectrumSource` of random rows that lie in memory; blocks are views of it."""
+
+    columns = ("T_eff", "log_g", "M_H")
+
+    def __init__(self, n: int, p: int) -> None:
+        rng = np.random.default_rng(SEED)
+        self.n_rows, self.n_pixels, self.wave = n, p, np.linspace(7100.2, 8849.8, p)
+        self.flux = 1 + rows(min(n, MADE), p, 1, SEED)[0]
+        self.error = rng.uniform(0.1, 0.3, self.flux.shape).astype(np.float32)
+        values = rng.uniform([3750, 1, -2], [6000, 5, 0.5], (n, 3)).T
+        self._labels = dict(zip(self.columns, values, strict=True))
+        self.path, self.arrays = Path("rows in memory"), ("flux", "error")
+        self.failures: list[Failure] = []
+        self.shards = (self,)
+
+    def fingerprint(self) -> str:
+        """Not asked for without a checkpoint."""
+        raise NotImplementedError
+
+    def labels(self, names: tuple[str, ...], *, partial: bool = False) -> dict[str, np.ndarray]:
+        """Of all rows."""
+        return {name: self._labels[name] for name in names}
+
+    def blocks(self, block_rows: int, *, array: str, rows: tuple[int, int] | None = None) -> Iterator[Block]:
+        """Views: no row is copied on the way."""
+        first, stop = rows or (0, self.n_rows)
+        while first < stop:
+            place = first % len(self.flux)
+            here = slice(place, min(place + block_rows, len(self.flux), place + stop - first))
+            yield Block(first, 0, self.flux[here], self.error[here])
+            first += here.stop - here.start
+
+
+def first_pass(
+    n: int, n_on_cpu: int, p: int, samples: int, n_compared: int = 4096, options: Options | None = None
+) -> dict[str, Any]:
+    """Rows per second of the first pass of a fit from memory, noise, bins and both ridges included, on either backend.
+
+    `difference` is the largest one of the pooled totals of `n_compared` rows, in units of √(G_ii G_jj); infinite if
+    rows are in other bins.
+    """
+    source = RowsInMemory(max(n, n_on_cpu, n_compared), p)
+    data = TrainingSet(source, options or Options(), lambda *_: None)  # type: ignore[arg-type]
+
+    def run(rows: int, backend: Any) -> tuple[float, Any]:
+        begin = time.perf_counter()
+        found = gather_part(data, (0, rows), None, backend)
+        return time.perf_counter() - begin, found
+
+    rates: dict[str, list[float]] = {"cuda": [], "cpu": []}
+    compared = {backend: run(n_compared, backend) for backend in rates}
+    difference = 0.0
+    for name in ("equations", "published"):
+        found, expected = (getattr(compared[backend][1], name) for backend in rates)
+        same = bool((found.count == expected.count).all())
+        pooled = [totals.gram.reshape(-1, totals.gram.shape[-1]).sum(0) for totals in (found, expected)]
+        error = worst_error(pooled[0], unpack_symmetric(pooled[1], p)) if same else float("inf")
+        difference = max(difference, error)
+    seconds_alone = {backend: seconds for backend, (seconds, _) in compared.items()}
+    del compared
+    for _ in range(samples):
+        for backend, count in (("cuda", n), ("cpu", n_on_cpu)):
+            rates[backend].append(run(count, backend)[0])
+    return {
+        "p": p, "rows": {"cuda": n, "cpu": n_on_cpu}, "seconds": rates, "seconds_compared": seconds_alone,
+        "difference": difference,
+    }  # fmt: skip
+
+
 @click.command()
 @click.option("--samples", default=7, show_default=True, help="Timed runs of each engine.")
 @click.option("--small", is_flag=True, help="Sizes of a test: seconds instead of minutes.")
@@ -287,6 +370,19 @@ def main(samples: int, small: bool, parts: tuple[str, ...], out: Path | None) ->
         report["streamed"] = streamed(methods, *(SMALL_STREAMED if small else STREAMED), samples=samples)
         for name, rates in report["streamed"]["rows_per_second"].items():
             click.echo(f"streamed from the host, {name}: {max(rates):,.0f} rows/s")
+    if "first-pass" in wanted:
+        sizes = (
+            (SMALL_FIRST_PASS, SMALL_FIRST_PASS, SMALL_PIXELS)
+            if small
+            else (FIRST_PASS, FIRST_PASS_ON_CPU, PIXELS)
+        )
+        report["first_pass"] = entry = first_pass(*sizes, samples=min(samples, 2))
+        for backend, seconds in entry["seconds"].items():
+            rate = entry["rows"][backend] / min(seconds)
+            click.echo(f"first pass from memory, {backend}: {rate:,.0f} rows/s, totals to the host included")
+        click.echo(
+            f"  the first rows: {entry['seconds_compared']} s; totals off by {entry['difference']:.1e}"
+        )
     path = out or RESULTS / f"{report['environment']['date']}-gpu-normal-equations.json"
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     click.echo(f"wrote {path}")

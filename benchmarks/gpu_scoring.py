@@ -1,7 +1,8 @@
 """Scoring on the GPU: rate and R² beside the bandwidths of this machine, ONNX Runtime and torch, in one run.
 
-`python -m moefast.benchmarks.gpu_scoring [-o FILE] [-m MODEL] [--part PART]… [--posterior MODEL]… [--samples N]
-[--small]`; exit code 7 without a GPU. The part `posteriors` times the posterior at each star's own noise step by step.
+`python -m moefast.benchmarks.gpu_scoring [-o FILE] [-m MODEL] [--part PART]… [--posterior MODEL]… [--rows N]…
+[--samples N] [--small]`; exit code 7 without a GPU. The part `posteriors` times the posterior at each star's own noise
+step by step, the part `velocities` the fit of velocities, and `predict` with it from a file to a table.
 
 Three floors are measured, not looked up: a copy within device memory (read and written bytes both count), a copy from
 pinned host memory, and the matrix products alone in torch without TF32. Scoring resident data is compared with the
@@ -33,8 +34,9 @@ from moefast.kernels import Library
 from moefast.mixture import Mixture
 from moefast.model import Model
 from moefast.posterior import PosteriorMixture
+from moefast.posterior.velocities import DEFAULT_RANGE, VelocityFit
 
-PARTS = ("scoring", "templates", "clouds", "posteriors")
+PARTS = ("scoring", "templates", "clouds", "posteriors", "velocities")
 RESULTS = Path(__file__).parent / "results"
 TOLERANCE = 1e-4
 """Largest difference of log g between engines, dex."""
@@ -57,6 +59,13 @@ SMALL_CLOUDS = {"small": {"n": 96, "m": 20, "r": 5, "t": 2}}
 POSTERIORS = ("observed", "z0")
 """Models whose posteriors at a star's own noise are timed: those that are shipped."""
 STARS_ON_CPU = 1024
+SMALL_RANGE = 20.0
+"""Largest velocity of a fit in a test, km/s."""
+MOVING_STARS = 8192
+"""Stars in the file that velocities are fitted from."""
+OF_EVIDENCE, OF_SIGMA = 2e-5, 2e-3
+"""Largest difference of ln E from that of the CPU, of its largest in a row and beyond 0.02, and of steps in their 1σ:
+the tolerances of the tests."""
 EXPERTS = 9
 CHECKED = 64
 """Stars whose posterior is made in float64, too."""
@@ -320,10 +329,40 @@ def weighed_clouds(samples: int, n: int, m: int, r: int, t: int) -> dict[str, An
     return {"n": n, "m": m, "r": r, "t": t, "engines": found}
 
 
-def own_noise(model: Model, samples: int, small: bool) -> dict[str, Any]:
-    """Posteriors at each star's own noise: every step on resident data, the whole from host memory, and on the CPU."""
+def stepwise(
+    plan: Any, n: int, flux: np.ndarray, error: np.ndarray, samples: int
+) -> tuple[list[float], dict[str, list[float]], tuple[np.ndarray, ...]]:
+    """Seconds of all that a plan does to n stars on the device, and of each step of it; and what it gives."""
     from numba import cuda
 
+    stream, work = cuda.stream(), plan.work(n)
+    seen = [cuda.to_device(np.ascontiguousarray(a[:n]).reshape(-1)) for a in (flux, error)]
+    found = plan.launch(*seen, None, n, work, stream)
+    stream.synchronize()
+    # The only result of a plan for velocities is its one array.
+    into = found if len(found) > 1 else found[0]
+    steps: dict[str, list[float]] = {}
+    for _ in range(samples):
+        for name, start in plan.steps(*seen, None, n, work, into, stream):
+            begin = time.perf_counter()
+            start()
+            stream.synchronize()
+            steps.setdefault(name, []).append(time.perf_counter() - begin)
+
+    def resident() -> None:
+        plan.launch(*seen, None, n, work, stream)
+        stream.synchronize()
+
+    seconds = sampled(resident, samples)
+    return seconds, steps, tuple(array.copy_to_host() for array in found)
+
+
+def own_noise(model: Model, samples: int, small: bool, block_rows: Sequence[int] = ()) -> dict[str, Any]:
+    """Posteriors at each star's own noise: every step on resident data, the whole from host memory, and on the CPU.
+
+    In blocks of the default number of stars, which `predict` uses, and in blocks of each of `block_rows`.
+    """
+    from moefast.kernels.cuda import CudaPosteriorScorer
     from moefast.kernels.cuda.clouds import BLOCK_ROWS, DevicePosterior
     from moefast.predicting.engines import CudaEngine
 
@@ -332,7 +371,7 @@ def own_noise(model: Model, samples: int, small: bool) -> dict[str, Any]:
         raise BackendError(f"the model {model.name} is no posterior; name one that is")
     flux, error, truth = stars(model, small)
     expected, found = mixture.predict(flux, error).log_g, dict[str, Any]()
-    p, n = mixture.n_pixels, min(BLOCK_ROWS, len(flux))
+    p = mixture.n_pixels
     few = slice(0, min(STARS_ON_CPU, len(flux)))
 
     def note(name: str, rows: int, seconds: list[float], log_g: np.ndarray) -> None:
@@ -346,43 +385,159 @@ def own_noise(model: Model, samples: int, small: bool) -> dict[str, Any]:
             "agrees": difference < TOLERANCE,
         }
 
-    try:
-        plan, stream = DevicePosterior(*mixture.kernel_arrays), cuda.stream()
-        work = plan.work(n)
-        device_flux, device_error = (
-            cuda.to_device(np.ascontiguousarray(a[:n]).reshape(-1)) for a in (flux, error)
-        )
+    def on_device(name: str, block: int) -> None:
+        n = min(block, len(flux))
+        seconds, steps, answers = stepwise(DevicePosterior(*mixture.kernel_arrays), n, flux, error, samples)
+        note(name, n, seconds, answers[0])
+        found[name]["steps"] = steps
 
-        def resident() -> None:
-            plan.launch(device_flux, device_error, None, n, work, stream)
-            stream.synchronize()
-
-        resident()
-        steps: dict[str, list[float]] = {}
-        for _ in range(samples):
-            for name, start in plan.steps(device_flux, device_error, None, n, work, work.scores, stream):
-                begin = time.perf_counter()
-                start()
-                stream.synchronize()
-                steps.setdefault(name, []).append(time.perf_counter() - begin)
-        seconds = sampled(resident, samples)
-        there: Any = work.scores.log_g
-        note("moefast, resident", n, seconds, there.copy_to_host())
-        found["moefast, resident"]["steps"] = steps
-    except Exception as problem:  # the others are to be measured all the same
-        found["moefast, resident"] = failure(problem)
     rows = SMALL_ROWS if small else HOST
     many_flux, many_error = (np.tile(a, (-(-rows // len(a)), 1))[:rows] for a in (flux, error))
-    try:
-        engine = CudaEngine(mixture)
-        answer = engine(many_flux, many_error, None, 0)[0].log_g[: len(truth)]
-        seconds = sampled(lambda: engine(many_flux, many_error, None, 0), samples)
-        note("moefast, from host memory", rows, seconds, answer)
-    except Exception as problem:
-        found["moefast, from host memory"] = failure(problem)
+
+    def from_host(name: str, block: int | None) -> None:
+        if block is None:
+            score = partial(CudaEngine(mixture), many_flux, many_error, None, 0)
+        else:
+            scorer = CudaPosteriorScorer(*mixture.kernel_arrays, block_rows=block)
+            score = lambda: mixture.of_kernels(scorer(many_flux, many_error))  # noqa: E731
+        answer = score()[0].log_g[: len(truth)]
+        note(name, rows, sampled(score, samples), answer)
+
+    for block in (None, *block_rows):
+        of_block = "" if block is None else f", blocks of {block}"
+        ways = {
+            f"moefast, resident{of_block}": partial(on_device, block=block or BLOCK_ROWS),
+            f"moefast, from host memory{of_block}": partial(from_host, block=block),
+        }
+        for name, way in ways.items():
+            try:
+                way(name)
+            except Exception as problem:  # the others are to be measured all the same
+                found[name] = failure(problem)
     seconds = sampled(lambda: mixture.predict(flux[few], error[few]), samples)
     note("moefast, on the CPU", len(flux[few]), seconds, expected[few])
     return {"pixels": p, "coordinates": mixture.n_coordinates, "clouds": len(mixture.keys), "engines": found}
+
+
+def moving(model: Model, samples: int, small: bool) -> dict[str, Any]:
+    """Velocities: scan and step on resident data, from host memory and on the CPU; `predict` with them from a file."""
+    from moefast.kernels import velocity_evidence, velocity_step
+    from moefast.kernels.cuda import velocity
+    from moefast.kernels.velocity import velocity_and_error
+
+    mixture = model.mixture
+    if not isinstance(mixture, PosteriorMixture):
+        raise BackendError(f"the model {model.name} is no posterior; name one that is")
+    fit = VelocityFit(mixture, SMALL_RANGE if small else DEFAULT_RANGE)
+    fit.prepare()
+    flux, error, _ = stars(model, small)
+    p, n = mixture.n_pixels, min(velocity.BLOCK_ROWS, len(flux))
+    few = slice(0, min(STARS_ON_CPU, len(flux)))
+    rows = SMALL_ROWS if small else HOST // 4
+    many_flux, many_error = (np.tile(a, (-(-rows // len(a)), 1))[:rows] for a in (flux, error))
+    found: dict[str, Any] = {}
+
+    def of_scan(answer: np.ndarray, expected: np.ndarray) -> float:
+        largest = 0.02 + OF_EVIDENCE * np.abs(expected).max(1, keepdims=True)
+        return float((np.abs(answer - expected) / largest).max())
+
+    def of_step(answer: tuple[np.ndarray, ...], expected: tuple[np.ndarray, ...]) -> float:
+        return float((np.abs(answer[0] - expected[0]) / (OF_SIGMA * expected[1])).max())
+
+    scan, step = (fit.templates, p), (fit.space, fit.slopes)
+    ways: tuple[tuple[str, Any, Any, Any, Any, Any], ...] = (
+        (
+            "scan", partial(velocity.DeviceScan, *scan), partial(velocity.CudaVelocityScan, *scan),
+            partial(velocity_evidence, templates=fit.templates), lambda found: found[0], of_scan,
+        ),
+        (
+            "step", partial(velocity.DeviceStep, *step), partial(velocity.CudaVelocityStep, *step),
+            partial(velocity_step, space=fit.space, slopes=fit.slopes), lambda found: velocity_and_error(found[0]),
+            of_step,
+        ),
+    )  # fmt: skip
+    for what, plan, scorer, on_cpu, answer_of, difference in ways:
+        expected = on_cpu(flux[few], error[few], None)
+
+        def note(
+            name: str, count: int, seconds: list[float], answer: Any, what: str = what, expected: Any = expected,
+            difference: Any = difference,
+        ) -> None:  # fmt: skip
+            several = isinstance(expected, tuple)
+            size = min(len(expected[0] if several else expected), count)
+            cut = [tuple(a[:size] for a in each) if several else each[:size] for each in (answer, expected)]
+            share = difference(*cut)
+            found[f"{what}, {name}"] = {
+                "rows": count, "seconds": seconds, "rows_per_second": count / min(seconds),
+                "of_tolerance": share, "agrees": share < 1,
+            }  # fmt: skip
+
+        try:
+            seconds, steps, answers = stepwise(plan(), n, flux, error, samples)
+            note("resident", n, seconds, answer_of(answers))
+            found[f"{what}, resident"]["steps"] = steps
+        except Exception as problem:  # the others are to be measured all the same
+            found[f"{what}, resident"] = failure(problem)
+        try:
+            there = scorer()
+            answer = there(many_flux, many_error, None)
+            seconds = sampled(partial(there, many_flux, many_error, None), samples)
+            note("from host memory", rows, seconds, answer)
+        except Exception as problem:
+            found[f"{what}, from host memory"] = failure(problem)
+        seconds = sampled(partial(on_cpu, flux[few], error[few], None), samples)
+        note("on the CPU", len(flux[few]), seconds, expected)
+    if not small:
+        found |= from_file_to_table(model)
+    return {
+        "pixels": p, "velocities": len(fit.grid), "components": fit.templates.lines.shape[1],
+        "templates": len(fit.templates.log_weights), "directions": mixture.directions.shape[1], "engines": found,
+    }  # fmt: skip
+
+
+def from_file_to_table(model: Model) -> dict[str, Any]:
+    """Rates of `predict` with fitted velocities and at rest, on the GPU and on the CPU, and how far they differ."""
+    from moefast.benchmarks.velocities import moving_stars
+    from moefast.predicting.files import predict
+    from moefast.spectra.quality import Flag
+    from moefast.spectra.writer import SpectrumWriter
+
+    made, tables = moving_stars(STARS), dict[str, Any]()
+    wave, found = made["wave"], dict[str, Any]()
+    step = wave[1] - wave[0]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "moving.h5"
+        with SpectrumWriter(
+            path, n_rows=MOVING_STARS, wave=wave, wave_edges=np.append(wave, wave[-1] + step) - step / 2,
+            arrays=("flux", "error"), params={"log_g": "f8"},
+        ) as writer:  # fmt: skip
+            for start in range(0, MOVING_STARS, STARS):
+                writer.write(start, flux=made["moved"], error=made["error"], params={"log_g": made["log_g"]})
+        for what, velocity in (("fitted", "fit"), ("at rest", None)):
+            for backend in ("cuda", "cpu"):
+                name = f"predict, velocities {what}, {backend}"
+                rows = (0, MOVING_STARS if backend == "cuda" else STARS)
+                try:
+                    # The second run finds the file in memory and the kernels compiled.
+                    for _ in range(2):
+                        done = predict(
+                            path, model, backend=backend, velocity=velocity, rows=rows, progress=False
+                        )
+                    found[name] = {
+                        "rows": rows[1], "seconds": [done.seconds], "rows_per_second": done.spectra_per_second,
+                    }  # fmt: skip
+                    tables[name] = done.columns
+                except Exception as problem:  # the others are to be measured all the same
+                    found[name] = failure(problem)
+    names = [f"predict, velocities fitted, {backend}" for backend in ("cuda", "cpu")]
+    if all(name in tables for name in names):
+        on_gpu, on_cpu = (tables[name] for name in names)
+        off = np.abs(on_gpu["v_los"][:STARS] - on_cpu["v_los"]) / on_cpu["v_los_err"]
+        sure = on_cpu["flag"] & np.uint32(Flag.VELOCITY_UNCERTAIN) == 0
+        alike = float((on_gpu["flag"][:STARS] == on_cpu["flag"]).mean())
+        found[names[0]] |= {"off_in_errors": float(np.quantile(off[sure], 0.999)), "flags_alike": alike}
+        found[names[0]]["agrees"] = alike > 0.999 and found[names[0]]["off_in_errors"] < 0.01
+    return found
 
 
 def failure(error: Exception) -> dict[str, Any]:
@@ -467,7 +622,11 @@ def measure(model: Model, samples: int, small: bool) -> dict[str, Any]:
 @click.option("--samples", default=7, show_default=True, help="Timed runs of each engine.")
 @click.option(
     "--posterior", "posteriors", multiple=True, default=POSTERIORS, show_default=True,
-    help="Model of the part `posteriors`.",
+    help="Model of the parts `posteriors` and `velocities`.",
+)  # fmt: skip
+@click.option(
+    "--rows", "block_rows", type=click.IntRange(1), multiple=True,
+    help="Stars of a block, to be tried in the part `posteriors` beside the default.",
 )  # fmt: skip
 @click.option("--small", is_flag=True, help="Sizes of a test: seconds instead of minutes.")
 @click.option("--part", "parts", multiple=True, type=click.Choice(PARTS), help="By default all.")
@@ -476,6 +635,7 @@ def main(
     model: str | None,
     samples: int,
     posteriors: tuple[str, ...],
+    block_rows: tuple[int, ...],
     small: bool,
     parts: tuple[str, ...],
     out: Path | None,
@@ -490,7 +650,8 @@ def main(
         sys.exit(error.exit_code)
     device = (cuda_devices()[0] or ["simulated"])[0]
     wanted = set(parts or PARTS)
-    chosen = Model.load(model) if model or wanted == {"posteriors"} else of_few_stars()
+    of_shipped = wanted <= {"posteriors", "velocities"}
+    chosen = Model.load(model or posteriors[0]) if model or of_shipped else of_few_stars()
     report: dict[str, Any] = {
         "what": "scoring on the GPU",
         "device": device,
@@ -501,6 +662,7 @@ def main(
         "template_posterior": {"engines": {}},
         "tangent_posterior": {},
         "posteriors": {},
+        "velocities": {},
     }
     if "scoring" in wanted:
         report["scoring"] = measure(chosen, samples, small)
@@ -511,7 +673,10 @@ def main(
             report["tangent_posterior"][name] = weighed_clouds(samples, **shape)
     if "posteriors" in wanted:
         for name in posteriors:
-            report["posteriors"][name] = own_noise(Model.load(name), samples, small)
+            report["posteriors"][name] = own_noise(Model.load(name), samples, small, block_rows)
+    if "velocities" in wanted:
+        for name in posteriors:
+            report["velocities"][name] = moving(Model.load(name), samples, small)
     click.echo(f"{device}, {report['scoring']['pixels']} pixels")
     for name, entry in report["scoring"]["copies"].items():
         click.echo(f"  {name:<40}{entry['gb_per_second']:>12,.1f} GB/s")
@@ -551,6 +716,22 @@ def main(
             click.echo(f"  {name:<40}{text}")
             for step, seconds in engine.get("steps", {}).items():
                 click.echo(f"    {step:<38}{1e6 * min(seconds) / engine['rows']:>12.3f} µs a star")
+    for which, entry in report["velocities"].items():
+        click.echo(
+            f"{which}: {entry['velocities']} velocities, {entry['components']} components of lines, "
+            f"{entry['templates']} templates, {entry['directions']} directions"
+        )
+        for name, engine in entry["engines"].items():
+            text = engine.get("error") or f"{engine['rows_per_second']:>12,.0f} stars/s"
+            if "of_tolerance" in engine:
+                text += f", off by {engine['of_tolerance']:.1e} of the tolerance"
+            if "flags_alike" in engine:
+                text += (
+                    f", v_los off by {engine['off_in_errors']:.1e} σ, flags alike {engine['flags_alike']:.4f}"
+                )
+            click.echo(f"  {name:<40}{text}")
+            for step, seconds in engine.get("steps", {}).items():
+                click.echo(f"    {step:<38}{1e6 * min(seconds) / engine['rows']:>12.3f} µs a star")
     path = out or RESULTS / f"{report['environment']['date']}-gpu-scoring.json"
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     click.echo(f"wrote {path}")
@@ -561,8 +742,9 @@ def main(
             f"clouds of {size}, {k}": e for size, found in clouds.items() for k, e in found["engines"].items()
         },
         **{
-            f"posterior {name}, {k}": e
-            for name, found in report["posteriors"].items()
+            f"{part} of {name}, {k}": e
+            for part in ("posteriors", "velocities")
+            for name, found in report[part].items()
             for k, e in found["engines"].items()
         },
     }

@@ -88,7 +88,7 @@ def normal_equations(
     out : tuple of arrays, optional
         Totals to add to: shapes (g,), (g, p), (g,), (g,), (g, p), (g, p(p+1)/2).
     backend : "cpu" or "cuda"
-    method : "auto", "numba", "tensor" or "cublas"
+    method : "auto", "numba" or "cublas"
         How the GPU multiplies; see `moefast.kernels.cuda.products`. Blocks in a loop are better streamed through a
         `moefast.kernels.cuda.NormalEquationsAccumulator`, whose totals stay on the device.
 

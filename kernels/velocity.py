@@ -32,15 +32,28 @@ from numpy.typing import NDArray
 
 from moefast.core.threads import in_threads
 from moefast.kernels import cpu_information, cpu_velocity
-from moefast.kernels.clouds import Space, rounded_up
+from moefast.kernels.clouds import CUDA_DIRECTIONS, Space, rounded_up
 from moefast.kernels.cpu_information import ROWS, SPECTRUM
 from moefast.kernels.cpu_velocity import LANES
+from moefast.kernels.dispatch import on_cuda
 
-__all__ = ["Slopes", "VelocityTemplates", "velocity_evidence", "velocity_step"]
+__all__ = [
+    "CUDA_CONTINUUM",
+    "Slopes",
+    "VelocityTemplates",
+    "scan_without_cuda",
+    "step_without_cuda",
+    "velocity_and_error",
+    "velocity_evidence",
+    "velocity_step",
+]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 _NO_MASK = np.zeros((0, 0), np.bool_)
+CUDA_CONTINUUM, CUDA_VALUES = 5, 1500
+"""Columns of the continuum, and numbers of a star at each velocity that the CUDA kernels have registers and shared
+memory for."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +157,30 @@ class Slopes:
         object.__setattr__(self, "arrays", (slopes, reference))
 
 
+def scan_without_cuda(templates: VelocityTemplates) -> str:
+    """Why the CUDA kernels cannot hold templates, in words; empty if they can."""
+    c, lines, squares = len(templates.continuum), templates.lines.shape[1], templates.squares.shape[1]
+    if c <= CUDA_CONTINUUM and (CUDA_CONTINUUM + 1) * lines + squares <= CUDA_VALUES:
+        return ""
+    return (
+        f"velocities by {lines} components of lines, {squares} of their squares and {c} columns of the continuum "
+        f"(at most {CUDA_CONTINUUM} columns, and {CUDA_VALUES} components, those of lines {CUDA_CONTINUUM + 1} times)"
+    )
+
+
+def step_without_cuda(space: Space) -> str:
+    """Why the CUDA kernels cannot hold a space and one direction more, in words; empty if they can."""
+    width = space.directions.shape[1]
+    if width < CUDA_DIRECTIONS:
+        return ""
+    return f"velocities in a space of {width} directions (at most {CUDA_DIRECTIONS - 1})"
+
+
+def velocity_and_error(found: F64) -> tuple[F64, F64]:
+    """Velocities and their 1σ from velocities and curvatures (n, 2)."""
+    return found[:, 0].copy(), 1 / np.sqrt(np.maximum(found[:, 1], cpu_information.TINY))
+
+
 def _checked(
     flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None, p: int
 ) -> tuple[F32, F32, NDArray[np.bool_]]:
@@ -156,7 +193,12 @@ def _checked(
 
 
 def velocity_evidence(
-    flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None, templates: VelocityTemplates
+    flux: NDArray,
+    error: NDArray,
+    mask: NDArray[np.bool_] | None,
+    templates: VelocityTemplates,
+    *,
+    backend: str = "cpu",
 ) -> F64:
     """Ln E(v) (n, n_v) of each star at each velocity, relative to a spectrum without lines.
 
@@ -168,16 +210,24 @@ def velocity_evidence(
     mask : array of shape (n, p), bool, optional
         True where a pixel is bad whatever it holds.
     templates : VelocityTemplates
+    backend : "cpu" or "cuda"
 
     Raises
     ------
     ValueError
         Shapes that do not fit.
+    BackendError
+        CUDA was asked for and cannot be used.
     """
     continuum, precision, lines, squares, of_lines, of_squares, log_weights = templates.arrays
     c, k = continuum.shape
     p = flux.shape[1] if flux.ndim == 2 else 0
     flux, error, mask = _checked(flux, error, mask, max(p, templates.first + k))
+    if backend != "cpu":
+        there: F64 = on_cuda("velocity_evidence", backend)(
+            flux, error, mask if mask.size else None, templates
+        )
+        return there
     n = len(flux)
     out = np.empty((n, templates.n_velocities))
     seen = slice(templates.first, templates.first + k)
@@ -209,7 +259,13 @@ _ROW = np.zeros(0, np.bool_)
 
 
 def velocity_step(
-    flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None, space: Space, slopes: Slopes
+    flux: NDArray,
+    error: NDArray,
+    mask: NDArray[np.bool_] | None,
+    space: Space,
+    slopes: Slopes,
+    *,
+    backend: str = "cpu",
 ) -> tuple[F64, F64]:
     """How far off the velocity is that stars were put to rest by, and its 1σ, both (n,) in km/s.
 
@@ -220,16 +276,24 @@ def velocity_step(
     space : Space
         Its `precision` and `pull` are of spectra at rest.
     slopes : Slopes
+    backend : "cpu" or "cuda"
 
     Raises
     ------
     ValueError
         Shapes that do not fit.
+    BackendError
+        CUDA was asked for and cannot be used.
     """
     p, width = space.reference.size, space.directions.shape[1]
     if slopes.of_directions.shape != space.directions.shape or slopes.n_nuisances != space.n_nuisances:
         raise ValueError(f"slopes of {space.directions.shape} expected; found {slopes.of_directions.shape}")
     flux, error, mask = _checked(flux, error, mask, p)
+    if backend != "cpu":
+        there: tuple[F64, F64] = on_cuda("velocity_step", backend)(
+            flux, error, mask if mask.size else None, space, slopes
+        )
+        return there
     n = len(flux)
     found = np.empty((n, 2))
 
@@ -261,4 +325,4 @@ def velocity_step(
             cpu_velocity.step(count, points, packed, precision, pull, u, across, sums, found[here])
 
     in_threads(-(-n // ROWS), run, least=1)
-    return found[:, 0].copy(), 1 / np.sqrt(np.maximum(found[:, 1], cpu_information.TINY))
+    return velocity_and_error(found)

@@ -12,7 +12,7 @@ How CUDA code is tested where there is no GPU:
    thread: it shows wrong indices, missing barriers and wrong edges, at small sizes.
 2. *Compiler.* `python -m moefast.kernels.cuda` compiles every registered kernel for sm_80 and sm_90 with the NVVM and
    nvJitLink wheels, no driver needed, and prints registers, shared memory, stack and spills. A test asserts that none
-   spills. `--tensor` does the same for the one kernel that is built around a library (cuBLASDx) and not registered.
+   spills.
 3. *Device.* `pytest -m gpu` compares the same functions with the float64 reference on a real device.
 
 How to add a kernel:
@@ -43,12 +43,18 @@ PUBLIC = {
     "sort_by_bin": "moefast.kernels.cuda.binning",
     "normal_equations": "moefast.kernels.cuda.accumulator",
     "NormalEquationsAccumulator": "moefast.kernels.cuda.accumulator",
+    "FirstPass": "moefast.kernels.cuda.first_pass",
+    "RowsSeen": "moefast.kernels.cuda.first_pass",
     "tangent_posterior": "moefast.kernels.cuda.tangent",
     "template_posterior": "moefast.kernels.cuda.template",
     "score": "moefast.kernels.cuda.scoring",
     "CudaScorer": "moefast.kernels.cuda.scoring",
     "cloud_posterior": "moefast.kernels.cuda.clouds",
     "CudaPosteriorScorer": "moefast.kernels.cuda.clouds",
+    "velocity_evidence": "moefast.kernels.cuda.velocity",
+    "velocity_step": "moefast.kernels.cuda.velocity",
+    "CudaVelocityScan": "moefast.kernels.cuda.velocity",
+    "CudaVelocityStep": "moefast.kernels.cuda.velocity",
 }
 """Public functions and classes, and the modules that hold them: imported when first used."""
 

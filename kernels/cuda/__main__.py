@@ -14,20 +14,14 @@ NAMES = {f"sm_{major}{minor}": (major, minor) for major, minor in TARGETS}
 
 
 @click.command()
-@click.option("--tensor", is_flag=True, help="The tensor-core kernel instead of all others; takes minutes.")
 @click.option("--target", "targets", type=click.Choice(list(NAMES)), multiple=True, help="By default all.")
 @click.option(
     "--json", "path", type=click.Path(dir_okay=False), help="Also write registers and instructions here."
 )
-def main(tensor: bool, targets: tuple[str, ...], path: str | None) -> None:
+def main(targets: tuple[str, ...], path: str | None) -> None:
     """Print registers, shared memory, stack, spills and instructions; the exit code is 1 if a kernel spills."""
     chosen = [NAMES[name] for name in targets or NAMES]
-    if tensor:
-        from moefast.kernels.cuda.driverless import assemble_tensor
-
-        rows = [assemble_tensor(target) for target in chosen]
-    else:
-        rows = [assemble(kernel, target) for kernel in load().values() for target in chosen]
+    rows = [assemble(kernel, target) for kernel in load().values() for target in chosen]
     click.echo(format_table(rows))
     if path:
         counts: dict[str, dict[str, dict[str, int]]] = {}

@@ -13,6 +13,7 @@ memory. If device memory is short, blocks are halved down to FLOOR_ROWS rows; be
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,15 +33,24 @@ from moefast.kernels.cuda.device import (
     pinned_shortage,
     require_device,
 )
-from moefast.kernels.cuda.products import METHODS, choose
+from moefast.kernels.cuda.products import METHODS, Choice, choose
 
-__all__ = ["BLOCK_ROWS", "FLOOR_ROWS", "NormalEquationsAccumulator", "Totals", "normal_equations"]
+__all__ = [
+    "BLOCK_ROWS",
+    "FLOOR_ROWS",
+    "GroupTotals",
+    "NormalEquationsAccumulator",
+    "Totals",
+    "fitting_rows",
+    "normal_equations",
+    "shortage",
+]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
 BLOCK_ROWS = 16384
-"""Rows per block: 268 MB for 4096 pixels, in each of two slots, and again if noise variances come with the rows."""
+"""Rows per block: 268 MB for 4096 pixels, in each of two slots."""
 FILL_ROWS = 256
 """Fewest rows that a thread of its own copies to a pinned buffer; one core alone would be slower than the products."""
 FLOOR_ROWS = 1024
@@ -81,7 +91,7 @@ def normal_equations(
     ----------
     x, y, group, n_groups, out
         As the CPU twin.
-    method : "auto", "numba", "tensor" or "cublas"
+    method : "auto", "numba" or "cublas"
         See `moefast.kernels.cuda.products`.
 
     Raises
@@ -112,10 +122,8 @@ class NormalEquationsAccumulator:
     n_pixels : int
     n_groups : int
         Groups of rows, for instance bins × folds.
-    method : "auto", "numba", "tensor" or "cublas"
+    method : "auto", "numba" or "cublas"
         How Σxxᵀ is made; `choice` says which was taken and why.
-    with_variance : bool
-        Whether blocks come with noise variances.
     block_rows : int
         Rows per block at most; halved while device memory is too small for two blocks.
 
@@ -148,7 +156,6 @@ class NormalEquationsAccumulator:
         n_groups: int,
         *,
         method: str = "auto",
-        with_variance: bool = False,
         block_rows: int = BLOCK_ROWS,
     ) -> None:
         if n_pixels < 1 or n_groups < 1 or block_rows < 1:
@@ -157,50 +164,29 @@ class NormalEquationsAccumulator:
             )
         require_device()
         self._device = current_device()
-        self.n_pixels, self.n_groups, self.with_variance = n_pixels, n_groups, with_variance
+        self.n_pixels, self.n_groups = n_pixels, n_groups
         self.choice = choose(method, n_pixels)
-        self.block_rows = block_rows
         self._totals: Any = None
         self._slots: Any = None
-        self._products: Any = None
-        floor = min(FLOOR_ROWS, block_rows)
-        while True:
-            try:
-                self._allocate()
-                break
-            except Exception as error:
-                if not out_of_memory(error):
-                    raise
-                if self.block_rows == floor:
-                    raise self._shortage(error) from error
-            # Outside the handler, whose traceback keeps the arrays that were allocated alive.
-            self._totals = self._slots = self._products = None
-            self.block_rows = max(floor, self.block_rows // 2)
+        self.block_rows = fitting_rows(self._allocate, self._release, block_rows, self._shortage)
         self._turn = 0
         self._multiplied: Any = None
 
-    def _allocate(self) -> None:
-        g, p, rows = self.n_groups, self.n_pixels, self.block_rows
-        self._totals = _DeviceTotals(g, p)
-        self._slots = [_Slot(rows, p, g, self.with_variance) for _ in range(2)]
-        self._products = METHODS[self.choice.method](rows, p, g)
+    def _allocate(self, rows: int) -> None:
+        self._totals = GroupTotals(rows, self.n_pixels, self.n_groups, self.choice)
+        self._slots = [_Slot(rows, self.n_pixels, self.n_groups) for _ in range(2)]
 
-    def _shortage(self, error: Exception) -> BackendError:
+    def _release(self) -> None:
+        self._totals = self._slots = None
+
+    def _shortage(self, error: Exception, block_rows: int) -> BackendError:
         g, p = self.n_groups, self.n_pixels
-        totals = 8 * g * (p * (p + 1) // 2 + 3 * p + 3)
-        rows = 2 * 4 * p * self.block_rows * (2 if self.with_variance else 1)
-        if isinstance(error, PinnedMemoryError):
-            return pinned_shortage(rows, f"two blocks of {self.block_rows} rows", error)
-        free = cuda.current_context().get_memory_info().free
-        return DeviceMemoryError(
-            f"device memory: {totals / 1e9:.2f} GB for the totals of {g} groups of {p} pixels and {rows / 1e9:.2f} GB "
-            f"for two blocks of {self.block_rows} rows are needed, {free / 1e9:.2f} GB are free; end other programs "
-            "on the device, use fewer groups, or backend cpu"
+        rows = 2 * 4 * p * block_rows
+        return shortage(
+            error, GroupTotals.nbytes(p, g), rows, f"two blocks of {block_rows} rows", f"{g} groups of {p}"
         )
 
-    def add_block(
-        self, x: F32, y: NDArray, group: NDArray[np.integer], variance: NDArray | None = None
-    ) -> None:
+    def add_block(self, x: F32, y: NDArray, group: NDArray[np.integer]) -> None:
         """Add rows; returns when the last of them are in a pinned buffer, not when they are multiplied.
 
         Parameters
@@ -209,8 +195,6 @@ class NormalEquationsAccumulator:
             Rows, with a fixed reference subtracted; any n, any layout.
         y : array of shape (n,)
         group : array of shape (n,), integer in 0 … n_groups−1
-        variance : array of shape (n, p), only and always if made `with_variance`
-            Noise variance σ² of each pixel.
 
         Raises
         ------
@@ -222,66 +206,146 @@ class NormalEquationsAccumulator:
             raise ValueError(
                 f"x (n, {self.n_pixels}), y (n,), group (n,) expected; found {x.shape}, {y.shape}, {group.shape}"
             )
-        if (variance is not None) != self.with_variance or (
-            variance is not None and variance.shape != x.shape
-        ):
-            expected = f"of shape {x.shape}" if self.with_variance else "None (with_variance was not set)"
-            found = "None" if variance is None else f"shape {variance.shape}"
-            raise ValueError(f"variance: {expected} expected; found {found}")
         if n and not 0 <= group.min() <= group.max() < self.n_groups:
             raise ValueError(f"bins must lie in 0 … {self.n_groups - 1}; found {group.min()} … {group.max()}")
         for start in range(0, n, self.block_rows):
             here = slice(start, min(start + self.block_rows, n))
             # The caller may be a thread whose own device is another one.
             with self._device:
-                self._add(x[here], y[here], group[here], None if variance is None else variance[here])
+                self._add(x[here], y[here], group[here])
 
-    def _add(self, x: F32, y: NDArray, group: NDArray[np.integer], variance: NDArray | None) -> None:
+    def _add(self, x: F32, y: NDArray, group: NDArray[np.integer]) -> None:
         slot = self._slots[self._turn]
         self._turn = 1 - self._turn
         # The block before last has left this slot.
         slot.stream.synchronize()
-        arrays = slot.load(x, y, group, variance)
+        arrays = slot.load(x, y, group)
         sort_on_device(
             arrays["group"], self.n_groups, slot.counts, slot.offsets, arrays["order"], slot.stream
         )
         if self._multiplied is not None:
             self._multiplied.wait(slot.stream)
-        order, stream, p = arrays["order"], slot.stream, self.n_pixels
-        totals, threads = self._totals, gram.SUM_THREADS
-        columns = (-(-p // gram.COLUMNS), self.n_groups), (gram.COLUMNS, gram.LANES)
-        gram.add_labels[self.n_groups, threads, stream](
-            arrays["y"], order, slot.offsets, totals.count, totals.sum_y, totals.sum_yy
-        )
-        gram.add_columns[*columns, stream](
-            arrays["x"], arrays["y"], order, slot.offsets, totals.sum_x, totals.sum_xy
-        )
-        if variance is not None:
-            gram.add_variances[*columns, stream](arrays["variance"], order, slot.offsets, totals.sum_v)
         bounds = np.concatenate([[0], np.cumsum(np.bincount(group, minlength=self.n_groups))])
-        self._products.add(arrays["x"], order, slot.offsets, bounds, totals.gram, stream)
+        self._totals.add(arrays["x"], arrays["y"], arrays["order"], slot.offsets, bounds, slot.stream)
         self._multiplied = slot.done
-        self._multiplied.record(stream)
+        self._multiplied.record(slot.stream)
 
     def fetch(self) -> Totals:
         """Wait for the rows added so far and copy their totals to the host; more rows may be added later."""
         with self._device:
             for slot in self._slots:
                 slot.stream.synchronize()
-            return Totals(*(getattr(self._totals, name).copy_to_host() for name in Totals._fields))
+            return self._totals.fetch()
 
 
-class _DeviceTotals:
-    """The arrays of `Totals` on the device, zero at first."""
+def fitting_rows(
+    allocate: Callable[[int], None],
+    release: Callable[[], None],
+    rows: int,
+    shortage_of: Callable[[Exception, int], BackendError],
+) -> int:
+    """Call `allocate` for `rows` rows, then for half of them, … until memory holds them; how many they became.
 
-    def __init__(self, g: int, p: int) -> None:
-        self.count = cuda.to_device(np.zeros(g, np.int64))
-        self.sum_y = _zeros((g,))
-        self.sum_yy = _zeros((g,))
-        self.sum_x = _zeros((g, p))
-        self.sum_xy = _zeros((g, p))
-        self.sum_v = _zeros((g, p))
-        self.gram = _zeros((g, p * (p + 1) // 2))
+    Raises
+    ------
+    BackendError
+        What `shortage_of` makes of the last refusal: memory does not hold FLOOR_ROWS rows.
+    """
+    floor = min(FLOOR_ROWS, rows)
+    while True:
+        try:
+            allocate(rows)
+            return rows
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            if rows == floor:
+                raise shortage_of(error, rows) from error
+        # Outside the handler, whose traceback keeps the arrays that were allocated alive.
+        release()
+        rows = max(floor, rows // 2)
+
+
+def shortage(error: Exception, totals: int, rows: int, blocks: str, groups: str) -> BackendError:
+    """The error for so many bytes of totals and of rows, both also in words."""
+    if isinstance(error, PinnedMemoryError):
+        return pinned_shortage(rows, blocks, error)
+    free = cuda.current_context().get_memory_info().free
+    return DeviceMemoryError(
+        f"device memory: {totals / 1e9:.2f} GB for the totals of {groups} pixels and {rows / 1e9:.2f} GB "
+        f"for {blocks} are needed, {free / 1e9:.2f} GB are free; end other programs "
+        "on the device, use fewer groups, or backend cpu"
+    )
+
+
+class GroupTotals:
+    """Totals of groups of rows on the device, zero at first, and the scratch of their products.
+
+    Parameters
+    ----------
+    rows : int
+        Rows of a block at most.
+    p, g : int
+        Pixels and groups.
+    choice : Choice
+        How Σxxᵀ is made.
+    """
+
+    def __init__(self, rows: int, p: int, g: int, choice: Choice) -> None:
+        self._arrays = {
+            "count": cuda.to_device(np.zeros(g, np.int64)),
+            "sum_x": _zeros((g, p)),
+            "sum_y": _zeros((g,)),
+            "sum_yy": _zeros((g,)),
+            "sum_xy": _zeros((g, p)),
+            "gram": _zeros((g, p * (p + 1) // 2)),
+            "sum_v": _zeros((g, p)),
+        }
+        self._products = METHODS[choice.method](rows, p, g)
+
+    @staticmethod
+    def nbytes(p: int, g: int) -> int:
+        """Device memory of the totals."""
+        return 8 * g * (p * (p + 1) // 2 + 3 * p + 3)
+
+    def add(
+        self,
+        x: Any,
+        y: Any,
+        order: Any,
+        offsets: Any,
+        bounds: NDArray[np.int64],
+        stream: Any,
+        error: Any = None,
+    ) -> None:
+        """Add sorted rows that are on the device, in `stream`, without waiting; nothing is checked.
+
+        Parameters
+        ----------
+        x : device array of shape (m, p), float32
+            Rows, with a fixed reference subtracted.
+        y : device array of shape (m,), float64
+        order, offsets : device arrays
+            See `sort_on_device`.
+        bounds : array of shape (g + 1,)
+            The same as `offsets`, on the host.
+        stream : Numba stream
+        error : device array of shape (m, p), float32, optional
+            Noise σ of each pixel.
+        """
+        totals, (g, p), threads = self._arrays, self._arrays["sum_x"].shape, gram.SUM_THREADS
+        columns = (-(-p // gram.COLUMNS), g), (gram.COLUMNS, gram.LANES)
+        gram.add_labels[g, threads, stream](
+            y, order, offsets, totals["count"], totals["sum_y"], totals["sum_yy"]
+        )
+        gram.add_columns[*columns, stream](x, y, order, offsets, totals["sum_x"], totals["sum_xy"])
+        if error is not None:
+            gram.add_variances[*columns, stream](error, order, offsets, totals["sum_v"])
+        self._products.add(x, order, offsets, bounds, totals["gram"], stream)
+
+    def fetch(self) -> Totals:
+        """The totals on the host; all that was added must be done."""
+        return Totals(**{name: array.copy_to_host() for name, array in self._arrays.items()})
 
 
 def _zeros(shape: tuple[int, ...]) -> Any:
@@ -295,14 +359,12 @@ def _zeros(shape: tuple[int, ...]) -> Any:
 class _Slot:
     """One of two places that blocks of rows pass through: pinned buffers, device buffers, a stream and an event."""
 
-    def __init__(self, rows: int, p: int, g: int, with_variance: bool) -> None:
+    def __init__(self, rows: int, p: int, g: int) -> None:
         kinds: dict[str, tuple[tuple[int, ...], Any]] = {
             "x": ((rows, p), np.float32),
             "y": ((rows,), np.float64),
             "group": ((rows,), np.int64),
         }
-        if with_variance:
-            kinds["variance"] = ((rows, p), np.float32)
         self.device = {name: cuda.device_array(*kind) for name, kind in kinds.items()}
         self.order = cuda.device_array(rows, np.int64)
         self.counts = cuda.device_array(table_size(rows, g), np.int64)
@@ -311,13 +373,9 @@ class _Slot:
         self.stream = cuda.stream()
         self.done = cuda.event()
 
-    def load(
-        self, x: F32, y: NDArray, group: NDArray[np.integer], variance: NDArray | None
-    ) -> dict[str, Any]:
+    def load(self, x: F32, y: NDArray, group: NDArray[np.integer]) -> dict[str, Any]:
         """Fill the pinned buffers and start their copies; the device arrays cut to the rows there are."""
         rows = {"x": x, "y": y, "group": group}
-        if variance is not None:
-            rows["variance"] = variance
         m = len(x)
 
         def fill(first: int, stop: int) -> None:

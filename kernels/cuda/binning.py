@@ -26,7 +26,16 @@ from moefast.kernels import binning as twin
 from moefast.kernels.cuda.device import require_device
 from moefast.kernels.cuda.registry import kernel
 
-__all__ = ["assign_bins", "assign_snr_bins", "sort_by_bin", "sort_on_device"]
+__all__ = [
+    "assign_bins",
+    "assign_snr_bins",
+    "groups_by_labels",
+    "groups_by_snr",
+    "inner_edges",
+    "sort_by_bin",
+    "sort_on_device",
+    "table_size",
+]
 
 THREADS = 128
 """Threads per block of all kernels here but the scan."""
@@ -106,6 +115,47 @@ def sort_by_bin(bins: ArrayLike, n_bins: int) -> tuple[NDArray[np.int64], NDArra
     return order.copy_to_host(), offsets.copy_to_host()
 
 
+def groups_by_labels(
+    t_eff: Any,
+    m_h: Any,
+    edges: tuple[Any, Any, int, int],
+    folds: Any,
+    n_folds: int,
+    bins: Any,
+    group: Any,
+    stream: Any,
+) -> None:
+    """Fill `group` with bin · n_folds + fold of each row on the device, in `stream`; nothing is checked.
+
+    Launch: one thread per row, twice.
+
+    Parameters
+    ----------
+    t_eff, m_h : device array of shape (n,), float64, n ≥ 1
+    edges : inner edges of both, as device arrays, and how many they are
+        See `inner_edges`.
+    folds : device array of shape (n,), int64
+    n_folds : int
+    bins, group : device array of shape (n,), int16 and int64
+    """
+    grid = (_blocks(group.size), THREADS, stream)
+    _assign_bins[grid](t_eff, m_h, *edges, bins)
+    _make_groups[grid](bins, folds, n_folds, group)
+
+
+def groups_by_snr(snr: Any, edges: Any, folds: Any, n_folds: int, bins: Any, group: Any, stream: Any) -> None:
+    """The same by the SNR of each row: `snr` (n,) and `edges`, float64 on the device."""
+    grid = (_blocks(group.size), THREADS, stream)
+    _assign_right_closed[grid](snr, edges, bins)
+    _make_groups[grid](bins, folds, n_folds, group)
+
+
+def inner_edges(t_eff_edges: Sequence[float], m_h_edges: Sequence[float]) -> tuple[Any, Any, int, int]:
+    """What `groups_by_labels` asks for of a grid."""
+    inner_t, inner_m = (np.asarray(edges[1:-1], np.float64) for edges in (t_eff_edges, m_h_edges))
+    return _to_device(inner_t), _to_device(inner_m), inner_t.size, inner_m.size
+
+
 def table_size(n_rows: int, n_bins: int) -> int:
     """Cells of the table of counts that `sort_on_device` needs for `n_rows` rows, or for fewer."""
     return n_bins * -(-n_rows // _chunk_rows(n_rows, n_bins))
@@ -150,7 +200,7 @@ def _to_device(values: NDArray) -> Any:
 @kernel(
     "void(float64[::1], float64[::1], float64[::1], float64[::1], int64, int64, int16[::1])",
     threads=THREADS,
-    serves=("assign_bins",),
+    serves=("assign_bins", "normal_equations"),
 )
 def _assign_bins(t_eff, m_h, inner_t, inner_m, n_t, n_m, out):  # type: ignore[no-untyped-def]
     row = cuda.grid(1)
@@ -169,7 +219,7 @@ def _assign_bins(t_eff, m_h, inner_t, inner_m, n_t, n_m, out):  # type: ignore[n
 @kernel(
     "void(float64[::1], float64[::1], int16[::1])",
     threads=THREADS,
-    serves=("assign_snr_bins",),
+    serves=("assign_snr_bins", "normal_equations"),
 )
 def _assign_right_closed(snr, cuts, out):  # type: ignore[no-untyped-def]
     row = cuda.grid(1)
@@ -179,6 +229,17 @@ def _assign_right_closed(snr, cuts, out):  # type: ignore[no-untyped-def]
             if snr[row] > cuts[j]:
                 k += 1
         out[row] = k
+
+
+@kernel(
+    "void(int16[::1], int64[::1], int64, int64[::1])",
+    threads=THREADS,
+    serves=("normal_equations",),
+)
+def _make_groups(bins, folds, n_folds, group):  # type: ignore[no-untyped-def]
+    row = cuda.grid(1)
+    if row < group.size:
+        group[row] = bins[row] * n_folds + folds[row]
 
 
 @kernel(

@@ -2,20 +2,21 @@
 
 Contract: `moefast.posterior.forward`, in the form and the precision of `moefast.kernels.clouds`.
 
-`compare_clouds`: a block of threads owns a star and a panel of clouds, as many as have COLUMNS means and tangents
-together. The whitened vectors X = C' · (means, tangents), C' upper triangular, are a matrix product in register tiles,
-COORDINATES rows at a time, and stay in shared memory; beyond the coordinates that tangents have (`reach`), the means
-alone go on. Then PARTS neighbouring threads share a cloud: each adds up the products of the cloud's vectors over its
-part of the coordinates, all of them solve the cloud's small system in registers, and each adds up its part of the
-residual at the best point, for the reason that `moefast.kernels.cpu_clouds` gives. The kernel is written for a number
-of tangents, so that small matrices live in registers: `compare_kernel` makes it.
+`compare_clouds`: a warp owns a star and a panel of CLOUDS clouds, and a block some stars and one panel, whose vectors,
+means and tangents, it keeps in shared memory as far as they have coordinates (`reach`; beyond, there are the means
+alone). PARTS neighbouring threads share a cloud. A thread makes EACH rows of the whitened vectors X = C' · (mean,
+tangents) of its cloud at a time, in registers, where C', upper triangular, is staged BAND rows at a time, and adds up
+their products in registers, too. Both threads of a cloud solve its small system, and the best point, combined from the
+vectors, is whitened once more, for its residual is what the distance is summed from, as `moefast.kernels.cpu_clouds`
+tells why. The kernel is written for a number of tangents, so that small matrices live in registers: `compare_kernel`
+makes it.
 
-`conclude_stars`: a warp owns a star and goes through its clouds, 20 numbers each, in double precision.
+`conclude_stars`: a block owns a star and goes through its clouds, 20 numbers each, in double precision.
 
-Floor in multiply-adds of single precision per star, for m = 712 clouds of t = 5 tangents with r = 97 of n = 130
-coordinates: vectors m (n (n + 1) + t r (r + 1))/2 = 23.0 M, products and residuals m (t + 3)(t + 4) r/2 = 2.5 M: 1.0 µs
-at 50 TFLOP/s. C' is read once per panel, 2.4 MB, and panels once per COORDINATES rows, 4.7 MB: 1.3 µs at the 5.5 TB/s
-of the second cache.
+Floor in multiply-adds of single precision per star, for m = 393 clouds of t = 10 tangents, the scale's included, with
+r = 45 of n = 58 coordinates: vectors m (n (n + 1) + (t − 1) r (r + 1))/2 = 4.3 M, products and residuals
+m (n (n + 1) + r (t + 1) (t + 2) + 2 n t)/2 = 2.1 M: 0.26 µs at 50 TFLOP/s. C' goes from the second cache to shared
+memory twice for each panel, 0.4 MB, and the vectors once for the stars of a block, 0.25 MB: 0.1 µs at 5.5 TB/s.
 
 `CudaPosteriorScorer` streams blocks through slots as `moefast.kernels.cuda.scoring` does: a block of BLOCK_ROWS stars
 keeps 0.4 MB of each on the device.
@@ -33,38 +34,35 @@ from numba import config, cuda, float32, float64
 from numpy.typing import NDArray
 
 from moefast.core.errors import BackendError
-from moefast.kernels.clouds import CloudPosterior, Clouds, Space, without_cuda
+from moefast.core.threads import CORES
+from moefast.kernels.clouds import CloudPosterior, Clouds, Space, rounded_up, without_cuda
 from moefast.kernels.cuda.gram import ALIGNED
 from moefast.kernels.cuda.information import (
+    BAND,
     BEYOND,
     ENERGY,
     EXPLAINED,
     LEVEL,
     N_USED,
-    NUMBERS,
-    READ_THREADS,
     SCALE,
     STRENGTH,
     TINY,
-    expand_stars,
     marginalise_stars,
-    multiply_rows,
-    product_launch,
-    read_spectra,
     root_stars,
+    size_of_root,
     solve_launch,
-    subtract_spectra,
     whiten_stars,
 )
-from moefast.kernels.cuda.lanes import SCRATCH, most_of_warp, sum_of_parts, sum_of_warp
+from moefast.kernels.cuda.lanes import SCRATCH, WRITTEN_OUT, least_of_block, sum_of_block, sum_of_parts
 from moefast.kernels.cuda.median import THREADS as MEDIAN_THREADS
 from moefast.kernels.cuda.median import median_rows
 from moefast.kernels.cuda.registry import kernel, launchable
-from moefast.kernels.cuda.scoring import BlockScorer
+from moefast.kernels.cuda.scoring import MOST_SHARED, BlockScorer, Slot, results_on_device
+from moefast.kernels.cuda.space import DeviceSpace, SpaceWork, on_device
 
 __all__ = [
     "BLOCK_ROWS",
-    "COLUMNS",
+    "CLOUDS",
     "CudaPosteriorScorer",
     "DevicePosterior",
     "cloud_posterior",
@@ -74,26 +72,30 @@ __all__ = [
 
 BLOCK_ROWS = 1024
 """Most stars of a block: some forty launches and copies, 0.4 ms of the interpreter, are less than the kernels take."""
-SLOTS = 4
-"""Blocks on their way: one is computed, while others are filled and copied."""
-COORDINATES = 32
-COLUMNS = 64
-"""Sides of the tile of whitened vectors that a block of threads makes at a time; powers of two."""
-EACH = 4
-"""Rows and columns of the tile that a thread owns."""
-PANEL = 16
-"""Terms that are staged in shared memory at a time; divides COORDINATES."""
-PADDED = COORDINATES + 4
-"""Rows of neighbouring terms then begin in different banks of shared memory, and vectors of four where they may."""
-MOST_CLOUDS = 16
-"""Clouds of a panel, at most."""
-PARTS = 8
-"""Threads that share a cloud."""
-THREADS = MOST_CLOUDS * PARTS
-BLOCKS_TOGETHER = 4
-LANES = 32
-"""Threads of a block of `conclude_stars`: one warp."""
-USUAL_VECTORS = 6
+SLOTS = max(4, min(8, CORES))
+"""Blocks on their way: one or two are computed, while the others are read and copied."""
+CLOUDS = 16
+"""Clouds of a panel, whose vectors a block keeps in shared memory; a power of two."""
+PARTS = 2
+"""Threads that share a cloud and a star."""
+EACH = BAND // PARTS
+"""Rows of whitened vectors that a thread makes at a time, of all vectors of its cloud."""
+MOST_STARS = 4
+"""Stars of a block, at most, each with CLOUDS · PARTS threads."""
+THREADS = MOST_STARS * CLOUDS * PARTS
+BLOCKS_TOGETHER = 3
+LEAST_DEPTH = 8
+"""Coordinates that should be staged at a time beside two stars."""
+STAGED = 8
+"""Numbers that a thread copies at a time."""
+QUAD = 4
+"""Coordinates that a loop takes at a time; numbers of a vector in memory."""
+PLACE, PLACE_OF_PAIR, PLACE_OF_QUAD = 0x7FFFFFFF, 0x7FFFFFFE, 0x7FFFFFFC
+"""Masks that tell the compiler that an index is not negative, nor its sum with others, and that a vector of two or four
+numbers may begin there."""
+LANES = 128
+"""Threads of a block of `conclude_stars`."""
+USUAL_VECTORS = (6, 10)
 """Tangents of the clouds of models that are shipped, the scale's included."""
 SCRATCH_BYTES = 80e6
 """Of matrices whose roots are found at the same time: half of them is used, and fits the second cache."""
@@ -110,46 +112,172 @@ _NO_MASK = np.zeros(0, np.bool_)
 F64 = NDArray[np.float64]
 
 
-def clouds_of_panel(vectors: int) -> int:
-    """Clouds of a panel, each with a mean and `vectors` − 1 tangents."""
-    return min(MOST_CLOUDS, COLUMNS // vectors)
+class Sizes(NamedTuple):
+    """How a block of `compare_clouds` lies in shared memory, in numbers of single precision.
+
+    Attributes
+    ----------
+    stars : int
+        Stars of a block.
+    depth : int
+        Coordinates whose vectors are staged at a time; all that tangents have, if there is room.
+    stride : int
+        Numbers of the vectors of a panel in one coordinate.
+    shared : int
+        All.
+    """
+
+    stars: int
+    depth: int
+    stride: int
+    shared: int
+
+
+def stride_of(vectors: int) -> int:
+    """Numbers of the vectors of a panel in a coordinate: quads of each cloud, then what is left, never three."""
+    return CLOUDS * (vectors + (vectors % 4 == 3))
+
+
+def sizes_of(n: int, reach: int, vectors: int, limit: int = MOST_SHARED // 4) -> Sizes:
+    """As many stars as fit beside all vectors; else two, or one, beside some of them."""
+    stride, rows = stride_of(vectors), BAND * -(-n // BAND)
+    of_star = BAND * n + CLOUDS * n + 2 * rows
+    free = limit - CLOUDS * (n - reach)
+    stars = min(MOST_STARS, (free - reach * stride) // of_star)
+    depth = reach
+    if stars < 1:
+        stars = 2 if free - 2 * of_star >= LEAST_DEPTH * stride else 1
+        depth = (free - stars * of_star) // stride // QUAD * QUAD
+    return Sizes(stars, depth, stride, CLOUDS * (n - reach) + stars * of_star + depth * stride)
 
 
 SIGNATURE = (
-    "void(int64, int64, float32[:,:,::1], float32[::1], float32[:,:,::1], float32[:,::1], float32[:,::1],"
-    " float32[:,::1], float32[:,:,::1], float32[:,::1], float32[:,::1], float32, float32[:,:,::1])"
+    "void(int64, int64, int64, int64, float64[:,::1], float32[:,:,::1], float32[::1], float32[:,:,::1],"
+    " float32[:,::1], float32[:,::1], float32[:,::1], float64[:,::1], float32[:,::1], float32[:,::1], float32,"
+    " float32[:,:,::1])"
 )
+
+
+@cuda.jit(device=True)
+def _stage(source, begin, count, group, groups, target, at):  # type: ignore[no-untyped-def]
+    """Copy `count` numbers of `source` from `begin` on, shared by so many groups of CLOUDS · PARTS threads.
+
+    STAGED reads of a thread are on their way together.
+    """
+    held = cuda.local.array(STAGED, float64)
+    step = CLOUDS * PARTS
+    first = group * (STAGED * step) + (cuda.threadIdx.x & (step - 1))
+    for place in range(first, count, STAGED * step * groups):
+        from_place = (begin + place) & PLACE
+        to_place = (at + place) & PLACE
+        for i in range(STAGED):
+            if place + i * step < count:
+                held[i] = source[from_place + i * step]
+        for i in range(STAGED):
+            if place + i * step < count:
+                target[to_place + i * step] = held[i]
+
+
+@cuda.jit(device=True, **WRITTEN_OUT)
+def _read_vectors(numbers, whole, odd, quads, t, b):  # type: ignore[no-untyped-def]
+    """The vectors of a cloud in one coordinate, of which the quads begin at `whole` and what is left at `odd`."""
+    for d in range(4 * quads):
+        b[d] = numbers[whole + (d >> 2) * (4 * CLOUDS) + (d & 3)]
+    for d in range(4 * quads, t):
+        b[d] = numbers[odd + d - 4 * quads]
+
+
+@cuda.jit(device=True, **WRITTEN_OUT)
+def _add_term(numbers, of_root, whole, odd, quads, t, b, row_of_root, sums):  # type: ignore[no-untyped-def]
+    """A term of EACH rows of C' times the vectors of a cloud."""
+    for i in range(EACH):
+        row_of_root[i] = numbers[of_root + i]
+    _read_vectors(numbers, whole, odd, quads, t, b)
+    for d in range(t):
+        for i in range(EACH):
+            sums[d * EACH + i] += row_of_root[i] * b[d]
+
+
+@cuda.jit(device=True, **WRITTEN_OUT)
+def _add_products(begin, end, t, x, products):  # type: ignore[no-untyped-def]
+    """Products of some vectors, counted without the mean, with all behind them, of one coordinate."""
+    for j in range(begin, end):
+        for k in range(t):
+            if k >= j:
+                products[t + j * t - j * (j - 1) // 2 + k - j] += x[j + 1] * x[k + 1]
+
+
+@cuda.jit(device=True, **WRITTEN_OUT)
+def _sum_products(begin, end, products, scratch):  # type: ignore[no-untyped-def]
+    """Sums over the threads that share a cloud."""
+    for k in range(begin, end):
+        products[k] = sum_of_parts(products[k], PARTS, scratch)
+
+
+@cuda.jit(device=True, **WRITTEN_OUT)
+def _eliminate_column(k, t, lower, gamma, inverse):  # type: ignore[no-untyped-def]
+    """Column k of the lower root of a symmetric matrix, packed by rows, and of a vector with it; ln of the pivot."""
+    if k >= t:
+        return float32(0)
+    pivot = lower[k * (k + 1) // 2 + k]
+    inverse[k] = float32(1) / math.sqrt(pivot)
+    gamma[k] *= inverse[k]
+    for i in range(t):
+        if i > k:
+            lower[i * (i + 1) // 2 + k] *= inverse[k]
+    for i in range(t):
+        if i > k:
+            less = lower[i * (i + 1) // 2 + k]
+            gamma[i] -= less * gamma[k]
+            for j in range(t):
+                if k < j <= i:
+                    lower[i * (i + 1) // 2 + j] -= less * lower[j * (j + 1) // 2 + k]
+    return math.log(pivot)
+
+
+@cuda.jit(device=True, **WRITTEN_OUT)
+def _eliminate_four(k, t, lower, gamma, inverse):  # type: ignore[no-untyped-def]
+    """Four columns from k on, if there are so many."""
+    determinant = _eliminate_column(k, t, lower, gamma, inverse)
+    determinant += _eliminate_column(k + 1, t, lower, gamma, inverse)
+    determinant += _eliminate_column(k + 2, t, lower, gamma, inverse)
+    return determinant + _eliminate_column(k + 3, t, lower, gamma, inverse)
 
 
 def _written_for(vectors: int) -> Callable[..., None]:
     """`compare_clouds` for clouds of so many tangents, the scale's included."""
     t = vectors
-    n_clouds = clouds_of_panel(t)
+    stride = stride_of(t)
+    quads = t // 4
+    n_odd = stride // CLOUDS - 4 * quads
+    place_of_odd = PLACE if n_odd == 1 else PLACE_OF_PAIR
     n_vectors = t + 1
     n_products = (t + 1) * (t + 2) // 2 - 1
     n_lower = t * (t + 1) // 2
-    parts = PARTS
+    n_sums = t * EACH
 
     def compare_clouds(  # type: ignore[no-untyped-def]
-        n, reach, columns, log_weights, gains, labels, scatter, scatter_with_first,
+        n_stars, n, reach, depth, columns, means, log_weights, gains, labels, scatter, scatter_with_first,
         roots, centre, spectrum, width, found,
     ):  # fmt: skip
         """Evidence of each cloud, and what it says of the labels of each star.
 
-        `columns` (panels, …, COLUMNS) holds coordinate by coordinate the means of a panel's clouds, then their first
-        tangents, and so on; `gains` (m, l, t), `labels`, `scatter` and `scatter_with_first` (m, l) and `log_weights`
-        those of `moefast.kernels.Clouds`. Tangents have the first `reach` of n coordinates. `roots`, `centre` and
-        `spectrum` are those of `whiten_stars`, `width` the prior width of the scale. `found` (·, 2 + 3 l, m).
+        `columns` (panels, …) holds pairs of numbers: of each of the first `reach` of n coordinates, which alone
+        tangents have, the first four vectors of every cloud of the panel, the mean first, then the next four, and so
+        on; `means` (panels, n − reach, CLOUDS) the means in the others. `gains` (l, t, m), `labels`, `scatter` and
+        `scatter_with_first` (l, m) and `log_weights` are those of `moefast.kernels.Clouds`. `roots`, `centre` and
+        `spectrum` are those of `whiten_stars`, `width` the prior width of the scale. `depth` is that of `sizes_of`.
+        `found` (·, 2 + 3 l, m).
 
-        Launch: (panels, n stars) blocks of THREADS threads, with 4 · n · COLUMNS bytes of dynamic shared memory.
+        Launch: (panels, groups of stars) blocks of CLOUDS · PARTS threads for each star of a group, with the shared
+        memory of `sizes_of`.
         """
-        x_of = cuda.shared.array(0, float32)
-        left = cuda.shared.array((PANEL, PADDED), float32, alignment=ALIGNED)
-        right = cuda.shared.array((PANEL, COLUMNS), float32, alignment=ALIGNED)
+        numbers = cuda.shared.array(0, float32, alignment=ALIGNED)
+        pairs = cuda.shared.array(0, float64, alignment=ALIGNED)
         scratch = cuda.shared.array(THREADS, float32)
-        sums = cuda.local.array((EACH, EACH), float32)
-        a = cuda.local.array(EACH, float32)
-        b = cuda.local.array(EACH, float32)
+        sums = cuda.local.array(n_sums, float32)
+        row_of_root = cuda.local.array(EACH, float32)
+        b = cuda.local.array(t, float32)
         x = cuda.local.array(n_vectors, float32)
         products = cuda.local.array(n_products, float32)
         lower = cuda.local.array(n_lower, float32)
@@ -157,119 +285,103 @@ def _written_for(vectors: int) -> Callable[..., None]:
         gamma = cuda.local.array(t, float32)
         solved = cuda.local.array(t, float32)
         of_first = cuda.local.array(t, float32)
-        threads = MOST_CLOUDS * PARTS
-        thread = cuda.threadIdx.x & (threads - 1)
-        tx = thread & (COLUMNS // EACH - 1)
-        ty = (thread // (COLUMNS // EACH)) & (COORDINATES // EACH - 1)
+        thread = cuda.threadIdx.x & (THREADS - 1)
+        threads = cuda.blockDim.x
+        of_star = thread & (CLOUDS * PARTS - 1)
+        part = thread & (PARTS - 1)
+        lane = (thread // PARTS) & (CLOUDS - 1)
         panel = cuda.blockIdx.x
-        star = cuda.blockIdx.y
+        place_of_star = thread // (CLOUDS * PARTS)
+        together = threads // (CLOUDS * PARTS)
+        star = cuda.blockIdx.y * together + place_of_star
+        # Threads without a star or a cloud do what the last one does, and keep it to themselves.
+        there = star < n_stars and panel * CLOUDS + lane < log_weights.size
+        star = min(star, n_stars - 1) & PLACE
+        cloud = min(panel * CLOUDS + lane, log_weights.size - 1) & PLACE
 
-        # -- whitened vectors: all of them as far as tangents reach ------------------------------------------------
-        for top in range(0, reach, COORDINATES):
-            for i in range(EACH):
-                for j in range(EACH):
-                    sums[i, j] = float32(0)
-            for start in range(top, reach, PANEL):
-                cuda.syncthreads()
-                for place in range(thread, PANEL * COORDINATES, threads):
-                    term = place & (PANEL - 1)
-                    row = place // PANEL
-                    value = float32(0)
-                    # What lies below the diagonal was never written.
-                    if top + row <= start + term < reach:
-                        value = roots[star, top + row, start + term]
-                    left[term, row] = value
-                for place in range(thread, PANEL * COLUMNS, threads):
-                    term = place // COLUMNS
-                    column = place & (COLUMNS - 1)
-                    right[term, column] = columns[panel, start + term, column]
-                cuda.syncthreads()
-                for term in range(PANEL):
-                    for i in range(EACH):
-                        a[i] = left[term, EACH * ty + i]
-                    for j in range(EACH):
-                        b[j] = right[term, EACH * tx + j]
-                    for i in range(EACH):
-                        for j in range(EACH):
-                            sums[i, j] += a[i] * b[j]
-            for i in range(EACH):
-                c = top + EACH * ty + i
-                if c < reach:
-                    turn = EACH * (c & (parts - 1))
-                    for j in range(EACH):
-                        x_of[c * COLUMNS + ((EACH * tx + j) ^ (turn & (COLUMNS - 1)))] = sums[i, j]
+        # Where things begin in shared memory, all in whole vectors of four.
+        n_given = centre.shape[1]
+        n_beyond = n - reach
+        rows = ((n + BAND - 1) // BAND * BAND) & PLACE_OF_QUAD
+        at_star = (CLOUDS * n_beyond + place_of_star * ((BAND + CLOUDS) * n + 2 * rows)) & PLACE_OF_QUAD
+        at_band = at_star
+        at_point = (at_star + BAND * n) & PLACE_OF_QUAD
+        at_centre = (at_point + CLOUDS * n) & PLACE_OF_QUAD
+        at_spectrum = (at_centre + rows) & PLACE_OF_QUAD
+        at_vectors = (CLOUDS * n_beyond + together * ((BAND + CLOUDS) * n + 2 * rows)) & PLACE_OF_QUAD
+        at_once = depth >= reach
 
-        # -- the means alone, beyond ------------------------------------------------------------------------------
-        quads = MOST_CLOUDS // EACH
-        quad = thread & (quads - 1)
-        line = thread // quads
-        for top in range(0, n, COORDINATES):
-            c = top + line
-            turn = (EACH * (c & (parts - 1))) & (COLUMNS - 1)
-            for j in range(EACH):
-                b[j] = float32(0)
-            for start in range(max(top, reach), n, PANEL):
-                cuda.syncthreads()
-                for place in range(thread, PANEL * COORDINATES, threads):
-                    term = place & (PANEL - 1)
-                    row = place // PANEL
-                    value = float32(0)
-                    if top + row <= start + term < n:
-                        value = roots[star, top + row, start + term]
-                    left[term, row] = value
-                for place in range(thread, PANEL * MOST_CLOUDS, threads):
-                    term = place // MOST_CLOUDS
-                    column = place & (MOST_CLOUDS - 1)
-                    value = float32(0)
-                    if column < n_clouds and start + term < n:
-                        value = columns[panel, start + term, column]
-                    right[term, column] = value
-                cuda.syncthreads()
-                for term in range(PANEL):
-                    one = left[term, line]
-                    for j in range(EACH):
-                        b[j] += one * right[term, EACH * quad + j]
-            if c < n:
-                for j in range(EACH):
-                    column = EACH * quad + j
-                    if column < n_clouds:
-                        place = c * COLUMNS + (column ^ turn)
-                        x_of[place] = x_of[place] + b[j] if c < reach else b[j]
-        cuda.syncthreads()
+        for place in range(thread, CLOUDS * n_beyond, threads):
+            numbers[place] = means[panel, place // CLOUDS, place & (CLOUDS - 1)]
+        for c in range(of_star, rows, CLOUDS * PARTS):
+            numbers[at_centre + c] = centre[star, c] if c < n_given else float32(0)
+            numbers[at_spectrum + c] = spectrum[star, c] if c < n_given else float32(0)
 
-        # -- the small system of each cloud ------------------------------------------------------------------------
-        part = thread & (parts - 1)
-        lane = (thread // parts) & (MOST_CLOUDS - 1)
-        cloud = panel * n_clouds + lane
-        # Threads without a cloud do what the last one does, and keep it to themselves.
-        there = lane < n_clouds and cloud < log_weights.size
-        lane = min(lane, n_clouds - 1)
-        cloud = min(cloud, log_weights.size - 1)
-        turn = (EACH * part) & (COLUMNS - 1)
+        # -- whitened vectors, some rows at a time, and their products ---------------------------------------------
         for k in range(n_products):
             products[k] = float32(0)
-        for c in range(part, reach, parts):
-            for d in range(t):
-                x[d] = x_of[c * COLUMNS + ((d * n_clouds + lane) ^ turn)]
-            x[0] -= centre[star, c]
-            x[t] = width * (x[0] + spectrum[star, c])
-            for k in range(1, t + 1):
-                products[k - 1] += x[0] * x[k]
-            # Loops of constant length are written out, and their numbers stay in registers.
-            for i in range(1, t + 1):
-                for k in range(1, t + 1):
-                    if k >= i:
-                        products[t + (i - 1) * t - (i - 1) * (i - 2) // 2 + k - i] += x[i] * x[k]
-        beyond = reach + ((part - reach) & (parts - 1))
-        for c in range(beyond, n, parts):
-            apart = x_of[c * COLUMNS + (lane ^ turn)] - centre[star, c]
-            scaled = width * (apart + spectrum[star, c])
-            products[t - 1] += apart * scaled
-            products[n_products - 1] += scaled * scaled
-        for k in range(n_products):
-            products[k] = sum_of_parts(products[k], parts, scratch)
+        for first in range(0, n, BAND):
+            for i in range(n_sums):
+                sums[i] = float32(0)
+            cuda.syncthreads()
+            begin = (first * n - (first * (first - BAND) >> 1)) >> 1
+            _stage(roots[star], begin, BAND * (n - first) >> 1, 0, 1, pairs, at_band >> 1)
+            for low in range(first // depth * depth, reach, depth):
+                high = min(low + depth, reach)
+                if first == 0 or not at_once:
+                    cuda.syncthreads()
+                    begin, count = low * stride >> 1, (high - low) * stride >> 1
+                    _stage(columns[panel], begin, count, place_of_star, together, pairs, at_vectors >> 1)
+                cuda.syncthreads()
+                for k in range(max(first, low), high, QUAD):
+                    of_root = (at_band + BAND * (k - first) + EACH * part) & PLACE_OF_QUAD
+                    whole = (at_vectors + stride * (k - low) + 4 * lane) & PLACE_OF_QUAD
+                    odd = (at_vectors + stride * (k - low) + 4 * CLOUDS * quads + n_odd * lane) & place_of_odd
+                    # Not in a loop, which the compiler does not write out if it is long.
+                    _add_term(numbers, of_root, whole, odd, quads, t, b, row_of_root, sums)
+                    of_root += BAND
+                    whole += stride
+                    odd += stride
+                    _add_term(numbers, of_root, whole, odd, quads, t, b, row_of_root, sums)
+                    of_root += BAND
+                    whole += stride
+                    odd += stride
+                    _add_term(numbers, of_root, whole, odd, quads, t, b, row_of_root, sums)
+                    of_root += BAND
+                    whole += stride
+                    odd += stride
+                    _add_term(numbers, of_root, whole, odd, quads, t, b, row_of_root, sums)
+            cuda.syncthreads()
+            for k in range(max(first, reach), n, QUAD):
+                of_root = (at_band + BAND * (k - first) + EACH * part) & PLACE_OF_QUAD
+                of_mean = (CLOUDS * (k - reach) + lane) & PLACE
+                for s in range(QUAD):
+                    for i in range(EACH):
+                        sums[i] += numbers[of_root + BAND * s + i] * numbers[of_mean + CLOUDS * s]
+            for i in range(EACH):
+                at = (first + EACH * part + i) & PLACE
+                x[0] = sums[i] - numbers[at_centre + at]
+                x[t] = width * (x[0] + numbers[at_spectrum + at])
+                if first < reach:
+                    for d in range(1, t):
+                        x[d] = sums[d * EACH + i]
+                    for k in range(1, t + 1):
+                        products[k - 1] += x[0] * x[k]
+                    _add_products(0, min(4, t), t, x, products)
+                    _add_products(4, min(8, t), t, x, products)
+                    _add_products(8, min(12, t), t, x, products)
+                    _add_products(12, t, t, x, products)
+                else:
+                    products[t - 1] += x[0] * x[t]
+                    products[n_products - 1] += x[t] * x[t]
+        _sum_products(0, min(24, n_products), products, scratch)
+        _sum_products(24, min(48, n_products), products, scratch)
+        _sum_products(48, min(72, n_products), products, scratch)
+        _sum_products(72, min(96, n_products), products, scratch)
+        _sum_products(96, min(120, n_products), products, scratch)
+        _sum_products(120, n_products, products, scratch)
 
-        determinant = float32(0)
+        # -- the small system of each cloud ------------------------------------------------------------------------
         for i in range(t):
             gamma[i] = -products[i]
             for k in range(t):
@@ -277,21 +389,13 @@ def _written_for(vectors: int) -> Callable[..., None]:
                     # Product (k + 1, i + 1).
                     lower[i * (i + 1) // 2 + k] = products[t + k * t - k * (k - 1) // 2 + i - k]
             lower[i * (i + 1) // 2 + i] += float32(1)
-        for k in range(t):
-            pivot = lower[k * (k + 1) // 2 + k]
-            determinant += math.log(pivot)
-            inverse[k] = float32(1) / math.sqrt(pivot)
-            gamma[k] *= inverse[k]
-            for i in range(t):
-                if i > k:
-                    lower[i * (i + 1) // 2 + k] *= inverse[k]
-            for i in range(t):
-                if i > k:
-                    less = lower[i * (i + 1) // 2 + k]
-                    gamma[i] -= less * gamma[k]
-                    for j in range(t):
-                        if k < j <= i:
-                            lower[i * (i + 1) // 2 + j] -= less * lower[j * (j + 1) // 2 + k]
+        # Not in a loop, which the compiler does not write out if it is long: `lower` would lie in memory.
+        determinant = _eliminate_four(0, t, lower, gamma, inverse) + _eliminate_four(
+            4, t, lower, gamma, inverse
+        )
+        determinant += _eliminate_four(8, t, lower, gamma, inverse) + _eliminate_four(
+            12, t, lower, gamma, inverse
+        )
         for s in range(t):
             k = t - 1 - s
             for i in range(t):
@@ -299,19 +403,46 @@ def _written_for(vectors: int) -> Callable[..., None]:
                     gamma[k] -= lower[i * (i + 1) // 2 + k] * gamma[i]
             gamma[k] *= inverse[k]
 
-        # -- what is left at the best point -------------------------------------------------------------------------
+        # -- what is left at the best point, which is whitened once more -------------------------------------------
+        more = gamma[t - 1] * width
+        for low in range(0, reach, depth):
+            high = min(low + depth, reach)
+            if not at_once:
+                cuda.syncthreads()
+                begin, count = low * stride >> 1, (high - low) * stride >> 1
+                _stage(columns[panel], begin, count, place_of_star, together, pairs, at_vectors >> 1)
+                cuda.syncthreads()
+            for k in range(low + part, high, PARTS):
+                whole = (at_vectors + stride * (k - low) + 4 * lane) & PLACE_OF_QUAD
+                odd = (at_vectors + stride * (k - low) + 4 * CLOUDS * quads + n_odd * lane) & place_of_odd
+                _read_vectors(numbers, whole, odd, quads, t, b)
+                value = b[0] + more * b[0]
+                for d in range(1, t):
+                    value += gamma[d - 1] * b[d]
+                numbers[(at_point + CLOUDS * k + lane) & PLACE] = value
+        for k in range(reach + part, n, PARTS):
+            value = numbers[(CLOUDS * (k - reach) + lane) & PLACE]
+            numbers[(at_point + CLOUDS * k + lane) & PLACE] = value + more * value
         square = float32(0)
-        for c in range(part, reach, parts):
-            apart = x_of[c * COLUMNS + (lane ^ turn)] - centre[star, c]
-            residual = apart + gamma[t - 1] * (width * (apart + spectrum[star, c]))
-            for d in range(1, t):
-                residual += gamma[d - 1] * x_of[c * COLUMNS + ((d * n_clouds + lane) ^ turn)]
-            square += residual * residual
-        for c in range(beyond, n, parts):
-            apart = x_of[c * COLUMNS + (lane ^ turn)] - centre[star, c]
-            residual = apart + gamma[t - 1] * (width * (apart + spectrum[star, c]))
-            square += residual * residual
-        square = sum_of_parts(square, parts, scratch)
+        for first in range(0, n, BAND):
+            for i in range(EACH):
+                sums[i] = float32(0)
+            cuda.syncthreads()
+            begin = (first * n - (first * (first - BAND) >> 1)) >> 1
+            _stage(roots[star], begin, BAND * (n - first) >> 1, 0, 1, pairs, at_band >> 1)
+            cuda.syncthreads()
+            for k in range(first, n, QUAD):
+                of_root = (at_band + BAND * (k - first) + EACH * part) & PLACE_OF_QUAD
+                of_point = (at_point + CLOUDS * k + lane) & PLACE
+                for s in range(QUAD):
+                    for i in range(EACH):
+                        sums[i] += numbers[of_root + BAND * s + i] * numbers[of_point + CLOUDS * s]
+            for i in range(EACH):
+                at = (first + EACH * part + i) & PLACE
+                middle = numbers[at_centre + at]
+                residual = sums[i] - middle + more * (numbers[at_spectrum + at] - middle)
+                square += residual * residual
+        square = sum_of_parts(square, PARTS, scratch)
         for k in range(t):
             square += gamma[k] * gamma[k]
         if there and part == 0:
@@ -319,19 +450,19 @@ def _written_for(vectors: int) -> Callable[..., None]:
             found[star, SQUARE, cloud] = square
 
         # -- labels: L⁻¹g of the first and of the thread's own -------------------------------------------------------
-        n_labels = labels.shape[1]
+        n_labels = labels.shape[0]
         for k in range(t):
-            gain = gains[cloud, 0, k]
+            gain = gains[0, k, cloud]
             for i in range(t):
                 if i < k:
                     gain -= lower[k * (k + 1) // 2 + i] * of_first[i]
             of_first[k] = gain * inverse[k]
-        for label in range(part, n_labels, parts):
-            mean = labels[cloud, label]
-            variance = scatter[cloud, label]
-            along = scatter_with_first[cloud, label]
+        for label in range(part, n_labels, PARTS):
+            mean = labels[label, cloud]
+            variance = scatter[label, cloud]
+            along = scatter_with_first[label, cloud]
             for k in range(t):
-                gain = gains[cloud, label, k]
+                gain = gains[label, k, cloud]
                 mean += gamma[k] * gain
                 for i in range(t):
                     if i < k:
@@ -344,11 +475,16 @@ def _written_for(vectors: int) -> Callable[..., None]:
                 found[star, FIRST_LABEL + n_labels + label, cloud] = variance
                 found[star, FIRST_LABEL + 2 * n_labels + label, cloud] = along
 
+    compare_clouds.__name__ = f"compare_clouds_{t}"
     return compare_clouds
 
 
-_register_usual = kernel(SIGNATURE, threads=THREADS, blocks=BLOCKS_TOGETHER, serves=("cloud_posterior",))
-_usual = _register_usual(_written_for(USUAL_VECTORS))
+_USUAL = {
+    vectors: kernel(SIGNATURE, threads=THREADS, blocks=BLOCKS_TOGETHER, serves=("cloud_posterior",))(
+        _written_for(vectors)
+    )
+    for vectors in USUAL_VECTORS
+}
 
 
 @cache
@@ -361,7 +497,7 @@ def compare_kernel(vectors: int) -> Any:
     # The simulator compiles nothing, and its tests change the sizes of tiles.
     if config.ENABLE_CUDASIM:  # type: ignore[attr-defined]
         return launchable(_written_for(vectors), THREADS)
-    return _usual if vectors == USUAL_VECTORS else _made(vectors)
+    return _USUAL.get(vectors) or _made(vectors)
 
 
 @kernel(
@@ -370,7 +506,7 @@ def compare_kernel(vectors: int) -> Any:
     " float64[:,::1], float64[:,::1], float64[:,::1], float64[::1], float64[::1], float64[::1], float64[::1],"
     " float64[::1])",
     threads=LANES,
-    blocks=16,
+    blocks=4,
     serves=("cloud_posterior",),
 )
 def conclude_stars(  # type: ignore[no-untyped-def]
@@ -401,8 +537,8 @@ def conclude_stars(  # type: ignore[no-untyped-def]
         square = float64(found[star, SQUARE, j])
         if square < nearest:  # noqa: PLR1730
             nearest = square
-    top = most_of_warp(top, scratch)
-    nearest = -most_of_warp(-nearest, scratch)
+    top = -least_of_block(-top, scratch)
+    nearest = least_of_block(nearest, scratch)
 
     total = float64(0)
     best = float64(0)
@@ -412,7 +548,7 @@ def conclude_stars(  # type: ignore[no-untyped-def]
             evidence = float64(found[star, EVIDENCE, j])
             if evidence > most:  # noqa: PLR1730
                 most = evidence
-        most = most_of_warp(most, scratch)
+        most = -least_of_block(-most, scratch)
         norm = float64(0)
         mean = float64(0)
         for j in range(first[e] + lane, first[e + 1], lanes):
@@ -421,8 +557,8 @@ def conclude_stars(  # type: ignore[no-untyped-def]
                 share = math.exp(evidence - most)
                 norm += share
                 mean += share * float64(found[star, FIRST_LABEL, j])
-        norm = sum_of_warp(norm, scratch)
-        mean = sum_of_warp(mean, scratch)
+        norm = sum_of_block(norm, scratch)
+        mean = sum_of_block(mean, scratch)
         among = math.exp(most - top) if norm > float64(0) else float64(0)
         total += among * norm
         best += among * mean
@@ -447,8 +583,8 @@ def conclude_stars(  # type: ignore[no-untyped-def]
             apart = float64(found[star, FIRST_LABEL, j]) - best
             between += float64(rounded) * apart * apart
             kept += float64(rounded)
-    between = sum_of_warp(between, scratch)
-    kept = sum_of_warp(kept, scratch)
+    between = sum_of_block(between, scratch)
+    kept = sum_of_block(kept, scratch)
     if not known:
         kept = float64(NAN)
     between /= kept
@@ -465,7 +601,7 @@ def conclude_stars(  # type: ignore[no-untyped-def]
             share = float64(found[star, EVIDENCE, j])
             if share > float64(0):
                 middle += share * float64(found[star, FIRST_LABEL + place, j])
-        middle = sum_of_warp(middle, scratch) / kept
+        middle = sum_of_block(middle, scratch) / kept
         if place == 0:
             middle = best
         variance = float64(0)
@@ -479,8 +615,8 @@ def conclude_stars(  # type: ignore[no-untyped-def]
                 along += share * (
                     float64(found[star, FIRST_LABEL + 2 * n_labels + place, j]) + apart * of_first
                 )
-        variance = sum_of_warp(variance, scratch) / kept
-        along = sum_of_warp(along, scratch) / kept
+        variance = sum_of_block(variance, scratch) / kept
+        along = sum_of_block(along, scratch) / kept
         spread = float64(NAN)
         if known:
             spread = float64(math.sqrt(max(variance, float64(0)) + TINY))
@@ -509,7 +645,7 @@ def conclude_stars(  # type: ignore[no-untyped-def]
         active += answer * float64(w1[0, h]) + of_width * float64(w1[1, h]) + of_spread * float64(w1[2, h])
         active += second * float64(w1[3, h]) + third * float64(w1[4, h])
         value += math.tanh(active) * float64(w2[h, 0])
-    value = sum_of_warp(value, scratch) + float64(b2[0])
+    value = sum_of_block(value, scratch) + float64(b2[0])
     if lane == 0:
         c0 = numbers[star, SCALE]
         level2 = numbers[star, LEVEL] / (numbers[star, N_USED] + TINY) / (c0 * c0)
@@ -569,72 +705,50 @@ class DevicePosterior:
         (m, n_keys), vectors = clouds.keys.shape, clouds.tangents.shape[1] + 1
         if n_keys != n:
             raise ValueError(f"clouds in {n} coordinates expected; found {n_keys}")
-        self.vectors, self.shared = vectors, 4 * n * COLUMNS
-        self.solve_threads, self.solve_shared = solve_launch(width)
+        self.vectors = vectors
+        self.solving = solve_launch(width), solve_launch(n), solve_launch(n, 2)
         if lack := without_cuda(space, clouds):
             raise BackendError(f"backend cuda: there are no kernels for {lack}; use backend cpu")
-        self.n_pixels, self.n_coordinates, self.n_nuisances, self.n_sky = p, n, q, space.n_sky
-        self.n_cells, self.n_clouds, self.n_labels = len(space.cells), m, clouds.labels.shape[1]
-        self.n_experts, self.packed = clouds.n_experts, width * (width + 1) // 2
-        # Nuisances first: to marginalise them is to begin with them.
-        directions = np.roll(space.directions.astype(np.float64), q, axis=1)
-        upper, shape = np.triu_indices(width), space.noise_shape.astype(np.float64)
-        products = np.empty((self.n_cells, self.packed))
-        there = space.cell_shares > 0
-        for row, cell, kept in zip(products, space.cells, there, strict=True):
-            row[:] = ((directions[cell[kept]] / shape[cell[kept], None]).T @ directions[cell[kept]])[upper]
-        precision = np.roll(space.precision.astype(np.float64), (q, q), (0, 1))
-
-        def on_device(array: NDArray, dtype: Any) -> Any:
-            return cuda.to_device(np.ascontiguousarray(array, dtype))
-
-        # Pixels of a cell in their order, as on the CPU.
-        order = [np.argsort(cell[kept], kind="stable") for cell, kept in zip(space.cells, there, strict=True)]
-        pixels = [c[k][o] for c, k, o in zip(space.cells, there, order, strict=True)]
-        shares = [s[k][o] for s, k, o in zip(space.cell_shares, there, order, strict=True)]
-        self.pixels = (
-            on_device(space.reference, np.float32),
-            on_device(space.noise_shape, np.float32),
-            on_device(np.concatenate(pixels), np.int64),
-            on_device(np.concatenate([[0], np.cumsum(there.sum(1))]), np.int64),
-            on_device(np.concatenate(shares), np.float64),
-        )
-        self.directions, self.transposed = (
-            on_device(directions, np.float64),
-            on_device(directions.T, np.float64),
-        )
-        self.products, self.precision = on_device(products, np.float64), on_device(precision, np.float64)
-        self.pull = on_device(np.roll(space.pull, q), np.float64)
+        self.space, self.n_pixels, self.n_sky = DeviceSpace(space), p, space.n_sky
+        self.n_coordinates, self.n_nuisances = n, q
+        self.n_clouds, self.n_labels, self.n_experts = m, clouds.labels.shape[1], clouds.n_experts
         self.unit = float(clouds.scale_unit)
 
-        n_clouds = clouds_of_panel(vectors)
-        self.panels = -(-m // n_clouds)
+        self.panels, self.padded = -(-m // CLOUDS), rounded_up(n, QUAD)
         seen = np.flatnonzero(clouds.tangents.any((0, 1)))
         reach = int(seen[-1]) + 1 if seen.size else 1
-        self.reach = min(n, -(-reach // PANEL) * PANEL)
-        # Means first, then first tangents, …; coordinates up to whole panels behind the last.
-        drawn = np.zeros((self.panels * n_clouds, vectors, n + PANEL), np.float32)
+        self.reach = min(self.padded, rounded_up(reach, BAND))
+        self.sizes = sizes_of(self.padded, self.reach, vectors)
+        drawn = np.zeros((self.panels * CLOUDS, vectors, self.padded), np.float32)
         drawn[:m, 0, :n], drawn[:m, 1:, :n] = clouds.keys, clouds.tangents
-        columns = np.zeros((self.panels, n + PANEL, COLUMNS), np.float32)
-        columns[:, :, : n_clouds * vectors] = (
-            drawn.reshape(self.panels, n_clouds, vectors, n + PANEL)
-            .transpose(0, 3, 2, 1)
-            .reshape(self.panels, n + PANEL, -1)
-        )
+        drawn = drawn.reshape(self.panels, CLOUDS, vectors, self.padded).transpose(0, 3, 1, 2)
+        columns = np.zeros((self.panels, self.reach, self.sizes.stride), np.float32)
+        quads = vectors // 4
+        width_of_odd = self.sizes.stride // CLOUDS - 4 * quads
+        for vector in range(vectors):
+            quad, place = divmod(vector, 4)
+            at = quad * 4 * CLOUDS + place + (4 if quad < quads else width_of_odd) * np.arange(CLOUDS)
+            columns[:, :, at] = drawn[:, : self.reach, :, vector]
+        # A kernel takes no empty array.
+        means = np.zeros((self.panels, max(1, self.padded - self.reach), CLOUDS), np.float32)
+        means[:, : self.padded - self.reach] = drawn[:, self.reach :, :, 0]
+        columns = columns.reshape(self.panels, -1).view(np.float64)
         f32 = np.float32
         self.clouds = (
-            on_device(columns, f32), on_device(clouds.log_weights, f32),
-            on_device(clouds.gains.transpose(0, 2, 1), f32), on_device(clouds.labels, f32),
-            on_device(clouds.scatter, f32), on_device(clouds.scatter_with_first, f32),
+            on_device(columns, np.float64), on_device(means, f32), on_device(clouds.log_weights, f32),
+            on_device(clouds.gains.transpose(2, 1, 0), f32), on_device(clouds.labels.T, f32),
+            on_device(clouds.scatter.T, f32), on_device(clouds.scatter_with_first.T, f32),
         )  # fmt: skip
         self.width = np.float32(clouds.scale_width)
         self.first = on_device(clouds.first, np.int64)
         self.label_range = tuple(float(limit) for limit in clouds.label_range)
         self.error_model = tuple(on_device(part, f32) for part in clouds.error_model)
         self.no_mask = cuda.to_device(_NO_MASK)
-        of_block = 8 * (width * (width + 2) + n * (n + 2))
-        self.blocks = int(np.clip(SCRATCH_BYTES / of_block, LEAST_BLOCKS, MOST_BLOCKS))
-        self.scratch_bytes = self.blocks * of_block
+        # Of a block: its matrix, if not all matrices fit in shared memory, and that of the spread within clouds.
+        self.in_shared = all(solving.fits for solving in self.solving)
+        self.of_block = 1 if self.in_shared else self.solving[0].matrix // 8, self.solving[2].matrix // 8
+        self.blocks = int(np.clip(SCRATCH_BYTES / (8 * sum(self.of_block)), LEAST_BLOCKS, MOST_BLOCKS))
+        self.scratch_bytes = 8 * self.blocks * sum(self.of_block)
 
     def kinds(self, rows: int) -> list[tuple[tuple[int, ...], type]]:
         """Shape and dtype of each array of `Posteriors`."""
@@ -645,11 +759,11 @@ class DevicePosterior:
 
     def bytes_per_row(self) -> int:
         """Device memory of a row, flux, error and mask included, and its share of a block's scratch."""
-        p, n, width = self.n_pixels, self.n_coordinates, self.n_coordinates + self.n_nuisances
-        doubles = 3 * p + self.n_cells + self.packed + 2 * width + NUMBERS
-        singles = n * n + 2 * n + (FIRST_LABEL + 3 * self.n_labels) * self.n_clouds
+        n = self.n_coordinates
+        singles = size_of_root(n) + 2 * n + (FIRST_LABEL + 3 * self.n_labels) * self.n_clouds
         results = sum(np.dtype(kind).itemsize * int(np.prod(shape)) for shape, kind in self.kinds(1))
-        return 9 * p + 8 * doubles + 4 * singles + results + -(-self.scratch_bytes // BLOCK_ROWS)
+        floats = 8 * self.space.doubles() + 4 * singles
+        return 9 * self.n_pixels + floats + results + -(-self.scratch_bytes // BLOCK_ROWS)
 
     def work(self, rows: int) -> Work:
         """Device memory for so many stars."""
@@ -660,59 +774,45 @@ class DevicePosterior:
     ) -> Iterator[tuple[str, Callable[[], None]]]:
         """What is done to n spectra, in its order: a name in words, and what starts it in `stream`; see `launch`."""
         p, c, q = self.n_pixels, self.n_coordinates, self.n_nuisances
-        hidden = self.no_mask if mask is None else mask
-        solve = (min(n, len(work.scratch)), self.solve_threads, stream, self.solve_shared)
-
-        def multiply(rows: Any, matrix: Any, out: Any) -> None:
-            blocks, threads = product_launch(n, out.shape[1])
-            multiply_rows[blocks, threads, stream](rows, matrix, n, out)
-
-        yield (
-            "read pixels, cells",
-            lambda: read_spectra[n, READ_THREADS, stream](
-                flux, error, hidden, p, *self.pixels, work.y, work.information, work.cells, work.numbers,
-                scores.snr_norm, scores.n_good, scores.flag,
-            ),
-        )  # fmt: skip
-        yield "M", lambda: multiply(work.cells, self.products, work.packed)
-        yield "u", lambda: multiply(work.y, self.directions, work.u)
-        yield (
-            "point near the star",
-            lambda: expand_stars[solve](
-                n, work.packed, work.u, self.precision, self.pull, work.scratch, work.points
-            ),
+        hidden, sizes = self.no_mask if mask is None else mask, self.sizes
+        of_all, of_coordinates, of_spread = (
+            (
+                n if self.in_shared and each is not self.solving[2] else min(n, self.blocks),
+                each.threads,
+                stream,
+                each.staged + (each.matrix if self.in_shared else 0),
+            )
+            for each in self.solving
         )
-        yield "its spectrum", lambda: multiply(work.points, self.transposed, work.spectra)
-        yield (
-            "what is left of pixels",
-            lambda: subtract_spectra[n, READ_THREADS, stream](
-                work.y, work.information, work.spectra, work.numbers
-            ),
-        )
-        yield "u at the point", lambda: multiply(work.y, self.directions, work.u)
+
+        quality = scores.snr_norm, scores.n_good, scores.flag
+        yield from self.space.to_point(flux, error, hidden, n, work, quality, of_all, stream)
         yield (
             "nuisances",
-            lambda: marginalise_stars[solve](
+            lambda: marginalise_stars[of_all](
                 n, work.packed, work.u, work.points, q, self.n_sky, work.scratch, work.numbers
             ),
         )
         yield (
             "root of M",
-            lambda: root_stars[solve](n, work.packed, work.u, c, work.second_scratch, work.numbers),
+            lambda: root_stars[of_coordinates](n, work.packed, work.u, c, work.scratch, work.numbers),
         )
         yield (
             "spread within clouds",
-            lambda: whiten_stars[solve](
+            lambda: whiten_stars[of_spread](
                 n, work.packed, work.u, self.unit, work.scratch, work.second_scratch,
                 work.roots, work.centre, work.spectrum,
             ),
         )  # fmt: skip
         yield (
             "clouds",
-            lambda: compare_kernel(self.vectors)[(self.panels, n), THREADS, stream, self.shared](
-                c, self.reach, *self.clouds, work.roots, work.centre, work.spectrum, self.width, work.found
+            lambda: compare_kernel(self.vectors)[
+                (self.panels, -(-n // sizes.stars)), CLOUDS * PARTS * sizes.stars, stream, 4 * sizes.shared
+            ](
+                n, self.padded, self.reach, sizes.depth, *self.clouds,
+                work.pairs_of_roots, work.centre, work.spectrum, self.width, work.found,
             ),
-        )
+        )  # fmt: skip
         yield (
             "labels",
             lambda: conclude_stars[n, LANES, stream](
@@ -747,30 +847,19 @@ class DevicePosterior:
         return scores
 
 
-class Work:
+class Work(SpaceWork):
     """Device memory of up to `rows` spectra between the kernels, and the results."""
 
     def __init__(self, rows: int, plan: DevicePosterior) -> None:
-        p, n, width = plan.n_pixels, plan.n_coordinates, plan.n_coordinates + plan.n_nuisances
-        self.rows = rows
-        blocks = min(rows, plan.blocks)
-
-        def doubles(*shape: int) -> Any:
-            return cuda.device_array(shape, np.float64)
-
-        self.y, self.information, self.spectra = doubles(rows, p), doubles(rows, p), doubles(rows, p)
-        self.cells, self.packed = doubles(rows, plan.n_cells), doubles(rows, plan.packed)
-        self.u, self.points, self.numbers = (
-            doubles(rows, width),
-            doubles(rows, width),
-            doubles(rows, NUMBERS),
-        )
-        self.scratch = doubles(blocks, width, width + 2)
-        self.second_scratch = doubles(blocks, n, n + 2)
-        self.roots = cuda.device_array((rows, n, n), np.float32)
+        n, (of_block, of_spread) = plan.n_coordinates, plan.of_block
+        super().__init__(rows, plan.space, (plan.blocks, of_block))
+        self.second_scratch = cuda.device_array((min(rows, plan.blocks), of_spread), np.float64)
+        # What lies below the diagonal in a band, and what is there to make it whole, is never written.
+        self.roots = cuda.to_device(np.zeros((rows, size_of_root(n)), np.float32))
+        self.pairs_of_roots = self.roots.view(np.float64)
         self.centre, self.spectrum = (cuda.device_array((rows, n), np.float32) for _ in range(2))
         self.found = cuda.device_array((rows, FIRST_LABEL + 3 * plan.n_labels, plan.n_clouds), np.float32)
-        self.scores = Posteriors(*(cuda.device_array(*kind) for kind in plan.kinds(rows)))
+        self.memory_of_scores, self.scores = results_on_device(plan, rows)
 
 
 class CudaPosteriorScorer(BlockScorer):
@@ -801,10 +890,14 @@ class CudaPosteriorScorer(BlockScorer):
         super().__init__(lambda: DevicePosterior(space, clouds), block_rows, slots)
 
     def __call__(
-        self, flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None = None
+        self,
+        flux: NDArray,
+        error: NDArray,
+        mask: NDArray[np.bool_] | None = None,
+        slot: Slot | None = None,
     ) -> CloudPosterior:
-        """Posteriors of spectra on the host; see `moefast.kernels.cloud_posterior`."""
-        return CloudPosterior(*self._scored(flux, error, mask))
+        """Posteriors of spectra on the host; see `moefast.kernels.cloud_posterior`, and `BlockScorer.slot`."""
+        return CloudPosterior(*self._scored(flux, error, mask, slot))
 
 
 def cloud_posterior(

@@ -225,20 +225,21 @@ def add_columns(x, y, order, offsets, sum_x, sum_xy):  # type: ignore[no-untyped
     threads=COLUMNS * LANES,
     serves=("normal_equations",),
 )
-def add_variances(v, order, offsets, sum_v):  # type: ignore[no-untyped-def]
-    """Add Σ v of each group, in float64. Launch: as `add_columns`."""
+def add_variances(error, order, offsets, sum_v):  # type: ignore[no-untyped-def]
+    """Add Σ σ² of each group, squares in float32 and sums in float64. Launch: as `add_columns`."""
     sums = cuda.shared.array((LANES, COLUMNS), float64)
     lane = cuda.threadIdx.y
     place = cuda.threadIdx.x
     column = cuda.blockIdx.x * COLUMNS + place
     group = cuda.blockIdx.y
     total = float64(0)
-    if column < v.shape[1]:
+    if column < error.shape[1]:
         for here in range(offsets[group] + lane, offsets[group + 1], LANES):
-            total += float64(v[order[here], column])
+            sigma = error[order[here], column]
+            total += float64(sigma * sigma)
     sums[lane, place] = total
     cuda.syncthreads()
-    if lane == 0 and column < v.shape[1]:
+    if lane == 0 and column < error.shape[1]:
         for other in range(1, LANES):
             total += sums[other, place]
         sum_v[group, column] += total

@@ -4,7 +4,7 @@ The equations are those of `moefast.posterior.forward`, in the form of `moefast.
 hundred stars at a time, whose numbers stay on the device; (…) is what is kept of a star:
 
     read_spectra       flux, error   →  c₀, y = a′(x/c₀ − r), a′ (2 p), means of a′D over cells (g), SNR, flags
-    multiply_rows      cells · products  →  M, packed (w (w + 1)/2);    y · B  →  u (w)
+    multiply_rows      cells · products  →  M, packed (w (w + 1)/2);    y · B  →  u (w), summed by add_parts
     expand_stars       (P⁻¹ + M) b = P⁻¹b₀ + u  →  b (w)
     multiply_rows      b · Bᵀ  →  spectrum (p)
     subtract_spectra   y  →  y − a′ B b, and the energy that is left
@@ -25,13 +25,13 @@ Floor in multiply-adds per star for p = 4096, g = 220, n = 130, q = 12: u and th
 g w (w + 1)/2 = 2.2 M, roots w³/6 + q w²/2 + 5 n³/6 = 2.4 M: 6.4 M, 0.4 µs at 34 TFLOP/s. The floor of bytes, 33 kB, is
 0.01 µs; what is written and read on the way, 0.4 MB, 0.1 µs.
 
-Roots: a block of threads owns a star. Matrices (n, n) lie in scratch of the device's memory, of as many blocks as run
-at a time, which the second cache holds; rows are made STEP at a time: what the panel's columns have of all rows above
-is staged in shared memory, and each thread owns a column of the panel, STEP numbers in registers:
+Roots: a block of threads owns a star. Matrices (n, n) lie in shared memory, or, where they are too large, in scratch
+of the device's memory, of as many blocks as run at a time, which the second cache holds; rows are made STEP at a
+time: what the panel's columns have of all rows above is staged in shared memory, and each thread owns a column of the
+panel, STEP numbers in registers:
 
-    column j     v_r = a_rj − Σ_k<top U_kr U_kj        of a number from the cache and STEP from shared memory
-    corner       the panel's own STEP × STEP root by one thread
-    column j     v ← corner⁻ᵀ v
+    column j     v_r = a_rj − Σ_k<top U_kr U_kj        of a number of the matrix and STEP that are staged
+    column j     v ← corner⁻ᵀ v, with corner the panel's own STEP × STEP root
 
 Row k of such a matrix holds column k of what lies above the diagonal and the diagonal in its first k + 1 places, and
 U_kj from the diagonal on in place j + 1, so that sums along rows and along columns both read neighbours.
@@ -40,34 +40,40 @@ U_kj from the diagonal on in place j + 1, so that sums along rows and along colu
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 from numba import cuda, float32, float64, int32, uint32
 
 from moefast.kernels.cuda.gram import ALIGNED
-from moefast.kernels.cuda.lanes import SCRATCH, sum_of_block
+from moefast.kernels.cuda.lanes import SCRATCH, WRITTEN_OUT, sum_of_block
 from moefast.kernels.cuda.registry import kernel
 from moefast.kernels.quality import LARGEST32, LARGEST_ERROR32
 
 __all__ = [
+    "BAND",
     "READ_THREADS",
     "SOLVE_THREADS",
     "STEP",
+    "add_parts",
     "expand_stars",
     "marginalise_stars",
     "multiply_rows",
+    "parts_of_product",
     "product_launch",
     "read_spectra",
     "root_stars",
+    "size_of_root",
     "solve_launch",
+    "stride_of_matrix",
     "subtract_spectra",
     "whiten_stars",
 ]
 
 READ_THREADS = 128
 SOLVE_THREADS = 128
-"""Threads of a block of those that solve, at most: they take some 200 registers each, and two blocks should fit a
-multiprocessor."""
+"""Threads of a block of those that solve, at most: they take some 200 registers each, and two or three blocks should
+fit a multiprocessor."""
 STEP = 8
 """Rows of a matrix whose root is found together."""
 TILE_ROWS = 64
@@ -79,8 +85,18 @@ EACH_COLUMNS = 4
 PANEL = 8
 """Terms of a product that are staged in shared memory at a time."""
 PRODUCT_THREADS = TILE_ROWS // EACH_ROWS * TILE_COLUMNS // EACH_COLUMNS
+LEFT, RIGHT = PANEL * TILE_ROWS // PRODUCT_THREADS, PANEL * TILE_COLUMNS // PRODUCT_THREADS
+"""Numbers of a panel that a thread fetches."""
+BAND = 8
+"""Rows of C' that lie together, column by column, so that some threads read some of them in vectors."""
+PART_TERMS = 512
+"""Terms that one block adds up, of products of few columns: their tiles alone are too few for all multiprocessors."""
+MANY_COLUMNS = 512
+"""From so many on, tiles are enough."""
 PADDED = TILE_ROWS + 2
 """Rows of neighbouring terms then begin in different banks of shared memory."""
+MOST_OF_BLOCK = 48 * 1024 - 8 * SCRATCH
+"""Bytes of dynamic shared memory that a block has beside what sums of a block go through."""
 TINY = 1e-30
 LEAST_CURVATURE = 1e-8
 LEAST_INFORMATION = 1e-13
@@ -95,18 +111,60 @@ point of the space explain, and what the latter gains beyond |λ|²."""
 NAN = np.float32(np.nan)
 
 
-def product_launch(n: int, columns: int) -> tuple[tuple[int, int], int]:
+def size_of_root(n: int) -> int:
+    """Numbers of C' in bands: BAND rows from their first diagonal on, columns made up to fours."""
+    columns = -(-n // 4) * 4
+    return sum(BAND * (columns - first) for first in range(0, n, BAND))
+
+
+def parts_of_product(depth: int, columns: int) -> tuple[int, int]:
+    """Parts of the products with a matrix (depth, columns), and terms of each: whatever the number of rows."""
+    if columns >= MANY_COLUMNS or depth <= PART_TERMS:
+        return 1, depth
+    return -(-depth // PART_TERMS), PART_TERMS
+
+
+def product_launch(n: int, columns: int, n_parts: int) -> tuple[tuple[int, int, int], int]:
     """Blocks and threads of `multiply_rows` for n rows."""
-    return (-(-columns // TILE_COLUMNS), -(-n // TILE_ROWS)), PRODUCT_THREADS
+    return (-(-columns // TILE_COLUMNS), -(-n // TILE_ROWS), n_parts), PRODUCT_THREADS
 
 
-def solve_launch(width: int) -> tuple[int, int]:
-    """Threads of the kernels that solve for so many directions, and bytes of their dynamic shared memory.
+def _stride_of_matrix(width):  # type: ignore[no-untyped-def]
+    """Numbers of a row of a matrix whose root is found: odd, so that columns lie in all banks of shared memory."""
+    return (width + 2) | 1
 
-    A thread owns a column of a panel, the vector that goes along and the corner's columns included.
+
+stride_of_matrix = cuda.jit(device=True)(_stride_of_matrix)
+
+
+class Solving(NamedTuple):
+    """How the kernels that solve for so many directions are launched.
+
+    Attributes
+    ----------
+    threads : int
+        Threads of a block: each owns a column of a panel, the vector that goes along and the corner's included.
+    staged : int
+        Bytes of dynamic shared memory without the matrix.
+    matrix : int
+        Bytes of the matrix.
     """
+
+    threads: int
+    staged: int
+    matrix: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether the matrix itself fits in shared memory."""
+        return self.staged + self.matrix <= MOST_OF_BLOCK
+
+
+def solve_launch(width: int, panels: int = 1) -> Solving:
+    """The launch of kernels that stage so many panels of a matrix of `width` rows."""
     threads = min(SOLVE_THREADS, 32 * -(-(width + 1 + STEP) // 32))
-    return threads, 8 * (2 * STEP * width + width + STEP * STEP + STEP)
+    staged = panels * STEP * width + width + STEP * STEP + STEP
+    return Solving(threads, 8 * staged, 8 * width * _stride_of_matrix(width))
 
 
 @kernel(
@@ -218,25 +276,50 @@ def read_spectra(  # type: ignore[no-untyped-def]
         flag[star] = bits
 
 
+@cuda.jit(device=True)
+def _fetch(rows, matrix, top, edge, n, start, end, thread, left, right):  # type: ignore[no-untyped-def]
+    """A thread's share of the terms [start, start + PANEL) of a tile; those from `end` on are 0 in `left`.
+
+    Rows and columns beyond the last are those of the last, which nothing keeps: without branches, all reads are on
+    their way together.
+    """
+    threads = TILE_ROWS // EACH_ROWS * (TILE_COLUMNS // EACH_COLUMNS)
+    last = matrix.shape[1] - 1
+    for i in range(LEFT):
+        place = thread + i * threads
+        term = start + (place & (PANEL - 1))
+        row = min(top + place // PANEL, n - 1) & NOT_NEGATIVE
+        value = rows[row, min(term, end - 1) & NOT_NEGATIVE]
+        left[i] = value if term < end else float64(0)
+    for i in range(RIGHT):
+        place = thread + i * threads
+        term = min(start + place // TILE_COLUMNS, end - 1) & NOT_NEGATIVE
+        right[i] = matrix[term, min(edge + (place & (TILE_COLUMNS - 1)), last) & NOT_NEGATIVE]
+
+
 @kernel(
-    "void(float64[:,::1], float64[:,::1], int64, float64[:,::1])",
+    "void(float64[:,::1], float64[:,::1], int64, int64, int64, float64[:,::1])",
     threads=PRODUCT_THREADS,
     blocks=3,
     serves=("cloud_posterior",),
 )
-def multiply_rows(rows, matrix, n, out):  # type: ignore[no-untyped-def]
-    """Products of the first n rows (·, k) with a matrix (k, c), in the first n rows of `out` (·, c).
+def multiply_rows(rows, matrix, n, terms, below, out):  # type: ignore[no-untyped-def]
+    """Products of the first n rows (·, k) with a matrix (k, c), in parts of so many terms each.
 
-    A number is the sum of its terms in their order, whatever stands in the other rows.
+    Rows z · `below` + (0 … n − 1) of `out` (·, c) get the sums over the terms of part z, in their order, whatever
+    stands in the other rows; `add_parts` adds them up.
 
     Launch: `product_launch`. Thread (ty, tx) owns rows 8 ty … 8 ty + 7 of its tile, and columns 2 tx, 2 tx + 1 of
-    either half: 8 + 4 numbers from shared memory, in vectors, feed 32 multiply-adds.
+    either half: 8 + 4 numbers from shared memory, in vectors, feed 32 multiply-adds. While PANEL terms are multiplied,
+    the next are on their way to registers.
     """
-    left = cuda.shared.array((PANEL, PADDED), float64, alignment=ALIGNED)
-    right = cuda.shared.array((PANEL, TILE_COLUMNS), float64, alignment=ALIGNED)
+    left = cuda.shared.array((2, PANEL, PADDED), float64, alignment=ALIGNED)
+    right = cuda.shared.array((2, PANEL, TILE_COLUMNS), float64, alignment=ALIGNED)
     sums = cuda.local.array((EACH_ROWS, EACH_COLUMNS), float64)
     a = cuda.local.array(EACH_ROWS, float64)
     b = cuda.local.array(EACH_COLUMNS, float64)
+    next_left = cuda.local.array(LEFT, float64)
+    next_right = cuda.local.array(RIGHT, float64)
     threads = TILE_ROWS // EACH_ROWS * (TILE_COLUMNS // EACH_COLUMNS)
     # Masks instead of divisions tell the compiler that indices are not negative: it then reads vectors.
     thread = cuda.threadIdx.x & (threads - 1)
@@ -244,43 +327,64 @@ def multiply_rows(rows, matrix, n, out):  # type: ignore[no-untyped-def]
     ty = (thread // (TILE_COLUMNS // EACH_COLUMNS)) & (TILE_ROWS // EACH_ROWS - 1)
     top = cuda.blockIdx.y * TILE_ROWS
     edge = cuda.blockIdx.x * TILE_COLUMNS
-    depth = matrix.shape[0]
+    part = cuda.blockIdx.z
+    begin = part * terms
+    end = min(begin + terms, matrix.shape[0])
     c = matrix.shape[1]
     for i in range(EACH_ROWS):
         for j in range(EACH_COLUMNS):
             sums[i, j] = float64(0)
-    for start in range(0, depth, PANEL):
-        for place in range(thread, PANEL * TILE_ROWS, threads):
-            term = place & (PANEL - 1)
-            row = place // PANEL
-            value = float64(0)
-            if start + term < depth and top + row < n:
-                value = rows[top + row, start + term]
-            left[term, row] = value
-        for place in range(thread, PANEL * TILE_COLUMNS, threads):
-            term = place // TILE_COLUMNS
-            column = place & (TILE_COLUMNS - 1)
-            value = float64(0)
-            if start + term < depth and edge + column < c:
-                value = matrix[start + term, edge + column]
-            right[term, column] = value
+    _fetch(rows, matrix, top, edge, n, begin, end, thread, next_left, next_right)
+    side = 0
+    for start in range(begin, end, PANEL):
+        for i in range(LEFT):
+            place = thread + i * threads
+            left[side, place & (PANEL - 1), place // PANEL] = next_left[i]
+        for i in range(RIGHT):
+            place = thread + i * threads
+            right[side, place // TILE_COLUMNS, place & (TILE_COLUMNS - 1)] = next_right[i]
+        # Whoever still reads the other side has passed this barrier before it is written again.
         cuda.syncthreads()
+        if start + PANEL < end:
+            _fetch(rows, matrix, top, edge, n, start + PANEL, end, thread, next_left, next_right)
         for term in range(PANEL):
             for i in range(EACH_ROWS):
-                a[i] = left[term, EACH_ROWS * ty + i]
+                a[i] = left[side, term, EACH_ROWS * ty + i]
             for j in range(EACH_COLUMNS):
-                b[j] = right[term, 2 * tx + (j & 1) + (TILE_COLUMNS // 2) * (j >> 1)]
+                b[j] = right[side, term, 2 * tx + (j & 1) + (TILE_COLUMNS // 2) * (j >> 1)]
             for i in range(EACH_ROWS):
                 for j in range(EACH_COLUMNS):
                     sums[i, j] += a[i] * b[j]
-        cuda.syncthreads()
+        side = 1 - side
     for i in range(EACH_ROWS):
         row = top + EACH_ROWS * ty + i
         if row < n:
             for j in range(EACH_COLUMNS):
                 column = edge + 2 * tx + (j & 1) + (TILE_COLUMNS // 2) * (j >> 1)
                 if column < c:
-                    out[row, column] = sums[i, j]
+                    out[part * below + row, column] = sums[i, j]
+
+
+@kernel(
+    "void(float64[:,::1], int64, int64, int64, float64[:,::1])",
+    threads=READ_THREADS,
+    blocks=8,
+    serves=("cloud_posterior",),
+)
+def add_parts(parts, n_parts, below, n, out):  # type: ignore[no-untyped-def]
+    """Sums over the parts of n products, in their order, in the first n rows of `out` (·, c).
+
+    Launch: as many threads as there are sums, at least.
+    """
+    place = cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
+    c = out.shape[1]
+    if place < n * c:
+        row = place // c
+        column = place - row * c
+        total = parts[row, column]
+        for part in range(1, n_parts):
+            total += parts[part * below + row, column]
+        out[row, column] = total
 
 
 @kernel(
@@ -315,27 +419,54 @@ def _packed(width, i, j):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit(device=True)
-def _root_of_corner(shared, corner, pivots, height, a, top, ridge):  # type: ignore[no-untyped-def]
-    """The upper root of the panel's corner in its place, and the inverse of its diagonal; by one thread.
+def _at(stride, i, j):  # type: ignore[no-untyped-def]
+    """Place of number (i, j) of a matrix of rows of so many numbers."""
+    return (i * stride + j) & NOT_NEGATIVE
 
-    Pivots below the ridge, and below what rounding leaves of the diagonal, which a[k, k] holds, are rounding.
+
+@cuda.jit(device=True, **WRITTEN_OUT)
+def _finish_row(k, shared, corner, pivots, height, a, stride, top, ridge, v):  # type: ignore[no-untyped-def]
+    """Row k of a panel, and what it takes from those below; thread k has the column of its pivot."""
+    thread = cuda.threadIdx.x
+    if k < height:
+        if thread == k:
+            pivot = v[k]
+            if ridge >= float64(0):
+                least = ridge + TINY + ROUNDING * a[_at(stride, top + k, top + k)]
+                pivot = max(pivot + least, least)
+            root = math.sqrt(pivot)
+            shared[corner + k * STEP + k] = root
+            shared[pivots + k] = float64(1) / root
+        cuda.syncthreads()
+        v[k] *= shared[pivots + k]
+        if k < thread < STEP:
+            shared[corner + k * STEP + thread] = v[k]
+        cuda.syncthreads()
+        for r in range(STEP):
+            if r > k:
+                v[r] -= shared[corner + k * STEP + r] * v[k]
+
+
+@cuda.jit(device=True, **WRITTEN_OUT)
+def _finish_four(k, shared, corner, pivots, height, a, stride, top, ridge, v):  # type: ignore[no-untyped-def]
+    """Four rows from k on."""
+    _finish_row(k, shared, corner, pivots, height, a, stride, top, ridge, v)
+    _finish_row(k + 1, shared, corner, pivots, height, a, stride, top, ridge, v)
+    _finish_row(k + 2, shared, corner, pivots, height, a, stride, top, ridge, v)
+    _finish_row(k + 3, shared, corner, pivots, height, a, stride, top, ridge, v)
+
+
+@cuda.jit(device=True, **WRITTEN_OUT)
+def _root_of_corner(shared, corner, pivots, height, a, stride, top, ridge, v):  # type: ignore[no-untyped-def]
+    """Rows of a panel, of whose columns each thread has one in v, are finished, and the panel's corner is kept.
+
+    The first STEP threads have the corner's columns, and each of them finds the root of one pivot. Pivots below the
+    ridge, and below what rounding leaves of the diagonal, which a[k, k] holds, are rounding.
     """
-    for k in range(height):
-        least = ridge + TINY
-        if ridge >= float64(0):
-            least += ROUNDING * a[top + k, top + k]
-            root = math.sqrt(max(shared[corner + k * STEP + k] + least, least))
-        else:
-            root = math.sqrt(shared[corner + k * STEP + k])
-        inverse = float64(1) / root
-        shared[corner + k * STEP + k] = root
-        shared[pivots + k] = inverse
-        for j in range(k + 1, height):
-            shared[corner + k * STEP + j] *= inverse
-        for i in range(k + 1, height):
-            factor = shared[corner + k * STEP + i]
-            for j in range(i, height):
-                shared[corner + i * STEP + j] -= factor * shared[corner + k * STEP + j]
+    # Not in a loop, which the compiler does not write out if it is long: v would lie in memory.
+    _finish_four(0, shared, corner, pivots, height, a, stride, top, ridge, v)
+    if STEP > 4:
+        _finish_four(4, shared, corner, pivots, height, a, stride, top, ridge, v)
 
 
 @cuda.jit(device=True)
@@ -350,7 +481,7 @@ def _substitute(shared, corner, pivots, v):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit(device=True)
-def _eliminate(a, stop, n, ridge, mirrored, shared, corner, pivots):  # type: ignore[no-untyped-def]
+def _eliminate(a, stride, stop, n, ridge, mirrored, shared, corner, pivots):  # type: ignore[no-untyped-def]
     """Rows up to `stop` of the upper U with UᵀU = a + ridge, in place; rows up to n become what they do not explain.
 
     `a` is laid out as the module says, with a vector behind the columns, in place n + 1, that goes along; a[k, k] holds
@@ -371,7 +502,7 @@ def _eliminate(a, stop, n, ridge, mirrored, shared, corner, pivots):  # type: ig
         for place in range(thread, depth * STEP, threads):
             k = place // STEP
             r = place & (STEP - 1)
-            shared[place] = a[k, first + r + 1] if r < height else float64(0)
+            shared[place] = a[_at(stride, k, first + r + 1)] if r < height else float64(0)
         cuda.syncthreads()
         for begin in range(top, n + 1, threads):
             j = (begin + thread) & NOT_NEGATIVE
@@ -380,21 +511,16 @@ def _eliminate(a, stop, n, ridge, mirrored, shared, corner, pivots):  # type: ig
             if j <= n:
                 for r in range(STEP):
                     if r < height and j >= top + r:
-                        v[r] = a[first + r, j + 1]
+                        v[r] = a[_at(stride, first + r, j + 1)]
                 for k in range(depth):
-                    value = a[k, j + 1]
+                    value = a[_at(stride, k, j + 1)]
                     for r in range(STEP):
                         v[r] -= shared[k * STEP + r] * value
             if top < stop:
                 if begin == top:
-                    if thread < STEP:
-                        for r in range(STEP):
-                            shared[corner + r * STEP + thread] = v[r]
-                    cuda.syncthreads()
-                    if thread == 0:
-                        _root_of_corner(shared, corner, pivots, height, a, first, ridge)
-                    cuda.syncthreads()
-                _substitute(shared, corner, pivots, v)
+                    _root_of_corner(shared, corner, pivots, height, a, stride, first, ridge, v)
+                else:
+                    _substitute(shared, corner, pivots, v)
             if j <= n:
                 for r in range(STEP):
                     if r < height and j >= top + r:
@@ -403,16 +529,25 @@ def _eliminate(a, stop, n, ridge, mirrored, shared, corner, pivots):  # type: ig
                             if j == top + r:
                                 value = shared[corner + r * STEP + r]
                             if mirrored and j < n:
-                                a[j, first + r] = value
-                        a[first + r, j + 1] = value
+                                a[_at(stride, j, first + r)] = value
+                        a[_at(stride, first + r, j + 1)] = value
         top += height
     cuda.syncthreads()
 
 
 @cuda.jit(device=True)
-def _shrink(root, t, n, shared, corner, pivots, out):  # type: ignore[no-untyped-def]
-    """U ← T⁻¹U in the upper part of `root`, and `out` (n, n) in single precision; TTᵀ = I + UUᵀ, T upper triangular.
+def _in_bands(n, i, k):  # type: ignore[no-untyped-def]
+    """Place of number (i, k ≥ i) of C' in its bands."""
+    first = i & (-BAND)
+    columns = (n + 3) & (-4)
+    return (first * columns - (first * (first - BAND) >> 1) + (k - first) * BAND + (i - first)) & NOT_NEGATIVE
 
+
+@cuda.jit(device=True)
+def _shrink(root, t, stride, n, shared, corner, pivots, out):  # type: ignore[no-untyped-def]
+    """U ← T⁻¹U in the upper part of `root`, and `out` in single precision; TTᵀ = I + UUᵀ, T upper triangular.
+
+    `out` gets it in bands, as `_in_bands` has them.
     Both are laid out as the module says, the lower part of `root` being Uᵀ; `t` becomes the root of I + UUᵀ with rows
     and columns in reverse order, which is the transpose of T in reverse order. Its columns and those of U in reverse
     order, which go along, are one panel: T⁻¹U is what `_eliminate` makes of a vector. 2 · STEP · n numbers of `shared`
@@ -431,11 +566,13 @@ def _shrink(root, t, n, shared, corner, pivots, out):  # type: ignore[no-untyped
             k = last + place // STEP
             r = place & (STEP - 1)
             shared[place] = (
-                root[k, (bottom - r) & NOT_NEGATIVE] if r < height and k >= bottom - r else float64(0)
+                root[_at(stride, k, (bottom - r) & NOT_NEGATIVE)]
+                if r < height and k >= bottom - r
+                else float64(0)
             )
         for place in range(thread, top * STEP, threads):
             r = place & (STEP - 1)
-            shared[other + place] = t[place // STEP, top + r + 1] if r < height else float64(0)
+            shared[other + place] = t[_at(stride, place // STEP, top + r + 1)] if r < height else float64(0)
         cuda.syncthreads()
         # Columns of t from `top` on, then those of U from `last` on, the vector included.
         of_t = n - top
@@ -450,79 +587,78 @@ def _shrink(root, t, n, shared, corner, pivots, out):  # type: ignore[no-untyped
                 for r in range(STEP):
                     v[r] = float64(1) if r == c else float64(0)
                 for k in range(last, n):
-                    value = root[k, mirrored]
+                    value = root[_at(stride, k, mirrored)]
                     for r in range(STEP):
                         v[r] += shared[(k - last) * STEP + r] * value
                 for k in range(top):
-                    value = t[k, top + c + 1]
+                    value = t[_at(stride, k, top + c + 1)]
                     for r in range(STEP):
                         v[r] -= shared[other + k * STEP + r] * value
             elif c < count:
                 for r in range(STEP):
                     if r < height and column >= bottom - r:
-                        v[r] = root[(bottom - r) & NOT_NEGATIVE, column + 1]
+                        v[r] = root[_at(stride, (bottom - r) & NOT_NEGATIVE, column + 1)]
                 # Rows of T⁻¹U begin at their diagonals.
                 for k in range(max(0, n - 1 - column), top):
-                    value = root[(n - 1 - k) & NOT_NEGATIVE, column + 1]
+                    value = root[_at(stride, (n - 1 - k) & NOT_NEGATIVE, column + 1)]
                     for r in range(STEP):
                         v[r] -= shared[other + k * STEP + r] * value
             if begin == 0:
-                if thread < STEP:
-                    for r in range(STEP):
-                        shared[corner + r * STEP + thread] = v[r]
-                cuda.syncthreads()
-                if thread == 0:
-                    _root_of_corner(shared, corner, pivots, height, root, 0, float64(-1))
-                cuda.syncthreads()
-            _substitute(shared, corner, pivots, v)
+                _root_of_corner(shared, corner, pivots, height, root, stride, 0, float64(-1), v)
+            else:
+                _substitute(shared, corner, pivots, v)
             if c < of_t:
                 for r in range(STEP):
                     if r < height and r <= c:
-                        t[top + r, top + c + 1] = v[r]
+                        t[_at(stride, top + r, top + c + 1)] = v[r]
             elif c < count:
                 for r in range(STEP):
                     if r < height and column >= bottom - r:
-                        root[(bottom - r) & NOT_NEGATIVE, column + 1] = v[r]
+                        root[_at(stride, (bottom - r) & NOT_NEGATIVE, column + 1)] = v[r]
                         if column < n:
-                            out[(bottom - r) & NOT_NEGATIVE, column] = float32(v[r])
+                            out[_in_bands(n, bottom - r, column)] = float32(v[r])
     cuda.syncthreads()
 
 
 @kernel(
-    "void(int64, float64[:,::1], float64[:,::1], float64[:,::1], float64[::1], float64[:,:,::1], float64[:,::1])",
+    "void(int64, float64[:,::1], float64[:,::1], float64[:,::1], float64[::1], float64[:,::1], float64[:,::1])",
     threads=SOLVE_THREADS,
-    blocks=2,
+    blocks=3,
     serves=("cloud_posterior",),
 )
 def expand_stars(n, packed, u, precision, pull, scratch, points):  # type: ignore[no-untyped-def]
     """The best point b of the space for each of n stars: (M + P⁻¹) b = u + P⁻¹b₀.
 
-    `packed` (·, w (w + 1)/2) is M, `precision` (w, w) P⁻¹ and `pull` (w,) P⁻¹b₀; `scratch` (blocks, w, w + 2).
+    `packed` (·, w (w + 1)/2) is M, `precision` (w, w) P⁻¹ and `pull` (w,) P⁻¹b₀. `scratch` holds the matrix of each
+    block in a row, of w · `stride_of_matrix` numbers; if rows are shorter, shared memory does.
 
     Launch: as many blocks as `scratch` has, which share the stars; threads and shared memory as `solve_launch` says.
     """
     shared = cuda.shared.array(0, float64)
     width = pull.size
-    vector = 2 * STEP * width
+    vector = STEP * width
     corner = vector + width
     pivots = corner + STEP * STEP
     thread = cuda.threadIdx.x
     threads = cuda.blockDim.x
     lanes = min(32, threads)
-    a = scratch[cuda.blockIdx.x]
+    stride = stride_of_matrix(width)
+    begin = pivots + STEP
+    end = begin + width * stride
+    a = shared[begin:end] if scratch.shape[1] < width * stride else scratch[cuda.blockIdx.x]
     for star in range(cuda.blockIdx.x, n, cuda.gridDim.x):
         cuda.syncthreads()
         for i in range(thread // lanes, width, threads // lanes):
             for j in range(i + thread % lanes, width, lanes):
                 value = packed[star, _packed(width, i, j)] + precision[i, j]
-                a[i, j + 1] = value
+                a[_at(stride, i, j + 1)] = value
                 if i == j:
-                    a[i, i] = value
+                    a[_at(stride, i, i)] = value
         for i in range(thread, width, threads):
-            a[i, width + 1] = u[star, i] + pull[i]
-        _eliminate(a, width, width, float64(0), True, shared, corner, pivots)
+            a[_at(stride, i, width + 1)] = u[star, i] + pull[i]
+        _eliminate(a, stride, width, width, float64(0), True, shared, corner, pivots)
         for i in range(thread, width, threads):
-            shared[vector + i] = a[i, width + 1]
+            shared[vector + i] = a[_at(stride, i, width + 1)]
         # U b = v from the last rows on, STEP at a time: row k below the diagonal holds column k of U.
         top = (width - 1) // STEP * STEP
         while top >= 0:
@@ -532,13 +668,13 @@ def expand_stars(n, packed, u, precision, pull, scratch, points):  # type: ignor
                 for k in range(top + height - 1, top - 1, -1):
                     value = shared[vector + k]
                     for j in range(k + 1, top + height):
-                        value -= a[j, k] * shared[vector + j]
-                    shared[vector + k] = value / a[k, k]
+                        value -= a[_at(stride, j, k)] * shared[vector + j]
+                    shared[vector + k] = value / a[_at(stride, k, k)]
             cuda.syncthreads()
             for i in range(thread, top, threads):
                 value = shared[vector + i]
                 for k in range(top, top + height):
-                    value -= a[k, i] * shared[vector + k]
+                    value -= a[_at(stride, k, i)] * shared[vector + k]
                 shared[vector + i] = value
             top -= STEP
         cuda.syncthreads()
@@ -547,9 +683,9 @@ def expand_stars(n, packed, u, precision, pull, scratch, points):  # type: ignor
 
 
 @kernel(
-    "void(int64, float64[:,::1], float64[:,::1], float64[:,::1], int64, int64, float64[:,:,::1], float64[:,::1])",
+    "void(int64, float64[:,::1], float64[:,::1], float64[:,::1], int64, int64, float64[:,::1], float64[:,::1])",
     threads=SOLVE_THREADS,
-    blocks=2,
+    blocks=3,
     serves=("cloud_posterior",),
 )
 def marginalise_stars(n_stars, packed, vectors, points, q, n_sky, scratch, numbers):  # type: ignore[no-untyped-def]
@@ -557,7 +693,7 @@ def marginalise_stars(n_stars, packed, vectors, points, q, n_sky, scratch, numbe
 
     `vectors` is Bᵀ(y − a′ B b) and `points` b. The first n (n + 1)/2 places of `packed` become M, and the first n of
     `vectors` u; the last `n_sky` nuisances grow with the noise. `numbers` gets what nuisances explain, and its energy
-    what the point has of it. `scratch` (blocks, w, w + 2).
+    what the point has of it. `scratch` is as in `expand_stars`.
 
     Launch: as `expand_stars`.
     """
@@ -565,12 +701,15 @@ def marginalise_stars(n_stars, packed, vectors, points, q, n_sky, scratch, numbe
     sums = cuda.shared.array(SCRATCH, float64)
     width = points.shape[1]
     n = width - q
-    corner = 2 * STEP * width + width
+    corner = STEP * width
     pivots = corner + STEP * STEP
     thread = cuda.threadIdx.x
     threads = cuda.blockDim.x
     lanes = min(32, threads)
-    a = scratch[cuda.blockIdx.x]
+    stride = stride_of_matrix(width)
+    begin = pivots + STEP
+    end = begin + width * stride
+    a = shared[begin:end] if scratch.shape[1] < width * stride else scratch[cuda.blockIdx.x]
     for star in range(cuda.blockIdx.x, n_stars, cuda.gridDim.x):
         cuda.syncthreads()
         scale = numbers[star, SCALE]
@@ -581,56 +720,58 @@ def marginalise_stars(n_stars, packed, vectors, points, q, n_sky, scratch, numbe
                 if i == j:
                     if i < q:
                         value += float64(1) if i < q - n_sky else float64(1) / (level2 + TINY)
-                    a[i, i] = value
-                a[i, j + 1] = value
+                    a[_at(stride, i, i)] = value
+                a[_at(stride, i, j + 1)] = value
         part = float64(0)
         for i in range(thread, width, threads):
             value = vectors[star, i]
             part += points[star, i] * value
             for j in range(width):
                 value += packed[star, _packed(width, min(i, j), max(i, j))] * points[star, j]
-            a[i, width + 1] = value
+            a[_at(stride, i, width + 1)] = value
             part += points[star, i] * value
         # What the energy would be without the point, if the likelihood were what it is near it.
         energy = numbers[star, ENERGY] + sum_of_block(part, sums)
-        _eliminate(a, q, width, float64(0), False, shared, corner, pivots)
+        _eliminate(a, stride, q, width, float64(0), False, shared, corner, pivots)
         part = float64(0)
         for i in range(thread, q, threads):
-            part += a[i, width + 1] * a[i, width + 1]
+            part += a[_at(stride, i, width + 1)] * a[_at(stride, i, width + 1)]
         part = sum_of_block(part, sums)
         for i in range(thread // lanes, n, threads // lanes):
             for j in range(i + thread % lanes, n, lanes):
-                packed[star, _packed(n, i, j)] = a[q + i, q + j + 1]
+                packed[star, _packed(n, i, j)] = a[_at(stride, q + i, q + j + 1)]
         for i in range(thread, n, threads):
-            vectors[star, i] = a[q + i, width + 1]
+            vectors[star, i] = a[_at(stride, q + i, width + 1)]
         if thread == 0:
             numbers[star, ENERGY] = energy
             numbers[star, EXPLAINED] = part
 
 
 @kernel(
-    "void(int64, float64[:,::1], float64[:,::1], int64, float64[:,:,::1], float64[:,::1])",
+    "void(int64, float64[:,::1], float64[:,::1], int64, float64[:,::1], float64[:,::1])",
     threads=SOLVE_THREADS,
-    blocks=2,
+    blocks=3,
     serves=("cloud_posterior",),
 )
 def root_stars(n_stars, packed, vectors, n, scratch, numbers):  # type: ignore[no-untyped-def]
     """The root U of each star's M = UᵀU, in its place, and U⁻ᵀu in that of u; both as `marginalise_stars` leaves them.
 
-    `numbers` gets what the best point of the space explains, and what it gains beyond |λ|². `scratch` (blocks, n,
-    n + 2).
+    `numbers` gets what the best point of the space explains, and what it gains beyond |λ|². `scratch` is
+    as in `expand_stars`.
 
     Launch: as `expand_stars`.
     """
     shared = cuda.shared.array(0, float64)
     sums = cuda.shared.array(SCRATCH, float64)
-    width = vectors.shape[1]
-    corner = 2 * STEP * width + width
+    corner = STEP * n
     pivots = corner + STEP * STEP
     thread = cuda.threadIdx.x
     threads = cuda.blockDim.x
     lanes = min(32, threads)
-    a = scratch[cuda.blockIdx.x]
+    stride = stride_of_matrix(n)
+    begin = pivots + STEP
+    end = begin + n * stride
+    a = shared[begin:end] if scratch.shape[1] < n * stride else scratch[cuda.blockIdx.x]
     for star in range(cuda.blockIdx.x, n_stars, cuda.gridDim.x):
         gain = float64(0)
         known = float64(0)
@@ -639,31 +780,31 @@ def root_stars(n_stars, packed, vectors, n, scratch, numbers):  # type: ignore[n
             for i in range(thread // lanes, n, threads // lanes):
                 for j in range(i + thread % lanes, n, lanes):
                     value = packed[star, _packed(n, i, j)]
-                    a[i, j + 1] = value
+                    a[_at(stride, i, j + 1)] = value
                     if i == j:
-                        a[i, i] = value
+                        a[_at(stride, i, i)] = value
             for i in range(thread, n, threads):
-                a[i, n + 1] = vectors[star, i]
+                a[_at(stride, i, n + 1)] = vectors[star, i]
             ridge = LEAST_CURVATURE if step == 0 else LEAST_INFORMATION
-            _eliminate(a, n, n, ridge, False, shared, corner, pivots)
+            _eliminate(a, stride, n, n, ridge, False, shared, corner, pivots)
             part = float64(0)
             for i in range(thread, n, threads):
-                part += a[i, n + 1] * a[i, n + 1]
+                part += a[_at(stride, i, n + 1)] * a[_at(stride, i, n + 1)]
             known = sum_of_block(part, sums)
             if step == 0:
                 gain = known
         for i in range(thread // lanes, n, threads // lanes):
             for j in range(i + thread % lanes, n, lanes):
-                packed[star, _packed(n, i, j)] = a[i, j + 1]
+                packed[star, _packed(n, i, j)] = a[_at(stride, i, j + 1)]
         for i in range(thread, n, threads):
-            vectors[star, i] = a[i, n + 1]
+            vectors[star, i] = a[_at(stride, i, n + 1)]
         if thread == 0:
             numbers[star, EXPLAINED] += gain
             numbers[star, BEYOND] = gain - known
 
 
 @kernel(
-    "void(int64, float64[:,::1], float64[:,::1], float64, float64[:,:,::1], float64[:,:,::1], float32[:,:,::1],"
+    "void(int64, float64[:,::1], float64[:,::1], float64, float64[:,::1], float64[:,::1], float32[:,::1],"
     " float32[:,::1], float32[:,::1])",
     threads=SOLVE_THREADS,
     blocks=2,
@@ -672,32 +813,34 @@ def root_stars(n_stars, packed, vectors, n, scratch, numbers):  # type: ignore[n
 def whiten_stars(n_stars, packed, vectors, unit, scratch, second_scratch, roots, centre, spectrum):  # type: ignore[no-untyped-def]
     """C' of M₁ = C C' and λ of each star, from what `root_stars` leaves of it.
 
-    `roots` (·, n, n) gets C' on and above its diagonal, `centre` (·, n) λ, and `spectrum` λ and the last column of C'
-    over `unit`: the whole of a star's spectrum.
+    `roots` gets C' on and above its diagonal, in bands as `_in_bands` has them, `centre` (·, n) λ, and `spectrum` λ and
+    the last column of C' over `unit`: the whole of a star's spectrum.
 
     Launch: as `expand_stars`.
     """
     shared = cuda.shared.array(0, float64)
-    width = vectors.shape[1]
     n = centre.shape[1]
-    corner = 2 * STEP * width + width
+    corner = 2 * STEP * n
     pivots = corner + STEP * STEP
     thread = cuda.threadIdx.x
     threads = cuda.blockDim.x
     lanes = min(32, threads)
-    root = scratch[cuda.blockIdx.x]
+    stride = stride_of_matrix(n)
+    begin = pivots + STEP
+    end = begin + n * stride
+    root = shared[begin:end] if scratch.shape[1] < n * stride else scratch[cuda.blockIdx.x]
     t = second_scratch[cuda.blockIdx.x]
     for star in range(cuda.blockIdx.x, n_stars, cuda.gridDim.x):
         cuda.syncthreads()
         for i in range(thread // lanes, n, threads // lanes):
             for j in range(i + thread % lanes, n, lanes):
                 value = packed[star, _packed(n, i, j)]
-                root[i, j + 1] = value
-                root[j, i] = value
+                root[_at(stride, i, j + 1)] = value
+                root[_at(stride, j, i)] = value
         for i in range(thread, n, threads):
-            root[i, n + 1] = vectors[star, i]
-        _shrink(root, t, n, shared, corner, pivots, roots[star])
+            root[_at(stride, i, n + 1)] = vectors[star, i]
+        _shrink(root, t, stride, n, shared, corner, pivots, roots[star])
         for i in range(thread, n, threads):
-            value = root[i, n + 1]
+            value = root[_at(stride, i, n + 1)]
             centre[star, i] = float32(value)
-            spectrum[star, i] = float32(value + root[i, n] / unit)
+            spectrum[star, i] = float32(value + root[_at(stride, i, n)] / unit)

@@ -13,11 +13,13 @@ from numba import config, cuda
 __all__ = [
     "GROUP",
     "SCRATCH",
+    "WRITTEN_OUT",
     "bits_float",
     "float_bits",
     "least_of_block",
     "most_of_warp",
     "sum_of_block",
+    "sum_of_group",
     "sum_of_parts",
     "sum_of_warp",
 ]
@@ -28,6 +30,9 @@ GROUP = 1 if SIMULATED else 32
 SCRATCH = 1024 // GROUP
 """Numbers of shared memory that sums and minima over the largest block need."""
 EVERY_LANE = 0xFFFFFFFF
+WRITTEN_OUT: dict[str, bool] = {} if SIMULATED else {"forceinline": True}
+"""For device functions whose loops have bounds, and arrays indices, that are constants where they are called: inlined
+first and written out then, they leave numbers in registers. The simulator does not know the option."""
 
 if SIMULATED:
 

@@ -1,10 +1,9 @@
-"""Three ways to make Σxxᵀ of the rows of each group on the device, and the choice between them.
+"""Two ways to make Σxxᵀ of the rows of each group on the device, and the choice between them.
 
 Design: a registry of classes with one method, `add`, so that accumulator, tests and benchmark iterate over it. All add
 float32 sums of at most PARTIAL_ROWS rows to the same packed float64 triangles.
 
     numba    `gram.add_gram`: register tiles, float32 multiply-add
-    tensor   `tensor`: cuBLASDx inside a Numba kernel, two float16 numbers per pixel; needs nvmath-python
     cublas   SGEMM of torch on gathered rows, block rows of the upper triangle, without TF32; needs torch with CUDA
 
 Few pixels are few tiles, and few tiles leave most of a device idle. `numba` then cuts the rows of each group in shares
@@ -28,7 +27,6 @@ from numba import cuda
 
 from moefast.core.errors import BackendError
 from moefast.kernels.cuda import gram
-from moefast.kernels.cuda.tensor import TensorProducts
 
 __all__ = ["METHODS", "Choice", "CublasProducts", "NumbaProducts", "Products", "choose", "multiply_upper"]
 
@@ -189,7 +187,6 @@ def multiply_upper(torch: Any, rows: Any, squares: Any) -> None:
 
 METHODS: dict[str, type[Products]] = {
     "numba": NumbaProducts,
-    "tensor": TensorProducts,
     "cublas": CublasProducts,
 }
 
@@ -208,8 +205,7 @@ _MEASURED: dict[int, Choice] = {}
 def choose(method: str, p: int) -> Choice:
     """The method to use for rows of `p` pixels.
 
-    "auto" takes the fastest of numba and cublas, measured once per process and p on TRIAL_ROWS random rows. It never
-    takes "tensor", whose kernel takes minutes to build.
+    "auto" takes the fastest of numba and cublas, measured once per process and p on TRIAL_ROWS random rows.
 
     Raises
     ------

@@ -25,14 +25,15 @@ __all__ = ["KERNELS", "MODULES", "Kernel", "kernel", "launchable", "load"]
 MODULES = (
     "moefast.kernels.cuda.binning",
     "moefast.kernels.cuda.gram",
+    "moefast.kernels.cuda.draws",
     "moefast.kernels.cuda.project",
     "moefast.kernels.cuda.mix",
     "moefast.kernels.cuda.median",
     "moefast.kernels.cuda.tangent",
     "moefast.kernels.cuda.template",
-    "moefast.kernels.cuda.tensor",
     "moefast.kernels.cuda.information",
     "moefast.kernels.cuda.clouds",
+    "moefast.kernels.cuda.velocity",
 )
 """Modules with kernels; importing them fills `KERNELS`."""
 

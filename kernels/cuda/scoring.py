@@ -24,8 +24,9 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
@@ -61,8 +62,10 @@ __all__ = [
     "CudaScorer",
     "DevicePlan",
     "Scores",
+    "Slot",
     "Work",
     "launch",
+    "results_on_device",
     "score",
 ]
 
@@ -131,12 +134,31 @@ class BlockPlan(Protocol):
         ...
 
     def work(self, rows: int) -> Any:
-        """Device memory between the kernels for so many rows."""
+        """Device memory between the kernels for so many rows, and `memory_of_scores` of `results_on_device`."""
         ...
 
     def launch(self, flux: Any, error: Any, mask: Any, n: int, work: Any, stream: Any) -> Any:
         """Score n rows that are on the device, in `stream`, without waiting; device arrays, cut to n rows."""
         ...
+
+
+def _one_after_the_other(memory: Any, kinds: list[tuple[tuple[int, ...], type]]) -> Iterator[Any]:
+    """Arrays in one piece of memory; those of larger numbers come first, so that each begins where it may."""
+    start = 0
+    for shape, dtype in kinds:
+        stop = start + int(np.prod(shape)) * np.dtype(dtype).itemsize
+        yield memory[start:stop].view(dtype).reshape(shape)
+        start = stop
+
+
+def results_on_device(plan: BlockPlan, rows: int) -> tuple[Any, Any]:
+    """Device memory for the results of so many rows, which one copy brings to the host, and the arrays in it."""
+    memory = cuda.device_array(rows * _bytes_of_results(plan), np.uint8)
+    return memory, plan.results(*_one_after_the_other(memory, plan.kinds(rows)))
+
+
+def _bytes_of_results(plan: BlockPlan) -> int:
+    return sum(np.dtype(dtype).itemsize * int(np.prod(shape)) for shape, dtype in plan.kinds(1))
 
 
 class DevicePlan:
@@ -241,7 +263,7 @@ class Work:
         self.cells = cuda.device_array((rows, plan.n_cells), np.float32)
         self.energy = cuda.device_array(rows, np.float32)
         self.expected = cuda.device_array(rows, np.float32)
-        self.scores = Scores(*(cuda.device_array(*kind) for kind in _kinds(rows, plan.n_experts)))
+        self.memory_of_scores, self.scores = results_on_device(plan, rows)
         self.clouds = None if plan.library is None else Clouds(rows, plan.library)
 
     @staticmethod
@@ -377,10 +399,10 @@ class BlockScorer:
         self.slots = slots
         fitting = FREE_SHARE * free / (slots * self.plan.bytes_per_row())
         self.block_rows = max(floor, int(min(block_rows, fitting)))
-        places: list[_Slot] = []
+        places: list[Slot] = []
         while True:
             try:
-                places = [_Slot(self.block_rows, self.plan) for _ in range(slots)]
+                places = [Slot(self.block_rows, self.plan) for _ in range(slots)]
                 break
             except Exception as error:
                 if not out_of_memory(error):
@@ -389,7 +411,7 @@ class BlockScorer:
                     raise self._shortage(error) from error
             # Outside the handler, whose traceback keeps the arrays that were allocated alive.
             self.block_rows = max(floor, self.block_rows // 2)
-        self._free: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
+        self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
         for place in places:
             self._free.put(place)
         self._pool = ThreadPoolExecutor(slots, thread_name_prefix="moefast-slot")
@@ -399,7 +421,7 @@ class BlockScorer:
     def _shortage(self, error: Exception) -> BackendError:
         blocks = f"{self.slots} blocks of {self.block_rows} spectra"
         if isinstance(error, PinnedMemoryError):
-            pinned = self.slots * self.block_rows * _Slot.pinned_bytes_per_row(self.plan)
+            pinned = self.slots * self.block_rows * Slot.pinned_bytes_per_row(self.plan)
             return pinned_shortage(pinned, blocks, error)
         needed = self.slots * self.block_rows * self.plan.bytes_per_row()
         free = cuda.current_context().get_memory_info().free
@@ -408,7 +430,24 @@ class BlockScorer:
             "programs on the device, or use backend cpu"
         )
 
-    def _scored(self, flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None) -> Any:
+    @contextmanager
+    def slot(self) -> Iterator[Slot]:
+        """A slot that is the caller's until it leaves: spectra that are made in its arrays are not copied there."""
+        slot = self._free.get()
+        try:
+            # A thread's own device is the first one unless it says otherwise.
+            with self._device:
+                try:
+                    yield slot
+                finally:
+                    # What was started before a failure still reads and writes the buffers.
+                    slot.stream.synchronize()
+        finally:
+            self._free.put(slot)
+
+    def _scored(
+        self, flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None, entered: Slot | None = None
+    ) -> Any:
         """Score spectra on the host; any n, any layout. ValueError if shapes do not fit."""
         p = self.plan.n_pixels
         if flux.ndim != 2 or flux.shape[1] != p or error.shape != flux.shape:
@@ -418,26 +457,23 @@ class BlockScorer:
         n = len(flux)
         out = self.plan.results(*(np.empty(*kind) for kind in self.plan.kinds(n)))
 
-        def one(start: int) -> None:
+        def through(slot: Slot, start: int) -> None:
             here = slice(start, min(start + self.block_rows, n))
+            slot.fill(flux[here], error[here], None if mask is None else mask[here])
+            with self._launching:
+                slot.start()
+            slot.collect(out, here)
+
+        def one(start: int) -> None:
             # Each block takes one slot and waits for nothing else: callers cannot wait for each other forever.
-            slot = self._free.get()
-            try:
-                # A thread's own device is the first one unless it says otherwise.
-                with self._device:
-                    try:
-                        slot.fill(flux[here], error[here], None if mask is None else mask[here])
-                        with self._launching:
-                            slot.start()
-                        slot.collect(out, here)
-                    finally:
-                        # What was started before a failure still reads and writes the buffers.
-                        slot.stream.synchronize()
-            finally:
-                self._free.put(slot)
+            with self.slot() as slot:
+                through(slot, start)
 
         starts = range(0, n, self.block_rows)
-        if len(starts) > 1:
+        if entered is not None:
+            for start in starts:
+                through(entered, start)
+        elif len(starts) > 1:
             tasks = [self._pool.submit(one, start) for start in starts]
             # After a failure, too: none may read the caller's arrays any longer.
             wait(tasks)
@@ -500,7 +536,13 @@ class CudaScorer(BlockScorer):
     ) -> None:
         super().__init__(lambda: DevicePlan(projection, mixing, library, from_library), block_rows, slots)
 
-    def __call__(self, flux: F32, error: F32, mask: NDArray[np.bool_] | None = None) -> Scores:
+    def __call__(
+        self,
+        flux: F32,
+        error: F32,
+        mask: NDArray[np.bool_] | None = None,
+        slot: Slot | None = None,
+    ) -> Scores:
         """Score spectra on the host; any n, any layout.
 
         Parameters
@@ -508,57 +550,68 @@ class CudaScorer(BlockScorer):
         flux, error : array of shape (n, p), float32
         mask : array of shape (n, p), bool, or None
             True where a pixel is bad whatever it holds.
+        slot : Slot, optional
+            One that the caller has entered (see `BlockScorer.slot`); any that is free if absent.
 
         Raises
         ------
         ValueError
             Shapes that do not fit.
         """
-        return cast(Scores, self._scored(flux, error, mask))
+        return cast(Scores, self._scored(flux, error, mask, slot))
 
 
-class _Slot:
+class Slot:
     """One of the places that blocks pass through: pinned buffers, device buffers and a stream."""
 
     def __init__(self, rows: int, plan: BlockPlan) -> None:
-        self.plan, p = plan, plan.n_pixels
+        self.plan, self.rows, p = plan, rows, plan.n_pixels
         kinds = {"flux": np.float32, "error": np.float32, "mask": np.bool_}
         self.device = {name: cuda.device_array(rows * p, dtype) for name, dtype in kinds.items()}
         self.work = plan.work(rows)
         self.host = {name: pinned_array((rows, p), dtype) for name, dtype in kinds.items()}
-        self.results = plan.results(*(pinned_array(*kind) for kind in plan.kinds(rows)))
+        self.memory_of_results = pinned_array((rows, _bytes_of_results(plan)), np.uint8).reshape(-1)
+        self.results = plan.results(*_one_after_the_other(self.memory_of_results, plan.kinds(rows)))
         self.stream = cuda.stream()
         self.n, self.masked = 0, False
 
     @staticmethod
     def pinned_bytes_per_row(plan: BlockPlan) -> int:
         """Pinned host memory of a row: flux, error, mask and results."""
-        results = sum(np.dtype(dtype).itemsize * int(np.prod(shape)) for shape, dtype in plan.kinds(1))
-        return 9 * plan.n_pixels + results
+        return 9 * plan.n_pixels + _bytes_of_results(plan)
+
+    def array(self, name: str, shape: tuple[int, int]) -> NDArray:
+        """The pinned flux, error or mask of the first rows."""
+        return self.host[name][: shape[0]]
 
     def fill(self, flux: F32, error: F32, mask: NDArray[np.bool_] | None) -> None:
-        """Copy a block to the pinned buffers."""
+        """Copy a block to the pinned buffers, as far as it does not lie there."""
         self.n, self.masked = len(flux), mask is not None
-        self.host["flux"][: self.n] = flux
-        self.host["error"][: self.n] = error
-        if mask is not None:
-            self.host["mask"][: self.n] = mask
+        for name, rows in (("flux", flux), ("error", error), ("mask", mask)):
+            if rows is not None and not _lies_in(rows, there := self.array(name, rows.shape)):
+                there[:] = rows
 
     def start(self) -> None:
         """Start copy, kernels and the copy back of what `fill` left, without waiting."""
-        n, names = self.n, ["flux", "error", *(["mask"] if self.masked else [])]
-        count = n * self.plan.n_pixels
-        for name in names:
-            self.device[name][:count].copy_to_device(self.host[name][:n].reshape(count), stream=self.stream)
+        count = self.n * self.plan.n_pixels
+        for name in ("flux", "error", *(["mask"] if self.masked else [])):
+            there, rows = self.device[name], self.host[name].reshape(-1)
+            # A slice of a device array keeps the interpreter busy: none for whole blocks.
+            if self.n < self.rows:
+                there, rows = there[:count], rows[:count]
+            there.copy_to_device(rows, stream=self.stream)
         hidden = self.device["mask"] if self.masked else None
-        scores = self.plan.launch(
-            self.device["flux"], self.device["error"], hidden, n, self.work, self.stream
-        )
-        for found, target in zip(scores, self.results, strict=True):
-            found.copy_to_host(target[:n], stream=self.stream)
+        self.plan.launch(self.device["flux"], self.device["error"], hidden, self.n, self.work, self.stream)
+        self.work.memory_of_scores.copy_to_host(self.memory_of_results, stream=self.stream)
 
     def collect(self, out: Any, here: slice) -> None:
         """Wait for the block and copy its results to its rows of `out`."""
         self.stream.synchronize()
         for target, found in zip(out, self.results, strict=True):
             target[here] = found[: self.n]
+
+
+def _lies_in(rows: NDArray, there: NDArray) -> bool:
+    """Whether two arrays of the same shape are the same memory, read in the same way."""
+    place = rows.__array_interface__["data"][0] == there.__array_interface__["data"][0]
+    return place and rows.dtype == there.dtype and rows.strides == there.strides

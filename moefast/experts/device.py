@@ -1,8 +1,7 @@
-"""Normal equations gathered on a GPU, to be used in the place of `NormalEquations` while rows come in.
+"""The first pass on a GPU: totals to be used in the place of `NormalEquations` while rows come in.
 
-Design: the device keeps totals of its own and is told nothing of bins and folds but a group per row. Blocks are centred
-on the host and streamed (`moefast.kernels.cuda.NormalEquationsAccumulator`); `finish` brings the totals home, where all
-that follows is the same for both backends.
+Design: the device takes rows as they were read and makes the rest of them (`moefast.kernels.cuda.FirstPass`). It keeps
+totals of its own; `finish` brings them home, where all that follows is the same for both backends.
 """
 
 from __future__ import annotations
@@ -12,21 +11,37 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moefast.experts.normal_equations import NormalEquations, checked_groups
+from moefast.core.grids import Grid, SnrGrid
+from moefast.experts.normal_equations import NormalEquations
 
-__all__ = ["DeviceEquations"]
+__all__ = ["DeviceEquations", "DeviceRows"]
+
+F32 = NDArray[np.float32]
 
 
-class DeviceEquations:
-    """Totals per bin and fold as `NormalEquations` has them, on a CUDA device.
+class DeviceRows:
+    """Rows of the first pass on a CUDA device, and the totals of the fits that see them.
 
     Parameters
     ----------
-    reference : array of shape (p,), float64
-        Fixed spectrum subtracted from every row.
-    n_bins, n_folds : int
-    so_far : NormalEquations, optional
-        Totals to go on from; they stay on the host until `finish`.
+    equations : NormalEquations
+        Totals of the experts to go on from; they stay on the host until `finish`.
+    published : NormalEquations or None
+        The same of the published-style ridge, in one bin and fold, which sees clipped flux.
+    grid : Grid or SnrGrid
+    drawn, published_drawn : bool
+        Whether experts, and the published-style ridge, see a draw of noise.
+    clipped : bool
+        Whether experts see negative flux as zero.
+    noise_inside : bool
+        Whether flux holds its noise.
+    seed : int
+        Of the draws.
+
+    Attributes
+    ----------
+    equations, published : DeviceEquations
+        `published` is None if there is none.
 
     Raises
     ------
@@ -36,65 +51,90 @@ class DeviceEquations:
 
     def __init__(
         self,
-        reference: NDArray,
-        n_bins: int = 1,
-        n_folds: int = 1,
+        equations: NormalEquations,
+        published: NormalEquations | None,
+        grid: Grid | SnrGrid,
         *,
-        so_far: NormalEquations | None = None,
+        drawn: bool,
+        published_drawn: bool,
+        clipped: bool,
+        noise_inside: bool,
+        seed: int,
     ) -> None:
-        self.reference: NDArray[np.float64] = np.array(reference, np.float64)
-        self.shape = (n_bins, n_folds)
-        self._so_far = so_far
-        self._accumulator: Any = None
-        self._added = 0
+        self._grid, self._n_folds, self._reference = grid, equations.n_folds, equations.reference
+        self._draws = drawn, published_drawn
+        self._clipped, self._noise_inside, self._seed = clipped, noise_inside, seed
+        self._pass: Any = None
+        self.n_rows = 0
+        self.equations = DeviceEquations(self, equations, other=False)
+        self.published = None if published is None else DeviceEquations(self, published, other=True)
 
-    @classmethod
-    def of(cls, so_far: NormalEquations) -> DeviceEquations:
-        """Go on from totals on the host."""
-        return cls(so_far.reference, so_far.n_bins, so_far.n_folds, so_far=so_far)
+    def add(
+        self, flux: F32, error: F32, y: NDArray, t_eff: NDArray, m_h: NDArray, folds: NDArray, rows: NDArray
+    ) -> None:
+        """Add rows; see `moefast.kernels.cuda.FirstPass.add`."""
+        if self._pass is None:
+            from moefast.kernels.cuda import FirstPass, RowsSeen
+
+            drawn, published_drawn = self._draws
+            self._pass = FirstPass(
+                self._reference,
+                self._grid,
+                self._n_folds,
+                RowsSeen(drawn, 0.0 if self._clipped else -np.inf),
+                None if self.published is None else RowsSeen(published_drawn, 0.0),
+                seed=self._seed,
+                noise_inside=self._noise_inside,
+            )
+        self._pass.add(flux, error, y, t_eff, m_h, folds, rows)
+        self.n_rows += len(flux)
+
+    def totals(self, *, other: bool) -> dict[str, NDArray] | None:
+        """The totals of the rows added so far, by name; None if there are none."""
+        if self._pass is None:
+            return None
+        found = self._pass.fetch(other)
+        # By place: a named tuple has a method that is called count.
+        return dict(zip(found._fields, found, strict=True))
+
+
+class DeviceEquations:
+    """Totals per bin and fold as `NormalEquations` has them, of rows that a device was given.
+
+    Parameters
+    ----------
+    rows : DeviceRows
+    so_far : NormalEquations
+        Totals to go on from.
+    other : bool
+        Whether it has the totals of the second fit that sees the rows.
+    """
+
+    def __init__(self, rows: DeviceRows, so_far: NormalEquations, *, other: bool) -> None:
+        self.reference = so_far.reference
+        self._rows, self._so_far, self._other = rows, so_far, other
 
     @property
     def n_rows(self) -> int:
         """Rows seen."""
-        return self._added + (0 if self._so_far is None else self._so_far.n_rows)
-
-    def add(
-        self,
-        x: NDArray[np.float32],
-        y: NDArray,
-        variance: NDArray | None = None,
-        bins: NDArray | None = None,
-        folds: NDArray | None = None,
-        *,
-        error: NDArray | None = None,
-        clipped: bool = False,
-    ) -> None:
-        """Add rows; see `NormalEquations.add`. All calls must come with noise, or none."""
-        group = checked_groups(self.reference.size, self.shape, x, y, variance, bins, folds, error)
-        if error is not None:
-            variance = error * error
-        if self._accumulator is None:
-            from moefast.kernels.cuda import NormalEquationsAccumulator
-
-            self._accumulator = NormalEquationsAccumulator(
-                self.reference.size, self.shape[0] * self.shape[1], with_variance=variance is not None
-            )
-        centred = np.maximum(x, np.float32(0)) if clipped else x
-        self._accumulator.add_block(centred - self.reference.astype(np.float32), y, group, variance)
-        self._added += len(x)
+        return self._rows.n_rows + self._so_far.n_rows
 
     def end_unit(self) -> None:
         """Nothing: totals on a device are sums in the order of rows."""
 
     def finish(self) -> NormalEquations:
-        """The totals, on the host; more rows may be added later."""
-        found = NormalEquations(self.reference, *self.shape)
-        if self._accumulator is not None:
-            totals = self._accumulator.fetch()
-            # By place: a named tuple has a method that is called count.
-            arrays = dict(zip(totals._fields, totals, strict=True))
-            found = NormalEquations.of_totals(self.reference, self.shape, arrays)
-        return found if self._so_far is None else self._so_far + found
+        """The totals, on the host; more rows may be added later.
+
+        Raises
+        ------
+        ValueError
+            A row was not finite or absurdly large.
+        """
+        totals = self._rows.totals(other=self._other)
+        if totals is None:
+            return self._so_far
+        found = NormalEquations.of_totals(self.reference, self._so_far.count.shape, totals)
+        return self._so_far + found if self._so_far.n_rows else found
 
     def state(self) -> dict[str, NDArray]:
         """As `NormalEquations.state` gives it."""

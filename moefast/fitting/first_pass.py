@@ -8,6 +8,8 @@ a checkpoint holds, and what a part of a fit gives; a fit that goes on from it e
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -18,7 +20,7 @@ from moefast.checkpoint import Checkpoint
 from moefast.core.errors import InputError
 from moefast.core.random import add_noise
 from moefast.core.threads import one_blas_thread
-from moefast.experts.device import DeviceEquations
+from moefast.experts.device import DeviceEquations, DeviceRows
 from moefast.experts.normal_equations import NormalEquations
 from moefast.fitting.statistics import Statistics, units_of
 from moefast.fitting.training_set import BLOCK_ROWS, TrainingSet
@@ -26,6 +28,7 @@ from moefast.kernels import all_within
 
 __all__ = ["Gathered", "complete", "gather", "gather_part"]
 
+F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
 
@@ -75,24 +78,21 @@ def gather_part(
     found = _resumed(data, rows, checkpoint, backend, needed)
     if found is None:
         data.find_reference()
-
-        def empty(n_bins: int, n_folds: int) -> NormalEquations | DeviceEquations:
-            if backend == "cuda":
-                return DeviceEquations(data.reference, n_bins, n_folds)
-            return NormalEquations(data.reference, n_bins, n_folds, scales=data.scales)
-
+        # Totals on a device are no exact sums.
+        scales = data.scales if backend == "cpu" else None
         found = Statistics(
-            empty(options.grid.n_bins, options.n_folds),
-            empty(1, 1) if apart else None,
+            NormalEquations(data.reference, options.grid.n_bins, options.n_folds, scales=scales),
+            NormalEquations(data.reference, 1, 1, scales=scales) if apart else None,
             np.zeros(data.reference.size),
             data.largest_error,
             first=rows[0],
             rows=rows[0],
         )
     data.reference, data.largest_error = found.equations.reference, found.largest_error
+    device = _on_device(data, found) if backend == "cuda" else None
     # Every pass over the rows below has a thread per core of its own; BLAS must not add its threads to them.
     with one_blas_thread():
-        _add_rows(data, found, rows[1], checkpoint)
+        _add_rows(data, found, rows[1], checkpoint, device)
     found.finish()
     if checkpoint is not None and found.rows > found.saved:
         checkpoint.save(found.rows, found.arrays())
@@ -139,34 +139,40 @@ def _resumed(
     key = {"spectra": data.spectra.fingerprint(), "options": options, "backend": backend, "rows": list(rows)}
     checkpoint.begin(key, nbytes)
     apart, exact = data.options.has_published, backend == "cpu"
-    on = DeviceEquations.of if backend == "cuda" else lambda found: found
     return checkpoint.load(
-        lambda stop, read: Statistics.restored((rows[0], stop), read, apart=apart, exact=exact, on=on)
+        lambda stop, read: Statistics.restored((rows[0], stop), read, apart=apart, exact=exact)
     )
 
 
-def _add_rows(data: TrainingSet, found: Statistics, stop: int, checkpoint: Checkpoint | None) -> None:
+def _on_device(data: TrainingSet, found: Statistics) -> DeviceRows:
+    """What takes rows to a device from here on; its totals take the place of those in `found` and go on from them."""
+    options, equations, published = data.options, found.equations, found.published
+    assert isinstance(equations, NormalEquations)
+    assert not isinstance(published, DeviceEquations)
+    device = DeviceRows(
+        equations, published, options.grid, drawn=options.noise == "sampled",
+        published_drawn=options.noise != "observed", clipped=options.clipped,
+        noise_inside=options.noise == "observed", seed=options.seed,
+    )  # fmt: skip
+    found.equations, found.published = device.equations, device.published
+    return device
+
+
+def _add_rows(
+    data: TrainingSet, found: Statistics, stop: int, checkpoint: Checkpoint | None, device: DeviceRows | None
+) -> None:
     """Add all rows up to `stop` that the statistics lack, saving them now and then."""
-    options = data.options
-    draws = options.noise == "sampled" or (options.noise != "observed" and found.published is not None)
-    # Fresh memory for every block costs a page fault per page.
-    memory = np.empty((BLOCK_ROWS if draws else 0, data.reference.size), np.float32)
+    add = _add_to_host(data, found) if device is None else partial(_add_to_device, data, device)
     units = units_of(found.rows, stop)
     ends = {end for _, end in units}
-    for here, flux, error, usable in data.blocks("normal equations", units, found.rows - found.first):
+    blocks = data.blocks("normal equations", units, found.rows - found.first, with_bins=device is None)
+    for here, flux, error, usable in blocks:
         rows = np.arange(here.start, here.stop)
         if not usable.all():
             found.left_out += int((~usable).sum())
             flux, error, rows = flux[usable], error[usable], rows[usable]
-        noisy = flux
-        if draws:
-            noisy = add_noise(flux, error, options.seed, rows, out=memory[: len(rows)])
-        x = noisy if options.noise == "sampled" else flux
-        y, bins, folds = data.y[rows], data.bins[rows], data.folds[rows]
         found.times_good += len(rows) if all_within(error, 0, np.inf) else np.count_nonzero(error, axis=0)
-        found.equations.add(x, y, None, bins, folds, error=error, clipped=options.clipped)
-        if found.published is not None:
-            found.published.add(noisy, y, clipped=True)
+        add(flux, error, rows)
         found.rows = here.stop
         if found.rows in ends:
             found.equations.end_unit()
@@ -175,3 +181,33 @@ def _add_rows(data: TrainingSet, found: Statistics, stop: int, checkpoint: Check
         if checkpoint is not None and checkpoint.due:
             checkpoint.save(found.rows, found.arrays())
             found.saved = found.rows
+
+
+def _add_to_device(
+    data: TrainingSet, device: DeviceRows, flux: F32, error: F32, rows: NDArray[np.int64]
+) -> None:
+    """Rows as they were read: noise, bins and all else are made on the device."""
+    labels = data.labels
+    device.add(flux, error, data.y[rows], labels["T_eff"][rows], labels["M_H"][rows], data.folds[rows], rows)
+
+
+def _add_to_host(data: TrainingSet, found: Statistics) -> Callable[[F32, F32, NDArray[np.int64]], None]:
+    """Adds rows to the totals on the host, with noise if it is drawn."""
+    options, equations, published = data.options, found.equations, found.published
+    assert isinstance(equations, NormalEquations)
+    assert not isinstance(published, DeviceEquations)
+    draws = options.noise == "sampled" or (options.noise != "observed" and published is not None)
+    # Fresh memory for every block costs a page fault per page.
+    memory = np.empty((BLOCK_ROWS if draws else 0, data.reference.size), np.float32)
+
+    def add(flux: F32, error: F32, rows: NDArray[np.int64]) -> None:
+        noisy = flux
+        if draws:
+            noisy = add_noise(flux, error, options.seed, rows, out=memory[: len(rows)])
+        x = noisy if options.noise == "sampled" else flux
+        y, bins, folds = data.y[rows], data.bins[rows], data.folds[rows]
+        equations.add(x, y, None, bins, folds, error=error, clipped=options.clipped)
+        if published is not None:
+            published.add(noisy, y, clipped=True)
+
+    return add

@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from moefast.fitting.error_model import Z_95, balanced_factor
 from moefast.fitting.families import LIBRARY_ROWS
 from moefast.fitting.training_set import Rows, TrainingSet
 from moefast.gating.mlp import as_float32, fit_error_model
+from moefast.kernels import without_cuda
 from moefast.mixture import Mixture
 from moefast.posterior import LABELS, PosteriorMixture, fit_clouds, sky_residuals, slopes
 from moefast.simulate.gaps import GAPS, GapKind
@@ -61,7 +62,9 @@ STRENGTH_LIMIT = 12.0
 """Standard errors that the scale of a spectrum must be away from zero, at the least, for it to be a star."""
 
 
-def fit_posterior(data: TrainingSet, mixture: Mixture) -> tuple[PosteriorMixture, dict[str, Any]]:
+def fit_posterior(
+    data: TrainingSet, mixture: Mixture, backend: Literal["cpu", "cuda"] = "cpu"
+) -> tuple[PosteriorMixture, dict[str, Any]]:
     """A posterior from clean training stars, and what the fit says of itself.
 
     Parameters
@@ -70,6 +73,9 @@ def fit_posterior(data: TrainingSet, mixture: Mixture) -> tuple[PosteriorMixture
         With clean flux.
     mixture : Mixture
         Whose noise-white principal components and reference spectrum are used.
+    backend : "cpu" or "cuda"
+        Where the posteriors of the sample are computed; what the CUDA kernels cannot hold is computed on the CPU, and
+        the summary says so.
     """
     options = data.options
     names = tuple(name for name in LABELS if name in data.spectra.columns)
@@ -100,7 +106,8 @@ def fit_posterior(data: TrainingSet, mixture: Mixture) -> tuple[PosteriorMixture
         n_sky=sky.shape[1], n_foreign=1, scale_width=SCALE_WIDTH, label_range=mixture.label_range, error_model=_idle(),
         label_factors=np.ones(len(names), np.float32), label_names=names,
     )  # fmt: skip
-    found, summary = _calibrate(data, found, values)
+    lack = without_cuda(*found.kernel_arrays) if backend == "cuda" else ""
+    found, summary = _calibrate(data, found, values, "cpu" if lack else backend)
     library = {
         "clouds": len(found.keys),
         "tangents": found.tangents.shape[1],
@@ -109,6 +116,8 @@ def fit_posterior(data: TrainingSet, mixture: Mixture) -> tuple[PosteriorMixture
         "sky_width": options.sky_width,
         "scale_width": SCALE_WIDTH,
     }
+    if lack:
+        summary["calibrated_on_cpu"] = f"there are no CUDA kernels for {lack}"
     return found, summary | {"library": library}
 
 
@@ -119,7 +128,7 @@ def _idle() -> tuple[NDArray, NDArray, NDArray, NDArray]:
 
 
 def _calibrate(
-    data: TrainingSet, mixture: PosteriorMixture, values: F64
+    data: TrainingSet, mixture: PosteriorMixture, values: F64, backend: Literal["cpu", "cuda"]
 ) -> tuple[PosteriorMixture, dict[str, Any]]:
     """The error model, the factors of the other labels, and the limits of stars like the training set."""
     names = tuple(_gaps(data))
@@ -127,7 +136,7 @@ def _calibrate(
     total = sum(b - a for a, b in stretches)
     draws = int(np.clip(CALIBRATION_ROWS // total, 1, data.options.sample_draws))
     thin = max(1, total * draws // CALIBRATION_ROWS)
-    drawn = data.map_blocks("calibration", stretches, _draws_of, mixture, draws, thin)
+    drawn = data.map_blocks("calibration", stretches, _draws_of, mixture, draws, thin, backend)
     parts = [part for block in drawn for part in block]
     rows, kind, features, label, sd, chi2, distance, strength, level, foreign, by_true_expert = (
         np.concatenate(column) for column in zip(*parts, strict=True)
@@ -187,7 +196,12 @@ def _calibrate(
 
 
 def _draws_of(
-    data: TrainingSet, block: Rows, mixture: PosteriorMixture, draws: int, thin: int
+    data: TrainingSet,
+    block: Rows,
+    mixture: PosteriorMixture,
+    draws: int,
+    thin: int,
+    backend: Literal["cpu", "cuda"],
 ) -> list[tuple[NDArray, ...]]:
     """What the mixture says of all draws of a block's stars."""
     gaps = _gaps(data)
@@ -206,7 +220,7 @@ def _draws_of(
         for k in np.unique(kind):
             mine = kind == k
             lost[mine] = gaps[names[k]](mixture.wave, rows[mine], data.options.seed + draw)
-        found = mixture.outputs(x, np.where(sigma > 0, sigma, np.nan), lost)
+        found = mixture.outputs(x, np.where(sigma > 0, sigma, np.nan), lost, backend=backend)
         parts.append((
             rows, kind, found["error_features"], found["label"], found["label_sd"], found["chi2"][:, 0],
             found["distance"][:, 0], found["strength"][:, 0], found["log_level"][:, 0],

@@ -8,7 +8,7 @@ same. `draw_faint` lends the errors of the few faint stars to all others.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,7 +93,9 @@ class _Draw(NamedTuple):
     of_network: tuple[F32, ...]
 
 
-def draw_sample(data: TrainingSet, mixture: Mixture, experts: LinearExperts) -> Sample:
+def draw_sample(
+    data: TrainingSet, mixture: Mixture, experts: LinearExperts, backend: Literal["cpu", "cuda"] = "cpu"
+) -> Sample:
     """Gate features and values of the sample rows by experts that did not see them, each with fresh noise.
 
     Parameters
@@ -102,6 +104,8 @@ def draw_sample(data: TrainingSet, mixture: Mixture, experts: LinearExperts) -> 
     mixture : Mixture
         With its library or network, which have not seen the sample.
     experts : LinearExperts
+    backend : "cpu" or "cuda"
+        Where posteriors of a library are computed.
     """
     stretches = data.sample_stretches()
     drawn = data.map_blocks("gate sample", stretches, _sample_of, mixture, experts, _draws(data))
@@ -118,7 +122,7 @@ def draw_sample(data: TrainingSet, mixture: Mixture, experts: LinearExperts) -> 
         sample.values["heads"], sample.noise["heads"] = log_g.astype(np.float64), sd
         sample = sample._replace(logits=logits.astype(np.float64))
     if (library := mixture.clouds[0]) is not None:
-        posterior = tangent_posterior(sample.inputs.z, sample.inputs.log_level, library)
+        posterior = tangent_posterior(sample.inputs.z, sample.inputs.log_level, library, backend=backend)
         sample.values["template"] = posterior.mean.astype(np.float64)
         sample.noise["template"] = posterior.sd
         evidence = posterior.log_evidence.astype(np.float64)
@@ -132,7 +136,7 @@ def _draws(data: TrainingSet) -> int:
     if options.noise == "observed":
         return 1
     n = sum(b - a for a, b in data.sample_stretches())
-    bounded = any(on_flux(name) for name in options.families if name not in WHOLE)
+    bounded = any(on_flux(name) for name in options.all_families if name not in WHOLE)
     most = ROWS_WITH_FLUX if bounded else NOISY_ROWS
     return int(np.clip(most // n, 1, options.sample_draws))
 

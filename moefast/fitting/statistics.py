@@ -120,16 +120,15 @@ class Statistics:
         *,
         apart: bool,
         exact: bool,
-        on: Callable[[NormalEquations], NormalEquations | DeviceEquations] = lambda equations: equations,
     ) -> Statistics:
         """From the names of `arrays`; raises KeyError or ValueError where one is not what it should be.
 
         `apart` says that there is a published-style ridge, `exact` that sums do not depend on the order of units.
         """
-        equations = on(NormalEquations.from_state(lambda name: read(f"equations/{name}"), exact=exact))
+        equations = NormalEquations.from_state(lambda name: read(f"equations/{name}"), exact=exact)
         published = None
         if apart:
-            published = on(NormalEquations.from_state(lambda name: read(f"published/{name}"), exact=exact))
+            published = NormalEquations.from_state(lambda name: read(f"published/{name}"), exact=exact)
         largest_error, left_out = read("rest").tolist()
         times_good = read("times_good")
         first, stop = rows

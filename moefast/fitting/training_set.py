@@ -128,10 +128,13 @@ class TrainingSet:
 
     # -- reading ------------------------------------------------------------------------------------------------
 
-    def blocks(self, stage: str, rows: list[tuple[int, int]] | None = None, done: int = 0) -> Iterator[Rows]:
+    def blocks(
+        self, stage: str, rows: list[tuple[int, int]] | None = None, done: int = 0, *, with_bins: bool = True
+    ) -> Iterator[Rows]:
         """Rows with labels and at least half of their pixels good; bad pixels hold the reference and no variance.
 
-        `done` rows of the stage were done before.
+        `done` rows of the stage were done before. Bins of snr_norm are found unless the caller does that, who then
+        leaves `bins` of these rows as they were.
         """
         total = self.spectra.n_rows if rows is None else done + sum(b - a for a, b in rows)
         self.progress(stage, done, total)
@@ -155,7 +158,7 @@ class TrainingSet:
                     usable &= good.mean(1) >= 0.5
                     np.copyto(block.flux, self.reference.astype(np.float32), where=~good)
                     np.copyto(error, np.float32(0), where=~good)
-                if isinstance(self.options.grid, SnrGrid):
+                if with_bins and isinstance(self.options.grid, SnrGrid):
                     self.bins[here] = self.options.grid.assign(self.snr_norm(block.flux, error))
                 yield here, block.flux, error, usable
                 done += len(block)
@@ -257,7 +260,7 @@ class TrainingSet:
         """
         n = self.spectra.n_rows
         most, length = self.options.sample_rows, STRETCH
-        if self.options.families != ("linear",):
+        if self.options.all_families != ("linear",):
             most, length = min(most, n // 3), min(length, max(1, n // 30))
         if n <= most:
             return [(0, n)]

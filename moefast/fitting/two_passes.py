@@ -78,7 +78,7 @@ def fit_mixture(
     checkpoint : Checkpoint, optional
         Where the first pass is kept; goes on from what is there, on a CPU with the same bits. The caller removes it.
     backend : "cpu" or "cuda"
-        Where the normal equations are gathered.
+        Where the normal equations are gathered, and posteriors of the sample computed.
     passes : Passes
         Who reads the rows.
 
@@ -111,7 +111,7 @@ def _both_passes(
 ) -> Fit:
     """The stages in order. What they hold is freed when it returns."""
     options = data.options
-    check_installed(options.families)
+    check_installed(options.all_families)
     if "heads" in options.families:
         # What a network lacks must be known before the first pass, not after.
         check_network(data, checkpoint, backend)
@@ -131,7 +131,7 @@ def _both_passes(
         "noise_levels": solved.levels.s.tolist(),
     }
     if "posterior" in options.families:
-        posterior, of_posterior = fit_posterior(data, mixture)
+        posterior, of_posterior = fit_posterior(data, mixture, backend)
         return Fit(posterior, reference_forms(data, published, solved), summary | of_posterior)
     stages: dict[str, Any] = {}
     if "template" in options.families:
@@ -145,8 +145,8 @@ def _both_passes(
     if "heads" in options.families:
         heads, stages["heads"] = train_heads(data, mixture, checkpoint, backend)
         mixture = mixture.with_expert(heads)
-    sample = draw_sample(data, mixture, experts)
-    if len(options.families) > 1:
+    sample = draw_sample(data, mixture, experts, backend)
+    if len(options.all_families) > 1:
         mixture, stages["families"] = choose_families(data, mixture, sample)
     values, noise = sample.of_families(mixture.families)
     mixture, logits = train_gate(data, mixture, experts, sample, values)

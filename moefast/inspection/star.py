@@ -27,6 +27,7 @@ from moefast.predicting.engines import CpuEngine, score_block
 from moefast.predicting.flags import labels_at_the_edge, unlike_reasons
 from moefast.predicting.identifiers import carried_columns
 from moefast.predicting.velocities import FIT, fit_beside, move, score_moving, velocity_columns, velocity_fit
+from moefast.spectra.blocks import BlockMemory
 from moefast.spectra.prepared import Origins, Preparation, PreparedShard, open_prepared
 from moefast.spectra.quality import Flag, Quality, good_pixels
 from moefast.spectra.source import Block
@@ -157,9 +158,9 @@ def look_at(
     moved = None if velocity in {None, FIT} else move(spectra, velocity, needed)
     ids = carried_columns(spectra, ())
     names = [*ids, *(name for name in _labels(chosen) if name in spectra.columns)]
-    block = next(
-        iter(spectra.blocks(1, array=array, rows=(at, at + 1), params=names, prefetch=False, measured=True))
-    )
+    block = next(spectra.unfilled(1, array=array, rows=(at, at + 1), params=names))
+    if block.measured is None or block.problem is not None:
+        spectra.fill(block, BlockMemory())
     origins = Origins(spectra)
     inside = at - int(spectra.first_rows[block.shard])
     file, own = origins.of(block.shard, inside, inside + 1)

@@ -8,15 +8,17 @@ hold the three together. Stored are the numbers that cannot be derived from othe
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moefast.core.threads import one_blas_thread
 from moefast.kernels import CloudPosterior, Clouds, Space, cloud_posterior
+from moefast.kernels.dispatch import on_cuda
 from moefast.mixture import Mixture, Prediction
 from moefast.ops.on_numpy import NumPyArithmetic
 from moefast.posterior.cells import alike_pixels
@@ -34,6 +36,7 @@ SCALE_UNIT = 1e-3
 """The coordinate of the scale counts parts in a thousand of the reference spectrum."""
 REFERENCE_ROWS = 32
 """Stars that the description sees at a time: it holds a matrix for each star and cloud."""
+_MAKING = threading.Lock()
 ORDER = (
     "reference", "noise_shape", "directions", "keys", "tangents", "gains", "log_weights", "labels", "scatter",
     "first", "n_sky", "cells", "cell_shares", "scale_width", "label_range", "error.w1", "error.b1", "error.w2",
@@ -413,7 +416,17 @@ class PosteriorMixture:
         self, flux: F32, error: F32, mask: NDArray[np.bool_] | None = None, *, backend: str = "cpu"
     ) -> dict[str, NDArray]:
         """Every output of the forward pass by the kernels; see `predict` and `moefast.posterior.forward`."""
+        if backend == "cuda":
+            # Once: threads would each make their own.
+            with _MAKING:
+                scorer = self._on_device
+            return _as_described(scorer(flux, error, mask))
         return _as_described(cloud_posterior(flux, error, mask, *self.kernel_arrays, backend=backend))
+
+    @cached_property
+    def _on_device(self) -> Any:
+        """Space and clouds on the device, as long as the mixture is kept."""
+        return on_cuda("CudaPosteriorScorer", "cuda")(*self.kernel_arrays)
 
     @property
     def kernel_arrays(self) -> tuple[Space, Clouds]:

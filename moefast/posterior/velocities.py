@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from scipy.special import ndtr, ndtri
 from moefast.core.errors import InputError
 from moefast.core.threads import one_blas_thread
 from moefast.kernels import Slopes, Space, VelocityTemplates, velocity_evidence, velocity_step
+from moefast.kernels.dispatch import on_cuda
 from moefast.kernels.resample import pixel_edges, resample
 from moefast.posterior.mixture import PosteriorMixture
 from moefast.spectra.units import LIGHT_SPEED
@@ -30,6 +31,8 @@ __all__ = ["DEFAULT_RANGE", "FittedVelocities", "VelocityFit"]
 F64 = NDArray[np.float64]
 AtRest = Callable[[F64, NDArray[np.intp]], tuple[NDArray, NDArray, NDArray[np.bool_]]]
 """Flux, error and mask on the model's grid of some rows, with a velocity [km/s] of each removed."""
+Scan = Callable[[NDArray, NDArray, NDArray[np.bool_]], F64]
+Step = Callable[[NDArray, NDArray, NDArray[np.bool_]], tuple[F64, F64]]
 
 DEFAULT_RANGE = 500.0
 """Largest velocity, either way, km/s."""
@@ -97,6 +100,11 @@ class VelocityFit:
     largest : float
         Largest velocity, either way, km/s; all in between are equally probable before a star is looked at.
 
+    Attributes
+    ----------
+    backend : "cpu" or "cuda"
+        Where stars are compared with spectra; `use_device` makes it "cuda".
+
     Raises
     ------
     InputError
@@ -112,7 +120,7 @@ class VelocityFit:
                 f"velocity range {largest:g}: expected velocities above 0 km/s that leave half of the model's pixels "
                 f"({wave[0]:.0f} to {wave[-1]:.0f} Å) in sight"
             )
-        self.mixture, self.largest = mixture, float(largest)
+        self.mixture, self.largest, self.backend = mixture, float(largest), "cpu"
         n_steps = max(4, int(np.ceil(2 * largest / STEP)))
         self.grid = np.linspace(-largest, largest, n_steps + 1)
         self._seen = slice(int(seen[0]), int(seen[-1]) + 1)
@@ -216,6 +224,37 @@ class VelocityFit:
         with one_blas_thread():
             _ = self.templates, self.space, self.slopes
 
+    def use_device(self) -> None:
+        """Keep templates and space on the current CUDA device and compare stars with them there.
+
+        Raises
+        ------
+        BackendError
+            There is no usable device, or they are too large for it or its kernels; nothing has changed then.
+        """
+        self.prepare()
+        ones = np.ones((1, self.mixture.n_pixels), np.float32)
+        good = np.zeros(ones.shape, bool)
+        scan_on, step_on = (on_cuda(name, "cuda") for name in ("CudaVelocityScan", "CudaVelocityStep"))
+        # Only now: the CUDA packages are optional.
+        from moefast.kernels.cuda.device import first_launch
+
+        with first_launch():
+            scan: Scan = scan_on(self.templates, self.mixture.n_pixels)
+            step: Step = step_on(self.space, self.slopes)
+            scan(ones, ones, good)
+            step(ones, ones, good)
+        self._compare, self.backend = (scan, step), "cuda"
+
+    @cached_property
+    def _compare(self) -> tuple[Scan, Step]:
+        """Scan and step of flux, error and mask."""
+        self.prepare()
+        return (
+            partial(velocity_evidence, templates=self.templates),
+            partial(velocity_step, space=self.space, slopes=self.slopes),
+        )
+
     def fit(self, n: int, at_rest: AtRest, given: tuple[F64, F64] | None = None) -> FittedVelocities:
         """Velocities of n stars.
 
@@ -244,11 +283,11 @@ class VelocityFit:
 
     def _fitted(self, rows: NDArray[np.intp], at_rest: AtRest, mean: F64, precision: F64) -> FittedVelocities:
         """Velocities of some stars, known beforehand with this precision, 0 for not at all."""
-        self.prepare()
-        evidence = velocity_evidence(*at_rest(np.zeros(len(rows)), rows), self.templates)
+        scan, to_best = self._compare
+        evidence = scan(*at_rest(np.zeros(len(rows)), rows))
         evidence = evidence - 0.5 * precision[:, None] * (self.grid - mean[:, None]) ** 2
         start = _peaks(self.grid, evidence)
-        step, sigma = velocity_step(*at_rest(start, rows), self.space, self.slopes)
+        step, sigma = to_best(*at_rest(start, rows))
         # The product of two normal distributions, the step's and that which was known.
         share = precision * sigma**2
         step, sigma = (step + share * (mean - start)) / (1 + share), sigma / np.sqrt(1 + share)

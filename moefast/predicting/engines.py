@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,6 +17,7 @@ from moefast.core.threads import CORES
 from moefast.kernels import PROJECT_ROWS, without_cuda
 from moefast.mixture import Prediction
 from moefast.posterior.mixture import AnyMixture, PosteriorMixture
+from moefast.spectra.blocks import BlockMemory
 from moefast.spectra.quality import Quality, assess, good_pixels
 from moefast.spectra.source import Block
 
@@ -25,6 +29,7 @@ __all__ = [
     "CudaEngine",
     "Engine",
     "OnnxEngine",
+    "Place",
     "joined",
     "make_engine",
     "open_engine",
@@ -37,6 +42,28 @@ LEAST_ROWS = 16
 """Spectra that a GPU must have room for: with less, halving a block does not help."""
 ONNX_ROWS, ONNX_BYTES = 1024, 2**27
 """Rows of a block for ONNX Runtime at most, and bytes of the largest value that it makes of a block."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one block is read to and scored, without being copied in between; called as an engine is.
+
+    Attributes
+    ----------
+    array : callable
+        See `moefast.spectra.blocks.Memory`.
+    score : callable
+        An engine, or the part of one that knows these arrays.
+    """
+
+    array: Callable[[str, tuple[int, int]], NDArray]
+    score: Callable[[NDArray, NDArray, NDArray[np.bool_] | None, int], tuple[Prediction, Quality]]
+
+    def __call__(
+        self, flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None, first_row: int
+    ) -> tuple[Prediction, Quality]:
+        """See `Engine`; the arrays may also be others."""
+        return self.score(flux, error, mask, first_row)
 
 
 class Engine(Protocol):
@@ -73,6 +100,10 @@ class Engine(Protocol):
         """What becomes of a block."""
         ...
 
+    def place(self) -> AbstractContextManager[Place]:
+        """A place for a block of up to `block_rows` rows; each of the `workers` may have one at a time."""
+        ...
+
 
 @dataclass(frozen=True)
 class CpuEngine:
@@ -82,12 +113,18 @@ class CpuEngine:
     block_rows: int = PROJECT_ROWS
     workers: int = CORES
     note: str = ""
+    memory: BlockMemory = field(default_factory=BlockMemory, repr=False, compare=False)
 
     def __call__(
         self, flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None, first_row: int
     ) -> tuple[Prediction, Quality]:
         """See `Engine`."""
         return self.mixture.score(flux, error, mask, first_row=first_row)
+
+    @contextmanager
+    def place(self) -> Iterator[Place]:
+        """See `Engine`."""
+        yield Place(self.memory.array, self)
 
 
 class CudaEngine:
@@ -119,15 +156,24 @@ class CudaEngine:
             else:
                 self._scorer = CudaScorer(mixture.projection, mixture.mixing, *mixture.clouds)
             self._scorer(ones, ones)
-        self.block_rows = self._scorer.block_rows
-        # One reads a file, while the others have a slot each; more would only wait for their turn to read.
-        self.workers = min(self._scorer.slots, 4) + 1
+        self.block_rows, self.workers = self._scorer.block_rows, self._scorer.slots
 
     def __call__(
         self, flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None, first_row: int
     ) -> tuple[Prediction, Quality]:
         """See `Engine`; no row's numbers depend on where it lies."""
-        found = self._scorer(flux, error, mask)
+        return self._score(None, flux, error, mask, first_row)
+
+    @contextmanager
+    def place(self) -> Iterator[Place]:
+        """See `Engine`: pinned memory, which the device copies from."""
+        with self._scorer.slot() as slot:
+            yield Place(slot.array, partial(self._score, slot))
+
+    def _score(
+        self, slot: Any, flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None, first_row: int
+    ) -> tuple[Prediction, Quality]:
+        found = self._scorer(flux, error, mask, slot)
         if isinstance(self._mixture, PosteriorMixture):
             return self._mixture.of_kernels(found)
         return (
@@ -154,13 +200,13 @@ class OnnxEngine:
         ONNX Runtime does not run there.
     """
 
-    # ONNX Runtime has threads of its own; one caller reads while another one waits for the device.
-    workers = 2
+    # ONNX Runtime has threads of its own; two callers read while a third one waits for the device.
+    workers = 3
 
     def __init__(self, mixture: AnyMixture, backend: str) -> None:
         from moefast.export import build, on_the_cpu, open_session
 
-        self._session = open_session(build(mixture), backend)
+        self._session, self._memory = open_session(build(mixture), backend), BlockMemory()
         self._names = [output.name for output in self._session.get_outputs()]
         self.block_rows = ONNX_ROWS
         if isinstance(mixture, PosteriorMixture):
@@ -180,6 +226,11 @@ class OnnxEngine:
         quality = assess(flux, error, good_pixels(flux, error, mask), mask)
         seen = error if mask is None else np.where(mask, np.float32(np.nan), error)
         return self._run(flux, seen), quality
+
+    @contextmanager
+    def place(self) -> Iterator[Place]:
+        """See `Engine`."""
+        yield Place(self._memory.array, self)
 
     def _run(self, flux: NDArray, error: NDArray) -> Prediction:
         try:
@@ -254,12 +305,12 @@ def warm_up(engine: Engine, n_pixels: int) -> None:
         ) from error
 
 
-def score_block(engine: Engine, block: Block, first_row: int) -> tuple[Prediction, Quality]:
+def score_block(engine: Engine | Place, block: Block, first_row: int) -> tuple[Prediction, Quality]:
     """What an engine gives for a block.
 
     Parameters
     ----------
-    engine : Engine
+    engine : Engine or Place
     block : Block
     first_row : int
         Index of the block's first row in its file.

@@ -1,17 +1,17 @@
 """Streaming prediction: blocks of spectra in, rows of a table out, one for one and in order.
 
-Design: on a CPU every core reads a small block and scores it while it lies in its cache; reading takes turns, so that
-files are read in order. On a GPU large blocks follow one another through slots of pinned memory: one thread reads while
-the others' blocks are copied and scored. What comes out, two hundred bytes a spectrum, is gathered, flagged and
-appended to a table that gets its final name only when it is complete. Memory does not grow with the number of spectra.
-A row's numbers depend on the row alone, so `--rows`, `--shard` and bad neighbours change nothing.
+Design: every worker takes the next block, reads it to where its engine wants it and scores it there: on a CPU each core
+a small one that stays in its cache, on a GPU large ones in slots of pinned memory, from which the device copies them.
+Workers read side by side where the file allows it; what must be decoded is read in turns, in order. What comes out, two
+hundred bytes a spectrum, is gathered in the order of the rows, flagged and appended to a table that gets its final name
+only when it is complete. Memory does not grow with the number of spectra. A row's numbers depend on the row alone, so
+`--rows`, `--shard` and bad neighbours change nothing.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from moefast.core.threads import one_blas_thread
 from moefast.core.version import __version__
 from moefast.model import Model
 from moefast.posterior.mixture import PosteriorMixture
-from moefast.posterior.velocities import DEFAULT_RANGE, VelocityFit
+from moefast.posterior.velocities import DEFAULT_RANGE
 from moefast.predicting.columns import table_columns
 from moefast.predicting.decisions import decisions_on_input, decisions_on_model
 from moefast.predicting.engines import open_engine
@@ -31,7 +31,7 @@ from moefast.predicting.run import PredictionRun
 from moefast.predicting.source import Source, choose_rows, open_files, open_source
 from moefast.predicting.summary import Summary
 from moefast.predicting.table import Sink
-from moefast.predicting.velocities import FITTED_ON_CPU
+from moefast.predicting.velocities import fit_on
 from moefast.spectra import guard
 from moefast.spectra.prepared import Origins, Preparation
 from moefast.spectra.tables import Column
@@ -139,8 +139,7 @@ def predict(
         keep=keep,
     )
     _tell(decisions_on_input(source, preparation))
-    if isinstance(source.velocity, VelocityFit) and where.name == "cuda":
-        where = replace(where, reason=f"{where.reason}; {FITTED_ON_CPU}")
+    where = fit_on(engine, source.fit, where, backend)
     layout = _layout(chosen, source)
     about_params = notes_on_params(spectra, source.identifiers, source.labelled)
     summary = Summary(

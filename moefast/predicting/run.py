@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moefast.core.errors import InputError
 from moefast.core.labels import plausible
 from moefast.core.metrics import SquaredErrors
 from moefast.core.outputs import HEADLINE, VELOCITY
@@ -23,7 +23,7 @@ from moefast.predicting.table import LOST, Sink, fill_gap, lead_columns
 from moefast.predicting.velocities import score_moving, velocity_columns
 from moefast.spectra.prepared import PreparedShard
 from moefast.spectra.quality import Flag, Quality
-from moefast.spectra.source import Block
+from moefast.spectra.source import Block, Failure
 
 __all__ = ["LOOKED_AT", "TABLE_ROWS", "Counts", "PredictionRun"]
 
@@ -98,11 +98,27 @@ class PredictionRun:
 
     def go(self, progress: RowProgress) -> None:
         """Predict, flag and write all rows, those that cannot be read among them."""
-        source = self.source
-        position, waiting = source.start, list[_Scored]()
+        source, spectra = self.source, self.source.spectra
+        blocks = spectra.unfilled(
+            self.engine.block_rows,
+            array=source.array,
+            rows=(source.start, source.stop),
+            params=self._params,
+        )
+        position, waiting, last = source.start, list[_Scored](), 0
         # The clock of the rate starts here.
         progress(0, source.stop - source.start)
-        for part in map_in_order(self._score, self._blocks(), self.engine.workers):
+        # Two workers at least: one waits for the disk while the other computes.
+        for shard, part in map_in_order(self._score, blocks, max(2, self.engine.workers)):
+            if shard != last:
+                # Those who filled blocks after the last one was taken have left it open.
+                spectra.shards[last].close()
+                last = shard
+            if isinstance(part, Failure):
+                if not source.several:
+                    raise part.error
+                spectra.failures.append(part)
+                continue
             n_waiting = position - waiting[0].first_row if waiting else 0
             if (
                 part.first_row != position
@@ -117,33 +133,31 @@ class PredictionRun:
         self._write(waiting)
         self._fill(position, source.stop)
 
-    def _blocks(self) -> Iterator[Block]:
-        return self.source.spectra.blocks(
-            self.engine.block_rows,
-            array=self.source.array,
-            rows=(self.source.start, self.source.stop),
-            params=self._params,
-            # Workers read for themselves; a single one reads ahead.
-            prefetch=self.engine.workers == 1,
-            on_error="skip" if self.source.several else "raise",
-            measured=True,
-        )
-
-    def _score(self, block: Block) -> _Scored:
-        source = self.source
-        base = int(source.spectra.first_rows[block.shard])
-        shard = source.spectra.shards[block.shard]
-        if source.fit is not None and isinstance(shard, PreparedShard) and source.is_fitted(shard):
+    def _score(self, block: Block) -> tuple[int, _Scored | Failure]:
+        """Index of the shard of a block, and what becomes of the block."""
+        source, spectra = self.source, self.source.spectra
+        shard, first_row = spectra.shards[block.shard], block.first_row - int(spectra.first_rows[block.shard])
+        velocity, velocity_error = np.zeros(len(block)), np.full(len(block), np.nan)
+        if (
+            source.fit is not None
+            and isinstance(shard, PreparedShard)
+            and source.is_fitted(shard)
+            and block.problem is None
+        ):
             result, quality, fitted = score_moving(
-                self.engine, source.fit, shard, block, block.first_row - base, source.given
+                self.engine, source.fit, shard, block, first_row, source.given
             )
-            moving = (fitted.velocity, fitted.error)
+            velocity, velocity_error = fitted.velocity, fitted.error
         else:
-            if isinstance(shard, PreparedShard):
-                shard.fill(block, block.first_row - base)
-            result, quality = score_block(self.engine, block, block.first_row - base)
-            moving = (np.zeros(len(block)), np.full(len(block), np.nan))
-        return _Scored(block.first_row, block.shard, block.params, result, quality, *moving)
+            with self.engine.place() as place:
+                try:
+                    spectra.fill(block, place)
+                except InputError as error:
+                    return block.shard, spectra.lost(block, error)
+                result, quality = score_block(place, block, first_row)
+        return block.shard, _Scored(
+            block.first_row, block.shard, block.params, result, quality, velocity, velocity_error
+        )
 
     def _write(self, parts: list[_Scored]) -> None:
         """Flag rows of one file that follow each other, and write them; none of them waits any longer."""

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moefast.core.errors import InputError
+from moefast.backend import Backend
+from moefast.core.errors import BackendError, InputError
 from moefast.mixture import Prediction
 from moefast.model import Model
 from moefast.posterior.mixture import PosteriorMixture
 from moefast.posterior.moving import predict_moving
 from moefast.posterior.velocities import KNOWN, FittedVelocities, VelocityFit
-from moefast.predicting.engines import Engine
+from moefast.predicting.engines import CudaEngine, Engine
 from moefast.spectra.prepared import PreparedShard
 from moefast.spectra.quality import Quality
 from moefast.spectra.source import Block
@@ -23,8 +25,10 @@ from moefast.spectra.velocities import Velocities, find_velocities
 __all__ = [
     "FIT",
     "FITTED_ON_CPU",
+    "MOVED_ON_CPU",
     "cannot_fit",
     "fit_beside",
+    "fit_on",
     "move",
     "score_moving",
     "velocity_columns",
@@ -36,7 +40,8 @@ FIT = "fit"
 FITTED_ON_CPU = (
     "spectra are moved and their velocities fitted on the CPU, predictions at these made on the GPU"
 )
-"""What belongs to the reason for a GPU where velocities are fitted."""
+MOVED_ON_CPU = "spectra are moved on the CPU, their velocities fitted and predictions made on the GPU"
+"""What belongs to the reason for a GPU where velocities are fitted: one of the two."""
 
 
 def move(spectra: SpectrumSet, velocity: float | str | Path, needed: NDArray[np.bool_]) -> Velocities:
@@ -74,6 +79,37 @@ def fit_beside(
     rows = needed & np.concatenate(here)
     with np.errstate(invalid="ignore"):
         return VelocityFit(model.mixture, largest) if np.any(given.error[rows] > KNOWN) else None
+
+
+def fit_on(engine: Engine, fit: VelocityFit | None, where: Backend, asked: str) -> Backend:
+    """Fit velocities on the GPU if predictions are made by its kernels; the backend, with what is done where.
+
+    Parameters
+    ----------
+    engine : Engine
+    fit : VelocityFit, optional
+    where : Backend
+        Of the engine.
+    asked : str
+        What was asked for; with "auto", velocities are fitted on the CPU where the GPU cannot do it.
+
+    Raises
+    ------
+    BackendError
+        "cuda" was asked for, and the GPU has not the memory, or no kernels for such velocities.
+    """
+    if fit is None or where.name != "cuda":
+        return where
+    words = FITTED_ON_CPU
+    if isinstance(engine, CudaEngine):
+        try:
+            fit.use_device()
+            words = MOVED_ON_CPU
+        except BackendError as error:
+            if asked != "auto":
+                raise
+            words = f"{FITTED_ON_CPU}: {error}"
+    return replace(where, reason=f"{where.reason}; {words}")
 
 
 def cannot_fit(model: Model) -> str:

@@ -6,6 +6,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Iterator
+from typing import Protocol
 
 import numpy as np
 
@@ -14,14 +15,22 @@ from moefast.core.threads import CORES
 from moefast.spectra.shard import TABLE_ROWS, Shard
 from moefast.spectra.source import Block
 
-__all__ = ["BlockMemory", "ParamsReader", "read_ahead"]
+__all__ = ["BlockMemory", "Memory", "ParamsReader", "read_ahead"]
 
 _FREE_MEMORY = max(12, 4 * CORES)
 """Arrays kept to be used again: each of the threads that read and work has two or three."""
 
 
+class Memory(Protocol):
+    """Where blocks are read to."""
+
+    def array(self, name: str, shape: tuple[int, int]) -> np.ndarray:
+        """Uninitialised C-contiguous array for flux, error or mask: float32, of the mask bool."""
+        ...
+
+
 class BlockMemory:
-    """Memory for blocks, used again once no array refers to it.
+    """Memory for blocks, used again once no array refers to it; for several threads.
 
     Fresh memory costs a page fault per page, several times what it costs to read a file that the system has
     in its cache. The memory under an array goes back when the last view of it is gone, never earlier.
@@ -29,24 +38,34 @@ class BlockMemory:
 
     def __init__(self) -> None:
         self.free: list[memoryview] = []
+        # An array may end, and its memory come back, anywhere in the thread that takes another one.
+        self._lock = threading.RLock()
 
-    def array(self, shape: tuple[int, int], dtype: type) -> np.ndarray:
-        """Uninitialised C-contiguous array."""
+    def array(self, name: str, shape: tuple[int, int]) -> np.ndarray:
+        """See `Memory`."""
+        dtype = np.bool_ if name == "mask" else np.float32
         size = shape[0] * shape[1] * np.dtype(dtype).itemsize
-        memory = next((held for held in self.free if size <= held.nbytes < 2 * size + 8192), None)
+        memory = self._taken(size)
         if memory is None:
             raw = np.empty(size + 64, np.uint8)
             memory = raw[-raw.ctypes.data % 64 :].data
-        else:
-            self.free.remove(memory)
         # Views of an array on a memoryview keep that array as their base, so its end is the end of them all.
         owner = np.frombuffer(memory, np.uint8)
         weakref.finalize(owner, self._give_back, memory).atexit = False
         return owner[:size].view(dtype).reshape(shape)
 
+    def _taken(self, size: int) -> memoryview | None:
+        with self._lock:
+            # What came back last may still lie in a cache.
+            for place in reversed(range(len(self.free))):
+                if size <= self.free[place].nbytes < 2 * size + 8192:
+                    return self.free.pop(place)
+        return None
+
     def _give_back(self, memory: memoryview) -> None:
-        if len(self.free) < _FREE_MEMORY:
-            self.free.append(memory)
+        with self._lock:
+            if len(self.free) < _FREE_MEMORY:
+                self.free.append(memory)
 
 
 class ParamsReader:

@@ -171,6 +171,10 @@ class PreparedShard(Shard):
         """Whether these are spectra of a survey, barycentric, and not of a simulator that leaves stars at rest."""
         return any(file.through_atmosphere for file in self.files)
 
+    def in_any_order(self, *arrays: str) -> bool:
+        """Never: files are read one after the other, and that of the spectra before may still be open."""
+        return False
+
     def measured(self, array: str, start: int, stop: int) -> list[Pixels]:
         """Rows of an array as they were measured, arm by arm, wavelengths in vacuum; see `at_velocity` and `fill`."""
         with self._lock:

@@ -3,9 +3,10 @@
 Design: one shard is one HDF5 file. Arrays that lie uncompressed on the disk (contiguous, or in chunks as wide
 as a spectrum) are read past the HDF5 library, straight from their offset into the block that is handed out;
 reading instead of mapping, because a file that shrinks under a map ends the process (SIGBUS) and one that
-shrinks under a read is an error with a name. Compressed chunks are decoded once each, in slabs of whole
-chunks from which the blocks are cut. Conversion to float32 happens in pieces that fit the cache. A block
-never spans two shards, so everything made from blocks is a pure function of a shard.
+shrinks under a read is an error with a name. Threads read such arrays at the same time: one of them alone reaches
+a small part of what memory allows. Compressed chunks are decoded once each, in slabs of whole
+chunks from which the blocks are cut, one thread at a time. Conversion to float32 happens in pieces that fit the cache.
+A block never spans two shards, so everything made from blocks is a pure function of a shard.
 
 Layout::
 
@@ -21,7 +22,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
+import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +37,7 @@ from moefast.core.errors import InputError
 from moefast.core.watched import interrupt_behind
 from moefast.spectra.hdf5 import ARRAYS, STAGING_BYTES, contents_of, open_hdf5
 from moefast.spectra.params import ParamColumn, index_column, owners_of_params, param_columns, read_columns
+from moefast.spectra.source import Block
 from moefast.spectra.stored import (
     UnwrittenPlaces,
     find,
@@ -78,6 +82,23 @@ class _Stored:
         return self.n_pixels * self.dtype.itemsize
 
 
+class _RawFile:
+    """The bytes of a file, for several threads; it is closed when none of them, and nothing else, refers to it."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._descriptor).atexit = False
+
+    def fill(self, view: memoryview, offset: int) -> None:
+        """Read bytes from `offset` on; EOFError if the file has too few."""
+        done = 0
+        while done < len(view):
+            n = os.preadv(self._descriptor, [view[done:]], offset + done)
+            if not n:
+                raise EOFError(f"file ends at byte {offset + done}")
+            done += n
+
+
 class Shard:
     """One spectrum file.
 
@@ -114,7 +135,7 @@ class Shard:
         self.path = Path(path)
         self._lock = threading.RLock()
         self._hdf5: h5py.File | None = None
-        self._raw: Any = None
+        self._raw: _RawFile | None = None
         self._slabs: dict[tuple[str, str], tuple[int, np.ndarray]] = {}
         file = open_hdf5(self.path)
         try:
@@ -291,14 +312,8 @@ class Shard:
             if self._hdf5 is not None:
                 self._hdf5.close()
                 self._hdf5 = None
-            if self._raw is not None:
-                self._raw.close()
-                self._raw = None
-
-    def __del__(self) -> None:
-        raw = getattr(self, "_raw", None)
-        if raw is not None:
-            raw.close()
+            # Other threads may still read from it.
+            self._raw = None
 
     def _stored_array(self, array: str) -> _Stored:
         try:
@@ -345,15 +360,19 @@ class Shard:
                 f"found {out.dtype} {out.shape}"
             )
         try:
-            with self._lock, np.errstate(all="ignore"):
+            with np.errstate(all="ignore"):
                 if stored.access == "offset":
                     self._read_raw(stored, stored.offset + start * stored.row_bytes, out)
                 elif stored.access == "chunks":
                     self._read_chunks(stored, start, out)
                 else:
-                    self._read_slabs(array, stored, start, out)
+                    with self._lock:
+                        self._read_slabs(array, stored, start, out)
                 if stored.gaps is not None:
                     stored.gaps.blank(out, start)
+        except MemoryError:
+            # Not taken for damage: its rows would count as lost.
+            raise
         except Exception as error:
             if (interrupt := interrupt_behind(error)) is not None:
                 raise interrupt from None
@@ -363,20 +382,23 @@ class Shard:
             ) from error
         return out
 
+    def in_any_order(self, *arrays: str) -> bool:
+        """Whether several threads may read rows of these arrays at the same time and in any order, at no extra cost."""
+        return all(self._stored[name].access != "library" for name in arrays if name in self._stored)
+
     def measured(self, array: str, start: int, stop: int) -> list[Any] | None:
         """Rows of an array as they were measured; None, as they lie on the grid already."""
         return None
 
+    def fill(self, block: Block, first_row: int) -> None:
+        """Put spectra as they were measured on the grid; nothing, as they lie there already."""
+
     def _fill(self, view: memoryview, offset: int) -> None:
-        if self._raw is None:
-            self._raw = open(self.path, "rb", buffering=0)  # noqa: SIM115
-        self._raw.seek(offset)
-        done = 0
-        while done < len(view):
-            n = self._raw.readinto(view[done:])
-            if not n:
-                raise EOFError(f"file ends at byte {offset + done}")
-            done += n
+        raw = self._raw
+        if raw is None:
+            with self._lock:
+                raw = self._raw = self._raw or _RawFile(self.path)
+        raw.fill(view, offset)
 
     def _read_raw(self, stored: _Stored, offset: int, out: np.ndarray) -> None:
         if not out.size:
@@ -393,17 +415,17 @@ class Shard:
             _convert(piece, target)
 
     def _read_chunks(self, stored: _Stored, start: int, out: np.ndarray) -> None:
-        dataset = self._file()[stored.dataset]
-        row, stop = start, start + len(out)
-        while row < stop:
-            chunk_start = row - row % stored.chunk_rows
-            end = min(stop, chunk_start + stored.chunk_rows)
-            target = out[row - start : end - start]
-            offset = dataset.id.get_chunk_info_by_coord((chunk_start, 0)).byte_offset
+        stop = start + len(out)
+        chunk_starts = range(start - start % stored.chunk_rows, stop, stored.chunk_rows)
+        with self._lock:
+            dataset = self._file()[stored.dataset]
+            offsets = [dataset.id.get_chunk_info_by_coord((first, 0)).byte_offset for first in chunk_starts]
+        for first, offset in zip(chunk_starts, offsets, strict=True):
+            row, end = max(start, first), min(stop, first + stored.chunk_rows)
             # A chunk that was never written is one of the gaps.
             if offset is not None:
-                self._read_raw(stored, offset + (row - chunk_start) * stored.row_bytes, target)
-            row = end
+                place = offset + (row - first) * stored.row_bytes
+                self._read_raw(stored, place, out[row - start : end - start])
 
     def _read_slabs(self, array: str, stored: _Stored, start: int, out: np.ndarray) -> None:
         row, stop = start, start + len(out)
@@ -465,6 +487,9 @@ class Shard:
         try:
             with self._lock:
                 return read_columns(self._file(), {name: self._columns[name] for name in wanted}, start, stop)
+        except MemoryError:
+            # Not taken for damage: its rows would count as lost.
+            raise
         except Exception as error:
             if (interrupt := interrupt_behind(error)) is not None:
                 raise interrupt from None

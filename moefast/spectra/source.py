@@ -37,8 +37,13 @@ class Block:
     params : dict of str to array of shape (n,)
         The columns asked for.
     measured : list of moefast.spectra.resample.Pixels, or None
-        The pixels as they were measured, if flux, error and mask hold nothing yet and are to be made of them: see
-        `moefast.spectra.prepared.PreparedShard.fill`.
+        The pixels as they were measured, if flux, error and mask hold nothing yet and are to be made of them.
+    unread : str
+        Array that becomes `flux`, if flux, error and mask hold nothing yet and are still to be read; empty otherwise.
+    problem : InputError or None
+        Why the rows, or their params, could not be read.
+
+    Only blocks of `moefast.spectra.spectrum_set.SpectrumSet.unfilled` have the last three, until they are filled.
     """
 
     first_row: int
@@ -48,6 +53,8 @@ class Block:
     mask: np.ndarray | None = None
     params: dict[str, np.ndarray] = field(default_factory=dict)
     measured: list[Any] | None = None
+    unread: str = ""
+    problem: InputError | None = None
 
     def __len__(self) -> int:
         return len(self.flux)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from moefast.core.errors import InputError, LabelError, WaveGridError
 from moefast.core.labels import describe_implausible, plausible
-from moefast.spectra.blocks import BlockMemory, ParamsReader, read_ahead
+from moefast.spectra.blocks import BlockMemory, Memory, ParamsReader, read_ahead
 from moefast.spectra.paths import find_files
 from moefast.spectra.shard import Shard
 from moefast.spectra.source import Block, Failure, OnError, block_edges, rows_of_request
@@ -163,7 +164,6 @@ class SpectrumSet:
         params: Sequence[str] = (),
         prefetch: bool = True,
         on_error: OnError = "raise",
-        measured: bool = False,
     ) -> Iterator[Block]:
         """Iterate over the spectra, block by block, in order.
 
@@ -182,9 +182,6 @@ class SpectrumSet:
         on_error : {"raise", "skip"}
             Whether unreadable rows end the iteration, or are left out and noted in `failures`; the other
             blocks keep their row numbers.
-        measured : bool
-            Whether spectra that must be put on the grid are handed out as they were measured (`Block.measured`), so
-            that whoever takes the block does that work, and not the reader, for whom others wait.
 
         Raises
         ------
@@ -192,18 +189,69 @@ class SpectrumSet:
             If rows, an array or a column cannot be read.
         """
         asked = rows_of_request(self.n_rows, block_rows, array, rows, on_error)
-        source = self._read_blocks(block_rows, array, asked, list(params), on_error, measured)
+        source = self._filled(self._unfilled(block_rows, array, asked, list(params)), on_error)
         return read_ahead(source) if prefetch else source
 
-    def _read_blocks(
+    def unfilled(
         self,
         block_rows: int,
-        array: str,
-        rows: tuple[int, int],
-        names: list[str],
-        on_error: OnError,
-        measured: bool,
+        *,
+        array: Literal["auto", "flux", "noisy"] = "auto",
+        rows: tuple[int, int] | None = None,
+        params: Sequence[str] = (),
     ) -> Iterator[Block]:
+        """Blocks as those of `blocks`, whose spectra are for `fill` to read, or to put on the grid.
+
+        What only one thread can read, in order, is read already. No error of reading is raised here.
+        """
+        asked = rows_of_request(self.n_rows, block_rows, array, rows, "raise")
+        return self._unfilled(block_rows, array, asked, list(params))
+
+    def fill(self, block: Block, memory: Memory) -> None:
+        """Put the spectra of a block of `unfilled` into `memory`; several threads may, each with a block of its own.
+
+        Blocks of a shard that are filled after later ones were taken leave its file open: close it then.
+
+        Raises
+        ------
+        InputError
+            If rows, an array or a column cannot be read; `lost` tells which rows these are.
+        """
+        shard = self.shards[block.shard]
+        first_row = block.first_row - int(self.first_rows[block.shard])
+        if block.unread:
+            self._read(block, first_row, memory)
+        if block.problem is not None:
+            raise block.problem
+        if block.measured is not None:
+            shard.fill(block, first_row)
+        if block.mask is not None and not block.mask.any():
+            block.mask = None
+
+    def lost(self, block: Block, error: InputError) -> Failure:
+        """The rows of a block that cannot be read."""
+        rows = block.rows
+        return Failure(self.shards[block.shard].path, (rows.start, rows.stop), error)
+
+    def _filled(self, source: Generator[Block, None, None], on_error: OnError) -> Iterator[Block]:
+        memory = BlockMemory()
+        # Closed at once where this ends early, and with it the file.
+        with contextlib.closing(source):
+            for block in source:
+                try:
+                    self.fill(block, memory)
+                except InputError as error:
+                    if on_error == "raise":
+                        raise
+                    self.failures.append(self.lost(block, error))
+                    continue
+                yield block
+                # Whoever took it is done with it; keeping the name would keep another block in memory.
+                del block
+
+    def _unfilled(
+        self, block_rows: int, array: str, rows: tuple[int, int], names: list[str]
+    ) -> Generator[Block, None, None]:
         start, stop = rows
         memory, table = BlockMemory(), ParamsReader(names)
         for index, shard in enumerate(self.shards):
@@ -214,39 +262,29 @@ class SpectrumSet:
             which = array if array != "auto" else ("noisy" if "noisy" in shard.arrays else "flux")
             try:
                 for row, end in block_edges(first, last, block_rows):
+                    nothing = np.broadcast_to(np.float32(np.nan), (end - row, self.n_pixels))
+                    block = Block(base + row, index, nothing, nothing, unread=which)
                     try:
-                        yield self._read_block(memory, table, index, which, (row, end), measured)
+                        if not shard.in_any_order(which, "error", "mask"):
+                            self._read(block, row, memory)
+                        block.params = table.rows(shard, row, end)
                     except InputError as error:
-                        if on_error == "raise":
-                            raise
-                        self.failures.append(Failure(shard.path, (base + row, base + end), error))
+                        block.problem = error
+                    yield block
+                    del block
             finally:
                 shard.close()
 
-    def _read_block(
-        self,
-        memory: BlockMemory,
-        table: ParamsReader,
-        index: int,
-        array: str,
-        rows: tuple[int, int],
-        measured: bool,
-    ) -> Block:
-        shard, first_row = self.shards[index], int(self.first_rows[index]) + rows[0]
-        shape = (rows[1] - rows[0], self.n_pixels)
-        pixels = shard.measured(array, *rows) if measured else None
-        if pixels is not None:
-            empty = np.empty(shape, np.float32)
-            return Block(first_row, index, empty, empty, None, table.rows(shard, *rows), pixels)
-        flux = shard.read(array, *rows, out=memory.array(shape, np.float32))
-        error = shard.read("error", *rows, out=memory.array(shape, np.float32))
-        mask = None
-        if "mask" in shard.arrays:
-            mask = shard.read("mask", *rows, out=memory.array(shape, np.bool_))
-            if not mask.any():
-                mask = None
-        params = table.rows(shard, *rows)
-        return Block(first_row, index, flux, error, mask, params)
+    def _read(self, block: Block, first_row: int, memory: Memory) -> None:
+        shard, shape = self.shards[block.shard], block.flux.shape
+        rows = first_row, first_row + len(block)
+        array, block.unread = block.unread, ""
+        block.measured = shard.measured(array, *rows)
+        if block.measured is None:
+            block.flux = shard.read(array, *rows, out=memory.array("flux", shape))
+            block.error = shard.read("error", *rows, out=memory.array("error", shape))
+            if "mask" in shard.arrays:
+                block.mask = shard.read("mask", *rows, out=memory.array("mask", shape))
 
 
 def _check_wave(shard: Shard, first: Shard) -> None:

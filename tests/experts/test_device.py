@@ -6,102 +6,150 @@ from tolerances import assert_close
 
 from moefast.backend import Backend, resolve_kernels
 from moefast.core.errors import BackendError
-from moefast.experts.device import DeviceEquations
+from moefast.core.grids import Grid, uniform
+from moefast.core.random import add_noise
+from moefast.experts.device import DeviceRows
 from moefast.experts.normal_equations import NormalEquations
+from moefast.fitting import Options, first_pass, fit_mixture
+from moefast.fitting.training_set import TrainingSet
 from moefast.kernels.reference import normal_equations_reference
+from moefast.spectra.spectrum_set import open_spectra
 
 P = 20
 TOTALS = ("count", "sum_x", "sum_y", "sum_yy", "sum_xy", "gram", "sum_v")
+GRID = Grid((4000.0, 5000.0, 6000.0), (-2.0, 0.0))
 
 
-class Accumulator:
-    """What a GPU does, in NumPy: the interface of `moefast.kernels.cuda.NormalEquationsAccumulator`."""
+class Pass:
+    """What a GPU does, in NumPy: the interface of `moefast.kernels.cuda.FirstPass`."""
 
     made = 0
 
-    def __init__(self, n_pixels, n_groups, *, with_variance=False):
+    def __init__(self, reference, grid, n_folds, seen, other=None, *, seed=0, noise_inside=False):
         type(self).made += 1
-        self.with_variance, self.n_groups = with_variance, n_groups
+        self.reference, self.grid, self.n_folds = np.float32(reference), grid, n_folds
+        self.seen, self.other, self.seed = seen, other, seed
         self.blocks = []
 
-    def add_block(self, x, y, group, variance=None):
-        assert (variance is not None) == self.with_variance
-        assert x.dtype == np.float32
-        self.blocks.append((x, y, group, np.zeros_like(x) if variance is None else variance))
+    def add(self, flux, error, y, t_eff, m_h, folds, rows):
+        # Copies: callers may use their memory again.
+        self.blocks.append([np.array(a) for a in (flux, error, y, t_eff, m_h, folds, rows)])
 
-    def fetch(self):
+    def fetch(self, other=False):
         from moefast.kernels.cuda.accumulator import Totals
 
-        x, y, group, variance = (np.concatenate(parts) for parts in zip(*self.blocks, strict=True))
-        sums = normal_equations_reference(x, y, group, self.n_groups)
-        noise = np.stack([variance[group == g].sum(0, dtype=np.float64) for g in range(self.n_groups)])
-        return Totals(*sums, noise)
+        flux, error, y, t_eff, m_h, folds, rows = (
+            np.concatenate(parts) for parts in zip(*self.blocks, strict=True)
+        )
+        seen = self.other if other else self.seen
+        x = add_noise(flux, error, self.seed, rows) if seen.drawn else flux
+        x = np.maximum(x, np.float32(seen.floor)) - self.reference
+        n_groups = 1 if other else self.grid.n_bins * self.n_folds
+        group = (
+            np.zeros(len(x), int)
+            if other
+            else self.grid.assign(t_eff, m_h).astype(int) * self.n_folds + folds
+        )
+        sums = normal_equations_reference(x, y, group, n_groups)
+        noise = np.stack([(error[group == g] ** 2).sum(0, dtype=np.float64) for g in range(n_groups)])
+        return Totals(*sums, 0 * noise if other else noise)
 
 
 @pytest.fixture
 def device(monkeypatch):
     cuda = pytest.importorskip("moefast.kernels.cuda", exc_type=ImportError)
     pytest.importorskip("numba_cuda")
-    monkeypatch.setattr(cuda, "NormalEquationsAccumulator", Accumulator, raising=False)
-    Accumulator.made = 0
-    return Accumulator
+    monkeypatch.setattr(cuda, "FirstPass", Pass, raising=False)
+    Pass.made = 0
+    return Pass
 
 
-def rows(n=300, seed=0):
+def stars(n=300, seed=0):
     rng = np.random.default_rng(seed)
-    x = (1 + 0.1 * rng.standard_normal((n, P))).astype(np.float32)
-    error = rng.uniform(0.1, 0.2, (n, P)).astype(np.float32)
-    return x, rng.uniform(1, 5, n), error, rng.integers(0, 3, n), rng.integers(0, 2, n)
+    flux = (1 + 0.1 * rng.standard_normal((n, P))).astype(np.float32)
+    error = rng.uniform(0.1, 0.9, (n, P)).astype(np.float32)
+    t_eff, m_h = rng.uniform(3500, 6500, n), rng.uniform(-2, 0, n)
+    return flux, error, rng.uniform(1, 5, n), t_eff, m_h, rng.integers(0, 2, n), np.arange(n)
 
 
-def gather(equations, parts=((0, 100), (100, 300)), **how):
-    x, y, error, bins, folds = rows()
+def rows_for(equations, published=None):
+    return DeviceRows(
+        equations,
+        published,
+        GRID,
+        drawn=False,
+        published_drawn=True,
+        clipped=False,
+        noise_inside=False,
+        seed=3,
+    )
+
+
+def add(target, parts):
     for a, b in parts:
-        here = slice(a, b)
-        equations.add(x[here], y[here], None, bins[here], folds[here], error=error[here], **how)
-    return equations
+        target.add(*(array[a:b] for array in stars()))
+    return target
+
+
+def on_host(reference):
+    flux, error, y, t_eff, m_h, folds, rows = stars()
+    equations, published = NormalEquations(reference, 2, 2), NormalEquations(reference)
+    equations.add(flux, y, None, GRID.assign(t_eff, m_h).astype(int), folds, error=error)
+    published.add(add_noise(flux, error, 3, rows), y, clipped=True)
+    return equations.finish(), published.finish()
 
 
 @pytest.mark.usefixtures("device")
-@pytest.mark.parametrize("clipped", [False, True])
-def test_the_totals_are_those_of_the_cpu(clipped):
+def test_the_totals_of_both_fits_are_those_of_the_cpu():
     reference = np.full(P, 1.05)
-    found = gather(DeviceEquations(reference, 3, 2), clipped=clipped)
-    assert found.n_rows == 300
-    found, expected = found.finish(), gather(NormalEquations(reference, 3, 2), clipped=clipped).finish()
-    for name in TOTALS:
-        assert_close(getattr(found, name), getattr(expected, name), made_in=np.float32)
+    device = add(
+        rows_for(NormalEquations(reference, 2, 2), NormalEquations(reference)), ((0, 100), (100, 300))
+    )
+    assert device.equations.n_rows == device.published.n_rows == 300
+    for found, expected in zip((device.equations, device.published), on_host(reference), strict=True):
+        for name in TOTALS:
+            assert_close(getattr(found.finish(), name), getattr(expected, name), made_in=np.float32)
 
 
 @pytest.mark.usefixtures("device")
 def test_it_goes_on_from_what_was_gathered_before():
     reference = np.ones(P)
-    half = gather(DeviceEquations(reference, 3, 2), parts=((0, 120),))
-    state = half.state()
-    again = DeviceEquations.of(NormalEquations.from_state(state.__getitem__))
-    assert again.n_rows == 120
-    found = gather(again, parts=((120, 300),)).finish()
-    expected = gather(NormalEquations(reference, 3, 2)).finish()
+    half = add(rows_for(NormalEquations(reference, 2, 2)), ((0, 120),))
+    assert half.published is None
+    state = half.equations.state()
+    again = rows_for(NormalEquations.from_state(state.__getitem__))
+    assert again.equations.n_rows == 120
+    found = add(again, ((120, 300),)).equations.finish()
     for name in TOTALS:
-        assert_close(getattr(found, name), getattr(expected, name), made_in=np.float32)
+        assert_close(getattr(found, name), getattr(on_host(reference)[0], name), made_in=np.float32)
 
 
 def test_nothing_is_asked_of_the_device_before_rows_come(device):
-    equations = DeviceEquations(np.ones(P), 3, 2)
+    equations = rows_for(NormalEquations(np.ones(P), 2, 2)).equations
     assert equations.finish().n_rows == 0
-    x, y, *_ = rows(4)
-    x[2, 3] = np.nan
-    with pytest.raises(ValueError, match="NaN, infinite or absurdly large flux"):
-        equations.add(x, y)
     assert device.made == 0
 
 
 @pytest.mark.usefixtures("device")
-def test_a_fit_on_the_device_is_the_fit(train_file):
-    from moefast.core.grids import uniform
-    from moefast.fitting import Options, fit_mixture
-    from moefast.spectra.spectrum_set import open_spectra
+@pytest.mark.parametrize(
+    ("noise", "clipped"), [("closed-form", False), ("sampled", False), ("sampled", True), ("observed", False)]
+)
+def test_the_first_pass_on_the_device_is_that_of_the_cpu(train_file, noise, clipped):
+    options = Options(grid=uniform(2, 1), n_folds=2, noise=noise, clipped=clipped, seed=5)
+    found, expected = (
+        first_pass.gather(TrainingSet(open_spectra(train_file), options, lambda *_: None), None, backend)
+        for backend in ("cuda", "cpu")
+    )
+    assert (found.published is None) == (expected.published is None) == clipped
+    for pair in zip(found[:2], expected[:2], strict=True):
+        for name in TOTALS if pair[0] is not None else ():
+            assert_close(getattr(pair[0], name), getattr(pair[1], name), made_in=np.float32)
+    np.testing.assert_array_equal(found.times_good, expected.times_good)
+    assert found.rows == expected.rows
 
+
+@pytest.mark.usefixtures("device")
+def test_a_fit_on_the_device_is_the_fit(train_file):
     options = Options(grid=uniform(2, 1), n_levels=3, sample_draws=1, references=True)
     found = fit_mixture(open_spectra(train_file), options, backend="cuda")
     expected = fit_mixture(open_spectra(train_file), options)

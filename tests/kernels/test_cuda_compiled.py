@@ -111,10 +111,17 @@ def test_the_kernels_import_no_cuda_until_asked():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
     assert "moefast.kernels" in loaded
-    assert not loaded & {"numba.cuda", "cuda.bindings", "moefast.kernels.cuda", "nvmath"}
+    assert not loaded & {"numba.cuda", "cuda.bindings", "moefast.kernels.cuda"}
 
 
 def test_unknown_names_are_no_attributes():
     with pytest.raises(AttributeError, match="no attribute 'fast'"):
         package.fast  # noqa: B018
     assert callable(package.sort_by_bin)
+
+
+def test_unknown_targets_are_refused():
+    command = [sys.executable, "-m", "moefast.kernels.cuda", "--target", "sm_10"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "'sm_80', 'sm_90'" in done.stderr

@@ -17,10 +17,8 @@ from moefast.kernels.reference import normal_equations_reference
 T_EDGES = (3750.0, 4500.0, 5250.0, 6000.0)
 M_EDGES = (-2.0, -1.0, 0.0, 0.5)
 SNR_EDGES = (2.0, 4.0, 7.0)
-METHODS = ["auto", "numba", "tensor", "cublas"]
+METHODS = ["auto", "numba", "cublas"]
 GOAL = 1e-6
-# nvmath's own code asks for what it has deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:transpose_mode trait:DeprecationWarning")
 
 
 @pytest.fixture

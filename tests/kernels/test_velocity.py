@@ -4,80 +4,31 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import made_velocities
 import numpy as np
 import pytest
 from made_clouds import mixture, stars
+from made_velocities import expected_evidence, expected_step, space_of, stars_of
 
-from moefast.kernels import Slopes, Space, VelocityTemplates, velocity_evidence, velocity_step
-from moefast.kernels.reference_velocity import velocity_evidence_reference, velocity_step_reference
-from moefast.posterior.cells import neighbouring_pixels
+from moefast.kernels import Slopes, velocity_evidence, velocity_step
 
-P, FIRST = 700, 20
-
-
-def made_templates(n_v=5, r=3, m=11, c=3, k=640, seed=0):
-    """Lines of r components, whose squares are exactly those of r (r + 1) / 2 components."""
-    rng = np.random.default_rng(seed)
-    x = np.linspace(-1, 1, k)
-    lines = 0.1 * rng.standard_normal((n_v, r, k))
-    pairs = [(a, b) for a in range(r) for b in range(a, r)]
-    of_lines = rng.standard_normal((m, r))
-    squares = np.stack([lines[:, a] * lines[:, b] for a, b in pairs], axis=1)
-    of_squares = np.stack([(1 + (a != b)) * of_lines[:, a] * of_lines[:, b] for a, b in pairs], axis=1)
-    return VelocityTemplates(
-        first=FIRST,
-        continuum=(1 + 0.2 * x) * np.stack([x**i for i in range(c)]),
-        precision=np.array([1.0, 10.0, 20.0])[:c],
-        lines=lines.astype(np.float32),
-        squares=squares.astype(np.float32),
-        of_lines=of_lines.astype(np.float32),
-        of_squares=of_squares.astype(np.float32),
-        log_weights=np.log(rng.dirichlet(np.ones(m))).astype(np.float32),
-    )
-
-
-def made_stars(templates, n, seed=1):
-    rng = np.random.default_rng(seed)
-    k = templates.continuum.shape[1]
-    flux, error = rng.standard_normal((n, P)), rng.uniform(0.02, 0.2, (n, P))
-    shown = slice(FIRST, FIRST + k)
-    which = rng.integers(0, len(templates.of_lines), n)
-    lines = np.einsum("nr,rk->nk", templates.of_lines[which], templates.lines[2].astype(float))
-    scale = rng.uniform(0.5, 20, (n, 1))
-    flux[:, shown] = templates.continuum[0] + lines + error[:, shown] * flux[:, shown]
-    return (scale * flux).astype(np.float32), (scale * error).astype(np.float32)
-
-
-def expected(templates, flux, error, mask):
-    k = templates.continuum.shape[1]
-    shown = slice(FIRST, FIRST + k)
-    lines = np.einsum("mr,vrk->vmk", templates.of_lines.astype(float), templates.lines.astype(float))
-    good = np.isfinite(flux) & (error > 0) & ~mask
-    rows = []
-    for x, sigma, known in zip(flux[:, shown], error[:, shown], good[:, shown], strict=True):
-        rows.append(
-            velocity_evidence_reference(
-                np.where(known, x, 0.0), np.where(known, sigma, np.inf).astype(float), templates.continuum,
-                templates.precision, lines, templates.log_weights.astype(float),
-            )
-        )  # fmt: skip
-    return np.array(rows)
+P = 700
 
 
 @pytest.mark.parametrize(("n", "n_v", "c"), [(1, 3, 1), (33, 5, 3), (64, 23, 2)])
 def test_the_scan_is_its_equations(n, n_v, c):
-    templates = made_templates(n_v=n_v, c=c)
-    flux, error = made_stars(templates, n)
+    templates = made_velocities.templates(n_v=n_v, c=c)
+    flux, error = stars_of(templates, n)
     mask = np.random.default_rng(3).random(flux.shape) < 0.1
     flux[0, 50], error[-1, 60] = np.nan, -1.0
     found = velocity_evidence(flux, error, mask, templates)
-    np.testing.assert_allclose(found, expected(templates, flux, error, mask), rtol=2e-5, atol=2e-2)
+    np.testing.assert_allclose(found, expected_evidence(templates, flux, error, mask), rtol=2e-5, atol=2e-2)
     assert (found.argmax(1) == 2).mean() > 0.9
 
 
 def test_no_row_of_the_scan_depends_on_its_neighbours():
-    templates = made_templates()
-    flux, error = made_stars(templates, 70)
+    templates = made_velocities.templates()
+    flux, error = stars_of(templates, 70)
     whole = velocity_evidence(flux, error, None, templates)
     np.testing.assert_array_equal(velocity_evidence(flux[33:37], error[33:37], None, templates), whole[33:37])
     flux[:33] = np.nan
@@ -85,32 +36,19 @@ def test_no_row_of_the_scan_depends_on_its_neighbours():
 
 
 def test_a_star_without_pixels_says_nothing():
-    templates = made_templates()
-    flux, error = made_stars(templates, 2)
+    templates = made_velocities.templates()
+    flux, error = stars_of(templates, 2)
     found = velocity_evidence(flux, error, np.array([[True], [False]]) & np.ones((2, P), bool), templates)
     np.testing.assert_allclose(found[0], 0.0, atol=1e-3)
     assert velocity_evidence(flux[:0], error[:0], None, templates).shape == (0, 5)
 
 
 def test_scan_of_other_shapes_is_refused():
-    templates = made_templates()
+    templates = made_velocities.templates()
     with pytest.raises(ValueError, match="flux and error of shape"):
         velocity_evidence(np.ones((2, 100)), np.ones((2, 100)), None, templates)
     with pytest.raises(ValueError, match="mask must be bool"):
         velocity_evidence(np.ones((2, P)), np.ones((2, P)), np.zeros((2, P)), templates)
-
-
-def space_of(mix, cell):
-    cells, shares = neighbouring_pixels(mix.n_pixels, cell)
-    numbers = mix.numbers
-    space = Space(
-        reference=mix.reference, noise_shape=mix.noise_shape, directions=mix.directions, n_nuisances=mix.n_nuisances,
-        cells=cells, cell_shares=shares, precision=numbers["library_precision"], pull=numbers["library_pull"][:, 0],
-    )  # fmt: skip
-    moved = np.gradient(mix.directions, axis=0)
-    moved[:, mix.n_coordinates :] = 0
-    slopes = Slopes(np.gradient(mix.reference).astype(np.float32), moved.astype(np.float32), mix.n_nuisances)
-    return space, slopes
 
 
 @pytest.mark.parametrize("q", [0, 3])
@@ -121,11 +59,7 @@ def test_the_step_is_one_gaussian_over_everything(q):
     mask = np.random.default_rng(5).random(flux.shape) < 0.2
     step, sigma = velocity_step(flux, error, mask, space, slopes)
     for i in (0, 5, 36):
-        known = np.where(mask[i] | ~(error[i] > 0), np.inf, error[i]).astype(float)
-        want = velocity_step_reference(
-            flux[i].astype(float), known, *(a.astype(float) for a in (mix.reference, mix.directions)), space.precision,
-            space.pull, slopes.of_reference.astype(float), slopes.of_directions.astype(float),
-        )  # fmt: skip
+        want = expected_step(mix, space, slopes, flux[i], error[i], mask[i])
         assert sigma[i] == pytest.approx(want[1], rel=1e-4)
         assert abs(step[i] - want[0]) < 2e-3 * want[1]
     np.testing.assert_array_equal(

@@ -1,6 +1,7 @@
 """The compiled posterior against its description; gaps, scales, neighbours."""
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -229,3 +230,29 @@ def test_shapes_are_checked(mix):
         mix.outputs(flux, error, np.ones((3, 2), bool))
     with pytest.raises(ValueError, match="clouds in 7 coordinates"):
         cloud_posterior(flux, error, None, mix._space, mixture(n=6)._clouds)
+
+
+def test_a_device_is_given_the_library_once(monkeypatch):
+    """Threads that score blocks at the same time share one scorer, which keeps the library on the device."""
+    made, mix = [], mixture()
+    flux, error = stars(mix, 12)
+
+    class Scorer:
+        def __init__(self, *arrays):
+            made.append(arrays)
+
+        def __call__(self, flux, error, mask):
+            return cloud_posterior(flux, error, mask, *made[-1])
+
+    monkeypatch.setattr(
+        "moefast.posterior.mixture.on_cuda", lambda name, backend: {"CudaPosteriorScorer": Scorer}[name]
+    )
+    with ThreadPoolExecutor(4) as pool:
+        parts = list(
+            pool.map(
+                lambda a: mix.outputs(flux[a : a + 3], error[a : a + 3], backend="cuda"), range(0, 12, 3)
+            )
+        )
+    assert len(made) == 1
+    for name, values in mix.outputs(flux, error).items():
+        np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), values)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import queue
 import resource
+import threading
+import time
+from contextlib import contextmanager
 from dataclasses import replace
-from itertools import pairwise
+from itertools import chain, pairwise, repeat
 
 import h5py
 import numpy as np
@@ -25,11 +29,12 @@ from moefast.export.parity import synthetic_spectra
 from moefast.mixture import Mixture
 from moefast.model import Model
 from moefast.predicting import engines, notes, run
-from moefast.predicting.engines import CpuEngine, CudaEngine, OnnxEngine, make_engine, open_engine
+from moefast.predicting.engines import CpuEngine, CudaEngine, OnnxEngine, Place, make_engine, open_engine
 from moefast.predicting.files import predict
 from moefast.predicting.source import choose_rows
 from moefast.simulate import Emulator
 from moefast.spectra import Flag, open_spectra, read_table
+from moefast.spectra.shard import Shard
 
 FORMATS = (".h5", ".parquet", ".fits")
 
@@ -393,6 +398,110 @@ def test_rows_that_cannot_be_read_keep_their_place(stars, model, tmp_path, monke
     assert not list(tmp_path.glob(".*partial*"))
 
 
+class Faults:
+    """Rows that workers cannot read; the first of them is found last."""
+
+    def __init__(self, monkeypatch, *rows):
+        self.rows, self.found = rows, []
+        real = Shard.read
+
+        def read(shard, array, start, stop, out=None):
+            working = threading.current_thread().name.startswith("moefast-worker")
+            for path, row in self.rows if working else ():
+                if array == "error" and shard.path == path and start <= row < stop:
+                    if (path, row) == self.rows[0]:
+                        time.sleep(0.3)
+                    self.found.append((path, row))
+                    raise InputError(f"{path.name}: row {row} is damaged")
+            return real(shard, array, start, stop, out)
+
+        monkeypatch.setattr(Shard, "read", read)
+
+
+def test_failures_of_workers_keep_their_rows_and_their_order(stars, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(engines, "make_engine", lambda mixture, _: CpuEngine(mixture, 32, 3))
+    first = stars.take(slice(0, 200)).observed().write(tmp_path / "a.h5")
+    second = stars.take(slice(200, 400)).observed().write(tmp_path / "b.h5")
+    clean = predict([first, second], model).columns
+    faults = Faults(monkeypatch, (first, 64), (first, 96), (second, 40))
+    summary = predict([first, second], model, tmp_path / "t.h5")
+    assert faults.found[0] == (first, 96)
+    columns = read_table(tmp_path / "t.h5")[0]
+    lost = np.r_[64:128, 232:264]
+    np.testing.assert_array_equal(np.flatnonzero(np.isnan(columns["log_g"])), lost)
+    same_rows(columns, clean, np.setdiff1d(np.arange(400), lost))
+    np.testing.assert_array_equal(columns["row"], clean["row"])
+    np.testing.assert_array_equal(columns["id"], clean["id"])
+    assert [(f.path, f.rows, str(f.error)) for f in summary.failures] == [
+        (first, (64, 96), "a.h5: row 64 is damaged"),
+        (first, (96, 128), "a.h5: row 96 is damaged"),
+        (second, (232, 264), "b.h5: row 40 is damaged"),
+    ]
+    # A single file ends the run, with its first row that is damaged.
+    with pytest.raises(InputError, match=r"a\.h5: row 64 is damaged"):
+        predict(first, model)
+
+
+class Pinned(CpuEngine):
+    """Has places as a GPU has: a few, each with arrays of its own, which a block is read into and scored in."""
+
+    def __init__(self, mixture, block_rows, n, in_place):
+        super().__init__(mixture, block_rows, n)
+        self.__dict__.update(free=queue.SimpleQueue(), scored=[], in_place=in_place)
+        for _ in range(n):
+            shape = (block_rows, mixture.n_pixels)
+            self.free.put(
+                {
+                    "flux": np.full(shape, 7, "f4"),
+                    "error": np.full(shape, 7, "f4"),
+                    "mask": np.ones(shape, bool),
+                }
+            )
+
+    @contextmanager
+    def place(self):
+        arrays = self.free.get(timeout=60)
+
+        def score(flux, error, mask, first_row):
+            if not self.in_place:
+                return self(flux, error, mask, first_row)
+            assert np.shares_memory(flux, arrays["flux"])
+            assert np.shares_memory(error, arrays["error"])
+            assert mask is None or np.shares_memory(mask, arrays["mask"])
+            self.scored.append((len(flux), mask is not None))
+            return self(flux, error, mask, first_row)
+
+        try:
+            yield Place(lambda name, shape: arrays[name][: shape[0]], score)
+        finally:
+            self.free.put(arrays)
+
+
+@pytest.mark.parametrize(
+    "storage", [{}, {"dtype": "f8"}, {"chunks": (16, 1024)}, {"chunks": (16, 1024), "compression": "gzip"}]
+)
+def test_blocks_are_read_into_the_places_of_an_engine(storage, stars, model, tmp_path, monkeypatch):
+    some = stars.take(slice(0, 300)).observed()
+    mask = np.zeros(some.flux.shape, bool)
+    mask[250, 3:9] = True
+    path = some.write(tmp_path / "x.h5", **storage)
+    with h5py.File(path, "r+") as file:
+        file["dataset/arrays/mask/value"] = mask.astype("i2")
+    expected = predict(path, model).columns
+    in_place = "compression" not in storage
+    engine = Pinned(model.mixture, 32, 3, in_place)
+    monkeypatch.setattr(engines, "make_engine", lambda *_: engine)
+    same_rows(predict(path, model).columns, expected, but=())
+    if in_place:
+        assert sorted(engine.scored) == sorted([(32, False)] * 8 + [(32, True), (12, False)])
+    same_rows(
+        predict(path, model, rows=(45, 290), select="id >= 0").columns,
+        expected,
+        slice(None),
+        other_rows=slice(45, 290),
+    )
+
+
 def test_no_file_at_all(model, tmp_path):
     with pytest.raises(InputError, match="no such file"):
         predict(tmp_path / "absent.h5", model)
@@ -444,7 +553,7 @@ def test_replaced_only_when_complete(stars_file, model, tmp_path, monkeypatch):
     out = tmp_path / "t.h5"
     predict(stars_file, model, out, limit=5)
     before = out.read_bytes()
-    calls = iter([run.score_block, None])
+    calls = chain([run.score_block], repeat(None))
 
     def once(*args):
         work = next(calls)

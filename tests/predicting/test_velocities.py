@@ -14,13 +14,14 @@ from moefast.backend import Backend
 from moefast.benchmarks import velocities
 from moefast.benchmarks.velocities import moving_stars
 from moefast.cli import cli
-from moefast.core.errors import InputError
+from moefast.core.errors import BackendError, InputError
 from moefast.inspection.star import describe, look_at
 from moefast.model import Model
 from moefast.predicting import files
 from moefast.predicting.arrays import predict_arrays
+from moefast.predicting.engines import CpuEngine, CudaEngine
 from moefast.predicting.files import predict
-from moefast.predicting.velocities import FITTED_ON_CPU
+from moefast.predicting.velocities import FITTED_ON_CPU, MOVED_ON_CPU, fit_on
 from moefast.spectra import read_table
 from moefast.spectra.quality import Flag
 from moefast.spectra.writer import SpectrumWriter
@@ -90,6 +91,41 @@ def test_a_run_on_a_gpu_says_that_velocities_are_fitted_on_the_cpu(night, model,
     assert fitted.reason == f"as asked; {FITTED_ON_CPU}"
     assert "velocities fitted on the CPU" in fitted.reason
     assert predict(night, model, backend="cuda", limit=2, velocity=0).reason == "as asked"
+
+
+class FitOnDevice:
+    """A fit whose device works, or has too little memory."""
+
+    def __init__(self, problem=None):
+        self.problem, self.used = problem, False
+
+    def use_device(self):
+        if self.problem:
+            raise BackendError(self.problem)
+        self.used = True
+
+
+def test_velocities_are_fitted_where_predictions_are_made_by_kernels(model):
+    where, kernels = Backend("cuda", "Fake H200", "as asked"), object.__new__(CudaEngine)
+    fit = FitOnDevice()
+    assert fit_on(kernels, fit, where, "cuda").reason == f"as asked; {MOVED_ON_CPU}"
+    assert fit.used
+    # Neither another engine nor a run at rest asks for the device.
+    fit = FitOnDevice()
+    assert fit_on(CpuEngine(model.mixture), fit, where, "cuda").reason == f"as asked; {FITTED_ON_CPU}"
+    assert fit_on(kernels, None, where, "cuda") is where
+    on_cpu = Backend("cpu", "EPYC", "no GPU")
+    assert fit_on(CpuEngine(model.mixture), fit, on_cpu, "auto") is on_cpu
+    assert not fit.used
+
+
+def test_a_gpu_that_cannot_fit_velocities_is_no_error_unless_it_was_asked_for():
+    where, kernels = Backend("cuda", "Fake H200", "found"), object.__new__(CudaEngine)
+    full = FitOnDevice("device memory: 1 GB are needed")
+    words = fit_on(kernels, full, where, "auto").reason
+    assert words == f"found; {FITTED_ON_CPU}: device memory: 1 GB are needed"
+    with pytest.raises(BackendError, match="device memory"):
+        fit_on(kernels, full, where, "cuda")
 
 
 def test_a_velocity_that_is_given_has_precedence(night, model, fitted):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import h5py
@@ -19,8 +20,9 @@ import numpy as np
 import pytest
 
 from moefast.core.errors import InputError, LabelError, WaveGridError
-from moefast.spectra import Shard, find_files, open_spectra, same_wave
+from moefast.spectra import Failure, Shard, find_files, open_spectra, same_wave
 from moefast.spectra import shard as shard_module
+from moefast.spectra.blocks import BlockMemory
 
 
 def gather(blocks):
@@ -475,6 +477,131 @@ def test_the_others_go_on(make_file, tmp_path):
     np.testing.assert_array_equal(gather(spectra.blocks(5))[0], values["flux"])
     with pytest.raises(InputError, match="none of the files can be used"):
         open_spectra([broken], on_error="skip")
+
+
+# -- by several threads ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_blocks_are_filled_in_any_order(make_file, layout):
+    path, values = make_file(dtype="f4", arrays=("flux", "error", "mask"), **LAYOUTS[layout])
+    spectra = open_spectra([path, make_file("other.h5", n=6, seed=3)[0]])
+    blocks = list(spectra.unfilled(4, params=["log_g"]))
+    memory = BlockMemory()
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda block: spectra.fill(block, memory), reversed(blocks)))
+    assert [(block.shard, block.first_row, len(block)) for block in blocks] == [
+        (0, 0, 4), (0, 4, 4), (0, 8, 3), (1, 11, 4), (1, 15, 2),
+    ]  # fmt: skip
+    for block, same in zip(blocks, spectra.blocks(4, params=["log_g"]), strict=True):
+        np.testing.assert_array_equal(block.flux, same.flux)
+        np.testing.assert_array_equal(block.error, same.error)
+        np.testing.assert_array_equal(block.params["log_g"], same.params["log_g"])
+        assert (block.mask is None) == (same.mask is None)
+    np.testing.assert_array_equal(np.concatenate([block.flux for block in blocks[:3]]), values["flux"])
+    np.testing.assert_array_equal(np.concatenate([block.mask for block in blocks[:3]]), values["mask"])
+
+
+@pytest.mark.parametrize(("layout", "together"), [("contiguous", 2), ("chunks", 2), ("compressed", 1)])
+def test_arrays_that_lie_as_they_are_are_read_side_by_side(make_file, layout, together, monkeypatch):
+    """Every read waits until another one is under way, too."""
+    path, values = make_file(n=8, dtype="f4", **LAYOUTS[layout])
+    spectra = open_spectra(path)
+    barrier = threading.Barrier(together, timeout=60)
+    real = shard_module._RawFile.fill
+
+    def fill(file, view, offset):
+        barrier.wait()
+        real(file, view, offset)
+
+    monkeypatch.setattr(shard_module._RawFile, "fill", fill)
+    blocks = list(spectra.unfilled(4))
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda block: spectra.fill(block, BlockMemory()), blocks))
+    np.testing.assert_array_equal(np.concatenate([block.flux for block in blocks]), values["flux"])
+
+
+def test_a_file_that_is_closed_while_it_is_read(make_file, monkeypatch):
+    """Others may be opened under the number of a file that was closed: it must be no other's before the read ends."""
+    path, values = make_file(dtype="f4")
+    shard, opened = Shard(path), []
+    real = shard_module._RawFile.fill
+
+    def fill(file, view, offset):
+        shard.close()
+        opened.extend(os.open("/dev/zero", os.O_RDONLY) for _ in range(5))
+        real(file, view, offset)
+
+    monkeypatch.setattr(shard_module._RawFile, "fill", fill)
+    np.testing.assert_array_equal(shard.read("flux", 0, 11), values["flux"])
+    np.testing.assert_array_equal(shard.read("error", 2, 9), values["error"][2:9])
+    for number in opened:
+        os.close(number)
+
+
+def open_files(folder):
+    numbers = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
+    return [
+        os.readlink(number)
+        for number in numbers
+        if os.path.exists(number) and str(folder) in os.readlink(number)
+    ]
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="open files are listed on Linux")
+def test_no_file_stays_open(make_file, tmp_path):
+    spectra = open_spectra([make_file("a.h5")[0], make_file("b.h5", chunks=(4, 32))[0]])
+    list(spectra.blocks(4, params=["log_g"]))
+    assert open_files(tmp_path) == []
+    blocks = spectra.blocks(4, prefetch=False)
+    next(blocks)
+    assert open_files(tmp_path)
+    blocks.close()
+    assert open_files(tmp_path) == []
+    late = list(spectra.unfilled(4))
+    for block in late:
+        spectra.fill(block, BlockMemory())
+    assert open_files(tmp_path)
+    spectra.close()
+    assert open_files(tmp_path) == []
+
+
+def test_what_cannot_be_read_is_said_when_it_is_filled(make_file, monkeypatch):
+    path, values = make_file(n=12, dtype="f4")
+    with h5py.File(path) as file:
+        offset = file["dataset/arrays/error/value"].id.get_offset()
+    spectra = open_spectra(path)
+
+    def params(_, names, start, stop):
+        if stop > 4:
+            raise InputError("params are damaged")
+        return {name: np.zeros(stop - start) for name in names}
+
+    monkeypatch.setattr(Shard, "params", params)
+    with open(path, "rb+") as file:
+        file.truncate(offset + 8 * 32 * 4)
+    blocks = list(spectra.unfilled(4, params=["log_g"]))
+    spectra.fill(blocks[0], BlockMemory())
+    np.testing.assert_array_equal(blocks[0].error, values["error"][:4])
+    with pytest.raises(InputError, match="params are damaged") as caught:
+        spectra.fill(blocks[1], BlockMemory())
+    assert spectra.lost(blocks[1], caught.value) == Failure(path, (4, 8), caught.value)
+    # What was said of rows before is said of them now: spectra first, then params.
+    with pytest.raises(InputError, match=r"error/value: rows 8 to 11 cannot be read.*file ends at byte"):
+        spectra.fill(blocks[2], BlockMemory())
+
+
+def test_memory_of_several_threads_belongs_to_one_each():
+    memory, rows = BlockMemory(), np.arange(50)
+
+    def work(k):
+        arrays = [memory.array(name, (8, 100)) for name in ("flux", "error", "mask") for _ in range(2)]
+        for array in arrays:
+            array[:] = k % 2 if array.dtype == bool else k
+        return all((array == (k % 2 if array.dtype == bool else k)).all() for array in arrays)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, rows))
 
 
 # -- labels ----------------------------------------------------------------------------------------------------

@@ -113,14 +113,49 @@ def shared_arrays_known_by_their_line(monkeypatch):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Of the posterior: a simulated thread takes a millisecond to start. Three blocks share the roots of all stars."""
-    from moefast.kernels.cuda import clouds, information
+    from moefast.kernels.cuda import clouds, information, space, velocity
 
-    few = {"STEP": 4, "SOLVE_THREADS": 4, "TILE_ROWS": 16, "TILE_COLUMNS": 16}
-    # What a thread owns of a tile stays the same.
-    few["PRODUCT_THREADS"] = 16 // information.EACH_ROWS * 16 // information.EACH_COLUMNS
+    few = {"STEP": 4, "SOLVE_THREADS": 4, "TILE_ROWS": 16, "TILE_COLUMNS": 16, "PART_TERMS": 24}
+    few |= {"PRODUCT_THREADS": 8, "LEFT": 16, "RIGHT": 16}
     for name, value in few.items():
         monkeypatch.setattr(information, name, value)
-    few = {"READ_THREADS": 2, "MEDIAN_THREADS": 2, "LANES": 2, "COORDINATES": 8, "COLUMNS": 16, "PANEL": 4}
-    few |= {"MOST_CLOUDS": 4, "PARTS": 2, "THREADS": 8, "LEAST_BLOCKS": 3, "MOST_BLOCKS": 3}
+    few = {"MEDIAN_THREADS": 2, "LANES": 2, "CLOUDS": 4, "MOST_STARS": 2, "THREADS": 16}
+    few |= {"LEAST_BLOCKS": 3, "MOST_BLOCKS": 3}
     for name, value in few.items():
         monkeypatch.setattr(clouds, name, value)
+    few = {
+        "STEP": 4,
+        "READ_THREADS": 2,
+        "LANES": 2,
+        "VELOCITIES": 4,
+        "TEMPLATES": 2,
+        "LEAST_BLOCKS": 3,
+        "MOST_BLOCKS": 3,
+    }
+    few |= {"TILE": 16, "HALF": 8, "PADDED": 20, "PRODUCT_THREADS": 4, "LOADS": 32}
+    for name, value in few.items():
+        monkeypatch.setattr(velocity, name, value)
+    monkeypatch.setattr(space, "READ_THREADS", 2)
+
+
+class NumpyProducts:
+    """Σxxᵀ without the 256 threads of a tile in each group: the kernels of products have tests of their own."""
+
+    name = "numba"
+
+    def __init__(self, rows, p, n_groups):
+        self.upper = np.triu_indices(p)
+
+    def add(self, x, order, offsets, bounds, totals, stream):
+        np.testing.assert_array_equal(offsets._ary, bounds)
+        for group, total in enumerate(totals._ary):
+            here = x._ary[order._ary[bounds[group] : bounds[group + 1]]]
+            total += (here.T @ here)[self.upper]
+
+
+@pytest.fixture
+def numpy_products(monkeypatch):
+    """`NumpyProducts` in the place of our own."""
+    from moefast.kernels.cuda import products
+
+    monkeypatch.setitem(products.METHODS, "numba", NumpyProducts)

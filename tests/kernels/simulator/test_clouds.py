@@ -204,10 +204,9 @@ def test_blocks_pass_through_the_slots_and_memory_is_that_of_a_block(mix):
     work, inputs = plan.work(3), 3 * 9 * plan.n_pixels
     scratch = work.scratch.nbytes + work.second_scratch.nbytes
     assert scratch == plan.scratch_bytes
-    arrays = [
-        a for name, a in vars(work).items() if name not in ("rows", "scores", "scratch", "second_scratch")
-    ]
-    arrays += list(work.scores)
+    others = ("rows", "scores", "memory_of_scores", "scratch", "second_scratch", "parts", "pairs_of_roots")
+    arrays = [a for name, a in vars(work).items() if name not in others]
+    arrays += [*work.scores, *work.parts.values()]
     share = -(-scratch // clouds.BLOCK_ROWS)
     assert 3 * (plan.bytes_per_row() - share) == inputs + sum(a.nbytes for a in arrays)
 
@@ -216,7 +215,7 @@ def test_the_engine_gives_what_the_cpu_gives(mix):
     flux, error, mask = spoilt(mix)
     assert without_kernels(mix) == ""
     engine = CudaEngine(mix)
-    assert engine.workers == min(clouds.SLOTS, 4) + 1
+    assert engine.workers == clouds.SLOTS
     found, quality = engine(flux, error, mask, 0)
     expected, same = mix.score(flux, error, mask)
     rows = same.n_good > 1
@@ -247,11 +246,28 @@ def test_what_is_too_large_is_refused_in_words(mix, monkeypatch):
 
 def test_the_largest_fits_in_shared_memory(monkeypatch):
     monkeypatch.undo()
-    staged = clouds.PANEL * (clouds.PADDED + clouds.COLUMNS) + clouds.THREADS
-    assert 4 * (of_clouds.CUDA_COORDINATES * clouds.COLUMNS + staged) <= MOST_SHARED
+    n, vectors = of_clouds.CUDA_COORDINATES, of_clouds.CUDA_TANGENTS + 1
+    for reach in (8, n // 2 // 8 * 8, n):
+        sizes = clouds.sizes_of(n, reach, vectors)
+        assert 4 * sizes.shared <= MOST_SHARED
+        assert 1 <= sizes.stars <= clouds.MOST_STARS
+        assert sizes.depth % clouds.QUAD == 0 < sizes.depth <= reach
     # Sums of a block go through a number of each of at most 32 warps.
-    assert information.solve_launch(of_clouds.CUDA_DIRECTIONS)[1] + 8 * 32 <= MOST_SHARED
-    assert clouds.clouds_of_panel(of_clouds.CUDA_TANGENTS + 1) >= 1
+    largest = (information.solve_launch(of_clouds.CUDA_DIRECTIONS), information.solve_launch(n, 2))
+    assert max(each.staged for each in largest) + 8 * 32 <= MOST_SHARED
+
+
+def test_vectors_that_do_not_fit_are_staged_in_turns(monkeypatch):
+    """With as little shared memory as leaves a star four coordinates at a time."""
+    made = mixture(p=48, m=7, t=4, n=14)
+    flux, error = stars(made, 3)
+    expected = made.outputs(flux, error, backend="cuda")
+    plain = clouds.sizes_of(16, 16, 5)
+    assert plain.depth == 16
+    monkeypatch.setattr(
+        clouds, "sizes_of", lambda n, reach, vectors: clouds.Sizes(1, 4, plain.stride, plain.shared)
+    )
+    assert_same_bits(made.outputs(flux, error, backend="cuda"), expected)
 
 
 def test_tiles_as_large_as_on_a_device(monkeypatch):

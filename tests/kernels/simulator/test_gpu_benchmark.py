@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from moefast.kernels.cuda import binning, gram, products
+from moefast.core.grids import uniform
+from moefast.fitting import Options
+from moefast.kernels.cuda import binning, draws, gram, products
 
 SCRIPT = Path(__file__).resolve().parents[3] / "benchmarks" / "gpu_normal_equations.py"
 
@@ -29,9 +31,22 @@ def script(monkeypatch):
     return module
 
 
+PARTS = [word for part in ("accuracy", "speed", "streamed") for word in ("--part", part)]
+
+
+@pytest.mark.usefixtures("numpy_products")
+def test_the_first_pass(script, monkeypatch):
+    monkeypatch.setattr(draws, "THREADS", 2)
+    monkeypatch.setattr(script, "MADE", 5)
+    options = Options(grid=uniform(1, 1), n_folds=2)
+    found = script.first_pass(6, 7, 640, samples=1, n_compared=8, options=options)
+    assert found["difference"] < script.GOAL
+    assert {name: len(seconds) for name, seconds in found["seconds"].items()} == {"cuda": 1, "cpu": 1}
+
+
 def test_the_report(script, tmp_path):
     out = tmp_path / "report.json"
-    done = CliRunner().invoke(script.main, ["--small", "--samples", "1", "-o", str(out)])
+    done = CliRunner().invoke(script.main, ["--small", "--samples", "1", "-o", str(out), *PARTS])
     report = json.loads(out.read_text())
     assert report["accuracy"][0]["worst_error"]["numba"] < script.GOAL
     assert report["speed"][0]["engines"]["numba"]["agrees"]
@@ -45,6 +60,8 @@ def test_the_report(script, tmp_path):
 
 def test_a_wrong_product_is_a_failure(script, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "worst_error", lambda packed, exact: 2e-6)
-    done = CliRunner().invoke(script.main, ["--small", "--samples", "1", "-o", str(tmp_path / "r.json")])
+    done = CliRunner().invoke(
+        script.main, ["--small", "--samples", "1", "-o", str(tmp_path / "r.json"), *PARTS]
+    )
     assert done.exit_code == 1
     assert "off by more than the goal of 1e-06: numba" in done.output

@@ -94,14 +94,13 @@ def test_streamed_blocks_give_what_the_fit_holds(block_rows):
     n, p = 23, 6
     x, y, _ = rows(n, p, 1)
     rng = np.random.default_rng(1)
-    variance = rng.uniform(0, 1, (n, p)).astype(np.float32)
     bins, folds = rng.integers(0, 2, n), rng.integers(0, 2, n)
     expected = NormalEquations(np.zeros(p), 2, 2)
-    expected.add(x, y, variance, bins, folds)
+    expected.add(x, y, None, bins, folds)
     expected.finish()
-    totals = NormalEquationsAccumulator(p, 4, with_variance=True, block_rows=block_rows)
+    totals = NormalEquationsAccumulator(p, 4, block_rows=block_rows)
     for here in (slice(0, 9), slice(9, 9), slice(9, n)):
-        totals.add_block(x[here], y[here], (bins * 2 + folds)[here], variance[here])
+        totals.add_block(x[here], y[here], (bins * 2 + folds)[here])
     found = totals.fetch()
     for name in found._fields:
         total = getattr(expected, name)
@@ -118,10 +117,6 @@ def test_blocks_are_checked_and_nothing_is_added():
         totals.add_block(x, y[:-1], group)
     with pytest.raises(ValueError, match="bins must lie in 0 … 1; found"):
         totals.add_block(x, y, group + 1)
-    with pytest.raises(ValueError, match=r"None \(with_variance was not set\) expected; found shape"):
-        totals.add_block(x, y, group, x)
-    with pytest.raises(ValueError, match="expected; found None"):
-        NormalEquationsAccumulator(4, 2, with_variance=True).add_block(x, y, group)
     with pytest.raises(ValueError, match="at least 1"):
         NormalEquationsAccumulator(0, 2)
     with pytest.raises(ValueError, match=r"x \(n, p\) expected"):

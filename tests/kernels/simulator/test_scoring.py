@@ -242,14 +242,14 @@ def test_blocks_pass_through_the_slots(monkeypatch):
     mask = np.random.default_rng(0).random(flux.shape) < 0.1
     scorer = CudaScorer(*plans, block_rows=5)
     used = []
-    real = scoring._Slot.start
+    real = scoring.Slot.start
 
     def start(slot):
         used.append(slot.n)
         return real(slot)
 
     with monkeypatch.context() as patch:
-        patch.setattr(scoring._Slot, "start", start)
+        patch.setattr(scoring.Slot, "start", start)
         found = scorer(flux, error, mask)
     assert sorted(used) == [3, 5, 5, 5, 5]
     assert_scores(found, flux, error, mask, plans)
@@ -263,15 +263,37 @@ def test_blocks_are_filled_side_by_side(monkeypatch):
     flux, error = spectra(8, plans[0])
     scorer = CudaScorer(*plans, block_rows=2)
     together = threading.Barrier(2, timeout=60)
-    real = scoring._Slot.fill
+    real = scoring.Slot.fill
 
     def fill(slot, *block):
         together.wait()
         real(slot, *block)
 
     with monkeypatch.context() as patch:
-        patch.setattr(scoring._Slot, "fill", fill)
+        patch.setattr(scoring.Slot, "fill", fill)
         assert_scores(scorer(flux, error), flux, error, None, plans)
+
+
+def test_what_is_made_in_a_slot_is_not_copied():
+    plans = random_plans(p=16, c=3, w=1, n_experts=2, n_levels=2, hidden=2)
+    flux, error = spectra(5, plans[0])
+    mask = np.random.default_rng(0).random(flux.shape) < 0.1
+    scorer = CudaScorer(*plans, block_rows=5, slots=2)
+    for n, hidden in ((5, mask), (3, None)):
+        with scorer.slot() as slot:
+            made = [slot.array(name, (n, 16)) for name in ("flux", "error", "mask")]
+            for array, rows in zip(made, (flux, error, mask), strict=True):
+                array[:] = rows[:n]
+                slot.host["flux"].flags.writeable = slot.host["error"].flags.writeable = False
+            found = scorer(made[0], made[1], None if hidden is None else made[2], slot)
+            for array in slot.host.values():
+                array.flags.writeable = True
+            # Of others in the same slot, only what lies elsewhere is copied.
+            turned = scorer(flux[:n][::-1], made[1], None, slot)
+        assert_scores(found, flux[:n], error[:n], None if hidden is None else mask, plans)
+        assert_scores(turned, flux[:n][::-1], error[:n], None, plans)
+    # Both are free again.
+    assert_scores(scorer(flux, error), flux, error, None, plans)
 
 
 def test_callers_in_threads_share_the_slots():
@@ -302,7 +324,7 @@ def test_a_failing_block_gives_its_slots_back(monkeypatch):
         raise RuntimeError("launch failed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(scoring._Slot, "start", broken)
+        patch.setattr(scoring.Slot, "start", broken)
         with pytest.raises(RuntimeError, match="launch failed"):
             scorer(flux, error)
     assert_scores(scorer(flux, error), flux, error, None, plans)
@@ -315,14 +337,14 @@ class _Full(Exception):
 def test_out_of_memory_halves_the_block(monkeypatch):
     plans = random_plans(p=16, c=3, w=1, n_experts=2, n_levels=2, hidden=2)
     monkeypatch.setattr(scoring, "FLOOR_ROWS", 4)
-    real, largest = scoring._Slot, 7
+    real, largest = scoring.Slot, 7
 
     def slot(rows, *rest):
         if rows > largest:
             raise _Full
         return real(rows, *rest)
 
-    monkeypatch.setattr(scoring, "_Slot", slot)
+    monkeypatch.setattr(scoring, "Slot", slot)
     scorer = CudaScorer(*plans, block_rows=40)
     assert scorer.block_rows == 5
     flux, error = spectra(12, plans[0])
@@ -336,7 +358,7 @@ def test_out_of_memory_halves_the_block(monkeypatch):
     def broken(*_):
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(scoring, "_Slot", broken)
+    monkeypatch.setattr(scoring, "Slot", broken)
     with pytest.raises(RuntimeError, match="something else"):
         CudaScorer(*plans)
 
@@ -359,7 +381,7 @@ def test_short_pinned_memory_is_not_called_device_memory(monkeypatch):
     ) as caught:
         CudaScorer(*plans, block_rows=40, slots=2)
     assert "device memory" not in str(caught.value)
-    slot = scoring._Slot(1, scoring.DevicePlan(*plans))
+    slot = scoring.Slot(1, scoring.DevicePlan(*plans))
     assert slot.pinned_bytes_per_row(slot.plan) == sum(a.nbytes for a in (*slot.host.values(), *slot.results))
 
 
@@ -375,7 +397,7 @@ def test_every_thread_works_on_the_device_of_the_scorer(monkeypatch):
         def __exit__(self, *_):
             entered.remove(threading.get_ident())
 
-    real = scoring._Slot.start
+    real = scoring.Slot.start
 
     def start(slot):
         launched.append(threading.get_ident())
@@ -383,7 +405,7 @@ def test_every_thread_works_on_the_device_of_the_scorer(monkeypatch):
         real(slot)
 
     monkeypatch.setattr(scoring, "current_device", Device)
-    monkeypatch.setattr(scoring._Slot, "start", start)
+    monkeypatch.setattr(scoring.Slot, "start", start)
     scorer = CudaScorer(*plans, block_rows=4)
     assert_scores(scorer(flux, error), flux, error, None, plans)
     assert len(launched) == 3
@@ -397,13 +419,13 @@ def test_every_thread_works_on_the_device_of_the_scorer(monkeypatch):
 def test_the_block_is_what_a_share_of_the_free_memory_holds(monkeypatch):
     plans = random_plans(p=16, c=3, w=1, n_experts=2, n_levels=2, hidden=2)
     per_row = scoring.Work.bytes_per_row(scoring.DevicePlan(*plans))
-    slot = scoring._Slot(1, scoring.DevicePlan(*plans))
+    slot = scoring.Slot(1, scoring.DevicePlan(*plans))
     arrays = [*slot.device.values(), *slot.work.scores]
     arrays += [getattr(slot.work, name) for name in ("columns", "windows", "cells", "energy", "expected")]
     assert per_row == sum(a.nbytes for a in arrays)
     # Stars that are turned for the library, and what it finds.
     with_library = scoring.DevicePlan(*plans, random_library(2, 1, 1))
-    slot = scoring._Slot(1, with_library)
+    slot = scoring.Slot(1, with_library)
     clouds = slot.work.clouds
     more = sum(a.nbytes for a in (clouds.stars, clouds.noise, clouds.found))
     assert scoring.Work.bytes_per_row(with_library) == per_row + more
@@ -444,8 +466,7 @@ def test_the_engine_gives_predictions_and_quality():
     mask = np.zeros(flux.shape, bool)
     mask[2, 100:] = True
     engine = CudaEngine(mixture)
-    # One reads while either slot is at work.
-    assert engine.workers == 3
+    assert engine.workers == scoring.SLOTS
     found, quality = engine(flux, error, mask, 0)
     expected, same = mixture.score(flux, error, mask)
     for name in (*OF_MIX, "log_level"):
@@ -460,7 +481,7 @@ def test_an_engine_without_memory_is_a_backend_error(monkeypatch):
     def full(*_):
         raise _Full
 
-    monkeypatch.setattr(scoring, "_Slot", full)
+    monkeypatch.setattr(scoring, "Slot", full)
     with pytest.raises(BackendError, match="device memory"):
         CudaEngine(random_mixture())
 

@@ -93,6 +93,11 @@ def test_the_report(script, tmp_path):
         assert posterior["engines"][name]["rows_per_second"] > 0
     steps = posterior["engines"]["moefast, resident"]["steps"]
     assert len(steps["clouds"]) == 1
+    (velocities,) = report["velocities"].values()
+    for name in ("scan", "step"):
+        for way in ("resident", "from host memory", "on the CPU"):
+            assert velocities["engines"][f"{name}, {way}"]["agrees"], (name, way)
+    assert len(velocities["engines"]["scan, resident"]["steps"]["lines"]) == 1
     assert "spectra/s" in done.output
 
 
