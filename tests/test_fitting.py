@@ -793,9 +793,34 @@ def test_residuals_that_help_nowhere_are_left_out_and_the_fit_says_so(train_file
     )
 
 
+@pytest.mark.usefixtures("quick")
+def test_residuals_of_weak_stars_are_fitted_to_be_zero_elsewhere(train_file, train_toy, monkeypatch):
+    asked = []
+
+    def look(name, seen, wrong, weight, seed):
+        asked.append(wrong)
+        return fit_ridge(name, seen, wrong, weight, seed)
+
+    fit_ridge = residuals._fit_residual
+    monkeypatch.setattr(residuals, "_fit_residual", look)
+    monkeypatch.setattr(residuals, "FAINT", 0.0)
+    rich = np.mean(train_toy.labels["M_H"] >= -1)
+    assert 0.2 < rich < 0.8
+    for focus, share in ((False, 0.0), (True, rich)):
+        asked.clear()
+        fitted(train_file, **QUICK, residuals=("ridge",), residual_focus=focus)
+        assert np.mean(np.concatenate(asked) == 0) == pytest.approx(share, abs=0.05)
+    asked.clear()
+    monkeypatch.setattr(residuals, "FAINT", np.inf)
+    fitted(train_file, **QUICK, residuals=("ridge",), residual_focus=True)
+    assert np.all(np.concatenate(asked) != 0)
+
+
 def test_unknown_residuals_are_refused():
     with pytest.raises(InputError, match="residuals must be of linear, ridge, trees"):
         Options(residuals=("network",))
+    with pytest.raises(InputError, match="only where there are residuals"):
+        Options(residual_focus=True)
 
 
 # --- a second tower of the gate --------------------------------------------------------------------------------------

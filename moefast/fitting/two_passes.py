@@ -97,7 +97,9 @@ def fit_mixture(
     found = _both_passes(passes.training_set(spectra, options, report), passes, checkpoint, backend)
     if options.has_sampled_oracle:
         # What the choice of families is compared with: one noise draw per star, as published.
-        sampled = replace(options, noise="sampled", families=("linear",), references=False)
+        sampled = replace(
+            options, noise="sampled", families=("linear",), metal_poor_families=(), references=False
+        )
         again = passes.training_set(
             spectra, sampled, lambda stage, *steps: report(f"{stage}{SAMPLED}", *steps)
         )

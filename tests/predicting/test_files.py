@@ -578,7 +578,7 @@ def test_progress_counts_every_row(stars_file, model):
     predict(stars_file, model, rows=(10, 2600), progress=lambda done, total: seen.append((done, total)))
     assert seen[-1] == (2590, 2590)
     assert {total for _, total in seen} == {2590}
-    assert [done for done, _ in seen] == [*range(246, 2590, 256), 2590]
+    assert [done for done, _ in seen] == [0, *range(246, 2590, 256), 2590]
 
 
 def test_fit_and_evaluate_need_labels(stars, model, tmp_path):

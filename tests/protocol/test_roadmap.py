@@ -1,5 +1,6 @@
 """The roadmap: which stage follows which, by which number; what is there is not done again."""
 
+import functools
 import json
 
 import pytest
@@ -8,10 +9,14 @@ from made_reports import evaluation
 from markupsafe import escape
 
 from moefast.cli import cli
+from moefast.core import metrics
 from moefast.core.errors import InputError, OutputError
 from moefast.core.records import as_entries
+from moefast.fitting import error_model, gate
 from moefast.protocol import roadmap as module
+from moefast.protocol.report import Bootstrap
 from moefast.protocol.roadmap import STAGES, Plan, roadmap, roadmap_text
+from moefast.spectra import open_spectra
 
 PLAN = Plan(train=1000, seeds=2)
 OTHERS = (
@@ -64,6 +69,51 @@ def made(monkeypatch):
     monkeypatch.setattr(module, "_perform", perform)
     monkeypatch.setattr(module, "simulate_set", lambda path, *_: path.write_bytes(b""))
     return numbers, oracle, performed
+
+
+@pytest.mark.torch
+def test_a_tiny_roadmap_is_fitted_evaluated_and_judged(labelled_file, stars, tmp_path, monkeypatch):
+    """The whole tree with nothing made up: fits, evaluations, gates, verdicts and pages, of a few binned stars."""
+    for owner, name in ((gate, "fit_gate"), (error_model, "fit_error_model")):
+        monkeypatch.setattr(owner, name, functools.partial(getattr(owner, name), hidden=4, steps=150))
+    # Twenty resamples are as good as a thousand to test with.
+    monkeypatch.setattr(Bootstrap.__init__, "__defaults__", (20, metrics.SEED))
+    monkeypatch.setattr(metrics, "N_RESAMPLES", 20)
+    few = stars.take(slice(0, 400))
+    spectra = open_spectra([labelled_file])
+    monkeypatch.setattr(
+        module, "simulate_set", lambda path, *_: few.write(path, arrays=("flux", "error", "noisy"))
+    )
+    monkeypatch.setattr(module.SimulatedSpectra, "of_set", lambda *_, **__: spectra)
+    plan = Plan(train=1500, seeds=2, steps=5, families=("linear", "whitened"))
+    result = roadmap(
+        tmp_path / "r", plan, everything=True, say=lambda w: print(__import__("time").process_time(), w)
+    )
+    assert result.path == tuple(stage.id for stage in STAGES)
+    rows = {row.id: row for stage in result.stages for row in stage.milestones}
+    assert all(row.ours.value is not None for row in rows.values())
+    reports = {name: json.loads((tmp_path / "r/reports" / name / "report.json").read_text()) for name in (
+        "hybrid-moe", "hybrid-regression", "hybrid-metal-poor",
+    )}  # fmt: skip
+    found = reports["hybrid-regression"]
+    r2 = {name: entry["r2"] for name, entry in found["references"].items()} | {"own": found["overall"]["r2"]}
+
+    def rho(name):
+        return (r2[name] - r2["global-ridge"]) / (r2["oracle-hybrid"] - r2["global-ridge"])
+
+    (check,) = rows["C2.0"].absolute.checks
+    assert check.value == pytest.approx(rho("own"), abs=1e-6)
+    # There is no library, and so no evidence.
+    assert found["rho_bayes"] is None
+    worst = reports["hybrid-metal-poor"]["worst_metal_poor"]
+    assert rows["C1.1"].ours.value == worst["r2_oracle"]
+    assert f"bin {worst['name']}" in rows["C1.1"].ours.note
+    compared = {(one.base, one.other) for stage in result.stages for one in stage.comparisons}
+    assert compared == {
+        ("hybrid-moe", "hybrid-metal-poor"), ("hybrid-moe", "hybrid-regression"), ("phys-moe", "hybrid-moe"),
+        ("heads-single", "heads"), ("heads", "residual-moe"), ("heads", "residual-metal-poor"),
+    }  # fmt: skip
+    assert "moefast fit train.h5 -o models/residual-metal-poor/" in (tmp_path / "r/roadmap.html").read_text()
 
 
 def test_a_strong_hybrid_and_a_good_gate_lead_to_residuals(made, tmp_path):
