@@ -54,7 +54,7 @@ from moefast.kernels.cuda.information import (
 )
 from moefast.kernels.cuda.lanes import GROUP, SCRATCH, most_of_warp, sum_of_block, sum_of_group, sum_of_warp
 from moefast.kernels.cuda.registry import kernel
-from moefast.kernels.cuda.scoring import BlockScorer
+from moefast.kernels.cuda.scoring import BlockScorer, results_on_device
 from moefast.kernels.cuda.space import DeviceSpace, SpaceWork, on_device
 from moefast.kernels.quality import LARGEST32, LARGEST_ERROR32
 from moefast.kernels.velocity import (
@@ -690,7 +690,7 @@ class ScanWork:
         self.rows, self.weights = singles(rows * EACH_STAR, plan.depth), singles(rows, plan.depth)
         self.of_rows = singles(rows * EACH_STAR, plan.lines.shape[1])
         self.of_weights = singles(rows, plan.squares.shape[1])
-        self.evidence = cuda.device_array((rows, plan.n_velocities), np.float64)
+        self.memory_of_scores, (self.evidence,) = results_on_device(plan, rows)
 
 
 class DeviceStep:
@@ -790,11 +790,8 @@ class StepWork(SpaceWork):
         def doubles(*shape: int) -> Any:
             return cuda.device_array(shape, np.float64)
 
-        self.across, self.sums, self.found = (
-            doubles(rows, plan.space.width),
-            doubles(rows, 2),
-            doubles(rows, 2),
-        )
+        self.across, self.sums = doubles(rows, plan.space.width), doubles(rows, 2)
+        self.memory_of_scores, (self.found,) = results_on_device(plan, rows)
         # What the reading kernel gives as well.
         kinds = (np.float32, np.int32, np.uint32)
         self.quality = tuple(cuda.device_array(rows, kind) for kind in kinds)

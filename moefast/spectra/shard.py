@@ -370,6 +370,9 @@ class Shard:
                         self._read_slabs(array, stored, start, out)
                 if stored.gaps is not None:
                     stored.gaps.blank(out, start)
+        except MemoryError:
+            # Not taken for damage: its rows would count as lost.
+            raise
         except Exception as error:
             if (interrupt := interrupt_behind(error)) is not None:
                 raise interrupt from None
@@ -484,6 +487,9 @@ class Shard:
         try:
             with self._lock:
                 return read_columns(self._file(), {name: self._columns[name] for name in wanted}, start, stop)
+        except MemoryError:
+            # Not taken for damage: its rows would count as lost.
+            raise
         except Exception as error:
             if (interrupt := interrupt_behind(error)) is not None:
                 raise interrupt from None

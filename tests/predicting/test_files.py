@@ -471,8 +471,10 @@ class Pinned(CpuEngine):
             self.scored.append((len(flux), mask is not None))
             return self(flux, error, mask, first_row)
 
-        yield Place(lambda name, shape: arrays[name][: shape[0]], score)
-        self.free.put(arrays)
+        try:
+            yield Place(lambda name, shape: arrays[name][: shape[0]], score)
+        finally:
+            self.free.put(arrays)
 
 
 @pytest.mark.parametrize(
@@ -576,7 +578,7 @@ def test_progress_counts_every_row(stars_file, model):
     predict(stars_file, model, rows=(10, 2600), progress=lambda done, total: seen.append((done, total)))
     assert seen[-1] == (2590, 2590)
     assert {total for _, total in seen} == {2590}
-    assert [done for done, _ in seen] == [*range(246, 2590, 256), 2590]
+    assert [done for done, _ in seen] == [0, *range(246, 2590, 256), 2590]
 
 
 def test_fit_and_evaluate_need_labels(stars, model, tmp_path):

@@ -420,3 +420,20 @@ def test_an_interrupt_that_a_library_wraps_is_no_damage(texts, monkeypatch):
     with pytest.raises(_Interrupt):
         shard.read("flux", 0, 2)
     assert interrupt_behind(ValueError("damaged")) is None
+
+
+def test_a_lack_of_memory_is_no_damage(tmp_path, monkeypatch):
+    """Rows that are damaged are marked as lost in the table; those for which there was no memory must not be."""
+    spectra(tmp_path / "x.h5")
+    shard = Shard(tmp_path / "x.h5")
+
+    def none_left(*_):
+        raise MemoryError("none left")
+
+    for name in ("_read_raw", "_read_slabs", "_read_chunks"):
+        monkeypatch.setattr(Shard, name, none_left)
+    monkeypatch.setattr("moefast.spectra.shard.read_columns", none_left)
+    with pytest.raises(MemoryError, match="none left"):
+        shard.read("flux", 0, 2)
+    with pytest.raises(MemoryError, match="none left"):
+        shard.params(["log_g"], 0, 2)
