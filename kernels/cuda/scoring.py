@@ -416,6 +416,9 @@ class BlockScorer:
                     raise self._shortage(error) from error
             # Outside the handler, whose traceback keeps the arrays that were allocated alive.
             self.block_rows = max(floor, self.block_rows // 2)
+        # The plan is on the device before the stream of a slot reads it: streams wait for the default stream, in which
+        # it was copied, only where that is not one of each thread.
+        cuda.synchronize()
         self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
         for place in places:
             self._free.put(place)
