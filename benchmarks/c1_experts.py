@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 
 from moefast.core.atomic import atomic_file
 from moefast.core.grids import PHYSICAL_GRID, uniform
+from moefast.core.line_features import LEAST_CONTINUUM, LINES
 from moefast.core.random import add_noise, fold_of_rows
 from moefast.experts.indices import MORE_LINES
 from moefast.experts.normal_equations import NormalEquations
 from moefast.experts.ridge import NoisePath, principal_subspace, ridge
 from moefast.experts.template import choose_library, fit_library, library_mean
-from moefast.gating.features import LEAST_CONTINUUM, LINES
 from moefast.kernels import Library, tangent_posterior
 from moefast.mixture import hat_weights
 from moefast.simulate import SimulatedSpectra

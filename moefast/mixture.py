@@ -28,10 +28,10 @@ from typing import ClassVar, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from moefast.core.line_features import LEAST_CONTINUUM, LINE_FEATURES, LINES, line_columns
 from moefast.experts.protocol import Expert, Inputs, Place
 from moefast.experts.template import Templates
 from moefast.forward import Pass, forward
-from moefast.gating.features import LEAST_CONTINUUM, LINE_FEATURES, LINES, line_columns
 from moefast.gating.tower import Tower, quality_logs
 from moefast.kernels import Given, Library, Mixed, Mixing, Projected, Projection, cell_size, project, soft_mix
 from moefast.kernels.forward import LAYERS, Sizes

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from moefast.core.line_features import LEAST_CONTINUUM, LINES, Line
 from moefast.experts.protocol import Components, Expert, ExpertValues, Inputs, expert, read_initializers
 from moefast.experts.trees import ensemble, fit_trees, forest_arrays, read_ensemble, stacking
-from moefast.gating.features import LEAST_CONTINUUM, LINES, Line
 from moefast.kernels import Forest
 from moefast.ops.arithmetic import SolvingArithmetic
 from moefast.ops.on_numpy import NumPyArithmetic

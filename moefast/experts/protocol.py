@@ -76,7 +76,7 @@ class Inputs(NamedTuple):
     log_level : array of shape (n,), float32
         ln s, the noise level over that of the training set.
     lines : array of shape (n, 9), float32
-        `moefast.gating.features.LINE_FEATURES`.
+        `moefast.core.line_features.LINE_FEATURES`.
     x : array of shape (n, p), float32, or None
         Flux as it is, with the reference spectrum in the place of bad pixels; only for experts with `needs_flux`.
     value, linear : array of shape (n,), float32, dex, or None

@@ -5,12 +5,12 @@ import pytest
 from one_expert import N_COMPONENTS, inputs, model_of, run, same_arrays
 from tolerances import assert_close
 
+from moefast.core.line_features import LINES, Line
 from moefast.core.metrics import r2
 from moefast.experts.indices import MORE_LINES, TreesOnIndices, line_windows
 from moefast.experts.protocol import Components, family, fitted_on_components
 from moefast.experts.trees import Trees
 from moefast.export import open_session
-from moefast.gating.features import LINES, Line
 
 WAVE = np.linspace(7100.2, 8849.8, 2048)
 NAMES = [line.name for line in (*LINES, *MORE_LINES)]
