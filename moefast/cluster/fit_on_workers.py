@@ -18,6 +18,7 @@ import os
 import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -46,6 +47,8 @@ from moefast.fitting.statistics import Statistics, cut_at_multiples, n_units, ro
 from moefast.fitting.training_set import BLOCK_ROWS, Rows, TrainingSet
 from moefast.model import Model
 from moefast.recipes import PreparedFit
+from moefast.spectra.source import SpectrumSource
+from moefast.spectra.spectrum_set import SpectrumSet
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -284,7 +287,7 @@ class SpreadTrainingSet(TrainingSet):
         digest = hashlib.sha256(content).hexdigest()
         path = cluster.folder / f"{digest[:16]}.stage"
         write_atomically(path, content)
-        pieces = [piece for stretch in rows for piece in cut_at_multiples(*stretch, BLOCK_ROWS)]
+        pieces = [piece for stretch in rows for piece in blocks_of(self.spectra, *stretch)]
         n_tasks = min(len(pieces), STRETCHES_PER_TASK * cluster.n_workers)
         groups = [
             pieces[len(pieces) * i // n_tasks : len(pieces) * (i + 1) // n_tasks] for i in range(n_tasks)
@@ -303,6 +306,23 @@ class SpreadTrainingSet(TrainingSet):
                         yield result
         finally:
             path.unlink(missing_ok=True)
+
+
+def blocks_of(spectra: SpectrumSource, first: int, stop: int) -> list[tuple[int, int]]:
+    """First row of each block that one process reads from `first` to `stop`, and the one after its last.
+
+    Matrix products of other numbers of rows have other last bits: a task must not cut where one process does not, nor
+    the other way round. Files are cut from their own first rows on.
+    """
+    edges = [0, spectra.n_rows]
+    if isinstance(spectra, SpectrumSet):
+        edges = spectra.first_rows.tolist()
+    found = []
+    for begin, end in pairwise(edges):
+        a, b = max(first, begin), min(stop, end)
+        if a < b:
+            found += [(begin + x, begin + y) for x, y in cut_at_multiples(a - begin, b - begin, BLOCK_ROWS)]
+    return found
 
 
 @functools.lru_cache(maxsize=1)

@@ -15,8 +15,9 @@ from moefast.cluster.fit_on_workers import fit_on
 from moefast.cluster.fit_parts import FitPlan, Source
 from moefast.core.errors import InputError
 from moefast.experts import normal_equations
-from moefast.fitting import error_model, gate, linear_experts, sample, statistics
+from moefast.fitting import error_model, gate, linear_experts, sample, statistics, training_set
 from moefast.recipes import fit
+from moefast.simulate import SimulatedSpectra
 
 distributed = pytest.importorskip("distributed")
 # Sockets and loops of Dask's that are closed late are not ours.
@@ -154,3 +155,22 @@ def test_what_a_worker_does_not_see_is_named(client, plan, tmp_path, monkeypatch
     monkeypatch.setattr(client, "run", lambda *_, **__: {address: facts})
     with pytest.raises(InputError, match=rf"worker {address} does not see .*train\.h5"):
         fit_on(client, plan, plan.prepare(), tmp_path / "m")
+
+
+def test_tasks_have_the_blocks_of_one_process(make_toy, tmp_path, monkeypatch):
+    """Stretches of a second file were cut elsewhere: products of other shapes, other last bits, another gate."""
+    for room in (fit_on_workers, training_set):
+        monkeypatch.setattr(room, "BLOCK_ROWS", 64)
+    files = [make_toy(n, n).write(tmp_path / f"{n}.h5") for n in (150, 70, 100)]
+    plan = FitPlan(Source.of_files(files), {"recipe": "global-ridge", "references": False})
+    prepared = plan.prepare()
+    data = training_set.TrainingSet(prepared.spectra, prepared.options, lambda *_: None)
+    data.find_reference()
+    for stretch in ((0, 320), (10, 20), (140, 300), (63, 65), (150, 220), (219, 221)):
+        here = [(rows.start, rows.stop) for rows, *_ in data.blocks("x", [stretch])]
+        pieces = fit_on_workers.blocks_of(prepared.spectra, *stretch)
+        assert pieces == here
+        # And a worker that is given a piece reads it as one block.
+        assert [(rows.start, rows.stop) for rows, *_ in data.blocks("x", pieces)] == here
+    simulated = SimulatedSpectra.of_set("z0", rows=(0, 200))
+    assert fit_on_workers.blocks_of(simulated, 50, 200) == [(50, 64), (64, 128), (128, 192), (192, 200)]
