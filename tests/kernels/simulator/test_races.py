@@ -143,14 +143,14 @@ def test_the_posterior(small, in_shared, at_once, monkeypatch, log):
     """Five stars: blocks of two stars, one of which is there once, and several stars for each block of roots."""
     if not in_shared:
         monkeypatch.setattr(information, "MOST_OF_BLOCK", 0)
-    made = mixture(p=60, m=6, t=4, n=13, q=3, n_sky=1)
-    # The last eight coordinates have means alone, so that their bands are staged without tangents between.
+    made = mixture(p=60, m=6, t=4, n=17, q=3, n_sky=1)
+    # The last nine coordinates have means alone, so that their bands are staged without tangents between.
     made.tangents[:, :, 8:] = 0
     precision = made.numbers["library_precision"]
     cells, shares = alike_pixels(made.directions, made.noise_shape, precision, n_cells=17)
     made = replace(made, cells=cells, cell_shares=shares)
     if not at_once:
-        plain = clouds.sizes_of(16, 8, 5)
+        plain = clouds.sizes_of(20, 8, 5)
         assert plain.depth == 8
         monkeypatch.setattr(
             clouds, "sizes_of", lambda n, reach, vectors: clouds.Sizes(2, 4, plain.stride, plain.shared)
