@@ -62,10 +62,8 @@ TROUBLES = (
 )
 JOBS = ("predict", "fit")
 FAULTS = tuple(f"{who}, {what}" for who in (*KILLS, *TROUBLES) for what in JOBS)
-GIVEN_UP_AFTER = "15 s"
-"""How long a worker may be silent, in cases in which one hangs."""
-PATIENCE = 60.0
-"""Seconds without any worker, in cases in which all are in trouble."""
+PATIENT, IMPATIENT = 1800.0, 15.0
+"""Seconds for which a worker may be silent, and the same in cases in which one hangs."""
 ARGUMENTS = {"recipe": "global-ridge", "references": False}
 
 
@@ -216,6 +214,14 @@ class Battlefield:
 
         self.client.run(change, nanny=True, workers=workers, on_error="ignore")
 
+    def give_up_after(self, seconds: float) -> None:
+        """How long the scheduler lets a worker be silent; it looks from time to time."""
+
+        def change(dask_scheduler: Any) -> None:
+            dask_scheduler.worker_ttl = seconds
+
+        self.client.run_on_scheduler(change)
+
     @contextmanager
     def disturbed(self, who: str, after: float, usual: float) -> Generator[list[bool], None, None]:
         """Workers in trouble for as long as the job is done."""
@@ -233,8 +239,10 @@ class Battlefield:
                 yield struck
             later.join()
         elif who == "hanging worker":
+            self.give_up_after(IMPATIENT)
             with at(after, functools.partial(os.kill, pid, signal.SIGSTOP)) as struck:
                 yield struck
+            self.give_up_after(PATIENT)
             if struck:
                 # It has been replaced, or nothing was asked of it.
                 with suppress(ProcessLookupError):
@@ -322,14 +330,13 @@ def seconds_of(folder: Path, client: Any) -> dict[str, tuple[float, float]]:
     start = timed(lambda: process("--nothing"))
     found = {}
     for what in JOBS:
+        work = functools.partial(job, folder, case, what, client)
         # The first time something is compiled.
-        timed(lambda what=what: job(folder, case, what, client))  # type: ignore[misc]
-        found[f"worker, {what}"] = 0.0, timed(lambda what=what: job(folder, case, what, client))  # type: ignore[misc]
-        found[f"client, {what}"] = (
-            start,
-            timed(lambda what=what: process("--client", what, "--address", address)),
-        )  # type: ignore[misc]
-        found[f"shard, {what}"] = start, timed(lambda what=what: process("--shard", "0", "--client", what))  # type: ignore[misc]
+        timed(work)
+        found[f"worker, {what}"] = 0.0, timed(work)
+        by_client = functools.partial(process, "--client", what, "--address", address)
+        found[f"client, {what}"] = start, timed(by_client)
+        found[f"shard, {what}"] = start, timed(functools.partial(process, "--shard", "0", "--client", what))
     shutil.rmtree(case)
     return found
 
@@ -348,12 +355,13 @@ def campaign(
     make_small()
     ground, rng = Ground(folder), random.Random(seed)
     found = []
-    hang = any(fault.startswith("hanging") for fault in faults)
-    workers.WORKER_TTL = GIVEN_UP_AFTER if hang else workers.WORKER_TTL
-    workers.PATIENCE = PATIENCE
+    # Also how often the scheduler looks.
+    workers.WORKER_TTL = f"{IMPATIENT:g} s"
     with connect(f"local:{WORKERS}") as client:
         client.register_plugin(Small())
-        field, usual = Battlefield(client, rng), seconds_of(folder, client)
+        field = Battlefield(client, rng)
+        field.give_up_after(PATIENT)
+        usual = seconds_of(folder, client)
         for number in range(n_cases):
             fault = faults[number % len(faults)]
             who, what = fault.split(", ")

@@ -395,6 +395,7 @@ def own_noise(model: Model, samples: int, small: bool, block_rows: Sequence[int]
     many_flux, many_error = (np.tile(a, (-(-rows // len(a)), 1))[:rows] for a in (flux, error))
 
     def from_host(name: str, block: int | None) -> None:
+        score: Callable[[], Any]
         if block is None:
             score = partial(CudaEngine(mixture), many_flux, many_error, None, 0)
         else:

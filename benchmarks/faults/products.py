@@ -174,7 +174,7 @@ def _right_catalogue(values: dict[str, np.ndarray], path: Path) -> bool:
 
 def _write_training(path: Path) -> None:
     """A few stars of low rank, with labels."""
-    rng, n, pixels = np.random.default_rng(3), _TRAINING_ROWS, 200
+    rng, n, pixels = np.random.default_rng(3), _TRAINING_ROWS, 640
     labels = {
         "T_eff": rng.uniform(3750, 6000, n),
         "log_g": rng.uniform(1, 5, n),

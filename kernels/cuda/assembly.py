@@ -76,7 +76,7 @@ def assemble(kernel: Kernel, target: tuple[int, int]) -> Resources:
             device=False,
             abi="numba",
             output="ptx",
-            launch_bounds=kernel.launch_bounds,
+            launch_bounds=kernel.bounds_on(target),
         )
     pieces = [(nvjitlink.InputType.PTX, code.encode()) for code in codes]
     return resources(kernel.name, target, *link(pieces, target))

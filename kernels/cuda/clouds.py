@@ -56,7 +56,7 @@ from moefast.kernels.cuda.information import (
 from moefast.kernels.cuda.lanes import SCRATCH, WRITTEN_OUT, least_of_block, sum_of_block, sum_of_parts
 from moefast.kernels.cuda.median import THREADS as MEDIAN_THREADS
 from moefast.kernels.cuda.median import median_rows
-from moefast.kernels.cuda.registry import kernel, launchable
+from moefast.kernels.cuda.registry import HOPPER, kernel, launchable
 from moefast.kernels.cuda.scoring import MOST_SHARED, BlockScorer, Slot, results_on_device
 from moefast.kernels.cuda.space import DeviceSpace, SpaceWork, on_device
 
@@ -97,6 +97,8 @@ LANES = 128
 """Threads of a block of `conclude_stars`."""
 USUAL_VECTORS = (6, 10)
 """Tangents of the clouds of models that are shipped, the scale's included."""
+EARLY_BLOCKS = {10: 2}
+"""Blocks together on devices before `HOPPER`, by the number of tangents, where more would leave too few registers."""
 SCRATCH_BYTES = 80e6
 """Of matrices whose roots are found at the same time: half of them is used, and fits the second cache."""
 LEAST_BLOCKS, MOST_BLOCKS = 264, 1056
@@ -480,16 +482,20 @@ def _written_for(vectors: int) -> Callable[..., None]:
 
 
 _USUAL = {
-    vectors: kernel(SIGNATURE, threads=THREADS, blocks=BLOCKS_TOGETHER, serves=("cloud_posterior",))(
-        _written_for(vectors)
-    )
+    vectors: kernel(
+        SIGNATURE,
+        threads=THREADS,
+        blocks=BLOCKS_TOGETHER,
+        early_blocks=EARLY_BLOCKS.get(vectors),
+        serves=("cloud_posterior",),
+    )(_written_for(vectors))
     for vectors in USUAL_VECTORS
 }
 
 
 @cache
 def _made(vectors: int) -> Any:
-    return launchable(_written_for(vectors), THREADS, 1)
+    return launchable(_written_for(vectors), THREADS, EARLY_BLOCKS.get(vectors, 1))
 
 
 def compare_kernel(vectors: int) -> Any:
@@ -497,7 +503,13 @@ def compare_kernel(vectors: int) -> Any:
     # The simulator compiles nothing, and its tests change the sizes of tiles.
     if config.ENABLE_CUDASIM:  # type: ignore[attr-defined]
         return launchable(_written_for(vectors), THREADS)
-    return _USUAL.get(vectors) or _made(vectors)
+    return usual(vectors, cuda.get_current_device().compute_capability) or _made(vectors)
+
+
+def usual(vectors: int, target: tuple[int, int]) -> Any:
+    """The kernel that is entered in the registry with the launch bounds of such devices; None if none is."""
+    early = vectors in EARLY_BLOCKS and tuple(target) < HOPPER
+    return None if early else _USUAL.get(vectors)
 
 
 @kernel(

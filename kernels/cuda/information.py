@@ -773,8 +773,6 @@ def root_stars(n_stars, packed, vectors, n, scratch, numbers):  # type: ignore[n
     end = begin + n * stride
     a = shared[begin:end] if scratch.shape[1] < n * stride else scratch[cuda.blockIdx.x]
     for star in range(cuda.blockIdx.x, n_stars, cuda.gridDim.x):
-        gain = float64(0)
-        known = float64(0)
         for step in range(2):
             cuda.syncthreads()
             for i in range(thread // lanes, n, threads // lanes):
@@ -790,17 +788,19 @@ def root_stars(n_stars, packed, vectors, n, scratch, numbers):  # type: ignore[n
             part = float64(0)
             for i in range(thread, n, threads):
                 part += a[_at(stride, i, n + 1)] * a[_at(stride, i, n + 1)]
-            known = sum_of_block(part, sums)
-            if step == 0:
-                gain = known
+            part = sum_of_block(part, sums)
+            # In memory at once: registers are short while the second root is found.
+            if thread == 0:
+                if step == 0:
+                    numbers[star, EXPLAINED] += part
+                    numbers[star, BEYOND] = part
+                else:
+                    numbers[star, BEYOND] -= part
         for i in range(thread // lanes, n, threads // lanes):
             for j in range(i + thread % lanes, n, lanes):
                 packed[star, _packed(n, i, j)] = a[_at(stride, i, j + 1)]
         for i in range(thread, n, threads):
             vectors[star, i] = a[_at(stride, i, n + 1)]
-        if thread == 0:
-            numbers[star, EXPLAINED] += gain
-            numbers[star, BEYOND] = gain - known
 
 
 @kernel(

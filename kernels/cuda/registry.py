@@ -20,7 +20,7 @@ with suppress(ImportError):  # the simulator has no settings of its own
 
     of_cuda.CUDA_LOW_OCCUPANCY_WARNINGS = 0
 
-__all__ = ["KERNELS", "MODULES", "Kernel", "kernel", "launchable", "load"]
+__all__ = ["HOPPER", "KERNELS", "MODULES", "Kernel", "kernel", "launchable", "load"]
 
 MODULES = (
     "moefast.kernels.cuda.binning",
@@ -36,6 +36,8 @@ MODULES = (
     "moefast.kernels.cuda.velocity",
 )
 """Modules with kernels; importing them fills `KERNELS`."""
+HOPPER = (9, 0)
+"""Compute capability of H100 and H200. For earlier ones the compiler needs more registers for the same code."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class Kernel:
         Threads per block, and blocks that must fit on one multiprocessor: they cap the registers of a thread.
     serves : tuple of str
         Public functions that launch it.
+    early_bounds : (int, int), optional
+        The launch bounds on devices before `HOPPER`, if they are others.
     """
 
     name: str
@@ -61,13 +65,18 @@ class Kernel:
     signature: str
     launch_bounds: tuple[int, int]
     serves: tuple[str, ...]
+    early_bounds: tuple[int, int] | None = None
+
+    def bounds_on(self, target: tuple[int, int]) -> tuple[int, int]:
+        """The launch bounds on devices of a compute capability."""
+        return self.launch_bounds if self.early_bounds is None or target >= HOPPER else self.early_bounds
 
 
 KERNELS: dict[str, Kernel] = {}
 
 
 def kernel(
-    signature: str, *, threads: int, serves: tuple[str, ...], blocks: int = 1
+    signature: str, *, threads: int, serves: tuple[str, ...], blocks: int = 1, early_blocks: int | None = None
 ) -> Callable[[Callable[..., None]], Any]:
     """Compile a function as a kernel when it is first launched, and enter it in `KERNELS`.
 
@@ -85,13 +94,16 @@ def kernel(
         Public functions that launch it.
     blocks : int
         Blocks that must fit on one multiprocessor together.
+    early_blocks : int, optional
+        The same on devices before `HOPPER`, for which whoever launches the kernel then has another one compiled.
     """
 
     def register(function: Callable[..., None]) -> Any:
         name = function.__name__.lstrip("_")
         if name in KERNELS:
             raise ValueError(f"two kernels are called {name}: {KERNELS[name].function} and {function}")
-        KERNELS[name] = Kernel(name, function, signature, (threads, blocks), serves)
+        early = None if early_blocks is None else (threads, early_blocks)
+        KERNELS[name] = Kernel(name, function, signature, (threads, blocks), serves, early)
         return launchable(function, threads, blocks)
 
     return register

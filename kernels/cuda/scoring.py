@@ -10,9 +10,14 @@ their device twins, and a thread of the host that fills it, starts it, and takes
     slot 1       fill              | copy in | kernels | out |  fill              | copy in | …
     slot 2           fill              | copy in | kernels | out |  fill   …
 
-Floor, from host memory: 32 kB a spectrum, 0.6 µs over a bus of 55 GB/s. One core that fills, launches and collects by
-itself moved 6.3 GB/s, 5.2 µs a spectrum, so that nine must fill at a time to keep the bus busy. Kernels take 0.13 µs,
-the median included: it may stay where it is.
+Whoever reads a file enters a slot (`BlockScorer.slot`) and reads straight into its buffers; arrays that lie elsewhere
+are copied there.
+
+Floor, from host memory: 32 kB a spectrum, 0.6 µs over a bus of 55 GB/s. One core that reads a cached file to pinned
+memory and copies it on moves 6.7 GB/s, 4 cores 19, 8 cores 28, 12 cores 35 and 16 cores 36 (one H200, 2026-11-29), so
+that a dozen must read at a time; one that copies arrays by itself moved 6.3. Kernels take 0.13 µs, the median included:
+it may stay where it is. Results lie in one piece, so that one copy, and not one for each of them, keeps the interpreter
+from starting the next block.
 
 A slot belongs to one block at a time; callers may be threads. All of them enter the device that was current when the
 scorer was made. Memory is plain device memory and pinned host memory,
@@ -77,7 +82,7 @@ FLOOR_ROWS = 256
 """Smallest block: below it, launches would take longer than copies."""
 FREE_SHARE = 0.25
 """Share of the free device memory that all slots may take: others may need the rest."""
-SLOTS = max(2, min(12, CORES))
+SLOTS = max(2, min(16, CORES))
 """Blocks on their way, and threads that fill them: three or four more than fill at a time."""
 MOST_SHARED = 48 * 1024
 """Dynamic shared memory that every device gives a block."""

@@ -97,12 +97,20 @@ def _grid(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int
     help="Of a recipe's network: small for ten minutes of a laptop, base for a GPU.",
 )  # fmt: skip
 @click.option(
-    "--steps", type=click.IntRange(1), help="Of the network's fit, instead of what belongs to its size."
+    "--steps",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Of the network's fit, instead of what belongs to its size.",
 )
 @click.option("--references/--no-references", default=True, show_default=True,
               help="Also fit the published-style ridge to compare with (doubles the first pass).")  # fmt: skip
 @click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of folds, draws and networks."
+    "--seed",
+    type=click.IntRange(0),
+    metavar="N",
+    default=0,
+    show_default=True,
+    help="Of folds, draws and networks.",
 )
 @click.option(
     "--checkpoint", metavar="FOLDER",

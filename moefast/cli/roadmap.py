@@ -19,14 +19,16 @@ __all__ = ["roadmap"]
 )  # fmt: skip
 @click.option("--set", "name", type=click.Choice(["z0", "survey", "wild"]), default="z0", show_default=True,
               help="Reference set.")  # fmt: skip
-@click.option("--train", type=click.IntRange(1000), default=20_000, show_default=True,
+@click.option("--train", type=click.IntRange(1000), metavar="N", default=20_000, show_default=True,
               help="Training spectra of each fit.")  # fmt: skip
 @click.option("--part", type=click.Choice(["test_10k", "test_1k"]), default="test_10k", show_default=True,
               help="Test spectra; marks for any set are judged on test_10k alone.")  # fmt: skip
 @click.option("--size", type=click.Choice(["small", "base"]), default="small", show_default=True,
               help="Of networks: for a laptop or for a GPU.")  # fmt: skip
-@click.option("--steps", type=click.IntRange(1), help="Of networks, instead of what belongs to their size.")
-@click.option("--seeds", type=click.IntRange(2), default=5, show_default=True,
+@click.option(
+    "--steps", type=click.IntRange(1), metavar="N", help="Of networks, instead of what belongs to their size."
+)
+@click.option("--seeds", type=click.IntRange(2), metavar="N", default=5, show_default=True,
               help="Training sets, and draws of noise, of C0.")  # fmt: skip
 @FAMILIES
 @STRONG

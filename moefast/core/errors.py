@@ -10,6 +10,7 @@ from __future__ import annotations
 __all__ = [
     "BackendError",
     "BenchmarkError",
+    "DisagreementError",
     "InputError",
     "LabelError",
     "ModelError",
@@ -58,6 +59,10 @@ class BackendError(MoefastError):
     """The backend asked for cannot be used on this machine."""
 
     exit_code = 7
+
+
+class DisagreementError(BackendError):
+    """A GPU gives other numbers than the CPU."""
 
 
 class OutputError(MoefastError):

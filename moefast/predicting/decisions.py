@@ -26,7 +26,8 @@ def decisions_on_model(model: Model, engine: Engine, where: Backend) -> list[str
     memory = engine.block_rows * engine.workers * len(wave) * _BYTES / 2**20
     return [
         f"model: {model.name}, SHA-256 {model.hash[:12]}…, {len(wave)} pixels from {wave[0]:.1f} to {wave[-1]:.1f} Å",
-        f"backend: {where.name} ({where.device}): {where.reason}",
+        f"backend: {where.name} ({where.device}): {where.reason}"
+        + (f"; {engine.checked}" if engine.checked else ""),
         f"blocks: {engine.block_rows:,} spectra at a time by each of {engine.workers} threads, {memory:,.0f} MiB of "
         "spectra in memory",
     ]

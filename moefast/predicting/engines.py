@@ -17,6 +17,7 @@ from moefast.core.threads import CORES
 from moefast.kernels import PROJECT_ROWS, without_cuda
 from moefast.mixture import Prediction
 from moefast.posterior.mixture import AnyMixture, PosteriorMixture
+from moefast.predicting.agreement import require_agreement
 from moefast.spectra.blocks import BlockMemory
 from moefast.spectra.quality import Quality, assess, good_pixels
 from moefast.spectra.source import Block
@@ -77,6 +78,8 @@ class Engine(Protocol):
         Threads that may call it at the same time.
     note : str
         What belongs to the reason for the backend, such as work that runs elsewhere; mostly empty.
+    checked : str
+        What a comparison with the CPU kernels has shown, in words; empty where there was none.
     """
 
     @property
@@ -91,6 +94,11 @@ class Engine(Protocol):
 
     @property
     def note(self) -> str:
+        """See above."""
+        ...
+
+    @property
+    def checked(self) -> str:
         """See above."""
         ...
 
@@ -113,6 +121,7 @@ class CpuEngine:
     block_rows: int = PROJECT_ROWS
     workers: int = CORES
     note: str = ""
+    checked: str = ""
     memory: BlockMemory = field(default_factory=BlockMemory, repr=False, compare=False)
 
     def __call__(
@@ -134,6 +143,8 @@ class CudaEngine:
     ------
     BackendError
         The kernels do not run here, or the mixture has experts that they do not know.
+    DisagreementError
+        Their numbers are not those of the CPU kernels.
     """
 
     note = ""
@@ -156,6 +167,7 @@ class CudaEngine:
             else:
                 self._scorer = CudaScorer(mixture.projection, mixture.mixing, *mixture.clouds)
             self._scorer(ones, ones)
+            self.checked = require_agreement(mixture, partial(self._score, None, first_row=0))
         self.block_rows, self.workers = self._scorer.block_rows, self._scorer.slots
 
     def __call__(
@@ -202,6 +214,7 @@ class OnnxEngine:
 
     # ONNX Runtime has threads of its own; two callers read while a third one waits for the device.
     workers = 3
+    checked = ""
 
     def __init__(self, mixture: AnyMixture, backend: str) -> None:
         from moefast.export import build, on_the_cpu, open_session

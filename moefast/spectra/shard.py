@@ -26,6 +26,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,12 +83,18 @@ class _Stored:
         return self.n_pixels * self.dtype.itemsize
 
 
+def _close(descriptor: int) -> None:
+    """Close a file that was only read: nothing is lost if a shared disk that is gone says no."""
+    with suppress(OSError):
+        os.close(descriptor)
+
+
 class _RawFile:
     """The bytes of a file, for several threads; it is closed when none of them, and nothing else, refers to it."""
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        weakref.finalize(self, os.close, self._descriptor).atexit = False
+        weakref.finalize(self, _close, self._descriptor).atexit = False
 
     def fill(self, view: memoryview, offset: int) -> None:
         """Read bytes from `offset` on; EOFError if the file has too few."""

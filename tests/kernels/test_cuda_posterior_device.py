@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from made_clouds import mixture, stars
+from made_clouds import assert_expert_labels, mixture, stars
 
 from moefast.backend import cuda_devices
 from moefast.core.errors import BackendError
@@ -27,14 +27,16 @@ def device():
 def assert_as_described(made, flux, error, mask=None):
     """As close as tests/posterior/test_kernels.py asks of the CPU."""
     found = made.outputs(flux, error, mask, backend="cuda")
-    expected = made.describe(flux, error if mask is None else np.where(mask, np.nan, error))
+    seen = error if mask is None else np.where(mask, np.nan, error)
+    expected = made.describe(flux, seen)
     tolerances = {
-        "log_g": (1e-5, 0), "label": (1e-5, 1e-5), "expert_label": (1e-4, 0), "label_sd": (0, 1e-4),
-        "weights": (1e-5, 0), "log_g_err": (0, 1e-4), "chi2": (1e-6, 1e-3), "distance": (1e-5, 1e-3),
-        "strength": (0, 1e-6), "scale": (0, 1e-6), "log_level": (0, 1e-6),
+        "log_g": (1e-5, 0), "label": (1e-5, 1e-5), "label_sd": (0, 1e-4), "weights": (1e-5, 0),
+        "log_g_err": (0, 1e-4), "chi2": (1e-6, 1e-3), "distance": (1e-5, 1e-3), "strength": (0, 1e-6),
+        "scale": (0, 1e-6), "log_level": (0, 1e-6),
     }  # fmt: skip
     for name, (absolute, relative) in tolerances.items():
         np.testing.assert_allclose(found[name], expected[name], atol=absolute, rtol=relative, err_msg=name)
+    assert_expert_labels(made, flux, seen, found["expert_label"], expected["expert_label"])
     spread = expected["label_sd"][:, :1] * expected["label_sd"]
     assert (np.abs(found["label_cov"] - expected["label_cov"]) <= 1e-4 * spread).all()
     return found

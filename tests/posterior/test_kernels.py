@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from made_clouds import mixture, stars
+from made_clouds import assert_expert_labels, expert_label_bound, mixture, stars
 
 from moefast.kernels import cloud_posterior
 from moefast.posterior.cells import alike_pixels
@@ -20,9 +20,10 @@ def mix():
     return mixture()
 
 
-def assert_as_described(mix, flux, error, mask=None, rows=slice(None)):
+def assert_as_described(mix, flux, error, mask=None, rows=slice(None), expected=None):
     found = mix.outputs(flux, error, mask)
-    expected = mix.describe(flux, error if mask is None else np.where(mask, np.nan, error))
+    seen = error if mask is None else np.where(mask, np.nan, error)
+    expected = mix.describe(flux, seen) if expected is None else expected
 
     def close(name, absolute, relative=0.0):
         np.testing.assert_allclose(
@@ -31,7 +32,9 @@ def assert_as_described(mix, flux, error, mask=None, rows=slice(None)):
 
     close("log_g", 1e-5)
     close("label", 1e-5, 1e-5)
-    close("expert_label", 1e-4)
+    assert_expert_labels(
+        mix, flux[rows], seen[rows], found["expert_label"][rows], expected["expert_label"][rows]
+    )
     close("label_sd", 0, 1e-4)
     spread = expected["label_sd"][rows][:, :1] * expected["label_sd"][rows]
     assert (np.abs(found["label_cov"][rows] - expected["label_cov"][rows]) <= 1e-4 * spread).all()
@@ -57,6 +60,56 @@ def test_any_number_of_rows(mix, n):
     flux, error = stars(mix, n)
     found = assert_as_described(mix, flux, error) if n else mix.outputs(flux, error)
     assert found["label"].shape == (n, LABELS)
+
+
+@pytest.fixture(scope="module")
+def far_apart():
+    """Stars 4000 σ² from all clouds of most experts, whose evidences single precision holds to 10⁻³."""
+    made = mixture(p=700, m=130, n=65, q=12, t=8, n_sky=8)
+    flux, error = stars(made, 257)
+    mask = np.random.default_rng(257).random(flux.shape) < 0.05
+    return made, flux, np.where(mask, np.nan, error), made.describe(flux, np.where(mask, np.nan, error))
+
+
+def test_experts_far_from_a_star_are_as_close_as_single_precision_allows(far_apart):
+    made, flux, error, expected = far_apart
+    found = assert_as_described(made, flux, error, expected=expected)["expert_label"]
+    # There are stars that need the bound, and they use some of it.
+    off = np.abs(found - expected["expert_label"])
+    rows = np.flatnonzero(off.max(1) > 5e-5)
+    assert len(rows)
+    assert (off[rows] / expert_label_bound(made, flux[rows], error[rows])).max() > 0.1
+
+
+def swapped(made):
+    """Two clouds of an expert in each other's place."""
+    order = np.arange(len(made.keys))
+    order[[1, 2]] = [2, 1]
+    return replace(made, keys=made.keys[order])
+
+
+def one_mean_off(made):
+    labels = made.labels.copy()
+    labels[40, 0] += 1e-3
+    return replace(made, labels=labels)
+
+
+def all_means_off(made):
+    return replace(made, labels=made.labels + np.float32(1e-4))
+
+
+def one_tangent_lost(made):
+    tangents = made.tangents.copy()
+    tangents[90, 3] = 0
+    return replace(made, tangents=tangents)
+
+
+@pytest.mark.parametrize("planted", [swapped, one_mean_off, all_means_off, one_tangent_lost])
+def test_the_bound_of_experts_sees_a_kernel_that_is_wrong(far_apart, planted):
+    made, flux, error, expected = far_apart
+    found = planted(made).outputs(flux, error)["expert_label"]
+    with pytest.raises(AssertionError, match="expert_label: row"):
+        assert_expert_labels(made, flux, error, found, expected["expert_label"])
 
 
 @pytest.mark.parametrize("t", [0, 1, 4, 6])

@@ -10,6 +10,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain, pairwise, repeat
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -440,6 +441,9 @@ def test_failures_of_workers_keep_their_rows_and_their_order(stars, model, tmp_p
     # A single file ends the run, with its first row that is damaged.
     with pytest.raises(InputError, match=r"a\.h5: row 64 is damaged"):
         predict(first, model)
+    # Where open files are listed, neither is among them.
+    numbers = [str(path) for path in Path("/proc/self/fd").glob("*")]
+    assert not [number for number in numbers if os.path.realpath(number) in (str(first), str(second))]
 
 
 class Pinned(CpuEngine):

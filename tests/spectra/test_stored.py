@@ -1,5 +1,8 @@
 """What a file names is given, or it is an error; what was never written is no data."""
 
+import errno
+import os
+
 import h5py
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ from moefast.core.errors import InputError
 from moefast.core.watched import interrupt_behind
 from moefast.kernels import PROJECT_ROWS
 from moefast.predicting.files import predict
+from moefast.spectra import shard as shard_module
 from moefast.spectra.quality import Flag
 from moefast.spectra.shard import Shard
 from moefast.spectra.spectrum_set import open_spectra
@@ -437,3 +441,18 @@ def test_a_lack_of_memory_is_no_damage(tmp_path, monkeypatch):
         shard.read("flux", 0, 2)
     with pytest.raises(MemoryError, match="none left"):
         shard.params(["log_g"], 0, 2)
+
+
+def test_a_file_that_was_only_read_is_closed_quietly(monkeypatch):
+    """A shared disk that is gone refuses even that; Python would print the error of a finalizer."""
+    handle = os.open(os.devnull, os.O_RDONLY)
+    with monkeypatch.context() as patch:
+
+        def refuse(_):
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+        patch.setattr(os, "close", refuse)
+        shard_module._close(handle)
+    shard_module._close(handle)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(handle)

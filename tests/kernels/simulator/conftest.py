@@ -133,6 +133,7 @@ def small_tiles(monkeypatch):
         "MOST_BLOCKS": 3,
     }
     few |= {"TILE": 16, "HALF": 8, "PADDED": 20, "PRODUCT_THREADS": 4, "LOADS": 32}
+    few |= {"WARP_ROWS": 2, "WARP_COLUMNS": 2, "WARPS_BESIDE": 1}
     for name, value in few.items():
         monkeypatch.setattr(velocity, name, value)
     monkeypatch.setattr(space, "READ_THREADS", 2)
