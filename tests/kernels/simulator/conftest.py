@@ -36,6 +36,13 @@ def one_shared_array_per_block(monkeypatch):
     monkeypatch.setattr(FakeCUDAShared, "array", array)
 
 
+@pytest.fixture(autouse=True)
+def few_stars_to_compare(monkeypatch):
+    """Engines compare a device with the CPU when they are made: two stars are enough of a simulated one."""
+    monkeypatch.setattr("moefast.predicting.agreement.N_STARS", 2)
+    monkeypatch.setattr("moefast.posterior.velocities.N_CHECKED", 2)
+
+
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Of the posterior: a simulated thread takes a millisecond to start. Three blocks share the roots of all stars."""
