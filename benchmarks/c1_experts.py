@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 
 from moefast.core.atomic import atomic_file
 from moefast.core.grids import PHYSICAL_GRID, uniform
+from moefast.core.line_features import LEAST_CONTINUUM, LINES
 from moefast.core.random import add_noise, fold_of_rows
+from moefast.experts.indices import MORE_LINES
 from moefast.experts.normal_equations import NormalEquations
 from moefast.experts.ridge import NoisePath, principal_subspace, ridge
 from moefast.experts.template import choose_library, fit_library, library_mean
-from moefast.gating.features import LEAST_CONTINUUM, LINES, Line
 from moefast.kernels import Library, tangent_posterior
 from moefast.mixture import hat_weights
 from moefast.simulate import SimulatedSpectra
@@ -91,22 +92,6 @@ class Plan:
 
 # --- what is seen of a spectrum ------------------------------------------------------------------------------
 
-MORE_LINES = (
-    Line("MgI_8809", 8809.18, (8803.0, 8815.0), (8790.0, 8801.0), (8829.0, 8845.0)),
-    Line("FeI_8516", 8516.41, (8513.0, 8520.0), (8474.0, 8489.0), (8522.0, 8530.0)),
-    Line("FeI_8614", 8614.16, (8610.0, 8618.0), (8604.0, 8609.0), (8627.0, 8640.0)),
-    Line("FeI_8691", 8691.01, (8687.0, 8695.0), (8680.0, 8686.0), (8698.0, 8708.0)),
-    Line("FeI_8827", 8826.64, (8822.0, 8830.0), (8813.0, 8820.0), (8831.0, 8845.0)),
-    Line("KI_7701", 7701.09, (7697.0, 7705.0), (7685.0, 7695.0), (7707.0, 7717.0)),
-    Line("Pa_17", 8469.59, (8460.0, 8478.0), (8440.0, 8456.0), (8480.0, 8490.0)),
-    Line("Pa_14", 8600.75, (8588.0, 8612.0), (8572.0, 8584.0), (8625.0, 8645.0)),
-    Line("Pa_12", 8752.88, (8738.0, 8768.0), (8715.0, 8735.0), (8772.0, 8788.0)),
-)
-"""Gravity- and metallicity-sensitive lines besides Ca II and Na I; vacuum, as the survey's grid.
-
-Source: wavelengths of K I, Mg I, Fe I in air from the NIST Atomic Spectra Database, brought to vacuum by the formula of
-Edlén 1966; Rydberg's formula for hydrogen. Windows and sidebands are ours.
-"""
 BANDS = (
     (7105.0, 7150.0), (7160.0, 7250.0), (7380.0, 7460.0), (7480.0, 7580.0), (7700.0, 7850.0), (7900.0, 8050.0),
     (8050.0, 8130.0), (8380.0, 8460.0), (8700.0, 8735.0), (8770.0, 8800.0),

@@ -1,19 +1,25 @@
-"""Random kills of workers, clients and shards during fit and predict: what survives, bit for bit.
+"""Faults of workers, clients and shards during fit and predict: what survives, bit for bit.
 
 `python -m moefast.benchmarks.cluster_faults --cases 200 --seed 1 --folder SCRATCH [-o FILE]`
 
 Design: small spectra, so that a case takes seconds; units of a few rows, so that a fit has several parts. Each case
-kills one process with SIGKILL at a random time of the job (workers while the client waits; a client, or one process of
-`--shard`, whose command is then repeated) and compares what comes out with what one process made: columns of the table
-with every row once, or arrays of the model. Nothing may be left beside the output.
+disturbs processes at a random time of the job and compares what comes out with what one process made: columns of the
+table with every row once, or arrays of the model. Nothing may be left beside the output. What is disturbed:
+
+- a worker, a client, or one process of `--shard`, killed with SIGKILL; the command of the latter two is then repeated;
+- a slow worker: stopped, and continued after up to three times what the job takes;
+- a worker that hangs: stopped for good, until the scheduler misses it;
+- a worker above the limit of its memory, which its nanny ends again and again;
+- a worker whose allocations fail from some point on;
+- all workers above their limit: the job must fail with one error of moefast's own, and succeed when they have memory.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -21,7 +27,8 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +37,13 @@ import numpy as np
 
 from moefast.benchmarks.cluster import same_model, same_table
 from moefast.benchmarks.environment import describe
+from moefast.cluster import workers
 from moefast.cluster.fit_on_workers import fit_on
 from moefast.cluster.fit_parts import FitPlan, Source, fit_of_parts, gather_to_file
 from moefast.cluster.merge import merge_tables
 from moefast.cluster.workers import connect, predict_on
+from moefast.core.atomic import write_json
+from moefast.core.errors import BackendError
 from moefast.experts import normal_equations
 from moefast.fitting import error_model, gate, linear_experts, sample, statistics
 from moefast.predicting.files import predict
@@ -41,15 +51,19 @@ from moefast.spectra.writer import SpectrumWriter
 
 __all__ = ["FAULTS", "campaign"]
 
-ROWS, PIXELS, UNIT, SHARDS = 1500, 640, 128, 3
-FAULTS = (
-    "worker, predict",
-    "worker, fit",
-    "client, predict",
-    "client, fit",
-    "shard, predict",
-    "shard, fit",
+ROWS, PIXELS, UNIT, SHARDS, WORKERS = 1500, 640, 128, 3, 2
+KILLS = ("worker", "client", "shard")
+TROUBLES = (
+    "slow worker",
+    "hanging worker",
+    "worker above its memory",
+    "failing allocations",
+    "all above their memory",
 )
+JOBS = ("predict", "fit")
+FAULTS = tuple(f"{who}, {what}" for who in (*KILLS, *TROUBLES) for what in JOBS)
+PATIENT, IMPATIENT = 1800.0, 15.0
+"""Seconds for which a worker may be silent, and the same in cases in which one hangs."""
 ARGUMENTS = {"recipe": "global-ridge", "references": False}
 
 
@@ -145,32 +159,193 @@ def killed(arguments: list[str], after: float) -> bool:
         return True
 
 
-def worker_case(folder: Path, case: Path, what: str, client: Any, after: float) -> tuple[Any, bool]:
-    """Kill a worker while the job is done."""
-    struck: list[int] = []
+@contextmanager
+def at(seconds: float, strike: Callable[[], None]) -> Generator[list[bool], None, None]:
+    """Strike after some time, if what is done has not ended before; whether it was struck."""
+    struck: list[bool] = []
 
-    def strike() -> None:
-        pids = list(client.run(os.getpid, on_error="ignore").values())
-        if pids:
-            os.kill(pids[0], signal.SIGKILL)
-            struck.append(pids[0])
+    def work() -> None:
+        struck.append(True)
+        strike()
 
-    timer = threading.Timer(after, strike)
+    timer = threading.Timer(seconds, work)
     timer.start()
     try:
-        result = job(folder, case, what, client)
+        yield struck
     finally:
-        during = bool(struck)
         timer.cancel()
         timer.join()
-    client.wait_for_workers(2, timeout=120)
-    return result, during
+
+
+def memory_of(pid: int, field: str) -> int:
+    """Bytes of a process: VmRSS or VmSize."""
+    lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
+
+
+class Battlefield:
+    """Workers of this machine, and how to disturb them."""
+
+    def __init__(self, client: Any, rng: random.Random) -> None:
+        self.client, self.rng = client, rng
+
+    def pids(self) -> dict[str, int]:
+        """Process of each worker, by its address."""
+        found: dict[str, int] = self.client.run(os.getpid, on_error="ignore")
+        return found
+
+    def wait(self) -> None:
+        """Until both workers are there and answer."""
+        deadline = time.monotonic() + 600
+        while len(self.pids()) < WORKERS and time.monotonic() < deadline:
+            # Nannies whose workers died while they started are gone.
+            self.client.cluster.scale(WORKERS)
+            time.sleep(0.5)
+
+    def limit(self, share: float | None, workers: list[str] | None = None) -> None:
+        """Give workers a limit for their memory, as a share of what they take now; None for what they had at first."""
+        taken = {worker: memory_of(pid, "VmRSS") for worker, pid in self.pids().items()} if share else {}
+
+        def change(dask_worker: Any) -> None:
+            manager = dask_worker.memory_manager
+            manager.at_first = getattr(manager, "at_first", manager.memory_limit)
+            now = taken.get(dask_worker.worker_address)
+            manager.memory_limit = manager.at_first if now is None or share is None else int(share * now)
+
+        self.client.run(change, nanny=True, workers=workers, on_error="ignore")
+
+    def give_up_after(self, seconds: float) -> None:
+        """How long the scheduler lets a worker be silent; it looks from time to time."""
+
+        def change(dask_scheduler: Any) -> None:
+            dask_scheduler.worker_ttl = seconds
+
+        self.client.run_on_scheduler(change)
+
+    @contextmanager
+    def disturbed(self, who: str, after: float, usual: float) -> Generator[list[bool], None, None]:
+        """Workers in trouble for as long as the job is done."""
+        pids = self.pids()
+        address = self.rng.choice(sorted(pids))
+        pid = pids[address]
+        if who == "worker":
+            with at(after, functools.partial(os.kill, pid, signal.SIGKILL)) as struck:
+                yield struck
+        elif who == "slow worker":
+            pause = self.rng.uniform(0, 3) * usual
+            later = threading.Timer(after + pause, os.kill, (pid, signal.SIGCONT))
+            with at(after, functools.partial(os.kill, pid, signal.SIGSTOP)) as struck:
+                later.start()
+                yield struck
+            later.join()
+        elif who == "hanging worker":
+            self.give_up_after(IMPATIENT)
+            with at(after, functools.partial(os.kill, pid, signal.SIGSTOP)) as struck:
+                yield struck
+            self.give_up_after(PATIENT)
+            if struck:
+                # It has been replaced, or nothing was asked of it.
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        elif who == "worker above its memory":
+            with at(after, functools.partial(self.limit, 0.9, [address])) as struck:
+                yield struck
+            self.limit(None)
+        else:
+            margin = int(self.rng.uniform(0, 64) * 2**20)
+
+            def fail() -> None:
+                most = memory_of(pid, "VmSize") + margin
+                resource.prlimit(pid, resource.RLIMIT_AS, (most, most))
+
+            with at(after, fail) as struck:
+                yield struck
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def worker_case(
+    folder: Path, case: Path, who: str, what: str, field: Battlefield, after: float, usual: float
+) -> tuple[Any, bool]:
+    """The job with workers in trouble."""
+    if who == "all above their memory":
+        with at(after, functools.partial(field.limit, 0.9)) as struck:
+            try:
+                result = job(folder, case, what, field.client)
+            except BackendError:
+                result = None
+        field.limit(None)
+        field.wait()
+        if result is None:
+            result = job(folder, case, what, field.client)
+        return result, bool(struck)
+    with field.disturbed(who, after, usual) as struck:
+        result = job(folder, case, what, field.client)
+    field.wait()
+    return result, bool(struck)
+
+
+def client_case(folder: Path, case: Path, what: str, field: Battlefield, after: float) -> tuple[Any, bool]:
+    """The job by a client of its own, which is killed; then once more."""
+    address = str(field.client.scheduler_info(n_workers=0)["address"])
+    during = killed(
+        ["--client", what, "--address", address, "--case", str(case), "--folder", str(folder)], after
+    )
+    if what == "fit" or not (case / "out.parquet").exists():
+        return job(folder, case, what, field.client), during
+    return None, during
+
+
+def shard_case(folder: Path, case: Path, what: str, rng: random.Random, after: float) -> tuple[Any, bool]:
+    """One process of a job array, which is killed; then those whose files are not there."""
+    struck = rng.randrange(SHARDS)
+    during = killed(
+        ["--shard", str(struck), "--client", what, "--case", str(case), "--folder", str(folder)], after
+    )
+    for index in range(SHARDS):
+        name = f"part-{index}.{'npz' if what == 'fit' else 'parquet'}"
+        if not (case / name).exists():
+            one_shard(folder, case, what, index)
+    if what == "fit":
+        return fit_of_parts(sorted(case.glob("part-*.npz"))), during
+    merge_tables(sorted(case.glob("part-*.parquet")), case / "out.parquet")
+    return None, during
+
+
+def seconds_of(folder: Path, client: Any) -> dict[str, tuple[float, float]]:
+    """When each job begins and ends, undisturbed, in seconds after its process or task is started."""
+    case = folder / "usual"
+
+    def timed(work: Callable[[], Any]) -> float:
+        shutil.rmtree(case, ignore_errors=True)
+        case.mkdir()
+        begin = time.monotonic()
+        work()
+        return time.monotonic() - begin
+
+    def process(*arguments: str) -> None:
+        killed([*arguments, "--case", str(case), "--folder", str(folder)], 600)
+
+    address = str(client.scheduler_info(n_workers=0)["address"])
+    start = timed(lambda: process("--nothing"))
+    found = {}
+    for what in JOBS:
+        work = functools.partial(job, folder, case, what, client)
+        # The first time something is compiled.
+        timed(work)
+        found[f"worker, {what}"] = 0.0, timed(work)
+        by_client = functools.partial(process, "--client", what, "--address", address)
+        found[f"client, {what}"] = start, timed(by_client)
+        found[f"shard, {what}"] = start, timed(functools.partial(process, "--shard", "0", "--client", what))
+    shutil.rmtree(case)
+    return found
 
 
 def campaign(
-    n_cases: int, seed: int, folder: Path, faults: tuple[str, ...] = FAULTS, tell: Callable[[str], None] = print
+    n_cases: int, seed: int, folder: Path, faults: tuple[str, ...] = FAULTS, tell: Callable[[str], None] = print,
+    keep: Callable[[list[dict[str, Any]]], None] = lambda found: None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Cases one after the other: what was killed when, whether it was at work, and what was wrong afterwards."""
+    """Cases one after the other: what was done when, whether the job was under way, and what was wrong afterwards."""
     from distributed import WorkerPlugin
 
     class Small(WorkerPlugin):
@@ -179,25 +354,14 @@ def campaign(
 
     make_small()
     ground, rng = Ground(folder), random.Random(seed)
-    # How long a job and a process take here, to know when to strike.
-    usual: dict[str, float] = {}
     found = []
-    with connect("local:2") as client:
+    # Also how often the scheduler looks.
+    workers.WORKER_TTL = f"{IMPATIENT:g} s"
+    with connect(f"local:{WORKERS}") as client:
         client.register_plugin(Small())
-        for what in ("predict", "fit"):
-            case = folder / "usual"
-            shutil.rmtree(case, ignore_errors=True)
-            case.mkdir()
-            job(folder, case, what, client)
-            begin = time.monotonic()
-            shutil.rmtree(case)
-            case.mkdir()
-            job(folder, case, what, client)
-            usual[what] = time.monotonic() - begin
-            shutil.rmtree(case)
-        begin = time.monotonic()
-        killed(["--nothing", "--folder", str(folder)], 600)
-        start = time.monotonic() - begin
+        field = Battlefield(client, rng)
+        field.give_up_after(PATIENT)
+        usual = seconds_of(folder, client)
         for number in range(n_cases):
             fault = faults[number % len(faults)]
             who, what = fault.split(", ")
@@ -205,39 +369,27 @@ def campaign(
             shutil.rmtree(case, ignore_errors=True)
             case.mkdir()
             share, begin = rng.random(), time.monotonic()
-            after = share * usual[what] + (0 if who == "worker" else start)
-            problem, result = "", None
+            start, stop = usual[fault if who in KILLS else f"worker, {what}"]
+            after = start + share * (stop - start)
+            problem = ""
             try:
-                if who == "worker":
-                    result, during = worker_case(folder, case, what, client, after)
-                elif who == "client":
-                    address = str(client.scheduler_info(n_workers=0)["address"])
-                    during = killed(
-                        ["--client", what, "--address", address, "--case", str(case), "--folder", str(folder)], after
-                    )  # fmt: skip
-                    if what == "fit" or not (case / "out.parquet").exists():
-                        result = job(folder, case, what, client)
+                if who == "client":
+                    result, during = client_case(folder, case, what, field, after)
+                elif who == "shard":
+                    result, during = shard_case(folder, case, what, rng, after)
                 else:
-                    struck = rng.randrange(SHARDS)
-                    during = killed(
-                        ["--shard", str(struck), "--client", what, "--case", str(case), "--folder", str(folder)], after
-                    )  # fmt: skip
-                    for index in range(SHARDS):
-                        name = f"part-{index}.{'npz' if what == 'fit' else 'parquet'}"
-                        if not (case / name).exists():
-                            one_shard(folder, case, what, index)
-                    if what == "fit":
-                        result = fit_of_parts(sorted(case.glob("part-*.npz")))
-                    else:
-                        merge_tables(sorted(case.glob("part-*.parquet")), case / "out.parquet")
+                    result, during = worker_case(folder, case, who, what, field, after, stop)
                 problem = ground.is_whole(case, what, result)
             except Exception as error:
                 during, problem = True, f"{type(error).__name__}: {error}"
+                field.limit(None)
+                field.wait()
             found.append({
                 "fault": fault, "share": share, "at_work": during, "problem": problem,
                 "seconds": time.monotonic() - begin,
             })  # fmt: skip
             tell(f"{number + 1}/{n_cases} {fault} at {share:.2f}: {problem or 'the same bits'}")
+            keep(found)
             shutil.rmtree(case, ignore_errors=True)
     return found
 
@@ -249,9 +401,9 @@ def table_of(found: list[dict[str, Any]]) -> str:
         Counter(one["fault"] for one in found if one["at_work"]),
     )
     survived = Counter(one["fault"] for one in found if not one["problem"])
-    lines = [f"{'killed':<18}{'tried':>7}{'at work':>9}{'survived':>10}"]
+    lines = [f"{'fault':<32}{'tried':>7}{'at work':>9}{'survived':>10}"]
     lines += [
-        f"{fault:<18}{tried[fault]:>7}{at_work[fault]:>9}{survived[fault]:>10}"
+        f"{fault:<32}{tried[fault]:>7}{at_work[fault]:>9}{survived[fault]:>10}"
         for fault in FAULTS
         if tried[fault]
     ]
@@ -261,6 +413,7 @@ def table_of(found: list[dict[str, Any]]) -> str:
 @click.command()
 @click.option("--cases", type=click.IntRange(1), default=12, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--fault", "faults", multiple=True, type=click.Choice(FAULTS), help="Only this one.")
 @click.option("--folder", type=click.Path(path_type=Path), required=True, help="For spectra and results.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Also write what was found as JSON.")
 @click.option("--client", "what", hidden=True)
@@ -269,8 +422,8 @@ def table_of(found: list[dict[str, Any]]) -> str:
 @click.option("--shard", type=int, hidden=True)
 @click.option("--nothing", is_flag=True, hidden=True)
 def main(
-    cases: int, seed: int, folder: Path, out: Path | None, what: str | None, address: str | None, case: Path | None,
-    shard: int | None, nothing: bool,
+    cases: int, seed: int, faults: tuple[str, ...], folder: Path, out: Path | None, what: str | None,
+    address: str | None, case: Path | None, shard: int | None, nothing: bool,
 ) -> None:  # fmt: skip
     """Kill processes at random and judge what comes out."""
     make_small()
@@ -282,12 +435,13 @@ def main(
     if address is not None and case is not None and what is not None:
         _as_client(folder, case, what, address)
         return
-    found = campaign(cases, seed, folder, tell=lambda words: click.echo(words, err=True))
+
+    def keep(found: list[dict[str, Any]]) -> None:
+        if out is not None:
+            write_json({"environment": describe(), "seed": seed, "cases": found}, out, overwrite=True)
+
+    found = campaign(cases, seed, folder, faults or FAULTS, lambda words: click.echo(words, err=True), keep)
     click.echo(table_of(found))
-    if out is not None:
-        out.write_text(
-            json.dumps({"environment": describe(), "cases": found}, indent=1) + "\n", encoding="utf-8"
-        )
     if any(one["problem"] for one in found):
         raise SystemExit(1)
 

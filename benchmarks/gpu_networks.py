@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 from moefast.backend import cuda_devices
 from moefast.benchmarks.environment import describe
 from moefast.core.errors import BackendError
+from moefast.core.line_features import LEAST_CONTINUUM
 from moefast.export import build, open_session
-from moefast.gating.features import LEAST_CONTINUUM
 from moefast.mixture import Mixture
 from moefast.model import Model
 from moefast.ops.on_torch import TorchArithmetic

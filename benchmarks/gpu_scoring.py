@@ -395,14 +395,12 @@ def own_noise(model: Model, samples: int, small: bool, block_rows: Sequence[int]
     many_flux, many_error = (np.tile(a, (-(-rows // len(a)), 1))[:rows] for a in (flux, error))
 
     def from_host(name: str, block: int | None) -> None:
-        engine = CudaEngine(mixture) if block is None else None
-        of_rows = None if block is None else CudaPosteriorScorer(*mixture.kernel_arrays, block_rows=block)
-
-        def score() -> Any:
-            if of_rows is not None:
-                return mixture.of_kernels(of_rows(many_flux, many_error))
-            return engine and engine(many_flux, many_error, None, 0)
-
+        score: Callable[[], Any]
+        if block is None:
+            score = partial(CudaEngine(mixture), many_flux, many_error, None, 0)
+        else:
+            scorer = CudaPosteriorScorer(*mixture.kernel_arrays, block_rows=block)
+            score = lambda: mixture.of_kernels(scorer(many_flux, many_error))  # noqa: E731
         answer = score()[0].log_g[: len(truth)]
         note(name, rows, sampled(score, samples), answer)
 

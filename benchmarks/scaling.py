@@ -25,12 +25,12 @@ from numpy.typing import NDArray
 from moefast.benchmarks.environment import describe
 from moefast.ceilings.ceiling import read
 from moefast.core.grids import PHYSICAL_GRID
+from moefast.core.line_features import LEAST_CONTINUUM
 from moefast.core.metrics import r2
 from moefast.core.random import add_noise
 from moefast.experts.protocol import Inputs
 from moefast.experts.trees import fit_trees, stacking
 from moefast.fitting import Options, fit_mixture
-from moefast.gating.features import LEAST_CONTINUUM
 from moefast.gating.mlp import softmax
 from moefast.kernels import project
 from moefast.kernels.reference import line_features

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 import moefast
 from moefast.benchmarks.adapter import OWN_ENVIRONMENT, Engine, Work
 from moefast.core.errors import BackendError
+from moefast.core.line_features import LEAST_CONTINUUM
 from moefast.core.metrics import r2
-from moefast.gating.features import LEAST_CONTINUUM
 from moefast.kernels import Library
 from moefast.mixture import Mixture
 from moefast.model import Model

@@ -23,12 +23,12 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from moefast.core.errors import ModelError
+from moefast.core.line_features import LINE_FEATURES, LINES
 from moefast.core.outputs import ONNX, by_onnx, words
 from moefast.experts.protocol import Place, family
 from moefast.experts.template import Templates
 from moefast.export.graph import Graph, Initializers, assemble, number_of_part, said
 from moefast.forward import expert_values, forward
-from moefast.gating.features import LINE_FEATURES, LINES
 from moefast.gating.tower import Sees, Tower
 from moefast.kernels.forward import LAYERS
 from moefast.mixture import Mixture, n_gate_features

@@ -31,7 +31,13 @@ from moefast.kernels.scoring import (
 )
 from moefast.kernels.tangent import Library, TangentPosterior, tangent_posterior
 from moefast.kernels.template import TemplatePosterior, template_posterior
-from moefast.kernels.velocity import Slopes, VelocityTemplates, velocity_evidence, velocity_step
+from moefast.kernels.velocity import (
+    Slopes,
+    VelocityTemplates,
+    velocity_conclusion,
+    velocity_evidence,
+    velocity_step,
+)
 
 __all__ = [
     "GRAM_ROWS",
@@ -68,6 +74,7 @@ __all__ = [
     "tangent_posterior",
     "template_posterior",
     "unpack_symmetric",
+    "velocity_conclusion",
     "velocity_evidence",
     "velocity_step",
     "without_cuda",

@@ -15,8 +15,10 @@ the other's.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moefast.core.compiled import njit
 from moefast.kernels.quality import (
@@ -34,6 +36,11 @@ __all__ = [
     "GRAM_TILE",
     "PIXELS",
     "PROJECT_ROWS",
+    "Experts",
+    "Features",
+    "Limits",
+    "Network",
+    "ProjectedRows",
     "add_tile",
     "centre",
     "collect_rows",
@@ -63,6 +70,55 @@ LEAST_SUM = np.float32(1e-30)
 
 # NaN and infinity must keep their meaning, so "nnan" and "ninf" are left out.
 FAST = {"reassoc", "contract", "arcp", "nsz"}
+
+
+F32 = NDArray[np.float32]
+
+
+class ProjectedRows(NamedTuple):
+    """What `soft_mix` reads of each spectrum: arrays of `moefast.kernels.Projected`."""
+
+    columns: F32
+    windows: F32
+    variances: F32
+    log_level: F32
+    energy: F32
+    expected: F32
+
+
+class Experts(NamedTuple):
+    """Linear experts: M noise levels, weights (M, K, c) and intercepts (M, K)."""
+
+    knots: F32
+    weights: F32
+    intercepts: F32
+
+
+class Features(NamedTuple):
+    """What the gate sees: leading ones of the basis columns, and lines; see `moefast.kernels.Mixing`."""
+
+    n_basis: int
+    n_leading: int
+    offsets: F32
+    widths: F32
+    least_continuum: np.float32
+
+
+class Network(NamedTuple):
+    """Layers W₁ (f, h), b₁ (h,), W₂ᵀ (k, h), b₂ (k,)."""
+
+    w1: F32
+    b1: F32
+    w2t: F32
+    b2: F32
+
+
+class Limits(NamedTuple):
+    """The least noise and spread whose logarithms the error model sees, and the range of answers, dex."""
+
+    least_spread: np.float32
+    low: np.float32
+    high: np.float32
 
 
 @njit(nogil=True, cache=True)
@@ -317,8 +373,9 @@ def log32(x):
 
 
 @njit(cache=True, inline="always")
-def _hidden(features, w1, b1, active):
+def _hidden(features, network, active):
     """Active = tanh(f W₁ + b₁)."""
+    w1, b1 = network.w1, network.b1
     for h in range(active.size):
         active[h] = b1[h]
     for f in range(features.size):
@@ -342,27 +399,36 @@ def _dot(a, b):
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def perceptron(features, w1, b1, w2t, b2, out):
+def perceptron(features, network, out):
     """Out = tanh(f W₁ + b₁) W₂ + b₂, row by row."""
-    active = np.empty(b1.size, np.float32)
+    active = np.empty(network.b1.size, np.float32)
+    w2t, b2 = network.w2t, network.b2
     for i in range(len(features)):
-        _hidden(features[i], w1, b1, active)
+        _hidden(features[i], network, active)
         for k in range(b2.size):
             out[i, k] = b2[k] + _dot(active, w2t[k])
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def soft_mix(
-    columns, windows, variances, log_level, energy, expected,
-    n_basis, n_leading, knots, expert_weights, intercepts, offsets, widths, least_continuum,
-    gate_w1, gate_b1, gate_w2t, gate_b2, error_w1, error_b1, error_w2t, error_b2, least_spread, low, high,
-    given, given_noise, given_logits,
-    log_g, log_g_err, log_g_err_raw, weights, expert_log_g, chi2,
-):  # fmt: skip
+def soft_mix(rows, experts, seen, gate_network, error_network, limits, others, out):
     """From projected spectra to the mixture's answer, row by row: levels, features, gate, mix, error.
 
-    `given`, with its noise and logits (n, K), or None, which is compiled on its own: as if nothing could be given.
+    Parameters
+    ----------
+    rows : ProjectedRows
+    experts : Experts
+    seen : Features
+    gate_network, error_network : Network
+    limits : Limits
+    others : moefast.kernels.Given or None
+        None is compiled on its own: as if there could be no others.
+    out : moefast.kernels.Mixed
     """
+    columns, windows, variances, log_level, energy, expected = rows
+    knots, expert_weights, intercepts = experts
+    n_basis, n_leading, offsets, widths, least_continuum = seen
+    floor, low, high = limits
+    log_g, log_g_err, log_g_err_raw, weights, expert_log_g, chi2 = out
     n, (n_levels, n_experts) = len(columns), intercepts.shape
     first = knots[0]
     step = (knots[n_levels - 1] - first) / np.float32(n_levels - 1)
@@ -370,8 +436,8 @@ def soft_mix(
     n_features = 2 * n_lines + 1 + n_leading + 1
     features = np.empty(n_features + 3, np.float32)
     of_gate = features[:n_features]
-    active, active_of_error = np.empty(gate_b1.size, np.float32), np.empty(error_b1.size, np.float32)
-    floor = least_spread
+    active = np.empty(gate_network.b1.size, np.float32)
+    active_of_error = np.empty(error_network.b1.size, np.float32)
     for i in range(n):
         # Noise level, and its place between two knots.
         level = log_level[i]
@@ -403,18 +469,18 @@ def soft_mix(
             features[2 * n_lines + 1 + c] = z[c]
         features[n_features - 1] = level
 
-        _hidden(of_gate, gate_w1, gate_b1, active)
+        _hidden(of_gate, gate_network, active)
         gate, each = weights[i], expert_log_g[i]
         top = np.float32(-np.inf)
         for k in range(n_experts):
-            gate[k] = gate_b2[k] + _dot(active, gate_w2t[k])
-            if given is not None:
-                gate[k] += given_logits[i, k]
+            gate[k] = gate_network.b2[k] + _dot(active, gate_network.w2t[k])
+            if others is not None:
+                gate[k] += others.logits[i, k]
             top = max(top, gate[k])
         norm = ZERO32
         for k in range(n_experts):
             power = exp32(gate[k] - top)
-            if given is not None:
+            if others is not None:
                 # The exponential is bounded from below.
                 power = ZERO32 if gate[k] == np.float32(-np.inf) else power
             gate[k] = gate[k] if math.isnan(gate[k]) else power
@@ -428,10 +494,10 @@ def soft_mix(
             variance = lower * variances[i, m * n_experts + k] + upper * variances[i, (m + 1) * n_experts + k]
             sigma = math.sqrt(variance)
             # Numba leaves a branch out of the compiled code only if nothing but None is asked for.
-            if given is not None:  # noqa: SIM102
-                if not math.isnan(given[i, k]):
-                    each[k] = given[i, k]
-                    sigma = given_noise[i, k]
+            if others is not None:  # noqa: SIM102
+                if not math.isnan(others.values[i, k]):
+                    each[k] = others.values[i, k]
+                    sigma = others.noise[i, k]
             mixed += gate[k] * each[k]
             raw += gate[k] * sigma
         spread = ZERO32
@@ -445,6 +511,6 @@ def soft_mix(
         features[n_features] = answer
         features[n_features + 1] = math.log(max(raw, floor))
         features[n_features + 2] = math.log(max(math.sqrt(spread), floor))
-        _hidden(features, error_w1, error_b1, active_of_error)
-        log_error = error_b2[0] + _dot(active_of_error, error_w2t[0])
+        _hidden(features, error_network, active_of_error)
+        log_error = error_network.b2[0] + _dot(active_of_error, error_network.w2t[0])
         log_g_err[i] = math.exp(log_error)

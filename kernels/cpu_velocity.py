@@ -17,7 +17,7 @@ from moefast.kernels.cpu_information import LANES as COLUMNS
 from moefast.kernels.quality import LARGEST32, LARGEST_ERROR32, ZERO32
 from moefast.kernels.vectors import VECTORS, add_tile, set_tile, width_of
 
-__all__ = ["LANES", "gains", "multiply", "read_star", "slopes_of", "step"]
+__all__ = ["LANES", "conclude", "gains", "multiply", "read_star", "slopes_of", "step"]
 
 LANES = VECTORS * width_of(32)
 """Numbers in single precision that lie side by side."""
@@ -25,6 +25,8 @@ ROUNDING = 1e-12
 """Of a diagonal, what is added to it where only the scale is asked for."""
 FAINT = np.float32(-30.0)
 """Templates whose logarithm of the evidence is so far below that of the best one are not counted."""
+NEVER = 60.0
+"""Velocities whose logarithm of the probability is so far below that of the best one are not counted."""
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
@@ -255,3 +257,57 @@ def step(rows, points, packed, precision, pull, u, across, sums, found):
             curvature -= a[k, width] * a[k, width]
         found[i, 0] = force / max(curvature, TINY)
         found[i, 1] = curvature
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def conclude(grid, evidence, shares, near, near_sigmas, wider, velocity, sigma, other):
+    """Velocities and their 1σ, in place, and the probability of all other velocities; see `velocity_conclusion`.
+
+    `shares` (f, 4) are the weights of four neighbours at each of f places between two velocities.
+    """
+    n, n_v = evidence.shape
+    between = len(shares)
+    n_fine = (n_v - 1) * between + 1
+    width = (grid[-1] - grid[0]) / (n_fine - 1)
+    log_p, p = np.empty(n_fine), np.empty(n_fine)
+    for i in range(n):
+        best = -np.inf
+        for g in range(n_v):
+            here = evidence[i, g]
+            last = g == n_v - 1
+            before = evidence[i, g - 1] if g > 0 else 2 * evidence[i, 0] - evidence[i, 1]
+            after = here if last else evidence[i, g + 1]
+            beyond = evidence[i, g + 2] if g < n_v - 2 else 2 * evidence[i, n_v - 1] - evidence[i, n_v - 2]
+            for k in range(1 if last else between):
+                # At a velocity of the grid its own weight is 1.
+                value = (
+                    shares[k, 0] * before + shares[k, 1] * here + shares[k, 2] * after + shares[k, 3] * beyond
+                )
+                log_p[g * between + k] = value
+                best = max(best, value)
+        total = 0.0
+        for j in range(n_fine):
+            p[j] = 0.0 if log_p[j] < best - NEVER else math.exp(log_p[j] - best)
+            total += p[j]
+        reach = max(near, near_sigmas * sigma[i])
+        part, mean = 0.0, 0.0
+        for j in range(n_fine):
+            fine = grid[0] + j * width
+            if abs(fine - velocity[i]) < reach:
+                part += p[j]
+                mean += p[j] * fine
+        mean /= max(part, 1e-300)
+        square = 0.0
+        for j in range(n_fine):
+            fine = grid[0] + j * width
+            if abs(fine - velocity[i]) < reach:
+                square += p[j] * (fine - mean) ** 2
+        spread = math.sqrt(square / max(part, 1e-300))
+        if spread > wider * sigma[i]:
+            velocity[i], sigma[i] = mean, spread
+        reach = max(near, near_sigmas * sigma[i])
+        left = 0.0
+        for j in range(n_fine):
+            if not abs(grid[0] + j * width - velocity[i]) < reach:
+                left += p[j]
+        other[i] = left / total

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["velocity_evidence_reference", "velocity_step_reference"]
+__all__ = ["velocity_conclusion_reference", "velocity_evidence_reference", "velocity_step_reference"]
 
 F64 = NDArray[np.float64]
 
@@ -76,3 +76,28 @@ def velocity_step_reference(
     covariance = np.linalg.inv((design.T * known) @ design + prior)
     answer = covariance @ (design.T @ (known * apart) + np.append(pull, 0.0))
     return float(answer[-1]), float(np.sqrt(covariance[-1, -1]))
+
+
+def velocity_conclusion_reference(
+    fine: F64, log_p: F64, velocity: float, sigma: float, near: float, near_sigmas: float, wider: float
+) -> tuple[float, float, float]:
+    """Velocity, 1σ and the probability of all other velocities of one star.
+
+    Parameters
+    ----------
+    fine, log_p : array of shape (f,)
+        Velocities and the logarithm of their probabilities.
+    velocity, sigma : float
+        Of the step.
+    near, near_sigmas, wider : float
+        See `moefast.kernels.velocity.velocity_conclusion`.
+    """
+    p = np.exp(log_p - log_p.max())
+    p /= p.sum()
+    here = np.where(np.abs(fine - velocity) < max(near, near_sigmas * sigma), p, 0)
+    here /= max(here.sum(), 1e-300)
+    mean = float(here @ fine)
+    spread = float(np.sqrt(here @ (fine - mean) ** 2))
+    if spread > wider * sigma:
+        velocity, sigma = mean, spread
+    return velocity, sigma, float(p[np.abs(fine - velocity) >= max(near, near_sigmas * sigma)].sum())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import threading
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -176,7 +176,9 @@ class Mixing:
     gate: Layers
     error_model: Layers
     label_range: tuple[float, float]
-    arrays: tuple = field(init=False, repr=False)
+    numbers: tuple[cpu.Experts, cpu.Features, cpu.Network, cpu.Network, cpu.Limits] = field(
+        init=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         k, m, c = self.expert_weights.shape
@@ -206,14 +208,29 @@ class Mixing:
 
         (w1, b1, w2, b2), (v1, c1, v2, c2) = self.gate, self.error_model
         f32 = np.float32
-        # In the order in which the kernel takes them: neighbours in memory are summed over.
-        arrays = (
-            self.n_basis, self.n_leading, plain(self.knots), plain(self.expert_weights.transpose(1, 0, 2)),
-            plain(self.intercepts.T), plain(self.line_offsets), plain(self.line_widths), f32(self.least_continuum),
-            plain(w1), plain(b1), plain(w2.T), plain(b2), plain(v1), plain(c1), plain(v2.T), plain(c2),
-            f32(self.least_spread), f32(self.label_range[0]), f32(self.label_range[1]),
-        )  # fmt: skip
-        object.__setattr__(self, "arrays", arrays)
+        # Neighbours in memory are summed over.
+        numbers = (
+            cpu.Experts(
+                plain(self.knots), plain(self.expert_weights.transpose(1, 0, 2)), plain(self.intercepts.T)
+            ),
+            cpu.Features(
+                self.n_basis,
+                self.n_leading,
+                plain(self.line_offsets),
+                plain(self.line_widths),
+                f32(self.least_continuum),
+            ),
+            cpu.Network(plain(w1), plain(b1), plain(w2.T), plain(b2)),
+            cpu.Network(plain(v1), plain(c1), plain(v2.T), plain(c2)),
+            cpu.Limits(f32(self.least_spread), f32(self.label_range[0]), f32(self.label_range[1])),
+        )
+        object.__setattr__(self, "numbers", numbers)
+
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        """The same numbers one after the other, as CUDA kernels take them."""
+        experts, seen, gate, error_model, limits = self.numbers
+        return (*seen[:2], *experts, *seen[2:], *gate, *error_model, *limits)
 
     @property
     def n_experts(self) -> int:
@@ -239,8 +256,7 @@ class Given(NamedTuple):
     logits: F32
 
 
-@dataclass(frozen=True)
-class Mixed:
+class Mixed(NamedTuple):
     """What `soft_mix` returns: `log_g`, `log_g_err`, `log_g_err_raw`, `chi2` (n,), `weights`, `expert_log_g` (n, K)."""
 
     log_g: NDArray
@@ -383,11 +399,14 @@ def perceptron(features: F32, layers: Layers) -> F32:
         raise ValueError(
             f"layers {[np.shape(a) for a in layers]} do not fit together, or features {features.shape}"
         )
-    x, w2t = np.ascontiguousarray(features, np.float32), np.ascontiguousarray(w2.T)
+    x, network = (
+        np.ascontiguousarray(features, np.float32),
+        cpu.Network(w1, b1, np.ascontiguousarray(w2.T), b2),
+    )
     out = np.empty((len(x), k), np.float32)
 
     def run(a: int, b: int) -> None:
-        cpu.perceptron(x[a:b], w1, b1, w2t, b2, out[a:b])
+        cpu.perceptron(x[a:b], network, out[a:b])
 
     in_threads(len(x), run, least=2 * PROJECT_ROWS)
     return out
@@ -424,7 +443,7 @@ def soft_mix(projected: Projected, plan: Mixing, given: Given | None = None) -> 
         raise ValueError(
             f"columns, windows, variances, levels and energies of shapes {expected} expected; found {found}"
         )
-    arrays = [np.ascontiguousarray(a, np.float32) for a in inputs]
+    rows = cpu.ProjectedRows(*(np.ascontiguousarray(a, np.float32) for a in inputs))
     others = check_given(given, n, k)
     out = Mixed(
         log_g=np.empty(n, np.float32),
@@ -434,11 +453,12 @@ def soft_mix(projected: Projected, plan: Mixing, given: Given | None = None) -> 
         expert_log_g=np.empty((n, k), np.float32),
         chi2=np.empty(n, np.float32),
     )
-    outputs = (out.log_g, out.log_g_err, out.log_g_err_raw, out.weights, out.expert_log_g, out.chi2)
 
     def run(a: int, b: int) -> None:
-        here = (None, None, None) if others is None else tuple(v[a:b] for v in others)
-        cpu.soft_mix(*(v[a:b] for v in arrays), *plan.arrays, *here, *(v[a:b] for v in outputs))
+        here = None if others is None else Given(*(v[a:b] for v in others))
+        cpu.soft_mix(
+            cpu.ProjectedRows(*(v[a:b] for v in rows)), *plan.numbers, here, Mixed(*(v[a:b] for v in out))
+        )
 
     # Two microseconds a row: fewer are not worth starting threads.
     in_threads(n, run, least=2 * PROJECT_ROWS)

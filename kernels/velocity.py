@@ -44,6 +44,7 @@ __all__ = [
     "scan_without_cuda",
     "step_without_cuda",
     "velocity_and_error",
+    "velocity_conclusion",
     "velocity_evidence",
     "velocity_step",
 ]
@@ -326,3 +327,56 @@ def velocity_step(
 
     in_threads(-(-n // ROWS), run, least=1)
     return velocity_and_error(found)
+
+
+def velocity_conclusion(
+    grid: F64,
+    evidence: F64,
+    velocity: F64,
+    sigma: F64,
+    shares: F64,
+    *,
+    near: float,
+    near_sigmas: float,
+    wider: float,
+) -> tuple[F64, F64, F64]:
+    """Velocities, their 1σ and the probability of all other velocities, all (n,), from the scan and the step.
+
+    Parameters
+    ----------
+    grid : array of shape (n_v,), km/s
+        Velocities, equally far apart.
+    evidence : array of shape (n, n_v)
+    velocity, sigma : array of shape (n,), km/s
+        Of the step.
+    shares : array of shape (f, 4)
+        Weights of the four neighbours of each of f places from one velocity to the next, of which the first is the
+        velocity itself.
+    near, near_sigmas : float
+        Velocities within so many km/s, or so many 1σ, of the star's are no other ones.
+    wider : float
+        Where the scan's peak is so many times as wide as the step's 1σ, its mean and width are taken.
+
+    Raises
+    ------
+    ValueError
+        Shapes that do not fit.
+    """
+    evidence = np.ascontiguousarray(evidence, np.float64)
+    n, n_v = len(evidence), len(grid)
+    if n_v < 3 or evidence.shape != (n, n_v) or velocity.shape != (n,) or sigma.shape != (n,):
+        raise ValueError(
+            f"evidence of shape (n, {n_v}), n_v at least 3, and velocity and sigma of shape (n,) expected; found "
+            f"{evidence.shape}, {velocity.shape} and {sigma.shape}"
+        )
+    velocity, sigma, other = (np.array(values, np.float64) for values in (velocity, sigma, sigma))
+    grid, shares = np.ascontiguousarray(grid, np.float64), np.ascontiguousarray(shares, np.float64)
+
+    def run(first: int, stop: int) -> None:
+        rows = slice(first, stop)
+        cpu_velocity.conclude(
+            grid, evidence[rows], shares, near, near_sigmas, wider, velocity[rows], sigma[rows], other[rows]
+        )
+
+    in_threads(n, run)
+    return velocity, sigma, other

@@ -115,7 +115,7 @@ class Checkpoint:
         try:
             with open_hashed(self.path, WHAT, self._compare) as (header, read):
                 built = build(int(header["rows"]), read)
-        except InputError:
+        except (InputError, MemoryError):
             raise
         except Exception as error:
             # Damaged archives make NumPy raise nearly anything, tokenize.TokenError for one.

@@ -28,10 +28,10 @@ from typing import ClassVar, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from moefast.core.line_features import LEAST_CONTINUUM, LINE_FEATURES, LINES, line_columns
 from moefast.experts.protocol import Expert, Inputs, Place
 from moefast.experts.template import Templates
 from moefast.forward import Pass, forward
-from moefast.gating.features import LEAST_CONTINUUM, LINE_FEATURES, LINES, line_columns
 from moefast.gating.tower import Tower, quality_logs
 from moefast.kernels import Given, Library, Mixed, Mixing, Projected, Projection, cell_size, project, soft_mix
 from moefast.kernels.forward import LAYERS, Sizes
@@ -404,6 +404,22 @@ class Mixture:
         features, own, noise, chi2 = prepare_reference(linear, self.mixing)
         experts, noise = in_place_of(own, noise, given)
         return Prepared(features, experts, noise, own, chi2, linear.log_level)
+
+    def by_evidence(
+        self, flux: F32, error: F32, mask: NDArray[np.bool_] | None = None, *, first_row: int = 0
+    ) -> NDArray | None:
+        """Log g of the experts mixed by Bayes' rule, (n,): by the evidence of the library and by nothing else.
+
+        None without a library. See `predict` for the parameters.
+        """
+        library = self.place(Templates)
+        if library is None:
+            return None
+        linear = project(flux, error, mask, self.projection, first_row=first_row)
+        evidence = library.posterior(self.inputs(linear)).evidence
+        weights = np.exp(evidence.astype(np.float64))
+        experts = self.prepare(flux, error, mask, first_row=first_row).expert_log_g
+        return np.clip((weights * experts).sum(1) / weights.sum(1), *self.label_range)
 
     def predict_reference(
         self, flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None = None

@@ -26,7 +26,18 @@ from moefast.spectra.source import SpectrumSource
 from moefast.spectra.spectrum_set import SpectrumSet, open_spectra
 from moefast.trunks.presets import Size
 
-__all__ = ["DEFAULT", "RECIPES", "PreparedFit", "Recipe", "fit", "options_of", "prepare"]
+__all__ = [
+    "DEFAULT",
+    "FOCUSED",
+    "RECIPES",
+    "STRONG",
+    "PreparedFit",
+    "Recipe",
+    "fit",
+    "focused",
+    "options_of",
+    "prepare",
+]
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,16 @@ RECIPES: dict[str, Recipe] = {
         "9 experts, each of the family (linear, template, trees) that is best in its bin; soft gate by evidence",
         {"families": ("linear", "template", "trees")},
     ),
+    "hybrid-regression": Recipe(
+        PHYSICAL_GRID,
+        "the experts of hybrid-moe; a gate by regression, with the weights of the least error, without evidence",
+        {"families": ("linear", "template", "trees"), "evidence": False},
+    ),
+    "hybrid-metal-poor": Recipe(
+        PHYSICAL_GRID,
+        "hybrid-moe, and trees on line indices (Ca II, Na I, Mg I, Fe I, Paschen) to choose from in metal-poor bins",
+        {"families": ("linear", "template", "trees"), "metal_poor_families": ("trees-indices",)},
+    ),
     "residual-moe": Recipe(
         PHYSICAL_GRID,
         "heads, and residuals (linear, ridge, trees) beside them where they help beyond doubt",
@@ -88,6 +109,18 @@ RECIPES: dict[str, Recipe] = {
             "sample_rows": 20_000,
             "sample_draws": 8,
             "residuals": ("linear", "ridge", "trees"),
+        },
+    ),
+    "residual-metal-poor": Recipe(
+        PHYSICAL_GRID,
+        "the same, with residuals learnt from what is metal-poor or has snr_norm up to 4",
+        {
+            "families": ("heads",),
+            "trunk": "pca-mlp",
+            "sample_rows": 20_000,
+            "sample_draws": 8,
+            "residuals": ("linear", "ridge", "trees"),
+            "residual_focus": True,
         },
     ),
     "conditional-moe": Recipe(
@@ -136,6 +169,35 @@ RECIPES: dict[str, Recipe] = {
     ),
 }
 DEFAULT = "phys-moe"
+FOCUSED = {
+    ("hybrid-moe", "metal-poor"): "hybrid-metal-poor",
+    ("residual-moe", "metal-poor"): "residual-metal-poor",
+}
+"""Recipes that are another one with more for some stars, by that recipe and what they are for."""
+STRONG = ("template", "heads", "heads-cnn", "heads-vit")
+"""Recipes whose model residuals can stand on."""
+
+
+def focused(recipe: str, focus: str | None) -> str:
+    """The recipe that is another one with more for some stars.
+
+    Parameters
+    ----------
+    recipe : str
+    focus : str or None
+        For which stars; the recipe itself if None.
+
+    Raises
+    ------
+    InputError
+        There is none.
+    """
+    if focus is None:
+        return recipe
+    if (recipe, focus) not in FOCUSED:
+        known = ", ".join(f"{one} of {base}" for base, one in FOCUSED)
+        raise InputError(f"recipe {recipe!r} has no focus {focus!r}; there is {known}")
+    return FOCUSED[recipe, focus]
 
 
 def options_of(
@@ -143,6 +205,7 @@ def options_of(
     *,
     grid: Grid | None = None,
     families: Sequence[str] | None = None,
+    strong: str | None = None,
     noise: Noise = "closed-form",
     **changes: Any,
 ) -> Options:
@@ -156,6 +219,14 @@ def options_of(
     if recipe not in RECIPES:
         raise InputError(f"recipe {recipe!r} is unknown; choose one of {', '.join(RECIPES)}")
     own = dict(RECIPES[recipe].options)
+    if strong is not None:
+        if "residuals" not in own or strong not in STRONG:
+            raise InputError(
+                f"{strong!r} under {recipe!r}: residuals stand on one of {', '.join(STRONG)}; choose one of these and "
+                "a recipe with residuals"
+            )
+        own = {name: own[name] for name in ("residuals", "residual_focus") if name in own}
+        own |= RECIPES[strong].options
     if families is not None:
         own["families"] = tuple(families)
     if own.get("clipped") and noise == "closed-form":
@@ -169,6 +240,7 @@ def fit(
     recipe: str = DEFAULT,
     grid: Grid | None = None,
     families: Sequence[str] | None = None,
+    strong: str | None = None,
     noise: Noise = "closed-form",
     noise_level: float = 1.0,
     size: Size = "small",
@@ -193,6 +265,8 @@ def fit(
         Bins of the experts, instead of the recipe's.
     families : sequence of str, optional
         Families of experts that each bin chooses from, instead of the recipe's; see `moefast.fitting.Options`.
+    strong : str, optional
+        What residuals stand on, one of `STRONG`, instead of what the recipe says.
     noise : "closed-form", "sampled" or "observed"
         Clean flux, noise in closed form; clean flux, one noise draw per row; flux that is noisy already. There is no
         closed form for clipped flux: a recipe that clips draws noise instead, and the manifest says so.
@@ -238,6 +312,7 @@ def fit(
         recipe=recipe,
         grid=grid,
         families=families,
+        strong=strong,
         noise=noise,
         noise_level=noise_level,
         size=size,

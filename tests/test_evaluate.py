@@ -12,6 +12,7 @@ from moefast.ceilings import ceiling
 from moefast.core.errors import InputError, OutputError, WaveGridError
 from moefast.core.metrics import r2
 from moefast.core.random import NOISE_SEED, standard_normals
+from moefast.core.records import sealed
 from moefast.export import build, open_session
 from moefast.predicting.files import predict
 from moefast.protocol.evaluate import evaluate
@@ -177,7 +178,7 @@ def test_a_report_folder(stored, tmp_path):
     written = write_report(stored, folder)
     assert sorted(folder.iterdir()) == sorted(written)
     assert [path.name for path in written] == list(REPORT_FILES)
-    assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(stored.report))
+    assert json.loads((folder / "report.json").read_text()) == sealed(json.loads(json.dumps(stored.report)))
     assert json.loads((folder / "run.json").read_text()) == stored.run
     assert "R²" in (folder / "report.txt").read_text()
     assert "<!DOCTYPE html>" in (folder / "report.html").read_text()

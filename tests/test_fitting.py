@@ -13,7 +13,7 @@ from moefast.core.errors import BackendError, InputError, LabelError, MoefastErr
 from moefast.core.grids import Grid, SnrGrid, uniform
 from moefast.core.metrics import r2
 from moefast.core.random import add_noise, fold_of_rows
-from moefast.experts import normal_equations, protocol, trees
+from moefast.experts import indices, normal_equations, protocol, trees
 from moefast.experts.protocol import Expert, ExpertValues, expert
 from moefast.experts.ridge import principal_subspace
 from moefast.experts.trees import Trees
@@ -23,6 +23,8 @@ from moefast.fitting.first_pass import gather
 from moefast.fitting.linear_experts import choose_rank, find_levels, held_out, mixture_of, solve
 from moefast.fitting.sample import draw_faint, draw_sample
 from moefast.fitting.training_set import TrainingSet
+from moefast.gating.mlp import softmax
+from moefast.kernels import perceptron
 from moefast.mixture import hat_weights
 from moefast.spectra.spectrum_set import open_spectra
 
@@ -604,6 +606,60 @@ def test_every_bin_of_a_hybrid_has_the_best_family(train_file, test_toy, templat
     assert linear_r2(form, fit, test_toy, bins) < r2(test_toy.labels["log_g"], oracle)
 
 
+@pytest.fixture(scope="module")
+def regression(train_file):
+    """The experts of `templates` behind a gate that was fitted without their evidence."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gate, "fit_gate", functools.partial(gate.fit_gate, steps=1000))
+        return fitted(
+            train_file, grid=GRID, sample_draws=1, families=("template",), evidence=False, references=False
+        )
+
+
+def test_a_gate_by_regression_has_the_same_experts_and_no_evidence(regression, templates, test_toy):
+    spectra, truth = (test_toy.noisy(), test_toy.error), test_toy.labels["log_g"]
+    found, other = (fit.mixture.predict(*spectra) for fit in (regression, templates))
+    np.testing.assert_array_equal(found.expert_log_g, other.expert_log_g)
+    assert regression.mixture.families == ["template-means"] * 6
+    assert np.any(regression.mixture.gate[2])
+    # The weights are those of the gate's own perceptron, and of nothing else.
+    prepared = regression.mixture.prepare(*spectra)
+    weights = softmax(perceptron(prepared.features, regression.mixture.gate))
+    np.testing.assert_allclose(found.weights, weights, atol=1e-4)
+    few = tuple(array[:300] for array in spectra)
+    expected = regression.mixture.predict_reference(*few)
+    np.testing.assert_allclose(found.log_g[:300], expected.log_g, atol=1e-3)
+    np.testing.assert_allclose(found.weights[:300], expected.weights, atol=2e-3)
+    # It has learnt to tell bins: even weights would be as bad as this.
+    even = r2(truth, np.clip(found.expert_log_g.mean(1), *regression.mixture.label_range))
+    assert r2(truth, found.log_g) > even + 0.1
+
+
+def test_bayes_rule_of_the_same_experts_is_the_gate_of_a_library(regression, templates, test_toy):
+    spectra = test_toy.noisy(), test_toy.error
+    w1, b1, w2, b2 = templates.mixture.gate
+    alone = dataclasses.replace(templates.mixture, gate=(w1, b1, 0 * w2, 0 * b2)).predict(*spectra).log_g
+    for fit in (regression, templates):
+        np.testing.assert_allclose(fit.mixture.by_evidence(*spectra), alone, atol=1e-3)
+
+
+def test_mixtures_without_a_library_have_no_evidence(quick_fit, test_toy):
+    assert quick_fit.mixture.by_evidence(test_toy.noisy(), test_toy.error) is None
+
+
+def test_families_of_metal_poor_bins_are_tried_there_alone(train_file, quick, monkeypatch):
+    grid = Grid((3750.0, 6000.0), (-2.5, -1.0, 0.75))
+    monkeypatch.setattr(indices, "fit_trees", functools.partial(indices.fit_trees, n_trees=20))
+    fit = fitted(
+        train_file, **(QUICK | {"grid": grid}), families=("linear",), metal_poor_families=("trees-indices",)
+    )
+    poor, rich = (fit.summary["families"][name] for name in grid.names)
+    assert set(poor["gain"]) == set(poor["r2"]) == {"linear", "trees-indices"}
+    assert set(rich["gain"]) == set(rich["r2"]) == {"linear"}
+    assert rich["family"] == "linear"
+    assert -1 < poor["r2"]["trees-indices"] < 1
+
+
 @pytest.mark.usefixtures("quick")
 def test_families_that_see_pixels_are_fitted_bin_by_bin(train_file, test_toy, monkeypatch):
     """Trees on flux and a network stand beside the linear experts, and what they say of the sample is their own."""
@@ -678,6 +734,13 @@ def test_what_a_family_needs_is_known_before_the_first_row(monkeypatch):
         ({"families": ("template",), "noise": "sampled"}, "noise in closed form"),
         ({"families": ("linear", "trees"), "noise": "observed"}, "fit phys-moe"),
         ({"families": ("template",), "alpha": 0.1}, "noise in closed form"),
+        ({"families": ("template",), "metal_poor_families": ("trees",)}, "beside linear"),
+        ({"families": ("linear", "trees"), "metal_poor_families": ("trees",)}, "not among those of all bins"),
+        ({"metal_poor_families": ("heads",)}, "must be of"),
+        ({"grid": uniform(3, 1), "metal_poor_families": ("trees",)}, "needs a bin that ends at"),
+        ({"metal_poor_families": ("trees",), "noise": "observed"}, "fit phys-moe"),
+        ({"evidence": False, "families": ("heads",)}, "the gate of heads is its own"),
+        ({"evidence": False, "first_tower": False, "tower": "quality"}, "needs its first tower"),
     ],
 )
 def test_families_that_cannot_be_are_refused(options, match):
@@ -730,9 +793,34 @@ def test_residuals_that_help_nowhere_are_left_out_and_the_fit_says_so(train_file
     )
 
 
+@pytest.mark.usefixtures("quick")
+def test_residuals_of_weak_stars_are_fitted_to_be_zero_elsewhere(train_file, train_toy, monkeypatch):
+    asked = []
+
+    def look(name, seen, wrong, weight, seed):
+        asked.append(wrong)
+        return fit_ridge(name, seen, wrong, weight, seed)
+
+    fit_ridge = residuals._fit_residual
+    monkeypatch.setattr(residuals, "_fit_residual", look)
+    monkeypatch.setattr(residuals, "FAINT", 0.0)
+    rich = np.mean(train_toy.labels["M_H"] >= -1)
+    assert 0.2 < rich < 0.8
+    for focus, share in ((False, 0.0), (True, rich)):
+        asked.clear()
+        fitted(train_file, **QUICK, residuals=("ridge",), residual_focus=focus)
+        assert np.mean(np.concatenate(asked) == 0) == pytest.approx(share, abs=0.05)
+    asked.clear()
+    monkeypatch.setattr(residuals, "FAINT", np.inf)
+    fitted(train_file, **QUICK, residuals=("ridge",), residual_focus=True)
+    assert np.all(np.concatenate(asked) != 0)
+
+
 def test_unknown_residuals_are_refused():
     with pytest.raises(InputError, match="residuals must be of linear, ridge, trees"):
         Options(residuals=("network",))
+    with pytest.raises(InputError, match="only where there are residuals"):
+        Options(residual_focus=True)
 
 
 # --- a second tower of the gate --------------------------------------------------------------------------------------

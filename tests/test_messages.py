@@ -236,3 +236,10 @@ def test_on_a_terminal_one_line_changes_and_nothing_has_colours():
     shares = [int(found[1]) for line in drawn if (found := re.match(r"(\d+) %", line))]
     assert shares == sorted(shares)
     assert drawn[-1].startswith("100 %; fitting: 3 of 3")
+
+
+def test_a_failure_is_told_once_before_a_command_talks():
+    """Without a handler, Python prints what is logged once more: an interrupt was told twice when it came early."""
+    program = "from moefast.cli.messages import fail; fail('moefast: interrupted')"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ended.stderr == "moefast: interrupted\n"

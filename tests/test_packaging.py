@@ -152,6 +152,20 @@ def test_conda_recipe_asks_for_what_the_project_asks_for() -> None:
     assert f'version: "{moefast.__version__}"' in text
     ((name, target),) = project["scripts"].items()
     assert f"- {name} = {target}" in text
+    assert f"\n  license: {project['license']}\n" in text
+    assert [
+        f"  license_file: {file}" in text and (ROOT / file).is_file() for file in project["license-files"]
+    ] == [True]
+    assert f'summary: "{project["description"]}"' in text
+
+
+@pytest.mark.skipif(not (ROOT / "CITATION.cff").is_file(), reason="only in a checkout")
+def test_the_citation_is_of_this_version_and_licence() -> None:
+    import moefast
+
+    lines = (ROOT / "CITATION.cff").read_text().splitlines()
+    assert f"version: {moefast.__version__}" in lines
+    assert f"license: {_project()['license']}" in lines
 
 
 def test_extras_exist_that_extras_and_messages_name() -> None:

@@ -14,7 +14,7 @@ from moefast.model import Model
 from moefast.predicting.engines import CudaEngine
 from moefast.predicting.files import predict
 from moefast.protocol.evaluate import evaluate
-from moefast.recipes import RECIPES, fit, options_of
+from moefast.recipes import FOCUSED, RECIPES, STRONG, fit, focused, options_of
 
 ALL_RECIPES = [
     pytest.param(name, marks=pytest.mark.torch) if recipe.options.get("families") == ("heads",) else name
@@ -111,7 +111,7 @@ def test_the_onnx_graph_gives_the_numbers_of_the_table(fitted, recipe, stars):
     np.testing.assert_allclose(found[1], expected.weights, atol=2e-3)
 
 
-@pytest.mark.parametrize("recipe", ["template", "hybrid-moe"])
+@pytest.mark.parametrize("recipe", ["template", "hybrid-moe", "hybrid-regression"])
 def test_the_oracle_is_that_of_the_experts_and_the_ridges_stand_beside_it(fitted, recipe, stars, tmp_path):
     model, folder = fitted(recipe)
     few = stars.take(slice(0, 700))
@@ -120,6 +120,13 @@ def test_the_oracle_is_that_of_the_experts_and_the_ridges_stand_beside_it(fitted
     assert {"oracle-hybrid", "oracle-ridge"} <= names
     assert ("oracle-ridge, sampled" in names) == (recipe == "hybrid-moe")
     assert report["rho"]["oracle"] == "oracle-hybrid"
+    assert ("bayes-gate" in names) == (report["rho_bayes"] is not None) == bool(np.any(model.mixture.gate[2]))
+    if report["rho_bayes"] is not None:
+        wrong = model.mixture.by_evidence(few.noisy, few.error) - few.params["log_g"]
+        r2 = 1 - (wrong @ wrong) / (700 * few.params["log_g"].var())
+        assert report["references"]["bayes-gate"]["r2"] == pytest.approx(r2, abs=1e-5)
+        low, high = (report["references"][name]["r2"] for name in ("global-ridge", "oracle-hybrid"))
+        assert report["rho_bayes"]["value"] == pytest.approx((r2 - low) / (high - low), abs=1e-4)
     prepared = model.mixture.prepare(few.noisy, few.error)
     bins = model.grid.assign(few.params["T_eff"], few.params["M_H"])
     here = np.arange(700), bins
@@ -130,6 +137,35 @@ def test_the_oracle_is_that_of_the_experts_and_the_ridges_stand_beside_it(fitted
         wrong = np.clip(values[here], *model.mixture.label_range) - few.params["log_g"]
         expected = 1 - (wrong @ wrong) / (700 * few.params["log_g"].var())
         assert report["references"][name]["r2"] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("strong", STRONG)
+@pytest.mark.parametrize("recipe", ["residual-moe", "residual-metal-poor"])
+def test_residuals_stand_on_the_recipe_that_is_named(recipe, strong):
+    own, base, found = options_of(recipe), options_of(strong), options_of(recipe, strong=strong)
+    changed = {"residuals": own.residuals, "residual_focus": own.residual_focus}
+    assert found == dataclasses.replace(base, **changed)
+    assert own == options_of(recipe, strong="heads")
+
+
+def test_what_residuals_cannot_stand_on_is_refused():
+    for recipe, strong in (("phys-moe", "heads"), ("residual-moe", "phys-moe")):
+        with pytest.raises(
+            InputError, match="residuals stand on one of template, heads, heads-cnn, heads-vit"
+        ):
+            options_of(recipe, strong=strong)
+
+
+def test_a_focus_is_a_recipe_of_its_own():
+    assert focused("phys-moe", None) == "phys-moe"
+    assert focused("hybrid-moe", "metal-poor") == "hybrid-metal-poor"
+    assert set(FOCUSED.values()) <= set(RECIPES)
+    for base, focus in FOCUSED:
+        own, other = options_of(base), options_of(focused(base, focus))
+        assert own.families == other.families
+        assert own != other
+    with pytest.raises(InputError, match="hybrid-metal-poor of hybrid-moe"):
+        focused("phys-moe", "metal-poor")
 
 
 def test_libraries_need_clean_spectra(labelled_file):

@@ -24,11 +24,13 @@ import numpy as np
 from moefast.benchmarks.faults.case import Case, Ended, command, judge, run
 from moefast.benchmarks.faults.disk import ERRORS, Failing, full
 from moefast.benchmarks.faults.ground import SUFFIXES, Ground, options_of
-from moefast.benchmarks.faults.products import Product, products
+from moefast.benchmarks.faults.products import Product, products, same_part
+from moefast.cluster.fit_parts import statistics_of
 from moefast.core.errors import InputError, ModelError, OutputError
 from moefast.model import MANIFEST, ONNX, REFERENCES, _checksum, _hash, shipped_path
 from moefast.predicting.files import predict
 from moefast.protocol.evaluate import evaluate
+from moefast.protocol.milestones.evaluations import read_reports
 from moefast.spectra.tables import read_table
 
 __all__ = ["CAMPAIGNS"]
@@ -269,46 +271,50 @@ def _metadata_bytes(path: Path, size: int) -> np.ndarray:
 
 
 def damaged_tables(ground: Ground, n: int, seed: int) -> Iterator[Case]:
-    """Flipped, zeroed or lost bytes of tables and checkpoints that moefast itself reads again."""
+    """Flipped, zeroed or lost bytes of what moefast itself reads again: tables, checkpoints, parts of fits, reports."""
     rng = np.random.default_rng(seed)
     made = products(ground)
-    sources = {name: made[name] for name in ("table.h5", "table.parquet", "table.fits", "checkpoint")}
     contents: dict[str, bytes] = {}
-    for name, product in sources.items():
-        _size_of(ground, name, product)
-        whole = ground.folder / "whole" / name / product.target
-        contents[name] = (next(whole.iterdir()) if whole.is_dir() else whole).read_bytes()
+    for name, (file, _) in _READ_AGAIN.items():
+        _size_of(ground, name, made[name])
+        contents[name] = (ground.folder / "whole" / name / made[name].target / file).read_bytes()
     everything = {name: np.arange(len(content)) for name, content in contents.items()}
     names = list(contents)
     for _ in range(n):
         name = names[int(rng.integers(len(names)))]
-        place = ground.fresh()
-        path = place / name
-        if name == "checkpoint":
-            path.mkdir()
-            path = path / "first-pass.npz"
+        file, read = _READ_AGAIN[name]
+        path = ground.fresh() / made[name].target / file
+        path.parent.mkdir(exist_ok=True)
         content, what = _damaged(contents[name], everything[name], rng)
         path.write_bytes(content)
-        read = _read_checkpoint if name == "checkpoint" else _read_damaged_table
-        ended = run(partial(read, made[name], path), ground.log)
+        ended = run(
+            partial(read, ground.folder / "whole" / name / made[name].target / file, path), ground.log
+        )
         yield judge(
             "damaged tables", f"{name}: {what}", ended, partial(_is_done, ended), partial(_says_right, ended),
             codes={InputError.exit_code},
         )  # fmt: skip
 
 
-def _read_damaged_table(product: Product, path: Path) -> None:
+def _read_damaged_table(whole: Path, path: Path) -> None:
     columns, attrs = read_table(path)
-    expected, attributes = read_table(_whole_of(path))
+    expected, attributes = read_table(whole)
     same = list(columns) == list(expected) and all(np.array_equal(columns[n], expected[n]) for n in columns)
     print("right" if same and attrs == attributes else f"other: {attrs} {list(columns)}")
 
 
-def _whole_of(path: Path) -> Path:
-    return path.parent.parent / "whole" / path.name / path.name
+def _read_part(whole: Path, path: Path) -> None:
+    # Not same_part: that takes a refusal for a difference.
+    statistics_of(path)
+    print("right" if same_part(whole, path) else "other")
 
 
-def _read_checkpoint(product: Product, path: Path) -> None:
+def _read_report(whole: Path, path: Path) -> None:
+    (found,), (expected,) = read_reports([path]), read_reports([whole])
+    print("right" if found.report == expected.report else "other")
+
+
+def _read_checkpoint(_: Path, path: Path) -> None:
     from moefast.checkpoint import Checkpoint
 
     told: list[str] = []
@@ -319,6 +325,17 @@ def _read_checkpoint(product: Product, path: Path) -> None:
         print("right" if told else "silent")
     else:
         print("right" if found[0] == 7 and np.array_equal(found[1], np.arange(5000.0)) else "other")
+
+
+_READ_AGAIN: dict[str, tuple[str, Callable[[Path, Path], None]]] = {
+    "table.h5": ("", _read_damaged_table),
+    "table.parquet": ("", _read_damaged_table),
+    "table.fits": ("", _read_damaged_table),
+    "checkpoint": ("first-pass.npz", _read_checkpoint),
+    "part.npz": ("", _read_part),
+    "evaluation": ("report.json", _read_report),
+}
+"""Products whose damage must be told: the file in their folder, and what reads it beside the whole one."""
 
 
 _STRANGE: list[Any] = [

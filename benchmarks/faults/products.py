@@ -12,6 +12,9 @@ import numpy as np
 
 from moefast.benchmarks.faults.ground import SUFFIXES, Ground
 from moefast.checkpoint import Checkpoint
+from moefast.cluster.catalogue import write_catalogue
+from moefast.cluster.fit_parts import FitPlan, Source, gather_to_file, read_header, statistics_of
+from moefast.cluster.merge import merge_tables
 from moefast.core.atomic import write_json
 from moefast.core.errors import MoefastError, OutputError
 from moefast.export import build, save
@@ -23,9 +26,10 @@ from moefast.spectra.spectrum_set import open_spectra
 from moefast.spectra.tables import Column, open_table, read_table
 from moefast.spectra.writer import SpectrumWriter
 
-__all__ = ["Product", "products"]
+__all__ = ["Product", "products", "same_part"]
 
 _ROWS = 1000
+_TRAINING_ROWS = 200
 _COLUMNS = [Column(f"c{k}", np.dtype("float32"), "dex", "a column") for k in range(12)]
 
 
@@ -90,7 +94,100 @@ def products(ground: Ground) -> dict[str, Product]:
         return write_report(ground.evaluation, path, pictures=False, overwrite=overwrite)
 
     found["evaluation"] = Product("evaluation", write_evaluation, partial(_right_evaluation, ground), 0.15)
+    found["part.npz"] = _part_of_fit(ground)
+    found["catalogue"], found["merged"] = _of_tables(ground)
     return found
+
+
+def _part_of_fit(ground: Ground) -> Product:
+    """Statistics of the first half of a small fit."""
+    spectra, right = ground.folder / "training.h5", ground.folder / "right.npz"
+    if not spectra.exists():
+        _write_training(spectra)
+    plan = FitPlan(Source.of_files([spectra]), {"recipe": "global-ridge", "references": False})
+    prepared = plan.prepare()
+
+    def write(path: Path, overwrite: bool) -> object:
+        return gather_to_file(path, plan, prepared, (0, _TRAINING_ROWS), shard=(0, 1))
+
+    if not right.exists():
+        write(right, False)
+    return Product("part.npz", write, partial(same_part, right))
+
+
+def same_part(right: Path, path: Path) -> bool:
+    """Whether two files of statistics say the same of the same."""
+    try:
+        first, second = statistics_of(right).arrays(), statistics_of(path).arrays()
+        alike = read_header(right) == read_header(path)
+    except MoefastError:
+        return False
+    return alike and list(first) == list(second) and all(np.array_equal(first[n], second[n]) for n in first)
+
+
+def _of_tables(ground: Ground) -> tuple[Product, Product]:
+    """Two tables as a catalogue, and as one table."""
+    shards = [ground.folder / f"shard-{index}.parquet" for index in range(2)]
+    for index, path in enumerate(shards):
+        if not path.exists():
+            predict(ground.spectra, ground.model, path, backend="cpu", shard=(index, 2))
+    rng, n = np.random.default_rng(2), 200
+    values = {
+        "row": np.arange(n), "ra": rng.uniform(0, 360, n), "dec": rng.uniform(-90, 90, n), "log_g": rng.normal(size=n),
+    }  # fmt: skip
+    stars = ground.folder / "stars.parquet"
+    if not stars.exists():
+        with open_table(stars, n, [Column(k, v.dtype, "", k) for k, v in values.items()], {}) as table:
+            table.write(0, values)
+
+    def write_sky(path: Path, overwrite: bool) -> object:
+        return write_catalogue([stars], path, order=0, overwrite=overwrite)
+
+    def write_merged(path: Path, overwrite: bool) -> object:
+        return merge_tables(shards, path, overwrite=overwrite)
+
+    return (
+        Product("catalogue", write_sky, partial(_right_catalogue, values), 0.5),
+        Product("merged.h5", write_merged, ground.is_right),
+    )
+
+
+def _right_catalogue(values: dict[str, np.ndarray], path: Path) -> bool:
+    """Whether all stars are there, once, in the files that the catalogue's own lists name."""
+    import pyarrow.dataset as ds
+
+    try:
+        table = ds.dataset(path / "dataset", format="parquet", partitioning="hive").to_table().sort_by("row")
+        listed = (path / "partition_info.csv").read_text(encoding="ascii").splitlines()[1:]
+        said = (path / "hats.properties").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
+    files = {int(file.stem.removeprefix("Npix=")) for file in path.rglob("Npix=*.parquet")}
+    return (
+        all(np.array_equal(table[name].to_numpy(), column) for name, column in values.items())
+        and {f"0,{pixel}" for pixel in files} == set(listed)
+        and f"hats_nrows={len(values['row'])}" in said
+        and (path / "dataset" / "_common_metadata").is_file()
+        and not (path / "waiting").exists()
+    )
+
+
+def _write_training(path: Path) -> None:
+    """A few stars of low rank, with labels."""
+    rng, n, pixels = np.random.default_rng(3), _TRAINING_ROWS, 640
+    labels = {
+        "T_eff": rng.uniform(3750, 6000, n),
+        "log_g": rng.uniform(1, 5, n),
+        "M_H": rng.uniform(-2.5, 0.75, n),
+    }
+    edges = np.linspace(7100, 8850, pixels + 1)
+    shapes = np.sin(2 * np.pi * np.outer(np.arange(2, 5), np.linspace(0, 1, pixels)))
+    terms = np.column_stack([(values - values.mean()) / np.ptp(values) for values in labels.values()])
+    with SpectrumWriter(
+        path, n_rows=n, wave=edges[:-1], wave_edges=edges, params=dict.fromkeys(labels, "f8")
+    ) as writer:
+        flux = (1 + 0.05 * terms @ shapes).astype(np.float32)
+        writer.write(0, params=labels, flux=flux, error=np.full_like(flux, 0.1))
 
 
 def _numbers() -> dict[str, np.ndarray]:

@@ -9,7 +9,8 @@ How CUDA code is tested where there is no GPU:
 
 1. *Simulator.* `tests/kernels/simulator/` runs in a process of its own with NUMBA_ENABLE_CUDASIM=1 (the variable must
    be set before Numba is imported), started by `tests/kernels/test_cuda_simulator.py`. Each CUDA thread is a Python
-   thread: it shows wrong indices, missing barriers and wrong edges, at small sizes.
+   thread: it shows wrong indices and wrong edges, at small sizes. `test_races.py` looks at every access to memory for
+   missing barriers, and for barriers that not all threads reach.
 2. *Compiler.* `python -m moefast.kernels.cuda` compiles every registered kernel for sm_80 and sm_90 with the NVVM and
    nvJitLink wheels, no driver needed, and prints registers, shared memory, stack and spills. A test asserts that none
    spills.
@@ -29,7 +30,8 @@ How to add a kernel:
    the public functions that launch it. Launch it like any Numba kernel: ``_add_rows[blocks, THREADS, stream](…)``.
    Device functions are plain ``cuda.jit(device=True)`` functions and need no entry.
 2. Name its module in `registry.MODULES` and the public function in `PUBLIC` below.
-3. Give it tests in `tests/kernels/simulator/` and in `tests/kernels/test_cuda_device.py`.
+3. Give it tests in `tests/kernels/simulator/`, one of them in `test_races.py`, and in
+   `tests/kernels/test_cuda_device.py`.
 """
 
 from __future__ import annotations

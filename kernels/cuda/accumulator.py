@@ -351,7 +351,7 @@ class GroupTotals:
 def _zeros(shape: tuple[int, ...]) -> Any:
     array = cuda.device_array(shape, np.float64)
     gram.set_zero(array, cuda.default_stream())
-    # The slots' streams do not wait for the default stream.
+    # The slots' streams wait for the default stream only where that is not one of each thread.
     cuda.synchronize()
     return array
 

@@ -158,7 +158,8 @@ def inner_edges(t_eff_edges: Sequence[float], m_h_edges: Sequence[float]) -> tup
 
 def table_size(n_rows: int, n_bins: int) -> int:
     """Cells of the table of counts that `sort_on_device` needs for `n_rows` rows, or for fewer."""
-    return n_bins * -(-n_rows // _chunk_rows(n_rows, n_bins))
+    # Chunks are whole rows, so that somewhat fewer rows can be cut in more of them.
+    return n_bins * min(-(-n_rows // CHUNK_ROWS), -(-LARGEST_TABLE // n_bins))
 
 
 def _chunk_rows(n_rows: int, n_bins: int) -> int:

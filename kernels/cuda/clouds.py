@@ -57,7 +57,7 @@ from moefast.kernels.cuda.lanes import SCRATCH, WRITTEN_OUT, least_of_block, sum
 from moefast.kernels.cuda.median import THREADS as MEDIAN_THREADS
 from moefast.kernels.cuda.median import median_rows
 from moefast.kernels.cuda.registry import HOPPER, kernel, launchable
-from moefast.kernels.cuda.scoring import MOST_SHARED, BlockScorer, Slot
+from moefast.kernels.cuda.scoring import MOST_SHARED, BlockScorer, Slot, results_on_device
 from moefast.kernels.cuda.space import DeviceSpace, SpaceWork, on_device
 
 __all__ = [
@@ -871,7 +871,7 @@ class Work(SpaceWork):
         self.pairs_of_roots = self.roots.view(np.float64)
         self.centre, self.spectrum = (cuda.device_array((rows, n), np.float32) for _ in range(2))
         self.found = cuda.device_array((rows, FIRST_LABEL + 3 * plan.n_labels, plan.n_clouds), np.float32)
-        self.scores = Posteriors(*(cuda.device_array(*kind) for kind in plan.kinds(rows)))
+        self.memory_of_scores, self.scores = results_on_device(plan, rows)
 
 
 class CudaPosteriorScorer(BlockScorer):

@@ -10,9 +10,14 @@ their device twins, and a thread of the host that fills it, starts it, and takes
     slot 1       fill              | copy in | kernels | out |  fill              | copy in | …
     slot 2           fill              | copy in | kernels | out |  fill   …
 
-Floor, from host memory: 32 kB a spectrum, 0.6 µs over a bus of 55 GB/s. One core that fills, launches and collects by
-itself moved 6.3 GB/s, 5.2 µs a spectrum, so that nine must fill at a time to keep the bus busy. Kernels take 0.13 µs,
-the median included: it may stay where it is.
+Whoever reads a file enters a slot (`BlockScorer.slot`) and reads straight into its buffers; arrays that lie elsewhere
+are copied there.
+
+Floor, from host memory: 32 kB a spectrum, 0.6 µs over a bus of 55 GB/s. One core that reads a cached file to pinned
+memory and copies it on moves 6.7 GB/s, 4 cores 19, 8 cores 28, 12 cores 35 and 16 cores 36 (one H200, 2026-11-29), so
+that a dozen must read at a time; one that copies arrays by itself moved 6.3. Kernels take 0.13 µs, the median included:
+it may stay where it is. Results lie in one piece, so that one copy, and not one for each of them, keeps the interpreter
+from starting the next block.
 
 A slot belongs to one block at a time; callers may be threads. All of them enter the device that was current when the
 scorer was made. Memory is plain device memory and pinned host memory,
@@ -65,6 +70,7 @@ __all__ = [
     "Slot",
     "Work",
     "launch",
+    "results_on_device",
     "score",
 ]
 
@@ -76,7 +82,7 @@ FLOOR_ROWS = 256
 """Smallest block: below it, launches would take longer than copies."""
 FREE_SHARE = 0.25
 """Share of the free device memory that all slots may take: others may need the rest."""
-SLOTS = max(2, min(12, CORES))
+SLOTS = max(2, min(16, CORES))
 """Blocks on their way, and threads that fill them: three or four more than fill at a time."""
 MOST_SHARED = 48 * 1024
 """Dynamic shared memory that every device gives a block."""
@@ -133,12 +139,31 @@ class BlockPlan(Protocol):
         ...
 
     def work(self, rows: int) -> Any:
-        """Device memory between the kernels for so many rows."""
+        """Device memory between the kernels for so many rows, and `memory_of_scores` of `results_on_device`."""
         ...
 
     def launch(self, flux: Any, error: Any, mask: Any, n: int, work: Any, stream: Any) -> Any:
         """Score n rows that are on the device, in `stream`, without waiting; device arrays, cut to n rows."""
         ...
+
+
+def _one_after_the_other(memory: Any, kinds: list[tuple[tuple[int, ...], type]]) -> Iterator[Any]:
+    """Arrays in one piece of memory; those of larger numbers come first, so that each begins where it may."""
+    start = 0
+    for shape, dtype in kinds:
+        stop = start + int(np.prod(shape)) * np.dtype(dtype).itemsize
+        yield memory[start:stop].view(dtype).reshape(shape)
+        start = stop
+
+
+def results_on_device(plan: BlockPlan, rows: int) -> tuple[Any, Any]:
+    """Device memory for the results of so many rows, which one copy brings to the host, and the arrays in it."""
+    memory = cuda.device_array(rows * _bytes_of_results(plan), np.uint8)
+    return memory, plan.results(*_one_after_the_other(memory, plan.kinds(rows)))
+
+
+def _bytes_of_results(plan: BlockPlan) -> int:
+    return sum(np.dtype(dtype).itemsize * int(np.prod(shape)) for shape, dtype in plan.kinds(1))
 
 
 class DevicePlan:
@@ -243,7 +268,7 @@ class Work:
         self.cells = cuda.device_array((rows, plan.n_cells), np.float32)
         self.energy = cuda.device_array(rows, np.float32)
         self.expected = cuda.device_array(rows, np.float32)
-        self.scores = Scores(*(cuda.device_array(*kind) for kind in _kinds(rows, plan.n_experts)))
+        self.memory_of_scores, self.scores = results_on_device(plan, rows)
         self.clouds = None if plan.library is None else Clouds(rows, plan.library)
 
     @staticmethod
@@ -391,6 +416,9 @@ class BlockScorer:
                     raise self._shortage(error) from error
             # Outside the handler, whose traceback keeps the arrays that were allocated alive.
             self.block_rows = max(floor, self.block_rows // 2)
+        # The plan is on the device before the stream of a slot reads it: streams wait for the default stream, in which
+        # it was copied, only where that is not one of each thread.
+        cuda.synchronize()
         self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
         for place in places:
             self._free.put(place)
@@ -545,20 +573,20 @@ class Slot:
     """One of the places that blocks pass through: pinned buffers, device buffers and a stream."""
 
     def __init__(self, rows: int, plan: BlockPlan) -> None:
-        self.plan, p = plan, plan.n_pixels
+        self.plan, self.rows, p = plan, rows, plan.n_pixels
         kinds = {"flux": np.float32, "error": np.float32, "mask": np.bool_}
         self.device = {name: cuda.device_array(rows * p, dtype) for name, dtype in kinds.items()}
         self.work = plan.work(rows)
         self.host = {name: pinned_array((rows, p), dtype) for name, dtype in kinds.items()}
-        self.results = plan.results(*(pinned_array(*kind) for kind in plan.kinds(rows)))
+        self.memory_of_results = pinned_array((rows, _bytes_of_results(plan)), np.uint8).reshape(-1)
+        self.results = plan.results(*_one_after_the_other(self.memory_of_results, plan.kinds(rows)))
         self.stream = cuda.stream()
         self.n, self.masked = 0, False
 
     @staticmethod
     def pinned_bytes_per_row(plan: BlockPlan) -> int:
         """Pinned host memory of a row: flux, error, mask and results."""
-        results = sum(np.dtype(dtype).itemsize * int(np.prod(shape)) for shape, dtype in plan.kinds(1))
-        return 9 * plan.n_pixels + results
+        return 9 * plan.n_pixels + _bytes_of_results(plan)
 
     def array(self, name: str, shape: tuple[int, int]) -> NDArray:
         """The pinned flux, error or mask of the first rows."""
@@ -573,16 +601,16 @@ class Slot:
 
     def start(self) -> None:
         """Start copy, kernels and the copy back of what `fill` left, without waiting."""
-        n, names = self.n, ["flux", "error", *(["mask"] if self.masked else [])]
-        count = n * self.plan.n_pixels
-        for name in names:
-            self.device[name][:count].copy_to_device(self.host[name][:n].reshape(count), stream=self.stream)
+        count = self.n * self.plan.n_pixels
+        for name in ("flux", "error", *(["mask"] if self.masked else [])):
+            there, rows = self.device[name], self.host[name].reshape(-1)
+            # A slice of a device array keeps the interpreter busy: none for whole blocks.
+            if self.n < self.rows:
+                there, rows = there[:count], rows[:count]
+            there.copy_to_device(rows, stream=self.stream)
         hidden = self.device["mask"] if self.masked else None
-        scores = self.plan.launch(
-            self.device["flux"], self.device["error"], hidden, n, self.work, self.stream
-        )
-        for found, target in zip(scores, self.results, strict=True):
-            found.copy_to_host(target[:n], stream=self.stream)
+        self.plan.launch(self.device["flux"], self.device["error"], hidden, self.n, self.work, self.stream)
+        self.work.memory_of_scores.copy_to_host(self.memory_of_results, stream=self.stream)
 
     def collect(self, out: Any, here: slice) -> None:
         """Wait for the block and copy its results to its rows of `out`."""

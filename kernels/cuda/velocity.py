@@ -54,7 +54,7 @@ from moefast.kernels.cuda.information import (
 )
 from moefast.kernels.cuda.lanes import GROUP, SCRATCH, most_of_warp, sum_of_block, sum_of_group, sum_of_warp
 from moefast.kernels.cuda.registry import kernel
-from moefast.kernels.cuda.scoring import BlockScorer
+from moefast.kernels.cuda.scoring import BlockScorer, results_on_device
 from moefast.kernels.cuda.space import DeviceSpace, SpaceWork, on_device
 from moefast.kernels.quality import LARGEST32, LARGEST_ERROR32
 from moefast.kernels.velocity import (
@@ -101,6 +101,9 @@ HALF = TILE // 2
 PANEL = 8
 """Pixels that are staged in shared memory at a time; a power of two."""
 PRODUCT_THREADS = (TILE // EACH) ** 2
+WARP_ROWS, WARP_COLUMNS = 4, 8
+WARPS_BESIDE = TILE // EACH // WARP_COLUMNS
+"""How threads of a warp lie in the tile, and warps beside each other; powers of two."""
 LOADS = PANEL * TILE // PRODUCT_THREADS
 """Numbers of either side that a thread fetches for a panel."""
 PADDED = TILE + 4
@@ -290,6 +293,19 @@ def weigh_stars(flux, error, mask, p, first, continuum, precision, rows, weights
             rows[top + 1 + i, j] = float32(known * total)
 
 
+@cuda.jit(device=True)
+def _read_pixel(left, right, side, k, ty, tx, a, b):  # type: ignore[no-untyped-def]
+    """Numbers of a thread's rows and columns at one pixel of a panel."""
+    for i in range(QUAD):
+        a[i] = left[side, k, QUAD * ty + i]
+    for i in range(QUAD):
+        a[QUAD + i] = left[side, k, HALF + QUAD * ty + i]
+    for j in range(QUAD):
+        b[j] = right[side, k, QUAD * tx + j]
+    for j in range(QUAD):
+        b[QUAD + j] = right[side, k, HALF + QUAD * tx + j]
+
+
 @kernel(
     "void(float32[:,::1], float32[:,::1], int64, float32[:,::1])",
     threads=PRODUCT_THREADS,
@@ -308,19 +324,25 @@ def multiply_lines(rows, components, n, out):  # type: ignore[no-untyped-def]
         thread (ty, tx) owns rows    4 ty … 4 ty + 3  and  64 + 4 ty … 64 + 4 ty + 3   of the tile
                        and columns   4 tx … 4 tx + 3  and  64 + 4 tx … 64 + 4 tx + 3
 
-    so that 8 + 8 numbers from shared memory, in vectors of four, feed 64 multiply-adds.
+    so that 8 + 8 numbers from shared memory, in vectors of four, feed 64 multiply-adds. Those of two pixels are
+    read at a time. Threads of a warp lie WARP_ROWS × WARP_COLUMNS in the tile: it reads as few
+    different vectors as can be.
     """
     left = cuda.shared.array((2, PANEL, PADDED), float32, alignment=ALIGNED)
     right = cuda.shared.array((2, PANEL, TILE), float32, alignment=ALIGNED)
     sums = cuda.local.array((EACH, EACH), float32)
     a = cuda.local.array(EACH, float32)
     b = cuda.local.array(EACH, float32)
+    second_a = cuda.local.array(EACH, float32)
+    second_b = cuda.local.array(EACH, float32)
     next_left = cuda.local.array(LOADS, float32)
     next_right = cuda.local.array(LOADS, float32)
     # Masks instead of divisions tell the compiler that indices are not negative: it then reads vectors of four.
     thread = cuda.threadIdx.x & (PRODUCT_THREADS - 1)
-    tx = thread & (TILE // EACH - 1)
-    ty = (thread // (TILE // EACH)) & (TILE // EACH - 1)
+    warp = thread // (WARP_ROWS * WARP_COLUMNS)
+    tx = (thread & (WARP_COLUMNS - 1)) + WARP_COLUMNS * (warp & (WARPS_BESIDE - 1))
+    below = (warp // WARPS_BESIDE) & (TILE // EACH // WARP_ROWS - 1)
+    ty = ((thread // WARP_COLUMNS) & (WARP_ROWS - 1)) + WARP_ROWS * below
     top = cuda.blockIdx.y * TILE
     edge = cuda.blockIdx.x * TILE
     depth = components.shape[0]
@@ -341,18 +363,15 @@ def multiply_lines(rows, components, n, out):  # type: ignore[no-untyped-def]
                 place = thread + s * PRODUCT_THREADS
                 next_right[s] = components[start + place // TILE, edge + (place & (TILE - 1))]
         if start > 0:
-            for k in range(PANEL):
-                for i in range(QUAD):
-                    a[i] = left[side, k, QUAD * ty + i]
-                for i in range(QUAD):
-                    a[QUAD + i] = left[side, k, HALF + QUAD * ty + i]
-                for j in range(QUAD):
-                    b[j] = right[side, k, QUAD * tx + j]
-                for j in range(QUAD):
-                    b[QUAD + j] = right[side, k, HALF + QUAD * tx + j]
+            for k in range(0, PANEL, 2):
+                _read_pixel(left, right, side, k, ty, tx, a, b)
+                _read_pixel(left, right, side, k + 1, ty, tx, second_a, second_b)
                 for i in range(EACH):
                     for j in range(EACH):
                         sums[i, j] += a[i] * b[j]
+                for i in range(EACH):
+                    for j in range(EACH):
+                        sums[i, j] += second_a[i] * second_b[j]
         side = (side + 1) & 1
         if start < depth:
             for s in range(LOADS):
@@ -690,7 +709,7 @@ class ScanWork:
         self.rows, self.weights = singles(rows * EACH_STAR, plan.depth), singles(rows, plan.depth)
         self.of_rows = singles(rows * EACH_STAR, plan.lines.shape[1])
         self.of_weights = singles(rows, plan.squares.shape[1])
-        self.evidence = cuda.device_array((rows, plan.n_velocities), np.float64)
+        self.memory_of_scores, (self.evidence,) = results_on_device(plan, rows)
 
 
 class DeviceStep:
@@ -790,11 +809,8 @@ class StepWork(SpaceWork):
         def doubles(*shape: int) -> Any:
             return cuda.device_array(shape, np.float64)
 
-        self.across, self.sums, self.found = (
-            doubles(rows, plan.space.width),
-            doubles(rows, 2),
-            doubles(rows, 2),
-        )
+        self.across, self.sums = doubles(rows, plan.space.width), doubles(rows, 2)
+        self.memory_of_scores, (self.found,) = results_on_device(plan, rows)
         # What the reading kernel gives as well.
         kinds = (np.float32, np.int32, np.uint32)
         self.quality = tuple(cuda.device_array(rows, kind) for kind in kinds)

@@ -33,9 +33,16 @@ def _sizes(_: click.Context, __: click.Parameter, value: str | None) -> tuple[in
 @click.option(
     "--list", "as_list", is_flag=True, help="List the engines, and why one cannot be used; then stop."
 )
-@click.option("-n", "--number", type=click.IntRange(1), default=20_000, show_default=True, help="Spectra.")
 @click.option(
-    "--samples", type=click.IntRange(1), default=5, show_default=True, help="Timed runs of each engine."
+    "-n", "--number", type=click.IntRange(1), metavar="N", default=20_000, show_default=True, help="Spectra."
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(1),
+    metavar="N",
+    default=5,
+    show_default=True,
+    help="Timed runs of each engine.",
 )
 @click.option(
     "--growth", callback=_sizes, metavar="N,N,…",

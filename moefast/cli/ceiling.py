@@ -36,7 +36,12 @@ __all__ = ["ceiling"]
 @click.option("--stars", type=click.IntRange(2), metavar="N", help="Use the first N spectra only.")
 @click.option("--name", help="Name of the test set in the report.")
 @click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the posterior samples."
+    "--seed",
+    type=click.IntRange(0),
+    metavar="N",
+    default=0,
+    show_default=True,
+    help="Of the posterior samples.",
 )
 @SCHEDULER
 @OVERWRITE

@@ -17,6 +17,7 @@ from moefast.cli.options import (
     DEVICE,
     EXPERT,
     FAMILIES,
+    FOCUS,
     JSON,
     LIKE,
     NOISE_LEVEL,
@@ -24,6 +25,7 @@ from moefast.cli.options import (
     OVERWRITE,
     RESOLUTION,
     SCHEDULER,
+    STRONG,
     shard_of,
     talk,
 )
@@ -75,6 +77,8 @@ def _grid(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int
     help="Which model: see above.",
 )
 @FAMILIES
+@FOCUS
+@STRONG
 @EXPERT
 @click.option(
     "--grid", callback=_grid, metavar="TxM", help="Bins in T_eff and [M/H], instead of the recipe's."
@@ -93,12 +97,20 @@ def _grid(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int
     help="Of a recipe's network: small for ten minutes of a laptop, base for a GPU.",
 )  # fmt: skip
 @click.option(
-    "--steps", type=click.IntRange(1), help="Of the network's fit, instead of what belongs to its size."
+    "--steps",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Of the network's fit, instead of what belongs to its size.",
 )
 @click.option("--references/--no-references", default=True, show_default=True,
               help="Also fit the published-style ridge to compare with (doubles the first pass).")  # fmt: skip
 @click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of folds, draws and networks."
+    "--seed",
+    type=click.IntRange(0),
+    metavar="N",
+    default=0,
+    show_default=True,
+    help="Of folds, draws and networks.",
 )
 @click.option(
     "--checkpoint", metavar="FOLDER",
@@ -118,7 +130,7 @@ def _grid(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int
 @swapped_told
 def fit(
     files: tuple[str, ...], out: str, simulate: int | None, name: str | None, like: tuple[str, ...],
-    resolution: str | None, recipe: str, families: tuple[str, ...] | None,
+    resolution: str | None, recipe: str, families: tuple[str, ...] | None, focus: str | None, strong: str | None,
     grid: tuple[int, int] | None, noise: str, noise_level: float, size: str, steps: int | None,
     references: bool, seed: int, checkpoint: str | None, shard: tuple[int, int] | None, scheduler: str | None,
     backend: str, overwrite: bool, quiet: bool, as_json: bool,
@@ -148,8 +160,18 @@ def fit(
         phys-moe         nine linear experts behind a gate; any spectra
         hybrid-moe       the best of linear, template, trees in each bin, or
                          of --families
-        residual-moe     heads, and what they get wrong on average learnt
-                         beside them, where that helps beyond doubt
+        hybrid-regression
+                         the same experts, with a gate by regression instead
+                         of one by evidence
+        hybrid-metal-poor
+                         hybrid-moe, and trees on line indices to choose from
+                         where stars are metal-poor (--focus metal-poor)
+        residual-moe     heads, or another model (--strong), and what it gets
+                         wrong on average learnt beside it, where that helps
+                         beyond doubt
+        residual-metal-poor
+                         the same, learnt from metal-poor and faint stars
+                         alone (--focus metal-poor)
         conditional-moe  phys-moe, its gate with a second part for faint stars
         dual-moe         phys-moe, its gate also on statistics of the errors
         heads            a network on components with nine heads and its gate;
@@ -169,7 +191,7 @@ def fit(
     from moefast.core.grids import uniform
     from moefast.fitting import expected_stages
     from moefast.model import check_target
-    from moefast.recipes import RECIPES, options_of
+    from moefast.recipes import RECIPES, focused, options_of
     from moefast.recipes import fit as run
     from moefast.spectra import open_spectra
 
@@ -177,6 +199,7 @@ def fit(
         raise click.BadParameter(
             f"{recipe!r} is unknown; choose one of {', '.join(RECIPES)}", param_hint="--recipe"
         )
+    recipe = focused(recipe, focus)
     if bool(files) == bool(simulate):
         raise click.UsageError("name the files to fit, or say how many spectra to simulate with --simulate N")
     if name is not None and not simulate:
@@ -208,8 +231,9 @@ def fit(
         progress.note(f"backend {where.name} ({where.device}): {where.reason}")
         begin = time.monotonic()
         arguments: dict[str, Any] = {
-            "recipe": recipe, "families": families, "grid": uniform(*grid) if grid else None, "noise": noise,
-            "noise_level": noise_level, "size": size, "steps": steps, "references": references, "seed": seed,
+            "recipe": recipe, "families": families, "strong": strong, "grid": uniform(*grid) if grid else None,
+            "noise": noise, "noise_level": noise_level, "size": size, "steps": steps, "references": references,
+            "seed": seed,
         }  # fmt: skip
         kept = Checkpoint(checkpoint, tell=progress.note) if checkpoint else None
         progress.expect(expected_stages(options_of(**arguments), spectra.n_rows) | {WRITING: 3.0})

@@ -50,8 +50,8 @@ Exit codes:
   7  the backend asked for cannot be used here
   8  the result cannot be written
   9  an engine of a benchmark gives another answer, or the benchmark cannot be carried out
-  143  terminated (SIGTERM)
   130  interrupted; nothing half-written is left under the name of the result
+  143  terminated (SIGTERM); the same holds
 """
 
 

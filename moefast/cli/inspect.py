@@ -54,7 +54,7 @@ def _mixture_of(model: str | None) -> Any:
     "--spectra", multiple=True, metavar="FILE",
     help="Of a table of predictions: the spectra it was made of, where they are not where they were.",
 )  # fmt: skip
-@click.option("--limit", type=click.IntRange(1), help="Look at so many rows at most.")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="Look at so many rows at most.")
 @VELOCITY
 @VELOCITY_RANGE
 @MEDIUM

@@ -107,7 +107,9 @@ def fail(text: str) -> None:
     """Tell an error, always, and log it."""
     SCREEN.keep()
     click.echo(text, err=True)
-    LOGGER.error(text.strip())
+    # Before a command begins to talk and after it has ended, Python would print what is logged once more.
+    if LOGGER.hasHandlers():
+        LOGGER.error(text.strip())
 
 
 def tell_result(text: str, *, quiet: bool) -> None:

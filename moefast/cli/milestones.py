@@ -14,7 +14,7 @@ __all__ = ["milestones"]
 
 
 @click.command(short_help="Judge evaluations by the marks of the roadmap.")
-@click.argument("reports", nargs=-1, metavar="REPORT…")
+@click.argument("reports", nargs=-1, metavar="[REPORT…]")
 @click.option("-o", "--out", metavar="FILE", help="Write the verdicts with all their numbers as JSON.")
 @OVERWRITE
 @talk

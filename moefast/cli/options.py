@@ -19,6 +19,7 @@ __all__ = [
     "EXPERT",
     "FAMILIES",
     "FILES",
+    "FOCUS",
     "JSON",
     "LIKE",
     "MEDIUM",
@@ -28,6 +29,7 @@ __all__ = [
     "OVERWRITE",
     "RESOLUTION",
     "SCHEDULER",
+    "STRONG",
     "TELLURIC",
     "VELOCITY",
     "VELOCITY_RANGE",
@@ -326,6 +328,15 @@ FAMILIES = click.option(
 )  # fmt: skip
 
 
+FOCUS = click.option(
+    "--focus", type=click.Choice(["metal-poor"]),
+    help="With hybrid-moe or residual-moe: the recipe with more for these stars, hybrid-metal-poor or "
+    "residual-metal-poor.",
+)  # fmt: skip
+STRONG = click.option(
+    "--strong", type=click.Choice(["template", "heads", "heads-cnn", "heads-vit"]),
+    help="What residuals stand on.  [default: heads]",
+)  # fmt: skip
 SCHEDULER = click.option(
     "--scheduler",
     metavar="ADDRESS",

@@ -66,7 +66,7 @@ __all__ = ["predict"]
 @BACKEND
 @DEVICE
 @click.option("--rows", callback=rows, metavar="FIRST:LAST", help="Score these rows only, LAST not included.")
-@click.option("--limit", type=click.IntRange(1), help="Score at most so many rows.")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="Score at most so many rows.")
 @click.option("--shard", callback=shard_of, metavar="[i/N]", is_flag=False, flag_value=OF_TASK,
               help="Score part i (from 0) of N equal parts; without a value the part of this task of a SLURM job "
               "array. moefast merge joins the tables.")  # fmt: skip

@@ -6,7 +6,7 @@ import json
 
 import click
 
-from moefast.cli.options import BACKEND, CONFIG, DEVICE, EXPERT, FAMILIES, JSON, talk
+from moefast.cli.options import BACKEND, CONFIG, DEVICE, EXPERT, FAMILIES, JSON, STRONG, talk
 from moefast.core.progress import ProgressLine
 
 __all__ = ["roadmap"]
@@ -19,16 +19,19 @@ __all__ = ["roadmap"]
 )  # fmt: skip
 @click.option("--set", "name", type=click.Choice(["z0", "survey", "wild"]), default="z0", show_default=True,
               help="Reference set.")  # fmt: skip
-@click.option("--train", type=click.IntRange(1000), default=20_000, show_default=True,
+@click.option("--train", type=click.IntRange(1000), metavar="N", default=20_000, show_default=True,
               help="Training spectra of each fit.")  # fmt: skip
 @click.option("--part", type=click.Choice(["test_10k", "test_1k"]), default="test_10k", show_default=True,
               help="Test spectra; marks for any set are judged on test_10k alone.")  # fmt: skip
 @click.option("--size", type=click.Choice(["small", "base"]), default="small", show_default=True,
               help="Of networks: for a laptop or for a GPU.")  # fmt: skip
-@click.option("--steps", type=click.IntRange(1), help="Of networks, instead of what belongs to their size.")
-@click.option("--seeds", type=click.IntRange(2), default=5, show_default=True,
+@click.option(
+    "--steps", type=click.IntRange(1), metavar="N", help="Of networks, instead of what belongs to their size."
+)
+@click.option("--seeds", type=click.IntRange(2), metavar="N", default=5, show_default=True,
               help="Training sets, and draws of noise, of C0.")  # fmt: skip
 @FAMILIES
+@STRONG
 @EXPERT
 @click.option("--all", "everything", is_flag=True, help="Run every stage, whatever the decisions say.")
 @click.option("--resume", is_flag=True, help="Go on with what is in the folder.")
@@ -39,7 +42,8 @@ __all__ = ["roadmap"]
 @JSON
 def roadmap(
     out: str, name: str, train: int, part: str, size: str, steps: int | None, seeds: int,
-    families: tuple[str, ...] | None, everything: bool, resume: bool, backend: str, quiet: bool, as_json: bool,
+    families: tuple[str, ...] | None, strong: str | None, everything: bool, resume: bool, backend: str, quiet: bool,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Run the roadmap: the ruler (C0), experts (C1), a gate (C2), a trunk with heads (C3), residuals (C4).
 
@@ -48,9 +52,10 @@ def roadmap(
         moefast roadmap -o survey/ --set survey --train 200000 --all
 
     After each stage its milestones are judged, and the number says which stage follows: an oracle hybrid of 0.70 leads
-    to the gate, else to the trunk; ρ of the gate of 0.85 leads to residuals, below 0.70 back to the experts. C3 and C4
-    fit networks and need torch. The experts of C1 are chosen from --families. A roadmap that was stopped goes on with
-    --resume. Twenty thousand training spectra take about half an hour on two cores.
+    to the gates, else to the trunk; ρ of the hybrid behind a gate by regression of 0.85 leads to residuals, below 0.70
+    back to the experts. C3 and C4 fit networks and need torch. The experts of the hybrids are chosen from --families,
+    the residuals of C4 stand on --strong. A roadmap that was stopped goes on with --resume. Twenty thousand training
+    spectra take about half an hour on two cores.
     """
     from moefast.core.records import as_entries
     from moefast.protocol.roadmap import Plan, roadmap_text
@@ -58,8 +63,8 @@ def roadmap(
 
     with ProgressLine(quiet or as_json) as progress:
         result = run(
-            out, Plan(name, train, part, size, steps, seeds, families), everything=everything, resume=resume,  # type: ignore[arg-type]
-            backend=backend, say=progress.note, progress=progress.stage,
+            out, Plan(name, train, part, size, steps, seeds, families, strong or "heads"),  # type: ignore[arg-type]
+            everything=everything, resume=resume, backend=backend, say=progress.note, progress=progress.stage,
         )  # fmt: skip
     click.echo(
         json.dumps(as_entries(result), indent=1, ensure_ascii=False) if as_json else roadmap_text(result)

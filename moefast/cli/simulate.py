@@ -22,14 +22,16 @@ def _positive_if_given(context: click.Context, option: click.Parameter, value: f
 
 @click.command(short_help="Simulate spectra with labels.")
 @click.argument("out", required=False, type=click.Path(dir_okay=False))
-@click.option("-n", "--number", type=click.IntRange(1), help="How many spectra.")
+@click.option("-n", "--number", type=click.IntRange(1), metavar="N", help="How many spectra.")
 @click.option(
     "--rows",
     callback=rows,
     metavar="FIRST:LAST",
     help="Which rows of the survey, for shards; instead of -n.",
 )
-@click.option("--seed", type=click.IntRange(0), help="Seed; row i is the same for any number of rows.")
+@click.option(
+    "--seed", type=click.IntRange(0), metavar="N", help="Seed; row i is the same for any number of rows."
+)
 @click.option(
     "--set",
     "name",

@@ -213,6 +213,8 @@ def read_header(path: str | Path) -> Header:
     try:
         with open_hashed(Path(path), WHAT, _check_schema) as (header, _):
             return header
+    except MemoryError:
+        raise
     except Exception as error:
         raise _damaged(path, error) from error
 
@@ -233,6 +235,8 @@ def statistics_of(path: str | Path, header: Header | None = None) -> Statistics:
             return Statistics.restored(
                 (first, stop), read, apart=found["published"], exact=found["backend"] == "cpu"
             )
+    except MemoryError:
+        raise
     except Exception as error:
         raise _damaged(path, error) from error
 

@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
+import time
+import uuid
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -49,6 +52,10 @@ LARGEST_COUNT = 10_000
 """Tasks at most: the scheduler takes a millisecond for each."""
 RETRIES = 10
 """How often a task is begun again after its worker was lost."""
+WORKER_TTL = "30 minutes"
+"""A worker that gives no sign of life for so long is ended and replaced; while it compiles code it may be silent."""
+PATIENCE = 300.0
+"""Seconds without any worker after which a job is given up."""
 ALONE = threading.Lock()
 """Tasks have all cores of their process: of a worker with several threads one computes at a time."""
 
@@ -111,8 +118,11 @@ def connect(scheduler: str) -> Generator[Client, None, None]:
     settings = {
         "distributed.nanny.pre-spawn-environ": alone,
         "distributed.scheduler.allowed-failures": RETRIES,
-        # Tasks load compiled code, which takes longer than Dask expects of a healthy worker.
-        "distributed.scheduler.worker-ttl": None,
+        "distributed.scheduler.worker-ttl": WORKER_TTL,
+        # Tasks keep nothing that could be moved to the disk, and a worker that pauses until it has less waits for ever.
+        "distributed.worker.memory.target": False,
+        "distributed.worker.memory.spill": False,
+        "distributed.worker.memory.pause": False,
     }
     with (
         dask.config.set(settings),
@@ -240,7 +250,49 @@ def _predict_shard(
 
 def submit(client: Client, work: Callable[..., Any], *arguments: Any) -> Any:
     """A task that is begun again if its worker is lost."""
-    return client.submit(work, *arguments, retries=RETRIES, pure=False)
+    name = f"{work.__name__.strip('_')}-{uuid.uuid4()}"
+    return client.submit(_done_by_worker, work, *arguments, retries=RETRIES, key=name)
+
+
+def _done_by_worker(work: Callable[..., Any], *arguments: Any) -> Any:
+    """What a task gives; a worker without the memory for it ends, and the task is left to another."""
+    from distributed import get_worker
+
+    try:
+        return work(*arguments)
+    except MemoryError as error:
+        worker = get_worker()
+        words = f"worker {worker.address} is out of memory ({error})"
+        if worker.nanny is None:
+            # Nothing would start it anew.
+            raise MemoryError(words) from error
+        print(f"moefast: {words} and ends", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def _result(task: Any) -> Any:
+    """What a task gives, or why the cluster could not do it."""
+    from distributed import CancelledError, KilledWorker
+
+    try:
+        return task.result()
+    except KilledWorker as error:
+        raise BackendError(
+            f"{error.allowed_failures + 1} workers ended while they did the same task, the last one "
+            f"{error.last_worker.address}: {_MORE_MEMORY}"
+        ) from error
+    except MemoryError as error:
+        raise BackendError(f"{error}: {_MORE_MEMORY}") from error
+    except CancelledError as error:
+        raise BackendError(
+            f"the scheduler was lost or gave the job up ({error}); repeat the command, which goes on with what is done"
+        ) from error
+
+
+_MORE_MEMORY = (
+    "if they had too little memory (their logs say so), give each worker more or start fewer, then repeat the command, "
+    "which goes on with what is done"
+)
 
 
 def gather_results(
@@ -254,12 +306,13 @@ def gather_results(
 
     done = 0
     try:
-        for task in as_completed(tasks, loop=client.loop):
-            # Raises what the task raised.
-            result = task.result()
-            if progress is not None:
-                done += result
-                progress(min(done, n_rows), n_rows)
+        with _watched(client, tasks):
+            for task in as_completed(tasks, loop=client.loop):
+                # Raises what the task raised.
+                result = _result(task)
+                if progress is not None:
+                    done += result
+                    progress(min(done, n_rows), n_rows)
     except BaseException:
         client.cancel(tasks)
         raise
@@ -269,13 +322,47 @@ def results_in_order(client: Client, tasks: list[Any]) -> Generator[Any, None, N
     """The result of each task, which is let go then; those that are left are cancelled if this ends early."""
     tasks.reverse()
     try:
-        while tasks:
-            # Raises what the task raised.
-            result = tasks[-1].result()
-            tasks.pop()
-            yield result
+        with _watched(client, tasks):
+            while tasks:
+                # Raises what the task raised.
+                result = _result(tasks[-1])
+                tasks.pop()
+                yield result
     finally:
         client.cancel(tasks)
+
+
+@contextmanager
+def _watched(client: Client, tasks: list[Any]) -> Generator[None, None, None]:
+    """Give tasks up when no worker has been there for long: Dask would wait for ever.
+
+    A nanny whose worker dies while it starts ends itself, so that all workers may be gone for good.
+    """
+    ended, deserted = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        last = time.monotonic()
+        while not ended.wait(PATIENCE / 20):
+            with suppress(Exception):
+                # A scheduler that is lost is told by the tasks.
+                if client.scheduler_info(n_workers=-1)["workers"]:
+                    last = time.monotonic()
+            if time.monotonic() - last > PATIENCE:
+                deserted.set()
+                client.cancel(list(tasks))
+                return
+
+    thread = threading.Thread(target=watch, name="moefast-watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    except BackendError as error:
+        if not deserted.is_set():
+            raise
+        raise BackendError(f"the scheduler has had no workers for {PATIENCE:g} s: {_MORE_MEMORY}") from error
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _seen_by_worker(files: Sequence[str], model: str | None, with_model: bool) -> dict[str, Any]:
@@ -310,13 +397,21 @@ def check_workers(
     BackendError, InputError, ModelError
         A worker has not; it is named.
     """
-    try:
-        found: dict[str, dict[str, Any]] = client.run(_seen_by_worker, files, model, expected is not None)
-    except ModuleNotFoundError as error:
-        raise BackendError(f"a worker of the cluster has no moefast ({error}); install it there") from error
+    for _ in range(1 + RETRIES):
+        answers = client.run(_seen_by_worker, files, model, expected is not None, on_error="return")
+        # Those that are lost meanwhile say nothing, and may be replaced.
+        found = {worker: facts for worker, facts in answers.items() if not isinstance(facts, OSError)}
+        if found or not answers:
+            break
+        with suppress(TimeoutError):
+            client.wait_for_workers(1, timeout=30)
     if not found:
         raise BackendError("the scheduler has no workers; start some, then repeat the command")
     for worker, facts in found.items():
+        if isinstance(facts, ModuleNotFoundError):
+            raise BackendError(f"worker {worker} has no moefast ({facts}); install it there") from facts
+        if isinstance(facts, Exception):
+            raise facts
         if facts["version"] != __version__:
             raise BackendError(f"worker {worker} has moefast {facts['version']}, this is {__version__}")
         if facts["missing"]:

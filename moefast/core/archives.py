@@ -24,6 +24,7 @@ from moefast.core.atomic import atomic_file
 __all__ = ["DamagedArchive", "Header", "open_hashed", "read_archive", "write_hashed"]
 
 _ENCRYPTED = 1
+_SUFFIX = ".npy"
 
 Header = dict[str, Any]
 
@@ -34,10 +35,13 @@ class DamagedArchive(ValueError):
 
 @contextmanager
 def _one_error() -> Iterator[None]:
-    """Raise `DamagedArchive` for whatever NumPy and zipfile raise on damage, tokenize.TokenError for one."""
+    """Raise `DamagedArchive` for whatever NumPy and zipfile raise on damage, tokenize.TokenError for one.
+
+    Sizes are judged first, so that a lack of memory is no damage.
+    """
     try:
         yield
-    except DamagedArchive:
+    except (DamagedArchive, MemoryError):
         raise
     except Exception as error:
         raise DamagedArchive(f"{type(error).__name__}: {error}") from error
@@ -55,26 +59,28 @@ def read_archive(path: Path) -> dict[str, NDArray]:
     with _one_error(), path.open("rb") as file, zipfile.ZipFile(file) as archive:
         size = path.stat().st_size
         for member in archive.infolist():
-            if member.flag_bits & _ENCRYPTED or member.compress_type != zipfile.ZIP_STORED:
-                raise DamagedArchive(f"{member.filename!r} is encrypted or compressed; expected plain arrays")
-            if not member.filename.endswith(".npy") or member.file_size > size:
-                raise DamagedArchive(f"{member.filename!r} is no array of this archive")
-            with archive.open(member) as stream:
-                version = np.lib.format.read_magic(stream)
-                read = {
-                    (1, 0): np.lib.format.read_array_header_1_0,
-                    (2, 0): np.lib.format.read_array_header_2_0,
-                }
-                shape, _, dtype = read[version](stream)
-                if dtype.hasobject or math.prod(shape) * dtype.itemsize > member.file_size:
-                    raise DamagedArchive(
-                        f"{member.filename!r} has shape {shape} of {dtype}, more than is there"
-                    )
-            with archive.open(member) as stream:
-                found[member.filename.removesuffix(".npy")] = np.lib.format.read_array(
-                    stream, allow_pickle=False
-                )
+            found[member.filename.removesuffix(_SUFFIX)] = _read_member(archive, member, size)
     return found
+
+
+def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, size: int) -> NDArray:
+    """An array of an archive of some bytes, once what it would take has been judged."""
+    if member.flag_bits & _ENCRYPTED or member.compress_type != zipfile.ZIP_STORED:
+        raise DamagedArchive(f"{member.filename!r} is encrypted or compressed; expected plain arrays")
+    if not member.filename.endswith(_SUFFIX) or member.file_size > size:
+        raise DamagedArchive(f"{member.filename!r} is no array of this archive")
+    with archive.open(member) as stream:
+        version = np.lib.format.read_magic(stream)
+        read = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }
+        shape, _, dtype = read[version](stream)
+        if dtype.hasobject or math.prod(shape) * dtype.itemsize > member.file_size:
+            raise DamagedArchive(f"{member.filename!r} has shape {shape} of {dtype}, more than is there")
+    with archive.open(member) as stream:
+        array: NDArray = np.lib.format.read_array(stream, allow_pickle=False)
+        return array
 
 
 def write_hashed(path: Path, document: Mapping[str, Any], arrays: Mapping[str, NDArray]) -> None:
@@ -116,11 +122,15 @@ def open_hashed(
     ------
     Exception
         The file is damaged or none of ours: NumPy raises nearly anything then, tokenize.TokenError for one. ValueError
-        where a hash does not fit.
+        where a hash does not fit. MemoryError is no damage.
     """
-    # Opened here, because np.load leaves the file open if it is no archive.
-    with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-        header = json.loads(file["header"].tobytes())
+    size = path.stat().st_size
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+
+        def array_of(name: str) -> NDArray:
+            return _read_member(archive, archive.getinfo(f"{name}{_SUFFIX}"), size)
+
+        header = json.loads(array_of("header").tobytes())
         if header["what"] != what:
             raise ValueError(f"it holds {header['what']!r}")
         check(header)
@@ -128,7 +138,7 @@ def open_hashed(
             raise ValueError("its header was changed")
 
         def read(name: str) -> NDArray:
-            array: NDArray = file[name]
+            array = array_of(name)
             if header["sha256"][name] != _digest(array):
                 raise ValueError(f"{name} was changed")
             return array

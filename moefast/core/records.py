@@ -6,6 +6,8 @@ checked against the annotations of the fields, so that whoever uses a record nee
 
 from __future__ import annotations
 
+import hashlib
+import json
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, field, fields, is_dataclass
@@ -14,7 +16,7 @@ from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hin
 
 from moefast.core.errors import InputError
 
-__all__ = ["as_entries", "entry", "read_entries"]
+__all__ = ["as_entries", "check_seal", "entry", "read_entries", "sealed"]
 
 Record = TypeVar("Record")
 
@@ -55,6 +57,38 @@ def read_entries(kind: type[Record], entries: Any, where: str) -> Record:
         An entry is missing or of another type.
     """
     return cast(Record, _read(kind, entries, where, ""))
+
+
+_SEAL = "sha256"
+
+
+def sealed(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries with one more, `sha256`: the SHA-256 of all that the others say."""
+    return {**entries, _SEAL: _digest(json.loads(json.dumps(entries)))}
+
+
+def check_seal(kind: type, entries: Mapping[str, Any], where: str) -> None:
+    """Refuse entries that are not those which `sealed` was given, if it was given them.
+
+    Entries without a seal are of an earlier version, unless there are some that no earlier version wrote.
+
+    Raises
+    ------
+    InputError
+    """
+    said = {name: value for name, value in entries.items() if name != _SEAL}
+    if _SEAL in entries:
+        whole = entries[_SEAL] == _digest(said)
+    else:
+        whole = said.keys() <= {_name(item) for item in fields(kind)}
+    if not whole:
+        raise InputError(
+            f"{where}: its checksum does not fit: it was damaged or changed after it was written; copy or make it again"
+        )
+
+
+def _digest(entries: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
 def _name(item: Field[Any]) -> str:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ENTRY_POINTS",
     "CleanStars",
+    "Components",
     "Expert",
     "ExpertValues",
     "Inputs",
@@ -48,6 +49,7 @@ __all__ = [
     "family",
     "fitted_clean",
     "fitted_in_bins",
+    "fitted_on_components",
     "import_families",
     "in_tiles",
     "on_flux",
@@ -74,7 +76,7 @@ class Inputs(NamedTuple):
     log_level : array of shape (n,), float32
         ln s, the noise level over that of the training set.
     lines : array of shape (n, 9), float32
-        `moefast.gating.features.LINE_FEATURES`.
+        `moefast.core.line_features.LINE_FEATURES`.
     x : array of shape (n, p), float32, or None
         Flux as it is, with the reference spectrum in the place of bad pixels; only for experts with `needs_flux`.
     value, linear : array of shape (n,), float32, dex, or None
@@ -115,6 +117,24 @@ class CleanStars(NamedTuple):
     error: NDArray
     reference: NDArray
     noise_shape: NDArray
+
+
+class Components(NamedTuple):
+    """What principal components mean: flux ≈ reference + noise_shape · (basis z), for families that measure lines.
+
+    Attributes
+    ----------
+    wave : array of shape (p,), Å
+    reference, noise_shape : array of shape (p,)
+        Of the mixture: what is subtracted from flux, and the mean noise variance D.
+    basis : array of shape (p, r)
+        Noise-white principal components: z = basisᵀ (flux − reference).
+    """
+
+    wave: NDArray
+    reference: NDArray
+    noise_shape: NDArray
+    basis: NDArray
 
 
 class ExpertValues(NamedTuple):
@@ -273,6 +293,25 @@ class Expert:
         """
         raise InputError(f"the family {cls.family} is not fitted to clean stars; give it a method fit_clean")
 
+    @classmethod
+    def fit_on_components(cls, inputs: Inputs, y: NDArray, components: Components, *, seed: int) -> Self:
+        """The same as `fit`, for families that must know what the components are; instead of `fit`.
+
+        Parameters
+        ----------
+        inputs, y, seed
+            As for `fit`.
+        components : Components
+
+        Raises
+        ------
+        InputError
+            This family has no such fit.
+        """
+        raise InputError(
+            f"the family {cls.family} is not fitted on components; give it a method fit_on_components"
+        )
+
 
 @dataclass(frozen=True)
 class Place:
@@ -365,12 +404,18 @@ def fitted_in_bins() -> set[str]:
     _import_own()
     for point in metadata.entry_points(group=ENTRY_POINTS):
         family(point.name)
-    return {name for name, cls in _FAMILIES.items() if _overrides(cls, "fit") or _overrides(cls, "fit_clean")}
+    ways = ("fit", "fit_clean", "fit_on_components")
+    return {name for name, cls in _FAMILIES.items() if any(_overrides(cls, way) for way in ways)}
 
 
 def fitted_clean(name: str) -> bool:
     """Whether a family is fitted to stars without noise."""
     return _overrides(family(name), "fit_clean")
+
+
+def fitted_on_components(name: str) -> bool:
+    """Whether a family must know what the components are."""
+    return _overrides(family(name), "fit_on_components")
 
 
 def on_flux(name: str) -> bool:

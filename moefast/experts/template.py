@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from typing import Self
 
 __all__ = [
+    "TemplateMeans",
     "Templates",
     "choose_library",
     "clouds_of_bins",
@@ -100,6 +101,10 @@ class Templates(Expert):
 
     def evaluate(self, inputs: Inputs) -> ExpertValues:
         """The same by the compiled kernel."""
+        return self.posterior(inputs)
+
+    def posterior(self, inputs: Inputs) -> ExpertValues:
+        """Means, their standard deviations and the evidence of all bins, by the compiled kernel."""
         level = inputs.log_level if inputs.least_level is None else inputs.least_level
         found = tangent_posterior(inputs.z, level, self.library)
         evidence = found.log_evidence - found.log_evidence.max(1, keepdims=True)
@@ -127,6 +132,23 @@ class Templates(Expert):
         here = slice(self.library.first[k], self.library.first[k + 1])
         own = {name: getattr(self.library, name)[here] for name in forward_tangent.NUMBERS}
         return Templates(Library(**own, first=np.array([0, here.stop - here.start])))
+
+
+@expert
+@dataclass(frozen=True)
+class TemplateMeans(Templates):
+    """The same posterior means for a gate that was fitted without evidence, which does not count."""
+
+    family: ClassVar[str] = "template-means"
+    on_cuda: ClassVar[bool] = False
+
+    def describe(self, op: SolvingArithmetic, seen: Mapping[str, Any]) -> ExpertValues:
+        """See `Templates.describe`."""
+        return super().describe(op, seen)._replace(evidence=None)
+
+    def evaluate(self, inputs: Inputs) -> ExpertValues:
+        """The same by the compiled kernel."""
+        return self.posterior(inputs)._replace(evidence=None)
 
 
 def fit_library(

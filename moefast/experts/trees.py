@@ -32,7 +32,18 @@ if TYPE_CHECKING:
 
     from onnx import ModelProto
 
-__all__ = ["SEES", "Trees", "TreesOnFlux", "fit_trees", "float32_below", "read_booster", "stacking"]
+__all__ = [
+    "SEES",
+    "Trees",
+    "TreesOnFlux",
+    "ensemble",
+    "fit_trees",
+    "float32_below",
+    "forest_arrays",
+    "read_booster",
+    "read_ensemble",
+    "stacking",
+]
 
 SEES = ("flux", "stacking")
 """What trees may see: raw flux, or line features, principal components and ln noise level, in this order."""
@@ -94,20 +105,7 @@ class Trees(Expert):
     def describe(self, op: SolvingArithmetic, seen: Mapping[str, Any]) -> ExpertValues:
         """One tree ensemble, after a concatenation if it sees several inputs; see `Expert`."""
         names = ("x",) if self.sees == "flux" else STACKED
-
-        def run(*columns: NDArray) -> NDArray:
-            # Trees are fitted to features in single precision: a threshold decides between these.
-            features = np.concatenate(columns, axis=1, dtype=np.float32)
-            return forest_predict_reference(features, self.forest)[:, None]
-
-        def write(graph: Any, columns: Sequence[str], stem: str) -> str:
-            features = (
-                columns[0] if len(names) == 1 else graph.add("Concat", columns, _features(stem), axis=1)
-            )
-            name, attributes = _ensemble(stem), _attributes(self.forest)
-            return str(graph.add(OPERATOR, [features], name, domain=DOMAIN, **attributes))
-
-        return ExpertValues(op.step([seen[name] for name in names], run, write))
+        return ExpertValues(ensemble(op, self.forest, [seen[name] for name in names]))
 
     @classmethod
     def fit(cls, inputs: Inputs, y: NDArray, *, seed: int) -> Self:
@@ -116,8 +114,7 @@ class Trees(Expert):
 
     def arrays(self) -> dict[str, NDArray]:
         """Arrays of the forest, and `sees` (1,) as an index of `SEES`."""
-        own = {name: getattr(self.forest, name) for name in _ARRAYS}
-        return own | {"sees": np.array([SEES.index(self.sees)], np.int64)}
+        return forest_arrays(self.forest) | {"sees": np.array([SEES.index(self.sees)], np.int64)}
 
     @classmethod
     def from_arrays(cls, read: Callable[[str], NDArray]) -> Self:
@@ -142,25 +139,8 @@ class Trees(Expert):
         ModelError
             There is no such node, or it holds something else than `describe` writes.
         """
-        from onnx import helper
-
-        name = _ensemble(stem)
-        node = next((node for node in model.graph.node if node.name == name), None)
-        if node is None or (node.op_type, node.domain) != (OPERATOR, DOMAIN) or len(node.input) != 1:
-            raise ModelError(
-                f"the ONNX model lacks the trees {name!r}; write it again with this moefast, and trees in it"
-            )
-        found = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-        try:
-            forest = _forest(found)
-            fits = all(_same(found.pop(key), value) for key, value in _attributes(forest).items())
-        except (KeyError, ValueError, TypeError, IndexError, OverflowError) as error:
-            raise ModelError(f"the trees {name!r} of the ONNX model cannot be read: {error}") from error
-        if not fits or found:
-            raise ModelError(
-                f"the trees {name!r} of the ONNX model are not as moefast writes them; write it again"
-            )
-        return cls(forest, "stacking" if node.input[0] == _features(stem) else "flux")
+        forest, several = read_ensemble(model, stem)
+        return cls(forest, "stacking" if several else "flux")
 
 
 @expert
@@ -184,12 +164,69 @@ def stacking(inputs: Inputs) -> NDArray[np.float32]:
     return np.concatenate(columns, axis=1, dtype=np.float32)
 
 
+def ensemble(op: SolvingArithmetic, forest: Forest, columns: Sequence[Any]) -> Any:
+    """What a forest says of columns side by side, (n, 1).
+
+    Parameters
+    ----------
+    op : SolvingArithmetic
+    forest : Forest
+    columns : sequence of values of shape (n, …)
+        One, or several that are joined.
+    """
+
+    def run(*arrays: NDArray) -> NDArray:
+        # Trees are fitted to features in single precision: a threshold decides between these.
+        features = np.concatenate(arrays, axis=1, dtype=np.float32)
+        return forest_predict_reference(features, forest)[:, None]
+
+    def write(graph: Any, names: Sequence[str], stem: str) -> str:
+        features = names[0] if len(names) == 1 else graph.add("Concat", names, _features(stem), axis=1)
+        return str(graph.add(OPERATOR, [features], _ensemble(stem), domain=DOMAIN, **_attributes(forest)))
+
+    return op.step(columns, run, write)
+
+
+def read_ensemble(model: ModelProto, stem: str) -> tuple[Forest, bool]:
+    """The forest that `ensemble` wrote, to the last bit, and whether it sees several columns side by side.
+
+    Raises
+    ------
+    ModelError
+        There is no such node, or it holds something else than `ensemble` writes.
+    """
+    from onnx import helper
+
+    name = _ensemble(stem)
+    node = next((node for node in model.graph.node if node.name == name), None)
+    if node is None or (node.op_type, node.domain) != (OPERATOR, DOMAIN) or len(node.input) != 1:
+        raise ModelError(
+            f"the ONNX model lacks the trees {name!r}; write it again with this moefast, and trees in it"
+        )
+    found = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    try:
+        forest = _forest(found)
+        fits = all(_same(found.pop(key), value) for key, value in _attributes(forest).items())
+    except (KeyError, ValueError, TypeError, IndexError, OverflowError) as error:
+        raise ModelError(f"the trees {name!r} of the ONNX model cannot be read: {error}") from error
+    if not fits or found:
+        raise ModelError(
+            f"the trees {name!r} of the ONNX model are not as moefast writes them; write it again"
+        )
+    return forest, node.input[0] == _features(stem)
+
+
 def _features(stem: str) -> str:
     return f"{stem}/features"
 
 
 def _ensemble(stem: str) -> str:
     return f"{stem}/trees"
+
+
+def forest_arrays(forest: Forest) -> dict[str, NDArray]:
+    """Arrays of a forest by name."""
+    return {name: getattr(forest, name) for name in _ARRAYS}
 
 
 _ARRAYS = ("base", "n_leaves", "feature", "threshold", "left", "right", "value")

@@ -7,6 +7,7 @@ expert unless another is better beyond doubt (`moefast.experts.choice`).
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,8 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefast.core.errors import MoefastError
+from moefast.core.metrics import r2
 from moefast.experts.choice import choose
-from moefast.experts.protocol import Expert, Inputs, family, fitted_clean, on_flux
+from moefast.experts.protocol import (
+    Components,
+    Expert,
+    Inputs,
+    family,
+    fitted_clean,
+    fitted_on_components,
+    on_flux,
+)
 from moefast.experts.template import choose_library, fit_library
 from moefast.fitting.options import WHOLE
 from moefast.fitting.sample import Sample, flux_of_sample
@@ -59,15 +69,19 @@ def choose_families(data: TrainingSet, mixture: Mixture, sample: Sample) -> tupl
     Families that are fitted bin by bin see the library's stars, with one draw of noise or with those that they make.
     """
     options, names = data.options, data.options.grid.names
-    in_bins = [name for name in options.families if name not in WHOLE]
-    fitted = {name: _fit_bins(data, mixture, name) for name in in_bins}
+    everywhere = range(options.grid.n_bins)
+    bins_of = {name: tuple(everywhere) for name in options.families if name not in WHOLE}
+    bins_of |= {name: options.metal_poor_bins for name in options.metal_poor_families}
+    fitted = _fit_bins(data, mixture, bins_of)
     for name, experts in fitted.items():
         # What sees pixels is asked for all bins once it is chosen.
-        _ask(data, sample, name, dict(enumerate(experts)), own_bin=on_flux(name))
+        _ask(data, sample, name, experts, own_bin=on_flux(name))
     seen = data.part_of(sample.rows) != 0
     bins = data.bins[sample.rows[seen]]
     own = np.arange(len(sample.rows)), data.bins[sample.rows]
-    candidates = {name: sample.values[name][own][seen] for name in options.families}
+    candidates = {name: sample.values[name][own][seen] for name in options.all_families}
+    for name in options.metal_poor_families:
+        candidates[name] = np.where(np.isin(bins, options.metal_poor_bins), candidates[name], np.nan)
     choice = choose(data.y[sample.rows[seen]], candidates, bins, "linear", n_bins=options.grid.n_bins)
     # Its evidence counts for every bin, whether or not one of them takes its mean.
     mixture = replace(
@@ -83,7 +97,7 @@ def choose_families(data: TrainingSet, mixture: Mixture, sample: Sample) -> tupl
     for k, name in enumerate(choice.families):
         if name in fitted:
             mixture = mixture.with_expert(fitted[name][k], k)
-    for name in filter(on_flux, in_bins):
+    for name in filter(on_flux, bins_of):
         chosen = {k: fitted[name][k] for k, family_name in enumerate(choice.families) if family_name == name}
         if chosen:
             _ask(data, sample, name, chosen, own_bin=False)
@@ -91,12 +105,29 @@ def choose_families(data: TrainingSet, mixture: Mixture, sample: Sample) -> tupl
         names[k]: {
             "family": choice.families[k],
             "n": int(choice.n[k]),
-            "gain": dict(zip(choice.names, choice.gain[k].tolist(), strict=True)),
-            "standard_error": dict(zip(choice.names, choice.standard_error[k].tolist(), strict=True)),
+            "gain": _numbers(choice.names, choice.gain[k]),
+            "standard_error": _numbers(choice.names, choice.standard_error[k]),
+            "r2": _r2_of(data.y[sample.rows[seen]], candidates, bins == k),
         }
         for k in range(options.grid.n_bins)
     }
     return mixture, table
+
+
+def _numbers(names: Sequence[str], values: NDArray) -> dict[str, float]:
+    """Values by name, but for those that do not exist."""
+    return {name: value for name, value in zip(names, values.tolist(), strict=True) if not math.isnan(value)}
+
+
+def _r2_of(y: NDArray, candidates: Mapping[str, NDArray], members: NDArray[np.bool_]) -> dict[str, float]:
+    """R² of each family among some stars; none of them where there are fewer than two."""
+    if members.sum() < 2:
+        return {}
+    return {
+        name: r2(y[members], values[members])
+        for name, values in candidates.items()
+        if np.isfinite(values[members]).all()
+    }
 
 
 def check_installed(families: Sequence[str]) -> None:
@@ -119,31 +150,53 @@ def check_installed(families: Sequence[str]) -> None:
             )
 
 
-def _fit_bins(data: TrainingSet, mixture: Mixture, name: str) -> list[Expert]:
-    """An expert of a family for each bin."""
+def _fit_bins(
+    data: TrainingSet, mixture: Mixture, bins_of: Mapping[str, Sequence[int]]
+) -> dict[str, dict[int, Expert]]:
+    """Experts of families by the bins that are named for each."""
+    small = {name: bins for name, bins in bins_of.items() if not on_flux(name)}
+    fitted = _fit_small(data, mixture, small) if small else {}
+    fitted |= {
+        name: _fit_on_flux(data, mixture, name, bins) for name, bins in bins_of.items() if on_flux(name)
+    }
+    return {name: fitted[name] for name in bins_of}
+
+
+def _fit_small(
+    data: TrainingSet, mixture: Mixture, bins_of: Mapping[str, Sequence[int]]
+) -> dict[str, dict[int, Expert]]:
+    """The same of families that see no pixels: all from the same stars, read once."""
+    inputs, rows = data.inputs(mixture, "stars of the bins", data.other_stretches(FIT_ROWS), noisy=True)
+    components = Components(mixture.wave, mixture.reference, mixture.noise_shape, mixture.basis)
+    step = data.steps("families", sum(map(len, bins_of.values())))
+    fitted: dict[str, dict[int, Expert]] = {name: {} for name in bins_of}
+    for name, k in ((name, k) for name, bins in bins_of.items() for k in bins):
+        here = data.bins[rows] == k
+        seen, y = Inputs(*(a[here] for a in inputs[:3])), data.y[rows[here]]
+        if fitted_on_components(name):
+            fitted[name][k] = family(name).fit_on_components(seen, y, components, seed=data.options.seed)
+        else:
+            fitted[name][k] = family(name).fit(seen, y, seed=data.options.seed)
+        step()
+    return fitted
+
+
+def _fit_on_flux(data: TrainingSet, mixture: Mixture, name: str, bins: Sequence[int]) -> dict[int, Expert]:
+    """The same of one family that sees pixels: those of one bin at a time, or they would not be held."""
     own, n_bins, seed = family(name), data.options.grid.n_bins, data.options.seed
-    fitted: list[Expert] = []
-    if not on_flux(name):
-        inputs, rows = data.inputs(mixture, "stars of the bins", data.other_stretches(FIT_ROWS), noisy=True)
-        step = data.steps("families", n_bins)
-        for k in range(n_bins):
-            here = data.bins[rows] == k
-            fitted.append(own.fit(Inputs(*(a[here] for a in inputs[:3])), data.y[rows[here]], seed=seed))
-            step()
-        return fitted
-    # Pixels of one bin at a time, or they would not be held.
-    step = data.steps("families", n_bins)
+    fitted: dict[int, Expert] = {}
+    step = data.steps("families", len(bins))
     clean = fitted_clean(name)
     most = CLEAN_ROWS if clean else FLUX_ROWS
-    for k in range(n_bins):
+    for k in bins:
         stretches = data.other_stretches(round(most / max(float((data.bins == k).mean()), 1e-9)))
         stage = f"stars of bin {k + 1} of {n_bins}"
         if clean:
             stars, rows = data.clean_stars(mixture, stage, stretches, k)
-            fitted.append(own.fit_clean(stars, data.y[rows], seed=seed))
+            fitted[k] = own.fit_clean(stars, data.y[rows], seed=seed)
         else:
             inputs, rows = data.inputs(mixture, stage, stretches, noisy=True, flux=True, bin_=k)
-            fitted.append(own.fit(inputs, data.y[rows], seed=seed))
+            fitted[k] = own.fit(inputs, data.y[rows], seed=seed)
         step()
     return fitted
 

@@ -2,7 +2,8 @@
 
 Design: a gate starts from what is known without training, the evidence of a library, and what it learns is added to
 that. A network brings its own gate. What is learnt beside evidence, and a second tower beside a first one, are kept
-only where they are better beyond doubt on stars that decide when to stop.
+only where they are better beyond doubt on stars that decide when to stop. A gate that is to be fitted without evidence
+starts from even weights, and the library keeps its means alone.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from moefast.experts.template import TemplateMeans, Templates
 from moefast.fitting.linear_experts import LinearExperts
 from moefast.fitting.sample import Faint, Sample, draw_faint
 from moefast.fitting.training_set import TrainingSet
@@ -22,7 +24,7 @@ from moefast.gating.tower import Tower
 from moefast.mixture import Mixture
 from moefast.trunks.heads import Heads
 
-__all__ = ["train_gate"]
+__all__ = ["train_gate", "without_evidence"]
 
 F64 = NDArray[np.float64]
 
@@ -48,6 +50,8 @@ def train_gate(
     y, part = data.y[rows], data.part_of(rows)
     fitted = part != 0
     held = np.isin(part, (1, 2))[fitted]
+    if not data.options.evidence:
+        sample, mixture = sample._replace(logits=None), without_evidence(mixture)
     logits = np.zeros_like(values) if sample.logits is None else sample.logits
     if values.shape[1] > 1 and data.options.first_tower and mixture.place(Heads) is None:
         net = fit_gate(
@@ -67,6 +71,21 @@ def train_gate(
     if values.shape[1] > 1 and data.options.tower is not None:
         mixture, logits = _add_tower(data, mixture, experts, sample, logits)
     return mixture, logits
+
+
+def without_evidence(mixture: Mixture) -> Mixture:
+    """The mixture with the means of its library, but without the evidence."""
+    return replace(
+        mixture,
+        experts=tuple(
+            replace(place, expert=TemplateMeans(place.expert.library))
+            if isinstance(place.expert, Templates)
+            else place
+            for place in mixture.experts
+            # A library that serves no bin was there for its evidence.
+            if place.bins or not isinstance(place.expert, Templates)
+        ),
+    )
 
 
 def _add_tower(

@@ -18,8 +18,8 @@ from moefast.backend import physical_memory
 from moefast.checkpoint import Checkpoint
 from moefast.core.errors import BackendError, InputError
 from moefast.core.grids import Grid
+from moefast.core.line_features import LEAST_CONTINUUM
 from moefast.fitting.training_set import TrainingSet
-from moefast.gating.features import LEAST_CONTINUUM
 from moefast.kernels import project
 from moefast.mixture import Mixture
 from moefast.trunks.heads import Heads

@@ -6,8 +6,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+import numpy as np
+
 from moefast.core.errors import InputError
-from moefast.core.grids import Grid, SnrGrid
+from moefast.core.grids import METAL_POOR, Grid, SnrGrid
 from moefast.experts.protocol import fitted_in_bins
 from moefast.gating.tower import Sees
 from moefast.trunks.networks import KINDS, Kind
@@ -193,12 +195,16 @@ class GateOptions:
         What a second tower of the gate sees, if there is to be one; see `moefast.gating.tower`.
     tower_limit : float
         Largest snr_norm of the stars that the second tower is applied to.
+    evidence : bool
+        Whether the evidence of a library counts. If not, the gate is fitted without it: the weights are those with the
+        least squared error of the mixture.
     """
 
     n_gate: int = 48
     first_tower: bool = True
     tower: Sees | None = None
     tower_limit: float = math.inf
+    evidence: bool = True
 
     def check_gate(self) -> None:
         """Raise `InputError` unless these options go together."""
@@ -211,6 +217,8 @@ class GateOptions:
             )
         if not self.first_tower and (self.tower is None or self.tower_limit < math.inf):
             raise InputError("a gate without its first tower needs a second one without a limit")
+        if not self.evidence and not self.first_tower:
+            raise InputError("a gate without evidence needs its first tower, which is fitted instead")
 
 
 @dataclass(frozen=True)
@@ -247,9 +255,13 @@ class Options(NoiseOptions, LinearOptions, PosteriorOptions, NetworkOptions, Gat
         whose evidence is the gate), or, alone, "heads" on one trunk, a network with its own gate, or "posterior",
         clouds of templates at each star's own noise and gaps. Beside "linear" also any family that is fitted bin by
         bin, such as "trees" (`moefast.experts.protocol`). Of several, each bin gets the best.
+    metal_poor_families : tuple of str
+        Families, fitted bin by bin, that bins of metal-poor stars choose from besides.
     residuals : tuple of str
         Kinds of residuals that are tried beside each expert, of "linear", "ridge" and "trees"; see
         `moefast.experts.residual`.
+    residual_focus : bool
+        Whether residuals learn from metal-poor and from faint stars alone, and to be zero elsewhere.
     references : bool
         Also fit the published-style ridge that results are compared with; doubles the work of the first pass.
     seed : int
@@ -257,7 +269,9 @@ class Options(NoiseOptions, LinearOptions, PosteriorOptions, NetworkOptions, Gat
 
     grid: Grid | SnrGrid = field(default_factory=Grid)
     families: tuple[str, ...] = ("linear",)
+    metal_poor_families: tuple[str, ...] = ()
     residuals: tuple[str, ...] = ()
+    residual_focus: bool = False
     references: bool = True
     seed: int = 0
 
@@ -272,6 +286,17 @@ class Options(NoiseOptions, LinearOptions, PosteriorOptions, NetworkOptions, Gat
         self._check_together()
 
     @property
+    def all_families(self) -> tuple[str, ...]:
+        """Families of all bins, and those of metal-poor bins besides."""
+        return (*self.families, *self.metal_poor_families)
+
+    @property
+    def metal_poor_bins(self) -> tuple[int, ...]:
+        """Bins whose stars are all metal-poor, but for those beyond the grid."""
+        poor = self.grid.metal_poor if isinstance(self.grid, Grid) else np.zeros(0, np.bool_)
+        return tuple(np.flatnonzero(poor).tolist())
+
+    @property
     def n_simpler_fits(self) -> int:
         """How many simpler fits are made beside: the published-style ridge, and three of the experts' totals."""
         return int(self.references) + (3 if self.alpha is None else 0)
@@ -284,7 +309,7 @@ class Options(NoiseOptions, LinearOptions, PosteriorOptions, NetworkOptions, Gat
     @property
     def has_sampled_oracle(self) -> bool:
         """Whether the choice of families is compared with a fit of drawn noise, which has a first pass of its own."""
-        return len(self.families) > 1 and self.references and self.noise == "closed-form"
+        return len(self.all_families) > 1 and self.references and self.noise == "closed-form"
 
     def _check_families(self) -> None:
         named, own = set(self.families), fitted_in_bins()
@@ -295,12 +320,23 @@ class Options(NoiseOptions, LinearOptions, PosteriorOptions, NetworkOptions, Gat
                 f"families must be of {', '.join((*WHOLE, *sorted(own)))}, linear among them if several or one of "
                 f"{', '.join(sorted(own))}, heads and posterior alone; found {self.families}"
             )
+        further = set(self.metal_poor_families)
+        if further and (further - own or further & named or apart or not self.metal_poor_bins):
+            raise InputError(
+                f"families of metal-poor bins must be of {', '.join(sorted(own))}, beside linear and not among those "
+                f"of all bins, and the grid needs a bin that ends at [M/H] = {METAL_POOR:g} or below; found "
+                f"{self.metal_poor_families} beside {self.families}"
+            )
         if set(self.residuals) - set(RESIDUALS):
             raise InputError(f"residuals must be of {', '.join(RESIDUALS)}; found {self.residuals}")
+        if self.residual_focus and not self.residuals:
+            raise InputError(
+                "residuals can learn from some stars alone only where there are residuals; name them"
+            )
 
     def _check_together(self) -> None:
         """What the families ask of the other groups."""
-        if self.families == ("linear",):
+        if self.all_families == ("linear",):
             return
         if self.alpha is not None or self.noise != "closed-form":
             raise InputError(
@@ -310,4 +346,9 @@ class Options(NoiseOptions, LinearOptions, PosteriorOptions, NetworkOptions, Gat
         if isinstance(self.grid, SnrGrid) or self.tower is not None:
             raise InputError(
                 "experts by snr_norm and gates of two towers are for linear experts; choose one or the other"
+            )
+        if not self.evidence and {"heads", "posterior"} & set(self.families):
+            raise InputError(
+                f"the gate of {self.families[0]} is its own; a gate without evidence is for families fitted bin by bin "
+                "and templates"
             )

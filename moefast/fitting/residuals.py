@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moefast.core.grids import SNR_NORM_NAMES, assign_snr_bins
+from moefast.core.grids import METAL_POOR, SNR_NORM_NAMES, assign_snr_bins
 from moefast.experts.protocol import Expert, Inputs
 from moefast.experts.residual import choose_residuals, fit_linear_residual, fit_ridge_residual, regions
 from moefast.fitting.families import FIT_ROWS
@@ -32,6 +32,8 @@ LEAST_STARS = 200
 """Stars that a residual is fitted on at the least."""
 PENALTY = 0.1
 """Of the ridge, as a share of each feature's variance."""
+FAINT = 4.0
+"""Largest snr_norm of the faint stars that residuals may be fitted for alone."""
 
 
 def add_residuals(
@@ -40,6 +42,11 @@ def add_residuals(
     """The mixture with the residuals that are kept, the sample's values of its experts with them, and what was kept."""
     options, rows = data.options, sample.rows
     part, y, strong = data.part_of(rows), data.y[rows], (gate * values).sum(1)
+    wrong = y - strong
+    if options.residual_focus:
+        # Elsewhere a residual learns to be zero, and is judged there as well.
+        weak = (data.labels["M_H"][rows] < METAL_POOR) | (sample.snr_norm <= FAINT)
+        wrong = np.where(weak, wrong, 0.0)
     families = mixture.families
 
     def seen(k: int, some: NDArray | slice) -> Inputs:
@@ -54,9 +61,7 @@ def add_residuals(
         near = fitted[gate[fitted, k] > LEAST_WEIGHT]
         enough = len(np.unique(rows[near])) > LEAST_STARS
         if enough and (name, families[k]) != ("linear", "linear"):
-            experts[name][k] = _fit_residual(
-                name, seen(k, near), (y - strong)[near], gate[near, k], options.seed
-            )
+            experts[name][k] = _fit_residual(name, seen(k, near), wrong[near], gate[near, k], options.seed)
         step()
     kept = choose_residuals(
         y[judges], strong[judges], gate[judges],

@@ -136,7 +136,7 @@ def _draws(data: TrainingSet) -> int:
     if options.noise == "observed":
         return 1
     n = sum(b - a for a, b in data.sample_stretches())
-    bounded = any(on_flux(name) for name in options.families if name not in WHOLE)
+    bounded = any(on_flux(name) for name in options.all_families if name not in WHOLE)
     most = ROWS_WITH_FLUX if bounded else NOISY_ROWS
     return int(np.clip(most // n, 1, options.sample_draws))
 

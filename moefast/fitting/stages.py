@@ -37,7 +37,7 @@ def expected_stages(options: Options, n_rows: int) -> dict[str, float]:
     n_rows : int
         Training spectra.
     """
-    families, n_bins = set(options.families), options.grid.n_bins
+    families, n_bins = set(options.all_families), options.grid.n_bins
     seconds = _first_pass(options, n_rows)
     sample = min(options.sample_rows, n_rows if families == {"linear"} else n_rows // 3)
     others = n_rows - sample

@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 
 from moefast.core.errors import InputError, LabelError, WaveGridError
 from moefast.core.grids import Grid, SnrGrid
+from moefast.core.line_features import line_columns
 from moefast.core.progress import StageProgress
 from moefast.core.random import add_noise, fold_of_rows
 from moefast.core.threads import CORES, map_in_order, one_blas_thread
 from moefast.experts.exact_sums import Scales
 from moefast.experts.protocol import CleanStars, Inputs
 from moefast.fitting.options import STRETCH, Options
-from moefast.gating.features import line_columns
 from moefast.kernels import all_within, project
 from moefast.mixture import Mixture
 from moefast.spectra.quality import good_pixels
@@ -260,7 +260,7 @@ class TrainingSet:
         """
         n = self.spectra.n_rows
         most, length = self.options.sample_rows, STRETCH
-        if self.options.families != ("linear",):
+        if self.options.all_families != ("linear",):
             most, length = min(most, n // 3), min(length, max(1, n // 30))
         if n <= most:
             return [(0, n)]

@@ -97,7 +97,9 @@ def fit_mixture(
     found = _both_passes(passes.training_set(spectra, options, report), passes, checkpoint, backend)
     if options.has_sampled_oracle:
         # What the choice of families is compared with: one noise draw per star, as published.
-        sampled = replace(options, noise="sampled", families=("linear",), references=False)
+        sampled = replace(
+            options, noise="sampled", families=("linear",), metal_poor_families=(), references=False
+        )
         again = passes.training_set(
             spectra, sampled, lambda stage, *steps: report(f"{stage}{SAMPLED}", *steps)
         )
@@ -111,7 +113,7 @@ def _both_passes(
 ) -> Fit:
     """The stages in order. What they hold is freed when it returns."""
     options = data.options
-    check_installed(options.families)
+    check_installed(options.all_families)
     if "heads" in options.families:
         # What a network lacks must be known before the first pass, not after.
         check_network(data, checkpoint, backend)
@@ -146,7 +148,7 @@ def _both_passes(
         heads, stages["heads"] = train_heads(data, mixture, checkpoint, backend)
         mixture = mixture.with_expert(heads)
     sample = draw_sample(data, mixture, experts, backend)
-    if len(options.families) > 1:
+    if len(options.all_families) > 1:
         mixture, stages["families"] = choose_families(data, mixture, sample)
     values, noise = sample.of_families(mixture.families)
     mixture, logits = train_gate(data, mixture, experts, sample, values)

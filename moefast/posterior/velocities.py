@@ -20,7 +20,14 @@ from scipy.special import ndtr, ndtri
 
 from moefast.core.errors import DisagreementError, InputError
 from moefast.core.threads import one_blas_thread
-from moefast.kernels import Slopes, Space, VelocityTemplates, velocity_evidence, velocity_step
+from moefast.kernels import (
+    Slopes,
+    Space,
+    VelocityTemplates,
+    velocity_conclusion,
+    velocity_evidence,
+    velocity_step,
+)
 from moefast.kernels.dispatch import on_cuda
 from moefast.kernels.resample import pixel_edges, resample
 from moefast.posterior.library_stars import library_stars
@@ -41,6 +48,15 @@ STEP = 10.0
 """Of the scan, km/s: a third of the width of a line's correlation with itself."""
 FINER = 10
 """Steps of the posterior for each one of the scan."""
+PLACES = np.arange(FINER) / FINER
+BETWEEN = np.stack(
+    [
+        -PLACES * (PLACES - 1) * (PLACES - 2) / 6, (PLACES + 1) * (PLACES - 1) * (PLACES - 2) / 2,
+        -(PLACES + 1) * PLACES * (PLACES - 2) / 2, (PLACES + 1) * PLACES * (PLACES - 1) / 6,
+    ],
+    axis=1,
+)  # fmt: skip
+"""Places of these steps between two of the scan, and the weights of four neighbours there, of a cubic."""
 SLOPES, SLOPE_WIDTH, SCALE_WIDTH, CONTINUUM_DEGREE = 4, 0.3, 1.0, 5
 """Polynomials, besides the scale, that the continuum is free by, their prior widths, and degree of the continuum."""
 LEFT = 1e-3
@@ -330,20 +346,9 @@ class VelocityFit:
 
     def posterior(self, evidence: F64, velocity: F64, sigma: F64) -> FittedVelocities:
         """Answers and nodes from the scan (n, n_v), and velocities (n,) of the step and their standard errors."""
-        fine, log_p = _finer(self.grid, evidence)
-        p = np.exp(log_p - log_p.max(1, keepdims=True))
-        p /= p.sum(1, keepdims=True)
-        near = np.where(
-            np.abs(fine - velocity[:, None]) < np.maximum(NEAR, NEAR_SIGMAS * sigma)[:, None], p, 0
+        velocity, sigma, other = velocity_conclusion(
+            self.grid, evidence, velocity, sigma, BETWEEN, near=NEAR, near_sigmas=NEAR_SIGMAS, wider=WIDER
         )
-        near /= np.maximum(near.sum(1, keepdims=True), 1e-300)
-        mean = (near * fine).sum(1)
-        spread = np.sqrt((near * (fine - mean[:, None]) ** 2).sum(1))
-        wide = spread > WIDER * sigma
-        velocity, sigma = np.where(wide, mean, velocity), np.where(wide, spread, sigma)
-        apart = np.abs(fine - velocity[:, None])
-        p[apart < np.maximum(NEAR, NEAR_SIGMAS * sigma)[:, None]] = 0
-        other = p.sum(1)
         # What is near is one normal distribution.
         ends = [ndtr((end - velocity) / sigma) for end in (-self.largest, self.largest)]
         inside = np.maximum(ends[1] - ends[0], 1e-12)
@@ -359,11 +364,16 @@ class VelocityFit:
         weights[:, 0] = np.where(known, 1.0, 2 / 3)
         nodes[:, 1], nodes[:, 2] = velocity - far, velocity + far
         weights[:, 1:3] = np.where(known, 0.0, 1 / 6)[:, None]
-        for i in np.flatnonzero(uncertain):
-            whole = p[i] + (1 - other[i]) * _normal(fine, velocity[i], sigma[i], inside[i])
+        rows = np.flatnonzero(uncertain)
+        fine, log_p = _finer(self.grid, evidence[rows])
+        for i, values in zip(rows, log_p, strict=True):
+            p, apart = np.exp(values - values.max()), np.abs(fine - velocity[i])
+            p /= p.sum()
+            p[apart < np.maximum(NEAR, NEAR_SIGMAS * sigma[i])] = 0
+            whole = p + (1 - other[i]) * _normal(fine, velocity[i], sigma[i], inside[i])
             whole /= whole.sum()
-            order = np.argsort(apart[i], kind="stable")
-            error[i] = np.interp(SIGMA, np.cumsum(whole[order]), apart[i][order])
+            order = np.argsort(apart, kind="stable")
+            error[i] = np.interp(SIGMA, np.cumsum(whole[order]), apart[order])
             nodes[i] = np.interp((np.arange(N_NODES) + 0.5) / N_NODES, np.cumsum(whole), fine)
             weights[i] = 1 / N_NODES
         return FittedVelocities(
@@ -378,10 +388,7 @@ def _finer(grid: F64, values: F64) -> tuple[F64, F64]:
     out = np.empty((len(values), n_steps * FINER + 1))
     out[:, -1] = values[:, -1]
     # Sums term by term, not as products of matrices: no row may depend on its neighbours.
-    for k in range(FINER):
-        t = k / FINER
-        left, right = -t * (t - 1) * (t - 2) / 6, (t + 1) * t * (t - 1) / 6
-        shares = (left, (t + 1) * (t - 1) * (t - 2) / 2, -(t + 1) * t * (t - 2) / 2, right)
+    for k, shares in enumerate(BETWEEN):
         parts = (share * padded[:, i : i + n_steps] for i, share in enumerate(shares))
         out[:, k:-1:FINER] = sum(parts)
     return np.linspace(grid[0], grid[-1], n_steps * FINER + 1), out

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from moefast.core.errors import InputError, OddSpectraWarning
 from moefast.core.progress import RowProgress, row_progress
-from moefast.core.threads import one_blas_thread
+from moefast.core.threads import map_in_order, one_blas_thread
 from moefast.mixture import Prediction
 from moefast.model import Model, predict_with
 from moefast.posterior import PosteriorMixture
@@ -161,14 +161,22 @@ def predict_arrays(
     engine, where = open_engine(chosen.mixture, backend)
     where = fit_on(engine, fit, where, backend)
     pieces: dict[str, list[NDArray]] = {}
+    blocks = (
+        (part, np.arange(first, min(first + engine.block_rows, len(part))))
+        for part in ready
+        for first in range(0, len(part), engine.block_rows)
+    )
+
+    def predicted(block: tuple[_Ready, NDArray[np.intp]]) -> tuple[int, dict[str, NDArray]]:
+        part, rows = block
+        found = _of_block(chosen, engine, part, rows, velocities[part.first_row + rows], fit)
+        return part.first_row + int(rows[-1]) + 1, found
+
     with row_progress(progress, "predict") as report:
-        for part in ready:
-            for first in range(0, len(part), engine.block_rows):
-                rows = np.arange(first, min(first + engine.block_rows, len(part)))
-                found = _of_block(chosen, engine, part, rows, velocities[part.first_row + rows], fit)
-                for name, column in found.items():
-                    pieces.setdefault(name, []).append(column)
-                report(part.first_row + int(rows[-1]) + 1, n)
+        for done, found in map_in_order(predicted, blocks, engine.workers):
+            for name, column in found.items():
+                pieces.setdefault(name, []).append(column)
+            report(done, n)
     values = {name: np.concatenate(parts_of) for name, parts_of in pieces.items()}
     values["row"] = np.arange(n)
     if moved is not None:

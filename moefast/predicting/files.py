@@ -1,10 +1,11 @@
 """Streaming prediction: blocks of spectra in, rows of a table out, one for one and in order.
 
-Design: on a CPU every core reads a small block and scores it while it lies in its cache; reading takes turns, so that
-files are read in order. On a GPU large blocks follow one another through slots of pinned memory: one thread reads while
-the others' blocks are copied and scored. What comes out, two hundred bytes a spectrum, is gathered, flagged and
-appended to a table that gets its final name only when it is complete. Memory does not grow with the number of spectra.
-A row's numbers depend on the row alone, so `--rows`, `--shard` and bad neighbours change nothing.
+Design: every worker takes the next block, reads it to where its engine wants it and scores it there: on a CPU each core
+a small one that stays in its cache, on a GPU large ones in slots of pinned memory, from which the device copies them.
+Workers read side by side where the file allows it; what must be decoded is read in turns, in order. What comes out, two
+hundred bytes a spectrum, is gathered in the order of the rows, flagged and appended to a table that gets its final name
+only when it is complete. Memory does not grow with the number of spectra. A row's numbers depend on the row alone, so
+`--rows`, `--shard` and bad neighbours change nothing.
 """
 
 from __future__ import annotations

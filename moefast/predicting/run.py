@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -109,27 +110,28 @@ class PredictionRun:
         # The clock of the rate starts here.
         progress(0, source.stop - source.start)
         # Two workers at least: one waits for the disk while the other computes.
-        for shard, part in map_in_order(self._score, blocks, max(2, self.engine.workers)):
-            if shard != last:
-                # Those who filled blocks after the last one was taken have left it open.
-                spectra.shards[last].close()
-                last = shard
-            if isinstance(part, Failure):
-                if not source.several:
-                    raise part.error
-                spectra.failures.append(part)
-                continue
-            n_waiting = position - waiting[0].first_row if waiting else 0
-            if (
-                part.first_row != position
-                or n_waiting >= TABLE_ROWS
-                or (waiting and waiting[0].shard != part.shard)
-            ):
-                self._write(waiting)
-                self._fill(position, part.first_row)
-            waiting.append(part)
-            position = part.first_row + len(part.result.log_g)
-            progress(position - source.start, source.stop - source.start)
+        with closing(spectra):
+            for shard, part in map_in_order(self._score, blocks, max(2, self.engine.workers)):
+                if shard != last:
+                    # Those who filled blocks after the last one was taken have left it open.
+                    spectra.shards[last].close()
+                    last = shard
+                if isinstance(part, Failure):
+                    if not source.several:
+                        raise part.error
+                    spectra.failures.append(part)
+                    continue
+                n_waiting = position - waiting[0].first_row if waiting else 0
+                if (
+                    part.first_row != position
+                    or n_waiting >= TABLE_ROWS
+                    or (waiting and waiting[0].shard != part.shard)
+                ):
+                    self._write(waiting)
+                    self._fill(position, part.first_row)
+                waiting.append(part)
+                position = part.first_row + len(part.result.log_g)
+                progress(position - source.start, source.stop - source.start)
         self._write(waiting)
         self._fill(position, source.stop)
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from moefast.core import metrics
 from moefast.core.errors import InputError
 from moefast.core.groups import Group, groups_of
-from moefast.core.records import as_entries, read_entries
+from moefast.core.records import as_entries, check_seal, read_entries
 from moefast.core.text import bracket, number, table
 from moefast.protocol.report import SCHEMA_VERSION as REPORT_SCHEMA
 from moefast.protocol.report_parts import Report
@@ -82,6 +82,7 @@ def read_evaluation(folder: str | Path) -> Kept:
         raise InputError(
             f"{path}: report of schema {version} found, {REPORT_SCHEMA} expected; evaluate the model again"
         )
+    check_seal(Report, entries, str(path / "report.json"))
     report = read_entries(Report, entries, str(path / "report.json"))
     if not (path / "predictions.h5").is_file():
         raise InputError(f"{path}: predictions.h5 is missing; evaluate the model again")

@@ -30,10 +30,19 @@ from moefast.core.sketches import share_seen
 from moefast.core.threads import one_blas_thread
 from moefast.core.version import __version__
 from moefast.experts.linear_form import LinearForm
+from moefast.experts.template import TemplateMeans
 from moefast.mixture import hat_weights
 from moefast.model import SHIPPED, Model, shipped_path
 from moefast.posterior.mixture import AnyMixture, PosteriorMixture
-from moefast.protocol.report import ORACLE, Comparisons, DataSet, Predictions, Stars, evaluate_predictions
+from moefast.protocol.report import (
+    BAYES_GATE,
+    ORACLE,
+    Comparisons,
+    DataSet,
+    Predictions,
+    Stars,
+    evaluate_predictions,
+)
 from moefast.protocol.report_parts import Report
 from moefast.protocol.subject import ModelSubject, PeerSubject, Subject, open_subject
 from moefast.simulate.sets import Identity, identify
@@ -402,7 +411,18 @@ def _reference_predictions(
             key: np.clip(each[here].astype(np.float64), *beside.mixture.label_range)
             for key, each in experts.items()
         }
+        out |= _other_gate(beside.mixture, block)
     return out
+
+
+def _other_gate(mixture: AnyMixture, block: Block) -> dict[str, NDArray[np.float64]]:
+    """The same experts mixed by Bayes' rule, where there is a library and the gate is not just that."""
+    if isinstance(mixture, PosteriorMixture) or (
+        not np.any(mixture.gate[2]) and mixture.place(TemplateMeans) is None
+    ):
+        return {}
+    found = mixture.by_evidence(block.flux, block.error, block.mask)
+    return {} if found is None else {BAYES_GATE: found}
 
 
 def _experts(mixture: AnyMixture, block: Block) -> tuple[NDArray, dict[str, NDArray]]:

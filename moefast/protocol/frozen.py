@@ -31,9 +31,9 @@ from moefast.core.random import DRAW_STREAM, NOISE_SEED, NOISE_STREAM, standard_
 from moefast.core.records import as_entries
 from moefast.fitting import PUBLISHED_ALPHA
 from moefast.protocol import report, scenarios
-from moefast.protocol.milestones.marks import MILESTONES
+from moefast.protocol.milestones.marks import ADDED_MILESTONES, MILESTONES
 from moefast.protocol.milestones.quantities import N_SEEDS, TEST_PART, TEST_SIZE
-from moefast.protocol.milestones.rules import Rule
+from moefast.protocol.milestones.rules import Milestone, Rule
 from moefast.protocol.report import Comparisons, DataSet, Predictions, Stars, evaluate_predictions
 from moefast.protocol.report_parts import Report
 from moefast.simulate.emulator import LABELS
@@ -137,27 +137,20 @@ def collect() -> dict[str, Any]:
             "test_part": TEST_PART,
             "test_size": TEST_SIZE,
             "n_seeds": N_SEEDS,
-            "marks": {
-                one.id: {
-                    "what": one.what,
-                    "published": one.published,
-                    "absolute": _marks(one.absolute),
-                    "reference": _marks(one.reference),
-                }
-                for one in MILESTONES
-            },
+            "marks": _all_marks(MILESTONES),
         },
         "gauge": gauge(),
     }
 
 
 def collect_additions() -> dict[str, Any]:
-    """What was frozen later than the rest, JSON-ready: further reference sets, and the scenarios."""
+    """What was frozen later than the rest, JSON-ready: further reference sets, scenarios and milestones."""
     return {
         "protocol_version": VERSION,
         "reference_sets": {name: _set(name) for name in REFERENCE_SETS if name not in FIRST_SETS},
         "telluric": [list(ends) for ends in TELLURIC],
         "scenarios": scenarios.scenario_table() | {"gauge": scenarios.gauge()},
+        "milestones": _all_marks(ADDED_MILESTONES),
     }
 
 
@@ -170,6 +163,18 @@ def _set(name: str) -> dict[str, Any]:
             part: {"seed": its.seed, "n": its.n_rows, "fingerprint": FINGERPRINTS.get((name, part))}
             for part, its in one.parts.items()
         },
+    }
+
+
+def _all_marks(milestones: Sequence[Milestone]) -> dict[str, Any]:
+    return {
+        one.id: {
+            "what": one.what,
+            "published": one.published,
+            "absolute": _marks(one.absolute),
+            "reference": _marks(one.reference),
+        }
+        for one in milestones
     }
 
 
@@ -503,15 +508,21 @@ def _rules(rules: Mapping[str, str]) -> str:
 {rules["choosing"]} {rules["naming"]}"""
 
 
-def _milestones(found: Mapping[str, Any]) -> str:
+def _marks_table(marks: Mapping[str, Any]) -> str:
     def words(rule: Mapping[str, Any]) -> str:
         joined = "<br>*or* " if rule["combine"] == "any" else "<br>"
         return joined.join(f"{what} {relation} {mark:g}" for what, relation, mark in rule["checks"])
 
     rows = [
         [name, one["what"], one["published"], words(one["absolute"]), words(one["reference"])]
-        for name, one in found["marks"].items()
+        for name, one in marks.items()
     ]
+    return _table(
+        ["", "what", "published", "mark set on the published data", "mark on any reference set"], rows
+    )
+
+
+def _milestones(found: Mapping[str, Any]) -> str:
     return f"""
 ## Milestones
 
@@ -519,7 +530,7 @@ def _milestones(found: Mapping[str, Any]) -> str:
 the last column holds on any reference set. Marks are never edited to pass, and the point decides, its interval stands
 beside. What no evaluation holds is *not run*. Of several evaluations of a model, the weakest counts.
 
-{_table(["", "what", "published", "mark set on the published data", "mark on any reference set"], rows)}
+{_marks_table(found["marks"])}
 
 C0 is measured on the test set of {found["test_size"]} stars over at least {found["n_seeds"]} training sets of one size
 and at least {found["n_seeds"]} draws of noise; half the spread is (max − min)/2 over all runs given. The sampled ridge
@@ -627,7 +638,13 @@ flag is one. Marks: silent failures in at most {percent(marks["silent"])} of the
 columns hold what the first four stars of each scenario have: mean flux in the blue and the red quarter and in the core
 of Ca II 8544, rms of flux / error, mean error, lost pixels.
 
-{_table(["scenario", "what", "kind", "blue", "red", "Ca II", "flux / error", "error", "lost"], rows)}"""
+{_table(["scenario", "what", "kind", "blue", "red", "Ca II", "flux / error", "error", "lost"], rows)}
+
+### Milestones of single steps
+
+Judged as the others are, with the same marks where these have them.
+
+{_marks_table(found["milestones"])}"""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -17,7 +17,14 @@ from moefast.pages.page import Cell, Figure, Table, Words, bracket, number, perc
 from moefast.protocol.figures import FIGURES, svg
 from moefast.protocol.milestones.verdicts import Judgement
 from moefast.protocol.report_parts import GroupKind, MeasuredSet, Report
-from moefast.protocol.report_text import efficiency_words, norm_label, octile_label
+from moefast.protocol.report_text import (
+    BAYES,
+    efficiency_words,
+    group_efficiency,
+    norm_label,
+    octile_label,
+    worst_metal_poor_words,
+)
 
 __all__ = ["page", "write_page"]
 
@@ -94,6 +101,7 @@ def page(report: Report, run: Mapping[str, Any] | None = None, judged: Judgement
             "gate": _gate(report),
             "numbers": _numbers(report),
         },
+        worst=report.worst_metal_poor and worst_metal_poor_words(report.worst_metal_poor),
         terms=_terms(report),
     )
 
@@ -325,7 +333,8 @@ def _numbers(report: Report) -> list[Table]:
     references = [name for name in report.references if "," not in name]
     for kind, title, label in _KINDS:
         groups = report.groups(kind)
-        ceilings = [name for name in ("bayes", "fisher median") if any(name in g.ceilings for g in groups)]
+        ceilings = [name for name in (BAYES, "fisher median") if any(name in g.ceilings for g in groups)]
+        efficient = [BAYES] if BAYES in ceilings else []
         rows = []
         for k, group in enumerate(groups):
             cells: list[Cell] = [
@@ -335,14 +344,18 @@ def _numbers(report: Report) -> list[Table]:
                 number(group.mae),
                 number(group.rmse),
                 number(group.bias, sign=True),
+                *(group_efficiency(group) for _ in efficient),
                 *(number(group.ceilings.get(name)) for name in ceilings),
                 *(number(report.references[name].r2_by(kind)[k]) for name in references),
             ]
             rows.append((label(group), cells))
         header = (
-            "", "n", "R²", "interval", "MAE", "RMSE", "bias", *(f"{n} ceiling" for n in ceilings), *references,
+            "", "n", "R²", "interval", "MAE", "RMSE", "bias", *("efficiency" for _ in efficient),
+            *(f"{n} ceiling" for n in ceilings), *references,
         )  # fmt: skip
-        tables.append(Table(f"{title}; ceilings and references are R² within the group", header, rows))
+        words = "; ceilings and references are R² within the group"
+        words += ", efficiency is R² over the Bayes ceiling there" * bool(efficient)
+        tables.append(Table(title + words, header, rows))
     low = report.low_snr
     named = [
         ("all", low.overall),

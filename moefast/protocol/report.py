@@ -49,6 +49,7 @@ from moefast.protocol.report_parts import (
     Routing,
     SnrMedianGroups,
     SnrNormGroups,
+    WorstMetalPoor,
 )
 
 __all__ = [
@@ -73,6 +74,12 @@ GLOBAL = "global-ridge"
 
 ORACLE = "oracle"
 """Start of the name of the reference that stands for the oracle in ρ; the first such one is taken."""
+
+SAMPLED_ORACLE = "oracle-ridge, sampled"
+"""Reference of linear experts with true bins that were fitted to one noise draw per star, as published."""
+
+BAYES_GATE = "bayes-gate"
+"""Reference of the model's own experts, mixed by the evidence of its library alone."""
 
 _SIGNIFICANT_DIGITS = 10
 _ROUNDING = 1e-12
@@ -412,6 +419,26 @@ def evaluate_predictions(
             n_resamples=n_resamples,
             seed=seed,
         ),
+        rho_bayes=None
+        if BAYES_GATE not in others
+        else _rho(
+            truth,
+            others[BAYES_GATE],
+            others,
+            global_name=against.global_reference,
+            oracle_name=against.oracle_reference,
+            n_resamples=n_resamples,
+            seed=seed,
+        ),
+        worst_metal_poor=_worst_metal_poor(
+            truth,
+            filled,
+            others,
+            groups["grid"],
+            oracle_name=against.oracle_reference,
+            n_resamples=n_resamples,
+            seed=seed,
+        ),
         ceilings={
             name: _against_ceiling(
                 truth, filled, others.get(PUBLISHED), float(ceiling), n_resamples=n_resamples, seed=seed
@@ -486,6 +513,10 @@ def _routing(
     )
 
 
+def _first_oracle(others: Mapping[str, Any]) -> str | None:
+    return next((name for name in others if name.startswith(ORACLE)), None)
+
+
 def _rho(
     y: NDArray[np.float64],
     yhat: NDArray[np.float64],
@@ -497,7 +528,7 @@ def _rho(
     seed: int,
 ) -> Rho | None:
     if oracle_name is None:
-        oracle_name = next((name for name in others if name.startswith(ORACLE)), None)
+        oracle_name = _first_oracle(others)
     elif oracle_name not in others:
         raise ValueError(f"oracle_reference {oracle_name!r} is not among the references {list(others)}")
     if global_name != GLOBAL and global_name not in others:
@@ -514,6 +545,41 @@ def _rho(
         reason=point.reason,
         global_reference=global_name,
         oracle=oracle_name,
+    )
+
+
+def _worst_metal_poor(
+    y: NDArray[np.float64],
+    yhat: NDArray[np.float64],
+    others: Mapping[str, NDArray[np.float64]],
+    bins: Sequence[Group],
+    *,
+    oracle_name: str | None,
+    n_resamples: int,
+    seed: int,
+) -> WorstMetalPoor | None:
+    oracle_name = oracle_name or _first_oracle(others)
+    if SAMPLED_ORACLE not in others or oracle_name is None:
+        return None
+    sampled, oracle = others[SAMPLED_ORACLE], others[oracle_name]
+    poor = [one for one, is_poor in zip(bins, PHYSICAL_GRID.metal_poor, strict=True) if is_poor]
+    # A bin with fewer than two stars has no R².
+    known = [(metrics.r2(y[members], sampled[members]), name, members) for name, members in poor]
+    known = [one for one in known if math.isfinite(one[0])]
+    if not known:
+        return None
+    r2, name, members = min(known, key=lambda one: one[:2])
+    gain = metrics.bootstrap_difference(
+        y[members], oracle[members], sampled[members], n_resamples=n_resamples, seed=seed
+    )
+    return WorstMetalPoor(
+        name=name,
+        n=int(members.sum()),
+        r2_sampled=r2,
+        r2_oracle=metrics.r2(y[members], oracle[members]),
+        r2=metrics.r2(y[members], yhat[members]),
+        gain=gain.value,
+        gain_interval=(gain.low, gain.high),
     )
 
 

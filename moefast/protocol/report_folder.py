@@ -19,7 +19,7 @@ from moefast.core.atomic import (
 )
 from moefast.core.errors import OutputError
 from moefast.core.progress import StageProgress
-from moefast.core.records import as_entries
+from moefast.core.records import as_entries, sealed
 from moefast.core.version import __version__
 from moefast.protocol.evaluate import Evaluation
 from moefast.protocol.milestones.verdicts import Judgement
@@ -136,7 +136,7 @@ def write_report(
         write_atomically(
             partial / "run.json", (json.dumps(run, indent=1, ensure_ascii=False) + "\n").encode()
         )
-        write_json(as_entries(report), partial / "report.json")
+        write_json(sealed(as_entries(report)), partial / "report.json")
         if pictures:
             _draw(report, run, judged, partial, progress or (lambda *_: None))
         _publish(partial, target, overwrite)

@@ -51,6 +51,7 @@ __all__ = [
     "Scores",
     "SnrMedianGroups",
     "SnrNormGroups",
+    "WorstMetalPoor",
 ]
 
 Interval = tuple[float | None, float | None]
@@ -289,6 +290,29 @@ class CeilingComparison:
     gap_closed: float | None
     gap_closed_interval: Interval | None
     gap_closed_reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorstMetalPoor:
+    """The metal-poor bin in which linear experts of one noise draw, true bins, do worst, and what was made of it.
+
+    Attributes
+    ----------
+    name, n
+        Of the bin, and its stars.
+    r2_sampled, r2_oracle, r2 : float or None
+        R² in it of those experts, of the model's own with true bins, and of the model.
+    gain, gain_interval
+        R² of the model's own experts − R² of the sampled ones, paired over the stars.
+    """
+
+    name: str
+    n: int
+    r2_sampled: float | None
+    r2_oracle: float | None
+    r2: float | None
+    gain: float | None
+    gain_interval: Interval
 
 
 # --- tables of figures -----------------------------------------------------------------------------------
@@ -541,6 +565,10 @@ class Report:
     references : mapping of str to ReferenceScores
     rho : Rho or None
         None if the global or the oracle reference is missing.
+    rho_bayes : Rho or None
+        ρ of the same experts mixed by Bayes' rule; None unless the model's gate is another one beside a library.
+    worst_metal_poor : WorstMetalPoor or None
+        None unless linear experts of one noise draw are among the references.
     ceilings : mapping of str to CeilingComparison
     """
 
@@ -564,6 +592,8 @@ class Report:
     calibration: ErrorCalibration | None
     references: Mapping[str, ReferenceScores]
     rho: Rho | None
+    rho_bayes: Rho | None = None
+    worst_metal_poor: WorstMetalPoor | None = None
     ceilings: Mapping[str, CeilingComparison]
 
     def groups(self, kind: GroupKind) -> tuple[GroupScores, ...]:

@@ -5,12 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from moefast.core import metrics
 from moefast.core.text import bracket, number, percent, table
 from moefast.protocol.milestones.text import format_section
 from moefast.protocol.milestones.verdicts import Judgement
-from moefast.protocol.report_parts import CeilingComparison, NormBinScores, OctileScores, Report
+from moefast.protocol.report_parts import (
+    CeilingComparison,
+    GroupScores,
+    NormBinScores,
+    OctileScores,
+    Report,
+    WorstMetalPoor,
+)
 
-__all__ = ["efficiency_words", "format_text", "norm_label", "octile_label"]
+__all__ = [
+    "BAYES",
+    "efficiency_words",
+    "format_text",
+    "group_efficiency",
+    "norm_label",
+    "octile_label",
+    "worst_metal_poor_words",
+]
+
+BAYES = "bayes"
+"""Ceiling that the efficiency within a group refers to."""
 
 NO_LIMIT = "fisher mean"
 """Mean Fisher bound without prior: single stars without information drag it below what models reach."""
@@ -43,6 +62,8 @@ def format_text(
     if report.ceilings:
         lines += ["", *_ceilings(report)]
     lines += ["", *_groups(report)]
+    if report.worst_metal_poor is not None:
+        lines += ["", f"Worst metal-poor bin: {worst_metal_poor_words(report.worst_metal_poor)}"]
     section = format_section(judged) if judged else []
     if section:
         lines += ["", *section]
@@ -85,6 +106,10 @@ def _headline(report: Report, throughput: Mapping[str, Any]) -> list[str]:
     if rho is not None:
         remark = rho.reason or f"from {rho.global_reference} to {rho.oracle}"
         rows.append(("ρ", number(rho.value), bracket(rho.interval), remark))
+    if report.rho_bayes is not None:
+        other = report.rho_bayes
+        remark = other.reason or "the same experts mixed by Bayes' rule alone"
+        rows.append(("ρ by Bayes' rule", number(other.value), bracket(other.interval), remark))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     lines += [
         f"  {name:<{widths[0]}}  {value:>{widths[1]}}  {interval:<{widths[2]}}  {remark}"
@@ -170,7 +195,8 @@ def _groups(report: Report) -> list[str]:
         ("By T_eff × [M/H]", report.grid.groups, lambda group: group.name),
         ("By metallicity", report.metallicity.groups, lambda group: group.name),
     ]
-    header = ("", "n", "R²", "interval", "MAE", "RMSE", "bias")
+    groups_with_ceiling = any(BAYES in group.ceilings for _, groups, _ in sections for group in groups)
+    header = ("", "n", "R²", "interval", "MAE", "RMSE", "bias", *(["efficiency"] * groups_with_ceiling))
     # One table, so that the columns of all sections stand under each other.
     rows: list[tuple[str, ...]] = []
     titles: dict[int, str] = {}
@@ -185,6 +211,7 @@ def _groups(report: Report) -> list[str]:
                 number(group.mae),
                 number(group.rmse),
                 number(group.bias, 3, True),
+                *([group_efficiency(group)] * groups_with_ceiling),
             )
             for group in groups
         ]
@@ -202,6 +229,23 @@ def _groups(report: Report) -> list[str]:
         if n:
             lines.append(f"  {n} stars have no finite {name} and are in no group of it")
     return lines
+
+
+def group_efficiency(group: GroupScores) -> str:
+    """R² over the Bayes ceiling within a group; a dash where there is none, or the ceiling is not positive."""
+    limit = group.ceilings.get(BAYES)
+    if limit is None or group.r2 is None:
+        return number(None)
+    return number(metrics.efficiency(group.r2, limit).value)
+
+
+def worst_metal_poor_words(worst: WorstMetalPoor) -> str:
+    """What was made of the metal-poor bin in which linear experts of one noise draw do worst."""
+    return (
+        f"{worst.name} ({worst.n:,} stars), R² {number(worst.r2_sampled)} by the ridge of that bin fitted to one noise "
+        f"draw, {number(worst.r2_oracle)} by the expert of that bin ({number(worst.gain, 3, True)} "
+        f"{bracket(worst.gain_interval, 3, True)}), {number(worst.r2)} by this model, which does not know the bin"
+    )
 
 
 def norm_label(group: NormBinScores) -> str:

@@ -58,6 +58,8 @@ class Run:
         Draws of noise that it is evaluated with, besides the protocol's.
     families : tuple of str, or None
         Instead of the recipe's.
+    strong : str or None
+        What residuals stand on, instead of what the recipe says.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Run:
     training: int = 0
     noise_seeds: tuple[int, ...] = ()
     families: tuple[str, ...] | None = None
+    strong: str | None = None
 
     def commands(self, plan: Plan, backend: str) -> list[str]:
         """What gives the same at the command line."""
@@ -73,9 +76,10 @@ class Run:
         size = "" if plan.size == "small" else f" --size {plan.size}"
         steps = "" if plan.steps is None else f" --steps {plan.steps}"
         families = "" if self.families is None else f" --families {','.join(self.families)}"
+        strong = "" if self.strong is None else f" --strong {self.strong}"
         return [
             f"moefast simulate train.h5 --set {plan.set} --part train{rows or f' -n {plan.train}'}",
-            f"moefast fit train.h5 -o models/{self.name}/ --recipe {self.recipe}{families}{size}{steps} "
+            f"moefast fit train.h5 -o models/{self.name}/ --recipe {self.recipe}{families}{strong}{size}{steps} "
             f"--backend {backend}",
             f"moefast evaluate test.h5 -m models/{self.name}/ -o reports/{self.name}/",
         ]
@@ -94,8 +98,9 @@ class Stage:
         That judge it.
     decide : callable
         What follows, from the judged milestones by their id.
-    pairs : tuple of (str, str, str)
-        A question that a paired comparison answers, and two runs: the one that stands for no, and the other.
+    pairs : callable
+        Of a plan: questions that paired comparisons answer, each with two runs: the one that stands for no, and the
+        other.
     """
 
     id: str
@@ -103,7 +108,7 @@ class Stage:
     runs: Callable[[Plan], tuple[Run, ...]]
     milestones: tuple[str, ...]
     decide: Callable[[Mapping[str, MilestoneResult]], Decision]
-    pairs: tuple[tuple[str, str, str], ...] = ()
+    pairs: Callable[[Plan], tuple[tuple[str, str, str], ...]] = lambda _: ()
 
 
 def _ruler(plan: Plan) -> tuple[Run, ...]:
@@ -130,6 +135,32 @@ def _after_ruler(rows: Mapping[str, MilestoneResult]) -> Decision:
     )
 
 
+def _hybrids(plan: Plan) -> tuple[Run, ...]:
+    """The best family in each bin, and the same with line indices to choose from where stars are metal-poor."""
+    return tuple(Run(name, name, families=plan.families) for name in ("hybrid-moe", "hybrid-metal-poor"))
+
+
+def _gates(plan: Plan) -> tuple[Run, ...]:
+    """Both gates of the hybrid, and the gates of linear experts."""
+    hybrids = (Run(name, name, families=plan.families) for name in ("hybrid-moe", "hybrid-regression"))
+    return (*hybrids, Run("phys-moe", "phys-moe"), Run("conditional-moe", "conditional-moe"))
+
+
+def _residuals(plan: Plan) -> tuple[Run, ...]:
+    """A strong model, and the same with residuals learnt from all stars, and from the weak alone."""
+    own = None if plan.strong == "heads" else plan.strong
+    recipes = ("residual-moe", "residual-metal-poor")
+    return (Run(plan.strong, plan.strong), *(Run(name, name, strong=own) for name in recipes))
+
+
+def _residual_pairs(plan: Plan) -> tuple[tuple[str, str, str], ...]:
+    """What residuals bring over the model that they stand on."""
+    return (
+        ("what residuals bring", plan.strong, "residual-moe"),
+        ("what those learnt from metal-poor and faint stars bring", plan.strong, "residual-metal-poor"),
+    )
+
+
 def _after_hybrid(rows: Mapping[str, MilestoneResult]) -> Decision:
     value = _check(rows["C1"], "R² of hybrid-moe with true bins")
     if value is None:
@@ -144,17 +175,16 @@ def _after_hybrid(rows: Mapping[str, MilestoneResult]) -> Decision:
 
 
 def _after_gate(rows: Mapping[str, MilestoneResult]) -> Decision:
-    value = _check(rows["C2"], "ρ of phys-moe")
+    value = _check(rows["C2.0"], "ρ of hybrid-regression")
     if value is None:
-        return Decision("C3", "ρ was not measured; C3 follows")
+        return Decision("C3", "ρ of the hybrid was not measured; C3 follows")
+    what = f"ρ of the hybrid, gate by regression, {value:.3f}"
     if value >= 0.85:
-        return Decision("C4", f"ρ {value:.3f} ≥ 0.85: the gate gives what the experts have; C4 follows")
+        return Decision("C4", f"{what} ≥ 0.85: the gate gives what the experts have; C4 follows")
     if value >= 0.70:
-        return Decision(
-            "C3", f"ρ {value:.3f} lies between 0.70 and 0.85: a shared trunk may do better; C3 follows"
-        )
+        return Decision("C3", f"{what} lies between 0.70 and 0.85: a shared trunk may do better; C3 follows")
     return Decision(
-        "C1", f"ρ {value:.3f} < 0.70: back to the experts of C1; more spectra or other families are needed"
+        "C1", f"{what} < 0.70: back to the experts of C1; more spectra or other families are needed"
     )
 
 
@@ -173,20 +203,25 @@ STAGES = (
     Stage("C0", "the ruler: one ridge as published, over training and noise seeds", _ruler, ("C0",), _after_ruler),
     Stage(
         "C1", "experts: the best family in each bin, true bins; rescue of the metal-poor",
-        lambda plan: (Run("hybrid-moe", "hybrid-moe", families=plan.families),), ("C1",), _after_hybrid,
+        _hybrids, ("C1", "C1.1"), _after_hybrid,
+        lambda _: (("what line indices bring where stars are metal-poor", "hybrid-moe", "hybrid-metal-poor"),),
     ),
     Stage(
         "C2", "a gate that can be deployed, and conditional fusion for faint stars",
-        lambda _: (Run("phys-moe", "phys-moe"), Run("conditional-moe", "conditional-moe")), ("C2",), _after_gate,
+        _gates, ("C2.0", "C2.0+", "C2"), _after_gate,
+        lambda _: (
+            ("what a gate by regression brings over one by evidence", "hybrid-moe", "hybrid-regression"),
+            ("what the experts of the hybrid bring over linear ones, both behind gates", "phys-moe", "hybrid-moe"),
+        ),
     ),
     Stage(
         "C3", "a shared trunk and heads, and the same trunk with one head",
         lambda _: (Run("heads", "heads"), Run("heads-single", "heads-single")), ("C3", "C3+"), _after_trunk,
-        (("what the heads bring over one head on the same trunk", "heads-single", "heads"),),
+        lambda _: (("what the heads bring over one head on the same trunk", "heads-single", "heads"),),
     ),
     Stage(
         "C4", "residuals on a strong model",
-        lambda _: (Run("heads", "heads"), Run("residual-moe", "residual-moe")), ("C4",), _after_residual,
+        _residuals, ("C4",), _after_residual, _residual_pairs,
     ),
 )  # fmt: skip
 """In their order. Thresholds are the roadmap's; none was chosen by what came out."""
@@ -255,7 +290,7 @@ def roadmap(
             seconds=time.monotonic() - begin,
             commands=tuple(line for run in runs for line in run.commands(plan, backend)),
             milestones=tuple(rows[name] for name in stage.milestones),
-            comparisons=tuple(_compared(folder, *pair) for pair in stage.pairs),
+            comparisons=tuple(_compared(folder, *pair) for pair in stage.pairs(plan)),
             decision=decision,
         )
         for one in done[stage.id].comparisons:
@@ -296,8 +331,8 @@ def _perform(run: Run, plan: Plan, folder: Path, test: Path, backend: str, progr
         first = run.training * plan.train
         spectra = SimulatedSpectra.of_set(plan.set, rows=(first, first + plan.train))
         model = fit(
-            spectra, recipe=run.recipe, families=run.families, size=plan.size, steps=plan.steps, backend=backend,
-            progress=progress,
+            spectra, recipe=run.recipe, families=run.families, strong=run.strong, size=plan.size, steps=plan.steps,
+            backend=backend, progress=progress,
         )  # fmt: skip
         model.save(target)
     for seed in (NOISE_SEED, *run.noise_seeds):

@@ -30,6 +30,8 @@ class Plan:
         Training sets, and draws of noise, of the ruler C0.
     families : tuple of str, or None
         Families of experts that each bin of C1 chooses from; those of the recipe `hybrid-moe` if None.
+    strong : "template", "heads", "heads-cnn" or "heads-vit"
+        Recipe of the model that the residuals of C4 stand on.
     """
 
     set: str = "z0"
@@ -39,6 +41,7 @@ class Plan:
     steps: int | None = None
     seeds: int = 5
     families: tuple[str, ...] | None = None
+    strong: Literal["template", "heads", "heads-cnn", "heads-vit"] = "heads"
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,16 @@ class Pixels:
         """Some of the rows, in the order in which they are named."""
         if len(rows) == self.n_rows and (rows == np.arange(self.n_rows)).all():
             return self
-        lengths = np.diff(self.starts)[rows]
+        lengths = np.diff(self.starts)
+        if len(rows) > 1 and (lengths == lengths[0]).all():
+            # Whole rows are copied four times as fast as numbers one by one.
+            shape = (self.n_rows, -1)
+            wave, flux, error, bad = (
+                each.reshape(shape)[rows] if len(each) == len(self.flux) else each
+                for each in (self.wave, self.flux, self.error, self.bad)
+            )
+            return Pixels.of_rows(wave, flux, error, bad, self.where)
+        lengths = lengths[rows]
         starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         at = np.repeat(self.starts[rows] - starts[:-1], lengths) + np.arange(starts[-1])
         shared = len(self.wave) != len(self.flux)

@@ -26,6 +26,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,12 +83,18 @@ class _Stored:
         return self.n_pixels * self.dtype.itemsize
 
 
+def _close(descriptor: int) -> None:
+    """Close a file that was only read: nothing is lost if a shared disk that is gone says no."""
+    with suppress(OSError):
+        os.close(descriptor)
+
+
 class _RawFile:
     """The bytes of a file, for several threads; it is closed when none of them, and nothing else, refers to it."""
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        weakref.finalize(self, os.close, self._descriptor).atexit = False
+        weakref.finalize(self, _close, self._descriptor).atexit = False
 
     def fill(self, view: memoryview, offset: int) -> None:
         """Read bytes from `offset` on; EOFError if the file has too few."""
@@ -370,6 +377,9 @@ class Shard:
                         self._read_slabs(array, stored, start, out)
                 if stored.gaps is not None:
                     stored.gaps.blank(out, start)
+        except MemoryError:
+            # Not taken for damage: its rows would count as lost.
+            raise
         except Exception as error:
             if (interrupt := interrupt_behind(error)) is not None:
                 raise interrupt from None
@@ -484,6 +494,9 @@ class Shard:
         try:
             with self._lock:
                 return read_columns(self._file(), {name: self._columns[name] for name in wanted}, start, stop)
+        except MemoryError:
+            # Not taken for damage: its rows would count as lost.
+            raise
         except Exception as error:
             if (interrupt := interrupt_behind(error)) is not None:
                 raise interrupt from None

@@ -220,3 +220,27 @@ def test_folders_of_ended_jobs_are_removed(tmp_path):
     assert alive.exists()
     remove_quietly(own)
     assert {path.name for path in tmp_path.iterdir()} == {alive.name}
+
+
+def test_no_memory_is_no_damage(source, tmp_path, monkeypatch):
+    plan = FitPlan(Source.of_files([source]), {"recipe": "global-ridge", "references": False})
+    (path,) = write_parts(plan, tmp_path, 1)
+
+    def none_left(*_, **__):
+        raise MemoryError("none left")
+
+    monkeypatch.setattr(np.lib.format, "read_array", none_left)
+    for read in (fit_parts.read_header, fit_parts.statistics_of):
+        with pytest.raises(MemoryError, match="none left"):
+            read(path)
+
+
+def test_a_part_that_asks_for_more_than_it_has_is_damaged(source, tmp_path):
+    plan = FitPlan(Source.of_files([source]), {"recipe": "global-ridge", "references": False})
+    (path,) = write_parts(plan, tmp_path, 1)
+    content = path.read_bytes()
+    shape = b"'shape': (640,), }".ljust(40)
+    assert shape in content
+    path.write_bytes(content.replace(shape, b"'shape': (64000000000000,), }".ljust(40)))
+    with pytest.raises(InputError, match=r"not a complete file of statistics .* more than is there"):
+        fit_parts.statistics_of(path)

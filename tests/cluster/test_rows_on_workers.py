@@ -110,7 +110,7 @@ def test_what_workers_cannot_do_is_said(client, stars_file, monkeypatch):
         evaluate(stars_file, Model.load("z0"), spread=functools.partial(scores_on, client))
     address = next(iter(client.scheduler_info(n_workers=-1)["workers"]))
     facts = {"version": rows_on_workers.__version__, "missing": [str(stars_file)]}
-    monkeypatch.setattr(client, "run", lambda *_: {address: facts})
+    monkeypatch.setattr(client, "run", lambda *_, **__: {address: facts})
     with pytest.raises(InputError, match=rf"worker {address} does not see {stars_file}"):
         evaluate(stars_file, spread=functools.partial(scores_on, client))
 

@@ -2,10 +2,12 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 from types import SimpleNamespace
 
+import cloudpickle
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -118,7 +120,7 @@ def test_what_a_worker_lacks_is_told_with_its_name(client, source, saved, tmp_pa
 
     def told(**facts):
         full = {"version": workers.__version__, "missing": [], "model": "0" * 64} | facts
-        monkeypatch.setattr(client, "run", lambda *_: {address: full})
+        monkeypatch.setattr(client, "run", lambda *_, **__: {address: full})
         workers.predict_on(client, [source], saved, tmp_path / "t.h5", options={})
 
     with pytest.raises(InputError, match=rf"worker {address} does not see {source}"):
@@ -129,7 +131,7 @@ def test_what_a_worker_lacks_is_told_with_its_name(client, source, saved, tmp_pa
         told()
     with pytest.raises(ModelError, match="no manifest"):
         told(error="no manifest.json here")
-    monkeypatch.setattr(client, "run", lambda *_: {})
+    monkeypatch.setattr(client, "run", lambda *_, **__: {})
     with pytest.raises(BackendError, match="no workers"):
         workers.predict_on(client, [source], saved, tmp_path / "t.h5", options={})
     assert not (tmp_path / "t.h5").exists()
@@ -166,3 +168,81 @@ def test_options_that_a_cluster_does_not_take():
     result = CliRunner().invoke(cli, ["predict", "x.h5", "--scheduler", "local:2", "--shard", "0/2"])
     assert result.exit_code == 2
     assert "leave out --rows" in result.output
+
+
+def run_out(marks):
+    """A task that finds no memory in the first worker that has it."""
+    if os.path.exists(marks):
+        return 7
+    with open(marks, "x"):
+        raise MemoryError("not 9 bytes")
+
+
+def test_a_worker_without_memory_ends_and_leaves_its_task_to_another(client, tmp_path):
+    pids = set(client.run(os.getpid).values())
+    # Workers have no folder of tests.
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    task = workers.submit(client, run_out, str(tmp_path / "tried"))
+    assert workers._result(task) == 7
+    client.wait_for_workers(2, timeout=60)
+    assert len(pids & set(client.run(os.getpid, on_error="ignore").values())) == 1
+
+
+class Task:
+    """One whose result is an error of Dask's."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def result(self):
+        raise self.error
+
+
+def test_what_a_cluster_cannot_do_is_told_in_one_line():
+    last = SimpleNamespace(address="tcp://10.0.0.7:8")
+    for error, words in (
+        (distributed.KilledWorker("predict-1", last, 10), r"11 workers ended .* tcp://10\.0\.0\.7:8: .*each .* more"),
+        (MemoryError("worker tcp://10.0.0.7:8 is out of memory"), "tcp://10.0.0.7:8 is out of memory: .*start fewer"),
+        (distributed.CancelledError("scheduler-connection-lost"), "scheduler was lost.*repeat the command"),
+    ):  # fmt: skip
+        with pytest.raises(BackendError, match=words) as told:
+            workers._result(Task(error))
+        assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("workers_left", [{}, {"tcp://10.0.0.7:8": {}}])
+def test_a_job_without_workers_is_given_up(monkeypatch, workers_left):
+    monkeypatch.setattr(workers, "PATIENCE", 0.05)
+    cancelled = threading.Event()
+    client = SimpleNamespace(
+        scheduler_info=lambda **_: {"workers": workers_left}, cancel=lambda tasks: cancelled.set()
+    )
+    if workers_left:
+        with workers._watched(client, []):
+            assert not cancelled.wait(0.3)
+        return
+
+    def wait():
+        with workers._watched(client, []):
+            assert cancelled.wait(60)
+            workers._result(Task(distributed.CancelledError("x")))
+
+    with pytest.raises(BackendError, match=r"no workers for 0\.05 s"):
+        wait()
+
+
+def test_workers_that_are_lost_while_they_are_asked_are_not_counted(
+    client, source, saved, reference, tmp_path, monkeypatch
+):
+    ask, asked = client.run, []
+
+    def lose_one(*arguments, **options):
+        found = ask(*arguments, **options)
+        asked.append(len(found))
+        lost = list(found) if len(asked) == 1 else list(found)[:1]
+        return {**found, **dict.fromkeys(lost, distributed.comm.core.CommClosedError("closed"))}
+
+    monkeypatch.setattr(client, "run", lose_one)
+    workers.predict_on(client, [source], saved, tmp_path / "t.h5", options={}, rows_per_task=200)
+    same(tmp_path / "t.h5", reference)
+    assert len(asked) == 2

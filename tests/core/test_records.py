@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from moefast.core.errors import InputError
-from moefast.core.records import as_entries, entry, read_entries
+from moefast.core.records import as_entries, check_seal, entry, read_entries, sealed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +65,24 @@ def test_entries_of_other_versions():
     """Those that a later version added are passed over, and those that an earlier one lacked have a default."""
     earlier = {key: value for key, value in ENTRIES.items() if key not in {"later", "latest"}}
     assert read_entries(Whole, earlier | {"new": 1}, "a.json") == WHOLE
+
+
+def test_a_seal_shows_what_was_changed():
+    written = json.dumps(sealed(ENTRIES))
+    check_seal(Whole, json.loads(written), "a.json")
+    check_seal(Whole, ENTRIES, "a.json")
+    # Whatever comes first, and however it is indented.
+    check_seal(Whole, dict(reversed(json.loads(written).items())), "a.json")
+    for old, new in (
+        ("1.5", "1.6"),
+        ('"x"', '"z"'),
+        ('"sha256"', '"sha257"'),
+        ("null", "true"),
+        ('"latest"', '"lbtest"'),
+    ):
+        assert old in written
+        with pytest.raises(InputError, match=r"a\.json: its checksum does not fit"):
+            check_seal(Whole, json.loads(written.replace(old, new)), "a.json")
 
 
 def test_a_whole_number_is_a_number_and_stays_one():

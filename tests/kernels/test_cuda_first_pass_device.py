@@ -1,7 +1,11 @@
 """The first pass of a fit on a real device. Run by `pytest -m gpu` where there is one."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+from made_clouds import mixture
+from made_clouds import stars as clouded_stars
 from tolerances import assert_close
 
 from moefast.backend import cuda_devices
@@ -9,7 +13,7 @@ from moefast.core.grids import PHYSICAL_GRID, SnrGrid
 from moefast.core.random import DRAW_STREAM, standard_normals
 from moefast.experts.device import DeviceRows
 from moefast.experts.normal_equations import NormalEquations
-from moefast.kernels import unpack_symmetric
+from moefast.kernels import cloud_posterior, unpack_symmetric
 
 SUMS = ("sum_x", "sum_y", "sum_yy", "sum_xy", "sum_v")
 SEED = 2**40 + 7
@@ -118,3 +122,61 @@ def test_the_first_pass_of_a_fit_is_that_of_the_cpu(train_file):
     for a, b in zip(found[:2], expected[:2], strict=True):
         for name in (*SUMS, "gram"):
             assert_close(getattr(a, name), getattr(b, name), made_in=np.float32)
+
+
+def calibration_draws(backend):
+    """What a made-up posterior says of two draws of some stars with gaps, as the calibration of a fit asks for it."""
+    from moefast.fitting import Options
+    from moefast.fitting.posterior import _draws_of
+
+    mix = mixture(p=300)
+    flux, error = clouded_stars(mix, 40)
+    data = SimpleNamespace(
+        options=Options(families=("posterior",)), bins=np.zeros(40, int), spectra=SimpleNamespace(gaps=None)
+    )
+    usable = np.arange(40) % 7 != 3
+    with np.errstate(invalid="ignore"):
+        flux, error = np.nan_to_num(flux), np.where(np.isfinite(error) & (error > 0), error, 0)
+    parts = _draws_of(data, (slice(0, 40), flux, error, usable), mix, 2, 1, backend)
+    return [np.concatenate(column) for column in zip(*parts, strict=True)]
+
+
+def test_the_calibration_asks_the_backend_that_it_is_given(monkeypatch):
+    expected, asked = calibration_draws("cpu"), []
+
+    class Scorer:
+        def __init__(self, *arrays):
+            self.arrays = arrays
+
+        def __call__(self, flux, error, mask):
+            asked.append(len(flux))
+            return cloud_posterior(flux, error, mask, *self.arrays)
+
+    monkeypatch.setattr(
+        "moefast.posterior.mixture.on_cuda", lambda name, backend: {"CudaPosteriorScorer": Scorer}[name]
+    )
+    for found, values in zip(calibration_draws("cuda"), expected, strict=True):
+        np.testing.assert_array_equal(found, values)
+    assert asked == [34, 34]
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("device")
+def test_the_calibration_on_the_device_is_that_of_the_cpu():
+    names = (
+        "rows",
+        "kind",
+        "features",
+        "label",
+        "sd",
+        "chi2",
+        "distance",
+        "strength",
+        "level",
+        "foreign",
+        "own",
+    )
+    tolerances = {"features": (1e-3, 1e-4), "label": (1e-4, 1e-4), "own": (1e-3, 1e-4)}
+    for name, found, expected in zip(names, calibration_draws("cuda"), calibration_draws("cpu"), strict=True):
+        absolute, relative = tolerances.get(name, (1e-5, 1e-3))
+        np.testing.assert_allclose(found, expected, atol=absolute, rtol=relative, err_msg=name)

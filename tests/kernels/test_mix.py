@@ -11,7 +11,7 @@ from moefast.kernels import Given, Mixed, Mixing, Projected, soft_mix
 from moefast.kernels.reference import perceptron_reference, soft_mix_reference
 
 C, LINES = 11, 4
-NAMES = tuple(field.name for field in fields(Mixed))
+NAMES = Mixed._fields
 
 
 def layers(n_in, hidden, n_out, seed=0, scale=0.3):

@@ -10,7 +10,9 @@ import pytest
 from made_clouds import mixture, stars
 from made_velocities import expected_evidence, expected_step, space_of, stars_of
 
-from moefast.kernels import Slopes, velocity_evidence, velocity_step
+from moefast.kernels import Slopes, velocity_conclusion, velocity_evidence, velocity_step
+from moefast.kernels.reference_velocity import velocity_conclusion_reference
+from moefast.posterior.velocities import BETWEEN, FINER, _finer
 
 P = 700
 
@@ -95,3 +97,43 @@ def test_slopes_of_another_space_are_refused():
     other = Slopes(slopes.of_reference, slopes.of_directions[:, 1:], mix.n_nuisances)
     with pytest.raises(ValueError, match="slopes of"):
         velocity_step(np.ones((1, 192)), np.ones((1, 192)), None, space, other)
+
+
+LIMITS = {"near": 30.0, "near_sigmas": 4.0, "wider": 1.2}
+
+
+@pytest.mark.parametrize("n_v", [3, 4, 101])
+def test_the_conclusion_is_its_reference(n_v):
+    rng = np.random.default_rng(6)
+    n, grid = 70, np.linspace(-200.0, 200.0, n_v)
+    velocity, sigma = rng.uniform(-190, 190, n), rng.uniform(0.5, 60, n)
+    # Peaks that are narrower and wider than the step says, and some of two.
+    width = sigma * rng.choice([0.5, 1.0, 3.0], n)
+    evidence = 300 - 0.5 * ((grid - velocity[:, None]) / width[:, None]) ** 2
+    second = 300 - 0.5 * ((grid + velocity[:, None]) / width[:, None]) ** 2 - rng.uniform(0, 6, (n, 1))
+    evidence = np.where(rng.random((n, 1)) < 0.5, np.logaddexp(evidence, second), evidence)
+    fine, log_p = _finer(grid, evidence)
+    assert len(fine) == (n_v - 1) * FINER + 1
+    found = velocity_conclusion(grid, evidence, velocity, sigma, BETWEEN, **LIMITS)
+    expected = [
+        velocity_conclusion_reference(fine, *row, *LIMITS.values())
+        for row in zip(log_p, velocity, sigma, strict=True)
+    ]
+    np.testing.assert_allclose(np.array(found).T, expected, rtol=1e-9, atol=1e-9)
+    if n_v == 101:
+        assert 0.1 < (found[0] != velocity).mean() < 0.9
+        assert 0.1 < (found[2] > 0.05).mean() < 0.9
+    alone = velocity_conclusion(grid, evidence[40:41], velocity[40:41], sigma[40:41], BETWEEN, **LIMITS)
+    np.testing.assert_array_equal(alone, [a[40:41] for a in found])
+
+
+def test_nothing_is_concluded_from_nothing():
+    grid = np.linspace(-50.0, 50.0, 11)
+    evidence = np.full((2, 11), np.nan)
+    evidence[1] = 0
+    found = velocity_conclusion(grid, evidence, np.zeros(2), np.full(2, 3.0), BETWEEN, **LIMITS)
+    assert np.isnan(found[2][0])
+    # As wide as all velocities that are near: a uniform distribution.
+    assert found[1][1] == pytest.approx(60 / np.sqrt(12), rel=0.05)
+    with pytest.raises(ValueError, match=r"evidence of shape \(n, 11\)"):
+        velocity_conclusion(grid, evidence[:, 1:], np.zeros(2), np.ones(2), BETWEEN, **LIMITS)

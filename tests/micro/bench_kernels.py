@@ -418,6 +418,26 @@ def velocity_step():
     return kernel, baseline
 
 
+def velocity_conclusion():
+    """The floor: a cubic between neighbours, and its exponential."""
+    draw, n, n_v = rng(), 512, 101
+    grid = np.linspace(-500.0, 500.0, n_v)
+    velocity, sigma = draw.uniform(-300, 300, n), draw.uniform(1, 8, n)
+    evidence = -0.5 * ((grid - velocity[:, None]) / np.maximum(sigma, 8)[:, None]) ** 2
+    shares = draw.dirichlet(np.ones(4), 10)
+
+    def baseline():
+        for share in shares:
+            np.exp(sum(part * evidence[:, i : i + n_v - 3] for i, part in enumerate(share)))
+
+    def kernel():
+        kernels.velocity_conclusion(
+            grid, evidence, velocity, sigma, shares, near=30.0, near_sigmas=4.0, wider=1.2
+        )
+
+    return kernel, baseline
+
+
 CASES = {
     normal_equations: 5.0,
     collect_rows: 2.0,
@@ -441,6 +461,7 @@ CASES = {
     velocity_evidence: 1.5,
     # Measured 2.0 to 2.6 on two cores: the bound is 1.8 times the middle of that.
     velocity_step: 4.0,
+    velocity_conclusion: 2.0,
 }
 """Largest ratio of the kernel's time to the baseline's."""
 

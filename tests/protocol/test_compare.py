@@ -18,6 +18,7 @@ from moefast.protocol import compare as comparing
 from moefast.protocol import figures
 from moefast.protocol.compare import Kept, compare, format_text, read_evaluation
 from moefast.protocol.evaluate import evaluate
+from moefast.protocol.milestones.evaluations import read_reports
 from moefast.protocol.report_folder import write_report
 
 N = 900
@@ -273,6 +274,18 @@ def test_folders_that_are_no_evaluations(folders, tmp_path):
         (tmp_path / name).write_bytes((source / name).read_bytes())
     assert read_evaluation(tmp_path).report.overall.n == 300
     told = json.loads((source / "report.json").read_text())
+    changed = told | {"overall": told["overall"] | {"r2": told["overall"]["r2"] + 1e-6}}
+    for damaged in (
+        changed,
+        {("shb256" if name == "sha256" else name): value for name, value in told.items()},
+    ):
+        (tmp_path / "report.json").write_text(json.dumps(damaged))
+        with pytest.raises(InputError, match=r"report\.json: its checksum does not fit"):
+            read_evaluation(tmp_path)
+        with pytest.raises(InputError, match=r"report\.json: its checksum does not fit"):
+            read_reports([tmp_path])
+    # What follows is said of reports of earlier versions as well, which have none.
+    del told["sha256"]
     (tmp_path / "report.json").write_text(json.dumps(told | {"schema_version": 1}))
     with pytest.raises(InputError, match="schema 1 found, 2 expected"):
         read_evaluation(tmp_path)

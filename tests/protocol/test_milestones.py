@@ -52,7 +52,7 @@ def row_of(result, identifier, index=0):
 
 def test_nothing_given_is_nothing_run():
     result = judge([])
-    assert list(verdicts(result)) == ["C0", "C1", "C2", "C3", "C3+", "C4"]
+    assert list(verdicts(result)) == ["C0", "C1", "C1.1", "C2", "C2.0", "C2.0+", "C3", "C3+", "C4"]
     assert set(verdicts(result).values()) == {("not run", "not run")}
     assert all(row.ours.value is None and row.ours.reason for row in result.sections[0].milestones)
 
@@ -98,14 +98,14 @@ def test_conditional_fusion(tmp_path, gain_x, gain_rest, verdict):
     assert verdicts(result)["C2"][1] == verdict
 
 
-def hybrid(gain, poor_gain):
+def hybrid(gain, poor_gain, recipe="hybrid-moe", r2=0.8):
     """Oracles with true bins; the sampled ridge is worst in the cool metal-poor bin."""
     data = stars()
     poor = (data["m_h"] < -1) & (data["t_eff"] < 4500)
     sampled = np.where(poor, 0.5, 0.8)
     own = np.where(poor, 0.5 + poor_gain, 0.85 + gain)
     return evaluation(
-        "hybrid-moe", 0.8, bayes=0.85,
+        recipe, r2, bayes=0.85,
         references=((HYBRID_ORACLE, tuple(own.tolist())), (RIDGE_ORACLE, 0.78),
                     (SAMPLED_ORACLE, tuple(sampled.tolist()))),
     )  # fmt: skip
@@ -124,6 +124,40 @@ def test_oracle_uplift(tmp_path, gain, poor_gain, verdict):
     # Any one of the two absolute marks is enough.
     assert row.absolute.combine == "any"
     assert row.absolute.verdict == "pass"
+
+
+def test_the_gate_of_the_hybrid_is_judged_on_the_way_to_its_own_experts(tmp_path):
+    """ρ to the hybrid's experts, not to linear ones that the report holds too: (0.76 − 0.6)/(0.8 − 0.6) = 0.8."""
+    references = ((HYBRID_ORACLE, 0.8), ("global-ridge", 0.6), (RIDGE_ORACLE, 0.7))
+    result = judge(
+        read_reports(write(tmp_path, evaluation("hybrid-regression", 0.76, references=references)))
+    )
+    (check,) = row_of(result, "C2.0").absolute.checks
+    assert check.value == pytest.approx(0.8, abs=0.01)
+    assert verdicts(result)["C2.0"] == ("fail", "fail")
+    assert verdicts(result)["C2.0+"] == ("pass", "pass")
+    other = evaluation("hybrid-regression", 0.64, references=references[::-1])
+    result = judge(read_reports(write(tmp_path, other)))
+    assert "is to oracle-ridge" in row_of(result, "C2.0").absolute.checks[0].reason
+    assert verdicts(result)["C2.0+"] == ("not run", "not run")
+    result = judge(read_reports(write(tmp_path, other, evaluation("hybrid-moe", 0.66))))
+    assert verdicts(result)["C2.0+"] == ("pass", "pass")
+
+
+@pytest.mark.parametrize(
+    ("poor_gain", "loss", "verdict"), [(0.2, 0, "pass"), (0.01, 0, "fail"), (0.2, 0.1, "fail")]
+)
+def test_rescue_of_the_metal_poor(tmp_path, poor_gain, loss, verdict):
+    poor = stars()["m_h"] < -1
+    focused = hybrid(0.05, poor_gain, "hybrid-metal-poor", tuple(np.where(poor, 0.8 - loss, 0.8).tolist()))
+    row = row_of(judge(read_reports(write(tmp_path, focused, hybrid(0.05, 0.2)))), "C1.1")
+    gain, kept = row.reference.checks
+    assert gain.note == "bin cool-poor"
+    assert gain.interval[0] <= gain.value <= gain.interval[1]
+    assert kept.value == pytest.approx(-loss, abs=0.02)
+    assert row.reference.verdict == verdict
+    assert row.absolute.verdict == ("pass" if poor_gain > 0.05 else "fail")
+    assert row.ours.note.startswith("bin cool-poor, sampled ridge 0.")
 
 
 def test_a_hybrid_without_the_oracles_it_is_compared_with_is_not_run(tmp_path):

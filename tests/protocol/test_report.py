@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import made_up
 import numpy as np
 import pytest
 from made_up import evaluated, read_back
@@ -198,6 +199,68 @@ def test_an_oracle_without_uplift_is_said_aloud(sample):
     assert found.rho.value is None
     assert "the oracle is no better" in found.rho.reason
     assert "the oracle is no better" in report_text.format_text(found)
+
+
+def test_both_gates_of_the_same_experts_stand_beside_each_other(sample):
+    y, draw = sample["y"], np.random.default_rng(3)
+    scatters = {"oracle-hybrid": 0.3, "global-ridge": 0.9, "bayes-gate": 0.5, "oracle-ridge, sampled": 0.8}
+    references = {name: y + scatter * draw.standard_normal(len(y)) for name, scatter in scatters.items()}
+    found = minimal(
+        sample, slice(None), references=references, oracle_reference="oracle-hybrid",
+        yhat=y + 0.4 * draw.standard_normal(len(y)),
+    )  # fmt: skip
+    r2 = {name: entry.r2 for name, entry in found.references.items()}
+    base, top = r2["global-ridge"], r2["oracle-hybrid"]
+    assert found.rho.value == pytest.approx((found.overall.r2 - base) / (top - base))
+    assert found.rho_bayes.value == pytest.approx((r2["bayes-gate"] - base) / (top - base))
+    low, high = found.rho_bayes.interval
+    assert low < found.rho_bayes.value < high < found.rho.value
+    text, page = report_text.format_text(found), html.page(found)
+    assert "the same experts mixed by Bayes' rule alone" in text
+    assert f"{found.rho_bayes.value:.3f}" in text
+    assert read_back(found).rho_bayes == found.rho_bayes
+    with_gate = minimal(
+        sample, slice(None), references=references, oracle_reference="oracle-hybrid",
+        weights=np.full((len(y), 9), 1 / 9), expert_grid=grids.PHYSICAL_GRID,
+    )  # fmt: skip
+    assert (
+        f"{with_gate.rho_bayes.value:.3f}"
+        in html.page(with_gate).split("by Bayes' rule on the same experts")[0]
+    )
+    assert "by Bayes' rule on the same experts" not in page
+
+
+def test_the_worst_metal_poor_bin_stands_beside_its_sampled_ridge(sample):
+    y, noise = sample["y"], np.random.default_rng(3).standard_normal(len(sample["y"]))
+    bins = grids.PHYSICAL_GRID.assign(sample["t_eff"], sample["m_h"])
+    # The worst of all bins is metal-rich, the worst metal-poor one is warm.
+    scatter = np.select([bins == 5, bins == 3, bins == 6], [1.3, 1.0, 0.8], 0.4)
+    references = {"oracle-hybrid": y + 0.2 * noise, "oracle-ridge, sampled": y + scatter * noise}
+    found = minimal(
+        sample, slice(None), references=references, oracle_reference="oracle-hybrid", yhat=y + 0.3 * noise
+    )
+    worst, mine = found.worst_metal_poor, bins == 3
+    assert (worst.name, worst.n) == ("warm-poor", mine.sum())
+    expected = [metrics.r2(y[mine], y[mine] + s * noise[mine]) for s in (1.0, 0.2, 0.3)]
+    assert [worst.r2_sampled, worst.r2_oracle, worst.r2] == pytest.approx(expected)
+    assert worst.gain == pytest.approx(expected[1] - expected[0])
+    assert worst.gain_interval[0] < worst.gain < worst.gain_interval[1]
+    for words in (report_text.format_text(found), html.page(found)):
+        assert "Worst metal-poor bin: warm-poor" in words
+        assert f"{worst.r2_sampled:.3f} by the ridge of that bin" in words
+    del references["oracle-ridge, sampled"]
+    assert minimal(sample, slice(None), references=references).worst_metal_poor is None
+
+
+def test_efficiency_within_a_group_is_r2_over_its_own_ceiling():
+    result = made_up.report()
+    lines = report_text.format_text(result).splitlines()
+    assert next(line for line in lines if line.startswith("By ")).endswith("efficiency")
+    for title, kind in (("By snr_norm", "snr_norm"), ("By snr_median", "snr_median")):
+        head = next(i for i, line in enumerate(lines) if line.startswith(title))
+        for i, group in enumerate(result.groups(kind), head + 1):
+            assert lines[i].split()[-1] == f"{group.r2 / group.ceilings['bayes']:.3f}"
+    assert "efficiency is R² over the Bayes ceiling there" in html.page(result)
 
 
 def test_a_ceiling_without_the_published_ridge_says_why_there_is_no_gap(sample):

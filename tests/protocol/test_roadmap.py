@@ -1,5 +1,6 @@
 """The roadmap: which stage follows which, by which number; what is there is not done again."""
 
+import functools
 import json
 
 import pytest
@@ -8,10 +9,14 @@ from made_reports import evaluation
 from markupsafe import escape
 
 from moefast.cli import cli
+from moefast.core import metrics
 from moefast.core.errors import InputError, OutputError
 from moefast.core.records import as_entries
+from moefast.fitting import error_model, gate
 from moefast.protocol import roadmap as module
+from moefast.protocol.report import Bootstrap
 from moefast.protocol.roadmap import STAGES, Plan, roadmap, roadmap_text
+from moefast.spectra import open_spectra
 
 PLAN = Plan(train=1000, seeds=2)
 OTHERS = (
@@ -28,6 +33,8 @@ def made(monkeypatch):
     numbers = {
         "phys-moe": 0.79,
         "hybrid-moe": 0.82,
+        "hybrid-metal-poor": 0.82,
+        "hybrid-regression": 0.81,
         "conditional-moe": 0.8,
         "heads": 0.84,
         "residual-moe": 0.85,
@@ -43,9 +50,10 @@ def made(monkeypatch):
             performed.append(name)
             report.mkdir(parents=True)
             training = (("fingerprint", f"{run.training}"), ("seed", 0), ("n_spectra", plan.train))
+            hybrid = (("oracle-hybrid", oracle["r2"]),) if run.recipe.startswith("hybrid") else ()
             content = evaluation(
                 run.recipe, numbers.get(run.recipe, 0.5 + 0.001 * run.training),
-                references=(*OTHERS, ("oracle-hybrid", oracle["r2"])), noise_seed=seed, training=training,
+                references=(*hybrid, *OTHERS), noise_seed=seed, training=training,
             )  # fmt: skip
             (report / "report.json").write_text(content)
 
@@ -63,6 +71,51 @@ def made(monkeypatch):
     return numbers, oracle, performed
 
 
+@pytest.mark.torch
+def test_a_tiny_roadmap_is_fitted_evaluated_and_judged(labelled_file, stars, tmp_path, monkeypatch):
+    """The whole tree with nothing made up: fits, evaluations, gates, verdicts and pages, of a few binned stars."""
+    for owner, name in ((gate, "fit_gate"), (error_model, "fit_error_model")):
+        monkeypatch.setattr(owner, name, functools.partial(getattr(owner, name), hidden=4, steps=150))
+    # Twenty resamples are as good as a thousand to test with.
+    monkeypatch.setattr(Bootstrap.__init__, "__defaults__", (20, metrics.SEED))
+    monkeypatch.setattr(metrics, "N_RESAMPLES", 20)
+    few = stars.take(slice(0, 400))
+    spectra = open_spectra([labelled_file])
+    monkeypatch.setattr(
+        module, "simulate_set", lambda path, *_: few.write(path, arrays=("flux", "error", "noisy"))
+    )
+    monkeypatch.setattr(module.SimulatedSpectra, "of_set", lambda *_, **__: spectra)
+    plan = Plan(train=1500, seeds=2, steps=5, families=("linear", "whitened"))
+    result = roadmap(
+        tmp_path / "r", plan, everything=True, say=lambda w: print(__import__("time").process_time(), w)
+    )
+    assert result.path == tuple(stage.id for stage in STAGES)
+    rows = {row.id: row for stage in result.stages for row in stage.milestones}
+    assert all(row.ours.value is not None for row in rows.values())
+    reports = {name: json.loads((tmp_path / "r/reports" / name / "report.json").read_text()) for name in (
+        "hybrid-moe", "hybrid-regression", "hybrid-metal-poor",
+    )}  # fmt: skip
+    found = reports["hybrid-regression"]
+    r2 = {name: entry["r2"] for name, entry in found["references"].items()} | {"own": found["overall"]["r2"]}
+
+    def rho(name):
+        return (r2[name] - r2["global-ridge"]) / (r2["oracle-hybrid"] - r2["global-ridge"])
+
+    (check,) = rows["C2.0"].absolute.checks
+    assert check.value == pytest.approx(rho("own"), abs=1e-6)
+    # There is no library, and so no evidence.
+    assert found["rho_bayes"] is None
+    worst = reports["hybrid-metal-poor"]["worst_metal_poor"]
+    assert rows["C1.1"].ours.value == worst["r2_oracle"]
+    assert f"bin {worst['name']}" in rows["C1.1"].ours.note
+    compared = {(one.base, one.other) for stage in result.stages for one in stage.comparisons}
+    assert compared == {
+        ("hybrid-moe", "hybrid-metal-poor"), ("hybrid-moe", "hybrid-regression"), ("phys-moe", "hybrid-moe"),
+        ("heads-single", "heads"), ("heads", "residual-moe"), ("heads", "residual-metal-poor"),
+    }  # fmt: skip
+    assert "moefast fit train.h5 -o models/residual-metal-poor/" in (tmp_path / "r/roadmap.html").read_text()
+
+
 def test_a_strong_hybrid_and_a_good_gate_lead_to_residuals(made, tmp_path):
     said = []
     result = roadmap(tmp_path / "r", PLAN, say=said.append)
@@ -72,7 +125,10 @@ def test_a_strong_hybrid_and_a_good_gate_lead_to_residuals(made, tmp_path):
     assert "C2 follows" in words[1]
     assert "≥ 0.85" in words[2]
     assert result.stages[-1].decision.follows == module.END
-    assert any(line.startswith("C2: ρ") for line in said)
+    assert any(line.startswith("C2: ρ of the hybrid") for line in said)
+    assert [row.id for row in result.stages[2].milestones] == ["C2.0", "C2.0+", "C2"]
+    rescue = result.stages[1].milestones[1]
+    assert (rescue.id, rescue.absolute.verdict) == ("C1.1", "pass")
     assert json.loads((tmp_path / "r/roadmap.json").read_text()) == as_entries(result)
     text = (tmp_path / "r/roadmap.txt").read_text()
     assert text == roadmap_text(result) + "\n"
@@ -95,12 +151,14 @@ def test_a_strong_hybrid_and_a_good_gate_lead_to_residuals(made, tmp_path):
     ("change", "path"),
     [
         ({"oracle": 0.6}, ["C0", "C1", "C3", "C4"]),
-        ({"phys-moe": 0.75}, ["C0", "C1", "C2", "C3", "C4"]),
-        ({"phys-moe": 0.7}, ["C0", "C1", "C2"]),
+        ({"hybrid-regression": 0.775}, ["C0", "C1", "C2", "C3", "C4"]),
+        ({"hybrid-regression": 0.75}, ["C0", "C1", "C2"]),
+        # Linear experts decide nothing: the gate that is judged is that of the hybrid.
+        ({"phys-moe": 0.61}, ["C0", "C1", "C2", "C4"]),
     ],
 )
 def test_weaker_numbers_take_other_branches(made, tmp_path, change, path):
-    """ρ = (R² − 0.6)/(0.8 − 0.6): 0.75 for 0.75, 0.5 for 0.7, which leads back to C1 and ends there."""
+    """ρ = (R² − 0.6)/(0.83 − 0.6): 0.76 for 0.775, 0.65 for 0.75, which leads back to C1 and ends there."""
     numbers, oracle, _ = made
     oracle["r2"] = change.pop("oracle", 0.83)
     numbers.update(change)
@@ -146,11 +204,25 @@ def test_families_are_those_of_the_hybrid_alone_and_part_of_the_plan(made, tmp_p
     plan = Plan(train=1000, seeds=2, families=("linear", "whitened"))
     result = roadmap(tmp_path / "r", plan)
     commands = [line for stage in result.stages for line in stage.commands if "--families" in line]
-    assert len(commands) == 1
-    assert "--recipe hybrid-moe --families linear,whitened " in commands[0]
+    assert {line.split("--recipe ")[1].split()[0] for line in commands} == {
+        "hybrid-moe", "hybrid-metal-poor", "hybrid-regression",
+    }  # fmt: skip
+    assert all(" --families linear,whitened " in line for line in commands)
     assert roadmap(tmp_path / "r", plan, resume=True).path == result.path
     with pytest.raises(InputError, match="families was"):
         roadmap(tmp_path / "r", PLAN, resume=True)
+
+
+def test_residuals_stand_on_the_model_that_is_named(made, tmp_path):
+    result = roadmap(tmp_path / "r", Plan(train=1000, seeds=2, strong="template"))
+    last = result.stages[-1]
+    assert [(pair.base, pair.other) for pair in last.comparisons] == [
+        ("template", "residual-moe"), ("template", "residual-metal-poor"),
+    ]  # fmt: skip
+    commands = [line for line in last.commands if line.startswith("moefast fit")]
+    assert ["--strong template" in line for line in commands] == [False, True, True]
+    assert (tmp_path / "r/reports/template").is_dir()
+    assert not (tmp_path / "r/reports/heads").exists()
 
 
 def test_folders_of_others_are_left_alone(made, tmp_path):

@@ -1,5 +1,8 @@
 """What a file names is given, or it is an error; what was never written is no data."""
 
+import errno
+import os
+
 import h5py
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ from moefast.core.errors import InputError
 from moefast.core.watched import interrupt_behind
 from moefast.kernels import PROJECT_ROWS
 from moefast.predicting.files import predict
+from moefast.spectra import shard as shard_module
 from moefast.spectra.quality import Flag
 from moefast.spectra.shard import Shard
 from moefast.spectra.spectrum_set import open_spectra
@@ -420,3 +424,35 @@ def test_an_interrupt_that_a_library_wraps_is_no_damage(texts, monkeypatch):
     with pytest.raises(_Interrupt):
         shard.read("flux", 0, 2)
     assert interrupt_behind(ValueError("damaged")) is None
+
+
+def test_a_lack_of_memory_is_no_damage(tmp_path, monkeypatch):
+    """Rows that are damaged are marked as lost in the table; those for which there was no memory must not be."""
+    spectra(tmp_path / "x.h5")
+    shard = Shard(tmp_path / "x.h5")
+
+    def none_left(*_):
+        raise MemoryError("none left")
+
+    for name in ("_read_raw", "_read_slabs", "_read_chunks"):
+        monkeypatch.setattr(Shard, name, none_left)
+    monkeypatch.setattr("moefast.spectra.shard.read_columns", none_left)
+    with pytest.raises(MemoryError, match="none left"):
+        shard.read("flux", 0, 2)
+    with pytest.raises(MemoryError, match="none left"):
+        shard.params(["log_g"], 0, 2)
+
+
+def test_a_file_that_was_only_read_is_closed_quietly(monkeypatch):
+    """A shared disk that is gone refuses even that; Python would print the error of a finalizer."""
+    handle = os.open(os.devnull, os.O_RDONLY)
+    with monkeypatch.context() as patch:
+
+        def refuse(_):
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+        patch.setattr(os, "close", refuse)
+        shard_module._close(handle)
+    shard_module._close(handle)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(handle)

@@ -11,6 +11,7 @@ from survey_files import LIGHT_SPEED, write_desi, write_pfs_many, write_pfs_one
 
 from moefast.core.errors import InputError
 from moefast.spectra.prepared import Preparation, open_prepared
+from moefast.spectra.resample import Pixels
 from moefast.spectra.selection import parse_selection, select
 from moefast.spectra.spectrum_set import open_spectra
 from moefast.spectra.tables import Column, open_table
@@ -259,3 +260,22 @@ def test_identifiers_of_several_tables_keep_their_digits(stars, tmp_path):
             table.write(0, {"id": ids[part].astype(kind), "v_los": np.arange(4.0)[part]})
     found = find_velocities(f"{folder}/v*.parquet", spectra)
     np.testing.assert_array_equal(found.velocity, np.arange(4.0))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("lengths", [[5] * 7, [5, 4, 5, 6, 1, 5, 5]])
+def test_some_rows_of_what_was_measured(shared, lengths):
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    flux = np.arange(starts[-1], dtype=np.float32)
+    shared = shared and len(set(lengths)) == 1
+    wave = np.arange(5.0) if shared else 7000.0 + flux
+    pixels = Pixels(wave, flux, flux + 0.5, flux % 2 > 0, starts, "arm")
+    for rows in ([3, 1, 5], [2], list(range(7)), [], [4, 4]):
+        some = pixels.take(np.array(rows, int))
+        at = np.concatenate([np.arange(starts[r], starts[r + 1]) for r in rows] or [[]]).astype(int)
+        for name, expected in (("flux", flux[at]), ("error", flux[at] + 0.5), ("bad", flux[at] % 2 > 0)):
+            np.testing.assert_array_equal(getattr(some, name), expected)
+        np.testing.assert_array_equal(
+            np.resize(some.wave, len(at)), np.tile(wave, len(rows)) if shared else wave[at]
+        )
+        assert (some.n_rows, some.starts[-1], some.where) == (len(rows), len(at), "arm")

@@ -9,7 +9,7 @@ import pytest
 from tolerances import assert_close
 
 from moefast.core.errors import MoefastError
-from moefast.gating.features import LEAST_CONTINUUM
+from moefast.core.line_features import LEAST_CONTINUUM
 from moefast.kernels.reference import line_features
 from moefast.ops.arithmetic import is_half, is_matrix
 from moefast.trunks import training

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from moefast.core import metrics
 from moefast.core.errors import InputError
 from moefast.core.grids import METAL_POOR, PHYSICAL_GRID, SNR_NORM_EDGES
-from moefast.core.records import as_entries, read_entries
+from moefast.core.records import as_entries, check_seal, read_entries
 from moefast.core.regular import refuse_special
 from moefast.protocol.report import SCHEMA_VERSION
 from moefast.protocol.report_parts import CeilingComparison, Protocol, ReferenceScores, Report
@@ -153,6 +153,7 @@ def _read(path: Path) -> ReadEvaluation:
             f"{path}: expected an evaluation of schema {SCHEMA_VERSION}, found {content['schema_version']}; "
             "evaluate again with this version"
         )
+    check_seal(Report, content, str(path))
     report = read_entries(Report, content, str(path))
     changed = deviation(report.protocol)
     if changed:

@@ -19,7 +19,7 @@ from typing import Any
 
 from moefast.core.random import NOISE_SEED
 from moefast.protocol.milestones.evaluations import NotRunError, ReadEvaluation, Section, deviation
-from moefast.protocol.milestones.marks import MILESTONES
+from moefast.protocol.milestones.marks import ALL_MILESTONES
 from moefast.protocol.milestones.quantities import TEST_PART
 from moefast.protocol.milestones.rules import Milestone
 from moefast.protocol.milestones.verdicts import (
@@ -37,7 +37,7 @@ __all__ = ["SCHEMA_VERSION", "judge", "judge_alone"]
 SCHEMA_VERSION = 1
 
 
-def judge(reports: Sequence[ReadEvaluation], milestones: Sequence[Milestone] = MILESTONES) -> Judgement:
+def judge(reports: Sequence[ReadEvaluation], milestones: Sequence[Milestone] = ALL_MILESTONES) -> Judgement:
     """Judge every milestone by the evaluations given.
 
     Parameters

@@ -13,7 +13,7 @@ from moefast.core import metrics
 from moefast.core.grids import METAL_POOR, PHYSICAL_GRID, SNR_NORM_NAMES, assign_snr_bins
 from moefast.protocol.milestones.evaluations import Interval, NotRunError, ReadEvaluation, Section
 from moefast.protocol.milestones.rules import Measured, Quantity
-from moefast.protocol.report import PUBLISHED
+from moefast.protocol.report import PUBLISHED, SAMPLED_ORACLE
 from moefast.protocol.report_parts import Report, Scores
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "TEST_PART",
     "TEST_SIZE",
     "efficiency_of",
+    "focus_gain",
     "fusion_gain_x",
     "fusion_least_gain",
     "gap_closed",
@@ -37,6 +38,7 @@ __all__ = [
     "runs_of",
     "runs_on_main_set",
     "spread",
+    "worst_bin_r2",
     "worst_metal_poor_gain",
 ]
 
@@ -47,7 +49,6 @@ TEST_SIZE = 10_000
 TEST_PART = "test_10k"
 HYBRID_ORACLE = "oracle-hybrid"
 RIDGE_ORACLE = "oracle-ridge"
-SAMPLED_ORACLE = "oracle-ridge, sampled"
 
 
 def _defined(value: float | None, what: str) -> float:
@@ -99,11 +100,13 @@ def efficiency_of(recipe: str, reference: str | None = None) -> Quantity:
     return Quantity(f"R² of {reference or recipe} / Bayes ceiling", measure, (recipe,))
 
 
-def rho_of(recipe: str) -> Quantity:
-    """ρ of a model: where it lies between the global and the oracle reference."""
+def rho_of(recipe: str, oracle: str | None = None) -> Quantity:
+    """ρ of a model: where it lies between the global and the oracle reference, which must be the one that is named."""
 
     def measure(_: Section, one: ReadEvaluation) -> Measured:
         rho = one.report.rho
+        if rho is not None and oracle is not None and rho.oracle != oracle:
+            raise NotRunError(f"ρ in {one.path} is to {rho.oracle}, not to {oracle}")
         if rho is None:
             raise NotRunError(f"{one.path} holds no ρ: it lacks the global or the oracle reference")
         if rho.value is None:
@@ -205,12 +208,11 @@ def _gains_per_bin(one: ReadEvaluation) -> list[tuple[str, float, float]]:
 
 def worst_metal_poor_gain(section: Section, one: ReadEvaluation) -> Measured:
     """The hybrid's gain in the metal-poor bin in which the sampled ridge does worst."""
-    upper = PHYSICAL_GRID.m_h_edges[1:]
-    rows = _gains_per_bin(one)
-    name, _, gain = min(
-        (row for k, row in enumerate(rows) if upper[k % len(upper)] <= METAL_POOR), key=lambda row: row[1]
-    )
-    return Measured(gain, None, f"bin {name}")
+    poor = zip(_gains_per_bin(one), PHYSICAL_GRID.metal_poor, strict=True)
+    name, _, gain = min((row for row, is_poor in poor if is_poor), key=lambda row: row[1])
+    known = one.report.worst_metal_poor
+    interval = _interval(known.gain_interval) if known is not None and known.name == name else None
+    return Measured(gain, interval, f"bin {name}")
 
 
 def least_gain(section: Section, one: ReadEvaluation) -> Measured:
@@ -242,6 +244,25 @@ def _in_norm_bin(name: str) -> Callable[[Mapping[str, NDArray]], NDArray]:
         return inside
 
     return members
+
+
+def worst_bin_r2(_: Section, one: ReadEvaluation) -> Measured:
+    """R² of a model's own experts in the metal-poor bin in which the sampled ridge does worst."""
+    worst = one.report.worst_metal_poor
+    if worst is None:
+        raise NotRunError(f"{one.path} holds no {SAMPLED_ORACLE} to find its worst metal-poor bin")
+    value = _defined(worst.r2_oracle, f"R² in bin {worst.name}")
+    below = "–" if worst.r2_sampled is None else f"{worst.r2_sampled:.3f}"
+    return Measured(value, None, f"bin {worst.name}, sampled ridge {below}")
+
+
+def focus_gain(_: Section, focused: ReadEvaluation, base: ReadEvaluation) -> Measured:
+    """R² of the metal-poor stars by a recipe for them, less that by the recipe that it is made of."""
+    own, other = (
+        _defined(one.report.metallicity.groups[0].r2, f"R² of metal-poor stars in {one.path}")
+        for one in (focused, base)
+    )
+    return Measured(own - other, _paired(focused, base, lambda stars: stars["M_H"] < METAL_POOR))
 
 
 def _fusion_gains(conditional: ReadEvaluation, phys: ReadEvaluation) -> dict[str, float]:

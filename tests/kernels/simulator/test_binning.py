@@ -60,6 +60,15 @@ def test_chunks_grow_where_there_are_many_bins(monkeypatch):
     np.testing.assert_array_equal(offsets, reference.sort_by_bin(bins, 100)[1])
 
 
+@pytest.mark.parametrize(("n_rows", "n_bins"), [(572, 7), (134, 30), (64, 3), (50, 501)])
+def test_the_table_for_many_rows_is_large_enough_for_fewer(n_rows, n_bins, monkeypatch):
+    """Of 7 bins, 571 rows are 72 chunks of 8, and 572 rows 64 chunks of 9: a table of 64 columns would be too small."""
+    monkeypatch.setattr(binning, "CHUNK_ROWS", 8)
+    monkeypatch.setattr(binning, "LARGEST_TABLE", 500)
+    needed = [n_bins * -(-n // binning._chunk_rows(n, n_bins)) for n in range(1, n_rows + 1)]
+    assert max(needed) <= binning.table_size(n_rows, n_bins) <= 500 + n_bins
+
+
 def test_arguments_are_checked_like_on_the_cpu():
     with pytest.raises(ValueError, match=r"mh must be finite.*row 1"):
         assign_bins([5000.0, 5000.0], [0.0, np.nan], T_EDGES, M_EDGES, backend="cuda")

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from moefast.core.grids import uniform
 from moefast.fitting import Options
-from moefast.kernels.cuda import binning, draws, gram
+from moefast.kernels.cuda import binning, draws, gram, products
 
 SCRIPT = Path(__file__).resolve().parents[3] / "benchmarks" / "gpu_normal_equations.py"
 
@@ -23,6 +23,8 @@ def script(monkeypatch):
         monkeypatch.setattr(gram, name, value)
     for name in ("THREADS", "SCAN_THREADS"):
         monkeypatch.setattr(binning, name, 4)
+    # Two shares of each of two groups, not the hundred that fill a device.
+    monkeypatch.setattr(products, "ENOUGH_BLOCKS", 4)
     monkeypatch.setattr(module, "SMALL_ACCURACY", ((9, 5, 2),))
     monkeypatch.setattr(module, "SMALL_SPEED", ((6, 4, 1),))
     monkeypatch.setattr(module, "SMALL_STREAMED", (5, 3, 1))

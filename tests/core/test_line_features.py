@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tolerances import assert_close
 
-from moefast.gating.features import LEAST_CONTINUUM, LINE_FEATURES, LINES, line_columns
+from moefast.core.line_features import LEAST_CONTINUUM, LINE_FEATURES, LINES, line_columns
 from moefast.kernels.reference import line_features
 
 WAVE = np.linspace(7100.2, 8849.8, 4096)

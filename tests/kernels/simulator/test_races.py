@@ -1,0 +1,208 @@
+"""Kernels for posteriors, velocities and the first pass of a fit: no two simulated threads use memory in no order."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from made_clouds import mixture, stars
+from made_velocities import space_of, stars_of, templates
+from numba import cuda, float32, float64
+from simulated_races import RaceError, find_races
+
+from moefast.core.grids import Grid, SnrGrid
+from moefast.kernels import sort_by_bin, velocity_evidence, velocity_step
+from moefast.kernels.cuda import (
+    FirstPass,
+    RowsSeen,
+    binning,
+    clouds,
+    draws,
+    gram,
+    information,
+    lanes,
+)
+from moefast.posterior.cells import alike_pixels
+
+
+@pytest.fixture
+def log(monkeypatch):
+    return find_races(monkeypatch)
+
+
+@pytest.fixture
+def small(small_tiles, monkeypatch):
+    """Small tiles, but more threads than a panel has rows, so that not all of them own a column of its corner."""
+    monkeypatch.setattr(information, "SOLVE_THREADS", 6)
+
+
+# -- the checker, checked -------------------------------------------------------------------------------------------
+
+
+@cuda.jit
+def shifted(values, ordered, out):
+    shared = cuda.shared.array(8, float32)
+    thread = cuda.threadIdx.x
+    for start in range(0, values.size, 8):
+        shared[thread] = values[start + thread]
+        cuda.syncthreads()
+        out[start + thread] = shared[thread ^ 1]
+        if ordered:
+            cuda.syncthreads()
+
+
+@cuda.jit
+def aliased(out):
+    pairs = cuda.shared.array(0, float64)
+    numbers = cuda.shared.array(0, float32)
+    thread = cuda.threadIdx.x
+    pairs[thread] = float64(1)
+    out[thread] = numbers[2 * (thread ^ 1)]
+
+
+@cuda.jit
+def early(out):
+    if cuda.threadIdx.x < 3:
+        cuda.syncthreads()
+    out[cuda.threadIdx.x] = 1
+
+
+@cuda.jit
+def apart(out):
+    if cuda.threadIdx.x < 2:
+        cuda.syncthreads()
+    else:
+        cuda.syncthreads()
+    out[cuda.threadIdx.x] = 1
+
+
+@cuda.jit
+def everywhere(out, same):
+    out[0] = 1 if same else cuda.threadIdx.x
+
+
+@cuda.jit
+def across_blocks(out):
+    out[cuda.blockIdx.x + cuda.threadIdx.x] += 1
+
+
+def test_a_barrier_that_is_missing_is_found(log):
+    values, out = np.arange(16, dtype=np.float32), np.empty(16, np.float32)
+    shifted[1, 8](values, True, out)
+    np.testing.assert_array_equal(out, values.reshape(-1, 2)[:, ::-1].reshape(-1))
+    with pytest.raises(RaceError, match="without a barrier"):
+        shifted[1, 8](values, False, out)
+
+
+def test_both_kinds_of_numbers_in_dynamic_shared_memory_are_the_same_place(log):
+    with pytest.raises(RaceError, match="without a barrier"):
+        aliased[1, 4, 0, 32](np.empty(4, np.float32))
+
+
+def test_threads_at_different_barriers_are_found(log):
+    for function in (early, apart):
+        with pytest.raises(RaceError, match="different barriers"):
+            function[1, 4](np.empty(4))
+
+
+def test_writes_of_several_threads_are_found_unless_all_write_the_same(log):
+    everywhere[1, 4](np.empty(1), True)
+    with pytest.raises(RaceError, match="without a barrier"):
+        everywhere[1, 4](np.empty(1), False)
+
+
+def test_blocks_that_use_the_same_place_are_found(log):
+    with pytest.raises(RaceError, match="blocks that wrote"):
+        across_blocks[2, 2](np.zeros(4))
+
+
+# -- kernels ---------------------------------------------------------------------------------------------------------
+
+
+def test_sums_over_a_block(log):
+    @cuda.jit
+    def sums(out):
+        scratch = cuda.shared.array(lanes.SCRATCH, float64)
+        thread = cuda.threadIdx.x
+        for _ in range(3):
+            total = lanes.sum_of_block(float64(thread), scratch)
+            out[thread] = total + lanes.least_of_block(float64(thread + 1), scratch)
+
+    out = np.empty(7)
+    sums[1, 7](out)
+    np.testing.assert_array_equal(out, 22)
+
+
+@pytest.mark.parametrize("in_shared", [True, False])
+@pytest.mark.parametrize("at_once", [True, False])
+def test_the_posterior(small, in_shared, at_once, monkeypatch, log):
+    """Five stars: blocks of two stars, one of which is there once, and several stars for each block of roots."""
+    if not in_shared:
+        monkeypatch.setattr(information, "MOST_OF_BLOCK", 0)
+    made = mixture(p=60, m=6, t=4, n=13, q=3, n_sky=1)
+    made.tangents[:, :, 9:] = 0
+    precision = made.numbers["library_precision"]
+    cells, shares = alike_pixels(made.directions, made.noise_shape, precision, n_cells=17)
+    made = replace(made, cells=cells, cell_shares=shares)
+    if not at_once:
+        plain = clouds.sizes_of(16, 12, 5)
+        monkeypatch.setattr(
+            clouds, "sizes_of", lambda n, reach, vectors: clouds.Sizes(2, 4, plain.stride, plain.shared)
+        )
+    flux, error = stars(made, 5)
+    expected = made.outputs(flux, error)
+    found = made.outputs(flux, error, backend="cuda")
+    np.testing.assert_allclose(found["log_g"], expected["log_g"], atol=1e-4)
+    assert log.n_accesses > 100_000
+
+
+def test_the_scan_over_velocities(small, log):
+    made = templates(n_v=5, r=2, m=9, c=3, k=21, first=3)
+    flux, error = stars_of(made, 3, 30)
+    found = velocity_evidence(flux, error, None, made, backend="cuda")
+    np.testing.assert_allclose(found, velocity_evidence(flux, error, None, made), rtol=1e-5, atol=1e-3)
+    assert log.n_accesses > 10_000
+
+
+@pytest.mark.parametrize("in_shared", [True, False])
+def test_the_step_of_velocities(small, in_shared, monkeypatch, log):
+    if not in_shared:
+        monkeypatch.setattr(information, "MOST_OF_BLOCK", 0)
+    made = mixture(p=30, m=5, n=8, q=2)
+    space, slopes = space_of(made, 1)
+    flux, error = stars(made, 4)
+    found = velocity_step(flux, error, None, space, slopes, backend="cuda")
+    expected = velocity_step(flux, error, None, space, slopes)
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-4)
+    assert log.n_accesses > 10_000
+
+
+@pytest.mark.parametrize("grid", [Grid((4000.0, 5000.0, 6000.0), (-2.0, 0.0, 1.0)), SnrGrid((1.5, 1.8, 2.0))])
+def test_the_first_pass(grid, monkeypatch, log):
+    for name, value in {"SUM_THREADS": 8, "COLUMNS": 4, "LANES": 3}.items():
+        monkeypatch.setattr(gram, name, value)
+    monkeypatch.setattr(binning, "THREADS", 8)
+    monkeypatch.setattr(binning, "SCAN_THREADS", 8)
+    monkeypatch.setattr(binning, "CHUNK_ROWS", 2)
+    monkeypatch.setattr(draws, "THREADS", 4)
+    rng = np.random.default_rng(0)
+    n, p = 9, 5
+    flux, error = (
+        rng.normal(1, 0.3, (n, p)).astype(np.float32),
+        rng.uniform(0.1, 0.9, (n, p)).astype(np.float32),
+    )
+    labels = rng.uniform(3, 5, n), rng.uniform(3000, 7000, n), rng.uniform(-3, 2, n)
+    rows = FirstPass(
+        np.ones(p), grid, 2, RowsSeen(True, 0.0), RowsSeen(True, 0.0), stage_rows=6, piece_rows=4, slots=2
+    )
+    rows.add(flux, error, *labels, np.arange(n) % 2, np.arange(n))
+    assert rows.fetch().count.sum() == rows.fetch(True).count.sum() == n
+    assert log.n_accesses > 10_000
+
+
+def test_sorting(monkeypatch, log):
+    monkeypatch.setattr(binning, "CHUNK_ROWS", 3)
+    monkeypatch.setattr(binning, "SCAN_THREADS", 8)
+    monkeypatch.setattr(binning, "THREADS", 8)
+    bins = np.random.default_rng(0).integers(0, 5, 61)
+    order, _ = sort_by_bin(bins, 5, backend="cuda")
+    np.testing.assert_array_equal(order, np.argsort(bins, kind="stable"))
