@@ -282,8 +282,8 @@ def test_a_device_that_compares_velocities_as_the_cpu_does(fit):
     ("changes", "words"),
     [
         (
-            {"of_evidence": lambda e: e + 0.1 * (np.arange(len(e)) == 3)[:, None]},
-            "1 of 16 .*: ln E of star 3",
+            {"of_evidence": lambda e: e + 0.1 * (np.arange(len(e)) == 4)[:, None]},
+            "1 of 16 .*: ln E of star 4",
         ),
         ({"of_evidence": lambda e: e * np.nan}, "16 of 16 .*: ln E of star 0 is nan there"),
         ({"of_step": lambda s: (s[0] + 0.01 * s[1], s[1])}, r"16 of 16 .*: the step \[km/s\] of star 0"),
