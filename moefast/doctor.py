@@ -7,7 +7,7 @@ from importlib import metadata
 from typing import Any
 
 from moefast.backend import cpu_count, cpu_name, cuda_devices, physical_memory, resolve_backend
-from moefast.core.errors import BackendError, MoefastError
+from moefast.core.errors import BackendError, DisagreementError, MoefastError
 from moefast.core.version import __version__
 
 __all__ = ["examine", "format_text"]
@@ -40,6 +40,24 @@ def why_no_kernels() -> str:
     return ""
 
 
+def compare_with_cpu(mixtures: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
+    """What the GPU gives for each mixture beside the CPU, in words, and problems: numbers that are others."""
+    from moefast.predicting.engines import open_engine
+
+    words: dict[str, str] = {}
+    problems: list[str] = []
+    for name, mixture in mixtures.items():
+        try:
+            engine, _ = open_engine(mixture, "cuda")
+            words[name] = engine.checked or "not compared with the CPU: ONNX Runtime computes it"
+        except DisagreementError as error:
+            words[name] = str(error)
+            problems.append(f"model {name}: {error}")
+        except BackendError as error:
+            words[name] = f"not compared with the CPU: {error}"
+    return words, problems
+
+
 def examine() -> dict[str, Any]:
     """Facts for `moefast doctor`, JSON-ready; `problems` is empty if everything works."""
     problems: list[str] = []
@@ -59,6 +77,7 @@ def examine() -> dict[str, Any]:
     devices, reason = cuda_devices()
     providers: list[str] = []
     models: dict[str, dict[str, Any]] = {}
+    checks: dict[str, str] = {}
     chosen = resolve_backend("auto")
     try:
         import onnxruntime
@@ -82,6 +101,9 @@ def examine() -> dict[str, Any]:
             }
         # A device alone is not enough: what the first prediction would find out is found out here.
         _, chosen = open_engine(shipped[SHIPPED[0]].mixture, "auto")
+        if devices:
+            checks, wrong = compare_with_cpu({name: model.mixture for name, model in shipped.items()})
+            problems += wrong
     except MoefastError as error:
         problems.append(str(error))
     families: list[str] = []
@@ -112,6 +134,7 @@ def examine() -> dict[str, Any]:
         "backend": chosen.name,
         "backend_device": chosen.device,
         "backend_reason": chosen.reason,
+        "compared_with_cpu": checks,
         "packages": versions,
         "shipped_models": models,
         "families": families,
@@ -140,5 +163,6 @@ def format_text(facts: dict[str, Any]) -> str:
             f"  model    {name}: {model['recipe']}, fitted on {model['fitted_on']}, "
             f"{model['pixels']} pixels {low:.1f}-{high:.1f} Å, sha256 {model['sha256'][:12]}…"
         )
+    lines += [f"  on GPU   {name}: {words}" for name, words in facts["compared_with_cpu"].items()]
     lines += [f"  problem  {problem}" for problem in facts["problems"]] or ["  no problems found"]
     return "\n".join(lines)

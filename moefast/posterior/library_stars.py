@@ -17,9 +17,9 @@ _SHARE_LOST, _BLOCK_LOST = 0.28, 0.3
 F32 = NDArray[np.float32]
 
 
-def library_stars(mixture: PosteriorMixture, n: int, seed: int = 0) -> tuple[F32, F32, NDArray[np.bool_]]:
+def library_stars(mixture: PosteriorMixture, n: int) -> tuple[F32, F32, NDArray[np.bool_]]:
     """Flux, error and mask (n, p) of stars from clouds all over the library, at rest; see `observed`."""
-    draw = np.random.default_rng(seed)
+    draw = np.random.default_rng(0)
     cloud = np.linspace(0, len(mixture.keys) - 1, n).round().astype(np.intp)
     z = mixture.keys[cloud] + draw.standard_normal((n, mixture.n_coordinates))
     t = mixture.tangents.shape[1]
@@ -35,7 +35,7 @@ def observed(
 ) -> tuple[F32, F32, NDArray[np.bool_]]:
     """Flux, error and mask of clean spectra (n, p) with noise of this shape, each with its own SNR, scale and gaps.
 
-    A fourth of the stars has no gaps, another one lacks pixels at random, or a piece, or has single bad pixels. Every
+    A fourth of the stars has no gaps; the others lack pixels at random, or a piece, or have single bad pixels. Every
     combination of `SNRS` and gaps is there among sixteen stars in a row.
     """
     n, p = clean.shape

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr, ndtri
 
-from moefast.core.errors import InputError
+from moefast.core.errors import DisagreementError, InputError
 from moefast.core.threads import one_blas_thread
 from moefast.kernels import (
     Slopes,
@@ -30,6 +30,7 @@ from moefast.kernels import (
 )
 from moefast.kernels.dispatch import on_cuda
 from moefast.kernels.resample import pixel_edges, resample
+from moefast.posterior.library_stars import library_stars
 from moefast.posterior.mixture import PosteriorMixture
 from moefast.spectra.units import LIGHT_SPEED
 
@@ -84,6 +85,11 @@ SIGMA = 2 * float(ndtr(1.0)) - 1
 N_SHARES, SURPLUS, SEEN = 5, 0.1, 2e-3
 """The scatter of velocities in the library is taken from so many directions that velocities make most of; what is taken
 out beyond it, relative to its variance; and share of its variance that is left to any direction."""
+N_CHECKED = 16
+"""Stars of the library that a device must compare with templates as the CPU does: one of each SNR and kind of gap."""
+SCAN_PART, SCAN_LEAST, STEP_PART, SIGMA_PART = 2e-5, 0.02, 2e-3, 1e-4
+"""How far it may be off, as in tests: ln E, relative to the star's largest and absolute; the step, in its standard
+errors; and these, relatively. Another unit of flux, which changes every rounding, takes 0.03 of it at an SNR of 100."""
 
 
 @dataclass(frozen=True)
@@ -247,6 +253,8 @@ class VelocityFit:
         ------
         BackendError
             There is no usable device, or they are too large for it or its kernels; nothing has changed then.
+        DisagreementError
+            It gives other numbers than the CPU; nothing has changed then, either.
         """
         self.prepare()
         ones = np.ones((1, self.mixture.n_pixels), np.float32)
@@ -260,7 +268,32 @@ class VelocityFit:
             step: Step = step_on(self.space, self.slopes)
             scan(ones, ones, good)
             step(ones, ones, good)
+            self._require_agreement(scan, step)
         self._compare, self.backend = (scan, step), "cuda"
+
+    def _require_agreement(self, scan: Scan, step: Step) -> None:
+        """Raise DisagreementError unless scan and step of a device are those of the CPU."""
+        spectra = library_stars(self.mixture, N_CHECKED)
+        evidence, there = velocity_evidence(*spectra, self.templates), scan(*spectra)
+        (best, sigma), (found, found_sigma) = velocity_step(*spectra, self.space, self.slopes), step(*spectra)
+        largest = np.abs(evidence).max(1, keepdims=True)
+        compared = (
+            ("ln E", there, evidence, SCAN_LEAST + SCAN_PART * largest),
+            ("the step [km/s]", found[:, None], best[:, None], STEP_PART * sigma[:, None]),
+            ("its error [km/s]", found_sigma[:, None], sigma[:, None], SIGMA_PART * sigma[:, None]),
+        )
+        for name, a, b, allowed in compared:
+            with np.errstate(invalid="ignore"):
+                # Numbers that are missing are wrong.
+                wrong = ~(np.abs(a - b) <= allowed) & ~(np.isnan(a) & np.isnan(b))
+            if wrong.any():
+                star, place = np.argwhere(wrong)[0]
+                raise DisagreementError(
+                    f"backend cuda: velocities on the GPU are not those of the CPU for {wrong.any(1).sum()} of "
+                    f"{N_CHECKED} stars made from the model: {name} of star {star} is {a[star, place]:.7g} there and "
+                    f"{b[star, place]:.7g} on the CPU, where {allowed[star, 0]:.1g} is allowed; use --backend cpu, and "
+                    "please report this line with what moefast doctor prints"
+                )
 
     @cached_property
     def _compare(self) -> tuple[Scan, Step]:

@@ -129,11 +129,15 @@ def _columns(
     found: tuple[Prediction, Quality], expected: tuple[Prediction, Quality]
 ) -> Iterator[tuple[str, NDArray, NDArray]]:
     """Name, the device's and the CPU's numbers (n, k) of all that both give."""
-    for of_device, of_cpu in zip(found, expected, strict=True):
+    for of_device, of_cpu in ((found[0], expected[0]), (found[1], expected[1])):
         for one in fields(of_cpu):
             a, b = getattr(of_device, one.name), getattr(of_cpu, one.name)
             if b is not None:
-                yield one.name, *(np.asarray(v, np.float64).reshape(len(b), -1) for v in (a, b))
+                yield one.name, _as_columns(a), _as_columns(b)
+
+
+def _as_columns(values: NDArray) -> NDArray[np.float64]:
+    return np.asarray(values, np.float64).reshape(len(values), -1)
 
 
 def _rounded_up(value: float) -> str:

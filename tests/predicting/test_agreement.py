@@ -7,9 +7,12 @@ import pytest
 from made_clouds import mixture as made_mixture
 from plans import random_mixture
 
+from moefast import doctor
 from moefast.backend import Backend
 from moefast.core.errors import BackendError, DisagreementError
+from moefast.kernels import velocity_evidence, velocity_step
 from moefast.posterior.library_stars import SNRS, library_stars
+from moefast.posterior.velocities import VelocityFit
 from moefast.predicting import agreement, engines
 from moefast.predicting.agreement import N_STARS, require_agreement, stars_of
 from moefast.predicting.decisions import decisions_on_model
@@ -215,3 +218,95 @@ def test_details_tell_of_the_check(model, gpu, monkeypatch):
     on_cpu = decisions_on_model(model, CpuEngine(model.mixture), Backend("cpu", "EPYC", "as asked"))
     assert not any("checked" in line for line in on_cpu)
     assert engines.OnnxEngine.checked == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "wrong"),
+    [
+        (unchanged, "checked on 64 stars against the CPU: log g within 0 dex", False),
+        (shifted("log_g", 1e-3), "backend cuda: the GPU gives other numbers than the CPU for 1 of 64", True),
+    ],
+)
+def test_doctor_compares_every_shipped_model(gpu, monkeypatch, change, words, wrong):
+    gpu(change)
+    found, problems = doctor.compare_with_cpu({name: make() for name, make in MIXTURES.items()})
+    assert found.keys() == MIXTURES.keys()
+    assert all(line.startswith(words) for line in found.values())
+    assert [problem.split(":")[0] for problem in problems] == [f"model {name}" for name in MIXTURES if wrong]
+    facts = {
+        "compared_with_cpu": found, "problems": problems, "cuda_devices": ["Fake H200"], "why_no_cuda_kernels": "",
+        "memory_bytes": 0, "packages": {}, "families": [], "shipped_models": {}, "compiled_code": "here",
+    } | {name: "x" for name in ("moefast", "python", "platform", "cpu", "cores")}  # fmt: skip
+    facts |= {"backend": "cuda", "backend_device": "Fake H200", "backend_reason": "found"}
+    text = doctor.format_text(facts)
+    assert f"on GPU   linear: {words}" in text
+    assert ("no problems found" in text) is not wrong
+
+
+def test_doctor_says_why_a_model_is_not_compared(gpu, monkeypatch):
+    def refuse(mixture, backend):
+        raise BackendError("device memory: 1 GB are needed")
+
+    monkeypatch.setattr(engines, "open_engine", refuse)
+    found, problems = doctor.compare_with_cpu({"z0": None})
+    assert found == {"z0": "not compared with the CPU: device memory: 1 GB are needed"}
+    assert problems == []
+
+
+# -- velocities --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fit():
+    return VelocityFit(made_mixture(), 30.0)
+
+
+def devices_of(fit, of_evidence=lambda e: e, of_step=lambda s: s):
+    """Scan and step of a device that changes what the CPU gives."""
+
+    def scan(*spectra):
+        return of_evidence(velocity_evidence(*spectra, fit.templates))
+
+    def step(*spectra):
+        return of_step(velocity_step(*spectra, fit.space, fit.slopes))
+
+    return scan, step
+
+
+def test_a_device_that_compares_velocities_as_the_cpu_does(fit):
+    fit._require_agreement(*devices_of(fit))
+    fit._require_agreement(*devices_of(fit, lambda e: e * (1 + 1e-6)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"of_evidence": lambda e: e + 0.1 * (np.arange(len(e)) == 4)[:, None]},
+            "1 of 16 .*: ln E of star 4",
+        ),
+        ({"of_evidence": lambda e: e * np.nan}, "16 of 16 .*: ln E of star 0 is nan there"),
+        ({"of_step": lambda s: (s[0] + 0.01 * s[1], s[1])}, r"16 of 16 .*: the step \[km/s\] of star 0"),
+        ({"of_step": lambda s: (s[0], 1.001 * s[1])}, r"16 of 16 .*: its error \[km/s\] of star 0"),
+        (
+            {"of_step": lambda s: (s[0], np.where(s[1] > 0, np.nan, s[1]))},
+            r"its error \[km/s\] of star 0 is nan",
+        ),
+    ],
+)
+def test_a_device_that_compares_velocities_otherwise_is_refused(fit, changes, words):
+    with pytest.raises(DisagreementError, match=words):
+        fit._require_agreement(*devices_of(fit, **changes))
+
+
+def test_a_fit_stays_on_the_cpu_where_the_device_is_wrong(fit, monkeypatch):
+    scan, step = devices_of(fit, lambda e: -e)
+    makers = {"CudaVelocityScan": lambda *_: scan, "CudaVelocityStep": lambda *_: step}
+    monkeypatch.setattr("moefast.posterior.velocities.on_cuda", lambda name, backend: makers[name])
+    with pytest.raises(DisagreementError, match="velocities on the GPU are not those of the CPU"):
+        fit.use_device()
+    assert fit.backend == "cpu"
+    right, _ = devices_of(fit)
+    makers["CudaVelocityScan"] = lambda *_: right
+    fit.use_device()
+    assert fit.backend == "cuda"

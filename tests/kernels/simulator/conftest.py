@@ -110,6 +110,13 @@ def shared_arrays_known_by_their_line(monkeypatch):
     monkeypatch.setattr(FakeCUDAShared, "array", array)
 
 
+@pytest.fixture(autouse=True)
+def few_stars_to_compare(monkeypatch):
+    """Engines compare a device with the CPU when they are made: two stars are enough of a simulated one."""
+    monkeypatch.setattr("moefast.predicting.agreement.N_STARS", 2)
+    monkeypatch.setattr("moefast.posterior.velocities.N_CHECKED", 2)
+
+
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Of the posterior: a simulated thread takes a millisecond to start. Three blocks share the roots of all stars."""
