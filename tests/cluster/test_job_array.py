@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from moefast.benchmarks import cluster, cluster_faults, job_array
+from moefast.benchmarks import cluster, cluster_faults
+from moefast.benchmarks.faults import job_array
 from moefast.cluster.shards import shard_of_task
 from moefast.core.errors import BenchmarkError
 from moefast.experts import normal_equations

@@ -1,6 +1,6 @@
 """A SLURM job array without SLURM: fit and predict by as many processes as tasks, merged, compared with one process.
 
-`python -m moefast.benchmarks.job_array --tasks 16 --folder SCRATCH [-o FILE]`
+`python -m moefast.benchmarks.faults.job_array --tasks 16 --folder SCRATCH [-o FILE]`
 
 Design: every task is a process of its own in which the command of docs/howto/cluster.md runs, `moefast predict --shard`
 or `moefast fit --shard`, with the variables that SLURM sets. Tasks end in any order, as they do there; some are killed
