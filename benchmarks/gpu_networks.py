@@ -34,7 +34,7 @@ from moefast.model import Model
 from moefast.ops.on_torch import TorchArithmetic
 from moefast.trunks import training
 from moefast.trunks.heads import Heads
-from moefast.trunks.networks import KINDS, SEES_FLUX, Kind, Plan, answer, start
+from moefast.trunks.networks import KINDS, SEES_FLUX, Kind, NetworkPlan, answer, start
 from moefast.trunks.presets import PRESETS, SIZES, Size
 
 __all__ = ["measure_fit", "measure_scores", "products"]
@@ -69,7 +69,7 @@ def network_of(kind: Kind, size: Size, mixture: Mixture) -> Heads:
     """A network with random numbers on the inputs of a mixture."""
     pixels = SEES_FLUX[kind]
     n_inputs = mixture.n_pixels if pixels else mixture.n_basis
-    plan = Plan(kind, n_inputs, mixture.n_experts, **PRESETS[kind, size].plan)
+    plan = NetworkPlan(kind, n_inputs, mixture.n_experts, **PRESETS[kind, size].plan)
     scales: dict[str, NDArray] = {"log_g.scale": np.array([3.0, 1.0]), "level.limits": mixture.knots[[0, -1]]}
     if pixels:
         scales |= {"reference": mixture.reference, "inverse_noise": 1 / np.sqrt(mixture.noise_shape)}

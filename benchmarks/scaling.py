@@ -38,7 +38,7 @@ from moefast.mixture import Mixture
 from moefast.simulate import SimulatedSpectra
 from moefast.trunks import training
 from moefast.trunks.heads import Heads
-from moefast.trunks.networks import Plan, start
+from moefast.trunks.networks import NetworkPlan, start
 from moefast.trunks.presets import PRESETS, SIZES, Size
 
 __all__ = ["PUBLISHED", "measure"]
@@ -105,7 +105,7 @@ def train(
     torch = training.load_torch()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     preset = PRESETS["pca-mlp", size]
-    plan = Plan("pca-mlp", mixture.n_basis, PHYSICAL_GRID.n_bins, **preset.plan)
+    plan = NetworkPlan("pca-mlp", mixture.n_basis, PHYSICAL_GRID.n_bins, **preset.plan)
     scales = training.scales_of(
         labels.log_g, stars.log_level, judges.seen["lines"], mixture.knots, PHYSICAL_GRID.metal_poor
     )

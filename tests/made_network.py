@@ -3,7 +3,7 @@
 import numpy as np
 
 from moefast.trunks.heads import Heads
-from moefast.trunks.networks import KINDS, Plan, start
+from moefast.trunks.networks import KINDS, NetworkPlan, start
 
 __all__ = ["KINDS", "network", "with_heads"]
 
@@ -12,7 +12,7 @@ def network(mixture, kind, seed=1):
     """A network whose answers react to every input, and whose first, fourth, … bin is metal-poor."""
     rng, k = np.random.default_rng(seed), mixture.n_experts
     n_inputs = mixture.n_basis if kind == "pca-mlp" else mixture.n_pixels
-    plan = Plan(kind, n_inputs, k, width=32, depth=8 if kind == "cnn" else 2, patch=32, head=5, gate=7)
+    plan = NetworkPlan(kind, n_inputs, k, width=32, depth=8 if kind == "cnn" else 2, patch=32, head=5, gate=7)
     numbers = {
         name: a if name.endswith("scale") else a + (0.1 * rng.standard_normal(a.shape)).astype(np.float32)
         for name, a in start(plan, seed).items()

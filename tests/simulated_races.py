@@ -1,12 +1,11 @@
 """Races between simulated CUDA threads: what two threads do to one place of memory without a barrier between them.
 
-Design: the simulator of Numba runs one block after the other, and its threads mostly in turns, so that a missing
-barrier seldom changes a result. Here threads run one at a time, in random order, from barrier to barrier, and every
-access to shared and to device memory is written down with the block, the thread and the number of barriers before it.
-Two accesses to one place, one of them a write, that no barrier of a block orders are an error, whatever their order was
-this time. So are threads that stand at different barriers, or that end while others stand at one, and indices below
-zero. Shared memory begins as NaN in each block, as nothing says what it holds. Two threads that write the same value
-are no error.
+Design: the simulator runs one block after the other, and threads in turns, from barrier to barrier, so that a missing
+barrier may change no result. Here every access to shared and to device memory is written down with the block, the
+thread and the number of barriers before it. Two accesses to one place, one of them a write, that no barrier of a block
+orders are an error, whatever their order was this time. So are threads that stand at different barriers, or that end
+while others stand at one, and indices below zero. Shared memory begins as NaN in each block, as nothing says what it
+holds. Two threads of a block that write the same value are no error.
 
 In the simulator a warp has one thread: what a device orders by shuffles, the simulator orders by barriers. Streams are
 not watched: there every launch and every copy is done when it is started.
@@ -14,6 +13,8 @@ not watched: there every launch and every copy is done when it is started.
 
 from __future__ import annotations
 
+import collections
+import math
 import sys
 import threading
 from pathlib import Path
@@ -27,7 +28,8 @@ __all__ = ["RaceError", "find_races"]
 
 GRAIN = 4
 """Bytes that are one place, where numbers are not smaller."""
-SEVERAL = -1
+SEVERAL = "several"
+RUN = threading.Thread.run.__code__
 SIMULATOR = str(Path(kernel.__file__).parent)
 """Folder of the simulator's own files, which are no part of a kernel."""
 
@@ -77,13 +79,43 @@ class Log:
         self.shared: dict[int, Place] = {}
         self.device: dict[int, Place] = {}
         self.n_accesses = 0
+        self.begin_block()
+
+    def begin_block(self) -> None:
+        """Shared memory is that of another block."""
+        self.shared.clear()
+        self.epochs: collections.Counter[int] = collections.Counter()
+        self.barriers: list[tuple[tuple[str, int], ...]] = []
+
+    def reach_barrier(self, thread: kernel.BlockThread) -> None:
+        """Note where a thread waits: where all others that have come so far do."""
+        frame, where = sys._getframe(2), []
+        while frame is not None and frame.f_code is not RUN:
+            if not frame.f_code.co_filename.startswith(SIMULATOR):
+                where.append((frame.f_code.co_name, frame.f_lineno))
+            frame = frame.f_back
+        epoch, here = self.epochs[thread.thread_id], tuple(where)
+        if epoch == len(self.barriers):
+            self.barriers.append(here)
+        if self.barriers[epoch] != here:
+            raise RaceError(f"threads stand at different barriers: {here} and {self.barriers[epoch]}")
+        self.epochs[thread.thread_id] = epoch + 1
+
+    def end_block(self, n_threads: int) -> None:
+        """All threads have passed as many barriers."""
+        passed = {self.epochs[thread] for thread in range(n_threads)}
+        if len(passed) > 1:
+            raise RaceError(
+                f"threads of a block stand at different barriers, or have ended: {passed} were passed"
+            )
 
     def access(self, array: Watched, index, written) -> None:  # type: ignore[no-untyped-def]
         indices = index if isinstance(index, tuple) else (index,)
         if len(indices) != array.ndim or min(indices) < 0:
             raise RaceError(f"one number of an array of shape {array.shape} expected; found index {indices}")
         thread = threading.current_thread()
-        block, epoch, number = thread.block_number, thread.epoch, thread.thread_id
+        block, number = tuple(thread.blockIdx), thread.thread_id
+        epoch = self.epochs[number]
         first = array.begin + sum(int(i) * stride for i, stride in zip(indices, array.strides, strict=True))
         self.n_accesses += 1
         for address in range(first, first + array.itemsize, GRAIN):
@@ -114,83 +146,22 @@ class Log:
                 place.writer, place.writing_block, place.last_value = number, block, written
 
 
-class Thread(kernel.BlockThread):
-    """A simulated thread that runs when it is its turn."""
+def find_races(monkeypatch) -> Log:  # type: ignore[no-untyped-def]
+    """Look for races in all kernels launched from now on; `n_accesses` of the log is how often memory was used."""
+    log = Log()
+    run, syncthreads = kernel.BlockManager.run, kernel.BlockThread.syncthreads
 
-    def __init__(self, run, manager, block, place, number):  # type: ignore[no-untyped-def]
-        super().__init__(run, manager, block, place, False)
-        self.block_number, self.epoch, self.barrier = number, 0, None
-        self.turn, self.pause = threading.Semaphore(0), threading.Semaphore(0)
-
-    def run(self) -> None:
-        self.turn.acquire()
-        if not self.abort:
-            super().run()
-        self.barrier = None
-        self.pause.release()
-
-    def syncthreads(self) -> None:
-        frame, where = sys._getframe(1), []
-        while frame is not None and frame.f_code is not kernel.BlockThread.run.__code__:
-            if not frame.f_code.co_filename.startswith(SIMULATOR):
-                where.append((frame.f_code.co_name, frame.f_lineno))
-            frame = frame.f_back
-        self.barrier = tuple(where)
-        self.pause.release()
-        self.turn.acquire()
-        if self.abort:
-            raise RuntimeError("another thread failed")
-        self.epoch += 1
-
-
-class Manager:
-    """Runs a block: one thread at a time, in random order, from barrier to barrier."""
-
-    log: Log
-    rng: np.random.Generator
-
-    def __init__(self, function, grid, block, debug):  # type: ignore[no-untyped-def]
-        self.function, self._grid_dim, self._block_dim = function, grid, block
-
-    def run(self, point, *arguments):  # type: ignore[no-untyped-def]
-        self.log.shared.clear()
+    def run_block(self, point, *arguments):  # type: ignore[no-untyped-def]
+        log.begin_block()
         module = kernel._get_kernel_context()
         for array in [*module.shared._allocations.values(), module.shared._dynshared]:
             array.view(np.uint8)[...] = 0xFF
-        number = int(np.ravel_multi_index(point, self._grid_dim))
-        threads = [
-            Thread(lambda: self.function(*arguments), self, point, place, number)
-            for place in np.ndindex(*self._block_dim)
-        ]
-        for thread in threads:
-            thread.start()
-        waiting = list(threads)
-        try:
-            while waiting:
-                for i in self.rng.permutation(len(waiting)):
-                    waiting[i].turn.release()
-                    waiting[i].pause.acquire()
-                    if waiting[i].exception:
-                        raise waiting[i].exception[0].with_traceback(waiting[i].exception[1])
-                places = {thread.barrier for thread in waiting}
-                if len(places) > 1:
-                    raise RaceError(
-                        f"threads of a block stand at different barriers, or have ended: {places}"
-                    )
-                waiting = [thread for thread in waiting if thread.barrier is not None]
-        finally:
-            for thread in threads:
-                thread.abort = True
-                thread.turn.release()
-            for thread in threads:
-                thread.join()
+        run(self, point, *arguments)
+        log.end_block(math.prod(self._block_dim))
 
-
-def find_races(monkeypatch, seed: int = 0) -> Log:  # type: ignore[no-untyped-def]
-    """Look for races in all kernels launched from now on; `n_accesses` of the log is how often memory was used."""
-    log = Log()
-    monkeypatch.setattr(Manager, "log", log, raising=False)
-    monkeypatch.setattr(Manager, "rng", np.random.default_rng(seed), raising=False)
+    def wait_for_all(self):  # type: ignore[no-untyped-def]
+        log.reach_barrier(self)
+        syncthreads(self)
 
     def shared(self, shape, dtype, alignment=None):  # type: ignore[no-untyped-def]
         dtype = as_dtype(dtype) if isinstance(dtype, types.Type) else np.dtype(dtype)
@@ -221,7 +192,8 @@ def find_races(monkeypatch, seed: int = 0) -> Log:  # type: ignore[no-untyped-de
         return plain(self, *arguments)
 
     monkeypatch.setattr(kernel.FakeCUDAKernel, "__call__", call)
-    monkeypatch.setattr(kernel, "BlockManager", Manager)
+    monkeypatch.setattr(kernel.BlockManager, "run", run_block)
+    monkeypatch.setattr(kernel.BlockThread, "syncthreads", wait_for_all)
     monkeypatch.setattr(kernel, "FakeWithinKernelCUDAArray", of_device)
     monkeypatch.setattr(kernelapi.FakeCUDAShared, "array", shared)
     monkeypatch.setattr(kernelapi.FakeCUDAAtomic, "add", add)

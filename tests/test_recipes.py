@@ -164,7 +164,7 @@ def test_a_focus_is_a_recipe_of_its_own():
         own, other = options_of(base), options_of(focused(base, focus))
         assert own.families == other.families
         assert own != other
-    with pytest.raises(InputError, match="hybrid-metal-poor of hybrid-moe"):
+    with pytest.raises(InputError, match="no focus 'metal-poor'; there is metal-poor of hybrid-moe"):
         focused("phys-moe", "metal-poor")
 
 

@@ -52,10 +52,10 @@ def roadmap(
         moefast roadmap -o survey/ --set survey --train 200000 --all
 
     After each stage its milestones are judged, and the number says which stage follows: an oracle hybrid of 0.70 leads
-    to the gates, else to the trunk; ρ of the hybrid behind a gate by regression of 0.85 leads to residuals, below 0.70
-    back to the experts. C3 and C4 fit networks and need torch. The experts of the hybrids are chosen from --families,
-    the residuals of C4 stand on --strong. A roadmap that was stopped goes on with --resume. Twenty thousand training
-    spectra take about half an hour on two cores.
+    to the gates, else to the trunk; ρ of the hybrid behind the better of two gates of 0.85 leads to residuals, below
+    0.70 back to the experts. C3 and C4 fit networks and need torch. The experts of the hybrids are chosen from
+    --families, the residuals of C4 stand on --strong. A roadmap that was stopped goes on with --resume. Twenty thousand
+    training spectra take about half an hour on two cores.
     """
     from moefast.core.records import as_entries
     from moefast.protocol.roadmap import Plan, roadmap_text

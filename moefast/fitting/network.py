@@ -23,7 +23,7 @@ from moefast.fitting.training_set import TrainingSet
 from moefast.kernels import project
 from moefast.mixture import Mixture
 from moefast.trunks.heads import Heads
-from moefast.trunks.networks import SEES_FLUX, Plan, start
+from moefast.trunks.networks import SEES_FLUX, NetworkPlan, start
 from moefast.trunks.presets import PRESETS
 
 __all__ = ["check_network", "train_heads"]
@@ -116,7 +116,9 @@ def train_heads(
     torch = training.load_torch()
     preset = PRESETS[options.trunk, options.size]
     pixels = SEES_FLUX[options.trunk]
-    plan = Plan(options.trunk, mixture.n_pixels if pixels else mixture.n_basis, grid.n_bins, **preset.plan)
+    plan = NetworkPlan(
+        options.trunk, mixture.n_pixels if pixels else mixture.n_basis, grid.n_bins, **preset.plan
+    )
     schedule = replace(preset.schedule, seed=options.seed, steps=options.steps or preset.schedule.steps)
     judges, of_judges = data.inputs(mixture, "held-out stars", data.held_stretches(), noisy=True, flux=pixels)
     rows, level, z, windows, flux, error = _clean_stars(data, mixture, pixels)

@@ -25,7 +25,7 @@ from moefast.spectra.tables import READERS, read_table
 
 __all__ = [
     "ERROR_STEPS",
-    "Run",
+    "RunSummary",
     "Step",
     "WorstStar",
     "format_text",
@@ -111,7 +111,7 @@ class WorstStar:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunSummary:
     """What is known of a run.
 
     Attributes
@@ -176,7 +176,7 @@ def is_table(path: str | Path) -> bool:
         return False
 
 
-def summarise_table(path: str | Path) -> Run:
+def summarise_table(path: str | Path) -> RunSummary:
     """What is known of the run that wrote a table of predictions.
 
     Parameters
@@ -199,7 +199,7 @@ def summarise_table(path: str | Path) -> Run:
     return summarise(columns, attributes, str(path))
 
 
-def summarise(columns: Mapping[str, NDArray], attributes: Mapping[str, Any], path: str = "") -> Run:
+def summarise(columns: Mapping[str, NDArray], attributes: Mapping[str, Any], path: str = "") -> RunSummary:
     """What is known of a run.
 
     Parameters
@@ -213,7 +213,7 @@ def summarise(columns: Mapping[str, NDArray], attributes: Mapping[str, Any], pat
     flags = {str(one.name): int(np.count_nonzero(flag & np.uint32(one))) for one in Flag}
     names = ("snr_median", "log_g", "log_g_err", "chi2")
     values = {name: np.asarray(columns[name], np.float64) for name in names}
-    return Run(
+    return RunSummary(
         path=path,
         attributes=dict(attributes),
         n=len(flag),
@@ -396,7 +396,7 @@ def _plain(value: Any) -> Any:
 # --- text ----------------------------------------------------------------------------------------------
 
 
-def format_text(run: Run) -> str:
+def format_text(run: RunSummary) -> str:
     """What is known of a run, for a terminal."""
     attributes = run.attributes
     inputs = attributes.get("inputs") or []

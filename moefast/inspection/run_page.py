@@ -32,7 +32,7 @@ from matplotlib.axes import Axes
 
 from moefast.core.atomic import write_atomically
 from moefast.core.text import percent
-from moefast.inspection.run import ERROR_STEPS, Run, WorstStar
+from moefast.inspection.run import ERROR_STEPS, RunSummary, WorstStar
 from moefast.inspection.star import Star
 from moefast.inspection.star_picture import small_picture
 from moefast.pages.page import Figure, Table, Words, number, render, tile
@@ -44,23 +44,25 @@ _ROLES = ("own", "first", "second", "third", "muted", "ink")
 
 
 @dataclass(frozen=True)
-class Drawing:
+class RunFigure:
     """One figure of a run: title, caption, how it is drawn and said, whether the run has it, lines of its legend."""
 
     title: str
     caption: str
-    draw: Callable[[Axes, Run, Palette], None]
-    describe: Callable[[Run], str]
-    exists: Callable[[Run], bool] = lambda run: bool(run.by_snr)
+    draw: Callable[[Axes, RunSummary, Palette], None]
+    describe: Callable[[RunSummary], str]
+    exists: Callable[[RunSummary], bool] = lambda run: bool(run.by_snr)
     lines: int = 1
 
 
-def page(run: Run, stars: Mapping[tuple[int, int], Star] | None = None, why_no_pictures: str = "") -> str:
+def page(
+    run: RunSummary, stars: Mapping[tuple[int, int], Star] | None = None, why_no_pictures: str = ""
+) -> str:
     """A run as an HTML document: one file, nothing from anywhere else.
 
     Parameters
     ----------
-    run : Run
+    run : RunSummary
     stars : mapping of (file, row) to Star, optional
         Stars among `run.worst` whose spectra could be read.
     why_no_pictures : str
@@ -100,7 +102,7 @@ def page(run: Run, stars: Mapping[tuple[int, int], Star] | None = None, why_no_p
 
 
 def write_page(
-    run: Run,
+    run: RunSummary,
     path: str | os.PathLike[str],
     stars: Mapping[tuple[int, int], Star] | None = None,
     why_no_pictures: str = "",
@@ -116,7 +118,7 @@ def write_page(
     write_atomically(path, page(run, stars, why_no_pictures).encode(), overwrite=overwrite)
 
 
-def _drawn(run: Run, names: Sequence[str]) -> list[Figure]:
+def _drawn(run: RunSummary, names: Sequence[str]) -> list[Figure]:
     out = []
     for name in names:
         drawing = FIGURES[name]
@@ -142,12 +144,12 @@ def _picture(worst: WorstStar, star: Star) -> Figure:
 # --- tiles and tables ----------------------------------------------------------------------------------
 
 
-def _attributes(run: Run) -> dict[str, Any]:
+def _attributes(run: RunSummary) -> dict[str, Any]:
     known = dict.fromkeys(("model", "model_sha256", "moefast_version", "backend", "device", "array", "r2"))
     return known | {"inputs": []} | run.attributes
 
 
-def _tiles(run: Run) -> list[dict[str, Any]]:
+def _tiles(run: RunSummary) -> list[dict[str, Any]]:
     tiles = [
         tile("Stars", f"{run.n:,}", "one row each", main=True),
         tile(
@@ -171,7 +173,7 @@ def _tiles(run: Run) -> list[dict[str, Any]]:
     return tiles
 
 
-def _flags(run: Run) -> Table | None:
+def _flags(run: RunSummary) -> Table | None:
     if not run.flags:
         return None
     rows = [(name, [f"{count:,}", percent(count / max(run.n, 1))]) for name, count in run.flags.items()]
@@ -179,7 +181,7 @@ def _flags(run: Run) -> Table | None:
     return Table("Stars with each flag; a star may have several", ("flag", "stars", "share"), rows, own="any")
 
 
-def _steps(run: Run) -> Table | None:
+def _steps(run: RunSummary) -> Table | None:
     if not run.by_snr:
         return None
     rows = [
@@ -202,7 +204,7 @@ def _steps(run: Run) -> Table | None:
     )
 
 
-def _worst(run: Run) -> Table | None:
+def _worst(run: RunSummary) -> Table | None:
     if not run.worst:
         return None
     several = len(run.attributes.get("inputs") or []) > 1
@@ -225,7 +227,7 @@ def _worst(run: Run) -> Table | None:
     return Table("Up to four stars for each flag, the surest evidence first", header, rows)
 
 
-def _terms(run: Run) -> list[tuple[str, str]]:
+def _terms(run: RunSummary) -> list[tuple[str, str]]:
     attributes = _attributes(run)
     inputs = attributes["inputs"]
     files = ", ".join(str(each) for each in inputs[:5]) + (
@@ -249,11 +251,11 @@ def _terms(run: Run) -> list[tuple[str, str]]:
 # --- figures -------------------------------------------------------------------------------------------
 
 
-def _centres(run: Run) -> list[float]:
+def _centres(run: RunSummary) -> list[float]:
     return [step.centre for step in run.by_snr]
 
 
-def _draw_flags(axes: Axes, run: Run, palette: Palette) -> None:
+def _draw_flags(axes: Axes, run: RunSummary, palette: Palette) -> None:
     names = ["any", *(name for name in run.by_snr[0].flagged if name != "any")]
     for k, name in enumerate(names):
         role = _ROLES[k % len(_ROLES)]
@@ -272,10 +274,10 @@ def _finish(axes: Axes) -> None:
     legend_below(axes)
 
 
-def _scattered(name: str, label: str, logarithmic: bool) -> Callable[[Axes, Run, Palette], None]:
+def _scattered(name: str, label: str, logarithmic: bool) -> Callable[[Axes, RunSummary, Palette], None]:
     """Stars as points, those with a flag apart, with their median and its spread."""
 
-    def draw(axes: Axes, run: Run, palette: Palette) -> None:
+    def draw(axes: Axes, run: RunSummary, palette: Palette) -> None:
         x, y = np.array(run.points["snr_median"]), np.array(run.points[name])
         flagged = np.array(run.points["flagged"], bool)
         for chosen, role, marker, words in (
@@ -306,7 +308,7 @@ def _scattered(name: str, label: str, logarithmic: bool) -> Callable[[Axes, Run,
     return draw
 
 
-def _draw_foreign(axes: Axes, run: Run, palette: Palette) -> None:
+def _draw_foreign(axes: Axes, run: RunSummary, palette: Palette) -> None:
     values = np.array([step.foreign for step in run.by_snr], np.float64)
     for k, (words, role) in enumerate((("median", "own"), ("95 %", "second"), ("99 %", "first"))):
         axes.plot(
@@ -319,7 +321,7 @@ def _draw_foreign(axes: Axes, run: Run, palette: Palette) -> None:
     _finish(axes)
 
 
-def _draw_kiel(axes: Axes, run: Run, palette: Palette) -> None:
+def _draw_kiel(axes: Axes, run: RunSummary, palette: Palette) -> None:
     kiel = run.kiel
     assert kiel is not None
     t_eff, log_g = np.array(kiel["t_eff"]), np.array(kiel["log_g"])
@@ -341,7 +343,7 @@ def _draw_kiel(axes: Axes, run: Run, palette: Palette) -> None:
     legend_below(axes, columns=3)
 
 
-def _draw_log_g(axes: Axes, run: Run, palette: Palette) -> None:
+def _draw_log_g(axes: Axes, run: RunSummary, palette: Palette) -> None:
     edges = run.log_g["edges"]
     axes.stairs(run.log_g["all"], edges, fill=True, color=palette["grid"], label="all stars")
     axes.stairs(run.log_g["without_flag"], edges, color=palette["own"], linewidth=1.8, label="without a flag")
@@ -351,15 +353,15 @@ def _draw_log_g(axes: Axes, run: Run, palette: Palette) -> None:
     legend_below(axes)
 
 
-def _says(name: str, what: str) -> Callable[[Run], str]:
+def _says(name: str, what: str) -> Callable[[RunSummary], str]:
     return lambda run: (
         f"Median {what} by snr_median: "
         + ", ".join(f"{step.centre:.3g}: {getattr(step, name)[1]:.3g}" for step in run.by_snr)
     )
 
 
-FIGURES: Mapping[str, Drawing] = {
-    "flags": Drawing(
+FIGURES: Mapping[str, RunFigure] = {
+    "flags": RunFigure(
         "Flags against signal-to-noise",
         "Share of the stars of each step that carry a flag. A flag that grows towards bright stars is about the "
         "spectra, one that grows towards faint ones about the noise.",
@@ -368,7 +370,7 @@ FIGURES: Mapping[str, Drawing] = {
         + ", ".join(f"{step.centre:.3g}: {percent(step.flagged['any'])}" for step in run.by_snr),
         lines=3,
     ),
-    "chi2": Drawing(
+    "chi2": RunFigure(
         "χ² against signal-to-noise",
         "It should lie at 1 for all. Where it rises with brightness the model does not know these spectra; "
         "where it is off for all stars the errors are.",
@@ -376,7 +378,7 @@ FIGURES: Mapping[str, Drawing] = {
         _says("chi2", "χ²"),
         lines=2,
     ),
-    "foreign": Drawing(
+    "foreign": RunFigure(
         "Evidence that a spectrum is that of no star",
         "Probability of a continuum without lines, under the model's library: percentiles of each step.",
         _draw_foreign,
@@ -385,14 +387,14 @@ FIGURES: Mapping[str, Drawing] = {
         lambda run: bool(run.by_snr) and run.by_snr[0].foreign is not None,
         lines=2,
     ),
-    "error": Drawing(
+    "error": RunFigure(
         "Error of log g against signal-to-noise",
         "The calibrated 1σ of each star.",
         _scattered("log_g_err", "σ(log g) [dex]", False),
         _says("log_g_err", "error of log g in dex"),
         lines=2,
     ),
-    "kiel": Drawing(
+    "kiel": RunFigure(
         "Kiel diagram, coloured by error",
         "Median error of log g of the stars of each cell, in dex.",
         _draw_kiel,
@@ -400,7 +402,7 @@ FIGURES: Mapping[str, Drawing] = {
         lambda run: run.kiel is not None,
         lines=2,
     ),
-    "log_g": Drawing(
+    "log_g": RunFigure(
         "Distribution of log g",
         "A pile at an end are stars that the model cannot place.",
         _draw_log_g,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from moefast.core.errors import MoefastError
-from moefast.inspection.run import Run
+from moefast.inspection.run import RunSummary
 from moefast.inspection.star import Star, look_at
 from moefast.model import Model
 
@@ -21,13 +21,13 @@ MOST_PICTURES = 16
 
 
 def spectra_of_worst(
-    run: Run, model: Model | str | Path | None = None, spectra: Sequence[str | Path] = ()
+    run: RunSummary, model: Model | str | Path | None = None, spectra: Sequence[str | Path] = ()
 ) -> tuple[dict[tuple[int, int], Star], str]:
     """Read the spectra of the worst stars.
 
     Parameters
     ----------
-    run : Run
+    run : RunSummary
     model : Model, path or name, optional
         The model of the table; looked for by the name in the table if absent.
     spectra : sequence of path, optional
@@ -77,7 +77,7 @@ def spectra_of_worst(
     return stars, reason
 
 
-def _array(run: Run) -> Literal["auto", "flux", "noisy"]:
+def _array(run: RunSummary) -> Literal["auto", "flux", "noisy"]:
     array = run.attributes.get("array")
     return "flux" if array == "flux" else "noisy" if array == "noisy" else "auto"
 
@@ -87,7 +87,7 @@ def _at_hand(path: str, table: str) -> Path | None:
     return next((each for each in (Path(path), Path(table).parent / path) if each.is_file()), None)
 
 
-def _name_in(run: Run) -> str | None:
+def _name_in(run: RunSummary) -> str | None:
     """Path or name of the model, from "recipe (path)" and "recipe (name, shipped with moefast)"."""
     name = str(run.attributes.get("model") or "")
     if not name.endswith(")") or "(" not in name:

@@ -64,7 +64,7 @@ from moefast.protocol.drawings import (
 )
 from moefast.protocol.report_parts import Report
 
-__all__ = ["FIGURES", "Drawing", "compared", "overview", "png", "svg"]
+__all__ = ["FIGURES", "ReportFigure", "compared", "overview", "png", "svg"]
 
 _OVERVIEW = (
     "r2-against-snr",
@@ -77,7 +77,7 @@ _OVERVIEW = (
 
 
 @dataclass(frozen=True)
-class Drawing:
+class ReportFigure:
     """One figure.
 
     Attributes
@@ -219,14 +219,14 @@ def compared(reports: Mapping[str, Report], path: str | os.PathLike[str], *, ove
         write(canvas, path, overwrite=overwrite)
 
 
-def _single(report: Report, drawing: Drawing, palette: Palette) -> Figure:
+def _single(report: Report, drawing: ReportFigure, palette: Palette) -> Figure:
     return single(
         lambda axes: drawing.draw(axes, report, palette), palette, lines=drawing.lines, left=drawing.left
     )
 
 
-FIGURES: Mapping[str, Drawing] = {
-    "r2-against-snr": Drawing(
+FIGURES: Mapping[str, ReportFigure] = {
+    "r2-against-snr": ReportFigure(
         "R² against signal-to-noise",
         "Octiles of snr_median; the band is the bootstrap interval. Open symbols are published numbers of other data, "
         "which are not public: they are no marks for this set.",
@@ -234,7 +234,7 @@ FIGURES: Mapping[str, Drawing] = {
         says_groups("R² by median snr_median of the octile", "snr_median"),
         lines=4,
     ),
-    "what-helped": Drawing(
+    "what-helped": ReportFigure(
         "What helped",
         "Simpler fits on the same stars with their intervals, and what the physics allows.",
         draw_ladder,
@@ -243,28 +243,28 @@ FIGURES: Mapping[str, Drawing] = {
         lines=1,
         left=1.95,
     ),
-    "r2-by-bin": Drawing(
+    "r2-by-bin": ReportFigure(
         "R² per bin of T_eff and [M/H]",
         "R², half the width of its interval, number of stars; outer bins include the stars beyond the grid.",
         draw_over_grid,
         says_groups("R² per bin", "grid"),
         lines=0,
     ),
-    "low-snr": Drawing(
+    "low-snr": ReportFigure(
         "R² per bin at low SNR",
         "The same for stars with snr_norm up to 4, the bins X and L.",
         draw_low_snr,
         says_low_snr,
         lines=0,
     ),
-    "metal-poor": Drawing(
+    "metal-poor": ReportFigure(
         "Metal-poor stars against the rest",
         "Octiles of snr_median; bands are bootstrap intervals, dashed lines the Bayes ceilings where they are known.",
         draw_metal_poor,
         says_metal_poor,
         lines=2,
     ),
-    "giants-and-dwarfs": Drawing(
+    "giants-and-dwarfs": ReportFigure(
         "Giants against dwarfs",
         "Share of the true giants and dwarfs of each octile of snr_median that are predicted as such.",
         draw_giants,
@@ -272,14 +272,14 @@ FIGURES: Mapping[str, Drawing] = {
         has_giants,
         lines=2,
     ),
-    "predicted-against-true": Drawing(
+    "predicted-against-true": ReportFigure(
         "Predicted against true log g",
         "Predictions beyond the frame are drawn at its edge.",
         draw_predictions,
         says_density,
         lines=2,
     ),
-    "kiel-bias": Drawing(
+    "kiel-bias": ReportFigure(
         "Bias over the Kiel diagram",
         "Mean of predicted − true log g [dex] of the stars of each cell of true T_eff and log g, five at least.",
         draw_kiel,
@@ -287,42 +287,42 @@ FIGURES: Mapping[str, Drawing] = {
         has_kiel,
         lines=3,
     ),
-    "residuals-log_g": Drawing(
+    "residuals-log_g": ReportFigure(
         "Residuals along log g",
         "A slope is regression towards the mean: what a noisy spectrum cannot tell, the prior does.",
         draw_residuals("log_g", "true log g [dex]"),
         says_residuals("log_g"),
         lines=2,
     ),
-    "residuals-T_eff": Drawing(
+    "residuals-T_eff": ReportFigure(
         "Residuals along T_eff",
         "Twelve steps of equal numbers of stars.",
         draw_residuals("T_eff", r"true $T_\mathrm{eff}$ [K]"),
         says_residuals("T_eff"),
         lines=2,
     ),
-    "residuals-M_H": Drawing(
+    "residuals-M_H": ReportFigure(
         "Residuals along [M/H]",
         "Twelve steps of equal numbers of stars.",
         draw_residuals("M_H", "true [M/H] [dex]"),
         says_residuals("M_H"),
         lines=2,
     ),
-    "residuals-snr": Drawing(
+    "residuals-snr": ReportFigure(
         "Residuals along signal-to-noise",
         "Twelve steps of equal numbers of stars.",
         draw_residuals("snr_median", "snr_median"),
         says_residuals("snr_median"),
         lines=2,
     ),
-    "error-calibration": Drawing(
+    "error-calibration": ReportFigure(
         "Do the errors cover as they should?",
         "Above the line errors are too large, below it too small.",
         draw_calibration,
         says_calibration,
         has_calibration,
     ),
-    "error-by-snr": Drawing(
+    "error-by-snr": ReportFigure(
         "Error of log g against signal-to-noise",
         "Errors that are claimed, and those that are made, in octiles of snr_median: the root mean squares should "
         "agree.",
@@ -331,14 +331,14 @@ FIGURES: Mapping[str, Drawing] = {
         has_error_by_snr,
         lines=2,
     ),
-    "error-size": Drawing(
+    "error-size": ReportFigure(
         "Claimed against real errors",
         "Stars in ten steps of their claimed error: the root mean square of the claims and of the residuals.",
         draw_error_size,
         says_error_size,
         has_calibration,
     ),
-    "gate-by-bin": Drawing(
+    "gate-by-bin": ReportFigure(
         "Gate weights by bin",
         "Mean weight of each expert (row) over the stars of each true bin (column).",
         draw_gate("grid"),
@@ -347,7 +347,7 @@ FIGURES: Mapping[str, Drawing] = {
         lines=2,
         left=1.05,
     ),
-    "gate-by-snr": Drawing(
+    "gate-by-snr": ReportFigure(
         "Gate weights by signal-to-noise",
         "Mean weight of each expert (row) over the stars of each octile of snr_median (column).",
         draw_gate("snr_median"),

@@ -175,10 +175,16 @@ def _after_hybrid(rows: Mapping[str, MilestoneResult]) -> Decision:
 
 
 def _after_gate(rows: Mapping[str, MilestoneResult]) -> Decision:
-    value = _check(rows["C2.0"], "ρ of hybrid-regression")
-    if value is None:
+    found = {
+        "regression": _check(rows["C2.0"], "ρ of hybrid-regression"),
+        "evidence": _check(rows["C2.0e"], "ρ of hybrid-moe"),
+    }
+    known = {gate: value for gate, value in found.items() if value is not None}
+    if not known:
         return Decision("C3", "ρ of the hybrid was not measured; C3 follows")
-    what = f"ρ of the hybrid, gate by regression, {value:.3f}"
+    value = max(known.values())
+    said = ", ".join(f"{value:.3f} by {gate}" for gate, value in known.items())
+    what = f"ρ of the hybrid is {said}; the best, {value:.3f},"
     if value >= 0.85:
         return Decision("C4", f"{what} ≥ 0.85: the gate gives what the experts have; C4 follows")
     if value >= 0.70:
@@ -208,7 +214,7 @@ STAGES = (
     ),
     Stage(
         "C2", "a gate that can be deployed, and conditional fusion for faint stars",
-        _gates, ("C2.0", "C2.0+", "C2"), _after_gate,
+        _gates, ("C2.0", "C2.0e", "C2.0+", "C2"), _after_gate,
         lambda _: (
             ("what a gate by regression brings over one by evidence", "hybrid-moe", "hybrid-regression"),
             ("what the experts of the hybrid bring over linear ones, both behind gates", "phys-moe", "hybrid-moe"),

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from moefast.experts.protocol import Expert, ExpertValues, Inputs, expert, in_tiles, read_initializers
 from moefast.ops.arithmetic import SolvingArithmetic, is_matrix
 from moefast.ops.on_numpy import NumPyArithmetic
-from moefast.trunks.networks import KINDS, SEES_FLUX, Kind, Plan, answer, shapes
+from moefast.trunks.networks import KINDS, SEES_FLUX, Kind, NetworkPlan, answer, shapes
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -38,7 +38,7 @@ class Heads(Expert):
 
     Attributes
     ----------
-    plan : Plan
+    plan : NetworkPlan
     numbers : dict of str to array, float32
         See `moefast.trunks.networks.shapes`.
 
@@ -48,7 +48,7 @@ class Heads(Expert):
         A number is missing, has another shape or type, or is not finite.
     """
 
-    plan: Plan
+    plan: NetworkPlan
     numbers: Mapping[str, F32]
 
     family: ClassVar[str] = "heads"
@@ -172,19 +172,19 @@ class Heads(Expert):
         return read_initializers(make, model, stem, "network")
 
 
-def _plan_of(kind: Kind, names: Mapping[str, tuple[int, ...]]) -> Plan:
+def _plan_of(kind: Kind, names: Mapping[str, tuple[int, ...]]) -> NetworkPlan:
     """The plan whose network has numbers of these shapes."""
     if kind not in KINDS:
         raise ValueError(f"a trunk is one of {', '.join(KINDS)}; found {kind!r}")
     (experts, head, _), width = names["heads.w"], names["heads.in.w"][0]
     layers = sum(name.endswith(".up.w") for name in names)
-    return Plan(
+    return NetworkPlan(
         kind,
         names["reference" if SEES_FLUX[kind] else "variance"][0],
         experts - 1,
         width=width,
         depth=names["0.b"][0] if kind == "cnn" else layers,
-        patch=names["patch.w"][0] if kind == "vit" else Plan.patch,
+        patch=names["patch.w"][0] if kind == "vit" else NetworkPlan.patch,
         head=head,
         gate=names["gate.out.w"][0],
     )

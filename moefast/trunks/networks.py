@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from moefast.ops.arithmetic import HEAD, Arithmetic
 
-__all__ = ["KINDS", "SEES_FLUX", "Kind", "Plan", "answer", "embed", "shapes", "start"]
+__all__ = ["KINDS", "SEES_FLUX", "Kind", "NetworkPlan", "answer", "embed", "shapes", "start"]
 
 F32 = NDArray[np.float32]
 Kind = Literal["pca-mlp", "cnn", "vit"]
@@ -50,7 +50,7 @@ transformer of 800 steps on 20 000 stars has R² 0.38, 0.43 and 0.45 with 0.02, 
 
 
 @dataclass(frozen=True)
-class Plan:
+class NetworkPlan:
     """Kind and sizes of a network.
 
     Attributes
@@ -105,7 +105,7 @@ class Plan:
         return n
 
 
-def shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
+def shapes(plan: NetworkPlan) -> dict[str, tuple[int, ...]]:
     """Shape of every number of a network, by name; the scales of inputs and outputs among them."""
     w, k, r = plan.width, plan.n_experts, plan.n_inputs
     found: dict[str, tuple[int, ...]] = {
@@ -157,7 +157,7 @@ def shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def start(plan: Plan, seed: int) -> dict[str, F32]:
+def start(plan: NetworkPlan, seed: int) -> dict[str, F32]:
     """Numbers before the fit: normal, of a size that keeps the variance from layer to layer; scales 1, shifts 0.
 
     The scales of inputs and outputs are those that leave them as they are; whoever fits puts its own.
@@ -203,13 +203,13 @@ def _standardised(a: Arithmetic, x: Any, name: str) -> Any:
     return a.divide(a.subtract(x, a.part(scale, 0, 0, 1)), a.part(scale, 0, 1, 2))
 
 
-def embed(a: Arithmetic, plan: Plan, seen: Mapping[str, Any]) -> tuple[Any, Any]:
+def embed(a: Arithmetic, plan: NetworkPlan, seen: Mapping[str, Any]) -> tuple[Any, Any]:
     """Embedding (n, width) and standardised noise level (n, 1).
 
     Parameters
     ----------
     a : Arithmetic
-    plan : Plan
+    plan : NetworkPlan
     seen : mapping
         `log_level` (n, 1), and z (n, r) or x (n, p), flux with the reference in the place of bad pixels; instead of x,
         `scaled` (n, p) if it is (x − reference) · inverse_noise already.
@@ -238,7 +238,7 @@ def embed(a: Arithmetic, plan: Plan, seen: Mapping[str, Any]) -> tuple[Any, Any]
     return _vit(a, plan, scaled, level), level
 
 
-def _vit(a: Arithmetic, plan: Plan, scaled: Any, level: Any) -> Any:
+def _vit(a: Arithmetic, plan: NetworkPlan, scaled: Any, level: Any) -> Any:
     w, tokens = plan.width, plan.n_inputs // plan.patch
     of_heads = (tokens + 1, w // HEAD, HEAD)
     t = _dense(a, a.shaped(scaled, (tokens, plan.patch)), "patch")
@@ -256,7 +256,7 @@ def _vit(a: Arithmetic, plan: Plan, scaled: Any, level: Any) -> Any:
     return _norm(a, a.shaped(a.part(t, 1, 0, 1), (w,)), "out")
 
 
-def answer(a: Arithmetic, plan: Plan, seen: Mapping[str, Any]) -> tuple[Any, Any, Any, Any]:
+def answer(a: Arithmetic, plan: NetworkPlan, seen: Mapping[str, Any]) -> tuple[Any, Any, Any, Any]:
     """Log g of each expert (n, K) and its 1σ (n, K), dex; logits of the gate (n, K); the embedding.
 
     Parameters

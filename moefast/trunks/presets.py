@@ -17,7 +17,7 @@ SIZES = get_args(Size)
 
 @dataclass(frozen=True)
 class Preset:
-    """Sizes of a `Plan`, and the schedule of its fit."""
+    """Sizes of a `NetworkPlan`, and the schedule of its fit."""
 
     plan: Mapping[str, int]
     schedule: Schedule

@@ -85,10 +85,8 @@ def test_a_tiny_roadmap_is_fitted_evaluated_and_judged(labelled_file, stars, tmp
         module, "simulate_set", lambda path, *_: few.write(path, arrays=("flux", "error", "noisy"))
     )
     monkeypatch.setattr(module.SimulatedSpectra, "of_set", lambda *_, **__: spectra)
-    plan = Plan(train=1500, seeds=2, steps=5, families=("linear", "whitened"))
-    result = roadmap(
-        tmp_path / "r", plan, everything=True, say=lambda w: print(__import__("time").process_time(), w)
-    )
+    plan = Plan(train=1500, seeds=2, steps=5, families=("linear", "template"))
+    result = roadmap(tmp_path / "r", plan, everything=True)
     assert result.path == tuple(stage.id for stage in STAGES)
     rows = {row.id: row for stage in result.stages for row in stage.milestones}
     assert all(row.ours.value is not None for row in rows.values())
@@ -103,8 +101,7 @@ def test_a_tiny_roadmap_is_fitted_evaluated_and_judged(labelled_file, stars, tmp
 
     (check,) = rows["C2.0"].absolute.checks
     assert check.value == pytest.approx(rho("own"), abs=1e-6)
-    # There is no library, and so no evidence.
-    assert found["rho_bayes"] is None
+    assert found["rho_bayes"]["value"] == pytest.approx(rho("bayes-gate"), abs=1e-6)
     worst = reports["hybrid-metal-poor"]["worst_metal_poor"]
     assert rows["C1.1"].ours.value == worst["r2_oracle"]
     assert f"bin {worst['name']}" in rows["C1.1"].ours.note
@@ -125,8 +122,8 @@ def test_a_strong_hybrid_and_a_good_gate_lead_to_residuals(made, tmp_path):
     assert "C2 follows" in words[1]
     assert "≥ 0.85" in words[2]
     assert result.stages[-1].decision.follows == module.END
-    assert any(line.startswith("C2: ρ of the hybrid") for line in said)
-    assert [row.id for row in result.stages[2].milestones] == ["C2.0", "C2.0+", "C2"]
+    assert any(line.startswith("C2: ρ of the hybrid is 0.9") for line in said)
+    assert [row.id for row in result.stages[2].milestones] == ["C2.0", "C2.0e", "C2.0+", "C2"]
     rescue = result.stages[1].milestones[1]
     assert (rescue.id, rescue.absolute.verdict) == ("C1.1", "pass")
     assert json.loads((tmp_path / "r/roadmap.json").read_text()) == as_entries(result)
@@ -151,8 +148,10 @@ def test_a_strong_hybrid_and_a_good_gate_lead_to_residuals(made, tmp_path):
     ("change", "path"),
     [
         ({"oracle": 0.6}, ["C0", "C1", "C3", "C4"]),
-        ({"hybrid-regression": 0.775}, ["C0", "C1", "C2", "C3", "C4"]),
-        ({"hybrid-regression": 0.75}, ["C0", "C1", "C2"]),
+        ({"hybrid-regression": 0.775, "hybrid-moe": 0.6}, ["C0", "C1", "C2", "C3", "C4"]),
+        ({"hybrid-regression": 0.75, "hybrid-moe": 0.75}, ["C0", "C1", "C2"]),
+        # The better gate decides.
+        ({"hybrid-regression": 0.75}, ["C0", "C1", "C2", "C4"]),
         # Linear experts decide nothing: the gate that is judged is that of the hybrid.
         ({"phys-moe": 0.61}, ["C0", "C1", "C2", "C4"]),
     ],

@@ -15,7 +15,7 @@ from moefast.ops.arithmetic import is_half, is_matrix
 from moefast.ops.on_numpy import NumPyArithmetic
 from moefast.ops.on_torch import TorchArithmetic
 from moefast.trunks.heads import Heads
-from moefast.trunks.networks import Plan, answer, shapes, start
+from moefast.trunks.networks import NetworkPlan, answer, shapes, start
 
 
 @pytest.fixture(params=KINDS)
@@ -162,11 +162,11 @@ def test_answers_are_bounded_whatever_is_seen(mixture):
 )
 def test_plans_that_cannot_be_are_refused(changes, match):
     with pytest.raises(ValueError, match=match):
-        Plan(**{"kind": "pca-mlp", "n_inputs": 640, "n_experts": 9, "width": 64, **changes})
+        NetworkPlan(**{"kind": "pca-mlp", "n_inputs": 640, "n_experts": 9, "width": 64, **changes})
 
 
 def test_numbers_that_do_not_fit_are_refused():
-    plan = Plan("pca-mlp", 12, 5, width=32)
+    plan = NetworkPlan("pca-mlp", 12, 5, width=32)
     numbers = start(plan, 0)
     assert {name: a.shape for name, a in numbers.items()} == shapes(plan)
     with pytest.raises(ValueError, match=r"other numbers: in\.w"):

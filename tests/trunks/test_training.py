@@ -14,7 +14,7 @@ from moefast.kernels.reference import line_features
 from moefast.ops.arithmetic import is_half, is_matrix
 from moefast.trunks import training
 from moefast.trunks.heads import Heads
-from moefast.trunks.networks import Plan, start
+from moefast.trunks.networks import NetworkPlan, start
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
@@ -51,7 +51,7 @@ def fitted(folder=None, schedule=SCHEDULE, stop_after=None, monkeypatch=None, ke
     covariance[:RANK, RANK:] = covariance[RANK:, :RANK] = 0
     widths = np.full(N_LINES // 3, 2, np.float32)
     stars = training.StarsInComponents(torch, "cpu", z, windows, level, covariance, widths, LEAST_CONTINUUM)
-    plan = Plan("pca-mlp", RANK, 2, width=32, head=8, gate=8)
+    plan = NetworkPlan("pca-mlp", RANK, 2, width=32, head=8, gate=8)
     begin = training.scaled(
         Heads(plan, start(plan, 0)),
         {

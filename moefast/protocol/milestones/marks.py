@@ -174,6 +174,7 @@ _RESCUE = Quantity(
 )
 _NO_LOSS = Quantity(f"R² of {_FOCUS} over hybrid-moe's, metal-poor stars", focus_gain, (_FOCUS, "hybrid-moe"))
 _HYBRID_RHO = rho_of(_REGRESSION, HYBRID_ORACLE)
+_EVIDENCE_RHO = rho_of("hybrid-moe", HYBRID_ORACLE)
 _DEPLOYED = (Check(r2_of("hybrid-moe"), "≥", 0.65), Check(r2_of(_REGRESSION), "≥", 0.65))
 
 ADDED_MILESTONES = (
@@ -194,6 +195,15 @@ ADDED_MILESTONES = (
         absolute=Rule((Check(_HYBRID_RHO, "≥", 0.85),)),
         reference=Rule((Check(_HYBRID_RHO, "≥", 0.95),)),
         commands=_evaluated(_REGRESSION),
+    ),
+    Milestone(
+        id="C2.0e",
+        what="the same experts behind a gate by evidence, Bayes' rule",
+        published="none",
+        ours=r2_of("hybrid-moe"),
+        absolute=Rule((Check(_EVIDENCE_RHO, "≥", 0.85),)),
+        reference=Rule((Check(_EVIDENCE_RHO, "≥", 0.95),)),
+        commands=_evaluated("hybrid-moe"),
     ),
     Milestone(
         id="C2.0+",

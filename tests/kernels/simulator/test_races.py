@@ -7,11 +7,16 @@ import pytest
 from made_clouds import mixture, stars
 from made_velocities import space_of, stars_of, templates
 from numba import cuda, float32, float64
+from numba.cuda.simulator import kernel
+from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
 from simulated_races import RaceError, find_races
 
 from moefast.core.grids import Grid, SnrGrid
 from moefast.kernels import sort_by_bin, velocity_evidence, velocity_step
 from moefast.kernels.cuda import (
+    CudaPosteriorScorer,
+    CudaVelocityScan,
+    CudaVelocityStep,
     FirstPass,
     RowsSeen,
     binning,
@@ -138,13 +143,15 @@ def test_the_posterior(small, in_shared, at_once, monkeypatch, log):
     """Five stars: blocks of two stars, one of which is there once, and several stars for each block of roots."""
     if not in_shared:
         monkeypatch.setattr(information, "MOST_OF_BLOCK", 0)
-    made = mixture(p=60, m=6, t=4, n=13, q=3, n_sky=1)
-    made.tangents[:, :, 9:] = 0
+    made = mixture(p=60, m=6, t=4, n=17, q=3, n_sky=1)
+    # The last nine coordinates have means alone, so that their bands are staged without tangents between.
+    made.tangents[:, :, 8:] = 0
     precision = made.numbers["library_precision"]
     cells, shares = alike_pixels(made.directions, made.noise_shape, precision, n_cells=17)
     made = replace(made, cells=cells, cell_shares=shares)
     if not at_once:
-        plain = clouds.sizes_of(16, 12, 5)
+        plain = clouds.sizes_of(20, 8, 5)
+        assert plain.depth == 8
         monkeypatch.setattr(
             clouds, "sizes_of", lambda n, reach, vectors: clouds.Sizes(2, 4, plain.stride, plain.shared)
         )
@@ -176,33 +183,98 @@ def test_the_step_of_velocities(small, in_shared, monkeypatch, log):
     assert log.n_accesses > 10_000
 
 
-@pytest.mark.parametrize("grid", [Grid((4000.0, 5000.0, 6000.0), (-2.0, 0.0, 1.0)), SnrGrid((1.5, 1.8, 2.0))])
-def test_the_first_pass(grid, monkeypatch, log):
+GRIDS = [Grid((4000.0, 5000.0, 6000.0), (-2.0, 0.0, 1.0)), SnrGrid((1.5, 1.8, 2.0))]
+
+
+@pytest.fixture
+def few_threads(monkeypatch):
     for name, value in {"SUM_THREADS": 8, "COLUMNS": 4, "LANES": 3}.items():
         monkeypatch.setattr(gram, name, value)
-    monkeypatch.setattr(binning, "THREADS", 8)
-    monkeypatch.setattr(binning, "SCAN_THREADS", 8)
-    monkeypatch.setattr(binning, "CHUNK_ROWS", 2)
+    for name, value in {"THREADS": 8, "SCAN_THREADS": 8, "CHUNK_ROWS": 2}.items():
+        monkeypatch.setattr(binning, name, value)
     monkeypatch.setattr(draws, "THREADS", 4)
+
+
+def rows_of_a_fit(n, p):
     rng = np.random.default_rng(0)
-    n, p = 9, 5
-    flux, error = (
-        rng.normal(1, 0.3, (n, p)).astype(np.float32),
-        rng.uniform(0.1, 0.9, (n, p)).astype(np.float32),
-    )
+    flux, error = rng.normal(1, 0.3, (n, p)), rng.uniform(0.1, 0.9, (n, p))
     labels = rng.uniform(3, 5, n), rng.uniform(3000, 7000, n), rng.uniform(-3, 2, n)
-    rows = FirstPass(
-        np.ones(p), grid, 2, RowsSeen(True, 0.0), RowsSeen(True, 0.0), stage_rows=6, piece_rows=4, slots=2
-    )
-    rows.add(flux, error, *labels, np.arange(n) % 2, np.arange(n))
-    assert rows.fetch().count.sum() == rows.fetch(True).count.sum() == n
-    assert log.n_accesses > 10_000
+    return flux.astype(np.float32), error.astype(np.float32), *labels, np.arange(n) % 2, np.arange(n)
 
 
-def test_sorting(monkeypatch, log):
-    monkeypatch.setattr(binning, "CHUNK_ROWS", 3)
-    monkeypatch.setattr(binning, "SCAN_THREADS", 8)
-    monkeypatch.setattr(binning, "THREADS", 8)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_the_first_pass(grid, few_threads, log, request):
+    if isinstance(grid, SnrGrid):
+        # The 256 threads of a tile of products once.
+        request.getfixturevalue("numpy_products")
+    how = {"stage_rows": 6, "piece_rows": 4, "slots": 2}
+    rows = FirstPass(np.ones(5), grid, 2, RowsSeen(True, 0.0), RowsSeen(True, 0.0), **how)
+    rows.add(*rows_of_a_fit(9, 5))
+    assert rows.fetch().count.sum() == rows.fetch(True).count.sum() == 9
+    assert log.n_accesses > 2_000
+
+
+def test_sorting(few_threads, log):
     bins = np.random.default_rng(0).integers(0, 5, 61)
     order, _ = sort_by_bin(bins, 5, backend="cuda")
     np.testing.assert_array_equal(order, np.argsort(bins, kind="stable"))
+
+
+# -- streams ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """The stream of each launch and copy from now on; the default stream is 0."""
+    used = []
+    launch = kernel.FakeCUDAKernel.__getitem__
+    copies = {name: getattr(FakeCUDAArray, name) for name in ("copy_to_device", "copy_to_host")}
+
+    def configured(self, configuration):
+        used.append(configuration[2] if len(configuration) > 2 else 0)
+        return launch(self, configuration)
+
+    def copy(name):
+        def copied(self, ary=None, stream=0):
+            used.append(stream)
+            return copies[name](self, ary, stream)
+
+        return copied
+
+    monkeypatch.setattr(kernel.FakeCUDAKernel, "__getitem__", configured)
+    for name in copies:
+        monkeypatch.setattr(FakeCUDAArray, name, copy(name))
+    return used
+
+
+@pytest.mark.parametrize("what", ["posterior", "scan", "step"])
+def test_all_of_a_block_goes_through_the_stream_of_its_slot(what, small, streams):
+    made = mixture(p=30, m=4, n=4, q=1)
+    flux, error = stars(made, 3)
+    if what == "posterior":
+        scorer = CudaPosteriorScorer(*made.kernel_arrays, block_rows=2, slots=1)
+    elif what == "scan":
+        lines = templates(n_v=3, r=2, m=4, c=2, k=21, first=3)
+        scorer = CudaVelocityScan(lines, 30, block_rows=2, slots=1)
+    else:
+        scorer = CudaVelocityStep(*space_of(made, 1), block_rows=2, slots=1)
+    streams.clear()
+    scorer(flux, error, np.zeros(flux.shape, bool))
+    with scorer.slot() as slot:
+        assert len(streams) >= 2 * (3 + 4 + 1)
+        assert all(stream is slot.stream for stream in streams)
+
+
+@pytest.mark.usefixtures("numpy_products")
+@pytest.mark.parametrize("grid", GRIDS)
+def test_nothing_of_the_first_pass_goes_through_the_default_stream(grid, few_threads, streams):
+    """Pieces go through their slots' streams, bins through the stage's, and products through one of all stages."""
+    how = {"stage_rows": 4, "piece_rows": 3, "slots": 1}
+    rows = FirstPass(np.ones(5), grid, 2, RowsSeen(True), RowsSeen(True, 0.0), **how)
+    streams.clear()
+    rows.add(*rows_of_a_fit(8, 5))
+    for stage in rows._stages:
+        stage.wait()
+    known = [slot.stream for slot in rows._slots] + [stage.stream for stage in rows._stages] + [rows._compute]
+    assert all(any(stream is one for one in known) for stream in streams)
+    assert all(any(stream is one for stream in streams) for one in known)
