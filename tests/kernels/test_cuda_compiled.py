@@ -16,7 +16,7 @@ pytest.importorskip("cuda.bindings")
 
 from numba import cuda
 
-from moefast.kernels.cuda import assembly, registry
+from moefast.kernels.cuda import assembly, clouds, registry
 
 KERNELS = registry.load()
 
@@ -43,6 +43,14 @@ def test_kernel_compiles_without_spills_to_about_as_many_instructions_as_before(
     low, high = ((1 + sign * DRIFT) * before["instructions"] for sign in (-1, 1))
     assert low <= found.instructions <= high, (before, found)
     assert found.registers <= before["registers"] + MORE_REGISTERS, (before, found)
+
+
+@pytest.mark.parametrize("target", assembly.TARGETS, ids=lambda target: f"sm_{target[0]}{target[1]}")
+def test_a_device_gets_the_launch_bounds_that_are_compiled_here(target):
+    for vectors in clouds.USUAL_VECTORS:
+        launched = clouds.usual(vectors, target) or clouds._made(vectors)
+        expected = KERNELS[f"compare_clouds_{vectors}"].bounds_on(target)
+        assert launched.targetoptions["launch_bounds"] == expected
 
 
 def test_only_kernels_that_there_are_have_counts():
