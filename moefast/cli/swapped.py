@@ -6,6 +6,7 @@ import functools
 import os
 import shlex
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -100,7 +101,7 @@ def _shipped() -> tuple[str, ...]:
 
 def _is_shipped(name: str) -> bool:
     """Whether nothing of this name is here, and a model of this name comes with moefast."""
-    return not os.path.lexists(name) and name in _shipped()
+    return name in _shipped() and not os.path.lexists(name)
 
 
 def _words_of_model(name: str) -> str:
@@ -115,18 +116,18 @@ def _kind(name: str) -> Kind:
     from moefast.model import MANIFEST
 
     path = Path(name)
-    if path.is_dir():
-        return "model" if (path / MANIFEST).exists() else ""
-    if _is_shipped(name):
-        return "model"
-    if is_table(path):
-        return "table"
-    if not path.is_file():
-        return ""
-    if any(part in {".fits", ".fit"} for part in path.suffixes):
-        return "spectra"
-    try:
+    # What the system cannot open, such as a name that is too long, has been told by whoever tried before.
+    with suppress(OSError):
+        if path.is_dir():
+            return "model" if (path / MANIFEST).exists() else ""
+        if _is_shipped(name):
+            return "model"
+        if is_table(path):
+            return "table"
+        if not path.is_file():
+            return ""
+        if any(part in {".fits", ".fit"} for part in path.suffixes):
+            return "spectra"
         with h5py.File(path, "r") as file:
             return "spectra" if "dataset" in file else ""
-    except OSError:
-        return ""
+    return ""

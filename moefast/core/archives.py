@@ -76,7 +76,11 @@ def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, size: int) -
             (2, 0): np.lib.format.read_array_header_2_0,
         }
         shape, _, dtype = read[version](stream)
-        if dtype.hasobject or math.prod(shape) * dtype.itemsize > member.file_size:
+        if dtype.hasobject:
+            raise DamagedArchive(
+                f"{member.filename!r} holds Python objects, which could run code; expected numbers"
+            )
+        if math.prod(shape) * dtype.itemsize > member.file_size:
             raise DamagedArchive(f"{member.filename!r} has shape {shape} of {dtype}, more than is there")
     with archive.open(member) as stream:
         array: NDArray = np.lib.format.read_array(stream, allow_pickle=False)

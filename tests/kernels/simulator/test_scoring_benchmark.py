@@ -2,9 +2,11 @@
 
 import importlib.util
 import json
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from made_clouds import mixture as posterior_mixture
@@ -14,6 +16,8 @@ from plans import random_plans, spectra
 from moefast.core.errors import BackendError
 from moefast.kernels import project, soft_mix
 from moefast.kernels.cuda import mix, scoring
+from moefast.mixture import Prediction
+from moefast.spectra.quality import Quality
 
 SCRIPT = Path(__file__).resolve().parents[3] / "benchmarks" / "gpu_scoring.py"
 
@@ -27,8 +31,19 @@ def script(monkeypatch, small_tiles):
         monkeypatch.setattr(owner, name, 2)
     projection, mixing = random_plans(p=24, c=6, w=1)
     flux, error = spectra(3, projection)
+
+    def score(flux, error, mask):
+        seen = project(flux, error, mask, projection)
+        mixed = soft_mix(seen, mixing)
+        of_mixed = (getattr(mixed, one.name) for one in fields(Prediction)[:6])
+        quality = Quality(seen.snr_norm, seen.snr_median, seen.n_good, seen.flag)
+        return Prediction(*of_mixed, seen.log_level), quality
+
     # All that the benchmark asks of a mixture, in a size that the simulator manages.
     mixture = SimpleNamespace(
+        reference=np.ones(24, np.float32),
+        noise_shape=np.ones(24, np.float32),
+        score=score,
         projection=projection,
         mixing=mixing,
         n_pixels=24,
