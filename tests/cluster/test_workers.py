@@ -178,14 +178,18 @@ def run_out(marks):
         raise MemoryError("not 9 bytes")
 
 
-def test_a_worker_without_memory_ends_and_leaves_its_task_to_another(client, tmp_path):
-    pids = set(client.run(os.getpid).values())
+def test_a_worker_without_memory_ends_and_leaves_its_task_to_another(tmp_path, monkeypatch):
+    # Without workers for so long, the job is given up with an error.
+    monkeypatch.setattr(workers, "PATIENCE", 60)
     # Workers have no folder of tests.
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    task = workers.submit(client, run_out, str(tmp_path / "tried"))
-    assert workers._result(task) == 7
-    client.wait_for_workers(2, timeout=60)
-    assert len(pids & set(client.run(os.getpid, on_error="ignore").values())) == 1
+    with workers.connect("local:2") as client:
+        pids = set(client.run(os.getpid).values())
+        assert len(pids) == 2
+        task = workers.submit(client, run_out, str(tmp_path / "tried"))
+        assert list(workers.results_in_order(client, [task])) == [7]
+        client.wait_for_workers(2, timeout=60)
+        assert len(pids & set(client.run(os.getpid, on_error="ignore").values())) == 1
 
 
 class Task:
