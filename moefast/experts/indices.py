@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from moefast.core.line_features import LEAST_CONTINUUM, LINES, Line
 from moefast.experts.protocol import Components, Expert, ExpertValues, Inputs, expert, read_initializers
-from moefast.experts.trees import ensemble, fit_trees, forest_arrays, read_ensemble, stacking
+from moefast.experts.trees import ensemble, fit_trees, forest_arrays, read_ensemble, read_forest, stacking
 from moefast.kernels import Forest
 from moefast.ops.arithmetic import SolvingArithmetic
 from moefast.ops.on_numpy import NumPyArithmetic
@@ -163,8 +163,7 @@ class TreesOnIndices(Expert):
         ValueError
             They do not fit together.
         """
-        names = Forest.__dataclass_fields__
-        return cls(Forest(**{name: read(name) for name in names}), read("windows"), read("offsets"))
+        return cls(read_forest(read), read("windows"), read("offsets"))
 
     @classmethod
     def read_nodes(cls, model: ModelProto, stem: str) -> Self:

@@ -42,6 +42,7 @@ __all__ = [
     "forest_arrays",
     "read_booster",
     "read_ensemble",
+    "read_forest",
     "stacking",
 ]
 
@@ -128,7 +129,7 @@ class Trees(Expert):
         sees = read("sees")
         if sees.shape != (1,) or not 0 <= sees[0] < len(SEES):
             raise ValueError(f"sees must be one index of {SEES}; found {sees}")
-        return cls(Forest(**{name: read(name) for name in _ARRAYS}), SEES[int(sees[0])])
+        return cls(read_forest(read), SEES[int(sees[0])])
 
     @classmethod
     def read_nodes(cls, model: ModelProto, stem: str) -> Self:
@@ -227,6 +228,11 @@ def _ensemble(stem: str) -> str:
 def forest_arrays(forest: Forest) -> dict[str, NDArray]:
     """Arrays of a forest by name."""
     return {name: getattr(forest, name) for name in _ARRAYS}
+
+
+def read_forest(read: Callable[[str], NDArray]) -> Forest:
+    """The inverse of `forest_arrays`; raises ValueError if they do not fit together."""
+    return Forest(**{name: read(name) for name in _ARRAYS})
 
 
 _ARRAYS = ("base", "n_leaves", "feature", "threshold", "left", "right", "value")
