@@ -221,9 +221,9 @@ def fit(
     with ProgressLine(quiet) as progress:
         # A posterior takes templates without gaps, and has errors calibrated over those of the files.
         whole = bool(like) and RECIPES[recipe].options.get("families") == ("posterior",)
+        progress.doing("fit: reading")
         source = Source(simulate=simulate, name=name, like=like, resolution=resolution, whole=whole)
         observed = source.observed()
-        progress.doing("fit: reading")
         spectra = source.open(observed) if simulate else open_spectra(files)
         if observed is not None:
             progress.note(str(observed))
