@@ -10,6 +10,7 @@ import click
 
 from moefast.cli.messages import tell_result
 from moefast.cli.options import JSON, OVERWRITE, talk
+from moefast.cli.swapped import swapped_told
 from moefast.core.progress import ProgressLine
 
 __all__ = ["merge"]
@@ -25,6 +26,7 @@ __all__ = ["merge"]
 @OVERWRITE
 @talk
 @JSON
+@swapped_told
 def merge(parts: tuple[str, ...], out: str, hats: bool, overwrite: bool, quiet: bool, as_json: bool) -> None:
     """Join the tables that moefast predict wrote with --shard, or with --rows, into one; or finish a fit.
 

@@ -45,7 +45,7 @@ def roadmap(
     families: tuple[str, ...] | None, strong: str | None, everything: bool, resume: bool, backend: str, quiet: bool,
     as_json: bool,
 ) -> None:  # fmt: skip
-    """Run the roadmap: the ruler (C0), experts (C1), a gate (C2), a trunk with heads (C3), residuals (C4).
+    """Run the roadmap: one ridge as published (C0), experts (C1), a gate (C2), a trunk with heads (C3), residuals (C4).
 
     \b
         moefast roadmap -o roadmap/
