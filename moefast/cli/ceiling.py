@@ -41,7 +41,7 @@ __all__ = ["ceiling"]
     metavar="N",
     default=0,
     show_default=True,
-    help="Of the posterior samples.",
+    help="Seed of the posterior samples.",
 )
 @SCHEDULER
 @OVERWRITE
