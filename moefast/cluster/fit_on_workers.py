@@ -90,6 +90,7 @@ def fit_on(
     *,
     backend: Literal["cpu", "cuda"] = "cpu",
     n_parts: int | None = None,
+    save: Callable[[Model], Model] | None = None,
     progress: StageProgress | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Model:
@@ -107,6 +108,9 @@ def fit_on(
         Where the workers gather the normal equations.
     n_parts : int, optional
         Tasks of the first pass.
+    save : callable, optional
+        Called with the model before the parts are removed, so that a fit that is killed meanwhile still has them; gives
+        the model as it is saved.
     progress : callable, optional
         Called with the name of a stage, rows (or steps) done by all workers, and rows in all.
     tell : callable, optional
@@ -115,7 +119,7 @@ def fit_on(
     Returns
     -------
     Model
-        Not saved yet.
+        What `save` gave; without it, a model that is not saved yet.
 
     Raises
     ------
@@ -138,6 +142,8 @@ def fit_on(
 
     passes = Passes(functools.partial(SpreadTrainingSet, cluster), first_pass)
     model = prepared.fit(report, None, backend, passes)
+    if save is not None:
+        model = save(model)
     remove_quietly(folder)
     return model
 

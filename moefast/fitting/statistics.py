@@ -1,8 +1,8 @@
 """What the first pass gathers from a range of rows: the partial statistics of a fit, which add.
 
 Design: an input is divided into as few units of at most `UNIT_ROWS` rows as can be, of equal length, so that processes
-have equal shares. Totals of units are exact sums (`moefast.experts.exact_sums`), so that a fit has the same bits however
-its units are divided among processes, and in whatever order these are done. A part is a run of whole units.
+have equal shares. Totals of units are exact sums (`moefast.experts.exact_sums`), so that a fit has the same bits
+however its units are divided among processes, and in whatever order these are done. A part is a run of whole units.
 """
 
 from __future__ import annotations
