@@ -161,8 +161,8 @@ def test_a_checkpoint_of_another_fit_is_refused_and_stays(toy_file, train_file, 
         fit(toy_file, noise="sampled", references=False, checkpoint=kept)
     with pytest.raises(InputError, match=r"options\.grid\.t_eff_edges was"):
         fit(toy_file, recipe="global-ridge", checkpoint=kept)
-    monkeypatch.setattr(module, "SCHEMA", 4)
-    with pytest.raises(InputError, match="schema was 3, is 4"):
+    monkeypatch.setattr(module, "SCHEMA", 5)
+    with pytest.raises(InputError, match="schema was 4, is 5"):
         fit(toy_file, checkpoint=kept)
     monkeypatch.undo()
     monkeypatch.setattr(module, "__version__", "9.9")

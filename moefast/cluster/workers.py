@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ALONE",
+    "addresses_of",
     "check_workers",
     "connect",
     "gather_results",
@@ -132,6 +133,14 @@ def connect(scheduler: str) -> Generator[Client, None, None]:
         if devices := devices_of(os.environ):
             client.register_plugin(_device_plugin(devices))
         yield client
+
+
+def addresses_of(client: Client) -> list[str]:
+    """Addresses of the workers that the scheduler has.
+
+    Not by `Client.scheduler_info`, which gives none whenever the client has just asked for something else.
+    """
+    return list(client.sync(client.scheduler.identity, n_workers=-1)["workers"])
 
 
 def devices_of(environment: Mapping[str, str]) -> list[str]:
@@ -343,11 +352,13 @@ def _watched(client: Client, tasks: list[Any]) -> Generator[None, None, None]:
     def watch() -> None:
         last = time.monotonic()
         while not ended.wait(PATIENCE / 20):
-            with suppress(Exception):
-                # A scheduler that is lost is told by the tasks.
-                if client.scheduler_info(n_workers=-1)["workers"]:
-                    last = time.monotonic()
-            if time.monotonic() - last > PATIENCE:
+            try:
+                workers = addresses_of(client)
+            except Exception:  # no answer is not "none"; a scheduler that is lost is told by the tasks
+                continue
+            if workers:
+                last = time.monotonic()
+            elif time.monotonic() - last > PATIENCE:
                 deserted.set()
                 client.cancel(list(tasks))
                 return

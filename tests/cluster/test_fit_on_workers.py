@@ -150,7 +150,7 @@ def test_a_client_that_is_stopped_goes_on(client, plan, whole, tmp_path, monkeyp
 
 
 def test_what_a_worker_does_not_see_is_named(client, plan, tmp_path, monkeypatch):
-    address = next(iter(client.scheduler_info(n_workers=-1)["workers"]))
+    address = workers.addresses_of(client)[0]
     facts = {"version": workers.__version__, "missing": [plan.source.files[0]]}
     monkeypatch.setattr(client, "run", lambda *_, **__: {address: facts})
     with pytest.raises(InputError, match=rf"worker {address} does not see .*train\.h5"):
