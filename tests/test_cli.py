@@ -278,6 +278,7 @@ def test_fit_evaluate_export(run, labelled_file, few, model):
         "is none of mixture, gate, expert-0"
         in run("export", "model", "-o", "e", "--part", "nil", code=2).stderr
     )
+    assert "'fog' is unknown; choose of z0" in run("scenarios", "--scenario", "fog", code=2).stderr
     assert not os.path.exists("e")
 
 

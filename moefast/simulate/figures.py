@@ -123,9 +123,7 @@ def spectra_figure(emulator: Emulator) -> Figure:
     figure.supylabel("flux / median", fontsize=11)
     handles = [
         panels[0, 0].plot([], [], color=BLUE, label="noise-free")[0],
-        panels[0, 0].plot(
-            [], [], color=GREY, label="one draw at a median signal-to-noise ratio of 8"
-        )[0],
+        panels[0, 0].plot([], [], color=GREY, label="one draw at a median signal-to-noise ratio of 8")[0],
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False, fontsize=11)
     return figure
