@@ -128,7 +128,7 @@ def connect(scheduler: str) -> Generator[Client, None, None]:
     with (
         dask.config.set(settings),
         LocalCluster(n_workers=count, threads_per_worker=1, dashboard_address=":0") as cluster,
-        Client(cluster, set_as_default=False) as client,
+        Client(cluster, set_as_default=False, direct_to_workers=True) as client,
     ):
         if devices := devices_of(os.environ):
             client.register_plugin(_device_plugin(devices))
