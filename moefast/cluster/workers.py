@@ -140,7 +140,8 @@ def addresses_of(client: Client) -> list[str]:
 
     Not by `Client.scheduler_info`, which gives none whenever the client has just asked for something else.
     """
-    return list(client.sync(client.scheduler.identity, n_workers=-1)["workers"])
+    scheduler: Any = client.scheduler
+    return list(client.sync(scheduler.identity, n_workers=-1)["workers"])
 
 
 def devices_of(environment: Mapping[str, str]) -> list[str]:
