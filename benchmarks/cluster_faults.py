@@ -481,10 +481,9 @@ class Campaign:
             struck = run_struck(
                 self.context, *self._process(who, what, case), folder=case, strike=strike, usual=usual
             )
-            if not struck.killed:
-                return ""
-            self._complete(who, what, case, work)
-            return struck.where
+            if struck.killed or who == "shard":
+                self._complete(who, what, case, work)
+            return struck.where if struck.killed else ""
         if who != "all above their memory":
             return self.field.disturb(who, work, strike.second(usual), self.seconds[what])
         failed: list[BackendError] = []

@@ -91,7 +91,7 @@ def operations() -> int:
     return _counter.count
 
 
-def computed(pid: int) -> float:
+def computed(pid: int | None) -> float:
     """Seconds that a process has computed; inf once it has ended."""
     try:
         # What follows the name in brackets: state, …, user and system time as the 12th and 13th.
