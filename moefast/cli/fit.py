@@ -33,6 +33,8 @@ from moefast.cli.swapped import swapped_told
 from moefast.core.progress import ProgressLine
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from moefast.checkpoint import Checkpoint
     from moefast.cluster.fit_parts import FitPlan
     from moefast.model import Model
@@ -237,6 +239,11 @@ def fit(
         }  # fmt: skip
         kept = Checkpoint(checkpoint, tell=progress.note) if checkpoint else None
         progress.expect(expected_stages(options_of(**arguments), spectra.n_rows) | {WRITING: 3.0})
+
+        def save(model: Model) -> Model:
+            progress.doing(WRITING)
+            return model.save(out, overwrite=overwrite)
+
         if shard is not None or scheduler is not None:
             plan = FitPlan(source if simulate else Source.of_files(files), arguments)
             prepared = plan.prepare(
@@ -249,14 +256,13 @@ def fit(
             )
             return
         if scheduler is not None:
-            model = _on_cluster(scheduler, plan, prepared, out, where.name, progress)
+            model = _on_cluster(scheduler, plan, prepared, out, where.name, progress, save)
         else:
             model = run(
                 spectra, **arguments, progress=progress.stage, checkpoint=kept, backend=where.name,
                 tell=progress.tell,
             )  # fmt: skip
-        progress.doing(WRITING)
-        model = model.save(out, overwrite=overwrite)
+            model = save(model)
     if kept is not None:
         kept.remove()
     facts = {
@@ -302,16 +308,17 @@ def _gather(
 
 
 def _on_cluster(
-    scheduler: str, plan: FitPlan, prepared: PreparedFit, out: str, backend: str, progress: ProgressLine
-) -> Model:
+    scheduler: str, plan: FitPlan, prepared: PreparedFit, out: str, backend: str, progress: ProgressLine,
+    save: Callable[[Model], Model],
+) -> Model:  # fmt: skip
     """The same model by the workers of a cluster."""
     from moefast.cli.spread import connected
     from moefast.cluster.fit_on_workers import fit_on
 
     with connected(scheduler, progress) as client:
         return fit_on(
-            client, plan, prepared, out, backend="cuda" if backend == "cuda" else "cpu", progress=progress.stage,
-            tell=progress.tell,
+            client, plan, prepared, out, backend="cuda" if backend == "cuda" else "cpu", save=save,
+            progress=progress.stage, tell=progress.tell,
         )  # fmt: skip
 
 

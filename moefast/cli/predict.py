@@ -252,11 +252,11 @@ def _on_cluster(
     report: str | None, overwrite: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """The same table by the workers of a cluster."""
-    from moefast.cluster.workers import predict_on
+    from moefast.cluster.workers import addresses_of, predict_on
 
     begin = time.perf_counter()
     with ProgressLine(quiet or as_json) as progress, connected(scheduler, progress) as client:
-        workers = len(client.scheduler_info(n_workers=-1)["workers"])
+        workers = len(addresses_of(client))
         merged = predict_on(
             client,
             files,
