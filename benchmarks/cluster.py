@@ -23,7 +23,7 @@ import numpy as np
 
 from moefast.benchmarks.environment import describe
 from moefast.cluster.fit_on_workers import fit_on
-from moefast.cluster.fit_parts import FitPlan, Source
+from moefast.cluster.fit_parts import FitPlan, TrainingSpectra
 from moefast.cluster.workers import connect, predict_on
 from moefast.model import Model
 from moefast.predicting.files import predict
@@ -69,7 +69,7 @@ def measure(
             click.echo(f"simulating {path}", err=True)
             simulate_set(path, set_name, "train", rows=(first, min(number, first + FILE_ROWS)))
     files = sorted(data.glob("*.h5"))
-    plan = FitPlan(Source.of_files(files), {"recipe": recipe})
+    plan = FitPlan(TrainingSpectra.of_files(files), {"recipe": recipe})
     seconds: dict[str, list[float]] = {}
     processor: dict[str, list[float]] = {}
     begin = time.perf_counter()

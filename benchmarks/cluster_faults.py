@@ -40,7 +40,7 @@ from moefast.benchmarks.cluster import same_model, same_table
 from moefast.benchmarks.environment import describe
 from moefast.cluster import workers
 from moefast.cluster.fit_on_workers import fit_on
-from moefast.cluster.fit_parts import FitPlan, Source, fit_of_parts, gather_to_file
+from moefast.cluster.fit_parts import FitPlan, TrainingSpectra, fit_of_parts, gather_to_file
 from moefast.cluster.merge import merge_tables
 from moefast.cluster.workers import connect, predict_on
 from moefast.core.atomic import write_json
@@ -118,7 +118,7 @@ class Ground:
 
 def plan_of(folder: Path) -> FitPlan:
     """The fit of the spectra of a folder."""
-    return FitPlan(Source.of_files([folder / "spectra.h5"]), ARGUMENTS)
+    return FitPlan(TrainingSpectra.of_files([folder / "spectra.h5"]), ARGUMENTS)
 
 
 def job(folder: Path, case: Path, what: str, client: Any) -> Any:

@@ -186,7 +186,7 @@ def fit(
     """
     from moefast.backend import resolve_kernels
     from moefast.checkpoint import Checkpoint
-    from moefast.cluster.fit_parts import FitPlan, Source
+    from moefast.cluster.fit_parts import FitPlan, TrainingSpectra
     from moefast.core.atomic import refuse_taken
     from moefast.core.grids import uniform
     from moefast.fitting import expected_stages
@@ -221,7 +221,7 @@ def fit(
     with ProgressLine(quiet) as progress:
         # A posterior takes templates without gaps, and has errors calibrated over those of the files.
         whole = bool(like) and RECIPES[recipe].options.get("families") == ("posterior",)
-        source = Source(simulate=simulate, name=name, like=like, resolution=resolution, whole=whole)
+        source = TrainingSpectra(simulate=simulate, name=name, like=like, resolution=resolution, whole=whole)
         observed = source.observed()
         progress.doing("fit: reading")
         spectra = source.open(observed) if simulate else open_spectra(files)
@@ -238,7 +238,7 @@ def fit(
         kept = Checkpoint(checkpoint, tell=progress.note) if checkpoint else None
         progress.expect(expected_stages(options_of(**arguments), spectra.n_rows) | {WRITING: 3.0})
         if shard is not None or scheduler is not None:
-            plan = FitPlan(source if simulate else Source.of_files(files), arguments)
+            plan = FitPlan(source if simulate else TrainingSpectra.of_files(files), arguments)
             prepared = plan.prepare(
                 spectra if simulate else None,
                 progress.tell,
