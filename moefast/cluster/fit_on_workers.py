@@ -1,7 +1,8 @@
 """Fits on the workers of a Dask cluster: both passes, to the bits of one process.
 
 Design: a task of the first pass is a run of whole units, whose statistics it writes to a file and keeps a checkpoint
-of; a worker that is lost costs what it did since. Statistics are gigabytes, so that tasks are few: two for each worker.
+of; a worker that is lost costs what it did since. Statistics are gigabytes, so that tasks are few: two for each worker,
+or one if there are few spectra.
 Files are joined eight at a time by the workers, until eight are left for the client. Sums are exact, so that none of
 this can be seen in the model. In the later stages a task is some stretches of rows, and what it needs of the stages
 before it lies in a file that it checks by its hash; its results go to the client, who puts them in the order of rows.
@@ -28,6 +29,7 @@ from moefast.checkpoint import Checkpoint
 from moefast.cluster.fit_parts import (
     FitPlan,
     TrainingSpectra,
+    add_statistics,
     gather_to_file,
     part_header,
     read_header,
@@ -53,11 +55,13 @@ from moefast.spectra.spectrum_set import SpectrumSet
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["FAN_IN", "fit_on"]
+__all__ = ["FAN_IN", "fit_on", "n_parts_of"]
 
 FAN_IN = 8
 """Files of statistics that are joined to one at a time."""
 TASKS_PER_WORKER = 2
+UNITS_PER_TASK = 4
+"""Units of a task of the first pass, if a worker has several: to write and read a file takes as long as half a unit."""
 STRETCHES_PER_TASK = 4
 """Tasks of a later stage for each worker."""
 TOPIC = "moefast rows"
@@ -91,6 +95,7 @@ def fit_on(
     *,
     backend: Literal["cpu", "cuda"] = "cpu",
     n_parts: int | None = None,
+    save: Callable[[Model], Model] | None = None,
     progress: StageProgress | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Model:
@@ -108,6 +113,9 @@ def fit_on(
         Where the workers gather the normal equations.
     n_parts : int, optional
         Tasks of the first pass.
+    save : callable, optional
+        Called with the model before the parts are removed, so that a fit that is killed meanwhile still has them; gives
+        the model as it is saved.
     progress : callable, optional
         Called with the name of a stage, rows (or steps) done by all workers, and rows in all.
     tell : callable, optional
@@ -116,7 +124,7 @@ def fit_on(
     Returns
     -------
     Model
-        Not saved yet.
+        What `save` gave; without it, a model that is not saved yet.
 
     Raises
     ------
@@ -139,6 +147,8 @@ def fit_on(
 
     passes = Passes(functools.partial(SpreadTrainingSet, cluster), first_pass)
     model = prepared.fit(report, None, backend, passes)
+    if save is not None:
+        model = save(model)
     remove_quietly(folder)
     return model
 
@@ -154,6 +164,13 @@ def _digest(prepared: PreparedFit, backend: str) -> str:
 # -- first pass -----------------------------------------------------------------------------------------------------
 
 
+def n_parts_of(n_rows: int, n_workers: int) -> int:
+    """Parts of a first pass: a few for each worker, but one alone where these would be short."""
+    units = n_units(n_rows)
+    each = min(TASKS_PER_WORKER, max(1, units // (UNITS_PER_TASK * n_workers)))
+    return min(units, each * n_workers)
+
+
 def _first_pass(
     cluster: Cluster, plan: FitPlan, prepared: PreparedFit, data: TrainingSet, n_parts: int | None,
     tell: Callable[[str], None] | None,
@@ -161,7 +178,7 @@ def _first_pass(
     """What the parts of all workers give."""
     n_rows, units = prepared.spectra.n_rows, n_units(prepared.spectra.n_rows)
     kept = cluster.folder / "parts.json"
-    count = min(units, n_parts or TASKS_PER_WORKER * cluster.n_workers)
+    count = min(units, n_parts or n_parts_of(n_rows, cluster.n_workers))
     with contextlib.suppress(OSError, ValueError, KeyError):
         # A fit that goes on has the parts that it had.
         count = min(units, int(json.loads(kept.read_text())["parts"]))
@@ -248,7 +265,7 @@ def _say(name: tuple[str, int], rows: int) -> None:
 def _sum(paths: Sequence[str | Path]) -> Statistics:
     total = statistics_of(paths[0])
     for path in paths[1:]:
-        total.add(statistics_of(path))
+        add_statistics(total, path)
     return total
 
 

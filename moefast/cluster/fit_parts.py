@@ -10,14 +10,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 from moefast.checkpoint import Checkpoint, flat
-from moefast.core.archives import Header, open_hashed, write_hashed
+from moefast.core.archives import Header, StoredArrays, open_hashed, write_hashed
 from moefast.core.errors import InputError, MoefastError
 from moefast.core.grids import Grid
 from moefast.core.progress import StageProgress
@@ -35,12 +36,12 @@ from moefast.spectra.source import SpectrumSource
 from moefast.spectra.spectrum_set import open_spectra
 
 __all__ = [
-    "FitPlan", "TrainingSpectra", "fit_of_parts", "gather_to_file", "is_part", "only_one_first_pass", "part_header",
-    "read_header", "statistics_of", "tell_if_inexact",
+    "FitPlan", "TrainingSpectra", "add_statistics", "fit_of_parts", "gather_to_file", "is_part", "only_one_first_pass",
+    "part_header", "read_header", "statistics_of", "tell_if_inexact",
 ]  # fmt: skip
 
 WHAT = "moefast statistics of a part of a fit"
-SCHEMA = 1
+SCHEMA = 2
 SAME = {
     "version": "another version of moefast",
     "fingerprint": "another input",
@@ -227,14 +228,33 @@ def statistics_of(path: str | Path, header: Header | None = None) -> Statistics:
     InputError
         It is damaged, or another one meanwhile.
     """
+    with _opened(path, header) as (rows, arrays, kinds):
+        return Statistics.restored(rows, arrays, **kinds)
+
+
+def add_statistics(total: Statistics, path: str | Path, header: Header | None = None) -> None:
+    """Add the statistics of a file, if it is still the one with this header, to those of the rows before.
+
+    Raises
+    ------
+    InputError
+        It is damaged, or another one meanwhile; `total` is of no use then.
+    """
+    with _opened(path, header) as (rows, arrays, kinds):
+        total.add_stored(rows, arrays, arrays.add_to, **kinds)
+
+
+@contextmanager
+def _opened(
+    path: str | Path, header: Header | None
+) -> Iterator[tuple[tuple[int, int], StoredArrays, dict[str, bool]]]:
+    """Rows, arrays and kinds of a file of statistics; whatever goes wrong with these is damage."""
     try:
-        with open_hashed(Path(path), WHAT, _check_schema) as (found, read):
+        with open_hashed(Path(path), WHAT, _check_schema) as (found, arrays):
             if header is not None and found != header:
                 raise ValueError("it was replaced meanwhile")
             first, stop = found["rows"]
-            return Statistics.restored(
-                (first, stop), read, apart=found["published"], exact=found["backend"] == "cpu"
-            )
+            yield (first, stop), arrays, {"apart": found["published"], "exact": found["backend"] == "cpu"}
     except MemoryError:
         raise
     except Exception as error:
@@ -303,7 +323,7 @@ def fit_of_parts(
         total = statistics_of(*headers[0])
         report("statistics", total.rows, data.spectra.n_rows)
         for one in headers[1:]:
-            total.add(statistics_of(*one))
+            add_statistics(total, *one)
             report("statistics", total.rows, data.spectra.n_rows)
         tell_if_inexact(total, tell)
         return complete(data, total)

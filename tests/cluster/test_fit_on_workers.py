@@ -149,8 +149,42 @@ def test_a_client_that_is_stopped_goes_on(client, plan, whole, tmp_path, monkeyp
     assert not folder.exists()
 
 
+def test_parts_are_kept_until_the_model_is_saved(client, plan, whole, tmp_path):
+    def stopped(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit_on(client, plan, plan.prepare(), tmp_path / "m", n_parts=4, save=stopped)
+    (folder,) = tmp_path.iterdir()
+    times = {part: part.stat().st_mtime_ns for part in folder.glob("*.npz")}
+    assert len(times) == 4
+
+    def save(model):
+        assert {part: part.stat().st_mtime_ns for part in folder.glob("*.npz")} == times
+        return model.save(tmp_path / "m")
+
+    assert_same(fit_on(client, plan, plan.prepare(), tmp_path / "m", save=save), whole)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_workers_have_equal_shares(monkeypatch):
+    """Of 200,000 spectra one of two workers had 131,072; each part costs as much as half a unit."""
+    monkeypatch.setattr(statistics, "UNIT_ROWS", 65_536)
+
+    def shares(rows, n_workers):
+        count = fit_on_workers.n_parts_of(rows, n_workers)
+        return [b - a for a, b in (statistics.rows_of_part(rows, index, count) for index in range(count))]
+
+    assert shares(200_000, 2) == [100_000, 100_000]
+    assert shares(10**6, 2) == [250_000] * 4
+    assert shares(1000, 4) == [1000]
+    many = shares(10**9, 1000)
+    assert (len(many), sum(many)) == (2000, 10**9)
+    assert max(many) - min(many) <= 65_536
+
+
 def test_what_a_worker_does_not_see_is_named(client, plan, tmp_path, monkeypatch):
-    address = next(iter(client.scheduler_info(n_workers=-1)["workers"]))
+    address = workers.addresses_of(client)[0]
     facts = {"version": workers.__version__, "missing": [plan.source.files[0]]}
     monkeypatch.setattr(client, "run", lambda *_, **__: {address: facts})
     with pytest.raises(InputError, match=rf"worker {address} does not see .*train\.h5"):

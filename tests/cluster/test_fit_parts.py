@@ -20,6 +20,7 @@ from moefast.cluster.fit_parts import (
     only_one_first_pass,
 )
 from moefast.cluster.folders import OWNER, working_folder
+from moefast.core import archives
 from moefast.core.atomic import remove_quietly
 from moefast.core.errors import InputError
 from moefast.core.grids import uniform
@@ -157,7 +158,12 @@ def test_parts_are_whole_units():
     assert [a for a, _ in bounds[1:]] == [b for _, b in bounds[:-1]]
     assert bounds[0][0] == 0
     assert bounds[-1][1] == 1000
-    assert all(a % UNIT == 0 for a, _ in bounds)
+    units = statistics.units_of(1000, 0, 1000)
+    assert set(bounds[1:]) < {(units[i][0], units[j][1]) for i in range(16) for j in range(16)}
+    # Equal shares: of 200,000 spectra in units of 65,536, one of two processes had two thirds.
+    assert {b - a for a, b in units} == {62, 63}
+    assert len(units) == statistics.n_units(1000) == 16
+    assert statistics.units_of(1000, 100, 130) == [(100, 125), (125, 130)]
     with pytest.raises(InputError, match="divide them into 16 parts at most"):
         statistics.rows_of_part(1000, 0, 17)
 
@@ -196,13 +202,13 @@ def test_the_commands(source, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("what", ["full", "terminated"])
 def test_a_part_that_cannot_be_written_leaves_nothing(source, tmp_path, monkeypatch, what):
-    original = np.savez
+    original = archives._write_member
 
-    def fail(file, **arrays):
-        original(file, **arrays)
+    def fail(*arguments):
+        original(*arguments)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if what == "full" else Terminated
 
-    monkeypatch.setattr(np, "savez", fail)
+    monkeypatch.setattr(archives, "_write_member", fail)
     out = tmp_path / "p.npz"
     options = ["--recipe", "global-ridge", "--no-references", "--shard", "0/2", "-o", str(out), "-q"]
     done = CliRunner().invoke(cli, ["fit", str(source), *options])
@@ -250,3 +256,30 @@ def test_a_part_that_asks_for_more_than_it_has_is_damaged(source, tmp_path):
     path.write_bytes(content.replace(shape, b"'shape': (64000000000000,), }".ljust(40)))
     with pytest.raises(InputError, match=r"not a complete file of statistics .* more than is there"):
         fit_parts.statistics_of(path)
+
+
+def test_a_part_is_added_as_it_is_or_not_at_all(source, tmp_path):
+    plan = FitPlan(TrainingSpectra.of_files([source]), {"recipe": "phys-moe"})
+    a, b, c = write_parts(plan, tmp_path, 3)
+    total, expected = fit_parts.statistics_of(a), fit_parts.statistics_of(a)
+    fit_parts.add_statistics(total, b)
+    expected.add(fit_parts.statistics_of(b))
+    assert (total.first, total.rows, total.left_out) == (expected.first, expected.rows, expected.left_out)
+    assert expected.rows == 640
+    assert list(total.arrays()) == list(expected.arrays())
+    for name, array in expected.arrays().items():
+        np.testing.assert_array_equal(total.arrays()[name], array, err_msg=name)
+    with pytest.raises(
+        InputError, match=r"part-0\.npz: not a complete file .*rows from 640 on are expected, found 0"
+    ):
+        fit_parts.add_statistics(total, a)
+    # A bit of a product, in an array that is added while it is read.
+    gram = fit_parts.statistics_of(c).equations.gram
+    content, middle = bytearray(c.read_bytes()), gram[4, 1, 1000:1010].tobytes()
+    place = content.index(middle)
+    content[place] ^= 1
+    c.write_bytes(content)
+    with pytest.raises(InputError, match=r"part-2\.npz: not a complete file of statistics"):
+        fit_parts.add_statistics(total, c)
+    with pytest.raises(InputError, match=r"part-1\.npz: .*it was replaced meanwhile"):
+        fit_parts.add_statistics(total, b, fit_parts.read_header(a))
