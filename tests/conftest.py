@@ -1,3 +1,4 @@
+import os
 import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -6,6 +7,7 @@ from pathlib import Path
 import hypothesis
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_limits
 
 from moefast.core.random import standard_normals
 from moefast.spectra.writer import SpectrumWriter
@@ -20,9 +22,13 @@ hypothesis.settings.load_profile("fixed")
 LONGEST = (
     "test_cuda_simulator.py",
     "test_benchmarks.py",
+    "test_ceiling.py",
     "test_fitting.py",
     "test_checkpoint.py",
-    "test_ceiling.py",
+    "test_recipes.py",
+    "test_posterior_fit.py",
+    "test_robustness.py",
+    "test_surroundings.py",
 )
 """Files of tests that take longest: begun first, so that no process ends long after the others."""
 
@@ -31,6 +37,12 @@ def pytest_configure(config):
     # With a process per core, files with few tests would come last, and some of them take minutes.
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
+    if hasattr(config, "workerinput"):
+        # A process per core: further threads have none, and BLAS lets them wait actively, at several times the work.
+        # The environment is that of libraries loaded later and of processes that tests start.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        threadpool_limits(1, user_api="blas")
 
 
 def pytest_collection_modifyitems(items):
