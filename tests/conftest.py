@@ -4,10 +4,15 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # With a process per core, further threads have none, and BLAS lets them wait actively, at several times the work.
+    # NumPy reads this when it is imported.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import hypothesis
 import numpy as np
 import pytest
-from threadpoolctl import threadpool_limits
 
 from moefast.core.random import standard_normals
 from moefast.spectra.writer import SpectrumWriter
@@ -37,12 +42,6 @@ def pytest_configure(config):
     # With a process per core, files with few tests would come last, and some of them take minutes.
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
-    if hasattr(config, "workerinput"):
-        # A process per core: further threads have none, and BLAS lets them wait actively, at several times the work.
-        # The environment is that of libraries loaded later and of processes that tests start.
-        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-        threadpool_limits(1, user_api="blas")
 
 
 def pytest_collection_modifyitems(items):
