@@ -1,8 +1,8 @@
 """What the compiler makes of a kernel: instructions, registers, shared memory, stack and spills, without a GPU.
 
 Design: Numba and NVVM turn the kernel into PTX, nvJitLink (the library form of the linker and of ptxas) into machine
-code; its verbose log holds the numbers, and the size of the code how many instructions there are. Nothing here asks the
-driver for anything.
+code; its verbose log holds the numbers, and the code how many instructions of which kind there are. Nothing here asks
+the driver for anything, and no disassembler is needed: the lowest nine bits of an instruction say what it does.
 """
 
 from __future__ import annotations
@@ -14,18 +14,30 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import numpy as np
 from cuda.bindings import nvjitlink
 from numba import cuda
 from numba.cuda import dispatcher
 
 from moefast.kernels.cuda.registry import Kernel
 
-__all__ = ["TARGETS", "Resources", "assemble", "compiling_for", "format_table", "link", "resources"]
+__all__ = ["KINDS", "TARGETS", "Resources", "assemble", "compiling_for", "format_table", "link", "resources"]
 
 TARGETS = ((8, 0), (9, 0))
 """Compute capabilities compiled for: A100 (sm_80), and H100 and H200 (sm_90)."""
 INSTRUCTION_BYTES = 16
 """Size of every instruction from sm_70 on."""
+OPERATION = 0x1FF
+"""The bits of an instruction that say what it does; the next three say where its operands lie."""
+KINDS = {
+    "single": (0x020, 0x021, 0x023),  # FMUL, FADD, FFMA
+    "double": (0x028, 0x029, 0x02B),  # DMUL, DADD, DFMA
+    "loads": (0x181,),  # LDG
+    "stores": (0x186,),  # STG
+    "shared_accesses": (0x184, 0x188),  # LDS, STS
+    "barriers": (0x11D,),  # BAR
+}
+"""Kinds of instructions that are counted, by the operations that NVIDIA's disassembler names so for sm_80 and sm_90."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +45,8 @@ class Resources:
     """What one kernel takes on one target: registers per thread; bytes of the rest, per block or per thread.
 
     `instructions` is their number in the machine code, that of its loops counted once, the filling at its end included.
+    Of these are counted apart: arithmetic in single and in double precision, loads from and stores to device memory,
+    accesses to shared memory, and barriers of a block.
     """
 
     kernel: str
@@ -43,6 +57,12 @@ class Resources:
     spill_stores: int
     spill_loads: int
     instructions: int
+    single: int
+    double: int
+    loads: int
+    stores: int
+    shared_accesses: int
+    barriers: int
 
 
 @contextmanager
@@ -101,8 +121,8 @@ def link(
     return log.rstrip(b"\0").decode(), bytes(code)
 
 
-def count_instructions(code: bytes) -> int:
-    """How many instructions an ELF file of 64 bits holds, in all sections whose names begin with ".text".
+def count_instructions(code: bytes) -> dict[str, int]:
+    """How many instructions an ELF file of 64 bits holds in sections whose names begin with ".text": all, and by kind.
 
     Raises
     ------
@@ -116,10 +136,14 @@ def count_instructions(code: bytes) -> int:
     # Of each section: where its name begins among the names, where it begins in the file, and its size.
     sections = [struct.unpack_from("<I20xQQ", code, table + size * i) for i in range(count)]
     names = code[sections[of_names][1] :]
-    return (
-        sum(n_bytes for name, _, n_bytes in sections if names[name:].startswith(b".text"))
-        // INSTRUCTION_BYTES
+    text = b"".join(
+        code[begin : begin + n_bytes]
+        for name, begin, n_bytes in sections
+        if names[name:].startswith(b".text")
     )
+    operations = np.frombuffer(text, "<u8")[:: INSTRUCTION_BYTES // 8] & OPERATION
+    of_kinds = {kind: int(np.isin(operations, codes).sum()) for kind, codes in KINDS.items()}
+    return {"instructions": len(operations), **of_kinds}
 
 
 def resources(name: str, target: tuple[int, int], log: str, code: bytes) -> Resources:
@@ -138,16 +162,21 @@ def resources(name: str, target: tuple[int, int], log: str, code: bytes) -> Reso
     # Before sm_90 the assembler names shared memory; from then on the linker does, with 1 kB reserved by the system.
     shared = re.search(r"(\d+) bytes smem", log)
     registers, shared_bytes = int(used[0][0]), int(shared[1]) if shared else 0
-    return Resources(name, target, registers, shared_bytes, stack, stores, loads, count_instructions(code))
+    return Resources(name, target, registers, shared_bytes, stack, stores, loads, **count_instructions(code))
 
 
 def format_table(rows: list[Resources]) -> str:
     """One line per kernel and target."""
-    width = max(len(row.kernel) for row in rows)
-    lines = [f"{'kernel':<{width}}  target  registers  shared  stack  spilled  instructions"]
-    lines += [
-        f"{row.kernel:<{width}}  sm_{row.target[0]}{row.target[1]}  {row.registers:>10}  {row.shared:>6}"
-        f"  {row.stack:>5}  {row.spill_stores + row.spill_loads:>7}  {row.instructions:>12}"
+    cells = [("kernel", "target", "registers", "shared", "stack", "spilled", "instructions", *KINDS)]
+    cells += [
+        (
+            row.kernel, f"sm_{row.target[0]}{row.target[1]}",
+            *map(str, (row.registers, row.shared, row.stack, row.spill_stores + row.spill_loads, row.instructions)),
+            *(str(getattr(row, kind)) for kind in KINDS),
+        )
         for row in rows
-    ]
-    return "\n".join(lines)
+    ]  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in cells
+    )

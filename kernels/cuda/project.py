@@ -75,16 +75,16 @@ NAN = np.float32(np.nan)
 
 
 @cuda.jit(device=True)
-def _multiply_pixel(centred, weights, pixel, tx, ty, a, b, sums):  # type: ignore[no-untyped-def]
+def _multiply_pixel(centred, weights, side, pixel, tx, ty, a, b, sums):  # type: ignore[no-untyped-def]
     """Add the products of one pixel to a thread's tile; `a` and `b` become registers."""
     for i in range(QUAD):
         a[i] = centred[pixel, QUAD * ty + i]
     for i in range(QUAD):
         a[QUAD + i] = centred[pixel, ROWS // 2 + QUAD * ty + i]
     for i in range(QUAD):
-        b[i] = weights[pixel, QUAD * tx + i]
+        b[i] = weights[side, pixel, QUAD * tx + i]
     for i in range(PAIR):
-        b[QUAD + i] = weights[pixel, WIDE + PAIR * tx + i]
+        b[QUAD + i] = weights[side, pixel, WIDE + PAIR * tx + i]
     for i in range(EACH_ROWS):
         for k in range(EACH_COLUMNS):
             sums[i, k] += a[i] * b[k]
@@ -249,10 +249,10 @@ def project_rows(  # type: ignore[no-untyped-def]
             for j in range(0, PANEL, 4):
                 # Another mask that says "not negative"; the loop written out keeps address arithmetic small.
                 here = j & (PANEL - 4)
-                _multiply_pixel(centred, weights[side], here, tx, ty, a, b, sums)
-                _multiply_pixel(centred, weights[side], here | 1, tx, ty, a, b, sums)
-                _multiply_pixel(centred, weights[side], here | 2, tx, ty, a, b, sums)
-                _multiply_pixel(centred, weights[side], here | 3, tx, ty, a, b, sums)
+                _multiply_pixel(centred, weights, side, here, tx, ty, a, b, sums)
+                _multiply_pixel(centred, weights, side, here | 1, tx, ty, a, b, sums)
+                _multiply_pixel(centred, weights, side, here | 2, tx, ty, a, b, sums)
+                _multiply_pixel(centred, weights, side, here | 3, tx, ty, a, b, sums)
             if busy[panel]:
                 for line in range(first_line, last_line):
                     total = in_lines[line - first_line, thread]

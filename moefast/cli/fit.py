@@ -96,13 +96,13 @@ def _grid(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int
 @NOISE_LEVEL
 @click.option(
     "--size", type=click.Choice(["small", "base"]), default="small", show_default=True,
-    help="Of a recipe's network: small for ten minutes of a laptop, base for a GPU.",
+    help="Size of a recipe's network: small is fitted in ten minutes on a laptop, base needs a GPU.",
 )  # fmt: skip
 @click.option(
     "--steps",
     type=click.IntRange(1),
     metavar="N",
-    help="Of the network's fit, instead of what belongs to its size.",
+    help="Number of training steps of the network; the default depends on --size.",
 )
 @click.option("--references/--no-references", default=True, show_default=True,
               help="Also fit the published-style ridge to compare with (doubles the first pass).")  # fmt: skip
@@ -112,7 +112,7 @@ def _grid(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int
     metavar="N",
     default=0,
     show_default=True,
-    help="Of folds, draws and networks.",
+    help="Seed of folds, draws of noise and networks.",
 )
 @click.option(
     "--checkpoint", metavar="FOLDER",
@@ -170,7 +170,7 @@ def fit(
                          where stars are metal-poor (--focus metal-poor)
         residual-moe     heads, or another model (--strong), and what it gets
                          wrong on average learnt beside it, where that helps
-                         beyond doubt
+                         by more than its standard error
         residual-metal-poor
                          the same, learnt from metal-poor and faint stars
                          alone (--focus metal-poor)
@@ -223,9 +223,9 @@ def fit(
     with ProgressLine(quiet) as progress:
         # A posterior takes templates without gaps, and has errors calibrated over those of the files.
         whole = bool(like) and RECIPES[recipe].options.get("families") == ("posterior",)
+        progress.doing("fit: reading")
         source = Source(simulate=simulate, name=name, like=like, resolution=resolution, whole=whole)
         observed = source.observed()
-        progress.doing("fit: reading")
         spectra = source.open(observed) if simulate else open_spectra(files)
         if observed is not None:
             progress.note(str(observed))

@@ -2,12 +2,10 @@
 
 import os
 import signal
-import sys
 import threading
 import time
 from types import SimpleNamespace
 
-import cloudpickle
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -170,19 +168,16 @@ def test_options_that_a_cluster_does_not_take():
     assert "leave out --rows" in result.output
 
 
-def run_out(marks):
-    """A task that finds no memory in the first worker that has it."""
-    if os.path.exists(marks):
-        return 7
-    with open(marks, "x"):
-        raise MemoryError("not 9 bytes")
-
-
 def test_a_worker_without_memory_ends_and_leaves_its_task_to_another(tmp_path, monkeypatch):
+    # A function of its own travels whole: workers need not find the folder of tests.
+    def run_out(marks):
+        if os.path.exists(marks):
+            return 7
+        with open(marks, "x"):
+            raise MemoryError("not 9 bytes")
+
     # Without workers for so long, the job is given up with an error.
     monkeypatch.setattr(workers, "PATIENCE", 60)
-    # Workers have no folder of tests.
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
     with workers.connect("local:2") as client:
         pids = set(client.run(os.getpid).values())
         assert len(pids) == 2
