@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from moefast.benchmarks import cluster, cluster_faults
-from moefast.benchmarks.faults import job_array, strikes
+from moefast.benchmarks import cluster, cluster_faults, strikes
+from moefast.benchmarks.faults import job_array
 from moefast.cluster.shards import shard_of_task
 from moefast.core.errors import BenchmarkError
 from moefast.experts import normal_equations
