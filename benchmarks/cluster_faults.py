@@ -4,7 +4,7 @@
 
 Design: small spectra, so that a case takes seconds; units of a few rows, so that a fit has several parts, which are
 joined. Each case disturbs processes at a random moment of their work, a share of what they compute or of what they do
-with files (`moefast.benchmarks.faults.strikes`), and compares what comes out with what one process made: columns of the
+with files (`moefast.benchmarks.strikes`), and compares what comes out with what one process made: columns of the
 table with every row once, or arrays of the model. A strike that misses, because the job has ended before or the worker
 has no task then, does not count: the case is done again at another moment. Nothing may be left beside the output. What
 is disturbed:
@@ -42,7 +42,7 @@ import numpy as np
 
 from moefast.benchmarks.cluster import same_model, same_table
 from moefast.benchmarks.environment import describe
-from moefast.benchmarks.faults.strikes import (
+from moefast.benchmarks.strikes import (
     Amount,
     Strike,
     computed,

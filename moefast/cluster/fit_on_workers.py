@@ -31,6 +31,7 @@ from moefast.cluster.fit_parts import (
     TrainingSpectra,
     add_statistics,
     gather_to_file,
+    is_whole,
     part_header,
     read_header,
     statistics_of,
@@ -234,11 +235,9 @@ def _gather_part(
     """Rows of a part, once its file is there."""
     with ALONE:
         prepared = PreparedFit(_opened(plan.source), options, recipe, fingerprint)
-        with contextlib.suppress(InputError, OSError):
-            header, expected = read_header(path), part_header(plan, prepared, rows, backend)
-            if {key: header[key] for key in expected} == expected:
-                _say(name, rows[1] - rows[0])
-                return rows[1] - rows[0]
+        if is_whole(path, part_header(plan, prepared, rows, backend)):
+            _say(name, rows[1] - rows[0])
+            return rows[1] - rows[0]
         last = 0.0
 
         def progress(stage: str, done: int, total: int) -> None:
@@ -248,7 +247,9 @@ def _gather_part(
                 _say(name, done)
 
         kept = Checkpoint(Path(path).with_suffix(".so-far"), tell=lambda _: None)
-        gather_to_file(path, plan, prepared, rows, backend=backend, progress=progress, checkpoint=kept)
+        gather_to_file(
+            path, plan, prepared, rows, backend=backend, progress=progress, checkpoint=kept, durable=False
+        )
         kept.remove()
         _say(name, rows[1] - rows[0])
         return rows[1] - rows[0]
@@ -275,15 +276,9 @@ def _join(paths: list[str], out: str) -> None:
         header = read_header(paths[0])
         last = read_header(paths[-1])
         header["rows"] = [header["rows"][0], last["rows"][1]]
-        with contextlib.suppress(InputError, OSError):
-            found = read_header(out)
-            if {key: found[key] for key in header if key not in _OF_ONE_FILE} == {
-                key: value for key, value in header.items() if key not in _OF_ONE_FILE
-            }:
-                return
-        total = _sum(paths)
         document = {key: value for key, value in header.items() if key not in _OF_ONE_FILE}
-        write_hashed(Path(out), document, total.arrays())
+        if not is_whole(out, document):
+            write_hashed(Path(out), document, _sum(paths).arrays(), durable=False)
 
 
 _OF_ONE_FILE = ("sha256", "checksum")

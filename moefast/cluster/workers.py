@@ -60,7 +60,7 @@ QUIET = {
     "distributed.admin.tick.interval": "1s",
     "distributed.admin.system-monitor.interval": "2s",
 }
-"""How seldom Dask looks at itself on this machine: by default a scheduler and two workers take 8 % of an idle core."""
+"""Dask looks at itself less often on this machine: by default a scheduler and two idle workers take 8 % of a core."""
 PATIENCE = 300.0
 """Seconds without any worker after which a job is given up."""
 ALONE = threading.Lock()

@@ -274,11 +274,17 @@ def test_a_part_is_added_as_it_is_or_not_at_all(source, tmp_path):
     ):
         fit_parts.add_statistics(total, a)
     # A bit of a product, in an array that is added while it is read.
+    header = fit_parts.read_header(c)
+    assert fit_parts.is_whole(c, header)
+    assert not fit_parts.is_whole(c, header | {"rows": [0, 320]})
+    assert not fit_parts.is_whole(tmp_path / "absent.npz", header)
     gram = fit_parts.statistics_of(c).equations.gram
     content, middle = bytearray(c.read_bytes()), gram[4, 1, 1000:1010].tobytes()
     place = content.index(middle)
     content[place] ^= 1
     c.write_bytes(content)
+    assert fit_parts.read_header(c) == header
+    assert not fit_parts.is_whole(c, header)
     with pytest.raises(InputError, match=r"part-2\.npz: not a complete file of statistics"):
         fit_parts.add_statistics(total, c)
     with pytest.raises(InputError, match=r"part-1\.npz: .*it was replaced meanwhile"):
