@@ -4,7 +4,7 @@
 
 Design: small spectra, so that a case takes seconds; units of a few rows, so that a fit has several parts, which are
 joined. Each case disturbs processes at a random moment of their work, a share of what they compute or of what they do
-with files (`moefast.benchmarks.faults.strikes`), and compares what comes out with what one process made: columns of the
+with files (`moefast.benchmarks.strikes`), and compares what comes out with what one process made: columns of the
 table with every row once, or arrays of the model. A strike that misses, because the job has ended before or the worker
 has no task then, does not count: the case is done again at another moment. Nothing may be left beside the output. What
 is disturbed:
@@ -42,7 +42,7 @@ import numpy as np
 
 from moefast.benchmarks.cluster import same_model, same_table
 from moefast.benchmarks.environment import describe
-from moefast.benchmarks.faults.strikes import (
+from moefast.benchmarks.strikes import (
     Amount,
     Strike,
     computed,
@@ -52,7 +52,7 @@ from moefast.benchmarks.faults.strikes import (
 )
 from moefast.cluster import workers
 from moefast.cluster.fit_on_workers import fit_on
-from moefast.cluster.fit_parts import FitPlan, Source, fit_of_parts, gather_to_file
+from moefast.cluster.fit_parts import FitPlan, TrainingSpectra, fit_of_parts, gather_to_file
 from moefast.cluster.merge import merge_tables
 from moefast.cluster.workers import connect, predict_on
 from moefast.core.atomic import write_json
@@ -150,7 +150,7 @@ def _silent(_: str) -> None:
 
 def plan_of(folder: Path) -> FitPlan:
     """The fit of the spectra of a folder."""
-    return FitPlan(Source.of_files([folder / "spectra.h5"]), ARGUMENTS)
+    return FitPlan(TrainingSpectra.of_files([folder / "spectra.h5"]), ARGUMENTS)
 
 
 # -- jobs -----------------------------------------------------------------------------------------------------------

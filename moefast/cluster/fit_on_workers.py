@@ -28,9 +28,10 @@ import numpy as np
 from moefast.checkpoint import Checkpoint
 from moefast.cluster.fit_parts import (
     FitPlan,
-    Source,
+    TrainingSpectra,
     add_statistics,
     gather_to_file,
+    is_whole,
     part_header,
     read_header,
     statistics_of,
@@ -72,7 +73,12 @@ class Cluster:
     """What the tasks of a fit have in common: client, source of the spectra, folder, number of workers, and backend."""
 
     def __init__(
-        self, client: Client, source: Source, folder: Path, n_workers: int, backend: Literal["cpu", "cuda"]
+        self,
+        client: Client,
+        source: TrainingSpectra,
+        folder: Path,
+        n_workers: int,
+        backend: Literal["cpu", "cuda"],
     ) -> None:
         self.client, self.source, self.folder = client, source, folder
         self.n_workers, self.backend = n_workers, backend
@@ -218,7 +224,7 @@ def _first_pass(
 
 
 @functools.lru_cache(maxsize=1)
-def _opened(source: Source) -> Any:
+def _opened(source: TrainingSpectra) -> Any:
     return source.open()
 
 
@@ -229,11 +235,9 @@ def _gather_part(
     """Rows of a part, once its file is there."""
     with ALONE:
         prepared = PreparedFit(_opened(plan.source), options, recipe, fingerprint)
-        with contextlib.suppress(InputError, OSError):
-            header, expected = read_header(path), part_header(plan, prepared, rows, backend)
-            if {key: header[key] for key in expected} == expected:
-                _say(name, rows[1] - rows[0])
-                return rows[1] - rows[0]
+        if is_whole(path, part_header(plan, prepared, rows, backend)):
+            _say(name, rows[1] - rows[0])
+            return rows[1] - rows[0]
         last = 0.0
 
         def progress(stage: str, done: int, total: int) -> None:
@@ -243,7 +247,9 @@ def _gather_part(
                 _say(name, done)
 
         kept = Checkpoint(Path(path).with_suffix(".so-far"), tell=lambda _: None)
-        gather_to_file(path, plan, prepared, rows, backend=backend, progress=progress, checkpoint=kept)
+        gather_to_file(
+            path, plan, prepared, rows, backend=backend, progress=progress, checkpoint=kept, durable=False
+        )
         kept.remove()
         _say(name, rows[1] - rows[0])
         return rows[1] - rows[0]
@@ -270,15 +276,9 @@ def _join(paths: list[str], out: str) -> None:
         header = read_header(paths[0])
         last = read_header(paths[-1])
         header["rows"] = [header["rows"][0], last["rows"][1]]
-        with contextlib.suppress(InputError, OSError):
-            found = read_header(out)
-            if {key: found[key] for key in header if key not in _OF_ONE_FILE} == {
-                key: value for key, value in header.items() if key not in _OF_ONE_FILE
-            }:
-                return
-        total = _sum(paths)
         document = {key: value for key, value in header.items() if key not in _OF_ONE_FILE}
-        write_hashed(Path(out), document, total.arrays())
+        if not is_whole(out, document):
+            write_hashed(Path(out), document, _sum(paths).arrays(), durable=False)
 
 
 _OF_ONE_FILE = ("sha256", "checksum")
@@ -343,7 +343,9 @@ def blocks_of(spectra: SpectrumSource, first: int, stop: int) -> list[tuple[int,
 
 
 @functools.lru_cache(maxsize=1)
-def _stage(source: Source, path: str, digest: str) -> tuple[TrainingSet, Callable[..., Any], tuple[Any, ...]]:
+def _stage(
+    source: TrainingSpectra, path: str, digest: str
+) -> tuple[TrainingSet, Callable[..., Any], tuple[Any, ...]]:
     """The training set of a worker, as the client has it in a stage, and what is to be done with its blocks."""
     content = Path(path).read_bytes()
     if hashlib.sha256(content).hexdigest() != digest:
@@ -356,7 +358,7 @@ def _stage(source: Source, path: str, digest: str) -> tuple[TrainingSet, Callabl
 
 
 def _map_rows(
-    source: Source, path: str, digest: str, stage: str, rows: list[tuple[int, int]]
+    source: TrainingSpectra, path: str, digest: str, stage: str, rows: list[tuple[int, int]]
 ) -> list[tuple[int, int, np.ndarray, Any]]:
     """First row, last row, bins and results of each block of some stretches."""
     with ALONE:

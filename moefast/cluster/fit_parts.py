@@ -36,8 +36,8 @@ from moefast.spectra.source import SpectrumSource
 from moefast.spectra.spectrum_set import open_spectra
 
 __all__ = [
-    "FitPlan", "Source", "add_statistics", "fit_of_parts", "gather_to_file", "is_part", "only_one_first_pass",
-    "part_header", "read_header", "statistics_of", "tell_if_inexact",
+    "FitPlan", "TrainingSpectra", "add_statistics", "fit_of_parts", "gather_to_file", "is_part", "is_whole",
+    "only_one_first_pass", "part_header", "read_header", "statistics_of", "tell_if_inexact",
 ]  # fmt: skip
 
 WHAT = "moefast statistics of a part of a fit"
@@ -53,7 +53,7 @@ SAME = {
 
 
 @dataclass(frozen=True)
-class Source:
+class TrainingSpectra:
     """Where the spectra of a fit come from, as another process can find them.
 
     Attributes
@@ -79,7 +79,7 @@ class Source:
     whole: bool = False
 
     @classmethod
-    def of_files(cls, names: Sequence[str | Path]) -> Source:
+    def of_files(cls, names: Sequence[str | Path]) -> TrainingSpectra:
         """Files, folders or patterns, under the names by which other processes find them."""
         return cls(tuple(os.path.abspath(path) for path in find_files(list(names))))
 
@@ -108,7 +108,7 @@ class Source:
 class FitPlan:
     """A fit that other processes can prepare: its spectra, and the arguments of `moefast.recipes.prepare`."""
 
-    source: Source
+    source: TrainingSpectra
     arguments: dict[str, Any]
 
     def prepare(
@@ -137,7 +137,7 @@ class FitPlan:
         arguments = dict(document["arguments"])
         if arguments.get("grid") is not None:
             arguments["grid"] = Grid(*(tuple(edges) for edges in arguments["grid"]))
-        return cls(Source(**source), arguments)
+        return cls(TrainingSpectra(**source), arguments)
 
 
 def only_one_first_pass(prepared: PreparedFit) -> None:
@@ -164,6 +164,7 @@ def gather_to_file(
     backend: Literal["cpu", "cuda"] = "cpu",
     progress: StageProgress | None = None,
     checkpoint: Checkpoint | None = None,
+    durable: bool = True,
 ) -> Statistics:
     """Write the statistics of some rows, whole units, to a file.
 
@@ -176,7 +177,8 @@ def gather_to_file(
     """
     data = TrainingSet(prepared.spectra, prepared.options, progress or (lambda *_: None))
     statistics = gather_part(data, rows, checkpoint, backend)
-    write_hashed(Path(path), part_header(plan, prepared, rows, backend, shard), statistics.arrays())
+    header = part_header(plan, prepared, rows, backend, shard)
+    write_hashed(Path(path), header, statistics.arrays(), durable=durable)
     return statistics
 
 
@@ -218,6 +220,21 @@ def read_header(path: str | Path) -> Header:
         raise
     except Exception as error:
         raise _damaged(path, error) from error
+
+
+def is_whole(path: str | Path, expected: Header) -> bool:
+    """Whether there is a file of statistics that says all of this of itself, and whose arrays are those written."""
+    try:
+        with open_hashed(Path(path), WHAT, _check_schema) as (header, arrays):
+            if {name: header[name] for name in expected} != expected:
+                return False
+            arrays.check()
+    except MemoryError:
+        raise
+    except Exception:
+        # Damaged archives make zipfile and NumPy raise nearly anything.
+        return False
+    return True
 
 
 def statistics_of(path: str | Path, header: Header | None = None) -> Statistics:

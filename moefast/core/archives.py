@@ -98,7 +98,9 @@ def _read_array_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dty
     return found
 
 
-def write_hashed(path: Path, document: Mapping[str, Any], arrays: Mapping[str, NDArray]) -> None:
+def write_hashed(
+    path: Path, document: Mapping[str, Any], arrays: Mapping[str, NDArray], *, durable: bool = True
+) -> None:
     """Write arrays with a header and hashes; the final name is absent or complete, one that exists is replaced.
 
     Parameters
@@ -107,6 +109,8 @@ def write_hashed(path: Path, document: Mapping[str, Any], arrays: Mapping[str, N
     document : mapping, JSON-ready
         With `what` the file is.
     arrays : mapping of str to array
+    durable : bool
+        See `moefast.core.atomic.publish`.
 
     Raises
     ------
@@ -114,7 +118,7 @@ def write_hashed(path: Path, document: Mapping[str, Any], arrays: Mapping[str, N
         The file cannot be written.
     """
     with (
-        atomic_file(path) as partial,
+        atomic_file(path, durable=durable) as partial,
         partial.open("wb") as file,
         zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
     ):
@@ -127,7 +131,7 @@ def write_hashed(path: Path, document: Mapping[str, Any], arrays: Mapping[str, N
 def _write_member(archive: zipfile.ZipFile, name: str, array: NDArray) -> str:
     """Write an array, and give its hash."""
     plain = np.asarray(array, order="C")
-    digest = _begun(plain)
+    digest = _begun(plain.shape, plain.dtype)
     with archive.open(f"{name}{_SUFFIX}", "w", force_zip64=True) as stream:
         np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(plain))
         for chunk in _chunks(plain):
@@ -174,7 +178,7 @@ class StoredArrays:
         """
         member = self._archive.getinfo(f"{name}{_SUFFIX}")
         _judge_member(member, self._size)
-        digest, added = _begun(total), 0
+        digest, added = _begun(total.shape, total.dtype), 0
         into = total.reshape(-1, copy=False)
         with self._archive.open(member) as stream:
             shape, in_columns, dtype = _read_array_header(stream)
@@ -190,6 +194,24 @@ class StoredArrays:
         if added != total.size:
             raise ValueError(f"{name} has {added} numbers, expected {total.size}")
         self._compare(name, digest.hexdigest())
+
+    def check(self) -> None:
+        """Compare all arrays with their hashes, without the memory for them.
+
+        Raises
+        ------
+        KeyError, ValueError
+            One is missing, or another one than was written.
+        """
+        for name in self._header["sha256"]:
+            member = self._archive.getinfo(f"{name}{_SUFFIX}")
+            _judge_member(member, self._size)
+            with self._archive.open(member) as stream:
+                shape, _, dtype = _read_array_header(stream)
+                digest = _begun(shape, dtype)
+                while chunk := stream.read(_CHUNK_BYTES):
+                    digest.update(chunk)
+            self._compare(name, digest.hexdigest())
 
     def _compare(self, name: str, digest: str) -> None:
         if self._header["sha256"][name] != digest:
@@ -230,15 +252,15 @@ def open_hashed(
 
 def _digest(array: NDArray) -> str:
     """SHA-256 of an array with its type and shape."""
-    digest = _begun(array)
+    digest = _begun(array.shape, array.dtype)
     for chunk in _chunks(np.asarray(array, order="C")):
         digest.update(chunk)
     return digest.hexdigest()
 
 
-def _begun(array: NDArray) -> hashlib._Hash:
+def _begun(shape: tuple[int, ...], dtype: np.dtype[Any]) -> hashlib._Hash:
     """SHA-256 of the type and shape of an array."""
-    return hashlib.sha256(f"{array.dtype.str} {array.shape} ".encode())
+    return hashlib.sha256(f"{dtype.str} {shape} ".encode())
 
 
 def _chunks(array: NDArray) -> Iterator[memoryview]:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from moefast.benchmarks import cluster, cluster_faults
-from moefast.benchmarks.faults import job_array, strikes
+from moefast.benchmarks import cluster, cluster_faults, strikes
+from moefast.benchmarks.faults import job_array
 from moefast.cluster.shards import shard_of_task
 from moefast.core.errors import BenchmarkError
 from moefast.experts import normal_equations
@@ -68,6 +68,24 @@ def test_the_table_of_faults_counts():
         ["worker,", "fit", "2", "3", "gather_part 1, join 1"],
         ["shard,", "predict", "1", "0", "a part 1"],
     ]
+
+
+def test_spectra_may_have_several_names(tmp_path, monkeypatch):
+    made = []
+
+    def simulate(path, *_, rows):
+        made.append(rows)
+        path.write_text(f"{rows}")
+
+    monkeypatch.setattr(cluster, "simulate_set", simulate)
+    monkeypatch.setattr(cluster, "FILE_ROWS", 4)
+    for _ in range(2):
+        files = cluster.spectra_of(tmp_path, "z0", 18, 3)
+        assert [path.read_text() for path in files] == ["(0, 4)", "(4, 6)"] * 3
+    assert made == [(0, 4), (4, 6)]
+    assert len({path.stat().st_ino for path in files}) == 2
+    with pytest.raises(BenchmarkError, match="17 spectra in 3 copies"):
+        cluster.spectra_of(tmp_path, "z0", 17, 3)
 
 
 def spend(seconds):
