@@ -24,7 +24,7 @@ import numpy as np
 
 from moefast.benchmarks.environment import describe
 from moefast.cluster.fit_on_workers import fit_on
-from moefast.cluster.fit_parts import FitPlan, Source
+from moefast.cluster.fit_parts import FitPlan, TrainingSpectra
 from moefast.cluster.workers import connect, predict_on
 from moefast.core.errors import BenchmarkError
 from moefast.model import Model
@@ -89,7 +89,7 @@ def measure(
 ) -> dict[str, Any]:
     """Seconds of each step on the clock and of the processors, in each round, and whether results agree."""
     files = spectra_of(folder, set_name, number, copies)
-    plan = FitPlan(Source.of_files(files), {"recipe": recipe})
+    plan = FitPlan(TrainingSpectra.of_files(files), {"recipe": recipe})
     seconds: dict[str, list[float]] = {}
     processor: dict[str, list[float]] = {}
     begin = time.perf_counter()

@@ -52,7 +52,7 @@ from moefast.benchmarks.strikes import (
 )
 from moefast.cluster import workers
 from moefast.cluster.fit_on_workers import fit_on
-from moefast.cluster.fit_parts import FitPlan, Source, fit_of_parts, gather_to_file
+from moefast.cluster.fit_parts import FitPlan, TrainingSpectra, fit_of_parts, gather_to_file
 from moefast.cluster.merge import merge_tables
 from moefast.cluster.workers import connect, predict_on
 from moefast.core.atomic import write_json
@@ -150,7 +150,7 @@ def _silent(_: str) -> None:
 
 def plan_of(folder: Path) -> FitPlan:
     """The fit of the spectra of a folder."""
-    return FitPlan(Source.of_files([folder / "spectra.h5"]), ARGUMENTS)
+    return FitPlan(TrainingSpectra.of_files([folder / "spectra.h5"]), ARGUMENTS)
 
 
 # -- jobs -----------------------------------------------------------------------------------------------------------

@@ -140,12 +140,18 @@ def test_a_fit_that_fails_after_its_first_pass_has_that_pass_kept(
     assert_same(model, undisturbed("closed-form"))
 
 
-@pytest.fixture
-def kept(toy_file, tmp_path):
+@pytest.fixture(scope="module")
+def made_once(toy_file, tmp_path_factory):
     """A checkpoint of the fit of `toy_file`, taken after 1000 rows."""
-    folder = tmp_path / "kept"
+    folder = tmp_path_factory.mktemp("made") / "once"
     killed(toy_file, folder, 1000)
     return folder
+
+
+@pytest.fixture
+def kept(made_once, tmp_path):
+    """The same, for a test that may damage it."""
+    return Path(shutil.copytree(made_once, tmp_path / "kept"))
 
 
 def test_a_checkpoint_of_another_fit_is_refused_and_stays(toy_file, train_file, kept, monkeypatch):

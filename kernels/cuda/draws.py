@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 from numba import cuda, float32, float64, int32, uint32, uint64
 
 from moefast.core.random import COUNTERS_PER_TILE
@@ -31,6 +32,8 @@ FIRST_FACTOR, SECOND_FACTOR = 0xD2511F53, 0xCD9E8D57
 FIRST_STEP, SECOND_STEP = 0x9E3779B9, 0xBB67AE85
 """Factors of a round, and what is added to the key from one round to the next."""
 TILE = 4 * COUNTERS_PER_TILE
+LN_2 = np.float32(math.log(2.0))
+"""Written in the function, the compiler would have every thread find it, in double precision."""
 LARGEST = 1e15
 """Flux and errors from here on have squares that overflow float32 sums."""
 
@@ -61,7 +64,7 @@ def normal_pair(length, turn):  # type: ignore[no-untyped-def]
     s = (mantissa - float32(1.0)) / (mantissa + float32(1.0))
     z = s * s
     series = ((float32(2.0 / 9.0) * z + float32(2.0 / 7.0)) * z + float32(2.0 / 5.0)) * z + float32(2.0 / 3.0)
-    logarithm = float32(exponent) * float32(math.log(2.0)) + (s * z * series + float32(2.0) * s)
+    logarithm = float32(exponent) * LN_2 + (s * z * series + float32(2.0) * s)
     radius = float32(math.sqrt(float32(-2.0) * min(logarithm, float32(0.0))))
     # -- the angle: two bits are a quarter turn, the others an angle in −π/4 … π/4 -----------------------------
     quarter = int32(turn >> uint32(30))

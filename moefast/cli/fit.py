@@ -188,7 +188,7 @@ def fit(
     """
     from moefast.backend import resolve_kernels
     from moefast.checkpoint import Checkpoint
-    from moefast.cluster.fit_parts import FitPlan, Source
+    from moefast.cluster.fit_parts import FitPlan, TrainingSpectra
     from moefast.core.atomic import refuse_taken
     from moefast.core.grids import uniform
     from moefast.fitting import expected_stages
@@ -224,7 +224,7 @@ def fit(
         # A posterior takes templates without gaps, and has errors calibrated over those of the files.
         whole = bool(like) and RECIPES[recipe].options.get("families") == ("posterior",)
         progress.doing("fit: reading")
-        source = Source(simulate=simulate, name=name, like=like, resolution=resolution, whole=whole)
+        source = TrainingSpectra(simulate=simulate, name=name, like=like, resolution=resolution, whole=whole)
         observed = source.observed()
         spectra = source.open(observed) if simulate else open_spectra(files)
         if observed is not None:
@@ -245,7 +245,7 @@ def fit(
             return model.save(out, overwrite=overwrite)
 
         if shard is not None or scheduler is not None:
-            plan = FitPlan(source if simulate else Source.of_files(files), arguments)
+            plan = FitPlan(source if simulate else TrainingSpectra.of_files(files), arguments)
             prepared = plan.prepare(
                 spectra if simulate else None,
                 progress.tell,

@@ -28,7 +28,7 @@ import numpy as np
 from moefast.checkpoint import Checkpoint
 from moefast.cluster.fit_parts import (
     FitPlan,
-    Source,
+    TrainingSpectra,
     add_statistics,
     gather_to_file,
     is_whole,
@@ -73,7 +73,12 @@ class Cluster:
     """What the tasks of a fit have in common: client, source of the spectra, folder, number of workers, and backend."""
 
     def __init__(
-        self, client: Client, source: Source, folder: Path, n_workers: int, backend: Literal["cpu", "cuda"]
+        self,
+        client: Client,
+        source: TrainingSpectra,
+        folder: Path,
+        n_workers: int,
+        backend: Literal["cpu", "cuda"],
     ) -> None:
         self.client, self.source, self.folder = client, source, folder
         self.n_workers, self.backend = n_workers, backend
@@ -219,7 +224,7 @@ def _first_pass(
 
 
 @functools.lru_cache(maxsize=1)
-def _opened(source: Source) -> Any:
+def _opened(source: TrainingSpectra) -> Any:
     return source.open()
 
 
@@ -338,7 +343,9 @@ def blocks_of(spectra: SpectrumSource, first: int, stop: int) -> list[tuple[int,
 
 
 @functools.lru_cache(maxsize=1)
-def _stage(source: Source, path: str, digest: str) -> tuple[TrainingSet, Callable[..., Any], tuple[Any, ...]]:
+def _stage(
+    source: TrainingSpectra, path: str, digest: str
+) -> tuple[TrainingSet, Callable[..., Any], tuple[Any, ...]]:
     """The training set of a worker, as the client has it in a stage, and what is to be done with its blocks."""
     content = Path(path).read_bytes()
     if hashlib.sha256(content).hexdigest() != digest:
@@ -351,7 +358,7 @@ def _stage(source: Source, path: str, digest: str) -> tuple[TrainingSet, Callabl
 
 
 def _map_rows(
-    source: Source, path: str, digest: str, stage: str, rows: list[tuple[int, int]]
+    source: TrainingSpectra, path: str, digest: str, stage: str, rows: list[tuple[int, int]]
 ) -> list[tuple[int, int, np.ndarray, Any]]:
     """First row, last row, bins and results of each block of some stretches."""
     with ALONE:

@@ -36,7 +36,7 @@ from moefast.spectra.source import SpectrumSource
 from moefast.spectra.spectrum_set import open_spectra
 
 __all__ = [
-    "FitPlan", "Source", "add_statistics", "fit_of_parts", "gather_to_file", "is_part", "is_whole",
+    "FitPlan", "TrainingSpectra", "add_statistics", "fit_of_parts", "gather_to_file", "is_part", "is_whole",
     "only_one_first_pass", "part_header", "read_header", "statistics_of", "tell_if_inexact",
 ]  # fmt: skip
 
@@ -53,7 +53,7 @@ SAME = {
 
 
 @dataclass(frozen=True)
-class Source:
+class TrainingSpectra:
     """Where the spectra of a fit come from, as another process can find them.
 
     Attributes
@@ -79,7 +79,7 @@ class Source:
     whole: bool = False
 
     @classmethod
-    def of_files(cls, names: Sequence[str | Path]) -> Source:
+    def of_files(cls, names: Sequence[str | Path]) -> TrainingSpectra:
         """Files, folders or patterns, under the names by which other processes find them."""
         return cls(tuple(os.path.abspath(path) for path in find_files(list(names))))
 
@@ -108,7 +108,7 @@ class Source:
 class FitPlan:
     """A fit that other processes can prepare: its spectra, and the arguments of `moefast.recipes.prepare`."""
 
-    source: Source
+    source: TrainingSpectra
     arguments: dict[str, Any]
 
     def prepare(
@@ -137,7 +137,7 @@ class FitPlan:
         arguments = dict(document["arguments"])
         if arguments.get("grid") is not None:
             arguments["grid"] = Grid(*(tuple(edges) for edges in arguments["grid"]))
-        return cls(Source(**source), arguments)
+        return cls(TrainingSpectra(**source), arguments)
 
 
 def only_one_first_pass(prepared: PreparedFit) -> None:

@@ -18,7 +18,7 @@ from moefast.kernels import PROJECT_ROWS, without_cuda
 from moefast.mixture import Prediction
 from moefast.posterior.mixture import AnyMixture, PosteriorMixture
 from moefast.predicting.agreement import require_agreement
-from moefast.spectra.blocks import BlockMemory
+from moefast.spectra.blocks import BlockMemory, plain_memory
 from moefast.spectra.quality import Quality, assess, good_pixels
 from moefast.spectra.source import Block
 
@@ -219,7 +219,8 @@ class OnnxEngine:
     def __init__(self, mixture: AnyMixture, backend: str) -> None:
         from moefast.export import build, on_the_cpu, open_session
 
-        self._session, self._memory = open_session(build(mixture), backend), BlockMemory()
+        self._session = open_session(build(mixture), backend)
+        self._memory = BlockMemory(_pinned_memory() if backend == "cuda" else plain_memory)
         self._names = [output.name for output in self._session.get_outputs()]
         self.block_rows = ONNX_ROWS
         if isinstance(mixture, PosteriorMixture):
@@ -255,6 +256,32 @@ class OnnxEngine:
                 raise BackendError(f"ONNX Runtime cannot score {len(flux)} spectra: {problem}") from problem
             return joined([self._run(flux[:half], error[:half]), self._run(flux[half:], error[half:])])
         return Prediction(**dict(zip(self._names, found, strict=True)))
+
+
+def _pinned_memory() -> Callable[[int], NDArray[np.uint8]]:
+    """How to allocate memory that the current GPU copies from at the rate of the bus.
+
+    Where numba-cuda does not run, which ONNX Runtime does not need, or the system refuses to lock memory, it is plain
+    memory, from which a copy takes longer.
+    """
+    from moefast.kernels.cuda.device import PinnedMemoryError, current_device, pinned_array, require_device
+
+    try:
+        require_device()
+    except BackendError:
+        return plain_memory
+    # Threads that read and have chosen no device would lock memory for the first one.
+    device = current_device()
+
+    def allocate(size: int) -> NDArray[np.uint8]:
+        with device:
+            try:
+                memory: NDArray[np.uint8] = pinned_array(size, np.uint8)
+            except PinnedMemoryError:
+                return plain_memory(size)
+            return memory
+
+    return allocate
 
 
 def without_kernels(mixture: AnyMixture) -> str:

@@ -5,20 +5,26 @@ from __future__ import annotations
 import queue
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moefast.core.errors import InputError
 from moefast.core.threads import CORES
 from moefast.spectra.shard import TABLE_ROWS, Shard
 from moefast.spectra.source import Block
 
-__all__ = ["BlockMemory", "Memory", "ParamsReader", "read_ahead"]
+__all__ = ["BlockMemory", "Memory", "ParamsReader", "plain_memory", "read_ahead"]
 
 _FREE_MEMORY = max(12, 4 * CORES)
 """Arrays kept to be used again: each of the threads that read and work has two or three."""
+
+
+def plain_memory(size: int) -> NDArray[np.uint8]:
+    """So many bytes of memory as the system gives it."""
+    return np.empty(size, np.uint8)
 
 
 class Memory(Protocol):
@@ -34,9 +40,15 @@ class BlockMemory:
 
     Fresh memory costs a page fault per page, several times what it costs to read a file that the system has
     in its cache. The memory under an array goes back when the last view of it is gone, never earlier.
+
+    Parameters
+    ----------
+    allocate : callable
+        Number of bytes -> array of as many uint8.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, allocate: Callable[[int], NDArray[np.uint8]] = plain_memory) -> None:
+        self._allocate = allocate
         self.free: list[memoryview] = []
         # An array may end, and its memory come back, anywhere in the thread that takes another one.
         self._lock = threading.RLock()
@@ -47,7 +59,7 @@ class BlockMemory:
         size = shape[0] * shape[1] * np.dtype(dtype).itemsize
         memory = self._taken(size)
         if memory is None:
-            raw = np.empty(size + 64, np.uint8)
+            raw = self._allocate(size + 64)
             memory = raw[-raw.ctypes.data % 64 :].data
         # Views of an array on a memoryview keep that array as their base, so its end is the end of them all.
         owner = np.frombuffer(memory, np.uint8)

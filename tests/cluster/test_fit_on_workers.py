@@ -12,7 +12,7 @@ import pytest
 
 from moefast.cluster import fit_on_workers, workers
 from moefast.cluster.fit_on_workers import fit_on
-from moefast.cluster.fit_parts import FitPlan, Source
+from moefast.cluster.fit_parts import FitPlan, TrainingSpectra
 from moefast.core.errors import InputError
 from moefast.experts import normal_equations
 from moefast.fitting import error_model, gate, linear_experts, sample, statistics, training_set
@@ -75,7 +75,7 @@ def source(make_toy, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plan(source):
-    return FitPlan(Source.of_files([source]), {"recipe": "phys-moe"})
+    return FitPlan(TrainingSpectra.of_files([source]), {"recipe": "phys-moe"})
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +199,7 @@ def test_tasks_have_the_blocks_of_one_process(make_toy, tmp_path, monkeypatch):
     for room in (fit_on_workers, training_set):
         monkeypatch.setattr(room, "BLOCK_ROWS", 64)
     files = [make_toy(n, n).write(tmp_path / f"{n}.h5") for n in (150, 70, 100)]
-    plan = FitPlan(Source.of_files(files), {"recipe": "global-ridge", "references": False})
+    plan = FitPlan(TrainingSpectra.of_files(files), {"recipe": "global-ridge", "references": False})
     prepared = plan.prepare()
     data = training_set.TrainingSet(prepared.spectra, prepared.options, lambda *_: None)
     data.find_reference()

@@ -12,7 +12,13 @@ from click.testing import CliRunner
 from moefast.cli import cli
 from moefast.cli.signals import Terminated
 from moefast.cluster import fit_parts
-from moefast.cluster.fit_parts import FitPlan, Source, fit_of_parts, gather_to_file, only_one_first_pass
+from moefast.cluster.fit_parts import (
+    FitPlan,
+    TrainingSpectra,
+    fit_of_parts,
+    gather_to_file,
+    only_one_first_pass,
+)
 from moefast.cluster.folders import OWNER, working_folder
 from moefast.core import archives
 from moefast.core.atomic import remove_quietly
@@ -85,7 +91,7 @@ def assert_same(one, two):
 )
 def test_parts_give_the_model_of_one_process(source, tmp_path, recipe, noise, counts):
     whole = fit(source, recipe=recipe, noise=noise)
-    plan = FitPlan(Source.of_files([source]), {"recipe": recipe, "noise": noise})
+    plan = FitPlan(TrainingSpectra.of_files([source]), {"recipe": recipe, "noise": noise})
     said = []
     for count in counts:
         paths = write_parts(plan, tmp_path, count)
@@ -94,7 +100,7 @@ def test_parts_give_the_model_of_one_process(source, tmp_path, recipe, noise, co
 
 
 def test_what_does_not_belong_together_is_named(source, train_file, tmp_path):
-    plan = FitPlan(Source.of_files([source]), {"recipe": "global-ridge", "references": False})
+    plan = FitPlan(TrainingSpectra.of_files([source]), {"recipe": "global-ridge", "references": False})
     a, b, c = write_parts(plan, tmp_path, 3)
     other = tmp_path / "other"
     other.mkdir()
@@ -114,7 +120,7 @@ def test_what_does_not_belong_together_is_named(source, train_file, tmp_path):
     ):
         odd = write_parts(FitPlan(plan.source, plan.arguments | arguments), other, 3)[1]
         refused([a, odd, c], match)
-    odd = write_parts(FitPlan(Source.of_files([train_file]), plan.arguments), other, 3)[1]
+    odd = write_parts(FitPlan(TrainingSpectra.of_files([train_file]), plan.arguments), other, 3)[1]
     refused([a, odd, c], r"part-1\.npz: is of another input than .*part-0\.npz")
     b.write_bytes(b.read_bytes()[:-2000])
     refused([a, b, c], r"part-1\.npz: not a complete file of statistics")
@@ -123,20 +129,20 @@ def test_what_does_not_belong_together_is_named(source, train_file, tmp_path):
 
 def test_a_plan_is_read_as_it_was_written():
     plan = FitPlan(
-        Source(simulate=600, name="survey", like=("a.fits",)),
+        TrainingSpectra(simulate=600, name="survey", like=("a.fits",)),
         {"recipe": "phys-moe", "grid": uniform(2, 1), "families": ("linear",)},
     )
     again = FitPlan.of_document(json.loads(json.dumps(plan.document())))
     assert again.source == plan.source
     assert again.arguments | {"families": ("linear",)} == plan.arguments
-    spectra = Source(simulate=20, name="survey").open()
+    spectra = TrainingSpectra(simulate=20, name="survey").open()
     assert isinstance(spectra, SimulatedSpectra)
     assert len(spectra) == 20
 
 
 def test_an_input_that_changed_is_named(make_toy, tmp_path):
     path = make_toy(200, 1).write(tmp_path / "x.h5")
-    plan = FitPlan(Source.of_files([path]), {"recipe": "global-ridge", "references": False})
+    plan = FitPlan(TrainingSpectra.of_files([path]), {"recipe": "global-ridge", "references": False})
     parts = write_parts(plan, tmp_path, 2)
     path.unlink()
     make_toy(200, 2).write(path)
@@ -163,7 +169,7 @@ def test_parts_are_whole_units():
 
 
 def test_a_fit_that_needs_two_first_passes_has_no_parts(source):
-    plan = FitPlan(Source.of_files([source]), {"recipe": "hybrid-moe"})
+    plan = FitPlan(TrainingSpectra.of_files([source]), {"recipe": "hybrid-moe"})
     with pytest.raises(InputError, match="--no-references"):
         only_one_first_pass(plan.prepare())
 
@@ -229,7 +235,7 @@ def test_folders_of_ended_jobs_are_removed(tmp_path):
 
 
 def test_no_memory_is_no_damage(source, tmp_path, monkeypatch):
-    plan = FitPlan(Source.of_files([source]), {"recipe": "global-ridge", "references": False})
+    plan = FitPlan(TrainingSpectra.of_files([source]), {"recipe": "global-ridge", "references": False})
     (path,) = write_parts(plan, tmp_path, 1)
 
     def none_left(*_, **__):
@@ -242,7 +248,7 @@ def test_no_memory_is_no_damage(source, tmp_path, monkeypatch):
 
 
 def test_a_part_that_asks_for_more_than_it_has_is_damaged(source, tmp_path):
-    plan = FitPlan(Source.of_files([source]), {"recipe": "global-ridge", "references": False})
+    plan = FitPlan(TrainingSpectra.of_files([source]), {"recipe": "global-ridge", "references": False})
     (path,) = write_parts(plan, tmp_path, 1)
     content = path.read_bytes()
     shape = b"'shape': (640,), }".ljust(40)
@@ -253,7 +259,7 @@ def test_a_part_that_asks_for_more_than_it_has_is_damaged(source, tmp_path):
 
 
 def test_a_part_is_added_as_it_is_or_not_at_all(source, tmp_path):
-    plan = FitPlan(Source.of_files([source]), {"recipe": "phys-moe"})
+    plan = FitPlan(TrainingSpectra.of_files([source]), {"recipe": "phys-moe"})
     a, b, c = write_parts(plan, tmp_path, 3)
     total, expected = fit_parts.statistics_of(a), fit_parts.statistics_of(a)
     fit_parts.add_statistics(total, b)

@@ -23,10 +23,12 @@ from sklearn.metrics import r2_score
 from small import Stars, same_rows
 
 import moefast
-from moefast.backend import Backend
+import moefast.export
+from moefast.backend import Backend, cuda_devices
 from moefast.core.errors import BackendError, InputError, LabelError, MoefastError, OutputError, WaveGridError
 from moefast.core.metrics import r2
 from moefast.export.parity import synthetic_spectra
+from moefast.kernels.cuda import device
 from moefast.mixture import Mixture
 from moefast.model import Model
 from moefast.predicting import engines, notes, run
@@ -714,6 +716,85 @@ def test_the_graph_as_an_engine_gives_what_the_kernels_give():
         np.testing.assert_allclose(
             getattr(found, name)[there], getattr(expected, name)[there], rtol=1e-3, atol=1e-4
         )
+
+
+def graph_on_cuda(monkeypatch):
+    """An engine that takes itself for one on a GPU; its graph runs here."""
+    monkeypatch.setattr(
+        "moefast.export.open_session", lambda graph, _, real=moefast.export.open_session: real(graph)
+    )
+    monkeypatch.setattr("moefast.export.on_the_cpu", lambda _: "")
+    return OnnxEngine(with_heads(random_mixture(), "pca-mlp"), "cuda")
+
+
+def scored_in_place(engine, flux, error):
+    with engine.place() as place:
+        arrays = [place.array(name, flux.shape) for name in ("flux", "error")]
+        for array, values in zip(arrays, (flux, error), strict=True):
+            array[...] = values
+        return place(*arrays, None, 0)[0].log_g
+
+
+def test_a_graph_on_a_gpu_reads_from_pinned_memory(monkeypatch):
+    pinned, entered = [], []
+
+    class Device:
+        def __enter__(self):
+            entered.append(True)
+
+        def __exit__(self, *_):
+            entered.append(False)
+
+    def pinned_array(size, dtype):
+        if len(pinned) == 1:
+            raise device.PinnedMemoryError("no more")
+        pinned.append(np.empty(size, dtype))
+        return pinned[-1]
+
+    monkeypatch.setattr(device, "require_device", lambda: None)
+    monkeypatch.setattr(device, "current_device", Device)
+    monkeypatch.setattr(device, "pinned_array", pinned_array)
+    engine = graph_on_cuda(monkeypatch)
+    flux, error = spectra(40, random_mixture().projection)
+    expected = OnnxEngine(with_heads(random_mixture(), "pca-mlp"), "cpu")(flux, error, None, 0)[0].log_g
+    # The first array is pinned; the second lies in plain memory, since the system refuses more.
+    np.testing.assert_array_equal(scored_in_place(engine, flux, error), expected)
+    assert len(pinned) == 1
+    assert pinned[0].nbytes == flux.nbytes + 64
+    assert entered == [True, False] * 2
+    # Memory is used again.
+    np.testing.assert_array_equal(scored_in_place(engine, flux, error), expected)
+    assert entered == [True, False] * 2
+
+
+def test_a_graph_on_a_gpu_needs_no_pinned_memory(monkeypatch):
+    def missing():
+        raise BackendError("backend cuda: numba-cuda is not installed")
+
+    monkeypatch.setattr(device, "require_device", missing)
+    flux, error = spectra(40, random_mixture().projection)
+    expected = OnnxEngine(with_heads(random_mixture(), "pca-mlp"), "cpu")(flux, error, None, 0)[0].log_g
+    np.testing.assert_array_equal(scored_in_place(graph_on_cuda(monkeypatch), flux, error), expected)
+
+
+@pytest.mark.gpu
+def test_blocks_of_a_graph_lie_in_pinned_memory_on_a_device():
+    if not cuda_devices()[0]:
+        pytest.skip("no CUDA device")
+    pytest.importorskip("numba_cuda")
+    from cuda.bindings import driver
+
+    mixture = with_heads(random_mixture(), "pca-mlp")
+    flux, error = spectra(40, mixture.projection)
+    engine = OnnxEngine(mixture, "cuda")
+    kind = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE
+    with engine.place() as place:
+        address = place.array("flux", flux.shape).ctypes.data
+    assert driver.cuPointerGetAttribute(kind, address)[0] == driver.CUresult.CUDA_SUCCESS
+    # The driver does not know plain memory.
+    assert driver.cuPointerGetAttribute(kind, flux.ctypes.data)[0] != driver.CUresult.CUDA_SUCCESS
+    expected = OnnxEngine(mixture, "cpu")(flux, error, None, 0)[0].log_g
+    np.testing.assert_allclose(scored_in_place(engine, flux, error), expected, rtol=1e-4)
 
 
 def test_a_gpu_that_is_short_of_memory_gets_half_of_the_block(monkeypatch):
