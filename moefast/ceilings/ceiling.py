@@ -508,12 +508,6 @@ def _bayes_summary(
     log_g, mean, sd = table["log_g"], table["bayes"], table["bayes_sd"]
     expected = 1 - (sd**2).mean() / log_g.var()
     achieved = metrics.bootstrap(log_g, mean)
-    rng = np.random.default_rng(metrics.SEED)
-    n = len(log_g)
-    resampled = []
-    for _ in range(metrics.N_RESAMPLES):
-        chosen = rng.integers(0, n, n)
-        resampled.append(1 - (sd[chosen] ** 2).mean() / log_g[chosen].var())
     ranks = {"log_g": table["rank"]} | {
         key: table[f"rank_{key}"]
         for key in LABELS
@@ -521,7 +515,7 @@ def _bayes_summary(
     }
     return {
         "r2": float(expected),
-        "r2_interval": np.quantile(resampled, [0.025, 0.975]).tolist(),
+        "r2_interval": _r2_interval(log_g, sd),
         "r2_of_posterior_means": achieved.value,
         "r2_of_posterior_means_interval": [achieved.low, achieved.high],
         "rmse": metrics.rmse(log_g, mean),
@@ -540,10 +534,21 @@ def _bayes_summary(
             "share_of_stars_at_least_200": float((table["ess"] >= LEAST_ESS).mean()),
         },
         "ranks": {key: rank_statistics(values) for key, values in ranks.items()},
-        "likelihoods_per_star": likelihoods / n,
+        "likelihoods_per_star": likelihoods / len(log_g),
         "seed": seed,
         "seconds": seconds,
     }
+
+
+def _r2_interval(log_g: F64, sd: F64) -> list[float]:
+    """95 % percentile interval of the expected R² over stars; resamples of one star alone have no R²."""
+    rng = np.random.default_rng(metrics.SEED)
+    n, resampled = len(log_g), []
+    for _ in range(metrics.N_RESAMPLES):
+        chosen = rng.integers(0, n, n)
+        if np.ptp(log_g[chosen]) > 0:
+            resampled.append(1 - (sd[chosen] ** 2).mean() / log_g[chosen].var())
+    return np.quantile(resampled, [0.025, 0.975]).tolist()
 
 
 def _groups(table: Mapping[str, F64]) -> dict[str, list[dict[str, Any]]]:

@@ -61,6 +61,13 @@ def test_summary(found):
     assert sum(group["n"] for group in found.summary["groups"]["grid"]) == N
 
 
+def test_resamples_of_one_star_alone_are_left_out_of_the_interval():
+    # Of three stars every ninth resample is one of them three times: it has no variance that could be explained.
+    low, high = ceiling._r2_interval(np.array([1.0, 2.0, 4.0]), np.array([0.1, 0.1, 0.1]))
+    # Two stars and the third one twice: variances are 2/9 at the least and 2 at the most.
+    assert 1 - 0.01 * 9 / 2 - 1e-12 <= low < high <= 1 - 0.01 / 2 + 1e-12
+
+
 def test_posterior_means_are_better_than_the_prior(found):
     """Most stars must be closer to the truth than the middle of the box is, or nothing was learned."""
     assert found.summary["bayes"]["r2_of_posterior_means"] > 0.4
