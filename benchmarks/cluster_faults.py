@@ -1,71 +1,92 @@
-"""Faults of workers, clients and shards during fit and predict: what survives, bit for bit.
+"""Faults of workers, clients, shards and merges during fit and predict: what survives, bit for bit.
 
-`python -m moefast.benchmarks.cluster_faults --cases 200 --seed 1 --folder SCRATCH [-o FILE]`
+`python -m moefast.benchmarks.cluster_faults --kills 208 --troubles 20 --seed 1 --folder SCRATCH [-o FILE]`
 
-Design: small spectra, so that a case takes seconds; units of a few rows, so that a fit has several parts. Each case
-disturbs processes at a random time of the job and compares what comes out with what one process made: columns of the
-table with every row once, or arrays of the model. Nothing may be left beside the output. What is disturbed:
+Design: small spectra, so that a case takes seconds; units of a few rows, so that a fit has several parts, which are
+joined. Each case disturbs processes at a random moment of their work, a share of what they compute or of what they do
+with files (`moefast.benchmarks.strikes`), and compares what comes out with what one process made: columns of the
+table with every row once, or arrays of the model. A strike that misses, because the job has ended before or the worker
+has no task then, does not count: the case is done again at another moment. Nothing may be left beside the output. What
+is disturbed:
 
-- a worker, a client, or one process of `--shard`, killed with SIGKILL; the command of the latter two is then repeated;
-- a slow worker: stopped, and continued after up to three times what the job takes;
+- a worker with a task, a client, one process of `--shard`, or one that merges their files, killed with SIGKILL; all but
+  the first are then repeated;
+- a slow worker: stopped in a task, and continued after up to three times what the job takes;
 - a worker that hangs: stopped for good, until the scheduler misses it;
 - a worker above the limit of its memory, which its nanny ends again and again;
 - a worker whose allocations fail from some point on;
 - all workers above their limit: the job must fail with one error of moefast's own, and succeed when they have memory.
+
+Processes, workers too, are forked from one that has everything loaded.
 """
 
 from __future__ import annotations
 
 import functools
-import math
+import multiprocessing
 import os
 import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import click
 import numpy as np
 
 from moefast.benchmarks.cluster import same_model, same_table
 from moefast.benchmarks.environment import describe
+from moefast.benchmarks.strikes import (
+    Amount,
+    Strike,
+    computed,
+    count_operations,
+    operations,
+    run_struck,
+)
 from moefast.cluster import workers
 from moefast.cluster.fit_on_workers import fit_on
-from moefast.cluster.fit_parts import FitPlan, Source, fit_of_parts, gather_to_file
+from moefast.cluster.fit_parts import FitPlan, TrainingSpectra, fit_of_parts, gather_to_file
 from moefast.cluster.merge import merge_tables
 from moefast.cluster.workers import connect, predict_on
 from moefast.core.atomic import write_json
-from moefast.core.errors import BackendError
+from moefast.core.errors import BackendError, BenchmarkError
 from moefast.experts import normal_equations
 from moefast.fitting import error_model, gate, linear_experts, sample, statistics
+from moefast.model import Model
 from moefast.predicting.files import predict
 from moefast.spectra.writer import SpectrumWriter
 
-__all__ = ["FAULTS", "campaign"]
+__all__ = ["FAULTS", "KILLS", "TROUBLES", "campaign", "make_small", "table_of", "write_spectra"]
 
-ROWS, PIXELS, UNIT, SHARDS, WORKERS = 1500, 640, 128, 3, 2
-KILLS = ("worker", "client", "shard")
-TROUBLES = (
-    "slow worker",
-    "hanging worker",
-    "worker above its memory",
-    "failing allocations",
-    "all above their memory",
-)
+ROWS, PIXELS, UNIT, SHARDS, PARTS, WORKERS = 1500, 640, 128, 3, 10, 2
+"""More parts than are joined at a time."""
 JOBS = ("predict", "fit")
-FAULTS = tuple(f"{who}, {what}" for who in (*KILLS, *TROUBLES) for what in JOBS)
-PATIENT, IMPATIENT = 1800.0, 15.0
+KILLS = tuple(f"{who}, {what}" for who in ("worker", "client", "shard", "merge") for what in JOBS)
+TROUBLES = tuple(
+    f"{who}, {what}"
+    for who in (
+        "slow worker",
+        "hanging worker",
+        "worker above its memory",
+        "failing allocations",
+        "all above their memory",
+    )
+    for what in JOBS
+)
+FAULTS = (*KILLS, *TROUBLES)
+PATIENT, IMPATIENT = 1800.0, 30.0
 """Seconds for which a worker may be silent, and the same in cases in which one hangs."""
+ATTEMPTS = 20
+"""How often a case is done again because its strike missed."""
 ARGUMENTS = {"recipe": "global-ridge", "references": False}
+Say = Callable[[str], None]
 
 
 def make_small() -> None:
@@ -96,105 +117,130 @@ def write_spectra(path: Path, seed: int) -> None:
 
 
 class Ground:
-    """Spectra, a model, and what one process makes of them."""
+    """Spectra, a model, parts of it and of a table, and what one process makes of them."""
 
     def __init__(self, folder: Path) -> None:
-        self.spectra = folder / "spectra.h5"
+        self.folder, self.spectra, self.table = folder, folder / "spectra.h5", folder / "table.parquet"
         folder.mkdir(parents=True, exist_ok=True)
         if not self.spectra.exists():
             write_spectra(self.spectra, 1)
         self.whole = plan_of(folder).prepare().fit(False).save(folder / "model", overwrite=True)
-        self.table = folder / "table.parquet"
         predict(self.spectra, folder / "model", self.table, overwrite=True)
+        for what in JOBS:
+            for index in range(SHARDS):
+                one_shard(_silent, folder, folder, what, index)
 
-    def is_whole(self, case: Path, what: str, result: Any) -> str:
+    def problem(self, case: Path, what: str) -> str:
         """What is wrong with the result of a case; empty if nothing is."""
-        good = (
-            same_model(result, self.whole) if what == "fit" else same_table(case / "out.parquet", self.table)
-        )
+        try:
+            good = (
+                same_model(Model.load(case / "out"), self.whole)
+                if what == "fit"
+                else same_table(case / "out.parquet", self.table)
+            )
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
         left = sorted(path.name for path in case.iterdir() if path.name.startswith("."))
         return "; ".join(filter(None, ("" if good else "other bits", f"left {left}" if left else "")))
 
 
+def _silent(_: str) -> None:
+    """Nobody is told."""
+
+
 def plan_of(folder: Path) -> FitPlan:
     """The fit of the spectra of a folder."""
-    return FitPlan(Source.of_files([folder / "spectra.h5"]), ARGUMENTS)
+    return FitPlan(TrainingSpectra.of_files([folder / "spectra.h5"]), ARGUMENTS)
 
 
-def job(folder: Path, case: Path, what: str, client: Any) -> Any:
-    """The job on a cluster."""
-    if what == "fit":
-        plan = plan_of(folder)
-        return fit_on(client, plan, plan.prepare(), case / "out", n_parts=6)
-    return predict_on(
-        client, [folder / "spectra.h5"], folder / "model", case / "out.parquet", options={}, rows_per_task=100
-    )
+# -- jobs -----------------------------------------------------------------------------------------------------------
 
 
-def one_shard(folder: Path, case: Path, what: str, index: int) -> None:
+def job(say: Say, folder: Path, case: Path, what: str, client: Any) -> None:
+    """The job on a cluster, as its command does it."""
+    if what == "predict":
+        options: dict[str, Any] = {}
+        say("tables of the workers")
+        predict_on(
+            client, [folder / "spectra.h5"], folder / "model", case / "out.parquet", options=options,
+            overwrite=True, rows_per_task=100,
+            progress=lambda done, total: say("merging") if done == total else None,
+        )  # fmt: skip
+        return
+    plan = plan_of(folder)
+    say("first pass")
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage != "normal equations":
+            say("second pass")
+        elif done == total:
+            say("between the passes")
+
+    def save(model: Model) -> Model:
+        say("publishing")
+        saved = model.save(case / "out", overwrite=True)
+        say("published")
+        return saved
+
+    fit_on(client, plan, plan.prepare(), case / "out", n_parts=PARTS, save=save, progress=progress)
+
+
+def as_client(say: Say, address: str, folder: Path, case: Path, what: str) -> None:
+    """The job, by a client of its own."""
+    make_small()
+    with connect(address) as client:
+        job(say, folder, case, what, client)
+
+
+def name_of(what: str, index: int) -> str:
+    """Name of the file of a shard."""
+    return f"part-{index}.{'npz' if what == 'fit' else 'parquet'}"
+
+
+def one_shard(say: Say, folder: Path, case: Path, what: str, index: int) -> None:
     """One part, as a task of a job array does it."""
+    make_small()
+    say("a part")
+    out = case / name_of(what, index)
     if what == "fit":
         plan = plan_of(folder)
         prepared = plan.prepare()
-        rows = statistics.rows_of_part(ROWS, index, SHARDS)
-        gather_to_file(case / f"part-{index}.npz", plan, prepared, rows, shard=(index, SHARDS))
+        gather_to_file(
+            out, plan, prepared, statistics.rows_of_part(ROWS, index, SHARDS), shard=(index, SHARDS)
+        )
     else:
-        predict(
-            folder / "spectra.h5", folder / "model", case / f"part-{index}.parquet", shard=(index, SHARDS),
-            overwrite=True,
-        )  # fmt: skip
+        predict(folder / "spectra.h5", folder / "model", out, shard=(index, SHARDS), overwrite=True)
 
 
-def computed(pid: int) -> float:
-    """Seconds that a process has computed; inf once it has ended."""
-    try:
-        # What follows the name in brackets: state, …, user and system time as the 12th and 13th.
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-    except OSError:
-        return math.inf
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+def merge(say: Say, parts: list[Path], case: Path, what: str) -> None:
+    """Join the parts of all shards."""
+    make_small()
+    say("merging")
+    if what == "fit":
+        model = fit_of_parts(
+            parts, progress=lambda stage, *_: say("merging" if stage == "statistics" else "second pass")
+        )
+        say("publishing")
+        model.save(case / "out", overwrite=True)
+    else:
+        merge_tables(parts, case / "out.parquet", overwrite=True)
 
 
-def killed(arguments: list[str], after: float) -> bool:
-    """Whether a process with these arguments was still there to be killed when it had computed for some seconds.
-
-    Not after a time on the clock: the machine may be busy with other work.
-    """
-    process = subprocess.Popen(
-        [sys.executable, "-m", "moefast.benchmarks.cluster_faults", *arguments],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    while computed(process.pid) < after:
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(0.01)
-            return False
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    return process.returncode == -signal.SIGKILL
-
-
-@contextmanager
-def at(seconds: float, strike: Callable[[], None]) -> Generator[list[bool], None, None]:
-    """Strike after some time, if what is done has not ended before; whether it was struck."""
-    struck: list[bool] = []
-
-    def work() -> None:
-        struck.append(True)
-        strike()
-
-    timer = threading.Timer(seconds, work)
-    timer.start()
-    try:
-        yield struck
-    finally:
-        timer.cancel()
-        timer.join()
+# -- workers --------------------------------------------------------------------------------------------------------
 
 
 def memory_of(pid: int, field: str) -> int:
     """Bytes of a process: VmRSS or VmSize."""
     lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
+
+
+class Blow(NamedTuple):
+    """A worker that was struck, and the kind of task that it had."""
+
+    address: str
+    pid: int
+    task: str
 
 
 class Battlefield:
@@ -208,15 +254,38 @@ class Battlefield:
         found: dict[str, int] = self.client.run(os.getpid, on_error="ignore")
         return found
 
-    def wait(self) -> None:
-        """Until both workers are there and answer."""
+    def wait(self) -> dict[str, int]:
+        """The processes of both workers, once these are there and answer."""
         deadline = time.monotonic() + 600
-        while len(self.pids()) < WORKERS and time.monotonic() < deadline:
+        while len(found := self.pids()) < WORKERS:
+            if time.monotonic() > deadline:
+                raise BenchmarkError(f"{WORKERS - len(found)} of {WORKERS} workers have not come back")
             # Nannies whose workers died while they started are gone.
             self.client.cluster.scale(WORKERS)
-            time.sleep(0.5)
+            time.sleep(0.2)
+        return found
 
-    def limit(self, share: float | None, workers: list[str] | None = None) -> None:
+    def busy(self) -> dict[str, str]:
+        """The kind of task that workers have, by their addresses."""
+        with suppress(RuntimeError):
+            # The scheduler is in this process; it may change what is read here.
+            return {
+                worker.address: str(task.key).rsplit("-", 5)[0]
+                for worker in list(self.client.cluster.scheduler.workers.values())
+                for task in list(worker.processing)[:1]
+            }
+        return {}
+
+    def lost(self, address: str) -> list[str]:
+        """Kinds of the tasks with which the scheduler lost a worker."""
+        return [
+            str(key).rsplit("-", 5)[0]
+            for _, event in self.client.get_events("all")
+            if event.get("action") == "remove-worker" and event["worker"] == address
+            for key in event["processing-tasks"]
+        ]
+
+    def limit(self, share: float | None, addresses: list[str] | None = None) -> None:
         """Give workers a limit for their memory, as a share of what they take now; None for what they had at first."""
         taken = {worker: memory_of(pid, "VmRSS") for worker, pid in self.pids().items()} if share else {}
 
@@ -226,7 +295,7 @@ class Battlefield:
             now = taken.get(dask_worker.worker_address)
             manager.memory_limit = manager.at_first if now is None or share is None else int(share * now)
 
-        self.client.run(change, nanny=True, workers=workers, on_error="ignore")
+        self.client.run(change, nanny=True, workers=addresses, on_error="ignore")
 
     def give_up_after(self, seconds: float) -> None:
         """How long the scheduler lets a worker be silent; it looks from time to time."""
@@ -237,237 +306,298 @@ class Battlefield:
         self.client.run_on_scheduler(change)
 
     @contextmanager
-    def disturbed(self, who: str, after: float, usual: float) -> Generator[list[bool], None, None]:
-        """Workers in trouble for as long as the job is done."""
-        pids = self.pids()
-        address = self.rng.choice(sorted(pids))
-        pid = pids[address]
-        if who == "worker":
-            with at(after, functools.partial(os.kill, pid, signal.SIGKILL)) as struck:
-                yield struck
-        elif who == "slow worker":
-            pause = self.rng.uniform(0, 3) * usual
-            later = threading.Timer(after + pause, os.kill, (pid, signal.SIGCONT))
-            with at(after, functools.partial(os.kill, pid, signal.SIGSTOP)) as struck:
-                later.start()
-                yield struck
-            later.join()
-        elif who == "hanging worker":
+    def struck(
+        self, pids: dict[str, int], seconds: float, blow: Callable[[Blow], None]
+    ) -> Generator[list[Blow], None, None]:
+        """Strike a worker with a task once workers have computed some seconds of a job; who was struck, if one was."""
+        ended, blows = threading.Event(), []
+        before = sum(map(computed, pids.values()))
+
+        def watch() -> None:
+            while not ended.wait(0.003):
+                if sum(map(computed, pids.values())) - before < seconds:
+                    continue
+                busy = {address: task for address, task in self.busy().items() if address in pids}
+                if busy:
+                    address = self.rng.choice(sorted(busy))
+                    found = Blow(address, pids[address], busy[address])
+                    blow(found)
+                    blows.append(found)
+                    return
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        try:
+            yield blows
+        finally:
+            ended.set()
+            thread.join()
+
+    def disturb(self, who: str, work: Callable[[], None], seconds: float, usual: float) -> str:
+        """Do a job with a worker in trouble; the task that it had, empty if it had none or the job ended before."""
+        pids = self.wait()
+        continued: list[threading.Timer] = []
+        margin, pause = int(self.rng.uniform(0, 64) * 2**20), self.rng.uniform(0, 3) * usual
+
+        def stop(blow: Blow) -> None:
+            os.kill(blow.pid, signal.SIGSTOP)
+            if who == "slow worker":
+                continued.append(threading.Timer(pause, os.kill, (blow.pid, signal.SIGCONT)))
+                continued[0].start()
+
+        def fail(blow: Blow) -> None:
+            most = memory_of(blow.pid, "VmSize") + margin
+            resource.prlimit(blow.pid, resource.RLIMIT_AS, (most, most))
+
+        strike: dict[str, Callable[[Blow], None]] = {
+            "worker": lambda blow: os.kill(blow.pid, signal.SIGKILL),
+            "slow worker": stop,
+            "hanging worker": stop,
+            "worker above its memory": lambda blow: self.limit(0.9, [blow.address]),
+            "failing allocations": fail,
+            "all above their memory": lambda _: self.limit(0.9),
+        }
+        if who == "hanging worker":
             self.give_up_after(IMPATIENT)
-            with at(after, functools.partial(os.kill, pid, signal.SIGSTOP)) as struck:
-                yield struck
-            self.give_up_after(PATIENT)
-            if struck:
-                # It has been replaced, or nothing was asked of it.
+        try:
+            with self.struck(pids, seconds, strike[who]) as blows:
+                work()
+        finally:
+            for timer in continued:
+                timer.join()
+            if who == "hanging worker":
+                self.give_up_after(PATIENT)
+            if "memory" in who:
+                self.limit(None)
+            if blows and who in ("hanging worker", "failing allocations"):
+                # It has been replaced, or nothing was asked of it any more.
                 with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-        elif who == "worker above its memory":
-            with at(after, functools.partial(self.limit, 0.9, [address])) as struck:
-                yield struck
-            self.limit(None)
-        else:
-            margin = int(self.rng.uniform(0, 64) * 2**20)
-
-            def fail() -> None:
-                most = memory_of(pid, "VmSize") + margin
-                resource.prlimit(pid, resource.RLIMIT_AS, (most, most))
-
-            with at(after, fail) as struck:
-                yield struck
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+                    os.kill(blows[0].pid, signal.SIGKILL)
+        if not blows:
+            return ""
+        if who == "worker":
+            # It may have ended its task just before.
+            self.wait()
+            return (self.lost(blows[0].address) or [""])[0]
+        return blows[0].task
 
 
-def worker_case(
-    folder: Path, case: Path, who: str, what: str, field: Battlefield, after: float, usual: float
-) -> tuple[Any, bool]:
-    """The job with workers in trouble."""
-    if who == "all above their memory":
-        with at(after, functools.partial(field.limit, 0.9)) as struck:
-            try:
-                result = job(folder, case, what, field.client)
-            except BackendError:
-                result = None
-        field.limit(None)
-        field.wait()
-        if result is None:
-            result = job(folder, case, what, field.client)
-        return result, bool(struck)
-    with field.disturbed(who, after, usual) as struck:
-        result = job(folder, case, what, field.client)
-    field.wait()
-    return result, bool(struck)
+# -- cases ----------------------------------------------------------------------------------------------------------
 
 
-def client_case(folder: Path, case: Path, what: str, field: Battlefield, after: float) -> tuple[Any, bool]:
-    """The job by a client of its own, which is killed; then once more."""
-    address = str(field.client.scheduler_info(n_workers=0)["address"])
-    during = killed(
-        ["--client", what, "--address", address, "--case", str(case), "--folder", str(folder)], after
-    )
-    if what == "fit" or not (case / "out.parquet").exists():
-        return job(folder, case, what, field.client), during
-    return None, during
+class Campaign:
+    """Everything that cases need."""
 
+    def __init__(self, ground: Ground, client: Any, rng: random.Random) -> None:
+        self.ground, self.client, self.rng = ground, client, rng
+        self.field = Battlefield(client, rng)
+        self.field.give_up_after(PATIENT)
+        self.context = multiprocessing.get_context("forkserver")
+        self.address = str(client.scheduler_info(n_workers=0)["address"])
+        self.seconds: dict[str, float] = {}
+        self.usual = {fault: self._usual(*fault.split(", ")) for fault in KILLS}
 
-def shard_case(folder: Path, case: Path, what: str, rng: random.Random, after: float) -> tuple[Any, bool]:
-    """One process of a job array, which is killed; then those whose files are not there."""
-    struck = rng.randrange(SHARDS)
-    during = killed(
-        ["--shard", str(struck), "--client", what, "--case", str(case), "--folder", str(folder)], after
-    )
-    for index in range(SHARDS):
-        name = f"part-{index}.{'npz' if what == 'fit' else 'parquet'}"
-        if not (case / name).exists():
-            one_shard(folder, case, what, index)
-    if what == "fit":
-        return fit_of_parts(sorted(case.glob("part-*.npz"))), during
-    merge_tables(sorted(case.glob("part-*.parquet")), case / "out.parquet")
-    return None, during
-
-
-def seconds_of(folder: Path, client: Any) -> dict[str, tuple[float, float]]:
-    """When each job begins and ends, undisturbed: on the clock for workers, by what they compute for processes."""
-    case = folder / "usual"
-
-    def timed(clock: Callable[[], float], work: Callable[[], Any]) -> float:
+    def _case(self, name: str) -> Path:
+        case = self.ground.folder / name
         shutil.rmtree(case, ignore_errors=True)
         case.mkdir()
-        begin = clock()
-        work()
-        return clock() - begin
+        return case
 
-    def by_process(*arguments: str) -> float:
-        whole = [*arguments, "--case", str(case), "--folder", str(folder)]
-        return timed(children, functools.partial(killed, whole, math.inf))
+    def _usual(self, who: str, what: str) -> Amount:
+        """What a job takes undisturbed: of the second time, as things are compiled the first time."""
+        for _ in range(2):
+            case = self._case("usual")
+            if who == "worker":
+                pids = self.field.wait()
+                self.client.run(count_operations, str(case))
+                before, begin = sum(map(computed, pids.values())), time.monotonic()
+                job(_silent, self.ground.folder, case, what, self.client)
+                self.seconds[what] = time.monotonic() - begin
+                seconds = sum(map(computed, pids.values())) - before
+                found = Amount(seconds, min(self.client.run(operations).values()))
+                self.client.run(count_operations, "")
+            else:
+                took = run_struck(self.context, *self._process(who, what, case), folder=case).took
+                if took is None:
+                    raise BenchmarkError(f"{who}, {what} was killed undisturbed")
+                found = took
+            if problem := self.ground.problem(case, what) if who != "shard" else "":
+                raise BenchmarkError(f"{who}, {what}, undisturbed: {problem}")
+        shutil.rmtree(case)
+        return found
 
-    def children() -> float:
-        used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return used.ru_utime + used.ru_stime
+    def _process(self, who: str, what: str, case: Path) -> tuple[Any, ...]:
+        """Work of a process, and its arguments."""
+        folder = self.ground.folder
+        if who == "client":
+            return as_client, self.address, folder, case, what
+        if who == "shard":
+            return one_shard, folder, case, what, self.rng.randrange(SHARDS)
+        return merge, [folder / name_of(what, index) for index in range(SHARDS)], case, what
 
-    address = str(client.scheduler_info(n_workers=0)["address"])
-    start = by_process("--nothing")
-    found = {}
-    for what in JOBS:
-        work = functools.partial(job, folder, case, what, client)
-        # The first time something is compiled.
-        timed(time.monotonic, work)
-        found[f"worker, {what}"] = 0.0, timed(time.monotonic, work)
-        found[f"client, {what}"] = start, by_process("--client", what, "--address", address)
-        found[f"shard, {what}"] = start, by_process("--shard", "0", "--client", what)
-    shutil.rmtree(case)
-    return found
+    def one(self, fault: str, name: str) -> dict[str, Any]:
+        """A case, done again until its strike hits; what it was, and what was wrong."""
+        who, what = fault.split(", ")
+        begin = time.monotonic()
+        missed = -1
+        while missed < ATTEMPTS:
+            missed += 1
+            by: Literal["computing", "writing"] = (
+                "writing" if fault in KILLS and self.rng.random() < 0.5 else "computing"
+            )
+            strike = Strike(by, self.rng.random())
+            case = self._case(name)
+            problem = where = ""
+            try:
+                where = self._strike(who, what, case, strike)
+                problem = self.ground.problem(case, what)
+            except Exception as error:
+                problem = f"{type(error).__name__}: {error}"
+                self.field.limit(None)
+                self.field.wait()
+            if where or problem:
+                break
+        shutil.rmtree(case, ignore_errors=True)
+        return {
+            "fault": fault, "by": strike.by, "share": strike.share, "where": where, "missed": missed,
+            "at_work": bool(where), "problem": problem, "seconds": time.monotonic() - begin,
+        }  # fmt: skip
+
+    def _strike(self, who: str, what: str, case: Path, strike: Strike) -> str:
+        """Do a job, disturb it, and complete it; where it was struck, empty if the strike missed."""
+        folder, usual = self.ground.folder, self.usual.get(f"{who}, {what}", self.usual[f"worker, {what}"])
+        work = functools.partial(job, _silent, folder, case, what, self.client)
+        if who == "worker" and strike.by == "writing":
+            pids = self.field.wait()
+            address = self.rng.choice(sorted(pids))
+            self.client.run(count_operations, str(case), strike.operation(usual), workers=[address])
+            work()
+            found = self.field.wait()
+            if pids[address] in found.values():
+                self.client.run(count_operations, "", workers=[address])
+                return ""
+            return (self.field.lost(address) or [""])[0]
+        if who in ("client", "shard", "merge"):
+            struck = run_struck(
+                self.context, *self._process(who, what, case), folder=case, strike=strike, usual=usual
+            )
+            if struck.killed or who == "shard":
+                self._complete(who, what, case, work)
+            return struck.where if struck.killed else ""
+        if who != "all above their memory":
+            return self.field.disturb(who, work, strike.second(usual), self.seconds[what])
+        failed: list[BackendError] = []
+
+        def in_vain() -> None:
+            try:
+                work()
+            except BackendError as error:
+                failed.append(error)
+
+        where = self.field.disturb(who, in_vain, strike.second(usual), self.seconds[what])
+        self.field.wait()
+        if failed:
+            work()
+        return where
+
+    def _complete(self, who: str, what: str, case: Path, work: Callable[[], None]) -> None:
+        """Repeat what was killed: the same command, with --overwrite."""
+        folder = self.ground.folder
+        if who == "client":
+            work()
+            return
+        parts = [folder / name_of(what, index) for index in range(SHARDS)]
+        if who == "shard":
+            parts = [case / name_of(what, index) for index in range(SHARDS)]
+            for index, path in enumerate(parts):
+                # As the job script says it: what is there is complete.
+                if not path.exists():
+                    one_shard(_silent, folder, case, what, index)
+        merge(_silent, parts, case, what)
 
 
 def campaign(
-    n_cases: int, seed: int, folder: Path, faults: tuple[str, ...] = FAULTS, tell: Callable[[str], None] = print,
+    faults: list[str], seed: int, folder: Path, tell: Callable[[str], None] = print,
     keep: Callable[[list[dict[str, Any]]], None] = lambda found: None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Cases one after the other: what was done when, whether the job was under way, and what was wrong afterwards."""
+    """Cases one after the other: what was struck where, and what was wrong afterwards."""
+    import dask
     from distributed import WorkerPlugin
+    from distributed.utils import get_mp_context
 
     class Small(WorkerPlugin):
         def setup(self, worker: Any) -> None:
             make_small()
 
     make_small()
-    ground, rng = Ground(folder), random.Random(seed)
-    found = []
+    folder = folder.absolute()
+    ground, rng, found = Ground(folder), random.Random(seed), []
     # Also how often the scheduler looks.
     workers.WORKER_TTL = f"{IMPATIENT:g} s"
-    with connect(f"local:{WORKERS}") as client:
-        client.register_plugin(Small())
-        field = Battlefield(client, rng)
-        field.give_up_after(PATIENT)
-        usual = seconds_of(folder, client)
-        for number in range(n_cases):
-            fault = faults[number % len(faults)]
-            who, what = fault.split(", ")
-            case = folder / f"case-{number}"
-            shutil.rmtree(case, ignore_errors=True)
-            case.mkdir()
-            share, begin = rng.random(), time.monotonic()
-            start, stop = usual[fault if who in KILLS else f"worker, {what}"]
-            after = start + share * (stop - start)
-            problem = ""
-            try:
-                if who == "client":
-                    result, during = client_case(folder, case, what, field, after)
-                elif who == "shard":
-                    result, during = shard_case(folder, case, what, rng, after)
-                else:
-                    result, during = worker_case(folder, case, who, what, field, after, stop)
-                problem = ground.is_whole(case, what, result)
-            except Exception as error:
-                during, problem = True, f"{type(error).__name__}: {error}"
-                field.limit(None)
-                field.wait()
-            found.append({
-                "fault": fault, "share": share, "at_work": during, "problem": problem,
-                "seconds": time.monotonic() - begin,
-            })  # fmt: skip
-            tell(f"{number + 1}/{n_cases} {fault} at {share:.2f}: {problem or 'the same bits'}")
-            keep(found)
-            shutil.rmtree(case, ignore_errors=True)
+    with dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
+        get_mp_context()
+        multiprocessing.get_context("forkserver").set_forkserver_preload(["distributed", __name__])
+        with connect(f"local:{WORKERS}") as client:
+            client.register_plugin(Small())
+            here = Campaign(ground, client, rng)
+            for number, fault in enumerate(faults):
+                one = here.one(fault, f"case-{number}")
+                found.append(one)
+                tell(
+                    f"{number + 1}/{len(faults)} {fault} at {one['where'] or 'nothing'}, {one['by']} "
+                    f"{one['share']:.2f}, {one['seconds']:.0f} s: {one['problem'] or 'the same bits'}"
+                )
+                keep(found)
     return found
 
 
 def table_of(found: list[dict[str, Any]]) -> str:
-    """Faults, how many were tried, in how many of these the process was at work, and how many were survived."""
-    tried, at_work = (
-        Counter(one["fault"] for one in found),
-        Counter(one["fault"] for one in found if one["at_work"]),
-    )
-    survived = Counter(one["fault"] for one in found if not one["problem"])
-    lines = [f"{'fault':<32}{'tried':>7}{'at work':>9}{'survived':>10}"]
-    lines += [
-        f"{fault:<32}{tried[fault]:>7}{at_work[fault]:>9}{survived[fault]:>10}"
-        for fault in FAULTS
-        if tried[fault]
-    ]
+    """Faults, how many cases were struck at work, where, and how many were survived."""
+    lines = [f"{'fault':<32}{'struck':>7}{'survived':>10}  where"]
+    for fault in FAULTS:
+        cases = [one for one in found if one["fault"] == fault]
+        where = Counter(one["where"] for one in cases if one["at_work"])
+        if cases:
+            lines.append(
+                f"{fault:<32}{sum(where.values()):>7}{sum(not one['problem'] for one in cases):>10}  "
+                + ", ".join(f"{place} {count}" for place, count in sorted(where.items()))
+            )
     return "\n".join(lines)
 
 
+def _chosen(number: int, faults: tuple[str, ...]) -> list[str]:
+    """So many cases, of each fault in turn."""
+    return [faults[index % len(faults)] for index in range(number)]
+
+
 @click.command()
-@click.option("--cases", type=click.IntRange(1), default=12, show_default=True)
+@click.option("--kills", type=click.IntRange(0), default=8, show_default=True)
+@click.option(
+    "--troubles", type=click.IntRange(0), default=10, show_default=True, help="Slow, out of memory, …"
+)
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--fault", "faults", multiple=True, type=click.Choice(FAULTS), help="Only this one.")
+@click.option("--fault", "only", multiple=True, type=click.Choice(FAULTS), help="Only this one.")
 @click.option("--folder", type=click.Path(path_type=Path), required=True, help="For spectra and results.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Also write what was found as JSON.")
-@click.option("--client", "what", hidden=True)
-@click.option("--address", hidden=True)
-@click.option("--case", type=click.Path(path_type=Path), hidden=True)
-@click.option("--shard", type=int, hidden=True)
-@click.option("--nothing", is_flag=True, hidden=True)
-def main(
-    cases: int, seed: int, faults: tuple[str, ...], folder: Path, out: Path | None, what: str | None,
-    address: str | None, case: Path | None, shard: int | None, nothing: bool,
-) -> None:  # fmt: skip
-    """Kill processes at random and judge what comes out."""
-    make_small()
-    if nothing:
-        return
-    if shard is not None and case is not None and what is not None:
-        one_shard(folder, case, what, shard)
-        return
-    if address is not None and case is not None and what is not None:
-        _as_client(folder, case, what, address)
-        return
+def main(kills: int, troubles: int, seed: int, only: tuple[str, ...], folder: Path, out: Path | None) -> None:
+    """Kill processes at random moments of their work and judge what comes out."""
+    # Functions of __main__ are not found by other processes.
+    from moefast.benchmarks import cluster_faults
+
+    environment = describe()
+    faults = _chosen(kills, tuple(one for one in KILLS if not only or one in only) or ("",))
+    faults += _chosen(troubles, tuple(one for one in TROUBLES if not only or one in only) or ("",))
 
     def keep(found: list[dict[str, Any]]) -> None:
         if out is not None:
-            write_json({"environment": describe(), "seed": seed, "cases": found}, out, overwrite=True)
+            write_json({"environment": environment, "seed": seed, "cases": found}, out, overwrite=True)
 
-    found = campaign(cases, seed, folder, faults or FAULTS, lambda words: click.echo(words, err=True), keep)
+    found = cluster_faults.campaign(
+        [one for one in faults if one], seed, folder, lambda words: click.echo(words, err=True), keep
+    )
     click.echo(table_of(found))
-    if any(one["problem"] for one in found):
+    if any(one["problem"] or not one["at_work"] for one in found):
         raise SystemExit(1)
-
-
-def _as_client(folder: Path, case: Path, what: str, address: str) -> None:
-    """The job, by a client of its own."""
-    with connect(address) as client:
-        job(folder, case, what, client)
 
 
 if __name__ == "__main__":

@@ -23,10 +23,10 @@ import click
 import numpy as np
 
 from moefast.benchmarks.environment import describe
-from moefast.cluster.fit_on_workers import FAN_IN, TASKS_PER_WORKER
+from moefast.cluster.fit_on_workers import FAN_IN, n_parts_of
 from moefast.experts.exact_sums import Scales
 from moefast.experts.normal_equations import NormalEquations
-from moefast.fitting.statistics import UNIT_ROWS, n_units
+from moefast.fitting.statistics import n_units
 
 __all__ = ["Site", "reduction", "same_bits"]
 
@@ -50,16 +50,17 @@ class Site:
 
 
 def measured() -> tuple[float, float]:
-    """Bytes per second that one core adds to totals, and hashes."""
+    """Bytes per second of computing that one core adds to totals, and hashes."""
     a, b = np.ones(1 << 23), np.ones(1 << 23)
     content = b.tobytes()
     times = []
     for work in (lambda: np.add(a, b, out=a), lambda: hashlib.sha256(content).digest()):
         each = []
         for _ in range(9):
-            begin = time.perf_counter()
+            # Not on the clock: the machine may be busy with other work.
+            begin = time.process_time()
             work()
-            each.append(time.perf_counter() - begin)
+            each.append(time.process_time() - begin)
         times.append(min(each))
     return b.nbytes / times[0], len(content) / times[1]
 
@@ -68,11 +69,11 @@ def reduction(n_rows: int, n_workers: int, site: Site) -> dict[str, Any]:
     """Sizes, bytes, depth and seconds of the first pass of a fit, and what takes longest."""
     file_bytes = 8 * (BINS * FOLDS + 1) * (PIXELS * (PIXELS + 1) // 2 + 3 * PIXELS + 3)
     row_bytes = 2 * 4 * PIXELS
-    parts = min(n_units(n_rows), TASKS_PER_WORKER * n_workers)
+    parts = n_parts_of(n_rows, n_workers)
     busy = min(n_workers, parts)
     share = min(site.node, site.storage / busy)
     # The worker with the most units is the last.
-    most = math.ceil(parts / busy) * math.ceil(n_units(n_rows) / parts) * UNIT_ROWS
+    most = math.ceil(parts / busy) * math.ceil(n_units(n_rows) / parts) * n_rows / n_units(n_rows)
     reading, adding_rows = most * row_bytes / share, most / site.first_pass
     gathering = max(reading, adding_rows)
     writing = math.ceil(parts / busy) * file_bytes * (1 / share + 1 / site.hashing)

@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from moefast.pages.palette import DARK, LIGHT, SERIES
+
 __all__ = ["format_text", "picture"]
 
 _TASKS = {
@@ -14,19 +16,9 @@ _TASKS = {
     "fit": "fit: nine ridges, three penalties, three folds, hold-out errors",
 }
 _SHORT = {"score": "score: flux and error to log g", "fit": "fit: nine ridges, path, folds"}
-_OWN, _OTHER, _FLOOR, _INK, _FAINT = "#1f6f8b", "#a9b4bd", "#e3e6e8", "#222222", "#8a8f94"
-_LINES = (
-    "#1f6f8b",
-    "#d1661f",
-    "#5b8c3a",
-    "#8b4a8b",
-    "#b8860b",
-    "#3f5fbf",
-    "#a33b3b",
-    "#2f9e8f",
-    "#777777",
-    "#c05a8a",
-)
+_OWN, _OTHER, _FLOOR, _INK, _FAINT = (
+    LIGHT["own"], DARK["muted"], LIGHT["grid"], LIGHT["ink"], LIGHT["muted"],
+)  # fmt: skip
 
 
 def measured(result: Mapping[str, Any], task: str) -> list[dict[str, Any]]:
@@ -163,6 +155,9 @@ def picture(result: Mapping[str, Any]) -> bytes:
 
 
 def _bars(axes: Any, result: Mapping[str, Any], task: str) -> None:
+    from matplotlib.colors import to_rgba
+    from matplotlib.patches import Patch
+
     rows = measured(result, task)[::-1]
     rates = [row["spectra_per_second"] for row in rows]
     for place, row in enumerate(rows):
@@ -193,6 +188,7 @@ def _bars(axes: Any, result: Mapping[str, Any], task: str) -> None:
     scale = ""
     if max(rates) < 50 * min(rates):
         axes.set_xlim(0, 1.18 * max(rates))
+        axes.xaxis.set_major_formatter("{x:,.0f}")
     else:
         scale = ", logarithmic"
         axes.set_xscale("log")
@@ -207,6 +203,12 @@ def _bars(axes: Any, result: Mapping[str, Any], task: str) -> None:
         axes.spines[side].set_visible(False)
     axes.set_axisbelow(True)
     axes.grid(axis="x", color="#eeeeee")
+    kinds = {"moefast": _OWN, "others": _OTHER, "floors, without log g": _FLOOR}
+    shown = {tuple(bar.get_facecolor()) for bar in axes.patches}
+    axes.legend(
+        handles=[Patch(color=colour, label=name) for name, colour in kinds.items() if to_rgba(colour) in shown],
+        loc="lower right", fontsize=8, frameon=False,
+    )  # fmt: skip
 
 
 def _curves(axes: Any, result: Mapping[str, Any], task: str) -> None:
@@ -221,7 +223,7 @@ def _curves(axes: Any, result: Mapping[str, Any], task: str) -> None:
         if its_task != task or not curve["rows"]:
             continue
         row = titles[its_task, engine]
-        colour, place = _LINES[place % len(_LINES)], place + 1
+        colour, place = SERIES[place % len(SERIES)], place + 1
         n = [point["n"] for point in curve["rows"]]
         seconds = [min(point["seconds"]) for point in curve["rows"]]
         own = engine.startswith(("moefast", "predict"))

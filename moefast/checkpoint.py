@@ -29,7 +29,7 @@ from moefast.core.version import __version__
 
 __all__ = ["NETWORK_FILE", "Checkpoint", "flat"]
 
-SCHEMA = 3
+SCHEMA = 4
 WHAT = "moefast checkpoint of a fit"
 FILE = "first-pass.npz"
 NETWORK_FILE = "heads.safetensors"

@@ -102,7 +102,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "residual-moe": Recipe(
         PHYSICAL_GRID,
-        "heads, and residuals (linear, ridge, trees) beside them where they help beyond doubt",
+        "heads, and residuals (linear, ridge, trees) beside them where they help by more than their standard error",
         {
             "families": ("heads",),
             "trunk": "pca-mlp",

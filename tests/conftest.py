@@ -1,7 +1,14 @@
+import os
 import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # With a process per core, further threads have none, and BLAS lets them wait actively, at several times the work.
+    # NumPy reads this when it is imported.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import hypothesis
 import numpy as np
@@ -20,9 +27,13 @@ hypothesis.settings.load_profile("fixed")
 LONGEST = (
     "test_cuda_simulator.py",
     "test_benchmarks.py",
+    "test_ceiling.py",
     "test_fitting.py",
     "test_checkpoint.py",
-    "test_ceiling.py",
+    "test_recipes.py",
+    "test_posterior_fit.py",
+    "test_robustness.py",
+    "test_surroundings.py",
 )
 """Files of tests that take longest: begun first, so that no process ends long after the others."""
 

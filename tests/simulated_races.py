@@ -16,20 +16,19 @@ from __future__ import annotations
 import collections
 import math
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
 from numba.core import types
 from numba.cuda.simulator import kernel, kernelapi
 from numba.np.numpy_support import as_dtype
+from simulated_threads import TurnThread, current_thread
 
 __all__ = ["RaceError", "find_races"]
 
 GRAIN = 4
 """Bytes that are one place, where numbers are not smaller."""
 SEVERAL = "several"
-RUN = threading.Thread.run.__code__
 SIMULATOR = str(Path(kernel.__file__).parent)
 """Folder of the simulator's own files, which are no part of a kernel."""
 
@@ -87,10 +86,10 @@ class Log:
         self.epochs: collections.Counter[int] = collections.Counter()
         self.barriers: list[tuple[tuple[str, int], ...]] = []
 
-    def reach_barrier(self, thread: kernel.BlockThread) -> None:
+    def reach_barrier(self, thread: TurnThread) -> None:
         """Note where a thread waits: where all others that have come so far do."""
         frame, where = sys._getframe(2), []
-        while frame is not None and frame.f_code is not RUN:
+        while frame is not None:
             if not frame.f_code.co_filename.startswith(SIMULATOR):
                 where.append((frame.f_code.co_name, frame.f_lineno))
             frame = frame.f_back
@@ -113,7 +112,7 @@ class Log:
         indices = index if isinstance(index, tuple) else (index,)
         if len(indices) != array.ndim or min(indices) < 0:
             raise RaceError(f"one number of an array of shape {array.shape} expected; found index {indices}")
-        thread = threading.current_thread()
+        thread = current_thread()
         block, number = tuple(thread.blockIdx), thread.thread_id
         epoch = self.epochs[number]
         first = array.begin + sum(int(i) * stride for i, stride in zip(indices, array.strides, strict=True))
@@ -149,7 +148,7 @@ class Log:
 def find_races(monkeypatch) -> Log:  # type: ignore[no-untyped-def]
     """Look for races in all kernels launched from now on; `n_accesses` of the log is how often memory was used."""
     log = Log()
-    run, syncthreads = kernel.BlockManager.run, kernel.BlockThread.syncthreads
+    run, syncthreads = kernel.BlockManager.run, TurnThread.syncthreads
 
     def run_block(self, point, *arguments):  # type: ignore[no-untyped-def]
         log.begin_block()
@@ -193,7 +192,7 @@ def find_races(monkeypatch) -> Log:  # type: ignore[no-untyped-def]
 
     monkeypatch.setattr(kernel.FakeCUDAKernel, "__call__", call)
     monkeypatch.setattr(kernel.BlockManager, "run", run_block)
-    monkeypatch.setattr(kernel.BlockThread, "syncthreads", wait_for_all)
+    monkeypatch.setattr(TurnThread, "syncthreads", wait_for_all)
     monkeypatch.setattr(kernel, "FakeWithinKernelCUDAArray", of_device)
     monkeypatch.setattr(kernelapi.FakeCUDAShared, "array", shared)
     monkeypatch.setattr(kernelapi.FakeCUDAAtomic, "add", add)

@@ -30,7 +30,7 @@ EVERY = [pytest.param(e, id=f"{e.task}-{e.name}") for task in ENGINES.values() f
 def model_path(tmp_path_factory):
     """Templates at the mean noise, which every engine knows; posteriors are for our kernels and ONNX alone."""
     path = tmp_path_factory.mktemp("model") / "model"
-    spectra = SimulatedSpectra.of_set("z0", rows=(0, 6000))
+    spectra = SimulatedSpectra.of_set("z0", rows=(0, 3000))
     return str(fit_model(spectra, recipe="template", references=False).save(path).path)
 
 

@@ -22,6 +22,7 @@ import moefast
 from moefast import backend
 from moefast.cli import cli
 from moefast.cli.signals import Terminated
+from moefast.cli.swapped import PLACES
 from moefast.core.errors import MoefastError
 from moefast.protocol.report_folder import REPORT_FILES
 from moefast.recipes import RECIPES
@@ -277,6 +278,7 @@ def test_fit_evaluate_export(run, labelled_file, few, model):
         "is none of mixture, gate, expert-0"
         in run("export", "model", "-o", "e", "--part", "nil", code=2).stderr
     )
+    assert "'fog' is unknown; choose of z0" in run("scenarios", "--scenario", "fog", code=2).stderr
     assert not os.path.exists("e")
 
 
@@ -485,6 +487,72 @@ def test_swapped_arguments_are_told(run, few, model_folder):
         assert found in said, line
         assert remedy in said, line
     assert sorted(os.listdir()) == before
+
+
+MISPLACED = [
+    ("predict few.h5 --velocity few.h5", "few.h5: holds spectra, where velocities are expected: a number in km/s"),
+    ("predict few.h5 --velocity report", "report: is an evaluation, as moefast evaluate writes them, where velocities"),
+    ("predict few.h5 --velocity x.onnx", "x.onnx: is an ONNX file, where velocities are expected"),
+    ("predict few.h5 --targets few.h5", "few.h5: holds spectra, where a list of targets is expected"),
+    ("predict few.h5 --targets report/report.json", "report/report.json: is an evaluation, as moefast"),
+    ("predict few.h5 --targets model", "model: is the folder of a model, where a list of targets is expected"),
+    ("predict --from-file few.h5", "few.h5: holds spectra, where a text file is expected that names a file of spectra"),
+    ("predict --from-file ceiling.json.gz", "ceiling.json.gz: is a ceiling, as moefast ceiling writes them, where"),
+    ("predict few.h5 -m report", "report: is an evaluation, as moefast evaluate writes them, where a model is"),
+    ("predict few.h5 -m x.onnx", "x.onnx: is an ONNX file, where a model is expected; name the folder"),
+    ("predict report", "report: is an evaluation, as moefast evaluate writes them, where spectra are expected"),
+    ("inspect x.onnx", "x.onnx: is an ONNX file, where spectra, or a table that moefast predict wrote, are expected"),
+    ("fit part.npz -o m", "part.npz: holds the statistics of a part of a fit, where spectra are expected"),
+    ("ceiling page.html", "page.html: is an HTML page, where spectra are expected"),
+    ("evaluate few.h5 -m report", "report: is an evaluation, as moefast evaluate writes them, where a model is"),
+    ("evaluate few.h5 -m model --ceiling few.h5", "few.h5: holds spectra, where a ceiling is expected; name the file"),
+    ("merge few.h5 -o t.h5", "few.h5: holds spectra, where parts are expected: tables that moefast predict wrote"),
+    ("merge report -o t.h5", "report: is an evaluation, as moefast evaluate writes them, where parts are expected"),
+    ("compare model report", "model: is the folder of a model, where an evaluation is expected; name the folder"),
+    ("compare table.h5 report", "table.h5: is a table, where an evaluation is expected; name the folder"),
+    ("milestones few.h5", "few.h5: holds spectra, where an evaluation is expected; name the folder"),
+    ("export report -o y.onnx", "report: is an evaluation, as moefast evaluate writes them, where a model is expected"),
+    ("scenarios x.onnx", "x.onnx: is an ONNX file, where a model is expected"),
+]  # fmt: skip
+"""Files of one kind where another is expected, and what is said of them."""
+
+
+def test_files_in_the_wrong_place_are_told(run, few, model_folder):
+    shutil.copy(few, "few.h5")
+    os.symlink(model_folder, "model")
+    shutil.copy(Path(moefast.__file__).parent / "ceilings/data/z0-test_1k.json.gz", "ceiling.json.gz")
+    run("evaluate", few, "-m", model_folder, "-o", "report", "--no-pictures", "-q")
+    run("predict", few, "-m", model_folder, "-o", "table.h5", "--limit", "3", "-q")
+    run("fit", few, "-o", "part.npz", "--shard", "0/1", "--recipe", "global-ridge", "-q")
+    for name in ("x.onnx", "page.html"):
+        Path(name).write_bytes(b"\x08")
+    before = sorted(os.listdir())
+    for line, words in MISPLACED:
+        options = line.split()
+        if options[0] == "predict" and "-m" not in options:
+            options += ["-m", "model"]
+        said = run(*options, code=6 if ", where a model is" in words else 3).stderr
+        assert words in said, line
+    assert sorted(os.listdir()) == before
+
+
+def test_every_argument_that_names_files_has_its_place():
+    written = {"checkpoint", "folder", "log", "out", "picture", "report", "scratch", "status"}
+    # What is no file of moefast's: settings, code, and numbers of velocities alone.
+    others = {"config", "expert", "simulate velocity"}
+    placed = set()
+    for command in cli.commands.values():
+        for one in command.params:
+            name = (
+                f"{command.name} {one.name}"
+                if command.name == "simulate" and one.name == "velocity"
+                else one.name
+            )
+            if name in PLACES:
+                placed.add(name)
+            elif re.search("FILE|FOLDER|MODEL|REPORT|PART…|TABLE|LIST", str(one.metavar)):
+                assert name in written | others, (command.name, name)
+    assert placed == {name for name in PLACES if " " not in name}
 
 
 def test_nothing_is_called_swapped_that_is_in_its_place(run, few, model_folder):

@@ -121,6 +121,19 @@ def test_a_stage_without_reports_tells_how_long_it_takes(clock, lines):
     assert lines == ["building (5 s)", "building (10 s)", "building (15 s)"]
 
 
+def test_on_a_terminal_no_five_seconds_look_alike(clock, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(type(SCREEN), "changes", True)
+    monkeypatch.setattr(SCREEN, "draw", drawn.append)
+    with ProgressLine() as progress:
+        progress.stage("ceiling", 0, 60)
+        for _ in range(100):
+            clock.now += 4
+            progress._show(clock.now)
+    assert drawn[30] == "ceiling: 0 of 60 spectra (0 %) (2 min 0 s)"
+    assert all(one != other for one, other in itertools.pairwise(drawn))
+
+
 def test_the_thread_speaks_while_nothing_is_reported(lines, monkeypatch):
     monkeypatch.setattr(module, "EVERY", 0.01)
     monkeypatch.setattr(module, "PAUSES", ((float("inf"), 0.02),))

@@ -255,5 +255,6 @@ def test_container_file_has_commands_that_exist() -> None:
     assert [name for name, _ in calls] == ["simulate", "predict"]
     for name, words in calls:
         # Parsed, not run.
-        cli.commands[name].make_context(name, shlex.split(words))
+        with cli.commands[name].make_context(name, shlex.split(words)):
+            pass
     assert 'ENTRYPOINT ["moefast"]' in steps

@@ -13,7 +13,7 @@ import numpy as np
 from moefast.benchmarks.faults.ground import SUFFIXES, Ground
 from moefast.checkpoint import Checkpoint
 from moefast.cluster.catalogue import write_catalogue
-from moefast.cluster.fit_parts import FitPlan, Source, gather_to_file, read_header, statistics_of
+from moefast.cluster.fit_parts import FitPlan, TrainingSpectra, gather_to_file, read_header, statistics_of
 from moefast.cluster.merge import merge_tables
 from moefast.core.atomic import write_json
 from moefast.core.errors import MoefastError, OutputError
@@ -104,7 +104,7 @@ def _part_of_fit(ground: Ground) -> Product:
     spectra, right = ground.folder / "training.h5", ground.folder / "right.npz"
     if not spectra.exists():
         _write_training(spectra)
-    plan = FitPlan(Source.of_files([spectra]), {"recipe": "global-ridge", "references": False})
+    plan = FitPlan(TrainingSpectra.of_files([spectra]), {"recipe": "global-ridge", "references": False})
     prepared = plan.prepare()
 
     def write(path: Path, overwrite: bool) -> object:

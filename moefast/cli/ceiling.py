@@ -41,7 +41,7 @@ __all__ = ["ceiling"]
     metavar="N",
     default=0,
     show_default=True,
-    help="Of the posterior samples.",
+    help="Seed of the posterior samples.",
 )
 @SCHEDULER
 @OVERWRITE
@@ -69,6 +69,7 @@ def ceiling(
         if path:
             refuse_taken(path, overwrite=overwrite)
     with ProgressLine(quiet) as progress, spread_over(scheduler, "ceilings_on", progress) as spread:
+        progress.doing("ceiling: reading")
         found = ceilings.compute(
             files, method=method, stars=stars, seed=seed, name=name, progress=progress.stage,  # type: ignore[arg-type]
             spread=spread,

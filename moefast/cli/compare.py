@@ -9,6 +9,7 @@ import click
 
 from moefast.cli.messages import tell_written
 from moefast.cli.options import JSON, OVERWRITE, talk
+from moefast.cli.swapped import swapped_told
 from moefast.core.atomic import refuse_taken, write_json
 from moefast.core.errors import OutputError
 
@@ -26,6 +27,7 @@ __all__ = ["compare"]
 @OVERWRITE
 @talk
 @JSON
+@swapped_told
 def compare(
     reports: tuple[str, ...],
     out: str | None,

@@ -35,7 +35,7 @@ def export(model: str, out: str, part: str, half: bool, overwrite: bool, quiet: 
 
     Inputs flux and error (n, pixels) float32; outputs log_g, log_g_err, weights, expert_log_g and more. The file
     runs in plain ONNX Runtime. MODEL is a model folder, or a shipped model: observed, z0 or survey. What
-    half precision costs in R² tells: moefast evaluate TEST -m OUT
+    half precision costs in R² is measured by moefast evaluate TEST -m OUT.
     """
     from moefast.export import export_model
     from moefast.model import Model

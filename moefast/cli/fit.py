@@ -33,6 +33,8 @@ from moefast.cli.swapped import swapped_told
 from moefast.core.progress import ProgressLine
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from moefast.checkpoint import Checkpoint
     from moefast.cluster.fit_parts import FitPlan
     from moefast.model import Model
@@ -94,13 +96,13 @@ def _grid(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int
 @NOISE_LEVEL
 @click.option(
     "--size", type=click.Choice(["small", "base"]), default="small", show_default=True,
-    help="Of a recipe's network: small for ten minutes of a laptop, base for a GPU.",
+    help="Size of a recipe's network: small is fitted in ten minutes on a laptop, base needs a GPU.",
 )  # fmt: skip
 @click.option(
     "--steps",
     type=click.IntRange(1),
     metavar="N",
-    help="Of the network's fit, instead of what belongs to its size.",
+    help="Number of training steps of the network; the default depends on --size.",
 )
 @click.option("--references/--no-references", default=True, show_default=True,
               help="Also fit the published-style ridge to compare with (doubles the first pass).")  # fmt: skip
@@ -110,7 +112,7 @@ def _grid(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int
     metavar="N",
     default=0,
     show_default=True,
-    help="Of folds, draws and networks.",
+    help="Seed of folds, draws of noise and networks.",
 )
 @click.option(
     "--checkpoint", metavar="FOLDER",
@@ -168,7 +170,7 @@ def fit(
                          where stars are metal-poor (--focus metal-poor)
         residual-moe     heads, or another model (--strong), and what it gets
                          wrong on average learnt beside it, where that helps
-                         beyond doubt
+                         by more than its standard error
         residual-metal-poor
                          the same, learnt from metal-poor and faint stars
                          alone (--focus metal-poor)
@@ -186,7 +188,7 @@ def fit(
     """
     from moefast.backend import resolve_kernels
     from moefast.checkpoint import Checkpoint
-    from moefast.cluster.fit_parts import FitPlan, Source
+    from moefast.cluster.fit_parts import FitPlan, TrainingSpectra
     from moefast.core.atomic import refuse_taken
     from moefast.core.grids import uniform
     from moefast.fitting import expected_stages
@@ -221,9 +223,9 @@ def fit(
     with ProgressLine(quiet) as progress:
         # A posterior takes templates without gaps, and has errors calibrated over those of the files.
         whole = bool(like) and RECIPES[recipe].options.get("families") == ("posterior",)
-        source = Source(simulate=simulate, name=name, like=like, resolution=resolution, whole=whole)
-        observed = source.observed()
         progress.doing("fit: reading")
+        source = TrainingSpectra(simulate=simulate, name=name, like=like, resolution=resolution, whole=whole)
+        observed = source.observed()
         spectra = source.open(observed) if simulate else open_spectra(files)
         if observed is not None:
             progress.note(str(observed))
@@ -237,8 +239,13 @@ def fit(
         }  # fmt: skip
         kept = Checkpoint(checkpoint, tell=progress.note) if checkpoint else None
         progress.expect(expected_stages(options_of(**arguments), spectra.n_rows) | {WRITING: 3.0})
+
+        def save(model: Model) -> Model:
+            progress.doing(WRITING)
+            return model.save(out, overwrite=overwrite)
+
         if shard is not None or scheduler is not None:
-            plan = FitPlan(source if simulate else Source.of_files(files), arguments)
+            plan = FitPlan(source if simulate else TrainingSpectra.of_files(files), arguments)
             prepared = plan.prepare(
                 spectra if simulate else None,
                 progress.tell,
@@ -249,14 +256,13 @@ def fit(
             )
             return
         if scheduler is not None:
-            model = _on_cluster(scheduler, plan, prepared, out, where.name, progress)
+            model = _on_cluster(scheduler, plan, prepared, out, where.name, progress, save)
         else:
             model = run(
                 spectra, **arguments, progress=progress.stage, checkpoint=kept, backend=where.name,
                 tell=progress.tell,
             )  # fmt: skip
-        progress.doing(WRITING)
-        model = model.save(out, overwrite=overwrite)
+            model = save(model)
     if kept is not None:
         kept.remove()
     facts = {
@@ -302,16 +308,17 @@ def _gather(
 
 
 def _on_cluster(
-    scheduler: str, plan: FitPlan, prepared: PreparedFit, out: str, backend: str, progress: ProgressLine
-) -> Model:
+    scheduler: str, plan: FitPlan, prepared: PreparedFit, out: str, backend: str, progress: ProgressLine,
+    save: Callable[[Model], Model],
+) -> Model:  # fmt: skip
     """The same model by the workers of a cluster."""
     from moefast.cli.spread import connected
     from moefast.cluster.fit_on_workers import fit_on
 
     with connected(scheduler, progress) as client:
         return fit_on(
-            client, plan, prepared, out, backend="cuda" if backend == "cuda" else "cpu", progress=progress.stage,
-            tell=progress.tell,
+            client, plan, prepared, out, backend="cuda" if backend == "cuda" else "cpu", save=save,
+            progress=progress.stage, tell=progress.tell,
         )  # fmt: skip
 
 

@@ -49,12 +49,12 @@ def _mixture_of(model: str | None) -> Any:
     help="Draw to a file, .png, .svg or .pdf: the star of --row or --id, else a few spectra and the SNR histograms.",
 )  # fmt: skip
 @click.option("--report", type=click.Path(dir_okay=False), metavar="PAGE",
-              help="Of a table of predictions: write its page, one HTML file.")  # fmt: skip
+              help="With a table of predictions: write a page about it, one HTML file.")  # fmt: skip
 @click.option(
     "--spectra", multiple=True, metavar="FILE",
-    help="Of a table of predictions: the spectra it was made of, where they are not where they were.",
+    help="With a table of predictions: the spectra that it was made of, if they have been moved.",
 )  # fmt: skip
-@click.option("--limit", type=click.IntRange(1), metavar="N", help="Look at so many rows at most.")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="Look at N rows at most.")
 @VELOCITY
 @VELOCITY_RANGE
 @MEDIUM

@@ -10,6 +10,7 @@ import click
 
 from moefast.cli.messages import tell_result
 from moefast.cli.options import JSON, OVERWRITE, talk
+from moefast.cli.swapped import swapped_told
 from moefast.core.progress import ProgressLine
 
 __all__ = ["merge"]
@@ -25,6 +26,7 @@ __all__ = ["merge"]
 @OVERWRITE
 @talk
 @JSON
+@swapped_told
 def merge(parts: tuple[str, ...], out: str, hats: bool, overwrite: bool, quiet: bool, as_json: bool) -> None:
     """Join the tables that moefast predict wrote with --shard, or with --rows, into one; or finish a fit.
 
@@ -55,6 +57,7 @@ def merge(parts: tuple[str, ...], out: str, hats: bool, overwrite: bool, quiet: 
         _catalogue(tables_named(parts), out, overwrite=overwrite, quiet=quiet, as_json=as_json)
         return
     with ProgressLine(quiet or as_json) as progress:
+        progress.doing("merge: reading")
         merged = merge_tables(tables_named(parts), out, overwrite=overwrite, progress=progress.rows("merge"))
     if as_json:
         facts = {
@@ -78,6 +81,7 @@ def _catalogue(tables: list[Path], out: str, *, overwrite: bool, quiet: bool, as
     from moefast.core.progress import FILES
 
     with ProgressLine(quiet or as_json) as progress:
+        progress.doing("merge: reading")
         found = write_catalogue(tables, out, overwrite=overwrite, progress=progress.rows(FILES))
     if as_json:
         facts = {
@@ -99,6 +103,7 @@ def _finish_fit(parts: list[Path], out: str, *, overwrite: bool, quiet: bool, as
     check_target(Path(out), overwrite)
     begin = time.monotonic()
     with ProgressLine(quiet or as_json) as progress:
+        progress.doing("merge: reading")
         model = fit_of_parts(parts, progress=progress.stage, tell=progress.tell).save(
             out, overwrite=overwrite
         )

@@ -8,6 +8,7 @@ import click
 
 from moefast.cli.messages import tell_written
 from moefast.cli.options import JSON, OVERWRITE, talk
+from moefast.cli.swapped import swapped_told
 from moefast.core.atomic import refuse_taken, write_json
 
 __all__ = ["milestones"]
@@ -19,6 +20,7 @@ __all__ = ["milestones"]
 @OVERWRITE
 @talk
 @JSON
+@swapped_told
 def milestones(
     reports: tuple[str, ...], out: str | None, overwrite: bool, quiet: bool, as_json: bool
 ) -> None:

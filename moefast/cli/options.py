@@ -335,7 +335,7 @@ FOCUS = click.option(
 )  # fmt: skip
 STRONG = click.option(
     "--strong", type=click.Choice(["template", "heads", "heads-cnn", "heads-vit"]),
-    help="What residuals stand on.  [default: heads]",
+    help="Model whose residuals are learnt.  [default: heads]",
 )  # fmt: skip
 SCHEDULER = click.option(
     "--scheduler",

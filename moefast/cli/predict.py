@@ -54,7 +54,7 @@ __all__ = ["predict"]
               help="Write a table for each input to this folder, instead of one for all; an input that fails does not "
               "end the run.")  # fmt: skip
 @click.option("--format", "suffix", type=click.Choice(["h5", "parquet", "fits"]), default="h5", show_default=True,
-              help="Of the tables in --out-dir.")  # fmt: skip
+              help="Format of the tables in --out-dir.")  # fmt: skip
 @click.option("--skip-existing", is_flag=True,
               help="With --out-dir: leave out inputs whose table was made of this input, model and options; predict "
               "the others again.")  # fmt: skip
@@ -66,7 +66,7 @@ __all__ = ["predict"]
 @BACKEND
 @DEVICE
 @click.option("--rows", callback=rows, metavar="FIRST:LAST", help="Score these rows only, LAST not included.")
-@click.option("--limit", type=click.IntRange(1), metavar="N", help="Score at most so many rows.")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="Score N rows at most.")
 @click.option("--shard", callback=shard_of, metavar="[i/N]", is_flag=False, flag_value=OF_TASK,
               help="Score part i (from 0) of N equal parts; without a value the part of this task of a SLURM job "
               "array. moefast merge joins the tables.")  # fmt: skip
@@ -252,11 +252,11 @@ def _on_cluster(
     report: str | None, overwrite: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """The same table by the workers of a cluster."""
-    from moefast.cluster.workers import predict_on
+    from moefast.cluster.workers import addresses_of, predict_on
 
     begin = time.perf_counter()
     with ProgressLine(quiet or as_json) as progress, connected(scheduler, progress) as client:
-        workers = len(client.scheduler_info(n_workers=-1)["workers"])
+        workers = len(addresses_of(client))
         merged = predict_on(
             client,
             files,

@@ -24,12 +24,15 @@ __all__ = ["roadmap"]
 @click.option("--part", type=click.Choice(["test_10k", "test_1k"]), default="test_10k", show_default=True,
               help="Test spectra; marks for any set are judged on test_10k alone.")  # fmt: skip
 @click.option("--size", type=click.Choice(["small", "base"]), default="small", show_default=True,
-              help="Of networks: for a laptop or for a GPU.")  # fmt: skip
+              help="Size of networks: small for a laptop, base for a GPU.")  # fmt: skip
 @click.option(
-    "--steps", type=click.IntRange(1), metavar="N", help="Of networks, instead of what belongs to their size."
+    "--steps",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Number of training steps of networks; the default depends on --size.",
 )
 @click.option("--seeds", type=click.IntRange(2), metavar="N", default=5, show_default=True,
-              help="Training sets, and draws of noise, of C0.")  # fmt: skip
+              help="Number of training sets, and of draws of noise, in C0.")  # fmt: skip
 @FAMILIES
 @STRONG
 @EXPERT
@@ -45,7 +48,7 @@ def roadmap(
     families: tuple[str, ...] | None, strong: str | None, everything: bool, resume: bool, backend: str, quiet: bool,
     as_json: bool,
 ) -> None:  # fmt: skip
-    """Run the roadmap: the ruler (C0), experts (C1), a gate (C2), a trunk with heads (C3), residuals (C4).
+    """Run the roadmap: one ridge as published (C0), experts (C1), a gate (C2), a trunk with heads (C3), residuals (C4).
 
     \b
         moefast roadmap -o roadmap/

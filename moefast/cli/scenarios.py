@@ -52,8 +52,12 @@ def scenarios(
     claimed errors.
     """
     from moefast.model import Model
-    from moefast.protocol.scenarios import format_text, run_scenarios
+    from moefast.protocol.scenarios import SCENARIOS, format_text, run_scenarios
 
+    if unknown := [name for name in names if name not in SCENARIOS]:
+        raise click.BadParameter(
+            f"{unknown[0]!r} is unknown; choose of {', '.join(SCENARIOS)}", param_hint="--scenario"
+        )
     if out:
         refuse_taken(out, overwrite=overwrite)
     with ProgressLine(quiet) as progress:

@@ -152,6 +152,8 @@ def simulate(
             )
         total = part_rows(name, part, span)[2]
         with ProgressLine(quiet) as progress:
+            # Compiling, the first time on a machine, is before the first spectra.
+            progress.doing("simulate: getting ready")
             report = progress.rows("simulate")
             if scheduler is not None:
                 if span is None:
@@ -202,6 +204,7 @@ def simulate(
         raise click.UsageError(str(error)) from error
     noisy = noisy is None or noisy
     with ProgressLine(quiet) as progress:
+        progress.doing("simulate: getting ready")
         report = progress.rows("simulate")
         if scheduler is not None:
             _on_cluster(

@@ -18,10 +18,10 @@ __all__ = ["connected", "spread_over"]
 @contextmanager
 def connected(scheduler: str, progress: ProgressLine) -> Iterator[Client]:
     """A client of the scheduler; says how many workers there are, and where the dashboard is."""
-    from moefast.cluster.workers import connect
+    from moefast.cluster.workers import addresses_of, connect
 
     with connect(scheduler) as client:
-        workers = len(client.scheduler_info(n_workers=-1)["workers"])
+        workers = len(addresses_of(client))
         progress.note(f"{workers} workers; dashboard {client.dashboard_link}")
         yield client
 

@@ -1,7 +1,8 @@
 """Fits on the workers of a Dask cluster: both passes, to the bits of one process.
 
 Design: a task of the first pass is a run of whole units, whose statistics it writes to a file and keeps a checkpoint
-of; a worker that is lost costs what it did since. Statistics are gigabytes, so that tasks are few: two for each worker.
+of; a worker that is lost costs what it did since. Statistics are gigabytes, so that tasks are few: two for each worker,
+or one if there are few spectra.
 Files are joined eight at a time by the workers, until eight are left for the client. Sums are exact, so that none of
 this can be seen in the model. In the later stages a task is some stretches of rows, and what it needs of the stages
 before it lies in a file that it checks by its hash; its results go to the client, who puts them in the order of rows.
@@ -27,8 +28,10 @@ import numpy as np
 from moefast.checkpoint import Checkpoint
 from moefast.cluster.fit_parts import (
     FitPlan,
-    Source,
+    TrainingSpectra,
+    add_statistics,
     gather_to_file,
+    is_whole,
     part_header,
     read_header,
     statistics_of,
@@ -53,11 +56,13 @@ from moefast.spectra.spectrum_set import SpectrumSet
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["FAN_IN", "fit_on"]
+__all__ = ["FAN_IN", "fit_on", "n_parts_of"]
 
 FAN_IN = 8
 """Files of statistics that are joined to one at a time."""
 TASKS_PER_WORKER = 2
+UNITS_PER_TASK = 4
+"""Units of a task of the first pass, if a worker has several: to write and read a file takes as long as half a unit."""
 STRETCHES_PER_TASK = 4
 """Tasks of a later stage for each worker."""
 TOPIC = "moefast rows"
@@ -68,7 +73,12 @@ class Cluster:
     """What the tasks of a fit have in common: client, source of the spectra, folder, number of workers, and backend."""
 
     def __init__(
-        self, client: Client, source: Source, folder: Path, n_workers: int, backend: Literal["cpu", "cuda"]
+        self,
+        client: Client,
+        source: TrainingSpectra,
+        folder: Path,
+        n_workers: int,
+        backend: Literal["cpu", "cuda"],
     ) -> None:
         self.client, self.source, self.folder = client, source, folder
         self.n_workers, self.backend = n_workers, backend
@@ -86,6 +96,7 @@ def fit_on(
     *,
     backend: Literal["cpu", "cuda"] = "cpu",
     n_parts: int | None = None,
+    save: Callable[[Model], Model] | None = None,
     progress: StageProgress | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Model:
@@ -103,6 +114,9 @@ def fit_on(
         Where the workers gather the normal equations.
     n_parts : int, optional
         Tasks of the first pass.
+    save : callable, optional
+        Called with the model before the parts are removed, so that a fit that is killed meanwhile still has them; gives
+        the model as it is saved.
     progress : callable, optional
         Called with the name of a stage, rows (or steps) done by all workers, and rows in all.
     tell : callable, optional
@@ -111,7 +125,7 @@ def fit_on(
     Returns
     -------
     Model
-        Not saved yet.
+        What `save` gave; without it, a model that is not saved yet.
 
     Raises
     ------
@@ -134,6 +148,8 @@ def fit_on(
 
     passes = Passes(functools.partial(SpreadTrainingSet, cluster), first_pass)
     model = prepared.fit(report, None, backend, passes)
+    if save is not None:
+        model = save(model)
     remove_quietly(folder)
     return model
 
@@ -149,6 +165,13 @@ def _digest(prepared: PreparedFit, backend: str) -> str:
 # -- first pass -----------------------------------------------------------------------------------------------------
 
 
+def n_parts_of(n_rows: int, n_workers: int) -> int:
+    """Parts of a first pass: a few for each worker, but one alone where these would be short."""
+    units = n_units(n_rows)
+    each = min(TASKS_PER_WORKER, max(1, units // (UNITS_PER_TASK * n_workers)))
+    return min(units, each * n_workers)
+
+
 def _first_pass(
     cluster: Cluster, plan: FitPlan, prepared: PreparedFit, data: TrainingSet, n_parts: int | None,
     tell: Callable[[str], None] | None,
@@ -156,7 +179,7 @@ def _first_pass(
     """What the parts of all workers give."""
     n_rows, units = prepared.spectra.n_rows, n_units(prepared.spectra.n_rows)
     kept = cluster.folder / "parts.json"
-    count = min(units, n_parts or TASKS_PER_WORKER * cluster.n_workers)
+    count = min(units, n_parts or n_parts_of(n_rows, cluster.n_workers))
     with contextlib.suppress(OSError, ValueError, KeyError):
         # A fit that goes on has the parts that it had.
         count = min(units, int(json.loads(kept.read_text())["parts"]))
@@ -201,7 +224,7 @@ def _first_pass(
 
 
 @functools.lru_cache(maxsize=1)
-def _opened(source: Source) -> Any:
+def _opened(source: TrainingSpectra) -> Any:
     return source.open()
 
 
@@ -212,11 +235,9 @@ def _gather_part(
     """Rows of a part, once its file is there."""
     with ALONE:
         prepared = PreparedFit(_opened(plan.source), options, recipe, fingerprint)
-        with contextlib.suppress(InputError, OSError):
-            header, expected = read_header(path), part_header(plan, prepared, rows, backend)
-            if {key: header[key] for key in expected} == expected:
-                _say(name, rows[1] - rows[0])
-                return rows[1] - rows[0]
+        if is_whole(path, part_header(plan, prepared, rows, backend)):
+            _say(name, rows[1] - rows[0])
+            return rows[1] - rows[0]
         last = 0.0
 
         def progress(stage: str, done: int, total: int) -> None:
@@ -226,7 +247,9 @@ def _gather_part(
                 _say(name, done)
 
         kept = Checkpoint(Path(path).with_suffix(".so-far"), tell=lambda _: None)
-        gather_to_file(path, plan, prepared, rows, backend=backend, progress=progress, checkpoint=kept)
+        gather_to_file(
+            path, plan, prepared, rows, backend=backend, progress=progress, checkpoint=kept, durable=False
+        )
         kept.remove()
         _say(name, rows[1] - rows[0])
         return rows[1] - rows[0]
@@ -243,7 +266,7 @@ def _say(name: tuple[str, int], rows: int) -> None:
 def _sum(paths: Sequence[str | Path]) -> Statistics:
     total = statistics_of(paths[0])
     for path in paths[1:]:
-        total.add(statistics_of(path))
+        add_statistics(total, path)
     return total
 
 
@@ -253,15 +276,9 @@ def _join(paths: list[str], out: str) -> None:
         header = read_header(paths[0])
         last = read_header(paths[-1])
         header["rows"] = [header["rows"][0], last["rows"][1]]
-        with contextlib.suppress(InputError, OSError):
-            found = read_header(out)
-            if {key: found[key] for key in header if key not in _OF_ONE_FILE} == {
-                key: value for key, value in header.items() if key not in _OF_ONE_FILE
-            }:
-                return
-        total = _sum(paths)
         document = {key: value for key, value in header.items() if key not in _OF_ONE_FILE}
-        write_hashed(Path(out), document, total.arrays())
+        if not is_whole(out, document):
+            write_hashed(Path(out), document, _sum(paths).arrays(), durable=False)
 
 
 _OF_ONE_FILE = ("sha256", "checksum")
@@ -326,7 +343,9 @@ def blocks_of(spectra: SpectrumSource, first: int, stop: int) -> list[tuple[int,
 
 
 @functools.lru_cache(maxsize=1)
-def _stage(source: Source, path: str, digest: str) -> tuple[TrainingSet, Callable[..., Any], tuple[Any, ...]]:
+def _stage(
+    source: TrainingSpectra, path: str, digest: str
+) -> tuple[TrainingSet, Callable[..., Any], tuple[Any, ...]]:
     """The training set of a worker, as the client has it in a stage, and what is to be done with its blocks."""
     content = Path(path).read_bytes()
     if hashlib.sha256(content).hexdigest() != digest:
@@ -339,7 +358,7 @@ def _stage(source: Source, path: str, digest: str) -> tuple[TrainingSet, Callabl
 
 
 def _map_rows(
-    source: Source, path: str, digest: str, stage: str, rows: list[tuple[int, int]]
+    source: TrainingSpectra, path: str, digest: str, stage: str, rows: list[tuple[int, int]]
 ) -> list[tuple[int, int, np.ndarray, Any]]:
     """First row, last row, bins and results of each block of some stretches."""
     with ALONE:

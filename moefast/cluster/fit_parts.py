@@ -10,14 +10,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 from moefast.checkpoint import Checkpoint, flat
-from moefast.core.archives import Header, open_hashed, write_hashed
+from moefast.core.archives import Header, StoredArrays, open_hashed, write_hashed
 from moefast.core.errors import InputError, MoefastError
 from moefast.core.grids import Grid
 from moefast.core.progress import StageProgress
@@ -35,12 +36,12 @@ from moefast.spectra.source import SpectrumSource
 from moefast.spectra.spectrum_set import open_spectra
 
 __all__ = [
-    "FitPlan", "Source", "fit_of_parts", "gather_to_file", "is_part", "only_one_first_pass", "part_header",
-    "read_header", "statistics_of", "tell_if_inexact",
+    "FitPlan", "TrainingSpectra", "add_statistics", "fit_of_parts", "gather_to_file", "is_part", "is_whole",
+    "only_one_first_pass", "part_header", "read_header", "statistics_of", "tell_if_inexact",
 ]  # fmt: skip
 
 WHAT = "moefast statistics of a part of a fit"
-SCHEMA = 1
+SCHEMA = 2
 SAME = {
     "version": "another version of moefast",
     "fingerprint": "another input",
@@ -52,7 +53,7 @@ SAME = {
 
 
 @dataclass(frozen=True)
-class Source:
+class TrainingSpectra:
     """Where the spectra of a fit come from, as another process can find them.
 
     Attributes
@@ -78,7 +79,7 @@ class Source:
     whole: bool = False
 
     @classmethod
-    def of_files(cls, names: Sequence[str | Path]) -> Source:
+    def of_files(cls, names: Sequence[str | Path]) -> TrainingSpectra:
         """Files, folders or patterns, under the names by which other processes find them."""
         return cls(tuple(os.path.abspath(path) for path in find_files(list(names))))
 
@@ -107,7 +108,7 @@ class Source:
 class FitPlan:
     """A fit that other processes can prepare: its spectra, and the arguments of `moefast.recipes.prepare`."""
 
-    source: Source
+    source: TrainingSpectra
     arguments: dict[str, Any]
 
     def prepare(
@@ -136,7 +137,7 @@ class FitPlan:
         arguments = dict(document["arguments"])
         if arguments.get("grid") is not None:
             arguments["grid"] = Grid(*(tuple(edges) for edges in arguments["grid"]))
-        return cls(Source(**source), arguments)
+        return cls(TrainingSpectra(**source), arguments)
 
 
 def only_one_first_pass(prepared: PreparedFit) -> None:
@@ -163,6 +164,7 @@ def gather_to_file(
     backend: Literal["cpu", "cuda"] = "cpu",
     progress: StageProgress | None = None,
     checkpoint: Checkpoint | None = None,
+    durable: bool = True,
 ) -> Statistics:
     """Write the statistics of some rows, whole units, to a file.
 
@@ -175,7 +177,8 @@ def gather_to_file(
     """
     data = TrainingSet(prepared.spectra, prepared.options, progress or (lambda *_: None))
     statistics = gather_part(data, rows, checkpoint, backend)
-    write_hashed(Path(path), part_header(plan, prepared, rows, backend, shard), statistics.arrays())
+    header = part_header(plan, prepared, rows, backend, shard)
+    write_hashed(Path(path), header, statistics.arrays(), durable=durable)
     return statistics
 
 
@@ -219,6 +222,21 @@ def read_header(path: str | Path) -> Header:
         raise _damaged(path, error) from error
 
 
+def is_whole(path: str | Path, expected: Header) -> bool:
+    """Whether there is a file of statistics that says all of this of itself, and whose arrays are those written."""
+    try:
+        with open_hashed(Path(path), WHAT, _check_schema) as (header, arrays):
+            if {name: header[name] for name in expected} != expected:
+                return False
+            arrays.check()
+    except MemoryError:
+        raise
+    except Exception:
+        # Damaged archives make zipfile and NumPy raise nearly anything.
+        return False
+    return True
+
+
 def statistics_of(path: str | Path, header: Header | None = None) -> Statistics:
     """The statistics of a file, if it is still the one with this header.
 
@@ -227,14 +245,33 @@ def statistics_of(path: str | Path, header: Header | None = None) -> Statistics:
     InputError
         It is damaged, or another one meanwhile.
     """
+    with _opened(path, header) as (rows, arrays, kinds):
+        return Statistics.restored(rows, arrays, **kinds)
+
+
+def add_statistics(total: Statistics, path: str | Path, header: Header | None = None) -> None:
+    """Add the statistics of a file, if it is still the one with this header, to those of the rows before.
+
+    Raises
+    ------
+    InputError
+        It is damaged, or another one meanwhile; `total` is of no use then.
+    """
+    with _opened(path, header) as (rows, arrays, kinds):
+        total.add_stored(rows, arrays, arrays.add_to, **kinds)
+
+
+@contextmanager
+def _opened(
+    path: str | Path, header: Header | None
+) -> Iterator[tuple[tuple[int, int], StoredArrays, dict[str, bool]]]:
+    """Rows, arrays and kinds of a file of statistics; whatever goes wrong with these is damage."""
     try:
-        with open_hashed(Path(path), WHAT, _check_schema) as (found, read):
+        with open_hashed(Path(path), WHAT, _check_schema) as (found, arrays):
             if header is not None and found != header:
                 raise ValueError("it was replaced meanwhile")
             first, stop = found["rows"]
-            return Statistics.restored(
-                (first, stop), read, apart=found["published"], exact=found["backend"] == "cpu"
-            )
+            yield (first, stop), arrays, {"apart": found["published"], "exact": found["backend"] == "cpu"}
     except MemoryError:
         raise
     except Exception as error:
@@ -303,7 +340,7 @@ def fit_of_parts(
         total = statistics_of(*headers[0])
         report("statistics", total.rows, data.spectra.n_rows)
         for one in headers[1:]:
-            total.add(statistics_of(*one))
+            add_statistics(total, *one)
             report("statistics", total.rows, data.spectra.n_rows)
         tell_if_inexact(total, tell)
         return complete(data, total)

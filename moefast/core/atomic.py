@@ -215,7 +215,7 @@ def _exists(path: Path) -> OutputError:
     return OutputError(f"{path}: exists already; choose another name, or replace it with --overwrite")
 
 
-def publish(partial: Path, path: Path, *, overwrite: bool) -> None:
+def publish(partial: Path, path: Path, *, overwrite: bool, durable: bool = True) -> None:
     """Make a finished `partial` durable and give it its final name.
 
     Parameters
@@ -226,6 +226,8 @@ def publish(partial: Path, path: Path, *, overwrite: bool) -> None:
         Final name, in the same folder.
     overwrite : bool
         Whether a file that has come to be under that name meanwhile may be replaced.
+    durable : bool
+        Whether it must survive a power failure: not if who reads it later would notice, and it can be made again.
 
     Raises
     ------
@@ -233,8 +235,9 @@ def publish(partial: Path, path: Path, *, overwrite: bool) -> None:
         If the file cannot be synchronised or renamed, or its name is taken.
     """
     try:
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
+        if durable:
+            with open(partial, "rb+") as file:
+                os.fsync(file.fileno())
         if overwrite:
             os.replace(partial, path)
         else:
@@ -247,7 +250,8 @@ def publish(partial: Path, path: Path, *, overwrite: bool) -> None:
     except OSError as error:
         raise OutputError(f"{path}: could not be completed: {error}") from error
     _in_use.pop(partial, None)
-    synchronise_folder(path.parent)
+    if durable:
+        synchronise_folder(path.parent)
 
 
 def _rename_exclusively(partial: Path, path: Path) -> None:
@@ -297,7 +301,9 @@ def synchronise_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | os.PathLike[str], *, overwrite: bool = True) -> Iterator[Path]:
+def atomic_file(
+    path: str | os.PathLike[str], *, overwrite: bool = True, durable: bool = True
+) -> Iterator[Path]:
     """The name to write a file under; it gets its final name when the block ends, and is removed if the block fails.
 
     Parameters
@@ -306,6 +312,8 @@ def atomic_file(path: str | os.PathLike[str], *, overwrite: bool = True) -> Iter
         Final name.
     overwrite : bool
         Whether an existing final file may be replaced.
+    durable : bool
+        See `publish`.
 
     Yields
     ------
@@ -321,7 +329,7 @@ def atomic_file(path: str | os.PathLike[str], *, overwrite: bool = True) -> Iter
     partial = partial_path(target, overwrite=overwrite)
     try:
         yield partial
-        publish(partial, target, overwrite=overwrite)
+        publish(partial, target, overwrite=overwrite, durable=durable)
     except OSError as error:
         raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from error
     finally:

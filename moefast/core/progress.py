@@ -304,7 +304,7 @@ class ProgressLine:
         elif left is not None:
             text += f", {_duration(left)} left"
         if now - self._reported > PATIENCE:
-            text += f" ({_duration(now - self._stage_begin)})"
+            text += f" ({_elapsed(now - self._stage_begin)})"
         return text
 
 
@@ -313,6 +313,12 @@ def _duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 100 else f"{minutes / 60:.1f} h"
+
+
+def _elapsed(seconds: float) -> str:
+    """Time since something began, to the second: a text that stands still for a minute would look like silence."""
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{seconds:.0f} s" if seconds < 99.5 else f"{minutes} min {rest} s"
 
 
 def _notebook_display() -> Callable[..., None] | None:

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from threadpoolctl import ThreadpoolController
+from threadpoolctl import LibController, ThreadpoolController
 
 __all__ = ["CORES", "in_threads", "map_in_order", "one_blas_thread"]
 
@@ -76,7 +76,8 @@ ROWS_PER_THREAD = 32
 
 _BLAS = ThreadpoolController()
 _LOCK = threading.Lock()
-_inside: list[Any] = []
+_callers: set[object] = set()
+_before: list[tuple[LibController, int]] = []
 
 
 def in_threads(n: int, work: Callable[[int, int], Any], *, least: int = ROWS_PER_THREAD) -> None:
@@ -156,12 +157,34 @@ def one_blas_thread() -> Iterator[None]:
     The setting belongs to the process: of two callers that each restored what they had found, the last to leave would
     restore what the other had set.
     """
+    caller = object()
     with _LOCK:
-        _inside.append(None if _inside else _BLAS.limit(limits=1, user_api="blas").__enter__())
+        if not _callers:
+            _before[:] = [
+                (library, library.num_threads)
+                for library in _BLAS.lib_controllers
+                if library.user_api == "blas"
+            ]
+            for library, _ in _before:
+                _set_threads(library, 1)
+        _callers.add(caller)
     try:
         yield
     finally:
         with _LOCK:
-            limit = _inside.pop() if len(_inside) == 1 else _inside.pop(1)
-            if limit is not None:
-                limit.__exit__(None, None, None)
+            _callers.remove(caller)
+            if not _callers:
+                for library, number in _before:
+                    _set_threads(library, number)
+
+
+def _set_threads(library: LibController, number: int) -> None:
+    """Give a library its number of threads, whichever thread asks.
+
+    For OpenBLAS, threadpoolctl from 3.8 on heeds the first thread that asks and drops what others ask without a word;
+    here the last caller to leave need not be the one that came first.
+    """
+    free = getattr(library, "clear_controlling_thread", lambda **_: None)
+    free(force=True)
+    library.set_num_threads(number)
+    free(force=True)

@@ -336,8 +336,14 @@ class NormalEquations:
         ):
             raise ValueError("normal equations with different scales cannot be combined")
 
-    def include(self, other: NormalEquations) -> None:
+    def include(self, other: NormalEquations, add_gram: Callable[[F64], None] | None = None) -> None:
         """Add the totals of another set of rows in place: `+` without the memory for a third.
+
+        Parameters
+        ----------
+        other : NormalEquations
+        add_gram : callable, optional
+            Adds the products of `other` to `gram`, where `other` does not hold them; it may raise.
 
         Raises
         ------
@@ -349,7 +355,10 @@ class NormalEquations:
         other._flush()
         for name in _TOTALS:
             total = getattr(self, name)
-            total += getattr(other, name)
+            if name == "gram" and add_gram is not None:
+                add_gram(total)
+            else:
+                total += getattr(other, name)
 
     def _combine(self, other: NormalEquations, sign: int) -> NormalEquations:
         self._check_alike(other)

@@ -53,7 +53,11 @@ def gather(data: TrainingSet, checkpoint: Checkpoint | None, backend: Literal["c
     InputError
         The totals do not fit in the memory, a bin has too few rows, or the checkpoint is of another fit.
     """
-    return complete(data, gather_part(data, (0, data.spectra.n_rows), checkpoint, backend))
+    found = gather_part(data, (0, data.spectra.n_rows), checkpoint, backend)
+    if checkpoint is not None and found.rows > found.saved:
+        # What follows may be stopped as well.
+        checkpoint.save(found.rows, found.arrays())
+    return complete(data, found)
 
 
 def gather_part(
@@ -93,10 +97,7 @@ def gather_part(
     # Every pass over the rows below has a thread per core of its own; BLAS must not add its threads to them.
     with one_blas_thread():
         _add_rows(data, found, rows[1], checkpoint, device)
-    found.finish()
-    if checkpoint is not None and found.rows > found.saved:
-        checkpoint.save(found.rows, found.arrays())
-    return found
+    return found.finish()
 
 
 def complete(data: TrainingSet, found: Statistics) -> Gathered:
@@ -163,7 +164,7 @@ def _add_rows(
 ) -> None:
     """Add all rows up to `stop` that the statistics lack, saving them now and then."""
     add = _add_to_host(data, found) if device is None else partial(_add_to_device, data, device)
-    units = units_of(found.rows, stop)
+    units = units_of(data.spectra.n_rows, found.rows, stop)
     ends = {end for _, end in units}
     blocks = data.blocks("normal equations", units, found.rows - found.first, with_bins=device is None)
     for here, flux, error, usable in blocks:

@@ -317,8 +317,8 @@ class Options(NoiseOptions, LinearOptions, PosteriorOptions, NetworkOptions, Gat
         apart = {"heads", "posterior"} & named or "linear" not in named
         if not named or not in_bins <= own or ((len(named) > 1 or in_bins) and apart):
             raise InputError(
-                f"families must be of {', '.join((*WHOLE, *sorted(own)))}, linear among them if several or one of "
-                f"{', '.join(sorted(own))}, heads and posterior alone; found {self.families}"
+                f"families: expected linear, alone or with any of {', '.join(sorted(own | {'template'}))}, or one of "
+                f"template, heads, posterior alone; found {', '.join(self.families) or 'none'}"
             )
         further = set(self.metal_poor_families)
         if further and (further - own or further & named or apart or not self.metal_poor_bins):

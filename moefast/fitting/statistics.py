@@ -1,8 +1,8 @@
 """What the first pass gathers from a range of rows: the partial statistics of a fit, which add.
 
-Design: the unit is `UNIT_ROWS` rows at fixed places of the whole input. Totals of units are exact sums
-(`moefast.experts.exact_sums`), so that a fit has the same bits however its units are divided among processes, and in
-whatever order these are done. A part is a run of whole units.
+Design: an input is divided into as few units of at most `UNIT_ROWS` rows as can be, of equal length, so that processes
+have equal shares. Totals of units are exact sums (`moefast.experts.exact_sums`), so that a fit has the same bits
+however its units are divided among processes, and in whatever order these are done. A part is a run of whole units.
 """
 
 from __future__ import annotations
@@ -23,12 +23,19 @@ __all__ = ["UNIT_ROWS", "Statistics", "cut_at_multiples", "n_units", "rows_of_pa
 F64 = NDArray[np.float64]
 
 UNIT_ROWS = 65_536
-"""Rows of a unit: in nine bins and three folds, as many as are multiplied at once in each."""
+"""Rows of a unit at most: in nine bins and three folds, as many as are multiplied at once in each."""
+_GRAM = "equations/gram"
 
 
 def n_units(n_rows: int) -> int:
     """Units of an input."""
     return -(-n_rows // UNIT_ROWS)
+
+
+def _edges(n_rows: int) -> list[int]:
+    """First row of each unit, and the number of rows."""
+    count = max(1, n_units(n_rows))
+    return [n_rows * index // count for index in range(count + 1)]
 
 
 def rows_of_part(n_rows: int, index: int, count: int) -> tuple[int, int]:
@@ -42,10 +49,11 @@ def rows_of_part(n_rows: int, index: int, count: int) -> tuple[int, int]:
     units = n_units(n_rows)
     if count > units:
         raise InputError(
-            f"{n_rows:,} spectra in {count} parts: a part of a fit has {UNIT_ROWS:,} spectra at the least, since its "
-            f"statistics are as large as these; divide them into {units} parts at most"
+            f"{n_rows:,} spectra in {count} parts: statistics are as large as {UNIT_ROWS:,} spectra; divide them "
+            f"into {units} parts at most"
         )
-    return index * units // count * UNIT_ROWS, min(n_rows, (index + 1) * units // count * UNIT_ROWS)
+    edges = _edges(n_rows)
+    return edges[index * units // count], edges[(index + 1) * units // count]
 
 
 def cut_at_multiples(first: int, stop: int, length: int) -> list[tuple[int, int]]:
@@ -54,9 +62,10 @@ def cut_at_multiples(first: int, stop: int, length: int) -> list[tuple[int, int]
     return [(a, b) for a, b in itertools.pairwise(cuts) if a < b]
 
 
-def units_of(first: int, stop: int) -> list[tuple[int, int]]:
+def units_of(n_rows: int, first: int, stop: int) -> list[tuple[int, int]]:
     """First row of each unit, or of what is left of it, and the one after its last, from row `first` to `stop`."""
-    return cut_at_multiples(first, stop, UNIT_ROWS)
+    cuts = [first, *(edge for edge in _edges(n_rows) if first < edge < stop), stop]
+    return [(a, b) for a, b in itertools.pairwise(cuts) if a < b]
 
 
 @dataclass
@@ -81,8 +90,14 @@ class Statistics:
         self.published = None if self.published is None else self.published.finish()
         return self
 
-    def add(self, other: Statistics) -> None:
+    def add(self, other: Statistics, add_gram: Callable[[F64], None] | None = None) -> None:
         """Add the statistics of the rows that follow, both finished.
+
+        Parameters
+        ----------
+        other : Statistics
+        add_gram : callable, optional
+            See `NormalEquations.include`.
 
         Raises
         ------
@@ -95,7 +110,7 @@ class Statistics:
             raise ValueError("one of two parts has no published-style ridge")
         assert isinstance(self.equations, NormalEquations)
         assert isinstance(other.equations, NormalEquations)
-        self.equations.include(other.equations)
+        self.equations.include(other.equations, add_gram)
         if self.published is not None:
             assert isinstance(self.published, NormalEquations)
             assert isinstance(other.published, NormalEquations)
@@ -103,6 +118,27 @@ class Statistics:
         self.times_good = self.times_good + other.times_good
         self.left_out += other.left_out
         self.rows = other.rows
+
+    def add_stored(
+        self,
+        rows: tuple[int, int],
+        read: Callable[[str], NDArray],
+        add_to: Callable[[str, F64], None],
+        *,
+        apart: bool,
+        exact: bool,
+    ) -> None:
+        """Add what `restored` would give, without the memory for it; `add_to(name, total)` adds the array of a name.
+
+        What has been added is of no use if this raises.
+        """
+        assert isinstance(self.equations, NormalEquations)
+        # Zeros take no memory before they are touched.
+        blank = np.zeros(self.equations.gram.shape)
+        other = Statistics.restored(
+            rows, lambda name: blank if name == _GRAM else read(name), apart=apart, exact=exact
+        )
+        self.add(other, lambda total: add_to(_GRAM, total))
 
     def arrays(self) -> dict[str, NDArray]:
         """Everything but `first` and `rows` by name; views of what is here."""

@@ -375,7 +375,10 @@ def describe(star: Star) -> str:
         "signal to noise", f"{values['snr_median']:.1f} per pixel (median), snr_norm {values['snr_norm']:.2f}"
     )
     line("good pixels", f"{int(star.good.sum()):,} of {len(star.good):,}")
-    beside = "".join(f", {name} {values[name]:.3g}" for name in ("scale", "foreign") if name in values)
+    beside = f", scale {values['scale']:.3g}" if "scale" in values else ""
+    if "foreign" in values:
+        # A probability; what rounding leaves of 0 says nothing.
+        beside += f", no star with probability {values['foreign']:.2g}" if values["foreign"] > 1e-6 else ""
     line("chi2", f"{values['chi2']:.3f}{beside}")
     line("flags", "none" if not star.flags else "")
     lines += [f"    {name}: {reason}" for name, reason in star.flags]

@@ -13,7 +13,7 @@ from moefast.core.pictures import literal
 # isort: split
 import io
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 
 from moefast.core.atomic import write_atomically
 from moefast.core.errors import OutputError
+from moefast.pages.palette import DARK, LIGHT, PAGE, Palette
 
 __all__ = [
     "DARK",
@@ -51,34 +52,6 @@ __all__ = [
     "styled",
     "write",
 ]
-
-Palette = Mapping[str, str]
-
-# After Okabe & Ito: told apart by every kind of colour vision. Never the only difference: markers differ, too.
-LIGHT: Palette = {
-    "ink": "#1c2127",
-    "muted": "#5b6570",
-    "grid": "#d5dae0",
-    "surface": "#ffffff",
-    "own": "#0b5ea8",
-    "first": "#b35309",
-    "second": "#0a7d5a",
-    "third": "#a3397a",
-    "ceiling": "#1c2127",
-}
-DARK: Palette = {
-    "ink": "#e7eaee",
-    "muted": "#a3adb8",
-    "grid": "#3a434d",
-    "surface": "#171b20",
-    "own": "#6ab4f5",
-    "first": "#f0a35c",
-    "second": "#4fc79f",
-    "third": "#e58abf",
-    "ceiling": "#e7eaee",
-}
-PAGE: Palette = {role: f"#0102{number:02x}" for number, role in enumerate(LIGHT, 0xA0)}
-"""Colours that stand for the roles until `embedded` turns them into variables of the page."""
 
 SUFFIXES = (".png", ".svg", ".pdf")
 """Formats of pictures, by the end of the name."""

@@ -298,9 +298,10 @@ def draw_ladder(axes: Axes, report: Report, palette: Palette) -> None:
         )  # fmt: skip
     if limits and len(rows) > len(limits):
         axes.axhline(len(rows) - len(limits) - 0.5, color=palette["muted"], linewidth=0.8, linestyle=":")
-    values = [row[1] for row in rows]
-    span = max(values) - min(values)
-    axes.set_xlim(min(values) - max(0.04, 0.08 * span), max(values) + max(0.12, 0.3 * span))
+    # Of intervals, too: beside the largest of them stands its number.
+    ends = [value for _, r2, interval, _ in rows for value in (r2, *interval) if value is not None]
+    span = max(ends) - min(ends)
+    axes.set_xlim(min(ends) - max(0.04, 0.08 * span), max(ends) + max(0.12, 0.3 * span))
     axes.set_ylim(-0.7, len(rows) - 0.3)
     axes.set_yticks(np.arange(len(rows)), [row[0] for row in rows])
     axes.set_xlabel("R², all stars")
@@ -333,9 +334,9 @@ def draw_kiel(axes: Axes, report: Report, palette: Palette) -> None:
     colours = mpl.colormaps["PuOr"](np.linspace(0.04, 0.96, len(BIAS_STEPS) + 1))
     signs = [f"{value:+g}".replace("-", "−") for value in BIAS_STEPS]
     names = [
-        f"below {signs[0]}",
+        f"bias below {signs[0]} dex",
         *(f"{a} to {b}" for a, b in itertools.pairwise(signs)),
-        f"above {signs[-1]}",
+        f"bias above {signs[-1]} dex",
     ]
     for k, (colour, name) in enumerate(zip(colours, names, strict=True)):
         i, j = found[step == k, 0].astype(int), found[step == k, 1].astype(int)

@@ -164,9 +164,9 @@ def overview(report: Report, path: str | os.PathLike[str]) -> None:
 
 
 def compared(reports: Mapping[str, Report], path: str | os.PathLike[str], *, overwrite: bool = True) -> None:
-    """Draw R² of several models against SNR, and what each lacks to the Bayes ceiling, into a PNG file.
+    """Draw R² of several models against SNR, and how far each is below the Bayes ceiling, into a PNG file.
 
-    Without a ceiling the second panel shows what each lacks to the first model.
+    Without a ceiling the second panel shows how far each is below the first model.
 
     Parameters
     ----------
@@ -196,7 +196,7 @@ def compared(reports: Mapping[str, Report], path: str | os.PathLike[str], *, ove
         for i, (name, mine) in enumerate(zip(reports, groups, strict=True)):
             colour, marker = palette[roles[i % len(roles)]], "osDv^X"[(i + i // len(roles)) % 6]
             whole = reports[name].overall.r2
-            label = f"{literal(name)}: {as_text(whole)}"
+            label = f"{literal(name)}: {as_text(whole)}" + (" (95 %)" if i == 0 else "")
             lowest += draw_line(left, mine, colour, marker, label, width=1.4, band=i == 0)
             right.plot(
                 floats(group.centre for group in mine), aim - floats(group.r2 for group in mine),
@@ -207,9 +207,7 @@ def compared(reports: Mapping[str, Report], path: str | os.PathLike[str], *, ove
             left.plot(centres, limits, "--", color=palette["ceiling"], linewidth=1.5, label="Bayes ceiling")
         right.axhline(0, color=palette["ceiling"], linestyle="--", linewidth=1)
         right.grid(alpha=0.7, linewidth=0.6)
-        right.set_ylabel(
-            "R² lacking to the Bayes ceiling" if known else f"R² lacking to {literal(next(iter(reports)))}"
-        )
+        right.set_ylabel(f"R² below that of {'the Bayes ceiling' if known else literal(next(iter(reports)))}")
         for axes in (left, right):
             snr_median_axis(axes)
         r2_axis(left, lowest)

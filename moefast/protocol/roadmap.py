@@ -17,6 +17,7 @@ from typing import Literal
 
 from moefast.core.atomic import write_atomically, write_json
 from moefast.core.errors import InputError, OutputError
+from moefast.core.progress import StageProgress
 from moefast.core.random import NOISE_SEED
 from moefast.core.records import as_entries
 from moefast.core.text import bracket, number, table
@@ -39,8 +40,6 @@ __all__ = ["STAGES", "Decision", "Plan", "Stage", "roadmap", "roadmap_text"]
 SCHEMA_VERSION = 1
 END = "the end"
 RESULT, TEXT, PAGE = "roadmap.json", "roadmap.txt", "roadmap.html"
-
-Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -241,7 +240,7 @@ def roadmap(
     resume: bool = False,
     backend: str = "auto",
     say: Callable[[str], None] | None = None,
-    progress: Report | None = None,
+    progress: StageProgress | None = None,
 ) -> RoadmapResult:
     """Run the roadmap and write its table.
 
@@ -329,7 +328,9 @@ def _open_folder(folder: Path, plan: Plan, resume: bool) -> None:
     write_json(as_entries(plan), kept)
 
 
-def _perform(run: Run, plan: Plan, folder: Path, test: Path, backend: str, progress: Report | None) -> None:
+def _perform(
+    run: Run, plan: Plan, folder: Path, test: Path, backend: str, progress: StageProgress | None
+) -> None:
     """Fit and evaluate, as far as it is not done."""
     target = folder / "models" / run.name
     target.parent.mkdir(exist_ok=True)

@@ -5,7 +5,7 @@
     emulator-error.png   error of the emulator on syntheses that it was not fitted to
 
 Design: drawn on matplotlib's Agg canvas directly, so that no global state of the caller is touched and no
-display is needed. Colours can be told apart by the colour-blind (Wong 2011, Nature Methods 8, 441).
+display is needed. Colours are those of all pictures (`moefast.pages.palette`).
 """
 
 from __future__ import annotations
@@ -24,11 +24,14 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from moefast.core.errors import MoefastError
+from moefast.pages.palette import LIGHT
 
 from .emulator import LABELS, Emulator
 from .noise import Exposure, Instrument, NoiseModel, Sky
 
-BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#b5b5b5"
+BLUE, ORANGE = LIGHT["own"], LIGHT["first"]
+GREY = "#b5b5b5"
+"""Of noise: without any hue, which makes the file a third smaller."""
 
 # The sky of the calculator's file lies 13 pixels above the wavelengths of its airglow lines, and the positions
 # of its pixels are those of their lower edges.

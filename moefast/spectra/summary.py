@@ -60,8 +60,9 @@ def _files(spectra: SpectrumSet) -> list[dict[str, Any]]:
             finite = values[np.isfinite(values)]
             ranges[name] = {
                 "unit": _LABELS.get(name, ""),
-                "minimum": float(finite.min()) if len(finite) else None,
-                "maximum": float(finite.max()) if len(finite) else None,
+                # Whole numbers as they are: identifiers are longer than what a real number holds.
+                "minimum": finite.min().item() if len(finite) else None,
+                "maximum": finite.max().item() if len(finite) else None,
                 "not_finite": int(len(values) - len(finite)),
             }
         files.append(
@@ -286,15 +287,23 @@ def _format_ranges(files: Sequence[Mapping[str, Any]]) -> list[str]:
         notes = [f"{broken:,} not finite"] if broken else []
         if len(parts) < len(files):
             notes.append(f"in {len(parts)} of {len(files)} files")
-        low, high = (f"{min(lows):.6g}", f"{max(highs):.6g}") if lows else ("-", "-")
+        low, high = (_in_words(min(lows)), _in_words(max(highs))) if lows else ("-", "-")
         rows.append((name, low, high, parts[0]["unit"], "; ".join(notes)))
     width = max(15, *(len(name) for name, *_ in rows)) if rows else 15
-    lines = ["", f"  {'params':<{width}}  {'least':>12}{'largest':>12}"] if rows else []
+    of_numbers = (
+        max(12, *(len(number) + 2 for _, low, high, *_ in rows for number in (low, high))) if rows else 12
+    )
+    lines = ["", f"  {'params':<{width}}  {'least':>{of_numbers}}{'largest':>{of_numbers}}"] if rows else []
     for name, low, high, unit, note in rows:
-        lines.append(f"  {name:<{width}}  {low:>12}{high:>12} {unit:<3} {note}".rstrip())
+        lines.append(f"  {name:<{width}}  {low:>{of_numbers}}{high:>{of_numbers}} {unit:<3} {note}".rstrip())
     if texts:
         lines.append(f"  {'text':<{width}}  {', '.join(texts)}")
     return lines
+
+
+def _in_words(number: float) -> str:
+    """A whole number with all its digits, a real one with six."""
+    return str(number) if isinstance(number, int) else f"{number:.6g}"
 
 
 def picture(

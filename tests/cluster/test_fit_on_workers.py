@@ -12,7 +12,7 @@ import pytest
 
 from moefast.cluster import fit_on_workers, workers
 from moefast.cluster.fit_on_workers import fit_on
-from moefast.cluster.fit_parts import FitPlan, Source
+from moefast.cluster.fit_parts import FitPlan, TrainingSpectra
 from moefast.core.errors import InputError
 from moefast.experts import normal_equations
 from moefast.fitting import error_model, gate, linear_experts, sample, statistics, training_set
@@ -75,7 +75,7 @@ def source(make_toy, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plan(source):
-    return FitPlan(Source.of_files([source]), {"recipe": "phys-moe"})
+    return FitPlan(TrainingSpectra.of_files([source]), {"recipe": "phys-moe"})
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,10 @@ def test_a_client_that_is_stopped_goes_on(client, plan, whole, tmp_path, monkeyp
     parts = sorted(folder.glob("*.npz"))
     assert len(parts) == 4
     times = {part: part.stat().st_mtime_ns for part in parts}
-    parts[1].write_bytes(parts[1].read_bytes()[:-100])
+    content = bytearray(parts[1].read_bytes())
+    # As a power failure may leave it: the file is there, and something in it is not.
+    content[len(content) // 2] ^= 1
+    parts[1].write_bytes(content)
     kept = {}
     with monkeypatch.context() as patch:
         complete = fit_on_workers.complete
@@ -149,8 +152,42 @@ def test_a_client_that_is_stopped_goes_on(client, plan, whole, tmp_path, monkeyp
     assert not folder.exists()
 
 
+def test_parts_are_kept_until_the_model_is_saved(client, plan, whole, tmp_path):
+    def stopped(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit_on(client, plan, plan.prepare(), tmp_path / "m", n_parts=4, save=stopped)
+    (folder,) = tmp_path.iterdir()
+    times = {part: part.stat().st_mtime_ns for part in folder.glob("*.npz")}
+    assert len(times) == 4
+
+    def save(model):
+        assert {part: part.stat().st_mtime_ns for part in folder.glob("*.npz")} == times
+        return model.save(tmp_path / "m")
+
+    assert_same(fit_on(client, plan, plan.prepare(), tmp_path / "m", save=save), whole)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_workers_have_equal_shares(monkeypatch):
+    """Of 200,000 spectra one of two workers had 131,072; each part costs as much as half a unit."""
+    monkeypatch.setattr(statistics, "UNIT_ROWS", 65_536)
+
+    def shares(rows, n_workers):
+        count = fit_on_workers.n_parts_of(rows, n_workers)
+        return [b - a for a, b in (statistics.rows_of_part(rows, index, count) for index in range(count))]
+
+    assert shares(200_000, 2) == [100_000, 100_000]
+    assert shares(10**6, 2) == [250_000] * 4
+    assert shares(1000, 4) == [1000]
+    many = shares(10**9, 1000)
+    assert (len(many), sum(many)) == (2000, 10**9)
+    assert max(many) - min(many) <= 65_536
+
+
 def test_what_a_worker_does_not_see_is_named(client, plan, tmp_path, monkeypatch):
-    address = next(iter(client.scheduler_info(n_workers=-1)["workers"]))
+    address = workers.addresses_of(client)[0]
     facts = {"version": workers.__version__, "missing": [plan.source.files[0]]}
     monkeypatch.setattr(client, "run", lambda *_, **__: {address: facts})
     with pytest.raises(InputError, match=rf"worker {address} does not see .*train\.h5"):
@@ -162,7 +199,7 @@ def test_tasks_have_the_blocks_of_one_process(make_toy, tmp_path, monkeypatch):
     for room in (fit_on_workers, training_set):
         monkeypatch.setattr(room, "BLOCK_ROWS", 64)
     files = [make_toy(n, n).write(tmp_path / f"{n}.h5") for n in (150, 70, 100)]
-    plan = FitPlan(Source.of_files(files), {"recipe": "global-ridge", "references": False})
+    plan = FitPlan(TrainingSpectra.of_files(files), {"recipe": "global-ridge", "references": False})
     prepared = plan.prepare()
     data = training_set.TrainingSet(prepared.spectra, prepared.options, lambda *_: None)
     data.find_reference()

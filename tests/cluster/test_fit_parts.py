@@ -12,8 +12,15 @@ from click.testing import CliRunner
 from moefast.cli import cli
 from moefast.cli.signals import Terminated
 from moefast.cluster import fit_parts
-from moefast.cluster.fit_parts import FitPlan, Source, fit_of_parts, gather_to_file, only_one_first_pass
+from moefast.cluster.fit_parts import (
+    FitPlan,
+    TrainingSpectra,
+    fit_of_parts,
+    gather_to_file,
+    only_one_first_pass,
+)
 from moefast.cluster.folders import OWNER, working_folder
+from moefast.core import archives
 from moefast.core.atomic import remove_quietly
 from moefast.core.errors import InputError
 from moefast.core.grids import uniform
@@ -84,7 +91,7 @@ def assert_same(one, two):
 )
 def test_parts_give_the_model_of_one_process(source, tmp_path, recipe, noise, counts):
     whole = fit(source, recipe=recipe, noise=noise)
-    plan = FitPlan(Source.of_files([source]), {"recipe": recipe, "noise": noise})
+    plan = FitPlan(TrainingSpectra.of_files([source]), {"recipe": recipe, "noise": noise})
     said = []
     for count in counts:
         paths = write_parts(plan, tmp_path, count)
@@ -93,7 +100,7 @@ def test_parts_give_the_model_of_one_process(source, tmp_path, recipe, noise, co
 
 
 def test_what_does_not_belong_together_is_named(source, train_file, tmp_path):
-    plan = FitPlan(Source.of_files([source]), {"recipe": "global-ridge", "references": False})
+    plan = FitPlan(TrainingSpectra.of_files([source]), {"recipe": "global-ridge", "references": False})
     a, b, c = write_parts(plan, tmp_path, 3)
     other = tmp_path / "other"
     other.mkdir()
@@ -113,7 +120,7 @@ def test_what_does_not_belong_together_is_named(source, train_file, tmp_path):
     ):
         odd = write_parts(FitPlan(plan.source, plan.arguments | arguments), other, 3)[1]
         refused([a, odd, c], match)
-    odd = write_parts(FitPlan(Source.of_files([train_file]), plan.arguments), other, 3)[1]
+    odd = write_parts(FitPlan(TrainingSpectra.of_files([train_file]), plan.arguments), other, 3)[1]
     refused([a, odd, c], r"part-1\.npz: is of another input than .*part-0\.npz")
     b.write_bytes(b.read_bytes()[:-2000])
     refused([a, b, c], r"part-1\.npz: not a complete file of statistics")
@@ -122,20 +129,20 @@ def test_what_does_not_belong_together_is_named(source, train_file, tmp_path):
 
 def test_a_plan_is_read_as_it_was_written():
     plan = FitPlan(
-        Source(simulate=600, name="survey", like=("a.fits",)),
+        TrainingSpectra(simulate=600, name="survey", like=("a.fits",)),
         {"recipe": "phys-moe", "grid": uniform(2, 1), "families": ("linear",)},
     )
     again = FitPlan.of_document(json.loads(json.dumps(plan.document())))
     assert again.source == plan.source
     assert again.arguments | {"families": ("linear",)} == plan.arguments
-    spectra = Source(simulate=20, name="survey").open()
+    spectra = TrainingSpectra(simulate=20, name="survey").open()
     assert isinstance(spectra, SimulatedSpectra)
     assert len(spectra) == 20
 
 
 def test_an_input_that_changed_is_named(make_toy, tmp_path):
     path = make_toy(200, 1).write(tmp_path / "x.h5")
-    plan = FitPlan(Source.of_files([path]), {"recipe": "global-ridge", "references": False})
+    plan = FitPlan(TrainingSpectra.of_files([path]), {"recipe": "global-ridge", "references": False})
     parts = write_parts(plan, tmp_path, 2)
     path.unlink()
     make_toy(200, 2).write(path)
@@ -151,13 +158,18 @@ def test_parts_are_whole_units():
     assert [a for a, _ in bounds[1:]] == [b for _, b in bounds[:-1]]
     assert bounds[0][0] == 0
     assert bounds[-1][1] == 1000
-    assert all(a % UNIT == 0 for a, _ in bounds)
+    units = statistics.units_of(1000, 0, 1000)
+    assert set(bounds[1:]) < {(units[i][0], units[j][1]) for i in range(16) for j in range(16)}
+    # Equal shares: of 200,000 spectra in units of 65,536, one of two processes had two thirds.
+    assert {b - a for a, b in units} == {62, 63}
+    assert len(units) == statistics.n_units(1000) == 16
+    assert statistics.units_of(1000, 100, 130) == [(100, 125), (125, 130)]
     with pytest.raises(InputError, match="divide them into 16 parts at most"):
         statistics.rows_of_part(1000, 0, 17)
 
 
 def test_a_fit_that_needs_two_first_passes_has_no_parts(source):
-    plan = FitPlan(Source.of_files([source]), {"recipe": "hybrid-moe"})
+    plan = FitPlan(TrainingSpectra.of_files([source]), {"recipe": "hybrid-moe"})
     with pytest.raises(InputError, match="--no-references"):
         only_one_first_pass(plan.prepare())
 
@@ -190,13 +202,13 @@ def test_the_commands(source, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("what", ["full", "terminated"])
 def test_a_part_that_cannot_be_written_leaves_nothing(source, tmp_path, monkeypatch, what):
-    original = np.savez
+    original = archives._write_member
 
-    def fail(file, **arrays):
-        original(file, **arrays)
+    def fail(*arguments):
+        original(*arguments)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if what == "full" else Terminated
 
-    monkeypatch.setattr(np, "savez", fail)
+    monkeypatch.setattr(archives, "_write_member", fail)
     out = tmp_path / "p.npz"
     options = ["--recipe", "global-ridge", "--no-references", "--shard", "0/2", "-o", str(out), "-q"]
     done = CliRunner().invoke(cli, ["fit", str(source), *options])
@@ -223,7 +235,7 @@ def test_folders_of_ended_jobs_are_removed(tmp_path):
 
 
 def test_no_memory_is_no_damage(source, tmp_path, monkeypatch):
-    plan = FitPlan(Source.of_files([source]), {"recipe": "global-ridge", "references": False})
+    plan = FitPlan(TrainingSpectra.of_files([source]), {"recipe": "global-ridge", "references": False})
     (path,) = write_parts(plan, tmp_path, 1)
 
     def none_left(*_, **__):
@@ -236,7 +248,7 @@ def test_no_memory_is_no_damage(source, tmp_path, monkeypatch):
 
 
 def test_a_part_that_asks_for_more_than_it_has_is_damaged(source, tmp_path):
-    plan = FitPlan(Source.of_files([source]), {"recipe": "global-ridge", "references": False})
+    plan = FitPlan(TrainingSpectra.of_files([source]), {"recipe": "global-ridge", "references": False})
     (path,) = write_parts(plan, tmp_path, 1)
     content = path.read_bytes()
     shape = b"'shape': (640,), }".ljust(40)
@@ -244,3 +256,36 @@ def test_a_part_that_asks_for_more_than_it_has_is_damaged(source, tmp_path):
     path.write_bytes(content.replace(shape, b"'shape': (64000000000000,), }".ljust(40)))
     with pytest.raises(InputError, match=r"not a complete file of statistics .* more than is there"):
         fit_parts.statistics_of(path)
+
+
+def test_a_part_is_added_as_it_is_or_not_at_all(source, tmp_path):
+    plan = FitPlan(TrainingSpectra.of_files([source]), {"recipe": "phys-moe"})
+    a, b, c = write_parts(plan, tmp_path, 3)
+    total, expected = fit_parts.statistics_of(a), fit_parts.statistics_of(a)
+    fit_parts.add_statistics(total, b)
+    expected.add(fit_parts.statistics_of(b))
+    assert (total.first, total.rows, total.left_out) == (expected.first, expected.rows, expected.left_out)
+    assert expected.rows == 640
+    assert list(total.arrays()) == list(expected.arrays())
+    for name, array in expected.arrays().items():
+        np.testing.assert_array_equal(total.arrays()[name], array, err_msg=name)
+    with pytest.raises(
+        InputError, match=r"part-0\.npz: not a complete file .*rows from 640 on are expected, found 0"
+    ):
+        fit_parts.add_statistics(total, a)
+    # A bit of a product, in an array that is added while it is read.
+    header = fit_parts.read_header(c)
+    assert fit_parts.is_whole(c, header)
+    assert not fit_parts.is_whole(c, header | {"rows": [0, 320]})
+    assert not fit_parts.is_whole(tmp_path / "absent.npz", header)
+    gram = fit_parts.statistics_of(c).equations.gram
+    content, middle = bytearray(c.read_bytes()), gram[4, 1, 1000:1010].tobytes()
+    place = content.index(middle)
+    content[place] ^= 1
+    c.write_bytes(content)
+    assert fit_parts.read_header(c) == header
+    assert not fit_parts.is_whole(c, header)
+    with pytest.raises(InputError, match=r"part-2\.npz: not a complete file of statistics"):
+        fit_parts.add_statistics(total, c)
+    with pytest.raises(InputError, match=r"part-1\.npz: .*it was replaced meanwhile"):
+        fit_parts.add_statistics(total, b, fit_parts.read_header(a))

@@ -1,10 +1,14 @@
-"""A job array without SLURM: what its tasks are told, and that its judge can say no."""
+"""A job array without SLURM, and strikes on processes: what they are told, and that their judges can say no."""
 
+import functools
+import multiprocessing
 import os
+import time
+from pathlib import Path
 
 import pytest
 
-from moefast.benchmarks import cluster, cluster_faults
+from moefast.benchmarks import cluster, cluster_faults, strikes
 from moefast.benchmarks.faults import job_array
 from moefast.cluster.shards import shard_of_task
 from moefast.core.errors import BenchmarkError
@@ -54,9 +58,87 @@ def test_a_command_that_fails_is_told(tmp_path):
 
 def test_the_table_of_faults_counts():
     cases = [
-        {"fault": "worker, fit", "at_work": True, "problem": ""},
-        {"fault": "worker, fit", "at_work": False, "problem": ""},
-        {"fault": "shard, predict", "at_work": True, "problem": "other bits"},
+        {"fault": "worker, fit", "at_work": True, "where": "join", "problem": ""},
+        {"fault": "worker, fit", "at_work": True, "where": "gather_part", "problem": ""},
+        {"fault": "worker, fit", "at_work": False, "where": "", "problem": ""},
+        {"fault": "shard, predict", "at_work": True, "where": "a part", "problem": "other bits"},
     ]
-    lines = [line.split() for line in cluster_faults.table_of(cases).splitlines()]
-    assert lines[1:] == [["worker,", "fit", "2", "1", "2"], ["shard,", "predict", "1", "1", "0"]]
+    lines = [line.split(maxsplit=4) for line in cluster_faults.table_of(cases).splitlines()]
+    assert lines[1:] == [
+        ["worker,", "fit", "2", "3", "gather_part 1, join 1"],
+        ["shard,", "predict", "1", "0", "a part 1"],
+    ]
+
+
+def test_spectra_may_have_several_names(tmp_path, monkeypatch):
+    made = []
+
+    def simulate(path, *_, rows):
+        made.append(rows)
+        path.write_text(f"{rows}")
+
+    monkeypatch.setattr(cluster, "simulate_set", simulate)
+    monkeypatch.setattr(cluster, "FILE_ROWS", 4)
+    for _ in range(2):
+        files = cluster.spectra_of(tmp_path, "z0", 18, 3)
+        assert [path.read_text() for path in files] == ["(0, 4)", "(4, 6)"] * 3
+    assert made == [(0, 4), (4, 6)]
+    assert len({path.stat().st_ino for path in files}) == 2
+    with pytest.raises(BenchmarkError, match="17 spectra in 3 copies"):
+        cluster.spectra_of(tmp_path, "z0", 17, 3)
+
+
+def spend(seconds):
+    begin = time.process_time()
+    while time.process_time() - begin < seconds:
+        pass
+
+
+def two_stages(say, seconds):
+    for stage in ("one", "two"):
+        say(stage)
+        spend(seconds)
+
+
+def write_and_rename(say, folder, count):
+    for index in range(count):
+        say(f"file {index}")
+        partial = folder / f"{index}.partial"
+        partial.write_text("x")
+        partial.rename(folder / f"{index}")
+        # Elsewhere: does not count.
+        Path(os.devnull).write_text("x")
+
+
+def fail(say):
+    say("the worst")
+    os._exit(3)
+
+
+def test_a_process_is_struck_at_a_share_of_its_work(tmp_path):
+    context = multiprocessing.get_context("fork")
+    run = functools.partial(strikes.run_struck, context)
+    usual = run(two_stages, 0.3, folder=tmp_path).took
+    assert usual.seconds >= 0.59
+    assert usual.operations == 0
+    for share, stage in ((0.2, "one"), (0.8, "two")):
+        struck = run(two_stages, 0.3, folder=tmp_path, strike=strikes.Strike("computing", share), usual=usual)
+        assert struck == (True, stage, None)
+    # Half as much work as is expected: a miss, and told as one.
+    missed = run(two_stages, 0.1, folder=tmp_path, strike=strikes.Strike("computing", 0.9), usual=usual)
+    assert not missed.killed
+    assert missed.took.seconds < usual.seconds
+
+    usual = run(write_and_rename, tmp_path, 4, folder=tmp_path).took
+    assert usual.operations == 8
+    for index, (share, names) in enumerate(
+        ((0.0, []), (0.4, ["0", "1.partial"]), (0.99, ["0", "1", "2", "3.partial"]))
+    ):
+        folder = tmp_path / f"case-{index}"
+        folder.mkdir()
+        strike = strikes.Strike("writing", share)
+        struck = run(write_and_rename, folder, 4, folder=folder, strike=strike, usual=usual)
+        assert struck.killed
+        assert sorted(path.name for path in folder.iterdir()) == names
+    with pytest.raises(BenchmarkError, match="fail ended with exit code 3 after the worst"):
+        run(fail, folder=tmp_path)

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from moefast.ceilings import ceiling
 from moefast.cli import cli
-from moefast.cluster import rows_on_workers
+from moefast.cluster import rows_on_workers, workers
 from moefast.cluster.rows_on_workers import ceilings_on, scores_on, simulate_on
 from moefast.core.errors import InputError, OutputError
 from moefast.model import Model
@@ -108,7 +108,7 @@ def test_a_simulation_has_the_rows_of_one_file(client, tmp_path):
 def test_what_workers_cannot_do_is_said(client, stars_file, monkeypatch):
     with pytest.raises(InputError, match="give the folder"):
         evaluate(stars_file, Model.load("z0"), spread=functools.partial(scores_on, client))
-    address = next(iter(client.scheduler_info(n_workers=-1)["workers"]))
+    address = workers.addresses_of(client)[0]
     facts = {"version": rows_on_workers.__version__, "missing": [str(stars_file)]}
     monkeypatch.setattr(client, "run", lambda *_, **__: {address: facts})
     with pytest.raises(InputError, match=rf"worker {address} does not see {stars_file}"):

@@ -2,12 +2,10 @@
 
 import os
 import signal
-import sys
 import threading
 import time
 from types import SimpleNamespace
 
-import cloudpickle
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -116,7 +114,7 @@ def test_shards_that_are_there_are_not_made_again(client, source, saved, referen
 
 
 def test_what_a_worker_lacks_is_told_with_its_name(client, source, saved, tmp_path, monkeypatch):
-    address = next(iter(client.scheduler_info(n_workers=-1)["workers"]))
+    address = workers.addresses_of(client)[0]
 
     def told(**facts):
         full = {"version": workers.__version__, "missing": [], "model": "0" * 64} | facts
@@ -170,19 +168,16 @@ def test_options_that_a_cluster_does_not_take():
     assert "leave out --rows" in result.output
 
 
-def run_out(marks):
-    """A task that finds no memory in the first worker that has it."""
-    if os.path.exists(marks):
-        return 7
-    with open(marks, "x"):
-        raise MemoryError("not 9 bytes")
-
-
 def test_a_worker_without_memory_ends_and_leaves_its_task_to_another(tmp_path, monkeypatch):
+    # A function of its own travels whole: workers need not find the folder of tests.
+    def run_out(marks):
+        if os.path.exists(marks):
+            return 7
+        with open(marks, "x"):
+            raise MemoryError("not 9 bytes")
+
     # Without workers for so long, the job is given up with an error.
     monkeypatch.setattr(workers, "PATIENCE", 60)
-    # Workers have no folder of tests.
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
     with workers.connect("local:2") as client:
         pids = set(client.run(os.getpid).values())
         assert len(pids) == 2
@@ -214,14 +209,21 @@ def test_what_a_cluster_cannot_do_is_told_in_one_line():
         assert "\n" not in str(told.value)
 
 
-@pytest.mark.parametrize("workers_left", [{}, {"tcp://10.0.0.7:8": {}}])
+@pytest.mark.parametrize("workers_left", [{}, {"tcp://10.0.0.7:8": {}}, None])
 def test_a_job_without_workers_is_given_up(monkeypatch, workers_left):
+    """And none whose scheduler does not answer for a while: that is not the same."""
     monkeypatch.setattr(workers, "PATIENCE", 0.05)
     cancelled = threading.Event()
+
+    def answer(*_, **__):
+        if workers_left is None:
+            raise TimeoutError
+        return {"workers": workers_left}
+
     client = SimpleNamespace(
-        scheduler_info=lambda **_: {"workers": workers_left}, cancel=lambda tasks: cancelled.set()
+        sync=answer, scheduler=SimpleNamespace(identity=None), cancel=lambda tasks: cancelled.set()
     )
-    if workers_left:
+    if workers_left is None or workers_left:
         with workers._watched(client, []):
             assert not cancelled.wait(0.3)
         return

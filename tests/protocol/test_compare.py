@@ -260,7 +260,7 @@ def test_the_picture_has_every_model_and_the_ceiling_if_it_is_known(folders, mon
     np.testing.assert_allclose(right.lines[0].get_ydata(), 0.01)
     expected = [a.r2 - b.r2 for a, b in zip(*(r.snr_median.groups for r in (without, report)), strict=True)]
     np.testing.assert_allclose(beside.lines[1].get_ydata(), expected)
-    assert beside.get_ylabel() == "R² lacking to ridge"
+    assert beside.get_ylabel() == "R² below that of ridge"
     np.testing.assert_allclose(
         below.lines[1].get_ydata(), 0.01, err_msg="the ceiling of whichever report has one"
     )

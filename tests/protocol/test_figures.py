@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import matplotlib as mpl
@@ -205,6 +206,17 @@ def test_errors_by_snr_are_those_claimed_and_made(report):
         # Errors are 3 / SNR by construction.
         assert row.p16 < 3 / group.centre < row.p84
         assert row.median == pytest.approx(3 / group.centre, rel=0.01)
+
+
+def test_numbers_stand_inside_the_frame_beside_their_intervals(report):
+    """Here the interval of the best one reaches far beyond its R², as it does with few stars."""
+    best = max(entry.r2 for entry in (report.overall, *report.references.values()))
+    wide = replace(report, overall=replace(report.overall, r2=best, r2_interval=(best - 0.1, best + 0.5)))
+    axes = axes_of("what-helped", wide)
+    axes.figure.canvas.draw()
+    frame = axes.get_window_extent()
+    assert len(axes.texts) == len(axes.get_yticklabels())
+    assert all(text.get_window_extent().x1 <= frame.x1 for text in axes.texts)
 
 
 def test_ceilings_stand_above_all_models():

@@ -10,6 +10,7 @@ import pytest
 
 from moefast.core.errors import OutputError
 from moefast.spectra import open_spectra, picture, summarise
+from moefast.spectra.summary import format_text
 
 
 def test_summary_counts_what_is_wrong(make_file):
@@ -42,6 +43,18 @@ def test_summary_counts_what_is_wrong(make_file):
     assert 1.4 < summary["flux_median"] < 1.6
     ratios = [np.median(v["flux"] / v["error"], axis=1) for v in (values, other)]
     assert summary["snr_median"]["50"] == pytest.approx(np.median(np.concatenate(ratios)), rel=0.02)
+
+
+def test_identifiers_are_shown_with_all_their_digits(make_file):
+    path, _ = make_file(n=2, labels=None)
+    with h5py.File(path, "r+") as file:
+        table = np.array([(2**62 + 1, 0.1234567), (25769842441, 2.0)], [("objId", "i8"), ("log_g", "f8")])
+        file["dataset/params"] = table
+    summary = summarise(open_spectra(path))
+    assert summary["files"][0]["ranges"]["objId"]["maximum"] == 2**62 + 1
+    lines = [line.split() for line in format_text(summary).splitlines()]
+    assert ["objId", "25769842441", "4611686018427387905"] in lines
+    assert ["log_g", "0.123457", "2", "dex"] in lines
 
 
 def test_summary_of_some_rows(make_file):

@@ -1,98 +1,25 @@
-"""The simulator, with threads that take turns.
+"""The simulator, faster: threads that take turns, and shared arrays that are known by their line."""
 
-Numba's own lets all threads of a block run at once, and asks them one after the other, without a pause, whether they
-have come to the barrier. Only one of them can run at a time, so nine tenths of the time go into handing over. Here each
-runs up to the barrier, then the next one, in an order that is drawn anew (from a fixed seed) after each barrier: a
-value that a thread reads before its neighbour has written it, for want of a barrier, is missed in half of the orders,
-as it is by chance where all run at once.
-"""
-
-import random
 import sys
-import threading
 
 import numpy as np
 import pytest
 from numba.core import types
-from numba.cuda.simulator.kernel import BlockManager, BlockThread
 from numba.cuda.simulator.kernelapi import FakeCUDAShared
 from numba.np.numpy_support import as_dtype
+from simulated_threads import take_turns
 
 
-class Turns:
-    """Who runs: the thread whose `go` is released, until it releases `back`. Both are locks that begin locked."""
-
-    def __init__(self):
-        self.go, self.back = threading.Lock(), threading.Lock()
-        self.go.acquire()
-        self.back.acquire()
-        self.ended = False
-
-    def give(self):
-        """Let the thread run up to the next barrier, or to its end."""
-        self.go.release()
-        self.back.acquire()
-
-    def hand_back(self):
-        """Wait for the next turn."""
-        self.back.release()
-        self.go.acquire()
+@pytest.fixture(autouse=True, scope="session")
+def threads_that_take_turns():
+    """Greenlets, one of which runs at a time; of the whole session, as tests undo what is set for one of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        take_turns(patch)
+        yield
 
 
-def run_block(self, grid_point, *args):
-    """In the place of `BlockManager.run`."""
-    threads = [
-        BlockThread(lambda: self._f(*args), self, grid_point, point, self._debug)
-        for point in np.ndindex(*self._block_dim)
-    ]
-    for thread in threads:
-        thread.turns = Turns()
-        thread.start()
-    order = random.Random(len(threads))
-    try:
-        running = threads
-        while running:
-            for thread in order.sample(running, len(running)):
-                thread.turns.give()
-                if thread.exception:
-                    raise thread.exception[0].with_traceback(thread.exception[1])
-            running = [thread for thread in running if not thread.turns.ended]
-    finally:
-        for thread in threads:
-            if not thread.turns.ended:
-                thread.abort = True
-                thread.turns.give()
-            thread.join()
-
-
-def run_thread(self, plain=BlockThread.run):
-    """In the place of `BlockThread.run`."""
-    self.turns.go.acquire()
-    try:
-        if not self.abort:
-            plain(self)
-    finally:
-        self.turns.ended = True
-        self.turns.back.release()
-
-
-def wait_for_all(self):
-    """In the place of `BlockThread.syncthreads`."""
-    self.turns.hand_back()
-    if self.abort:
-        raise RuntimeError("another thread of the block has failed")
-
-
-@pytest.fixture(autouse=True)
-def threads_that_take_turns(monkeypatch):
-    """See above."""
-    monkeypatch.setattr(BlockManager, "run", run_block)
-    monkeypatch.setattr(BlockThread, "run", run_thread)
-    monkeypatch.setattr(BlockThread, "syncthreads", wait_for_all)
-
-
-@pytest.fixture(autouse=True)
-def shared_arrays_known_by_their_line(monkeypatch):
+@pytest.fixture(autouse=True, scope="session")
+def shared_arrays_known_by_their_line():
     """The simulator formats the whole stack of callers to know a shared array again."""
     plain = FakeCUDAShared.array
 
@@ -107,7 +34,9 @@ def shared_arrays_known_by_their_line(monkeypatch):
             found = self._allocations[place] = np.empty(shape, dtype)
         return found
 
-    monkeypatch.setattr(FakeCUDAShared, "array", array)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FakeCUDAShared, "array", array)
+        yield
 
 
 @pytest.fixture(autouse=True)

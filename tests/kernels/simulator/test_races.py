@@ -137,8 +137,7 @@ def test_sums_over_a_block(log):
     np.testing.assert_array_equal(out, 22)
 
 
-@pytest.mark.parametrize("in_shared", [True, False])
-@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize(("in_shared", "at_once"), [(True, True), (False, False)])
 def test_the_posterior(small, in_shared, at_once, monkeypatch, log):
     """Five stars: blocks of two stars, one of which is there once, and several stars for each block of roots."""
     if not in_shared:
