@@ -40,6 +40,8 @@ F64 = NDArray[np.float64]
 LIBRARY_SIZE = 1 << 16
 LIBRARY_SEED = 20250103
 COMPONENTS = 64
+POWER_ITERATIONS = 4
+"""Of the search for the leading components: what they leave out is then that of the best to some thousandths."""
 ROWS_AT_A_TIME = 512
 TARGET_ESS = 250.0
 
@@ -69,6 +71,8 @@ class TemplateLibrary:
 
         It depends on the settings alone, never on the stars that it will serve.
         """
+        from sklearn.utils.extmath import randomized_svd
+
         sobol = qmc.Sobol(len(forward.names), scramble=True, rng=LIBRARY_SEED)
         z = ndtri(sobol.random(size))
         sample = forward.flux(forward.parameters(z[: min(size, 4096)]))
@@ -85,8 +89,9 @@ class TemplateLibrary:
             away, _ = np.linalg.qr((shapes * mean * whitener).T)
             away = away.astype(np.float32)
             white -= (white @ away) @ away.T
-        _, vectors = np.linalg.eigh(white.T @ white)
-        directions = np.ascontiguousarray(vectors[:, : -COMPONENTS - 1 : -1], dtype=np.float32)
+        # A tenth of the time of all eigenvectors; the seed is a constant.
+        _, _, leading = randomized_svd(white, COMPONENTS, n_iter=POWER_ITERATIONS, random_state=0)
+        directions = np.ascontiguousarray(leading.T, dtype=np.float32)
         keys = np.empty((size, directions.shape[1]), dtype=np.float32)
 
         def fill(first: int) -> None:
