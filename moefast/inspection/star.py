@@ -376,9 +376,9 @@ def describe(star: Star) -> str:
     )
     line("good pixels", f"{int(star.good.sum()):,} of {len(star.good):,}")
     beside = f", scale {values['scale']:.3g}" if "scale" in values else ""
-    if "foreign" in values:
-        # A probability; what rounding leaves of 0 says nothing.
-        beside += f", no star with probability {values['foreign']:.2g}" if values["foreign"] > 1e-6 else ""
+    # A probability; what rounding leaves of 0 says nothing.
+    if values.get("foreign", 0.0) > 1e-6:
+        beside += f", no star with probability {values['foreign']:.2g}"
     line("chi2", f"{values['chi2']:.3f}{beside}")
     line("flags", "none" if not star.flags else "")
     lines += [f"    {name}: {reason}" for name, reason in star.flags]
