@@ -121,8 +121,10 @@ class SpectrumWriter:
         for name, value in attrs.items():
             plain = isinstance(value, str | bool | int | float | np.number | np.bool_)
             file.attrs[name] = value if plain else json.dumps(value, default=str)
-        file["spectrumdataset/wave"] = wave
-        file["spectrumdataset/wave_edges"] = wave_edges
+        # A group that h5py creates on the way holds the time, and the file would never be the same twice.
+        grid = file.create_group("spectrumdataset")
+        grid["wave"] = wave
+        grid["wave_edges"] = wave_edges
         self._datasets = {
             name: file.create_dataset(
                 f"dataset/arrays/{name}/value",

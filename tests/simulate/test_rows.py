@@ -214,6 +214,21 @@ def test_shards_hold_the_rows_of_one_file(tmp_path):
         assert Settings.from_json(file.attrs["settings"]) == Settings()
 
 
+def test_files_hold_no_time_of_writing(tmp_path):
+    simulate_file(tmp_path / "stars.h5", 3, seed=3)
+    times = {}
+
+    def note_times(name, item):
+        about = h5py.h5o.get_info(item.id)
+        times[name] = (about.atime, about.mtime, about.ctime, about.btime)
+
+    with h5py.File(tmp_path / "stars.h5") as file:
+        note_times("/", file)
+        file.visititems(note_times)
+    assert len(times) > 10
+    assert {name for name, found in times.items() if any(found)} == set()
+
+
 def test_blocks_are_written_in_order(tmp_path, monkeypatch):
     simulate_file(tmp_path / "one.h5", 41, seed=3)
     monkeypatch.setattr("moefast.simulate.writing.BLOCK_ROWS", 8)
