@@ -33,10 +33,12 @@ from moefast.recipes import options_of
 from moefast.simulate import SimulatedSpectra
 from moefast.trunks.training import component_covariance
 
-__all__ = ["gates", "in_components", "of_library"]
+__all__ = ["gates", "in_components", "measure", "of_library"]
 
 F64 = NDArray[np.float64]
 TEMPERATURES = (0.5, 0.7, 0.85, 1.2, 1.5)
+OWN_DRAWS = 8
+"""Draws of each star with its own errors, for the gate of `phys-moe`."""
 
 
 def in_components(mixture: Mixture, spectra: SimulatedSpectra, draws: int, seed: int) -> Seen:
@@ -137,6 +139,35 @@ def gates(
     return found
 
 
+def measure(
+    experts: SimulatedSpectra,
+    teachers: SimulatedSpectra,
+    judges: SimulatedSpectra,
+    *,
+    draws: int,
+    white: int,
+    steps: int,
+    seed: int,
+) -> tuple[F64, dict[str, F64]]:
+    """True log g of the stars of bin X among `judges`, and what every gate and bound gives for them."""
+    few = options_of("template", references=False, sample_rows=2048, sample_draws=1, seed=seed)
+    fit = fit_mixture(experts, few)
+    mixture, ridge = fit.mixture, fit.references["global-ridge"]
+    assert isinstance(mixture, Mixture)
+    test = gather(mixture, ridge, judges, 0)
+    found = gates(
+        gather(mixture, ridge, teachers, OWN_DRAWS),
+        gather(mixture, ridge, teachers, draws, faint=True),
+        in_components(mixture, teachers, white, seed),
+        test,
+        *of_library(mixture, judges),
+        steps,
+    )
+    return test.y[test.snr_norm <= LIMIT], {
+        name: np.clip(log_g, *mixture.label_range) for name, log_g in found.items()
+    }
+
+
 @click.command()
 @click.argument("name", default="z0")
 @click.option("-n", "n", default=20_000, help="Stars for the experts, and for the gates.")
@@ -148,25 +179,16 @@ def gates(
 def main(name: str, n: int, validation: int, seeds: int, draws: int, white: int, steps: int) -> None:
     """R² in bin X by every gate, and gains over the first, paired over the stars."""
     for seed in range(seeds):
-        experts = SimulatedSpectra.of_set(name, rows=(seed * n, (seed + 1) * n))
-        few = options_of("template", references=False, sample_rows=2048, sample_draws=1, seed=seed)
-        fit = fit_mixture(experts, few)
-        mixture, ridge = fit.mixture, fit.references["global-ridge"]
-        assert isinstance(mixture, Mixture)
-        teachers = SimulatedSpectra.of_set(name, rows=(GATE_ROWS + seed * n, GATE_ROWS + (seed + 1) * n))
-        judges = SimulatedSpectra.of_set(name, "validation", (0, validation))
-        test = gather(mixture, ridge, judges, 0)
-        found = gates(
-            gather(mixture, ridge, teachers, 8),
-            gather(mixture, ridge, teachers, draws, faint=True),
-            in_components(mixture, teachers, white, seed),
-            test,
-            *of_library(mixture, judges),
-            steps,
+        first = seed * n
+        y, found = measure(
+            SimulatedSpectra.of_set(name, rows=(first, first + n)),
+            SimulatedSpectra.of_set(name, rows=(GATE_ROWS + first, GATE_ROWS + first + n)),
+            SimulatedSpectra.of_set(name, "validation", (0, validation)),
+            draws=draws,
+            white=white,
+            steps=steps,
+            seed=seed,
         )
-        y = test.y[test.snr_norm <= LIMIT]
-        low, high = mixture.label_range
-        found = {which: np.clip(log_g, low, high) for which, log_g in found.items()}
         rows = []
         for which, log_g in found.items():
             apart = metrics.bootstrap_difference(y, log_g, found["phys-moe"])
