@@ -130,7 +130,7 @@ def gates(
     found |= {f"the same at temperature {t}": mixed(by_lent / t) for t in (0.85, 1.2)}
     found["tower: noise drawn in components"] = mixed(by_drawn)
     found["the same, 256 units, twice the steps"] = mixed(tower(drawn, lines, 256, 2 * steps))
-    found["true bins"] = test.values[np.arange(len(test.y)), test.bin]
+    found["true bins"] = test.values[np.arange(len(test.y)), test.bin].astype(np.float64)
     found["evidence of the bins"] = (probability * test.values).sum(1)
     found["any gate: posterior mean within the values"] = np.clip(
         mean, test.values.min(1), test.values.max(1)
