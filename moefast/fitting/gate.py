@@ -101,7 +101,8 @@ def _add_tower(
     near = np.flatnonzero(sample.snr_norm <= limit)
     values, seen = sample.values["linear"], {"features": sample.features, "quality": sample.quality}
     stars = Faint(sample.rows[near], seen[options.tower][near], values[near], logits[near])
-    if options.tower == "features" and limit < math.inf and options.noise != "observed":
+    drawn = options.noise != "observed" and options.alpha is None
+    if options.tower == "features" and limit < math.inf and drawn:
         stars = draw_faint(data, mixture, experts)
     part = data.part_of(stars.rows)
     fitted, held = part != 0, np.isin(part, (1, 2))

@@ -2,12 +2,14 @@
 
 Design: every linear expert is at hand without each fold, so the value that is kept of a star is that of the experts
 without the star's own fold. A draw of noise is a number by counter: of the same row, draw and seed it is always the
-same. `draw_faint` lends the errors of the few faint stars to all others.
+same. `draw_faint` lends the noise levels of the few faint stars to all others and draws in components, where noise is
+white: a draw takes few random numbers, and a tower gains from every further one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -23,6 +25,7 @@ from moefast.kernels import Projected, perceptron, project, tangent_posterior
 from moefast.kernels.reference import hat_weights, prepare_reference
 from moefast.mixture import Mixture
 from moefast.trunks.heads import Heads
+from moefast.trunks.training import component_covariance
 
 __all__ = ["Faint", "Sample", "draw_faint", "draw_sample", "flux_of_sample"]
 
@@ -33,8 +36,10 @@ NOISY_ROWS = 600_000
 """Noisy rows for gate and error model: a gate of fifty features gains until there are some hundred thousand."""
 ROWS_WITH_FLUX = 60_000
 """The same where an expert sees pixels: a network takes a millisecond for each."""
-TOWER_ROWS = 800_000
-"""Noisy rows of a tower for faint stars."""
+TOWER_ROWS, TOWER_DRAWS = 1_200_000, 3
+"""Noisy rows of a tower for faint stars, and draws of a star for each that the sample has: they cost little."""
+LEAST_VARIANCE = 1e-9
+"""Of the mean variance: added to a covariance, so that it has a Cholesky factor."""
 
 
 class Sample(NamedTuple):
@@ -179,40 +184,48 @@ def _sample_of(
 
 
 def draw_faint(data: TrainingSet, mixture: Mixture, experts: LinearExperts) -> Faint:
-    """The sample's stars with the errors of stars below the tower's limit, each that of another in every draw.
+    """The sample's stars with the noise levels of stars below the tower's limit, each that of another in every draw.
 
-    There are few faint stars, and many draws of many stars are what a gate learns from.
+    There are few faint stars, and many draws of many stars are what a gate learns from. Experts must be in components.
     """
     options = data.options
     stretches = data.sample_stretches()
-    draws = int(np.clip(TOWER_ROWS // sum(b - a for a, b in stretches), 1, options.sample_draws))
+    n = sum(b - a for a, b in stretches)
+    draws = int(np.clip(TOWER_ROWS // n, 1, TOWER_DRAWS * options.sample_draws))
+    covariance = component_covariance(mixture.columns, mixture.line_columns, mixture.noise_shape)
+    tiny = LEAST_VARIANCE * np.trace(covariance) / len(covariance)
+    factor = np.linalg.cholesky(covariance + tiny * np.eye(len(covariance))).T.astype(np.float32)
     nothing = np.empty((0, options.grid.n_bins), np.float32)
     seen = np.empty((0, len(mixture.gate[0])), np.float32)
     parts = [Faint(np.empty(0, np.int64), seen, nothing, nothing)]
-    for block in data.map_blocks("faint stars", stretches, _faint_of, mixture, experts, draws):
+    for block in data.map_blocks("faint stars", stretches, _faint_of, mixture, experts, draws, factor):
         parts += block
     return Faint(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
 def _faint_of(
-    data: TrainingSet, block: Rows, mixture: Mixture, experts: LinearExperts, draws: int
+    data: TrainingSet, block: Rows, mixture: Mixture, experts: LinearExperts, draws: int, factor: F32
 ) -> list[Faint]:
-    """All draws of a block's stars that came out faint."""
+    """All draws of a block's stars; those of `factor` L, LLᵀ the noise of components and line windows at s = 1."""
     here, flux, error, usable = block
-    options = data.options
     rows = np.arange(here.start, here.stop)[usable]
-    faint = np.flatnonzero(usable & (data.snr_norm(flux, error) <= options.tower_limit))
+    flux, error = flux[usable], error[usable]
+    faint = np.flatnonzero(data.snr_norm(flux, error) <= data.options.tower_limit)
     if not faint.size:
         return []
-    rng = np.random.default_rng([options.seed, here.start])
+    clean = project(flux, error, None, mixture.projection)
+    rng, c = np.random.default_rng([data.options.seed, here.start]), mixture.columns.shape[1]
     parts = []
-    for draw in range(draws):
-        lent = error[rng.choice(faint, len(rows))]
-        x = np.where(lent > 0, flux[usable], data.reference.astype(np.float32))
-        one = _draw(data, mixture, experts, rows, x, lent, options.sample_draws + draw)
-        below = one.projected.snr_norm <= options.tower_limit
-        features, values = one.features[below], one.values[below].astype(np.float32)
-        parts.append(Faint(rows[below], features, values, perceptron(features, mixture.gate)))
+    for _ in range(draws):
+        level = clean.log_level[rng.choice(faint, len(rows))]
+        noise = rng.standard_normal((len(rows), len(factor)), np.float32) @ factor
+        noise *= np.exp(level)[:, None]
+        noisy = replace(
+            clean, columns=clean.columns + noise[:, :c], windows=clean.windows + noise[:, c:], log_level=level
+        )
+        features = prepare_reference(noisy, mixture.mixing)[0]
+        values = _unseen(data, mixture, experts, rows, noisy.columns, level).astype(np.float32)
+        parts.append(Faint(rows, features, values, perceptron(features, mixture.gate)))
     return parts
 
 
@@ -236,15 +249,27 @@ def _draw(
         # Experts in pixel space have columns of their own for every fold.
         seen = np.maximum(x, 0) if mixture.clipped else x
         z = np.where(error > 0, seen - mixture.reference, 0) @ experts.columns.astype(np.float32)
-    level = np.clip(found.log_level, mixture.knots[0], mixture.knots[-1])
-    hat = hat_weights(level, mixture.knots)
-    values = np.empty((len(rows), options.grid.n_bins))
-    for f in range(options.n_folds):
-        mine = data.folds[rows] == f
-        each = np.einsum("nc,kmc->nkm", z[mine], experts.fold_weights[f], optimize=True)
-        each += experts.fold_intercepts[f]
-        values[mine] = (each * hat[mine][:, None]).sum(2)
+    values = _unseen(data, mixture, experts, rows, z, found.log_level)
     inputs = mixture.inputs(found)
     network = mixture.place(Heads)
     of_network = () if network is None else tuple(network.evaluate(inputs._replace(x=x)))
     return _Draw(found, inputs, features, values, noise, chi2, of_network)
+
+
+def _unseen(
+    data: TrainingSet,
+    mixture: Mixture,
+    experts: LinearExperts,
+    rows: NDArray[np.int64],
+    z: NDArray,
+    level: NDArray,
+) -> F64:
+    """Values (n, K) of the linear experts without the fold of each row, from what they see (n, c) and ln s."""
+    hat = hat_weights(np.clip(level, mixture.knots[0], mixture.knots[-1]), mixture.knots)
+    values = np.empty((len(rows), data.options.grid.n_bins))
+    for f in range(data.options.n_folds):
+        mine = data.folds[rows] == f
+        each = np.einsum("nc,kmc->nkm", z[mine], experts.fold_weights[f], optimize=True)
+        each += experts.fold_intercepts[f]
+        values[mine] = (each * hat[mine][:, None]).sum(2)
+    return values
