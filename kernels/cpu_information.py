@@ -32,6 +32,7 @@ __all__ = [
     "multiply_pixels",
     "read_pixels",
     "refine",
+    "slope_precision",
     "solve",
     "unpack",
 ]
@@ -383,15 +384,86 @@ def refine(y, information, rows, packed, spectra, directions, precision, pull, n
 
 
 @njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
-def solve(a, q, n, n_sky, level2, scratch, columns, root):
+def _gain_of_slopes(a, rest, k, square, left):
+    """ln of what k slopes of prior variance `square` add to the evidence: ½ r'(R + 1/square)⁻¹r − ½ ln |1 + square R|.
+
+    R and r are what `a` holds behind its first `rest` rows; `left` (k, k + 1) is scratch.
+    """
+    for i in range(k):
+        for j in range(i, k):
+            left[i, j] = square * a[rest + i, rest + j]
+        left[i, i] += 1.0
+        left[i, k] = a[rest + i, rest + k]
+    gain, determinant = 0.0, 0.0
+    for i in range(k):
+        pivot = max(left[i, i], TINY)
+        determinant += math.log(pivot)
+        gain += left[i, k] * left[i, k] / pivot
+        for j in range(i + 1, k):
+            ratio = left[i, j] / pivot
+            for m in range(j, k + 1):
+                left[j, m] -= ratio * left[i, m]
+    return 0.5 * (square * gain - determinant)
+
+
+@njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
+def slope_precision(
+    packed, u, row, q, n_sky, level2, share, narrow, precisions, pulls, constants, a, left, evidences
+):  # fmt: skip
+    """Prior precision of the slopes of a star, the first q − n_sky nuisances: what its evidence says of their width.
+
+    The equations are those of `moefast.posterior.forward`. `packed` and `u` are M and u of the row; `a`, as in `solve`,
+    `left` (k, k + 1) and `evidences` (2, groups) are scratch.
+    """
+    groups, rest, _ = precisions.shape
+    if groups == 0:
+        return 1.0
+    k = q - n_sky
+    width = k + rest
+    highest = -np.inf
+    for g in range(groups):
+        # Slopes go last: what is left of their rows is what nothing else explains.
+        start = 0
+        for i in range(k):
+            for j in range(k - i):
+                a[rest + i, rest + i + j] = packed[row, start + j]
+            for j in range(rest):
+                a[j, rest + i] = packed[row, start + k - i + j]
+            a[rest + i, width] = u[row, i]
+            start += width - i
+        for i in range(rest):
+            for j in range(rest - i):
+                a[i, i + j] = packed[row, start + j] + precisions[g, i, i + j]
+            a[i, width] = u[row, k + i] + pulls[g, i]
+            start += rest - i
+        for i in range(n_sky):
+            a[i, i] += 1.0 / (level2 + TINY)
+        factor(a, rest, width, 0.0)
+        known = constants[g]
+        for i in range(rest):
+            known += 0.5 * a[i, width] * a[i, width] - math.log(a[i, i])
+        for place in range(2):
+            square = narrow * narrow if place else 1.0
+            evidences[place, g] = known + _gain_of_slopes(a, rest, k, square, left)
+            highest = max(highest, evidences[place, g])
+    wide, tight = 0.0, 0.0
+    for g in range(groups):
+        wide += (1.0 - share) * math.exp(evidences[0, g] - highest)
+        tight += share * math.exp(evidences[1, g] - highest)
+    return (wide + tight) / (wide + tight * narrow * narrow)
+
+
+@njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
+def solve(a, q, n, n_sky, slopes, level2, scratch, columns, root):
     """Marginalise q nuisances, then the scatter within clouds: `root` (n, ·) becomes C' of M₁ = C C', and λ behind it.
 
     `a` (q + n, ·) is the upper triangle of M, nuisances first, and u behind it; `scratch` and `columns` are like
-    `root`. The last `n_sky` nuisances grow with the noise of the star, of mean square `level2`.
+    `root`. The last `n_sky` nuisances grow with the noise of the star, of mean square `level2`; the others have the
+    prior precision `slopes`.
     Returns what nuisances and the best point of the space explain, and what the latter gains beyond |λ|² under M₁.
     """
     for i in range(q):
-        a[i, i] += 1.0 if i < q - n_sky else 1.0 / (level2 + TINY)
+        a[i, i] += slopes if i < q - n_sky else 1.0 / (level2 + TINY)
     factor(a, q, q + n, 0.0)
     explained = 0.0
     for i in range(q):
