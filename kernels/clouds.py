@@ -182,13 +182,17 @@ class Space:
         groups, rest = self.groups, self.n_coordinates + self.n_sky
         count = len(groups.constant)
         if bool(count) != (self.calibrated[0] > 0):
-            raise ValueError(f"groups where slopes have two widths expected; found {count} and {self.calibrated}")
+            raise ValueError(
+                f"groups where slopes have two widths expected; found {count} and {self.calibrated}"
+            )
         if count and (groups.precision.shape != (count, rest, rest) or groups.pull.shape != (count, rest)):
             raise ValueError(
                 f"precision of shape {(count, rest, rest)} and pull of shape {(count, rest)} of the groups expected; "
                 f"found {groups.precision.shape} and {groups.pull.shape}"
             )
-        precision = np.ascontiguousarray(np.roll(groups.precision, (self.n_sky, self.n_sky), (1, 2)), np.float64)
+        precision = np.ascontiguousarray(
+            np.roll(groups.precision, (self.n_sky, self.n_sky), (1, 2)), np.float64
+        )
         pull = np.ascontiguousarray(np.roll(groups.pull, self.n_sky, 1), np.float64)
         return *(float(v) for v in self.calibrated), precision, pull, np.asarray(groups.constant, np.float64)
 

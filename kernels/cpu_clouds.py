@@ -233,7 +233,20 @@ def posterior(
             level2 = numbers[i, 3] / (numbers[i, 4] + TINY) / (numbers[i, 0] * numbers[i, 0])
             log_level[i] = 0.5 * math.log(level2 + TINY)
             slopes = slope_precision(
-                packed, u, i, q, n_sky, level2, calibrated, narrow, precisions, pulls, constants, a, left, evidences
+                packed,
+                u,
+                i,
+                q,
+                n_sky,
+                level2,
+                calibrated,
+                narrow,
+                precisions,
+                pulls,
+                constants,
+                a,
+                left,
+                evidences,
             )
             unpack(packed, i, a, q + n)
             for k in range(q + n):

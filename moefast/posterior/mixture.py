@@ -318,7 +318,9 @@ class PosteriorMixture:
             "group_pull": groups.pull,
             "group_constant": groups.constant,
             "behind_coordinates": np.eye(q, n + q, n, dtype=np.float32),
-            "slopes_last": np.concatenate([np.arange(n), np.arange(n + n_slopes, n + q), n + np.arange(n_slopes)]),
+            "slopes_last": np.concatenate(
+                [np.arange(n), np.arange(n + n_slopes, n + q), n + np.arange(n_slopes)]
+            ),
             "unit_directions": np.eye(n + q, dtype=np.float32),
             "unit_nuisances": np.eye(q, dtype=np.float32),
             "unit_slopes": np.eye(n_slopes, dtype=np.float32),
