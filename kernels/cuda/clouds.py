@@ -51,6 +51,7 @@ from moefast.kernels.cuda.information import (
     root_stars,
     size_of_root,
     solve_launch,
+    weigh_widths,
     whiten_stars,
 )
 from moefast.kernels.cuda.lanes import SCRATCH, WRITTEN_OUT, least_of_block, sum_of_block, sum_of_parts
@@ -718,7 +719,7 @@ class DevicePosterior:
         if n_keys != n:
             raise ValueError(f"clouds in {n} coordinates expected; found {n_keys}")
         self.vectors = vectors
-        self.solving = solve_launch(width), solve_launch(n), solve_launch(n, 2)
+        self.solving = solve_launch(width, slopes=space.n_slopes), solve_launch(n), solve_launch(n, 2)
         if lack := without_cuda(space, clouds):
             raise BackendError(f"backend cuda: there are no kernels for {lack}; use backend cpu")
         self.space, self.n_pixels, self.n_sky = DeviceSpace(space), p, space.n_sky
@@ -799,6 +800,20 @@ class DevicePosterior:
 
         quality = scores.snr_norm, scores.n_good, scores.flag
         yield from self.space.to_point(flux, error, hidden, n, work, quality, of_all, stream)
+        if self.space.slopes:
+            yield (
+                "width of slopes",
+                lambda: weigh_widths[of_all](
+                    n,
+                    work.packed,
+                    work.u,
+                    work.points,
+                    self.n_sky,
+                    *self.space.slopes,
+                    work.scratch,
+                    work.numbers,
+                ),
+            )
         yield (
             "nuisances",
             lambda: marginalise_stars[of_all](

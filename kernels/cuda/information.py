@@ -9,13 +9,14 @@ hundred stars at a time, whose numbers stay on the device; (…) is what is kept
     multiply_rows      b · Bᵀ  →  spectrum (p)
     subtract_spectra   y  →  y − a′ B b, and the energy that is left
     multiply_rows      (y − a′ B b) · B  →  Bᵀ(y − a′ B b) (w)
+    weigh_widths       u and M, all but the slopes taken out, group by group  →  prior precision of the slopes
     marginalise_stars  u = Bᵀ(y − a′ B b) + M b, nuisances taken out  →  u (n), M (n (n + 1)/2)
     root_stars         M = UᵀU  →  U, U⁻ᵀu in their places
     whiten_stars       TTᵀ = I + UUᵀ  →  C' = T⁻¹U (n²), λ = T⁻¹U⁻ᵀu (n)
     moefast.kernels.cuda.clouds   C', λ and the clouds  →  evidence of every cloud  →  labels
 
 with w = n + q directions, nuisances first. Every product whose second factor all stars share is one matrix product of
-all stars; what belongs to a star is done by a block of threads.
+all stars; what belongs to a star is done by a block of threads. `weigh_widths` is left out where slopes have one width.
 
 Precision: everything here is in double precision, as on the CPU but for y and what is left of it, which the CPU rounds
 to single: in single precision M has negative eigenvalues wherever gaps make it singular. Devices for computing have
@@ -23,7 +24,8 @@ half as many units for double as for single precision.
 
 Floor in multiply-adds per star for p = 4096, g = 220, n = 130, q = 12: u and the expansion 3 p w = 1.7 M, M
 g w (w + 1)/2 = 2.2 M, roots w³/6 + q w²/2 + 5 n³/6 = 2.4 M: 6.4 M, 0.4 µs at 34 TFLOP/s. The floor of bytes, 33 kB, is
-0.01 µs; what is written and read on the way, 0.4 MB, 0.1 µs.
+0.01 µs; what is written and read on the way, 0.4 MB, 0.1 µs. G groups of slopes add G w³/6: for G = 3 and w = 70,
+0.17 M, 0.01 µs.
 
 Roots: a block of threads owns a star. Matrices (n, n) lie in shared memory, or, where they are too large, in scratch
 of the device's memory, of as many blocks as run at a time, which the second cache holds; rows are made STEP at a
@@ -67,6 +69,7 @@ __all__ = [
     "solve_launch",
     "stride_of_matrix",
     "subtract_spectra",
+    "weigh_widths",
     "whiten_stars",
 ]
 
@@ -104,10 +107,10 @@ ROUNDING = 1e-14
 """As in `moefast.kernels.cpu_information`."""
 NOT_NEGATIVE = 0x7FFFFFFFFFFFFFFF
 """A mask that tells the compiler so: it then counts no index from the end, and needs fewer registers."""
-SCALE, STRENGTH, ENERGY, LEVEL, N_USED, EXPLAINED, BEYOND = range(7)
-NUMBERS = 7
+SCALE, STRENGTH, ENERGY, LEVEL, N_USED, EXPLAINED, BEYOND, SLOPES = range(8)
+NUMBERS = 8
 """Places in the numbers of a star: scale c₀, strength, energy, Σ σ²/D, pixels that weigh, what nuisances and the best
-point of the space explain, and what the latter gains beyond |λ|²."""
+point of the space explain, what the latter gains beyond |λ|², and the prior precision of slopes."""
 NAN = np.float32(np.nan)
 
 
@@ -160,10 +163,10 @@ class Solving(NamedTuple):
         return self.staged + self.matrix <= MOST_OF_BLOCK
 
 
-def solve_launch(width: int, panels: int = 1) -> Solving:
-    """The launch of kernels that stage so many panels of a matrix of `width` rows."""
+def solve_launch(width: int, panels: int = 1, slopes: int = 0) -> Solving:
+    """The launch of kernels that stage so many panels of a matrix of `width` rows, and two systems of the slopes."""
     threads = min(SOLVE_THREADS, 32 * -(-(width + 1 + STEP) // 32))
-    staged = panels * STEP * width + width + STEP * STEP + STEP
+    staged = panels * STEP * width + width + STEP * STEP + STEP + 2 * slopes * (slopes + 1)
     return Solving(threads, 8 * staged, 8 * width * _stride_of_matrix(width))
 
 
@@ -264,6 +267,7 @@ def read_spectra(  # type: ignore[no-untyped-def]
         numbers[star, STRENGTH] = overlap / error_of_scale
         numbers[star, LEVEL] = level
         numbers[star, N_USED] = float64(n_used)
+        numbers[star, SLOPES] = float64(1)
         bits = uint32(4) if n_wrong > 0 else uint32(0)
         if 2 * n_sound < p:
             bits |= uint32(2)
@@ -422,6 +426,22 @@ def _packed(width, i, j):  # type: ignore[no-untyped-def]
 def _at(stride, i, j):  # type: ignore[no-untyped-def]
     """Place of number (i, j) of a matrix of rows of so many numbers."""
     return (i * stride + j) & NOT_NEGATIVE
+
+
+@cuda.jit(device=True)
+def _level2(numbers, star):  # type: ignore[no-untyped-def]
+    """Mean of σ²/(c₀² D): the square of the noise with which some nuisances grow."""
+    scale = numbers[star, SCALE]
+    return numbers[star, LEVEL] / (numbers[star, N_USED] + TINY) / (scale * scale)
+
+
+@cuda.jit(device=True)
+def _with_point(value, i, packed, points, star):  # type: ignore[no-untyped-def]
+    """`value` and number i of M b."""
+    width = points.shape[1]
+    for j in range(width):
+        value += packed[star, _packed(width, min(i, j), max(i, j))] * points[star, j]
+    return value
 
 
 @cuda.jit(device=True, **WRITTEN_OUT)
@@ -682,6 +702,125 @@ def expand_stars(n, packed, u, precision, pull, scratch, points):  # type: ignor
             points[star, i] = shared[vector + i]
 
 
+@cuda.jit(device=True)
+def _gain_of_slopes(shared, left, k, square):  # type: ignore[no-untyped-def]
+    """Ln of what k slopes of prior variance `square` add to the evidence: ½ r'(R + 1/square)⁻¹r − ½ ln |1 + square R|.
+
+    The k rows of `shared` from `left` on hold 1 + square R and r; they are eliminated in place, by one thread.
+    """
+    columns = k + 1
+    gain = float64(0)
+    determinant = float64(0)
+    for i in range(k):
+        row = left + i * columns
+        pivot = max(shared[row + i], TINY)
+        inverse = float64(1) / pivot
+        determinant += math.log(pivot)
+        gain += shared[row + k] * shared[row + k] * inverse
+        for j in range(i + 1, k):
+            ratio = shared[row + j] * inverse
+            for c in range(j, columns):
+                shared[left + j * columns + c] -= ratio * shared[row + c]
+    return float64(0.5) * (square * gain - determinant)
+
+
+@kernel(
+    "void(int64, float64[:,::1], float64[:,::1], float64[:,::1], int64, float64, float64, float64[:,:,::1],"
+    " float64[:,::1], float64[::1], float64[:,::1], float64[:,::1])",
+    threads=SOLVE_THREADS,
+    blocks=3,
+    serves=("cloud_posterior",),
+)
+def weigh_widths(  # type: ignore[no-untyped-def]
+    n_stars, packed, vectors, points, n_sky, share, narrow, precisions, pulls, constants, scratch, numbers
+):
+    """Prior precision of the slopes of each star, as `cpu_information.slope_precision`, in its place of `numbers`.
+
+    `vectors` is Bᵀ(y − a′ B b) and `points` b, which stay as they are. `share`, `narrow` and the groups are those of
+    `moefast.kernels.clouds.Space.slopes`; `scratch` is as in `expand_stars`.
+
+    Launch: as `expand_stars`, with shared memory for two systems of the slopes.
+    """
+    shared = cuda.shared.array(0, float64)
+    sums = cuda.shared.array(SCRATCH, float64)
+    width = points.shape[1]
+    n_groups = precisions.shape[0]
+    rest = precisions.shape[1]
+    k = width - rest
+    vector = STEP * width
+    corner = vector + width
+    pivots = corner + STEP * STEP
+    left = pivots + STEP
+    of_width = k * (k + 1)
+    thread = cuda.threadIdx.x
+    threads = cuda.blockDim.x
+    lanes = min(32, threads)
+    stride = stride_of_matrix(width)
+    begin = left + 2 * of_width
+    end = begin + width * stride
+    a = shared[begin:end] if scratch.shape[1] < width * stride else scratch[cuda.blockIdx.x]
+    # The first thread has wide slopes, the second narrow ones.
+    square = float64(1) if thread == 0 else narrow * narrow
+    for star in range(cuda.blockIdx.x, n_stars, cuda.gridDim.x):
+        level2 = _level2(numbers, star)
+        for i in range(thread, width, threads):
+            shared[vector + i] = _with_point(vectors[star, i], i, packed, points, star)
+        cuda.syncthreads()
+        highest = float64(-np.inf)
+        total = float64(0)
+        for g in range(n_groups):
+            # Slopes go last: what is left of their rows is what nothing else explains.
+            for i in range(thread // lanes, width, threads // lanes):
+                row = i + k if i < rest else i - rest
+                for j in range(i + thread % lanes, width, lanes):
+                    column = j + k if j < rest else j - rest
+                    value = packed[star, _packed(width, min(row, column), max(row, column))]
+                    if j < rest:
+                        value += precisions[g, i, j]
+                    if i == j:
+                        if i < n_sky:
+                            value += float64(1) / (level2 + TINY)
+                        a[_at(stride, i, i)] = value
+                    a[_at(stride, i, j + 1)] = value
+            for i in range(thread, width, threads):
+                value = shared[vector + i + k] + pulls[g, i] if i < rest else shared[vector + i - rest]
+                a[_at(stride, i, width + 1)] = value
+            _eliminate(a, stride, rest, width, float64(0), False, shared, corner, pivots)
+            part = float64(0)
+            for i in range(thread, rest, threads):
+                along = a[_at(stride, i, width + 1)]
+                part += float64(0.5) * along * along - math.log(a[_at(stride, i, i + 1)])
+            for place in range(thread, 2 * of_width, threads):
+                at = place if place < of_width else place - of_width
+                i = at // (k + 1)
+                j = at - i * (k + 1)
+                value = float64(0)
+                if j >= i:
+                    value = a[_at(stride, rest + i, rest + j + 1)]
+                if j < k:
+                    value *= float64(1) if place < of_width else narrow * narrow
+                if i == j:
+                    value += float64(1)
+                shared[left + place] = value
+            # Beyond its barriers, `a` may be filled anew while the first threads go on.
+            known = constants[g] + sum_of_block(part, sums)
+            if thread < 2:
+                evidence = known + _gain_of_slopes(shared, left + thread * of_width, k, square)
+                top = max(highest, evidence)
+                total = total * math.exp(highest - top) + math.exp(evidence - top)
+                highest = top
+        if thread == 1:
+            shared[left + of_width] = highest
+            shared[left + of_width + 1] = total
+        cuda.syncthreads()
+        if thread == 0:
+            of_narrow = shared[left + of_width]
+            top = max(highest, of_narrow)
+            wide = (float64(1) - share) * total * math.exp(highest - top)
+            tight = share * shared[left + of_width + 1] * math.exp(of_narrow - top)
+            numbers[star, SLOPES] = (wide + tight) / (wide + tight * narrow * narrow)
+
+
 @kernel(
     "void(int64, float64[:,::1], float64[:,::1], float64[:,::1], int64, int64, float64[:,::1], float64[:,::1])",
     threads=SOLVE_THREADS,
@@ -692,8 +831,8 @@ def marginalise_stars(n_stars, packed, vectors, points, q, n_sky, scratch, numbe
     """Take the q nuisances of each star out of M and u.
 
     `vectors` is Bᵀ(y − a′ B b) and `points` b. The first n (n + 1)/2 places of `packed` become M, and the first n of
-    `vectors` u; the last `n_sky` nuisances grow with the noise. `numbers` gets what nuisances explain, and its energy
-    what the point has of it. `scratch` is as in `expand_stars`.
+    `vectors` u; the last `n_sky` nuisances grow with the noise, and `numbers` has the prior precision of the others. It
+    gets what nuisances explain, and its energy what the point has of it. `scratch` is as in `expand_stars`.
 
     Launch: as `expand_stars`.
     """
@@ -712,22 +851,21 @@ def marginalise_stars(n_stars, packed, vectors, points, q, n_sky, scratch, numbe
     a = shared[begin:end] if scratch.shape[1] < width * stride else scratch[cuda.blockIdx.x]
     for star in range(cuda.blockIdx.x, n_stars, cuda.gridDim.x):
         cuda.syncthreads()
-        scale = numbers[star, SCALE]
-        level2 = numbers[star, LEVEL] / (numbers[star, N_USED] + TINY) / (scale * scale)
+        level2 = _level2(numbers, star)
+        slopes = numbers[star, SLOPES]
         for i in range(thread // lanes, width, threads // lanes):
             for j in range(i + thread % lanes, width, lanes):
                 value = packed[star, _packed(width, i, j)]
                 if i == j:
                     if i < q:
-                        value += float64(1) if i < q - n_sky else float64(1) / (level2 + TINY)
+                        value += slopes if i < q - n_sky else float64(1) / (level2 + TINY)
                     a[_at(stride, i, i)] = value
                 a[_at(stride, i, j + 1)] = value
         part = float64(0)
         for i in range(thread, width, threads):
             value = vectors[star, i]
             part += points[star, i] * value
-            for j in range(width):
-                value += packed[star, _packed(width, min(i, j), max(i, j))] * points[star, j]
+            value = _with_point(value, i, packed, points, star)
             a[_at(stride, i, width + 1)] = value
             part += points[star, i] * value
         # What the energy would be without the point, if the likelihood were what it is near it.

@@ -46,6 +46,8 @@ class DeviceSpace:
     products : device array of shape (cells, w (w + 1)/2), float64
         What a cell's information is multiplied with to give M.
     precision, pull : device array of shape (w, w), (w,), float64
+    slopes : tuple
+        What `weigh_widths` takes of `Space.slopes`; empty where slopes have one width.
     """
 
     def __init__(self, space: Space) -> None:
@@ -76,6 +78,11 @@ class DeviceSpace:
         self.products = on_device(products, np.float64)
         self.precision = on_device(np.roll(space.precision, (q, q), (0, 1)), np.float64)
         self.pull = on_device(np.roll(space.pull, q), np.float64)
+        share, narrow, *groups = space.slopes
+        # A kernel takes no empty array.
+        self.slopes = (
+            (share, narrow, *(on_device(part, np.float64) for part in groups)) if space.n_slopes else ()
+        )
 
     def doubles(self) -> int:
         """Numbers in double precision of a row of `SpaceWork`, without its scratch."""
