@@ -48,7 +48,7 @@ import numpy as np
 from numba import cuda, float32, float64, int32, uint32
 
 from moefast.kernels.cuda.gram import ALIGNED
-from moefast.kernels.cuda.lanes import SCRATCH, WRITTEN_OUT, sum_of_block
+from moefast.kernels.cuda.lanes import GROUP, SCRATCH, WRITTEN_OUT, sum_of_block
 from moefast.kernels.cuda.registry import kernel
 from moefast.kernels.quality import LARGEST32, LARGEST_ERROR32
 
@@ -166,7 +166,9 @@ class Solving(NamedTuple):
 def solve_launch(width: int, panels: int = 1, slopes: int = 0) -> Solving:
     """The launch of kernels that stage so many panels of a matrix of `width` rows, and two systems of the slopes."""
     threads = min(SOLVE_THREADS, 32 * -(-(width + 1 + STEP) // 32))
-    staged = panels * STEP * width + width + STEP * STEP + STEP + 2 * slopes * (slopes + 1)
+    staged = panels * STEP * width + width + STEP * STEP + STEP 
+    if slopes:
+        staged += 2 * slopes * (slopes + 1) + 4
     return Solving(threads, 8 * staged, 8 * width * _stride_of_matrix(width))
 
 
@@ -724,28 +726,35 @@ def _gain_of_slopes(shared, left, k, square):  # type: ignore[no-untyped-def]
     return float64(0.5) * (square * gain - determinant)
 
 
+@cuda.jit(device=True)
+def _add_exponential(shared, at, value):  # type: ignore[no-untyped-def]
+    """Add exp(value) to a sum, kept as the largest exponent there was, and the sum over its exponential."""
+    top = max(shared[at], value)
+    shared[at + 1] = shared[at + 1] * math.exp(shared[at] - top) + math.exp(value - top)
+    shared[at] = top
+
+
 @kernel(
     "void(int64, float64[:,::1], float64[:,::1], float64[:,::1], int64, float64, float64, float64[:,:,::1],"
-    " float64[:,::1], float64[::1], float64[:,::1], float64[:,::1])",
+    " float64[:,::1], float64[:,::1])",
     threads=SOLVE_THREADS,
     blocks=3,
     serves=("cloud_posterior",),
 )
 def weigh_widths(  # type: ignore[no-untyped-def]
-    n_stars, packed, vectors, points, n_sky, share, narrow, precisions, pulls, constants, scratch, numbers
+    n_stars, packed, vectors, points, n_sky, share, narrow, groups, scratch, numbers
 ):
     """Prior precision of the slopes of each star, as `cpu_information.slope_precision`, in its place of `numbers`.
 
-    `vectors` is Bᵀ(y − a′ B b) and `points` b, which stay as they are. `share`, `narrow` and the groups are those of
-    `moefast.kernels.clouds.Space.slopes`; `scratch` is as in `expand_stars`.
+    `vectors` is Bᵀ(y − a′ B b) and `points` b, which stay as they are. `share`, `narrow` and `groups` are those of
+    `moefast.kernels.cuda.space.DeviceSpace.slopes`; `scratch` is as in `expand_stars`.
 
     Launch: as `expand_stars`, with shared memory for two systems of the slopes.
     """
     shared = cuda.shared.array(0, float64)
     sums = cuda.shared.array(SCRATCH, float64)
     width = points.shape[1]
-    n_groups = precisions.shape[0]
-    rest = precisions.shape[1]
+    rest = groups.shape[1] - 1
     k = width - rest
     vector = STEP * width
     corner = vector + width
@@ -754,70 +763,59 @@ def weigh_widths(  # type: ignore[no-untyped-def]
     of_width = k * (k + 1)
     thread = cuda.threadIdx.x
     threads = cuda.blockDim.x
-    lanes = min(32, threads)
     stride = stride_of_matrix(width)
-    begin = left + 2 * of_width
+    evidence = left + 2 * of_width
+    begin = evidence + 4
     end = begin + width * stride
     a = shared[begin:end] if scratch.shape[1] < width * stride else scratch[cuda.blockIdx.x]
-    # The first thread has wide slopes, the second narrow ones.
-    square = float64(1) if thread == 0 else narrow * narrow
     for star in range(cuda.blockIdx.x, n_stars, cuda.gridDim.x):
-        level2 = _level2(numbers, star)
         for i in range(thread, width, threads):
             shared[vector + i] = _with_point(vectors[star, i], i, packed, points, star)
         cuda.syncthreads()
-        highest = float64(-np.inf)
-        total = float64(0)
-        for g in range(n_groups):
+        if thread < 2:
+            shared[evidence + 2 * thread] = float64(-np.inf)
+            shared[evidence + 2 * thread + 1] = float64(0)
+        for g in range(groups.shape[0]):
             # Slopes go last: what is left of their rows is what nothing else explains.
-            for i in range(thread // lanes, width, threads // lanes):
+            for i in range(thread // GROUP, width, threads // GROUP):
                 row = i + k if i < rest else i - rest
-                for j in range(i + thread % lanes, width, lanes):
+                for j in range(i + thread % GROUP, width + 1, GROUP):
                     column = j + k if j < rest else j - rest
-                    value = packed[star, _packed(width, min(row, column), max(row, column))]
-                    if j < rest:
-                        value += precisions[g, i, j]
+                    if j < width:
+                        value = packed[star, _packed(width, min(row, column), max(row, column))]
+                    else:
+                        value = shared[vector + row]
+                    if i < rest and (j < rest or j == width):
+                        value += groups[g, i, min(j, rest)]
                     if i == j:
                         if i < n_sky:
-                            value += float64(1) / (level2 + TINY)
+                            value += float64(1) / (_level2(numbers, star) + TINY)
                         a[_at(stride, i, i)] = value
                     a[_at(stride, i, j + 1)] = value
-            for i in range(thread, width, threads):
-                value = shared[vector + i + k] + pulls[g, i] if i < rest else shared[vector + i - rest]
-                a[_at(stride, i, width + 1)] = value
             _eliminate(a, stride, rest, width, float64(0), False, shared, corner, pivots)
             part = float64(0)
             for i in range(thread, rest, threads):
                 along = a[_at(stride, i, width + 1)]
                 part += float64(0.5) * along * along - math.log(a[_at(stride, i, i + 1)])
-            for place in range(thread, 2 * of_width, threads):
-                at = place if place < of_width else place - of_width
-                i = at // (k + 1)
-                j = at - i * (k + 1)
-                value = float64(0)
-                if j >= i:
-                    value = a[_at(stride, rest + i, rest + j + 1)]
-                if j < k:
-                    value *= float64(1) if place < of_width else narrow * narrow
-                if i == j:
-                    value += float64(1)
-                shared[left + place] = value
+            for row in range(thread, 2 * k, threads):
+                i = row if row < k else row - k
+                square = float64(1) if row < k else narrow * narrow
+                for j in range(i, k):
+                    shared[left + row * (k + 1) + j] = square * a[_at(stride, rest + i, rest + j + 1)]
+                shared[left + row * (k + 1) + i] += float64(1)
+                shared[left + row * (k + 1) + k] = a[_at(stride, rest + i, width + 1)]
             # Beyond its barriers, `a` may be filled anew while the first threads go on.
-            known = constants[g] + sum_of_block(part, sums)
+            known = groups[g, rest, rest] + sum_of_block(part, sums)
+            # The first thread has wide slopes, the second narrow ones.
             if thread < 2:
-                evidence = known + _gain_of_slopes(shared, left + thread * of_width, k, square)
-                top = max(highest, evidence)
-                total = total * math.exp(highest - top) + math.exp(evidence - top)
-                highest = top
-        if thread == 1:
-            shared[left + of_width] = highest
-            shared[left + of_width + 1] = total
+                square = float64(1) if thread == 0 else narrow * narrow
+                known += _gain_of_slopes(shared, left + thread * of_width, k, square)
+                _add_exponential(shared, evidence + 2 * thread, known)
         cuda.syncthreads()
         if thread == 0:
-            of_narrow = shared[left + of_width]
-            top = max(highest, of_narrow)
-            wide = (float64(1) - share) * total * math.exp(highest - top)
-            tight = share * shared[left + of_width + 1] * math.exp(of_narrow - top)
+            top = max(shared[evidence], shared[evidence + 2])
+            wide = (float64(1) - share) * shared[evidence + 1] * math.exp(shared[evidence] - top)
+            tight = share * shared[evidence + 3] * math.exp(shared[evidence + 2] - top)
             numbers[star, SLOPES] = (wide + tight) / (wide + tight * narrow * narrow)
 
 

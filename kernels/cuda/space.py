@@ -47,7 +47,8 @@ class DeviceSpace:
         What a cell's information is multiplied with to give M.
     precision, pull : device array of shape (w, w), (w,), float64
     slopes : tuple
-        What `weigh_widths` takes of `Space.slopes`; empty where slopes have one width.
+        Share and width of narrow slopes, and `Space.groups` on the device, (groups, w − k + 1, w − k + 1) for k slopes:
+        precision, pull behind its columns and constant behind both. Empty where slopes have one width.
     """
 
     def __init__(self, space: Space) -> None:
@@ -78,11 +79,13 @@ class DeviceSpace:
         self.products = on_device(products, np.float64)
         self.precision = on_device(np.roll(space.precision, (q, q), (0, 1)), np.float64)
         self.pull = on_device(np.roll(space.pull, q), np.float64)
-        share, narrow, *groups = space.slopes
-        # A kernel takes no empty array.
-        self.slopes = (
-            (share, narrow, *(on_device(part, np.float64) for part in groups)) if space.n_slopes else ()
-        )
+        self.slopes: tuple[Any, ...] = ()
+        if space.n_slopes:
+            share, narrow, precision, pull, constant = space.slopes
+            count, rest = pull.shape
+            groups = np.zeros((count, rest + 1, rest + 1))
+            groups[:, :rest, :rest], groups[:, :rest, rest], groups[:, rest, rest] = precision, pull, constant
+            self.slopes = share, narrow, on_device(groups, np.float64)
 
     def doubles(self) -> int:
         """Numbers in double precision of a row of `SpaceWork`, without its scratch."""
