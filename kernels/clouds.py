@@ -46,9 +46,9 @@ __all__ = ["CloudPosterior", "Clouds", "Groups", "Space", "cloud_posterior", "wi
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 _NO_MASK = np.zeros((0, 0), np.bool_)
-CUDA_COORDINATES, CUDA_DIRECTIONS, CUDA_TANGENTS, CUDA_SLOPES = 160, 320, 15, 16
-"""Coordinates, coordinates and nuisances together, tangents, and slopes of two widths that the CUDA kernels have shared
-memory and registers for."""
+CUDA_COORDINATES, CUDA_DIRECTIONS, CUDA_TANGENTS = 160, 320, 15
+"""Coordinates, coordinates and nuisances together, and tangents that the CUDA kernels have shared memory and registers
+for."""
 
 
 def rounded_up(size: int, step: int) -> int:
@@ -309,8 +309,7 @@ def without_cuda(space: Space, clouds: Clouds) -> str:
     """Why the CUDA kernels cannot hold a space and its clouds, in words; empty if they can."""
     n, width, t = space.n_coordinates, space.directions.shape[1], clouds.tangents.shape[1]
     if n <= CUDA_COORDINATES and width <= CUDA_DIRECTIONS and t <= CUDA_TANGENTS:
-        slopes = space.n_slopes
-        return f"{slopes} slopes of two widths (at most {CUDA_SLOPES})" if slopes > CUDA_SLOPES else ""
+        return ""
     return (
         f"a posterior in {n} coordinates with {width - n} nuisances and {t} tangents (at most {CUDA_COORDINATES}, "
         f"{CUDA_DIRECTIONS} with the nuisances, and {CUDA_TANGENTS})"

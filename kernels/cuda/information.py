@@ -9,14 +9,16 @@ hundred stars at a time, whose numbers stay on the device; (…) is what is kept
     multiply_rows      b · Bᵀ  →  spectrum (p)
     subtract_spectra   y  →  y − a′ B b, and the energy that is left
     multiply_rows      (y − a′ B b) · B  →  Bᵀ(y − a′ B b) (w)
-    weigh_widths       u and M, all but the slopes taken out, group by group  →  prior precision of the slopes
+    isolate_slopes     u = Bᵀ(y − a′ B b) + M b and M, all but k slopes taken out, for each group  →  k (k + 1) each
+    weigh_widths       evidence of both widths  →  prior precision of the slopes (1)
     marginalise_stars  u = Bᵀ(y − a′ B b) + M b, nuisances taken out  →  u (n), M (n (n + 1)/2)
     root_stars         M = UᵀU  →  U, U⁻ᵀu in their places
     whiten_stars       TTᵀ = I + UUᵀ  →  C' = T⁻¹U (n²), λ = T⁻¹U⁻ᵀu (n)
     moefast.kernels.cuda.clouds   C', λ and the clouds  →  evidence of every cloud  →  labels
 
 with w = n + q directions, nuisances first. Every product whose second factor all stars share is one matrix product of
-all stars; what belongs to a star is done by a block of threads. `weigh_widths` is left out where slopes have one width.
+all stars; what belongs to a star is done by a block of threads. Where slopes have one width, `isolate_slopes` and
+`weigh_widths` are not launched.
 
 Precision: everything here is in double precision, as on the CPU but for y and what is left of it, which the CPU rounds
 to single: in single precision M has negative eigenvalues wherever gaps make it singular. Devices for computing have
@@ -24,8 +26,8 @@ half as many units for double as for single precision.
 
 Floor in multiply-adds per star for p = 4096, g = 220, n = 130, q = 12: u and the expansion 3 p w = 1.7 M, M
 g w (w + 1)/2 = 2.2 M, roots w³/6 + q w²/2 + 5 n³/6 = 2.4 M: 6.4 M, 0.4 µs at 34 TFLOP/s. The floor of bytes, 33 kB, is
-0.01 µs; what is written and read on the way, 0.4 MB, 0.1 µs. G groups of slopes add G w³/6: for G = 3 and w = 70,
-0.17 M, 0.01 µs.
+0.01 µs; what is written and read on the way, 0.4 MB, 0.1 µs. G groups of slopes add G (w³/6 + w²), for w = 70 and
+G = 3 another 0.19 M, 0.01 µs.
 
 Roots: a block of threads owns a star. Matrices (n, n) lie in shared memory, or, where they are too large, in scratch
 of the device's memory, of as many blocks as run at a time, which the second cache holds; rows are made STEP at a
@@ -57,8 +59,10 @@ __all__ = [
     "READ_THREADS",
     "SOLVE_THREADS",
     "STEP",
+    "WIDTH_THREADS",
     "add_parts",
     "expand_stars",
+    "isolate_slopes",
     "marginalise_stars",
     "multiply_rows",
     "parts_of_product",
@@ -77,6 +81,8 @@ READ_THREADS = 128
 SOLVE_THREADS = 128
 """Threads of a block of those that solve, at most: they take some 200 registers each, and two or three blocks should
 fit a multiprocessor."""
+WIDTH_THREADS = 32
+"""Threads of a block of `weigh_widths`, each with a star: the blocks of a thousand stars lie on 32 multiprocessors."""
 STEP = 8
 """Rows of a matrix whose root is found together."""
 TILE_ROWS = 64
@@ -163,12 +169,10 @@ class Solving(NamedTuple):
         return self.staged + self.matrix <= MOST_OF_BLOCK
 
 
-def solve_launch(width: int, panels: int = 1, slopes: int = 0) -> Solving:
-    """The launch of kernels that stage so many panels of a matrix of `width` rows, and two systems of the slopes."""
+def solve_launch(width: int, panels: int = 1) -> Solving:
+    """The launch of kernels that stage so many panels of a matrix of `width` rows."""
     threads = min(SOLVE_THREADS, 32 * -(-(width + 1 + STEP) // 32))
-    staged = panels * STEP * width + width + STEP * STEP + STEP 
-    if slopes:
-        staged += 2 * slopes * (slopes + 1) + 4
+    staged = panels * STEP * width + width + STEP * STEP + STEP
     return Solving(threads, 8 * staged, 8 * width * _stride_of_matrix(width))
 
 
@@ -704,119 +708,134 @@ def expand_stars(n, packed, u, precision, pull, scratch, points):  # type: ignor
             points[star, i] = shared[vector + i]
 
 
-@cuda.jit(device=True)
-def _gain_of_slopes(shared, left, k, square):  # type: ignore[no-untyped-def]
-    """Ln of what k slopes of prior variance `square` add to the evidence: ½ r'(R + 1/square)⁻¹r − ½ ln |1 + square R|.
-
-    The k rows of `shared` from `left` on hold 1 + square R and r; they are eliminated in place, by one thread.
-    """
-    columns = k + 1
-    gain = float64(0)
-    determinant = float64(0)
-    for i in range(k):
-        row = left + i * columns
-        pivot = max(shared[row + i], TINY)
-        inverse = float64(1) / pivot
-        determinant += math.log(pivot)
-        gain += shared[row + k] * shared[row + k] * inverse
-        for j in range(i + 1, k):
-            ratio = shared[row + j] * inverse
-            for c in range(j, columns):
-                shared[left + j * columns + c] -= ratio * shared[row + c]
-    return float64(0.5) * (square * gain - determinant)
-
-
-@cuda.jit(device=True)
-def _add_exponential(shared, at, value):  # type: ignore[no-untyped-def]
-    """Add exp(value) to a sum, kept as the largest exponent there was, and the sum over its exponential."""
-    top = max(shared[at], value)
-    shared[at + 1] = shared[at + 1] * math.exp(shared[at] - top) + math.exp(value - top)
-    shared[at] = top
-
-
 @kernel(
-    "void(int64, float64[:,::1], float64[:,::1], float64[:,::1], int64, float64, float64, float64[:,:,::1],"
-    " float64[:,::1], float64[:,::1])",
+    "void(int64, float64[:,::1], float64[:,::1], float64[:,::1], int64, int64, float64[:,:,::1],"
+    " float64[:,::1], float64[:,::1], float64[:,:,::1])",
     threads=SOLVE_THREADS,
     blocks=3,
     serves=("cloud_posterior",),
 )
-def weigh_widths(  # type: ignore[no-untyped-def]
-    n_stars, packed, vectors, points, n_sky, share, narrow, groups, scratch, numbers
+def isolate_slopes(  # type: ignore[no-untyped-def]
+    n_stars, packed, vectors, points, n_sky, group, groups, scratch, numbers, systems
 ):
-    """Prior precision of the slopes of each star, as `cpu_information.slope_precision`, in its place of `numbers`.
+    """What is left of M and u of each star for the slopes alone, when all else is taken out, for one group.
 
-    `vectors` is Bᵀ(y − a′ B b) and `points` b, which stay as they are. `share`, `narrow` and `groups` are those of
-    `moefast.kernels.cuda.space.DeviceSpace.slopes`; `scratch` is as in `expand_stars`.
+    `vectors` is Bᵀ(y − a′ B b) and `points` b, which stay as they are, and `groups` (G, r + 1, r + 1) that of
+    `moefast.kernels.cuda.space.DeviceSpace`. Row (`group`, star) of `systems` (G, ·, 2 k (k + 1) + 1) begins with the
+    upper triangle of what is left of M, k rows of k + 1 numbers, of which the last are what is left of u; its last
+    number becomes ln of the evidence without slopes. `scratch` is as in `expand_stars`.
 
-    Launch: as `expand_stars`, with shared memory for two systems of the slopes.
+    Launch: as `expand_stars`.
     """
     shared = cuda.shared.array(0, float64)
     sums = cuda.shared.array(SCRATCH, float64)
     width = points.shape[1]
     rest = groups.shape[1] - 1
     k = width - rest
-    vector = STEP * width
-    corner = vector + width
+    corner = STEP * width
     pivots = corner + STEP * STEP
-    left = pivots + STEP
-    of_width = k * (k + 1)
     thread = cuda.threadIdx.x
     threads = cuda.blockDim.x
+    lanes = min(32, threads)
     stride = stride_of_matrix(width)
-    evidence = left + 2 * of_width
-    begin = evidence + 4
+    begin = pivots + STEP
     end = begin + width * stride
     a = shared[begin:end] if scratch.shape[1] < width * stride else scratch[cuda.blockIdx.x]
-    for star in range(cuda.blockIdx.x, n_stars, cuda.gridDim.x):
+    star = cuda.blockIdx.x
+    # A range would keep its length and its step in registers, which are short.
+    while star < n_stars:
+        # Slopes go last: what is left of their rows is what nothing else explains.
+        for i in range(thread // lanes, width, threads // lanes):
+            row = i + k if i < rest else i - rest
+            for j in range(i + thread % lanes, width, lanes):
+                column = j + k if j < rest else j - rest
+                value = packed[star, _packed(width, min(row, column), max(row, column))]
+                if j < rest:
+                    value += groups[group, i, j]
+                if i == j:
+                    if i < n_sky:
+                        value += float64(1) / (_level2(numbers, star) + TINY)
+                    a[_at(stride, i, i)] = value
+                a[_at(stride, i, j + 1)] = value
         for i in range(thread, width, threads):
-            shared[vector + i] = _with_point(vectors[star, i], i, packed, points, star)
-        cuda.syncthreads()
-        if thread < 2:
-            shared[evidence + 2 * thread] = float64(-np.inf)
-            shared[evidence + 2 * thread + 1] = float64(0)
-        for g in range(groups.shape[0]):
-            # Slopes go last: what is left of their rows is what nothing else explains.
-            for i in range(thread // GROUP, width, threads // GROUP):
-                row = i + k if i < rest else i - rest
-                for j in range(i + thread % GROUP, width + 1, GROUP):
-                    column = j + k if j < rest else j - rest
-                    if j < width:
-                        value = packed[star, _packed(width, min(row, column), max(row, column))]
-                    else:
-                        value = shared[vector + row]
-                    if i < rest and (j < rest or j == width):
-                        value += groups[g, i, min(j, rest)]
-                    if i == j:
-                        if i < n_sky:
-                            value += float64(1) / (_level2(numbers, star) + TINY)
-                        a[_at(stride, i, i)] = value
-                    a[_at(stride, i, j + 1)] = value
-            _eliminate(a, stride, rest, width, float64(0), False, shared, corner, pivots)
-            part = float64(0)
-            for i in range(thread, rest, threads):
-                along = a[_at(stride, i, width + 1)]
-                part += float64(0.5) * along * along - math.log(a[_at(stride, i, i + 1)])
-            for row in range(thread, 2 * k, threads):
-                i = row if row < k else row - k
-                square = float64(1) if row < k else narrow * narrow
-                for j in range(i, k):
-                    shared[left + row * (k + 1) + j] = square * a[_at(stride, rest + i, rest + j + 1)]
-                shared[left + row * (k + 1) + i] += float64(1)
-                shared[left + row * (k + 1) + k] = a[_at(stride, rest + i, width + 1)]
-            # Beyond its barriers, `a` may be filled anew while the first threads go on.
-            known = groups[g, rest, rest] + sum_of_block(part, sums)
-            # The first thread has wide slopes, the second narrow ones.
-            if thread < 2:
-                square = float64(1) if thread == 0 else narrow * narrow
-                known += _gain_of_slopes(shared, left + thread * of_width, k, square)
-                _add_exponential(shared, evidence + 2 * thread, known)
-        cuda.syncthreads()
+            row = i + k if i < rest else i - rest
+            value = _with_point(vectors[star, row], row, packed, points, star)
+            if i < rest:
+                value += groups[group, i, rest]
+            a[_at(stride, i, width + 1)] = value
+        _eliminate(a, stride, rest, width, float64(0), False, shared, corner, pivots)
+        part = float64(0)
+        for i in range(thread, rest, threads):
+            along = a[_at(stride, i, width + 1)]
+            part += float64(0.5) * along * along - math.log(a[_at(stride, i, i + 1)])
+        for i in range(thread // GROUP, k, threads // GROUP):
+            for j in range(i + thread % GROUP, k + 1, GROUP):
+                systems[group, star, i * (k + 1) + j] = a[_at(stride, rest + i, rest + j + 1)]
+        # Beyond its barriers, `a` may be filled anew.
+        part = sum_of_block(part, sums)
         if thread == 0:
-            top = max(shared[evidence], shared[evidence + 2])
-            wide = (float64(1) - share) * shared[evidence + 1] * math.exp(shared[evidence] - top)
-            tight = share * shared[evidence + 3] * math.exp(shared[evidence + 2] - top)
-            numbers[star, SLOPES] = (wide + tight) / (wide + tight * narrow * narrow)
+            systems[group, star, 2 * k * (k + 1)] = groups[group, rest, rest] + part
+        star += cuda.gridDim.x
+
+
+@cuda.jit(device=True)
+def _gain_of_slopes(system, first, k, square):  # type: ignore[no-untyped-def]
+    """Ln of what k slopes of prior variance `square` add to the evidence: ½ r'(R + 1/square)⁻¹r − ½ ln |1 + square R|.
+
+    The system, k rows of 1 + square R and r from number `first` on, is solved in its place.
+    """
+    columns = k + 1
+    gain = float64(0)
+    determinant = float64(0)
+    for i in range(k):
+        row = first + i * columns
+        pivot = max(system[row + i], TINY)
+        determinant += math.log(pivot)
+        gain += system[row + k] * system[row + k] / pivot
+        for j in range(i + 1, k):
+            ratio = system[row + j] / pivot
+            for c in range(j, columns):
+                system[first + j * columns + c] -= ratio * system[row + c]
+    return float64(0.5) * (square * gain - determinant)
+
+
+@kernel(
+    "void(int64, int64, float64, float64, float64[:,:,::1], float64[:,::1])",
+    threads=WIDTH_THREADS,
+    blocks=8,
+    serves=("cloud_posterior",),
+)
+def weigh_widths(n_stars, k, share, narrow, systems, numbers):  # type: ignore[no-untyped-def]
+    """Prior precision of the k slopes of each star, as `cpu_information.slope_precision`, in its place of `numbers`.
+
+    `systems` is what `isolate_slopes` leaves of a star and its groups; `share` of the stars have slopes `narrow` wide.
+
+    Launch: as many threads as there are stars, at least.
+    """
+    star = cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
+    if star < n_stars:
+        half = k * (k + 1)
+        highest = float64(-np.inf)
+        wide = float64(0)
+        tight = float64(0)
+        for group in range(systems.shape[0]):
+            system = systems[group, star]
+            known = system[2 * half]
+            for i in range(k):
+                for j in range(i, k + 1):
+                    place = i * (k + 1) + j
+                    value = system[place]
+                    one = float64(1) if i == j else float64(0)
+                    system[place] = one + value
+                    system[half + place] = one + narrow * narrow * value if j < k else value
+            of_wide = known + _gain_of_slopes(system, 0, k, float64(1))
+            of_narrow = known + _gain_of_slopes(system, half, k, narrow * narrow)
+            top = max(highest, of_wide, of_narrow)
+            before = math.exp(highest - top)
+            wide = wide * before + (float64(1) - share) * math.exp(of_wide - top)
+            tight = tight * before + share * math.exp(of_narrow - top)
+            highest = top
+        numbers[star, SLOPES] = (wide + tight) / (wide + tight * narrow * narrow)
 
 
 @kernel(

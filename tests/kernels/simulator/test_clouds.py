@@ -225,7 +225,9 @@ def test_beyond_all_numbers_there_is_no_answer_and_no_harm(mix):
     assert_same_bits({name: a[::2] for name, a in found.items()}, clean, of=slice(None, None, 2))
 
 
-def test_blocks_pass_through_the_slots_and_memory_is_that_of_a_block(mix):
+@pytest.mark.parametrize("calibrated", [(0.0, 1.0), (0.5, 0.1)])
+def test_blocks_pass_through_the_slots_and_memory_is_that_of_a_block(mix, calibrated):
+    mix = replace(mix, calibrated=calibrated)
     flux, error = stars(mix, 7)
     scorer = CudaPosteriorScorer(*mix.kernel_arrays, block_rows=3, slots=2)
     found = scorer(flux, error)
@@ -276,14 +278,6 @@ def test_what_is_too_large_is_refused_in_words(mix, monkeypatch):
         CudaPosteriorScorer(*mix.kernel_arrays)
 
 
-def test_too_many_slopes_of_two_widths_are_refused_in_words(monkeypatch):
-    made = mixture(p=48, m=7, n=6, q=3, n_sky=1, calibrated=(0.5, 0.1))
-    assert without_kernels(made) == ""
-    monkeypatch.setattr(of_clouds, "CUDA_SLOPES", 1)
-    assert without_kernels(made) == "2 slopes of two widths (at most 1)"
-    assert without_kernels(replace(made, calibrated=(0.0, 1.0))) == ""
-
-
 def test_the_largest_fits_in_shared_memory(monkeypatch):
     monkeypatch.undo()
     n, vectors = of_clouds.CUDA_COORDINATES, of_clouds.CUDA_TANGENTS + 1
@@ -293,8 +287,7 @@ def test_the_largest_fits_in_shared_memory(monkeypatch):
         assert 1 <= sizes.stars <= clouds.MOST_STARS
         assert sizes.depth % clouds.QUAD == 0 < sizes.depth <= reach
     # Sums of a block go through a number of each of at most 32 warps.
-    of_all = information.solve_launch(of_clouds.CUDA_DIRECTIONS, slopes=of_clouds.CUDA_SLOPES)
-    largest = of_all, information.solve_launch(n, 2)
+    largest = (information.solve_launch(of_clouds.CUDA_DIRECTIONS), information.solve_launch(n, 2))
     assert max(each.staged for each in largest) + 8 * 32 <= MOST_SHARED
 
 
