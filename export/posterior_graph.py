@@ -34,7 +34,7 @@ _GIVEN = (
     "slopes_last",
 )  # fmt: skip
 """What is derived from stored arrays before the export: matrices of the whole library, and where directions stand."""
-_UNUSED = {"n_sky": np.zeros(1, np.int64), "calibrated": np.array([0.0, 1.0], np.float32)}
+_UNUSED: dict[str, NDArray] = {"n_sky": np.zeros(1, np.int64), "calibrated": np.array([0.0, 1.0], np.float32)}
 """What graphs lack that have no use for it."""
 
 

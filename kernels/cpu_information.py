@@ -385,7 +385,7 @@ def refine(y, information, rows, packed, spectra, directions, precision, pull, n
 
 @njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
 def _gain_of_slopes(a, rest, k, square, left):
-    """Ln of what k slopes of prior variance `square` add to the evidence: ½ r'(R + 1/square)⁻¹r − ½ ln |1 + square R|.
+    """What k slopes of prior variance `square` add to the log evidence: ½ r'(R + 1/square)⁻¹r − ½ ln |1 + square R|.
 
     R and r are what `a` holds behind its first `rest` rows; `left` (k, k + 1) is scratch.
     """

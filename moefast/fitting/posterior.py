@@ -103,8 +103,9 @@ def fit_posterior(
     arrays["directions"] = np.concatenate([arrays["directions"], *nuisances], axis=1).astype(np.float32)
     found = PosteriorMixture(
         wave=mixture.wave, reference=mixture.reference, noise_shape=mixture.noise_shape, **arrays,
-        n_sky=sky.shape[1], calibrated=options.calibrated, n_foreign=1, scale_width=SCALE_WIDTH, label_range=mixture.label_range, error_model=_idle(),
-        label_factors=np.ones(len(names), np.float32), label_names=names,
+        n_sky=sky.shape[1], calibrated=options.calibrated, n_foreign=1, scale_width=SCALE_WIDTH,
+        label_range=mixture.label_range, error_model=_idle(), label_factors=np.ones(len(names), np.float32),
+        label_names=names,
     )  # fmt: skip
     lack = without_cuda(*found.kernel_arrays) if backend == "cuda" else ""
     found, summary = _calibrate(data, found, values, "cpu" if lack else backend)

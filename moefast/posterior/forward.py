@@ -297,7 +297,8 @@ def _slope_precision(op: SolvingArithmetic, sizes: Sizes, matrix: Any, u: Any, s
     u = op.picked(u, last, 1)
     vector, pulled = op.part(u, 1, 0, rest), op.part(u, 1, rest, width)
     unit = op.precise(op.number("unit_slopes"))
-    of_wide, of_narrow = [], []
+    of_wide: list[Any] = []
+    of_narrow: list[Any] = []
     for group in range(sizes.n_groups):
         precision, pull, constant = (
             op.reshaped(op.part(op.number(f"group_{name}"), 0, group, group + 1), shape)

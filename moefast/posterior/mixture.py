@@ -268,8 +268,8 @@ class PosteriorMixture:
         n_sky = int(arrays.pop("n_sky")[0])
         share, narrow = (float(v) for v in arrays.pop("calibrated"))
         return cls(
-            wave=wave, **arrays, n_sky=n_sky, calibrated=(share, narrow), n_foreign=n_foreign, n_fast=n_fast, scale_width=width,
-            label_range=(low, high), error_model=(w1, b1, w2, b2), label_names=label_names,
+            wave=wave, **arrays, n_sky=n_sky, calibrated=(share, narrow), n_foreign=n_foreign, n_fast=n_fast,
+            scale_width=width, label_range=(low, high), error_model=(w1, b1, w2, b2), label_names=label_names,
         )  # fmt: skip
 
     @cached_property

@@ -7,8 +7,8 @@ import pytest
 from made_clouds import mixture, stars
 from scipy.stats import multivariate_normal
 
-from moefast.posterior.cells import alike_pixels
 from moefast.ops.on_numpy import NumPyArithmetic
+from moefast.posterior.cells import alike_pixels
 from moefast.posterior.forward import LEAST_CURVATURE, cloud_values
 from moefast.posterior.mixture import SCALE_UNIT
 
