@@ -809,14 +809,15 @@ class DevicePosterior:
         yield from self.space.to_point(flux, error, hidden, n, work, quality, of_all, stream)
         if k := self.n_slopes:
             share, narrow, groups = self.space.slopes
-            for group in range(len(groups)):
-                yield (
-                    f"slopes alone, group {group}",
-                    lambda group=group: isolate_slopes[of_all](
+
+            def isolate() -> None:
+                for group in range(len(groups)):
+                    isolate_slopes[of_all](
                         n, work.packed, work.u, work.points, self.n_sky, group, groups, work.scratch, work.numbers,
                         work.systems,
-                    ),
-                )  # fmt: skip
+                    )  # fmt: skip
+
+            yield "slopes alone", isolate
             yield (
                 "width of slopes",
                 lambda: weigh_widths[-(-n // WIDTH_THREADS), WIDTH_THREADS, stream](

@@ -307,6 +307,5 @@ def test_vectors_that_do_not_fit_are_staged_in_turns(monkeypatch):
 def test_tiles_as_large_as_on_a_device(monkeypatch):
     monkeypatch.undo()
     assert (clouds.THREADS, information.PRODUCT_THREADS, information.SOLVE_THREADS) == (128, 128, 128)
-    for calibrated in ((0.0, 1.0), (0.5, 0.1)):
-        made = mixture(p=33, m=17, n=34, q=1, calibrated=calibrated)
-        assert_as_described(made, *stars(made, 1))
+    made = mixture(p=33, m=17, n=34, q=1, calibrated=(0.5, 0.1))
+    assert_as_described(made, *stars(made, 1))
