@@ -67,7 +67,7 @@ def client():
     with workers.connect("local:2") as found:
         found.register_plugin(Small())
         yield found
-    # What was closed late is collected here, where warnings of it are not heeded, and not during a test of another file.
+    # What is closed late is collected here, where warnings of it are not heeded, not during a test of another file.
     gc.collect()
 
 

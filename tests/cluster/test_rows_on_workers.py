@@ -37,7 +37,7 @@ def client():
         distributed.Client(cluster, set_as_default=False) as found,
     ):
         yield found
-    # What was closed late is collected here, where warnings of it are not heeded, and not during a test of another file.
+    # What is closed late is collected here, where warnings of it are not heeded, not during a test of another file.
     gc.collect()
 
 

@@ -31,7 +31,7 @@ pytestmark = [
 def client():
     with workers.connect("local:2") as found:
         yield found
-    # What was closed late is collected here, where warnings of it are not heeded, and not during a test of another file.
+    # What is closed late is collected here, where warnings of it are not heeded, not during a test of another file.
     gc.collect()
 
 
