@@ -234,7 +234,7 @@ def _on_cluster(
     from moefast.cli.spread import connected
     from moefast.cluster.rows_on_workers import simulate_on
 
-    with connected(scheduler, progress) as client:
+    with connected(scheduler, progress) as (client, _):
         paths = simulate_on(client, out, rows, progress=progress.rows("simulate"), **job)
     progress.close()
     tell_result(
