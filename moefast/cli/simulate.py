@@ -140,6 +140,7 @@ def simulate(
         quiet=quiet,
     )  # fmt: skip
 
+
 def _part_of(name: str, part: str | None, span: tuple[int, int] | None) -> str:
     """The part, if there is one of this name in the set, and rows are said where they must be."""
     from moefast.simulate.sets import REFERENCE_SETS
