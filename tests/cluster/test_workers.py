@@ -123,6 +123,12 @@ def test_shards_that_are_there_are_not_made_again(client, source, saved, referen
     assert not folder.exists()
 
 
+def test_the_key_of_a_task_tells_what_it_does(client):
+    task = workers.submit(client, len, "four")
+    assert task.result() == 4
+    assert workers.work_of(task.key) == "len"
+
+
 def test_what_a_worker_lacks_is_told_with_its_name(client, source, saved, tmp_path, monkeypatch):
     address = workers.addresses_of(client)[0]
 
