@@ -783,7 +783,7 @@ class DevicePosterior(StepPlan):
     def shape_of_systems(self, rows: int) -> tuple[int, int, int]:
         """Of what `isolate_slopes` leaves of so many stars; no groups where slopes have one width."""
         k = self.n_slopes
-        return len(self.space.slopes[2]) if k else 0, rows, 2 * k * (k + 1) + 1
+        return len(self.space.slopes[1]) if k else 0, rows, 2 * k * (k + 1) + 1
 
     def work(self, rows: int) -> Work:
         """Device memory for so many stars."""
@@ -800,7 +800,7 @@ class DevicePosterior(StepPlan):
         quality = scores.snr_norm, scores.n_good, scores.flag
         yield from self.space.to_point(flux, error, hidden, n, work, quality, of_all, stream)
         if k := self.n_slopes:
-            share, narrow, groups = self.space.slopes
+            share, groups = self.space.slopes
             for group in range(len(groups)):
                 yield (
                     f"slopes alone, group {group}",
@@ -812,13 +812,21 @@ class DevicePosterior(StepPlan):
             yield (
                 "width of slopes",
                 lambda: weigh_widths[-(-n // WIDTH_THREADS), WIDTH_THREADS, stream](
-                    n, k, share, narrow, work.systems, work.numbers
+                    n, k, share, self.space.narrow, work.systems, work.numbers
                 ),
             )
         yield (
             "nuisances",
             lambda: marginalise_stars[of_all](
-                n, work.packed, work.u, work.points, q, self.n_sky, work.scratch, work.numbers
+                n,
+                work.packed,
+                work.u,
+                work.points,
+                q,
+                self.n_sky,
+                self.space.narrow,
+                work.scratch,
+                work.numbers,
             ),
         )
         yield (
