@@ -102,7 +102,7 @@ def test_slopes_of_two_widths(q, n_sky, n, in_shared, monkeypatch):
     found = assert_as_described(made, flux, error)
     assert_same_bits(made.outputs(flux[4:], error[4:], backend="cuda"), found, of=slice(4, 5))
     plan = clouds.DevicePosterior(*made.kernel_arrays)
-    assert plan.in_shared == in_shared
+    assert plan.matrices.in_shared == in_shared
     work = plan.work(5)
     plan.launch(cuda.to_device(flux.ravel()), cuda.to_device(error.ravel()), None, 5, work, 0)
     # Of the probability itself more digits are seen than of labels.
