@@ -30,11 +30,11 @@ __all__ = ["build_posterior", "read_posterior"]
 _WHOLE = ("first", "n_sky", "cells")
 """What is stored as whole numbers."""
 _GIVEN = (
-    "library_precision", "library_pull", "group_precision", "group_pull", "group_constant", "behind_coordinates",
-    "slopes_last",
+    "library_precision", "library_pull", "group_precision", "group_pull", "group_constant", "narrow_slopes",
+    "narrow_variance", "behind_coordinates", "slopes_last",
 )  # fmt: skip
 """What is derived from stored arrays before the export: matrices of the whole library, and where directions stand."""
-_UNUSED: dict[str, NDArray] = {"n_sky": np.zeros(1, np.int64), "calibrated": np.array([0.0, 1.0], np.float32)}
+_UNUSED: dict[str, NDArray] = {"n_sky": np.zeros(1, np.int64), "calibrated": np.zeros(1, np.float32)}
 """What graphs lack that have no use for it."""
 
 

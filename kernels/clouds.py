@@ -101,7 +101,7 @@ class Space:
     n_sky : int
         The last so many nuisances have a prior width that grows with the noise of the star.
     calibrated : tuple of float
-        Share of spectra in which the other nuisances, slopes, are narrower, and how wide they are there.
+        Share of spectra in which the other nuisances, slopes, are narrower, and how wide each of them is there.
     groups : Groups
         By which a star's evidence tells how wide its slopes are; none where the share is 0.
     """
@@ -115,7 +115,7 @@ class Space:
     precision: F64
     pull: F64
     n_sky: int = 0
-    calibrated: tuple[float, float] = (0.0, 1.0)
+    calibrated: tuple[float, ...] = (0.0,)
     groups: Groups = NO_GROUPS
     arrays: tuple = field(init=False, repr=False)
     slopes: tuple = field(init=False, repr=False)
@@ -178,7 +178,7 @@ class Space:
         object.__setattr__(self, "slopes", self._slopes())
 
     def _slopes(self) -> tuple:
-        """Share and width of narrow slopes, and groups with the nuisances first."""
+        """Share and widths of narrow slopes, and groups with the nuisances first."""
         groups, rest = self.groups, self.n_coordinates + self.n_sky
         count = len(groups.constant)
         if bool(count) != (self.calibrated[0] > 0):
@@ -194,7 +194,10 @@ class Space:
             np.roll(groups.precision, (self.n_sky, self.n_sky), (1, 2)), np.float64
         )
         pull = np.ascontiguousarray(np.roll(groups.pull, self.n_sky, 1), np.float64)
-        return *(float(v) for v in self.calibrated), precision, pull, np.asarray(groups.constant, np.float64)
+        narrow = np.array(self.calibrated[1:], np.float64)
+        if len(narrow) != self.n_slopes:
+            raise ValueError(f"widths of {self.n_slopes} narrow slopes expected; found {self.calibrated}")
+        return float(self.calibrated[0]), narrow, precision, pull, np.asarray(groups.constant, np.float64)
 
     @property
     def n_coordinates(self) -> int:

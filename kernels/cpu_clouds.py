@@ -16,7 +16,7 @@ import numpy as np
 from moefast.core.compiled import njit
 from moefast.kernels.cpu import FAST, exp32, log32
 from moefast.kernels.cpu_information import LANES as COLUMNS
-from moefast.kernels.cpu_information import STEP, TINY, slope_precision, solve, unpack
+from moefast.kernels.cpu_information import STEP, TINY, chance_of_narrow, solve, unpack
 from moefast.kernels.vectors import VECTORS, cloud_group, label_group, set_tile, width_of
 
 __all__ = ["posterior"]
@@ -232,7 +232,7 @@ def posterior(
             i = begin + star
             level2 = numbers[i, 3] / (numbers[i, 4] + TINY) / (numbers[i, 0] * numbers[i, 0])
             log_level[i] = 0.5 * math.log(level2 + TINY)
-            slopes = slope_precision(
+            chance = chance_of_narrow(
                 packed,
                 u,
                 i,
@@ -251,7 +251,9 @@ def posterior(
             unpack(packed, i, a, q + n)
             for k in range(q + n):
                 a[k, q + n] = u[i, k]
-            explained[star], beyond[star] = solve(a, q, n, n_sky, slopes, level2, scratch, of_root, exact)
+            explained[star], beyond[star] = solve(
+                a, q, n, n_sky, chance, narrow, level2, scratch, of_root, exact
+            )
             for r in range(n):
                 for c in range(r, n):
                     root[star, r, c] = np.float32(exact[r, c])

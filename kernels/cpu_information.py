@@ -28,11 +28,11 @@ __all__ = [
     "SPECTRUM",
     "STEP",
     "TINY",
+    "chance_of_narrow",
     "multiply_cells",
     "multiply_pixels",
     "read_pixels",
     "refine",
-    "slope_precision",
     "solve",
     "unpack",
 ]
@@ -384,16 +384,17 @@ def refine(y, information, rows, packed, spectra, directions, precision, pull, n
 
 
 @njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
-def _gain_of_slopes(a, rest, k, square, left):
-    """What k slopes of prior variance `square` add to the log evidence: ½ r'(R + 1/square)⁻¹r − ½ ln |1 + square R|.
+def _gain_of_slopes(a, rest, k, widths, left):
+    """What k slopes of such prior widths w add to the log evidence: ½ (w r)'A⁻¹(w r) − ½ ln |A| with A = 1 + w R w.
 
-    R and r are what `a` holds behind its first `rest` rows; `left` (k, k + 1) is scratch.
+    R and r are what `a` holds behind its first `rest` rows; widths of none are 1, and `left` (k, k + 1) is scratch.
     """
     for i in range(k):
+        width = widths[i] if widths.size else 1.0
         for j in range(i, k):
-            left[i, j] = square * a[rest + i, rest + j]
+            left[i, j] = width * (widths[j] if widths.size else 1.0) * a[rest + i, rest + j]
         left[i, i] += 1.0
-        left[i, k] = a[rest + i, rest + k]
+        left[i, k] = width * a[rest + i, rest + k]
     gain, determinant = 0.0, 0.0
     for i in range(k):
         pivot = max(left[i, i], TINY)
@@ -403,21 +404,21 @@ def _gain_of_slopes(a, rest, k, square, left):
             ratio = left[i, j] / pivot
             for m in range(j, k + 1):
                 left[j, m] -= ratio * left[i, m]
-    return 0.5 * (square * gain - determinant)
+    return 0.5 * (gain - determinant)
 
 
 @njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
-def slope_precision(
+def chance_of_narrow(
     packed, u, row, q, n_sky, level2, share, narrow, precisions, pulls, constants, a, left, evidences
 ):  # fmt: skip
-    """Prior precision of the slopes of a star, the first q − n_sky nuisances: what its evidence says of their width.
+    """Probability, by a star's own evidence, that its slopes, the first q − n_sky nuisances, are narrow.
 
     The equations are those of `moefast.posterior.forward`. `packed` and `u` are M and u of the row; `a`, as in `solve`,
     `left` (k, k + 1) and `evidences` (2, groups) are scratch.
     """
     groups, rest, _ = precisions.shape
     if groups == 0:
-        return 1.0
+        return 0.0
     k = q - n_sky
     width = k + rest
     highest = -np.inf
@@ -443,27 +444,29 @@ def slope_precision(
         for i in range(rest):
             known += 0.5 * a[i, width] * a[i, width] - math.log(a[i, i])
         for place in range(2):
-            square = narrow * narrow if place else 1.0
-            evidences[place, g] = known + _gain_of_slopes(a, rest, k, square, left)
+            evidences[place, g] = known + _gain_of_slopes(a, rest, k, narrow[: place * k], left)
             highest = max(highest, evidences[place, g])
     wide, tight = 0.0, 0.0
     for g in range(groups):
         wide += (1.0 - share) * math.exp(evidences[0, g] - highest)
         tight += share * math.exp(evidences[1, g] - highest)
-    return (wide + tight) / (wide + tight * narrow * narrow)
+    return tight / (wide + tight)
 
 
 @njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
-def solve(a, q, n, n_sky, slopes, level2, scratch, columns, root):
+def solve(a, q, n, n_sky, chance, narrow, level2, scratch, columns, root):
     """Marginalise q nuisances, then the scatter within clouds: `root` (n, ·) becomes C' of M₁ = C C', and λ behind it.
 
     `a` (q + n, ·) is the upper triangle of M, nuisances first, and u behind it; `scratch` and `columns` are like
-    `root`. The last `n_sky` nuisances grow with the noise of the star, of mean square `level2`; the others have the
-    prior precision `slopes`.
+    `root`. The last `n_sky` nuisances grow with the noise of the star, of mean square `level2`; the others are of width
+    1, or with probability `chance` `narrow`.
     Returns what nuisances and the best point of the space explain, and what the latter gains beyond |λ|² under M₁.
     """
     for i in range(q):
-        a[i, i] += slopes if i < q - n_sky else 1.0 / (level2 + TINY)
+        if i >= q - n_sky:
+            a[i, i] += 1.0 / (level2 + TINY)
+        else:
+            a[i, i] += 1.0 / (1.0 - chance + chance * narrow[i] * narrow[i]) if narrow.size else 1.0
     factor(a, q, q + n, 0.0)
     explained = 0.0
     for i in range(q):

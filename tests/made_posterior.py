@@ -27,7 +27,7 @@ def random_posterior(
     hidden=6,
     seed=0,
     sky=1,
-    calibrated=(0.0, 1.0),
+    calibrated=(0.0,),
 ):
     """Clouds in n coordinates of p pixels; log g of some stars is clipped."""
     rng = np.random.default_rng(seed)

@@ -10,7 +10,7 @@ hundred stars at a time, whose numbers stay on the device; (…) is what is kept
     subtract_spectra   y  →  y − a′ B b, and the energy that is left
     multiply_rows      (y − a′ B b) · B  →  Bᵀ(y − a′ B b) (w)
     isolate_slopes     u = Bᵀ(y − a′ B b) + M b and M, all but k slopes taken out, for each group  →  k (k + 1) each
-    weigh_widths       evidence of both widths  →  prior precision of the slopes (1)
+    weigh_widths       evidence of both widths  →  probability that the slopes are narrow (1)
     marginalise_stars  u = Bᵀ(y − a′ B b) + M b, nuisances taken out  →  u (n), M (n (n + 1)/2)
     root_stars         M = UᵀU  →  U, U⁻ᵀu in their places
     whiten_stars       TTᵀ = I + UUᵀ  →  C' = T⁻¹U (n²), λ = T⁻¹U⁻ᵀu (n)
@@ -113,10 +113,10 @@ ROUNDING = 1e-14
 """As in `moefast.kernels.cpu_information`."""
 NOT_NEGATIVE = 0x7FFFFFFFFFFFFFFF
 """A mask that tells the compiler so: it then counts no index from the end, and needs fewer registers."""
-SCALE, STRENGTH, ENERGY, LEVEL, N_USED, EXPLAINED, BEYOND, SLOPES = range(8)
+SCALE, STRENGTH, ENERGY, LEVEL, N_USED, EXPLAINED, BEYOND, NARROW = range(8)
 NUMBERS = 8
 """Places in the numbers of a star: scale c₀, strength, energy, Σ σ²/D, pixels that weigh, what nuisances and the best
-point of the space explain, what the latter gains beyond |λ|², and the prior precision of slopes."""
+point of the space explain, what the latter gains beyond |λ|², and the probability of narrow slopes."""
 NAN = np.float32(np.nan)
 
 
@@ -273,7 +273,7 @@ def read_spectra(  # type: ignore[no-untyped-def]
         numbers[star, STRENGTH] = overlap / error_of_scale
         numbers[star, LEVEL] = level
         numbers[star, N_USED] = float64(n_used)
-        numbers[star, SLOPES] = float64(1)
+        numbers[star, NARROW] = float64(0)
         bits = uint32(4) if n_wrong > 0 else uint32(0)
         if 2 * n_sound < p:
             bits |= uint32(2)
@@ -562,6 +562,20 @@ def _eliminate(a, stride, stop, n, ridge, mirrored, shared, corner, pivots):  # 
 
 
 @cuda.jit(device=True)
+def _place_matrix(packed, precision, star, width, stride, a):  # type: ignore[no-untyped-def]
+    """M + P⁻¹ of a star where `_eliminate` takes it from: the diagonal twice, in the place of its root as well."""
+    thread = cuda.threadIdx.x
+    threads = cuda.blockDim.x
+    lanes = min(32, threads)
+    for i in range(thread // lanes, width, threads // lanes):
+        for j in range(i + thread % lanes, width, lanes):
+            value = packed[star, _packed(width, i, j)] + precision[i, j]
+            a[_at(stride, i, j + 1)] = value
+            if i == j:
+                a[_at(stride, i, i)] = value
+
+
+@cuda.jit(device=True)
 def _in_bands(n, i, k):  # type: ignore[no-untyped-def]
     """Place of number (i, k ≥ i) of C' in its bands."""
     first = i & (-BAND)
@@ -667,19 +681,13 @@ def expand_stars(n, packed, u, precision, pull, scratch, points):  # type: ignor
     pivots = corner + STEP * STEP
     thread = cuda.threadIdx.x
     threads = cuda.blockDim.x
-    lanes = min(32, threads)
     stride = stride_of_matrix(width)
     begin = pivots + STEP
     end = begin + width * stride
     a = shared[begin:end] if scratch.shape[1] < width * stride else scratch[cuda.blockIdx.x]
     for star in range(cuda.blockIdx.x, n, cuda.gridDim.x):
         cuda.syncthreads()
-        for i in range(thread // lanes, width, threads // lanes):
-            for j in range(i + thread % lanes, width, lanes):
-                value = packed[star, _packed(width, i, j)] + precision[i, j]
-                a[_at(stride, i, j + 1)] = value
-                if i == j:
-                    a[_at(stride, i, i)] = value
+        _place_matrix(packed, precision, star, width, stride, a)
         for i in range(thread, width, threads):
             a[_at(stride, i, width + 1)] = u[star, i] + pull[i]
         _eliminate(a, stride, width, width, float64(0), True, shared, corner, pivots)
@@ -779,10 +787,10 @@ def isolate_slopes(  # type: ignore[no-untyped-def]
 
 
 @cuda.jit(device=True)
-def _gain_of_slopes(system, first, k, square):  # type: ignore[no-untyped-def]
-    """Ln of what k slopes of prior variance `square` add to the evidence: ½ r'(R + 1/square)⁻¹r − ½ ln |1 + square R|.
+def _gain_of_slopes(system, first, k):  # type: ignore[no-untyped-def]
+    """What k slopes of prior widths w add to the log evidence: ½ (w r)'A⁻¹(w r) − ½ ln |A| with A = 1 + w R w.
 
-    The system, k rows of 1 + square R and r from number `first` on, is solved in its place.
+    The system, k rows of A and w r from number `first` on, is solved in its place.
     """
     columns = k + 1
     gain = float64(0)
@@ -796,19 +804,20 @@ def _gain_of_slopes(system, first, k, square):  # type: ignore[no-untyped-def]
             ratio = system[row + j] / pivot
             for c in range(j, columns):
                 system[first + j * columns + c] -= ratio * system[row + c]
-    return float64(0.5) * (square * gain - determinant)
+    return float64(0.5) * (gain - determinant)
 
 
 @kernel(
-    "void(int64, int64, float64, float64, float64[:,:,::1], float64[:,::1])",
+    "void(int64, int64, float64, float64[::1], float64[:,:,::1], float64[:,::1])",
     threads=WIDTH_THREADS,
     blocks=8,
     serves=("cloud_posterior",),
 )
 def weigh_widths(n_stars, k, share, narrow, systems, numbers):  # type: ignore[no-untyped-def]
-    """Prior precision of the k slopes of each star, as `cpu_information.slope_precision`, in its place of `numbers`.
+    """Probability of narrow slopes of each star, as `cpu_information.chance_of_narrow`, in its place of `numbers`.
 
-    `systems` is what `isolate_slopes` leaves of a star and its groups; `share` of the stars have slopes `narrow` wide.
+    `systems` is what `isolate_slopes` leaves of a star and its groups; `share` of the stars have k slopes of widths
+    `narrow` (k,).
 
     Launch: as many threads as there are stars, at least.
     """
@@ -827,29 +836,32 @@ def weigh_widths(n_stars, k, share, narrow, systems, numbers):  # type: ignore[n
                     value = system[place]
                     one = float64(1) if i == j else float64(0)
                     system[place] = one + value
-                    system[half + place] = one + narrow * narrow * value if j < k else value
-            of_wide = known + _gain_of_slopes(system, 0, k, float64(1))
-            of_narrow = known + _gain_of_slopes(system, half, k, narrow * narrow)
+                    other = narrow[j] if j < k else float64(1)
+                    system[half + place] = one + narrow[i] * other * value
+            of_wide = known + _gain_of_slopes(system, 0, k)
+            of_narrow = known + _gain_of_slopes(system, half, k)
             top = max(highest, of_wide, of_narrow)
             before = math.exp(highest - top)
             wide = wide * before + (float64(1) - share) * math.exp(of_wide - top)
             tight = tight * before + share * math.exp(of_narrow - top)
             highest = top
-        numbers[star, SLOPES] = (wide + tight) / (wide + tight * narrow * narrow)
+        numbers[star, NARROW] = tight / (wide + tight)
 
 
 @kernel(
-    "void(int64, float64[:,::1], float64[:,::1], float64[:,::1], int64, int64, float64[:,::1], float64[:,::1])",
+    "void(int64, float64[:,::1], float64[:,::1], float64[:,::1], int64, int64, float64[::1], float64[:,::1],"
+    " float64[:,::1])",
     threads=SOLVE_THREADS,
     blocks=3,
     serves=("cloud_posterior",),
 )
-def marginalise_stars(n_stars, packed, vectors, points, q, n_sky, scratch, numbers):  # type: ignore[no-untyped-def]
+def marginalise_stars(n_stars, packed, vectors, points, q, n_sky, narrow, scratch, numbers):  # type: ignore[no-untyped-def]
     """Take the q nuisances of each star out of M and u.
 
     `vectors` is Bᵀ(y − a′ B b) and `points` b. The first n (n + 1)/2 places of `packed` become M, and the first n of
-    `vectors` u; the last `n_sky` nuisances grow with the noise, and `numbers` has the prior precision of the others. It
-    gets what nuisances explain, and its energy what the point has of it. `scratch` is as in `expand_stars`.
+    `vectors` u; the last `n_sky` nuisances grow with the noise, and the others are of width 1 or, with the
+    probability in `numbers`, `narrow` (q,). `numbers` gets what nuisances explain, and its energy what the point has of
+    it. `scratch` is as in `expand_stars`.
 
     Launch: as `expand_stars`.
     """
@@ -869,13 +881,14 @@ def marginalise_stars(n_stars, packed, vectors, points, q, n_sky, scratch, numbe
     for star in range(cuda.blockIdx.x, n_stars, cuda.gridDim.x):
         cuda.syncthreads()
         level2 = _level2(numbers, star)
-        slopes = numbers[star, SLOPES]
+        chance = numbers[star, NARROW]
         for i in range(thread // lanes, width, threads // lanes):
             for j in range(i + thread % lanes, width, lanes):
                 value = packed[star, _packed(width, i, j)]
                 if i == j:
                     if i < q:
-                        value += slopes if i < q - n_sky else float64(1) / (level2 + TINY)
+                        prior = float64(1) - chance + chance * narrow[i] * narrow[i]
+                        value += float64(1) / (prior if i < q - n_sky else level2 + TINY)
                     a[_at(stride, i, i)] = value
                 a[_at(stride, i, j + 1)] = value
         part = float64(0)

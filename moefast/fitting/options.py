@@ -125,8 +125,8 @@ class PosteriorOptions:
         Prior widths of Legendre polynomials 1, 2, … of wavelength times the mean spectrum, by which calibration, slope
         and reddening may change a spectrum. Empty where the calibration can be trusted.
     calibrated : tuple of float
-        Share of spectra, at least 0 and below 1, whose flux is calibrated better than that, and how wide slopes are
-        in these, relative to `slope_widths`. Which spectra they are, their own evidence tells.
+        Share of spectra, at least 0 and below 1, whose flux is calibrated better than that, and behind it how wide each
+        slope is in these, relative to `slope_widths`. Which spectra they are, their own evidence tells.
     sky_width : float
         Prior width of residuals of the sky's lines, in standard deviations of the noise where the lines are brightest;
         0 where sky subtraction is perfect, as in simulations.
@@ -139,17 +139,19 @@ class PosteriorOptions:
     n_coordinates: int | None = None
     n_gravity_bins: int = 0
     slope_widths: tuple[float, ...] = ()
-    calibrated: tuple[float, float] = (0.0, 1.0)
+    calibrated: tuple[float, ...] = (0.0,)
     sky_width: float = 0.0
     beyond: bool = False
 
     def check_posterior(self) -> None:
         """Raise `InputError` unless these options make sense."""
-        share, narrow = self.calibrated
-        if not (0 <= share < 1 and 0 < narrow <= 1) or (share > 0 and not self.slope_widths):
+        share, *narrow = self.calibrated
+        if not (0 <= share < 1 and all(0 < width <= 1 for width in narrow)) or len(narrow) != (
+            len(self.slope_widths) if share else 0
+        ):
             raise InputError(
-                "calibrated: a share of spectra below 1, a relative width of at most 1, and widths of slopes which "
-                f"are narrower in these expected; found {self.calibrated} and {self.slope_widths}"
+                "calibrated: a share of spectra below 1 and, if it is not 0, a relative width of at most 1 for each of "
+                f"slope_widths expected; found {self.calibrated} and {self.slope_widths}"
             )
         if (
             self.n_clouds < 1
@@ -308,8 +310,8 @@ class Options(NoiseOptions, LinearOptions, PosteriorOptions, NetworkOptions, Gat
 
     @property
     def n_simpler_fits(self) -> int:
-        """How many simpler fits are made beside: the published-style ridge, and three of the experts' totals."""
-        return int(self.references) + (3 if self.alpha is None else 0)
+        """How many simpler fits are made beside: the published-style ridge, and four of the experts' totals."""
+        return int(self.references) + (4 if self.alpha is None else 0)
 
     @property
     def has_published(self) -> bool:

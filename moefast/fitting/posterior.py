@@ -237,11 +237,11 @@ def _nuisances(mixture: PosteriorMixture, error: NDArray, rows: NDArray[np.int64
     n, q, sky = mixture.n_coordinates, mixture.n_nuisances, mixture.n_sky
     if not q:
         return np.zeros((1, 1), np.float32)
-    share, narrow = mixture.calibrated
+    share, *narrow = mixture.calibrated
     uniform = uniforms_of_rows(rows, q + (share > 0), seed=draw, stream=NUISANCE_STREAM)
     size = ndtri(uniform[:, :q])
     if share:
-        size[:, : q - sky] *= np.where(uniform[:, q:] < share, narrow, 1.0)
+        size[:, : q - sky] *= np.where(uniform[:, q:] < share, np.array(narrow), 1.0)
     good = error > 0
     level = (np.where(good, error, 0.0) ** 2 / mixture.noise_shape).sum(1) / np.maximum(good.sum(1), 1)
     size[:, q - sky :] *= np.sqrt(level)[:, None]

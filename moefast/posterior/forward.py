@@ -12,15 +12,16 @@ H is diagonal: 1 for a nuisance with a prior width of its own, 1/s² for one tha
 the mean of σ²/(c₀² D) over good pixels: what sky subtraction leaves of a line is a share of its light, as the noise is.
 
 Some spectra are calibrated well, others are not, and which one a star's is, its spectrum tells. The first κ nuisances,
-the slopes, have the prior π N(0, ω²) + (1 − π) N(0, 1), with the share π of spectra whose slopes are only ω wide. The
-library as a few Gaussians N(b_g, P_g) of shares π_g, one for each group of stars alike in T_eff, with r and R what is
-left of u and M for the slopes alone when all else is marginalised, gives the evidence of a width w
+the slopes, have the prior π N(0, ω²) + (1 − π) N(0, 1), with the share π of spectra whose slopes are only ω wide, each
+its own ω_i. The library as a few Gaussians N(b_g, P_g) of shares π_g, one for each group of stars alike in T_eff, with
+r and R what is left of u and M for the slopes alone when all else is marginalised, gives the evidence of widths
+w = diag(w_i)
 
-    E_w = Σ_g π_g |P_g⁻¹|^½ |S_g|^−½ exp(½ (v_gᵀS_g⁻¹v_g − b_gᵀP_g⁻¹b_g)) · |1 + w²R_g|^−½ exp(½ r_gᵀ(R_g + w⁻²)⁻¹r_g),
-    S_g = P_g⁻¹ + M,   v_g = u + P_g⁻¹b_g                    of coordinates and what grows with the noise,
+    E_w = Σ_g π_g |P_g⁻¹|^½ |S_g|^−½ exp(½ (v_gᵀS_g⁻¹v_g − b_gᵀP_g⁻¹b_g)) · |A_g|^−½ exp(½ (w r_g)ᵀA_g⁻¹(w r_g)),
+    A_g = 1 + w R_g w,   S_g = P_g⁻¹ + M,   v_g = u + P_g⁻¹b_g     of coordinates and what grows with the noise,
 
-and H = 1/v for the slopes, with the variance v = (π E_ω ω² + (1 − π) E_1) / (π E_ω + (1 − π) E_1) of what the star says
-of them before its slopes are looked at: a star that cannot tell keeps wide slopes.
+τ = π E_ω / (π E_ω + (1 − π) E_1) as the probability of narrow slopes, and H_i = 1/(1 − τ + τ ω_i²): a star that cannot
+tell keeps wide slopes.
 
 Coordinates are scaled such that spectra scatter within a cloud by the identity in the directions that the cloud's own
 tangents leave out. Cloud j has a mean k_j and t tangents, rows of T_j (t, n), along which its spectra scatter by one,
@@ -282,11 +283,14 @@ def cloud_values(op: SolvingArithmetic, sizes: Sizes, flux: Any, error: Any) -> 
 
 
 def _slope_precision(op: SolvingArithmetic, sizes: Sizes, matrix: Any, u: Any, sky: Any) -> Any:
-    """H of the slopes, (n, 1), from M, u and what else H holds, (n, q) and 0 for slopes; see the module."""
+    """H of the slopes, (n, q) and 1 behind them, from M, u and what else H holds, 0 for slopes; see the module."""
     width, k = sizes.n_coordinates + sizes.n_nuisances, sizes.n_slopes
     rest = width - k
     one, half = op.precise(op.constant(1.0)), op.precise(op.constant(0.5))
-    share, narrow = (op.part(op.precise(op.number("calibrated")), 0, i, i + 1) for i in (0, 1))
+    share, widths = (
+        op.part(op.precise(op.number("calibrated")), 0, 0, 1),
+        op.precise(op.number("narrow_slopes")),
+    )
     row = op.product(op.shaped(sky, (1, sizes.n_nuisances)), op.precise(op.number("behind_coordinates")))
     matrix = op.add(matrix, op.multiply(op.precise(op.number("unit_directions")), row))
     last = op.number("slopes_last")
@@ -311,11 +315,10 @@ def _slope_precision(op: SolvingArithmetic, sizes: Sizes, matrix: Any, u: Any, s
         apart = op.subtract(pulled, op.product(through, seen))
         gain = op.shaped(op.product(op.ordered(seen, (0, 2, 1)), op.product(inverse, seen)), (1,))
         known = op.subtract(gain, op.shaped(log_determinant, (1,)))
-        for evidences, wide in ((of_wide, one), (of_narrow, narrow)):
-            square = op.multiply(wide, wide)
-            inverse, log_determinant = op.inverse(op.add(unit, op.multiply(square, left)), k)
-            gain = op.product(op.ordered(apart, (0, 2, 1)), op.product(inverse, apart))
-            gain = op.multiply(square, op.shaped(gain, (1,)))
+        for evidences, wide in ((of_wide, unit), (of_narrow, widths)):
+            scaled = op.product(wide, apart)
+            inverse, log_determinant = op.inverse(op.add(unit, op.product(op.product(wide, left), wide)), k)
+            gain = op.shaped(op.product(op.ordered(scaled, (0, 2, 1)), op.product(inverse, scaled)), (1,))
             gain = op.add(known, op.subtract(gain, op.shaped(log_determinant, (1,))))
             evidences.append(op.add(constant, op.multiply(half, gain)))
     wide, tight = op.joined(of_wide, 1), op.joined(of_narrow, 1)
@@ -324,8 +327,10 @@ def _slope_precision(op: SolvingArithmetic, sizes: Sizes, matrix: Any, u: Any, s
         op.multiply(weight, op.shaped(op.total(op.exp(op.subtract(value, highest)), 1), (1,)))
         for weight, value in ((op.subtract(one, share), wide), (share, tight))
     )
-    variance = op.add(wide, op.multiply(tight, op.multiply(narrow, narrow)))
-    return op.divide(op.add(wide, tight), variance)
+    chance = op.divide(tight, op.add(wide, tight))
+    return op.divide(
+        one, op.add(op.subtract(one, chance), op.multiply(chance, op.precise(op.number("narrow_variance"))))
+    )
 
 
 def forward(op: SolvingArithmetic, sizes: Sizes, flux: Any, error: Any) -> dict[str, Any]:

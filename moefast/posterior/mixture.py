@@ -88,7 +88,7 @@ class PosteriorMixture:
         The last so many nuisances grow with the noise of the star.
     calibrated : tuple of float
         Share of spectra whose flux is calibrated better than the slopes, which are the first nuisances, allow for, and
-        how wide slopes are in these, relative to the others. (0, 1) where all are alike.
+        behind it how wide each slope is in these, relative to the others. The share alone, 0, where all are alike.
     n_foreign : int
         f, groups of clouds of spectra that are no stars.
     n_fast : tuple of int
@@ -116,7 +116,7 @@ class PosteriorMixture:
     label_factors: F32
     label_names: tuple[str, ...] = LABELS
     n_sky: int = 0
-    calibrated: tuple[float, float] = (0.0, 1.0)
+    calibrated: tuple[float, ...] = (0.0,)
     n_foreign: int = 0
     n_fast: tuple[int, ...] = ()
     cells: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 0), np.int64))
@@ -127,8 +127,8 @@ class PosteriorMixture:
         object.__setattr__(self, "scale_width", float(np.float32(self.scale_width)))
         low, high = (float(np.float32(limit)) for limit in self.label_range)
         object.__setattr__(self, "label_range", (low, high))
-        share, narrow = (float(np.float32(value)) for value in self.calibrated)
-        object.__setattr__(self, "calibrated", (share, narrow))
+        share, *narrow = (float(np.float32(value)) for value in self.calibrated)
+        object.__setattr__(self, "calibrated", (share, *narrow))
         p, (m, n), labels = self.wave.size, self.keys.shape, len(self.label_names)
         t = self.tangents.shape[1]
         expected = {
@@ -162,11 +162,12 @@ class PosteriorMixture:
             raise ValueError(
                 f"0 to {self.n_nuisances} nuisances that grow with the noise; found {self.n_sky}"
             )
-        if not (0 <= share < 1 and 0 < narrow <= 1) or (share > 0 and not self.n_slopes):
+        if not (0 <= share < 1 and all(0 < width <= 1 for width in narrow)) or len(narrow) != (
+            self.n_slopes if share else 0
+        ):
             raise ValueError(
-                "calibrated: a share of spectra of at least 0 and below 1, and a relative width of their slopes above "
-                f"0 and at most 1 expected, and slopes if there is such a share; found {self.calibrated} and "
-                f"{self.n_slopes} slopes"
+                "calibrated: a share of spectra from 0 to below 1 and, if it is not 0, a relative width above 0 "
+                f"and at most 1 of each slope expected; found {self.calibrated} and {self.n_slopes} slopes"
             )
         if self.error_model[0].shape[0] != 5 or self.error_model[2].shape[1] != 1:
             raise ValueError("an error model of five features and one answer expected")
@@ -266,9 +267,9 @@ class PosteriorMixture:
         low, high = (float(v) for v in arrays.pop("label_range"))
         width = float(arrays.pop("scale_width")[0])
         n_sky = int(arrays.pop("n_sky")[0])
-        share, narrow = (float(v) for v in arrays.pop("calibrated"))
+        calibrated = tuple(float(value) for value in arrays.pop("calibrated"))
         return cls(
-            wave=wave, **arrays, n_sky=n_sky, calibrated=(share, narrow), n_foreign=n_foreign, n_fast=n_fast,
+            wave=wave, **arrays, n_sky=n_sky, calibrated=calibrated, n_foreign=n_foreign, n_fast=n_fast,
             scale_width=width, label_range=(low, high), error_model=(w1, b1, w2, b2), label_names=label_names,
         )  # fmt: skip
 
@@ -289,6 +290,7 @@ class PosteriorMixture:
         members = (np.repeat(experts, np.diff(self.first))[:, None] == experts).astype(np.float32)
         w1, b1, w2, b2 = self.error_model
         n_slopes, q, groups = self.n_slopes, self.n_nuisances, self._groups
+        narrow = np.array(self.calibrated[1:], np.float64)
         # Sums that several threads share out depend on their number: the bits of a prediction must not.
         with one_blas_thread():
             precision, pull = self._library_as_one_cloud(tangents)
@@ -314,6 +316,8 @@ class PosteriorMixture:
             "highest": np.float32(self.label_range[1]),
             "follows_noise": (np.arange(q) >= q - self.n_sky).astype(np.float32),
             "calibrated": np.array(self.calibrated, np.float32),
+            "narrow_slopes": np.diag(narrow),
+            "narrow_variance": np.concatenate([narrow**2, np.ones(q - len(narrow))]),
             "group_precision": groups.precision,
             "group_pull": groups.pull,
             "group_constant": groups.constant,

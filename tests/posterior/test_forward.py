@@ -15,7 +15,7 @@ from moefast.posterior.mixture import SCALE_UNIT
 
 def slope_variance(mix, x, within, coordinates, nuisances, is_slope, level2):
     """Of the slopes, from the normal densities that stars of three groups in T_eff have with wide and narrow ones."""
-    share, width = mix.calibrated
+    share, *narrow = mix.calibrated
     if not share:
         return 1.0
     weights = np.exp(mix.log_weights.astype(float))
@@ -35,14 +35,14 @@ def slope_variance(mix, x, within, coordinates, nuisances, is_slope, level2):
             "j,jta,jtb->ab", own, tangents, tangents
         )
         spectra = within + coordinates @ covariance @ coordinates.T
-        for place, variance in enumerate((1.0, width**2)):
-            widths = np.where(is_slope, variance, level2)
+        for place, variances in enumerate((np.ones(len(narrow)), np.square(narrow))):
+            widths = np.concatenate([variances, np.full((~is_slope).sum(), level2)])
             density = multivariate_normal(
                 coordinates @ (own @ keys), spectra + (nuisances * widths) @ nuisances.T
             )
             evidence[place] += weights[mine].sum() * np.exp(density.logpdf(x) - 100)
     evidence *= 1 - share, share
-    return evidence @ [1.0, width**2] / evidence.sum()
+    return (evidence[0] + evidence[1] * np.square(narrow)) / evidence.sum()
 
 
 def by_brute_force(mix, flux, error):
@@ -60,7 +60,8 @@ def by_brute_force(mix, flux, error):
     slopes = slope_variance(
         mix, x, noise + coordinates @ coordinates.T, coordinates, nuisances, is_slope, level2
     )
-    widths = np.where(is_slope, slopes, level2)
+    widths = np.where(is_slope, 1.0, level2)
+    widths[is_slope] = slopes
     common = noise + coordinates @ coordinates.T + (nuisances * widths) @ nuisances.T
     evidence, means, covariances = [], [], []
     for j in range(len(mix.keys)):
@@ -94,7 +95,7 @@ NARROW = (0.6, 0.1)
 
 @pytest.mark.parametrize(
     ("q", "n_sky", "calibrated"),
-    [(0, 0, (0, 1)), (3, 0, (0, 1)), (3, 2, (0, 1)), (3, 0, NARROW), (3, 2, NARROW)],
+    [(0, 0, (0,)), (3, 0, (0,)), (3, 2, (0,)), (3, 0, NARROW), (3, 2, NARROW)],
 )
 def test_weights_and_labels_are_those_of_the_density_of_the_spectrum(q, n_sky, calibrated):
     # 31 is prime: cells of one pixel, the exact form.
@@ -137,7 +138,7 @@ def test_slopes_are_as_wide_as_the_star_says():
     np.testing.assert_allclose(variance(flux, faint), 0.5 + 0.5 * 0.1**2, rtol=0.02)
     assert np.isfinite(mix.describe(flux, np.full_like(flux, np.nan))["log_g"]).all()
     # Narrow slopes leave more of log g.
-    wide = replace(mix, calibrated=(0.0, 1.0))
+    wide = replace(mix, calibrated=(0.0,))
     usual, alike = mix.describe(flux, error)["label_sd"][:, 0], wide.describe(flux, error)["label_sd"][:, 0]
     assert np.mean(usual < alike) > 0.8
 

@@ -102,12 +102,13 @@ def test_slopes_of_two_widths(q, n_sky, n, in_shared, monkeypatch):
     found = assert_as_described(made, flux, error)
     assert_same_bits(made.outputs(flux[4:], error[4:], backend="cuda"), found, of=slice(4, 5))
     plan = clouds.DevicePosterior(*made.kernel_arrays)
-    assert plan.in_shared == in_shared
+    assert plan.matrices.in_shared == in_shared
     work = plan.work(5)
     plan.launch(cuda.to_device(flux.ravel()), cuda.to_device(error.ravel()), None, 5, work, 0)
-    # Of the prior precision itself more digits are seen than of labels.
+    # Of the probability itself more digits are seen than of labels.
     prior = cloud_values(NumPyArithmetic(made.numbers), made.sizes, flux, error).prior[:, 0, 0]
-    np.testing.assert_allclose(work.numbers.copy_to_host()[:, information.SLOPES], prior, rtol=1e-8)
+    chance = work.numbers.copy_to_host()[:, information.NARROW]
+    np.testing.assert_allclose(1 / (1 - chance + chance * made.calibrated[1] ** 2), prior, rtol=1e-8)
     assert np.ptp(np.log(prior)) > 0.5
 
 
@@ -225,7 +226,7 @@ def test_beyond_all_numbers_there_is_no_answer_and_no_harm(mix):
     assert_same_bits({name: a[::2] for name, a in found.items()}, clean, of=slice(None, None, 2))
 
 
-@pytest.mark.parametrize("calibrated", [(0.0, 1.0), (0.5, 0.1)])
+@pytest.mark.parametrize("calibrated", [(0.0,), (0.5, 0.3, 0.1)])
 def test_blocks_pass_through_the_slots_and_memory_is_that_of_a_block(mix, calibrated):
     mix = replace(mix, calibrated=calibrated)
     flux, error = stars(mix, 7)
@@ -237,7 +238,7 @@ def test_blocks_pass_through_the_slots_and_memory_is_that_of_a_block(mix, calibr
     plan = scorer.plan
     work, inputs = plan.work(3), 3 * 9 * plan.n_pixels
     scratch = work.scratch.nbytes + work.second_scratch.nbytes
-    assert scratch == plan.scratch_bytes
+    assert scratch == plan.matrices.scratch_bytes
     others = ("rows", "scores", "memory_of_scores", "scratch", "second_scratch", "parts", "pairs_of_roots")
     arrays = [a for name, a in vars(work).items() if name not in others]
     arrays += [*work.scores, *work.parts.values()]

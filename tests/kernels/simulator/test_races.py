@@ -138,7 +138,7 @@ def test_sums_over_a_block(log):
 
 
 @pytest.mark.parametrize(
-    ("in_shared", "at_once", "calibrated"), [(True, True, (0.5, 0.1)), (False, False, (0.0, 1.0))]
+    ("in_shared", "at_once", "calibrated"), [(True, True, (0.5, 0.1)), (False, False, (0.0,))]
 )
 def test_the_posterior(small, in_shared, at_once, calibrated, monkeypatch, log):
     """Five stars: blocks of two stars, one of which is there once, and several stars for each block of roots."""
