@@ -13,9 +13,9 @@ the mean of σ²/(c₀² D) over good pixels: what sky subtraction leaves of a l
 
 Some spectra are calibrated well, others are not, and which one a star's is, its spectrum tells. The first κ nuisances,
 the slopes, have the prior π N(0, ω²) + (1 − π) N(0, 1), with the share π of spectra whose slopes are only ω wide, each
-its own ω_i. The library as a few Gaussians N(b_g, P_g) of shares π_g, one for each group of stars alike in T_eff, with
-r and R what is left of u and M for the slopes alone when all else is marginalised, gives the evidence of widths
-w = diag(w_i)
+its own ω_i. The library as a few Gaussians N(b_g, P_g) of shares π_g, three for stars alike in T_eff and one for
+what is no star, with r and R what is left of u and M for the slopes alone when all else is marginalised, gives the
+evidence of widths w = diag(w_i)
 
     E_w = Σ_g π_g |P_g⁻¹|^½ |S_g|^−½ exp(½ (v_gᵀS_g⁻¹v_g − b_gᵀP_g⁻¹b_g)) · |A_g|^−½ exp(½ (w r_g)ᵀA_g⁻¹(w r_g)),
     A_g = 1 + w R_g w,   S_g = P_g⁻¹ + M,   v_g = u + P_g⁻¹b_g     of coordinates and what grows with the noise,

@@ -382,7 +382,7 @@ class PosteriorMixture:
 
     @cached_property
     def _groups(self) -> Groups:
-        """Stars alike in T_eff, or in log g where the library lacks it, as Gaussians."""
+        """Stars alike in T_eff, or in log g where the library lacks it, and what is no star, as Gaussians."""
         n, rest = self.n_coordinates, self.n_coordinates + self.n_sky
         if not self.calibrated[0]:
             return Groups(np.empty((0, rest, rest)), np.empty((0, rest)), np.empty(0))
@@ -392,12 +392,14 @@ class PosteriorMixture:
         order = stars[np.argsort(self.labels[stars, label], kind="stable")]
         below = np.cumsum(share[order]) - share[order] / 2
         group = np.minimum((N_GROUPS * below / share[stars].sum()).astype(int), N_GROUPS - 1)
+        kinds = [order[group == g] for g in np.unique(group)]
+        kinds += [np.arange(*self.first[k : k + 2]) for k in range(self.n_experts, self.first.size - 1)]
         parts: list[tuple[F64, F64, float]] = []
         # Sums that several threads share out depend on their number.
         with one_blas_thread():
-            for g in np.unique(group):
+            for kind in kinds:
                 mine = np.zeros(len(share))
-                mine[order[group == g]] = share[order[group == g]]
+                mine[kind] = share[kind]
                 mean, covariance = self._as_one_cloud(self._all_tangents(), mine / mine.sum())
                 precision, pull = np.zeros((rest, rest)), np.zeros(rest)
                 precision[:n, :n] = np.linalg.inv(covariance)
