@@ -880,15 +880,16 @@ def marginalise_stars(n_stars, packed, vectors, points, q, n_sky, narrow, scratc
     a = shared[begin:end] if scratch.shape[1] < width * stride else scratch[cuda.blockIdx.x]
     for star in range(cuda.blockIdx.x, n_stars, cuda.gridDim.x):
         cuda.syncthreads()
-        level2 = _level2(numbers, star)
-        chance = numbers[star, NARROW]
         for i in range(thread // lanes, width, threads // lanes):
             for j in range(i + thread % lanes, width, lanes):
                 value = packed[star, _packed(width, i, j)]
                 if i == j:
                     if i < q:
-                        prior = float64(1) - chance + chance * narrow[i] * narrow[i]
-                        value += float64(1) / (prior if i < q - n_sky else level2 + TINY)
+                        if i < q - n_sky:
+                            chance = numbers[star, NARROW]
+                            value += float64(1) / (float64(1) - chance + chance * narrow[i] * narrow[i])
+                        else:
+                            value += float64(1) / (_level2(numbers, star) + TINY)
                     a[_at(stride, i, i)] = value
                 a[_at(stride, i, j + 1)] = value
         part = float64(0)
