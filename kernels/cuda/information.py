@@ -27,7 +27,7 @@ half as many units for double as for single precision.
 Floor in multiply-adds per star for p = 4096, g = 220, n = 130, q = 12: u and the expansion 3 p w = 1.7 M, M
 g w (w + 1)/2 = 2.2 M, roots w³/6 + q w²/2 + 5 n³/6 = 2.4 M: 6.4 M, 0.4 µs at 34 TFLOP/s. The floor of bytes, 33 kB, is
 0.01 µs; what is written and read on the way, 0.4 MB, 0.1 µs. G groups of slopes add G (w³/6 + w²), for w = 70 and
-G = 3 another 0.19 M, 0.01 µs.
+G = 4 another 0.25 M, 0.015 µs.
 
 Roots: a block of threads owns a star. Matrices (n, n) lie in shared memory, or, where they are too large, in scratch
 of the device's memory, of as many blocks as run at a time, which the second cache holds; rows are made STEP at a
