@@ -181,5 +181,5 @@ def test_a_view_of_ones_own_is_exported_and_read_back(monkeypatch):
     assert verify(model, mixture)
     assert read_mixture(model, mixture.wave).tower.sees == "own"
     monkeypatch.delitem(VIEWS, "own")
-    with pytest.raises(ValueError, match=r"sees one of \('features', 'quality'\); found 'own'"):
+    with pytest.raises(ValueError, match=r"sees one of .*'quality'.*; found 'own'"):
         dataclasses.replace(mixture.tower)
