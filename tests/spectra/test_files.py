@@ -507,7 +507,7 @@ def test_arrays_that_lie_as_they_are_are_read_side_by_side(make_file, layout, to
     """Every read waits until another one is under way, too."""
     path, values = make_file(n=8, dtype="f4", **LAYOUTS[layout])
     spectra = open_spectra(path)
-    barrier = threading.Barrier(together, timeout=60)
+    barrier = threading.Barrier(together, timeout=300)
     real = rows_module._RawFile.fill
 
     def fill(file, view, offset):

@@ -383,7 +383,7 @@ def test_a_collection_of_texts_without_end_is_an_error(texts, tmp_path):
         changed[at + 16 : at + 18] = b"\0\0"
         changed[at + 24 : at + 32] = length.to_bytes(8, "little")
         texts.write_bytes(changed)
-        ended = run(work, tmp_path / "log", cpu_limit=20)
+        ended = run(work, tmp_path / "log")
         assert ended.code == 3, ended.said
         assert f"texts.h5: texts of variable length, at byte {at}, are damaged" in ended.said
 
