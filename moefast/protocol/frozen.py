@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moefast.ceilings import bayes, ceiling
+from moefast.ceilings import bayes, summary
 from moefast.core import grids, groups, metrics
 from moefast.core.atomic import write_atomically
 from moefast.core.random import DRAW_STREAM, NOISE_SEED, NOISE_STREAM, standard_normals
@@ -130,8 +130,8 @@ def collect() -> dict[str, Any]:
         "ceilings": {
             "fisher_parameters": list(LABELS),
             "bayes_target_effective_sample_size": bayes.TARGET_ESS,
-            "bayes_least_effective_sample_size": ceiling.LEAST_ESS,
-            "published_crlb": [list(pair) for pair in ceiling.PUBLISHED_CRLB],
+            "bayes_least_effective_sample_size": summary.LEAST_ESS,
+            "published_crlb": [list(pair) for pair in summary.PUBLISHED_CRLB],
         },
         "rules": RULES,
         "milestones": {
