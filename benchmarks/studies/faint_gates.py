@@ -1,13 +1,13 @@
 """What a gate of linear experts can gain for the faintest stars, bin X of snr_norm, and what bounds it.
 
-    python -m moefast.benchmarks.studies.faint_gates z0 -n 20000 --seeds 2
+    python -m moefast.benchmarks.studies.faint_gates z0 -n 20000
 
 Design: experts and a library are fitted on rows of the part `train`, gates on as many others, stars of the part
 `validation` compare, as in `moefast.benchmarks.c2`. All gates weigh the same nine values. Whatever its weights, a
 mixture lies between the least and the largest of them, so that the best of all gates is the posterior mean held
 within that range; the library stands in for the exact posterior. The evidence of the library knows the noise level
 and components of a star exactly: it is Bayes' rule for the bin, not for log g. Rows for a tower are drawn in pixels
-with the errors of faint stars, or in components, where noise is white and a draw costs a hundredth.
+with the errors of faint stars, or in components, where noise is white and a draw takes few random numbers.
 """
 
 from __future__ import annotations
@@ -172,13 +172,13 @@ def measure(
 @click.argument("name", default="z0")
 @click.option("-n", "n", default=20_000, help="Stars for the experts, and for the gates.")
 @click.option("--validation", default=20_000, help="Stars that compare.")
-@click.option("--seeds", default=2, help="Disjoint sets of training stars.")
+@click.option("--seed", "seeds", multiple=True, default=(0, 1), help="One of disjoint sets of training stars.")
 @click.option("--draws", default=24, help="Draws of each star in pixels, for a tower.")
 @click.option("--white", default=72, help="The same in components.")
 @click.option("--steps", default=10_000, help="Of a tower.")
-def main(name: str, n: int, validation: int, seeds: int, draws: int, white: int, steps: int) -> None:
+def main(name: str, n: int, validation: int, seeds: tuple[int, ...], draws: int, white: int, steps: int) -> None:
     """R² in bin X by every gate, and gains over the first, paired over the stars."""
-    for seed in range(seeds):
+    for seed in seeds:
         first = seed * n
         y, found = measure(
             SimulatedSpectra.of_set(name, rows=(first, first + n)),
