@@ -12,14 +12,28 @@ from tolerances import assert_close
 from moefast.core.errors import BackendError
 from moefast.experts.template import Templates
 from moefast.kernels import Given, project, soft_mix, tangent_posterior
-from moefast.kernels.cuda import CudaScorer, median, mix, score, scoring
+from moefast.kernels.cuda import CudaScorer, median, mix, score, scoring, statistics
 from moefast.kernels.cuda.device import DeviceMemoryError, PinnedMemoryError
 from moefast.kernels.reference import project_reference, soft_mix_reference
 from moefast.kernels.reference_tangent import tangent_posterior_reference
 from moefast.predicting.engines import CudaEngine
 
+# Kernels compute with bad pixels, and leave out what comes of it. NumPy's floats say it, a device's do not.
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:.*{words} encountered:RuntimeWarning")
+    for words in ("overflow", "invalid value", "divide by zero")
+]
 OF_MIX = ("log_g", "log_g_err", "log_g_err_raw", "weights", "expert_log_g", "chi2")
 OF_PROJECT = ("log_level", "snr_norm", "snr_median", "n_good", "flag")
+
+
+def set_threads_of_statistics(monkeypatch, threads, lanes):
+    """Threads of a block of `row_statistics`, and of what it takes for a warp."""
+    few = {"THREADS": threads, "FEW": threads, "LANES": lanes, "WARPS": threads // lanes}
+    for name, value in few.items():
+        monkeypatch.setattr(statistics, name, value)
+    monkeypatch.setattr(scoring, "STATISTICS_THREADS", threads)
+    monkeypatch.setattr(scoring, "MOST_PIXELS", threads * statistics.KEYS)
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +41,7 @@ def few_threads(monkeypatch):
     """A simulated thread takes a millisecond to start: small blocks, but for `project_rows`, whose block is a tile."""
     for module, name in ((scoring, "THREADS"), (scoring, "LANES"), (mix, "LANES")):
         monkeypatch.setattr(module, name, 2)
+    set_threads_of_statistics(monkeypatch, 16, 4)
     # A default of arguments: the machine's cores must not matter.
     monkeypatch.setitem(CudaScorer.__init__.__kwdefaults__, "slots", 2)
 
@@ -179,10 +194,6 @@ def test_bad_pixels_weigh_nothing_and_keep_to_themselves():
         np.testing.assert_array_equal(getattr(nowhere, name), getattr(clean, name)[12:])
 
 
-@pytest.mark.filterwarnings("ignore:.*overflow encountered:RuntimeWarning")
-@pytest.mark.filterwarnings(
-    "ignore:.*invalid value encountered:RuntimeWarning"
-)  # NumPy's floats say it, a device's do not
 def test_absurd_flux_stays_in_its_row():
     plans = random_plans(p=40)
     flux, error = spectra(3, plans[0])
