@@ -78,9 +78,9 @@ def project_columns(  # type: ignore[no-untyped-def]
 ):
     """Project spectra; see `moefast.kernels.Projection` for the arguments and `Projected` for the results.
 
-    `flux` is flat and begins at a multiple of 16 bytes; `p` is a multiple of eight, and `marks` (n · p / 8), flat, holds a
-    bit for each good pixel. `reference` is filled up with zeros to whole panels, and so is `matrix`, which holds, tile
-    by tile and pixel by pixel, COLUMNS columns; `busy` says of each panel whether a line column is not zero there.
+    `flux` is flat and begins at a multiple of 16 bytes; `p` is a multiple of eight, and `marks` (n · p / 8), flat, holds
+    a bit for each good pixel. `reference` is filled up with zeros to whole panels, and so is `matrix`, which holds,
+    tile by tile and pixel by pixel, COLUMNS columns; `busy` says of each panel whether a line column is not zero in it.
 
     Launch: (⌈n / ROWS⌉, max(⌈c / COLUMNS⌉, ⌈l / LINES⌉)) blocks of THREADS threads.
     """
@@ -156,7 +156,9 @@ def project_columns(  # type: ignore[no-untyped-def]
                 next_flux[i, 0], next_flux[i, 1], next_flux[i, 2], next_flux[i, 3] = load_four(flux, here)
                 next_marks[i] = int32(next_marks[i] >> (pixel & int32(4)))
             here = corner_of_weights + (panel + 1) * PANEL * COLUMNS + QUAD * thread
-            (next_weight[0, 0], next_weight[0, 1], next_weight[0, 2], next_weight[0, 3]) = load_four(matrix, here)
+            (next_weight[0, 0], next_weight[0, 1], next_weight[0, 2], next_weight[0, 3]) = load_four(
+                matrix, here
+            )
             if thread < WEIGHTS - THREADS:
                 (next_weight[1, 0], next_weight[1, 1], next_weight[1, 2], next_weight[1, 3]) = load_four(
                     matrix, here + QUAD * THREADS

@@ -1,5 +1,4 @@
-"""Sums and minima over the threads of a block, the bits of numbers, four numbers at a time: what the simulator cannot
-do like a device.
+"""Sums and minima over a block, bits, quotients, four numbers at a time: what the simulator cannot do like a device.
 
 Design: shuffles within a warp, shared memory between warps; every thread gets the result, in an order of additions
 that is always the same. The simulator knows no shuffles: there a warp counts one thread, and everything goes through
@@ -39,7 +38,7 @@ WRITTEN_OUT: dict[str, bool] = {} if SIMULATED else {"forceinline": True}
 """For device functions whose loops have bounds, and arrays indices, that are constants where they are called: inlined
 first and written out then, they leave numbers in registers. The simulator does not know the option."""
 VECTORS = not SIMULATED and "mlir" not in cuda.__name__
-"""Whether the compiler takes instructions that are written for LLVM; the successor of numba-cuda has another one below."""
+"""Whether the compiler takes instructions that are written for LLVM, as that of numba-cuda's successor does not."""
 
 if SIMULATED:
 

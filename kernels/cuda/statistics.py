@@ -438,10 +438,10 @@ def row_statistics(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Sums, cells and median of each row; see `moefast.kernels.Projected`.
 
-    `flux`, `error` and `mask` are flat, and begin at a multiple of 16 bytes; `mask` is empty where there is none. `p` is
-    a multiple of EACH, and MOST_PIXELS at most. `pixels` holds reference, 1/D and residual of EACH pixels, then of the next ones. `cells`
-    (n · p / EACH), flat, gets the sums of σ²/D over cells, `marks`, of the same size, a bit for each good pixel, and
-    `snr_median` what it says, if asked for.
+    `flux`, `error` and `mask` are flat, and begin at a multiple of 16 bytes; `mask` is empty where there is none. `p`
+    is a multiple of EACH, and MOST_PIXELS at most. `pixels` holds reference, 1/D and residual of EACH pixels, then of
+    the next ones. `cells` (n · p / EACH), flat, gets the sums of σ²/D over cells, `marks`, of the same size, a bit for
+    each good pixel, and `snr_median` what it says, if asked for.
 
     Launch: n blocks of THREADS threads.
     """
@@ -458,9 +458,7 @@ def row_statistics(  # type: ignore[no-untyped-def]
     for i in range(SUMS):
         sums[i] = float32(0)
     # Written out: a loop would keep the keys in memory.
-    first_group = _add_group(
-        flux, error, mask, pixels, p, row, thread, lowest, cells, marks, sums, keys, 0
-    )
+    first_group = _add_group(flux, error, mask, pixels, p, row, thread, lowest, cells, marks, sums, keys, 0)
     second_group = _add_group(
         flux, error, mask, pixels, p, row, thread + THREADS, lowest, cells, marks, sums, keys, EACH
     )
