@@ -54,7 +54,7 @@ from moefast.cluster import workers
 from moefast.cluster.fit_on_workers import fit_on
 from moefast.cluster.fit_parts import FitPlan, TrainingSpectra, fit_of_parts, gather_to_file
 from moefast.cluster.merge import merge_tables
-from moefast.cluster.workers import connect, predict_on
+from moefast.cluster.workers import connect, predict_on, work_of
 from moefast.core.atomic import write_json
 from moefast.core.errors import BackendError, BenchmarkError
 from moefast.experts import normal_equations
@@ -270,7 +270,7 @@ class Battlefield:
         with suppress(RuntimeError):
             # The scheduler is in this process; it may change what is read here.
             return {
-                worker.address: str(task.key).rsplit("-", 5)[0]
+                worker.address: work_of(task.key)
                 for worker in list(self.client.cluster.scheduler.workers.values())
                 for task in list(worker.processing)[:1]
             }
@@ -279,7 +279,7 @@ class Battlefield:
     def lost(self, address: str) -> list[str]:
         """Kinds of the tasks with which the scheduler lost a worker."""
         return [
-            str(key).rsplit("-", 5)[0]
+            work_of(key)
             for _, event in self.client.get_events("all")
             if event.get("action") == "remove-worker" and event["worker"] == address
             for key in event["processing-tasks"]

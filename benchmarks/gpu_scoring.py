@@ -339,11 +339,9 @@ def stepwise(
     seen = [cuda.to_device(np.ascontiguousarray(a[:n]).reshape(-1)) for a in (flux, error)]
     found = plan.launch(*seen, None, n, work, stream)
     stream.synchronize()
-    # The only result of a plan for velocities is its one array.
-    into = found if len(found) > 1 else found[0]
     steps: dict[str, list[float]] = {}
     for _ in range(samples):
-        for name, start in plan.steps(*seen, None, n, work, into, stream):
+        for name, start in plan.steps(*seen, None, n, work, found, stream):
             begin = time.perf_counter()
             start()
             stream.synchronize()

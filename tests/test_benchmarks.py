@@ -54,7 +54,7 @@ def fit_r2(folder):
 
 def spec(engine, folder, n=N, **changes):
     model_path = (folder / "model.txt").read_text()
-    return Spec(engine.task, engine.name, str(folder), n, 1, 60.0, **({"model_path": model_path} | changes))
+    return Spec(engine.task, engine.name, str(folder), n, 1, 600.0, **({"model_path": model_path} | changes))
 
 
 @pytest.mark.parametrize("engine", EVERY)
@@ -402,7 +402,7 @@ def test_mistakes_have_their_exit_codes(arguments, code):
 
 def test_a_process_that_fails_is_a_reason_not_an_end(folder):
     engine = ENGINES["score"]["numpy"]
-    row = running.in_own_process(engine, replace(spec(engine, folder), n=10**6), 60.0)
+    row = running.in_own_process(engine, replace(spec(engine, folder), n=10**6), 600.0)
     assert row["unavailable"].startswith("failed: ")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import h5py
 import numpy as np
@@ -253,6 +254,28 @@ def test_ceilings_of_the_set_and_its_groups(simulated, ceiling_file):
     assert evaluate(simulated, ceiling=expected).report == found.report
     assert evaluate(simulated).report["ceilings"] == {}
     assert found.run["command"].endswith(f"--ceiling {ceiling_file}")
+
+
+def test_exact_posterior_means_of_the_ceiling_are_compared_with_star_by_star(simulated, ceiling_file):
+    limits = ceiling.read(ceiling_file)
+    log_g = limits.stars["log_g"]
+    means = log_g + 0.3 * np.random.default_rng(5).standard_normal(log_g.size)
+    groups = {
+        kind: [entry | {"bayes": 0.9, "bayes_means": 0.8} for entry in entries]
+        for kind, entries in limits.summary["groups"].items()
+    }
+    known = replace(
+        limits,
+        summary=limits.summary | {"bayes": {"r2": 0.95}, "groups": groups},
+        stars=limits.stars | {"bayes": means},
+    )
+    found = evaluate(simulated, ceiling=known)
+    both, own = found.record.posterior_means, found.record.overall.r2
+    assert both.r2 == pytest.approx(r2(found.log_g, means))
+    assert both.efficiency == pytest.approx(own / both.r2)
+    assert found.record.ceilings["bayes"].efficiency == pytest.approx(own / 0.95)
+    assert {group.ceilings["posterior means"] for group in found.record.snr_norm.groups} == {0.8}
+    assert evaluate(simulated, ceiling=ceiling_file).record.posterior_means is None
 
 
 def test_ceilings_of_other_stars_or_other_noise(simulated, ceiling_file, noisy_file, model, tmp_path):

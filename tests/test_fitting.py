@@ -10,7 +10,7 @@ import pytest
 
 from moefast.checkpoint import Checkpoint
 from moefast.core.errors import BackendError, InputError, LabelError, MoefastError, WaveGridError
-from moefast.core.grids import Grid, SnrGrid, uniform
+from moefast.core.grids import Grid, SnrGrid, assign_snr_bins, uniform
 from moefast.core.metrics import r2
 from moefast.core.random import add_noise, fold_of_rows
 from moefast.experts import indices, normal_equations, protocol, trees
@@ -26,6 +26,7 @@ from moefast.fitting.training_set import TrainingSet
 from moefast.gating.mlp import softmax
 from moefast.kernels import perceptron
 from moefast.mixture import hat_weights
+from moefast.spectra.quality import assess
 from moefast.spectra.spectrum_set import open_spectra
 
 GRID = uniform(3, 2)
@@ -85,7 +86,7 @@ def whole(train_file):
             "gate sample": 3000,
             "gate": 1000,
             "error model": 1000,
-            "simpler fits": 4,
+            "simpler fits": 5,
         }.items()
     }
     return fit
@@ -113,11 +114,17 @@ def score(fit, toy):
 
 def test_each_step_of_the_method_is_worth_something(whole, test_toy):
     bins = GRID.assign(test_toy.labels["T_eff"], test_toy.labels["M_H"])
-    found = {name: linear_r2(form, whole, test_toy, bins) for name, form in whole.references.items()}
+    snr = assign_snr_bins(assess(test_toy.noisy(), test_toy.error, None).snr_norm)
+    found = {
+        name: linear_r2(form, whole, test_toy, snr if name.startswith("snr") else bins)
+        for name, form in whole.references.items()
+    }
     mixture = score(whole, test_toy)
     assert 0 < found["published-ridge"] < found["global-ridge, average noise"] - 0.01
     assert found["global-ridge, average noise"] < found["global-ridge"] - 0.005
     assert found["global-ridge"] < found["oracle-ridge, average noise"] - 0.05
+    assert found["global-ridge, average noise"] < found["snr-oracle, average noise"] - 0.002
+    assert found["snr-oracle, average noise"] < found["global-ridge"] + 0.01
     assert found["global-ridge"] < mixture - 0.05
     # Cross-validated promises are kept on stars never seen.
     promised = whole.summary["cross_validation"]

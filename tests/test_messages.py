@@ -142,7 +142,7 @@ def test_the_thread_speaks_while_nothing_is_reported(lines, monkeypatch):
     monkeypatch.setattr(SCREEN, "line", lambda text: (lines.append(text), spoken.set()))
     with ProgressLine() as progress:
         progress.doing("building")
-        assert spoken.wait(20)
+        assert spoken.wait(300)
     n = len(lines)
     assert lines[0].startswith("building (")
     assert progress._ticker is None

@@ -59,6 +59,19 @@ def test_bounds_are_those_of_the_machine_or_wide_ones(monkeypatch):
     assert micro.allowed("new") == float("inf")
 
 
+@pytest.mark.parametrize(
+    ("ratios", "expected"),
+    [
+        ([1.7, 9.0], [1.7]),
+        ([2.5, 1.7, 9.0], [2.5, 1.7]),
+        ([2.5, 2.4, 1.7], [2.5, 2.4, 1.7]),
+        ([2.5, 2.4, 2.3, 1.0], [2.5, 2.4, 2.3]),
+    ],
+)
+def test_what_is_beyond_its_bound_is_measured_again(ratios, expected):
+    assert micro.measured(iter(ratios).__next__, 1.8) == expected
+
+
 def test_a_result_becomes_a_line_and_a_drift_ends_the_command(monkeypatch, tmp_path):
     result = {
         "datetime": "2026-11-30T02:00:00+00:00",

@@ -187,7 +187,7 @@ def _without(package: str, code: str) -> str:
     """What a program says that runs where a package is not installed."""
     text = f"import sys\nsys.modules[{package!r}] = None\n{code}"
     done = subprocess.run(
-        [sys.executable, "-c", text], capture_output=True, text=True, check=False, timeout=300
+        [sys.executable, "-c", text], capture_output=True, text=True, check=False, timeout=600
     )
     assert done.returncode != 0, "it runs without the package"
     return done.stderr

@@ -82,7 +82,7 @@ def run(
     log: Path,
     *,
     limit: float = 600.0,
-    cpu_limit: int = 60,
+    cpu_limit: int = 600,
     first: Callable[[], None] = lambda: None,
     kill: tuple[float, int] | None = None,
 ) -> Ended:
@@ -96,7 +96,8 @@ def run(
     limit : float
         Seconds after which it counts as hanging.
     cpu_limit : int
-        Seconds of computing after which it does: the machine may be busy with other work.
+        Seconds of computing after which it does: the machine may be busy with other work, and may have all kernels to
+        compile first.
     first : callable
         Done in the new process before the work.
     kill : (float, int), optional

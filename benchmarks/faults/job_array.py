@@ -57,7 +57,7 @@ def moefast(log: Path, *arguments: str | Path, kill: float | None = None, **envi
         It failed.
     """
     ended = run(
-        command(*arguments), log, cpu_limit=600, first=functools.partial(os.environ.update, environment),
+        command(*arguments), log, first=functools.partial(os.environ.update, environment),
         kill=None if kill is None else (kill, signal.SIGKILL),
     )  # fmt: skip
     if ended.code == -signal.SIGKILL:
@@ -119,7 +119,8 @@ def run_array(folder: Path, n_tasks: int, seed: int, n_kills: int = 4) -> dict[s
                 code = moefast(
                     log, *arguments, "--shard", "-o", parts[index], kill=kill, **variables(index, n_tasks)
                 )
-                started, killed = started + 1, killed + (code is None)
+                # Who has written its part when it is killed has nothing left to do.
+                started, killed = started + 1, killed + (code is None and not parts[index].exists())
         out = folder / f"merged-{what}{'' if what == 'fit' else suffix}"
         moefast(log, "merge", *rng.sample(parts, n_tasks), "-o", out, "--overwrite", "-q")
         same = (

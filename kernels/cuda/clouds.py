@@ -57,8 +57,15 @@ from moefast.kernels.cuda.lanes import SCRATCH, WRITTEN_OUT, least_of_block, sum
 from moefast.kernels.cuda.median import THREADS as MEDIAN_THREADS
 from moefast.kernels.cuda.median import median_rows
 from moefast.kernels.cuda.registry import HOPPER, kernel, launchable
-from moefast.kernels.cuda.scoring import MOST_SHARED, BlockScorer, Slot, results_on_device
-from moefast.kernels.cuda.space import DeviceSpace, SpaceWork, on_device
+from moefast.kernels.cuda.scoring import (
+    MOST_SHARED,
+    BlockScorer,
+    Slot,
+    StepPlan,
+    blocks_of_a_call,
+    results_on_device,
+)
+from moefast.kernels.cuda.space import DeviceSpace, Matrices, SpaceWork, on_device
 
 __all__ = [
     "BLOCK_ROWS",
@@ -99,9 +106,6 @@ USUAL_VECTORS = (6, 10)
 """Tangents of the clouds of models that are shipped, the scale's included."""
 EARLY_BLOCKS = {10: 2}
 """Blocks together on devices before `HOPPER`, by the number of tangents, where more would leave too few registers."""
-SCRATCH_BYTES = 80e6
-"""Of matrices whose roots are found at the same time: half of them is used, and fits the second cache."""
-LEAST_BLOCKS, MOST_BLOCKS = 264, 1056
 EVIDENCE, SQUARE, FIRST_LABEL = 0, 1, 2
 """Places in what `compare_clouds` finds: ln of the evidence, least distance squared, then means, variances and
 covariances with the first of all labels."""
@@ -698,7 +702,7 @@ class Posteriors(NamedTuple):
     flag: NDArray
 
 
-class DevicePosterior:
+class DevicePosterior(StepPlan):
     """A space and its clouds on the device, laid out as the kernels read them.
 
     Raises
@@ -756,11 +760,7 @@ class DevicePosterior:
         self.label_range = tuple(float(limit) for limit in clouds.label_range)
         self.error_model = tuple(on_device(part, f32) for part in clouds.error_model)
         self.no_mask = cuda.to_device(_NO_MASK)
-        # Of a block: its matrix, if not all matrices fit in shared memory, and that of the spread within clouds.
-        self.in_shared = all(solving.fits for solving in self.solving)
-        self.of_block = 1 if self.in_shared else self.solving[0].matrix // 8, self.solving[2].matrix // 8
-        self.blocks = int(np.clip(SCRATCH_BYTES / (8 * sum(self.of_block)), LEAST_BLOCKS, MOST_BLOCKS))
-        self.scratch_bytes = 8 * self.blocks * sum(self.of_block)
+        self.matrices = Matrices(self.solving[:2], self.solving[2])
 
     def kinds(self, rows: int) -> list[tuple[tuple[int, ...], type]]:
         """Shape and dtype of each array of `Posteriors`."""
@@ -775,7 +775,7 @@ class DevicePosterior:
         singles = size_of_root(n) + 2 * n + (FIRST_LABEL + 3 * self.n_labels) * self.n_clouds
         results = sum(np.dtype(kind).itemsize * int(np.prod(shape)) for shape, kind in self.kinds(1))
         floats = 8 * self.space.doubles() + 4 * singles
-        return 9 * self.n_pixels + floats + results + -(-self.scratch_bytes // BLOCK_ROWS)
+        return 9 * self.n_pixels + floats + results + -(-self.matrices.scratch_bytes // BLOCK_ROWS)
 
     def work(self, rows: int) -> Work:
         """Device memory for so many stars."""
@@ -787,16 +787,8 @@ class DevicePosterior:
         """What is done to n spectra, in its order: a name in words, and what starts it in `stream`; see `launch`."""
         p, c, q = self.n_pixels, self.n_coordinates, self.n_nuisances
         hidden, sizes = self.no_mask if mask is None else mask, self.sizes
-        of_all, of_coordinates, of_spread = (
-            (
-                n if self.in_shared and each is not self.solving[2] else min(n, self.blocks),
-                each.threads,
-                stream,
-                each.staged + (each.matrix if self.in_shared else 0),
-            )
-            for each in self.solving
-        )
-
+        of_all, of_coordinates = (self.matrices.launch(n, each, stream) for each in self.solving[:2])
+        of_spread = self.matrices.launch(n, self.solving[2], stream, in_scratch=True)
         quality = scores.snr_norm, scores.n_good, scores.flag
         yield from self.space.to_point(flux, error, hidden, n, work, quality, of_all, stream)
         yield (
@@ -836,36 +828,15 @@ class DevicePosterior:
             lambda: median_rows[n, MEDIAN_THREADS, stream](flux, error, hidden, p, scores.snr_median),
         )
 
-    def launch(self, flux: Any, error: Any, mask: Any, n: int, work: Work, stream: Any) -> Posteriors:
-        """Score n > 0 spectra that are on the device, in `stream`, without waiting; nothing is checked.
-
-        Parameters
-        ----------
-        flux, error : device array of shape (n · p,) or longer, float32
-        mask : device array of shape (n · p,) or longer, bool, or None
-        n : int
-        work : Work
-            For n rows at least.
-        stream : Numba stream
-
-        Returns
-        -------
-        Posteriors
-            Device arrays, cut to n rows.
-        """
-        scores = work.scores if n == work.rows else Posteriors(*(a[:n] for a in work.scores))
-        for _, start in self.steps(flux, error, mask, n, work, scores, stream):
-            start()
-        return scores
-
 
 class Work(SpaceWork):
     """Device memory of up to `rows` spectra between the kernels, and the results."""
 
     def __init__(self, rows: int, plan: DevicePosterior) -> None:
-        n, (of_block, of_spread) = plan.n_coordinates, plan.of_block
-        super().__init__(rows, plan.space, (plan.blocks, of_block))
-        self.second_scratch = cuda.device_array((min(rows, plan.blocks), of_spread), np.float64)
+        n, matrices = plan.n_coordinates, plan.matrices
+        super().__init__(rows, plan.space, matrices)
+        of_spread = min(rows, matrices.blocks), matrices.always_of_block
+        self.second_scratch = cuda.device_array(of_spread, np.float64)
         # What lies below the diagonal in a band, and what is there to make it whole, is never written.
         self.roots = cuda.to_device(np.zeros((rows, size_of_root(n)), np.float32))
         self.pairs_of_roots = self.roots.view(np.float64)
@@ -919,6 +890,5 @@ def cloud_posterior(
 
     Blocks in a loop are better given to one `CudaPosteriorScorer`, which keeps space and clouds on the device.
     """
-    rows = min(BLOCK_ROWS, max(len(flux), 1))
-    slots = min(SLOTS, -(-max(len(flux), 1) // rows))
-    return CudaPosteriorScorer(space, clouds, block_rows=rows, slots=slots)(flux, error, mask)
+    blocks = blocks_of_a_call(len(flux), BLOCK_ROWS, SLOTS)
+    return CudaPosteriorScorer(space, clouds, **blocks)(flux, error, mask)

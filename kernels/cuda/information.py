@@ -536,6 +536,20 @@ def _eliminate(a, stride, stop, n, ridge, mirrored, shared, corner, pivots):  # 
 
 
 @cuda.jit(device=True)
+def _place_matrix(packed, precision, star, width, stride, a):  # type: ignore[no-untyped-def]
+    """M + P⁻¹ of a star where `_eliminate` takes it from: the diagonal twice, in the place of its root as well."""
+    thread = cuda.threadIdx.x
+    threads = cuda.blockDim.x
+    lanes = min(32, threads)
+    for i in range(thread // lanes, width, threads // lanes):
+        for j in range(i + thread % lanes, width, lanes):
+            value = packed[star, _packed(width, i, j)] + precision[i, j]
+            a[_at(stride, i, j + 1)] = value
+            if i == j:
+                a[_at(stride, i, i)] = value
+
+
+@cuda.jit(device=True)
 def _in_bands(n, i, k):  # type: ignore[no-untyped-def]
     """Place of number (i, k ≥ i) of C' in its bands."""
     first = i & (-BAND)
@@ -641,19 +655,13 @@ def expand_stars(n, packed, u, precision, pull, scratch, points):  # type: ignor
     pivots = corner + STEP * STEP
     thread = cuda.threadIdx.x
     threads = cuda.blockDim.x
-    lanes = min(32, threads)
     stride = stride_of_matrix(width)
     begin = pivots + STEP
     end = begin + width * stride
     a = shared[begin:end] if scratch.shape[1] < width * stride else scratch[cuda.blockIdx.x]
     for star in range(cuda.blockIdx.x, n, cuda.gridDim.x):
         cuda.syncthreads()
-        for i in range(thread // lanes, width, threads // lanes):
-            for j in range(i + thread % lanes, width, lanes):
-                value = packed[star, _packed(width, i, j)] + precision[i, j]
-                a[_at(stride, i, j + 1)] = value
-                if i == j:
-                    a[_at(stride, i, i)] = value
+        _place_matrix(packed, precision, star, width, stride, a)
         for i in range(thread, width, threads):
             a[_at(stride, i, width + 1)] = u[star, i] + pull[i]
         _eliminate(a, stride, width, width, float64(0), True, shared, corner, pivots)

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, cast
@@ -73,7 +73,9 @@ __all__ = [
     "DevicePlan",
     "Scores",
     "Slot",
+    "StepPlan",
     "Work",
+    "blocks_of_a_call",
     "launch",
     "results_on_device",
     "score",
@@ -150,6 +152,43 @@ class BlockPlan(Protocol):
     def launch(self, flux: Any, error: Any, mask: Any, n: int, work: Any, stream: Any) -> Any:
         """Score n rows that are on the device, in `stream`, without waiting; device arrays, cut to n rows."""
         ...
+
+
+class StepPlan:
+    """A `BlockPlan` that says what it launches step by step, so that each step can be timed.
+
+    Its `work` holds the device arrays of all results in `scores`.
+    """
+
+    results: Callable[..., Any]
+
+    def steps(
+        self, flux: Any, error: Any, mask: Any, n: int, work: Any, scores: Any, stream: Any
+    ) -> Iterable[tuple[str, Callable[[], None]]]:
+        """What is done to n spectra, in its order: a name in words, and what starts it in `stream`; see `launch`."""
+        raise NotImplementedError
+
+    def launch(self, flux: Any, error: Any, mask: Any, n: int, work: Any, stream: Any) -> Any:
+        """Score n > 0 spectra that are on the device, in `stream`, without waiting; nothing is checked.
+
+        Parameters
+        ----------
+        flux, error : device array of shape (n · p,) or longer, float32
+        mask : device array of shape (n · p,) or longer, bool, or None
+        n : int
+        work
+            What `work` gives for n rows at least.
+        stream : Numba stream
+
+        Returns
+        -------
+        results
+            Device arrays, cut to n rows.
+        """
+        scores = work.scores if n == len(work.scores[0]) else self.results(*(a[:n] for a in work.scores))
+        for _, start in self.steps(flux, error, mask, n, work, scores, stream):
+            start()
+        return scores
 
 
 def _one_after_the_other(memory: Any, kinds: list[tuple[tuple[int, ...], type]]) -> Iterator[Any]:
@@ -388,10 +427,14 @@ def score(
     BackendError
         There is no usable device, or its memory is too small.
     """
-    rows = min(BLOCK_ROWS, max(len(flux), 1))
-    slots = min(SLOTS, -(-max(len(flux), 1) // rows))
-    scorer = CudaScorer(projection, mixing, library, from_library, block_rows=rows, slots=slots)
-    return scorer(flux, error, mask)
+    blocks = blocks_of_a_call(len(flux), BLOCK_ROWS, SLOTS)
+    return CudaScorer(projection, mixing, library, from_library, **blocks)(flux, error, mask)
+
+
+def blocks_of_a_call(n: int, block_rows: int, slots: int) -> dict[str, int]:
+    """`block_rows` and `slots` of a scorer that is made for one call with n spectra: no more than they fill."""
+    rows = min(block_rows, max(n, 1))
+    return {"block_rows": rows, "slots": min(slots, -(-max(n, 1) // rows))}
 
 
 class BlockScorer:

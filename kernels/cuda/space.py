@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from moefast.kernels.clouds import Space
 from moefast.kernels.cuda.information import (
     NUMBERS,
     READ_THREADS,
+    Solving,
     add_parts,
     expand_stars,
     multiply_rows,
@@ -25,7 +26,11 @@ from moefast.kernels.cuda.information import (
     subtract_spectra,
 )
 
-__all__ = ["DeviceSpace", "SpaceWork", "on_device"]
+__all__ = ["DeviceSpace", "Matrices", "SpaceWork", "on_device"]
+
+SCRATCH_BYTES = 80e6
+"""Of matrices whose roots are found at the same time: half of them is used, and fits the second cache."""
+LEAST_BLOCKS, MOST_BLOCKS = 264, 1056
 
 
 def on_device(array: NDArray, dtype: Any) -> Any:
@@ -161,6 +166,44 @@ class DeviceSpace:
         ]  # fmt: skip
 
 
+class Matrices:
+    """Where the matrices of stars lie, whose roots are found at the same time.
+
+    In shared memory, if those of all kernels fit there; else in scratch of the device's memory, of so many blocks.
+
+    Parameters
+    ----------
+    solving : sequence of Solving
+        Of the kernels whose matrices may lie in shared memory.
+    in_scratch : Solving, optional
+        Of a kernel whose matrix, or a second one, lies in scratch always.
+
+    Attributes
+    ----------
+    in_shared : bool
+    of_block, always_of_block : int
+        Numbers in scratch of a block: of matrices that are not in shared memory, and of that of `in_scratch`.
+    blocks : int
+        Blocks that find roots at the same time at most, if any of their matrices lie in scratch.
+    """
+
+    def __init__(self, solving: Sequence[Solving], in_scratch: Solving | None = None) -> None:
+        every = [*solving, *([] if in_scratch is None else [in_scratch])]
+        self.in_shared = all(each.fits for each in every)
+        self.of_block = 1 if self.in_shared else max(each.matrix for each in solving) // 8
+        self.always_of_block = 0 if in_scratch is None else in_scratch.matrix // 8
+        of_block = 8 * (self.of_block + self.always_of_block)
+        self.blocks = int(np.clip(SCRATCH_BYTES / of_block, LEAST_BLOCKS, MOST_BLOCKS))
+        self.scratch_bytes = self.blocks * of_block
+
+    def launch(
+        self, n: int, solving: Solving, stream: Any, *, in_scratch: bool = False
+    ) -> tuple[int, int, Any, int]:
+        """Blocks, threads, stream and shared memory of a kernel for n stars."""
+        blocks = n if self.in_shared and not in_scratch else min(n, self.blocks)
+        return blocks, solving.threads, stream, solving.staged + (solving.matrix if self.in_shared else 0)
+
+
 class SpaceWork:
     """Device memory of up to `rows` spectra up to their best points.
 
@@ -168,12 +211,11 @@ class SpaceWork:
     ----------
     rows : int
     space : DeviceSpace
-    scratch : tuple of int
-        Blocks that find roots at the same time at most, and numbers of the matrix of each.
+    matrices : Matrices
     """
 
-    def __init__(self, rows: int, space: DeviceSpace, scratch: tuple[int, int]) -> None:
-        p, width, (blocks, of_block) = space.n_pixels, space.width, scratch
+    def __init__(self, rows: int, space: DeviceSpace, matrices: Matrices) -> None:
+        p, width = space.n_pixels, space.width
         self.rows = rows
 
         def doubles(*shape: int) -> Any:
@@ -186,5 +228,5 @@ class SpaceWork:
             doubles(rows, width),
             doubles(rows, NUMBERS),
         )
-        self.scratch = doubles(min(rows, blocks), of_block)
+        self.scratch = doubles(min(rows, matrices.blocks), matrices.of_block)
         self.parts = {columns: doubles(count * rows, columns) for columns, count in space.in_parts().items()}

@@ -48,14 +48,14 @@ from moefast.kernels.cuda.information import (
     TINY,
     _at,
     _eliminate,
-    _packed,
+    _place_matrix,
     solve_launch,
     stride_of_matrix,
 )
 from moefast.kernels.cuda.lanes import GROUP, SCRATCH, most_of_warp, sum_of_block, sum_of_group, sum_of_warp
 from moefast.kernels.cuda.registry import kernel
-from moefast.kernels.cuda.scoring import BlockScorer, results_on_device
-from moefast.kernels.cuda.space import DeviceSpace, SpaceWork, on_device
+from moefast.kernels.cuda.scoring import BlockScorer, StepPlan, blocks_of_a_call, results_on_device
+from moefast.kernels.cuda.space import DeviceSpace, Matrices, SpaceWork, on_device
 from moefast.kernels.quality import LARGEST32, LARGEST_ERROR32
 from moefast.kernels.velocity import (
     CUDA_CONTINUUM,
@@ -118,9 +118,6 @@ WHOLE = NOT_NEGATIVE - 3
 FAINTEST = -LARGEST32
 ROUNDING = 1e-12
 """As in `moefast.kernels.cpu_velocity`."""
-SCRATCH_BYTES = 80e6
-"""Of matrices whose roots are found at the same time: half of them is used, and fits the second cache."""
-LEAST_BLOCKS, MOST_BLOCKS = 264, 1056
 _NO_MASK = np.zeros(0, np.bool_)
 
 
@@ -541,7 +538,6 @@ def step_stars(n_stars, packed, vectors, across, points, sums, precision, pull, 
     pivots = corner + STEP * STEP
     thread = cuda.threadIdx.x
     threads = cuda.blockDim.x
-    lanes = min(32, threads)
     stride = stride_of_matrix(n)
     if scratch.shape[1] < n * stride:  # noqa: SIM108
         a = shared[pivots + STEP : pivots + STEP + n * stride]
@@ -549,12 +545,7 @@ def step_stars(n_stars, packed, vectors, across, points, sums, precision, pull, 
         a = scratch[cuda.blockIdx.x]
     for star in range(cuda.blockIdx.x, n_stars, cuda.gridDim.x):
         cuda.syncthreads()
-        for i in range(thread // lanes, width, threads // lanes):
-            for j in range(i + thread % lanes, width, lanes):
-                value = packed[star, _packed(width, i, j)] + precision[i, j]
-                a[_at(stride, i, j + 1)] = value
-                if i == j:
-                    a[_at(stride, i, i)] = value
+        _place_matrix(packed, precision, star, width, stride, a)
         for i in range(thread, width, threads):
             value = vectors[star, i] + pull[i]
             for j in range(width):
@@ -584,7 +575,7 @@ class Steps(NamedTuple):
     found: NDArray
 
 
-class DeviceScan:
+class DeviceScan(StepPlan):
     """Templates on the device, laid out as the kernels read them.
 
     Parameters
@@ -648,7 +639,7 @@ class DeviceScan:
         return ScanWork(rows, self)
 
     def steps(
-        self, flux: Any, error: Any, mask: Any, n: int, work: ScanWork, evidence: Any, stream: Any
+        self, flux: Any, error: Any, mask: Any, n: int, work: ScanWork, scores: Evidence, stream: Any
     ) -> list[tuple[str, Callable[[], None]]]:
         """What is done to n spectra, in its order: a name in words, and what starts it in `stream`; see `launch`."""
         hidden = self.no_mask if mask is None else mask
@@ -671,32 +662,11 @@ class DeviceScan:
             (
                 "templates",
                 lambda: compare_velocities[(groups, n), LANES, stream, self.shared](
-                    work.of_rows, work.of_weights, self.n_lines, self.n_squares, *self.templates, evidence
+                    work.of_rows, work.of_weights, self.n_lines, self.n_squares, *self.templates,
+                    scores.evidence,
                 ),
             ),
         ]  # fmt: skip
-
-    def launch(self, flux: Any, error: Any, mask: Any, n: int, work: ScanWork, stream: Any) -> Evidence:
-        """Scan n > 0 spectra that are on the device, in `stream`, without waiting; nothing is checked.
-
-        Parameters
-        ----------
-        flux, error : device array of shape (n · p,) or longer, float32
-        mask : device array of shape (n · p,) or longer, bool, or None
-        n : int
-        work : ScanWork
-            For n rows at least.
-        stream : Numba stream
-
-        Returns
-        -------
-        Evidence
-            A device array, cut to n rows.
-        """
-        evidence = work.evidence if n == len(work.evidence) else work.evidence[:n]
-        for _, start in self.steps(flux, error, mask, n, work, evidence, stream):
-            start()
-        return Evidence(evidence)
 
 
 class ScanWork:
@@ -709,10 +679,10 @@ class ScanWork:
         self.rows, self.weights = singles(rows * EACH_STAR, plan.depth), singles(rows, plan.depth)
         self.of_rows = singles(rows * EACH_STAR, plan.lines.shape[1])
         self.of_weights = singles(rows, plan.squares.shape[1])
-        self.memory_of_scores, (self.evidence,) = results_on_device(plan, rows)
+        self.memory_of_scores, self.scores = results_on_device(plan, rows)
 
 
-class DeviceStep:
+class DeviceStep(StepPlan):
     """A space and the change of spectra with velocity on the device.
 
     Raises
@@ -733,11 +703,7 @@ class DeviceStep:
         self.of_reference = on_device(slopes.of_reference, np.float32)
         self.no_mask = cuda.to_device(_NO_MASK)
         self.solving = solve_launch(width), solve_launch(width + 1)
-        # Of a block: its matrix, if not all matrices fit in shared memory.
-        self.in_shared = all(solving.fits for solving in self.solving)
-        self.of_block = 1 if self.in_shared else self.solving[1].matrix // 8
-        self.blocks = int(np.clip(SCRATCH_BYTES / (8 * self.of_block), LEAST_BLOCKS, MOST_BLOCKS))
-        self.scratch_bytes = 8 * self.blocks * self.of_block
+        self.matrices = Matrices(self.solving)
 
     def kinds(self, rows: int) -> list[tuple[tuple[int, ...], type]]:
         """Shape and dtype of each array of `Steps`."""
@@ -747,28 +713,20 @@ class DeviceStep:
         """Device memory of a row, flux, error and mask included, and its share of a block's scratch."""
         doubles = self.space.doubles() + self.space.width + 4
         # With the 12 bytes of SNR, good pixels and flag.
-        return 9 * self.n_pixels + 8 * doubles + 12 + -(-self.scratch_bytes // BLOCK_ROWS)
+        return 9 * self.n_pixels + 8 * doubles + 12 + -(-self.matrices.scratch_bytes // BLOCK_ROWS)
 
     def work(self, rows: int) -> StepWork:
         """Device memory for so many stars."""
         return StepWork(rows, self)
 
     def steps(
-        self, flux: Any, error: Any, mask: Any, n: int, work: StepWork, found: Any, stream: Any
+        self, flux: Any, error: Any, mask: Any, n: int, work: StepWork, scores: Steps, stream: Any
     ) -> list[tuple[str, Callable[[], None]]]:
         """What is done to n spectra, in its order: a name in words, and what starts it in `stream`; see `launch`."""
         space = self.space
         hidden = self.no_mask if mask is None else mask
 
-        of_point, of_step = (
-            (
-                n if self.in_shared else min(n, len(work.scratch)),
-                each.threads,
-                stream,
-                each.staged + (each.matrix if self.in_shared else 0),
-            )
-            for each in self.solving
-        )
+        of_point, of_step = (self.matrices.launch(n, each, stream) for each in self.solving)
 
         def multiply(rows: Any, matrix: Any, out: Any) -> None:
             space.multiply(n, rows, matrix, out, work, stream)
@@ -787,30 +745,23 @@ class DeviceStep:
                 "step",
                 lambda: step_stars[of_step](
                     n, work.packed, work.u, work.across, work.points, work.sums, space.precision, space.pull,
-                    work.scratch, found,
+                    work.scratch, scores.found,
                 ),
             ),
         ]  # fmt: skip
-
-    def launch(self, flux: Any, error: Any, mask: Any, n: int, work: StepWork, stream: Any) -> Steps:
-        """The steps of n > 0 spectra that are on the device, in `stream`, without waiting; as `DeviceScan.launch`."""
-        found = work.found if n == len(work.found) else work.found[:n]
-        for _, start in self.steps(flux, error, mask, n, work, found, stream):
-            start()
-        return Steps(found)
 
 
 class StepWork(SpaceWork):
     """Device memory of up to `rows` spectra between the kernels, and the results."""
 
     def __init__(self, rows: int, plan: DeviceStep) -> None:
-        super().__init__(rows, plan.space, (plan.blocks, plan.of_block))
+        super().__init__(rows, plan.space, plan.matrices)
 
         def doubles(*shape: int) -> Any:
             return cuda.device_array(shape, np.float64)
 
         self.across, self.sums = doubles(rows, plan.space.width), doubles(rows, 2)
-        self.memory_of_scores, (self.found,) = results_on_device(plan, rows)
+        self.memory_of_scores, self.scores = results_on_device(plan, rows)
         # What the reading kernel gives as well.
         kinds = (np.float32, np.int32, np.uint32)
         self.quality = tuple(cuda.device_array(rows, kind) for kind in kinds)
@@ -880,12 +831,6 @@ class CudaVelocityStep(BlockScorer):
         return velocity_and_error(self._scored(flux, error, mask).found)
 
 
-def _of_a_call(n: int) -> dict[str, int]:
-    """Rows per block and slots for n spectra at once."""
-    rows = min(BLOCK_ROWS, max(n, 1))
-    return {"block_rows": rows, "slots": min(SLOTS, -(-max(n, 1) // rows))}
-
-
 def velocity_evidence(
     flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None, templates: VelocityTemplates
 ) -> NDArray[np.float64]:
@@ -893,7 +838,8 @@ def velocity_evidence(
 
     Blocks in a loop are better given to one `CudaVelocityScan`, which keeps the templates on the device.
     """
-    return CudaVelocityScan(templates, flux.shape[1], **_of_a_call(len(flux)))(flux, error, mask)
+    blocks = blocks_of_a_call(len(flux), BLOCK_ROWS, SLOTS)
+    return CudaVelocityScan(templates, flux.shape[1], **blocks)(flux, error, mask)
 
 
 def velocity_step(
@@ -903,4 +849,5 @@ def velocity_step(
 
     Blocks in a loop are better given to one `CudaVelocityStep`, which keeps the space on the device.
     """
-    return CudaVelocityStep(space, slopes, **_of_a_call(len(flux)))(flux, error, mask)
+    blocks = blocks_of_a_call(len(flux), BLOCK_ROWS, SLOTS)
+    return CudaVelocityStep(space, slopes, **blocks)(flux, error, mask)

@@ -315,7 +315,7 @@ def _on_cluster(
     from moefast.cli.spread import connected
     from moefast.cluster.fit_on_workers import fit_on
 
-    with connected(scheduler, progress) as client:
+    with connected(scheduler, progress) as (client, _):
         return fit_on(
             client, plan, prepared, out, backend="cuda" if backend == "cuda" else "cpu", save=save,
             progress=progress.stage, tell=progress.tell,

@@ -252,11 +252,10 @@ def _on_cluster(
     report: str | None, overwrite: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """The same table by the workers of a cluster."""
-    from moefast.cluster.workers import addresses_of, predict_on
+    from moefast.cluster.workers import predict_on
 
     begin = time.perf_counter()
-    with ProgressLine(quiet or as_json) as progress, connected(scheduler, progress) as client:
-        workers = len(addresses_of(client))
+    with ProgressLine(quiet or as_json) as progress, connected(scheduler, progress) as (client, workers):
         merged = predict_on(
             client,
             files,

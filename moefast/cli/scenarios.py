@@ -10,6 +10,7 @@ from moefast.cli.messages import tell_written
 from moefast.cli.options import BACKEND, DEVICE, EXPERT, JSON, OVERWRITE, talk
 from moefast.cli.swapped import swapped_told
 from moefast.core.atomic import refuse_taken, write_json
+from moefast.core.errors import MoefastError
 from moefast.core.progress import ProgressLine
 
 __all__ = ["scenarios"]
@@ -52,12 +53,12 @@ def scenarios(
     claimed errors.
     """
     from moefast.model import Model
-    from moefast.protocol.scenarios import SCENARIOS, format_text, run_scenarios
+    from moefast.protocol.scenarios import choose_scenarios, format_text, run_scenarios
 
-    if unknown := [name for name in names if name not in SCENARIOS]:
-        raise click.BadParameter(
-            f"{unknown[0]!r} is unknown; choose of {', '.join(SCENARIOS)}", param_hint="--scenario"
-        )
+    try:
+        chosen = choose_scenarios(names)
+    except MoefastError as error:
+        raise click.BadParameter(str(error), param_hint="--scenario") from error
     if out:
         refuse_taken(out, overwrite=overwrite)
     with ProgressLine(quiet) as progress:
@@ -65,7 +66,7 @@ def scenarios(
         found = run_scenarios(
             Model.load(model),
             n=number,
-            names=names or None,
+            names=chosen,
             backend=backend,
             progress=progress.rows("scenarios"),
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -97,15 +99,7 @@ def simulate(
 
     With --scheduler OUT is a folder of files.
     """
-    from moefast.simulate import (
-        REFERENCE_SETS,
-        Observed,
-        Settings,
-        SimulatedSpectra,
-        simulate_file,
-        simulate_set,
-    )  # fmt: skip
-    from moefast.simulate.sets import FINGERPRINTS, format_sets, part_rows
+    from moefast.simulate.sets import format_sets
 
     if list_sets:
         click.echo(format_sets())
@@ -124,67 +118,88 @@ def simulate(
         raise click.UsageError("--resolution is that of the spectra which --like names")
     if like and mag is not None:
         raise click.UsageError("--mag: the signal-to-noise ratios are those of the spectra that --like names")
-    if name is not None:
-        flags = (
-            ("--seed",) * (seed is not None)
-            + ("--like",) * bool(like)
-            + tuple("--" + key.split("_scatter")[0].replace("_", "-") for key in own)
-        )
-        if flags:
-            raise click.UsageError(
-                f"{', '.join(flags)}: a reference set is what it is; leave --set away to choose"
-            )
-        if name not in REFERENCE_SETS:
-            raise click.BadParameter(
-                f"{name!r} is unknown; choose one of {', '.join(REFERENCE_SETS)}", param_hint="--set"
-            )
-        parts = REFERENCE_SETS[name].parts
-        if part not in parts:
-            found = f"{part!r} is unknown" if part else "a reference set has several"
-            raise click.BadParameter(f"{found}; choose one of {', '.join(parts)}", param_hint="--part")
-        if parts[part].n_rows is not None and span is not None:
-            raise click.UsageError(
-                f"{name} {part} has {parts[part].n_rows:,} spectra; leave -n and --rows away"
-            )
-        if parts[part].n_rows is None and span is None:
-            raise click.UsageError(
-                f"{name} {part} has any number of rows: say how many with -n, or which with --rows"
-            )
-        total = part_rows(name, part, span)[2]
-        with ProgressLine(quiet) as progress:
-            # Compiling, the first time on a machine, is before the first spectra.
-            progress.doing("simulate: getting ready")
-            report = progress.rows("simulate")
-            if scheduler is not None:
-                if span is None:
-                    raise click.UsageError(
-                        f"{name} {part} is one file; --scheduler writes parts of any size to a folder"
-                    )
-                _on_cluster(
-                    scheduler,
-                    out,
-                    total,
-                    progress,
-                    quiet=quiet,
-                    name=name,
-                    part=part,
-                    noisy=noisy,
-                    overwrite=overwrite,
-                )
-                return
-            identity = simulate_set(
-                out, name, part, rows=span, noisy=noisy, overwrite=overwrite,
-                progress=lambda done: report(done, total[1] - total[0]),
-            )  # fmt: skip
-        frozen = FINGERPRINTS.get((name, part), "")
-        as_frozen = " (as frozen)" if identity.fingerprint == frozen else ""
-        tell_result(f"{out}: {total[1] - total[0]:,} spectra, {name} {part}", quiet=quiet)
-        tell_result(f"  fingerprint {identity.fingerprint}{as_frozen}", quiet=quiet)
-        if frozen and not as_frozen:
-            progress.note(f"  this is NOT the frozen {name} {part}, whose fingerprint is {frozen}")
+    if name is None:
+        if part is not None:
+            raise click.UsageError("--part is a part of a reference set; say which with --set")
+        _free_set(
+            out, span, seed, own, like=like, resolution=resolution, noisy=noisy is None or noisy,
+            scheduler=scheduler, overwrite=overwrite, quiet=quiet,
+        )  # fmt: skip
         return
-    if part is not None:
-        raise click.UsageError("--part is a part of a reference set; say which with --set")
+    flags = (
+        ("--seed",) * (seed is not None)
+        + ("--like",) * bool(like)
+        + tuple("--" + key.split("_scatter")[0].replace("_", "-") for key in own)
+    )
+    if flags:
+        raise click.UsageError(
+            f"{', '.join(flags)}: a reference set is what it is; leave --set away to choose"
+        )
+    _reference_set(
+        out, name, _part_of(name, part, span), span, noisy=noisy, scheduler=scheduler, overwrite=overwrite,
+        quiet=quiet,
+    )  # fmt: skip
+
+
+def _part_of(name: str, part: str | None, span: tuple[int, int] | None) -> str:
+    """The part, if there is one of this name in the set, and rows are said where they must be."""
+    from moefast.simulate.sets import REFERENCE_SETS
+
+    if name not in REFERENCE_SETS:
+        raise click.BadParameter(
+            f"{name!r} is unknown; choose one of {', '.join(REFERENCE_SETS)}", param_hint="--set"
+        )
+    parts = REFERENCE_SETS[name].parts
+    if part is None or part not in parts:
+        found = f"{part!r} is unknown" if part else "a reference set has several"
+        raise click.BadParameter(f"{found}; choose one of {', '.join(parts)}", param_hint="--part")
+    if parts[part].n_rows is not None and span is not None:
+        raise click.UsageError(f"{name} {part} has {parts[part].n_rows:,} spectra; leave -n and --rows away")
+    if parts[part].n_rows is None and span is None:
+        raise click.UsageError(
+            f"{name} {part} has any number of rows: say how many with -n, or which with --rows"
+        )
+    return part
+
+
+def _reference_set(
+    out: str, name: str, part: str, span: tuple[int, int] | None, *, noisy: bool | None, scheduler: str | None,
+    overwrite: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Rows of a part of a reference set, and whether they are those that were frozen."""
+    from moefast.simulate.sets import FINGERPRINTS, part_rows, simulate_set
+
+    total = part_rows(name, part, span)[2]
+    with _getting_ready(quiet) as progress:
+        if scheduler is not None:
+            if span is None:
+                raise click.UsageError(
+                    f"{name} {part} is one file; --scheduler writes parts of any size to a folder"
+                )
+            _on_cluster(
+                scheduler, out, total, progress, quiet=quiet, name=name, part=part, noisy=noisy, overwrite=overwrite,
+            )  # fmt: skip
+            return
+        report = progress.rows("simulate")
+        identity = simulate_set(
+            out, name, part, rows=span, noisy=noisy, overwrite=overwrite,
+            progress=lambda done: report(done, total[1] - total[0]),
+        )  # fmt: skip
+    frozen = FINGERPRINTS.get((name, part), "")
+    as_frozen = " (as frozen)" if identity.fingerprint == frozen else ""
+    tell_result(f"{out}: {total[1] - total[0]:,} spectra, {name} {part}", quiet=quiet)
+    tell_result(f"  fingerprint {identity.fingerprint}{as_frozen}", quiet=quiet)
+    if frozen and not as_frozen:
+        progress.note(f"  this is NOT the frozen {name} {part}, whose fingerprint is {frozen}")
+
+
+def _free_set(
+    out: str, span: tuple[int, int] | None, seed: int | None, own: dict[str, Any], *, like: tuple[str, ...],
+    resolution: str | None, noisy: bool, scheduler: str | None, overwrite: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Spectra with settings of one's own."""
+    from moefast.simulate import Observed, Settings, SimulatedSpectra, simulate_file
+
     if span is None or seed is None:
         raise click.UsageError(
             "a free set needs -n (or --rows) and --seed; a reference set needs --set and --part"
@@ -202,16 +217,14 @@ def simulate(
         SimulatedSpectra(1, seed=seed, settings=settings, observed=observed)
     except MoefastError as error:
         raise click.UsageError(str(error)) from error
-    noisy = noisy is None or noisy
-    with ProgressLine(quiet) as progress:
-        progress.doing("simulate: getting ready")
-        report = progress.rows("simulate")
+    with _getting_ready(quiet) as progress:
         if scheduler is not None:
             _on_cluster(
                 scheduler, out, span, progress, quiet=quiet, seed=seed, settings=settings, like=like,
                 resolution=resolution, noisy=noisy, overwrite=overwrite,
             )  # fmt: skip
             return
+        report = progress.rows("simulate")
         simulate_file(
             out, last - first, seed=seed, settings=settings, first_row=first, noisy=noisy, overwrite=overwrite,
             progress=lambda done: report(done, last - first), observed=observed,
@@ -227,6 +240,14 @@ def simulate(
         tell_failures(observed.failures)
 
 
+@contextmanager
+def _getting_ready(quiet: bool) -> Iterator[ProgressLine]:
+    """Progress of spectra; compiling, the first time on a machine, is before the first of them."""
+    with ProgressLine(quiet) as progress:
+        progress.doing("simulate: getting ready")
+        yield progress
+
+
 def _on_cluster(
     scheduler: str, out: str, rows: tuple[int, int], progress: ProgressLine, *, quiet: bool, **job: Any
 ) -> None:
@@ -234,7 +255,7 @@ def _on_cluster(
     from moefast.cli.spread import connected
     from moefast.cluster.rows_on_workers import simulate_on
 
-    with connected(scheduler, progress) as client:
+    with connected(scheduler, progress) as (client, _):
         paths = simulate_on(client, out, rows, progress=progress.rows("simulate"), **job)
     progress.close()
     tell_result(

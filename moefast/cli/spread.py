@@ -16,14 +16,14 @@ __all__ = ["connected", "spread_over"]
 
 
 @contextmanager
-def connected(scheduler: str, progress: ProgressLine) -> Iterator[Client]:
-    """A client of the scheduler; says how many workers there are, and where the dashboard is."""
+def connected(scheduler: str, progress: ProgressLine) -> Iterator[tuple[Client, int]]:
+    """A client of the scheduler and the number of its workers; says these, and where the dashboard is."""
     from moefast.cluster.workers import addresses_of, connect
 
     with connect(scheduler) as client:
         workers = len(addresses_of(client))
         progress.note(f"{workers} workers; dashboard {client.dashboard_link}")
-        yield client
+        yield client, workers
 
 
 @contextmanager
@@ -36,5 +36,5 @@ def spread_over(
         return
     from moefast.cluster import rows_on_workers
 
-    with connected(scheduler, progress) as client:
+    with connected(scheduler, progress) as (client, _):
         yield functools.partial(getattr(rows_on_workers, name), client)

@@ -44,6 +44,7 @@ __all__ = [
     "results_in_order",
     "shared_name",
     "submit",
+    "work_of",
     "workers_of",
 ]
 
@@ -269,6 +270,12 @@ def submit(client: Client, work: Callable[..., Any], *arguments: Any) -> Any:
     """A task that is begun again if its worker is lost."""
     name = f"{work.__name__.strip('_')}-{uuid.uuid4()}"
     return client.submit(_done_by_worker, work, *arguments, retries=RETRIES, key=name)
+
+
+def work_of(key: Any) -> str:
+    """Name of the function that a task of `submit` does, from the task's key."""
+    work, *_of_uuid = str(key).rsplit("-", 5)
+    return work
 
 
 def _done_by_worker(work: Callable[..., Any], *arguments: Any) -> Any:

@@ -2,8 +2,10 @@
 
 Design: Numba keys a cached function on the source file of that function alone, although constants and functions of
 other files are compiled into it; here the key is the content of all files that may be. Machine code is kept with its
-SHA-256. What cannot be read is removed and compiled again; what cannot be written is compiled in every process, which
-costs some twenty seconds and nothing else.
+SHA-256, and with the sources and types that it belongs to: two processes that compile a function at the same time for
+different types give both codes the same name, and the index of one may come to stand beside the code of the other. What
+cannot be read is removed and compiled again; what cannot be written is compiled in every process, which costs some
+twenty seconds and nothing else.
 
 Functions are compiled into those that call them. Left alone, a call goes to whichever copy of the callee a process has:
 the one inside its caller, if it was read from the cache, or the one that was compiled before, which is optimised on its
@@ -106,7 +108,19 @@ class _Place(caching.CompileResultCacheImpl):
 
 
 class _Files(caching.IndexDataCacheFile):
-    """Index and code of a function, each with its SHA-256."""
+    """Index and code of a function, each with its SHA-256; code with the sources and the types that it belongs to."""
+
+    def save(self, key: Any, data: Any) -> None:
+        """Keep the code for some types."""
+        super().save(key, (self._source_stamp, key, data))
+
+    def load(self, key: Any) -> Any:
+        """The code for some types; None if there is none, or if what has its name is other code."""
+        found = super().load(key)
+        if found is None:
+            return None
+        stamp, compiled_for, data = found
+        return data if (stamp, compiled_for) == (self._source_stamp, key) else None
 
     def _load_index(self) -> Any:
         try:
@@ -137,8 +151,8 @@ class _Cache(caching.FunctionCache):
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__(function)
-        # Text, so that files of Numba's own keys are stale to us, and ours to Numba.
-        stamp = "moefast " + _sources(function)
+        # Text, so that files of Numba's own keys are stale to us, and ours to Numba; "2" is the form of our files.
+        stamp = "moefast 2 " + _sources(function)
         self._cache_file = _Files(self._cache_path, self._impl.filename_base, stamp)
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:

@@ -33,6 +33,7 @@ __all__ = [
     "bias",
     "bootstrap",
     "bootstrap_difference",
+    "bootstrap_efficiency",
     "bootstrap_gap_closed",
     "bootstrap_rho",
     "coverage",
@@ -247,6 +248,22 @@ def bootstrap_gap_closed(
         _quotient(value[0], value[1], np.float64(r2_ceiling)),
         _quotient(resampled[:, 0], resampled[:, 1], np.float64(r2_ceiling)),
         level,
+    )
+
+
+def bootstrap_efficiency(
+    y: ArrayLike,
+    yhat: ArrayLike,
+    best: ArrayLike,
+    *,
+    n_resamples: int = N_RESAMPLES,
+    seed: int = SEED,
+    level: float = LEVEL,
+) -> Interval:
+    """Paired bootstrap of `efficiency` against the R² of other predictions of the same stars."""
+    value, resampled = _resampled(y, [yhat, best], "r2", n_resamples, seed)
+    return _interval(
+        _quotient(value[0], 0.0, value[1]), _quotient(resampled[:, 0], 0.0, resampled[:, 1]), level
     )
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import scipy.sparse.linalg
 from numpy.typing import NDArray
 
+from moefast.core.grids import SNR_NORM_NAMES, assign_snr_bins
 from moefast.experts.normal_equations import Moments, NormalEquations
 from moefast.experts.ridge import NoisePath, Subspace, principal_subspace, ridge
 from moefast.fitting.options import Options
@@ -48,10 +49,14 @@ LEVEL_ROWS = 30_000
 
 
 class Levels(NamedTuple):
-    """M noise levels: `knots` = ln s (M,), evenly spaced, and `shares` (M,) of the sampled stars nearest to each."""
+    """M noise levels: `knots` = ln s (M,), evenly spaced, and `shares` (M,) of the sampled stars nearest to each.
+
+    `of_snr` (4,) is the root mean square of s in each bin of snr_norm, 1 where the sample has no star.
+    """
 
     knots: F64
     shares: F64
+    of_snr: F64
 
     @property
     def s(self) -> F64:
@@ -128,24 +133,31 @@ def find_levels(data: TrainingSet, noise_shape: F64) -> Levels:
     """Evenly spaced ln s from half the 0.1 % quantile to twice the 99.9 % quantile of the training set."""
     sample = data.sample_stretches()
     some = sample[:: max(1, sum(b - a for a, b in sample) // LEVEL_ROWS)]
-    log_levels = np.concatenate(
-        list(data.map_blocks("noise levels", some, _log_levels, noise_shape.astype(np.float32)))
-    )
+    parts = data.map_blocks("noise levels", some, _levels_and_snr, noise_shape.astype(np.float32))
+    log_levels, snr = (np.concatenate(column) for column in zip(*parts, strict=True))
     low, high = np.quantile(log_levels, [0.001, 0.999])
     margin = np.log(2.0)
     knots = np.linspace(low - margin, high + margin, data.options.n_levels)
     nearest = np.abs(log_levels[:, None] - knots).argmin(1)
-    return Levels(knots, np.bincount(nearest, minlength=knots.size) / nearest.size)
+    return Levels(knots, np.bincount(nearest, minlength=knots.size) / nearest.size, _of_snr(log_levels, snr))
 
 
-def _log_levels(data: TrainingSet, block: Rows, shape: F32) -> NDArray:
-    """Ln s of a block's stars."""
-    _, _, error, usable = block
+def _of_snr(log_levels: NDArray, snr: NDArray) -> F64:
+    """Root mean square of s in each bin of snr_norm, 1 where there is no star."""
+    bins, n_bins = assign_snr_bins(snr), len(SNR_NORM_NAMES)
+    counts = np.bincount(bins, minlength=n_bins)
+    squares = np.bincount(bins, np.exp(2 * log_levels.astype(np.float64)), n_bins)
+    return np.sqrt(np.divide(squares, counts, where=counts > 0, out=np.ones(n_bins)))
+
+
+def _levels_and_snr(data: TrainingSet, block: Rows, shape: F32) -> tuple[NDArray, NDArray]:
+    """Ln s and snr_norm of a block's stars."""
+    _, flux, error, usable = block
     chosen = error[usable]
     # Bad pixels were given zero error; they do not count.
     n_good = np.count_nonzero(chosen, axis=1)
     levels: NDArray = 0.5 * np.log((chosen * chosen / shape).sum(1) / n_good)
-    return levels
+    return levels, data.snr_norm(flux[usable], chosen)
 
 
 def held_out(

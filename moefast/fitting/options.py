@@ -298,8 +298,8 @@ class Options(NoiseOptions, LinearOptions, PosteriorOptions, NetworkOptions, Gat
 
     @property
     def n_simpler_fits(self) -> int:
-        """How many simpler fits are made beside: the published-style ridge, and three of the experts' totals."""
-        return int(self.references) + (3 if self.alpha is None else 0)
+        """How many simpler fits are made beside: the published-style ridge, and four of the experts' totals."""
+        return int(self.references) + (4 if self.alpha is None else 0)
 
     @property
     def has_published(self) -> bool:

@@ -78,6 +78,11 @@ def reference_forms(
         solved.levels.knots.astype(np.float32),
     )
     step()
+    by_snr = [pooled.solve(s) for s in solved.levels.of_snr]
+    forms["snr-oracle, average noise"] = single(
+        np.stack([subspace.basis @ w for w, _ in by_snr], 1), np.array([[c] for _, c in by_snr])
+    )
+    step()
     fixed = [
         NoisePath(small.moments(k), inside).solve(mean_level, a) for k, a in enumerate(solved.experts.alphas)
     ]

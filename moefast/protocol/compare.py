@@ -26,7 +26,7 @@ from moefast.protocol.report import SCHEMA_VERSION as REPORT_SCHEMA
 from moefast.protocol.report_parts import Report
 from moefast.spectra.tables import read_table
 
-__all__ = ["SCHEMA_VERSION", "Kept", "compare", "format_text", "read_evaluation"]
+__all__ = ["SCHEMA_VERSION", "Kept", "compare", "format_text", "read_evaluation", "verdict_of"]
 
 SCHEMA_VERSION = 1
 
@@ -182,7 +182,7 @@ def compare(
             "to": _ready(score(y, b)),
             "difference": difference,
             "interval": [low, high],
-            "verdict": _verdict(difference, low, high, higher_is_better=statistic == "r2"),
+            "verdict": verdict_of(difference, low, high, higher_is_better=statistic == "r2"),
         }
 
     def of_kind(i: int, members_of: Sequence[Group]) -> list[dict[str, Any]]:
@@ -226,9 +226,10 @@ def _ready(value: float) -> float | None:
     return 0.0 if abs(value) < 1e-12 else float(f"{value:.10g}")
 
 
-def _verdict(
+def verdict_of(
     difference: float | None, low: float | None, high: float | None, *, higher_is_better: bool
 ) -> str:
+    """Verdict on a difference with its interval, in the words of `compare`."""
     if difference is None or low is None or high is None:
         return "undefined"
     if abs(difference) < LEAST_DIFFERENCE or low <= 0 <= high:

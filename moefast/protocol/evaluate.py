@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moefast.ceilings.ceiling import Ceiling, known, read
 from moefast.core.errors import InputError
-from moefast.core.grids import Grid, SnrGrid
+from moefast.core.grids import Grid, SnrGrid, assign_snr_bins
 from moefast.core.progress import RowProgress, StageProgress, stage_progress
 from moefast.core.random import NOISE_SEED, standard_normals
 from moefast.core.records import as_entries
@@ -36,7 +36,9 @@ from moefast.model import SHIPPED, Model, shipped_path
 from moefast.posterior.mixture import AnyMixture, PosteriorMixture
 from moefast.protocol.report import (
     BAYES_GATE,
+    MEANS,
     ORACLE,
+    SNR_ORACLE,
     Comparisons,
     DataSet,
     Predictions,
@@ -179,14 +181,14 @@ def evaluate(
             tell(each.words)
     labels, labelled = scorer.labels, scorer.labelled
     identity = scorer.identity
-    ceilings, group_ceilings = _ceilings(ceiling, spectra, about_noise)
+    limits = _ceilings(ceiling, spectra, about_noise)
     _LOG.info(
         "%s: %d spectra, %d with labels; noise: %s", spectra.shards[0].path, spectra.n_rows, labelled.sum(),
         about_noise["noise"],
     )  # fmt: skip
     _LOG.info(
         "subject %s; simpler fits beside it are those of %s; ceilings: %s", subject.about["name"],
-        _name(beside) or "no model", ", ".join(ceilings) or "none known of this set",
+        _name(beside) or "no model", ", ".join(limits.r2) or "none known of this set",
     )  # fmt: skip
     found: dict[str, list[NDArray]] = {}
     references: dict[str, list[NDArray]] = {}
@@ -205,7 +207,7 @@ def evaluate(
         labels = {key: values[labelled] for key, values in labels.items()}
         if not labelled.all():
             # They are those of all stars.
-            ceilings, group_ceilings = {}, None
+            limits = _NO_LIMITS
         n_experts = sum(key.startswith("weight_") for key in table)
         several = n_experts > 1
         own = isinstance(subject, ModelSubject)
@@ -231,8 +233,9 @@ def evaluate(
                 oracle_reference=_oracle(subject.model.mixture)
                 if own and several and subject.model
                 else None,
-                ceilings=ceilings,
-                group_ceilings=group_ceilings,
+                ceilings=limits.r2,
+                group_ceilings=limits.of_groups,
+                posterior_means=limits.posterior_means,
             ),
             model={
                 **subject.about,
@@ -357,7 +360,9 @@ class Scorer:
             if self.beside is not None:
                 # The bits of a product may depend on the number of threads.
                 with one_blas_thread():
-                    others = _reference_predictions(self.beside, self.subject, block, good, self.bins[here])
+                    others = _reference_predictions(
+                        self.beside, self.subject, block, good, self.bins[here], quality.snr_norm
+                    )
             yield columns, others, seconds
             report(int(here[-1]) + 1 - rows[0], rows[1] - rows[0])
 
@@ -395,12 +400,13 @@ def _reference_predictions(
     block: Block,
     good: NDArray[np.bool_] | None,
     bins: NDArray[np.integer],
+    snr_norm: NDArray,
 ) -> dict[str, NDArray[np.float64]]:
     """Simpler fits on the same noisy stars; for a model of moefast also its own experts with true bins."""
     log_level, experts = _experts(beside.mixture, block)
-    own = beside is subject.model
+    own, by_snr = beside is subject.model, assign_snr_bins(np.nan_to_num(snr_norm))
     out = {
-        key: _linear(form, beside, block, good, log_level, bins)
+        key: _linear(form, beside, block, good, log_level, by_snr if key == SNR_ORACLE else bins)
         for key, form in beside.references.items()
         # An oracle knows the true bins: it says what a better gate could gain, and only of the model that it is of.
         if own or not key.startswith(ORACLE)
@@ -448,7 +454,7 @@ def _linear(
     log_level: NDArray,
     bins: NDArray[np.integer],
 ) -> NDArray[np.float64]:
-    """Predictions of a reference fit for a block, with true bins where it has one expert per bin."""
+    """Predictions of a reference fit for a block, each star by the expert of its bin where there are several."""
     flux = np.maximum(block.flux, 0) if form.clipped else block.flux
     x = flux - model.mixture.reference
     if good is not None:
@@ -464,16 +470,27 @@ def _linear(
     return np.clip(chosen, *model.mixture.label_range)
 
 
+class _Limits(NamedTuple):
+    """R² ceilings of the whole set; of its groups, and the exact posterior mean of each star, if of all stars."""
+
+    r2: Mapping[str, float]
+    of_groups: Mapping[str, list[dict[str, float]]] | None = None
+    posterior_means: NDArray[np.float64] | None = None
+
+
+_NO_LIMITS = _Limits({})
+
+
 def _ceilings(
     ceiling: Ceiling | str | Path | None, spectra: SpectrumSet, noise: Mapping[str, Any]
-) -> tuple[dict[str, float], dict[str, list[dict[str, float]]] | None]:
-    """R² ceilings of the whole set, and of the groups if they were computed for all of its stars."""
+) -> _Limits:
+    """Ceilings of a test set."""
     shipped = ceiling is None
     if ceiling is None:
         # That of a reference set comes with the package; it is for the noise stored with the set.
         ceiling = known(spectra) if noise["noise"] == "stored" else None
         if ceiling is None:
-            return {}, None
+            return _NO_LIMITS
     where = "the ceiling"
     if isinstance(ceiling, str | Path):
         where, ceiling = str(ceiling), read(ceiling)
@@ -489,16 +506,16 @@ def _ceilings(
             f"{where}: holds for the noise of the files; evaluate at noise level 1, or without the ceiling"
         )
     if data["n"] != data["n_rows"]:
-        return ceiling.r2(), None
+        return _Limits(ceiling.r2())
     groups = {
         kind: [_group_ceilings(entry) for entry in entries]
         for kind, entries in ceiling.summary["groups"].items()
     }
-    return ceiling.r2(), groups
+    return _Limits(ceiling.r2(), groups, ceiling.stars.get("bayes"))
 
 
 def _group_ceilings(entry: Mapping[str, Any]) -> dict[str, float]:
-    found = {"bayes": entry["bayes"]} if "bayes" in entry else {}
+    found = {"bayes": entry["bayes"], MEANS: entry["bayes_means"]} if "bayes" in entry else {}
     return found | {f"fisher {key}": value for key, value in entry.get("fisher", {}).items()}
 
 

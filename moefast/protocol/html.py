@@ -16,13 +16,17 @@ from moefast.core.atomic import write_atomically
 from moefast.pages.page import Cell, Figure, Table, Words, bracket, number, percent, render, signs, tile
 from moefast.protocol.figures import FIGURES, svg
 from moefast.protocol.milestones.verdicts import Judgement
+from moefast.protocol.report import MEANS
 from moefast.protocol.report_parts import GroupKind, MeasuredSet, Report
 from moefast.protocol.report_text import (
     BAYES,
+    EFFICIENCIES,
     efficiency_words,
     group_efficiency,
     norm_label,
     octile_label,
+    posterior_means_words,
+    snr_oracle_words,
     worst_metal_poor_words,
 )
 
@@ -101,7 +105,9 @@ def page(report: Report, run: Mapping[str, Any] | None = None, judged: Judgement
             "gate": _gate(report),
             "numbers": _numbers(report),
         },
+        means=report.posterior_means and posterior_means_words(report.posterior_means),
         worst=report.worst_metal_poor and worst_metal_poor_words(report.worst_metal_poor),
+        snr_oracle=report.snr_oracle and snr_oracle_words(report.snr_oracle),
         terms=_terms(report),
     )
 
@@ -160,6 +166,8 @@ def _tiles(report: Report, run: Mapping[str, Any]) -> list[dict[str, Any]]:
         if ceiling.gap_closed is not None:
             closed = f"{number(ceiling.gap_closed, 2)} {bracket(ceiling.gap_closed_interval, 2)}"
             detail += f"; gap closed {closed}"
+        if report.posterior_means is not None:
+            detail += f"; {number(report.posterior_means.efficiency)} of R² of the exact posterior means"
         word = "Bayes" if known == "bayes" else "median Fisher"
         tiles.append(tile(f"R² over the {word} ceiling", number(ceiling.efficiency), detail))
     if report.rho is not None:
@@ -333,8 +341,14 @@ def _numbers(report: Report) -> list[Table]:
     references = [name for name in report.references if "," not in name]
     for kind, title, label in _KINDS:
         groups = report.groups(kind)
-        ceilings = [name for name in (BAYES, "fisher median") if any(name in g.ceilings for g in groups)]
-        efficient = [BAYES] if BAYES in ceilings else []
+        ceilings = {
+            name: title
+            for name, title in (
+                (BAYES, "bayes ceiling"), (MEANS, MEANS), ("fisher median", "fisher median ceiling"),
+            )
+            if any(name in g.ceilings for g in groups)
+        }  # fmt: skip
+        efficient = {name: title for name, title in EFFICIENCIES.items() if name in ceilings}
         rows = []
         for k, group in enumerate(groups):
             cells: list[Cell] = [
@@ -344,17 +358,18 @@ def _numbers(report: Report) -> list[Table]:
                 number(group.mae),
                 number(group.rmse),
                 number(group.bias, sign=True),
-                *(group_efficiency(group) for _ in efficient),
+                *(group_efficiency(group, name) for name in efficient),
                 *(number(group.ceilings.get(name)) for name in ceilings),
                 *(number(report.references[name].r2_by(kind)[k]) for name in references),
             ]
             rows.append((label(group), cells))
         header = (
-            "", "n", "R²", "interval", "MAE", "RMSE", "bias", *("efficiency" for _ in efficient),
-            *(f"{n} ceiling" for n in ceilings), *references,
+            "", "n", "R²", "interval", "MAE", "RMSE", "bias", *efficient.values(), *ceilings.values(),
+            *references,
         )  # fmt: skip
         words = "; ceilings and references are R² within the group"
-        words += ", efficiency is R² over the Bayes ceiling there" * bool(efficient)
+        words += ", efficiency is R² over the Bayes ceiling there" * (BAYES in efficient)
+        words += ", of means R² over that of the exact posterior means" * (MEANS in efficient)
         tables.append(Table(title + words, header, rows))
     low = report.low_snr
     named = [

@@ -42,6 +42,7 @@ from moefast.protocol.report_parts import (
     OctileScores,
     OverallScores,
     PartOctileScores,
+    PosteriorMeans,
     Protocol,
     ReferenceScores,
     Report,
@@ -49,6 +50,7 @@ from moefast.protocol.report_parts import (
     Routing,
     SnrMedianGroups,
     SnrNormGroups,
+    SnrOracle,
     WorstMetalPoor,
 )
 
@@ -77,6 +79,15 @@ ORACLE = "oracle"
 
 SAMPLED_ORACLE = "oracle-ridge, sampled"
 """Reference of linear experts with true bins that were fitted to one noise draw per star, as published."""
+
+MEANS = "posterior means"
+"""Name, beside the ceilings within a group, of the R² that the exact posterior means have there."""
+
+GLOBAL_AVERAGE = "global-ridge, average noise"
+"""Reference of one ridge whose noise is the average of all stars."""
+
+SNR_ORACLE = "snr-oracle, average noise"
+"""Reference of four such ridges, each for the stars of one bin of snr_norm and for their average noise."""
 
 BAYES_GATE = "bayes-gate"
 """Reference of the model's own experts, mixed by the evidence of its library alone."""
@@ -171,6 +182,8 @@ class Comparisons:
         R² ceilings of this test set by name ("bayes", "fisher median", …): adds efficiency and closed gap.
     group_ceilings : mapping of str to sequence of mapping, or None
         R² ceilings by name within each group, in the order of `groups_of`.
+    posterior_means : array of shape (n,), or None
+        Exact posterior means of log g of the same stars [dex].
     """
 
     references: Mapping[str, ArrayLike] = field(default_factory=dict)
@@ -178,6 +191,7 @@ class Comparisons:
     oracle_reference: str | None = None
     ceilings: Mapping[str, float] = field(default_factory=dict)
     group_ceilings: Mapping[str, Sequence[Mapping[str, float]]] | None = None
+    posterior_means: ArrayLike | None = None
 
 
 @dataclass(frozen=True)
@@ -439,12 +453,22 @@ def evaluate_predictions(
             n_resamples=n_resamples,
             seed=seed,
         ),
+        snr_oracle=_snr_oracle(truth, others, n_resamples=n_resamples, seed=seed),
         ceilings={
             name: _against_ceiling(
                 truth, filled, others.get(PUBLISHED), float(ceiling), n_resamples=n_resamples, seed=seed
             )
             for name, ceiling in against.ceilings.items()
         },
+        posterior_means=None
+        if against.posterior_means is None
+        else _against_means(
+            truth,
+            filled,
+            _column("posterior_means", against.posterior_means, n),
+            n_resamples=n_resamples,
+            seed=seed,
+        ),
     )
     rounded: Report = _rounded(report)
     # What the model says is written as it is: lists stay lists.
@@ -580,6 +604,40 @@ def _worst_metal_poor(
         r2=metrics.r2(y[members], yhat[members]),
         gain=gain.value,
         gain_interval=(gain.low, gain.high),
+    )
+
+
+def _snr_oracle(
+    y: NDArray[np.float64], others: Mapping[str, NDArray[np.float64]], *, n_resamples: int, seed: int
+) -> SnrOracle | None:
+    if GLOBAL_AVERAGE not in others or SNR_ORACLE not in others:
+        return None
+    one, four = others[GLOBAL_AVERAGE], others[SNR_ORACLE]
+    gain = metrics.bootstrap_difference(y, four, one, n_resamples=n_resamples, seed=seed)
+    return SnrOracle(
+        r2_one=metrics.r2(y, one),
+        r2=metrics.r2(y, four),
+        gain=gain.value,
+        gain_interval=(gain.low, gain.high),
+    )
+
+
+def _against_means(
+    y: NDArray[np.float64],
+    yhat: NDArray[np.float64],
+    means: NDArray[np.float64],
+    *,
+    n_resamples: int,
+    seed: int,
+) -> PosteriorMeans:
+    alone = metrics.bootstrap(y, means, n_resamples=n_resamples, seed=seed)
+    paired = metrics.bootstrap_efficiency(y, yhat, means, n_resamples=n_resamples, seed=seed)
+    return PosteriorMeans(
+        r2=alone.value,
+        r2_interval=(alone.low, alone.high),
+        efficiency=paired.value,
+        efficiency_interval=(paired.low, paired.high),
+        efficiency_reason=metrics.efficiency(metrics.r2(y, yhat), alone.value).reason,
     )
 
 

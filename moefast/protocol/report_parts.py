@@ -41,6 +41,7 @@ __all__ = [
     "OctileScores",
     "OverallScores",
     "PartOctileScores",
+    "PosteriorMeans",
     "Protocol",
     "ReferenceScores",
     "Report",
@@ -51,6 +52,7 @@ __all__ = [
     "Scores",
     "SnrMedianGroups",
     "SnrNormGroups",
+    "SnrOracle",
     "WorstMetalPoor",
 ]
 
@@ -290,6 +292,40 @@ class CeilingComparison:
     gap_closed: float | None
     gap_closed_interval: Interval | None
     gap_closed_reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PosteriorMeans:
+    """R² of the exact posterior means on the same stars, and the model's R² over it; else why there is none.
+
+    The ceiling is what posterior means are expected to reach, this is what they have on these stars.
+    """
+
+    r2: float | None
+    r2_interval: Interval
+    efficiency: float | None
+    efficiency_interval: Interval
+    efficiency_reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnrOracle:
+    """What one ridge for each of the four bins of snr_norm, which is known, brings over one for all stars.
+
+    All of them are of the average noise of their stars and of the same training set.
+
+    Attributes
+    ----------
+    r2_one, r2 : float or None
+        R² of one ridge, and of one in each bin.
+    gain, gain_interval
+        R² of one in each bin − R² of one, paired over the stars.
+    """
+
+    r2_one: float | None
+    r2: float | None
+    gain: float | None
+    gain_interval: Interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -569,7 +605,11 @@ class Report:
         ρ of the same experts mixed by Bayes' rule; None unless the model's gate is another one beside a library.
     worst_metal_poor : WorstMetalPoor or None
         None unless linear experts of one noise draw are among the references.
+    snr_oracle : SnrOracle or None
+        None unless ridges of average noise, one and four by snr_norm, are among the references.
     ceilings : mapping of str to CeilingComparison
+    posterior_means : PosteriorMeans or None
+        None unless the ceiling holds the exact posterior mean of every star.
     """
 
     schema_version: int
@@ -594,7 +634,9 @@ class Report:
     rho: Rho | None
     rho_bayes: Rho | None = None
     worst_metal_poor: WorstMetalPoor | None = None
+    snr_oracle: SnrOracle | None = None
     ceilings: Mapping[str, CeilingComparison]
+    posterior_means: PosteriorMeans | None = None
 
     def groups(self, kind: GroupKind) -> tuple[GroupScores, ...]:
         """Scores of the groups of a kind."""

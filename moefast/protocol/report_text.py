@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,27 +10,43 @@ from moefast.core import metrics
 from moefast.core.text import bracket, number, percent, table
 from moefast.protocol.milestones.text import format_section
 from moefast.protocol.milestones.verdicts import Judgement
+from moefast.protocol.report import MEANS
 from moefast.protocol.report_parts import (
     CeilingComparison,
     GroupScores,
     NormBinScores,
     OctileScores,
+    PosteriorMeans,
     Report,
+    SnrOracle,
     WorstMetalPoor,
 )
 
 __all__ = [
     "BAYES",
+    "EFFICIENCIES",
+    "PUBLISHED_SNR_GAIN",
     "efficiency_words",
     "format_text",
     "group_efficiency",
     "norm_label",
     "octile_label",
+    "posterior_means_words",
+    "snr_oracle_words",
     "worst_metal_poor_words",
 ]
 
 BAYES = "bayes"
 """Ceiling that the efficiency within a group refers to."""
+
+COLUMNS = 100
+"""Of a terminal."""
+
+EFFICIENCIES = {BAYES: "efficiency", MEANS: "of means"}
+"""Titles of R² within a group over the Bayes ceiling, and over what exact posterior means have there."""
+
+PUBLISHED_SNR_GAIN = 0.05
+"""What four bins of SNR brought over one ridge on the published data, which are not public."""
 
 NO_LIMIT = "fisher mean"
 """Mean Fisher bound without prior: single stars without information drag it below what models reach."""
@@ -64,6 +81,8 @@ def format_text(
     lines += ["", *_groups(report)]
     if report.worst_metal_poor is not None:
         lines += ["", f"Worst metal-poor bin: {worst_metal_poor_words(report.worst_metal_poor)}"]
+    if report.snr_oracle is not None:
+        lines += ["", *_wrapped(f"SNR oracle: {snr_oracle_words(report.snr_oracle)}")]
     section = format_section(judged) if judged else []
     if section:
         lines += ["", *section]
@@ -185,7 +204,10 @@ def _ceilings(report: Report) -> list[str]:
         for reason in (ceiling.efficiency_reason, ceiling.gap_closed_reason)
         if reason
     ]
-    return ["Ceilings", *table(("ceiling", "R²", "efficiency", "gap closed", "interval"), rows), *reasons]
+    lines = ["Ceilings", *table(("ceiling", "R²", "efficiency", "gap closed", "interval"), rows), *reasons]
+    if report.posterior_means is not None:
+        lines += _wrapped(f"  exact posterior means: {posterior_means_words(report.posterior_means)}")
+    return lines
 
 
 def _groups(report: Report) -> list[str]:
@@ -195,8 +217,9 @@ def _groups(report: Report) -> list[str]:
         ("By T_eff × [M/H]", report.grid.groups, lambda group: group.name),
         ("By metallicity", report.metallicity.groups, lambda group: group.name),
     ]
-    groups_with_ceiling = any(BAYES in group.ceilings for _, groups, _ in sections for group in groups)
-    header = ("", "n", "R²", "interval", "MAE", "RMSE", "bias", *(["efficiency"] * groups_with_ceiling))
+    known = {name for _, groups, _ in sections for group in groups for name in group.ceilings}
+    efficient = {name: title for name, title in EFFICIENCIES.items() if name in known}
+    header = ("", "n", "R²", "interval", "MAE", "RMSE", "bias", *efficient.values())
     # One table, so that the columns of all sections stand under each other.
     rows: list[tuple[str, ...]] = []
     titles: dict[int, str] = {}
@@ -211,7 +234,7 @@ def _groups(report: Report) -> list[str]:
                 number(group.mae),
                 number(group.rmse),
                 number(group.bias, 3, True),
-                *([group_efficiency(group)] * groups_with_ceiling),
+                *(group_efficiency(group, name) for name in efficient),
             )
             for group in groups
         ]
@@ -231,9 +254,9 @@ def _groups(report: Report) -> list[str]:
     return lines
 
 
-def group_efficiency(group: GroupScores) -> str:
-    """R² over the Bayes ceiling within a group; a dash where there is none, or the ceiling is not positive."""
-    limit = group.ceilings.get(BAYES)
+def group_efficiency(group: GroupScores, ceiling: str = BAYES) -> str:
+    """R² over a ceiling within a group; a dash where there is none, or the ceiling is not positive."""
+    limit = group.ceilings.get(ceiling)
     if limit is None or group.r2 is None:
         return number(None)
     return number(metrics.efficiency(group.r2, limit).value)
@@ -245,6 +268,28 @@ def worst_metal_poor_words(worst: WorstMetalPoor) -> str:
         f"{worst.name} ({worst.n:,} stars), R² {number(worst.r2_sampled)} by the ridge of that bin fitted to one noise "
         f"draw, {number(worst.r2_oracle)} by the expert of that bin ({number(worst.gain, 3, True)} "
         f"{bracket(worst.gain_interval, 3, True)}), {number(worst.r2)} by this model, which does not know the bin"
+    )
+
+
+def _wrapped(sentence: str) -> list[str]:
+    """A sentence in lines of a terminal."""
+    return textwrap.wrap(sentence, COLUMNS, subsequent_indent="  ")
+
+
+def posterior_means_words(means: PosteriorMeans) -> str:
+    """What the exact posterior means have on the same stars, and the model's share of it."""
+    share = means.efficiency_reason or (
+        f"this model has {number(means.efficiency)} {bracket(means.efficiency_interval)} of it (paired)"
+    )
+    return f"R² {number(means.r2)} {bracket(means.r2_interval)} on these stars; {share}"
+
+
+def snr_oracle_words(oracle: SnrOracle) -> str:
+    """What experts by signal-to-noise alone bring, and the published number beside it."""
+    return (
+        f"one ridge for each of the four bins of snr_norm has R² {number(oracle.r2)}, one for all "
+        f"{number(oracle.r2_one)}, all at the average noise of their stars: {number(oracle.gain, 3, True)} "
+        f"{bracket(oracle.gain_interval, 3, True)} (published: {PUBLISHED_SNR_GAIN:+.2f})"
     )
 
 

@@ -22,13 +22,15 @@ from moefast.core.random import NOISE_SEED
 from moefast.core.records import as_entries
 from moefast.core.text import bracket, number, table
 from moefast.model import Model
-from moefast.protocol.compare import compare
+from moefast.protocol.compare import compare, verdict_of
 from moefast.protocol.evaluate import evaluate
 from moefast.protocol.milestones.evaluations import read_reports
 from moefast.protocol.milestones.judge import judge
 from moefast.protocol.milestones.text import format_checks
 from moefast.protocol.milestones.verdicts import MilestoneResult
+from moefast.protocol.report import GLOBAL_AVERAGE, SNR_ORACLE
 from moefast.protocol.report_folder import write_report
+from moefast.protocol.report_text import PUBLISHED_SNR_GAIN
 from moefast.protocol.roadmap_page import comparison_words, page
 from moefast.protocol.roadmap_result import Comparison, Decision, Plan, RoadmapResult, StageResult
 from moefast.recipes import fit
@@ -100,6 +102,8 @@ class Stage:
     pairs : callable
         Of a plan: questions that paired comparisons answer, each with two runs: the one that stands for no, and the
         other.
+    snr_oracle : str or None
+        Run whose report says what experts by SNR alone bring.
     """
 
     id: str
@@ -108,6 +112,7 @@ class Stage:
     milestones: tuple[str, ...]
     decide: Callable[[Mapping[str, MilestoneResult]], Decision]
     pairs: Callable[[Plan], tuple[tuple[str, str, str], ...]] = lambda _: ()
+    snr_oracle: str | None = None
 
 
 def _ruler(plan: Plan) -> tuple[Run, ...]:
@@ -210,6 +215,7 @@ STAGES = (
         "C1", "experts: the best family in each bin, true bins; rescue of the metal-poor",
         _hybrids, ("C1", "C1.1"), _after_hybrid,
         lambda _: (("what line indices bring where stars are metal-poor", "hybrid-moe", "hybrid-metal-poor"),),
+        snr_oracle="hybrid-moe",
     ),
     Stage(
         "C2", "a gate that can be deployed, and conditional fusion for faint stars",
@@ -295,7 +301,10 @@ def roadmap(
             seconds=time.monotonic() - begin,
             commands=tuple(line for run in runs for line in run.commands(plan, backend)),
             milestones=tuple(rows[name] for name in stage.milestones),
-            comparisons=tuple(_compared(folder, *pair) for pair in stage.pairs(plan)),
+            comparisons=(
+                *_by_snr(folder, stage.snr_oracle),
+                *(_compared(folder, *pair) for pair in stage.pairs(plan)),
+            ),
             decision=decision,
         )
         for one in done[stage.id].comparisons:
@@ -372,6 +381,29 @@ def _compared(folder: Path, what: str, base: str, other: str) -> Comparison:
     low, high = found["interval"]
     return Comparison(
         what, base, other, found["from"], found["to"], found["difference"], (low, high), found["verdict"]
+    )
+
+
+def _by_snr(folder: Path, run: str | None) -> tuple[Comparison, ...]:
+    """What the report of a run says of one ridge for each bin of snr_norm against one for all; nothing without them."""
+    if run is None:
+        return ()
+    (evaluation,) = read_reports([folder / "reports" / run])
+    found = evaluation.report.snr_oracle
+    if found is None:
+        return ()
+    low, high = found.gain_interval
+    return (
+        Comparison(
+            f"what a ridge for each of four bins of SNR brings over one for all (published {PUBLISHED_SNR_GAIN:+.2f})",
+            GLOBAL_AVERAGE,
+            SNR_ORACLE,
+            found.r2_one,
+            found.r2,
+            found.gain,
+            (low, high),
+            verdict_of(found.gain, low, high, higher_is_better=True),
+        ),
     )
 
 

@@ -497,6 +497,13 @@ def verdict(kind: Kind, found: Measures) -> str:
     return f"FAIL: {', '.join(missed)}" if missed else "pass"
 
 
+def choose_scenarios(names: tuple[str, ...] | None) -> tuple[str, ...]:
+    """The names, if all are those of `SCENARIOS`; all of these without any. MoefastError if one is not."""
+    if unknown := [name for name in names or () if name not in SCENARIOS]:
+        raise MoefastError(f"scenario {unknown[0]!r} is unknown; choose of {', '.join(SCENARIOS)}")
+    return names or tuple(SCENARIOS)
+
+
 def run_scenarios(
     model: Model,
     *,
@@ -531,9 +538,7 @@ def run_scenarios(
     largest = REFERENCE_SETS[BASE_SET].parts[BASE_PART].n_rows or 0
     if not 2 <= n <= largest:
         raise MoefastError(f"n: expected 2 to {largest} stars, found {n}")
-    names = tuple(SCENARIOS) if names is None else names
-    if unknown := [name for name in names if name not in SCENARIOS]:
-        raise MoefastError(f"scenario {unknown[0]!r} is unknown; choose of {', '.join(SCENARIOS)}")
+    names = choose_scenarios(names)
     emulator = Emulator.load()
     model.check_wave(emulator.wave, "the simulator")
     engine, where = open_engine(model.mixture, backend)

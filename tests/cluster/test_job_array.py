@@ -119,11 +119,14 @@ def test_a_process_is_struck_at_a_share_of_its_work(tmp_path):
     context = multiprocessing.get_context("fork")
     run = functools.partial(strikes.run_struck, context)
     usual = run(two_stages, 0.3, folder=tmp_path).took
-    assert usual.seconds >= 0.59
+    # The system tells user and system time in whole ticks.
+    assert usual.seconds > 0.6 - 2 / os.sysconf("SC_CLK_TCK")
     assert usual.operations == 0
     for share, stage in ((0.2, "one"), (0.8, "two")):
-        struck = run(two_stages, 0.3, folder=tmp_path, strike=strikes.Strike("computing", share), usual=usual)
-        assert struck == (True, stage, None)
+        strike = strikes.Strike("computing", share)
+        # Whoever strikes needs a core in time, which a busy machine may not give: a miss is told as one, and repeated.
+        outcomes = (run(two_stages, 0.3, folder=tmp_path, strike=strike, usual=usual) for _ in range(5))
+        assert (True, stage, None) in outcomes
     # Half as much work as is expected: a miss, and told as one.
     missed = run(two_stages, 0.1, folder=tmp_path, strike=strikes.Strike("computing", 0.9), usual=usual)
     assert not missed.killed

@@ -1,6 +1,7 @@
 """Evaluations, ceilings and simulations on a Dask cluster: what one process finds, whoever computes it."""
 
 import functools
+import gc
 
 import numpy as np
 import pytest
@@ -36,6 +37,8 @@ def client():
         distributed.Client(cluster, set_as_default=False) as found,
     ):
         yield found
+    # What is closed late is collected here, where warnings of it are not heeded, not during a test of another file.
+    gc.collect()
 
 
 def same(one, two):

@@ -1,5 +1,6 @@
 """Shards on the workers of a Dask cluster: the bits of one machine, whatever happens to a worker."""
 
+import gc
 import os
 import signal
 import threading
@@ -30,6 +31,8 @@ pytestmark = [
 def client():
     with workers.connect("local:2") as found:
         yield found
+    # What is closed late is collected here, where warnings of it are not heeded, not during a test of another file.
+    gc.collect()
 
 
 @pytest.fixture(scope="module")
@@ -70,17 +73,24 @@ def test_the_table_is_that_of_one_machine(client, source, saved, reference, tmp_
 
 def test_a_worker_that_is_killed_loses_nothing(client, source, saved, reference, tmp_path):
     pids = list(client.run(os.getpid).values())
-    killed = threading.Timer(0.3, lambda: os.kill(pids[0], signal.SIGKILL))
-    killed.start()
+    killed = []
+
+    def progress(done, total):
+        if done > total // 4 and not killed:
+            killed.append(done)
+            os.kill(pids[0], signal.SIGKILL)
+
     for round_ in range(3):
         out = tmp_path / f"{round_}.h5"
-        workers.predict_on(client, [source], saved, out, options={}, rows_per_task=10)
+        workers.predict_on(client, [source], saved, out, options={}, rows_per_task=10, progress=progress)
         same(out, reference)
-    killed.join()
-    deadline = time.monotonic() + 60
-    while len(client.run(os.getpid)) < 2 and time.monotonic() < deadline:
-        client.wait_for_workers(2, timeout=60)
-    assert pids[0] not in client.run(os.getpid).values()
+    assert killed[0] < len(reference.columns["log_g"])
+    # The scheduler may count the lost one for a while, and another takes its place.
+    deadline = time.monotonic() + 300
+    while len(there := client.run(os.getpid, on_error="ignore")) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert len(there) == 2
+    assert pids[0] not in there.values()
 
 
 def test_shards_that_are_there_are_not_made_again(client, source, saved, reference, tmp_path, monkeypatch):
@@ -111,6 +121,12 @@ def test_shards_that_are_there_are_not_made_again(client, source, saved, referen
     assert [a == b for a, b in zip(times, made, strict=True)] == [True, True, False, True]
     same(out, reference)
     assert not folder.exists()
+
+
+def test_the_key_of_a_task_tells_what_it_does(client):
+    task = workers.submit(client, len, "four")
+    assert task.result() == 4
+    assert workers.work_of(task.key) == "len"
 
 
 def test_what_a_worker_lacks_is_told_with_its_name(client, source, saved, tmp_path, monkeypatch):
@@ -177,13 +193,13 @@ def test_a_worker_without_memory_ends_and_leaves_its_task_to_another(tmp_path, m
             raise MemoryError("not 9 bytes")
 
     # Without workers for so long, the job is given up with an error.
-    monkeypatch.setattr(workers, "PATIENCE", 60)
+    monkeypatch.setattr(workers, "PATIENCE", 300)
     with workers.connect("local:2") as client:
         pids = set(client.run(os.getpid).values())
         assert len(pids) == 2
         task = workers.submit(client, run_out, str(tmp_path / "tried"))
         assert list(workers.results_in_order(client, [task])) == [7]
-        client.wait_for_workers(2, timeout=60)
+        client.wait_for_workers(2, timeout=300)
         assert len(pids & set(client.run(os.getpid, on_error="ignore").values())) == 1
 
 
@@ -230,7 +246,7 @@ def test_a_job_without_workers_is_given_up(monkeypatch, workers_left):
 
     def wait():
         with workers._watched(client, []):
-            assert cancelled.wait(60)
+            assert cancelled.wait(300)
             workers._result(Task(distributed.CancelledError("x")))
 
     with pytest.raises(BackendError, match=r"no workers for 0\.05 s"):

@@ -49,11 +49,14 @@ def package(tmp_path):
             )
         )
 
+    # Code is kept beside its source, wherever those who run the tests keep theirs.
+    surroundings = {name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"}
+
     def run(**environment):
         code = "from stars.kernel import above, answer; print(answer(1), above(1))"
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False,
-            env={**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1", **environment},
+            env={**surroundings, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1", **environment},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         return done.stdout.strip(), done.stderr
@@ -91,6 +94,53 @@ def test_damaged_caches_are_compiled_again(damage, package):
     assert run()[0] == "12 13"
     # The second run has mended them.
     assert run() == ("12 13", "")
+
+
+def add_a_half(x):
+    return x + 0.5
+
+
+@pytest.fixture
+def processes(tmp_path, monkeypatch):
+    """Kernels of one function that share a cache, as several processes do."""
+    monkeypatch.setattr(compiled.caching.config, "CACHE_DIR", str(tmp_path))
+    return [njit(cache=True)(add_a_half) for _ in range(3)]
+
+
+def test_code_of_two_processes_that_compile_at_once_is_not_confused(processes, monkeypatch):
+    """Both find no index, give their code the same name, and the index of one stands beside the code of the other."""
+    one, two, later = processes
+    save_data, load_index = compiled._Files._save_data, compiled._Files._load_index
+
+    def save_while_another_does(files, name, data):
+        monkeypatch.setattr(compiled._Files, "_save_data", save_data)
+        monkeypatch.setattr(compiled._Files, "_load_index", lambda _: {})
+        assert two(1.25) == 1.75
+        monkeypatch.setattr(compiled._Files, "_load_index", load_index)
+        save_data(files, name, data)
+
+    monkeypatch.setattr(compiled._Files, "_save_data", save_while_another_does)
+    assert one(1) == 1.5
+    assert later(1.25) == 1.75
+    assert later(1) == 1.5
+    assert not later.stats.cache_hits
+
+
+def test_code_of_earlier_sources_is_not_taken_for_that_of_a_new_index(processes, monkeypatch):
+    """Another process has written the index of changed sources, and is about to write the code."""
+    one, two, later = processes
+    one(1)
+
+    def ended(*_):
+        raise OSError("killed")
+
+    for kernel in (two, later):
+        kernel._cache._cache_file._source_stamp = "changed"
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled._Files, "_save_data", ended)
+        two(1)
+    assert later(1) == 1.5
+    assert not later.stats.cache_hits
 
 
 def test_a_full_disk_under_the_cache_is_no_error(tmp_path, monkeypatch, caplog):

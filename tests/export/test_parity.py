@@ -176,7 +176,7 @@ np.savez("out.npz", **dict(zip(names, values)))
 assert not any(name.split(".")[0] == "moefast" for name in sys.modules)
 """
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=600
     )
     assert done.returncode == 0, done.stderr
     # Unused initializers, failed shape inference and the like would be told here.

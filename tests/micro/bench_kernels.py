@@ -5,8 +5,10 @@
 
 Plain `pytest` does not collect this file. A sample of the kernel follows a sample of its baseline, and what is judged
 is the median of their ratios. Both work on one thread, and what counts is the time that the process has of a core:
-however many others want the cores, it is nearly the same, while wall time is not. A case fails beyond `ALLOWED` times
-the ratio that is written down for it in `ratios.json`; `tests/microbenchmarks.py` tells how, and sees drifts.
+however many others want the cores, it is nearly the same, while wall time is not. Nearly: a case whose ratio is beyond
+`ALLOWED` times that which is written down for it in `ratios.json` is measured again, and fails if it is beyond that
+three times. A kernel that is slow is slow each time. What the history gets is the first ratio, whatever came after it;
+`tests/microbenchmarks.py` tells how, and sees drifts.
 """
 
 import atexit
@@ -22,7 +24,7 @@ import numpy as np
 import pytest
 from made_clouds import mixture as posterior
 from made_forest import forest
-from microbenchmarks import ALLOWED, allowed
+from microbenchmarks import ALLOWED, TRIES, allowed, measured
 from threadpoolctl import threadpool_limits
 
 import moefast
@@ -538,25 +540,45 @@ def repeated(work):
     return sample
 
 
-def ratio_of(benchmark, kernel, baseline):
-    """Time of the kernel over that of the baseline: the median of the ratios of samples that follow each other."""
+def by_turns(sample, setup, rounds, iterations):
+    """What `benchmark.pedantic` does, which can be had once in a test."""
+    assert iterations == 1
+    for _ in range(rounds):
+        setup()
+        sample()
+
+
+def ratios_of(benchmark, kernel, baseline, bound):
+    """Time of the kernel over that of the baseline, as often as `measured` asks for it.
+
+    A ratio is the median of those of samples that follow each other.
+    """
+    measurements = []
+
+    def measure():
+        seconds, seconds_baseline = [], []
+        sample, sample_baseline = repeated(kernel), repeated(baseline)
+        (by_turns if measurements else benchmark.pedantic)(
+            lambda: seconds.append(sample()),
+            setup=lambda: seconds_baseline.append(sample_baseline()),
+            rounds=ROUNDS,
+            iterations=1,
+        )
+        measurements.append((seconds, seconds_baseline))
+        return float(np.median(np.divide(seconds, seconds_baseline)))
+
     threads = numba.get_num_threads()
     numba.set_num_threads(1)
-    seconds, seconds_baseline = [], []
     try:
         with threadpool_limits(1):
-            sample, sample_baseline = repeated(kernel), repeated(baseline)
-            benchmark.pedantic(
-                lambda: seconds.append(sample()),
-                setup=lambda: seconds_baseline.append(sample_baseline()),
-                rounds=ROUNDS,
-                iterations=1,
-            )
+            ratios = measured(measure, bound)
     finally:
         numba.set_num_threads(threads)
-    ratio = float(np.median(np.divide(seconds, seconds_baseline)))
-    benchmark.extra_info.update(ratio=ratio, kernel_seconds=seconds, baseline_seconds=seconds_baseline)
-    return ratio
+    seconds, seconds_baseline = measurements[0]
+    benchmark.extra_info.update(
+        ratio=ratios[0], measured_again=ratios[1:], kernel_seconds=seconds, baseline_seconds=seconds_baseline
+    )
+    return ratios
 
 
 def assert_same(found, expected):
@@ -576,19 +598,21 @@ def test_kernel_is_not_slower_than_it_was(benchmark, case):
     assert_same(answer, baseline())
     quality = goodness[0](answer) if goodness else None
     bound = allowed(case.__name__)
-    ratio = ratio_of(benchmark, kernel, baseline)
+    ratios = ratios_of(benchmark, kernel, baseline, bound)
     benchmark.extra_info.update(case=case.__name__, bound=bound, r2=quality)
-    print(f"{case.__name__}: {ratio:.3g} of the baseline's time, {bound:.3g} allowed, R² {quality}")
-    assert ratio <= bound
+    told = ", then ".join(f"{ratio:.3g}" for ratio in ratios)
+    print(f"{case.__name__}: {told} of the baseline's time, {bound:.3g} allowed, R² {quality}")
+    assert ratios[-1] <= bound, f"{told} of the baseline's time, each beyond the {bound:.3g} that are allowed"
     # What is fast and wrong is no good.
     assert quality is None or quality > 0.6
 
 
 def test_a_kernel_that_became_slow_is_seen(benchmark):
-    """Twice the work, by construction."""
+    """Three times the work, by construction: beyond what is allowed each time that it is measured."""
     kernel, _ = sort_by_bin()
-    ratio = ratio_of(benchmark, lambda: [kernel() for _ in range(2)], kernel)
-    assert ratio > ALLOWED
+    ratios = ratios_of(benchmark, lambda: [kernel() for _ in range(3)], kernel, ALLOWED)
+    assert len(ratios) == TRIES
+    assert min(ratios) > ALLOWED
 
 
 def test_every_case_has_a_ratio():

@@ -6,7 +6,6 @@ import os
 import queue
 import resource
 import threading
-import time
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain, pairwise, repeat
@@ -402,19 +401,26 @@ def test_rows_that_cannot_be_read_keep_their_place(stars, model, tmp_path, monke
 
 
 class Faults:
-    """Rows that workers cannot read; the first of them is found last."""
+    """Rows that workers cannot read; the first of them is found after the second."""
 
     def __init__(self, monkeypatch, *rows):
         self.rows, self.found = rows, []
+        changed = threading.Condition()
         real = Shard.read
+
+        def the_second_is_found():
+            first, second = (self.found.count(one) for one in self.rows[:2])
+            return second > first
 
         def read(shard, array, start, stop, out=None):
             working = threading.current_thread().name.startswith("moefast-worker")
             for path, row in self.rows if working else ():
                 if array == "error" and shard.path == path and start <= row < stop:
-                    if (path, row) == self.rows[0]:
-                        time.sleep(0.3)
-                    self.found.append((path, row))
+                    with changed:
+                        if (path, row) == self.rows[0]:
+                            changed.wait_for(the_second_is_found, timeout=300)
+                        self.found.append((path, row))
+                        changed.notify_all()
                     raise InputError(f"{path.name}: row {row} is damaged")
             return real(shard, array, start, stop, out)
 
@@ -466,7 +472,7 @@ class Pinned(CpuEngine):
 
     @contextmanager
     def place(self):
-        arrays = self.free.get(timeout=60)
+        arrays = self.free.get(timeout=300)
 
         def score(flux, error, mask, first_row):
             if not self.in_place:

@@ -14,7 +14,7 @@ from moefast.simulate import sets
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "eval_protocol_frozen.md"
 VERSION, SHA256 = 1, "87441f28babb71f0fe1292303b98e853be4aed97ba713c288c9a5332d41e356e"
-ADDITIONS = "a3c87b8a83eadbbed5b0523ef7f90f264619bcc2fa5564e332c1d9ea0a817104"
+ADDITIONS = "1779122af24a3b4472c42e180315fffd6690f85e890019f8e01d09944773f453"
 CHANGED = """the frozen protocol is no longer what it was. If that was not meant, find what changed (compare
 moefast.protocol.frozen.canonical() before and after). If it was meant, results before and after cannot be compared:
 raise VERSION in moefast/protocol/frozen.py, write the document anew, say so in the changelog, and put version and

@@ -52,7 +52,19 @@ def row_of(result, identifier, index=0):
 
 def test_nothing_given_is_nothing_run():
     result = judge([])
-    assert list(verdicts(result)) == ["C0", "C1", "C1.1", "C2", "C2.0", "C2.0+", "C2.0e", "C3", "C3+", "C4"]
+    assert list(verdicts(result)) == [
+        "C0",
+        "C1",
+        "C1.1",
+        "C2",
+        "C2.0",
+        "C2.0+",
+        "C2.0e",
+        "C3",
+        "C3+",
+        "C3.p",
+        "C4",
+    ]
     assert set(verdicts(result).values()) == {("not run", "not run")}
     assert all(row.ours.value is None and row.ours.reason for row in result.sections[0].milestones)
 
@@ -142,6 +154,16 @@ def test_the_gate_of_the_hybrid_is_judged_on_the_way_to_its_own_experts(tmp_path
     assert verdicts(result)["C2.0+"] == ("not run", "not run")
     result = judge(read_reports(write(tmp_path, other, evaluation("hybrid-moe", 0.66))))
     assert verdicts(result)["C2.0+"] == ("pass", "pass")
+
+
+@pytest.mark.parametrize(("recipe", "r2", "verdict"), [
+    ("heads-vit", 0.93, ("pass", "pass")), ("heads-cnn", 0.93, ("pass", "pass")),
+    # 0.44 of the gap from 0.5 to 0.95; the other trunk is not there.
+    ("heads-cnn", 0.72, ("pass", "not run")), ("heads-single", 0.93, ("not run", "not run")),
+])  # fmt: skip
+def test_either_trunk_that_sees_pixels_counts(tmp_path, recipe, r2, verdict):
+    made = evaluation(recipe, r2, references=(("published-ridge", 0.5),))
+    assert verdicts(judge(read_reports(write(tmp_path, made))))["C3.p"] == verdict
 
 
 @pytest.mark.parametrize(

@@ -252,6 +252,62 @@ def test_the_worst_metal_poor_bin_stands_beside_its_sampled_ridge(sample):
     assert minimal(sample, slice(None), references=references).worst_metal_poor is None
 
 
+def test_an_expert_for_each_bin_of_snr_stands_beside_one_for_all(sample):
+    y, noise = sample["y"], np.random.default_rng(3).standard_normal(len(sample["y"]))
+    references = {
+        "global-ridge, average noise": y + 0.9 * noise,
+        "snr-oracle, average noise": y + 0.8 * noise,
+    }
+    found = minimal(sample, slice(None), references=references)
+    one, four = (metrics.r2(y, y + scatter * noise) for scatter in (0.9, 0.8))
+    assert (found.snr_oracle.r2_one, found.snr_oracle.r2) == pytest.approx((one, four))
+    assert found.snr_oracle.gain == pytest.approx(four - one)
+    low, high = found.snr_oracle.gain_interval
+    assert low < four - one < high < 2 * (four - one)
+    assert read_back(found).snr_oracle == found.snr_oracle
+    for words in (" ".join(report_text.format_text(found).split()), html.page(found)):
+        assert f"of snr_norm has R² {four:.3f}, one for all {one:.3f}" in words
+        assert f"{four - one:+.3f} [" in words
+        assert "(published: +0.05)" in words
+    del references["snr-oracle, average noise"]
+    assert minimal(sample, slice(None), references=references).snr_oracle is None
+
+
+def test_what_exact_posterior_means_have_on_the_same_stars_stands_beside_the_ceiling(sample):
+    y, noise = sample["y"], np.random.default_rng(3).standard_normal(len(sample["y"]))
+    means, own = y + 0.50 * noise, y + 0.52 * noise
+    of_groups = {"snr_norm": [{"bayes": 0.9, "posterior means": 0.8}] * 4}
+    found = minimal(
+        sample,
+        slice(None),
+        yhat=own,
+        ceilings={"bayes": 0.9},
+        group_ceilings=of_groups,
+        posterior_means=means,
+    )
+    both = found.posterior_means
+    share = metrics.r2(y, own) / metrics.r2(y, means)
+    assert both.r2 == pytest.approx(metrics.r2(y, means))
+    assert both.efficiency == pytest.approx(share)
+    # Errors of both are alike but for their size, so that the quotient is far better known than either R².
+    low, high = both.efficiency_interval
+    assert low < share < high
+    assert high - low < 0.2 * (both.r2_interval[1] - both.r2_interval[0])
+    assert read_back(found).posterior_means == both
+    text, page = report_text.format_text(found), html.page(found)
+    assert f"this model has {share:.3f} [{low:.3f}, {high:.3f}] of it" in " ".join(text.split())
+    assert f"this model has {share:.3f}" in page
+    lines = text.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("By snr_norm"))
+    assert lines[head].split()[-3:] == ["efficiency", "of", "means"]
+    for line, group in zip(lines[head + 1 :], found.snr_norm.groups, strict=False):
+        assert line.split()[-2:] == [f"{group.r2 / 0.9:.3f}", f"{group.r2 / 0.8:.3f}"]
+    assert max(map(len, lines)) <= 100
+    useless = minimal(sample, slice(None), ceilings={"bayes": 0.9}, posterior_means=y.mean() + noise)
+    assert useless.posterior_means.efficiency is None
+    assert "not above zero" in report_text.format_text(useless)
+
+
 def test_efficiency_within_a_group_is_r2_over_its_own_ceiling():
     result = made_up.report()
     lines = report_text.format_text(result).splitlines()

@@ -24,6 +24,8 @@ OTHERS = (
     ("global-ridge", 0.6),
     ("oracle-ridge", 0.8),
     ("oracle-ridge, sampled", 0.7),
+    ("global-ridge, average noise", 0.55),
+    ("snr-oracle, average noise", 0.59),
 )
 
 
@@ -107,6 +109,7 @@ def test_a_tiny_roadmap_is_fitted_evaluated_and_judged(labelled_file, stars, tmp
     assert f"bin {worst['name']}" in rows["C1.1"].ours.note
     compared = {(one.base, one.other) for stage in result.stages for one in stage.comparisons}
     assert compared == {
+        ("global-ridge, average noise", "snr-oracle, average noise"),
         ("hybrid-moe", "hybrid-metal-poor"), ("hybrid-moe", "hybrid-regression"), ("phys-moe", "hybrid-moe"),
         ("heads-single", "heads"), ("heads", "residual-moe"), ("heads", "residual-metal-poor"),
     }  # fmt: skip
@@ -138,6 +141,13 @@ def test_a_strong_hybrid_and_a_good_gate_lead_to_residuals(made, tmp_path):
                 assert escape(check.what) in html
     assert "C0 → C1 → C2 → C4" in html
     assert "moefast fit train.h5 -o models/phys-moe/ --recipe phys-moe" in html
+    (by_snr,) = (one for one in result.stages[1].comparisons if one.other == "snr-oracle, average noise")
+    assert by_snr.difference == pytest.approx(by_snr.to_other - by_snr.from_base)
+    assert by_snr.verdict == "better"
+    for words in (text, html):
+        assert (
+            f"four bins of SNR brings over one for all (published +0.05): +{by_snr.difference:.3f} [" in words
+        )
     for stage in result.stages:
         for row in stage.milestones:
             assert f"{row.id}  {row.what}" in text

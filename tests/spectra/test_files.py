@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 
 from moefast.core.errors import InputError, LabelError, WaveGridError
-from moefast.spectra import Failure, Shard, find_files, open_spectra, same_wave
-from moefast.spectra import shard as shard_module
+from moefast.spectra import Failure, Shard, find_files, open_spectra, same_wave, structure
+from moefast.spectra import rows as rows_module
 from moefast.spectra.blocks import BlockMemory
 
 
@@ -117,7 +117,7 @@ def test_any_range_of_rows(make_file, layout, rows):
 
 
 def test_conversion_in_several_pieces(make_file, monkeypatch):
-    monkeypatch.setattr(shard_module, "STAGING_BYTES", 3 * 32 * 8)
+    monkeypatch.setattr(rows_module, "STAGING_BYTES", 3 * 32 * 8)
     path, values = make_file(arrays=("flux", "error", "mask"))
     shard = Shard(path)
     np.testing.assert_array_equal(shard.read("flux", 1, 11), values["flux"][1:])
@@ -126,7 +126,7 @@ def test_conversion_in_several_pieces(make_file, monkeypatch):
 
 def test_compressed_chunks_are_decoded_once(make_file, monkeypatch):
     path, _ = make_file(n=64, chunks=(16, 32), compression="gzip")
-    monkeypatch.setattr(shard_module, "_SLAB_BYTES", 16 * 32 * 4)
+    monkeypatch.setattr(structure, "SLAB_BYTES", 16 * 32 * 4)
     calls = []
     original = h5py.Dataset.read_direct
 
@@ -507,14 +507,14 @@ def test_arrays_that_lie_as_they_are_are_read_side_by_side(make_file, layout, to
     """Every read waits until another one is under way, too."""
     path, values = make_file(n=8, dtype="f4", **LAYOUTS[layout])
     spectra = open_spectra(path)
-    barrier = threading.Barrier(together, timeout=60)
-    real = shard_module._RawFile.fill
+    barrier = threading.Barrier(together, timeout=300)
+    real = rows_module._RawFile.fill
 
     def fill(file, view, offset):
         barrier.wait()
         real(file, view, offset)
 
-    monkeypatch.setattr(shard_module._RawFile, "fill", fill)
+    monkeypatch.setattr(rows_module._RawFile, "fill", fill)
     blocks = list(spectra.unfilled(4))
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda block: spectra.fill(block, BlockMemory()), blocks))
@@ -525,14 +525,14 @@ def test_a_file_that_is_closed_while_it_is_read(make_file, monkeypatch):
     """Others may be opened under the number of a file that was closed: it must be no other's before the read ends."""
     path, values = make_file(dtype="f4")
     shard, opened = Shard(path), []
-    real = shard_module._RawFile.fill
+    real = rows_module._RawFile.fill
 
     def fill(file, view, offset):
         shard.close()
         opened.extend(os.open("/dev/zero", os.O_RDONLY) for _ in range(5))
         real(file, view, offset)
 
-    monkeypatch.setattr(shard_module._RawFile, "fill", fill)
+    monkeypatch.setattr(rows_module._RawFile, "fill", fill)
     np.testing.assert_array_equal(shard.read("flux", 0, 11), values["flux"])
     np.testing.assert_array_equal(shard.read("error", 2, 9), values["error"][2:9])
     for number in opened:

@@ -12,7 +12,7 @@ from moefast.core.errors import InputError
 from moefast.core.watched import interrupt_behind
 from moefast.kernels import PROJECT_ROWS
 from moefast.predicting.files import predict
-from moefast.spectra import shard as shard_module
+from moefast.spectra import rows as rows_module
 from moefast.spectra.quality import Flag
 from moefast.spectra.shard import Shard
 from moefast.spectra.spectrum_set import open_spectra
@@ -383,7 +383,7 @@ def test_a_collection_of_texts_without_end_is_an_error(texts, tmp_path):
         changed[at + 16 : at + 18] = b"\0\0"
         changed[at + 24 : at + 32] = length.to_bytes(8, "little")
         texts.write_bytes(changed)
-        ended = run(work, tmp_path / "log", cpu_limit=20)
+        ended = run(work, tmp_path / "log")
         assert ended.code == 3, ended.said
         assert f"texts.h5: texts of variable length, at byte {at}, are damaged" in ended.said
 
@@ -415,12 +415,12 @@ def test_an_interrupt_that_a_library_wraps_is_no_damage(texts, monkeypatch):
     def struck(*_):
         raise _behind(_Interrupt())
 
-    monkeypatch.setattr(Shard, "_find_wave", struck)
+    monkeypatch.setattr("moefast.spectra.structure._find_wave", struck)
     with pytest.raises(_Interrupt):
         Shard(texts)
     monkeypatch.undo()
     shard = Shard(texts)
-    monkeypatch.setattr(Shard, "_fill", struck)
+    monkeypatch.setattr(rows_module.RowReader, "fill", struck)
     with pytest.raises(_Interrupt):
         shard.read("flux", 0, 2)
     assert interrupt_behind(ValueError("damaged")) is None
@@ -435,7 +435,7 @@ def test_a_lack_of_memory_is_no_damage(tmp_path, monkeypatch):
         raise MemoryError("none left")
 
     for name in ("_read_raw", "_read_slabs", "_read_chunks"):
-        monkeypatch.setattr(Shard, name, none_left)
+        monkeypatch.setattr(rows_module.RowReader, name, none_left)
     monkeypatch.setattr("moefast.spectra.shard.read_columns", none_left)
     with pytest.raises(MemoryError, match="none left"):
         shard.read("flux", 0, 2)
@@ -452,7 +452,7 @@ def test_a_file_that_was_only_read_is_closed_quietly(monkeypatch):
             raise OSError(errno.EDQUOT, "Disk quota exceeded")
 
         patch.setattr(os, "close", refuse)
-        shard_module._close(handle)
-    shard_module._close(handle)
+        rows_module._close(handle)
+    rows_module._close(handle)
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(handle)

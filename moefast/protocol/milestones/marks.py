@@ -175,6 +175,7 @@ _RESCUE = Quantity(
 _NO_LOSS = Quantity(f"R² of {_FOCUS} over hybrid-moe's, metal-poor stars", focus_gain, (_FOCUS, "hybrid-moe"))
 _HYBRID_RHO = rho_of(_REGRESSION, HYBRID_ORACLE)
 _EVIDENCE_RHO = rho_of("hybrid-moe", HYBRID_ORACLE)
+_PIXEL_TRUNKS = ("heads-vit", "heads-cnn")
 _DEPLOYED = (Check(r2_of("hybrid-moe"), "≥", 0.65), Check(r2_of(_REGRESSION), "≥", 0.65))
 
 ADDED_MILESTONES = (
@@ -213,6 +214,15 @@ ADDED_MILESTONES = (
         absolute=Rule(_DEPLOYED, "any"),
         reference=Rule(_DEPLOYED, "any"),
         commands=_evaluated("hybrid-moe", _REGRESSION),
+    ),
+    Milestone(
+        id="C3.p",
+        what="trunks that see pixels, transformer or convolutions, and heads",
+        published="ViT 0.698-0.711",
+        ours=r2_of("heads-vit"),
+        absolute=Rule(tuple(Check(r2_of(recipe), "≥", 0.70) for recipe in _PIXEL_TRUNKS), "any"),
+        reference=Rule(tuple(Check(gap_closed(recipe), "≥", 0.85) for recipe in _PIXEL_TRUNKS), "any"),
+        commands=_evaluated(*_PIXEL_TRUNKS),
     ),
 )
 """Marks that were written later than the rest: those of single steps of the roadmap, with its own numbers."""

@@ -1,4 +1,4 @@
-"""HDF5 files of the PFS simulator that must be shifted or resampled; for their layout see `moefast.spectra.shard`."""
+"""HDF5 files of the PFS simulator that must be shifted or resampled; `moefast.spectra.structure` tells their layout."""
 
 from __future__ import annotations
 

@@ -56,23 +56,15 @@ def small_tiles(monkeypatch):
     for name, value in few.items():
         monkeypatch.setattr(information, name, value)
     few = {"MEDIAN_THREADS": 2, "LANES": 2, "CLOUDS": 4, "MOST_STARS": 2, "THREADS": 16}
-    few |= {"LEAST_BLOCKS": 3, "MOST_BLOCKS": 3}
     for name, value in few.items():
         monkeypatch.setattr(clouds, name, value)
-    few = {
-        "STEP": 4,
-        "READ_THREADS": 2,
-        "LANES": 2,
-        "VELOCITIES": 4,
-        "TEMPLATES": 2,
-        "LEAST_BLOCKS": 3,
-        "MOST_BLOCKS": 3,
-    }
+    few = {"STEP": 4, "READ_THREADS": 2, "LANES": 2, "VELOCITIES": 4, "TEMPLATES": 2}
     few |= {"TILE": 16, "HALF": 8, "PADDED": 20, "PRODUCT_THREADS": 4, "LOADS": 32}
     few |= {"WARP_ROWS": 2, "WARP_COLUMNS": 2, "WARPS_BESIDE": 1}
     for name, value in few.items():
         monkeypatch.setattr(velocity, name, value)
-    monkeypatch.setattr(space, "READ_THREADS", 2)
+    for name, value in {"READ_THREADS": 2, "LEAST_BLOCKS": 3, "MOST_BLOCKS": 3}.items():
+        monkeypatch.setattr(space, name, value)
 
 
 class NumpyProducts:

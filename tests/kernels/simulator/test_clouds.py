@@ -204,7 +204,7 @@ def test_blocks_pass_through_the_slots_and_memory_is_that_of_a_block(mix):
     plan = scorer.plan
     work, inputs = plan.work(3), 3 * 9 * plan.n_pixels
     scratch = work.scratch.nbytes + work.second_scratch.nbytes
-    assert scratch == plan.scratch_bytes
+    assert scratch == plan.matrices.scratch_bytes
     others = ("rows", "scores", "memory_of_scores", "scratch", "second_scratch", "parts", "pairs_of_roots")
     arrays = [a for name, a in vars(work).items() if name not in others]
     arrays += [*work.scores, *work.parts.values()]

@@ -375,7 +375,7 @@ def test_blocks_are_filled_side_by_side(monkeypatch):
     plans = random_plans(p=16, c=3, w=1, n_experts=2, n_levels=2, hidden=2)
     flux, error = spectra(8, plans[0])
     scorer = CudaScorer(*plans, block_rows=2)
-    together = threading.Barrier(2, timeout=60)
+    together = threading.Barrier(2, timeout=300)
     real = scoring.Slot.fill
 
     def fill(slot, *block):
@@ -416,7 +416,7 @@ def test_callers_in_threads_share_the_slots():
     scorer = CudaScorer(*plans, block_rows=2)
     expected = scorer(flux, error)
     parts = [slice(i, i + 6) for i in range(0, 24, 6)]
-    ready = threading.Barrier(len(parts))
+    ready = threading.Barrier(len(parts), timeout=300)
 
     def work(here):
         ready.wait()

@@ -80,7 +80,8 @@ def test_blocks_of_the_scan_pass_through_the_slots_and_memory_is_that_of_a_block
     np.testing.assert_array_equal(scan(flux, error), expected)
     work = scan.plan.work(3)
     # Results are arrays in one piece of memory, which counts once.
-    held = sum(array.nbytes for name, array in vars(work).items() if name != "memory_of_scores")
+    arrays = [array for name, array in vars(work).items() if name not in ("memory_of_scores", "scores")]
+    held = sum(array.nbytes for array in [*arrays, *work.scores])
     assert 3 * scan.plan.bytes_per_row() == 3 * 9 * P + held
 
 
@@ -124,11 +125,11 @@ def test_blocks_of_the_step_pass_through_the_slots_and_memory_is_that_of_a_block
     np.testing.assert_array_equal(scorer(flux, error), expected)
     plan = scorer.plan
     work = plan.work(3)
-    assert work.scratch.nbytes == plan.scratch_bytes
-    others = ("rows", "memory_of_scores", "scratch", "parts", "quality")
+    assert work.scratch.nbytes == plan.matrices.scratch_bytes
+    others = ("rows", "memory_of_scores", "scores", "scratch", "parts", "quality")
     arrays = [array for name, array in vars(work).items() if name not in others]
-    held = sum(array.nbytes for array in [*arrays, *work.parts.values(), *work.quality])
-    share = -(-plan.scratch_bytes // velocity.BLOCK_ROWS)
+    held = sum(array.nbytes for array in [*arrays, *work.scores, *work.parts.values(), *work.quality])
+    share = -(-plan.matrices.scratch_bytes // velocity.BLOCK_ROWS)
     assert 3 * (plan.bytes_per_row() - share) == 3 * 9 * 32 + held
 
 
