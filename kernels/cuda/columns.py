@@ -78,9 +78,9 @@ def project_columns(  # type: ignore[no-untyped-def]
 ):
     """Project spectra; see `moefast.kernels.Projection` for the arguments and `Projected` for the results.
 
-    `flux` is flat and begins at a multiple of 16 bytes; `p` is a multiple of eight, and `marks` (n · p / 8), flat, holds
+    `flux` is flat and begins at a multiple of 16 bytes; `p` is a multiple of eight, and `marks` (n · p / 8), flat, has
     a bit for each good pixel. `reference` is filled up with zeros to whole panels, and so is `matrix`, which holds,
-    tile by tile and pixel by pixel, COLUMNS columns; `busy` says of each panel whether a line column is not zero in it.
+    tile by tile and pixel by pixel, COLUMNS columns; `busy` says of each panel whether a line column is not zero.
 
     Launch: (⌈n / ROWS⌉, max(⌈c / COLUMNS⌉, ⌈l / LINES⌉)) blocks of THREADS threads.
     """
