@@ -183,11 +183,6 @@ def find_races(monkeypatch) -> Log:  # type: ignore[no-untyped-def]
         array.array[index] += value
         return before
 
-    def largest(self, array, index, value):  # type: ignore[no-untyped-def]
-        before = array.array[index]
-        array.array[index] = max(before, value)
-        return before
-
     plain = kernel.FakeCUDAKernel.__call__
 
     def call(self, *arguments):  # type: ignore[no-untyped-def]
@@ -201,5 +196,4 @@ def find_races(monkeypatch) -> Log:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(kernel, "FakeWithinKernelCUDAArray", of_device)
     monkeypatch.setattr(kernelapi.FakeCUDAShared, "array", shared)
     monkeypatch.setattr(kernelapi.FakeCUDAAtomic, "add", add)
-    monkeypatch.setattr(kernelapi.FakeCUDAAtomic, "max", largest)
     return log

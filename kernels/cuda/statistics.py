@@ -263,7 +263,10 @@ def _signal_in_memory(flux, marks, p, row):  # type: ignore[no-untyped-def]
 
 @cuda.jit(device=True)
 def _middle_in_memory(flux, error, marks, p, row, n, scratch, middle):  # type: ignore[no-untyped-def]
-    """As `_middle_of`, of a row with an absurd pixel."""
+    """Write keys (n − 1) / 2 and the next of n in order, of a row with an absurd pixel, to `middle`.
+
+    Every thread must call it; the first one may read `middle` without a barrier.
+    """
     k = int32((n - int32(1)) >> int32(1))
     low = -int64(NO_KEY)
     high = int64(NO_KEY) - 1
@@ -293,136 +296,12 @@ def _middle_in_memory(flux, error, marks, p, row, n, scratch, middle):  # type: 
         middle[1] = one if upto > k + 1 else above
 
 
-@cuda.jit(device=True, **WRITTEN_OUT)
-def _middle_of(keys, n, p, scratch, middle):  # type: ignore[no-untyped-def]
-    """Keys (n − 1) / 2 and the next of n in order, which all threads hold in registers, to `middle`.
-
-    Every thread must call it; the first one may read `middle` without a barrier.
-    """
-    in_order = cuda.shared.array(THREADS, int32, alignment=ALIGNED)
-    pivots = cuda.shared.array((2, WARPS), int32)
-    of_thread = cuda.shared.array((KEYS, THREADS), int32)
-    found = cuda.shared.array(FEW, int32, alignment=ALIGNED)
-    count = cuda.shared.array(1, int32)
-    thread = int32(cuda.threadIdx.x & (THREADS - 1))
-    k = int32((n - int32(1)) >> int32(1))
-
-    # -- the first two pivots, from a few keys of each warp ------------------------------------------------------
-    lane = int32(thread & (LANES - 1))
-    key = keys[0]
-    for s in range(1, GROUPS):
-        key = keys[EACH * s] if thread % GROUPS == s else key
-    # Their last bits tell equal ones apart.
-    key = int32((key & -LANES) | lane)
-    in_order[thread] = key
-    found[thread] = NO_KEY
-    cuda.syncthreads()
-    rank = int32(0)
-    for other in range(0, LANES, 2):
-        here = (thread & -LANES) | other
-        one = int32(1) if in_order[here] < key else int32(0)
-        two = int32(1) if in_order[here | 1] < key else int32(0)
-        rank = int32(rank + one + two)
-    # Bad pixels come last.
-    half = quotient(float32(LANES // 2) * float32(n), float32(p))
-    if rank == max(int32(half - ASIDE), int32(0)):
-        pivots[0, thread // LANES] = key // WARPS
-    if rank == min(int32(half + ASIDE), int32(LANES - 1)):
-        pivots[1, thread // LANES] = key // WARPS
-    cuda.syncthreads()
-    first = int32(0)
-    second = int32(0)
-    for other in range(WARPS):
-        first = int32(first + pivots[0, other])
-        second = int32(second + pivots[1, other])
-    first = int32((first & -LANES) - 1)
-    second = int32(second | (LANES - 1))
-
-    # -- keys below `low`: `below`; keys up to `high`: `upto`; below ≤ k < upto ----------------------------------
-    low = int32(-INFINITY)
-    high = INFINITY
-    below = int32(0)
-    upto = n
-    tries = int32(0)
-    while low < high and upto - below > FEW:
-        if tries > 0:
-            step = quotient(float32(int64(high) - int64(low)), float32(upto - below))
-            at = float32(k - below) + float32(0.5)
-            first = _beside(low, high, step * (at - float32(FEW // 4)))
-            second = _beside(low, high, step * (at + float32(FEW // 4)))
-        if tries >= TRIES:
-            first = int32((low >> int32(1)) + (high >> int32(1)) + (low & high & int32(1)))
-            second = first
-        first = min(max(first, low), int32(high - 1))
-        second = min(max(second, first), int32(high - 1))
-        mine = int32(0)
-        for s in range(KEYS):
-            one = int32(1) if keys[s] <= first else int32(0)
-            two = TWO_COUNTS if keys[s] <= second else int32(0)
-            mine = int32(mine + one + two)
-        mine = _sum_of_block(mine, scratch)
-        to_first = int32(mine & LOW_HALF)
-        to_second = int32((mine >> int32(HALF_WORD)) & LOW_HALF)
-        if to_first > k:
-            high = first
-            upto = to_first
-        elif to_second > k:
-            low = int32(first + 1)
-            below = to_first
-            high = second
-            upto = to_second
-        else:
-            low = int32(second + 1)
-            below = to_second
-        tries = int32(tries + int32(1))
-
-    # -- the keys that are left ----------------------------------------------------------------------------------
-    above = low
-    if k + 1 >= upto:
-        # The second of two middle ones lies above the range.
-        above = NO_KEY
-        for s in range(KEYS):
-            above = min(above, keys[s] if keys[s] > high else NO_KEY)
-        above = least_of_block(above, scratch)
-    if thread == 0:
-        middle[0] = low
-        middle[1] = above
-        count[0] = 0
-    cuda.syncthreads()
-    if low < high:
-        # A bit for each; few threads have any, and find these again in shared memory.
-        bits = uint32(0)
-        for s in range(KEYS):
-            of_thread[s, thread] = keys[s]
-            bits = uint32(bits | (uint32(1 << s) if low <= keys[s] <= high else uint32(0)))
-        if bits != uint32(0):
-            place = cuda.atomic.add(count, 0, int32(cuda.popc(bits)))
-            while bits != uint32(0):
-                without = uint32(bits & uint32(bits - uint32(1)))
-                s = int32(cuda.popc(uint32(uint32(bits ^ without) - uint32(1))))
-                found[place & (FEW - 1)] = of_thread[s & (KEYS - 1), thread]
-                place = int32(place + int32(1))
-                bits = without
-        cuda.syncthreads()
-        size = int32(upto - below)
-        if thread < size:
-            key = found[thread]
-            less = below
-            other = int32(0)
-            while other < size:
-                # What is beyond the last one is NO_KEY.
-                here = other & (FEW - 4)
-                for i in range(0, 4, 2):
-                    one = int32(1) if found[here | i] < key else int32(0)
-                    two = int32(1) if found[here | i | 1] < key else int32(0)
-                    less = int32(less + one + two)
-                other = int32(other + int32(4))
-            # The largest key with no more than k below it.
-            if less <= k:
-                cuda.atomic.max(middle, 0, key)
-            if less <= k + int32(1):
-                cuda.atomic.max(middle, 1, key)
-        cuda.syncthreads()
+@cuda.jit(device=True)
+def _key_of_rank(in_order, rank):  # type: ignore[no-untyped-def]
+    """The key of a rank, of keys that stand at the rank of the first of their equals, with NO_KEY between."""
+    while in_order[rank & (THREADS - 1)] == NO_KEY:
+        rank = int32(rank - int32(1))
+    return in_order[rank & (THREADS - 1)]
 
 
 @kernel(
@@ -448,6 +327,11 @@ def row_statistics(  # type: ignore[no-untyped-def]
     scratch = cuda.shared.array(SCRATCH, int32)
     parts = cuda.shared.array((SUMS, SCRATCH), float32)
     of_signal = cuda.shared.array(SCRATCH, float64)
+    in_order = cuda.shared.array(THREADS, int32, alignment=ALIGNED)
+    pivots = cuda.shared.array((2, WARPS), int32)
+    of_thread = cuda.shared.array((KEYS, THREADS), int32)
+    found = cuda.shared.array(FEW, int32, alignment=ALIGNED)
+    count = cuda.shared.array(1, int32)
     middle = cuda.shared.array(2, int32)
     keys = cuda.local.array(KEYS, int32)
     sums = cuda.local.array(SUMS, float32)
@@ -483,7 +367,127 @@ def row_statistics(  # type: ignore[no-untyped-def]
         if counted >= ABSURD:
             _middle_in_memory(flux, error, marks, p, row, n, scratch, middle)
         else:
-            _middle_of(keys, n, p, scratch, middle)
+            # Not a function of its own: numba-cuda's successor adds elsewhere then than in shared memory.
+            k = int32((n - int32(1)) >> int32(1))
+
+            # -- the first two pivots, from a few keys of each warp --------------------------------------------------
+            lane = int32(thread & (LANES - 1))
+            key = keys[0]
+            for s in range(1, GROUPS):
+                key = keys[EACH * s] if thread % GROUPS == s else key
+            # Their last bits tell equal ones apart.
+            key = int32((key & -LANES) | lane)
+            in_order[thread] = key
+            found[thread] = NO_KEY
+            cuda.syncthreads()
+            rank = int32(0)
+            for other in range(0, LANES, 2):
+                here = (thread & -LANES) | other
+                one = int32(1) if in_order[here] < key else int32(0)
+                two = int32(1) if in_order[here | 1] < key else int32(0)
+                rank = int32(rank + one + two)
+            # Bad pixels come last.
+            half = quotient(float32(LANES // 2) * float32(n), float32(p))
+            if rank == max(int32(half - ASIDE), int32(0)):
+                pivots[0, thread // LANES] = key // WARPS
+            if rank == min(int32(half + ASIDE), int32(LANES - 1)):
+                pivots[1, thread // LANES] = key // WARPS
+            cuda.syncthreads()
+            first = int32(0)
+            second = int32(0)
+            for other in range(WARPS):
+                first = int32(first + pivots[0, other])
+                second = int32(second + pivots[1, other])
+            first = int32((first & -LANES) - 1)
+            second = int32(second | (LANES - 1))
+
+            # -- keys below `low`: `below`; keys up to `high`: `upto`; below ≤ k < upto ------------------------------
+            low = int32(-INFINITY)
+            high = INFINITY
+            below = int32(0)
+            upto = n
+            tries = int32(0)
+            while low < high and upto - below > FEW:
+                if tries > 0:
+                    step = quotient(float32(int64(high) - int64(low)), float32(upto - below))
+                    at = float32(k - below) + float32(0.5)
+                    first = _beside(low, high, step * (at - float32(FEW // 4)))
+                    second = _beside(low, high, step * (at + float32(FEW // 4)))
+                if tries >= TRIES:
+                    first = int32((low >> int32(1)) + (high >> int32(1)) + (low & high & int32(1)))
+                    second = first
+                first = min(max(first, low), int32(high - 1))
+                second = min(max(second, first), int32(high - 1))
+                mine = int32(0)
+                for s in range(KEYS):
+                    one = int32(1) if keys[s] <= first else int32(0)
+                    two = TWO_COUNTS if keys[s] <= second else int32(0)
+                    mine = int32(mine + one + two)
+                mine = _sum_of_block(mine, scratch)
+                to_first = int32(mine & LOW_HALF)
+                to_second = int32((mine >> int32(HALF_WORD)) & LOW_HALF)
+                if to_first > k:
+                    high = first
+                    upto = to_first
+                elif to_second > k:
+                    low = int32(first + 1)
+                    below = to_first
+                    high = second
+                    upto = to_second
+                else:
+                    low = int32(second + 1)
+                    below = to_second
+                tries = int32(tries + int32(1))
+
+            # -- the keys that are left ------------------------------------------------------------------------------
+            above = low
+            if k + 1 >= upto:
+                # The second of two middle ones lies above the range.
+                above = NO_KEY
+                for s in range(KEYS):
+                    above = min(above, keys[s] if keys[s] > high else NO_KEY)
+                above = least_of_block(above, scratch)
+            in_order[thread] = NO_KEY
+            if thread == 0:
+                middle[0] = low
+                middle[1] = above
+                count[0] = 0
+            cuda.syncthreads()
+            if low < high:
+                # A bit for each; few threads have any, and find these again in shared memory.
+                bits = uint32(0)
+                for s in range(KEYS):
+                    of_thread[s, thread] = keys[s]
+                    bits = uint32(bits | (uint32(1 << s) if low <= keys[s] <= high else uint32(0)))
+                if bits != uint32(0):
+                    place = cuda.atomic.add(count, 0, int32(cuda.popc(bits)))
+                    while bits != uint32(0):
+                        without = uint32(bits & uint32(bits - uint32(1)))
+                        s = int32(cuda.popc(uint32(uint32(bits ^ without) - uint32(1))))
+                        found[place & (FEW - 1)] = of_thread[s & (KEYS - 1), thread]
+                        place = int32(place + int32(1))
+                        bits = without
+                cuda.syncthreads()
+                size = int32(upto - below)
+                if thread < size:
+                    key = found[thread]
+                    less = int32(0)
+                    start = int32(0)
+                    while start < size:
+                        # What is beyond the last one is NO_KEY.
+                        here = start & (FEW - 4)
+                        for i in range(0, 4, 2):
+                            one = int32(1) if found[here | i] < key else int32(0)
+                            two = int32(1) if found[here | i | 1] < key else int32(0)
+                            less = int32(less + one + two)
+                        start = int32(start + int32(4))
+                    # Equal keys write the same to the same place.
+                    in_order[less & (THREADS - 1)] = key
+                cuda.syncthreads()
+                if thread == 0:
+                    middle[0] = _key_of_rank(in_order, int32(k - below))
+                    if k + 1 < upto:
+                        middle[1] = _key_of_rank(in_order, int32(k + 1 - below))
     # At last, when no register holds a key any longer.
     signal = float64(0)
     if counted >= ABSURD:
@@ -496,6 +500,6 @@ def row_statistics(  # type: ignore[no-untyped-def]
         if with_median:
             snr_median[row] = NAN
             if n > 0:
-                first = float64(bits_float(ordered(middle[0])))
-                second = float64(bits_float(ordered(middle[1])))
-                snr_median[row] = first if n & 1 else first + 0.5 * (second - first)
+                lower = float64(bits_float(ordered(middle[0])))
+                upper = float64(bits_float(ordered(middle[1])))
+                snr_median[row] = lower if n & 1 else lower + 0.5 * (upper - lower)
