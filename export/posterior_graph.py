@@ -10,7 +10,7 @@ fold it into constants.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,13 @@ __all__ = ["build_posterior", "read_posterior"]
 
 _WHOLE = ("first", "n_sky", "cells")
 """What is stored as whole numbers."""
+_GIVEN = (
+    "library_precision", "library_pull", "group_precision", "group_pull", "group_constant", "narrow_slopes",
+    "narrow_variance", "behind_coordinates", "slopes_last",
+)  # fmt: skip
+"""What is derived from stored arrays before the export: matrices of the whole library, and where directions stand."""
+_UNUSED: dict[str, NDArray] = {"n_sky": np.zeros(1, np.int64), "calibrated": np.zeros(1, np.float32)}
+"""What graphs lack that have no use for it."""
 
 
 class _Steps(OnnxArithmetic):
@@ -45,6 +52,7 @@ class _Steps(OnnxArithmetic):
                     f"{name} of the mixture is {array.dtype}, {np.dtype(expected)} expected; cast it before the export"
                 )
         self._arrays = stored
+        given = {name: partial(self._given, name) for name in _GIVEN}
         self._derived: Mapping[str, Callable[[], str]] = {
             "keys_transposed": cache(lambda: self.ordered(self.stored("keys"), (1, 0))),
             "tangents": cache(self._tangents),
@@ -58,11 +66,12 @@ class _Steps(OnnxArithmetic):
             "lowest": cache(lambda: self.part(self.stored("label_range"), 0, 0, 1)),
             "highest": cache(lambda: self.part(self.stored("label_range"), 0, 1, 2)),
             "follows_noise": cache(self._follows_noise),
-            "library_precision": lambda: self._given("library_precision"),
-            "library_pull": lambda: self._given("library_pull"),
             "unit_nuisances": lambda: self._unit(self.sizes.n_nuisances),
+            "unit_directions": lambda: self._unit(self.sizes.n_coordinates + self.sizes.n_nuisances),
+            "unit_slopes": lambda: self._unit(self.sizes.n_slopes),
             "unit_coordinates": lambda: self._unit(self.sizes.n_coordinates),
             "unit_tangents": lambda: self._unit(self.sizes.n_tangents),
+            **given,
         }
 
     def stored(self, name: str) -> str:
@@ -74,7 +83,7 @@ class _Steps(OnnxArithmetic):
         return self._derived[name]() if name in self._derived else self.stored(name)
 
     def _given(self, name: str) -> str:
-        """What only decides where the likelihood is expanded: it has no part in the answer where M is exact."""
+        """What only decides where the likelihood is expanded, or how wide slopes are, and where they stand."""
         return self.graph.number(f"constant.{name}", self.mixture.numbers[name])
 
     def _padded(self, value: str, pads: tuple[int, ...], by: float = 0.0) -> str:
@@ -227,9 +236,8 @@ def read_posterior(model: ModelProto, wave: NDArray[np.float64]) -> PosteriorMix
     # The other shapes follow from these, and the mixture compares them.
     arrays: dict[str, NDArray] = {}
     for name in ORDER:
-        if name == "n_sky" and f"{PosteriorMixture.kind}.{name}" not in read:
-            # The graph of a posterior without nuisances has no use for it.
-            arrays[name] = np.zeros(1, np.int64)
+        if name in _UNUSED and f"{PosteriorMixture.kind}.{name}" not in read:
+            arrays[name] = _UNUSED[name]
             continue
         if name in ("cells", "cell_shares") and f"{PosteriorMixture.kind}.{name}" not in read:
             # Graphs of before have cells of two neighbours.

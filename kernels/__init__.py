@@ -5,7 +5,7 @@ contract of each is in `moefast.kernels.reference`. Nothing here knows files, mo
 """
 
 from moefast.kernels.binning import assign_bins, assign_snr_bins, sort_by_bin
-from moefast.kernels.clouds import CloudPosterior, Clouds, Space, cloud_posterior, without_cuda
+from moefast.kernels.clouds import CloudPosterior, Clouds, Groups, Space, cloud_posterior, without_cuda
 from moefast.kernels.forest import Forest, forest_predict
 from moefast.kernels.gram import (
     GRAM_ROWS,
@@ -46,6 +46,7 @@ __all__ = [
     "Clouds",
     "Forest",
     "Given",
+    "Groups",
     "Library",
     "Mixed",
     "Mixing",

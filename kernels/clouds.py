@@ -41,7 +41,7 @@ from moefast.kernels.cpu_information import LANES as COLUMNS
 from moefast.kernels.cpu_information import ROWS, SPECTRUM, STEP
 from moefast.kernels.dispatch import on_cuda
 
-__all__ = ["CloudPosterior", "Clouds", "Space", "cloud_posterior", "without_cuda"]
+__all__ = ["CloudPosterior", "Clouds", "Groups", "Space", "cloud_posterior", "without_cuda"]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -54,6 +54,28 @@ for."""
 def rounded_up(size: int, step: int) -> int:
     """The least multiple of `step` that is not below `size`: what lanes and blocks of a kernel fill."""
     return -(-size // step) * step
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The library as a few Gaussians in coordinates and those nuisances that are no slopes, which come last.
+
+    Attributes
+    ----------
+    precision : array of shape (groups, w, w), float64
+        0 for nuisances, which have a prior width of their own or that of the star's noise.
+    pull : array of shape (groups, w), float64
+        Precision times mean.
+    constant : array of shape (groups,), float64
+        ln of the group's share, less what its normal density has of determinant and mean.
+    """
+
+    precision: F64
+    pull: F64
+    constant: F64
+
+
+NO_GROUPS = Groups(np.empty((0, 0, 0)), np.empty((0, 0)), np.empty(0))
 
 
 @dataclass(frozen=True)
@@ -78,6 +100,10 @@ class Space:
         P⁻¹ times its mean.
     n_sky : int
         The last so many nuisances have a prior width that grows with the noise of the star.
+    calibrated : tuple of float
+        Share of spectra in which the other nuisances, slopes, are narrower, and how wide each of them is there.
+    groups : Groups
+        By which a star's evidence tells how wide its slopes are; none where the share is 0.
     """
 
     reference: F32
@@ -89,7 +115,10 @@ class Space:
     precision: F64
     pull: F64
     n_sky: int = 0
+    calibrated: tuple[float, ...] = (0.0,)
+    groups: Groups = NO_GROUPS
     arrays: tuple = field(init=False, repr=False)
+    slopes: tuple = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("reference", "noise_shape", "directions"):
@@ -146,11 +175,39 @@ class Space:
         cell[self.cells[there]], share[self.cells[there]] = np.nonzero(there)[0], self.cell_shares[there]
         pull = np.roll(self.pull.astype(np.float64), q)
         object.__setattr__(self, "arrays", (columns, products, spectra, precision, pull, cell, share))
+        object.__setattr__(self, "slopes", self._slopes())
+
+    def _slopes(self) -> tuple:
+        """Share and widths of narrow slopes, and groups with the nuisances first."""
+        groups, rest = self.groups, self.n_coordinates + self.n_sky
+        count = len(groups.constant)
+        if bool(count) != (self.calibrated[0] > 0):
+            raise ValueError(
+                f"groups where slopes have two widths expected; found {count} and {self.calibrated}"
+            )
+        if count and (groups.precision.shape != (count, rest, rest) or groups.pull.shape != (count, rest)):
+            raise ValueError(
+                f"precision of shape {(count, rest, rest)} and pull of shape {(count, rest)} of the groups expected; "
+                f"found {groups.precision.shape} and {groups.pull.shape}"
+            )
+        precision = np.ascontiguousarray(
+            np.roll(groups.precision, (self.n_sky, self.n_sky), (1, 2)), np.float64
+        )
+        pull = np.ascontiguousarray(np.roll(groups.pull, self.n_sky, 1), np.float64)
+        narrow = np.array(self.calibrated[1:], np.float64)
+        if len(narrow) != self.n_slopes:
+            raise ValueError(f"widths of {self.n_slopes} narrow slopes expected; found {self.calibrated}")
+        return float(self.calibrated[0]), narrow, precision, pull, np.asarray(groups.constant, np.float64)
 
     @property
     def n_coordinates(self) -> int:
         """Coordinates n, the scale among them."""
         return self.directions.shape[1] - self.n_nuisances
+
+    @property
+    def n_slopes(self) -> int:
+        """Nuisances whose prior width is the star's to tell."""
+        return self.n_nuisances - self.n_sky if len(self.groups.constant) else 0
 
 
 @dataclass(frozen=True)
@@ -360,6 +417,7 @@ def cloud_posterior(
                 q,
                 space.n_sky,
                 n,
+                *space.slopes,
                 *clouds.arrays,
                 *(array[here] for array in arrays),
             )

@@ -16,7 +16,7 @@ import numpy as np
 from moefast.core.compiled import njit
 from moefast.kernels.cpu import FAST, exp32, log32
 from moefast.kernels.cpu_information import LANES as COLUMNS
-from moefast.kernels.cpu_information import STEP, TINY, solve, unpack
+from moefast.kernels.cpu_information import STEP, TINY, chance_of_narrow, solve, unpack
 from moefast.kernels.vectors import VECTORS, cloud_group, label_group, set_tile, width_of
 
 __all__ = ["posterior"]
@@ -197,6 +197,7 @@ def _perceptron(features, w1, b1, w2, b2):
 @njit(nogil=True, cache=True, error_model="numpy")
 def posterior(
     numbers, u, packed, q, n_sky, n,
+    calibrated, narrow, precisions, pulls, constants,
     drawn, reach, columns, log_weights, gains, labels, scatter, scatter_with_first, first,
     unit, width, lowest, highest, w1, b1, w2, b2,
     log_g, log_g_err, features, label, sd, covariance, weights, expert, chi2, distance, strength, scale, log_level,
@@ -207,6 +208,7 @@ def posterior(
     a = np.zeros((-(-(q + n) // STEP) * STEP, -(-(q + n + 1) // COLUMNS) * COLUMNS))
     exact = np.zeros((-(-n // STEP) * STEP, -(-(n + 1) // COLUMNS) * COLUMNS))
     of_root, scratch = np.zeros_like(exact), np.zeros_like(exact)
+    left, evidences = np.empty((q - n_sky, q - n_sky + 1)), np.empty((2, len(constants)))
     root, vectors = np.zeros((TOGETHER, size, size), np.float32), np.empty((t, size, LANES), np.float32)
     centre, spectrum = np.zeros((TOGETHER, size), np.float32), np.zeros((TOGETHER, size), np.float32)
     places = TOGETHER * panels
@@ -228,12 +230,30 @@ def posterior(
         count = min(TOGETHER, len(numbers) - begin)
         for star in range(count):
             i = begin + star
+            level2 = numbers[i, 3] / (numbers[i, 4] + TINY) / (numbers[i, 0] * numbers[i, 0])
+            log_level[i] = 0.5 * math.log(level2 + TINY)
+            chance = chance_of_narrow(
+                packed,
+                u,
+                i,
+                q,
+                n_sky,
+                level2,
+                calibrated,
+                narrow,
+                precisions,
+                pulls,
+                constants,
+                a,
+                left,
+                evidences,
+            )
             unpack(packed, i, a, q + n)
             for k in range(q + n):
                 a[k, q + n] = u[i, k]
-            level2 = numbers[i, 3] / (numbers[i, 4] + TINY) / (numbers[i, 0] * numbers[i, 0])
-            log_level[i] = 0.5 * math.log(level2 + TINY)
-            explained[star], beyond[star] = solve(a, q, n, n_sky, level2, scratch, of_root, exact)
+            explained[star], beyond[star] = solve(
+                a, q, n, n_sky, chance, narrow, level2, scratch, of_root, exact
+            )
             for r in range(n):
                 for c in range(r, n):
                     root[star, r, c] = np.float32(exact[r, c])

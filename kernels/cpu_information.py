@@ -28,6 +28,7 @@ __all__ = [
     "SPECTRUM",
     "STEP",
     "TINY",
+    "chance_of_narrow",
     "multiply_cells",
     "multiply_pixels",
     "read_pixels",
@@ -383,15 +384,89 @@ def refine(y, information, rows, packed, spectra, directions, precision, pull, n
 
 
 @njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
-def solve(a, q, n, n_sky, level2, scratch, columns, root):
+def _gain_of_slopes(a, rest, k, widths, left):
+    """What k slopes of such prior widths w add to the log evidence: ½ (w r)'A⁻¹(w r) − ½ ln |A| with A = 1 + w R w.
+
+    R and r are what `a` holds behind its first `rest` rows; widths of none are 1, and `left` (k, k + 1) is scratch.
+    """
+    for i in range(k):
+        width = widths[i] if widths.size else 1.0
+        for j in range(i, k):
+            left[i, j] = width * (widths[j] if widths.size else 1.0) * a[rest + i, rest + j]
+        left[i, i] += 1.0
+        left[i, k] = width * a[rest + i, rest + k]
+    gain, determinant = 0.0, 0.0
+    for i in range(k):
+        pivot = max(left[i, i], TINY)
+        determinant += math.log(pivot)
+        gain += left[i, k] * left[i, k] / pivot
+        for j in range(i + 1, k):
+            ratio = left[i, j] / pivot
+            for m in range(j, k + 1):
+                left[j, m] -= ratio * left[i, m]
+    return 0.5 * (gain - determinant)
+
+
+@njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
+def chance_of_narrow(
+    packed, u, row, q, n_sky, level2, share, narrow, precisions, pulls, constants, a, left, evidences
+):  # fmt: skip
+    """Probability, by a star's own evidence, that its slopes, the first q − n_sky nuisances, are narrow.
+
+    The equations are those of `moefast.posterior.forward`. `packed` and `u` are M and u of the row; `a`, as in `solve`,
+    `left` (k, k + 1) and `evidences` (2, groups) are scratch.
+    """
+    groups, rest, _ = precisions.shape
+    if groups == 0:
+        return 0.0
+    k = q - n_sky
+    width = k + rest
+    highest = -np.inf
+    for g in range(groups):
+        # Slopes go last: what is left of their rows is what nothing else explains.
+        start = 0
+        for i in range(k):
+            for j in range(k - i):
+                a[rest + i, rest + i + j] = packed[row, start + j]
+            for j in range(rest):
+                a[j, rest + i] = packed[row, start + k - i + j]
+            a[rest + i, width] = u[row, i]
+            start += width - i
+        for i in range(rest):
+            for j in range(rest - i):
+                a[i, i + j] = packed[row, start + j] + precisions[g, i, i + j]
+            a[i, width] = u[row, k + i] + pulls[g, i]
+            start += rest - i
+        for i in range(n_sky):
+            a[i, i] += 1.0 / (level2 + TINY)
+        factor(a, rest, width, 0.0)
+        known = constants[g]
+        for i in range(rest):
+            known += 0.5 * a[i, width] * a[i, width] - math.log(a[i, i])
+        for place in range(2):
+            evidences[place, g] = known + _gain_of_slopes(a, rest, k, narrow[: place * k], left)
+            highest = max(highest, evidences[place, g])
+    wide, tight = 0.0, 0.0
+    for g in range(groups):
+        wide += (1.0 - share) * math.exp(evidences[0, g] - highest)
+        tight += share * math.exp(evidences[1, g] - highest)
+    return tight / (wide + tight)
+
+
+@njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
+def solve(a, q, n, n_sky, chance, narrow, level2, scratch, columns, root):
     """Marginalise q nuisances, then the scatter within clouds: `root` (n, ·) becomes C' of M₁ = C C', and λ behind it.
 
     `a` (q + n, ·) is the upper triangle of M, nuisances first, and u behind it; `scratch` and `columns` are like
-    `root`. The last `n_sky` nuisances grow with the noise of the star, of mean square `level2`.
+    `root`. The last `n_sky` nuisances grow with the noise of the star, of mean square `level2`; the others are of width
+    1, or with probability `chance` `narrow`.
     Returns what nuisances and the best point of the space explain, and what the latter gains beyond |λ|² under M₁.
     """
     for i in range(q):
-        a[i, i] += 1.0 if i < q - n_sky else 1.0 / (level2 + TINY)
+        if i >= q - n_sky:
+            a[i, i] += 1.0 / (level2 + TINY)
+        else:
+            a[i, i] += 1.0 / (1.0 - chance + chance * narrow[i] * narrow[i]) if narrow.size else 1.0
     factor(a, q, q + n, 0.0)
     explained = 0.0
     for i in range(q):

@@ -437,6 +437,7 @@ def _of_posterior(mixture: AnyMixture, summary: Mapping[str, Any]) -> dict[str, 
         "nuisances": {
             "scale_width": mixture.scale_width,
             "slope_widths": widths,
+            "calibrated": list(mixture.calibrated),
             "sky_width": float(library["sky_width"]),
         },
     }

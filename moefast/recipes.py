@@ -62,6 +62,7 @@ RECIPES: dict[str, Recipe] = {
         {
             "families": ("posterior",),
             "slope_widths": (0.1, 0.05, 0.05, 0.05),
+            "calibrated": (0.5, 0.3, 0.1, 0.1, 0.1),
             "sky_width": 4.0,
             "beyond": True,
             "n_clouds": 320,
@@ -82,6 +83,7 @@ RECIPES: dict[str, Recipe] = {
             "n_gravity_bins": 12,
             "n_tangents": 8,
             "slope_widths": (0.1, 0.05, 0.05, 0.05),
+            "calibrated": (0.5, 0.3, 0.1, 0.1, 0.1),
             "sky_width": 4.0,
         },
     ),

@@ -17,8 +17,11 @@ SIGMAS = 4
 """Of the errors of evidences, which one of 16 000 exceeds."""
 
 
-def mixture(p=192, m=70, t=2, n=7, q=3, experts=3, labels=3, seed=0, n_sky=0):
-    """A mixture of m clouds in n coordinates, the scale among them, with q nuisances."""
+def mixture(p=192, m=70, t=2, n=7, q=3, experts=3, labels=3, seed=0, n_sky=0, calibrated=(0.0,)):
+    """A mixture of m clouds in n coordinates, the scale among them, with q nuisances.
+
+    `calibrated`: a share of stars, and how narrow the first slope is in these; others are narrower still.
+    """
     rng = np.random.default_rng(seed)
     x = np.linspace(-1, 1, p)
     depths, places, widths = rng.uniform((0.1, -1, 0.01), (0.5, 1, 0.05), (9, 3)).T
@@ -59,6 +62,7 @@ def mixture(p=192, m=70, t=2, n=7, q=3, experts=3, labels=3, seed=0, n_sky=0):
         error_model=tuple(part.astype(np.float32) for part in error_model),
         label_names=("log_g", "T_eff", "M_H", "a_M", "C_M")[:labels],
         n_sky=n_sky,
+        calibrated=(calibrated[0], *(calibrated[1] / (1 + i) for i in range(q - n_sky) if calibrated[0])),
     )
 
 

@@ -15,7 +15,20 @@ UNITS = np.array([1.0, 800.0, 0.7, 0.2, 0.2])
 """Spread of each label."""
 
 
-def random_posterior(p=512, m=17, n=7, t=2, q=2, n_experts=3, n_foreign=1, labels=5, hidden=6, seed=0):
+def random_posterior(
+    p=512,
+    m=17,
+    n=7,
+    t=2,
+    q=2,
+    n_experts=3,
+    n_foreign=1,
+    labels=5,
+    hidden=6,
+    seed=0,
+    sky=1,
+    calibrated=(0.0,),
+):
     """Clouds in n coordinates of p pixels; log g of some stars is clipped."""
     rng = np.random.default_rng(seed)
     noise_shape = np.exp(rng.normal(-4, 0.5, p))
@@ -49,7 +62,8 @@ def random_posterior(p=512, m=17, n=7, t=2, q=2, n_experts=3, n_foreign=1, label
         wave=wave,
         **{name: value.astype(np.float32) for name, value in arrays.items()},
         first=np.concatenate([[0], cuts, [m]]),
-        n_sky=min(q, 1),
+        n_sky=min(q, sky),
+        calibrated=calibrated,
         n_foreign=n_foreign,
         scale_width=0.3,
         label_range=(2.6, 3.4),

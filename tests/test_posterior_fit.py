@@ -27,7 +27,7 @@ N_TEST = 600
 def fitted():
     options = Options(
         grid=PHYSICAL_GRID, families=("posterior",), references=False, n_clouds=60, n_tangents=3,
-        slope_widths=(0.05, 0.03), sky_width=4.0, sample_draws=3, beyond=True,
+        slope_widths=(0.05, 0.03), calibrated=(0.5, 0.3, 0.1), sky_width=4.0, sample_draws=3, beyond=True,
     )  # fmt: skip
     return fit_mixture(SimulatedSpectra.of_set("z0", rows=(0, 5000)), options)
 
@@ -58,6 +58,7 @@ def test_a_fit_is_a_posterior_that_says_what_it_is(fitted):
     checked = summary["cross_validation"]
     assert set(checked["coverage_by_gap"]) <= set(GAP_KINDS)
     assert summary["library"]["slope_widths"] == [0.05, 0.03]
+    assert summary["library"]["calibrated"] == pytest.approx([0.5, 0.3, 0.1])
 
 
 @pytest.mark.parametrize(
@@ -199,6 +200,10 @@ def test_all_calcium_lines_lost(fitted, stars):
 
 
 def test_options_that_cannot_be(fitted):
-    for wrong in ({"slope_widths": (0.0,)}, {"n_clouds": 0}, {"families": ("linear", "posterior")}):
+    for wrong in (
+        {"slope_widths": (0.0,)}, {"calibrated": (0.5, 0.1)}, {"slope_widths": (0.1,), "calibrated": (1.0, 0.1)},
+        {"slope_widths": (0.1, 0.1), "calibrated": (0.5, 0.1)},
+        {"slope_widths": (0.1,), "calibrated": (0.5, 0.0)}, {"n_clouds": 0}, {"families": ("linear", "posterior")},
+    ):  # fmt: skip
         with pytest.raises(InputError):
             replace(Options(families=("posterior",)), **wrong)

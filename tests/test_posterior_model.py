@@ -74,6 +74,7 @@ def test_the_manifest_says_what_a_reader_needs(model):
     assert manifest["nuisances"] == {
         "scale_width": float(np.float32(0.3)),
         "slope_widths": [0.05],
+        "calibrated": [0.0],
         "sky_width": 0.0,
     }
     assert manifest["limits"] == {

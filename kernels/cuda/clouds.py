@@ -47,10 +47,13 @@ from moefast.kernels.cuda.information import (
     SCALE,
     STRENGTH,
     TINY,
+    WIDTH_THREADS,
+    isolate_slopes,
     marginalise_stars,
     root_stars,
     size_of_root,
     solve_launch,
+    weigh_widths,
     whiten_stars,
 )
 from moefast.kernels.cuda.lanes import SCRATCH, WRITTEN_OUT, least_of_block, sum_of_block, sum_of_parts
@@ -726,7 +729,7 @@ class DevicePosterior(StepPlan):
         if lack := without_cuda(space, clouds):
             raise BackendError(f"backend cuda: there are no kernels for {lack}; use backend cpu")
         self.space, self.n_pixels, self.n_sky = DeviceSpace(space), p, space.n_sky
-        self.n_coordinates, self.n_nuisances = n, q
+        self.n_coordinates, self.n_nuisances, self.n_slopes = n, q, space.n_slopes
         self.n_clouds, self.n_labels, self.n_experts = m, clouds.labels.shape[1], clouds.n_experts
         self.unit = float(clouds.scale_unit)
 
@@ -774,8 +777,13 @@ class DevicePosterior(StepPlan):
         n = self.n_coordinates
         singles = size_of_root(n) + 2 * n + (FIRST_LABEL + 3 * self.n_labels) * self.n_clouds
         results = sum(np.dtype(kind).itemsize * int(np.prod(shape)) for shape, kind in self.kinds(1))
-        floats = 8 * self.space.doubles() + 4 * singles
+        floats = 8 * (self.space.doubles() + math.prod(self.shape_of_systems(1))) + 4 * singles
         return 9 * self.n_pixels + floats + results + -(-self.matrices.scratch_bytes // BLOCK_ROWS)
+
+    def shape_of_systems(self, rows: int) -> tuple[int, int, int]:
+        """Of what `isolate_slopes` leaves of so many stars; no groups where slopes have one width."""
+        k = self.n_slopes
+        return len(self.space.slopes[1]) if k else 0, rows, 2 * k * (k + 1) + 1
 
     def work(self, rows: int) -> Work:
         """Device memory for so many stars."""
@@ -791,10 +799,35 @@ class DevicePosterior(StepPlan):
         of_spread = self.matrices.launch(n, self.solving[2], stream, in_scratch=True)
         quality = scores.snr_norm, scores.n_good, scores.flag
         yield from self.space.to_point(flux, error, hidden, n, work, quality, of_all, stream)
+        if k := self.n_slopes:
+            share, groups = self.space.slopes
+
+            def isolate() -> None:
+                for group in range(len(groups)):
+                    isolate_slopes[of_all](
+                        n, work.packed, work.u, work.points, self.n_sky, group, groups, work.scratch, work.numbers,
+                        work.systems,
+                    )  # fmt: skip
+
+            yield "slopes alone", isolate
+            yield (
+                "width of slopes",
+                lambda: weigh_widths[-(-n // WIDTH_THREADS), WIDTH_THREADS, stream](
+                    n, k, share, self.space.narrow, work.systems, work.numbers
+                ),
+            )
         yield (
             "nuisances",
             lambda: marginalise_stars[of_all](
-                n, work.packed, work.u, work.points, q, self.n_sky, work.scratch, work.numbers
+                n,
+                work.packed,
+                work.u,
+                work.points,
+                q,
+                self.n_sky,
+                self.space.narrow,
+                work.scratch,
+                work.numbers,
             ),
         )
         yield (
@@ -842,6 +875,8 @@ class Work(SpaceWork):
         self.pairs_of_roots = self.roots.view(np.float64)
         self.centre, self.spectrum = (cuda.device_array((rows, n), np.float32) for _ in range(2))
         self.found = cuda.device_array((rows, FIRST_LABEL + 3 * plan.n_labels, plan.n_clouds), np.float32)
+        if plan.n_slopes:
+            self.systems = cuda.device_array(plan.shape_of_systems(rows), np.float64)
         self.memory_of_scores, self.scores = results_on_device(plan, rows)
 
 

@@ -9,13 +9,16 @@ hundred stars at a time, whose numbers stay on the device; (…) is what is kept
     multiply_rows      b · Bᵀ  →  spectrum (p)
     subtract_spectra   y  →  y − a′ B b, and the energy that is left
     multiply_rows      (y − a′ B b) · B  →  Bᵀ(y − a′ B b) (w)
+    isolate_slopes     u = Bᵀ(y − a′ B b) + M b and M, all but k slopes taken out, for each group  →  k (k + 1) each
+    weigh_widths       evidence of both widths  →  probability that the slopes are narrow (1)
     marginalise_stars  u = Bᵀ(y − a′ B b) + M b, nuisances taken out  →  u (n), M (n (n + 1)/2)
     root_stars         M = UᵀU  →  U, U⁻ᵀu in their places
     whiten_stars       TTᵀ = I + UUᵀ  →  C' = T⁻¹U (n²), λ = T⁻¹U⁻ᵀu (n)
     moefast.kernels.cuda.clouds   C', λ and the clouds  →  evidence of every cloud  →  labels
 
 with w = n + q directions, nuisances first. Every product whose second factor all stars share is one matrix product of
-all stars; what belongs to a star is done by a block of threads.
+all stars; what belongs to a star is done by a block of threads. Where slopes have one width, `isolate_slopes` and
+`weigh_widths` are not launched.
 
 Precision: everything here is in double precision, as on the CPU but for y and what is left of it, which the CPU rounds
 to single: in single precision M has negative eigenvalues wherever gaps make it singular. Devices for computing have
@@ -23,7 +26,8 @@ half as many units for double as for single precision.
 
 Floor in multiply-adds per star for p = 4096, g = 220, n = 130, q = 12: u and the expansion 3 p w = 1.7 M, M
 g w (w + 1)/2 = 2.2 M, roots w³/6 + q w²/2 + 5 n³/6 = 2.4 M: 6.4 M, 0.4 µs at 34 TFLOP/s. The floor of bytes, 33 kB, is
-0.01 µs; what is written and read on the way, 0.4 MB, 0.1 µs.
+0.01 µs; what is written and read on the way, 0.4 MB, 0.1 µs. G groups of slopes add G (w³/6 + w²), for w = 70 and
+G = 4 another 0.25 M, 0.015 µs.
 
 Roots: a block of threads owns a star. Matrices (n, n) lie in shared memory, or, where they are too large, in scratch
 of the device's memory, of as many blocks as run at a time, which the second cache holds; rows are made STEP at a
@@ -46,7 +50,7 @@ import numpy as np
 from numba import cuda, float32, float64, int32, uint32
 
 from moefast.kernels.cuda.gram import ALIGNED
-from moefast.kernels.cuda.lanes import SCRATCH, WRITTEN_OUT, sum_of_block
+from moefast.kernels.cuda.lanes import GROUP, SCRATCH, WRITTEN_OUT, sum_of_block
 from moefast.kernels.cuda.registry import kernel
 from moefast.kernels.quality import LARGEST32, LARGEST_ERROR32
 
@@ -55,8 +59,10 @@ __all__ = [
     "READ_THREADS",
     "SOLVE_THREADS",
     "STEP",
+    "WIDTH_THREADS",
     "add_parts",
     "expand_stars",
+    "isolate_slopes",
     "marginalise_stars",
     "multiply_rows",
     "parts_of_product",
@@ -67,6 +73,7 @@ __all__ = [
     "solve_launch",
     "stride_of_matrix",
     "subtract_spectra",
+    "weigh_widths",
     "whiten_stars",
 ]
 
@@ -74,6 +81,8 @@ READ_THREADS = 128
 SOLVE_THREADS = 128
 """Threads of a block of those that solve, at most: they take some 200 registers each, and two or three blocks should
 fit a multiprocessor."""
+WIDTH_THREADS = 32
+"""Threads of a block of `weigh_widths`, each with a star: the blocks of a thousand stars lie on 32 multiprocessors."""
 STEP = 8
 """Rows of a matrix whose root is found together."""
 TILE_ROWS = 64
@@ -104,10 +113,10 @@ ROUNDING = 1e-14
 """As in `moefast.kernels.cpu_information`."""
 NOT_NEGATIVE = 0x7FFFFFFFFFFFFFFF
 """A mask that tells the compiler so: it then counts no index from the end, and needs fewer registers."""
-SCALE, STRENGTH, ENERGY, LEVEL, N_USED, EXPLAINED, BEYOND = range(7)
-NUMBERS = 7
+SCALE, STRENGTH, ENERGY, LEVEL, N_USED, EXPLAINED, BEYOND, NARROW = range(8)
+NUMBERS = 8
 """Places in the numbers of a star: scale c₀, strength, energy, Σ σ²/D, pixels that weigh, what nuisances and the best
-point of the space explain, and what the latter gains beyond |λ|²."""
+point of the space explain, what the latter gains beyond |λ|², and the probability of narrow slopes."""
 NAN = np.float32(np.nan)
 
 
@@ -264,6 +273,7 @@ def read_spectra(  # type: ignore[no-untyped-def]
         numbers[star, STRENGTH] = overlap / error_of_scale
         numbers[star, LEVEL] = level
         numbers[star, N_USED] = float64(n_used)
+        numbers[star, NARROW] = float64(0)
         bits = uint32(4) if n_wrong > 0 else uint32(0)
         if 2 * n_sound < p:
             bits |= uint32(2)
@@ -422,6 +432,22 @@ def _packed(width, i, j):  # type: ignore[no-untyped-def]
 def _at(stride, i, j):  # type: ignore[no-untyped-def]
     """Place of number (i, j) of a matrix of rows of so many numbers."""
     return (i * stride + j) & NOT_NEGATIVE
+
+
+@cuda.jit(device=True)
+def _level2(numbers, star):  # type: ignore[no-untyped-def]
+    """Mean of σ²/(c₀² D): the square of the noise with which some nuisances grow."""
+    scale = numbers[star, SCALE]
+    return numbers[star, LEVEL] / (numbers[star, N_USED] + TINY) / (scale * scale)
+
+
+@cuda.jit(device=True)
+def _with_point(value, i, packed, points, star):  # type: ignore[no-untyped-def]
+    """`value` and number i of M b."""
+    width = points.shape[1]
+    for j in range(width):
+        value += packed[star, _packed(width, min(i, j), max(i, j))] * points[star, j]
+    return value
 
 
 @cuda.jit(device=True, **WRITTEN_OUT)
@@ -691,17 +717,151 @@ def expand_stars(n, packed, u, precision, pull, scratch, points):  # type: ignor
 
 
 @kernel(
-    "void(int64, float64[:,::1], float64[:,::1], float64[:,::1], int64, int64, float64[:,::1], float64[:,::1])",
+    "void(int64, float64[:,::1], float64[:,::1], float64[:,::1], int64, int64, float64[:,:,::1],"
+    " float64[:,::1], float64[:,::1], float64[:,:,::1])",
     threads=SOLVE_THREADS,
     blocks=3,
     serves=("cloud_posterior",),
 )
-def marginalise_stars(n_stars, packed, vectors, points, q, n_sky, scratch, numbers):  # type: ignore[no-untyped-def]
+def isolate_slopes(  # type: ignore[no-untyped-def]
+    n_stars, packed, vectors, points, n_sky, group, groups, scratch, numbers, systems
+):
+    """What is left of M and u of each star for the slopes alone, when all else is taken out, for one group.
+
+    `vectors` is Bᵀ(y − a′ B b) and `points` b, which stay as they are, and `groups` (G, r + 1, r + 1) that of
+    `moefast.kernels.cuda.space.DeviceSpace`. Row (`group`, star) of `systems` (G, ·, 2 k (k + 1) + 1) begins with the
+    upper triangle of what is left of M, k rows of k + 1 numbers, of which the last are what is left of u; its last
+    number becomes ln of the evidence without slopes. `scratch` is as in `expand_stars`.
+
+    Launch: as `expand_stars`.
+    """
+    shared = cuda.shared.array(0, float64)
+    sums = cuda.shared.array(SCRATCH, float64)
+    width = points.shape[1]
+    rest = groups.shape[1] - 1
+    k = width - rest
+    corner = STEP * width
+    pivots = corner + STEP * STEP
+    thread = cuda.threadIdx.x
+    threads = cuda.blockDim.x
+    lanes = min(32, threads)
+    stride = stride_of_matrix(width)
+    begin = pivots + STEP
+    end = begin + width * stride
+    a = shared[begin:end] if scratch.shape[1] < width * stride else scratch[cuda.blockIdx.x]
+    star = cuda.blockIdx.x
+    # A range would keep its length and its step in registers, which are short.
+    while star < n_stars:
+        # Slopes go last: what is left of their rows is what nothing else explains.
+        for i in range(thread // lanes, width, threads // lanes):
+            row = i + k if i < rest else i - rest
+            for j in range(i + thread % lanes, width, lanes):
+                column = j + k if j < rest else j - rest
+                value = packed[star, _packed(width, min(row, column), max(row, column))]
+                if j < rest:
+                    value += groups[group, i, j]
+                if i == j:
+                    if i < n_sky:
+                        value += float64(1) / (_level2(numbers, star) + TINY)
+                    a[_at(stride, i, i)] = value
+                a[_at(stride, i, j + 1)] = value
+        for i in range(thread, width, threads):
+            row = i + k if i < rest else i - rest
+            value = _with_point(vectors[star, row], row, packed, points, star)
+            if i < rest:
+                value += groups[group, i, rest]
+            a[_at(stride, i, width + 1)] = value
+        _eliminate(a, stride, rest, width, float64(0), False, shared, corner, pivots)
+        part = float64(0)
+        for i in range(thread, rest, threads):
+            along = a[_at(stride, i, width + 1)]
+            part += float64(0.5) * along * along - math.log(a[_at(stride, i, i + 1)])
+        for i in range(thread // GROUP, k, threads // GROUP):
+            for j in range(i + thread % GROUP, k + 1, GROUP):
+                systems[group, star, i * (k + 1) + j] = a[_at(stride, rest + i, rest + j + 1)]
+        # Beyond its barriers, `a` may be filled anew.
+        part = sum_of_block(part, sums)
+        if thread == 0:
+            systems[group, star, 2 * k * (k + 1)] = groups[group, rest, rest] + part
+        star += cuda.gridDim.x
+
+
+@cuda.jit(device=True)
+def _gain_of_slopes(system, first, k):  # type: ignore[no-untyped-def]
+    """What k slopes of prior widths w add to the log evidence: ½ (w r)'A⁻¹(w r) − ½ ln |A| with A = 1 + w R w.
+
+    The system, k rows of A and w r from number `first` on, is solved in its place.
+    """
+    columns = k + 1
+    gain = float64(0)
+    determinant = float64(0)
+    for i in range(k):
+        row = first + i * columns
+        pivot = max(system[row + i], TINY)
+        determinant += math.log(pivot)
+        gain += system[row + k] * system[row + k] / pivot
+        for j in range(i + 1, k):
+            ratio = system[row + j] / pivot
+            for c in range(j, columns):
+                system[first + j * columns + c] -= ratio * system[row + c]
+    return float64(0.5) * (gain - determinant)
+
+
+@kernel(
+    "void(int64, int64, float64, float64[::1], float64[:,:,::1], float64[:,::1])",
+    threads=WIDTH_THREADS,
+    blocks=8,
+    serves=("cloud_posterior",),
+)
+def weigh_widths(n_stars, k, share, narrow, systems, numbers):  # type: ignore[no-untyped-def]
+    """Probability of narrow slopes of each star, as `cpu_information.chance_of_narrow`, in its place of `numbers`.
+
+    `systems` is what `isolate_slopes` leaves of a star and its groups; `share` of the stars have k slopes of widths
+    `narrow` (k,).
+
+    Launch: as many threads as there are stars, at least.
+    """
+    star = cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
+    if star < n_stars:
+        half = k * (k + 1)
+        highest = float64(-np.inf)
+        wide = float64(0)
+        tight = float64(0)
+        for group in range(systems.shape[0]):
+            system = systems[group, star]
+            known = system[2 * half]
+            for i in range(k):
+                for j in range(i, k + 1):
+                    place = i * (k + 1) + j
+                    value = system[place]
+                    one = float64(1) if i == j else float64(0)
+                    system[place] = one + value
+                    other = narrow[j] if j < k else float64(1)
+                    system[half + place] = one + narrow[i] * other * value
+            of_wide = known + _gain_of_slopes(system, 0, k)
+            of_narrow = known + _gain_of_slopes(system, half, k)
+            top = max(highest, of_wide, of_narrow)
+            before = math.exp(highest - top)
+            wide = wide * before + (float64(1) - share) * math.exp(of_wide - top)
+            tight = tight * before + share * math.exp(of_narrow - top)
+            highest = top
+        numbers[star, NARROW] = tight / (wide + tight)
+
+
+@kernel(
+    "void(int64, float64[:,::1], float64[:,::1], float64[:,::1], int64, int64, float64[::1], float64[:,::1],"
+    " float64[:,::1])",
+    threads=SOLVE_THREADS,
+    blocks=3,
+    serves=("cloud_posterior",),
+)
+def marginalise_stars(n_stars, packed, vectors, points, q, n_sky, narrow, scratch, numbers):  # type: ignore[no-untyped-def]
     """Take the q nuisances of each star out of M and u.
 
     `vectors` is Bᵀ(y − a′ B b) and `points` b. The first n (n + 1)/2 places of `packed` become M, and the first n of
-    `vectors` u; the last `n_sky` nuisances grow with the noise. `numbers` gets what nuisances explain, and its energy
-    what the point has of it. `scratch` is as in `expand_stars`.
+    `vectors` u; the last `n_sky` nuisances grow with the noise, and the others are of width 1 or, with the
+    probability in `numbers`, `narrow` (q,). `numbers` gets what nuisances explain, and its energy what the point has of
+    it. `scratch` is as in `expand_stars`.
 
     Launch: as `expand_stars`.
     """
@@ -720,22 +880,23 @@ def marginalise_stars(n_stars, packed, vectors, points, q, n_sky, scratch, numbe
     a = shared[begin:end] if scratch.shape[1] < width * stride else scratch[cuda.blockIdx.x]
     for star in range(cuda.blockIdx.x, n_stars, cuda.gridDim.x):
         cuda.syncthreads()
-        scale = numbers[star, SCALE]
-        level2 = numbers[star, LEVEL] / (numbers[star, N_USED] + TINY) / (scale * scale)
         for i in range(thread // lanes, width, threads // lanes):
             for j in range(i + thread % lanes, width, lanes):
                 value = packed[star, _packed(width, i, j)]
                 if i == j:
                     if i < q:
-                        value += float64(1) if i < q - n_sky else float64(1) / (level2 + TINY)
+                        if i < q - n_sky:
+                            chance = numbers[star, NARROW]
+                            value += float64(1) / (float64(1) - chance + chance * narrow[i] * narrow[i])
+                        else:
+                            value += float64(1) / (_level2(numbers, star) + TINY)
                     a[_at(stride, i, i)] = value
                 a[_at(stride, i, j + 1)] = value
         part = float64(0)
         for i in range(thread, width, threads):
             value = vectors[star, i]
             part += points[star, i] * value
-            for j in range(width):
-                value += packed[star, _packed(width, min(i, j), max(i, j))] * points[star, j]
+            value = _with_point(value, i, packed, points, star)
             a[_at(stride, i, width + 1)] = value
             part += points[star, i] * value
         # What the energy would be without the point, if the likelihood were what it is near it.

@@ -51,6 +51,11 @@ class DeviceSpace:
     products : device array of shape (cells, w (w + 1)/2), float64
         What a cell's information is multiplied with to give M.
     precision, pull : device array of shape (w, w), (w,), float64
+    narrow : device array of shape (q,), or (1,) without nuisances, float64
+        Width of each nuisance where slopes are narrow.
+    slopes : tuple
+        Share of narrow slopes, and `Space.groups` on the device, (groups, w − k + 1, w − k + 1) for k slopes:
+        precision, pull behind its columns and constant behind both. Empty where slopes have one width.
     """
 
     def __init__(self, space: Space) -> None:
@@ -81,6 +86,16 @@ class DeviceSpace:
         self.products = on_device(products, np.float64)
         self.precision = on_device(np.roll(space.precision, (q, q), (0, 1)), np.float64)
         self.pull = on_device(np.roll(space.pull, q), np.float64)
+        self.slopes: tuple[Any, ...] = ()
+        narrow = np.ones(max(1, q))
+        if space.n_slopes:
+            share, of_slopes, precision, pull, constant = space.slopes
+            narrow[: len(of_slopes)] = of_slopes
+            count, rest = pull.shape
+            groups = np.zeros((count, rest + 1, rest + 1))
+            groups[:, :rest, :rest], groups[:, :rest, rest], groups[:, rest, rest] = precision, pull, constant
+            self.slopes = share, on_device(groups, np.float64)
+        self.narrow = on_device(narrow, np.float64)
 
     def doubles(self) -> int:
         """Numbers in double precision of a row of `SpaceWork`, without its scratch."""

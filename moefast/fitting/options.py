@@ -124,6 +124,9 @@ class PosteriorOptions:
     slope_widths : tuple of float
         Prior widths of Legendre polynomials 1, 2, … of wavelength times the mean spectrum, by which calibration, slope
         and reddening may change a spectrum. Empty where the calibration can be trusted.
+    calibrated : tuple of float
+        Share of spectra, at least 0 and below 1, whose flux is calibrated better than that, and behind it how wide each
+        slope is in these, relative to `slope_widths`. Which spectra they are, their own evidence tells.
     sky_width : float
         Prior width of residuals of the sky's lines, in standard deviations of the noise where the lines are brightest;
         0 where sky subtraction is perfect, as in simulations.
@@ -136,11 +139,20 @@ class PosteriorOptions:
     n_coordinates: int | None = None
     n_gravity_bins: int = 0
     slope_widths: tuple[float, ...] = ()
+    calibrated: tuple[float, ...] = (0.0,)
     sky_width: float = 0.0
     beyond: bool = False
 
     def check_posterior(self) -> None:
         """Raise `InputError` unless these options make sense."""
+        share, *narrow = self.calibrated
+        if not (0 <= share < 1 and all(0 < width <= 1 for width in narrow)) or len(narrow) != (
+            len(self.slope_widths) if share else 0
+        ):
+            raise InputError(
+                "calibrated: a share of spectra below 1 and, if it is not 0, a relative width of at most 1 for each of "
+                f"slope_widths expected; found {self.calibrated} and {self.slope_widths}"
+            )
         if (
             self.n_clouds < 1
             or self.n_tangents < 0

@@ -103,8 +103,9 @@ def fit_posterior(
     arrays["directions"] = np.concatenate([arrays["directions"], *nuisances], axis=1).astype(np.float32)
     found = PosteriorMixture(
         wave=mixture.wave, reference=mixture.reference, noise_shape=mixture.noise_shape, **arrays,
-        n_sky=sky.shape[1], n_foreign=1, scale_width=SCALE_WIDTH, label_range=mixture.label_range, error_model=_idle(),
-        label_factors=np.ones(len(names), np.float32), label_names=names,
+        n_sky=sky.shape[1], calibrated=options.calibrated, n_foreign=1, scale_width=SCALE_WIDTH,
+        label_range=mixture.label_range, error_model=_idle(), label_factors=np.ones(len(names), np.float32),
+        label_names=names,
     )  # fmt: skip
     lack = without_cuda(*found.kernel_arrays) if backend == "cuda" else ""
     found, summary = _calibrate(data, found, values, "cpu" if lack else backend)
@@ -113,6 +114,7 @@ def fit_posterior(
         "tangents": found.tangents.shape[1],
         "coordinates": found.n_coordinates,
         "slope_widths": list(options.slope_widths),
+        "calibrated": list(found.calibrated),
         "sky_width": options.sky_width,
         "scale_width": SCALE_WIDTH,
     }
@@ -235,8 +237,11 @@ def _nuisances(mixture: PosteriorMixture, error: NDArray, rows: NDArray[np.int64
     n, q, sky = mixture.n_coordinates, mixture.n_nuisances, mixture.n_sky
     if not q:
         return np.zeros((1, 1), np.float32)
-    uniform = uniforms_of_rows(rows, q, seed=draw, stream=NUISANCE_STREAM)
-    size = ndtri(uniform)
+    share, *narrow = mixture.calibrated
+    uniform = uniforms_of_rows(rows, q + (share > 0), seed=draw, stream=NUISANCE_STREAM)
+    size = ndtri(uniform[:, :q])
+    if share:
+        size[:, : q - sky] *= np.where(uniform[:, q:] < share, np.array(narrow), 1.0)
     good = error > 0
     level = (np.where(good, error, 0.0) ** 2 / mixture.noise_shape).sum(1) / np.maximum(good.sum(1), 1)
     size[:, q - sky :] *= np.sqrt(level)[:, None]

@@ -11,6 +11,18 @@ nuisances, c the scale of the flux, and a = 1/σ² per pixel (0 where the pixel 
 H is diagonal: 1 for a nuisance with a prior width of its own, 1/s² for one that grows with the noise s of the star, s²
 the mean of σ²/(c₀² D) over good pixels: what sky subtraction leaves of a line is a share of its light, as the noise is.
 
+Some spectra are calibrated well, others are not, and which one a star's is, its spectrum tells. The first κ nuisances,
+the slopes, have the prior π N(0, ω²) + (1 − π) N(0, 1), with the share π of spectra whose slopes are only ω wide, each
+its own ω_i. The library as a few Gaussians N(b_g, P_g) of shares π_g, three for stars alike in T_eff and one for
+what is no star, with r and R what is left of u and M for the slopes alone when all else is marginalised, gives the
+evidence of widths w = diag(w_i)
+
+    E_w = Σ_g π_g |P_g⁻¹|^½ |S_g|^−½ exp(½ (v_gᵀS_g⁻¹v_g − b_gᵀP_g⁻¹b_g)) · |A_g|^−½ exp(½ (w r_g)ᵀA_g⁻¹(w r_g)),
+    A_g = 1 + w R_g w,   S_g = P_g⁻¹ + M,   v_g = u + P_g⁻¹b_g     of coordinates and what grows with the noise,
+
+τ = π E_ω / (π E_ω + (1 − π) E_1) as the probability of narrow slopes, and H_i = 1/(1 − τ + τ ω_i²): a star that cannot
+tell keeps wide slopes.
+
 Coordinates are scaled such that spectra scatter within a cloud by the identity in the directions that the cloud's own
 tangents leave out. Cloud j has a mean k_j and t tangents, rows of T_j (t, n), along which its spectra scatter by one,
 and one direction more, the change of its mean spectrum with the scale. Its evidence and what it says of label l are
@@ -68,6 +80,8 @@ class Sizes:
         n, q. The last coordinate is the scale.
     n_clouds, n_tangents, n_labels, n_experts : int
         m, t (the direction of the scale included), l (the scale included), K.
+    n_slopes, n_groups : int
+        κ, and Gaussians that tell the width of the slopes; 0 of them where all slopes are as wide.
     """
 
     n_pixels: int
@@ -79,6 +93,8 @@ class Sizes:
     n_tangents: int
     n_labels: int
     n_experts: int
+    n_slopes: int = 0
+    n_groups: int = 0
 
 
 @dataclass(frozen=True)
@@ -205,7 +221,10 @@ def cloud_values(op: SolvingArithmetic, sizes: Sizes, flux: Any, error: Any) -> 
     if q:
         follows = op.precise(number("follows_noise"))
         steady = op.subtract(one, follows)
-        precision = op.shaped(op.add(steady, op.divide(follows, op.add(level2, tiny))), (1, q))
+        sky = op.divide(follows, op.add(level2, tiny))
+        if sizes.n_groups:
+            steady = op.multiply(steady, _slope_precision(op, sizes, matrix, u, sky))
+        precision = op.shaped(op.add(steady, sky), (1, q))
         prior = op.multiply(op.precise(number("unit_nuisances")), precision)
         own = op.add(op.part(op.part(matrix, 1, n, n + q), 2, n, n + q), prior)
         inverse, _ = op.inverse(own, q)
@@ -260,6 +279,57 @@ def cloud_values(op: SolvingArithmetic, sizes: Sizes, flux: Any, error: Any) -> 
         scale=scale,
         level2=level2,
         n_good=counted,
+    )
+
+
+def _slope_precision(op: SolvingArithmetic, sizes: Sizes, matrix: Any, u: Any, sky: Any) -> Any:
+    """H of the slopes, (n, q) and 1 behind them, from M, u and what else H holds, 0 for slopes; see the module."""
+    width, k = sizes.n_coordinates + sizes.n_nuisances, sizes.n_slopes
+    rest = width - k
+    one, half = op.precise(op.constant(1.0)), op.precise(op.constant(0.5))
+    share, widths = (
+        op.part(op.precise(op.number("calibrated")), 0, 0, 1),
+        op.precise(op.number("narrow_slopes")),
+    )
+    row = op.product(op.shaped(sky, (1, sizes.n_nuisances)), op.precise(op.number("behind_coordinates")))
+    matrix = op.add(matrix, op.multiply(op.precise(op.number("unit_directions")), row))
+    last = op.number("slopes_last")
+    rows = op.picked(op.picked(matrix, last, 1), last, 2)
+    above, slope_rows = op.part(rows, 1, 0, rest), op.part(rows, 1, rest, width)
+    inside, cross = op.part(above, 2, 0, rest), op.part(above, 2, rest, width)
+    own = op.part(slope_rows, 2, rest, width)
+    u = op.picked(u, last, 1)
+    vector, pulled = op.part(u, 1, 0, rest), op.part(u, 1, rest, width)
+    unit = op.precise(op.number("unit_slopes"))
+    of_wide: list[Any] = []
+    of_narrow: list[Any] = []
+    for group in range(sizes.n_groups):
+        precision, pull, constant = (
+            op.reshaped(op.part(op.number(f"group_{name}"), 0, group, group + 1), shape)
+            for name, shape in (("precision", (rest, rest)), ("pull", (rest, 1)), ("constant", (1,)))
+        )
+        inverse, log_determinant = op.inverse(op.add(inside, precision), rest)
+        seen = op.add(vector, pull)
+        through = op.product(op.ordered(cross, (0, 2, 1)), inverse)
+        left = op.subtract(own, op.product(through, cross))
+        apart = op.subtract(pulled, op.product(through, seen))
+        gain = op.shaped(op.product(op.ordered(seen, (0, 2, 1)), op.product(inverse, seen)), (1,))
+        known = op.subtract(gain, op.shaped(log_determinant, (1,)))
+        for evidences, wide in ((of_wide, unit), (of_narrow, widths)):
+            scaled = op.product(wide, apart)
+            inverse, log_determinant = op.inverse(op.add(unit, op.product(op.product(wide, left), wide)), k)
+            gain = op.shaped(op.product(op.ordered(scaled, (0, 2, 1)), op.product(inverse, scaled)), (1,))
+            gain = op.add(known, op.subtract(gain, op.shaped(log_determinant, (1,))))
+            evidences.append(op.add(constant, op.multiply(half, gain)))
+    wide, tight = op.joined(of_wide, 1), op.joined(of_narrow, 1)
+    highest = op.larger(op.largest(wide, 1), op.largest(tight, 1))
+    wide, tight = (
+        op.multiply(weight, op.shaped(op.total(op.exp(op.subtract(value, highest)), 1), (1,)))
+        for weight, value in ((op.subtract(one, share), wide), (share, tight))
+    )
+    chance = op.divide(tight, op.add(wide, tight))
+    return op.divide(
+        one, op.add(op.subtract(one, chance), op.multiply(chance, op.precise(op.number("narrow_variance"))))
     )
 
 

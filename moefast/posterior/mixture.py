@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefast.core.threads import one_blas_thread
-from moefast.kernels import CloudPosterior, Clouds, Space, cloud_posterior
+from moefast.kernels import CloudPosterior, Clouds, Groups, Space, cloud_posterior
 from moefast.kernels.dispatch import on_cuda
 from moefast.mixture import Mixture, Prediction
 from moefast.ops.on_numpy import NumPyArithmetic
@@ -39,10 +39,12 @@ REFERENCE_ROWS = 32
 _MAKING = threading.Lock()
 ORDER = (
     "reference", "noise_shape", "directions", "keys", "tangents", "gains", "log_weights", "labels", "scatter",
-    "first", "n_sky", "cells", "cell_shares", "scale_width", "label_range", "error.w1", "error.b1", "error.w2",
-    "error.b2", "label_factors",
+    "first", "n_sky", "calibrated", "cells", "cell_shares", "scale_width", "label_range", "error.w1", "error.b1",
+    "error.w2", "error.b2", "label_factors",
 )  # fmt: skip
 """What is stored of a mixture."""
+N_GROUPS = 3
+"""Gaussians, of stars alike in T_eff, by which a star's own evidence tells how wide its slopes are."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,9 @@ class PosteriorMixture:
         Of `LABELS`, the first l.
     n_sky : int
         The last so many nuisances grow with the noise of the star.
+    calibrated : tuple of float
+        Share of spectra whose flux is calibrated better than the slopes, which are the first nuisances, allow for, and
+        behind it how wide each slope is in these, relative to the others. The share alone, 0, where all are alike.
     n_foreign : int
         f, groups of clouds of spectra that are no stars.
     n_fast : tuple of int
@@ -111,6 +116,7 @@ class PosteriorMixture:
     label_factors: F32
     label_names: tuple[str, ...] = LABELS
     n_sky: int = 0
+    calibrated: tuple[float, ...] = (0.0,)
     n_foreign: int = 0
     n_fast: tuple[int, ...] = ()
     cells: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 0), np.int64))
@@ -121,6 +127,8 @@ class PosteriorMixture:
         object.__setattr__(self, "scale_width", float(np.float32(self.scale_width)))
         low, high = (float(np.float32(limit)) for limit in self.label_range)
         object.__setattr__(self, "label_range", (low, high))
+        share, *narrow = (float(np.float32(value)) for value in self.calibrated)
+        object.__setattr__(self, "calibrated", (share, *narrow))
         p, (m, n), labels = self.wave.size, self.keys.shape, len(self.label_names)
         t = self.tangents.shape[1]
         expected = {
@@ -153,6 +161,13 @@ class PosteriorMixture:
         if not 0 <= self.n_sky <= self.n_nuisances:
             raise ValueError(
                 f"0 to {self.n_nuisances} nuisances that grow with the noise; found {self.n_sky}"
+            )
+        if not (0 <= share < 1 and all(0 < width <= 1 for width in narrow)) or len(narrow) != (
+            self.n_slopes if share else 0
+        ):
+            raise ValueError(
+                "calibrated: a share of spectra from 0 to below 1 and, if it is not 0, a relative width above 0 "
+                f"and at most 1 of each slope expected; found {self.calibrated} and {self.n_slopes} slopes"
             )
         if self.error_model[0].shape[0] != 5 or self.error_model[2].shape[1] != 1:
             raise ValueError("an error model of five features and one answer expected")
@@ -209,6 +224,11 @@ class PosteriorMixture:
         return self.directions.shape[1] - self.n_coordinates
 
     @property
+    def n_slopes(self) -> int:
+        """Nuisances with a prior width of their own, which come first: slopes of the flux."""
+        return self.n_nuisances - self.n_sky
+
+    @property
     def is_linear(self) -> bool:
         """Whether all experts are linear: those of a posterior never are."""
         return False
@@ -219,7 +239,7 @@ class PosteriorMixture:
         (m, t), (n_cells, cell) = self.gains.shape[:2], self.cells.shape
         return Sizes(
             self.n_pixels, n_cells, cell, self.n_coordinates, self.n_nuisances, m, t + 1,
-            len(self.label_names) + 1, self.first.size - 1,
+            len(self.label_names) + 1, self.first.size - 1, self.n_slopes, len(self._groups.constant),
         )  # fmt: skip
 
     def stored(self) -> dict[str, NDArray]:
@@ -227,6 +247,7 @@ class PosteriorMixture:
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name in ORDER}
         own |= dict(zip(("error.w1", "error.b1", "error.w2", "error.b2"), self.error_model, strict=True))
         own["n_sky"] = np.array([self.n_sky], np.int64)
+        own["calibrated"] = np.array(self.calibrated, np.float32)
         own["scale_width"] = np.array([self.scale_width], np.float32)
         own["label_range"] = np.array(self.label_range, np.float32)
         return {name: own[name] for name in ORDER}
@@ -246,9 +267,10 @@ class PosteriorMixture:
         low, high = (float(v) for v in arrays.pop("label_range"))
         width = float(arrays.pop("scale_width")[0])
         n_sky = int(arrays.pop("n_sky")[0])
+        calibrated = tuple(float(value) for value in arrays.pop("calibrated"))
         return cls(
-            wave=wave, **arrays, n_sky=n_sky, n_foreign=n_foreign, n_fast=n_fast, scale_width=width,
-            label_range=(low, high), error_model=(w1, b1, w2, b2), label_names=label_names,
+            wave=wave, **arrays, n_sky=n_sky, calibrated=calibrated, n_foreign=n_foreign, n_fast=n_fast,
+            scale_width=width, label_range=(low, high), error_model=(w1, b1, w2, b2), label_names=label_names,
         )  # fmt: skip
 
     @cached_property
@@ -264,10 +286,11 @@ class PosteriorMixture:
         scatter = np.concatenate([np.einsum("mll->ml", self.scatter), np.zeros((m, 1), np.float32)], axis=1)
         with_first = np.concatenate([self.scatter[:, 0], np.zeros((m, 1), np.float32)], axis=1)
         means = np.concatenate([self.labels, np.ones((m, 1), np.float32)], axis=1)
-        groups = np.arange(self.first.size - 1)
-        members = (np.repeat(groups, np.diff(self.first))[:, None] == groups).astype(np.float32)
+        experts = np.arange(self.first.size - 1)
+        members = (np.repeat(experts, np.diff(self.first))[:, None] == experts).astype(np.float32)
         w1, b1, w2, b2 = self.error_model
-        q = self.n_nuisances
+        n_slopes, q, groups = self.n_slopes, self.n_nuisances, self._groups
+        narrow = np.array(self.calibrated[1:], np.float64)
         # Sums that several threads share out depend on their number: the bits of a prediction must not.
         with one_blas_thread():
             precision, pull = self._library_as_one_cloud(tangents)
@@ -292,7 +315,19 @@ class PosteriorMixture:
             "lowest": np.float32(self.label_range[0]),
             "highest": np.float32(self.label_range[1]),
             "follows_noise": (np.arange(q) >= q - self.n_sky).astype(np.float32),
+            "calibrated": np.array(self.calibrated, np.float32),
+            "narrow_slopes": np.diag(narrow),
+            "narrow_variance": np.concatenate([narrow**2, np.ones(q - len(narrow))]),
+            "group_precision": groups.precision,
+            "group_pull": groups.pull,
+            "group_constant": groups.constant,
+            "behind_coordinates": np.eye(q, n + q, n, dtype=np.float32),
+            "slopes_last": np.concatenate(
+                [np.arange(n), np.arange(n + n_slopes, n + q), n + np.arange(n_slopes)]
+            ),
+            "unit_directions": np.eye(n + q, dtype=np.float32),
             "unit_nuisances": np.eye(q, dtype=np.float32),
+            "unit_slopes": np.eye(n_slopes, dtype=np.float32),
             "unit_coordinates": np.eye(n, dtype=np.float32),
             "unit_tangents": np.eye(t + 1, dtype=np.float32),
             "error.w1": w1,
@@ -330,15 +365,49 @@ class PosteriorMixture:
         share = np.exp(self.log_weights.astype(np.float64))
         if which is not None:
             share = np.where(which, share, 0.0)
-        share /= share.sum()
+        mean, covariance = self._as_one_cloud(tangents, share / share.sum())
+        precision = np.eye(n + q)
+        precision[:n, :n] = np.linalg.inv(covariance)
+        return precision, precision @ np.concatenate([mean, np.zeros(q)])[:, None]
+
+    def _as_one_cloud(self, tangents: NDArray, share: F64) -> tuple[F64, F64]:
+        """Mean and covariance of spectra, in coordinates, of clouds of such shares."""
         keys, tangents = self.keys.astype(np.float64), tangents.astype(np.float64)
-        apart = keys - share @ keys
+        mean = share @ keys
+        apart = keys - mean
         covariance = (share * apart.T) @ apart + np.einsum(
             "m,mta,mtb->ab", share, tangents, tangents, optimize=True
         )
-        precision = np.eye(n + q)
-        precision[:n, :n] = np.linalg.inv(covariance + np.eye(n))
-        return precision, precision @ np.concatenate([share @ keys, np.zeros(q)])[:, None]
+        return mean, covariance + np.eye(self.n_coordinates)
+
+    @cached_property
+    def _groups(self) -> Groups:
+        """Stars alike in T_eff, or in log g where the library lacks it, and what is no star, as Gaussians."""
+        n, rest = self.n_coordinates, self.n_coordinates + self.n_sky
+        if not self.calibrated[0]:
+            return Groups(np.empty((0, rest, rest)), np.empty((0, rest)), np.empty(0))
+        stars = np.arange(self.first[self.n_experts])
+        share = np.exp(self.log_weights.astype(np.float64))
+        label = self.label_names.index("T_eff") if "T_eff" in self.label_names else 0
+        order = stars[np.argsort(self.labels[stars, label], kind="stable")]
+        below = np.cumsum(share[order]) - share[order] / 2
+        group = np.minimum((N_GROUPS * below / share[stars].sum()).astype(int), N_GROUPS - 1)
+        kinds = [order[group == g] for g in np.unique(group)]
+        kinds += [np.arange(*self.first[k : k + 2]) for k in range(self.n_experts, self.first.size - 1)]
+        parts: list[tuple[F64, F64, float]] = []
+        # Sums that several threads share out depend on their number.
+        with one_blas_thread():
+            for kind in kinds:
+                mine = np.zeros(len(share))
+                mine[kind] = share[kind]
+                mean, covariance = self._as_one_cloud(self._all_tangents(), mine / mine.sum())
+                precision, pull = np.zeros((rest, rest)), np.zeros(rest)
+                precision[:n, :n] = np.linalg.inv(covariance)
+                pull[:n] = precision[:n, :n] @ mean
+                constant = np.log(mine.sum()) - 0.5 * (np.linalg.slogdet(covariance)[1] + mean @ pull[:n])
+                parts.append((precision, pull, float(constant)))
+        precisions, pulls, constants = zip(*parts, strict=True)
+        return Groups(np.array(precisions), np.array(pulls), np.array(constants))
 
     # -- scoring -----------------------------------------------------------------------------------------------
 
@@ -446,6 +515,8 @@ class PosteriorMixture:
             precision=numbers["library_precision"],
             pull=numbers["library_pull"][:, 0],
             n_sky=self.n_sky,
+            calibrated=self.calibrated,
+            groups=self._groups,
         )
 
     @cached_property

@@ -25,6 +25,8 @@ SHAPES = {
     "one pixel a cell": {"p": 509},
     "one expert": {"n_experts": 1, "m": 5},
     "one tangent": {"t": 1},
+    "slopes of two widths": {"calibrated": (0.4, 0.2)},
+    "the same without sky": {"q": 2, "sky": 0, "calibrated": (0.4, 0.3, 0.1)},
     "stars alone": {"n_foreign": 0},
     "two labels": {"labels": 2},
 }
@@ -69,6 +71,8 @@ def test_initializers_are_what_is_stored_and_small_constants(model, posterior):
     expected = posterior.stored()
     if not posterior.n_nuisances:
         assert expected.pop("n_sky") == 0
+    if not posterior.calibrated[0]:
+        assert expected.pop("calibrated").tolist() == [0]
     assert stored.keys() == expected.keys()
     for name, array in expected.items():
         assert (stored[name].dtype, stored[name].tobytes()) == (array.dtype, array.tobytes()), name

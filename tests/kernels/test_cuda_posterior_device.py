@@ -52,6 +52,9 @@ def assert_as_described(made, flux, error, mask=None):
         {"p": 300, "m": 12, "n": 8, "q": 3, "t": 2, "n_sky": 1},
         {"p": 1031, "m": 71, "n": 33, "q": 5, "t": 5},
         {"p": 700, "m": 130, "n": 65, "q": 12, "t": 8, "n_sky": 8},
+        {"p": 300, "m": 12, "n": 8, "q": 1, "calibrated": (0.9, 0.3)},
+        {"p": 700, "m": 70, "n": 58, "q": 12, "t": 9, "n_sky": 8, "calibrated": (0.5, 0.1)},
+        {"p": 700, "m": 30, "n": 90, "q": 4, "t": 2, "calibrated": (0.5, 0.1)},
     ],
 )
 def test_matches_the_description(n, sizes):

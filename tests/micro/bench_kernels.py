@@ -515,7 +515,7 @@ CASES = (
 )  # fmt: skip
 
 NO_KERNELS = {
-    "CloudPosterior", "Clouds", "GRAM_ROWS", "PROJECT_ROWS", "Forest", "Given", "Library", "Mixed", "Mixing",
+    "CloudPosterior", "Clouds", "GRAM_ROWS", "Groups", "PROJECT_ROWS", "Forest", "Given", "Library", "Mixed", "Mixing",
     "Projected", "Projection", "Slopes", "Space", "TangentPosterior", "TemplatePosterior", "VelocityTemplates",
     "cell_size", "packed_size", "unpack_symmetric", "without_cuda",
 }  # fmt: skip

@@ -7,9 +7,44 @@ import pytest
 from made_clouds import mixture, stars
 from scipy.stats import multivariate_normal
 
+from moefast.ops.on_numpy import NumPyArithmetic
 from moefast.posterior.cells import alike_pixels
-from moefast.posterior.forward import LEAST_CURVATURE
+from moefast.posterior.forward import LEAST_CURVATURE, cloud_values
 from moefast.posterior.mixture import SCALE_UNIT
+
+
+def slope_variance(mix, x, within, coordinates, nuisances, is_slope, level2):
+    """Of the slopes, from the densities of three groups of stars in T_eff, and of what is no star, with both widths."""
+    share, *narrow = mix.calibrated
+    if not share:
+        return 1.0
+    weights = np.exp(mix.log_weights.astype(float))
+    n_stars = mix.first[mix.n_experts]
+    order = np.argsort(mix.labels[:n_stars, 1])
+    middles = (np.cumsum(weights[order]) - weights[order] / 2) / weights[:n_stars].sum()
+    groups = [order[(middles >= third / 3) & (middles < (third + 1) / 3)] for third in range(3)]
+    groups += [np.arange(n_stars, len(weights))] if mix.n_foreign else []
+    evidence = np.zeros(2)
+    for mine in groups:
+        own = weights[mine] / weights[mine].sum()
+        keys = mix.keys[mine].astype(float)
+        along = keys.copy()
+        along[:, -1] = 1 / SCALE_UNIT
+        tangents = np.concatenate(
+            [mix.tangents[mine].astype(float), mix.scale_width * along[:, None]], axis=1
+        )
+        covariance = np.cov(keys.T, aweights=own, ddof=0) + np.einsum(
+            "j,jta,jtb->ab", own, tangents, tangents
+        )
+        spectra = within + coordinates @ covariance @ coordinates.T
+        for place, variances in enumerate((np.ones(len(narrow)), np.square(narrow))):
+            widths = np.concatenate([variances, np.full((~is_slope).sum(), level2)])
+            density = multivariate_normal(
+                coordinates @ (own @ keys), spectra + (nuisances * widths) @ nuisances.T
+            )
+            evidence[place] += weights[mine].sum() * np.exp(density.logpdf(x) - 100)
+    evidence *= 1 - share, share
+    return (evidence[0] + evidence[1] * np.square(narrow)) / evidence.sum()
 
 
 def by_brute_force(mix, flux, error):
@@ -23,7 +58,12 @@ def by_brute_force(mix, flux, error):
     coordinates, nuisances = directions[:, :n], directions[:, n:]
     noise = np.diag(1 / a) / c0**2
     level2 = np.mean(error[good].astype(float) ** 2 / mix.noise_shape[good]) / c0**2
-    widths = np.where(np.arange(mix.n_nuisances) < mix.n_nuisances - mix.n_sky, 1.0, level2)
+    is_slope = np.arange(mix.n_nuisances) < mix.n_nuisances - mix.n_sky
+    slopes = slope_variance(
+        mix, x, noise + coordinates @ coordinates.T, coordinates, nuisances, is_slope, level2
+    )
+    widths = np.where(is_slope, 1.0, level2)
+    widths[is_slope] = slopes
     common = noise + coordinates @ coordinates.T + (nuisances * widths) @ nuisances.T
     evidence, means, covariances = [], [], []
     for j in range(len(mix.keys)):
@@ -52,10 +92,24 @@ def by_brute_force(mix, flux, error):
     return share, means, mean, covariance
 
 
-@pytest.mark.parametrize(("q", "n_sky"), [(0, 0), (3, 0), (3, 2)])
-def test_weights_and_labels_are_those_of_the_density_of_the_spectrum(q, n_sky):
+NARROW = (0.6, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("q", "n_sky", "calibrated", "n_foreign"),
+    [
+        (0, 0, (0,), 0),
+        (3, 0, (0,), 0),
+        (3, 2, (0,), 0),
+        (3, 0, NARROW, 0),
+        (3, 2, NARROW, 0),
+        (3, 1, NARROW, 1),
+    ],
+)
+def test_weights_and_labels_are_those_of_the_density_of_the_spectrum(q, n_sky, calibrated, n_foreign):
     # 31 is prime: cells of one pixel, the exact form.
-    mix = mixture(p=31, m=9, t=2, n=5, q=q, n_sky=n_sky)
+    mix = mixture(p=31, m=9, t=2, n=5, q=q, n_sky=n_sky, calibrated=calibrated)
+    mix = replace(mix, n_foreign=n_foreign)
     assert mix.sizes.cell == 1
     flux, error = stars(mix, 4)
     flux[1, 3:9], error[2, 20:] = np.nan, -1.0
@@ -76,6 +130,27 @@ def test_weights_and_labels_are_those_of_the_density_of_the_spectrum(q, n_sky):
                 found["expert_label"][i, k], share[own] @ means[own, 0] / share[own].sum(), rtol=1e-6
             )
     assert several, "a posterior of one cloud would tell nothing of weights"
+
+
+def test_slopes_are_as_wide_as_the_star_says():
+    mix = mixture(q=4, calibrated=(0.5, 0.1))
+    flux, error = stars(mix, 40, snr=30)
+    steep = flux * (1 + 0.15 * np.linspace(-1, 1, mix.n_pixels, dtype=np.float32))
+    faint = 1000 * error
+
+    def variance(flux, error):
+        numbers = NumPyArithmetic(mix.numbers)
+        return 1 / cloud_values(numbers, mix.sizes, flux.astype(float), error.astype(float)).prior[:, 0, 0]
+
+    assert np.median(variance(flux, error)) < 0.1
+    assert np.median(variance(steep, error)) > 0.9
+    # Who says nothing of slopes has what is known beforehand.
+    np.testing.assert_allclose(variance(flux, faint), 0.5 + 0.5 * 0.1**2, rtol=0.02)
+    assert np.isfinite(mix.describe(flux, np.full_like(flux, np.nan))["log_g"]).all()
+    # Narrow slopes leave more of log g.
+    wide = replace(mix, calibrated=(0.0,))
+    usual, alike = mix.describe(flux, error)["label_sd"][:, 0], wide.describe(flux, error)["label_sd"][:, 0]
+    assert np.mean(usual < alike) > 0.8
 
 
 def test_energy_and_distance_are_those_of_least_squares():

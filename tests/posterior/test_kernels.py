@@ -62,6 +62,21 @@ def test_any_number_of_rows(mix, n):
     assert found["label"].shape == (n, LABELS)
 
 
+@pytest.mark.parametrize(("q", "n_sky", "p"), [(1, 0, 192), (3, 0, 192), (4, 1, 193), (12, 8, 192)])
+@pytest.mark.parametrize("calibrated", [(0.5, 0.1), (0.9, 0.3)])
+def test_slopes_of_two_widths(q, n_sky, p, calibrated):
+    made = mixture(p=p, q=q, n_sky=n_sky, calibrated=calibrated)
+    flux, error = stars(made, 70)
+    flux[35:] *= 1 + 0.2 * np.linspace(-1, 1, p, dtype=np.float32)
+    error[::3, : p // 2] = np.nan
+    found = assert_as_described(made, flux, error)
+    # They do what they are for: most answers are others than those of slopes of one width.
+    usual = mixture(p=p, q=q, n_sky=n_sky).outputs(flux, error)
+    assert np.median(np.abs(found["label_sd"][:35] / usual["label_sd"][:35] - 1)) > 1e-3
+    alone = made.outputs(flux[40:41], error[40:41])
+    assert_same_bits(alone, found, slice(None), slice(40, 41))
+
+
 @pytest.fixture(scope="module")
 def far_apart():
     """Stars 4000 σ² from all clouds of most experts, whose evidences single precision holds to 10⁻³."""

@@ -5,13 +5,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from made_clouds import assert_expert_labels, mixture, stars
+from numba import cuda
 
 from moefast.core.errors import BackendError
 from moefast.kernels import cloud_posterior
 from moefast.kernels import clouds as of_clouds
 from moefast.kernels.cuda import CudaPosteriorScorer, clouds, information
 from moefast.kernels.cuda.scoring import MOST_SHARED
+from moefast.ops.on_numpy import NumPyArithmetic
 from moefast.posterior.cells import alike_pixels
+from moefast.posterior.forward import cloud_values
 from moefast.predicting.engines import CudaEngine, without_kernels
 from moefast.spectra.quality import assess, good_pixels
 
@@ -84,6 +87,35 @@ def test_any_number_of_clouds(m):
 def test_any_size_of_the_space(p, n, q, labels):
     made = mixture(p=p, m=6, n=n, q=q, labels=labels)
     assert_as_described(made, *stars(made, 2))
+
+
+@pytest.mark.parametrize("in_shared", [True, False])
+@pytest.mark.parametrize(("q", "n_sky", "n"), [(1, 0, 6), (2, 1, 5), (4, 0, 9), (6, 2, 6)])
+def test_slopes_of_two_widths(q, n_sky, n, in_shared, monkeypatch):
+    """Five stars for three blocks; one whose flux is bent, one of whose spectrum half is missing."""
+    if not in_shared:
+        monkeypatch.setattr(information, "MOST_OF_BLOCK", 0)
+    made = mixture(p=64, m=6, n=n, q=q, n_sky=n_sky, calibrated=(0.5, 0.1))
+    flux, error = stars(made, 5)
+    flux[1] *= 1 + 0.2 * np.linspace(-1, 1, 64, dtype=np.float32)
+    error[2, :32] = np.nan
+    found = assert_as_described(made, flux, error)
+    assert_same_bits(made.outputs(flux[4:], error[4:], backend="cuda"), found, of=slice(4, 5))
+    plan = clouds.DevicePosterior(*made.kernel_arrays)
+    assert plan.matrices.in_shared == in_shared
+    work = plan.work(5)
+    plan.launch(cuda.to_device(flux.ravel()), cuda.to_device(error.ravel()), None, 5, work, 0)
+    # Of the probability itself more digits are seen than of labels.
+    prior = cloud_values(NumPyArithmetic(made.numbers), made.sizes, flux, error).prior[:, 0, 0]
+    chance = work.numbers.copy_to_host()[:, information.NARROW]
+    np.testing.assert_allclose(1 / (1 - chance + chance * made.calibrated[1] ** 2), prior, rtol=1e-8)
+    assert np.ptp(np.log(prior)) > 0.5
+
+
+def test_bad_pixels_with_slopes_of_two_widths():
+    made = mixture(p=48, m=7, n=6, q=3, n_sky=1, calibrated=(0.9, 0.3))
+    flux, error, mask = spoilt(made)
+    assert_as_described(made, flux, error, mask)
 
 
 @pytest.mark.parametrize("reach", [0, 1, 4, 5, 8, 11])
@@ -194,7 +226,9 @@ def test_beyond_all_numbers_there_is_no_answer_and_no_harm(mix):
     assert_same_bits({name: a[::2] for name, a in found.items()}, clean, of=slice(None, None, 2))
 
 
-def test_blocks_pass_through_the_slots_and_memory_is_that_of_a_block(mix):
+@pytest.mark.parametrize("calibrated", [(0.0,), (0.5, 0.3, 0.1)])
+def test_blocks_pass_through_the_slots_and_memory_is_that_of_a_block(mix, calibrated):
+    mix = replace(mix, calibrated=calibrated)
     flux, error = stars(mix, 7)
     scorer = CudaPosteriorScorer(*mix.kernel_arrays, block_rows=3, slots=2)
     found = scorer(flux, error)
@@ -274,5 +308,5 @@ def test_vectors_that_do_not_fit_are_staged_in_turns(monkeypatch):
 def test_tiles_as_large_as_on_a_device(monkeypatch):
     monkeypatch.undo()
     assert (clouds.THREADS, information.PRODUCT_THREADS, information.SOLVE_THREADS) == (128, 128, 128)
-    made = mixture(p=33, m=17, n=34, q=1)
+    made = mixture(p=33, m=17, n=34, q=1, calibrated=(0.5, 0.1))
     assert_as_described(made, *stars(made, 1))

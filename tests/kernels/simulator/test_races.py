@@ -142,12 +142,14 @@ def test_sums_over_a_block(log):
     np.testing.assert_array_equal(out, 22)
 
 
-@pytest.mark.parametrize(("in_shared", "at_once"), [(True, True), (False, False)])
-def test_the_posterior(small, in_shared, at_once, monkeypatch, log):
+@pytest.mark.parametrize(
+    ("in_shared", "at_once", "calibrated"), [(True, True, (0.5, 0.1)), (False, False, (0.0,))]
+)
+def test_the_posterior(small, in_shared, at_once, calibrated, monkeypatch, log):
     """Five stars: blocks of two stars, one of which is there once, and several stars for each block of roots."""
     if not in_shared:
         monkeypatch.setattr(information, "MOST_OF_BLOCK", 0)
-    made = mixture(p=60, m=6, t=4, n=17, q=3, n_sky=1)
+    made = mixture(p=60, m=6, t=4, n=17, q=3, n_sky=1, calibrated=calibrated)
     # The last nine coordinates have means alone, so that their bands are staged without tangents between.
     made.tangents[:, :, 8:] = 0
     precision = made.numbers["library_precision"]
