@@ -172,11 +172,15 @@ def measure(
 @click.argument("name", default="z0")
 @click.option("-n", "n", default=20_000, help="Stars for the experts, and for the gates.")
 @click.option("--validation", default=20_000, help="Stars that compare.")
-@click.option("--seed", "seeds", multiple=True, default=(0, 1), help="One of disjoint sets of training stars.")
+@click.option(
+    "--seed", "seeds", multiple=True, default=(0, 1), help="One of disjoint sets of training stars."
+)
 @click.option("--draws", default=24, help="Draws of each star in pixels, for a tower.")
 @click.option("--white", default=72, help="The same in components.")
 @click.option("--steps", default=10_000, help="Of a tower.")
-def main(name: str, n: int, validation: int, seeds: tuple[int, ...], draws: int, white: int, steps: int) -> None:
+def main(
+    name: str, n: int, validation: int, seeds: tuple[int, ...], draws: int, white: int, steps: int
+) -> None:
     """R² in bin X by every gate, and gains over the first, paired over the stars."""
     for seed in seeds:
         first = seed * n
