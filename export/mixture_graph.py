@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,7 @@ from moefast.experts.protocol import Place, family
 from moefast.experts.template import Templates
 from moefast.export.graph import Graph, Initializers, assemble, number_of_part, said
 from moefast.forward import expert_values, forward
-from moefast.gating.tower import Sees, Tower
+from moefast.gating.tower import Tower, known_views
 from moefast.kernels.forward import LAYERS
 from moefast.mixture import Mixture, n_gate_features
 from moefast.ops.on_onnx import OnnxArithmetic
@@ -193,7 +193,7 @@ def read_experts(model: ModelProto, wave: NDArray[np.float64]) -> Mixture:
         )
         return w1, b1, w2, b2
 
-    def tower(sees: Sees) -> Tower:
+    def tower(sees: str) -> Tower:
         limited = f"tower.{sees}.limit" in tensors
         limit = float(read(f"tower.{sees}.limit", 1)[0]) if limited else math.inf
         return Tower(sees, layers(f"tower.{sees}", None, k), limit)
@@ -236,7 +236,7 @@ def read_experts(model: ModelProto, wave: NDArray[np.float64]) -> Mixture:
             clipped=clipped,
             n_gate=gate[0].shape[0] - n_gate_features(0),
             experts=_read_places(model, k),
-            tower=next((tower(name) for name in get_args(Sees) if f"tower.{name}.w1" in tensors), None),
+            tower=next((tower(name) for name in known_views() if f"tower.{name}.w1" in tensors), None),
         )
         lines = mixture.line_columns
     except ValueError as error:

@@ -32,7 +32,7 @@ from moefast.core.line_features import LEAST_CONTINUUM, LINE_FEATURES, LINES, li
 from moefast.experts.protocol import Expert, Inputs, Place
 from moefast.experts.template import Templates
 from moefast.forward import Pass, forward
-from moefast.gating.tower import Tower, quality_logs
+from moefast.gating.tower import FEATURES, VIEWS, Tower
 from moefast.kernels import Given, Library, Mixed, Mixing, Projected, Projection, cell_size, project, soft_mix
 from moefast.kernels.forward import LAYERS, Sizes
 from moefast.kernels.reference import (
@@ -215,7 +215,7 @@ class Mixture:
         if len(set(stems)) < len(stems):
             raise ValueError(f"a mixture has one library and one network at most; found {stems}")
         if (tower := self.tower) is not None and (
-            tower.n_experts != k or (tower.sees == "features" and tower.n_features != features)
+            tower.n_experts != k or (tower.sees == FEATURES and tower.n_features != features)
         ):
             raise ValueError(
                 f"a tower of {features} features for {k} experts expected; "
@@ -505,15 +505,19 @@ class Mixture:
     ) -> Callable[[NDArray[np.intp]], NDArray]:
         """What a tower sees of some rows."""
 
-        def quality(rows: NDArray[np.intp]) -> NDArray:
-            hidden = None if mask is None else mask[rows]
-            return quality_logs(error[rows], good_pixels(flux[rows], error[rows], hidden))
-
         def features(rows: NDArray[np.intp]) -> NDArray:
             leading = linear.columns[rows, : self.n_gate]
             return gate_features(linear.windows[rows], leading, linear.log_level[rows], self.mixing)
 
-        return quality if tower.sees == "quality" else features
+        if tower.sees == FEATURES:
+            return features
+        view = VIEWS[tower.sees]
+
+        def seen(rows: NDArray[np.intp]) -> NDArray:
+            good = good_pixels(flux[rows], error[rows], None if mask is None else mask[rows])
+            return view.of_stars(None if view.of_errors else features(rows), error[rows], good)
+
+        return seen
 
     def inputs(self, linear: Projected) -> Inputs:
         """What experts that are not linear see of projected stars, but for the flux."""

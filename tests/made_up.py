@@ -9,7 +9,9 @@ import numpy as np
 from moefast.core import grids
 from moefast.core.groups import groups_of
 from moefast.core.records import as_entries, read_entries
-from moefast.protocol.report import Bootstrap, Comparisons, DataSet, Predictions, Stars, evaluate_predictions
+from moefast.protocol.comparisons import Comparisons
+from moefast.protocol.group_scores import Bootstrap
+from moefast.protocol.report import DataSet, Predictions, Stars, evaluate_predictions
 from moefast.protocol.report_parts import Report
 
 

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import onnxruntime
 
+from moefast.export import session
 from moefast.export.session import PROVIDERS
 
 REAL = onnxruntime.InferenceSession
@@ -35,3 +36,4 @@ def pretend(monkeypatch, cpu_kinds):
     """Let CUDA sessions open here, with nodes of these kinds on the CPU."""
     monkeypatch.setattr(onnxruntime, "InferenceSession", session_class(cpu_kinds))
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(PROVIDERS.values()))
+    monkeypatch.setattr(session, "INPUTS", "cpu")

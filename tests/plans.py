@@ -155,3 +155,31 @@ def random_tower(n_features, n_experts, sees="features", limit=np.inf, seed=0):
     scale = 1 / np.sqrt(n_features)
     w1, b1, w2, b2 = layers(np.random.default_rng(seed), n_features, 12, n_experts, 1.0)
     return Tower(sees, (np.float32(scale) * w1, b1, np.float32(0.5) * w2, b2), limit)
+
+
+def awkward_rows(p, seed=0):
+    """Flux, error and mask of rows whose medians are hard to find, or of an unusual size."""
+    rng = np.random.default_rng(seed)
+    n = 14
+    flux = (rng.standard_normal((n, p)) + 3).astype(np.float32)
+    error = rng.uniform(0.1, 2, (n, p)).astype(np.float32)
+    mask = np.zeros((n, p), bool)
+    flux[1] = np.round(2 * flux[1])
+    error[1:4] = 1
+    flux[2] = 7
+    flux[3, : p // 2] = -3e38
+    # Zeros of both signs, of which the median is one.
+    flux[4] = np.where(rng.random(p) < 0.5, 0.0, -0.0)
+    flux[5, rng.random(p) < 0.3] = np.nan
+    error[6, rng.random(p) < 0.5] = -1
+    mask[7] = rng.random(p) < 0.6
+    # Sorted, and in two heaps: the first guesses are wrong.
+    flux[8].sort()
+    error[8] = 1
+    flux[9, p // 3 :] *= np.float32(1e12)
+    # What is divided slowly: tiny and huge flux, tiny errors, quotients below and beyond those of float32.
+    flux[10] *= np.float32(1e-38)
+    flux[11, ::7], error[11] = 1e37, np.float32(1e-10)
+    error[12, ::3] = np.float32(1e-40)
+    flux[13] = np.nan
+    return flux, error, mask

@@ -82,6 +82,29 @@ def imported_by(name: str, path: Path, modules: dict[str, Path]) -> set[str]:
     return {one for one in found if one in modules and one != name}
 
 
+def _by_name(node: ast.AST) -> bool:
+    """Whether this imports a module whose name is only known when it runs."""
+    if not isinstance(node, ast.Call) or not node.args:
+        return False
+    return ast.unparse(node.func).endswith("import_module") and not isinstance(node.args[0], ast.Constant)
+
+
+def named_by(name: str, path: Path, modules: dict[str, Path]) -> set[str]:
+    """Modules, and packages whose modules, a file names in a text, if it imports what some text says.
+
+    Such are registries of what imports them in turn: they may lead in a circle, but not up.
+    """
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    if not any(map(_by_name, ast.walk(tree))):
+        return set()
+    texts = {
+        node.value.rstrip(".")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    return {text for text in texts if text in modules and text != name}
+
+
 @pytest.fixture(scope="module")
 def modules():
     if not HOMES["moefast.kernels"].is_dir():
@@ -144,6 +167,15 @@ def test_every_import_leads_down(imports):
     assert not unexpected, "\n".join(f"{one} imports {other}" for one, other in sorted(unexpected))
 
 
+def test_what_is_imported_by_name_leads_down(modules):
+    named = {name: named_by(name, path, modules) for name, path in modules.items()}
+    assert {"moefast", "moefast.experts.protocol", "moefast.spectra.layouts.registry"} <= {
+        name for name, others in named.items() if others
+    }
+    unexpected = violations(named) - EXCEPTIONS.keys()
+    assert not unexpected, "\n".join(f"{one} names {other}" for one, other in sorted(unexpected))
+
+
 def test_exceptions_are_needed_and_have_a_reason(imports):
     assert all(len(reason.split()) > 3 for reason in EXCEPTIONS.values())
     spare = EXCEPTIONS.keys() - violations(imports)
@@ -173,7 +205,14 @@ def test_imports_are_found_wherever_they_stand(tmp_path):
         "def f():\n    from . import __doc__\n    from ..kitchen import cook\n"
         "def g():\n    import importlib\n    importlib.import_module('house.garage')\n"
     )
+    (home / "plugs.py").write_text(
+        "from importlib import import_module\n"
+        "PLUGS = {'tap': 'house.kitchen'}\n"
+        "def f(name):\n    import_module(PLUGS[name])\n    import_module(f'house.attic.{name}')\n"
+    )
     modules = _source(home, "house")
+    assert named_by("house.plugs", modules["house.plugs"], modules) == {"house.kitchen", "house.attic"}
+    assert named_by("house.attic.roof", modules["house.attic.roof"], modules) == set()
     found = {name: imported_by(name, path, modules) for name, path in modules.items()}
     assert found["house.kitchen"] == {"house.cellar"}
     assert found["house.attic"] == {"house.kitchen"}

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+from made_view import SHARE_OF_LOST_PIXELS
 
 from moefast.checkpoint import Checkpoint
 from moefast.core.errors import BackendError, InputError, LabelError, MoefastError, WaveGridError
@@ -24,6 +25,7 @@ from moefast.fitting.linear_experts import choose_rank, find_levels, held_out, m
 from moefast.fitting.sample import draw_faint, draw_sample
 from moefast.fitting.training_set import TrainingSet
 from moefast.gating.mlp import softmax
+from moefast.gating.tower import VIEWS
 from moefast.kernels import perceptron
 from moefast.mixture import hat_weights
 from moefast.spectra.quality import assess
@@ -842,7 +844,8 @@ TOWER = {"tower": "features", "tower_limit": 5.0}
 def decided(monkeypatch):
     """Small towers, and what is decided about them."""
     monkeypatch.setattr(gate, "TOWER_STEPS", 150)
-    monkeypatch.setattr(gate, "TOWER_HIDDEN", {"features": 4, "quality": 4})
+    monkeypatch.setattr(gate, "TOWER_HIDDEN", 4)
+    monkeypatch.setitem(VIEWS, "quality", dataclasses.replace(VIEWS["quality"], hidden=4))
 
     def decide(better):
         monkeypatch.setattr(gate, "_is_better", lambda *_: better)
@@ -898,6 +901,15 @@ def test_experts_by_snr_norm_and_a_gate_on_the_quality_features_alone(train_file
     assert [one["n"] for one in fit.summary["bins"].values()] == counts.tolist()
     assert (fit.mixture.gate[2] == 0).all()
     assert (fit.mixture.tower.sees, fit.mixture.tower.limit) == ("quality", np.inf)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_tower_is_fitted_on_a_view_of_ones_own(train_file, test_toy, decided, monkeypatch):
+    decided(True)
+    monkeypatch.setitem(VIEWS, "own", SHARE_OF_LOST_PIXELS)
+    fit = fitted(train_file, **QUICK, tower="own")
+    assert (fit.mixture.tower.sees, fit.mixture.tower.n_features) == ("own", SHARE_OF_LOST_PIXELS.n_features)
+    assert np.isfinite(fit.mixture.predict(test_toy.noisy(), test_toy.error).log_g).all()
 
 
 def test_a_gate_on_the_quality_features_knows_how_noisy_a_star_is(train_file, test_toy):

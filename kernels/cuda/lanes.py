@@ -1,14 +1,15 @@
-"""Sums and minima over the threads of a block, and the bits of numbers: what the simulator cannot do like a device.
+"""Sums and minima over a block, bits, quotients, four numbers at a time: what the simulator cannot do like a device.
 
 Design: shuffles within a warp, shared memory between warps; every thread gets the result, in an order of additions
 that is always the same. The simulator knows no shuffles: there a warp counts one thread, and everything goes through
-shared memory.
+shared memory. Four neighbours in memory are one load of 128 bits where the compiler can be told so; Numba knows no
+other way than to write the instruction.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numba import config, cuda
+from numba import config, cuda, float32
 
 __all__ = [
     "GROUP",
@@ -17,7 +18,10 @@ __all__ = [
     "bits_float",
     "float_bits",
     "least_of_block",
+    "load_four",
     "most_of_warp",
+    "quotient",
+    "refined_quotient",
     "sum_of_block",
     "sum_of_group",
     "sum_of_parts",
@@ -33,6 +37,8 @@ EVERY_LANE = 0xFFFFFFFF
 WRITTEN_OUT: dict[str, bool] = {} if SIMULATED else {"forceinline": True}
 """For device functions whose loops have bounds, and arrays indices, that are constants where they are called: inlined
 first and written out then, they leave numbers in registers. The simulator does not know the option."""
+VECTORS = not SIMULATED and "mlir" not in cuda.__name__
+"""Whether the compiler takes instructions that are written for LLVM, as that of numba-cuda's successor does not."""
 
 if SIMULATED:
 
@@ -165,3 +171,70 @@ def least_of_block(value, scratch):  # type: ignore[no-untyped-def]
     for group in range(1, cuda.blockDim.x // GROUP):
         least = min(least, scratch[group])
     return least
+
+
+@cuda.jit(device=True)
+def refined_quotient(dividend, divisor, reciprocal):  # type: ignore[no-untyped-def]
+    """dividend/divisor, rounded to nearest, of float32 and 1/divisor to within two units of its last place.
+
+    The steps of the compiler's own division, without its question whether a number on the way is too large or too
+    small: of both, and of their quotient, the magnitude must lie between 2⁻⁶³ and 2⁶³.
+    """
+    reciprocal = cuda.fma(cuda.fma(-divisor, reciprocal, float32(1)), reciprocal, reciprocal)
+    result = dividend * reciprocal
+    result = cuda.fma(cuda.fma(-divisor, result, dividend), reciprocal, result)
+    return cuda.fma(cuda.fma(-divisor, result, dividend), reciprocal, result)
+
+
+if VECTORS:
+    from llvmlite import ir
+    from numba.cuda import types
+    from numba.cuda.extending import intrinsic
+
+    @intrinsic
+    def load_four(typing_context, array, index):  # type: ignore[no-untyped-def]
+        """Four neighbours of a flat array, the first of which lies at a multiple of the bytes of four."""
+
+        def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+            numbers = context.make_array(signature.args[0])(context, builder, arguments[0])
+            place = builder.gep(numbers.data, [arguments[1]])
+            four = ir.VectorType(numbers.data.type.pointee, 4)
+            size = context.get_abi_sizeof(numbers.data.type.pointee)
+            found = builder.load(builder.bitcast(place, four.as_pointer()), align=4 * size)
+            # In memory a bool is a byte.
+            model = context.data_model_manager[array.dtype]
+            each = [
+                model.from_data(builder, builder.extract_element(found, ir.Constant(ir.IntType(32), i)))
+                for i in range(4)
+            ]
+            return context.make_tuple(builder, signature.return_type, each)
+
+        return types.UniTuple(array.dtype, 4)(array, index), generate
+
+    @intrinsic
+    def _near_reciprocal(typing_context, number):  # type: ignore[no-untyped-def]
+        """1/number of a float32, to within a unit of its last place."""
+
+        def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+            single = ir.FloatType()
+            kind = ir.FunctionType(single, [single])
+            return builder.call(ir.InlineAsm(kind, "rcp.approx.ftz.f32 $0, $1;", "=f,f"), arguments)
+
+        return types.float32(types.float32), generate
+
+    @cuda.jit(device=True)
+    def quotient(dividend, divisor):  # type: ignore[no-untyped-def]
+        """dividend/divisor of float32, rounded to nearest; for which numbers, see `refined_quotient`."""
+        return refined_quotient(dividend, divisor, _near_reciprocal(divisor))
+
+else:
+
+    @cuda.jit(device=True)
+    def load_four(array, index):  # type: ignore[no-untyped-def]
+        """Four neighbours of a flat array, the first of which lies at a multiple of the bytes of four."""
+        return array[index], array[index + 1], array[index + 2], array[index + 3]
+
+    @cuda.jit(device=True)
+    def quotient(dividend, divisor):  # type: ignore[no-untyped-def]
+        """dividend/divisor of float32, rounded to nearest; for which numbers, see `refined_quotient`."""
+        return dividend / divisor

@@ -19,7 +19,7 @@ from moefast.kernels.cuda.lanes import SCRATCH, bits_float, float_bits, least_of
 from moefast.kernels.cuda.registry import kernel
 from moefast.kernels.quality import LARGEST32, LARGEST_ERROR32
 
-__all__ = ["KEYS", "THREADS", "median_rows"]
+__all__ = ["KEYS", "NO_KEY", "THREADS", "median_rows", "ordered"]
 
 THREADS = 128
 KEYS = 32
@@ -37,7 +37,7 @@ def _key(f, e):  # type: ignore[no-untyped-def]
     """Integer in the order of f/e; NO_KEY for a bad pixel."""
     # A comparison with NaN is false.
     if abs(f) <= LARGEST32 and e > float32(0) and e <= LARGEST_ERROR32:
-        return _ordered(float_bits(float32(f / e)))
+        return ordered(float_bits(float32(f / e)))
     return NO_KEY
 
 
@@ -50,7 +50,7 @@ def _key_at(flux, error, mask, here):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit(device=True)
-def _ordered(bits):  # type: ignore[no-untyped-def]
+def ordered(bits):  # type: ignore[no-untyped-def]
     """Map the bits of a float32 to an int32 of the same order; its own inverse."""
     return int32(bits ^ (int32(bits >> int32(31)) & NO_KEY))
 
@@ -160,6 +160,6 @@ def median_rows(flux, error, mask, p, median):  # type: ignore[no-untyped-def]
     if thread == 0:
         median[cuda.blockIdx.x] = NAN
         if n > 0:
-            first = float64(bits_float(_ordered(middle[0])))
-            second = float64(bits_float(_ordered(middle[1])))
+            first = float64(bits_float(ordered(middle[0])))
+            second = float64(bits_float(ordered(middle[1])))
             median[cuda.blockIdx.x] = first if n & 1 else first + 0.5 * (second - first)

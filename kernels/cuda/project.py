@@ -42,7 +42,7 @@ from moefast.kernels.cuda.gram import ALIGNED
 from moefast.kernels.cuda.registry import kernel
 from moefast.kernels.quality import LARGEST32, LARGEST_ERROR32
 
-__all__ = ["COLUMNS", "LINES", "PANEL", "ROWS", "THREADS", "project_rows"]
+__all__ = ["COLUMNS", "LINES", "PANEL", "ROWS", "THREADS", "multiply_pixel", "project_rows"]
 
 ROWS = 128
 """Spectra of a block; a thread owns one."""
@@ -78,7 +78,7 @@ NAN = np.float32(np.nan)
 
 
 @cuda.jit(device=True)
-def _multiply_pixel(centred, weights, side, pixel, tx, ty, a, b, sums):  # type: ignore[no-untyped-def]
+def multiply_pixel(centred, weights, side, pixel, tx, ty, a, b, sums):  # type: ignore[no-untyped-def]
     """Add the products of one pixel to a thread's tile; `a` and `b` become registers."""
     for i in range(QUAD):
         a[i] = centred[pixel, QUAD * ty + i]
@@ -257,10 +257,10 @@ def project_rows(  # type: ignore[no-untyped-def]
             for j in range(0, PANEL, 4):
                 # Another mask that says "not negative"; the loop written out keeps address arithmetic small.
                 here = j & (PANEL - 4)
-                _multiply_pixel(centred, weights, side, here, tx, ty, a, b, sums)
-                _multiply_pixel(centred, weights, side, here | 1, tx, ty, a, b, sums)
-                _multiply_pixel(centred, weights, side, here | 2, tx, ty, a, b, sums)
-                _multiply_pixel(centred, weights, side, here | 3, tx, ty, a, b, sums)
+                multiply_pixel(centred, weights, side, here, tx, ty, a, b, sums)
+                multiply_pixel(centred, weights, side, here | 1, tx, ty, a, b, sums)
+                multiply_pixel(centred, weights, side, here | 2, tx, ty, a, b, sums)
+                multiply_pixel(centred, weights, side, here | 3, tx, ty, a, b, sums)
             if busy[panel]:
                 for line in range(first_line, last_line):
                     total = in_lines[line - first_line, thread]

@@ -29,6 +29,8 @@ MODULES = (
     "moefast.kernels.cuda.project",
     "moefast.kernels.cuda.mix",
     "moefast.kernels.cuda.median",
+    "moefast.kernels.cuda.statistics",
+    "moefast.kernels.cuda.columns",
     "moefast.kernels.cuda.tangent",
     "moefast.kernels.cuda.template",
     "moefast.kernels.cuda.information",

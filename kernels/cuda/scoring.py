@@ -1,8 +1,10 @@
 """Flux and error to log g on the device: one call, arrays that are there already, or blocks streamed from the host.
 
-Design: three kernels read what the plans of `moefast.kernels.scoring` hold: `project_rows` (each spectrum once),
-`mix_rows` (a few dozen numbers per star) and `median_rows` (flux and error again; only for those who ask for
-`snr_median`). Between the first two, `moefast.kernels.cuda.tangent` weighs the clouds of a library, if there is one.
+Design: three kernels read what the plans of `moefast.kernels.scoring` hold: `row_statistics` (each spectrum once, and
+with the median of flux/error for those who ask for it), `project_columns` (flux again, with a bit for each good pixel)
+and `mix_rows` (a few dozen numbers per star). Between the last two, `moefast.kernels.cuda.tangent` weighs the clouds of
+a library, if there is one. Spectra whose pixels do not come in eights, or are more than `row_statistics` holds, go
+through `project_rows` and `median_rows` instead of the first two: flux and error are read twice.
 `CudaScorer` keeps the plans on the device and streams blocks through slots, each with a stream, pinned host buffers and
 their device twins, and a thread of the host that fills it, starts it, and takes the answers:
 
@@ -40,6 +42,7 @@ from numpy.typing import NDArray
 
 from moefast.core.errors import BackendError
 from moefast.core.threads import CORES
+from moefast.kernels.cuda.columns import project_columns
 from moefast.kernels.cuda.device import (
     DeviceMemoryError,
     PinnedMemoryError,
@@ -53,6 +56,8 @@ from moefast.kernels.cuda.median import THREADS, median_rows
 from moefast.kernels.cuda.mix import LANES, mix_rows, shared_bytes
 from moefast.kernels.cuda.project import COLUMNS, LINES, PANEL, ROWS, project_rows
 from moefast.kernels.cuda.project import THREADS as PROJECT_THREADS
+from moefast.kernels.cuda.statistics import EACH, MOST_PIXELS, row_statistics
+from moefast.kernels.cuda.statistics import THREADS as STATISTICS_THREADS
 from moefast.kernels.cuda.tangent import Clouds, DeviceLibrary
 from moefast.kernels.scoring import Mixing, Projection
 from moefast.kernels.tangent import Library
@@ -238,6 +243,9 @@ class DevicePlan:
             )
         self.n_pixels, self.n_columns, self.n_lines, self.n_experts = p, c, projection.lines.shape[1], k
         self.n_cells, self.cell, self.clipped = p // projection.cell, projection.cell, projection.clipped
+        # A cell is then what a thread of `row_statistics` reads at a time.
+        self.read_once = p % EACH == 0 and p <= MOST_PIXELS
+        self.bytes_of_marks = p // EACH if self.read_once else 0
         panels = -(-p // PANEL)
         self.tiles = max(1, -(-c // COLUMNS), -(-self.n_lines // LINES))
         matrix = np.zeros((panels * PANEL, self.tiles * COLUMNS), np.float32)
@@ -246,10 +254,14 @@ class DevicePlan:
         pixels[:, :p] = projection.reference, projection.inverse_shape, projection.residual
         used = np.zeros(panels * PANEL, bool)
         used[:p] = (projection.lines != 0).any(1)
+        side_by_side = EACH if self.read_once else PANEL
+        self.pixels = cuda.to_device(
+            np.ascontiguousarray(pixels.reshape(3, -1, side_by_side).transpose(1, 0, 2)).reshape(-1)
+        )
+        self.reference = cuda.to_device(pixels[0])
         self.projection = tuple(
             cuda.to_device(np.ascontiguousarray(a))
             for a in (
-                pixels.reshape(3, panels, PANEL).transpose(1, 0, 2).reshape(-1),
                 matrix.reshape(-1, self.tiles, COLUMNS).transpose(1, 0, 2).reshape(-1),
                 projection.windows.reshape(self.n_lines, p),
                 projection.starts.astype(np.int64),
@@ -299,12 +311,14 @@ class DevicePlan:
 
 
 class Work:
-    """Device memory of up to `rows` spectra between `project_rows` and `mix_rows`, and the results."""
+    """Device memory of up to `rows` spectra between the kernels, and the results."""
 
     def __init__(self, rows: int, plan: DevicePlan) -> None:
         self.columns = cuda.device_array((rows, plan.n_columns), np.float32)
         self.windows = cuda.device_array((rows, plan.n_lines), np.float32)
-        self.cells = cuda.device_array((rows, plan.n_cells), np.float32)
+        self.flat_cells = cuda.device_array(rows * plan.n_cells, np.float32)
+        self.cells = self.flat_cells.reshape(rows, plan.n_cells)
+        self.marks = cuda.device_array(rows * plan.bytes_of_marks, np.uint8)
         self.energy = cuda.device_array(rows, np.float32)
         self.expected = cuda.device_array(rows, np.float32)
         self.memory_of_scores, self.scores = results_on_device(plan, rows)
@@ -317,7 +331,7 @@ class Work:
         numbers = (
             2 * plan.n_pixels + plan.n_columns + plan.n_lines + plan.n_cells + 2 + 9 + 2 * plan.n_experts
         )
-        return 4 * numbers + plan.n_pixels + of_clouds
+        return 4 * numbers + plan.n_pixels + plan.bytes_of_marks + of_clouds
 
 
 def launch(
@@ -343,7 +357,7 @@ def launch(
         For n rows at least.
     stream : Numba stream
     median : bool
-        Make `snr_median`, which reads flux and error again.
+        Make `snr_median`.
 
     Returns
     -------
@@ -357,10 +371,20 @@ def launch(
     if n < len(work.energy):
         scores, of_project = Scores(*(a[:n] for a in scores)), tuple(a[:n] for a in of_project)
     columns, windows, cells, energy, expected = of_project
-    project_rows[(-(-n // ROWS), plan.tiles), PROJECT_THREADS, stream](
-        flux, error, hidden, plan.clipped, *plan.projection, plan.n_pixels, plan.cell,
-        columns, windows, cells, scores.log_level, energy, expected, scores.snr_norm, scores.n_good, scores.flag,
-    )  # fmt: skip
+    tiles = -(-n // ROWS), plan.tiles
+    if plan.read_once:
+        row_statistics[n, STATISTICS_THREADS, stream](
+            flux, error, hidden, plan.clipped, plan.pixels, plan.n_pixels, median, work.flat_cells, work.marks,
+            scores.log_level, energy, expected, scores.snr_norm, scores.snr_median, scores.n_good, scores.flag,
+        )  # fmt: skip
+        project_columns[tiles, PROJECT_THREADS, stream](
+            flux, work.marks, plan.clipped, plan.reference, *plan.projection, plan.n_pixels, columns, windows
+        )
+    else:
+        project_rows[tiles, PROJECT_THREADS, stream](
+            flux, error, hidden, plan.clipped, plan.pixels, *plan.projection, plan.n_pixels, plan.cell,
+            columns, windows, cells, scores.log_level, energy, expected, scores.snr_norm, scores.n_good, scores.flag,
+        )  # fmt: skip
     given = plan.nothing_given
     if plan.library is not None and work.clouds is not None:
         # The first columns are the components in which the noise is white.
@@ -370,7 +394,7 @@ def launch(
         given, plan.taken,
         scores.log_g, scores.log_g_err, scores.log_g_err_raw, scores.weights, scores.expert_log_g, scores.chi2,
     )  # fmt: skip
-    if median:
+    if median and not plan.read_once:
         median_rows[n, THREADS, stream](flux, error, hidden, plan.n_pixels, scores.snr_median)
     return scores
 

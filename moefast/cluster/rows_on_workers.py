@@ -18,8 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moefast.ceilings.ceiling import BLOCK_ROWS as CEILING_ROWS
-from moefast.ceilings.ceiling import BlockBounds, StarBounds
+from moefast.ceilings.star_bounds import BLOCK_ROWS as CEILING_ROWS
+from moefast.ceilings.star_bounds import BlockBounds, StarBounds
 from moefast.cluster.workers import (
     ALONE,
     check_workers,

@@ -20,7 +20,7 @@ from moefast.fitting.linear_experts import LinearExperts
 from moefast.fitting.sample import Faint, Sample, draw_faint
 from moefast.fitting.training_set import TrainingSet
 from moefast.gating.mlp import as_float32, fit_gate, softmax
-from moefast.gating.tower import Tower
+from moefast.gating.tower import FEATURES, VIEWS, Tower
 from moefast.mixture import Mixture
 from moefast.trunks.heads import Heads
 
@@ -28,7 +28,8 @@ __all__ = ["train_gate", "without_evidence"]
 
 F64 = NDArray[np.float64]
 
-TOWER_HIDDEN = {"features": 128, "quality": 32}
+TOWER_HIDDEN = 128
+"""Width of a tower that sees the features of the first."""
 TOWER_STEPS = 10_000
 
 
@@ -99,10 +100,13 @@ def _add_tower(
     options, limit = data.options, data.options.tower_limit
     assert options.tower is not None
     near = np.flatnonzero(sample.snr_norm <= limit)
-    values, seen = sample.values["linear"], {"features": sample.features, "quality": sample.quality}
-    stars = Faint(sample.rows[near], seen[options.tower][near], values[near], logits[near])
+    values, hidden = sample.values["linear"], TOWER_HIDDEN
+    seen = sample.features
+    if options.tower != FEATURES:
+        seen, hidden = sample.seen, VIEWS[options.tower].hidden
+    stars = Faint(sample.rows[near], seen[near], values[near], logits[near])
     drawn = options.noise != "observed" and options.alpha is None
-    if options.tower == "features" and limit < math.inf and drawn:
+    if options.tower == FEATURES and limit < math.inf and drawn:
         stars = draw_faint(data, mixture, experts)
     part = data.part_of(stars.rows)
     fitted, held = part != 0, np.isin(part, (1, 2))
@@ -114,13 +118,13 @@ def _add_tower(
         data.y[stars.rows[fitted]],
         held[fitted],
         given=stars.logits[fitted],
-        hidden=TOWER_HIDDEN[options.tower],
+        hidden=hidden,
         steps=TOWER_STEPS,
         seed=options.seed,
         progress=partial(data.progress, "tower"),
     )
     tower = Tower(options.tower, as_float32(net.folded()), limit)
-    added = logits + tower.logits(sample.snr_norm, lambda rows: seen[tower.sees][rows])
+    added = logits + tower.logits(sample.snr_norm, lambda rows: seen[rows])
     judges = near[np.isin(data.part_of(sample.rows[near]), (1, 2))]
     y, gates = data.y[sample.rows], (softmax(added), softmax(logits))
     if options.first_tower and not (judges.size and _is_better(*gates, values, y, sample.rows, judges)):

@@ -11,7 +11,7 @@ import numpy as np
 from moefast.core.errors import InputError
 from moefast.core.grids import METAL_POOR, Grid, SnrGrid
 from moefast.experts.protocol import fitted_in_bins
-from moefast.gating.tower import Sees
+from moefast.gating.tower import known_views
 from moefast.trunks.networks import KINDS, Kind
 from moefast.trunks.presets import SIZES, Size
 
@@ -203,8 +203,8 @@ class GateOptions:
         Principal components among the features of the gate, at most.
     first_tower : bool
         Whether the gate learns from lines and components. If not, it is the second tower alone.
-    tower : "features" or "quality", optional
-        What a second tower of the gate sees, if there is to be one; see `moefast.gating.tower`.
+    tower : str, optional
+        What a second tower of the gate sees, if there is to be one: "features" or one of `moefast.gating.tower.VIEWS`.
     tower_limit : float
         Largest snr_norm of the stars that the second tower is applied to.
     evidence : bool
@@ -214,7 +214,7 @@ class GateOptions:
 
     n_gate: int = 48
     first_tower: bool = True
-    tower: Sees | None = None
+    tower: str | None = None
     tower_limit: float = math.inf
     evidence: bool = True
 
@@ -222,9 +222,9 @@ class GateOptions:
         """Raise `InputError` unless these options go together."""
         if self.n_gate < 1:
             raise InputError(f"at least one component, also for the gate, is needed; found {self.n_gate}")
-        if self.tower not in (None, *get_args(Sees)) or not self.tower_limit > 0:
+        if self.tower not in (None, *known_views()) or not self.tower_limit > 0:
             raise InputError(
-                f"a second tower sees one of {get_args(Sees)} up to a positive snr_norm; "
+                f"a second tower sees one of {known_views()} up to a positive snr_norm; "
                 f"found {self.tower!r} and {self.tower_limit}"
             )
         if not self.first_tower and (self.tower is None or self.tower_limit < math.inf):

@@ -20,7 +20,7 @@ from moefast.experts.protocol import Inputs, on_flux
 from moefast.fitting.linear_experts import LinearExperts
 from moefast.fitting.options import WHOLE
 from moefast.fitting.training_set import Rows, TrainingSet
-from moefast.gating.tower import quality_logs
+from moefast.gating.tower import VIEWS
 from moefast.kernels import Projected, perceptron, project, tangent_posterior
 from moefast.kernels.reference import hat_weights, prepare_reference
 from moefast.mixture import Mixture
@@ -47,8 +47,8 @@ class Sample(NamedTuple):
 
     `features` (n, f) of the gate; `chi2` (n,); `rows` (n,) of the training set; `inputs` of experts not linear;
     by family, `values` (n, K) of experts that did not see the star, and their propagated `noise` (n, K); `logits`
-    (n, K), the evidence of a library or what a network says, if there is one; `snr_norm` (n,); `quality` (n, 10), the
-    logarithms of the quality features, empty unless a tower sees them.
+    (n, K), the evidence of a library or what a network says, if there is one; `snr_norm` (n,); `seen` (n, f), what a
+    second tower sees, empty if it sees `features` or there is none.
     """
 
     features: NDArray
@@ -59,7 +59,7 @@ class Sample(NamedTuple):
     noise: dict[str, NDArray]
     logits: NDArray | None
     snr_norm: NDArray
-    quality: NDArray
+    seen: NDArray
 
     def of_families(self, families: list[str]) -> tuple[NDArray, NDArray]:
         """Values (n, K) of experts and their propagated noise (n, K), each expert of the family that it has."""
@@ -115,13 +115,11 @@ def draw_sample(
     stretches = data.sample_stretches()
     drawn = data.map_blocks("gate sample", stretches, _sample_of, mixture, experts, _draws(data))
     parts = [part for block in drawn for part in block]
-    features, chi2, rows, values, noise, snr_norm, quality, z, level, lines, *of_network = (
+    features, chi2, rows, values, noise, snr_norm, seen, z, level, lines, *of_network = (
         np.concatenate(columns) for columns in zip(*parts, strict=True)
     )
     inputs = Inputs(z, level, lines)
-    sample = Sample(
-        features, chi2, rows, inputs, {"linear": values}, {"linear": noise}, None, snr_norm, quality
-    )
+    sample = Sample(features, chi2, rows, inputs, {"linear": values}, {"linear": noise}, None, snr_norm, seen)
     if of_network:
         log_g, sd, logits = of_network
         sample.values["heads"], sample.noise["heads"] = log_g.astype(np.float64), sd
@@ -174,12 +172,16 @@ def _sample_of(
     here, flux, error, usable = block
     rows = np.arange(here.start, here.stop)[usable]
     flux, error = flux[usable], error[usable]
-    quality = quality_logs(error, error > 0) if data.options.tower == "quality" else np.empty((len(rows), 0))
+    view, seen = VIEWS.get(data.options.tower or ""), np.empty((len(rows), 0))
+    if view is not None and view.of_errors:
+        seen = view.of_stars(None, error, error > 0)
     parts = []
     for draw in range(draws):
         one = _draw(data, mixture, experts, rows, flux, error, draw)
-        seen = (one.projected.snr_norm, quality, *one.inputs[:3])
-        parts.append((one.features, one.chi2, rows, one.values, one.noise, *seen, *one.of_network))
+        if view is not None and not view.of_errors:
+            seen = view.of_stars(one.features, error, error > 0)
+        of_star = (one.projected.snr_norm, seen, *one.inputs[:3])
+        parts.append((one.features, one.chi2, rows, one.values, one.noise, *of_star, *one.of_network))
     return parts
 
 

@@ -15,6 +15,7 @@ from moefast.fitting.linear_experts import LEVEL_ROWS
 from moefast.fitting.options import Options
 from moefast.fitting.posterior import CALIBRATION_ROWS
 from moefast.fitting.sample import NOISY_ROWS
+from moefast.gating.tower import FEATURES
 from moefast.trunks.presets import PRESETS
 
 __all__ = ["expected_stages"]
@@ -79,7 +80,7 @@ def expected_stages(options: Options, n_rows: int) -> dict[str, float]:
         seconds |= {"stars of the bins": min(others, FIT_ROWS) * (READ + PROJECT), "families": 4.0 * n_bins}
     if n_bins > 1 and options.first_tower and "heads" not in families:
         seconds["gate"] = 9.0
-    if options.tower == "features" and options.tower_limit < math.inf and options.noise != "observed":
+    if options.tower == FEATURES and options.tower_limit < math.inf and options.noise != "observed":
         seconds["faint stars"] = draws * DRAW
     if options.tower is not None:
         seconds["tower"] = 6.0

@@ -2,11 +2,12 @@
 
     l = share · (tanh(f W₁ + b₁) W₂ + b₂),    share = min(1, max(0, (limit − snr_norm)/(RAMP · limit))),
 
-added to the logits of the first tower. f are the features of the first, or the logarithms of the ten
-`moefast.spectra.quality.quality_features`. Without a limit, share = 1.
+added to the logits of the first tower. f are the features of the first, or a view of the star of its own, one of
+`VIEWS`: "quality" are the logarithms of the ten `moefast.spectra.quality.quality_features`. Without a limit, share = 1.
 
 Design: a tower with a limit works on the few stars below it, so it may be wide. Its share falls to zero on the last
 hundredths before the limit: log g is continuous in flux, and stars beyond are scored to the last bit as without it.
+A view says what it is in NumPy and on an arithmetic, and is entered in `VIEWS`, where fits, models and graphs find it.
 The quality features are the only view of the error vector that a gate may have, rounded, since exact ones give log g
 away. Their logarithms are multiples of a step; the graph counts in double precision up to there, so that no star falls
 on another step.
@@ -17,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,10 +29,12 @@ from moefast.kernels.forward import perceptron as perceptron_of
 from moefast.ops.arithmetic import SolvingArithmetic
 from moefast.spectra.quality import QUALITY_FEATURES, QUALITY_STEP, quality_features
 
-__all__ = ["RAMP", "Sees", "Tower", "quality_logs"]
+__all__ = ["FEATURES", "RAMP", "VIEWS", "Tower", "View", "known_views", "quality_logs"]
 
 F32 = NDArray[np.float32]
-Sees = Literal["features", "quality"]
+
+FEATURES = "features"
+"""What a tower sees that sees what the first one does."""
 
 RAMP = 0.02
 """Part of the limit over which the share of a tower falls from one to zero."""
@@ -61,13 +64,39 @@ def quality_logs(error: NDArray, good: NDArray[np.bool_] | None = None) -> F32:
 
 
 @dataclass(frozen=True)
+class View:
+    """What a tower may see of stars.
+
+    Attributes
+    ----------
+    n_features : int
+        f.
+    hidden : int
+        Width of a tower that is fitted on it.
+    of_errors : bool
+        Whether it is made of errors and good pixels alone, so that draws of noise do not change it.
+    of_stars : callable
+        Gives it, (n, f), of the first tower's features (None if it is `of_errors`), errors (n, p), and good pixels
+        (n, p) or None for all.
+    describe : callable
+        The same on an arithmetic: features, errors, good pixels and p.
+    """
+
+    n_features: int
+    hidden: int
+    of_errors: bool
+    of_stars: Callable[[NDArray | None, NDArray, NDArray[np.bool_] | None], NDArray]
+    describe: Callable[[SolvingArithmetic, Any, Any, Any, int], Any]
+
+
+@dataclass(frozen=True)
 class Tower:
     """A perceptron on a view of a star, for all stars or for those below a signal-to-noise ratio.
 
     Attributes
     ----------
-    sees : "features" or "quality"
-        The features of the first tower, (n, f), or `quality_logs`, (n, 10).
+    sees : str
+        `FEATURES`, those of the first tower, (n, f), or one of `VIEWS`.
     layers : tuple of arrays W₁ (f, h), b₁ (h,), W₂ (h, K), b₂ (K,), float32
     limit : float
         Largest snr_norm of the stars that it speaks to; inf for all.
@@ -78,18 +107,18 @@ class Tower:
         Unknown view, layers that do not fit together, or a limit that is not positive.
     """
 
-    sees: Sees
+    sees: str
     layers: tuple[F32, F32, F32, F32]
     limit: float = math.inf
 
     def __post_init__(self) -> None:
-        if self.sees not in get_args(Sees):
-            raise ValueError(f"a tower sees one of {get_args(Sees)}; found {self.sees!r}")
+        if self.sees not in known_views():
+            raise ValueError(f"a tower sees one of {known_views()}; found {self.sees!r}")
         w1, b1, w2, b2 = self.layers
         if w1.shape[1:] != b1.shape or w2.shape != (b1.size, b2.size):
             raise ValueError(f"the layers of a tower do not fit together: {[a.shape for a in self.layers]}")
-        if self.sees == "quality" and len(w1) != len(QUALITY_FEATURES):
-            raise ValueError(f"a quality tower takes {len(QUALITY_FEATURES)} features; found {len(w1)}")
+        if (view := VIEWS.get(self.sees)) is not None and len(w1) != view.n_features:
+            raise ValueError(f"a {self.sees} tower takes {view.n_features} features; found {len(w1)}")
         if not self.limit > 0:
             raise ValueError(f"the limit of a tower must be positive; found {self.limit}")
         # As a file keeps it.
@@ -160,7 +189,9 @@ class Tower:
         n_pixels : int
             p.
         """
-        seen = features if self.sees == "features" else _quality_logs(op, error, good, n_pixels)
+        seen = features
+        if (view := VIEWS.get(self.sees)) is not None:
+            seen = view.describe(op, features, error, good, n_pixels)
         logits = perceptron_of(op, seen, "")
         if math.isinf(self.limit):
             return logits
@@ -222,3 +253,20 @@ def _quality_logs(op: SolvingArithmetic, error: Any, good: Any, n_pixels: int) -
     steps = op.rounded(op.divide(op.joined([sizes, logs], 1), step))
     # As the kernels keep them.
     return op.single(op.rounded_to_single(op.multiply(steps, step)))
+
+
+VIEWS = {
+    "quality": View(
+        n_features=len(QUALITY_FEATURES),
+        hidden=32,
+        of_errors=True,
+        of_stars=lambda _, error, good: quality_logs(error, good),
+        describe=lambda op, _, error, good, n_pixels: _quality_logs(op, error, good, n_pixels),
+    ),
+}
+"""What a second tower may see instead of the features of the first."""
+
+
+def known_views() -> tuple[str, ...]:
+    """Names of all that a tower may see."""
+    return (FEATURES, *VIEWS)

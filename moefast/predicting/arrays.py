@@ -28,6 +28,7 @@ from moefast.predicting.columns import columns_of, table_columns
 from moefast.predicting.engines import Engine, open_engine
 from moefast.predicting.velocities import FIT, cannot_fit, fit_on
 from moefast.spectra import guard
+from moefast.spectra.blocks import Memory
 from moefast.spectra.prepared import in_vacuum, prepare_rows
 from moefast.spectra.quality import Flag, Quality
 from moefast.spectra.resample import Pixels
@@ -229,7 +230,10 @@ def _of_block(
 
     with one_blas_thread(), np.errstate(over="ignore", invalid="ignore"):
         if fit is None:
-            return columns_of(model, *predict(*ready.at_velocity(velocity, rows)))
+            # Spectra that need not be resampled are copied once: to where the engine, or its device, reads them.
+            with engine.place() as place:
+                flux, error, bad = ready.at_velocity(velocity, rows, place)
+                return columns_of(model, *place(flux, error, bad if bad.any() else None, int(rows[0])))
         result, quality, found = predict_moving(
             fit, predict, len(rows), lambda v, some: ready.at_velocity(v, rows[some])
         )
@@ -421,11 +425,13 @@ class _Ready:
         return cls(arm, grid, given.has_unit, first_row)
 
     def at_velocity(
-        self, velocity: NDArray, rows: NDArray[np.intp]
+        self, velocity: NDArray, rows: NDArray[np.intp], memory: Memory | None = None
     ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]:
-        """Flux, error and mask of some rows on the grid, with a velocity [km/s] of each removed."""
+        """Flux, error and mask of some rows on the grid, with a velocity [km/s] of each removed; see `prepare_rows`."""
         factor = 1 + velocity / LIGHT_SPEED
-        x, e, lost, faults = prepare_rows([self.arm.take(rows)], factor, self.grid, scale=self.scale)
+        x, e, lost, faults = prepare_rows(
+            [self.arm.take(rows)], factor, self.grid, scale=self.scale, memory=memory
+        )
         if faults:
             row, text = min(faults.items())
             raise InputError(f"spectrum {self.first_row + int(rows[row])}: {text}")
@@ -433,6 +439,9 @@ class _Ready:
 
 
 def _check_scale(x: NDArray, e: NDArray, bad: NDArray[np.bool_]) -> None:
+    # Some rows tell the scale; of a million, medians of all pixels would take longer than the predictions.
+    rows = guard.spread_rows(len(x))
+    x, e, bad = x[rows], e[rows], bad[rows]
     with np.errstate(all="ignore"):
         good = np.isfinite(x) & (e > 0) & np.isfinite(e) & ~bad
     typical = float(np.median(x[good])) if good.any() else 1.0

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +18,13 @@ from moefast.core.threads import CORES
 from moefast.kernels import PROJECT_ROWS, without_cuda
 from moefast.mixture import Prediction
 from moefast.posterior.mixture import AnyMixture, PosteriorMixture
-from moefast.predicting.agreement import require_agreement
+from moefast.predicting.agreement import require_agreement, stars_of
 from moefast.spectra.blocks import BlockMemory, plain_memory
 from moefast.spectra.quality import Quality, assess, good_pixels
 from moefast.spectra.source import Block
+
+if TYPE_CHECKING:
+    from moefast.export.session import BoundSession
 
 __all__ = [
     "LEAST_ROWS",
@@ -41,6 +45,10 @@ __all__ = [
 
 LEAST_ROWS = 16
 """Spectra that a GPU must have room for: with less, halving a block does not help."""
+N_BOUND = 4
+"""Stars that are predicted in memory of both kinds, before that which is used again is trusted."""
+_WORDS = 200
+"""Characters of another package's error that are passed on."""
 ONNX_ROWS, ONNX_BYTES = 1024, 2**27
 """Rows of a block for ONNX Runtime at most, and bytes of the largest value that it makes of a block."""
 
@@ -220,7 +228,8 @@ class OnnxEngine:
         from moefast.export import build, on_the_cpu, open_session
 
         self._session = open_session(build(mixture), backend)
-        self._memory = BlockMemory(_pinned_memory() if backend == "cuda" else plain_memory)
+        allocate = _pinned_memory() if backend == "cuda" else plain_memory
+        self._memory = BlockMemory(allocate)
         self._names = [output.name for output in self._session.get_outputs()]
         self.block_rows = ONNX_ROWS
         if isinstance(mixture, PosteriorMixture):
@@ -229,9 +238,12 @@ class OnnxEngine:
             each = 8 * sizes.n_clouds * sizes.n_tangents * sizes.n_coordinates
             self.block_rows = min(ONNX_ROWS, max(LEAST_ROWS, ONNX_BYTES // each))
         self.note = on_the_cpu(self._session) if backend == "cuda" else ""
+        self._bound: queue.SimpleQueue[BoundSession] | None = None
         # A device that is full lets a session start, and refuses its first block.
         ones = np.ones((1, mixture.n_pixels), np.float32)
         self._run(ones, ones)
+        if backend == "cuda":
+            self.note = "; ".join(filter(None, (self.note, self._bind(mixture, allocate))))
 
     def __call__(
         self, flux: NDArray, error: NDArray, mask: NDArray[np.bool_] | None, first_row: int
@@ -246,9 +258,41 @@ class OnnxEngine:
         """See `Engine`."""
         yield Place(self._memory.array, self)
 
+    def _bind(self, mixture: AnyMixture, allocate: Callable[[int], NDArray[np.uint8]]) -> str:
+        """Give each worker memory that is used again, if that changes no number; else say in words why not."""
+        from moefast.export.session import BoundSession
+
+        flux, error, _ = stars_of(mixture)
+        few = {"flux": flux[:N_BOUND], "error": error[:N_BOUND]}
+        expected = self._session.run(self._names, few)
+        try:
+            bound = [BoundSession(self._session, allocate) for _ in range(self.workers)]
+            for one in bound:
+                for values, before in zip(one.run(few), expected, strict=True):
+                    np.testing.assert_allclose(values, before, rtol=1e-4, atol=1e-5)
+        # Whatever it is, the session has just run without.
+        except Exception as problem:
+            return (
+                f"memory of inputs is taken anew for every block ({' '.join(str(problem).split())[:_WORDS]})"
+            )
+        self._bound = queue.SimpleQueue()
+        for one in bound:
+            self._bound.put(one)
+        return ""
+
+    def _outputs(self, inputs: dict[str, NDArray]) -> list[NDArray]:
+        if self._bound is None:
+            found: list[NDArray] = self._session.run(self._names, inputs)
+            return found
+        bound = self._bound.get()
+        try:
+            return bound.run(inputs)
+        finally:
+            self._bound.put(bound)
+
     def _run(self, flux: NDArray, error: NDArray) -> Prediction:
         try:
-            found = self._session.run(self._names, {"flux": flux, "error": error})
+            found = self._outputs({"flux": flux, "error": error})
         except Exception as problem:
             # ONNX Runtime has no type of its own for memory that is short.
             half = len(flux) // 2

@@ -34,17 +34,8 @@ from moefast.experts.template import TemplateMeans
 from moefast.mixture import hat_weights
 from moefast.model import SHIPPED, Model, shipped_path
 from moefast.posterior.mixture import AnyMixture, PosteriorMixture
-from moefast.protocol.report import (
-    BAYES_GATE,
-    MEANS,
-    ORACLE,
-    SNR_ORACLE,
-    Comparisons,
-    DataSet,
-    Predictions,
-    Stars,
-    evaluate_predictions,
-)
+from moefast.protocol.comparisons import BAYES_GATE, MEANS, ORACLE, SNR_ORACLE, Comparisons
+from moefast.protocol.report import DataSet, Predictions, Stars, evaluate_predictions
 from moefast.protocol.report_parts import Report
 from moefast.protocol.subject import ModelSubject, PeerSubject, Subject, open_subject
 from moefast.simulate.sets import Identity, identify

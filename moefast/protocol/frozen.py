@@ -24,17 +24,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moefast.ceilings import bayes, ceiling
+from moefast.ceilings import bayes, summary
 from moefast.core import grids, groups, metrics
 from moefast.core.atomic import write_atomically
 from moefast.core.random import DRAW_STREAM, NOISE_SEED, NOISE_STREAM, standard_normals
 from moefast.core.records import as_entries
 from moefast.fitting import PUBLISHED_ALPHA
-from moefast.protocol import report, scenarios
+from moefast.protocol import comparisons, group_scores, scenarios
+from moefast.protocol.comparisons import Comparisons
 from moefast.protocol.milestones.marks import ADDED_MILESTONES, MILESTONES
 from moefast.protocol.milestones.quantities import N_SEEDS, TEST_PART, TEST_SIZE
 from moefast.protocol.milestones.rules import Milestone, Rule
-from moefast.protocol.report import Comparisons, DataSet, Predictions, Stars, evaluate_predictions
+from moefast.protocol.report import DataSet, Predictions, Stars, evaluate_predictions
 from moefast.protocol.report_parts import Report
 from moefast.simulate.emulator import LABELS
 from moefast.simulate.sets import FINGERPRINTS, REFERENCE_SETS
@@ -112,7 +113,7 @@ def collect() -> dict[str, Any]:
         "snr_norm": {"edges": list(grids.SNR_NORM_EDGES), "names": list(grids.SNR_NORM_NAMES)},
         "snr_median": {"n_quantiles": groups.N_OCTILES},
         "metal_poor_below": grids.METAL_POOR,
-        "low_snr_norm_up_to": report.LOW_SNR_NORM,
+        "low_snr_norm_up_to": group_scores.LOW_SNR_NORM,
         "statistics": list(metrics.STATISTICS),
         "bootstrap": {
             "n_resamples": metrics.N_RESAMPLES,
@@ -121,16 +122,16 @@ def collect() -> dict[str, Any]:
             "coverage_levels": list(metrics.COVERAGE_LEVELS),
         },
         "references": {
-            "published": report.PUBLISHED,
+            "published": comparisons.PUBLISHED,
             "published_penalty_per_star": PUBLISHED_ALPHA,
-            "global": report.GLOBAL,
-            "oracle": report.ORACLE,
+            "global": comparisons.GLOBAL,
+            "oracle": comparisons.ORACLE,
         },
         "ceilings": {
             "fisher_parameters": list(LABELS),
             "bayes_target_effective_sample_size": bayes.TARGET_ESS,
-            "bayes_least_effective_sample_size": ceiling.LEAST_ESS,
-            "published_crlb": [list(pair) for pair in ceiling.PUBLISHED_CRLB],
+            "bayes_least_effective_sample_size": summary.LEAST_ESS,
+            "published_crlb": [list(pair) for pair in summary.PUBLISHED_CRLB],
         },
         "rules": RULES,
         "milestones": {

@@ -14,9 +14,9 @@ from markupsafe import Markup
 
 from moefast.core.atomic import write_atomically
 from moefast.pages.page import Cell, Figure, Table, Words, bracket, number, percent, render, signs, tile
+from moefast.protocol.comparisons import MEANS
 from moefast.protocol.figures import FIGURES, svg
 from moefast.protocol.milestones.verdicts import Judgement
-from moefast.protocol.report import MEANS
 from moefast.protocol.report_parts import GroupKind, MeasuredSet, Report
 from moefast.protocol.report_text import (
     BAYES,

@@ -8,9 +8,9 @@ from typing import Any
 
 from moefast.core import metrics
 from moefast.core.text import bracket, number, percent, table
+from moefast.protocol.comparisons import MEANS
 from moefast.protocol.milestones.text import format_section
 from moefast.protocol.milestones.verdicts import Judgement
-from moefast.protocol.report import MEANS
 from moefast.protocol.report_parts import (
     CeilingComparison,
     GroupScores,

@@ -23,12 +23,12 @@ from moefast.core.records import as_entries
 from moefast.core.text import bracket, number, table
 from moefast.model import Model
 from moefast.protocol.compare import compare, verdict_of
+from moefast.protocol.comparisons import GLOBAL_AVERAGE, SNR_ORACLE
 from moefast.protocol.evaluate import evaluate
 from moefast.protocol.milestones.evaluations import read_reports
 from moefast.protocol.milestones.judge import judge
 from moefast.protocol.milestones.text import format_checks
 from moefast.protocol.milestones.verdicts import MilestoneResult
-from moefast.protocol.report import GLOBAL_AVERAGE, SNR_ORACLE
 from moefast.protocol.report_folder import write_report
 from moefast.protocol.report_text import PUBLISHED_SNR_GAIN
 from moefast.protocol.roadmap_page import comparison_words, page

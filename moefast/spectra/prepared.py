@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from moefast.core.errors import InputError, WaveGridError
 from moefast.core.regular import refuse_special
 from moefast.kernels.resample import normalise
+from moefast.spectra.blocks import Memory
 from moefast.spectra.layouts.pfsspec import survey_file
 from moefast.spectra.layouts.registry import SurveyFile, damage, open_survey_file
 from moefast.spectra.resample import SAME, Pixels, faults_of_wavelengths, on_grid
@@ -88,7 +89,12 @@ def in_vacuum(arm: Pixels) -> Pixels:
 
 
 def prepare_rows(
-    arms: Sequence[Pixels], factor: NDArray[np.float64], wave: NDArray[np.float64], *, scale: bool
+    arms: Sequence[Pixels],
+    factor: NDArray[np.float64],
+    wave: NDArray[np.float64],
+    *,
+    scale: bool,
+    memory: Memory | None = None,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_], dict[int, str]]:
     """Flux, error and mask (n, p) of measured spectra on a grid, and what is wrong with single rows.
 
@@ -101,8 +107,10 @@ def prepare_rows(
     wave : array of shape (p,), Å
     scale : bool
         Divide each spectrum by the median of its good pixels.
+    memory : Memory, optional
+        See `on_grid`.
     """
-    found = on_grid(arms, factor, wave)
+    found = on_grid(arms, factor, wave, memory)
     for row in found.faults:
         found.mask[row] = True
     if scale:

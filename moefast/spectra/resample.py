@@ -20,6 +20,7 @@ from moefast.kernels.resample import (
     resample,
     wrong_wavelengths,
 )
+from moefast.spectra.blocks import Memory
 
 __all__ = ["OnGrid", "Pixels", "faults_of_wavelengths", "on_grid"]
 
@@ -71,15 +72,17 @@ class Pixels:
         return len(self.starts) - 1
 
     def take(self, rows: NDArray[np.intp]) -> Pixels:
-        """Some of the rows, in the order in which they are named."""
+        """Some of the rows, in the order in which they are named; neighbours in a row are not copied."""
         if len(rows) == self.n_rows and (rows == np.arange(self.n_rows)).all():
             return self
         lengths = np.diff(self.starts)
         if len(rows) > 1 and (lengths == lengths[0]).all():
             # Whole rows are copied four times as fast as numbers one by one.
             shape = (self.n_rows, -1)
+            follow = (np.diff(rows) == 1).all()
+            some = slice(int(rows[0]), int(rows[-1]) + 1) if follow else rows
             wave, flux, error, bad = (
-                each.reshape(shape)[rows] if len(each) == len(self.flux) else each
+                each.reshape(shape)[some] if len(each) == len(self.flux) else each
                 for each in (self.wave, self.flux, self.error, self.bad)
             )
             return Pixels.of_rows(wave, flux, error, bad, self.where)
@@ -118,7 +121,12 @@ class OnGrid:
     faults: dict[int, str]
 
 
-def on_grid(arms: Sequence[Pixels], factor: NDArray[np.float64], wave: NDArray[np.float64]) -> OnGrid:
+def on_grid(
+    arms: Sequence[Pixels],
+    factor: NDArray[np.float64],
+    wave: NDArray[np.float64],
+    memory: Memory | None = None,
+) -> OnGrid:
     """Spectra of one or more arms on a grid, arms joined where they overlap, weighed by their variances.
 
     Parameters
@@ -129,8 +137,10 @@ def on_grid(arms: Sequence[Pixels], factor: NDArray[np.float64], wave: NDArray[n
         λ / λ at rest = 1 + v/c.
     wave : array of shape (p,), Å
         Pixel centres of the grid.
+    memory : Memory, optional
+        Where spectra are copied that lie on the grid as they are; new arrays if absent. Others get arrays of their own.
     """
-    first, *others = [_arm(arm, factor, wave) for arm in arms]
+    first, *others = [_arm(arm, factor, wave, memory if arm is arms[0] else None) for arm in arms]
     faults = dict(first.faults)
     for other in others:
         join(first.flux, first.error, first.mask, (other.flux, other.error, other.mask))
@@ -138,14 +148,19 @@ def on_grid(arms: Sequence[Pixels], factor: NDArray[np.float64], wave: NDArray[n
     return OnGrid(first.flux, first.error, first.mask, faults)
 
 
-def _arm(arm: Pixels, factor: NDArray[np.float64], wave: NDArray[np.float64]) -> OnGrid:
+def _arm(
+    arm: Pixels, factor: NDArray[np.float64], wave: NDArray[np.float64], memory: Memory | None
+) -> OnGrid:
     there = _there_already(arm, factor, wave)
     p = len(wave)
     if there.all():
         shape = (arm.n_rows, p)
+        array = _new_array if memory is None else memory.array
+        flux, error, mask = (array(name, shape) for name in ("flux", "error", "mask"))
         with np.errstate(over="ignore"):
-            flux, error = (np.array(a.reshape(shape), np.float32) for a in (arm.flux, arm.error))
-        return OnGrid(flux, error, arm.bad.reshape(shape).copy(), {})
+            for made, given in ((flux, arm.flux), (error, arm.error), (mask, arm.bad)):
+                np.copyto(made, given.reshape(shape), casting="unsafe")
+        return OnGrid(flux, error, mask, {})
     edges = pixel_edges(wave)
     flux, error, mask, status = resample(
         arm.wave, arm.flux, arm.error, arm.bad, arm.starts, np.ascontiguousarray(factor, np.float64), edges
@@ -155,6 +170,10 @@ def _arm(arm: Pixels, factor: NDArray[np.float64], wave: NDArray[np.float64]) ->
         with np.errstate(over="ignore"):
             flux[row], error[row], mask[row] = arm.flux[own], arm.error[own], arm.bad[own]
     return OnGrid(flux, error, mask, _in_words(arm, status))
+
+
+def _new_array(name: str, shape: tuple[int, int]) -> NDArray:
+    return np.empty(shape, np.bool_ if name == "mask" else np.float32)
 
 
 def faults_of_wavelengths(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moefast.ceilings import bayes
-from moefast.ceilings.ceiling import rank_statistics
+from moefast.ceilings.summary import rank_statistics
 from moefast.simulate import Settings
 from moefast.simulate.emulator import LABELS
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import r2_score
 
-from moefast.ceilings import bayes, ceiling
+from moefast.ceilings import bayes, ceiling, star_bounds, summary
 from moefast.core import metrics
 from moefast.core.errors import InputError
 from moefast.protocol.ceiling_report import figure, format_text
@@ -63,7 +63,7 @@ def test_summary(found):
 
 def test_resamples_of_one_star_alone_are_left_out_of_the_interval():
     # Of three stars every ninth resample is one of them three times: it has no variance that could be explained.
-    low, high = ceiling._r2_interval(np.array([1.0, 2.0, 4.0]), np.array([0.1, 0.1, 0.1]))
+    low, high = summary._r2_interval(np.array([1.0, 2.0, 4.0]), np.array([0.1, 0.1, 0.1]))
     # Two stars and the third one twice: variances are 2/9 at the least and 2 at the most.
     assert 1 - 0.01 * 9 / 2 - 1e-12 <= low < high <= 1 - 0.01 / 2 + 1e-12
 
@@ -190,7 +190,7 @@ def test_settings_travel_in_the_file(found):
 def test_a_ceiling_of_wild(tmp_path, monkeypatch):
     # A library an eighth as large is where the sampler starts from, and takes a few seconds.
     few = bayes.TemplateLibrary.draw(ForwardModel(REFERENCE_SETS["wild"].settings), size=8192)
-    monkeypatch.setattr(ceiling, "_library", lambda settings: few)
+    monkeypatch.setattr(star_bounds, "_library", lambda settings: few)
     simulate_set(tmp_path / "wild.h5", "wild", "validation", rows=(0, 8))
     found = ceiling.compute(tmp_path / "wild.h5")
     stars = found.stars

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from moefast.ceilings import ceiling
+from moefast.ceilings import ceiling, star_bounds
 from moefast.cli import cli
 from moefast.cluster import rows_on_workers, workers
 from moefast.cluster.rows_on_workers import ceilings_on, scores_on, simulate_on
@@ -76,8 +76,8 @@ def test_an_evaluation_is_that_of_one_process(client, stars_file, monkeypatch):
 def test_ceilings_are_those_of_one_process(client, tmp_path, monkeypatch):
     path = tmp_path / "x.h5"
     simulate_file(path, 40, seed=5)
-    for module in (ceiling, rows_on_workers):
-        monkeypatch.setattr(module, "BLOCK_ROWS" if module is ceiling else "CEILING_ROWS", 16)
+    monkeypatch.setattr(star_bounds, "BLOCK_ROWS", 16)
+    monkeypatch.setattr(rows_on_workers, "CEILING_ROWS", 16)
     whole = ceiling.compute(path, method="fisher")
     found = ceiling.compute(path, method="fisher", spread=functools.partial(ceilings_on, client))
     same(found.stars, whole.stars)

@@ -8,12 +8,19 @@ import onnxruntime
 import pytest
 from on_cuda import pretend
 from onnx import TensorProto, helper
-from plans import random_mixture, random_trees
+from plans import random_mixture, random_trees, spectra
 
 from moefast.backend import cuda_devices
 from moefast.core.errors import BackendError, InputError, ModelError
 from moefast.export import build, open_session, save
-from moefast.export.session import PROVIDERS, on_the_cpu, run_within, session_inputs, start_session
+from moefast.export.session import (
+    PROVIDERS,
+    BoundSession,
+    on_the_cpu,
+    run_within,
+    session_inputs,
+    start_session,
+)
 
 
 def test_a_session_opens_from_a_model_and_from_a_file(mixture, tmp_path):
@@ -97,6 +104,47 @@ def test_cuda_is_asked_for_without_tf32_and_exhaustive_searches(mixture, monkeyp
     assert name == "CUDAExecutionProvider"
     assert options == {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
     assert asked["enable_fallback"] == 0
+
+
+def test_a_bound_session_gives_what_the_session_gives_from_memory_that_it_uses_again(mixture):
+    session = open_session(build(mixture))
+    names = [output.name for output in session.get_outputs()]
+    taken = []
+
+    def allocate(size):
+        taken.append(np.full(size, 255, np.uint8))
+        return taken[-1]
+
+    bound = BoundSession(session, allocate, "cpu")
+    flux, error = spectra(20, mixture.projection)
+    flux[3], error[4, 5] = np.nan, -1
+    kept = []
+    for n in (20, 7, 20, 3, 1, 20):
+        seen = {"flux": flux[:n] * n, "error": error[:n]}
+        found, expected = bound.run(seen), session.run(names, seen)
+        for a, b in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(a, b)
+            assert (a.dtype, a.shape) == (b.dtype, b.shape)
+            assert not any(np.shares_memory(a, memory) for memory in taken)
+        kept.append((found, expected))
+    # What was given before is not written over; the largest block made the only memory.
+    for found, expected in kept:
+        for a, b in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert len(taken) == 1
+    # Arrays that are not in one piece.
+    wide = {"flux": np.repeat(flux, 2, axis=1)[:, ::2], "error": np.asfortranarray(error)}
+    for a, b in zip(bound.run(wide), session.run(names, {"flux": flux, "error": error}), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_outputs_whose_size_is_not_known_beforehand_are_not_bound():
+    values = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 4])
+    counts = helper.make_tensor_value_info("y", TensorProto.INT64, [2, "found"])
+    graph = helper.make_graph([helper.make_node("NonZero", ["x"], ["y"])], "g", [values], [counts])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    with pytest.raises(ModelError, match=r"output y is tensor\(int64\) of shape .*, not known beforehand"):
+        BoundSession(start_session(model, "cpu"), lambda size: np.empty(size, np.uint8))
 
 
 def test_unknown_backends_and_spoilt_models_are_refused(mixture, tmp_path):

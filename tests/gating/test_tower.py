@@ -5,10 +5,12 @@ import math
 
 import numpy as np
 import pytest
+from made_view import SHARE_OF_LOST_PIXELS
 from plans import layers, random_mixture, random_tower
 from tolerances import assert_close
 
-from moefast.gating.tower import RAMP, Tower, quality_logs
+from moefast.export import build, read_mixture, verify
+from moefast.gating.tower import FEATURES, RAMP, VIEWS, Tower, known_views, quality_logs
 from moefast.kernels import perceptron
 from moefast.kernels.reference import perceptron_reference
 from moefast.ops.on_numpy import NumPyArithmetic
@@ -24,6 +26,10 @@ def stars(mixture, n=40, seed=0):
     flux[::3, 5] = np.nan
     error[1::3, 7:9] = [0, np.inf]
     return flux.astype(np.float32), error.astype(np.float32)
+
+
+def n_seen(sees):
+    return 14 if sees == FEATURES else VIEWS[sees].n_features
 
 
 @pytest.mark.parametrize("n", [0, 1, 7, 600])
@@ -126,14 +132,15 @@ def test_quality_logs_are_the_steps_of_the_quality_features():
     np.testing.assert_allclose(found[others, 8:], np.sign(shape) * np.log1p(np.abs(shape)), atol=1e-5)
 
 
-@pytest.mark.parametrize("sees", ["features", "quality"])
+@pytest.mark.parametrize("sees", [*known_views(), "own"])
 @pytest.mark.parametrize("limit", [2.0, math.inf])
-def test_a_mixture_adds_the_logits_of_its_tower(sees, limit):
+def test_a_mixture_adds_the_logits_of_its_tower(sees, limit, monkeypatch):
+    monkeypatch.setitem(VIEWS, "own", SHARE_OF_LOST_PIXELS)
     plain = random_mixture()
     flux, error = stars(plain)
     mask = np.zeros(flux.shape, bool)
     mask[2::5, 100:300] = True
-    mixture = dataclasses.replace(plain, tower=random_tower(14 if sees == "features" else 10, 5, sees, limit))
+    mixture = dataclasses.replace(plain, tower=random_tower(n_seen(sees), 5, sees, limit))
     found, expected = mixture.predict(flux, error, mask), mixture.predict_reference(flux, error, mask)
     without, quality = plain.score(flux, error, mask)
     for name in ("log_g", "log_g_err", "weights"):
@@ -147,11 +154,10 @@ def test_a_mixture_adds_the_logits_of_its_tower(sees, limit):
         np.testing.assert_array_equal(found.weights[beyond], without.weights[beyond])
 
 
-@pytest.mark.parametrize("sees", ["features", "quality"])
-def test_rows_of_a_mixture_with_a_tower_do_not_know_their_neighbours(sees):
-    mixture = dataclasses.replace(
-        random_mixture(), tower=random_tower(14 if sees == "features" else 10, 5, sees, 2.0)
-    )
+@pytest.mark.parametrize("sees", [*known_views(), "own"])
+def test_rows_of_a_mixture_with_a_tower_do_not_know_their_neighbours(sees, monkeypatch):
+    monkeypatch.setitem(VIEWS, "own", SHARE_OF_LOST_PIXELS)
+    mixture = dataclasses.replace(random_mixture(), tower=random_tower(n_seen(sees), 5, sees, 2.0))
     flux, error = stars(mixture)
     flux[9] = np.nan
     found = mixture.predict(flux, error)
@@ -166,3 +172,14 @@ def test_a_tower_must_fit_the_mixture():
     for tower in (random_tower(14, 4), random_tower(13, 5)):
         with pytest.raises(ValueError, match="tower of 14 features for 5 experts"):
             dataclasses.replace(mixture, tower=tower)
+
+
+def test_a_view_of_ones_own_is_exported_and_read_back(monkeypatch):
+    monkeypatch.setitem(VIEWS, "own", SHARE_OF_LOST_PIXELS)
+    mixture = dataclasses.replace(random_mixture(), tower=random_tower(n_seen("own"), 5, "own", 2.0))
+    model = build(mixture)
+    assert verify(model, mixture)
+    assert read_mixture(model, mixture.wave).tower.sees == "own"
+    monkeypatch.delitem(VIEWS, "own")
+    with pytest.raises(ValueError, match=r"sees one of .*'quality'.*; found 'own'"):
+        dataclasses.replace(mixture.tower)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from clouds import clouds, stars_of
-from plans import random_library, random_mixture, random_plans, spectra
+from plans import awkward_rows, random_library, random_mixture, random_plans, spectra
 from tolerances import assert_close
 
 from moefast.backend import cuda_devices
@@ -74,6 +74,41 @@ def test_scores(n, p, changes):
     flux[rng.random(flux.shape) < 0.003] = np.nan
     error[rng.random(flux.shape) < 0.003] = -1
     assert_scores(score(flux, error, mask, *plans), flux, error, mask, plans)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("p", [8, 264, 4088, 4096, 4100])
+def test_medians_counts_and_flags_of_awkward_rows(p):
+    """Ties, zeros, wrong guesses, absurd numbers: to the last bit, with rows of pixels in eights and others."""
+    from moefast.kernels.cuda import score
+
+    plans = random_plans(p=p, c=48, w=4)
+    flux, error, mask = (np.repeat(a, 20, axis=0) for a in awkward_rows(p))
+    found = score(flux, error, mask, *plans)
+    twin = project(flux, error, mask, plans[0])
+    for name in ("snr_median", "n_good", "flag"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(twin, name), err_msg=name)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("device")
+def test_medians_of_many_random_rows():
+    """Of all the ways in which counts can meet the middle, many."""
+    from moefast.kernels.cuda import score
+
+    plans = random_plans(p=1024, c=48, w=4)
+    rng = np.random.default_rng(3)
+    n = 20_000
+    flux = (rng.standard_normal((n, 1024)) * rng.uniform(0, 3, (n, 1)) + rng.uniform(-1, 5, (n, 1))).astype(
+        np.float32
+    )
+    flux[::3] = np.round(flux[::3] * rng.uniform(1, 50, (len(flux[::3]), 1)))
+    error = rng.uniform(0.5, 1.5, flux.shape).astype(np.float32)
+    error[::3] = 1
+    error[rng.random(flux.shape) < rng.uniform(0, 0.9, (n, 1)) ** 3] = -1
+    found = score(flux, error, None, *plans)
+    np.testing.assert_array_equal(found.snr_median, project(flux, error, None, plans[0]).snr_median)
 
 
 @pytest.mark.gpu

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pydoc
+import queue
+import threading
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,9 +17,13 @@ from small import same_rows
 from survey_files import write_desi
 
 import moefast
+from moefast.backend import Backend
 from moefast.core.errors import InputError, OddSpectraWarning
+from moefast.predicting import arrays
 from moefast.predicting.arrays import predict_arrays
+from moefast.predicting.engines import CpuEngine, Place
 from moefast.predicting.files import predict
+from moefast.spectra.resample import Pixels
 
 LIGHT_SPEED = 299_792.458
 UNIT = units.Unit("1e-17 erg / (s cm2 Angstrom)")
@@ -137,6 +144,80 @@ def test_what_makes_no_sense(change, match, few, model):
         given |= {"flux": few.flux * scale, "error": few.error * scale}
     with pytest.raises(InputError, match=match):
         predict_arrays(given.pop("flux"), given.pop("error"), model, **given)
+
+
+class Slots(CpuEngine):
+    """An engine whose blocks lie in memory of its own, as those of a GPU do, and which says where they were scored."""
+
+    def __init__(self, mixture, block_rows, slots):
+        super().__init__(mixture, block_rows=block_rows, workers=slots)
+        names = ("flux", "error", "mask")
+        kinds = (np.float32, np.float32, np.bool_)
+        made = [
+            {
+                name: np.empty((block_rows, mixture.n_pixels), kind)
+                for name, kind in zip(names, kinds, strict=True)
+            }
+            for _ in range(slots)
+        ]
+        object.__setattr__(self, "free", queue.SimpleQueue())
+        object.__setattr__(self, "in_place", [])
+        object.__setattr__(self, "filling", threading.Barrier(slots, timeout=60))
+        for slot in made:
+            self.free.put(slot)
+
+    @contextmanager
+    def place(self):
+        slot = self.free.get()
+
+        def array(name, shape):
+            if name == "flux":
+                # Goes on when all slots are filled at the same time.
+                self.filling.wait()
+            return slot[name][: shape[0]]
+
+        def score(flux, error, mask, first_row):
+            own = [np.shares_memory(a, slot[name]) for a, name in ((flux, "flux"), (error, "error"))]
+            self.in_place.append(all(own) and (mask is None or np.shares_memory(mask, slot["mask"])))
+            return self(flux, error, mask, first_row)
+
+        try:
+            yield Place(array, score)
+        finally:
+            self.free.put(slot)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, ">f4"])
+def test_spectra_are_copied_once_to_where_a_device_reads_them_by_several_threads(
+    kind, few, model, plain, monkeypatch
+):
+    engine = Slots(model.mixture, 10, 2)
+    monkeypatch.setattr(arrays, "open_engine", lambda *_: (engine, Backend("cpu", "slots", "")))
+    taken = []
+    real = Pixels.take
+    monkeypatch.setattr(
+        Pixels, "take", lambda arm, rows: taken.append((arm, real(arm, rows))) or taken[-1][1]
+    )
+    found = predict_arrays(few.flux.astype(kind), few.error.astype(kind), model)
+    same_rows(as_columns(found), as_columns(plain), but=())
+    assert engine.in_place == [True] * 4
+    # Those that are looked at before the first is scored may be copied.
+    assert all(np.shares_memory(some.flux, arm.flux) for arm, some in taken)
+    mask = np.random.default_rng(0).random(few.flux.shape) < 0.2
+    predict_arrays(few.flux.astype(kind), few.error.astype(kind), model, mask=mask)
+    assert engine.in_place == [True] * 8
+
+
+def test_the_scale_is_told_from_some_of_many_spectra(few, model, monkeypatch):
+    """Medians of all pixels of a million spectra would take longer than to predict them."""
+    looked_at = []
+    real = np.median
+    monkeypatch.setattr(arrays.np, "median", lambda values: looked_at.append(len(values)) or real(values))
+    many = np.broadcast_to(few.flux[:1], (3000, few.flux.shape[1]))
+    arrays._check_scale(many, np.broadcast_to(few.error[:1], many.shape), many > 1e30)
+    assert max(looked_at) <= 256 * many.shape[1]
+    with pytest.raises(InputError, match="a median of"):
+        arrays._check_scale(1e-17 * many, 1e-17 * np.abs(many), many > 1e30)
 
 
 def test_a_model_predicts_by_itself(few, model, plain, tmp_path):

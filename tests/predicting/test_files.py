@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
+import re
 import resource
 import threading
 from contextlib import contextmanager
@@ -730,6 +731,7 @@ def graph_on_cuda(monkeypatch):
         "moefast.export.open_session", lambda graph, _, real=moefast.export.open_session: real(graph)
     )
     monkeypatch.setattr("moefast.export.on_the_cpu", lambda _: "")
+    monkeypatch.setattr("moefast.export.session.INPUTS", "cpu")
     return OnnxEngine(with_heads(random_mixture(), "pca-mlp"), "cuda")
 
 
@@ -752,6 +754,9 @@ def test_a_graph_on_a_gpu_reads_from_pinned_memory(monkeypatch):
             entered.append(False)
 
     def pinned_array(size, dtype):
+        if size < 40 * 4 * random_mixture().n_pixels:
+            # What the graph gives.
+            return np.empty(size, dtype)
         if len(pinned) == 1:
             raise device.PinnedMemoryError("no more")
         pinned.append(np.empty(size, dtype))
@@ -761,16 +766,20 @@ def test_a_graph_on_a_gpu_reads_from_pinned_memory(monkeypatch):
     monkeypatch.setattr(device, "current_device", Device)
     monkeypatch.setattr(device, "pinned_array", pinned_array)
     engine = graph_on_cuda(monkeypatch)
+    assert engine.note == ""
     flux, error = spectra(40, random_mixture().projection)
     expected = OnnxEngine(with_heads(random_mixture(), "pca-mlp"), "cpu")(flux, error, None, 0)[0].log_g
     # The first array is pinned; the second lies in plain memory, since the system refuses more.
     np.testing.assert_array_equal(scored_in_place(engine, flux, error), expected)
     assert len(pinned) == 1
     assert pinned[0].nbytes == flux.nbytes + 64
-    assert entered == [True, False] * 2
-    # Memory is used again.
+    assert entered == [True, False] * (len(entered) // 2)
+    # Memory is used again, by each of those that take turns with the graph.
+    for _ in range(engine.workers):
+        np.testing.assert_array_equal(scored_in_place(engine, flux, error), expected)
+    before = len(entered)
     np.testing.assert_array_equal(scored_in_place(engine, flux, error), expected)
-    assert entered == [True, False] * 2
+    assert len(entered) == before
 
 
 def test_a_graph_on_a_gpu_needs_no_pinned_memory(monkeypatch):
@@ -781,6 +790,20 @@ def test_a_graph_on_a_gpu_needs_no_pinned_memory(monkeypatch):
     flux, error = spectra(40, random_mixture().projection)
     expected = OnnxEngine(with_heads(random_mixture(), "pca-mlp"), "cpu")(flux, error, None, 0)[0].log_g
     np.testing.assert_array_equal(scored_in_place(graph_on_cuda(monkeypatch), flux, error), expected)
+
+
+def test_memory_that_cannot_be_used_again_is_said_aloud(monkeypatch):
+    def refused(*_):
+        raise RuntimeError("no such device")
+
+    flux, error = spectra(40, random_mixture().projection)
+    expected = OnnxEngine(with_heads(random_mixture(), "pca-mlp"), "cpu")(flux, error, None, 0)[0].log_g
+    for what, why in ((refused, "no such device"), (lambda *_: [np.zeros(4)] * 5, "zip|Not equal|not equal")):
+        with monkeypatch.context() as patch:
+            patch.setattr("moefast.export.session.BoundSession.run", what)
+            engine = graph_on_cuda(patch)
+        assert re.match(f"memory of inputs is taken anew for every block .*({why})", engine.note)
+        np.testing.assert_array_equal(scored_in_place(engine, flux, error), expected)
 
 
 @pytest.mark.gpu
@@ -800,7 +823,9 @@ def test_blocks_of_a_graph_lie_in_pinned_memory_on_a_device():
     # The driver does not know plain memory.
     assert driver.cuPointerGetAttribute(kind, flux.ctypes.data)[0] != driver.CUresult.CUDA_SUCCESS
     expected = OnnxEngine(mixture, "cpu")(flux, error, None, 0)[0].log_g
-    np.testing.assert_allclose(scored_in_place(engine, flux, error), expected, rtol=1e-4)
+    assert "taken anew" not in engine.note
+    for n in (40, 7, 40, 39):
+        np.testing.assert_allclose(scored_in_place(engine, flux[:n], error[:n]), expected[:n], rtol=1e-4)
 
 
 def test_a_gpu_that_is_short_of_memory_gets_half_of_the_block(monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 from sklearn.metrics import mean_absolute_error, r2_score
 
 from moefast.core import grids, groups, metrics
-from moefast.protocol import frozen, report
+from moefast.protocol import frozen, group_scores
 from moefast.simulate import sets
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "eval_protocol_frozen.md"
@@ -99,7 +99,7 @@ def clipped(y, yhat, honest=metrics.fill_missing):
     [
         (grids, "METAL_POOR", -1.5),
         (groups, "METAL_POOR", -1.5),
-        (report, "LOW_SNR_NORM", 3.0),
+        (group_scores, "LOW_SNR_NORM", 3.0),
         (metrics, "SEED", 1),
         (metrics, "fill_missing", filled_with_zero),
         (metrics, "fill_missing", clipped),

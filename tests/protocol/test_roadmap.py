@@ -14,7 +14,7 @@ from moefast.core.errors import InputError, OutputError
 from moefast.core.records import as_entries
 from moefast.fitting import error_model, gate
 from moefast.protocol import roadmap as module
-from moefast.protocol.report import Bootstrap
+from moefast.protocol.group_scores import Bootstrap
 from moefast.protocol.roadmap import STAGES, Plan, roadmap, roadmap_text
 from moefast.spectra import open_spectra
 

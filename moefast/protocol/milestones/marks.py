@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moefast.core.grids import METAL_POOR
+from moefast.protocol.group_scores import LOW_SNR_NORM
 from moefast.protocol.milestones.quantities import (
     HYBRID_ORACLE,
     N_SEEDS,
@@ -25,7 +26,6 @@ from moefast.protocol.milestones.quantities import (
     worst_metal_poor_gain,
 )
 from moefast.protocol.milestones.rules import Check, Milestone, Quantity, Rule
-from moefast.protocol.report import LOW_SNR_NORM
 
 __all__ = ["ADDED_MILESTONES", "ALL_MILESTONES", "MILESTONES"]
 

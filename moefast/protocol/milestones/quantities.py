@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from moefast.core import metrics
 from moefast.core.grids import METAL_POOR, PHYSICAL_GRID, SNR_NORM_NAMES, assign_snr_bins
+from moefast.protocol.comparisons import PUBLISHED, SAMPLED_ORACLE
 from moefast.protocol.milestones.evaluations import Interval, NotRunError, ReadEvaluation, Section
 from moefast.protocol.milestones.rules import Measured, Quantity
-from moefast.protocol.report import PUBLISHED, SAMPLED_ORACLE
 from moefast.protocol.report_parts import Report, Scores
 
 __all__ = [

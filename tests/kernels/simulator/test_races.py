@@ -9,6 +9,7 @@ from made_velocities import space_of, stars_of, templates
 from numba import cuda, float32, float64
 from numba.cuda.simulator import kernel
 from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
+from plans import random_plans, spectra
 from simulated_races import RaceError, find_races
 
 from moefast.core.grids import Grid, SnrGrid
@@ -25,6 +26,10 @@ from moefast.kernels.cuda import (
     gram,
     information,
     lanes,
+    mix,
+    score,
+    scoring,
+    statistics,
 )
 from moefast.posterior.cells import alike_pixels
 
@@ -161,6 +166,23 @@ def test_the_posterior(small, in_shared, at_once, calibrated, monkeypatch, log):
     found = made.outputs(flux, error, backend="cuda")
     np.testing.assert_allclose(found["log_g"], expected["log_g"], atol=1e-4)
     assert log.n_accesses > 100_000
+
+
+@pytest.mark.parametrize("p", [40, 44])
+@pytest.mark.filterwarnings("ignore:.*(divide by zero|overflow|invalid value) encountered:RuntimeWarning")
+def test_scoring(p, monkeypatch, log):
+    """Of pixels in eights, and of others: both ways through the kernels, and rows with bad and with absurd pixels."""
+    for module, name, value in (
+        (scoring, "LANES", 2), (mix, "LANES", 2), (scoring, "THREADS", 2), (scoring, "STATISTICS_THREADS", 4),
+        (scoring, "MOST_PIXELS", 128), (statistics, "THREADS", 4), (statistics, "FEW", 4), (statistics, "LANES", 2),
+        (statistics, "WARPS", 2),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, value)
+    plans = random_plans(p=p, n_experts=2, n_levels=2, hidden=3)
+    flux, error = spectra(4, plans[0])
+    flux[1, 3], error[1, 9], error[2, 5] = np.nan, 0, 1e-40
+    score(flux, error, None, *plans)
+    assert log.n_accesses > 10_000
 
 
 def test_the_scan_over_velocities(small, log):

@@ -3,23 +3,47 @@
 import dataclasses
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 
 import numpy as np
 import pytest
-from plans import random_library, random_mixture, random_plans, random_tower, random_trees, spectra
+from numba import cuda
+from numba.cuda.simulator import kernelapi
+from plans import (
+    awkward_rows,
+    random_library,
+    random_mixture,
+    random_plans,
+    random_tower,
+    random_trees,
+    spectra,
+)
 from tolerances import assert_close
 
 from moefast.core.errors import BackendError
 from moefast.experts.template import Templates
 from moefast.kernels import Given, project, soft_mix, tangent_posterior
-from moefast.kernels.cuda import CudaScorer, median, mix, score, scoring
+from moefast.kernels.cuda import CudaScorer, lanes, median, mix, score, scoring, statistics
 from moefast.kernels.cuda.device import DeviceMemoryError, PinnedMemoryError
 from moefast.kernels.reference import project_reference, soft_mix_reference
 from moefast.kernels.reference_tangent import tangent_posterior_reference
 from moefast.predicting.engines import CudaEngine
 
+# Kernels compute with bad pixels, and leave out what comes of it. NumPy's floats say it, a device's do not.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*(divide by zero|overflow|invalid value) encountered:RuntimeWarning"
+)
 OF_MIX = ("log_g", "log_g_err", "log_g_err_raw", "weights", "expert_log_g", "chi2")
 OF_PROJECT = ("log_level", "snr_norm", "snr_median", "n_good", "flag")
+
+
+def set_threads_of_statistics(monkeypatch, threads, lanes):
+    """Threads of a block of `row_statistics`, and of what it takes for a warp."""
+    few = {"THREADS": threads, "FEW": threads, "LANES": lanes, "WARPS": threads // lanes}
+    for name, value in few.items():
+        monkeypatch.setattr(statistics, name, value)
+    monkeypatch.setattr(scoring, "STATISTICS_THREADS", threads)
+    monkeypatch.setattr(scoring, "MOST_PIXELS", threads * statistics.KEYS)
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +51,7 @@ def few_threads(monkeypatch):
     """A simulated thread takes a millisecond to start: small blocks, but for `project_rows`, whose block is a tile."""
     for module, name in ((scoring, "THREADS"), (scoring, "LANES"), (mix, "LANES")):
         monkeypatch.setattr(module, name, 2)
+    set_threads_of_statistics(monkeypatch, 16, 4)
     # A default of arguments: the machine's cores must not matter.
     monkeypatch.setitem(CudaScorer.__init__.__kwdefaults__, "slots", 2)
 
@@ -179,10 +204,6 @@ def test_bad_pixels_weigh_nothing_and_keep_to_themselves():
         np.testing.assert_array_equal(getattr(nowhere, name), getattr(clean, name)[12:])
 
 
-@pytest.mark.filterwarnings("ignore:.*overflow encountered:RuntimeWarning")
-@pytest.mark.filterwarnings(
-    "ignore:.*invalid value encountered:RuntimeWarning"
-)  # NumPy's floats say it, a device's do not
 def test_absurd_flux_stays_in_its_row():
     plans = random_plans(p=40)
     flux, error = spectra(3, plans[0])
@@ -234,6 +255,98 @@ def test_medians_of_short_and_long_rows(p, monkeypatch):
     ratio = flux / error
     expected = [np.median(row[~np.isnan(row)]) if not np.isnan(row).all() else np.nan for row in ratio]
     np.testing.assert_array_equal(out, np.float32(expected))
+
+
+def statistics_of(flux, error, mask, plan):
+    """What `row_statistics` gives: log_level, energy, expected, snr_norm, snr_median, n_good, flag; cells; marks."""
+    n, p = flux.shape
+    pixels = np.stack([plan.reference, plan.inverse_shape, plan.residual])
+    out = [np.full(n, -99, np.float32) for _ in range(5)]
+    out += [np.full(n, -99, np.int32), np.full(n, 99, np.uint32)]
+    cells, marks = np.full(n * p // 8, -99, np.float32), np.full(n * p // 8, 99, np.uint8)
+    statistics.row_statistics[n, statistics.THREADS](
+        flux.reshape(-1), error.reshape(-1), mask.reshape(-1), plan.clipped,
+        np.ascontiguousarray(pixels.reshape(3, -1, 8).transpose(1, 0, 2)).reshape(-1), p, True, cells, marks, *out,
+    )  # fmt: skip
+    return out, cells.reshape(n, -1), marks
+
+
+@pytest.mark.parametrize(("p", "threads", "lanes"), [(8, 16, 4), (232, 16, 4), (512, 16, 2), (4096, 128, 32)])
+def test_statistics_of_rows_from_one_read(p, threads, lanes, monkeypatch):
+    """Medians to the last bit, counts and flags; blocks as large as on a device for rows of 4096 pixels."""
+    set_threads_of_statistics(monkeypatch, threads, lanes)
+    plan = random_plans(p=p, clipped=p == 512)[0]
+    flux, error, mask = awkward_rows(p)
+    few = slice(None) if p < 4096 else [0, 8, 9, 11]
+    flux, error, mask = flux[few], error[few], mask[few]
+    found, cells, marks = statistics_of(flux, error, mask, plan)
+    twin = project(flux, error, mask, plan)
+    for name, values in zip(("snr_median", "n_good", "flag"), found[4:], strict=True):
+        np.testing.assert_array_equal(values, getattr(twin, name), err_msg=name)
+    good = np.isfinite(flux) & (error > 0) & ~mask
+    np.testing.assert_array_equal(np.unpackbits(marks, bitorder="little").reshape(good.shape), good)
+    for name, values in zip(("log_level", "energy", "expected", "snr_norm"), found, strict=False):
+        expected = getattr(project_reference(flux, error, mask, plan), name)
+        finite = np.isfinite(expected.astype(np.float32))
+        assert_close(values[finite], expected[finite], made_in=np.float32, factor=3)
+    ratio = np.where(good, error.astype(float) ** 2 * plan.inverse_shape, 0)
+    assert_close(cells, ratio.reshape(len(flux), -1, 8).sum(2), made_in=np.float32)
+
+
+def test_a_pivot_that_is_off_costs_time_alone(monkeypatch):
+    """Rows whose first keys, of which the guesses are made, say nothing of the others."""
+    set_threads_of_statistics(monkeypatch, 4, 2)
+    plan = random_plans(p=128)[0]
+    rng = np.random.default_rng(1)
+    flux = rng.standard_normal((3, 128)).astype(np.float32)
+    flux[0, ::8] += 100
+    flux[1, ::8] -= 100
+    flux[2] = np.exp(40 * flux[2])
+    error = np.ones_like(flux)
+    found = statistics_of(flux, error, np.zeros(0, bool), plan)[0]
+    np.testing.assert_array_equal(found[4], project(flux, error, None, plan).snr_median)
+
+
+def test_counts_that_just_reach_the_middle(monkeypatch):
+    """Rows of few values, of all lengths, so that pivots fall on and beside the middle."""
+    set_threads_of_statistics(monkeypatch, 4, 2)
+    plan = random_plans(p=40)[0]
+    rng = np.random.default_rng(2)
+    flux = rng.integers(1, 12 + np.arange(48)[:, None], (48, 40)).astype(np.float32)
+    error = np.where(np.arange(40) < 8 + np.arange(48)[:, None] % 32, 1, -1).astype(np.float32)
+    found = statistics_of(flux, error, np.zeros(0, bool), plan)[0]
+    np.testing.assert_array_equal(found[4], project(flux, error, None, plan).snr_median)
+
+
+def test_a_quick_quotient_is_rounded_to_nearest(monkeypatch):
+    """With multiply-adds that are rounded once, and reciprocals that are off by up to two units of the last place."""
+
+    def fused(_, a, b, c):
+        exact = Fraction(float(a)) * Fraction(float(b)) + Fraction(float(c))
+        found = np.float32(float(exact))
+        # Rounded twice; the nearest one may be a neighbour.
+        beside = [found, np.nextafter(found, np.float32(np.inf)), np.nextafter(found, np.float32(-np.inf))]
+        return min(beside, key=lambda one: (abs(Fraction(float(one)) - exact), int(one.view(np.int32)) & 1))
+
+    @cuda.jit
+    def divide(dividend, divisor, reciprocal, out):
+        i = cuda.grid(1)
+        out[i] = lanes.refined_quotient(dividend[i], divisor[i], reciprocal[i])
+
+    monkeypatch.setattr(kernelapi.FakeCUDAModule, "fma", fused)
+    rng = np.random.default_rng(0)
+    f = (rng.standard_normal(400) * 2.0 ** rng.integers(-85, 60, 400)).astype(np.float32)
+    e = np.exp(rng.uniform(np.log(2.0**-62), np.log(1e6), 400)).astype(np.float32)
+    e[:100] = rng.uniform(0.5, 2, 100)
+    f[:50] = e[:50]
+    # Of these sizes quotients lie as close to the middle between two numbers as they can.
+    f[50:100] = 1 + np.arange(50) * np.float32(2.0**-23)
+    f[100:102] = 0
+    near = np.float32(1) / e
+    for off in range(-2, 3):
+        out = np.empty_like(f)
+        divide[4, 100](f, e, (near.view(np.int32) + np.int32(off)).view(np.float32), out)
+        np.testing.assert_array_equal(out, f / e)
 
 
 def test_blocks_pass_through_the_slots(monkeypatch):
@@ -421,7 +534,8 @@ def test_the_block_is_what_a_share_of_the_free_memory_holds(monkeypatch):
     per_row = scoring.Work.bytes_per_row(scoring.DevicePlan(*plans))
     slot = scoring.Slot(1, scoring.DevicePlan(*plans))
     arrays = [*slot.device.values(), *slot.work.scores]
-    arrays += [getattr(slot.work, name) for name in ("columns", "windows", "cells", "energy", "expected")]
+    names = ("columns", "windows", "cells", "marks", "energy", "expected")
+    arrays += [getattr(slot.work, name) for name in names]
     assert per_row == sum(a.nbytes for a in arrays)
     # Stars that are turned for the library, and what it finds.
     with_library = scoring.DevicePlan(*plans, random_library(2, 1, 1))
