@@ -840,7 +840,9 @@ def weigh_widths(n_stars, k, share, narrow, systems, numbers):  # type: ignore[n
                     system[half + place] = one + narrow[i] * other * value
             of_wide = known + _gain_of_slopes(system, 0, k)
             of_narrow = known + _gain_of_slopes(system, half, k)
-            top = max(highest, of_wide, of_narrow)
+            # The successor of numba-cuda takes the larger of no more than two.
+            better = max(of_wide, of_narrow)
+            top = max(highest, better)
             before = math.exp(highest - top)
             wide = wide * before + (float64(1) - share) * math.exp(of_wide - top)
             tight = tight * before + share * math.exp(of_narrow - top)
