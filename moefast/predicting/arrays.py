@@ -34,7 +34,7 @@ from moefast.spectra.quality import Flag, Quality
 from moefast.spectra.resample import Pixels
 from moefast.spectra.telluric import CHOICES, Telluric, without_telluric
 from moefast.spectra.units import LIGHT_SPEED, flux_factor, wave_factor
-from moefast.spectra.velocities import Velocities
+from moefast.spectra.velocities import FASTEST, Velocities
 from moefast.spectra.wave import same_wave
 
 if TYPE_CHECKING:
@@ -285,8 +285,11 @@ def _velocities(velocity: Any, n: int) -> Velocities | None:
         raise InputError(
             f"velocity: one number, or one for each of {n} spectra, expected; found shape {values.shape}"
         )
-    if not np.all(np.isfinite(values)):
-        raise InputError("velocity: every spectrum needs a finite one")
+    if not np.all(np.abs(values) < FASTEST):
+        odd = np.atleast_1d(values)[~(np.abs(np.atleast_1d(values)) < FASTEST)][0]
+        raise InputError(
+            f"velocity: every spectrum needs one in km/s that a star may have, within {FASTEST:g}; found {odd:g}"
+        )
     return Velocities(np.broadcast_to(values, (n,)).copy(), None, "velocity")
 
 

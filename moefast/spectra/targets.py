@@ -19,7 +19,7 @@ from moefast.spectra.velocities import (
     identifiers_of,
     is_fits_name,
     is_table_name,
-    keys_of_rows,
+    matching_keys,
 )
 
 __all__ = ["rows_of_targets"]
@@ -77,8 +77,9 @@ def _ids_of_fits(path: Path) -> dict[str, NDArray]:
 
 def _rows_of_columns(told: dict[str, NDArray], spectra: SpectrumSet, where: str) -> NDArray[np.bool_]:
     keys = common_keys(where, *identifiers_of(told), spectra)
-    wanted = set(keys_of_rows(told, keys))
-    rows = np.array([key in wanted for key in keys_of_rows(spectra.params(keys), keys)], bool)
+    theirs, ours = matching_keys(told, spectra.params(keys), keys)
+    wanted = set(theirs)
+    rows = np.array([key in wanted for key in ours], bool)
     return _some(rows, len(wanted), where, keys)
 
 
