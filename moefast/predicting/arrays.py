@@ -156,7 +156,7 @@ def predict_arrays(
     velocities = np.zeros(n) if moved is None else moved.velocity
     ready = _all_ready(parts, chosen.mixture.wave, air=medium == "air", telluric=telluric)
     resampled = bool(velocities.any()) or any(not _on_grid(part.wave, chosen.mixture.wave) for part in parts)
-    oddities = _look(chosen, ready, velocities, resampled=resampled)
+    oddities = _look(chosen, ready, velocities, resampled=resampled, at_rest=fit is None)
     for words in oddities:
         warnings.warn(words, OddSpectraWarning, stacklevel=2)
     engine, where = open_engine(chosen.mixture, backend)
@@ -249,7 +249,9 @@ def _on_grid(wave: NDArray[np.float64] | None, grid: NDArray[np.float64]) -> boo
     return wave is None or (wave.ndim == 1 and same_wave(wave, grid))
 
 
-def _look(model: Model, ready: list[_Ready], velocity: NDArray, *, resampled: bool) -> list[str]:
+def _look(
+    model: Model, ready: list[_Ready], velocity: NDArray, *, resampled: bool, at_rest: bool
+) -> list[str]:
     """What is odd about spectra on the model's grid, as of the first array of a file."""
     rows = guard.spread_rows(len(velocity))
     parts = []
@@ -259,7 +261,8 @@ def _look(model: Model, ready: list[_Ready], velocity: NDArray, *, resampled: bo
     flux, error, bad = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     sample = guard.SampledRows.of(model.mixture.wave, flux, error, bad, rows=rows, resampled=resampled)
     free_scale = isinstance(model.mixture, PosteriorMixture)
-    return [odd.words for odd in guard.look(sample, model.mixture.reference, free_scale=free_scale)]
+    found = guard.look(sample, model.mixture.reference, free_scale=free_scale, at_rest=at_rest)
+    return [odd.words for odd in found]
 
 
 def _all_ready(

@@ -22,7 +22,7 @@ from moefast.core.threads import one_blas_thread
 from moefast.core.version import __version__
 from moefast.model import Model
 from moefast.posterior.mixture import PosteriorMixture
-from moefast.posterior.velocities import DEFAULT_RANGE
+from moefast.posterior.velocities import DEFAULT_RANGE, VelocityFit
 from moefast.predicting.columns import table_columns
 from moefast.predicting.decisions import decisions_on_input, decisions_on_model
 from moefast.predicting.engines import open_engine
@@ -229,7 +229,10 @@ def _look(model: Model, source: Source, summary: Summary, tell: Callable[[str], 
     rows = (source.start, source.stop)
     sample = guard.take(source.spectra, array=source.array, rows=rows, wanted=source.wanted)
     free_scale = isinstance(model.mixture, PosteriorMixture)
-    for odd in guard.look(sample, model.mixture.reference, free_scale=free_scale, array=summary.array):
+    at_rest = not isinstance(source.velocity, VelocityFit)
+    for odd in guard.look(
+        sample, model.mixture.reference, free_scale=free_scale, array=summary.array, at_rest=at_rest
+    ):
         summary.oddities.append(odd.words)
         if tell is not None:
             tell(odd.words)
