@@ -41,8 +41,9 @@ SLOPE, SLOPE_SCATTER = 0.27, 0.6
 """The same for ln of red over blue, end to end: E(B-V) = 0.3 with 5 % of calibration make 0.23, F_nu 0.39."""
 BEND, BEND_SCATTER = 0.12, 0.3
 """The same for ln of the ends over the middle."""
-FLAT, FLAT_SCATTER, LEAST_FLAT = 0.05, 0.05, 8
-"""Slope of flux, its scatter from star to star (0.17 where there is a continuum), and stars, that tell a division."""
+FLAT, FLAT_SCATTER, LEAST_FLAT = 0.05, 0.07, 8
+"""Slope of flux, its scatter over stars of the brighter half (0.17 where there is a continuum; fits to a continuum
+are as noisy as the spectra), and stars, that tell a division."""
 TOO_SMALL, TOO_LARGE, NOISE_FREE = 1.25, 0.8, 0.2
 """Scatter over error beyond which errors are odd; of pixels that were rebinned only the first tells anything."""
 NOISY = 0.7
@@ -549,7 +550,14 @@ def _shift(sample: SampledRows, alive: NDArray[np.bool_], reference: F64) -> lis
 
 def _flat(sample: SampledRows, alive: NDArray[np.bool_]) -> Oddity | None:
     """Whether spectra of all stars are flat alike, as division by a continuum makes them."""
-    slopes, _ = _slopes_and_bends(_levels(sample, alive, np.ones(len(sample.wave))))
+    with np.errstate(all="ignore"):
+        ratio = np.where(sample.good[alive], sample.flux[alive] / sample.error[alive], np.nan)
+        snr = np.full(len(alive), -np.inf)
+        snr[alive] = np.nanmedian(ratio, axis=1)
+    brighter = alive & (snr >= np.median(snr[alive]))
+    if brighter.sum() < LEAST_FLAT:
+        brighter = alive
+    slopes, _ = _slopes_and_bends(_levels(sample, brighter, np.ones(len(sample.wave))))
     if slopes.size < LEAST_FLAT:
         return None
     slope = float(np.median(slopes))

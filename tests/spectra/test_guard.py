@@ -101,6 +101,8 @@ def spoilt(wave, block):
     nu = (wave / 8000) ** 2
     u = np.linspace(-1, 1, len(wave))
     continuum = np.array([np.polyval(np.polyfit(u[::8], f[::8], 3), u) for f in block.flux])
+    # As an observer fits it: to the noisy spectrum, sky lines and all.
+    fitted = np.array([np.polyval(np.polyfit(u, f, 3), u) for f in block.noisy])
     bend = (1 + 0.4 * u**2) / 1.1
     dead, twin = block.noisy.copy(), block.noisy.copy()
     dead[3], dead[9], twin[17] = 0, 0.7, twin[4]
@@ -108,7 +110,7 @@ def spoilt(wave, block):
     return {
         "slope": [(x * nu, e * nu), (x / nu, e / nu)],
         "bend": [(x * bend, e * bend), (x / bend, e / bend)],
-        "continuum": [(x / continuum, e / continuum)],
+        "continuum": [(x / continuum, e / continuum), (x / fitted, e / fitted)],
         "dead": [(dead, e)],
         "identical": [(twin, e)],
         "noise-free": [(block.flux, e)],
