@@ -181,6 +181,7 @@ def predict(
         summary.flags = run.counts.flags
         summary.r2 = run.counts.squared_errors.r2() if source.labelled else None
         summary.notes = [
+            *source.notes,
             *notes_on_input(spectra, source.velocity, chosen, velocity, weighed=source.weighed_by),
             *notes_on_predictions(run.counts, summary, chosen),
             *about_params,
