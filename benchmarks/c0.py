@@ -281,7 +281,7 @@ class Stars:
         )
 
     def noisy(self, seed: int | None) -> F32:
-        """Stored noise, or the draw of `moefast.protocol.evaluate` with this seed."""
+        """Stored noise, or the draw of `moefast.protocol.scorer` with this seed."""
         if seed is None:
             return self.stored
         return add_noise(self.flux, self.error, seed, np.arange(len(self.flux)))
