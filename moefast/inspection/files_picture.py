@@ -56,7 +56,7 @@ def draw_files(
     with styled(LIGHT):
         figure = Figure(figsize=(11, 2.1 * len(chosen) + 3.4), layout="constrained")
         grid = figure.add_gridspec(len(chosen) + 1, 2, height_ratios=[*[1.0] * len(chosen), 1.35])
-        titled = [name for name in ("T_eff", "log_g", "M_H") if name in spectra.columns]
+        titled: list[str] = [name for name in ("T_eff", "log_g", "M_H") if name in spectra.columns]
         axes: list[Axes] = []
         for k, row in enumerate(chosen):
             axis = figure.add_subplot(grid[k, :], sharex=axes[0] if axes else None)
