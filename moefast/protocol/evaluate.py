@@ -31,9 +31,8 @@ from moefast.protocol.report import DataSet, Predictions, Stars, evaluate_predic
 from moefast.protocol.report_parts import Report
 from moefast.protocol.scorer import Scored, Scorer, oracle_name
 from moefast.protocol.subject import ModelSubject, Subject
-from moefast.simulate.sets import Identity
+from moefast.simulate.sets import name_of_set
 from moefast.spectra.guard import noisy_already, take
-from moefast.spectra.spectrum_set import SpectrumSet
 
 __all__ = ["Evaluation", "evaluate", "expected_stages"]
 
@@ -153,7 +152,7 @@ def evaluate(
     for each in odd:
         if tell is not None:
             tell(each.words)
-    limits = _ceilings(ceiling, scorer.spectra, scorer.about_noise)
+    limits = _ceilings(ceiling, scorer)
     _log(scorer, limits)
     n_rows = scorer.spectra.n_rows
     with stage_progress(progress, partial(expected_stages, pictures=False)) as told:
@@ -233,7 +232,7 @@ def _measure(
             expert_grid=subject.expert_grid if several else None,
         ),
         DataSet(
-            name or _set_name(scorer.spectra, identity),
+            name or name_of_set(scorer.spectra, identity),
             scorer.spectra.fingerprint(),
             n_unlabelled=int((~labelled).sum()),
             reference_set=None if identity is None else identity._asdict(),
@@ -272,12 +271,6 @@ def _run(
     }
 
 
-def _set_name(spectra: SpectrumSet, identity: Identity | None) -> str:
-    if identity is not None:
-        return f"{identity.reference_set} {identity.part}"
-    return " + ".join(s.path.name for s in spectra.shards[:3])
-
-
 def _share_seen(subject: Subject, labels: Mapping[str, NDArray]) -> float | None:
     """Estimated share of the test stars that the model was fitted on; None where the model does not tell."""
     if subject.model is None:
@@ -301,14 +294,12 @@ class _Limits(NamedTuple):
 _NO_LIMITS = _Limits({})
 
 
-def _ceilings(
-    ceiling: Ceiling | str | Path | None, spectra: SpectrumSet, noise: Mapping[str, Any]
-) -> _Limits:
+def _ceilings(ceiling: Ceiling | str | Path | None, scorer: Scorer) -> _Limits:
     """Ceilings of a test set."""
-    shipped = ceiling is None
+    shipped, noise = ceiling is None, scorer.about_noise
     if ceiling is None:
         # That of a reference set comes with the package; it is for the noise stored with the set.
-        ceiling = known(spectra) if noise["noise"] == "stored" else None
+        ceiling = known(scorer.identity) if noise["noise"] == "stored" else None
         if ceiling is None:
             return _NO_LIMITS
     where = "the ceiling"
@@ -316,10 +307,10 @@ def _ceilings(
         where, ceiling = str(ceiling), read(ceiling)
     data = ceiling.summary["data_set"]
     # A shipped one was found by what the file holds; other machines may write other last bits.
-    if not shipped and data["fingerprint"] != spectra.fingerprint():
+    if not shipped and data["fingerprint"] != scorer.spectra.fingerprint():
         raise InputError(
             f"{where}: belongs to the set {data['name']} (fingerprint {data['fingerprint'][:12]}); the test set has "
-            f"{spectra.fingerprint()[:12]}; compute its own with moefast ceiling"
+            f"{scorer.spectra.fingerprint()[:12]}; compute its own with moefast ceiling"
         )
     if noise["noise"] == "none" or noise["noise_level"] != 1.0:
         raise InputError(

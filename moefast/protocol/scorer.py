@@ -28,7 +28,7 @@ from moefast.model import SHIPPED, Model, shipped_path
 from moefast.posterior.mixture import AnyMixture, PosteriorMixture
 from moefast.protocol.comparisons import BAYES_GATE, ORACLE, SNR_ORACLE
 from moefast.protocol.subject import PeerSubject, Subject, open_subject
-from moefast.simulate.sets import Identity, identify
+from moefast.simulate.sets import Identity, identify_spectra
 from moefast.spectra.quality import assess, good_pixels
 from moefast.spectra.source import Block
 from moefast.spectra.spectrum_set import SpectrumSet, open_spectra
@@ -119,7 +119,7 @@ class Scorer:
         }
         labels = self.labels = spectra.labels(("T_eff", "log_g", "M_H"), partial=True)
         labelled = self.labelled = np.isfinite(np.sum([*labels.values()], axis=0))
-        self.identity = identify(spectra.shards[0]) if len(spectra.shards) == 1 else None
+        self.identity = identify_spectra(spectra)
         self.subject: Subject
         if peer is not None:
             name = "z0" if self.identity is None else self.identity.reference_set
