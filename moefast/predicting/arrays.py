@@ -28,6 +28,7 @@ from moefast.predicting.velocities import FIT, cannot_fit, fit_on
 from moefast.spectra import guard
 from moefast.spectra.quality import Flag, Quality
 from moefast.spectra.telluric import CHOICES, Telluric
+from moefast.spectra.units import velocity_factor
 from moefast.spectra.velocities import FASTEST, Velocities
 
 if TYPE_CHECKING:
@@ -111,6 +112,8 @@ def predict_arrays(
     from astropy import units
     from astropy.table import Column, Table
 
+    if medium not in ("vacuum", "air"):
+        raise InputError(f"medium: vacuum or air expected, found {medium!r}")
     if telluric not in CHOICES:
         raise InputError(f"telluric: one of {', '.join(CHOICES)} expected, found {telluric!r}")
     chosen = model if isinstance(model, Model) else Model.load(model)
@@ -245,11 +248,14 @@ def _look(
 def _velocities(velocity: Any, n: int) -> Velocities | None:
     if velocity is None:
         return None
-    if hasattr(velocity, "unit"):
-        from astropy import units
-
-        velocity = velocity.to_value(units.km / units.s)
-    values = np.asarray(velocity, np.float64)
+    unit, plain = getattr(velocity, "unit", None), getattr(velocity, "value", velocity)
+    try:
+        # What a mask hides is no velocity.
+        values = np.ma.filled(np.ma.asarray(plain, np.float64), np.nan)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"velocity: numbers in km/s, or {FIT!r}, expected; found {velocity!r}") from error
+    if unit is not None:
+        values = values * velocity_factor(unit, "velocity")
     if values.shape not in {(), (n,)}:
         raise InputError(
             f"velocity: one number, or one for each of {n} spectra, expected; found shape {values.shape}"

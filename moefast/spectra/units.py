@@ -78,7 +78,7 @@ def velocity_factor(unit: Any, where: str) -> float:
     try:
         return float(f"{read_unit(unit, where).to(units.km / units.s):.14g}")
     except units.UnitConversionError as error:
-        raise InputError(f"{where}: found {unit}, expected a velocity such as km/s") from error
+        raise InputError(f"{where}: found {unit or 'no unit'}, expected a velocity such as km/s") from error
 
 
 def flux_factor(unit: Any, wave: NDArray[np.float64], where: str) -> NDArray[np.float64]:
