@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -116,10 +117,15 @@ def predict(
     InputError, WaveGridError, ModelError, BackendError, OutputError
         With one file; with several, a file that cannot be read is left out and named in `Summary.failures`.
     """
+    if not (velocity is None or isinstance(velocity, str | Path | Real)):
+        raise InputError(
+            "velocity: a number in km/s, the name of a column, a table or 'fit' expected, found "
+            f"{type(velocity).__name__}"
+        )
     chosen = model if isinstance(model, Model) else Model.load(model)
     engine, where = open_engine(chosen.mixture, backend)
     _tell(decisions_on_model(chosen, engine, where))
-    keep = tuple(keep)
+    keep = (keep,) if isinstance(keep, str) else tuple(keep)
     preparation = Preparation(chosen.mixture.wave, medium, moving=velocity is not None, telluric=telluric)
     spectra, failures = open_files(paths, preparation)
     origins = Origins(spectra)

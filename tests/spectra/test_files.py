@@ -246,7 +246,7 @@ def test_arguments_are_checked_before_reading(make_file):
         spectra.blocks(0)
     with pytest.raises(ValueError, match="rows 0 to 12"):
         spectra.blocks(1, rows=(0, 12))
-    with pytest.raises(ValueError, match="array must be"):
+    with pytest.raises(InputError, match="array must be"):
         spectra.blocks(1, array="error")
     with pytest.raises(ValueError, match="on_error"):
         spectra.blocks(1, on_error="ignore")
