@@ -67,7 +67,8 @@ __all__ = ["predict"]
 @BACKEND
 @DEVICE
 @click.option("--rows", callback=rows, metavar="FIRST:LAST", help="Score these rows only, LAST not included.")
-@click.option("--limit", type=click.IntRange(1), metavar="N", help="Take the first N rows only; --select and --targets choose among them.")  # fmt: skip
+@click.option("--limit", type=click.IntRange(1), metavar="N",
+              help="Take the first N rows only; --select and --targets choose among them.")  # fmt: skip
 @click.option("--shard", callback=shard_of, metavar="[i/N]", is_flag=False, flag_value=OF_TASK,
               help="Score part i (from 0) of N equal parts; without a value the part of this task of a SLURM job "
               "array. moefast merge joins the tables.")  # fmt: skip
