@@ -225,7 +225,15 @@ def _joined(table: VelocityTable, spectra: SpectrumSet, needed: NDArray[np.bool_
     _refuse_missing(velocity, needed, spectra, table.where, told)
     error = None if table.error is None else np.where(at >= 0, table.error[at], np.nan)
     source = f"{table.where}, joined by {' and '.join(keys)}"
-    return Velocities(np.where(np.isfinite(velocity), velocity, 0.0), error, source, table.notes)
+    notes = list(table.notes)
+    with np.errstate(invalid="ignore"):
+        n_fast = int(np.count_nonzero(needed & (np.abs(velocity) >= FASTEST)))
+    if n_fast:
+        notes.append(
+            f"{table.where}: {n_fast} of {int(needed.sum())} spectra recede by {FASTEST:g} km/s and more: galaxies or "
+            "quasars, whose log g means nothing"
+        )
+    return Velocities(np.where(np.isfinite(velocity), velocity, 0.0), error, source, notes)
 
 
 def identifiers_of(told: Mapping[str, NDArray], but: str = "") -> tuple[dict[str, NDArray], list[str]]:

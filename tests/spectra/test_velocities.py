@@ -108,6 +108,18 @@ def test_desi_tables(table, tmp_path):
     np.testing.assert_allclose(found.velocity, [-30, 7, -30, 100])
     np.testing.assert_allclose(found.error, np.full(4, 3.0))
     assert f"1 of 3 velocities carry a warning ({names[3]})" in found.notes[0]
+    assert len(found.notes) == 1
+    columns[1] = fits.Column(names[1], "D", array=np.array([100.0, 30000, 7]) / scale)
+    galaxy = tmp_path / "galaxy.fits"
+    fits.HDUList([fits.PrimaryHDU(), fits.BinTableHDU.from_columns(columns, name=names[0])]).writeto(galaxy)
+    if table == "redrock":
+        assert (
+            "2 of 4 spectra recede by 3000 km/s and more: galaxies"
+            in find_velocities(galaxy, spectra).notes[1]
+        )
+    else:
+        with pytest.raises(InputError, match="30000 km/s, which no star has"):
+            find_velocities(galaxy, spectra)
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".ecsv"])
