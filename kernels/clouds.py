@@ -37,8 +37,8 @@ from numpy.typing import NDArray
 from moefast.core.threads import in_threads
 from moefast.kernels import cpu_clouds, cpu_information
 from moefast.kernels.cpu_clouds import LANES
+from moefast.kernels.cpu_information import GROUP, ROWS, SPECTRUM, STEP
 from moefast.kernels.cpu_information import LANES as COLUMNS
-from moefast.kernels.cpu_information import ROWS, SPECTRUM, STEP
 from moefast.kernels.dispatch import on_cuda
 
 __all__ = ["CloudPosterior", "Clouds", "Groups", "Space", "cloud_posterior", "without_cuda"]
@@ -119,6 +119,7 @@ class Space:
     groups: Groups = NO_GROUPS
     arrays: tuple = field(init=False, repr=False)
     slopes: tuple = field(init=False, repr=False)
+    weighing: tuple = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("reference", "noise_shape", "directions"):
@@ -157,9 +158,12 @@ class Space:
         spectra[:p] = inside
         spectra = np.ascontiguousarray(spectra.reshape(-1, SPECTRUM, width).transpose(0, 2, 1))
         precision = np.ascontiguousarray(np.roll(self.precision.astype(np.float64), (q, q), (0, 1)))
-        columns = np.zeros((rounded_up(width, COLUMNS) // COLUMNS, pixels, COLUMNS))
+        # As few lanes as blocks of equal size need: they are added up whether a column is there or not.
+        blocks = rounded_up(width, COLUMNS) // COLUMNS
+        size = GROUP * rounded_up(-(-width // GROUP), blocks) // blocks
+        columns = np.zeros((blocks, pixels, size))
         for block, lanes in enumerate(columns):
-            part = inside[:, block * COLUMNS : (block + 1) * COLUMNS]
+            part = inside[:, block * size : (block + 1) * size]
             lanes[:p, : part.shape[1]] = part
         groups, size = len(self.cells), width * (width + 1) // 2
         shape = self.noise_shape.astype(np.float64)
@@ -176,6 +180,7 @@ class Space:
         pull = np.roll(self.pull.astype(np.float64), q)
         object.__setattr__(self, "arrays", (columns, products, spectra, precision, pull, cell, share))
         object.__setattr__(self, "slopes", self._slopes())
+        object.__setattr__(self, "weighing", self._weighing())
 
     def _slopes(self) -> tuple:
         """Share and widths of narrow slopes, and groups with the nuisances first."""
@@ -198,6 +203,45 @@ class Space:
         if len(narrow) != self.n_slopes:
             raise ValueError(f"widths of {self.n_slopes} narrow slopes expected; found {self.calibrated}")
         return float(self.calibrated[0]), narrow, precision, pull, np.asarray(groups.constant, np.float64)
+
+    def _weighing(self) -> tuple:
+        """What `cpu_information.chance_of_narrow` reads of `slopes`.
+
+        Share and widths of narrow slopes; the order of directions (w,), nuisances that are no slopes first, then what
+        groups have in common, then what they differ in, then slopes; places of M in that order in what is packed
+        (w, w); precision (w, w) and pull (w,) that groups have in common; what each has besides, (groups, s, s + 1),
+        in the last s of that order, its pull last; and constants.
+        """
+        share, narrow, precision, pull, constants = self.slopes
+        width, k = self.directions.shape[1], self.n_slopes
+        if not len(constants):
+            none = np.empty((0, 0))
+            order, places = np.empty(0, np.uint32), np.empty((0, 0), np.uint32)
+            return share, narrow, order, places, none, np.empty(0), np.empty((0, 0, 0)), constants
+        differs = (precision != precision[0]).any((0, 1)) | (pull != pull[0]).any(0)
+        rest = np.concatenate([np.flatnonzero(~differs), np.flatnonzero(differs)])
+        common, size = int((~differs).sum()), int(differs.sum()) + k
+        shared, shared_pull = np.zeros((width, width)), np.zeros(width)
+        rows = len(rest)
+        shared[:rows, :rows], shared_pull[:rows] = precision[0][np.ix_(rest, rest)], pull[0][rest]
+        shared[common:, common:], shared_pull[common:] = 0, 0
+        own = np.zeros((len(constants), size, size + 1))
+        here = np.flatnonzero(differs)
+        own[:, : len(here), : len(here)] = precision[:, here[:, None], here]
+        own[:, : len(here), size] = pull[:, here]
+        order = np.concatenate([k + rest, np.arange(k)])
+        first, last = np.minimum.outer(order, order), np.maximum.outer(order, order)
+        places = first * width - first * (first - 1) // 2 + last - first
+        return (
+            share,
+            narrow,
+            order.astype(np.uint32),
+            places.astype(np.uint32),
+            shared,
+            shared_pull,
+            own,
+            constants,
+        )
 
     @property
     def n_coordinates(self) -> int:
@@ -396,7 +440,7 @@ def cloud_posterior(
         columns, products, spectra, precision, pull, cell, share = space.arrays
         y, cells = np.zeros((ROWS, columns.shape[1]), np.float32), np.zeros((ROWS, products.shape[1]))
         information, points = np.zeros_like(y), np.empty((ROWS, n + q), np.float32)
-        u, packed = (np.empty((ROWS, len(part) * COLUMNS)) for part in (columns, products))
+        u, packed = (np.empty((ROWS, len(part) * part.shape[2])) for part in (columns, products))
         numbers = np.empty((ROWS, 5))
         for start in range(first_block * ROWS, min(stop_block * ROWS, rows), ROWS):
             here = slice(start, min(start + ROWS, rows))
@@ -417,7 +461,7 @@ def cloud_posterior(
                 q,
                 space.n_sky,
                 n,
-                *space.slopes,
+                *space.weighing,
                 *clouds.arrays,
                 *(array[here] for array in arrays),
             )

@@ -15,8 +15,7 @@ import numpy as np
 
 from moefast.core.compiled import njit
 from moefast.kernels.cpu import FAST, exp32, log32
-from moefast.kernels.cpu_information import LANES as COLUMNS
-from moefast.kernels.cpu_information import STEP, TINY, chance_of_narrow, solve, unpack
+from moefast.kernels.cpu_information import STEP, TINY, chance_of_narrow, filled, solve, unpack
 from moefast.kernels.vectors import VECTORS, cloud_group, label_group, set_tile, width_of
 
 __all__ = ["posterior"]
@@ -37,16 +36,22 @@ HALF32 = np.float32(0.5)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _whiten(columns, panel, reach, root, star, vectors):
-    """Vectors of a panel times C' of a star, upper triangular; all but the means have `reach` coordinates."""
+def _whiten(columns, panel, groups, reach, root, star, vectors):
+    """Vectors of the first groups of a panel times C' of a star, upper triangular; all but the means have `reach`.
+
+    `vectors` (groups, vectors of a cloud and one more, coordinates, `WIDTH`) holds those of `WIDTH` clouds in one
+    piece, which the first cache keeps.
+    """
     _, drawn, size, _ = columns.shape
+    hop = (drawn + 1) * size * WIDTH
     for v in range(drawn):
         length = size if v == 0 else reach
         for r in range(0, length, STEP):
-            start, place = ((panel * drawn + v) * size + r) * LANES, (v * size + r) * LANES
+            start, place = ((panel * drawn + v) * size + r) * LANES, (v * size + r) * WIDTH
             set_tile(
-                root, (star * size + r) * size + r, size, columns, start, length - r, vectors, place, LANES
-            )
+                root, (star * size + r) * size + r, size, columns, start, LANES, length - r, vectors, place, WIDTH,
+                hop, groups,
+            )  # fmt: skip
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
@@ -197,28 +202,33 @@ def _perceptron(features, w1, b1, w2, b2):
 @njit(nogil=True, cache=True, error_model="numpy")
 def posterior(
     numbers, u, packed, q, n_sky, n,
-    calibrated, narrow, precisions, pulls, constants,
+    calibrated, narrow, order, places, precision, pull, of_groups, constants,
     drawn, reach, columns, log_weights, gains, labels, scatter, scatter_with_first, first,
     unit, width, lowest, highest, w1, b1, w2, b2,
     log_g, log_g_err, features, label, sd, covariance, weights, expert, chi2, distance, strength, scale, log_level,
 ):  # fmt: skip
     """Posterior of each star of a block; arrays of clouds as `moefast.kernels.clouds.Clouds` lays them out."""
-    panels, _, size, _ = columns.shape
+    panels, _, coordinates, _ = columns.shape
     n_labels, t, m = gains.shape[1], gains.shape[2], first[-1]
-    a = np.zeros((-(-(q + n) // STEP) * STEP, -(-(q + n + 1) // COLUMNS) * COLUMNS))
-    exact = np.zeros((-(-n // STEP) * STEP, -(-(n + 1) // COLUMNS) * COLUMNS))
+    a, exact = np.zeros((filled(q + n), filled(q + n + 1))), np.zeros((filled(n), filled(n + 1)))
+    size = of_groups.shape[1]
+    part = np.zeros((filled(size), filled(size + 1)))
     of_root, scratch = np.zeros_like(exact), np.zeros_like(exact)
-    left, evidences = np.empty((q - n_sky, q - n_sky + 1)), np.empty((2, len(constants)))
-    root, vectors = np.zeros((TOGETHER, size, size), np.float32), np.empty((t, size, LANES), np.float32)
-    centre, spectrum = np.zeros((TOGETHER, size), np.float32), np.zeros((TOGETHER, size), np.float32)
-    places = TOGETHER * panels
-    lower = np.empty((places, t * (t + 1) // 2, LANES), np.float32)
-    inverse_root, coefficients = (
-        np.empty((places, t, LANES), np.float32),
-        np.empty((places, t, LANES), np.float32),
+    left, evidences = np.empty((narrow.size, narrow.size + 1)), np.empty((2, len(constants)))
+    root = np.zeros((TOGETHER, coordinates, coordinates), np.float32)
+    vectors = np.empty((VECTORS, t + 1, coordinates, WIDTH), np.float32)
+    centre, spectrum = (
+        np.zeros((TOGETHER, coordinates), np.float32),
+        np.zeros((TOGETHER, coordinates), np.float32),
     )
-    square, means_of_first = np.empty((places, LANES), np.float32), np.empty((places, LANES), np.float32)
-    evidence, pivots = np.empty((places, LANES), np.float32), np.empty((t, LANES), np.float32)
+    stars_and_panels = TOGETHER * panels
+    # The last panel has lanes without clouds, which nothing is written to.
+    lower = np.zeros((stars_and_panels, t * (t + 1) // 2, LANES), np.float32)
+    inverse_root = np.zeros((stars_and_panels, t, LANES), np.float32)
+    coefficients = np.zeros((stars_and_panels, t, LANES), np.float32)
+    square = np.zeros((stars_and_panels, LANES), np.float32)
+    means_of_first = np.empty((stars_and_panels, LANES), np.float32)
+    evidence, pivots = np.empty((stars_and_panels, LANES), np.float32), np.ones((t, LANES), np.float32)
     share, solved = np.zeros(panels * LANES, np.float32), np.empty((t, LANES), np.float32)
     variance, along = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
     means, explained, beyond = (
@@ -233,21 +243,9 @@ def posterior(
             level2 = numbers[i, 3] / (numbers[i, 4] + TINY) / (numbers[i, 0] * numbers[i, 0])
             log_level[i] = 0.5 * math.log(level2 + TINY)
             chance = chance_of_narrow(
-                packed,
-                u,
-                i,
-                q,
-                n_sky,
-                level2,
-                calibrated,
-                narrow,
-                precisions,
-                pulls,
-                constants,
-                a,
-                left,
-                evidences,
-            )
+                packed, u, i, n_sky, level2, calibrated, narrow, order, places, precision, pull, of_groups, constants,
+                a, part, left, evidences,
+            )  # fmt: skip
             unpack(packed, i, a, q + n)
             for k in range(q + n):
                 a[k, q + n] = u[i, k]
@@ -260,12 +258,13 @@ def posterior(
                 centre[star, r] = np.float32(exact[r, n])
                 spectrum[star, r] = np.float32(exact[r, n] + exact[r, n - 1] / unit)
         for panel in range(panels):
+            groups = min(VECTORS, -(-(m - panel * LANES) // WIDTH))
             for star in range(count):
                 place = star * panels + panel
-                _whiten(columns, panel, reach, root, star, vectors)
-                for lane in range(0, LANES, WIDTH):
+                _whiten(columns, panel, groups, reach, root, star, vectors)
+                for lane in range(0, groups * WIDTH, WIDTH):
                     cloud_group(
-                        vectors, lane, LANES, size, reach, drawn, star, centre, spectrum, width, place, lower,
+                        vectors, lane, LANES, coordinates, reach, drawn, star, centre, spectrum, width, place, lower,
                         inverse_root, coefficients, square, pivots,
                     )  # fmt: skip
                 _conclude(

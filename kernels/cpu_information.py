@@ -18,7 +18,7 @@ from moefast.core.compiled import njit
 from moefast.kernels.cpu import FAST
 from moefast.kernels.quality import LARGEST32, LARGEST_ERROR32, ZERO32, median_near, quantile_scratch
 from moefast.kernels.vectors import ROWS as STEP
-from moefast.kernels.vectors import VECTORS, add_tile, set_tile, subtract_row, subtract_tile, width_of
+from moefast.kernels.vectors import VECTORS, add_tile, set_tile, subtract_row, subtract_tiles, width_of
 
 __all__ = [
     "CHUNK",
@@ -29,6 +29,7 @@ __all__ = [
     "STEP",
     "TINY",
     "chance_of_narrow",
+    "filled",
     "multiply_cells",
     "multiply_pixels",
     "read_pixels",
@@ -40,7 +41,7 @@ __all__ = [
 GROUP = width_of(64)
 """Numbers in double precision that are handled together; rows of matrices are filled up to whole groups."""
 LANES = VECTORS * GROUP
-"""Columns of u and of packed M that lie side by side."""
+"""Columns of packed M that lie side by side, and of u at most."""
 ROWS = 64
 """Stars whose pixels are read before their products are formed: what is multiplied is read once for all of them."""
 SPECTRUM = VECTORS * width_of(32)
@@ -48,6 +49,8 @@ SPECTRUM = VECTORS * width_of(32)
 CHUNK = 512
 """Pixels whose directions stay in the second cache while all stars of a block pass over them."""
 TINY = 1e-30
+SMALL, LARGE = 1e-150, 1e150
+"""Products of pivots stay between, before their logarithm is taken."""
 LEAST_CURVATURE = 1e-8
 """Added to M where the best point of the whole space is asked for, as in `moefast.posterior.forward`."""
 LEAST_INFORMATION = 1e-13
@@ -175,15 +178,17 @@ def read_pixels(
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def multiply_pixels(y, rows, directions, u):
-    """U = y · directions of the first rows: y (·, p), directions (blocks, p, `LANES`), u (·, columns)."""
-    blocks, p, _ = directions.shape
+    """U = y · directions of the first rows: y (·, p), directions (blocks, p, lanes), u (·, columns)."""
+    blocks, p, lanes = directions.shape
     u[:] = 0.0
     for block in range(blocks):
         for c in range(0, p, CHUNK):
+            start, size = (block * p + c) * lanes, min(CHUNK, p - c)
             for r in range(0, rows, STEP):
-                start, place = (block * p + c) * LANES, r * u.shape[1] + block * LANES
-                first, size = r * y.shape[1] + c, min(CHUNK, p - c)
-                add_tile(y, first, y.shape[1], directions, start, size, u, place, u.shape[1])
+                place = r * u.shape[1] + block * lanes
+                add_tile(
+                    y, r * p + c, p, directions, start, lanes, size, u, place, u.shape[1], GROUP, lanes // GROUP
+                )  # fmt: skip
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -193,11 +198,18 @@ def multiply_cells(cells, rows, products, packed):
     packed[:] = 0.0
     for block in range(blocks):
         for c in range(0, g, CHUNK):
+            start, size = (block * g + c) * LANES, min(CHUNK, g - c)
             for r in range(0, rows, STEP):
-                start, place = (block * g + c) * LANES, r * packed.shape[1] + block * LANES
+                place = r * packed.shape[1] + block * LANES
                 add_tile(
-                    cells, r * g + c, g, products, start, min(CHUNK, g - c), packed, place, packed.shape[1]
-                )
+                    cells, r * g + c, g, products, start, LANES, size, packed, place, packed.shape[1], GROUP, VECTORS
+                )  # fmt: skip
+
+
+@njit(nogil=True, cache=True)
+def filled(n):
+    """The least multiple of `GROUP` that is not below n."""
+    return -(-n // GROUP) * GROUP
 
 
 @njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
@@ -205,15 +217,17 @@ def factor(a, stop, n, ridge):
     """Rows up to `stop` of U, with UᵀU = a + ridge, in place; rows up to n become what they do not explain.
 
     Only columns from the diagonal on are read and right; columns from n on go along. Pivots below the ridge, and below
-    what rounding leaves of the diagonal, are rounding. Rows of `a` are filled up to whole `STEP`, columns to `LANES`.
+    what rounding leaves of the diagonal, are rounding. Rows of `a` are filled up to whole `STEP`, columns to `GROUP`.
     """
     stride = a.shape[1]
     diagonal = np.empty(stop)
     for k in range(stop):
         diagonal[k] = a[k, k]
     for top in range(0, n, STEP):
-        for j in range(top // LANES * LANES, stride, LANES):
-            subtract_tile(a, top, 1, stride, a, j, stride, min(top, stop), a, top * stride + j, stride)
+        j = top // GROUP * GROUP
+        subtract_tiles(
+            a, top, 1, stride, a, j, stride, min(top, stop), a, top * stride + j, stride, (stride - j) // GROUP
+        )  # fmt: skip
         for k in range(top, min(top + STEP, stop)):
             least = ridge + ROUNDING * diagonal[k] + TINY
             root = math.sqrt(max(a[k, k] + least, least))
@@ -238,7 +252,7 @@ def shrink(a, columns, t, n):
         # Left of the diagonal stands what was there before.
         for j in range(k):
             a[k, j] = 0.0
-        for j in range(k // LANES * LANES + LANES):
+        for j in range(k // GROUP * GROUP + GROUP):
             t[k, j] = 0.0
         t[k, k] = 1.0
     for begin in range(0, n, GROUP):
@@ -247,18 +261,18 @@ def shrink(a, columns, t, n):
                 columns[k, j] = -a[j, k]
     last = (n - 1) // STEP * STEP
     for top in range(0, n, STEP):
-        for j in range(0, top + STEP, LANES):
-            first = top * stride
-            subtract_tile(
-                a, first + top, stride, 1, columns, first + j, stride, n - top, t, first + j, stride
-            )
+        first = top * stride
+        subtract_tiles(
+            a, first + top, stride, 1, columns, first, stride, n - top, t, first, stride, filled(top + STEP) // GROUP
+        )  # fmt: skip
     # Row k of t becomes column k of T.
     for top in range(last, -1, -STEP):
         below = top + STEP
         if below < n:
-            for j in range(0, below, LANES):
-                first, place = below * stride, top * stride + j
-                subtract_tile(t, first + top, 1, stride, t, first + j, stride, n - below, t, place, stride)
+            first, place = below * stride, top * stride
+            subtract_tiles(
+                t, first + top, 1, stride, t, first, stride, n - below, t, place, stride, filled(below) // GROUP
+            )  # fmt: skip
         for k in range(min(below, n) - 1, top - 1, -1):
             root = math.sqrt(t[k, k])
             inverse = 1.0 / root
@@ -270,9 +284,11 @@ def shrink(a, columns, t, n):
     for top in range(last, -1, -STEP):
         below = top + STEP
         if below < n:
-            for j in range(top // LANES * LANES, stride, LANES):
-                first, place = below * stride, top * stride + j
-                subtract_tile(t, first + top, 1, stride, a, first + j, stride, n - below, a, place, stride)
+            j = top // GROUP * GROUP
+            first, place = below * stride, top * stride + j
+            subtract_tiles(
+                t, first + top, 1, stride, a, first + j, stride, n - below, a, place, stride, (stride - j) // GROUP
+            )  # fmt: skip
         for k in range(min(below, n) - 1, top - 1, -1):
             inverse = 1.0 / t[k, k]
             for j in range(k, stride):
@@ -331,22 +347,27 @@ def _what_is_left(y, information, row, pixel, tile, left, place, energy):
 @njit(nogil=True, cache=True, error_model="numpy")
 def _gradient(y, information, rows, points, spectra, directions, tile, left, u, energy):
     """U = Bᵀ(y − a′ B b) and the energy left of the first rows; `spectra` (p / `SPECTRUM`, n + q, `SPECTRUM`) is B."""
-    blocks, p, _ = directions.shape
-    width = spectra.shape[1]
+    blocks, p, lanes = directions.shape
+    width, step = spectra.shape[1], points.shape[1]
     u[:], energy[:] = 0.0, 0.0
     for c in range(0, p, CHUNK):
         size = min(CHUNK, p - c)
         for j in range(0, size, SPECTRUM):
             start = (c + j) // SPECTRUM * width * SPECTRUM
             for r in range(0, rows, STEP):
-                first, step = r * points.shape[1], points.shape[1]
-                set_tile(points, first, step, spectra, start, width, tile, 0, SPECTRUM)
+                set_tile(
+                    points, r * step, step, spectra, start, SPECTRUM, width, tile, 0, SPECTRUM, SPECTRUM // VECTORS,
+                    VECTORS,
+                )  # fmt: skip
                 _what_is_left(y, information, r, c + j, tile, left, j, energy)
         for block in range(blocks):
-            start = (block * p + c) * LANES
+            start = (block * p + c) * lanes
             for r in range(0, rows, STEP):
-                place = r * u.shape[1] + block * LANES
-                add_tile(left, r * CHUNK, CHUNK, directions, start, size, u, place, u.shape[1])
+                place = r * u.shape[1] + block * lanes
+                add_tile(
+                    left, r * CHUNK, CHUNK, directions, start, lanes, size, u, place, u.shape[1], GROUP,
+                    lanes // GROUP,
+                )  # fmt: skip
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -357,7 +378,7 @@ def refine(y, information, rows, packed, spectra, directions, precision, pull, n
     """
     width = len(pull)
     vector, point = np.empty(width), np.empty(width)
-    a = np.zeros((-(-width // STEP) * STEP, -(-(width + 1) // LANES) * LANES))
+    a = np.zeros((-(-width // STEP) * STEP, filled(width + 1)))
     energy = np.empty(len(y))
     tile, left = np.empty((STEP, SPECTRUM), np.float32), np.zeros((len(y), CHUNK), np.float32)
     points[:] = ZERO32
@@ -395,56 +416,62 @@ def _gain_of_slopes(a, rest, k, widths, left):
             left[i, j] = width * (widths[j] if widths.size else 1.0) * a[rest + i, rest + j]
         left[i, i] += 1.0
         left[i, k] = width * a[rest + i, rest + k]
-    gain, determinant = 0.0, 0.0
+    gain, determinant, product = 0.0, 0.0, 1.0
     for i in range(k):
         pivot = max(left[i, i], TINY)
-        determinant += math.log(pivot)
+        product *= pivot
+        # A logarithm takes as long as a row: of products, as long as they are numbers.
+        if not SMALL < product < LARGE:
+            determinant += math.log(product)
+            product = 1.0
         gain += left[i, k] * left[i, k] / pivot
         for j in range(i + 1, k):
             ratio = left[i, j] / pivot
             for m in range(j, k + 1):
                 left[j, m] -= ratio * left[i, m]
-    return 0.5 * (gain - determinant)
+    return 0.5 * (gain - determinant - math.log(product))
 
 
 @njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
 def chance_of_narrow(
-    packed, u, row, q, n_sky, level2, share, narrow, precisions, pulls, constants, a, left, evidences
+    packed, u, row, n_sky, level2, share, narrow, order, places, precision, pull, of_groups, constants,
+    a, part, left, evidences,
 ):  # fmt: skip
-    """Probability, by a star's own evidence, that its slopes, the first q − n_sky nuisances, are narrow.
+    """Probability, by a star's own evidence, that its slopes are narrow; 0 where there are no groups.
 
-    The equations are those of `moefast.posterior.forward`. `packed` and `u` are M and u of the row; `a`, as in `solve`,
+    The equations are those of `moefast.posterior.forward`. `packed` and `u` are M and u of the row; the directions are
+    taken in an order in which those in which groups differ follow all others, and slopes are the last. What all groups
+    have in common is taken out once. `share` to `constants` are those of `Space.weighing`; `a`, as in `solve`, `part`,
     `left` (k, k + 1) and `evidences` (2, groups) are scratch.
     """
-    groups, rest, _ = precisions.shape
+    groups, size, _ = of_groups.shape
     if groups == 0:
         return 0.0
-    k = q - n_sky
-    width = k + rest
+    k, width = narrow.size, order.size
+    common, own = width - size, size - narrow.size
+    for i in range(width):
+        for j in range(i, width):
+            a[i, j] = packed[row, places[i, j]] + precision[i, j]
+        a[i, width] = u[row, order[i]] + pull[i]
+    for i in range(n_sky):
+        a[i, i] += 1.0 / (level2 + TINY)
+    factor(a, common, width, 0.0)
     highest = -np.inf
     for g in range(groups):
-        # Slopes go last: what is left of their rows is what nothing else explains.
-        start = 0
-        for i in range(k):
-            for j in range(k - i):
-                a[rest + i, rest + i + j] = packed[row, start + j]
-            for j in range(rest):
-                a[j, rest + i] = packed[row, start + k - i + j]
-            a[rest + i, width] = u[row, i]
-            start += width - i
-        for i in range(rest):
-            for j in range(rest - i):
-                a[i, i + j] = packed[row, start + j] + precisions[g, i, i + j]
-            a[i, width] = u[row, k + i] + pulls[g, i]
-            start += rest - i
-        for i in range(n_sky):
-            a[i, i] += 1.0 / (level2 + TINY)
-        factor(a, rest, width, 0.0)
-        known = constants[g]
-        for i in range(rest):
-            known += 0.5 * a[i, width] * a[i, width] - math.log(a[i, i])
+        for i in range(size):
+            for j in range(i, size + 1):
+                part[i, j] = a[common + i, common + j] + of_groups[g, i, j]
+        factor(part, own, size, 0.0)
+        gain, determinant, product = 0.0, 0.0, 1.0
+        for i in range(own):
+            gain += part[i, size] * part[i, size]
+            product *= part[i, i]
+            if not SMALL < product < LARGE:
+                determinant += math.log(product)
+                product = 1.0
+        known = constants[g] + 0.5 * gain - determinant - math.log(product)
         for place in range(2):
-            evidences[place, g] = known + _gain_of_slopes(a, rest, k, narrow[: place * k], left)
+            evidences[place, g] = known + _gain_of_slopes(part, own, k, narrow[: place * k], left)
             highest = max(highest, evidences[place, g])
     wide, tight = 0.0, 0.0
     for g in range(groups):

@@ -23,7 +23,7 @@ __all__ = [
     "label_group",
     "set_tile",
     "subtract_row",
-    "subtract_tile",
+    "subtract_tiles",
     "width_of",
 ]
 
@@ -33,7 +33,7 @@ intrinsic: Any = extending.intrinsic
 ROWS = 4
 """Rows of a tile of `add_tile`."""
 VECTORS = 4
-"""Vectors next to each other in a tile: 16 sums stand in registers, which hides the latency of an addition."""
+"""Vectors next to each other in a tile, at most: 16 sums stand in registers, which hides the latency of an addition."""
 TOGETHER = 4
 """Directions of a cloud whose products with as many others are summed at the same time, in registers."""
 BITS = 512
@@ -99,110 +99,116 @@ def _data(context: Any, builder: Any, kind: Any, value: Any) -> Any:
     return context.make_array(kind)(context, builder, value).data
 
 
-def _tile(a, first, step, b, start, n, out, place, far, *, fresh):  # type: ignore[no-untyped-def]
+def _at(builder: Any, index: Any, base: Any, start: Any, *steps: tuple[Any, Any]) -> Any:
+    """Pointer to number start + Σ stride · count behind a pointer."""
+    for stride, count in steps:
+        start = builder.add(start, builder.mul(stride, index(count) if isinstance(count, int) else count))
+    return builder.gep(base, [start])
+
+
+def _sums(  # type: ignore[no-untyped-def]
+    builder, vectors, index, count, rows, hop, begin, stride, n, ends, *, fresh, less
+):
+    """Code that adds to, or subtracts from, numbers at `ends` (rows, `count` vectors) the sums of n products."""
+    totals = [
+        [vectors.variable(vectors.constant(0.0) if fresh else vectors.load(end)) for end in row]
+        for row in ends
+    ]
+    with cgutils.for_range(builder, n, intp=index) as loop:
+        line = builder.gep(begin, [builder.mul(loop.index, stride)])
+        parts = [vectors.load(builder.gep(line, [index(v * vectors.width)])) for v in range(count)]
+        along = builder.mul(loop.index, hop)
+        for row, total in zip(rows, totals, strict=True):
+            factor = builder.load(builder.gep(row, [along]))
+            factor = vectors.all_of(builder.fneg(factor) if less else factor)
+            for part, register in zip(parts, total, strict=True):
+                builder.store(vectors.add_product(builder.load(register), factor, part), register)
+    for row, total in zip(ends, totals, strict=True):
+        for end, register in zip(row, total, strict=True):
+            vectors.store(builder.load(register), end)
+
+
+def _tile(a, first, step, b, start, stride, n, out, place, far, hop, count, *, fresh):  # type: ignore[no-untyped-def]
     """Signature and code of `add_tile`, or of `set_tile`, whose sums begin at nothing."""
-    signature = types.void(a, types.intp, types.intp, b, types.intp, types.intp, out, types.intp, types.intp)
+    i = types.intp
+    signature = types.void(a, i, i, b, i, i, i, out, i, i, i, i)
 
     def write(context, builder, signature, args):  # type: ignore[no-untyped-def]
         kinds = signature.args
-        factors, terms, sums = (_data(context, builder, kinds[k], args[k]) for k in (0, 3, 6))
-        _, first, step, _, start, n, _, place, far = args
+        factors, terms, sums = (_data(context, builder, kinds[k], args[k]) for k in (0, 3, 7))
+        _, first, step, _, start, stride, n, _, place, far, hop, count = args
         vectors = _Vectors(builder, context.get_data_type(kinds[3].dtype))
         index = context.get_value_type(types.intp)
-        lanes = VECTORS * vectors.width
-        rows = [builder.gep(factors, [builder.add(first, builder.mul(step, index(r)))]) for r in range(ROWS)]
-        ends = [
-            [
-                builder.gep(
-                    sums,
-                    [builder.add(builder.add(place, builder.mul(far, index(r))), index(v * vectors.width))],
-                )
-                for v in range(VECTORS)
-            ]
-            for r in range(ROWS)
-        ]
-        totals = [
-            [vectors.variable(vectors.constant(0.0) if fresh else vectors.load(end)) for end in row]
-            for row in ends
-        ]
+        rows = [_at(builder, index, factors, first, (step, r)) for r in range(ROWS)]
         begin = builder.gep(terms, [start])
-        with cgutils.for_range(builder, n, intp=index) as loop:
-            line = builder.gep(begin, [builder.mul(loop.index, index(lanes))])
-            parts = [vectors.load(builder.gep(line, [index(v * vectors.width)])) for v in range(VECTORS)]
-            for row, total in zip(rows, totals, strict=True):
-                factor = vectors.all_of(builder.load(builder.gep(row, [loop.index])))
-                for part, register in zip(parts, total, strict=True):
-                    builder.store(vectors.add_product(builder.load(register), factor, part), register)
-        for row, total in zip(ends, totals, strict=True):
-            for end, register in zip(row, total, strict=True):
-                vectors.store(builder.load(register), end)
+        for size in range(1, VECTORS + 1):
+            with builder.if_then(builder.icmp_signed("==", count, index(size))):
+                ends = [
+                    [_at(builder, index, sums, place, (far, r), (hop, v)) for v in range(size)]
+                    for r in range(ROWS)
+                ]
+                _sums(
+                    builder, vectors, index, size, rows, index(1), begin, stride, n, ends, fresh=fresh, less=False
+                )  # fmt: skip
         return context.get_dummy_value()
 
     return signature, write
 
 
 @intrinsic
-def add_tile(typingctx, a, first, step, b, start, n, out, place, far):  # type: ignore[no-untyped-def]
-    """Out[place + r far + l] += Σ_c a[first + r step + c] b[start + c L + l] for r < 4, c < n, l < L, L = 4 vectors."""
-    return _tile(a, first, step, b, start, n, out, place, far, fresh=False)
+def add_tile(typingctx, a, first, step, b, start, stride, n, out, place, far, hop, count):  # type: ignore[no-untyped-def]
+    """Out[place + r far + v hop + l] += Σ_c a[first + r step + c] b[start + c stride + v L + l].
 
-
-@intrinsic
-def set_tile(typingctx, a, first, step, b, start, n, out, place, far):  # type: ignore[no-untyped-def]
-    """Out[place + r far + l] = Σ_c a[first + r step + c] b[start + c L + l] for r < 4, c < n, l < L, L = 4 vectors."""
-    return _tile(a, first, step, b, start, n, out, place, far, fresh=True)
-
-
-@intrinsic
-def subtract_tile(typingctx, a, first, step, hop, b, start, stride, n, out, place, far):  # type: ignore[no-untyped-def]
-    """Out[place + r far + l] −= Σ_c a[first + r step + c hop] b[start + c stride + l] for r < 4, c < n, l < 4 vectors.
-
-    The three may be one array, whose rows of sums are none of the rows that are added.
+    For r < 4, c < n, v < count ≤ 4, and l < L, the width of a vector.
     """
-    signature = types.void(
-        a,
-        types.intp,
-        types.intp,
-        types.intp,
-        b,
-        types.intp,
-        types.intp,
-        types.intp,
-        out,
-        types.intp,
-        types.intp,
-    )
+    return _tile(a, first, step, b, start, stride, n, out, place, far, hop, count, fresh=False)
+
+
+@intrinsic
+def set_tile(typingctx, a, first, step, b, start, stride, n, out, place, far, hop, count):  # type: ignore[no-untyped-def]
+    """Out[place + r far + v hop + l] = Σ_c a[first + r step + c] b[start + c stride + v L + l]; see `add_tile`."""
+    return _tile(a, first, step, b, start, stride, n, out, place, far, hop, count, fresh=True)
+
+
+@intrinsic
+def subtract_tiles(  # type: ignore[no-untyped-def]
+    typingctx, a, first, step, hop, b, start, stride, n, out, place, far, count
+):
+    """Out[place + r far + l] −= Σ_c a[first + r step + c hop] b[start + c stride + l] for r < 4, c < n, l < count L.
+
+    L is the width of a vector, and `count` any number of them. The three may be one array, whose rows of sums are none
+    of the rows that are added.
+    """
+    i = types.intp
+    signature = types.void(a, i, i, i, b, i, i, i, out, i, i, i)
 
     def write(context, builder, signature, args):  # type: ignore[no-untyped-def]
         kinds = signature.args
         factors, terms, sums = (_data(context, builder, kinds[k], args[k]) for k in (0, 4, 8))
-        _, first, step, hop, _, start, stride, n, _, place, far = args
+        _, first, step, hop, _, start, stride, n, _, place, far, count = args
         vectors = _Vectors(builder, context.get_data_type(kinds[4].dtype))
         index = context.get_value_type(types.intp)
-        rows = [builder.gep(factors, [builder.add(first, builder.mul(step, index(r)))]) for r in range(ROWS)]
-        ends = [
-            [
-                builder.gep(
-                    sums,
-                    [builder.add(builder.add(place, builder.mul(far, index(r))), index(v * vectors.width))],
-                )
-                for v in range(VECTORS)
+        rows = [_at(builder, index, factors, first, (step, r)) for r in range(ROWS)]
+
+        def subtract(begin: Any, size: int) -> None:
+            begin = builder.mul(begin, index(vectors.width))
+            terms_of_tile = _at(builder, index, terms, start, (begin, 1))
+            to = builder.add(place, begin)
+            ends = [
+                [_at(builder, index, sums, to, (far, r), (index(vectors.width), v)) for v in range(size)]
+                for r in range(ROWS)
             ]
-            for r in range(ROWS)
-        ]
-        totals = [[vectors.variable(vectors.load(end)) for end in row] for row in ends]
-        begin = builder.gep(terms, [start])
-        with cgutils.for_range(builder, n, intp=index) as loop:
-            line = builder.gep(begin, [builder.mul(loop.index, stride)])
-            parts = [vectors.load(builder.gep(line, [index(v * vectors.width)])) for v in range(VECTORS)]
-            along = builder.mul(loop.index, hop)
-            for row, total in zip(rows, totals, strict=True):
-                factor = vectors.all_of(builder.fneg(builder.load(builder.gep(row, [along]))))
-                for part, register in zip(parts, total, strict=True):
-                    builder.store(vectors.add_product(builder.load(register), factor, part), register)
-        for row, total in zip(ends, totals, strict=True):
-            for end, register in zip(row, total, strict=True):
-                vectors.store(builder.load(register), end)
+            _sums(
+                builder, vectors, index, size, rows, hop, terms_of_tile, stride, n, ends, fresh=False, less=True
+            )  # fmt: skip
+
+        tiles = builder.sdiv(count, index(VECTORS))
+        with cgutils.for_range(builder, tiles, intp=index) as loop:
+            subtract(builder.mul(loop.index, index(VECTORS)), VECTORS)
+        done = builder.mul(tiles, index(VECTORS))
+        for size in range(1, VECTORS):
+            with builder.if_then(builder.icmp_signed("==", builder.sub(count, done), index(size))):
+                subtract(done, size)
         return context.get_dummy_value()
 
     return signature, write
@@ -254,8 +260,9 @@ def cloud_group(  # type: ignore[no-untyped-def]
 ):
     """Best points of a vector of clouds, with the star in whitened coordinates.
 
-    With x_v[c] = vectors[v n stride + c stride + lane], δ = x₀ − centre[star] and tangents x₁, …, which are zero from
-    `reach` on, and width (δ + spectrum[star]):
+    With L the width of a vector, x_v[c] = vectors[(lane / L · (n_drawn + 1) + v) n + c] for v < n_drawn, a vector each,
+    δ = x₀ − centre[star] and tangents x₁, …, which are zero from `reach` on, and width (δ + spectrum[star]), which the
+    last n vectors are scratch for, as x₀ is for δ:
     L of L Lᵀ = I + T Tᵀ, rows of its lower triangle one behind the other; 1/L_kk; γ = −(L Lᵀ)⁻¹ T δ;
     |δ + Tᵀγ|² + |γ|²; and L_kk². Vectors of all of these are `stride` numbers apart, and all but the last are put in
     their place of a panel. `n_drawn` = 1 + the number of tangents x₁, … is a tuple of so many numbers, since the code
@@ -280,10 +287,14 @@ def cloud_group(  # type: ignore[no-untyped-def]
             builder.gep(base, [builder.mul(star, n)]) for base in (of_centre, of_spectrum)
         )
         t = drawn
-        whole = builder.mul(n, stride)
+        whole = builder.mul(n, index(v.width))
+        of_lane = builder.sdiv(lane, index(v.width))
         starts = [
-            builder.gep(drawn_data, [builder.add(lane, builder.mul(whole, index(k)))]) for k in range(drawn)
-        ]
+            _at(
+                builder, index, drawn_data, index(0), (builder.mul(whole, index(drawn + 1)), of_lane), (whole, k)
+            )
+            for k in range(drawn + 1)
+        ]  # fmt: skip
 
         def of_panel(base: Any, size: int) -> Any:
             return builder.gep(base, [builder.mul(panel, builder.mul(stride, index(size)))])
@@ -294,20 +305,24 @@ def cloud_group(  # type: ignore[no-untyped-def]
         def at(base: Any, k: int) -> Any:
             return builder.gep(base, [builder.add(lane, builder.mul(stride, index(k)))])
 
+        def place_of(k: int, place: Any) -> Any:
+            return builder.gep(starts[k], [builder.mul(place, index(v.width))])
+
         def coordinate(k: int, place: Any) -> Any:
             """One of δ, the tangents, and the change with the scale, which is the last."""
-            here = builder.mul(place, stride)
-            x = v.load(builder.gep(starts[k % t], [here]))
-            if k % t:
-                return x
-            x = builder.fsub(x, v.all_of(builder.load(builder.gep(of_centre, [place]))))
-            if k == 0:
-                return x
-            more = v.all_of(builder.load(builder.gep(of_spectrum, [place])))
-            return builder.fmul(broad, builder.fadd(x, more))
+            return v.load(place_of(k, place))
 
         def coordinates(place: Any, *, with_tangents: bool = True) -> list[Any]:
             return [coordinate(k, place) for k in range(t + 1) if with_tangents or k % t == 0]
+
+        with cgutils.for_range(builder, n, intp=index) as loop:
+            place = loop.index
+            apart = builder.fsub(
+                coordinate(0, place), v.all_of(builder.load(builder.gep(of_centre, [place])))
+            )
+            more = v.all_of(builder.load(builder.gep(of_spectrum, [place])))
+            v.store(apart, place_of(0, place))
+            v.store(builder.fmul(broad, builder.fadd(apart, more)), place_of(t, place))
 
         zero, one = v.constant(0.0), v.constant(1.0)
         products = {

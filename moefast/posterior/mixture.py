@@ -45,6 +45,8 @@ ORDER = (
 """What is stored of a mixture."""
 N_GROUPS = 3
 """Gaussians, of stars alike in T_eff, by which a star's own evidence tells how wide its slopes are."""
+N_APART = 24
+"""Coordinates in which these Gaussians are their own; given these, the others are those of the whole library."""
 
 
 @dataclass(frozen=True)
@@ -395,17 +397,28 @@ class PosteriorMixture:
         kinds = [order[group == g] for g in np.unique(group)]
         kinds += [np.arange(*self.first[k : k + 2]) for k in range(self.n_experts, self.first.size - 1)]
         parts: list[tuple[F64, F64, float]] = []
+        # The first coordinates, in which clouds differ most, the direction of what is no star, and the scale.
+        last = min(2, n)
+        apart = np.unique(np.concatenate([np.arange(min(N_APART, n) - last), np.arange(n - last, n)]))
+        block = np.ix_(apart, apart)
+        tangents = self._all_tangents()
         # Sums that several threads share out depend on their number.
         with one_blas_thread():
+            mean, covariance = self._as_one_cloud(tangents, share / share.sum())
+            whole, of_apart = np.linalg.inv(covariance), np.linalg.inv(covariance[block])
+            whole_pull, pull_of_apart = whole @ mean, of_apart @ mean[apart]
             for kind in kinds:
                 mine = np.zeros(len(share))
                 mine[kind] = share[kind]
-                mean, covariance = self._as_one_cloud(self._all_tangents(), mine / mine.sum())
+                mean, covariance = self._as_one_cloud(tangents, mine / mine.sum())
+                own = np.linalg.inv(covariance[block])
                 precision, pull = np.zeros((rest, rest)), np.zeros(rest)
-                precision[:n, :n] = np.linalg.inv(covariance)
-                pull[:n] = precision[:n, :n] @ mean
-                constant = np.log(mine.sum()) - 0.5 * (np.linalg.slogdet(covariance)[1] + mean @ pull[:n])
-                parts.append((precision, pull, float(constant)))
+                precision[:n, :n], pull[:n] = whole, whole_pull
+                precision[block] += own - of_apart
+                pull[apart] += own @ mean[apart] - pull_of_apart
+                inside = precision[:n, :n]
+                constant = 0.5 * (np.linalg.slogdet(inside)[1] - pull[:n] @ np.linalg.solve(inside, pull[:n]))
+                parts.append((precision, pull, float(np.log(mine.sum()) + constant)))
         precisions, pulls, constants = zip(*parts, strict=True)
         return Groups(np.array(precisions), np.array(pulls), np.array(constants))
 
