@@ -309,6 +309,7 @@ _REASONS = {
     "chi2, largest": "chi2 {:.3g} is above {:.3g}: nothing that the model knows looks like this spectrum",
     "chi2, least": "chi2 {:.3g} is below {:.3g}: the errors are larger than the scatter of the flux",
     "foreign": "the probability that this is no star is {:.2g}, above {:.2g}",
+    "blend": "the probability that this is the light of two stars is {:.2g}, above {:.2g}",
     "strength": "the flux is {:.3g} of its standard errors above zero, fewer than {:.3g}: too faint to be a star",
     "distance": "far from every star of the library: {:.3g} where {:.3g} is the limit at this brightness",
 }
@@ -379,6 +380,8 @@ def describe(star: Star) -> str:
     # A probability; what rounding leaves of 0 says nothing.
     if values.get("foreign", 0.0) > 1e-6:
         beside += f", no star with probability {values['foreign']:.2g}"
+    if values.get("blend", 0.0) > 0.01:
+        beside += f", two stars with probability {values['blend']:.2g}"
     line("chi2", f"{values['chi2']:.3f}{beside}")
     line("flags", "none" if not star.flags else "")
     lines += [f"    {name}: {reason}" for name, reason in star.flags]

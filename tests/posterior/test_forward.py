@@ -14,16 +14,16 @@ from moefast.posterior.mixture import SCALE_UNIT
 
 
 def slope_variance(mix, x, within, coordinates, nuisances, is_slope, level2):
-    """Of the slopes, from the densities of three groups of stars in T_eff, and of what is no star, with both widths."""
+    """Of the slopes, from the densities of three groups of stars and blends, and of no star, at both widths."""
     share, *narrow = mix.calibrated
     if not share:
         return 1.0
     weights = np.exp(mix.log_weights.astype(float))
-    n_stars = mix.first[mix.n_experts]
+    n_stars = mix.first[mix.n_experts + mix.blends]
     order = np.argsort(mix.labels[:n_stars, 1])
     middles = (np.cumsum(weights[order]) - weights[order] / 2) / weights[:n_stars].sum()
     groups = [order[(middles >= third / 3) & (middles < (third + 1) / 3)] for third in range(3)]
-    groups += [np.arange(n_stars, len(weights))] if mix.n_foreign else []
+    groups += [np.arange(n_stars, len(weights))] if mix.n_foreign > mix.blends else []
     evidence = np.zeros(2)
     for mine in groups:
         own = weights[mine] / weights[mine].sum()
@@ -96,20 +96,22 @@ NARROW = (0.6, 0.1)
 
 
 @pytest.mark.parametrize(
-    ("q", "n_sky", "calibrated", "n_foreign"),
+    ("q", "n_sky", "calibrated", "n_foreign", "blends"),
     [
-        (0, 0, (0,), 0),
-        (3, 0, (0,), 0),
-        (3, 2, (0,), 0),
-        (3, 0, NARROW, 0),
-        (3, 2, NARROW, 0),
-        (3, 1, NARROW, 1),
+        (0, 0, (0,), 0, False),
+        (3, 0, (0,), 0, False),
+        (3, 2, (0,), 0, False),
+        (3, 0, NARROW, 0, False),
+        (3, 2, NARROW, 0, False),
+        (3, 1, NARROW, 1, False),
+        (3, 1, NARROW, 1, True),
+        (3, 1, NARROW, 2, True),
     ],
 )
-def test_weights_and_labels_are_those_of_the_density_of_the_spectrum(q, n_sky, calibrated, n_foreign):
+def test_weights_and_labels_are_those_of_the_density_of_the_spectrum(q, n_sky, calibrated, n_foreign, blends):
     # 31 is prime: cells of one pixel, the exact form.
     mix = mixture(p=31, m=9, t=2, n=5, q=q, n_sky=n_sky, calibrated=calibrated)
-    mix = replace(mix, n_foreign=n_foreign)
+    mix = replace(mix, n_foreign=n_foreign, blends=blends)
     assert mix.sizes.cell == 1
     flux, error = stars(mix, 4)
     flux[1, 3:9], error[2, 20:] = np.nan, -1.0
