@@ -104,11 +104,21 @@ def _between(panel, x, share, means, middle, middle_of_first):
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def _is_empty(panel, share):
+def _is_empty(share, start, size):
     total = ZERO32
-    for i in range(panel * LANES, (panel + 1) * LANES):
+    for i in range(start, start + size):
         total += share[i]
     return total == ZERO32
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _leave_out(panel, lane, means, variance, along):
+    """Zeros for `WIDTH` clouds of no weight, in the place of whatever a star before has left."""
+    for i in range(lane, lane + WIDTH):
+        variance[i], along[i] = ZERO32, ZERO32
+    for x in range(means.shape[1]):
+        for i in range(lane, lane + WIDTH):
+            means[panel, x, i] = ZERO32
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
@@ -123,6 +133,7 @@ def _moments(
     """
     panels, n_labels = means.shape[:2]
     m, k = evidence.size, first.size - 1
+    empty = np.empty(VECTORS, np.bool_)
     top = np.float32(-np.inf)
     for j in range(m):
         top = max(top, evidence[j])
@@ -160,11 +171,17 @@ def _moments(
     between /= total
     label[:], sd[:], covariance[:] = 0.0, 0.0, 0.0
     for panel in range(panels):
-        if _is_empty(panel, share):
+        if _is_empty(share, panel * LANES, LANES):
             continue
+        for lane in range(0, LANES, WIDTH):
+            empty[lane // WIDTH] = _is_empty(share, panel * LANES + lane, WIDTH)
+            if empty[lane // WIDTH]:
+                _leave_out(panel, lane, means, variance, along)
         for x in range(n_labels):
             place = panel * n_labels + x
             for lane in range(0, LANES, WIDTH):
+                if empty[lane // WIDTH]:
+                    continue
                 label_group(
                     lane, LANES, n_tangents, base + panel, lower, inverse_root, coefficients, place, gains, labels,
                     means, x == 0, solved, variance, along,
@@ -177,7 +194,7 @@ def _moments(
             covariance[x] += product / kept
     label[0] = best
     for panel in range(panels):
-        if _is_empty(panel, share):
+        if _is_empty(share, panel * LANES, LANES):
             continue
         for x in range(n_labels):
             square, product = _between(panel, x, share, means, label[x], label[0])

@@ -22,7 +22,7 @@ __all__ = [
     "cloud_group",
     "label_group",
     "set_tile",
-    "subtract_row",
+    "solve_rows",
     "subtract_tiles",
     "width_of",
 ]
@@ -215,24 +215,32 @@ def subtract_tiles(  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def subtract_row(typingctx, a, row, b, pivot, factor, n):  # type: ignore[no-untyped-def]
-    """A[row + j] −= factor b[pivot + j] for j below n vectors; the two do not overlap."""
-    signature = types.void(a, types.intp, b, types.intp, a.dtype, types.intp)
+def solve_rows(typingctx, a, place, far, count, inverses, factors):  # type: ignore[no-untyped-def]
+    """Rows v₀ to v₃ of `count` vectors, `far` apart from `place` on: v_r ← (v_r − Σ_k<r l_kr v_k)/l_rr in that order.
+
+    `inverses` are 1/l₀₀ to 1/l₃₃, and `factors` l₀₁, l₀₂, l₀₃, l₁₂, l₁₃, l₂₃.
+    """
+    signature = types.void(a, types.intp, types.intp, types.intp, inverses, factors)
 
     def write(context, builder, signature, args):  # type: ignore[no-untyped-def]
         kinds = signature.args
-        _, row, _, pivot, factor, n = args
         vectors = _Vectors(builder, context.get_data_type(kinds[0].dtype))
         index = context.get_value_type(types.intp)
-        ours = builder.gep(_data(context, builder, kinds[0], args[0]), [row])
-        theirs = builder.gep(_data(context, builder, kinds[2], args[2]), [pivot])
-        less = vectors.all_of(builder.fneg(factor))
-        with cgutils.for_range(builder, n, intp=index) as loop:
-            here = builder.mul(loop.index, index(vectors.width))
-            end = builder.gep(ours, [here])
-            vectors.store(
-                vectors.add_product(vectors.load(end), less, vectors.load(builder.gep(theirs, [here]))), end
-            )
+        _, place, far, count, inverses, factors = args
+        base = _data(context, builder, kinds[0], args[0])
+        inverses = [vectors.all_of(value) for value in cgutils.unpack_tuple(builder, inverses)]
+        less = [vectors.all_of(builder.fneg(value)) for value in cgutils.unpack_tuple(builder, factors)]
+        of_pair = dict(zip(itertools.combinations(range(ROWS), 2), less, strict=True))
+        rows = [_at(builder, index, base, place, (far, r)) for r in range(ROWS)]
+        with cgutils.for_range(builder, count, intp=index) as loop:
+            ends = [builder.gep(row, [builder.mul(loop.index, index(vectors.width))]) for row in rows]
+            done: list[Any] = []
+            for r, end in enumerate(ends):
+                value = vectors.load(end)
+                for k, before in enumerate(done):
+                    value = vectors.add_product(value, of_pair[k, r], before)
+                done.append(builder.fmul(value, inverses[r]))
+                vectors.store(done[r], end)
         return context.get_dummy_value()
 
     return signature, write
