@@ -334,7 +334,7 @@ class Clouds:
             return np.ascontiguousarray(np.moveaxis(out.reshape(panels, LANES, *array.shape[1:]), 1, -1))
 
         seen = np.flatnonzero(self.tangents.any((0, 1)))
-        reach = rounded_up(int(seen[-1]) + 1, STEP) if seen.size else STEP
+        reach = int(seen[-1]) + 1 if seen.size else 1
         arrays = (
             (0,) * (t + 1),
             reach,

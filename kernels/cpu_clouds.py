@@ -16,7 +16,7 @@ import numpy as np
 from moefast.core.compiled import njit
 from moefast.kernels.cpu import FAST, exp32, log32
 from moefast.kernels.cpu_information import STEP, TINY, chance_of_narrow, filled, solve, unpack
-from moefast.kernels.vectors import VECTORS, cloud_group, label_group, set_tile, width_of
+from moefast.kernels.vectors import VECTORS, cloud_group, label_group, set_upper_tile, width_of
 
 __all__ = ["posterior"]
 
@@ -36,8 +36,8 @@ HALF32 = np.float32(0.5)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _whiten(columns, panel, groups, reach, root, star, vectors):
-    """Vectors of the first groups of a panel times C' of a star, upper triangular; all but the means have `reach`.
+def _whiten(columns, panel, groups, n, reach, root, star, vectors):
+    """Vectors of the first groups of a panel times C' of a star; means have n coordinates, all others `reach`.
 
     `vectors` (groups, vectors of a cloud and one more, coordinates, `WIDTH`) holds those of `WIDTH` clouds in one
     piece, which the first cache keeps.
@@ -45,10 +45,10 @@ def _whiten(columns, panel, groups, reach, root, star, vectors):
     _, drawn, size, _ = columns.shape
     hop = (drawn + 1) * size * WIDTH
     for v in range(drawn):
-        length = size if v == 0 else reach
+        length = n if v == 0 else reach
         for r in range(0, length, STEP):
             start, place = ((panel * drawn + v) * size + r) * LANES, (v * size + r) * WIDTH
-            set_tile(
+            set_upper_tile(
                 root, (star * size + r) * size + r, size, columns, start, LANES, length - r, vectors, place, WIDTH,
                 hop, groups,
             )  # fmt: skip
@@ -278,10 +278,10 @@ def posterior(
             groups = min(VECTORS, -(-(m - panel * LANES) // WIDTH))
             for star in range(count):
                 place = star * panels + panel
-                _whiten(columns, panel, groups, reach, root, star, vectors)
+                _whiten(columns, panel, groups, n, reach, root, star, vectors)
                 for lane in range(0, groups * WIDTH, WIDTH):
                     cloud_group(
-                        vectors, lane, LANES, coordinates, reach, drawn, star, centre, spectrum, width, place, lower,
+                        vectors, lane, LANES, coordinates, n, reach, drawn, star, centre, spectrum, width, place, lower,
                         inverse_root, coefficients, square, pivots,
                     )  # fmt: skip
                 _conclude(
