@@ -174,11 +174,18 @@ class Space:
             row[:size] = ((inside[ours] / shape[ours, None]).T @ inside[ours])[upper]
         for block, lanes in enumerate(products):
             lanes[:] = packed[:, block * COLUMNS : (block + 1) * COLUMNS]
-        cell, share = np.zeros(p, np.int64), np.zeros(p)
-        there = self.cell_shares > 0
-        cell[self.cells[there]], share[self.cells[there]] = np.nonzero(there)[0], self.cell_shares[there]
+        # Cells of equal size one behind the other: a loop of their length is foretold.
+        counts = (self.cell_shares > 0).sum(1)
+        cell = np.argsort(counts, kind="stable")
+        there = self.cell_shares[cell] > 0
+        pixel, share = (
+            self.cells[cell][there].astype(np.uint32),
+            self.cell_shares[cell][there].astype(np.float64),
+        )
+        first = np.concatenate([[0], np.cumsum(counts[cell])])
+        of_cells = cell.astype(np.uint32), first.astype(np.uint32), pixel, share
         pull = np.roll(self.pull.astype(np.float64), q)
-        object.__setattr__(self, "arrays", (columns, products, spectra, precision, pull, cell, share))
+        object.__setattr__(self, "arrays", (columns, products, spectra, precision, pull, of_cells))
         object.__setattr__(self, "slopes", self._slopes())
         object.__setattr__(self, "weighing", self._weighing())
 
@@ -327,7 +334,7 @@ class Clouds:
             return np.ascontiguousarray(np.moveaxis(out.reshape(panels, LANES, *array.shape[1:]), 1, -1))
 
         seen = np.flatnonzero(self.tangents.any((0, 1)))
-        reach = rounded_up(int(seen[-1]) + 1, STEP) if seen.size else STEP
+        reach = int(seen[-1]) + 1 if seen.size else 1
         arrays = (
             (0,) * (t + 1),
             reach,
@@ -437,7 +444,7 @@ def cloud_posterior(
     quality = [np.empty(rows, dtype) for dtype in (np.float32, np.float32, np.int32, np.uint32)]
 
     def run(first_block: int, stop_block: int) -> None:
-        columns, products, spectra, precision, pull, cell, share = space.arrays
+        columns, products, spectra, precision, pull, of_cells = space.arrays
         y, cells = np.zeros((ROWS, columns.shape[1]), np.float32), np.zeros((ROWS, products.shape[1]))
         information, points = np.zeros_like(y), np.empty((ROWS, n + q), np.float32)
         u, packed = (np.empty((ROWS, len(part) * part.shape[2])) for part in (columns, products))
@@ -447,7 +454,7 @@ def cloud_posterior(
             count = here.stop - start
             cpu_information.read_pixels(
                 flux[here], error[here], mask[here] if mask.size else mask, space.reference, space.noise_shape,
-                cell, share, y, information, cells, numbers, *(array[here] for array in quality),
+                *of_cells, y, information, cells, numbers, *(array[here] for array in quality),
             )  # fmt: skip
             cpu_information.multiply_pixels(y, count, columns, u)
             cpu_information.multiply_cells(cells, count, products, packed)

@@ -16,7 +16,7 @@ import numpy as np
 from moefast.core.compiled import njit
 from moefast.kernels.cpu import FAST, exp32, log32
 from moefast.kernels.cpu_information import STEP, TINY, chance_of_narrow, filled, solve, unpack
-from moefast.kernels.vectors import VECTORS, cloud_group, label_group, set_tile, width_of
+from moefast.kernels.vectors import VECTORS, cloud_group, label_group, set_upper_tile, width_of
 
 __all__ = ["posterior"]
 
@@ -36,8 +36,8 @@ HALF32 = np.float32(0.5)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _whiten(columns, panel, groups, reach, root, star, vectors):
-    """Vectors of the first groups of a panel times C' of a star, upper triangular; all but the means have `reach`.
+def _whiten(columns, panel, groups, n, reach, root, star, vectors):
+    """Vectors of the first groups of a panel times C' of a star; means have n coordinates, all others `reach`.
 
     `vectors` (groups, vectors of a cloud and one more, coordinates, `WIDTH`) holds those of `WIDTH` clouds in one
     piece, which the first cache keeps.
@@ -45,10 +45,10 @@ def _whiten(columns, panel, groups, reach, root, star, vectors):
     _, drawn, size, _ = columns.shape
     hop = (drawn + 1) * size * WIDTH
     for v in range(drawn):
-        length = size if v == 0 else reach
+        length = n if v == 0 else reach
         for r in range(0, length, STEP):
             start, place = ((panel * drawn + v) * size + r) * LANES, (v * size + r) * WIDTH
-            set_tile(
+            set_upper_tile(
                 root, (star * size + r) * size + r, size, columns, start, LANES, length - r, vectors, place, WIDTH,
                 hop, groups,
             )  # fmt: skip
@@ -104,11 +104,21 @@ def _between(panel, x, share, means, middle, middle_of_first):
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def _is_empty(panel, share):
+def _is_empty(share, start, size):
     total = ZERO32
-    for i in range(panel * LANES, (panel + 1) * LANES):
+    for i in range(start, start + size):
         total += share[i]
     return total == ZERO32
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _leave_out(panel, lane, means, variance, along):
+    """Zeros for `WIDTH` clouds of no weight, in the place of whatever a star before has left."""
+    for i in range(lane, lane + WIDTH):
+        variance[i], along[i] = ZERO32, ZERO32
+    for x in range(means.shape[1]):
+        for i in range(lane, lane + WIDTH):
+            means[panel, x, i] = ZERO32
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
@@ -123,6 +133,7 @@ def _moments(
     """
     panels, n_labels = means.shape[:2]
     m, k = evidence.size, first.size - 1
+    empty = np.empty(VECTORS, np.bool_)
     top = np.float32(-np.inf)
     for j in range(m):
         top = max(top, evidence[j])
@@ -160,11 +171,17 @@ def _moments(
     between /= total
     label[:], sd[:], covariance[:] = 0.0, 0.0, 0.0
     for panel in range(panels):
-        if _is_empty(panel, share):
+        if _is_empty(share, panel * LANES, LANES):
             continue
+        for lane in range(0, LANES, WIDTH):
+            empty[lane // WIDTH] = _is_empty(share, panel * LANES + lane, WIDTH)
+            if empty[lane // WIDTH]:
+                _leave_out(panel, lane, means, variance, along)
         for x in range(n_labels):
             place = panel * n_labels + x
             for lane in range(0, LANES, WIDTH):
+                if empty[lane // WIDTH]:
+                    continue
                 label_group(
                     lane, LANES, n_tangents, base + panel, lower, inverse_root, coefficients, place, gains, labels,
                     means, x == 0, solved, variance, along,
@@ -177,7 +194,7 @@ def _moments(
             covariance[x] += product / kept
     label[0] = best
     for panel in range(panels):
-        if _is_empty(panel, share):
+        if _is_empty(share, panel * LANES, LANES):
             continue
         for x in range(n_labels):
             square, product = _between(panel, x, share, means, label[x], label[0])
@@ -261,10 +278,10 @@ def posterior(
             groups = min(VECTORS, -(-(m - panel * LANES) // WIDTH))
             for star in range(count):
                 place = star * panels + panel
-                _whiten(columns, panel, groups, reach, root, star, vectors)
+                _whiten(columns, panel, groups, n, reach, root, star, vectors)
                 for lane in range(0, groups * WIDTH, WIDTH):
                     cloud_group(
-                        vectors, lane, LANES, coordinates, reach, drawn, star, centre, spectrum, width, place, lower,
+                        vectors, lane, LANES, coordinates, n, reach, drawn, star, centre, spectrum, width, place, lower,
                         inverse_root, coefficients, square, pivots,
                     )  # fmt: skip
                 _conclude(

@@ -18,7 +18,7 @@ from moefast.core.compiled import njit
 from moefast.kernels.cpu import FAST
 from moefast.kernels.quality import LARGEST32, LARGEST_ERROR32, ZERO32, median_near, quantile_scratch
 from moefast.kernels.vectors import ROWS as STEP
-from moefast.kernels.vectors import VECTORS, add_tile, set_tile, subtract_row, subtract_tiles, width_of
+from moefast.kernels.vectors import VECTORS, add_tile, set_tile, solve_rows, subtract_tiles, width_of
 
 __all__ = [
     "CHUNK",
@@ -46,6 +46,8 @@ ROWS = 64
 """Stars whose pixels are read before their products are formed: what is multiplied is read once for all of them."""
 SPECTRUM = VECTORS * width_of(32)
 """Pixels of a spectrum that lie side by side."""
+LATEST = 10
+"""Stars whose medians tell where that of the next may be."""
 CHUNK = 512
 """Pixels whose directions stay in the second cache while all stars of a block pass over them."""
 TINY = 1e-30
@@ -110,11 +112,13 @@ def _second_look(flux, reference, noise_shape, scale, weight, y, information):
 
 
 @njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
-def _average_cells(weight, cell, share, cells):
-    """Means of `weight` over cells, where each pixel has a cell and a share in its mean."""
-    cells[:] = 0.0
-    for j in range(weight.size):
-        cells[cell[j]] += share[j] * weight[j]
+def _average_cells(weight, cell, first, pixel, share, cells):
+    """Means of `weight` over cells; the k-th of `cell` has the pixels first[k] to first[k + 1] and their shares."""
+    for k in range(cell.size):
+        total = 0.0
+        for j in range(first[k], first[k + 1]):
+            total += share[j] * weight[pixel[j]]
+        cells[cell[k]] = total
 
 
 @njit(nogil=True, cache=True)
@@ -131,7 +135,7 @@ def _keep_finite(ratio):
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
 def read_pixels(
-    flux, error, mask, reference, noise_shape, cell, share,
+    flux, error, mask, reference, noise_shape, cell, first, pixel, share,
     y, information, cells, numbers, snr_norm, snr_median, n_good, flag,
 ):  # fmt: skip
     """Row by row: y and a′ (n, p), means of a′D over cells (n, k), and `numbers` of the row.
@@ -144,7 +148,7 @@ def read_pixels(
     weight, ratio = np.empty(p), np.empty(p + 1, np.float32)
     keys, scratch = np.empty(p + 2, np.int32), quantile_scratch()
     # Median of flux/error over mean flux by mean error differs by a per cent between stars: it tells where to look.
-    usual = np.float32(1.0)
+    usual, seen = np.float32(1.0), 0
     for i in range(n):
         shown = mask[i] if masked else mask.reshape(-1)
         curvature, overlap, level, signal, noise, light, dark, n_used, n_sound, n_wrong = _first_look(
@@ -156,7 +160,7 @@ def read_pixels(
         numbers[i, 0], numbers[i, 1] = scale, overlap / error_of_scale
         _second_look(flux[i], reference, noise_shape, scale, weight, y[i], information[i])
         numbers[i, 3], numbers[i, 4] = level, n_used
-        _average_cells(weight, cell, share, cells[i])
+        _average_cells(weight, cell, first, pixel, share, cells[i])
         n_good[i] = n_sound
         flag[i] = np.uint32(4 * (n_wrong > 0) + 2 * (2 * n_sound < p) + (n_sound == 0))
         snr_norm[i], snr_median[i] = np.nan, np.nan
@@ -173,7 +177,8 @@ def read_pixels(
         median = np.float32(median_near(ratio, m, usual * ratio_of_means, keys, scratch))
         snr_median[i] = median
         if ratio_of_means > ZERO32 and median > ZERO32:
-            usual += np.float32(0.1) * (median / ratio_of_means - usual)
+            seen = min(seen + 1, LATEST)
+            usual += (median / ratio_of_means - usual) / np.float32(seen)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -213,6 +218,50 @@ def filled(n):
 
 
 @njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
+def _pivot(value, least):
+    """Root of a pivot and its inverse; what is below `least` is rounding."""
+    root = math.sqrt(max(value + least, least))
+    return root, 1.0 / root
+
+
+@njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
+def _root_of_corner(a, first, step, n_pivots, n_rows, least):
+    """Root l of the rows and columns first, first + step, … of `a`, `STEP` of them: 1/l_rr, l_kr, and l_rr.
+
+    Only the first of them are pivots, and only the first `n_rows` rows are there: l is that of unit vectors beyond.
+    Numbers (k, r) are read in the row of the first of the two in `a`, or of the last if `step` is negative.
+    """
+    i, j, k, m = first, first + step, first + 2 * step, first + 3 * step
+    root0, root1, root2, root3 = 1.0, 1.0, 1.0, 1.0
+    inverse0, inverse1, inverse2, inverse3 = 1.0, 1.0, 1.0, 1.0
+    of01, of02, of03, of12, of13, of23 = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    root0, inverse0 = _pivot(a[i, i], least[0])
+    if n_rows > 1:
+        of01 = a[i, j] * inverse0
+    if n_rows > 2:
+        of02 = a[i, k] * inverse0
+    if n_rows > 3:
+        of03 = a[i, m] * inverse0
+    if n_pivots > 1:
+        root1, inverse1 = _pivot(a[j, j] - of01 * of01, least[1])
+        if n_rows > 2:
+            of12 = (a[j, k] - of01 * of02) * inverse1
+        if n_rows > 3:
+            of13 = (a[j, m] - of01 * of03) * inverse1
+    if n_pivots > 2:
+        root2, inverse2 = _pivot(a[k, k] - of02 * of02 - of12 * of12, least[2])
+        if n_rows > 3:
+            of23 = (a[k, m] - of02 * of03 - of12 * of13) * inverse2
+    if n_pivots > 3:
+        root3, inverse3 = _pivot(a[m, m] - of03 * of03 - of13 * of13 - of23 * of23, least[3])
+    return (
+        (inverse0, inverse1, inverse2, inverse3),
+        (of01, of02, of03, of12, of13, of23),
+        (root0, root1, root2, root3),
+    )
+
+
+@njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
 def factor(a, stop, n, ridge):
     """Rows up to `stop` of U, with UᵀU = a + ridge, in place; rows up to n become what they do not explain.
 
@@ -220,24 +269,19 @@ def factor(a, stop, n, ridge):
     what rounding leaves of the diagonal, are rounding. Rows of `a` are filled up to whole `STEP`, columns to `GROUP`.
     """
     stride = a.shape[1]
-    diagonal = np.empty(stop)
+    least = np.empty(filled(stop))
     for k in range(stop):
-        diagonal[k] = a[k, k]
+        least[k] = ridge + ROUNDING * a[k, k] + TINY
     for top in range(0, n, STEP):
         j = top // GROUP * GROUP
-        subtract_tiles(
-            a, top, 1, stride, a, j, stride, min(top, stop), a, top * stride + j, stride, (stride - j) // GROUP
-        )  # fmt: skip
-        for k in range(top, min(top + STEP, stop)):
-            least = ridge + ROUNDING * diagonal[k] + TINY
-            root = math.sqrt(max(a[k, k] + least, least))
-            inverse = 1.0 / root
-            for j in range(k // GROUP * GROUP, stride):
-                a[k, j] *= inverse
-            a[k, k] = root
-            for i in range(k + 1, min(top + STEP, n)):
-                begin = i // GROUP * GROUP
-                subtract_row(a, i * stride + begin, a, k * stride + begin, a[k, i], (stride - begin) // GROUP)
+        place, count = top * stride + j, (stride - j) // GROUP
+        subtract_tiles(a, top, 1, stride, a, j, stride, min(top, stop), a, place, stride, count)
+        if top < stop:
+            pivots = min(STEP, stop - top)
+            inverses, factors, roots = _root_of_corner(a, top, 1, pivots, min(STEP, n - top), least[top:])
+            solve_rows(a, place, stride, count, inverses, factors)
+            for k in range(pivots):
+                a[top + k, top + k] = roots[k]
 
 
 @njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
@@ -259,43 +303,31 @@ def shrink(a, columns, t, n):
         for k in range(begin, n):
             for j in range(begin, min(begin + GROUP, n)):
                 columns[k, j] = -a[j, k]
-    last = (n - 1) // STEP * STEP
     for top in range(0, n, STEP):
         first = top * stride
         subtract_tiles(
             a, first + top, stride, 1, columns, first, stride, n - top, t, first, stride, filled(top + STEP) // GROUP
         )  # fmt: skip
-    # Row k of t becomes column k of T.
-    for top in range(last, -1, -STEP):
-        below = top + STEP
+    nothing = np.zeros(STEP)
+    # Row k of t becomes column k of T, from the last on.
+    for top in range((n - 1) // STEP * STEP, -1, -STEP):
+        below, j = top + STEP, top // GROUP * GROUP
+        here, count = top * stride + j, (stride - j) // GROUP
         if below < n:
-            first, place = below * stride, top * stride
+            first = below * stride
             subtract_tiles(
-                t, first + top, 1, stride, t, first, stride, n - below, t, place, stride, filled(below) // GROUP
+                t, first + top, 1, stride, t, first, stride, n - below, t, top * stride, stride, filled(below) // GROUP
             )  # fmt: skip
-        for k in range(min(below, n) - 1, top - 1, -1):
-            root = math.sqrt(t[k, k])
-            inverse = 1.0 / root
-            for j in range(k):
-                t[k, j] *= inverse
-            t[k, k] = root
-            for i in range(top, k):
-                subtract_row(t, i * stride, t, k * stride, t[k, i], i // GROUP + 1)
-    for top in range(last, -1, -STEP):
-        below = top + STEP
-        if below < n:
-            j = top // GROUP * GROUP
-            first, place = below * stride, top * stride + j
-            subtract_tiles(
-                t, first + top, 1, stride, a, first + j, stride, n - below, a, place, stride, (stride - j) // GROUP
-            )  # fmt: skip
-        for k in range(min(below, n) - 1, top - 1, -1):
-            inverse = 1.0 / t[k, k]
-            for j in range(k, stride):
-                a[k, j] *= inverse
-            begin = k // GROUP * GROUP
-            for i in range(top, k):
-                subtract_row(a, i * stride + begin, a, k * stride + begin, t[k, i], (stride - begin) // GROUP)
+            subtract_tiles(t, first + top, 1, stride, a, first + j, stride, n - below, a, here, stride, count)
+        for k in range(n, below):
+            # A row that is not there is that of a unit vector.
+            t[k, :] = 0.0
+            t[k, k] = 1.0
+        inverses, factors, roots = _root_of_corner(t, below - 1, -1, STEP, STEP, nothing)
+        solve_rows(t, (below - 1) * stride, -stride, filled(below) // GROUP, inverses, factors)
+        solve_rows(a, here + (STEP - 1) * stride, -stride, count, inverses, factors)
+        for k in range(STEP):
+            t[below - 1 - k, below - 1 - k] = roots[k]
 
 
 @njit(nogil=True, cache=True)
@@ -383,11 +415,12 @@ def refine(y, information, rows, packed, spectra, directions, precision, pull, n
     tile, left = np.empty((STEP, SPECTRUM), np.float32), np.zeros((len(y), CHUNK), np.float32)
     points[:] = ZERO32
     for i in range(rows):
-        unpack(packed, i, a, width)
+        start = 0
         for k in range(width):
             for j in range(k, width):
-                a[k, j] += precision[k, j]
+                a[k, j] = packed[i, start + j - k] + precision[k, j]
             a[k, width] = u[i, k] + pull[k]
+            start += width - k
         factor(a, width, width, 0.0)
         _substitute_back(a, width, point)
         for k in range(width):

@@ -22,7 +22,8 @@ __all__ = [
     "cloud_group",
     "label_group",
     "set_tile",
-    "subtract_row",
+    "set_upper_tile",
+    "solve_rows",
     "subtract_tiles",
     "width_of",
 ]
@@ -107,29 +108,40 @@ def _at(builder: Any, index: Any, base: Any, start: Any, *steps: tuple[Any, Any]
 
 
 def _sums(  # type: ignore[no-untyped-def]
-    builder, vectors, index, count, rows, hop, begin, stride, n, ends, *, fresh, less
+    builder, vectors, index, count, rows, hop, begin, stride, n, ends, *, fresh, less=False, skipped=0
 ):
-    """Code that adds to, or subtracts from, numbers at `ends` (rows, `count` vectors) the sums of n products."""
+    """Code that adds to, or subtracts from, numbers at `ends` (rows, `count` vectors) the sums of n products.
+
+    Of the first terms, as many as `skipped`, row r has those from r on.
+    """
     totals = [
         [vectors.variable(vectors.constant(0.0) if fresh else vectors.load(end)) for end in row]
         for row in ends
     ]
-    with cgutils.for_range(builder, n, intp=index) as loop:
-        line = builder.gep(begin, [builder.mul(loop.index, stride)])
+
+    def add(term: Any, which: slice) -> None:
+        line = builder.gep(begin, [builder.mul(term, stride)])
         parts = [vectors.load(builder.gep(line, [index(v * vectors.width)])) for v in range(count)]
-        along = builder.mul(loop.index, hop)
-        for row, total in zip(rows, totals, strict=True):
+        along = builder.mul(term, hop)
+        for row, total in zip(rows[which], totals[which], strict=True):
             factor = builder.load(builder.gep(row, [along]))
             factor = vectors.all_of(builder.fneg(factor) if less else factor)
             for part, register in zip(parts, total, strict=True):
                 builder.store(vectors.add_product(builder.load(register), factor, part), register)
+
+    for term in range(skipped):
+        add(index(term), slice(term + 1))
+    with cgutils.for_range_slice(builder, index(skipped), n, index(1), intp=index) as (term, _):
+        add(term, slice(None))
     for row, total in zip(ends, totals, strict=True):
         for end, register in zip(row, total, strict=True):
             vectors.store(builder.load(register), end)
 
 
-def _tile(a, first, step, b, start, stride, n, out, place, far, hop, count, *, fresh):  # type: ignore[no-untyped-def]
-    """Signature and code of `add_tile`, or of `set_tile`, whose sums begin at nothing."""
+def _tile(  # type: ignore[no-untyped-def]
+    a, first, step, b, start, stride, n, out, place, far, hop, count, *, fresh, upper=False
+):
+    """Signature and code of `add_tile`, of `set_tile`, whose sums begin at nothing, or of `set_upper_tile`."""
     i = types.intp
     signature = types.void(a, i, i, b, i, i, i, out, i, i, i, i)
 
@@ -147,9 +159,16 @@ def _tile(a, first, step, b, start, stride, n, out, place, far, hop, count, *, f
                     [_at(builder, index, sums, place, (far, r), (hop, v)) for v in range(size)]
                     for r in range(ROWS)
                 ]
-                _sums(
-                    builder, vectors, index, size, rows, index(1), begin, stride, n, ends, fresh=fresh, less=False
-                )  # fmt: skip
+                terms_of_tile = rows, index(1), begin, stride, n, ends
+                if not upper:
+                    _sums(builder, vectors, index, size, *terms_of_tile, fresh=fresh)
+                    continue
+                all_there = builder.icmp_signed(">=", n, index(ROWS - 1))
+                with builder.if_else(all_there) as (then, otherwise):
+                    with then:
+                        _sums(builder, vectors, index, size, *terms_of_tile, fresh=fresh, skipped=ROWS - 1)
+                    with otherwise:
+                        _sums(builder, vectors, index, size, *terms_of_tile, fresh=fresh)
         return context.get_dummy_value()
 
     return signature, write
@@ -168,6 +187,14 @@ def add_tile(typingctx, a, first, step, b, start, stride, n, out, place, far, ho
 def set_tile(typingctx, a, first, step, b, start, stride, n, out, place, far, hop, count):  # type: ignore[no-untyped-def]
     """Out[place + r far + v hop + l] = Σ_c a[first + r step + c] b[start + c stride + v L + l]; see `add_tile`."""
     return _tile(a, first, step, b, start, stride, n, out, place, far, hop, count, fresh=True)
+
+
+@intrinsic
+def set_upper_tile(  # type: ignore[no-untyped-def]
+    typingctx, a, first, step, b, start, stride, n, out, place, far, hop, count
+):
+    """As `set_tile`, of a whose numbers r step + c with c < r are zero: they are not multiplied with."""
+    return _tile(a, first, step, b, start, stride, n, out, place, far, hop, count, fresh=True, upper=True)
 
 
 @intrinsic
@@ -199,7 +226,7 @@ def subtract_tiles(  # type: ignore[no-untyped-def]
                 for r in range(ROWS)
             ]
             _sums(
-                builder, vectors, index, size, rows, hop, terms_of_tile, stride, n, ends, fresh=False, less=True
+                builder, vectors, index, size, rows, hop, terms_of_tile, stride, n, ends, fresh=False, less=True,
             )  # fmt: skip
 
         tiles = builder.sdiv(count, index(VECTORS))
@@ -215,24 +242,32 @@ def subtract_tiles(  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def subtract_row(typingctx, a, row, b, pivot, factor, n):  # type: ignore[no-untyped-def]
-    """A[row + j] −= factor b[pivot + j] for j below n vectors; the two do not overlap."""
-    signature = types.void(a, types.intp, b, types.intp, a.dtype, types.intp)
+def solve_rows(typingctx, a, place, far, count, inverses, factors):  # type: ignore[no-untyped-def]
+    """Rows v₀ to v₃ of `count` vectors, `far` apart from `place` on: v_r ← (v_r − Σ_k<r l_kr v_k)/l_rr in that order.
+
+    `inverses` are 1/l₀₀ to 1/l₃₃, and `factors` l₀₁, l₀₂, l₀₃, l₁₂, l₁₃, l₂₃.
+    """
+    signature = types.void(a, types.intp, types.intp, types.intp, inverses, factors)
 
     def write(context, builder, signature, args):  # type: ignore[no-untyped-def]
         kinds = signature.args
-        _, row, _, pivot, factor, n = args
         vectors = _Vectors(builder, context.get_data_type(kinds[0].dtype))
         index = context.get_value_type(types.intp)
-        ours = builder.gep(_data(context, builder, kinds[0], args[0]), [row])
-        theirs = builder.gep(_data(context, builder, kinds[2], args[2]), [pivot])
-        less = vectors.all_of(builder.fneg(factor))
-        with cgutils.for_range(builder, n, intp=index) as loop:
-            here = builder.mul(loop.index, index(vectors.width))
-            end = builder.gep(ours, [here])
-            vectors.store(
-                vectors.add_product(vectors.load(end), less, vectors.load(builder.gep(theirs, [here]))), end
-            )
+        _, place, far, count, inverses, factors = args
+        base = _data(context, builder, kinds[0], args[0])
+        inverses = [vectors.all_of(value) for value in cgutils.unpack_tuple(builder, inverses)]
+        less = [vectors.all_of(builder.fneg(value)) for value in cgutils.unpack_tuple(builder, factors)]
+        of_pair = dict(zip(itertools.combinations(range(ROWS), 2), less, strict=True))
+        rows = [_at(builder, index, base, place, (far, r)) for r in range(ROWS)]
+        with cgutils.for_range(builder, count, intp=index) as loop:
+            ends = [builder.gep(row, [builder.mul(loop.index, index(vectors.width))]) for row in rows]
+            done: list[Any] = []
+            for r, end in enumerate(ends):
+                value = vectors.load(end)
+                for k, before in enumerate(done):
+                    value = vectors.add_product(value, of_pair[k, r], before)
+                done.append(builder.fmul(value, inverses[r]))
+                vectors.store(done[r], end)
         return context.get_dummy_value()
 
     return signature, write
@@ -244,6 +279,7 @@ def cloud_group(  # type: ignore[no-untyped-def]
     vectors,
     lane,
     stride,
+    size,
     n,
     reach,
     n_drawn,
@@ -260,34 +296,34 @@ def cloud_group(  # type: ignore[no-untyped-def]
 ):
     """Best points of a vector of clouds, with the star in whitened coordinates.
 
-    With L the width of a vector, x_v[c] = vectors[(lane / L · (n_drawn + 1) + v) n + c] for v < n_drawn, a vector each,
-    δ = x₀ − centre[star] and tangents x₁, …, which are zero from `reach` on, and width (δ + spectrum[star]), which the
-    last n vectors are scratch for, as x₀ is for δ:
+    With L the width of a vector, x_v[c] = vectors[(lane / L · (n_drawn + 1) + v) size + c], a vector each, for v < n_drawn
+    and c < n, δ = x₀ − centre[star] and tangents x₁, …, which are zero from `reach` on, and width (δ + spectrum[star]),
+    which the last of the vectors are scratch for, as x₀ is for δ:
     L of L Lᵀ = I + T Tᵀ, rows of its lower triangle one behind the other; 1/L_kk; γ = −(L Lᵀ)⁻¹ T δ;
     |δ + Tᵀγ|² + |γ|²; and L_kk². Vectors of all of these are `stride` numbers apart, and all but the last are put in
     their place of a panel. `n_drawn` = 1 + the number of tangents x₁, … is a tuple of so many numbers, since the code
     is written for it.
     """
     signature = types.void(
-        vectors, types.intp, types.intp, types.intp, types.intp, n_drawn, types.intp, centre, spectrum, width,
-        types.intp, lower, inverse, coefficients, square, pivots,
+        vectors, types.intp, types.intp, types.intp, types.intp, types.intp, n_drawn, types.intp, centre, spectrum,
+        width, types.intp, lower, inverse, coefficients, square, pivots,
     )  # fmt: skip
     drawn = len(n_drawn)
 
     def write(context, builder, signature, args):  # type: ignore[no-untyped-def]
         kinds = signature.args
         drawn_data, of_centre, of_spectrum, lowers, inverses, gammas, squares, of_pivots = (
-            _data(context, builder, kinds[k], args[k]) for k in (0, 7, 8, 11, 12, 13, 14, 15)
+            _data(context, builder, kinds[k], args[k]) for k in (0, 8, 9, 12, 13, 14, 15, 16)
         )
-        lane, stride, n, reach, star, panel = (args[k] for k in (1, 2, 3, 4, 6, 10))
+        lane, stride, size, n, reach, star, panel = (args[k] for k in (1, 2, 3, 4, 5, 7, 11))
         v = _Vectors(builder, context.get_data_type(kinds[0].dtype))
         index = context.get_value_type(types.intp)
-        broad = v.all_of(args[9])
+        broad = v.all_of(args[10])
         of_centre, of_spectrum = (
-            builder.gep(base, [builder.mul(star, n)]) for base in (of_centre, of_spectrum)
+            builder.gep(base, [builder.mul(star, size)]) for base in (of_centre, of_spectrum)
         )
         t = drawn
-        whole = builder.mul(n, index(v.width))
+        whole = builder.mul(size, index(v.width))
         of_lane = builder.sdiv(lane, index(v.width))
         starts = [
             _at(

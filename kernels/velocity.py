@@ -299,7 +299,7 @@ def velocity_step(
     found = np.empty((n, 2))
 
     def run(first_block: int, stop_block: int) -> None:
-        columns, products, spectra, precision, pull, cell, share = space.arrays
+        columns, products, spectra, precision, pull, of_cells = space.arrays
         of_directions, of_reference = slopes.arrays
         y, cells = np.zeros((ROWS, columns.shape[1]), np.float32), np.zeros((ROWS, products.shape[1]))
         information, weighed = np.zeros_like(y), np.zeros_like(y)
@@ -312,7 +312,7 @@ def velocity_step(
             count = here.stop - start
             cpu_information.read_pixels(
                 flux[here], error[here], mask[here] if mask.size else mask, space.reference, space.noise_shape,
-                cell, share, y, information, cells, numbers, *quality,
+                *of_cells, y, information, cells, numbers, *quality,
             )  # fmt: skip
             cpu_information.multiply_pixels(y, count, columns, u)
             cpu_information.multiply_cells(cells, count, products, packed)
