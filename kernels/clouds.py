@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 from moefast.core.threads import in_threads
 from moefast.kernels import cpu_clouds, cpu_information
 from moefast.kernels.cpu_clouds import LANES
-from moefast.kernels.cpu_information import GROUP, ROWS, SPECTRUM, STEP
+from moefast.kernels.cpu_information import GROUP, OVERHANG, ROWS, SPECTRUM, STEP
 from moefast.kernels.cpu_information import LANES as COLUMNS
 from moefast.kernels.dispatch import on_cuda
 
@@ -157,7 +157,8 @@ class Space:
         spectra = np.zeros((pixels, width), np.float32)
         spectra[:p] = inside
         spectra = np.ascontiguousarray(spectra.reshape(-1, SPECTRUM, width).transpose(0, 2, 1))
-        precision = np.ascontiguousarray(np.roll(self.precision.astype(np.float64), (q, q), (0, 1)))
+        precision = np.zeros((width, rounded_up(width, GROUP)))
+        precision[:, :width] = np.roll(self.precision.astype(np.float64), (q, q), (0, 1))
         # As few lanes as blocks of equal size need: they are added up whether a column is there or not.
         blocks = rounded_up(width, COLUMNS) // COLUMNS
         size = GROUP * rounded_up(-(-width // GROUP), blocks) // blocks
@@ -216,8 +217,8 @@ class Space:
 
         Share and widths of narrow slopes; the order of directions (w,), nuisances that are no slopes first, then what
         groups have in common, then what they differ in, then slopes; places of M in that order in what is packed
-        (w, w); precision (w, w) and pull (w,) that groups have in common; what each has besides, (groups, s, s + 1),
-        in the last s of that order, its pull last; and constants.
+        (w, w); precision (w, w) and pull (w,) that groups have in common; what each has besides, (groups, s, s + 1
+        and more), in the last s of that order, its pull in column s; and constants.
         """
         share, narrow, precision, pull, constants = self.slopes
         width, k = self.directions.shape[1], self.n_slopes
@@ -232,7 +233,7 @@ class Space:
         rows = len(rest)
         shared[:rows, :rows], shared_pull[:rows] = precision[0][np.ix_(rest, rest)], pull[0][rest]
         shared[common:, common:], shared_pull[common:] = 0, 0
-        own = np.zeros((len(constants), size, size + 1))
+        own = np.zeros((len(constants), size, rounded_up(size + 1, GROUP)))
         here = np.flatnonzero(differs)
         own[:, : len(here), : len(here)] = precision[:, here[:, None], here]
         own[:, : len(here), size] = pull[:, here]
@@ -447,7 +448,8 @@ def cloud_posterior(
         columns, products, spectra, precision, pull, of_cells = space.arrays
         y, cells = np.zeros((ROWS, columns.shape[1]), np.float32), np.zeros((ROWS, products.shape[1]))
         information, points = np.zeros_like(y), np.empty((ROWS, n + q), np.float32)
-        u, packed = (np.empty((ROWS, len(part) * part.shape[2])) for part in (columns, products))
+        u = np.empty((ROWS, len(columns) * columns.shape[2]))
+        packed = np.empty((ROWS, len(products) * COLUMNS + OVERHANG))
         numbers = np.empty((ROWS, 5))
         for start in range(first_block * ROWS, min(stop_block * ROWS, rows), ROWS):
             here = slice(start, min(start + ROWS, rows))

@@ -227,7 +227,8 @@ def posterior(
     """Posterior of each star of a block; arrays of clouds as `moefast.kernels.clouds.Clouds` lays them out."""
     panels, _, coordinates, _ = columns.shape
     n_labels, t, m = gains.shape[1], gains.shape[2], first[-1]
-    a, exact = np.zeros((filled(q + n), filled(q + n + 1))), np.zeros((filled(n), filled(n + 1)))
+    # A vector of the last row may reach into one more.
+    a, exact = np.zeros((filled(q + n) + 1, filled(q + n + 1))), np.zeros((filled(n), filled(n + 1)))
     size = of_groups.shape[1]
     part = np.zeros((filled(size), filled(size + 1)))
     of_root, scratch = np.zeros_like(exact), np.zeros_like(exact)

@@ -18,12 +18,25 @@ from moefast.core.compiled import njit
 from moefast.kernels.cpu import FAST
 from moefast.kernels.quality import LARGEST32, LARGEST_ERROR32, ZERO32, median_near, quantile_scratch
 from moefast.kernels.vectors import ROWS as STEP
-from moefast.kernels.vectors import VECTORS, add_tile, set_tile, solve_rows, subtract_tiles, width_of
+from moefast.kernels.vectors import (
+    VECTORS,
+    add_rows,
+    add_tile,
+    copy_row,
+    dot_row,
+    multiply_row,
+    set_tile,
+    set_tiles,
+    solve_rows,
+    subtract_tiles,
+    width_of,
+)
 
 __all__ = [
     "CHUNK",
     "GROUP",
     "LANES",
+    "OVERHANG",
     "ROWS",
     "SPECTRUM",
     "STEP",
@@ -46,6 +59,8 @@ ROWS = 64
 """Stars whose pixels are read before their products are formed: what is multiplied is read once for all of them."""
 SPECTRUM = VECTORS * width_of(32)
 """Pixels of a spectrum that lie side by side."""
+OVERHANG = GROUP - 1
+"""Numbers behind the packed M of a star that a vector of its last row may reach."""
 LATEST = 10
 """Stars whose medians tell where that of the next may be."""
 CHUNK = 512
@@ -289,25 +304,25 @@ def shrink(a, columns, t, n):
     """U ← T⁻¹U in place, with T upper triangular and TTᵀ = I + UUᵀ; columns from n on go along.
 
     Then UᵀU is (I + M)⁻¹M of what was M = UᵀU: nothing is subtracted from 1, and small information keeps its digits.
-    `columns` (−Uᵀ) and `t` are scratch of the shape of `a`, without numbers that are not finite.
+    `columns` (Uᵀ) and `t` are scratch of the shape of `a`, without numbers that are not finite. Left of the groups in
+    which its diagonal lies `a` is zero.
     """
     stride = a.shape[1]
     for k in range(n):
-        # Left of the diagonal stands what was there before.
-        for j in range(k):
+        # Left of the diagonal, in its group, stands what was there before.
+        for j in range(k // GROUP * GROUP, k):
             a[k, j] = 0.0
-        for j in range(k // GROUP * GROUP + GROUP):
-            t[k, j] = 0.0
-        t[k, k] = 1.0
     for begin in range(0, n, GROUP):
         for k in range(begin, n):
             for j in range(begin, min(begin + GROUP, n)):
-                columns[k, j] = -a[j, k]
+                columns[k, j] = a[j, k]
     for top in range(0, n, STEP):
         first = top * stride
-        subtract_tiles(
+        set_tiles(
             a, first + top, stride, 1, columns, first, stride, n - top, t, first, stride, filled(top + STEP) // GROUP
         )  # fmt: skip
+    for k in range(n):
+        t[k, k] += 1.0
     nothing = np.zeros(STEP)
     # Row k of t becomes column k of T, from the last on.
     for top in range((n - 1) // STEP * STEP, -1, -STEP):
@@ -320,8 +335,8 @@ def shrink(a, columns, t, n):
             )  # fmt: skip
             subtract_tiles(t, first + top, 1, stride, a, first + j, stride, n - below, a, here, stride, count)
         for k in range(n, below):
-            # A row that is not there is that of a unit vector.
-            t[k, :] = 0.0
+            # A row that is not there is that of a unit vector, whatever a star before has left.
+            t[k, :], a[k, :] = 0.0, 0.0
             t[k, k] = 1.0
         inverses, factors, roots = _root_of_corner(t, below - 1, -1, STEP, STEP, nothing)
         solve_rows(t, (below - 1) * stride, -stride, filled(below) // GROUP, inverses, factors)
@@ -330,36 +345,49 @@ def shrink(a, columns, t, n):
             t[below - 1 - k, below - 1 - k] = roots[k]
 
 
-@njit(nogil=True, cache=True)
+# Packed rows of M are as long as no multiple of a vector: vectors begin at multiples of `GROUP` columns, and what they
+# take from a row before or behind falls where nothing is read. `OVERHANG` numbers stand behind the last row.
+@njit(nogil=True, cache=True, error_model="numpy")
 def unpack(packed, row, a, width):
     """Upper triangle (width, width) of M of one row of a block."""
-    start = 0
+    start, stride = row * packed.shape[1], a.shape[1]
     for i in range(width):
-        for j in range(width - i):
-            a[i, i + j] = packed[row, start + j]
+        j = i // GROUP * GROUP
+        copy_row(packed, start + j - i, a, i * stride + j, (filled(width) - j) // GROUP)
         start += width - i
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+@njit(nogil=True, cache=True, error_model="numpy")
+def add_precision(packed, row, precision, a, width):
+    """As `unpack`, plus `precision` (width, `filled` width)."""
+    start, stride, size = row * packed.shape[1], a.shape[1], precision.shape[1]
+    for i in range(width):
+        j = i // GROUP * GROUP
+        add_rows(packed, start + j - i, precision, i * size + j, a, i * stride + j, (size - j) // GROUP)
+        start += width - i
+
+
+@njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
 def _substitute_back(a, n, x):
-    """Solve U x = v, where the rows of U in `a` have v in column n."""
+    """Solve U x = v, where the rows of U in `a` have v in column n; x is 0 from n on."""
+    stride = a.shape[1]
+    x[:] = 0.0
     for k in range(n - 1, -1, -1):
-        value = a[k, n]
-        for j in range(k + 1, n):
-            value -= a[k, j] * x[j]
-        x[k] = value / a[k, k]
+        # The diagonal's group begins with numbers that mean nothing, of which x has none yet.
+        j = (k + 1) // GROUP * GROUP
+        for i in range(j, k):
+            a[k, i] = 0.0
+        x[k] = (a[k, n] - dot_row(a, k * stride + j, x, j, (filled(n) - j) // GROUP)) / a[k, k]
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def _add_product(packed, row, x, out):
-    """Add to `out` M of one row of a block, times x."""
-    n, start = x.size, 0
+@njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
+def _add_product(packed, row, x, out, n):
+    """Add to `out` M of one row of a block, times x, which is 0 from n on; beyond n `out` is scratch."""
+    start, begin = 0, row * packed.shape[1]
     for i in range(n):
-        one, total = x[i], packed[row, start] * x[i]
-        for j in range(1, n - i):
-            total += packed[row, start + j] * x[i + j]
-            out[i + j] += packed[row, start + j] * one
-        out[i] += total
+        count = filled(n - i - 1) // GROUP
+        total = multiply_row(packed, begin + start + 1, x, i + 1, out, i + 1, x[i], count)
+        out[i] += packed[row, start] * x[i] + total
         start += n - i
 
 
@@ -409,27 +437,25 @@ def refine(y, information, rows, packed, spectra, directions, precision, pull, n
     `points` (·, n + q) is float32 scratch.
     """
     width = len(pull)
-    vector, point = np.empty(width), np.empty(width)
-    a = np.zeros((-(-width // STEP) * STEP, filled(width + 1)))
+    vector, point = np.zeros(filled(width) + GROUP), np.zeros(filled(width + 1) + GROUP)
+    a = np.zeros((filled(width), filled(width + 1)))
     energy = np.empty(len(y))
     tile, left = np.empty((STEP, SPECTRUM), np.float32), np.zeros((len(y), CHUNK), np.float32)
     points[:] = ZERO32
     for i in range(rows):
-        start = 0
+        add_precision(packed, i, precision, a, width)
         for k in range(width):
-            for j in range(k, width):
-                a[k, j] = packed[i, start + j - k] + precision[k, j]
             a[k, width] = u[i, k] + pull[k]
-            start += width - k
         factor(a, width, width, 0.0)
         _substitute_back(a, width, point)
         for k in range(width):
             points[i, k] = np.float32(point[k])
     _gradient(y, information, rows, points, spectra, directions, tile, left, u, energy)
+    point[:] = 0.0
     for i in range(rows):
         for k in range(width):
             vector[k], point[k] = u[i, k], np.float64(points[i, k])
-        _add_product(packed, i, point, vector)
+        _add_product(packed, i, point, vector, width)
         # What the energy would be without the point, if the likelihood were what it is near it.
         numbers[i, 2] = energy[i]
         for k in range(width):
@@ -477,7 +503,8 @@ def chance_of_narrow(
     have in common is taken out once. `share` to `constants` are those of `Space.weighing`; `a`, as in `solve`, `part`,
     `left` (k, k + 1) and `evidences` (2, groups) are scratch.
     """
-    groups, size, _ = of_groups.shape
+    groups, size, length = of_groups.shape
+    stride = a.shape[1]
     if groups == 0:
         return 0.0
     k, width = narrow.size, order.size
@@ -492,8 +519,9 @@ def chance_of_narrow(
     highest = -np.inf
     for g in range(groups):
         for i in range(size):
-            for j in range(i, size + 1):
-                part[i, j] = a[common + i, common + j] + of_groups[g, i, j]
+            j = i // GROUP * GROUP
+            first, place, count = (common + i) * stride + common + j, i * length + j, (length - j) // GROUP
+            add_rows(a, first, of_groups, g * size * length + place, part, place, count)
         factor(part, own, size, 0.0)
         gain, determinant, product = 0.0, 0.0, 1.0
         for i in range(own):
@@ -531,10 +559,12 @@ def solve(a, q, n, n_sky, chance, narrow, level2, scratch, columns, root):
     explained = 0.0
     for i in range(q):
         explained += a[i, q + n] * a[i, q + n]
+    stride = root.shape[1]
     for i in range(n):
-        for j in range(i, n + 1):
-            root[i, j] = a[q + i, q + j]
-            scratch[i, j] = a[q + i, q + j]
+        j = i // GROUP * GROUP
+        first, place, count = (q + i) * a.shape[1] + q + j, i * stride + j, (stride - j) // GROUP
+        copy_row(a, first, root, place, count)
+        copy_row(a, first, scratch, place, count)
     factor(scratch, n, n, LEAST_CURVATURE)
     factor(root, n, n, LEAST_INFORMATION)
     gain, beyond = 0.0, 0.0

@@ -18,10 +18,15 @@ from numba.core import cgutils, types
 __all__ = [
     "ROWS",
     "VECTORS",
+    "add_rows",
     "add_tile",
     "cloud_group",
+    "copy_row",
+    "dot_row",
     "label_group",
+    "multiply_row",
     "set_tile",
+    "set_tiles",
     "set_upper_tile",
     "solve_rows",
     "subtract_tiles",
@@ -79,6 +84,16 @@ class _Vectors:
     def constant(self, value: float) -> Any:
         """A vector of one constant."""
         return ir.Constant(self.type, [value] * self.width)
+
+    def sum_of(self, value: Any) -> Any:
+        """Sum of the numbers of a vector: halves are added until one number is left."""
+        width = self.width
+        while width > 1:
+            width //= 2
+            place = ir.VectorType(ir.IntType(32), self.width)
+            upper = ir.Constant(place, [(k + width) % self.width for k in range(self.width)])
+            value = self.builder.fadd(value, self.builder.shuffle_vector(value, value, upper))
+        return self.builder.extract_element(value, ir.IntType(32)(0))
 
     def load(self, pointer: Any) -> Any:
         """The vector that begins at a number."""
@@ -197,15 +212,10 @@ def set_upper_tile(  # type: ignore[no-untyped-def]
     return _tile(a, first, step, b, start, stride, n, out, place, far, hop, count, fresh=True, upper=True)
 
 
-@intrinsic
-def subtract_tiles(  # type: ignore[no-untyped-def]
-    typingctx, a, first, step, hop, b, start, stride, n, out, place, far, count
+def _tiles(  # type: ignore[no-untyped-def]
+    a, first, step, hop, b, start, stride, n, out, place, far, count, *, fresh, less
 ):
-    """Out[place + r far + l] −= Σ_c a[first + r step + c hop] b[start + c stride + l] for r < 4, c < n, l < count L.
-
-    L is the width of a vector, and `count` any number of them. The three may be one array, whose rows of sums are none
-    of the rows that are added.
-    """
+    """Signature and code of `subtract_tiles`, or of `set_tiles`, whose sums begin at nothing."""
     i = types.intp
     signature = types.void(a, i, i, i, b, i, i, i, out, i, i, i)
 
@@ -217,7 +227,7 @@ def subtract_tiles(  # type: ignore[no-untyped-def]
         index = context.get_value_type(types.intp)
         rows = [_at(builder, index, factors, first, (step, r)) for r in range(ROWS)]
 
-        def subtract(begin: Any, size: int) -> None:
+        def sum_tile(begin: Any, size: int) -> None:
             begin = builder.mul(begin, index(vectors.width))
             terms_of_tile = _at(builder, index, terms, start, (begin, 1))
             to = builder.add(place, begin)
@@ -226,17 +236,126 @@ def subtract_tiles(  # type: ignore[no-untyped-def]
                 for r in range(ROWS)
             ]
             _sums(
-                builder, vectors, index, size, rows, hop, terms_of_tile, stride, n, ends, fresh=False, less=True,
+                builder, vectors, index, size, rows, hop, terms_of_tile, stride, n, ends, fresh=fresh, less=less,
             )  # fmt: skip
 
         tiles = builder.sdiv(count, index(VECTORS))
         with cgutils.for_range(builder, tiles, intp=index) as loop:
-            subtract(builder.mul(loop.index, index(VECTORS)), VECTORS)
+            sum_tile(builder.mul(loop.index, index(VECTORS)), VECTORS)
         done = builder.mul(tiles, index(VECTORS))
         for size in range(1, VECTORS):
             with builder.if_then(builder.icmp_signed("==", builder.sub(count, done), index(size))):
-                subtract(done, size)
+                sum_tile(done, size)
         return context.get_dummy_value()
+
+    return signature, write
+
+
+@intrinsic
+def subtract_tiles(  # type: ignore[no-untyped-def]
+    typingctx, a, first, step, hop, b, start, stride, n, out, place, far, count
+):
+    """Out[place + r far + l] −= Σ_c a[first + r step + c hop] b[start + c stride + l] for r < 4, c < n, l < count L.
+
+    L is the width of a vector, and `count` any number of them. The three may be one array, whose rows of sums are none
+    of the rows that are added.
+    """
+    return _tiles(a, first, step, hop, b, start, stride, n, out, place, far, count, fresh=False, less=True)
+
+
+@intrinsic
+def set_tiles(  # type: ignore[no-untyped-def]
+    typingctx, a, first, step, hop, b, start, stride, n, out, place, far, count
+):
+    """Out[place + r far + l] = Σ_c a[first + r step + c hop] b[start + c stride + l]; see `subtract_tiles`."""
+    return _tiles(a, first, step, hop, b, start, stride, n, out, place, far, count, fresh=True, less=False)
+
+
+@intrinsic
+def add_rows(typingctx, a, first, b, second, out, place, count):  # type: ignore[no-untyped-def]
+    """Out[place + l] = a[first + l] + b[second + l] for l < count L, with L the width of a vector."""
+    i = types.intp
+    signature = types.void(a, i, b, i, out, i, i)
+
+    def write(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        kinds = signature.args
+        vectors = _Vectors(builder, context.get_data_type(kinds[0].dtype))
+        index = context.get_value_type(types.intp)
+        one, other, end = (
+            builder.gep(_data(context, builder, kinds[k], args[k]), [args[k + 1]]) for k in (0, 2, 4)
+        )
+        with cgutils.for_range(builder, args[6], intp=index) as loop:
+            here = [builder.mul(loop.index, index(vectors.width))]
+            total = builder.fadd(vectors.load(builder.gep(one, here)), vectors.load(builder.gep(other, here)))
+            vectors.store(total, builder.gep(end, here))
+        return context.get_dummy_value()
+
+    return signature, write
+
+
+@intrinsic
+def copy_row(typingctx, a, first, out, place, count):  # type: ignore[no-untyped-def]
+    """Out[place + l] = a[first + l] for l < count L, with L the width of a vector."""
+    i = types.intp
+    signature = types.void(a, i, out, i, i)
+
+    def write(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        kinds = signature.args
+        vectors = _Vectors(builder, context.get_data_type(kinds[0].dtype))
+        index = context.get_value_type(types.intp)
+        begin, end = (builder.gep(_data(context, builder, kinds[k], args[k]), [args[k + 1]]) for k in (0, 2))
+        with cgutils.for_range(builder, args[4], intp=index) as loop:
+            here = [builder.mul(loop.index, index(vectors.width))]
+            vectors.store(vectors.load(builder.gep(begin, here)), builder.gep(end, here))
+        return context.get_dummy_value()
+
+    return signature, write
+
+
+@intrinsic
+def multiply_row(typingctx, a, first, x, second, out, place, factor, count):  # type: ignore[no-untyped-def]
+    """Out[place + l] += factor a[first + l], and return Σ_l a[first + l] x[second + l], for l < count L."""
+    i = types.intp
+    signature = a.dtype(a, i, x, i, out, i, a.dtype, i)
+
+    def write(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        kinds = signature.args
+        vectors = _Vectors(builder, context.get_data_type(kinds[0].dtype))
+        index = context.get_value_type(types.intp)
+        row, other, end = (
+            builder.gep(_data(context, builder, kinds[k], args[k]), [args[k + 1]]) for k in (0, 2, 4)
+        )
+        factor = vectors.all_of(args[6])
+        register = vectors.variable(vectors.constant(0.0))
+        with cgutils.for_range(builder, args[7], intp=index) as loop:
+            here = [builder.mul(loop.index, index(vectors.width))]
+            value, to = vectors.load(builder.gep(row, here)), builder.gep(end, here)
+            vectors.store(vectors.add_product(vectors.load(to), factor, value), to)
+            total = vectors.add_product(builder.load(register), value, vectors.load(builder.gep(other, here)))
+            builder.store(total, register)
+        return vectors.sum_of(builder.load(register))
+
+    return signature, write
+
+
+@intrinsic
+def dot_row(typingctx, a, first, x, second, count):  # type: ignore[no-untyped-def]
+    """Σ_l a[first + l] x[second + l] for l < count L, with L the width of a vector."""
+    i = types.intp
+    signature = a.dtype(a, i, x, i, i)
+
+    def write(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        kinds = signature.args
+        vectors = _Vectors(builder, context.get_data_type(kinds[0].dtype))
+        index = context.get_value_type(types.intp)
+        row, other = (builder.gep(_data(context, builder, kinds[k], args[k]), [args[k + 1]]) for k in (0, 2))
+        register = vectors.variable(vectors.constant(0.0))
+        with cgutils.for_range(builder, args[4], intp=index) as loop:
+            here = [builder.mul(loop.index, index(vectors.width))]
+            value = vectors.load(builder.gep(row, here))
+            total = vectors.add_product(builder.load(register), value, vectors.load(builder.gep(other, here)))
+            builder.store(total, register)
+        return vectors.sum_of(builder.load(register))
 
     return signature, write
 
@@ -296,9 +415,9 @@ def cloud_group(  # type: ignore[no-untyped-def]
 ):
     """Best points of a vector of clouds, with the star in whitened coordinates.
 
-    With L the width of a vector, x_v[c] = vectors[(lane / L · (n_drawn + 1) + v) size + c], a vector each, for v < n_drawn
-    and c < n, δ = x₀ − centre[star] and tangents x₁, …, which are zero from `reach` on, and width (δ + spectrum[star]),
-    which the last of the vectors are scratch for, as x₀ is for δ:
+    With L the width of a vector, x_v[c] = vectors[(lane / L · (n_drawn + 1) + v) size + c], a vector each, for c < n
+    and v < n_drawn, δ = x₀ − centre[star] and tangents x₁, …, which are zero from `reach` on, and width (δ +
+    spectrum[star]), which the last of the vectors are scratch for, as x₀ is for δ:
     L of L Lᵀ = I + T Tᵀ, rows of its lower triangle one behind the other; 1/L_kk; γ = −(L Lᵀ)⁻¹ T δ;
     |δ + Tᵀγ|² + |γ|²; and L_kk². Vectors of all of these are `stride` numbers apart, and all but the last are put in
     their place of a panel. `n_drawn` = 1 + the number of tangents x₁, … is a tuple of so many numbers, since the code

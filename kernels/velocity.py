@@ -305,7 +305,8 @@ def velocity_step(
         information, weighed = np.zeros_like(y), np.zeros_like(y)
         points, sums = np.empty((ROWS, width), np.float32), np.empty((ROWS, 2))
         u, across = (np.empty((ROWS, len(columns) * columns.shape[2])) for _ in range(2))
-        packed, numbers = np.empty((ROWS, len(products) * products.shape[2])), np.empty((ROWS, 5))
+        size = len(products) * products.shape[2] + cpu_information.OVERHANG
+        packed, numbers = np.empty((ROWS, size)), np.empty((ROWS, 5))
         quality = [np.empty(ROWS, dtype) for dtype in (np.float32, np.float32, np.int32, np.uint32)]
         for start in range(first_block * ROWS, min(stop_block * ROWS, n), ROWS):
             here = slice(start, min(start + ROWS, n))
