@@ -149,7 +149,7 @@ class Model:
             What happened on the way; `chi2_limit` among it. For a posterior also `log_level`, the lowest and highest of
             the training set; `library`, where `slope_widths` and `sky_width` are prior widths of the nuisances; and
             where there are any, `distance_limit`, a table {"log_strength": […], "limit": […]}, `strength_limit`,
-            `least_chi2_limit`, `foreign_limit` and `blend_limit`.
+            `least_chi2_limit` and `foreign_limit`.
         """
         wave = mixture.wave
         label_spread = float(training["log_g_std"])
@@ -342,7 +342,7 @@ class Model:
                 float(limits["chi2"]),
                 float(limits["log_g_err"]),
                 [float(v) for v in limits["log_level"]],
-                [float(limits.get(name, 0.0)) for name in _SINGLE_LIMITS],
+                [float(limits.get(name, 0.0)) for name in ("strength", "least_chi2", "foreign")],
             )
             said = [limits["chi2"], limits["log_g_err"], *limits["log_level"]]
             if not all(math.isfinite(float(v)) for v in said) or len(said) != 4:
@@ -453,15 +453,13 @@ def _limits(mixture: AnyMixture, summary: Mapping[str, Any]) -> dict[str, Any]:
         table = {key: [float(v) for v in summary["distance_limit"][key]] for key in _DISTANCE}
         _check_distance(table)
         limits["distance"] = table
-    for name in _SINGLE_LIMITS:
+    for name in ("strength", "least_chi2", "foreign"):
         if f"{name}_limit" in summary:
             limits[name] = float(summary[f"{name}_limit"])
     return limits
 
 
 _DISTANCE = ("log_strength", "limit")
-_SINGLE_LIMITS = ("strength", "least_chi2", "foreign", "blend")
-"""Limits of a posterior that are one number each."""
 
 
 def _check_distance(table: Mapping[str, Any]) -> None:

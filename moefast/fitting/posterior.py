@@ -58,8 +58,6 @@ LEAST_CHI2 = 0.5
 """Below it the errors are no errors of these pixels: of noise-free spectra, or far too large."""
 FOREIGN_QUANTILE = 0.995
 """The same as above of the probability of being no star."""
-BLEND_QUANTILE = 0.995
-"""The same of the probability of being a blend."""
 NUISANCE_STREAM, BLEND_STREAM = 20, 21
 STRENGTH_LIMIT = 12.0
 """Standard errors that the scale of a spectrum must be away from zero, at the least, for it to be a star."""
@@ -114,6 +112,7 @@ def fit_posterior(
     found, summary = _calibrate(data, found, values, "cpu" if lack else backend)
     library = {
         "clouds": len(found.keys),
+        "clouds_of_blends": int(np.diff(found.first)[found.n_experts]) if found.blends else 0,
         "tangents": found.tangents.shape[1],
         "coordinates": found.n_coordinates,
         "slope_widths": list(options.slope_widths),
@@ -155,6 +154,8 @@ def _calibrate(
         hidden=16, progress=partial(data.progress, "error model"),
     )  # fmt: skip
     ratio = np.abs(y[:, 0] - log_g) / np.exp(net(seen.features)[:, 0])
+    # How errors depend on what is seen, blends tell as well; how large they are, and what is usual, single stars do.
+    held, check = held & single, check & single
     factor = balanced_factor(ratio[held])
     w1, b1, w2, b2 = net.folded()
     spread = np.abs(y - label[:, : y.shape[1]]) / seen.label_sd[:, : y.shape[1]]
@@ -164,8 +165,6 @@ def _calibrate(
         error_model=as_float32((w1, b1, w2, b2 + np.log(factor))),
         label_factors=factors.astype(np.float32),
     )
-    # Limits are those of single stars, and so is what the outcome says of the training set.
-    check &= single
     within = {
         name: [float(np.mean(ratio[mine] <= factor)), float(np.mean(ratio[mine] <= Z_95 * factor))]
         for k, name in enumerate(names)
@@ -200,8 +199,6 @@ def _calibrate(
             "label_factors": factors.tolist(),
         },
     }
-    if mixture.blends:
-        summary["blend_limit"] = float(np.quantile(seen.blend[single], BLEND_QUANTILE))
     return mixture, summary
 
 
@@ -219,7 +216,6 @@ class Draws(NamedTuple):
     strength: F64
     log_level: F64
     foreign: F64
-    blend: F64
     by_true_expert: F64
 
 
@@ -255,7 +251,6 @@ def _draws_of(
             rows, kind, is_blend, found["error_features"], found["label"], found["label_sd"], found["chi2"][:, 0],
             found["distance"][:, 0], found["strength"][:, 0], found["log_level"][:, 0],
             foreign=found["weights"][:, stellar:].sum(1),
-            blend=found["weights"][:, mixture.n_experts : stellar].sum(1),
             by_true_expert=found["expert_label"][np.arange(len(rows)), data.bins[rows]],
         ))  # fmt: skip
     return parts

@@ -365,7 +365,7 @@ def _worst_star(
     reason = words.format(**here)
     if flag & Flag.UNLIKE_TRAINING and here.get("foreign", 0.0) > 0.01:
         reason += f", probability of no star {here['foreign']:.2g}"
-    if flag & Flag.UNLIKE_TRAINING and here.get("blend", 0.0) > 0.1:
+    if here.get("blend", 0.0) > 0.1:
         reason += f", probability of two stars {here['blend']:.2g}"
     if flag & Flag.OUT_OF_GRID:
         labels = [f"{name} {float(columns[name][row]):.{n}f}" for name, n in _EDGES if name in columns]

@@ -309,7 +309,6 @@ _REASONS = {
     "chi2, largest": "chi2 {:.3g} is above {:.3g}: nothing that the model knows looks like this spectrum",
     "chi2, least": "chi2 {:.3g} is below {:.3g}: the errors are larger than the scatter of the flux",
     "foreign": "the probability that this is no star is {:.2g}, above {:.2g}",
-    "blend": "the probability that this is the light of two stars is {:.2g}, above {:.2g}",
     "strength": "the flux is {:.3g} of its standard errors above zero, fewer than {:.3g}: too faint to be a star",
     "distance": "far from every star of the library: {:.3g} where {:.3g} is the limit at this brightness",
 }

@@ -38,8 +38,8 @@ def unlike_reasons(
     Returns
     -------
     dict of str to (array, array, array of bool)
-        What is compared ("chi2, largest", "chi2, least", "foreign", "blend", "strength", "distance", as far as the
-        model has a limit): the number of each row, the limit of each row, and whether the number lies beyond it.
+        What is compared ("chi2, largest", "chi2, least", "foreign", "strength", "distance", as far as the model has a
+        limit): the number of each row, the limit of each row, and whether the number lies beyond it.
     """
     n = len(result.chi2)
     least, largest = np.full(n, -np.inf), np.full(n, limits["chi2"])
@@ -52,10 +52,9 @@ def unlike_reasons(
         "chi2, largest": (result.chi2, largest, ~(result.chi2 <= largest)),
         "chi2, least": (result.chi2, least, result.chi2 < least),
     }
-    for name, probability in (("foreign", result.foreign), ("blend", result.blend)):
-        if probability is not None and name in limits:
-            limit = np.full(n, limits[name])
-            reasons[name] = (probability, limit, ~(probability <= limit))
+    if result.foreign is not None and "foreign" in limits:
+        limit = np.full(n, limits["foreign"])
+        reasons["foreign"] = (result.foreign, limit, ~(result.foreign <= limit))
     strength, distance = result.strength, result.distance
     if strength is not None and "strength" in limits:
         limit = np.full(n, limits["strength"])
