@@ -252,7 +252,7 @@ def _on_cluster(
     report: str | None, overwrite: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """The same table by the workers of a cluster."""
-    from moefast.cluster.workers import predict_on
+    from moefast.cluster.predict_on_workers import predict_on
 
     begin = time.perf_counter()
     with ProgressLine(quiet or as_json) as progress, connected(scheduler, progress) as (client, workers):

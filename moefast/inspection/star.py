@@ -28,7 +28,8 @@ from moefast.predicting.flags import labels_at_the_edge, unlike_reasons
 from moefast.predicting.identifiers import carried_columns
 from moefast.predicting.velocities import FIT, fit_beside, move, score_moving, velocity_columns, velocity_fit
 from moefast.spectra.blocks import BlockMemory
-from moefast.spectra.prepared import Origins, Preparation, PreparedShard, open_prepared
+from moefast.spectra.opening import Origins, open_prepared
+from moefast.spectra.prepared import Preparation, PreparedShard
 from moefast.spectra.quality import Flag, Quality, good_pixels
 from moefast.spectra.source import Block
 from moefast.spectra.spectrum_set import SpectrumSet

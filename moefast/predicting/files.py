@@ -33,7 +33,8 @@ from moefast.predicting.summary import Summary
 from moefast.predicting.table import Sink
 from moefast.predicting.velocities import fit_on
 from moefast.spectra import guard
-from moefast.spectra.prepared import Origins, Preparation
+from moefast.spectra.opening import Origins
+from moefast.spectra.prepared import Preparation
 from moefast.spectra.tables import Column
 from moefast.spectra.telluric import Telluric
 

@@ -33,7 +33,8 @@ from scipy.special import ndtri
 from moefast.core.errors import InputError, WaveGridError
 from moefast.core.random import NOISE_STREAM, add_noise, uniforms_of_rows
 from moefast.spectra.grids import measured_grid
-from moefast.spectra.prepared import Preparation, open_prepared
+from moefast.spectra.opening import open_prepared
+from moefast.spectra.prepared import Preparation
 from moefast.spectra.quality import good_pixels
 from moefast.spectra.source import Block, Failure
 from moefast.spectra.spectrum_set import SpectrumSet
