@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from moefast.cli.messages import detail, fail, tell_failures, tell_result, tell_written
 from moefast.cli.options import (
@@ -132,6 +133,9 @@ def predict(
         raise click.UsageError("name a FILE, or a list of them with --from-file")
     if folder is None and (skip_existing or status):
         raise click.UsageError("--skip-existing and --status belong to --out-dir")
+    source = click.get_current_context().get_parameter_source
+    if folder is None and source("suffix") is ParameterSource.COMMANDLINE:
+        raise click.UsageError("--format belongs to --out-dir; of one table the suffix of -o says it")
     options: dict[str, Any] = {
         "array": array, "backend": backend, "velocity": velocity, "velocity_range": velocity_range,
         "medium": medium, "telluric": telluric, "select": select, "targets": targets, "keep": keep,

@@ -138,6 +138,8 @@ def evaluate(
     ModelError
         The model or ONNX file is refused.
     """
+    if noise not in ("auto", "draw", "none"):
+        raise InputError(f"noise: auto, draw or none expected, found {noise!r}")
     given = [paths] if isinstance(paths, str | Path) else list(paths)
     scorer = Scorer(
         given,

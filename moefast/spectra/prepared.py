@@ -66,7 +66,7 @@ class Preparation:
         if self.telluric not in CHOICES:
             raise InputError(f"telluric must be one of {', '.join(CHOICES)}, found {self.telluric!r}")
         if self.medium not in MEDIA:
-            raise ValueError(f"medium must be one of {', '.join(MEDIA)}, found {self.medium!r}")
+            raise InputError(f"medium must be one of {', '.join(MEDIA)}, found {self.medium!r}")
 
 
 def in_vacuum(arm: Pixels) -> Pixels:
