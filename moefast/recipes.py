@@ -65,6 +65,7 @@ RECIPES: dict[str, Recipe] = {
             "calibrated": (0.5, 0.3, 0.1, 0.1, 0.1),
             "sky_width": 4.0,
             "beyond": True,
+            "n_blends": 48,
             "n_clouds": 320,
             "n_tangents": 9,
             "n_coordinates": 56,

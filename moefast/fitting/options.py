@@ -144,7 +144,7 @@ class PosteriorOptions:
     calibrated: tuple[float, ...] = (0.0,)
     sky_width: float = 0.0
     beyond: bool = False
-    n_blends: int = 48
+    n_blends: int = 0
 
     def check_posterior(self) -> None:
         """Raise `InputError` unless these options make sense."""
