@@ -176,6 +176,26 @@ def test_inspect_names_what_is_wrong(run, stars, tmp_path):
     assert "bad rows         none" in plain
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--simulate 300 --set z9", "'z9' is unknown; choose one of z0, survey, wild, library"),
+        (
+            "--simulate 300 --recipe posterior --size base",
+            "--size is that of a network, and posterior has none",
+        ),
+        ("--simulate 300 --steps 7", "--steps is that of a network, and phys-moe has none"),
+    ],
+)
+def test_options_of_a_fit_that_make_no_sense(words, said, run):
+    assert said in " ".join(run("fit", "-o", "model", *words.split(), code=2).stderr.split())
+
+
+@pytest.mark.parametrize("words", ["predict few.h5 -o a.h5 --format fits", "predict few.h5 --format h5"])
+def test_a_format_belongs_to_a_folder(words, run):
+    assert "--format belongs to --out-dir" in run(*words.split(), code=2).stderr
+
+
 def test_a_fit_that_was_stopped_goes_on(run, labelled_file, monkeypatch):
     command = (
         "fit",

@@ -109,6 +109,11 @@ def test_impossible_noise_levels(level, clean_file, model):
 # -- numbers ---------------------------------------------------------------------------------------------------
 
 
+def test_a_kind_of_noise_that_is_none(clean_file, model):
+    with pytest.raises(InputError, match="noise: auto, draw or none expected, found 'no'"):
+        evaluate(clean_file, model, noise="no")
+
+
 def test_scores_are_of_the_predictions(stored, few):
     report = stored.report
     assert report["overall"]["r2"] == pytest.approx(r2(few.params["log_g"], stored.predicted), abs=1e-9)

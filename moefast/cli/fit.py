@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from moefast.cli.messages import tell_failures, tell_result
 from moefast.cli.options import (
@@ -200,6 +201,7 @@ def fit(
             f"{recipe!r} is unknown; choose one of {', '.join(RECIPES)}", param_hint="--recipe"
         )
     recipe = focused(recipe, focus)
+    _refuse_unused(recipe, strong)
     _check_request(
         out, overwrite, files=files, simulate=simulate, name=name, like=like, resolution=resolution, shard=shard,
         scheduler=scheduler, checkpoint=checkpoint,
@@ -257,6 +259,18 @@ def fit(
         tell_failures(observed.failures)
 
 
+def _refuse_unused(recipe: str, strong: str | None) -> None:
+    """Refuse options of networks with recipes that have none: they would change nothing."""
+    from moefast.recipes import RECIPES
+
+    if "trunk" in RECIPES[recipe].options or (strong is not None and "trunk" in RECIPES[strong].options):
+        return
+    source = click.get_current_context().get_parameter_source
+    for name in ("size", "steps"):
+        if source(name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{name} is that of a network, and {recipe} has none")
+
+
 def _check_request(
     out: str, overwrite: bool, *, files: tuple[str, ...], simulate: int | None, name: str | None,
     like: tuple[str, ...], resolution: str | None, shard: tuple[int, int] | None, scheduler: str | None,
@@ -265,9 +279,13 @@ def _check_request(
     """Refuse arguments that do not go together, and a target that is taken, before anything is read."""
     from moefast.core.atomic import refuse_taken
     from moefast.model import check_target
+    from moefast.simulate.sets import REFERENCE_SETS, TRAINING_SETS
 
     if bool(files) == bool(simulate):
         raise click.UsageError("name the files to fit, or say how many spectra to simulate with --simulate N")
+    if name is not None and name not in REFERENCE_SETS | TRAINING_SETS:
+        known = ", ".join(REFERENCE_SETS | TRAINING_SETS)
+        raise click.BadParameter(f"{name!r} is unknown; choose one of {known}", param_hint="--set")
     if name is not None and not simulate:
         raise click.UsageError("--set says what to simulate; say how many with --simulate N")
     if (like or resolution is not None) and not simulate:

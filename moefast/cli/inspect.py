@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from moefast.cli.messages import tell_failures, tell_written
 from moefast.cli.options import (
@@ -35,6 +36,26 @@ def _mixture_of(model: str | None) -> Any:
     from moefast.model import Model
 
     return Model.load(model).mixture
+
+
+_OF_ONE_STAR = {
+    "velocity": "--velocity",
+    "velocity_range": "--velocity-range",
+    "medium": "--wave-medium",
+    "telluric": "--telluric",
+}
+
+
+def _refuse_unused(one_star: bool) -> None:
+    """Refuse options that would change nothing."""
+    source = click.get_current_context().get_parameter_source
+    for name, option in _OF_ONE_STAR.items():
+        if not one_star and source(name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(
+                f"{option} is for one star (--row or --id); files as a whole are shown as they are"
+            )
+    if one_star and source("limit") is ParameterSource.COMMANDLINE:
+        raise click.UsageError("--limit is for files as a whole, and not for one star (--row or --id)")
 
 
 @click.command(short_help="Show what is in a file, and what is odd about it.")
@@ -93,6 +114,8 @@ def inspect(
 
     if picture:
         refuse_taken(picture, overwrite=overwrite)
+    one_star = row is not None or identifier is not None
+    _refuse_unused(one_star)
     if len(files) == 1 and is_table(files[0]):
         if row is not None or identifier is not None or picture:
             raise InputError(
@@ -107,7 +130,7 @@ def inspect(
         raise InputError(
             f"{files[0]}: --report and --spectra are for one table that moefast predict wrote (.h5, .parquet or .fits)"
         )
-    if row is not None or identifier is not None:
+    if one_star:
         with ProgressLine(quiet) as progress:
             progress.doing("inspect: looking at the star")
             _star(files, model, picture, overwrite, as_json, progress, row=row, identifier=identifier,

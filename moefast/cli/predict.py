@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from moefast.cli.messages import detail, fail, tell_failures, tell_result, tell_written
 from moefast.cli.options import (
@@ -69,7 +70,8 @@ __all__ = ["predict"]
 @BACKEND
 @DEVICE
 @click.option("--rows", callback=rows, metavar="FIRST:LAST", help="Score these rows only, LAST not included.")
-@click.option("--limit", type=click.IntRange(1), metavar="N", help="Score N rows at most.")
+@click.option("--limit", type=click.IntRange(1), metavar="N",
+              help="Take the first N rows only; --select and --targets choose among them.")  # fmt: skip
 @click.option("--shard", callback=shard_of, metavar="[i/N]", is_flag=False, flag_value=OF_TASK,
               help="Score part i (from 0) of N equal parts; without a value the part of this task of a SLURM job "
               "array. moefast merge joins the tables.")  # fmt: skip
@@ -135,6 +137,9 @@ def predict(
         raise click.UsageError("name a FILE, or a list of them with --from-file")
     if folder is None and (skip_existing or status):
         raise click.UsageError("--skip-existing and --status belong to --out-dir")
+    source = click.get_current_context().get_parameter_source
+    if folder is None and source("suffix") is ParameterSource.COMMANDLINE:
+        raise click.UsageError("--format belongs to --out-dir; of one table the suffix of -o says it")
     options: dict[str, Any] = {
         "array": array, "backend": backend, "velocity": velocity, "velocity_range": velocity_range,
         "medium": medium, "telluric": telluric, "select": select, "targets": targets, "keep": keep,

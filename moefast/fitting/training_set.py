@@ -116,7 +116,10 @@ class TrainingSet:
             # A posterior looks at no line apart.
             line_columns(spectra.wave, all_lines=options.families != ("posterior",))
         except ValueError as error:
-            raise WaveGridError(f"{spectra.shards[0].path}: spectrumdataset/wave: {error}") from error
+            raise WaveGridError(
+                f"{spectra.shards[0].path}: spectrumdataset/wave: {error}. This recipe measures that line; posterior, "
+                "posterior-calibrated and posterior-linear need none"
+            ) from error
         if np.ptp(self.y) == 0:
             raise LabelError("log_g is the same in every row; there is nothing to learn")
 

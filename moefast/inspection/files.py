@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from moefast.core.errors import InputError
 from moefast.spectra import guard
+from moefast.spectra.prepared import PreparedShard
 from moefast.spectra.quality import Flag, assess, good_pixels
 from moefast.spectra.source import Block
 from moefast.spectra.spectrum_set import SpectrumSet
@@ -129,6 +130,9 @@ def summarise(
     pixels = max(1, counts.n_rows * spectra.n_pixels)
     wave = spectra.wave
     scored = "noisy" if all("noisy" in shard.arrays for shard in spectra.shards) else "flux"
+    # Stars of surveys move.
+    at_rest = not any(isinstance(shard, PreparedShard) and shard.observed for shard in spectra.shards)
+    oddities = guard.look(guard.take(spectra), reference, array=scored, at_rest=at_rest)
     return {
         "files": _files(spectra),
         "rows": spectra.n_rows,
@@ -148,7 +152,7 @@ def summarise(
         "bad_fraction": 1 - counts.n_good / pixels if counts.n_rows else 0.0,
         "flux_median": _median_of(np.array(counts.flux_level)),
         "error_median": _median_of(np.array(counts.error_level)),
-        "oddities": [odd.words for odd in guard.look(guard.take(spectra), reference, array=scored)],
+        "oddities": [odd.words for odd in oddities],
         "failures": [
             {"path": str(failure.path), "rows": failure.rows, "message": str(failure.error)}
             for failure in spectra.failures

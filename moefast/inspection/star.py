@@ -279,6 +279,10 @@ def _scored(
     good = good_pixels(flux, error, block.mask)
     seen = np.ones(flux.shape[1], bool) if good is None else good[0]
     columns = columns_of(model, result, quality)
+    if fitted and given is None and not seen.any():
+        # As in the table: where there are no data, nothing was fitted.
+        fitted = dict.fromkeys(fitted, float("nan"))
+        notes.clear()
     values = fitted | {name: float(column[0]) for name, column in columns.items()}
     if not isinstance(mixture, PosteriorMixture):
         notes.append(

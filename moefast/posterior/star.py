@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from moefast.core.errors import InputError
 from moefast.ops.on_numpy import NumPyArithmetic
 from moefast.posterior.forward import cloud_values
 from moefast.posterior.mixture import PosteriorMixture
@@ -63,23 +64,28 @@ class StarPosterior:
     star: F64
     star_sd: F64
 
+    def _place(self, label: str) -> int:
+        if label not in self.label_names:
+            raise InputError(f"label {label!r} is unknown; the posterior has {', '.join(self.label_names)}")
+        return self.label_names.index(label)
+
     def moments(self, label: str) -> tuple[float, float]:
         """Posterior mean and standard deviation of a label."""
-        i = self.label_names.index(label)
+        i = self._place(label)
         mean = self.weights @ self.means[:, i]
         variance = self.weights @ (self.covariances[:, i, i] + (self.means[:, i] - mean) ** 2)
         return float(mean), float(np.sqrt(variance))
 
     def density(self, label: str, at: NDArray) -> F64:
         """Posterior density of a label at the values (k,) `at`, per unit of the label."""
-        i = self.label_names.index(label)
+        i = self._place(label)
         sd = np.sqrt(self.covariances[:, i, i])
         apart = (np.asarray(at, np.float64)[:, None] - self.means[:, i]) / sd
         return np.exp(-0.5 * apart**2) @ (self.weights / (np.sqrt(2 * np.pi) * sd))
 
     def joint_density(self, x: str, y: str, at_x: NDArray, at_y: NDArray) -> F64:
         """Posterior density of two labels on a grid, of shape (len(at_y), len(at_x))."""
-        i, j = self.label_names.index(x), self.label_names.index(y)
+        i, j = self._place(x), self._place(y)
         out = np.zeros((len(at_y), len(at_x)))
         for weight, mean, covariance in zip(self.weights, self.means, self.covariances, strict=True):
             if weight < 1e-6:

@@ -313,14 +313,15 @@ class VelocityFit:
         at_rest : callable
             Gives spectra with velocities removed.
         given : (array of shape (n,), array of shape (n,)), km/s, optional
-            What is known of each velocity beforehand, a normal distribution: its mean and standard deviation. Stars of
-            which it is within `KNOWN`, or not finite, or that may lie beyond the range, are taken to have the mean.
+            What is known of each velocity beforehand, a normal distribution that is cut at the ends of the range: its
+            mean and standard deviation. Stars of which it is within `KNOWN`, or not a number, or whose mean lies beyond
+            the range, are taken to have the mean.
         """
         if given is None:
             return self._fitted(np.arange(n), at_rest, np.zeros(n), np.zeros(n))
         velocity, error = given
         with np.errstate(invalid="ignore"):
-            rows = np.flatnonzero((error > KNOWN) & (np.abs(velocity) + NEAR_SIGMAS * error < self.largest))
+            rows = np.flatnonzero((error > KNOWN) & (np.abs(velocity) < self.largest))
         nodes, weights = np.repeat(velocity[:, None], N_NODES, axis=1), np.zeros((n, N_NODES))
         weights[:, 0] = 1
         found = FittedVelocities(velocity.copy(), error.copy(), np.zeros(n, bool), nodes, weights)

@@ -28,7 +28,8 @@ from moefast.predicting.velocities import FIT, cannot_fit, fit_on
 from moefast.spectra import guard
 from moefast.spectra.quality import Flag, Quality
 from moefast.spectra.telluric import CHOICES, Telluric
-from moefast.spectra.velocities import Velocities
+from moefast.spectra.units import velocity_factor
+from moefast.spectra.velocities import FASTEST, Velocities
 
 if TYPE_CHECKING:
     from astropy.table import Table
@@ -111,6 +112,8 @@ def predict_arrays(
     from astropy import units
     from astropy.table import Column, Table
 
+    if medium not in ("vacuum", "air"):
+        raise InputError(f"medium: vacuum or air expected, found {medium!r}")
     if telluric not in CHOICES:
         raise InputError(f"telluric: one of {', '.join(CHOICES)} expected, found {telluric!r}")
     chosen = model if isinstance(model, Model) else Model.load(model)
@@ -126,7 +129,7 @@ def predict_arrays(
         )
         first_row += len(part.flux)
     resampled = bool(velocities.any()) or not all(part.lies_on(chosen.mixture.wave) for part in parts)
-    oddities = _look(chosen, ready, velocities, resampled=resampled)
+    oddities = _look(chosen, ready, velocities, resampled=resampled, at_rest=fit is None)
     for words in oddities:
         warnings.warn(words, OddSpectraWarning, stacklevel=2)
     engine, where = open_engine(chosen.mixture, backend)
@@ -226,7 +229,9 @@ def _of_block(
     return columns
 
 
-def _look(model: Model, ready: list[SpectraInMemory], velocity: NDArray, *, resampled: bool) -> list[str]:
+def _look(
+    model: Model, ready: list[SpectraInMemory], velocity: NDArray, *, resampled: bool, at_rest: bool
+) -> list[str]:
     """What is odd about spectra on the model's grid, as of the first array of a file."""
     rows = guard.spread_rows(len(velocity))
     parts = []
@@ -236,23 +241,32 @@ def _look(model: Model, ready: list[SpectraInMemory], velocity: NDArray, *, resa
     flux, error, bad = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     sample = guard.SampledRows.of(model.mixture.wave, flux, error, bad, rows=rows, resampled=resampled)
     free_scale = isinstance(model.mixture, PosteriorMixture)
-    return [odd.words for odd in guard.look(sample, model.mixture.reference, free_scale=free_scale)]
+    found = guard.look(
+        sample, model.mixture.reference, free_scale=free_scale, at_rest=at_rest, with_gaps=free_scale
+    )
+    return [odd.words for odd in found]
 
 
 def _velocities(velocity: Any, n: int) -> Velocities | None:
     if velocity is None:
         return None
-    if hasattr(velocity, "unit"):
-        from astropy import units
-
-        velocity = velocity.to_value(units.km / units.s)
-    values = np.asarray(velocity, np.float64)
+    unit, plain = getattr(velocity, "unit", None), getattr(velocity, "value", velocity)
+    try:
+        # What a mask hides is no velocity.
+        values = np.ma.filled(np.ma.asarray(plain, np.float64), np.nan)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"velocity: numbers in km/s, or {FIT!r}, expected; found {velocity!r}") from error
+    if unit is not None:
+        values = values * velocity_factor(unit, "velocity")
     if values.shape not in {(), (n,)}:
         raise InputError(
             f"velocity: one number, or one for each of {n} spectra, expected; found shape {values.shape}"
         )
-    if not np.all(np.isfinite(values)):
-        raise InputError("velocity: every spectrum needs a finite one")
+    if not np.all(np.abs(values) < FASTEST):
+        odd = np.atleast_1d(values)[~(np.abs(np.atleast_1d(values)) < FASTEST)][0]
+        raise InputError(
+            f"velocity: every spectrum needs one in km/s that a star may have, within {FASTEST:g}; found {odd:g}"
+        )
     return Velocities(np.broadcast_to(values, (n,)).copy(), None, "velocity")
 
 

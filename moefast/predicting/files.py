@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from moefast.core.threads import one_blas_thread
 from moefast.core.version import __version__
 from moefast.model import Model
 from moefast.posterior.mixture import PosteriorMixture
-from moefast.posterior.velocities import DEFAULT_RANGE
+from moefast.posterior.velocities import DEFAULT_RANGE, VelocityFit
 from moefast.predicting.columns import table_columns
 from moefast.predicting.decisions import decisions_on_input, decisions_on_model
 from moefast.predicting.engines import open_engine
@@ -117,10 +118,15 @@ def predict(
     InputError, WaveGridError, ModelError, BackendError, OutputError
         With one file; with several, a file that cannot be read is left out and named in `Summary.failures`.
     """
+    if not (velocity is None or isinstance(velocity, str | Path | Real)):
+        raise InputError(
+            "velocity: a number in km/s, the name of a column, a table or 'fit' expected, found "
+            f"{type(velocity).__name__}"
+        )
     chosen = model if isinstance(model, Model) else Model.load(model)
     engine, where = open_engine(chosen.mixture, backend)
     _tell(decisions_on_model(chosen, engine, where))
-    keep = tuple(keep)
+    keep = (keep,) if isinstance(keep, str) else tuple(keep)
     preparation = Preparation(chosen.mixture.wave, medium, moving=velocity is not None, telluric=telluric)
     spectra, failures = open_files(paths, preparation)
     origins = Origins(spectra)
@@ -167,9 +173,8 @@ def predict(
             run.go(report)
         _count(summary, run, time.perf_counter() - begin)
         summary.notes = [
-            *notes_on_input(
-                spectra, source.velocity, chosen, velocity, weighed=source.weighed_by is not None
-            ),
+            *source.notes,
+            *notes_on_input(spectra, source.velocity, chosen, velocity, weighed=source.weighed_by),
             *notes_on_predictions(run.counts, summary, chosen),
             *about_params,
         ]
@@ -233,7 +238,15 @@ def _look(model: Model, source: Source, summary: Summary, tell: Callable[[str], 
     rows = (source.start, source.stop)
     sample = guard.take(source.spectra, array=source.array, rows=rows, wanted=source.wanted)
     free_scale = isinstance(model.mixture, PosteriorMixture)
-    for odd in guard.look(sample, model.mixture.reference, free_scale=free_scale, array=summary.array):
+    at_rest = not isinstance(source.velocity, VelocityFit)
+    for odd in guard.look(
+        sample,
+        model.mixture.reference,
+        free_scale=free_scale,
+        array=summary.array,
+        at_rest=at_rest,
+        with_gaps=free_scale,
+    ):
         summary.oddities.append(odd.words)
         if tell is not None:
             tell(odd.words)

@@ -40,9 +40,9 @@ def notes_on_input(
     model: Model,
     velocity: float | str | Path | None,
     *,
-    weighed: bool,
+    weighed: VelocityFit | None,
 ) -> list[str]:
-    """What the files, and the velocities, have users know."""
+    """What the files, and the velocities, have users know; `weighed` is what weighs velocities with the spectra."""
     notes = [note for shard in spectra.shards if isinstance(shard, PreparedShard) for note in shard.notes]
     if isinstance(moved, VelocityFit):
         why = "" if velocity is not None else "none were given, so "
@@ -51,16 +51,29 @@ def notes_on_input(
             if velocity is not None
             else "; --velocity TABLE gives them, --velocity 0 takes spectra to be at rest"
         )
+        # Without a word on velocities, spectra of the simulator beside those of surveys are at rest.
+        still = velocity is None and not all(
+            isinstance(shard, PreparedShard) and shard.observed for shard in spectra.shards
+        )
+        of = "star of a survey's files" if still else "star"
+        beside = "; spectra of the simulator are taken to be at rest" if still else ""
         notes.append(
-            f"velocities: {why}one was fitted to each star within {moved.largest:g} km/s (v_los, v_los_err){how}"
+            f"velocities: {why}one was fitted to each {of} within {moved.largest:g} km/s (v_los, "
+            f"v_los_err){beside}{how}"
         )
     elif moved is not None:
         notes += moved.notes
-        if weighed:
+        if weighed is not None and moved.error is not None:
             notes.append(
                 f"velocities: those with errors above {KNOWN:g} km/s are weighed with what the spectra say; v_los and "
                 "v_los_err are those of both together"
             )
+            beyond = int(np.sum((moved.error > KNOWN) & (np.abs(moved.velocity) >= weighed.largest)))
+            if beyond:
+                notes.append(
+                    f"velocities: {beyond} with such errors lie beyond {weighed.largest:g} km/s and are taken as they "
+                    "are, as if they were exact; a wider --velocity-range weighs them, too"
+                )
     elif any(isinstance(shard, PreparedShard) and shard.observed for shard in spectra.shards):
         notes.append(
             "velocities: none were given, and this model fits none: spectra are taken to be at rest, which those of "
@@ -95,9 +108,26 @@ def notes_on_params(spectra: SpectrumSet, ids: Mapping[str, np.dtype], labelled:
                 break
         else:
             notes.append(f"column {name!r} is left out: it holds text where numbers are expected")
+    notes += _identifiers_left_out(spectra, ids)
     if labelled:
         notes += spectra.label_notes((HEADLINE,))
     return notes
+
+
+def _identifiers_left_out(spectra: SpectrumSet, ids: Mapping[str, np.dtype]) -> list[str]:
+    """Identifiers of files of surveys that go into no table, because another file has none."""
+    lacking: dict[str, list[str]] = {}
+    for shard in spectra.shards:
+        for name in shard.identifiers if isinstance(shard, PreparedShard) and shard.observed else ():
+            if name in ids or any(name in names for names in lacking.values()):
+                continue
+            without = next((str(other.path) for other in spectra.shards if name not in other.columns), None)
+            if without is not None:
+                lacking.setdefault(without, []).append(name)
+    return [
+        f"identifiers {', '.join(names)} are left out: {path} has none of that name; predicted apart, files keep them"
+        for path, names in lacking.items()
+    ]
 
 
 def notes_on_predictions(counts: Counts, summary: Summary, model: Model) -> list[str]:

@@ -57,6 +57,8 @@ class Source:
         Columns of the input that go into the table.
     labelled : bool
         Whether all files have labels.
+    notes : list of str
+        What users must know of the choice of rows.
     """
 
     spectra: SpectrumSet
@@ -71,6 +73,7 @@ class Source:
     asked: bool
     identifiers: dict[str, np.dtype]
     labelled: bool
+    notes: list[str]
 
     @property
     def n_wanted(self) -> int:
@@ -183,6 +186,7 @@ def open_source(
         The files do not have what is asked for.
     """
     start, stop = rows
+    notes: list[str] = []
     lacking = [shard for shard in spectra.shards if array == "noisy" and "noisy" not in shard.arrays]
     if lacking:
         raise InputError(
@@ -195,7 +199,7 @@ def open_source(
         if not wanted.any():
             raise InputError(f"--select {select!r}: holds for none of the rows {start}:{stop}")
     if targets is not None:
-        wanted &= rows_of_targets(targets, spectra)
+        wanted &= rows_of_targets(targets, spectra, notes)
         if not wanted.any():
             raise InputError(f"--targets {targets}: none of them is among the rows that are left to predict")
     fit = velocity_fit(model, spectra, velocity, velocity_range)
@@ -213,4 +217,5 @@ def open_source(
         asked=velocity is not None,
         identifiers=identifier_dtypes(spectra, carried_columns(spectra, keep)),
         labelled=spectra.has_labels((HEADLINE,)),
+        notes=notes,
     )

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moefast.core.errors import InputError
+from moefast.core.errors import InputError, WaveGridError
 from moefast.spectra import guard
 from moefast.spectra.blocks import Memory
 from moefast.spectra.prepared import in_vacuum, prepare_rows
 from moefast.spectra.resample import Pixels
 from moefast.spectra.telluric import Telluric, without_telluric
 from moefast.spectra.units import LIGHT_SPEED, flux_factor, wave_factor
-from moefast.spectra.wave import same_wave
+from moefast.spectra.wave import other_unit, same_wave
 
 __all__ = ["GivenSpectra", "SpectraInMemory", "read_spectra"]
 
@@ -98,6 +98,8 @@ def _read(flux: Any, error: Any, wave: Any, mask: Any, unit: Any) -> GivenSpectr
         raise InputError(
             f"flux: numbers of shape (p,) or (n, p) expected, found {x.dtype} of shape {x.shape}"
         )
+    if not len(x):
+        raise InputError(f"flux: one spectrum at least expected, found shape {x.shape}")
     if e.shape != x.shape:
         raise InputError(f"error has shape {e.shape}, flux {x.shape}")
     bad = np.zeros(x.shape, bool)
@@ -110,6 +112,8 @@ def _read(flux: Any, error: Any, wave: Any, mask: Any, unit: Any) -> GivenSpectr
     if x_unit is not None and unit is not None:
         raise InputError(f"unit: flux has the unit {x_unit} already; leave unit out")
     unit = x_unit if x_unit is not None else unit
+    if e_unit is not None and str(e_unit) and unit is None:
+        raise InputError(f"error has the unit {e_unit}, flux none: give flux its unit, or say unit=…")
     if e_unit is not None and unit is not None and e_unit != unit:
         try:
             e = e * e_unit.to(unit)
@@ -189,7 +193,12 @@ class SpectraInMemory:
                     f"flux has {x.shape[1]} pixels, the model's grid {len(grid)} ({grid[0]:.2f} to {grid[-1]:.2f} Å); "
                     "give the wavelengths as wave"
                 )
+            if air:
+                raise InputError(
+                    "medium: air is what wave is in; without wave spectra lie on the model's grid, in vacuum"
+                )
             wave = grid
+        _require_overlap(wave, grid)
         if given.has_unit:
             factors = flux_factor(given.unit, wave.ravel(), "flux").reshape(wave.shape)
             factors = np.broadcast_to(factors, x.shape)
@@ -217,6 +226,18 @@ class SpectraInMemory:
         return x, e, lost
 
 
+def _require_overlap(wave: NDArray[np.float64], grid: NDArray[np.float64]) -> None:
+    """Raise WaveGridError if no spectrum reaches the model's grid; what is wrong with single ones is told later."""
+    rows = np.atleast_2d(wave)
+    with np.errstate(invalid="ignore"):
+        elsewhere = (rows.max(1) < grid[0]) | (rows.min(1) > grid[-1])
+    if len(rows) and elsewhere.all():
+        hint = other_unit(rows[0], grid) or "give wavelengths in Å, or with a unit"
+        raise WaveGridError(
+            f"wave: {rows[0, 0]:g} to {rows[0, -1]:g} found, the model has {grid[0]:.1f} to {grid[-1]:.1f} Å: {hint}"
+        )
+
+
 def _check_scale(x: NDArray, e: NDArray, bad: NDArray[np.bool_]) -> None:
     # Some rows tell the scale; of a million, medians of all pixels would take longer than the predictions.
     rows = guard.spread_rows(len(x))
@@ -228,6 +249,6 @@ def _check_scale(x: NDArray, e: NDArray, bad: NDArray[np.bool_]) -> None:
     # Of a faint star the median may be anything that noise can make it.
     if not SCALE[0] < max(typical, noise) < SCALE[1]:
         raise InputError(
-            f'flux has no unit and a median of {typical:.3g}: its scale cannot be told. Say unit=… (such as "nJy"), or '
-            "divide flux and error by the median flux"
+            f"flux has no unit and a median of {typical:.3g}, error one of {noise:.3g}: its scale cannot be told. Say "
+            'unit=… (such as "nJy"), or divide flux and error (1σ) by the median flux'
         )

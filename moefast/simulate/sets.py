@@ -148,10 +148,10 @@ FINGERPRINTS: dict[tuple[str, str], str] = {
 def _part(name: str, part: str) -> tuple[ReferenceSet, Part]:
     known = REFERENCE_SETS | TRAINING_SETS
     if name not in known:
-        raise MoefastError(f"reference set {name!r} is unknown; choose one of {', '.join(known)}")
+        raise InputError(f"reference set {name!r} is unknown; choose one of {', '.join(known)}")
     chosen = known[name]
     if part not in chosen.parts:
-        raise MoefastError(f"{name} has no part {part!r}; it has {', '.join(chosen.parts)}")
+        raise InputError(f"{name} has no part {part!r}; it has {', '.join(chosen.parts)}")
     return chosen, chosen.parts[part]
 
 
@@ -168,19 +168,19 @@ def part_rows(
 
     Raises
     ------
-    MoefastError
+    InputError
         The set, part or rows do not exist.
     """
     chosen, its_part = _part(name, part)
     if its_part.n_rows is None:
         if rows is None or not 0 <= rows[0] < rows[1]:
-            raise MoefastError(
+            raise InputError(
                 f"{name} {part} has any number of rows: say which, 0 <= first < stop; found {rows}"
             )
         return chosen, its_part, rows
     whole = (0, its_part.n_rows)
     if rows not in {None, whole}:
-        raise MoefastError(
+        raise InputError(
             f"{name} {part} has {its_part.n_rows} rows and is made as a whole; found rows {rows}"
         )
     return chosen, its_part, whole
@@ -205,7 +205,7 @@ def fingerprint(name: str, part: str, rows: tuple[int, int] | None = None) -> st
 
     Raises
     ------
-    MoefastError
+    InputError
         The set, part or rows do not exist.
     """
     chosen, its_part, (first, stop) = part_rows(name, part, rows)
@@ -257,6 +257,8 @@ def format_sets() -> str:
         for part, its_part in chosen.parts.items():
             size = f"{its_part.n_rows:,} spectra" if its_part.n_rows else "any number of spectra"
             lines.append(f"  {part:<10}  {size:<21}  {FINGERPRINTS.get((name, part), '')}".rstrip())
+    for name, chosen in TRAINING_SETS.items():
+        lines.append(f"{name}: {chosen.what}; only to fit on (moefast fit --simulate N --set {name})")
     return "\n".join(lines)
 
 

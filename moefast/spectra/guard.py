@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from moefast.core.errors import MoefastError
 from moefast.spectra.prepared import PreparedShard
-from moefast.spectra.quality import good_pixels
+from moefast.spectra.quality import LARGEST_ERROR, good_pixels
 from moefast.spectra.spectrum_set import SpectrumSet
+from moefast.spectra.units import LIGHT_SPEED
 
 __all__ = ["Oddity", "SampledRows", "look", "noisy_already", "spread_rows", "take"]
 
@@ -40,14 +41,32 @@ SLOPE, SLOPE_SCATTER = 0.27, 0.6
 """The same for ln of red over blue, end to end: E(B-V) = 0.3 with 5 % of calibration make 0.23, F_nu 0.39."""
 BEND, BEND_SCATTER = 0.12, 0.3
 """The same for ln of the ends over the middle."""
-FLAT, FLAT_SCATTER, LEAST_FLAT = 0.05, 0.05, 8
-"""Slope of flux, its scatter from star to star (0.17 where there is a continuum), and stars, that tell a division."""
+FLAT, FLAT_SCATTER, LEAST_FLAT = 0.05, 0.07, 8
+"""Slope of flux, its scatter over stars of the brighter half (0.17 where there is a continuum; fits to a continuum
+are as noisy as the spectra), and stars, that tell a division."""
 TOO_SMALL, TOO_LARGE, NOISE_FREE = 1.25, 0.8, 0.2
 """Scatter over error beyond which errors are odd; of pixels that were rebinned only the first tells anything."""
 NOISY = 0.7
 """Scatter over error above which flux is not clean."""
 LINES = 0.015
 """Scatter over error that sharp lines give at a signal-to-noise of one; it grows in proportion."""
+SHIFT, SHIFT_SCATTER = 25.0, 200.0
+"""How far, in km/s, lines may lie from those of the reference; and what is added for one star, by 1/√n for n."""
+SHIFT_GAIN, SHIFT_FACTOR = 60.0, 1.3
+"""How much more of χ² lines must explain there than at rest: by so much, and by this factor."""
+FASTEST, SHIFT_STEP, SHIFT_EDGE = 600.0, 4.0, 45
+"""Velocities that are looked at and their step, km/s; pixels at the ends that they may move out of sight."""
+CONTINUUM_DEGREE = 5
+AIR = -82.4
+"""km/s by which wavelengths in air that are taken for vacuum move lines."""
+MOST_LOST = 0.05
+"""Share of lost pixels from which on models that take spectra to be whole are wrong."""
+MOST_MASKED = 0.55
+"""Share of masked pixels; those where the Earth's atmosphere absorbs are 0.37."""
+TOO_SMALL_A_NUMBER = 1e-22
+"""Error whose inverse square single precision hardly holds."""
+BEYOND_LIMIT = 0.02
+"""Share of pixels whose errors are too large to count."""
 ODD_SHARE = 0.5
 """Share of the rows that makes a remark about errors of one value."""
 _TO_SIGMA = 1 / 0.6745
@@ -79,6 +98,8 @@ class SampledRows:
     wave : array of shape (p,), Å
     flux, error : array of shape (n, p)
     good : array of shape (n, p), bool
+    masked : array of shape (n, p), bool, or None
+        Pixels that the file's mask says are bad, if there is one.
     rows : array of shape (n,), int64
         Which rows of the set they are.
     resampled : bool
@@ -91,6 +112,7 @@ class SampledRows:
     good: NDArray[np.bool_]
     rows: NDArray[np.int64]
     resampled: bool = False
+    masked: NDArray[np.bool_] | None = None
 
     @classmethod
     def of(
@@ -113,6 +135,7 @@ class SampledRows:
             np.ones(flux.shape, bool) if good is None else good,
             np.arange(len(flux)) if rows is None else np.asarray(rows, np.int64),
             resampled,
+            None if mask is None else np.asarray(mask) != 0,
         )
 
 
@@ -191,7 +214,13 @@ def _runs(
 
 
 def look(
-    sample: SampledRows, reference: NDArray | None, *, free_scale: bool = True, array: str = "flux"
+    sample: SampledRows,
+    reference: NDArray | None,
+    *,
+    free_scale: bool = True,
+    array: str = "flux",
+    at_rest: bool = True,
+    with_gaps: bool = True,
 ) -> list[Oddity]:
     """Everything that is odd about a sample.
 
@@ -205,16 +234,22 @@ def look(
         Whether the model takes flux on any scale; if not, its level counts.
     array : str
         Name of the array, for the words.
+    at_rest : bool
+        Whether spectra are taken to be at rest as they are; if velocities will be fitted, lines may lie anywhere.
+    with_gaps : bool
+        Whether the model weighs pixels by each star's own noise; if not, lost pixels count.
     """
     usable = sample.good.sum(1) >= LEAST_PIXELS
-    found = [*_dead(sample, usable), *_twins(sample, usable)]
+    found = [*_mask(sample), *_numbers(sample), *_dead(sample, usable), *_twins(sample, usable)]
     alive = usable & ~_constant(sample)
     if not alive.any():
         return found
+    found += [] if with_gaps else _gaps(sample, alive)
     found += _one_error(sample, alive)
     found += _scatter(sample, alive, array)
     if reference is not None:
         found += _shape(sample, alive, np.asarray(reference, np.float64), free_scale)
+        found += _shift(sample, alive, np.asarray(reference, np.float64)) if at_rest else []
     return found
 
 
@@ -239,6 +274,57 @@ def noisy_already(sample: SampledRows, remedy: str) -> list[Oddity]:
             f"added twice; {remedy}",
         )
     ]
+
+
+def _mask(sample: SampledRows) -> list[Oddity]:
+    """Whether a mask says of most pixels that they are bad which have numbers like any other."""
+    if sample.masked is None or sample.resampled:
+        return []
+    usual = np.isfinite(sample.flux) & np.isfinite(sample.error) & (sample.error > 0)
+    shares = (sample.masked & usual).mean(1)
+    if not shares.size or float(np.median(shares)) < MOST_MASKED:
+        return []
+    return [
+        Oddity(
+            "mask",
+            f"the mask takes {np.median(shares):.0%} of the pixels away, though their flux and error are numbers like "
+            "those of others: is it 1 where a pixel is good? Here a pixel is good where the mask is 0",
+        )
+    ]
+
+
+def _gaps(sample: SampledRows, alive: NDArray[np.bool_]) -> list[Oddity]:
+    lost = float(np.median(1 - sample.good[alive].mean(1)))
+    if lost < MOST_LOST:
+        return []
+    return [
+        Oddity(
+            "gaps",
+            f"{lost:.0%} of the pixels are lost, and this model weighs pixels as if there were no gaps: unless it was "
+            "fitted on spectra with the same gaps, log g is worse than log_g_err says, and few flags tell; take a "
+            "posterior (-m observed)",
+        )
+    ]
+
+
+def _numbers(sample: SampledRows) -> list[Oddity]:
+    """Whether flux is on a scale on which errors are too large to count, or too small for single precision."""
+    usual = np.isfinite(sample.flux) & np.isfinite(sample.error) & (sample.error > 0)
+    if sample.masked is not None:
+        usual &= ~sample.masked
+    if not usual.any():
+        return []
+    share = float((sample.error[usual] > LARGEST_ERROR).mean())
+    typical = float(np.median(sample.error[usual]))
+    level = float(np.median(np.abs(sample.flux[usual])))
+    # An error that marks a bad pixel lies far above the flux; errors of a large unit do not.
+    if share > BEYOND_LIMIT and level > LARGEST_ERROR / 100:
+        what = f"{share:.0%} of the errors are above {LARGEST_ERROR:g}, and count as marks of bad pixels"
+    elif typical < TOO_SMALL_A_NUMBER:
+        what = f"errors of {typical:.1g} are too small to be weighed in single precision"
+    else:
+        return []
+    return [Oddity("scale", f"{what}: divide flux and error by the median flux, or by any number near it")]
 
 
 def _named(rows: NDArray) -> str:
@@ -430,9 +516,68 @@ def _shape(sample: SampledRows, alive: NDArray[np.bool_], reference: F64, free_s
     return found
 
 
+def _shift(sample: SampledRows, alive: NDArray[np.bool_], reference: F64) -> list[Oddity]:
+    """Whether the mean spectrum has the lines of the reference at another velocity.
+
+    The mean of the normalised spectra, weighed by their noise, is compared with the lines of the reference, moved: of
+    lines L(v) of free strength, χ² explained is (Σ w d L)² / Σ w L².
+    """
+    wave, n = sample.wave, int(alive.sum())
+    if len(wave) < 4 * SHIFT_EDGE:
+        return []
+    x = 2 * (wave - wave[0]) / (wave[-1] - wave[0]) - 1
+    smooth = np.polynomial.Legendre.fit(x, reference, CONTINUUM_DEGREE)(x)
+    if not (smooth > 0).all():
+        return []
+    polynomials = np.polynomial.legendre.legvander(x, CONTINUUM_DEGREE)
+    total, weight = np.zeros(len(wave)), np.zeros(len(wave))
+    for row in np.flatnonzero(alive):
+        good = sample.good[row]
+        flux, error = (np.where(good, each[row] / smooth, 1) for each in (sample.flux, sample.error))
+        w = np.where(good, 1 / error.astype(np.float64) ** 2, 0)
+        level = polynomials @ np.linalg.lstsq(polynomials * np.sqrt(w)[:, None], flux * np.sqrt(w))[0]
+        if not (level[good] > 0).all():
+            continue
+        total += np.where(good, w * level * (flux - level), 0)
+        weight += w * level**2
+    weight[:SHIFT_EDGE] = weight[-SHIFT_EDGE:] = 0
+    seen = weight > 0
+    if seen.sum() < LEAST_PIXELS:
+        return []
+    weight, mean = weight[seen], total[seen] / weight[seen]
+    mean -= np.average(mean, weights=weight)
+    velocities = np.arange(-FASTEST, FASTEST + SHIFT_STEP / 2, SHIFT_STEP)
+    explained = np.zeros(len(velocities))
+    for k, velocity in enumerate(velocities):
+        lines = np.interp(wave[seen] / (1 + velocity / LIGHT_SPEED), wave, reference / smooth - 1)
+        lines -= np.average(lines, weights=weight)
+        explained[k] = max(float(np.sum(weight * mean * lines)), 0) ** 2 / float(np.sum(weight * lines**2))
+    best = int(explained.argmax())
+    at_rest, velocity = explained[len(velocities) // 2], float(velocities[best])
+    if abs(velocity) < SHIFT + SHIFT_SCATTER / np.sqrt(n) or explained[best] < max(
+        at_rest + SHIFT_GAIN, at_rest * SHIFT_FACTOR
+    ):
+        return []
+    air = f"wavelengths in air, which are {AIR:.0f} km/s off (--wave-medium air)? " if velocity < 0 else ""
+    return [
+        Oddity(
+            "shift",
+            f"lines lie {velocity:+.0f} km/s from those of the spectra that the model was fitted on: {air}Stars that "
+            "move (--velocity)? log g is right only of spectra at rest in vacuum",
+        )
+    ]
+
+
 def _flat(sample: SampledRows, alive: NDArray[np.bool_]) -> Oddity | None:
     """Whether spectra of all stars are flat alike, as division by a continuum makes them."""
-    slopes, _ = _slopes_and_bends(_levels(sample, alive, np.ones(len(sample.wave))))
+    with np.errstate(all="ignore"):
+        ratio = np.where(sample.good[alive], sample.flux[alive] / sample.error[alive], np.nan)
+        snr = np.full(len(alive), -np.inf)
+        snr[alive] = np.nanmedian(ratio, axis=1)
+    brighter = alive & (snr >= np.median(snr[alive]))
+    if brighter.sum() < LEAST_FLAT:
+        brighter = alive
+    slopes, _ = _slopes_and_bends(_levels(sample, brighter, np.ones(len(sample.wave))))
     if slopes.size < LEAST_FLAT:
         return None
     slope = float(np.median(slopes))

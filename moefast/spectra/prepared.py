@@ -26,6 +26,7 @@ from moefast.spectra.shard import Shard
 from moefast.spectra.source import Block
 from moefast.spectra.telluric import CHOICES, Telluric, without_telluric, words_of_ranges
 from moefast.spectra.units import LIGHT_SPEED, air_to_vacuum
+from moefast.spectra.wave import other_unit
 
 __all__ = [
     "MEDIA",
@@ -66,7 +67,7 @@ class Preparation:
         if self.telluric not in CHOICES:
             raise InputError(f"telluric must be one of {', '.join(CHOICES)}, found {self.telluric!r}")
         if self.medium not in MEDIA:
-            raise ValueError(f"medium must be one of {', '.join(MEDIA)}, found {self.medium!r}")
+            raise InputError(f"medium must be one of {', '.join(MEDIA)}, found {self.medium!r}")
 
 
 def in_vacuum(arm: Pixels) -> Pixels:
@@ -208,6 +209,7 @@ class PreparedShard(Shard):
         """What users must know of these files, each thing once."""
         notes = [file.wider for file in self.files if file.wider and not _made_for(self.wave, file.grid)]
         notes += [note for file in self.files for note in file.notes]
+        notes += [_beside(file, self.wave) for file in self.files if _beside(file, self.wave)]
         if any(self._masked(file) for file in self.files):
             notes.append(
                 f"pixels where the Earth's atmosphere absorbs ({words_of_ranges()} Å) count as bad; --telluric keep "
@@ -349,6 +351,17 @@ class PreparedShard(Shard):
                     digest.update(file.fingerprint().encode())
                 file.close()
         return digest.hexdigest()
+
+
+def _beside(file: SurveyFile, wave: NDArray[np.float64]) -> str:
+    """That the wavelengths of a file do not reach a grid, in words; empty if they do, or are those of each row."""
+    grid = file.grid
+    if grid is None or (grid[0] < wave[-1] and grid[-1] > wave[0]):
+        return ""
+    return (
+        f"{file.path}: wavelengths from {grid[0]:g} to {grid[-1]:g} Å do not reach the model's, {wave[0]:.1f} to "
+        f"{wave[-1]:.1f} Å: {other_unit(grid, wave) or 'another arm, or another unit?'}"
+    )
 
 
 def _made_for(wave: NDArray[np.float64], grid: NDArray[np.float64] | None) -> bool:

@@ -181,7 +181,7 @@ def rows_of_request(
     if not 0 <= start <= stop <= n_rows:
         raise ValueError(f"rows {start} to {stop} asked for, the set has {n_rows}")
     if array not in {"auto", "flux", "noisy"}:
-        raise ValueError(f"array must be 'auto', 'flux' or 'noisy', found {array!r}")
+        raise InputError(f"array must be 'auto', 'flux' or 'noisy', found {array!r}")
     if on_error not in {"raise", "skip"}:
         raise ValueError(f"on_error must be 'raise' or 'skip', found {on_error!r}")
     return start, stop

@@ -228,7 +228,13 @@ def _find_wave(file: h5py.File, path: Path, n_pixels: int) -> np.ndarray:
     if wave.shape != (n_pixels,):
         raise InputError(f"{path}: {name} has shape {wave.shape}, but the spectra have {n_pixels} pixels")
     if not np.all(np.isfinite(wave)) or np.any(np.diff(wave) <= 0):
-        raise InputError(f"{path}: {name} must be finite and increasing (Å)")
+        where = ""
+        if np.all(np.diff(wave) < 0):
+            where = "; it decreases: reverse wave and the pixels of every array"
+        elif np.all(np.isfinite(wave)):
+            pixel = int(np.flatnonzero(np.diff(wave) <= 0)[0])
+            where = f"; pixel {pixel} has {wave[pixel]:g}, the next one {wave[pixel + 1]:g}"
+        raise InputError(f"{path}: {name} must be finite and increasing (Å){where}")
     if gaps_of(node) is not None:
         raise InputError(f"{path}: {name} was never written as a whole")
     return wave

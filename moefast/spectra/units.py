@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from moefast.core.errors import InputError
 
-__all__ = ["LIGHT_SPEED", "air_to_vacuum", "flux_factor", "read_unit", "wave_factor"]
+__all__ = ["LIGHT_SPEED", "air_to_vacuum", "flux_factor", "read_unit", "velocity_factor", "wave_factor"]
 
 LIGHT_SPEED = 299_792.458
 """km/s."""
@@ -63,6 +63,22 @@ def wave_factor(unit: Any, where: str) -> float:
         raise InputError(
             f"{where}: wavelengths in {unit} found, expected a length such as nm or Angstrom"
         ) from error
+
+
+def velocity_factor(unit: Any, where: str) -> float:
+    """km/s per `unit` of velocity.
+
+    Raises
+    ------
+    InputError
+        If it is no velocity.
+    """
+    from astropy import units
+
+    try:
+        return float(f"{read_unit(unit, where).to(units.km / units.s):.14g}")
+    except units.UnitConversionError as error:
+        raise InputError(f"{where}: found {unit or 'no unit'}, expected a velocity such as km/s") from error
 
 
 def flux_factor(unit: Any, wave: NDArray[np.float64], where: str) -> NDArray[np.float64]:

@@ -1,13 +1,17 @@
 """Velocities of stars: one for all, a column of the spectra, or a table that is joined by identifiers.
 
 Tables that are known by their content: STELLARPARAM of pfsStar files, pfsStarCatalog (v_los), redrock (Z; v = c Z) and
-rvspecfit (VRAD); and any FITS, CSV, ECSV, Parquet or HDF5 table with identifiers and a column v_los, VRAD or RV.
+rvspecfit (VRAD); and any FITS, CSV, ECSV or Parquet table, or HDF5 table of moefast, with identifiers and a column
+v_los, VRAD or RV. Columns of FITS and ECSV tables say their unit; without one it is km/s.
+
+Catalogues mark "unknown" by -9999, -999 or 1e20: numbers that no star has are no velocities.
 """
 
 from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,9 +27,10 @@ from moefast.spectra.opening import Origins
 from moefast.spectra.paths import find_files
 from moefast.spectra.spectrum_set import SpectrumSet
 from moefast.spectra.tables import READERS, read_table
-from moefast.spectra.units import LIGHT_SPEED
+from moefast.spectra.units import LIGHT_SPEED, velocity_factor
 
 __all__ = [
+    "FASTEST",
     "KEY_NAMES",
     "Velocities",
     "VelocityTable",
@@ -35,7 +40,7 @@ __all__ = [
     "identifiers_of",
     "is_fits_name",
     "is_table_name",
-    "keys_of_rows",
+    "matching_keys",
     "read_velocity_table",
 ]
 
@@ -50,7 +55,14 @@ COLUMNS = {
     "rv": ("rv_err",),
 }
 """Columns of velocities in km/s, and of their errors."""
+FASTEST = 3000.0
+"""km/s that no star of the Local Group moves by; what lies beyond is a mark, another unit, or no star."""
+MARKS = (-999.0, -999.9, -999.99, 999.0, 999.9, 999.99, -9999.0, 9999.0, -99999.0, 99999.0)
+"""Numbers that catalogues write where they have no velocity, whatever the unit."""
+REDSHIFTS = ("redshift", "z")
+"""Names, in small letters, of columns of spectra that hold v/c."""
 _TEXT = {".csv": "ascii.csv", ".ecsv": "ascii.ecsv"}
+_WHOLE = re.compile(r"\s*[+-]?\d+\s*")
 
 
 @dataclass(frozen=True)
@@ -68,6 +80,8 @@ class VelocityTable:
     notes : list of str
     unusable : list of str
         Columns called like identifiers that name no star everywhere: fields are empty, or numbers not whole.
+    of_galaxies : bool
+        Whether galaxies and quasars are in it, too, which move at any speed.
     """
 
     where: str
@@ -76,6 +90,7 @@ class VelocityTable:
     error: NDArray[np.float64] | None
     notes: list[str] = field(default_factory=list)
     unusable: list[str] = field(default_factory=list)
+    of_galaxies: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,8 +135,10 @@ def find_velocities(
     needed = np.ones(n, bool) if needed is None else needed
     number = _number(given)
     if number is not None:
-        if not -LIGHT_SPEED < number < np.inf:
-            raise InputError(f"--velocity {given}: expected a velocity in km/s")
+        if not abs(number) < FASTEST:
+            raise InputError(
+                f"--velocity {given}: expected a velocity in km/s that a star may have, within {FASTEST:g}"
+            )
         return Velocities(np.full(n, number), None, f"{number:g} km/s")
     if os.path.exists(str(given)) or glob.has_magic(str(given)):
         return _joined(read_velocity_table(str(given)), spectra, needed)
@@ -132,11 +149,15 @@ def find_velocities(
                 f"--velocity {name}: no such file, and {shard.path} has no such column; it has "
                 f"{', '.join(shard.columns) or 'none'}"
             )
-    velocity = np.asarray(spectra.params([name])[name], np.float64)
-    _refuse_missing(velocity, needed, spectra, f"column {name}")
+    told = spectra.params([name])[name]
+    if told.dtype.kind not in "iuf":
+        raise InputError(f"--velocity {name}: the column must hold a number in each row; found {told.dtype}")
+    scale, words = (LIGHT_SPEED, ", times c") if name.lower() in REDSHIFTS else (1.0, "")
+    velocity, odd = _of_stars(scale * told.astype(np.float64))
+    _refuse_missing(velocity, needed, spectra, f"column {name}{words}", odd)
     beside = [each for each in COLUMNS.get(name, ()) if each in spectra.columns]
-    error = np.asarray(spectra.params(beside[:1])[beside[0]], np.float64) if beside else None
-    return Velocities(np.where(np.isfinite(velocity), velocity, 0.0), error, f"column {name}")
+    error = _of_errors(spectra.params(beside[:1])[beside[0]]) if beside else None
+    return Velocities(np.where(np.isfinite(velocity), velocity, 0.0), error, f"column {name}{words}")
 
 
 def _number(given: float | str | Path) -> float | None:
@@ -146,9 +167,28 @@ def _number(given: float | str | Path) -> float | None:
         return None
 
 
+def _of_stars(velocity: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Velocities, NaN where a number is none that a star has; and all as they were."""
+    with np.errstate(invalid="ignore"):
+        star = (np.abs(velocity) < FASTEST) & ~np.isin(velocity, MARKS)
+    return np.where(star, velocity, np.nan), velocity
+
+
+def _of_errors(values: NDArray) -> NDArray[np.float64]:
+    """Errors of velocities, NaN where a number is none."""
+    error = np.asarray(values, np.float64)
+    with np.errstate(invalid="ignore"):
+        return np.where(error >= 0, error, np.nan)
+
+
 def _refuse_missing(
-    velocity: NDArray[np.float64], needed: NDArray[np.bool_], spectra: SpectrumSet, where: str
+    velocity: NDArray[np.float64],
+    needed: NDArray[np.bool_],
+    spectra: SpectrumSet,
+    where: str,
+    told: NDArray[np.float64] | None = None,
 ) -> None:
+    """Raise InputError if a velocity that is needed is missing; `told` are the numbers as they stand in the table."""
     missing = np.flatnonzero(needed & ~np.isfinite(velocity))
     if not len(missing):
         return
@@ -159,6 +199,8 @@ def _refuse_missing(
     names = [name for keys in KEYS for name in keys if name in spectra.shards[shard].columns]
     ids = spectra.shards[shard].params(names[:2], int(missing[0]) - base, int(missing[0]) - base + 1)
     words = "".join(f", {name} {values[0]}" for name, values in ids.items())
+    if told is not None and np.isfinite(told[missing[0]]):
+        words += f" ({told[missing[0]]:g} km/s, which no star has: a mark, or another unit?)"
     raise InputError(
         f"{where}: no velocity for {len(missing)} of {int(needed.sum())} spectra, the first of them row {int(row[0])} "
         f"of {origins.paths[int(file[0])]}{words}; complete the table, or leave such spectra out with --select"
@@ -167,8 +209,7 @@ def _refuse_missing(
 
 def _joined(table: VelocityTable, spectra: SpectrumSet, needed: NDArray[np.bool_]) -> Velocities:
     keys = common_keys(table.where, table.ids, table.unusable, spectra)
-    ours = spectra.params(keys)
-    theirs = keys_of_rows(table.ids, keys)
+    theirs, ours = matching_keys(table.ids, spectra.params(keys), keys)
     places = {key: row for row, key in enumerate(theirs)}
     if len(places) < len(theirs):
         seen: set[tuple] = set()
@@ -178,9 +219,10 @@ def _joined(table: VelocityTable, spectra: SpectrumSet, needed: NDArray[np.bool_
             f"{table.where}: {words} occurs more than once ({len(theirs)} rows, {len(places)} different identifiers); "
             "keep one velocity of each star"
         )
-    at = np.array([places.get(key, -1) for key in keys_of_rows(ours, keys)], np.int64)
-    velocity = np.where(at >= 0, table.velocity[at] if len(table.velocity) else np.nan, np.nan)
-    _refuse_missing(velocity, needed, spectra, table.where)
+    at = np.array([places.get(key, -1) for key in ours], np.int64)
+    told = np.where(at >= 0, table.velocity[at] if len(table.velocity) else np.nan, np.nan)
+    velocity = told if table.of_galaxies else _of_stars(told)[0]
+    _refuse_missing(velocity, needed, spectra, table.where, told)
     error = None if table.error is None else np.where(at >= 0, table.error[at], np.nan)
     source = f"{table.where}, joined by {' and '.join(keys)}"
     return Velocities(np.where(np.isfinite(velocity), velocity, 0.0), error, source, table.notes)
@@ -225,9 +267,26 @@ def common_keys(
     )
 
 
-def keys_of_rows(columns: Mapping[str, NDArray], keys: Sequence[str]) -> list[tuple[Any, ...]]:
-    """The identifier of each row."""
-    return list(zip(*(columns[name].tolist() for name in keys), strict=True))
+def matching_keys(
+    theirs: Mapping[str, NDArray], ours: Mapping[str, NDArray], keys: Sequence[str]
+) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
+    """The identifier of each row of two tables; texts that are whole numbers count as such beside numbers."""
+    columns = {name: (theirs[name].tolist(), ours[name].tolist()) for name in keys}
+    for name, sides in columns.items():
+        texts = [any(isinstance(value, str | bytes) for value in side) for side in sides]
+        if texts[0] != texts[1]:
+            columns[name] = (
+                [_number_of(value) for value in sides[0]],
+                [_number_of(value) for value in sides[1]],
+            )
+    one, other = (list(zip(*(columns[name][side] for name in keys), strict=True)) for side in (0, 1))
+    return one, other
+
+
+def _number_of(value: Any) -> Any:
+    """The whole number that a text stands for; anything else as it is."""
+    text = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+    return int(text) if isinstance(text, str) and _WHOLE.fullmatch(text) else value
 
 
 # -- tables --------------------------------------------------------------------------------------------------------
@@ -258,11 +317,15 @@ def read_velocity_table(given: str | Path) -> VelocityTable:
         error,
         list(dict.fromkeys(note for table in tables for note in table.notes)),
         list(dict.fromkeys(name for table in tables for name in table.unusable)),
+        of_galaxies=any(table.of_galaxies for table in tables),
     )
 
 
 def _read_one(path: Path) -> VelocityTable:
-    return _of_fits(FitsFile(path)) if is_fits_name(path) else _of_columns(str(path), columns_of_file(path))
+    if is_fits_name(path):
+        return _of_fits(FitsFile(path))
+    units: dict[str, str] = {}
+    return _of_columns(str(path), columns_of_file(path, units), units)
 
 
 def is_fits_name(path: Path) -> bool:
@@ -275,8 +338,14 @@ def is_table_name(path: Path) -> bool:
     return path.suffix in _TEXT or path.suffix in READERS
 
 
-def columns_of_file(path: Path) -> dict[str, NDArray]:
+def columns_of_file(path: Path, units: dict[str, str] | None = None) -> dict[str, NDArray]:
     """Columns of a table of text, Parquet or HDF5.
+
+    Parameters
+    ----------
+    path : Path
+    units : dict of str to str, optional
+        Gets the units of the columns that say theirs.
 
     Raises
     ------
@@ -292,6 +361,10 @@ def columns_of_file(path: Path) -> dict[str, NDArray]:
         except Exception as error:
             # Readers of text raise many kinds.
             raise InputError(f"{path}: cannot be read as a table: {error}") from error
+        if units is not None:
+            units.update(
+                {name: str(read[name].unit) for name in read.colnames if read[name].unit is not None}
+            )
         return {column: _filled(read[column]) for column in read.colnames}
     if path.suffix in READERS:
         return read_table(path)[0]
@@ -320,14 +393,15 @@ def _of_fits(file: FitsFile) -> VelocityTable:
         ids = {"catId": np.array([header["CATID"]]), "objId": np.array([header["OBJID"]])}
         return VelocityTable(
             f"{file.path}: HDU STELLARPARAM", ids, told["value"][at[:1]].astype(np.float64),
-            told["valueErr"][at[:1]].astype(np.float64),
+            _of_errors(told["valueErr"][at[:1]]),
         )  # fmt: skip
     if "REDSHIFTS" in file:
         told = file.table(file["REDSHIFTS"])
         where = f"{file.path}: HDU REDSHIFTS"
         return VelocityTable(
             where, {"TARGETID": told["TARGETID"]}, LIGHT_SPEED * told["Z"],
-            LIGHT_SPEED * told["ZERR"] if "ZERR" in told else None, _warned(where, told, "ZWARN"),
+            _of_errors(LIGHT_SPEED * told["ZERR"]) if "ZERR" in told else None, _warned(where, told, "ZWARN"),
+            of_galaxies=True,
         )  # fmt: skip
     hdu = file.first_of("STARCATALOG", "RVTAB", "PREDICTIONS")
     if hdu is None:
@@ -339,8 +413,8 @@ def _of_fits(file: FitsFile) -> VelocityTable:
             )
         hdu = tables[0]
     told = file.table(hdu)
-    where = f"{file.path}: HDU {hdu.name}"
-    found = _of_columns(where, told)
+    where = f"{file.path}: HDU {hdu.name or hdu.index}"
+    found = _of_columns(where, told, {name: hdu.unit(name) for name in hdu.columns})
     found.notes.extend(_warned(where, told, "RVS_WARN"))
     return found
 
@@ -350,16 +424,25 @@ def _warned(where: str, told: dict[str, NDArray], column: str) -> list[str]:
     return [f"{where}: {count} of {len(told[column])} velocities carry a warning ({column})"] if count else []
 
 
-def _of_columns(where: str, told: dict[str, NDArray]) -> VelocityTable:
+def _of_columns(where: str, told: dict[str, NDArray], units: Mapping[str, str]) -> VelocityTable:
     name = next((name for name in COLUMNS if name in told), None)
     if name is None:
         raise InputError(f"{where}: no column of velocities ({', '.join(COLUMNS)}); it has {', '.join(told)}")
     beside = next((each for each in COLUMNS[name] if each in told), None)
     ids, unusable = identifiers_of(told, name)
     return VelocityTable(
-        where, ids, _numbers(where, name, told[name]),
-        None if beside is None else _numbers(where, beside, told[beside]), unusable=unusable,
+        where, ids, _in_km_s(where, name, told, units),
+        None if beside is None else _of_errors(_in_km_s(where, beside, told, units)), unusable=unusable,
     )  # fmt: skip
+
+
+def _in_km_s(
+    where: str, name: str, told: Mapping[str, NDArray], units: Mapping[str, str]
+) -> NDArray[np.float64]:
+    """A column of velocities; marks of unknown ones stay as they are."""
+    values, unit = _numbers(where, name, told[name]), units.get(name, "")
+    factor = velocity_factor(unit, f"{where}: column {name}") if unit else 1.0
+    return np.where(np.isin(values, MARKS), values, factor * values)
 
 
 def _numbers(where: str, name: str, values: NDArray) -> NDArray[np.float64]:

@@ -104,6 +104,12 @@ def test_survey_files_are_shown_at_rest(stars, posterior_model, tmp_path):
         assert fitted.values[name] == pytest.approx(expected[name][2], rel=1e-5), name
     assert any("the velocity is fitted" in note for note in fitted.notes)
     assert fitted.posterior is not None
+    lost = write_pfs_many(
+        tmp_path / "lost.fits", few.wave, few.flux.astype(float), np.full(few.error.shape, np.nan)
+    )
+    nothing = look_at(lost, posterior_model, row=2)
+    assert np.isnan([nothing.values["v_los"], nothing.values["v_los_err"]]).all()
+    assert not any("the velocity is fitted" in note for note in nothing.notes)
 
 
 def test_the_picture_draws_flux_model_residuals_and_posterior(star):
@@ -209,6 +215,9 @@ def test_the_command(odd_stars, model_folder, tmp_path):
     assert facts["row"] == 3
     assert "rows 0 to 39" in run("inspect", odd_stars, "-m", model_folder, "--row", 99, code=3).stderr
     run("inspect", odd_stars, "-m", model_folder, "--row", 3, "--picture", tmp_path / "star.gif", code=8)
+    for option in (("--velocity", 3), ("--wave-medium", "air"), ("--telluric", "mask")):
+        assert f"{option[0]} is for one star" in run("inspect", odd_stars, *option, code=2).stderr
+    assert "--limit is for files" in run("inspect", odd_stars, "--limit", 2, "--row", 1, code=2).stderr
     refused = run("inspect", odd_stars, "--report", tmp_path / "page.html", code=3)
     assert "for one table that moefast predict wrote" in refused.stderr
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from made_clouds import mixture, stars
 
+from moefast.core.errors import InputError
 from moefast.posterior.mixture import SCALE_UNIT
 from moefast.posterior.star import star_posterior
 
@@ -85,6 +86,14 @@ def test_densities_add_up_to_one_and_have_the_moments():
     joint = found.joint_density("T_eff", "log_g", wide, wide)
     assert joint.shape == (901, 901)
     np.testing.assert_allclose(joint.sum(1) * (wide[1] - wide[0]), found.density("log_g", wide), atol=1e-4)
+
+
+def test_a_label_that_there_is_not():
+    mix = mixture(p=192, q=3)
+    flux, error = stars(mix, 1)
+    star = star_posterior(mix, flux[0], error[0])
+    with pytest.raises(InputError, match="label 'logg' is unknown; the posterior has log_g, T_eff"):
+        star.density("logg", [4.0])
 
 
 def test_masked_pixels_are_as_if_they_were_not_there():

@@ -112,6 +112,20 @@ def test_large_integer_identifiers_are_exact(stars, model, tmp_path):
     np.testing.assert_array_equal(read_table(tmp_path / "t.fits")[0]["obj_id"], few.params["obj_id"])
 
 
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"array": "flx"}, "array must be 'auto', 'flux' or 'noisy', found 'flx'"),
+        ({"medium": "Air"}, "medium must be one of auto, vacuum, air, found 'Air'"),
+        ({"velocity": np.zeros(3)}, "velocity: a number in km/s, .* expected, found ndarray"),
+        ({"keep": "mga"}, "--keep mga: .* has no such column"),
+    ],
+)
+def test_arguments_that_make_no_sense(change, match, stars_file, model):
+    with pytest.raises(InputError, match=match):
+        predict(stars_file, model, **change)
+
+
 def test_flux_or_noisy(stars, stars_file, model, whole):
     clean = predict(stars_file, model, array="flux")
     assert clean.array == "flux"

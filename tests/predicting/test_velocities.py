@@ -186,6 +186,12 @@ def test_files_of_surveys_and_of_the_simulator_together(night, simulated, model,
     assert not found.columns["v_los"][N:].any()
     assert np.isnan(found.columns["v_los_err"][N:]).all()
     np.testing.assert_array_equal(found.columns["log_g"][N:], predict(simulated, model).columns["log_g"])
+    said = "one was fitted to each star of a survey's files within 500 km/s"
+    assert any(
+        said in note and "spectra of the simulator are taken to be at rest" in note for note in found.notes
+    )
+    assert any(note.startswith("identifiers catId, ") and str(simulated) in note for note in found.notes)
+    assert not any(note.startswith("identifiers") or "of a survey's files" in note for note in fitted.notes)
 
 
 def test_the_telluric_mask_stays_where_the_atmosphere_is(stars, model):

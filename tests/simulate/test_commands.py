@@ -7,6 +7,7 @@ from click.testing import CliRunner
 
 from moefast.cli import cli
 from moefast.simulate import FINGERPRINTS, REFERENCE_SETS, Settings, identify, simulate_rows
+from moefast.simulate.sets import TRAINING_SETS
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def run(tmp_path, monkeypatch):
 
 def test_lists_the_sets(run):
     text = run("simulate", "--list-sets").stdout
-    for name in REFERENCE_SETS:
+    for name in (*REFERENCE_SETS, *TRAINING_SETS):
         assert f"\n{name}: " in "\n" + text
     for value in FINGERPRINTS.values():
         assert value in text

@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import os
 import pickle
+import re
 import resource
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ from moefast.core.errors import InputError, LabelError, WaveGridError
 from moefast.spectra import Failure, Shard, find_files, open_spectra, same_wave, structure
 from moefast.spectra import rows as rows_module
 from moefast.spectra.blocks import BlockMemory
+from moefast.spectra.wave import describe_difference, other_unit
 
 
 def gather(blocks):
@@ -244,7 +246,7 @@ def test_arguments_are_checked_before_reading(make_file):
         spectra.blocks(0)
     with pytest.raises(ValueError, match="rows 0 to 12"):
         spectra.blocks(1, rows=(0, 12))
-    with pytest.raises(ValueError, match="array must be"):
+    with pytest.raises(InputError, match="array must be"):
         spectra.blocks(1, array="error")
     with pytest.raises(ValueError, match="on_error"):
         spectra.blocks(1, on_error="ignore")
@@ -949,3 +951,31 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
         spectra.close()
     # One byte a row says which numbers have been met.
     assert peaks[800_000] < 1.1 * peaks[50_000] + 800_000, peaks
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda w: w / 10, "nanometres: multiply it by 10$"), (lambda w: w / 1e4, "micrometres"),
+        (lambda w: w / 1e10, "metres: multiply it by 1e10"), (np.log10, "log10 of"), (np.log, "ln of"),
+    ],
+)  # fmt: skip
+def test_wavelengths_in_another_unit_are_named(change, words):
+    wave = np.linspace(7100, 8850, 50)
+    assert re.search(words, describe_difference(change(wave), wave))
+    assert "looks like" not in describe_difference(wave[5:], wave)
+    assert other_unit(np.linspace(4000, 5000, 50), wave) == ""
+
+
+def test_wavelengths_that_decrease_are_told_what_to_do(make_file):
+    path, _ = make_file("a.h5")
+    with h5py.File(path, "r+") as file:
+        wave = file["spectrumdataset/wave"][:]
+        file["spectrumdataset/wave"][:] = wave[::-1]
+    with pytest.raises(InputError, match="it decreases: reverse wave and the pixels of every array"):
+        Shard(path)
+    with h5py.File(path, "r+") as file:
+        wave[7] = wave[5]
+        file["spectrumdataset/wave"][:] = wave
+    with pytest.raises(InputError, match="; pixel 6 has "):
+        Shard(path)

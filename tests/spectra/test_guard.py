@@ -1,5 +1,6 @@
 """The look at a file as a whole: silent on good spectra of any kind, and a line for each thing that is odd."""
 
+import re
 import shutil
 from dataclasses import replace
 
@@ -57,7 +58,9 @@ def test_silent_on_the_reference_sets(name, n, seeds, wave, reference):
 
 @pytest.mark.parametrize("gap", GAPS)
 def test_silent_on_gaps(gap, wave, reference, z0):
-    assert seen(wave, reference, z0.noisy, z0.error, GAPS[gap](wave, np.arange(N), 3)) == []
+    # A mask that leaves little of the spectrum is asked after.
+    said = ["mask"] if gap == "Ca II alone" else []
+    assert seen(wave, reference, z0.noisy, z0.error, GAPS[gap](wave, np.arange(N), 3)) == said
 
 
 def test_silent_on_reddening_and_calibration(wave, reference):
@@ -82,14 +85,15 @@ def test_silent_on_bright_and_faint_stars(noise_level, wave, reference):
 def test_silent_on_resampled_spectra(velocity, wave, reference, z0):
     arm = Pixels.of_rows(wave, z0.noisy, z0.error, np.zeros(z0.noisy.shape, bool))
     flux, error, mask, _ = prepare_rows([arm], np.full(N, 1 + velocity / LIGHT_SPEED), wave, scale=False)
-    assert seen(wave, reference, flux, error, mask, resampled=True) == []
+    moved = ["shift"] if velocity > 50 else []
+    assert seen(wave, reference, flux, error, mask, resampled=True) == moved
     coarse = Pixels.of_rows(
         wave[::2], z0.noisy[:, ::2], z0.error[:, ::2], np.zeros((N, len(wave[::2])), bool)
     )
     finer = prepare_rows([coarse], np.ones(N), wave, scale=False)[:3]
     assert seen(wave, reference, *finer, resampled=True) == []
     # It smooths so much that it would be odd in pixels that were not rebinned.
-    assert seen(wave, reference, flux, error, mask) == ["errors too large"]
+    assert seen(wave, reference, flux, error, mask) == ["errors too large", *moved]
 
 
 def spoilt(wave, block):
@@ -97,6 +101,8 @@ def spoilt(wave, block):
     nu = (wave / 8000) ** 2
     u = np.linspace(-1, 1, len(wave))
     continuum = np.array([np.polyval(np.polyfit(u[::8], f[::8], 3), u) for f in block.flux])
+    # As an observer fits it: to the noisy spectrum, sky lines and all.
+    fitted = np.array([np.polyval(np.polyfit(u, f, 3), u) for f in block.noisy])
     bend = (1 + 0.4 * u**2) / 1.1
     dead, twin = block.noisy.copy(), block.noisy.copy()
     dead[3], dead[9], twin[17] = 0, 0.7, twin[4]
@@ -104,7 +110,7 @@ def spoilt(wave, block):
     return {
         "slope": [(x * nu, e * nu), (x / nu, e / nu)],
         "bend": [(x * bend, e * bend), (x / bend, e / bend)],
-        "continuum": [(x / continuum, e / continuum)],
+        "continuum": [(x / continuum, e / continuum), (x / fitted, e / fitted)],
         "dead": [(dead, e)],
         "identical": [(twin, e)],
         "noise-free": [(block.flux, e)],
@@ -134,6 +140,53 @@ def test_errors_of_one_value(wave, reference, z0):
 def test_the_scale_of_posteriors_is_free(wave, reference, z0):
     for scale in (0.95, 1e-5, 1e5):
         assert seen(wave, reference, scale * z0.noisy, scale * z0.error, free_scale=True) == []
+
+
+def test_lines_that_lie_elsewhere_are_told_as_what_they_are(wave, reference, z0):
+    def words_of(factor, n=N, at_rest=True):
+        arm = Pixels.of_rows(wave, z0.noisy[:n], z0.error[:n], np.zeros((n, len(wave)), bool))
+        flux, error, mask, _ = prepare_rows([arm], np.full(n, factor), wave, scale=False)
+        sample = SampledRows.of(wave, flux, error, mask, resampled=True)
+        return [one.words for one in look(sample, reference, at_rest=at_rest)]
+
+    # Lines at their places in air, read as vacuum.
+    (air,) = words_of(1 + 82.4 / LIGHT_SPEED)
+    assert re.match(r"lines lie -8[0-6] km/s from .*--wave-medium air", air)
+    (fast,) = words_of(1 - 250 / LIGHT_SPEED)
+    assert re.match(r"lines lie \+2[45]\d km/s from ", fast)
+    assert "air" not in fast
+    # Velocities that will be fitted are no matter; those of few stars are their own.
+    assert words_of(1 - 250 / LIGHT_SPEED, at_rest=False) == []
+    assert words_of(1 + 82.4 / LIGHT_SPEED, n=5) == []
+    assert len(words_of(1 + 82.4 / LIGHT_SPEED, n=30)) == 1
+
+
+def test_a_mask_that_means_good_pixels(wave, reference, z0):
+    good = GAPS["telluric"](wave, np.arange(N), 3) == 0
+    assert seen(wave, reference, z0.noisy, z0.error, ~good) == []
+    assert seen(wave, reference, z0.noisy, z0.error, good) == ["mask"]
+    # Pixels without numbers are rightly masked.
+    assert seen(wave, reference, np.where(good, np.nan, z0.noisy), z0.error, good) == []
+
+
+def test_gaps_count_for_models_that_take_spectra_to_be_whole(wave, reference, z0):
+    def named(gap, with_gaps):
+        sample = SampledRows.of(wave, z0.noisy, z0.error, GAPS[gap](wave, np.arange(N), 3))
+        return names(look(sample, reference, with_gaps=with_gaps))
+
+    assert named("telluric", False) == ["gaps"]
+    assert named("telluric", True) == []
+    assert named("random", False) == []
+
+
+def test_numbers_that_are_no_numbers_of_flux_here(wave, reference, z0):
+    for scale in (1e8, 1e12, 1e-24):
+        flux, error = z0.noisy * np.float32(scale), z0.error * np.float32(scale)
+        assert seen(wave, reference, flux, error, free_scale=True)[0] == "scale", scale
+    # Errors that mark bad pixels are none of a large unit.
+    marked = z0.error.copy()
+    marked[:, ::5] = 1e10
+    assert seen(wave, reference, z0.noisy, marked, free_scale=True) == []
 
 
 def test_one_star_says_nothing_of_its_unit_and_twenty_do(wave, reference, z0):

@@ -14,8 +14,9 @@ from moefast.spectra.opening import open_prepared
 from moefast.spectra.prepared import Preparation
 from moefast.spectra.resample import Pixels
 from moefast.spectra.selection import parse_selection, select
-from moefast.spectra.spectrum_set import open_spectra
+from moefast.spectra.spectrum_set import SpectrumSet, open_spectra
 from moefast.spectra.tables import Column, open_table
+from moefast.spectra.targets import rows_of_targets
 from moefast.spectra.units import air_to_vacuum, flux_factor, read_unit, wave_factor
 from moefast.spectra.velocities import find_velocities, read_velocity_table
 
@@ -137,6 +138,61 @@ def test_what_is_no_table_of_velocities(pfs, tmp_path):
         read_velocity_table(write_desi(tmp_path / "d.fits", {"Z": (WAVE, FLUX, ERROR)}))
     with pytest.raises(InputError, match="expected a velocity in km/s"):
         find_velocities("nan", pfs)
+
+
+@pytest.mark.parametrize("name", ["v.ecsv", "v.fits"])
+def test_units_of_columns_count(name, pfs, tmp_path):
+    velocity, error = np.array([-26.0, 170, 0.5, 46]), np.full(4, 2.0)
+    table = Table({"objId": [11, 12, 13, 14], "v_los": 1000 * velocity, "v_los_err": error})
+    table["v_los"].unit, table["v_los_err"].unit = "m/s", "km/s"
+    table.write(tmp_path / name)
+    found = find_velocities(tmp_path / name, pfs)
+    np.testing.assert_allclose(found.velocity, velocity)
+    np.testing.assert_allclose(found.error, error)
+    table["v_los"].unit = "Angstrom"
+    table.write(tmp_path / name, overwrite=True)
+    with pytest.raises(InputError, match="column v_los: found Angstrom, expected a velocity such as km/s"):
+        find_velocities(tmp_path / name, pfs)
+
+
+@pytest.mark.parametrize("mark", [-9999.0, 1e20, -999.0, 25769842441.0])
+@pytest.mark.parametrize("unit", ["km/s", "m/s"])
+def test_marks_of_unknown_velocities_are_none(mark, unit, pfs, tmp_path):
+    table = Table({"objId": [11, 12, 13, 14], "v_los": [1.0, 2, mark, 4]})
+    table["v_los"].unit = unit
+    table.write(tmp_path / "v.fits")
+    with pytest.raises(InputError, match=r"no velocity for 1 of 4.*objId 13 \(.* which no star has"):
+        find_velocities(tmp_path / "v.fits", pfs)
+    needed = np.array([True, True, False, True])
+    assert find_velocities(tmp_path / "v.fits", pfs, needed).velocity[2] == 0
+    with pytest.raises(InputError, match="within 3000"):
+        find_velocities(1e4, pfs)
+    with pytest.raises(InputError, match="column catId: no velocity for 4 of 4"):
+        find_velocities("catId", pfs)
+
+
+def test_marks_of_unknown_errors_are_none(pfs, tmp_path):
+    errors = [2.0, -9999, np.nan, 0]
+    Table({"objId": [11, 12, 13, 14], "v_los": np.zeros(4), "v_los_err": errors}).write(tmp_path / "v.fits")
+    np.testing.assert_array_equal(find_velocities(tmp_path / "v.fits", pfs).error, [2, np.nan, np.nan, 0])
+
+
+def test_a_redshift_is_no_velocity_in_km_s(tmp_path):
+    path = write_pfs_one(tmp_path / "pfsStar.fits", WAVE, FLUX[0], ERROR[0], obj_id=14, v_los=10.0)
+    spectra = open_prepared(path, Preparation(WAVE, moving=True))
+    spectra.shards[0].files[0].columns["redshift"] = np.array([1e-4])
+    spectra.shards[0].columns += ("redshift",)
+    spectra = SpectrumSet(spectra.shards)
+    found = find_velocities("redshift", spectra)
+    np.testing.assert_allclose(found.velocity, 1e-4 * LIGHT_SPEED)
+    assert found.source == "column redshift, times c"
+
+
+def test_identifiers_that_are_text_on_one_side_are_the_same(pfs, tmp_path):
+    table = Table({"catId": ["10092"] * 4, "objId": ["14", "13", " 12", "0011"], "v_los": [4.0, 3, 2, 1]})
+    table.write(tmp_path / "v.fits")
+    np.testing.assert_array_equal(find_velocities(tmp_path / "v.fits", pfs).velocity, [1, 2, 3, 4])
+    np.testing.assert_array_equal(rows_of_targets(tmp_path / "v.fits", pfs), np.ones(4, bool))
 
 
 # -- selection -----------------------------------------------------------------------------------------------------
