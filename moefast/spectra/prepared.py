@@ -69,6 +69,14 @@ class Preparation:
         if self.medium not in MEDIA:
             raise InputError(f"medium must be one of {', '.join(MEDIA)}, found {self.medium!r}")
 
+    def medium_of(self, file: SurveyFile) -> Literal["vacuum", "air"]:
+        """What the wavelengths of a file are in."""
+        return file.medium if self.medium == "auto" else self.medium
+
+    def masks(self, file: SurveyFile) -> bool:
+        """Whether the Earth's absorption counts as bad in a file."""
+        return self.telluric == "mask" or (self.telluric == "auto" and file.through_atmosphere)
+
 
 def in_vacuum(arm: Pixels) -> Pixels:
     """Spectra whose wavelengths are in air, in vacuum."""
@@ -210,7 +218,7 @@ class PreparedShard(Shard):
         notes = [file.wider for file in self.files if file.wider and not _made_for(self.wave, file.grid)]
         notes += [note for file in self.files for note in file.notes]
         notes += [_beside(file, self.wave) for file in self.files if _beside(file, self.wave)]
-        if any(self._masked(file) for file in self.files):
+        if any(self.preparation.masks(file) for file in self.files):
             notes.append(
                 f"pixels where the Earth's atmosphere absorbs ({words_of_ranges()} Å) count as bad; --telluric keep "
                 "uses them"
@@ -287,15 +295,9 @@ class PreparedShard(Shard):
                 file.close()
         for bad, text in faults.items():
             self._fault(row + bad, text)
-        medium = file.medium if self.preparation.medium == "auto" else self.preparation.medium
-        if medium == "air":
+        if self.preparation.medium_of(file) == "air":
             arms = [in_vacuum(arm) for arm in arms]
-        return [without_telluric(arm) for arm in arms] if self._masked(file) else arms
-
-    def _masked(self, file: SurveyFile) -> bool:
-        """Whether the Earth's absorption counts as bad in a file."""
-        chosen = self.preparation.telluric
-        return chosen == "mask" or (chosen == "auto" and file.through_atmosphere)
+        return [without_telluric(arm) for arm in arms] if self.preparation.masks(file) else arms
 
     def _fault(self, row: int, text: str) -> None:
         index, own = self.origin(row)
