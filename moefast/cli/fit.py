@@ -259,6 +259,18 @@ def fit(
         tell_failures(observed.failures)
 
 
+def _refuse_unused(recipe: str, strong: str | None) -> None:
+    """Refuse options of networks with recipes that have none: they would change nothing."""
+    from moefast.recipes import RECIPES
+
+    if "trunk" in RECIPES[recipe].options or (strong is not None and "trunk" in RECIPES[strong].options):
+        return
+    source = click.get_current_context().get_parameter_source
+    for name in ("size", "steps"):
+        if source(name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{name} is that of a network, and {recipe} has none")
+
+
 def _check_request(
     out: str, overwrite: bool, *, files: tuple[str, ...], simulate: int | None, name: str | None,
     like: tuple[str, ...], resolution: str | None, shard: tuple[int, int] | None, scheduler: str | None,
@@ -290,18 +302,6 @@ def _check_request(
     if Path(out).suffix != ".npz":
         raise click.UsageError("--shard writes a file of statistics: -o PART.npz")
     refuse_taken(out, overwrite=overwrite)
-
-
-def _refuse_unused(recipe: str, strong: str | None) -> None:
-    """Refuse options of networks with recipes that have none: they would change nothing."""
-    from moefast.recipes import RECIPES
-
-    if "trunk" in RECIPES[recipe].options or (strong is not None and "trunk" in RECIPES[strong].options):
-        return
-    source = click.get_current_context().get_parameter_source
-    for name in ("size", "steps"):
-        if source(name) is ParameterSource.COMMANDLINE:
-            raise click.UsageError(f"--{name} is that of a network, and {recipe} has none")
 
 
 def _gather(

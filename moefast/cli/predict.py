@@ -10,7 +10,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -40,6 +40,9 @@ from moefast.core.atomic import refuse_taken
 from moefast.core.errors import InputError, OutputError
 from moefast.core.progress import FILES, ProgressLine
 
+if TYPE_CHECKING:
+    from moefast.predicting.summary import Summary
+
 __all__ = ["predict"]
 
 
@@ -67,7 +70,8 @@ __all__ = ["predict"]
 @BACKEND
 @DEVICE
 @click.option("--rows", callback=rows, metavar="FIRST:LAST", help="Score these rows only, LAST not included.")
-@click.option("--limit", type=click.IntRange(1), metavar="N", help="Score N rows at most.")
+@click.option("--limit", type=click.IntRange(1), metavar="N",
+              help="Take the first N rows only; --select and --targets choose among them.")  # fmt: skip
 @click.option("--shard", callback=shard_of, metavar="[i/N]", is_flag=False, flag_value=OF_TASK,
               help="Score part i (from 0) of N equal parts; without a value the part of this task of a SLURM job "
               "array. moefast merge joins the tables.")  # fmt: skip
@@ -176,33 +180,36 @@ def predict(
             files, model, target, rows=rows, limit=limit, shard=shard, overwrite=overwrite, **options,
             progress=progress.rows("predict"), tell=progress.tell,
         )  # fmt: skip
-    facts = {
-        "table": str(target), "rows": summary.n_rows, "seconds": summary.seconds,
-        "spectra_per_second": summary.spectra_per_second, "r2": summary.r2, "array": summary.array,
-        "model": summary.model,
-        "backend": summary.backend, "device": summary.device, "reason": summary.reason,
-        "flags": summary.flags, "oddities": summary.oddities, "notes": summary.notes,
-        "failures": [str(failure.error) for failure in summary.failures],
-    }  # fmt: skip
-    if as_json:
-        click.echo(json.dumps(facts, indent=1))
-    else:
-        say = partial(tell_result, quiet=quiet)
-        say(f"{target}: {summary.n_rows:,} spectra, array {summary.array}, model {summary.model}")
-        rate = summary.spectra_per_second
-        speed = f"{rate:,.0f} spectra/s" if rate >= 10 else f"{rate:.2g} spectra/s"
-        nothing = summary.flags.get("NO_DATA", 0) == summary.n_rows
-        none = "nothing to measure R² on" if nothing else "no labels, so no R²"
-        r2 = none if summary.r2 is None else f"R² {summary.r2:.3f}"
-        say(f"  {speed} on {summary.backend} ({summary.device}), {r2}")
-        say(f"  backend {summary.backend}: {summary.reason}")
-        if summary.flags:
-            say("  flags: " + ", ".join(f"{name} {count:,}" for name, count in summary.flags.items()))
-        for note in summary.notes:
-            say(f"  note: {note}")
+    _tell_summary(target, summary, quiet, as_json)
     if report:
         _write_report(target, model, report, overwrite, quiet)
     tell_failures(summary.failures)
+
+
+def _tell_summary(table: Path, summary: Summary, quiet: bool, as_json: bool) -> None:
+    if as_json:
+        facts = {
+            "table": str(table), "rows": summary.n_rows, "seconds": summary.seconds,
+            "spectra_per_second": summary.spectra_per_second, "r2": summary.r2, "array": summary.array,
+            "model": summary.model, "backend": summary.backend, "device": summary.device, "reason": summary.reason,
+            "flags": summary.flags, "oddities": summary.oddities, "notes": summary.notes,
+            "failures": [str(failure.error) for failure in summary.failures],
+        }  # fmt: skip
+        click.echo(json.dumps(facts, indent=1))
+        return
+    say = partial(tell_result, quiet=quiet)
+    say(f"{table}: {summary.n_rows:,} spectra, array {summary.array}, model {summary.model}")
+    rate = summary.spectra_per_second
+    speed = f"{rate:,.0f} spectra/s" if rate >= 10 else f"{rate:.2g} spectra/s"
+    nothing = summary.flags.get("NO_DATA", 0) == summary.n_rows
+    none = "nothing to measure R² on" if nothing else "no labels, so no R²"
+    r2 = none if summary.r2 is None else f"R² {summary.r2:.3f}"
+    say(f"  {speed} on {summary.backend} ({summary.device}), {r2}")
+    say(f"  backend {summary.backend}: {summary.reason}")
+    if summary.flags:
+        say("  flags: " + ", ".join(f"{name} {count:,}" for name, count in summary.flags.items()))
+    for note in summary.notes:
+        say(f"  note: {note}")
 
 
 def _write_report(table: Path, model: str | None, page: str, overwrite: bool, quiet: bool) -> None:

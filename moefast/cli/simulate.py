@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import click
@@ -16,6 +17,9 @@ from moefast.core.errors import MoefastError
 from moefast.core.progress import ProgressLine
 
 __all__ = ["simulate"]
+
+LARGEST_CALIBRATION = 0.5
+"""Relative error of a calibration beyond which percent are meant."""
 
 
 def _positive_if_given(context: click.Context, option: click.Parameter, value: float | None) -> float | None:
@@ -106,6 +110,15 @@ def simulate(
         return
     if out is None:
         raise click.UsageError("name the file to write: moefast simulate OUT …")
+    if Path(out).suffix.lower() in {".fits", ".parquet", ".csv"}:
+        raise click.UsageError(f"{out}: spectra are written as HDF5; name the file .h5")
+    if calibration is not None and calibration > LARGEST_CALIBRATION:
+        raise click.BadParameter(
+            f"{calibration:g} is an error of {calibration:.0%}; give a part of 1, such as 0.03 for 3 %",
+            param_hint="--calibration",
+        )
+    if reddening is not None and min(reddening) < 0:
+        raise click.BadParameter("E(B-V) is 0 or more", param_hint="--reddening")
     if number and rows:
         raise click.UsageError("-n and --rows both say which rows to make; give one of them")
     span = rows or ((0, number) if number else None)

@@ -241,7 +241,9 @@ def _look(
     flux, error, bad = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     sample = guard.SampledRows.of(model.mixture.wave, flux, error, bad, rows=rows, resampled=resampled)
     free_scale = isinstance(model.mixture, PosteriorMixture)
-    found = guard.look(sample, model.mixture.reference, free_scale=free_scale, at_rest=at_rest)
+    found = guard.look(
+        sample, model.mixture.reference, free_scale=free_scale, at_rest=at_rest, with_gaps=free_scale
+    )
     return [odd.words for odd in found]
 
 

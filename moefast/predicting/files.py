@@ -240,7 +240,12 @@ def _look(model: Model, source: Source, summary: Summary, tell: Callable[[str], 
     free_scale = isinstance(model.mixture, PosteriorMixture)
     at_rest = not isinstance(source.velocity, VelocityFit)
     for odd in guard.look(
-        sample, model.mixture.reference, free_scale=free_scale, array=summary.array, at_rest=at_rest
+        sample,
+        model.mixture.reference,
+        free_scale=free_scale,
+        array=summary.array,
+        at_rest=at_rest,
+        with_gaps=free_scale,
     ):
         summary.oddities.append(odd.words)
         if tell is not None:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefast.core.compiled import njit
-from moefast.core.errors import MoefastError, WaveGridError
+from moefast.core.errors import InputError, MoefastError, WaveGridError
 from moefast.core.threads import in_threads
 from moefast.kernels.resample import pixel_edges
 from moefast.spectra.wave import same_wave
@@ -56,7 +56,7 @@ def read_resolution(text: str, wave: F64) -> F64:
 
     Raises
     ------
-    MoefastError
+    InputError
         If the text is neither, or sharper than the emulator's anywhere.
     """
     if (match := _WIDTH.fullmatch(text.strip())) is not None:
@@ -64,7 +64,7 @@ def read_resolution(text: str, wave: F64) -> F64:
     elif (match := _POWER.fullmatch(text.strip())) is not None and float(match[1]) >= _LEAST_POWER:
         fwhm = np.asarray(wave, dtype=float) / float(match[1])
     else:
-        raise MoefastError(
+        raise InputError(
             f"resolution {text!r}: a resolving power such as 4500 (at least {_LEAST_POWER:g}) or a FWHM in Å such as "
             "1.8A expected"
         )
@@ -77,7 +77,7 @@ def _refuse_sharper(wave: F64, fwhm: F64) -> None:
     sharper = np.flatnonzero(~(fwhm >= there * (1.0 - SHARPER)))
     if len(sharper):
         j = int(sharper[np.argmin(fwhm[sharper] / there[sharper])])
-        raise MoefastError(
+        raise InputError(
             f"resolution: a FWHM of {fwhm[j]:.3g} Å at {wave[j]:.0f} Å (resolving power {wave[j] / fwhm[j]:.0f}) is "
             f"asked for; the emulator's is {there[j]:.3g} Å (resolving power {RESOLVING_POWER:g}), and lines cannot be "
             f"made sharper: ask for {RESOLVING_POWER:g} at most, or for {there.max():.3g} Å or more"

@@ -59,6 +59,8 @@ FASTEST, SHIFT_STEP, SHIFT_EDGE = 600.0, 4.0, 45
 CONTINUUM_DEGREE = 5
 AIR = -82.4
 """km/s by which wavelengths in air that are taken for vacuum move lines."""
+MOST_LOST = 0.05
+"""Share of lost pixels from which on models that take spectra to be whole are wrong."""
 MOST_MASKED = 0.55
 """Share of masked pixels; those where the Earth's atmosphere absorbs are 0.37."""
 TOO_SMALL_A_NUMBER = 1e-22
@@ -218,6 +220,7 @@ def look(
     free_scale: bool = True,
     array: str = "flux",
     at_rest: bool = True,
+    with_gaps: bool = True,
 ) -> list[Oddity]:
     """Everything that is odd about a sample.
 
@@ -233,12 +236,15 @@ def look(
         Name of the array, for the words.
     at_rest : bool
         Whether spectra are taken to be at rest as they are; if velocities will be fitted, lines may lie anywhere.
+    with_gaps : bool
+        Whether the model weighs pixels by each star's own noise; if not, lost pixels count.
     """
     usable = sample.good.sum(1) >= LEAST_PIXELS
     found = [*_mask(sample), *_numbers(sample), *_dead(sample, usable), *_twins(sample, usable)]
     alive = usable & ~_constant(sample)
     if not alive.any():
         return found
+    found += [] if with_gaps else _gaps(sample, alive)
     found += _one_error(sample, alive)
     found += _scatter(sample, alive, array)
     if reference is not None:
@@ -283,6 +289,20 @@ def _mask(sample: SampledRows) -> list[Oddity]:
             "mask",
             f"the mask takes {np.median(shares):.0%} of the pixels away, though their flux and error are numbers like "
             "those of others: is it 1 where a pixel is good? Here a pixel is good where the mask is 0",
+        )
+    ]
+
+
+def _gaps(sample: SampledRows, alive: NDArray[np.bool_]) -> list[Oddity]:
+    lost = float(np.median(1 - sample.good[alive].mean(1)))
+    if lost < MOST_LOST:
+        return []
+    return [
+        Oddity(
+            "gaps",
+            f"{lost:.0%} of the pixels are lost, and this model weighs pixels as if there were no gaps: unless it was "
+            "fitted on spectra with the same gaps, log g is worse than log_g_err says, and few flags tell; take a "
+            "posterior (-m observed)",
         )
     ]
 

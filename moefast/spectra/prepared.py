@@ -26,6 +26,7 @@ from moefast.spectra.shard import Shard
 from moefast.spectra.source import Block
 from moefast.spectra.telluric import CHOICES, Telluric, without_telluric, words_of_ranges
 from moefast.spectra.units import LIGHT_SPEED, air_to_vacuum
+from moefast.spectra.wave import other_unit
 
 __all__ = [
     "MEDIA",
@@ -67,6 +68,14 @@ class Preparation:
             raise InputError(f"telluric must be one of {', '.join(CHOICES)}, found {self.telluric!r}")
         if self.medium not in MEDIA:
             raise InputError(f"medium must be one of {', '.join(MEDIA)}, found {self.medium!r}")
+
+    def medium_of(self, file: SurveyFile) -> Literal["vacuum", "air"]:
+        """What the wavelengths of a file are in."""
+        return file.medium if self.medium == "auto" else self.medium
+
+    def masks(self, file: SurveyFile) -> bool:
+        """Whether the Earth's absorption counts as bad in a file."""
+        return self.telluric == "mask" or (self.telluric == "auto" and file.through_atmosphere)
 
 
 def in_vacuum(arm: Pixels) -> Pixels:
@@ -208,7 +217,8 @@ class PreparedShard(Shard):
         """What users must know of these files, each thing once."""
         notes = [file.wider for file in self.files if file.wider and not _made_for(self.wave, file.grid)]
         notes += [note for file in self.files for note in file.notes]
-        if any(self._masked(file) for file in self.files):
+        notes += [_beside(file, self.wave) for file in self.files if _beside(file, self.wave)]
+        if any(self.preparation.masks(file) for file in self.files):
             notes.append(
                 f"pixels where the Earth's atmosphere absorbs ({words_of_ranges()} Å) count as bad; --telluric keep "
                 "uses them"
@@ -285,15 +295,9 @@ class PreparedShard(Shard):
                 file.close()
         for bad, text in faults.items():
             self._fault(row + bad, text)
-        medium = file.medium if self.preparation.medium == "auto" else self.preparation.medium
-        if medium == "air":
+        if self.preparation.medium_of(file) == "air":
             arms = [in_vacuum(arm) for arm in arms]
-        return [without_telluric(arm) for arm in arms] if self._masked(file) else arms
-
-    def _masked(self, file: SurveyFile) -> bool:
-        """Whether the Earth's absorption counts as bad in a file."""
-        chosen = self.preparation.telluric
-        return chosen == "mask" or (chosen == "auto" and file.through_atmosphere)
+        return [without_telluric(arm) for arm in arms] if self.preparation.masks(file) else arms
 
     def _fault(self, row: int, text: str) -> None:
         index, own = self.origin(row)
@@ -349,6 +353,17 @@ class PreparedShard(Shard):
                     digest.update(file.fingerprint().encode())
                 file.close()
         return digest.hexdigest()
+
+
+def _beside(file: SurveyFile, wave: NDArray[np.float64]) -> str:
+    """That the wavelengths of a file do not reach a grid, in words; empty if they do, or are those of each row."""
+    grid = file.grid
+    if grid is None or (grid[0] < wave[-1] and grid[-1] > wave[0]):
+        return ""
+    return (
+        f"{file.path}: wavelengths from {grid[0]:g} to {grid[-1]:g} Å do not reach the model's, {wave[0]:.1f} to "
+        f"{wave[-1]:.1f} Å: {other_unit(grid, wave) or 'another arm, or another unit?'}"
+    )
 
 
 def _made_for(wave: NDArray[np.float64], grid: NDArray[np.float64] | None) -> bool:

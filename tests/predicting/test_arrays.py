@@ -25,6 +25,9 @@ from moefast.predicting.engines import CpuEngine, Place
 from moefast.predicting.files import predict
 from moefast.spectra.resample import Pixels
 
+# The model is linear, and gaps are told of such models.
+pytestmark = pytest.mark.filterwarnings("ignore:.*pixels are lost:moefast.core.errors.OddSpectraWarning")
+
 LIGHT_SPEED = 299_792.458
 UNIT = units.Unit("1e-17 erg / (s cm2 Angstrom)")
 

@@ -361,6 +361,7 @@ def test_inspect_shows_them_as_a_model_would_see_them(coadd, model_folder):
     assert "objId" in facts["files"][0]["columns"]
 
 
+@pytest.mark.filterwarnings("ignore:.*pixels are lost:moefast.core.errors.OddSpectraWarning")
 def test_the_earths_absorption_is_masked_where_light_came_through_it(few, coadd, stars_file, model):
     scale = np.median(few.flux.astype(float)[:, ~telluric_pixels(few.wave)], 1, keepdims=True)
     mask = np.repeat(telluric_pixels(few.wave)[None], N, axis=0)

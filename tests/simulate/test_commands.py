@@ -83,6 +83,9 @@ def test_switches_reach_the_file(run):
         ("x.h5 -n 4 --seed 4 --redshift 0.001 0", "the lower limit comes first"),
         ("x.h5 -n 4 --seed 4 --redshift 0 0.1", "redshift 0 to 0.1"),
         ("x.h5 -n 4 --seed 4 --calibration nan", "not a positive number"),
+        ("x.h5 -n 4 --seed 4 --calibration 3", "3 is an error of 300%"),
+        ("x.h5 -n 4 --seed 4 --reddening -0.1 0.3", "E(B-V) is 0 or more"),
+        ("x.fits -n 4 --seed 4", "spectra are written as HDF5; name the file .h5"),
         ("-n 4 --seed 4", "name the file"),
     ],
 )

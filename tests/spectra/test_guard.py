@@ -169,6 +169,16 @@ def test_a_mask_that_means_good_pixels(wave, reference, z0):
     assert seen(wave, reference, np.where(good, np.nan, z0.noisy), z0.error, good) == []
 
 
+def test_gaps_count_for_models_that_take_spectra_to_be_whole(wave, reference, z0):
+    def named(gap, with_gaps):
+        sample = SampledRows.of(wave, z0.noisy, z0.error, GAPS[gap](wave, np.arange(N), 3))
+        return names(look(sample, reference, with_gaps=with_gaps))
+
+    assert named("telluric", False) == ["gaps"]
+    assert named("telluric", True) == []
+    assert named("random", False) == []
+
+
 def test_numbers_that_are_no_numbers_of_flux_here(wave, reference, z0):
     for scale in (1e8, 1e12, 1e-24):
         flux, error = z0.noisy * np.float32(scale), z0.error * np.float32(scale)

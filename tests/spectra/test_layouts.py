@@ -232,6 +232,19 @@ def test_hdf5_on_its_grid_is_read_as_it_is_and_elsewhere_resampled(make_file):
         open_prepared(path, Preparation(WAVE + 500))
 
 
+def test_wavelengths_that_do_not_reach_the_grid_are_told(tmp_path):
+    values = np.ones((2, len(WAVE)))
+    said = "do not reach the model's, "
+    for name, wave, words in (
+        ("nm", WAVE / 10, "wave looks like nanometres: multiply it by 10"), ("b", WAVE - 4000, "another arm"),
+    ):  # fmt: skip
+        found = open_prepared(write_desi(tmp_path / name, {"Z": (wave, values, values)}), Preparation(WAVE))
+        (note,) = [note for note in found.shards[0].notes if said in note]
+        assert words in note
+    found = open_prepared(write_desi(tmp_path / "z", {"Z": (WAVE, values, values)}), Preparation(WAVE))
+    assert not any(said in note for note in found.shards[0].notes)
+
+
 def test_air_and_vacuum(spectra, tmp_path):
     """In air lines lie 2.2 Å to the blue here; told so, they come out where they are."""
     from moefast.spectra.units import air_to_vacuum
