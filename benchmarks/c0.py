@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr
 
+from moefast.benchmarks.c0_report import PUBLISHED_R2, TESTS, picture, tables
 from moefast.benchmarks.environment import describe
 from moefast.core.atomic import write_json
 from moefast.core.groups import assign_octiles, octile_edges
@@ -39,7 +40,7 @@ from moefast.protocol.report_parts import Report
 from moefast.simulate import SimulatedSpectra
 from moefast.spectra.quality import assess
 
-__all__ = ["markdown", "measure_set", "rectified", "tables"]
+__all__ = ["measure_set", "rectified"]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -47,10 +48,6 @@ Source = Callable[[str, str, tuple[int, int] | None], SimulatedSpectra]
 """Set, part, rows -> spectra."""
 
 SETS = ("z0", "survey")
-TESTS = ("test_10k", "test_1k")
-PUBLISHED_R2 = 0.4957
-PUBLISHED_OCTILES = (0.195, 0.386, 0.466, 0.518, 0.556, 0.592, 0.611, 0.647)
-"""R² of the published ridge, whole and per octile of snr_median, on a test set that is not public."""
 STABLE = 0.01
 """Half the spread of R² over all seeds that a ruler may have."""
 
@@ -281,7 +278,7 @@ class Stars:
         )
 
     def noisy(self, seed: int | None) -> F32:
-        """Stored noise, or the draw of `moefast.protocol.evaluate` with this seed."""
+        """Stored noise, or the draw of `moefast.protocol.scorer` with this seed."""
         if seed is None:
             return self.stored
         return add_noise(self.flux, self.error, seed, np.arange(len(self.flux)))
@@ -338,6 +335,142 @@ def choices(moments: Moments) -> list[Choice]:
 # --- one set -----------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Fitted:
+    """All fits of one set.
+
+    Attributes
+    ----------
+    references : dict of str to array of shape (p,)
+        See `find_references`.
+    of_view : dict of str to Fits
+        Fits by the view that they are applied to.
+    places : dict
+        View and columns of each path: of ("path", training seed), of "fewer", and of what was changed.
+    conditional : list of NoiseConditional
+        `global-ridge`, one for each training seed.
+    labels : list of tuple of float
+        Least and largest label of each training seed; predictions are clipped to them as `evaluate` does.
+    training : list of dict
+        Rows, fingerprint and seed of each.
+    choices : list of Choice
+    """
+
+    references: dict[str, F64] = field(default_factory=dict)
+    of_view: dict[str, Fits] = field(default_factory=dict)
+    places: dict[Any, tuple[str, slice]] = field(default_factory=dict)
+    conditional: list[NoiseConditional] = field(default_factory=list)
+    labels: list[tuple[float, float]] = field(default_factory=list)
+    training: list[dict[str, Any]] = field(default_factory=list)
+    choices: list[Choice] = field(default_factory=list)
+
+    def keep(self, key: Any, view: str, new: Fits) -> None:
+        """Put the fits of a path beside those of the same view."""
+        before = self.of_view.get(view)
+        start = 0 if before is None else before.intercepts.size
+        self.of_view[view] = new if before is None else before + new
+        self.places[key] = (view, slice(start, start + new.intercepts.size))
+
+
+def fit_all(name: str, source: Source, plan: Plan, say: Callable[[str], None]) -> Fitted:
+    """All fits of a set; whatever differs from what was published by the first training seed alone."""
+    basic = ("clipped", "closed")
+    every = ("clipped", "closed", "as_it_is", "rectified", "over_error", "standard_spectrum")
+    fitted = Fitted()
+    for k in range(plan.n_training):
+        rows = (k * plan.train, (k + 1) * plan.train)
+        spectra = source(name, "train", rows)
+        fitted.references = fitted.references or find_references(spectra, every)
+        gathered = gather(spectra, k, every if k == 0 else basic, fitted.references)
+        say(f"{name}: training seed {k}, normal equations")
+        fitted.training.append({"rows": list(rows), "fingerprint": spectra.fingerprint(), "seed": k})
+        fitted.labels.append(gathered.labels)
+        moments = gathered.moments("clipped")
+        fitted.keep(("path", k), "clipped", path(moments, plan.penalties))
+        fitted.conditional.append(
+            NoiseConditional.of(gathered.equations["closed"], gathered.errors, np.array(plan.noise_penalties))
+        )
+        if k == 0:
+            fewer = gathered.moments("clipped", without_fold=1)
+            fitted.keep("fewer", "clipped", path(fewer, plan.penalties))
+            fitted.choices = choices(moments)
+            for choice in fitted.choices[1:]:
+                penalties = plan.other_penalties if choice.other_unit else plan.penalties
+                new = path(gathered.moments(choice.equations), penalties, **choice.treat)
+                fitted.keep(choice.what, choice.view, new)
+        say(f"{name}: training seed {k}, fits")
+        # Before the next ones are gathered: each holds gigabytes.
+        del gathered, moments
+    return fitted
+
+
+@dataclass
+class Scores:
+    """R² of every fit on the stars of a part, for every draw of noise.
+
+    Attributes
+    ----------
+    places : dict
+        Those of `Fitted`.
+    of_view : dict of str to array of shape (draws, fits)
+    unclipped : array of shape (draws, penalties)
+        `published-ridge` of the first training seed, predictions not clipped to its labels.
+    levelled : array of shape (training seeds, draws, penalties)
+        `global-ridge`.
+    predicted : dict of tuple of int to array of shape (n, penalties)
+        Predictions of `published-ridge` by training seed and draw, if they are kept.
+    predicted_levelled : list of array of shape (n, penalties)
+        Those of `global-ridge` of the first training seed by draw, if they are kept.
+    """
+
+    places: Mapping[Any, tuple[str, slice]]
+    of_view: dict[str, F64]
+    unclipped: F64
+    levelled: F64
+    predicted: dict[tuple[int, int], F64] = field(default_factory=dict)
+    predicted_levelled: list[F64] = field(default_factory=list)
+
+    def of(self, key: Any) -> F64:
+        """R² of a path, (draws, penalties)."""
+        view, columns = self.places[key]
+        return self.of_view[view][:, columns]
+
+
+def score(fitted: Fitted, stars: Stars, draws: Sequence[int | None], plan: Plan, *, keep: bool) -> Scores:
+    """R² of every fit for every draw; `keep` says whether predictions are kept."""
+    y, n = stars.labels["log_g"], len(draws)
+    scores = Scores(
+        fitted.places,
+        {view: np.empty((n, fits.intercepts.size)) for view, fits in fitted.of_view.items()},
+        np.empty((n, len(plan.penalties))),
+        np.empty((plan.n_training, n, len(plan.noise_penalties))),
+    )
+    for d, seed in enumerate(draws):
+        noisy = stars.noisy(seed)
+        for view, fits in fitted.of_view.items():
+            x = VIEWS[view](noisy, stars.error) - fitted.references[view].astype(np.float32)
+            raw = (x @ fits.weights.astype(np.float32)).astype(np.float64) + fits.intercepts
+            clipped_to_labels = np.clip(raw, *fitted.labels[0])
+            if view == "clipped":
+                # Each training seed has its own range of labels.
+                for k in range(plan.n_training):
+                    columns = fitted.places["path", k][1]
+                    clipped_to_labels[:, columns] = np.clip(raw[:, columns], *fitted.labels[k])
+                    if keep:
+                        scores.predicted[k, d] = clipped_to_labels[:, columns].copy()
+                first = raw[:, fitted.places["path", 0][1]]
+                scores.unclipped[d] = [r2(y, column) for column in first.T]
+            scores.of_view[view][d] = [r2(y, column) for column in clipped_to_labels.T]
+        x = noisy - fitted.references["closed"].astype(np.float32)
+        for k, model in enumerate(fitted.conditional):
+            levels = log_levels(stars.error, model.noise_shape)
+            predicted = np.clip(model.predict(x, levels), *fitted.labels[k])
+            scores.levelled[k, d] = [r2(y, column) for column in predicted.T]
+            if keep and k == 0:
+                scores.predicted_levelled.append(predicted)
+    return scores
+
+
 def measure_set(
     name: str, source: Source, plan: Plan, say: Callable[[str], None], reports: Path | None = None
 ) -> dict[str, Any]:
@@ -361,181 +494,133 @@ def measure_set(
     """
     parts = {part: Stars.of(source(name, part, None)) for part in TESTS}
     parts["validation"] = Stars.of(source(name, "validation", (0, plan.validation)))
-    basic = ("clipped", "closed")
-    every = ("clipped", "closed", "as_it_is", "rectified", "over_error", "standard_spectrum")
-    fits: dict[str, Fits] = {}
-    places: dict[Any, tuple[str, slice]] = {}
-    conditional, training, labels = [], [], []
-
-    def keep(key: Any, view: str, new: Fits) -> None:
-        start = fits[view].intercepts.size if view in fits else 0
-        fits[view] = fits[view] + new if view in fits else new
-        places[key] = (view, slice(start, start + new.intercepts.size))
-
-    references: dict[str, F64] = {}
-    for k in range(plan.n_training):
-        spectra = source(name, "train", (k * plan.train, (k + 1) * plan.train))
-        references = references or find_references(spectra, every)
-        found = gather(spectra, k, every if k == 0 else basic, references)
-        say(f"{name}: training seed {k}, normal equations")
-        training.append(
-            {"rows": [k * plan.train, (k + 1) * plan.train], "fingerprint": spectra.fingerprint(), "seed": k}
-        )
-        labels.append(found.labels)
-        moments = found.moments("clipped")
-        keep(("path", k), "clipped", path(moments, plan.penalties))
-        conditional.append(
-            NoiseConditional.of(found.equations["closed"], found.errors, np.array(plan.noise_penalties))
-        )
-        if k == 0:
-            fewer = found.moments("clipped", without_fold=1)
-            keep("fewer", "clipped", path(fewer, plan.penalties))
-            listed = choices(moments)
-            for choice in listed[1:]:
-                its = found.moments(choice.equations)
-                penalties = plan.other_penalties if choice.other_unit else plan.penalties
-                keep(choice.what, choice.view, path(its, penalties, **choice.treat))
-                del its
-        say(f"{name}: training seed {k}, fits")
-        del found, moments
-
-    # R² of every fit, for every draw; predictions clipped to the training labels as `evaluate` does.
-    n_all = {view: each.intercepts.size for view, each in fits.items()}
-    draws = {part: plan.noise_seeds if part in TESTS else (None,) for part in parts}
-    scores = {
-        part: {v: np.empty((len(draws[part]), n)) for v, n in n_all.items() if v in fits} for part in parts
-    }
-    unclipped = {part: np.empty((len(draws[part]), len(plan.penalties))) for part in parts}
-    levelled = {
-        part: np.empty((plan.n_training, len(draws[part]), len(plan.noise_penalties))) for part in parts
-    }
-    published: dict[tuple[str, int, int], F64] = {}
-    octiles: dict[str, list[F64]] = {"published": [], "chosen": [], "global-ridge": []}
-    kept: dict[tuple[int, str], F64] = {}
-    low, high = labels[0]
-    where = at_published(plan.penalties)
+    fitted = fit_all(name, source, plan, say)
+    scores: dict[str, Scores] = {}
     for part, stars in parts.items():
-        y = stars.labels["log_g"]
-        for d, seed in enumerate(draws[part]):
-            noisy = stars.noisy(seed)
-            for view, each in fits.items():
-                x = VIEWS[view](noisy, stars.error) - references[view].astype(np.float32)
-                raw = (x @ each.weights.astype(np.float32)).astype(np.float64) + each.intercepts
-                held = np.clip(raw, low, high)
-                if view == "clipped":
-                    # Each training seed has its own range of labels.
-                    for k in range(plan.n_training):
-                        here = places["path", k][1]
-                        held[:, here] = np.clip(raw[:, here], *labels[k])
-                        if part in TESTS:
-                            published[part, k, d] = held[:, here][:, where].copy()
-                    own = raw[:, places["path", 0][1]]
-                    unclipped[part][d] = [r2(y, column) for column in own.T]
-                    if part == TESTS[0]:
-                        kept[d, "path"] = held[:, places["path", 0][1]].copy()
-                scores[part][view][d] = [r2(y, column) for column in held.T]
-            x = noisy - references["closed"].astype(np.float32)
-            for k, model in enumerate(conditional):
-                predicted = np.clip(model.predict(x, log_levels(stars.error, model.noise_shape)), *labels[k])
-                levelled[part][k, d] = [r2(y, column) for column in predicted.T]
-                if part == TESTS[0] and k == 0:
-                    kept[d, "levelled"] = predicted
+        draws = plan.noise_seeds if part in TESTS else (None,)
+        scores[part] = score(fitted, stars, draws, plan, keep=part == TESTS[0])
         say(f"{name}: {part} scored")
-
-    def of(key: Any, part: str) -> F64:
-        view, here = places[key]
-        return scores[part][view][:, here]
-
-    chosen = [int(of(("path", k), "validation")[0].argmax()) for k in range(plan.n_training)]
-    chosen_level = [int(levelled["validation"][k, 0].argmax()) for k in range(plan.n_training)]
-    main = parts[TESTS[0]]
-    snr = assess(main.stored, main.error, None, None)
-    assigned = assign_octiles(snr.snr_median, octile_edges(snr.snr_median))
-    y = main.labels["log_g"]
-    for d in range(len(plan.noise_seeds)):
-        for what, column in (
-            ("published", kept[d, "path"][:, where]),
-            ("chosen", kept[d, "path"][:, chosen[0]]),
-            ("global-ridge", kept[d, "levelled"][:, chosen_level[0]]),
-        ):
-            octiles[what].append(np.array([r2(y[assigned == o], column[assigned == o]) for o in range(8)]))
-
-    def spread(values: F64) -> dict[str, Any]:
-        """Of R² (training seeds, noise seeds)."""
-        half = float(values.max() - values.min()) / 2
-        return {
-            "r2": values.tolist(),
-            "mean": float(values.mean()),
-            "half_spread": half,
-            "deviation_of_training_seeds": float(values.mean(1).std(ddof=1)),
-            "deviation_of_noise_seeds": float(values.mean(0).std(ddof=1)),
-            "stable": half <= STABLE,
-        }
-
-    recipes = {
-        "published-ridge": {
-            part: spread(np.array([of(("path", k), part)[:, where] for k in range(plan.n_training)]))
-            for part in TESTS
-        },
-        "global-ridge": {
-            part: spread(np.array([levelled[part][k][:, c] for k, c in enumerate(chosen_level)]))
-            for part in TESTS
-        },
-    }
-    table = []
-    for what in [*(choice.what for choice in listed), "fewer", "unclipped"]:
-        key = ("path", 0) if what in {listed[0].what, "unclipped"} else what
-        test = unclipped[TESTS[0]] if what == "unclipped" else of(key, TESTS[0])
-        best = int((unclipped["validation"] if what == "unclipped" else of(key, "validation"))[0].argmax())
-        other = any(choice.other_unit for choice in listed if choice.what == what)
-        penalties = plan.other_penalties if other else plan.penalties
-        words = {
-            "fewer": f"{plan.train // 5:,} training stars instead of {plan.train:,}",
-            "unclipped": "predictions not clipped to the range of labels",
-        }
-        table.append(
-            {
-                "what": words.get(what, what),
-                "r2_published_penalty": test[:, at_published(penalties)].tolist(),
-                "penalty_chosen": penalties[best],
-                "at_the_end_of_the_path": best in {0, len(penalties) - 1},
-                "r2_penalty_chosen": test[:, best].tolist(),
-            }
-        )
+    held, seeds = scores["validation"], range(plan.n_training)
+    chosen = [int(held.of(("path", k))[0].argmax()) for k in seeds]
+    chosen_level = [int(held.levelled[k, 0].argmax()) for k in seeds]
+    published = at_published(plan.penalties)
     if reports is not None:
-        for (part, k, d), predicted in published.items():
-            if part == TESTS[0] and 0 in {k, d}:
-                content = evaluation(name, parts[part], predicted, plan, training[k], plan.noise_seeds[d])
+        for (k, d), predicted in scores[TESTS[0]].predicted.items():
+            if 0 in {k, d}:
+                content = evaluation(
+                    name,
+                    parts[TESTS[0]],
+                    predicted[:, published],
+                    plan,
+                    fitted.training[k],
+                    plan.noise_seeds[d],
+                )
                 folder = reports / f"{name}-training-{k}-noise-{d}"
                 folder.mkdir(parents=True, exist_ok=True)
                 write_json(as_entries(content), folder / "report.json")
         say(f"{name}: reports written")
     return {
         "fingerprints": {
-            "train": training,
+            "train": fitted.training,
             **{part: stars.spectra.fingerprint() for part, stars in parts.items()},
         },
-        "recipes": recipes,
+        "recipes": {
+            "published-ridge": {
+                part: spread(np.array([scores[part].of(("path", k))[:, published] for k in seeds]))
+                for part in TESTS
+            },
+            "global-ridge": {
+                part: spread(np.array([scores[part].levelled[k][:, chosen_level[k]] for k in seeds]))
+                for part in TESTS
+            },
+        },
         "paths": {
             "published-ridge": {
                 "penalties": list(plan.penalties),
                 "unit": "flux² per star",
                 "chosen": [plan.penalties[c] for c in chosen],
-                "validation": [of(("path", k), "validation")[0].tolist() for k in range(plan.n_training)],
-                **{part: [of(("path", k), part).tolist() for k in range(plan.n_training)] for part in TESTS},
+                "validation": [held.of(("path", k))[0].tolist() for k in seeds],
+                **{part: [scores[part].of(("path", k)).tolist() for k in seeds] for part in TESTS},
             },
             "global-ridge": {
                 "penalties": list(plan.noise_penalties),
                 "unit": "mean noise variance per star",
                 "chosen": [plan.noise_penalties[c] for c in chosen_level],
-                "validation": levelled["validation"][:, 0].tolist(),
-                **{part: levelled[part].tolist() for part in TESTS},
+                "validation": held.levelled[:, 0].tolist(),
+                **{part: scores[part].levelled.tolist() for part in TESTS},
             },
         },
-        "choices": table,
-        "octiles": {
-            "snr_median": [float(np.median(snr.snr_median[assigned == o])) for o in range(8)],
-            **{what: np.mean(found, axis=0).tolist() for what, found in octiles.items()},
+        "choices": compare_choices(fitted, scores[TESTS[0]], held, plan),
+        "octiles": by_octile(parts[TESTS[0]], scores[TESTS[0]], published, chosen[0], chosen_level[0]),
+    }
+
+
+def spread(values: F64) -> dict[str, Any]:
+    """Of R² (training seeds, noise seeds)."""
+    half = float(values.max() - values.min()) / 2
+    return {
+        "r2": values.tolist(),
+        "mean": float(values.mean()),
+        "half_spread": half,
+        "deviation_of_training_seeds": float(values.mean(1).std(ddof=1)),
+        "deviation_of_noise_seeds": float(values.mean(0).std(ddof=1)),
+        "stable": half <= STABLE,
+    }
+
+
+def compare_choices(fitted: Fitted, test: Scores, held: Scores, plan: Plan) -> list[dict[str, Any]]:
+    """R² of each thing done otherwise, at the published penalty and at the one chosen on stars held out."""
+    words = {
+        "fewer": f"{plan.train // 5:,} training stars instead of {plan.train:,}",
+        "unclipped": "predictions not clipped to the range of labels",
+    }
+    other_unit = {choice.what for choice in fitted.choices if choice.other_unit}
+    rows = []
+    for what in [*(choice.what for choice in fitted.choices), "fewer", "unclipped"]:
+        key = ("path", 0) if what == fitted.choices[0].what else what
+        on_test, on_held = (each.unclipped if what == "unclipped" else each.of(key) for each in (test, held))
+        best = int(on_held[0].argmax())
+        penalties = plan.other_penalties if what in other_unit else plan.penalties
+        rows.append(
+            {
+                "what": words.get(what, what),
+                "r2_published_penalty": on_test[:, at_published(penalties)].tolist(),
+                "penalty_chosen": penalties[best],
+                "at_the_end_of_the_path": best in {0, len(penalties) - 1},
+                "r2_penalty_chosen": on_test[:, best].tolist(),
+            }
+        )
+    return rows
+
+
+def by_octile(stars: Stars, scores: Scores, published: int, chosen: int, chosen_level: int) -> dict[str, Any]:
+    """R² within octiles of snr_median, mean over the draws, of the first training seed.
+
+    Parameters
+    ----------
+    stars : Stars
+    scores : Scores
+        Of these stars, with predictions.
+    published, chosen, chosen_level : int
+        Penalties: the published one, the one chosen on stars held out, and that of `global-ridge`.
+    """
+    snr = assess(stars.stored, stars.error, None, None)
+    octile = assign_octiles(snr.snr_median, octile_edges(snr.snr_median))
+    y, draws = stars.labels["log_g"], range(len(scores.predicted_levelled))
+    columns = {
+        "published": [scores.predicted[0, d][:, published] for d in draws],
+        "chosen": [scores.predicted[0, d][:, chosen] for d in draws],
+        "global-ridge": [scores.predicted_levelled[d][:, chosen_level] for d in draws],
+    }
+
+    def within(column: F64) -> F64:
+        return np.array([r2(y[octile == o], column[octile == o]) for o in range(8)])
+
+    return {
+        "snr_median": [float(np.median(snr.snr_median[octile == o])) for o in range(8)],
+        **{
+            what: np.mean([within(column) for column in of_draws], axis=0).tolist()
+            for what, of_draws in columns.items()
         },
     }
 
@@ -561,122 +646,6 @@ def evaluation(
             "training": {"fingerprint": training["fingerprint"], "n_spectra": plan.train, "seed": training["seed"]},
         },
     )  # fmt: skip
-
-
-# --- what people read --------------------------------------------------------------------------------------
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _power(value: float) -> str:
-    return "0" if value == 0 else f"10^{math.log10(value):g}"
-
-
-def _where(path_: Mapping[str, Any], mark: float) -> str:
-    """α/n at which the mean R² of the path on the test set crosses the mark."""
-    x, y = np.log10(path_["penalties"]), np.mean(path_[TESTS[0]], axis=(0, 1)) - mark
-    crossed = [
-        x[i] + (x[i + 1] - x[i]) * y[i] / (y[i] - y[i + 1]) for i in range(len(x) - 1) if y[i] * y[i + 1] < 0
-    ]
-    return " and ".join(f"10^{value:.2f}" for value in crossed) or "none"
-
-
-def tables(result: Mapping[str, Any]) -> dict[str, str]:
-    """Markdown tables of a result, by what they show."""
-    sets = result["sets"]
-    stability = [
-        [name, recipe, part, f"{one['mean']:.4f}", f"{one['half_spread']:.4f}",
-         f"{one['deviation_of_training_seeds']:.4f}", f"{one['deviation_of_noise_seeds']:.4f}",
-         "yes" if one["stable"] else "no"]
-        for name, found in sets.items()
-        for recipe, by_part in found["recipes"].items()
-        for part, one in by_part.items()
-    ]  # fmt: skip
-    some = list(sets.values())
-    penalties = some[0]["paths"]["published-ridge"]["penalties"]
-    noise_penalties = some[0]["paths"]["global-ridge"]["penalties"]
-
-    def paths(recipe: str, values: Sequence[float]) -> str:
-        rows = [
-            [_power(alpha)]
-            + [
-                f"{np.mean(np.array(found['paths'][recipe][part])[..., i]):.3f}"
-                for found in some
-                for part in ("validation", *TESTS)
-            ]
-            for i, alpha in enumerate(values)
-        ]
-        return markdown(
-            ["α/n", *(f"{name} {part}" for name in sets for part in ("validation", *TESTS))], rows
-        )
-
-    changed = []
-    for i, first in enumerate(some[0]["choices"]):
-        row = [first["what"]]
-        for found in some:
-            one, base = found["choices"][i], found["choices"][0]
-            value = np.array(one["r2_published_penalty"])
-            gain = value - base["r2_published_penalty"]
-            row += [f"{value.mean():.3f}", f"{gain.mean():+.3f}" if i else ""]
-            row += [f"{np.mean(one['r2_penalty_chosen']):.3f} ({_power(one['penalty_chosen'])})"]
-        changed.append(row)
-    header = ["changed"]
-    for name in sets:
-        header += [f"{name}, α = 0.1 n", "gain", f"{name}, α chosen (α/n)"]
-    octiles = [["published, other data", *(f"{value:.3f}" for value in PUBLISHED_OCTILES)]]
-    for name, found in sets.items():
-        octiles += [[f"{name}: snr_median", *(f"{value:.1f}" for value in found["octiles"]["snr_median"])]]
-        words = {
-            "published": "published-ridge",
-            "chosen": "the same, α chosen",
-            "global-ridge": "global-ridge",
-        }
-        octiles += [
-            [f"{name}: {words[what]}", *(f"{value:.3f}" for value in found["octiles"][what])]
-            for what in words
-        ]
-    crossing = [
-        [name, _where(found["paths"]["published-ridge"], PUBLISHED_R2)] for name, found in sets.items()
-    ]
-    return {
-        "stability": markdown(
-            ["set", "recipe", "test set", "R², mean", "half spread", "σ training", "σ noise", "within ±0.01"],
-            stability,
-        ),
-        "path of published-ridge": paths("published-ridge", penalties),
-        "path of global-ridge": paths("global-ridge", noise_penalties),
-        "choices": markdown(header, changed),
-        "octiles": markdown(["R² per octile of snr_median", *"12345678"], octiles),
-        "crossing": markdown(["set", f"α/n at which R² on test_10k is {PUBLISHED_R2}"], crossing),
-    }
-
-
-def picture(result: Mapping[str, Any], target: Path) -> None:
-    """R² on test_10k along both paths, bands over training and noise seeds, one panel per set."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    panels = figure.subplots(1, len(result["sets"]), sharey=True, squeeze=False)[0]
-    for axes, (name, found) in zip(panels, result["sets"].items(), strict=True):
-        for part, colour in zip(TESTS[::-1], ("tab:orange", "tab:blue"), strict=True):
-            one = found["paths"]["published-ridge"]
-            values = np.array(one[part]).reshape(-1, len(one["penalties"]))
-            axes.fill_between(one["penalties"], values.min(0), values.max(0), color=colour, alpha=0.35)
-            axes.plot(one["penalties"], values.mean(0), color=colour, label=f"published-ridge, {part}")
-        best = found["recipes"]["global-ridge"][TESTS[0]]["mean"]
-        axes.axhline(best, color="tab:green", label="global-ridge, test_10k")
-        axes.axhline(PUBLISHED_R2, color="black", linestyle=":", label="published, other data")
-        axes.axvline(PUBLISHED_ALPHA, color="grey", linestyle="--", label="published α/n")
-        for chosen in set(one["chosen"]):
-            axes.axvline(chosen, color="tab:red", linewidth=1, label="chosen on held-out stars")
-        axes.set(xscale="log", xlabel="α/n  [flux²]", title=name, ylim=(0, None))
-    panels[0].set_ylabel("R² of log g")
-    panels[0].legend(fontsize=8, loc="lower left")
-    figure.savefig(target, dpi=110)
 
 
 @click.command()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moefast.benchmarks.c0 import markdown
+from moefast.benchmarks.c0_report import markdown
 from moefast.benchmarks.c1_experts import BASE, GRID, SAMPLED, Data
 from moefast.core.grids import METAL_POOR, SNR_NORM_NAMES, assign_snr_bins
 from moefast.core.metrics import bootstrap, bootstrap_difference, r2

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from moefast.backend import cuda_devices
 from moefast.benchmarks.environment import describe
+from moefast.benchmarks.gpu_scoring_text import failed_engines, show
 from moefast.core.errors import BackendError
 from moefast.core.metrics import r2
 from moefast.kernels import Library
@@ -676,79 +677,11 @@ def main(
     if "velocities" in wanted:
         for name in posteriors:
             report["velocities"][name] = moving(Model.load(name), samples, small)
-    click.echo(f"{device}, {report['scoring']['pixels']} pixels")
-    for name, entry in report["scoring"]["copies"].items():
-        click.echo(f"  {name:<40}{entry['gb_per_second']:>12,.1f} GB/s")
-    for name, entry in report["scoring"]["engines"].items():
-        if "error" in entry:
-            click.echo(f"  {name:<40}{entry['error']}")
-            continue
-        text = f"{entry['rows_per_second']:>12,.0f} spectra/s, {entry['share']:.2f} of {entry['of']}"
-        if "r2" in entry:
-            text += f", R² {entry['r2']:.3f}, off by {entry['difference']:.1e} dex"
-        click.echo(f"  {name:<40}{text}")
-    library = report["template_posterior"]
-    if library["engines"]:
-        sizes = f"{library['m']} templates of {library['r']} coordinates"
-        click.echo(f"posteriors of {library['n']} stars over {sizes}")
-    for name, entry in library["engines"].items():
-        text = entry.get("error") or f"{entry['pairs_per_second'] / 1e9:>12,.2f} pairs/ns"
-        click.echo(f"  {name:<40}{text}")
-    clouds = report["tangent_posterior"]
-    for size in clouds.values():
-        click.echo(f"posteriors over {size['m']} clouds of {size['t']} tangents in {size['r']} coordinates")
-        for name, entry in size["engines"].items():
-            text = entry.get("error") or (
-                f"{entry['rows_per_second']:>12,.0f} stars/s, {entry['tflops']:.2f} TFLOP/s, off by "
-                f"{entry['difference']:.1e} dex"
-            )
-            click.echo(f"  {name:<40}{text}")
-    for which, entry in report["posteriors"].items():
-        click.echo(
-            f"{which}: {entry['clouds']} clouds in {entry['coordinates']} coordinates, each star its own noise"
-        )
-        for name, engine in entry["engines"].items():
-            text = engine.get("error") or (
-                f"{engine['rows_per_second']:>12,.0f} stars/s, R² {engine['r2']:.3f}, off by "
-                f"{engine['difference']:.1e} dex"
-            )
-            click.echo(f"  {name:<40}{text}")
-            for step, seconds in engine.get("steps", {}).items():
-                click.echo(f"    {step:<38}{1e6 * min(seconds) / engine['rows']:>12.3f} µs a star")
-    for which, entry in report["velocities"].items():
-        click.echo(
-            f"{which}: {entry['velocities']} velocities, {entry['components']} components of lines, "
-            f"{entry['templates']} templates, {entry['directions']} directions"
-        )
-        for name, engine in entry["engines"].items():
-            text = engine.get("error") or f"{engine['rows_per_second']:>12,.0f} stars/s"
-            if "of_tolerance" in engine:
-                text += f", off by {engine['of_tolerance']:.1e} of the tolerance"
-            if "flags_alike" in engine:
-                text += (
-                    f", v_los off by {engine['off_in_errors']:.1e} σ, flags alike {engine['flags_alike']:.4f}"
-                )
-            click.echo(f"  {name:<40}{text}")
-            for step, seconds in engine.get("steps", {}).items():
-                click.echo(f"    {step:<38}{1e6 * min(seconds) / engine['rows']:>12.3f} µs a star")
+    show(report)
     path = out or RESULTS / f"{report['environment']['date']}-gpu-scoring.json"
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     click.echo(f"wrote {path}")
-    engines = {
-        **report["scoring"]["engines"],
-        **library["engines"],
-        **{
-            f"clouds of {size}, {k}": e for size, found in clouds.items() for k, e in found["engines"].items()
-        },
-        **{
-            f"{part} of {name}, {k}": e
-            for part in ("posteriors", "velocities")
-            for name, found in report[part].items()
-            for k, e in found["engines"].items()
-        },
-    }
-    failed = [name for name, entry in engines.items() if entry.get("failed") or not entry.get("agrees", True)]
-    if failed:
+    if failed := failed_engines(report):
         click.echo(f"failed, or off by more than {TOLERANCE:.0e}: {', '.join(sorted(failed))}", err=True)
         sys.exit(1)
 

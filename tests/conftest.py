@@ -10,6 +10,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import h5py
 import hypothesis
 import numpy as np
 import pytest
@@ -175,3 +176,45 @@ def whole(model, stars_file):
     from moefast.predicting.files import predict
 
     return predict(stars_file, model)
+
+
+@pytest.fixture
+def make_file(tmp_path):
+    """Write a file and return its path and the arrays that reading should give."""
+
+    def make(
+        name="dataset.h5",
+        *,
+        n=11,
+        p=32,
+        dtype="f8",
+        arrays=("flux", "error"),
+        wave=None,
+        chunks=None,
+        labels=("T_eff", "log_g", "M_H"),
+        seed=0,
+        **options,
+    ):
+        rng = np.random.default_rng([seed, n, p])
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        values = {}
+        with h5py.File(path, "w") as file:
+            for array in arrays:
+                if array == "mask":
+                    data = (rng.random((n, p)) < 0.1).astype("i8") * 4
+                else:
+                    data = (1 + rng.random((n, p))).astype(dtype)
+                file.create_dataset(f"dataset/arrays/{array}/value", data=data, chunks=chunks, **options)
+                values[array] = data != 0 if array == "mask" else data.astype("f4")
+            file["spectrumdataset/wave"] = np.linspace(7100, 8850, p) if wave is None else wave
+            if labels:
+                table = np.zeros(n, [(label, "f8") for label in labels])
+                for k, label in enumerate(labels):
+                    table[label] = values[label] = (
+                        5000 * rng.random(n) + 1000 if label == "T_eff" else rng.random(n) + k % 2
+                    )
+                file["dataset/params"] = table
+        return path, values
+
+    return make

@@ -9,7 +9,7 @@ import small
 from click.testing import CliRunner
 
 import moefast
-from moefast.benchmarks import c0
+from moefast.benchmarks import c0, c0_report
 from moefast.core.metrics import r2
 from moefast.experts.normal_equations import NormalEquations
 from moefast.protocol.milestones.evaluations import read_reports
@@ -161,7 +161,7 @@ def test_the_command_writes_numbers_tables_and_picture(found, tmp_path, monkeypa
     result = json.loads((tmp_path / "out" / "c0.json").read_text())
     assert result["environment"]["cores"] >= 1
     assert set(result["sets"]) == {"z0", "survey"}
-    for table in c0.tables(result).values():
+    for table in c0_report.tables(result).values():
         assert table in (tmp_path / "out" / "c0.md").read_text()
     assert (tmp_path / "out" / "c0.png").read_bytes().startswith(b"\x89PNG")
 
@@ -171,7 +171,7 @@ def test_the_document_shows_the_stored_result():
     stored = sorted((ROOT / "benchmarks" / "results").glob("*c0*.json"))
     assert stored
     result = json.loads(stored[-1].read_text())
-    for what, table in c0.tables(result).items():
+    for what, table in c0_report.tables(result).items():
         assert table in text, what
     assert f"{result['train']:,} " in text
     assert (ROOT / "docs" / "studies" / "c0.png").stat().st_size < 200_000

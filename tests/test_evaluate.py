@@ -77,7 +77,7 @@ def test_the_same_report_twice(drawn, clean_file, model):
 
 
 def test_noise_belongs_to_the_star_not_to_the_block(drawn, clean_file, model, monkeypatch):
-    monkeypatch.setattr("moefast.protocol.evaluate.BLOCK_ROWS", 100)
+    monkeypatch.setattr("moefast.protocol.scorer.BLOCK_ROWS", 100)
     np.testing.assert_array_equal(evaluate(clean_file, model).predicted, drawn.predicted)
 
 

@@ -18,7 +18,7 @@ r = 45 of n = 58 coordinates: vectors m (n (n + 1) + (t − 1) r (r + 1))/2 = 4.
 m (n (n + 1) + r (t + 1) (t + 2) + 2 n t)/2 = 2.1 M: 0.26 µs at 50 TFLOP/s. C' goes from the second cache to shared
 memory twice for each panel, 0.4 MB, and the vectors once for the stars of a block, 0.25 MB: 0.1 µs at 5.5 TB/s.
 
-`CudaPosteriorScorer` streams blocks through slots as `moefast.kernels.cuda.scoring` does: a block of BLOCK_ROWS stars
+`CudaPosteriorScorer` streams blocks through slots as `moefast.kernels.cuda.blocks` does: a block of BLOCK_ROWS stars
 keeps 0.4 MB of each on the device.
 """
 
@@ -36,6 +36,8 @@ from numpy.typing import NDArray
 from moefast.core.errors import BackendError
 from moefast.core.threads import CORES
 from moefast.kernels.clouds import CloudPosterior, Clouds, Space, rounded_up, without_cuda
+from moefast.kernels.cuda.blocks import BlockScorer, Slot, StepPlan, blocks_of_a_call, results_on_device
+from moefast.kernels.cuda.device import MOST_SHARED
 from moefast.kernels.cuda.gram import ALIGNED
 from moefast.kernels.cuda.information import (
     BAND,
@@ -60,14 +62,6 @@ from moefast.kernels.cuda.lanes import SCRATCH, WRITTEN_OUT, least_of_block, sum
 from moefast.kernels.cuda.median import THREADS as MEDIAN_THREADS
 from moefast.kernels.cuda.median import median_rows
 from moefast.kernels.cuda.registry import HOPPER, kernel, launchable
-from moefast.kernels.cuda.scoring import (
-    MOST_SHARED,
-    BlockScorer,
-    Slot,
-    StepPlan,
-    blocks_of_a_call,
-    results_on_device,
-)
 from moefast.kernels.cuda.space import DeviceSpace, Matrices, SpaceWork, on_device
 
 __all__ = [

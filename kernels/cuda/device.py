@@ -17,6 +17,7 @@ import numpy as np
 from moefast.core.errors import BackendError, MoefastError
 
 __all__ = [
+    "MOST_SHARED",
     "DeviceMemoryError",
     "PinnedMemoryError",
     "current_device",
@@ -31,6 +32,8 @@ OUT_OF_MEMORY = 2
 """CUDA_ERROR_OUT_OF_MEMORY, the driver's number."""
 OPERATING_SYSTEM = 304
 """CUDA_ERROR_OPERATING_SYSTEM: a call of the system failed, here the one that locks memory."""
+MOST_SHARED = 48 * 1024
+"""Dynamic shared memory that every device gives a block."""
 _EXCLUSIVE = 46
 """CUDA_ERROR_DEVICE_UNAVAILABLE: another process has the device for itself, or it is in prohibited mode."""
 

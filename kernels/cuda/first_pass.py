@@ -134,7 +134,7 @@ class FirstPass:
         self._piece_rows, self._n_slots = piece_rows, slots
         self._totals: Any = None
         self.stage_rows = fitting_rows(self._allocate, self._release, stage_rows, self._shortage)
-        # As in `moefast.kernels.cuda.scoring`: what was copied is there before other streams read it.
+        # As in `moefast.kernels.cuda.blocks`: what was copied is there before other streams read it.
         cuda.synchronize()
         self._compute = cuda.stream()
         self._turn = 0

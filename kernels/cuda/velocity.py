@@ -39,6 +39,7 @@ from numpy.typing import NDArray
 
 from moefast.core.errors import BackendError
 from moefast.kernels.clouds import Space
+from moefast.kernels.cuda.blocks import BlockScorer, StepPlan, blocks_of_a_call, results_on_device
 from moefast.kernels.cuda.gram import ALIGNED
 from moefast.kernels.cuda.information import (
     NOT_NEGATIVE,
@@ -54,7 +55,6 @@ from moefast.kernels.cuda.information import (
 )
 from moefast.kernels.cuda.lanes import GROUP, SCRATCH, most_of_warp, sum_of_block, sum_of_group, sum_of_warp
 from moefast.kernels.cuda.registry import kernel
-from moefast.kernels.cuda.scoring import BlockScorer, StepPlan, blocks_of_a_call, results_on_device
 from moefast.kernels.cuda.space import DeviceSpace, Matrices, SpaceWork, on_device
 from moefast.kernels.quality import LARGEST32, LARGEST_ERROR32
 from moefast.kernels.velocity import (

@@ -30,8 +30,7 @@ from moefast.core.errors import InputError
 from moefast.core.progress import RowProgress, StageProgress
 from moefast.core.random import NOISE_SEED
 from moefast.simulate.emulator import LABELS
-from moefast.simulate.sets import Identity, identify
-from moefast.spectra.spectrum_set import SpectrumSet
+from moefast.simulate.sets import Identity, identify_spectra, name_of_set
 
 __all__ = ["Ceiling", "compute", "known", "read", "write"]
 
@@ -116,73 +115,65 @@ def compute(
         A file cannot be read, or does not say what the Bayes ceiling needs.
     """
     stars_of = StarBounds(paths, method=method, target_ess=target_ess, seed=seed, threads=threads)
-    spectra, settings, forward, labels = (
-        stars_of.spectra,
-        stars_of.settings,
-        stars_of.forward,
-        stars_of.labels,
-    )
-    identity = identify(spectra.shards[0]) if len(spectra.shards) == 1 else None
-    parameters, with_bayes, stored = stars_of.parameters, stars_of.with_bayes, stars_of.stored
-    n = min(stars or spectra.n_rows, spectra.n_rows)
-    _LOG.info("%d stars; Fisher bound: %s, Bayes ceiling: %s", n, method != "bayes", with_bayes)
-    found: dict[str, list[F64]] = {}
-    shares: list[F64] = []
-    names: tuple[str, ...] = ()
-    seconds = {"fisher": 0.0, "bayes": 0.0}
-    likelihoods = 0
+    n = min(stars or stars_of.spectra.n_rows, stars_of.spectra.n_rows)
+    _LOG.info("%d stars; Fisher bound: %s, Bayes ceiling: %s", n, method != "bayes", stars_of.with_bayes)
     report: RowProgress = partial(progress or (lambda *_: None), "ceiling")
     report(0, n)
     blocks = stars_of.blocks((0, n), report) if spread is None else spread(stars_of.arguments, n, report)
-    for block in blocks:
-        for key, values in block.columns.items():
-            found.setdefault(key, []).append(values)
-        if block.share is not None:
-            shares.append(block.share)
-        names = block.names
-        likelihoods += block.likelihoods
-        for key, spent in block.seconds.items():
-            seconds[key] += spent
-    table = {key: np.concatenate(parts) for key, parts in found.items()}
-    table |= {key: np.asarray(labels[key][:n], dtype=float) for key in labels}
+    bounds = BlockBounds.joined(blocks)
+    table = bounds.columns | {
+        key: np.asarray(values[:n], dtype=float) for key, values in stars_of.labels.items()
+    }
     summary: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
-        "data_set": {
-            "name": name or _name(spectra, identity),
-            "fingerprint": spectra.fingerprint(),
-            "reference_set": None if identity is None else identity._asdict(),
-            "n": n,
-            "n_rows": spectra.n_rows,
-            "noise_seed": None if stored else NOISE_SEED,
-            "settings": None if settings is None else json.loads(settings.to_json()),
-            "log_g_variance": float(table["log_g"].var()),
-        },
+        "data_set": _data_set(stars_of, table["log_g"], name),
         "fisher": None,
         "bayes": None,
     }
     if method != "bayes":
-        summary["fisher"] = {
-            "parameters": list(names),
-            "prior_on_labels": None
-            if settings is None
-            else "uniform in the simulated ranges, as 12 / range²",
-            "r2": fisher_r2(table, np.ones(n, dtype=bool)),
-            "schur": {
-                "free": ["log_g", *FREE_LABELS, *(key for key in names if key not in LABELS)],
-                "median_share": np.median(np.concatenate(shares), axis=0).tolist(),
-            },
-            "by_magnitude": by_magnitude(forward, {k: v[:n] for k, v in parameters.items()}),
-            "seconds": seconds["fisher"],
-        }
-    if with_bayes:
-        summary["bayes"] = bayes_summary(table, seconds["bayes"], likelihoods, target_ess, seed)
+        summary["fisher"] = _fisher_summary(stars_of, bounds, table)
+    if stars_of.with_bayes:
+        summary["bayes"] = bayes_summary(table, bounds.seconds["bayes"], bounds.likelihoods, target_ess, seed)
     summary["groups"] = groups_summary(table)
     return Ceiling(summary, table)
 
 
-def known(spectra: SpectrumSet) -> Ceiling | None:
-    """The ceiling that comes with the package, if `spectra` is a part of a reference set that has one."""
-    identity = identify(spectra.shards[0]) if len(spectra.shards) == 1 else None
+def _data_set(stars_of: StarBounds, log_g: F64, name: str | None) -> dict[str, Any]:
+    """Which stars these are; those with a label in `log_g`, (n,), were looked at."""
+    spectra, settings = stars_of.spectra, stars_of.settings
+    identity = identify_spectra(spectra)
+    return {
+        "name": name or name_of_set(spectra, identity),
+        "fingerprint": spectra.fingerprint(),
+        "reference_set": None if identity is None else identity._asdict(),
+        "n": len(log_g),
+        "n_rows": spectra.n_rows,
+        "noise_seed": None if stars_of.stored else NOISE_SEED,
+        "settings": None if settings is None else json.loads(settings.to_json()),
+        "log_g_variance": float(log_g.var()),
+    }
+
+
+def _fisher_summary(stars_of: StarBounds, bounds: BlockBounds, table: dict[str, F64]) -> dict[str, Any]:
+    n = len(table["log_g"])
+    without_range = stars_of.settings is None
+    return {
+        "parameters": list(bounds.names),
+        "prior_on_labels": None if without_range else "uniform in the simulated ranges, as 12 / range²",
+        "r2": fisher_r2(table, np.ones(n, dtype=bool)),
+        "schur": {
+            "free": ["log_g", *FREE_LABELS, *(key for key in bounds.names if key not in LABELS)],
+            "median_share": np.median(bounds.share, axis=0).tolist(),
+        },
+        "by_magnitude": by_magnitude(
+            stars_of.forward, {key: values[:n] for key, values in stars_of.parameters.items()}
+        ),
+        "seconds": bounds.seconds["fisher"],
+    }
+
+
+def known(identity: Identity | None) -> Ceiling | None:
+    """The ceiling of a part of a reference set that comes with the package, if there is one."""
     if identity is None:
         return None
     source = files("moefast.ceilings") / "data" / f"{identity.reference_set}-{identity.part}.json.gz"
@@ -191,12 +182,6 @@ def known(spectra: SpectrumSet) -> Ceiling | None:
     with as_file(source) as path:
         found = read(path)
     return found if found.summary["data_set"]["reference_set"] == identity._asdict() else None
-
-
-def _name(spectra: SpectrumSet, identity: Identity | None) -> str:
-    if identity is not None:
-        return f"{identity.reference_set} {identity.part}"
-    return " + ".join(shard.path.name for shard in spectra.shards[:3])
 
 
 def write(ceiling: Ceiling, path: str | Path, *, overwrite: bool = True) -> None:

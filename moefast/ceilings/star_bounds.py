@@ -38,17 +38,29 @@ FREE_LABELS = ("T_eff", "M_H", "C_M", "a_M")
 
 
 class BlockBounds(NamedTuple):
-    """What is found of a block of stars.
+    """What is found of a block of stars, or of many.
 
-    `columns` of the stars; `share` of the information that each label takes, None without the Fisher bound, and `names`
-    of its parameters; numbers of `likelihoods`; and `seconds` by method.
+    `columns` of the stars; `share` of the information that each label takes, (n, 0) without the Fisher bound, and
+    `names` of its parameters; numbers of `likelihoods`; and `seconds` by method.
     """
 
     columns: dict[str, F64]
-    share: F64 | None
+    share: F64
     names: tuple[str, ...]
     likelihoods: int
     seconds: dict[str, float]
+
+    @classmethod
+    def joined(cls, blocks: Iterable[BlockBounds]) -> BlockBounds:
+        """All blocks as one, in their order."""
+        parts = list(blocks)
+        return cls(
+            {key: np.concatenate([part.columns[key] for part in parts]) for key in parts[0].columns},
+            np.concatenate([part.share for part in parts]),
+            parts[-1].names,
+            sum(part.likelihoods for part in parts),
+            {method: sum(part.seconds[method] for part in parts) for method in parts[0].seconds},
+        )
 
 
 class StarBounds:
@@ -93,7 +105,8 @@ class StarBounds:
                 block.flux += standard_normals(NOISE_SEED, rows, spectra.n_pixels) * block.error
             good = good_pixels(block.flux, block.error, block.mask)
             quality = assess(block.flux, block.error, good, block.mask)
-            sky = sky_shapes = share = None
+            sky = sky_shapes = None
+            share = np.empty((len(block), 0))
             if visit is not None:
                 # In the units in which stars and their noise were drawn; the likelihood leaves the scale free.
                 divisor = visit["median"][rows, None].astype(np.float32)

@@ -113,9 +113,8 @@ def inspect(
             _star(files, model, picture, overwrite, as_json, progress, row=row, identifier=identifier,
                   velocity=velocity, velocity_range=velocity_range, medium=medium, telluric=telluric)  # fmt: skip
         return
+    from moefast.inspection.files import format_text, summarise
     from moefast.spectra.prepared import open_as_found
-    from moefast.spectra.summary import format_text, summarise
-    from moefast.spectra.summary import picture as draw
     from moefast.spectra.wave import same_wave
 
     # Files of surveys have no grid of their own that all rows share.
@@ -126,8 +125,10 @@ def inspect(
         reference = mixture.reference if same_wave(found.wave, mixture.wave) else None
         facts = summarise(found, max_rows=limit, reference=reference)
         if picture:
+            from moefast.inspection.files_picture import draw_files
+
             progress.doing("inspect: drawing")
-            draw(found, picture, overwrite=overwrite)
+            draw_files(found, picture, overwrite=overwrite)
     click.echo(json.dumps(facts, indent=1) if as_json else format_text(facts))
     if picture:
         tell_written(picture)

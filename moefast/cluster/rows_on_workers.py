@@ -32,7 +32,7 @@ from moefast.core.errors import InputError, MoefastError, OutputError
 from moefast.core.progress import RowProgress
 from moefast.core.version import __version__
 from moefast.model import Model
-from moefast.protocol.evaluate import Scored, Scorer
+from moefast.protocol.scorer import Scored, Scorer
 from moefast.simulate import Observed, Settings, simulate_file, simulate_set
 from moefast.spectra.paths import find_files
 from moefast.spectra.shard import Shard

@@ -29,8 +29,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from moefast.inspection.lines import CALCIUM, lines_within
+from moefast.inspection.smoothing import FRAME, frame, smoothed
 from moefast.inspection.star import Star, describe
-from moefast.spectra.smoothing import FRAME, frame, smoothed
 
 __all__ = ["draw_star", "figure", "small_picture"]
 

@@ -142,6 +142,12 @@ def predict(
     where = fit_on(engine, source.fit, where, backend)
     layout = _layout(chosen, source)
     about_params = notes_on_params(spectra, source.identifiers, source.labelled)
+    options = {
+        "limit": limit, "velocity": None if velocity is None else str(velocity), "medium": medium,
+        "telluric": telluric, "select": select, "targets": None if targets is None else str(targets),
+        "keep": list(keep),
+    }  # fmt: skip
+    attrs = _attributes(chosen, source, where, options, record, shard)
     summary = Summary(
         backend=where.name,
         device=where.device,
@@ -150,22 +156,6 @@ def predict(
         model=chosen.name,
         failures=failures,
     )
-    attrs = _attributes(chosen, source, where, telluric)
-    attrs["options"] = {
-        "limit": limit, "velocity": None if velocity is None else str(velocity), "medium": medium,
-        "telluric": telluric, "select": select, "targets": None if targets is None else str(targets),
-        "keep": list(keep),
-    }  # fmt: skip
-    if record is not None:
-        attrs["made_of"] = dict(record)
-    if shard is not None:
-        attrs["shard"] = f"{shard[0]}/{shard[1]}"
-    if select is not None:
-        attrs["select"] = select
-    if targets is not None:
-        attrs["targets"] = str(targets)
-    if source.velocity is not None:
-        attrs["velocity"] = source.velocity_words
     _look(chosen, source, summary, tell)
     sink = Sink(out, source.n_wanted, layout, attrs, overwrite)
     run = PredictionRun(chosen, engine, source, sink)
@@ -174,12 +164,7 @@ def predict(
     with sink, one_blas_thread():
         with row_progress(progress, "predict") as report:
             run.go(report)
-        summary.failures = [*spectra.failures, *origins.faults(source.start, source.stop)]
-        summary.n_rows = source.n_wanted
-        summary.seconds = time.perf_counter() - begin
-        summary.spectra_per_second = summary.n_rows / summary.seconds
-        summary.flags = run.counts.flags
-        summary.r2 = run.counts.squared_errors.r2() if source.labelled else None
+        _count(summary, run, time.perf_counter() - begin)
         summary.notes = [
             *notes_on_input(
                 spectra, source.velocity, chosen, velocity, weighed=source.weighed_by is not None
@@ -209,21 +194,37 @@ def _layout(model: Model, source: Source) -> list[Column]:
     return layout
 
 
-def _attributes(model: Model, source: Source, where: Backend, telluric: Telluric) -> dict[str, Any]:
-    """What a table says of its model, its input and the backend."""
-    return {
+def _attributes(
+    model: Model,
+    source: Source,
+    where: Backend,
+    options: Mapping[str, Any],
+    record: Mapping[str, Any] | None,
+    shard: tuple[int, int] | None,
+) -> dict[str, Any]:
+    """What a table says of its model, its input, the backend and what was asked for."""
+    attrs = {
         "moefast_version": __version__,
         "model": model.name,
         "model_sha256": model.hash,
         "inputs": [str(path) for path in source.origins.paths],
         "input_sha256": source.spectra.fingerprint(),
         "array": source.arrays,
-        "telluric": telluric,
+        "telluric": options["telluric"],
         "rows": f"{source.start}:{source.stop}",
         "backend": where.name,
         "device": where.device,
         "backend_reason": where.reason,
+        "options": options,
     }
+    if record is not None:
+        attrs["made_of"] = dict(record)
+    if shard is not None:
+        attrs["shard"] = f"{shard[0]}/{shard[1]}"
+    attrs |= {name: options[name] for name in ("select", "targets") if options[name] is not None}
+    if source.velocity is not None:
+        attrs["velocity"] = source.velocity_words
+    return attrs
 
 
 def _look(model: Model, source: Source, summary: Summary, tell: Callable[[str], None] | None) -> None:
@@ -235,6 +236,17 @@ def _look(model: Model, source: Source, summary: Summary, tell: Callable[[str], 
         summary.oddities.append(odd.words)
         if tell is not None:
             tell(odd.words)
+
+
+def _count(summary: Summary, run: PredictionRun, seconds: float) -> None:
+    """What became of the rows."""
+    source = run.source
+    summary.failures = [*source.spectra.failures, *source.origins.faults(source.start, source.stop)]
+    summary.n_rows = source.n_wanted
+    summary.seconds = seconds
+    summary.spectra_per_second = summary.n_rows / seconds
+    summary.flags = run.counts.flags
+    summary.r2 = run.counts.squared_errors.r2() if source.labelled else None
 
 
 def _conclude(sink: Sink, summary: Summary, run: PredictionRun) -> None:

@@ -7,7 +7,7 @@ from moefast.pages.drawing import LIGHT, literal, styled, write
 # isort: split
 import os
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,13 @@ _OTHERS: dict[str, Any] = {
     "markersize": 5,
 }
 """How published numbers of other data are drawn: open and grey, never joined by a line."""
+_TITLES = {
+    "snr_norm": "By snr_norm",
+    "snr_median": "By snr_median",
+    "grid": "By T_eff × [M/H]",
+    "metallicity": "By metallicity",
+}
+"""Kinds of groups, in the order in which they are shown."""
 
 
 def format_text(summary: Mapping[str, Any]) -> str:
@@ -49,91 +56,79 @@ def format_text(summary: Mapping[str, Any]) -> str:
     if data["n"] < data["n_rows"]:
         stars = f"first {data['n']:,} of {data['n_rows']:,} stars"
     lines = [f"Ceilings of log g on {data['name']}: {stars}", f"fingerprint {data['fingerprint']}", ""]
-    if bayes:
-        sample, coverage = bayes["effective_sample_size"], bayes["error_coverage"]
-        lines += [
-            f"  Bayes   R² {number(bayes['r2'], 4)} {bracket(bayes['r2_interval'], 4)}   "
-            "1 − E[Var(log g | x)]/Var(log g)",
-            f"          R² {number(bayes['r2_of_posterior_means'], 4)} "
-            f"{bracket(bayes['r2_of_posterior_means_interval'], 4)}   of the posterior means, "
-            f"RMSE {bayes['rmse']:.3f} dex",
-            "          errors: "
-            + ", ".join(
-                f"{percent(row['fraction'])} within {row['z']:.2f} σ (expected {percent(row['expected'])})"
-                for row in coverage["levels"]
-            ),
-            f"          effective sample size ≥ 200 for {percent(sample['share_of_stars_at_least_200'])} of the "
-            f"stars; smallest {sample['smallest']:.0f}, median {sample['median']:.0f}",
-            f"          Monte Carlo error of a mean {bayes['monte_carlo_error']['median']:.3f} dex (median), "
-            f"costs {bayes['monte_carlo_error']['r2_lost']:.4f} of R²",
-            "          ranks of the truth uniform: p = "
-            + ", ".join(f"{rank['chi2_p']:.2f} {name}" for name, rank in bayes["ranks"].items()),
-            f"          {bayes['seconds']:.0f} s, {bayes['likelihoods_per_star']:.0f} likelihoods per star",
-        ]
-    if fisher:
-        r2 = fisher["r2"]
-        lines += [
-            f"  Fisher  R² {number(r2['median'], 4)} median, {number(r2['mean'], 4)} mean over stars; "
-            "no prior on the labels",
-            f"          R² {number(r2['median, with prior'], 4)} median, "
-            f"{number(r2['mean, with prior'], 4)} mean; with the prior's information",
-        ]
-        schur = fisher["schur"]
-        steps = [
-            f"{name} {100 * share:.0f} %"
-            for name, share in zip(schur["free"][1:], schur["median_share"][1:], strict=True)
-        ]
-        lines += [
-            "",
-            "Information on log g that is left as other parameters become free (median over stars)",
-            *textwrap.wrap(
-                " → ".join(["100 %", *(step.replace(" ", "\N{NO-BREAK SPACE}") for step in steps)]),
-                96,
-                initial_indent="  ",
-                subsequent_indent="  ",
-            ),
-            "",
-            "Fisher bound by magnitude, the same stars, median seeing, no prior",
-            *table(
-                ("HSC i", "median", "mean", "published"),
-                [
-                    (
-                        f"{row['mag']:g}",
-                        number(row["median"], 4),
-                        number(row["mean"], 4),
-                        f"{row['published']:g}",
-                    )
-                    for row in fisher["by_magnitude"]
-                ],
-            ),
-        ]
-    titles = {
-        "snr_norm": "By snr_norm",
-        "snr_median": "By snr_median",
-        "grid": "By T_eff × [M/H]",
-        "metallicity": "By metallicity",
-    }
-    for kind, title in titles.items():
-        rows = []
-        for group in summary["groups"][kind]:
-            own = group.get("fisher", {})
-            name = group["name"] + (
-                f" ({group['snr_median']:.1f})" if kind == "snr_median" and "snr_median" in group else ""
-            )
-            rows.append(
-                (
-                    name,
-                    str(group["n"]),
-                    number(group.get("bayes")),
-                    number(group.get("bayes_means")),
-                    bracket(group.get("bayes_means_interval")),
-                    number(own.get("median")),
-                    number(own.get("mean, with prior")),
-                )
-            )
-        header = ("group", "n", "Bayes", "its means", "interval", "CRLB median", "+ prior, mean")
-        lines += ["", title, *table(header, rows)]
+    lines += _bayes_lines(bayes) if bayes else []
+    lines += _fisher_lines(fisher) if fisher else []
+    for kind, title in _TITLES.items():
+        lines += ["", title, *_group_lines(summary["groups"][kind], with_snr=kind == "snr_median")]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _bayes_lines(bayes: Mapping[str, Any]) -> list[str]:
+    sample, error = bayes["effective_sample_size"], bayes["monte_carlo_error"]
+    levels = [
+        f"{percent(row['fraction'])} within {row['z']:.2f} σ (expected {percent(row['expected'])})"
+        for row in bayes["error_coverage"]["levels"]
+    ]
+    ranks = [f"{rank['chi2_p']:.2f} {name}" for name, rank in bayes["ranks"].items()]
+    return [
+        f"  Bayes   R² {number(bayes['r2'], 4)} {bracket(bayes['r2_interval'], 4)}   "
+        "1 − E[Var(log g | x)]/Var(log g)",
+        f"          R² {number(bayes['r2_of_posterior_means'], 4)} "
+        f"{bracket(bayes['r2_of_posterior_means_interval'], 4)}   of the posterior means, "
+        f"RMSE {bayes['rmse']:.3f} dex",
+        f"          errors: {', '.join(levels)}",
+        f"          effective sample size ≥ 200 for {percent(sample['share_of_stars_at_least_200'])} of the "
+        f"stars; smallest {sample['smallest']:.0f}, median {sample['median']:.0f}",
+        f"          Monte Carlo error of a mean {error['median']:.3f} dex (median), "
+        f"costs {error['r2_lost']:.4f} of R²",
+        f"          ranks of the truth uniform: p = {', '.join(ranks)}",
+        f"          {bayes['seconds']:.0f} s, {bayes['likelihoods_per_star']:.0f} likelihoods per star",
+    ]
+
+
+def _fisher_lines(fisher: Mapping[str, Any]) -> list[str]:
+    r2, schur = fisher["r2"], fisher["schur"]
+    steps = [
+        f"{name} {100 * share:.0f} %".replace(" ", "\N{NO-BREAK SPACE}")
+        for name, share in zip(schur["free"][1:], schur["median_share"][1:], strict=True)
+    ]
+    return [
+        f"  Fisher  R² {number(r2['median'], 4)} median, {number(r2['mean'], 4)} mean over stars; "
+        "no prior on the labels",
+        f"          R² {number(r2['median, with prior'], 4)} median, "
+        f"{number(r2['mean, with prior'], 4)} mean; with the prior's information",
+        "",
+        "Information on log g that is left as other parameters become free (median over stars)",
+        *textwrap.wrap(" → ".join(["100 %", *steps]), 96, initial_indent="  ", subsequent_indent="  "),
+        "",
+        "Fisher bound by magnitude, the same stars, median seeing, no prior",
+        *table(
+            ("HSC i", "median", "mean", "published"),
+            [
+                (f"{row['mag']:g}", number(row["median"], 4), number(row["mean"], 4), f"{row['published']:g}")
+                for row in fisher["by_magnitude"]
+            ],
+        ),
+    ]
+
+
+def _group_lines(groups: Sequence[Mapping[str, Any]], *, with_snr: bool) -> list[str]:
+    rows = []
+    for group in groups:
+        fisher = group.get("fisher", {})
+        snr = f" ({group['snr_median']:.1f})" if with_snr and "snr_median" in group else ""
+        rows.append(
+            (
+                group["name"] + snr,
+                str(group["n"]),
+                number(group.get("bayes")),
+                number(group.get("bayes_means")),
+                bracket(group.get("bayes_means_interval")),
+                number(fisher.get("median")),
+                number(fisher.get("mean, with prior")),
+            )
+        )
+    return table(("group", "n", "Bayes", "its means", "interval", "CRLB median", "+ prior, mean"), rows)
 
 
 def figure(summary: Mapping[str, Any], path: str | os.PathLike[str], *, overwrite: bool = True) -> None:

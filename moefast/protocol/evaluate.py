@@ -1,16 +1,14 @@
 """Evaluate anything that predicts log g on labelled spectra, by the frozen protocol.
 
-Design: one way to make a number. Test spectra carry noise exactly once: `noisy` where a file has it, otherwise a draw
-from the stored seed that belongs to the row, so that every model meets the same noisy stars. The simpler fits that a
-model folder carries are scored on the same stars in the same pass; the oracle is the model's experts with true bins.
-What a clock measured is kept apart from the report, so that evaluating twice gives the same report.
+Design: one way to make a number. `Scorer` scores the rows, here or elsewhere; what it finds of the labelled stars is
+measured by `evaluate_predictions`. What a clock measured is kept apart from the report, so that evaluating twice gives
+the same report.
 """
 
 from __future__ import annotations
 
 import logging
 import shlex
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,33 +20,21 @@ from numpy.typing import NDArray
 
 from moefast.ceilings.ceiling import Ceiling, known, read
 from moefast.core.errors import InputError
-from moefast.core.grids import Grid, SnrGrid, assign_snr_bins
 from moefast.core.progress import RowProgress, StageProgress, stage_progress
-from moefast.core.random import NOISE_SEED, standard_normals
+from moefast.core.random import NOISE_SEED
 from moefast.core.records import as_entries
 from moefast.core.sketches import share_seen
-from moefast.core.threads import one_blas_thread
 from moefast.core.version import __version__
-from moefast.experts.linear_form import LinearForm
-from moefast.experts.template import TemplateMeans
-from moefast.mixture import hat_weights
-from moefast.model import SHIPPED, Model, shipped_path
-from moefast.posterior.mixture import AnyMixture, PosteriorMixture
-from moefast.protocol.comparisons import BAYES_GATE, MEANS, ORACLE, SNR_ORACLE, Comparisons
+from moefast.model import Model
+from moefast.protocol.comparisons import MEANS, Comparisons
 from moefast.protocol.report import DataSet, Predictions, Stars, evaluate_predictions
 from moefast.protocol.report_parts import Report
-from moefast.protocol.subject import ModelSubject, PeerSubject, Subject, open_subject
-from moefast.simulate.sets import Identity, identify
+from moefast.protocol.scorer import Scored, Scorer, oracle_name
+from moefast.protocol.subject import ModelSubject, Subject
+from moefast.simulate.sets import name_of_set
 from moefast.spectra.guard import noisy_already, take
-from moefast.spectra.quality import assess, good_pixels
-from moefast.spectra.source import Block
-from moefast.spectra.spectrum_set import SpectrumSet, open_spectra
-from moefast.spectra.wave import same_wave
 
-__all__ = ["BLOCK_ROWS", "Evaluation", "Scored", "Scorer", "evaluate", "expected_stages"]
-
-Scored = tuple[dict[str, NDArray], dict[str, NDArray[np.float64]], float]
-"""Of a block: columns of the stars, predictions of simpler fits, and seconds of scoring."""
+__all__ = ["Evaluation", "evaluate", "expected_stages"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -56,9 +42,6 @@ _LOG = logging.getLogger(__name__)
 SECONDS_PER_ROW = 7e-4
 INTERVALS = (1.0, 4e-4)
 PICTURES = 8.0
-
-BLOCK_ROWS = 2048
-"""Spectra that are read and looked at together."""
 
 
 @dataclass(frozen=True)
@@ -165,203 +148,127 @@ def evaluate(
         noise_seed=noise_seed,
         backend=backend,
     )
-    spectra, subject, beside, about_noise = scorer.spectra, scorer.subject, scorer.beside, scorer.about_noise
-    odd = noisy_already(take(spectra, array="flux"), "use --noise none") if scorer.drawn else []
+    odd = noisy_already(take(scorer.spectra, array="flux"), "use --noise none") if scorer.drawn else []
     for each in odd:
         if tell is not None:
             tell(each.words)
-    labels, labelled = scorer.labels, scorer.labelled
-    identity = scorer.identity
-    limits = _ceilings(ceiling, spectra, about_noise)
-    _LOG.info(
-        "%s: %d spectra, %d with labels; noise: %s", spectra.shards[0].path, spectra.n_rows, labelled.sum(),
-        about_noise["noise"],
-    )  # fmt: skip
-    _LOG.info(
-        "subject %s; simpler fits beside it are those of %s; ceilings: %s", subject.about["name"],
-        _name(beside) or "no model", ", ".join(limits.r2) or "none known of this set",
-    )  # fmt: skip
-    found: dict[str, list[NDArray]] = {}
-    references: dict[str, list[NDArray]] = {}
-    scoring = 0.0
+    limits = _ceilings(ceiling, scorer)
+    _log(scorer, limits)
+    n_rows = scorer.spectra.n_rows
     with stage_progress(progress, partial(expected_stages, pictures=False)) as told:
         of_rows = partial(told, "evaluate")
-        of_rows(0, spectra.n_rows)
-        scored = scorer.score((0, spectra.n_rows), of_rows) if spread is None else spread(scorer, of_rows)
-        for columns, others, seconds in scored:
-            for key, values in columns.items():
-                found.setdefault(key, []).append(values)
-            for key, values in others.items():
-                references.setdefault(key, []).append(values)
-            scoring += seconds
-        table = {key: np.concatenate(parts)[labelled] for key, parts in found.items()}
-        labels = {key: values[labelled] for key, values in labels.items()}
-        if not labelled.all():
-            # They are those of all stars.
-            limits = _NO_LIMITS
-        n_experts = sum(key.startswith("weight_") for key in table)
-        several = n_experts > 1
-        own = isinstance(subject, ModelSubject)
-        record = evaluate_predictions(
-            Stars(labels["log_g"], labels["T_eff"], labels["M_H"], table["snr_norm"], table["snr_median"]),
-            Predictions(
-                table["log_g"].astype(np.float64),
-                table.get("log_g_err"),
-                weights=np.column_stack([table[f"weight_{k}"] for k in range(n_experts)])
-                if several
-                else None,
-                expert_grid=subject.expert_grid if several else None,
-            ),
-            DataSet(
-                name or _set_name(spectra, identity),
-                spectra.fingerprint(),
-                n_unlabelled=int((~labelled).sum()),
-                reference_set=None if identity is None else identity._asdict(),
-                **about_noise,
-            ),
-            comparisons=Comparisons(
-                references={key: np.concatenate(parts)[labelled] for key, parts in references.items()},
-                oracle_reference=_oracle(subject.model.mixture)
-                if own and several and subject.model
-                else None,
-                ceilings=limits.r2,
-                group_ceilings=limits.of_groups,
-                posterior_means=limits.posterior_means,
-            ),
-            model={
-                **subject.about,
-                "references_of": _name(beside),
-                "share_seen": _share_seen(subject, labels),
-            },
-            progress=partial(told, "intervals"),
-        )
-    stars: dict[str, NDArray] = {
-        "row": np.flatnonzero(labelled).astype(np.int64),
-        "log_g_true": labels["log_g"].astype(np.float64),
-        "log_g": table["log_g"].astype(np.float64),
-        **({"log_g_err": table["log_g_err"].astype(np.float64)} if "log_g_err" in table else {}),
-        "T_eff": labels["T_eff"].astype(np.float64),
-        "M_H": labels["M_H"].astype(np.float64),
-        "snr_norm": table["snr_norm"],
-        "snr_median": table["snr_median"],
-        **{f"weight_{k}": table[f"weight_{k}"] for k in range(n_experts)},
+        of_rows(0, n_rows)
+        blocks = scorer.score((0, n_rows), of_rows) if spread is None else spread(scorer, of_rows)
+        scored = Scored.joined(blocks)
+        measured = scored.of(scorer.labelled)
+        stars = _stars(scorer, measured.columns)
+        record = _measure(scorer, stars, measured.references, limits, name, partial(told, "intervals"))
+    command = _command(
+        given,
+        model,
+        peer=peer,
+        noise=noise,
+        noise_level=noise_level,
+        noise_seed=noise_seed,
+        ceiling=ceiling,
+        name=name,
+    )
+    notes = [*(each.words for each in odd), *scorer.spectra.label_notes()]
+    return Evaluation(record, stars, _run(scorer, record, scored.seconds, notes, command))
+
+
+def _log(scorer: Scorer, limits: _Limits) -> None:
+    _LOG.info(
+        "%s: %d spectra, %d with labels; noise: %s", scorer.spectra.shards[0].path, scorer.spectra.n_rows,
+        scorer.labelled.sum(), scorer.about_noise["noise"],
+    )  # fmt: skip
+    _LOG.info(
+        "subject %s; simpler fits beside it are those of %s; ceilings: %s", scorer.subject.about["name"],
+        _name(scorer.beside) or "no model", ", ".join(limits.r2) or "none known of this set",
+    )  # fmt: skip
+
+
+def _stars(scorer: Scorer, columns: Mapping[str, NDArray]) -> dict[str, NDArray]:
+    """The table of the labelled stars; see `Evaluation.stars`."""
+    labels = {key: values[scorer.labelled] for key, values in scorer.labels.items()}
+    n_experts = sum(key.startswith("weight_") for key in columns)
+    return {
+        "row": np.flatnonzero(scorer.labelled).astype(np.int64),
+        "log_g_true": labels["log_g"],
+        **{key: columns[key].astype(np.float64) for key in ("log_g", "log_g_err") if key in columns},
+        "T_eff": labels["T_eff"],
+        "M_H": labels["M_H"],
+        "snr_norm": columns["snr_norm"],
+        "snr_median": columns["snr_median"],
+        **{f"weight_{k}": columns[f"weight_{k}"] for k in range(n_experts)},
     }
-    run = {
+
+
+def _measure(
+    scorer: Scorer,
+    stars: Mapping[str, NDArray],
+    references: Mapping[str, NDArray[np.float64]],
+    limits: _Limits,
+    name: str | None,
+    progress: RowProgress,
+) -> Report:
+    """The numbers of the labelled stars."""
+    subject, labelled, identity = scorer.subject, scorer.labelled, scorer.identity
+    if not labelled.all():
+        # They are those of all stars.
+        limits = _NO_LIMITS
+    weights = [values for key, values in stars.items() if key.startswith("weight_")]
+    several = len(weights) > 1
+    oracle = None
+    if several and isinstance(subject, ModelSubject):
+        oracle = oracle_name(subject.model.mixture)
+    labels = {"log_g": stars["log_g_true"], "T_eff": stars["T_eff"], "M_H": stars["M_H"]}
+    return evaluate_predictions(
+        Stars(stars["log_g_true"], stars["T_eff"], stars["M_H"], stars["snr_norm"], stars["snr_median"]),
+        Predictions(
+            stars["log_g"],
+            stars.get("log_g_err"),
+            weights=np.column_stack(weights) if several else None,
+            expert_grid=subject.expert_grid if several else None,
+        ),
+        DataSet(
+            name or name_of_set(scorer.spectra, identity),
+            scorer.spectra.fingerprint(),
+            n_unlabelled=int((~labelled).sum()),
+            reference_set=None if identity is None else identity._asdict(),
+            **scorer.about_noise,
+        ),
+        comparisons=Comparisons(
+            references=references,
+            oracle_reference=oracle,
+            ceilings=limits.r2,
+            group_ceilings=limits.of_groups,
+            posterior_means=limits.posterior_means,
+        ),
+        model={
+            **subject.about,
+            "references_of": _name(scorer.beside),
+            "share_seen": _share_seen(subject, labels),
+        },
+        progress=progress,
+    )
+
+
+def _run(
+    scorer: Scorer, record: Report, seconds: float, notes: list[str], command: str | None
+) -> dict[str, Any]:
+    """See `Evaluation.run`."""
+    where = scorer.subject.where
+    return {
         "moefast_version": __version__,
         "r2": record.overall.r2,
-        "spectra_per_second": spectra.n_rows / scoring if subject.where else None,
-        "what": "scoring alone, spectra in memory" if subject.where else "computed elsewhere",
-        "backend": subject.where.name if subject.where else None,
-        "device": subject.where.device if subject.where else None,
-        "notes": [*(each.words for each in odd), *spectra.label_notes()],
-        "command": _command(
-            given,
-            model,
-            peer=peer,
-            noise=noise,
-            noise_level=noise_level,
-            noise_seed=noise_seed,
-            ceiling=ceiling,
-            name=name,
-        ),
+        "spectra_per_second": scorer.spectra.n_rows / seconds if where else None,
+        "what": "scoring alone, spectra in memory" if where else "computed elsewhere",
+        "backend": where.name if where else None,
+        "device": where.device if where else None,
+        "notes": notes,
+        "command": command,
     }
-    return Evaluation(record, stars, run)
-
-
-class Scorer:
-    """What scores the stars of a test set, block by block; parameters, attributes and errors are those of `evaluate`.
-
-    Attributes
-    ----------
-    arguments : dict
-        What makes another one, elsewhere.
-    drawn : bool
-        Whether noise is added.
-    block_rows : int
-        Rows of a block.
-    """
-
-    def __init__(
-        self,
-        paths: Sequence[str | Path],
-        model: Model | str | Path | None,
-        *,
-        peer: str | None,
-        noise: str,
-        noise_level: float,
-        noise_seed: int,
-        backend: str,
-    ) -> None:
-        if peer is not None and model is not None:
-            raise InputError("a model or a peer is evaluated, not both; leave one out")
-        if not noise_level > 0:
-            raise InputError(f"the noise level must be positive, found {noise_level}")
-        self.arguments = {
-            "paths": paths, "model": model, "peer": peer, "noise": noise, "noise_level": noise_level,
-            "noise_seed": noise_seed, "backend": backend,
-        }  # fmt: skip
-        spectra = self.spectra = open_spectra(paths)
-        self.stored = (
-            noise == "auto" and noise_level == 1.0 and all("noisy" in s.arrays for s in spectra.shards)
-        )
-        self.drawn = noise != "none" and not self.stored
-        self.noise_level, self.noise_seed = noise_level, noise_seed
-        self.about_noise: dict[str, Any] = {
-            "noise": "stored" if self.stored else "drawn" if self.drawn else "none",
-            "noise_level": None if noise == "none" else noise_level,
-            "noise_seed": noise_seed if self.drawn else None,
-        }
-        labels = self.labels = spectra.labels(("T_eff", "log_g", "M_H"), partial=True)
-        labelled = self.labelled = np.isfinite(np.sum([*labels.values()], axis=0))
-        self.identity = identify(spectra.shards[0]) if len(spectra.shards) == 1 else None
-        self.subject: Subject
-        if peer is not None:
-            name = "z0" if self.identity is None else self.identity.reference_set
-            self.subject = PeerSubject.open(peer, spectra, name)
-        else:
-            self.subject = open_subject(model, spectra, backend=backend, noise=self.about_noise)
-        self.block_rows = BLOCK_ROWS if self.subject.rows_at_once is None else self.subject.rows_at_once
-        self.beside = _references_of(self.subject, spectra, self.identity)
-        self.grid = self.beside.grid if self.beside else None
-        self.bins = np.zeros(spectra.n_rows, np.int16)
-        if isinstance(self.grid, Grid):
-            # Stars without labels are predicted and not measured; any bin will do.
-            self.bins[labelled] = self.grid.assign(labels["T_eff"][labelled], labels["M_H"][labelled])
-
-    def score(self, rows: tuple[int, int], report: RowProgress) -> Iterator[Scored]:
-        """What is found of each block of some rows, in order."""
-        spectra = self.spectra
-        for block in spectra.blocks(self.block_rows, array="noisy" if self.stored else "flux", rows=rows):
-            here = np.arange(block.first_row, block.first_row + len(block))
-            if self.noise_level != 1.0:
-                block.error *= np.float32(self.noise_level)
-            if self.drawn:
-                draw = standard_normals(self.noise_seed, here, spectra.n_pixels)
-                draw *= block.error
-                block.flux += draw
-            good = good_pixels(block.flux, block.error, block.mask)
-            quality = assess(block.flux, block.error, good, block.mask)
-            begin = time.perf_counter()
-            columns = self.subject.predict(block, good, int(spectra.first_rows[block.shard]))
-            seconds = time.perf_counter() - begin
-            columns |= {"snr_norm": quality.snr_norm, "snr_median": quality.snr_median}
-            if isinstance(self.grid, SnrGrid):
-                self.bins[here] = self.grid.assign(np.nan_to_num(quality.snr_norm))
-            others: dict[str, NDArray[np.float64]] = {}
-            if self.beside is not None:
-                # The bits of a product may depend on the number of threads.
-                with one_blas_thread():
-                    others = _reference_predictions(
-                        self.beside, self.subject, block, good, self.bins[here], quality.snr_norm
-                    )
-            yield columns, others, seconds
-            report(int(here[-1]) + 1 - rows[0], rows[1] - rows[0])
-
-
-def _set_name(spectra: SpectrumSet, identity: Identity | None) -> str:
-    if identity is not None:
-        return f"{identity.reference_set} {identity.part}"
-    return " + ".join(s.path.name for s in spectra.shards[:3])
 
 
 def _share_seen(subject: Subject, labels: Mapping[str, NDArray]) -> float | None:
@@ -376,91 +283,6 @@ def _name(beside: Model | None) -> str | None:
     return None if beside is None or not beside.references else str(beside.manifest["recipe"])
 
 
-def _references_of(subject: Subject, spectra: SpectrumSet, identity: Identity | None) -> Model | None:
-    """The model whose simpler fits are scored beside: the subject itself, else a shipped one where it fits."""
-    if subject.model is not None:
-        return subject.model
-    of_set = identity.reference_set if identity is not None else None
-    shipped = Model.load(shipped_path(of_set) if of_set in SHIPPED else None)
-    return shipped if same_wave(shipped.mixture.wave, spectra.wave) else None
-
-
-def _reference_predictions(
-    beside: Model,
-    subject: Subject,
-    block: Block,
-    good: NDArray[np.bool_] | None,
-    bins: NDArray[np.integer],
-    snr_norm: NDArray,
-) -> dict[str, NDArray[np.float64]]:
-    """Simpler fits on the same noisy stars; for a model of moefast also its own experts with true bins."""
-    log_level, experts = _experts(beside.mixture, block)
-    own, by_snr = beside is subject.model, assign_snr_bins(np.nan_to_num(snr_norm))
-    out = {
-        key: _linear(form, beside, block, good, log_level, by_snr if key == SNR_ORACLE else bins)
-        for key, form in beside.references.items()
-        # An oracle knows the true bins: it says what a better gate could gain, and only of the model that it is of.
-        if own or not key.startswith(ORACLE)
-    }
-    if own and beside.mixture.n_experts > 1:
-        here = np.arange(len(block)), bins
-        out |= {
-            key: np.clip(each[here].astype(np.float64), *beside.mixture.label_range)
-            for key, each in experts.items()
-        }
-        out |= _other_gate(beside.mixture, block)
-    return out
-
-
-def _other_gate(mixture: AnyMixture, block: Block) -> dict[str, NDArray[np.float64]]:
-    """The same experts mixed by Bayes' rule, where there is a library and the gate is not just that."""
-    if isinstance(mixture, PosteriorMixture) or (
-        not np.any(mixture.gate[2]) and mixture.place(TemplateMeans) is None
-    ):
-        return {}
-    found = mixture.by_evidence(block.flux, block.error, block.mask)
-    return {} if found is None else {BAYES_GATE: found}
-
-
-def _experts(mixture: AnyMixture, block: Block) -> tuple[NDArray, dict[str, NDArray]]:
-    """The noise level of each star, and what each expert says: the linear ones, and those that the mixture uses."""
-    if isinstance(mixture, PosteriorMixture):
-        found = mixture.predict(block.flux, block.error, block.mask)
-        return found.log_level, {_oracle(mixture): found.expert_log_g}
-    prepared = mixture.prepare(block.flux, block.error, block.mask)
-    experts = {"oracle-ridge": prepared.linear_log_g, _oracle(mixture): prepared.expert_log_g}
-    return prepared.log_level, experts
-
-
-def _oracle(mixture: AnyMixture) -> str:
-    """Name of a mixture's own experts with true bins."""
-    return "oracle-ridge" if mixture.is_linear else "oracle-hybrid"
-
-
-def _linear(
-    form: LinearForm,
-    model: Model,
-    block: Block,
-    good: NDArray[np.bool_] | None,
-    log_level: NDArray,
-    bins: NDArray[np.integer],
-) -> NDArray[np.float64]:
-    """Predictions of a reference fit for a block, each star by the expert of its bin where there are several."""
-    flux = np.maximum(block.flux, 0) if form.clipped else block.flux
-    x = flux - model.mixture.reference
-    if good is not None:
-        x[~good] = 0
-    p, k, m = form.weights.shape
-    values = (x @ form.weights.reshape(p, k * m)).reshape(-1, k, m).astype(np.float64) + form.intercepts
-    if m > 1:
-        hat = hat_weights(np.clip(log_level, form.levels[0], form.levels[-1]), form.levels)
-        each = (values * hat[:, None]).sum(2)
-    else:
-        each = values[:, :, 0]
-    chosen = each[:, 0] if k == 1 else each[np.arange(len(x)), bins]
-    return np.clip(chosen, *model.mixture.label_range)
-
-
 class _Limits(NamedTuple):
     """R² ceilings of the whole set; of its groups, and the exact posterior mean of each star, if of all stars."""
 
@@ -472,14 +294,12 @@ class _Limits(NamedTuple):
 _NO_LIMITS = _Limits({})
 
 
-def _ceilings(
-    ceiling: Ceiling | str | Path | None, spectra: SpectrumSet, noise: Mapping[str, Any]
-) -> _Limits:
+def _ceilings(ceiling: Ceiling | str | Path | None, scorer: Scorer) -> _Limits:
     """Ceilings of a test set."""
-    shipped = ceiling is None
+    shipped, noise = ceiling is None, scorer.about_noise
     if ceiling is None:
         # That of a reference set comes with the package; it is for the noise stored with the set.
-        ceiling = known(spectra) if noise["noise"] == "stored" else None
+        ceiling = known(scorer.identity) if noise["noise"] == "stored" else None
         if ceiling is None:
             return _NO_LIMITS
     where = "the ceiling"
@@ -487,10 +307,10 @@ def _ceilings(
         where, ceiling = str(ceiling), read(ceiling)
     data = ceiling.summary["data_set"]
     # A shipped one was found by what the file holds; other machines may write other last bits.
-    if not shipped and data["fingerprint"] != spectra.fingerprint():
+    if not shipped and data["fingerprint"] != scorer.spectra.fingerprint():
         raise InputError(
             f"{where}: belongs to the set {data['name']} (fingerprint {data['fingerprint'][:12]}); the test set has "
-            f"{spectra.fingerprint()[:12]}; compute its own with moefast ceiling"
+            f"{scorer.spectra.fingerprint()[:12]}; compute its own with moefast ceiling"
         )
     if noise["noise"] == "none" or noise["noise_level"] != 1.0:
         raise InputError(

@@ -22,6 +22,7 @@ import numpy as np
 
 from moefast.core.errors import InputError, MoefastError
 from moefast.spectra.shard import Shard
+from moefast.spectra.spectrum_set import SpectrumSet
 
 from .emulator import Emulator
 from .gaps import Gaps
@@ -38,6 +39,8 @@ __all__ = [
     "fingerprint",
     "format_sets",
     "identify",
+    "identify_spectra",
+    "name_of_set",
     "part_rows",
     "simulate_set",
 ]
@@ -332,6 +335,18 @@ def identify(path: str | Path | Shard) -> Identity | None:
     except (MoefastError, KeyError, ValueError):
         return None
     return claim
+
+
+def identify_spectra(spectra: SpectrumSet) -> Identity | None:
+    """The part of a reference set that one file holds, by its content; None for several files."""
+    return identify(spectra.shards[0]) if len(spectra.shards) == 1 else None
+
+
+def name_of_set(spectra: SpectrumSet, identity: Identity | None) -> str:
+    """Name of what was measured: that of the reference set and its part, or those of the first files."""
+    if identity is not None:
+        return f"{identity.reference_set} {identity.part}"
+    return " + ".join(shard.path.name for shard in spectra.shards[:3])
 
 
 def _stored(shard: Shard, claim: Identity) -> Iterator[dict[str, np.ndarray]]:

@@ -12,7 +12,6 @@ from moefast.spectra.quality import (
 from moefast.spectra.shard import Shard
 from moefast.spectra.source import Block, Failure
 from moefast.spectra.spectrum_set import SpectrumSet, open_spectra
-from moefast.spectra.summary import picture, summarise
 from moefast.spectra.tables import Column, TableWriter, open_table, read_table
 from moefast.spectra.wave import same_wave
 from moefast.spectra.writer import SpectrumWriter
@@ -33,9 +32,7 @@ __all__ = [
     "good_pixels",
     "open_spectra",
     "open_table",
-    "picture",
     "quality_features",
     "read_table",
     "same_wave",
-    "summarise",
 ]

@@ -14,7 +14,7 @@ from moefast.core.errors import InputError
 from moefast.protocol.ceiling_report import figure, format_text
 from moefast.simulate import Settings, simulate_file
 from moefast.simulate.forward import ForwardModel
-from moefast.simulate.sets import FINGERPRINTS, REFERENCE_SETS, simulate_set
+from moefast.simulate.sets import FINGERPRINTS, REFERENCE_SETS, identify, simulate_set
 from moefast.spectra.spectrum_set import open_spectra
 
 N = 24
@@ -218,7 +218,7 @@ def test_shipped_ceilings_are_those_of_the_frozen_sets(name, part):
 def test_a_reference_set_finds_its_ceiling(tmp_path):
     path = tmp_path / "test_1k.h5"
     simulate_set(path, "z0", "test_1k")
-    found = ceiling.known(open_spectra(path))
+    found = ceiling.known(identify(path))
     assert found is not None
     labels = open_spectra(path).labels(("log_g",))["log_g"]
     np.testing.assert_allclose(found.stars["log_g"], labels, rtol=1e-4)
@@ -229,4 +229,4 @@ def test_a_reference_set_finds_its_ceiling(tmp_path):
 
 
 def test_other_files_have_no_shipped_ceiling(file):
-    assert ceiling.known(open_spectra(file)) is None
+    assert ceiling.known(identify(file)) is None

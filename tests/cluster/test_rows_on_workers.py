@@ -13,7 +13,7 @@ from moefast.cluster import rows_on_workers, workers
 from moefast.cluster.rows_on_workers import ceilings_on, scores_on, simulate_on
 from moefast.core.errors import InputError, OutputError
 from moefast.model import Model
-from moefast.protocol import evaluate as evaluation
+from moefast.protocol import scorer
 from moefast.protocol.evaluate import evaluate
 from moefast.simulate import Settings, simulate_file
 from moefast.spectra.spectrum_set import open_spectra
@@ -62,7 +62,7 @@ def stars_file(tmp_path_factory):
 
 
 def test_an_evaluation_is_that_of_one_process(client, stars_file, monkeypatch):
-    monkeypatch.setattr(evaluation, "BLOCK_ROWS", 16)
+    monkeypatch.setattr(scorer, "BLOCK_ROWS", 16)
     whole, seen = evaluate(stars_file, "z0", progress=False), []
     spread = functools.partial(scores_on, client)
     found = evaluate(stars_file, "z0", spread=spread, progress=lambda *step: seen.append(step))

@@ -16,11 +16,11 @@ import moefast
 from moefast.cli import cli
 from moefast.core.errors import InputError, OutputError
 from moefast.inspection.lines import lines_within
+from moefast.inspection.smoothing import smoothed
 from moefast.inspection.star import describe, look_at
 from moefast.inspection.star_picture import LARGEST_PULL, figure
 from moefast.pages.drawing import LIGHT, styled
 from moefast.predicting.files import predict
-from moefast.spectra.smoothing import smoothed
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from survey_files import write_desi
 import moefast
 from moefast.backend import Backend
 from moefast.core.errors import InputError, OddSpectraWarning
-from moefast.predicting import arrays
+from moefast.predicting import arrays, spectra_in_memory
 from moefast.predicting.arrays import predict_arrays
 from moefast.predicting.engines import CpuEngine, Place
 from moefast.predicting.files import predict
@@ -212,12 +212,14 @@ def test_the_scale_is_told_from_some_of_many_spectra(few, model, monkeypatch):
     """Medians of all pixels of a million spectra would take longer than to predict them."""
     looked_at = []
     real = np.median
-    monkeypatch.setattr(arrays.np, "median", lambda values: looked_at.append(len(values)) or real(values))
+    monkeypatch.setattr(
+        spectra_in_memory.np, "median", lambda values: looked_at.append(len(values)) or real(values)
+    )
     many = np.broadcast_to(few.flux[:1], (3000, few.flux.shape[1]))
-    arrays._check_scale(many, np.broadcast_to(few.error[:1], many.shape), many > 1e30)
+    spectra_in_memory._check_scale(many, np.broadcast_to(few.error[:1], many.shape), many > 1e30)
     assert max(looked_at) <= 256 * many.shape[1]
     with pytest.raises(InputError, match="a median of"):
-        arrays._check_scale(1e-17 * many, 1e-17 * np.abs(many), many > 1e30)
+        spectra_in_memory._check_scale(1e-17 * many, 1e-17 * np.abs(many), many > 1e30)
 
 
 def test_a_model_predicts_by_itself(few, model, plain, tmp_path):

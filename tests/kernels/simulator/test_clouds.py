@@ -11,7 +11,7 @@ from moefast.core.errors import BackendError
 from moefast.kernels import cloud_posterior
 from moefast.kernels import clouds as of_clouds
 from moefast.kernels.cuda import CudaPosteriorScorer, clouds, information
-from moefast.kernels.cuda.scoring import MOST_SHARED
+from moefast.kernels.cuda.device import MOST_SHARED
 from moefast.ops.on_numpy import NumPyArithmetic
 from moefast.posterior.cells import alike_pixels
 from moefast.posterior.forward import cloud_values

@@ -23,7 +23,7 @@ from tolerances import assert_close
 from moefast.core.errors import BackendError
 from moefast.experts.template import Templates
 from moefast.kernels import Given, project, soft_mix, tangent_posterior
-from moefast.kernels.cuda import CudaScorer, lanes, median, mix, score, scoring, statistics
+from moefast.kernels.cuda import CudaScorer, blocks, lanes, median, mix, score, scoring, statistics
 from moefast.kernels.cuda.device import DeviceMemoryError, PinnedMemoryError
 from moefast.kernels.reference import project_reference, soft_mix_reference
 from moefast.kernels.reference_tangent import tangent_posterior_reference
@@ -355,14 +355,14 @@ def test_blocks_pass_through_the_slots(monkeypatch):
     mask = np.random.default_rng(0).random(flux.shape) < 0.1
     scorer = CudaScorer(*plans, block_rows=5)
     used = []
-    real = scoring.Slot.start
+    real = blocks.Slot.start
 
     def start(slot):
         used.append(slot.n)
         return real(slot)
 
     with monkeypatch.context() as patch:
-        patch.setattr(scoring.Slot, "start", start)
+        patch.setattr(blocks.Slot, "start", start)
         found = scorer(flux, error, mask)
     assert sorted(used) == [3, 5, 5, 5, 5]
     assert_scores(found, flux, error, mask, plans)
@@ -376,14 +376,14 @@ def test_blocks_are_filled_side_by_side(monkeypatch):
     flux, error = spectra(8, plans[0])
     scorer = CudaScorer(*plans, block_rows=2)
     together = threading.Barrier(2, timeout=300)
-    real = scoring.Slot.fill
+    real = blocks.Slot.fill
 
     def fill(slot, *block):
         together.wait()
         real(slot, *block)
 
     with monkeypatch.context() as patch:
-        patch.setattr(scoring.Slot, "fill", fill)
+        patch.setattr(blocks.Slot, "fill", fill)
         assert_scores(scorer(flux, error), flux, error, None, plans)
 
 
@@ -437,7 +437,7 @@ def test_a_failing_block_gives_its_slots_back(monkeypatch):
         raise RuntimeError("launch failed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(scoring.Slot, "start", broken)
+        patch.setattr(blocks.Slot, "start", broken)
         with pytest.raises(RuntimeError, match="launch failed"):
             scorer(flux, error)
     assert_scores(scorer(flux, error), flux, error, None, plans)
@@ -449,15 +449,15 @@ class _Full(Exception):
 
 def test_out_of_memory_halves_the_block(monkeypatch):
     plans = random_plans(p=16, c=3, w=1, n_experts=2, n_levels=2, hidden=2)
-    monkeypatch.setattr(scoring, "FLOOR_ROWS", 4)
-    real, largest = scoring.Slot, 7
+    monkeypatch.setattr(blocks, "FLOOR_ROWS", 4)
+    real, largest = blocks.Slot, 7
 
     def slot(rows, *rest):
         if rows > largest:
             raise _Full
         return real(rows, *rest)
 
-    monkeypatch.setattr(scoring, "Slot", slot)
+    monkeypatch.setattr(blocks, "Slot", slot)
     scorer = CudaScorer(*plans, block_rows=40)
     assert scorer.block_rows == 5
     flux, error = spectra(12, plans[0])
@@ -471,22 +471,22 @@ def test_out_of_memory_halves_the_block(monkeypatch):
     def broken(*_):
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(scoring, "Slot", broken)
+    monkeypatch.setattr(blocks, "Slot", broken)
     with pytest.raises(RuntimeError, match="something else"):
         CudaScorer(*plans)
 
 
 def test_short_pinned_memory_is_not_called_device_memory(monkeypatch):
     plans = random_plans(p=16, c=3, w=1, n_experts=2, n_levels=2, hidden=2)
-    monkeypatch.setattr(scoring, "FLOOR_ROWS", 4)
-    real, largest = scoring.cuda.pinned_array, 7
+    monkeypatch.setattr(blocks, "FLOOR_ROWS", 4)
+    real, largest = blocks.cuda.pinned_array, 7
 
     def pinned(shape, dtype):
         if np.atleast_1d(shape)[0] > largest:
             raise _Full
         return real(shape, dtype)
 
-    monkeypatch.setattr(scoring.cuda, "pinned_array", pinned)
+    monkeypatch.setattr(blocks.cuda, "pinned_array", pinned)
     assert CudaScorer(*plans, block_rows=40).block_rows == 5
     largest = 3
     with pytest.raises(
@@ -494,7 +494,7 @@ def test_short_pinned_memory_is_not_called_device_memory(monkeypatch):
     ) as caught:
         CudaScorer(*plans, block_rows=40, slots=2)
     assert "device memory" not in str(caught.value)
-    slot = scoring.Slot(1, scoring.DevicePlan(*plans))
+    slot = blocks.Slot(1, scoring.DevicePlan(*plans))
     assert slot.pinned_bytes_per_row(slot.plan) == sum(a.nbytes for a in (*slot.host.values(), *slot.results))
 
 
@@ -510,15 +510,15 @@ def test_every_thread_works_on_the_device_of_the_scorer(monkeypatch):
         def __exit__(self, *_):
             entered.remove(threading.get_ident())
 
-    real = scoring.Slot.start
+    real = blocks.Slot.start
 
     def start(slot):
         launched.append(threading.get_ident())
         assert threading.get_ident() in entered
         real(slot)
 
-    monkeypatch.setattr(scoring, "current_device", Device)
-    monkeypatch.setattr(scoring.Slot, "start", start)
+    monkeypatch.setattr(blocks, "current_device", Device)
+    monkeypatch.setattr(blocks.Slot, "start", start)
     scorer = CudaScorer(*plans, block_rows=4)
     assert_scores(scorer(flux, error), flux, error, None, plans)
     assert len(launched) == 3
@@ -532,25 +532,25 @@ def test_every_thread_works_on_the_device_of_the_scorer(monkeypatch):
 def test_the_block_is_what_a_share_of_the_free_memory_holds(monkeypatch):
     plans = random_plans(p=16, c=3, w=1, n_experts=2, n_levels=2, hidden=2)
     per_row = scoring.Work.bytes_per_row(scoring.DevicePlan(*plans))
-    slot = scoring.Slot(1, scoring.DevicePlan(*plans))
+    slot = blocks.Slot(1, scoring.DevicePlan(*plans))
     arrays = [*slot.device.values(), *slot.work.scores]
     names = ("columns", "windows", "cells", "marks", "energy", "expected")
     arrays += [getattr(slot.work, name) for name in names]
     assert per_row == sum(a.nbytes for a in arrays)
     # Stars that are turned for the library, and what it finds.
     with_library = scoring.DevicePlan(*plans, random_library(2, 1, 1))
-    slot = scoring.Slot(1, with_library)
+    slot = blocks.Slot(1, with_library)
     clouds = slot.work.clouds
     more = sum(a.nbytes for a in (clouds.stars, clouds.noise, clouds.found))
     assert scoring.Work.bytes_per_row(with_library) == per_row + more
-    monkeypatch.setattr(scoring, "FLOOR_ROWS", 2)
+    monkeypatch.setattr(blocks, "FLOOR_ROWS", 2)
 
     class Context:
         @staticmethod
         def get_memory_info():
             return type("Info", (), {"free": 8 * 11 * per_row})
 
-    monkeypatch.setattr(scoring.cuda, "current_context", Context)
+    monkeypatch.setattr(blocks.cuda, "current_context", Context)
     assert CudaScorer(*plans, block_rows=100).block_rows == 11
 
 
@@ -580,7 +580,7 @@ def test_the_engine_gives_predictions_and_quality():
     mask = np.zeros(flux.shape, bool)
     mask[2, 100:] = True
     engine = CudaEngine(mixture)
-    assert engine.workers == scoring.SLOTS
+    assert engine.workers == blocks.SLOTS
     found, quality = engine(flux, error, mask, 0)
     expected, same = mixture.score(flux, error, mask)
     for name in (*OF_MIX, "log_level"):
@@ -595,7 +595,7 @@ def test_an_engine_without_memory_is_a_backend_error(monkeypatch):
     def full(*_):
         raise _Full
 
-    monkeypatch.setattr(scoring, "Slot", full)
+    monkeypatch.setattr(blocks, "Slot", full)
     with pytest.raises(BackendError, match="device memory"):
         CudaEngine(random_mixture())
 

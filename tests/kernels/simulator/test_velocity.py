@@ -10,7 +10,7 @@ from moefast.core.errors import BackendError
 from moefast.kernels import velocity as of_velocity
 from moefast.kernels import velocity_evidence, velocity_step
 from moefast.kernels.cuda import CudaVelocityScan, CudaVelocityStep, information, velocity
-from moefast.kernels.cuda.scoring import MOST_SHARED
+from moefast.kernels.cuda.device import MOST_SHARED
 from moefast.posterior.velocities import VelocityFit
 
 pytestmark = pytest.mark.usefixtures("small_tiles")

@@ -1,4 +1,4 @@
-"""What is in a set of spectra: numbers and a picture for `moefast inspect`.
+"""What is in files of spectra: numbers and words for `moefast inspect`.
 
 Design: one pass over the data, block by block, keeping a few numbers per spectrum; whatever is wrong is counted
 and its first rows are named, so that a file can be judged before anything is fitted to or predicted from it.
@@ -7,7 +7,7 @@ and its first rows are named, so that a file can be judged before anything is fi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass, field
 from textwrap import wrap
 from typing import Any
 
@@ -17,17 +17,19 @@ from numpy.typing import NDArray
 from moefast.core.errors import InputError
 from moefast.spectra import guard
 from moefast.spectra.quality import Flag, assess, good_pixels
-from moefast.spectra.smoothing import FRAME, frame, smoothed
+from moefast.spectra.source import Block
 from moefast.spectra.spectrum_set import SpectrumSet
 
-__all__ = ["format_text", "picture", "summarise"]
+__all__ = ["BLOCK_ROWS", "format_text", "spread_runs", "summarise"]
 
 PERCENTILES = (5, 25, 50, 75, 95)
-_BLOCK_ROWS = 2048
+BLOCK_ROWS = 2048
+"""Spectra that are looked at together."""
+FLAGS = tuple(str(flag.name) for flag in (Flag.NO_DATA, Flag.FEW_GOOD_PIXELS, Flag.BAD_ERROR))
+"""Flags that are counted: those that a spectrum has before any model sees it."""
 _FIRST_BAD = 10
 _MOST_FILES = 12
 _NORMALISED = (0.8, 1.25)
-_SMOOTHING = 9
 _LABELS = {"T_eff": "K", "log_g": "dex", "M_H": "dex", "a_M": "dex", "C_M": "dex"}
 
 
@@ -119,45 +121,18 @@ def summarise(
         - ``oddities``: what is odd about the spectra as a whole, in words (`moefast.spectra.guard`);
         - ``failures``: what could not be read.
     """
-    runs = _runs(spectra.n_rows, max_rows)
-    snr_norm: list[np.ndarray] = []
-    snr_median: list[np.ndarray] = []
-    flux_level: list[float] = []
-    error_level: list[float] = []
-    flags = {str(flag.name): 0 for flag in (Flag.NO_DATA, Flag.FEW_GOOD_PIXELS, Flag.BAD_ERROR)}
-    bad_rows: list[dict[str, Any]] = []
-    n_masked = n_good = n_rows = 0
     n_failures = len(spectra.failures)
-    for run in runs:
-        for block in spectra.blocks(_BLOCK_ROWS, rows=run, on_error="skip"):
-            good = good_pixels(block.flux, block.error, block.mask)
-            quality = assess(block.flux, block.error, good, block.mask)
-            snr_norm.append(quality.snr_norm)
-            snr_median.append(quality.snr_median)
-            n_good += int(quality.n_good.sum())
-            n_rows += len(block)
-            n_masked += 0 if block.mask is None else int(block.mask.sum())
-            for flag in flags:
-                flags[flag] += int(np.count_nonzero(quality.flag & np.uint32(Flag[flag])))
-            for i in np.flatnonzero(quality.flag)[: _FIRST_BAD - len(bad_rows)]:
-                names = [name for name in flags if quality.flag[i] & np.uint32(Flag[name])]
-                shard = spectra.shards[block.shard]
-                first = int(spectra.first_rows[block.shard])
-                bad_rows.append(
-                    {"file": str(shard.path), "row": int(block.first_row - first + i), "flags": names}
-                )
-            levels = slice(None, None, max(1, len(block) // 64))
-            for array, out in ((block.flux, flux_level), (block.error, error_level)):
-                for row in array[levels]:
-                    finite = row[np.isfinite(row)]
-                    out.append(float(np.median(finite)) if len(finite) else np.nan)
-    pixels = max(1, n_rows * spectra.n_pixels)
+    counts = _Counts()
+    for run in spread_runs(spectra.n_rows, max_rows):
+        for block in spectra.blocks(BLOCK_ROWS, rows=run, on_error="skip"):
+            counts.add(block, spectra)
+    pixels = max(1, counts.n_rows * spectra.n_pixels)
     wave = spectra.wave
     scored = "noisy" if all("noisy" in shard.arrays for shard in spectra.shards) else "flux"
     return {
         "files": _files(spectra),
         "rows": spectra.n_rows,
-        "rows_examined": n_rows,
+        "rows_examined": counts.n_rows,
         "rows_unreadable": sum(f.rows[1] - f.rows[0] for f in spectra.failures[n_failures:] if f.rows),
         "wave": {
             "pixels": len(wave),
@@ -165,14 +140,14 @@ def summarise(
             "last": float(wave[-1]),
             "step": float((wave[-1] - wave[0]) / max(1, len(wave) - 1)),
         },
-        "snr_norm": _percentiles(np.concatenate(snr_norm or [np.empty(0)])),
-        "snr_median": _percentiles(np.concatenate(snr_median or [np.empty(0)])),
-        "flags": flags,
-        "bad_rows": bad_rows,
-        "masked_fraction": n_masked / pixels,
-        "bad_fraction": 1 - n_good / pixels if n_rows else 0.0,
-        "flux_median": _median_of(np.array(flux_level)),
-        "error_median": _median_of(np.array(error_level)),
+        "snr_norm": _percentiles(np.concatenate(counts.snr_norm or [np.empty(0)])),
+        "snr_median": _percentiles(np.concatenate(counts.snr_median or [np.empty(0)])),
+        "flags": counts.flags,
+        "bad_rows": counts.bad_rows,
+        "masked_fraction": counts.n_masked / pixels,
+        "bad_fraction": 1 - counts.n_good / pixels if counts.n_rows else 0.0,
+        "flux_median": _median_of(np.array(counts.flux_level)),
+        "error_median": _median_of(np.array(counts.error_level)),
         "oddities": [odd.words for odd in guard.look(guard.take(spectra), reference, array=scored)],
         "failures": [
             {"path": str(failure.path), "rows": failure.rows, "message": str(failure.error)}
@@ -181,7 +156,45 @@ def summarise(
     }
 
 
-def _runs(n_rows: int, max_rows: int | None) -> list[tuple[int, int]]:
+@dataclass
+class _Counts:
+    """What is counted of the spectra that are looked at: per row, per flag, and medians of some rows of each block."""
+
+    snr_norm: list[NDArray] = field(default_factory=list)
+    snr_median: list[NDArray] = field(default_factory=list)
+    flux_level: list[float] = field(default_factory=list)
+    error_level: list[float] = field(default_factory=list)
+    flags: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FLAGS, 0))
+    bad_rows: list[dict[str, Any]] = field(default_factory=list)
+    n_rows: int = 0
+    n_good: int = 0
+    n_masked: int = 0
+
+    def add(self, block: Block, spectra: SpectrumSet) -> None:
+        """Count a block of the spectra."""
+        quality = assess(
+            block.flux, block.error, good_pixels(block.flux, block.error, block.mask), block.mask
+        )
+        self.snr_norm.append(quality.snr_norm)
+        self.snr_median.append(quality.snr_median)
+        self.n_good += int(quality.n_good.sum())
+        self.n_rows += len(block)
+        self.n_masked += 0 if block.mask is None else int(block.mask.sum())
+        for flag in FLAGS:
+            self.flags[flag] += int(np.count_nonzero(quality.flag & np.uint32(Flag[flag])))
+        path = str(spectra.shards[block.shard].path)
+        first_row = block.first_row - int(spectra.first_rows[block.shard])
+        for i in np.flatnonzero(quality.flag)[: _FIRST_BAD - len(self.bad_rows)]:
+            names = [name for name in FLAGS if quality.flag[i] & np.uint32(Flag[name])]
+            self.bad_rows.append({"file": path, "row": int(first_row + i), "flags": names})
+        some = slice(None, None, max(1, len(block) // 64))
+        for array, levels in ((block.flux, self.flux_level), (block.error, self.error_level)):
+            for row in array[some]:
+                median = _median_of(row)
+                levels.append(np.nan if median is None else median)
+
+
+def spread_runs(n_rows: int, max_rows: int | None) -> list[tuple[int, int]]:
     """Runs of rows to look at: all, or up to 16 of equal length."""
     if max_rows is None or max_rows >= n_rows:
         return [(0, n_rows)]
@@ -304,118 +317,3 @@ def _format_ranges(files: Sequence[Mapping[str, Any]]) -> list[str]:
 def _in_words(number: float) -> str:
     """A whole number with all its digits, a real one with six."""
     return str(number) if isinstance(number, int) else f"{number:.6g}"
-
-
-def picture(
-    spectra: SpectrumSet, path: str | Path, *, max_rows: int | None = 20_000, overwrite: bool = True
-) -> Path:
-    """Draw a few spectra with their smoothed flux, and the histograms of both signal-to-noise ratios.
-
-    Parameters
-    ----------
-    spectra : SpectrumSet
-        The spectra.
-    path : str or Path
-        PNG, SVG or PDF file to write.
-    max_rows : int, optional
-        Rows that the histograms are made of at most, spread evenly over the set.
-    overwrite : bool
-        Whether an existing file may be replaced.
-
-    Returns
-    -------
-    Path
-        The file.
-
-    Raises
-    ------
-    OutputError
-        If the file cannot be written.
-    """
-    from moefast.pages.drawing import LIGHT, literal, styled, write
-
-    # isort: split
-    from matplotlib.figure import Figure
-
-    path = Path(path)
-    norms, medians = [np.empty(0, np.float32)], [np.empty(0, np.float32)]
-    for run in _runs(spectra.n_rows, max_rows):
-        for block in spectra.blocks(_BLOCK_ROWS, rows=run, on_error="skip"):
-            good = good_pixels(block.flux, block.error, block.mask)
-            quality = assess(block.flux, block.error, good, block.mask)
-            norms.append(quality.snr_norm)
-            medians.append(quality.snr_median)
-    snr_norm, snr_median = np.concatenate(norms), np.concatenate(medians)
-
-    chosen = np.unique(np.linspace(0, spectra.n_rows - 1, 4).astype(int))
-    with styled(LIGHT):
-        figure = Figure(figsize=(11, 2.1 * len(chosen) + 3.4), layout="constrained")
-        grid = figure.add_gridspec(len(chosen) + 1, 2, height_ratios=[*[1.0] * len(chosen), 1.35])
-        titled: list[str] = [name for name in ("T_eff", "log_g", "M_H") if name in spectra.columns]
-        axes: list[Any] = []
-        for k, row in enumerate(chosen):
-            axis = figure.add_subplot(grid[k, :], sharex=axes[0] if axes else None)
-            axes.append(axis)
-            _draw_spectrum(axis, spectra, int(row), titled, LIGHT)
-            axis.set_ylabel("flux")
-            axis.tick_params(labelbottom=k == len(chosen) - 1)
-        axes[0].legend(loc="lower left", ncols=2, frameon=False, fontsize=8, borderaxespad=0.2)
-        axes[-1].set_xlabel("wavelength [Å]")
-        for k, (values, name) in enumerate(
-            ((snr_norm, "snr_norm = ‖flux‖₂ / ‖error‖₂"), (snr_median, "snr_median = median(flux / error)"))
-        ):
-            axis = figure.add_subplot(grid[-1, k])
-            finite = values[np.isfinite(values)]
-            if len(finite):
-                low, high = np.percentile(finite, [0, 99.5])
-                n_bins = int(np.clip(2 * np.sqrt(len(finite)), 8, 40))
-                edges = np.linspace(low, max(high, low + 1e-3), n_bins + 1).tolist()
-                axis.hist(
-                    np.clip(finite, edges[0], edges[-1]),
-                    edges,
-                    color=LIGHT["own"],
-                    edgecolor=LIGHT["surface"],
-                    lw=0.4,
-                )
-                middle = float(np.median(finite))
-                axis.axvline(middle, color=LIGHT["first"], lw=1.2, label=f"median {middle:.2f}")
-                axis.legend(frameon=False, fontsize=8)
-            axis.set_xlabel(f"{name}  [no unit]")
-            axis.set_ylabel("spectra")
-            axis.spines[["top", "right"]].set_visible(False)
-        files = (
-            f"{len(spectra.shards)} files" if len(spectra.shards) > 1 else str(spectra.shards[0].path.name)
-        )
-        figure.suptitle(f"{literal(files)}: {spectra.n_rows} spectra, {spectra.n_pixels} pixels", fontsize=11)
-        write(figure, path, dpi=120, overwrite=overwrite)
-    return path
-
-
-def _draw_spectrum(
-    axis: Any, spectra: SpectrumSet, row: int, titled: list[str], palette: Mapping[str, str]
-) -> None:
-    try:
-        block = next(iter(spectra.blocks(1, rows=(row, row + 1), params=titled, prefetch=False)))
-    except InputError:
-        axis.set_title(f"row {row} cannot be read", fontsize=9, loc="left")
-        return
-    good = good_pixels(block.flux, block.error, block.mask)
-    flux, error = block.flux[0].astype(float), block.error[0].astype(float)
-    if good is not None:
-        flux[~good[0]] = np.nan
-        error[~good[0]] = np.nan
-    usable = np.isfinite(flux) & np.isfinite(error)
-    weights = np.where(usable, 1 / np.where(usable, error, 1.0) ** 2, 0.0)
-    mean = smoothed(flux, weights, _SMOOTHING)
-    axis.plot(spectra.wave, flux, color=palette["muted"], lw=0.5, alpha=0.55, label="flux, good pixels")
-    axis.plot(spectra.wave, mean, color=palette["ink"], lw=0.9, label=f"mean of {_SMOOTHING} pixels")
-    if np.isfinite(mean).any():
-        axis.set_ylim(*frame([*np.nanpercentile(mean, FRAME)], below=2))
-    labels = ", ".join(
-        f"{name} {float(block.params[name][0]):.4g}{' K' if name == 'T_eff' else ''}"
-        for name in titled
-        if np.isfinite(block.params[name][0])
-    )
-    axis.set_title(f"row {row}" + (f":  {labels}" if labels else ""), fontsize=9, loc="left")
-    axis.set_xlim(spectra.wave[0], spectra.wave[-1])
-    axis.spines[["top", "right"]].set_visible(False)

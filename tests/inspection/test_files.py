@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from moefast.core.errors import OutputError
-from moefast.spectra import open_spectra, picture, summarise
-from moefast.spectra.summary import format_text
+from moefast.inspection.files import format_text, summarise
+from moefast.inspection.files_picture import draw_files
+from moefast.spectra import open_spectra
 
 
 def test_summary_counts_what_is_wrong(make_file):
@@ -91,11 +92,11 @@ def test_summary_of_a_damaged_file(make_file):
 @pytest.mark.parametrize("n", [1, 3, 50])
 def test_picture(make_file, tmp_path, n):
     path, _ = make_file(n=n, arrays=("flux", "error", "mask"))
-    out = picture(open_spectra(path), tmp_path / "look.png")
+    out = draw_files(open_spectra(path), tmp_path / "look.png")
     assert out.read_bytes().startswith(b"\x89PNG")
     assert out.stat().st_size > 10_000
     with pytest.raises(OutputError, match="exists already"):
-        picture(open_spectra(path), out, overwrite=False)
+        draw_files(open_spectra(path), out, overwrite=False)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dataset.h5", "look.png"]
 
 
@@ -103,4 +104,4 @@ def test_picture_of_nothing_good(make_file, tmp_path):
     path, _ = make_file(n=3, labels=None)
     with h5py.File(path, "r+") as file:
         file["dataset/arrays/error/value"][...] = 0
-    assert picture(open_spectra(path), tmp_path / "look.png").exists()
+    assert draw_files(open_spectra(path), tmp_path / "look.png").exists()
