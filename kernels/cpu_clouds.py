@@ -25,6 +25,8 @@ LANES = VECTORS * WIDTH
 """Clouds of a panel."""
 TOGETHER = 4
 """Stars that pass over a panel while it is in the second cache."""
+SOLVED = 16
+"""Stars whose roots are found one after the other, while what is added to M of each is in the second cache."""
 LEAST_SHARE = np.float32(1e-9)
 """Of the best cloud's weight: clouds below have no say in labels but the first."""
 LEAST_EVIDENCE = np.float32(-1e30)
@@ -233,11 +235,11 @@ def posterior(
     part = np.zeros((filled(size), filled(size + 1)))
     of_root, scratch = np.zeros_like(exact), np.zeros_like(exact)
     left, evidences = np.empty((narrow.size, narrow.size + 1)), np.empty((2, len(constants)))
-    root = np.zeros((TOGETHER, coordinates, coordinates), np.float32)
+    root = np.zeros((SOLVED, coordinates, coordinates), np.float32)
     vectors = np.empty((VECTORS, t + 1, coordinates, WIDTH), np.float32)
     centre, spectrum = (
-        np.zeros((TOGETHER, coordinates), np.float32),
-        np.zeros((TOGETHER, coordinates), np.float32),
+        np.zeros((SOLVED, coordinates), np.float32),
+        np.zeros((SOLVED, coordinates), np.float32),
     )
     stars_and_panels = TOGETHER * panels
     # The last panel has lanes without clouds, which nothing is written to.
@@ -251,13 +253,13 @@ def posterior(
     variance, along = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
     means, explained, beyond = (
         np.empty((panels, n_labels, LANES), np.float32),
-        np.empty(TOGETHER),
-        np.empty(TOGETHER),
+        np.empty(SOLVED),
+        np.empty(SOLVED),
     )
-    for begin in range(0, len(numbers), TOGETHER):
-        count = min(TOGETHER, len(numbers) - begin)
-        for star in range(count):
-            i = begin + star
+    for begin in range(0, len(numbers), SOLVED):
+        stop = min(begin + SOLVED, len(numbers))
+        for i in range(begin, stop):
+            star = i - begin
             level2 = numbers[i, 3] / (numbers[i, 4] + TINY) / (numbers[i, 0] * numbers[i, 0])
             log_level[i] = 0.5 * math.log(level2 + TINY)
             chance = chance_of_narrow(
@@ -275,43 +277,39 @@ def posterior(
                     root[star, r, c] = np.float32(exact[r, c])
                 centre[star, r] = np.float32(exact[r, n])
                 spectrum[star, r] = np.float32(exact[r, n] + exact[r, n - 1] / unit)
-        for panel in range(panels):
-            groups = min(VECTORS, -(-(m - panel * LANES) // WIDTH))
-            for star in range(count):
-                place = star * panels + panel
-                _whiten(columns, panel, groups, n, reach, root, star, vectors)
-                for lane in range(0, groups * WIDTH, WIDTH):
-                    cloud_group(
-                        vectors, lane, LANES, coordinates, n, reach, drawn, star, centre, spectrum, width, place, lower,
-                        inverse_root, coefficients, square, pivots,
+        for passing in range(0, stop - begin, TOGETHER):
+            count = min(TOGETHER, stop - begin - passing)
+            for panel in range(panels):
+                groups = min(VECTORS, -(-(m - panel * LANES) // WIDTH))
+                for star in range(count):
+                    place = star * panels + panel
+                    _whiten(columns, panel, groups, n, reach, root, passing + star, vectors)
+                    for lane in range(0, groups * WIDTH, WIDTH):
+                        cloud_group(
+                            vectors, lane, LANES, coordinates, n, reach, drawn, passing + star, centre, spectrum,
+                            width, place, lower, inverse_root, coefficients, square, pivots,
+                        )  # fmt: skip
+                    _conclude(
+                        panel, place, log_weights, square, pivots, labels, gains, coefficients, evidence,
+                        means_of_first,
                     )  # fmt: skip
-                _conclude(
-                    panel,
-                    place,
-                    log_weights,
-                    square,
-                    pivots,
-                    labels,
-                    gains,
-                    coefficients,
-                    evidence,
-                    means_of_first,
+            for star in range(count):
+                i, base = begin + passing + star, star * panels
+                between = _moments(
+                    evidence[base : base + panels].reshape(-1)[:m], drawn, base, lower, inverse_root, coefficients,
+                    gains, labels, scatter, scatter_with_first, first, means_of_first[base : base + panels], share,
+                    variance, along, solved, means, label[i], sd[i], covariance[i], weights[i], expert[i],
+                )  # fmt: skip
+                nearest = np.float64(square[base : base + panels].reshape(-1)[:m].min())
+                chi2[i] = (numbers[i, 2] - explained[passing + star]) / (
+                    1.0 + max(numbers[i, 4] - (n + 1), 0.0)
                 )
-        for star in range(count):
-            i, base = begin + star, star * panels
-            between = _moments(
-                evidence[base : base + panels].reshape(-1)[:m], drawn, base, lower, inverse_root, coefficients, gains,
-                labels, scatter, scatter_with_first, first, means_of_first[base : base + panels], share, variance,
-                along, solved, means, label[i], sd[i], covariance[i], weights[i], expert[i],
-            )  # fmt: skip
-            nearest = np.float64(square[base : base + panels].reshape(-1)[:m].min())
-            chi2[i] = (numbers[i, 2] - explained[star]) / (1.0 + max(numbers[i, 4] - (n + 1), 0.0))
-            distance[i] = (beyond[star] + nearest) / n
-            strength[i], scale[i] = numbers[i, 1], numbers[i, 0]
-            answer = label[i, 0]
-            log_g[i] = answer if math.isnan(answer) else min(max(answer, lowest), highest)
-            features[i, 0] = log_g[i]
-            features[i, 1] = math.log(sd[i, 0] + LEAST_SPREAD)
-            features[i, 2] = math.log(math.sqrt(between + TINY) + LEAST_SPREAD)
-            features[i, 3], features[i, 4] = label[i, 1], label[i, 2]
-            log_g_err[i] = math.exp(_perceptron(features[i], w1, b1, w2, b2))
+                distance[i] = (beyond[passing + star] + nearest) / n
+                strength[i], scale[i] = numbers[i, 1], numbers[i, 0]
+                answer = label[i, 0]
+                log_g[i] = answer if math.isnan(answer) else min(max(answer, lowest), highest)
+                features[i, 0] = log_g[i]
+                features[i, 1] = math.log(sd[i, 0] + LEAST_SPREAD)
+                features[i, 2] = math.log(math.sqrt(between + TINY) + LEAST_SPREAD)
+                features[i, 3], features[i, 4] = label[i, 1], label[i, 2]
+                log_g_err[i] = math.exp(_perceptron(features[i], w1, b1, w2, b2))
