@@ -26,7 +26,7 @@ def as_one_gaussian(mix, mine, weights):
 
 
 def slope_variance(mix, x, noise, coordinates, nuisances, is_slope, level2):
-    """Of the slopes, from the densities of three groups of stars and blends in T_eff, and of what is no star, with both widths.
+    """Of the slopes, from the densities of three groups of stars and blends in T_eff, and of no star, with both widths.
 
     Beyond the coordinates in which groups are their own, they scatter about the straight line of the whole library.
     """

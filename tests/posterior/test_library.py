@@ -37,13 +37,13 @@ def toy(gravity=2.0, fastest=40):
     return np.linalg.qr(rng.standard_normal((P, R)))[0], labels, z
 
 
-def clouds(gravity=2.0, fastest=40, **options):
+def clouds(gravity=2.0, fastest=40, n_tangents=2, **options):
     """Stars whose spectra are a parabola in T_eff and linear in the other labels."""
     basis, labels, z = toy(gravity, fastest)
     reference = np.linspace(1, 2, P)
     arrays = fit_clouds(
         z.astype(np.float32), labels, (labels[:, 1] > 5000).astype(int), 2, basis=basis, reference=reference,
-        noise_shape=np.ones(P), n_clouds=40, n_tangents=2, **options,
+        noise_shape=np.ones(P), n_clouds=40, n_tangents=n_tangents, **options,
     )  # fmt: skip
     # Coordinates to components: the columns of the directions are basis times F.
     forth = basis.T @ arrays["directions"][:, :R].astype(float)
@@ -101,8 +101,8 @@ def test_light_is_added_and_none_is_lost():
 
 
 def test_clouds_of_blends_are_a_group_of_their_own_with_the_labels_of_the_brighter_star():
-    plain, z_plain, whole = clouds()
-    arrays, z, _ = clouds(n_blends=20)
+    plain, z_plain, whole = clouds(n_tangents=R)
+    arrays, z, _ = clouds(n_tangents=R, n_blends=20)
     first = arrays["first"]
     assert (arrays["blends"], arrays["n_foreign"], plain["blends"], plain["n_foreign"]) == (True, 2, False, 1)
     assert len(first) == len(plain["first"]) + 1
