@@ -13,12 +13,13 @@ triangular T, TTᵀ = I + LᵀL, it is Cᵀ = T⁻¹Lᵀ and λ = T⁻¹L⁻¹u:
 Design: `moefast.kernels.cpu_information` reads flux and error once and gives (u, M), C and λ in double precision;
 `moefast.kernels.cpu_clouds` passes four stars over all clouds in single precision. Floor in multiply-adds per star, for
 p = 4096 pixels, g = 352 cells, n = 82 coordinates, q = 14 nuisances, m = 441 clouds of t = 5 tangents, which have
-r = 52 of the coordinates, and the scale:
+r = 52 of the coordinates, and the scale, and G = 4 groups that differ, slopes included, in s = 28 directions:
 
     u                  p (n + q)                                    0.39 M double
     M                  g (n + q)(n + q + 1)/2                       1.64 M double
     expansion          2 p (n + q)                                  0.39 M single, 0.39 M double
     roots              (n + q)³/6 + q (n + q)²/2 + 5 n³/6           0.67 M double
+    slopes             ((n + q)³ + (G − 1) s³)/6                    0.16 M double
     clouds             m (n (n + 1) + t r (r + 1))/2                4.54 M single
     their products     m (t (t + 7) r/2 + 5 n)                      0.87 M single
 
