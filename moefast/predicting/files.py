@@ -35,6 +35,7 @@ from moefast.predicting.table import Sink
 from moefast.predicting.velocities import fit_on
 from moefast.spectra.oddities import find_oddities
 from moefast.spectra.opening import Origins
+from moefast.spectra.paths import content_of
 from moefast.spectra.prepared import Preparation
 from moefast.spectra.sampling import take_sample
 from moefast.spectra.tables import Column
@@ -153,7 +154,8 @@ def predict(
     options = {
         "limit": limit, "velocity": None if velocity is None else str(velocity), "medium": medium,
         "telluric": telluric, "select": select, "targets": None if targets is None else str(targets),
-        "keep": list(keep),
+        "keep": list(keep), "velocity_range": None if source.fit is None else source.fit.largest,
+        "velocity_sha256": content_of(velocity), "targets_sha256": content_of(targets),
     }  # fmt: skip
     attrs = _attributes(chosen, source, where, options, record, shard)
     summary = Summary(
