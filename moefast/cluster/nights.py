@@ -23,7 +23,7 @@ from moefast.core.version import __version__
 from moefast.model import Model
 from moefast.predicting.files import predict
 from moefast.predicting.summary import Summary
-from moefast.spectra.paths import find_files
+from moefast.spectra.paths import content_of, find_files
 from moefast.spectra.tables import WRITERS, read_layout, read_table
 
 __all__ = ["STATES", "Job", "listed", "plan", "run", "signature", "worst"]
@@ -161,8 +161,6 @@ def signature(file: str | Path) -> dict[str, Any]:
 
 def _record(job: Job, model: Model, options: Mapping[str, Any]) -> dict[str, Any]:
     """What a table is made of, as it is kept in the table."""
-    velocity = options.get("velocity")
-    table = velocity if isinstance(velocity, str | Path) and Path(velocity).is_file() else None
     return {
         "input": signature(job.source),
         "model_sha256": model.hash,
@@ -171,7 +169,8 @@ def _record(job: Job, model: Model, options: Mapping[str, Any]) -> dict[str, Any
             name: value if isinstance(value, bool | int | float) else str(value)
             for name, value in options.items()
         },
-        "velocity": None if table is None else signature(table),
+        "velocity": content_of(options.get("velocity")),
+        "targets": content_of(options.get("targets")),
     }
 
 

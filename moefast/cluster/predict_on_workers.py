@@ -24,7 +24,7 @@ from moefast.core.errors import MoefastError, OutputError
 from moefast.core.version import __version__
 from moefast.model import Model
 from moefast.predicting.files import count_rows, predict
-from moefast.spectra.paths import find_files
+from moefast.spectra.paths import content_of, find_files
 from moefast.spectra.tables import read_layout, read_table
 
 if TYPE_CHECKING:
@@ -90,6 +90,8 @@ def predict_on(
         "inputs": [[path, signature(path)] for path in files],
         "model_sha256": chosen.hash, "moefast_version": __version__, "shards": count,
         "options": json.loads(json.dumps(options, default=str)),
+        # Tables under the same name may hold other velocities or targets by now.
+        "velocity": content_of(options.get("velocity")), "targets": content_of(options.get("targets")),
     }  # fmt: skip
     digest = digest_of(record)
     folder = working_folder(out, digest)

@@ -32,7 +32,8 @@ from moefast.protocol.report_parts import Report
 from moefast.protocol.scorer import Scored, Scorer, oracle_name
 from moefast.protocol.subject import ModelSubject, Subject
 from moefast.simulate.sets import name_of_set
-from moefast.spectra.guard import noisy_already, take
+from moefast.spectra.oddities import noisy_already
+from moefast.spectra.sampling import take_sample
 
 __all__ = ["Evaluation", "evaluate", "expected_stages"]
 
@@ -147,7 +148,7 @@ def evaluate(
         noise_seed=noise_seed,
         backend=backend,
     )
-    odd = noisy_already(take(scorer.spectra, array="flux"), "use --noise none") if scorer.drawn else []
+    odd = noisy_already(take_sample(scorer.spectra, array="flux"), "use --noise none") if scorer.drawn else []
     for each in odd:
         if tell is not None:
             tell(each.words)

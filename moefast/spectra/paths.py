@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -12,9 +13,35 @@ import h5py
 
 from moefast.core.errors import InputError
 
-__all__ = ["find_files"]
+__all__ = ["content_of", "find_files"]
 
 _SUFFIXES = (".h5", ".hdf5", ".fits", ".fit", ".fits.gz", ".fits.fz")
+
+
+def content_of(given: object) -> str | None:
+    """SHA-256 of the content of the files that an option names: a file, folder or pattern; None if it names none.
+
+    Raises
+    ------
+    InputError
+        A file cannot be read.
+    """
+    if not isinstance(given, str | Path):
+        return None
+    if os.path.isdir(given) or (glob.has_magic(str(given)) and not os.path.exists(given)):
+        files = find_files(given)
+    elif os.path.isfile(given):
+        files = [Path(given)]
+    else:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        try:
+            with open(file, "rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        except OSError as error:
+            raise InputError(f"{file}: cannot be read: {error}") from error
+    return digest.hexdigest()
 
 
 def find_files(paths: str | Path | Iterable[str | Path]) -> list[Path]:

@@ -35,6 +35,7 @@ from moefast.spectra.stored import (
     owned_by,
     refuse_misspelt,
 )
+from moefast.spectra.units import is_flux_per_wavelength, read_unit, wave_factor
 
 __all__ = ["StoredArray", "Structure", "read_structure"]
 
@@ -111,6 +112,7 @@ def read_structure(path: Path) -> Structure:
         size = path.stat().st_size
         arrays = _find_arrays(file, path, size)
         _check_texts(file, arrays)
+        _refuse_other_units(file, path, arrays)
         shape = next(iter(arrays.values()))
         return Structure(
             size,
@@ -129,6 +131,29 @@ def read_structure(path: Path) -> Structure:
         raise InputError(f"{path}: metadata cannot be read, damaged? {error}") from error
     finally:
         file.close()
+
+
+def _refuse_other_units(file: h5py.File, path: Path, arrays: dict[str, StoredArray]) -> None:
+    """Refuse arrays that say by an attribute `unit` or `units` that they are no f_λ, or no wavelengths in Å."""
+    places = {stored.dataset: False for name, stored in arrays.items() if name != "mask"}
+    for place, is_wave in {**places, "/spectrumdataset/wave": True}.items():
+        node = find(file, place)
+        said = next((node.attrs[key] for key in ("unit", "units") if key in node.attrs), "") if node else ""
+        unit = said.decode("utf-8", "replace") if isinstance(said, bytes) else said
+        if not isinstance(unit, str) or not unit.strip():
+            continue
+        try:
+            known = read_unit(unit, place)
+        except InputError:
+            # A word such as "normalised".
+            continue
+        if is_wave and wave_factor(known, f"{path}: {place}") != 1:
+            raise InputError(f"{path}: {place} is in {unit}, by its attribute; Å are expected")
+        if not is_wave and not is_flux_per_wavelength(known, f"{path}: {place}"):
+            raise InputError(
+                f"{path}: {place} is in {unit}, by its attribute; f_λ is expected: multiply f_ν by c/λ², or give "
+                f"arrays to moefast.predict_arrays with unit={unit!r}"
+            )
 
 
 def _find_arrays(file: h5py.File, path: Path, size: int) -> dict[str, StoredArray]:

@@ -15,7 +15,15 @@ from numpy.typing import NDArray
 
 from moefast.core.errors import InputError
 
-__all__ = ["LIGHT_SPEED", "air_to_vacuum", "flux_factor", "read_unit", "velocity_factor", "wave_factor"]
+__all__ = [
+    "LIGHT_SPEED",
+    "air_to_vacuum",
+    "flux_factor",
+    "is_flux_per_wavelength",
+    "read_unit",
+    "velocity_factor",
+    "wave_factor",
+]
 
 LIGHT_SPEED = 299_792.458
 """km/s."""
@@ -108,6 +116,17 @@ def flux_factor(unit: Any, wave: NDArray[np.float64], where: str) -> NDArray[np.
     for _ in range(abs(power)):
         factor *= ratio
     return factor
+
+
+def is_flux_per_wavelength(unit: Any, where: str) -> bool:
+    """Whether flux in `unit` is f_λ on some scale.
+
+    Raises
+    ------
+    InputError
+        If the unit is unknown or no flux density.
+    """
+    return _conversion(unit, where)[1] == 0
 
 
 @lru_cache(maxsize=256)

@@ -116,6 +116,19 @@ def test_what_does_not_belong_together_is_refused(parts, source, stars, model, t
     assert not out.exists()
 
 
+def test_parts_with_other_velocities_under_the_same_name_are_refused(source, model, tmp_path):
+    out, table = tmp_path / "m.h5", tmp_path / "v.csv"
+    for index, velocity in enumerate((0, 3)):
+        rows = "".join(f"star {i},{velocity}\n" for i in range(ROWS[1]))
+        table.write_text("obj_id,v_los\n" + rows)
+        predict(source, model, tmp_path / f"{index}.parquet", shard=(index, 2), velocity=table)
+    with pytest.raises(InputError, match=r"1\.parquet: is of other options.*velocity_sha256"):
+        merge_tables([tmp_path / "0.parquet", tmp_path / "1.parquet"], out)
+    assert not out.exists()
+    predict(source, model, tmp_path / "again.parquet", shard=(0, 2), velocity=table)
+    merge_tables([tmp_path / "again.parquet", tmp_path / "1.parquet"], out)
+
+
 def test_other_files_are_no_parts(parts, source, tmp_path):
     with pytest.raises(InputError, match=r"cannot be read as a table|no group"):
         merge_tables([source], tmp_path / "m.h5")

@@ -12,6 +12,7 @@ from moefast.cli import cli
 from moefast.cluster import nights
 from moefast.core.errors import InputError
 from moefast.predicting.files import predict
+from moefast.spectra.paths import content_of
 from moefast.spectra.tables import read_table
 
 
@@ -124,6 +125,30 @@ def test_another_model_is_seen(night, saved, model, stars):
     record = read_table(night / "out/a.log_g.h5")[1]["made_of"]
     assert record["model_sha256"] == model.hash
     assert record["input"]["bytes"] == (night / "a.h5").stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("option", "how"), [("velocity", "file"), ("velocity", "pattern"), ("targets", "file")]
+)
+def test_tables_of_velocities_and_targets_count_by_their_content(option, how, night, model):
+    table = night / "tables" / "v.csv"
+    table.parent.mkdir()
+    given = {"file": table, "pattern": table.parent / "*.csv"}[how]
+    assert (
+        content_of(str(night / "absent"))
+        is content_of("fit")
+        is content_of(-26.0)
+        is content_of(None)
+        is None
+    )
+    seen = []
+    for text in ("id,v_los\n0,5\n", "id,v_los\n0,6\n", "id,v_los\n0,5\n"):
+        table.write_text(text)
+        seen.append(
+            nights._record(nights.Job(night / "a.h5", night / "o.h5"), model, {option: str(given)})[option]
+        )
+    assert seen[0] == seen[2] != seen[1]
+    assert None not in seen
 
 
 def test_inputs_of_one_name_keep_their_folders(stars, tmp_path):

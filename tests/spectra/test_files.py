@@ -979,3 +979,33 @@ def test_wavelengths_that_decrease_are_told_what_to_do(make_file):
         file["spectrumdataset/wave"][:] = wave
     with pytest.raises(InputError, match="; pixel 6 has "):
         Shard(path)
+
+
+def test_units_that_arrays_say_by_attributes_count(make_file):
+    path, _ = make_file("a.h5")
+    wave, flux = "spectrumdataset/wave", "dataset/arrays/flux/value"
+
+    def say(place, text, name="units"):
+        with h5py.File(path, "r+") as file:
+            file[place].attrs[name] = text
+
+    for place, text in (
+        (wave, "Angstrom"),
+        (flux, "1e-17 erg / (s cm2 Angstrom)"),
+        (flux, "normalised"),
+        (flux, ""),
+    ):
+        say(place, text)
+        assert Shard(path).n_rows == 11
+    say(wave, "nm")
+    with pytest.raises(InputError, match=r"/spectrumdataset/wave is in nm, by its attribute; Å are expected"):
+        Shard(path)
+    say(wave, "Angstrom")
+    say(flux, "nJy")
+    with pytest.raises(
+        InputError, match=r"flux/value is in nJy, by its attribute; f_λ is expected: multiply"
+    ):
+        Shard(path)
+    say(flux, "electron")
+    with pytest.raises(InputError, match="must be flux-calibrated first"):
+        Shard(path)
