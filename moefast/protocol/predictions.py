@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from moefast.core.errors import InputError
 from moefast.core.outputs import kept_columns
+from moefast.spectra.layouts.fits_file import FitsFile
 from moefast.spectra.spectrum_set import SpectrumSet
 from moefast.spectra.tables import READERS, Column, open_table, read_table
 from moefast.spectra.velocities import KEYS
@@ -66,10 +67,10 @@ def read_predictions(path: str | Path, spectra: SpectrumSet) -> PredictionTable:
     Parameters
     ----------
     path : path
-        .h5, .parquet or .fits as `moefast predict` writes them, or .csv with a line of names. Columns: `row` (row of
-        the spectrum, from 0; within its file where there is a column `file`, else of the whole set) or, without it,
-        identifiers that the test set has, too (catId and objId, objId, TARGETID, targetId or id); `log_g` [dex], and
-        optionally `log_g_err` [dex] and `weight_0`, `weight_1`, …; all others are ignored.
+        .h5, .parquet or .fits as `moefast predict` writes them, any FITS table, or .csv with a line of names.
+        Columns: `row` (row of the spectrum, from 0; within its file where there is a column `file`, else of the whole
+        set) or, without it, identifiers that the test set has, too (catId and objId, objId, TARGETID, targetId or id);
+        `log_g` [dex], and optionally `log_g_err` [dex] and `weight_0`, `weight_1`, …; all others are ignored.
     spectra : SpectrumSet
 
     Raises
@@ -80,7 +81,7 @@ def read_predictions(path: str | Path, spectra: SpectrumSet) -> PredictionTable:
     path = Path(path)
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such file; name a table of predictions ({', '.join(SUFFIXES)})")
-    found, attrs = _read_csv(path) if path.suffix.lower() == ".csv" else read_table(path)
+    found, attrs = _read(path)
     if "log_g" not in found:
         raise InputError(f"{path}: column log_g is missing; found {', '.join(found) or 'none'}")
     made_of = attrs.get("input_sha256")
@@ -110,6 +111,24 @@ def read_predictions(path: str | Path, spectra: SpectrumSet) -> PredictionTable:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return PredictionTable(columns, attrs, len(weights), digest)
+
+
+def _read(path: Path) -> tuple[dict[str, NDArray], dict[str, Any]]:
+    """Columns of a table, and what it says about itself."""
+    if path.suffix.lower() == ".csv":
+        return _read_csv(path)
+    if path.suffix.lower() == ".fits":
+        file = FitsFile(path)
+        try:
+            if "PREDICTIONS" not in file:
+                # A table of others.
+                named = [hdu for hdu in file.hdus if hdu.is_table and "log_g" in hdu.columns]
+                if not named:
+                    raise InputError(f"{path}: no table with a column log_g")
+                return file.table(named[0]), {}
+        finally:
+            file.close()
+    return read_table(path)
 
 
 def _refuse_marks(path: Path, name: str, values: NDArray) -> None:

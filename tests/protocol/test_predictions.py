@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+from astropy.table import Table
 
 from moefast.core.errors import InputError
 from moefast.predicting.files import predict
@@ -83,6 +84,15 @@ def test_csv_in_any_order(noisy_file, own, tmp_path):
     assert found.report["calibration"] == own.report["calibration"]
     assert found.report["routing"] is None
     assert found.report["model"]["name"] == "other.csv"
+
+
+def test_fits_tables_of_others(noisy_file, spectra, own, tmp_path):
+    values = {"row": np.arange(N)[::-1], "log_g": own.predicted[::-1], "name": ["x"] * N}
+    Table(values).write(tmp_path / "others.fits")
+    found = read_predictions(tmp_path / "others.fits", spectra)
+    np.testing.assert_array_equal(found.columns["log_g"], own.predicted)
+    Table({"row": np.arange(N), "logg": own.predicted}).write(tmp_path / "lacking.fits")
+    refused(tmp_path / "lacking.fits", spectra, "no table with a column log_g")
 
 
 def test_what_an_evaluation_keeps_can_be_evaluated(noisy_file, own, tmp_path):
