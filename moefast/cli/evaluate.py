@@ -31,8 +31,8 @@ __all__ = ["evaluate"]
 @click.option(
     "-m", "--model", metavar="WHAT",
     help="What is measured: a model folder, an ONNX file (.onnx) with inputs flux and error and an output log_g, or a "
-    "table of predictions (.csv, .fits, .parquet, or .h5 of moefast) with columns log_g and row, or the stars' identifiers; or a "
-    "shipped model, observed (the default), z0 or survey.",
+    "table of predictions (.csv, .fits, .parquet, or .h5 of moefast) with columns log_g and row, or the stars' "
+    "identifiers; or a shipped model, observed (the default), z0 or survey.",
 )  # fmt: skip
 @click.option(
     "--peer", metavar="NAME",
