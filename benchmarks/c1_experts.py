@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moefast.benchmarks.c0 import log_levels
 from moefast.core.atomic import atomic_file
 from moefast.core.grids import PHYSICAL_GRID, uniform
 from moefast.core.line_features import LEAST_CONTINUUM, LINES
@@ -278,11 +279,6 @@ def prepare(name: str, source: Source, plan: Plan, folder: Path, say: Callable[[
 
 def _pixel_file(path: Path, rows: int, p: int) -> np.memmap:
     return np.lib.format.open_memmap(path, "w+", np.float32, (rows, p))
-
-
-def log_levels(error: F32, noise_shape: F64) -> F64:
-    """Noise level of each star, ln s with s² = mean(σ²/D)."""
-    return 0.5 * np.log((error * error) @ (1 / noise_shape) / noise_shape.size)
 
 
 def components(spectra: SimulatedSpectra, plan: Plan, labels: Mapping[str, F64]) -> tuple[F64, F64, F64]:

@@ -25,7 +25,8 @@ import numpy as np
 from moefast.benchmarks.environment import describe
 from moefast.cluster.fit_on_workers import fit_on
 from moefast.cluster.fit_parts import FitPlan, TrainingSpectra
-from moefast.cluster.workers import connect, predict_on
+from moefast.cluster.predict_on_workers import predict_on
+from moefast.cluster.workers import connect
 from moefast.core.errors import BenchmarkError
 from moefast.model import Model
 from moefast.predicting.files import predict

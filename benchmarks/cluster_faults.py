@@ -54,7 +54,8 @@ from moefast.cluster import workers
 from moefast.cluster.fit_on_workers import fit_on
 from moefast.cluster.fit_parts import FitPlan, TrainingSpectra, fit_of_parts, gather_to_file
 from moefast.cluster.merge import merge_tables
-from moefast.cluster.workers import connect, predict_on, work_of
+from moefast.cluster.predict_on_workers import predict_on
+from moefast.cluster.workers import connect, work_of
 from moefast.core.atomic import write_json
 from moefast.core.errors import BackendError, BenchmarkError
 from moefast.experts import normal_equations

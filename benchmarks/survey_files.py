@@ -29,7 +29,8 @@ from moefast.core.text import table
 from moefast.model import Model
 from moefast.predicting.files import predict
 from moefast.simulate.source import SimulatedSpectra
-from moefast.spectra.prepared import Preparation, open_prepared
+from moefast.spectra.opening import open_prepared
+from moefast.spectra.prepared import Preparation
 
 __all__ = ["run", "write_coadd", "write_objects"]
 

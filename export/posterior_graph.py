@@ -164,8 +164,11 @@ class _Steps(OnnxArithmetic):
             "scale": scale,
         }
         one = self.graph.number("constant.double_1", np.array(1.0))
-        known = self.shaped(self.total(values["weights"], 1), (1,))
+        stellar = self.part(found["weights"], 1, 0, k + self.mixture.blends)
+        known = self.shaped(self.total(stellar, 1), (1,))
         values["foreign"] = self.relu(self.subtract(one, known))
+        if self.mixture.blends:
+            values["blend"] = self.part(found["weights"], 1, k, k + 1)
         if count > 1:
             values["labels"] = others["label"]
             values["label_errors"] = self.multiply(others["label_sd"], factors)
@@ -206,6 +209,7 @@ def build_posterior(mixture: PosteriorMixture, part: str, metadata: dict[str, st
         "kind": PosteriorMixture.kind,
         "label_names": ",".join(mixture.label_names),
         "n_foreign": str(mixture.n_foreign),
+        **({"blends": "true"} if mixture.blends else {}),
         **({"n_fast": ",".join(map(str, mixture.n_fast))} if mixture.n_fast else {}),
         "flux_unit": "any; the scale is a nuisance",
     }
@@ -251,6 +255,9 @@ def read_posterior(model: ModelProto, wave: NDArray[np.float64]) -> PosteriorMix
         )
     try:
         fast = tuple(int(n) for n in said(model, "n_fast").split(",") if n)
-        return PosteriorMixture.from_stored(wave, arrays, names, int(said(model, "n_foreign")), fast)
+        return PosteriorMixture.from_stored(
+            wave, arrays, names, n_foreign=int(said(model, "n_foreign")), blends=said(model, "blends") == "true",
+            n_fast=fast,
+        )  # fmt: skip
     except (ValueError, IndexError) as error:
         raise ModelError(f"the posterior of the ONNX model does not fit together: {error}") from error

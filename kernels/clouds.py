@@ -13,12 +13,13 @@ triangular T, TTᵀ = I + LᵀL, it is Cᵀ = T⁻¹Lᵀ and λ = T⁻¹L⁻¹u:
 Design: `moefast.kernels.cpu_information` reads flux and error once and gives (u, M), C and λ in double precision;
 `moefast.kernels.cpu_clouds` passes four stars over all clouds in single precision. Floor in multiply-adds per star, for
 p = 4096 pixels, g = 352 cells, n = 82 coordinates, q = 14 nuisances, m = 441 clouds of t = 5 tangents, which have
-r = 52 of the coordinates, and the scale:
+r = 52 of the coordinates, and the scale, and G = 4 groups that differ, slopes included, in s = 28 directions:
 
     u                  p (n + q)                                    0.39 M double
     M                  g (n + q)(n + q + 1)/2                       1.64 M double
     expansion          2 p (n + q)                                  0.39 M single, 0.39 M double
     roots              (n + q)³/6 + q (n + q)²/2 + 5 n³/6           0.67 M double
+    slopes             ((n + q)³ + (G − 1) s³)/6                    0.16 M double
     clouds             m (n (n + 1) + t r (r + 1))/2                4.54 M single
     their products     m (t (t + 7) r/2 + 5 n)                      0.87 M single
 
@@ -37,8 +38,8 @@ from numpy.typing import NDArray
 from moefast.core.threads import in_threads
 from moefast.kernels import cpu_clouds, cpu_information
 from moefast.kernels.cpu_clouds import LANES
+from moefast.kernels.cpu_information import GROUP, OVERHANG, ROWS, SPECTRUM, STEP
 from moefast.kernels.cpu_information import LANES as COLUMNS
-from moefast.kernels.cpu_information import ROWS, SPECTRUM, STEP
 from moefast.kernels.dispatch import on_cuda
 
 __all__ = ["CloudPosterior", "Clouds", "Groups", "Space", "cloud_posterior", "without_cuda"]
@@ -119,6 +120,7 @@ class Space:
     groups: Groups = NO_GROUPS
     arrays: tuple = field(init=False, repr=False)
     slopes: tuple = field(init=False, repr=False)
+    weighing: tuple = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("reference", "noise_shape", "directions"):
@@ -156,10 +158,14 @@ class Space:
         spectra = np.zeros((pixels, width), np.float32)
         spectra[:p] = inside
         spectra = np.ascontiguousarray(spectra.reshape(-1, SPECTRUM, width).transpose(0, 2, 1))
-        precision = np.ascontiguousarray(np.roll(self.precision.astype(np.float64), (q, q), (0, 1)))
-        columns = np.zeros((rounded_up(width, COLUMNS) // COLUMNS, pixels, COLUMNS))
+        precision = np.zeros((width, rounded_up(width, GROUP)))
+        precision[:, :width] = np.roll(self.precision.astype(np.float64), (q, q), (0, 1))
+        # As few lanes as blocks of equal size need: they are added up whether a column is there or not.
+        blocks = rounded_up(width, COLUMNS) // COLUMNS
+        size = GROUP * rounded_up(-(-width // GROUP), blocks) // blocks
+        columns = np.zeros((blocks, pixels, size))
         for block, lanes in enumerate(columns):
-            part = inside[:, block * COLUMNS : (block + 1) * COLUMNS]
+            part = inside[:, block * size : (block + 1) * size]
             lanes[:p, : part.shape[1]] = part
         groups, size = len(self.cells), width * (width + 1) // 2
         shape = self.noise_shape.astype(np.float64)
@@ -170,12 +176,20 @@ class Space:
             row[:size] = ((inside[ours] / shape[ours, None]).T @ inside[ours])[upper]
         for block, lanes in enumerate(products):
             lanes[:] = packed[:, block * COLUMNS : (block + 1) * COLUMNS]
-        cell, share = np.zeros(p, np.int64), np.zeros(p)
-        there = self.cell_shares > 0
-        cell[self.cells[there]], share[self.cells[there]] = np.nonzero(there)[0], self.cell_shares[there]
+        # Cells of equal size one behind the other: a loop of their length is foretold.
+        counts = (self.cell_shares > 0).sum(1)
+        cell = np.argsort(counts, kind="stable")
+        there = self.cell_shares[cell] > 0
+        pixel, share = (
+            self.cells[cell][there].astype(np.uint32),
+            self.cell_shares[cell][there].astype(np.float64),
+        )
+        first = np.concatenate([[0], np.cumsum(counts[cell])])
+        of_cells = cell.astype(np.uint32), first.astype(np.uint32), pixel, share
         pull = np.roll(self.pull.astype(np.float64), q)
-        object.__setattr__(self, "arrays", (columns, products, spectra, precision, pull, cell, share))
+        object.__setattr__(self, "arrays", (columns, products, spectra, precision, pull, of_cells))
         object.__setattr__(self, "slopes", self._slopes())
+        object.__setattr__(self, "weighing", self._weighing())
 
     def _slopes(self) -> tuple:
         """Share and widths of narrow slopes, and groups with the nuisances first."""
@@ -198,6 +212,45 @@ class Space:
         if len(narrow) != self.n_slopes:
             raise ValueError(f"widths of {self.n_slopes} narrow slopes expected; found {self.calibrated}")
         return float(self.calibrated[0]), narrow, precision, pull, np.asarray(groups.constant, np.float64)
+
+    def _weighing(self) -> tuple:
+        """What `cpu_information.chance_of_narrow` reads of `slopes`.
+
+        Share and widths of narrow slopes; the order of directions (w,), nuisances that are no slopes first, then what
+        groups have in common, then what they differ in, then slopes; places of M in that order in what is packed
+        (w, w); precision (w, w) and pull (w,) that groups have in common; what each has besides, (groups, s, s + 1
+        and more), in the last s of that order, its pull in column s; and constants.
+        """
+        share, narrow, precision, pull, constants = self.slopes
+        width, k = self.directions.shape[1], self.n_slopes
+        if not len(constants):
+            none = np.empty((0, 0))
+            order, places = np.empty(0, np.uint32), np.empty((0, 0), np.uint32)
+            return share, narrow, order, places, none, np.empty(0), np.empty((0, 0, 0)), constants
+        differs = (precision != precision[0]).any((0, 1)) | (pull != pull[0]).any(0)
+        rest = np.concatenate([np.flatnonzero(~differs), np.flatnonzero(differs)])
+        common, size = int((~differs).sum()), int(differs.sum()) + k
+        shared, shared_pull = np.zeros((width, width)), np.zeros(width)
+        rows = len(rest)
+        shared[:rows, :rows], shared_pull[:rows] = precision[0][np.ix_(rest, rest)], pull[0][rest]
+        shared[common:, common:], shared_pull[common:] = 0, 0
+        own = np.zeros((len(constants), size, rounded_up(size + 1, GROUP)))
+        here = np.flatnonzero(differs)
+        own[:, : len(here), : len(here)] = precision[:, here[:, None], here]
+        own[:, : len(here), size] = pull[:, here]
+        order = np.concatenate([k + rest, np.arange(k)])
+        first, last = np.minimum.outer(order, order), np.maximum.outer(order, order)
+        places = first * width - first * (first - 1) // 2 + last - first
+        return (
+            share,
+            narrow,
+            order.astype(np.uint32),
+            places.astype(np.uint32),
+            shared,
+            shared_pull,
+            own,
+            constants,
+        )
 
     @property
     def n_coordinates(self) -> int:
@@ -283,7 +336,7 @@ class Clouds:
             return np.ascontiguousarray(np.moveaxis(out.reshape(panels, LANES, *array.shape[1:]), 1, -1))
 
         seen = np.flatnonzero(self.tangents.any((0, 1)))
-        reach = rounded_up(int(seen[-1]) + 1, STEP) if seen.size else STEP
+        reach = int(seen[-1]) + 1 if seen.size else 1
         arrays = (
             (0,) * (t + 1),
             reach,
@@ -393,17 +446,18 @@ def cloud_posterior(
     quality = [np.empty(rows, dtype) for dtype in (np.float32, np.float32, np.int32, np.uint32)]
 
     def run(first_block: int, stop_block: int) -> None:
-        columns, products, spectra, precision, pull, cell, share = space.arrays
+        columns, products, spectra, precision, pull, of_cells = space.arrays
         y, cells = np.zeros((ROWS, columns.shape[1]), np.float32), np.zeros((ROWS, products.shape[1]))
         information, points = np.zeros_like(y), np.empty((ROWS, n + q), np.float32)
-        u, packed = (np.empty((ROWS, len(part) * COLUMNS)) for part in (columns, products))
+        u = np.empty((ROWS, len(columns) * columns.shape[2]))
+        packed = np.empty((ROWS, len(products) * COLUMNS + OVERHANG))
         numbers = np.empty((ROWS, 5))
         for start in range(first_block * ROWS, min(stop_block * ROWS, rows), ROWS):
             here = slice(start, min(start + ROWS, rows))
             count = here.stop - start
             cpu_information.read_pixels(
                 flux[here], error[here], mask[here] if mask.size else mask, space.reference, space.noise_shape,
-                cell, share, y, information, cells, numbers, *(array[here] for array in quality),
+                *of_cells, y, information, cells, numbers, *(array[here] for array in quality),
             )  # fmt: skip
             cpu_information.multiply_pixels(y, count, columns, u)
             cpu_information.multiply_cells(cells, count, products, packed)
@@ -417,7 +471,7 @@ def cloud_posterior(
                 q,
                 space.n_sky,
                 n,
-                *space.slopes,
+                *space.weighing,
                 *clouds.arrays,
                 *(array[here] for array in arrays),
             )

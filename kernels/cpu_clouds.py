@@ -15,9 +15,8 @@ import numpy as np
 
 from moefast.core.compiled import njit
 from moefast.kernels.cpu import FAST, exp32, log32
-from moefast.kernels.cpu_information import LANES as COLUMNS
-from moefast.kernels.cpu_information import STEP, TINY, chance_of_narrow, solve, unpack
-from moefast.kernels.vectors import VECTORS, cloud_group, label_group, set_tile, width_of
+from moefast.kernels.cpu_information import STEP, TINY, chance_of_narrow, filled, solve, unpack
+from moefast.kernels.vectors import VECTORS, cloud_group, label_group, set_upper_tile, width_of
 
 __all__ = ["posterior"]
 
@@ -26,6 +25,8 @@ LANES = VECTORS * WIDTH
 """Clouds of a panel."""
 TOGETHER = 4
 """Stars that pass over a panel while it is in the second cache."""
+SOLVED = 16
+"""Stars whose roots are found one after the other, while what is added to M of each is in the second cache."""
 LEAST_SHARE = np.float32(1e-9)
 """Of the best cloud's weight: clouds below have no say in labels but the first."""
 LEAST_EVIDENCE = np.float32(-1e30)
@@ -37,16 +38,22 @@ HALF32 = np.float32(0.5)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _whiten(columns, panel, reach, root, star, vectors):
-    """Vectors of a panel times C' of a star, upper triangular; all but the means have `reach` coordinates."""
+def _whiten(columns, panel, groups, n, reach, root, star, vectors):
+    """Vectors of the first groups of a panel times C' of a star; means have n coordinates, all others `reach`.
+
+    `vectors` (groups, vectors of a cloud and one more, coordinates, `WIDTH`) holds those of `WIDTH` clouds in one
+    piece, which the first cache keeps.
+    """
     _, drawn, size, _ = columns.shape
+    hop = (drawn + 1) * size * WIDTH
     for v in range(drawn):
-        length = size if v == 0 else reach
+        length = n if v == 0 else reach
         for r in range(0, length, STEP):
-            start, place = ((panel * drawn + v) * size + r) * LANES, (v * size + r) * LANES
-            set_tile(
-                root, (star * size + r) * size + r, size, columns, start, length - r, vectors, place, LANES
-            )
+            start, place = ((panel * drawn + v) * size + r) * LANES, (v * size + r) * WIDTH
+            set_upper_tile(
+                root, (star * size + r) * size + r, size, columns, start, LANES, length - r, vectors, place, WIDTH,
+                hop, groups,
+            )  # fmt: skip
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
@@ -99,11 +106,21 @@ def _between(panel, x, share, means, middle, middle_of_first):
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def _is_empty(panel, share):
+def _is_empty(share, start, size):
     total = ZERO32
-    for i in range(panel * LANES, (panel + 1) * LANES):
+    for i in range(start, start + size):
         total += share[i]
     return total == ZERO32
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _leave_out(panel, lane, means, variance, along):
+    """Zeros for `WIDTH` clouds of no weight, in the place of whatever a star before has left."""
+    for i in range(lane, lane + WIDTH):
+        variance[i], along[i] = ZERO32, ZERO32
+    for x in range(means.shape[1]):
+        for i in range(lane, lane + WIDTH):
+            means[panel, x, i] = ZERO32
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
@@ -118,6 +135,7 @@ def _moments(
     """
     panels, n_labels = means.shape[:2]
     m, k = evidence.size, first.size - 1
+    empty = np.empty(VECTORS, np.bool_)
     top = np.float32(-np.inf)
     for j in range(m):
         top = max(top, evidence[j])
@@ -155,11 +173,17 @@ def _moments(
     between /= total
     label[:], sd[:], covariance[:] = 0.0, 0.0, 0.0
     for panel in range(panels):
-        if _is_empty(panel, share):
+        if _is_empty(share, panel * LANES, LANES):
             continue
+        for lane in range(0, LANES, WIDTH):
+            empty[lane // WIDTH] = _is_empty(share, panel * LANES + lane, WIDTH)
+            if empty[lane // WIDTH]:
+                _leave_out(panel, lane, means, variance, along)
         for x in range(n_labels):
             place = panel * n_labels + x
             for lane in range(0, LANES, WIDTH):
+                if empty[lane // WIDTH]:
+                    continue
                 label_group(
                     lane, LANES, n_tangents, base + panel, lower, inverse_root, coefficients, place, gains, labels,
                     means, x == 0, solved, variance, along,
@@ -172,7 +196,7 @@ def _moments(
             covariance[x] += product / kept
     label[0] = best
     for panel in range(panels):
-        if _is_empty(panel, share):
+        if _is_empty(share, panel * LANES, LANES):
             continue
         for x in range(n_labels):
             square, product = _between(panel, x, share, means, label[x], label[0])
@@ -197,57 +221,51 @@ def _perceptron(features, w1, b1, w2, b2):
 @njit(nogil=True, cache=True, error_model="numpy")
 def posterior(
     numbers, u, packed, q, n_sky, n,
-    calibrated, narrow, precisions, pulls, constants,
+    calibrated, narrow, order, places, precision, pull, of_groups, constants,
     drawn, reach, columns, log_weights, gains, labels, scatter, scatter_with_first, first,
     unit, width, lowest, highest, w1, b1, w2, b2,
     log_g, log_g_err, features, label, sd, covariance, weights, expert, chi2, distance, strength, scale, log_level,
 ):  # fmt: skip
     """Posterior of each star of a block; arrays of clouds as `moefast.kernels.clouds.Clouds` lays them out."""
-    panels, _, size, _ = columns.shape
+    panels, _, coordinates, _ = columns.shape
     n_labels, t, m = gains.shape[1], gains.shape[2], first[-1]
-    a = np.zeros((-(-(q + n) // STEP) * STEP, -(-(q + n + 1) // COLUMNS) * COLUMNS))
-    exact = np.zeros((-(-n // STEP) * STEP, -(-(n + 1) // COLUMNS) * COLUMNS))
+    # A vector of the last row may reach into one more.
+    a, exact = np.zeros((filled(q + n) + 1, filled(q + n + 1))), np.zeros((filled(n), filled(n + 1)))
+    size = of_groups.shape[1]
+    part = np.zeros((filled(size), filled(size + 1)))
     of_root, scratch = np.zeros_like(exact), np.zeros_like(exact)
-    left, evidences = np.empty((q - n_sky, q - n_sky + 1)), np.empty((2, len(constants)))
-    root, vectors = np.zeros((TOGETHER, size, size), np.float32), np.empty((t, size, LANES), np.float32)
-    centre, spectrum = np.zeros((TOGETHER, size), np.float32), np.zeros((TOGETHER, size), np.float32)
-    places = TOGETHER * panels
-    lower = np.empty((places, t * (t + 1) // 2, LANES), np.float32)
-    inverse_root, coefficients = (
-        np.empty((places, t, LANES), np.float32),
-        np.empty((places, t, LANES), np.float32),
+    left, evidences = np.empty((narrow.size, narrow.size + 1)), np.empty((2, len(constants)))
+    root = np.zeros((SOLVED, coordinates, coordinates), np.float32)
+    vectors = np.empty((VECTORS, t + 1, coordinates, WIDTH), np.float32)
+    centre, spectrum = (
+        np.zeros((SOLVED, coordinates), np.float32),
+        np.zeros((SOLVED, coordinates), np.float32),
     )
-    square, means_of_first = np.empty((places, LANES), np.float32), np.empty((places, LANES), np.float32)
-    evidence, pivots = np.empty((places, LANES), np.float32), np.empty((t, LANES), np.float32)
+    stars_and_panels = TOGETHER * panels
+    # The last panel has lanes without clouds, which nothing is written to.
+    lower = np.zeros((stars_and_panels, t * (t + 1) // 2, LANES), np.float32)
+    inverse_root = np.zeros((stars_and_panels, t, LANES), np.float32)
+    coefficients = np.zeros((stars_and_panels, t, LANES), np.float32)
+    square = np.zeros((stars_and_panels, LANES), np.float32)
+    means_of_first = np.empty((stars_and_panels, LANES), np.float32)
+    evidence, pivots = np.empty((stars_and_panels, LANES), np.float32), np.ones((t, LANES), np.float32)
     share, solved = np.zeros(panels * LANES, np.float32), np.empty((t, LANES), np.float32)
     variance, along = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
     means, explained, beyond = (
         np.empty((panels, n_labels, LANES), np.float32),
-        np.empty(TOGETHER),
-        np.empty(TOGETHER),
+        np.empty(SOLVED),
+        np.empty(SOLVED),
     )
-    for begin in range(0, len(numbers), TOGETHER):
-        count = min(TOGETHER, len(numbers) - begin)
-        for star in range(count):
-            i = begin + star
+    for begin in range(0, len(numbers), SOLVED):
+        stop = min(begin + SOLVED, len(numbers))
+        for i in range(begin, stop):
+            star = i - begin
             level2 = numbers[i, 3] / (numbers[i, 4] + TINY) / (numbers[i, 0] * numbers[i, 0])
             log_level[i] = 0.5 * math.log(level2 + TINY)
             chance = chance_of_narrow(
-                packed,
-                u,
-                i,
-                q,
-                n_sky,
-                level2,
-                calibrated,
-                narrow,
-                precisions,
-                pulls,
-                constants,
-                a,
-                left,
-                evidences,
-            )
+                packed, u, i, n_sky, level2, calibrated, narrow, order, places, precision, pull, of_groups, constants,
+                a, part, left, evidences,
+            )  # fmt: skip
             unpack(packed, i, a, q + n)
             for k in range(q + n):
                 a[k, q + n] = u[i, k]
@@ -259,42 +277,39 @@ def posterior(
                     root[star, r, c] = np.float32(exact[r, c])
                 centre[star, r] = np.float32(exact[r, n])
                 spectrum[star, r] = np.float32(exact[r, n] + exact[r, n - 1] / unit)
-        for panel in range(panels):
-            for star in range(count):
-                place = star * panels + panel
-                _whiten(columns, panel, reach, root, star, vectors)
-                for lane in range(0, LANES, WIDTH):
-                    cloud_group(
-                        vectors, lane, LANES, size, reach, drawn, star, centre, spectrum, width, place, lower,
-                        inverse_root, coefficients, square, pivots,
+        for passing in range(0, stop - begin, TOGETHER):
+            count = min(TOGETHER, stop - begin - passing)
+            for panel in range(panels):
+                groups = min(VECTORS, -(-(m - panel * LANES) // WIDTH))
+                for star in range(count):
+                    place = star * panels + panel
+                    _whiten(columns, panel, groups, n, reach, root, passing + star, vectors)
+                    for lane in range(0, groups * WIDTH, WIDTH):
+                        cloud_group(
+                            vectors, lane, LANES, coordinates, n, reach, drawn, passing + star, centre, spectrum,
+                            width, place, lower, inverse_root, coefficients, square, pivots,
+                        )  # fmt: skip
+                    _conclude(
+                        panel, place, log_weights, square, pivots, labels, gains, coefficients, evidence,
+                        means_of_first,
                     )  # fmt: skip
-                _conclude(
-                    panel,
-                    place,
-                    log_weights,
-                    square,
-                    pivots,
-                    labels,
-                    gains,
-                    coefficients,
-                    evidence,
-                    means_of_first,
+            for star in range(count):
+                i, base = begin + passing + star, star * panels
+                between = _moments(
+                    evidence[base : base + panels].reshape(-1)[:m], drawn, base, lower, inverse_root, coefficients,
+                    gains, labels, scatter, scatter_with_first, first, means_of_first[base : base + panels], share,
+                    variance, along, solved, means, label[i], sd[i], covariance[i], weights[i], expert[i],
+                )  # fmt: skip
+                nearest = np.float64(square[base : base + panels].reshape(-1)[:m].min())
+                chi2[i] = (numbers[i, 2] - explained[passing + star]) / (
+                    1.0 + max(numbers[i, 4] - (n + 1), 0.0)
                 )
-        for star in range(count):
-            i, base = begin + star, star * panels
-            between = _moments(
-                evidence[base : base + panels].reshape(-1)[:m], drawn, base, lower, inverse_root, coefficients, gains,
-                labels, scatter, scatter_with_first, first, means_of_first[base : base + panels], share, variance,
-                along, solved, means, label[i], sd[i], covariance[i], weights[i], expert[i],
-            )  # fmt: skip
-            nearest = np.float64(square[base : base + panels].reshape(-1)[:m].min())
-            chi2[i] = (numbers[i, 2] - explained[star]) / (1.0 + max(numbers[i, 4] - (n + 1), 0.0))
-            distance[i] = (beyond[star] + nearest) / n
-            strength[i], scale[i] = numbers[i, 1], numbers[i, 0]
-            answer = label[i, 0]
-            log_g[i] = answer if math.isnan(answer) else min(max(answer, lowest), highest)
-            features[i, 0] = log_g[i]
-            features[i, 1] = math.log(sd[i, 0] + LEAST_SPREAD)
-            features[i, 2] = math.log(math.sqrt(between + TINY) + LEAST_SPREAD)
-            features[i, 3], features[i, 4] = label[i, 1], label[i, 2]
-            log_g_err[i] = math.exp(_perceptron(features[i], w1, b1, w2, b2))
+                distance[i] = (beyond[passing + star] + nearest) / n
+                strength[i], scale[i] = numbers[i, 1], numbers[i, 0]
+                answer = label[i, 0]
+                log_g[i] = answer if math.isnan(answer) else min(max(answer, lowest), highest)
+                features[i, 0] = log_g[i]
+                features[i, 1] = math.log(sd[i, 0] + LEAST_SPREAD)
+                features[i, 2] = math.log(math.sqrt(between + TINY) + LEAST_SPREAD)
+                features[i, 3], features[i, 4] = label[i, 1], label[i, 2]
+                log_g_err[i] = math.exp(_perceptron(features[i], w1, b1, w2, b2))

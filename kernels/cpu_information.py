@@ -18,17 +18,31 @@ from moefast.core.compiled import njit
 from moefast.kernels.cpu import FAST
 from moefast.kernels.quality import LARGEST32, LARGEST_ERROR32, ZERO32, median_near, quantile_scratch
 from moefast.kernels.vectors import ROWS as STEP
-from moefast.kernels.vectors import VECTORS, add_tile, set_tile, subtract_row, subtract_tile, width_of
+from moefast.kernels.vectors import (
+    VECTORS,
+    add_rows,
+    add_tile,
+    copy_row,
+    dot_row,
+    multiply_row,
+    set_tile,
+    set_tiles,
+    solve_rows,
+    subtract_tiles,
+    width_of,
+)
 
 __all__ = [
     "CHUNK",
     "GROUP",
     "LANES",
+    "OVERHANG",
     "ROWS",
     "SPECTRUM",
     "STEP",
     "TINY",
     "chance_of_narrow",
+    "filled",
     "multiply_cells",
     "multiply_pixels",
     "read_pixels",
@@ -40,14 +54,20 @@ __all__ = [
 GROUP = width_of(64)
 """Numbers in double precision that are handled together; rows of matrices are filled up to whole groups."""
 LANES = VECTORS * GROUP
-"""Columns of u and of packed M that lie side by side."""
+"""Columns of packed M that lie side by side, and of u at most."""
 ROWS = 64
 """Stars whose pixels are read before their products are formed: what is multiplied is read once for all of them."""
 SPECTRUM = VECTORS * width_of(32)
 """Pixels of a spectrum that lie side by side."""
+OVERHANG = GROUP - 1
+"""Numbers behind the packed M of a star that a vector of its last row may reach."""
+LATEST = 10
+"""Stars whose medians tell where that of the next may be."""
 CHUNK = 512
 """Pixels whose directions stay in the second cache while all stars of a block pass over them."""
 TINY = 1e-30
+SMALL, LARGE = 1e-150, 1e150
+"""Products of pivots stay between, before their logarithm is taken."""
 LEAST_CURVATURE = 1e-8
 """Added to M where the best point of the whole space is asked for, as in `moefast.posterior.forward`."""
 LEAST_INFORMATION = 1e-13
@@ -107,11 +127,13 @@ def _second_look(flux, reference, noise_shape, scale, weight, y, information):
 
 
 @njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
-def _average_cells(weight, cell, share, cells):
-    """Means of `weight` over cells, where each pixel has a cell and a share in its mean."""
-    cells[:] = 0.0
-    for j in range(weight.size):
-        cells[cell[j]] += share[j] * weight[j]
+def _average_cells(weight, cell, first, pixel, share, cells):
+    """Means of `weight` over cells; the k-th of `cell` has the pixels first[k] to first[k + 1] and their shares."""
+    for k in range(cell.size):
+        total = 0.0
+        for j in range(first[k], first[k + 1]):
+            total += share[j] * weight[pixel[j]]
+        cells[cell[k]] = total
 
 
 @njit(nogil=True, cache=True)
@@ -128,7 +150,7 @@ def _keep_finite(ratio):
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
 def read_pixels(
-    flux, error, mask, reference, noise_shape, cell, share,
+    flux, error, mask, reference, noise_shape, cell, first, pixel, share,
     y, information, cells, numbers, snr_norm, snr_median, n_good, flag,
 ):  # fmt: skip
     """Row by row: y and a′ (n, p), means of a′D over cells (n, k), and `numbers` of the row.
@@ -141,7 +163,7 @@ def read_pixels(
     weight, ratio = np.empty(p), np.empty(p + 1, np.float32)
     keys, scratch = np.empty(p + 2, np.int32), quantile_scratch()
     # Median of flux/error over mean flux by mean error differs by a per cent between stars: it tells where to look.
-    usual = np.float32(1.0)
+    usual, seen = np.float32(1.0), 0
     for i in range(n):
         shown = mask[i] if masked else mask.reshape(-1)
         curvature, overlap, level, signal, noise, light, dark, n_used, n_sound, n_wrong = _first_look(
@@ -153,7 +175,7 @@ def read_pixels(
         numbers[i, 0], numbers[i, 1] = scale, overlap / error_of_scale
         _second_look(flux[i], reference, noise_shape, scale, weight, y[i], information[i])
         numbers[i, 3], numbers[i, 4] = level, n_used
-        _average_cells(weight, cell, share, cells[i])
+        _average_cells(weight, cell, first, pixel, share, cells[i])
         n_good[i] = n_sound
         flag[i] = np.uint32(4 * (n_wrong > 0) + 2 * (2 * n_sound < p) + (n_sound == 0))
         snr_norm[i], snr_median[i] = np.nan, np.nan
@@ -170,20 +192,23 @@ def read_pixels(
         median = np.float32(median_near(ratio, m, usual * ratio_of_means, keys, scratch))
         snr_median[i] = median
         if ratio_of_means > ZERO32 and median > ZERO32:
-            usual += np.float32(0.1) * (median / ratio_of_means - usual)
+            seen = min(seen + 1, LATEST)
+            usual += (median / ratio_of_means - usual) / np.float32(seen)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def multiply_pixels(y, rows, directions, u):
-    """U = y · directions of the first rows: y (·, p), directions (blocks, p, `LANES`), u (·, columns)."""
-    blocks, p, _ = directions.shape
+    """U = y · directions of the first rows: y (·, p), directions (blocks, p, lanes), u (·, columns)."""
+    blocks, p, lanes = directions.shape
     u[:] = 0.0
     for block in range(blocks):
         for c in range(0, p, CHUNK):
+            start, size = (block * p + c) * lanes, min(CHUNK, p - c)
             for r in range(0, rows, STEP):
-                start, place = (block * p + c) * LANES, r * u.shape[1] + block * LANES
-                first, size = r * y.shape[1] + c, min(CHUNK, p - c)
-                add_tile(y, first, y.shape[1], directions, start, size, u, place, u.shape[1])
+                place = r * u.shape[1] + block * lanes
+                add_tile(
+                    y, r * p + c, p, directions, start, lanes, size, u, place, u.shape[1], GROUP, lanes // GROUP
+                )  # fmt: skip
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -193,11 +218,62 @@ def multiply_cells(cells, rows, products, packed):
     packed[:] = 0.0
     for block in range(blocks):
         for c in range(0, g, CHUNK):
+            start, size = (block * g + c) * LANES, min(CHUNK, g - c)
             for r in range(0, rows, STEP):
-                start, place = (block * g + c) * LANES, r * packed.shape[1] + block * LANES
+                place = r * packed.shape[1] + block * LANES
                 add_tile(
-                    cells, r * g + c, g, products, start, min(CHUNK, g - c), packed, place, packed.shape[1]
-                )
+                    cells, r * g + c, g, products, start, LANES, size, packed, place, packed.shape[1], GROUP, VECTORS
+                )  # fmt: skip
+
+
+@njit(nogil=True, cache=True)
+def filled(n):
+    """The least multiple of `GROUP` that is not below n."""
+    return -(-n // GROUP) * GROUP
+
+
+@njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
+def _pivot(value, least):
+    """Root of a pivot and its inverse; what is below `least` is rounding."""
+    root = math.sqrt(max(value + least, least))
+    return root, 1.0 / root
+
+
+@njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
+def _root_of_corner(a, first, step, n_pivots, n_rows, least):
+    """Root l of the rows and columns first, first + step, … of `a`, `STEP` of them: 1/l_rr, l_kr, and l_rr.
+
+    Only the first of them are pivots, and only the first `n_rows` rows are there: l is that of unit vectors beyond.
+    Numbers (k, r) are read in the row of the first of the two in `a`, or of the last if `step` is negative.
+    """
+    i, j, k, m = first, first + step, first + 2 * step, first + 3 * step
+    root0, root1, root2, root3 = 1.0, 1.0, 1.0, 1.0
+    inverse0, inverse1, inverse2, inverse3 = 1.0, 1.0, 1.0, 1.0
+    of01, of02, of03, of12, of13, of23 = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    root0, inverse0 = _pivot(a[i, i], least[0])
+    if n_rows > 1:
+        of01 = a[i, j] * inverse0
+    if n_rows > 2:
+        of02 = a[i, k] * inverse0
+    if n_rows > 3:
+        of03 = a[i, m] * inverse0
+    if n_pivots > 1:
+        root1, inverse1 = _pivot(a[j, j] - of01 * of01, least[1])
+        if n_rows > 2:
+            of12 = (a[j, k] - of01 * of02) * inverse1
+        if n_rows > 3:
+            of13 = (a[j, m] - of01 * of03) * inverse1
+    if n_pivots > 2:
+        root2, inverse2 = _pivot(a[k, k] - of02 * of02 - of12 * of12, least[2])
+        if n_rows > 3:
+            of23 = (a[k, m] - of02 * of03 - of12 * of13) * inverse2
+    if n_pivots > 3:
+        root3, inverse3 = _pivot(a[m, m] - of03 * of03 - of13 * of13 - of23 * of23, least[3])
+    return (
+        (inverse0, inverse1, inverse2, inverse3),
+        (of01, of02, of03, of12, of13, of23),
+        (root0, root1, root2, root3),
+    )
 
 
 @njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
@@ -205,25 +281,22 @@ def factor(a, stop, n, ridge):
     """Rows up to `stop` of U, with UᵀU = a + ridge, in place; rows up to n become what they do not explain.
 
     Only columns from the diagonal on are read and right; columns from n on go along. Pivots below the ridge, and below
-    what rounding leaves of the diagonal, are rounding. Rows of `a` are filled up to whole `STEP`, columns to `LANES`.
+    what rounding leaves of the diagonal, are rounding. Rows of `a` are filled up to whole `STEP`, columns to `GROUP`.
     """
     stride = a.shape[1]
-    diagonal = np.empty(stop)
+    least = np.empty(filled(stop))
     for k in range(stop):
-        diagonal[k] = a[k, k]
+        least[k] = ridge + ROUNDING * a[k, k] + TINY
     for top in range(0, n, STEP):
-        for j in range(top // LANES * LANES, stride, LANES):
-            subtract_tile(a, top, 1, stride, a, j, stride, min(top, stop), a, top * stride + j, stride)
-        for k in range(top, min(top + STEP, stop)):
-            least = ridge + ROUNDING * diagonal[k] + TINY
-            root = math.sqrt(max(a[k, k] + least, least))
-            inverse = 1.0 / root
-            for j in range(k // GROUP * GROUP, stride):
-                a[k, j] *= inverse
-            a[k, k] = root
-            for i in range(k + 1, min(top + STEP, n)):
-                begin = i // GROUP * GROUP
-                subtract_row(a, i * stride + begin, a, k * stride + begin, a[k, i], (stride - begin) // GROUP)
+        j = top // GROUP * GROUP
+        place, count = top * stride + j, (stride - j) // GROUP
+        subtract_tiles(a, top, 1, stride, a, j, stride, min(top, stop), a, place, stride, count)
+        if top < stop:
+            pivots = min(STEP, stop - top)
+            inverses, factors, roots = _root_of_corner(a, top, 1, pivots, min(STEP, n - top), least[top:])
+            solve_rows(a, place, stride, count, inverses, factors)
+            for k in range(pivots):
+                a[top + k, top + k] = roots[k]
 
 
 @njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
@@ -231,87 +304,90 @@ def shrink(a, columns, t, n):
     """U ← T⁻¹U in place, with T upper triangular and TTᵀ = I + UUᵀ; columns from n on go along.
 
     Then UᵀU is (I + M)⁻¹M of what was M = UᵀU: nothing is subtracted from 1, and small information keeps its digits.
-    `columns` (−Uᵀ) and `t` are scratch of the shape of `a`, without numbers that are not finite.
+    `columns` (Uᵀ) and `t` are scratch of the shape of `a`, without numbers that are not finite. Left of the groups in
+    which its diagonal lies `a` is zero.
     """
     stride = a.shape[1]
     for k in range(n):
-        # Left of the diagonal stands what was there before.
-        for j in range(k):
+        # Left of the diagonal, in its group, stands what was there before.
+        for j in range(k // GROUP * GROUP, k):
             a[k, j] = 0.0
-        for j in range(k // LANES * LANES + LANES):
-            t[k, j] = 0.0
-        t[k, k] = 1.0
     for begin in range(0, n, GROUP):
         for k in range(begin, n):
             for j in range(begin, min(begin + GROUP, n)):
-                columns[k, j] = -a[j, k]
-    last = (n - 1) // STEP * STEP
+                columns[k, j] = a[j, k]
     for top in range(0, n, STEP):
-        for j in range(0, top + STEP, LANES):
-            first = top * stride
-            subtract_tile(
-                a, first + top, stride, 1, columns, first + j, stride, n - top, t, first + j, stride
-            )
-    # Row k of t becomes column k of T.
-    for top in range(last, -1, -STEP):
-        below = top + STEP
+        first = top * stride
+        set_tiles(
+            a, first + top, stride, 1, columns, first, stride, n - top, t, first, stride, filled(top + STEP) // GROUP
+        )  # fmt: skip
+    for k in range(n):
+        t[k, k] += 1.0
+    nothing = np.zeros(STEP)
+    # Row k of t becomes column k of T, from the last on.
+    for top in range((n - 1) // STEP * STEP, -1, -STEP):
+        below, j = top + STEP, top // GROUP * GROUP
+        here, count = top * stride + j, (stride - j) // GROUP
         if below < n:
-            for j in range(0, below, LANES):
-                first, place = below * stride, top * stride + j
-                subtract_tile(t, first + top, 1, stride, t, first + j, stride, n - below, t, place, stride)
-        for k in range(min(below, n) - 1, top - 1, -1):
-            root = math.sqrt(t[k, k])
-            inverse = 1.0 / root
-            for j in range(k):
-                t[k, j] *= inverse
-            t[k, k] = root
-            for i in range(top, k):
-                subtract_row(t, i * stride, t, k * stride, t[k, i], i // GROUP + 1)
-    for top in range(last, -1, -STEP):
-        below = top + STEP
-        if below < n:
-            for j in range(top // LANES * LANES, stride, LANES):
-                first, place = below * stride, top * stride + j
-                subtract_tile(t, first + top, 1, stride, a, first + j, stride, n - below, a, place, stride)
-        for k in range(min(below, n) - 1, top - 1, -1):
-            inverse = 1.0 / t[k, k]
-            for j in range(k, stride):
-                a[k, j] *= inverse
-            begin = k // GROUP * GROUP
-            for i in range(top, k):
-                subtract_row(a, i * stride + begin, a, k * stride + begin, t[k, i], (stride - begin) // GROUP)
+            first = below * stride
+            subtract_tiles(
+                t, first + top, 1, stride, t, first, stride, n - below, t, top * stride, stride, filled(below) // GROUP
+            )  # fmt: skip
+            subtract_tiles(t, first + top, 1, stride, a, first + j, stride, n - below, a, here, stride, count)
+        for k in range(n, below):
+            # A row that is not there is that of a unit vector, whatever a star before has left.
+            t[k, :], a[k, :] = 0.0, 0.0
+            t[k, k] = 1.0
+        inverses, factors, roots = _root_of_corner(t, below - 1, -1, STEP, STEP, nothing)
+        solve_rows(t, (below - 1) * stride, -stride, filled(below) // GROUP, inverses, factors)
+        solve_rows(a, here + (STEP - 1) * stride, -stride, count, inverses, factors)
+        for k in range(STEP):
+            t[below - 1 - k, below - 1 - k] = roots[k]
 
 
-@njit(nogil=True, cache=True)
+# Packed rows of M are as long as no multiple of a vector: vectors begin at multiples of `GROUP` columns, and what they
+# take from a row before or behind falls where nothing is read. `OVERHANG` numbers stand behind the last row.
+@njit(nogil=True, cache=True, error_model="numpy")
 def unpack(packed, row, a, width):
     """Upper triangle (width, width) of M of one row of a block."""
-    start = 0
+    start, stride = row * packed.shape[1], a.shape[1]
     for i in range(width):
-        for j in range(width - i):
-            a[i, i + j] = packed[row, start + j]
+        j = i // GROUP * GROUP
+        copy_row(packed, start + j - i, a, i * stride + j, (filled(width) - j) // GROUP)
         start += width - i
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+@njit(nogil=True, cache=True, error_model="numpy")
+def add_precision(packed, row, precision, a, width):
+    """As `unpack`, plus `precision` (width, `filled` width)."""
+    start, stride, size = row * packed.shape[1], a.shape[1], precision.shape[1]
+    for i in range(width):
+        j = i // GROUP * GROUP
+        add_rows(packed, start + j - i, precision, i * size + j, a, i * stride + j, (size - j) // GROUP)
+        start += width - i
+
+
+@njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
 def _substitute_back(a, n, x):
-    """Solve U x = v, where the rows of U in `a` have v in column n."""
+    """Solve U x = v, where the rows of U in `a` have v in column n; x is 0 from n on."""
+    stride = a.shape[1]
+    x[:] = 0.0
     for k in range(n - 1, -1, -1):
-        value = a[k, n]
-        for j in range(k + 1, n):
-            value -= a[k, j] * x[j]
-        x[k] = value / a[k, k]
+        # The diagonal's group begins with numbers that mean nothing, of which x has none yet.
+        j = (k + 1) // GROUP * GROUP
+        for i in range(j, k):
+            a[k, i] = 0.0
+        x[k] = (a[k, n] - dot_row(a, k * stride + j, x, j, (filled(n) - j) // GROUP)) / a[k, k]
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def _add_product(packed, row, x, out):
-    """Add to `out` M of one row of a block, times x."""
-    n, start = x.size, 0
+@njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
+def _add_product(packed, row, x, out, n):
+    """Add to `out` M of one row of a block, times x, which is 0 from n on; beyond n `out` is scratch."""
+    start, begin = 0, row * packed.shape[1]
     for i in range(n):
-        one, total = x[i], packed[row, start] * x[i]
-        for j in range(1, n - i):
-            total += packed[row, start + j] * x[i + j]
-            out[i + j] += packed[row, start + j] * one
-        out[i] += total
+        count = filled(n - i - 1) // GROUP
+        total = multiply_row(packed, begin + start + 1, x, i + 1, out, i + 1, x[i], count)
+        out[i] += packed[row, start] * x[i] + total
         start += n - i
 
 
@@ -331,22 +407,27 @@ def _what_is_left(y, information, row, pixel, tile, left, place, energy):
 @njit(nogil=True, cache=True, error_model="numpy")
 def _gradient(y, information, rows, points, spectra, directions, tile, left, u, energy):
     """U = Bᵀ(y − a′ B b) and the energy left of the first rows; `spectra` (p / `SPECTRUM`, n + q, `SPECTRUM`) is B."""
-    blocks, p, _ = directions.shape
-    width = spectra.shape[1]
+    blocks, p, lanes = directions.shape
+    width, step = spectra.shape[1], points.shape[1]
     u[:], energy[:] = 0.0, 0.0
     for c in range(0, p, CHUNK):
         size = min(CHUNK, p - c)
         for j in range(0, size, SPECTRUM):
             start = (c + j) // SPECTRUM * width * SPECTRUM
             for r in range(0, rows, STEP):
-                first, step = r * points.shape[1], points.shape[1]
-                set_tile(points, first, step, spectra, start, width, tile, 0, SPECTRUM)
+                set_tile(
+                    points, r * step, step, spectra, start, SPECTRUM, width, tile, 0, SPECTRUM, SPECTRUM // VECTORS,
+                    VECTORS,
+                )  # fmt: skip
                 _what_is_left(y, information, r, c + j, tile, left, j, energy)
         for block in range(blocks):
-            start = (block * p + c) * LANES
+            start = (block * p + c) * lanes
             for r in range(0, rows, STEP):
-                place = r * u.shape[1] + block * LANES
-                add_tile(left, r * CHUNK, CHUNK, directions, start, size, u, place, u.shape[1])
+                place = r * u.shape[1] + block * lanes
+                add_tile(
+                    left, r * CHUNK, CHUNK, directions, start, lanes, size, u, place, u.shape[1], GROUP,
+                    lanes // GROUP,
+                )  # fmt: skip
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -356,26 +437,25 @@ def refine(y, information, rows, packed, spectra, directions, precision, pull, n
     `points` (·, n + q) is float32 scratch.
     """
     width = len(pull)
-    vector, point = np.empty(width), np.empty(width)
-    a = np.zeros((-(-width // STEP) * STEP, -(-(width + 1) // LANES) * LANES))
+    vector, point = np.zeros(filled(width) + GROUP), np.zeros(filled(width + 1) + GROUP)
+    a = np.zeros((filled(width), filled(width + 1)))
     energy = np.empty(len(y))
     tile, left = np.empty((STEP, SPECTRUM), np.float32), np.zeros((len(y), CHUNK), np.float32)
     points[:] = ZERO32
     for i in range(rows):
-        unpack(packed, i, a, width)
+        add_precision(packed, i, precision, a, width)
         for k in range(width):
-            for j in range(k, width):
-                a[k, j] += precision[k, j]
             a[k, width] = u[i, k] + pull[k]
         factor(a, width, width, 0.0)
         _substitute_back(a, width, point)
         for k in range(width):
             points[i, k] = np.float32(point[k])
     _gradient(y, information, rows, points, spectra, directions, tile, left, u, energy)
+    point[:] = 0.0
     for i in range(rows):
         for k in range(width):
             vector[k], point[k] = u[i, k], np.float64(points[i, k])
-        _add_product(packed, i, point, vector)
+        _add_product(packed, i, point, vector, width)
         # What the energy would be without the point, if the likelihood were what it is near it.
         numbers[i, 2] = energy[i]
         for k in range(width):
@@ -395,56 +475,64 @@ def _gain_of_slopes(a, rest, k, widths, left):
             left[i, j] = width * (widths[j] if widths.size else 1.0) * a[rest + i, rest + j]
         left[i, i] += 1.0
         left[i, k] = width * a[rest + i, rest + k]
-    gain, determinant = 0.0, 0.0
+    gain, determinant, product = 0.0, 0.0, 1.0
     for i in range(k):
         pivot = max(left[i, i], TINY)
-        determinant += math.log(pivot)
+        product *= pivot
+        # A logarithm takes as long as a row: of products, as long as they are numbers.
+        if not SMALL < product < LARGE:
+            determinant += math.log(product)
+            product = 1.0
         gain += left[i, k] * left[i, k] / pivot
         for j in range(i + 1, k):
             ratio = left[i, j] / pivot
             for m in range(j, k + 1):
                 left[j, m] -= ratio * left[i, m]
-    return 0.5 * (gain - determinant)
+    return 0.5 * (gain - determinant - math.log(product))
 
 
 @njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
 def chance_of_narrow(
-    packed, u, row, q, n_sky, level2, share, narrow, precisions, pulls, constants, a, left, evidences
+    packed, u, row, n_sky, level2, share, narrow, order, places, precision, pull, of_groups, constants,
+    a, part, left, evidences,
 ):  # fmt: skip
-    """Probability, by a star's own evidence, that its slopes, the first q − n_sky nuisances, are narrow.
+    """Probability, by a star's own evidence, that its slopes are narrow; 0 where there are no groups.
 
-    The equations are those of `moefast.posterior.forward`. `packed` and `u` are M and u of the row; `a`, as in `solve`,
+    The equations are those of `moefast.posterior.forward`. `packed` and `u` are M and u of the row; the directions are
+    taken in an order in which those in which groups differ follow all others, and slopes are the last. What all groups
+    have in common is taken out once. `share` to `constants` are those of `Space.weighing`; `a`, as in `solve`, `part`,
     `left` (k, k + 1) and `evidences` (2, groups) are scratch.
     """
-    groups, rest, _ = precisions.shape
+    groups, size, length = of_groups.shape
+    stride = a.shape[1]
     if groups == 0:
         return 0.0
-    k = q - n_sky
-    width = k + rest
+    k, width = narrow.size, order.size
+    common, own = width - size, size - narrow.size
+    for i in range(width):
+        for j in range(i, width):
+            a[i, j] = packed[row, places[i, j]] + precision[i, j]
+        a[i, width] = u[row, order[i]] + pull[i]
+    for i in range(n_sky):
+        a[i, i] += 1.0 / (level2 + TINY)
+    factor(a, common, width, 0.0)
     highest = -np.inf
     for g in range(groups):
-        # Slopes go last: what is left of their rows is what nothing else explains.
-        start = 0
-        for i in range(k):
-            for j in range(k - i):
-                a[rest + i, rest + i + j] = packed[row, start + j]
-            for j in range(rest):
-                a[j, rest + i] = packed[row, start + k - i + j]
-            a[rest + i, width] = u[row, i]
-            start += width - i
-        for i in range(rest):
-            for j in range(rest - i):
-                a[i, i + j] = packed[row, start + j] + precisions[g, i, i + j]
-            a[i, width] = u[row, k + i] + pulls[g, i]
-            start += rest - i
-        for i in range(n_sky):
-            a[i, i] += 1.0 / (level2 + TINY)
-        factor(a, rest, width, 0.0)
-        known = constants[g]
-        for i in range(rest):
-            known += 0.5 * a[i, width] * a[i, width] - math.log(a[i, i])
+        for i in range(size):
+            j = i // GROUP * GROUP
+            first, place, count = (common + i) * stride + common + j, i * length + j, (length - j) // GROUP
+            add_rows(a, first, of_groups, g * size * length + place, part, place, count)
+        factor(part, own, size, 0.0)
+        gain, determinant, product = 0.0, 0.0, 1.0
+        for i in range(own):
+            gain += part[i, size] * part[i, size]
+            product *= part[i, i]
+            if not SMALL < product < LARGE:
+                determinant += math.log(product)
+                product = 1.0
+        known = constants[g] + 0.5 * gain - determinant - math.log(product)
         for place in range(2):
-            evidences[place, g] = known + _gain_of_slopes(a, rest, k, narrow[: place * k], left)
+            evidences[place, g] = known + _gain_of_slopes(part, own, k, narrow[: place * k], left)
             highest = max(highest, evidences[place, g])
     wide, tight = 0.0, 0.0
     for g in range(groups):
@@ -471,10 +559,12 @@ def solve(a, q, n, n_sky, chance, narrow, level2, scratch, columns, root):
     explained = 0.0
     for i in range(q):
         explained += a[i, q + n] * a[i, q + n]
+    stride = root.shape[1]
     for i in range(n):
-        for j in range(i, n + 1):
-            root[i, j] = a[q + i, q + j]
-            scratch[i, j] = a[q + i, q + j]
+        j = i // GROUP * GROUP
+        first, place, count = (q + i) * a.shape[1] + q + j, i * stride + j, (stride - j) // GROUP
+        copy_row(a, first, root, place, count)
+        copy_row(a, first, scratch, place, count)
     factor(scratch, n, n, LEAST_CURVATURE)
     factor(root, n, n, LEAST_INFORMATION)
     gain, beyond = 0.0, 0.0

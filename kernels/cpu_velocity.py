@@ -12,8 +12,7 @@ import numpy as np
 
 from moefast.core.compiled import njit
 from moefast.kernels.cpu import FAST
-from moefast.kernels.cpu_information import CHUNK, SPECTRUM, STEP, TINY, factor, unpack
-from moefast.kernels.cpu_information import LANES as COLUMNS
+from moefast.kernels.cpu_information import CHUNK, SPECTRUM, STEP, TINY, factor, filled, unpack
 from moefast.kernels.quality import LARGEST32, LARGEST_ERROR32, ZERO32
 from moefast.kernels.vectors import VECTORS, add_tile, set_tile, width_of
 
@@ -140,10 +139,13 @@ def multiply(values, rows, templates, out):
                     values.shape[1],
                     templates,
                     start,
+                    LANES,
                     min(CHUNK, p - c),
                     out,
                     place,
                     LANES,
+                    LANES // VECTORS,
+                    VECTORS,
                 )
 
 
@@ -214,10 +216,11 @@ def slopes_of(y, information, rows, points, spectra, slopes, reference_slope, we
     for r in range(0, rows, STEP):
         for j in range(0, p, SPECTRUM):
             start = j // SPECTRUM * width * SPECTRUM
-            set_tile(
-                points, r * points.shape[1], points.shape[1], spectra, start, width, spectrum, 0, SPECTRUM
-            )
-            set_tile(points, r * points.shape[1], points.shape[1], slopes, start, width, slope, 0, SPECTRUM)
+            for terms, sums_of_terms in ((spectra, spectrum), (slopes, slope)):
+                set_tile(
+                    points, r * points.shape[1], points.shape[1], terms, start, SPECTRUM, width, sums_of_terms, 0,
+                    SPECTRUM, SPECTRUM // VECTORS, VECTORS,
+                )  # fmt: skip
             here = slice(j, j + SPECTRUM)
             for i in range(STEP):
                 force, curvature = _sums(
@@ -235,7 +238,7 @@ def step(rows, points, packed, precision, pull, u, across, sums, found):
     Points and u are what `refine` of `moefast.kernels.cpu_information` leaves; `across` (·, columns) is Bᵀa′d.
     """
     width = len(pull)
-    a, left = np.zeros((-(-width // STEP) * STEP, -(-(width + 2) // COLUMNS) * COLUMNS)), np.empty(width)
+    a, left = np.zeros((-(-width // STEP) * STEP, filled(width + 2))), np.empty(width)
     for i in range(rows):
         unpack(packed, i, a, width)
         for k in range(width):

@@ -32,7 +32,7 @@ LARGEST_ERROR32 = np.float32(LARGEST_ERROR)
 ZERO32 = np.float32(0)
 FEW = 6
 """Values that are put in order one by one: narrowing further would take longer."""
-STRIP = 256
+STRIP = 128
 """Values of a row that are looked at together for one that lies within a range."""
 GUESS_SPREAD = 250_000
 """Of the bits of a float32 on either side of a guess: 1.5 to 3 %."""
@@ -175,11 +175,13 @@ def _pick(keys, n, k, low, below, high, upto, found):
 
 @njit(cache=True)
 def _next_above(keys, n, first):
-    """Return the smallest of keys[:n] above `first`, the largest int32 if there is none."""
-    above = np.int32(0x7FFFFFFF)
+    """Return the smallest of keys[:n] above `first`; there must be one."""
+    # Counted from `first` on, without a sign, lower keys come last. A condition would keep the compiler from vectors.
+    least = np.uint32(0xFFFFFFFF)
     for j in range(np.uint32(n)):
-        above = min(above, keys[j] if keys[j] > first else np.int32(0x7FFFFFFF))
-    return above
+        apart = np.uint32(np.uint32(keys[j]) - np.uint32(first) - np.uint32(1))
+        least = np.uint32(min(least, apart))
+    return np.int32(np.uint32(least + np.uint32(first) + np.uint32(1)))
 
 
 @njit(cache=True, inline="always")

@@ -299,20 +299,21 @@ def velocity_step(
     found = np.empty((n, 2))
 
     def run(first_block: int, stop_block: int) -> None:
-        columns, products, spectra, precision, pull, cell, share = space.arrays
+        columns, products, spectra, precision, pull, of_cells = space.arrays
         of_directions, of_reference = slopes.arrays
         y, cells = np.zeros((ROWS, columns.shape[1]), np.float32), np.zeros((ROWS, products.shape[1]))
         information, weighed = np.zeros_like(y), np.zeros_like(y)
         points, sums = np.empty((ROWS, width), np.float32), np.empty((ROWS, 2))
         u, across = (np.empty((ROWS, len(columns) * columns.shape[2])) for _ in range(2))
-        packed, numbers = np.empty((ROWS, len(products) * products.shape[2])), np.empty((ROWS, 5))
+        size = len(products) * products.shape[2] + cpu_information.OVERHANG
+        packed, numbers = np.empty((ROWS, size)), np.empty((ROWS, 5))
         quality = [np.empty(ROWS, dtype) for dtype in (np.float32, np.float32, np.int32, np.uint32)]
         for start in range(first_block * ROWS, min(stop_block * ROWS, n), ROWS):
             here = slice(start, min(start + ROWS, n))
             count = here.stop - start
             cpu_information.read_pixels(
                 flux[here], error[here], mask[here] if mask.size else mask, space.reference, space.noise_shape,
-                cell, share, y, information, cells, numbers, *quality,
+                *of_cells, y, information, cells, numbers, *quality,
             )  # fmt: skip
             cpu_information.multiply_pixels(y, count, columns, u)
             cpu_information.multiply_cells(cells, count, products, packed)

@@ -58,10 +58,10 @@ def compare_with_cpu(mixtures: dict[str, Any]) -> tuple[dict[str, str], list[str
     return words, problems
 
 
-def examine() -> dict[str, Any]:
-    """Facts for `moefast doctor`, JSON-ready; `problems` is empty if everything works."""
-    problems: list[str] = []
+def installed_packages() -> tuple[dict[str, str], list[str]]:
+    """Versions of the packages that there are, and problems: those that are missing or in each other's way."""
     versions: dict[str, str] = {}
+    problems: list[str] = []
     for name in PACKAGES:
         try:
             versions[name] = metadata.version(name)
@@ -74,17 +74,43 @@ def examine() -> dict[str, Any]:
         )
     if not {"onnxruntime", "onnxruntime-gpu"} & versions.keys():
         problems.append("neither onnxruntime-gpu nor onnxruntime is installed; reinstall moefast")
-    devices, reason = cuda_devices()
-    providers: list[str] = []
-    models: dict[str, dict[str, Any]] = {}
-    checks: dict[str, str] = {}
-    chosen = resolve_backend("auto")
+    return versions, problems
+
+
+def onnx_providers() -> tuple[list[str], list[str]]:
+    """Where ONNX Runtime can compute, and problems."""
     try:
         import onnxruntime
 
-        providers = list(onnxruntime.get_available_providers())
+        return list(onnxruntime.get_available_providers()), []
     except ImportError as error:
-        problems.append(f"onnxruntime does not import ({error})")
+        return [], [f"onnxruntime does not import ({error})"]
+
+
+def known_families() -> tuple[list[str], list[str]]:
+    """Families of experts that can be fitted, and problems."""
+    try:
+        from moefast.experts.protocol import fitted_in_bins
+        from moefast.fitting.options import WHOLE
+
+        return [*WHOLE, *sorted(fitted_in_bins())], []
+    except Exception as error:  # Whatever a package of others does when it is imported.
+        words = f"an installed package with experts cannot be imported: {type(error).__name__}: {error}"
+        return [], [words]
+
+
+def examine() -> dict[str, Any]:
+    """Facts for `moefast doctor`, JSON-ready; `problems` is empty if everything works."""
+    from moefast.core.compiled import cache_place
+    from moefast.kernels.cpu import centre
+
+    versions, problems = installed_packages()
+    devices, reason = cuda_devices()
+    providers, no_providers = onnx_providers()
+    problems += no_providers
+    models: dict[str, dict[str, Any]] = {}
+    checks: dict[str, str] = {}
+    chosen = resolve_backend("auto")
     try:
         from moefast.model import SHIPPED, Model, shipped_path
         from moefast.predicting.engines import open_engine
@@ -106,19 +132,7 @@ def examine() -> dict[str, Any]:
             problems += wrong
     except MoefastError as error:
         problems.append(str(error))
-    families: list[str] = []
-    try:
-        from moefast.experts.protocol import fitted_in_bins
-        from moefast.fitting.options import WHOLE
-
-        families = [*WHOLE, *sorted(fitted_in_bins())]
-    except Exception as error:  # Whatever a package of others does when it is imported.
-        problems.append(
-            f"an installed package with experts cannot be imported: {type(error).__name__}: {error}"
-        )
-    from moefast.core.compiled import cache_place
-    from moefast.kernels.cpu import centre
-
+    families, no_families = known_families()
     return {
         "compiled_code": cache_place(centre),
         "moefast": __version__,
@@ -138,7 +152,7 @@ def examine() -> dict[str, Any]:
         "packages": versions,
         "shipped_models": models,
         "families": families,
-        "problems": problems,
+        "problems": [*problems, *no_families],
     }
 
 

@@ -90,7 +90,10 @@ class Prediction:
         Flux over that of the training set; what the best point of the space of spectra gains over the library, per
         coordinate; the scale over its error. Only of posteriors.
     foreign : array of shape (n,), or None
-        Probability that the spectrum is that of no star; with `weights` it adds up to 1. Only of posteriors.
+        Probability that the spectrum is that of no star. Only of posteriors.
+    blend : array of shape (n,), or None
+        Probability that the spectrum is the light of two stars. With `weights` and `foreign` it adds up to 1. Only of
+        posteriors that know blends.
     """
 
     log_g: NDArray
@@ -107,6 +110,7 @@ class Prediction:
     distance: NDArray | None = None
     strength: NDArray | None = None
     foreign: NDArray | None = None
+    blend: NDArray | None = None
 
 
 @dataclass(frozen=True)

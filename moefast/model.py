@@ -290,6 +290,19 @@ class Model:
     def _read(cls, path: Path) -> Model:
         from moefast.export import load, read_mixture
 
+        manifest, files = cls._read_manifest(path)
+        wave = cls._check_entries(path, manifest)
+        mixture = read_mixture(load(path / ONNX), wave)
+        if (kind := manifest.get("kind", Mixture.kind)) != mixture.kind:
+            raise ModelError(
+                f"{path / MANIFEST}: is that of a {kind}, but {ONNX} holds a {mixture.kind}; copy the model again"
+            )
+        references = _read_references(path / REFERENCES, wave.size) if REFERENCES in files else {}
+        return cls(mixture, manifest, references, path)
+
+    @staticmethod
+    def _read_manifest(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, str]]]:
+        """The manifest of a folder, and size and SHA-256 of the files that it lists, compared with what is there."""
         if path.is_file():
             raise ModelError(
                 f"{path}: is a file, and a model is a folder; name it, or a shipped model ({', '.join(SHIPPED)}), "
@@ -332,6 +345,11 @@ class Model:
             raise ModelError(f"{path / MANIFEST}: {ONNX} is not listed; fit the model again")
         for name, (size, digest) in files.items():
             _check_file(path, name, size, digest)
+        return manifest, files
+
+    @staticmethod
+    def _check_entries(path: Path, manifest: Mapping[str, Any]) -> NDArray[np.float64]:
+        """Refuse a manifest in which an entry is missing or of the wrong type; gives the wave grid."""
         try:
             wave = np.array(manifest["wave"]["values"], np.float64)
             if _wave_hash(wave) != manifest["wave"]["sha256"]:
@@ -368,13 +386,7 @@ class Model:
             read_grid(manifest["grid"])
         except ModelError as error:
             raise ModelError(f"{path / MANIFEST}: {error}") from error
-        mixture = read_mixture(load(path / ONNX), wave)
-        if (kind := manifest.get("kind", Mixture.kind)) != mixture.kind:
-            raise ModelError(
-                f"{path / MANIFEST}: is that of a {kind}, but {ONNX} holds a {mixture.kind}; copy the model again"
-            )
-        references = _read_references(path / REFERENCES, wave.size) if REFERENCES in files else {}
-        return cls(mixture, manifest, references, path)
+        return wave
 
 
 def _finite(text: str) -> float:

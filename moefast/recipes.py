@@ -21,7 +21,8 @@ from moefast.core.progress import StageProgress, stage_progress
 from moefast.core.sketches import sketch
 from moefast.fitting import HERE, PUBLISHED_ALPHA, Noise, Options, Passes, expected_stages, fit_mixture
 from moefast.model import Model
-from moefast.spectra.guard import noisy_already, take
+from moefast.spectra.oddities import noisy_already
+from moefast.spectra.sampling import take_sample
 from moefast.spectra.source import SpectrumSource
 from moefast.spectra.spectrum_set import SpectrumSet, open_spectra
 from moefast.trunks.presets import Size
@@ -65,6 +66,7 @@ RECIPES: dict[str, Recipe] = {
             "calibrated": (0.5, 0.3, 0.1, 0.1, 0.1),
             "sky_width": 4.0,
             "beyond": True,
+            "n_blends": 48,
             "n_clouds": 320,
             "n_tangents": 9,
             "n_coordinates": 56,
@@ -343,7 +345,7 @@ def prepare(
     if isinstance(spectra, SpectrumSet) and options.noise != "observed":
         odd = [
             each.words
-            for each in noisy_already(take(spectra, array="flux"), "fit them with --noise observed")
+            for each in noisy_already(take_sample(spectra, array="flux"), "fit them with --noise observed")
         ]
         if tell is not None:
             for words in odd:

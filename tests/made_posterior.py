@@ -23,6 +23,7 @@ def random_posterior(
     q=2,
     n_experts=3,
     n_foreign=1,
+    blends=False,
     labels=5,
     hidden=6,
     seed=0,
@@ -65,6 +66,7 @@ def random_posterior(
         n_sky=min(q, sky),
         calibrated=calibrated,
         n_foreign=n_foreign,
+        blends=blends,
         scale_width=0.3,
         label_range=(2.6, 3.4),
         error_model=error_model,
@@ -104,7 +106,6 @@ def posterior_of(stars, n_coordinates=12, n_clouds=40, n_tangents=3, widths=(0.0
         label_range=(1.0, 5.0),
         error_model=(w1, np.zeros(1, np.float32), np.full((1, 1), 100, np.float32), np.zeros(1, np.float32)),
         label_factors=np.ones(len(LABELS), np.float32),
-        n_foreign=1,
     )
 
 

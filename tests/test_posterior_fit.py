@@ -13,6 +13,7 @@ from moefast.fitting import Options, fit_mixture
 from moefast.fitting.posterior import GAP_KINDS
 from moefast.model import Model
 from moefast.posterior import PosteriorMixture
+from moefast.posterior.library import BLEND_SHARE
 from moefast.predicting.columns import columns_of
 from moefast.protocol.scenarios import SCENARIOS, _stars
 from moefast.simulate.emulator import Emulator
@@ -28,6 +29,7 @@ def fitted():
     options = Options(
         grid=PHYSICAL_GRID, families=("posterior",), references=False, n_clouds=60, n_tangents=3,
         slope_widths=(0.05, 0.03), calibrated=(0.5, 0.3, 0.1), sky_width=4.0, sample_draws=3, beyond=True,
+        n_blends=48,
     )  # fmt: skip
     return fit_mixture(SimulatedSpectra.of_set("z0", rows=(0, 5000)), options)
 
@@ -50,11 +52,14 @@ def stars():
 def test_a_fit_is_a_posterior_that_says_what_it_is(fitted):
     found, summary = fitted.mixture, fitted.summary
     assert isinstance(found, PosteriorMixture)
-    assert (found.n_experts, found.n_foreign, found.label_names[0]) == (9, 1, "log_g")
+    assert (found.n_experts, found.n_foreign, found.blends, found.label_names[0]) == (9, 2, True, "log_g")
     assert found.n_nuisances == 2 + found.n_sky > 2
-    inside = found.labels[:-1, 1] < 6000
+    share = np.exp(found.log_weights.astype(float))
+    singles = slice(0, found.first[9])
+    inside = found.labels[singles, 1] < 6000
     assert not inside.all()
-    assert np.isclose(np.exp(found.log_weights[:-1][inside].astype(float)).sum(), 1, atol=1e-5)
+    assert np.isclose(share[singles][inside].sum(), 1, atol=1e-5)
+    assert np.isclose(share[found.first[9] : found.first[10]].sum(), BLEND_SHARE, atol=1e-6)
     checked = summary["cross_validation"]
     assert set(checked["coverage_by_gap"]) <= set(GAP_KINDS)
     assert summary["library"]["slope_widths"] == [0.05, 0.03]
@@ -157,6 +162,31 @@ def test_stars_hotter_than_the_training_set_are_flagged(model):
     assert np.mean(silent) < 0.04
 
 
+def test_blends_are_known_and_their_errors_hold(fitted, model, stars):
+    """Three tenths of the light are another star's, of stars three times as bright."""
+    _, error, log_g, _ = stars
+    spectra = SimulatedSpectra.of_set("z0", part="validation", rows=(0, N_TEST))
+    clean = next(iter(spectra.blocks(N_TEST, array="flux"))).flux
+    error = error / 3
+    single = add_noise(clean, error, 5, np.arange(N_TEST))
+    both = (0.7 * clean + 0.3 * np.roll(clean, 1, axis=0)).astype(np.float32)
+    both = add_noise(both, error, 6, np.arange(N_TEST))
+    never = fitted.mixture.log_weights.copy()
+    never[fitted.mixture.first[9] : fitted.mixture.first[10]] = -50
+    found, alone = (
+        mixture.predict(both, error)
+        for mixture in (fitted.mixture, replace(fitted.mixture, log_weights=never))
+    )
+    usual = fitted.mixture.predict(single, error)
+    assert np.mean(found.blend) > 2 * np.mean(usual.blend)
+    np.testing.assert_allclose(found.weights.sum(1) + found.foreign + found.blend, 1, atol=1e-6)
+    assert r2(log_g, found.log_g) > r2(log_g, alone.log_g) + 0.02
+    beyond = [np.mean(np.abs(one.log_g - log_g) > 3 * one.log_g_err) for one in (found, alone)]
+    assert beyond[0] < 0.7 * beyond[1]
+    assert np.mean(found.blend > 0.5) > 5 * np.mean(usual.blend > 0.5)
+    np.testing.assert_array_equal(columns_of(model, *model.mixture.score(both, error))["blend"], found.blend)
+
+
 def test_errors_too_small_are_flagged(model, stars):
     flux, error, _, _ = (a[:100] for a in stars)
     columns = columns_of(model, *model.mixture.score(flux, error / 2))
@@ -203,7 +233,8 @@ def test_options_that_cannot_be(fitted):
     for wrong in (
         {"slope_widths": (0.0,)}, {"calibrated": (0.5, 0.1)}, {"slope_widths": (0.1,), "calibrated": (1.0, 0.1)},
         {"slope_widths": (0.1, 0.1), "calibrated": (0.5, 0.1)},
-        {"slope_widths": (0.1,), "calibrated": (0.5, 0.0)}, {"n_clouds": 0}, {"families": ("linear", "posterior")},
+        {"slope_widths": (0.1,), "calibrated": (0.5, 0.0)}, {"n_clouds": 0}, {"n_blends": -1},
+        {"families": ("linear", "posterior")},
     ):  # fmt: skip
         with pytest.raises(InputError):
             replace(Options(families=("posterior",)), **wrong)

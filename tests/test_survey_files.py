@@ -7,7 +7,8 @@ from astropy.io import fits
 from moefast.benchmarks import survey_files
 from moefast.benchmarks.survey_files import run
 from moefast.core.errors import BenchmarkError
-from moefast.spectra.prepared import Preparation, open_prepared
+from moefast.spectra.opening import open_prepared
+from moefast.spectra.prepared import Preparation
 
 WAYS = ["bytes", "astropy", "moefast reads", "moefast predicts", "velocities fitted"]
 

@@ -22,6 +22,7 @@ from moefast.simulate.noise import SkyFactors
 from moefast.simulate.rows import Settings
 from moefast.simulate.visit import VISIT_PARAMS, sky_of
 from moefast.spectra.quality import assess, good_pixels
+from moefast.spectra.source import Block
 from moefast.spectra.spectrum_set import SpectrumSet, open_spectra
 
 __all__ = ["BLOCK_ROWS", "FREE_LABELS", "BlockBounds", "Method", "StarBounds"]
@@ -98,64 +99,99 @@ class StarBounds:
 
     def blocks(self, span: tuple[int, int], progress: Callable[[int, int], None]) -> Iterator[BlockBounds]:
         """What is found of each block of some rows, in order."""
-        spectra, forward, method, visit = self.spectra, self.forward, self.method, self.visit
+        spectra, visit = self.spectra, self.visit
         for block in spectra.blocks(BLOCK_ROWS, array="noisy" if self.stored else "flux", rows=span):
             rows = np.arange(block.first_row, block.first_row + len(block))
             if not self.stored:
                 block.flux += standard_normals(NOISE_SEED, rows, spectra.n_pixels) * block.error
             good = good_pixels(block.flux, block.error, block.mask)
             quality = assess(block.flux, block.error, good, block.mask)
-            sky = sky_shapes = None
-            share = np.empty((len(block), 0))
+            sky = None
             if visit is not None:
                 # In the units in which stars and their noise were drawn; the likelihood leaves the scale free.
                 divisor = visit["median"][rows, None].astype(np.float32)
                 block.flux, block.error = block.flux * divisor, block.error * divisor
                 sky = sky_of({name: values[rows] for name, values in visit.items()})[0]
-            error = block.error if good is None else np.where(good, block.error, np.inf)
-            here = {key: values[rows] for key, values in self.parameters.items()}
-            columns: dict[str, F64] = {
-                "row": rows.astype(float),
-                "snr_norm": quality.snr_norm.astype(float),
-                "snr_median": quality.snr_median.astype(float),
-            }
-            names: tuple[str, ...] = ()
-            seconds, likelihoods = {"fisher": 0.0, "bayes": 0.0}, 0
-            if method != "bayes":
-                begin = time.perf_counter()
-                if sky is not None:
-                    sky_shapes = _sky_shapes(forward, here, self.observation, rows, sky)
-                names, matrices = fisher.information(forward, here, error, sky_shapes)
-                bare = fisher.prior_information(forward, names, labels=False)
-                columns["crlb"] = fisher.bounds(matrices, bare)
-                columns["crlb_prior"] = fisher.bounds(
-                    matrices, fisher.prior_information(forward, names, labels=True)
-                )
-                free = (*FREE_LABELS, *(key for key in names if key not in LABELS))
-                share = fisher.retained(matrices, names, bare, free)
-                seconds["fisher"] = time.perf_counter() - begin
+            found = BlockBounds(
+                {
+                    "row": rows.astype(float),
+                    "snr_norm": quality.snr_norm.astype(float),
+                    "snr_median": quality.snr_median.astype(float),
+                },
+                np.empty((len(block), 0)),
+                (),
+                0,
+                {"fisher": 0.0, "bayes": 0.0},
+            )
+            if self.method != "bayes":
+                found = self._with_fisher(found, block, rows, good, sky)
             if self.with_bayes and self.settings is not None:
-                begin = time.perf_counter()
-                mag, seeing = self.observation["mag"][rows], self.observation["seeing"][rows]
-                if not self._checked:
-                    _check_errors(spectra, forward, here, block.error, mag, seeing, sky)
-                    self._checked = True
-                star = bayes.posteriors(
-                    forward, _library(self.settings), rows, block.flux, block.error, mag, seeing, here,
-                    good=good, sky=sky, target_ess=self.target_ess, seed=self.seed, threads=self.threads,
-                    progress=partial(_report_star, progress, int(rows[0]) - span[0], span[1] - span[0]),
-                )  # fmt: skip
-                columns |= {
-                    "bayes": star.mean,
-                    "bayes_sd": star.sd,
-                    "monte_carlo_error": star.monte_carlo_error,
-                }
-                columns |= {"ess": star.ess, "rank": star.rank[:, LABELS.index("log_g")]}
-                columns |= {f"rank_{key}": star.rank[:, i] for i, key in enumerate(LABELS) if key != "log_g"}
-                likelihoods = int(star.n_likelihoods.sum())
-                seconds["bayes"] = time.perf_counter() - begin
-            yield BlockBounds(columns, share, names, likelihoods, seconds)
+                report = partial(_report_star, progress, int(rows[0]) - span[0], span[1] - span[0])
+                found = self._with_bayes(found, block, rows, good, sky, self.settings, report)
+            yield found
             progress(int(rows[-1]) + 1 - span[0], span[1] - span[0])
+
+    def _with_fisher(
+        self,
+        found: BlockBounds,
+        block: Block,
+        rows: NDArray[np.integer],
+        good: NDArray[np.bool_] | None,
+        sky: SkyFactors | None,
+    ) -> BlockBounds:
+        """The same with the Fisher bound of each star."""
+        begin = time.perf_counter()
+        forward, parameters = self.forward, {key: values[rows] for key, values in self.parameters.items()}
+        error = block.error if good is None else np.where(good, block.error, np.inf)
+        shapes = None if sky is None else _sky_shapes(forward, parameters, self.observation, rows, sky)
+        names, matrices = fisher.information(forward, parameters, error, shapes)
+        bare = fisher.prior_information(forward, names, labels=False)
+        columns = {
+            "crlb": fisher.bounds(matrices, bare),
+            "crlb_prior": fisher.bounds(matrices, fisher.prior_information(forward, names, labels=True)),
+        }
+        free = (*FREE_LABELS, *(key for key in names if key not in LABELS))
+        return found._replace(
+            columns=found.columns | columns,
+            share=fisher.retained(matrices, names, bare, free),
+            names=names,
+            seconds=found.seconds | {"fisher": time.perf_counter() - begin},
+        )
+
+    def _with_bayes(
+        self,
+        found: BlockBounds,
+        block: Block,
+        rows: NDArray[np.integer],
+        good: NDArray[np.bool_] | None,
+        sky: SkyFactors | None,
+        settings: Settings,
+        report: Callable[[int], None],
+    ) -> BlockBounds:
+        """The same with the posterior of each star."""
+        begin = time.perf_counter()
+        forward, parameters = self.forward, {key: values[rows] for key, values in self.parameters.items()}
+        mag, seeing = self.observation["mag"][rows], self.observation["seeing"][rows]
+        if not self._checked:
+            _check_errors(self.spectra, forward, parameters, block.error, mag, seeing, sky)
+            self._checked = True
+        star = bayes.posteriors(
+            forward, _library(settings), rows, block.flux, block.error, mag, seeing, parameters, good=good, sky=sky,
+            target_ess=self.target_ess, seed=self.seed, threads=self.threads, progress=report,
+        )  # fmt: skip
+        columns = {
+            "bayes": star.mean,
+            "bayes_sd": star.sd,
+            "monte_carlo_error": star.monte_carlo_error,
+            "ess": star.ess,
+            "rank": star.rank[:, LABELS.index("log_g")],
+            **{f"rank_{key}": star.rank[:, i] for i, key in enumerate(LABELS) if key != "log_g"},
+        }
+        return found._replace(
+            columns=found.columns | columns,
+            likelihoods=int(star.n_likelihoods.sum()),
+            seconds=found.seconds | {"bayes": time.perf_counter() - begin},
+        )
 
 
 def _report_star(progress: RowProgress, before: int, total: int, done: int) -> None:

@@ -190,13 +190,10 @@ def fit(
     from moefast.backend import resolve_kernels
     from moefast.checkpoint import Checkpoint
     from moefast.cluster.fit_parts import FitPlan, TrainingSpectra
-    from moefast.core.atomic import refuse_taken
     from moefast.core.grids import uniform
     from moefast.fitting import expected_stages
-    from moefast.model import check_target
     from moefast.recipes import RECIPES, focused, options_of
     from moefast.recipes import fit as run
-    from moefast.simulate.sets import REFERENCE_SETS, TRAINING_SETS
     from moefast.spectra import open_spectra
 
     if recipe not in RECIPES:
@@ -205,27 +202,10 @@ def fit(
         )
     recipe = focused(recipe, focus)
     _refuse_unused(recipe, strong)
-    if bool(files) == bool(simulate):
-        raise click.UsageError("name the files to fit, or say how many spectra to simulate with --simulate N")
-    if name is not None and name not in REFERENCE_SETS | TRAINING_SETS:
-        known = ", ".join(REFERENCE_SETS | TRAINING_SETS)
-        raise click.BadParameter(f"{name!r} is unknown; choose one of {known}", param_hint="--set")
-    if name is not None and not simulate:
-        raise click.UsageError("--set says what to simulate; say how many with --simulate N")
-    if (like or resolution is not None) and not simulate:
-        raise click.UsageError("--like and --resolution say what to simulate; say how many with --simulate N")
-    if resolution is not None and not like:
-        raise click.UsageError("--resolution is that of the spectra which --like names")
-    if scheduler is not None and (shard or checkpoint):
-        raise click.UsageError(
-            "--scheduler has parts and checkpoints of its own: leave out --shard and --checkpoint"
-        )
-    if shard is None:
-        check_target(Path(out), overwrite)
-    else:
-        if Path(out).suffix != ".npz":
-            raise click.UsageError("--shard writes a file of statistics: -o PART.npz")
-        refuse_taken(out, overwrite=overwrite)
+    _check_request(
+        out, overwrite, files=files, simulate=simulate, name=name, like=like, resolution=resolution, shard=shard,
+        scheduler=scheduler, checkpoint=checkpoint,
+    )  # fmt: skip
     with ProgressLine(quiet) as progress:
         # A posterior takes templates without gaps, and has errors calibrated over those of the files.
         whole = bool(like) and RECIPES[recipe].options.get("families") == ("posterior",)
@@ -252,10 +232,7 @@ def fit(
 
         if shard is not None or scheduler is not None:
             plan = FitPlan(source if simulate else TrainingSpectra.of_files(files), arguments)
-            prepared = plan.prepare(
-                spectra if simulate else None,
-                progress.tell,
-            )
+            prepared = plan.prepare(spectra if simulate else None, progress.tell)
         if shard is not None:
             _gather(
                 plan, prepared, shard, out, kept, where.name, progress, begin, quiet=quiet, as_json=as_json
@@ -292,6 +269,39 @@ def _refuse_unused(recipe: str, strong: str | None) -> None:
     for name in ("size", "steps"):
         if source(name) is ParameterSource.COMMANDLINE:
             raise click.UsageError(f"--{name} is that of a network, and {recipe} has none")
+
+
+def _check_request(
+    out: str, overwrite: bool, *, files: tuple[str, ...], simulate: int | None, name: str | None,
+    like: tuple[str, ...], resolution: str | None, shard: tuple[int, int] | None, scheduler: str | None,
+    checkpoint: str | None,
+) -> None:  # fmt: skip
+    """Refuse arguments that do not go together, and a target that is taken, before anything is read."""
+    from moefast.core.atomic import refuse_taken
+    from moefast.model import check_target
+    from moefast.simulate.sets import REFERENCE_SETS, TRAINING_SETS
+
+    if bool(files) == bool(simulate):
+        raise click.UsageError("name the files to fit, or say how many spectra to simulate with --simulate N")
+    if name is not None and name not in REFERENCE_SETS | TRAINING_SETS:
+        known = ", ".join(REFERENCE_SETS | TRAINING_SETS)
+        raise click.BadParameter(f"{name!r} is unknown; choose one of {known}", param_hint="--set")
+    if name is not None and not simulate:
+        raise click.UsageError("--set says what to simulate; say how many with --simulate N")
+    if (like or resolution is not None) and not simulate:
+        raise click.UsageError("--like and --resolution say what to simulate; say how many with --simulate N")
+    if resolution is not None and not like:
+        raise click.UsageError("--resolution is that of the spectra which --like names")
+    if scheduler is not None and (shard or checkpoint):
+        raise click.UsageError(
+            "--scheduler has parts and checkpoints of its own: leave out --shard and --checkpoint"
+        )
+    if shard is None:
+        check_target(Path(out), overwrite)
+        return
+    if Path(out).suffix != ".npz":
+        raise click.UsageError("--shard writes a file of statistics: -o PART.npz")
+    refuse_taken(out, overwrite=overwrite)
 
 
 def _gather(

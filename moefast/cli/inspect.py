@@ -137,7 +137,7 @@ def inspect(
                   velocity=velocity, velocity_range=velocity_range, medium=medium, telluric=telluric)  # fmt: skip
         return
     from moefast.inspection.files import format_text, summarise
-    from moefast.spectra.prepared import open_as_found
+    from moefast.spectra.opening import open_as_found
     from moefast.spectra.wave import same_wave
 
     # Files of surveys have no grid of their own that all rows share.

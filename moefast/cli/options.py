@@ -63,7 +63,7 @@ def shard_of(_: click.Context, __: click.Parameter, value: str | None) -> tuple[
     if value is None:
         return None
     if value == OF_TASK:
-        from moefast.cluster.shards import shard_of_task
+        from moefast.cluster.job_array import shard_of_task
 
         return shard_of_task(os.environ)
     try:

@@ -10,7 +10,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -39,6 +39,9 @@ from moefast.cli.swapped import swapped_told
 from moefast.core.atomic import refuse_taken
 from moefast.core.errors import InputError, OutputError
 from moefast.core.progress import FILES, ProgressLine
+
+if TYPE_CHECKING:
+    from moefast.predicting.summary import Summary
 
 __all__ = ["predict"]
 
@@ -177,33 +180,36 @@ def predict(
             files, model, target, rows=rows, limit=limit, shard=shard, overwrite=overwrite, **options,
             progress=progress.rows("predict"), tell=progress.tell,
         )  # fmt: skip
-    facts = {
-        "table": str(target), "rows": summary.n_rows, "seconds": summary.seconds,
-        "spectra_per_second": summary.spectra_per_second, "r2": summary.r2, "array": summary.array,
-        "model": summary.model,
-        "backend": summary.backend, "device": summary.device, "reason": summary.reason,
-        "flags": summary.flags, "oddities": summary.oddities, "notes": summary.notes,
-        "failures": [str(failure.error) for failure in summary.failures],
-    }  # fmt: skip
-    if as_json:
-        click.echo(json.dumps(facts, indent=1))
-    else:
-        say = partial(tell_result, quiet=quiet)
-        say(f"{target}: {summary.n_rows:,} spectra, array {summary.array}, model {summary.model}")
-        rate = summary.spectra_per_second
-        speed = f"{rate:,.0f} spectra/s" if rate >= 10 else f"{rate:.2g} spectra/s"
-        nothing = summary.flags.get("NO_DATA", 0) == summary.n_rows
-        none = "nothing to measure R² on" if nothing else "no labels, so no R²"
-        r2 = none if summary.r2 is None else f"R² {summary.r2:.3f}"
-        say(f"  {speed} on {summary.backend} ({summary.device}), {r2}")
-        say(f"  backend {summary.backend}: {summary.reason}")
-        if summary.flags:
-            say("  flags: " + ", ".join(f"{name} {count:,}" for name, count in summary.flags.items()))
-        for note in summary.notes:
-            say(f"  note: {note}")
+    _tell_summary(target, summary, quiet, as_json)
     if report:
         _write_report(target, model, report, overwrite, quiet)
     tell_failures(summary.failures)
+
+
+def _tell_summary(table: Path, summary: Summary, quiet: bool, as_json: bool) -> None:
+    if as_json:
+        facts = {
+            "table": str(table), "rows": summary.n_rows, "seconds": summary.seconds,
+            "spectra_per_second": summary.spectra_per_second, "r2": summary.r2, "array": summary.array,
+            "model": summary.model, "backend": summary.backend, "device": summary.device, "reason": summary.reason,
+            "flags": summary.flags, "oddities": summary.oddities, "notes": summary.notes,
+            "failures": [str(failure.error) for failure in summary.failures],
+        }  # fmt: skip
+        click.echo(json.dumps(facts, indent=1))
+        return
+    say = partial(tell_result, quiet=quiet)
+    say(f"{table}: {summary.n_rows:,} spectra, array {summary.array}, model {summary.model}")
+    rate = summary.spectra_per_second
+    speed = f"{rate:,.0f} spectra/s" if rate >= 10 else f"{rate:.2g} spectra/s"
+    nothing = summary.flags.get("NO_DATA", 0) == summary.n_rows
+    none = "nothing to measure R² on" if nothing else "no labels, so no R²"
+    r2 = none if summary.r2 is None else f"R² {summary.r2:.3f}"
+    say(f"  {speed} on {summary.backend} ({summary.device}), {r2}")
+    say(f"  backend {summary.backend}: {summary.reason}")
+    if summary.flags:
+        say("  flags: " + ", ".join(f"{name} {count:,}" for name, count in summary.flags.items()))
+    for note in summary.notes:
+        say(f"  note: {note}")
 
 
 def _write_report(table: Path, model: str | None, page: str, overwrite: bool, quiet: bool) -> None:
@@ -257,7 +263,7 @@ def _on_cluster(
     report: str | None, overwrite: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """The same table by the workers of a cluster."""
-    from moefast.cluster.workers import predict_on
+    from moefast.cluster.predict_on_workers import predict_on
 
     begin = time.perf_counter()
     with ProgressLine(quiet or as_json) as progress, connected(scheduler, progress) as (client, workers):

@@ -57,6 +57,8 @@ class Output:
         Whether only posteriors at the star's own noise give it.
     in_tables : bool
         Whether tables of predictions have it.
+    of_blends : bool
+        Whether only models that know blends have it.
     onnx : str
         Name in the ONNX graph, and field of a `Prediction`; "" if the graph does not give it.
     tolerance : float or None
@@ -72,6 +74,7 @@ class Output:
     dtype: str = "float32"
     per: Per = "star"
     of_posteriors: bool = False
+    of_blends: bool = False
     in_tables: bool = True
     onnx: str = ""
     tolerance: float | None = None
@@ -147,8 +150,12 @@ PREDICTIONS = (
         tolerance=1e-4,
     ),
     Output(
+        "blend", "probability that the spectrum is the light of two stars; log_g is that of the brighter one",
+        of_posteriors=True, of_blends=True, onnx="blend", tolerance=1e-4,
+    ),
+    Output(
         "weight", "gate weight of an expert; those of a star add up to 1 (of templates: the probability of each bin; "
-        "of posteriors the same, up to that of no star)", per="expert", onnx="weights", tolerance=1e-4,
+        "of posteriors the same, up to those of no star and of two)", per="expert", onnx="weights", tolerance=1e-4,
     ),
     Output(
         "expert_log_g", "log g of an expert at the star's noise level; not clipped but by posteriors", "dex",
@@ -184,8 +191,10 @@ PREDICTIONS = (
 ONNX = ("log_g", "log_g_err", "weights", "expert_log_g", "log_g_err_raw", "chi2", "log_level")
 """Outputs of the ONNX graph, in its order; other programs may count on it."""
 
-POSTERIOR_ONNX = ("distance", "strength", "scale", "foreign", "labels", "label_errors", "label_correlations")
-"""What the graph of a posterior gives after these; the last three where it has several labels."""
+POSTERIOR_ONNX = (
+    "distance", "strength", "scale", "foreign", "blend", "labels", "label_errors", "label_correlations"
+)  # fmt: skip
+"""What the graph of a posterior gives after these; "blend" if it knows blends, the last three if several labels."""
 
 LABELS = {
     "T_eff": ("K", "effective temperature"),
@@ -243,7 +252,9 @@ def label_columns(labels: Iterable[str]) -> list[TableColumn]:
     return columns
 
 
-def prediction_columns(n_experts: int, labels: Sequence[str] | None = None) -> list[TableColumn]:
+def prediction_columns(
+    n_experts: int, labels: Sequence[str] | None = None, *, blends: bool = False
+) -> list[TableColumn]:
     """What tables of predictions hold of each star, in order.
 
     Parameters
@@ -251,10 +262,12 @@ def prediction_columns(n_experts: int, labels: Sequence[str] | None = None) -> l
     n_experts : int
     labels : sequence of str, optional
         Labels of a posterior at the star's own noise, log g among them or not; None for every other model.
+    blends : bool
+        Whether it knows blends.
     """
     columns: list[TableColumn] = []
     for one in PREDICTIONS:
-        if not one.in_tables or (one.of_posteriors and labels is None):
+        if not one.in_tables or (one.of_posteriors and labels is None) or (one.of_blends and not blends):
             continue
         if one.per == "label":
             # All columns of a label stand together: they come with the first.

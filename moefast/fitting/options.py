@@ -132,6 +132,8 @@ class PosteriorOptions:
         0 where sky subtraction is perfect, as in simulations.
     beyond : bool
         Whether it also holds clouds of stars that are hotter than the training set.
+    n_blends : int
+        Clouds besides of blends, the light of two stars; 0 where no spectrum is one.
     """
 
     n_clouds: int = 440
@@ -142,6 +144,7 @@ class PosteriorOptions:
     calibrated: tuple[float, ...] = (0.0,)
     sky_width: float = 0.0
     beyond: bool = False
+    n_blends: int = 0
 
     def check_posterior(self) -> None:
         """Raise `InputError` unless these options make sense."""
@@ -158,11 +161,13 @@ class PosteriorOptions:
             or self.n_tangents < 0
             or (self.n_coordinates is not None and self.n_coordinates < 1)
             or self.n_gravity_bins < 0
+            or self.n_blends < 0
             or not all(0 < width < math.inf for width in self.slope_widths)
         ):
             raise InputError(
-                "clouds, tangents, coordinates, bins of log g and positive widths of slopes expected; found "
-                f"{self.n_clouds}, {self.n_tangents}, {self.n_coordinates}, {self.n_gravity_bins}, {self.slope_widths}"
+                "clouds, tangents, coordinates, bins of log g, clouds of blends and positive widths of slopes "
+                f"expected; found {self.n_clouds}, {self.n_tangents}, {self.n_coordinates}, {self.n_gravity_bins}, "
+                f"{self.n_blends}, {self.slope_widths}"
             )
 
 

@@ -1,9 +1,9 @@
 """The posterior at a star's own noise: its library, its error model, and the limits of what is usual.
 
 Design: the library is made of clean stars that are not in the sample. The sample then gets nuisances and noise of its
-own in every draw, and in half of the draws gaps of one kind or another, so that errors and limits hold whatever a star
-has lost. Of ten stars seven train the error model, two stop and calibrate it and set the limits, one measures the
-outcome.
+own in every draw, and in most of them gaps of one kind or another, so that errors and limits hold whatever a star has
+lost. Where the library knows blends, as many of the draws are blends as it expects. Of ten stars seven train the error
+model, two stop and calibrate it and set the limits, one measures the outcome.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,7 @@ from moefast.gating.mlp import as_float32, fit_error_model
 from moefast.kernels import without_cuda
 from moefast.mixture import Mixture
 from moefast.posterior import LABELS, PosteriorMixture, fit_clouds, sky_residuals, slopes
+from moefast.posterior.library import BLEND_SHARE, LIGHT_OF_OTHER, blended
 from moefast.simulate.gaps import GAPS, GapKind
 
 __all__ = ["GAP_KINDS", "fit_posterior"]
@@ -57,7 +58,7 @@ LEAST_CHI2 = 0.5
 """Below it the errors are no errors of these pixels: of noise-free spectra, or far too large."""
 FOREIGN_QUANTILE = 0.995
 """The same as above of the probability of being no star."""
-NUISANCE_STREAM = 20
+NUISANCE_STREAM, BLEND_STREAM = 20, 21
 STRENGTH_LIMIT = 12.0
 """Standard errors that the scale of a spectrum must be away from zero, at the least, for it to be a star."""
 
@@ -95,7 +96,7 @@ def fit_posterior(
         stars.z, values[rows], data.bins[rows], options.grid.n_bins, basis=mixture.basis.astype(np.float64),
         reference=reference, noise_shape=noise_shape, n_clouds=options.n_clouds, n_tangents=options.n_tangents,
         n_coordinates=options.n_coordinates, n_gravity_bins=options.n_gravity_bins, velocity=velocity,
-        beyond=options.beyond, seed=options.seed,
+        beyond=options.beyond, n_blends=options.n_blends, seed=options.seed,
     )  # fmt: skip
     step()
     sky = sky_residuals(mixture.wave, noise_shape, options.sky_width)
@@ -103,7 +104,7 @@ def fit_posterior(
     arrays["directions"] = np.concatenate([arrays["directions"], *nuisances], axis=1).astype(np.float32)
     found = PosteriorMixture(
         wave=mixture.wave, reference=mixture.reference, noise_shape=mixture.noise_shape, **arrays,
-        n_sky=sky.shape[1], calibrated=options.calibrated, n_foreign=1, scale_width=SCALE_WIDTH,
+        n_sky=sky.shape[1], calibrated=options.calibrated, scale_width=SCALE_WIDTH,
         label_range=mixture.label_range, error_model=_idle(), label_factors=np.ones(len(names), np.float32),
         label_names=names,
     )  # fmt: skip
@@ -111,6 +112,7 @@ def fit_posterior(
     found, summary = _calibrate(data, found, values, "cpu" if lack else backend)
     library = {
         "clouds": len(found.keys),
+        "clouds_of_blends": int(np.diff(found.first)[found.n_experts]) if found.blends else 0,
         "tangents": found.tangents.shape[1],
         "coordinates": found.n_coordinates,
         "slope_widths": list(options.slope_widths),
@@ -140,22 +142,23 @@ def _calibrate(
     thin = max(1, total * draws // CALIBRATION_ROWS)
     drawn = data.map_blocks("calibration", stretches, _draws_of, mixture, draws, thin, backend)
     parts = [part for block in drawn for part in block]
-    rows, kind, features, label, sd, chi2, distance, strength, level, foreign, by_true_expert = (
-        np.concatenate(column) for column in zip(*parts, strict=True)
-    )
-    y = values[rows]
+    seen = Draws(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    label, kind, single = seen.label, seen.kind, ~seen.is_blend
+    y = values[seen.rows]
     log_g = np.clip(label[:, 0], *mixture.label_range)
-    part = data.part_of(rows)
+    part = data.part_of(seen.rows)
     check = part == 0
     held, fitted = np.isin(part, (1, 2)), ~check
     net = fit_error_model(
-        features[fitted], (y[:, 0] - log_g)[fitted], held[fitted], seed=data.options.seed,
+        seen.features[fitted], (y[:, 0] - log_g)[fitted], held[fitted], seed=data.options.seed,
         hidden=16, progress=partial(data.progress, "error model"),
     )  # fmt: skip
-    ratio = np.abs(y[:, 0] - log_g) / np.exp(net(features)[:, 0])
+    ratio = np.abs(y[:, 0] - log_g) / np.exp(net(seen.features)[:, 0])
+    # How errors depend on what is seen, blends tell as well; how large they are, and what is usual, single stars do.
+    held, check = held & single, check & single
     factor = balanced_factor(ratio[held])
     w1, b1, w2, b2 = net.folded()
-    spread = np.abs(y - label[:, : y.shape[1]]) / sd[:, : y.shape[1]]
+    spread = np.abs(y - label[:, : y.shape[1]]) / seen.label_sd[:, : y.shape[1]]
     factors = np.array([balanced_factor(spread[held, i]) for i in range(y.shape[1])])
     mixture = replace(
         mixture,
@@ -170,16 +173,18 @@ def _calibrate(
     whole = check & (kind == 0)
     judged = whole if whole.any() else check
     summary = {
-        "chi2_limit": float(1 + 2 * max(np.quantile(chi2, CHI2_QUANTILE) - 1, LEAST_CHI2_MARGIN)),
-        "distance_limit": _distance_limit(distance, strength),
+        "chi2_limit": float(
+            1 + 2 * max(np.quantile(seen.chi2[single], CHI2_QUANTILE) - 1, LEAST_CHI2_MARGIN)
+        ),
+        "distance_limit": _distance_limit(seen.distance[single], seen.strength[single]),
         "strength_limit": STRENGTH_LIMIT,
         "least_chi2_limit": LEAST_CHI2,
-        "foreign_limit": float(np.quantile(foreign, FOREIGN_QUANTILE)),
-        "log_level": [float(level.min()), float(level.max())],
+        "foreign_limit": float(np.quantile(seen.foreign[single], FOREIGN_QUANTILE)),
+        "log_level": [float(seen.log_level.min()), float(seen.log_level.max())],
         "cross_validation": {
             "rows": int(check.sum()),
             "r2": r2(y[judged, 0], log_g[judged]),
-            "r2_true_bins": r2(y[judged, 0], by_true_expert[judged]),
+            "r2_true_bins": r2(y[judged, 0], seen.by_true_expert[judged]),
             "coverage_68": float(np.mean(ratio[judged] <= factor)),
             "coverage_95": float(np.mean(ratio[judged] <= Z_95 * factor)),
             "coverage_by_gap": within,
@@ -197,6 +202,23 @@ def _calibrate(
     return mixture, summary
 
 
+class Draws(NamedTuple):
+    """What a mixture says of n noisy draws, and what they are of."""
+
+    rows: NDArray[np.int64]
+    kind: NDArray[np.intp]
+    is_blend: NDArray[np.bool_]
+    features: F64
+    label: F64
+    label_sd: F64
+    chi2: F64
+    distance: F64
+    strength: F64
+    log_level: F64
+    foreign: F64
+    by_true_expert: F64
+
+
 def _draws_of(
     data: TrainingSet,
     block: Rows,
@@ -204,7 +226,7 @@ def _draws_of(
     draws: int,
     thin: int,
     backend: Literal["cpu", "cuda"],
-) -> list[tuple[NDArray, ...]]:
+) -> list[Draws]:
     """What the mixture says of all draws of a block's stars."""
     gaps = _gaps(data)
     names = tuple(gaps)
@@ -212,10 +234,11 @@ def _draws_of(
     rows = np.arange(here.start, here.stop)
     chosen = usable & (rows % thin == 0)
     rows, clean, sigma = rows[chosen], flux[chosen], error[chosen]
-    parts: list[tuple[NDArray, ...]] = []
+    parts: list[Draws] = []
     for draw in range(draws):
+        stars, is_blend = _with_blends(mixture, clean, rows, data.options.seed + draw)
         x = add_noise(
-            clean + _nuisances(mixture, sigma, rows, draw), sigma, data.options.seed + 1 + draw, rows
+            stars + _nuisances(mixture, sigma, rows, draw), sigma, data.options.seed + 1 + draw, rows
         )
         kind = _kind_of(rows, len(gaps), data.options.seed + 2000 + draw)
         lost = np.zeros(x.shape, bool)
@@ -223,13 +246,27 @@ def _draws_of(
             mine = kind == k
             lost[mine] = gaps[names[k]](mixture.wave, rows[mine], data.options.seed + draw)
         found = mixture.outputs(x, np.where(sigma > 0, sigma, np.nan), lost, backend=backend)
-        parts.append((
-            rows, kind, found["error_features"], found["label"], found["label_sd"], found["chi2"][:, 0],
+        stellar = mixture.n_experts + mixture.blends
+        parts.append(Draws(
+            rows, kind, is_blend, found["error_features"], found["label"], found["label_sd"], found["chi2"][:, 0],
             found["distance"][:, 0], found["strength"][:, 0], found["log_level"][:, 0],
-            found["weights"][:, mixture.n_experts :].sum(1),
-            found["expert_label"][np.arange(len(rows)), data.bins[rows]],
+            foreign=found["weights"][:, stellar:].sum(1),
+            by_true_expert=found["expert_label"][np.arange(len(rows)), data.bins[rows]],
         ))  # fmt: skip
     return parts
+
+
+def _with_blends(
+    mixture: PosteriorMixture, clean: NDArray, rows: NDArray[np.int64], seed: int
+) -> tuple[NDArray, NDArray[np.bool_]]:
+    """Clean spectra of these rows, as many of them blends with another row as the library expects, and which."""
+    if not mixture.blends or len(rows) < 2:
+        return clean, np.zeros(len(rows), bool)
+    chosen, light = uniforms_of_rows(rows, 2, seed=seed, stream=BLEND_STREAM).T
+    is_blend = chosen < BLEND_SHARE
+    least, most = LIGHT_OF_OTHER
+    share = np.where(is_blend, least + (most - least) * light, 0.0)
+    return blended(clean, share, np.random.default_rng((seed, BLEND_STREAM, int(rows[0])))), is_blend
 
 
 def _nuisances(mixture: PosteriorMixture, error: NDArray, rows: NDArray[np.int64], draw: int) -> NDArray:

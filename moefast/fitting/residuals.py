@@ -1,7 +1,8 @@
 """Residuals beside the experts, kept where they help beyond doubt and harm no region.
 
 Design: what the mixture gets wrong in the sample is fitted once more, expert by expert, weighed by the gate. Seven
-tenths of the stars train, two judge (`moefast.experts.residual`), and the last tenth is left to measure the outcome.
+tenths of the stars train, two judge (`moefast.experts.residual_choice`), and the last tenth is left to measure the
+outcome.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from numpy.typing import NDArray
 
 from moefast.core.grids import METAL_POOR, SNR_NORM_NAMES, assign_snr_bins
 from moefast.experts.protocol import Expert, Inputs
-from moefast.experts.residual import choose_residuals, fit_linear_residual, fit_ridge_residual, regions
+from moefast.experts.residual import fit_linear_residual, fit_ridge_residual
+from moefast.experts.residual_choice import choose_residuals, regions
 from moefast.fitting.families import FIT_ROWS
 from moefast.fitting.sample import Sample
 from moefast.fitting.training_set import TrainingSet

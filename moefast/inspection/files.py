@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefast.core.errors import InputError
-from moefast.spectra import guard
+from moefast.spectra.oddities import find_oddities
 from moefast.spectra.prepared import PreparedShard
 from moefast.spectra.quality import Flag, assess, good_pixels
+from moefast.spectra.sampling import take_sample
 from moefast.spectra.source import Block
 from moefast.spectra.spectrum_set import SpectrumSet
 
@@ -119,7 +120,7 @@ def summarise(
         - ``masked_fraction``, ``bad_fraction``: share of pixels masked, and not good for any reason;
         - ``flux_median``: median over the rows of the median flux (1 for normalised flux), ``error_median``
           likewise;
-        - ``oddities``: what is odd about the spectra as a whole, in words (`moefast.spectra.guard`);
+        - ``oddities``: what is odd about the spectra as a whole, in words (`moefast.spectra.oddities`);
         - ``failures``: what could not be read.
     """
     n_failures = len(spectra.failures)
@@ -132,7 +133,7 @@ def summarise(
     scored = "noisy" if all("noisy" in shard.arrays for shard in spectra.shards) else "flux"
     # Stars of surveys move.
     at_rest = not any(isinstance(shard, PreparedShard) and shard.observed for shard in spectra.shards)
-    oddities = guard.look(guard.take(spectra), reference, array=scored, at_rest=at_rest)
+    oddities = find_oddities(take_sample(spectra), reference, array=scored, at_rest=at_rest)
     return {
         "files": _files(spectra),
         "rows": spectra.n_rows,

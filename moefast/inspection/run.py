@@ -337,8 +337,9 @@ the signal-to-noise ratio."""
 def _worst(columns: Mapping[str, NDArray], flag: NDArray) -> list[WorstStar]:
     """Up to `N_WORST` stars for each flag, each star once; the surest evidence first."""
     numbers = {name: np.asarray(columns[name], np.float64) for name in NEEDED[1:-1]}
-    if "foreign" in columns:
-        numbers["foreign"] = np.asarray(columns["foreign"], np.float64)
+    numbers |= {
+        name: np.asarray(columns[name], np.float64) for name in ("foreign", "blend") if name in columns
+    }
     out: list[WorstStar] = []
     taken: set[int] = set()
     ids = _identifiers(columns)
@@ -364,6 +365,8 @@ def _worst_star(
     reason = words.format(**here)
     if flag & Flag.UNLIKE_TRAINING and here.get("foreign", 0.0) > 0.01:
         reason += f", probability of no star {here['foreign']:.2g}"
+    if here.get("blend", 0.0) > 0.1:
+        reason += f", probability of two stars {here['blend']:.2g}"
     if flag & Flag.OUT_OF_GRID:
         labels = [f"{name} {float(columns[name][row]):.{n}f}" for name, n in _EDGES if name in columns]
         reason += f" ({', '.join(labels)})"

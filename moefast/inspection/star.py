@@ -28,7 +28,8 @@ from moefast.predicting.flags import labels_at_the_edge, unlike_reasons
 from moefast.predicting.identifiers import carried_columns
 from moefast.predicting.velocities import FIT, fit_beside, move, score_moving, velocity_columns, velocity_fit
 from moefast.spectra.blocks import BlockMemory
-from moefast.spectra.prepared import Origins, Preparation, PreparedShard, open_prepared
+from moefast.spectra.opening import Origins, open_prepared
+from moefast.spectra.prepared import Preparation, PreparedShard
 from moefast.spectra.quality import Flag, Quality, good_pixels
 from moefast.spectra.source import Block
 from moefast.spectra.spectrum_set import SpectrumSet
@@ -383,6 +384,8 @@ def describe(star: Star) -> str:
     # A probability; what rounding leaves of 0 says nothing.
     if values.get("foreign", 0.0) > 1e-6:
         beside += f", no star with probability {values['foreign']:.2g}"
+    if values.get("blend", 0.0) > 0.01:
+        beside += f", two stars with probability {values['blend']:.2g}"
     line("chi2", f"{values['chi2']:.3f}{beside}")
     line("flags", "none" if not star.flags else "")
     lines += [f"    {name}: {reason}" for name, reason in star.flags]

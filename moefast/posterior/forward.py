@@ -21,7 +21,8 @@ evidence of widths w = diag(w_i)
     A_g = 1 + w R_g w,   S_g = P_g⁻¹ + M,   v_g = u + P_g⁻¹b_g     of coordinates and what grows with the noise,
 
 τ = π E_ω / (π E_ω + (1 − π) E_1) as the probability of narrow slopes, and H_i = 1/(1 − τ + τ ω_i²): a star that cannot
-tell keeps wide slopes.
+tell keeps wide slopes. Groups are their own in some coordinates, and the whole library in all others given these: what
+they have in common need be taken out only once (`moefast.kernels.cpu_information.chance_of_narrow`).
 
 Coordinates are scaled such that spectra scatter within a cloud by the identity in the directions that the cloud's own
 tangents leave out. Cloud j has a mean k_j and t tangents, rows of T_j (t, n), along which its spectra scatter by one,

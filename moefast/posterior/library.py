@@ -25,7 +25,15 @@ from moefast.posterior.linear import gravity_bins
 from moefast.posterior.mixture import SCALE_UNIT
 from moefast.simulate.noise import SKY_GROUPS, Instrument, airglow_groups, airglow_lines
 
-__all__ = ["LEAST_SCATTER", "fit_clouds", "sky_residuals", "slopes"]
+__all__ = [
+    "BLEND_SHARE",
+    "LEAST_SCATTER",
+    "LIGHT_OF_OTHER",
+    "blended",
+    "fit_clouds",
+    "sky_residuals",
+    "slopes",
+]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -60,6 +68,11 @@ BEYOND_STEPS = 3
 """How many times that part is moved on by its own width: 340 to 1010 K of a range of 2250 K."""
 BEYOND_CLOUDS = 24
 """Clouds of each step."""
+BLEND_SHARE = 0.05
+"""Share of spectra, before they are looked at, that are the light of two stars."""
+LIGHT_OF_OTHER = (0.1, 0.5)
+"""Share of the light of a blend, least and most, that is of its fainter star."""
+BLEND_STREAM = 5
 WIDEST_LINE, CONTINUUM_DEGREE = 101, 5
 """Pixels beyond which no line reaches, and degree of a polynomial that no line makes."""
 ENVELOPE = 41
@@ -135,6 +148,7 @@ def fit_clouds(
     n_gravity_bins: int = 0,
     velocity: F64 | None = None,
     beyond: bool = False,
+    n_blends: int = 0,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Clouds of the stars of each bin, as many as its share of the stars, in coordinates of their own.
@@ -165,15 +179,17 @@ def fit_clouds(
     beyond : bool
         Whether there are clouds of stars that are hotter than all of the training set, too: those of its hot end,
         continued. They belong to the expert of the star from which they are continued.
+    n_blends : int
+        Clouds of blends, the light of two stars, whose labels are those of the brighter one; see `blended`.
     seed : int
 
     Returns
     -------
     dict
         Fields of a `PosteriorMixture`: `directions` (p, n + 2), that of what a spectrum without lines has beside all
-        stars and the scale last; `keys`, `tangents`, `gains`, `log_weights`, `labels`, `scatter`, `first`. The last
-        expert is one cloud: a spectrum without lines, which is no star. `n_fast` counts the clouds of stars that move,
-        the last ones of each expert.
+        stars and the scale last; `keys`, `tangents`, `gains`, `log_weights`, `labels`, `scatter`, `first`. Behind the
+        experts are two more groups: blends, if `blends` says so, and one cloud, a spectrum without lines, which is no
+        star; `n_foreign` counts them. `n_fast` counts the clouds of stars that move, the last ones of each expert.
 
     Raises
     ------
@@ -191,11 +207,11 @@ def fit_clouds(
         *part, left = _cloud(z[cloud].astype(np.float64), labels[cloud], t, len(bins))
         within += len(cloud) / len(bins) * left
         parts.append(part)
+    still = np.ones(len(z), bool)
+    if velocity is not None and n_fast.any():
+        still = np.abs(velocity) <= SLOW
     if beyond and np.ptp(labels[:, BEYOND_LABEL]) > 0:
         experts = np.repeat(np.arange(n_experts), np.diff(first))
-        still = np.ones(len(z), bool)
-        if velocity is not None and n_fast.any():
-            still = np.abs(velocity) <= SLOW
         further, of_expert = _beyond(z[still], labels[still], bins[still], t, seed)
         # Stars that move stay the last of each expert.
         fast = [rank >= stop - n for rank, stop, n in zip(*_ranks(first, n_fast), strict=True)]
@@ -203,6 +219,10 @@ def fit_clouds(
         order = np.lexsort(([*fast, *np.zeros(len(further), bool)], experts))
         parts = [(parts + further)[i] for i in order]
         first = np.searchsorted(experts[order], np.arange(n_experts + 1))
+    blends = _blends(z[still], labels[still], t, n_blends, seed) if n_blends else []
+    if blends:
+        parts += blends
+        first = np.append(first, len(parts))
     keys, tangents, gains, log_weights, means, scatter = (
         np.array(column) for column in zip(*parts, strict=True)
     )
@@ -235,8 +255,26 @@ def fit_clouds(
     arrays |= {name: np.concatenate([arrays[name], np.asarray(one)[None]]) for name, one in foreign.items()}
     return {name: np.ascontiguousarray(value, np.float32) for name, value in arrays.items()} | {
         "first": np.array([*first, first[-1] + 1], np.int64),
+        "n_foreign": 1 + bool(blends),
+        "blends": bool(blends),
         "n_fast": tuple(int(n) for n in n_fast) if n_fast.any() else (),
     }
+
+
+def blended(stars: NDArray, share: NDArray, draw: np.random.Generator) -> NDArray[np.float32]:
+    """Each star, (n, p), with the light of another of them added, drawn without replacement.
+
+    Parameters
+    ----------
+    stars : array of shape (n, p)
+        Spectra, or what is linear in them, of stars that are alike in flux.
+    share : array of shape (n,)
+        Share of the light of each blend that is the other star's; 0 for a star that stays as it is.
+    draw : Generator
+    """
+    other = stars[draw.permutation(len(stars))]
+    mixed: NDArray[np.float32] = (stars + share[:, None] * (other - stars)).astype(np.float32)
+    return mixed
 
 
 def _ranks(first: NDArray[np.int64], n_fast: NDArray[np.int64]) -> tuple[NDArray, NDArray, NDArray]:
@@ -388,6 +426,22 @@ def _beyond(
             parts.append([mean + step * slope, *others, share, moved, scatter])
             experts.append(expert)
     return parts, np.array(experts)
+
+
+def _blends(z: F32, labels: F64, t: int, n_blends: int, seed: int) -> list[list]:
+    """Clouds of the light of two stars, as of `_cloud`, with the labels of the brighter one."""
+    draw = np.random.default_rng((seed, BLEND_STREAM))
+    mixed = blended(z, draw.uniform(*LIGHT_OF_OTHER, len(z)), draw)
+    clouds, _ = clouds_of_bins(
+        mixed, labels[:, GROUPED_BY], np.zeros(len(z), np.int64), 1, n_clouds=n_blends, seed=seed
+    )
+    parts = []
+    for cloud in clouds:
+        *part, log_share, label, scatter, _ = _cloud(
+            mixed[cloud].astype(np.float64), labels[cloud], t, len(z)
+        )
+        parts.append([*part, log_share + np.log(BLEND_SHARE), label, scatter])
+    return parts
 
 
 def _without_lines(reference: F64, noise_shape: F64, directions: F64) -> tuple[F64, F64, float]:

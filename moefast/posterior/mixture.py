@@ -45,6 +45,8 @@ ORDER = (
 """What is stored of a mixture."""
 N_GROUPS = 3
 """Gaussians, of stars alike in T_eff, by which a star's own evidence tells how wide its slopes are."""
+N_APART = 24
+"""Coordinates in which these Gaussians are their own; given these, the others are those of the whole library."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,9 @@ class PosteriorMixture:
         Share of spectra whose flux is calibrated better than the slopes, which are the first nuisances, allow for, and
         behind it how wide each slope is in these, relative to the others. The share alone, 0, where all are alike.
     n_foreign : int
-        f, groups of clouds of spectra that are no stars.
+        f, groups of clouds of spectra that are not those of one star, the last ones.
+    blends : bool
+        Whether the first of these are blends, the light of two stars; all others are no stars.
     n_fast : tuple of int
         How many clouds, the last ones of each expert, are of stars that move; empty if none are told apart.
     cells, cell_shares : array of shape (k, s), int64 and float32
@@ -118,6 +122,7 @@ class PosteriorMixture:
     n_sky: int = 0
     calibrated: tuple[float, ...] = (0.0,)
     n_foreign: int = 0
+    blends: bool = False
     n_fast: tuple[int, ...] = ()
     cells: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 0), np.int64))
     cell_shares: F32 = field(default_factory=lambda: np.empty((0, 0), np.float32))
@@ -152,7 +157,11 @@ class PosteriorMixture:
         if first.ndim != 1 or first[0] != 0 or first[-1] != m or (np.diff(first) < 1).any():
             raise ValueError(f"every expert needs clouds, {m} in all; found boundaries {first.tolist()}")
         if not 0 <= self.n_foreign < first.size - 1:
-            raise ValueError(f"0 to {first.size - 2} groups that are no stars; found {self.n_foreign}")
+            raise ValueError(
+                f"0 to {first.size - 2} groups that are not single stars; found {self.n_foreign}"
+            )
+        if self.blends and not self.n_foreign:
+            raise ValueError("blends are a group that is not of single stars; found none")
         if self.n_fast and (
             len(self.n_fast) != self.n_experts
             or not all(0 <= n < size for n, size in zip(self.n_fast, np.diff(first), strict=False))
@@ -258,7 +267,9 @@ class PosteriorMixture:
         wave: F64,
         arrays: dict[str, NDArray],
         label_names: tuple[str, ...],
+        *,
         n_foreign: int = 0,
+        blends: bool = False,
         n_fast: tuple[int, ...] = (),
     ) -> PosteriorMixture:
         """The inverse of `stored`; ValueError where the arrays do not fit together."""
@@ -269,8 +280,9 @@ class PosteriorMixture:
         n_sky = int(arrays.pop("n_sky")[0])
         calibrated = tuple(float(value) for value in arrays.pop("calibrated"))
         return cls(
-            wave=wave, **arrays, n_sky=n_sky, calibrated=calibrated, n_foreign=n_foreign, n_fast=n_fast,
-            scale_width=width, label_range=(low, high), error_model=(w1, b1, w2, b2), label_names=label_names,
+            wave=wave, **arrays, n_sky=n_sky, calibrated=calibrated, n_foreign=n_foreign, blends=blends,
+            n_fast=n_fast, scale_width=width, label_range=(low, high), error_model=(w1, b1, w2, b2),
+            label_names=label_names,
         )  # fmt: skip
 
     @cached_property
@@ -382,30 +394,42 @@ class PosteriorMixture:
 
     @cached_property
     def _groups(self) -> Groups:
-        """Stars alike in T_eff, or in log g where the library lacks it, and what is no star, as Gaussians."""
+        """Stars and blends alike in T_eff, or in log g where the library lacks it, and no stars, as Gaussians."""
         n, rest = self.n_coordinates, self.n_coordinates + self.n_sky
         if not self.calibrated[0]:
             return Groups(np.empty((0, rest, rest)), np.empty((0, rest)), np.empty(0))
-        stars = np.arange(self.first[self.n_experts])
+        n_stellar = self.n_experts + self.blends
+        stars = np.arange(self.first[n_stellar])
         share = np.exp(self.log_weights.astype(np.float64))
         label = self.label_names.index("T_eff") if "T_eff" in self.label_names else 0
         order = stars[np.argsort(self.labels[stars, label], kind="stable")]
         below = np.cumsum(share[order]) - share[order] / 2
         group = np.minimum((N_GROUPS * below / share[stars].sum()).astype(int), N_GROUPS - 1)
         kinds = [order[group == g] for g in np.unique(group)]
-        kinds += [np.arange(*self.first[k : k + 2]) for k in range(self.n_experts, self.first.size - 1)]
+        kinds += [np.arange(*self.first[k : k + 2]) for k in range(n_stellar, self.first.size - 1)]
         parts: list[tuple[F64, F64, float]] = []
+        # The first coordinates, in which clouds differ most, the direction of what is no star, and the scale.
+        last = min(2, n)
+        apart = np.unique(np.concatenate([np.arange(min(N_APART, n) - last), np.arange(n - last, n)]))
+        block = np.ix_(apart, apart)
+        tangents = self._all_tangents()
         # Sums that several threads share out depend on their number.
         with one_blas_thread():
+            mean, covariance = self._as_one_cloud(tangents, share / share.sum())
+            whole, of_apart = np.linalg.inv(covariance), np.linalg.inv(covariance[block])
+            whole_pull, pull_of_apart = whole @ mean, of_apart @ mean[apart]
             for kind in kinds:
                 mine = np.zeros(len(share))
                 mine[kind] = share[kind]
-                mean, covariance = self._as_one_cloud(self._all_tangents(), mine / mine.sum())
+                mean, covariance = self._as_one_cloud(tangents, mine / mine.sum())
+                own = np.linalg.inv(covariance[block])
                 precision, pull = np.zeros((rest, rest)), np.zeros(rest)
-                precision[:n, :n] = np.linalg.inv(covariance)
-                pull[:n] = precision[:n, :n] @ mean
-                constant = np.log(mine.sum()) - 0.5 * (np.linalg.slogdet(covariance)[1] + mean @ pull[:n])
-                parts.append((precision, pull, float(constant)))
+                precision[:n, :n], pull[:n] = whole, whole_pull
+                precision[block] += own - of_apart
+                pull[apart] += own @ mean[apart] - pull_of_apart
+                inside = precision[:n, :n]
+                constant = 0.5 * (np.linalg.slogdet(inside)[1] - pull[:n] @ np.linalg.solve(inside, pull[:n]))
+                parts.append((precision, pull, float(np.log(mine.sum()) + constant)))
         precisions, pulls, constants = zip(*parts, strict=True)
         return Groups(np.array(precisions), np.array(pulls), np.array(constants))
 
@@ -451,7 +475,8 @@ class PosteriorMixture:
             scale=found["scale"][:, 0] * label[:, count],
             distance=found["distance"][:, 0],
             strength=found["strength"][:, 0],
-            foreign=np.maximum(1 - found["weights"][:, :k].sum(1), 0),
+            foreign=np.maximum(1 - found["weights"][:, : k + self.blends].sum(1), 0),
+            blend=found["weights"][:, k] if self.blends else None,
         )
 
     def predict(

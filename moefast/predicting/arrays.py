@@ -25,8 +25,9 @@ from moefast.predicting.columns import columns_of, table_columns
 from moefast.predicting.engines import Engine, open_engine
 from moefast.predicting.spectra_in_memory import GivenSpectra, SpectraInMemory, read_spectra
 from moefast.predicting.velocities import FIT, cannot_fit, fit_on
-from moefast.spectra import guard
+from moefast.spectra.oddities import find_oddities
 from moefast.spectra.quality import Flag, Quality
+from moefast.spectra.sampling import SampledRows, spread_rows
 from moefast.spectra.telluric import CHOICES, Telluric
 from moefast.spectra.units import velocity_factor
 from moefast.spectra.velocities import FASTEST, Velocities
@@ -233,15 +234,15 @@ def _look(
     model: Model, ready: list[SpectraInMemory], velocity: NDArray, *, resampled: bool, at_rest: bool
 ) -> list[str]:
     """What is odd about spectra on the model's grid, as of the first array of a file."""
-    rows = guard.spread_rows(len(velocity))
+    rows = spread_rows(len(velocity))
     parts = []
     for part in ready:
         own = rows[(rows >= part.first_row) & (rows < part.first_row + len(part))]
         parts.append(part.at_velocity(velocity[own], own - part.first_row))
     flux, error, bad = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    sample = guard.SampledRows.of(model.mixture.wave, flux, error, bad, rows=rows, resampled=resampled)
+    sample = SampledRows.of(model.mixture.wave, flux, error, bad, rows=rows, resampled=resampled)
     free_scale = isinstance(model.mixture, PosteriorMixture)
-    found = guard.look(
+    found = find_oddities(
         sample, model.mixture.reference, free_scale=free_scale, at_rest=at_rest, with_gaps=free_scale
     )
     return [odd.words for odd in found]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from moefast.core.outputs import INPUTS, ROW, VELOCITY, prediction_columns
+from moefast.core.outputs import INPUTS, ROW, VELOCITY, TableColumn, prediction_columns
 from moefast.mixture import Prediction
 from moefast.model import Model
 from moefast.posterior.mixture import AnyMixture, PosteriorMixture
@@ -50,8 +50,7 @@ def table_columns(
     bits = ", ".join(f"{flag.value} {flag.name}" for flag in Flag)
     meanings = {"flag": f"sum of {bits}; 0 is what you want"}
     return columns + [
-        Column.of(output, name, meanings.get(name, ""))
-        for name, output, _ in prediction_columns(mixture.n_experts, _labels_of(mixture))
+        Column.of(output, name, meanings.get(name, "")) for name, output, _ in _predictions_of(mixture)
     ]
 
 
@@ -86,7 +85,7 @@ def columns_of(model: Model, result: Prediction, quality: Quality) -> dict[str, 
         "flag": flag,
     }
     columns: dict[str, NDArray] = {}
-    for name, output, number in prediction_columns(model.mixture.n_experts, _labels_of(model.mixture)):
+    for name, output, number in _predictions_of(model.mixture):
         values = getattr(result, output.onnx) if output.onnx else others[name]
         columns[name] = values if output.per == "star" else values[:, number]
     if empty.any():
@@ -97,6 +96,8 @@ def columns_of(model: Model, result: Prediction, quality: Quality) -> dict[str, 
     return columns
 
 
-def _labels_of(mixture: AnyMixture) -> tuple[str, ...] | None:
-    """Labels of a posterior; None for mixtures of log g alone."""
-    return mixture.label_names if isinstance(mixture, PosteriorMixture) else None
+def _predictions_of(mixture: AnyMixture) -> list[TableColumn]:
+    """What a table holds of each star."""
+    if not isinstance(mixture, PosteriorMixture):
+        return prediction_columns(mixture.n_experts)
+    return prediction_columns(mixture.n_experts, mixture.label_names, blends=mixture.blends)

@@ -40,11 +40,8 @@ def decisions_on_input(source: Source, preparation: Preparation) -> list[str]:
     prepared = [shard for shard in shards if isinstance(shard, PreparedShard)]
     files = [file for shard in prepared for file in shard.files]
     as_they_are = len(shards) - len(prepared)
-    n_masked = sum(
-        preparation.telluric == "mask" or (preparation.telluric == "auto" and file.through_atmosphere)
-        for file in files
-    )
-    media = [file.medium if preparation.medium == "auto" else preparation.medium for file in files]
+    n_masked = sum(preparation.masks(file) for file in files)
+    media = [preparation.medium_of(file) for file in files]
     moved = "" if preparation.medium == "auto" else ", as --wave-medium says"
     return [
         f"input: {_files(n_files)}, rows {source.start:,}:{source.stop:,} of {source.spectra.n_rows:,}, of which "

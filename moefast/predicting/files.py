@@ -33,9 +33,11 @@ from moefast.predicting.source import Source, choose_rows, open_files, open_sour
 from moefast.predicting.summary import Summary
 from moefast.predicting.table import Sink
 from moefast.predicting.velocities import fit_on
-from moefast.spectra import guard
+from moefast.spectra.oddities import find_oddities
+from moefast.spectra.opening import Origins
 from moefast.spectra.paths import content_of
-from moefast.spectra.prepared import Origins, Preparation
+from moefast.spectra.prepared import Preparation
+from moefast.spectra.sampling import take_sample
 from moefast.spectra.tables import Column
 from moefast.spectra.telluric import Telluric
 
@@ -237,10 +239,10 @@ def _attributes(
 def _look(model: Model, source: Source, summary: Summary, tell: Callable[[str], None] | None) -> None:
     """Find and tell what is odd about the spectra as a whole."""
     rows = (source.start, source.stop)
-    sample = guard.take(source.spectra, array=source.array, rows=rows, wanted=source.wanted)
+    sample = take_sample(source.spectra, array=source.array, rows=rows, wanted=source.wanted)
     free_scale = isinstance(model.mixture, PosteriorMixture)
     at_rest = not isinstance(source.velocity, VelocityFit)
-    for odd in guard.look(
+    for odd in find_oddities(
         sample,
         model.mixture.reference,
         free_scale=free_scale,

@@ -17,8 +17,9 @@ from moefast.model import Model
 from moefast.posterior.velocities import VelocityFit
 from moefast.predicting.identifiers import carried_columns, identifier_dtypes, present
 from moefast.predicting.velocities import fit_beside, move, velocity_fit
+from moefast.spectra.opening import Origins, open_prepared
 from moefast.spectra.paths import find_files
-from moefast.spectra.prepared import Origins, Preparation, PreparedShard, open_prepared
+from moefast.spectra.prepared import Preparation, PreparedShard
 from moefast.spectra.selection import select as select_rows
 from moefast.spectra.shard import Shard
 from moefast.spectra.source import Failure

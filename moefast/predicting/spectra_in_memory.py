@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefast.core.errors import InputError, WaveGridError
-from moefast.spectra import guard
 from moefast.spectra.blocks import Memory
 from moefast.spectra.prepared import in_vacuum, prepare_rows
 from moefast.spectra.resample import Pixels
+from moefast.spectra.sampling import spread_rows
 from moefast.spectra.telluric import Telluric, without_telluric
 from moefast.spectra.units import LIGHT_SPEED, flux_factor, wave_factor
 from moefast.spectra.wave import other_unit, same_wave
@@ -240,7 +240,7 @@ def _require_overlap(wave: NDArray[np.float64], grid: NDArray[np.float64]) -> No
 
 def _check_scale(x: NDArray, e: NDArray, bad: NDArray[np.bool_]) -> None:
     # Some rows tell the scale; of a million, medians of all pixels would take longer than the predictions.
-    rows = guard.spread_rows(len(x))
+    rows = spread_rows(len(x))
     x, e, bad = x[rows], e[rows], bad[rows]
     with np.errstate(all="ignore"):
         good = np.isfinite(x) & (e > 0) & np.isfinite(e) & ~bad

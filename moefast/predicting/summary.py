@@ -36,7 +36,7 @@ class Summary:
     failures : list of Failure
         Files or rows that could not be read.
     oddities : list of str
-        What is odd about the spectra as a whole, found before the first was scored: see `moefast.spectra.guard`.
+        What is odd about the spectra as a whole, found before the first was scored: see `moefast.spectra.oddities`.
     notes : list of str
         What the user should know before using the numbers.
     columns : dict of arrays

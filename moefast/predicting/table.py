@@ -12,7 +12,7 @@ from moefast.core.errors import MoefastError
 from moefast.predicting.identifiers import as_identifiers
 from moefast.predicting.source import Source
 from moefast.predicting.velocities import velocity_columns
-from moefast.spectra.prepared import Origins
+from moefast.spectra.opening import Origins
 from moefast.spectra.quality import Flag
 from moefast.spectra.tables import Column, open_table
 

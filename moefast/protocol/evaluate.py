@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,8 @@ from moefast.protocol.report_parts import Report
 from moefast.protocol.scorer import Scored, Scorer, oracle_name
 from moefast.protocol.subject import ModelSubject, Subject
 from moefast.simulate.sets import name_of_set
-from moefast.spectra.guard import noisy_already, take
+from moefast.spectra.oddities import noisy_already
+from moefast.spectra.sampling import take_sample
 
 __all__ = ["Evaluation", "evaluate", "expected_stages"]
 
@@ -138,11 +139,8 @@ def evaluate(
     ModelError
         The model or ONNX file is refused.
     """
-    if noise not in ("auto", "draw", "none"):
-        raise InputError(f"noise: auto, draw or none expected, found {noise!r}")
-    given = [paths] if isinstance(paths, str | Path) else list(paths)
     scorer = Scorer(
-        given,
+        [paths] if isinstance(paths, str | Path) else list(paths),
         model,
         peer=peer,
         noise=noise,
@@ -150,7 +148,7 @@ def evaluate(
         noise_seed=noise_seed,
         backend=backend,
     )
-    odd = noisy_already(take(scorer.spectra, array="flux"), "use --noise none") if scorer.drawn else []
+    odd = noisy_already(take_sample(scorer.spectra, array="flux"), "use --noise none") if scorer.drawn else []
     for each in odd:
         if tell is not None:
             tell(each.words)
@@ -165,16 +163,7 @@ def evaluate(
         measured = scored.of(scorer.labelled)
         stars = _stars(scorer, measured.columns)
         record = _measure(scorer, stars, measured.references, limits, name, partial(told, "intervals"))
-    command = _command(
-        given,
-        model,
-        peer=peer,
-        noise=noise,
-        noise_level=noise_level,
-        noise_seed=noise_seed,
-        ceiling=ceiling,
-        name=name,
-    )
+    command = _command(scorer.arguments, ceiling, name)
     notes = [*(each.words for each in odd), *scorer.spectra.label_notes()]
     return Evaluation(record, stars, _run(scorer, record, scored.seconds, notes, command))
 
@@ -332,30 +321,27 @@ def _group_ceilings(entry: Mapping[str, Any]) -> dict[str, float]:
     return found | {f"fisher {key}": value for key, value in entry.get("fisher", {}).items()}
 
 
-def _command(
-    paths: Sequence[str | Path],
-    model: Model | str | Path | None,
-    *,
-    peer: str | None,
-    noise: str,
-    noise_level: float,
-    noise_seed: int,
-    ceiling: Any,
-    name: str | None,
-) -> str | None:
-    """The command line that gives this report again; None where there is none (a model that was never saved)."""
-    words = ["moefast", "evaluate", *(str(path) for path in paths)]
+def _command(arguments: Mapping[str, Any], ceiling: Any, name: str | None) -> str | None:
+    """The command line that gives this report again; None where there is none (a model that was never saved).
+
+    Parameters
+    ----------
+    arguments : mapping
+        Of a `Scorer`.
+    """
+    words = ["moefast", "evaluate", *(str(path) for path in arguments["paths"])]
+    model = arguments["model"]
     folder = model.path if isinstance(model, Model) else model
-    if (isinstance(model, Model) and folder is None) or noise_seed != NOISE_SEED:
+    if (isinstance(model, Model) and folder is None) or arguments["noise_seed"] != NOISE_SEED:
         return None
     if folder is not None:
         words += ["-m", str(folder)]
-    if peer is not None:
-        words += ["--peer", peer]
-    if noise != "auto":
-        words += ["--noise", noise]
-    if noise_level != 1.0:
-        words += ["--noise-level", f"{noise_level:g}"]
+    if arguments["peer"] is not None:
+        words += ["--peer", arguments["peer"]]
+    if arguments["noise"] != "auto":
+        words += ["--noise", arguments["noise"]]
+    if arguments["noise_level"] != 1.0:
+        words += ["--noise-level", f"{arguments['noise_level']:g}"]
     if isinstance(ceiling, str | Path):
         words += ["--ceiling", str(ceiling)]
     if name:

@@ -90,12 +90,33 @@ def format_text(
 
 
 def _headline(report: Report, throughput: Mapping[str, Any]) -> list[str]:
-    data, overall, covered = report.data_set, report.overall, report.covered
+    rows = _scores(report)
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    level = f"{100 * report.protocol.level:g} %"
+    lines = [
+        *_what_was_measured(report),
+        *(f"note: {note}" for note in throughput.get("notes", ())),
+        "",
+        *(
+            f"  {name:<{widths[0]}}  {value:>{widths[1]}}  {interval:<{widths[2]}}  {remark}"
+            for name, value, interval, remark in rows
+        ),
+        *(f"  {name:<{widths[0]}}  {words}" for name, words in _remarks(report, throughput)),
+    ]
+    if report.overall.n_nan:
+        lines.append(f"  {report.overall.n_nan} predictions are not finite: each counts as the mean label")
+    lines.append(
+        f"  (brackets: {level} bootstrap intervals over stars, {report.protocol.n_resamples} resamples)"
+    )
+    return lines
+
+
+def _what_was_measured(report: Report) -> list[str]:
+    data = report.data_set
     noise = "" if data.noise_level is None else f", noise level {data.noise_level:g}"
     if data.noise_seed is not None:
         noise += f" (seed {data.noise_seed})"
     model = report.model.get("recipe") or report.model.get("name")
-    level = f"{100 * report.protocol.level:g} %"
     lines = [
         f"log g on {data.name}: {data.n} stars{noise}",
         f"fingerprint {data.fingerprint}" + (f", model {model}" if model else ""),
@@ -107,8 +128,12 @@ def _headline(report: Report, throughput: Mapping[str, Any]) -> list[str]:
         )
     if data.n_unlabelled:
         lines.append(f"{data.n_unlabelled} stars of the set have no labels and are not measured")
-    lines += [f"note: {note}" for note in throughput.get("notes", ())]
-    lines.append("")
+    return lines
+
+
+def _scores(report: Report) -> list[tuple[str, str, str, str]]:
+    """Name, value, interval and remark of each number of the headline."""
+    overall, covered = report.overall, report.covered
     rows = [
         ("R²", number(overall.r2, 4), bracket(overall.r2_interval, 4), "full coverage"),
         ("MAE", number(overall.mae, 4), bracket(overall.mae_interval, 4), "dex"),
@@ -129,39 +154,30 @@ def _headline(report: Report, throughput: Mapping[str, Any]) -> list[str]:
         other = report.rho_bayes
         remark = other.reason or "the same experts mixed by Bayes' rule alone"
         rows.append(("ρ by Bayes' rule", number(other.value), bracket(other.interval), remark))
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    lines += [
-        f"  {name:<{widths[0]}}  {value:>{widths[1]}}  {interval:<{widths[2]}}  {remark}"
-        for name, value, interval, remark in rows
-    ]
-    if overall.error_coverage is not None:
+    return rows
+
+
+def _remarks(report: Report, throughput: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Name and words of what stands below the numbers."""
+    remarks = []
+    if report.overall.error_coverage is not None:
         shares = ", ".join(
             f"{percent(row.fraction)} within {row.z:.2f} σ (expected {percent(row.expected)})"
-            for row in overall.error_coverage.levels
+            for row in report.overall.error_coverage.levels
         )
-        lines.append(f"  {'errors':<{widths[0]}}  {shares}")
+        remarks.append(("errors", shares))
         if report.calibration is not None:
-            scale = report.calibration.scale
-            lines.append(f"  {'':<{widths[0]}}  multiplied by {scale:.2f} they would cover 68.3 %")
+            remarks.append(("", f"multiplied by {report.calibration.scale:.2f} they would cover 68.3 %"))
     rate = throughput.get("spectra_per_second")
     if rate is not None:
         where = throughput.get("device") or throughput.get("backend")
-        lines.append(
-            f"  {'throughput':<{widths[0]}}  {rate:,.0f} spectra/s" + (f" on {where}" if where else "")
-        )
+        remarks.append(("throughput", f"{rate:,.0f} spectra/s" + (f" on {where}" if where else "")))
     routing = report.routing
     if routing is not None:
         accuracy = "" if routing.accuracy is None else f", true bin in {percent(routing.accuracy)}"
-        lines.append(
-            f"  {'gate':<{widths[0]}}  {routing.n_experts} experts, mean largest weight "
-            f"{number(routing.mean_largest_weight, 2)}{accuracy}"
-        )
-    if overall.n_nan:
-        lines.append(f"  {overall.n_nan} predictions are not finite: each counts as the mean label")
-    lines.append(
-        f"  (brackets: {level} bootstrap intervals over stars, {report.protocol.n_resamples} resamples)"
-    )
-    return lines
+        largest = number(routing.mean_largest_weight, 2)
+        remarks.append(("gate", f"{routing.n_experts} experts, mean largest weight {largest}{accuracy}"))
+    return remarks
 
 
 def _what_helped(report: Report) -> list[str]:

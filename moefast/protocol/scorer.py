@@ -100,6 +100,8 @@ class Scorer:
     ) -> None:
         if peer is not None and model is not None:
             raise InputError("a model or a peer is evaluated, not both; leave one out")
+        if noise not in ("auto", "draw", "none"):
+            raise InputError(f"noise: auto, draw or none expected, found {noise!r}")
         if not noise_level > 0:
             raise InputError(f"the noise level must be positive, found {noise_level}")
         self.arguments = {

@@ -33,7 +33,8 @@ from scipy.special import ndtri
 from moefast.core.errors import InputError, WaveGridError
 from moefast.core.random import NOISE_STREAM, add_noise, uniforms_of_rows
 from moefast.spectra.grids import measured_grid
-from moefast.spectra.prepared import Preparation, open_prepared
+from moefast.spectra.opening import open_prepared
+from moefast.spectra.prepared import Preparation
 from moefast.spectra.quality import good_pixels
 from moefast.spectra.source import Block, Failure
 from moefast.spectra.spectrum_set import SpectrumSet
@@ -41,12 +42,12 @@ from moefast.spectra.telluric import Telluric
 
 from .emulator import LABELS, Emulator
 from .gaps import GAPS, GapKind
-from .nuisance import calibrate, calibration_basis, redden
+from .nuisance import redden
 from .rows import (
-    CALIBRATION,
     PARAMS,
     Settings,
     SimulatedBlock,
+    calibrate_and_tilt,
     check_velocity,
     shifted,
     simulate_params,
@@ -356,10 +357,7 @@ def simulate_observed(
     if any(settings.reddening):
         redden(flux, params["ebv"], wave, out=flux)
     if settings.calibration or "tilt" in params:
-        basis = calibration_basis(wave)
-        amplitudes = settings.calibration * np.stack([params[name] for name in CALIBRATION], axis=1)
-        amplitudes[:, 0] += params.get("tilt", np.zeros(len(flux))) * 0.5 / basis[0, -1]
-        calibrate(flux, amplitudes, basis, out=flux)
+        calibrate_and_tilt(flux, params, settings, wave)
     chosen, snr = observed.draw(params["id"], seed=seed)
     lost = observed.lost[chosen]
     flux /= median_of_good(flux, lost)[:, None].astype(np.float32)

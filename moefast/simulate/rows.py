@@ -357,11 +357,7 @@ def _visited(
     factors, residuals = sky_of(params)
     error, snr = noise.error(flux, *conditions, noise_level=settings.noise_level, factors=factors)
     left = noise.line_flux(flux, *conditions, residuals * factors.lines)
-    basis = calibration_basis(emulator.wave)
-    amplitudes = settings.calibration * np.stack([params[name] for name in CALIBRATION], axis=1)
-    # The first of the shapes is the tilt: u/2 is so many times as large.
-    amplitudes[:, 0] += params["tilt"] * 0.5 / basis[0, -1]
-    calibrate(flux, amplitudes, basis, out=flux)
+    calibrate_and_tilt(flux, params, settings, emulator.wave)
     flux += left
     mask = visit.gaps.lost_pixels(emulator.wave, rows, seed=seed)
     draws = None
@@ -375,6 +371,17 @@ def _visited(
     return SimulatedBlock(
         first, params | {"snr": snr, "median": median}, flux, error, draws if noisy else None, mask
     )
+
+
+def calibrate_and_tilt(
+    flux: np.ndarray, params: Mapping[str, np.ndarray], settings: Settings, wave: np.ndarray
+) -> None:
+    """Give flux (n, p) its calibration errors and, where visits differ, the tilt of its continuum; it is changed."""
+    basis = calibration_basis(wave)
+    amplitudes = settings.calibration * np.stack([params[name] for name in CALIBRATION], axis=1)
+    # The first of the shapes is the tilt: u/2 is so many times as large.
+    amplitudes[:, 0] += params.get("tilt", np.zeros(len(flux))) * 0.5 / basis[0, -1]
+    calibrate(flux, amplitudes, basis, out=flux)
 
 
 def velocity_of(params: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -22,6 +22,9 @@ __all__ = ["simulate_file"]
 
 BLOCK_ROWS = 1024
 
+Make = Callable[[int, int, np.ndarray | None], SimulatedBlock]
+"""First row, the one after the last, memory for their flux -> block."""
+
 
 def simulate_file(
     path: str | Path,
@@ -70,7 +73,7 @@ def simulate_file(
     settings = settings or Settings()
     emulator = observed.spectrograph.emulator if observed else Emulator.load()
 
-    def make(first: int, stop: int, out: np.ndarray | None = None) -> SimulatedBlock:
+    def make(first: int, stop: int, out: np.ndarray | None) -> SimulatedBlock:
         if observed is not None:
             return simulate_observed(
                 first, stop, seed=seed, settings=settings, observed=observed, noisy=noisy
@@ -78,7 +81,7 @@ def simulate_file(
         return simulate_rows(first, stop, seed=seed, settings=settings, noisy=noisy, out=out)
 
     # What cannot be simulated must be known before the file is begun.
-    make(first_row, first_row)
+    make(first_row, first_row, None)
     about = {
         "simulator": "moefast.simulate",
         "seed": str(seed),
@@ -102,8 +105,15 @@ def simulate_file(
         attrs=about | dict(attrs or {}),
         overwrite=overwrite,
     )
-    # One block is made while the other is written.
-    memory = np.empty((2, min(n_rows, BLOCK_ROWS), len(wave)), dtype=np.float32)
+    _write_rows(writer, make, first_row, progress)
+
+
+def _write_rows(
+    writer: SpectrumWriter, make: Make, first_row: int, progress: Callable[[int], None] | None
+) -> None:
+    """Make and write all rows: one block is made while the other is written."""
+    n_rows = writer.n_rows
+    memory = np.empty((2, min(n_rows, BLOCK_ROWS), writer.n_pixels), dtype=np.float32)
     with writer, ThreadPoolExecutor(1) as behind:
         written: Future[None] | None = None
         for start in range(0, n_rows, BLOCK_ROWS):
@@ -114,7 +124,7 @@ def simulate_file(
                 written.result()
                 if progress is not None:
                     progress(start)
-            values = {name: getattr(block, name) for name in arrays}
+            values = {name: getattr(block, name) for name in writer.arrays}
             written = behind.submit(writer.write, start, params=block.params, **values)
             del block, values
         if written is not None:

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from moefast.core.errors import InputError, WaveGridError
 from moefast.kernels.resample import pixel_edges
+from moefast.spectra.opening import open_measured
 from moefast.spectra.paths import find_files
-from moefast.spectra.prepared import in_vacuum, open_measured
+from moefast.spectra.prepared import in_vacuum
 from moefast.spectra.resample import Pixels
 
 __all__ = ["MeasuredGrid", "measured_grid"]

@@ -24,6 +24,7 @@ import numpy as np
 
 from moefast.core.errors import InputError
 from moefast.core.watched import interrupt_behind
+from moefast.spectra.endless_texts import refuse_damaged_texts
 from moefast.spectra.hdf5 import ARRAYS, contents_of, open_hdf5
 from moefast.spectra.params import ParamColumn, index_column, owners_of_params, param_columns
 from moefast.spectra.stored import (
@@ -32,7 +33,6 @@ from moefast.spectra.stored import (
     gaps_of,
     lacking_filter,
     owned_by,
-    refuse_damaged_texts,
     refuse_misspelt,
 )
 from moefast.spectra.units import is_flux_per_wavelength, read_unit, wave_factor

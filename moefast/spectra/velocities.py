@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from moefast.core.errors import InputError
 from moefast.core.regular import refuse_special
 from moefast.spectra.layouts.fits_file import FitsFile
+from moefast.spectra.opening import Origins
 from moefast.spectra.paths import find_files
-from moefast.spectra.prepared import Origins
 from moefast.spectra.spectrum_set import SpectrumSet
 from moefast.spectra.tables import READERS, read_table
 from moefast.spectra.units import LIGHT_SPEED, velocity_factor

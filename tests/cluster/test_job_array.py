@@ -10,7 +10,7 @@ import pytest
 
 from moefast.benchmarks import cluster, cluster_faults, strikes
 from moefast.benchmarks.faults import job_array
-from moefast.cluster.shards import shard_of_task
+from moefast.cluster.job_array import shard_of_task
 from moefast.core.errors import BenchmarkError
 from moefast.experts import normal_equations
 from moefast.fitting import error_model, gate, linear_experts, sample, statistics

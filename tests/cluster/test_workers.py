@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from moefast.cli import cli
-from moefast.cluster import workers
+from moefast.cluster import predict_on_workers, workers
 from moefast.core.errors import BackendError, InputError, LabelError, ModelError, OutputError
 from moefast.predicting.files import predict
 from moefast.spectra.tables import read_table
@@ -59,7 +59,7 @@ def same(path, reference):
 
 def test_the_table_is_that_of_one_machine(client, source, saved, reference, tmp_path):
     out, seen = tmp_path / "t.fits", []
-    merged = workers.predict_on(
+    merged = predict_on_workers.predict_on(
         client, [source], saved, out, options={}, rows_per_task=37, progress=lambda *step: seen.append(step)
     )
     same(out, reference)
@@ -68,7 +68,7 @@ def test_the_table_is_that_of_one_machine(client, source, saved, reference, tmp_
     assert seen[-1] == (400, 400)
     assert [path.name for path in tmp_path.iterdir()] == ["t.fits"]
     with pytest.raises(OutputError, match="exists already"):
-        workers.predict_on(client, [source], saved, out, options={})
+        predict_on_workers.predict_on(client, [source], saved, out, options={})
 
 
 def test_a_worker_that_is_killed_loses_nothing(client, source, saved, reference, tmp_path):
@@ -82,7 +82,9 @@ def test_a_worker_that_is_killed_loses_nothing(client, source, saved, reference,
 
     for round_ in range(3):
         out = tmp_path / f"{round_}.h5"
-        workers.predict_on(client, [source], saved, out, options={}, rows_per_task=10, progress=progress)
+        predict_on_workers.predict_on(
+            client, [source], saved, out, options={}, rows_per_task=10, progress=progress
+        )
         same(out, reference)
     assert killed[0] < len(reference.columns["log_g"])
     # The scheduler may count the lost one for a while, and another takes its place.
@@ -100,9 +102,9 @@ def test_shards_that_are_there_are_not_made_again(client, source, saved, referen
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(workers, "merge_tables", stopped)
+        patch.setattr(predict_on_workers, "merge_tables", stopped)
         with pytest.raises(KeyboardInterrupt):
-            workers.predict_on(client, [source], saved, out, options={}, rows_per_task=100)
+            predict_on_workers.predict_on(client, [source], saved, out, options={}, rows_per_task=100)
     (folder,) = tmp_path.iterdir()
     tables = sorted(folder.glob("*.parquet"))
     assert len(tables) == 4
@@ -111,13 +113,13 @@ def test_shards_that_are_there_are_not_made_again(client, source, saved, referen
     tables[2].write_bytes(tables[2].read_bytes()[:1000])
     made = []
     with monkeypatch.context() as patch:
-        merge = workers.merge_tables
+        merge = predict_on_workers.merge_tables
         patch.setattr(
-            workers,
+            predict_on_workers,
             "merge_tables",
             lambda parts, *a, **k: made.extend(p.stat().st_mtime_ns for p in parts) or merge(parts, *a, **k),
         )
-        workers.predict_on(client, [source], saved, out, options={}, rows_per_task=100)
+        predict_on_workers.predict_on(client, [source], saved, out, options={}, rows_per_task=100)
     assert [a == b for a, b in zip(times, made, strict=True)] == [True, True, False, True]
     same(out, reference)
     assert not folder.exists()
@@ -135,7 +137,7 @@ def test_what_a_worker_lacks_is_told_with_its_name(client, source, saved, tmp_pa
     def told(**facts):
         full = {"version": workers.__version__, "missing": [], "model": "0" * 64} | facts
         monkeypatch.setattr(client, "run", lambda *_, **__: {address: full})
-        workers.predict_on(client, [source], saved, tmp_path / "t.h5", options={})
+        predict_on_workers.predict_on(client, [source], saved, tmp_path / "t.h5", options={})
 
     with pytest.raises(InputError, match=rf"worker {address} does not see {source}"):
         told(missing=[str(source)])
@@ -147,15 +149,17 @@ def test_what_a_worker_lacks_is_told_with_its_name(client, source, saved, tmp_pa
         told(error="no manifest.json here")
     monkeypatch.setattr(client, "run", lambda *_, **__: {})
     with pytest.raises(BackendError, match="no workers"):
-        workers.predict_on(client, [source], saved, tmp_path / "t.h5", options={})
+        predict_on_workers.predict_on(client, [source], saved, tmp_path / "t.h5", options={})
     assert not (tmp_path / "t.h5").exists()
 
 
 def test_errors_of_a_task_are_ours(client, source, saved, tmp_path):
     with pytest.raises(InputError, match="--select"):
-        workers.predict_on(client, [source], saved, tmp_path / "t.h5", options={"select": "nothing == 1"})
+        predict_on_workers.predict_on(
+            client, [source], saved, tmp_path / "t.h5", options={"select": "nothing == 1"}
+        )
     with pytest.raises((InputError, LabelError), match="no such file"):
-        workers.predict_on(client, [tmp_path / "absent.h5"], saved, tmp_path / "t.h5", options={})
+        predict_on_workers.predict_on(client, [tmp_path / "absent.h5"], saved, tmp_path / "t.h5", options={})
 
 
 def test_names_of_schedulers():
@@ -265,6 +269,6 @@ def test_workers_that_are_lost_while_they_are_asked_are_not_counted(
         return {**found, **dict.fromkeys(lost, distributed.comm.core.CommClosedError("closed"))}
 
     monkeypatch.setattr(client, "run", lose_one)
-    workers.predict_on(client, [source], saved, tmp_path / "t.h5", options={}, rows_per_task=200)
+    predict_on_workers.predict_on(client, [source], saved, tmp_path / "t.h5", options={}, rows_per_task=200)
     same(tmp_path / "t.h5", reference)
     assert len(asked) == 2

@@ -38,7 +38,8 @@ def test_what_onnx_gives_is_in_the_schema_and_of_a_prediction():
         "chi2": 1e-3, "log_level": 1e-4,
     }  # fmt: skip
     assert POSTERIOR_TOLERANCES == {
-        "distance": 1e-3, "strength": 1e-4, "scale": 1e-4, "foreign": 1e-4, "labels": 1e-3, "label_errors": 1e-3,
+        "distance": 1e-3, "strength": 1e-4, "scale": 1e-4, "foreign": 1e-4, "blend": 1e-4, "labels": 1e-3,
+            "label_errors": 1e-3,
         "label_correlations": 1e-3,
     }  # fmt: skip
 
@@ -97,6 +98,9 @@ def test_a_label_brings_value_error_and_correlation():
     assert [name for name in names if not name.startswith(("T_eff", "scale", "foreign"))] == [
         name for name, _, _ in outputs.prediction_columns(1)
     ]
+    assert "blend" not in names
+    with_blends = [name for name, _, _ in outputs.prediction_columns(1, ["log_g", "T_eff"], blends=True)]
+    assert with_blends == [*names[:8], "blend", *names[8:]]
 
 
 @pytest.mark.skipif(not PAGE.is_file(), reason="only in a checkout")

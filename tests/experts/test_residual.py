@@ -13,17 +13,8 @@ from tolerances import assert_close
 
 from moefast.core.errors import ModelError
 from moefast.experts.protocol import Inputs
-from moefast.experts.residual import (
-    NEGLIGIBLE,
-    Gain,
-    KeptResiduals,
-    LinearResidual,
-    RidgeResidual,
-    choose_residuals,
-    fit_linear_residual,
-    fit_ridge_residual,
-    regions,
-)
+from moefast.experts.residual import LinearResidual, RidgeResidual, fit_linear_residual, fit_ridge_residual
+from moefast.experts.residual_choice import NEGLIGIBLE, Gain, KeptResiduals, choose_residuals, regions
 from moefast.export.graph import check
 from moefast.export.session import open_session
 

@@ -28,6 +28,8 @@ SHAPES = {
     "slopes of two widths": {"calibrated": (0.4, 0.2)},
     "the same without sky": {"q": 2, "sky": 0, "calibrated": (0.4, 0.3, 0.1)},
     "stars alone": {"n_foreign": 0},
+    "blends": {"n_foreign": 2, "blends": True},
+    "blends and slopes of two widths": {"n_foreign": 2, "blends": True, "calibrated": (0.4, 0.2)},
     "two labels": {"labels": 2},
 }
 
@@ -47,6 +49,10 @@ def usual():
     return random_posterior()
 
 
+def outputs_of(posterior):
+    return [name for name in OUTPUTS if name != "blend" or posterior.blends]
+
+
 def run(model, flux, error):
     session = open_session(model)
     names = [output.name for output in session.get_outputs()]
@@ -57,7 +63,7 @@ def test_the_model_is_valid_and_of_the_stated_versions(model, posterior):
     onnx.checker.check_model(model, full_check=True)
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", OPSET)]
     assert (model.ir_version, kind_of(model), part_of(model)) == (IR_VERSION, "posterior", "mixture")
-    assert [output.name for output in model.graph.output] == list(OUTPUTS)
+    assert [output.name for output in model.graph.output] == outputs_of(posterior)
     assert {output.type.tensor_type.elem_type for output in model.graph.output} == {TensorProto.FLOAT}
     said = {entry.key: entry.value for entry in model.metadata_props}
     assert said["label_names"].split(",") == list(posterior.label_names)
@@ -87,7 +93,7 @@ def test_round_trip_is_exact(model, posterior, tmp_path):
     path.write_bytes(model.SerializeToString())
     again = read_mixture(load(path), posterior.wave)
     assert (again.label_names, again.n_sky) == (posterior.label_names, posterior.n_sky)
-    assert again.n_foreign == posterior.n_foreign
+    assert (again.n_foreign, again.blends) == (posterior.n_foreign, posterior.blends)
     assert (again.scale_width, again.label_range) == (posterior.scale_width, posterior.label_range)
     for name, array in posterior.stored().items():
         assert array.tobytes() == again.stored()[name].tobytes(), name
@@ -120,7 +126,7 @@ def test_numbers_derived_in_the_graph_are_those_of_the_mixture_to_the_last_bit(u
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_graph_gives_the_numbers_of_the_description(model, posterior, seed):
     differences = verify(model, posterior, n=80, seed=seed)
-    assert tuple(differences) == OUTPUTS
+    assert list(differences) == outputs_of(posterior)
     assert differences["log_g"] < 1e-5
 
 
@@ -183,7 +189,7 @@ def test_a_file_of_the_full_size_is_small():
 def test_another_posterior_is_not_taken_for_this_one(usual, name):
     arrays = usual.stored()
     arrays[name] = (arrays[name] * np.float32(1.5)).astype(np.float32)
-    other = type(usual).from_stored(usual.wave, arrays, usual.label_names, usual.n_foreign)
+    other = type(usual).from_stored(usual.wave, arrays, usual.label_names, n_foreign=usual.n_foreign)
     with pytest.raises(ModelError, match="does not give the numbers"):
         verify(build(other), usual, n=10)
 

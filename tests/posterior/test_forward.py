@@ -8,40 +8,54 @@ from made_clouds import mixture, stars
 from scipy.stats import multivariate_normal
 
 from moefast.ops.on_numpy import NumPyArithmetic
+from moefast.posterior import mixture as mixture_module
 from moefast.posterior.cells import alike_pixels
 from moefast.posterior.forward import LEAST_CURVATURE, cloud_values
 from moefast.posterior.mixture import SCALE_UNIT
 
 
-def slope_variance(mix, x, within, coordinates, nuisances, is_slope, level2):
-    """Of the slopes, from the densities of three groups of stars in T_eff, and of what is no star, with both widths."""
+def as_one_gaussian(mix, mine, weights):
+    """Mean and covariance of coordinates of some clouds."""
+    own = weights[mine] / weights[mine].sum()
+    keys = mix.keys[mine].astype(float)
+    along = keys.copy()
+    along[:, -1] = 1 / SCALE_UNIT
+    tangents = np.concatenate([mix.tangents[mine].astype(float), mix.scale_width * along[:, None]], axis=1)
+    covariance = np.cov(keys.T, aweights=own, ddof=0) + np.einsum("j,jta,jtb->ab", own, tangents, tangents)
+    return own @ keys, covariance + np.eye(mix.n_coordinates)
+
+
+def slope_variance(mix, x, noise, coordinates, nuisances, is_slope, level2):
+    """Of the slopes, from the densities of three groups of stars and blends in T_eff, and of no star, with both widths.
+
+    Beyond the coordinates in which groups are their own, they scatter about the straight line of the whole library.
+    """
     share, *narrow = mix.calibrated
     if not share:
         return 1.0
     weights = np.exp(mix.log_weights.astype(float))
-    n_stars = mix.first[mix.n_experts]
+    n_stars, n = mix.first[mix.n_experts + mix.blends], mix.n_coordinates
     order = np.argsort(mix.labels[:n_stars, 1])
     middles = (np.cumsum(weights[order]) - weights[order] / 2) / weights[:n_stars].sum()
     groups = [order[(middles >= third / 3) & (middles < (third + 1) / 3)] for third in range(3)]
-    groups += [np.arange(n_stars, len(weights))] if mix.n_foreign else []
+    groups += [np.arange(n_stars, len(weights))] if mix.n_foreign > mix.blends else []
+    n_apart = min(mixture_module.N_APART, n)
+    apart = np.r_[: n_apart - 2, n - 2 : n]
+    others = np.setdiff1d(np.arange(n), apart)
+    of_all, spread = as_one_gaussian(mix, np.arange(len(weights)), weights)
+    line = spread[np.ix_(others, apart)] @ np.linalg.inv(spread[np.ix_(apart, apart)])
+    about = spread[np.ix_(others, others)] - line @ spread[np.ix_(apart, others)]
     evidence = np.zeros(2)
     for mine in groups:
-        own = weights[mine] / weights[mine].sum()
-        keys = mix.keys[mine].astype(float)
-        along = keys.copy()
-        along[:, -1] = 1 / SCALE_UNIT
-        tangents = np.concatenate(
-            [mix.tangents[mine].astype(float), mix.scale_width * along[:, None]], axis=1
-        )
-        covariance = np.cov(keys.T, aweights=own, ddof=0) + np.einsum(
-            "j,jta,jtb->ab", own, tangents, tangents
-        )
-        spectra = within + coordinates @ covariance @ coordinates.T
+        mean, covariance = as_one_gaussian(mix, mine, weights)
+        mean[others] = of_all[others] + line @ (mean[apart] - of_all[apart])
+        own = covariance[np.ix_(apart, apart)]
+        covariance[np.ix_(others, apart)], covariance[np.ix_(apart, others)] = line @ own, own @ line.T
+        covariance[np.ix_(others, others)] = about + line @ own @ line.T
+        spectra = noise + coordinates @ covariance @ coordinates.T
         for place, variances in enumerate((np.ones(len(narrow)), np.square(narrow))):
             widths = np.concatenate([variances, np.full((~is_slope).sum(), level2)])
-            density = multivariate_normal(
-                coordinates @ (own @ keys), spectra + (nuisances * widths) @ nuisances.T
-            )
+            density = multivariate_normal(coordinates @ mean, spectra + (nuisances * widths) @ nuisances.T)
             evidence[place] += weights[mine].sum() * np.exp(density.logpdf(x) - 100)
     evidence *= 1 - share, share
     return (evidence[0] + evidence[1] * np.square(narrow)) / evidence.sum()
@@ -59,9 +73,7 @@ def by_brute_force(mix, flux, error):
     noise = np.diag(1 / a) / c0**2
     level2 = np.mean(error[good].astype(float) ** 2 / mix.noise_shape[good]) / c0**2
     is_slope = np.arange(mix.n_nuisances) < mix.n_nuisances - mix.n_sky
-    slopes = slope_variance(
-        mix, x, noise + coordinates @ coordinates.T, coordinates, nuisances, is_slope, level2
-    )
+    slopes = slope_variance(mix, x, noise, coordinates, nuisances, is_slope, level2)
     widths = np.where(is_slope, 1.0, level2)
     widths[is_slope] = slopes
     common = noise + coordinates @ coordinates.T + (nuisances * widths) @ nuisances.T
@@ -96,20 +108,27 @@ NARROW = (0.6, 0.1)
 
 
 @pytest.mark.parametrize(
-    ("q", "n_sky", "calibrated", "n_foreign"),
+    ("q", "n_sky", "calibrated", "n_foreign", "blends", "n_apart"),
     [
-        (0, 0, (0,), 0),
-        (3, 0, (0,), 0),
-        (3, 2, (0,), 0),
-        (3, 0, NARROW, 0),
-        (3, 2, NARROW, 0),
-        (3, 1, NARROW, 1),
+        (0, 0, (0,), 0, False, 24),
+        (3, 0, (0,), 0, False, 24),
+        (3, 2, (0,), 0, False, 24),
+        (3, 0, NARROW, 0, False, 24),
+        (3, 2, NARROW, 0, False, 24),
+        (3, 1, NARROW, 1, False, 24),
+        (3, 1, NARROW, 1, True, 24),
+        (3, 1, NARROW, 2, True, 24),
+        (3, 1, NARROW, 1, False, 3),
+        (3, 2, NARROW, 0, False, 2),
     ],
 )
-def test_weights_and_labels_are_those_of_the_density_of_the_spectrum(q, n_sky, calibrated, n_foreign):
+def test_weights_and_labels_are_those_of_the_density_of_the_spectrum(
+    q, n_sky, calibrated, n_foreign, blends, n_apart, monkeypatch
+):
+    monkeypatch.setattr(mixture_module, "N_APART", n_apart)
     # 31 is prime: cells of one pixel, the exact form.
     mix = mixture(p=31, m=9, t=2, n=5, q=q, n_sky=n_sky, calibrated=calibrated)
-    mix = replace(mix, n_foreign=n_foreign)
+    mix = replace(mix, n_foreign=n_foreign, blends=blends)
     assert mix.sizes.cell == 1
     flux, error = stars(mix, 4)
     flux[1, 3:9], error[2, 20:] = np.nan, -1.0

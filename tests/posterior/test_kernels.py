@@ -10,6 +10,7 @@ from made_clouds import assert_expert_labels, expert_label_bound, mixture, stars
 
 from moefast.kernels import cloud_posterior
 from moefast.posterior.cells import alike_pixels
+from moefast.posterior.mixture import N_APART
 from moefast.spectra.quality import assess, good_pixels
 
 LABELS = 4
@@ -75,6 +76,16 @@ def test_slopes_of_two_widths(q, n_sky, p, calibrated):
     assert np.median(np.abs(found["label_sd"][:35] / usual["label_sd"][:35] - 1)) > 1e-3
     alone = made.outputs(flux[40:41], error[40:41])
     assert_same_bits(alone, found, slice(None), slice(40, 41))
+
+
+@pytest.mark.parametrize("n", [26, 40])
+def test_slopes_where_groups_of_stars_differ_in_some_coordinates(n):
+    made = mixture(p=576, m=90, n=n, q=12, n_sky=8, calibrated=(0.5, 0.3))
+    precision = made._space.groups.precision
+    assert (precision != precision[0]).any((0, 1)).sum() == N_APART
+    flux, error = stars(made, 20)
+    flux[10:] *= 1 + 0.05 * np.linspace(-1, 1, 576, dtype=np.float32)
+    assert_as_described(made, flux, error)
 
 
 @pytest.fixture(scope="module")

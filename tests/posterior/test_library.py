@@ -7,10 +7,13 @@ from moefast.posterior.library import (
     BEYOND_SHARE,
     BEYOND_SLAB,
     BEYOND_STEPS,
+    BLEND_SHARE,
     FAST_SHARE,
     LEAST_OF_A_KIND,
     LEAST_SCATTER,
+    LIGHT_OF_OTHER,
     SLOW,
+    blended,
     fit_clouds,
     sky_residuals,
 )  # fmt: skip
@@ -34,13 +37,13 @@ def toy(gravity=2.0, fastest=40):
     return np.linalg.qr(rng.standard_normal((P, R)))[0], labels, z
 
 
-def clouds(gravity=2.0, fastest=40, **options):
+def clouds(gravity=2.0, fastest=40, n_tangents=2, **options):
     """Stars whose spectra are a parabola in T_eff and linear in the other labels."""
     basis, labels, z = toy(gravity, fastest)
     reference = np.linspace(1, 2, P)
     arrays = fit_clouds(
         z.astype(np.float32), labels, (labels[:, 1] > 5000).astype(int), 2, basis=basis, reference=reference,
-        noise_shape=np.ones(P), n_clouds=40, n_tangents=2, **options,
+        noise_shape=np.ones(P), n_clouds=40, n_tangents=n_tangents, **options,
     )  # fmt: skip
     # Coordinates to components: the columns of the directions are basis times F.
     forth = basis.T @ arrays["directions"][:, :R].astype(float)
@@ -84,6 +87,43 @@ def test_clouds_of_stars_that_move_are_apart_and_small_in_velocity():
     assert n_fast.sum() == round(FAST_SHARE * 40)
     assert scatter[1] > scatter[0]
     assert scatter[1] > 0.75
+
+
+def test_light_is_added_and_none_is_lost():
+    stars = np.random.default_rng(0).normal(5, 1, (200, 4))
+    draw = np.random.default_rng(1)
+    np.testing.assert_array_equal(blended(stars, np.zeros(200), draw), stars.astype(np.float32))
+    mixed = blended(stars, np.full(200, 0.3), draw).astype(float)
+    np.testing.assert_allclose(mixed.sum(0), stars.sum(0), rtol=1e-6)
+    others = (mixed - 0.7 * stars) / 0.3
+    np.testing.assert_allclose(others[others[:, 0].argsort()], stars[stars[:, 0].argsort()], atol=1e-5)
+    assert np.mean(np.abs(others - stars).max(1) < 1e-5) < 0.05
+
+
+def test_clouds_of_blends_are_a_group_of_their_own_with_the_labels_of_the_brighter_star():
+    plain, z_plain, whole = clouds(n_tangents=R)
+    arrays, z, _ = clouds(n_tangents=R, n_blends=20)
+    first = arrays["first"]
+    assert (arrays["blends"], arrays["n_foreign"], plain["blends"], plain["n_foreign"]) == (True, 2, False, 1)
+    assert len(first) == len(plain["first"]) + 1
+    np.testing.assert_array_equal(first[:3], plain["first"][:3])
+    np.testing.assert_allclose(z[: first[2]], z_plain[: first[2]], atol=1e-3)
+    mine = slice(first[2], first[3])
+    share = np.exp(arrays["log_weights"][mine].astype(float))
+    assert share.sum() == pytest.approx(BLEND_SHARE, rel=1e-5)
+    share /= share.sum()
+    _, labels, _ = toy()
+    mean = share @ arrays["labels"][mine]
+    np.testing.assert_allclose(mean, labels.mean(0), rtol=1e-4)
+    # The third component is [M/H]: of a blend it changes with that of the brighter star as its light does.
+    apart = arrays["labels"][mine, 2] - mean[2]
+    forth = np.linalg.lstsq(arrays["keys"][:, :R].astype(float), z, rcond=None)[0]
+    along = arrays["tangents"][mine, :, :R].astype(float) @ forth
+    covariance = share @ (apart * z[mine, 2]) + share @ (along[:, :, 2] * arrays["gains"][mine, :, 2]).sum(1)
+    assert covariance / labels[:, 2].var() == pytest.approx(1 - np.mean(LIGHT_OF_OTHER), abs=0.03)
+    # And light of many kinds varies less than that of one.
+    spread = share @ (z[mine, 0] - share @ z[mine, 0]) ** 2 + share @ (along[:, :, 0] ** 2).sum(1)
+    assert spread < 0.8 * whole[:, 0].var()
 
 
 def test_keys_and_tangents_and_what_they_leave_out_are_all_scatter_of_the_stars():

@@ -33,7 +33,7 @@ def made():
     w1[1] = 0.01
     mixture = PosteriorMixture(
         wave=np.linspace(7100, 8850, P), reference=reference.astype(np.float32),
-        noise_shape=shape.astype(np.float32), **arrays, n_foreign=1, scale_width=WIDTH, label_range=(1.0, 5.0),
+        noise_shape=shape.astype(np.float32), **arrays, scale_width=WIDTH, label_range=(1.0, 5.0),
         error_model=(w1, np.zeros(1, np.float32), np.full((1, 1), 100, np.float32), np.zeros(1, np.float32)),
         label_factors=np.ones(3, np.float32), label_names=("log_g", "T_eff", "M_H"),
     )  # fmt: skip

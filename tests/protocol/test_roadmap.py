@@ -15,7 +15,8 @@ from moefast.core.records import as_entries
 from moefast.fitting import error_model, gate
 from moefast.protocol import roadmap as module
 from moefast.protocol.group_scores import Bootstrap
-from moefast.protocol.roadmap import STAGES, Plan, roadmap, roadmap_text
+from moefast.protocol.roadmap import Plan, roadmap, roadmap_text
+from moefast.protocol.roadmap_stages import END, STAGES
 from moefast.spectra import open_spectra
 
 PLAN = Plan(train=1000, seeds=2)
@@ -124,7 +125,7 @@ def test_a_strong_hybrid_and_a_good_gate_lead_to_residuals(made, tmp_path):
     assert words[1].startswith("oracle-hybrid 0.8")
     assert "C2 follows" in words[1]
     assert "≥ 0.85" in words[2]
-    assert result.stages[-1].decision.follows == module.END
+    assert result.stages[-1].decision.follows == END
     assert any(line.startswith("C2: ρ of the hybrid is 0.9") for line in said)
     assert [row.id for row in result.stages[2].milestones] == ["C2.0", "C2.0e", "C2.0+", "C2"]
     rescue = result.stages[1].milestones[1]

@@ -15,7 +15,8 @@ from moefast.core.errors import InputError, WaveGridError
 from moefast.spectra.layouts.fits_file import FitsFile
 from moefast.spectra.layouts.pfs import visit_hash
 from moefast.spectra.layouts.registry import known_layouts, open_survey_file
-from moefast.spectra.prepared import Origins, Preparation, PreparedShard, open_prepared
+from moefast.spectra.opening import Origins, open_prepared
+from moefast.spectra.prepared import Preparation, PreparedShard
 from moefast.spectra.quality import good_pixels
 from moefast.spectra.shard import Shard
 

@@ -13,10 +13,10 @@ from moefast.core.watched import interrupt_behind
 from moefast.kernels import PROJECT_ROWS
 from moefast.predicting.files import predict
 from moefast.spectra import rows as rows_module
+from moefast.spectra.endless_texts import refuse_endless_heaps
 from moefast.spectra.quality import Flag
 from moefast.spectra.shard import Shard
 from moefast.spectra.spectrum_set import open_spectra
-from moefast.spectra.stored import refuse_endless_heaps
 
 ARRAYS = ("flux", "error", "mask", "noisy")
 ROWS, PIXELS = 40, 30

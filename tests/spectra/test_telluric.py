@@ -5,7 +5,8 @@ import pytest
 from survey_files import LIGHT_SPEED, write_pfs_many
 
 from moefast.core.errors import InputError
-from moefast.spectra.prepared import Preparation, open_prepared
+from moefast.spectra.opening import open_prepared
+from moefast.spectra.prepared import Preparation
 from moefast.spectra.resample import Pixels
 from moefast.spectra.telluric import TELLURIC, telluric_pixels, without_telluric, words_of_ranges
 from moefast.spectra.writer import SpectrumWriter

@@ -10,7 +10,8 @@ from astropy.table import Table
 from survey_files import LIGHT_SPEED, write_desi, write_pfs_many, write_pfs_one
 
 from moefast.core.errors import InputError
-from moefast.spectra.prepared import Preparation, open_prepared
+from moefast.spectra.opening import open_prepared
+from moefast.spectra.prepared import Preparation
 from moefast.spectra.resample import Pixels
 from moefast.spectra.selection import parse_selection, select
 from moefast.spectra.spectrum_set import SpectrumSet, open_spectra

@@ -13,7 +13,7 @@ import numpy as np
 
 from moefast.core.errors import InputError
 from moefast.core.watched import WatchedFile, uninterrupted
-from moefast.spectra.stored import refuse_endless_heaps
+from moefast.spectra.endless_texts import refuse_endless_heaps
 from moefast.spectra.tables.attributes import (
     CHECKSUM,
     as_kept,

@@ -11,9 +11,10 @@ import pytest
 from moefast.simulate import simulate_rows
 from moefast.simulate.gaps import GAPS
 from moefast.simulate.sets import REFERENCE_SETS
-from moefast.spectra.guard import SampledRows, look, noisy_already, take
+from moefast.spectra.oddities import find_oddities, noisy_already
 from moefast.spectra.prepared import prepare_rows
 from moefast.spectra.resample import Pixels
+from moefast.spectra.sampling import SampledRows, take_sample
 from moefast.spectra.spectrum_set import open_spectra
 from moefast.spectra.units import LIGHT_SPEED
 from moefast.spectra.writer import SpectrumWriter
@@ -45,7 +46,7 @@ def names(odd):
 
 def seen(wave, reference, flux, error, mask=None, *, free_scale=False, resampled=False):
     sample = SampledRows.of(wave, flux, error, mask, resampled=resampled)
-    return names(look(sample, reference, free_scale=free_scale))
+    return names(find_oddities(sample, reference, free_scale=free_scale))
 
 
 @pytest.mark.parametrize("name", REFERENCE_SETS)
@@ -147,7 +148,7 @@ def test_lines_that_lie_elsewhere_are_told_as_what_they_are(wave, reference, z0)
         arm = Pixels.of_rows(wave, z0.noisy[:n], z0.error[:n], np.zeros((n, len(wave)), bool))
         flux, error, mask, _ = prepare_rows([arm], np.full(n, factor), wave, scale=False)
         sample = SampledRows.of(wave, flux, error, mask, resampled=True)
-        return [one.words for one in look(sample, reference, at_rest=at_rest)]
+        return [one.words for one in find_oddities(sample, reference, at_rest=at_rest)]
 
     # Lines at their places in air, read as vacuum.
     (air,) = words_of(1 + 82.4 / LIGHT_SPEED)
@@ -172,7 +173,7 @@ def test_a_mask_that_means_good_pixels(wave, reference, z0):
 def test_gaps_count_for_models_that_take_spectra_to_be_whole(wave, reference, z0):
     def named(gap, with_gaps):
         sample = SampledRows.of(wave, z0.noisy, z0.error, GAPS[gap](wave, np.arange(N), 3))
-        return names(look(sample, reference, with_gaps=with_gaps))
+        return names(find_oddities(sample, reference, with_gaps=with_gaps))
 
     assert named("telluric", False) == ["gaps"]
     assert named("telluric", True) == []
@@ -200,7 +201,7 @@ def test_spectra_without_data_are_left_to_the_flags(wave, reference, z0):
     assert seen(wave, reference, nothing, nothing) == []
     assert seen(wave, reference, z0.noisy[:0], z0.error[:0]) == []
     assert names(
-        look(SampledRows.of(wave, np.zeros((4, len(wave))), np.ones((4, len(wave)))), reference)
+        find_oddities(SampledRows.of(wave, np.zeros((4, len(wave))), np.ones((4, len(wave)))), reference)
     ) == ["dead"]
 
 
@@ -208,7 +209,7 @@ def test_rows_are_named(wave, reference, z0):
     dead = z0.noisy.copy()
     dead[[3, 9]] = 0
     sample = SampledRows.of(wave, dead, z0.error, rows=1000 + np.arange(N))
-    assert "rows 1003, 1009" in look(sample, reference)[0].words
+    assert "rows 1003, 1009" in find_oddities(sample, reference)[0].words
 
 
 def test_flux_that_is_noisy_already(wave, z0):
@@ -227,7 +228,7 @@ def test_flux_that_is_noisy_already(wave, z0):
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
     """1000 rows of 60 pixels, flux = number of the row."""
-    path = tmp_path_factory.mktemp("guard") / "a.h5"
+    path = tmp_path_factory.mktemp("oddities") / "a.h5"
     wave = np.linspace(7100, 8850, 60)
     with SpectrumWriter(
         path,
@@ -243,19 +244,19 @@ def file(tmp_path_factory):
 
 
 def test_a_sample_is_spread_over_the_rows_that_are_wanted(file, tmp_path):
-    sample = take(open_spectra(file))
+    sample = take_sample(open_spectra(file))
     assert len(sample.rows) == 256
     assert sample.rows.min() < 20
     assert sample.rows.max() > 980
     np.testing.assert_array_equal(sample.flux[:, 0], sample.rows)
     assert len(np.unique(sample.rows)) == 256
-    part = take(open_spectra(file), rows=(400, 450))
+    part = take_sample(open_spectra(file), rows=(400, 450))
     np.testing.assert_array_equal(part.rows, np.arange(400, 450))
     wanted = np.zeros(1000, bool)
     wanted[[5, 300, 301, 999]] = True
-    np.testing.assert_array_equal(take(open_spectra(file), wanted=wanted).rows, [5, 300, 301, 999])
+    np.testing.assert_array_equal(take_sample(open_spectra(file), wanted=wanted).rows, [5, 300, 301, 999])
     other = shutil.copy(file, tmp_path / "b.h5")
-    several = take(open_spectra([file, other]))
+    several = take_sample(open_spectra([file, other]))
     np.testing.assert_array_equal(several.flux[:, 0], several.rows % 1000)
     assert (several.rows < 1000).any()
     assert (several.rows >= 1000).any()
@@ -273,14 +274,14 @@ def test_rows_that_cannot_be_read_are_left_out(file, monkeypatch):
         return read(array, start, stop)
 
     monkeypatch.setattr(spectra.shards[0], "read", broken)
-    sample = take(spectra)
+    sample = take_sample(spectra)
     assert sample.rows.min() >= 500
     assert not spectra.failures
 
 
 def test_the_file_is_not_touched(file):
     before = file.read_bytes()
-    take(open_spectra(file))
+    take_sample(open_spectra(file))
     assert file.read_bytes() == before
     with h5py.File(file) as opened:
         assert opened["dataset/arrays/flux/value"].shape == (1000, 60)

@@ -4,7 +4,7 @@ import pytest
 from click.testing import CliRunner
 
 from moefast.cli import cli
-from moefast.cluster.shards import shard_of_task
+from moefast.cluster.job_array import shard_of_task
 from moefast.core.errors import InputError
 
 
