@@ -8,7 +8,7 @@ from plans import layers
 from moefast.core.grids import PHYSICAL_GRID
 from moefast.experts.linear_form import LinearForm
 from moefast.model import Model
-from moefast.posterior.library import fit_clouds, slopes
+from moefast.posterior import fit_clouds, slopes
 from moefast.posterior.mixture import LABELS, SCALE_UNIT, PosteriorMixture
 
 UNITS = np.array([1.0, 800.0, 0.7, 0.2, 0.2])

@@ -13,7 +13,7 @@ from moefast.fitting import Options, fit_mixture
 from moefast.fitting.posterior import GAP_KINDS
 from moefast.model import Model
 from moefast.posterior import PosteriorMixture
-from moefast.posterior.library import BLEND_SHARE
+from moefast.posterior.further_clouds import BLEND_SHARE
 from moefast.predicting.columns import columns_of
 from moefast.protocol.scenarios import SCENARIOS, _stars
 from moefast.simulate.emulator import Emulator

@@ -27,7 +27,7 @@ from moefast.gating.mlp import as_float32, fit_error_model
 from moefast.kernels import without_cuda
 from moefast.mixture import Mixture
 from moefast.posterior import LABELS, PosteriorMixture, fit_clouds, sky_residuals, slopes
-from moefast.posterior.library import BLEND_SHARE, LIGHT_OF_OTHER, blended
+from moefast.posterior.further_clouds import BLEND_SHARE, LIGHT_OF_OTHER, blended
 from moefast.simulate.gaps import GAPS, GapKind
 
 __all__ = ["GAP_KINDS", "fit_posterior"]

@@ -14,32 +14,22 @@ count beside components.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moefast.experts.template import clouds_of_bins
+from moefast.posterior.clouds import GROUPED_BY, cloud_of
+from moefast.posterior.further_clouds import BEYOND_LABEL, clouds_beyond, clouds_of_blends
 from moefast.posterior.linear import gravity_bins
 from moefast.posterior.mixture import SCALE_UNIT
-from moefast.simulate.noise import SKY_GROUPS, Instrument, airglow_groups, airglow_lines
 
-__all__ = [
-    "BLEND_SHARE",
-    "LEAST_SCATTER",
-    "LIGHT_OF_OTHER",
-    "blended",
-    "fit_clouds",
-    "sky_residuals",
-    "slopes",
-]
+__all__ = ["LEAST_SCATTER", "fit_clouds"]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
-GROUPED_BY = [0, 1, 2]
-"""Labels in which a cloud should be small: log g, T_eff, [M/H], which every training set has."""
 LEAST_SCATTER = 1e-3
 """Variance within clouds, at the least, in units of the noise of the training set."""
 BRIGHT_NOISE = 0.5
@@ -48,89 +38,14 @@ LEAST_TANGENT = 0.05
 """Mean variance of tangents along a coordinate, in units of what is not known of a bright star, for it to have any."""
 N_CHANGES = 300
 """Stars, about, at which changes of spectra with labels are looked at."""
-AIRGLOW = (7100.0, 8870.0)
-"""Å: what the table of airglow lines covers."""
-LEAST_LIGHT = 1e-6
-"""Of the brightest line, where a pixel has any."""
-SKY_BANDS = 10
-"""Bands of wavelength in which residuals of sky lines are free apart, beyond that table."""
 FOREIGN_SHARE = 0.02
 """Share of spectra, before they are looked at, that have no lines: dead fibres, hot stars, galaxies."""
 SLOW, LEAST_OF_A_KIND = 15.0, 100
 """km/s; and stars of each kind, slow and fast, that every expert must have for clouds of them to be told apart."""
 FAST_SHARE = 0.33
 """Of the clouds that are of fast stars."""
-BEYOND_SHARE = 0.05
-"""Share of stars, before they are looked at, that are hotter than the training set."""
-BEYOND_LABEL, BEYOND_SLAB = 1, 0.15
-"""T_eff; and the part of its range, at its upper end, whose stars tell how spectra go on."""
-BEYOND_STEPS = 3
-"""How many times that part is moved on by its own width: 340 to 1010 K of a range of 2250 K."""
-BEYOND_CLOUDS = 24
-"""Clouds of each step."""
-BLEND_SHARE = 0.05
-"""Share of spectra, before they are looked at, that are the light of two stars."""
-LIGHT_OF_OTHER = (0.1, 0.5)
-"""Share of the light of a blend, least and most, that is of its fainter star."""
-BLEND_STREAM = 5
 WIDEST_LINE, CONTINUUM_DEGREE = 101, 5
 """Pixels beyond which no line reaches, and degree of a polynomial that no line makes."""
-ENVELOPE = 41
-"""Pixels, odd: the least noise within so many is that between sky lines."""
-
-
-def slopes(wave: F64, reference: NDArray, widths: Sequence[float]) -> F64:
-    """Legendre polynomials 1, 2, … of wavelength times the reference spectrum and their prior widths, (p, q)."""
-    x = 2 * (wave - wave[0]) / (wave[-1] - wave[0]) - 1
-    each = [
-        width * reference * np.polynomial.legendre.Legendre.basis(k + 1)(x) for k, width in enumerate(widths)
-    ]
-    return np.stack(each, axis=1) if each else np.empty((wave.size, 0))
-
-
-def sky_residuals(wave: F64, noise_shape: F64, width: float, n_bands: int = SKY_BANDS) -> F64:
-    """What sky subtraction leaves of the lines of the night sky, (p, q), in units of the training set's flux.
-
-    Where the table of airglow covers all wavelengths, the lines are its own, and groups that brighten together are free
-    apart. Elsewhere they are what the noise variance has above its lower envelope, and bands of wavelength, each fading
-    into the next, are free apart. The table is better: noise is not proportional to the light of a line.
-
-    Parameters
-    ----------
-    wave : array of shape (p,), Å
-    noise_shape : array of shape (p,)
-        Mean noise variance of the training set.
-    width : float
-        Prior width in standard deviations of the noise, in the pixel where the lines are brightest.
-    n_bands : int
-    """
-    if AIRGLOW[0] <= wave[0] and wave[-1] <= AIRGLOW[1]:
-        parts = _airglow(wave).T
-        lines = parts.sum(1)
-    else:
-        # Only now, as below: fits need it, predictions never.
-        from scipy.ndimage import median_filter, minimum_filter1d
-
-        envelope = median_filter(minimum_filter1d(noise_shape, ENVELOPE), 2 * ENVELOPE + 1)
-        lines = np.maximum(noise_shape - envelope, 0)
-        place = np.linspace(0, n_bands - 1, noise_shape.size)
-        parts = lines[:, None] * np.maximum(1 - np.abs(place[:, None] - np.arange(n_bands)), 0)
-    brightest = lines.argmax()
-    if not width or lines[brightest] == 0:
-        return np.empty((noise_shape.size, 0))
-    shapes: F64 = width * np.sqrt(noise_shape[brightest]) / lines[brightest] * parts
-    return shapes[:, shapes.any(0)]
-
-
-def _airglow(wave: F64) -> F64:
-    """Light of each group of airglow lines at each pixel, (g, p), in units that are the same for all."""
-    places, intensities = airglow_lines()
-    width = np.hypot(Instrument().lsf_sigma, np.gradient(wave) / np.sqrt(12))
-    profiles = np.exp(-0.5 * ((wave - places[:, None]) / width) ** 2) / width
-    groups = airglow_groups() == np.arange(len(SKY_GROUPS))[:, None]
-    light: F64 = (groups * intensities) @ profiles
-    # A line of the next pixel but ten is no light.
-    return np.where(light > LEAST_LIGHT * light.max(), light, 0.0)
 
 
 def fit_clouds(
@@ -180,7 +95,8 @@ def fit_clouds(
         Whether there are clouds of stars that are hotter than all of the training set, too: those of its hot end,
         continued. They belong to the expert of the star from which they are continued.
     n_blends : int
-        Clouds of blends, the light of two stars, whose labels are those of the brighter one; see `blended`.
+        Clouds of blends, the light of two stars, whose labels are those of the brighter one; see
+        `moefast.posterior.further_clouds`.
     seed : int
 
     Returns
@@ -202,29 +118,28 @@ def fit_clouds(
     else:
         clouds, first, n_fast = _by_velocity(z, labels, velocity, bins, n_experts, n_clouds, seed)
     r, t = z.shape[1], min(n_tangents, z.shape[1])
-    parts, within = [], np.zeros((r, r))
-    for cloud in clouds:
-        *part, left = _cloud(z[cloud].astype(np.float64), labels[cloud], t, len(bins))
-        within += len(cloud) / len(bins) * left
-        parts.append(part)
+    parts = [cloud_of(z[cloud].astype(np.float64), labels[cloud], t, len(bins)) for cloud in clouds]
+    within = np.zeros((r, r))
+    for cloud, part in zip(clouds, parts, strict=True):
+        within += len(cloud) / len(bins) * part.left
     still = np.ones(len(z), bool)
     if velocity is not None and n_fast.any():
         still = np.abs(velocity) <= SLOW
     if beyond and np.ptp(labels[:, BEYOND_LABEL]) > 0:
         experts = np.repeat(np.arange(n_experts), np.diff(first))
-        further, of_expert = _beyond(z[still], labels[still], bins[still], t, seed)
+        further, of_expert = clouds_beyond(z[still], labels[still], bins[still], t, seed)
         # Stars that move stay the last of each expert.
         fast = [rank >= stop - n for rank, stop, n in zip(*_ranks(first, n_fast), strict=True)]
         experts = np.concatenate([experts, of_expert])
         order = np.lexsort(([*fast, *np.zeros(len(further), bool)], experts))
         parts = [(parts + further)[i] for i in order]
         first = np.searchsorted(experts[order], np.arange(n_experts + 1))
-    blends = _blends(z[still], labels[still], t, n_blends, seed) if n_blends else []
+    blends = clouds_of_blends(z[still], labels[still], t, n_blends, seed) if n_blends else []
     if blends:
         parts += blends
         first = np.append(first, len(parts))
     keys, tangents, gains, log_weights, means, scatter = (
-        np.array(column) for column in zip(*parts, strict=True)
+        np.array(column) for column in zip(*(part[:-1] for part in parts), strict=True)
     )
     within += LEAST_SCATTER * np.eye(r)
     told = labels if velocity is None else np.column_stack([labels, velocity])
@@ -259,22 +174,6 @@ def fit_clouds(
         "blends": bool(blends),
         "n_fast": tuple(int(n) for n in n_fast) if n_fast.any() else (),
     }
-
-
-def blended(stars: NDArray, share: NDArray, draw: np.random.Generator) -> NDArray[np.float32]:
-    """Each star, (n, p), with the light of another of them added, drawn without replacement.
-
-    Parameters
-    ----------
-    stars : array of shape (n, p)
-        Spectra, or what is linear in them, of stars that are alike in flux.
-    share : array of shape (n,)
-        Share of the light of each blend that is the other star's; 0 for a star that stays as it is.
-    draw : Generator
-    """
-    other = stars[draw.permutation(len(stars))]
-    mixed: NDArray[np.float32] = (stars + share[:, None] * (other - stars)).astype(np.float32)
-    return mixed
 
 
 def _ranks(first: NDArray[np.int64], n_fast: NDArray[np.int64]) -> tuple[NDArray, NDArray, NDArray]:
@@ -387,63 +286,6 @@ def _changes(z: F32, labels: F64, bins: NDArray[np.integer], n_experts: int) -> 
     return np.concatenate(parts)
 
 
-def _beyond(
-    z: F32, labels: F64, bins: NDArray[np.integer], t: int, seed: int
-) -> tuple[list[list], NDArray[np.integer]]:
-    """Clouds of stars beyond the upper end of `BEYOND_LABEL`, as of `_cloud`, and the expert of each.
-
-    Stars of the slab below that end are grouped in clouds, and the clouds are moved along the derivative of spectra by
-    the label at the end, from a polynomial of second degree of all labels.
-    """
-    column = labels[:, BEYOND_LABEL]
-    low, high = column.min(), column.max()
-    slab = np.flatnonzero(column > high - BEYOND_SLAB * (high - low))
-    spectra, y = z[slab].astype(np.float64), labels[slab]
-    centre, spread = y.mean(0), y.std(0)
-    i, j = np.triu_indices(y.shape[1])
-
-    def terms(values: F64) -> F64:
-        q = (values - centre) / np.where(spread > 0, spread, 1.0)
-        return np.concatenate([np.ones((len(q), 1)), q, q[:, i] * q[:, j]], axis=1)
-
-    coefficients = np.linalg.lstsq(terms(y), spectra, rcond=None)[0]
-    clouds, _ = clouds_of_bins(
-        z[slab], y[:, GROUPED_BY], np.zeros(len(slab), np.int64), 1, n_clouds=BEYOND_CLOUDS, seed=seed
-    )
-    parts, experts = [], []
-    for cloud in clouds:
-        mean, *others, log_share, label, scatter, _ = _cloud(spectra[cloud], y[cloud], t, len(slab))
-        expert = int(np.bincount(bins[slab[cloud]]).argmax())
-        # A difference over a small part of the slab is the derivative of a parabola, rounded.
-        there, before = label[None].copy(), label[None].copy()
-        there[:, BEYOND_LABEL] = high
-        before[:, BEYOND_LABEL] = high - 0.01 * (high - low)
-        slope = ((terms(there) - terms(before)) @ coefficients)[0] / 0.01
-        for step in BEYOND_SLAB * np.arange(1, BEYOND_STEPS + 1):
-            moved = label.copy()
-            moved[BEYOND_LABEL] += step * (high - low)
-            share = log_share + np.log(BEYOND_SHARE / BEYOND_STEPS)
-            parts.append([mean + step * slope, *others, share, moved, scatter])
-            experts.append(expert)
-    return parts, np.array(experts)
-
-
-def _blends(z: F32, labels: F64, t: int, n_blends: int, seed: int) -> list[list]:
-    """Clouds of the light of two stars, as of `_cloud`, with the labels of the brighter one."""
-    draw = np.random.default_rng((seed, BLEND_STREAM))
-    mixed = blended(z, draw.uniform(*LIGHT_OF_OTHER, len(z)), draw)
-    clouds, _ = clouds_of_bins(
-        mixed, labels[:, GROUPED_BY], np.zeros(len(z), np.int64), 1, n_clouds=n_blends, seed=seed
-    )
-    parts = []
-    for cloud in clouds:
-        *part, log_share, label, scatter, _ = _cloud(
-            mixed[cloud].astype(np.float64), labels[cloud], t, len(z)
-        )
-        parts.append([*part, log_share + np.log(BLEND_SHARE), label, scatter])
-    return parts
-
-
 def _without_lines(reference: F64, noise_shape: F64, directions: F64) -> tuple[F64, F64, float]:
     """A spectrum that is all continuum: its coordinates, a direction for what they leave out, and how far along it."""
     x = np.linspace(-1, 1, reference.size)
@@ -457,22 +299,3 @@ def _without_lines(reference: F64, noise_shape: F64, directions: F64) -> tuple[F
     left = apart - directions @ own
     height = float(np.linalg.norm(left * white) / np.sqrt(LEAST_SCATTER))
     return own.astype(np.float64), left / max(height, 1e-12), height
-
-
-def _cloud(z: F64, y: F64, t: int, n_all: int) -> tuple:
-    """Mean, tangents, gains, ln share, mean labels, and what is left of the covariances of labels and of z."""
-    n = len(z)
-    mean, label = z.mean(0), y.mean(0)
-    apart, dy = z - mean, y - label
-    covariance = apart.T @ apart / n
-    variances, vectors = np.linalg.eigh(covariance)
-    # Fewer stars than tangents span fewer.
-    kept = min(t, n - 1)
-    along = np.sqrt(np.maximum(variances[::-1][:kept], 0))
-    tangents, gains = np.zeros((t, z.shape[1])), np.zeros((t, y.shape[1]))
-    tangents[:kept] = vectors.T[::-1][:kept] * along[:, None]
-    towards = vectors.T[::-1][:kept] / np.maximum(along, 1e-9)[:, None]
-    gains[:kept] = towards @ (apart.T @ dy / n)
-    scatter = dy.T @ dy / n - gains.T @ gains
-    left = covariance - tangents.T @ tangents
-    return mean, tangents, gains, np.log(n / n_all), label, scatter, left

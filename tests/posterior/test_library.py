@@ -3,20 +3,16 @@
 import numpy as np
 import pytest
 
-from moefast.posterior.library import (
+from moefast.posterior import fit_clouds, sky_residuals
+from moefast.posterior.further_clouds import (
     BEYOND_SHARE,
     BEYOND_SLAB,
     BEYOND_STEPS,
     BLEND_SHARE,
-    FAST_SHARE,
-    LEAST_OF_A_KIND,
-    LEAST_SCATTER,
     LIGHT_OF_OTHER,
-    SLOW,
     blended,
-    fit_clouds,
-    sky_residuals,
-)  # fmt: skip
+)
+from moefast.posterior.library import FAST_SHARE, LEAST_OF_A_KIND, LEAST_SCATTER, SLOW
 from moefast.simulate import Emulator, Settings
 from moefast.simulate.rows import noise_model
 
