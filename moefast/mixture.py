@@ -409,9 +409,7 @@ class Mixture:
         experts, noise = in_place_of(own, noise, given)
         return Prepared(features, experts, noise, own, chi2, linear.log_level)
 
-    def by_evidence(
-        self, flux: F32, error: F32, mask: NDArray[np.bool_] | None = None, *, first_row: int = 0
-    ) -> NDArray | None:
+    def by_evidence(self, flux: F32, error: F32, mask: NDArray[np.bool_] | None = None) -> NDArray | None:
         """Log g of the experts mixed by Bayes' rule, (n,): by the evidence of the library and by nothing else.
 
         None without a library. See `predict` for the parameters.
@@ -419,10 +417,10 @@ class Mixture:
         library = self.place(Templates)
         if library is None:
             return None
-        linear = project(flux, error, mask, self.projection, first_row=first_row)
+        linear = project(flux, error, mask, self.projection)
         evidence = library.posterior(self.inputs(linear)).evidence
         weights = np.exp(evidence.astype(np.float64))
-        experts = self.prepare(flux, error, mask, first_row=first_row).expert_log_g
+        experts = self.prepare(flux, error, mask).expert_log_g
         return np.clip((weights * experts).sum(1) / weights.sum(1), *self.label_range)
 
     def predict_reference(

@@ -222,7 +222,7 @@ def gains(correction: Correction, stars: Draws, limits: tuple[float, float]) -> 
     return float(gain.mean()), float(gain.std() / np.sqrt(len(gain)))
 
 
-def from_errors_alone(mixture: PosteriorMixture, spectra: SimulatedSpectra, *, seed: int = SEED) -> float:
+def from_errors_alone(mixture: PosteriorMixture, spectra: SimulatedSpectra) -> float:
     """R² of log g from the features of stars that all have one spectrum, each with noise and errors of its own."""
     products = cell_products(NumPyArithmetic(mixture.numbers), mixture.sizes)
     parts = []
@@ -230,7 +230,7 @@ def from_errors_alone(mixture: PosteriorMixture, spectra: SimulatedSpectra, *, s
         rows = np.arange(block.first_row, block.first_row + len(block))
         same = np.repeat(mixture.reference[None], len(rows), axis=0)
         error = np.where(block.error > 0, block.error, np.nan)
-        parts.append(seen(mixture, products, add_noise(same, block.error, seed, rows), error)[0])
+        parts.append(seen(mixture, products, add_noise(same, block.error, SEED, rows), error)[0])
     features, truth = np.concatenate(parts), spectra.labels(("log_g",))["log_g"]
     fitted = np.arange(len(truth)) % 2 == 0
     mean = np.full(len(truth), truth[fitted].mean())

@@ -226,7 +226,7 @@ def _add_normals(
 
 
 def standard_normals(
-    seed: int, rows: NDArray[np.integer], n_pixels: int, *, stream: int = DRAW_STREAM, out: F32 | None = None
+    seed: int, rows: NDArray[np.integer], n_pixels: int, *, stream: int = DRAW_STREAM
 ) -> F32:
     """Standard normal numbers of shape (len(rows), n_pixels), float32, one independent sequence per row.
 
@@ -241,15 +241,14 @@ def standard_normals(
     n_pixels : int
     stream : int
         Numbers of different streams are independent.
-    out : array of shape (n, n_pixels), float32, optional
 
     Raises
     ------
     ValueError
-        The seed or a row is out of range, or `out` does not fit.
+        The seed or a row is out of range.
     """
     rows = _check(seed, rows)
-    out = _output(out, (len(rows), n_pixels))
+    out = np.empty((len(rows), n_pixels), np.float32)
     in_threads(len(rows), lambda a, b: _normals(rows[a:b], np.uint64(seed), np.uint64(stream), out[a:b]))
     return out
 

@@ -234,12 +234,11 @@ def fit_conv_net(
     seed: int = 0,
     epochs: int = 30,
     minutes: float = 10.0,
-    threads: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> ConvNet:
     """Fit a network to clean spectra with noise that is drawn anew in every epoch: min mean (log g − ŷ)².
 
-    With the same seed, version of torch and number of its threads the result is the same again, unless time was short.
+    With the same seed and version of torch the result is the same again, unless time was short.
 
     Parameters
     ----------
@@ -257,8 +256,6 @@ def fit_conv_net(
         How often each star is seen.
     minutes : float
         Time there is: after each epoch, those that are left over are cut to what it will allow.
-    threads : int
-        Of torch. On cores that others use as well, two take many times as long as one: they wait for each other.
     progress : callable, optional
         Called after every epoch with the epochs done and those there may be.
 
@@ -292,7 +289,8 @@ def fit_conv_net(
         ) from problem
 
     usual = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    # On cores that others use as well, two take many times as long as one: they wait for each other.
+    torch.set_num_threads(1)
     try:
         return _fit(
             torch,

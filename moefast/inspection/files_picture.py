@@ -22,11 +22,11 @@ __all__ = ["draw_files"]
 
 _SMOOTHING = 9
 """Pixels, odd, that the smoothed flux is a mean of."""
+MOST_ROWS = 20_000
+"""Rows that the histograms are made of at most, spread evenly over the set."""
 
 
-def draw_files(
-    spectra: SpectrumSet, path: str | Path, *, max_rows: int | None = 20_000, overwrite: bool = True
-) -> Path:
+def draw_files(spectra: SpectrumSet, path: str | Path, *, overwrite: bool = True) -> Path:
     """Draw a few spectra with their smoothed flux, and the histograms of both signal-to-noise ratios.
 
     Parameters
@@ -35,8 +35,6 @@ def draw_files(
         The spectra.
     path : str or Path
         PNG, SVG or PDF file to write.
-    max_rows : int, optional
-        Rows that the histograms are made of at most, spread evenly over the set.
     overwrite : bool
         Whether an existing file may be replaced.
 
@@ -51,7 +49,7 @@ def draw_files(
         If the file cannot be written.
     """
     path = Path(path)
-    snr_norm, snr_median = _signal_to_noise(spectra, max_rows)
+    snr_norm, snr_median = _signal_to_noise(spectra)
     chosen = np.unique(np.linspace(0, spectra.n_rows - 1, 4).astype(int))
     with styled(LIGHT):
         figure = Figure(figsize=(11, 2.1 * len(chosen) + 3.4), layout="constrained")
@@ -74,10 +72,10 @@ def draw_files(
     return path
 
 
-def _signal_to_noise(spectra: SpectrumSet, max_rows: int | None) -> tuple[NDArray, NDArray]:
+def _signal_to_noise(spectra: SpectrumSet) -> tuple[NDArray, NDArray]:
     """Both signal-to-noise ratios of some rows."""
     norms, medians = [np.empty(0, np.float32)], [np.empty(0, np.float32)]
-    for run in spread_runs(spectra.n_rows, max_rows):
+    for run in spread_runs(spectra.n_rows, MOST_ROWS):
         for block in spectra.blocks(BLOCK_ROWS, rows=run, on_error="skip"):
             good = good_pixels(block.flux, block.error, block.mask)
             quality = assess(block.flux, block.error, good, block.mask)

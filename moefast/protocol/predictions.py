@@ -311,13 +311,7 @@ def _named(names: Sequence[str]) -> str:
 # --- what an evaluation keeps --------------------------------------------------------------------------
 
 
-def write_kept(
-    path: str | Path,
-    columns: Mapping[str, NDArray],
-    attrs: Mapping[str, Any],
-    *,
-    overwrite: bool = False,
-) -> None:
+def write_kept(path: str | Path, columns: Mapping[str, NDArray], attrs: Mapping[str, Any]) -> None:
     """Write the per-star table of an evaluation (see `moefast.core.outputs.kept_columns`).
 
     Raises
@@ -327,5 +321,5 @@ def write_kept(
     n_experts = sum(name.startswith("weight_") for name in columns)
     outputs = kept_columns(n_experts, with_error="log_g_err" in columns)
     layout = [Column.of(output, name) for name, output, _ in outputs]
-    with open_table(path, len(columns["row"]), layout, attrs, overwrite=overwrite) as table:
+    with open_table(path, len(columns["row"]), layout, attrs) as table:
         table.write(0, {column.name: columns[column.name] for column in layout})

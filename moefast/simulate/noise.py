@@ -139,6 +139,8 @@ def airglow_lines() -> tuple[np.ndarray, np.ndarray]:
     return _read_only(wave), _read_only(intensity)
 
 
+SKY_STREAM = 11
+"""Stream of `moefast.core.random` that sky factors are drawn from."""
 SKY_GROUPS = ("OH 9-4", "OH 8-3", "OH 7-3", "OH 6-2", "OH 5-1", "OH 4-0", "O2", "other")
 """Airglow lines that brighten and fade together: the bands of OH by themselves, all of O2, and what is left."""
 
@@ -174,9 +176,7 @@ class SkyFactors:
     lines: np.ndarray
 
     @classmethod
-    def draw(
-        cls, rows: np.ndarray, *, seed: int, continuum: float = 0.3, lines: float = 0.5, stream: int = 11
-    ) -> SkyFactors:
+    def draw(cls, rows: np.ndarray, *, seed: int, continuum: float = 0.3, lines: float = 0.5) -> SkyFactors:
         """Log-normal factors of median 1 for the stars `rows`; they depend on the seed and the row alone.
 
         Parameters
@@ -185,10 +185,8 @@ class SkyFactors:
         seed : int
         continuum, lines : float
             Scatter of the natural logarithm; every group of lines is drawn by itself.
-        stream : int
-            Stream of `moefast.core.random`.
         """
-        normal = ndtri(uniforms_of_rows(rows, 1 + len(SKY_GROUPS), seed=seed, stream=stream))
+        normal = ndtri(uniforms_of_rows(rows, 1 + len(SKY_GROUPS), seed=seed, stream=SKY_STREAM))
         return cls(np.exp(continuum * normal[:, 0]), np.exp(lines * normal[:, 1:]))
 
 

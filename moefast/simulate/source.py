@@ -153,7 +153,6 @@ class SimulatedSpectra:
         n_rows: int,
         *,
         name: str = "library",
-        part: str = "train",
         whole: bool = False,
     ) -> SimulatedSpectra:
         """The stars of a reference set, observed like the spectra of files.
@@ -162,17 +161,18 @@ class SimulatedSpectra:
         ----------
         observed : Observed
         n_rows : int
-        name, part : str
-            See `moefast.simulate.sets`. What a set says of noise, sky and gaps is replaced by what the files say.
+        name : str
+            See `moefast.simulate.sets`; the stars are those of its part "train". What the set says of noise, sky and
+            gaps is replaced by what the files say.
         whole : bool
             See `SimulatedSpectra`.
 
         Raises
         ------
         MoefastError
-            The set or part does not exist, or its velocities are beyond the emulator's margin.
+            The set does not exist, or its velocities are beyond the emulator's margin.
         """
-        chosen, its_part, (first, stop) = part_rows(name, part, (0, n_rows))
+        chosen, its_part, (first, stop) = part_rows(name, "train", (0, n_rows))
         return cls(
             stop - first,
             seed=its_part.seed,

@@ -36,15 +36,12 @@ def open_prepared(
     preparation: Preparation,
     *,
     on_error: OnError = "raise",
-    check: Callable[[Shard], None] | None = None,
 ) -> SpectrumSet:
     """Open spectrum files of any layout as one set on the grid of `preparation`; see `moefast.spectra.open_spectra`.
 
     HDF5 files of the simulator that lie on the grid and are not to be shifted are read as they are.
     """
-    spectra = open_spectra(
-        paths, on_error=on_error, check=check, open_shard=lambda path: _open(path, preparation)
-    )
+    spectra = open_spectra(paths, on_error=on_error, open_shard=lambda path: _open(path, preparation))
     return SpectrumSet(_put_together(spectra.shards, preparation), spectra.failures)
 
 

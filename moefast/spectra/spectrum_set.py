@@ -299,7 +299,6 @@ def open_spectra(
     paths: str | Path | Iterable[str | Path],
     *,
     on_error: OnError = "raise",
-    check: Callable[[Shard], None] | None = None,
     open_shard: Callable[[Path], Shard] | None = None,
 ) -> SpectrumSet:
     """Open spectrum files as one set.
@@ -310,8 +309,6 @@ def open_spectra(
         Files, folders and patterns, see `find_files`.
     on_error : {"raise", "skip"}
         Whether a file that cannot be used is an error, or is left out and noted in `SpectrumSet.failures`.
-    check : callable, optional
-        Called with each shard; an `InputError` from it says that the file cannot be used.
     open_shard : callable, optional
         Opens a file; `Shard`, for HDF5 files as they are, if absent.
 
@@ -325,13 +322,9 @@ def open_spectra(
     if on_error not in {"raise", "skip"}:
         raise ValueError(f"on_error must be 'raise' or 'skip', found {on_error!r}")
     given = [paths] if isinstance(paths, str | Path) else list(paths)
-    check = check or (lambda shard: None)
     open_shard = open_shard or Shard
     if on_error == "raise":
-        found = [open_shard(path) for path in find_files(given)]
-        for shard in found:
-            check(shard)
-        return SpectrumSet(found)
+        return SpectrumSet([open_shard(path) for path in find_files(given)])
     failures: list[Failure] = []
     shards: list[Shard] = []
     files: list[Path] = []
@@ -343,7 +336,6 @@ def open_spectra(
     for file in find_files(files) if files else []:
         try:
             shard = open_shard(file)
-            check(shard)
             if shards:
                 _check_wave(shard, shards[0])
             shards.append(shard)

@@ -143,7 +143,7 @@ def test_nonsense_is_refused(source):
         source.blocks(0)
     with pytest.raises(ValueError, match="rows 5 to 301"):
         source.blocks(8, rows=(5, 301))
-    with pytest.raises(ValueError, match="array"):
+    with pytest.raises(InputError, match="array"):
         source.blocks(8, array="mask")
     with pytest.raises(InputError, match="no column 'night'"):
         source.blocks(8, params=("night",))
