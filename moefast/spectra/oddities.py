@@ -53,6 +53,8 @@ FASTEST, SHIFT_STEP, SHIFT_EDGE = 600.0, 4.0, 45
 CONTINUUM_DEGREE = 5
 AIR = -82.4
 """km/s by which wavelengths in air that are taken for vacuum move lines."""
+NEAR_AIR = 40.0
+"""How far from it, in km/s, lines may lie for air to be a cause."""
 MOST_LOST = 0.05
 """Share of lost pixels from which on models that take spectra to be whole are wrong."""
 MOST_MASKED = 0.55
@@ -428,7 +430,11 @@ def _shift(sample: SampledRows, alive: NDArray[np.bool_], reference: F64) -> lis
         at_rest + SHIFT_GAIN, at_rest * SHIFT_FACTOR
     ):
         return []
-    air = f"wavelengths in air, which are {AIR:.0f} km/s off (--wave-medium air)? " if velocity < 0 else ""
+    air = (
+        f"wavelengths in air, which are {AIR:.0f} km/s off (--wave-medium air)? "
+        if abs(velocity - AIR) < NEAR_AIR
+        else ""
+    )
     return [
         Oddity(
             "shift",
