@@ -74,7 +74,7 @@ OBSERVED_PARAMS = {name: kind for name, kind in PARAMS.items() if name not in {"
 that were kept."""
 OTHER_GAPS = ("none", "random", "block", "edges")
 """Kinds of gaps that errors are calibrated over besides those of the files."""
-_STREAM = 14
+_STREAM = 15
 
 
 @dataclass(frozen=True, eq=False, repr=False)

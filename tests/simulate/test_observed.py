@@ -110,6 +110,16 @@ def test_signal_to_noise_ratios_are_distributed_as_in_the_file(observed):
     np.testing.assert_allclose(known[[0, -1]], [3, 30], rtol=0.3)
 
 
+def test_stars_that_move_fast_are_observed_like_any_row(observed):
+    settings = Settings(velocity_scatter=5, fast_share=0.35, fast_scatter=40)
+    params = simulate_observed(0, 3000, seed=5, observed=observed, settings=settings, noisy=False).params
+    fast = np.abs(params["velocity"]) > 20
+    assert 0.15 < fast.mean() < 0.3
+    place = params["observed_row"] / len(observed.snr)
+    # Four standard errors of the mean of uniform numbers.
+    assert np.mean(place[fast]) == pytest.approx(np.mean(place), abs=4 * np.sqrt(1 / 12 / fast.sum()))
+
+
 def test_errors_say_nothing_of_the_labels(observed):
     one, other = (
         simulate_observed(0, 50, seed=5, observed=observed, settings=settings, noisy=False)
