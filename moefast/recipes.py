@@ -19,6 +19,7 @@ from moefast.core.errors import InputError
 from moefast.core.grids import PHYSICAL_GRID, Grid, SnrGrid, uniform
 from moefast.core.progress import StageProgress, stage_progress
 from moefast.core.sketches import sketch
+from moefast.core.text import counted
 from moefast.fitting import HERE, PUBLISHED_ALPHA, Noise, Options, Passes, expected_stages, fit_mixture
 from moefast.model import Model
 from moefast.spectra.oddities import noisy_already
@@ -304,7 +305,8 @@ def fit(
     Raises
     ------
     InputError, LabelError, WaveGridError
-        InputError also if the checkpoint is of other spectra, options or another version.
+        InputError also if the checkpoint is of other spectra, options or another version, or if the recipe needs clean
+        spectra and flux is noisy already.
     OutputError
         The checkpoint has no room on its disk.
     BackendError
@@ -341,16 +343,33 @@ def prepare(
     """All that is known of a fit before its first row is read; `said` is for `options_of`, all else as for `fit`."""
     options = options_of(recipe, **said)
     spectra = paths if isinstance(paths, SpectrumSource) else open_spectra(paths)
-    odd = []
-    if isinstance(spectra, SpectrumSet) and options.noise != "observed":
-        odd = [
-            each.words
-            for each in noisy_already(take_sample(spectra, array="flux"), "fit them with --noise observed")
-        ]
-        if tell is not None:
-            for words in odd:
-                tell(words)
+    odd = _noise_added_twice(spectra, options, recipe) if isinstance(spectra, SpectrumSet) else []
+    if tell is not None:
+        for words in odd:
+            tell(words)
     return PreparedFit(spectra, options, recipe, spectra.fingerprint(), odd)
+
+
+def _noise_added_twice(spectra: SpectrumSet, options: Options, recipe: str) -> list[str]:
+    """What to tell where noise would be added to flux that is noisy already.
+
+    Raises
+    ------
+    InputError
+        It is, and the experts need clean spectra: their library, trees or network would learn the noise.
+    """
+    if options.noise == "observed":
+        return []
+    odd = noisy_already(take_sample(spectra, array="flux"), "fit them with --noise observed")
+    if odd and options.needs_clean:
+        n_others = len(spectra.shards) - 1
+        others = f" and {counted(n_others, 'other file')}" if n_others else ""
+        raise InputError(
+            f"{spectra.shards[0].path}{others}: recipe {recipe} needs clean training spectra; found that the dataset "
+            "flux scatters as its errors say, so it is noisy already; expected flux without noise. Give the flux that "
+            "the noise was added to, or fit the spectra with --recipe phys-moe --noise observed"
+        )
+    return [each.words for each in odd]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from moefast.model import Model
 from moefast.predicting.engines import CudaEngine
 from moefast.predicting.files import predict
 from moefast.protocol.evaluate import evaluate
-from moefast.recipes import FOCUSED, RECIPES, STRONG, fit, focused, options_of
+from moefast.recipes import FOCUSED, RECIPES, STRONG, fit, focused, options_of, prepare
 
 ALL_RECIPES = [
     pytest.param(name, marks=pytest.mark.torch) if recipe.options.get("families") == ("heads",) else name
@@ -42,6 +42,12 @@ def fitted(labelled_file, tmp_path_factory):
 
     get.stages = stages
     return get
+
+
+@pytest.fixture(scope="module")
+def observed_file(stars, tmp_path_factory):
+    """Stars whose flux is noisy already."""
+    return stars.take(slice(0, 600)).observed().write(tmp_path_factory.mktemp("observed") / "observed.h5")
 
 
 @pytest.mark.parametrize("recipe", ALL_RECIPES)
@@ -173,6 +179,23 @@ def test_libraries_need_clean_spectra(labelled_file):
         fit(labelled_file, recipe="template", noise="observed")
 
 
+@pytest.mark.parametrize(
+    "recipe", ["posterior", "posterior-calibrated", "posterior-linear", "template", "hybrid-moe"]
+)
+def test_what_needs_clean_spectra_refuses_flux_that_is_noisy_already(recipe, observed_file, tmp_path):
+    def never(*_):
+        raise AssertionError("no row may be read for the fit")
+
+    with pytest.raises(InputError, match=r"needs clean training spectra; found .* noisy already") as caught:
+        fit(observed_file, recipe=recipe, progress=never)
+    assert str(observed_file) in str(caught.value)
+    assert "--recipe phys-moe --noise observed" in str(caught.value)
+
+
+def test_flux_that_is_clean_is_not_refused(labelled_file):
+    assert not prepare(labelled_file, recipe="posterior").notes
+
+
 @pytest.mark.torch
 @pytest.mark.parametrize(
     ("recipe", "trunk"), [("heads", "pca-mlp"), ("heads-cnn", "cnn"), ("heads-vit", "vit")]
@@ -218,15 +241,14 @@ def test_the_manifest_of_a_residual_mixture_says_what_was_kept(fitted):
     }
 
 
-def test_a_fit_to_flux_that_is_noisy_already_says_so(stars, tmp_path):
+def test_a_fit_to_flux_that_is_noisy_already_says_so(stars, observed_file, tmp_path):
     few = stars.take(slice(0, 600))
     told = []
     common = {"recipe": "global-ridge", "references": False, "tell": told.append}
-    observed = few.observed().write(tmp_path / "observed.h5")
-    model = fit(observed, **common)
+    model = fit(observed_file, **common)
     assert len(told) == 1
     assert "fit them with --noise observed" in told[0]
     assert told[0] in model.manifest["training"]["notes"]
-    fit(observed, noise="observed", **common)
+    fit(observed_file, noise="observed", **common)
     fit(few.write(tmp_path / "clean.h5"), **common)
     assert len(told) == 1

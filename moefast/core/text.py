@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["bracket", "number", "percent", "table"]
+__all__ = ["bracket", "counted", "number", "percent", "table"]
+
+_SEVERAL = {"spectrum": "spectra"}
+"""Words whose plural is not made with an s."""
 
 
 def number(value: float | None, digits: int = 3, sign: bool = False) -> str:
@@ -19,6 +22,20 @@ def bracket(interval: Sequence[float | None] | None, digits: int = 3, sign: bool
     if interval is None or None in interval:
         return ""
     return f"[{number(interval[0], digits, sign)}, {number(interval[1], digits, sign)}]"
+
+
+def counted(n: int, one: str, several: str | None = None) -> str:
+    """A number of things in words: "1 star", "2,000 stars", "1 spectrum".
+
+    Parameters
+    ----------
+    n : int
+    one : str
+        What a single one is called.
+    several : str, optional
+        What two are called, where that is not `one` with an s.
+    """
+    return f"{n:,} {one if n == 1 else several or _SEVERAL.get(one, one + 's')}"
 
 
 def percent(value: float | None) -> str:

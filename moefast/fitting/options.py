@@ -308,6 +308,11 @@ class Options(NoiseOptions, LinearOptions, PosteriorOptions, NetworkOptions, Gat
         return (*self.families, *self.metal_poor_families)
 
     @property
+    def needs_clean(self) -> bool:
+        """Whether training spectra must be without noise: those of all families but linear experts."""
+        return self.all_families != ("linear",)
+
+    @property
     def metal_poor_bins(self) -> tuple[int, ...]:
         """Bins whose stars are all metal-poor, but for those beyond the grid."""
         poor = self.grid.metal_poor if isinstance(self.grid, Grid) else np.zeros(0, np.bool_)
@@ -353,12 +358,12 @@ class Options(NoiseOptions, LinearOptions, PosteriorOptions, NetworkOptions, Gat
 
     def _check_together(self) -> None:
         """What the families ask of the other groups."""
-        if self.all_families == ("linear",):
+        if not self.needs_clean:
             return
         if self.alpha is not None or self.noise != "closed-form":
             raise InputError(
-                "templates, trees and networks need clean training spectra, with noise in closed form, and experts in "
-                "principal components; for other spectra fit phys-moe"
+                "posteriors, templates, trees and networks need clean training spectra, with noise in closed form, and "
+                "experts in principal components; for other spectra fit phys-moe"
             )
         if isinstance(self.grid, SnrGrid) or self.tower is not None:
             raise InputError(
