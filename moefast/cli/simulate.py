@@ -201,7 +201,7 @@ def _reference_set(
     frozen = FINGERPRINTS.get((name, part), "")
     as_frozen = " (as frozen)" if identity.fingerprint == frozen else ""
     tell_result(f"{out}: {total[1] - total[0]:,} spectra, {name} {part}", quiet=quiet)
-    tell_result(f"  fingerprint {identity.fingerprint}{as_frozen}", quiet=quiet)
+    tell_result(f"  set fingerprint {identity.fingerprint}{as_frozen}", quiet=quiet)
     if frozen and not as_frozen:
         progress.note(f"  this is NOT the frozen {name} {part}, whose fingerprint is {frozen}")
 

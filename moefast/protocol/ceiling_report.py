@@ -55,7 +55,7 @@ def format_text(summary: Mapping[str, Any]) -> str:
     stars = f"{data['n']:,} stars"
     if data["n"] < data["n_rows"]:
         stars = f"first {data['n']:,} of {data['n_rows']:,} stars"
-    lines = [f"Ceilings of log g on {data['name']}: {stars}", f"fingerprint {data['fingerprint']}", ""]
+    lines = [f"Ceilings of log g on {data['name']}: {stars}", f"file fingerprint {data['fingerprint']}", ""]
     lines += _bayes_lines(bayes) if bayes else []
     lines += _fisher_lines(fisher) if fisher else []
     for kind, title in _TITLES.items():

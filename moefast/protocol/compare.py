@@ -247,7 +247,7 @@ def format_text(comparison: dict[str, Any]) -> str:
     """
     data, evaluations = comparison["data_set"], comparison["evaluations"]
     level = 100 * comparison["protocol"]["level"]
-    lines = [f"log g on {data['name']}: {data['n']} stars, fingerprint {data['fingerprint']}", ""]
+    lines = [f"log g on {data['name']}: {data['n']} stars, file fingerprint {data['fingerprint']}", ""]
     rows = [
         (
             chr(ord("A") + i) if i < 26 else str(i + 1),

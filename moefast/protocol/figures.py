@@ -158,7 +158,7 @@ def overview(report: Report, path: str | os.PathLike[str]) -> None:
         canvas.suptitle(
             literal(f"{name} on {data.name}")
             + f": R² {as_text(overall.r2)}{in_brackets(overall.r2_interval)}, "
-            f"{data.n:,} stars, fingerprint {fingerprint}"
+            f"{data.n:,} stars, file fingerprint {fingerprint}"
         )
         write(canvas, path, dpi=110)
 

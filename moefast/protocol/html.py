@@ -389,7 +389,12 @@ def _terms(report: Report) -> list[tuple[str, str]]:
     edges = " / ".join(f"{edge:g}" for edge in grid.t_eff_edges)
     metal = " / ".join(f"{edge:g}".replace("-", "−") for edge in grid.m_h_edges)
     claim = data.reference_set
-    known = f"; recognised by its content as {claim['reference_set']} {claim['part']}" if claim else ""
+    known = (
+        f"; recognised by its content as {claim['reference_set']} {claim['part']}, the set with the fingerprint "
+        f"{claim['fingerprint']}"
+        if claim
+        else ""
+    )
     return [
         (
             "R²",
@@ -414,6 +419,6 @@ def _terms(report: Report) -> list[tuple[str, str]]:
         ),
         ("ρ", "(R² − R² of the global ridge)/(R² of the oracle, true bins − R² of the global ridge)"),
         ("Gap closed", "(R² − R² of the published-style ridge)/(ceiling − R² of the published-style ridge)"),
-        ("Test set", f"{data.name}, fingerprint {data.fingerprint}{known}"),
+        ("Test set", f"{data.name}, file fingerprint {data.fingerprint}{known}"),
         ("Measured", f"{model.get('name', 'model')}, SHA-256 {model.get('sha256') or 'none: never saved'}"),
     ]  # fmt: skip

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from moefast.core import metrics
-from moefast.core.text import bracket, number, percent, table
+from moefast.core.text import bracket, counted, number, percent, table
 from moefast.protocol.comparisons import MEANS
 from moefast.protocol.milestones.text import format_section
 from moefast.protocol.milestones.verdicts import Judgement
@@ -117,17 +117,18 @@ def _what_was_measured(report: Report) -> list[str]:
     if data.noise_seed is not None:
         noise += f" (seed {data.noise_seed})"
     model = report.model.get("recipe") or report.model.get("name")
-    lines = [
-        f"log g on {data.name}: {data.n} stars{noise}",
-        f"fingerprint {data.fingerprint}" + (f", model {model}" if model else ""),
-    ]
+    lines = [f"log g on {data.name}: {counted(data.n, 'star')}{noise}"]
+    if (known := data.reference_set) is not None:
+        # What `moefast simulate` prints: the set by what decides its content, not by the bytes of a file.
+        lines.append(f"set {known['reference_set']} {known['part']}, fingerprint {known['fingerprint']}")
+    lines.append(f"file fingerprint {data.fingerprint}" + (f", model {model}" if model else ""))
     if report.model.get("share_seen"):
         lines.append(
             f"WARNING: {percent(report.model['share_seen'])} of these stars are in the training set of the model: "
             "no measure of what it does elsewhere"
         )
     if data.n_unlabelled:
-        lines.append(f"{data.n_unlabelled} stars of the set have no labels and are not measured")
+        lines.append(f"{counted(data.n_unlabelled, 'star')} of the set without labels: not measured")
     return lines
 
 

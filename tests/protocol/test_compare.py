@@ -143,7 +143,7 @@ def test_missing_predictions_count_as_the_mean_label(base, tmp_path):
 def test_text(base, tmp_path):
     found = compare([base, kept(tmp_path / "b", noisy(0.3, 5))], n_resamples=100)
     text = format_text(found)
-    assert f"{N} stars, fingerprint abc" in text
+    assert f"{N} stars, file fingerprint abc" in text
     assert "B against A: B is better by +0." in text
     assert "groups are called different; about 1." in text
     rows = [line for line in text.splitlines() if line.startswith(("  cool", "  warm", "  hot"))]

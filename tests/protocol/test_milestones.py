@@ -444,7 +444,9 @@ def test_text_names_set_fingerprint_marks_and_commands(tmp_path):
     text = format_text(judge(read_reports(write(tmp_path, *contents))))
     lines = [line for line in text.splitlines() if str(tmp_path) not in line]
     assert max(len(line) for line in lines) <= 100
-    assert text.startswith("Milestones on z0 test_10k: 10,000 stars, noise level 1\nfingerprint " + "f" * 64)
+    assert text.startswith(
+        "Milestones on z0 test_10k: 10,000 stars, noise level 1\nfile fingerprint " + "f" * 64
+    )
     for expected in (
         "0.4957",
         "ViT 0.698-0.711",

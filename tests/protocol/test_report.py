@@ -344,11 +344,24 @@ def test_wrong_arguments_are_named(sample):
         minimal(sample, slice(50), model={"recipe": object()})
 
 
+def test_a_reference_set_is_named_with_the_fingerprint_that_simulate_prints():
+    known = {"reference_set": "z0", "part": "test_1k", "fingerprint": "5" * 64}
+    found = made_up.report(reference_set=known)
+    lines = report_text.format_text(found).splitlines()
+    assert lines[1] == "set z0 test_1k, fingerprint " + "5" * 64
+    assert lines[2].startswith("file fingerprint 0123456789abcdef, model ")
+    assert len(lines[1]) <= 100
+    words = f"z0 test_1k, the set with the fingerprint {'5' * 64}"
+    assert words in html.page(found)
+    assert words not in html.page(made_up.report())
+    assert report_text.format_text(made_up.report()).splitlines()[1].startswith("file fingerprint ")
+
+
 def test_text_leads_with_the_headline_and_lines_up(result):
     throughput = {"spectra_per_second": 12345.6, "device": "CPU"}
     text = report_text.format_text(result, throughput)
     lines = text.splitlines()
-    assert lines[0] == "log g on fake: 1201 stars, noise level 1 (seed 11)"
+    assert lines[0] == "log g on fake: 1,201 stars, noise level 1 (seed 11)"
     assert lines[3].split()[0] == "R²"
     assert f"{result.overall.r2:.4f}" in lines[3]
     assert "12,346 spectra/s on CPU" in text

@@ -34,7 +34,7 @@ def test_makes_parts_of_sets(run):
     result = run("simulate", "test.h5", "--set", "survey", "--part", "test_1k")
     identity = identify("test.h5")
     assert identity[:2] == ("survey", "test_1k")
-    assert f"fingerprint {identity.fingerprint} (as frozen)" in result.stdout
+    assert f"set fingerprint {identity.fingerprint} (as frozen)" in result.stdout
     run("simulate", "train.h5", "--set", "survey", "--part", "train", "--rows", "7:19", "-q")
     assert identify("train.h5")[:2] == ("survey", "train")
     run("simulate", "more.h5", "--set", "survey", "--part", "validation", "-n", "3", "--noisy", "-q")

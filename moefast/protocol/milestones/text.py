@@ -73,7 +73,7 @@ def _head(section: JudgedSet) -> list[str]:
         return ["Milestones: no evaluation was given, so none was run"]
     level = "" if data.noise_level is None else f", noise level {data.noise_level:g}"
     name = f"{data.reference_set} {data.part}" if data.reference_set else data.name
-    return [f"Milestones on {name}: {data.n:,} stars{level}", f"fingerprint {data.fingerprint}"]
+    return [f"Milestones on {name}: {data.n:,} stars{level}", f"file fingerprint {data.fingerprint}"]
 
 
 def _summary(rows: Sequence[MilestoneResult]) -> list[str]:
