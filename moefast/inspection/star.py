@@ -26,7 +26,15 @@ from moefast.predicting.columns import columns_of
 from moefast.predicting.engines import CpuEngine, score_block
 from moefast.predicting.flags import labels_at_the_edge, unlike_reasons
 from moefast.predicting.identifiers import carried_columns
-from moefast.predicting.velocities import FIT, fit_beside, move, score_moving, velocity_columns, velocity_fit
+from moefast.predicting.velocities import (
+    FIT,
+    fit_beside,
+    move,
+    range_unused,
+    score_moving,
+    velocity_columns,
+    velocity_fit,
+)
 from moefast.spectra.blocks import BlockMemory
 from moefast.spectra.opening import Origins, open_prepared
 from moefast.spectra.prepared import Preparation, PreparedShard
@@ -258,7 +266,7 @@ def _scored(
     if given is not None:
         fit = fit_beside(model, spectra, given, np.arange(spectra.n_rows) == block.first_row, velocity_range)
     fitted: dict[str, float] = {}
-    notes, posterior = [], None
+    notes, posterior = range_unused(fit, velocity_range), None
     if fit is not None and isinstance(shard, PreparedShard) and (velocity is not None or shard.observed):
         fit.prepare()
         result, quality, found = score_moving(engine, fit, shard, block, first, given)

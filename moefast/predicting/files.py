@@ -32,7 +32,7 @@ from moefast.predicting.run import PredictionRun
 from moefast.predicting.source import Source, choose_rows, open_files, open_source
 from moefast.predicting.summary import Summary
 from moefast.predicting.table import Sink
-from moefast.predicting.velocities import fit_on
+from moefast.predicting.velocities import fit_on, range_unused
 from moefast.spectra.oddities import find_oddities
 from moefast.spectra.opening import Origins
 from moefast.spectra.paths import content_of
@@ -178,6 +178,7 @@ def predict(
         summary.notes = [
             *source.notes,
             *notes_on_input(spectra, source.velocity, chosen, velocity, weighed=source.weighed_by),
+            *range_unused(source.fit, velocity_range),
             *notes_on_predictions(run.counts, summary, chosen),
             *about_params,
         ]

@@ -14,7 +14,7 @@ from moefast.mixture import Prediction
 from moefast.model import Model
 from moefast.posterior.mixture import PosteriorMixture
 from moefast.posterior.moving import predict_moving
-from moefast.posterior.velocities import KNOWN, FittedVelocities, VelocityFit
+from moefast.posterior.velocities import DEFAULT_RANGE, KNOWN, FittedVelocities, VelocityFit
 from moefast.predicting.engines import CudaEngine, Engine
 from moefast.spectra.prepared import PreparedShard
 from moefast.spectra.quality import Quality
@@ -30,6 +30,7 @@ __all__ = [
     "fit_beside",
     "fit_on",
     "move",
+    "range_unused",
     "score_moving",
     "velocity_columns",
     "velocity_fit",
@@ -79,6 +80,16 @@ def fit_beside(
     rows = needed & np.concatenate(here)
     with np.errstate(invalid="ignore"):
         return VelocityFit(model.mixture, largest) if np.any(given.error[rows] > KNOWN) else None
+
+
+def range_unused(fit: VelocityFit | None, largest: float) -> list[str]:
+    """A note where a range of velocities was asked for and there is nothing that it is the range of."""
+    if fit is not None or largest == DEFAULT_RANGE:
+        return []
+    return [
+        f"--velocity-range {largest:g} changes nothing: no velocities are fitted, and none are given with errors above "
+        f"{KNOWN:g} km/s"
+    ]
 
 
 def fit_on(engine: Engine, fit: VelocityFit | None, where: Backend, asked: str) -> Backend:

@@ -301,6 +301,25 @@ def test_a_velocity_with_a_large_error_is_weighed_with_what_the_spectrum_says(ni
         assert value == found.columns[name][5], name
 
 
+def test_a_range_of_velocities_that_changes_nothing_is_told(night, simulated, model, fitted, stars, tmp_path):
+    table = tmp_path / "v.csv"
+    columns = {"objId": 1000 + np.arange(N), "v_los": stars["velocity"]}
+    Table(columns).write(table)
+    words = "--velocity-range 300 changes nothing"
+    for spectra, velocity in ((night, 0), (night, table), (simulated, None)):
+        notes = predict(spectra, model, velocity=velocity, velocity_range=300, rows=(0, 2)).notes
+        assert sum(words in note for note in notes) == 1, velocity
+        assert any(
+            words in note
+            for note in look_at(spectra, model, row=1, velocity=velocity, velocity_range=300).notes
+        )
+    assert any(words in note for note in predict(night, "survey", velocity_range=300, rows=(0, 2)).notes)
+    Table(columns | {"v_losErr": np.full(N, 25.0)}).write(table, overwrite=True)
+    weighed = predict(night, model, velocity=table, velocity_range=300, rows=(0, 2))
+    for notes in (weighed.notes, fitted.notes, predict(night, model, velocity=0, rows=(0, 2)).notes):
+        assert not any("changes nothing" in note for note in notes)
+
+
 def test_a_star_whose_velocity_is_uncertain_can_be_looked_at(night, model, stars):
     fastest = int(np.abs(stars["velocity"]).argmax())
     short = abs(float(stars["velocity"][fastest])) / 2
