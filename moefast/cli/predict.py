@@ -237,6 +237,7 @@ def _each(
     chosen = Model.load(model)
     folder.mkdir(parents=True, exist_ok=True)
     with ProgressLine(quiet or as_json) as progress:
+        _tell_repeated(files, progress)
         nights.run(
             jobs, chosen, options=options, skip_existing=skip_existing, overwrite=overwrite,
             status=status or folder / "status.csv", log=detail, progress=progress.rows(FILES),
@@ -267,6 +268,7 @@ def _on_cluster(
 
     begin = time.perf_counter()
     with ProgressLine(quiet or as_json) as progress, connected(scheduler, progress) as (client, workers):
+        _tell_repeated(files, progress)
         merged = predict_on(
             client,
             files,
@@ -293,6 +295,16 @@ def _on_cluster(
     )
     for note in merged.notes:
         say(f"  note: {note}")
+
+
+def _tell_repeated(files: tuple[str, ...], progress: ProgressLine) -> None:
+    """Note files that are named more than once, where the runs themselves are given each once."""
+    from moefast.spectra.paths import find_files, words_on_repeated
+
+    repeated: dict[Path, None] = {}
+    find_files(files, repeated)
+    for words in words_on_repeated(repeated):
+        progress.tell(words)
 
 
 def _check_same_inputs(target: Path, files: tuple[str, ...]) -> None:

@@ -130,7 +130,7 @@ def predict(
     _tell(decisions_on_model(chosen, engine, where))
     keep = (keep,) if isinstance(keep, str) else tuple(keep)
     preparation = Preparation(chosen.mixture.wave, medium, moving=velocity is not None, telluric=telluric)
-    spectra, failures = open_files(paths, preparation)
+    spectra, failures, repeated = open_files(paths, preparation)
     origins = Origins(spectra)
     if out is not None and any(_same_file(out, path) for path in origins.paths):
         raise OutputError(f"{out}: is one of the inputs; choose another name for the table")
@@ -176,6 +176,7 @@ def predict(
             run.go(report)
         _count(summary, run, time.perf_counter() - begin)
         summary.notes = [
+            *repeated,
             *source.notes,
             *notes_on_input(spectra, source.velocity, chosen, velocity, weighed=source.weighed_by),
             *range_unused(source.fit, velocity_range),

@@ -18,7 +18,7 @@ from moefast.posterior.velocities import VelocityFit
 from moefast.predicting.identifiers import carried_columns, identifier_dtypes, present
 from moefast.predicting.velocities import fit_beside, move, velocity_fit
 from moefast.spectra.opening import Origins, open_prepared
-from moefast.spectra.paths import find_files
+from moefast.spectra.paths import find_files, words_on_repeated
 from moefast.spectra.prepared import Preparation, PreparedShard
 from moefast.spectra.selection import select as select_rows
 from moefast.spectra.shard import Shard
@@ -153,15 +153,16 @@ def choose_rows(
 
 def open_files(
     paths: str | Path | Iterable[str | Path], preparation: Preparation
-) -> tuple[SpectrumSet, list[Failure]]:
-    """Open the files; with several, those that cannot be used are left out."""
+) -> tuple[SpectrumSet, list[Failure], list[str]]:
+    """Open the files; with several, those that cannot be used are left out. Also notes on how they were named."""
     given = [paths] if isinstance(paths, str | Path) else list(paths)
+    repeated: dict[Path, None] = {}
     try:
-        alone = len(find_files(given)) == 1
+        alone = len(find_files(given, repeated)) == 1
     except InputError:
         alone = len(given) == 1
     spectra = open_prepared(given, preparation, on_error="raise" if alone else "skip")
-    return spectra, list(spectra.failures)
+    return spectra, list(spectra.failures), words_on_repeated(repeated)
 
 
 def open_source(

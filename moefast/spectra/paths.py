@@ -6,14 +6,15 @@ import glob
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import h5py
 
 from moefast.core.errors import InputError
+from moefast.core.text import counted
 
-__all__ = ["content_of", "find_files"]
+__all__ = ["content_of", "find_files", "words_on_repeated"]
 
 _SUFFIXES = (".h5", ".hdf5", ".fits", ".fit", ".fits.gz", ".fits.fz")
 
@@ -44,7 +45,9 @@ def content_of(given: object) -> str | None:
     return digest.hexdigest()
 
 
-def find_files(paths: str | Path | Iterable[str | Path]) -> list[Path]:
+def find_files(
+    paths: str | Path | Iterable[str | Path], repeated: dict[Path, None] | None = None
+) -> list[Path]:
     """Spectrum files meant by files, folders and glob patterns.
 
     Folders, given or met by a pattern, are searched recursively for ``*.h5``, ``*.hdf5`` and ``*.fits`` (also gzipped).
@@ -52,6 +55,12 @@ def find_files(paths: str | Path | Iterable[str | Path]) -> list[Path]:
     and duplicates are dropped.
     Prediction tables of moefast that lie among the spectra are passed over, unless they are named themselves. What
     cannot be opened is among the files, links without a target for example: whoever opens it will say so.
+
+    Parameters
+    ----------
+    paths : path, folder, pattern, or several
+    repeated : dict of Path to None, optional
+        Gets, in order, the files that are among the inputs more than once.
 
     Raises
     ------
@@ -68,10 +77,25 @@ def find_files(paths: str | Path | Iterable[str | Path]) -> list[Path]:
             # Loops of links, names that are too long, NUL bytes, folders that may not be read, homes that do not exist.
             raise InputError(f"{str(given)!r}: no file can be looked for under this name: {error}") from error
         for match in sorted(matches, key=_natural):
-            found.setdefault(os.path.realpath(match), match)
+            first = found.setdefault(os.path.realpath(match), match)
+            if first is not match and repeated is not None:
+                repeated[first] = None
     if not found:
         raise InputError("no spectrum files given: name files, folders or patterns (train_*/dataset.h5)")
     return list(found.values())
+
+
+def words_on_repeated(repeated: Mapping[Path, None]) -> list[str]:
+    """A note on files that are among the inputs more than once; none if there are none."""
+    if not repeated:
+        return []
+    first, *others = repeated
+    if not others:
+        return [f"{first} is among the inputs more than once; its spectra are predicted once"]
+    return [
+        f"{first} and {counted(len(others), 'other file')} are among the inputs more than once; their spectra are "
+        "predicted once"
+    ]
 
 
 def _matches(given: str | Path) -> list[Path]:

@@ -48,8 +48,9 @@ def run(night, saved, *options):
 
 
 def test_one_input_that_fails_costs_itself_alone(night, saved):
-    result = run(night, saved, "--log", str(night / "run.log"))
+    result = run(night, saved, str(night / "a.h5"), "--log", str(night / "run.log"))
     assert result.exit_code == 3
+    assert "a.h5 is among the inputs more than once" in result.stderr
     assert "2 done, 1 failed" in result.output
     assert "bad.h5: not an HDF5 file" in result.output
     found = states(night / "out/status.csv")

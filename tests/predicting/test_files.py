@@ -344,6 +344,18 @@ def test_parts_of_several_files_joined_are_the_whole(shards, model):
     same_rows({n: np.concatenate([p[n] for p in parts]) for n in every}, every, but=())
 
 
+def test_a_file_that_is_named_twice_is_predicted_once_and_told(shards, model):
+    words = "among the inputs more than once"
+    files = sorted(shards.iterdir())[:2]
+    once = predict(files, model)
+    assert not any(words in note for note in once.notes)
+    again = predict([*files, files[0]], model)
+    assert again.n_rows == once.n_rows
+    assert f"{files[0]} is {words}; its spectra are predicted once" in again.notes
+    twice = predict([shards, *files], model)
+    assert f"{files[0]} and 1 other file are {words}; their spectra are predicted once" in twice.notes
+
+
 def test_one_file_has_no_file_column(stars_file, model):
     assert "file" not in predict([stars_file], model, limit=3).columns
 
