@@ -599,6 +599,13 @@ def test_8_outputs(run, few, model_folder):
         in run("predict", few, "-m", model_folder, "-o", few, "--overwrite", code=8).stderr
     )
     assert open_spectra(few).n_rows == 40
+    # Before anything of the input is looked at.
+    missing = ("absent.h5", "-m", model_folder)
+    for out, words in (("t.csv", "unknown table format"), ("absent/t.h5", "does not exist; create it first")):
+        assert words in run("predict", *missing, "-o", out, code=8).stderr
+        assert words in run("merge", "absent.h5", "-o", out, code=8).stderr
+    like = ("--like", "absent.fits", "-n", 1, "--seed", 1)
+    assert "does not exist; create it first" in run("simulate", "absent/x.h5", *like, code=8).stderr
     assert "does not exist" in run("fit", few, "-o", "absent/model", code=8).stderr
     assert "does not exist" in run("simulate", "absent/x.h5", "-n", 1, "--seed", 1, code=8).stderr
     assert os.listdir() == []

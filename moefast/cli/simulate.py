@@ -13,6 +13,7 @@ import click
 from moefast.cli.messages import tell_failures, tell_result
 from moefast.cli.options import CONFIG, LIKE, OVERWRITE, RESOLUTION, SCHEDULER, positive, rows, talk
 from moefast.cli.swapped import swapped_told
+from moefast.core.atomic import refuse_taken
 from moefast.core.errors import MoefastError
 from moefast.core.progress import ProgressLine
 
@@ -119,6 +120,8 @@ def simulate(
         )
     if reddening is not None and min(reddening) < 0:
         raise click.BadParameter("E(B-V) is 0 or more", param_hint="--reddening")
+    if scheduler is None:
+        refuse_taken(out, overwrite=overwrite)
     if number and rows:
         raise click.UsageError("-n and --rows both say which rows to make; give one of them")
     span = rows or ((0, number) if number else None)

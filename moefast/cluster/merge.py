@@ -19,7 +19,7 @@ import numpy as np
 
 from moefast.core.errors import InputError
 from moefast.core.metrics import SquaredErrors
-from moefast.spectra.tables import WRITERS, Column, open_table, read_layout, read_table
+from moefast.spectra.tables import WRITERS, Column, open_table, read_layout, read_table, refuse_table
 
 __all__ = ["Merged", "files_named", "merge_tables", "tables_named"]
 
@@ -189,6 +189,7 @@ def merge_tables(
     OutputError
         The table cannot be written.
     """
+    refuse_table(out, overwrite=overwrite)
     parts = sorted((_part(Path(path)) for path in paths), key=lambda part: (part.rows, str(part.path)))
     if not parts:
         raise InputError("no tables to merge")

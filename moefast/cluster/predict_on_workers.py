@@ -20,12 +20,12 @@ from moefast.cluster.merge import Merged, merge_tables
 from moefast.cluster.nights import signature
 from moefast.cluster.workers import ALONE, check_workers, gather_results, shared_name, submit
 from moefast.core.atomic import remove_quietly
-from moefast.core.errors import MoefastError, OutputError
+from moefast.core.errors import MoefastError
 from moefast.core.version import __version__
 from moefast.model import Model
 from moefast.predicting.files import count_rows, predict
 from moefast.spectra.paths import content_of, find_files
-from moefast.spectra.tables import read_layout, read_table
+from moefast.spectra.tables import read_layout, read_table, refuse_table
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -78,8 +78,7 @@ def predict_on(
         The table exists, or cannot be written.
     """
     out = Path(os.path.abspath(out))
-    if os.path.lexists(out) and not overwrite:
-        raise OutputError(f"{out}: exists already; choose another name, or replace it with --overwrite")
+    refuse_table(out, overwrite=overwrite)
     files = [os.path.abspath(path) for path in find_files(list(paths))]
     name = None if model is None else shared_name(model)
     chosen = Model.load(name)

@@ -38,7 +38,7 @@ from moefast.spectra.opening import Origins
 from moefast.spectra.paths import content_of
 from moefast.spectra.prepared import Preparation
 from moefast.spectra.sampling import take_sample
-from moefast.spectra.tables import Column
+from moefast.spectra.tables import Column, refuse_table
 from moefast.spectra.telluric import Telluric
 
 __all__ = ["count_rows", "predict"]
@@ -125,15 +125,20 @@ def predict(
             "velocity: a number in km/s, the name of a column, a table or 'fit' expected, found "
             f"{type(velocity).__name__}"
         )
+    given = [paths] if isinstance(paths, str | Path) else list(paths)
+    if out is not None:
+        # Before anything is read.
+        _refuse_input(out, given)
+        refuse_table(out, overwrite=overwrite)
     chosen = model if isinstance(model, Model) else Model.load(model)
     engine, where = open_engine(chosen.mixture, backend)
     _tell(decisions_on_model(chosen, engine, where))
     keep = (keep,) if isinstance(keep, str) else tuple(keep)
     preparation = Preparation(chosen.mixture.wave, medium, moving=velocity is not None, telluric=telluric)
-    spectra, failures, repeated = open_files(paths, preparation)
+    spectra, failures, repeated = open_files(given, preparation)
     origins = Origins(spectra)
-    if out is not None and any(_same_file(out, path) for path in origins.paths):
-        raise OutputError(f"{out}: is one of the inputs; choose another name for the table")
+    if out is not None:
+        _refuse_input(out, origins.paths)
     source = open_source(
         spectra,
         origins,
@@ -294,7 +299,12 @@ def count_rows(paths: str | Path | Iterable[str | Path], model: Model) -> int:
     return open_files(paths, Preparation(model.mixture.wave))[0].n_rows
 
 
-def _same_file(first: str | Path, second: Path) -> bool:
+def _refuse_input(out: str | Path, paths: Iterable[str | Path]) -> None:
+    if any(_same_file(out, path) for path in paths):
+        raise OutputError(f"{out}: is one of the inputs; choose another name for the table")
+
+
+def _same_file(first: str | Path, second: str | Path) -> bool:
     try:
         return Path(first).samefile(second)
     except OSError:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from moefast.core.atomic import refuse_taken
 from moefast.core.errors import InputError, OutputError
 from moefast.core.watched import interrupt_behind
 from moefast.spectra.tables.column import Column
@@ -16,7 +17,7 @@ from moefast.spectra.tables.hdf5 import Hdf5Table, hdf5_layout, read_hdf5
 from moefast.spectra.tables.parquet import ParquetTable, parquet_layout, read_parquet
 from moefast.spectra.tables.writer import TableWriter
 
-__all__ = ["READERS", "WRITERS", "open_table", "read_layout", "read_table"]
+__all__ = ["READERS", "WRITERS", "open_table", "read_layout", "read_table", "refuse_table"]
 
 
 WRITERS: dict[str, type[TableWriter]] = {
@@ -27,6 +28,20 @@ WRITERS: dict[str, type[TableWriter]] = {
 }
 _LAYOUTS = {".h5": hdf5_layout, ".hdf5": hdf5_layout, ".parquet": parquet_layout, ".fits": fits_layout}
 READERS = {".h5": read_hdf5, ".hdf5": read_hdf5, ".parquet": read_parquet, ".fits": read_fits}
+
+
+def refuse_table(path: str | Path, *, overwrite: bool) -> None:
+    """Refuse a name that no table can be written under: known before the input is read, not after.
+
+    Raises
+    ------
+    OutputError
+        If the suffix is unknown, the file exists and may not be replaced, or its folder does not exist.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in WRITERS:
+        raise OutputError(f"{path}: unknown table format {suffix!r}; use {', '.join(WRITERS)}")
+    refuse_taken(path, overwrite=overwrite)
 
 
 def open_table(
@@ -57,10 +72,8 @@ def open_table(
     OutputError
         If the suffix is unknown, the file exists, or its folder does not.
     """
-    suffix = Path(path).suffix.lower()
-    if suffix not in WRITERS:
-        raise OutputError(f"{path}: unknown table format {suffix!r}; use {', '.join(WRITERS)}")
-    return WRITERS[suffix](path, n_rows, columns, attrs, overwrite=overwrite)
+    refuse_table(path, overwrite=overwrite)
+    return WRITERS[Path(path).suffix.lower()](path, n_rows, columns, attrs, overwrite=overwrite)
 
 
 def read_layout(path: str | Path) -> tuple[tuple[Column, ...], dict[str, Any], int]:
