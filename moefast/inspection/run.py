@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from moefast.core.errors import InputError
 from moefast.core.outputs import label_columns
 from moefast.core.text import percent, table
+from moefast.spectra.layouts.fits_file import FitsFile
 from moefast.spectra.quality import Flag
-from moefast.spectra.tables import READERS, read_table
+from moefast.spectra.tables import GROUP, READERS, read_table
 
 __all__ = [
     "ERROR_STEPS",
@@ -166,13 +167,12 @@ def is_table(path: str | Path) -> bool:
         return True
     try:
         if suffix == ".fits":
-            from astropy.io import fits
-
-            with fits.open(path, memmap=False, lazy_load_hdus=True) as file:
-                return "PREDICTIONS" in file
+            file = FitsFile(path)
+            file.close()
+            return GROUP.upper() in file
         with h5py.File(path, "r") as file:
-            return "predictions" in file
-    except (OSError, ValueError):
+            return GROUP in file
+    except (OSError, ValueError, InputError):
         return False
 
 

@@ -16,6 +16,7 @@ import pytest
 from astropy.io import fits
 
 from moefast.core.errors import InputError, OutputError
+from moefast.inspection.run import is_table
 from moefast.spectra import Column, open_table, read_table
 from moefast.spectra.tables import WRITERS, read_layout
 
@@ -317,6 +318,19 @@ def test_any_bit_that_changes_is_told_or_does_no_harm(tmp_path, suffix, small_ta
         for name in expected:
             np.testing.assert_array_equal(columns[name], expected[name], err_msg=f"{name}, byte {at}")
     assert told > 30
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
+def test_a_truncated_fits_table_is_told_once(share, tmp_path, small_tables):
+    path, content = tmp_path / "t.fits", small_tables[".fits"]
+    path.write_bytes(content)
+    assert is_table(path)
+    path.write_bytes(content[: int(share * len(content))])
+    # Warnings, which astropy gives of such files, are errors here.
+    for read in (read_table, read_layout):
+        with pytest.raises(InputError, match=r"t\.fits: truncated file"):
+            read(path)
+    assert not is_table(path)
 
 
 def test_any_value_that_changes_is_told(tmp_path, small_tables):

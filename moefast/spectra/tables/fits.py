@@ -6,12 +6,15 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moefast.core.errors import OutputError
+from moefast.spectra.layouts.fits_file import FitsFile
 from moefast.spectra.tables.attributes import as_plain, from_text, to_json
 from moefast.spectra.tables.column import GROUP, Column
 from moefast.spectra.tables.fits_checksums import add_words, encode_checksum, refuse_wrong_checksums
@@ -220,12 +223,26 @@ def _set_card(header: Any, name: str, value: Any) -> None:
     header[f"LONG{number}"] = f"{name}={value}"
 
 
-def read_fits(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Columns and attributes of a table."""
+@contextmanager
+def _whole_file(path: Path) -> Iterator[Any]:
+    """A file opened by astropy, once it is known to be whole: of truncated ones astropy only warns.
+
+    Raises
+    ------
+    InputError
+        It is truncated or damaged.
+    """
     from astropy.io import fits
 
+    FitsFile(path).close()
     with fits.open(path, memmap=False) as file:
         refuse_wrong_checksums(path, file)
+        yield file
+
+
+def read_fits(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Columns and attributes of a table."""
+    with _whole_file(path) as file:
         table = file[GROUP.upper()]
         columns = {}
         for name in table.columns.names:
@@ -253,11 +270,8 @@ def _fits_attributes(header: Any) -> dict[str, Any]:
 
 def fits_layout(path: Path) -> tuple[list[Column], dict[str, Any], int]:
     """Columns, attributes and number of rows of a table."""
-    from astropy.io import fits
-
     types = {(code, offset): key for key, (code, _, offset) in _FITS_FORMATS.items()}
-    with fits.open(path, memmap=False) as file:
-        refuse_wrong_checksums(path, file)
+    with _whole_file(path) as file:
         header = file[GROUP.upper()].header
         columns = []
         for number in range(1, header["TFIELDS"] + 1):
