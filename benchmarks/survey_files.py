@@ -25,7 +25,7 @@ from astropy.io import fits
 from numpy.typing import NDArray
 
 from moefast.core.errors import BenchmarkError
-from moefast.core.text import table
+from moefast.core.text import counted, table
 from moefast.model import Model
 from moefast.predicting.files import predict
 from moefast.simulate.source import SimulatedSpectra
@@ -200,7 +200,7 @@ def _timed(work: Callable[[], int], n: int) -> tuple[float, float]:
     found = work()
     seconds = time.perf_counter() - begin[0], time.process_time() - begin[1]
     if found != n:
-        raise BenchmarkError(f"{found} spectra read or predicted, {n} expected")
+        raise BenchmarkError(f"{counted(found, 'spectrum')} read or predicted, {n} expected")
     return n / seconds[0], n / seconds[1]
 
 

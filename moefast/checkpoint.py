@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from moefast.core.archives import Header, open_hashed, write_hashed
 from moefast.core.errors import InputError, OutputError
 from moefast.core.regular import refuse_special
+from moefast.core.text import counted
 from moefast.core.version import __version__
 
 __all__ = ["NETWORK_FILE", "Checkpoint", "flat"]
@@ -121,7 +122,7 @@ class Checkpoint:
             # Damaged archives make NumPy raise nearly anything, tokenize.TokenError for one.
             self.tell(f"{self.path}: not a complete checkpoint ({error}); the fit starts from the beginning")
             return None
-        self.tell(f"{self.path}: {header['rows']:,} spectra are done, the fit goes on from there")
+        self.tell(f"{self.path}: {counted(header['rows'], 'spectrum')} done; the fit goes on from there")
         return built
 
     def _compare(self, header: Header) -> None:
@@ -156,7 +157,8 @@ class Checkpoint:
             write_hashed(self.path, document, arrays)
         except (OSError, OutputError) as error:
             self.tell(
-                f"{self.path}: the checkpoint after {rows:,} spectra could not be written ({error.__cause__ or error})"
+                f"{self.path}: the checkpoint after {counted(rows, 'spectrum')} could not be written "
+                f"({error.__cause__ or error})"
             )
         self._last = time.monotonic()
         self._pause = max(SECONDS, (self._last - begin) / SHARE)

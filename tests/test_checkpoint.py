@@ -116,7 +116,7 @@ def test_a_killed_fit_goes_on_to_the_same_bits(toy_file, undisturbed, tmp_path, 
     seen = {}
     model = fit(toy_file, noise=noise, progress=stages(seen), checkpoint=folder)
     # The checkpoint is written before a block is reported: the kill came right after.
-    assert "1,900 spectra are done, the fit goes on from there" in caplog.text
+    assert "1,900 spectra done; the fit goes on from there" in caplog.text
     assert "mean spectrum" not in seen
     assert seen["normal equations"][-1] == (ROWS, ROWS)
     assert seen["normal equations"][0] == (1900, ROWS)  # the stage begins where it stood

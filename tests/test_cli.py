@@ -220,7 +220,7 @@ def test_a_fit_that_was_stopped_goes_on(run, labelled_file, monkeypatch):
     result = run(*command, "--seed", "1", code=3)
     assert "the checkpoint is of another fit (options.seed was 0, is 1)" in result.stderr
     result = run(*command)
-    assert "so-far/first-pass.npz: 1,500 spectra are done, the fit goes on from there" in result.stderr
+    assert "so-far/first-pass.npz: 1,500 spectra done; the fit goes on from there" in result.stderr
     assert "1,500 spectra" in result.stdout
     assert sorted(os.listdir()) == ["model"]
     # Damaged, it is told and made anew.

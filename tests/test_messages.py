@@ -176,7 +176,7 @@ def messages_talk():
 def test_notes_are_said_and_details_are_not(command):
     result = CliRunner().invoke(command, [])
     assert result.stdout == "table.h5: 3 spectra\n"
-    assert result.stderr == "steps: 1 of 1 spectra (100 %)\nnote: something odd\n"
+    assert result.stderr == "steps: 1 of 1 spectrum (100 %)\nnote: something odd\n"
 
 
 def test_details_come_with_the_time_and_how_long_stages_took(command):

@@ -25,7 +25,7 @@ def test_a_coadd_of_any_number_of_rows(model, tmp_path, monkeypatch):
 
 
 def test_spectra_that_were_not_read_are_not_counted():
-    with pytest.raises(BenchmarkError, match="1 spectra read or predicted, 3 expected"):
+    with pytest.raises(BenchmarkError, match="1 spectrum read or predicted, 3 expected"):
         survey_files._timed(lambda: 1, 3)
 
 

@@ -32,6 +32,7 @@ from moefast.cli.options import (
 )
 from moefast.cli.swapped import swapped_told
 from moefast.core.progress import ProgressLine
+from moefast.core.text import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -358,17 +359,15 @@ def tell_model(facts: dict[str, Any], model: Model, out: str, *, quiet: bool, as
     check = facts["cross_validation"]
     say = partial(tell_result, quiet=quiet)
     say(
-        f"{out}: {model.manifest['recipe']}, {facts['rows']['used']:,} spectra, {facts['seconds']:.0f} s on "
+        f"{out}: {model.manifest['recipe']}, {counted(facts['rows']['used'], 'spectrum')}, {facts['seconds']:.0f} s on "
         f"{facts['backend']}"
     )
     unlabelled = facts["rows"].get("unlabelled", 0)
     if facts["rows"]["left_out"] > unlabelled:
-        say(
-            f"  {facts['rows']['left_out'] - unlabelled:,} spectra with fewer than half of their pixels good were left "
-            "out"
-        )
+        n_out = facts["rows"]["left_out"] - unlabelled
+        say(f"  left out: {counted(n_out, 'spectrum')} with fewer than half of the pixels good")
     if unlabelled:
-        say(f"  {unlabelled:,} spectra without labels were left out")
+        say(f"  left out: {counted(unlabelled, 'spectrum')} without labels")
     for note in model.manifest["training"]["notes"]:
         say(f"  note: {note}")
     say(f"  {facts['solver']}")

@@ -12,6 +12,7 @@ from moefast.cli.messages import tell_result
 from moefast.cli.options import JSON, OVERWRITE, talk
 from moefast.cli.swapped import swapped_told
 from moefast.core.progress import ProgressLine
+from moefast.core.text import counted
 
 __all__ = ["merge"]
 
@@ -69,7 +70,8 @@ def merge(parts: tuple[str, ...], out: str, hats: bool, overwrite: bool, quiet: 
     r2 = "" if merged.r2 is None else f", R² {merged.r2:.3f}"
     first, last = merged.rows
     tell_result(
-        f"{out}: {merged.n_rows:,} spectra of {merged.n_parts} parts, rows {first}:{last}{r2}", quiet=quiet
+        f"{out}: {counted(merged.n_rows, 'spectrum')} of {counted(merged.n_parts, 'part')}, rows {first}:{last}{r2}",
+        quiet=quiet,
     )
     for note in merged.notes:
         tell_result(f"  note: {note}", quiet=quiet)
@@ -89,9 +91,11 @@ def _catalogue(tables: list[Path], out: str, *, overwrite: bool, quiet: bool, as
         }  # fmt: skip
         click.echo(json.dumps(facts, indent=1))
         return
-    tell_result(f"{out}: {found.n_rows:,} stars in {found.n_files:,} files", quiet=quiet)
+    tell_result(f"{out}: {counted(found.n_rows, 'star')} in {counted(found.n_files, 'file')}", quiet=quiet)
     if found.n_without_position:
-        tell_result(f"  {found.n_without_position:,} stars without a position were left out", quiet=quiet)
+        tell_result(
+            f"  left out: {counted(found.n_without_position, 'star')} without a position", quiet=quiet
+        )
 
 
 def _finish_fit(parts: list[Path], out: str, *, overwrite: bool, quiet: bool, as_json: bool) -> None:

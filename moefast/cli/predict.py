@@ -39,6 +39,7 @@ from moefast.cli.swapped import swapped_told
 from moefast.core.atomic import refuse_taken
 from moefast.core.errors import InputError, OutputError
 from moefast.core.progress import FILES, ProgressLine
+from moefast.core.text import counted
 
 if TYPE_CHECKING:
     from moefast.predicting.summary import Summary
@@ -198,7 +199,7 @@ def _tell_summary(table: Path, summary: Summary, quiet: bool, as_json: bool) -> 
         click.echo(json.dumps(facts, indent=1))
         return
     say = partial(tell_result, quiet=quiet)
-    say(f"{table}: {summary.n_rows:,} spectra, array {summary.array}, model {summary.model}")
+    say(f"{table}: {counted(summary.n_rows, 'spectrum')}, array {summary.array}, model {summary.model}")
     rate = summary.spectra_per_second
     speed = f"{rate:,.0f} spectra/s" if rate >= 10 else f"{rate:.2g} spectra/s"
     nothing = summary.flags.get("NO_DATA", 0) == summary.n_rows
@@ -250,7 +251,8 @@ def _each(
         n_rows = sum(job.rows for job in jobs)
         words = ", ".join(f"{count:,} {state}" for state, count in counts.items() if count)
         tell_result(
-            f"{folder}: {len(jobs):,} inputs ({words}), {n_rows:,} spectra, model {chosen.name}", quiet=quiet
+            f"{folder}: {counted(len(jobs), 'input')} ({words}), {counted(n_rows, 'spectrum')}, model {chosen.name}",
+            quiet=quiet,
         )
     for job in jobs:
         if job.exit_code:
@@ -291,7 +293,8 @@ def _on_cluster(
     r2 = "no labels, so no R²" if merged.r2 is None else f"R² {merged.r2:.3f}"
     say = partial(tell_result, quiet=quiet)
     say(
-        f"{target}: {merged.n_rows:,} spectra, {merged.n_parts} shards by {workers} workers in {seconds:.0f} s, {r2}"
+        f"{target}: {counted(merged.n_rows, 'spectrum')}, {counted(merged.n_parts, 'shard')} by "
+        f"{counted(workers, 'worker')} in {seconds:.0f} s, {r2}"
     )
     for note in merged.notes:
         say(f"  note: {note}")

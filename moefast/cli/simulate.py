@@ -16,6 +16,7 @@ from moefast.cli.swapped import swapped_told
 from moefast.core.atomic import refuse_taken
 from moefast.core.errors import MoefastError
 from moefast.core.progress import ProgressLine
+from moefast.core.text import counted
 
 __all__ = ["simulate"]
 
@@ -203,7 +204,7 @@ def _reference_set(
         )  # fmt: skip
     frozen = FINGERPRINTS.get((name, part), "")
     as_frozen = " (as frozen)" if identity.fingerprint == frozen else ""
-    tell_result(f"{out}: {total[1] - total[0]:,} spectra, {name} {part}", quiet=quiet)
+    tell_result(f"{out}: {counted(total[1] - total[0], 'spectrum')}, {name} {part}", quiet=quiet)
     tell_result(f"  set fingerprint {identity.fingerprint}{as_frozen}", quiet=quiet)
     if frozen and not as_frozen:
         progress.note(f"  this is NOT the frozen {name} {part}, whose fingerprint is {frozen}")
@@ -248,7 +249,9 @@ def _free_set(
     shard = f", rows {first}:{last}" if first else ""
     arrays = "flux, error, noisy" if noisy else "flux, error"
     say = partial(tell_result, quiet=quiet)
-    say(f"{out}: {last - first:,} spectra, seed {seed}{shard}, {arrays}{', mask' if observed else ''}")
+    say(
+        f"{out}: {counted(last - first, 'spectrum')}, seed {seed}{shard}, {arrays}{', mask' if observed else ''}"
+    )
     if observed is not None:
         say(f"  {observed}")
         for note in observed.notes:
@@ -275,5 +278,6 @@ def _on_cluster(
         paths = simulate_on(client, out, rows, progress=progress.rows("simulate"), **job)
     progress.close()
     tell_result(
-        f"{out}: {rows[1] - rows[0]:,} spectra, rows {rows[0]}:{rows[1]}, in {len(paths)} files", quiet=quiet
+        f"{out}: {counted(rows[1] - rows[0], 'spectrum')}, rows {rows[0]}:{rows[1]}, in {counted(len(paths), 'file')}",
+        quiet=quiet,
     )

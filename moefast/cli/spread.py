@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from moefast.core.progress import ProgressLine
+from moefast.core.text import counted
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -22,7 +23,7 @@ def connected(scheduler: str, progress: ProgressLine) -> Iterator[tuple[Client, 
 
     with connect(scheduler) as client:
         workers = len(addresses_of(client))
-        progress.note(f"{workers} workers; dashboard {client.dashboard_link}")
+        progress.note(f"{counted(workers, 'worker')}; dashboard {client.dashboard_link}")
         yield client, workers
 
 

@@ -409,4 +409,5 @@ def _missing(headers: Sequence[tuple[Path, Header]]) -> str:
     missing = sorted(set(range(count)) - {shard[0] for shard in shards})
     names = ", ".join(f"{index}/{count}" for index in missing[:10])
     more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
-    return f": shards {names}{more}; fit them, then merge again"
+    what = f"shard {names}; fit it" if len(missing) == 1 else f"shards {names}{more}; fit them"
+    return f": {what}, then merge again"

@@ -113,7 +113,8 @@ def _check_complete(parts: list[_Part]) -> None:
         if missing:
             names = ", ".join(f"{index}/{count}" for index in missing[:10])
             more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
-            raise InputError(f"shards {names}{more} are missing; predict them, then merge again")
+            what = f"shard {names} is" if len(missing) == 1 else f"shards {names}{more} are"
+            raise InputError(f"{what} missing; predict what is missing, then merge again")
     for before, after in pairwise(parts):
         if after.rows[0] < before.rows[1]:
             raise InputError(

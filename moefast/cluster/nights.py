@@ -19,6 +19,7 @@ from typing import Any
 
 from moefast.core.atomic import write_atomically
 from moefast.core.errors import InputError, MoefastError
+from moefast.core.text import counted
 from moefast.core.version import __version__
 from moefast.model import Model
 from moefast.predicting.files import predict
@@ -246,7 +247,7 @@ def run(
             job.table.parent.mkdir(parents=True, exist_ok=True)
             summary = predict(job.source, model, job.table, overwrite=replace, record=record, **options)
             _tell(job, summary)
-            say(f"done {job.source}: {job.rows} rows, {job.table}")
+            say(f"done {job.source}: {counted(job.rows, 'row')}, {job.table}")
         except MoefastError as error:
             job.state, job.exit_code, job.message = "failed", error.exit_code, str(error)
             say(f"failed {job.source}: {error}")

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from moefast.core.text import counted
+
 __all__ = ["RANGES", "describe_implausible", "plausible"]
 
 RANGES = {
@@ -68,4 +70,4 @@ def describe_implausible(name: str, pieces: Iterable[ArrayLike]) -> str:
         what = "is not finite"
     rows = ", ".join(f"{i}" for i, _ in first)
     found = ", ".join(f"{value:g}" for _, value in first)
-    return f"{name} {what} in {n_bad} of {n} rows, the first of them {rows} ({found})"
+    return f"{name} {what} in {n_bad} of {counted(n, 'row')}, the first of them {rows} ({found})"

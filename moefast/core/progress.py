@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Literal
 
+from moefast.core.text import counted
+
 __all__ = [
     "FILES", "LOGGER", "SAMPLED", "SCREEN", "STEP_STAGES", "ProgressLine", "RowProgress", "StageProgress", "Whole",
     "row_progress", "stage_progress", "unit_of",
@@ -64,6 +66,7 @@ SAMPLED = ", sampled"
 
 FILES = "files"
 """Stage of a run that goes through files."""
+_ONE = {FILES: "file", "steps": "step", "spectra": "spectrum"}
 
 
 def unit_of(stage: str) -> str:
@@ -284,7 +287,7 @@ class ProgressLine:
         done, total, unit = self._done, self._total, unit_of(self._stage)
         text = self._stage
         if total:
-            text += f": {done:,} of {total:,} {unit}"
+            text += f": {done:,} of {counted(total, _ONE[unit], unit)}"
             if self._whole is None:
                 text += f" ({100 * done / total:.0f} %)"
         left = None

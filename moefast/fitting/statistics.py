@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefast.core.errors import InputError
+from moefast.core.text import counted
 from moefast.experts.device import DeviceEquations
 from moefast.experts.normal_equations import NormalEquations
 
@@ -49,8 +50,9 @@ def rows_of_part(n_rows: int, index: int, count: int) -> tuple[int, int]:
     units = n_units(n_rows)
     if count > units:
         raise InputError(
-            f"{n_rows:,} spectra in {count} parts: statistics are as large as {UNIT_ROWS:,} spectra; divide them "
-            f"into {units} parts at most"
+            f"{counted(n_rows, 'spectrum')} in {counted(count, 'part')}: statistics are as large as {UNIT_ROWS:,} "
+            "spectra; divide them "
+            f"into {counted(units, 'part')} at most"
         )
     edges = _edges(n_rows)
     return edges[index * units // count], edges[(index + 1) * units // count]

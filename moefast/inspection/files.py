@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefast.core.errors import InputError
+from moefast.core.text import counted
 from moefast.spectra.oddities import find_oddities
 from moefast.spectra.prepared import PreparedShard
 from moefast.spectra.quality import Flag, assess, good_pixels
@@ -216,7 +217,7 @@ def format_text(facts: Mapping[str, Any]) -> str:
     files, wave = facts["files"], facts["wave"]
     several = len(files) > 1
     lines = [
-        f"{facts['rows']:,} spectra in {_count(len(files), 'file')}, {wave['pixels']} pixels "
+        f"{counted(facts['rows'], 'spectrum')} in {counted(len(files), 'file')}, {wave['pixels']} pixels "
         f"{wave['first']:.3f}-{wave['last']:.3f} Å, mean step {wave['step']:.5f} Å"
     ]
     if facts["rows_examined"] != facts["rows"]:
@@ -253,10 +254,6 @@ def format_text(facts: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _count(n: int, what: str) -> str:
-    return f"{n:,} {what}{'' if n == 1 else 's'}"
-
-
 def _share(fraction: float) -> str:
     return "none" if fraction == 0 else "all" if fraction == 1 else f"{100 * fraction:.2g} %"
 
@@ -274,7 +271,7 @@ def _format_files(files: Sequence[Mapping[str, Any]]) -> list[str]:
             lines.append(f"    params cannot be read: {file['problem']}")
         lines += [f"    column {name} {why}" for name, why in file["unreadable_columns"].items()]
     if len(files) > len(shown):
-        lines.append(f"  … and {_count(len(files) - len(shown), 'more file')}")
+        lines.append(f"  … and {counted(len(files) - len(shown), 'more file')}")
     if alike:
         lines.append(f"  arrays           {kinds[0]}")
     return lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moefast.core.text import counted
 from moefast.pages.drawing import LIGHT, literal, styled, write
 
 # isort: split
@@ -67,7 +68,9 @@ def draw_files(spectra: SpectrumSet, path: str | Path, *, overwrite: bool = True
         _draw_histogram(figure.add_subplot(grid[-1, 0]), snr_norm, "snr_norm = ‖flux‖₂ / ‖error‖₂")
         _draw_histogram(figure.add_subplot(grid[-1, 1]), snr_median, "snr_median = median(flux / error)")
         files = f"{len(spectra.shards)} files" if len(spectra.shards) > 1 else spectra.shards[0].path.name
-        figure.suptitle(f"{literal(files)}: {spectra.n_rows} spectra, {spectra.n_pixels} pixels", fontsize=11)
+        figure.suptitle(
+            f"{literal(files)}: {counted(spectra.n_rows, 'spectrum')}, {spectra.n_pixels} pixels", fontsize=11
+        )
         write(figure, path, dpi=120, overwrite=overwrite)
     return path
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from moefast.core.errors import InputError
 from moefast.core.outputs import label_columns
-from moefast.core.text import percent, table
+from moefast.core.text import counted, percent, table
 from moefast.spectra.layouts.fits_file import FitsFile
 from moefast.spectra.quality import Flag
 from moefast.spectra.tables import GROUP, READERS, read_table
@@ -403,7 +403,9 @@ def format_text(run: RunSummary) -> str:
     """What is known of a run, for a terminal."""
     attributes = run.attributes
     inputs = attributes.get("inputs") or []
-    lines = [f"{run.path}: {run.n:,} predictions by {attributes.get('model', 'a model that is not named')}"]
+    lines = [
+        f"{run.path}: {counted(run.n, 'prediction')} by {attributes.get('model', 'a model that is not named')}"
+    ]
     if inputs:
         lines.append(
             f"  spectra          {inputs[0]}" + (f" and {len(inputs) - 1} more" if len(inputs) > 1 else "")

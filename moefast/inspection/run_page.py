@@ -31,7 +31,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 
 from moefast.core.atomic import write_atomically
-from moefast.core.text import percent
+from moefast.core.text import counted, percent
 from moefast.inspection.run import ERROR_STEPS, RunSummary, WorstStar
 from moefast.inspection.star import Star
 from moefast.inspection.star_picture import small_picture
@@ -153,7 +153,9 @@ def _tiles(run: RunSummary) -> list[dict[str, Any]]:
     tiles = [
         tile("Stars", f"{run.n:,}", "one row each", main=True),
         tile(
-            "Without a flag", percent(1 - run.n_flagged / max(run.n, 1)), f"{run.n - run.n_flagged:,} stars"
+            "Without a flag",
+            percent(1 - run.n_flagged / max(run.n, 1)),
+            counted(run.n - run.n_flagged, "star"),
         ),
     ]
     for name, label, digits, unit in (

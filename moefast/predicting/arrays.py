@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from moefast.core.errors import InputError, OddSpectraWarning
 from moefast.core.progress import RowProgress, row_progress
+from moefast.core.text import counted
 from moefast.core.threads import map_in_order, one_blas_thread
 from moefast.mixture import Prediction
 from moefast.model import Model, predict_with
@@ -261,7 +262,7 @@ def _velocities(velocity: Any, n: int) -> Velocities | None:
         values = values * velocity_factor(unit, "velocity")
     if values.shape not in {(), (n,)}:
         raise InputError(
-            f"velocity: one number, or one for each of {n} spectra, expected; found shape {values.shape}"
+            f"velocity: one number, or one for each of {counted(n, 'spectrum')}, expected; found shape {values.shape}"
         )
     if not np.all(np.abs(values) < FASTEST):
         odd = np.atleast_1d(values)[~(np.abs(np.atleast_1d(values)) < FASTEST)][0]

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from moefast.backend import Backend
+from moefast.core.text import counted
 from moefast.model import Model
 from moefast.posterior.velocities import VelocityFit
 from moefast.predicting.engines import Engine
@@ -28,7 +29,8 @@ def decisions_on_model(model: Model, engine: Engine, where: Backend) -> list[str
         f"model: {model.name}, SHA-256 {model.hash[:12]}…, {len(wave)} pixels from {wave[0]:.1f} to {wave[-1]:.1f} Å",
         f"backend: {where.name} ({where.device}): {where.reason}"
         + (f"; {engine.checked}" if engine.checked else ""),
-        f"blocks: {engine.block_rows:,} spectra at a time by each of {engine.workers} threads, {memory:,.0f} MiB of "
+        f"blocks: {counted(engine.block_rows, 'spectrum')} at a time by each of {counted(engine.workers, 'thread')}, "
+        f"{memory:,.0f} MiB of "
         "spectra in memory",
     ]
 
@@ -44,7 +46,8 @@ def decisions_on_input(source: Source, preparation: Preparation) -> list[str]:
     media = [preparation.medium_of(file) for file in files]
     moved = "" if preparation.medium == "auto" else ", as --wave-medium says"
     return [
-        f"input: {_files(n_files)}, rows {source.start:,}:{source.stop:,} of {source.spectra.n_rows:,}, of which "
+        f"input: {counted(n_files, 'file')}, rows {source.start:,}:{source.stop:,} of {source.spectra.n_rows:,}, of "
+        "which "
         f"{source.n_wanted:,} are predicted",
         f"layout: {_counted(_layouts(shards))}",
         f"array: {source.arrays}"
@@ -55,12 +58,12 @@ def decisions_on_input(source: Source, preparation: Preparation) -> list[str]:
         ),
         f"wavelengths: {_counted([*media, *['vacuum'] * as_they_are])}{moved}",
         (
-            f"resampling: spectra of {len(files):,} of {_files(n_files)} are put on the model's grid"
+            f"resampling: spectra of {len(files):,} of {counted(n_files, 'file')} are put on the model's grid"
             if files
             else "resampling: none, spectra are on the model's grid"
         ),
         (
-            f"telluric: pixels at {words_of_ranges()} Å count as bad in {n_masked:,} of {_files(n_files)}"
+            f"telluric: pixels at {words_of_ranges()} Å count as bad in {n_masked:,} of {counted(n_files, 'file')}"
             if n_masked
             else "telluric: no pixels are masked"
         )
@@ -97,8 +100,4 @@ def _counted(names: Iterable[str]) -> str:
     counts = Counter(names)
     if len(counts) == 1:
         return next(iter(counts))
-    return ", ".join(f"{name} ({_files(count)})" for name, count in counts.items())
-
-
-def _files(n: int) -> str:
-    return "1 file" if n == 1 else f"{n:,} files"
+    return ", ".join(f"{name} ({counted(count, 'file')})" for name, count in counts.items())

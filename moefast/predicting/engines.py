@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from moefast.backend import Backend, resolve_backend
 from moefast.core.errors import BackendError, ModelError
+from moefast.core.text import counted
 from moefast.core.threads import CORES
 from moefast.kernels import PROJECT_ROWS, without_cuda
 from moefast.mixture import Prediction
@@ -297,7 +298,9 @@ class OnnxEngine:
             # ONNX Runtime has no type of its own for memory that is short.
             half = len(flux) // 2
             if half < LEAST_ROWS or "allocate" not in str(problem):
-                raise BackendError(f"ONNX Runtime cannot score {len(flux)} spectra: {problem}") from problem
+                raise BackendError(
+                    f"ONNX Runtime cannot score {counted(len(flux), 'spectrum')}: {problem}"
+                ) from problem
             return joined([self._run(flux[:half], error[:half]), self._run(flux[half:], error[half:])])
         return Prediction(**dict(zip(self._names, found, strict=True)))
 

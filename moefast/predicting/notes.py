@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefast.core.outputs import HEADLINE
+from moefast.core.text import counted
 from moefast.model import Model, shipped_path
 from moefast.posterior.mixture import PosteriorMixture
 from moefast.posterior.velocities import KNOWN, VelocityFit
@@ -135,13 +136,16 @@ def notes_on_predictions(counts: Counts, summary: Summary, model: Model) -> list
     notes = []
     lost = summary.flags.get(str(Flag.NO_DATA.name), 0)
     if lost:
-        counted = "; each counts as the label mean in R²" if summary.r2 is not None else ""
-        notes.append(f"{lost} of {summary.n_rows} spectra have no good pixel and got no prediction{counted}")
+        mean = "; each counts as the label mean in R²" if summary.r2 is not None else ""
+        notes.append(
+            f"{lost:,} of {counted(summary.n_rows, 'spectrum')} without a good pixel got no prediction{mean}"
+        )
     chi2, snr = (np.concatenate(values) if values else np.empty(0) for values in (counts.chi2, counts.snr))
     chi2, snr = chi2[np.isfinite(chi2)], snr[np.isfinite(chi2)]
     if summary.n_rows and counts.unlike > summary.n_rows / 2:
         notes.append(
-            f"{counts.unlike} of {summary.n_rows} spectra are flagged UNLIKE_TRAINING: check that flux is "
+            f"{counts.unlike:,} of {counted(summary.n_rows, 'spectrum')} {'is' if counts.unlike == 1 else 'are'} "
+            "flagged UNLIKE_TRAINING: check that flux is "
             + ("" if isinstance(model.mixture, PosteriorMixture) else "normalised to a median near 1 and ")
             + "in the units of its error, or fit a model on spectra like these"
         )

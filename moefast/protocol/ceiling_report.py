@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
-from moefast.core.text import bracket, number, percent, table
+from moefast.core.text import bracket, counted, number, percent, table
 from moefast.protocol.drawings import PUBLISHED_RIDGE_OCTILES, PUBLISHED_VIT_OCTILES
 
 __all__ = ["figure", "format_text"]
@@ -52,7 +52,7 @@ def format_text(summary: Mapping[str, Any]) -> str:
         Without a final newline.
     """
     data, fisher, bayes = summary["data_set"], summary["fisher"], summary["bayes"]
-    stars = f"{data['n']:,} stars"
+    stars = counted(data["n"], "star")
     if data["n"] < data["n_rows"]:
         stars = f"first {data['n']:,} of {data['n_rows']:,} stars"
     lines = [f"Ceilings of log g on {data['name']}: {stars}", f"file fingerprint {data['fingerprint']}", ""]
@@ -149,7 +149,7 @@ def figure(summary: Mapping[str, Any], path: str | os.PathLike[str], *, overwrit
         if summary["bayes"]:
             _ranks(axes[-1], summary["bayes"])
         data = summary["data_set"]
-        canvas.suptitle(f"Ceilings of log g on {literal(data['name'])} ({data['n']:,} stars)")
+        canvas.suptitle(f"Ceilings of log g on {literal(data['name'])} ({counted(data['n'], 'star')})")
         write(canvas, path, dpi=110, overwrite=overwrite)
 
 

@@ -21,7 +21,7 @@ from moefast.core import metrics
 from moefast.core.errors import InputError
 from moefast.core.groups import Group, groups_of
 from moefast.core.records import as_entries, check_seal, read_entries
-from moefast.core.text import bracket, number, table
+from moefast.core.text import bracket, counted, number, table
 from moefast.protocol.report import SCHEMA_VERSION as REPORT_SCHEMA
 from moefast.protocol.report_parts import Report
 from moefast.spectra.tables import read_table
@@ -118,7 +118,8 @@ def _check_same(first: Kept, other: Kept) -> None:
         if not np.array_equal(first.stars[column], other.stars[column]):
             differs = np.flatnonzero(first.stars[column] != other.stars[column])
             raise InputError(
-                f"{first.path} and {other.path}: {column} differs in {differs.size} rows, first in row {differs[0]}; "
+                f"{first.path} and {other.path}: {column} differs in {counted(differs.size, 'row')}, first in row "
+                f"{differs[0]}; "
                 "compare evaluations of the same stars"
             )
     for column in ("snr_norm", "snr_median"):
@@ -247,7 +248,10 @@ def format_text(comparison: dict[str, Any]) -> str:
     """
     data, evaluations = comparison["data_set"], comparison["evaluations"]
     level = 100 * comparison["protocol"]["level"]
-    lines = [f"log g on {data['name']}: {data['n']} stars, file fingerprint {data['fingerprint']}", ""]
+    lines = [
+        f"log g on {data['name']}: {counted(data['n'], 'star')}, file fingerprint {data['fingerprint']}",
+        "",
+    ]
     rows = [
         (
             chr(ord("A") + i) if i < 26 else str(i + 1),
@@ -281,7 +285,7 @@ def format_text(comparison: dict[str, Any]) -> str:
         called = sum(entry["verdict"] != "no difference" for entry in tested)
         lines += [
             "",
-            f"  {called} of {len(tested)} groups are called different; about "
+            f"  {called} of {counted(len(tested), 'group')} {'is' if called == 1 else 'are'} called different; about "
             f"{(1 - comparison['protocol']['level']) * len(tested):.1f} would be by chance if there were no difference",
         ]
     lines += [

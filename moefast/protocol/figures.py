@@ -20,6 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from moefast.core.text import counted
 from moefast.pages.drawing import LEFT, LIGHT, PAGE, Palette, embedded, single, styled, write
 from moefast.protocol.captions import (
     as_text,
@@ -158,7 +159,7 @@ def overview(report: Report, path: str | os.PathLike[str]) -> None:
         canvas.suptitle(
             literal(f"{name} on {data.name}")
             + f": R² {as_text(overall.r2)}{in_brackets(overall.r2_interval)}, "
-            f"{data.n:,} stars, file fingerprint {fingerprint}"
+            f"{counted(data.n, 'star')}, file fingerprint {fingerprint}"
         )
         write(canvas, path, dpi=110)
 
@@ -213,7 +214,7 @@ def compared(reports: Mapping[str, Report], path: str | os.PathLike[str], *, ove
         r2_axis(left, lowest)
         left.legend(loc="lower right", frameon=False)
         data = next(iter(reports.values())).data_set
-        canvas.suptitle(f"{literal(data.name)}, {data.n:,} stars", fontsize=10.5)
+        canvas.suptitle(f"{literal(data.name)}, {counted(data.n, 'star')}", fontsize=10.5)
         write(canvas, path, overwrite=overwrite)
 
 

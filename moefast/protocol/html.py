@@ -23,7 +23,9 @@ from moefast.protocol.report_text import (
     EFFICIENCIES,
     efficiency_words,
     group_efficiency,
+    in_no_group,
     norm_label,
+    not_finite,
     octile_label,
     posterior_means_words,
     snr_oracle_words,
@@ -193,8 +195,7 @@ def _notes(report: Report) -> list[str]:
         )
     if overall.n_nan:
         notes.append(
-            f"{overall.n_nan:,} of {overall.n:,} predictions are not finite: each counts as the mean label, in "
-            "every number here."
+            f"{not_finite(overall.n_nan, overall.n)}: each counts as the mean label, in every number here."
         )
     if report.data_set.noise == "none":
         notes.append(
@@ -213,7 +214,7 @@ def _notes(report: Report) -> list[str]:
         ("snr_median", report.snr_median.n_unassigned),
     ):
         if n:
-            notes.append(f"{n:,} stars have no finite {name} and are in no group of it.")
+            notes.append(f"{in_no_group(n, name)}.")
     return notes
 
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from moefast.core.errors import InputError
 from moefast.core.outputs import kept_columns
+from moefast.core.text import counted
 from moefast.spectra.layouts.fits_file import FitsFile
 from moefast.spectra.spectrum_set import SpectrumSet
 from moefast.spectra.tables import READERS, Column, open_table, read_table
@@ -141,7 +142,8 @@ def _refuse_marks(path: Path, name: str, values: NDArray) -> None:
     if len(wrong):
         raise InputError(
             f"{path}: column {name} holds {values[wrong[0]]:g} as number {wrong[0]} of the column (from 0), and "
-            f"{len(wrong)} of {len(values)} numbers outside {low:g} to {high:g}, which no {name} is; give a row "
+            f"{len(wrong)} of {counted(len(values), 'number')} outside {low:g} to {high:g}, which no {name} is; give "
+            "a row "
             "without a prediction as NaN: it counts as the mean label"
         )
 
@@ -288,7 +290,7 @@ def _order(path: Path, found: Mapping[str, NDArray], spectra: SpectrumSet) -> ND
         wrong.append(f"rows that the test set has not: {_named(given)}")
     if wrong:
         raise InputError(
-            f"{path}: one prediction for each of the {n} rows of the test set expected; {'; '.join(wrong)}. "
+            f"{path}: one prediction for each of the {counted(n, 'row')} of the test set expected; {'; '.join(wrong)}. "
             "Give a row without a prediction as NaN: it counts as the mean label"
         )
     order = np.empty(n, np.int64)

@@ -29,7 +29,9 @@ __all__ = [
     "efficiency_words",
     "format_text",
     "group_efficiency",
+    "in_no_group",
     "norm_label",
+    "not_finite",
     "octile_label",
     "posterior_means_words",
     "snr_oracle_words",
@@ -104,7 +106,7 @@ def _headline(report: Report, throughput: Mapping[str, Any]) -> list[str]:
         *(f"  {name:<{widths[0]}}  {words}" for name, words in _remarks(report, throughput)),
     ]
     if report.overall.n_nan:
-        lines.append(f"  {report.overall.n_nan} predictions are not finite: each counts as the mean label")
+        lines.append(f"  {not_finite(report.overall.n_nan)}: each counts as the mean label")
     lines.append(
         f"  (brackets: {level} bootstrap intervals over stars, {report.protocol.n_resamples} resamples)"
     )
@@ -144,7 +146,7 @@ def _scores(report: Report) -> list[tuple[str, str, str, str]]:
             "R², covered only",
             number(covered.r2, 4),
             bracket(covered.r2_interval, 4),
-            f"{covered.n} stars on the grid",
+            f"{counted(covered.n, 'star')} on the grid",
         ),
     ]
     rho = report.rho
@@ -267,8 +269,22 @@ def _groups(report: Report) -> list[str]:
         ("snr_median", report.snr_median.n_unassigned),
     ):
         if n:
-            lines.append(f"  {n} stars have no finite {name} and are in no group of it")
+            lines.append(f"  {in_no_group(n, name)}")
     return lines
+
+
+def not_finite(n: int, of: int | None = None) -> str:
+    """How many predictions are not finite, if need be of how many."""
+    what = counted(n, "prediction") if of is None else f"{n:,} of {counted(of, 'prediction')}"
+    return f"{what} {'is' if n == 1 else 'are'} not finite"
+
+
+def in_no_group(n: int, name: str) -> str:
+    """How many stars are in no group of a quantity."""
+    return (
+        f"{counted(n, 'star')} {'has' if n == 1 else 'have'} no finite {name} and {'is' if n == 1 else 'are'} in no "
+        "group of it"
+    )
 
 
 def group_efficiency(group: GroupScores, ceiling: str = BAYES) -> str:
@@ -282,7 +298,8 @@ def group_efficiency(group: GroupScores, ceiling: str = BAYES) -> str:
 def worst_metal_poor_words(worst: WorstMetalPoor) -> str:
     """What was made of the metal-poor bin in which linear experts of one noise draw do worst."""
     return (
-        f"{worst.name} ({worst.n:,} stars), R² {number(worst.r2_sampled)} by the ridge of that bin fitted to one noise "
+        f"{worst.name} ({counted(worst.n, 'star')}), R² {number(worst.r2_sampled)} by the ridge of that bin fitted to "
+        "one noise "
         f"draw, {number(worst.r2_oracle)} by the expert of that bin ({number(worst.gain, 3, True)} "
         f"{bracket(worst.gain_interval, 3, True)}), {number(worst.r2)} by this model, which does not know the bin"
     )

@@ -32,6 +32,7 @@ from scipy.special import ndtri
 
 from moefast.core.errors import InputError, WaveGridError
 from moefast.core.random import NOISE_STREAM, add_noise, uniforms_of_rows
+from moefast.core.text import counted
 from moefast.spectra.grids import measured_grid
 from moefast.spectra.opening import open_prepared
 from moefast.spectra.prepared import Preparation
@@ -161,13 +162,14 @@ class Observed:
         usable = (snr >= LEAST_SNR) & ((~lost).mean(1) >= LEAST_GOOD) & ~sky
         if not usable.any():
             raise InputError(
-                f"{spectra.shards[0].path}: none of {len(usable)} rows looked at is a star with a median "
+                f"{spectra.shards[0].path}: none of {counted(len(usable), 'row')} looked at is a star with a median "
                 f"signal-to-noise ratio of at least {LEAST_SNR:g} and {LEAST_GOOD:.0%} of its pixels good between "
                 f"{spectrograph.wave[0]:.0f} and {spectrograph.wave[-1]:.0f} Å; name files with stars"
             )
         if not usable.all():
             notes.append(
-                f"{np.count_nonzero(~usable)} of {len(usable)} rows looked at are left out: sky, or no star to be seen"
+                f"left out: {np.count_nonzero(~usable)} of {counted(len(usable), 'row')} looked at: sky, or no star "
+                "to be seen"
             )
         names = ", ".join(dict.fromkeys(shard.path.name for shard in spectra.shards[:3]))
         names += ", …" if len(spectra.shards) > 3 else ""
@@ -184,7 +186,8 @@ class Observed:
         low, middle, high = np.quantile(self.snr, [0, 0.5, 1])
         return (
             f"like {self.name}: {len(self.wave)} pixels, {self.wave[0]:.1f} to {self.wave[-1]:.1f} Å, "
-            f"{self.lost.mean():.0%} of them lost, {len(self.snr)} rows, SNR {low:.1f} to {high:.1f} (median "
+            f"{self.lost.mean():.0%} of them lost, {counted(len(self.snr), 'row')}, SNR {low:.1f} to {high:.1f} "
+            "(median "
             f"{middle:.1f})"
         )
 

@@ -17,6 +17,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from moefast.core.text import counted
 from moefast.spectra.quality import LARGEST_ERROR
 from moefast.spectra.sampling import SampledRows
 from moefast.spectra.units import LIGHT_SPEED
@@ -218,7 +219,8 @@ def _dead(sample: SampledRows, usable: NDArray[np.bool_]) -> list[Oddity]:
     return [
         Oddity(
             "dead",
-            f"{dead.size} of {len(sample.rows)} spectra looked at have the same flux in every pixel ({_named(dead)}): "
+            f"{dead.size} of {counted(len(sample.rows), 'spectrum')} looked at {'has' if dead.size == 1 else 'have'} "
+            f"the same flux in every pixel ({_named(dead)}): "
             "dead fibres? Their log g means nothing; leave them out (--select)",
         )
     ]
@@ -238,7 +240,8 @@ def _twins(sample: SampledRows, usable: NDArray[np.bool_]) -> list[Oddity]:
     return [
         Oddity(
             "identical",
-            f"{len(twins)} of {len(sample.rows)} spectra looked at have the flux of another, to the last bit (row "
+            f"{len(twins)} of {counted(len(sample.rows), 'spectrum')} looked at "
+            f"{'has' if len(twins) == 1 else 'have'} the flux of another, to the last bit (row "
             f"{sample.rows[b]} that of row {sample.rows[a]}): was one written several times?",
         )
     ]
@@ -253,7 +256,8 @@ def _one_error(sample: SampledRows, alive: NDArray[np.bool_]) -> list[Oddity]:
     return [
         Oddity(
             "one error",
-            f"in {n} of {int(alive.sum())} spectra looked at the error is one value in all pixels, which the noise of "
+            f"in {n} of {counted(int(alive.sum()), 'spectrum')} looked at the error is one value in all pixels, which "
+            "the noise of "
             "sky and detector never is: give the errors of the reduction",
         )
     ]

@@ -12,6 +12,7 @@ import numpy as np
 
 from moefast.core.errors import InputError, LabelError, WaveGridError
 from moefast.core.labels import describe_implausible, plausible
+from moefast.core.text import counted
 from moefast.spectra.blocks import BlockMemory, Memory, ParamsReader, read_ahead
 from moefast.spectra.paths import find_files
 from moefast.spectra.shard import Shard
@@ -59,7 +60,10 @@ class SpectrumSet:
         return self.n_rows
 
     def __repr__(self) -> str:
-        return f"SpectrumSet({self.n_rows} spectra in {len(self.shards)} files, {describe_wave(self.wave)})"
+        return (
+            f"SpectrumSet({counted(self.n_rows, 'spectrum')} in {counted(len(self.shards), 'file')}, "
+            f"{describe_wave(self.wave)})"
+        )
 
     def close(self) -> None:
         """Release file handles and caches; the set stays usable."""

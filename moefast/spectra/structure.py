@@ -23,6 +23,7 @@ import h5py
 import numpy as np
 
 from moefast.core.errors import InputError
+from moefast.core.text import counted
 from moefast.core.watched import interrupt_behind
 from moefast.spectra.endless_texts import refuse_damaged_texts
 from moefast.spectra.hdf5 import ARRAYS, contents_of, open_hdf5
@@ -270,7 +271,7 @@ def _find_columns(file: h5py.File, path: Path, n_rows: int) -> dict[str, ParamCo
     for column in columns.values():
         if not column.problem and column.n_rows != n_rows:
             raise InputError(
-                f"{path}: {column.dataset} has {column.n_rows} rows, but there are {n_rows} spectra"
+                f"{path}: {column.dataset} has {counted(column.n_rows, 'row')} for {counted(n_rows, 'spectrum')}"
             )
     return columns
 

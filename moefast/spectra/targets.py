@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from moefast.core.errors import InputError
 from moefast.core.regular import refuse_special
+from moefast.core.text import counted
 from moefast.spectra.layouts.fits_file import FitsFile
 from moefast.spectra.spectrum_set import SpectrumSet
 from moefast.spectra.velocities import (
@@ -121,6 +122,7 @@ def _some(
     if missing and notes is not None:
         first = ", ".join(f"{name} {value}" for name, value in zip(keys, min(missing, key=str), strict=True))
         notes.append(
-            f"{where}: {len(missing):,} of {n_targets:,} targets are not among the spectra, such as {first}"
+            f"{where}: {len(missing):,} of {counted(n_targets, 'target')} {'is' if len(missing) == 1 else 'are'} not "
+            f"among the spectra, such as {first}"
         )
     return rows

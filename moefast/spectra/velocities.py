@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from moefast.core.errors import InputError
 from moefast.core.regular import refuse_special
+from moefast.core.text import counted
 from moefast.spectra.layouts.fits_file import FitsFile
 from moefast.spectra.opening import Origins
 from moefast.spectra.paths import find_files
@@ -202,7 +203,8 @@ def _refuse_missing(
     if told is not None and np.isfinite(told[missing[0]]):
         words += f" ({told[missing[0]]:g} km/s, which no star has: a mark, or another unit?)"
     raise InputError(
-        f"{where}: no velocity for {len(missing)} of {int(needed.sum())} spectra, the first of them row {int(row[0])} "
+        f"{where}: no velocity for {len(missing)} of {counted(int(needed.sum()), 'spectrum')}, the first of them row "
+        f"{int(row[0])} "
         f"of {origins.paths[int(file[0])]}{words}; complete the table, or leave such spectra out with --select"
     )
 
@@ -216,7 +218,8 @@ def _joined(table: VelocityTable, spectra: SpectrumSet, needed: NDArray[np.bool_
         twice = next(key for key in theirs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         words = ", ".join(f"{name} {value}" for name, value in zip(keys, twice, strict=True))
         raise InputError(
-            f"{table.where}: {words} occurs more than once ({len(theirs)} rows, {len(places)} different identifiers); "
+            f"{table.where}: {words} occurs more than once ({counted(len(theirs), 'row')}, "
+            f"{counted(len(places), 'different identifier')}); "
             "keep one velocity of each star"
         )
     at = np.array([places.get(key, -1) for key in ours], np.int64)
@@ -230,7 +233,8 @@ def _joined(table: VelocityTable, spectra: SpectrumSet, needed: NDArray[np.bool_
         n_fast = int(np.count_nonzero(needed & (np.abs(velocity) >= FASTEST)))
     if n_fast:
         notes.append(
-            f"{table.where}: {n_fast} of {int(needed.sum())} spectra recede by {FASTEST:g} km/s and more: galaxies or "
+            f"{table.where}: {n_fast} of {counted(int(needed.sum()), 'spectrum')} "
+            f"{'recedes' if n_fast == 1 else 'recede'} by {FASTEST:g} km/s and more: galaxies or "
             "quasars, whose log g means nothing"
         )
     return Velocities(np.where(np.isfinite(velocity), velocity, 0.0), error, source, notes)
@@ -429,7 +433,10 @@ def _of_fits(file: FitsFile) -> VelocityTable:
 
 def _warned(where: str, told: dict[str, NDArray], column: str) -> list[str]:
     count = int(np.count_nonzero(told[column])) if column in told else 0
-    return [f"{where}: {count} of {len(told[column])} velocities carry a warning ({column})"] if count else []
+    if not count:
+        return []
+    of = counted(len(told[column]), "velocity", "velocities")
+    return [f"{where}: {count} of {of} {'carries' if count == 1 else 'carry'} a warning ({column})"]
 
 
 def _of_columns(where: str, told: dict[str, NDArray], units: Mapping[str, str]) -> VelocityTable:

@@ -14,6 +14,7 @@ import numpy as np
 
 from moefast.core.atomic import partial_path, publish, remove_quietly
 from moefast.core.errors import OutputError
+from moefast.core.text import counted
 from moefast.core.watched import WatchedFile, uninterrupted
 from moefast.spectra.hdf5 import ARRAYS
 from moefast.spectra.params import create_params_table
@@ -214,7 +215,9 @@ class SpectrumWriter:
         missing = np.flatnonzero(~self._written)
         if len(missing):
             self.abort()
-            raise OutputError(f"{self.path}: {len(missing)} rows were not written, the first is {missing[0]}")
+            raise OutputError(
+                f"{self.path}: {counted(len(missing), 'row')} not written, the first is {missing[0]}"
+            )
         try:
             try:
                 with uninterrupted():

@@ -109,9 +109,9 @@ def test_what_does_not_belong_together_is_named(source, train_file, tmp_path):
         with pytest.raises(InputError, match=match):
             fit_of_parts(parts)
 
-    refused([a, c], r"rows 320:640 are missing between .*part-0\.npz and .*part-2\.npz: shards 1/3; fit them")
-    refused([a, b], r"rows 640:960 are missing after .*part-1\.npz: shards 2/3")
-    refused([b, c], r"rows 0:320 are missing before .*part-1\.npz: shards 0/3")
+    refused([a, c], r"rows 320:640 are missing between .*part-0\.npz and .*part-2\.npz: shard 1/3; fit it")
+    refused([a, b], r"rows 640:960 are missing after .*part-1\.npz: shard 2/3")
+    refused([b, c], r"rows 0:320 are missing before .*part-1\.npz: shard 0/3")
     refused([a, b, b, c], r"part-1\.npz: rows 320:640 are in .*part-1\.npz already")
     for arguments, match in (
         ({"seed": 3}, r"is of other options than .* seed 3, expected 0"),

@@ -93,7 +93,7 @@ def test_ranges_of_rows_are_parts_too(source, model, reference, tmp_path):
 
 def test_missing_and_doubled_parts_are_named(parts, tmp_path):
     out = tmp_path / "m.h5"
-    with pytest.raises(InputError, match="shards 1/3 are missing"):
+    with pytest.raises(InputError, match="shard 1/3 is missing"):
         merge_tables([parts[0], parts[2]], out)
     with pytest.raises(InputError, match=r"part-1\.parquet: rows 40:80 are in .*part-1\.parquet already"):
         merge_tables([*parts, parts[1]], out)

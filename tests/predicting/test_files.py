@@ -911,7 +911,7 @@ def test_a_gpu_that_refuses_the_first_block_is_a_reason_for_the_cpu(monkeypatch)
     engine, where = open_engine(mixture, "auto")
     assert isinstance(engine, CpuEngine)
     assert where.name == "cpu"
-    assert "NVIDIA T0 was found but cannot be used: ONNX Runtime cannot score 1 spectra" in where.reason
+    assert "NVIDIA T0 was found but cannot be used: ONNX Runtime cannot score 1 spectrum" in where.reason
     with pytest.raises(BackendError, match="CUBLAS_STATUS_ALLOC_FAILED"):
         open_engine(mixture, "cuda")
 

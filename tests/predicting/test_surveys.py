@@ -128,10 +128,10 @@ def test_targets_on_a_list_are_those_of_the_whole(kind, coadd, model, tmp_path):
     found = predict(coadd, model, targets=given, select="targetType == 1" if kind == "several" else None)
     same_rows(found.columns, whole, slice(None), other_rows=rows)
     said = {
-        "commas": "1 of 3 targets are not among the spectra, such as objId 99",
-        "csv": "1 of 3 targets are not among the spectra, such as catId 7, objId 1003",
+        "commas": "1 of 3 targets is not among the spectra, such as objId 99",
+        "csv": "1 of 3 targets is not among the spectra, such as catId 7, objId 1003",
     }
-    told = [note for note in found.notes if "targets are not among" in note]
+    told = [note for note in found.notes if "targets is not among" in note]
     assert len(told) == (kind in ("commas", "csv", "fits"))
     assert said.get(kind, "") in "".join(told)
 

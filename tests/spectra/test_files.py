@@ -352,7 +352,7 @@ def test_params_must_have_a_row_per_spectrum(make_file):
         table = file["dataset/params"][:5]
         del file["dataset/params"]
         file["dataset/params"] = table
-    with pytest.raises(InputError, match="has 5 rows, but there are 11 spectra"):
+    with pytest.raises(InputError, match="has 5 rows for 11 spectra"):
         open_spectra(path)
 
 

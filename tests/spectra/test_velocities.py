@@ -108,7 +108,7 @@ def test_desi_tables(table, tmp_path):
     found = find_velocities(file, spectra)
     np.testing.assert_allclose(found.velocity, [-30, 7, -30, 100])
     np.testing.assert_allclose(found.error, np.full(4, 3.0))
-    assert f"1 of 3 velocities carry a warning ({names[3]})" in found.notes[0]
+    assert f"1 of 3 velocities carries a warning ({names[3]})" in found.notes[0]
     assert len(found.notes) == 1
     columns[1] = fits.Column(names[1], "D", array=np.array([100.0, 30000, 7]) / scale)
     galaxy = tmp_path / "galaxy.fits"

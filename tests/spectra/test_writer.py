@@ -98,7 +98,7 @@ def test_all_rows_must_be_written_once(tmp_path):
     file.write(2, **rows(3))
     with pytest.raises(OutputError, match="rows 4 to 5 have been written before"):
         file.write(4, **rows(2))
-    with pytest.raises(OutputError, match="7 rows were not written, the first is 0"):
+    with pytest.raises(OutputError, match="7 rows not written, the first is 0"):
         file.close()
     assert not list(tmp_path.iterdir())
 

@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 from moefast.core.random import NOISE_SEED
+from moefast.core.text import counted
 from moefast.protocol.milestones.evaluations import NotRunError, ReadEvaluation, Section, deviation
 from moefast.protocol.milestones.marks import ALL_MILESTONES
 from moefast.protocol.milestones.quantities import TEST_PART
@@ -81,7 +82,9 @@ def _section(reports: Sequence[ReadEvaluation], milestones: Sequence[Milestone])
     section = Section(tuple(reports), scored, name, part)
     notes = []
     if len(scored) < len(reports):
-        notes.append(f"{len(reports) - len(scored)} evaluations with another draw of noise count for C0 only")
+        n_other = len(reports) - len(scored)
+        count = "counts" if n_other == 1 else "count"
+        notes.append(f"{counted(n_other, 'evaluation')} with another draw of noise {count} for C0 only")
     for recipe, n in Counter(one.recipe for one in scored).items():
         if n > 1:
             notes.append(f"of {n} evaluations of {recipe} the weakest counts, in each check")

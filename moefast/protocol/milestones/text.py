@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from moefast.core.text import bracket, number, table
+from moefast.core.text import bracket, counted, number, table
 from moefast.protocol.milestones.verdicts import CheckResult, JudgedSet, Judgement, MilestoneResult, OwnNumber
 
 __all__ = ["format_checks", "format_section", "format_text"]
@@ -73,7 +73,7 @@ def _head(section: JudgedSet) -> list[str]:
         return ["Milestones: no evaluation was given, so none was run"]
     level = "" if data.noise_level is None else f", noise level {data.noise_level:g}"
     name = f"{data.reference_set} {data.part}" if data.reference_set else data.name
-    return [f"Milestones on {name}: {data.n:,} stars{level}", f"file fingerprint {data.fingerprint}"]
+    return [f"Milestones on {name}: {counted(data.n, 'star')}{level}", f"file fingerprint {data.fingerprint}"]
 
 
 def _summary(rows: Sequence[MilestoneResult]) -> list[str]:

@@ -26,6 +26,7 @@ import numpy as np
 
 from moefast.core.atomic import partial_path, publish, remove_quietly
 from moefast.core.errors import OutputError
+from moefast.core.text import counted
 from moefast.spectra.tables.column import Column
 
 __all__ = ["TableWriter"]
@@ -130,7 +131,7 @@ class TableWriter:
         """
         try:
             if self._done != self.n_rows:
-                raise OutputError(f"{self.path}: {self._done} of {self.n_rows} rows were written")
+                raise OutputError(f"{self.path}: {self._done} of {counted(self.n_rows, 'row')} written")
             try:
                 self._end()
             except OSError as error:
