@@ -446,7 +446,7 @@ def test_spectra_without_data_have_no_r2(run, few, model_folder):
     with h5py.File(few, "r+") as file:
         file["dataset/arrays/error/value"][:] = np.nan
     found = run("predict", few, "-m", model_folder)
-    assert "40 of 40 spectra have no good pixel" in found.stdout
+    assert "40 of 40 spectra without a good pixel got no prediction" in found.stdout
     assert "R² 0" not in found.stdout
 
 

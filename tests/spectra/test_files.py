@@ -946,7 +946,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
         peaks[n] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert rows == n
-        assert f"in 1 of {n} rows, the first of them {n - 1} (-9999)" in notes[0]
+        assert f"in 1 of {n:,} rows, the first of them {n - 1} (-9999)" in notes[0]
         assert "row 0 has" in notes[1]
         spectra.close()
     # One byte a row says which numbers have been met.
