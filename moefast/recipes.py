@@ -365,9 +365,10 @@ def _noise_added_twice(spectra: SpectrumSet, options: Options, recipe: str) -> l
         n_others = len(spectra.shards) - 1
         others = f" and {counted(n_others, 'other file')}" if n_others else ""
         raise InputError(
-            f"{spectra.shards[0].path}{others}: recipe {recipe} needs clean training spectra; found that the dataset "
-            "flux scatters as its errors say, so it is noisy already; expected flux without noise. Give the flux that "
-            "the noise was added to, or fit the spectra with --recipe phys-moe --noise observed"
+            f"{spectra.shards[0].path}{others}: recipe {recipe} (families {', '.join(options.all_families)}) needs "
+            "clean training spectra; found that the dataset flux scatters as its errors say, so it is noisy already; "
+            "expected flux without noise. Give the flux that the noise was added to, or fit linear experts, with "
+            "--recipe phys-moe --noise observed"
         )
     return [each.words for each in odd]
 
