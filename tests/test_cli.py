@@ -611,6 +611,13 @@ def test_8_outputs(run, few, model_folder):
     assert os.listdir() == []
 
 
+def test_a_table_of_a_file_with_a_long_name_has_a_name_of_its_own(run, few, model_folder):
+    long = "n" * 250 + ".h5"
+    shutil.copy(few, long)
+    assert "spectra.log_g.h5" in run("predict", long, "-m", model_folder, "--limit", 3).stdout
+    assert sorted(os.listdir()) == [long, "spectra.log_g.h5"]
+
+
 def test_130_interrupted(run, few, model_folder, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt

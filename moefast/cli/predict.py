@@ -36,7 +36,7 @@ from moefast.cli.options import (
 )
 from moefast.cli.spread import connected
 from moefast.cli.swapped import swapped_told
-from moefast.core.atomic import refuse_taken
+from moefast.core.atomic import LONGEST_NAME, refuse_taken
 from moefast.core.errors import InputError, OutputError
 from moefast.core.progress import FILES, ProgressLine
 from moefast.core.text import counted
@@ -161,8 +161,10 @@ def predict(
     part = f".{shard[0]}-of-{shard[1]}" if shard else ""
     # A pattern has no name to take over; a file may be called like one.
     is_pattern = glob.has_magic(files[0]) and not os.path.lexists(files[0])
-    stem = "spectra" if is_pattern else Path(os.path.abspath(files[0])).stem
-    target = Path(out) if out else Path(f"{stem}.log_g{part}.h5")
+    stem, ending = Path(os.path.abspath(files[0])).stem, f".log_g{part}.h5"
+    if is_pattern or len(os.fsencode(stem + ending)) > LONGEST_NAME:
+        stem = "spectra"
+    target = Path(out) if out else Path(stem + ending)
     if overwrite and not out:
         _check_same_inputs(target, files)
     if report:

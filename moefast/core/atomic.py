@@ -29,6 +29,7 @@ from typing import Any
 from moefast.core.errors import OutputError
 
 __all__ = [
+    "LONGEST_NAME",
     "atomic_file",
     "owner_has_ended",
     "owner_token",
@@ -46,7 +47,7 @@ __all__ = [
     "write_json",
 ]
 
-_LONGEST_NAME, _ENDING = 255, 80
+LONGEST_NAME, _ENDING = 255, 80
 """Bytes of a file name on most file systems, and those kept for the ending of a partial file."""
 _ABANDONED = 7 * 86400.0
 """Seconds after which what another machine left untouched counts as abandoned."""
@@ -139,8 +140,8 @@ def refuse_impossible(path: Path) -> None:
     """
     if "\0" in str(path):
         raise OutputError(f"{str(path)!r}: no name of a file holds a NUL byte; choose another one")
-    if len(os.fsencode(path.name)) > _LONGEST_NAME:
-        raise OutputError(f"{path}: the name is longer than {_LONGEST_NAME} bytes; choose a shorter one")
+    if len(os.fsencode(path.name)) > LONGEST_NAME:
+        raise OutputError(f"{path}: the name is longer than {LONGEST_NAME} bytes; choose a shorter one")
 
 
 def refuse_taken(path: str | os.PathLike[str], *, overwrite: bool) -> None:
@@ -206,7 +207,7 @@ def _begun(partial: Path) -> Path:
 
 def _short(name: str) -> str:
     """The name, or what stands for it where there is no room for an ending."""
-    if len(os.fsencode(name)) <= _LONGEST_NAME - _ENDING:
+    if len(os.fsencode(name)) <= LONGEST_NAME - _ENDING:
         return name
     return hashlib.sha256(os.fsencode(name)).hexdigest()
 
