@@ -22,6 +22,7 @@ from moefast.core.outputs import by_onnx, words
 from moefast.export.graph import Graph, Initializers, assemble, number_of_part, said
 from moefast.ops.on_onnx import OnnxArithmetic
 from moefast.posterior.cells import neighbouring_pixels
+from moefast.posterior.correction import CORRECTION
 from moefast.posterior.forward import Sizes, forward
 from moefast.posterior.mixture import ORDER, SCALE_UNIT, PosteriorMixture
 
@@ -239,7 +240,8 @@ def read_posterior(model: ModelProto, wave: NDArray[np.float64]) -> PosteriorMix
     wave = np.ascontiguousarray(wave, np.float64)
     # The other shapes follow from these, and the mixture compares them.
     arrays: dict[str, NDArray] = {}
-    for name in ORDER:
+    corrects = f"{PosteriorMixture.kind}.{CORRECTION[0]}" in read
+    for name in (*ORDER, *(CORRECTION if corrects else ())):
         if name in _UNUSED and f"{PosteriorMixture.kind}.{name}" not in read:
             arrays[name] = _UNUSED[name]
             continue

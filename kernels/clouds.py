@@ -36,7 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefast.core.threads import in_threads
-from moefast.kernels import cpu_clouds, cpu_information
+from moefast.kernels import cpu_clouds, cpu_correction, cpu_information
 from moefast.kernels.cpu_clouds import LANES
 from moefast.kernels.cpu_information import GROUP, OVERHANG, ROWS, SPECTRUM, STEP
 from moefast.kernels.cpu_information import LANES as COLUMNS
@@ -288,6 +288,9 @@ class Clouds:
         The answer is clipped to it.
     error_model : tuple of arrays W₁ (5, h), b₁, W₂ (h, 1), b₂
         From `error_features` to ln of the error.
+    correction : tuple of arrays
+        The network that corrects log g, as `moefast.posterior.correction.CORRECTION` names its parts; empty if there is
+        none.
     """
 
     keys: F32
@@ -302,6 +305,7 @@ class Clouds:
     scale_width: float
     label_range: tuple[float, float]
     error_model: tuple[F32, F32, F32, F32]
+    correction: tuple[F32, ...] = ()
     arrays: tuple = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -352,7 +356,10 @@ class Clouds:
             float(self.label_range[0]),
             float(self.label_range[1]),
             *(np.ascontiguousarray(part, np.float32) for part in self.error_model),
-        )
+            cpu_correction.NONE if not self.correction else tuple(
+                np.ascontiguousarray(part, np.float32) for part in self.correction
+            ),
+        )  # fmt: skip
         object.__setattr__(self, "arrays", arrays)
 
     @property
@@ -376,8 +383,7 @@ def without_cuda(space: Space, clouds: Clouds) -> str:
 class CloudPosterior:
     """What `cloud_posterior` returns, one row per spectrum.
 
-    The first thirteen are float64 and what `moefast.posterior.forward` calls so, without axes of length 1; the others
-    are those of `moefast.spectra.quality.assess`. A row whose distance to every cloud overflows is NaN.
+    The first fourteen are what `moefast.posterior.forward` calls so, without axes of length 1; the others are those of `moefast.spectra.quality.assess`. A row whose distance to every cloud overflows is NaN.
     """
 
     log_g: F64
@@ -393,6 +399,7 @@ class CloudPosterior:
     strength: F64
     scale: F64
     log_level: F64
+    point: F32
     snr_norm: F32
     snr_median: F32
     n_good: NDArray[np.int32]
@@ -443,6 +450,7 @@ def cloud_posterior(
     rows, labels, k = len(flux), clouds.labels.shape[1], clouds.n_experts
     shapes = ((), (), (5,), (labels,), (labels,), (labels,), (k,), (k,), (), (), (), (), ())
     arrays = [np.empty((rows, *shape)) for shape in shapes]
+    arrays.append(np.empty((rows, n + q), np.float32))
     quality = [np.empty(rows, dtype) for dtype in (np.float32, np.float32, np.int32, np.uint32)]
 
     def run(first_block: int, stop_block: int) -> None:
@@ -471,6 +479,7 @@ def cloud_posterior(
                 q,
                 space.n_sky,
                 n,
+                points,
                 *space.weighing,
                 *clouds.arrays,
                 *(array[here] for array in arrays),

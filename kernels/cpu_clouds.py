@@ -15,6 +15,7 @@ import numpy as np
 
 from moefast.core.compiled import njit
 from moefast.kernels.cpu import FAST, exp32, log32
+from moefast.kernels.cpu_correction import correct
 from moefast.kernels.cpu_information import STEP, TINY, chance_of_narrow, filled, solve, unpack
 from moefast.kernels.vectors import VECTORS, cloud_group, label_group, set_upper_tile, width_of
 
@@ -220,11 +221,11 @@ def _perceptron(features, w1, b1, w2, b2):
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def posterior(
-    numbers, u, packed, q, n_sky, n,
+    numbers, u, packed, q, n_sky, n, points,
     calibrated, narrow, order, places, precision, pull, of_groups, constants,
     drawn, reach, columns, log_weights, gains, labels, scatter, scatter_with_first, first,
-    unit, width, lowest, highest, w1, b1, w2, b2,
-    log_g, log_g_err, features, label, sd, covariance, weights, expert, chi2, distance, strength, scale, log_level,
+    unit, width, lowest, highest, w1, b1, w2, b2, network,
+    log_g, log_g_err, features, label, sd, covariance, weights, expert, chi2, distance, strength, scale, log_level, point,
 ):  # fmt: skip
     """Posterior of each star of a block; arrays of clouds as `moefast.kernels.clouds.Clouds` lays them out."""
     panels, _, coordinates, _ = columns.shape
@@ -255,6 +256,12 @@ def posterior(
         np.empty((panels, n_labels, LANES), np.float32),
         np.empty(SOLVED),
         np.empty(SOLVED),
+    )
+    widest = max(network[3].size, network[5].size, network[7].size, 1)
+    seen, ahead, behind = (
+        np.empty(network[0].size, np.float32),
+        np.empty(widest, np.float32),
+        np.empty(widest, np.float32),
     )
     for begin in range(0, len(numbers), SOLVED):
         stop = min(begin + SOLVED, len(numbers))
@@ -306,10 +313,20 @@ def posterior(
                 )
                 distance[i] = (beyond[passing + star] + nearest) / n
                 strength[i], scale[i] = numbers[i, 1], numbers[i, 0]
+                for k in range(n):
+                    point[i, k] = points[i, q + k]
+                for k in range(q):
+                    point[i, n + k] = points[i, k]
+                spread = math.sqrt(between + TINY)
+                if seen.size:
+                    label[i, 0] = correct(
+                        point[i], label[i], sd[i], covariance[i], weights[i], expert[i], spread, log_level[i], network,
+                        seen, ahead, behind,
+                    )  # fmt: skip
                 answer = label[i, 0]
                 log_g[i] = answer if math.isnan(answer) else min(max(answer, lowest), highest)
                 features[i, 0] = log_g[i]
                 features[i, 1] = math.log(sd[i, 0] + LEAST_SPREAD)
-                features[i, 2] = math.log(math.sqrt(between + TINY) + LEAST_SPREAD)
+                features[i, 2] = math.log(spread + LEAST_SPREAD)
                 features[i, 3], features[i, 4] = label[i, 1], label[i, 2]
                 log_g_err[i] = math.exp(_perceptron(features[i], w1, b1, w2, b2))

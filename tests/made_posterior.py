@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from made_correction import with_correction
 from plans import layers
 
 from moefast.core.grids import PHYSICAL_GRID
@@ -29,6 +30,7 @@ def random_posterior(
     seed=0,
     sky=1,
     calibrated=(0.0,),
+    corrects=False,
 ):
     """Clouds in n coordinates of p pixels; log g of some stars is clipped."""
     rng = np.random.default_rng(seed)
@@ -59,7 +61,7 @@ def random_posterior(
     # The fourth feature is a temperature.
     error_model[0][3] /= UNITS[1]
     cuts = np.sort(rng.choice(np.arange(1, m), n_experts + n_foreign - 1, replace=False))
-    return PosteriorMixture(
+    made = PosteriorMixture(
         wave=wave,
         **{name: value.astype(np.float32) for name, value in arrays.items()},
         first=np.concatenate([[0], cuts, [m]]),
@@ -72,6 +74,7 @@ def random_posterior(
         error_model=error_model,
         label_names=LABELS[:labels],
     )
+    return with_correction(made) if corrects else made
 
 
 def posterior_of(stars, n_coordinates=12, n_clouds=40, n_tangents=3, widths=(0.05,)):

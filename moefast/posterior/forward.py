@@ -57,14 +57,13 @@ from typing import Any
 
 from moefast.kernels.quality import LARGEST_ERROR
 from moefast.ops.arithmetic import SolvingArithmetic
+from moefast.posterior.correction import LEAST_SPREAD, corrected
 
 __all__ = ["LEAST_CURVATURE", "Sizes", "cell_products", "forward"]
 
 LARGEST_FLUX = 3.4028234663852886e38
 """Of float32: infinite flux is no flux."""
 TINY = 1e-30
-LEAST_SPREAD = 1e-4
-"""Added in dex to standard deviations whose logarithms the error model sees."""
 LEAST_CURVATURE = 1e-8
 """Added to M where the best point of the whole space is asked for: directions that a star does not see stay put."""
 
@@ -83,6 +82,8 @@ class Sizes:
         m, t (the direction of the scale included), l (the scale included), K.
     n_slopes, n_groups : int
         κ, and Gaussians that tell the width of the slopes; 0 of them where all slopes are as wide.
+    corrects : bool
+        Whether a network corrects log g (`moefast.posterior.correction`).
     """
 
     n_pixels: int
@@ -96,6 +97,7 @@ class Sizes:
     n_experts: int
     n_slopes: int = 0
     n_groups: int = 0
+    corrects: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,8 @@ class CloudValues:
         (I + M)⁻¹ with the nuisances marginalised.
     smoothed : value of shape (n, n, 1)
         u₁.
+    point : value of shape (n, n + q, 1)
+        b, around which the likelihood is expanded.
     evidence : value of shape (n, m)
     inverse : value of shape (n, m, t, t)
         A⁻¹.
@@ -127,6 +131,7 @@ class CloudValues:
     prior: Any
     smoothing: Any
     smoothed: Any
+    point: Any
     evidence: Any
     inverse: Any
     coefficients: Any
@@ -204,12 +209,12 @@ def cloud_values(op: SolvingArithmetic, sizes: Sizes, flux: Any, error: Any) -> 
     # -- expansion around a point near the star ----------------------------------------------------------------
     whole, _ = op.inverse(op.add(matrix, op.precise(number("library_precision"))), n + q)
     pull, curvatures = op.precise(number("library_pull")), op.multiply(op.multiply(scale, scale), weight)
-    point = op.product(whole, op.add(u, pull))
-    spectrum = op.shaped(op.product(directions, point), (p,))
+    near = op.product(whole, op.add(u, pull))
+    spectrum = op.shaped(op.product(directions, near), (p,))
     left = op.subtract(y, op.multiply(curvatures, spectrum))
     gradient = op.shaped(op.product(left, directions), (n + q, 1))
-    u = op.add(gradient, op.product(matrix, point))
-    moved = op.product(op.ordered(point, (0, 2, 1)), op.subtract(u, gathered))
+    u = op.add(gradient, op.product(matrix, near))
+    moved = op.product(op.ordered(near, (0, 2, 1)), op.subtract(u, gathered))
     energy = op.add(energy, op.shaped(moved, (1,)))
 
     counted = tall(n_good)
@@ -270,6 +275,7 @@ def cloud_values(op: SolvingArithmetic, sizes: Sizes, flux: Any, error: Any) -> 
         prior=prior,
         smoothing=smoothing,
         smoothed=u1,
+        point=near,
         evidence=evidence,
         inverse=inverse,
         coefficients=coefficients,
@@ -349,7 +355,8 @@ def forward(op: SolvingArithmetic, sizes: Sizes, flux: Any, error: Any) -> dict[
     -------
     dict of str to value
         log_g, log_g_err : (n, 1)
-            Posterior mean within the range of the training labels, and its calibrated error, dex.
+            Posterior mean, corrected where a network has learnt to, within the range of the training labels, and its
+            calibrated error, dex.
         label, label_sd, label_cov : (n, l)
             Posterior mean and standard deviation of each label, and its covariance with the first, log g. The scale
             over c₀ is the last.
@@ -371,6 +378,8 @@ def forward(op: SolvingArithmetic, sizes: Sizes, flux: Any, error: Any) -> dict[
             c₀.
         log_level : (n, 1)
             ½ ln of the mean of σ²/D over good pixels, of the spectrum divided by c₀.
+        point : (n, n + q)
+            b, the point near the star, nuisances behind the coordinates.
         n_good : (n, 1)
             Good pixels.
     """
@@ -417,6 +426,14 @@ def forward(op: SolvingArithmetic, sizes: Sizes, flux: Any, error: Any) -> dict[
     log_level = op.multiply(half, op.log(op.add(level2, tiny)))
     spread = op.root(op.add(between, tiny))
     sd = op.root(op.add(op.relu(label_variance), tiny))
+    point = op.shaped(star.point, (n + sizes.n_nuisances,))
+    if sizes.corrects:
+        found = {
+            "point": point, "label": label, "label_sd": sd, "label_cov": covariance, "weights": weights,
+            "expert_label": expert, "spread": spread, "log_level": log_level,
+        }  # fmt: skip
+        own = corrected(op, labels - 1, found)
+        label = op.joined([own, op.part(label, 1, 1, labels)], 1)
     log_g = op.clip(op.part(label, 1, 0, 1), op.precise(number("lowest")), op.precise(number("highest")))
     floor = op.precise(constant(LEAST_SPREAD))
     seen = op.joined(
@@ -448,5 +465,6 @@ def forward(op: SolvingArithmetic, sizes: Sizes, flux: Any, error: Any) -> dict[
         "strength": star.strength,
         "scale": scale,
         "log_level": log_level,
+        "point": point,
         "n_good": star.n_good,
     }

@@ -22,6 +22,7 @@ from moefast.kernels.dispatch import on_cuda
 from moefast.mixture import Mixture, Prediction
 from moefast.ops.on_numpy import NumPyArithmetic
 from moefast.posterior.cells import alike_pixels
+from moefast.posterior.correction import CORRECTION, N_LAYERS, n_features
 from moefast.posterior.forward import Sizes, forward
 from moefast.spectra.quality import Quality
 
@@ -42,7 +43,7 @@ ORDER = (
     "first", "n_sky", "calibrated", "cells", "cell_shares", "scale_width", "label_range", "error.w1", "error.b1",
     "error.w2", "error.b2", "label_factors",
 )  # fmt: skip
-"""What is stored of a mixture."""
+"""What is stored of a mixture, and behind it `CORRECTION` where it has one."""
 N_GROUPS = 3
 """Gaussians, of stars alike in T_eff, by which a star's own evidence tells how wide its slopes are."""
 N_APART = 24
@@ -97,6 +98,8 @@ class PosteriorMixture:
         Whether the first of these are blends, the light of two stars; all others are no stars.
     n_fast : tuple of int
         How many clouds, the last ones of each expert, are of stars that move; empty if none are told apart.
+    correction : tuple of arrays
+        The network that corrects log g, as `CORRECTION` names its parts; empty if there is none.
     cells, cell_shares : array of shape (k, s), int64 and float32
         Cells of pixels; see `moefast.posterior.cells.alike_pixels`, which finds them where they are empty.
     """
@@ -124,6 +127,7 @@ class PosteriorMixture:
     n_foreign: int = 0
     blends: bool = False
     n_fast: tuple[int, ...] = ()
+    correction: tuple[F32, ...] = ()
     cells: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 0), np.int64))
     cell_shares: F32 = field(default_factory=lambda: np.empty((0, 0), np.float32))
 
@@ -180,6 +184,7 @@ class PosteriorMixture:
             )
         if self.error_model[0].shape[0] != 5 or self.error_model[2].shape[1] != 1:
             raise ValueError("an error model of five features and one answer expected")
+        self._check_correction()
         if not (self.noise_shape > 0).all():
             raise ValueError("noise_shape must be positive in every pixel")
         for name in (
@@ -209,6 +214,25 @@ class PosteriorMixture:
         held = np.bincount(self.cells[self.cell_shares > 0], minlength=p)
         if len(held) != p or (held != 1).any():
             raise ValueError(f"cells that hold each of {p} pixels once expected")
+
+    def _check_correction(self) -> None:
+        """Raise ValueError unless the parts of the correction fit each other and what it sees."""
+        if not self.correction:
+            return
+        if len(self.correction) != len(CORRECTION):
+            raise ValueError(
+                f"a correction of {len(CORRECTION)} parts expected; found {len(self.correction)}"
+            )
+        parts = dict(zip(CORRECTION, self.correction, strict=True))
+        f = n_features(self.directions.shape[1], len(self.label_names), self.first.size - 1)
+        widths = [f, *(parts[f"correction.b{layer}"].size for layer in range(1, N_LAYERS + 1)), 1]
+        expected: dict[str, tuple[int, ...]] = {"correction.mean": (f,), "correction.inverse_spread": (f,)}
+        for layer in range(1, N_LAYERS + 2):
+            expected[f"correction.w{layer}"] = (widths[layer - 1], widths[layer])
+            expected[f"correction.b{layer}"] = (widths[layer],)
+        for name, shape in expected.items():
+            if parts[name].shape != shape or not np.isfinite(parts[name]).all():
+                raise ValueError(f"finite {name} of shape {shape} expected; found {parts[name].shape}")
 
     # -- what others ask of a mixture --------------------------------------------------------------------------
 
@@ -249,6 +273,7 @@ class PosteriorMixture:
         return Sizes(
             self.n_pixels, n_cells, cell, self.n_coordinates, self.n_nuisances, m, t + 1,
             len(self.label_names) + 1, self.first.size - 1, self.n_slopes, len(self._groups.constant),
+            bool(self.correction),
         )  # fmt: skip
 
     def stored(self) -> dict[str, NDArray]:
@@ -259,7 +284,12 @@ class PosteriorMixture:
         own["calibrated"] = np.array(self.calibrated, np.float32)
         own["scale_width"] = np.array([self.scale_width], np.float32)
         own["label_range"] = np.array(self.label_range, np.float32)
-        return {name: own[name] for name in ORDER}
+        return {name: own[name] for name in ORDER} | self._of_correction
+
+    @property
+    def _of_correction(self) -> dict[str, F32]:
+        """Parts of the correction by their names; none if there is none."""
+        return dict(zip(CORRECTION, self.correction, strict=False))
 
     @classmethod
     def from_stored(
@@ -279,8 +309,9 @@ class PosteriorMixture:
         width = float(arrays.pop("scale_width")[0])
         n_sky = int(arrays.pop("n_sky")[0])
         calibrated = tuple(float(value) for value in arrays.pop("calibrated"))
+        correction = tuple(arrays.pop(name) for name in CORRECTION if name in arrays)
         return cls(
-            wave=wave, **arrays, n_sky=n_sky, calibrated=calibrated, n_foreign=n_foreign, blends=blends,
+            wave=wave, **arrays, correction=correction, n_sky=n_sky, calibrated=calibrated, n_foreign=n_foreign, blends=blends,
             n_fast=n_fast, scale_width=width, label_range=(low, high), error_model=(w1, b1, w2, b2),
             label_names=label_names,
         )  # fmt: skip
@@ -346,6 +377,7 @@ class PosteriorMixture:
             "error.b1": b1,
             "error.w2": w2,
             "error.b2": b2,
+            **self._of_correction,
         }
 
     def _all_tangents(self) -> NDArray:
@@ -560,6 +592,7 @@ class PosteriorMixture:
             scale_width=self.scale_width,
             label_range=self.label_range,
             error_model=self.error_model,
+            correction=self.correction,
         )
 
 

@@ -31,6 +31,8 @@ SHAPES = {
     "blends": {"n_foreign": 2, "blends": True},
     "blends and slopes of two widths": {"n_foreign": 2, "blends": True, "calibrated": (0.4, 0.2)},
     "two labels": {"labels": 2},
+    "corrected": {"corrects": True},
+    "corrected, without nuisances": {"q": 0, "labels": 3, "n_foreign": 2, "blends": True, "corrects": True},
 }
 
 
@@ -230,6 +232,20 @@ def test_altered_initializers_are_refused(usual, name, array, words):
         return
     with pytest.raises(ModelError, match=words):
         read_mixture(_changed(build(usual), f"posterior.{name}", array), usual.wave)
+
+
+@pytest.mark.parametrize(
+    ("name", "array"),
+    [
+        ("mean", np.zeros(3, np.float32)),
+        ("w2", np.zeros((12, 8), np.float32)),
+        ("b4", np.zeros(2, np.float32)),
+    ],
+)
+def test_altered_corrections_are_refused(name, array):
+    made = random_posterior(corrects=True)
+    with pytest.raises(ModelError, match="fit together: finite correction"):
+        read_mixture(_changed(build(made), f"posterior.correction.{name}", array), made.wave)
 
 
 def test_a_missing_initializer_and_an_unknown_kind_are_named(usual):

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from made_clouds import assert_expert_labels, expert_label_bound, mixture, stars
+from made_correction import with_correction
 
 from moefast.kernels import cloud_posterior
 from moefast.posterior.cells import alike_pixels
@@ -48,6 +49,8 @@ def assert_as_described(mix, flux, error, mask=None, rows=slice(None), expected=
     close("distance", 1e-5, 1e-3)
     for name in ("strength", "scale", "log_level"):
         close(name, 0, 1e-6)
+    # Of a point as far as it goes: that is what a user's labels are corrected by.
+    close("point", 1e-4, 1e-4)
     return found
 
 
@@ -76,6 +79,38 @@ def test_slopes_of_two_widths(q, n_sky, p, calibrated):
     assert np.median(np.abs(found["label_sd"][:35] / usual["label_sd"][:35] - 1)) > 1e-3
     alone = made.outputs(flux[40:41], error[40:41])
     assert_same_bits(alone, found, slice(None), slice(40, 41))
+
+
+@pytest.mark.parametrize(
+    ("q", "labels", "widths"), [(0, 3, (5, 9, 7)), (3, 5, (64, 32, 33)), (3, 4, (16, 9, 10))]
+)
+def test_correction_of_log_g(q, labels, widths):
+    plain = mixture(q=q, labels=labels)
+    made = with_correction(plain, widths)
+    flux, error = stars(made, 70)
+    error[::3, :50] = np.nan
+    found, usual = assert_as_described(made, flux, error), plain.outputs(flux, error)
+    # log g moves by up to one standard deviation of the posterior, and nothing else but what is made of it.
+    moved = (found["label"][:, 0] - usual["label"][:, 0]) / usual["label_sd"][:, 0]
+    assert np.abs(moved).max() <= 1
+    assert np.ptp(moved) > 0.3
+    for name in set(found) - {"log_g", "log_g_err", "error_features", "label"}:
+        np.testing.assert_array_equal(found[name], usual[name], err_msg=name)
+    np.testing.assert_array_equal(found["label"][:, 1:], usual["label"][:, 1:])
+    np.testing.assert_array_equal(found["log_g"][:, 0], np.clip(found["label"][:, 0], *made.label_range))
+    alone = made.outputs(flux[40:41], error[40:41])
+    assert_same_bits(alone, found, slice(None), slice(40, 41))
+
+
+def test_correction_without_a_star():
+    made = with_correction(mixture())
+    flux, error = stars(made, 3)
+    flux[1], error[1] = np.inf, np.nan
+    flux[2] = 1e30
+    found = made.outputs(flux, error)
+    assert np.isfinite(found["log_g"][0])
+    alone = made.outputs(flux[:1], error[:1])
+    assert_same_bits(alone, found, slice(None), slice(0, 1))
 
 
 @pytest.mark.parametrize("n", [26, 40])
