@@ -10,7 +10,7 @@ from moefast.core.grids import PHYSICAL_GRID
 from moefast.core.metrics import r2
 from moefast.core.random import add_noise
 from moefast.fitting import Options, fit_mixture
-from moefast.fitting.posterior import GAP_KINDS
+from moefast.fitting.noisy_stars import GAP_KINDS
 from moefast.model import Model
 from moefast.posterior import PosteriorMixture
 from moefast.posterior.further_clouds import BLEND_SHARE

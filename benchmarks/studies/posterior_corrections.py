@@ -23,7 +23,7 @@ from moefast.core.metrics import r2
 from moefast.core.random import add_noise
 from moefast.core.text import number, table
 from moefast.experts.trees import fit_trees
-from moefast.fitting.posterior import GAP_KINDS
+from moefast.fitting.noisy_stars import GAP_KINDS
 from moefast.gating.mlp import fit_perceptron
 from moefast.kernels import forest_predict
 from moefast.model import Model
