@@ -1,7 +1,7 @@
 """The network that corrects log g of a posterior (`moefast.posterior.correction`), and whether it is worth having.
 
 Design: what a posterior over clouds gets wrong on average is a hundredth of the scatter that is left, so millions of
-noisy draws teach it, of stars of which no cloud is made. Each has the errors and the bad pixels of another star, so
+noisy draws teach it, of all stars of which no cloud is made: many stars teach more than many draws of few. Each has the errors and the bad pixels of another star, so
 that the noise tells nothing of log g; nuisances, gaps and blends are as in the draws of the error model. Of ten stars
 seven train, two stop and decide, one measures. A correction is kept where it gains more than two of its standard
 errors on the stars that decide.
@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from moefast.fitting.families import LIBRARY_ROWS
 from moefast.fitting.noisy_stars import noisy_stars, with_errors_of_others
 from moefast.fitting.training_set import Rows, TrainingSet
 from moefast.gating.mlp import MOST_CHECKED, PIECE_ROWS, RECTIFIED, Layers, fit_layers
@@ -60,7 +61,7 @@ def fit_correction(
     backend : "cpu" or "cuda"
         Where posteriors are computed.
     """
-    stretches = data.sample_stretches()
+    stretches = data.apart_from(data.other_stretches(LIBRARY_ROWS))
     total = sum(b - a for a, b in stretches)
     draws = planned_draws(data.options.correction_draws, total)
     if not draws:

@@ -47,7 +47,8 @@ def expected_stages(options: Options, n_rows: int) -> dict[str, float]:
     others = n_rows - sample
     if "posterior" in families:
         rows = min(others, LIBRARY_ROWS)
-        draws = sample * planned_draws(options.correction_draws, sample)
+        apart = n_rows - rows
+        draws = apart * planned_draws(options.correction_draws, apart)
         learning = {"noisy stars": draws * POSTERIOR, "correction": draws * PASSES * LEARN} if draws else {}
         return (
             seconds
