@@ -1,10 +1,10 @@
 """The network that corrects log g of a posterior (`moefast.posterior.correction`), and whether it is worth having.
 
 Design: what a posterior over clouds gets wrong on average is a hundredth of the scatter that is left, so millions of
-noisy draws teach it, of all stars of which no cloud is made: many stars teach more than many draws of few. Each has the errors and the bad pixels of another star, so
-that the noise tells nothing of log g; nuisances, gaps and blends are as in the draws of the error model. Of ten stars
-seven train, two stop and decide, one measures. A correction is kept where it gains more than two of its standard
-errors on the stars that decide.
+noisy draws teach it, of all stars of which no cloud is made: many stars teach more than many draws of few. Each has
+the errors and the bad pixels of another star, so that the noise tells nothing of log g; nuisances, gaps and blends are
+as in the draws of the error model. Of ten stars seven train, two stop and decide, one measures. A correction is kept
+where it gains more than two of its standard errors on the stars that decide.
 """
 
 from __future__ import annotations
