@@ -42,11 +42,6 @@ __all__ = [
 ]
 
 
-_LEARNT = {"correction_draws": 2_100_000, "sample_rows": 200_000}
-"""Noisy draws of which a posterior learns what its clouds leave out (more teach more, at 0.2 ms each on two cores), and
-stars that its errors are calibrated on, of large training sets."""
-
-
 @dataclass(frozen=True)
 class Recipe:
     """A named model: its grid of experts, what it is in one line, and what it asks of `Options` besides."""
@@ -73,7 +68,8 @@ RECIPES: dict[str, Recipe] = {
             "sky_width": 4.0,
             "beyond": True,
             "n_blends": 48,
-            **_LEARNT,
+            "correction_draws": 2_100_000,
+            "sample_rows": 200_000,
             "n_clouds": 320,
             "n_tangents": 9,
             "n_coordinates": 56,
@@ -82,7 +78,7 @@ RECIPES: dict[str, Recipe] = {
     "posterior-calibrated": Recipe(
         PHYSICAL_GRID,
         "the same for spectra whose flux calibration can be trusted: the scale is free, the slope is not",
-        {"families": ("posterior",), **_LEARNT},
+        {"families": ("posterior",)},
     ),
     "posterior-linear": Recipe(
         PHYSICAL_GRID,
