@@ -69,6 +69,7 @@ RECIPES: dict[str, Recipe] = {
             "beyond": True,
             "n_blends": 48,
             "correction_draws": 2_100_000,
+            "calibration_draws": 200_000,
             "sample_rows": 200_000,
             "n_clouds": 320,
             "n_tangents": 9,

@@ -33,9 +33,8 @@ F64 = NDArray[np.float64]
 
 SCALE_WIDTH = 0.3
 """Prior width of the scale, relative to the scale that the mean spectrum suggests: as good as free."""
-CALIBRATION_ROWS, CALIBRATION_DRAWS = 200_000, 9
-"""Noisy draws for the error model and the limits, and of one star, at most: of fewer, the factor on the errors would by
-chance be off by half a per cent of the stars."""
+CALIBRATION_DRAWS = 9
+"""Of one star, at most."""
 DISTANCE_QUANTILE, CHI2_QUANTILE = 0.997, 0.999
 """Share of stars of the training set that the limits let pass."""
 DISTANCE_KNOTS = 6
@@ -125,8 +124,9 @@ def _calibrate(
     names = tuple(gaps_of_draws(data))
     stretches = data.sample_stretches()
     total = sum(b - a for a, b in stretches)
-    draws = max(1, min(CALIBRATION_ROWS // total, CALIBRATION_DRAWS, data.options.sample_draws))
-    thin = max(1, total * draws // CALIBRATION_ROWS)
+    wanted = data.options.calibration_draws
+    draws = max(1, min(wanted // total, CALIBRATION_DRAWS, data.options.sample_draws))
+    thin = max(1, total * draws // wanted)
     drawn = data.map_blocks("calibration", stretches, _draws_of, mixture, draws, thin, backend)
     parts = [part for block in drawn for part in block]
     seen = Draws(*(np.concatenate(column) for column in zip(*parts, strict=True)))

@@ -43,7 +43,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(linear_experts, "RANK_STEP", 200)
     monkeypatch.setattr(linear_experts, "ALPHAS", (0.0, 0.1))
     monkeypatch.setattr(sample, "NOISY_ROWS", 2000)
-    monkeypatch.setattr(posterior, "CALIBRATION_ROWS", 1000)
+    monkeypatch.setattr(posterior, "CALIBRATION_DRAWS", 1)
 
 
 @pytest.fixture(scope="module")
