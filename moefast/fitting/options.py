@@ -175,8 +175,8 @@ class PosteriorOptions:
             or not all(0 < width < math.inf for width in self.slope_widths)
         ):
             raise InputError(
-                "clouds, tangents, coordinates, bins of log g, clouds of blends, draws of a correction, a draw "
-                f"to calibrate with at the least and positive widths of slopes expected; found {self.n_clouds}, {self.n_tangents}, "
+                "clouds, tangents, coordinates, bins of log g, clouds of blends, draws of a correction, a draw to "
+                f"calibrate with and positive widths of slopes expected; found {self.n_clouds}, {self.n_tangents}, "
                 f"{self.n_coordinates}, {self.n_gravity_bins}, {self.n_blends}, {self.correction_draws}, "
                 f"{self.calibration_draws}, {self.slope_widths}"
             )
