@@ -392,7 +392,8 @@ def without_cuda(space: Space, clouds: Clouds) -> str:
 class CloudPosterior:
     """What `cloud_posterior` returns, one row per spectrum.
 
-    The first fourteen are what `moefast.posterior.forward` calls so, without axes of length 1; the others are those of `moefast.spectra.quality.assess`. A row whose distance to every cloud overflows is NaN.
+    The first fourteen are what `moefast.posterior.forward` calls so, without axes of length 1; the others are those of
+    `moefast.spectra.quality.assess`. A row whose distance to every cloud overflows is NaN.
     """
 
     log_g: F64

@@ -225,7 +225,8 @@ def posterior(
     calibrated, narrow, order, places, precision, pull, of_groups, constants,
     drawn, reach, columns, log_weights, gains, labels, scatter, scatter_with_first, first,
     unit, width, lowest, highest, w1, b1, w2, b2, network,
-    log_g, log_g_err, features, label, sd, covariance, weights, expert, chi2, distance, strength, scale, log_level, point,
+    log_g, log_g_err, features, label, sd, covariance, weights, expert, chi2, distance, strength, scale, log_level,
+    point,
 ):  # fmt: skip
     """Posterior of each star of a block; arrays of clouds as `moefast.kernels.clouds.Clouds` lays them out."""
     panels, _, coordinates, _ = columns.shape

@@ -42,6 +42,10 @@ __all__ = [
 ]
 
 
+CORRECTION_DRAWS = 2_000_000
+"""Noisy draws of which a posterior learns what its clouds leave out; more teach more, at 0.2 ms each on two cores."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A named model: its grid of experts, what it is in one line, and what it asks of `Options` besides."""
@@ -68,6 +72,7 @@ RECIPES: dict[str, Recipe] = {
             "sky_width": 4.0,
             "beyond": True,
             "n_blends": 48,
+            "correction_draws": CORRECTION_DRAWS,
             "n_clouds": 320,
             "n_tangents": 9,
             "n_coordinates": 56,
@@ -76,7 +81,7 @@ RECIPES: dict[str, Recipe] = {
     "posterior-calibrated": Recipe(
         PHYSICAL_GRID,
         "the same for spectra whose flux calibration can be trusted: the scale is free, the slope is not",
-        {"families": ("posterior",)},
+        {"families": ("posterior",), "correction_draws": CORRECTION_DRAWS},
     ),
     "posterior-linear": Recipe(
         PHYSICAL_GRID,

@@ -9,8 +9,8 @@ from moefast.core.errors import InputError
 from moefast.core.grids import PHYSICAL_GRID
 from moefast.core.metrics import r2
 from moefast.core.random import add_noise
-from moefast.fitting import Options, fit_mixture
-from moefast.fitting.posterior import GAP_KINDS
+from moefast.fitting import Options, correction, fit_mixture
+from moefast.fitting.noisy_stars import GAP_KINDS, with_errors_of_others
 from moefast.model import Model
 from moefast.posterior import PosteriorMixture
 from moefast.posterior.further_clouds import BLEND_SHARE
@@ -110,7 +110,81 @@ def test_the_scale_of_the_flux_changes_the_scale_alone(fitted, stars):
     np.testing.assert_allclose(found.scale, plain.scale * 2.0**-40, rtol=1e-12)
 
 
-@pytest.mark.parametrize("made", ["fitted", "linear"])
+@pytest.fixture(scope="module")
+def learnt():
+    """Few clouds, and a network beside them."""
+    options = Options(
+        grid=PHYSICAL_GRID, families=("posterior",), references=False, n_clouds=40, n_tangents=2, n_coordinates=32,
+        slope_widths=(0.05, 0.03), sample_draws=3, n_blends=10, correction_draws=25_000,
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(correction, "LEAST_ROWS", 1000)
+        return fit_mixture(SimulatedSpectra.of_set("z0", rows=(0, 5000)), options)
+
+
+def test_a_correction_learns_what_clouds_leave_out(learnt, stars):
+    flux, error, log_g, wave = stars
+    summary = learnt.summary["correction"]
+    assert (summary["kept"], summary["draws"], summary["stars"]) == (True, 15 * 1660, 1660)
+    assert summary["gain_r2"] > 2 * summary["gain_r2_error"] > 0
+    plain = replace(learnt.mixture, correction=())
+    for gap in ("none", "telluric"):
+        lost = GAPS[gap](wave, np.arange(N_TEST), 3)
+        found, before = (one.predict(flux, error, lost) for one in (learnt.mixture, plain))
+        assert r2(log_g, found.log_g) > r2(log_g, before.log_g) + 0.005, gap
+        assert np.abs(found.log_g - before.log_g).max() <= before.log_g_err_raw.max()
+        # Nothing else has changed.
+        np.testing.assert_array_equal(found.labels, before.labels)
+        np.testing.assert_array_equal(found.log_g_err_raw, before.log_g_err_raw)
+    apart = np.abs(found.log_g - log_g) / found.log_g_err
+    assert np.mean(apart < 1) == pytest.approx(0.68, abs=0.06)
+
+
+def test_a_correction_is_left_out_where_it_does_not_help_or_cannot_learn(fitted, monkeypatch):
+    assert "correction" not in fitted.summary
+    assert not fitted.mixture.correction
+    assert correction.planned_draws(2_000_000, 66_667) == 29
+    assert correction.planned_draws(2_000_000, 1000) == 0
+    assert correction.planned_draws(0, 66_667) == 0
+    monkeypatch.setattr(correction, "LEAST_ROWS", 1000)
+    monkeypatch.setattr(correction, "STANDARD_ERRORS", 1e3)
+    options = Options(
+        grid=PHYSICAL_GRID, families=("posterior",), references=False, n_clouds=20, n_tangents=2, n_coordinates=8,
+        sample_draws=1, correction_draws=1000,
+    )  # fmt: skip
+    found = fit_mixture(SimulatedSpectra.of_set("z0", rows=(0, 1500)), options)
+    assert not found.summary["correction"]["kept"]
+    assert not found.mixture.correction
+
+
+def test_draws_of_a_correction_have_the_errors_of_other_stars(fitted):
+    spectra = SimulatedSpectra.of_set("z0", rows=(0, 40))
+    block = next(iter(spectra.blocks(40, array="flux")))
+    rows, flux, error = (
+        np.arange(40),
+        block.flux * np.linspace(1, 3, 40, dtype=np.float32)[:, None],
+        block.error,
+    )
+    error[:, :100] = np.where(np.arange(40)[:, None] == 7, 0, error[:, :100])
+    found = with_errors_of_others(fitted.mixture, flux, error, rows, seed=1)
+    level = flux @ fitted.mixture.reference
+    other = [
+        int(np.argmin(np.abs(found[i] / level[i] - error / level[:, None])[:, 100:].sum(1))) for i in rows
+    ]
+    assert sorted(other) == rows.tolist()
+    assert (np.array(other) != rows).all()
+    # Bad pixels are those of either star.
+    np.testing.assert_array_equal(
+        (found == 0).all(1) | (found[:, :100] == 0).all(1), np.isin(other, 7) | (rows == 7)
+    )
+    relative = error[other] / level[other, None] * level[:, None]
+    np.testing.assert_allclose(found[:, 100:], relative[:, 100:], rtol=1e-4)
+    np.testing.assert_array_equal(
+        with_errors_of_others(fitted.mixture, flux[:1], error[:1], rows[:1], 1), error[:1]
+    )
+
+
+@pytest.mark.parametrize("made", ["fitted", "linear", "learnt"])
 def test_errors_tell_nothing_of_log_g(made, stars, request):
     """σ holds the star's own photons; it may weigh the flux, never speak: here all stars have the same flux."""
     fitted = request.getfixturevalue(made)

@@ -44,6 +44,7 @@ STEP_STAGES = frozenset(
     {
         "components",
         "clouds",
+        "correction",
         "experts",
         "gate",
         "tower",

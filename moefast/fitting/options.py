@@ -134,6 +134,9 @@ class PosteriorOptions:
         Whether it also holds clouds of stars that are hotter than the training set.
     n_blends : int
         Clouds besides of blends, the light of two stars; 0 where no spectrum is one.
+    correction_draws : int
+        Noisy draws, at most, of which a network learns what clouds leave out of log g; 0 for none. Of few training
+        spectra none is learnt, and one that does not help is not kept.
     """
 
     n_clouds: int = 440
@@ -145,6 +148,7 @@ class PosteriorOptions:
     sky_width: float = 0.0
     beyond: bool = False
     n_blends: int = 0
+    correction_draws: int = 0
 
     def check_posterior(self) -> None:
         """Raise `InputError` unless these options make sense."""
@@ -162,12 +166,13 @@ class PosteriorOptions:
             or (self.n_coordinates is not None and self.n_coordinates < 1)
             or self.n_gravity_bins < 0
             or self.n_blends < 0
+            or self.correction_draws < 0
             or not all(0 < width < math.inf for width in self.slope_widths)
         ):
             raise InputError(
-                "clouds, tangents, coordinates, bins of log g, clouds of blends and positive widths of slopes "
-                f"expected; found {self.n_clouds}, {self.n_tangents}, {self.n_coordinates}, {self.n_gravity_bins}, "
-                f"{self.n_blends}, {self.slope_widths}"
+                "clouds, tangents, coordinates, bins of log g, clouds of blends, draws of a correction and positive "
+                f"widths of slopes expected; found {self.n_clouds}, {self.n_tangents}, {self.n_coordinates}, "
+                f"{self.n_gravity_bins}, {self.n_blends}, {self.correction_draws}, {self.slope_widths}"
             )
 
 

@@ -9,28 +9,25 @@ model, two stop and calibrate it and set the limits, one measures the outcome.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtri
 
 from moefast.core.metrics import r2
-from moefast.core.random import add_noise, fold_of_rows, uniforms_of_rows
+from moefast.fitting.correction import fit_correction
 from moefast.fitting.error_model import Z_95, balanced_factor
 from moefast.fitting.families import LIBRARY_ROWS
+from moefast.fitting.noisy_stars import gaps_of_draws, noisy_stars
 from moefast.fitting.training_set import Rows, TrainingSet
 from moefast.gating.mlp import as_float32, fit_error_model
 from moefast.kernels import without_cuda
 from moefast.mixture import Mixture
 from moefast.posterior import LABELS, PosteriorMixture, fit_clouds, sky_residuals, slopes
-from moefast.posterior.further_clouds import BLEND_SHARE, LIGHT_OF_OTHER, blended
-from moefast.simulate.gaps import GAPS, GapKind
 
-__all__ = ["GAP_KINDS", "fit_posterior"]
+__all__ = ["fit_posterior"]
 
 F64 = NDArray[np.float64]
 
@@ -38,18 +35,6 @@ SCALE_WIDTH = 0.3
 """Prior width of the scale, relative to the scale that the mean spectrum suggests: as good as free."""
 CALIBRATION_ROWS = 60_000
 """Noisy draws for the error model and the limits."""
-GAP_KINDS = (
-    "none",
-    "telluric",
-    "random",
-    "random 28 %",
-    "block",
-    "edges",
-    "bluest 15 %",
-    "reddest 10 %",
-    "Ca II alone",
-)
-"""Kinds of `moefast.simulate.gaps.GAPS` that draws have; three times as many have the first, all of their pixels."""
 DISTANCE_QUANTILE, CHI2_QUANTILE = 0.997, 0.999
 """Share of stars of the training set that the limits let pass."""
 DISTANCE_KNOTS = 6
@@ -58,7 +43,6 @@ LEAST_CHI2 = 0.5
 """Below it the errors are no errors of these pixels: of noise-free spectra, or far too large."""
 FOREIGN_QUANTILE = 0.995
 """The same as above of the probability of being no star."""
-NUISANCE_STREAM, BLEND_STREAM = 20, 21
 STRENGTH_LIMIT = 12.0
 """Standard errors that the scale of a spectrum must be away from zero, at the least, for it to be a star."""
 
@@ -109,7 +93,9 @@ def fit_posterior(
         label_names=names,
     )  # fmt: skip
     lack = without_cuda(*found.kernel_arrays) if backend == "cuda" else ""
-    found, summary = _calibrate(data, found, values, "cpu" if lack else backend)
+    where = "cpu" if lack else backend
+    found, learnt = fit_correction(data, found, values, where)
+    found, summary = _calibrate(data, found, values, where)
     library = {
         "clouds": len(found.keys),
         "clouds_of_blends": int(np.diff(found.first)[found.n_experts]) if found.blends else 0,
@@ -122,7 +108,7 @@ def fit_posterior(
     }
     if lack:
         summary["calibrated_on_cpu"] = f"there are no CUDA kernels for {lack}"
-    return found, summary | {"library": library}
+    return found, summary | {"library": library} | learnt
 
 
 def _idle() -> tuple[NDArray, NDArray, NDArray, NDArray]:
@@ -135,7 +121,7 @@ def _calibrate(
     data: TrainingSet, mixture: PosteriorMixture, values: F64, backend: Literal["cpu", "cuda"]
 ) -> tuple[PosteriorMixture, dict[str, Any]]:
     """The error model, the factors of the other labels, and the limits of stars like the training set."""
-    names = tuple(_gaps(data))
+    names = tuple(gaps_of_draws(data))
     stretches = data.sample_stretches()
     total = sum(b - a for a, b in stretches)
     draws = int(np.clip(CALIBRATION_ROWS // total, 1, data.options.sample_draws))
@@ -228,24 +214,14 @@ def _draws_of(
     backend: Literal["cpu", "cuda"],
 ) -> list[Draws]:
     """What the mixture says of all draws of a block's stars."""
-    gaps = _gaps(data)
-    names = tuple(gaps)
     here, flux, error, usable = block
     rows = np.arange(here.start, here.stop)
     chosen = usable & (rows % thin == 0)
     rows, clean, sigma = rows[chosen], flux[chosen], error[chosen]
     parts: list[Draws] = []
     for draw in range(draws):
-        stars, is_blend = _with_blends(mixture, clean, rows, data.options.seed + draw)
-        x = add_noise(
-            stars + _nuisances(mixture, sigma, rows, draw), sigma, data.options.seed + 1 + draw, rows
-        )
-        kind = _kind_of(rows, len(gaps), data.options.seed + 2000 + draw)
-        lost = np.zeros(x.shape, bool)
-        for k in np.unique(kind):
-            mine = kind == k
-            lost[mine] = gaps[names[k]](mixture.wave, rows[mine], data.options.seed + draw)
-        found = mixture.outputs(x, np.where(sigma > 0, sigma, np.nan), lost, backend=backend)
+        x, seen, lost, kind, is_blend = noisy_stars(data, mixture, rows, clean, sigma, draw)
+        found = mixture.outputs(x, seen, lost, backend=backend)
         stellar = mixture.n_experts + mixture.blends
         parts.append(Draws(
             rows, kind, is_blend, found["error_features"], found["label"], found["label_sd"], found["chi2"][:, 0],
@@ -254,47 +230,6 @@ def _draws_of(
             by_true_expert=found["expert_label"][np.arange(len(rows)), data.bins[rows]],
         ))  # fmt: skip
     return parts
-
-
-def _with_blends(
-    mixture: PosteriorMixture, clean: NDArray, rows: NDArray[np.int64], seed: int
-) -> tuple[NDArray, NDArray[np.bool_]]:
-    """Clean spectra of these rows, as many of them blends with another row as the library expects, and which."""
-    if not mixture.blends or len(rows) < 2:
-        return clean, np.zeros(len(rows), bool)
-    chosen, light = uniforms_of_rows(rows, 2, seed=seed, stream=BLEND_STREAM).T
-    is_blend = chosen < BLEND_SHARE
-    least, most = LIGHT_OF_OTHER
-    share = np.where(is_blend, least + (most - least) * light, 0.0)
-    return blended(clean, share, np.random.default_rng((seed, BLEND_STREAM, int(rows[0])))), is_blend
-
-
-def _nuisances(mixture: PosteriorMixture, error: NDArray, rows: NDArray[np.int64], draw: int) -> NDArray:
-    """What the nuisances add to spectra of these rows, each as large as its prior width has it."""
-    n, q, sky = mixture.n_coordinates, mixture.n_nuisances, mixture.n_sky
-    if not q:
-        return np.zeros((1, 1), np.float32)
-    share, *narrow = mixture.calibrated
-    uniform = uniforms_of_rows(rows, q + (share > 0), seed=draw, stream=NUISANCE_STREAM)
-    size = ndtri(uniform[:, :q])
-    if share:
-        size[:, : q - sky] *= np.where(uniform[:, q:] < share, np.array(narrow), 1.0)
-    good = error > 0
-    level = (np.where(good, error, 0.0) ** 2 / mixture.noise_shape).sum(1) / np.maximum(good.sum(1), 1)
-    size[:, q - sky :] *= np.sqrt(level)[:, None]
-    return (size @ mixture.directions[:, n:].T.astype(np.float64)).astype(np.float32)
-
-
-def _gaps(data: TrainingSet) -> Mapping[str, GapKind]:
-    """Kinds of gaps that draws have: those of the files that training stars look like, or `GAP_KINDS`."""
-    gaps = getattr(data.spectra, "gaps", None)
-    return gaps if gaps is not None else {name: GAPS[name] for name in GAP_KINDS}
-
-
-def _kind_of(rows: NDArray[np.integer], n_kinds: int, seed: int) -> NDArray[np.intp]:
-    """Kind of gap of each row, at random: each of the kinds alike, but the first three times as often."""
-    turn = fold_of_rows(rows, n_kinds + 2, seed)
-    return np.maximum(turn - 2, 0).astype(np.intp)
 
 
 def _distance_limit(distance: NDArray, strength: NDArray) -> dict[str, list[float]]:

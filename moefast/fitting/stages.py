@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 
 from moefast.core.progress import SAMPLED
+from moefast.fitting.correction import PASSES, planned_draws
 from moefast.fitting.families import FIT_ROWS, LIBRARY_ROWS
 from moefast.fitting.linear_experts import LEVEL_ROWS
 from moefast.fitting.options import Options
@@ -23,6 +24,8 @@ __all__ = ["expected_stages"]
 # Seconds per row: reading or simulating a spectrum, adding it to normal equations, projecting it, a noise draw, and the
 # same with the posterior of a star whose noise is its own.
 READ, ADD, PROJECT, DRAW, POSTERIOR = 6e-5, 2.5e-4, 5e-5, 2e-5, 3e-4
+LEARN = 8e-6
+"""Seconds per step and draw of a correction."""
 LEAST_SQUARES = 1.5
 """A ridge in pixels."""
 MULTIPLICATIONS = 5e10
@@ -44,11 +47,15 @@ def expected_stages(options: Options, n_rows: int) -> dict[str, float]:
     others = n_rows - sample
     if "posterior" in families:
         rows = min(others, LIBRARY_ROWS)
+        apart = n_rows - rows
+        draws = apart * planned_draws(options.correction_draws, apart)
+        learning = {"noisy stars": draws * POSTERIOR, "correction": draws * PASSES * LEARN} if draws else {}
         return (
             seconds
             | {
                 "templates": rows * (READ + PROJECT),
                 "clouds": 4.0 + 2e-4 * rows,
+                **learning,
                 "calibration": min(sample * options.sample_draws, CALIBRATION_ROWS) * POSTERIOR,
                 "error model": 3.0,
             }

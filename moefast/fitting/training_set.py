@@ -272,14 +272,17 @@ class TrainingSet:
 
     def other_stretches(self, most: int) -> list[tuple[int, int]]:
         """Stretches of rows that are not in the sample, about `most` of them."""
-        sample, n = self.sample_stretches(), self.spectra.n_rows
-        ends = [0, *(b for _, b in sample)], [*(a for a, _ in sample), n]
-        rest = [(a, b) for a, b in zip(*ends, strict=True) if b > a]
+        rest = self.apart_from(self.sample_stretches())
         count = len(rest) * most // max(1, sum(b - a for a, b in rest))
         if count < len(rest):
             mixed = np.random.default_rng(self.options.seed).permutation(len(rest))
             rest = [rest[i] for i in np.sort(mixed[: max(1, count)])]
         return rest
+
+    def apart_from(self, stretches: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """All rows that are in none of these stretches, which come in the order of their rows."""
+        ends = [0, *(b for _, b in stretches)], [*(a for a, _ in stretches), self.spectra.n_rows]
+        return [(a, b) for a, b in zip(*ends, strict=True) if b > a]
 
     def held_stretches(self) -> list[tuple[int, int]]:
         """Some stretches of the sample, `CHOICE_ROWS` rows in all."""

@@ -1,4 +1,4 @@
-"""A small perceptron with one hidden layer, fitted by Adam on shuffled pieces: the regression gate and the error model.
+"""Small perceptrons, fitted by Adam on shuffled pieces: the regression gate, the error model, corrections of log g.
 
 Design: a few thousand parameters, and as many noisy rows as one wants to draw, up to a million. Steps on shuffled
 pieces of a thousand rows reach in a few passes what a full-batch method needs hundreds for; beyond a few ten thousand
@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,12 +21,14 @@ from threadpoolctl import threadpool_limits
 from moefast.core.progress import RowProgress
 
 __all__ = [
+    "Layers",
     "Loss",
     "Perceptron",
     "as_float32",
     "descend",
     "fit_error_model",
     "fit_gate",
+    "fit_layers",
     "fit_perceptron",
     "softmax",
 ]
@@ -33,11 +36,21 @@ __all__ = [
 F64 = NDArray[np.float64]
 F32 = NDArray[np.float32]
 Layers = Sequence[NDArray]
-"""W₁ (f, h), b₁ (h,), W₂ (h, k), b₂ (k,)."""
+"""W₁ (f, h), b₁ (h,), W₂ (h, k), b₂ (k,), and so on where there are more layers."""
 
 Loss = Callable[[NDArray, NDArray[np.intp]], tuple[float, NDArray]]
 """Outputs (n, k) and row indices -> sum of the losses of these rows, and its slope for each output (n, k)."""
 
+
+class Activation(NamedTuple):
+    """What a hidden layer does to its sums, and the slope of that where it gave a."""
+
+    of: Callable[[NDArray], NDArray]
+    slope: Callable[[NDArray], NDArray]
+
+
+TANH = Activation(np.tanh, lambda a: 1 - a * a)
+RECTIFIED = Activation(lambda sums: np.maximum(sums, 0), lambda a: (a > 0).astype(a.dtype))
 PIECE_ROWS = 1024
 STEPS = (1000, 8000)
 """At least and at most."""
@@ -130,23 +143,39 @@ def _error_loss(residual: NDArray) -> Loss:
     return loss
 
 
-def descend(layers: Layers, x: NDArray, loss: Loss, rows: NDArray[np.intp]) -> tuple[float, list[NDArray]]:
+def _forward(layers: Layers, x: NDArray, activation: Activation) -> list[NDArray]:
+    """What each hidden layer gives, x before them, and the outputs behind."""
+    passed = [x]
+    for w, b in zip(layers[:-2:2], layers[1:-2:2], strict=True):
+        passed.append(activation.of(passed[-1] @ w + b))
+    passed.append(passed[-1] @ layers[-2] + layers[-1])
+    return passed
+
+
+def descend(
+    layers: Layers, x: NDArray, loss: Loss, rows: NDArray[np.intp], activation: Activation = TANH
+) -> tuple[float, list[NDArray]]:
     """Sum of the losses of the rows, and its slope for each array of the layers.
 
     Parameters
     ----------
-    layers : tuple of arrays W₁, b₁, W₂, b₂
+    layers : tuple of arrays W₁, b₁, W₂, b₂, …
     x : array of shape (m, f)
         Standardised features of the rows.
     loss : callable
     rows : array of shape (m,), int
         Their numbers, for the loss.
+    activation : Activation
+        Of hidden layers.
     """
-    w1, b1, w2, b2 = layers
-    active = np.tanh(x @ w1 + b1)
-    value, slope = loss(active @ w2 + b2, rows)
-    back = (slope @ w2.T) * (1 - active * active)
-    return value, [x.T @ back, back.sum(0), active.T @ slope, slope.sum(0)]
+    *passed, outputs = _forward(layers, x, activation)
+    value, back = loss(outputs, rows)
+    slopes: list[NDArray] = []
+    for i in range(len(passed) - 1, -1, -1):
+        slopes[:0] = [passed[i].T @ back, back.sum(0)]
+        if i:
+            back = (back @ layers[2 * i].T) * activation.slope(passed[i])
+    return value, slopes
 
 
 def fit_perceptron(
@@ -204,31 +233,72 @@ def fit_perceptron(
     w1[~standard.any(0)] = 0
     w2 = 0.1 * rng.standard_normal((hidden, n_out)) / np.sqrt(hidden)
     start = [w1, np.zeros(hidden), w2, np.zeros(n_out) if bias is None else bias]
+    layers = fit_layers(start, standard, loss, train, check, rng, steps=steps, decay=decay, progress=progress)
+    return Perceptron(mean, scale, *layers)
+
+
+def fit_layers(
+    start: Layers,
+    standard: NDArray,
+    loss: Loss,
+    train: NDArray[np.intp],
+    check: NDArray[np.intp],
+    rng: np.random.Generator,
+    *,
+    steps: int,
+    decay: float,
+    length: float = STEP,
+    activation: Activation = TANH,
+    progress: RowProgress | None = None,
+) -> list[F64]:
+    """Layers with the least mean loss; of those passed in `N_CHECKS` places of the way, the best on rows held back.
+
+    Parameters
+    ----------
+    start : sequence of arrays W₁, b₁, W₂, b₂, …
+        First guess.
+    standard : array of shape (n, f), float32
+        Features of order one.
+    loss : callable
+        Of the outputs of some rows.
+    train, check : arrays of int
+        Rows that are fitted, and rows that choose.
+    rng : numpy Generator
+        Of the order of the rows.
+    steps : int
+    decay : float
+        The weights shrink by this share of the step length in every step.
+    length : float
+        Of the longest steps.
+    activation : Activation
+        Of hidden layers.
+    progress : callable, optional
+    """
     layers = [a.astype(np.float32) for a in start]
     first, second = ([np.zeros_like(a) for a in layers] for _ in range(2))
     checks = set(np.linspace(0, steps, N_CHECKS + 1).astype(int)[1:].tolist())
-    best = (np.inf, start)
+    best = (np.inf, [np.asarray(a, np.float64) for a in start])
     pieces = _shuffled(train, rng)
     with threadpool_limits(1):
         for step in range(1, steps + 1):
             rows = next(pieces)
-            _, slopes = descend(layers, standard[rows], loss, rows)
-            length = np.float32(_step_length(step, steps))
+            _, slopes = descend(layers, standard[rows], loss, rows, activation)
+            now = np.float32(_step_length(step, steps, length))
             fades = [np.float32(1 - moment**step) for moment in MOMENTS]
             for array, slope, m, v in zip(layers, slopes, first, second, strict=True):
                 slope /= rows.size
                 m += (1 - MOMENTS[0]) * (slope - m)
                 v += (1 - MOMENTS[1]) * (slope * slope - v)
                 if array.ndim == 2:
-                    array *= 1 - length * np.float32(decay)
-                array -= length * (m / fades[0]) / (np.sqrt(v / fades[1]) + LEAST_SLOPE)
+                    array *= 1 - now * np.float32(decay)
+                array -= now * (m / fades[0]) / (np.sqrt(v / fades[1]) + LEAST_SLOPE)
             if step in checks:
-                value = _mean_loss(layers, standard, loss, check)
+                value = _mean_loss(layers, standard, loss, check, activation)
                 if value < best[0]:
                     best = (value, [a.astype(np.float64) for a in layers])
             if progress is not None:
                 progress(step, steps)
-    return Perceptron(mean, scale, *best[1])
+    return best[1]
 
 
 def _standardised(features: NDArray) -> tuple[F64, F64, F32]:
@@ -259,19 +329,20 @@ def _shuffled(rows: NDArray[np.intp], rng: np.random.Generator) -> Iterator[NDAr
             yield order[a : a + size]
 
 
-def _step_length(step: int, steps: int) -> float:
-    """From 0 to `STEP` in the first steps, and down to 0 again along a cosine."""
+def _step_length(step: int, steps: int, most: float) -> float:
+    """From 0 to the longest in the first steps, and down to 0 again along a cosine."""
     rise = min(1.0, step / min(WARM_UP, 1 + steps // 20))
-    return STEP * rise * 0.5 * (1 + math.cos(math.pi * step / (steps + 1)))
+    return most * rise * 0.5 * (1 + math.cos(math.pi * step / (steps + 1)))
 
 
-def _mean_loss(layers: Layers, standard: F32, loss: Loss, rows: NDArray[np.intp]) -> float:
+def _mean_loss(
+    layers: Layers, standard: NDArray, loss: Loss, rows: NDArray[np.intp], activation: Activation
+) -> float:
     """Mean loss of the rows, in pieces that stay in the cache."""
-    w1, b1, w2, b2 = layers
     total = 0.0
     for a in range(0, rows.size, PIECE_ROWS):
         piece = rows[a : a + PIECE_ROWS]
-        total += loss(np.tanh(standard[piece] @ w1 + b1) @ w2 + b2, piece)[0]
+        total += loss(_forward(layers, standard[piece], activation)[-1], piece)[0]
     return total / rows.size
 
 

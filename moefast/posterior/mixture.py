@@ -311,8 +311,8 @@ class PosteriorMixture:
         calibrated = tuple(float(value) for value in arrays.pop("calibrated"))
         correction = tuple(arrays.pop(name) for name in CORRECTION if name in arrays)
         return cls(
-            wave=wave, **arrays, correction=correction, n_sky=n_sky, calibrated=calibrated, n_foreign=n_foreign, blends=blends,
-            n_fast=n_fast, scale_width=width, label_range=(low, high), error_model=(w1, b1, w2, b2),
+            wave=wave, **arrays, correction=correction, n_sky=n_sky, calibrated=calibrated, n_foreign=n_foreign,
+            blends=blends, n_fast=n_fast, scale_width=width, label_range=(low, high), error_model=(w1, b1, w2, b2),
             label_names=label_names,
         )  # fmt: skip
 

@@ -10,7 +10,8 @@ and its flux without noise is c₀ (r + G ζ + N η). Labels within cloud j are 
 `moefast.posterior.forward` gives.
 
 Design: for pictures and for looking into single stars, in NumPy and float64. What is told of the labels agrees with
-`PosteriorMixture.predict`, whose numbers are calibrated besides; the widths here are the posterior's own.
+`PosteriorMixture.predict`, whose errors are calibrated and whose log g is corrected besides
+(`moefast.posterior.correction`); here the posterior speaks for itself.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from made_clouds import mixture, stars
+from made_correction import with_correction
 from scipy.stats import multivariate_normal
 
 from moefast.ops.on_numpy import NumPyArithmetic
@@ -214,3 +215,48 @@ def test_cells_cost_a_small_part_of_the_error(snr):
     apart = np.abs(by_cells["label"] - exact["label"]) / exact["label_sd"]
     assert np.median(apart) < 0.05
     assert np.percentile(apart, 99) < 0.5
+
+
+def test_the_point_is_the_best_one_under_the_library_as_one_gaussian():
+    mix = mixture(p=129, q=2)
+    flux, error = stars(mix, 6)
+    error[2, 40:90] = np.nan
+    # One pixel a cell: then M is exact.
+    assert mix.sizes.cell == 1
+    found, b = mix.describe(flux, error)["point"], mix.directions.astype(np.float64)
+    for i in range(6):
+        good = np.isfinite(error[i])
+        a, r = 1 / error[i, good].astype(np.float64) ** 2, mix.reference[good].astype(np.float64)
+        x = flux[i, good].astype(np.float64)
+        scale = (a * x * r).sum() / (a * r * r).sum()
+        left = b[good].T @ (a[:, None] * b[good]) * scale**2 + mix.numbers["library_precision"]
+        right = b[good].T @ (a * scale**2 * (x / scale - r)) + mix.numbers["library_pull"][:, 0]
+        np.testing.assert_allclose(found[i], np.linalg.solve(left, right), rtol=1e-6, atol=1e-6)
+
+
+def by_hand(mix, found, row):
+    """Corrected mean of log g of one star from what the description gives without a correction."""
+    n_labels, (mean, inverse_spread, *layers) = len(mix.label_names), mix.correction
+    label, sd = found["label"][row, :n_labels], found["label_sd"][row, :n_labels]
+    weights, expert = found["weights"][row], found["expert_label"][row]
+    seen = np.concatenate([
+        found["point"][row], label, np.log(sd), found["label_cov"][row, 1:n_labels] / (sd[0] * sd[1:]),
+        np.log(weights + 1e-3), weights / (weights + 1e-3) * (expert - label[0]), [found["error_features"][row, 2]],
+        found["log_level"][row],
+    ])  # fmt: skip
+    active = np.clip((seen - mean) * inverse_spread, -5, 5)
+    for w, b in zip(layers[:-2:2], layers[1:-2:2], strict=True):
+        active = np.maximum(active @ w + b, 0)
+    return label[0] + sd[0] * np.tanh(active @ layers[-2] + layers[-1])[0]
+
+
+@pytest.mark.parametrize("q", [0, 3])
+def test_a_correction_by_hand(q):
+    plain = mixture(q=q)
+    mix = with_correction(plain)
+    flux, error = stars(mix, 20)
+    found, usual = mix.describe(flux, error), plain.describe(flux, error)
+    expected = np.array([by_hand(mix, usual, row) for row in range(20)])
+    np.testing.assert_allclose(found["label"][:, 0], expected, rtol=1e-9)
+    np.testing.assert_allclose(found["log_g"][:, 0], np.clip(expected, *mix.label_range), rtol=1e-9)
+    assert np.abs(expected - usual["label"][:, 0]).max() > 0.1
