@@ -15,7 +15,7 @@ from moefast.kernels.cpu import FAST
 
 __all__ = ["NONE", "correct"]
 
-FARTHEST, LEAST_WEIGHT, LEAST_SPREAD = 5.0, 1e-3, 1e-4
+FARTHEST, LEAST_WEIGHT, LEAST_SPREAD = 5.0, 1e-6, 1e-4
 """As in `moefast.posterior.correction`."""
 ZERO32 = np.float32(0.0)
 NONE = tuple(np.zeros((0,) * ndim, np.float32) for ndim in (1, 1, *(2, 1) * 4))

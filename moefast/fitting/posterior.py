@@ -33,8 +33,9 @@ F64 = NDArray[np.float64]
 
 SCALE_WIDTH = 0.3
 """Prior width of the scale, relative to the scale that the mean spectrum suggests: as good as free."""
-CALIBRATION_ROWS = 60_000
-"""Noisy draws for the error model and the limits."""
+CALIBRATION_ROWS, CALIBRATION_DRAWS = 200_000, 9
+"""Noisy draws for the error model and the limits, and of one star, at most: of fewer, the factor on the errors would by
+chance be off by half a per cent of the stars."""
 DISTANCE_QUANTILE, CHI2_QUANTILE = 0.997, 0.999
 """Share of stars of the training set that the limits let pass."""
 DISTANCE_KNOTS = 6
@@ -124,7 +125,7 @@ def _calibrate(
     names = tuple(gaps_of_draws(data))
     stretches = data.sample_stretches()
     total = sum(b - a for a, b in stretches)
-    draws = int(np.clip(CALIBRATION_ROWS // total, 1, data.options.sample_draws))
+    draws = max(1, min(CALIBRATION_ROWS // total, CALIBRATION_DRAWS, data.options.sample_draws))
     thin = max(1, total * draws // CALIBRATION_ROWS)
     drawn = data.map_blocks("calibration", stretches, _draws_of, mixture, draws, thin, backend)
     parts = [part for block in drawn for part in block]

@@ -14,7 +14,7 @@ from moefast.fitting.correction import PASSES, planned_draws
 from moefast.fitting.families import FIT_ROWS, LIBRARY_ROWS
 from moefast.fitting.linear_experts import LEVEL_ROWS
 from moefast.fitting.options import Options
-from moefast.fitting.posterior import CALIBRATION_ROWS
+from moefast.fitting.posterior import CALIBRATION_DRAWS, CALIBRATION_ROWS
 from moefast.fitting.sample import NOISY_ROWS
 from moefast.gating.tower import FEATURES
 from moefast.trunks.presets import PRESETS
@@ -56,7 +56,8 @@ def expected_stages(options: Options, n_rows: int) -> dict[str, float]:
                 "templates": rows * (READ + PROJECT),
                 "clouds": 4.0 + 2e-4 * rows,
                 **learning,
-                "calibration": min(sample * options.sample_draws, CALIBRATION_ROWS) * POSTERIOR,
+                "calibration": min(sample * min(options.sample_draws, CALIBRATION_DRAWS), CALIBRATION_ROWS)
+                * POSTERIOR,
                 "error model": 3.0,
             }
             | _simpler_fits(options)

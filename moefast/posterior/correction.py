@@ -30,7 +30,7 @@ __all__ = ["CORRECTION", "FARTHEST", "LEAST_WEIGHT", "N_LAYERS", "corrected", "f
 
 FARTHEST = 5.0
 """Standard deviations of the training draws at which a feature is cut off."""
-LEAST_WEIGHT = 1e-3
+LEAST_WEIGHT = 1e-6
 """ε: experts far below it have no say in the features."""
 LEAST_SPREAD = 1e-4
 """Added in dex to the scatter between clouds before its logarithm is taken."""

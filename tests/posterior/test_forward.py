@@ -241,7 +241,7 @@ def by_hand(mix, found, row):
     weights, expert = found["weights"][row], found["expert_label"][row]
     seen = np.concatenate([
         found["point"][row], label, np.log(sd), found["label_cov"][row, 1:n_labels] / (sd[0] * sd[1:]),
-        np.log(weights + 1e-3), weights / (weights + 1e-3) * (expert - label[0]), [found["error_features"][row, 2]],
+        np.log(weights + 1e-6), weights / (weights + 1e-6) * (expert - label[0]), [found["error_features"][row, 2]],
         found["log_level"][row],
     ])  # fmt: skip
     active = np.clip((seen - mean) * inverse_spread, -5, 5)
