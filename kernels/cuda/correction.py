@@ -20,6 +20,7 @@ import math
 
 from numba import cuda, float32, float64
 
+from moefast.kernels.cpu_correction import FARTHEST, LEAST_WEIGHT
 from moefast.kernels.cuda.gram import ALIGNED
 from moefast.kernels.cuda.lanes import SCRATCH, WRITTEN_OUT, sum_of_block
 from moefast.kernels.cuda.registry import kernel
@@ -30,8 +31,6 @@ STARS = 4
 """Stars of a block, which share its reads of weights: a vector of activations."""
 THREADS = 128
 """Threads of a block; those that have no hidden unit of a narrow layer wait."""
-FARTHEST, LEAST_WEIGHT = 5.0, 1e-3
-"""As in `moefast.posterior.correction`."""
 PLACE, PLACE_OF_STARS = 0x7FFFFFFF, 0x7FFFFFFC
 """Masks that tell the compiler that an index is not negative, and that the activations of STARS stars begin there."""
 
