@@ -50,6 +50,8 @@ _NO_MASK = np.zeros((0, 0), np.bool_)
 CUDA_COORDINATES, CUDA_DIRECTIONS, CUDA_TANGENTS = 160, 320, 15
 """Coordinates, coordinates and nuisances together, and tangents that the CUDA kernels have shared memory and registers
 for."""
+CUDA_UNITS = 1500
+"""Features of the correction, or units of one of its layers, that they have shared memory for."""
 
 
 def rounded_up(size: int, step: int) -> int:
@@ -367,16 +369,23 @@ class Clouds:
         """Number of experts K."""
         return len(self.first) - 1
 
+    @property
+    def n_units(self) -> int:
+        """Features of the correction, or units of its widest layer, whichever are more; 0 if there is none."""
+        return max((part.shape[0] for part in self.correction), default=0)
+
 
 def without_cuda(space: Space, clouds: Clouds) -> str:
     """Why the CUDA kernels cannot hold a space and its clouds, in words; empty if they can."""
     n, width, t = space.n_coordinates, space.directions.shape[1], clouds.tangents.shape[1]
-    if n <= CUDA_COORDINATES and width <= CUDA_DIRECTIONS and t <= CUDA_TANGENTS:
-        return ""
-    return (
-        f"a posterior in {n} coordinates with {width - n} nuisances and {t} tangents (at most {CUDA_COORDINATES}, "
-        f"{CUDA_DIRECTIONS} with the nuisances, and {CUDA_TANGENTS})"
-    )
+    if n > CUDA_COORDINATES or width > CUDA_DIRECTIONS or t > CUDA_TANGENTS:
+        return (
+            f"a posterior in {n} coordinates with {width - n} nuisances and {t} tangents (at most {CUDA_COORDINATES}, "
+            f"{CUDA_DIRECTIONS} with the nuisances, and {CUDA_TANGENTS})"
+        )
+    if clouds.n_units > CUDA_UNITS:
+        return f"a correction with {clouds.n_units} features or units of a layer (at most {CUDA_UNITS})"
+    return ""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ vectors, is whitened once more, for its residual is what the distance is summed 
 tells why. The kernel is written for a number of tangents, so that small matrices live in registers: `compare_kernel`
 makes it.
 
-`conclude_stars`: a block owns a star and goes through its clouds, 20 numbers each, in double precision.
+`conclude_stars`: a block owns a star and goes through its clouds, 20 numbers each, in double precision. Where there is
+a network that corrects log g, `moefast.kernels.cuda.correction` follows.
 
 Floor in multiply-adds of single precision per star, for m = 393 clouds of t = 10 tangents, the scale's included, with
 r = 45 of n = 58 coordinates: vectors m (n (n + 1) + (t − 1) r (r + 1))/2 = 4.3 M, products and residuals
@@ -37,6 +38,8 @@ from moefast.core.errors import BackendError
 from moefast.core.threads import CORES
 from moefast.kernels.clouds import CloudPosterior, Clouds, Space, rounded_up, without_cuda
 from moefast.kernels.cuda.blocks import BlockScorer, Slot, StepPlan, blocks_of_a_call, results_on_device
+from moefast.kernels.cuda.correction import STARS, answer_star, correct_stars, shared_bytes
+from moefast.kernels.cuda.correction import THREADS as UNIT_THREADS
 from moefast.kernels.cuda.device import MOST_SHARED
 from moefast.kernels.cuda.gram import ALIGNED
 from moefast.kernels.cuda.information import (
@@ -514,21 +517,22 @@ def usual(vectors: int, target: tuple[int, int]) -> Any:
 
 
 @kernel(
-    "void(float32[:,:,::1], float64[:,::1], int64[::1], int64, float64, float64, float32[:,::1], float32[::1],"
-    " float32[:,::1], float32[::1], float64[::1], float64[::1], float64[:,::1], float64[:,::1], float64[:,::1],"
-    " float64[:,::1], float64[:,::1], float64[:,::1], float64[::1], float64[::1], float64[::1], float64[::1],"
-    " float64[::1])",
+    "void(float32[:,:,::1], float64[:,::1], float64[:,::1], int64[::1], int64, float64, float64, float32[:,::1],"
+    " float32[::1], float32[:,::1], float32[::1], float64[::1], float64[::1], float64[:,::1], float64[:,::1],"
+    " float64[:,::1], float64[:,::1], float64[:,::1], float64[:,::1], float64[::1], float64[::1], float64[::1],"
+    " float64[::1], float64[::1], float32[:,::1])",
     threads=LANES,
     blocks=4,
     serves=("cloud_posterior",),
 )
 def conclude_stars(  # type: ignore[no-untyped-def]
-    found, numbers, first, n, lowest, highest, w1, b1, w2, b2,
+    found, numbers, points, first, n, lowest, highest, w1, b1, w2, b2,
     log_g, log_g_err, features, label, sd, covariance, weights, expert, chi2, distance, strength, scale, log_level,
+    point,
 ):  # fmt: skip
     """From what clouds say to what is said of each star, as `cpu_clouds.posterior`; n is the number of coordinates.
 
-    `found` is what `compare_clouds` leaves; shares take the place of evidences.
+    `found` is what `compare_clouds` leaves; shares take the place of evidences. `points` (·, w) has nuisances first.
 
     Launch: a block of LANES threads for each star.
     """
@@ -644,31 +648,18 @@ def conclude_stars(  # type: ignore[no-untyped-def]
             sd[star, place] = spread
             covariance[star, place] = along
 
-    answer = best
-    # Not min() and max(), which on a device are not NaN where one of the two is.
-    if answer < lowest:  # noqa: PLR1730
-        answer = lowest
-    if answer > highest:  # noqa: PLR1730
-        answer = highest
+    width = point.shape[1]
+    for k in range(lane, width, lanes):
+        point[star, k] = points[star, k + width - n if k < n else k - n]
     of_width = math.log(first_sd + LEAST_SPREAD)
     of_spread = math.log(math.sqrt(between + TINY) + LEAST_SPREAD)
-    value = float64(0)
-    for h in range(lane, b1.size, lanes):
-        active = float64(b1[h])
-        active += answer * float64(w1[0, h]) + of_width * float64(w1[1, h]) + of_spread * float64(w1[2, h])
-        active += second * float64(w1[3, h]) + third * float64(w1[4, h])
-        value += math.tanh(active) * float64(w2[h, 0])
-    value = sum_of_block(value, scratch) + float64(b2[0])
+    answer_star(
+        star, best, of_width, of_spread, second, third, lowest, highest, w1, b1, w2, b2, scratch,
+        log_g, log_g_err, features,
+    )  # fmt: skip
     if lane == 0:
         c0 = numbers[star, SCALE]
         level2 = numbers[star, LEVEL] / (numbers[star, N_USED] + TINY) / (c0 * c0)
-        log_g[star] = answer
-        log_g_err[star] = math.exp(value)
-        features[star, 0] = answer
-        features[star, 1] = of_width
-        features[star, 2] = of_spread
-        features[star, 3] = second
-        features[star, 4] = third
         freedom = float64(1) + max(numbers[star, N_USED] - float64(n + 1), float64(0))
         chi2[star] = (numbers[star, ENERGY] - numbers[star, EXPLAINED]) / freedom
         distance[star] = (numbers[star, BEYOND] + nearest) / float64(n)
@@ -693,6 +684,7 @@ class Posteriors(NamedTuple):
     strength: NDArray
     scale: NDArray
     log_level: NDArray
+    point: NDArray
     snr_norm: NDArray
     snr_median: NDArray
     n_good: NDArray
@@ -756,6 +748,8 @@ class DevicePosterior(StepPlan):
         self.first = on_device(clouds.first, np.int64)
         self.label_range = tuple(float(limit) for limit in clouds.label_range)
         self.error_model = tuple(on_device(part, f32) for part in clouds.error_model)
+        self.correction = tuple(on_device(part.ravel(), f32) for part in clouds.correction)
+        self.units = clouds.n_units
         self.no_mask = cuda.to_device(_NO_MASK)
         self.matrices = Matrices(self.solving[:2], self.solving[2])
 
@@ -764,7 +758,8 @@ class DevicePosterior(StepPlan):
         vector, of_labels, of_experts = (rows,), (rows, self.n_labels), (rows, self.n_experts)
         shapes = [vector, vector, (rows, 5), *[of_labels] * 3, *[of_experts] * 2, *[vector] * 5]
         kinds: list[type] = [np.float32, np.float32, np.int32, np.uint32]
-        return [(shape, np.float64) for shape in shapes] + [(vector, kind) for kind in kinds]
+        point = (rows, self.n_coordinates + self.n_nuisances), np.float32
+        return [*((shape, np.float64) for shape in shapes), point, *((vector, kind) for kind in kinds)]
 
     def bytes_per_row(self) -> int:
         """Device memory of a row, flux, error and mask included, and its share of a block's scratch."""
@@ -847,9 +842,27 @@ class DevicePosterior(StepPlan):
         yield (
             "labels",
             lambda: conclude_stars[n, LANES, stream](
-                work.found, work.numbers, self.first, c, *self.label_range, *self.error_model, *scores[:13]
+                work.found,
+                work.numbers,
+                work.points,
+                self.first,
+                c,
+                *self.label_range,
+                *self.error_model,
+                *scores[:14],
             ),
         )
+        if self.correction:
+            inputs = (
+                scores.point, scores.label_sd, scores.label_cov, scores.weights, scores.expert_label, scores.log_level,
+            )  # fmt: skip
+            outputs = scores.label, scores.log_g, scores.log_g_err, scores.error_features
+            yield (
+                "correction of log g",
+                lambda: correct_stars[-(-n // STARS), UNIT_THREADS, stream, shared_bytes(self.units)](
+                    n, self.units, *self.label_range, *self.correction, *self.error_model, *inputs, *outputs
+                ),
+            )
         yield (
             "median SNR",
             lambda: median_rows[n, MEDIAN_THREADS, stream](flux, error, hidden, p, scores.snr_median),

@@ -14,7 +14,8 @@ hundred stars at a time, whose numbers stay on the device; (…) is what is kept
     marginalise_stars  u = Bᵀ(y − a′ B b) + M b, nuisances taken out  →  u (n), M (n (n + 1)/2)
     root_stars         M = UᵀU  →  U, U⁻ᵀu in their places
     whiten_stars       TTᵀ = I + UUᵀ  →  C' = T⁻¹U (n²), λ = T⁻¹U⁻ᵀu (n)
-    moefast.kernels.cuda.clouds   C', λ and the clouds  →  evidence of every cloud  →  labels
+    moefast.kernels.cuda.clouds       C', λ and the clouds  →  evidence of every cloud  →  labels
+    moefast.kernels.cuda.correction   b, labels, experts  →  log g, where a network corrects it
 
 with w = n + q directions, nuisances first. Every product whose second factor all stars share is one matrix product of
 all stars; what belongs to a star is done by a block of threads. Where slopes have one width, `isolate_slopes` and

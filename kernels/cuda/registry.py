@@ -34,6 +34,7 @@ MODULES = (
     "moefast.kernels.cuda.tangent",
     "moefast.kernels.cuda.template",
     "moefast.kernels.cuda.information",
+    "moefast.kernels.cuda.correction",
     "moefast.kernels.cuda.clouds",
     "moefast.kernels.cuda.velocity",
 )

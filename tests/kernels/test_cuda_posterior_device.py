@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from made_clouds import assert_expert_labels, mixture, stars
+from made_correction import with_correction
 
 from moefast.backend import cuda_devices
 from moefast.core.errors import BackendError
@@ -32,7 +33,7 @@ def assert_as_described(made, flux, error, mask=None):
     tolerances = {
         "log_g": (1e-5, 0), "label": (1e-5, 1e-5), "label_sd": (0, 1e-4), "weights": (1e-5, 0),
         "log_g_err": (0, 1e-4), "chi2": (1e-6, 1e-3), "distance": (1e-5, 1e-3), "strength": (0, 1e-6),
-        "scale": (0, 1e-6), "log_level": (0, 1e-6),
+        "scale": (0, 1e-6), "log_level": (0, 1e-6), "point": (1e-4, 1e-4),
     }  # fmt: skip
     for name, (absolute, relative) in tolerances.items():
         np.testing.assert_allclose(found[name], expected[name], atol=absolute, rtol=relative, err_msg=name)
@@ -94,6 +95,29 @@ def test_bad_pixels_keep_to_themselves_and_a_row_has_the_same_bits_anywhere():
     alone = made.outputs(flux[200:201], error[200:201], backend="cuda")
     for name, array in clean.items():
         np.testing.assert_array_equal(found[name][7:], array[7:], err_msg=name)
+        np.testing.assert_array_equal(alone[name][0], array[200], err_msg=name)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("q", [0, 12])
+@pytest.mark.parametrize("widths", [(1, 31, 33), (128, 128, 128), (64, 300, 1400)])
+def test_correction_of_log_g(q, widths):
+    """Stars for some blocks and a part of one; one star without an answer."""
+    plain = mixture(p=700, m=70, n=58, q=q)
+    made = with_correction(plain, widths)
+    flux, error = stars(made, 201)
+    clean, usual = assert_as_described(made, flux, error), plain.outputs(flux, error, backend="cuda")
+    for name in set(clean) - {"log_g", "log_g_err", "error_features", "label"}:
+        np.testing.assert_array_equal(clean[name], usual[name], err_msg=name)
+    assert 0.1 < np.ptp((clean["label"] - usual["label"])[:, 0] / usual["label_sd"][:, 0]) <= 2
+    flux[1] *= np.float32(-1e25)
+    found = made.outputs(flux, error, backend="cuda")
+    assert np.isnan(found["label"][1]).all()
+    alone = made.outputs(flux[200:], error[200:], backend="cuda")
+    for name, array in clean.items():
+        np.testing.assert_array_equal(found[name][2:], array[2:], err_msg=name)
+        np.testing.assert_array_equal(found[name][0], array[0], err_msg=name)
         np.testing.assert_array_equal(alone[name][0], array[200], err_msg=name)
 
 

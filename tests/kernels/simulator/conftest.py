@@ -55,7 +55,7 @@ def small_tiles(monkeypatch):
     few |= {"PRODUCT_THREADS": 8, "LEFT": 16, "RIGHT": 16}
     for name, value in few.items():
         monkeypatch.setattr(information, name, value)
-    few = {"MEDIAN_THREADS": 2, "LANES": 2, "CLOUDS": 4, "MOST_STARS": 2, "THREADS": 16}
+    few = {"MEDIAN_THREADS": 2, "LANES": 2, "UNIT_THREADS": 3, "CLOUDS": 4, "MOST_STARS": 2, "THREADS": 16}
     for name, value in few.items():
         monkeypatch.setattr(clouds, name, value)
     few = {"STEP": 4, "READ_THREADS": 2, "LANES": 2, "VELOCITIES": 4, "TEMPLATES": 2}

@@ -5,12 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from made_clouds import assert_expert_labels, mixture, stars
+from made_correction import with_correction
 from numba import cuda
 
 from moefast.core.errors import BackendError
 from moefast.kernels import cloud_posterior
 from moefast.kernels import clouds as of_clouds
-from moefast.kernels.cuda import CudaPosteriorScorer, clouds, information
+from moefast.kernels.cuda import CudaPosteriorScorer, clouds, correction, information
 from moefast.kernels.cuda.device import MOST_SHARED
 from moefast.ops.on_numpy import NumPyArithmetic
 from moefast.posterior.cells import alike_pixels
@@ -49,6 +50,7 @@ def assert_as_described(made, flux, error, mask=None):
     close("distance", 1e-5, 1e-3)
     for name in ("strength", "scale", "log_level"):
         close(name, 0, 1e-6)
+    close("point", 1e-4, 1e-4)
     return found
 
 
@@ -87,6 +89,75 @@ def test_any_number_of_clouds(m):
 def test_any_size_of_the_space(p, n, q, labels):
     made = mixture(p=p, m=6, n=n, q=q, labels=labels)
     assert_as_described(made, *stars(made, 2))
+
+
+@pytest.mark.parametrize(
+    ("q", "labels", "widths"), [(0, 3, (4, 2, 33)), (3, 5, (33, 4, 7)), (1, 2, (12, 9, 1))]
+)
+def test_correction_of_log_g(q, labels, widths):
+    """Six stars for two blocks, one of whose spectra is missing by half, by three threads."""
+    plain = mixture(p=48, m=7, n=6, q=q, labels=labels)
+    made = with_correction(plain, widths)
+    flux, error = stars(made, 6)
+    error[2, :24] = np.nan
+    found, usual = assert_as_described(made, flux, error), plain.outputs(flux, error, backend="cuda")
+    moved = (found["label"][:, 0] - usual["label"][:, 0]) / usual["label_sd"][:, 0]
+    assert np.abs(moved).max() <= 1
+    assert np.ptp(moved) > 0.1
+    changed = {"log_g", "log_g_err", "error_features", "label"}
+    assert_same_bits({name: a for name, a in found.items() if name not in changed}, usual)
+    np.testing.assert_array_equal(found["label"][:, 1:], usual["label"][:, 1:])
+    np.testing.assert_array_equal(found["error_features"][:, 1:], usual["error_features"][:, 1:])
+    np.testing.assert_array_equal(found["log_g"][:, 0], np.clip(found["label"][:, 0], *made.label_range))
+    assert_same_bits(made.outputs(flux[5:], error[5:], backend="cuda"), found, of=slice(5, 6))
+    on_cpu = made.outputs(flux, error)
+    np.testing.assert_allclose(found["log_g"], on_cpu["log_g"], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(found["log_g_err"], on_cpu["log_g_err"], rtol=1e-4)
+
+
+def test_a_correction_of_nothing_changes_no_bit(mix):
+    flux, error = stars(mix, 5)
+    parts = with_correction(mix).correction
+    idle = replace(mix, correction=(*parts[:-2], 0 * parts[-2], 0 * parts[-1]))
+    assert_same_bits(idle.outputs(flux, error, backend="cuda"), mix.outputs(flux, error, backend="cuda"))
+
+
+def test_without_a_correction_there_is_no_such_step(mix):
+    def steps(made):
+        plan = clouds.DevicePosterior(*made.kernel_arrays)
+        work = plan.work(2)
+        flux = cuda.device_array(2 * plan.n_pixels, np.float32)
+        return [name for name, _ in plan.steps(flux, flux, None, 2, work, work.scores, 0)]
+
+    usual, more = steps(mix), steps(with_correction(mix))
+    assert "correction of log g" not in usual
+    assert [name for name in more if name != "correction of log g"] == usual
+    assert more[more.index("labels") + 1] == "correction of log g"
+
+
+@pytest.mark.filterwarnings("ignore:.*(overflow|invalid value) encountered:RuntimeWarning")
+def test_no_answer_is_corrected_to_none_and_neighbours_stay_as_they_are(mix):
+    made = with_correction(mix)
+    flux, error = stars(made, 6)
+    clean = made.outputs(flux, error, backend="cuda")
+    flux[1] *= np.float32(-1e25)
+    found = made.outputs(flux, error, backend="cuda")
+    for name in ("log_g", "log_g_err", "label"):
+        assert np.isnan(found[name][1]).all(), name
+    others = [0, 2, 3, 4, 5]
+    assert_same_bits({name: a[others] for name, a in found.items()}, clean, of=others)
+    on_cpu = made.outputs(flux, error)
+    np.testing.assert_array_equal(np.isnan(on_cpu["label"]), np.isnan(found["label"]))
+
+
+def test_a_star_without_good_pixels_has_the_correction_of_the_library(mix):
+    made = with_correction(mix)
+    flux, error = stars(made, 5)
+    error[1] = np.nan
+    expected = made.outputs(flux, error)
+    assert np.isfinite(expected["label"][1]).all()
+    found = made.outputs(flux, error, backend="cuda")
+    np.testing.assert_allclose(found["label"], expected["label"], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("in_shared", [True, False])
@@ -277,6 +348,11 @@ def test_what_is_too_large_is_refused_in_words(mix, monkeypatch):
         CudaEngine(mix)
     with pytest.raises(BackendError, match="no kernels for a posterior in 6 coordinates"):
         CudaPosteriorScorer(*mix.kernel_arrays)
+    monkeypatch.undo()
+    monkeypatch.setattr(of_clouds, "CUDA_UNITS", 39)
+    wide = with_correction(mix, (12, 40, 7))
+    assert without_kernels(wide) == "a correction with 40 features or units of a layer (at most 39)"
+    assert without_kernels(with_correction(mix, (12, 39, 7))) == without_kernels(mix) == ""
 
 
 def test_the_largest_fits_in_shared_memory(monkeypatch):
@@ -290,6 +366,7 @@ def test_the_largest_fits_in_shared_memory(monkeypatch):
     # Sums of a block go through a number of each of at most 32 warps.
     largest = (information.solve_launch(of_clouds.CUDA_DIRECTIONS), information.solve_launch(n, 2))
     assert max(each.staged for each in largest) + 8 * 32 <= MOST_SHARED
+    assert correction.shared_bytes(of_clouds.CUDA_UNITS) + 8 * 32 <= MOST_SHARED
 
 
 def test_vectors_that_do_not_fit_are_staged_in_turns(monkeypatch):
@@ -308,5 +385,5 @@ def test_vectors_that_do_not_fit_are_staged_in_turns(monkeypatch):
 def test_tiles_as_large_as_on_a_device(monkeypatch):
     monkeypatch.undo()
     assert (clouds.THREADS, information.PRODUCT_THREADS, information.SOLVE_THREADS) == (128, 128, 128)
-    made = mixture(p=33, m=17, n=34, q=1, calibrated=(0.5, 0.1))
+    made = with_correction(mixture(p=33, m=17, n=34, q=1, calibrated=(0.5, 0.1)), (12, 140, 7))
     assert_as_described(made, *stars(made, 1))

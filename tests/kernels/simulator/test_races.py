@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from made_clouds import mixture, stars
+from made_correction import with_correction
 from made_velocities import space_of, stars_of, templates
 from numba import cuda, float32, float64
 from numba.cuda.simulator import kernel
@@ -146,7 +147,10 @@ def test_sums_over_a_block(log):
     ("in_shared", "at_once", "calibrated"), [(True, True, (0.5, 0.1)), (False, False, (0.0,))]
 )
 def test_the_posterior(small, in_shared, at_once, calibrated, monkeypatch, log):
-    """Five stars: blocks of two stars, one of which is there once, and several stars for each block of roots."""
+    """Five stars: blocks of two stars, one of which is there once, and several stars for each block of roots.
+
+    The second time, log g is corrected, in blocks of four stars.
+    """
     if not in_shared:
         monkeypatch.setattr(information, "MOST_OF_BLOCK", 0)
     made = mixture(p=60, m=6, t=4, n=17, q=3, n_sky=1, calibrated=calibrated)
@@ -156,6 +160,7 @@ def test_the_posterior(small, in_shared, at_once, calibrated, monkeypatch, log):
     cells, shares = alike_pixels(made.directions, made.noise_shape, precision, n_cells=17)
     made = replace(made, cells=cells, cell_shares=shares)
     if not at_once:
+        made = with_correction(made, (4, 5, 3))
         plain = clouds.sizes_of(20, 8, 5)
         assert plain.depth == 8
         monkeypatch.setattr(
@@ -272,7 +277,7 @@ def streams(monkeypatch):
 
 @pytest.mark.parametrize("what", ["posterior", "scan", "step"])
 def test_all_of_a_block_goes_through_the_stream_of_its_slot(what, small, streams):
-    made = mixture(p=30, m=4, n=4, q=1)
+    made = with_correction(mixture(p=30, m=4, n=4, q=1), (2, 3, 2))
     flux, error = stars(made, 3)
     if what == "posterior":
         scorer = CudaPosteriorScorer(*made.kernel_arrays, block_rows=2, slots=1)
