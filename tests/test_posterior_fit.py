@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from moefast.cli.fit import tell_model
 from moefast.core.errors import InputError
 from moefast.core.grids import PHYSICAL_GRID
 from moefast.core.metrics import r2
@@ -138,6 +139,33 @@ def test_a_correction_learns_what_clouds_leave_out(learnt, stars):
         np.testing.assert_array_equal(found.log_g_err_raw, before.log_g_err_raw)
     apart = np.abs(found.log_g - log_g) / found.log_g_err
     assert np.mean(apart < 1) == pytest.approx(0.68, abs=0.06)
+
+
+def test_a_fit_says_what_became_of_its_correction(learnt, capsys):
+    training = {"log_g_std": 1.15, "notes": []}
+    model = Model.of_mixture(
+        learnt.mixture, {}, recipe="posterior", grid=PHYSICAL_GRID, training=training, summary=learnt.summary
+    )
+    told = learnt.summary["correction"]
+    gain = f"R² {told['measured_gain_r2']:+.4f} ± {told['measured_gain_r2_error']:.4f}"
+    rows = {"used": 5000, "left_out": 0}
+    for kept, words in (
+        (
+            True,
+            f"a network corrects log g, learnt from 24,900 noisy draws of 1,660 stars: {gain} on stars that",
+        ),
+        (False, f"a network to correct log g was tried, does not help ({gain}), and is left out"),
+    ):
+        facts = learnt.summary | {
+            "rows": rows,
+            "seconds": 1.0,
+            "backend": "cpu",
+            "correction": told | {"kept": kept},
+        }
+        tell_model(facts, model, "model", quiet=False, as_json=False)
+        assert words in capsys.readouterr().out
+    tell_model(facts | {"correction": {}}, model, "model", quiet=False, as_json=False)
+    assert "log g" not in capsys.readouterr().out
 
 
 def test_a_correction_is_left_out_where_it_does_not_help_or_cannot_learn(fitted, monkeypatch):

@@ -378,8 +378,21 @@ def tell_model(facts: dict[str, Any], model: Model, out: str, *, quiet: bool, as
     kernels = facts.get("heads", {}).get("kernels", "")
     if kernels.startswith("plain: "):
         say(f"  note: the network was fitted without fused kernels, slower: {kernels[7:]}")
+    if learnt := facts.get("correction"):
+        say(f"  {_correction_in_words(learnt)}")
     say(
         f"  rows held back: R² {check['r2']:.3f} (with true bins {check['r2_true_bins']:.3f}), "
         f"1σ holds {100 * check['coverage_68']:.1f} %, 1.96σ {100 * check['coverage_95']:.1f} %"
     )
     say("  measure it on spectra it has not seen: moefast evaluate TEST… -m " + str(out))
+
+
+def _correction_in_words(learnt: dict[str, Any]) -> str:
+    """What became of the network that corrects log g; gains are those on stars that only measure."""
+    gain = f"R² {learnt['measured_gain_r2']:+.4f} ± {learnt['measured_gain_r2_error']:.4f}"
+    if learnt["kept"]:
+        return (
+            f"a network corrects log g, learnt from {learnt['draws']:,} noisy draws of {learnt['stars']:,} stars: "
+            f"{gain} on stars that it has not seen"
+        )
+    return f"a network to correct log g was tried, does not help ({gain}), and is left out"
