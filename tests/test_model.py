@@ -315,7 +315,7 @@ def test_a_graph_that_differs_is_not_kept(model, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "of_set", "rows"),
-    [("observed", "library", 200_000), ("z0", "z0", 200_000), ("survey", "survey", 1_000_000)],
+    [("observed", "library", 600_000), ("z0", "z0", 200_000), ("survey", "survey", 1_000_000)],
 )
 def test_the_shipped_models_load(name, of_set, rows):
     assert name in SHIPPED
