@@ -15,7 +15,7 @@ import numpy as np
 
 from moefast.core.compiled import njit
 from moefast.kernels.cpu import FAST, exp32, log32
-from moefast.kernels.cpu_correction import correct
+from moefast.kernels.cpu_correction import LEAST_SPREAD, correct
 from moefast.kernels.cpu_information import STEP, TINY, chance_of_narrow, filled, solve, unpack
 from moefast.kernels.vectors import VECTORS, cloud_group, label_group, set_upper_tile, width_of
 
@@ -32,8 +32,6 @@ LEAST_SHARE = np.float32(1e-9)
 """Of the best cloud's weight: clouds below have no say in labels but the first."""
 LEAST_EVIDENCE = np.float32(-1e30)
 """Below, a sum of squares has overflowed."""
-LEAST_SPREAD = 1e-4
-"""Added in dex to standard deviations whose logarithms the error model sees, as in `moefast.posterior.forward`."""
 ZERO32 = np.float32(0.0)
 HALF32 = np.float32(0.5)
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from moefast.core.grids import METAL_POOR
 from moefast.experts.choice import MARGIN
 
-__all__ = ["Gain", "KeptResiduals", "choose_residuals", "regions"]
+__all__ = ["Gain", "Judge", "KeptResiduals", "choose_residuals", "regions"]
 
 F64 = NDArray[np.float64]
 
@@ -165,7 +165,7 @@ def choose_residuals(
         raise ValueError(f"margins must not be negative; found {margin} and {sure}")
     if len(gate) == 0:
         return KeptResiduals()
-    judge = _Judge(y, strong, star, label_range)
+    judge = Judge(y, strong, star, label_range)
     shares = {(k, name): gate[:, k] * r for name, each in candidates.items() for k, r in each.items()}
     kept, steps = _take(judge, shares, margin)
     return _drop(judge, shares, kept, steps, where, sure)
@@ -195,7 +195,7 @@ def _check(
 
 
 def _take(
-    judge: _Judge, shares: Mapping[tuple[int, str], F64], margin: float
+    judge: Judge, shares: Mapping[tuple[int, str], F64], margin: float
 ) -> tuple[dict[int, str], dict[int, Gain]]:
     """Take residuals one by one, the best first: the name of that of each expert, and what it gained."""
     kept: dict[int, str] = {}
@@ -213,7 +213,7 @@ def _take(
 
 
 def _drop(
-    judge: _Judge,
+    judge: Judge,
     shares: Mapping[tuple[int, str], F64],
     kept: dict[int, str],
     steps: dict[int, Gain],
@@ -239,7 +239,7 @@ def _drop(
     return KeptResiduals(dropped=dropped)
 
 
-class _Judge:
+class Judge:
     """Paired differences of squared errors, by star; `strong` is the answer without any residual."""
 
     def __init__(self, y: F64, strong: F64, star: NDArray, label_range: tuple[float, float]) -> None:
@@ -247,6 +247,7 @@ class _Judge:
         self.star = np.unique(star, return_inverse=True)[1]
 
     def gain(self, before: F64, after: F64, mask: NDArray[np.bool_] | None = None) -> Gain:
+        """What `after` is better by than `before`, of all rows or of some."""
         rows = slice(None) if mask is None else mask
         y, star = self.y[rows], self.star[rows]
         off, now = (np.clip(each[rows], *self.label_range) - y for each in (before, after))

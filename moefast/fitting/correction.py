@@ -16,10 +16,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from moefast.experts.residual_choice import Judge
 from moefast.fitting.families import LIBRARY_ROWS
 from moefast.fitting.noisy_stars import noisy_stars, with_errors_of_others
 from moefast.fitting.training_set import Rows, TrainingSet
-from moefast.gating.mlp import MOST_CHECKED, PIECE_ROWS, RECTIFIED, Layers, fit_layers
+from moefast.gating.mlp import MOST_CHECKED, PIECE_ROWS, RECTIFIED, Layers, fit_layers, outputs_of
 from moefast.ops.on_numpy import NumPyArithmetic
 from moefast.posterior import PosteriorMixture
 from moefast.posterior.correction import FARTHEST, LEAST_SPREAD, N_LAYERS, features, n_features
@@ -79,20 +80,20 @@ def fit_correction(
         progress=partial(data.progress, "correction"),
     )  # fmt: skip
     network = tuple(np.ascontiguousarray(a, np.float32) for a in (mean, inverse_spread, *layers))
-    gained = _gain(network, seen, log_g, sd, values[rows, 0], mixture.label_range)
-    variance = float(values[rows, 0].var())
-    (gain, error), (measured, error_of_measured) = (
-        _by_star(gained[mine] / variance, rows[mine]) for mine in (deciding, measuring)
-    )
-    kept = gain > STANDARD_ERRORS * error
+    y = values[rows, 0]
+    judge = Judge(y, log_g, rows, mixture.label_range)
+    after = _corrected(network[2:], seen, log_g, sd)
+    decided, measured = (judge.gain(log_g, after, mine) for mine in (deciding, measuring))
+    variance = float(y.var())
+    kept = decided.better(STANDARD_ERRORS)
     summary = {
         "draws": len(rows),
         "stars": len(np.unique(rows)),
         "kept": bool(kept),
-        "gain_r2": gain,
-        "gain_r2_error": error,
-        "measured_gain_r2": measured,
-        "measured_gain_r2_error": error_of_measured,
+        "gain_r2": decided.gain / variance,
+        "gain_r2_error": decided.standard_error / variance,
+        "measured_gain_r2": measured.gain / variance,
+        "measured_gain_r2_error": measured.standard_error / variance,
     }
     return (replace(mixture, correction=network) if kept else mixture), {"correction": summary}
 
@@ -179,24 +180,10 @@ def _loss(sd: F32, wrong: F32) -> Any:
     return loss
 
 
-def _gain(
-    network: tuple[F32, ...], standard: F32, log_g: F64, sd: F32, truth: F64, limits: tuple[float, float]
-) -> F64:
-    """What a correction takes from the squared error of each draw, dex²."""
-    gained = np.empty(len(log_g))
+def _corrected(layers: Layers, standard: F32, log_g: F64, sd: F32) -> F64:
+    """Log g of each draw with what is learnt added to it."""
+    out = np.empty(len(log_g))
     for a in range(0, len(log_g), MOST_CHECKED):
         here = slice(a, a + MOST_CHECKED)
-        active = standard[here]
-        for layer in range(N_LAYERS):
-            active = np.maximum(active @ network[2 + 2 * layer] + network[3 + 2 * layer], 0)
-        shift = sd[here] * np.tanh(active @ network[-2] + network[-1])[:, 0]
-        before, after = (np.clip(m, *limits) - truth[here] for m in (log_g[here], log_g[here] + shift))
-        gained[here] = before**2 - after**2
-    return gained
-
-
-def _by_star(gained: F64, rows: NDArray[np.int64]) -> tuple[float, float]:
-    """Mean over stars, each the mean of its draws, and its standard error."""
-    _, star, count = np.unique(rows, return_inverse=True, return_counts=True)
-    each = np.bincount(star, gained) / count
-    return float(each.mean()), float(each.std() / np.sqrt(len(each)))
+        out[here] = log_g[here] + sd[here] * np.tanh(outputs_of(layers, standard[here], RECTIFIED)[:, 0])
+    return out

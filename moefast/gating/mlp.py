@@ -30,6 +30,7 @@ __all__ = [
     "fit_gate",
     "fit_layers",
     "fit_perceptron",
+    "outputs_of",
     "softmax",
 ]
 
@@ -150,6 +151,11 @@ def _forward(layers: Layers, x: NDArray, activation: Activation) -> list[NDArray
         passed.append(activation.of(passed[-1] @ w + b))
     passed.append(passed[-1] @ layers[-2] + layers[-1])
     return passed
+
+
+def outputs_of(layers: Layers, x: NDArray, activation: Activation = TANH) -> NDArray:
+    """Outputs (m, k) of layers for standardised features x (m, f), in the precision of both."""
+    return _forward(layers, x, activation)[-1]
 
 
 def descend(
@@ -342,7 +348,7 @@ def _mean_loss(
     total = 0.0
     for a in range(0, rows.size, PIECE_ROWS):
         piece = rows[a : a + PIECE_ROWS]
-        total += loss(_forward(layers, standard[piece], activation)[-1], piece)[0]
+        total += loss(outputs_of(layers, standard[piece], activation), piece)[0]
     return total / rows.size
 
 
